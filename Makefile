@@ -1,0 +1,46 @@
+# make demo   one picture from the bundled weights, on a machine that has Python and nothing else
+# make test   everything that must hold before a change lands
+# make clean  back to a fresh checkout
+
+PYTHON ?= python3
+BIN    := .venv/bin
+GRAPH  := example_workflows/api/text_to_image.json
+
+# Neither pip nor pyright shall ask the network for a newer self.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: demo test clean
+
+demo: .venv/.installed
+	$(BIN)/cascade run $(GRAPH)
+
+test: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv build dist output *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else \
+		"$(PYTHON) is Python %d.%d, but 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# setuptools is itself in the lock (torch needs it), so the build takes nothing that is not pinned.
+.venv/.installed: .venv/.python requirements.lock pyproject.toml
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# pyright cannot run the import hook of an editable install: it finds `cascade_nodes` by the link in typing/.
+.venv/.installed-dev: .venv/.installed requirements-dev.lock
+	$(BIN)/pip install --quiet -r requirements-dev.lock
+	mkdir -p .venv/typing
+	ln -sfn ../.. .venv/typing/cascade_nodes
+	touch $@

@@ -1,0 +1,51 @@
+"""Stable Cascade in pure PyTorch: the networks, their checkpoints, diffusion and sampling, text and vision.
+
+Names are imported when they are first used, so that a command line that only wants `CascadeError` starts without
+torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import CascadeError
+
+if TYPE_CHECKING:
+    from .checkpoints import load_model, load_published_state_dict
+    from .compressor import SemanticCompressor
+    from .config import infer_config
+    from .controlnet import ControlNet
+    from .previewer import Previewer
+    from .stage_a import StageA
+    from .stage_b import StageB
+    from .stage_c import StageC
+
+_HOME = {
+    "ControlNet": "controlnet",
+    "Previewer": "previewer",
+    "SemanticCompressor": "compressor",
+    "StageA": "stage_a",
+    "StageB": "stage_b",
+    "StageC": "stage_c",
+    "infer_config": "config",
+    "load_model": "checkpoints",
+    "load_published_state_dict": "checkpoints",
+}
+
+__all__ = [
+    "CascadeError",
+    "ControlNet",
+    "Previewer",
+    "SemanticCompressor",
+    "StageA",
+    "StageB",
+    "StageC",
+    "infer_config",
+    "load_model",
+    "load_published_state_dict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,34 @@
+"""The fused attention input of published files, split into the modules' three layers, and back."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_PARTS = ("to_q", "to_k", "to_v")
+
+
+def split_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`attn.in_proj_{weight,bias}` (3C rows) -> `attn.to_q/to_k/to_v.{weight,bias}`, as views of the fused tensor."""
+    split: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        stem, fused, leaf = name.rpartition("in_proj_")
+        if not fused:
+            split[name] = tensor
+            continue
+        for part, rows in zip(_PARTS, tensor.chunk(3, dim=0), strict=True):
+            split[f"{stem}{part}.{leaf}"] = rows
+    return split
+
+
+def fuse_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: `attn.to_q/to_k/to_v` -> the published `attn.in_proj_*`."""
+    fused: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        stem, part, leaf = name.rpartition("to_q.")
+        if part:
+            rows = [state_dict[f"{stem}{part}.{leaf}"] for part in _PARTS]
+            fused[f"{stem}in_proj_{leaf}"] = torch.cat(rows, dim=0)
+        elif not any(f".attn.{other}." in f".{name}" for other in _PARTS[1:]):
+            fused[name] = tensor
+    return fused

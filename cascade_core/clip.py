@@ -1,0 +1,236 @@
+"""What CLIP's text and image encoders share: their configuration, and how their files are read.
+
+State-dict names are Hugging Face's (`text_model.*`, `vision_model.*`), as in the published files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import describe, first_non_finite, load_published_state_dict, read_safetensors
+from .config import infer_config
+from .errors import CascadeError
+
+HEAD_WIDTH = 64
+# OpenAI's own encoders (text up to 768 wide, vision up to 1024) use the quick approximation of GELU; wider
+# ones are OpenCLIP's and use the exact one. A file that differs says so in its config.
+WIDEST_QUICK_GELU = {"text": 768, "vision": 1024}
+
+COMMON_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "projection_dim",
+    "hidden_act",
+    "layer_norm_eps",
+)
+CONFIG_KEYS = {
+    "text": (
+        *COMMON_KEYS,
+        "vocab_size",
+        "max_position_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    ),
+    "vision": (*COMMON_KEYS, "image_size", "patch_size", "num_channels"),
+}
+PROJECTION = {"text": "text_projection", "vision": "visual_projection"}
+ENCODER_NAME = {"text": "CLIP text encoder", "vision": "CLIP image encoder"}
+CLIP_TOKENS = 49408
+
+Shapes = Mapping[str, Sequence[int]]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def infer_text_config(shapes: Shapes) -> dict[str, Any]:
+    """Constructor arguments of a CLIP text encoder from its tensors' names and shapes.
+
+    Heads are 64 wide; the activation follows WIDEST_QUICK_GELU; the special tokens are the vocabulary's last
+    two (49406 and 49407 in CLIP's own, also where further tokens were added to it).
+    """
+    vocabulary, _ = _shape(shapes, "text", "text_model.embeddings.token_embedding.weight", 2)
+    positions, _ = _shape(shapes, "text", "text_model.embeddings.position_embedding.weight", 2)
+    end = min(vocabulary, CLIP_TOKENS) - 1
+    return {
+        **_infer_transformer(shapes, "text"),
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+
+
+def infer_vision_config(shapes: Shapes) -> dict[str, Any]:
+    """Constructor arguments of a CLIP image encoder from its tensors' names and shapes. Heads are 64 wide."""
+    _, channels, patch, _ = _shape(shapes, "vision", "vision_model.embeddings.patch_embedding.weight", 4)
+    positions, _ = _shape(shapes, "vision", "vision_model.embeddings.position_embedding.weight", 2)
+    return {
+        **_infer_transformer(shapes, "vision"),
+        "image_size": math.isqrt(positions - 1) * patch,  # one position is the class token's
+        "patch_size": patch,
+        "num_channels": channels,
+    }
+
+
+def load_clip(
+    path: str | Path, part: str, build: Callable[..., Model], dtype: torch.dtype | None = None
+) -> Model:
+    """One encoder ("text" or "vision") of a safetensors file or a model folder, for inference.
+
+    build: its constructor, `build(config, device)`. The weights are the file's own pages, mapped, unless
+    `dtype` asks for another. The config is the file's own (metadata `config`), or the model folder's
+    `config.json`, completed by what the shapes tell. Of a file that holds both halves of CLIP, the other half
+    is left alone. Raises CascadeError for a file of anything else.
+    """
+    file = weights_file(path)
+    tensors, metadata = read_safetensors(file)
+    own = {
+        name: tensor.to(dtype=dtype)
+        for name, tensor in tensors.items()
+        if name.startswith((f"{part}_model.", f"{PROJECTION[part]}."))
+        and not name.endswith(".position_ids")  # a constant that old files carry
+    }
+    if not own:
+        raise CascadeError(
+            f"{_describe(file, tensors, metadata)}, but a {ENCODER_NAME[part]} is expected here."
+        )
+    try:
+        beside = file.with_name("config.json") if in_model_folder(path) else None
+        config = _stated_config(metadata, beside, part)
+        config = {**_inferred_config(own, part, optional=bool(config)), **config}
+        return fill_clip(_build_on_meta(build, config), own)
+    except CascadeError as error:
+        raise CascadeError(f"{file}: {error}") from None
+
+
+def fill_clip(model: Model, tensors: Mapping[str, Tensor]) -> Model:
+    """Give a model built on the meta device these tensors as its own, with no copy; for inference.
+
+    Raises CascadeError where names or shapes differ.
+    """
+    load_published_state_dict(model, tensors)
+    for module in model.modules():
+        positions = getattr(module, "position_ids", None)  # 0, 1, 2, …: in no file, so still without values
+        if positions is not None:
+            values = torch.arange(positions.shape[-1]).unsqueeze(0)
+            module.register_buffer("position_ids", values, persistent=False)
+    return model.eval().requires_grad_(False)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The safetensors file that a path means: itself, or a folder's `model.safetensors`, or its only one."""
+    path = Path(path)
+    if not path.is_dir():
+        return path  # whether it exists and what it is, its reader says
+    if (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    found = ", ".join(file.name for file in files) or "none"
+    raise CascadeError(
+        f"{path} holds no model.safetensors and not exactly one other safetensors file (found: {found}); "
+        "name the file itself."
+    )
+
+
+def in_model_folder(path: str | Path) -> bool:
+    """Whether what lies beside a weights file belongs to it: the path is a folder's, or `model….safetensors`.
+
+    A file of any other name may lie in a folder of many models.
+    """
+    path = Path(path)
+    return path.is_dir() or path.name.startswith("model")
+
+
+def explain_non_finite(model: nn.Module, output: Tensor, what: str) -> None:
+    """Raise CascadeError, with the tensor at fault, where an encoder's output holds NaN or infinity."""
+    if torch.isfinite(output).all():
+        return
+    name = first_non_finite(model)
+    if name is not None:
+        raise CascadeError(f"The {what}'s tensor {name} holds NaN or infinity; download its file again.")
+    raise CascadeError(f"The {what} overflows in {next(model.parameters()).dtype}; load it in bf16 or fp32.")
+
+
+def _infer_transformer(shapes: Shapes, part: str) -> dict[str, Any]:
+    layers = [re.match(rf"{part}_model\.encoder\.layers\.(\d+)\.", name) for name in shapes]
+    inner, width = _shape(shapes, part, f"{part}_model.encoder.layers.0.mlp.fc1.weight", 2)
+    projected, _ = _shape(shapes, part, f"{PROJECTION[part]}.weight", 2)
+    if width % HEAD_WIDTH:
+        raise CascadeError(
+            f"the {ENCODER_NAME[part]} is {width} wide, which is not a multiple of {HEAD_WIDTH}, so its "
+            "number of heads cannot be told; put its config into the file's metadata."
+        )
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1 + max(int(layer[1]) for layer in layers if layer),
+        "num_attention_heads": width // HEAD_WIDTH,
+        "projection_dim": projected,
+        "hidden_act": "quick_gelu" if width <= WIDEST_QUICK_GELU[part] else "gelu",
+    }
+
+
+def _shape(shapes: Shapes, part: str, name: str, dimensions: int) -> Sequence[int]:
+    if name in shapes and len(shapes[name]) == dimensions:
+        return shapes[name]
+    found = f"{name} has the shape {tuple(shapes[name])}" if name in shapes else f"it lacks {name}"
+    raise CascadeError(
+        f"not a {ENCODER_NAME[part]} with its projection, under Hugging Face's names: {found}."
+    )
+
+
+def _inferred_config(tensors: Mapping[str, Tensor], part: str, optional: bool) -> dict[str, Any]:
+    infer = {"text": infer_text_config, "vision": infer_vision_config}[part]
+    try:
+        return infer({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    except CascadeError:
+        if not optional:
+            raise
+        return {}
+
+
+def _stated_config(metadata: Mapping[str, str], beside: Path | None, part: str) -> dict[str, Any]:
+    """The config that the file's metadata states, or the file beside it; empty where neither does."""
+    text, where = metadata.get("config"), "its metadata"
+    if text is None and beside is not None and beside.is_file():
+        text, where = beside.read_text(encoding="utf-8", errors="replace"), str(beside)
+    if text is None:
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise CascadeError(f"{where} holds a config that is no JSON ({error}).") from None
+    if not isinstance(config, dict):
+        raise CascadeError(f"{where} holds a config that is no table of names and values.")
+    config = config.get(f"{part}_config", config)  # of a whole CLIP
+    return {key: config[key] for key in CONFIG_KEYS[part] if config.get(key) is not None}
+
+
+def _build_on_meta(build: Callable[..., Model], config: dict[str, Any]) -> Model:
+    try:
+        return build(config, device="meta")
+    except Exception as error:  # transformers' own checks raise exceptions of many kinds
+        raise CascadeError(f"no encoder can be built from its config {config}: {error!r}.") from error
+
+
+def _describe(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    for part, name in ENCODER_NAME.items():
+        if any(tensor.startswith(f"{part}_model.") for tensor in tensors):
+            return f"{path} is a {name}"
+    try:
+        return describe(path, *infer_config(tensors, metadata))
+    except CascadeError:
+        return f"{path} holds other tensors (first: {', '.join(list(tensors)[:3])})"

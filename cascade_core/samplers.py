@@ -1,0 +1,204 @@
+"""Samplers as free functions over a list of log-SNRs, and `sample`, which builds that list.
+
+Every sampler takes
+    denoise    (x, log_snr (B,)) -> predicted epsilon like x
+    x          (B, C, H, W), the noised latent at log_snrs[0]; never written to
+    log_snrs   (steps + 1,), where the latent is before the first step and after each one
+    noise      () -> fresh noise like x; called once a step by ddpm and lcm, never by ddim and dpmpp_2m
+    callback   called with a Step after each step; what it raises ends the run
+and returns the latent at log_snrs[-1].  The latent is float32 (float64 where x is) whatever the model is.
+Neighbouring log-SNRs may be equal: the schedule's limits cut off both ends of a long or shifted run.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .diffusion import at_least_float32, noise_cond, scale, undiffuse
+from .diffusion import log_snr as schedule
+from .errors import CascadeError
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A finished step.
+
+    index    from 0 to steps - 1
+    x        (B, C, H, W), the latent after the step, at log-SNR `log_snr`
+    x0       (B, C, H, W), the clean latent that this step predicted: what a preview shows
+    """
+
+    index: int
+    steps: int
+    x: Tensor
+    x0: Tensor
+    log_snr: float
+
+
+Callback = Callable[[Step], object]
+
+
+def ddpm(
+    denoise: Denoise, x: Tensor, log_snrs: Tensor, noise: Noise, callback: Callback | None = None
+) -> Tensor:
+    """Ancestral sampling.  Ho et al. 2020, arXiv 2006.11239; here as eq. 16 of DDIM with eta = 1."""
+    x, levels = _begin(x, log_snrs)
+    for index, (level, following) in enumerate(pairwise(levels)):
+        x0, epsilon = _predict(denoise, x, level)
+        (a, b), (a_next, b_next) = scale(level), scale(following)
+        # Where the level hardly moves, rounding alone can bring the two differences below zero.
+        sigma = (b_next**2 / b**2).sqrt() * (1 - a**2 / a_next**2).clamp(min=0).sqrt()
+        direction = (b_next**2 - sigma**2).clamp(min=0).sqrt()
+        x = a_next * x0 + direction * epsilon + sigma * _fresh(noise, x)
+        _report(callback, index, levels, x, x0)
+    return x
+
+
+def ddim(
+    denoise: Denoise, x: Tensor, log_snrs: Tensor, noise: Noise, callback: Callback | None = None
+) -> Tensor:
+    """Deterministic, first order.  Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0."""
+    x, levels = _begin(x, log_snrs)
+    for index, (level, following) in enumerate(pairwise(levels)):
+        x0, epsilon = _predict(denoise, x, level)
+        a_next, b_next = scale(following)
+        x = a_next * x0 + b_next * epsilon
+        _report(callback, index, levels, x, x0)
+    return x
+
+
+def lcm(
+    denoise: Denoise, x: Tensor, log_snrs: Tensor, noise: Noise, callback: Callback | None = None
+) -> Tensor:
+    """Multistep consistency sampling: predict x0, noise it anew.  Luo et al. 2023, arXiv 2310.04378."""
+    x, levels = _begin(x, log_snrs)
+    for index, (level, following) in enumerate(pairwise(levels)):
+        x0, _ = _predict(denoise, x, level)
+        a_next, b_next = scale(following)
+        x = x0 * a_next + _fresh(noise, x) * b_next
+        _report(callback, index, levels, x, x0)
+    return x
+
+
+def dpmpp_2m(
+    denoise: Denoise, x: Tensor, log_snrs: Tensor, noise: Noise, callback: Callback | None = None
+) -> Tensor:
+    """DPM-Solver++(2M): deterministic, second order.  Lu et al. 2022, arXiv 2211.01095, algorithm 2.
+
+    The first and the last step are of first order, where it equals DDIM.  The paper's lambda is half the
+    log-SNR; only the ratio of two steps in lambda counts, so that log-SNR serves as well.
+    """
+    x, levels = _begin(x, log_snrs)
+    x0_before = h_before = None  # of the last step that moved
+    for index, (level, following) in enumerate(pairwise(levels)):
+        x0, _ = _predict(denoise, x, level)
+        (a, b), (a_next, b_next) = scale(level), scale(following)
+        h = following - level
+        data = x0
+        if x0_before is not None and h_before is not None and index < len(levels) - 2:
+            data = x0 + (x0 - x0_before) * (h / (2 * h_before))
+        keep = b_next / b
+        x = keep * x + (a_next - a * keep) * data
+        if h != 0:
+            x0_before, h_before = x0, h
+        _report(callback, index, levels, x, x0)
+    return x
+
+
+Sampler = Callable[[Denoise, Tensor, Tensor, Noise, Callback | None], Tensor]
+SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "lcm": lcm, "dpmpp_2m": dpmpp_2m}
+
+
+@torch.no_grad()
+def sample(
+    model_fn: Denoise,
+    start: Tensor,
+    *,
+    steps: int,
+    shift: float,
+    sampler: str,
+    noise: Noise,
+    t_start: float = 1.0,
+    t_end: float = 0.0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Denoise `start` (B, C, H, W), a latent at time `t_start`, to `t_end` in `steps` even steps of time.
+
+    `model_fn(x, noise_cond (B,)) -> epsilon` is a Guider or the like; `noise` gives fresh noise like `start`
+    (NoiseSource.draw).  `sampler` is a key of SAMPLERS.  Raises CascadeError on arguments out of range.
+    """
+    if sampler not in SAMPLERS:
+        raise CascadeError(f"sampler '{sampler}' is not known; choose one of {', '.join(SAMPLERS)}.")
+
+    def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
+        return model_fn(x, noise_cond(log_snr))
+
+    return SAMPLERS[sampler](denoise, start, log_snr_range(steps, shift, t_start, t_end), noise, callback)
+
+
+def log_snr_range(steps: int, shift: float, t_start: float = 1.0, t_end: float = 0.0) -> Tensor:
+    """The log-SNRs (steps + 1,) of even steps of time from `t_start` to `t_end`, in float32 on the CPU."""
+    if steps < 1:
+        raise CascadeError(f"steps is {steps}; at least 1 is needed.")
+    _check_time_and_shift(t_start, shift)
+    if not 0 <= t_end < t_start:
+        raise CascadeError(f"t_end is {t_end}; it must be at least 0 and below t_start ({t_start}).")
+    return schedule(torch.linspace(t_start, t_end, steps + 1, dtype=torch.float32, device="cpu"), shift)
+
+
+def start_latent(latent: Tensor, noise: Tensor, t_start: float, shift: float) -> Tensor:
+    """The latent (B, C, H, W) noised to `t_start`, from which `sample` goes on (image to image).
+
+    At t_start = 1 the noise comes in at full strength, not at its weight b = 0.99995, so that an empty latent
+    (zeros) gives the published start of text to image: the noise itself.
+    """
+    _check_time_and_shift(t_start, shift)
+    if noise.shape != latent.shape:
+        raise _wrong_noise(noise, latent)
+    a, b = scale(schedule(torch.tensor(t_start, dtype=torch.float32, device="cpu"), shift))
+    latent = at_least_float32(latent)
+    noise = noise.to(latent)
+    return latent * a + (noise if t_start == 1 else noise * b)
+
+
+def _check_time_and_shift(t_start: float, shift: float) -> None:
+    if not 0 < t_start <= 1:
+        raise CascadeError(f"t_start is {t_start}; it must be above 0 and at most 1 (pure noise).")
+    if not (math.isfinite(shift) and shift > 0):
+        raise CascadeError(f"shift is {shift}; it must be a finite number above 0 (Stage C 2, Stage B 1).")
+
+
+def _begin(x: Tensor, log_snrs: Tensor) -> tuple[Tensor, Tensor]:
+    """The latent in working precision, and the levels on the CPU, where reading one needs no device sync."""
+    return at_least_float32(x), at_least_float32(log_snrs).cpu()
+
+
+def _predict(denoise: Denoise, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """(x0, epsilon), like x, that the model sees at this level."""
+    epsilon = denoise(x, level.to(x.device).expand(len(x))).to(x.dtype)
+    return undiffuse(x, level, epsilon), epsilon
+
+
+def _fresh(noise: Noise, x: Tensor) -> Tensor:
+    drawn = noise()
+    if drawn.shape != x.shape:  # broadcasting would give several images the same noise
+        raise _wrong_noise(drawn, x)
+    return drawn.to(x)
+
+
+def _wrong_noise(noise: Tensor, x: Tensor) -> CascadeError:
+    return CascadeError(
+        f"noise has shape {tuple(noise.shape)}; it must be that of the latent, {tuple(x.shape)}."
+    )
+
+
+def _report(callback: Callback | None, index: int, levels: Tensor, x: Tensor, x0: Tensor) -> None:
+    if callback is not None:
+        callback(Step(index, len(levels) - 1, x, x0, levels[index + 1].item()))

@@ -1,0 +1,169 @@
+"""CLIP's text encoder: prompts -> the states and the pooled vector that the stages are conditioned on.
+
+Stable Cascade takes the last layer's states before the final layer norm (`hidden_states[-1]`) at all 77
+positions, and the pooled vector: the state at the first end token, normed and projected. Within the encoder
+no position looks past the first end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .clip import CLIP_TOKENS, CONFIG_KEYS, explain_non_finite, in_model_folder, infer_text_config, load_clip
+from .errors import CascadeError
+from .tokenizer import Chunk, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection
+
+__all__ = [
+    "TextEncoder",
+    "TextStates",
+    "Tokenizer",
+    "build_text_model",
+    "encode_tokens",
+    "infer_text_config",
+]
+
+CHUNKS_AT_ONCE = 32  # bounds the memory that a very long prompt or a large batch takes
+
+
+class TextStates(NamedTuple):
+    """states: (B, 77·n, C), n the chunks of the longest prompt; pooled: (B, P). Both float32."""
+
+    states: Tensor
+    pooled: Tensor
+
+
+def build_text_model(
+    config: Mapping[str, Any], device: str | torch.device | None = None
+) -> CLIPTextModelWithProjection:
+    """transformers' CLIP text encoder with its projection, freshly initialised; without values on "meta".
+
+    config: `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`,
+    `projection_dim`, `vocab_size`, and optionally `max_position_embeddings` (77), `hidden_act`
+    ("quick_gelu"), `layer_norm_eps`, `bos_token_id`, `eos_token_id`, `pad_token_id` (the vocabulary's last
+    two). Other keys are ignored.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    end = config["vocab_size"] - 1
+    tokens = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    known = {key: config[key] for key in CONFIG_KEYS["text"] if key in config}
+    with torch.device(device or torch.get_default_device()):
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(**{"attn_implementation": "sdpa", **tokens, **known})
+        )
+
+
+def encode_tokens(model: CLIPTextModelWithProjection, tokens: Tensor, end_token: int) -> TextStates:
+    """Run the encoder on chunks of tokens; differentiable, for training too. One thread at a time.
+
+    tokens: (N, T) ids, an end token in every row -> states (N, T, C) before the final norm, pooled (N, P).
+    """
+    first_end = (tokens == end_token).int().argmax(dim=-1)  # (N,)
+    mask = torch.arange(tokens.shape[1], device=tokens.device) <= first_end.unsqueeze(1)  # (N, T)
+    # hidden_states[-1] has always been what enters CLIP's final norm, but some versions of transformers put
+    # the normed states there for other models; so take it where it cannot change.
+    before_norm: list[Tensor] = []
+    final_norm = model.text_model.final_layer_norm
+    hook = final_norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
+    try:
+        model.text_model(input_ids=tokens, attention_mask=mask.long())
+    finally:
+        hook.remove()
+    states = before_norm[0]  # (N, T, C)
+    at_end = states[torch.arange(len(states), device=states.device), first_end]  # (N, C)
+    return TextStates(states, model.text_projection(final_norm(at_end)))
+
+
+class TextEncoder:
+    """Prompts -> TextStates, by a CLIP text model and its tokenizer."""
+
+    def __init__(self, model: CLIPTextModelWithProjection, tokenizer: Tokenizer):
+        vocabulary, positions = model.config.vocab_size, model.config.max_position_embeddings
+        if len(tokenizer) > vocabulary:
+            raise CascadeError(
+                f"The tokenizer has {len(tokenizer)} tokens but the text encoder embeds {vocabulary}; "
+                "use the tokenizer files that came with this text encoder."
+            )
+        if tokenizer.length > positions:
+            raise CascadeError(
+                f"The text encoder has {positions} positions; expected at least {tokenizer.length}."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: torch.dtype | None = None) -> TextEncoder:
+        """From a safetensors file or a model folder, for inference, in the file's dtype unless one is given.
+
+        The tokenizer is the folder's: its own, its `tokenizer` subfolder's or its `tokenizer` neighbour's.
+        A single file that embeds all of CLIP's own vocabulary is served by the bundled one.
+        """
+        model = load_clip(path, "text", build_text_model, dtype)
+        return cls(model, _find_tokenizer(Path(path), model.config.vocab_size))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextStates:
+        """Encode prompts together, each distinct chunk once, on the model's device.
+
+        A prompt's chunks are joined along the positions. A prompt of fewer chunks than the longest is
+        followed by chunks of the empty prompt; its own positions hold what it gives alone. A token's weight
+        w moves its state about the empty prompt's at the same position, `empty + w·(state − empty)`. The
+        pooled vector is the first chunk's, and weights leave it alone.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        chunked = [self.tokenizer.chunks(prompt) for prompt in prompts]
+        count = max(len(chunks) for chunks in chunked)
+        empty = self.tokenizer.empty_chunk()
+        chunked = [chunks + [empty] * (count - len(chunks)) for chunks in chunked]
+        weights = torch.tensor([[[weight for _, weight in c] for c in chunks] for chunks in chunked])
+        weighted = bool((weights != 1).any())
+
+        rows: dict[tuple[int, ...], int] = {}  # a distinct chunk's tokens -> its row
+        places = torch.tensor(
+            [[rows.setdefault(_tokens(c), len(rows)) for c in chunks] for chunks in chunked]
+        )
+        empty_row = rows.setdefault(_tokens(empty), len(rows)) if weighted else None
+        encoded, pooled = self._encode_rows(list(rows))  # (R, 77, C), (R, P)
+
+        states = encoded[places]  # (B, n, 77, C)
+        if empty_row is not None:
+            weights = weights.to(states.device).unsqueeze(-1)  # (B, n, 77, 1)
+            around = encoded[empty_row]  # (77, C)
+            states = torch.where(weights == 1, states, around + weights * (states - around))
+        return TextStates(states.flatten(1, 2), pooled[places[:, 0]])
+
+    def _encode_rows(self, rows: list[tuple[int, ...]]) -> TextStates:
+        tokens = torch.tensor(rows, device=self.model.device)  # (R, 77)
+        parts = [
+            encode_tokens(self.model, part, self.tokenizer.end_token) for part in tokens.split(CHUNKS_AT_ONCE)
+        ]
+        states = torch.cat([part.states for part in parts]).float()
+        pooled = torch.cat([part.pooled for part in parts]).float()
+        explain_non_finite(self.model, states, "text encoder")
+        return TextStates(states, pooled)
+
+
+def _tokens(chunk: Chunk) -> tuple[int, ...]:
+    return tuple(token for token, _ in chunk)
+
+
+def _find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    folder = path if path.is_dir() else path.parent
+    if in_model_folder(path) or vocab_size < CLIP_TOKENS:
+        for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
+            if (place / "vocab.json").is_file() or (place / "tokenizer.json").is_file():
+                return Tokenizer.from_folder(place)
+    if vocab_size >= CLIP_TOKENS:
+        return Tokenizer.bundled()
+    raise CascadeError(
+        f"The text encoder {path} embeds {vocab_size} tokens, not CLIP's {CLIP_TOKENS}, and no tokenizer "
+        "lies beside it; put its vocab.json and merges.txt there."
+    )

@@ -1,0 +1,146 @@
+"""CLIP's tokenizer, and the 77-token chunks that a prompt is cut into, as ComfyUI cuts them.
+
+The rules are CLIP's (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
+Supervision", section 2.4); the `tokenizers` library does the merging.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import CascadeError
+from .prompt_weights import parse_weights
+from .vocabulary import (
+    END,
+    START,
+    Merges,
+    build_small_vocabulary,
+    bundled_vocabulary,
+    byte_pair_backend,
+    read_vocabulary,
+    save_vocabulary,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["CHUNK_LENGTH", "Chunk", "Tokenizer", "build_small_vocabulary", "save_vocabulary"]
+
+CHUNK_LENGTH = 77
+BREAKABLE = 8  # a segment of this many tokens may be cut by the end of a chunk; a shorter one moves on whole
+EMBEDDING_NAME = r"(?<=\s)(?=embedding:)"  # the host begins a segment at each embedding's name
+
+Chunk = list[tuple[int, float]]
+
+
+class Tokenizer:
+    """Prompts -> chunks of (token, weight), equal to those of ComfyUI's Stable Cascade tokenizer."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, length: int = CHUNK_LENGTH):
+        self.backend = backend
+        self.length = length
+        self.start_token = _special_token(backend, START)
+        self.end_token = _special_token(backend, END)
+
+    @classmethod
+    def bundled(cls) -> Tokenizer:
+        """CLIP's own vocabulary of 49,408 tokens, which ships with the package."""
+        return cls.from_vocabulary(*bundled_vocabulary())
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: dict[str, int], merges: Merges) -> Tokenizer:
+        """Any vocabulary in CLIP's format. Raises CascadeError where the merges do not fit it."""
+        try:
+            return cls(byte_pair_backend(vocabulary, merges))
+        except CascadeError:
+            raise
+        except Exception as error:  # the library raises plain Exception
+            raise CascadeError(
+                f"The tokenizer's merges do not fit its vocabulary ({error}); expected vocab.json and "
+                "merges.txt of the same model. Copy both again."
+            ) from error
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """Read `vocab.json` and `merges.txt`, or `tokenizer.json`, from a model's folder."""
+        folder = Path(path)
+        vocabulary, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+        if vocabulary.is_file() and merges.is_file():
+            return cls.from_vocabulary(*read_vocabulary(vocabulary, merges))
+        if whole.is_file():
+            return cls(_read_backend(whole))
+        raise CascadeError(
+            f"{folder} holds no tokenizer; expected vocab.json and merges.txt, or tokenizer.json. "
+            "Copy them from where the text encoder came from."
+        )
+
+    def __len__(self) -> int:
+        """Number of tokens, the special ones included."""
+        return self.backend.get_vocab_size()
+
+    def tokens(self, text: str) -> list[int]:
+        """Plain text -> token ids, with neither weights nor start, end and padding."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def names(self, tokens: Iterable[int]) -> list[str | None]:
+        """How the vocabulary writes tokens: `[320, 2368] -> ["a</w>", "cat</w>"]`; None for one not in it."""
+        return [self.backend.id_to_token(token) for token in tokens]
+
+    def empty_chunk(self) -> Chunk:
+        """The chunk of the empty prompt: start, end, padding."""
+        return self._close([(self.start_token, 1.0)])
+
+    def chunks(self, prompt: str) -> list[Chunk]:
+        """A prompt -> one or more chunks of 77 (token, weight): start, text, end, padded with the end token.
+
+        A segment (a run of text under one weight) that does not fit begins the next chunk if it has fewer
+        than 8 tokens, and is cut otherwise.
+        """
+        chunks = []
+        chunk = [(self.start_token, 1.0)]
+        room = self.length - 1  # the last place is the end token's
+        for segment in self._segments(prompt):
+            breakable = len(segment) >= BREAKABLE
+            while len(chunk) + len(segment) > room:
+                cut = room - len(chunk) if breakable else 0
+                chunks.append(self._close(chunk + segment[:cut]))
+                chunk, segment = [(self.start_token, 1.0)], segment[cut:]
+            chunk += segment
+        return [*chunks, self._close(chunk)]
+
+    def _segments(self, prompt: str) -> list[Chunk]:
+        return [
+            [(token, weight) for token in self.tokens(text)]
+            for run, weight in parse_weights(prompt)
+            for text in re.split(EMBEDDING_NAME, run)
+            if text
+        ]
+
+    def _close(self, chunk: Chunk) -> Chunk:
+        return chunk + [(self.end_token, 1.0)] * (self.length - len(chunk))
+
+
+def _special_token(backend: tokenizers.Tokenizer, name: str) -> int:
+    token = backend.token_to_id(name)
+    if token is None:
+        raise CascadeError(
+            f"The tokenizer lacks {name}; expected a CLIP vocabulary, which has {START} and {END}."
+        )
+    return token
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CascadeError(
+            f"{path} is no tokenizer ({error}); copy it again from where the text encoder came from."
+        ) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend

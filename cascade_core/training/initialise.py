@@ -1,0 +1,51 @@
+"""The published initial weights of Stage A, B and C."""
+
+from math import sqrt
+
+from torch import nn
+
+from ..layers import FeedForwardBlock, ResBlock, TimestepBlock
+from ..stage_a import StageA
+from ..stage_a import ResBlock as StageAResBlock
+from ..unet import UNet
+
+_CONDITION_MAPPERS = ("clip_txt_mapper", "clip_txt_pooled_mapper", "clip_img_mapper", "clip_mapper")
+_MAP_MAPPERS = ("effnet_mapper", "pixels_mapper")
+
+
+def _xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def initialise_unet(model: UNet) -> UNet:
+    """Stage B or C: each residual branch starts small, every timestep block as the identity, the output at zero."""
+    model.apply(_xavier)
+    for name in _CONDITION_MAPPERS:
+        if hasattr(model, name):
+            nn.init.normal_(getattr(model, name).weight, std=0.02)
+    for name in _MAP_MAPPERS:
+        if hasattr(model, name):
+            nn.init.normal_(getattr(model, name)[0].weight, std=0.02)
+            nn.init.normal_(getattr(model, name)[2].weight, std=0.02)
+    nn.init.xavier_uniform_(model.embedding[1].weight, 0.02)
+    nn.init.zeros_(model.clf[1].weight)
+    depth = sum(model.config.blocks[0])
+    for level in [*model.down_blocks, *model.up_blocks]:
+        for block in level:
+            if isinstance(block, ResBlock | FeedForwardBlock):
+                block.channelwise[-1].weight.data *= sqrt(1 / depth)
+            elif isinstance(block, TimestepBlock):
+                for layer in block.children():
+                    nn.init.zeros_(layer.weight)
+    return model
+
+
+def initialise_stage_a(model: StageA) -> StageA:
+    """Xavier inside the residual blocks; the other layers keep torch's own initial weights."""
+    for module in model.modules():
+        if isinstance(module, StageAResBlock):
+            module.apply(_xavier)
+    return model

@@ -1,0 +1,64 @@
+"""What each network is trained for. Images are (B, 3, H, W) in [0, 1]; every loss is a scalar."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..diffusion import debiased, diffuse, random_t
+from ..stage_a import StageA
+
+
+def stage_a_loss(model: StageA, image: Tensor, noise: float = 0.05) -> dict[str, Tensor]:
+    """Reconstruction through the codebook for one half of the batch, through a noisy latent for the other.
+
+    Stage B's latents reach the decoder without quantisation, so it must read both.
+    Codebook and commitment terms: van den Oord et al. 2017, arXiv 1711.00937.
+    """
+    latent = model.encode(image)  # (B, c_latent, H/4, W/4)
+    quantised, _ = model.quantize(latent)
+    codebook = F.mse_loss(quantised, latent.detach()) + 0.25 * F.mse_loss(latent, quantised.detach())
+    straight_through = latent + (quantised - latent).detach()
+    half = len(image) // 2
+    noisy = latent + noise * torch.randn_like(latent)
+    decoded = model.decode(torch.cat([straight_through[:half], noisy[half:]]))
+    pixels = F.mse_loss(decoded, image)
+    loss = pixels + 0.1 * F.l1_loss(decoded, image) + 0.1 * codebook
+    return {"loss": loss, "pixels": pixels, "codebook": codebook}
+
+
+def diffusion_loss(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    largest_weight: float = 16.0,
+    share_at_start: float = 0.05,
+) -> dict[str, Tensor]:
+    """Weighted error of the predicted noise: predict(noised, noise_cond) against epsilon.
+
+    Every run starts from pure noise, where an error in epsilon is an error in x0 a hundred times as large; so the
+    weight is the debiased one, cut at `largest_weight`, and a share of the batch is taken at t = 1 itself.
+    """
+    t = random_t(len(x0)).to(x0.device)
+    t[: int(share_at_start * len(x0))] = 1.0
+    diffused = diffuse(x0, torch.randn_like(x0), t, loss_weight=debiased)
+    prediction = predict(diffused.noised, diffused.noise_cond).float()
+    error = (prediction - diffused.target).square().mean(dim=(1, 2, 3))  # (B,)
+    return {"loss": (error * diffused.loss_weight.clamp(max=largest_weight)).mean(), "epsilon": error.mean()}
+
+
+def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, log_scale: Tensor) -> dict[str, Tensor]:
+    """CLIP's loss (Radford et al. 2021, arXiv 2103.00020) with each image's own wrong captions added.
+
+    image, text: (B, E); wrong: (B, N, E), captions with the same words that are false of the image. Without them a
+    text encoder learns a bag of words (Yuksekgonul et al. 2023, arXiv 2210.01936).
+    """
+    image, text, wrong = (F.normalize(value.float(), dim=-1) for value in (image, text, wrong))
+    scale = log_scale.exp().clamp(max=100)
+    matching = scale * image @ text.T  # (B, B)
+    own_wrong = scale * torch.einsum("be,bne->bn", image, wrong)  # (B, N)
+    target = torch.arange(len(image), device=image.device)
+    images_loss = F.cross_entropy(torch.cat([matching, own_wrong], dim=1), target)
+    texts_loss = F.cross_entropy(matching.T, target)
+    hard = (matching.diagonal()[:, None] > own_wrong).float().mean()
+    return {"loss": (images_loss + texts_loss) / 2, "right_over_wrong": hard}

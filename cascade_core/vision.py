@@ -1,0 +1,86 @@
+"""CLIP's image encoder: pictures -> the embedding that Stage C takes as an image prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .clip import CONFIG_KEYS, explain_non_finite, infer_vision_config, load_clip
+from .errors import CascadeError
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
+
+__all__ = ["ImageEncoder", "build_vision_model", "infer_vision_config", "preprocess_images"]
+
+# Of the pictures that CLIP was trained on (Radford et al. 2021), in sRGB.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGES_AT_ONCE = 16
+
+
+def build_vision_model(
+    config: Mapping[str, Any], device: str | torch.device | None = None
+) -> CLIPVisionModelWithProjection:
+    """transformers' CLIP image encoder with its projection, freshly initialised; without values on "meta".
+
+    config: `hidden_size`, `intermediate_size`, `num_hidden_layers`, `num_attention_heads`, `projection_dim`,
+    `image_size`, `patch_size`, and optionally `num_channels` (3), `hidden_act` ("quick_gelu"),
+    `layer_norm_eps`. Other keys are ignored.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    known = {key: config[key] for key in CONFIG_KEYS["vision"] if key in config}
+    with torch.device(device or torch.get_default_device()):
+        return CLIPVisionModelWithProjection(CLIPVisionConfig(**{"attn_implementation": "sdpa", **known}))
+
+
+def preprocess_images(images: Tensor, size: int) -> Tensor:
+    """(B, H, W, 3) sRGB in [0, 1] -> (B, 3, size, size) in CLIP's units; the middle square, resized.
+
+    The shorter side is resized to `size` (bicubic, antialiased), the middle cut out, and the result rounded
+    to 8 bits as in ComfyUI; the published code, through torchvision, does not round. A fourth channel is
+    dropped.
+    """
+    x = images[..., :3].float().movedim(-1, 1)  # (B, 3, H, W)
+    height, width = x.shape[-2:]
+    if (height, width) != (size, size):
+        ratio = size / min(height, width)
+        x = F.interpolate(x, (round(ratio * height), round(ratio * width)), mode="bicubic", antialias=True)
+        top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
+        x = x[..., top : top + size, left : left + size]
+    x = (255 * x).clamp(0, 255).round() / 255
+    mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (x - mean) / std
+
+
+class ImageEncoder:
+    """Pictures -> CLIP embeddings."""
+
+    def __init__(self, model: CLIPVisionModelWithProjection):
+        self.model = model
+        self.image_size = cast(int, model.config.image_size)
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: torch.dtype | None = None) -> ImageEncoder:
+        """From a safetensors file or a model folder, for inference, in the file's dtype unless given one."""
+        return cls(load_clip(path, "vision", build_vision_model, dtype))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) sRGB in [0, 1], of any size -> (B, E) float32, projected, on the model's device."""
+        if images.ndim != 4 or images.shape[-1] < 3:
+            raise CascadeError(f"Images of shape {tuple(images.shape)} were given; expected (B, H, W, 3).")
+        model, size = self.model, self.image_size
+        embeds = []
+        for part in images.split(IMAGES_AT_ONCE):
+            pixels = preprocess_images(part.to(model.device), size)
+            embeds.append(model(pixel_values=pixels.to(model.dtype)).image_embeds.float())
+        result = torch.cat(embeds)
+        explain_non_finite(model, result, "image encoder")
+        return result

@@ -1,0 +1,172 @@
+"""Vocabularies in CLIP's format: the one that ships with the package, small ones built from it, their files.
+
+A vocabulary is 256 bytes, the same 256 at a word's end, one token for each merge, and two special tokens,
+last; so the merges say it all, and `data/clip/merges.txt.gz` is all that ships. It is OpenAI's
+`bpe_simple_vocab_16e6.txt.gz`, of which CLIP uses the first 48,894 merges, under its MIT licence.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import CascadeError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+MERGES_HEADER = "#version: 0.2"
+# What CLIP takes for one word: the special tokens, English endings, letters, one digit, or punctuation.
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+Merges = list[tuple[str, str]]
+
+
+@lru_cache(maxsize=1)
+def bundled_vocabulary() -> tuple[dict[str, int], Merges]:
+    """CLIP's 49,408 tokens and 48,894 merges. Read once; not to be written to."""
+    packed = Path(__file__).parent / "data" / "clip" / "merges.txt.gz"
+    merges = _parse_merges(gzip.decompress(packed.read_bytes()).decode("utf-8"))
+    return _number_tokens(merges), merges
+
+
+def build_small_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], Merges]:
+    """A vocabulary in which each of `words` is one token, `word</w>`; any other text falls to pieces.
+
+    Holds CLIP's own merges as far as the words need them, in CLIP's order, and then further merges for words
+    that CLIP itself leaves in pieces. What CLIP never merges (`blue-green`, `don't`, two digits) becomes one
+    token for each part.
+    """
+    full, clip_merges = bundled_vocabulary()
+    backend = byte_pair_backend(full, clip_merges)
+    parts = sorted({part for word in words for part in _split_words(backend, word)})
+    rank = {pair: place for place, pair in enumerate(clip_merges)}
+    needed = {pair for part in parts for pair in _merge(part, rank)[1]}
+    merges = sorted(needed, key=rank.__getitem__)
+    # Later merges rank lower than all before them, so a word once whole stays whole.
+    rank = {pair: place for place, pair in enumerate(merges)}
+    for part in parts:
+        pieces, _ = _merge(part, rank)
+        while len(pieces) > 1:
+            rank[pieces[0], pieces[1]] = len(rank)
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    merges = list(rank)
+    return _number_tokens(merges), merges
+
+
+def save_vocabulary(folder: str | Path, vocabulary: dict[str, int], merges: Merges) -> None:
+    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers reads too."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
+        "do_lower_case": True,
+        "model_max_length": 77,
+    }
+    lines = [MERGES_HEADER, *(" ".join(pair) for pair in merges)]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_vocabulary(vocabulary: Path, merges: Path) -> tuple[dict[str, int], Merges]:
+    """Read `vocab.json` and `merges.txt`. Raises CascadeError where either is not what its name says."""
+    try:
+        tokens = json.loads(vocabulary.read_text(encoding="utf-8"))
+        pairs = _parse_merges(merges.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON, UTF-8, or a merge of other than two tokens
+        raise CascadeError(
+            f"{vocabulary} and {merges.name} are not a CLIP vocabulary ({error}); copy both again from where "
+            "the text encoder came from."
+        ) from error
+    if not isinstance(tokens, dict):
+        raise CascadeError(f"{vocabulary} holds no table of tokens; copy it again from where it came from.")
+    return tokens, pairs
+
+
+def byte_pair_backend(vocabulary: dict[str, int], merges: Merges) -> tokenizers.Tokenizer:
+    """CLIP's pipeline over this vocabulary: NFC, one kind of space, lower case, words, bytes, merges."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    model = models.BPE(
+        vocab=vocabulary,
+        merges=merges,
+        unk_token=END,
+        continuing_subword_prefix="",
+        end_of_word_suffix=WORD_END,
+        fuse_unk=False,
+    )
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    special = [token for token in (START, END) if token in vocabulary]
+    backend.add_special_tokens([AddedToken(token, normalized=True, special=True) for token in special])
+    return backend
+
+
+def _split_words(backend: tokenizers.Tokenizer, text: str) -> list[str]:
+    """The parts of a text that merge apart, written in byte characters."""
+    normalized = backend.normalizer.normalize_str(text)
+    return [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
+
+
+def _merge(part: str, rank: dict[tuple[str, str], int]) -> tuple[list[str], Merges]:
+    """Byte-pair merging of one part: the pieces that remain, and the merges used, in order."""
+    pieces = [*part[:-1], part[-1] + WORD_END]
+    used = []
+    while True:
+        pairs = [pair for pair in pairwise(pieces) if pair in rank]
+        if not pairs:
+            return pieces, used
+        best = min(pairs, key=rank.__getitem__)
+        used.append(best)
+        merged, place = [], 0
+        while place < len(pieces):
+            step = 2 if tuple(pieces[place : place + 2]) == best else 1
+            merged.append("".join(pieces[place : place + step]))
+            place += step
+        pieces = merged
+
+
+def _number_tokens(merges: Merges) -> dict[str, int]:
+    """Token -> id: byte characters, the same at a word's end, a token for each merge, start and end."""
+    characters = _byte_characters()
+    tokens = [*characters, *(c + WORD_END for c in characters), *map("".join, merges), START, END]
+    return {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+
+
+def _byte_characters() -> list[str]:
+    """A printable character for each of the 256 bytes: itself where it has one, else the next from U+0100 on.
+
+    The order is the vocabulary's: printable bytes first.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
+
+
+def _parse_merges(text: str) -> Merges:
+    """`merges.txt`: a header, then two tokens a line, the first merge first. ValueError for other lines."""
+    merges = []
+    for line in text.splitlines():
+        if line and not line.startswith("#version"):
+            left, right = line.split(" ")
+            merges.append((left, right))
+    return merges

@@ -1,0 +1,248 @@
+"""Captions of scenes: what to say of a scene, truthfully (`caption`) or wrongly on purpose (`hard_negatives`)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations
+from random import Random
+
+from cascade_nodes.demo.grammar import (
+    BACKGROUND_NOUNS,
+    PLACES,
+    RELATION_WORDS,
+    ObjectSpec,
+    Spec,
+    parse,
+    verbalise,
+    vocabulary,
+)
+from cascade_nodes.demo.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    INVERSE,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneObject,
+)
+
+__all__ = [
+    "ObjectSpec",
+    "Spec",
+    "canonical",
+    "caption",
+    "contrast",
+    "full_spec",
+    "hard_negatives",
+    "holds",
+    "parse",
+    "place_of",
+    "stands_at",
+    "verbalise",
+    "vocabulary",
+]
+
+FRAGMENTS, TAGS = 0.12, 0.08  # shares of the captions that are no sentence
+FULL = 0.25  # share of the sentences that leave nothing out
+ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
+# Where the thirds of the frame begin and end; between them is neither, so that a caption's place is certain.
+NEAR, MIDDLE, FAR = 0.39, (0.43, 0.57), 0.61
+
+
+def caption(scene: Scene, rng: Random) -> str:
+    """A random true description: a sentence, tags or a fragment, in random words, with random things left out."""
+    return verbalise(_choose(scene, rng), rng)
+
+
+def canonical(scene: Scene) -> str:
+    """Everything, plainly: "a large red star to the left of a small blue ring on a sand background"."""
+    phrases = [f"a {o.size} {o.colour} {o.shape}" for o in scene.objects]
+    joint = f" {RELATION_WORDS[scene.relation][0]} " if scene.relation else ""
+    return f"{joint.join(phrases)} on a {BACKGROUND_NOUNS[scene.background][0]} background"
+
+
+def full_spec(scene: Scene) -> Spec:
+    """Everything that a caption can say of the scene, places apart."""
+    return Spec(tuple(_object_spec(o) for o in scene.objects), scene.relation, scene.background, exact=True)
+
+
+def holds(spec: Spec, scene: Scene) -> bool:
+    """Whether what the spec states is true of the scene."""
+    if spec.background not in (None, scene.background):
+        return False
+    if len(spec.objects) > len(scene.objects) or (spec.exact and len(spec.objects) != len(scene.objects)):
+        return False
+    for order in permutations(range(len(scene.objects)), len(spec.objects)):
+        # Two objects stand as the scene's relation says, read from the other side where their order is turned.
+        relation = INVERSE.get(scene.relation or "") if order == (1, 0) else scene.relation
+        described = all(_describes(o, scene.objects[i]) for o, i in zip(spec.objects, order, strict=True))
+        if described and spec.relation in (None, relation):
+            return True
+    return False
+
+
+def _describes(spec: ObjectSpec, o: SceneObject) -> bool:
+    stated = ((spec.shape, o.shape), (spec.colour, o.colour), (spec.size, o.size))
+    return all(want in (None, have) for want, have in stated) and (
+        spec.place is None or stands_at(o.x, o.y, spec.place)
+    )
+
+
+def stands_at(x: float, y: float, place: str, slack: float = 0.0) -> bool:
+    """Whether the point is in that ninth of the frame, `slack` beyond its borders allowed."""
+
+    def within(value: float, low: str, high: str) -> bool:
+        if low in place:
+            return value < NEAR + slack
+        if high in place:
+            return value > FAR - slack
+        return MIDDLE[0] - slack < value < MIDDLE[1] + slack
+
+    return within(x, "left", "right") and within(y, "top", "bottom")
+
+
+def place_of(x: float, y: float) -> str | None:
+    """The ninth of the frame where the point certainly is, else None."""
+    return next((place for place in PLACES if stands_at(x, y, place)), None)
+
+
+# What to say
+
+
+def _object_spec(o: SceneObject) -> ObjectSpec:
+    return ObjectSpec(o.shape, o.colour, o.size)
+
+
+def _turned(spec: Spec) -> Spec:
+    """The same, told from the other object."""
+    return replace(spec, objects=spec.objects[::-1], relation=INVERSE.get(spec.relation or ""))
+
+
+def _choose(scene: Scene, rng: Random) -> Spec:
+    spec = full_spec(scene)
+    if rng.random() < 0.5:
+        spec = _turned(spec)
+    style = rng.random()
+    if style < FRAGMENTS:
+        return _fragment(spec, rng)
+    if style < FRAGMENTS + TAGS:
+        objects = tuple(replace(_thinned(o, rng), shape=o.shape) for o in spec.objects)
+        kept = spec.relation if rng.random() < 0.5 else None
+        return Spec(objects, kept, spec.background if rng.random() < 0.5 else None)
+    return _sentence(spec, scene, rng)
+
+
+def _thinned(o: ObjectSpec, rng: Random) -> ObjectSpec:
+    """With things left out: the size often, the colour and the shape seldom."""
+    return ObjectSpec(
+        o.shape if rng.random() < 0.94 else None,
+        o.colour if rng.random() < 0.88 else None,
+        o.size if rng.random() < 0.55 else None,
+    )
+
+
+def _sentence(spec: Spec, scene: Scene, rng: Random) -> Spec:
+    objects = spec.objects
+    if rng.random() >= FULL:
+        objects = tuple(_thinned(o, rng) for o in objects)
+        spec = replace(spec, background=spec.background if rng.random() < 0.5 else None)
+        if len(objects) == 2 and rng.random() < 0.12:
+            spec = replace(spec, relation=None)
+    if len(objects) == 1 and rng.random() < 0.25:
+        only = scene.objects[0]
+        objects = (replace(objects[0], place=place_of(only.x, only.y)),)
+    return replace(spec, objects=objects)
+
+
+def _fragment(spec: Spec, rng: Random) -> Spec:
+    """One thing alone, so that each word is understood by itself."""
+    o = spec.objects[0]
+    kind = rng.random()
+    if kind < 0.30:
+        return Spec((ObjectSpec(colour=o.colour),))
+    if kind < 0.55:
+        return Spec((ObjectSpec(shape=o.shape),))
+    if kind < 0.63:
+        return Spec((ObjectSpec(size=o.size),))
+    if kind < 0.78:
+        return Spec((ObjectSpec(shape=o.shape, colour=o.colour),))
+    if kind < 0.84:
+        return Spec((ObjectSpec(size=o.size, colour=o.colour),))
+    if kind < 0.92:
+        return Spec(background=spec.background)
+    return _counted(spec, rng)
+
+
+def _counted(spec: Spec, rng: Random) -> Spec:
+    """ "An object", "two objects", or with some of what they have in common, "two red stars"."""
+    common = {}
+    for name in ATTRIBUTES:
+        values = {getattr(o, name) for o in spec.objects}
+        if len(values) == 1 and rng.random() < 0.6:
+            common[name] = values.pop()
+    return Spec((ObjectSpec(**common),) * len(spec.objects), exact=True)
+
+
+# What would be wrong
+
+
+def hard_negatives(scene: Scene, rng: Random, n: int) -> list[str]:
+    """n captions that are false of the scene by one thing: relation, colours, shapes or sizes swapped, or one
+    attribute replaced."""
+    spec = full_spec(scene)
+    negatives = []
+    while len(negatives) < n:
+        base = spec if rng.random() < 0.4 else _sentence(spec, scene, rng)
+        negatives += _falsehoods(base, scene, rng, 1, rng.getrandbits(32))
+    return negatives
+
+
+def contrast(scene: Scene, rng: Random, n: int) -> tuple[str, list[str]]:
+    """A caption and n hard negatives of it that keep its wording wherever they can."""
+    spec, seed = _choose(scene, rng), rng.getrandbits(32)
+    negatives = _falsehoods(spec, scene, rng, n, seed)
+    return verbalise(spec, Random(seed)), negatives + hard_negatives(scene, rng, n - len(negatives))
+
+
+def _falsehoods(spec: Spec, scene: Scene, rng: Random, n: int, seed: int) -> list[str]:
+    """Up to n of them, all different in what they state, said with the same random choices of words."""
+    wrong: list[Spec] = []
+    for _ in range(3 * n):
+        candidate = (_swap if len(spec.objects) == 2 and rng.random() < 0.6 else _replace)(spec, rng)
+        if candidate not in wrong and not holds(candidate, scene):
+            wrong.append(candidate)
+            if len(wrong) == n:
+                break
+    return [verbalise(candidate, Random(seed)) for candidate in wrong]
+
+
+def _swap(spec: Spec, rng: Random) -> Spec:
+    """The same words, exchanged between the two objects, or the relation turned round."""
+    what = rng.choice(("relation", "relation", "shape", "colour", "size"))
+    if what == "relation":
+        return replace(spec, relation=INVERSE.get(spec.relation or ""))
+    a, b = spec.objects
+    swapped = (replace(a, **{what: getattr(b, what)}), replace(b, **{what: getattr(a, what)}))
+    return replace(spec, objects=swapped)
+
+
+def _replace(spec: Spec, rng: Random) -> Spec:
+    """One stated thing replaced by another."""
+    choices: list[Callable[[], Spec]] = []
+    for index, o in enumerate(spec.objects):
+        for name in ("shape", "colour", "size"):
+            if getattr(o, name):
+                choices.append(lambda i=index, name=name: _with(spec, i, name, rng.choice(ATTRIBUTES[name])))
+        if o.place:
+            choices.append(lambda i=index: _with(spec, i, "place", rng.choice(tuple(PLACES))))
+    if spec.background:
+        choices.append(lambda: replace(spec, background=rng.choice(BACKGROUNDS)))
+    if spec.relation:
+        choices.append(lambda: replace(spec, relation=rng.choice(RELATIONS)))
+    return rng.choice(choices)() if choices else spec
+
+
+def _with(spec: Spec, index: int, name: str, value: str) -> Spec:
+    objects = list(spec.objects)
+    objects[index] = replace(objects[index], **{name: value})
+    return replace(spec, objects=tuple(objects))

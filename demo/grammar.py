@@ -1,0 +1,335 @@
+"""The language of the toy world: what a prompt states (`Spec`), said in words (`verbalise`), and read back (`parse`).
+
+Every word means one thing wherever it stands. `parse(verbalise(spec, rng)) == spec` for every spec a caption states.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from random import Random
+
+from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.demo.scenes import COLOURS, SHAPES
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectSpec:
+    """What is said of one object; None is left open. `place` is one of PLACES."""
+
+    shape: str | None = None
+    colour: str | None = None
+    size: str | None = None
+    place: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a prompt states. `relation`: where the first object stands from the second. `exact`: these objects and
+    no others (a full sentence); otherwise a fragment such as "red", which is true wherever something is red."""
+
+    objects: tuple[ObjectSpec, ...] = ()
+    relation: str | None = None
+    background: str | None = None
+    exact: bool = False
+
+
+# Words. The first of each is the plain one.
+
+SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
+COLOUR_WORDS = {colour: (colour,) for colour in COLOURS} | {"purple": ("purple", "violet")}
+SHAPE_WORDS = {shape: (shape,) for shape in SHAPES} | {
+    "circle": ("circle", "disc", "ball"),
+    "square": ("square", "box"),
+    "ring": ("ring", "donut", "hoop"),
+    "cross": ("cross", "plus"),
+    "diamond": ("diamond", "rhombus"),
+}
+ANY_SHAPE = ("object", "shape", "thing")
+# Nouns stand alone ("on sand"), adjectives only before "background".
+BACKGROUND_NOUNS = {
+    "sky": ("sky",),
+    "sand": ("sand",),
+    "grass": ("grass", "mint"),
+    "pink": ("pink",),
+    "grey": ("grey", "gray"),
+}
+BACKGROUND_ADJECTIVES = {"sand": ("sandy", "beige"), "grass": ("grassy",)}
+GROUND_WORDS = ("background", "backdrop")
+RELATION_WORDS = {
+    "left": ("to the left of", "left of", "on the left of", "on the left side of"),
+    "right": ("to the right of", "right of", "on the right of", "on the right side of"),
+    "above": ("above", "over", "higher than"),
+    "below": ("below", "under", "beneath", "lower than"),
+}
+PLACES = {
+    "top left": ("in the top left", "in the top left corner", "at the top left"),
+    "top": ("at the top",),
+    "top right": ("in the top right", "in the top right corner", "at the top right"),
+    "left": ("on the left", "on the left side"),
+    "middle": ("in the middle", "in the centre", "in the center"),
+    "right": ("on the right", "on the right side"),
+    "bottom left": ("in the bottom left", "in the bottom left corner", "at the bottom left"),
+    "bottom": ("at the bottom",),
+    "bottom right": ("in the bottom right", "in the bottom right corner", "at the bottom right"),
+}
+RELATION_PLACES = {
+    "left": ("left", "right"),
+    "right": ("right", "left"),
+    "above": ("top", "bottom"),
+    "below": ("bottom", "top"),
+}
+LEADS = (
+    "a picture of",
+    "a drawing of",
+    "an image of",
+    "a painting of",
+    "there is",
+    "draw",
+    "show",
+    "this is",
+)
+JOINS = ("and", "with")
+GROUNDS = ("on", "against")
+
+
+def _plural(noun: str) -> str:
+    return {"box": "boxes", "cross": "crosses", "plus": "pluses", "rhombus": "rhombuses"}.get(
+        noun, noun + "s"
+    )
+
+
+# Saying
+
+
+def verbalise(spec: Spec, rng: Random) -> str:
+    """One of the many ways to say the spec; "" for an empty one."""
+    return _sentence(spec, rng) if spec.exact and spec.objects else _fragment(spec, rng)
+
+
+def _bits(o: ObjectSpec, rng: Random) -> list[str]:
+    """The adjectives."""
+    bits = []
+    if o.size:
+        bits.append(_some(SIZE_WORDS[o.size], rng))
+    if o.colour:
+        bits.append(_some(COLOUR_WORDS[o.colour], rng))
+    return bits
+
+
+def _some(words: tuple[str, ...], rng: Random) -> str:
+    """The plain word half of the time, else any of them."""
+    chance = 2 * rng.random() - 1  # always one draw, so that one seed words two specs alike
+    return words[0] if chance < 0 else words[int(chance * len(words))]
+
+
+def _any(words: tuple[str, ...], rng: Random) -> str:
+    return words[int(rng.random() * len(words))]
+
+
+def _noun(o: ObjectSpec, rng: Random) -> str:
+    return _some(SHAPE_WORDS[o.shape], rng) if o.shape else _any(ANY_SHAPE, rng)
+
+
+def _with_article(words: str, rng: Random) -> str:
+    if rng.random() < 0.06:
+        return "one " + words
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _object(o: ObjectSpec, rng: Random) -> str:
+    """A noun phrase with its article, such as "a small red star"."""
+    phrase = _with_article(" ".join([*_bits(o, rng), _noun(o, rng)]), rng)
+    return f"{phrase} {_some(PLACES[o.place], rng)}" if o.place else phrase
+
+
+def _background(background: str, rng: Random) -> str:
+    """Such as "sand" or "a sandy backdrop"."""
+    nouns = BACKGROUND_NOUNS[background]
+    if rng.random() < 0.25:
+        return _some(nouns, rng)
+    name = _some(nouns + BACKGROUND_ADJECTIVES.get(background, ()), rng)
+    return f"a {name} {_some(GROUND_WORDS, rng)}"
+
+
+def _sentence(spec: Spec, rng: Random) -> str:
+    form = rng.random()
+    ground_first = form < 0.12 and spec.background is not None
+    lead = "" if rng.random() < 0.5 or ground_first else _any(LEADS, rng) + " "
+    if len(spec.objects) == 1:
+        text = _object(spec.objects[0], rng)
+    elif spec.relation is None:
+        text = _unrelated(*spec.objects, rng)
+    else:
+        text = _related(*spec.objects, spec.relation, not lead, rng)
+    text = lead + text
+    if spec.background is None:
+        return text
+    ground = _background(spec.background, rng)
+    if ground_first:
+        return f"{_any(GROUNDS, rng)} {ground}, {text}"
+    return f"{text}, {ground}" if form < 0.22 else f"{text} {_some(GROUNDS, rng)} {ground}"
+
+
+def _unrelated(a: ObjectSpec, b: ObjectSpec, rng: Random) -> str:
+    if a == b:  # "two red stars"
+        return " ".join(["two", *_bits(a, rng), _plural(_noun(a, rng))])
+    return f"{_object(a, rng)} {_some(JOINS, rng)} {_object(b, rng)}"
+
+
+def _related(a: ObjectSpec, b: ObjectSpec, relation: str, may_say_is: bool, rng: Random) -> str:
+    if rng.random() < 0.15:  # "a red star on the left and a blue ring on the right"
+        here, there = RELATION_PLACES[relation]
+        return _unrelated(replace(a, place=here), replace(b, place=there), rng)
+    verb = "is " if may_say_is and rng.random() < 0.15 else ""
+    return f"{_object(a, rng)} {verb}{_some(RELATION_WORDS[relation], rng)} {_object(b, rng)}"
+
+
+def _fragment(spec: Spec, rng: Random) -> str:
+    """Without articles: "red", "something red", "red star, small, sand", "red star left of blue ring, sand"."""
+    tags = []
+    if len(spec.objects) == 1:
+        tags = _tags(spec.objects[0], rng)
+    elif spec.objects:
+        first, second = (" ".join([*_bits(o, rng), _noun(o, rng)]) for o in spec.objects)
+        joint = f" {_some(RELATION_WORDS[spec.relation], rng)} " if spec.relation else ", "
+        tags = [first + joint + second]
+    if spec.background:
+        noun = _some(BACKGROUND_NOUNS[spec.background], rng)
+        ground = noun if rng.random() < 0.5 else f"{noun} {_some(GROUND_WORDS, rng)}"
+        tags.insert(0 if rng.random() < 0.2 else len(tags), ground)
+    return ", ".join(tags)
+
+
+def _tags(o: ObjectSpec, rng: Random) -> list[str]:
+    bits = _bits(o, rng)
+    form = rng.random()
+    if o.shape is None:
+        if not bits:
+            return [_any(ANY_SHAPE, rng)]
+        bare = " ".join(bits)
+        return [
+            bare if form < 0.5 else f"something {bare}" if form < 0.8 else f"{bare} {_any(ANY_SHAPE, rng)}"
+        ]
+    bits.append(_noun(o, rng))
+    if form < 0.6:
+        return [" ".join(bits)]
+    rng.shuffle(bits)
+    return bits
+
+
+# Reading
+
+
+def _lexicon() -> dict[str, tuple[str, str]]:
+    """Every phrase: its kind and what it means."""
+    lexicon = {
+        "a": ("article", ""),
+        "an": ("article", ""),
+        "one": ("article", ""),
+        "two": ("two", ""),
+        "something": ("new", ""),
+        "is": ("filler", ""),
+        ",": ("comma", ""),
+    }
+    tables = {
+        "size": SIZE_WORDS,
+        "colour": COLOUR_WORDS,
+        "shape": SHAPE_WORDS,
+        "place": PLACES,
+        "background": BACKGROUND_NOUNS,
+        "relation": RELATION_WORDS,
+    }
+    for kind, table in tables.items():
+        lexicon |= {word: (kind, name) for name, words in table.items() for word in words}
+    lexicon |= {word: ("background", name) for name, words in BACKGROUND_ADJECTIVES.items() for word in words}
+    lexicon |= {_plural(word): ("shape", name) for name, words in SHAPE_WORDS.items() for word in words}
+    lexicon |= {form: ("noun", "") for word in ANY_SHAPE for form in (word, _plural(word))}
+    lexicon |= {word: ("new", "") for word in JOINS}
+    return lexicon | {word: ("filler", "") for word in LEADS + GROUNDS + GROUND_WORDS}
+
+
+_LEXICON = _lexicon()
+_PHRASE = re.compile(
+    r"(?:"
+    + "|".join(re.escape(phrase) for phrase in sorted(_LEXICON, key=len, reverse=True))
+    + r")(?!\w)|[^\s,]+"
+)
+_ATTRIBUTES = ("size", "colour", "shape")
+
+
+def vocabulary() -> set[str]:
+    """Every word that a caption can contain (the comma is the only other sign)."""
+    return {word for phrase in _LEXICON for word in phrase.split() if word != ","}
+
+
+def parse(prompt: str) -> Spec:
+    """What the prompt states.
+
+    Raises CascadeError for a word outside the vocabulary, more than one relation, or more than two objects.
+    """
+    tokens = []
+    for phrase in _PHRASE.findall(" ".join(prompt.lower().replace(".", " ").split())):
+        if phrase not in _LEXICON:
+            raise CascadeError(
+                f"The toy world does not know {phrase!r} in the prompt {prompt!r}; it knows shapes, colours, sizes, "
+                "relations and backgrounds: use words of cascade_nodes.demo.captions.vocabulary()."
+            )
+        tokens.append(_LEXICON[phrase])
+    spec = _read(tokens, prompt)
+    if len(spec.objects) > 2 or (spec.relation and len(spec.objects) < 2):
+        raise CascadeError(
+            f"The prompt {prompt!r} names {len(spec.objects)} objects; the toy world has one or two, and two where "
+            "the prompt relates them: name that many."
+        )
+    return spec
+
+
+def _read(tokens: list[tuple[str, str]], prompt: str) -> Spec:
+    objects: list[dict[str, str]] = []
+    relation = background = None
+    new, counted, exact, twice = True, False, False, False
+    for position, (kind, value) in enumerate(tokens):
+        if kind in _ATTRIBUTES or kind == "noun":
+            if new or (kind in _ATTRIBUTES and kind in objects[-1]):
+                objects.append({})
+                exact |= counted
+            new = counted = False
+            if kind in _ATTRIBUTES:
+                objects[-1][kind] = value
+        elif kind == "comma":
+            new |= not objects or not _continues(objects[-1], tokens[position + 1 :])
+        elif kind == "relation":
+            if relation:
+                raise CascadeError(
+                    f"The prompt {prompt!r} has two relations; the toy world has one: remove one."
+                )
+            relation, new = value, True
+        elif kind == "place" and objects:
+            objects[-1]["place"] = value
+        elif kind == "background":
+            background, new, counted = value, True, False
+        elif kind in ("article", "two", "new"):
+            twice |= kind == "two"
+            new, counted = True, kind != "new"
+    specs = tuple(ObjectSpec(**o) for o in (objects * 2 if twice and len(objects) == 1 else objects))
+    return _places_as_relation(Spec(specs, relation, background, exact))
+
+
+def _continues(current: dict[str, str], rest: list[tuple[str, str]]) -> bool:
+    """Whether the tag after a comma speaks of the current object: "red star, small", but not "red star, ring"."""
+    for kind, _ in rest:
+        if kind not in _ATTRIBUTES:
+            return kind == "comma"
+        if kind in current:
+            return False
+    return True
+
+
+def _places_as_relation(spec: Spec) -> Spec:
+    """ "One on the left and one on the right" is a relation."""
+    if len(spec.objects) == 2 and spec.relation is None:
+        first, second = spec.objects
+        for relation, places in RELATION_PLACES.items():
+            if (first.place, second.place) == places:
+                bare = (replace(first, place=None), replace(second, place=None))
+                return replace(spec, objects=bare, relation=relation)
+    return spec

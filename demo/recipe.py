@@ -1,0 +1,58 @@
+"""The demo cascade in numbers: each network's configuration and how it is trained."""
+
+from cascade_nodes.cascade_core.training.trainer import Settings
+
+PICTURE = 256  # pixels
+COMPRESSED = 192  # what the compressor sees: 32 times the latent's 6 × 6
+LATENT = (16, 6, 6)  # Stage C
+STAGE_B_LATENT = (4, 64, 64)
+
+TRAIN_SCENES = 300_000
+CAPTIONS_PER_SCENE = 6
+WRONG_CAPTIONS_PER_SCENE = 6
+
+STAGE_A = {
+    "levels": 2, "bottleneck_blocks": 4, "c_hidden": 96, "c_latent": 4, "codebook_size": 1024, "scale_factor": 0.43,
+}  # fmt: skip
+COMPRESSOR = {
+    "c_latent": 16,
+    "stem": 16,
+    "stages": [
+        ["fused", 1, 3, 1, 16, 1],
+        ["fused", 4, 3, 2, 32, 2],
+        ["fused", 4, 3, 2, 48, 2],
+        ["mbconv", 4, 3, 2, 80, 3],
+        ["mbconv", 4, 3, 1, 96, 2],
+        ["mbconv", 4, 3, 2, 128, 3],
+    ],
+    "c_last": 256,
+}
+PREVIEWER = {"c_in": 16, "c_hidden": 192, "c_out": 3}
+TEXT = {
+    "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "projection_dim": 192, "max_position_embeddings": 77, "hidden_act": "gelu",
+}  # fmt: skip
+VISION = {
+    "hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 5, "num_attention_heads": 5,
+    "projection_dim": 192, "image_size": 96, "patch_size": 8, "hidden_act": "gelu",
+}  # fmt: skip
+STAGE_C = {
+    "c_in": 16, "c_out": 16, "c_r": 64, "patch_size": 1, "c_cond": 192, "c_hidden": [256, 256], "nhead": [4, 4],
+    "blocks": [[1, 3], [3, 1]], "block_repeat": [[1, 1], [1, 1]], "level_config": ["CTA", "CTA"],
+    "c_clip_text": 192, "c_clip_text_pooled": 192, "c_clip_img": 192, "c_clip_seq": 4, "kernel_size": 3,
+    "dropout": [0.0, 0.0], "self_attn": True, "t_conds": ["sca", "crp"], "switch_level": [False],
+}  # fmt: skip
+STAGE_B = {
+    "c_in": 4, "c_out": 4, "c_r": 64, "patch_size": 2, "c_cond": 192, "c_hidden": [96, 192, 288],
+    "nhead": [-1, -1, 6], "blocks": [[2, 3, 2], [2, 3, 2]], "block_repeat": [[1, 1, 1], [2, 2, 2]],
+    "level_config": ["CT", "CT", "CTA"], "c_clip": 192, "c_clip_seq": 4, "c_effnet": 16, "c_pixels": 3,
+    "kernel_size": 3, "dropout": [0, 0, 0], "self_attn": True, "t_conds": ["sca"],
+}  # fmt: skip
+
+SETTINGS = {
+    "stage_a": Settings(steps=4_000, learning_rate=2e-3, batch_size=64, weight_decay=0.0, bf16=False),
+    "compressor": Settings(steps=6_000, learning_rate=2e-3, batch_size=256),
+    "clip": Settings(steps=6_000, learning_rate=1e-3, batch_size=1024, weight_decay=0.05),
+    "stage_b": Settings(steps=24_000, learning_rate=1e-3, batch_size=256, ema=0.9995),
+    "stage_c": Settings(steps=16_000, learning_rate=1e-3, batch_size=1024, ema=0.9995),
+}

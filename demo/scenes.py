@@ -1,0 +1,166 @@
+"""Scenes of the toy world: one or two coloured shapes on a background, and which are held out from training.
+
+A scene's coordinates are fractions of the frame: x to the right, y down, the origin at the top left.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.demo.shapes import SHAPES as SHAPE_DISTANCES
+
+SHAPES = tuple(SHAPE_DISTANCES)
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
+BACKGROUNDS = ("sky", "sand", "grass", "pink", "grey")
+SIZES = ("small", "large")
+RELATIONS = ("left", "right", "above", "below")
+INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+RADIUS = {"small": (0.10, 0.12), "large": (0.17, 0.20)}
+MARGIN = 0.035  # between an object and the frame
+GAP = 0.06  # the least space between two objects, along the axis of their relation
+SPREAD = 0.62  # the greatest distance between the centres of two objects
+JITTER = 0.05  # of each object, across the axis of their relation
+
+HELD_OUT_TRIPLES = 10  # one (object, relation, object) triple in ten
+
+
+@dataclass(frozen=True, slots=True)
+class SceneObject:
+    """One object; its shape lies within `radius` of the centre (x, y) along both axes."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One object, or two, of which `relation` says where the first stands from the second: "left" of it, …"""
+
+    objects: tuple[SceneObject, ...]
+    background: str
+    relation: str | None = None
+
+
+# What is held out. An object's kind is shape * 8 + colour.
+
+
+def is_held_out_pair(kind: np.ndarray) -> np.ndarray:
+    """Whether a (shape, colour) is never trained on: each shape once and each colour once (a Latin pick)."""
+    shape, colour = kind // 8, kind % 8
+    return (3 * shape + 2) % 8 == colour
+
+
+def is_held_out_triple(first: np.ndarray, relation: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Whether (object kind, relation, object kind) is never trained on; A left of B is B right of A."""
+    inverted = relation % 2 == 1  # "right" and "below": read them from the other side
+    a, b = np.where(inverted, second, first), np.where(inverted, first, second)
+    key = ((a * 64 + b) * 2 + relation // 2).astype(np.uint64)
+    # A fixed 64-bit mixing function (splitmix64), so that the choice never depends on a seed or a platform.
+    key = (key + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (key ^ (key >> np.uint64(31))) % np.uint64(HELD_OUT_TRIPLES) == 0
+
+
+def held_out_reason(scene: Scene) -> str | None:
+    """ "pair" or "triple" if the scene is kept from training, else None."""
+    kinds = [np.array(SHAPES.index(o.shape) * 8 + COLOURS.index(o.colour)) for o in scene.objects]
+    if any(is_held_out_pair(kind) for kind in kinds):
+        return "pair"
+    if scene.relation is not None:
+        relation = np.array(RELATIONS.index(scene.relation))
+        if is_held_out_triple(kinds[0], relation, kinds[1]):
+            return "triple"
+    return None
+
+
+# Sampling
+
+
+def sample_scenes(n: int, seed: int, split: str = "train") -> list[Scene]:
+    """n random scenes: "train" has nothing held out; "held_out" has, by turns, a held-out pair, and a held-out
+    triple of trained pairs. A third of the training scenes and of the held-out pairs are single objects.
+    """
+    if split not in ("train", "held_out"):
+        raise CascadeError(f"sample_scenes: split is {split!r}, but it must be 'train' or 'held_out'.")
+    rng = np.random.default_rng([seed, split == "held_out"])
+    if split == "train":
+        kinds, relation = _sample_kinds(n, rng, "train")
+    else:
+        pairs, triples = _sample_kinds(n - n // 2, rng, "pair"), _sample_kinds(n // 2, rng, "triple")
+        kinds, relation = np.empty((n, 2), np.int64), np.empty(n, np.int64)
+        kinds[0::2], kinds[1::2] = pairs[0], triples[0]
+        relation[0::2], relation[1::2] = pairs[1], triples[1]
+    return _build(kinds, relation, rng)
+
+
+def _sample_kinds(n: int, rng: np.random.Generator, want: str) -> tuple[np.ndarray, np.ndarray]:
+    """Object kinds (n, 2) and relations (n,), -1 for a single, all of them "train", "pair" or "triple"."""
+    kinds, relations = np.empty((0, 2), np.int64), np.empty(0, np.int64)
+    while len(kinds) < n:
+        draw = rng.integers(0, 64, (2 * n + 64, 2))
+        relation = rng.integers(0, 4, len(draw))
+        single = np.zeros(len(draw), bool) if want == "triple" else rng.random(len(draw)) < 1 / 3
+        relation[single] = -1
+        if want == "pair":  # put a held-out pair in one of the slots
+            shape, slot = rng.integers(0, 8, len(draw)), np.where(single, 0, rng.integers(0, 2, len(draw)))
+            draw[np.arange(len(draw)), slot] = shape * 8 + (3 * shape + 2) % 8
+        first, second = draw.T
+        pair = is_held_out_pair(first) | (is_held_out_pair(second) & ~single)
+        triple = is_held_out_triple(first, np.maximum(relation, 0), second) & ~single
+        fits = {"train": ~pair & ~triple, "pair": pair, "triple": ~pair & triple}[want]
+        fits &= single | (first != second)  # two equal objects could not be told apart
+        kinds, relations = np.concatenate([kinds, draw[fits]]), np.concatenate([relations, relation[fits]])
+    return kinds[:n], relations[:n]
+
+
+def _build(kinds: np.ndarray, relation: np.ndarray, rng: np.random.Generator) -> list[Scene]:
+    """Gives the kinds sizes, places and a background."""
+    n = len(kinds)
+    size = rng.integers(0, 2, (n, 2))
+    low, high = np.array([RADIUS[name] for name in SIZES]).T
+    radius = low[size] + (high - low)[size] * rng.random((n, 2))
+    centre = _place_pairs(radius, relation, rng)
+    single = relation < 0
+    edge = MARGIN + radius[:, :1]
+    centre[single, 0] = (edge + (1 - 2 * edge) * rng.random((n, 2)))[single]
+    background = rng.integers(0, len(BACKGROUNDS), n)
+    scenes = []
+    rows = zip(
+        kinds.tolist(),
+        size.tolist(),
+        centre.tolist(),
+        radius.tolist(),
+        relation.tolist(),
+        background.tolist(),
+        strict=True,
+    )
+    for kind, sizes, centres, radii, related, ground in rows:
+        objects = tuple(
+            SceneObject(SHAPES[kind[i] // 8], COLOURS[kind[i] % 8], SIZES[sizes[i]], *centres[i], radii[i])
+            for i in range(1 if related < 0 else 2)
+        )
+        scenes.append(Scene(objects, BACKGROUNDS[ground], None if related < 0 else RELATIONS[related]))
+    return scenes
+
+
+def _place_pairs(radius: np.ndarray, relation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Centres (n, 2 objects, 2) of objects of the given radii that stand as `relation` says, well apart."""
+    n = len(relation)
+    room = 1 - 2 * MARGIN - radius.sum(1)
+    nearest = radius.sum(1) + GAP
+    distance = nearest + (np.minimum(room, SPREAD) - nearest) * rng.random(n)
+    swapped = relation % 2 == 1  # "right" and "below": the second object comes first along the axis
+    leading = np.where(swapped, radius[:, 1], radius[:, 0])
+    start = MARGIN + leading + (room - distance) * rng.random(n)
+    along = np.stack([start, start + distance], 1)
+    along = np.where(swapped[:, None], along[:, ::-1], along)
+    edge = MARGIN + JITTER + radius.max(1)
+    across = (edge + (1 - 2 * edge) * rng.random(n))[:, None] + JITTER * (2 * rng.random((n, 2)) - 1)
+    horizontal = (relation < 2)[:, None]
+    return np.stack([np.where(horizontal, along, across), np.where(horizontal, across, along)], 2)

@@ -1,0 +1,93 @@
+"""Signed distances of the toy world's eight shapes, in units of the object's radius.
+
+Each function takes x and y (tensors of one size; x to the right, y down, the object's centre at 0) and returns
+the distance to the outline: negative inside, exact outside, so that shadows and soft edges follow the form.
+Every shape lies within [-1, 1] in both axes.
+"""
+
+from collections.abc import Callable
+from math import cos, pi, sin
+
+import torch
+from torch import Tensor
+
+CIRCLE_RADIUS = 0.92
+SQUARE_HALF = 0.80
+RING_MIDDLE, RING_HALF = 0.70, 0.24
+CROSS_LENGTH, CROSS_HALF = 0.96, 0.33
+DIAMOND_HALF = (0.70, 1.0)
+TRIANGLE_TOP, TRIANGLE_BASE, TRIANGLE_HALF = -0.88, 0.76, 0.98
+STAR_TIP, STAR_NOTCH, STAR_CENTRE = 1.03, 0.46, 0.07
+HEART_SIDE, HEART_CENTRE = 1.12, 0.08
+
+
+def circle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y) - CIRCLE_RADIUS
+
+
+def ring(x: Tensor, y: Tensor) -> Tensor:
+    return (torch.hypot(x, y) - RING_MIDDLE).abs() - RING_HALF
+
+
+def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
+    dx, dy = x.abs() - half_width, y.abs() - half_height
+    return torch.hypot(dx.clamp_min(0), dy.clamp_min(0)) + torch.maximum(dx, dy).clamp_max(0)
+
+
+def square(x: Tensor, y: Tensor) -> Tensor:
+    return _box(x, y, SQUARE_HALF, SQUARE_HALF)
+
+
+def cross(x: Tensor, y: Tensor) -> Tensor:
+    return torch.minimum(_box(x, y, CROSS_LENGTH, CROSS_HALF), _box(x, y, CROSS_HALF, CROSS_LENGTH))
+
+
+def _edge(x: Tensor, y: Tensor, start: tuple[float, float], end: tuple[float, float]) -> Tensor:
+    """Distance to the segment from start to end, negative on the left of whoever walks it (y down)."""
+    ex, ey = end[0] - start[0], end[1] - start[1]
+    px, py = x - start[0], y - start[1]
+    along = ((px * ex + py * ey) / (ex * ex + ey * ey)).clamp(0, 1)
+    distance = torch.hypot(px - along * ex, py - along * ey)
+    return torch.where(px * ey - py * ex > 0, -distance, distance)
+
+
+def diamond(x: Tensor, y: Tensor) -> Tensor:
+    return _edge(x.abs(), y.abs(), (0.0, DIAMOND_HALF[1]), (DIAMOND_HALF[0], 0.0))
+
+
+def triangle(x: Tensor, y: Tensor) -> Tensor:
+    x = x.abs()
+    flank = _edge(x, y, (TRIANGLE_HALF, TRIANGLE_BASE), (0.0, TRIANGLE_TOP))
+    base = _edge(x, y, (0.0, TRIANGLE_BASE), (TRIANGLE_HALF, TRIANGLE_BASE))
+    nearest = torch.minimum(flank.abs(), base.abs())
+    return torch.where((flank < 0) & (base < 0), -nearest, nearest)
+
+
+def star(x: Tensor, y: Tensor) -> Tensor:
+    """Five points: the plane is folded into half of one point, where the outline is a single segment."""
+    y = y - STAR_CENTRE
+    sector = 2 * pi / 5
+    angle = torch.remainder(torch.atan2(x, -y) + sector / 2, sector) - sector / 2
+    radius, angle = torch.hypot(x, y), angle.abs()
+    notch = (STAR_NOTCH * sin(sector / 2), STAR_NOTCH * cos(sector / 2))
+    return _edge(radius * angle.sin(), radius * angle.cos(), (0.0, STAR_TIP), notch)
+
+
+def heart(x: Tensor, y: Tensor) -> Tensor:
+    """A square standing on its corner, with half a disc on each of its upper sides."""
+    x, y = x.abs(), y - HEART_CENTRE
+    standing = _box((x + y) * 0.5**0.5, (x - y) * 0.5**0.5, HEART_SIDE / 2, HEART_SIDE / 2)
+    lobe = HEART_SIDE / 8**0.5
+    return torch.minimum(standing, torch.hypot(x - lobe, y + lobe) - HEART_SIDE / 2)
+
+
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "circle": circle,
+    "square": square,
+    "triangle": triangle,
+    "star": star,
+    "heart": heart,
+    "ring": ring,
+    "cross": cross,
+    "diamond": diamond,
+}

@@ -1,0 +1,7 @@
+"""`python -m cascade_nodes.headless` is `cascade`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

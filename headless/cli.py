@@ -1,0 +1,131 @@
+"""The command line: `cascade run GRAPH.json` and `cascade nodes`.
+
+Nothing heavy is imported before it is needed, so that `cascade --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..cascade_core.errors import CascadeError
+
+if TYPE_CHECKING:
+    from .progress import ConsoleProgress
+    from .results import Result
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_EXAMPLES = """examples:
+  cascade run graph.json
+  cascade run graph.json --set 6.positive="a red star" --set CascadePriorSampler.seed=7 --output pictures
+  cascade run graph.json --server http://127.0.0.1:8188
+  cascade nodes CascadePriorSampler
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except CascadeError as error:
+        if options.traceback:
+            traceback.print_exception(error)
+        for line in str(error).splitlines():
+            _complain(f"error: {line}")
+        return 1
+    except KeyboardInterrupt:
+        _complain("Stopped.")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone; leave it at that
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cascade",
+        description="Stable Cascade graphs without ComfyUI, or on a ComfyUI that is running.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="execute a graph in API format")
+    run.add_argument("graph", type=Path, metavar="GRAPH.json", help="a graph in API format")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="NODE.INPUT=VALUE",
+        help="give an input another value; NODE is an id, or a class or title that only one node has",
+    )
+    output = "where pictures go, default: ./output"
+    run.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help=output)
+    source = "where LoadImage looks, default: ./input, then beside the graph, then here"
+    run.add_argument("--input", type=Path, default=Path("input"), metavar="DIR", help=source)
+    run.add_argument("--server", metavar="URL", help="run on this ComfyUI instead of in this process")
+    run.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
+    run.set_defaults(command=_run)
+    nodes = commands.add_parser("nodes", help="list the nodes with their inputs and outputs")
+    nodes.add_argument("ids", nargs="*", metavar="NODE", help="only these")
+    nodes.add_argument("--json", action="store_true", help="as ComfyUI's /object_info")
+    nodes.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+    nodes.set_defaults(command=_nodes)
+    return parser
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .progress import ConsoleProgress
+    from .sentences import sentences
+
+    progress = ConsoleProgress()
+    try:
+        result = _execute(options, progress)
+    finally:
+        progress.close()
+    for picture in result.pictures:
+        print(f"{picture.path}  ({picture.seconds:.1f} s)")
+    for line in sentences(None, result.node_errors):
+        _complain(f"error: {line}")
+    return 1 if result.node_errors else 0
+
+
+def _execute(options: argparse.Namespace, progress: ConsoleProgress) -> Result:
+    if options.server is not None:
+        from .assignments import assign
+        from .client import Server, run_on_server
+        from .folders import Folders
+        from .graph import read_graph
+
+        server = Server(options.server)
+        graph = assign(read_graph(options.graph), options.assignments, server.input_types)
+        return run_on_server(server, graph, Folders(options.input, options.output), progress)
+    from .execution import Executor
+    from .run import run_graph
+
+    return run_graph(
+        options.graph,
+        assignments=options.assignments,
+        input_folder=options.input,
+        output_folder=options.output,
+        executor=Executor(progress, keep=False),
+        partial=True,
+    )
+
+
+def _nodes(options: argparse.Namespace) -> int:
+    from .listing import list_nodes
+
+    print(list_nodes(options.ids, options.json))
+    return 0

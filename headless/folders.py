@@ -1,0 +1,74 @@
+"""Where the pictures of a run come from and go to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cascade_core.errors import CascadeError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_ANNOTATION = re.compile(r"^(?P<name>.*) \[(?P<kind>input|output|temp)\]$")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """`input` for LoadImage, which also looks in `graph`, the folder of the graph; `output` for SaveImage."""
+
+    input: Path = Path("input")
+    output: Path = Path("output")
+    graph: Path = Path()
+
+    @property
+    def temp(self) -> Path:
+        """Where PreviewImage writes."""
+        return self.output / "temp"
+
+    def of_kind(self, kind: str) -> Path:
+        """The folder that ComfyUI calls `input`, `output` or `temp`."""
+        return {"input": self.input, "output": self.output, "temp": self.temp}[kind]
+
+    def candidates(self, name: str) -> list[Path]:
+        """Where a picture of this name may lie. `name [output]` means the output folder, as in ComfyUI."""
+        annotated = _ANNOTATION.match(name)
+        if annotated:
+            return [self.of_kind(annotated["kind"]) / annotated["name"]]
+        return list(dict.fromkeys([self.input / name, self.graph / name, Path(name)]))
+
+    def find_picture(self, name: str) -> Path:
+        """The picture of this name; CascadeError that says where it was looked for."""
+        candidates = self.candidates(name)
+        for candidate in candidates:
+            if name and os.path.isfile(candidate):  # unlike Path.is_file, False for a name that is too long
+                return candidate
+        places = ", ".join(str(candidate) for candidate in candidates)
+        raise CascadeError(f"There is no picture {name!r} (looked for {places}); give the name of a file.")
+
+    def pictures(self) -> list[str]:
+        """The names of the pictures in the input folder."""
+        if not self.input.is_dir():
+            return []
+        return sorted(path.name for path in self.input.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+_folders: ContextVar[Folders | None] = ContextVar("cascade_folders", default=None)
+
+
+def current_folders() -> Folders:
+    """The folders of the run that is going on, or ./input and ./output outside one."""
+    return _folders.get() or Folders()
+
+
+@contextmanager
+def using_folders(folders: Folders) -> Iterator[None]:
+    """Let the nodes executed inside this block read from and write to `folders`."""
+    token = _folders.set(folders)
+    try:
+        yield
+    finally:
+        _folders.reset(token)

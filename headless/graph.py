@@ -1,0 +1,93 @@
+"""API-format graphs: `{node id: {"class_type": …, "inputs": {name: value or [node id, output index]}}}`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..cascade_core.errors import CascadeError
+
+Graph = dict[str, dict[str, Any]]
+
+
+def read_graph(path: Path) -> Graph:
+    """The graph in a JSON file. What each node holds is left to the validation.
+
+    Raises CascadeError: no file, not text, not JSON (with the line), not a graph in API format.
+    """
+    try:
+        graph = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CascadeError(f"Cannot read the graph {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise CascadeError(f"{path} is not a text file; a graph in API format is JSON.") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise CascadeError(f"{path} is not valid JSON: {error.msg} at {where}.") from error
+    check_shape(graph, str(path))
+    return graph
+
+
+def check_shape(graph: object, name: str) -> None:
+    """Raise CascadeError unless this can be a graph in API format."""
+    if not isinstance(graph, dict):
+        raise CascadeError(f"{name} holds {_json_kind(graph)}, but a graph is an object of nodes by id.")
+    if isinstance(graph.get("nodes"), list):
+        raise CascadeError(
+            f"{name} is a workflow of ComfyUI's canvas; there, choose File > Export (API) and run that file."
+        )
+    if not graph:
+        raise CascadeError(f"{name} holds no nodes.")
+    for node_id, node in graph.items():
+        if not isinstance(node, dict):
+            raise CascadeError(f"{name}: node {node_id} is {_json_kind(node)}, but an object was expected.")
+        if not isinstance(node.get("inputs"), dict):
+            raise CascadeError(f'{name}: node {node_id} has no "inputs" object (it may be empty).')
+
+
+def _json_kind(value: object) -> str:
+    kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def is_link(value: object) -> bool:
+    """Whether an input's value is `[node id, output index]`."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    source, slot = value
+    return isinstance(source, str) and isinstance(slot, int) and not isinstance(slot, bool)
+
+
+def linked_inputs(node: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str, int]]:
+    """(input, source node, output index) for each of these inputs that is connected."""
+    for name in names:
+        value = node["inputs"].get(name)
+        if is_link(value):
+            yield name, value[0], value[1]
+
+
+def execution_order(sources: Mapping[str, list[str]], outputs: Iterable[str]) -> list[str]:
+    """Every node that the outputs need, each after the nodes it takes from.
+
+    `sources` gives the nodes that each node takes from; it has no cycles (the validation has seen to that).
+    """
+    order: list[str] = []
+    seen: set[str] = set()
+    for output in outputs:
+        stack = [(output, False)]
+        while stack:
+            node_id, expanded = stack.pop()
+            if expanded:
+                order.append(node_id)
+            elif node_id not in seen:
+                seen.add(node_id)
+                stack.append((node_id, True))
+                stack.extend((source, False) for source in reversed(sources[node_id]))
+    return order
+
+
+def name_of(graph: Graph, node_id: str) -> str:
+    """How messages call a node: `3 (CascadePriorSampler)`."""
+    return f"{node_id} ({graph[node_id].get('class_type', '?')})"

@@ -1,0 +1,60 @@
+"""What a run gives, and who may watch it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a run saved, and the seconds from the start of the run until it was there."""
+
+    path: Path
+    node_id: str
+    seconds: float
+
+
+@dataclass
+class Result:
+    """What a run gave.
+
+    outputs      {node id: ui dictionary} of the output nodes, as ComfyUI's history has them
+    timings      {node id: seconds} of the nodes that were executed, not of those whose outputs were reused
+    pictures     the pictures saved, in order
+    seconds      the whole run
+    node_errors  ComfyUI's `node_errors` for outputs that could not be executed while others could
+    """
+
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)
+    seconds: float = 0.0
+    node_errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Observer:
+    """Watches a run. All methods may be left as they are."""
+
+    def node_started(self, index: int, total: int, name: str) -> None:
+        """Node `index` (from 1) of `total` begins; `name` is like `3 (CascadePriorSampler)`."""
+
+    def node_step(self, step: int, total: int, preview: Any) -> None:
+        """The node is at `step` of `total`; `preview` is an (H, W, 3) image in [0, 1], or None."""
+
+    def node_finished(self, seconds: float) -> None:
+        """The node that began last is done."""
+
+    def node_reused(self, index: int, total: int, name: str) -> None:
+        """Node `index` gave the same outputs in an earlier run or place; it is not executed."""
+
+    def status(self, text: str) -> None:
+        """Something worth saying while waiting."""
+
+    def interrupted(self) -> bool:
+        """Whether the run should stop; asked at every step of a sampler."""
+        return False
+
+    def close(self) -> None:
+        """The run is over, well or not."""

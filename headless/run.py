@@ -1,0 +1,57 @@
+"""A graph from start to end: read, assign, validate, execute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .assignments import assign
+from .execution import Executor
+from .folders import Folders, using_folders
+from .graph import Graph, check_shape, read_graph
+from .registry import NodeClass, available_nodes, describe
+from .results import Result
+from .sentences import GraphError
+from .validation import validate
+
+
+def run_graph(
+    graph: Graph | Path | str,
+    *,
+    assignments: Iterable[str] = (),
+    input_folder: Path | str = "input",
+    output_folder: Path | str = "output",
+    nodes: Mapping[str, NodeClass] | None = None,
+    executor: Executor | None = None,
+    extra_pnginfo: dict[str, Any] | None = None,
+    partial: bool = False,
+) -> Result:
+    """Execute a graph in API format in this process.
+
+    graph        the graph, or a JSON file that holds it
+    assignments  `NODE.INPUT=VALUE` texts, as with `cascade run --set`
+    nodes        {node id: class}; by default all of ours, LoadImage, LoadImageMask, SaveImage, PreviewImage
+    executor     keeps outputs from run to run when given, so that nodes with the same inputs do not run again
+    partial      run the valid outputs when others are not (`Result.node_errors` has those), as ComfyUI does
+
+    Raises CascadeError: GraphError for an invalid graph, NodeError for a node that failed.
+    """
+    folder = Path()
+    if not isinstance(graph, dict):
+        folder = Path(graph).parent
+        graph = read_graph(Path(graph))
+    check_shape(graph, "The graph")
+    classes = dict(available_nodes() if nodes is None else nodes)
+
+    def input_types(class_type: str) -> dict[str, str] | None:
+        if class_type not in classes:
+            return None
+        return {name: entry.type for name, entry in describe(classes[class_type]).inputs.items()}
+
+    folders = Folders(Path(input_folder), Path(output_folder), folder)
+    with using_folders(folders):
+        validation = validate(assign(graph, assignments, input_types), classes)
+        if validation.error is not None or (validation.node_errors and not partial):
+            raise GraphError(validation.error, validation.node_errors, classes)
+        return (executor or Executor(keep=False)).run(validation, extra_pnginfo)

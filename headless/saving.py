@@ -1,0 +1,84 @@
+"""Writing files so that a failure leaves nothing half-written and nothing overwritten."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..cascade_core.errors import CascadeError
+
+
+def resolve_prefix(prefix: str, folder: Path, width: int, height: int) -> tuple[Path, str]:
+    """(folder, start of the name) for a `filename_prefix` such as `stars/red_%width%`.
+
+    %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second% are filled in.
+    Raises CascadeError for a prefix that leads out of the folder or names no file.
+    """
+    values = {"width": str(width), "height": str(height)}
+    now = time.localtime()
+    names = ("year", "month", "day", "hour", "minute", "second")
+    values |= {name: f"{value:02}" for name, value in zip(names, now[:6], strict=True)}
+    prefix = re.sub(r"%(\w+)%", lambda match: values.get(match[1], match[0]), prefix)
+    root = folder.resolve()
+    path = root if "\0" in prefix or prefix.endswith(("/", "\\")) else (root / prefix).resolve()
+    if path == root or not path.is_relative_to(root):
+        raise CascadeError(f"Cannot save as {prefix!r}: a filename_prefix names files inside {folder}.")
+    return folder / path.relative_to(root).parent, path.name
+
+
+def next_counter(folder: Path, start: str) -> int:
+    """One more than the highest number among the folder's files named `START_00001_…`."""
+    pattern = re.compile(re.escape(start) + r"_(\d+)_?\.", re.IGNORECASE)
+    found = (pattern.match(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+def save_new(folder: Path, name_of: Callable[[int], str], counter: int, data: bytes) -> Path:
+    """Write `data` to the first free name from `name_of(counter)` on; returns the path.
+
+    The bytes go to a temporary file first; a file appears under its final name whole or not at all.
+    Raises CascadeError naming the path: not a folder, no permission, disk full.
+    """
+    target = folder / name_of(counter)
+    temporary = folder / f".{target.name}.{os.getpid()}.part"
+    reserved = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        while not (reserved := _reserve(target)):
+            counter += 1
+            target = folder / name_of(counter)
+        os.replace(temporary, target)
+    except BaseException as error:  # also when interrupted
+        _remove(temporary)
+        if reserved:
+            _remove(target)
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = "free some space or save elsewhere" if full else "choose a folder that can be written to"
+            raise CascadeError(f"Cannot save {target}: {error.strerror}; {advice} (--output).") from error
+        raise
+    return target
+
+
+def _reserve(target: Path) -> bool:
+    """Take a name for the file that is about to be moved there, unless someone has it already."""
+    try:
+        target.open("xb").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # its folder is not a folder: then there is nothing to remove
+        return

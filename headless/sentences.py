@@ -1,0 +1,134 @@
+"""ComfyUI's validation errors as sentences: which node, which input, what arrived, what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from ..cascade_core.errors import CascadeError
+
+Error = dict[str, Any]
+
+
+class GraphError(CascadeError):
+    """A graph that cannot be executed: one line for each thing that is wrong.
+
+    `error` and `node_errors` are ComfyUI's.
+    """
+
+    def __init__(self, error: Error | None, node_errors: dict[str, Error], known: Iterable[str] = ()):
+        super().__init__("\n".join(sentences(error, node_errors, known)))
+        self.error = error
+        self.node_errors = node_errors
+
+
+def sentences(error: Error | None, node_errors: dict[str, Error], known: Iterable[str] = ()) -> list[str]:
+    """One sentence for each thing that is wrong, each said once. `known`: the node types there are."""
+    lines = [
+        _sentence(node_id, entry["class_type"], reason)
+        for node_id, entry in node_errors.items()
+        for reason in entry["errors"]
+    ]
+    if error is not None and not lines:
+        lines = [_whole_graph(error, list(known))]
+    return list(dict.fromkeys(lines))
+
+
+def _whole_graph(error: Error, known: list[str]) -> str:
+    extra = error.get("extra_info") or {}
+    node_id, class_type = extra.get("node_id"), str(extra.get("class_type") or "")
+    if error["type"] == "prompt_no_outputs":
+        return "The graph has no output node such as SaveImage, so there is nothing to make."
+    if error["type"] == "missing_node_type" and not class_type:
+        return f"Node {node_id} has no class_type, which must name a node (`cascade nodes` lists them)."
+    if error["type"] == "missing_node_type":
+        close = get_close_matches(class_type, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "`cascade nodes` lists those there are."
+        return f"Node {node_id}: there is no node {class_type!r}; {hint}"
+    details = f" ({error['details']})" if error.get("details") else ""
+    return f"{error['message'].rstrip('.')}{details}."
+
+
+def _sentence(node_id: str, class_type: str, reason: Error) -> str:
+    extra = reason.get("extra_info") or {}
+    wording = _WORDINGS.get(reason["type"])
+    if wording is None:
+        text = f"{reason['message']}: {reason['details']}" if reason["details"] else reason["message"]
+    else:
+        text = wording(reason, extra)
+    if reason["type"] == "dependency_cycle":
+        return text
+    return f"Node {node_id} ({class_type}): {text}"
+
+
+def _options(extra: Error) -> tuple[str, dict[str, Any]]:
+    config = extra.get("input_config") or ["", {}]
+    return config[0], config[1]
+
+
+def _missing(reason: Error, extra: Error) -> str:
+    return f"the required input {extra['input_name']!r} is missing; give it a value or connect it."
+
+
+def _bad_link(reason: Error, extra: Error) -> str:
+    _, _, why = reason["details"].partition(": ")
+    text = f"input {extra['input_name']!r} is connected to {extra['received_value']!r}"
+    return f"{text}, but {why or 'a link is [node id, output index]'}."
+
+
+def _mismatch(reason: Error, extra: Error) -> str:
+    source, slot = extra["linked_node"]
+    arrives = f"is connected to output {slot} of node {source}, which gives {extra['received_type']}"
+    return f"input {extra['input_name']!r} {arrives}, but it takes {_options(extra)[0]}."
+
+
+def _wrong_type(reason: Error, extra: Error) -> str:
+    return f"input {extra['input_name']!r} is {extra['received_value']!r}, but it takes {_options(extra)[0]}."
+
+
+def _out_of_range(reason: Error, extra: Error) -> str:
+    _, options = _options(extra)
+    low, high = options.get("min"), options.get("max")
+    if low is not None and high is not None:
+        expected = f"between {low} and {high}"
+    else:
+        expected = f"at least {low}" if low is not None else f"at most {high}"
+    return f"input {extra['input_name']!r} is {extra['received_value']}, but it must be {expected}."
+
+
+def _not_in_list(reason: Error, extra: Error) -> str:
+    _, options = _options(extra)
+    listed = ", ".join(map(str, options.get("options", []))) or "nothing: the list is empty"
+    if extra.get("input_config") is None:
+        listed = "a long list (see `cascade nodes`)"
+    return f"input {extra['input_name']!r} is {extra['received_value']!r}, but it must be one of: {listed}."
+
+
+def _custom(reason: Error, extra: Error) -> str:
+    _, _, why = reason["details"].partition(" - ")
+    text = why or "the node does not accept it"
+    return f"input {extra['input_name']!r}: {text}{'' if text.endswith(('.', '!', '?')) else '.'}"
+
+
+def _cycle(reason: Error, extra: Error) -> str:
+    return f"The graph runs in a circle, {reason['details']}; take out one of these connections."
+
+
+def _exception(reason: Error, extra: Error) -> str:
+    return f"checking its inputs failed with {extra['exception_type']}: {reason['details']}."
+
+
+_WORDINGS: dict[str, Callable[[Error, Error], str]] = {
+    "required_input_missing": _missing,
+    "bad_linked_input": _bad_link,
+    "return_type_mismatch": _mismatch,
+    "invalid_input_type": _wrong_type,
+    "value_smaller_than_min": _out_of_range,
+    "value_bigger_than_max": _out_of_range,
+    "value_not_in_list": _not_in_list,
+    "custom_validation_failed": _custom,
+    "dependency_cycle": _cycle,
+    "exception_during_validation": _exception,
+    "exception_during_inner_validation": _exception,
+}

@@ -1,0 +1,1 @@
+"""The nodes: one file per family, each node thin, everything host-specific behind `hosts`."""

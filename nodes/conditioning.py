@@ -1,0 +1,95 @@
+"""Conditioning: prompts and image prompts."""
+
+from ..cascade_core.errors import CascadeError
+from .api import io
+from .hosts import host
+
+CATEGORY = "Stable Cascade/conditioning"
+
+
+class CascadeTextEncode(io.ComfyNode):
+    """Both prompts at once."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeTextEncode",
+            display_name="Cascade Text Encode",
+            category=CATEGORY,
+            description=(
+                "Encodes what the picture should and should not show. (word:1.3) weighs a word, \\( is a "
+                "bracket."
+            ),
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder."),
+                io.String.Input(
+                    "positive",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What the picture should show.",
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What it should not show. May stay empty.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="For both samplers' positive input."),
+                io.Conditioning.Output(display_name="negative", tooltip="For both samplers' negative input."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, positive, negative) -> io.NodeOutput:
+        if clip is None:
+            raise CascadeError("The checkpoint holds no text encoder; connect Load Cascade Text Encoder.")
+        return io.NodeOutput(host().encode_text(clip, positive), host().encode_text(clip, negative))
+
+
+class CascadeImagePrompt(io.ComfyNode):
+    """A picture beside the words."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeImagePrompt",
+            display_name="Cascade Image Prompt",
+            category=CATEGORY,
+            description="Adds a picture to a prompt: Stage C makes variations of what it shows.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The prompt that the picture is added to."),
+                io.ClipVision.Input("clip_vision", tooltip="The image encoder."),
+                io.Image.Input("image", tooltip="The picture; of several, each is added."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How much the picture counts. 0 adds nothing.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="conditioning", tooltip="The prompt with the picture.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, conditioning, clip_vision, image, strength) -> io.NodeOutput:
+        if strength == 0:
+            return io.NodeOutput(conditioning)
+        prompt = {
+            "clip_vision_output": host().encode_image(clip_vision, image),
+            "strength": strength,
+            "noise_augmentation": 0.0,
+        }
+        return io.NodeOutput(
+            [
+                [tokens, {**values, "unclip_conditioning": [*values.get("unclip_conditioning", []), prompt]}]
+                for tokens, values in conditioning
+            ]
+        )

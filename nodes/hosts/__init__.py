@@ -1,0 +1,91 @@
+"""The only place that knows which program the nodes run in.
+
+Both hosts are packages with the same functions, listed in `Host`: `comfyui` wraps our networks in ComfyUI's
+own classes, `headless` does the same job with nothing but torch.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from .run import Network, Run
+
+
+class Host(Protocol):
+    """What the nodes ask of a host. MODEL, CLIP, VAE and the like are the host's own values (`Any` here)."""
+
+    def list_files(self, role: str) -> list[str]:
+        """The names that a loader of this role (`roles.FOLDERS`) offers."""
+        ...
+
+    def find_file(self, role: str, name: str) -> Path:
+        """Where a name from `list_files` lies; CascadeError where there is none."""
+        ...
+
+    def load_network(self, kind: str, path: Path, dtype: str) -> Any:
+        """Stage C or Stage B (`kind` stage_c, stage_b) as a MODEL. dtype: a name of `roles.DTYPES`."""
+        ...
+
+    def load_stage_a(self, path: Path) -> Any:
+        """Stage A as a VAE, whose latents are in the codebook's units."""
+        ...
+
+    def load_compressor(self, compressor: Path, previewer: Path | None) -> Any:
+        """The compressor, and the previewer as its decoder, as one VAE."""
+        ...
+
+    def load_text_encoder(self, path: Path) -> Any:
+        """A CLIP from a file or a folder."""
+        ...
+
+    def load_vision(self, path: Path) -> Any:
+        """A CLIP_VISION from a file or a folder."""
+        ...
+
+    def encode_text(self, clip: Any, prompt: str) -> list:
+        """CONDITIONING of one prompt."""
+        ...
+
+    def encode_image(self, vision: Any, image: Tensor) -> Any:
+        """CLIP_VISION_OUTPUT of images (B, H, W, 3): `.image_embeds` is (B, E)."""
+        ...
+
+    def describe_network(self, model: Any) -> Network:
+        """What a MODEL is and how wide its inputs are."""
+        ...
+
+    def first_non_finite(self, model: Any) -> str | None:
+        """The name of the first weight of a MODEL that holds NaN or infinity, or None."""
+        ...
+
+    def describe_vae(self, vae: Any) -> str:
+        """stage_a, compressor, or the name of what else it is."""
+        ...
+
+    def encode_pixels(self, vae: Any, image: Tensor) -> Tensor:
+        """(B, H, W, 3) in [0, 1] -> a latent in socket units."""
+        ...
+
+    def decode_latent(self, vae: Any, latent: Tensor, tile: int) -> Tensor:
+        """A latent in socket units -> (B, H, W, 3) in [0, 1]; `tile`: pixels a side, 0: no tiles."""
+        ...
+
+    def sample(self, run: Run) -> Tensor:
+        """The sampled latent (B, C, h, w) float32 on the CPU, in socket units."""
+        ...
+
+
+def host() -> Host:
+    """ComfyUI where this process is one, else the headless host.
+
+    A ComfyUI that is merely installed does not count: its modules are loaded before any pack's.
+    """
+    if "comfy.model_management" in sys.modules:
+        from . import comfyui
+
+        return cast(Host, comfyui)
+    from . import headless
+
+    return cast(Host, headless)

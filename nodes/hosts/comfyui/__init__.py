@@ -1,0 +1,30 @@
+"""ComfyUI as host: its own classes around our networks, one file per socket family.
+
+Only this package imports `comfy`, `folder_paths` and the like. Written for 0.3.64 and later; where later
+versions differ, the code asks what is there, not which version it is.
+"""
+
+from .clip import encode_text, load_text_encoder
+from .folders import find_file, list_files
+from .model import describe_network, first_non_finite, load_network
+from .sampling import sample
+from .vae import decode_latent, describe_vae, encode_pixels, load_compressor, load_stage_a
+from .vision import encode_image, load_vision
+
+__all__ = [
+    "decode_latent",
+    "describe_network",
+    "describe_vae",
+    "encode_image",
+    "encode_pixels",
+    "encode_text",
+    "find_file",
+    "first_non_finite",
+    "list_files",
+    "load_compressor",
+    "load_network",
+    "load_stage_a",
+    "load_text_encoder",
+    "load_vision",
+    "sample",
+]

@@ -1,0 +1,102 @@
+"""CLIP in ComfyUI: its own text encoder classes, built with a file's configuration.
+
+They keep the host's names (`clip_g.transformer.text_model.…`), which its LoRA nodes look for.
+"""
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_model
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import folder_paths
+
+from ....cascade_core.tokenizer import Tokenizer
+
+
+class TextModel(comfy.clip_model.CLIPTextModel):
+    """The host's text transformer with a vocabulary and a projection of any size."""
+
+    def __init__(self, config_dict, dtype, device, operations):
+        super().__init__(config_dict, dtype, device, operations)
+        width, placement = config_dict["hidden_size"], {"dtype": dtype, "device": device}
+        self.set_input_embeddings(operations.Embedding(config_dict["vocab_size"], width, **placement))
+        self.text_projection = operations.Linear(
+            width, config_dict["projection_dim"], bias=False, **placement
+        )
+
+
+class TextEncoder(comfy.sd1_clip.SDClipModel):
+    """States before the final norm and the projected pooled vector, as Stable Cascade takes them."""
+
+    def __init__(self, config: dict[str, Any], device="cpu", dtype=None, model_options=None):
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            layer="hidden",
+            layer_idx=-1,
+            textmodel_json_config=dict(config),
+            model_class=TextModel,
+            special_tokens={
+                "start": config["bos_token_id"],
+                "end": config["eos_token_id"],
+                "pad": config["eos_token_id"],
+            },
+            layer_norm_hidden_state=False,
+            enable_attention_masks=True,
+            return_projected_pooled=True,
+            model_options={**(model_options or {}), "model_name": "clip_g"},
+        )
+
+
+class BackendAdapter:
+    """Our tokenizer where the host's chunking expects one of transformers'."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def from_pretrained(self, path: str, **_: Any) -> "BackendAdapter":
+        """The host makes its tokenizer from a folder; this one is made already."""
+        return self
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        tokens = self.tokenizer.tokens(text)
+        return {"input_ids": [self.tokenizer.start_token, *tokens, self.tokenizer.end_token]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.tokenizer.backend.get_vocab()
+
+
+def load_text_encoder(path: Path) -> comfy.sd.CLIP:
+    from ....cascade_core.text import TextEncoder as CoreTextEncoder
+
+    core = CoreTextEncoder.load(path)
+    config = core.model.config.to_dict()
+    config |= {"bos_token_id": core.tokenizer.start_token, "eos_token_id": core.tokenizer.end_token}
+    chunker = partial(
+        comfy.sd1_clip.SDTokenizer,
+        embedding_size=config["hidden_size"],
+        embedding_key="clip_g",
+        tokenizer_class=BackendAdapter(core.tokenizer),
+    )
+    target = comfy.supported_models_base.ClipTarget(
+        partial(comfy.sd1_clip.SD1Tokenizer, clip_name="g", tokenizer=chunker),
+        partial(comfy.sd1_clip.SD1ClipModel, clip_name="g", clip_model=partial(TextEncoder, config)),
+    )
+    weights = core.model.state_dict()
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    if (
+        "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters
+    ):  # newer: filled before it is placed
+        return comfy.sd.CLIP(target, embeddings, parameters=parameters, state_dict=[weights])
+    clip = comfy.sd.CLIP(target, embeddings, parameters=parameters)
+    clip.load_sd(weights)
+    return clip
+
+
+def encode_text(clip: Any, prompt: str) -> list:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

@@ -1,0 +1,67 @@
+"""Where ComfyUI keeps model files: its categories, `models/stable_cascade`, and the demo weights."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ....cascade_core.errors import CascadeError
+from .. import roles
+
+DEMO_CATEGORY = "cascade_demo"
+
+
+def register() -> None:
+    """Tells ComfyUI of our two categories; `extra_model_paths.yaml` may name them too."""
+    folder_paths.add_model_folder_path(
+        "stable_cascade", os.path.join(folder_paths.models_dir, "stable_cascade")
+    )
+    folder_paths.add_model_folder_path(DEMO_CATEGORY, str(roles.DEMO_FOLDER))
+
+
+register()  # before the first schema asks for a list
+
+
+def list_files(role: str) -> list[str]:
+    """Names that `find_file` knows, the demo's first."""
+    found: set[str] = set()
+    for category in roles.FOLDERS[role]:
+        names = folder_paths.get_filename_list(category)
+        found.update(name for name in names if name.lower().endswith(roles.SUFFIXES))
+    if role == "text_encoder":
+        folders = {os.path.dirname(name) for name in found} - {""}
+        found.update(name for name in folders if _find_folder(role, name))
+    demo = [roles.DEMO_NAMES[role]] if roles.demo_file(role) else []
+    return demo + sorted(found - set(demo))
+
+
+def find_file(role: str, name: str) -> Path:
+    """The file or folder of that name, inside the folders of its role and nowhere else."""
+    if roles.leaves_folder(name):
+        raise CascadeError(f"{name!r} is no name of a model file; choose one that the loader lists.")
+    for category in roles.FOLDERS[role]:
+        path = folder_paths.get_full_path(category, name)
+        if path is not None:
+            return Path(path)
+    folder = _find_folder(role, name) if role == "text_encoder" else None
+    if folder is not None:
+        return folder
+    demo = roles.demo_file(role)
+    if demo is not None and name == demo.name:
+        return demo
+    folders = [
+        folder for category in roles.FOLDERS[role] for folder in folder_paths.get_folder_paths(category)
+    ]
+    raise CascadeError(
+        f"No {roles.ROLE_WORDS[role]} file {name!r} was found in {', '.join(folders)}; put it there and "
+        "refresh the page."
+    )
+
+
+def _find_folder(role: str, name: str) -> Path | None:
+    candidates = [
+        Path(folder) / name
+        for category in roles.FOLDERS[role]
+        for folder in folder_paths.get_folder_paths(category)
+    ]
+    return next((path for path in candidates if roles.is_encoder_folder(path)), None)

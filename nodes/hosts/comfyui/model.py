@@ -1,0 +1,198 @@
+"""MODEL in ComfyUI: a patcher around a subclass of its own Stable Cascade models, around our network."""
+
+from pathlib import Path
+from typing import Any
+
+import comfy.conds
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ....cascade_core import checkpoints
+from ....cascade_core.config import infer_config
+from ....cascade_core.errors import CascadeError
+from ..run import Network
+from .hosted import Hosted
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}
+
+
+class HostedNetwork(Hosted):
+    """Stage B or Stage C as ComfyUI calls a diffusion model. `dtype`: of its weights; `name`: of its file."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype, name: str):
+        super().__init__(network)
+        self.dtype = dtype
+        self.name = name
+
+    def forward(
+        self,
+        x: Tensor,
+        r: Tensor,
+        context: Tensor | None = None,
+        control: dict | None = None,
+        transformer_options: dict | None = None,
+        **conditions: Tensor,
+    ) -> Tensor:
+        """`conditions` are what `extra_conds` below returned; `context` stays empty, as in the host's own
+        model.
+        """
+        if control is not None:
+            # The host's list is popped from its end, block after block.
+            conditions["control"] = list(reversed(control.get("input", [])))  # type: ignore[assignment]
+        return self.network(x, r, **conditions)
+
+
+class StageCModel(comfy.model_base.StableCascade_C):
+    """The host's Stage C, with our network and its widths."""
+
+    def __init__(self, model_config, build, device=None):
+        stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
+        comfy.model_base.BaseModel.__init__(
+            self, model_config, stable_cascade, device=device, unet_model=build
+        )
+
+    def extra_conds(self, **kwargs) -> dict[str, Any]:
+        conds = {}
+        if kwargs.get("pooled_output") is not None:
+            conds["clip_text_pooled"] = comfy.conds.CONDRegular(kwargs["pooled_output"])
+        if kwargs.get("cross_attn") is not None:
+            # CONDRegular, not CONDCrossAttn: that repeats the shorter prompt to run both at once, and Stage
+            # C, which attends to other tokens as well, would answer differently.
+            conds["clip_text"] = comfy.conds.CONDRegular(kwargs["cross_attn"])
+        width = self.diffusion_model.clip_img_mapper.in_features
+        conds["clip_img"] = comfy.conds.CONDRegular(
+            image_tokens(kwargs.get("unclip_conditioning") or [], width)
+        )
+        return conds
+
+
+class StageBModel(comfy.model_base.StableCascade_B):
+    """The host's Stage B, with our network."""
+
+    def __init__(self, model_config, build, device=None):
+        stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
+        comfy.model_base.BaseModel.__init__(
+            self, model_config, stable_cascade, device=device, unet_model=build
+        )
+
+    def extra_conds(self, **kwargs) -> dict[str, Any]:
+        conds = {}
+        if kwargs.get("pooled_output") is not None:
+            conds["clip"] = comfy.conds.CONDRegular(kwargs["pooled_output"])
+        prior = kwargs.get("stable_cascade_prior")
+        if prior is None:
+            channels = self.diffusion_model.network.config.c_effnet
+            prior = torch.zeros(1, channels, 1, 1)  # of any size: the network resizes it
+        conds["effnet"] = comfy.conds.CONDRegular(prior.to(kwargs["device"]))
+        return conds
+
+
+HOST_CLASSES = {
+    "stage_c": (StageCModel, comfy.supported_models.Stable_Cascade_C),
+    "stage_b": (StageBModel, comfy.supported_models.Stable_Cascade_B),
+}
+
+
+def image_tokens(prompts: list[dict], width: int) -> Tensor:
+    """Image embeddings, each times its strength, side by side: (1, images, width); zeros without any."""
+    if not prompts:
+        return torch.zeros(1, 1, width)
+    embeds = [
+        prompt["clip_vision_output"].image_embeds.unsqueeze(0) * prompt["strength"] for prompt in prompts
+    ]
+    return torch.cat(embeds, dim=1)
+
+
+def load_network(kind: str, path: Path, dtype: str) -> Any:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise CascadeError(f"dtype {dtype!r} is not known; choose auto, {', '.join(DTYPES)}.")
+    return load_patcher(kind, str(path), dtype)
+
+
+def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False) -> Any:
+    """The patcher of a file. The host calls this again, by `cached_patcher_init`, for a second copy."""
+    tensors, metadata = checkpoints.read_safetensors(path)
+    _expect(kind, path, tensors, metadata)
+    model_class, config_class = HOST_CLASSES[kind]
+    config = config_class({"stable_cascade_stage": kind[-1]})
+    load_device = comfy.model_management.get_torch_device()
+    weight_dtype = _weight_dtype(tensors, dtype, config.supported_inference_dtypes)
+    cast = comfy.model_management.unet_manual_cast(
+        weight_dtype, load_device, config.supported_inference_dtypes
+    )
+    config.set_inference_dtype(weight_dtype, cast)
+
+    def build(operations: Any, **_: Any) -> HostedNetwork:
+        network, _, _ = checkpoints.load_model(path, expect=kind, dtype=weight_dtype, operations=operations)
+        return HostedNetwork(network, weight_dtype, Path(path).name)
+
+    model = model_class(config, build)
+    offload_device = comfy.model_management.unet_offload_device()
+    patcher_class = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:
+        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
+    if not comfy.model_management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher.cached_patcher_init = (load_patcher, (kind, path, dtype))
+    return patcher
+
+
+def _expect(kind: str, path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Refuses a file of another kind before anything is chosen for it."""
+    try:
+        found, config = infer_config(tensors, metadata)
+    except CascadeError as error:
+        raise CascadeError(f"{Path(path).name}: {error}") from None
+    if found != kind:
+        described = checkpoints.describe(path, found, config)
+        raise CascadeError(f"{described}, but {checkpoints.KIND_NAMES[kind]} is expected here.")
+
+
+def _weight_dtype(tensors: dict[str, Tensor], name: str, supported: list[torch.dtype]) -> torch.dtype:
+    """What the weights are kept in: what was asked for, or the host's own choice for such a file."""
+    if name != "auto":
+        return DTYPES[name]
+    return comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(tensors),
+        supported_dtypes=supported,
+        weight_dtype=comfy.utils.weight_dtype(tensors),
+    )
+
+
+# The layers whose input width tells what a network takes; the same names in our networks and the host's.
+WIDTH_LAYERS = {
+    "stage_c": {"text": "clip_txt_mapper", "pooled": "clip_txt_pooled_mapper", "image": "clip_img_mapper"},
+    "stage_b": {"pooled": "clip_mapper"},
+}
+
+
+def describe_network(model: Any) -> Network:
+    """Ours or the host's own Stage B and C; anything else by its class."""
+    base = getattr(model, "model", None)
+    kind = None
+    if isinstance(base, comfy.model_base.StableCascade_C):
+        kind = "stage_c"
+    elif isinstance(base, comfy.model_base.StableCascade_B):
+        kind = "stage_b"
+    if base is None or kind is None:
+        return Network(None, f"a {type(base if base is not None else model).__name__} model", {})
+    network = base.diffusion_model
+    widths = {what: getattr(network, layer).in_features for what, layer in WIDTH_LAYERS[kind].items()}
+    words = checkpoints.KIND_NAMES[kind]
+    name = f"{network.name} ({words})" if isinstance(network, HostedNetwork) else f"the {words} MODEL"
+    return Network(kind, name, widths, base.latent_format.latent_channels)
+
+
+def first_non_finite(model: Any) -> str | None:
+    return checkpoints.first_non_finite(model.model.diffusion_model)

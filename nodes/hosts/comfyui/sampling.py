@@ -1,0 +1,110 @@
+"""A sampling run inside ComfyUI's guider: our guidance and samplers; areas, hooks, LoRA and memory are its.
+
+The host works with x / a, noised by sigma = b / a = exp(-log_snr / 2), and predicts the clean latent; our
+samplers work with a·x0 + b·epsilon and predict epsilon.
+"""
+
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ....cascade_core.diffusion import per_image, scale
+from ....cascade_core.guidance import guide
+from ....cascade_core.noise import NoiseSource
+from ....cascade_core.samplers import SAMPLERS, Step, start_latent
+from ..run import Run
+from .progress import step_callback
+
+
+class CascadeGuider(comfy.samplers.CFGGuider):
+    """The host's guider with the published guidance, which brings the contrast back per image."""
+
+    def __init__(self, patcher: Any, cfg: float, cfg_rescale: float):
+        super().__init__(patcher)
+        self.set_cfg(cfg)
+        self.cfg_rescale = cfg_rescale
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None) -> Tensor:
+        def rescaled(values: dict[str, Any]) -> Tensor:
+            # x - denoised is sigma·epsilon, and the guidance of a multiple is the multiple of the guidance.
+            if values["cond_scale"] == 1:
+                return values["cond"]
+            return guide(values["cond"], values["uncond"], values["cond_scale"], self.cfg_rescale)
+
+        options = {**(model_options or {}), "sampler_cfg_function": rescaled}
+        negative, positive = self.conds.get("negative"), self.conds.get("positive")
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, negative, positive, self.cfg, model_options=options, seed=seed
+        )
+
+
+class CascadeSampler(comfy.samplers.Sampler):
+    """One of our samplers as the host's SAMPLER, over the levels of one run."""
+
+    def __init__(self, run: Run, source: NoiseSource):
+        self.run = run
+        self.source = source
+
+    def sample(
+        self,
+        model_wrap,
+        sigmas,
+        extra_args,
+        callback,
+        noise,
+        latent_image=None,
+        denoise_mask=None,
+        disable_pbar=False,
+    ) -> Tensor:
+        model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+        model.latent_image, model.noise = latent_image, noise  # what it keeps outside the mask
+        steps = self.run.steps
+
+        def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            a, b = (per_image(value, x) for value in scale(log_snr))
+            sigma = (log_snr / -2).exp()
+            denoised = model(x / a, sigma, denoise_mask=denoise_mask, **extra_args)
+            return (x - a * denoised) / b
+
+        def report(step: Step) -> None:
+            if callback is not None:
+                callback(step.index, step.x0, step.x, steps)
+
+        latent = torch.zeros_like(noise) if latent_image is None else latent_image
+        start = start_latent(latent, noise, self.run.denoise, self.run.shift)
+        sampled = SAMPLERS[self.run.sampler](denoise, start, self.run.log_snrs(), self.source.draw, report)
+        return sampled if denoise_mask is None else torch.lerp(latent, sampled, denoise_mask)
+
+
+def sample(run: Run) -> Tensor:
+    patcher = with_shift(run.model, run.shift)
+    source = run.noise()
+    guider = CascadeGuider(patcher, run.cfg, run.cfg_rescale)
+    guider.set_conds(run.positive, run.negative)
+    sampled = guider.sample(
+        source.draw(),
+        run.samples,
+        CascadeSampler(run, source),
+        (run.log_snrs() / -2).exp(),
+        denoise_mask=run.noise_mask,
+        callback=step_callback(patcher, run.steps),
+        seed=run.seed,
+    )
+    return sampled.to(comfy.model_management.intermediate_device(), torch.float32)
+
+
+def with_shift(patcher: Any, shift: float) -> Any:
+    """The MODEL with the run's schedule, by which the host turns shares of the steps into sigmas."""
+    if getattr(patcher.get_model_object("model_sampling"), "shift", None) == shift:
+        return patcher
+    stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
+    schedule = comfy.model_base.model_sampling(patcher.model.model_config, stable_cascade)
+    schedule.set_parameters(shift)
+    patched = patcher.clone()
+    patched.add_object_patch("model_sampling", schedule)
+    return patched

@@ -1,0 +1,140 @@
+"""VAE in ComfyUI: a subclass of its own VAE around Stage A, or around the compressor and the previewer."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.cascade.stage_a
+import comfy.ldm.cascade.stage_c_coder
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+from torch import Tensor, nn
+
+from ....cascade_core import checkpoints
+from ....cascade_core.errors import CascadeError
+from .hosted import Hosted
+
+
+class HostedStageA(Hosted):
+    """Stage A with latents in the codebook's units, as the host's own has them."""
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self.network.encode(image) * self.network.config.scale_factor
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.network.decode(latent / self.network.config.scale_factor)
+
+
+class HostedCoder(nn.Module):
+    """The compressor encodes, the previewer decodes; under the names of the host's own pair."""
+
+    def __init__(self, encoder: nn.Module, previewer: nn.Module | None):
+        super().__init__()
+        self.encoder = encoder
+        self.previewer = previewer
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self.encoder(image)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        if self.previewer is None:
+            raise CascadeError(
+                "This VAE only encodes: choose a previewer file in its loader to see Stage C latents."
+            )
+        return self.previewer(latent)
+
+
+class CascadeVAE(comfy.sd.VAE):
+    """The host's VAE around a network of ours, whose pictures are in [0, 1] at both ends."""
+
+    def __init__(self, network: nn.Module):
+        with _quiet():
+            super().__init__(sd={})  # sets every attribute that this version of the host knows
+        self.first_stage_model = network.eval().requires_grad_(False)
+        self.process_input = lambda image: image
+        self.process_output = lambda image: image.clamp_(
+            0.0, 1.0
+        )  # newer hosts use only what it does in place
+        self.device = comfy.model_management.vae_device()
+        self.vae_dtype = comfy.model_management.vae_dtype(self.device, self.working_dtypes)
+        self.output_device = comfy.model_management.intermediate_device()
+        network.to(self.vae_dtype)
+        archive_dtypes = getattr(comfy.model_management, "archive_model_dtypes", None)
+        if archive_dtypes is not None:
+            archive_dtypes(network)
+        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+        offload_device = comfy.model_management.vae_offload_device()
+        self.patcher = patcher_class(network, load_device=self.device, offload_device=offload_device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the host's warning that an empty state dict holds no VAE."""
+    logger = logging.getLogger()
+    logger.addFilter(_not_about_empty_vae)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_not_about_empty_vae)
+
+
+def _not_about_empty_vae(record: logging.LogRecord) -> bool:
+    return "No VAE weights detected" not in record.getMessage()
+
+
+def load_stage_a(path: Path) -> CascadeVAE:
+    network, _, config = checkpoints.load_model(path, expect="stage_a", operations=comfy.ops.manual_cast)
+    vae = CascadeVAE(HostedStageA(network))
+    vae.downscale_ratio = vae.upscale_ratio = 2 ** config["levels"]
+    vae.latent_channels = config["c_latent"]
+    # The widest tensors have 8 · c_hidden numbers for each latent position, and about four of them are alive
+    # at once.
+    floats = 32 * config["c_hidden"]
+    vae.memory_used_decode = lambda shape, dtype: (
+        floats * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
+    )
+    vae.memory_used_encode = lambda shape, dtype: (
+        floats * shape[2] * shape[3] // 16 * comfy.model_management.dtype_size(dtype)
+    )
+    return vae
+
+
+def load_compressor(compressor: Path, previewer: Path | None) -> CascadeVAE:
+    encoder, _, config = checkpoints.load_model(
+        compressor, expect="compressor", operations=comfy.ops.manual_cast
+    )
+    decoder = None
+    if previewer is not None:
+        decoder, _, _ = checkpoints.load_model(
+            previewer, expect="previewer", operations=comfy.ops.manual_cast
+        )
+    vae = CascadeVAE(HostedCoder(encoder, decoder))
+    vae.downscale_ratio = 32
+    vae.upscale_ratio = 8
+    vae.latent_channels = config["c_latent"]
+    return vae
+
+
+def describe_vae(vae: Any) -> str:
+    """Ours or the host's own, by what is inside."""
+    network = getattr(vae, "first_stage_model", None)
+    if isinstance(network, HostedStageA | comfy.ldm.cascade.stage_a.StageA):
+        return "stage_a"
+    if isinstance(network, HostedCoder | comfy.ldm.cascade.stage_c_coder.StageC_coder):
+        return "compressor"
+    return f"a {type(network).__name__} VAE"
+
+
+def encode_pixels(vae: Any, image: Tensor) -> Tensor:
+    return vae.encode(image[..., :3]).float()
+
+
+def decode_latent(vae: Any, latent: Tensor, tile: int) -> Tensor:
+    if not tile:
+        return vae.decode(latent).float().clamp(0.0, 1.0)
+    side = max(tile // vae.spacial_compression_decode(), 4)
+    return vae.decode_tiled(latent, tile_x=side, tile_y=side, overlap=side // 4).float().clamp(0.0, 1.0)

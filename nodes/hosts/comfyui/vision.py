@@ -1,0 +1,32 @@
+"""CLIP_VISION in ComfyUI: its own image encoder class, built with a file's configuration."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_vision
+from torch import Tensor
+
+from ....cascade_core.errors import CascadeError
+
+
+def load_vision(path: Path) -> comfy.clip_vision.ClipVisionModel:
+    from ....cascade_core.vision import ImageEncoder
+
+    core = ImageEncoder.load(path)
+    config = {**core.model.config.to_dict(), "model_type": "clip_vision_model"}
+    with tempfile.TemporaryDirectory() as folder:  # the host takes its configuration from a file
+        written = Path(folder) / "config.json"
+        written.write_text(json.dumps(config, default=str), encoding="utf-8")
+        vision = comfy.clip_vision.ClipVisionModel(str(written))
+    missing, _ = vision.load_sd(core.model.state_dict())
+    if missing:
+        raise CascadeError(
+            f"{path.name} lacks {missing[0]}; choose a CLIP image encoder with its projection."
+        )
+    return vision
+
+
+def encode_image(vision: Any, image: Tensor) -> Any:
+    return vision.encode_image(image)

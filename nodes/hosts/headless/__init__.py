@@ -1,0 +1,30 @@
+"""The host of a process without ComfyUI: the same functions as `hosts.comfyui`, on nothing but torch.
+
+Weights lie in main memory and visit the device for the time of one node, so that stages never crowd each
+other out.
+"""
+
+from .clip import encode_text, load_text_encoder
+from .folders import find_file, list_files
+from .model import describe_network, first_non_finite, load_network
+from .sampling import sample
+from .vae import decode_latent, describe_vae, encode_pixels, load_compressor, load_stage_a
+from .vision import encode_image, load_vision
+
+__all__ = [
+    "decode_latent",
+    "describe_network",
+    "describe_vae",
+    "encode_image",
+    "encode_pixels",
+    "encode_text",
+    "find_file",
+    "first_non_finite",
+    "list_files",
+    "load_compressor",
+    "load_network",
+    "load_stage_a",
+    "load_text_encoder",
+    "load_vision",
+    "sample",
+]

@@ -1,0 +1,42 @@
+"""CLIP without ComfyUI: the core's text encoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ....cascade_core.errors import CascadeError
+from .device import compute_device, on_device
+
+if TYPE_CHECKING:
+    from ....cascade_core.text import TextEncoder
+
+
+@dataclass(frozen=True)
+class HeadlessCLIP:
+    """A text encoder with its tokenizer."""
+
+    encoder: "TextEncoder"
+
+
+def load_text_encoder(path: Path) -> HeadlessCLIP:
+    from ....cascade_core.text import TextEncoder  # transformers takes seconds to import
+
+    return HeadlessCLIP(TextEncoder.load(path, dtype=encoder_dtype()))
+
+
+@torch.inference_mode()
+def encode_text(clip: HeadlessCLIP, prompt: str) -> list:
+    if not isinstance(clip, HeadlessCLIP):
+        raise CascadeError(f"The CLIP is a {type(clip).__name__}; connect Load Cascade Text Encoder.")
+    with on_device(clip.encoder.model):
+        states, pooled = clip.encoder.encode([prompt])
+    return [[states.cpu(), {"pooled_output": pooled.cpu()}]]
+
+
+def encoder_dtype() -> torch.dtype:
+    """float32 on the CPU, where halves are slow; else half precision, which the encoders were published
+    in.
+    """
+    return torch.float32 if compute_device().type == "cpu" else torch.float16

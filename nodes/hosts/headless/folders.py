@@ -1,0 +1,52 @@
+"""Where model files are found without ComfyUI.
+
+Roots, in this order: every folder of `$CASCADE_MODELS`, `./models`, `models` in the pack; each with ComfyUI's
+subfolders. The bundled demo weights are always offered, and any existing path is taken as it is.
+"""
+
+import os
+from pathlib import Path
+
+from ....cascade_core.errors import CascadeError
+from .. import roles
+
+
+def roots() -> list[Path]:
+    """The folders that play the part of ComfyUI's `models`."""
+    stated = [Path(entry) for entry in os.environ.get("CASCADE_MODELS", "").split(os.pathsep) if entry]
+    return [*stated, Path("models"), roles.PACK / "models"]
+
+
+def search_folders(role: str) -> list[Path]:
+    """Every folder that may hold a file of this role, whether it exists or not."""
+    return [
+        root / subfolder
+        for category in roles.FOLDERS[role]
+        for root in roots()
+        for subfolder in roles.subfolders(category)
+    ]
+
+
+def list_files(role: str) -> list[str]:
+    """Names that `find_file` knows, the demo's first."""
+    found = {name for folder in search_folders(role) for name in roles.names_in(folder, role)}
+    demo = [roles.DEMO_NAMES[role]] if roles.demo_file(role) else []
+    return demo + sorted(found - set(demo))
+
+
+def find_file(role: str, name: str) -> Path:
+    """The file or folder of that name; a path that exists is its own name."""
+    if not roles.leaves_folder(name):
+        for folder in search_folders(role):
+            if (folder / name).exists():
+                return folder / name
+    demo = roles.demo_file(role)
+    if demo is not None and name == demo.name:
+        return demo
+    if name and Path(name).exists():
+        return Path(name)
+    places = ", ".join(str(root) for root in roots())
+    raise CascadeError(
+        f"No {roles.ROLE_WORDS[role]} file {name!r} was found under {places} (in "
+        f"{', '.join(roles.FOLDERS[role])}); put it there, set CASCADE_MODELS, or give its path."
+    )

@@ -1,0 +1,103 @@
+"""A sampling run without ComfyUI: our guidance, our samplers, one prompt."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....cascade_core.diffusion import noise_cond, per_image, scale, undiffuse
+from ....cascade_core.errors import CascadeError
+from ....cascade_core.guidance import Guider
+from ....cascade_core.samplers import SAMPLERS, Denoise, Step, start_latent
+from ..reporting import check_interrupted, report
+from ..run import Run, mask_like
+from .device import on_device
+from .vae import SCALE_FACTOR
+
+# Latents on the sockets are in these units times what the network diffuses.
+SOCKET_UNITS = {"stage_c": 1.0, "stage_b": SCALE_FACTOR}
+
+
+@torch.inference_mode()
+def sample(run: Run) -> Tensor:
+    network = run.model.network
+    units = SOCKET_UNITS[run.kind]
+    with on_device(network) as device:
+        latent = run.samples.to(device, torch.float32) / units
+        source = run.noise()
+        noise = source.draw().to(device)
+        conditions = CONDITIONS[run.kind]
+        positive = conditions(_only(run.positive, "positive"), network.config)
+        negative = conditions(_only(run.negative, "negative"), network.config)
+        guider = Guider(network, positive, negative, run.cfg, run.cfg_rescale)
+
+        def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
+            check_interrupted()
+            return guider(x, noise_cond(log_snr))
+
+        mask = None if run.noise_mask is None else mask_like(run.noise_mask, latent)
+        predict = denoise if mask is None else keep_outside(mask, latent, noise, denoise)
+        start = start_latent(latent, noise, run.denoise, run.shift)
+        sampled = SAMPLERS[run.sampler](predict, start, run.log_snrs(), source.draw, _progress)
+        if mask is not None:
+            sampled = torch.lerp(latent, sampled, mask)
+        return (sampled * units).float().cpu()
+
+
+def _progress(step: Step) -> None:
+    report(step.index + 1, step.steps)
+
+
+def _only(conditioning: list, socket: str) -> tuple[Tensor, dict[str, Any]]:
+    if len(conditioning) != 1:
+        raise CascadeError(
+            f"{socket} holds {len(conditioning)} prompts, but exactly one can be sampled outside ComfyUI; "
+            "connect one Cascade Text Encode."
+        )
+    tokens, values = conditioning[0]
+    return tokens, values
+
+
+def _stage_c_conditions(prompt: tuple[Tensor, dict[str, Any]], config) -> dict[str, Tensor]:
+    tokens, values = prompt
+    return {
+        "clip_text": tokens,
+        "clip_text_pooled": values["pooled_output"][:, None],
+        "clip_img": image_tokens(values, config.c_clip_img),
+    }
+
+
+def _stage_b_conditions(prompt: tuple[Tensor, dict[str, Any]], config) -> dict[str, Tensor]:
+    _, values = prompt
+    return {"clip": values["pooled_output"][:, None], "effnet": values["stable_cascade_prior"]}
+
+
+CONDITIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "stage_c": _stage_c_conditions,
+    "stage_b": _stage_b_conditions,
+}
+
+
+def image_tokens(values: dict[str, Any], width: int) -> Tensor:
+    """Image embeddings, each times its strength, side by side: (1, images, width); zeros without any."""
+    prompts = values.get("unclip_conditioning") or []
+    if not prompts:
+        return torch.zeros(1, 1, width)
+    embeds = [prompt["clip_vision_output"].image_embeds[None] * prompt["strength"] for prompt in prompts]
+    return torch.cat(embeds, dim=1)
+
+
+def keep_outside(mask: Tensor, latent: Tensor, noise: Tensor, denoise: Denoise) -> Denoise:
+    """Inpainting: outside the mask the network sees the given latent, noised, and predicts it.
+
+    mask: (B, 1, h, w), 1 where the picture may change; latent, noise: (B, C, h, w).
+    """
+
+    def blended(x: Tensor, log_snr: Tensor) -> Tensor:
+        a, b = (per_image(value, x) for value in scale(log_snr))
+        seen = torch.lerp(a * latent + b * noise, x, mask)
+        x0 = torch.lerp(latent, undiffuse(seen, log_snr, denoise(seen, log_snr)), mask)
+        return (x - a * x0) / b  # the epsilon that leads from the sampler's own x to this x0
+
+    return blended

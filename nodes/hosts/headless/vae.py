@@ -1,0 +1,68 @@
+"""VAE without ComfyUI: Stage A, or the semantic compressor with the previewer as its decoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....cascade_core import checkpoints
+from ....cascade_core.errors import CascadeError
+from .device import on_device
+from .tiles import decode_tiled
+
+SCALE_FACTOR = 0.43  # LATENT sockets carry the codebook's units: this times what Stage B diffuses
+
+
+@dataclass(frozen=True)
+class HeadlessVAE:
+    """`encoder` and `decoder` are the same network for Stage A; the compressor may lack a decoder."""
+
+    kind: str
+    encoder: nn.Module
+    decoder: nn.Module | None
+
+
+def load_stage_a(path: Path) -> HeadlessVAE:
+    network, _, _ = checkpoints.load_model(path, expect="stage_a", dtype=torch.float32)
+    return HeadlessVAE("stage_a", network, network)
+
+
+def load_compressor(compressor: Path, previewer: Path | None) -> HeadlessVAE:
+    encoder, _, _ = checkpoints.load_model(compressor, expect="compressor", dtype=torch.float32)
+    decoder = None
+    if previewer is not None:
+        decoder, _, _ = checkpoints.load_model(previewer, expect="previewer", dtype=torch.float32)
+    return HeadlessVAE("compressor", encoder, decoder)
+
+
+def describe_vae(vae: Any) -> str:
+    return vae.kind if isinstance(vae, HeadlessVAE) else f"a {type(vae).__name__}"
+
+
+@torch.inference_mode()
+def encode_pixels(vae: HeadlessVAE, image: Tensor) -> Tensor:
+    pixels = image.movedim(-1, 1)[:, :3]
+    with on_device(vae.encoder) as device:
+        pixels = pixels.to(device, torch.float32)
+        if vae.kind == "stage_a":
+            return (vae.encoder.encode(pixels) * vae.encoder.config.scale_factor).cpu()
+        return vae.encoder(pixels).cpu()
+
+
+@torch.inference_mode()
+def decode_latent(vae: HeadlessVAE, latent: Tensor, tile: int) -> Tensor:
+    if vae.decoder is None:
+        raise CascadeError(
+            "This VAE only encodes: choose a previewer file in its loader to see Stage C latents."
+        )
+    with on_device(vae.decoder) as device:
+        latent = latent.to(device, torch.float32)
+        if vae.kind == "stage_a":
+            network = vae.decoder
+            latent = latent / network.config.scale_factor
+            image = decode_tiled(network.decode, latent, tile // 4, upscale=4)
+        else:
+            image = decode_tiled(vae.decoder, latent, tile // 8, upscale=8)
+    return image.clamp(0, 1).movedim(1, -1).cpu()

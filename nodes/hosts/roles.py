@@ -1,0 +1,87 @@
+"""Which files a loader offers: ComfyUI's folders for each role, our own, and the bundled demo cascade."""
+
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parents[2]
+DEMO_FOLDER = PACK / "demo" / "weights"
+
+# Every role also looks into `stable_cascade`. Names are ComfyUI's categories; `SUBFOLDERS` gives their
+# folders.
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "stage_c": ("diffusion_models", "checkpoints", "stable_cascade"),
+    "stage_b": ("diffusion_models", "checkpoints", "stable_cascade"),
+    "stage_a": ("vae", "stable_cascade"),
+    "compressor": ("vae", "stable_cascade"),
+    "previewer": ("vae", "stable_cascade"),
+    "text_encoder": ("text_encoders", "stable_cascade"),
+    "vision": ("clip_vision", "stable_cascade"),
+    "controlnet": ("controlnet", "stable_cascade"),
+    "lora": ("loras", "stable_cascade"),
+}
+
+SUBFOLDERS: dict[str, tuple[str, ...]] = {
+    "diffusion_models": ("diffusion_models", "unet"),
+    "text_encoders": ("text_encoders", "clip"),
+}
+
+DEMO_NAMES: dict[str, str] = {
+    "stage_c": "demo_stage_c.safetensors",
+    "stage_b": "demo_stage_b.safetensors",
+    "stage_a": "demo_stage_a.safetensors",
+    "compressor": "demo_compressor.safetensors",
+    "previewer": "demo_previewer.safetensors",
+    "text_encoder": "demo_text_encoder",
+    "vision": "demo_image_encoder.safetensors",
+}
+
+ROLE_WORDS: dict[str, str] = {
+    "stage_c": "Stage C",
+    "stage_b": "Stage B",
+    "stage_a": "Stage A",
+    "compressor": "semantic compressor",
+    "previewer": "previewer",
+    "text_encoder": "text encoder",
+    "vision": "image encoder",
+    "controlnet": "ControlNet",
+    "lora": "LoRA",
+}
+
+DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8")
+SUFFIXES = (".safetensors", ".sft")
+
+
+def subfolders(category: str) -> tuple[str, ...]:
+    """The folders under `models` that belong to a category."""
+    return SUBFOLDERS.get(category, (category,))
+
+
+def names_in(folder: Path, role: str) -> list[str]:
+    """Safetensors files under `folder`, relative to it; of text encoders also their folders."""
+    if not folder.is_dir():
+        return []
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    names = {path.relative_to(folder).as_posix() for path in files}
+    if role == "text_encoder":
+        names |= {
+            path.parent.relative_to(folder).as_posix() for path in files if is_encoder_folder(path.parent)
+        }
+        names.discard(".")
+    return sorted(names)
+
+
+def is_encoder_folder(folder: Path) -> bool:
+    """Whether a folder holds a text encoder as Hugging Face saves one: weights beside its vocabulary."""
+    has_vocabulary = (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file()
+    return has_vocabulary and (folder / "model.safetensors").is_file()
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a file name could point out of the folder it is looked up in."""
+    path = Path(name)
+    return not name or path.is_absolute() or ".." in path.parts or bool(path.drive)
+
+
+def demo_file(role: str) -> Path | None:
+    """The demo cascade's file for a role, where the weights are there."""
+    path = DEMO_FOLDER / DEMO_NAMES[role] if role in DEMO_NAMES else None
+    return path if path is not None and path.exists() else None

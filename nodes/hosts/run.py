@@ -1,0 +1,73 @@
+"""What both hosts need to know of one sampling run, and of a MODEL."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cascade_core.noise import NoiseSource
+from ...cascade_core.samplers import log_snr_range
+
+LATENT_CHANNELS = {"stage_c": 16, "stage_b": 4}  # where a network's own configuration does not say
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a MODEL holds.
+
+    kind      stage_c, stage_b, or None for any other model
+    name      in words, for messages, such as "a Stage B model"
+    widths    of its inputs: text, pooled, image (absent where it takes none)
+    channels  of its latent
+    """
+
+    kind: str | None
+    name: str
+    widths: dict[str, int]
+    channels: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampling run.
+
+    samples      (B, C, h, w), the latent in socket units; what is kept of it depends on denoise
+    noise_mask   (B or 1, h', w') or (B or 1, 1, h', w'), 1 where the picture may change, or None
+    batch_index  which image of the batch each row is, for its noise
+    denoise      the share of the schedule that is run, in (0, 1]
+    """
+
+    kind: str
+    model: Any
+    positive: list
+    negative: list
+    samples: Tensor
+    noise_mask: Tensor | None
+    batch_index: Sequence[int] | None
+    seed: int
+    steps: int
+    cfg: float
+    cfg_rescale: float
+    shift: float
+    sampler: str
+    denoise: float
+
+    def log_snrs(self) -> Tensor:
+        """(steps + 1,), the levels of noise from the first to the last."""
+        return log_snr_range(self.steps, self.shift, self.denoise)
+
+    def noise(self) -> NoiseSource:
+        """Each image's own stream; its first draw is the start."""
+        batch = len(self.samples)
+        indices = list(self.batch_index) if self.batch_index is not None else batch
+        return NoiseSource(self.seed, indices, tuple(self.samples.shape[1:]))
+
+
+def mask_like(mask: Tensor, samples: Tensor) -> Tensor:
+    """A noise mask of any size and batch as (B, 1, h, w), in [0, 1], for samples (B, C, h, w)."""
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(samples)
+    mask = torch.nn.functional.interpolate(mask, size=samples.shape[-2:], mode="bilinear")
+    repeats = -(-len(samples) // len(mask))
+    return mask.repeat(repeats, 1, 1, 1)[: len(samples)]

@@ -1,0 +1,221 @@
+"""The subset of ComfyUI's V3 node API (`comfy_api.latest`) that our nodes use, for machines without ComfyUI.
+
+Names, keywords and dictionaries are those of ComfyUI 0.3.64, so that a node which runs here registers there
+too: a keyword that 0.3.64 does not know is a TypeError here as well. What the embedded host cannot execute
+(list inputs and outputs, lazy inputs, node expansion, execution blockers) is left out on purpose.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from .sockets import (
+    Boolean,
+    Clip,
+    ClipVision,
+    ClipVisionOutput,
+    Combo,
+    Conditioning,
+    ControlNet,
+    Custom,
+    Float,
+    FolderType,
+    Image,
+    Input,
+    Int,
+    Latent,
+    Mask,
+    Model,
+    NumberDisplay,
+    Output,
+    Sampler,
+    Sigmas,
+    String,
+    UploadType,
+    Vae,
+    WidgetInput,
+)
+
+
+class Hidden(StrEnum):
+    """What a node may ask of its host without a socket; read as `cls.hidden.<name>` inside `execute`."""
+
+    unique_id = "UNIQUE_ID"
+    prompt = "PROMPT"
+    extra_pnginfo = "EXTRA_PNGINFO"
+
+
+@dataclass(frozen=True)
+class HiddenHolder:
+    """The hidden values of one execution; None where it did not ask, or there is nothing to give."""
+
+    unique_id: str | None = None
+    prompt: dict[str, Any] | None = None
+    extra_pnginfo: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[Hidden, Any]) -> HiddenHolder:
+        """From `{Hidden member: value}`."""
+        return cls(**{Hidden(key).name: value for key, value in values.items()})
+
+
+@dataclass
+class Schema:
+    """What a node is called, takes and gives."""
+
+    node_id: str
+    display_name: str | None = None
+    category: str = "sd"
+    inputs: list[Input] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    hidden: list[Hidden] = field(default_factory=list)
+    description: str = ""
+    is_output_node: bool = False
+    is_deprecated: bool = False
+    is_experimental: bool = False
+    not_idempotent: bool = False
+
+    def finalize(self) -> None:
+        """Name the unnamed outputs, and give output nodes the graph to write into their files."""
+        if self.is_output_node:
+            wanted = (Hidden.prompt, Hidden.extra_pnginfo)
+            self.hidden = self.hidden + [hidden for hidden in wanted if hidden not in self.hidden]
+        for index, output in enumerate(self.outputs):
+            if output.id is None:
+                output.id = f"_{index}_{output.io_type}_"
+
+    def validate(self) -> None:
+        """Raise ValueError unless every input and output has an id of its own."""
+        counts = Counter([entry.id for entry in self.inputs] + [entry.id for entry in self.outputs])
+        repeated = [name for name, count in counts.items() if count > 1]
+        if repeated:
+            raise ValueError(f"Ids of inputs and outputs must be unique, but {repeated} are not.")
+
+    def input_types(self) -> dict[str, dict[str, tuple]]:
+        """{"required" | "optional": {id: (type, options)}, "hidden": {id: (name,)}}"""
+        table: dict[str, dict[str, tuple]] = {"required": {}}
+        for entry in self.inputs:
+            options = entry.as_dict()
+            kind = "optional" if options.pop("optional") else "required"
+            table.setdefault(kind, {})[entry.id] = (entry.get_io_type(), options)
+        for hidden in self.hidden:
+            table.setdefault("hidden", {})[hidden.name] = (hidden.value,)
+        return table
+
+
+class NodeOutput:
+    """What `execute` returns: one value for each output, and `ui`, what the node has to show."""
+
+    def __init__(self, *args: Any, ui: dict[str, Any] | None = None):
+        self.args = args
+        self.ui = ui
+
+    @property
+    def result(self) -> tuple | None:
+        """The outputs, or None where there are none."""
+        return self.args or None
+
+    def __getitem__(self, index: int) -> Any:
+        return self.args[index]
+
+
+class ComfyNode(ABC):
+    """Base of all nodes. Classes are never instantiated and hold no state: `execute` is a class method.
+
+    A node may also define `validate_inputs(...) -> True or a message` and `fingerprint_inputs(...) -> value`,
+    whose value must differ when the node should run again although its inputs are the same.
+    """
+
+    hidden = HiddenHolder()
+    execute: Callable[..., NodeOutput]
+
+    @classmethod
+    @abstractmethod
+    def define_schema(cls) -> Schema:
+        """The node's schema, made anew for each call: lists of files may have changed."""
+
+    @classmethod
+    def GET_SCHEMA(cls) -> Schema:  # noqa: N802 (the host's name)
+        """The schema, completed and checked."""
+        schema = cls.define_schema()
+        schema.finalize()
+        schema.validate()
+        return schema
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, dict[str, tuple]]:  # noqa: N802 (the host's name)
+        """The inputs as the host's validation reads them."""
+        return cls.GET_SCHEMA().input_types()
+
+    @classmethod
+    def GET_NODE_INFO_V1(cls) -> dict[str, Any]:  # noqa: N802 (the host's name)
+        """The entry of this node in ComfyUI's `/object_info`."""
+        schema = cls.GET_SCHEMA()
+        inputs = schema.input_types()
+        return {
+            "input": inputs,
+            "input_order": {kind: list(entries) for kind, entries in inputs.items()},
+            "output": [output.io_type for output in schema.outputs],
+            "output_is_list": [False for _ in schema.outputs],
+            "output_name": [output.display_name or output.io_type for output in schema.outputs],
+            "output_tooltips": [output.tooltip or None for output in schema.outputs],
+            "name": schema.node_id,
+            "display_name": schema.display_name,
+            "description": schema.description,
+            "python_module": None,
+            "category": schema.category,
+            "output_node": schema.is_output_node,
+            "deprecated": schema.is_deprecated,
+            "experimental": schema.is_experimental,
+            "api_node": False,
+        }
+
+
+class ComfyExtension(ABC):
+    """A pack of nodes."""
+
+    async def on_load(self) -> None:  # noqa: B027 (packs may leave it)
+        """Called once by hosts that know it (ComfyUI 0.3.64 does not)."""
+
+    @abstractmethod
+    async def get_node_list(self) -> list[type[ComfyNode]]:
+        """The node classes of this pack."""
+
+
+__all__ = [
+    "Boolean",
+    "Clip",
+    "ClipVision",
+    "ClipVisionOutput",
+    "Combo",
+    "ComfyExtension",
+    "ComfyNode",
+    "Conditioning",
+    "ControlNet",
+    "Custom",
+    "Float",
+    "FolderType",
+    "Hidden",
+    "HiddenHolder",
+    "Image",
+    "Input",
+    "Int",
+    "Latent",
+    "Mask",
+    "Model",
+    "NodeOutput",
+    "NumberDisplay",
+    "Output",
+    "Sampler",
+    "Schema",
+    "Sigmas",
+    "String",
+    "UploadType",
+    "Vae",
+    "WidgetInput",
+]

@@ -1,0 +1,221 @@
+"""The two samplers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cascade_core.errors import CascadeError
+from ..cascade_core.samplers import SAMPLERS
+from .api import io
+from .hosts import host
+from .hosts.run import Run
+from .sockets import check_conditioning, check_latent, check_network, with_values
+
+CATEGORY = "Stable Cascade/sampling"
+STAGE_C_CHANNELS = 16
+
+
+def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
+    """The inputs that both samplers share, with a stage's own defaults."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Image i of a batch is drawn from seed + i, so that it does not depend on its batch.",
+        ),
+        io.Int.Input(
+            "steps", default=steps, min=1, max=10000, tooltip="Steps of sampling: more are finer and slower."
+        ),
+        io.Float.Input(
+            "cfg",
+            default=cfg,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip=(
+                "Guidance: how strongly the prompt pulls. 1 runs without the negative prompt, in half the "
+                "time."
+            ),
+        ),
+        io.Float.Input(
+            "cfg_rescale",
+            default=0.7,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip=(
+                "Brings the contrast that guidance raises back to the prompt's own: 0 not at all, 1 fully."
+            ),
+        ),
+        io.Float.Input(
+            "shift",
+            default=shift,
+            min=0.05,
+            max=20.0,
+            step=0.05,
+            tooltip="Above 1 spends more of the steps on high noise, where the composition forms.",
+        ),
+        io.Combo.Input(
+            "sampler",
+            options=list(SAMPLERS),
+            default="ddpm",
+            tooltip="ddpm is the published one; ddim and dpmpp_2m add no noise; lcm is for few steps.",
+        ),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="1 starts from noise alone; less keeps more of the given latent; 0 returns it.",
+        ),
+    ]
+
+
+class CascadePriorSampler(io.ComfyNode):
+    """Stage C: from a prompt to the semantic latent."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadePriorSampler",
+            display_name="Cascade Prior Sampler",
+            category=CATEGORY,
+            description="Samples Stage C: what the picture shows.",
+            inputs=[
+                io.Model.Input("model", tooltip="Stage C."),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                io.Latent.Input("latent", tooltip="The Stage C latent to start from, empty or a picture's."),
+                *sampling_inputs(steps=20, cfg=4.0, shift=2.0),
+            ],
+            outputs=[io.Latent.Output(display_name="stage_c", tooltip="The sampled Stage C latent.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, **settings) -> io.NodeOutput:
+        network = check_network(model, "stage_c", "Cascade Prior Sampler", "Load Stage C")
+        check_latent(
+            latent, network, "latent", "the stage_c output of Cascade Empty Latent or Cascade Encode"
+        )
+        for socket, prompt in (("positive", positive), ("negative", negative)):
+            check_conditioning(prompt, network, socket)
+        return io.NodeOutput(run_sampler("stage_c", model, positive, negative, latent, **settings))
+
+
+class CascadeDecoderSampler(io.ComfyNode):
+    """Stage B: from the semantic latent to the picture's own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeDecoderSampler",
+            display_name="Cascade Decoder Sampler",
+            category=CATEGORY,
+            description="Samples Stage B: unfolds Stage C's latent into all the detail of the picture.",
+            inputs=[
+                io.Model.Input("model", tooltip="Stage B."),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input(
+                    "negative", tooltip="What it should not show; only used where cfg is not 1."
+                ),
+                io.Latent.Input("stage_c", tooltip="The latent that Stage C made, or a picture's."),
+                io.Latent.Input("latent", tooltip="The Stage B latent to start from, empty or a picture's."),
+                *sampling_inputs(steps=10, cfg=1.1, shift=1.0),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="stage_b", tooltip="The sampled Stage B latent, for Cascade Decode."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, stage_c, latent, **settings) -> io.NodeOutput:
+        network = check_network(model, "stage_b", "Cascade Decoder Sampler", "Load Stage B")
+        check_latent(
+            latent, network, "latent", "the stage_b output of Cascade Empty Latent or Cascade Encode"
+        )
+        semantic = semantic_latent(stage_c, len(latent["samples"]))
+        for socket, prompt in (("positive", positive), ("negative", negative)):
+            check_conditioning(prompt, network, socket)
+        positive = with_values(positive, stable_cascade_prior=semantic)
+        negative = with_values(negative, stable_cascade_prior=torch.zeros_like(semantic))
+        return io.NodeOutput(run_sampler("stage_b", model, positive, negative, latent, **settings))
+
+
+def semantic_latent(stage_c: dict, batch: int) -> Tensor:
+    """Stage C's latent (1 or B, 16, h, w) for a batch of B pictures."""
+    samples = stage_c["samples"]
+    if samples.ndim != 4 or samples.shape[1] != STAGE_C_CHANNELS:
+        raise CascadeError(
+            f"stage_c of Cascade Decoder Sampler has the shape {tuple(samples.shape)}, but Stage C's "
+            "latent has 16 "
+            "channels; connect Cascade Prior Sampler."
+        )
+    if len(samples) not in (1, batch):
+        raise CascadeError(
+            f"stage_c of Cascade Decoder Sampler holds {len(samples)} latents, but latent holds {batch}; "
+            "give both the same batch size."
+        )
+    return samples
+
+
+def run_sampler(
+    kind: str,
+    model: Any,
+    positive: list,
+    negative: list,
+    latent: dict,
+    *,
+    seed: int,
+    steps: int,
+    cfg: float,
+    cfg_rescale: float,
+    shift: float,
+    sampler: str,
+    denoise: float,
+) -> dict:
+    """A new LATENT with the sampled latent, and all else that the given one holds."""
+    if sampler not in SAMPLERS:
+        raise CascadeError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+    if not 0 <= denoise <= 1:
+        raise CascadeError(f"denoise is {denoise}; it must lie within 0 and 1.")
+    if denoise == 0:
+        return dict(latent)
+    run = Run(
+        kind=kind,
+        model=model,
+        positive=positive,
+        negative=negative,
+        samples=latent["samples"],
+        noise_mask=latent.get("noise_mask"),
+        batch_index=latent.get("batch_index"),
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        cfg_rescale=cfg_rescale,
+        shift=shift,
+        sampler=sampler,
+        denoise=denoise,
+    )
+    samples = host().sample(run)
+    if not torch.isfinite(samples).all():
+        raise CascadeError(explain_non_finite(model))
+    return {**latent, "samples": samples}
+
+
+def explain_non_finite(model: Any) -> str:
+    """Why the sampled latent holds NaN or infinity."""
+    name = host().describe_network(model).name
+    weight = host().first_non_finite(model)
+    if weight is not None:
+        return f"The weight {weight} of {name} holds NaN or infinity; download the file again."
+    return (
+        f"The latent that {name} sampled holds NaN or infinity; lower cfg, or choose dtype bf16 or fp32 in "
+        "its loader."
+    )

@@ -1,0 +1,303 @@
+"""LoadImage, LoadImageMask, SaveImage and PreviewImage through whole graphs, on real files."""
+
+import errno
+import json
+import os
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.headless import Executor, run_graph
+from cascade_nodes.headless.builtin import BUILTIN_NODES
+from cascade_nodes.headless.execution import NodeError
+from cascade_nodes.headless.pictures import read_image, read_mask
+from cascade_nodes.headless.registry import by_id
+from cascade_nodes.headless.saving import next_counter, resolve_prefix, save_new
+from cascade_nodes.headless.sentences import GraphError
+from cascade_nodes.nodes.hosts import schema as io
+from cascade_nodes.tests.headless.record_comfyui import node
+from cascade_nodes.tests.headless.toy_nodes import TOYS
+
+NODES = by_id(BUILTIN_NODES) | TOYS
+GRADIENT = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
+COPY = {
+    "1": node("LoadImage", image="in.png"),
+    "2": node("SaveImage", images=["1", 0], filename_prefix="out"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An input folder with a picture in it, and room for the output."""
+    (tmp_path / "input").mkdir()
+    Image.fromarray(GRADIENT).save(tmp_path / "input" / "in.png")
+    return tmp_path
+
+
+def run(graph, folder, **more):
+    options = {"input_folder": folder / "input", "output_folder": folder / "output", "nodes": NODES, **more}
+    return run_graph(graph, **options)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_picture_survives_loading_and_saving(folder):
+    result = run(COPY, folder)
+    assert result.outputs == {
+        "2": {"images": [{"filename": "out_00001_.png", "subfolder": "", "type": "output"}]}
+    }
+    (picture,) = result.pictures
+    assert picture.path == folder / "output" / "out_00001_.png"
+    assert picture.node_id == "2"
+    assert 0 < picture.seconds <= result.seconds
+    with Image.open(picture.path) as saved:
+        assert np.array_equal(np.asarray(saved), GRADIENT)
+        assert json.loads(saved.text["prompt"]) == COPY
+    assert files_in(folder / "output") == ["out_00001_.png"]
+
+
+def test_the_graph_inside_is_the_one_that_ran(folder):
+    notes = {"workflow": {"nodes": [], "name": "星"}}
+    result = run(COPY, folder, assignments=["2.filename_prefix=other"], extra_pnginfo=notes)
+    with Image.open(result.pictures[0].path) as saved:
+        assert json.loads(saved.text["prompt"])["2"]["inputs"]["filename_prefix"] == "other"
+        assert json.loads(saved.text["workflow"]) == notes["workflow"]
+
+
+def test_numbers_go_on_and_nothing_is_overwritten(folder):
+    out = folder / "output"
+    out.mkdir()
+    (out / "out_00007_.png").write_bytes(b"mine")
+    (out / "outer_00009_.png").write_bytes(b"another prefix")
+    (out / "out_x.png").write_bytes(b"no number")
+    assert run(COPY, folder).pictures[0].path.name == "out_00008_.png"
+    assert run(COPY, folder).pictures[0].path.name == "out_00009_.png"
+    assert (out / "out_00007_.png").read_bytes() == b"mine"
+
+
+def test_a_kept_run_saves_again_only_where_that_is_new(folder):
+    executor = Executor()
+    run(COPY, folder, executor=executor)
+    run(COPY, folder, executor=executor)
+    assert files_in(folder / "output") == ["out_00001_.png"]
+    result = run(COPY, folder, executor=executor, output_folder=folder / "elsewhere")
+    assert result.timings.keys() == {"2"}
+    assert files_in(folder / "elsewhere") == ["out_00001_.png"]
+
+
+def test_a_changed_picture_is_loaded_again(folder):
+    executor = Executor()
+    run(COPY, folder, executor=executor)
+    Image.fromarray(255 - GRADIENT).save(folder / "input" / "in.png")
+    result = run(COPY, folder, executor=executor)
+    assert result.timings.keys() == {"1", "2"}
+    with Image.open(result.pictures[0].path) as saved:
+        assert np.array_equal(np.asarray(saved), 255 - GRADIENT)
+
+
+def test_every_picture_of_a_batch_is_saved(folder):
+    frames = [Image.fromarray(GRADIENT), Image.fromarray(255 - GRADIENT)]
+    frames[0].save(folder / "input" / "in.png", save_all=True, append_images=frames[1:])
+    result = run(COPY, folder, assignments=["2.filename_prefix=sub/%batch_num%_%width%x%height%"])
+    assert [entry["subfolder"] for entry in result.outputs["2"]["images"]] == ["sub", "sub"]
+    assert files_in(folder / "output") == ["sub/0_6x4_00001_.png", "sub/1_6x4_00001_.png"]
+    with Image.open(result.pictures[1].path) as saved:
+        assert np.array_equal(np.asarray(saved), 255 - GRADIENT)
+
+
+def test_a_preview_goes_to_the_temporary_folder(folder):
+    graph = {"1": node("LoadImage", image="in.png"), "2": node("PreviewImage", images=["1", 0])}
+    result = run(graph, folder)
+    (entry,) = result.outputs["2"]["images"]
+    assert entry["type"] == "temp"
+    assert result.pictures[0].path == folder / "output" / "temp" / entry["filename"]
+    assert result.pictures[0].path.is_file()
+
+
+@pytest.mark.parametrize("prefix", ["../out", "/tmp/out", "a/../../out", "", ".", "sub/", "a\0b"])
+def test_a_prefix_stays_in_the_output_folder(folder, prefix):
+    graph = {**COPY, "2": node("SaveImage", images=["1", 0], filename_prefix=prefix)}
+    with pytest.raises(NodeError, match=r"Node 2 \(SaveImage\): Cannot save as"):
+        run(graph, folder)
+    assert files_in(folder) == ["input/in.png"]
+
+
+def test_prefix_variables():
+    folder, start = resolve_prefix("%year%/a_%width%_%nothing%", Path("out"), 8, 9)
+    assert start == "a_8_%nothing%"
+    assert folder.parent == Path("out")
+    assert 2024 <= int(folder.name) < 2200
+
+
+def test_pictures_with_nan_or_a_wrong_shape_are_not_saved(folder):
+    def saving(value):
+        class ToyPicture(TOYS["ToyImage"]):
+            @classmethod
+            def define_schema(cls):
+                return io.Schema(node_id="ToyPicture", outputs=[io.Image.Output()])
+
+            @classmethod
+            def execute(cls):
+                return io.NodeOutput(value)
+
+        graph = {"1": node("ToyPicture"), "2": node("SaveImage", images=["1", 0], filename_prefix="a")}
+        return run(graph, folder, nodes=NODES | {"ToyPicture": ToyPicture})
+
+    picture = torch.zeros(2, 4, 4, 3)
+    picture[1, 2, 2, 0] = float("nan")
+    with pytest.raises(NodeError, match="Picture 1 of the batch holds NaN or infinity"):
+        saving(picture)
+    with pytest.raises(
+        NodeError, match=r"has the shape \(4, 4, 3\), but \(batch, height, width, 3\) was expected"
+    ):
+        saving(torch.zeros(4, 4, 3))
+    saved = saving(torch.tensor([-1.0, 0.5, 2.0]).expand(1, 2, 2, 3)).pictures[0]
+    assert np.asarray(Image.open(saved.path))[0, 0].tolist() == [0, 127, 255]
+
+
+@contextmanager
+def files_limited_to(size: int):
+    """The system refuses to let a file grow beyond `size` bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a_1").write_bytes(b"mine")
+    with files_limited_to(10), pytest.raises(CascadeError) as caught:
+        save_new(tmp_path, lambda counter: f"a_{counter}", 2, bytes(100))
+    reason = os.strerror(errno.EFBIG)
+    expected = f"Cannot save {tmp_path}/a_2: {reason}; free some space or save elsewhere (--output)."
+    assert str(caught.value) == expected
+    assert files_in(tmp_path) == ["a_1"]
+
+
+def test_a_folder_that_cannot_be_written_to(folder):
+    (folder / "file").write_bytes(b"")
+    with pytest.raises(NodeError) as caught:
+        run(COPY, folder, output_folder=folder / "file" / "output")
+    assert str(caught.value) == (
+        f"Node 2 (SaveImage): Cannot save {folder}/file/output/out_00001_.png: Not a directory; "
+        "choose a folder that can be written to (--output)."
+    )
+    with pytest.raises(NodeError, match="Cannot save /proc/nowhere/out_00001_.png"):
+        run(COPY, folder, output_folder="/proc/nowhere")
+    assert files_in(folder) == ["file", "input/in.png"]
+
+
+def test_a_name_taken_in_the_meantime_is_left_alone(tmp_path):
+    (tmp_path / "a_1").write_bytes(b"theirs")
+    path = save_new(tmp_path, lambda counter: f"a_{counter}", 1, b"ours")
+    assert path == tmp_path / "a_2"
+    assert ((tmp_path / "a_1").read_bytes(), path.read_bytes()) == (b"theirs", b"ours")
+    assert next_counter(tmp_path, "a") == 1, "only names with a dot after the number count"
+
+
+def saved(tmp_path, picture, name="p.png", **options):
+    picture.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn right by 90 degrees
+    image, _ = read_image(saved(tmp_path, Image.fromarray(GRADIENT), exif=exif))
+    assert np.array_equal((image[0] * 255).round().numpy(), np.rot90(GRADIENT, -1))
+
+
+def test_the_mask_is_one_where_the_picture_is_transparent(tmp_path):
+    alpha = np.array([[0, 51], [204, 255]], dtype=np.uint8)
+    rgba = np.dstack([np.full((2, 2, 3), 100, dtype=np.uint8), alpha])
+    image, mask = read_image(saved(tmp_path, Image.fromarray(rgba)))
+    assert image.shape == (1, 2, 2, 3)
+    torch.testing.assert_close(mask, 1 - torch.tensor([[[0.0, 0.2], [0.8, 1.0]]]))
+    opaque = read_image(saved(tmp_path, Image.fromarray(GRADIENT)))[1]
+    assert torch.equal(opaque, torch.zeros(1, 64, 64))
+
+
+def test_a_palette_may_be_transparent_too(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), mode="P")
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    image, mask = read_image(saved(tmp_path, picture, transparency=0))
+    assert image.tolist() == [[[[1, 0, 0], [0, 0, 1]]]]
+    assert mask.tolist() == [[[1, 0]]]
+
+
+def test_sixteen_bits_become_eight_without_clipping(tmp_path):
+    grey = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    image, _ = read_image(saved(tmp_path, Image.fromarray(grey)))
+    assert (image[0, 0, :, 0] * 255).round().tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(("name", "value"), [("red", 10), ("green", 20), ("blue", 30), ("alpha", 255 - 40)])
+def test_one_channel_as_a_mask(tmp_path, name, value):
+    rgba = np.full((3, 2, 4), [10, 20, 30, 40], dtype=np.uint8)
+    mask = read_mask(saved(tmp_path, Image.fromarray(rgba)), name)
+    torch.testing.assert_close(mask, torch.full((1, 3, 2), value / 255))
+
+
+def test_load_image_mask_in_a_graph(folder):
+    graph = {
+        "1": node("LoadImageMask", image="in.png", channel="green"),
+        "2": node("ToyImage", mask=["1", 0]),
+    }
+    graph |= {"3": node("PreviewImage", images=["2", 0])}
+    assert run(graph, folder).timings.keys() == {"1", "2", "3"}
+    graph["1"]["inputs"]["channel"] = "cyan"
+    with pytest.raises(
+        GraphError, match="input 'channel' is 'cyan', but it must be one of: alpha, red, green, blue"
+    ):
+        run(graph, folder)
+
+
+def test_where_a_picture_is_looked_for(folder, monkeypatch):
+    elsewhere = folder / "graphs"
+    elsewhere.mkdir()
+    (folder / "input" / "in.png").rename(elsewhere / "beside.png")
+    graph = elsewhere / "graph.json"
+    for name in ("beside.png", str(elsewhere / "beside.png"), "graphs/beside.png"):
+        graph.write_text(json.dumps({**COPY, "1": node("LoadImage", image=name)}))
+        monkeypatch.chdir(folder)
+        run(graph, folder)
+    again = {**COPY, "1": node("LoadImage", image="out_00001_.png [output]")}
+    assert len(run(again, folder).pictures) == 1
+
+
+def test_a_missing_picture_is_an_error_of_the_graph(folder):
+    with pytest.raises(GraphError) as caught:
+        run({**COPY, "1": node("LoadImage", image="gone.png")}, folder)
+    assert str(caught.value) == (
+        f"Node 1 (LoadImage): input 'image': There is no picture 'gone.png' "
+        f"(looked for {folder}/input/gone.png, gone.png); give the name of a file."
+    )
+    with pytest.raises(GraphError, match="5 is not the name of a file"):
+        run({**COPY, "1": node("LoadImage", image=5)}, folder)
+    with pytest.raises(GraphError, match="There is no picture"):
+        run({**COPY, "1": node("LoadImage", image="x" * 5000)}, folder)
+
+
+def test_a_file_that_is_no_picture(folder):
+    picture = folder / "input" / "in.png"
+    whole = picture.read_bytes()
+    picture.write_text("hello")
+    with pytest.raises(NodeError, match=r"Node 1 \(LoadImage\): .*in.png is not a picture"):
+        run(COPY, folder)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(picture)
+    picture.write_bytes(picture.read_bytes()[:5000])
+    with pytest.raises(NodeError, match=r"The picture .*in.png cannot be read: image file is truncated"):
+        run(COPY, folder)
+    picture.write_bytes(whole)
+    assert run(COPY, folder).pictures

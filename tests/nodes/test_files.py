@@ -1,0 +1,109 @@
+"""Where files are found, offered and refused."""
+
+import os
+import shutil
+
+import pytest
+
+from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.nodes.hosts import roles
+from cascade_nodes.nodes.hosts.headless import find_file, list_files
+from cascade_nodes.nodes.loaders import (
+    CascadeCompressorLoader,
+    CascadeTextEncoderLoader,
+    StageAVAE,
+    StageCLoader,
+)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working folder without models."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def without_demo(role):
+    return [name for name in list_files(role) if name != roles.DEMO_NAMES.get(role)]
+
+
+def test_files_are_listed_by_role(tiny, elsewhere):
+    assert without_demo("stage_c") == [
+        "tiny_compressor.safetensors",
+        "tiny_stage_b.safetensors",
+        "tiny_stage_c.safetensors",
+    ]
+    assert without_demo("text_encoder")[:2] == ["tiny_compressor.safetensors", "tiny_text_encoder"]
+    assert without_demo("vision") == ["tiny_compressor.safetensors", "tiny_vision.safetensors"]
+    assert without_demo("lora") == ["tiny_compressor.safetensors"]
+
+
+def test_every_listed_name_is_found(tiny, elsewhere):
+    for role in roles.FOLDERS:
+        for name in list_files(role):
+            assert find_file(role, name).exists()
+
+
+def test_the_working_folder_and_several_roots(tiny, elsewhere, monkeypatch):
+    second = elsewhere / "second"
+    for folder in (second / "vae", elsewhere / "models" / "vae" / "inner"):
+        folder.mkdir(parents=True)
+        shutil.copy(tiny / "vae" / "tiny_stage_a.safetensors", folder / f"{folder.parts[-2]}.safetensors")
+    monkeypatch.setenv("CASCADE_MODELS", f"{tiny}{os.pathsep}{second}")
+    assert {"second.safetensors", "inner/vae.safetensors", "tiny_stage_a.safetensors"} <= set(
+        list_files("stage_a")
+    )
+    assert find_file("stage_a", "inner/vae.safetensors") == elsewhere.joinpath(
+        "models", "vae", "inner", "vae.safetensors"
+    ).relative_to(elsewhere)
+
+
+def test_a_path_is_its_own_name(tiny, elsewhere):
+    path = tiny / "vae" / "tiny_stage_a.safetensors"
+    assert find_file("stage_a", str(path)) == path
+    shutil.copy(path, elsewhere / "mine.safetensors")
+    assert find_file("stage_a", "mine.safetensors").name == "mine.safetensors"
+    assert StageAVAE.validate_inputs(str(path)) is True
+
+
+def test_what_is_not_there(tiny, elsewhere):
+    with pytest.raises(
+        CascadeError, match=r"No Stage C file 'nowhere.safetensors' was found under .*stable_cascade"
+    ):
+        find_file("stage_c", "nowhere.safetensors")
+    assert "'nowhere.safetensors' was found" in StageCLoader.validate_inputs("nowhere.safetensors")
+    assert "No Stage C file is chosen" in StageCLoader.validate_inputs("")
+    assert StageCLoader.validate_inputs() is True  # a linked value is known only when it runs
+
+
+def test_the_previewer_may_be_left_out(tiny, elsewhere):
+    assert CascadeCompressorLoader.validate_inputs("tiny_compressor.safetensors", "none") is True
+    assert "No previewer file" in CascadeCompressorLoader.validate_inputs(
+        "tiny_compressor.safetensors", "gone"
+    )
+
+
+def test_a_changed_file_changes_the_fingerprint(tiny, elsewhere):
+    path = elsewhere / "copy.safetensors"
+    shutil.copy(tiny / "vae" / "tiny_stage_a.safetensors", path)
+    before = StageAVAE.fingerprint_inputs(str(path))
+    assert StageAVAE.fingerprint_inputs(str(path)) == before
+    os.utime(path, ns=(1, 1))
+    assert StageAVAE.fingerprint_inputs(str(path)) != before
+    path.unlink()
+    assert StageAVAE.fingerprint_inputs(str(path)).endswith("missing")
+    folder = elsewhere / "encoder"
+    shutil.copytree(tiny / "text_encoders" / "tiny_text_encoder", folder)
+    before = CascadeTextEncoderLoader.fingerprint_inputs(str(folder))
+    (folder / "vocab.json").write_text("{}")
+    assert CascadeTextEncoderLoader.fingerprint_inputs(str(folder)) != before
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "a/../../b", "/etc/passwd", ""])
+def test_names_that_leave_their_folder(name):
+    assert roles.leaves_folder(name)
+
+
+def test_names_that_stay():
+    assert not roles.leaves_folder("inner/file.safetensors")
+    assert not roles.leaves_folder("a..b.safetensors")

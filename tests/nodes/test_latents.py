@@ -1,0 +1,105 @@
+"""Sizes, encoding and decoding."""
+
+import pytest
+import torch
+
+from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.nodes.hosts.headless.tiles import decode_tiled
+from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode
+from cascade_nodes.nodes.loaders import CascadeCompressorLoader, StageAVAE
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "stage_c", "stage_b"),
+    [
+        (1024, 1024, (24, 24), (256, 256)),
+        (1536, 1024, (24, 36), (256, 384)),
+        (256, 256, (6, 6), (64, 64)),
+        (264, 8, (1, 7), (2, 66)),
+    ],
+)
+def test_empty_latent_sizes(width, height, stage_c, stage_b):
+    c, b = CascadeEmptyLatent.execute(width, height, 2, 42.67).args
+    assert c["samples"].shape == (2, 16, *stage_c)
+    assert b["samples"].shape == (2, 4, *stage_b)
+    assert c["samples"].dtype == b["samples"].dtype == torch.float32
+    assert not c["samples"].any()
+    assert not b["samples"].any()
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 256), (256, -8), (250, 256), (256, 16392)])
+def test_sizes_that_no_picture_has(width, height):
+    with pytest.raises(
+        CascadeError, match=r"(width|height) is -?\d+; it must be a multiple of 8 from 8 to 16384"
+    ):
+        CascadeEmptyLatent.execute(width, height, 1, 42.67)
+
+
+def test_no_pictures_at_all():
+    with pytest.raises(CascadeError, match="batch_size is 0"):
+        CascadeEmptyLatent.execute(256, 256, 0, 42.67)
+
+
+@pytest.fixture
+def compressor(tiny):
+    return CascadeCompressorLoader.execute("tiny_compressor.safetensors", "tiny_previewer.safetensors")[0]
+
+
+def test_a_picture_as_a_stage_c_latent(compressor):
+    image = torch.rand(2, 70, 130, 3)
+    stage_c, stage_b = CascadeEncode.execute(compressor, image, 32.0).args
+    assert stage_c["samples"].shape == (2, 16, 3, 5)
+    assert stage_b["samples"].shape == (2, 4, 16, 32)
+    preview = CascadeDecode.execute(compressor, stage_c, 0)[0]
+    assert preview.shape == (2, 24, 40, 3)
+
+
+def test_encoding_equals_the_network_on_the_resized_picture(compressor):
+    image = torch.rand(1, 64, 96, 3)
+    stage_c = CascadeEncode.execute(compressor, image, 32.0)[0]["samples"]
+    with torch.no_grad():
+        expected = compressor.encoder(image.movedim(-1, 1))
+    torch.testing.assert_close(stage_c, expected, rtol=0, atol=1e-5)
+
+
+def test_a_compressor_without_previewer_only_encodes(tiny):
+    vae = CascadeCompressorLoader.execute("tiny_compressor.safetensors", "none")[0]
+    with pytest.raises(CascadeError, match="only encodes"):
+        CascadeDecode.execute(vae, {"samples": torch.zeros(1, 16, 2, 2)}, 0)
+
+
+def test_stage_a_latents_are_in_the_codebooks_units(tiny):
+    vae = StageAVAE.execute("tiny_stage_a.safetensors")[0]
+    latent = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = vae.encoder.decode(latent / 0.43).clamp(0, 1).movedim(1, -1)
+    assert torch.equal(CascadeDecode.execute(vae, {"samples": latent}, 0)[0], expected)
+
+
+def test_latents_of_the_other_stage_are_refused(tiny, compressor):
+    vae = StageAVAE.execute("tiny_stage_a.safetensors")[0]
+    with pytest.raises(CascadeError, match="16 channels, but Stage A decodes the 4 channels"):
+        CascadeDecode.execute(vae, {"samples": torch.zeros(1, 16, 2, 2)}, 0)
+    with pytest.raises(CascadeError, match="4 channels, but the previewer decodes the 16 channels"):
+        CascadeDecode.execute(compressor, {"samples": torch.zeros(1, 4, 2, 2)}, 0)
+    with pytest.raises(
+        CascadeError, match="Cascade Encode is Stage A, but the semantic compressor is expected"
+    ):
+        CascadeEncode.execute(vae, torch.rand(1, 64, 64, 3), 42.67)
+
+
+def test_tiles_cover_the_whole_and_agree_where_they_see_alike():
+    def decode(latent):  # a decoder that looks at one position only: tiles must not show at all
+        return latent[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+    latent = torch.randn(2, 4, 37, 53)
+    torch.testing.assert_close(decode_tiled(decode, latent, 16, 4), decode(latent), rtol=0, atol=1e-5)
+    assert torch.equal(decode_tiled(decode, latent, 0, 4), decode(latent))
+
+
+def test_a_tiled_picture_is_close_to_the_whole(tiny):
+    vae = StageAVAE.execute("tiny_stage_a.safetensors")[0]
+    latent = {"samples": torch.randn(1, 4, 48, 40)}
+    whole, tiled = (CascadeDecode.execute(vae, latent, size)[0] for size in (0, 128))
+    assert tiled.shape == whole.shape == (1, 192, 160, 3)
+    assert (whole - tiled).abs().mean() < 0.01

@@ -1,0 +1,76 @@
+"""The nodes' schemas: complete, loadable by the oldest host, and never changing what was released."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cascade_nodes.nodes.extension import NODES
+from cascade_nodes.nodes.hosts import roles
+
+ROOT = Path(__file__).parents[2]
+FROZEN = json.loads((Path(__file__).parent / "frozen_nodes.json").read_text(encoding="utf-8"))
+INFO = {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in NODES)}
+
+
+def frozen_form(info):
+    """What workflows rely on: inputs with their types and options, and outputs; without lists of files."""
+    inputs = {}
+    for kind in ("required", "optional"):
+        for name, (socket, options) in info["input"].get(kind, {}).items():
+            kept = {key: options[key] for key in ("default", "min", "max") if key in options}
+            if socket == "COMBO" and name not in ("file", "previewer"):
+                kept["options"] = options["options"]
+            if name in ("file", "previewer"):
+                kept.pop("default", None)
+            inputs[name] = [socket, kind, kept]
+    return {
+        "inputs": inputs,
+        "outputs": [list(pair) for pair in zip(info["output"], info["output_name"], strict=True)],
+    }
+
+
+def test_released_nodes_never_change():
+    assert {name: frozen_form(info) for name, info in INFO.items()} == FROZEN
+
+
+@pytest.mark.parametrize("name", INFO)
+def test_everything_is_explained(name):
+    info = INFO[name]
+    assert info["display_name"]
+    assert info["category"].startswith("Stable Cascade/")
+    assert info["description"].endswith(".")
+    for inputs in info["input"].values():
+        for input_id, (_, options) in inputs.items():
+            assert options.get("tooltip"), f"{name}.{input_id} has no tooltip"
+    assert all(info["output_tooltips"])
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_execute_takes_what_the_schema_gives(node):
+    ids = [entry.id for entry in node.GET_SCHEMA().inputs]
+    code = node.execute.__func__.__code__
+    named = code.co_varnames[1 : code.co_argcount]
+    takes_more = bool(code.co_flags & 0x08)
+    assert list(named) == ids[: len(named)] if takes_more else list(named) == ids
+
+
+def test_every_role_names_its_folders():
+    assert set(roles.FOLDERS) == set(roles.ROLE_WORDS)
+    assert set(roles.DEMO_NAMES) <= set(roles.FOLDERS)
+
+
+def test_the_example_fits_the_schemas():
+    graph = json.loads(
+        (ROOT / "example_workflows" / "api" / "text_to_image.json").read_text(encoding="utf-8")
+    )
+    for node in graph.values():
+        if node["class_type"] == "SaveImage":
+            continue
+        info = INFO[node["class_type"]]
+        assert list(node["inputs"]) == list(info["input"]["required"])
+        for input_id, (socket, _) in info["input"]["required"].items():
+            value = node["inputs"][input_id]
+            if isinstance(value, list):
+                source = INFO[graph[value[0]]["class_type"]]
+                assert source["output"][value[1]] == socket

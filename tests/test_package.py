@@ -1,0 +1,91 @@
+"""The folder as a package: one identity, no heavy import at the door, arrows that only point one way."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+IMPORT_EVERYTHING = """
+import asyncio, collections, importlib, pkgutil, sys
+import cascade_nodes
+
+for room in ("cascade_core", "demo", "headless", "nodes"):
+    package = importlib.import_module(f"cascade_nodes.{room}")
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if ".hosts.comfyui" not in module.name and not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+extension = asyncio.run(cascade_nodes.comfy_entrypoint())
+ids = [node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node_list())]
+assert len(ids) == len(set(ids)) > 0, ids
+
+files = collections.defaultdict(list)
+for name, module in list(sys.modules.items()):
+    if name != "__main__" and getattr(module, "__file__", None):
+        files[module.__file__].append(name)
+here = cascade_nodes.__path__[0]
+print(*(names for file, names in files.items() if len(names) > 1 and file.startswith(here)))
+"""
+
+
+def python(code: str, *arguments: str, cwd: Path | None = None) -> str:
+    """What a fresh interpreter prints. Fails with its error where it exits non-zero."""
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_the_root_is_the_package(tmp_path):
+    code = "import cascade_nodes, sys; print(cascade_nodes.__file__, *sorted({'torch', 'numpy'} & sys.modules.keys()))"
+    assert python(code, cwd=tmp_path) == str(ROOT / "__init__.py")
+
+
+def test_core_imports_alone(tmp_path):
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import cascade_core
+print(cascade_core.__file__, *sorted({"cascade_nodes", "nodes", "headless", "demo"} & sys.modules.keys()))
+"""
+    assert python(code, str(ROOT), cwd=tmp_path) == str(ROOT / "cascade_core" / "__init__.py")
+
+
+def test_no_module_exists_twice(tmp_path):
+    assert python(IMPORT_EVERYTHING, cwd=tmp_path) == ""
+
+
+def test_help_imports_no_torch(tmp_path):
+    code = """
+import sys
+from cascade_nodes.headless.cli import main
+sys.argv = ["cascade", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print("heavy:", *sorted({"torch", "transformers", "numpy", "PIL"} & sys.modules.keys()))
+"""
+    assert python(code, cwd=tmp_path).splitlines()[-1] == "heavy:"
+
+
+def test_console_script_is_installed(tmp_path):
+    run = subprocess.run([BIN / "cascade", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "run" in run.stdout
+    assert "nodes" in run.stdout
+
+
+def test_every_package_ships():
+    rooms = ("cascade_core", "demo", "headless", "nodes")
+    folders = [path.parent.relative_to(ROOT) for room in rooms for path in (ROOT / room).rglob("__init__.py")]
+    found = {".".join(("cascade_nodes", *folder.parts)) for folder in folders} | {"cascade_nodes"}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert sorted(settings["tool"]["setuptools"]["packages"]) == sorted(found)
+
+
+def test_arrows_point_one_way():
+    run = subprocess.run([BIN / "lint-imports", "--no-logo"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
