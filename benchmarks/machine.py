@@ -16,11 +16,14 @@ def describe_machine() -> str:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A Markdown table, padded so that it also reads well in a terminal. The first column is text, the rest numbers."""
+    """A Markdown table, padded to read well in a terminal too: a column of text, then columns of numbers."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     for row in (head, rule, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
         print(f"| {' | '.join(cells)} |")
 
 

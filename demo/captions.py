@@ -1,4 +1,4 @@
-"""Captions of scenes: what to say of a scene, truthfully (`caption`) or wrongly on purpose (`hard_negatives`)."""
+"""What to say of a scene: truthfully (`caption`, `canonical`), or wrongly on purpose (`hard_negatives`)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,7 +50,7 @@ NEAR, MIDDLE, FAR = 0.39, (0.43, 0.57), 0.61
 
 
 def caption(scene: Scene, rng: Random) -> str:
-    """A random true description: a sentence, tags or a fragment, in random words, with random things left out."""
+    """A random true description: a sentence, tags or a fragment, with random things left out."""
     return verbalise(_choose(scene, rng), rng)
 
 
@@ -73,7 +73,7 @@ def holds(spec: Spec, scene: Scene) -> bool:
     if len(spec.objects) > len(scene.objects) or (spec.exact and len(spec.objects) != len(scene.objects)):
         return False
     for order in permutations(range(len(scene.objects)), len(spec.objects)):
-        # Two objects stand as the scene's relation says, read from the other side where their order is turned.
+        # Where the order is turned, the scene's relation is read from the other side.
         relation = INVERSE.get(scene.relation or "") if order == (1, 0) else scene.relation
         described = all(_describes(o, scene.objects[i]) for o, i in zip(spec.objects, order, strict=True))
         if described and spec.relation in (None, relation):

@@ -17,7 +17,9 @@ from cascade_nodes.demo.recipe import COMPRESSED, PICTURE
 from cascade_nodes.demo.world import Scene, pack, render
 
 
-def pictures(scenes: Sequence[Scene], device: torch.device, size: int = PICTURE, smaller: int | None = None) -> Tensor:
+def pictures(
+    scenes: Sequence[Scene], device: torch.device, size: int = PICTURE, smaller: int | None = None
+) -> Tensor:
     """The scenes drawn: uint8 (N, 3, size, size), or resized to `smaller` after drawing."""
     drawn = []
     for start in range(0, len(scenes), 4096):
@@ -87,7 +89,8 @@ def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
     rows[:, 0] = tokenizer.start_token
     for start in range(0, len(texts), 100_000):
         for i, encoding in enumerate(
-            tokenizer.backend.encode_batch(list(texts[start : start + 100_000]), add_special_tokens=False), start
+            tokenizer.backend.encode_batch(list(texts[start : start + 100_000]), add_special_tokens=False),
+            start,
         ):
             ids = encoding.ids[: CHUNK_LENGTH - 2]
             rows[i, 1 : 1 + len(ids)] = ids

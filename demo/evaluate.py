@@ -33,7 +33,9 @@ def prompts_of(scenes: Sequence[Scene]) -> tuple[list[str], list[Spec]]:
     return [verbalise(spec, rng) for spec in specs], specs
 
 
-def adherence(cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling) -> tuple[dict[str, float], Tensor]:
+def adherence(
+    cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling
+) -> tuple[dict[str, float], Tensor]:
     """Rates of what 500 held-out prompts state, and the pictures."""
     prompts, specs = prompts_of(sample_scenes(count, SEED, "held_out"))
     images = cascade.pictures(prompts, SEED, prior, decoder)
@@ -47,7 +49,11 @@ def reconstruction(cascade: DemoCascade, count: int, decoder: Sampling) -> float
     psnr = []
     for start in range(0, count, 50):
         part = images[start : start + 50]
-        error = (cascade.reconstruct(part, SEED + start, decoder) - as_float(part).cpu()).square().mean(dim=(1, 2, 3))
+        error = (
+            (cascade.reconstruct(part, SEED + start, decoder) - as_float(part).cpu())
+            .square()
+            .mean(dim=(1, 2, 3))
+        )
         psnr.append(-10 * error.log10())
     return torch.cat(psnr).mean().item()
 
@@ -79,7 +85,9 @@ def contact_sheet(images: Tensor, columns: int = 8) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
 
 
-def evaluate(cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling) -> tuple[dict[str, float], Tensor]:
+def evaluate(
+    cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling
+) -> tuple[dict[str, float], Tensor]:
     """Every figure of the demo, and the pictures of the held-out prompts."""
     rates, images = adherence(cascade, count, prior, decoder)
     unguided, _ = adherence(cascade, count, replace(prior, cfg=1.0), decoder)
@@ -93,7 +101,9 @@ def evaluate(cascade: DemoCascade, count: int, prior: Sampling, decoder: Samplin
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--count", type=int, default=500, help="held-out prompts (default: 500)")
@@ -107,7 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cascade = DemoCascade.load(options.weights, options.device)
     prior = replace(PRIOR, cfg=options.cfg, shift=options.shift)
     figures, images = evaluate(cascade, options.count, prior, replace(DECODER, cfg=options.decoder_cfg))
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    machine = (
+        torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else platform.processor() or platform.machine()
+    )
     about = {"count": options.count, "machine": machine, "date": date.today().isoformat()}
     for name, value in figures.items():
         print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")

@@ -1,101 +1,31 @@
-"""The language of the toy world: what a prompt states (`Spec`), said in words (`verbalise`), and read back (`parse`).
+"""The language of the toy world: says what a spec states (`verbalise`) and reads it back (`parse`).
 
-Every word means one thing wherever it stands. `parse(verbalise(spec, rng)) == spec` for every spec a caption states.
+`parse(verbalise(spec, rng)) == spec` for every spec that a caption states.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 
 from cascade_nodes.cascade_core.errors import CascadeError
-from cascade_nodes.demo.scenes import COLOURS, SHAPES
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectSpec:
-    """What is said of one object; None is left open. `place` is one of PLACES."""
-
-    shape: str | None = None
-    colour: str | None = None
-    size: str | None = None
-    place: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What a prompt states. `relation`: where the first object stands from the second. `exact`: these objects and
-    no others (a full sentence); otherwise a fragment such as "red", which is true wherever something is red."""
-
-    objects: tuple[ObjectSpec, ...] = ()
-    relation: str | None = None
-    background: str | None = None
-    exact: bool = False
-
-
-# Words. The first of each is the plain one.
-
-SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-COLOUR_WORDS = {colour: (colour,) for colour in COLOURS} | {"purple": ("purple", "violet")}
-SHAPE_WORDS = {shape: (shape,) for shape in SHAPES} | {
-    "circle": ("circle", "disc", "ball"),
-    "square": ("square", "box"),
-    "ring": ("ring", "donut", "hoop"),
-    "cross": ("cross", "plus"),
-    "diamond": ("diamond", "rhombus"),
-}
-ANY_SHAPE = ("object", "shape", "thing")
-# Nouns stand alone ("on sand"), adjectives only before "background".
-BACKGROUND_NOUNS = {
-    "sky": ("sky",),
-    "sand": ("sand",),
-    "grass": ("grass", "mint"),
-    "pink": ("pink",),
-    "grey": ("grey", "gray"),
-}
-BACKGROUND_ADJECTIVES = {"sand": ("sandy", "beige"), "grass": ("grassy",)}
-GROUND_WORDS = ("background", "backdrop")
-RELATION_WORDS = {
-    "left": ("to the left of", "left of", "on the left of", "on the left side of"),
-    "right": ("to the right of", "right of", "on the right of", "on the right side of"),
-    "above": ("above", "over", "higher than"),
-    "below": ("below", "under", "beneath", "lower than"),
-}
-PLACES = {
-    "top left": ("in the top left", "in the top left corner", "at the top left"),
-    "top": ("at the top",),
-    "top right": ("in the top right", "in the top right corner", "at the top right"),
-    "left": ("on the left", "on the left side"),
-    "middle": ("in the middle", "in the centre", "in the center"),
-    "right": ("on the right", "on the right side"),
-    "bottom left": ("in the bottom left", "in the bottom left corner", "at the bottom left"),
-    "bottom": ("at the bottom",),
-    "bottom right": ("in the bottom right", "in the bottom right corner", "at the bottom right"),
-}
-RELATION_PLACES = {
-    "left": ("left", "right"),
-    "right": ("right", "left"),
-    "above": ("top", "bottom"),
-    "below": ("bottom", "top"),
-}
-LEADS = (
-    "a picture of",
-    "a drawing of",
-    "an image of",
-    "a painting of",
-    "there is",
-    "draw",
-    "show",
-    "this is",
+from cascade_nodes.demo.words import (
+    ANY_SHAPE,
+    BACKGROUND_ADJECTIVES,
+    BACKGROUND_NOUNS,
+    COLOUR_WORDS,
+    GROUND_WORDS,
+    GROUNDS,
+    JOINS,
+    LEADS,
+    PLACES,
+    RELATION_PLACES,
+    RELATION_WORDS,
+    SHAPE_WORDS,
+    SIZE_WORDS,
+    ObjectSpec,
+    Spec,
+    plural,
 )
-JOINS = ("and", "with")
-GROUNDS = ("on", "against")
-
-
-def _plural(noun: str) -> str:
-    return {"box": "boxes", "cross": "crosses", "plus": "pluses", "rhombus": "rhombuses"}.get(
-        noun, noun + "s"
-    )
-
 
 # Saying
 
@@ -157,9 +87,9 @@ def _sentence(spec: Spec, rng: Random) -> str:
     if len(spec.objects) == 1:
         text = _object(spec.objects[0], rng)
     elif spec.relation is None:
-        text = _unrelated(*spec.objects, rng)
+        text = _unrelated(spec.objects[0], spec.objects[1], rng)
     else:
-        text = _related(*spec.objects, spec.relation, not lead, rng)
+        text = _related(spec.objects[0], spec.objects[1], spec.relation, not lead, rng)
     text = lead + text
     if spec.background is None:
         return text
@@ -171,7 +101,7 @@ def _sentence(spec: Spec, rng: Random) -> str:
 
 def _unrelated(a: ObjectSpec, b: ObjectSpec, rng: Random) -> str:
     if a == b:  # "two red stars"
-        return " ".join(["two", *_bits(a, rng), _plural(_noun(a, rng))])
+        return " ".join(["two", *_bits(a, rng), plural(_noun(a, rng))])
     return f"{_object(a, rng)} {_some(JOINS, rng)} {_object(b, rng)}"
 
 
@@ -184,7 +114,7 @@ def _related(a: ObjectSpec, b: ObjectSpec, relation: str, may_say_is: bool, rng:
 
 
 def _fragment(spec: Spec, rng: Random) -> str:
-    """Without articles: "red", "something red", "red star, small, sand", "red star left of blue ring, sand"."""
+    """Without articles: "red", "something red", "red star, small, sand", "red star left of blue ring"."""
     tags = []
     if len(spec.objects) == 1:
         tags = _tags(spec.objects[0], rng)
@@ -241,10 +171,10 @@ def _lexicon() -> dict[str, tuple[str, str]]:
     for kind, table in tables.items():
         lexicon |= {word: (kind, name) for name, words in table.items() for word in words}
     lexicon |= {word: ("background", name) for name, words in BACKGROUND_ADJECTIVES.items() for word in words}
-    lexicon |= {_plural(word): ("shape", name) for name, words in SHAPE_WORDS.items() for word in words}
-    lexicon |= {form: ("noun", "") for word in ANY_SHAPE for form in (word, _plural(word))}
-    lexicon |= {word: ("new", "") for word in JOINS}
-    return lexicon | {word: ("filler", "") for word in LEADS + GROUNDS + GROUND_WORDS}
+    lexicon |= {plural(word): ("shape", name) for name, words in SHAPE_WORDS.items() for word in words}
+    lexicon |= {form: ("noun", "") for word in ANY_SHAPE for form in (word, plural(word))}
+    lexicon |= dict.fromkeys(JOINS, ("new", ""))
+    return lexicon | dict.fromkeys(LEADS + GROUNDS + GROUND_WORDS, ("filler", ""))
 
 
 _LEXICON = _lexicon()
@@ -270,15 +200,15 @@ def parse(prompt: str) -> Spec:
     for phrase in _PHRASE.findall(" ".join(prompt.lower().replace(".", " ").split())):
         if phrase not in _LEXICON:
             raise CascadeError(
-                f"The toy world does not know {phrase!r} in the prompt {prompt!r}; it knows shapes, colours, sizes, "
-                "relations and backgrounds: use words of cascade_nodes.demo.captions.vocabulary()."
+                f"The toy world does not know {phrase!r} in the prompt {prompt!r}; "
+                "use only words of cascade_nodes.demo.captions.vocabulary()."
             )
         tokens.append(_LEXICON[phrase])
     spec = _read(tokens, prompt)
     if len(spec.objects) > 2 or (spec.relation and len(spec.objects) < 2):
         raise CascadeError(
-            f"The prompt {prompt!r} names {len(spec.objects)} objects; the toy world has one or two, and two where "
-            "the prompt relates them: name that many."
+            f"The prompt {prompt!r} names {len(spec.objects)} objects; the toy world has one or two, "
+            "and a relation needs two: name that many."
         )
     return spec
 
@@ -315,7 +245,7 @@ def _read(tokens: list[tuple[str, str]], prompt: str) -> Spec:
 
 
 def _continues(current: dict[str, str], rest: list[tuple[str, str]]) -> bool:
-    """Whether the tag after a comma speaks of the current object: "red star, small", but not "red star, ring"."""
+    """Whether the tag after a comma is about the current object: "red star, small", not "red star, ring"."""
     for kind, _ in rest:
         if kind not in _ATTRIBUTES:
             return kind == "comma"

@@ -57,9 +57,7 @@ class DemoCascade:
         return cls(text=text, device=device, **networks)
 
     @torch.no_grad()
-    def prior(
-        self, prompts: Sequence[str], seed: int, how: Sampling = PRIOR, negative: str = ""
-    ) -> Tensor:
+    def prior(self, prompts: Sequence[str], seed: int, how: Sampling = PRIOR, negative: str = "") -> Tensor:
         """Stage C's latents: (B, 16, 6, 6)"""
         count = len(prompts)
         noise = NoiseSource(seed, count, LATENT)

@@ -7,7 +7,7 @@ COMPRESSED = 192  # what the compressor sees: 32 times the latent's 6 × 6
 LATENT = (16, 6, 6)  # Stage C
 STAGE_B_LATENT = (4, 64, 64)
 
-TRAIN_SCENES = 300_000
+TRAIN_SCENES = 200_000
 CAPTIONS_PER_SCENE = 6
 WRONG_CAPTIONS_PER_SCENE = 6
 
@@ -50,7 +50,7 @@ STAGE_B = {
 }  # fmt: skip
 
 SETTINGS = {
-    "stage_a": Settings(steps=4_000, learning_rate=2e-3, batch_size=64, weight_decay=0.0, bf16=False),
+    "stage_a": Settings(steps=2_500, learning_rate=2e-3, batch_size=64, weight_decay=0.0, bf16=False),
     "compressor": Settings(steps=6_000, learning_rate=2e-3, batch_size=256),
     "clip": Settings(steps=6_000, learning_rate=1e-3, batch_size=1024, weight_decay=0.05),
     "stage_b": Settings(steps=24_000, learning_rate=1e-3, batch_size=256, ema=0.9995),

@@ -69,21 +69,20 @@ def is_held_out_triple(first: np.ndarray, relation: np.ndarray, second: np.ndarr
 
 def held_out_reason(scene: Scene) -> str | None:
     """ "pair" or "triple" if the scene is kept from training, else None."""
-    kinds = [np.array(SHAPES.index(o.shape) * 8 + COLOURS.index(o.colour)) for o in scene.objects]
-    if any(is_held_out_pair(kind) for kind in kinds):
+    kinds = np.array([SHAPES.index(o.shape) * 8 + COLOURS.index(o.colour) for o in scene.objects])
+    if is_held_out_pair(kinds).any():
         return "pair"
-    if scene.relation is not None:
-        relation = np.array(RELATIONS.index(scene.relation))
-        if is_held_out_triple(kinds[0], relation, kinds[1]):
-            return "triple"
-    return None
+    if scene.relation is None:
+        return None
+    relation = np.array([RELATIONS.index(scene.relation)])
+    return "triple" if is_held_out_triple(kinds[:1], relation, kinds[1:]).all() else None
 
 
 # Sampling
 
 
 def sample_scenes(n: int, seed: int, split: str = "train") -> list[Scene]:
-    """n random scenes: "train" has nothing held out; "held_out" has, by turns, a held-out pair, and a held-out
+    """n random scenes: "train" has nothing held out; "held_out" has, by turns, a held-out pair and a held-out
     triple of trained pairs. A third of the training scenes and of the held-out pairs are single objects.
     """
     if split not in ("train", "held_out"):
@@ -101,20 +100,29 @@ def sample_scenes(n: int, seed: int, split: str = "train") -> list[Scene]:
 
 def _sample_kinds(n: int, rng: np.random.Generator, want: str) -> tuple[np.ndarray, np.ndarray]:
     """Object kinds (n, 2) and relations (n,), -1 for a single, all of them "train", "pair" or "triple"."""
+    single = np.zeros(n, bool) if want == "triple" else rng.random(n) < 1 / 3
+    kinds, relation = np.empty((n, 2), np.int64), np.full(n, -1)
+    kinds[single], _ = _accepted(int(single.sum()), rng, want, single=True)
+    kinds[~single], relation[~single] = _accepted(n - int(single.sum()), rng, want, single=False)
+    return kinds, relation
+
+
+def _accepted(n: int, rng: np.random.Generator, want: str, single: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Kinds (n, 2) and relations (n,) by rejection; of a single, only the first kind counts."""
     kinds, relations = np.empty((0, 2), np.int64), np.empty(0, np.int64)
     while len(kinds) < n:
-        draw = rng.integers(0, 64, (2 * n + 64, 2))
-        relation = rng.integers(0, 4, len(draw))
-        single = np.zeros(len(draw), bool) if want == "triple" else rng.random(len(draw)) < 1 / 3
-        relation[single] = -1
+        draw, relation = rng.integers(0, 64, (2 * n + 64, 2)), rng.integers(0, 4, 2 * n + 64)
         if want == "pair":  # put a held-out pair in one of the slots
-            shape, slot = rng.integers(0, 8, len(draw)), np.where(single, 0, rng.integers(0, 2, len(draw)))
+            shape, slot = rng.integers(0, 8, len(draw)), 0 if single else rng.integers(0, 2, len(draw))
             draw[np.arange(len(draw)), slot] = shape * 8 + (3 * shape + 2) % 8
         first, second = draw.T
-        pair = is_held_out_pair(first) | (is_held_out_pair(second) & ~single)
-        triple = is_held_out_triple(first, np.maximum(relation, 0), second) & ~single
+        pair, triple = is_held_out_pair(first), np.zeros(len(draw), bool)
+        if not single:
+            pair |= is_held_out_pair(second)
+            triple = is_held_out_triple(first, relation, second)
         fits = {"train": ~pair & ~triple, "pair": pair, "triple": ~pair & triple}[want]
-        fits &= single | (first != second)  # two equal objects could not be told apart
+        if not single:
+            fits &= first != second  # two equal objects could not be told apart
         kinds, relations = np.concatenate([kinds, draw[fits]]), np.concatenate([relations, relation[fits]])
     return kinds[:n], relations[:n]
 
@@ -142,7 +150,14 @@ def _build(kinds: np.ndarray, relation: np.ndarray, rng: np.random.Generator) ->
     )
     for kind, sizes, centres, radii, related, ground in rows:
         objects = tuple(
-            SceneObject(SHAPES[kind[i] // 8], COLOURS[kind[i] % 8], SIZES[sizes[i]], *centres[i], radii[i])
+            SceneObject(
+                SHAPES[kind[i] // 8],
+                COLOURS[kind[i] % 8],
+                SIZES[sizes[i]],
+                centres[i][0],
+                centres[i][1],
+                radii[i],
+            )
             for i in range(1 if related < 0 else 2)
         )
         scenes.append(Scene(objects, BACKGROUNDS[ground], None if related < 0 else RELATIONS[related]))

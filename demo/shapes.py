@@ -1,7 +1,7 @@
 """Signed distances of the toy world's eight shapes, in units of the object's radius.
 
-Each function takes x and y (tensors of one size; x to the right, y down, the object's centre at 0) and returns
-the distance to the outline: negative inside, exact outside, so that shadows and soft edges follow the form.
+Each function takes x and y (tensors of one size; x to the right, y down, the centre at 0) and returns the
+distance to the outline: negative inside, exact outside, so that shadows and soft edges follow the form.
 Every shape lies within [-1, 1] in both axes.
 """
 

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
 from cascade_nodes.cascade_core.compressor import SemanticCompressor
+from cascade_nodes.cascade_core.layers import AttnBlock, ResBlock, TimestepBlock
 from cascade_nodes.cascade_core.previewer import Previewer
+from cascade_nodes.cascade_core.stage_a import ResBlock as StageAResBlock
 from cascade_nodes.cascade_core.stage_a import StageA
 from cascade_nodes.cascade_core.stage_b import StageB
 from cascade_nodes.cascade_core.stage_c import StageC
@@ -34,6 +36,7 @@ from cascade_nodes.demo.detail import DetailDecoder
 from cascade_nodes.demo.world import Scene, sample_scenes
 
 WEIGHTS = Path(__file__).parent / "weights"
+COMPILED = (ResBlock, AttnBlock, TimestepBlock, StageAResBlock)
 
 
 @dataclass
@@ -46,25 +49,48 @@ class Job:
     out: Path  # what this run gives
     device: torch.device
     scenes: int
-    minutes: float | None
+    minutes: float | None  # stop here, to go on later
+    fit: float | None  # choose the number of steps for so many minutes
     compiled: bool
 
     def train_scenes(self, share: float = 1.0) -> list[Scene]:
         return sample_scenes(max(int(self.scenes * share), 64), seed=self.settings.seed, split="train")
 
-    def compile(self, function: Callable) -> Callable:
-        return torch.compile(function) if self.compiled else function
+    def compile(self, network: nn.Module) -> nn.Module:
+        """Compiles each kind of block once, in place: whole networks take minutes to compile."""
+        if self.compiled:
+            torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, times widths and sizes
+            for block in network.modules():
+                if isinstance(block, COMPILED):
+                    block.compile()
+        return network
 
     def batch(self, data: Tensor) -> Tensor:
         """Random row numbers of `data`; the trainer seeds each step."""
         return torch.randint(len(data), (self.settings.batch_size,)).to(data.device)
 
-    def train(self, networks: dict[str, nn.Module], loss: Callable, groups: dict[str, float] | None = None) -> nn.ModuleDict:
+    def train(
+        self, networks: dict[str, nn.Module], loss: Callable, groups: dict[str, float] | None = None
+    ) -> nn.ModuleDict:
         """Runs the trainer and gives the averaged networks."""
         trainer = Trainer(networks, self.settings, self.folder, groups)
         trainer.resume()
+        if self.fit is not None and trainer.step < self.settings.warmup:
+            self._fit(trainer, loss)
         trainer.run(loss, minutes=self.minutes)
         return trainer.average
+
+    def _fit(self, trainer: Trainer, loss: Callable) -> None:
+        """Sets the number of steps so that training takes about `fit` minutes; the warm-up does not depend on it."""
+        assert self.fit is not None
+        began = time.monotonic()
+        trainer.run(loss, until=60)  # compiles
+        warm = time.monotonic()
+        trainer.run(loss, until=160)
+        left = self.fit * 60 - (time.monotonic() - began)
+        steps = 160 + int(left / (time.monotonic() - warm) * 100)
+        trainer.settings = replace(self.settings, steps=max(steps, 200))
+        print(f"{self.folder.name}: {trainer.settings.steps} steps in {self.fit} minutes", flush=True)
 
     def load(self, name: str) -> nn.Module:
         path = self.weights / f"demo_{name}.safetensors"
@@ -73,19 +99,24 @@ class Job:
     def export(self, name: str, kind: str, network: nn.Module, config: dict) -> None:
         """Writes half-precision weights with their configuration."""
         tensors = {
-            key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()
+            key: value.half() if value.is_floating_point() else value
+            for key, value in network.state_dict().items()
         }
         write_safetensors(self.out / name, tensors, {"kind": kind, "config": json.dumps(config)})
 
 
 def train_stage_a(job: Job) -> None:
     images = pictures(job.train_scenes(0.1), job.device)
-    model = initialise_stage_a(StageA.from_config(recipe.STAGE_A)).to(job.device, memory_format=torch.channels_last)
+    model = initialise_stage_a(StageA.from_config(recipe.STAGE_A)).to(
+        job.device, memory_format=torch.channels_last
+    )
     # Held at 0.43, so that in the published units (÷ 0.43) every channel has a standard deviation of one.
     norm = model.down_blocks[-1][1]
     norm.requires_grad_(False).weight.data.fill_(recipe.STAGE_A["scale_factor"])
-    objective = job.compile(stage_a_loss)
-    average = job.train({"stage_a": model}, lambda step: objective(model, as_float(images[job.batch(images)])))
+    job.compile(model)
+    average = job.train(
+        {"stage_a": model}, lambda step: stage_a_loss(model, as_float(images[job.batch(images)]))
+    )
     job.export("demo_stage_a.safetensors", "stage_a", average["stage_a"], recipe.STAGE_A)
 
 
@@ -106,11 +137,18 @@ def train_compressor(job: Job) -> None:
         # Noise makes near latents mean near pictures, which Stage C can then hit.
         latent = latent + 0.15 * torch.randn_like(latent)
         preview, large = previewer(latent).float(), detail(latent).float()
-        preview_target, target = resized(as_float(batch), preview.shape[-1]), resized(as_float(batch), large.shape[-1])
+        preview_target, target = (
+            resized(as_float(batch), preview.shape[-1]),
+            resized(as_float(batch), large.shape[-1]),
+        )
         preview_loss = F.mse_loss(preview, preview_target)
         detail_loss = F.mse_loss(large, target)
         absolute = F.l1_loss(large, target) + F.l1_loss(preview, preview_target)
-        return {"loss": preview_loss + 2 * detail_loss + 0.1 * absolute, "preview": preview_loss, "detail": detail_loss}
+        return {
+            "loss": preview_loss + 2 * detail_loss + 0.1 * absolute,
+            "preview": preview_loss,
+            "detail": detail_loss,
+        }
 
     average = job.train(networks, loss)
     job.export("demo_compressor.safetensors", "compressor", average["compressor"], recipe.COMPRESSOR)
@@ -164,7 +202,10 @@ def semantic_latents(job: Job, scenes: Sequence[Scene]) -> Tensor:
     compressor = job.load("compressor")
     parts = range(0, len(scenes), 8192)
     return torch.cat(
-        [in_parts(lambda p: compressor(for_compressor(p)), pictures(scenes[i : i + 8192], job.device)) for i in parts]
+        [
+            in_parts(lambda p: compressor(for_compressor(p)), pictures(scenes[i : i + 8192], job.device))
+            for i in parts
+        ]
     )
 
 
@@ -180,13 +221,18 @@ def train_stage_c(job: Job) -> None:
     parts = range(0, len(scenes), 8192)
     images = torch.cat(
         [
-            in_parts(lambda p: vision.encode(as_float(p).movedim(1, -1)), pictures(scenes[i : i + 8192], job.device, smaller=size))
+            in_parts(
+                lambda p: vision.encode(as_float(p).movedim(1, -1)),
+                pictures(scenes[i : i + 8192], job.device, smaller=size),
+            )
             for i in parts
         ]
     )  # (N, E)
     texts = captions(scenes, recipe.CAPTIONS_PER_SCENE, tokenizer, job.settings.seed).to(job.device)
     empty = torch.tensor([token for token, _ in tokenizer.empty_chunk()], device=job.device)
-    model = initialise_unet(StageC.from_config(recipe.STAGE_C)).to(job.device, memory_format=torch.channels_last)
+    model = initialise_unet(StageC.from_config(recipe.STAGE_C)).to(
+        job.device, memory_format=torch.channels_last
+    )
     network = job.compile(model)
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -230,7 +276,9 @@ def train_stage_b(job: Job) -> None:
     texts = captions(scenes, 1, encoder.tokenizer, job.settings.seed)[:, 0].to(job.device)
     end = encoder.tokenizer.end_token
     pooled = in_parts(lambda p: encode_tokens(encoder.model, p.long(), end).pooled, texts)  # (N, P)
-    model = initialise_unet(StageB.from_config(recipe.STAGE_B)).to(job.device, memory_format=torch.channels_last)
+    model = initialise_unet(StageB.from_config(recipe.STAGE_B)).to(
+        job.device, memory_format=torch.channels_last
+    )
     network = job.compile(model)
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -241,7 +289,9 @@ def train_stage_b(job: Job) -> None:
         strength = 0.25 * torch.rand(len(rows), 1, 1, 1, device=job.device)
         effnet = effnet + strength * torch.randn_like(effnet)
         effnet = effnet * (chance[2] >= 0.05)[..., None, None]
-        return diffusion_loss(lambda noised, r: network(noised, r, effnet, clip[:, None]), latents[rows].float())
+        return diffusion_loss(
+            lambda noised, r: network(noised, r, effnet, clip[:, None]), latents[rows].float()
+        )
 
     average = job.train({"stage_b": model}, loss)
     job.export("demo_stage_b.safetensors", "stage_b", average["stage_b"], recipe.STAGE_B)
@@ -257,9 +307,13 @@ STAGES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("network", choices=STAGES)
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)"
+    )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="networks trained before")
     parser.add_argument("--out", type=Path, help="where the trained network goes (default: --weights)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -267,16 +321,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--minutes", type=float, help="stop and write a checkpoint after so long")
+    parser.add_argument("--fit", type=float, help="choose the number of steps so that it takes so many minutes")
+    parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)
-    given = {"steps": options.steps, "batch_size": options.batch_size}
+    given = {"steps": options.steps, "batch_size": options.batch_size, "learning_rate": options.learning_rate}
     settings = replace(recipe.SETTINGS[options.network], **{k: v for k, v in given.items() if v is not None})
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     compiled = device.type == "cuda" and not options.no_compile
     job = Job(
         settings, options.work / options.network, options.weights, options.out or options.weights, device,
-        options.scenes, options.minutes, compiled,
+        options.scenes, options.minutes, options.fit, compiled,
     )  # fmt: skip
     started = time.monotonic()
     STAGES[options.network](job)

@@ -94,8 +94,6 @@ def _run(options: argparse.Namespace) -> int:
         result = _execute(options, progress)
     finally:
         progress.close()
-    for picture in result.pictures:
-        print(f"{picture.path}  ({picture.seconds:.1f} s)")
     for line in sentences(None, result.node_errors):
         _complain(f"error: {line}")
     return 1 if result.node_errors else 0

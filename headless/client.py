@@ -103,7 +103,9 @@ def run_on_server(server: Server, graph: Graph, folders: Folders, observer: Obse
     for node_id, ui in history["outputs"].items():
         for entry in ui.get("images", ()):
             path = _download(server, entry, folders)
-            result.pictures.append(Picture(path, node_id, time.perf_counter() - started))
+            picture = Picture(path, node_id, time.perf_counter() - started)
+            result.pictures.append(picture)
+            observer.picture_saved(picture)
     result.seconds = time.perf_counter() - started
     return result
 

@@ -210,7 +210,9 @@ class _Run:
         self.result.outputs[node_id] = ui
         for entry in ui.get("images", ()):
             path = current_folders().of_kind(entry["type"]) / entry["subfolder"] / entry["filename"]
-            self.result.pictures.append(Picture(path, node_id, seconds))
+            picture = Picture(path, node_id, seconds)
+            self.result.pictures.append(picture)
+            self.observer.picture_saved(picture)
 
 
 class _Steps:

@@ -26,6 +26,8 @@ def read_graph(path: Path) -> Graph:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise CascadeError(f"{path} is not valid JSON: {error.msg} at {where}.") from error
+    except RecursionError as error:
+        raise CascadeError(f"{path} is nested too deeply to be a graph.") from error
     check_shape(graph, str(path))
     return graph
 
@@ -71,8 +73,20 @@ def linked_inputs(node: Mapping[str, Any], names: Iterable[str]) -> Iterator[tup
 def execution_order(sources: Mapping[str, list[str]], outputs: Iterable[str]) -> list[str]:
     """Every node that the outputs need, each after the nodes it takes from.
 
-    `sources` gives the nodes that each node takes from; it has no cycles (the validation has seen to that).
+    A node's longest branch comes first, so that a loader runs just before its first use and not everything is
+    in memory at once. `sources` gives the nodes that each node takes from, without cycles.
     """
+    outputs = list(outputs)
+    depth: dict[str, int] = {}
+    for node_id in _depth_first(sources, outputs):
+        depth[node_id] = 1 + max((depth[source] for source in sources[node_id]), default=0)
+    longest_first = {
+        node_id: sorted(sources[node_id], key=depth.__getitem__, reverse=True) for node_id in depth
+    }
+    return _depth_first(longest_first, outputs)
+
+
+def _depth_first(sources: Mapping[str, list[str]], outputs: list[str]) -> list[str]:
     order: list[str] = []
     seen: set[str] = set()
     for output in outputs:

@@ -6,16 +6,20 @@ import sys
 import time
 from typing import Any, TextIO
 
-from .results import Observer
+from .results import Observer, Picture
 
 _WIDTH = 24
 
 
 class ConsoleProgress(Observer):
-    """Writes to a stream. On a terminal a node's line is redrawn as it runs; elsewhere it comes when done."""
+    """Writes to `stream`. On a terminal a node's line is redrawn as it runs; elsewhere it comes when done.
 
-    def __init__(self, stream: TextIO | None = None):
+    The paths of saved pictures, with the seconds since the run began, go to `results` (standard output).
+    """
+
+    def __init__(self, stream: TextIO | None = None, results: TextIO | None = None):
         self.stream = stream or sys.stderr
+        self.results = results or sys.stdout
         self.live = self.stream.isatty()
         self.full, self.empty = ("█", "░") if _can_write(self.stream, "█░") else ("#", ".")
         self.head = ""
@@ -37,6 +41,10 @@ class ConsoleProgress(Observer):
 
     def node_reused(self, index: int, total: int, name: str) -> None:
         self._finish(f"[{index}/{total}] {name}  reused")
+
+    def picture_saved(self, picture: Picture) -> None:
+        self.close()
+        print(f"{picture.path}  ({picture.seconds:.1f} s)", file=self.results, flush=True)
 
     def status(self, text: str) -> None:
         self._draw(text)

@@ -49,6 +49,9 @@ class Observer:
     def node_reused(self, index: int, total: int, name: str) -> None:
         """Node `index` gave the same outputs in an earlier run or place; it is not executed."""
 
+    def picture_saved(self, picture: Picture) -> None:
+        """A picture is there, whatever may still go wrong with others."""
+
     def status(self, text: str) -> None:
         """Something worth saying while waiting."""
 

@@ -42,7 +42,7 @@ def run_graph(
         folder = Path(graph).parent
         graph = read_graph(Path(graph))
     check_shape(graph, "The graph")
-    classes = dict(available_nodes() if nodes is None else nodes)
+    classes = available_nodes() if nodes is None else nodes
 
     def input_types(class_type: str) -> dict[str, str] | None:
         if class_type not in classes:

@@ -28,11 +28,28 @@ def sentences(error: Error | None, node_errors: dict[str, Error], known: Iterabl
     lines = [
         _sentence(node_id, entry["class_type"], reason)
         for node_id, entry in node_errors.items()
-        for reason in entry["errors"]
+        for reason in _joined(entry["errors"])
     ]
     if error is not None and not lines:
         lines = [_whole_graph(error, list(known))]
     return list(dict.fromkeys(lines))
+
+
+def _joined(reasons: list[Error]) -> list[Error]:
+    """A node's own objection, which ComfyUI repeats for every input that the node looked at, made one."""
+    joined: list[Error] = []
+    objections: dict[str, list[str]] = {}
+    for reason in reasons:
+        if reason["type"] != "custom_validation_failed":
+            joined.append(reason)
+            continue
+        name, _, why = reason["details"].partition(" - ")
+        if why not in objections:
+            objections[why] = []
+            extra = {"input_names": objections[why], "why": why}
+            joined.append({**reason, "extra_info": extra})
+        objections[why].append(name)
+    return joined
 
 
 def _whole_graph(error: Error, known: list[str]) -> str:
@@ -62,7 +79,8 @@ def _sentence(node_id: str, class_type: str, reason: Error) -> str:
     return f"Node {node_id} ({class_type}): {text}"
 
 
-def _options(extra: Error) -> tuple[str, dict[str, Any]]:
+def _options(extra: Error) -> tuple[str | list[Any], dict[str, Any]]:
+    """The type and the options of the input that an error is about."""
     config = extra.get("input_config") or ["", {}]
     return config[0], config[1]
 
@@ -98,17 +116,21 @@ def _out_of_range(reason: Error, extra: Error) -> str:
 
 
 def _not_in_list(reason: Error, extra: Error) -> str:
-    _, options = _options(extra)
-    listed = ", ".join(map(str, options.get("options", []))) or "nothing: the list is empty"
+    kind, options = _options(extra)
+    choices = (
+        kind if isinstance(kind, list) else options.get("options", [])
+    )  # a list as type: the older nodes'
+    listed = ", ".join(map(str, choices)) or "nothing: the list is empty"
     if extra.get("input_config") is None:
         listed = "a long list (see `cascade nodes`)"
     return f"input {extra['input_name']!r} is {extra['received_value']!r}, but it must be one of: {listed}."
 
 
 def _custom(reason: Error, extra: Error) -> str:
-    _, _, why = reason["details"].partition(" - ")
-    text = why or "the node does not accept it"
-    return f"input {extra['input_name']!r}: {text}{'' if text.endswith(('.', '!', '?')) else '.'}"
+    names = ", ".join(map(repr, extra["input_names"]))
+    text = extra["why"] or "the node does not accept this"
+    plural = "s" if len(extra["input_names"]) > 1 else ""
+    return f"input{plural} {names}: {text}{'' if text.endswith(('.', '!', '?')) else '.'}"
 
 
 def _cycle(reason: Error, extra: Error) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class Validation:
     node_errors: dict[str, dict[str, Any]]
 
 
-def validate(graph: Graph, classes: dict[str, NodeClass]) -> Validation:
+def validate(graph: Graph, classes: Mapping[str, NodeClass]) -> Validation:
     """Check a graph against the node classes. CascadeError only for what is no graph at all."""
     check_shape(graph, "The graph")
     graph = copy.deepcopy(graph)
@@ -62,7 +63,7 @@ def _error(kind: str, message: str, details: str, **extra: Any) -> dict[str, Any
     return {"type": kind, "message": message, "details": details, "extra_info": extra}
 
 
-def _first_unknown(graph: Graph, classes: dict[str, NodeClass]) -> dict[str, Any] | None:
+def _first_unknown(graph: Graph, classes: Mapping[str, NodeClass]) -> dict[str, Any] | None:
     """The error of the first node whose class is missing or unknown."""
     for node_id, node in graph.items():
         details = f"Node ID '#{node_id}'"

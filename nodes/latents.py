@@ -1,6 +1,7 @@
 """Latents: empty ones, a picture's, and back to a picture."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ MAX_SIZE = 16384
 VAE_WORDS = {"stage_a": "Stage A", "compressor": "the semantic compressor"}
 
 
-def compression_input():
+def compression_input() -> Any:
     """The same for every node that makes a Stage C latent."""
     return io.Float.Input(
         "compression",
@@ -62,7 +63,7 @@ class CascadeEmptyLatent(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        side = {"default": 1024, "min": SIZE_STEP, "max": MAX_SIZE, "step": SIZE_STEP}
+        side: dict[str, Any] = {"default": 1024, "min": SIZE_STEP, "max": MAX_SIZE, "step": SIZE_STEP}
         return io.Schema(
             node_id="CascadeEmptyLatent",
             display_name="Cascade Empty Latent",
@@ -81,6 +82,17 @@ class CascadeEmptyLatent(io.ComfyNode):
                 io.Latent.Output(display_name="stage_b", tooltip="For Cascade Decoder Sampler."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, width=None, height=None) -> bool | str:
+        """Before anything runs: the host checks least and greatest values, but not multiples."""
+        try:
+            for name, pixels in (("width", width), ("height", height)):
+                if pixels is not None:  # None: it comes over a link
+                    check_size(name, pixels)
+        except CascadeError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, width, height, batch_size, compression) -> io.NodeOutput:

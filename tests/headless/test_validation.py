@@ -9,7 +9,7 @@ from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.headless.sentences import GraphError, sentences
 from cascade_nodes.headless.validation import validate
 from cascade_nodes.tests.headless.record_comfyui import CYCLE, GRAPHS, canonical, node, number, show, text
-from cascade_nodes.tests.headless.toy_nodes import TOYS
+from cascade_nodes.tests.headless.toy_nodes import TOYS, ToyShow
 
 RECORD = json.loads((Path(__file__).parent / "comfyui.json").read_text())["validation"]
 
@@ -60,7 +60,7 @@ def test_same_verdict_as_comfyui(name):
 
 
 def test_an_error_of_an_output_node_itself_names_the_exception_plainly():
-    class Touchy(TOYS["ToyShow"]):
+    class Touchy(ToyShow):
         @classmethod
         def validate_inputs(cls, toy):
             raise RuntimeError("no")
@@ -169,9 +169,14 @@ def test_each_error_is_one_sentence(graph, sentence):
 
 
 def test_a_custom_error_is_said_in_the_nodes_own_words():
-    assert said(GRAPHS["custom_validation_failed"]) == [
-        "Node 1 (ToyPair): input 'a': 1 + 2 is odd.",
-        "Node 1 (ToyPair): input 'b': 1 + 2 is odd.",
+    assert said(GRAPHS["custom_validation_failed"]) == ["Node 1 (ToyPair): inputs 'a', 'b': 1 + 2 is odd."]
+
+
+def test_the_older_nodes_of_a_server_have_their_options_as_type():
+    extra = {"input_name": "crop", "input_config": [["disabled", "center"], {}], "received_value": "zz"}
+    error = {"type": "value_not_in_list", "message": "Value not in list", "details": "", "extra_info": extra}
+    assert sentences(None, {"4": {"class_type": "ImageScale", "errors": [error]}}) == [
+        "Node 4 (ImageScale): input 'crop' is 'zz', but it must be one of: disabled, center."
     ]
 
 

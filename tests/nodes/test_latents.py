@@ -33,6 +33,11 @@ def test_sizes_that_no_picture_has(width, height):
         CascadeError, match=r"(width|height) is -?\d+; it must be a multiple of 8 from 8 to 16384"
     ):
         CascadeEmptyLatent.execute(width, height, 1, 42.67)
+    assert "it must be a multiple of 8" in str(CascadeEmptyLatent.validate_inputs(width, height))
+
+
+def test_sizes_that_are_known_later_are_not_refused():
+    assert CascadeEmptyLatent.validate_inputs(256) is True
 
 
 def test_no_pictures_at_all():

@@ -22,7 +22,10 @@ def prompts(sockets):
 
 
 def prior(model, prompts, latent, **settings):
-    return CascadePriorSampler.execute(model, *prompts, latent, **{**PRIOR, "seed": 0, **settings})[0]
+    positive, negative = prompts
+    return CascadePriorSampler.execute(model, positive, negative, latent, **{**PRIOR, "seed": 0, **settings})[
+        0
+    ]
 
 
 def latents(batch=1):
@@ -68,11 +71,12 @@ def test_text_states_of_another_width(sockets):
 
 
 def test_stage_b_takes_only_the_pooled_vector(sockets):
+    c, b = latents()
     wide = [[torch.zeros(1, 77, 1280), {"pooled_output": torch.zeros(1, 1280)}]]
     with pytest.raises(CascadeError, match="the pooled text vector of width 1280"):
-        CascadeDecoderSampler.execute(sockets["stage_b"], wide, wide, *latents(), seed=0, **DECODER)
+        CascadeDecoderSampler.execute(sockets["stage_b"], wide, wide, c, b, seed=0, **DECODER)
     states = [[torch.zeros(1, 77, 1280), {"pooled_output": torch.zeros(1, 64)}]]
-    CascadeDecoderSampler.execute(sockets["stage_b"], states, states, *latents(), seed=0, **DECODER)
+    CascadeDecoderSampler.execute(sockets["stage_b"], states, states, c, b, seed=0, **DECODER)
 
 
 def test_no_pooled_vector(sockets):
@@ -82,14 +86,13 @@ def test_no_pooled_vector(sockets):
 
 
 def test_batches_that_do_not_match(sockets, prompts):
-    with pytest.raises(
-        CascadeError, match="stage_c of Cascade Decoder Sampler holds 2 latents, but latent holds 3"
-    ):
-        CascadeDecoderSampler.execute(
-            sockets["stage_b"], *prompts, latents(2)[0], latents(3)[1], seed=0, **DECODER
-        )
+    positive, negative = prompts
+    two, _ = latents(2)
+    _, three = latents(3)
+    with pytest.raises(CascadeError, match="Sampler holds 2 latents, but latent holds 3"):
+        CascadeDecoderSampler.execute(sockets["stage_b"], positive, negative, two, three, seed=0, **DECODER)
     with pytest.raises(CascadeError, match="holds 2 latents but 1 batch indices"):
-        prior(sockets["stage_c"], prompts, {**latents(2)[0], "batch_index": [0]})
+        prior(sockets["stage_c"], prompts, {**two, "batch_index": [0]})
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """CLIP in ComfyUI: its own text encoder classes, built with a file's configuration.
 
 They keep the host's names (`clip_g.transformer.text_model.…`), which its LoRA nodes look for.

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Where ComfyUI keeps model files: its categories, `models/stable_cascade`, and the demo weights."""
 
 import os

@@ -1,5 +1,7 @@
 """A network of ours as ComfyUI holds it."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -9,6 +11,8 @@ class Hosted(nn.Module):
 
     Subclasses add the calls that the host makes.
     """
+
+    network: Any
 
     def __init__(self, network: nn.Module):
         super().__init__()

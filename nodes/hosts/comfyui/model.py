@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """MODEL in ComfyUI: a patcher around a subclass of its own Stable Cascade models, around our network."""
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ....cascade_core import checkpoints
 from ....cascade_core.config import infer_config
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.stage_c import StageC
 from ..run import Network
 from .hosted import Hosted
 
@@ -41,14 +43,12 @@ class HostedNetwork(Hosted):
         context: Tensor | None = None,
         control: dict | None = None,
         transformer_options: dict | None = None,
-        **conditions: Tensor,
+        **conditions: Any,
     ) -> Tensor:
-        """`conditions` are what `extra_conds` below returned; `context` stays empty, as in the host's own
-        model.
-        """
-        if control is not None:
+        """`conditions` are what `extra_conds` below returned; `context` stays empty, as in the host's own."""
+        if control is not None and isinstance(self.network, StageC):
             # The host's list is popped from its end, block after block.
-            conditions["control"] = list(reversed(control.get("input", [])))  # type: ignore[assignment]
+            conditions["control"] = list(reversed(control.get("input", [])))
         return self.network(x, r, **conditions)
 
 
@@ -132,7 +132,7 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     )
     config.set_inference_dtype(weight_dtype, cast)
 
-    def build(operations: Any, **_: Any) -> HostedNetwork:
+    def build(operations: Any, **ignored: Any) -> HostedNetwork:
         network, _, _ = checkpoints.load_model(path, expect=kind, dtype=weight_dtype, operations=operations)
         return HostedNetwork(network, weight_dtype, Path(path).name)
 

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Progress and live previews in ComfyUI."""
 
 from collections.abc import Callable

@@ -1,13 +1,16 @@
+# pyright: reportMissingImports=false
 """A sampling run inside ComfyUI's guider: our guidance and samplers; areas, hooks, LoRA and memory are its.
 
 The host works with x / a, noised by sigma = b / a = exp(-log_snr / 2), and predicts the clean latent; our
 samplers work with a·x0 + b·epsilon and predict epsilon.
 """
 
+import copy
 from typing import Any
 
 import comfy.model_base
 import comfy.model_management
+import comfy.model_sampling
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -100,11 +103,17 @@ def sample(run: Run) -> Tensor:
 
 def with_shift(patcher: Any, shift: float) -> Any:
     """The MODEL with the run's schedule, by which the host turns shares of the steps into sigmas."""
-    if getattr(patcher.get_model_object("model_sampling"), "shift", None) == shift:
+    current = patcher.get_model_object("model_sampling")
+    if not isinstance(current, comfy.model_sampling.StableCascadeSampling):
+        stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
+        current = comfy.model_base.model_sampling(patcher.model.model_config, stable_cascade)
+    elif current.shift == shift:
         return patcher
-    stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
-    schedule = comfy.model_base.model_sampling(patcher.model.model_config, stable_cascade)
-    schedule.set_parameters(shift)
+    schedule = copy.deepcopy(current)
+    schedule.shift = shift
+    # What the host's `set_parameters` does one time after another, which takes a second.
+    times = torch.arange(1, schedule.num_timesteps + 1) / schedule.num_timesteps
+    schedule.set_sigmas(schedule.sigma(times))
     patched = patcher.clone()
     patched.add_object_patch("model_sampling", schedule)
     return patched

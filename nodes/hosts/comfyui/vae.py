@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """VAE in ComfyUI: a subclass of its own VAE around Stage A, or around the compressor and the previewer."""
 
 import logging

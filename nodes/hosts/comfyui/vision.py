@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """CLIP_VISION in ComfyUI: its own image encoder class, built with a file's configuration."""
 
 import json

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ....cascade_core import checkpoints
 from ..run import LATENT_CHANNELS, Network
 from .device import weight_dtype
@@ -22,7 +20,7 @@ class HeadlessModel:
 
     kind: str
     name: str
-    network: nn.Module
+    network: Any  # StageB or StageC
 
 
 def load_network(kind: str, path: Path, dtype: str) -> HeadlessModel:

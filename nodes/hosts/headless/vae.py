@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....cascade_core import checkpoints
 from ....cascade_core.errors import CascadeError
@@ -20,8 +20,8 @@ class HeadlessVAE:
     """`encoder` and `decoder` are the same network for Stage A; the compressor may lack a decoder."""
 
     kind: str
-    encoder: nn.Module
-    decoder: nn.Module | None
+    encoder: Any  # StageA or SemanticCompressor
+    decoder: Any  # StageA, Previewer or None
 
 
 def load_stage_a(path: Path) -> HeadlessVAE:

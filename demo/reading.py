@@ -1,0 +1,257 @@
+"""Reads a toy-world picture back: its objects and its background. Analytic: nothing here is learned.
+
+A picture is read in four steps:
+1. the background: the gradient nearest to the picture's border, corrected by what the border still differs;
+2. the objects: connected regions that are neither background nor shaded background;
+3. colour: a vote of the pixels inside, each for the nearest palette colour in light, shade or highlight;
+4. shape: the region, moved to its centroid and scaled to unit area, against the eight shapes treated likewise
+   (intersection over union). Size and centre follow from the shape that fits best.
+What fits nothing is None, so that a blot is not mistaken for an object.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.demo.world import BACKGROUND_RGB, BACKGROUNDS, COLOUR_RGB, COLOURS, SHAPE_DISTANCES, SHAPES
+
+SIZE = 256  # pictures are read at this size
+BORDER = 6  # pixels; objects keep further away from the frame
+BACKGROUND_LIMIT = 0.10  # the greatest median difference (RGB in [0, 1]) at which a background is recognised
+SHADE = (0.72, 1.04)  # background times a factor in this range is still background (shadows)
+OBJECT_LIMIT = 0.11  # the least distance (RGB in [0, 1]) of an object's pixel from that
+EDGE = 0.40  # of an object's mean distance: where its edge is
+CELL = 4  # pixels; regions are connected on a coarser grid
+LEAST_AREA = 0.003  # of the frame; smaller specks are overlooked
+MOST_OBJECTS = 6  # a picture's largest regions
+COLOUR_LIMIT, COLOUR_SHARE = (
+    0.20,
+    0.55,
+)  # a pixel's greatest distance from its colour; the least share of votes
+# The least intersection over union: a wobbly outline costs a thin shape more, and any blot is fairly round.
+SHAPE_FIT = {
+    "circle": 0.80,
+    "square": 0.80,
+    "triangle": 0.76,
+    "star": 0.70,
+    "heart": 0.80,
+    "ring": 0.70,
+    "cross": 0.70,
+    "diamond": 0.76,
+}
+RADII = (0.06, 0.30)  # in frames; what is smaller or larger has no shape, for the frame itself is a square
+LARGE = 0.145  # radius, in frames, from which an object is large
+WINDOW = 48  # pixels of the normalised region
+LIGHTS, HIGHLIGHTS = (0.72, 0.86, 1.0, 1.1), (0.2, 0.38)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundObject:
+    """One region; centre and radius in frames; shape_fit: intersection over union; colour_share: of votes."""
+
+    shape: str | None
+    colour: str | None
+    size: str
+    x: float
+    y: float
+    radius: float
+    shape_fit: float
+    colour_share: float
+
+    @property
+    def confidence(self) -> float:
+        return min(self.shape_fit, self.colour_share)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a picture shows, the largest object first."""
+
+    objects: tuple[FoundObject, ...]
+    background: str | None
+
+
+@torch.no_grad()
+def read(images: Tensor, chunk: int = 64) -> list[Reading]:
+    """Pictures (N, 3, H, W), uint8 or float in [0, 1], on any device, to what each shows."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise CascadeError(f"read expects pictures (N, 3, H, W); it was given {tuple(images.shape)}.")
+    readings = []
+    for part in images.split(chunk):
+        part = part.float() / 255 if part.dtype == torch.uint8 else part.float()
+        part = torch.nan_to_num(part).clamp(0, 1)
+        if part.shape[-2:] != (SIZE, SIZE):
+            part = F.interpolate(part, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+        readings += _read(part)
+    return readings
+
+
+def _read(images: Tensor) -> list[Reading]:
+    ground, kinds = _background(images)
+    picture, regions = _regions(_difference(images, ground))
+    objects: list[list[FoundObject]] = [[] for _ in kinds]
+    if len(picture):
+        colours, shares = _colours(images[picture], regions)
+        for index, found in zip(picture.tolist(), _shapes(regions, colours, shares), strict=True):
+            objects[index].append(found)
+    return [Reading(tuple(found), kind) for found, kind in zip(objects, kinds, strict=True)]
+
+
+# 1. Background
+
+
+def _background(images: Tensor) -> tuple[Tensor, list[str | None]]:
+    """The empty background behind each picture, (N, 3, H, W), and its name."""
+    gradients = torch.from_numpy(BACKGROUND_RGB).to(images)  # (5, 2, 3)
+    down = torch.linspace(0, 1, SIZE, device=images.device)
+    candidates = torch.lerp(gradients[:, 0, :, None], gradients[:, 1, :, None], down)  # (5, 3, H)
+    frame = torch.ones(SIZE, SIZE, dtype=torch.bool, device=images.device)
+    frame[BORDER:-BORDER, BORDER:-BORDER] = False
+    rows, columns = frame.nonzero(as_tuple=True)
+    border = images[:, None, :, rows, columns] - candidates[:, :, rows]  # (N, 5, 3, pixels)
+    error = border.abs().mean(2).median(-1).values  # (N, 5)
+    least, kind = error.min(1)
+    left = border[torch.arange(len(images), device=images.device), kind]  # (N, 3, pixels)
+    upper = rows < SIZE // 2
+    top, bottom = left[..., upper].median(-1).values, left[..., ~upper].median(-1).values
+    # The medians stand for the middles of the two halves.
+    correction = top[..., None] + (bottom - top)[..., None] * (2 * down - 0.5)  # (N, 3, H)
+    ground = (candidates[kind] + correction)[..., None].expand(-1, -1, -1, SIZE)
+    known = (least < BACKGROUND_LIMIT).tolist()
+    return ground, [BACKGROUNDS[k] if ok else None for k, ok in zip(kind.tolist(), known, strict=True)]
+
+
+# 2. Objects
+
+
+def _difference(images: Tensor, ground: Tensor) -> Tensor:
+    """(N, H, W): how far each pixel is from the background and its shadow, in RGB."""
+    shade = ((images * ground).sum(1) / ground.square().sum(1).clamp_min(1e-4)).clamp(*SHADE)
+    return (images - shade[:, None] * ground).square().sum(1).sqrt()
+
+
+def _regions(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """Connected regions, the largest first: the picture's index (M,), the region (M, H, W) bool."""
+    mask = difference > OBJECT_LIMIT
+    coarse = F.avg_pool2d(mask[:, None].float(), CELL)[:, 0] >= 0.5
+    labels = _label(coarse)  # (N, h, w)
+    areas = torch.zeros(len(mask), coarse[0].numel() + 1, device=mask.device)
+    areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels, dtype=torch.float32).flatten(1))
+    areas[:, 0] = 0
+    area, label = areas.topk(MOST_OBJECTS, 1)
+    picture, rank = (area >= LEAST_AREA * coarse[0].numel()).nonzero(as_tuple=True)
+    grown = F.max_pool2d(labels[:, None].float(), 3, 1, 1)[:, 0].long()  # the edge cells belong to the region
+    grown = torch.where(labels > 0, labels, grown)
+    fine = grown.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
+    difference = difference[picture]
+    region = (fine[picture] == label[picture, rank][:, None, None]) & (difference > OBJECT_LIMIT)
+    # A blurred edge lies where the object's own contrast is halved, not where the background ends.
+    contrast = (difference * region).sum((1, 2)) / region.sum((1, 2))
+    return picture, region & (difference > EDGE * contrast[:, None, None])
+
+
+def _label(mask: Tensor) -> Tensor:
+    """Connected regions of (N, h, w): one number > 0 for each, by spreading the greatest number within it."""
+    numbers = torch.arange(1, mask[0].numel() + 1, device=mask.device, dtype=torch.float32)
+    labels = numbers.view(1, *mask.shape[1:]) * mask
+    while True:
+        spread = labels
+        for _ in range(8):
+            spread = F.max_pool2d(spread[:, None], 3, 1, 1)[:, 0] * mask
+        if torch.equal(spread, labels):
+            return labels.long()
+        labels = spread
+
+
+# 3. Colour
+
+
+@cache
+def _palette() -> tuple[Tensor, Tensor]:
+    """Every colour in light, shade and highlight: (K, 3), and the colour's index (K,)."""
+    colours = torch.from_numpy(COLOUR_RGB)
+    shades = [colours * light for light in LIGHTS] + [
+        torch.lerp(colours, torch.ones(3), h) for h in HIGHLIGHTS
+    ]
+    return torch.cat(shades).clamp(0, 1), torch.arange(len(colours)).repeat(len(shades))
+
+
+def _colours(images: Tensor, regions: Tensor) -> tuple[list[str | None], list[float]]:
+    """images (M, 3, H, W), regions (M, H, W) -> the colour most pixels inside vote for, and their share"""
+    shades, owner = (tensor.to(images.device) for tensor in _palette())
+    inside = -F.max_pool2d(-regions[:, None].float(), 5, 1, 2)[:, 0] > 0
+    inside = torch.where(inside.any(2).any(1)[:, None, None], inside, regions)
+    region, row, column = inside.nonzero(as_tuple=True)
+    pixels = images[region, :, row, column]  # (P, 3)
+    distance, nearest = torch.cdist(pixels, shades).min(1)
+    vote = torch.where(distance < COLOUR_LIMIT, owner[nearest], len(COLOURS))  # the last is for none
+    votes = torch.zeros(len(regions), len(COLOURS) + 1, device=images.device)
+    votes.index_put_((region, vote), torch.ones_like(distance), accumulate=True)
+    share, winner = (votes[:, :-1] / votes.sum(1, keepdim=True)).max(1)
+    winners = zip(winner.tolist(), share.tolist(), strict=True)
+    return [COLOURS[w] if s >= COLOUR_SHARE else None for w, s in winners], share.tolist()
+
+
+# 4. Shape
+
+
+@cache
+def _templates() -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes at unit area about their centroids (8, WINDOW, WINDOW); area and centroid at radius 1."""
+    axis = (torch.arange(800) + 0.5) / 400 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    window = (torch.arange(WINDOW) + 0.5) / WINDOW * 2 - 1
+    wy, wx = torch.meshgrid(window, window, indexing="ij")
+    masks, areas, centroids = [], [], []
+    for distance in SHAPE_DISTANCES.values():
+        inside = (distance(x, y) < 0).float()
+        area = inside.mean() * 4
+        cx, cy = (inside * x).sum() / inside.sum(), (inside * y).sum() / inside.sum()
+        scale = area.sqrt()
+        masks.append((0.5 - distance(wx * scale + cx, wy * scale + cy) / scale * WINDOW / 2).clamp(0, 1))
+        areas.append(area)
+        centroids.append(torch.stack([cx, cy]))
+    return torch.stack(masks), torch.stack(areas), torch.stack(centroids)
+
+
+def _shapes(regions: Tensor, colours: list[str | None], shares: list[float]) -> list[FoundObject]:
+    """Regions (M, H, W) -> objects with their best-fitting shape."""
+    templates, unit_areas, unit_centroids = (tensor.to(regions.device) for tensor in _templates())
+    solid = regions.float()
+    axis = (torch.arange(SIZE, device=regions.device) + 0.5) / SIZE
+    count = solid.sum((1, 2))
+    centroid = torch.stack([(solid.sum(1) * axis).sum(1), (solid.sum(2) * axis).sum(1)], 1) / count[:, None]
+    area = count / SIZE**2
+    theta = torch.zeros(len(regions), 2, 3, device=regions.device)
+    theta[:, 0, 0] = theta[:, 1, 1] = (
+        2 * area.sqrt()
+    )  # the window reaches sqrt(area) each way; the frame spans 2
+    theta[:, :, 2] = 2 * centroid - 1
+    grid = F.affine_grid(theta, [len(regions), 1, WINDOW, WINDOW], align_corners=False)
+    window = F.grid_sample(solid[:, None], grid, align_corners=False)  # (M, 1, WINDOW, WINDOW)
+    fit = torch.minimum(window, templates).sum((2, 3)) / torch.maximum(window, templates).sum(
+        (2, 3)
+    )  # (M, 8)
+    best_fit, best = fit.max(1)
+    radius = (area / unit_areas[best]).sqrt()
+    centre = centroid - radius[:, None] * unit_centroids[best]
+    rows = zip(
+        colours, shares, best.tolist(), best_fit.tolist(), radius.tolist(), centre.tolist(), strict=True
+    )
+    return [
+        FoundObject(
+            shape=SHAPES[s] if f >= SHAPE_FIT[SHAPES[s]] and RADII[0] < r < RADII[1] else None,
+            colour=c,
+            size="large" if r >= LARGE else "small",
+            x=x,
+            y=y,
+            radius=r,
+            shape_fit=f,
+            colour_share=share,
+        )
+        for c, share, s, f, r, (x, y) in rows
+    ]

@@ -1,0 +1,69 @@
+import io
+from pathlib import Path
+
+from cascade_nodes.headless.progress import ConsoleProgress
+from cascade_nodes.headless.results import Picture
+
+
+class Terminal(io.TextIOWrapper):
+    def __init__(self, encoding="utf-8"):
+        self.bytes = io.BytesIO()
+        super().__init__(self.bytes, encoding=encoding, newline="")
+
+    def isatty(self):
+        return True
+
+    def written(self):
+        self.flush()
+        return self.bytes.getvalue().decode(self.encoding)
+
+
+def watch(progress):
+    progress.node_started(1, 2, "3 (CascadePriorSampler)")
+    for step in (1, 2):
+        progress.node_step(step, 2, None)
+    progress.node_finished(1.25)
+    progress.node_reused(2, 2, "4 (SaveImage)")
+
+
+def test_elsewhere_a_line_for_each_node():
+    stream = io.StringIO()
+    watch(ConsoleProgress(stream))
+    assert stream.getvalue() == (
+        f"[1/2] 3 (CascadePriorSampler)  {'#' * 24} 2/2  1.2 s\n[2/2] 4 (SaveImage)  reused\n"
+    )
+
+
+def test_on_a_terminal_the_line_is_redrawn():
+    stream = Terminal()
+    watch(ConsoleProgress(stream))
+    lines = stream.written().split("\r")
+    assert lines[1] == "[1/2] 3 (CascadePriorSampler)\x1b[K"
+    assert lines[2].startswith(f"[1/2] 3 (CascadePriorSampler)  {'█' * 12}{'░' * 12} 1/2  0.")
+    assert lines[4] == f"[1/2] 3 (CascadePriorSampler)  {'█' * 24} 2/2  1.2 s\x1b[K\n"
+    assert lines[5] == "[2/2] 4 (SaveImage)  reused\x1b[K\n"
+
+
+def test_a_terminal_without_block_characters_gets_plain_ones():
+    stream = Terminal("latin-1")
+    progress = ConsoleProgress(stream)
+    progress.node_step(1, 2, None)
+    assert f"{'#' * 12}{'.' * 12} 1/2" in stream.written()
+
+
+def test_a_saved_picture_has_a_line_of_its_own():
+    stream, results = Terminal(), io.StringIO()
+    progress = ConsoleProgress(stream, results)
+    progress.status("waiting")
+    progress.picture_saved(Picture(Path("output/a.png"), "1", 2.04))
+    assert stream.written() == "\rwaiting\x1b[K\n"
+    assert results.getvalue() == "output/a.png  (2.0 s)\n"
+
+
+def test_an_open_line_is_ended_once():
+    stream = Terminal()
+    progress = ConsoleProgress(stream)
+    progress.status("waiting")
+    progress.close()
+    progress.close()
+    assert stream.written() == "\rwaiting\x1b[K\n"
