@@ -51,14 +51,20 @@ class UNetConfig(Config):
     self_attn: tuple[bool, ...]
     t_conds: tuple[str, ...]
 
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """As published: one `dropout` or `self_attn` serves all levels, and `block_repeat` may be None."""
+        full = {"self_attn": True, **config}
+        levels = len(full.get("c_hidden", cls.c_hidden))
+        for name in ("dropout", "self_attn"):
+            if name in full and not isinstance(full[name], list | tuple):
+                full[name] = [full[name]] * levels
+        if full.get("block_repeat", ()) is None:
+            full["block_repeat"] = [[1] * levels] * 2
+        return super().from_dict(full)
+
     def __post_init__(self) -> None:
         levels = len(self.c_hidden)
-        for name in ("dropout", "self_attn"):  # published files give one value for all levels, or one each
-            value = getattr(self, name)
-            if not isinstance(value, tuple):
-                object.__setattr__(self, name, (value,) * levels)
-        if self.block_repeat is None:
-            object.__setattr__(self, "block_repeat", ((1,) * levels,) * 2)
         for name in ("nhead", "level_config", "dropout", "self_attn"):
             self._expect_levels(name, getattr(self, name), levels)
         for name in ("blocks", "block_repeat"):

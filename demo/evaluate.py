@@ -108,6 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--count", type=int, default=500, help="held-out prompts (default: 500)")
     parser.add_argument("--cfg", type=float, default=PRIOR.cfg)
+    parser.add_argument("--cfg-rescale", type=float, default=PRIOR.cfg_rescale)
     parser.add_argument("--shift", type=float, default=PRIOR.shift)
     parser.add_argument("--decoder-cfg", type=float, default=DECODER.cfg)
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     started = time.monotonic()
     cascade = DemoCascade.load(options.weights, options.device)
-    prior = replace(PRIOR, cfg=options.cfg, shift=options.shift)
+    prior = replace(PRIOR, cfg=options.cfg, cfg_rescale=options.cfg_rescale, shift=options.shift)
     figures, images = evaluate(cascade, options.count, prior, replace(DECODER, cfg=options.decoder_cfg))
     machine = (
         torch.cuda.get_device_name()

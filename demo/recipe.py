@@ -50,9 +50,9 @@ STAGE_B = {
 }  # fmt: skip
 
 SETTINGS = {
-    "stage_a": Settings(steps=2_500, learning_rate=2e-3, batch_size=64, weight_decay=0.0, bf16=False),
-    "compressor": Settings(steps=6_000, learning_rate=2e-3, batch_size=256),
-    "clip": Settings(steps=6_000, learning_rate=1e-3, batch_size=1024, weight_decay=0.05),
-    "stage_b": Settings(steps=24_000, learning_rate=1e-3, batch_size=256, ema=0.9995),
-    "stage_c": Settings(steps=16_000, learning_rate=1e-3, batch_size=1024, ema=0.9995),
+    "stage_a": Settings(steps=1_962, learning_rate=2e-3, batch_size=64, weight_decay=0.0, bf16=False),
+    "compressor": Settings(steps=3_067, learning_rate=2e-3, batch_size=256),
+    "clip": Settings(steps=4_599, learning_rate=1e-3, batch_size=1024, weight_decay=0.05),
+    "stage_b": Settings(steps=6_253, learning_rate=1e-3, batch_size=256, ema=0.9995),
+    "stage_c": Settings(steps=8_819, learning_rate=1e-3, batch_size=1024, ema=0.9995),
 }
