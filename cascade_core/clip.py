@@ -103,7 +103,7 @@ def load_clip(
     }
     if not own:
         raise CascadeError(
-            f"{_describe(file, tensors, metadata)}, but a {ENCODER_NAME[part]} is expected here."
+            f"{_describe(file, tensors, metadata)}, but a {ENCODER_NAME[part]} is expected here; choose one."
         )
     try:
         beside = file.with_name("config.json") if in_model_folder(path) else None

@@ -85,7 +85,9 @@ class UNetConfig(Config):
     @staticmethod
     def _expect_levels(name: str, value: tuple, levels: int) -> None:
         if len(value) != levels:
-            raise CascadeError(f"{name} holds {len(value)} values, but c_hidden has {levels} levels: give one for each.")
+            raise CascadeError(
+                f"{name} holds {len(value)} values, but c_hidden has {levels} levels: give one for each."
+            )
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,14 @@ def infer_config(
         ("controlnet", infer_controlnet),
         ("compressor", infer_compressor),
     ):
-        config = infer(shapes)
+        try:
+            config = infer(shapes)
+        except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else "some shapes are not its own"
+            raise CascadeError(
+                f"These {len(shapes)} tensors are named as a Stable Cascade network's ({kind}), but {reason}; "
+                "download the file again."
+            ) from error
         if config is not None:
             return kind, {**config, **_stated_config(metadata)}
     raise CascadeError(
@@ -222,6 +231,6 @@ def _stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CascadeError(f"The checkpoint's metadata holds a config that is not JSON ({error}).") from None
     return config if isinstance(config, dict) else {}

@@ -75,7 +75,10 @@ def _infer_unet(shapes: Shapes, patch_size: int) -> dict[str, Any]:
 
 def infer_stage_c(shapes: Shapes) -> dict[str, Any] | None:
     """Stage C has one mapper for the text states, which Stage B lacks."""
-    if not {"clip_txt_mapper.weight", "clip_img_mapper.weight", "embedding.1.weight", "clf.1.weight"} <= shapes.keys():
+    if (
+        not {"clip_txt_mapper.weight", "clip_img_mapper.weight", "embedding.1.weight", "clf.1.weight"}
+        <= shapes.keys()
+    ):
         return None
     config = _infer_unet(shapes, patch_size=1)
     c_cond, c_clip_text = shapes["clip_txt_mapper.weight"]
@@ -93,7 +96,10 @@ def infer_stage_c(shapes: Shapes) -> dict[str, Any] | None:
 
 def infer_stage_b(shapes: Shapes) -> dict[str, Any] | None:
     """Stage B maps Stage C's latent (`effnet_mapper`)."""
-    if not {"effnet_mapper.0.weight", "clip_mapper.weight", "embedding.1.weight", "clf.1.weight"} <= shapes.keys():
+    if (
+        not {"effnet_mapper.0.weight", "clip_mapper.weight", "embedding.1.weight", "clf.1.weight"}
+        <= shapes.keys()
+    ):
         return None
     config = _infer_unet(shapes, patch_size=2)
     key_values = [shape[1] for name, shape in shapes.items() if name.endswith("kv_mapper.1.weight")]

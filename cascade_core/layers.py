@@ -67,7 +67,8 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
         share = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        return self.gamma.to(x) * (x * share) + self.beta.to(x) + x
+        # gamma · (x · share) + beta + x, in one pass over x
+        return torch.addcmul(self.beta.to(x), x, 1 + self.gamma.to(x) * share)
 
 
 def channel_mlp(c_in: int, c_out: int, dropout: float, operations) -> nn.Sequential:
@@ -156,7 +157,9 @@ class Attention2D(nn.Module):
 class AttnBlock(nn.Module):
     """Attention to the conditioning tokens.  x: (B, C, H, W), tokens: (B, T, C_cond) -> (B, C, H, W)"""
 
-    def __init__(self, c: int, c_cond: int, heads: int, self_attn: bool = True, dropout: float = 0.0, operations=nn):
+    def __init__(
+        self, c: int, c_cond: int, heads: int, self_attn: bool = True, dropout: float = 0.0, operations=nn
+    ):
         super().__init__()
         self.self_attn = self_attn
         self.norm = layer_norm_2d(c, operations)
@@ -186,4 +189,4 @@ class TimestepBlock(nn.Module):
         for name, embedding in zip(self.conds, others, strict=True):
             modulation = modulation + getattr(self, f"mapper_{name}")(embedding)
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
-        return x * (1 + scale) + shift
+        return torch.addcmul(shift, x, 1 + scale)

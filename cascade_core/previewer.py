@@ -19,9 +19,15 @@ class Previewer(nn.Module):
             (operations.Conv2d(c, c, kernel_size=3, padding=1), c),
             (operations.ConvTranspose2d(c, half, kernel_size=2, stride=2), half),  # (B, c / 2, 2h, 2w)
             (operations.Conv2d(half, half, kernel_size=3, padding=1), half),
-            (operations.ConvTranspose2d(half, quarter, kernel_size=2, stride=2), quarter),  # (B, c / 4, 4h, 4w)
+            (
+                operations.ConvTranspose2d(half, quarter, kernel_size=2, stride=2),
+                quarter,
+            ),  # (B, c / 4, 4h, 4w)
             (operations.Conv2d(quarter, quarter, kernel_size=3, padding=1), quarter),
-            (operations.ConvTranspose2d(quarter, quarter, kernel_size=2, stride=2), quarter),  # (B, c / 4, 8h, 8w)
+            (
+                operations.ConvTranspose2d(quarter, quarter, kernel_size=2, stride=2),
+                quarter,
+            ),  # (B, c / 4, 8h, 8w)
             (operations.Conv2d(quarter, quarter, kernel_size=3, padding=1), quarter),
         ):
             layers += [layer, nn.GELU(), BatchNorm2d(width)]

@@ -16,17 +16,21 @@ class ResBlock(nn.Module):
     def __init__(self, c: int, c_hidden: int, operations=nn):
         super().__init__()
         self.norm1 = operations.LayerNorm(c, elementwise_affine=False, eps=1e-6)
-        self.depthwise = nn.Sequential(nn.ReplicationPad2d(1), operations.Conv2d(c, c, kernel_size=3, groups=c))
+        self.depthwise = nn.Sequential(
+            nn.ReplicationPad2d(1), operations.Conv2d(c, c, kernel_size=3, groups=c)
+        )
         self.norm2 = operations.LayerNorm(c, elementwise_affine=False, eps=1e-6)
-        self.channelwise = nn.Sequential(operations.Linear(c, c_hidden), nn.GELU(), operations.Linear(c_hidden, c))
+        self.channelwise = nn.Sequential(
+            operations.Linear(c, c_hidden), nn.GELU(), operations.Linear(c_hidden, c)
+        )
         self.gammas = nn.Parameter(torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
         scale1, shift1, gate1, scale2, shift2, gate2 = self.gammas.to(x)
-        h = self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * (1 + scale1) + shift1
-        x = x + self.depthwise(h) * gate1
-        h = self.norm2(x.permute(0, 2, 3, 1)) * (1 + scale2) + shift2  # (B, H, W, C)
-        return x + self.channelwise(h).permute(0, 3, 1, 2) * gate2
+        h = torch.addcmul(shift1, self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 1 + scale1)
+        x = torch.addcmul(x, self.depthwise(h), gate1)
+        h = torch.addcmul(shift2, self.norm2(x.permute(0, 2, 3, 1)), 1 + scale2)  # (B, H, W, C)
+        return torch.addcmul(x, self.channelwise(h).permute(0, 3, 1, 2), gate2)
 
 
 class Codebook(nn.Module):
@@ -53,7 +57,9 @@ class StageA(nn.Module):
         self.config = config
         widths = [config.c_hidden // 2**i for i in reversed(range(config.levels))]
 
-        self.in_block = nn.Sequential(nn.PixelUnshuffle(2), operations.Conv2d(3 * 4, widths[0], kernel_size=1))
+        self.in_block = nn.Sequential(
+            nn.PixelUnshuffle(2), operations.Conv2d(3 * 4, widths[0], kernel_size=1)
+        )
         down: list[nn.Module] = []
         for i, width in enumerate(widths):
             if i:
@@ -67,7 +73,10 @@ class StageA(nn.Module):
 
         up: list[nn.Module] = [nn.Sequential(operations.Conv2d(config.c_latent, widths[-1], kernel_size=1))]
         for i, width in enumerate(reversed(widths)):
-            up += [ResBlock(width, width * 4, operations) for _ in range(config.bottleneck_blocks if i == 0 else 1)]
+            up += [
+                ResBlock(width, width * 4, operations)
+                for _ in range(config.bottleneck_blocks if i == 0 else 1)
+            ]
             if i < config.levels - 1:
                 up.append(operations.ConvTranspose2d(width, width // 2, kernel_size=4, stride=2, padding=1))
         self.up_blocks = nn.Sequential(*up)

@@ -41,7 +41,9 @@ class StageB(UNet):
     def embed_conditions(self, clip: Tensor) -> Tensor:
         """Pooled text as tokens.  clip: (B, 1, c_clip) or (B, c_clip) -> (B, c_clip_seq, c_cond)"""
         clip = clip[:, None] if clip.ndim == 2 else clip
-        return self.clip_norm(self.clip_mapper(clip).unflatten(-1, (self.config.c_clip_seq, -1)).flatten(1, 2))
+        return self.clip_norm(
+            self.clip_mapper(clip).unflatten(-1, (self.config.c_clip_seq, -1)).flatten(1, 2)
+        )
 
     def forward(
         self,

@@ -17,7 +17,11 @@ class Resample(nn.Module):
     def __init__(self, c_in: int, c_out: int, direction: str, enabled: bool, operations=nn):
         super().__init__()
         factor = 2.0 if direction == "up" else 0.5
-        scale = nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=True) if enabled else nn.Identity()
+        scale = (
+            nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=True)
+            if enabled
+            else nn.Identity()
+        )
         mapping = operations.Conv2d(c_in, c_out, kernel_size=1)
         self.blocks = nn.ModuleList([scale, mapping] if direction == "up" else [mapping, scale])
 
@@ -47,7 +51,9 @@ class StageC(UNet):
 
     def _resample(self, c_in: int, c_out: int, direction: str, boundary: int, operations) -> nn.Module:
         enabled = self.config.switch_level[boundary]
-        return nn.Sequential(layer_norm_2d(c_in, operations), Resample(c_in, c_out, direction, enabled, operations))
+        return nn.Sequential(
+            layer_norm_2d(c_in, operations), Resample(c_in, c_out, direction, enabled, operations)
+        )
 
     def embed_conditions(self, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor) -> Tensor:
         """All conditioning as tokens.

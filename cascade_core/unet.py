@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .config import UNetConfig
-from .layers import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock, layer_norm_2d, resize, timestep_embedding
+from .layers import (
+    AttnBlock,
+    FeedForwardBlock,
+    ResBlock,
+    TimestepBlock,
+    layer_norm_2d,
+    resize,
+    timestep_embedding,
+)
 
 
 class UNet(nn.Module):
@@ -27,18 +35,28 @@ class UNet(nn.Module):
             layer_norm_2d(widths[0], operations),
         )
         self.down_downscalers = nn.ModuleList(
-            self._resample(widths[i - 1], widths[i], "down", i - 1, operations) if i else nn.Identity() for i in levels
+            self._resample(widths[i - 1], widths[i], "down", i - 1, operations) if i else nn.Identity()
+            for i in levels
         )
-        self.down_blocks = nn.ModuleList(self._level(i, config.blocks[0][i], False, operations) for i in levels)
-        self.down_repeat_mappers = nn.ModuleList(self._mappers(i, config.block_repeat[0][i], operations) for i in levels)
+        self.down_blocks = nn.ModuleList(
+            self._level(i, config.blocks[0][i], False, operations) for i in levels
+        )
+        self.down_repeat_mappers = nn.ModuleList(
+            self._mappers(i, config.block_repeat[0][i], operations) for i in levels
+        )
 
-        upward = levels[::-1]  # `blocks[1]` and `block_repeat[1]` are listed from the innermost level outwards
+        upward = levels[
+            ::-1
+        ]  # `blocks[1]` and `block_repeat[1]` are listed from the innermost level outwards
         self.up_blocks = nn.ModuleList(
             self._level(i, config.blocks[1][-1 - i], i < len(widths) - 1, operations) for i in upward
         )
-        self.up_repeat_mappers = nn.ModuleList(self._mappers(i, config.block_repeat[1][-1 - i], operations) for i in upward)
+        self.up_repeat_mappers = nn.ModuleList(
+            self._mappers(i, config.block_repeat[1][-1 - i], operations) for i in upward
+        )
         self.up_upscalers = nn.ModuleList(
-            self._resample(widths[i], widths[i - 1], "up", i - 1, operations) if i else nn.Identity() for i in upward
+            self._resample(widths[i], widths[i - 1], "up", i - 1, operations) if i else nn.Identity()
+            for i in upward
         )
         self.clf = nn.Sequential(
             layer_norm_2d(widths[0], operations),
@@ -74,10 +92,13 @@ class UNet(nn.Module):
 
     def embed_timesteps(self, r: Tensor, extra: dict[str, Tensor | None]) -> Tensor:
         """r and each of `t_conds` (zero where absent): (B,) -> (B, c_r · (1 + len(t_conds))) float32"""
-        values = [r] + [extra[name] if extra.get(name) is not None else torch.zeros_like(r) for name in self.config.t_conds]
+        given = [extra.get(name) for name in self.config.t_conds]
+        values = [r, *(torch.zeros_like(r) if value is None else value for value in given)]
         return torch.cat([timestep_embedding(value, self.config.c_r) for value in values], dim=1)
 
-    def walk(self, x: Tensor, timesteps: Tensor, tokens: Tensor, control: Sequence[Tensor | None] = ()) -> Tensor:
+    def walk(
+        self, x: Tensor, timesteps: Tensor, tokens: Tensor, control: Sequence[Tensor | None] = ()
+    ) -> Tensor:
         """All levels down and up.
 
         x: (B, c_hidden[0], H, W), timesteps: (B, R · n), tokens: (B, T, c_cond) -> (B, c_hidden[0], H, W);
@@ -92,7 +113,9 @@ class UNet(nn.Module):
             skips.append(x)
         skip = None
         skips.pop()  # the innermost level goes straight up
-        for blocks, mappers, upscaler in zip(self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True):
+        for blocks, mappers, upscaler in zip(
+            self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True
+        ):
             x = self._run(x, blocks, mappers, timesteps, tokens, skip, residuals)
             x = upscaler(x)
             skip = skips.pop() if skips else None
@@ -100,7 +123,13 @@ class UNet(nn.Module):
 
     @staticmethod
     def _run(
-        x: Tensor, blocks, mappers, timesteps: Tensor, tokens: Tensor, skip: Tensor | None, residuals: Iterator
+        x: Tensor,
+        blocks,
+        mappers,
+        timesteps: Tensor,
+        tokens: Tensor,
+        skip: Tensor | None,
+        residuals: Iterator,
     ) -> Tensor:
         """One level, as often as it repeats."""
         for repeat in range(len(mappers) + 1):

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cascade_nodes.cascade_core import SemanticCompressor, StageA, StageB, StageC
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.guidance import Guider
 from cascade_nodes.cascade_core.noise import NoiseSource
@@ -39,10 +41,10 @@ class DemoCascade:
     """All networks of the demo on one device, in float32."""
 
     text: TextEncoder
-    stage_c: nn.Module
-    stage_b: nn.Module
-    stage_a: nn.Module
-    compressor: nn.Module
+    stage_c: StageC
+    stage_b: StageB
+    stage_a: StageA
+    compressor: SemanticCompressor
     device: torch.device
 
     @classmethod
@@ -50,7 +52,7 @@ class DemoCascade:
         device = torch.device(device)
         text = TextEncoder.load(weights / "demo_text_encoder", dtype=torch.float32)
         text.model.to(device)
-        networks = {
+        networks: dict[str, Any] = {
             name: load_model(weights / f"demo_{name}.safetensors", name, torch.float32, device)[0]
             for name in ("stage_c", "stage_b", "stage_a", "compressor")
         }

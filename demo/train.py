@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class Job:
         trainer.settings = replace(self.settings, steps=max(steps, 200))
         print(f"{self.folder.name}: {trainer.settings.steps} steps in {self.fit} minutes", flush=True)
 
-    def load(self, name: str) -> nn.Module:
+    def load(self, name: str) -> Any:
         path = self.weights / f"demo_{name}.safetensors"
         return load_model(path, dtype=torch.float32, device=self.device)[0]
 
@@ -108,7 +109,7 @@ class Job:
 def train_stage_a(job: Job) -> None:
     images = pictures(job.train_scenes(0.1), job.device)
     model = initialise_stage_a(StageA.from_config(recipe.STAGE_A)).to(
-        job.device, memory_format=torch.channels_last
+        device=job.device, memory_format=torch.channels_last
     )
     # Held at 0.43, so that in the published units (÷ 0.43) every channel has a standard deviation of one.
     norm = model.down_blocks[-1][1]
@@ -128,7 +129,9 @@ def train_compressor(job: Job) -> None:
         "previewer": Previewer.from_config(recipe.PREVIEWER),
         "detail": DetailDecoder(recipe.LATENT[0]),
     }
-    networks = {name: n.to(job.device, memory_format=torch.channels_last) for name, n in networks.items()}
+    networks = {
+        name: n.to(device=job.device, memory_format=torch.channels_last) for name, n in networks.items()
+    }
     compressor, previewer, detail = (job.compile(network) for network in networks.values())
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -231,7 +234,7 @@ def train_stage_c(job: Job) -> None:
     texts = captions(scenes, recipe.CAPTIONS_PER_SCENE, tokenizer, job.settings.seed).to(job.device)
     empty = torch.tensor([token for token, _ in tokenizer.empty_chunk()], device=job.device)
     model = initialise_unet(StageC.from_config(recipe.STAGE_C)).to(
-        job.device, memory_format=torch.channels_last
+        device=job.device, memory_format=torch.channels_last
     )
     network = job.compile(model)
 
@@ -277,7 +280,7 @@ def train_stage_b(job: Job) -> None:
     end = encoder.tokenizer.end_token
     pooled = in_parts(lambda p: encode_tokens(encoder.model, p.long(), end).pooled, texts)  # (N, P)
     model = initialise_unet(StageB.from_config(recipe.STAGE_B)).to(
-        job.device, memory_format=torch.channels_last
+        device=job.device, memory_format=torch.channels_last
     )
     network = job.compile(model)
 
@@ -321,7 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--minutes", type=float, help="stop and write a checkpoint after so long")
-    parser.add_argument("--fit", type=float, help="choose the number of steps so that it takes so many minutes")
+    parser.add_argument(
+        "--fit", type=float, help="choose the number of steps so that it takes so many minutes"
+    )
     parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)

@@ -62,7 +62,7 @@ def _title_of(node: dict[str, Any]) -> object:
 def _read_value(text: str, input_type: str | None) -> Any:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or JSON that no value of an input could be
         return text
     if input_type == "STRING" and not isinstance(value, (str, list)):
         return text  # a prompt may be "1.50" or "true"

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain("Stopped.")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone; leave it at that
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
+        return 1
+    except OSError as error:
+        what = f"{error.filename} cannot be used" if error.filename else "the output cannot be written to"
+        _complain(f"error: {what} ({error.strerror or error}).")
+        _close_output()
+        return 1
+    except Exception as error:  # a fault of ours: still one line
+        if options.traceback:
+            traceback.print_exception(error)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        _complain(f"error: {what} (--traceback shows where; please report this).")
         return 1
 
 
@@ -81,14 +93,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _close_output() -> None:
+    """What is still to be written to standard output goes nowhere, so that Python does not try at its end."""
+    with open(os.devnull, "wb") as nowhere, suppress(OSError):
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 def _complain(text: str) -> None:
     print(text, file=sys.stderr)
 
 
 def _run(options: argparse.Namespace) -> int:
     from .progress import ConsoleProgress
+    from .saving import check_folder
     from .sentences import sentences
 
+    check_folder(options.output)
     progress = ConsoleProgress()
     try:
         result = _execute(options, progress)

@@ -185,12 +185,16 @@ class _Run:
         except Interrupted:
             raise
         except CascadeError as error:
-            raise NodeError(f"Node {name}: {error}") from error
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            advice = "try a smaller size or batch, or a smaller dtype"
-            raise NodeError(f"Node {name} ran out of memory; {advice}.") from error
+            raise NodeError(f"Node {name}: {_one_line(error)}") from error
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            advice = "check that it exists and that you may use it"
+            raise NodeError(f"Node {name} cannot use {what}; {advice}.") from error
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
+            if _out_of_memory(error):
+                advice = "try a smaller size or batch, or a smaller dtype"
+                raise NodeError(f"Node {name} ran out of memory; {advice}.") from error
+            what = f"{type(error).__name__}: {_one_line(error)}"
             raise NodeError(f"Node {name} failed with {what} (--traceback shows where).") from error
 
     def _let_go(self, node_id: str) -> None:
@@ -226,6 +230,16 @@ class _Steps:
 
     def interrupted(self) -> bool:
         return self.observer.interrupted()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether this is Python, the device or torch's allocator (a plain RuntimeError) out of memory."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _one_line(error: Exception) -> str:
+    """An error's text, whose lines a library may have broken."""
+    return " ".join(line.strip() for line in str(error).splitlines())
 
 
 def _unpack(output: Any) -> tuple[tuple[Any, ...], dict[str, Any] | None]:

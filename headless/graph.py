@@ -26,6 +26,8 @@ def read_graph(path: Path) -> Graph:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise CascadeError(f"{path} is not valid JSON: {error.msg} at {where}.") from error
+    except ValueError as error:  # a name that no file can have, or a number of thousands of digits
+        raise CascadeError(f"Cannot read the graph {str(path)!r}: {error}.") from error
     except RecursionError as error:
         raise CascadeError(f"{path} is nested too deeply to be a graph.") from error
     check_shape(graph, str(path))

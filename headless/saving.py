@@ -5,11 +5,36 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ..cascade_core.errors import CascadeError
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or save elsewhere (--output)",
+    errno.EDQUOT: "free some space or save elsewhere (--output)",
+    errno.EFBIG: "free some space or save elsewhere (--output)",
+    errno.ENAMETOOLONG: "choose a shorter filename_prefix",
+}
+
+
+def check_folder(folder: Path) -> None:
+    """Raise CascadeError unless files can be made in `folder`, or it can be made; leaves nothing there.
+
+    For before the work: a picture that cannot be saved when it is done is lost.
+    """
+    existing = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise _cannot_save(folder, error) from error
+
+
+def _cannot_save(path: Path, error: OSError) -> CascadeError:
+    advice = _ADVICE.get(error.errno or 0, "choose a folder that can be written to (--output)")
+    return CascadeError(f"Cannot save {path}: {error.strerror}; {advice}.")
 
 
 def resolve_prefix(prefix: str, folder: Path, width: int, height: int) -> tuple[Path, str]:
@@ -61,9 +86,7 @@ def save_new(folder: Path, name_of: Callable[[int], str], counter: int, data: by
         if reserved:
             _remove(target)
         if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            advice = "free some space or save elsewhere" if full else "choose a folder that can be written to"
-            raise CascadeError(f"Cannot save {target}: {error.strerror}; {advice} (--output).") from error
+            raise _cannot_save(target, error) from error
         raise
     return target
 

@@ -3,8 +3,19 @@
 from ..cascade_core.errors import CascadeError
 from .api import io
 from .hosts import host
+from .sockets import check_finite
 
 CATEGORY = "Stable Cascade/conditioning"
+
+
+def check_text(socket: str, prompt: str) -> None:
+    """A prompt is Unicode text; half a surrogate pair, as from bytes that are no UTF-8, is not."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CascadeError(
+            f"{socket} holds {prompt[error.start]!r}, which is no character; write the prompt in UTF-8."
+        ) from None
 
 
 class CascadeTextEncode(io.ComfyNode):
@@ -47,7 +58,15 @@ class CascadeTextEncode(io.ComfyNode):
     def execute(cls, clip, positive, negative) -> io.NodeOutput:
         if clip is None:
             raise CascadeError("The checkpoint holds no text encoder; connect Load Cascade Text Encoder.")
-        return io.NodeOutput(host().encode_text(clip, positive), host().encode_text(clip, negative))
+        encoded = []
+        for socket, prompt in (("positive", positive), ("negative", negative)):
+            check_text(socket, prompt)
+            encoded.append(host().encode_text(clip, prompt))
+            for tokens, values in encoded[-1]:
+                answer = [tokens, values.get("pooled_output")]
+                advice = "lower the weights in the prompt"
+                check_finite(answer, clip, f"What the text encoder gives for {socket}", advice)
+        return io.NodeOutput(*encoded)
 
 
 class CascadeImagePrompt(io.ComfyNode):
@@ -82,8 +101,10 @@ class CascadeImagePrompt(io.ComfyNode):
     def execute(cls, conditioning, clip_vision, image, strength) -> io.NodeOutput:
         if strength == 0:
             return io.NodeOutput(conditioning)
+        encoded = host().encode_image(clip_vision, image)
+        check_finite([encoded.image_embeds], clip_vision, "What the image encoder gives")
         prompt = {
-            "clip_vision_output": host().encode_image(clip_vision, image),
+            "clip_vision_output": encoded,
             "strength": strength,
             "noise_augmentation": 0.0,
         }

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from ..cascade_core.errors import CascadeError
 from .api import io
 from .hosts import host
-from .hosts.run import LATENT_CHANNELS
+from .hosts.run import LATENT_CHANNELS, STAGE_B_COMPRESSION
+from .sockets import check_finite
 
 CATEGORY = "Stable Cascade/latent"
 COMPRESSION = 42.67  # published: 1024 pixels become 24 latent positions
-STAGE_B_COMPRESSION = 4
 COMPRESSOR_STRIDE = 32
 SIZE_STEP = 8
 MAX_SIZE = 16384
@@ -49,13 +49,22 @@ def empty_stage_b(batch: int, height: int, width: int) -> dict[str, Tensor]:
     return {"samples": torch.zeros(shape)}
 
 
-def check_size(name: str, pixels: int) -> None:
-    """A picture's side is a positive multiple of 8."""
-    if not 0 < pixels <= MAX_SIZE or pixels % SIZE_STEP:
-        near = min(max(round(pixels / SIZE_STEP), 1) * SIZE_STEP, MAX_SIZE)
-        raise CascadeError(
-            f"{name} is {pixels}; it must be a multiple of 8 from 8 to {MAX_SIZE}, such as {near}."
-        )
+def check_size(width: int | None, height: int | None) -> None:
+    """A picture's sides are positive multiples of 8. None: not known yet.
+
+    The sentence speaks of both sides, as hosts show it at each input that was looked at.
+    """
+    sides = {"width": width, "height": height}
+    known = {name: pixels for name, pixels in sides.items() if pixels is not None}
+    if all(0 < pixels <= MAX_SIZE and pixels % SIZE_STEP == 0 for pixels in known.values()):
+        return
+    near = {
+        name: min(max(round(pixels / SIZE_STEP), 1) * SIZE_STEP, MAX_SIZE) for name, pixels in known.items()
+    }
+    given, better = (" × ".join(str(chosen.get(name, name)) for name in sides) for chosen in (known, near))
+    raise CascadeError(
+        f"the size is {given}, but each side must be a multiple of 8 from 8 to {MAX_SIZE}, such as {better}."
+    )
 
 
 class CascadeEmptyLatent(io.ComfyNode):
@@ -86,18 +95,17 @@ class CascadeEmptyLatent(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, width=None, height=None) -> bool | str:
         """Before anything runs: the host checks least and greatest values, but not multiples."""
+        # None comes over a link; what is no number is for the host to refuse, and ComfyUI asks all the same.
+        sides = [side if isinstance(side, int) else None for side in (width, height)]
         try:
-            for name, pixels in (("width", width), ("height", height)):
-                if pixels is not None:  # None: it comes over a link
-                    check_size(name, pixels)
+            check_size(*sides)
         except CascadeError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(cls, width, height, batch_size, compression) -> io.NodeOutput:
-        check_size("width", width)
-        check_size("height", height)
+        check_size(width, height)
         if batch_size < 1:
             raise CascadeError(f"batch_size is {batch_size}; at least one picture must be made.")
         shape = (batch_size, LATENT_CHANNELS["stage_c"], *stage_c_size(height, width, compression))
@@ -135,6 +143,7 @@ class CascadeEncode(io.ComfyNode):
         size = (latent_height * COMPRESSOR_STRIDE, latent_width * COMPRESSOR_STRIDE)
         resized = F.interpolate(image[..., :3].movedim(-1, 1), size=size, mode="bicubic", antialias=True)
         stage_c = host().encode_pixels(vae, resized.clamp(0, 1).movedim(1, -1))
+        check_finite([stage_c], vae, "The compressor's latent")
         whole = [max(side // SIZE_STEP, 1) * SIZE_STEP for side in (height, width)]
         return io.NodeOutput({"samples": stage_c}, empty_stage_b(batch, *whole))
 
@@ -188,7 +197,11 @@ class CascadeDecode(io.ComfyNode):
             )
         if kind not in VAE_WORDS:
             check_vae(vae, "stage_a", "Cascade Decode", "Load Stage A VAE")
-        return io.NodeOutput(host().decode_latent(vae, latent, tile_size))
+        if not torch.isfinite(latent).all():
+            raise CascadeError("Cascade Decode got a latent that holds NaN or infinity; sample it anew.")
+        picture = host().decode_latent(vae, latent, tile_size)
+        check_finite([picture], vae, "The decoded picture")
+        return io.NodeOutput(picture)
 
 
 def check_vae(vae, kind: str, node: str, loader: str) -> None:

@@ -10,7 +10,14 @@ from ..cascade_core.samplers import SAMPLERS
 from .api import io
 from .hosts import host
 from .hosts.run import Run
-from .sockets import check_conditioning, check_latent, check_network, with_values
+from .sockets import (
+    check_conditioning,
+    check_finite,
+    check_latent,
+    check_least,
+    check_network,
+    with_values,
+)
 
 CATEGORY = "Stable Cascade/sampling"
 STAGE_C_CHANNELS = 16
@@ -140,6 +147,7 @@ class CascadeDecoderSampler(io.ComfyNode):
         check_latent(
             latent, network, "latent", "the stage_b output of Cascade Empty Latent or Cascade Encode"
         )
+        check_least(latent, network)
         semantic = semantic_latent(stage_c, len(latent["samples"]))
         for socket, prompt in (("positive", positive), ("negative", negative)):
             check_conditioning(prompt, network, socket)
@@ -204,18 +212,7 @@ def run_sampler(
         denoise=denoise,
     )
     samples = host().sample(run)
-    if not torch.isfinite(samples).all():
-        raise CascadeError(explain_non_finite(model))
+    what = f"The latent that {host().describe_network(model).name} sampled"
+    advice = "lower cfg and the weights in the prompt, or choose dtype bf16 or fp32 in its loader"
+    check_finite([samples], model, what, advice)
     return {**latent, "samples": samples}
-
-
-def explain_non_finite(model: Any) -> str:
-    """Why the sampled latent holds NaN or infinity."""
-    name = host().describe_network(model).name
-    weight = host().first_non_finite(model)
-    if weight is not None:
-        return f"The weight {weight} of {name} holds NaN or infinity; download the file again."
-    return (
-        f"The latent that {name} sampled holds NaN or infinity; lower cfg, or choose dtype bf16 or fp32 in "
-        "its loader."
-    )

@@ -1,11 +1,15 @@
-"""What is checked about the values on the sockets before a sampler runs."""
+"""What is checked about the values on the sockets, before and after a network runs."""
 
+from collections.abc import Iterable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..cascade_core.checkpoints import KIND_NAMES
 from ..cascade_core.errors import CascadeError
 from .hosts import host
-from .hosts.run import Network
+from .hosts.run import NON_FINITE_WEIGHT, STAGE_B_COMPRESSION, Network
 
 
 def check_network(model: Any, kind: str, node: str, loader: str) -> Network:
@@ -34,6 +38,17 @@ def check_latent(latent: dict, network: Network, socket: str, source: str) -> No
     if indices is not None and len(indices) != shape[0]:
         raise CascadeError(
             f"{socket} holds {shape[0]} latents but {len(indices)} batch indices; give one for each."
+        )
+
+
+def check_least(latent: dict, network: Network) -> None:
+    """A Stage B latent is not so small that nothing is left of it at the network's innermost level."""
+    height, width = latent["samples"].shape[-2:]
+    if min(height, width) < network.least:
+        least = network.least * STAGE_B_COMPRESSION
+        raise CascadeError(
+            f"The picture is {width * STAGE_B_COMPRESSION} × {height * STAGE_B_COMPRESSION} pixels, but "
+            f"{network.name} makes none with a side under {least}; choose a larger width and height."
         )
 
 
@@ -71,6 +86,21 @@ def _check_widths(found: dict[str, int], network: Network, socket: str) -> None:
                 f"{expected}; "
                 f"load the {encoder} that belongs to this model."
             )
+
+
+def check_finite(
+    tensors: Iterable[Tensor | None], model: Any, what: str, advice: str = "load it in bf16 or fp32"
+) -> None:
+    """What a MODEL, CLIP, VAE or CLIP_VISION gave holds neither NaN nor infinity.
+
+    Otherwise names the weight at fault, or gives `advice` where every weight is finite.
+    """
+    if all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        return
+    weight = host().first_non_finite(model)
+    if weight is not None:
+        raise CascadeError(NON_FINITE_WEIGHT.format(weight=weight))
+    raise CascadeError(f"{what} holds NaN or infinity, though none of the weights does; {advice}.")
 
 
 def with_values(conditioning: list, **values: Any) -> list:

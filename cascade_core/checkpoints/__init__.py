@@ -2,7 +2,15 @@
 
 from .attention import fuse_attention, split_attention
 from .files import read_safetensors, write_safetensors
-from .load import KIND_NAMES, NETWORKS, describe, first_non_finite, load_model, load_published_state_dict
+from .load import (
+    KIND_NAMES,
+    NETWORKS,
+    describe,
+    first_non_finite,
+    identify,
+    load_model,
+    load_published_state_dict,
+)
 
 __all__ = [
     "KIND_NAMES",
@@ -10,6 +18,7 @@ __all__ = [
     "describe",
     "first_non_finite",
     "fuse_attention",
+    "identify",
     "load_model",
     "load_published_state_dict",
     "read_safetensors",

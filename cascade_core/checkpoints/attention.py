@@ -5,18 +5,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..errors import CascadeError
+
 _PARTS = ("to_q", "to_k", "to_v")
 
 
 def split_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`attn.in_proj_{weight,bias}` (3C rows) -> `attn.to_q/to_k/to_v.{weight,bias}`, as views of the fused tensor."""
+    """`attn.in_proj_{weight,bias}` (3C rows) -> `attn.to_q/to_k/to_v.{weight,bias}`, as views of it.
+
+    Raises CascadeError for rows that do not make three equal parts.
+    """
     split: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         stem, fused, leaf = name.rpartition("in_proj_")
         if not fused:
             split[name] = tensor
             continue
-        for part, rows in zip(_PARTS, tensor.chunk(3, dim=0), strict=True):
+        if tensor.ndim == 0 or len(tensor) % len(_PARTS):
+            raise CascadeError(
+                f"{name} has the shape {tuple(tensor.shape)}, whose rows do not make three equal parts as "
+                "expected; download the file again."
+            )
+        for part, rows in zip(_PARTS, tensor.chunk(len(_PARTS), dim=0), strict=True):
             split[f"{stem}{part}.{leaf}"] = rows
     return split
 

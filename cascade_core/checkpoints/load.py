@@ -36,31 +36,42 @@ KIND_NAMES = {
     "controlnet": "ControlNet",
 }
 
+# Files that are often taken for one of ours, by the beginning of their names.
+_OTHERS = {"text_model.": "CLIP text encoder", "vision_model.": "CLIP image encoder"}
+
 
 def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Fills a network from published (or split-attention) names, strictly.
 
     A model on the meta device takes the tensors themselves, with no copy; any other copies their values.
-    Raises CascadeError with the first missing, unexpected and misshapen names.
+    Raises CascadeError with the first missing, unexpected, misshapen and mistyped names.
     """
     weights = split_attention(state_dict)
     own = model.state_dict()
-    missing = [name for name in own if name not in weights]
-    unexpected = [name for name in weights if name not in own]
-    misshapen = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
-        for name, tensor in weights.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
-    problems = [
+    both = [(name, tensor, own[name]) for name, tensor in weights.items() if name in own]
+    problems = {
+        "missing": [name for name in own if name not in weights],
+        "unexpected": [name for name in weights if name not in own],
+        "of another shape": [
+            f"{name} {tuple(tensor.shape)} instead of {tuple(mine.shape)}"
+            for name, tensor, mine in both
+            if tensor.shape != mine.shape
+        ],
+        "of another type": [
+            f"{name} {tensor.dtype} instead of floating point"
+            for name, tensor, mine in both
+            if mine.is_floating_point() and not tensor.is_floating_point()
+        ],
+    }
+    listed = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        for what, names in problems.items()
         if names
     ]
-    if problems:
+    if listed:
         raise CascadeError(
-            f"The weights do not fit {type(model).__name__}: {'; '.join(problems)}. "
-            "Choose a file of this network and size, or let its configuration be inferred."
+            f"The weights do not fit {type(model).__name__}: {'; '.join(listed)}; choose a whole file of "
+            "this network and size."
         )
     on_meta = any(tensor.is_meta for tensor in own.values())
     model.load_state_dict(weights, strict=True, assign=on_meta)
@@ -77,39 +88,83 @@ def load_model(
     """A network in evaluation mode from a safetensors file: (module, kind, config).
 
     The weights are the file's own pages, mapped, unless `dtype` or `device` ask for others.
-    Raises CascadeError where the file cannot be read or is not of the kind `expect`.
+    Raises CascadeError where the file cannot be read, is not of the kind `expect`, or is not whole.
     """
     weights, metadata = read_safetensors(path)
-    try:
-        kind, config = infer_config(weights, metadata)
-    except CascadeError as error:
-        raise CascadeError(f"{Path(path).name}: {error}") from None
-    if expect is not None and kind != expect:
-        raise CascadeError(f"{describe(path, kind, config)}, but {KIND_NAMES[expect]} is expected here.")
+    kind, config = identify(path, weights, metadata, expect)
     if dtype is not None or torch.device(device).type != "cpu":
         weights = {
             name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
             for name, tensor in weights.items()
         }
-    with torch.device("meta"):
-        model = NETWORKS[kind].from_config(config, operations=operations)
     try:
+        model = _build_on_meta(kind, config, operations)
         load_published_state_dict(model, weights)
     except CascadeError as error:
-        raise CascadeError(f"{Path(path).name}: {error}") from None
+        raise CascadeError(f"{Path(path).name}: {error}") from error.__cause__
     return model.eval().requires_grad_(False), kind, config
+
+
+def identify(
+    path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str], expect: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The kind and the configuration of a file's tensors.
+
+    Raises CascadeError, naming the file, where they are of no network of ours or not of the kind `expect`.
+    """
+    try:
+        kind, config = infer_config(weights, metadata)
+    except CascadeError as error:
+        other = next(
+            (_OTHERS[start] for start in _OTHERS for name in weights if name.startswith(start)), None
+        )
+        if other is None or expect is None:
+            raise CascadeError(f"{Path(path).name}: {error}") from None
+        raise CascadeError(
+            f"{Path(path).name} is a {other}, but {KIND_NAMES[expect]} is expected here; choose a "
+            f"{KIND_NAMES[expect]} file."
+        ) from None
+    if expect is not None and kind != expect:
+        raise CascadeError(
+            f"{describe(path, kind, config)}, but {KIND_NAMES[expect]} is expected here; choose a "
+            f"{KIND_NAMES[expect]} file, or load this one as {KIND_NAMES[kind]}."
+        )
+    return kind, config
+
+
+def _build_on_meta(kind: str, config: Mapping[str, Any], operations: Any) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return NETWORKS[kind].from_config(config, operations=operations)
+    except CascadeError:
+        raise
+    except Exception as error:  # a config of the wrong types fails in many ways
+        reason = " ".join(str(error).split())
+        raise CascadeError(
+            f"no {KIND_NAMES[kind]} can be built from the config in its metadata ({reason}); download it "
+            "again."
+        ) from error
 
 
 def describe(path: str | Path, kind: str, config: Mapping[str, Any]) -> str:
     """A file in a few words, such as "x.safetensors is a Stage C checkpoint (width 1536)"."""
-    width = config.get("c_hidden")
-    detail = f" (width {max(width) if isinstance(width, list | tuple) else width})" if width else ""
+    stated = config.get("c_hidden")
+    widths = stated if isinstance(stated, list | tuple) else [stated]
+    known = [width for width in widths if isinstance(width, int)]  # a stated config may hold anything
+    detail = f" (width {max(known)})" if known else ""
     return f"{Path(path).name} is a {KIND_NAMES[kind]} checkpoint{detail}"
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """The name of the first tensor that holds NaN or infinity, or None. Reads every weight: for explaining a failure."""
+    """The name of the first tensor that holds NaN or infinity, or None.
+
+    Reads every weight: for explaining a failure.
+    """
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not tensor.is_floating_point():
+            continue
+        if tensor.itemsize == 1:  # torch cannot ask float8 itself
+            tensor = tensor.float()
+        if not tensor.isfinite().all():
             return name
     return None

@@ -12,6 +12,7 @@ def ema_decay(step: int, decay: float) -> float:
 @torch.no_grad()
 def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Moves `average` towards `model`; buffers (BatchNorm's statistics) are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    weights = list(average.parameters()), list(model.parameters())
+    torch._foreach_lerp_(*weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
     for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
         mine.copy_(theirs)

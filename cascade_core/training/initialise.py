@@ -5,8 +5,8 @@ from math import sqrt
 from torch import nn
 
 from ..layers import FeedForwardBlock, ResBlock, TimestepBlock
-from ..stage_a import StageA
 from ..stage_a import ResBlock as StageAResBlock
+from ..stage_a import StageA
 from ..unet import UNet
 
 _CONDITION_MAPPERS = ("clip_txt_mapper", "clip_txt_pooled_mapper", "clip_img_mapper", "clip_mapper")
@@ -30,16 +30,15 @@ def initialise_unet(model: UNet) -> UNet:
         if hasattr(model, name):
             nn.init.normal_(getattr(model, name)[0].weight, std=0.02)
             nn.init.normal_(getattr(model, name)[2].weight, std=0.02)
-    nn.init.xavier_uniform_(model.embedding[1].weight, 0.02)
-    nn.init.zeros_(model.clf[1].weight)
+    nn.init.xavier_uniform_(model.get_parameter("embedding.1.weight"), 0.02)
+    nn.init.zeros_(model.get_parameter("clf.1.weight"))
     depth = sum(model.config.blocks[0])
-    for level in [*model.down_blocks, *model.up_blocks]:
-        for block in level:
-            if isinstance(block, ResBlock | FeedForwardBlock):
-                block.channelwise[-1].weight.data *= sqrt(1 / depth)
-            elif isinstance(block, TimestepBlock):
-                for layer in block.children():
-                    nn.init.zeros_(layer.weight)
+    for block in model.modules():
+        if isinstance(block, ResBlock | FeedForwardBlock):
+            block.get_parameter("channelwise.4.weight").data *= sqrt(1 / depth)
+        elif isinstance(block, TimestepBlock):
+            for layer in block.children():
+                nn.init.zeros_(layer.get_parameter("weight"))
     return model
 
 

@@ -71,14 +71,19 @@ class Trainer:
         self.device = next(self.networks.parameters()).device
         self.factors = [(groups or {}).get(name, 1.0) for name in networks]
         self.optimiser = torch.optim.AdamW(
-            [{"params": [p for p in network.parameters() if p.requires_grad]} for network in networks.values()],
+            [
+                {"params": [p for p in network.parameters() if p.requires_grad]}
+                for network in networks.values()
+            ],
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=self.device.type == "cuda",
         )
 
-    def run(self, loss: Callable[[int], dict[str, Tensor]], until: int | None = None, minutes: float | None = None) -> None:
+    def run(
+        self, loss: Callable[[int], dict[str, Tensor]], until: int | None = None, minutes: float | None = None
+    ) -> None:
         """Trains to step `until` (default: all) or for `minutes`, then writes a checkpoint.
 
         loss(step) returns its terms by name: `loss` is minimised, the others are logged.
@@ -93,7 +98,10 @@ class Trainer:
             for name, value in terms.items():
                 window[name] = window.get(name, torch.zeros((), device=self.device)) + value
             if self.step % self.settings.log_every == 0:
-                self._log({name: (value / self.settings.log_every).item() for name, value in window.items()}, started)
+                self._log(
+                    {name: (value / self.settings.log_every).item() for name, value in window.items()},
+                    started,
+                )
                 window = {}
             if self.step % self.settings.checkpoint_every == 0:
                 self.save()
@@ -116,7 +124,9 @@ class Trainer:
 
     def _log(self, terms: dict[str, float], started: float) -> None:
         if not math.isfinite(terms["loss"]):
-            raise CascadeError(f"The loss is {terms['loss']} at step {self.step}; lower the learning rate and resume.")
+            raise CascadeError(
+                f"The loss is {terms['loss']} at step {self.step}; lower the learning rate and resume."
+            )
         row = {"step": self.step, "seconds": round(time.monotonic() - started, 1), **terms}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.jsonl").open("a") as file:

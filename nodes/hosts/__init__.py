@@ -57,7 +57,10 @@ class Host(Protocol):
         ...
 
     def first_non_finite(self, model: Any) -> str | None:
-        """The name of the first weight of a MODEL that holds NaN or infinity, or None."""
+        """The first weight of a MODEL, CLIP, VAE or CLIP_VISION that holds NaN or infinity, or None.
+
+        Such as "clf.1.weight of stage_c.safetensors (Stage C)".
+        """
         ...
 
     def describe_vae(self, vae: Any) -> str:

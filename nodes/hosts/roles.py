@@ -1,5 +1,6 @@
 """Which files a loader offers: ComfyUI's folders for each role, our own, and the bundled demo cascade."""
 
+import os
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parents[2]
@@ -57,9 +58,9 @@ def subfolders(category: str) -> tuple[str, ...]:
 
 def names_in(folder: Path, role: str) -> list[str]:
     """Safetensors files under `folder`, relative to it; of text encoders also their folders."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for one that must not be looked into
         return []
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and os.path.isfile(path)]
     names = {path.relative_to(folder).as_posix() for path in files}
     if role == "text_encoder":
         names |= {
@@ -71,8 +72,8 @@ def names_in(folder: Path, role: str) -> list[str]:
 
 def is_encoder_folder(folder: Path) -> bool:
     """Whether a folder holds a text encoder as Hugging Face saves one: weights beside its vocabulary."""
-    has_vocabulary = (folder / "vocab.json").is_file() or (folder / "tokenizer.json").is_file()
-    return has_vocabulary and (folder / "model.safetensors").is_file()
+    has_vocabulary = any(os.path.isfile(folder / name) for name in ("vocab.json", "tokenizer.json"))
+    return has_vocabulary and os.path.isfile(folder / "model.safetensors")
 
 
 def leaves_folder(name: str) -> bool:

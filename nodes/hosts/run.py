@@ -13,6 +13,15 @@ from ...cascade_core.samplers import log_snr_range
 LATENT_CHANNELS = {"stage_c": 16, "stage_b": 4}  # where a network's own configuration does not say
 
 
+NON_FINITE_WEIGHT = "The weight {weight} holds NaN or infinity; download the file again."
+STAGE_B_COMPRESSION = 4  # pixels for each Stage B position
+
+
+def least_side(kind: str, config: Any) -> int:
+    """The side of the smallest latent that a network can take: Stage B halves it from level to level."""
+    return config.patch_size * 2 ** (len(config.c_hidden) - 1) if kind == "stage_b" else 1
+
+
 @dataclass(frozen=True)
 class Network:
     """What a MODEL holds.
@@ -21,12 +30,14 @@ class Network:
     name      in words, for messages, such as "a Stage B model"
     widths    of its inputs: text, pooled, image (absent where it takes none)
     channels  of its latent
+    least     the side of the smallest latent that it can take
     """
 
     kind: str | None
     name: str
     widths: dict[str, int]
     channels: int = 0
+    least: int = 1
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from cascade_nodes.cascade_core import (
     CascadeError,
     Previewer,
@@ -18,13 +21,12 @@ from cascade_nodes.cascade_core import (
 from cascade_nodes.cascade_core.checkpoints import NETWORKS, fuse_attention, split_attention
 from cascade_nodes.cascade_core.config import PRESETS
 from cascade_nodes.cascade_core.layers import timestep_embedding
-from safetensors import safe_open
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-MANIFESTS = json.loads(gzip.open(GOLDEN / "checkpoint_manifests.json.gz").read())
+MANIFESTS = json.loads(gzip.decompress((GOLDEN / "checkpoint_manifests.json.gz").read_bytes()))
 
 
-def read(name: str):
+def read(name: str) -> tuple[Any, dict, dict, dict]:
     """(model, weights, everything else, config) of a golden file"""
     with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -93,7 +95,7 @@ def test_config_is_inferred_from_small_weights(name):
 
 
 @pytest.mark.parametrize(
-    "manifest, preset",
+    ("manifest", "preset"),
     [
         ("stage_c_3.6b", "stage_c_3.6b"),
         ("stage_c_1b", "stage_c_1b"),
@@ -107,7 +109,8 @@ def test_config_is_inferred_from_small_weights(name):
 def test_published_files_load_strictly(manifest, preset):
     shapes = MANIFESTS[manifest]
     state = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, (dtype, shape) in shapes.items()
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        for name, (dtype, shape) in shapes.items()
     }
     kind, config = infer_config(state)
     expected_kind, arguments = PRESETS[preset]

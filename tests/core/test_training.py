@@ -4,14 +4,15 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
 from cascade_nodes.cascade_core import CascadeError, StageA, StageB, StageC
 from cascade_nodes.cascade_core.diffusion import debiased, log_snr
 from cascade_nodes.cascade_core.training.ema import ema_decay, update_ema
 from cascade_nodes.cascade_core.training.initialise import initialise_stage_a, initialise_unet
 from cascade_nodes.cascade_core.training.objectives import contrastive_loss, diffusion_loss, stage_a_loss
 from cascade_nodes.cascade_core.training.trainer import Settings, Trainer, learning_rate
-from torch import nn
-from torch.nn import functional as F
 
 STAGE_A = {"c_hidden": 16, "bottleneck_blocks": 1, "codebook_size": 32}
 STAGE_C = {
@@ -25,13 +26,21 @@ def tiny_run(folder, bf16, steps=12, **changes):
     torch.manual_seed(5)
     network = initialise_unet(StageC.from_config(STAGE_C))
     settings = Settings(
-        steps=steps, learning_rate=1e-2, batch_size=3, warmup=4, bf16=bf16, log_every=4, checkpoint_every=5, **changes
+        steps=steps,
+        learning_rate=1e-2,
+        batch_size=3,
+        warmup=4,
+        bf16=bf16,
+        log_every=4,
+        checkpoint_every=5,
+        **changes,
     )
 
     def loss(step):
         condition = torch.randn(3, 2, 8)
         return diffusion_loss(
-            lambda x, r: network(x, r, condition, condition[:, :1], condition[:, 1:]), torch.randn(3, 16, 4, 4)
+            lambda x, r: network(x, r, condition, condition[:, :1], condition[:, 1:]),
+            torch.randn(3, 16, 4, 4),
         )
 
     return Trainer({"stage_c": network}, settings, folder), loss
@@ -93,10 +102,10 @@ def test_average_warms_up_and_copies_buffers():
     assert [ema_decay(step, 0.999) for step in (0, 8, 10**6)] == [0.1, 0.5, 0.999]
     model, average = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     model.weight.data.fill_(3.0)
-    model.running_mean.fill_(7.0)
+    model.get_buffer("running_mean").fill_(7.0)
     update_ema(average, model, 0.75)
     assert average.weight.tolist() == [1.5, 1.5]
-    assert average.running_mean.tolist() == [7.0, 7.0]
+    assert average.get_buffer("running_mean").tolist() == [7.0, 7.0]
 
 
 def test_diffusion_loss_weighs_the_error_in_epsilon():
@@ -169,18 +178,15 @@ def test_initial_networks_predict_nothing():
     stage_c = initialise_unet(StageC.from_config(STAGE_C)).eval()
     x, condition = torch.randn(2, 16, 4, 4), torch.randn(2, 1, 8)
     assert stage_c(x, torch.rand(2), condition, condition, condition).abs().max() == 0
-    timestep = stage_c.down_blocks[0][1]
+    timestep = stage_c.get_submodule("down_blocks.0.1")
     features = torch.randn(2, 16, 4, 4)
     assert torch.equal(timestep(features, torch.randn(2, 192)), features)
-    stage_b = initialise_unet(
-        StageB.from_config(
-            {
-                "c_hidden": [8, 16], "nhead": [-1, 2], "blocks": [[1, 2], [2, 1]], "block_repeat": [[1, 1], [1, 1]],
-                "level_config": ["CT", "CTA"], "c_cond": 8, "c_clip": 8, "dropout": [0, 0],
-            }  # fmt: skip
-        )
-    )
+    config = {
+        "c_hidden": [8, 16], "nhead": [-1, 2], "blocks": [[1, 2], [2, 1]], "block_repeat": [[1, 1], [1, 1]],
+        "level_config": ["CT", "CTA"], "c_cond": 8, "c_clip": 8, "dropout": [0, 0],
+    }  # fmt: skip
+    stage_b = initialise_unet(StageB.from_config(config))
     depth = 3  # blocks on the way down
-    layer = stage_b.down_blocks[1][0].channelwise[-1]
+    weight = stage_b.get_parameter("down_blocks.1.0.channelwise.4.weight")
     bound = math.sqrt(6 / (16 + 64) / depth)
-    assert 0.9 * bound < layer.weight.abs().max() <= bound
+    assert 0.9 * bound < weight.abs().max() <= bound

@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 import torch
+
 from cascade_nodes.cascade_core.checkpoints import read_safetensors
 from cascade_nodes.demo.captions import full_spec, verbalise
 from cascade_nodes.demo.dataset import as_float

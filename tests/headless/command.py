@@ -18,7 +18,7 @@ def start(
     """Start `cascade ARGUMENTS`; `prepare` runs in the new process first."""
     command = [sys.executable, "-m", "cascade_nodes.headless", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, preexec_fn=prepare, **pipes, **options)
+    return subprocess.Popen(command, preexec_fn=prepare, **pipes | options)
 
 
 def errors_of(process: subprocess.Popen[str]) -> IO[str]:

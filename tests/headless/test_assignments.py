@@ -50,6 +50,8 @@ def assigned(*assignments):
         ("1.text=true", {"1": {"text": "true"}}),
         ("1.text=", {"1": {"text": ""}}),
         ("2.value=many", {"2": {"value": "many"}}),  # the validation will say what is wrong
+        (f"2.value={'1' * 5000}", {"2": {"value": "1" * 5000}}),  # more digits than Python reads
+        (f"1.text={'[' * 100_000}", {"1": {"text": "[" * 100_000}}),  # deeper than Python reads
     ],
 )  # fmt: skip
 def test_values(assignment, expected):

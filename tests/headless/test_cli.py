@@ -126,6 +126,13 @@ def test_bad_graphs(folder, capsys, graph, message):
     assert not (folder / "output").exists()
 
 
+def test_a_number_of_more_digits_than_python_reads(folder, capsys):
+    (folder / "graph.json").write_text(f'{{"1": {"1" * 5000}}}')
+    told = failing("run", "graph.json", capsys=capsys)
+    assert told.startswith("error: Cannot read the graph 'graph.json': Exceeds the limit")
+    assert told.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

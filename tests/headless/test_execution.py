@@ -43,6 +43,11 @@ def test_only_what_an_output_needs_runs(calls):
         (KeyError("sigma"), "failed with KeyError: 'sigma' (--traceback shows where)."),
         (MemoryError(), "ran out of memory; try a smaller size or batch, or a smaller dtype."),
         (torch.OutOfMemoryError("x"), "ran out of memory; try a smaller size or batch, or a smaller dtype."),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.txt"),
+            "cannot use a.txt: No such file or directory; check that it exists and that you may use it.",
+        ),
+        (RuntimeError("two\n\tlines"), "failed with RuntimeError: two lines (--traceback shows where)."),
     ],
 )
 def test_any_failure_is_one_sentence_that_names_the_node(error, sentence):
@@ -53,6 +58,12 @@ def test_any_failure_is_one_sentence_that_names_the_node(error, sentence):
         run({"7": node("ToyFail"), "8": show(["7", 0])}, fail=define("ToyFail", fail, inputs=0))
     assert str(caught.value) == f"Node 7 (ToyFail) {sentence}"
     assert caught.value.__cause__ is error
+
+
+def test_more_memory_than_there_is():
+    hungry = define("ToyHungry", lambda cls: io.NodeOutput(torch.empty(2**60)), inputs=0)
+    with pytest.raises(NodeError, match=r"^Node 7 \(ToyHungry\) ran out of memory; try a smaller size"):
+        run({"7": node("ToyHungry"), "8": show(["7", 0])}, hungry=hungry)
 
 
 def test_too_few_outputs_are_the_nodes_fault():

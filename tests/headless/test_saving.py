@@ -2,14 +2,13 @@
 
 import errno
 import os
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from cascade_nodes.cascade_core.errors import CascadeError
-from cascade_nodes.headless.saving import next_counter, resolve_prefix, save_new
+from cascade_nodes.headless.saving import check_folder, next_counter, resolve_prefix, save_new
+from cascade_nodes.tests.obstacles import files_limited_to, permissions_respected
 
 
 def test_prefix_variables():
@@ -17,17 +16,6 @@ def test_prefix_variables():
     assert start == "a_8_%nothing%"
     assert folder.parent == Path("out")
     assert 2024 <= int(folder.name) < 2200
-
-
-@contextmanager
-def files_limited_to(size: int):
-    """The system refuses to let a file grow beyond `size` bytes, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
@@ -46,3 +34,23 @@ def test_a_name_taken_in_the_meantime_is_left_alone(tmp_path):
     assert path == tmp_path / "a_2"
     assert ((tmp_path / "a_1").read_bytes(), path.read_bytes()) == (b"theirs", b"ours")
     assert next_counter(tmp_path, "a") == 1, "only names with a dot after the number count"
+
+
+def test_a_folder_is_tried_before_the_work_and_left_as_it_was(tmp_path):
+    check_folder(tmp_path / "new" / "inner")
+    check_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_bytes(b"")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    for folder, reason in ((tmp_path / "file", errno.ENOTDIR), (locked / "new", errno.EACCES)):
+        with permissions_respected(), pytest.raises(CascadeError) as caught:
+            check_folder(folder)
+        advice = "choose a folder that can be written to (--output)"
+        assert str(caught.value) == f"Cannot save {folder}: {os.strerror(reason)}; {advice}."
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(CascadeError, match=r"File name too long; choose a shorter filename_prefix\.$"):
+        save_new(tmp_path, lambda counter: "x" * 300, 1, b"")
+    assert list(tmp_path.iterdir()) == []

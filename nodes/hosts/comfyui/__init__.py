@@ -6,10 +6,11 @@ versions differ, the code asks what is there, not which version it is.
 
 from .clip import encode_text, load_text_encoder
 from .folders import find_file, list_files
-from .model import describe_network, first_non_finite, load_network
+from .model import describe_network, load_network
 from .sampling import sample
 from .vae import decode_latent, describe_vae, encode_pixels, load_compressor, load_stage_a
 from .vision import encode_image, load_vision
+from .weights import first_non_finite
 
 __all__ = [
     "decode_latent",

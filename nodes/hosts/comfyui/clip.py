@@ -16,6 +16,7 @@ import comfy.supported_models_base
 import folder_paths
 
 from ....cascade_core.tokenizer import Tokenizer
+from .weights import remember_file
 
 
 class TextModel(comfy.clip_model.CLIPTextModel):
@@ -93,9 +94,11 @@ def load_text_encoder(path: Path) -> comfy.sd.CLIP:
     if (
         "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters
     ):  # newer: filled before it is placed
-        return comfy.sd.CLIP(target, embeddings, parameters=parameters, state_dict=[weights])
-    clip = comfy.sd.CLIP(target, embeddings, parameters=parameters)
-    clip.load_sd(weights)
+        clip = comfy.sd.CLIP(target, embeddings, parameters=parameters, state_dict=[weights])
+    else:
+        clip = comfy.sd.CLIP(target, embeddings, parameters=parameters)
+        clip.load_sd(weights)
+    remember_file(clip, path.name)
     return clip
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ....cascade_core import checkpoints
-from ....cascade_core.config import infer_config
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.stage_c import StageC
-from ..run import Network
+from ..run import Network, least_side
 from .hosted import Hosted
+from .weights import remember_file
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -122,7 +122,7 @@ def load_network(kind: str, path: Path, dtype: str) -> Any:
 def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False) -> Any:
     """The patcher of a file. The host calls this again, by `cached_patcher_init`, for a second copy."""
     tensors, metadata = checkpoints.read_safetensors(path)
-    _expect(kind, path, tensors, metadata)
+    checkpoints.identify(path, tensors, metadata, kind)  # before anything is chosen for it
     model_class, config_class = HOST_CLASSES[kind]
     config = config_class({"stable_cascade_stage": kind[-1]})
     load_device = comfy.model_management.get_torch_device()
@@ -144,19 +144,9 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    remember_file(patcher, f"{Path(path).name} ({checkpoints.KIND_NAMES[kind]})")
     patcher.cached_patcher_init = (load_patcher, (kind, path, dtype))
     return patcher
-
-
-def _expect(kind: str, path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Refuses a file of another kind before anything is chosen for it."""
-    try:
-        found, config = infer_config(tensors, metadata)
-    except CascadeError as error:
-        raise CascadeError(f"{Path(path).name}: {error}") from None
-    if found != kind:
-        described = checkpoints.describe(path, found, config)
-        raise CascadeError(f"{described}, but {checkpoints.KIND_NAMES[kind]} is expected here.")
 
 
 def _weight_dtype(tensors: dict[str, Tensor], name: str, supported: list[torch.dtype]) -> torch.dtype:
@@ -190,9 +180,7 @@ def describe_network(model: Any) -> Network:
     network = base.diffusion_model
     widths = {what: getattr(network, layer).in_features for what, layer in WIDTH_LAYERS[kind].items()}
     words = checkpoints.KIND_NAMES[kind]
-    name = f"{network.name} ({words})" if isinstance(network, HostedNetwork) else f"the {words} MODEL"
-    return Network(kind, name, widths, base.latent_format.latent_channels)
-
-
-def first_non_finite(model: Any) -> str | None:
-    return checkpoints.first_non_finite(model.model.diffusion_model)
+    name, least = f"the {words} MODEL", 1
+    if isinstance(network, HostedNetwork):
+        name, least = f"{network.name} ({words})", least_side(kind, network.network.config)
+    return Network(kind, name, widths, base.latent_format.latent_channels, least)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ....cascade_core import checkpoints
 from ....cascade_core.errors import CascadeError
 from .hosted import Hosted
+from .weights import remember_file
 
 
 class HostedStageA(Hosted):
@@ -101,6 +102,7 @@ def load_stage_a(path: Path) -> CascadeVAE:
     vae.memory_used_encode = lambda shape, dtype: (
         floats * shape[2] * shape[3] // 16 * comfy.model_management.dtype_size(dtype)
     )
+    remember_file(vae, path.name)
     return vae
 
 
@@ -117,6 +119,7 @@ def load_compressor(compressor: Path, previewer: Path | None) -> CascadeVAE:
     vae.downscale_ratio = 32
     vae.upscale_ratio = 8
     vae.latent_channels = config["c_latent"]
+    remember_file(vae, compressor.name if previewer is None else f"{compressor.name} or {previewer.name}")
     return vae
 
 

@@ -10,6 +10,7 @@ import comfy.clip_vision
 from torch import Tensor
 
 from ....cascade_core.errors import CascadeError
+from .weights import remember_file
 
 
 def load_vision(path: Path) -> comfy.clip_vision.ClipVisionModel:
@@ -26,6 +27,7 @@ def load_vision(path: Path) -> comfy.clip_vision.ClipVisionModel:
         raise CascadeError(
             f"{path.name} lacks {missing[0]}; choose a CLIP image encoder with its projection."
         )
+    remember_file(vision, path.name)
     return vision
 
 

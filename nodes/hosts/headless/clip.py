@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ....cascade_core.errors import CascadeError
 from .device import compute_device, on_device
+from .weights import naming_non_finite
 
 if TYPE_CHECKING:
     from ....cascade_core.text import TextEncoder
@@ -18,19 +20,24 @@ class HeadlessCLIP:
     """A text encoder with its tokenizer."""
 
     encoder: "TextEncoder"
+    file: str
+
+    def networks(self) -> list[tuple[nn.Module, str]]:
+        """The network with the name of its file."""
+        return [(self.encoder.model, self.file)]
 
 
 def load_text_encoder(path: Path) -> HeadlessCLIP:
     from ....cascade_core.text import TextEncoder  # transformers takes seconds to import
 
-    return HeadlessCLIP(TextEncoder.load(path, dtype=encoder_dtype()))
+    return HeadlessCLIP(TextEncoder.load(path, dtype=encoder_dtype()), path.name)
 
 
 @torch.inference_mode()
 def encode_text(clip: HeadlessCLIP, prompt: str) -> list:
     if not isinstance(clip, HeadlessCLIP):
         raise CascadeError(f"The CLIP is a {type(clip).__name__}; connect Load Cascade Text Encoder.")
-    with on_device(clip.encoder.model):
+    with on_device(clip.encoder.model), naming_non_finite(clip):
         states, pooled = clip.encoder.encode([prompt])
     return [[states.cpu(), {"pooled_output": pooled.cpu()}]]
 

@@ -38,12 +38,12 @@ def find_file(role: str, name: str) -> Path:
     """The file or folder of that name; a path that exists is its own name."""
     if not roles.leaves_folder(name):
         for folder in search_folders(role):
-            if (folder / name).exists():
+            if os.path.exists(folder / name):  # unlike Path.exists, False for a name that is too long
                 return folder / name
     demo = roles.demo_file(role)
     if demo is not None and name == demo.name:
         return demo
-    if name and Path(name).exists():
+    if name and os.path.exists(name):
         return Path(name)
     places = ", ".join(str(root) for root in roots())
     raise CascadeError(

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ....cascade_core import checkpoints
-from ..run import LATENT_CHANNELS, Network
+from ..run import LATENT_CHANNELS, Network, least_side
 from .device import weight_dtype
 
 WIDTHS = {
@@ -22,6 +24,15 @@ class HeadlessModel:
     name: str
     network: Any  # StageB or StageC
 
+    def networks(self) -> list[tuple[nn.Module, str]]:
+        """Each network with the name of its file."""
+        return [(self.network, self.described)]
+
+    @property
+    def described(self) -> str:
+        """The file and what it holds, in words."""
+        return f"{self.name} ({checkpoints.KIND_NAMES[self.kind]})"
+
 
 def load_network(kind: str, path: Path, dtype: str) -> HeadlessModel:
     network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=weight_dtype(dtype))
@@ -33,9 +44,5 @@ def describe_network(model: Any) -> Network:
         return Network(None, f"a {type(model).__name__}", {})
     config = model.network.config
     widths = {what: getattr(config, field) for what, field in WIDTHS[model.kind].items()}
-    name = f"{model.name} ({checkpoints.KIND_NAMES[model.kind]})"
-    return Network(model.kind, name, widths, getattr(config, "c_in", LATENT_CHANNELS[model.kind]))
-
-
-def first_non_finite(model: HeadlessModel) -> str | None:
-    return checkpoints.first_non_finite(model.network)
+    channels = getattr(config, "c_in", LATENT_CHANNELS[model.kind])
+    return Network(model.kind, model.described, widths, channels, least_side(model.kind, config))

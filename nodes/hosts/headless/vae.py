@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....cascade_core import checkpoints
 from ....cascade_core.errors import CascadeError
@@ -22,19 +22,26 @@ class HeadlessVAE:
     kind: str
     encoder: Any  # StageA or SemanticCompressor
     decoder: Any  # StageA, Previewer or None
+    files: tuple[str, str]  # of the encoder and the decoder
+
+    def networks(self) -> list[tuple[nn.Module, str]]:
+        """Each network with the name of its file."""
+        pairs = zip((self.encoder, self.decoder), self.files, strict=True)
+        return [(network, file) for network, file in pairs if network is not None]
 
 
 def load_stage_a(path: Path) -> HeadlessVAE:
     network, _, _ = checkpoints.load_model(path, expect="stage_a", dtype=torch.float32)
-    return HeadlessVAE("stage_a", network, network)
+    return HeadlessVAE("stage_a", network, network, (path.name, path.name))
 
 
 def load_compressor(compressor: Path, previewer: Path | None) -> HeadlessVAE:
     encoder, _, _ = checkpoints.load_model(compressor, expect="compressor", dtype=torch.float32)
-    decoder = None
+    decoder, decoder_file = None, ""
     if previewer is not None:
         decoder, _, _ = checkpoints.load_model(previewer, expect="previewer", dtype=torch.float32)
-    return HeadlessVAE("compressor", encoder, decoder)
+        decoder_file = previewer.name
+    return HeadlessVAE("compressor", encoder, decoder, (compressor.name, decoder_file))
 
 
 def describe_vae(vae: Any) -> str:

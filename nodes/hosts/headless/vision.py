@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....cascade_core.errors import CascadeError
 from .clip import encoder_dtype
 from .device import on_device
+from .weights import naming_non_finite
 
 if TYPE_CHECKING:
     from ....cascade_core.vision import ImageEncoder
@@ -20,6 +21,11 @@ class HeadlessVision:
     """An image encoder."""
 
     encoder: "ImageEncoder"
+    file: str
+
+    def networks(self) -> list[tuple[nn.Module, str]]:
+        """The network with the name of its file."""
+        return [(self.encoder.model, self.file)]
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class HeadlessVisionOutput:
 def load_vision(path: Path) -> HeadlessVision:
     from ....cascade_core.vision import ImageEncoder  # transformers takes seconds to import
 
-    return HeadlessVision(ImageEncoder.load(path, dtype=encoder_dtype()))
+    return HeadlessVision(ImageEncoder.load(path, dtype=encoder_dtype()), path.name)
 
 
 @torch.inference_mode()
@@ -41,5 +47,5 @@ def encode_image(vision: HeadlessVision, image: Tensor) -> HeadlessVisionOutput:
         raise CascadeError(
             f"The CLIP_VISION is a {type(vision).__name__}; connect Load Cascade Image Encoder."
         )
-    with on_device(vision.encoder.model):
+    with on_device(vision.encoder.model), naming_non_finite(vision):
         return HeadlessVisionOutput(vision.encoder.encode(image).cpu())

@@ -1,0 +1,202 @@
+"""Safetensors files: what is refused and in which words, what is written and where it cannot be."""
+
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
+from cascade_nodes.tests.obstacles import files_limited_to, permissions_respected
+
+DAMAGED = "is a damaged safetensors file ("  # and what the parser says, in words of its version
+FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+def packed(header: Any, data: bytes = bytes(4), length: int | None = None) -> bytes:
+    """A file as the format has it: the header's length in 8 bytes, the header, the tensors."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"a": FLOAT | changes}
+
+
+class Bomb:
+    """Opening its pickle makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+BAD_FILES = {
+    "empty": (b"", "holds 0 bytes, which is no safetensors file; download it again."),
+    "a few bytes": (b"abc", "holds 3 bytes, which is no safetensors file; download it again."),
+    "text": (b"a picture of a star", "is no safetensors file: it begins with b'a pictur'; choose another"),
+    "zeros": (bytes(100), r"is no safetensors file: it begins with b'\x00\x00"),
+    "web page": (b"<!DOCTYPE html><html>", "is a web page in place of the file; download the file again."),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "is Git LFS's pointer in place of the file"),
+    "zip": (b"PK\x03\x04" + bytes(90), "is a pickle (.ckpt, .pt), which can run code when opened"),
+    **{
+        f"pickle {protocol}": (pickle.dumps(Bomb(), protocol), "is a pickle (.ckpt, .pt), which can run code")
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)
+    },
+    "header of 2^60": (
+        packed(entry(), length=2**60),
+        "header claims 1152921504606846976 bytes, but 100000000",
+    ),
+    "header of 2^64 - 1": (
+        packed(entry(), length=2**64 - 1),
+        "header claims 18446744073709551615 bytes, but",
+    ),
+    "cut in the header": (
+        packed(entry())[:40],
+        "is truncated: its header alone takes 61 bytes, but the file ",
+    ),
+    "cut in the tensors": (
+        packed(entry())[:-1],
+        "is truncated: 72 of 73 bytes are there; download it again.",
+    ),
+    "more than the header tells": (packed(entry(), bytes(8)), DAMAGED),
+    "header is no JSON": (packed(b"{x}"), "is no safetensors file: its header is no JSON"),
+    "header is no UTF-8": (packed(b'{"\xff":1}'), "is no safetensors file: its header is no JSON"),
+    "header is nested deeply": (packed(b'{"a":' * 99_999), "is no safetensors file: its header is no JSON"),
+    "header is a list": (packed([1, 2]), "is no safetensors file: it begins with"),
+    "number of 5000 digits": (packed(b'{"a":%s}' % (b"1" * 5000)), "its header is no JSON"),
+    "tensor is a number": (packed({"a": 5}), DAMAGED),
+    "no offsets": (packed({"a": {"dtype": "F32", "shape": [1]}}), DAMAGED),
+    "offsets are text": (packed(entry(data_offsets=["0", "4"])), DAMAGED),
+    "offset is null": (packed(entry(data_offsets=[0, None])), DAMAGED),
+    "offsets outside": (packed(entry(data_offsets=[4, 8])), "is truncated: 73 of 77 bytes are there"),
+    "offset of 2^70": (packed(entry(data_offsets=[0, 2**70])), "is truncated: "),
+    "offset below 0": (packed(entry(data_offsets=[-4, 0])), DAMAGED),
+    "overlapping": (packed({"a": FLOAT, "b": FLOAT}), DAMAGED),
+    "gap": (packed(entry() | {"b": FLOAT | {"data_offsets": [8, 12]}}, bytes(12)), DAMAGED),
+    "shape is larger": (packed(entry(shape=[2])), DAMAGED),
+    "shape overflows": (packed(entry(shape=[2**40, 2**40])), DAMAGED),
+    "shape is a fraction": (packed(entry(shape=[1.5])), DAMAGED),
+    "unknown type": (packed(entry(dtype="X9")), DAMAGED),
+    "metadata is no text": (packed({"__metadata__": {"a": 5}} | entry()), DAMAGED),
+}
+
+
+def refusal(path: Path) -> str:
+    """The one sentence with which a file is refused."""
+    with pytest.raises(CascadeError) as caught:
+        read_safetensors(path)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{path} ")
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, expected = BAD_FILES[name]
+    (tmp_path / "x.safetensors").write_bytes(content)
+    assert expected in refusal(tmp_path / "x.safetensors")
+    assert os.listdir() == ["x.safetensors"], "nothing was unpickled"
+
+
+def test_what_torch_saves_is_a_pickle(tmp_path):
+    for name, zipped in (("new", True), ("old", False)):
+        torch.save({"a": torch.zeros(3)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        assert "only safetensors files are loaded; convert it" in refusal(tmp_path / name)
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    assert "is no ordinary file, but a safetensors file is expected" in refusal(tmp_path / "pipe")
+    assert "is a folder, but a safetensors file is expected; give the file" in refusal(tmp_path)
+    assert "does not exist; expected a safetensors file there" in refusal(tmp_path / "gone")
+
+
+def test_a_file_that_must_not_be_read(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(packed(entry()))
+    (tmp_path / "x.safetensors").chmod(0)
+    with permissions_respected():
+        assert "cannot be read (Permission denied); make it readable" in refusal(tmp_path / "x.safetensors")
+    tmp_path.chmod(0)
+    with permissions_respected():
+        assert "cannot be read (Permission denied); make it readable" in refusal(tmp_path / "x.safetensors")
+    tmp_path.chmod(0o755)
+
+
+@pytest.mark.parametrize("length", [0x4B50, 0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_whose_length_looks_like_the_beginning_of_a_pickle(length, tmp_path):
+    header = json.dumps(entry()).encode().ljust(length)
+    (tmp_path / "x.safetensors").write_bytes(packed(header, struct.pack("<f", 1.5)))
+    tensors, _ = read_safetensors(tmp_path / "x.safetensors")
+    assert tensors["a"].tolist() == [1.5]
+
+
+def test_what_is_written_is_read(tmp_path):
+    tensors = {
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.arange(6.0).reshape(2, 3).T,
+        "half": torch.tensor([1.5, -2.25], dtype=torch.bfloat16),
+        "eight": torch.tensor([1.0, 0.5]).to(torch.float8_e4m3fn),
+    }
+    path = tmp_path / "new" / "folder" / "x.safetensors"
+    write_safetensors(path, tensors, {"kind": "größe"})
+    read, metadata = read_safetensors(path)
+    assert metadata == {"kind": "größe"}
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name].float(), tensor.float())
+    assert os.listdir(path.parent) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_written_file_has_the_permissions_of_any_other(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)}, {})
+        (tmp_path / "other").write_bytes(b"")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"x.safetensors": 0o666 & ~mask, "other": 0o666 & ~mask}
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": torch.ones(3)}, {})
+    with files_limited_to(4096), pytest.raises(CascadeError) as caught:
+        write_safetensors(path, {"a": torch.zeros(10_000)}, {})
+    assert str(caught.value).startswith(f"{path} could not be written (")
+    assert "File too large" in str(caught.value)
+    assert str(caught.value).endswith(
+        "and nothing was changed there; free some space, or choose a folder that can be written to."
+    )
+    assert read_safetensors(path)[0]["a"].tolist() == [1, 1, 1]
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    def reason(path: Path) -> str:
+        with permissions_respected(), pytest.raises(CascadeError) as caught:
+            write_safetensors(path, {"a": torch.zeros(3)}, {})
+        return str(caught.value).removeprefix(f"{path} could not be written (").split(")")[0]
+
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "folder").mkdir()
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    assert reason(tmp_path / "file" / "x.safetensors") == "File exists"
+    assert reason(tmp_path / "file" / "inner" / "x.safetensors") == "Not a directory"
+    assert reason(tmp_path / "folder") == "Is a directory"
+    assert reason(locked / "x.safetensors") == "Permission denied"
+    assert reason(tmp_path / f"{'x' * 250}.safetensors") == "File name too long"
+    assert (tmp_path / "file").read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "locked"]

@@ -1,0 +1,43 @@
+"""What stands in the way of reading and writing: a full disk, a lack of permission."""
+
+import ctypes
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_MAY_IGNORE_PERMISSIONS = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, as bits
+_CAPABILITIES_VERSION_3 = 0x20080522
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """The system refuses to let a file grow beyond `size` bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def permissions_respected() -> Iterator[None]:
+    """Permissions hold for this thread even where root, to whom they do not apply, runs the tests."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION_3, 0)  # 0: this thread
+    sets = (
+        ctypes.c_uint32 * 6
+    )()  # effective, permitted, inheritable; then the same of capabilities from 32 on
+    assert libc.capget(header, sets) == 0
+    before = sets[0]
+    sets[0] &= ~_MAY_IGNORE_PERMISSIONS
+    assert libc.capset(header, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = before
+        assert libc.capset(header, sets) == 0
