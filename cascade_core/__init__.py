@@ -18,14 +18,20 @@ if TYPE_CHECKING:
     from .stage_a import StageA
     from .stage_b import StageB
     from .stage_c import StageC
+    from .text import TextEncoder
+    from .tokenizer import Tokenizer
+    from .vision import ImageEncoder
 
 _HOME = {
     "ControlNet": "controlnet",
+    "ImageEncoder": "vision",
     "Previewer": "previewer",
     "SemanticCompressor": "compressor",
     "StageA": "stage_a",
     "StageB": "stage_b",
     "StageC": "stage_c",
+    "TextEncoder": "text",
+    "Tokenizer": "tokenizer",
     "infer_config": "config",
     "load_model": "checkpoints",
     "load_published_state_dict": "checkpoints",
@@ -34,11 +40,14 @@ _HOME = {
 __all__ = [
     "CascadeError",
     "ControlNet",
+    "ImageEncoder",
     "Previewer",
     "SemanticCompressor",
     "StageA",
     "StageB",
     "StageC",
+    "TextEncoder",
+    "Tokenizer",
     "infer_config",
     "load_model",
     "load_published_state_dict",

@@ -220,8 +220,8 @@ def infer_config(
         if config is not None:
             return kind, {**config, **_stated_config(metadata)}
     raise CascadeError(
-        f"These {len(shapes)} tensors (first: {', '.join(list(shapes)[:3])}) are of no Stable Cascade network; expected "
-        "Stage A, B or C, the semantic compressor, the previewer or a ControlNet, in their published names."
+        f"These {len(shapes)} tensors (first: {', '.join(list(shapes)[:3])}) are of no Stable Cascade network; "
+        "expected Stage A, B or C, the semantic compressor, the previewer or a ControlNet, in their published names."
     )
 
 

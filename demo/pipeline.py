@@ -32,7 +32,7 @@ class Sampling:
 
 
 # The demo graph's own: a small cascade wants gentler guidance than the published one.
-PRIOR = Sampling(steps=20, cfg=2.0)
+PRIOR = Sampling(steps=20, cfg=3.0, sampler="dpmpp_2m")
 DECODER = Sampling(steps=10, cfg=1.0)
 
 

@@ -33,6 +33,8 @@ _EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
+    # Before torch starts its threads: on a shared machine, threads that spin while they wait are many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return options.command(options)
     except CascadeError as error:

@@ -74,12 +74,12 @@ def _check_header(path: Path) -> None:
 def _header_length(path: Path, file: BinaryIO, size: int) -> int:
     """The header's length in bytes; leaves the file at its start. Every header begins with a brace."""
     start = file.read(32)
-    if len(start) < 9:
-        raise CascadeError(f"{path} holds {size} bytes, which is no safetensors file; download it again.")
     if start[8:9] != b"{":
         for beginnings, what in _FOREIGN:
             if start.startswith(beginnings):
                 raise CascadeError(f"{path} {what}.")
+        if len(start) < 9:
+            raise CascadeError(f"{path} holds {size} bytes, which is no safetensors file; download it again.")
         raise CascadeError(
             f"{path} is no safetensors file: it begins with {start[:8]!r}; choose another, or download it "
             "again."
