@@ -75,9 +75,9 @@ class DemoCascade:
     def decode(self, latents: Tensor, prompts: Sequence[str], seed: int, how: Sampling = DECODER) -> Tensor:
         """Stage C's latents to pictures: (B, 3, 256, 256) in [0, 1]"""
         noise = NoiseSource(seed, len(latents), STAGE_B_LATENT)
-        pooled = self.text.encode(list(prompts)).pooled[:, None]
+        pooled, no_text = (self.text.encode(texts).pooled[:, None] for texts in (list(prompts), [""]))
         positive = {"effnet": latents, "clip": pooled}
-        negative = {"effnet": torch.zeros_like(latents), "clip": torch.zeros_like(pooled)}
+        negative = {"effnet": torch.zeros_like(latents), "clip": no_text}
         guider = Guider(self.stage_b, positive, negative, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
         return self.stage_a.decode(self._sample(guider, noise, how)).clamp(0, 1)
 
