@@ -47,7 +47,7 @@ def time_command(graph: Path, output: Path) -> float:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if finished.returncode:
-        raise SystemExit(finished.stderr.strip())
+        raise SystemExit(f"`cascade run` ended with {finished.returncode}: {finished.stderr.strip()}")
     return seconds
 
 
