@@ -12,7 +12,8 @@ def ema_decay(step: int, decay: float) -> float:
 @torch.no_grad()
 def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Moves `average` towards `model`; buffers (BatchNorm's statistics) are copied."""
-    weights = list(average.parameters()), list(model.parameters())
-    torch._foreach_lerp_(*weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
-        mine.copy_(theirs)
+    mine: list[torch.Tensor] = list(average.parameters())
+    theirs: list[torch.Tensor] = list(model.parameters())
+    torch._foreach_lerp_(mine, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    for buffer, new in zip(average.buffers(), model.buffers(), strict=True):
+        buffer.copy_(new)
