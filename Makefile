@@ -9,10 +9,8 @@ GRAPH  := example_workflows/api/text_to_image.json
 # Neither pip nor pyright shall ask the network for a newer self.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
-# Threads that spin while they wait make sampling on a busy machine twenty times slower.
+# Threads that spin while they wait make sampling on a busy machine many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
-# Threads that spin while they wait are many times slower on a shared machine.
-export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test clean
 
