@@ -1,0 +1,150 @@
+"""Checkouts of ComfyUI to test against, and ComfyUI started from one of them.
+
+`COMFYUI_PATH` names them (several, separated as in PATH); without it those in `comfyui/` under the home folder are
+taken. Each has its own virtual environment in `.venv`; docs/testing.md says how to prepare one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).parents[2]
+FOLDERS = ("input", "output", "temp", "user", "models", "custom_nodes")
+START_SECONDS = 180
+# One thread: the machine runs the tests as well, and threads that wait for each other are slower than one.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A folder with ComfyUI in it."""
+
+    path: Path
+
+    @property
+    def python(self) -> Path:
+        """The Python that has what this ComfyUI needs."""
+        return self.path / ".venv" / "bin" / "python"
+
+    @property
+    def version(self) -> str:
+        """Such as 0.3.64."""
+        text = (self.path / "comfyui_version.py").read_text(encoding="utf-8")
+        found = re.search(r'__version__ = "([^"]+)"', text)
+        return found.group(1) if found else "unknown"
+
+    def inside(self, script: Path, *arguments: str) -> dict[str, Any]:
+        """Runs a script with ComfyUI's own modules at hand; returns the JSON on its last line."""
+        finished = subprocess.run(
+            [self.python, script, *arguments],
+            cwd=self.path,
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(self.path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if finished.returncode:
+            raise RuntimeError(f"{script.name} in {self.path} failed:\n{finished.stderr[-6000:]}")
+        return json.loads(finished.stdout.splitlines()[-1])
+
+
+def find_checkouts() -> list[Checkout]:
+    """Those that can be started, oldest version first; RuntimeError for a named one that cannot."""
+    stated = os.environ.get("COMFYUI_PATH")
+    if stated:
+        folders = [Path(entry).expanduser() for entry in stated.split(os.pathsep) if entry]
+        for folder in folders:
+            if not (folder / "main.py").exists() or not Checkout(folder).python.exists():
+                raise RuntimeError(f"COMFYUI_PATH names {folder}, which holds no main.py or no .venv.")
+    else:
+        home = Path.home() / "comfyui"
+        folders = sorted(path.parent for path in home.glob("*/main.py"))
+        folders = [folder for folder in folders if Checkout(folder).python.exists()]
+    checkouts = [Checkout(folder) for folder in folders]
+    return sorted(checkouts, key=lambda one: [int(part) for part in re.findall(r"\d+", one.version)])
+
+
+CHECKOUTS = find_checkouts()
+
+
+class Server:
+    """ComfyUI as a subprocess with folders of its own, in which this pack is the only one.
+
+    base: an empty folder; flags: further ones of ComfyUI's command line.
+    """
+
+    def __init__(self, checkout: Checkout, base: Path, *flags: str):
+        self.checkout, self.base = checkout, base
+        self.log_file = base / "log.txt"
+        for folder in FOLDERS:
+            (base / folder).mkdir(parents=True, exist_ok=True)
+        link = base / "custom_nodes" / "cascade-nodes"
+        if not link.exists():
+            link.symlink_to(PACK)
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [checkout.python, "main.py", "--cpu", "--port", str(self.port), "--base-directory", base]
+        command += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method", "auto"]
+        command += ["--database-url", f"sqlite:///{base / 'comfyui.db'}", *flags]
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=checkout.path,
+                env={**os.environ, **ENVIRONMENT},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._wait()
+
+    @property
+    def log(self) -> str:
+        """What it has printed so far."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def get(self, path: str) -> Any:
+        """The JSON at a path of its HTTP API."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:
+            return json.load(answer)
+
+    def stop(self) -> None:
+        """Ends it."""
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        self.stop()
+
+    def _wait(self) -> None:
+        """Until it answers. RuntimeError, with the end of its log, where it does not."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                self.get("/system_stats")
+                return
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.2)
+        self.stop()
+        raise RuntimeError(f"ComfyUI in {self.checkout.path} did not start:\n{self.log[-3000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
