@@ -63,6 +63,11 @@ class ControlNetConfig(Config):
                 f"{', '.join(_BACKBONES)}; correct the config."
             )
 
+    @property
+    def hint_scale(self) -> int:
+        """Pixels of the hint for each position of Stage C's latent, a side."""
+        return 32 if self.bottleneck_mode in (None, "effnet") else 1
+
 
 class ControlNet(nn.Module):
     """Backbone and one two-layer projection for each of `proj_blocks`."""

@@ -1,0 +1,62 @@
+"""How much memory a forward pass takes beside the weights, so that a host can make room for it.
+
+Each function gives the largest number of values that are alive at once; times the size of one in bytes, it is the
+memory. Where the peak lies was read off the networks, how high it is was measured (tests/core/test_activations.py):
+the estimates are never below it, and at most half above it.
+"""
+
+from collections.abc import Sequence
+
+from .compressor import CompressorConfig
+from .config import PreviewerConfig, StageAConfig, StageBConfig, StageCConfig, UNetConfig
+from .controlnet import PUBLISHED_LARGE, ControlNetConfig
+
+# Of a level's width at each of its positions: a residual block holds its input, the skip, and three times the
+# fourfold hidden width.
+RES_BLOCK = 15
+TOKEN = 8  # of the tokens' width: mapped, joined, normed, and as keys and values
+
+
+def stage_c(config: StageCConfig, batch: int, height: int, width: int, tokens: int) -> int:
+    """Stage C on a latent (B, 16, height, width) with so many tokens of text and image."""
+    return _unet(config, batch, height, width, config.switch_level) + TOKEN * config.c_cond * batch * tokens
+
+
+def stage_b(config: StageBConfig, batch: int, height: int, width: int) -> int:
+    """Stage B on a latent (B, 4, height, width)."""
+    return _unet(config, batch, height, width, [True] * (len(config.c_hidden) - 1))
+
+
+def _unet(config: UNetConfig, batch: int, height: int, width: int, halved: Sequence[bool]) -> int:
+    """The widest level; `halved`: whether each boundary between levels halves both sides."""
+    side, widest = config.patch_size, 0
+    for c_hidden, halves in zip(config.c_hidden, [*halved, False], strict=True):
+        widest = max(widest, -(-height // side) * -(-width // side) * c_hidden)
+        side *= 2 if halves else 1
+    return RES_BLOCK * widest * batch
+
+
+def stage_a(config: StageAConfig, batch: int, height: int, width: int) -> int:
+    """Stage A, either way, with a latent (B, C, height, width)."""
+    return 24 * config.c_hidden * batch * height * width
+
+
+def compressor(config: CompressorConfig, batch: int, height: int, width: int) -> int:
+    """The semantic compressor on pictures of so many pixels: the first layers, at half the size, are the widest."""
+    return 2 * config.stem * batch * height * width
+
+
+def previewer(config: PreviewerConfig, batch: int, height: int, width: int) -> int:
+    """The previewer on Stage C's latent (B, C, height, width)."""
+    return 34 * config.c_hidden * batch * height * width
+
+
+def controlnet(config: ControlNetConfig, batch: int, height: int, width: int) -> int:
+    """A ControlNet on a hint (B, C, height, width)."""
+    if config.hint_scale > 1:
+        return 3 * config.stem * batch * height * width // 2
+    narrow = config.c_hidden if config.bottleneck_mode == "large" else config.c_in
+    wide = config.c_wide or (
+        PUBLISHED_LARGE["c_wide"] if config.bottleneck_mode == "large" else 4 * config.c_in
+    )
+    return 5 * (wide + narrow) * batch * height * width // 4
