@@ -1,0 +1,21 @@
+/** Stable Cascade in ComfyUI's interface: panels on the nodes that have something to show. */
+
+import { app } from "../../scripts/app.js";
+import { addRunPanel } from "./run_panel.js";
+import { addSizePanel } from "./size_panel.js";
+import { loadWords } from "./words.js";
+
+const PANELS = {
+  CascadeEmptyLatent: addSizePanel,
+  CascadeEncode: addSizePanel,
+  CascadePriorSampler: addRunPanel,
+  CascadeDecoderSampler: addRunPanel,
+};
+
+app.registerExtension({
+  name: "cascade_nodes.panels",
+  init: loadWords,
+  nodeCreated(node) {
+    PANELS[node.comfyClass]?.(node);
+  },
+});

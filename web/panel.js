@@ -1,0 +1,70 @@
+/** A piece of HTML in a node, below its widgets; it holds no value and is in no saved workflow. */
+
+const MARGIN = 10; // as wide as the widgets above
+
+const STYLE = `
+  .cascade-panel { box-sizing: border-box; width: 100%; overflow: hidden; display: flex;
+    flex-direction: column; justify-content: center; gap: 4px; font: 12px/1.35 sans-serif;
+    color: var(--input-text, #ddd); user-select: none; }
+  .cascade-panel-row { display: flex; gap: 4px; align-items: center; }
+  .cascade-panel select, .cascade-panel button { font: inherit; color: inherit; border-radius: 6px;
+    border: 1px solid var(--border-color, #4e4e4e); background: var(--comfy-input-bg, #222);
+    height: 24px; padding: 0 6px; cursor: pointer; }
+  .cascade-panel select { flex: 1 1 0; min-width: 0; }
+  .cascade-panel :disabled { opacity: 0.4; cursor: default; }
+  .cascade-panel-sizes { font-variant-numeric: tabular-nums; white-space: nowrap; }
+  .cascade-panel-faint { color: var(--descrip-text, #999); }
+  .cascade-panel-warning { color: #e2a33c; }
+`;
+
+/**
+ * An element with a class, text and children.
+ * @param {string} tag
+ * @param {string} [className]
+ * @param {(Node | string)[]} [children]
+ */
+export function element(tag, className = "", children = []) {
+  const made = document.createElement(tag);
+  made.className = className;
+  made.append(...children);
+  return made;
+}
+
+/**
+ * Puts an element into a node.
+ * @param {object} node
+ * @param {string} name of the widget, unique in its node
+ * @param {HTMLElement} content
+ * @param {number} height in pixels
+ */
+export function addPanel(node, name, content, height) {
+  const style = element("style", "", [STYLE]);
+  const panel = element("div", "cascade-panel", [style, content]);
+  panel.style.height = `${height}px`;
+  const widget = node.addDOMWidget(name, "cascade_panel", panel, {
+    serialize: false, // not sent to the server
+    hideOnZoom: false,
+    margin: MARGIN,
+    getMinHeight: () => height + 2 * MARGIN,
+    getMaxHeight: () => height + 2 * MARGIN,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false; // not in the saved workflow: the values there are told apart by their places
+  return widget;
+}
+
+/**
+ * Calls a function after whatever the node already calls on an event.
+ * @param {object} target a node or a widget: this one alone, not its class
+ * @param {string} event such as "onExecuted"
+ * @param {(...values: any[]) => void} action
+ */
+export function after(target, event, action) {
+  const before = target[event];
+  target[event] = function (...values) {
+    const result = before?.apply(this, values);
+    action(...values);
+    return result;
+  };
+}

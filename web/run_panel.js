@@ -1,0 +1,40 @@
+/** What a sampler's last run took: time for each step, and the most memory. */
+
+import { addPanel, after, element } from "./panel.js";
+import { say } from "./words.js";
+
+const HEIGHT = 36;
+const UNITS = ["B", "KB", "MB", "GB", "TB"];
+
+/** @param {number} bytes @returns {string} such as "1.24 GB" (powers of 1024, three digits) */
+export function memory(bytes) {
+  const power = Math.min(Math.floor(Math.log2(Math.max(bytes, 1)) / 10), UNITS.length - 1);
+  return `${Number((bytes / 1024 ** power).toPrecision(3))} ${UNITS[power]}`;
+}
+
+/** @param {number} seconds @returns {string} such as "0.312 s" or "48.1 ms" */
+export function duration(seconds) {
+  return seconds < 0.1 ? `${Number((seconds * 1000).toPrecision(3))} ms` : `${Number(seconds.toPrecision(3))} s`;
+}
+
+/**
+ * @param {object} node a sampler, just created
+ */
+export function addRunPanel(node) {
+  const time = element("div", "cascade-panel-faint cascade-panel-sizes", [say("run.none")]);
+  const space = element("div", "cascade-panel-faint cascade-panel-sizes");
+  const content = element("div", "", [time, space]);
+  content.style.display = "contents";
+  addPanel(node, "cascade_run", content, HEIGHT);
+
+  after(node, "onExecuted", (output) => {
+    const run = output?.cascade_run?.[0];
+    if (!run) return;
+    const { steps, seconds, peak_bytes, device } = run;
+    time.textContent = say("run.time", {
+      steps, step: duration(seconds / Math.max(steps, 1)), total: duration(seconds),
+    });
+    space.textContent = say("run.memory", { peak: memory(peak_bytes), device });
+    space.title = device;
+  });
+}

@@ -1,0 +1,121 @@
+/**
+ * What sizes mean to Stable Cascade: mathematics only, the same as in nodes/latents.py.
+ *
+ * @typedef {{width: number, height: number}} Size
+ * @typedef {"trained" | "demo" | "few" | "many" | "long" | "compression"} Verdict
+ */
+
+export const COMPRESSION = 42.67; // published: 1024 pixels become 24 latent positions
+const STAGE_B_COMPRESSION = 4;
+const SIZE_STEP = 8;
+const PRESET_STEP = 64;
+
+// Stage C was trained on 24 × 24 and on other shapes of that area; 18² is 768 × 768, 30² is 1280 × 1280.
+const TRAINED_SIDE = 24;
+const LEAST_POSITIONS = 18 ** 2;
+const MOST_POSITIONS = 30 ** 2;
+const LONGEST_ASPECT = 6;
+// Stage B was trained with Stage C latents of pictures between 1024 / 32 and 1024 / 64.
+const LEAST_COMPRESSION = 32;
+const MOST_COMPRESSION = 64;
+
+const DEMO = { width: 256, height: 256 };
+const MEGAPIXEL = 1024 ** 2;
+
+/** Wide ones; swapping makes the tall ones. */
+export const ASPECTS = ["1:1", "5:4", "4:3", "3:2", "16:9", "2:1", "21:9"];
+
+/** Pictures of about so many megapixels, and the one size of the bundled demo cascade. */
+export const AREAS = ["demo", "0.75", "1", "1.5", "2", "4"];
+
+/**
+ * The Stage C latent of a picture.
+ * @param {Size} size in pixels
+ * @param {number} compression pixels for each position
+ * @returns {Size} in positions
+ */
+export function stageCSize({ width, height }, compression) {
+  return { width: Math.ceil(width / compression), height: Math.ceil(height / compression) };
+}
+
+/**
+ * The Stage B latent of a picture; sides that are no multiple of 8 are cut down to one.
+ * @param {Size} size in pixels
+ * @returns {Size} in positions
+ */
+export function stageBSize({ width, height }) {
+  const positions = (side) => (Math.max(Math.floor(side / SIZE_STEP), 1) * SIZE_STEP) / STAGE_B_COMPRESSION;
+  return { width: positions(width), height: positions(height) };
+}
+
+/** @param {string} aspect such as "16:9" @returns {number} width for each height */
+export function aspectOf(aspect) {
+  const [width, height] = aspect.split(":").map(Number);
+  return width / height;
+}
+
+/**
+ * The size of an aspect ratio and an area: sides are multiples of 64, as near to both as such sides can be.
+ * @param {string} aspect one of ASPECTS
+ * @param {string} area one of AREAS
+ * @returns {Size} in pixels, never taller than wide
+ */
+export function presetSize(aspect, area) {
+  if (area === "demo") return { ...DEMO };
+  const ratio = aspectOf(aspect);
+  const pixels = Number(area) * MEGAPIXEL;
+  const distance = ({ width, height }) =>
+    Math.abs(Math.log(width / height / ratio)) + Math.abs(Math.log((width * height) / pixels));
+  const base = Math.sqrt(pixels / ratio) / PRESET_STEP;
+  const heights = [Math.floor(base), Math.ceil(base)].map((steps) => Math.max(steps, 1) * PRESET_STEP);
+  const candidates = heights.map((height) => {
+    const width = Math.max(Math.round((height * ratio) / PRESET_STEP), 1) * PRESET_STEP;
+    return { width, height };
+  });
+  return candidates.reduce((best, next) => (distance(next) < distance(best) ? next : best));
+}
+
+/**
+ * The preset that a size is, standing or lying.
+ * @param {Size} size
+ * @returns {{aspect: string, area: string} | null}
+ */
+export function presetOf({ width, height }) {
+  const [long, short] = [Math.max(width, height), Math.min(width, height)];
+  if (long === DEMO.width && short === DEMO.height) return { aspect: "1:1", area: "demo" };
+  for (const area of AREAS.slice(1)) {
+    for (const aspect of ASPECTS) {
+      const preset = presetSize(aspect, area);
+      if (preset.width === long && preset.height === short) return { aspect, area };
+    }
+  }
+  return null;
+}
+
+/**
+ * Whether the networks know such a size, and if not, why.
+ * @param {Size} size in pixels
+ * @param {number} compression
+ * @returns {Verdict}
+ */
+export function verdict(size, compression) {
+  if (size.width === DEMO.width && size.height === DEMO.height && compression === COMPRESSION) return "demo";
+  const aspect = size.width / size.height;
+  if (Math.max(aspect, 1 / aspect) > LONGEST_ASPECT) return "long";
+  if (compression < LEAST_COMPRESSION || compression > MOST_COMPRESSION) return "compression";
+  const { width, height } = stageCSize(size, compression);
+  if (width * height < LEAST_POSITIONS) return "few";
+  if (width * height > MOST_POSITIONS) return "many";
+  return "trained";
+}
+
+/**
+ * The compression that brings Stage C nearest to its trained area, among those Stage B was trained on.
+ * @param {Size} size in pixels
+ * @returns {number} with two decimals, rounded up: a hundredth less would add a row
+ */
+export function fittingCompression({ width, height }) {
+  const exact = Math.sqrt(width * height) / TRAINED_SIDE;
+  const rounded = Math.ceil(exact * 100 - 1e-6) / 100;
+  return Math.min(Math.max(rounded, LEAST_COMPRESSION), MOST_COMPRESSION);
+}
