@@ -5,6 +5,7 @@ from .conditioning import CascadeImagePrompt, CascadeTextEncode
 from .latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode
 from .loaders import (
     CascadeCompressorLoader,
+    CascadeControlNetLoader,
     CascadeTextEncoderLoader,
     CascadeVisionLoader,
     StageAVAE,
@@ -12,6 +13,7 @@ from .loaders import (
     StageCLoader,
 )
 from .sampling import CascadeDecoderSampler, CascadePriorSampler
+from .scheduling import CascadeGuidance, CascadeScheduler
 
 NODES: list[type[io.ComfyNode]] = [
     StageCLoader,
@@ -20,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     CascadeCompressorLoader,
     CascadeTextEncoderLoader,
     CascadeVisionLoader,
+    CascadeControlNetLoader,
     CascadeTextEncode,
     CascadeImagePrompt,
     CascadeEmptyLatent,
@@ -27,6 +30,8 @@ NODES: list[type[io.ComfyNode]] = [
     CascadePriorSampler,
     CascadeDecoderSampler,
     CascadeDecode,
+    CascadeScheduler,
+    CascadeGuidance,
 ]
 
 

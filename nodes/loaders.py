@@ -1,4 +1,4 @@
-"""Loaders: a file becomes a MODEL, VAE, CLIP or CLIP_VISION of the host."""
+"""Loaders: a file becomes a MODEL, VAE, CLIP, CLIP_VISION or CONTROL_NET of the host."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ DTYPE_TOOLTIP = (
 def file_input(input_id: str, role: str, tooltip: str, optional_file: bool = False) -> Any:
     """A combo of the files that the host finds for a role, listed anew each time the schema is asked for."""
     names = ([NO_FILE] if optional_file else []) + host().list_files(role)
-    default = DEMO_NAMES[role] if DEMO_NAMES[role] in names else None
+    default = DEMO_NAMES.get(role) if DEMO_NAMES.get(role) in names else None
     return io.Combo.Input(input_id, options=names, default=default, tooltip=tooltip)
 
 
@@ -256,3 +256,37 @@ class CascadeVisionLoader(io.ComfyNode):
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         return io.NodeOutput(host().load_vision(find("vision", file)))
+
+
+class CascadeControlNetLoader(io.ComfyNode):
+    """A Stable Cascade ControlNet file as CONTROL_NET."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeControlNetLoader",
+            display_name="Load Cascade ControlNet",
+            category=CATEGORY,
+            description=(
+                "Loads a Stable Cascade ControlNet of any kind and size: canny, inpainting, super resolution, "
+                "identity."
+            ),
+            inputs=[file_input("file", "controlnet", "ControlNet checkpoint, a safetensors file.")],
+            outputs=[
+                io.ControlNet.Output(
+                    display_name="CONTROL_NET", tooltip="For ComfyUI's Apply ControlNet, with Stage C."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None) -> bool | str:
+        return check("controlnet", file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file) -> str:
+        return fingerprint("controlnet", file)
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        return io.NodeOutput(host().load_controlnet(find("controlnet", file)))

@@ -111,7 +111,7 @@ class CascadePriorSampler(io.ComfyNode):
         )
         for socket, prompt in (("positive", positive), ("negative", negative)):
             check_conditioning(prompt, network, socket)
-        return io.NodeOutput(run_sampler("stage_c", model, positive, negative, latent, **settings))
+        return run_sampler("stage_c", model, positive, negative, latent, **settings)
 
 
 class CascadeDecoderSampler(io.ComfyNode):
@@ -153,7 +153,7 @@ class CascadeDecoderSampler(io.ComfyNode):
             check_conditioning(prompt, network, socket)
         positive = with_values(positive, stable_cascade_prior=semantic)
         negative = with_values(negative, stable_cascade_prior=torch.zeros_like(semantic))
-        return io.NodeOutput(run_sampler("stage_b", model, positive, negative, latent, **settings))
+        return run_sampler("stage_b", model, positive, negative, latent, **settings)
 
 
 def semantic_latent(stage_c: dict, batch: int) -> Tensor:
@@ -187,14 +187,14 @@ def run_sampler(
     shift: float,
     sampler: str,
     denoise: float,
-) -> dict:
-    """A new LATENT with the sampled latent, and all else that the given one holds."""
+) -> io.NodeOutput:
+    """A new LATENT with the sampled latent, and all else that the given one holds; shows what the run took."""
     if sampler not in SAMPLERS:
         raise CascadeError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
     if not 0 <= denoise <= 1:
         raise CascadeError(f"denoise is {denoise}; it must lie within 0 and 1.")
     if denoise == 0:
-        return dict(latent)
+        return io.NodeOutput(dict(latent))
     run = Run(
         kind=kind,
         model=model,
@@ -211,8 +211,14 @@ def run_sampler(
         sampler=sampler,
         denoise=denoise,
     )
-    samples = host().sample(run)
+    sampled = host().sample(run)
     what = f"The latent that {host().describe_network(model).name} sampled"
     advice = "lower cfg and the weights in the prompt, or choose dtype bf16 or fp32 in its loader"
-    check_finite([samples], model, what, advice)
-    return {**latent, "samples": samples}
+    check_finite([sampled.samples], model, what, advice)
+    took = {
+        "steps": steps,
+        "seconds": sampled.seconds,
+        "peak_bytes": sampled.peak_bytes,
+        "device": sampled.device,
+    }
+    return io.NodeOutput({**latent, "samples": sampled.samples}, ui={"cascade_run": [took]})

@@ -132,6 +132,14 @@ def identify(
     return kind, config
 
 
+def holds(path: str | Path, kind: str) -> bool:
+    """Whether a file can be read and holds a network of that kind."""
+    try:
+        return identify(path, *read_safetensors(path))[0] == kind
+    except CascadeError:
+        return False
+
+
 def _build_on_meta(kind: str, config: Mapping[str, Any], operations: Any) -> nn.Module:
     try:
         with torch.device("meta"):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from .run import Network, Run
+from .run import Network, Run, Sampled
 
 
 class Host(Protocol):
@@ -34,6 +34,10 @@ class Host(Protocol):
 
     def load_compressor(self, compressor: Path, previewer: Path | None) -> Any:
         """The compressor, and the previewer as its decoder, as one VAE."""
+        ...
+
+    def load_controlnet(self, path: Path) -> Any:
+        """A ControlNet as CONTROL_NET."""
         ...
 
     def load_text_encoder(self, path: Path) -> Any:
@@ -75,8 +79,12 @@ class Host(Protocol):
         """A latent in socket units -> (B, H, W, 3) in [0, 1]; `tile`: pixels a side, 0: no tiles."""
         ...
 
-    def sample(self, run: Run) -> Tensor:
-        """The sampled latent (B, C, h, w) float32 on the CPU, in socket units."""
+    def sample(self, run: Run) -> Sampled:
+        """The sampled latent, and what the run took."""
+        ...
+
+    def with_guidance(self, model: Any, cfg_rescale: float, shift: float) -> Any:
+        """The MODEL with the published guidance and schedule for the host's own samplers."""
         ...
 
 

@@ -1,5 +1,7 @@
 """What both hosts need to know of one sampling run, and of a MODEL."""
 
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +76,53 @@ class Run:
         batch = len(self.samples)
         indices = list(self.batch_index) if self.batch_index is not None else batch
         return NoiseSource(self.seed, indices, tuple(self.samples.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a sampling run gave, and what it took.
+
+    samples     (B, C, h, w) float32 on the CPU, in socket units
+    seconds     for all steps, without loading
+    peak_bytes  of the device's memory, or of the process where that is the CPU's
+    device      its name
+    """
+
+    samples: Tensor
+    seconds: float
+    peak_bytes: int
+    device: str
+
+
+class Watch:
+    """Times a sampling run and watches its memory: made where it begins, asked where it ends."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        self.start = time.perf_counter()
+
+    def stop(self, samples: Tensor) -> Sampled:
+        """The run's result with its figures."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+            name = f"{self.device} {torch.cuda.get_device_name(self.device)}"
+        else:
+            peak, name = process_peak(), str(self.device)
+        return Sampled(samples, time.perf_counter() - self.start, peak, name)
+
+
+def process_peak() -> int:
+    """The most bytes that this process has held in main memory so far; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def mask_like(mask: Tensor, samples: Tensor) -> Tensor:

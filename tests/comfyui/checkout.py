@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PACK = Path(__file__).parents[2]
+INSIDE = Path(__file__).parent / "inside" / "run.py"
 FOLDERS = ("input", "output", "temp", "user", "models", "custom_nodes")
 START_SECONDS = 180
 # One thread: the machine runs the tests as well, and threads that wait for each other are slower than one.
@@ -43,18 +44,19 @@ class Checkout:
         found = re.search(r'__version__ = "([^"]+)"', text)
         return found.group(1) if found else "unknown"
 
-    def inside(self, script: Path, *arguments: str) -> dict[str, Any]:
-        """Runs a script with ComfyUI's own modules at hand; returns the JSON on its last line."""
+    def inside(self, name: str, *, timeout: float = 600) -> dict[str, Any]:
+        """Measures something with ComfyUI's own modules at hand: runs `inside/<name>.py`, returns its numbers."""
         finished = subprocess.run(
-            [self.python, script, *arguments],
+            [self.python, INSIDE, name],
             cwd=self.path,
             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(self.path)},
             capture_output=True,
             text=True,
+            timeout=timeout,
             check=False,
         )
         if finished.returncode:
-            raise RuntimeError(f"{script.name} in {self.path} failed:\n{finished.stderr[-6000:]}")
+            raise RuntimeError(f"{name} in {self.path} failed:\n{finished.stderr[-6000:]}")
         return json.loads(finished.stdout.splitlines()[-1])
 
 

@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ....cascade_core import checkpoints
+from ....cascade_core import activations, checkpoints
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.stage_c import StageC
 from ..run import Network, least_side
@@ -75,6 +75,26 @@ class StageCModel(comfy.model_base.StableCascade_C):
         )
         return conds
 
+    def memory_required(self, input_shape, cond_shapes=None) -> int:
+        """Bytes of a forward pass beside the weights; the host adds shapes of all prompts that run at once."""
+        config, batch = self.diffusion_model.network.config, input_shape[0]
+        texts = [shape[1] for shape in (cond_shapes or {}).get("clip_text", [])] or [77]
+        images = [shape[1] for shape in (cond_shapes or {}).get("clip_img", [])] or [1]
+        tokens = max(texts) + config.c_clip_seq * (1 + max(images))
+        height, width = input_shape[-2:]
+        return value_bytes(self) * activations.stage_c(config, batch, height, width, tokens)
+
+    def extra_conds_shapes(self, **kwargs) -> dict[str, list[int]]:
+        """What `memory_required` needs to know before the run."""
+        shapes = {}
+        if kwargs.get("cross_attn") is not None:
+            shapes["clip_text"] = list(kwargs["cross_attn"].shape)
+        images = sum(
+            len(prompt["clip_vision_output"].image_embeds)
+            for prompt in kwargs.get("unclip_conditioning") or []
+        )
+        return {**shapes, "clip_img": [1, max(images, 1)]}
+
 
 class StageBModel(comfy.model_base.StableCascade_B):
     """The host's Stage B, with our network."""
@@ -95,6 +115,17 @@ class StageBModel(comfy.model_base.StableCascade_B):
             prior = torch.zeros(1, channels, 1, 1)  # of any size: the network resizes it
         conds["effnet"] = comfy.conds.CONDRegular(prior.to(kwargs["device"]))
         return conds
+
+    def memory_required(self, input_shape, cond_shapes=None) -> int:
+        """Bytes of a forward pass beside the weights."""
+        config, batch = self.diffusion_model.network.config, input_shape[0]
+        height, width = input_shape[-2:]
+        return value_bytes(self) * activations.stage_b(config, batch, height, width)
+
+
+def value_bytes(model: Any) -> int:
+    """Bytes of one value in the precision that a model computes in."""
+    return comfy.model_management.dtype_size(model.manual_cast_dtype or model.get_dtype())
 
 
 HOST_CLASSES = {

@@ -2,11 +2,75 @@
 """Progress and live previews in ComfyUI."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import comfy.model_management
+import comfy.utils
 import latent_preview
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from PIL import Image
+from torch import Tensor, nn
+
+from ....cascade_core import checkpoints
+from ....cascade_core.errors import CascadeError
+from .. import roles
+from . import folders
+
+# Of ComfyUI's methods, those that leave room for a learned previewer.
+LEARNED = (LatentPreviewMethod.Auto, LatentPreviewMethod.TAESD)
 
 
-def step_callback(patcher: Any, steps: int) -> Callable[..., None]:
-    """Called as (step, x0, x, steps) after each step: moves the node's bar, shows a preview of x0."""
-    return latent_preview.prepare_callback(patcher, steps)
+class LearnedPreviewer(latent_preview.LatentPreviewer):
+    """Stage C's latent through the previewer network."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+
+    def decode_latent_to_preview(self, x0: Tensor) -> Image.Image:
+        weight = next(self.network.parameters())
+        with torch.inference_mode():
+            picture = self.network(x0[:1].to(weight)).clamp(0, 1)[0]  # (3, H, W)
+        return Image.fromarray((picture * 255).round().byte().movedim(0, -1).cpu().numpy())
+
+
+def step_callback(patcher: Any, steps: int, kind: str) -> Callable[..., None]:
+    """Called as (step, x0, x, steps) after each step: moves the node's bar, shows a preview of x0.
+
+    The preview of Stage C is the learned previewer's where its file is there, else ComfyUI's approximation.
+    """
+    previewer = learned_previewer(patcher) if kind == "stage_c" and args.preview_method in LEARNED else None
+    if previewer is None:
+        return latent_preview.prepare_callback(patcher, steps)
+    bar = comfy.utils.ProgressBar(steps)
+
+    def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+        bar.update_absolute(step + 1, total, previewer.decode_latent_to_preview_image("JPEG", x0))
+
+    return callback
+
+
+def learned_previewer(patcher: Any) -> LearnedPreviewer | None:
+    """The previewer of the MODEL's own family: the demo's for the demo's Stage C, else a published one."""
+    path = previewer_file(getattr(patcher.model.diffusion_model, "name", ""))
+    if path is None:
+        return None
+    try:
+        network, _, config = checkpoints.load_model(path, expect="previewer", dtype=torch.float32)
+    except CascadeError:  # a damaged file must not stop a run that can do without it
+        return None
+    fits = config["c_in"] == patcher.model.latent_format.latent_channels
+    return LearnedPreviewer(network.to(comfy.model_management.get_torch_device())) if fits else None
+
+
+def previewer_file(stage_c: str) -> Path | None:
+    """The previewer for a Stage C file of that name, found by what is in the files."""
+    demo = roles.demo_file("previewer")
+    if stage_c == roles.DEMO_NAMES["stage_c"]:
+        return demo
+    for name in folders.list_files("previewer"):
+        path = folders.find_file("previewer", name)
+        if path != demo and checkpoints.holds(path, "previewer"):
+            return path
+    return None

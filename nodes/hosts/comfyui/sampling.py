@@ -6,6 +6,7 @@ samplers work with a·x0 + b·epsilon and predict epsilon.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_base
@@ -19,7 +20,7 @@ from ....cascade_core.diffusion import per_image, scale
 from ....cascade_core.guidance import guide
 from ....cascade_core.noise import NoiseSource
 from ....cascade_core.samplers import SAMPLERS, Step, start_latent
-from ..run import Run
+from ..run import Run, Sampled, Watch
 from .progress import step_callback
 
 
@@ -32,25 +33,32 @@ class CascadeGuider(comfy.samplers.CFGGuider):
         self.cfg_rescale = cfg_rescale
 
     def predict_noise(self, x, timestep, model_options=None, seed=None) -> Tensor:
-        def rescaled(values: dict[str, Any]) -> Tensor:
-            # x - denoised is sigma·epsilon, and the guidance of a multiple is the multiple of the guidance.
-            if values["cond_scale"] == 1:
-                return values["cond"]
-            return guide(values["cond"], values["uncond"], values["cond_scale"], self.cfg_rescale)
-
-        options = {**(model_options or {}), "sampler_cfg_function": rescaled}
+        options = {**(model_options or {}), "sampler_cfg_function": rescaled(self.cfg_rescale)}
         negative, positive = self.conds.get("negative"), self.conds.get("positive")
         return comfy.samplers.sampling_function(
             self.inner_model, x, timestep, negative, positive, self.cfg, model_options=options, seed=seed
         )
 
 
+def rescaled(cfg_rescale: float) -> Callable[[dict[str, Any]], Tensor]:
+    """Our guidance as the host's `sampler_cfg_function`."""
+
+    def guided(values: dict[str, Any]) -> Tensor:
+        # x - denoised is sigma·epsilon, and the guidance of a multiple is the multiple of the guidance.
+        if values["cond_scale"] == 1:
+            return values["cond"]
+        return guide(values["cond"], values["uncond"], values["cond_scale"], cfg_rescale)
+
+    return guided
+
+
 class CascadeSampler(comfy.samplers.Sampler):
-    """One of our samplers as the host's SAMPLER, over the levels of one run."""
+    """One of our samplers as the host's SAMPLER, over the levels of one run. Starts `watch` once all is loaded."""
 
     def __init__(self, run: Run, source: NoiseSource):
         self.run = run
         self.source = source
+        self.watch: Watch | None = None
 
     def sample(
         self,
@@ -63,6 +71,7 @@ class CascadeSampler(comfy.samplers.Sampler):
         denoise_mask=None,
         disable_pbar=False,
     ) -> Tensor:
+        self.watch = Watch(noise.device)
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         model.latent_image, model.noise = latent_image, noise  # what it keeps outside the mask
         steps = self.run.steps
@@ -84,21 +93,30 @@ class CascadeSampler(comfy.samplers.Sampler):
         return sampled if denoise_mask is None else torch.lerp(latent, sampled, denoise_mask)
 
 
-def sample(run: Run) -> Tensor:
+def sample(run: Run) -> Sampled:
     patcher = with_shift(run.model, run.shift)
     source = run.noise()
     guider = CascadeGuider(patcher, run.cfg, run.cfg_rescale)
     guider.set_conds(run.positive, run.negative)
+    sampler = CascadeSampler(run, source)
     sampled = guider.sample(
         source.draw(),
         run.samples,
-        CascadeSampler(run, source),
+        sampler,
         (run.log_snrs() / -2).exp(),
         denoise_mask=run.noise_mask,
-        callback=step_callback(patcher, run.steps),
+        callback=step_callback(patcher, run.steps, run.kind),
         seed=run.seed,
     )
-    return sampled.to(comfy.model_management.intermediate_device(), torch.float32)
+    watch = sampler.watch or Watch(patcher.load_device)
+    return watch.stop(sampled.to(comfy.model_management.intermediate_device(), torch.float32))
+
+
+def with_guidance(patcher: Any, cfg_rescale: float, shift: float) -> Any:
+    patched = with_shift(patcher, shift)
+    patched = patcher.clone() if patched is patcher else patched
+    patched.set_model_sampler_cfg_function(rescaled(cfg_rescale))
+    return patched
 
 
 def with_shift(patcher: Any, shift: float) -> Any:

@@ -15,7 +15,7 @@ import comfy.ops
 import comfy.sd
 from torch import Tensor, nn
 
-from ....cascade_core import checkpoints
+from ....cascade_core import activations, checkpoints
 from ....cascade_core.errors import CascadeError
 from .hosted import Hosted
 from .weights import remember_file
@@ -89,28 +89,28 @@ def _not_about_empty_vae(record: logging.LogRecord) -> bool:
 
 
 def load_stage_a(path: Path) -> CascadeVAE:
+    network: Any
     network, _, config = checkpoints.load_model(path, expect="stage_a", operations=comfy.ops.manual_cast)
     vae = CascadeVAE(HostedStageA(network))
     vae.downscale_ratio = vae.upscale_ratio = 2 ** config["levels"]
     vae.latent_channels = config["c_latent"]
-    # The widest tensors have 8 · c_hidden numbers for each latent position, and about four of them are alive
-    # at once.
-    floats = 32 * config["c_hidden"]
+    size, side = comfy.model_management.dtype_size, vae.downscale_ratio  # of one picture, as the host asks
     vae.memory_used_decode = lambda shape, dtype: (
-        floats * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
+        size(dtype) * activations.stage_a(network.config, 1, *shape[-2:])
     )
     vae.memory_used_encode = lambda shape, dtype: (
-        floats * shape[2] * shape[3] // 16 * comfy.model_management.dtype_size(dtype)
+        size(dtype) * activations.stage_a(network.config, 1, shape[-2] // side, shape[-1] // side)
     )
     remember_file(vae, path.name)
     return vae
 
 
 def load_compressor(compressor: Path, previewer: Path | None) -> CascadeVAE:
+    encoder: Any
     encoder, _, config = checkpoints.load_model(
         compressor, expect="compressor", operations=comfy.ops.manual_cast
     )
-    decoder = None
+    decoder: Any = None
     if previewer is not None:
         decoder, _, _ = checkpoints.load_model(
             previewer, expect="previewer", operations=comfy.ops.manual_cast
@@ -119,6 +119,13 @@ def load_compressor(compressor: Path, previewer: Path | None) -> CascadeVAE:
     vae.downscale_ratio = 32
     vae.upscale_ratio = 8
     vae.latent_channels = config["c_latent"]
+    size = comfy.model_management.dtype_size
+    vae.memory_used_encode = lambda shape, dtype: (
+        size(dtype) * activations.compressor(encoder.config, 1, *shape[-2:])
+    )
+    vae.memory_used_decode = lambda shape, dtype: (
+        size(dtype) * activations.previewer(decoder.config, 1, *shape[-2:]) if decoder else 0
+    )
     remember_file(vae, compressor.name if previewer is None else f"{compressor.name} or {previewer.name}")
     return vae
 

@@ -5,9 +5,10 @@ other out.
 """
 
 from .clip import encode_text, load_text_encoder
+from .control import load_controlnet
 from .folders import find_file, list_files
 from .model import describe_network, load_network
-from .sampling import sample
+from .sampling import sample, with_guidance
 from .vae import decode_latent, describe_vae, encode_pixels, load_compressor, load_stage_a
 from .vision import encode_image, load_vision
 from .weights import first_non_finite
@@ -23,9 +24,11 @@ __all__ = [
     "first_non_finite",
     "list_files",
     "load_compressor",
+    "load_controlnet",
     "load_network",
     "load_stage_a",
     "load_text_encoder",
     "load_vision",
     "sample",
+    "with_guidance",
 ]

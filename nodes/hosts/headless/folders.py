@@ -1,7 +1,7 @@
 """Where model files are found without ComfyUI.
 
-Roots, in this order: every folder of `$CASCADE_MODELS`, `./models`, `models` in the pack; each with ComfyUI's
-subfolders. The bundled demo weights are always offered, and any existing path is taken as it is.
+Roots, in this order: every folder of `$CASCADE_MODELS`, ComfyUI's own `models` where the pack lies in its
+`custom_nodes`, `./models`, `models` in the pack; each with ComfyUI's subfolders. The bundled demo weights are always offered, and any existing path is taken as it is.
 """
 
 import os
@@ -12,9 +12,14 @@ from .. import roles
 
 
 def roots() -> list[Path]:
-    """The folders that play the part of ComfyUI's `models`."""
+    """The folders that play the part of ComfyUI's `models`; new files go to the first."""
     stated = [Path(entry) for entry in os.environ.get("CASCADE_MODELS", "").split(os.pathsep) if entry]
-    return [*stated, Path("models"), roles.PACK / "models"]
+    return [*stated, *_comfyui_models(), Path("models"), roles.PACK / "models"]
+
+
+def _comfyui_models() -> list[Path]:
+    models = roles.PACK.parents[1] / "models"
+    return [models] if roles.PACK.parent.name == "custom_nodes" and models.is_dir() else []
 
 
 def search_folders(role: str) -> list[Path]:

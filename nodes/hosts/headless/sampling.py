@@ -11,7 +11,7 @@ from ....cascade_core.errors import CascadeError
 from ....cascade_core.guidance import Guider
 from ....cascade_core.samplers import SAMPLERS, Denoise, Step, start_latent
 from ..reporting import check_interrupted, report
-from ..run import Run, mask_like
+from ..run import Run, Sampled, Watch, mask_like
 from .device import on_device
 from .vae import SCALE_FACTOR
 
@@ -20,10 +20,11 @@ SOCKET_UNITS = {"stage_c": 1.0, "stage_b": SCALE_FACTOR}
 
 
 @torch.inference_mode()
-def sample(run: Run) -> Tensor:
+def sample(run: Run) -> Sampled:
     network = run.model.network
     units = SOCKET_UNITS[run.kind]
     with on_device(network) as device:
+        watch = Watch(device)
         latent = run.samples.to(device, torch.float32) / units
         source = run.noise()
         noise = source.draw().to(device)
@@ -42,7 +43,14 @@ def sample(run: Run) -> Tensor:
         sampled = SAMPLERS[run.sampler](predict, start, run.log_snrs(), source.draw, _progress)
         if mask is not None:
             sampled = torch.lerp(latent, sampled, mask)
-        return (sampled * units).float().cpu()
+        return watch.stop((sampled * units).float().cpu())
+
+
+def with_guidance(model: Any, cfg_rescale: float, shift: float) -> Any:
+    raise CascadeError(
+        "Cascade Guidance is for ComfyUI's own samplers, which are not here; connect the MODEL to Cascade Prior "
+        "Sampler or Cascade Decoder Sampler, which have cfg_rescale and shift themselves."
+    )
 
 
 def _progress(step: Step) -> None:

@@ -1,0 +1,106 @@
+"""The published schedule and guidance for ComfyUI's own samplers."""
+
+import torch
+
+from ..cascade_core.errors import CascadeError
+from ..cascade_core.samplers import log_snr_range
+from .api import io
+from .hosts import host
+
+CATEGORY = "Stable Cascade/sampling"
+
+
+class CascadeScheduler(io.ComfyNode):
+    """The published noise levels as SIGMAS."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeScheduler",
+            display_name="Cascade Scheduler",
+            category=CATEGORY,
+            description="The published schedule as sigmas, for Sampler Custom Advanced.",
+            inputs=[
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of sampling."),
+                io.Float.Input(
+                    "shift",
+                    default=2.0,
+                    min=0.05,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="Above 1 spends more of the steps on high noise. Published: 2 for Stage C, 1 for Stage B.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="The share of the schedule that is run: below 1 the given latent is partly kept.",
+                ),
+                io.Boolean.Input(
+                    "end_at_zero",
+                    default=True,
+                    tooltip=(
+                        "Ends without any noise, as ComfyUI's samplers expect. The published schedule ends just "
+                        "above zero."
+                    ),
+                ),
+            ],
+            outputs=[io.Sigmas.Output(display_name="SIGMAS", tooltip="For Sampler Custom Advanced.")],
+        )
+
+    @classmethod
+    def execute(cls, steps, shift, denoise, end_at_zero) -> io.NodeOutput:
+        if steps < 1 or not shift > 0 or not 0 < denoise <= 1:
+            raise CascadeError(
+                f"steps {steps}, shift {shift} and denoise {denoise} make no schedule; give at least one step, a "
+                "shift above 0, and a denoise above 0 and up to 1."
+            )
+        sigmas = (log_snr_range(steps, shift, denoise) / -2).exp()  # (steps + 1,)
+        if end_at_zero:
+            sigmas = torch.cat([sigmas[:-1], sigmas.new_zeros(1)])
+        return io.NodeOutput(sigmas)
+
+
+class CascadeGuidance(io.ComfyNode):
+    """The published guidance and schedule in a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeGuidance",
+            display_name="Cascade Guidance",
+            category=CATEGORY,
+            description="Gives ComfyUI's own samplers the published guidance with its rescale, and a shift.",
+            inputs=[
+                io.Model.Input("model", tooltip="Stage B or C."),
+                io.Float.Input(
+                    "cfg_rescale",
+                    default=0.7,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Brings the contrast that guidance raises back to the prompt's own: 0 not at all, 1 fully.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=2.0,
+                    min=0.05,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="Of ComfyUI's schedulers. Published: 2 for Stage C, 1 for Stage B.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="For KSampler and other samplers.")],
+        )
+
+    @classmethod
+    def execute(cls, model, cfg_rescale, shift) -> io.NodeOutput:
+        network = host().describe_network(model)
+        if network.kind is None:
+            raise CascadeError(
+                f"The MODEL connected to Cascade Guidance is {network.name}, but Stage B or C is expected; connect "
+                "Load Stage C or Load Stage B."
+            )
+        return io.NodeOutput(host().with_guidance(model, cfg_rescale, shift))
