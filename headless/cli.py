@@ -1,4 +1,4 @@
-"""The command line: `cascade run GRAPH.json` and `cascade nodes`.
+"""The command line: `cascade run GRAPH.json`, `cascade nodes`, `cascade models` and `cascade fetch NAME`.
 
 Nothing heavy is imported before it is needed, so that `cascade --help` answers at once.
 """
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError
 
@@ -27,6 +27,8 @@ _EXAMPLES = """examples:
   cascade run graph.json --set 6.positive="a red star" --set CascadePriorSampler.seed=7 --output pictures
   cascade run graph.json --server http://127.0.0.1:8188
   cascade nodes CascadePriorSampler
+  cascade models
+  cascade fetch text_to_image_lite_bf16
 """
 
 
@@ -92,7 +94,27 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument("--json", action="store_true", help="as ComfyUI's /object_info")
     nodes.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     nodes.set_defaults(command=_nodes)
+    _add_model_commands(commands)
     return parser
+
+
+def _add_model_commands(commands: Any) -> None:
+    models = commands.add_parser("models", help="list the published files: found where, missing for what")
+    models.add_argument("--json", action="store_true", help="the same for programs")
+    models.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+    models.set_defaults(command=_models)
+    fetch = commands.add_parser(
+        "fetch",
+        help="download published files",
+        description="Downloads published files from the Hugging Face hub into their folders, and verifies them.",
+    )
+    what = "a file or a workflow as `cascade models` lists them; of a workflow, what is missing"
+    fetch.add_argument("names", nargs="+", metavar="NAME", help=what)
+    root = "in place of ComfyUI's models folder, default: the first of $CASCADE_MODELS, ComfyUI's, ./models"
+    fetch.add_argument("--to", type=Path, metavar="DIR", help=root)
+    fetch.add_argument("--endpoint", metavar="URL", help="a mirror of the hub, default: $HF_ENDPOINT")
+    fetch.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+    fetch.set_defaults(command=_fetch)
 
 
 def _close_output() -> None:
@@ -148,4 +170,38 @@ def _nodes(options: argparse.Namespace) -> int:
     from .listing import list_nodes
 
     print(list_nodes(options.ids, options.json))
+    return 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from .models import list_models
+
+    print(list_models(options.json))
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from .catalogue import check_name, notice
+
+    for name in options.names:
+        check_name(name)
+    from .fetch import fetch
+    from .models import missing, new_files_root
+    from .progress import TransferProgress
+
+    root = options.to or new_files_root()
+    names = missing(options.names, root)
+    if not names:
+        _complain("Nothing is missing; `cascade models` lists what is found where.")
+        return 0
+    _complain(notice(names))
+    progress = TransferProgress()
+    try:
+        fetch(names, root, options.endpoint, progress)
+    except KeyboardInterrupt:
+        progress.close()
+        _complain("What has arrived is kept; the same command goes on from there.")
+        raise
+    finally:
+        progress.close()
     return 0

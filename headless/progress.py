@@ -1,9 +1,10 @@
-"""Progress on the terminal: one line for each node, with a bar for those that go in steps."""
+"""Progress on the terminal: one line for each node or file, with a bar for those that go in steps."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
 from .results import Observer, Picture
@@ -65,6 +66,34 @@ class ConsoleProgress(Observer):
         self.stream.write(f"\r{line}\x1b[K\n" if self.live else f"{line}\n")
         self.stream.flush()
         self.open = False
+
+
+class TransferProgress(ConsoleProgress):
+    """The same for files that arrive: `node_started` begins one, its name is the file's."""
+
+    def node_started(self, index: int, total: int, name: str) -> None:
+        super().node_started(index, total, name)
+        self.first: int | None = None
+
+    def bytes_arrived(self, there: int, total: int) -> None:
+        """`there` of `total` bytes are on the disk; those of an earlier transfer do not count for the speed."""
+        self.first = there if self.first is None else min(self.first, there)
+        done, seconds = _WIDTH * there // max(total, 1), time.monotonic() - self.begun
+        self.bar = (
+            f"  {self.full * done}{self.empty * (_WIDTH - done)} {there / 1e6:.0f}/{total / 1e6:.0f} MB"
+        )
+        speed = (there - self.first) / 1e6 / max(seconds, 1e-3)
+        self._draw(f"{self.head}{self.bar}  {speed:.1f} MB/s")
+
+    def file_arrived(self, path: Path, seconds: float) -> None:
+        """The file is whole, verified and in its place."""
+        self.node_finished(seconds)
+        print(path, file=self.results, flush=True)
+
+    def file_kept(self, path: Path) -> None:
+        """The file was there already."""
+        self._finish(f"{self.head}  already there, whole")
+        print(path, file=self.results, flush=True)
 
 
 def _can_write(stream: TextIO, text: str) -> bool:

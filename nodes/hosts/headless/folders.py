@@ -1,7 +1,8 @@
 """Where model files are found without ComfyUI.
 
 Roots, in this order: every folder of `$CASCADE_MODELS`, ComfyUI's own `models` where the pack lies in its
-`custom_nodes`, `./models`, `models` in the pack; each with ComfyUI's subfolders. The bundled demo weights are always offered, and any existing path is taken as it is.
+`custom_nodes`, `./models`, `models` in the pack; each with ComfyUI's subfolders. The bundled demo weights are
+always offered, and any existing path is taken as it is.
 """
 
 import os

@@ -1,0 +1,265 @@
+"""`cascade fetch`: a published file from the hub into its folder, whole and verified or not at all.
+
+The bytes go to a part file beside the final name. A transfer that ends early leaves the part, and the next one goes on
+where it ended; only a part whose size and sha256 are what the hub states gets the final name. huggingface_hub asks for
+the metadata and moves the bytes over HTTP; its cache, its xet transfer and its telemetry are not used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cascade_core.errors import CascadeError
+from .catalogue import FILES, PublishedFile, in_words
+
+if TYPE_CHECKING:
+    from .progress import TransferProgress
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two fetches of one file apart there
+    fcntl = None
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_KEPT = "what has arrived is kept, and the same command goes on from there"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub states of a file, and where that very version is."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+def fetch(names: Iterable[str], root: Path, endpoint: str | None, progress: TransferProgress) -> list[Path]:
+    """The paths of the published files with these names of the catalogue, fetched where they are missing.
+
+    root: plays the part of ComfyUI's `models`; endpoint: another address of the hub's, such as a mirror.
+    Raises CascadeError at the first file that cannot be had; those before it stay.
+    """
+    files = [FILES[name] for name in dict.fromkeys(names)]
+    paths = []
+    for index, file in enumerate(files, start=1):
+        progress.node_started(index, len(files), file.name)
+        paths.append(_fetch_file(file, root, endpoint, progress))
+    return paths
+
+
+def target_path(file: PublishedFile, root: Path) -> Path:
+    """Where a published file is saved under a `models` folder."""
+    return root / file.folder / file.saved_as
+
+
+def parts_of(target: Path) -> list[Path]:
+    """The parts of a file that wait for the rest."""
+    return sorted(target.parent.glob(f".{target.name}.*.part"))
+
+
+def _fetch_file(file: PublishedFile, root: Path, endpoint: str | None, progress: TransferProgress) -> Path:
+    target, begun = target_path(file, root), time.monotonic()
+    remote = _look_up(file, endpoint)
+    if os.path.lexists(target):
+        progress.status(f"{progress.head}  comparing {target}")
+        _check_same(target, file, remote)
+        progress.file_kept(target)
+        return target
+    part = target.with_name(f".{target.name}.{remote.sha256[:16]}.part")
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stream = _Part(part, progress.bytes_arrived, remote.size)
+    with stream:
+        stream.lock()
+        try:
+            stream.begin()
+            if stream.tell() < remote.size:
+                _transfer(file, remote, stream)
+            progress.status(f"{progress.head}  verifying")
+            _verify(part, file, remote)
+            with _writing(target):
+                os.fsync(stream.fileno())
+                os.replace(part, target)
+        finally:
+            if stream.tell() == 0:
+                part.unlink(missing_ok=True)
+    progress.file_arrived(target, time.monotonic() - begun)
+    return target
+
+
+class _Part(io.FileIO):
+    """The part file, at whose end bytes are written; says after each write how many there are."""
+
+    def __init__(self, path: Path, arrived: Callable[[int, int], None], size: int):
+        super().__init__(path, "ab")
+        self.path, self.arrived, self.size = path, arrived, size
+
+    def lock(self) -> None:
+        """Until it is closed, keeps another fetch of the same file out."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(self.fileno()), self.path.stat())  # else it was just finished
+        except OSError:
+            same = False
+        if not same:
+            raise CascadeError(f"{self.path} is being fetched by another process; wait until it is done.")
+
+    def begin(self) -> None:
+        """Checks that what is missing has room on the disk; a part that is too long starts anew."""
+        if self.tell() > self.size:
+            self.seek(0)
+            self.truncate()
+        missing, free = self.size - self.tell(), shutil.disk_usage(self.path.parent).free
+        if missing > free:
+            raise CascadeError(
+                f"{self.path.parent} has {in_words(free)} free, but {in_words(missing)} are still to come; "
+                "free some space, or choose another folder (--to)."
+            )
+        self.arrived(self.tell(), self.size)
+
+    def write(self, data: Any, /) -> int:
+        with _writing(self.path, _KEPT):
+            rest = memoryview(data)
+            while rest:
+                rest = rest[super().write(rest) :]
+        self.arrived(self.tell(), self.size)
+        return len(data)
+
+
+def _look_up(file: PublishedFile, endpoint: str | None) -> Remote:
+    """What the hub states of a file now; CascadeError where it cannot be had or cannot be verified."""
+    hub = _quiet_hub()
+    url = hub.hf_hub_url(file.repo, file.path, endpoint=endpoint)
+    with _asking(file, url):
+        stated = hub.get_hf_file_metadata(url, **_caller())
+    sha256 = (stated.etag or "").lower()
+    if stated.commit_hash is None or stated.size is None or len(sha256) != 64:
+        raise CascadeError(
+            f"{url} states no commit, size and sha256 as the Hugging Face hub does, so the file could not be "
+            "verified; give the address of the hub or of a whole mirror (--endpoint, HF_ENDPOINT)."
+        )
+    at_commit = hub.hf_hub_url(file.repo, file.path, revision=stated.commit_hash, endpoint=endpoint)
+    return Remote(at_commit, stated.size, sha256)
+
+
+def _transfer(file: PublishedFile, remote: Remote, stream: _Part) -> None:
+    """What is still missing, to the end of the part."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    with _asking(file, remote.url, _KEPT):
+        # Not hf_hub_download: it keeps no part of a transfer that ended early. This one asks again by itself where a
+        # connection ends, five times in a row. The size that we expect is for `_verify` to compare, not for it.
+        headers = build_hf_headers(**_caller())
+        http_get(remote.url, stream, resume_size=stream.tell(), headers=headers)  # type: ignore[arg-type]
+
+
+def _quiet_hub() -> Any:
+    """huggingface_hub, saying nothing itself and telling the hub no more than a name and versions."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    constants.HF_HUB_DISABLE_XET = True
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    return huggingface_hub
+
+
+def _caller() -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return {"library_name": "cascade-nodes", "library_version": version("cascade-nodes")}
+    except PackageNotFoundError:  # inside ComfyUI the pack is a folder
+        return {"library_name": "cascade-nodes", "library_version": "unknown"}
+
+
+def _check_same(target: Path, file: PublishedFile, remote: Remote) -> None:
+    """Raises CascadeError unless what lies under the final name is the published file."""
+    with _writing(target):
+        size = target.stat().st_size
+        if size == remote.size and _sha256(target) == remote.sha256:
+            return
+    difference = "its sha256" if size == remote.size else f"{size} instead of {remote.size} bytes"
+    raise CascadeError(
+        f"{target} is there but is not the published {file.name} ({difference}), and nothing is overwritten; "
+        "move it away, or fetch into another folder (--to)."
+    )
+
+
+def _verify(part: Path, file: PublishedFile, remote: Remote) -> None:
+    """Raises CascadeError, and removes the part, unless its bytes are what the hub states."""
+    with _writing(part):
+        size, sha256 = part.stat().st_size, _sha256(part)
+    if (size, sha256) == (remote.size, remote.sha256):
+        return
+    part.unlink(missing_ok=True)
+    raise CascadeError(
+        f"{file.name} arrived damaged (sha256 {sha256[:16]}… of {size} bytes, but the hub states "
+        f"{remote.sha256[:16]}… of {remote.size}) and was removed; fetch it again, if need be from another network."
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _writing(path: Path, kept: str = "") -> Iterator[None]:
+    """Turns what stands in the way of a file into a sentence that names it."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in _NO_SPACE
+        advice = "free some space" if full else "choose a folder that can be read and written to (--to)"
+        advice = f"{advice}; {kept}" if kept else advice
+        raise CascadeError(f"{path} cannot be used ({error.strerror or error}); {advice}.") from error
+
+
+@contextmanager
+def _asking(file: PublishedFile, url: str, kept: str = "") -> Iterator[None]:
+    """Turns what goes wrong with the hub into a sentence that names the file, the address and the way out."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except CascadeError:
+        raise
+    except errors.HfHubHTTPError as error:
+        raise CascadeError(f"{_refusal(file, url, error)}{f'; {kept}' if kept else ''}.") from error
+    except Exception as error:  # requests, httpx and the hub each have exceptions of their own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        advice = kept or "look at the connection, or name a mirror (--endpoint, HF_ENDPOINT)"
+        raise CascadeError(f"{file.name} did not come from {url} ({reason}); {advice}.") from error
+
+
+def _refusal(file: PublishedFile, url: str, error: Any) -> str:
+    from huggingface_hub import errors
+
+    status = error.response.status_code if error.response is not None else "no answer"
+    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+        return (
+            f"The hub does not give {file.name} to everyone ({status} for {url}); accept its terms at "
+            f"https://huggingface.co/{file.repo} and log in with `hf auth login`, or set HF_TOKEN to a valid token"
+        )
+    if status == 404:
+        return (
+            f"The hub has no {file.path} in {file.repo} any more (404 for {url}); look at "
+            f"https://huggingface.co/{file.repo}"
+        )
+    return f"The hub answered {status} for {url}; try again later, or name a mirror (--endpoint, HF_ENDPOINT)"

@@ -1,0 +1,256 @@
+"""`cascade models`: which published files are there, under whatever name, and what each workflow still lacks.
+
+A file is recognised by the names and shapes of its tensors; of each only the header is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..cascade_core.checkpoints import describe, identify, read_safetensors
+from ..cascade_core.clip import infer_text_config, infer_vision_config
+from ..cascade_core.errors import CascadeError
+from ..nodes.hosts import roles
+from ..nodes.hosts.headless import folders
+from .catalogue import FILES, WORKFLOWS, PublishedFile, Workflow, in_words
+from .fetch import parts_of, target_path
+
+_ALL_IN_ONE = "model.diffusion_model."  # what ComfyUI puts before a diffusion network in such a file
+_ENCODERS = {
+    "text_model.": ("text_encoder", infer_text_config),
+    "vision_model.": ("vision", infer_vision_config),
+}
+# safetensors' names of what torch calls float32, ….
+_PRECISIONS = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+
+
+class Content(NamedTuple):
+    """One network of a file: its role, its configuration, the safetensors dtype of most of it."""
+
+    role: str
+    config: Mapping[str, Any]
+    precision: str
+
+    def is_published(self, file: PublishedFile) -> bool:
+        """Whether this is the network of a published file, in a precision that does the same."""
+        return (
+            self.role == file.role
+            and all(self.config.get(name) == value for name, value in file.traits.items())
+            and (not file.precisions or self.precision in file.precisions)
+        )
+
+
+@dataclass
+class Survey:
+    """What the model folders hold.
+
+    found   {name in the catalogue: paths} of recognised files, in the order in which loaders look
+    others  {path: what it is} of everything else that lies there
+    """
+
+    roots: list[Path]
+    found: dict[str, list[Path]] = field(default_factory=dict)
+    others: dict[Path, str] = field(default_factory=dict)
+
+    def lacking(self, workflow: Workflow) -> list[str]:
+        """The files to fetch for a workflow: for each need that nothing serves, the first that would."""
+        return [need[0] for need in workflow.needs if not any(name in self.found for name in need)]
+
+    @cached_property
+    def ready(self) -> list[str]:
+        """The workflows that lack nothing."""
+        return [name for name, workflow in WORKFLOWS.items() if not self.lacking(workflow)]
+
+
+def new_files_root() -> Path:
+    """The `models` folder that fetched files go to."""
+    return folders.roots()[0]
+
+
+def missing(names: Iterable[str], root: Path) -> list[str]:
+    """Names of files and workflows -> of files: the files themselves, and what the workflows lack."""
+    survey: Survey | None = None
+    files: dict[str, None] = {}
+    for name in names:
+        if name in WORKFLOWS:
+            survey = survey or take_survey(root)
+            files |= dict.fromkeys(survey.lacking(WORKFLOWS[name]))
+        else:
+            files[name] = None
+    return list(files)
+
+
+def take_survey(*further: Path) -> Survey:
+    """Looks through the folders of every role, under the usual roots and `further` ones."""
+    survey = Survey(list(dict.fromkeys([*folders.roots(), *further])))
+    seen: dict[Path, list[Content]] = {}
+    for role, categories in _categories().items():
+        wanted = [file for file in FILES.values() if file.role == role]
+        for path in _files_in(survey.roots, categories):
+            if path not in seen:
+                seen[path] = _contents(path, survey.others)
+            for file in wanted:
+                if any(content.is_published(file) for content in seen[path]):
+                    survey.found.setdefault(file.name, []).append(path)
+    recognised = {path for paths in survey.found.values() for path in paths}
+    for path in seen.keys() - recognised:
+        survey.others.setdefault(path, _describe(path, seen[path]))
+    return survey
+
+
+def _categories() -> dict[str, tuple[str, ...]]:
+    """Where the files of each role are looked for: the loaders' folders, and ComfyUI's for all-in-one files."""
+    checkpoints = ("checkpoints", "stable_cascade")
+    loaders = {role: names for role, names in roles.FOLDERS.items() if role != "lora"}
+    return {**loaders, "checkpoint_stage_c": checkpoints, "checkpoint_stage_b": checkpoints}
+
+
+def _files_in(roots: Iterable[Path], categories: Iterable[str]) -> list[Path]:
+    places = [
+        root / subfolder
+        for category in categories
+        for root in roots
+        for subfolder in roles.subfolders(category)
+    ]
+    return [place / name for place in places for name in roles.names_in(place, "")]
+
+
+def _contents(path: Path, others: dict[Path, str]) -> list[Content]:
+    """The networks of a file; where there are none, says in `others` what is wrong."""
+    try:
+        tensors, metadata = read_safetensors(path)
+        precision = _precision(tensors)
+        inner = {
+            name.removeprefix(_ALL_IN_ONE): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_ALL_IN_ONE)
+        }
+        if inner:
+            kind, config = identify(path, inner, {})
+            return [Content(f"checkpoint_{kind}", config, precision)]
+        encoders = _encoders(tensors, precision)
+        return encoders or [Content(*identify(path, tensors, metadata), precision)]
+    except CascadeError as error:
+        others[path] = str(error)
+        return []
+
+
+def _encoders(tensors: Mapping[str, Any], precision: str) -> list[Content]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return [
+        Content(role, infer(shapes), precision)
+        for prefix, (role, infer) in _ENCODERS.items()
+        if any(name.startswith(prefix) for name in shapes)
+    ]
+
+
+def _precision(tensors: Mapping[str, Any]) -> str:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    most = sizes.most_common(1)
+    return _PRECISIONS.get(most[0][0], most[0][0]) if most else "none"
+
+
+def _describe(path: Path, contents: list[Content]) -> str:
+    for content in contents:
+        for file in FILES.values():
+            if content.is_published(file):
+                return f"{path.name} is {file.what}, but its loader looks in {file.folder}; move it there."
+    networks = [content for content in contents if content.role in roles.ROLE_WORDS]
+    if all(content.role in ("text_encoder", "vision") for content in contents):
+        words = " and ".join(
+            f"a {roles.ROLE_WORDS[content.role]} (width {content.config['hidden_size']})"
+            for content in networks
+        )
+        return f"{path.name} is {words}."
+    content = contents[0]
+    return f"{describe(path, content.role.removeprefix('checkpoint_'), content.config)}."
+
+
+def list_models(as_json: bool = False) -> str:
+    """All of it, for reading or as JSON."""
+    survey = take_survey()
+    return json.dumps(_as_data(survey), indent=2) if as_json else _as_text(survey)
+
+
+def _arrived(file: PublishedFile) -> int:
+    """Bytes of a transfer that ended early."""
+    parts = parts_of(target_path(file, new_files_root()))
+    return max((part.stat().st_size for part in parts), default=0)
+
+
+def _as_data(survey: Survey) -> dict[str, Any]:
+    files = {
+        name: {
+            "what": file.what,
+            "size": file.size,
+            "source": f"https://huggingface.co/{file.repo}/blob/main/{file.path}",
+            "licence": {"name": file.licence.name, "url": file.licence.url},
+            "fetched_to": str(target_path(file, new_files_root())),
+            "arrived": _arrived(file),
+            "found": [str(path) for path in survey.found.get(name, [])],
+        }
+        for name, file in FILES.items()
+    }
+    workflows = {
+        name: {
+            "what": workflow.what,
+            "ready": name in survey.ready,
+            "needs": [list(need) for need in workflow.needs],
+            "missing": survey.lacking(workflow),
+            "missing_size": sum(FILES[file].size for file in survey.lacking(workflow)),
+        }
+        for name, workflow in WORKFLOWS.items()
+    }
+    others = {str(path): what for path, what in survey.others.items()}
+    return {
+        "roots": [str(root) for root in survey.roots],
+        "files": files,
+        "workflows": workflows,
+        "others": others,
+    }
+
+
+def _as_text(survey: Survey) -> str:
+    sections = {
+        "Workflows": [_workflow_line(workflow, survey) for workflow in WORKFLOWS.values()],
+        "Published files": [line for file in FILES.values() for line in _file_lines(file, survey)],
+        "Other files": [f"{path}: {what}" for path, what in sorted(survey.others.items())],
+        "Looked in": [str(root) for root in survey.roots],
+    }
+    return "\n\n".join(
+        "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines
+    )
+
+
+_WIDTH = max(map(len, [*FILES, *WORKFLOWS]))
+
+
+def _workflow_line(workflow: Workflow, survey: Survey) -> str:
+    names = survey.lacking(workflow)
+    size = in_words(sum(FILES[name].size for name in names))
+    state = f"missing {', '.join(names)} ({size})" if names else "ready"
+    return f"{workflow.name:{_WIDTH}}  {workflow.what}: {state}"
+
+
+def _file_lines(file: PublishedFile, survey: Survey) -> list[str]:
+    head = f"{file.name:{_WIDTH}}  {in_words(file.size):>7}  "
+    paths = survey.found.get(file.name, [])
+    if paths:
+        return [f"{head if index == 0 else ' ' * len(head)}{path}" for index, path in enumerate(paths)]
+    arrived = _arrived(file)
+    kept = f"; {in_words(arrived)} have arrived, `cascade fetch {file.name}` goes on" if arrived else ""
+    return [f"{head}missing, {file.what} ({file.repo}/{file.path}{kept})"]
