@@ -1,7 +1,7 @@
 """Runs a script of this folder inside ComfyUI: `python run.py parity`, in a checkout, with its Python.
 
-ComfyUI is set to the CPU before it chooses a device, this pack is imported as `cascade_nodes`, random numbers are seeded.
-Prints what the script's `measure` returns as JSON, on its last line.
+ComfyUI is set to the CPU before it chooses a device, this pack is imported as `cascade_nodes`, random numbers are
+seeded. Prints what the script's `measure` returns as JSON, on its last line.
 """
 
 import importlib
@@ -20,7 +20,8 @@ def import_pack() -> None:
     location = importlib.util.spec_from_file_location(
         "cascade_nodes", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
-    assert location is not None and location.loader is not None
+    assert location is not None
+    assert location.loader is not None
     module = importlib.util.module_from_spec(location)
     sys.modules["cascade_nodes"] = module
     location.loader.exec_module(module)
