@@ -1,0 +1,241 @@
+/** What a user does in the interface. Each scenario starts on an empty canvas and returns what it saw. */
+
+import { clear, open, store } from "./page.mjs";
+
+/** Places a node as a script would; returns its id. */
+const place = (page, type, pos = [400, 200]) =>
+  page.evaluate(
+    ([type, pos]) => {
+      const node = window.LiteGraph.createNode(type);
+      node.pos = pos;
+      window.app.graph.add(node);
+      return node.id;
+    },
+    [type, pos],
+  );
+
+/** Sets a widget as another script would. */
+const setWidget = (page, id, name, value) =>
+  page.evaluate(
+    ([id, name, value]) => {
+      const widget = window.app.graph.getNodeById(id).widgets.find((entry) => entry.name === name);
+      widget.value = value;
+      widget.callback?.(value);
+    },
+    [id, name, value],
+  );
+
+const widgets = (page, id) =>
+  page.evaluate((id) => {
+    const kept = window.app.graph.getNodeById(id).widgets.filter((widget) => widget.serialize !== false);
+    return Object.fromEntries(kept.map((widget) => [widget.name, widget.value]));
+  }, id);
+
+const load = (page, name, graph) =>
+  page.evaluate(async ([name, graph]) => window.app.loadGraphData(graph, true, true, name), [name, graph]);
+
+/** The words in the panel of a node, wherever the interface puts it. */
+const panel = (page, id, name) =>
+  page.evaluate(
+    ([id, name]) => {
+      const widget = window.app.graph.getNodeById(id).widgets.find((entry) => entry.name === name);
+      const shown = widget.element.isConnected && widget.element.getBoundingClientRect().height > 0;
+      return { shown, lines: widget.element.innerText.split("\n").filter((line) => line.trim()) };
+    },
+    [id, name],
+  );
+
+/** Where a point of the graph is on the screen. */
+const onScreen = (page, id, input, slot) =>
+  page.evaluate(
+    ([id, input, slot]) => {
+      const key = `${id}-${input ? "in" : "out"}-${slot}`;
+      const dot = document.querySelector(`[data-slot-key="${key}"]`);
+      if (dot) {
+        const box = dot.getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2];
+      }
+      const { canvas } = window.app;
+      const [x, y] = window.app.graph.getNodeById(id).getConnectionPos(input, slot);
+      const box = canvas.canvas.getBoundingClientRect();
+      return [box.x + (x + canvas.ds.offset[0]) * canvas.ds.scale, box.y + (y + canvas.ds.offset[1]) * canvas.ds.scale];
+    },
+    [id, input, slot],
+  );
+
+async function drag(page, from, to) {
+  await page.mouse.move(...from);
+  await page.mouse.down();
+  await page.mouse.move((from[0] + to[0]) / 2, (from[1] + to[1]) / 2, { steps: 4 });
+  await page.mouse.move(...to, { steps: 4 });
+  await page.mouse.up();
+  await page.waitForTimeout(150);
+}
+
+/** Double clicks on the empty canvas until it answers: it does not while it is still placing a node. */
+async function openSearch(page) {
+  const field = page.locator("input[role=combobox]").first();
+  for (let attempt = 0; attempt < 6 && !(await field.isVisible()); attempt++) {
+    await page.mouse.dblclick(900, 500);
+    await field.waitFor({ timeout: 1500 }).catch(() => {}); // the next attempt, or fill, says it
+  }
+  return field;
+}
+
+/** Every node is found under its name by the search that a double click opens, and dropped by Enter. */
+async function search(page, { names }) {
+  const found = {};
+  for (const name of names) {
+    await clear(page);
+    const field = await openSearch(page);
+    await field.fill(name);
+    await page.waitForTimeout(350); // the list follows the words with a short delay
+    await page.keyboard.press("Enter");
+    await page.waitForFunction(() => window.app.graph._nodes.length > 0);
+    found[name] = await page.evaluate(() => window.app.graph._nodes.map((node) => node.type));
+    await page.mouse.click(300, 850); // where the node is not: lets go of one that follows the mouse
+    await field.waitFor({ state: "hidden" });
+  }
+  return found;
+}
+
+/** The examples load whole, and make the prompts of their API files. */
+async function examples(page, { workflows }) {
+  const seen = {};
+  for (const [name, graph] of Object.entries(workflows)) {
+    await load(page, name, graph);
+    await page.waitForTimeout(800); // dialogs come after the graph
+    seen[name] = await page.evaluate(async () => {
+      const nodes = window.app.graph._nodes;
+      const dialogs = [...document.querySelectorAll("[role=dialog], .p-dialog")].map((one) => one.innerText);
+      const { output, workflow } = await window.app.graphToPrompt();
+      return {
+        unknown: nodes.filter((node) => !window.LiteGraph.registered_node_types[node.type]).map((n) => n.type),
+        count: nodes.length,
+        groups: window.app.graph._groups.length,
+        prompt: output,
+        values: Object.fromEntries(workflow.nodes.map((node) => [node.id, node.widgets_values])),
+        missing: dialogs.join("\n"),
+      };
+    });
+    await page.keyboard.press("Escape");
+  }
+  return seen;
+}
+
+/** The button makes a picture, and it appears in its node. */
+async function run(page, { workflows, settings }) {
+  await load(page, "text_to_image", workflows.text_to_image);
+  for (const [id, name, value] of settings) await setWidget(page, id, name, value);
+  const before = [await panel(page, 7, "cascade_run"), await panel(page, 8, "cascade_run")];
+  await page.getByRole("button", { name: "Run", exact: true }).first().click();
+  const picture = await page.waitForFunction(
+    () => {
+      const node = window.app.graph.getNodeById(10);
+      const shown = document.querySelector('[data-node-id="10"] img') ?? node.imgs?.[0];
+      return shown?.naturalWidth ? { width: shown.naturalWidth, height: shown.naturalHeight, src: shown.src } : null;
+    },
+    null,
+    { timeout: 90_000 },
+  );
+  return {
+    before: before.map(({ lines }) => lines),
+    picture: await picture.jsonValue(),
+    after: [await panel(page, 7, "cascade_run"), await panel(page, 8, "cascade_run")],
+  };
+}
+
+/** Presets, swap, readout and the fitting compression on Cascade Empty Latent. */
+async function sizes(page) {
+  const id = await place(page, "CascadeEmptyLatent");
+  await page.waitForTimeout(300);
+  const steps = [];
+  const note = async (what) => {
+    steps.push({ what, widgets: await widgets(page, id), ...(await panel(page, id, "cascade_size")) });
+  };
+  const selects = page.locator(".cascade-panel select");
+  const buttons = page.locator(".cascade-panel button:visible");
+  await note("new");
+  await selects.nth(0).selectOption("16:9");
+  await note("16:9");
+  await buttons.first().click();
+  await note("swapped");
+  await selects.nth(1).selectOption("2");
+  await note("2 megapixels");
+  await buttons.last().click();
+  await note("fitted");
+  await selects.nth(1).selectOption("demo");
+  await setWidget(page, id, "compression", 42.67);
+  await note("demo");
+  await setWidget(page, id, "height", 2048);
+  await note("set by hand");
+  const saved = await page.evaluate(() => window.app.graph.serialize().nodes[0].widgets_values);
+  const { output } = await page.evaluate(() => window.app.graphToPrompt());
+  return { steps, saved, sent: output[String(id)].inputs, presets: await selects.nth(0).locator("option").count() };
+}
+
+/** Cascade Encode shows the sizes of the picture that is connected to it. */
+async function encode(page, { picture }) {
+  const source = await place(page, "LoadImage", [100, 200]);
+  await setWidget(page, source, "image", picture);
+  const id = await place(page, "CascadeEncode", [700, 200]);
+  await page.waitForTimeout(300);
+  const unknown = await panel(page, id, "cascade_size");
+  await page.waitForFunction((id) => window.app.graph.getNodeById(id).imgs?.[0]?.naturalWidth, source);
+  await page.evaluate(
+    ([source, id]) => {
+      const target = window.app.graph.getNodeById(id);
+      window.app.graph.getNodeById(source).connect(0, target, target.findInputSlot("image"));
+    },
+    [source, id],
+  );
+  await page.waitForTimeout(200);
+  return { unknown, known: await panel(page, id, "cascade_size") };
+}
+
+/** A link dragged to a socket of another type is refused; the same drag to the right one is not. */
+async function connections(page) {
+  const vae = await place(page, "StageAVAE", [300, 150]);
+  const model = await place(page, "StageCLoader", [300, 400]);
+  const sampler = await place(page, "CascadePriorSampler", [900, 150]);
+  await page.waitForTimeout(500);
+  const linked = () =>
+    page.evaluate((id) => {
+      const { link } = window.app.graph.getNodeById(id).inputs[0];
+      return link === null ? null : window.app.graph.getLink(link).origin_id;
+    }, sampler);
+  const socket = await onScreen(page, sampler, true, 0);
+  await drag(page, await onScreen(page, vae, false, 0), socket);
+  const wrong = await linked();
+  await page.keyboard.press("Escape");
+  await page.waitForTimeout(500);
+  await drag(page, await onScreen(page, model, false, 0), socket);
+  return { wrong, right: (await linked()) === model };
+}
+
+/** The same nodes in Japanese, with their help. */
+async function japanese(page, { url }) {
+  await store(url, { "Comfy.Locale": "ja" });
+  await open(page, url);
+  const sampler = await place(page, "CascadePriorSampler", [300, 200]);
+  const latent = await place(page, "CascadeEmptyLatent", [800, 200]);
+  await page.waitForTimeout(500);
+  const words = await page.evaluate(
+    (ids) =>
+      ids.map((id) => {
+        const node = window.app.graph.getNodeById(id);
+        return {
+          title: node.title,
+          inputs: node.inputs.map((input) => input.label ?? input.localized_name ?? input.name),
+          outputs: node.outputs.map((output) => output.label ?? output.localized_name ?? output.name),
+          widgets: node.widgets.filter((w) => w.serialize !== false).map((widget) => widget.label ?? widget.name),
+        };
+      }),
+    [sampler, latent],
+  );
+  const panels = [await panel(page, sampler, "cascade_run"), await panel(page, latent, "cascade_size")];
+  await store(url, { "Comfy.Locale": "en" });
+  return { words, panels };
+}
+
+export const SCENARIOS = { search, examples, sizes, encode, connections, run, japanese };
