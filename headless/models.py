@@ -13,6 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from ..cascade_core.checkpoints import describe, identify, read_safetensors
 from ..cascade_core.clip import infer_text_config, infer_vision_config
 from ..cascade_core.errors import CascadeError
@@ -26,14 +30,18 @@ _ENCODERS = {
     "text_model.": ("text_encoder", infer_text_config),
     "vision_model.": ("vision", infer_vision_config),
 }
-# safetensors' names of what torch calls float32, ….
-_PRECISIONS = {
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
+# safetensors' names of what files of networks are made of.
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
 }
+
+
+_ARTICLES = {"text_encoder": "a", "vision": "an"}
 
 
 class Content(NamedTuple):
@@ -130,8 +138,7 @@ def _files_in(roots: Iterable[Path], categories: Iterable[str]) -> list[Path]:
 def _contents(path: Path, others: dict[Path, str]) -> list[Content]:
     """The networks of a file; where there are none, says in `others` what is wrong."""
     try:
-        tensors, metadata = read_safetensors(path)
-        precision = _precision(tensors)
+        tensors, metadata, precision = _read_header(path)
         inner = {
             name.removeprefix(_ALL_IN_ONE): tensor
             for name, tensor in tensors.items()
@@ -147,21 +154,30 @@ def _contents(path: Path, others: dict[Path, str]) -> list[Content]:
         return []
 
 
-def _encoders(tensors: Mapping[str, Any], precision: str) -> list[Content]:
+def _read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """(tensors on the meta device, metadata, the dtype of most bytes). Raises CascadeError for a broken file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        read_safetensors(path)  # says what is wrong
+        raise
+    tensors, sizes = {}, Counter()
+    for name, entry in slices.items():
+        dtype = entry.get_dtype()
+        tensors[name] = torch.empty(entry.get_shape(), dtype=_DTYPES.get(dtype, torch.uint8), device="meta")
+        sizes[dtype] += tensors[name].nbytes
+    return tensors, metadata, sizes.most_common(1)[0][0] if sizes else "none"
+
+
+def _encoders(tensors: Mapping[str, Tensor], precision: str) -> list[Content]:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return [
         Content(role, infer(shapes), precision)
         for prefix, (role, infer) in _ENCODERS.items()
         if any(name.startswith(prefix) for name in shapes)
     ]
-
-
-def _precision(tensors: Mapping[str, Any]) -> str:
-    sizes: Counter[str] = Counter()
-    for tensor in tensors.values():
-        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    most = sizes.most_common(1)
-    return _PRECISIONS.get(most[0][0], most[0][0]) if most else "none"
 
 
 def _describe(path: Path, contents: list[Content]) -> str:
@@ -172,7 +188,7 @@ def _describe(path: Path, contents: list[Content]) -> str:
     networks = [content for content in contents if content.role in roles.ROLE_WORDS]
     if all(content.role in ("text_encoder", "vision") for content in contents):
         words = " and ".join(
-            f"a {roles.ROLE_WORDS[content.role]} (width {content.config['hidden_size']})"
+            f"{_ARTICLES[content.role]} {roles.ROLE_WORDS[content.role]} (width {content.config['hidden_size']})"
             for content in networks
         )
         return f"{path.name} is {words}."

@@ -1,7 +1,7 @@
 import io
 from pathlib import Path
 
-from cascade_nodes.headless.progress import ConsoleProgress
+from cascade_nodes.headless.progress import ConsoleProgress, TransferProgress
 from cascade_nodes.headless.results import Picture
 
 
@@ -67,3 +67,32 @@ def test_an_open_line_is_ended_once():
     progress.close()
     progress.close()
     assert stream.written() == "\rwaiting\x1b[K\n"
+
+
+def transfer(progress):
+    progress.node_started(1, 1, "stage_a")
+    for there in (25_000_000, 50_000_000, 100_000_000):
+        progress.bytes_arrived(there, 100_000_000)
+    progress.file_arrived(Path("models/vae/stage_a.safetensors"), 2.5)
+
+
+def test_a_file_that_arrives_has_a_bar_in_bytes():
+    stream, results = Terminal(), io.StringIO()
+    transfer(TransferProgress(stream, results))
+    lines = stream.written().split("\r")
+    # The bytes of an earlier transfer are in the bar, but not in the speed.
+    assert lines[2] == f"[1/1] stage_a  {'█' * 6}{'░' * 18} 25/100 MB  0.0 MB/s\x1b[K"
+    assert lines[3].startswith(f"[1/1] stage_a  {'█' * 12}{'░' * 12} 50/100 MB  ")
+    assert lines[5] == f"[1/1] stage_a  {'█' * 24} 100/100 MB  2.5 s\x1b[K\n"
+    assert results.getvalue() == "models/vae/stage_a.safetensors\n"
+
+
+def test_elsewhere_a_line_for_each_file():
+    stream = io.StringIO()
+    progress = TransferProgress(stream, io.StringIO())
+    transfer(progress)
+    progress.node_started(2, 2, "previewer")
+    progress.file_kept(Path("models/vae/previewer.safetensors"))
+    assert stream.getvalue() == (
+        f"[1/1] stage_a  {'#' * 24} 100/100 MB  2.5 s\n[2/2] previewer  already there, whole\n"
+    )

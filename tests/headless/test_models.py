@@ -1,0 +1,238 @@
+"""`cascade models`: what is recognised, what is missing, what is wrong with the rest."""
+
+import hashlib
+import json
+import os
+
+import pytest
+
+from cascade_nodes.headless import models
+from cascade_nodes.headless.catalogue import FILES, WORKFLOWS
+from cascade_nodes.headless.cli import main
+from cascade_nodes.nodes.hosts import roles
+from cascade_nodes.nodes.hosts.headless import folders
+from cascade_nodes.tests.headless.command import start
+from cascade_nodes.tests.headless.hub import Hub
+from cascade_nodes.tests.headless.published import write_published, write_sparse
+from cascade_nodes.tests.nodes.tiny import write_cascade
+from cascade_nodes.tests.obstacles import permissions_respected
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """The only `models` folder that is looked in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CASCADE_MODELS", raising=False)
+    monkeypatch.setattr(roles, "PACK", tmp_path / "nowhere" / "pack")
+    return tmp_path / "models"
+
+
+def listed(capsys):
+    assert main(["models", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def line_about(name, capsys):
+    assert main(["models"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.strip().split("  ")[0] == name)
+    return " ".join(line.split())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_published_file_is_recognised_under_another_name(root, name, capsys):
+    path = root / FILES[name].folder / "sub" / "mine.SAFETENSORS"
+    write_published(path, name)
+    data = listed(capsys)
+    found = {other: entry["found"] for other, entry in data["files"].items() if entry["found"]}
+    assert found == {name: [str(path.relative_to(root.parent))]}
+    assert data["others"] == {}
+
+
+def test_sizes_are_those_of_the_networks(root):
+    """The catalogue's sizes, rounded by the hub's list, against parameters times bytes."""
+    for name, file in FILES.items():
+        if name.startswith("comfyui_"):
+            continue  # their other halves are not written here
+        path = root / "one.safetensors"
+        precision = "F32" if name == "image_encoder" or file.size < 10**9 else None
+        write_published(path, name, precision)
+        assert path.stat().st_size == pytest.approx(file.size, rel=0.01), name
+
+
+def test_only_headers_are_read(root, tmp_path):
+    """28 GB of files, and a process that never holds 2 GB."""
+    for name in ("stage_c", "stage_b", "stage_c_bf16"):
+        write_published(root / "unet" / f"{name}.safetensors", name)
+    with start("models", "--json", cwd=tmp_path) as process:
+        assert process.stdout is not None
+        data = json.loads(process.stdout.read())
+        _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    assert data["files"]["stage_c"]["found"] == ["models/unet/stage_c.safetensors"]
+    assert usage.ru_maxrss < 2 * 2**20  # kB
+
+
+def test_with_nothing_everything_is_missing(root, capsys):
+    data = listed(capsys)
+    assert not any(entry["found"] for entry in data["files"].values())
+    for name, entry in data["workflows"].items():
+        assert not entry["ready"]
+        assert entry["missing"] == [need[0] for need in WORKFLOWS[name].needs]
+        assert entry["missing_size"] == sum(FILES[file].size for file in entry["missing"])
+    assert data["files"]["text_encoder"]["source"] == (
+        "https://huggingface.co/stabilityai/stable-cascade/blob/main/text_encoder/model.safetensors"
+    )
+    assert data["roots"] == ["models", str(root.parent / "nowhere" / "pack" / "models")]
+
+
+def test_a_workflow_is_ready_when_each_need_is_served(root, capsys):
+    for name in ("stage_c_lite_bf16", "stage_b_lite_bf16", "stage_a"):
+        write_published(root / FILES[name].folder / f"{name}.safetensors", name)
+    assert line_about("text_to_image_lite_bf16", capsys) == (
+        "text_to_image_lite_bf16 text to image, lite, 16 bits: missing text_encoder (1.39 GB)"
+    )
+    write_published(root / "clip" / "te.safetensors", "text_encoder")
+    assert line_about("text_to_image_lite_bf16", capsys) == (
+        "text_to_image_lite_bf16 text to image, lite, 16 bits: ready"
+    )
+    assert line_about("image_to_image", capsys).endswith(": missing effnet_encoder (81.5 MB)")
+    assert line_about("text_to_image", capsys).endswith(": missing stage_c, stage_b (20.6 GB)")
+    assert line_about("text_encoder", capsys) == "text_encoder 1.39 GB models/clip/te.safetensors"
+
+
+@pytest.mark.parametrize("precision", ["F16", "F8_E4M3", "F8_E5M2"])
+def test_a_conversion_serves_as_the_16_bit_file(root, precision, capsys):
+    write_published(root / "unet" / "converted.safetensors", "stage_c", precision)
+    data = listed(capsys)
+    assert data["files"]["stage_c_bf16"]["found"] == ["models/unet/converted.safetensors"]
+    assert data["files"]["stage_c"]["found"] == []
+
+
+def test_float32_serves_for_16_bits_but_not_the_other_way(root, capsys):
+    write_published(root / "unet" / "c.safetensors", "stage_c")
+    write_published(root / "unet" / "b.safetensors", "stage_b_bf16")
+    data = listed(capsys)["workflows"]
+    assert data["text_to_image_bf16"]["missing"] == ["stage_a", "text_encoder"]
+    assert data["text_to_image"]["missing"] == ["stage_b", "stage_a", "text_encoder"]
+
+
+def test_every_copy_is_listed_in_the_order_of_the_roots(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CASCADE_MODELS", f"first{os.pathsep}second")
+    for place in ("second", "models", "first"):
+        write_published(tmp_path / place / "vae" / f"{place}.safetensors", "stage_a")
+    assert listed(capsys)["files"]["stage_a"]["found"] == [
+        "first/vae/first.safetensors",
+        "second/vae/second.safetensors",
+        "models/vae/models.safetensors",
+    ]
+
+
+def test_a_file_in_a_folder_of_other_roles_is_said_to_lie_wrong(root, capsys):
+    write_published(root / "diffusion_models" / "a.safetensors", "stage_a")
+    data = listed(capsys)
+    assert data["files"]["stage_a"]["found"] == []
+    assert data["others"] == {
+        "models/diffusion_models/a.safetensors": (
+            "a.safetensors is Stage A: latents to pixels, but its loader looks in vae; move it there."
+        )
+    }
+
+
+def test_other_networks_are_said_for_what_they_are(root, capsys):
+    write_cascade(root)
+    data = listed(capsys)
+    assert not any(entry["found"] for entry in data["files"].values())
+    others = {os.path.basename(path): what for path, what in data["others"].items()}
+    assert others["tiny_stage_c.safetensors"] == (
+        "tiny_stage_c.safetensors is a Stage C checkpoint (width 32)."
+    )
+    assert others["model.safetensors"] == "model.safetensors is a text encoder (width 64)."
+    assert others["tiny_vision.safetensors"] == "tiny_vision.safetensors is an image encoder (width 64)."
+
+
+def test_what_is_no_network_of_ours_or_broken_says_why(root, capsys):
+    write_sparse(root / "unet" / "flux.safetensors", {"double_blocks.0.img_mod.lin.weight": (4, 4)}, "BF16")
+    write_published(root / "unet" / "half.safetensors", "stage_c")
+    with (root / "unet" / "half.safetensors").open("rb+") as file:
+        file.truncate(10**9)
+    (root / "vae").mkdir()
+    (root / "vae" / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (root / "vae" / "pickle.ckpt").write_bytes(b"\x80\x02")
+    others = listed(capsys)["others"]
+    assert sorted(others) == [
+        "models/unet/flux.safetensors",
+        "models/unet/half.safetensors",
+        "models/vae/pointer.safetensors",
+    ]
+    assert "is truncated: 1000000000 of " in others["models/unet/half.safetensors"]
+    assert "Git LFS's pointer" in others["models/vae/pointer.safetensors"]
+    assert main(["models"]) == 0
+    assert "  models/unet/half.safetensors: models/unet/half.safetensors is truncated" in (
+        capsys.readouterr().out
+    )
+
+
+def test_what_cannot_be_read_does_not_hide_the_rest(root, capsys):
+    write_published(root / "vae" / "a.safetensors", "stage_a")
+    write_published(root / "vae" / "previewer.safetensors", "previewer")
+    write_published(root / "unet" / "c.safetensors", "stage_c")
+    (root / "vae" / "previewer.safetensors").chmod(0)
+    (root / "unet").chmod(0)
+    try:
+        with permissions_respected():
+            data = listed(capsys)
+    finally:
+        (root / "unet").chmod(0o700)
+    assert data["files"]["stage_a"]["found"] == ["models/vae/a.safetensors"]
+    assert "cannot be read (Permission denied)" in data["others"]["models/vae/previewer.safetensors"]
+
+
+def test_a_part_is_listed_with_what_has_arrived(root, capsys):
+    (root / "vae").mkdir(parents=True)
+    (root / "vae" / ".stage_a.safetensors.0123456789abcdef.part").write_bytes(b"\0" * 1_500_000)
+    assert listed(capsys)["files"]["stage_a"]["arrived"] == 1_500_000
+    assert line_about("stage_a", capsys).endswith("; 1.5 MB have arrived, `cascade fetch stage_a` goes on)")
+
+
+def test_of_a_workflow_only_what_is_missing_is_fetched(root, capsys):
+    for name in ("stage_c_lite", "stage_b_lite_bf16", "text_encoder"):
+        write_published(root / "stable_cascade" / f"{name}.safetensors", name)
+    write_published(root.parent / "a.safetensors", "stage_a")
+    content = (root.parent / "a.safetensors").read_bytes()
+    hub = Hub({("stabilityai/stable-cascade", "stage_a.safetensors"): content})
+    try:
+        assert main(["fetch", "text_to_image_lite_bf16", "--endpoint", hub.url]) == 0
+        out, err = capsys.readouterr()
+        assert out == "models/vae/stage_a.safetensors\n"
+        assert err.startswith("stage_a (73.7 MB) of ")
+        saved = hashlib.sha256((root / "vae" / "stage_a.safetensors").read_bytes())
+        assert saved.hexdigest() == hashlib.sha256(content).hexdigest()
+        asked = len(hub.asked)
+        assert main(["fetch", "text_to_image_lite_bf16", "--endpoint", hub.url]) == 0
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", "Nothing is missing; `cascade models` lists what is found where.\n")
+        assert len(hub.asked) == asked
+    finally:
+        hub.stop()
+
+
+def test_comfyuis_models_come_before_our_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("CASCADE_MODELS", raising=False)
+    comfyui = tmp_path / "ComfyUI"
+    (comfyui / "models").mkdir(parents=True)
+    monkeypatch.setattr(roles, "PACK", comfyui / "custom_nodes" / "cascade-nodes")
+    assert folders.roots()[0] == models.new_files_root() == comfyui / "models"
+    monkeypatch.setattr(roles, "PACK", comfyui / "elsewhere" / "cascade-nodes")
+    assert comfyui / "models" not in folders.roots()
+    monkeypatch.setenv("CASCADE_MODELS", "stated")
+    monkeypatch.setattr(roles, "PACK", comfyui / "custom_nodes" / "cascade-nodes")
+    assert [str(root) for root in folders.roots()[:2]] == ["stated", str(comfyui / "models")]
+
+
+def test_names_of_files_and_workflows_differ_and_needs_exist():
+    assert not FILES.keys() & WORKFLOWS.keys()
+    for workflow in WORKFLOWS.values():
+        assert workflow.needs
+        for need in workflow.needs:
+            assert need
+            assert set(need) <= FILES.keys()
