@@ -83,8 +83,7 @@ def _fetch_file(file: PublishedFile, root: Path, endpoint: str | None, progress:
         stream.lock()
         try:
             stream.begin()
-            if stream.tell() < remote.size:
-                _transfer(file, remote, stream)
+            _transfer(file, remote, stream)
             progress.status(f"{progress.head}  verifying")
             _verify(part, file, remote)
             with _writing(target):
@@ -145,7 +144,7 @@ def _look_up(file: PublishedFile, endpoint: str | None) -> Remote:
     with _asking(file, url):
         stated = hub.get_hf_file_metadata(url, **_caller())
     sha256 = (stated.etag or "").lower()
-    if stated.commit_hash is None or stated.size is None or len(sha256) != 64:
+    if stated.commit_hash is None or not stated.size or len(sha256) != 64:
         raise CascadeError(
             f"{url} states no commit, size and sha256 as the Hugging Face hub does, so the file could not be "
             "verified; give the address of the hub or of a whole mirror (--endpoint, HF_ENDPOINT)."
@@ -155,15 +154,24 @@ def _look_up(file: PublishedFile, endpoint: str | None) -> Remote:
 
 
 def _transfer(file: PublishedFile, remote: Remote, stream: _Part) -> None:
-    """What is still missing, to the end of the part."""
+    """What is still missing, to the end of the part; asked for again as long as anything comes."""
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    with _asking(file, remote.url, _KEPT):
-        # Not hf_hub_download: it keeps no part of a transfer that ended early. This one asks again by itself where a
-        # connection ends, five times in a row. The size that we expect is for `_verify` to compare, not for it.
-        headers = build_hf_headers(**_caller())
-        http_get(remote.url, stream, resume_size=stream.tell(), headers=headers)  # type: ignore[arg-type]
+    while (there := stream.tell()) < remote.size:
+        with _asking(file, remote.url, _KEPT):
+            try:
+                # Not hf_hub_download: it keeps no part of a transfer that ended early. The size that we expect is for
+                # `_verify` to compare: http_get would only call another one a network issue.
+                headers = build_hf_headers(**_caller())
+                http_get(remote.url, stream, resume_size=there, headers=headers)  # type: ignore[arg-type]
+                return
+            except (CascadeError, HfHubHTTPError):
+                raise
+            except Exception:  # the connection ended
+                if stream.tell() <= there:
+                    raise
 
 
 def _quiet_hub() -> Any:
