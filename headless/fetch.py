@@ -140,6 +140,7 @@ class _Part(io.FileIO):
 def _look_up(file: PublishedFile, endpoint: str | None) -> Remote:
     """What the hub states of a file now; CascadeError where it cannot be had or cannot be verified."""
     hub = _quiet_hub()
+    endpoint = endpoint.rstrip("/") if endpoint else None
     url = hub.hf_hub_url(file.repo, file.path, endpoint=endpoint)
     with _asking(file, url):
         stated = hub.get_hf_file_metadata(url, **_caller())
@@ -251,7 +252,7 @@ def _asking(file: PublishedFile, url: str, kept: str = "") -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise CascadeError(f"{_refusal(file, url, error)}{f'; {kept}' if kept else ''}.") from error
     except Exception as error:  # requests, httpx and the hub each have exceptions of their own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         advice = kept or "look at the connection, or name a mirror (--endpoint, HF_ENDPOINT)"
         raise CascadeError(f"{file.name} did not come from {url} ({reason}); {advice}.") from error
 

@@ -202,6 +202,10 @@ def list_models(as_json: bool = False) -> str:
     return json.dumps(_as_data(survey), indent=2) if as_json else _as_text(survey)
 
 
+def _has_demo() -> bool:
+    return all(roles.demo_file(role) for role in roles.DEMO_NAMES)
+
+
 def _arrived(file: PublishedFile) -> int:
     """Bytes of a transfer that ended early."""
     parts = parts_of(target_path(file, new_files_root()))
@@ -234,6 +238,7 @@ def _as_data(survey: Survey) -> dict[str, Any]:
     others = {str(path): what for path, what in survey.others.items()}
     return {
         "roots": [str(root) for root in survey.roots],
+        "demo": _has_demo(),
         "files": files,
         "workflows": workflows,
         "others": others,
@@ -242,7 +247,7 @@ def _as_data(survey: Survey) -> dict[str, Any]:
 
 def _as_text(survey: Survey) -> str:
     sections = {
-        "Workflows": [_workflow_line(workflow, survey) for workflow in WORKFLOWS.values()],
+        "Workflows": [_demo_line(), *(_workflow_line(workflow, survey) for workflow in WORKFLOWS.values())],
         "Published files": [line for file in FILES.values() for line in _file_lines(file, survey)],
         "Other files": [f"{path}: {what}" for path, what in sorted(survey.others.items())],
         "Looked in": [str(root) for root in survey.roots],
@@ -253,6 +258,11 @@ def _as_text(survey: Survey) -> str:
 
 
 _WIDTH = max(map(len, [*FILES, *WORKFLOWS]))
+
+
+def _demo_line() -> str:
+    state = "ready" if _has_demo() else "its files in demo/weights are missing; install the project again"
+    return f"{'demo':{_WIDTH}}  text to image of a toy world, comes with the project: {state}"
 
 
 def _workflow_line(workflow: Workflow, survey: Survey) -> str:

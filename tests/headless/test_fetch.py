@@ -112,7 +112,7 @@ def test_where_files_go(hub, tmp_path, monkeypatch, stated):
     assert fetch(hub, "previewer") == 0
     root = tmp_path / (stated[0] if stated else "models")
     assert (root / "vae" / "previewer.safetensors").read_bytes() == SHORT
-    assert main(["fetch", "previewer", "--endpoint", hub.url, "--to", "here"]) == 0
+    assert main(["fetch", "previewer", "--endpoint", f"{hub.url}/", "--to", "here"]) == 0
     assert (tmp_path / "here" / "vae" / "previewer.safetensors").read_bytes() == SHORT
 
 
@@ -135,6 +135,17 @@ def test_a_cut_leaves_a_part_and_the_next_fetch_goes_on_there(hub, target, capsy
     assert hub.ranges() == [f"bytes={CHUNK}-"]
     assert target.read_bytes() == CONTENT
     assert left(target) == ["stage_a.safetensors"]
+
+
+def test_a_connection_that_gives_nothing_any_more_is_given_up(hub, target, capsys):
+    hub.cuts = [CHUNK + 5000] + [0] * 20
+    told = failing(hub, capsys)
+    assert told.startswith(
+        f"stage_a did not come from {hub.url}/{REPO}/resolve/{COMMIT}/stage_a.safetensors ("
+    )
+    assert told.endswith("; what has arrived is kept, and the same command goes on from there.")
+    (part,) = left(target)
+    assert (target.parent / part).read_bytes() == CONTENT[:CHUNK]
 
 
 def test_cut_again_and_again(hub, target, capsys):

@@ -229,6 +229,14 @@ def test_comfyuis_models_come_before_our_own(tmp_path, monkeypatch):
     assert [str(root) for root in folders.roots()[:2]] == ["stated", str(comfyui / "models")]
 
 
+def test_the_demo_is_ready_where_its_weights_are(root, tmp_path, monkeypatch, capsys):
+    assert line_about("demo", capsys).endswith(": ready")
+    assert listed(capsys)["demo"] is True
+    monkeypatch.setattr(roles, "DEMO_FOLDER", tmp_path)
+    assert "demo/weights are missing" in line_about("demo", capsys)
+    assert listed(capsys)["demo"] is False
+
+
 def test_names_of_files_and_workflows_differ_and_needs_exist():
     assert not FILES.keys() & WORKFLOWS.keys()
     for workflow in WORKFLOWS.values():
