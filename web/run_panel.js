@@ -4,12 +4,12 @@ import { addPanel, after, element } from "./panel.js";
 import { say } from "./words.js";
 
 const HEIGHT = 36;
-const UNITS = ["B", "KB", "MB", "GB", "TB"];
+const UNITS = ["B", "kB", "MB", "GB", "TB"];
 
-/** @param {number} bytes @returns {string} such as "1.24 GB" (powers of 1024, three digits) */
+/** @param {number} bytes @returns {string} such as "1.24 GB" (powers of 1000, three digits) */
 export function memory(bytes) {
-  const power = Math.min(Math.floor(Math.log2(Math.max(bytes, 1)) / 10), UNITS.length - 1);
-  return `${Number((bytes / 1024 ** power).toPrecision(3))} ${UNITS[power]}`;
+  const power = Math.min(Math.floor(Math.log10(Math.max(bytes, 1)) / 3), UNITS.length - 1);
+  return `${Number((bytes / 1000 ** power).toPrecision(3))} ${UNITS[power]}`;
 }
 
 /** @param {number} seconds @returns {string} such as "0.312 s" or "48.1 ms" */

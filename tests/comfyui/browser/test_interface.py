@@ -1,0 +1,182 @@
+"""The pack in ComfyUI's own interface, in a browser: classic canvas in each version, Nodes 2.0 in the newest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cascade_nodes.nodes.latents import stage_c_size
+from cascade_nodes.tests.comfyui.browser import browser
+from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, PACK, Server
+
+EXAMPLES = PACK / "example_workflows"
+WORKFLOWS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXAMPLES.glob("*.json"))
+}
+PICTURE = (1280, 720)
+STEPS = {7: 3, 8: 2}  # of the two samplers in text_to_image
+MODES = {"classic": False, "nodes2": True}
+WORDS = json.loads((PACK / "locales" / "ja" / "main.json").read_text(encoding="utf-8"))["cascadeNodes"]
+NAMES = json.loads((PACK / "locales" / "ja" / "nodeDefs.json").read_text(encoding="utf-8"))
+
+_played: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+@pytest.fixture(params=MODES)
+def seen(request: pytest.FixtureRequest, server: Server) -> dict[str, Any]:
+    """All scenarios, played once for each version and kind of nodes."""
+    lacking = browser.missing()
+    if lacking:
+        pytest.skip(lacking)
+    mode = request.param
+    if MODES[mode] and server.checkout != CHECKOUTS[-1]:
+        pytest.skip("Nodes 2.0 is for the newest version alone")
+    key = (server.checkout.version, mode)
+    if key not in _played:
+        Image.new("RGB", PICTURE, "teal").save(server.base / "input" / "teal.png")
+        _played[key] = browser.play(
+            server.url,
+            nodes2=MODES[mode],
+            workflows=WORKFLOWS,
+            names=[info["display_name"] for info in our_nodes(server).values()],
+            picture="teal.png",
+            settings=[[node, "steps", steps] for node, steps in STEPS.items()],
+        )
+    return _played[key]
+
+
+def our_nodes(server: Server) -> dict[str, Any]:
+    """Our part of `/object_info`."""
+    everything = server.get("/object_info")
+    return {name: info for name, info in everything.items() if "cascade-nodes" in info["python_module"]}
+
+
+def told(seen: dict[str, Any], scenario: str) -> dict[str, Any]:
+    """What a scenario saw. It must have come to its end, and no script of the page may have thrown."""
+    facts = seen[scenario]
+    assert "failed" not in facts, facts["failed"]
+    assert facts["errors"] == []
+    return facts
+
+
+def last(panel: dict[str, Any], lines: int) -> list[str]:
+    """The last lines of a panel, which must be visible."""
+    assert panel["shown"]
+    return panel["lines"][-lines:]
+
+
+def test_every_node_is_found_by_search_and_dropped(seen, server):
+    found = told(seen, "search")
+    for name, info in our_nodes(server).items():
+        assert found[info["display_name"]] == [name]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_the_example_loads_whole_and_makes_its_prompt(seen, name):
+    facts = told(seen, "examples")[name]
+    assert facts["unknown"] == []
+    assert facts["count"] == len(WORKFLOWS[name]["nodes"])
+    assert facts["groups"] == len(WORKFLOWS[name]["groups"])
+    assert facts["prompt"] == json.loads((EXAMPLES / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for node in WORKFLOWS[name]["nodes"]:  # the panels shift no saved value
+        assert facts["values"][str(node["id"])] == node["widgets_values"]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_missing_models_are_offered(seen, name):
+    text = told(seen, "examples")[name]["missing"]
+    offered = [model for node in WORKFLOWS[name]["nodes"] for model in node["properties"].get("models", [])]
+    for model in offered:
+        assert model["name"] in text
+        assert model["directory"] in text
+    assert ("Missing Models" in text) == bool(offered)
+
+
+def test_the_button_makes_a_picture_that_appears_in_its_node(seen, server):
+    facts = told(seen, "run")
+    assert (facts["picture"]["width"], facts["picture"]["height"]) == (256, 256)
+    assert "filename=cascade_" in facts["picture"]["src"]
+    assert list((server.base / "output").glob("cascade_*.png"))
+
+
+def test_the_samplers_show_what_the_run_took(seen):
+    facts = told(seen, "run")
+    assert facts["before"] == [["Not run yet"], ["Not run yet"]]
+    for steps, panel in zip(STEPS.values(), facts["after"], strict=True):
+        time, memory = last(panel, 2)
+        assert time.startswith(f"{steps} steps · ")
+        assert " a step · " in time
+        assert memory.startswith("peak ")
+        assert memory.endswith(" · cpu")
+
+
+def test_the_size_helper(seen):
+    facts = told(seen, "sizes")
+    steps = {step.pop("what"): step for step in facts["steps"]}
+
+    def size(what):
+        return steps[what]["widgets"]["width"], steps[what]["widgets"]["height"]
+
+    assert size("new") == (1024, 1024)
+    assert size("16:9") == (1344, 768)
+    assert size("swapped") == (768, 1344)
+    assert size("2 megapixels") == (1088, 1920)
+    assert size("demo") == (256, 256)
+    assert size("set by hand") == (256, 2048)
+    for step in steps.values():  # the readout says what the node will make
+        widgets = step["widgets"]
+        height, width = stage_c_size(widgets["height"], widgets["width"], widgets["compression"])
+        latents = next(line for line in step["lines"] if line.startswith("Stage C"))
+        stage_b = f"Stage B {widgets['width'] // 4} × {widgets['height'] // 4}"
+        assert latents == f"Stage C {width} × {height} · {stage_b} · 1 : {widgets['compression']:g}"
+
+    judgement = {what: step["lines"][step["lines"].index("⇄") + 2] for what, step in steps.items()}
+    assert judgement["new"] == judgement["16:9"] == judgement["fitted"] == "Within the trained range."
+    assert judgement["2 megapixels"].startswith("Larger than trained")
+    assert judgement["demo"] == "The size of the bundled demo cascade."
+    assert judgement["set by hand"].startswith("Longer than trained")
+
+
+def test_the_size_helper_is_in_no_saved_workflow(seen):
+    facts = told(seen, "sizes")
+    by_hand = facts["steps"][-1]["widgets"]
+    assert facts["saved"] == list(by_hand.values())
+    assert facts["sent"] == by_hand
+
+
+def test_encode_shows_the_sizes_of_its_picture(seen):
+    facts = told(seen, "encode")
+    assert last(facts["unknown"], 1) == ["The size is that of the picture, once it is loaded."]
+    assert last(facts["known"], 2) == [
+        "Stage C 30 × 17 · Stage B 320 × 180 · 1 : 42.67",
+        "Within the trained range.",
+    ]
+
+
+def test_a_wrong_connection_is_refused(seen):
+    facts = told(seen, "connections")
+    assert facts["wrong"] is None
+    assert facts["right"] is True
+
+
+def test_the_japanese_interface_is_japanese(seen):
+    facts = told(seen, "japanese")
+    for words, name in zip(facts["words"], ("CascadePriorSampler", "CascadeEmptyLatent"), strict=True):
+        inputs = {entry["name"] for entry in NAMES[name]["inputs"].values()}
+        assert words["title"] == NAMES[name]["display_name"]
+        assert set(words["inputs"]) == inputs
+        assert words["outputs"] == [entry["name"] for entry in NAMES[name]["outputs"].values()]
+        assert set(words["widgets"]) - {"生成後の制御"} <= inputs
+    run, sizes = facts["panels"]
+    assert last(run, 1) == [WORDS["run"]["none"]]
+    assert last(sizes, 1) == [WORDS["size"]["trained"]]
+
+
+def test_the_help_is_japanese(seen):
+    page = Path(PACK / "web" / "docs" / "CascadePriorSampler" / "ja.md").read_text(encoding="utf-8")
+    headline = page.splitlines()[0].removeprefix("# ")
+    assert told(seen, "japanese")["help"].splitlines()[0] == headline
