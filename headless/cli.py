@@ -185,6 +185,7 @@ def _fetch(options: argparse.Namespace) -> int:
 
     for name in options.names:
         check_name(name)
+    from ..nodes.hosts.headless.folders import roots
     from .fetch import fetch
     from .models import missing, new_files_root
     from .progress import TransferProgress
@@ -204,4 +205,6 @@ def _fetch(options: argparse.Namespace) -> int:
         raise
     finally:
         progress.close()
+    if root.resolve() not in [other.resolve() for other in roots()]:
+        _complain(f"The loaders look there with CASCADE_MODELS={root}.")
     return 0
