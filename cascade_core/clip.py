@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import describe, first_non_finite, load_published_state_dict, read_safetensors
+from .checkpoints import describe, first_non_finite, load_published_state_dict, locate, read_weights
 from .config import infer_config
 from .errors import CascadeError
 
@@ -93,8 +93,8 @@ def load_clip(
     `config.json`, completed by what the shapes tell. Of a file that holds both halves of CLIP, the other half
     is left alone. Raises CascadeError for a file of anything else.
     """
-    file = weights_file(path)
-    tensors, metadata = read_safetensors(file)
+    file = weights_file(path, part)
+    tensors, metadata = read_weights(file, part)
     own = {
         name: tensor.to(dtype=dtype)
         for name, tensor in tensors.items()
@@ -128,17 +128,12 @@ def fill_clip(model: Model, tensors: Mapping[str, Tensor]) -> Model:
     return model.eval().requires_grad_(False)
 
 
-def weights_file(path: str | Path) -> Path:
-    """The safetensors file that a path means: itself, or a folder's `model.safetensors`, or its only one."""
-    path = Path(path)
-    if not path.is_dir():
-        return path  # whether it exists and what it is, its reader says
-    if (path / "model.safetensors").is_file():
-        return path / "model.safetensors"
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    found = ", ".join(file.name for file in files) or "none"
+def weights_file(path: str | Path, part: str) -> Path:
+    """The safetensors file that a path means: itself, or a folder's weights, or those of its subfolder for the part."""
+    located = locate(path, part)
+    if not located.is_dir():
+        return located  # whether it exists and what it is, its reader says
+    found = ", ".join(file.name for file in sorted(located.glob("*.safetensors"))) or "none"
     raise CascadeError(
         f"{path} holds no model.safetensors and not exactly one other safetensors file (found: {found}); "
         "name the file itself."

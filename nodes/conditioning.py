@@ -101,6 +101,8 @@ class CascadeImagePrompt(io.ComfyNode):
     def execute(cls, conditioning, clip_vision, image, strength) -> io.NodeOutput:
         if strength == 0:
             return io.NodeOutput(conditioning)
+        if clip_vision is None:
+            raise CascadeError("The checkpoint holds no image encoder; connect Load Cascade Image Encoder.")
         encoded = host().encode_image(clip_vision, image)
         check_finite([encoded.image_embeds], clip_vision, "What the image encoder gives")
         prompt = {

@@ -4,6 +4,7 @@ from .api import ComfyExtension, io
 from .conditioning import CascadeImagePrompt, CascadeTextEncode
 from .latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode
 from .loaders import (
+    CascadeCheckpointLoader,
     CascadeCompressorLoader,
     CascadeControlNetLoader,
     CascadeTextEncoderLoader,
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     CascadeTextEncoderLoader,
     CascadeVisionLoader,
     CascadeControlNetLoader,
+    CascadeCheckpointLoader,
     CascadeTextEncode,
     CascadeImagePrompt,
     CascadeEmptyLatent,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..cascade_core.checkpoints import PART_NAMES, networks_in
 from ..cascade_core.errors import CascadeError
 from .api import io
 from .hosts import host
@@ -290,3 +291,64 @@ class CascadeControlNetLoader(io.ComfyNode):
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
         return io.NodeOutput(host().load_controlnet(find("controlnet", file)))
+
+
+class CascadeCheckpointLoader(io.ComfyNode):
+    """All that one file or folder holds."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeCheckpointLoader",
+            display_name="Load Cascade Checkpoint",
+            category=CATEGORY,
+            description=(
+                "Loads an all-in-one checkpoint, or a diffusers folder: Stage C or B with what else it holds."
+            ),
+            inputs=[
+                file_input("file", "checkpoint", "All-in-one checkpoint, or a folder with model_index.json."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="auto", tooltip=DTYPE_TOOLTIP),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="MODEL", tooltip="Stage C, or Stage B where it holds no Stage C."
+                ),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoder."),
+                io.Vae.Output(
+                    display_name="VAE",
+                    tooltip="Stage A, or the compressor with the previewer beside Stage C.",
+                ),
+                io.ClipVision.Output(display_name="CLIP_VISION", tooltip="The image encoder."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None) -> bool | str:
+        return check("checkpoint", file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file, dtype) -> str:
+        return fingerprint("checkpoint", file)
+
+    @classmethod
+    def execute(cls, file, dtype) -> io.NodeOutput:
+        path = find("checkpoint", file)
+        parts = networks_in(path)
+        kind = next((kind for kind in ("stage_c", "stage_b") if kind in parts), None)
+        if kind is None:
+            found = ", ".join(sorted(PART_NAMES[part] for part in parts)) or "nothing of Stable Cascade"
+            raise CascadeError(
+                f"{path.name} holds {found}, but an all-in-one checkpoint with Stage C or B is expected; choose one, "
+                "or the loader of what it holds."
+            )
+        vae = None
+        if "stage_a" in parts:
+            vae = host().load_stage_a(path)
+        elif "compressor" in parts:
+            vae = host().load_compressor(path, path if "previewer" in parts else None)
+        return io.NodeOutput(
+            host().load_network(kind, path, dtype),
+            host().load_text_encoder(path) if "text" in parts else None,
+            vae,
+            host().load_vision(path) if "vision" in parts else None,
+        )

@@ -2,9 +2,11 @@
 
 from .attention import fuse_attention, split_attention
 from .files import read_safetensors, write_safetensors
+from .layouts import LAYOUTS, Layout, parts_in
 from .load import (
     KIND_NAMES,
     NETWORKS,
+    PART_NAMES,
     describe,
     first_non_finite,
     holds,
@@ -12,10 +14,14 @@ from .load import (
     load_model,
     load_published_state_dict,
 )
+from .source import locate, networks_in, read_weights
 
 __all__ = [
     "KIND_NAMES",
+    "LAYOUTS",
     "NETWORKS",
+    "PART_NAMES",
+    "Layout",
     "describe",
     "first_non_finite",
     "fuse_attention",
@@ -23,7 +29,11 @@ __all__ = [
     "identify",
     "load_model",
     "load_published_state_dict",
+    "locate",
+    "networks_in",
+    "parts_in",
     "read_safetensors",
+    "read_weights",
     "split_attention",
     "write_safetensors",
 ]

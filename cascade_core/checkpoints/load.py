@@ -17,6 +17,9 @@ from ..stage_b import StageB
 from ..stage_c import StageC
 from .attention import split_attention
 from .files import read_safetensors
+from .foreign import foreign_name
+from .layouts import parts_in
+from .source import read_weights
 
 NETWORKS: dict[str, Any] = {
     "stage_a": StageA,
@@ -35,9 +38,7 @@ KIND_NAMES = {
     "previewer": "previewer",
     "controlnet": "ControlNet",
 }
-
-# Files that are often taken for one of ours, by the beginning of their names.
-_OTHERS = {"text_model.": "CLIP text encoder", "vision_model.": "CLIP image encoder"}
+PART_NAMES = {**KIND_NAMES, "text": "text encoder", "vision": "image encoder"}
 
 
 def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -85,12 +86,13 @@ def load_model(
     device: str | torch.device = "cpu",
     operations=nn,
 ) -> tuple[nn.Module, str, dict[str, Any]]:
-    """A network in evaluation mode from a safetensors file: (module, kind, config).
+    """A network in evaluation mode from a file of any layout, or a folder of diffusers: (module, kind, config).
 
+    expect: the kind to load, where the file may hold several or another.
     The weights are the file's own pages, mapped, unless `dtype` or `device` ask for others.
     Raises CascadeError where the file cannot be read, is not of the kind `expect`, or is not whole.
     """
-    weights, metadata = read_safetensors(path)
+    weights, metadata = read_weights(path, expect) if expect else read_safetensors(path)
     kind, config = identify(path, weights, metadata, expect)
     if dtype is not None or torch.device(device).type != "cpu":
         weights = {
@@ -115,14 +117,19 @@ def identify(
     try:
         kind, config = infer_config(weights, metadata)
     except CascadeError as error:
-        other = next(
-            (_OTHERS[start] for start in _OTHERS for name in weights if name.startswith(start)), None
-        )
-        if other is None or expect is None:
+        if expect is None:
+            raise CascadeError(f"{Path(path).name}: {error}") from None
+        expected = KIND_NAMES[expect]
+        inside = [PART_NAMES[part] for part in parts_in(weights)]
+        other = foreign_name(weights)
+        if len(inside) > 1:
+            found = f"holds {', '.join(inside)}"
+        elif other is not None:
+            found = f"is a {other}"
+        else:
             raise CascadeError(f"{Path(path).name}: {error}") from None
         raise CascadeError(
-            f"{Path(path).name} is a {other}, but {KIND_NAMES[expect]} is expected here; choose a "
-            f"{KIND_NAMES[expect]} file."
+            f"{Path(path).name} {found}, but {expected} is expected here; choose a {expected} file."
         ) from None
     if expect is not None and kind != expect:
         raise CascadeError(
@@ -135,7 +142,7 @@ def identify(
 def holds(path: str | Path, kind: str) -> bool:
     """Whether a file can be read and holds a network of that kind."""
     try:
-        return identify(path, *read_safetensors(path))[0] == kind
+        return identify(path, *read_weights(path, kind))[0] == kind
     except CascadeError:
         return False
 

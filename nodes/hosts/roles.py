@@ -18,6 +18,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "vision": ("clip_vision", "stable_cascade"),
     "controlnet": ("controlnet", "stable_cascade"),
     "lora": ("loras", "stable_cascade"),
+    "checkpoint": ("checkpoints", "diffusers", "stable_cascade"),
 }
 
 SUBFOLDERS: dict[str, tuple[str, ...]] = {
@@ -45,6 +46,7 @@ ROLE_WORDS: dict[str, str] = {
     "vision": "image encoder",
     "controlnet": "ControlNet",
     "lora": "LoRA",
+    "checkpoint": "checkpoint",
 }
 
 DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8")
@@ -66,7 +68,9 @@ def names_in(folder: Path, role: str) -> list[str]:
         names |= {
             path.parent.relative_to(folder).as_posix() for path in files if is_encoder_folder(path.parent)
         }
-        names.discard(".")
+    if role == "checkpoint":
+        names |= {path.parent.relative_to(folder).as_posix() for path in folder.rglob("model_index.json")}
+    names.discard(".")
     return sorted(names)
 
 
@@ -74,6 +78,15 @@ def is_encoder_folder(folder: Path) -> bool:
     """Whether a folder holds a text encoder as Hugging Face saves one: weights beside its vocabulary."""
     has_vocabulary = any(os.path.isfile(folder / name) for name in ("vocab.json", "tokenizer.json"))
     return has_vocabulary and os.path.isfile(folder / "model.safetensors")
+
+
+def is_pipeline_folder(folder: Path) -> bool:
+    """Whether a folder is a whole pipeline as diffusers saves one."""
+    return os.path.isfile(folder / "model_index.json")
+
+
+# The roles whose value may be a folder, and how one is known.
+FOLDER_TESTS = {"text_encoder": is_encoder_folder, "checkpoint": is_pipeline_folder}
 
 
 def leaves_folder(name: str) -> bool:

@@ -29,9 +29,9 @@ def list_files(role: str) -> list[str]:
     for category in roles.FOLDERS[role]:
         names = folder_paths.get_filename_list(category)
         found.update(name for name in names if name.lower().endswith(roles.SUFFIXES))
-    if role == "text_encoder":
-        folders = {os.path.dirname(name) for name in found} - {""}
-        found.update(name for name in folders if _find_folder(role, name))
+    if role in roles.FOLDER_TESTS:
+        parents = {parent.as_posix() for name in found for parent in Path(name).parents} - {"."}
+        found.update(name for name in parents if _find_folder(role, name))
     demo = [roles.DEMO_NAMES[role]] if roles.demo_file(role) else []
     return demo + sorted(found - set(demo))
 
@@ -44,7 +44,7 @@ def find_file(role: str, name: str) -> Path:
         path = folder_paths.get_full_path(category, name)
         if path is not None:
             return Path(path)
-    folder = _find_folder(role, name) if role == "text_encoder" else None
+    folder = _find_folder(role, name) if role in roles.FOLDER_TESTS else None
     if folder is not None:
         return folder
     demo = roles.demo_file(role)
@@ -65,4 +65,4 @@ def _find_folder(role: str, name: str) -> Path | None:
         for category in roles.FOLDERS[role]
         for folder in folder_paths.get_folder_paths(category)
     ]
-    return next((path for path in candidates if roles.is_encoder_folder(path)), None)
+    return next((path for path in candidates if roles.FOLDER_TESTS[role](path)), None)

@@ -152,7 +152,7 @@ def load_network(kind: str, path: Path, dtype: str) -> Any:
 
 def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False) -> Any:
     """The patcher of a file. The host calls this again, by `cached_patcher_init`, for a second copy."""
-    tensors, metadata = checkpoints.read_safetensors(path)
+    tensors, metadata = checkpoints.read_weights(path, kind)
     checkpoints.identify(path, tensors, metadata, kind)  # before anything is chosen for it
     model_class, config_class = HOST_CLASSES[kind]
     config = config_class({"stable_cascade_stage": kind[-1]})

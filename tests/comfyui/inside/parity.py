@@ -1,5 +1,7 @@
 """Our networks against ComfyUI's own with the same random weights, float32: the largest relative difference."""
 
+from typing import Any
+
 import comfy.ldm.cascade.controlnet
 import comfy.ldm.cascade.stage_a
 import comfy.ldm.cascade.stage_b
@@ -35,7 +37,7 @@ STAGE_B = {
 STAGE_A = {"levels": 2, "bottleneck_blocks": 3, "c_hidden": 64, "c_latent": 4, "codebook_size": 32}
 
 
-def twins(ours, theirs, **arguments):
+def twins(ours, theirs, **arguments) -> tuple[Any, Any]:
     """Both networks with the same weights, ours loaded from theirs by the published names."""
     native = theirs(**arguments).eval()
     network = load_published_state_dict(ours.from_config(arguments), randomise(native)).eval()

@@ -1,0 +1,53 @@
+"""What a file holds that is none of Stable Cascade's, where its names tell."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+# The beginning of a telling name, after a prefix or none, and what has it; the first that is found counts.
+_PREFIXES = ("", "model.diffusion_model.", "model.")
+_NAMES = (
+    ("double_blocks.0.img_attn.qkv.weight", "Flux model"),
+    ("single_transformer_blocks.0.proj_mlp.weight", "Flux model in diffusers' layout"),
+    ("joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3 model"),
+    ("transformer_blocks.0.attn.add_k_proj.weight", "Stable Diffusion 3 model in diffusers' layout"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "T5 text encoder"),
+    ("text_model.", "CLIP text encoder"),
+    ("vision_model.", "CLIP image encoder"),
+    ("visual.transformer.resblocks.0.", "CLIP image encoder in OpenCLIP's layout"),
+    ("transformer.resblocks.0.", "CLIP text encoder in OpenCLIP's layout"),
+    ("cond_stage_model.transformer.text_model.", "Stable Diffusion 1.5 checkpoint"),
+    ("first_stage_model.decoder.conv_in.weight", "Stable Diffusion VAE"),
+    ("decoder.conv_in.weight", "Stable Diffusion VAE"),
+    ("emb_params", "textual inversion embedding"),
+    ("clip_l", "textual inversion embedding"),
+)
+_LORA_ENDINGS = (
+    ".lora_down.weight",
+    ".lora_up.weight",
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_down",
+    ".lora_up",
+)
+# How wide the text is that the cross attention of a Stable Diffusion UNet takes.
+_UNETS = {
+    768: "Stable Diffusion 1.5",
+    1024: "Stable Diffusion 2",
+    1280: "Stable Diffusion XL refiner",
+    2048: "Stable Diffusion XL",
+}
+_UNET_KEYS = ("input_blocks.", "down_blocks.0.attentions.", "down_blocks.1.attentions.")
+
+
+def foreign_name(tensors: Mapping[str, Tensor]) -> str | None:
+    """Such as "Stable Diffusion XL checkpoint", or None for what is not known."""
+    if any(name.endswith(_LORA_ENDINGS) for name in tensors):
+        return "LoRA"
+    for name, tensor in tensors.items():
+        if any(key in name for key in _UNET_KEYS) and name.endswith("attn2.to_k.weight") and tensor.ndim == 2:
+            return f"{_UNETS.get(tensor.shape[1], 'Stable Diffusion')} checkpoint"
+    for beginning, what in _NAMES:
+        if any(name.startswith(prefix + beginning) for prefix in _PREFIXES for name in tensors):
+            return what
+    return None

@@ -1,0 +1,156 @@
+"""How other programs name the tensors of the published networks, one small two-way table per layout.
+
+A file is recognised by its names alone. Published names, with the attention input split or fused, pass unchanged.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .attention import split_attention
+
+# A tensor that every network of a part has, in published names, and that no other part's has.
+SIGNATURES = {
+    "stage_c": "clip_txt_mapper.weight",
+    "stage_b": "effnet_mapper.0.weight",
+    "stage_a": "vquantizer.codebook.weight",
+    "controlnet": "projections.0.0.weight",
+    "compressor": "mapper.0.weight",
+    "previewer": "blocks.24.weight",
+    "text": "text_model.embeddings.token_embedding.weight",
+    "vision": "vision_model.embeddings.patch_embedding.weight",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One program's names for the tensors of one network.
+
+    prefix      before every name
+    renamed     pairs of parts of names: theirs, published
+    transposed  published names of matrices that are stored the other way round
+    ignored     names after the prefix that are constants of the program, not weights
+    needed      names after the prefix without which it is another layout
+    """
+
+    name: str
+    prefix: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
+    transposed: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+
+    def published_name(self, name: str) -> str | None:
+        """The published name of one of theirs; None for a name of something else."""
+        if not name.startswith(self.prefix) or name.removeprefix(self.prefix) in self.ignored:
+            return None
+        name = name.removeprefix(self.prefix)
+        for theirs, published in self.renamed:
+            name = name.replace(theirs, published)
+        return name
+
+    def to_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their tensors of this network under published names, as views."""
+        found = {}
+        for name, tensor in tensors.items():
+            published = self.published_name(name)
+            if published is not None:
+                found[published] = tensor.T if published in self.transposed else tensor
+        return found
+
+    def from_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The way back, with the attention input split."""
+        found = {}
+        for published, tensor in split_attention(tensors).items():
+            name = published
+            for theirs, ours in reversed(self.renamed):
+                name = name.replace(ours, theirs)
+            found[self.prefix + name] = tensor.T if published in self.transposed else tensor
+        return found
+
+    def holds(self, part: str, names: Iterable[str]) -> bool:
+        """Whether names are of this layout and hold that part."""
+        names = set(names)
+        marked = not self.renamed or any(theirs in name for name in names for theirs, _ in self.renamed)
+        whole = all(self.prefix + name in names for name in self.needed)
+        return whole and marked and any(self.published_name(name) == SIGNATURES[part] for name in names)
+
+
+_ATTENTION = (
+    ("attention.to_q.", "attention.attn.to_q."),
+    ("attention.to_k.", "attention.attn.to_k."),
+    ("attention.to_v.", "attention.attn.to_v."),
+    ("attention.to_out.0.", "attention.attn.out_proj."),
+)
+
+
+def _comfyui_clip(name: str, prefix: str) -> tuple[Layout, Layout]:
+    """ComfyUI's names for CLIP's text half: with OpenCLIP's projection, a bare matrix, or with Hugging Face's."""
+    text_model = ("transformer.text_model.", "text_model.")
+    open_clip = Layout(
+        name,
+        prefix,
+        renamed=(text_model, ("text_projection", "text_projection.weight")),
+        transposed=("text_projection.weight",),
+        ignored=("logit_scale", "transformer.text_projection.weight"),
+        needed=("text_projection",),
+    )
+    hugging_face = Layout(
+        name,
+        prefix,
+        renamed=(text_model, ("transformer.text_projection.", "text_projection.")),
+        ignored=("logit_scale",),
+    )
+    return open_clip, hugging_face
+
+
+PUBLISHED = Layout("published")
+ALL_IN_ONE = "ComfyUI all-in-one"
+
+# Tried in this order: the more particular first.
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "stage_c": (
+        Layout(ALL_IN_ONE, "model.diffusion_model."),
+        Layout("diffusers", renamed=_ATTENTION),
+        PUBLISHED,
+    ),
+    "stage_b": (
+        Layout(ALL_IN_ONE, "model.diffusion_model."),
+        Layout("diffusers", renamed=(*_ATTENTION, ("clip_txt_pooled_mapper.", "clip_mapper."))),
+        PUBLISHED,
+    ),
+    "stage_a": (
+        Layout(ALL_IN_ONE, "vae."),
+        Layout("diffusers", renamed=(("vquantizer.embedding.", "vquantizer.codebook."),)),
+        PUBLISHED,
+    ),
+    "controlnet": (PUBLISHED,),
+    "compressor": (
+        Layout(ALL_IN_ONE, "vae.encoder.", ignored=("mean", "std")),
+        Layout("ComfyUI coder", "encoder.", ignored=("mean", "std")),
+        PUBLISHED,
+    ),
+    "previewer": (
+        Layout(ALL_IN_ONE, "vae.previewer."),
+        Layout("ComfyUI coder", "previewer."),
+        PUBLISHED,
+    ),
+    "text": (
+        *_comfyui_clip(ALL_IN_ONE, "text_encoder.clip_g."),
+        *_comfyui_clip("ComfyUI", "clip_g."),
+        PUBLISHED,
+    ),
+    "vision": (Layout(ALL_IN_ONE, "clip_l_vision."), PUBLISHED),
+}
+
+
+def parts_in(names: Iterable[str]) -> dict[str, Layout]:
+    """Which networks a file with these names holds, and in which layout."""
+    names = list(names)
+    found = {}
+    for part, layouts in LAYOUTS.items():
+        layout = next((layout for layout in layouts if layout.holds(part, names)), None)
+        if layout is not None:
+            found[part] = layout
+    return found

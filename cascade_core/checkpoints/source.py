@@ -1,0 +1,137 @@
+"""The tensors of one network, wherever they lie: a file of any layout, a shard's companions, a folder of diffusers."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CascadeError
+from .files import read_safetensors
+from .layouts import parts_in
+
+# Where diffusers' folders keep each network, in the order to look.
+SUBFOLDERS = {
+    "stage_c": ("prior", "prior_lite"),
+    "stage_b": ("decoder", "decoder_lite"),
+    "stage_a": ("vqgan",),
+    "text": ("text_encoder",),
+    "vision": ("image_encoder",),
+}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_INDEX = ".safetensors.index.json"
+_WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
+
+
+def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of one network, under published names, as views of mapped files.
+
+    path: a safetensors file, a shard or an index of shards, or a folder of diffusers; part: of `layouts.SIGNATURES`.
+    What holds no such network is returned as it is, for the caller to say what it holds instead.
+    Raises CascadeError where files are missing or damaged.
+    """
+    tensors, metadata = read_tensors(locate(path, part))
+    found = parts_in(tensors)
+    if part not in found:
+        return tensors, metadata
+    layout = found[part]
+    # A config in the metadata is the file's only network's.
+    own = metadata if len(found) == 1 else {name: text for name, text in metadata.items() if name != "config"}
+    return _unscaled(layout.to_published(tensors)), own
+
+
+def networks_in(path: str | Path) -> set[str]:
+    """The parts that a file or a folder of diffusers holds."""
+    path = Path(path)
+    if not path.is_dir():
+        return set(parts_in(read_tensors(path)[0]))
+    return {
+        part for part in SUBFOLDERS if (located := locate(path, part)).is_file() and _holds(located, part)
+    }
+
+
+def _holds(path: Path, part: str) -> bool:
+    return part in parts_in(read_tensors(path)[0])
+
+
+def locate(path: str | Path, part: str) -> Path:
+    """The file that a path means for a part: itself; or in a folder, or its subfolder for the part, the only weights.
+
+    Of several precisions in a folder the fullest is taken: the one without a variant in its name. A path in which
+    nothing is found is returned as it is.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for folder in (*(path / name for name in SUBFOLDERS.get(part, ())), path):
+        if folder.is_dir():
+            found = _weights_in(folder)
+            if found is not None:
+                return found
+    return path
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The folder's only weights, or the ones under diffusers' and transformers' names; shards by their index."""
+    files = [file for file in folder.glob("*.safetensors") if not _SHARD.search(file.name)]
+    files = sorted([*files, *folder.glob(f"*{_INDEX}")], key=lambda file: (len(file.name), file.name))
+    named = [file for file in files if file.name.split(".")[0] in _WEIGHT_NAMES]
+    stems = {file.name.split(".")[0] for file in files}
+    if not named and len(stems) != 1:
+        return None
+    return (named or files)[0]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, or of all the shards that belong to it."""
+    index = _index_of(path)
+    return read_safetensors(path) if index is None else _read_shards(index)
+
+
+def _index_of(path: Path) -> Path | None:
+    if path.name.endswith(_INDEX):
+        return path
+    beside = path.with_name(_SHARD.sub(_INDEX, path.name))
+    return beside if beside != path and beside.is_file() else None
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(file) for file in places.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CascadeError(
+            f"{index} is no index of a sharded checkpoint (expected JSON with a weight_map); download it again."
+        ) from None
+    shards = {}
+    for file in sorted(files):
+        if Path(file).name != file:
+            raise CascadeError(
+                f"{index} names the shard {file!r}, which is not beside it; download it again."
+            )
+        if not (index.parent / file).is_file():
+            raise CascadeError(
+                f"{index} names {file}, which is missing: {len(files)} shards belong together; download it too."
+            )
+        shards[file] = read_safetensors(index.parent / file)[0]
+    absent = [name for name, file in places.items() if name not in shards[file]]
+    if absent:
+        raise CascadeError(
+            f"{places[absent[0]]} lacks {absent[0]}, which {index.name} says it holds; download it again."
+        )
+    return {name: shards[file][name] for name, file in places.items()}, {}
+
+
+def _unscaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """fp8 weights that are stored over a scale (`….scale_weight`), multiplied out to bf16; all else as it is."""
+    scales = {name.removesuffix("scale_weight"): tensor for name, tensor in tensors.items()
+              if name.endswith(".scale_weight")}  # fmt: skip
+    kept = {}
+    for name, tensor in tensors.items():
+        if name.endswith((".scale_weight", ".scale_input")) or name == "scaled_fp8":
+            continue
+        scale = scales.get(name.removesuffix("weight")) if name.endswith(".weight") else None
+        kept[name] = tensor if scale is None else (tensor.float() * scale.float()).to(torch.bfloat16)
+    return kept
