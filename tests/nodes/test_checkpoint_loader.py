@@ -87,8 +87,8 @@ def test_a_folder_of_diffusers(models):
         tensors = LAYOUTS[part][1].from_published(published(part))
         write_safetensors(folder / place / "diffusion_pytorch_model.safetensors", tensors, {})
     (folder / "model_index.json").write_text("{}", encoding="utf-8")
-    options = CascadeCheckpointLoader.define_schema().inputs[0].options
-    assert "stable-cascade" in options
+    choices = CascadeCheckpointLoader.GET_NODE_INFO_V1()["input"]["required"]["file"][1]["options"]
+    assert "stable-cascade" in choices
     model, clip, vae, _ = load("stable-cascade")
     assert (model.kind, vae.kind, clip) == ("stage_b", "stage_a", None)
 

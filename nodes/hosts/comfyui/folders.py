@@ -29,9 +29,18 @@ def list_files(role: str) -> list[str]:
     for category in roles.FOLDERS[role]:
         names = folder_paths.get_filename_list(category)
         found.update(name for name in names if name.lower().endswith(roles.SUFFIXES))
-    if role in roles.FOLDER_TESTS:
-        parents = {parent.as_posix() for name in found for parent in Path(name).parents} - {"."}
+    if role == "text_encoder":
+        parents = {os.path.dirname(name) for name in found} - {""}
         found.update(name for name in parents if _find_folder(role, name))
+    if role == "checkpoint":  # ComfyUI does not list the folders of diffusers
+        places = [
+            Path(folder) for name in roles.FOLDERS[role] for folder in folder_paths.get_folder_paths(name)
+        ]
+        found.update(
+            index.parent.relative_to(place).as_posix()
+            for place in places
+            for index in place.glob("*/model_index.json")
+        )
     demo = [roles.DEMO_NAMES[role]] if roles.demo_file(role) else []
     return demo + sorted(found - set(demo))
 
