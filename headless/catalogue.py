@@ -93,7 +93,7 @@ def _controlnet(task: str, what: str, size: int, traits: Mapping[str, Any]) -> P
 
 def _all_in_one(stage: str, what: str, size: int) -> PublishedFile:
     saved_as = f"stable_cascade_{stage}.safetensors"
-    traits = (_STAGE_C if stage == "stage_c" else _STAGE_B)["full"]
+    traits = {"holds": stage, **(_STAGE_C if stage == "stage_c" else _STAGE_B)["full"]}
     return PublishedFile(
         f"comfyui_{stage}",
         what,
@@ -101,7 +101,7 @@ def _all_in_one(stage: str, what: str, size: int) -> PublishedFile:
         f"comfyui_checkpoints/{saved_as}",
         "checkpoints",
         saved_as,
-        f"checkpoint_{stage}",
+        "checkpoint",
         traits,
     )
 

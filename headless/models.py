@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..cascade_core.checkpoints import describe, identify, read_safetensors
+from ..cascade_core.checkpoints import describe, identify, parts_in, read_safetensors
+from ..cascade_core.checkpoints.layouts import ALL_IN_ONE
 from ..cascade_core.clip import infer_text_config, infer_vision_config
 from ..cascade_core.errors import CascadeError
 from ..nodes.hosts import roles
@@ -25,11 +26,8 @@ from ..nodes.hosts.headless import folders
 from .catalogue import FILES, WORKFLOWS, PublishedFile, Workflow, in_words
 from .fetch import parts_of, target_path
 
-_ALL_IN_ONE = "model.diffusion_model."  # what ComfyUI puts before a diffusion network in such a file
-_ENCODERS = {
-    "text_model.": ("text_encoder", infer_text_config),
-    "vision_model.": ("vision", infer_vision_config),
-}
+# CLIP's halves: their roles here, and how their configurations are read back.
+_ENCODERS = {"text": ("text_encoder", infer_text_config), "vision": ("vision", infer_vision_config)}
 # safetensors' names of what files of networks are made of.
 _DTYPES = {
     "F32": torch.float32,
@@ -104,25 +102,29 @@ def take_survey(*further: Path) -> Survey:
     """Looks through the folders of every role, under the usual roots and `further` ones."""
     survey = Survey(list(dict.fromkeys([*folders.roots(), *further])))
     seen: dict[Path, list[Content]] = {}
-    for role, categories in _categories().items():
-        wanted = [file for file in FILES.values() if file.role == role]
-        for path in _files_in(survey.roots, categories):
+    for role, categories in roles.FOLDERS.items():
+        for path in _files_in(survey.roots, categories) if role != "lora" else ():
             if path not in seen:
                 seen[path] = _contents(path, survey.others)
-            for file in wanted:
-                if any(content.is_published(file) for content in seen[path]):
-                    survey.found.setdefault(file.name, []).append(path)
+            whole = role == "checkpoint" and _is_loaded_whole(path, seen[path])
+            for file in FILES.values():
+                found = survey.found.get(file.name, [])
+                if (file.role == role or whole) and path not in found and _hold(seen[path], file):
+                    survey.found[file.name] = [*found, path]
     recognised = {path for paths in survey.found.values() for path in paths}
     for path in seen.keys() - recognised:
         survey.others.setdefault(path, _describe(path, seen[path]))
     return survey
 
 
-def _categories() -> dict[str, tuple[str, ...]]:
-    """Where the files of each role are looked for: the loaders' folders, and ComfyUI's for all-in-one files."""
-    checkpoints = ("checkpoints", "stable_cascade")
-    loaders = {role: names for role, names in roles.FOLDERS.items() if role != "lora"}
-    return {**loaders, "checkpoint_stage_c": checkpoints, "checkpoint_stage_b": checkpoints}
+def _hold(contents: list[Content], file: PublishedFile) -> bool:
+    return any(content.is_published(file) for content in contents)
+
+
+def _is_loaded_whole(path: Path, contents: list[Content]) -> bool:
+    """Whether the checkpoint loader gives all that is here: an all-in-one file, or one of a diffusers folder."""
+    all_in_one = any(content.role == "checkpoint" for content in contents)
+    return all_in_one or (path.parent.parent / "model_index.json").is_file()
 
 
 def _files_in(roots: Iterable[Path], categories: Iterable[str]) -> list[Path]:
@@ -136,22 +138,32 @@ def _files_in(roots: Iterable[Path], categories: Iterable[str]) -> list[Path]:
 
 
 def _contents(path: Path, others: dict[Path, str]) -> list[Content]:
-    """The networks of a file; where there are none, says in `others` what is wrong."""
+    """The networks of a file, in whatever layout; where there are none, says in `others` what is wrong."""
     try:
         tensors, metadata, precision = _read_header(path)
-        inner = {
-            name.removeprefix(_ALL_IN_ONE): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(_ALL_IN_ONE)
-        }
-        if inner:
-            kind, config = identify(path, inner, {})
-            return [Content(f"checkpoint_{kind}", config, precision)]
-        encoders = _encoders(tensors, precision)
-        return encoders or [Content(*identify(path, tensors, metadata), precision)]
+        found = parts_in(tensors)
+        if not found:
+            identify(path, tensors, metadata)  # says what it is instead
+        own = metadata if len(found) == 1 else {}  # a config in the metadata is the file's only network's
+        contents = []
+        for part, layout in found.items():
+            role, config = _inferred(path, part, layout.to_published(tensors), own)
+            contents.append(Content(role, config, precision))
+            if layout.name == ALL_IN_ONE and role in ("stage_c", "stage_b"):
+                contents.append(Content("checkpoint", {**config, "holds": role}, precision))
+        return contents
     except CascadeError as error:
         others[path] = str(error)
         return []
+
+
+def _inferred(
+    path: Path, part: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[str, dict[str, Any]]:
+    if part not in _ENCODERS:
+        return identify(path, tensors, metadata)
+    role, infer = _ENCODERS[part]
+    return role, infer({name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
 def _read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
@@ -171,29 +183,19 @@ def _read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
     return tensors, metadata, sizes.most_common(1)[0][0] if sizes else "none"
 
 
-def _encoders(tensors: Mapping[str, Tensor], precision: str) -> list[Content]:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return [
-        Content(role, infer(shapes), precision)
-        for prefix, (role, infer) in _ENCODERS.items()
-        if any(name.startswith(prefix) for name in shapes)
-    ]
-
-
 def _describe(path: Path, contents: list[Content]) -> str:
-    for content in contents:
-        for file in FILES.values():
-            if content.is_published(file):
-                return f"{path.name} is {file.what}, but its loader looks in {file.folder}; move it there."
-    networks = [content for content in contents if content.role in roles.ROLE_WORDS]
-    if all(content.role in ("text_encoder", "vision") for content in contents):
-        words = " and ".join(
-            f"{_ARTICLES[content.role]} {roles.ROLE_WORDS[content.role]} (width {content.config['hidden_size']})"
-            for content in networks
-        )
-        return f"{path.name} is {words}."
-    content = contents[0]
-    return f"{describe(path, content.role.removeprefix('checkpoint_'), content.config)}."
+    for file in FILES.values():
+        if _hold(contents, file):
+            return f"{path.name} is {file.what}, but its loader looks in {file.folder}; move it there."
+    networks = [content for content in contents if content.role != "checkpoint"]
+    return f"{' and '.join(_describe_content(path, content) for content in networks)}."
+
+
+def _describe_content(path: Path, content: Content) -> str:
+    if content.role in _ARTICLES:
+        what = f"{_ARTICLES[content.role]} {roles.ROLE_WORDS[content.role]}"
+        return f"{path.name} is {what} (width {content.config['hidden_size']})"
+    return describe(path, content.role, content.config)
 
 
 def list_models(as_json: bool = False) -> str:

@@ -107,13 +107,15 @@ def test_several_files_each_once(hub, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stated", [["elsewhere", "other"], []])
-def test_where_files_go(hub, tmp_path, monkeypatch, stated):
+def test_where_files_go(hub, tmp_path, monkeypatch, stated, capsys):
     monkeypatch.setenv("CASCADE_MODELS", os.pathsep.join(stated))
     assert fetch(hub, "previewer") == 0
+    assert "CASCADE_MODELS" not in capsys.readouterr().err
     root = tmp_path / (stated[0] if stated else "models")
     assert (root / "vae" / "previewer.safetensors").read_bytes() == SHORT
     assert main(["fetch", "previewer", "--endpoint", f"{hub.url}/", "--to", "here"]) == 0
     assert (tmp_path / "here" / "vae" / "previewer.safetensors").read_bytes() == SHORT
+    assert capsys.readouterr().err.endswith("\nThe loaders look there with CASCADE_MODELS=here.\n")
 
 
 def test_a_cut_is_resumed_within_the_same_fetch(hub, target):
@@ -404,11 +406,10 @@ def test_two_at_once_do_not_mix(hub, tmp_path, target, capsys):
 
 
 def test_folders_are_those_that_loaders_look_in():
-    from cascade_nodes.headless.models import _categories
     from cascade_nodes.nodes.hosts import roles
 
     for file in FILES.values():
-        looked_in = {name for category in _categories()[file.role] for name in roles.subfolders(category)}
+        looked_in = {name for category in roles.FOLDERS[file.role] for name in roles.subfolders(category)}
         assert file.folder in looked_in, file.name
         assert file.saved_as.endswith(".safetensors")
     targets = [fetching.target_path(file, fetching.Path()) for file in FILES.values()]

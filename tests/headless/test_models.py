@@ -5,7 +5,9 @@ import json
 import os
 
 import pytest
+import torch
 
+from cascade_nodes.cascade_core.checkpoints import LAYOUTS
 from cascade_nodes.headless import models
 from cascade_nodes.headless.catalogue import FILES, WORKFLOWS
 from cascade_nodes.headless.cli import main
@@ -13,7 +15,7 @@ from cascade_nodes.nodes.hosts import roles
 from cascade_nodes.nodes.hosts.headless import folders
 from cascade_nodes.tests.headless.command import start
 from cascade_nodes.tests.headless.hub import Hub
-from cascade_nodes.tests.headless.published import write_published, write_sparse
+from cascade_nodes.tests.headless.published import shapes_of, write_published, write_sparse
 from cascade_nodes.tests.nodes.tiny import write_cascade
 from cascade_nodes.tests.obstacles import permissions_respected
 
@@ -44,8 +46,32 @@ def test_every_published_file_is_recognised_under_another_name(root, name, capsy
     write_published(path, name)
     data = listed(capsys)
     found = {other: entry["found"] for other, entry in data["files"].items() if entry["found"]}
-    assert found == {name: [str(path.relative_to(root.parent))]}
+    stage = name.removeprefix("comfyui_")
+    names = [name] if stage == name else [name, f"{stage}_bf16"]  # the stages' loaders take such files too
+    assert found == {each: [str(path.relative_to(root.parent))] for each in names}
     assert data["others"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "number"),
+    [
+        (name, part, number)
+        for name, part in (
+            ("stage_c_lite_bf16", "stage_c"),
+            ("stage_b_bf16", "stage_b"),
+            ("effnet_encoder", "compressor"),
+            ("previewer", "previewer"),
+            ("text_encoder", "text"),
+        )
+        for number in range(len(LAYOUTS[part]))
+    ],
+)
+def test_every_layout_is_recognised(root, name, part, number, capsys):
+    meta = {key: torch.empty(shape, device="meta") for key, shape in shapes_of(name).items()}
+    theirs = LAYOUTS[part][number].from_published(meta)
+    path = root / "stable_cascade" / "theirs.safetensors"
+    write_sparse(path, {key: tuple(tensor.shape) for key, tensor in theirs.items()}, "BF16")
+    assert listed(capsys)["files"][name]["found"] == ["models/stable_cascade/theirs.safetensors"]
 
 
 def test_sizes_are_those_of_the_networks(root):
@@ -125,6 +151,28 @@ def test_every_copy_is_listed_in_the_order_of_the_roots(root, tmp_path, monkeypa
         "second/vae/second.safetensors",
         "models/vae/models.safetensors",
     ]
+
+
+def test_a_checkpoint_serves_with_all_it_holds(root, capsys):
+    """The checkpoint loader gives every network of an all-in-one file, and of a diffusers folder."""
+
+    def names(name, part, number):
+        meta = {key: torch.empty(shape, device="meta") for key, shape in shapes_of(name).items()}
+        theirs = LAYOUTS[part][number].from_published(meta)
+        return {key: tuple(tensor.shape) for key, tensor in theirs.items()}
+
+    all_in_one = names("stage_c", "stage_c", 0) | names("text_encoder", "text", 0)
+    write_sparse(root / "checkpoints" / "c.safetensors", all_in_one, "BF16")
+    pipeline = root / "diffusers" / "decoder"
+    write_sparse(pipeline / "decoder" / "model.safetensors", names("stage_b", "stage_b", 1), "BF16")
+    write_published(pipeline / "vqgan" / "model.safetensors", "stage_a")
+    data = listed(capsys)
+    assert data["files"]["text_encoder"]["found"] == ["models/checkpoints/c.safetensors"]
+    assert data["files"]["stage_a"]["found"] == []  # no pipeline yet
+    (pipeline / "model_index.json").write_text("{}")
+    data = listed(capsys)
+    assert data["files"]["stage_a"]["found"] == ["models/diffusers/decoder/vqgan/model.safetensors"]
+    assert data["workflows"]["text_to_image_bf16"]["ready"]
 
 
 def test_a_file_in_a_folder_of_other_roles_is_said_to_lie_wrong(root, capsys):
@@ -235,12 +283,3 @@ def test_the_demo_is_ready_where_its_weights_are(root, tmp_path, monkeypatch, ca
     monkeypatch.setattr(roles, "DEMO_FOLDER", tmp_path)
     assert "demo/weights are missing" in line_about("demo", capsys)
     assert listed(capsys)["demo"] is False
-
-
-def test_names_of_files_and_workflows_differ_and_needs_exist():
-    assert not FILES.keys() & WORKFLOWS.keys()
-    for workflow in WORKFLOWS.values():
-        assert workflow.needs
-        for need in workflow.needs:
-            assert need
-            assert set(need) <= FILES.keys()
