@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 _MAY_IGNORE_PERMISSIONS = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, as bits
 _CAPABILITIES_VERSION_3 = 0x20080522
+_PR_CAPBSET_DROP = 24
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
@@ -27,17 +29,24 @@ def permissions_respected() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION_3, 0)  # 0: this thread
     sets = (
         ctypes.c_uint32 * 6
     )()  # effective, permitted, inheritable; then the same of capabilities from 32 on
-    assert libc.capget(header, sets) == 0
+    assert _LIBC.capget(header, sets) == 0
     before = sets[0]
     sets[0] &= ~_MAY_IGNORE_PERMISSIONS
-    assert libc.capset(header, sets) == 0
+    assert _LIBC.capset(header, sets) == 0
     try:
         yield
     finally:
         sets[0] = before
-        assert libc.capset(header, sets) == 0
+        assert _LIBC.capset(header, sets) == 0
+
+
+def respect_permissions() -> None:
+    """As `preexec_fn`: permissions hold for the program that is started even where root starts it."""
+    if os.geteuid() == 0:
+        for capability in range(64):
+            if _MAY_IGNORE_PERMISSIONS >> capability & 1:
+                _LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)

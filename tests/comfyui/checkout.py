@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cascade_nodes.tests.obstacles import respect_permissions
+
 PACK = Path(__file__).parents[2]
 INSIDE = Path(__file__).parent / "inside" / "run.py"
 FOLDERS = ("input", "output", "temp", "user", "models", "custom_nodes")
@@ -82,7 +84,8 @@ CHECKOUTS = find_checkouts()
 class Server:
     """ComfyUI as a subprocess with folders of its own, in which this pack is the only one.
 
-    base: an empty folder; flags: further ones of ComfyUI's command line.
+    base: a folder, empty but for what shall be in `models` and `custom_nodes`; flags: further ones of ComfyUI's
+    command line. Permissions hold for it as for any user.
     """
 
     def __init__(self, checkout: Checkout, base: Path, *flags: str):
@@ -105,6 +108,7 @@ class Server:
                 env={**os.environ, **ENVIRONMENT},
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                preexec_fn=respect_permissions,
             )
         self._wait()
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from cascade_nodes.headless import run_graph
 from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, Checkout, Server
 from cascade_nodes.tests.comfyui.client import Client
+from cascade_nodes.tests.nodes.tiny import write_cascade
 
-HERE = Path(__file__).parent
+TEST_NODES = Path(__file__).parent / "nodes"
 MISSING = "no ComfyUI to test against: set COMFYUI_PATH, or see docs/testing.md"
 
 
@@ -29,11 +35,40 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"The tests in tests/comfyui were skipped: {MISSING}.")
 
 
+def prepare(base: Path) -> Path:
+    """A folder for a server, with a tiny cascade among its models and the tests' own nodes among its packs."""
+    write_cascade(base / "models")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "cascade-tests").symlink_to(TEST_NODES)
+    return base
+
+
 @pytest.fixture(scope="session")
 def server(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A ComfyUI that is running, shared by the tests of its version."""
-    with Server(checkout, tmp_path_factory.mktemp(f"comfyui_{checkout.version}")) as running:
+    with Server(checkout, prepare(tmp_path_factory.mktemp(f"comfyui_{checkout.version}"))) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def right_picture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], np.ndarray]:
+    """The picture that a graph makes without ComfyUI, (H, W, 3) uint8; each is made once."""
+    models = tmp_path_factory.mktemp("models")
+    write_cascade(models)
+    made: dict[str, np.ndarray] = {}
+
+    def picture(graph: dict[str, Any]) -> np.ndarray:
+        key = json.dumps(graph, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("headless")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("CASCADE_MODELS", str(models))
+                run_graph(graph, output_folder=folder)
+            (file,) = folder.rglob("*.png")
+            made[key] = np.asarray(Image.open(file).convert("RGB"))
+        return made[key]
+
+    return picture
 
 
 @pytest.fixture

@@ -5,35 +5,46 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from cascade_nodes.headless import run_graph
-
-EXAMPLES = Path(__file__).parents[2] / "example_workflows" / "api"
-
-
-@pytest.fixture(scope="session")
-def headless_picture(tmp_path_factory):
-    """By the example's name, made once for every version of ComfyUI."""
-    made = {}
-
-    def picture(name: str) -> np.ndarray:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("headless")
-            run_graph(EXAMPLES / f"{name}.json", output_folder=folder)
-            (file,) = folder.rglob("*.png")
-            made[name] = np.asarray(Image.open(file).convert("RGB"))
-        return made[name]
-
-    return picture
+EXAMPLES = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((Path(__file__).parents[2] / "example_workflows" / "api").glob("*.json"))
+}
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(EXAMPLES.glob("*.json"))])
-def test_same_picture_as_without_comfyui(checkout, client, headless_picture, name):
-    graph = json.loads((EXAMPLES / f"{name}.json").read_text(encoding="utf-8"))
-    execution = client.run(graph)
+def files(graph):
+    """{(node, input): file} of all loaders in a graph."""
+    return {
+        (node_id, input_id): node["inputs"][input_id]
+        for node_id, node in graph.items()
+        for input_id in ("file", "previewer")
+        if input_id in node["inputs"]
+    }
+
+
+def uses_the_demo(name):
+    return all(file.startswith("demo_") for file in files(EXAMPLES[name]).values())
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if uses_the_demo(name)])
+def test_same_picture_as_without_comfyui(client, right_picture, name):
+    execution = client.run(EXAMPLES[name])
     assert execution.error is None
     (picture,) = client.pictures(execution)
-    expected = headless_picture(name)
+    expected = right_picture(EXAMPLES[name])
     assert picture.shape == expected.shape
     assert np.abs(picture.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not uses_the_demo(name)])
+def test_an_example_of_published_files_lacks_nothing_but_these(client, name):
+    status, answer = client.post("/prompt", {"prompt": EXAMPLES[name]})
+    assert status == 400
+    missing = {
+        (node_id, error["extra_info"]["input_name"]): error["details"]
+        for node_id, entry in answer["node_errors"].items()
+        for error in entry["errors"]
+    }
+    assert missing.keys() == files(EXAMPLES[name]).keys()
+    for place, file in files(EXAMPLES[name]).items():
+        assert f" file {file!r} was found in " in missing[place]

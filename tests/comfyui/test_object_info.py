@@ -1,0 +1,21 @@
+"""What every version of ComfyUI tells its front end of our nodes: always the same, but for lists of files."""
+
+import json
+
+from cascade_nodes.tests.comfyui.record_object_info import RECORD, told
+
+FROZEN = json.loads(RECORD.read_text(encoding="utf-8"))
+
+
+def test_object_info_equals_the_frozen_schema(server):
+    found = told(server)
+    assert found.keys() == FROZEN.keys()
+    for name, info in found.items():
+        assert info == FROZEN[name], f"{name}: if that is meant, run record_object_info.py"
+
+
+def test_loaders_list_what_is_there(server):
+    info = server.get("/object_info/StageCLoader")["StageCLoader"]
+    _, options = info["input"]["required"]["file"]
+    assert options["options"][0] == options["default"] == "demo_stage_c.safetensors"
+    assert "tiny_stage_c.safetensors" in options["options"]
