@@ -46,7 +46,18 @@ def stage_c_size(height: int, width: int, compression: float) -> tuple[int, int]
 def empty_stage_b(batch: int, height: int, width: int) -> dict[str, Tensor]:
     """The Stage B latent, zeros, of pictures of that many pixels."""
     shape = (batch, LATENT_CHANNELS["stage_b"], height // STAGE_B_COMPRESSION, width // STAGE_B_COMPRESSION)
-    return {"samples": torch.zeros(shape)}
+    return {"samples": zeros(shape, f"{width} × {height}")}
+
+
+def zeros(shape: tuple[int, ...], size: str) -> Tensor:
+    """An empty latent. size: of the picture, for the message where memory does not suffice."""
+    try:
+        return torch.zeros(shape)
+    except RuntimeError as error:  # torch has no class of its own for this on the CPU
+        raise CascadeError(
+            f"{shape[0]} latents for pictures of {size} pixels do not fit into memory; choose a smaller size or "
+            "batch_size."
+        ) from error
 
 
 def check_size(width: int | None, height: int | None) -> None:
@@ -109,7 +120,8 @@ class CascadeEmptyLatent(io.ComfyNode):
         if batch_size < 1:
             raise CascadeError(f"batch_size is {batch_size}; at least one picture must be made.")
         shape = (batch_size, LATENT_CHANNELS["stage_c"], *stage_c_size(height, width, compression))
-        return io.NodeOutput({"samples": torch.zeros(shape)}, empty_stage_b(batch_size, height, width))
+        stage_c = {"samples": zeros(shape, f"{width} × {height}")}
+        return io.NodeOutput(stage_c, empty_stage_b(batch_size, height, width))
 
 
 class CascadeEncode(io.ComfyNode):

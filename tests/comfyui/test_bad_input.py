@@ -1,0 +1,258 @@
+"""Bad values, files and folders in ComfyUI: the node says what is wrong, and the next prompt works."""
+
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from cascade_nodes.cascade_core.checkpoints import write_safetensors
+from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.nodes.hosts import roles
+from cascade_nodes.tests.comfyui.graphs import DECODER, PRIOR, compress, demo, tiny
+from cascade_nodes.tests.headless.record_comfyui import node
+from cascade_nodes.tests.nodes.tiny import TRANSFORMER
+
+SEEDS = itertools.count(1000)
+
+
+@pytest.fixture
+def fails(client, right_picture):
+    """Runs a graph that must fail; gives (node, what it said). Then the next prompt works."""
+
+    def run(graph):
+        execution = client.run(graph)
+        (error,) = execution.of("execution_error")
+        good = tiny({"7.seed": next(SEEDS)})
+        following = client.run(good)
+        assert following.error is None
+        (picture,) = client.pictures(following)
+        assert np.abs(picture.astype(int) - right_picture(good)).max() <= 1
+        assert error["exception_type"].endswith("CascadeError"), error["exception_message"]
+        return error["node_id"], error["exception_message"].strip()
+
+    return run
+
+
+def other_model(name):
+    return node("OtherModel", name=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "at", "said"),
+    [
+        (
+            {"20": other_model("SDXL"), "7.model": ["20", 0]},
+            PRIOR,
+            "The MODEL connected to Cascade Prior Sampler is a SDXL model, but Stage C is expected; connect Load Stage "
+            "C.",
+        ),
+        (
+            {"20": other_model("SD 1.5"), "8.model": ["20", 0]},
+            DECODER,
+            "The MODEL connected to Cascade Decoder Sampler is a BaseModel model, but Stage B is expected; connect "
+            "Load Stage B.",
+        ),
+        (
+            {"20": other_model("none"), "7.model": ["20", 0]},
+            PRIOR,
+            "Cascade Prior Sampler got no MODEL; connect Load Stage C.",
+        ),
+        (
+            {"7.model": ["2", 0]},
+            PRIOR,
+            "The MODEL connected to Cascade Prior Sampler is tiny_stage_b.safetensors (Stage B), but Stage C is "
+            "expected; connect Load Stage C.",
+        ),
+        (
+            {"8.model": ["1", 0]},
+            DECODER,
+            "The MODEL connected to Cascade Decoder Sampler is tiny_stage_c.safetensors (Stage C), but Stage B is "
+            "expected; connect Load Stage B.",
+        ),
+        (
+            {"20": node("CascadeGuidance", model=["21", 0], cfg_rescale=0.7, shift=2.0), "21": other_model("SDXL"),
+             "7.model": ["20", 0]},
+            "20",
+            "The MODEL connected to Cascade Guidance is a SDXL model, but Stage B or C is expected; connect Load Stage "
+            "C or Load Stage B.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_of_another_kind(fails, changes, at, said):
+    assert fails(tiny(changes)) == (at, said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "at", "said"),
+    [
+        (
+            {"4.file": roles.DEMO_NAMES["text_encoder"]},
+            PRIOR,
+            "positive: text states of width 192 do not fit tiny_stage_c.safetensors (Stage C), which takes 64; load "
+            "the text encoder that belongs to this model.",
+        ),
+        (
+            {"20": node("OtherConditioning", width=768, pooled=768), "7.positive": ["20", 0]},
+            PRIOR,
+            "positive: text states of width 768 do not fit tiny_stage_c.safetensors (Stage C), which takes 64; load "
+            "the text encoder that belongs to this model.",
+        ),
+        (
+            {"20": node("OtherConditioning", width=64, pooled=1280), "7.negative": ["20", 0]},
+            PRIOR,
+            "negative: the pooled text vector of width 1280 do not fit tiny_stage_c.safetensors (Stage C), which takes "
+            "64; load the text encoder that belongs to this model.",
+        ),
+        (
+            {"20": node("OtherConditioning", width=64, pooled=1280), "8.positive": ["20", 0]},
+            DECODER,
+            "positive: the pooled text vector of width 1280 do not fit tiny_stage_b.safetensors (Stage B), which takes "
+            "64; load the text encoder that belongs to this model.",
+        ),
+        (
+            {"20": node("OtherConditioning", width=64, pooled=0), "7.positive": ["20", 0]},
+            PRIOR,
+            "positive has no pooled text vector, which tiny_stage_c.safetensors (Stage C) needs; connect Cascade Text "
+            "Encode with the text encoder of this model.",
+        ),
+        (
+            {"1.file": roles.DEMO_NAMES["stage_c"]},
+            PRIOR,
+            "positive: text states of width 64 do not fit demo_stage_c.safetensors (Stage C), which takes 192; load "
+            "the text encoder that belongs to this model.",
+        ),
+    ],
+)  # fmt: skip
+def test_widths_that_do_not_fit(fails, changes, at, said):
+    assert fails(tiny(changes)) == (at, said)
+
+
+def test_the_text_encoder_of_another_model(fails, server):
+    """As wide as the published networks', before the demo's Stage C."""
+    wide = {**TRANSFORMER, "hidden_size": 1280, "intermediate_size": 64, "projection_dim": 1280}
+    wide |= {"num_attention_heads": 20, "vocab_size": 49408}
+    folder = server.base / "models" / "text_encoders"
+    write_safetensors(
+        folder / "wide.safetensors", build_text_model(wide).half().state_dict(), {"config": json.dumps(wide)}
+    )
+    assert fails(demo({"4.file": "wide.safetensors"})) == (
+        PRIOR,
+        "positive: text states of width 1280 do not fit demo_stage_c.safetensors (Stage C), which takes 192; load "
+        "the text encoder that belongs to this model.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "at", "said"),
+    [
+        (
+            {"7.latent": ["6", 1]},
+            PRIOR,
+            "latent has the shape (1, 4, 16, 16), but tiny_stage_c.safetensors (Stage C) samples latents of 16 "
+            "channels; connect the stage_c output of Cascade Empty Latent or Cascade Encode.",
+        ),
+        (
+            {"8.latent": ["6", 0]},
+            DECODER,
+            "latent has the shape (1, 16, 2, 2), but tiny_stage_b.safetensors (Stage B) samples latents of 4 channels; "
+            "connect the stage_b output of Cascade Empty Latent or Cascade Encode.",
+        ),
+        (
+            {"20": node("OtherLatent", channels=8, side=2), "8.stage_c": ["20", 0]},
+            DECODER,
+            "stage_c of Cascade Decoder Sampler has the shape (1, 8, 2, 2), but Stage C's latent has 16 channels; "
+            "connect Cascade Prior Sampler.",
+        ),
+        (
+            {"9.samples": ["7", 0]},
+            "9",
+            "Cascade Decode got a latent of 16 channels, but Stage A decodes the 4 channels of Stage B's; connect "
+            "Cascade Decoder Sampler, or the compressor to see Stage C's latent.",
+        ),
+        (
+            {"6.width": 8},
+            DECODER,
+            "The picture is 8 × 64 pixels, but tiny_stage_b.safetensors (Stage B) makes none with a side under 16; "
+            "choose a larger width and height.",
+        ),
+    ],
+)
+def test_latents_that_do_not_fit(fails, changes, at, said):
+    assert fails(tiny(changes)) == (at, said)
+
+
+def test_a_vae_of_another_kind(fails):
+    assert fails(compress({"12.vae": ["3", 0]})) == (
+        "12",
+        "The VAE connected to Cascade Encode is Stage A, but the semantic compressor is expected; connect Load "
+        "Cascade Compressor.",
+    )
+
+
+@pytest.mark.parametrize("changes", [{"6.batch_size": 4096}, {"6.batch_size": 4096, "6.compression": 4.0}])
+def test_more_pictures_than_fit_into_memory(fails, changes):
+    at, said = fails(tiny({"6.width": 16384, "6.height": 16384, **changes}))
+    assert at == "6"
+    assert said == (
+        "4096 latents for pictures of 16384 × 16384 pixels do not fit into memory; choose a smaller size or batch_size."
+    )
+
+
+@pytest.mark.parametrize("bad", ["truncated", "pickle", "empty", "another kind"])
+def test_a_file_replaced_by_a_bad_one_while_it_is_loaded(client, fails, server, bad):
+    """Put in place as a download does it, and put back."""
+    client.run(tiny({"7.seed": next(SEEDS)}))
+    file = server.base / "models" / "diffusion_models" / "tiny_stage_c.safetensors"
+    kept, new = file.with_name("kept"), file.with_name("new")
+    os.link(file, kept)
+    if bad == "truncated":
+        new.write_bytes(file.read_bytes()[:-100])
+    elif bad == "pickle":
+        torch.save({"weight": torch.zeros(3)}, new)
+    elif bad == "empty":
+        new.write_bytes(b"")
+    else:
+        new.write_bytes((server.base / "models" / "unet" / "tiny_stage_b.safetensors").read_bytes())
+    os.replace(new, file)
+    execution = client.run(tiny({"7.seed": next(SEEDS)}))
+    os.replace(kept, file)
+    (error,) = execution.of("execution_error")
+    assert error["node_id"] == "1"
+    assert error["exception_type"].endswith("CascadeError"), error["exception_message"]
+    assert "tiny_stage_c.safetensors " in error["exception_message"]
+    at, _ = fails(tiny({"7.model": ["2", 0]}))
+    assert at == PRIOR
+
+
+def test_model_folders_that_must_not_be_read(client, fails, server):
+    """Their files are named as missing or closed, and the lists of all other loaders stay."""
+    models = server.base / "models"
+    closed = models / "stable_cascade"
+    file = models / "diffusion_models" / "tiny_stage_c.safetensors"
+    closed.chmod(0)
+    file.chmod(0)
+    try:
+        status, answer = client.post("/prompt", {"prompt": compress(), "client_id": client.id})
+        assert status == 200, "the other output can be made"
+        for error in answer["node_errors"]["11"]["errors"]:  # one for each input that was looked at
+            assert (
+                "No semantic compressor file 'tiny_compressor.safetensors' was found in " in error["details"]
+            )
+            assert str(closed) in error["details"]
+        client.follow(answer["prompt_id"])
+        info = server.get("/object_info/StageBLoader")["StageBLoader"]
+        assert "tiny_stage_b.safetensors" in info["input"]["required"]["file"][1]["options"]
+        execution = client.run(tiny({"7.seed": next(SEEDS), "1.dtype": "fp32"}))
+        (error,) = execution.of("execution_error")
+        assert error["node_id"] == "1"
+        assert "Permission denied" in error["exception_message"]
+        assert error["exception_type"].endswith("CascadeError"), error["exception_message"]
+    finally:
+        closed.chmod(0o755)
+        file.chmod(0o644)
+    at, _ = fails(tiny({"7.model": ["2", 0]}))
+    assert at == PRIOR
+    assert client.run(compress()).error is None
