@@ -36,13 +36,18 @@ def missing() -> str | None:
     return f"the interface is not tested for lack of {', '.join(names)}" if names else None
 
 
+def environment() -> dict[str, str]:
+    """What node needs to find playwright-core."""
+    return {**os.environ, "NODE_PATH": find_modules() or ""}
+
+
 def play(url: str, *, nodes2: bool, **settings: Any) -> dict[str, Any]:
     """What each scenario saw in the interface at an address. RuntimeError where the page did not open."""
     given = {"url": url, "nodes2": nodes2, "chromium": find_chromium(), **settings}
     finished = subprocess.run(
         ["node", PLAYER],
         input=json.dumps(given),
-        env={**os.environ, "NODE_PATH": find_modules() or ""},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,83 @@
+"""The example graphs: both formats of each say the same, and each can be made from the other."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cascade_nodes.headless.catalogue import FILES
+from cascade_nodes.tests.web.formats import layout_of, schemas, to_api, to_ui
+
+EXAMPLES = Path(__file__).parents[2] / "example_workflows"
+NAMES = sorted(path.stem for path in (EXAMPLES / "api").glob("*.json"))
+PUBLISHED = {(file.saved_as, file.folder): file for file in FILES.values()}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    return schemas()
+
+
+def test_every_example_is_there_twice_and_has_a_picture():
+    assert NAMES
+    assert sorted(path.stem for path in EXAMPLES.glob("*.json")) == NAMES
+    for name in NAMES:
+        with Image.open(EXAMPLES / f"{name}.jpg") as thumbnail:
+            assert thumbnail.format == "JPEG"
+            assert max(thumbnail.size) <= 800
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_graph_converts_to_the_prompt(name, nodes):
+    assert to_api(read(EXAMPLES / f"{name}.json"), nodes) == read(EXAMPLES / "api" / f"{name}.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_prompt_converts_to_the_graph(name, nodes):
+    graph = read(EXAMPLES / f"{name}.json")
+    assert to_ui(read(EXAMPLES / "api" / f"{name}.json"), nodes, layout_of(graph)) == graph
+
+
+def test_what_cannot_be_converted_is_refused(nodes):
+    graph = read(EXAMPLES / "text_to_image.json")
+    graph["nodes"][0]["mode"] = 4
+    with pytest.raises(ValueError, match="node 1 .* bypassed"):
+        to_api(graph, nodes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_lie_in_groups_and_on_no_other(name):
+    graph = read(EXAMPLES / f"{name}.json")
+    title = 30  # pixels above a node's place
+    boxes = {
+        node["id"]: (x, y - title, x + width, y + height)
+        for node in graph["nodes"]
+        for (x, y), (width, height) in [(node["pos"], node["size"])]
+    }
+    groups = [
+        (x, y, x + width, y + height) for x, y, width, height in (g["bounding"] for g in graph["groups"])
+    ]
+    for one, (left, top, right, bottom) in boxes.items():
+        inside = [g for g in groups if g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3]]
+        assert len(inside) == 1, f"node {one} lies in {len(inside)} groups"
+        for other, (x0, y0, x1, y1) in boxes.items():
+            apart = right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
+            assert one == other or apart, f"nodes {one} and {other} overlap"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_are_those_of_the_catalogue(name):
+    for node in read(EXAMPLES / f"{name}.json")["nodes"]:
+        for model in node["properties"].get("models", []):
+            file = PUBLISHED[model["name"], model["directory"]]
+            assert model["url"] == f"https://huggingface.co/{file.repo}/resolve/main/{file.path}"
+            assert model["name"] == node["widgets_values"][0]
+    published = [
+        node for node in read(EXAMPLES / f"{name}.json")["nodes"] if node["properties"].get("models")
+    ]
+    assert len(published) == (4 if name.endswith("_published") else 0)

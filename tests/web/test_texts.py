@@ -1,0 +1,123 @@
+"""Help and translations: everything that the nodes show is explained, and nothing that is gone."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cascade_nodes.nodes.extension import NODES
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "web" / "docs"
+INFO = {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in NODES)}
+LANGUAGES = ("en", "ja", "zh")
+HELP_LANGUAGES = ("en", "ja")
+HEADINGS = {
+    "en": ["Inputs", "Outputs", "Typical values", "Errors"],
+    "ja": ["入力", "出力", "よく使う値", "エラー"],
+}
+SCRIPTS = {"ja": r"[\u3040-\u30ff]", "zh": r"[\u4e00-\u9fff]"}  # kana, Chinese characters
+
+
+def read(language, name):
+    return json.loads((ROOT / "locales" / language / name).read_text(encoding="utf-8"))
+
+
+NODE_TEXTS = {language: read(language, "nodeDefs.json") for language in LANGUAGES}
+MAIN = {language: read(language, "main.json") for language in LANGUAGES}
+
+
+def inputs_of(info):
+    return {
+        name: entry
+        for kind in ("required", "optional")
+        for name, entry in info["input"].get(kind, {}).items()
+    }
+
+
+def english(info):
+    """The texts that the schema itself has, in the form of nodeDefs.json."""
+    outputs = zip(info["output_name"], info["output_tooltips"], strict=True)
+    return {
+        "display_name": info["display_name"],
+        "description": info["description"],
+        "inputs": {
+            name: {"name": name, "tooltip": options["tooltip"]}
+            for name, (_, options) in inputs_of(info).items()
+        },
+        "outputs": {
+            str(slot): {"name": name, "tooltip": tooltip} for slot, (name, tooltip) in enumerate(outputs)
+        },
+    }
+
+
+def leaves(texts, path=()):
+    """{path: text}"""
+    if isinstance(texts, str):
+        return {path: texts}
+    return {leaf: text for key, part in texts.items() for leaf, text in leaves(part, (*path, key)).items()}
+
+
+def test_english_is_what_the_nodes_say():
+    assert NODE_TEXTS["en"] == {name: english(info) for name, info in INFO.items()}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("texts", [NODE_TEXTS, MAIN], ids=["nodes", "panels"])
+def test_translations_have_the_same_entries(texts, language):
+    assert leaves(texts[language]).keys() == leaves(texts["en"]).keys()
+    assert all(text.strip() for text in leaves(texts[language]).values())
+
+
+@pytest.mark.parametrize("language", ["ja", "zh"])
+def test_sentences_are_translated(language):
+    for path, text in leaves(NODE_TEXTS[language]).items():
+        if path[-1] in ("tooltip", "description") and not re.fullmatch(r"Stage [ABC] ?[。.]", text):
+            assert re.search(SCRIPTS[language], text), f"{language} {'.'.join(path)}: {text}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_texts_hold_no_syntax_of_the_interface(language):
+    """vue-i18n, through which they are shown, takes these characters for its own."""
+    for path, text in leaves(NODE_TEXTS[language]).items():
+        assert not re.search(r"[@|{}]", text), f"{language} {'.'.join(path)}: {text}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_panels_fill_the_same_places(language):
+    for path, text in leaves(MAIN["en"]).items():
+        translated = leaves(MAIN[language])[path]
+        assert set(re.findall(r"{\w+}", translated)) == set(re.findall(r"{\w+}", text)), path
+
+
+def test_panels_say_only_what_the_locales_have():
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web").glob("*.js"))
+    used = set(re.findall(r'"((?:size|run)\.\w+)"', scripts))
+    verdicts = re.search(r'@typedef \{("trained".+?)\} Verdict', scripts)
+    assert verdicts
+    used |= {f"size.{name}" for name in re.findall(r'"(\w+)"', verdicts.group(1))}
+    there = {f"{group}.{name}" for group, texts in MAIN["en"]["cascadeNodes"].items() for name in texts}
+    assert used == there
+
+
+def test_help_is_there_for_every_node_and_no_other():
+    assert {path.name for path in DOCS.iterdir()} == set(INFO)
+    for name in INFO:
+        assert {path.name for path in (DOCS / name).iterdir()} == {f"{one}.md" for one in HELP_LANGUAGES}
+
+
+@pytest.mark.parametrize("language", HELP_LANGUAGES)
+@pytest.mark.parametrize("name", INFO)
+def test_help_explains_the_node_as_it_is(name, language):
+    text = (DOCS / name / f"{language}.md").read_text(encoding="utf-8")
+    names = NODE_TEXTS[language][name]
+    title, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    assert title.startswith(f"# {names['display_name']}\n\n")
+    assert len(title.split("\n\n", 1)[1].strip()) > 60
+    assert [section.splitlines()[0] for section in sections] == HEADINGS[language]
+    for kind, section in zip(("inputs", "outputs"), sections[:2], strict=True):
+        rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.+) \|$", section, flags=re.MULTILINE)
+        assert rows == [(entry["name"], entry["tooltip"]) for entry in names[kind].values()]
+    for section in sections[2:]:
+        assert re.search(r"^- ", section, flags=re.MULTILINE)
