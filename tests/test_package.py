@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -100,3 +101,24 @@ def test_arrows_point_one_way():
         [BIN / "lint-imports", "--no-logo"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout
+
+
+def test_the_registry_gets_what_users_need():
+    """The archive holds every file that git tracks but those named in .comfyignore."""
+    ignored = [
+        line
+        for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert all((ROOT / entry).exists() for entry in ignored)
+    for needed in ("demo/weights/x", "web/cascade.js", "locales/ja/main.json", "example_workflows/x.json"):
+        assert not any(needed.startswith(entry) for entry in ignored)
+    comfy = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["comfy"]
+    assert comfy["requires-comfyui"] == ">=0.3.64"
+    assert "web" not in comfy  # beside WEB_DIRECTORY it would serve every script twice
+
+
+def test_the_icon_is_square_and_small():
+    root = ElementTree.parse(ROOT / "icon.svg").getroot()
+    assert root.attrib["width"] == root.attrib["height"]
+    assert int(root.attrib["width"]) <= 400
