@@ -52,7 +52,7 @@ def english(info):
     }
 
 
-def leaves(texts, path=()):
+def leaves(texts, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
     """{path: text}"""
     if isinstance(texts, str):
         return {path: texts}

@@ -75,9 +75,9 @@ async function drag(page, from, to) {
 /** Double clicks on the empty canvas until it answers: it does not while it is still placing a node. */
 async function openSearch(page) {
   const field = page.locator("input[role=combobox]").first();
-  for (let attempt = 0; attempt < 6 && !(await field.isVisible()); attempt++) {
+  for (let attempt = 0; attempt < 12 && !(await field.isVisible()); attempt++) {
     await page.mouse.dblclick(900, 500);
-    await field.waitFor({ timeout: 1500 }).catch(() => {}); // the next attempt, or fill, says it
+    await field.waitFor({ timeout: 600 }).catch(() => {}); // the next attempt, or fill, says it
   }
   return field;
 }
