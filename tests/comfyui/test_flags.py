@@ -24,6 +24,7 @@ def test_comfyui_started_with(checkout, tmp_path, right_picture, flag):
             assert least <= difference.mean() <= most
             execution = client.run(tiny({"7.model": ["2", 0]}))
             assert [data["node_id"] for data in execution.of("execution_error")] == [PRIOR]
+            assert execution.error is not None
             assert "tiny_stage_b.safetensors (Stage B), but Stage C is expected" in execution.error
             status, answer = client.post("/prompt", {"prompt": tiny({"6.width": 100})})
             assert status == 400
