@@ -1,5 +1,7 @@
 """The folder as a package: one identity, no heavy import at the door, arrows that only point one way."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -116,6 +118,22 @@ def test_the_registry_gets_what_users_need():
     comfy = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["comfy"]
     assert comfy["requires-comfyui"] == ">=0.3.64"
     assert "web" not in comfy  # beside WEB_DIRECTORY it would serve every script twice
+
+
+def test_publishing_names_the_repository_and_the_icon(tmp_path):
+    """As the release workflow does it, wherever the repository lives; nothing else changes."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    script = workflow.split("run: |\n")[1].split("\n      - ")[0]
+    environment = {**os.environ, "GITHUB_REPOSITORY": "someone/cascade-nodes"}
+    subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=environment, check=True)
+    before, after = (
+        tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")) for folder in (ROOT, tmp_path)
+    )
+    assert after["project"].pop("urls") == {"Repository": "https://github.com/someone/cascade-nodes"}
+    icon = after["tool"]["comfy"].pop("Icon")
+    assert icon == "https://raw.githubusercontent.com/someone/cascade-nodes/main/icon.svg"
+    assert after == before
 
 
 def test_the_icon_is_square_and_small():

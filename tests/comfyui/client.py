@@ -23,11 +23,11 @@ END = {"execution_success", "execution_error", "execution_interrupted"}
 
 @dataclass
 class Execution:
-    """What was heard of one prompt: its messages in order, and how many previews came between them."""
+    """What was heard of one prompt: its messages in order, and the previews that came between them."""
 
     prompt_id: str
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    previews: int = 0
+    previews: list[np.ndarray] = field(default_factory=list)  # (H, W, 3) uint8
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The data of every message of a kind."""
@@ -92,7 +92,7 @@ class Client:
         execution = Execution(prompt_id)
         for kind, data in self._messages():
             if kind == "preview":
-                execution.previews += 1
+                execution.previews.append(data["picture"])
                 continue
             if data.get("prompt_id") != prompt_id:
                 continue
@@ -120,7 +120,8 @@ class Client:
     def _messages(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for message in self.socket:
             if isinstance(message, bytes):
-                yield "preview", {}
+                jpeg = message[message.index(b"\xff\xd8") :]  # what is before it differs between versions
+                yield "preview", {"picture": np.asarray(Image.open(BytesIO(jpeg)).convert("RGB"))}
                 continue
             content = json.loads(message)
             yield content["type"], content.get("data") or {}

@@ -57,7 +57,7 @@ def test_progress_and_previews_arrive(client):
         values = [data["value"] for data in execution.of("progress") if data["node"] == sampler]
         assert [value for value in values if value] == list(range(1, steps + 1))
         assert {data["max"] for data in execution.of("progress") if data["node"] == sampler} == {steps}
-    assert execution.previews >= 6 + 5
+    assert len(execution.previews) >= 6 + 5
     for sampler, steps in ((PRIOR, 6), (DECODER, 5)):
         (shown,) = [
             data["output"]["cascade_run"] for data in execution.of("executed") if data["node"] == sampler

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from cascade_nodes.tests.comfyui.graphs import PRIOR
 
 EXAMPLES = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
@@ -34,6 +37,11 @@ def test_same_picture_as_without_comfyui(client, right_picture, name):
     expected = right_picture(EXAMPLES[name])
     assert picture.shape == expected.shape
     assert np.abs(picture.astype(int) - expected).max() <= 1
+    # The last preview is Stage B's last step, the middle one Stage C's: what the picture shows, in its colours.
+    stage_c = EXAMPLES[name][PRIOR]["inputs"]["steps"]
+    for preview, difference in ((execution.previews[stage_c - 1], 8), (execution.previews[-1], 2)):
+        shown = Image.fromarray(preview).resize((picture.shape[1], picture.shape[0]))
+        assert np.abs(np.asarray(shown).astype(int) - picture).mean() <= difference
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not uses_the_demo(name)])

@@ -20,27 +20,30 @@ from . import folders
 
 # Of ComfyUI's methods, those that leave room for a learned previewer.
 LEARNED = (LatentPreviewMethod.Auto, LatentPreviewMethod.TAESD)
+# What shows each stage's latents, and its configuration's word for their channels.
+PREVIEWERS = {"stage_c": ("previewer", "c_in"), "stage_b": ("stage_a", "c_latent")}
 
 
 class LearnedPreviewer(latent_preview.LatentPreviewer):
-    """Stage C's latent through the previewer network."""
+    """Stage C's latent through the previewer network, or Stage B's through Stage A."""
 
     def __init__(self, network: nn.Module):
         self.network = network
+        self.to_picture: Callable[[Tensor], Tensor] = getattr(network, "decode", network)
 
     def decode_latent_to_preview(self, x0: Tensor) -> Image.Image:
         weight = next(self.network.parameters())
         with torch.inference_mode():
-            picture = self.network(x0[:1].to(weight)).clamp(0, 1)[0]  # (3, H, W)
+            picture = self.to_picture(x0[:1].to(weight)).clamp(0, 1)[0]  # (3, H, W)
         return Image.fromarray((picture * 255).round().byte().movedim(0, -1).cpu().numpy())
 
 
 def step_callback(patcher: Any, steps: int, kind: str) -> Callable[..., None]:
     """Called as (step, x0, x, steps) after each step: moves the node's bar, shows a preview of x0.
 
-    The preview of Stage C is the learned previewer's where its file is there, else ComfyUI's approximation.
+    The preview is a learned one where there is a file for it, else ComfyUI's approximation.
     """
-    previewer = learned_previewer(patcher) if kind == "stage_c" and args.preview_method in LEARNED else None
+    previewer = learned_previewer(patcher, kind) if args.preview_method in LEARNED else None
     if previewer is None:
         return latent_preview.prepare_callback(patcher, steps)
     bar = comfy.utils.ProgressBar(steps)
@@ -51,24 +54,30 @@ def step_callback(patcher: Any, steps: int, kind: str) -> Callable[..., None]:
     return callback
 
 
-def learned_previewer(patcher: Any) -> LearnedPreviewer | None:
-    """The previewer of the MODEL's own family: the demo's for the demo's Stage C, else a published one."""
-    path = previewer_file(getattr(patcher.model.diffusion_model, "name", ""))
+def learned_previewer(patcher: Any, kind: str) -> LearnedPreviewer | None:
+    """Of the MODEL's own family. Stage B has one in the demo alone: its Stage A, which is as quick as an approximation.
+
+    ComfyUI's approximation of Stage B's latents holds for the published Stage A, which is not quick.
+    """
+    file = getattr(patcher.model.diffusion_model, "name", "")
+    role, channels = PREVIEWERS[kind]
+    if file == roles.DEMO_NAMES[kind]:
+        path = roles.demo_file(role)
+    else:
+        path = published_previewer() if kind == "stage_c" else None
     if path is None:
         return None
     try:
-        network, _, config = checkpoints.load_model(path, expect="previewer", dtype=torch.float32)
+        network, _, config = checkpoints.load_model(path, expect=role, dtype=torch.float32)
     except CascadeError:  # a damaged file must not stop a run that can do without it
         return None
-    fits = config["c_in"] == patcher.model.latent_format.latent_channels
+    fits = config[channels] == patcher.model.latent_format.latent_channels
     return LearnedPreviewer(network.to(comfy.model_management.get_torch_device())) if fits else None
 
 
-def previewer_file(stage_c: str) -> Path | None:
-    """The previewer for a Stage C file of that name, found by what is in the files."""
+def published_previewer() -> Path | None:
+    """Found by what is in the files."""
     demo = roles.demo_file("previewer")
-    if stage_c == roles.DEMO_NAMES["stage_c"]:
-        return demo
     for name in folders.list_files("previewer"):
         path = folders.find_file("previewer", name)
         if path != demo and checkpoints.holds(path, "previewer"):

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import folder_paths
 import torch
 from comfy_extras import nodes_stable_cascade
@@ -45,7 +46,8 @@ def random_weights(manifest: str) -> dict[str, Tensor]:
             tensors[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
             continue
         count = torch.Size(shape).numel()
-        values = block.repeat(-(-count // len(block)))[:count].reshape(shape)
+        numbers = block if count <= len(block) else block.repeat(-(-count // len(block)))
+        values = numbers[:count].clone().reshape(shape)
         one = name.endswith("running_var") or ("norm" in name and name.endswith("weight"))
         tensors[name] = (values + 1).abs() if one else values
     return tensors
@@ -63,63 +65,70 @@ def write_files(folder: Path) -> None:
         folder_paths.add_model_folder_path(category, str(folder))
 
 
+LATENTS = {"stage_c": torch.zeros(1, 16, 6, 6), "stage_b": torch.zeros(1, 4, 64, 64)}
+
+
 def sample(kind: str, model: Any, prompts: Any) -> Tensor:
     run = make_run(kind, model, prompts, steps=STEPS, samples=LATENTS[kind], cfg_rescale=0.7)
     return comfyui.sample(run).samples
 
 
-LATENTS = {"stage_c": torch.zeros(1, 16, 6, 6), "stage_b": torch.zeros(1, 4, 64, 64)}
-
-
-def stage_c() -> tuple[dict[str, float], Any]:
-    """The all-in-one by ComfyUI's loader and by ours: text, sampling, compressor; the prompts for Stage B."""
-    model, clip, vae = nodes.CheckpointLoaderSimple().load_checkpoint(AIO)[:3]
-    ours, our_clip, our_vae, vision = loaders.CascadeCheckpointLoader.execute(AIO, "auto").result
-    prompts = {"native": encode("native", clip), "ours": encode("ours", our_clip)}
-    image = torch.rand(1, 256, 256, 3)
-    encoder = nodes_stable_cascade.StableCascade_StageC_VAEEncode
-    latents = [only(encoder.execute(image, one, 42))["samples"] for one in (vae, our_vae)]
-    sampled = {
-        "native": sample("stage_c", model, prompts["native"]),
-        "ours": sample("stage_c", ours, prompts["native"]),
-    }
+def stage_c(who: str, image: Tensor, prompts: Any = None) -> tuple[dict[str, Tensor], Any]:
+    """What comes of the all-in-one by one side's loader, with the native prompts; and the prompts of this side."""
+    if who == "native":
+        model, clip, vae, *_ = nodes.CheckpointLoaderSimple().load_checkpoint(AIO)
+    else:
+        output: Any = loaders.CascadeCheckpointLoader.execute(AIO, "auto")
+        model, clip, vae, vision = output.result
+        embeds = only(nodes.CLIPVisionEncode().encode(vision, image, "center")).image_embeds
+        assert embeds.shape == (1, 768), embeds.shape
+    encoded = encode(who, clip)
+    prompts = prompts or encoded
+    states, extra = encoded[0][0]
+    latent = only(nodes_stable_cascade.StableCascade_StageC_VAEEncode.execute(image, vae, 42))["samples"]
     empty = only(nodes_stable_cascade.StableCascade_EmptyLatentImage.execute(256, 256, 42))
-    ksampled = [
-        only(nodes.KSampler().sample(one, 5, STEPS, 2.0, "ddim", "simple", *prompts["native"], empty))[
-            "samples"
-        ]
-        for one in (model, ours)
-    ]
-    embeds = only(nodes.CLIPVisionEncode().encode(vision, image, "center")).image_embeds
-    assert embeds.shape == (1, 768), embeds.shape
-    (text, pooled), (our_text, our_pooled) = (
-        (prompts[who][0][0][0], prompts[who][0][0][1]["pooled_output"]) for who in ("native", "ours")
-    )
+    ksampled = only(nodes.KSampler().sample(model, 5, STEPS, 2.0, "ddim", "simple", *prompts, empty))
     return {
-        "text states": relative(our_text, text),
-        "pooled text": relative(our_pooled, pooled),
-        "compressor": relative(latents[1], latents[0]),
-        "Stage C, our sampler": relative(sampled["ours"], sampled["native"]),
-        "Stage C, KSampler": relative(ksampled[1], ksampled[0]),
-    }, prompts["native"]
+        "text states": states,
+        "pooled text": extra["pooled_output"],
+        "compressor": latent,
+        "Stage C, our sampler": sample("stage_c", model, prompts),
+        "Stage C, KSampler": ksampled["samples"],
+    }, encoded
 
 
-def stage_b(prompts: Any) -> dict[str, float]:
-    """Stage B by UNETLoader and by ours."""
-    with_prior = nodes_stable_cascade.StableCascade_StageB_Conditioning.execute
-    semantic = {"samples": torch.randn(1, 16, 6, 6)}
-    zeros = {"samples": torch.zeros(1, 16, 6, 6)}
-    prompts = only(with_prior(prompts[0], semantic)), only(with_prior(prompts[1], zeros))
-    native = only(nodes.UNETLoader().load_unet(STAGE_B, "default"))
-    reference = sample("stage_b", native, prompts)
-    ours = only(loaders.StageBLoader.execute(STAGE_B, "auto"))
-    return {"Stage B, our sampler": relative(sample("stage_b", ours, prompts), reference)}
+def stage_b(who: str, prompts: Any) -> dict[str, Tensor]:
+    """The same of Stage B by UNETLoader or by ours."""
+    if who == "native":
+        model = only(nodes.UNETLoader().load_unet(STAGE_B, "default"))
+    else:
+        model = only(loaders.StageBLoader.execute(STAGE_B, "auto"))
+    return {"Stage B, our sampler": sample("stage_b", model, prompts)}
+
+
+def with_prior(prompts: Any) -> Any:
+    add = nodes_stable_cascade.StableCascade_StageB_Conditioning.execute
+    latents = {"samples": torch.randn(1, 16, 6, 6)}, {"samples": torch.zeros(1, 16, 6, 6)}
+    return tuple(only(add(prompt, latent)) for prompt, latent in zip(prompts, latents, strict=True))
+
+
+def free() -> None:
+    """One side at a time: both would need more memory than 24 GB."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
 
 
 def measure() -> dict[str, float]:
+    image = torch.rand(1, 256, 256, 3)
     with tempfile.TemporaryDirectory() as name:
         write_files(Path(name))
-        gc.collect()
-        results, prompts = stage_c()
-        gc.collect()
-        return {**results, **stage_b(prompts)}
+        free()
+        native, prompts = stage_c("native", image)
+        free()
+        ours, _ = stage_c("ours", image, prompts)
+        free()
+        prompts = with_prior(prompts)
+        native |= stage_b("native", prompts)
+        free()
+        ours |= stage_b("ours", prompts)
+    return {name: relative(ours[name], native[name]) for name in native}

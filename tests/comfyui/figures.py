@@ -1,0 +1,46 @@
+"""How far ours and ComfyUI's own are apart, in every version that is there, as the table of the README.
+
+    COMFYUI_PATH=… python -m cascade_nodes.tests.comfyui.figures
+
+Each is the largest difference over the largest value of what is compared, on the CPU in float32.
+"""
+
+from __future__ import annotations
+
+from cascade_nodes.tests.comfyui.checkout import CHECKOUTS
+
+# What is compared, the script in inside/ that measures it, and what the names of its measurements have in common.
+ROWS = (
+    ("each network, from the same weights", "parity", ""),
+    ("our samplers on our MODEL and on ComfyUI's, Stage C and B", "interop", "on either"),
+    ("our `ddim` and KSampler's `ddim`, `simple`", "interop", "ddim against KSampler"),
+    ("our sampler and ComfyUI's with `CascadeGuidance`, `CascadeScheduler`", "interop", "Cascade"),
+    ("loaders, text, samplers, decoder: all 32 combinations of ours and ComfyUI's", "interop", "matrix"),
+    ("ControlNets, areas, ranges: ours and ComfyUI's, in any order", "conditioning", "same"),
+    ("a LoRA by ComfyUI's node and merged into the file, Stage C", "patching", "LoRA against merged weights"),
+    ("weights whole on the device and in part", "patching", "partly loaded"),
+    ("VAEDecode and VAEEncode on our VAE and on ComfyUI's", "patching", ", native network"),
+    ("published widths (1 B, 0.7 B, bigG), random weights in bf16", "published", ""),
+)
+NO_DIFFERENCE = "share"  # a measurement of something else
+
+
+def main() -> None:
+    """Measures and prints."""
+    if not CHECKOUTS:
+        raise SystemExit("There is no ComfyUI to measure: set COMFYUI_PATH, or see docs/testing.md.")
+    scripts = list(dict.fromkeys(script for _, script, _ in ROWS))
+    measured = [{script: one.inside(script, timeout=1800) for script in scripts} for one in CHECKOUTS]
+    print(f"| what | {' | '.join(one.version for one in CHECKOUTS)} |")
+    print(f"|---|{'---|' * len(CHECKOUTS)}")
+    for what, script, words in ROWS:
+        cells = [f"{_worst(results[script], words):.1e}" for results in measured]
+        print(f"| {what} | {' | '.join(cells)} |")
+
+
+def _worst(results: dict[str, float], words: str) -> float:
+    return max(value for name, value in results.items() if words in name and NO_DIFFERENCE not in name)
+
+
+if __name__ == "__main__":
+    main()
