@@ -44,10 +44,25 @@ def prepare(base: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(checkout: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Checkout], Server]]:
+    """Gives a running ComfyUI of a version; each is started once, when it is first asked for."""
+    running: dict[Checkout, Server] = {}
+
+    def start(checkout: Checkout) -> Server:
+        if checkout not in running:
+            base = prepare(tmp_path_factory.mktemp(f"comfyui_{checkout.version}"))
+            running[checkout] = Server(checkout, base)
+        return running[checkout]
+
+    yield start
+    for server in running.values():
+        server.stop()
+
+
+@pytest.fixture
+def server(checkout: Checkout, servers: Callable[[Checkout], Server]) -> Server:
     """A ComfyUI that is running, shared by the tests of its version."""
-    with Server(checkout, prepare(tmp_path_factory.mktemp(f"comfyui_{checkout.version}"))) as running:
-        yield running
+    return servers(checkout)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,16 @@
 
 import pytest
 
+from cascade_nodes.tests.comfyui.browser import browser
 from cascade_nodes.tests.comfyui.checkout import CHECKOUTS
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Nobody shall think that these tests passed where they did not run."""
+    lacking = browser.missing()
+    if CHECKOUTS and lacking:
+        terminalreporter.section("NOT TESTED IN A BROWSER", sep="!", red=True)
+        terminalreporter.line(f"The tests in tests/comfyui/browser were skipped: {lacking}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
