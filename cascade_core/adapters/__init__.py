@@ -1,0 +1,5 @@
+"""LoRA files of every dialect, learned tokens, and how they change a network."""
+
+from .adapter import Adapter, LearnedToken, LowRank
+
+__all__ = ["Adapter", "LearnedToken", "LowRank"]
