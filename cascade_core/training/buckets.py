@@ -1,0 +1,46 @@
+"""Aspect-ratio buckets: the sizes to which training pictures are brought, all of about the same area."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+COMPRESSION = 42.67  # published: pixels for each position of Stage C's latent; 1024 pixels become 24
+COMPRESSOR_STRIDE = 32  # pixels of the compressor's picture for each position
+MAX_ASPECT = 2.5  # a longer picture is cropped to it
+
+
+class Bucket(NamedTuple):
+    """A size in pixels, as one would ask for when generating."""
+
+    height: int
+    width: int
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """(h, w) of Stage C's latent, as the nodes have it."""
+        return math.ceil(self.height / COMPRESSION), math.ceil(self.width / COMPRESSION)
+
+    @property
+    def compressor(self) -> tuple[int, int]:
+        """(height, width) of the picture that the compressor reads."""
+        h, w = self.latent
+        return h * COMPRESSOR_STRIDE, w * COMPRESSOR_STRIDE
+
+    def __str__(self) -> str:
+        return f"{self.width} × {self.height}"
+
+
+def buckets(size: int, step: int) -> list[Bucket]:
+    """The square of that side, and every rectangle of no more area whose sides are multiples of `step`."""
+    found = {Bucket(size, size)}
+    for long in range(-(-size // step) * step, int(size * math.sqrt(MAX_ASPECT)) + 1, step):
+        short = int(size * size / long) // step * step
+        if short and long / short <= MAX_ASPECT:
+            found |= {Bucket(short, long), Bucket(long, short)}
+    return sorted(found)
+
+
+def nearest(sizes: Sequence[Bucket], height: int, width: int) -> Bucket:
+    """The bucket whose aspect ratio is nearest to the picture's; of equals the larger."""
+    aspect = math.log(width / height)
+    return min(sizes, key=lambda b: (abs(math.log(b.width / b.height) - aspect), -b.height * b.width))

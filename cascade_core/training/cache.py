@@ -1,0 +1,66 @@
+"""Latents that were encoded before, in safetensors files that are written whole or not at all.
+
+A cache is a folder with one subfolder for each network that encodes. A file in it holds some rows of one shape and
+their keys; a key is the digest of what the row was made from, so that a row of a changed picture is never found.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.files import read_safetensors, write_safetensors
+from ..errors import CascadeError
+
+Key = bytes
+KEY_BYTES = 16
+
+
+def key_of(*parts: object) -> Key:
+    return hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=KEY_BYTES).digest()
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A digest of a network's weights: what it computes changes with them alone."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Cache:
+    """Rows by key; tensors are views of mapped files, or lie in memory where there is no folder."""
+
+    def __init__(self, folder: str | Path | None, fingerprint: str):
+        self.folder = Path(folder).expanduser() / fingerprint if folder is not None else None
+        self.rows: dict[Key, Tensor] = {}
+        if self.folder is not None and self.folder.is_dir():
+            for path in sorted(self.folder.glob("*.safetensors")):
+                self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            tensors, _ = read_safetensors(path)
+            keys, rows = tensors["keys"].numpy(), tensors["rows"]
+        except (CascadeError, KeyError):  # damaged by other hands: encoded anew, and then written over
+            return
+        self.rows |= zip(map(bytes, keys), rows.unbind(), strict=True)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.rows
+
+    def add(self, keys: Sequence[Key], rows: Tensor) -> None:
+        """Rows of one shape, on disk before it returns."""
+        rows = rows.detach().cpu().contiguous()
+        if self.folder is not None:
+            held = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), KEY_BYTES)
+            name = key_of(*keys).hex()
+            write_safetensors(self.folder / f"{name}.safetensors", {"keys": held, "rows": rows}, {})
+        self.rows |= zip(keys, rows.unbind(), strict=True)
+
+    def stack(self, keys: Iterable[Key]) -> Tensor:
+        """Their rows as one tensor in memory."""
+        return torch.stack([self.rows[key] for key in keys])

@@ -1,0 +1,91 @@
+"""Webdataset tars, read in place: members of one basename belong together (`0001.jpg`, `0001.txt`).
+
+Nothing is extracted: the archive's headers say where each picture's bytes lie, and these are read when wanted.
+"""
+
+import json
+import tarfile
+from pathlib import Path, PurePosixPath
+
+from ..errors import CascadeError
+from .sources import CAPTIONS, PICTURES, Found, Picture, Skipped, caption_lines, caption_values
+
+MAX_CAPTION = 1_000_000  # bytes; more is no caption
+
+
+def tar_pictures(path: Path) -> Found:
+    """A tar's pictures, in their order."""
+    path = path.resolve()
+    try:
+        status = path.stat()
+        groups, cut = _members(path, status.st_size)
+        with path.open("rb") as file:
+            for key, members in groups.items():
+                suffix = next((suffix for suffix in PICTURES if suffix in members), None)
+                if suffix is None:
+                    continue
+                name = f"{path.name}/{key}{suffix}"
+                member = members[suffix]
+                try:
+                    captions = _captions(file, members)
+                except (ValueError, RecursionError) as error:
+                    yield Skipped(name, f"its caption cannot be read: {error}")
+                    continue
+                if captions:
+                    yield Picture(name, path, member.offset_data, member.size, status.st_mtime_ns, captions)
+                else:
+                    yield Skipped(name, "no caption")
+    except OSError as error:
+        raise CascadeError(
+            f"The tar {path} cannot be read ({error.strerror or error}); make it readable or leave it out."
+        ) from None
+    if cut:
+        yield Skipped(path.name, f"the tar is damaged: {cut}")
+
+
+def _members(path: Path, size: int) -> tuple[dict[str, dict[str, tarfile.TarInfo]], str]:
+    """Plain files by basename and suffix, and what is wrong with the archive's end, if anything is.
+
+    Links, devices and sparse files are passed over: what a name or a link points to is never opened.
+    """
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    cut = ""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if not member.isreg() or member.sparse is not None:
+                    continue
+                if member.offset_data + member.size > size:
+                    cut = f"it ends within {member.name}"
+                    break
+                name = PurePosixPath(member.name).name
+                stem, dot, suffix = name.partition(".")
+                if stem:  # else hidden
+                    key = member.name[: len(member.name) - len(dot + suffix)]
+                    groups.setdefault(key, {})[dot + suffix.lower()] = member
+    except tarfile.TarError as error:
+        if not groups:
+            raise CascadeError(
+                f"{path} is no tar that can be read in place ({error}); a compressed one must be unpacked first "
+                "(gunzip)."
+            ) from None
+        cut = str(error)
+    return groups, cut
+
+
+def _captions(file, members: dict[str, tarfile.TarInfo]) -> tuple[str, ...]:
+    """Raises ValueError where a caption is no text, or is far too long."""
+    for suffix in (*CAPTIONS, ".json"):
+        member = members.get(suffix)
+        if member is None:
+            continue
+        if member.size > MAX_CAPTION:
+            raise ValueError(f"{member.size} bytes are no caption")
+        file.seek(member.offset_data)
+        text = file.read(member.size).decode("utf-8-sig")
+        if suffix != ".json":
+            return caption_lines(text)
+        row = json.loads(text)
+        if isinstance(row, dict) and (captions := caption_values(row)):
+            return captions
+    return ()
