@@ -7,7 +7,9 @@ Modules go by our own names, which are the published ones with the attention inp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import Tensor
 
@@ -16,9 +18,13 @@ from torch import Tensor
 class LowRank:
     """One layer's change: ΔW = (alpha / rank) · up @ down (Hu et al. 2021, arXiv 2106.09685).
 
-    down: (rank, c_in) or (rank, c_in, k, k); up: (c_out, rank) or (c_out, rank, 1, 1); alpha None: the rank, so ΔW = up @ down
+    down: (rank, c_in) or (rank, c_in, k, k); up: (c_out, rank) or (c_out, rank, 1, 1)
+    alpha None: the rank, so ΔW = up @ down
     magnitude: DoRA's (Liu et al. 2024, arXiv 2402.09353), or None: W' = magnitude · (W + ΔW) / ‖W + ΔW‖, the norm over
     each row (magnitude (c_out, 1)) or over each column ((1, c_in)), whichever the magnitude's shape says.
+
+    A depthwise convolution, whose weight is (C, 1, k, k), has up (C, rank, 1, 1) and down (rank, 1, k, k), or as
+    OneTrainer trains it, up (1, rank, 1, 1) and down (rank, C, k, k).
     """
 
     down: Tensor
@@ -34,6 +40,17 @@ class LowRank:
     def scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it can change a weight of this shape."""
+        rows, columns = self.up.shape[0], self.down[0].numel()
+        wanted = (shape[0], prod(shape[1:]))
+        return (rows, columns) == wanted or (rows, self.down.shape[1], columns) == (1, shape[0], prod(shape))
+
+    def delta(self, shape: Sequence[int] | None = None) -> Tensor:
+        """ΔW in float32, of the weight's shape, or of the shape that `up` and `down` make."""
+        change = self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
+        return change.reshape(shape or (self.up.shape[0], *self.down.shape[1:]))
+
 
 @dataclass(frozen=True)
 class LearnedToken:
@@ -42,11 +59,14 @@ class LearnedToken:
     name      in the prompt, such as "[fernando]"; "" for a change of a token that the vocabulary has
     vectors   (V, C) float32: one or more rows, which stand in the prompt one after the other
     index     the vocabulary's token that `vectors` (one row) is added to; None for a token of its own
+    output    whether the rows stand in place of the encoder's states at the token's positions (OneTrainer's "output
+              embedding") instead of its input's
     """
 
     name: str
     vectors: Tensor
     index: int | None = None
+    output: bool = False
 
 
 @dataclass(frozen=True)
