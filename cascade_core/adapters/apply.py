@@ -1,0 +1,133 @@
+"""A network with adapters applied, for as long as it is used that way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CascadeError
+from .adapter import LowRank
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One adapter's changes of one network.
+
+    name      of its file, for messages
+    changes   by module name
+    strength  of all of them: 0 is none, negative is the opposite
+    """
+
+    name: str
+    changes: Mapping[str, LowRank]
+    strength: float = 1.0
+
+
+def changed_weight(weight: Tensor, change: LowRank, strength: float) -> Tensor:
+    """W + strength · (W' − W) in float32, W' the weight with the change at its full strength.
+
+    weight: (c_out, c_in) or (c_out, c_in, k, k), of any dtype. For a plain LoRA this is W + strength · ΔW. DoRA's W'
+    (Liu et al. 2024, arXiv 2402.09353) has its own magnitudes, so that strength moves between W and it, as in ComfyUI.
+    """
+    weight = weight.float()
+    up, down = (part.to(weight.device, torch.float32) for part in (change.up, change.down))
+    delta = change.scale * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    if change.magnitude is None:
+        return torch.add(weight, delta, alpha=strength)
+    return torch.lerp(weight, decomposed(weight + delta, change.magnitude), strength)
+
+
+def decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's magnitude · weight / ‖weight‖, the norm over each row or each column, as the magnitude's shape says."""
+    kept = 0 if _by_row(weight, magnitude) else 1  # the dimension that the magnitudes go along
+    others = [dim for dim in range(weight.ndim) if dim != kept]
+    norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    magnitude = magnitude.to(weight.device, torch.float32).view(norm.shape)
+    return weight * (magnitude / norm.clamp_min(torch.finfo(torch.float32).eps))
+
+
+def _by_row(weight: Tensor, magnitude: Tensor) -> bool:
+    return len(magnitude) == magnitude.numel() == len(weight)
+
+
+@contextmanager
+def patched(
+    network: nn.Module, patches: Sequence[Patch], device: torch.device | None = None
+) -> Iterator[None]:
+    """Inside the block the network's weights are the patched ones; after it they are the very same tensors as before.
+
+    Patches are applied one after the other, which matters to DoRA alone. Each changed weight is computed in float32,
+    cast to the weight's own dtype, and lies on `device` (None: where the weight lies). Nothing else is copied. One
+    thread at a time: the network itself is changed.
+
+    Raises CascadeError for a change that the network has no layer for, or one of another shape.
+    """
+    steps: dict[str, list[tuple[Patch, LowRank]]] = {}
+    for patch in patches:
+        if patch.strength != 0:
+            for name, change in patch.changes.items():
+                steps.setdefault(name, []).append((patch, change))
+    originals: list[tuple[nn.Module, nn.Parameter]] = []
+    try:
+        for name, changes in steps.items():
+            layer, original = _layer(network, name, changes[0][0])
+            weight = _stepped(original.detach().to(device or original.device), name, changes)
+            originals.append((layer, original))
+            layer.weight = nn.Parameter(weight.to(original.dtype), requires_grad=False)
+        yield
+    finally:
+        for layer, original in originals:
+            layer.weight = original
+
+
+@torch.no_grad()
+def _stepped(weight: Tensor, name: str, changes: list[tuple[Patch, LowRank]]) -> Tensor:
+    for patch, change in changes:
+        check_change(tuple(weight.shape), name, change, patch.name)
+        weight = changed_weight(weight, change, patch.strength)
+    return weight
+
+
+def check_change(shape: tuple[int, ...], layer: str, change: LowRank, adapter: str) -> None:
+    """Raises CascadeError, naming the adapter, unless the change is finite and fits a weight of this shape."""
+    parts = {"up": change.up, "down": change.down}
+    fits = (
+        len(change.up) == shape[0]
+        and change.up.numel() == shape[0] * change.rank
+        and change.down.numel() == change.rank * math.prod(shape[1:])
+    )
+    if change.magnitude is not None:
+        parts["magnitude"] = change.magnitude
+        fits = (
+            fits
+            and change.magnitude.numel() in shape[:2]
+            and change.magnitude.numel() in change.magnitude.shape
+        )
+    if not fits:
+        given = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
+        raise CascadeError(
+            f"{adapter} changes {layer} by {given}, but its weight is {shape}; choose the LoRA that was trained for "
+            "this model."
+        )
+    broken = [part for part, tensor in parts.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CascadeError(f"{adapter} has NaN or infinity in {broken[0]} of {layer}; download it again.")
+
+
+def _layer(network: nn.Module, name: str, patch: Patch) -> tuple[nn.Module, nn.Parameter]:
+    try:
+        layer = network.get_submodule(name)
+    except AttributeError:
+        layer = None
+    weight = getattr(layer, "weight", None)
+    if layer is None or not isinstance(weight, nn.Parameter):
+        raise CascadeError(
+            f"{patch.name} changes {name}, which this {type(network).__name__} does not have; choose the LoRA that was "
+            "trained for this model."
+        )
+    return layer, weight
