@@ -1,0 +1,127 @@
+"""Toy-world pictures with captions as files, for `cascade train`: `python -m cascade_nodes.demo.render_folder OUT`.
+
+PNG files with a text file each (one caption a line), or webdataset tars. The same whatever the number of cores.
+"""
+
+import argparse
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image
+
+from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.demo.captions import caption
+from cascade_nodes.demo.recipe import PICTURE
+from cascade_nodes.demo.world import Scene, render, sample_scenes
+
+TOGETHER = 250  # pictures that a process draws and writes before it takes the next ones
+TRIES = 10  # for each caption that is to be another than those before
+
+
+def captions_of(scene: Scene, count: int, rng: Random) -> list[str]:
+    """Up to `count` captions, all different."""
+    texts: dict[str, None] = {}
+    for _ in range(TRIES * count):
+        texts.setdefault(caption(scene, rng))
+        if len(texts) == count:
+            break
+    return list(texts)
+
+
+def samples(
+    scenes: Sequence[Scene], start: int, captions: int, seed: int, size: int
+) -> Iterator[tuple[str, bytes, str]]:
+    """(name, PNG, captions in lines) of scenes that are numbered from `start`."""
+    for begin in range(0, len(scenes), TOGETHER):
+        part = scenes[begin : begin + TOGETHER]
+        drawn = render(part, size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy()  # (n, H, W, 3) uint8
+        for number, (scene, pixels) in enumerate(zip(part, drawn, strict=True), start + begin):
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, format="PNG", compress_level=1)
+            lines = captions_of(scene, captions, Random(f"{seed} {number}"))
+            yield f"{number:07}", stream.getvalue(), "".join(f"{line}\n" for line in lines)
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial_path = path.with_name(f".{path.name}.part")
+    partial_path.write_bytes(data)
+    os.replace(partial_path, path)
+
+
+def _write_files(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> int:
+    start, scenes = job
+    for name, picture, lines in samples(scenes, start, **choices):
+        _write(out / f"{name}.txt", lines.encode())  # first, so that no picture is ever without
+        _write(out / f"{name}.png", picture)
+    return len(scenes)
+
+
+def _write_tar(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> int:
+    start, scenes = job
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, picture, lines in samples(scenes, start, **choices):
+            for suffix, data in ((".png", picture), (".txt", lines.encode())):
+                member = tarfile.TarInfo(name + suffix)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    _write(out / f"{start:07}.tar", stream.getvalue())
+    return len(scenes)
+
+
+def render_folder(
+    out: Path,
+    scenes: Sequence[Scene],
+    seed: int = 0,
+    captions: int = 4,
+    tars: int | None = None,
+    size: int = PICTURE,
+) -> Iterator[int]:
+    """Writes the scenes' pictures into the folder `out`; gives how many are written, as it goes on.
+
+    captions: at most so many of each scene. tars: pictures in each tar; None writes single files.
+    """
+    if tars is not None and tars < 1:
+        raise CascadeError(f"--tars is {tars}; at least one picture goes into a tar.")
+    out.mkdir(parents=True, exist_ok=True)
+    each = tars or TOGETHER
+    jobs = [(start, scenes[start : start + each]) for start in range(0, len(scenes), each)]
+    work = partial(_write_tar if tars else _write_files, out=out, captions=captions, seed=seed, size=size)
+    done = 0
+    cores = min(os.cpu_count() or 1, max(len(jobs), 1))
+    with ProcessPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for count in pool.map(work, jobs):
+            done += count
+            yield done
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cascade_nodes.demo.render_folder", description=__doc__)
+    parser.add_argument("out", type=Path, help="the folder to write into")
+    parser.add_argument("--count", type=int, default=1000, help="pictures (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (0)")
+    parser.add_argument(
+        "--split", choices=("train", "held_out"), default="train", help="which scenes (train)"
+    )
+    parser.add_argument("--captions", type=int, default=4, help="captions of each picture, at most (4)")
+    parser.add_argument(
+        "--tars", type=int, metavar="N", help="write tars of N pictures instead of single files"
+    )
+    parser.add_argument("--size", type=int, default=PICTURE, help=f"pixels a side ({PICTURE})")
+    chosen = parser.parse_args(arguments)
+    scenes = sample_scenes(chosen.count, chosen.seed, chosen.split)
+    written = render_folder(chosen.out, scenes, chosen.seed, chosen.captions, chosen.tars, chosen.size)
+    for done in written:
+        print(f"\r{done} of {chosen.count} pictures", end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    main()
