@@ -2,6 +2,14 @@
 
 from .api import ComfyExtension, io
 from .conditioning import CascadeImagePrompt, CascadeTextEncode
+from .control import (
+    CascadeCanny,
+    CascadeControlNetApply,
+    CascadeIdentityHint,
+    CascadeInpaintHint,
+    CascadeSuperResolutionHint,
+)
+from .inpainting import CascadeInpaintComposite, CascadeOutpaint
 from .latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode
 from .loaders import (
     CascadeCheckpointLoader,
@@ -34,6 +42,13 @@ NODES: list[type[io.ComfyNode]] = [
     CascadeDecode,
     CascadeScheduler,
     CascadeGuidance,
+    CascadeControlNetApply,
+    CascadeCanny,
+    CascadeInpaintHint,
+    CascadeSuperResolutionHint,
+    CascadeIdentityHint,
+    CascadeOutpaint,
+    CascadeInpaintComposite,
 ]
 
 

@@ -1,81 +1,29 @@
 """Latents: empty ones, a picture's, and back to a picture."""
 
-import math
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.hints import STRIDE
+from ..cascade_core.masks import latent_mask
 from .api import io
 from .hosts import host
-from .hosts.run import LATENT_CHANNELS, STAGE_B_COMPRESSION
-from .sockets import check_finite
+from .hosts.run import LATENT_CHANNELS
+from .sizes import (
+    MAX_SIZE,
+    SIZE_STEP,
+    check_size,
+    compression_input,
+    empty_stage_b,
+    empty_stage_c,
+    resized,
+    stage_c_size,
+    whole_size,
+)
+from .sockets import VAE_WORDS, check_finite, check_picture, check_vae
 
 CATEGORY = "Stable Cascade/latent"
-COMPRESSION = 42.67  # published: 1024 pixels become 24 latent positions
-COMPRESSOR_STRIDE = 32
-SIZE_STEP = 8
-MAX_SIZE = 16384
-VAE_WORDS = {"stage_a": "Stage A", "compressor": "the semantic compressor"}
-
-
-def compression_input() -> Any:
-    """The same for every node that makes a Stage C latent."""
-    return io.Float.Input(
-        "compression",
-        default=COMPRESSION,
-        min=4.0,
-        max=128.0,
-        step=0.01,
-        tooltip=(
-            "Pixels for each Stage C position. 42.67 is what the networks were trained on; larger for "
-            "large pictures."
-        ),
-    )
-
-
-def stage_c_size(height: int, width: int, compression: float) -> tuple[int, int]:
-    """(h, w) of the Stage C latent of a picture."""
-    if not 4 <= compression <= 128:
-        raise CascadeError(f"compression is {compression}; it must lie within 4 and 128 (42.67 is usual).")
-    return math.ceil(height / compression), math.ceil(width / compression)
-
-
-def empty_stage_b(batch: int, height: int, width: int) -> dict[str, Tensor]:
-    """The Stage B latent, zeros, of pictures of that many pixels."""
-    shape = (batch, LATENT_CHANNELS["stage_b"], height // STAGE_B_COMPRESSION, width // STAGE_B_COMPRESSION)
-    return {"samples": zeros(shape, f"{width} × {height}")}
-
-
-def zeros(shape: tuple[int, ...], size: str) -> Tensor:
-    """An empty latent. size: of the picture, for the message where memory does not suffice."""
-    try:
-        return torch.zeros(shape)
-    except RuntimeError as error:  # torch has no class of its own for this on the CPU
-        raise CascadeError(
-            f"{shape[0]} latents for pictures of {size} pixels do not fit into memory; choose a smaller size or "
-            "batch_size."
-        ) from error
-
-
-def check_size(width: int | None, height: int | None) -> None:
-    """A picture's sides are positive multiples of 8. None: not known yet.
-
-    The sentence speaks of both sides, as hosts show it at each input that was looked at.
-    """
-    sides = {"width": width, "height": height}
-    known = {name: pixels for name, pixels in sides.items() if pixels is not None}
-    if all(0 < pixels <= MAX_SIZE and pixels % SIZE_STEP == 0 for pixels in known.values()):
-        return
-    near = {
-        name: min(max(round(pixels / SIZE_STEP), 1) * SIZE_STEP, MAX_SIZE) for name, pixels in known.items()
-    }
-    given, better = (" × ".join(str(chosen.get(name, name)) for name in sides) for chosen in (known, near))
-    raise CascadeError(
-        f"the size is {given}, but each side must be a multiple of 8 from 8 to {MAX_SIZE}, such as {better}."
-    )
 
 
 class CascadeEmptyLatent(io.ComfyNode):
@@ -119,13 +67,12 @@ class CascadeEmptyLatent(io.ComfyNode):
         check_size(width, height)
         if batch_size < 1:
             raise CascadeError(f"batch_size is {batch_size}; at least one picture must be made.")
-        shape = (batch_size, LATENT_CHANNELS["stage_c"], *stage_c_size(height, width, compression))
-        stage_c = {"samples": zeros(shape, f"{width} × {height}")}
+        stage_c = empty_stage_c(batch_size, height, width, compression)
         return io.NodeOutput(stage_c, empty_stage_b(batch_size, height, width))
 
 
 class CascadeEncode(io.ComfyNode):
-    """Where image to image starts."""
+    """Where image to image and inpainting start."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -133,31 +80,54 @@ class CascadeEncode(io.ComfyNode):
             node_id="CascadeEncode",
             display_name="Cascade Encode",
             category=CATEGORY,
-            description="A picture as a Stage C latent, with the empty Stage B latent of its size.",
+            description=(
+                "A picture as a Stage C latent, with the Stage B latent of its size: empty, or the picture's where "
+                "Stage A is connected."
+            ),
             inputs=[
                 io.Vae.Input("vae", tooltip="The semantic compressor, from Load Cascade Compressor."),
                 io.Image.Input("image", tooltip="The picture, of any size."),
                 compression_input(),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="For inpainting: 1 where the samplers may change the picture.",
+                ),
+                io.Vae.Input(
+                    "stage_a",
+                    optional=True,
+                    tooltip="Stage A, for inpainting: Stage B then keeps the picture outside the mask as well.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="stage_c", tooltip="The picture's Stage C latent."),
                 io.Latent.Output(
-                    display_name="stage_b", tooltip="An empty Stage B latent of the picture's size."
+                    display_name="stage_b",
+                    tooltip="A Stage B latent of the picture's size: empty, or with Stage A the picture's.",
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls, vae, image, compression) -> io.NodeOutput:
+    def execute(cls, vae, image, compression, mask=None, stage_a=None) -> io.NodeOutput:
         check_vae(vae, "compressor", "Cascade Encode", "Load Cascade Compressor")
+        check_picture(image, "image")
         batch, height, width = image.shape[:3]
-        latent_height, latent_width = stage_c_size(height, width, compression)
-        size = (latent_height * COMPRESSOR_STRIDE, latent_width * COMPRESSOR_STRIDE)
-        resized = F.interpolate(image[..., :3].movedim(-1, 1), size=size, mode="bicubic", antialias=True)
-        stage_c = host().encode_pixels(vae, resized.clamp(0, 1).movedim(1, -1))
-        check_finite([stage_c], vae, "The compressor's latent")
-        whole = [max(side // SIZE_STEP, 1) * SIZE_STEP for side in (height, width)]
-        return io.NodeOutput({"samples": stage_c}, empty_stage_b(batch, *whole))
+        size = stage_c_size(height, width, compression)
+        pixels = resized(image, [side * STRIDE for side in size])
+        stage_c = {"samples": host().encode_pixels(vae, pixels)}
+        check_finite(stage_c.values(), vae, "The compressor's latent")
+        whole = whole_size(height, width)
+        stage_b = empty_stage_b(batch, *whole)
+        if stage_a is not None:
+            check_vae(stage_a, "stage_a", "Cascade Encode's stage_a", "Load Stage A VAE")
+            stage_b = {"samples": host().encode_pixels(stage_a, resized(image, whole))}
+            check_finite(stage_b.values(), stage_a, "Stage A's latent")
+        if mask is not None:
+            stage_c["noise_mask"] = latent_mask(mask, batch, size)
+            if stage_a is not None:  # an empty latent has nothing to keep
+                stage_b["noise_mask"] = latent_mask(mask, batch, stage_b["samples"].shape[-2:])
+        return io.NodeOutput(stage_c, stage_b)
 
 
 class CascadeDecode(io.ComfyNode):
@@ -214,14 +184,3 @@ class CascadeDecode(io.ComfyNode):
         picture = host().decode_latent(vae, latent, tile_size)
         check_finite([picture], vae, "The decoded picture")
         return io.NodeOutput(picture)
-
-
-def check_vae(vae, kind: str, node: str, loader: str) -> None:
-    """Refuses a VAE of another kind by name."""
-    found = host().describe_vae(vae) if vae is not None else "nothing"
-    if found != kind:
-        raise CascadeError(
-            f"The VAE connected to {node} is {VAE_WORDS.get(found, found)}, but {VAE_WORDS[kind]} is "
-            "expected; "
-            f"connect {loader}."
-        )

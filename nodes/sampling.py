@@ -17,6 +17,7 @@ from .sockets import (
     check_least,
     check_network,
     with_values,
+    without_values,
 )
 
 CATEGORY = "Stable Cascade/sampling"
@@ -151,6 +152,8 @@ class CascadeDecoderSampler(io.ComfyNode):
         semantic = semantic_latent(stage_c, len(latent["samples"]))
         for socket, prompt in (("positive", positive), ("negative", negative)):
             check_conditioning(prompt, network, socket)
+        # ControlNets are Stage C's: prompts may come here with them, as they went to Cascade Prior Sampler.
+        positive, negative = (without_values(prompt, "control") for prompt in (positive, negative))
         positive = with_values(positive, stable_cascade_prior=semantic)
         negative = with_values(negative, stable_cascade_prior=torch.zeros_like(semantic))
         return run_sampler("stage_b", model, positive, negative, latent, **settings)

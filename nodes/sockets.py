@@ -11,6 +11,8 @@ from ..cascade_core.errors import CascadeError
 from .hosts import host
 from .hosts.run import NON_FINITE_WEIGHT, STAGE_B_COMPRESSION, Network
 
+VAE_WORDS = {"stage_a": "Stage A", "compressor": "the semantic compressor"}
+
 
 def check_network(model: Any, kind: str, node: str, loader: str) -> Network:
     """The MODEL's description; refuses another kind by name."""
@@ -23,6 +25,28 @@ def check_network(model: Any, kind: str, node: str, loader: str) -> Network:
             f"{loader}."
         )
     return network
+
+
+def check_vae(vae, kind: str, node: str, loader: str) -> None:
+    """Refuses a VAE of another kind by name."""
+    found = host().describe_vae(vae) if vae is not None else "nothing"
+    if found != kind:
+        raise CascadeError(
+            f"The VAE connected to {node} is {VAE_WORDS.get(found, found)}, but {VAE_WORDS[kind]} is "
+            "expected; "
+            f"connect {loader}."
+        )
+
+
+def check_picture(image: Tensor, socket: str) -> None:
+    """An IMAGE is (B, H, W, C), none of which is 0, of finite numbers."""
+    shape = tuple(image.shape)
+    if len(shape) != 4 or 0 in shape:
+        raise CascadeError(
+            f"{socket} has the shape {shape}, but (batch, height, width, channels) was expected; connect an IMAGE."
+        )
+    if not torch.isfinite(image).all():
+        raise CascadeError(f"{socket} holds NaN or infinity; make the picture anew.")
 
 
 def check_latent(latent: dict, network: Network, socket: str, source: str) -> None:
@@ -106,3 +130,10 @@ def check_finite(
 def with_values(conditioning: list, **values: Any) -> list:
     """A copy of the conditioning in which every prompt has these values as well."""
     return [[tokens, {**held, **values}] for tokens, held in conditioning]
+
+
+def without_values(conditioning: list, *names: str) -> list:
+    """A copy of the conditioning in which no prompt has these values."""
+    return [
+        [tokens, {name: held[name] for name in held if name not in names}] for tokens, held in conditioning
+    ]

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from .control import Control
 from .run import Network, Run, Sampled
 
 
@@ -71,12 +72,29 @@ class Host(Protocol):
         """stage_a, compressor, or the name of what else it is."""
         ...
 
-    def encode_pixels(self, vae: Any, image: Tensor) -> Tensor:
-        """(B, H, W, 3) in [0, 1] -> a latent in socket units."""
+    def encode_pixels(self, vae: Any, image: Tensor, tile: int = 0) -> Tensor:
+        """(B, H, W, 3) in [0, 1] -> a latent in socket units; `tile`: as in decode_latent, of Stage A alone."""
         ...
 
     def decode_latent(self, vae: Any, latent: Tensor, tile: int) -> Tensor:
         """A latent in socket units -> (B, H, W, 3) in [0, 1]; `tile`: pixels a side, 0: no tiles."""
+        ...
+
+    def describe_controlnet(self, control_net: Any) -> Control:
+        """What a CONTROL_NET is and what it takes."""
+        ...
+
+    def apply_controlnet(
+        self,
+        positive: list,
+        negative: list,
+        control_net: Any,
+        hint: Tensor,
+        strength: float,
+        start: float,
+        end: float,
+    ) -> tuple[list, list]:
+        """Both prompts with a ControlNet more; hint: (B, H, W, C), start and end: shares of the schedule."""
         ...
 
     def sample(self, run: Run) -> Sampled:

@@ -19,6 +19,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "controlnet": ("controlnet", "stable_cascade"),
     "lora": ("loras", "stable_cascade"),
     "checkpoint": ("checkpoints", "diffusers", "stable_cascade"),
+    "face": ("insightface", "stable_cascade"),
 }
 
 SUBFOLDERS: dict[str, tuple[str, ...]] = {
@@ -47,6 +48,7 @@ ROLE_WORDS: dict[str, str] = {
     "controlnet": "ControlNet",
     "lora": "LoRA",
     "checkpoint": "checkpoint",
+    "face": "InsightFace",
 }
 
 DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8")

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import comfy.controlnet
+import comfy.ldm.cascade.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import comfy.utils
 import torch
 from torch import Tensor, nn
 
 from ....cascade_core import activations, checkpoints
 from ....cascade_core.errors import CascadeError
+from .. import control as shared
 
 
 class HostedControl(nn.Module):
@@ -42,7 +43,7 @@ class CascadeControl(comfy.controlnet.ControlBase):
         super().__init__()
         self.patcher = patcher
         self.blocks = 0  # residual blocks of the MODEL that is being sampled
-        self.residuals: list[Tensor | None] | None = None
+        self.residuals: shared.Residuals | None = None
         self.size: tuple[int, int] | None = None  # of the latent that the residuals are for
 
     @property
@@ -58,16 +59,9 @@ class CascadeControl(comfy.controlnet.ControlBase):
                 f"{self.control.name} is a Stable Cascade ControlNet, but the MODEL is a "
                 f"{type(model).__name__}; connect Stage C, or another ControlNet."
             )
-        config = self.control.network.config
-        widths = residual_blocks(model.diffusion_model)
+        widths = shared.residual_blocks(model.diffusion_model)
         self.blocks = len(widths)
-        for block in config.proj_blocks:
-            if block >= self.blocks or widths[block] != config.c_proj:
-                there = f"{widths[block]} channels there" if block < self.blocks else f"{self.blocks} blocks"
-                raise CascadeError(
-                    f"{self.control.name} drives residual block {block} with {config.c_proj} channels, but this "
-                    f"Stage C has {there}; choose the ControlNet that was trained for it."
-                )
+        shared.check_blocks(self.control.network.config, self.control.name, widths)
 
     def get_control(
         self,
@@ -80,41 +74,27 @@ class CascadeControl(comfy.controlnet.ControlBase):
         """{"input": residuals, the last block's first}, with the earlier ControlNets' added to them."""
         previous = self.previous_controlnet
         before = previous and previous.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        if self.timestep_range is not None and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
+        if self.timestep_range is not None and not shared.is_on(t[0], *self.timestep_range):
             return before
-        merged: list[Tensor | None] = list(reversed(before["input"])) if before else []
+        merged: shared.Residuals = list(reversed(before["input"])) if before else []
         merged += [None] * (self.blocks - len(merged))
-        for block, residual in enumerate(self._residuals(x_noisy)):
-            if residual is None:
-                continue
-            mine = self.strength * for_batch(residual, len(x_noisy), batched_number).to(x_noisy.dtype)
-            there = merged[block]
-            merged[block] = mine if there is None else there + mine
+        mine = [
+            None if one is None else shared.for_batch(one, len(x_noisy), batched_number).to(x_noisy.dtype)
+            for one in self._residuals(x_noisy)
+        ]
+        shared.add_residuals(merged, mine, self.strength)
         return {"input": merged[::-1], "middle": [], "output": []}
 
-    def _residuals(self, x_noisy: Tensor) -> list[Tensor | None]:
+    def _residuals(self, x_noisy: Tensor) -> shared.Residuals:
         """For the hint's images; computed once for each size of latent."""
         size = (x_noisy.shape[-2], x_noisy.shape[-1])
         residuals = self.residuals
         if residuals is None or self.size != size:
-            residuals = self.control(self._hint(size).to(x_noisy.device))
+            config, hint = self.control.network.config, self.cond_hint_original
+            shared.check_hint(config, self.control.name, hint.shape[1])
+            residuals = self.control(shared.fit_hint(hint, config, size).to(x_noisy.device))
             self.residuals, self.size = residuals, size
         return residuals
-
-    def _hint(self, size: tuple[int, int]) -> Tensor:
-        """The hint (B, c_in, h, w) for a latent of this size."""
-        config = self.control.network.config
-        hint: Any = self.cond_hint_original
-        if config.c_in == 1 and hint.shape[1] > 1:
-            hint = hint.mean(dim=1, keepdim=True)
-        if hint.shape[1] != config.c_in:
-            raise CascadeError(
-                f"{self.control.name} takes a hint of {config.c_in} channels, but the image has {hint.shape[1]}; "
-                "connect the hint that this ControlNet was trained on."
-            )
-        method = "bilinear" if config.hint_scale > 1 else "nearest-exact"
-        height, width = (side * config.hint_scale for side in size)
-        return comfy.utils.common_upscale(hint, width, height, method, "center").float()
 
     def copy(self) -> "CascadeControl":
         """As the host's apply nodes make one for each use; the weights are shared."""
@@ -142,28 +122,6 @@ class CascadeControl(comfy.controlnet.ControlBase):
         self.residuals = self.size = None
 
 
-def residual_blocks(network: Any) -> list[int]:
-    """The width of every residual block of Stage C, ours or the host's, in the order in which they run."""
-    widths = []
-    for levels, mappers in (
-        (network.down_blocks, network.down_repeat_mappers),
-        (network.up_blocks, network.up_repeat_mappers),
-    ):
-        for level, repeats in zip(levels, mappers, strict=True):
-            blocks = [block for block in level if hasattr(block, "depthwise")]
-            widths += [block.depthwise.out_channels for block in blocks] * (len(repeats) + 1)
-    return widths
-
-
-def for_batch(residual: Tensor, batch: int, batched_number: int) -> Tensor:
-    """Residuals of the hint's images for a batch that holds all images `batched_number` times."""
-    if len(residual) == 1:
-        return residual
-    images = batch // batched_number
-    repeats = -(-images // len(residual))
-    return residual.repeat(repeats, 1, 1, 1)[:images].repeat(batched_number, 1, 1, 1)
-
-
 def load_controlnet(path: Path) -> CascadeControl:
     network, _, _ = checkpoints.load_model(
         path, expect="controlnet", dtype=torch.float32, operations=comfy.ops.manual_cast
@@ -175,3 +133,35 @@ def load_controlnet(path: Path) -> CascadeControl:
         offload_device=comfy.model_management.unet_offload_device(),
     )
     return CascadeControl(patcher)
+
+
+def apply_controlnet(
+    positive: list, negative: list, control_net: Any, hint: Tensor, strength: float, start: float, end: float
+) -> tuple[list, list]:
+    """What the host's own node for this gives: each prompt's earlier ControlNets stay, chained before this one."""
+    chained: dict[Any, Any] = {}  # the prompts that share their earlier ControlNets share this one as well
+
+    def applied(conditioning: list) -> list:
+        prompts = []
+        for tokens, values in conditioning:
+            before = values.get("control")
+            if before not in chained:
+                chained[before] = control_net.copy().set_cond_hint(
+                    hint.movedim(-1, 1), strength, (start, end)
+                )
+                chained[before].set_previous_controlnet(before)
+            more = {"control": chained[before], "control_apply_to_uncond": False}
+            prompts.append([tokens, {**values, **more}])
+        return prompts
+
+    return applied(positive), applied(negative)
+
+
+def describe_controlnet(control_net: Any) -> shared.Control:
+    """Ours, the host's own Cascade ControlNets, or other models' by their class."""
+    if isinstance(control_net, CascadeControl):
+        return shared.Control(control_net.control.name, True, control_net.control.network.config)
+    # The host has its own in the class of T2I adapters.
+    network = getattr(control_net, "t2i_model", None)
+    cascade = isinstance(network, comfy.ldm.cascade.controlnet.ControlNet)
+    return shared.Control(f"a {type(control_net).__name__}", cascade, None)

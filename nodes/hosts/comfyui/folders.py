@@ -10,13 +10,13 @@ from ....cascade_core.errors import CascadeError
 from .. import roles
 
 DEMO_CATEGORY = "cascade_demo"
+OWN_CATEGORIES = ("stable_cascade", "insightface")  # the second is shared with other packs
 
 
 def register() -> None:
-    """Tells ComfyUI of our two categories; `extra_model_paths.yaml` may name them too."""
-    folder_paths.add_model_folder_path(
-        "stable_cascade", os.path.join(folder_paths.models_dir, "stable_cascade")
-    )
+    """Tells ComfyUI of categories that it lacks; `extra_model_paths.yaml` may name them too."""
+    for category in OWN_CATEGORIES:
+        folder_paths.add_model_folder_path(category, os.path.join(folder_paths.models_dir, category))
     folder_paths.add_model_folder_path(DEMO_CATEGORY, str(roles.DEMO_FOLDER))
 
 

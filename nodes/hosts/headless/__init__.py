@@ -5,7 +5,7 @@ other out.
 """
 
 from .clip import encode_text, load_text_encoder
-from .control import load_controlnet
+from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, list_files
 from .model import describe_network, load_network
 from .sampling import sample, with_guidance
@@ -14,7 +14,9 @@ from .vision import encode_image, load_vision
 from .weights import first_non_finite
 
 __all__ = [
+    "apply_controlnet",
     "decode_latent",
+    "describe_controlnet",
     "describe_network",
     "describe_vae",
     "encode_image",

@@ -12,6 +12,7 @@ from ....cascade_core.guidance import Guider
 from ....cascade_core.samplers import SAMPLERS, Denoise, Step, start_latent
 from ..reporting import check_interrupted, report
 from ..run import Run, Sampled, Watch, mask_like
+from .control import RunControls
 from .device import on_device
 from .vae import SCALE_FACTOR
 
@@ -23,19 +24,16 @@ SOCKET_UNITS = {"stage_c": 1.0, "stage_b": SCALE_FACTOR}
 def sample(run: Run) -> Sampled:
     network = run.model.network
     units = SOCKET_UNITS[run.kind]
+    guiders = Guiders(run)
     with on_device(network) as device:
         watch = Watch(device)
         latent = run.samples.to(device, torch.float32) / units
         source = run.noise()
         noise = source.draw().to(device)
-        conditions = CONDITIONS[run.kind]
-        positive = conditions(_only(run.positive, "positive"), network.config)
-        negative = conditions(_only(run.negative, "negative"), network.config)
-        guider = Guider(network, positive, negative, run.cfg, run.cfg_rescale)
 
         def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
             check_interrupted()
-            return guider(x, noise_cond(log_snr))
+            return guiders.at(log_snr)(x, noise_cond(log_snr))
 
         mask = None if run.noise_mask is None else mask_like(run.noise_mask, latent)
         predict = denoise if mask is None else keep_outside(mask, latent, noise, denoise)
@@ -44,6 +42,35 @@ def sample(run: Run) -> Sampled:
         if mask is not None:
             sampled = torch.lerp(latent, sampled, mask)
         return watch.stop((sampled * units).float().cpu())
+
+
+class Guiders:
+    """The Guider of each step of a run: another one where other ControlNets are on."""
+
+    def __init__(self, run: Run):
+        conditions = CONDITIONS[run.kind]
+        config = run.model.network.config
+        self.run = run
+        self.positive = conditions(_only(run.positive, "positive"), config)
+        self.negative = conditions(_only(run.negative, "negative"), config)
+        prompts = [run.positive] if run.cfg == 1 else [run.positive, run.negative]
+        self.controls = RunControls(run, prompts) if run.kind == "stage_c" else None
+        self.on: frozenset | None = None
+        self.guider: Guider | None = None
+
+    def at(self, log_snr: Tensor) -> Guider:
+        """For a level of noise, the same for each image (B,)."""
+        on = self.controls.on_at(log_snr[0]) if self.controls and self.controls.residuals else frozenset()
+        if self.guider is None or on != self.on:
+            self.on, self.guider = on, self._make(on)
+        return self.guider
+
+    def _make(self, on: frozenset) -> Guider:
+        positive, negative = self.positive, self.negative
+        if self.controls is not None:
+            positive = {**positive, "control": self.controls.merged(self.run.positive, on)}
+            negative = {**negative, "control": self.controls.merged(self.run.negative, on)}
+        return Guider(self.run.model.network, positive, negative, self.run.cfg, self.run.cfg_rescale)
 
 
 def with_guidance(model: Any, cfg_rescale: float, shift: float) -> Any:

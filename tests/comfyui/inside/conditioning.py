@@ -19,6 +19,7 @@ from cascade_nodes.cascade_core import checkpoints
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.demo.pipeline import WEIGHTS
 from cascade_nodes.nodes.hosts import comfyui
+from cascade_nodes.nodes.hosts.control import residual_blocks
 
 STEPS = 4
 
@@ -64,7 +65,7 @@ def control_nets(folder: Path, width: int, blocks: list[int]) -> tuple[Any, Any]
 
 def control(folder: Path, models: dict[str, Any], prompts: Any) -> dict[str, float]:
     """Either ControlNet on either MODEL, through either apply node; chained; in part of the steps."""
-    widths = comfyui.control.residual_blocks(models["ours"].model.diffusion_model)
+    widths = residual_blocks(models["ours"].model.diffusion_model)
     last = len(widths) - 1
     ours, theirs = control_nets(folder, widths[0], [0, 1, last])
     few, _ = control_nets(folder, widths[0], [0])

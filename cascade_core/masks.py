@@ -1,0 +1,79 @@
+"""Where a picture may change: masks at a latent's size, soft edges, room around a picture, and back together."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import CascadeError
+from .hints import mask_of
+
+
+def latent_mask(mask: Tensor, batch: int, size: Sequence[int]) -> Tensor:
+    """A mask (B or 1, H, W) for a latent of h × w positions, (batch, 1, h, w) in [0, 1].
+
+    A position may change as much as the most masked of its pixels, so that a mask finer than the positions is not
+    lost, and nothing of what it covers is kept.
+    """
+    mask = mask_of(mask, batch, (mask.shape[-2], mask.shape[-1]))
+    return F.adaptive_max_pool2d(mask.clamp(0, 1), list(size))
+
+
+def expand(
+    images: Tensor, left: int, top: int, right: int, bottom: int, feather: int
+) -> tuple[Tensor, Tensor]:
+    """A picture with room around it, and the mask of what is to be painted.
+
+    images: (B, C, H, W) -> (B, C, top + H + bottom, left + W + right), its borders drawn out, and a mask (1, H', W'):
+    1 in the new part, falling to 0 over `feather` pixels of the old one.
+    """
+    if min(left, top, right, bottom, feather) < 0:
+        raise CascadeError("left, top, right, bottom and feather are pixels; none can be below 0.")
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (left, right, top, bottom), mode="replicate")
+    rows = _distances(height, top, bottom, feather)  # (top + H + bottom,)
+    columns = _distances(width, left, right, feather)
+    depth = torch.minimum(rows[:, None], columns[None, :])  # inside the old picture, from 0 at its new edges
+    return padded, (1 - depth)[None]
+
+
+def _distances(length: int, before: int, after: int, feather: int) -> Tensor:
+    """0 in the room before and after, rising to 1 within `feather` of it; sides without room do not count."""
+    position = torch.arange(length) + 0.5
+    inside = torch.ones(length)
+    for room, distance in ((before, position), (after, length - position)):
+        if room and feather:
+            inside = torch.minimum(inside, distance / feather)
+    return F.pad(inside, (before, after))
+
+
+def fade_inwards(mask: Tensor, width: int) -> Tensor:
+    """A mask (B, 1, H, W) that rises from 0 at its edge to its own value `width` pixels inside; never outside it.
+
+    The picture's own border is no edge.
+    """
+    outside = 1 - mask.clamp(0, 1)
+    total = outside.clone()
+    for _ in range(width):
+        outside = F.max_pool2d(outside, 3, stride=1, padding=1)
+        total += outside
+    return 1 - total / (width + 1)
+
+
+def composite(result: Tensor, source: Tensor, mask: Tensor, feather: int) -> Tensor:
+    """The result inside the mask, the source itself, bit for bit, wherever the mask is 0.
+
+    result: (B, C, h, w), resized to the source; source: (B or 1, C, H, W); mask: (B or 1, h, w); feather: pixels
+    inside the mask over which the one becomes the other -> (B, C, H, W).
+    """
+    batch = max(len(result), len(source))
+    if len(source) not in (1, batch) or len(result) not in (1, batch):
+        raise CascadeError(
+            f"{len(result)} results came with {len(source)} sources; give one source, or one for each result."
+        )
+    size = (source.shape[-2], source.shape[-1])
+    if result.shape[-2:] != size:
+        result = F.interpolate(result, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    weight = fade_inwards(mask_of(mask, batch, size), feather).to(source)
+    return torch.where(weight > 0, torch.lerp(source, result.to(source), weight), source)

@@ -1,0 +1,290 @@
+"""ControlNets, and the hints that they take."""
+
+import torch
+from torch import Tensor
+
+from ..cascade_core.canny import canny_hint
+from ..cascade_core.errors import CascadeError
+from ..cascade_core.hints import STRIDE, identity_map, inpaint_hint, super_resolution_hint
+from .api import io
+from .faces import find_faces
+from .hosts import host
+from .hosts.control import check_hint
+from .sizes import compression_input, empty_stage_b, empty_stage_c, resized, stage_c_size, whole_size
+from .sockets import check_finite, check_picture, check_vae
+
+CATEGORY = "Stable Cascade/ControlNet"
+NO_CONTROLNET = "Cascade ControlNet Apply got no CONTROL_NET; connect Load Cascade ControlNet."
+
+
+class CascadeControlNetApply(io.ComfyNode):
+    """A hint beside the words."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeControlNetApply",
+            display_name="Cascade ControlNet Apply",
+            category=CATEGORY,
+            description=(
+                "Lets a ControlNet steer Stage C by a hint. Several of these in a row work together; Stage B takes no "
+                "notice of them."
+            ),
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                io.ControlNet.Input("control_net", tooltip="From Load Cascade ControlNet."),
+                io.Image.Input(
+                    "image",
+                    tooltip=(
+                        "The hint that this ControlNet was trained on, such as Cascade Canny's; of several, one for "
+                        "each picture of the batch."
+                    ),
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How strongly the hint pulls. 0 is as if this node were not there.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="From which share of the steps on: 0 is the first, where the composition forms.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Up to which share of the steps. Below 1 the last details are left to the prompt.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="For Cascade Prior Sampler."),
+                io.Conditioning.Output(display_name="negative", tooltip="For Cascade Prior Sampler."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, positive, negative, control_net, image, strength, start, end) -> io.NodeOutput:
+        if strength == 0:
+            return io.NodeOutput(positive, negative)
+        if control_net is None:
+            raise CascadeError(NO_CONTROLNET)
+        control = host().describe_controlnet(control_net)
+        if not control.cascade:
+            raise CascadeError(
+                f"The CONTROL_NET connected to Cascade ControlNet Apply is {control.name}, which is for another model; "
+                "connect Load Cascade ControlNet."
+            )
+        if not 0 <= start <= end <= 1:
+            raise CascadeError(f"start is {start} and end {end}, but must be 0 <= start <= end <= 1.")
+        check_picture(image, "image")
+        if control.config is not None:
+            check_hint(control.config, control.name, image.shape[-1])
+        return io.NodeOutput(
+            *host().apply_controlnet(positive, negative, control_net, image, strength, start, end)
+        )
+
+
+class CascadeCanny(io.ComfyNode):
+    """Edges for the canny ControlNet."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeCanny",
+            display_name="Cascade Canny",
+            category=CATEGORY,
+            description="The edges of a picture, as the published canny ControlNet was trained on them.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture whose edges shall come back."),
+                io.Int.Input(
+                    "low",
+                    default=100,
+                    min=0,
+                    max=2040,
+                    tooltip="Weaker steps of brightness are no edge. Lower finds more.",
+                ),
+                io.Int.Input(
+                    "high",
+                    default=200,
+                    min=0,
+                    max=2040,
+                    tooltip="Stronger ones always are; those between are where they join a stronger one.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=224,
+                    min=32,
+                    max=2048,
+                    step=8,
+                    tooltip="Side in pixels at which the edges are found. The published one is 224: larger is finer.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="hint", tooltip="White edges on black.")],
+        )
+
+    @classmethod
+    def execute(cls, image, low, high, size) -> io.NodeOutput:
+        check_picture(image, "image")
+        edges = canny_hint(image[..., :3].movedim(-1, 1), low, high, size)  # (B, 1, H, W)
+        return io.NodeOutput(edges.movedim(1, -1).repeat(1, 1, 1, 3))
+
+
+class CascadeInpaintHint(io.ComfyNode):
+    """A picture with a hole for the inpainting ControlNet."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeInpaintHint",
+            display_name="Cascade Inpaint Hint",
+            category=CATEGORY,
+            description="The picture with its masked part white, and the mask, for the inpainting ControlNet.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to paint in."),
+                io.Mask.Input("mask", tooltip="1 where the picture is painted anew."),
+                io.Float.Input(
+                    "threshold",
+                    default=0.5,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    tooltip="Where the mask is above this, the ControlNet sees nothing of the picture.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="hint", tooltip="Four channels: the picture and the mask.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, mask, threshold) -> io.NodeOutput:
+        check_picture(image, "image")
+        return io.NodeOutput(inpaint_hint(image[..., :3].movedim(-1, 1), mask, threshold).movedim(1, -1))
+
+
+class CascadeSuperResolutionHint(io.ComfyNode):
+    """A small picture for the super-resolution ControlNet."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeSuperResolutionHint",
+            display_name="Cascade Super Resolution Hint",
+            category=CATEGORY,
+            description=(
+                "The compressor's latent of a small picture, for the super-resolution ControlNet, and the empty "
+                "latents of the large one."
+            ),
+            inputs=[
+                io.Vae.Input("vae", tooltip="The semantic compressor, from Load Cascade Compressor."),
+                io.Image.Input("image", tooltip="The small picture."),
+                io.Float.Input(
+                    "scale",
+                    default=2.0,
+                    min=1.0,
+                    max=8.0,
+                    step=0.1,
+                    tooltip="How many times larger the picture becomes, a side. The published network does 2.",
+                ),
+                compression_input(),
+            ],
+            outputs=[
+                io.Image.Output(display_name="hint", tooltip="For Cascade ControlNet Apply: 16 channels."),
+                io.Latent.Output(display_name="stage_c", tooltip="For Cascade Prior Sampler, empty."),
+                io.Latent.Output(display_name="stage_b", tooltip="For Cascade Decoder Sampler, empty."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, vae, image, scale, compression) -> io.NodeOutput:
+        check_vae(vae, "compressor", "Cascade Super Resolution Hint", "Load Cascade Compressor")
+        check_picture(image, "image")
+        if not 1 <= scale <= 8:
+            raise CascadeError(f"scale is {scale}; it must lie within 1 and 8 (2 is usual).")
+        batch, *sides = image.shape[:3]
+        height, width = whole_size(*(round(side * scale) for side in sides))
+        size = stage_c_size(height, width, compression)
+        seen = [max(round(side / scale), 1) * STRIDE for side in size]  # pixels that the compressor gets
+        small = resized(image, seen).movedim(-1, 1)
+
+        def compress(pictures: Tensor) -> Tensor:
+            return host().encode_pixels(vae, pictures.movedim(1, -1))
+
+        hint = super_resolution_hint(compress, small, size)
+        check_finite([hint], vae, "The compressor's latent")
+        return io.NodeOutput(
+            hint.movedim(1, -1),
+            empty_stage_c(batch, height, width, compression),
+            empty_stage_b(batch, height, width),
+        )
+
+
+class CascadeIdentityHint(io.ComfyNode):
+    """Faces for the identity ControlNet."""
+
+    PLACES = ("where it is", "everywhere")
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeIdentityHint",
+            display_name="Cascade Identity Hint",
+            category=CATEGORY,
+            description=(
+                "Who is seen where in a picture, for the identity ControlNet. Needs the package insightface and its "
+                "two networks."
+            ),
+            inputs=[
+                io.Image.Input("image", tooltip="A picture of a face, or of several."),
+                io.Combo.Input(
+                    "place",
+                    options=list(cls.PLACES),
+                    default=cls.PLACES[0],
+                    tooltip="The face comes where it is in this picture; a single one may also come everywhere.",
+                ),
+                io.Int.Input(
+                    "faces",
+                    default=4,
+                    min=1,
+                    max=16,
+                    tooltip="How many faces count; the largest in the middle first.",
+                ),
+                compression_input(),
+            ],
+            outputs=[
+                io.Image.Output(display_name="hint", tooltip="For Cascade ControlNet Apply: 512 channels.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, place, faces, compression) -> io.NodeOutput:
+        if place not in cls.PLACES:
+            raise CascadeError(f"place is {place!r}; choose one of {', '.join(cls.PLACES)}.")
+        check_picture(image, "image")
+        height, width = image.shape[1:3]
+        size = stage_c_size(height, width, compression)
+        maps = []
+        for index, found in enumerate(find_faces(image[..., :3], faces)):
+            if not len(found.boxes):
+                raise CascadeError(
+                    f"No face was found in picture {index}; choose one that shows a face clearly."
+                )
+            boxes = found.boxes
+            if place == "everywhere":
+                if len(boxes) > 1:
+                    raise CascadeError(
+                        f"Picture {index} shows {len(boxes)} faces, but only one can be everywhere; set faces to 1."
+                    )
+                boxes = torch.tensor([[0.0, 0.0, width, height]])
+            maps.append(identity_map(found.embeddings, boxes, (height, width), size))
+        return io.NodeOutput(torch.cat(maps).movedim(1, -1))

@@ -1,0 +1,96 @@
+"""Before and after inpainting: room around a picture, and the source back where nothing was painted."""
+
+from typing import Any
+
+from ..cascade_core.errors import CascadeError
+from ..cascade_core.masks import composite, expand
+from .api import io
+from .sizes import MAX_SIZE
+from .sockets import check_picture
+
+CATEGORY = "Stable Cascade/inpainting"
+
+
+class CascadeOutpaint(io.ComfyNode):
+    """Room to paint around a picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def side(name: str, default: int) -> Any:
+            return io.Int.Input(
+                name, default=default, min=0, max=MAX_SIZE, step=8, tooltip=f"Pixels to add at the {name}."
+            )
+
+        return io.Schema(
+            node_id="CascadeOutpaint",
+            display_name="Cascade Outpaint",
+            category=CATEGORY,
+            description="A picture with room around it, and the mask of that room, to go on as for inpainting.",
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to go beyond."),
+                side("left", 128),
+                side("top", 0),
+                side("right", 128),
+                side("bottom", 0),
+                io.Int.Input(
+                    "feather",
+                    default=32,
+                    min=0,
+                    max=MAX_SIZE,
+                    tooltip="Pixels of the old picture, from its edge inwards, over which it goes over into the new.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The larger picture, its borders drawn out."),
+                io.Mask.Output(display_name="mask", tooltip="1 where it is to be painted."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, left, top, right, bottom, feather) -> io.NodeOutput:
+        check_picture(image, "image")
+        height, width = image.shape[1] + top + bottom, image.shape[2] + left + right
+        if max(height, width) > MAX_SIZE:
+            raise CascadeError(
+                f"The picture would have {width} × {height} pixels, but no side may exceed {MAX_SIZE}; add less."
+            )
+        padded, mask = expand(image[..., :3].movedim(-1, 1), left, top, right, bottom, feather)
+        return io.NodeOutput(padded.movedim(1, -1), mask.repeat(len(image), 1, 1))
+
+
+class CascadeInpaintComposite(io.ComfyNode):
+    """The source back where nothing was painted."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeInpaintComposite",
+            display_name="Cascade Inpaint Composite",
+            category=CATEGORY,
+            description="What was painted, inside the mask; outside it the source, bit for bit.",
+            inputs=[
+                io.Image.Input("image", tooltip="The painted picture, from Cascade Decode."),
+                io.Image.Input("source", tooltip="The picture that was painted in; the result has its size."),
+                io.Mask.Input("mask", tooltip="The mask that was painted by."),
+                io.Int.Input(
+                    "feather",
+                    default=8,
+                    min=0,
+                    max=512,
+                    tooltip=(
+                        "Pixels inside the mask over which the source goes over into what was painted. Keep it well "
+                        "under half of the mask's width."
+                    ),
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The picture, of the source's size.")],
+        )
+
+    @classmethod
+    def execute(cls, image, source, mask, feather) -> io.NodeOutput:
+        check_picture(image, "image")
+        check_picture(source, "source")
+        if not 0 <= feather <= 512:
+            raise CascadeError(f"feather is {feather}; it must lie within 0 and 512 pixels.")
+        result, before = (picture[..., :3].movedim(-1, 1) for picture in (image, source))
+        return io.NodeOutput(composite(result, before, mask, feather).movedim(1, -1))
