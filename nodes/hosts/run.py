@@ -50,6 +50,7 @@ class Run:
     noise_mask   (B or 1, h', w') or (B or 1, 1, h', w'), 1 where the picture may change, or None
     batch_index  which image of the batch each row is, for its noise
     denoise      the share of the schedule that is run, in (0, 1]
+    tile         of Stage B: the side of a tile in latent positions, 0: whole
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Run:
     shift: float
     sampler: str
     denoise: float
+    tile: int = 0
 
     def log_snrs(self) -> Tensor:
         """(steps + 1,), the levels of noise from the first to the last."""

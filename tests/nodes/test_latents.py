@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.nodes.hosts.headless.tiles import decode_tiled
+from cascade_nodes.nodes.hosts import host
 from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode
 from cascade_nodes.nodes.loaders import CascadeCompressorLoader, StageAVAE
 
@@ -104,18 +104,24 @@ def test_latents_of_the_other_stage_are_refused(tiny, compressor):
         CascadeEncode.execute(vae, torch.rand(1, 64, 64, 3), 42.67)
 
 
-def test_tiles_cover_the_whole_and_agree_where_they_see_alike():
-    def decode(latent):  # a decoder that looks at one position only: tiles must not show at all
-        return latent[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3)
-
-    latent = torch.randn(2, 4, 37, 53)
-    torch.testing.assert_close(decode_tiled(decode, latent, 16, 4), decode(latent), rtol=0, atol=1e-5)
-    assert torch.equal(decode_tiled(decode, latent, 0, 4), decode(latent))
-
-
-def test_a_tiled_picture_is_close_to_the_whole(tiny):
+@pytest.mark.parametrize("size", [64, 72, 100])
+def test_a_picture_in_tiles_equals_the_whole(tiny, size):
     vae = StageAVAE.execute("tiny_stage_a.safetensors")[0]
-    latent = {"samples": torch.randn(1, 4, 48, 40)}
-    whole, tiled = (CascadeDecode.execute(vae, latent, size)[0] for size in (0, 128))
-    assert tiled.shape == whole.shape == (1, 192, 160, 3)
-    assert (whole - tiled).abs().mean() < 0.01
+    latent = {"samples": torch.randn(2, 4, 61, 47)}
+    whole, tiled = (CascadeDecode.execute(vae, latent, tile)[0] for tile in (0, size))
+    assert tiled.shape == whole.shape == (2, 244, 188, 3)
+    assert (whole - tiled).abs().max() <= 1e-5
+
+
+def test_a_preview_in_tiles_equals_the_whole(compressor):
+    latent = {"samples": torch.randn(1, 16, 23, 31)}
+    whole, tiled = (CascadeDecode.execute(compressor, latent, tile)[0] for tile in (0, 64))
+    assert (whole - tiled).abs().max() <= 1e-5
+
+
+def test_a_picture_is_encoded_in_tiles_as_whole(tiny):
+    vae = StageAVAE.execute("tiny_stage_a.safetensors")[0]
+    image = torch.rand(2, 244, 188, 3)
+    whole, tiled = (host().encode_pixels(vae, image, tile) for tile in (0, 64))
+    assert whole.shape == (2, 4, 61, 47)
+    assert (whole - tiled).abs().max() <= 1e-5

@@ -22,6 +22,7 @@ from ....cascade_core.noise import NoiseSource
 from ....cascade_core.samplers import SAMPLERS, Step, start_latent
 from ..run import Run, Sampled, Watch
 from .progress import step_callback
+from .tiling import in_tiles
 
 
 class CascadeGuider(comfy.samplers.CFGGuider):
@@ -95,6 +96,8 @@ class CascadeSampler(comfy.samplers.Sampler):
 
 def sample(run: Run) -> Sampled:
     patcher = with_shift(run.model, run.shift)
+    if run.tile:
+        patcher = in_tiles(patcher, run.tile)
     source = run.noise()
     guider = CascadeGuider(patcher, run.cfg, run.cfg_rescale)
     guider.set_conds(run.positive, run.negative)

@@ -16,7 +16,9 @@ import comfy.sd
 from torch import Tensor, nn
 
 from ....cascade_core import activations, checkpoints
+from ....cascade_core.config import StageAConfig, infer_config
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo, join_tiles
 from .hosted import Hosted
 from .weights import remember_file
 
@@ -140,12 +142,40 @@ def describe_vae(vae: Any) -> str:
     return f"a {type(network).__name__} VAE"
 
 
-def encode_pixels(vae: Any, image: Tensor) -> Tensor:
-    return vae.encode(image[..., :3]).float()
+def encode_pixels(vae: Any, image: Tensor, tile: int = 0) -> Tensor:
+    image = image[..., :3]
+    if not tile or describe_vae(vae) != "stage_a":  # the compressor weighs its channels by the whole picture
+        return vae.encode(image).float()
+    config = stage_a_config(vae)
+    side = 2**config.levels  # pixels of a latent position
+
+    def encode(pixels: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return vae.encode(pixels.movedim(1, -1)).float()
+
+    return join_tiles(encode, image.movedim(-1, 1), tile // side, encode_halo(config), down=side)
 
 
 def decode_latent(vae: Any, latent: Tensor, tile: int) -> Tensor:
     if not tile:
         return vae.decode(latent).float().clamp(0.0, 1.0)
-    side = max(tile // vae.spacial_compression_decode(), 4)
-    return vae.decode_tiled(latent, tile_x=side, tile_y=side, overlap=side // 4).float().clamp(0.0, 1.0)
+    if describe_vae(vae) == "stage_a":
+        config = stage_a_config(vae)
+        side, halo = 2**config.levels, decode_halo(config)
+    else:
+        side, halo = PREVIEWER_SIDE, PREVIEWER_HALO
+
+    def decode(part: Tensor) -> Tensor:  # with the host's memory management, for a tile's memory
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return vae.decode(part).float().clamp(0.0, 1.0).movedim(-1, 1)
+
+    return join_tiles(decode, latent, tile // side, halo, up=side).movedim(1, -1)
+
+
+def stage_a_config(vae: Any) -> StageAConfig:
+    """Of ours, or of the host's own Stage A, read from its weights."""
+    network = vae.first_stage_model
+    if isinstance(network, HostedStageA):
+        return network.network.config
+    _, config = infer_config(network.state_dict())
+    return StageAConfig.from_dict(config)

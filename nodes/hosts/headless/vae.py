@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ....cascade_core import checkpoints
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo, join_tiles
+from ..reporting import check_interrupted
 from .device import on_device
-from .tiles import decode_tiled
 
 SCALE_FACTOR = 0.43  # LATENT sockets carry the codebook's units: this times what Stage B diffuses
 
@@ -49,13 +50,20 @@ def describe_vae(vae: Any) -> str:
 
 
 @torch.inference_mode()
-def encode_pixels(vae: HeadlessVAE, image: Tensor) -> Tensor:
+def encode_pixels(vae: HeadlessVAE, image: Tensor, tile: int = 0) -> Tensor:
     pixels = image.movedim(-1, 1)[:, :3]
-    with on_device(vae.encoder) as device:
-        pixels = pixels.to(device, torch.float32)
-        if vae.kind == "stage_a":
-            return (vae.encoder.encode(pixels) * vae.encoder.config.scale_factor).cpu()
-        return vae.encoder(pixels).cpu()
+    network = vae.encoder
+    with on_device(network) as device:
+        if vae.kind != "stage_a":
+            return network(pixels.to(device, torch.float32)).cpu()
+
+        def encode(part: Tensor) -> Tensor:
+            check_interrupted()
+            return network.encode(part.to(device, torch.float32)).cpu()
+
+        side = 2**network.config.levels  # pixels of a latent position
+        latent = join_tiles(encode, pixels, tile // side, encode_halo(network.config), down=side)
+        return latent * network.config.scale_factor
 
 
 @torch.inference_mode()
@@ -64,12 +72,17 @@ def decode_latent(vae: HeadlessVAE, latent: Tensor, tile: int) -> Tensor:
         raise CascadeError(
             "This VAE only encodes: choose a previewer file in its loader to see Stage C latents."
         )
-    with on_device(vae.decoder) as device:
-        latent = latent.to(device, torch.float32)
-        if vae.kind == "stage_a":
-            network = vae.decoder
-            latent = latent / network.config.scale_factor
-            image = decode_tiled(network.decode, latent, tile // 4, upscale=4)
-        else:
-            image = decode_tiled(vae.decoder, latent, tile // 8, upscale=8)
-    return image.clamp(0, 1).movedim(1, -1).cpu()
+    network = vae.decoder
+    if vae.kind == "stage_a":
+        latent = latent / network.config.scale_factor
+        run, side, halo = network.decode, 2**network.config.levels, decode_halo(network.config)
+    else:
+        run, side, halo = network, PREVIEWER_SIDE, PREVIEWER_HALO
+    with on_device(network) as device:
+
+        def decode(part: Tensor) -> Tensor:
+            check_interrupted()
+            return run(part.to(device, torch.float32)).cpu()
+
+        image = join_tiles(decode, latent, tile // side, halo, up=side)
+    return image.clamp(0, 1).movedim(1, -1)

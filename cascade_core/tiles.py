@@ -1,0 +1,132 @@
+"""Large pictures a tile at a time, so that memory depends on the tile and not on the picture.
+
+Stage A and the previewer look only so far: tiles that see a halo of that many positions more, cut off afterwards,
+give what the whole gives, to rounding. Stage B sees the whole picture (global response norm, attention): there, as in
+MultiDiffusion (arXiv 2302.08113), tiles overlap, and what they predict is blended at every step.
+
+Tiles, halos and overlaps are in positions of the latent.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .config import StageAConfig
+from .layers import resize
+
+OVERLAP = 1 / 2  # of a Stage B tile's side
+ALIGNMENT = 16  # Stage B's tiles begin at multiples of this, as the positions of its innermost level do
+PREVIEWER_HALO = 2
+PREVIEWER_SIDE = 8  # pixels of a position
+
+Area = tuple[slice, slice]  # rows, columns
+
+
+def decode_halo(config: StageAConfig) -> int:
+    """How far Stage A's decoder looks from a position of the latent: one for each 3 × 3 convolution at its level."""
+    reach = 1  # of the residual block at the finest level
+    for _ in range(config.levels - 1):
+        reach = reach // 2 + 1  # the transposed convolution, in positions of the level below
+        reach += 1
+    return reach - 1 + config.bottleneck_blocks
+
+
+def encode_halo(config: StageAConfig) -> int:
+    """How far Stage A's encoder looks from a position of the latent, in whole positions."""
+    reach = 1  # of the residual block at the coarsest level
+    for _ in range(config.levels - 1):
+        reach = 2 * reach + 1 + 1  # the strided convolution, and the next residual block
+    return -(-reach // 2 ** (config.levels - 1))
+
+
+def join_tiles(
+    function: Callable[[Tensor], Tensor], x: Tensor, tile: int, halo: int, down: int = 1, up: int = 1
+) -> Tensor:
+    """function(x), computed on tiles of `tile` positions a side that see `halo` more on each side.
+
+    down, up: what a position is in x and in the result, in values a side.
+    x: (B, C, h · down, w · down) -> (B, C', h · up, w · up)
+    """
+    height, width = (side // down for side in x.shape[-2:])
+    if tile < 1 or max(height, width) <= tile:
+        return function(x)
+    joined = None
+    for rows in _spans(height, tile):
+        for columns in _spans(width, tile):
+            seen = _widened(rows, halo, height), _widened(columns, halo, width)
+            piece = function(x[(..., *_times(seen, down))])
+            if joined is None:
+                joined = piece.new_empty(*piece.shape[:2], height * up, width * up)
+            inner = _within(rows, seen[0]), _within(columns, seen[1])
+            joined[(..., *_times((rows, columns), up))] = piece[(..., *_times(inner, up))]
+    assert joined is not None
+    return joined
+
+
+def _spans(length: int, tile: int) -> Iterator[slice]:
+    return (slice(start, min(start + tile, length)) for start in range(0, length, tile))
+
+
+def _widened(span: slice, halo: int, length: int) -> slice:
+    return slice(max(span.start - halo, 0), min(span.stop + halo, length))
+
+
+def _within(span: slice, seen: slice) -> slice:
+    return slice(span.start - seen.start, span.stop - seen.start)
+
+
+def _times(area: Area, factor: int) -> Area:
+    rows, columns = (slice(span.start * factor, span.stop * factor) for span in area)
+    return rows, columns
+
+
+def predict_in_tiles(
+    predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, effnet: Tensor, tile: int, patch_size: int
+) -> Tensor:
+    """predict(x, effnet) of Stage B, blended from overlapping tiles of `tile` positions a side.
+
+    Each tile sees its part of the conditioning as the whole would see it: resized to the whole first, then cut.
+
+    x: (B, 4, h, w), effnet: (B, 16, h', w') of any size -> like x
+    """
+    height, width = x.shape[-2:]
+    if max(height, width) <= tile:
+        return predict(x, effnet)
+    effnet = resize(effnet, (height // patch_size, width // patch_size))
+    blended = weights = None
+    for rows in overlapping(height, tile):
+        for columns in overlapping(width, tile):
+            area = rows, columns
+            seen = tuple(slice(span.start // patch_size, span.stop // patch_size) for span in area)
+            part = predict(x[(..., *area)], effnet[(..., *seen)])
+            weight = _ramp(rows, height, part)[:, None] * _ramp(columns, width, part)
+            if blended is None or weights is None:
+                blended, weights = part.new_zeros(x.shape), weight.new_zeros(height, width)
+            blended[(..., *area)] += part * weight
+            weights[area] += weight
+    assert blended is not None
+    assert weights is not None
+    return blended / weights
+
+
+def overlapping(length: int, tile: int) -> list[slice]:
+    """Spans of `tile` positions that cover `length` and overlap by `OVERLAP` of a tile or more, evenly placed.
+
+    They begin where a level of the network does; the last is shorter where `length` is not a multiple of that.
+    """
+    if length <= tile:
+        return [slice(0, length)]
+    steps = math.ceil((length - tile) / (tile * (1 - OVERLAP)))
+    starts = (math.ceil(i * (length - tile) / steps / ALIGNMENT) * ALIGNMENT for i in range(steps + 1))
+    return [slice(start, min(start + tile, length)) for start in starts]
+
+
+def _ramp(span: slice, length: int, like: Tensor) -> Tensor:
+    """The weight of each position: falls towards the tile's ends, but not towards the whole's.  (span,)"""
+    position = torch.arange(span.start, span.stop, device=like.device, dtype=torch.float32) + 0.5
+    fade = (span.stop - span.start) * OVERLAP
+    rise = (position - span.start) / fade if span.start else torch.ones_like(position)
+    fall = (span.stop - position) / fade if span.stop < length else torch.ones_like(position)
+    return torch.minimum(rise, fall).clamp(max=1)
