@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: the sizes to which training pictures are brought, all of about the same area."""
 
 import math
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 COMPRESSION = 42.67  # published: pixels for each position of Stage C's latent; 1024 pixels become 24
@@ -30,17 +30,18 @@ class Bucket(NamedTuple):
         return f"{self.width} × {self.height}"
 
 
-def buckets(size: int, step: int) -> list[Bucket]:
+def buckets(size: int, step: int) -> tuple[Bucket, ...]:
     """The square of that side, and every rectangle of no more area whose sides are multiples of `step`."""
     found = {Bucket(size, size)}
     for long in range(-(-size // step) * step, int(size * math.sqrt(MAX_ASPECT)) + 1, step):
         short = int(size * size / long) // step * step
         if short and long / short <= MAX_ASPECT:
             found |= {Bucket(short, long), Bucket(long, short)}
-    return sorted(found)
+    return tuple(sorted(found))
 
 
-def nearest(sizes: Sequence[Bucket], height: int, width: int) -> Bucket:
+@lru_cache(maxsize=100_000)
+def nearest(sizes: tuple[Bucket, ...], height: int, width: int) -> Bucket:
     """The bucket whose aspect ratio is nearest to the picture's; of equals the larger."""
     aspect = math.log(width / height)
     return min(sizes, key=lambda b: (abs(math.log(b.width / b.height) - aspect), -b.height * b.width))

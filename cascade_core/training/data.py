@@ -1,9 +1,8 @@
 """Training data: pictures and captions as batches of Stage C latents, each a pure function of (seed, step, rank)."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import cpu_count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +10,15 @@ from torch import Tensor
 from ..errors import CascadeError
 from .buckets import Bucket, buckets
 from .cache import Cache
-from .latents import Encoder, Placed, place
-from .order import epoch_plan, generator
+from .decoding import Decoder
+from .latents import Encoder
+from .order import batches_of, epoch_plan, generator
+from .pictures import Skipped
+from .placing import Placed, place
+from .rows import Rows
 from .sources import find_pictures
+
+IN_MEMORY = 4_000_000_000  # bytes of latents; more stay in the mapped files of the cache
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ class TrainingData:
 
     encode: (B, 3, H, W) float32 in [0, 1], of a size that the compressor reads -> (B, 16, h, w).
     fingerprint: changes with what encode computes (`cache.fingerprint`).
-    report: called as latents are made, with how many there are and how many there will be.
+    report: called as latents are made, with how many pictures are done and how many there are to do.
+    captions: every caption that a batch can have; the empty one is the first.
+    skipped: pictures that are left out, and why.
     """
 
     def __init__(
@@ -83,96 +90,107 @@ class TrainingData:
         with_images: bool = False,
         report: Callable[[int, int], None] | None = None,
     ):
-        self.settings, self.seed, self.with_images = settings, seed, with_images
+        self.settings, self.seed = settings, seed
         pictures, self.skipped = find_pictures(settings.folder, settings.tars)
         sizes = buckets(settings.size, settings.bucket_step)
-        placed, damaged = place(pictures, sizes, Cache(settings.cache, "sizes"))
+        placed, unreadable = place(pictures, sizes, Cache(settings.cache, "sizes"))
         encoder = Encoder(encode, Cache(settings.cache, fingerprint), settings.flip, report)
-        damaged += encoder.fill(placed)
-        self.skipped += damaged
-        out = {each.name for each in damaged}
-        placed = [each for each in placed if each.picture.name not in out]
-        if not placed:
+        damaged = encoder.fill(placed)
+        left = [each for each in placed if each not in damaged]
+        self.skipped += [*unreadable, *(Skipped(each.picture.name, why) for each, why in damaged.items())]
+        if not left:
             raise CascadeError(
-                f"None of the {len(pictures)} pictures can be read, such as {damaged[0]}; give pictures as "
+                f"None of the {len(pictures)} pictures can be read, such as {self.skipped[-1]}; give pictures as "
                 "PNG, JPEG or WebP."
             )
-        self.captions = [""]
         ids: dict[str, int] = {"": 0}
-        for each in placed:
+        for each in left:
             for text in each.picture.captions:
-                if text not in ids:
-                    ids[text] = len(self.captions)
-                    self.captions.append(text)
+                ids.setdefault(text, len(ids))
+        self.captions = list(ids)
         grouped: dict[Bucket, list[Placed]] = {}
-        for each in placed:
+        for each in left:
             grouped.setdefault(each.bucket, []).append(each)
-        self.pictures = [grouped[bucket] for bucket in sorted(grouped)]
-        self.tensors = [_tensors(rows, encoder, ids) for rows in self.pictures]
+        self._buckets = [Rows(grouped[bucket], encoder, ids) for bucket in sorted(grouped)]
+        if sum(rows.nbytes for rows in self._buckets) <= IN_MEMORY:
+            for rows in self._buckets:
+                rows.bring_together()
+            encoder.cache.rows.clear()
         self._plan: tuple[tuple[int, int], list[tuple[int, Tensor]]] | None = None
-        self._pool = ThreadPoolExecutor(min(16, cpu_count() or 1)) if with_images else None
+        self._decoder = Decoder() if with_images else None
 
     def __len__(self) -> int:
-        return sum(map(len, self.pictures))
+        return sum(map(len, self._buckets))
 
     def summary(self) -> str:
         """One sentence for people."""
-        sizes = ", ".join(f"{len(rows)} of {rows[0].bucket}" for rows in self.pictures)
-        out = f"; {len(self.skipped)} left out, such as {self.skipped[0]}" if self.skipped else ""
-        return f"{len(self)} pictures with {len(self.captions) - 1} captions: {sizes}{out}."
+        sizes = ", ".join(f"{len(rows)} of {rows.bucket}" for rows in self._buckets)
+        enlarged = sum(each.scale > 1 for rows in self._buckets for each in rows.placed)
+        notes = f"; {enlarged} are smaller and were enlarged" if enlarged else ""
+        if self.skipped:
+            notes += f"; {len(self.skipped)} are left out, such as {self.skipped[0]}"
+        return f"{len(self)} pictures with {len(self.captions) - 1} captions: {sizes}{notes}."
 
     def as_tensors(self) -> list[BucketTensors]:
-        return self.tensors
+        """Every bucket in memory as a whole."""
+        return [
+            BucketTensors(rows.bucket, rows.all_latents(), rows.caption_ids, rows.caption_counts)
+            for rows in self._buckets
+        ]
 
     def steps_per_epoch(self, batch_size: int, ranks: int = 1) -> int:
-        return len(self._epoch(0, batch_size * ranks))
-
-    def _epoch(self, epoch: int, together: int) -> list[tuple[int, Tensor]]:
-        key = (epoch, together)
-        held = self._plan
-        if held is None or held[0] != key:
-            counts = [len(rows) for rows in self.pictures]
-            held = key, epoch_plan(counts, together, self.settings.repeat, self.seed, epoch)
-            self._plan = held
-        return held[1]
+        return sum(batches_of(len(rows), self.settings.repeat, batch_size * ranks) for rows in self._buckets)
 
     def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Batch:
-        """What this rank trains on at this step; the same whatever was asked before."""
-        epoch, at = divmod(step, self.steps_per_epoch(batch_size, ranks))
-        number, rows = self._epoch(epoch, batch_size * ranks)[at]
-        chance = torch.rand(3, len(rows), generator=generator(self.seed, "rows", step))
-        mine = slice(rank, None, ranks)
-        if len(rows) < ranks:  # the last of a bucket: some ranks share a row rather than have none
-            mine = slice(rank % len(rows), rank % len(rows) + 1)
-        rows, chance = rows[mine], chance[:, mine]
-        tensors = self.tensors[number]
-        mirrored = (chance[0] < 0.5).long() if self.settings.flip else torch.zeros_like(rows)
-        pick = (chance[1] * tensors.caption_counts[rows]).long()
-        caption_ids = tensors.caption_ids[rows, pick]
-        caption_ids = torch.where(chance[2] < self.settings.caption_dropout, 0, caption_ids)
-        pictures = [self.pictures[number][row] for row in rows.tolist()]
+        """What this rank trains on at this step; the same whatever was asked before.
+
+        The ranks share the rows of one batch of batch_size · ranks: rank 0 of 2 has every second one. Where images are
+        asked for, those of the next step are decoded in the meantime.
+        """
+        chosen = self._choose(step, batch_size, rank, ranks)
+        images = None
+        if self._decoder is not None:
+            following = self._choose(step + 1, batch_size, rank, ranks)
+            images = self._decoder.images(chosen.placed, chosen.mirrored)
+            self._decoder.begin(following.placed)
         return Batch(
-            [each.picture.name for each in pictures],
-            [self.captions[i] for i in caption_ids.tolist()],
-            tensors.latents[rows, mirrored],
-            self._images(pictures, mirrored) if self._pool is not None else None,
-            caption_ids,
+            [each.picture.name for each in chosen.placed],
+            [self.captions[i] for i in chosen.caption_ids.tolist()],
+            self._buckets[chosen.bucket].latents(chosen.rows, chosen.mirrored),
+            images,
+            chosen.caption_ids,
         )
 
-    def _images(self, pictures: list[Placed], mirrored: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in [0, 1]"""
-        assert self._pool is not None
-        images = list(self._pool.map(lambda each: each.pixels(each.bucket), pictures))
-        turned = [
-            image.flip(-1) if flip else image for image, flip in zip(images, mirrored.tolist(), strict=True)
-        ]
-        return torch.stack(turned).float() / 255
+    def _choose(self, step: int, batch_size: int, rank: int, ranks: int) -> "_Chosen":
+        together = batch_size * ranks
+        epoch, at = divmod(step, self.steps_per_epoch(batch_size, ranks))
+        bucket, rows = self._epoch(epoch, together)[at]
+        chance = torch.rand(3, len(rows), generator=generator(self.seed, "rows", step))
+        mine = slice(rank, None, ranks)
+        if len(rows) < ranks:  # a bucket with fewer pictures: some ranks share a row rather than have none
+            mine = slice(rank % len(rows), rank % len(rows) + 1)
+        rows, chance = rows[mine], chance[:, mine]
+        mirrored = (chance[0] < 0.5).long() if self.settings.flip else torch.zeros_like(rows)
+        held = self._buckets[bucket]
+        caption_ids = torch.where(
+            chance[2] < self.settings.caption_dropout, 0, held.captions(rows, chance[1])
+        )
+        return _Chosen(bucket, rows, mirrored, caption_ids, [held.placed[row] for row in rows.tolist()])
+
+    def _epoch(self, epoch: int, together: int) -> list[tuple[int, Tensor]]:
+        """The epoch's plan; the one last asked for is kept."""
+        if self._plan is None or self._plan[0] != (epoch, together):
+            counts = [len(rows) for rows in self._buckets]
+            plan = epoch_plan(counts, together, self.settings.repeat, self.seed, epoch)
+            self._plan = (epoch, together), plan
+        return self._plan[1]
 
 
-def _tensors(rows: list[Placed], encoder: Encoder, ids: dict[str, int]) -> BucketTensors:
-    variants = [encoder.cache.stack(each.key(mirrored) for each in rows) for mirrored in encoder.variants]
-    captions = [[ids[text] for text in each.picture.captions] for each in rows]
-    counts = torch.tensor([len(each) for each in captions])
-    most = int(counts.max())
-    padded = torch.tensor([each + [-1] * (most - len(each)) for each in captions])
-    return BucketTensors(rows[0].bucket, torch.stack(variants, dim=1), padded, counts)
+class _Chosen(NamedTuple):
+    """What a batch is made of."""
+
+    bucket: int
+    rows: Tensor  # (B,) of the bucket
+    mirrored: Tensor  # (B,) 0 or 1
+    caption_ids: Tensor  # (B,)
+    placed: list[Placed]

@@ -13,6 +13,11 @@ def generator(seed: int, purpose: str, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def batches_of(count: int, repeat: int, together: int) -> int:
+    """How many batches of at most `together` rows an epoch makes of `count` pictures."""
+    return -(-count * repeat // together)
+
+
 def epoch_plan(
     counts: Sequence[int], together: int, repeat: int, seed: int, epoch: int
 ) -> list[tuple[int, Tensor]]:
@@ -25,5 +30,5 @@ def epoch_plan(
     batches: list[tuple[int, Tensor]] = []
     for number, count in enumerate(counts):
         rows = torch.cat([torch.randperm(count, generator=random) for _ in range(repeat)])
-        batches += [(number, part) for part in rows.tensor_split(-(-len(rows) // together))]
+        batches += [(number, part) for part in rows.tensor_split(batches_of(count, repeat, together))]
     return [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]

@@ -1,7 +1,10 @@
-"""Pictures as files -> pixels of a bucket: upright, cropped to its centre, RGB."""
+"""Pictures as bytes in files -> pixels of a bucket: upright, cropped to its centre, RGB."""
 
 import io
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from .buckets import Bucket
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 ORIENTATION = 0x0112  # EXIF tag
 # How a picture is turned upright, by the tag's value (EXIF 2.3, section 4.6.4).
 UPRIGHT = {
@@ -30,7 +34,43 @@ UNREADABLE = (
 )  # what Pillow raises on bad files
 
 
-class DamagedPictureError(ValueError):
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture's bytes within a file, and what is said of it."""
+
+    name: str  # for people: its path within the folder, or the tar's and its own
+    path: Path  # the file that holds it
+    offset: int  # bytes
+    length: int
+    stamp: int  # when the file was last changed, in nanoseconds
+    captions: tuple[str, ...]  # at least one
+
+    @property
+    def identity(self) -> str:
+        """Changes where the picture may have changed."""
+        return f"{self.path}\n{self.offset}\n{self.length}\n{self.stamp}"
+
+    def read(self, at_most: int | None = None) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length if at_most is None else min(at_most, self.length))
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A picture that is left out, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+Found = Iterator[Picture | Skipped]
+
+
+class PictureError(ValueError):
     """Says in a few words what is wrong with one picture; training goes on without it."""
 
 
@@ -41,9 +81,9 @@ def picture_size(source: io.BytesIO) -> tuple[int, int]:
             width, height = picture.size
             return (width, height) if _orientation(picture) in LYING else (height, width)
     except UnidentifiedImageError:
-        raise DamagedPictureError("no picture") from None
+        raise PictureError("no picture") from None
     except UNREADABLE as error:
-        raise DamagedPictureError(str(error)) from None
+        raise PictureError(str(error)) from None
 
 
 def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
@@ -64,9 +104,9 @@ def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
                 (width, height), Image.Resampling.BICUBIC, _centre(picture.size, shape), reducing_gap=3.0
             )
     except UnidentifiedImageError:
-        raise DamagedPictureError("no picture") from None
+        raise PictureError("no picture") from None
     except UNREADABLE as error:
-        raise DamagedPictureError(str(error)) from None
+        raise PictureError(str(error)) from None
     if orientation in UPRIGHT:
         resized = resized.transpose(UPRIGHT[orientation])
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -3,14 +3,43 @@
 Nothing is extracted: the archive's headers say where each picture's bytes lie, and these are read when wanted.
 """
 
+import glob
 import json
+import re
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from ..errors import CascadeError
-from .sources import CAPTIONS, PICTURES, Found, Picture, Skipped, caption_lines, caption_values
+from .captions import SUFFIXES, caption_lines, caption_values
+from .pictures import PICTURES, Found, Picture, Skipped
 
 MAX_CAPTION = 1_000_000  # bytes; more is no caption
+
+
+def expand(patterns: Iterable[str]) -> list[Path]:
+    """The files of patterns: `data/*.tar`, or webdataset's `data/{0000..0012}.tar`."""
+    paths: list[Path] = []
+    for pattern in patterns:
+        for plain in _braces(pattern):
+            exact = Path(plain).expanduser()
+            found = [exact] if exact.exists() else sorted(map(Path, glob.glob(str(exact))))
+            if not found:
+                raise CascadeError(
+                    f"There is no tar {plain}; give webdataset tars by path or pattern, as data/*.tar."
+                )
+            paths += found
+    return paths
+
+
+def _braces(pattern: str) -> list[str]:
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if span is None:
+        return [pattern]
+    first, last = span.groups()
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    head, tail = pattern[: span.start()], pattern[span.end() :]
+    return [whole for number in numbers for whole in _braces(head + number + tail)]
 
 
 def tar_pictures(path: Path) -> Found:
@@ -75,7 +104,7 @@ def _members(path: Path, size: int) -> tuple[dict[str, dict[str, tarfile.TarInfo
 
 def _captions(file, members: dict[str, tarfile.TarInfo]) -> tuple[str, ...]:
     """Raises ValueError where a caption is no text, or is far too long."""
-    for suffix in (*CAPTIONS, ".json"):
+    for suffix in (*SUFFIXES, ".json"):
         member = members.get(suffix)
         if member is None:
             continue
