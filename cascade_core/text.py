@@ -21,6 +21,9 @@ from .tokenizer import Chunk, Tokenizer
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
 
+    from .adapters import LearnedToken
+    from .adapters.tokens import TokenTable
+
 __all__ = [
     "TextEncoder",
     "TextStates",
@@ -61,7 +64,9 @@ def build_text_model(
         )
 
 
-def encode_tokens(model: CLIPTextModelWithProjection, tokens: Tensor, end_token: int) -> TextStates:
+def encode_tokens(
+    model: CLIPTextModelWithProjection, tokens: Tensor, end_token: int, learned: TokenTable | None = None
+) -> TextStates:
     """Run the encoder on chunks of tokens; differentiable, for training too. One thread at a time.
 
     tokens: (N, T) ids, an end token in every row -> states (N, T, C) before the final norm, pooled (N, P).
@@ -72,14 +77,20 @@ def encode_tokens(model: CLIPTextModelWithProjection, tokens: Tensor, end_token:
     # the normed states there for other models; so take it where it cannot change.
     before_norm: list[Tensor] = []
     final_norm = model.text_model.final_layer_norm
-    hook = final_norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
+    hooks = [final_norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))]
+    known = tokens
+    if learned is not None:
+        known, embedding = learned.known(tokens), model.text_model.embeddings.token_embedding
+        hooks.append(embedding.register_forward_hook(lambda _, __, embedded: learned.embed(tokens, embedded)))
     try:
-        model.text_model(input_ids=tokens, attention_mask=mask.long())
+        model.text_model(input_ids=known, attention_mask=mask.long())
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     states = before_norm[0]  # (N, T, C)
     at_end = states[torch.arange(len(states), device=states.device), first_end]  # (N, C)
-    return TextStates(states, model.text_projection(final_norm(at_end)))
+    pooled = model.text_projection(final_norm(at_end))
+    return TextStates(states if learned is None else learned.output(tokens, states), pooled)
 
 
 class TextEncoder:
@@ -110,8 +121,10 @@ class TextEncoder:
         return cls(model, _find_tokenizer(Path(path), model.config.vocab_size))
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> TextStates:
+    def encode(self, prompts: Sequence[str], learned: Sequence[LearnedToken] = ()) -> TextStates:
         """Encode prompts together, each distinct chunk once, on the model's device.
+
+        learned: tokens beside the vocabulary's, and changes of those.
 
         A prompt's chunks are joined along the positions. A prompt of fewer chunks than the longest is
         followed by chunks of the empty prompt; its own positions hold what it gives alone. A token's weight
@@ -119,7 +132,8 @@ class TextEncoder:
         pooled vector is the first chunk's, and weights leave it alone.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        chunked = [self.tokenizer.chunks(prompt) for prompt in prompts]
+        table = self._table(learned) if learned else None
+        chunked = [self.tokenizer.chunks(prompt, table and table.ids) for prompt in prompts]
         count = max(len(chunks) for chunks in chunked)
         empty = self.tokenizer.empty_chunk()
         chunked = [chunks + [empty] * (count - len(chunks)) for chunks in chunked]
@@ -131,7 +145,7 @@ class TextEncoder:
             [[rows.setdefault(_tokens(c), len(rows)) for c in chunks] for chunks in chunked]
         )
         empty_row = rows.setdefault(_tokens(empty), len(rows)) if weighted else None
-        encoded, pooled = self._encode_rows(list(rows))  # (R, 77, C), (R, P)
+        encoded, pooled = self._encode_rows(list(rows), table)  # (R, 77, C), (R, P)
 
         states = encoded[places]  # (B, n, 77, C)
         if empty_row is not None:
@@ -140,10 +154,17 @@ class TextEncoder:
             states = torch.where(weights == 1, states, around + weights * (states - around))
         return TextStates(states.flatten(1, 2), pooled[places[:, 0]])
 
-    def _encode_rows(self, rows: list[tuple[int, ...]]) -> TextStates:
+    def _table(self, learned: Sequence[LearnedToken]) -> TokenTable:
+        from .adapters.tokens import TokenTable
+
+        config = self.model.config
+        return TokenTable(learned, config.vocab_size, config.hidden_size)
+
+    def _encode_rows(self, rows: list[tuple[int, ...]], learned: TokenTable | None) -> TextStates:
         tokens = torch.tensor(rows, device=self.model.device)  # (R, 77)
         parts = [
-            encode_tokens(self.model, part, self.tokenizer.end_token) for part in tokens.split(CHUNKS_AT_ONCE)
+            encode_tokens(self.model, part, self.tokenizer.end_token, learned)
+            for part in tokens.split(CHUNKS_AT_ONCE)
         ]
         states = torch.cat([part.states for part in parts]).float()
         pooled = torch.cat([part.pooled for part in parts]).float()

@@ -7,7 +7,7 @@ Supervision", section 2.4); the `tokenizers` library does the merging.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,16 +93,18 @@ class Tokenizer:
         """The chunk of the empty prompt: start, end, padding."""
         return self._close([(self.start_token, 1.0)])
 
-    def chunks(self, prompt: str) -> list[Chunk]:
+    def chunks(self, prompt: str, learned: Mapping[str, Sequence[int]] | None = None) -> list[Chunk]:
         """A prompt -> one or more chunks of 77 (token, weight): start, text, end, padded with the end token.
 
-        A segment (a run of text under one weight) that does not fit begins the next chunk if it has fewer
-        than 8 tokens, and is cut otherwise.
+        learned: what stands in the prompt for tokens that are none of the vocabulary's, `{"[fernando]": [49408]}`.
+
+        A segment (a run of text under one weight, or a learned name) that does not fit begins the next chunk if
+        it has fewer than 8 tokens, and is cut otherwise.
         """
         chunks = []
         chunk = [(self.start_token, 1.0)]
         room = self.length - 1  # the last place is the end token's
-        for segment in self._segments(prompt):
+        for segment in self._segments(prompt, learned or {}):
             breakable = len(segment) >= BREAKABLE
             while len(chunk) + len(segment) > room:
                 cut = room - len(chunk) if breakable else 0
@@ -111,16 +113,37 @@ class Tokenizer:
             chunk += segment
         return [*chunks, self._close(chunk)]
 
-    def _segments(self, prompt: str) -> list[Chunk]:
+    def _segments(self, prompt: str, learned: Mapping[str, Sequence[int]]) -> list[Chunk]:
         return [
-            [(token, weight) for token in self.tokens(text)]
+            [(token, weight) for token in tokens]
             for run, weight in parse_weights(prompt)
             for text in re.split(EMBEDDING_NAME, run)
-            if text
+            for tokens in self._pieces(text, learned)
         ]
+
+    def _pieces(self, text: str, learned: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
+        """The tokens of each learned name in a text, and of what stands between them."""
+        if not learned:
+            return [self.tokens(text)] if text else []
+        names = {name.lower(): tokens for name, tokens in learned.items()} | dict(learned)
+        pieces: list[Sequence[int]] = []
+        for part in re.split(learned_names(learned), text):
+            tokens = names.get(part) or names.get(part.lower())
+            pieces.append(tokens or self.tokens(part))
+        return pieces
 
     def _close(self, chunk: Chunk) -> Chunk:
         return chunk + [(self.end_token, 1.0)] * (self.length - len(chunk))
+
+
+def learned_names(names: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the names, in any case but not within a word; the longer ones first."""
+    alternatives = []
+    for name in sorted(names, key=len, reverse=True):
+        before = r"(?<!\w)" if re.match(r"\w", name) else ""
+        after = r"(?!\w)" if re.search(r"\w$", name) else ""
+        alternatives.append(before + re.escape(name) + after)
+    return re.compile(f"({'|'.join(alternatives)})", re.IGNORECASE)
 
 
 def _special_token(backend: tokenizers.Tokenizer, name: str) -> int:

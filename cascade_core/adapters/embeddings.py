@@ -1,0 +1,58 @@
+"""Embeddings in files of their own, which a prompt asks for by `embedding:name`, as in ComfyUI."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import read_safetensors
+from ..errors import CascadeError
+from ..prompt_weights import parse_weights
+
+PREFIX = "embedding:"
+
+
+def embedding_names(prompt: str) -> list[str]:
+    """The files that a prompt asks for by `embedding:name`, each once; found where ComfyUI finds them."""
+    pattern = rf"(?:^|(?<=\s)){PREFIX}([^\s<\[]+)"
+    found = [name for text, _ in parse_weights(prompt) for name in re.findall(pattern, text)]
+    return list(dict.fromkeys(found))
+
+
+# What the vectors are called in a file, the first that is there: ComfyUI's and OneTrainer's own, those bundled with a
+# LoRA, Automatic1111's.
+EMBEDDING_KEYS = (
+    r"clip_g",
+    r"bundle_emb\..*\.string_to_param\.\*",
+    r"bundle_emb\..*\.clip_g",
+    r"string_to_param(\.\*)?",
+    r"emb_params",
+)
+
+
+def read_embedding(path: Path, width: int) -> Tensor:
+    """The vectors (V, C) of an embedding's file. Raises CascadeError for another file, or another width."""
+    tensors, _ = read_safetensors(path)
+    found = next((rows for key in EMBEDDING_KEYS if (rows := _matching(tensors, key))), None)
+    if found is None and len(tensors) == 1:
+        found = list(tensors.values())
+    if found is None or any(rows.ndim not in (1, 2) for rows in found):
+        raise CascadeError(
+            f"{path.name} holds {len(tensors)} tensors (first: {next(iter(tensors), 'none')}), but an embedding is "
+            "expected, such as clip_g or emb_params; choose one, or load a LoRA with Cascade LoRA Apply."
+        )
+    wide = found[0].shape[-1]
+    if wide != width:
+        raise CascadeError(
+            f"{path.name} holds vectors {wide} wide, but the text encoder's are {width}; choose an embedding that was "
+            "trained with this text encoder."
+        )
+    return torch.cat([rows.float().reshape(-1, width) for rows in found])
+
+
+def _matching(tensors: Mapping[str, Tensor], pattern: str) -> list[Tensor]:
+    return [tensor for key, tensor in tensors.items() if re.fullmatch(pattern, key)]
