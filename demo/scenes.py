@@ -3,6 +3,7 @@
 A scene's coordinates are fractions of the frame: x to the right, y down, the origin at the top left.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,13 +132,31 @@ def _build(kinds: np.ndarray, relation: np.ndarray, rng: np.random.Generator) ->
     """Gives the kinds sizes, places and a background."""
     n = len(kinds)
     size = rng.integers(0, 2, (n, 2))
+    radius, centre = _place(size, relation, rng)
+    background = rng.integers(0, len(BACKGROUNDS), n)
+    return _assemble(kinds, relation, size, radius, centre, background)
+
+
+def _place(size: np.ndarray, relation: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Radii (n, 2) of the sizes, and centres (n, 2 objects, 2) that stand as `relation` says; -1: a single."""
+    n = len(relation)
     low, high = np.array([RADIUS[name] for name in SIZES]).T
     radius = low[size] + (high - low)[size] * rng.random((n, 2))
     centre = _place_pairs(radius, relation, rng)
     single = relation < 0
     edge = MARGIN + radius[:, :1]
     centre[single, 0] = (edge + (1 - 2 * edge) * rng.random((n, 2)))[single]
-    background = rng.integers(0, len(BACKGROUNDS), n)
+    return radius, centre
+
+
+def _assemble(
+    kinds: np.ndarray,
+    relation: np.ndarray,
+    size: np.ndarray,
+    radius: np.ndarray,
+    centre: np.ndarray,
+    background: np.ndarray,
+) -> list[Scene]:
     scenes = []
     rows = zip(
         kinds.tolist(),
@@ -162,6 +181,36 @@ def _build(kinds: np.ndarray, relation: np.ndarray, rng: np.random.Generator) ->
         )
         scenes.append(Scene(objects, BACKGROUNDS[ground], None if related < 0 else RELATIONS[related]))
     return scenes
+
+
+def redrawn(scenes: Sequence[Scene], seed: int) -> list[Scene]:
+    """The same things in the same relations on the same backgrounds, at other places: what a variation may change."""
+    rng = np.random.default_rng([seed, 2])
+    kinds, relation, size, background = _arrays(scenes)
+    return _assemble(kinds, relation, size, *_place(size, relation, rng), background)
+
+
+def alone(scenes: Sequence[Scene], slot: int, seed: int) -> list[Scene]:
+    """One object of each scene (slot 0, or 1 where there are two) by itself, anywhere on the same background."""
+    rng = np.random.default_rng([seed, 3 + slot])
+    kinds, _, size, background = _arrays(scenes)
+    kinds, size = np.roll(kinds, -slot, 1), np.roll(size, -slot, 1)
+    single = np.full(len(scenes), -1)
+    return _assemble(kinds, single, size, *_place(size, single, rng), background)
+
+
+def _arrays(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Kinds (n, 2), relations (n,), sizes (n, 2) and backgrounds (n,) as the sampler draws them."""
+    kinds, size = np.zeros((len(scenes), 2), np.int64), np.zeros((len(scenes), 2), np.int64)
+    relation, background = np.full(len(scenes), -1), np.zeros(len(scenes), np.int64)
+    for i, scene in enumerate(scenes):
+        for slot, o in enumerate(scene.objects):
+            kinds[i, slot] = SHAPES.index(o.shape) * 8 + COLOURS.index(o.colour)
+            size[i, slot] = SIZES.index(o.size)
+        if scene.relation is not None:
+            relation[i] = RELATIONS.index(scene.relation)
+        background[i] = BACKGROUNDS.index(scene.background)
+    return kinds, relation, size, background
 
 
 def _place_pairs(radius: np.ndarray, relation: np.ndarray, rng: np.random.Generator) -> np.ndarray:

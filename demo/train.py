@@ -1,109 +1,38 @@
 """Trains the demo cascade, one network a run: `python -m cascade_nodes.demo.train NETWORK`.
 
 Order: stage_a, compressor (with the previewer) and clip (text and image encoder) need nothing; stage_c needs the last
-two, stage_b all three. A run that was stopped goes on from its last checkpoint.
+two, stage_b all three. Then prompts trains Stage C and both encoders further, on pictures as prompts, and sizes trains
+Stage B further, on larger pictures. A run that was stopped goes on from its last checkpoint.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
 from cascade_nodes.cascade_core.compressor import SemanticCompressor
-from cascade_nodes.cascade_core.layers import AttnBlock, ResBlock, TimestepBlock
 from cascade_nodes.cascade_core.previewer import Previewer
-from cascade_nodes.cascade_core.stage_a import ResBlock as StageAResBlock
 from cascade_nodes.cascade_core.stage_a import StageA
 from cascade_nodes.cascade_core.stage_b import StageB
 from cascade_nodes.cascade_core.stage_c import StageC
 from cascade_nodes.cascade_core.text import TextEncoder, build_text_model, encode_tokens
-from cascade_nodes.cascade_core.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
+from cascade_nodes.cascade_core.tokenizer import Tokenizer, build_small_vocabulary
 from cascade_nodes.cascade_core.training.initialise import initialise_stage_a, initialise_unet
 from cascade_nodes.cascade_core.training.objectives import contrastive_loss, diffusion_loss, stage_a_loss
-from cascade_nodes.cascade_core.training.trainer import Settings, Trainer
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder, build_vision_model
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.dataset import as_float, captions, contrasts, for_compressor, pictures, resized
 from cascade_nodes.demo.detail import DetailDecoder
-from cascade_nodes.demo.world import Scene, sample_scenes
+from cascade_nodes.demo.job import PART, Job, export_text_encoder, in_parts, semantic_latents
+from cascade_nodes.demo.refine import train_prompts, train_sizes
 
 WEIGHTS = Path(__file__).parent / "weights"
-COMPILED = (ResBlock, AttnBlock, TimestepBlock, StageAResBlock)
-
-
-@dataclass
-class Job:
-    """One run: where it reads and writes, on what, for how long."""
-
-    settings: Settings
-    folder: Path  # checkpoint and log
-    weights: Path  # what was trained before
-    out: Path  # what this run gives
-    device: torch.device
-    scenes: int
-    minutes: float | None  # stop here, to go on later
-    fit: float | None  # choose the number of steps for so many minutes
-    compiled: bool
-
-    def train_scenes(self, share: float = 1.0) -> list[Scene]:
-        return sample_scenes(max(int(self.scenes * share), 64), seed=self.settings.seed, split="train")
-
-    def compile(self, network: nn.Module) -> nn.Module:
-        """Compiles each kind of block once, in place: whole networks take minutes to compile."""
-        if self.compiled:
-            torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, times widths and sizes
-            for block in network.modules():
-                if isinstance(block, COMPILED):
-                    block.compile()
-        return network
-
-    def batch(self, data: Tensor) -> Tensor:
-        """Random row numbers of `data`; the trainer seeds each step."""
-        return torch.randint(len(data), (self.settings.batch_size,)).to(data.device)
-
-    def train(
-        self, networks: dict[str, nn.Module], loss: Callable, groups: dict[str, float] | None = None
-    ) -> nn.ModuleDict:
-        """Runs the trainer and gives the averaged networks."""
-        trainer = Trainer(networks, self.settings, self.folder, groups)
-        trainer.resume()
-        if self.fit is not None and trainer.step < self.settings.warmup:
-            self._fit(trainer, loss)
-        trainer.run(loss, minutes=self.minutes)
-        return trainer.average
-
-    def _fit(self, trainer: Trainer, loss: Callable) -> None:
-        """Sets the number of steps so that training takes about `fit` minutes; the warm-up does not depend on it."""
-        assert self.fit is not None
-        began = time.monotonic()
-        trainer.run(loss, until=60)  # compiles
-        warm = time.monotonic()
-        trainer.run(loss, until=160)
-        left = self.fit * 60 - (time.monotonic() - began)
-        steps = 160 + int(left / (time.monotonic() - warm) * 100)
-        trainer.settings = replace(self.settings, steps=max(steps, 200))
-        print(f"{self.folder.name}: {trainer.settings.steps} steps in {self.fit} minutes", flush=True)
-
-    def load(self, name: str) -> Any:
-        path = self.weights / f"demo_{name}.safetensors"
-        return load_model(path, dtype=torch.float32, device=self.device)[0]
-
-    def export(self, name: str, kind: str, network: nn.Module, config: dict) -> None:
-        """Writes half-precision weights with their configuration."""
-        tensors = {
-            key: value.half() if value.is_floating_point() else value
-            for key, value in network.state_dict().items()
-        }
-        write_safetensors(self.out / name, tensors, {"kind": kind, "config": json.dumps(config)})
 
 
 def train_stage_a(job: Job) -> None:
@@ -187,30 +116,6 @@ def train_clip(job: Job) -> None:
     export_text_encoder(job, average["text"], text_config, tokenizer)
 
 
-def export_text_encoder(job: Job, model: nn.Module, config: dict, tokenizer: Tokenizer) -> None:
-    """The text encoder's folder: weights and its own vocabulary."""
-    job.export("demo_text_encoder/model.safetensors", "text_encoder", model, config)
-    save_vocabulary(job.out / "demo_text_encoder", *build_small_vocabulary(vocabulary() | {","}))
-
-
-@torch.no_grad()
-def in_parts(function: Callable[[Tensor], Tensor], data: Tensor, size: int = 2048) -> Tensor:
-    """function over all rows of data, a part at a time."""
-    return torch.cat([function(part) for part in data.split(size)])
-
-
-def semantic_latents(job: Job, scenes: Sequence[Scene]) -> Tensor:
-    """The compressor's latents of the scenes: (N, 16, 6, 6)"""
-    compressor = job.load("compressor")
-    parts = range(0, len(scenes), 8192)
-    return torch.cat(
-        [
-            in_parts(lambda p: compressor(for_compressor(p)), pictures(scenes[i : i + 8192], job.device))
-            for i in parts
-        ]
-    )
-
-
 def train_stage_c(job: Job) -> None:
     """Stage C, and the text encoder with it: contrast alone leaves most of the states untaught."""
     encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
@@ -220,12 +125,12 @@ def train_stage_c(job: Job) -> None:
     scenes = job.train_scenes()
     latents = semantic_latents(job, scenes)
     size = recipe.VISION["image_size"]
-    parts = range(0, len(scenes), 8192)
+    parts = range(0, len(scenes), PART)
     images = torch.cat(
         [
             in_parts(
                 lambda p: vision.encode(as_float(p).movedim(1, -1)),
-                pictures(scenes[i : i + 8192], job.device, smaller=size),
+                pictures(scenes[i : i + PART], job.device, smaller=size),
             )
             for i in parts
         ]
@@ -269,8 +174,8 @@ def train_stage_b(job: Job) -> None:
     compressor = job.load("compressor")
     scenes = job.train_scenes(0.6)
     latents, conditions = [], []
-    for start in range(0, len(scenes), 8192):
-        images = pictures(scenes[start : start + 8192], job.device)
+    for start in range(0, len(scenes), PART):
+        images = pictures(scenes[start : start + PART], job.device)
         latents.append(in_parts(lambda p: stage_a.encode(as_float(p)).half(), images, 256))
         conditions.append(in_parts(lambda p: compressor(for_compressor(p)), images, 1024))
     latents, conditions = torch.cat(latents), torch.cat(conditions)  # (N, 4, 64, 64), (N, 16, 6, 6)
@@ -303,6 +208,8 @@ STAGES = {
     "clip": train_clip,
     "stage_b": train_stage_b,
     "stage_c": train_stage_c,
+    "prompts": train_prompts,
+    "sizes": train_sizes,
 }
 
 
