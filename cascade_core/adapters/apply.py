@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,8 @@ def changed_weight(weight: Tensor, change: LowRank, strength: float) -> Tensor:
     (Liu et al. 2024, arXiv 2402.09353) has its own magnitudes, so that strength moves between W and it, as in ComfyUI.
     """
     weight = weight.float()
-    up, down = (part.to(weight.device, torch.float32) for part in (change.up, change.down))
-    delta = change.scale * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    there = replace(change, up=change.up.to(weight.device), down=change.down.to(weight.device))
+    delta = there.delta(weight.shape)
     if change.magnitude is None:
         return torch.add(weight, delta, alpha=strength)
     return torch.lerp(weight, decomposed(weight + delta, change.magnitude), strength)
@@ -95,28 +94,15 @@ def _stepped(weight: Tensor, name: str, changes: list[tuple[Patch, LowRank]]) ->
 
 def check_change(shape: tuple[int, ...], layer: str, change: LowRank, adapter: str) -> None:
     """Raises CascadeError, naming the adapter, unless the change is finite and fits a weight of this shape."""
-    parts = {"up": change.up, "down": change.down}
-    fits = (
-        len(change.up) == shape[0]
-        and change.up.numel() == shape[0] * change.rank
-        and change.down.numel() == change.rank * math.prod(shape[1:])
-    )
-    if change.magnitude is not None:
-        parts["magnitude"] = change.magnitude
-        fits = (
-            fits
-            and change.magnitude.numel() in shape[:2]
-            and change.magnitude.numel() in change.magnitude.shape
-        )
-    if not fits:
-        given = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
+    if not change.fits(shape):
         raise CascadeError(
-            f"{adapter} changes {layer} by {given}, but its weight is {shape}; choose the LoRA that was trained for "
-            "this model."
+            f"{adapter} changes {layer} as a weight of {change.delta_shape}, but it is {shape} here; choose the LoRA "
+            "that was trained for this model."
         )
-    broken = [part for part, tensor in parts.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise CascadeError(f"{adapter} has NaN or infinity in {broken[0]} of {layer}; download it again.")
+    parts = {"up": change.up, "down": change.down, "magnitude": change.magnitude}
+    for part, tensor in parts.items():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise CascadeError(f"{adapter} holds NaN or infinity in {part} of {layer}; download it again.")
 
 
 def _layer(network: nn.Module, name: str, patch: Patch) -> tuple[nn.Module, nn.Parameter]:
