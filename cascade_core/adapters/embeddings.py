@@ -51,7 +51,10 @@ def read_embedding(path: Path, width: int) -> Tensor:
             f"{path.name} holds vectors {wide} wide, but the text encoder's are {width}; choose an embedding that was "
             "trained with this text encoder."
         )
-    return torch.cat([rows.float().reshape(-1, width) for rows in found])
+    vectors = torch.cat([rows.float().reshape(-1, width) for rows in found])
+    if not torch.isfinite(vectors).all():
+        raise CascadeError(f"{path.name} holds NaN or infinity; download it again.")
+    return vectors
 
 
 def _matching(tensors: Mapping[str, Tensor], pattern: str) -> list[Tensor]:

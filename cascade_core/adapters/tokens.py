@@ -5,43 +5,54 @@ The text encoder's embedding matrix is neither copied nor written to: learned ro
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import CascadeError
 from .adapter import Adapter, LearnedToken
-
-METADATA_KEY = "train_tokens"  # where a file names its new tokens, as JSON, by the published setting's name
 
 
 class TokenTable:
     """Learned tokens numbered from `first` on, the size of a vocabulary of `width` columns.
 
-    ids  {name: its tokens}, for `Tokenizer.chunks`. Of two tokens of one name the later counts.
+    ids  {name: its tokens}, for `Tokenizer.chunks`. Of two tokens of one name the later counts; what one learned at the
+         encoder's input and another at its output go together.
 
     Changes of one token add up. Differentiable in the tokens' vectors.
     """
 
     def __init__(self, tokens: Sequence[LearnedToken], first: int, width: int):
-        named = {token.name: token for token in tokens if token.index is None}
         self.first = first
-        self.rows = torch.cat([t.vectors for t in named.values()] or [torch.empty(0, width)])  # (K, C)
-        at_output = [[t.output] for t in named.values() for _ in t.vectors]
-        self.at_output = torch.tensor(at_output, dtype=torch.bool, device=self.rows.device)  # (K, 1)
-        self.ids: dict[str, range] = {}
-        for name, token in named.items():
-            self.ids[name] = range(first, first + len(token.vectors))
-            first += len(token.vectors)
         self.changes: dict[int, Tensor] = {}
+        named: dict[str, dict[bool, Tensor]] = {}  # at the output or not -> rows
         for token in tokens:
-            if token.index is not None:
+            if token.index is None:
+                named.setdefault(token.name, {})[token.output] = token.vectors
+            else:
                 self.changes[token.index] = self.changes.get(token.index, 0) + token.vectors[0]  # (C,)
+        self.ids: dict[str, range] = {}
+        for name, rows in named.items():
+            count = max(map(len, rows.values()))
+            self.ids[name] = range(first, first + count)
+            first += count
+        self.inputs = self._rows(named, False, 0.0, width)
+        self.outputs = self._rows(named, True, torch.nan, width)
+
+    def _rows(
+        self, named: Mapping[str, Mapping[bool, Tensor]], output: bool, absent: float, width: int
+    ) -> Tensor:
+        """(K, C): those learned at the one end, `absent` for the others."""
+        rows = [torch.empty(0, width)]
+        for name, ends in named.items():
+            there = ends.get(output, next(iter(ends.values()))[:0])
+            rows.append(F.pad(there, (0, 0, 0, len(self.ids[name]) - len(there)), value=absent))
+        return torch.cat(rows[1:] or rows)
 
     def known(self, tokens: Tensor) -> Tensor:
         """(N, T), the learned ones replaced by one that the vocabulary has."""
@@ -51,21 +62,18 @@ class TokenTable:
         """What the encoder begins with, (N, T, C): tokens (N, T), and what its matrix gives for `known(tokens)`."""
         for token, change in self.changes.items():
             embedded = embedded + (tokens == token).unsqueeze(-1) * change.to(embedded)
-        if not len(self.rows):
-            return embedded
-        rows = self.rows.masked_fill(self.at_output, 0)
-        return self._at(tokens, rows.to(embedded)).where((tokens >= self.first).unsqueeze(-1), embedded)
+        return self._put(tokens, self.inputs, embedded)
 
     def output(self, tokens: Tensor, states: Tensor) -> Tensor:
         """The encoder's states (N, T, C) with the rows that were learned there."""
-        if not self.at_output.any():
-            return states
-        here = (tokens >= self.first).unsqueeze(-1) & self._at(tokens, self.at_output.to(tokens.device))
-        return self._at(tokens, self.rows.to(states)).where(here, states)
+        return states if self.outputs.isnan().all() else self._put(tokens, self.outputs, states)
 
-    def _at(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """(N, T) -> (N, T, C): each learned token's row, any where the vocabulary has it."""
-        return rows[(tokens - self.first).clamp(min=0)]
+    def _put(self, tokens: Tensor, rows: Tensor, into: Tensor) -> Tensor:
+        """Each learned token's row, but for NaN, in its places of (N, T, C)."""
+        if not len(rows):
+            return into
+        learned = rows.to(into)[(tokens - self.first).clamp(min=0)]
+        return learned.where((tokens >= self.first).unsqueeze(-1) & ~learned.isnan(), into)
 
 
 class NewToken(NamedTuple):
@@ -78,26 +86,13 @@ class NewToken(NamedTuple):
 
 
 def parse_new_tokens(text: str) -> tuple[NewToken, ...]:
-    """The new tokens of the published setting `train_tokens`, in its order.
+    """A line for each, its name and its pattern ("[fernando] ^dog</w>"), as in the published `train_tokens`."""
+    return tuple(NewToken(*line.split(maxsplit=1)) for line in text.splitlines() if line.strip())
 
-    text: a line for each, its name and its pattern ("[fernando] ^dog</w>"), or the setting itself as JSON
-    ('[["[fernando]", "^dog</w>"]]'), whose entries for tokens of the vocabulary are left out.
-    """
-    entries: list[Any] = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-    if text.lstrip().startswith("[["):
-        try:
-            entries = json.loads(text)
-        except ValueError:
-            entries = [[None]]
-    tokens = []
-    for entry in entries:
-        if not (isinstance(entry, list) and len(entry) in (1, 2) and isinstance(entry[0], str)):
-            raise CascadeError(
-                f'{text!r} names no new tokens; write a line such as "[fernando] ^dog</w>" for each.'
-            )
-        if entry[0][:1] + entry[0][-1:] in ("[]", "<>"):
-            tokens.append(NewToken(*entry))
-    return tuple(tokens)
+
+def name_in_prompt(name: str) -> str:
+    """A name in brackets, its own or square ones: a token that is called as a word must not take the word's place."""
+    return name if name[:1] + name[-1:] in ("[]", "<>") else f"[{name}]"
 
 
 def taught_tokens(
@@ -123,14 +118,16 @@ def taught_tokens(
                 f"{adapter.name} teaches a token {token.vectors.shape[-1]} wide, but the text encoder's are {width}; "
                 "choose the file that was trained with this text encoder."
             )
+        if not torch.isfinite(token.vectors).all():
+            raise CascadeError(f"{adapter.name} holds NaN or infinity in a learned token; download it again.")
         if token.index is None:
-            taught.append(token)
+            taught.append(replace(token, name=name_in_prompt(token.name)))
         elif token.index < size:
             taught.append(replace(token, vectors=strength * token.vectors))
         elif token.index - size < len(new):
             name, pattern = new[token.index - size]
             base = _mean_row(name, pattern, vocabulary, embedding)
-            taught.append(LearnedToken(name, base + strength * token.vectors))
+            taught.append(LearnedToken(name_in_prompt(name), base + strength * token.vectors))
     return tuple(taught)
 
 

@@ -1,6 +1,5 @@
 """Learned tokens in prompts, in the encoder, and from files of every kind."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -164,6 +163,18 @@ def test_an_output_row_takes_the_states_place(encoder):
     assert torch.equal(encoded.pooled, plain.pooled)
 
 
+def test_a_token_learned_at_both_ends(encoder):
+    at_input, at_output = (
+        LearnedToken("[x]", vectors(3)),
+        LearnedToken("[x]", vectors(2, seed=1), output=True),
+    )
+    before = encoder.encode(["red [x] star"], [at_input])
+    both = encoder.encode(["red [x] star"], [at_input, at_output])
+    assert torch.equal(both.states[0, 2:4], at_output.vectors)
+    assert torch.equal(both.states[0, 4:], before.states[0, 4:])
+    assert torch.equal(both.pooled, before.pooled)
+
+
 def test_weights_move_learned_states_too(encoder):
     learned = [LearnedToken("[x]", vectors(2))]
     weighted, plain, empty = (encoder.encode([p], learned).states for p in ("([x]:1.5) star", "[x] star", ""))
@@ -233,6 +244,12 @@ def test_strength_multiplies_what_is_added(embedding):
     assert taught_tokens(adapter_of(own), 0.0, VOCABULARY, embedding) == ()
 
 
+def test_a_name_without_brackets_gets_them(embedding):
+    adapter = adapter_of(*(LearnedToken(name, vectors(1)) for name in ("star", "[star]", "<star>")))
+    names = [token.name for token in taught_tokens(adapter, 1.0, VOCABULARY, embedding)]
+    assert names == ["[star]", "[star]", "<star>"]
+
+
 def test_new_tokens_begin_as_the_mean_of_those_their_pattern_matches(embedding):
     adapter = adapter_of(*(LearnedToken("", vectors(1, seed), FIRST + seed) for seed in range(3)))
     new = [NewToken("[sun]", "^stars?</w>"), NewToken("<o>")]
@@ -244,15 +261,12 @@ def test_new_tokens_begin_as_the_mean_of_those_their_pattern_matches(embedding):
     assert taught_tokens(adapter, 1.0, VOCABULARY, embedding) == ()
 
 
-def test_new_tokens_as_the_published_setting_and_as_lines():
-    setting = [["[fernando]", "^dog</w>"], ["^cat</w>", None], ["<x>", None]]
-    expected = (NewToken("[fernando]", "^dog</w>"), NewToken("<x>"))
-    assert parse_new_tokens(json.dumps(setting)) == expected
-    assert parse_new_tokens("[fernando]  ^dog</w>\n\n<x>\n") == expected
-    assert parse_new_tokens(" ") == ()
-    for text in ("[[1]]", "[[", '[["[a]", "b", "c"]]', '[[{"a": 1}]]'):
-        with pytest.raises(CascadeError, match="names no new tokens; write a line such as"):
-            parse_new_tokens(text)
+def test_new_tokens_are_named_line_by_line():
+    assert parse_new_tokens("[fernando]  ^dog</w>\n\n<x>\n") == (
+        NewToken("[fernando]", "^dog</w>"),
+        NewToken("<x>"),
+    )
+    assert parse_new_tokens(" \n") == ()
 
 
 @pytest.mark.parametrize(
@@ -271,6 +285,13 @@ def test_vectors_of_another_width_are_refused(embedding):
         CascadeError, match=r"cat.safetensors teaches a token 1280 wide, but .* are 32; choose"
     ):
         taught_tokens(adapter, 1.0, VOCABULARY, embedding)
+
+
+def test_nan_is_refused(embedding, tmp_path):
+    with pytest.raises(CascadeError, match="cat.safetensors holds NaN or infinity in a learned token"):
+        taught_tokens(adapter_of(LearnedToken("[x]", vectors(1).log())), 1.0, VOCABULARY, embedding)
+    with pytest.raises(CascadeError, match="x.safetensors holds NaN or infinity"):
+        read_embedding(embedding_file(tmp_path, {"clip_g": vectors(1).log()}), WIDTH)
 
 
 # Embeddings in files of their own
