@@ -1,5 +1,21 @@
 """LoRA files of every dialect, learned tokens, and how they change a network."""
 
 from .adapter import Adapter, LearnedToken, LowRank
+from .dialects import DIALECTS
+from .fit import check_fits, describe_adapter, describe_unknown
+from .read import parse_adapter, read_adapter
+from .write import to_dialect, write_adapter
 
-__all__ = ["Adapter", "LearnedToken", "LowRank"]
+__all__ = [
+    "DIALECTS",
+    "Adapter",
+    "LearnedToken",
+    "LowRank",
+    "check_fits",
+    "describe_adapter",
+    "describe_unknown",
+    "parse_adapter",
+    "read_adapter",
+    "to_dialect",
+    "write_adapter",
+]

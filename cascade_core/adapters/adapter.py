@@ -40,6 +40,11 @@ class LowRank:
     def scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    @property
+    def delta_shape(self) -> tuple[int, ...]:
+        """The shape that `up` and `down` make: the weight's, but for OneTrainer's depthwise form."""
+        return (len(self.up), *self.down.shape[1:])
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether it can change a weight of this shape."""
         rows, columns = self.up.shape[0], self.down[0].numel()
@@ -47,9 +52,9 @@ class LowRank:
         return (rows, columns) == wanted or (rows, self.down.shape[1], columns) == (1, shape[0], prod(shape))
 
     def delta(self, shape: Sequence[int] | None = None) -> Tensor:
-        """ΔW in float32, of the weight's shape, or of the shape that `up` and `down` make."""
+        """ΔW in float32, of the weight's shape, or else of `delta_shape`."""
         change = self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
-        return change.reshape(shape or (self.up.shape[0], *self.down.shape[1:]))
+        return change.reshape(shape or self.delta_shape)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Whether an adapter fits a network, and what its file holds, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from ..errors import CascadeError
+from .adapter import Adapter, LowRank
+
+_NETWORKS = {"stage_c": "Stage C", "text": "text encoder"}
+
+
+def check_fits(adapter: Adapter, network: nn.Module, part: str = "stage_c") -> None:
+    """Raises CascadeError, with counts and sizes, where the adapter changes what this network does not have.
+
+    part: "stage_c" or "text", whose changes they are.
+    """
+    shapes = {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in network.state_dict().items()
+        if name.endswith(".weight")
+    }
+    check_shapes(adapter, shapes, part)
+
+
+def check_shapes(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], part: str = "stage_c") -> None:
+    """`check_fits` by the network's {layer: weight's shape}."""
+    changes: Mapping[str, LowRank] = getattr(adapter, part)
+    missing = [layer for layer in changes if layer not in shapes]
+    misshapen = [
+        layer for layer, change in changes.items() if layer in shapes and not change.fits(shapes[layer])
+    ]
+    if not missing and not misshapen:
+        return
+    what = _NETWORKS[part]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} do not exist in it ({listed(missing)})")
+    if misshapen:
+        first, change = misshapen[0], changes[misshapen[0]]
+        sizes = f"{_by(change.delta_shape)} instead of {_by(shapes[first])}"
+        problems.append(f"{len(misshapen)} have another size ({first}: {sizes})")
+    raise CascadeError(
+        f"{adapter.name} is a LoRA for another {what}: of the {len(changes)} layers that it changes "
+        f"{' and '.join(problems)}; use it with the {what} that it was made for, or choose another LoRA."
+    )
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, and a sign that there are more."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def describe_adapter(adapter: Adapter) -> str:
+    """Such as "x.safetensors (kohya): 128 layers of Stage C, 24 of the text encoder, rank 4, 1 token ([star])"."""
+    changes = [*adapter.stage_c.values(), *adapter.text.values()]
+    ranks = sorted({change.rank for change in changes})
+    decomposed = sum(change.magnitude is not None for change in changes)
+    names = [token.name or f"vocabulary's {token.index}" for token in adapter.tokens]
+    held = [
+        (len(adapter.stage_c), f"{len(adapter.stage_c)} layers of Stage C"),
+        (len(adapter.text), f"{len(adapter.text)} layers of the text encoder"),
+        (
+            len(ranks),
+            "rank " + (str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else ""),
+        ),
+        (decomposed, f"DoRA magnitudes of {decomposed}"),
+        (len(names), f"{len(names)} learned token{'s' * (len(names) > 1)} ({listed(names)})"),
+    ]
+    return f"{adapter.name} ({adapter.dialect}): {', '.join(text for count, text in held if count)}"
+
+
+def describe_unknown(adapter: Adapter) -> str | None:
+    """What of the file is left out, in a sentence; None where all of it is known."""
+    if not adapter.unknown:
+        return None
+    count = len(adapter.unknown)
+    return (
+        f"{adapter.name} holds {count} tensor{'s' * (count > 1)} that no layer or token of Stable Cascade is known by, "
+        f"and {'they are' if count > 1 else 'it is'} left out: {listed(adapter.unknown)}."
+    )

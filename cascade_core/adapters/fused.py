@@ -1,0 +1,62 @@
+"""The published attention input is one layer, ours are three: low-rank changes of one as changes of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import CascadeError
+from .adapter import LowRank
+from .names import QKV
+
+
+def split(change: LowRank, layer: str) -> dict[str, LowRank]:
+    """{attn.to_q, attn.to_k, attn.to_v}: each has its third of `up`'s rows (3C) and all of `down`."""
+    if len(change.up) % 3 or (change.magnitude is not None and len(change.magnitude) == 1):
+        what = (
+            "one magnitude for q, k and v together" if len(change.up) % 3 == 0 else f"{len(change.up)} rows"
+        )
+        raise CascadeError(
+            f"{layer} has {what}, which cannot be split into the three layers that Stage C has; train it with "
+            "separate layers, or with a magnitude for each row."
+        )
+    magnitudes = (None,) * 3 if change.magnitude is None else change.magnitude.chunk(3)
+    return {
+        name: LowRank(change.down, up, change.alpha, magnitude)
+        for name, up, magnitude in zip(QKV, change.up.chunk(3), magnitudes, strict=True)
+    }
+
+
+def fuse(parts: Mapping[str, LowRank], rows: int) -> LowRank:
+    """One change of the 3·`rows` rows from those of `attn.to_q/to_k/to_v`, of which some may be missing.
+
+    Exact: of the same rank where all share one `down`, else with all the downs one below the other.
+    """
+    changes = [parts.get(name) for name in QKV]
+    present = [change for change in changes if change is not None]
+    first = present[0]
+    if all(_share(first, change) for change in present):
+        zeros = torch.zeros_like(first.up)
+        return LowRank(
+            first.down, torch.cat([change.up if change else zeros for change in changes]), first.alpha
+        )
+    blocks = [
+        scaled(change.up, change.scale) if change else first.up.new_zeros(rows, 0) for change in changes
+    ]
+    return LowRank(torch.cat([change.down for change in present]), torch.block_diag(*blocks))
+
+
+def _share(first: LowRank, second: LowRank) -> bool:
+    same = first.down is second.down or torch.equal(first.down, second.down)
+    return same and first.scale == second.scale
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """tensor · factor in the tensor's dtype where that is exact, else in float32."""
+    if factor == 1:
+        return tensor
+    product = tensor.float() * factor
+    narrow = product.to(tensor.dtype)
+    return narrow if torch.equal(narrow.float(), product) else product

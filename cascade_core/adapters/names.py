@@ -1,0 +1,124 @@
+"""The layers that a LoRA can change: their names in any spelling, and Stage C's in the published order.
+
+Programs differ in what stands before a layer's name, in whether its parts are joined by dots or underscores, and in
+what they call the attention's layers. The vocabulary is small and regular, so a name is read by a grammar, at any
+depth.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import torch
+
+from ..config import StageCConfig
+from ..stage_c import StageC
+
+# The attention's layers as programs spell them, after "attention." -> ours. One fused input stands for q, k and v.
+ATTENTION = {
+    **{name: name for name in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.out_proj", "attn.in_proj")},
+    "attn.to_out": "attn.out_proj",
+    "attn.to_out_proj": "attn.out_proj",  # OneTrainer's, for a few days from 20 February 2024
+    "to_q": "attn.to_q",
+    "to_k": "attn.to_k",
+    "to_v": "attn.to_v",
+    "to_out.0": "attn.out_proj",
+    "attn.in_proj.0": "attn.to_q",
+    "attn.in_proj.1": "attn.to_k",
+    "attn.in_proj.2": "attn.to_v",
+}
+FUSED = "attn.in_proj"
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+
+# N is any number, | separates alternatives for one part.
+_CONVOLUTIONS = (
+    "embedding.N",
+    "clf.N",
+    "down_blocks|up_blocks.N.N.depthwise",
+    "down_downscalers|up_upscalers.N.N.blocks.N",
+    "down_repeat_mappers|up_repeat_mappers.N.N",
+)
+_STAGE_C = (
+    *_CONVOLUTIONS,
+    "clip_txt_mapper|clip_txt_pooled_mapper|clip_img_mapper",
+    "down_blocks|up_blocks.N.N.channelwise.N",
+    "down_blocks|up_blocks.N.N.mapper|mapper_[a-z]+",
+    "down_blocks|up_blocks.N.N.kv_mapper.N",
+    *(f"down_blocks|up_blocks.N.N.attention.{spelled}" for spelled in ATTENTION),
+)
+_TEXT = (
+    "text_model.encoder.layers.N.self_attn.q_proj|k_proj|v_proj|out_proj",
+    "text_model.encoder.layers.N.mlp.fc1|fc2",
+    "text_projection",
+)
+
+
+def _compiled(templates: tuple[str, ...]) -> list[re.Pattern[str]]:
+    """Patterns that catch each part of a name, whichever way the parts are joined."""
+    return [
+        re.compile(r"[._]".join(f"({part})" for part in template.replace("N", r"\d+").split(".")))
+        for template in templates
+    ]
+
+
+_STAGE_C_PATTERNS, _TEXT_PATTERNS = _compiled(_STAGE_C), _compiled(_TEXT)
+_CONVOLUTION_PATTERNS = _compiled(_CONVOLUTIONS)
+
+
+def _dotted(patterns: list[re.Pattern[str]], name: str) -> str | None:
+    found = next((match for pattern in patterns if (match := pattern.fullmatch(name))), None)
+    return None if found is None else ".".join(found.groups())
+
+
+def stage_c_layer(name: str) -> str | None:
+    """Our name of a layer of Stage C, with dots or underscores and any spelling of the attention; None for others."""
+    dotted = _dotted(_STAGE_C_PATTERNS, name)
+    if dotted is None:
+        return None
+    block, attention, spelled = dotted.partition(".attention.")
+    return block + attention + ATTENTION[spelled] if attention else dotted
+
+
+def text_layer(name: str) -> str | None:
+    """transformers' name of a layer of CLIP's text encoder; None for others."""
+    return _dotted(_TEXT_PATTERNS, name)
+
+
+def is_convolution(layer: str) -> bool:
+    """Whether a layer of Stage C, by our name, is a convolution: all but the depthwise ones are 1×1."""
+    return _dotted(_CONVOLUTION_PATTERNS, layer) is not None
+
+
+# Stage C's children in the published constructor's order.
+_PUBLISHED_CHILDREN = (
+    "clip_txt_mapper", "clip_txt_pooled_mapper", "clip_img_mapper", "embedding", "down_blocks", "down_downscalers",
+    "down_repeat_mappers", "up_blocks", "up_upscalers", "up_repeat_mappers", "clf",
+)  # fmt: skip
+
+
+@cache
+def published_layers(config: StageCConfig) -> dict[str, tuple[int, ...]]:
+    """{layer: weight's shape} in the order in which the published trainer's `modules()` finds its LoRA modules.
+
+    The attention input is one layer (`attn.in_proj`, 3C rows). It comes after the output projection, because what
+    parametrises a module's own weight comes after the module's children.
+    """
+    with torch.device("meta"):
+        weights = StageC(config).state_dict()
+    shapes = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights.items()
+              if name.endswith(".weight")}  # fmt: skip
+    ordered: dict[str, tuple[int, ...]] = {}
+    for layer in sorted(shapes, key=lambda name: _PUBLISHED_CHILDREN.index(name.split(".")[0])):  # stable
+        if layer.endswith(QKV):
+            continue
+        ordered[layer] = shapes[layer]
+        if layer.endswith("attn.out_proj"):
+            rows, columns = shapes[layer]
+            ordered[layer.removesuffix("attn.out_proj") + FUSED] = (3 * rows, columns)
+    return ordered
+
+
+def published_parameter(layer: str) -> str:
+    """The published name of a layer's weight: the fused attention input's is no `.weight`."""
+    return f"{layer}_weight" if layer.endswith(FUSED) else f"{layer}.weight"

@@ -1,0 +1,243 @@
+"""LoRA files of every dialect, read into one form.
+
+Whatever the spelling, a key is a layer's name and which of its tensors it is. So names and endings are each read by one
+table for all programs, mixtures included; which dialect a file is of is asked only afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoints.files import read_safetensors
+from ..checkpoints.foreign import foreign_name
+from ..checkpoints.layouts import parts_in
+from ..checkpoints.load import PART_NAMES
+from ..config import StageCConfig
+from ..errors import CascadeError
+from ..stage_c import StageC
+from .adapter import Adapter, LearnedToken, LowRank
+from .dialects import DIALECTS, STAGE_C_PREFIXES, TEXT_PREFIXES, Dialect
+from .fit import listed
+from .foreign import foreign_model, other_algorithms
+from .fused import split
+from .names import FUSED, is_convolution, stage_c_layer, text_layer
+from .official import is_official, read_official
+from .peft import AlphaOf, stated_alpha
+
+# What stands after a layer's name in one program or another, and what it is.
+ENDINGS = {
+    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora.down.weight",
+                     "_lora.down.weight", ".lora_linear_layer.down.weight"), "down"),
+    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora_B", ".lora.up.weight",
+                     "_lora.up.weight", ".lora_linear_layer.up.weight"), "up"),
+    ".alpha": "alpha",
+    **dict.fromkeys((".dora_scale", ".magnitude"), "magnitude"),
+    **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight",
+                     ".lora_magnitude_vector.default.weight"), "row_magnitude"),
+}  # fmt: skip
+_KEY = re.compile(f"(.+?)({'|'.join(map(re.escape, sorted(ENDINGS, key=len, reverse=True)))})")
+_BUNDLED = re.compile(r"bundle_emb\.(.+)\.(clip_g|clip_g_out|string_to_param\.\*)")
+_EMBEDDING = ("clip_g", "clip_g_out", "emb_params", "string_to_param.*")
+
+
+def read_adapter(path: str | Path, stage_c: StageC | StageCConfig | None = None) -> Adapter:
+    """A LoRA or embedding file; the tensors are views of the mapped file.
+
+    stage_c: the network it is for. Only the official dialect, which numbers its layers, asks for it, and not for the
+    published sizes. Raises CascadeError where the file cannot be read or is of something else.
+    """
+    path = Path(path)
+    tensors, metadata = read_safetensors(path)
+    return parse_adapter(tensors, metadata, path.name, stage_c, stated_alpha(path))
+
+
+def parse_adapter(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    name: str,
+    stage_c: StageC | StageCConfig | None = None,
+    alpha_of: AlphaOf | None = None,
+) -> Adapter:
+    """A file's tensors as an adapter, under the file's name.
+
+    stage_c: as in `read_adapter`; alpha_of: says the alpha of layers that have none of their own (None: the rank).
+    Raises CascadeError where they are of another model, of another kind of change, or not whole.
+    """
+    _check_types(tensors, name)
+    if is_official(tensors):
+        return read_official(
+            tensors, metadata, name, stage_c.config if isinstance(stage_c, StageC) else stage_c
+        )
+    if any(key in tensors for key in _EMBEDDING):
+        return _embedding(tensors, name)
+    return _named(tensors, name, alpha_of or (lambda layer, rank: None))
+
+
+def _check_types(tensors: Mapping[str, Tensor], name: str) -> None:
+    for key, tensor in tensors.items():
+        if _KEY.fullmatch(key) and not tensor.is_floating_point() and not key.endswith(".alpha"):
+            raise CascadeError(
+                f"{name}: {key} holds {tensor.dtype}, but floating point is expected; choose a LoRA that is not "
+                "quantised."
+            )
+
+
+def _embedding(tensors: Mapping[str, Tensor], name: str) -> Adapter:
+    """A token of its own, called as its file; it may stand at the input, the output, or both."""
+    stem = name.rpartition(".")[0] or name
+    tokens = [_token(stem, tensors[key], key, name) for key in _EMBEDDING if key in tensors]
+    unknown = tuple(key for key in tensors if key not in _EMBEDDING)
+    return Adapter(name, "embedding", tokens=tuple(tokens), unknown=unknown)
+
+
+def _token(token: str, vectors: Tensor, key: str, name: str) -> LearnedToken:
+    rows = vectors[None] if vectors.ndim == 1 else vectors
+    if rows.ndim != 2 or not rows.is_floating_point():
+        raise CascadeError(
+            f"{name}: {key} has the shape {tuple(vectors.shape)}, but a learned token has rows (V, C); choose another "
+            "embedding."
+        )
+    return LearnedToken(token, rows.float(), output=key.endswith("_out"))
+
+
+def _named(tensors: Mapping[str, Tensor], name: str, alpha_of: AlphaOf) -> Adapter:
+    layers: dict[str, dict[str, Tensor]] = {}  # by the file's names
+    keys: dict[str, list[str]] = {}
+    tokens, unknown = [], []
+    for key, tensor in tensors.items():
+        if bundled := _BUNDLED.fullmatch(key):
+            tokens.append(_token(bundled[1], tensor, key, name))
+        elif found := _KEY.fullmatch(key):
+            layers.setdefault(found[1], {})[ENDINGS[found[2]]] = tensor
+            keys.setdefault(found[1], []).append(key)
+        else:
+            unknown.append(key)
+    changes: dict[str, dict[str, LowRank]] = {"stage_c": {}, "text": {}}
+    spelled: list[tuple[str, str, str]] = []  # network, our name, theirs
+    for theirs, parts in layers.items():
+        located = _locate(theirs)
+        if located is None or not {"down", "up"} & parts.keys():
+            unknown += keys[theirs]
+            continue
+        network, layer = located
+        _put(changes[network], layer, _change(layer, theirs, parts, alpha_of, name), name)
+        spelled.append((network, layer, theirs))
+    unread = {key: tensors[key] for key in unknown}
+    _check_known(tensors, unread, bool(changes["stage_c"] or tokens), bool(spelled or tokens), name)
+    dialect = _dialect(spelled, tensors) if spelled else "onetrainer"
+    return Adapter(name, dialect, changes["stage_c"], changes["text"], tuple(tokens), tuple(unknown))
+
+
+def _locate(theirs: str) -> tuple[str, str] | None:
+    """(network, our name) of a layer by a file's name of it."""
+    theirs = theirs.removeprefix("base_model.model.")
+    for network, prefixes, parse in (
+        ("text", TEXT_PREFIXES, text_layer),
+        ("stage_c", STAGE_C_PREFIXES, stage_c_layer),
+    ):
+        for prefix in prefixes:
+            if theirs.startswith(prefix) and (layer := parse(theirs.removeprefix(prefix))):
+                return network, layer
+    return None
+
+
+def _change(layer: str, theirs: str, parts: Mapping[str, Tensor], alpha_of: AlphaOf, name: str) -> LowRank:
+    down, up = parts.get("down"), parts.get("up")
+    if down is None or up is None or not {down.ndim, up.ndim} <= {2, 4} or up[0].numel() != len(down):
+        raise CascadeError(
+            f"{name}: {theirs} has no down (rank, c_in) and up (c_out, rank) that belong together "
+            f"({_shape(down)} and {_shape(up)}); download it again."
+        )
+    if is_convolution(layer) and down.ndim == 2:
+        size = math.isqrt(down.shape[1]) if layer.endswith("depthwise") else 1
+        down, up = down.view(len(down), -1, size, size), up[:, :, None, None]
+    alpha = float(parts["alpha"].item()) if "alpha" in parts else alpha_of(theirs, len(down))
+    return LowRank(down, up, alpha, _magnitude(layer, down, up, parts, f"{name}: {theirs}"))
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else str(tuple(tensor.shape))
+
+
+def _magnitude(
+    layer: str, down: Tensor, up: Tensor, parts: Mapping[str, Tensor], where: str
+) -> Tensor | None:
+    """DoRA's: (c_out, 1), one for each row of the weight, or (1, c_in), one for each column; None for a plain LoRA."""
+    magnitude = parts.get("row_magnitude", parts.get("magnitude"))
+    if magnitude is None:
+        return None
+    lone = layer.endswith("depthwise") and len(up) == 1  # OneTrainer's form of it
+    rows, columns = (down.shape[1], 1) if lone else (len(up), down.shape[1])
+    count = magnitude.numel()
+    if count == rows and ("row_magnitude" in parts or magnitude.ndim == 1 or len(magnitude) == rows):
+        return magnitude.reshape(rows, 1)
+    if count == columns and magnitude.ndim > 1 and len(magnitude) == 1 and "row_magnitude" not in parts:
+        return magnitude.reshape(1, columns)
+    raise CascadeError(
+        f"{where} has DoRA magnitudes of the shape {tuple(magnitude.shape)}, but {rows} rows and {columns} columns; "
+        "download it again."
+    )
+
+
+def _put(changes: dict[str, LowRank], layer: str, change: LowRank, name: str) -> None:
+    """Adds a change, the fused attention input's as its three."""
+    parts = {layer: change}
+    if layer.endswith(FUSED):
+        parts = {layer.removesuffix(FUSED) + part: third for part, third in split(change, layer).items()}
+    twice = changes.keys() & parts.keys()
+    if twice:
+        raise CascadeError(
+            f"{name} changes {min(twice)} twice, under two names; choose a LoRA of one program."
+        )
+    changes.update(parts)
+
+
+def _check_known(
+    tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor], for_stage_c: bool, matched: bool, name: str
+) -> None:
+    """Raises CascadeError for what is of another model or no low-rank change, as far as the unread tensors tell."""
+    others = other_algorithms(unread)
+    if others:
+        held = "; ".join(f"{algorithm} ({listed(names, 1)})" for algorithm, names in others.items())
+        raise CascadeError(
+            f"{name} holds {held}, but only LoRA and DoRA are read; merge it into its model where it was made, or "
+            "train it as a LoRA."
+        )
+    model = foreign_model(unread)
+    counts = f"{len(tensors) - len(unread)} of its {len(tensors)} tensors match"
+    if model is not None:
+        raise CascadeError(
+            f"{name} is a LoRA for {model}, not for Stable Cascade's Stage C: {counts}; choose a Stable Cascade LoRA."
+        )
+    if matched and (for_stage_c or not unread):
+        return
+    inside = parts_in(tensors)
+    other = foreign_name(tensors)
+    if inside or (other is not None and other != "LoRA"):
+        held = f"the weights of {', '.join(PART_NAMES[part] for part in inside)}" if inside else f"a {other}"
+        raise CascadeError(f"{name} holds {held}, but a LoRA is expected here; choose one.")
+    raise CascadeError(
+        f"{name} is no LoRA for Stable Cascade: {counts} (unknown: {listed(unread)}); choose a Stable Cascade LoRA."
+    )
+
+
+def _dialect(spelled: list[tuple[str, str, str]], tensors: Mapping[str, Tensor]) -> str:
+    """The dialect that would have written most of the file's keys; the first in the table of several."""
+
+    def written(dialect: Dialect) -> int:
+        score = 0
+        for network, layer, theirs in spelled:
+            names = {"stage_c": dialect.stage_c, "text": dialect.text}
+            if names[network] is None:
+                continue
+            name = dialect.stage_c_name(layer) if network == "stage_c" else dialect.text_name(layer)
+            score += (name == theirs) * (2 + (theirs + dialect.down in tensors))
+        return score
+
+    named = {key: dialect for key, dialect in DIALECTS.items() if dialect.kind == "named"}
+    return max(named, key=lambda key: written(named[key]))

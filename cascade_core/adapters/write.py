@@ -1,0 +1,181 @@
+"""Adapters written in any dialect, exactly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.files import write_safetensors
+from ..clip import CLIP_TOKENS
+from ..config import StageCConfig
+from ..errors import CascadeError
+from ..stage_c import StageC
+from .adapter import Adapter, LearnedToken, LowRank
+from .dialects import DIALECTS, Dialect
+from .fit import check_shapes
+from .fused import scaled
+from .names import FUSED, QKV, published_layers
+from .official import is_new, write_official
+from .order import SIZES
+
+
+def write_adapter(
+    path: str | Path,
+    adapter: Adapter,
+    dialect: str,
+    stage_c: StageC | StageCConfig | None = None,
+    vocabulary: int = CLIP_TOKENS,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """The file that the dialect's program would read, whole or not at all.
+
+    metadata: what else is to stand in its header; the rest is as in `to_dialect`.
+    """
+    tensors, own = to_dialect(adapter, dialect, stage_c, vocabulary)
+    write_safetensors(path, tensors, {**(metadata or {}), **own})
+
+
+def to_dialect(
+    adapter: Adapter,
+    dialect: str,
+    stage_c: StageC | StageCConfig | None = None,
+    vocabulary: int = CLIP_TOKENS,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of an adapter in a dialect of `DIALECTS`, no two tensors in the same memory.
+
+    stage_c: what the official dialect numbers the layers of, where it is none of the published sizes; vocabulary: how
+    many tokens the text encoder has, behind which the official dialect numbers new ones.
+    Raises CascadeError for what the dialect cannot say.
+    """
+    if dialect not in DIALECTS:
+        raise CascadeError(f"There is no LoRA dialect {dialect!r}; choose one of {', '.join(DIALECTS)}.")
+    reasons = obstacles(adapter, dialect)
+    if reasons:
+        able = [name for name in DIALECTS if not obstacles(adapter, name)]
+        advice = (
+            f"choose one that can ({', '.join(able)}), or leave them out" if able else "leave something out"
+        )
+        raise CascadeError(
+            f"{adapter.name} holds {', '.join(reasons)}, which the dialect {dialect} has no keys for; {advice}."
+        )
+    spoken = DIALECTS[dialect]
+    if spoken.kind == "numbered":
+        tensors, metadata = write_official(adapter, _config(adapter, stage_c), vocabulary)
+    elif spoken.kind == "embedding":
+        tensors, metadata = _token_tensors(adapter.tokens, "", ""), {}
+    else:
+        tensors, metadata = _named(adapter, spoken), {}
+    return _apart(tensors), {"format": "pt", **metadata}
+
+
+def obstacles(adapter: Adapter, dialect: str) -> list[str]:
+    """What of an adapter a dialect cannot hold, in words; empty where it can hold all."""
+    spoken = DIALECTS[dialect]
+    changes = [*adapter.stage_c.values(), *adapter.text.values()]
+    magnitudes = [change.magnitude for change in changes if change.magnitude is not None]
+    by_column = sum(len(magnitude) == 1 for magnitude in magnitudes)
+    own = [token for token in adapter.tokens if token.index is None]
+    numbered = spoken.kind == "numbered"
+    names = {token.name for token in own}
+    counts = {
+        "layers of Stage C": len(adapter.stage_c) if spoken.stage_c is None else 0,
+        "layers of the text encoder": len(adapter.text) if spoken.text is None else 0,
+        "DoRA magnitudes of rows": len(magnitudes) - by_column if spoken.row_magnitude is None else 0,
+        "DoRA magnitudes of columns": by_column if spoken.column_magnitude is None else 0,
+        "learned tokens": len(own) if spoken.tokens is None else 0,
+        "changed tokens of the vocabulary": 0 if numbered else len(adapter.tokens) - len(own),
+        "tokens with several rows or at the encoder's output": sum(
+            numbered and (token.output or len(token.vectors) > 1) for token in own
+        ),
+        "tokens whose names are in no brackets": sum(numbered and not is_new(token.name) for token in own),
+        "several tokens": len(names) if spoken.kind == "embedding" and len(names) > 1 else 0,
+    }
+    return [f"{count} {what}" for what, count in counts.items() if count]
+
+
+def _config(adapter: Adapter, stage_c: StageC | StageCConfig | None) -> StageCConfig:
+    """The Stage C whose layers are numbered: the given one, or the published one that the adapter fits."""
+    if stage_c is not None:
+        config = stage_c.config if isinstance(stage_c, StageC) else stage_c
+        check_shapes(adapter, _split_shapes(config))
+        return config
+    for config in SIZES.values():
+        try:
+            check_shapes(adapter, _split_shapes(config))
+        except CascadeError:
+            continue
+        return config
+    raise CascadeError(
+        f"{adapter.name} changes layers of a Stage C that is none of the published sizes ({', '.join(SIZES)}), and the "
+        "official dialect numbers all of its layers; give the Stage C that it was made for."
+    )
+
+
+def _split_shapes(config: StageCConfig) -> dict[str, tuple[int, ...]]:
+    """{our layer: weight's shape} from the published layers'."""
+    shapes = dict(published_layers(config))
+    for layer, (rows, *rest) in published_layers(config).items():
+        if layer.endswith(FUSED):
+            shapes |= {layer.removesuffix(FUSED) + part: (rows // 3, *rest) for part in QKV}
+    return shapes
+
+
+def _named(adapter: Adapter, dialect: Dialect) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for layer, change in adapter.stage_c.items():
+        tensors |= _change_tensors(dialect.stage_c_name(layer), change, dialect)
+    for layer, change in adapter.text.items():
+        tensors |= _change_tensors(dialect.text_name(layer), change, dialect)
+    if dialect.tokens is not None:
+        for name in dict.fromkeys(token.name for token in adapter.tokens):
+            own = [token for token in adapter.tokens if token.name == name]
+            tensors |= _token_tensors(own, dialect.tokens, f"{name}.")
+    return tensors
+
+
+def _change_tensors(name: str, change: LowRank, dialect: Dialect) -> dict[str, Tensor]:
+    up = change.up if dialect.alpha is not None else scaled(change.up, change.scale)
+    tensors = {name + dialect.down: change.down, name + dialect.up: up}
+    if dialect.alpha is not None:
+        alpha = float(change.rank) if change.alpha is None else change.alpha
+        tensors[name + dialect.alpha] = torch.tensor(alpha)
+    if change.magnitude is not None:
+        ending, magnitude = _magnitude(change.magnitude, change.down.ndim, dialect)
+        tensors[name + ending] = magnitude
+    return tensors
+
+
+def _magnitude(magnitude: Tensor, dims: int, dialect: Dialect) -> tuple[str, Tensor]:
+    """(ending, tensor) of a magnitude (c_out, 1) or (1, c_in) for a weight of `dims` dimensions."""
+    ones = [1] * (dims - 2)
+    if len(magnitude) == 1:
+        return str(dialect.column_magnitude), magnitude.reshape(*magnitude.shape, *ones)
+    bare = dialect.bare_magnitude
+    shape = (
+        [1, len(magnitude), *ones]
+        if bare and ones
+        else [len(magnitude)]
+        if bare
+        else [*magnitude.shape, *ones]
+    )
+    return str(dialect.row_magnitude), magnitude.reshape(shape)
+
+
+def _token_tensors(tokens: Sequence[LearnedToken], prefix: str, name: str) -> dict[str, Tensor]:
+    return {f"{prefix}{name}clip_g{'_out' * token.output}": token.vectors for token in tokens}
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor in its own memory, as the file format asks: q, k and v may share a `down`."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.contiguous()
+        if storage in seen and apart[name] is tensor:
+            apart[name] = tensor.clone()
+        seen.add(storage)
+    return apart
