@@ -10,7 +10,7 @@ from .control import (
     CascadeSuperResolutionHint,
 )
 from .inpainting import CascadeInpaintComposite, CascadeOutpaint
-from .latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode
+from .latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode, CascadeUpscaleLatent
 from .loaders import (
     CascadeCheckpointLoader,
     CascadeCompressorLoader,
@@ -49,6 +49,7 @@ NODES: list[type[io.ComfyNode]] = [
     CascadeIdentityHint,
     CascadeOutpaint,
     CascadeInpaintComposite,
+    CascadeUpscaleLatent,
 ]
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.hints import STRIDE
@@ -98,6 +99,15 @@ class CascadeEncode(io.ComfyNode):
                     optional=True,
                     tooltip="Stage A, for inpainting: Stage B then keeps the picture outside the mask as well.",
                 ),
+                io.Int.Input(
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=MAX_SIZE,
+                    step=64,
+                    optional=True,
+                    tooltip="Side in pixels of the tiles in which Stage A reads a large picture. 0 reads the whole.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="stage_c", tooltip="The picture's Stage C latent."),
@@ -109,7 +119,7 @@ class CascadeEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae, image, compression, mask=None, stage_a=None) -> io.NodeOutput:
+    def execute(cls, vae, image, compression, mask=None, stage_a=None, tile_size=0) -> io.NodeOutput:
         check_vae(vae, "compressor", "Cascade Encode", "Load Cascade Compressor")
         check_picture(image, "image")
         batch, height, width = image.shape[:3]
@@ -121,13 +131,72 @@ class CascadeEncode(io.ComfyNode):
         stage_b = empty_stage_b(batch, *whole)
         if stage_a is not None:
             check_vae(stage_a, "stage_a", "Cascade Encode's stage_a", "Load Stage A VAE")
-            stage_b = {"samples": host().encode_pixels(stage_a, resized(image, whole))}
+            stage_b = {"samples": host().encode_pixels(stage_a, resized(image, whole), tile_size)}
             check_finite(stage_b.values(), stage_a, "Stage A's latent")
         if mask is not None:
             stage_c["noise_mask"] = latent_mask(mask, batch, size)
             if stage_a is not None:  # an empty latent has nothing to keep
                 stage_b["noise_mask"] = latent_mask(mask, batch, stage_b["samples"].shape[-2:])
         return io.NodeOutput(stage_c, stage_b)
+
+
+class CascadeUpscaleLatent(io.ComfyNode):
+    """Between two passes: what the first one composed, at the size of the second."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        side: dict[str, Any] = {"default": 2048, "min": SIZE_STEP, "max": MAX_SIZE, "step": SIZE_STEP}
+        return io.Schema(
+            node_id="CascadeUpscaleLatent",
+            display_name="Cascade Upscale Latent",
+            category=CATEGORY,
+            description=(
+                "A Stage C latent for a larger picture, with the empty Stage B latent of its size. The picture is "
+                "composed at the size that Stage C was trained at, and made at this one."
+            ),
+            inputs=[
+                io.Latent.Input(
+                    "stage_c", tooltip="The latent of the first pass, from Cascade Prior Sampler."
+                ),
+                io.Int.Input(
+                    "width", **side, tooltip="Width of the larger picture in pixels, a multiple of 8."
+                ),
+                io.Int.Input(
+                    "height", **side, tooltip="Height of the larger picture in pixels, a multiple of 8."
+                ),
+                compression_input(),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="stage_c",
+                    tooltip=(
+                        "For Cascade Decoder Sampler, or first for Cascade Prior Sampler at a low denoise, which adds "
+                        "what the larger size has room for."
+                    ),
+                ),
+                io.Latent.Output(display_name="stage_b", tooltip="For Cascade Decoder Sampler."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width=None, height=None) -> bool | str:
+        return CascadeEmptyLatent.validate_inputs(width, height)
+
+    @classmethod
+    def execute(cls, stage_c, width, height, compression) -> io.NodeOutput:
+        check_size(width, height)
+        samples = stage_c["samples"]
+        if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS["stage_c"]:
+            raise CascadeError(
+                f"stage_c of Cascade Upscale Latent has the shape {tuple(samples.shape)}, but Stage C's latent has 16 "
+                "channels; connect Cascade Prior Sampler."
+            )
+        # Bilinear is nearest to the latent that the compressor makes of the enlarged picture.
+        size = stage_c_size(height, width, compression)
+        larger = F.interpolate(samples, size=size, mode="bilinear", align_corners=False)
+        stage_b = empty_stage_b(len(samples), height, width)
+        indices = {name: stage_c[name] for name in ("batch_index",) if name in stage_c}
+        return io.NodeOutput({**stage_c, "samples": larger}, {**stage_b, **indices})
 
 
 class CascadeDecode(io.ComfyNode):
@@ -153,7 +222,8 @@ class CascadeDecode(io.ComfyNode):
                     max=MAX_SIZE,
                     step=64,
                     tooltip=(
-                        "Side of a tile in pixels, for large pictures on little memory. 0 decodes the whole."
+                        "Side of a tile in pixels, for large pictures on little memory; what comes out is the same. 0 "
+                        "decodes the whole."
                     ),
                 ),
             ],

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.samplers import SAMPLERS
+from ..cascade_core.tiles import ALIGNMENT
 from .api import io
 from .hosts import host
-from .hosts.run import Run
+from .hosts.run import STAGE_B_COMPRESSION, Run
+from .sizes import MAX_SIZE
 from .sockets import (
     check_conditioning,
     check_finite,
@@ -22,6 +24,7 @@ from .sockets import (
 
 CATEGORY = "Stable Cascade/sampling"
 STAGE_C_CHANNELS = 16
+LEAST_TILE = 128  # pixels
 
 
 def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
@@ -134,6 +137,18 @@ class CascadeDecoderSampler(io.ComfyNode):
                 io.Latent.Input("stage_c", tooltip="The latent that Stage C made, or a picture's."),
                 io.Latent.Input("latent", tooltip="The Stage B latent to start from, empty or a picture's."),
                 *sampling_inputs(steps=10, cfg=1.1, shift=1.0),
+                io.Int.Input(
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=MAX_SIZE,
+                    step=64,
+                    optional=True,
+                    tooltip=(
+                        "Side in pixels of tiles that are sampled together and blended, for large pictures on little "
+                        "memory; best the size that Stage B was trained at (1024). 0 samples the whole."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -143,7 +158,7 @@ class CascadeDecoderSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, stage_c, latent, **settings) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, stage_c, latent, *, tile_size=0, **settings) -> io.NodeOutput:
         network = check_network(model, "stage_b", "Cascade Decoder Sampler", "Load Stage B")
         check_latent(
             latent, network, "latent", "the stage_b output of Cascade Empty Latent or Cascade Encode"
@@ -156,7 +171,17 @@ class CascadeDecoderSampler(io.ComfyNode):
         positive, negative = (without_values(prompt, "control") for prompt in (positive, negative))
         positive = with_values(positive, stable_cascade_prior=semantic)
         negative = with_values(negative, stable_cascade_prior=torch.zeros_like(semantic))
-        return run_sampler("stage_b", model, positive, negative, latent, **settings)
+        tile = tile_positions(tile_size)
+        return run_sampler("stage_b", model, positive, negative, latent, tile=tile, **settings)
+
+
+def tile_positions(tile_size: int) -> int:
+    """The side of Stage B's tiles in latent positions, 0: whole. Tiles begin and end where its levels do."""
+    if tile_size == 0:
+        return 0
+    if tile_size < LEAST_TILE:
+        raise CascadeError(f"tile_size is {tile_size}; give 0 for no tiles, or {LEAST_TILE} or more.")
+    return tile_size // STAGE_B_COMPRESSION // ALIGNMENT * ALIGNMENT
 
 
 def semantic_latent(stage_c: dict, batch: int) -> Tensor:
@@ -190,6 +215,7 @@ def run_sampler(
     shift: float,
     sampler: str,
     denoise: float,
+    tile: int = 0,
 ) -> io.NodeOutput:
     """A new LATENT with the sampled latent, and all else that the given one holds; shows what the run took."""
     if sampler not in SAMPLERS:
@@ -213,6 +239,7 @@ def run_sampler(
         shift=shift,
         sampler=sampler,
         denoise=denoise,
+        tile=tile,
     )
     sampled = host().sample(run)
     what = f"The latent that {host().describe_network(model).name} sampled"

@@ -6,14 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....cascade_core.adapters.apply import patched
 from ....cascade_core.diffusion import noise_cond, per_image, scale, undiffuse
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.guidance import Guider
 from ....cascade_core.samplers import SAMPLERS, Denoise, Step, start_latent
+from ....cascade_core.stage_b import StageB
+from ....cascade_core.tiles import predict_in_tiles
 from ..reporting import check_interrupted, report
 from ..run import Run, Sampled, Watch, mask_like
 from .control import RunControls
-from .device import on_device
+from .device import compute_device, on_device
 from .vae import SCALE_FACTOR
 
 # Latents on the sockets are in these units times what the network diffuses.
@@ -25,7 +28,7 @@ def sample(run: Run) -> Sampled:
     network = run.model.network
     units = SOCKET_UNITS[run.kind]
     guiders = Guiders(run)
-    with on_device(network) as device:
+    with patched(network, run.model.patches, compute_device()), on_device(network) as device:
         watch = Watch(device)
         latent = run.samples.to(device, torch.float32) / units
         source = run.noise()
@@ -70,7 +73,23 @@ class Guiders:
         if self.controls is not None:
             positive = {**positive, "control": self.controls.merged(self.run.positive, on)}
             negative = {**negative, "control": self.controls.merged(self.run.negative, on)}
-        return Guider(self.run.model.network, positive, negative, self.run.cfg, self.run.cfg_rescale)
+        network = self.run.model.network
+        model = in_tiles(network, self.run.tile) if self.run.tile else network
+        dtype = next(network.parameters()).dtype
+        return Guider(model, positive, negative, self.run.cfg, self.run.cfg_rescale, dtype)
+
+
+def in_tiles(network: StageB, tile: int) -> Callable[..., Tensor]:
+    """Stage B predicting in tiles of so many positions a side; can be stopped between them."""
+
+    def whole(x: Tensor, r: Tensor, effnet: Tensor, **conditions: Tensor) -> Tensor:
+        def predict(part: Tensor, seen: Tensor) -> Tensor:
+            check_interrupted()
+            return network(part, r, seen, **conditions)
+
+        return predict_in_tiles(predict, x, effnet, tile, network.config.patch_size)
+
+    return whole
 
 
 def with_guidance(model: Any, cfg_rescale: float, shift: float) -> Any:
