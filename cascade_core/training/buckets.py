@@ -4,8 +4,9 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+from ..hints import STRIDE
+
 COMPRESSION = 42.67  # published: pixels for each position of Stage C's latent; 1024 pixels become 24
-COMPRESSOR_STRIDE = 32  # pixels of the compressor's picture for each position
 MAX_ASPECT = 2.5  # a longer picture is cropped to it
 
 
@@ -24,7 +25,7 @@ class Bucket(NamedTuple):
     def compressor(self) -> tuple[int, int]:
         """(height, width) of the picture that the compressor reads."""
         h, w = self.latent
-        return h * COMPRESSOR_STRIDE, w * COMPRESSOR_STRIDE
+        return h * STRIDE, w * STRIDE
 
     def __str__(self) -> str:
         return f"{self.width} × {self.height}"

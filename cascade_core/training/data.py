@@ -57,7 +57,7 @@ class Batch:
     keys: list[str]  # the pictures' names
     captions: list[str]
     latents: Tensor  # (B, 16, h, w) float32, the semantic compressor's
-    images: Tensor | None  # (B, 3, H, W) float32 in [0, 1], of the bucket's size, where asked for
+    images: Tensor | None  # (B, 3, 32·h, 32·w) float32 in [0, 1], as the compressor reads them, where asked for
     caption_ids: Tensor  # (B,) int64, places in TrainingData.captions
 
 

@@ -1,6 +1,6 @@
 """Captions' states, each distinct caption encoded once; afterwards the text encoder can be let go."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,27 +26,31 @@ class TextCache:
         self.cache = Cache(held, mark)
         self.fill([""])  # what shorter captions are followed by
 
-    def fill(self, captions: Sequence[str]) -> None:
-        """Encodes those that are not there yet."""
-        missing = [text for text in dict.fromkeys(captions) if _key("pooled", text) not in self.cache]
-        if not missing:
-            return
-        if self.encoder is None:
+    def fill(self, captions: Sequence[str], report: Callable[[int, int], None] | None = None) -> None:
+        """Encodes those that are not there yet; report: called with how many are done and how many there are to do."""
+        missing = [text for text in dict.fromkeys(captions) if text not in self]
+        if missing and self.encoder is None:
             raise CascadeError(
-                f"The caption {missing[0]!r} was not encoded before the text encoder was let go; give "
-                "all captions to fill."
+                f"The caption {missing[0]!r} was not encoded before the text encoder was let go; give all captions to "
+                "`fill`."
             )
         for start in range(0, len(missing), ENCODED_AT_ONCE):
-            self._encode(self.encoder, missing[start : start + ENCODED_AT_ONCE])
+            part = missing[start : start + ENCODED_AT_ONCE]
+            self._encode(part)
+            if report is not None:
+                report(start + len(part), len(missing))
 
-    def _encode(self, encoder: TextEncoder, captions: Sequence[str]) -> None:
-        by_length: dict[int, list[str]] = {}
+    def __contains__(self, caption: str) -> bool:
+        return key_of("states", caption) in self.cache and key_of("pooled", caption) in self.cache
+
+    def _encode(self, captions: Sequence[str]) -> None:
+        assert self.encoder is not None
+        by_length: dict[int, list[str]] = {}  # of one number of chunks, so that none is padded
         for text in captions:
-            by_length.setdefault(len(encoder.tokenizer.chunks(text)), []).append(text)
+            by_length.setdefault(len(self.encoder.tokenizer.chunks(text)), []).append(text)
         for texts in by_length.values():
-            states, pooled = encoder.encode(texts)
-            self.cache.add([_key("states", text) for text in texts], states.half())
-            self.cache.add([_key("pooled", text) for text in texts], pooled.half())
+            for part, rows in self.encoder.encode(texts)._asdict().items():
+                self.cache.add([key_of(part, text) for text in texts], rows.half())
 
     def release(self) -> None:
         """Lets the encoder go."""
@@ -55,18 +59,14 @@ class TextCache:
     def states(self, captions: Sequence[str]) -> TextStates:
         """states (B, 77·n, C), n the chunks of the longest; pooled (B, P). Both float32, on the CPU."""
         self.fill(captions)
-        rows = [self.cache.rows[_key("states", text)] for text in captions]
-        longest = max(len(row) for row in rows)
-        empty = self.cache.rows[_key("states", "")]
-        padded = [
-            row if len(row) == longest else torch.cat([row, *[empty] * ((longest - len(row)) // len(empty))])
-            for row in rows
-        ]
-        return TextStates(torch.stack(padded).float(), self._pooled(captions).float())
-
-    def _pooled(self, captions: Sequence[str]) -> Tensor:
-        return self.cache.stack(_key("pooled", text) for text in captions)
+        rows = [self.cache.rows[key_of("states", text)] for text in captions]
+        longest = max(map(len, rows))
+        empty = self.cache.rows[key_of("states", "")]
+        padded = [_padded(row, empty, longest) for row in rows]
+        pooled = self.cache.stack(key_of("pooled", text) for text in captions)
+        return TextStates(torch.stack(padded).float(), pooled.float())
 
 
-def _key(part: str, caption: str) -> bytes:
-    return key_of(part, caption)
+def _padded(row: Tensor, empty: Tensor, length: int) -> Tensor:
+    """A caption of fewer chunks is followed by the empty caption's."""
+    return row if len(row) == length else torch.cat([row, *[empty] * ((length - len(row)) // len(empty))])
