@@ -21,9 +21,11 @@ class TextCache:
 
     def __init__(self, encoder: TextEncoder, folder: str | Path | None = None):
         self.encoder: TextEncoder | None = encoder
-        held = Path(folder).expanduser() / "text" if folder is not None else None
-        mark = fingerprint(encoder.model) if held is not None else ""
-        self.cache = Cache(held, mark)
+        if folder is None:
+            self.cache = Cache(None, "")
+        else:
+            mark = key_of(fingerprint(encoder.model), encoder.tokenizer.backend.to_str()).hex()
+            self.cache = Cache(Path(folder).expanduser() / "text", mark)
         self.fill([""])  # what shorter captions are followed by
 
     def fill(self, captions: Sequence[str], report: Callable[[int, int], None] | None = None) -> None:

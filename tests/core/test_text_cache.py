@@ -22,9 +22,9 @@ class Counting(TextEncoder):
 
     encoded = 0
 
-    def encode(self, prompts):
+    def encode(self, prompts, learned=()):
         self.encoded += len(prompts)
-        return super().encode(prompts)
+        return super().encode(prompts, learned)
 
 
 def encoder(seed: int = 0) -> Counting:
