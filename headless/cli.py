@@ -1,4 +1,4 @@
-"""The command line: `cascade run GRAPH.json`, `cascade nodes`, `cascade models` and `cascade fetch NAME`.
+"""The command line: `cascade run GRAPH.json`, `cascade train TASK CONFIG.yaml`, `cascade nodes`, `models`, `fetch`.
 
 Nothing heavy is imported before it is needed, so that `cascade --help` answers at once.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError
+from .convert_lora import add_convert_command
 
 if TYPE_CHECKING:
     from .progress import ConsoleProgress
@@ -29,6 +30,8 @@ _EXAMPLES = """examples:
   cascade nodes CascadePriorSampler
   cascade models
   cascade fetch text_to_image_lite_bf16
+  cascade convert-lora official.safetensors kohya.safetensors --to kohya
+  cascade train lora my_style.yaml
 """
 
 
@@ -95,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     nodes.set_defaults(command=_nodes)
     _add_model_commands(commands)
+    add_convert_command(commands)
+    _add_train_command(commands)
     return parser
 
 
@@ -115,6 +120,23 @@ def _add_model_commands(commands: Any) -> None:
     fetch.add_argument("--endpoint", metavar="URL", help="a mirror of the hub, default: $HF_ENDPOINT")
     fetch.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     fetch.set_defaults(command=_fetch)
+
+
+def _add_train_command(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a LoRA, a ControlNet, Stage C itself, or tokens",
+        description="Trains by a settings file; the same command goes on with a run that was stopped.",
+    )
+    train.add_argument("task", choices=("lora", "controlnet", "finetune", "tokens"))
+    train.add_argument(
+        "config", type=Path, metavar="CONFIG.yaml", help="settings; paths in it are relative to it"
+    )
+    train.add_argument(
+        "--fresh", action="store_true", help="begin anew instead of going on from a checkpoint"
+    )
+    train.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+    train.set_defaults(command=_train)
 
 
 def _close_output() -> None:
@@ -208,3 +230,9 @@ def _fetch(options: argparse.Namespace) -> int:
     if root.resolve() not in [other.resolve() for other in roots()]:
         _complain(f"The loaders look there with CASCADE_MODELS={root}.")
     return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .train import run_training
+
+    return run_training(options.task, options.config, options.fresh)

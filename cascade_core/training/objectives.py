@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..diffusion import debiased, diffuse, random_t
+from ..diffusion import (
+    AdaptiveLossWeight,
+    debiased,
+    diffuse,
+    log_snr,
+    noise_cond,
+    per_image,
+    random_t,
+    scale,
+    undiffuse,
+)
 from ..stage_a import StageA
 
 
@@ -31,20 +41,63 @@ def stage_a_loss(model: StageA, image: Tensor, noise: float = 0.05) -> dict[str,
 def diffusion_loss(
     predict: Callable[[Tensor, Tensor], Tensor],
     x0: Tensor,
-    largest_weight: float = 16.0,
+    largest_weight: float | None = 16.0,
     share_at_start: float = 0.05,
+    loss_weight: Callable[..., Tensor] = debiased,
+    shift: float = 1.0,
 ) -> dict[str, Tensor]:
     """Weighted error of the predicted noise: predict(noised, noise_cond) against epsilon.
 
     Every run starts from pure noise, where an error in epsilon is an error in x0 a hundred times as large; so the
-    weight is the debiased one, cut at `largest_weight`, and a share of the batch is taken at t = 1 itself.
+    default weight is the debiased one, cut at `largest_weight`, and a share of the batch is taken at t = 1 itself. The
+    published training has neither: p2, no cut, no share. An AdaptiveLossWeight is told the errors.
     """
     t = random_t(len(x0)).to(x0.device)
     t[: int(share_at_start * len(x0))] = 1.0
-    diffused = diffuse(x0, torch.randn_like(x0), t, loss_weight=debiased)
+    diffused = diffuse(x0, torch.randn_like(x0), t, shift, loss_weight)
     prediction = predict(diffused.noised, diffused.noise_cond).float()
     error = (prediction - diffused.target).square().mean(dim=(1, 2, 3))  # (B,)
-    return {"loss": (error * diffused.loss_weight.clamp(max=largest_weight)).mean(), "epsilon": error.mean()}
+    if isinstance(loss_weight, AdaptiveLossWeight):
+        loss_weight.update_buckets(diffused.log_snr, error.detach())
+    return {"loss": (error * _cut(diffused.loss_weight, largest_weight)).mean(), "epsilon": error.mean()}
+
+
+def consistency_loss(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    teacher: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    steps: int = 50,
+    largest_weight: float | None = 16.0,
+    share_at_start: float = 0.05,
+    loss_weight: Callable[..., Tensor] = debiased,
+    shift: float = 1.0,
+) -> dict[str, Tensor]:
+    """Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378 and 2311.05556).
+
+    Wherever it stands on the teacher's path, the student shall see the end that it sees one step (of `steps`) further
+    on. teacher: the guided prediction, (noised, noise_cond) -> epsilon; its step is DDIM's. The student's x0 is what
+    the `lcm` sampler takes from it, with no skip connection, so that at the end of the path it is the teacher's own.
+    The target comes from the student as it is, without gradient (Song & Dhariwal 2023, arXiv 2310.14189, section 3.2).
+    The error is weighed as in `diffusion_loss`, as an error in epsilon.
+    """
+    number = torch.randint(1, steps + 1, (len(x0),))
+    number[: int(share_at_start * len(x0))] = steps
+    here, there = (log_snr(n / steps, shift).to(x0.device) for n in (number, number - 1))
+    (a, b), (a_next, b_next) = ([per_image(v, x0) for v in scale(level)] for level in (here, there))
+    x = a * x0 + b * torch.randn_like(x0)
+    with torch.no_grad():
+        epsilon = teacher(x, noise_cond(here))
+        x_next = a_next * undiffuse(x, here, epsilon) + b_next * epsilon
+        seen = undiffuse(x_next, there, predict(x_next, noise_cond(there)).float())
+        at_end = per_image(number == 1, x0).to(x0.device)
+        end = torch.where(at_end, undiffuse(x, here, epsilon), seen)
+        target = (x - a * end) / b
+    error = (predict(x, noise_cond(here)).float() - target).square().mean(dim=(1, 2, 3))  # (B,)
+    return {"loss": (error * _cut(loss_weight(here), largest_weight)).mean(), "epsilon": error.mean()}
+
+
+def _cut(weight: Tensor, largest: float | None) -> Tensor:
+    return weight if largest is None else weight.clamp(max=largest)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, log_scale: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,64 @@
+"""What Stage C is told besides the noised latent, on the accelerator: text states, and no image."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .text_cache import TextCache
+
+RESIDENT = 6_000_000_000  # bytes of text states that are kept on the accelerator
+AT_ONCE = 1024  # captions, on their way there
+
+
+class Conditions(NamedTuple):
+    """Stage C's arguments of these names: (B, T, C), (B, 1, P), (B, 1, E)."""
+
+    clip_text: Tensor
+    clip_text_pooled: Tensor
+    clip_img: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor, pooled: Tensor, c_image: int, dtype: torch.dtype) -> "Conditions":
+        no_image = torch.zeros(1, 1, c_image, dtype=dtype, device=states.device)
+        return cls(states.to(dtype), pooled.to(dtype)[:, None], no_image.expand(len(states), -1, -1))
+
+
+class CachedText:
+    """The states of `captions` by their places; on the accelerator once and for all where they fit."""
+
+    def __init__(self, cache: TextCache, captions: list[str], device: torch.device, resident: int = RESIDENT):
+        cache.fill(captions)
+        self.cache, self.captions, self.device = cache, captions, device
+        self.table = None
+        if device.type != "cpu":
+            self.table = self._table(resident)
+
+    def _table(self, resident: int) -> tuple[Tensor, Tensor] | None:
+        """(states (N, T, C), pooled (N, P)) in half precision, as they are cached; None where they do not fit."""
+        states, pooled = self.cache.states([""])
+        if len(self.captions) * 2 * (states.numel() + pooled.numel()) > resident:
+            return None
+        parts = []
+        for start in range(0, len(self.captions), AT_ONCE):
+            part = self.cache.states(self.captions[start : start + AT_ONCE])
+            if (
+                part.states.shape[1] != states.shape[1]
+            ):  # a long caption, which the short ones need no padding to
+                return None
+            parts.append([value.half().to(self.device) for value in part])
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def __call__(self, caption_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) on the CPU -> states (B, T, C), pooled (B, P) on the accelerator"""
+        if self.table is not None:
+            rows = caption_ids.to(self.device)
+            return self.table[0][rows], self.table[1][rows]
+        states, pooled = self.cache.states([self.captions[i] for i in caption_ids.tolist()])
+        return states.to(self.device), pooled.to(self.device)
+
+    def of(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The same for texts that were cached besides."""
+        states, pooled = self.cache.states(texts)
+        return states.to(self.device), pooled.to(self.device)

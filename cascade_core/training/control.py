@@ -1,0 +1,171 @@
+"""A ControlNet of a frozen Stage C, from hints that are computed from the pictures."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from ..checkpoints import load_model, write_safetensors
+from ..compressor import SemanticCompressor
+from ..controlnet import PUBLISHED_BLOCKS, ControlNet
+from ..errors import CascadeError
+from ..stage_c import StageC
+from .conditions import CachedText
+from .data import Batch
+from .making_hints import HINTS, Compress
+from .settings import ControlNetSettings, ObjectiveSettings
+from .task import Inputs, State, Task
+
+STRIDE = 32  # pixels of the hint for each position of Stage C's latent, a side
+
+
+class ControlNetTask(Task):
+    """The ControlNet in float32, its products in `dtype`; Stage C frozen, wholly in `dtype`.
+
+    Batch norms keep the statistics that they came with, as published, unless the backbone starts at random.
+    """
+
+    with_images = True
+
+    def __init__(
+        self,
+        stage_c: StageC,
+        text: CachedText,
+        settings: ControlNetSettings,
+        objective: ObjectiveSettings,
+        dtype: torch.dtype,
+        seed: int = 0,
+        compressor: SemanticCompressor | None = None,
+    ):
+        """compressor: on its device, where the backbone or the hint needs it."""
+        super().__init__(stage_c, text, objective, dtype)
+        self.hint = HINTS[settings.hint]
+        self.compress: Compress | None = compressor if self.hint.compressed else None
+        torch.manual_seed(seed)
+        network = build_controlnet(settings, stage_c, compressor)
+        network = network.to(self.device).requires_grad_(True)
+        self.trained = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.trained.train(settings.start == "random")
+
+    def prepare(self, batch: Batch, generator: torch.Generator) -> Inputs:
+        assert batch.images is not None
+        size = batch.latents.shape[-2] * STRIDE, batch.latents.shape[-1] * STRIDE
+        images = batch.images.to(self.device)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        hint = self.hint.make(images, generator, self.compress)
+        return Inputs(batch.latents.to(self.device), batch.caption_ids, self.cached_text(batch), hint)
+
+    def loss(self, inputs: Inputs) -> dict[str, Tensor]:
+        assert inputs.hint is not None
+        conditions = self.conditions(self.text_of(inputs))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            residuals = self.trained(inputs.hint)
+
+        def predict(x: Tensor, r: Tensor) -> Tensor:
+            return self.stage_c(x.to(self.dtype), r, *conditions, control=residuals)
+
+        return self.diffusion_loss(predict, inputs.latents)
+
+    @contextmanager
+    def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
+        """Takes a `hint` besides Stage C's own arguments."""
+
+        def predict(x: Tensor, r: Tensor, hint: Tensor, **conditions: Tensor) -> Tensor:
+            return self.stage_c(x, r, **conditions, control=functional_call(self.trained, dict(state), hint))
+
+        training = self.trained.training
+        self.trained.eval()
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+                yield predict
+        finally:
+            self.trained.train(training)
+
+    def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
+        tensors = {name: _half(value).contiguous().cpu() for name, value in state.items()}
+        config = json.dumps(asdict(self.trained.config))  # pyright: ignore[reportArgumentType]
+        write_safetensors(path, tensors, {**metadata, "kind": "controlnet", "config": config})
+
+
+def _half(value: Tensor) -> Tensor:
+    """In half precision where that holds it: a batch norm's variance may be beyond it."""
+    if not value.is_floating_point():
+        return value
+    half = value.half()
+    return half if bool(half.isfinite().all()) else value
+
+
+def build_controlnet(
+    settings: ControlNetSettings, stage_c: StageC, compressor: SemanticCompressor | None
+) -> ControlNet:
+    """By the settings, of Stage C's width, with an output of zero; or the one of a file."""
+    if settings.start not in ("compressor", "random"):
+        network, _, _ = load_model(settings.start, expect="controlnet", dtype=torch.float32)
+        assert isinstance(network, ControlNet)
+        _check_width(network, stage_c, settings.start)
+        return network
+    hint = HINTS[settings.hint]
+    defaults: dict[str, Any] = {
+        "c_in": hint.channels,
+        "c_proj": stage_c.config.c_hidden[0],
+        "proj_blocks": published_blocks(stage_c),
+        "bottleneck_mode": hint.backbone,
+    }
+    from_compressor = settings.start == "compressor" and hint.backbone == "effnet"
+    if from_compressor and compressor is not None:
+        config = compressor.config
+        defaults |= {"stem": config.stem, "stages": config.stages, "c_last": config.c_last}
+    network = ControlNet.from_config({**defaults, **settings.config})
+    if from_compressor and compressor is not None:
+        copy_backbone(network, compressor)
+    _check_width(network, stage_c, "controlnet.config")
+    return network
+
+
+def published_blocks(stage_c: StageC) -> list[int]:
+    """The published choice of 8 of 64 residual blocks, for any number: the first and the last quarter, spread."""
+    down, up = stage_c.config.blocks
+    count = sum(down) + sum(up)
+    if count <= len(PUBLISHED_BLOCKS[8]):
+        return list(range(count))
+    return [round(block * (count - 1) / 63) for block in PUBLISHED_BLOCKS[8]]
+
+
+def copy_backbone(network: ControlNet, compressor: SemanticCompressor) -> None:
+    """The compressor's weights where shapes agree; its first layer's, over the colours' sum, for other channels.
+
+    Raises CascadeError where the config makes another network of it.
+    """
+    own, given = network.backbone.state_dict(), compressor.backbone.state_dict()
+    first = "0.0.weight"  # (C, c_in, 3, 3)
+    other = [name for name, value in given.items() if name != first and own[name].shape != value.shape]
+    if other or own.keys() != given.keys():
+        raise CascadeError(
+            f"controlnet.config makes a backbone of other sizes than the compressor's ({', '.join(other[:3])}); leave "
+            "stem, stages and c_last out, or begin with `start: random`."
+        )
+    channels = own[first].shape[1]
+    if channels != 3:
+        weight = torch.zeros_like(own[first])
+        weight[:, : min(channels, 3)] = given[first][:, : min(channels, 3)]
+        if channels == 1:
+            weight = given[first].sum(1, keepdim=True).to(weight)  # grey is all three colours alike
+        given = {**given, first: weight}
+    network.backbone.load_state_dict(given)
+
+
+def _check_width(network: nn.Module, stage_c: StageC, where: str) -> None:
+    config: Any = network.config
+    if config.c_proj != stage_c.config.c_hidden[0]:
+        raise CascadeError(
+            f"{where} gives {config.c_proj} channels, but this Stage C has {stage_c.config.c_hidden[0]}; choose one "
+            "made for it."
+        )

@@ -1,0 +1,111 @@
+"""Stage C itself, whole or in part."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..checkpoints import fuse_attention, write_safetensors
+from ..errors import CascadeError
+from ..stage_c import StageC
+from .conditions import CachedText
+from .settings import FinetuneSettings, ObjectiveSettings
+from .task import Inputs, State, Task
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class FinetuneTask(Task):
+    """What is trained is in float32, the rest in `dtype`, and so are all products."""
+
+    def __init__(
+        self,
+        stage_c: StageC,
+        text: CachedText,
+        settings: FinetuneSettings,
+        objective: ObjectiveSettings,
+        dtype: torch.dtype,
+    ):
+        super().__init__(stage_c, text, objective, dtype)
+        self.settings = settings
+        self.names = select_parameters(stage_c, settings.modules)
+        for name, parameter in stage_c.named_parameters():
+            chosen = name in self.names
+            parameter.data = parameter.data.to(torch.float32 if chosen else dtype)
+            parameter.requires_grad_(chosen)
+        stage_c.train()  # with dropout, as published
+        self.trained = _Some(stage_c, self.names)
+
+    def loss(self, inputs: Inputs) -> dict[str, Tensor]:
+        conditions = self.conditions(self.text_of(inputs))
+        with self._autocast():
+            return self.diffusion_loss(lambda x, r: self.stage_c(x, r, *conditions), inputs.latents)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
+        def predict(*inputs: Tensor, **conditions: Tensor) -> Tensor:
+            return functional_call(self.stage_c, dict(state), inputs, conditions)
+
+        self.stage_c.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                yield predict
+        finally:
+            self.stage_c.train()
+
+    def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
+        """The whole network under its published names."""
+        dtype = DTYPES[self.settings.dtype]
+        whole = {
+            name: state.get(name, value).to("cpu", dtype) for name, value in self.stage_c.state_dict().items()
+        }
+        config = json.dumps(asdict(self.stage_c.config))
+        write_safetensors(path, fuse_attention(whole), {**metadata, "kind": "stage_c", "config": config})
+
+
+def select_parameters(network: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """The names of the parameters that lie in modules of these names; all of them for `all`."""
+    names = [name for name, _ in network.named_parameters()]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = names if pattern == "all" else [n for n in names if _inside(n, pattern)]
+        if not found:
+            raise CascadeError(
+                f"finetune.modules: {pattern!r} matches no module of {type(network).__name__}; give all, or "
+                f"patterns of names such as {names[len(names) // 2].rpartition('.')[0]}."
+            )
+        chosen |= set(found)
+    return chosen
+
+
+def _inside(parameter: str, pattern: str) -> bool:
+    parts = parameter.split(".")
+    return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+
+
+class _Some(nn.Module):
+    """Some of a network's parameters under their own names."""
+
+    def __init__(self, network: nn.Module, names: set[str]):
+        super().__init__()
+        self.own = {name: p for name, p in network.named_parameters() if name in names}
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return iter(self.own.values())
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.own.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        with torch.no_grad():
+            for name, parameter in self.own.items():
+                parameter.copy_(state_dict[name])

@@ -1,0 +1,47 @@
+"""Captions through a text encoder that is being trained, or that learned tokens go through: with gradients."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapters.tokens import TokenTable
+from ..text import TextEncoder, encode_tokens
+
+Names = Mapping[str, Sequence[int]]
+
+
+class LiveText:
+    """Captions by their places, tokenised once; of a long one its first chunk counts, and weights do not.
+
+    encoder    on its device
+    names      what stands in captions for learned tokens
+    table      the learned tokens as they are now
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        captions: Sequence[str],
+        names: Names | None = None,
+        table: Callable[[], TokenTable] | None = None,
+    ):
+        self.encoder, self.names, self.table = encoder, names, table
+        self.tokens = self._rows(captions)  # (N, 77)
+
+    def __call__(self, caption_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) on the CPU -> states (B, 77, C), pooled (B, P)"""
+        return self._encode(self.tokens[caption_ids])
+
+    def of(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The same for other texts."""
+        return self._encode(self._rows(texts))
+
+    def _rows(self, texts: Sequence[str]) -> Tensor:
+        chunks = [self.encoder.tokenizer.chunks(text, self.names)[0] for text in texts]
+        return torch.tensor([[token for token, _ in chunk] for chunk in chunks])
+
+    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.encoder.model
+        learned = self.table() if self.table is not None else None
+        return encode_tokens(model, rows.to(model.device), self.encoder.tokenizer.end_token, learned)

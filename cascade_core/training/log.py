@@ -1,0 +1,103 @@
+"""How a run is going: JSON lines, a curve of the loss, and a line for people."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+LOG, CURVE = "log.jsonl", "loss.png"
+
+
+class Log:
+    """`log.jsonl` in the run's folder. What a killed run wrote beyond its last checkpoint is dropped at resuming."""
+
+    def __init__(self, folder: Path, step: int):
+        self.path = folder / LOG
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows = [row for row in _read(self.path) if row["step"] <= step] if step else []
+        partial = self.path.with_name(f".{LOG}.part")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _read(path: Path) -> list[Row]:
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last line of a killed run
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """3700 -> "1:01:40" """
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def draw_curve(rows: list[Row], steps: int, path: Path, size: tuple[int, int] = (720, 400)) -> None:
+    """The loss over steps on a logarithmic scale, as logged and smoothed over a twentieth of the run."""
+    from PIL import Image, ImageDraw
+
+    points = [(row["step"], row["loss"]) for row in rows if row.get("loss", 0) > 0]
+    if len(points) < 2:
+        return
+    width, height = size
+    left, top, right, bottom = 64, 16, width - 16, height - 32
+    low, high = (round_out(f(value for _, value in points), f is max) for f in (min, max))
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = left + (right - left) * step / steps
+        return x, bottom - (bottom - top) * (math.log(value) - math.log(low)) / (
+            math.log(high) - math.log(low)
+        )
+
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for value in _ticks(low, high):
+        y = place(0, value)[1]
+        draw.line([(left, y), (right, y)], fill="#dddddd")
+        draw.text((left - 6, y), f"{value:.3g}", fill="#555555", anchor="rm")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = place(steps * share, low)[0]
+        draw.line([(x, top), (x, bottom)], fill="#dddddd")
+        draw.text((x, bottom + 6), f"{round(steps * share)}", fill="#555555", anchor="mt")
+    draw.line([place(*point) for point in points], fill="#a9c4e6", width=1)
+    draw.line([place(*point) for point in _smoothed(points)], fill="#1f5fbf", width=2)
+    partial = path.with_name(f".{path.name}.part")
+    image.save(partial, "PNG")
+    os.replace(partial, path)
+
+
+def round_out(value: float, up: bool) -> float:
+    """To one or two leading digits, away from the data, so that the curve has room."""
+    step = 10.0 ** math.floor(math.log10(value)) / 2
+    return (
+        (math.floor(value / step) + 1) * step if up else max((math.ceil(value / step) - 1) * step, step / 2)
+    )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    ticks = [low * (high / low) ** (i / 4) for i in range(5)]
+    return [float(f"{tick:.3g}") for tick in ticks]
+
+
+def _smoothed(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    keep = 1 - 1 / max(len(points) / 20, 1)
+    value, smoothed = points[0][1], []
+    for step, loss in points:
+        value = keep * value + (1 - keep) * loss
+        smoothed.append((step, value))
+    return smoothed

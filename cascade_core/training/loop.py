@@ -1,0 +1,305 @@
+"""The training loop, on one accelerator or many: everything random in a step follows from (seed, step, rank) alone.
+
+So a run that was killed and resumed from its last checkpoint gives the same weights, bit for bit, as one that was not.
+`accelerate` gives the device, the processes, and the exchange between them; `accelerate launch` makes one run of many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CascadeError
+from .data import Batch
+from .ema import Average
+from .log import CURVE, Log, draw_curve
+from .optimiser import build_optimiser, learning_rate
+from .settings import Settings
+from .state import STATE, fill, load_optimiser, optimiser_tensors, read_state, write_state
+from .task import Inputs, State, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+AHEAD = 3  # batches that are prepared while a step runs
+CURVE_SECONDS = 20.0  # between two drawings of the curve
+
+
+class Batches(Protocol):
+    """Where batches come from: `TrainingData`, or anything that gives the same batch for the same arguments."""
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Said once in `log_every` steps. seconds_left: None where it is not known yet."""
+
+    step: int
+    steps: int
+    loss: float
+    steps_per_second: float
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `Loop.run` did. peak_bytes: of the accelerator's memory, 0 on the CPU."""
+
+    step: int
+    finished: bool
+    seconds: float
+    peak_bytes: int
+
+
+def step_seed(*numbers: int) -> int:
+    """A seed of its own for each combination of numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def build_accelerator(accumulate: int = 1) -> Accelerator:
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise CascadeError(
+            "Training runs on accelerate, which is not installed; run: pip install 'cascade-nodes[train]'"
+        ) from None
+    return Accelerator(gradient_accumulation_steps=accumulate)
+
+
+class Loop:
+    """Trains a task to the end of its settings, or until it is stopped.
+
+    report   called with the progress
+    stop     asked after each step; True writes a checkpoint and ends the run
+    sample   makes a picture (3, H, W) in [0, 1] of a step and a state, every `output.sample_every` steps
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        data: Batches,
+        settings: Settings,
+        accelerator: Accelerator,
+        report: Callable[[Progress], None] = lambda progress: None,
+        stop: Callable[[], bool] = lambda: False,
+        sample: Callable[[int, State], Tensor] | None = None,
+    ):
+        self.task, self.data, self.settings, self.accelerator = task, data, settings, accelerator
+        self.report, self.stop, self.sample = report, stop, sample
+        assert settings.output.folder is not None
+        self.folder = Path(settings.output.folder)
+        self.step = 0
+        self.optimiser = build_optimiser(task.groups(), settings.train)
+        self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        ema = settings.train.ema
+        self.average = Average(task.trained.state_dict(), ema) if ema else None
+
+    @property
+    def state(self) -> State:
+        """What the run is for: the average where one is kept."""
+        return self.average.tensors if self.average else self.task.trained.state_dict()
+
+    def run(self) -> Outcome:
+        """Goes on from the folder's checkpoint where there is one."""
+        train, output = self.settings.train, self.settings.output
+        began, first, stopped = time.monotonic(), self.step, False
+        if self.accelerator.is_main_process:
+            self.log = Log(self.folder, self.step)
+        window = _Window(self.task.device)
+        drawn = time.monotonic()
+        with _exact(train.deterministic), self._prepared() as prepared:
+            while self.step < train.steps and not stopped:
+                window.add(self._update(prepared))
+                if self.step % output.log_every == 0 or self.step == train.steps:
+                    self._tell(window.take(self.step), began, first)
+                    if time.monotonic() - drawn > CURVE_SECONDS:
+                        drawn = time.monotonic()
+                        self._draw()
+                if output.sample_every and self.step % output.sample_every == 0:
+                    self._sample()
+                stopped = self._asked_to_stop()
+                if self.step % output.checkpoint_every == 0 and self.step < train.steps and not stopped:
+                    self.save()
+        self.save()
+        self._draw()
+        cuda = self.task.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.task.device) if cuda else 0
+        return Outcome(self.step, self.step >= train.steps, time.monotonic() - began, peak)
+
+    @contextmanager
+    def _prepared(self) -> Iterator[Callable[[], Inputs]]:
+        """Gives the next batch, on the accelerator; the ones after it are made in a thread of their own."""
+        train, accelerator = self.settings.train, self.accelerator
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        number, last = self.step * train.accumulate, train.steps * train.accumulate
+        pool, waiting = ThreadPoolExecutor(1, "batches"), deque[Future[Inputs]]()
+
+        @torch.no_grad()
+        def prepare(number: int) -> Inputs:
+            generator = torch.Generator().manual_seed(step_seed(train.seed, number, rank, 1))
+            return self.task.prepare(self.data.batch(number, train.batch_size, rank, ranks), generator)
+
+        def following() -> Inputs:
+            nonlocal number
+            while len(waiting) <= AHEAD and number < last:
+                waiting.append(pool.submit(prepare, number))
+                number += 1
+            return waiting.popleft().result()
+
+        try:
+            yield following
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _update(self, prepared: Callable[[], Inputs]) -> dict[str, Tensor]:
+        train = self.settings.train
+        rate = learning_rate(self.step, train)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["share"]
+        total: dict[str, Tensor] = {}
+        for part in range(train.accumulate):
+            inputs = prepared()
+            torch.manual_seed(step_seed(train.seed, self.step, part, self.accelerator.process_index))
+            terms = self.task.loss(inputs)
+            self.accelerator.backward(terms["loss"])  # divides by `accumulate`
+            for name, value in terms.items():
+                value = value.detach() / train.accumulate
+                total[name] = total[name] + value if name in total else value
+        self._share_gradients()
+        if train.clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters, train.clip_norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update(self.task.trained.state_dict(), self.step)
+        self.step += 1
+        return total
+
+    def _share_gradients(self) -> None:
+        """The mean over all processes, in one exchange."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if len(gradients) == 1:
+            gradients[0].copy_(self._mean(gradients[0]))
+            return
+        flat = self._mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _mean(self, value: Tensor) -> Tensor:
+        reduced = self.accelerator.reduce(value, reduction="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _asked_to_stop(self) -> bool:
+        """All processes stop at the same step; many ask one another at logging alone, as that makes them wait."""
+        if self.accelerator.num_processes == 1:
+            return self.stop()
+        if self.step % self.settings.output.log_every:
+            return False
+        return self._mean(torch.tensor(float(self.stop()), device=self.task.device)).item() > 0
+
+    def _tell(self, terms: dict[str, float], began: float, first: int) -> None:
+        train = self.settings.train
+        if not math.isfinite(terms["loss"]):
+            raise CascadeError(
+                f"The loss is {terms['loss']} at step {self.step}; lower train.learning_rate and go on from the last "
+                "checkpoint."
+            )
+        if not self.accelerator.is_main_process:
+            return
+        seconds = time.monotonic() - began
+        speed = (self.step - first) / seconds
+        rate = learning_rate(self.step - 1, train)
+        self.log.add({"step": self.step, "seconds": round(seconds, 1), "learning_rate": rate, **terms})
+        left = (train.steps - self.step) / speed
+        self.report(Progress(self.step, train.steps, terms["loss"], speed, left))
+
+    def _draw(self) -> None:
+        if self.accelerator.is_main_process:
+            draw_curve(self.log.rows, self.settings.train.steps, self.folder / CURVE)
+
+    def _sample(self) -> None:
+        if self.sample is None or not self.accelerator.is_main_process:
+            return
+        from .samples import write_picture
+
+        write_picture(self.folder / "samples" / f"{self.step:06}.png", self.sample(self.step, self.state))
+
+    def save(self) -> None:
+        """Writes everything that resuming needs, whole or not at all."""
+        if self.accelerator.is_main_process:
+            parts = {
+                "trained": self.task.trained.state_dict(),
+                "average": self.average.tensors if self.average else {},
+                "optimiser": optimiser_tensors(self.optimiser),
+                "buffers": self.task.buffers(),
+            }
+            metadata = {"step": str(self.step), "settings": self.settings.as_json()}
+            write_state(self.folder / STATE, parts, metadata)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> bool:
+        """Goes on from the folder's checkpoint where there is one; says whether there was."""
+        path = self.folder / STATE
+        if not path.exists():
+            return False
+        parts, metadata = read_state(path)
+        fill(self.task.trained.state_dict(), parts["trained"], path)
+        fill(self.task.buffers(), parts["buffers"], path)
+        if self.average:
+            # A run that had no average begins one with its weights.
+            fill(self.average.tensors, parts["average"] or parts["trained"], path)
+        load_optimiser(self.optimiser, parts["optimiser"])
+        self.step = int(metadata.get("step", 0))
+        return True
+
+
+class _Window:
+    """The means of the terms since they were taken last, kept on the accelerator so that no step waits for them."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.terms, self.count = device, dict[str, Tensor](), 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in terms.items():
+            self.terms[name] = self.terms[name] + value if name in self.terms else value
+
+    def take(self, step: int) -> dict[str, float]:
+        means = {name: (value / self.count).item() for name, value in self.terms.items()}
+        self.terms, self.count = {}, 0
+        return means
+
+
+@contextmanager
+def _exact(wanted: bool) -> Iterator[None]:
+    """Inside the block, kernels that give the same bits each time, where there are such."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a check of memory that is read before it is written
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filling

@@ -1,0 +1,118 @@
+"""A LoRA of Stage C, and of the text encoder where asked for; by the data, or distilled for few steps."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter, write_adapter
+from ..guidance import guide
+from ..stage_c import StageC
+from ..text import TextEncoder
+from .conditions import CachedText, Conditions
+from .live_text import LiveText
+from .low_rank import LowRankChanges, select_layers
+from .objectives import consistency_loss
+from .settings import LoRASettings, ObjectiveSettings
+from .task import Inputs, State, Task
+
+
+class LoRATask(Task):
+    """Low-rank changes in float32 of a frozen Stage C in `dtype`."""
+
+    def __init__(
+        self,
+        stage_c: StageC,
+        text: CachedText,
+        settings: LoRASettings,
+        objective: ObjectiveSettings,
+        dtype: torch.dtype,
+        seed: int = 0,
+        encoder: TextEncoder | None = None,
+        captions: Sequence[str] = (),
+    ):
+        """encoder: the text encoder on its device, where it is trained too; captions: those of the data, by place."""
+        super().__init__(stage_c, text, objective, dtype)
+        self.settings = settings
+        generator = torch.Generator().manual_seed(seed)
+        layers = select_layers(stage_c, settings.targets)
+        self.changes = LowRankChanges(layers, settings.rank, settings.alpha, dtype, generator).to(self.device)
+        self.trained = nn.ModuleDict({"stage_c": self.changes})
+        self.text_changes = None
+        if encoder is not None:
+            self.live = LiveText(encoder, captions)
+            layers = select_layers(encoder.model, _text_targets(settings.targets))
+            self.text_changes = LowRankChanges(layers, settings.rank, settings.alpha, generator=generator)
+            self.trained["text"] = self.text_changes.to(self.device)
+
+    def groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = [{"params": [self.changes.vector]}]
+        if self.text_changes is not None:
+            groups.append({"params": [self.text_changes.vector], "share": self.settings.text_learning_rate})
+        return groups
+
+    def loss(self, inputs: Inputs) -> dict[str, Tensor]:
+        if self.objective.kind == "consistency":
+            return self._consistency(inputs)
+        with self.text_changes.applied() if self.text_changes is not None else nullcontext():
+            conditions = self.conditions(self.text_of(inputs))
+        with self.changes.applied():
+            return self.diffusion_loss(
+                lambda x, r: self.stage_c(x.to(self.dtype), r, *conditions), inputs.latents
+            )
+
+    def _consistency(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The teacher is the same Stage C without the changes, guided."""
+        o, x0 = self.objective, inputs.latents
+        conditions = self.conditions(self.text_of(inputs))
+        nothing = self.conditions(
+            self.text(torch.zeros(len(x0), dtype=torch.long))
+        )  # place 0 is the empty caption
+        both = Conditions(*(torch.cat(_same_length(pair)) for pair in zip(conditions, nothing, strict=True)))
+        low, high = o.guidance[0], o.guidance[-1]
+        cfgs = (low + (high - low) * torch.rand(len(x0))).tolist() if low != high else [low]
+
+        def predict(x: Tensor, r: Tensor) -> Tensor:
+            with self.changes.applied():
+                return self.stage_c(x.to(self.dtype), r, *conditions)
+
+        def teacher(x: Tensor, r: Tensor) -> Tensor:
+            cond, uncond = self.stage_c(x.to(self.dtype).repeat(2, 1, 1, 1), r.repeat(2), *both).chunk(2)
+            parts = zip(cond.chunk(len(cfgs)), uncond.chunk(len(cfgs)), cfgs, strict=True)
+            return torch.cat([guide(c, u, cfg, o.cfg_rescale) for c, u, cfg in parts])
+
+        return consistency_loss(
+            predict, teacher, x0, o.solver_steps, o.largest_weight, o.share_at_start, self.weight, o.shift
+        )
+
+    @contextmanager
+    def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(self.changes.applied(state["stage_c.vector"]))
+            if self.text_changes is not None:
+                stack.enter_context(self.text_changes.applied(state["text.vector"]))
+            yield self.stage_c
+
+    def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
+        text = self.text_changes
+        adapter = Adapter(
+            path.name,
+            self.settings.dialect,
+            stage_c=self.changes.as_adapter(state["stage_c.vector"]),
+            text=text.as_adapter(state["text.vector"]) if text is not None else {},
+        )
+        write_adapter(path, adapter, adapter.dialect, self.stage_c, metadata=metadata)
+
+
+def _text_targets(targets: Sequence[str]) -> Sequence[str]:
+    """Patterns are of Stage C's names; in the text encoder they mean all layers."""
+    return targets if set(targets) <= {"all", "attention"} else ("all",)
+
+
+def _same_length(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Text states (B, T, C) of fewer chunks are followed by those of the empty caption, which `short` here is."""
+    long, short = pair
+    return long, short.repeat(1, long.shape[1] // short.shape[1], 1) if long.shape != short.shape else short

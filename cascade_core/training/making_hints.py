@@ -1,0 +1,86 @@
+"""The hint of each kind of ControlNet, made from a training picture; what is random in it comes from a generator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..canny import canny
+from ..errors import CascadeError
+from ..hints import inpaint_hint, shrink, super_resolution_hint
+
+Compress = Callable[[Tensor], Tensor]
+CANNY_SIZE = 224  # published
+
+
+@dataclass(frozen=True)
+class Hint:
+    """make(images (B, 3, H, W) in [0, 1], generator, compress) -> (B, channels, …); backbone: the published one."""
+
+    make: Callable[[Tensor, torch.Generator, Compress | None], Tensor]
+    channels: int
+    backbone: str = "effnet"
+    compressed: bool = False  # needs the compressor
+
+
+def _canny(images: Tensor, generator: torch.Generator, compress: Compress | None) -> Tensor:
+    """As `canny_hint`, but on the images' device: where its resizing rounds otherwise, a pixel in thousands differs."""
+    pixels = F.interpolate(images, (CANNY_SIZE, CANNY_SIZE), mode="bilinear")
+    edges = canny(pixels.mul(255).clamp(0, 255).to(torch.uint8), 100, 200).float()
+    return F.interpolate(edges, images.shape[-2:], mode="bilinear")
+
+
+def _inpainting(images: Tensor, generator: torch.Generator, compress: Compress | None) -> Tensor:
+    masks = random_masks(len(images), images.shape[-2:], generator)
+    return inpaint_hint(images, masks.to(images.device))
+
+
+def random_masks(count: int, size: torch.Size | tuple[int, int], generator: torch.Generator) -> Tensor:
+    """(count, H, W) in {0, 1}: up to four boxes and ellipses together, one in ten the picture's outside or all of it.
+
+    The published training masks what a saliency network finds; this needs none, and covers a third on average.
+    """
+    height, width = size
+    y = torch.linspace(0, 1, height).view(1, 1, -1, 1)
+    x = torch.linspace(0, 1, width).view(1, 1, 1, -1)
+    chance = torch.rand(6, count, 4, 1, 1, generator=generator)
+    centre_y, centre_x = chance[0], chance[1]
+    half_y, half_x = 0.05 + 0.3 * chance[2], 0.05 + 0.3 * chance[3]
+    dy, dx = (y - centre_y).abs() / half_y, (x - centre_x).abs() / half_x  # (count, 4, H, W)
+    box, ellipse = torch.maximum(dy, dx) < 1, dy.square() + dx.square() < 1
+    shapes = torch.where(chance[4] < 0.5, box, ellipse)
+    used = torch.arange(4).view(1, 4, 1, 1) < (1 + 4 * chance[5][:, :1])  # one to four of them
+    mask = (shapes & used).any(dim=1)  # (count, H, W)
+    kind = torch.rand(count, 1, 1, generator=generator)
+    mask = torch.where(kind < 0.1, ~mask, mask)
+    return torch.where(kind > 0.95, torch.ones_like(mask), mask).float()
+
+
+def _super_resolution(images: Tensor, generator: torch.Generator, compress: Compress | None) -> Tensor:
+    if compress is None:
+        raise CascadeError("The super-resolution hint needs the compressor; name it in models.compressor.")
+    height, width = images.shape[-2:]
+    small = shrink(images)
+    # The small picture's sides must be multiples of the compressor's stride as well.
+    sides = max(height // 2 // 32, 1) * 32, max(width // 2 // 32, 1) * 32
+    if small.shape[-2:] != sides:
+        small = F.interpolate(small, sides, mode="bilinear", antialias=True)
+    with torch.no_grad():
+        return super_resolution_hint(compress, small, (height // 32, width // 32))
+
+
+def _identity(images: Tensor, generator: torch.Generator, compress: Compress | None) -> Tensor:
+    raise CascadeError(
+        "The identity hint needs maps of face embeddings for the training pictures, which are not read yet; choose "
+        "canny, inpainting or super_resolution."
+    )
+
+
+HINTS: dict[str, Hint] = {
+    "canny": Hint(_canny, 1),
+    "inpainting": Hint(_inpainting, 4),
+    "super_resolution": Hint(_super_resolution, 16, "large", compressed=True),
+    "identity": Hint(_identity, 512, "simple"),
+}

@@ -1,0 +1,174 @@
+"""A whole run: networks and data of the settings, latents and text states cached, trained, and the file written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import load_model
+from ..compressor import SemanticCompressor
+from ..errors import CascadeError
+from ..stage_c import StageC
+from ..text import TextEncoder
+from .cache import fingerprint
+from .conditions import CachedText
+from .control import ControlNetTask
+from .data import TrainingData
+from .finetune import FinetuneTask
+from .loop import Loop, Outcome, Progress, build_accelerator
+from .lora import LoRATask
+from .recompute import LARGE, compile_blocks, recompute_blocks
+from .samples import Samples
+from .settings import Settings
+from .state import STATE
+from .task import Task
+from .text_cache import TextCache
+from .tokens import TokensTask
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Tell = Callable[[str], None]
+
+
+def train(
+    settings: Settings,
+    tell: Tell = lambda line: None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    caching: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    fresh: bool = False,
+) -> Outcome:
+    """Trains by resolved settings and writes `output.file`; goes on from a checkpoint unless `fresh`.
+
+    tell: takes sentences for people; report: the progress; caching: latents done and how many there will be;
+    stop: asked after each step.
+    """
+    accelerator = build_accelerator(settings.train.accumulate)
+    if not accelerator.is_main_process:
+        tell, report, caching = (lambda line: None), (lambda progress: None), None
+    loop = prepare(settings, accelerator, tell, report, caching, stop)
+    if fresh and accelerator.is_main_process:
+        (loop.folder / STATE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    if loop.resume():
+        tell(f"Going on from step {loop.step} of {loop.folder / STATE}.")
+    outcome = loop.run()
+    if outcome.finished and accelerator.is_main_process:
+        path = Path(settings.output.file)
+        loop.task.write(loop.state, path, {"trained_steps": str(loop.step)})
+        tell(f"Wrote {path}.")
+    return outcome
+
+
+def prepare(
+    settings: Settings,
+    accelerator: Accelerator,
+    tell: Tell = lambda line: None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    caching: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Loop:
+    """Everything up to the first step."""
+    device = accelerator.device
+    dtype = compute_dtype(settings.train.precision, device)
+    cache = settings.data.cache or f"{settings.output.folder}/cache"
+    compressor = load_network(
+        settings.models.compressor, "compressor", torch.float32, device, SemanticCompressor
+    )
+
+    def encode(pixels: Tensor) -> Tensor:
+        return compressor(pixels.to(device))
+
+    with (
+        accelerator.main_process_first()
+    ):  # the others then find the latents and the text states in the cache
+        data = TrainingData(
+            replace(settings.data, cache=cache),
+            encode,
+            fingerprint(compressor),
+            settings.train.seed,
+            settings.task == "controlnet",
+            caching,
+        )
+        tell(data.summary())
+        encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
+        encoder.model.to(device)
+        texts = TextCache(encoder, cache)
+        live = settings.task == "tokens" or (settings.task == "lora" and settings.lora.text_encoder)
+        texts.fill([] if live else [*data.captions, *settings.output.prompts])
+    text = CachedText(texts, [""] if live else data.captions, device)
+    texts.release()
+    stage_c = load_network(
+        settings.models.stage_c,
+        "stage_c",
+        torch.float32 if settings.task == "finetune" else dtype,
+        device,
+        StageC,
+    )
+    task = build_task(settings, stage_c, text, dtype, compressor, encoder if live else None, data.captions)
+    if settings.train.compile:
+        compile_blocks(stage_c)
+    recompute = settings.train.gradient_checkpointing
+    if recompute or (recompute is None and sum(p.numel() for p in stage_c.parameters()) > LARGE):
+        around = task.changes.as_now if isinstance(task, LoRATask) else None
+        recompute_blocks(stage_c, *([around] if around else []))
+    return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device))
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def load_network(path: str, kind: str, dtype: torch.dtype, device: torch.device, cls):
+    network, _, _ = load_model(path, expect=kind, dtype=dtype, device=device)
+    assert isinstance(network, cls)
+    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def build_task(
+    settings: Settings,
+    stage_c: StageC,
+    text: CachedText,
+    dtype: torch.dtype,
+    compressor: SemanticCompressor,
+    encoder: TextEncoder | None,
+    captions: list[str],
+) -> Task:
+    objective, seed = settings.objective, settings.train.seed
+    if settings.task == "lora":
+        return LoRATask(stage_c, text, settings.lora, objective, dtype, seed, encoder, captions)
+    if settings.task == "controlnet":
+        return ControlNetTask(stage_c, text, settings.controlnet, objective, dtype, seed, compressor)
+    if settings.task == "finetune":
+        return FinetuneTask(stage_c, text, settings.finetune, objective, dtype)
+    assert encoder is not None
+    return TokensTask(stage_c, text, settings.tokens, objective, dtype, encoder, captions)
+
+
+def _samples(settings: Settings, task: Task, data: TrainingData, device: torch.device) -> Samples | None:
+    output, models = settings.output, settings.models
+    if not output.sample_every:
+        return None
+    if not output.prompts or models.previewer is None:
+        raise CascadeError(
+            "output.sample_every makes pictures of output.prompts by models.previewer; give both, or leave it at 0."
+        )
+    from ..previewer import Previewer
+
+    previewer = load_network(models.previewer, "previewer", torch.float32, device, Previewer)
+    first = data.batch(0, len(output.prompts))
+    more = {}
+    if settings.task == "controlnet":
+        if len(first.keys) < len(output.prompts):
+            raise CascadeError("output.prompts has more entries than a bucket has pictures; give fewer.")
+        more["hint"] = task.prepare(first, torch.Generator().manual_seed(0)).hint
+    height, width = first.latents.shape[-2:]
+    return Samples(task, output, (height, width), previewer, settings.train.seed, more)

@@ -1,0 +1,79 @@
+"""Pictures of what a run has learned so far: the same prompts and noise each time, side by side."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..guidance import Guider
+from ..noise import NoiseSource
+from ..samplers import sample
+from .conditions import Conditions
+from .settings import OutputSettings
+from .task import State, Task
+
+Decode = Callable[[Tensor], Tensor]  # Stage C's latents (N, 16, h, w) -> pictures (N, 3, H, W) in [0, 1]
+
+
+class Samples:
+    """size: of Stage C's latent; more: further arguments of what `Task.using` gives, a row for each prompt."""
+
+    def __init__(
+        self,
+        task: Task,
+        output: OutputSettings,
+        size: tuple[int, int],
+        decode: Decode,
+        seed: int = 0,
+        more: Mapping[str, Tensor] | None = None,
+    ):
+        self.task, self.output, self.size, self.decode, self.seed = task, output, size, decode, seed
+        self.more = dict(more or {})
+
+    @torch.no_grad()
+    def __call__(self, step: int, state: State) -> Tensor:
+        """All prompts' pictures as one: (3, H, W) in [0, 1] on the CPU"""
+        task, output = self.task, self.output
+        latent = (task.stage_c.config.c_in, *self.size)
+        noise = NoiseSource(self.seed, len(output.prompts), latent)
+        with task.using(state) as network:
+            sides = [
+                {**Conditions.of(*text, task.stage_c.config.c_clip_img, task.dtype)._asdict(), **self.more}
+                for text in (task.prompts(output.prompts), task.prompts([""]))
+            ]
+            guider = Guider(network, *sides, cfg=output.sample_cfg, dtype=task.dtype)
+            latents = sample(
+                guider,
+                noise.draw().to(task.device),
+                steps=output.sample_steps,
+                shift=output.sample_shift,
+                sampler=output.sample_sampler,
+                noise=lambda: noise.draw().to(task.device),
+            )
+        return grid(self.decode(latents).float().clamp(0, 1).cpu())
+
+
+def grid(pictures: Tensor, gap: int = 4) -> Tensor:
+    """(N, 3, H, W) -> (3, …), about as many rows as columns, on white"""
+    count, _, height, width = pictures.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    page = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        page[:, top : top + height, left : left + width] = picture
+    return page
+
+
+def write_picture(path: Path, picture: Tensor) -> None:
+    """(3, H, W) in [0, 1] as PNG, whole or not at all."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (picture * 255).round().to(torch.uint8).movedim(0, -1).contiguous().numpy()
+    partial = path.with_name(f".{path.name}.part")
+    Image.fromarray(pixels).save(partial, "PNG")
+    os.replace(partial, path)

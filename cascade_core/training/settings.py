@@ -1,0 +1,258 @@
+"""What a training run is told: one YAML file, read into frozen dataclasses. This page is the list of all keys.
+
+    data: {folder: pictures}
+    train: {steps: 2000}
+    output: {file: my_style.safetensors}
+
+is a whole file. Paths are relative to it; networks go by the names that the loaders offer.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import CascadeError
+from .data import DataSettings
+from .strict import build, read_yaml
+
+TaskName = Literal["lora", "controlnet", "finetune", "tokens"]
+Weighting = Literal[
+    "p2", "adaptive", "debiased", "constant", "snr", "snr_plus_one", "min_snr", "min_snr_plus_one", "truncated_snr",
+    "sech", "sigmoid",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Networks by file name. Previewer, Stage B and Stage A are for samples alone."""
+
+    stage_c: str = "stage_c_bf16.safetensors"
+    text_encoder: str = "stable_cascade_text_encoder.safetensors"
+    compressor: str = "effnet_encoder.safetensors"
+    previewer: str | None = None
+    stage_b: str | None = None
+    stage_a: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The loop. A batch is `batch_size` pictures on each accelerator, `accumulate` times a step."""
+
+    steps: int = 1000
+    batch_size: int = 4
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = 50  # steps
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weight_decay: float = 0.01
+    betas: tuple[float, ...] = (0.9, 0.99)
+    clip_norm: float = 1.0  # of the gradient; 0 is none
+    ema: float = 0.999  # of the average that is written; 0 writes the last weights
+    seed: int = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on an accelerator
+    gradient_checkpointing: bool | None = None  # null: where Stage C is large
+    compile: bool = False
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise CascadeError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise CascadeError(
+                f"train.learning_rate is {self.learning_rate}; it must be above 0, such as 1e-4."
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise CascadeError(
+                f"train.betas is {list(self.betas)}; two numbers from 0 to below 1 are expected."
+            )
+        if not 0 <= self.ema < 1:
+            raise CascadeError(
+                f"train.ema is {self.ema}; it must be at least 0 (none) and below 1, such as 0.999."
+            )
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What the network learns to predict. The defaults are the published ones.
+
+    diffusion     the noise, at uniform times, the error weighed by `weighting` of the log-SNR
+    consistency   the end of its own guided path in one step, for few steps of the `lcm` sampler (LoRA alone)
+    """
+
+    kind: Literal["diffusion", "consistency"] = "diffusion"
+    weighting: Weighting = "p2"
+    largest_weight: float | None = None
+    share_at_start: float = 0.0  # of a batch that is taken at pure noise
+    shift: float = 1.0  # of the schedule that times are drawn from; above 1 is more noise
+    guidance: tuple[float, ...] = (
+        4.0,
+    )  # consistency: the teacher's cfg; two bounds draw it for each picture
+    cfg_rescale: float = 0.7
+    solver_steps: int = 50  # consistency: into how many steps the teacher's path is cut
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share_at_start <= 1:
+            raise CascadeError(
+                f"objective.share_at_start is {self.share_at_start}; it is a share, from 0 to 1."
+            )
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise CascadeError(
+                f"objective.shift is {self.shift}; it must be above 0 (1 is the published one)."
+            )
+        if len(self.guidance) not in (1, 2) or not all(map(math.isfinite, self.guidance)):
+            raise CascadeError(
+                f"objective.guidance is {list(self.guidance)}; one number or two bounds are expected."
+            )
+        if self.solver_steps < 2:
+            raise CascadeError(f"objective.solver_steps is {self.solver_steps}; it must be at least 2.")
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """`targets`: all (linear layers and 1×1 convolutions), attention, or patterns such as `up_blocks.*to_q`."""
+
+    rank: int = 16
+    alpha: float | None = None  # null: the rank
+    targets: tuple[str, ...] = ("all",)
+    text_encoder: bool = False
+    text_learning_rate: float = 0.5  # as a share of the learning rate
+    dialect: str = "kohya"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise CascadeError(f"lora.rank is {self.rank}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ControlNetSettings:
+    """`start`: compressor (its backbone's weights), random, or the file of a ControlNet to go on from.
+
+    `config` gives what differs from the published one: proj_blocks, bottleneck_mode, stem, stages, c_last, …
+    """
+
+    hint: Literal["canny", "inpainting", "super_resolution", "identity"] = "canny"
+    start: str = "compressor"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """`modules`: all, or patterns of Stage C's modules, such as `up_blocks.1.*`."""
+
+    modules: tuple[str, ...] = ("all",)
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the file
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """A token to learn: its name (`blob` is [blob] in captions), words that it begins as, how many vectors it has."""
+
+    name: str
+    initial: str = ""
+    vectors: int = 1
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """`file` is what the run gives; `folder` holds its checkpoint, log, curve and samples (null: runs/NAME)."""
+
+    file: str
+    folder: str | None = None
+    log_every: int = 10
+    checkpoint_every: int = 500
+    sample_every: int = 0  # 0 is never
+    prompts: tuple[str, ...] = ()
+    sample_steps: int = 20
+    sample_cfg: float = 4.0
+    sample_shift: float = 2.0
+    sample_sampler: Literal["ddpm", "ddim", "lcm", "dpmpp_2m"] = "ddpm"
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise CascadeError(f"output.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole file; `task` is the command's."""
+
+    task: TaskName
+    data: DataSettings
+    output: OutputSettings
+    models: ModelFiles = field(default_factory=ModelFiles)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    lora: LoRASettings = field(default_factory=LoRASettings)
+    controlnet: ControlNetSettings = field(default_factory=ControlNetSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    tokens: tuple[TokenSettings, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.task == "tokens" and not self.tokens:
+            raise CascadeError(
+                "tokens is missing; name at least one, as `tokens: [{name: '[blob]', initial: star}]`."
+            )
+        if self.objective.kind == "consistency" and self.task != "lora":
+            raise CascadeError("objective.kind consistency trains a LoRA; use `cascade train lora`.")
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+
+SECTIONS = ("lora", "controlnet", "finetune", "tokens")  # each is of the task of its name
+
+
+def read_settings(path: Path, task: TaskName) -> Settings:
+    """The settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it."""
+    values = read_yaml(path)
+    try:
+        for section in SECTIONS:
+            if section in values and section != task:
+                raise CascadeError(f"{section} does not belong to `cascade train {task}`; remove it.")
+        if "task" in values:
+            raise CascadeError("'task' is not a setting; it is the command's: `cascade train lora`.")
+        return build(Settings, {**values, "task": task})
+    except CascadeError as error:
+        raise CascadeError(f"{path}: {error}") from None
+
+
+def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], Path]) -> Settings:
+    """The same with absolute paths: files and folders from `folder`, networks by find_model(role, name)."""
+
+    def at(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    data = dataclasses.replace(
+        settings.data,
+        folder=at(settings.data.folder) if settings.data.folder else None,
+        tars=tuple(map(at, settings.data.tars)),
+        cache=at(settings.data.cache) if settings.data.cache else None,
+    )
+    output = settings.output
+    run = output.folder or f"runs/{Path(output.file).stem}"
+    output = dataclasses.replace(output, file=at(output.file), folder=at(run))
+
+    def model(role: str, name: str | None) -> str | None:
+        if name is None:
+            return None
+        beside = folder / name
+        return str(beside.resolve() if beside.exists() else find_model(role, name))
+
+    files = {role: model(role, name) for role, name in dataclasses.asdict(settings.models).items()}
+    control = settings.controlnet
+    if settings.task == "controlnet" and control.start not in ("compressor", "random"):
+        control = dataclasses.replace(control, start=model("controlnet", control.start))
+    return dataclasses.replace(
+        settings,
+        data=data,
+        output=output,
+        controlnet=control,
+        models=ModelFiles(**files),  # type: ignore[arg-type]
+    )

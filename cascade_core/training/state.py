@@ -1,0 +1,80 @@
+"""All that a run needs to go on: one safetensors file, written whole or not at all."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.files import read_safetensors, write_safetensors
+from ..errors import CascadeError
+
+STATE = "state.safetensors"
+PARTS = ("trained", "average", "optimiser", "buffers")
+
+
+def write_state(path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> None:
+    """parts: of PARTS, by name."""
+    tensors = {
+        f"{part}.{name}": value.detach().cpu()
+        for part, values in parts.items()
+        for name, value in values.items()
+    }
+    write_safetensors(path, tensors, metadata)
+
+
+def read_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """(parts, metadata) as written."""
+    tensors, metadata = read_safetensors(path)
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    for name, value in tensors.items():
+        part, _, rest = name.partition(".")
+        if part not in parts:
+            raise CascadeError(
+                f"{path} holds {name}, which is no part of a training state; remove the file to begin anew."
+            )
+        parts[part][rest] = value
+    return parts, metadata
+
+
+def fill(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) -> None:
+    """Copies the held values into tensors of the same names and shapes. Raises CascadeError where they differ."""
+    differing = sorted(
+        name
+        for name in own.keys() | held.keys()
+        if name not in own or name not in held or own[name].shape != held[name].shape
+    )
+    if differing:
+        raise CascadeError(
+            f"{path} was written with other settings of what is trained (it differs in {len(differing)} tensors, such "
+            f"as {differing[0]}); put the settings back, or begin anew with --fresh."
+        )
+    with torch.no_grad():
+        for name, value in held.items():
+            own[name].copy_(value)
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by parameter number and field; plain numbers as scalars of float64 or int64."""
+    return {
+        f"{index}.{name}": value
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=_number_type(value))
+        for index, state in optimiser.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def _number_type(value: Any) -> torch.dtype:
+    return torch.float64 if isinstance(value, float) else torch.int64
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `optimiser_tensors` gave."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        index, _, field = name.partition(".")
+        plain = value.ndim == 0 and value.dtype in (torch.float64, torch.int64)
+        state.setdefault(int(index), {})[field] = value.item() if plain else value.clone()
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -1,0 +1,104 @@
+"""`cascade train TASK CONFIG.yaml`: the settings read, networks looked up as the loaders do, progress on one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cascade_core.errors import CascadeError
+
+if TYPE_CHECKING:
+    from ..cascade_core.training.loop import Progress
+    from ..cascade_core.training.settings import TaskName
+
+INTERRUPTED = 130
+
+
+def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
+    """Trains, and says what comes of it. Exit status: 0, or 130 where Ctrl-C stopped it."""
+    # Before torch: a workspace of its own makes cuBLAS give the same bits each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    from ..cascade_core.training.log import duration
+    from ..cascade_core.training.run import train
+    from ..cascade_core.training.settings import read_settings, resolve
+    from ..nodes.hosts.headless.folders import find_file
+
+    if not path.is_file():
+        raise CascadeError(f"{path} does not exist; give a settings file in YAML.")
+    settings = resolve(read_settings(path, task), path.resolve().parent, find_file)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    line = ProgressLine()
+    with stopping_on_signal() as stop:
+        outcome = train(settings, line.tell, line.progress, line.caching, stop, fresh)
+    line.close()
+    memory = (
+        f", at most {outcome.peak_bytes / 2**30:.1f} GiB of the accelerator" if outcome.peak_bytes else ""
+    )
+    line.tell(f"{outcome.step} steps; {duration(outcome.seconds)} this time{memory}.")
+    if not outcome.finished:
+        line.tell("Stopped; the same command goes on from here.")
+        return INTERRUPTED
+    return 0
+
+
+@contextmanager
+def stopping_on_signal() -> Iterator[Any]:
+    """Ctrl-C (or a scheduler's SIGTERM) is noted, for the run to end after its step; a second one ends it at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class ProgressLine:
+    """One line on standard error that is written over, or whole lines where that is no terminal."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self.width = 0
+
+    def tell(self, text: str) -> None:
+        self.close()
+        print(text, file=sys.stderr, flush=True)
+
+    def caching(self, done: int, total: int) -> None:
+        if self.live or done == total:
+            self._show(f"latents {done}/{total}")
+
+    def progress(self, progress: Progress) -> None:
+        from ..cascade_core.training.log import duration
+
+        p = progress
+        left = duration(p.seconds_left) if p.seconds_left is not None else "?"
+        self._show(
+            f"step {p.step}/{p.steps}  loss {p.loss:.4g}  {p.steps_per_second:.3g} steps/s  {left} left"
+        )
+
+    def _show(self, text: str) -> None:
+        if self.live:
+            print(f"\r{text.ljust(self.width)}", end="", file=sys.stderr, flush=True)
+            self.width = len(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the line that is written over."""
+        if self.width:
+            print(file=sys.stderr)
+            self.width = 0
