@@ -1,0 +1,130 @@
+"""Tiles in ComfyUI: decoding, encoding and Stage B, ours and its own, against the whole and the other host."""
+
+from typing import Any
+
+import comfy.model_management
+import native
+import torch
+from comparing import relative
+from interop import only
+from torch import Tensor
+
+from cascade_nodes.demo.pipeline import WEIGHTS
+from cascade_nodes.nodes.hosts import comfyui, headless
+from cascade_nodes.nodes.hosts.run import Run
+from cascade_nodes.nodes.latents import CascadeDecode
+
+SIDES = 50, 66  # latent positions: 200 × 264 pixels
+TILE = 32
+STAGE_A, STAGE_B = WEIGHTS / "demo_stage_a.safetensors", WEIGHTS / "demo_stage_b.safetensors"
+
+
+def stage_a() -> dict[str, float]:
+    """Every way with tiles against every other, and the largest piece that a network saw."""
+    latent, image = torch.randn(1, 4, *SIDES), torch.rand(1, SIDES[0] * 4, SIDES[1] * 4, 3)
+    figures = {}
+    pictures: list[Tensor] = []
+    for name, host, vae in (
+        ("ours", comfyui, comfyui.load_stage_a(STAGE_A)),
+        ("native", comfyui, native.vae()),
+        ("headless", headless, headless.load_stage_a(STAGE_A)),
+    ):
+        whole, tiled = (host.decode_latent(vae, latent, 4 * tile) for tile in (0, TILE))
+        figures[f"{name}, decoded in tiles and whole"] = (whole - tiled).abs().max().item()
+        pictures.append(tiled)
+        whole, tiled = (host.encode_pixels(vae, image, 4 * tile) for tile in (0, TILE))
+        figures[f"{name}, encoded in tiles and whole"] = relative(tiled, whole)
+    figures["decoded in tiles, ours and headless"] = (pictures[0] - pictures[2]).abs().max().item()
+    figures["decoded in tiles, native and headless"] = (pictures[1] - pictures[2]).abs().max().item()
+    return figures
+
+
+def previewer() -> dict[str, float]:
+    vae = comfyui.load_compressor(
+        WEIGHTS / "demo_compressor.safetensors", WEIGHTS / "demo_previewer.safetensors"
+    )
+    latent = {"samples": torch.randn(1, 16, 23, 17)}
+    whole, tiled = (only(CascadeDecode.execute(vae, latent, tile)) for tile in (0, 64))
+    return {"previewed in tiles and whole": (whole - tiled).abs().max().item()}
+
+
+def make_run(model: Any, **changed: Any) -> Run:
+    """Of Stage B, with two prompts and a Stage C latent of numbers alone."""
+    generator = torch.Generator().manual_seed(2)
+
+    def prompt(strength: float) -> list:
+        pooled = torch.randn(1, 192, generator=generator)
+        prior = torch.randn(1, 16, 5, 7, generator=generator) * strength
+        return [[torch.zeros(1, 77, 192), {"pooled_output": pooled, "stable_cascade_prior": prior}]]
+
+    values: dict[str, Any] = {
+        "kind": "stage_b", "model": model, "positive": prompt(1.0), "negative": prompt(0.0),
+        "samples": torch.zeros(1, 4, *SIDES), "noise_mask": None, "batch_index": None, "seed": 3, "steps": 3,
+        "cfg": 1.5, "cfg_rescale": 0.5, "shift": 1.0, "sampler": "ddpm", "denoise": 1.0, "tile": TILE,
+    }  # fmt: skip
+    return Run(**{**values, **changed})
+
+
+def stage_b() -> dict[str, Any]:
+    ours, theirs = comfyui.load_network("stage_b", STAGE_B, "fp32"), native.model("stage_b", STAGE_B)
+    other = headless.load_network("stage_b", STAGE_B, "fp32")
+    tiled = comfyui.sample(make_run(ours)).samples
+    expected = headless.sample(make_run(other)).samples
+    whole = comfyui.sample(make_run(ours, tile=0)).samples
+    one_tile = comfyui.sample(make_run(ours, tile=80)).samples
+    return {
+        "sampled in tiles, ours and headless": relative(tiled, expected),
+        "sampled in tiles, native and headless": relative(comfyui.sample(make_run(theirs)).samples, expected),
+        "sampled whole and in one tile": relative(one_tile, whole),
+        "sampled after tiles": relative(comfyui.sample(make_run(ours, tile=0)).samples, whole),
+    }
+
+
+def seen() -> dict[str, Any]:
+    """What the host plans for and runs: the memory of tiles, and a wrapper of another node around them."""
+    model = comfyui.load_network("stage_b", STAGE_B, "fp32")
+    planned, run, wrapped = [], [], []
+    estimate = model.model.memory_required
+    model.model.memory_required = lambda shape, **more: (
+        planned.append(list(shape)),
+        estimate(shape, **more),
+    )[1]
+    hook = model.model.diffusion_model.register_forward_pre_hook(
+        lambda module, given: run.append(list(given[0].shape))
+    )
+
+    def wrapper(apply_model, values):
+        wrapped.append(list(values["input"].shape))
+        return apply_model(values["input"], values["timestep"], **values["c"])
+
+    patched = model.clone()
+    patched.set_model_unet_function_wrapper(wrapper)
+    comfyui.sample(make_run(patched, steps=1))
+    hook.remove()
+    return {"planned": planned[:2], "run": run, "wrapped": wrapped}
+
+
+def interrupted() -> int:
+    """How many tiles were run after Interrupt was pressed in the second."""
+    model = comfyui.load_network("stage_b", STAGE_B, "fp32")
+    tiles = 0
+
+    def press(module, given):
+        nonlocal tiles
+        tiles += 1
+        if tiles == 2:
+            comfy.model_management.interrupt_current_processing(True)
+
+    hook = model.model.diffusion_model.register_forward_pre_hook(press)
+    try:
+        comfyui.sample(make_run(model))
+    except comfy.model_management.InterruptProcessingException:
+        return tiles - 2
+    finally:
+        hook.remove()
+    raise AssertionError("the run was not interrupted")
+
+
+def measure() -> dict[str, Any]:
+    differences = {**stage_a(), **previewer(), **stage_b()}
+    return {"differences": differences, "seen": seen(), "tiles after Interrupt": interrupted()}

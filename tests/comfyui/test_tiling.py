@@ -1,0 +1,37 @@
+"""Tiles in ComfyUI give what the whole gives, or what the host without ComfyUI gives, with the memory of a tile."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def measured(checkout):
+    return checkout.inside("tiling")
+
+
+def test_stage_a_and_the_previewer_in_tiles_are_seamless(measured):
+    found = {
+        name: value for name, value in measured["differences"].items() if "coded" in name or "viewed" in name
+    }
+    assert len(found) == 9
+    assert {name: value for name, value in found.items() if not value <= 1e-5} == {}
+
+
+def test_stage_b_in_tiles_is_that_of_the_other_host(measured):
+    found = {name: value for name, value in measured["differences"].items() if "sampled" in name}
+    assert len(found) == 4
+    assert {name: value for name, value in found.items() if not value <= 1e-4} == {}
+
+
+def test_memory_is_planned_and_used_for_a_tile(measured):
+    seen = measured["seen"]
+    assert seen["planned"] == [[2, 4, 32, 32], [1, 4, 32, 32]]
+    assert len(seen["run"]) == 3 * 4  # one step
+    assert max(max(shape[2:]) for shape in seen["run"]) == 32
+
+
+def test_the_wrapper_of_another_node_is_called_with_the_whole(measured):
+    assert {tuple(shape[2:]) for shape in measured["seen"]["wrapped"]} == {(50, 66)}
+
+
+def test_interrupt_ends_the_run_before_the_next_tile(measured):
+    assert measured["tiles after Interrupt"] == 0
