@@ -6,27 +6,20 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from ..config import StageCConfig
 from ..errors import CascadeError
 from .adapter import Adapter, LowRank
+from .names import stage_c_shapes, weight_shapes
 
 _NETWORKS = {"stage_c": "Stage C", "text": "text encoder"}
 
 
-def check_fits(adapter: Adapter, network: nn.Module, part: str = "stage_c") -> None:
+def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = "stage_c") -> None:
     """Raises CascadeError, with counts and sizes, where the adapter changes what this network does not have.
 
     part: "stage_c" or "text", whose changes they are.
     """
-    shapes = {
-        name.removesuffix(".weight"): tuple(weight.shape)
-        for name, weight in network.state_dict().items()
-        if name.endswith(".weight")
-    }
-    check_shapes(adapter, shapes, part)
-
-
-def check_shapes(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], part: str = "stage_c") -> None:
-    """`check_fits` by the network's {layer: weight's shape}."""
+    shapes = stage_c_shapes(network) if isinstance(network, StageCConfig) else weight_shapes(network)
     changes: Mapping[str, LowRank] = getattr(adapter, part)
     missing = [layer for layer in changes if layer not in shapes]
     misshapen = [
@@ -63,7 +56,7 @@ def describe_adapter(adapter: Adapter) -> str:
     changes = [*adapter.stage_c.values(), *adapter.text.values()]
     ranks = sorted({change.rank for change in changes})
     decomposed = sum(change.magnitude is not None for change in changes)
-    names = [token.name or f"vocabulary's {token.index}" for token in adapter.tokens]
+    names = dict.fromkeys(token.name or f"vocabulary's {token.index}" for token in adapter.tokens)
     held = [
         (len(adapter.stage_c), f"{len(adapter.stage_c)} layers of Stage C"),
         (len(adapter.text), f"{len(adapter.text)} layers of the text encoder"),

@@ -11,6 +11,7 @@ import re
 from functools import cache
 
 import torch
+from torch import nn
 
 from ..config import StageCConfig
 from ..stage_c import StageC
@@ -97,17 +98,26 @@ _PUBLISHED_CHILDREN = (
 )  # fmt: skip
 
 
+def weight_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{layer: its weight's shape} of a network."""
+    weights = network.state_dict().items()
+    return {name.removesuffix(".weight"): tuple(w.shape) for name, w in weights if name.endswith(".weight")}
+
+
 @cache
+def stage_c_shapes(config: StageCConfig) -> dict[str, tuple[int, ...]]:
+    """{our layer: its weight's shape} of a Stage C."""
+    with torch.device("meta"):
+        return weight_shapes(StageC(config))
+
+
 def published_layers(config: StageCConfig) -> dict[str, tuple[int, ...]]:
     """{layer: weight's shape} in the order in which the published trainer's `modules()` finds its LoRA modules.
 
     The attention input is one layer (`attn.in_proj`, 3C rows). It comes after the output projection, because what
     parametrises a module's own weight comes after the module's children.
     """
-    with torch.device("meta"):
-        weights = StageC(config).state_dict()
-    shapes = {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in weights.items()
-              if name.endswith(".weight")}  # fmt: skip
+    shapes = stage_c_shapes(config)
     ordered: dict[str, tuple[int, ...]] = {}
     for layer in sorted(shapes, key=lambda name: _PUBLISHED_CHILDREN.index(name.split(".")[0])):  # stable
         if layer.endswith(QKV):

@@ -23,6 +23,7 @@ from .names import FUSED, QKV, is_convolution, published_layers, published_param
 from .order import FILTERS, kind, layer_order
 
 _NUMBERED = re.compile(r"weights\.(\d+)\.lora_(down|up)")
+HEADER = ("order", "module_filters", "rank", "train_tokens")  # what our own files say of themselves
 _TOKENS = ("embeddings.embeddings", "embeddings.indices")
 
 Pair = tuple[Tensor, Tensor]  # down, up
@@ -99,20 +100,29 @@ def _tokens(
 
 
 def _stated_names(metadata: Mapping[str, str], indices: Tensor) -> dict[int, str]:
-    """{row: name} of new tokens that began as zeros, so that the file has all of them.
-
-    `train_tokens` is the published setting: (name, pattern of the tokens whose mean it began as), in which names in
-    brackets are new ones. They are numbered last, in this order.
-    """
-    try:
-        stated = [(str(name), pattern) for name, pattern in json.loads(metadata.get("train_tokens", "[]"))]
-    except (ValueError, TypeError, RecursionError):
-        return {}
-    new = [entry for entry in stated if is_new(entry[0])]
+    """{row: name} of new tokens that began as zeros, so that the file has all of them. They are numbered last."""
+    new = [entry for entry in _train_tokens(metadata.get("train_tokens", "[]")) if is_new(entry[0])]
     rows = sorted(set(map(int, indices.tolist())))[len(indices) - len(new) :]
     if len(rows) != len(new):
         return {}
     return {row: name for row, (name, pattern) in zip(rows, new, strict=True) if pattern is None}
+
+
+def _train_tokens(text: str) -> list[tuple[str, Any]]:
+    """The published setting, as JSON: names of new tokens, or patterns of such as the vocabulary has, in the order of
+    their rows, each with a pattern of the tokens whose mean a new one began as, or None for zeros.
+    """
+    try:
+        return [(str(name), pattern) for name, pattern in json.loads(text)]
+    except (ValueError, TypeError, RecursionError):
+        return []
+
+
+def joined_tokens(old: str, new: str) -> str:
+    """The setting of a file whose own tokens are numbered behind those that it had."""
+    own = _train_tokens(new)
+    names = {name for name, _ in own}
+    return json.dumps([entry for entry in _train_tokens(old) if entry[0] not in names] + own)
 
 
 def is_new(name: str) -> bool:

@@ -156,8 +156,13 @@ def _change(layer: str, theirs: str, parts: Mapping[str, Tensor], alpha_of: Alph
     if is_convolution(layer) and down.ndim == 2:
         size = math.isqrt(down.shape[1]) if layer.endswith("depthwise") else 1
         down, up = down.view(len(down), -1, size, size), up[:, :, None, None]
-    alpha = float(parts["alpha"].item()) if "alpha" in parts else alpha_of(theirs, len(down))
-    return LowRank(down, up, alpha, _magnitude(layer, down, up, parts, f"{name}: {theirs}"))
+    alpha = parts.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise CascadeError(
+            f"{name}: {theirs}.alpha holds {alpha.numel()} numbers, but one is expected; download it again."
+        )
+    stated = alpha_of(theirs, len(down)) if alpha is None else float(alpha.item())
+    return LowRank(down, up, stated, _magnitude(layer, down, up, parts, f"{name}: {theirs}"))
 
 
 def _shape(tensor: Tensor | None) -> str:
@@ -208,22 +213,27 @@ def _check_known(
             f"{name} holds {held}, but only LoRA and DoRA are read; merge it into its model where it was made, or "
             "train it as a LoRA."
         )
+    weights = None if matched else _whole_weights(tensors)
+    if weights is not None:
+        raise CascadeError(f"{name} holds the weights of {weights}, but a LoRA is expected here; choose one.")
     model = foreign_model(unread)
     counts = f"{len(tensors) - len(unread)} of its {len(tensors)} tensors match"
     if model is not None:
         raise CascadeError(
             f"{name} is a LoRA for {model}, not for Stable Cascade's Stage C: {counts}; choose a Stable Cascade LoRA."
         )
-    if matched and (for_stage_c or not unread):
-        return
-    inside = parts_in(tensors)
+    if not (matched and (for_stage_c or not unread)):
+        unknown = f" (unknown: {listed(unread)})" if unread else ""
+        raise CascadeError(
+            f"{name} is no LoRA for Stable Cascade: {counts}{unknown}; choose a Stable Cascade LoRA."
+        )
+
+
+def _whole_weights(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which networks' own weights a file holds, where its names tell."""
+    inside = [PART_NAMES[part] for part in parts_in(tensors)]
     other = foreign_name(tensors)
-    if inside or (other is not None and other != "LoRA"):
-        held = f"the weights of {', '.join(PART_NAMES[part] for part in inside)}" if inside else f"a {other}"
-        raise CascadeError(f"{name} holds {held}, but a LoRA is expected here; choose one.")
-    raise CascadeError(
-        f"{name} is no LoRA for Stable Cascade: {counts} (unknown: {listed(unread)}); choose a Stable Cascade LoRA."
-    )
+    return ", ".join(inside) or (f"a {other}" if other not in (None, "LoRA") else None)
 
 
 def _dialect(spelled: list[tuple[str, str, str]], tensors: Mapping[str, Tensor]) -> str:

@@ -15,10 +15,9 @@ from ..errors import CascadeError
 from ..stage_c import StageC
 from .adapter import Adapter, LearnedToken, LowRank
 from .dialects import DIALECTS, Dialect
-from .fit import check_shapes
+from .fit import check_fits
 from .fused import scaled
-from .names import FUSED, QKV, published_layers
-from .official import is_new, write_official
+from .official import HEADER, is_new, joined_tokens, write_official
 from .order import SIZES
 
 
@@ -32,10 +31,14 @@ def write_adapter(
 ) -> None:
     """The file that the dialect's program would read, whole or not at all.
 
-    metadata: what else is to stand in its header; the rest is as in `to_dialect`.
+    metadata: the header of the file that it comes from, which is kept but for what another dialect says of itself; the
+    rest is as in `to_dialect`.
     """
     tensors, own = to_dialect(adapter, dialect, stage_c, vocabulary)
-    write_safetensors(path, tensors, {**(metadata or {}), **own})
+    others = {key: text for key, text in (metadata or {}).items() if key not in HEADER}
+    if "train_tokens" in own:
+        own["train_tokens"] = joined_tokens((metadata or {}).get("train_tokens", "[]"), own["train_tokens"])
+    write_safetensors(path, tensors, {**others, **own})
 
 
 def to_dialect(
@@ -85,8 +88,8 @@ def obstacles(adapter: Adapter, dialect: str) -> list[str]:
         "layers of the text encoder": len(adapter.text) if spoken.text is None else 0,
         "DoRA magnitudes of rows": len(magnitudes) - by_column if spoken.row_magnitude is None else 0,
         "DoRA magnitudes of columns": by_column if spoken.column_magnitude is None else 0,
-        "learned tokens": len(own) if spoken.tokens is None else 0,
-        "changed tokens of the vocabulary": 0 if numbered else len(adapter.tokens) - len(own),
+        "learned tokens": len(names) if spoken.tokens is None else 0,
+        "changes of the vocabulary's tokens": 0 if numbered else len(adapter.tokens) - len(own),
         "tokens with several rows or at the encoder's output": sum(
             numbered and (token.output or len(token.vectors) > 1) for token in own
         ),
@@ -100,11 +103,11 @@ def _config(adapter: Adapter, stage_c: StageC | StageCConfig | None) -> StageCCo
     """The Stage C whose layers are numbered: the given one, or the published one that the adapter fits."""
     if stage_c is not None:
         config = stage_c.config if isinstance(stage_c, StageC) else stage_c
-        check_shapes(adapter, _split_shapes(config))
+        check_fits(adapter, config)
         return config
     for config in SIZES.values():
         try:
-            check_shapes(adapter, _split_shapes(config))
+            check_fits(adapter, config)
         except CascadeError:
             continue
         return config
@@ -112,15 +115,6 @@ def _config(adapter: Adapter, stage_c: StageC | StageCConfig | None) -> StageCCo
         f"{adapter.name} changes layers of a Stage C that is none of the published sizes ({', '.join(SIZES)}), and the "
         "official dialect numbers all of its layers; give the Stage C that it was made for."
     )
-
-
-def _split_shapes(config: StageCConfig) -> dict[str, tuple[int, ...]]:
-    """{our layer: weight's shape} from the published layers'."""
-    shapes = dict(published_layers(config))
-    for layer, (rows, *rest) in published_layers(config).items():
-        if layer.endswith(FUSED):
-            shapes |= {layer.removesuffix(FUSED) + part: (rows // 3, *rest) for part in QKV}
-    return shapes
 
 
 def _named(adapter: Adapter, dialect: Dialect) -> dict[str, Tensor]:

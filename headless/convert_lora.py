@@ -1,0 +1,149 @@
+"""`cascade convert-lora IN OUT --to DIALECT`: a LoRA file in another program's keys.
+
+Nothing heavy is imported before the command runs, so that `cascade --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cascade_core.errors import CascadeError
+
+if TYPE_CHECKING:
+    from ..cascade_core.adapters import Adapter
+    from ..cascade_core.config import StageCConfig
+
+PARTS = {"stage_c": {}, "text": {}, "tokens": ()}  # what can be left out, and what is left of it
+
+
+class _Help(argparse.Action):
+    """Help with the dialects below it, which take torch to list."""
+
+    def __init__(self, option_strings: list[str], dest: str, **_: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show this help message and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.epilog = "dialects:\n" + list_dialects()
+        parser.print_help()
+        parser.exit()
+
+
+def add_convert_command(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert-lora",
+        add_help=False,
+        help="write a LoRA in another program's keys",
+        description="Reads a LoRA of any dialect and writes it in another, exactly, whole or not at all.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_argument("-h", "--help", action=_Help)
+    convert.add_argument("source", type=Path, metavar="IN", help="a LoRA in a safetensors file")
+    convert.add_argument("target", type=Path, metavar="OUT", help="the file to write")
+    convert.add_argument("--to", required=True, metavar="DIALECT", help="one of those that --help lists")
+    model = (
+        "the Stage C it is for, whose layers the official dialect numbers; not needed for the published sizes"
+    )
+    convert.add_argument("--model", type=Path, metavar="FILE", help=model)
+    without = f"leave out {', '.join(PARTS)}, such as a dialect has no keys for; may be repeated"
+    convert.add_argument(
+        "--without", action="append", default=[], choices=PARTS, metavar="PART", help=without
+    )
+    convert.add_argument("--partial", action="store_true", help="leave out tensors that are not known")
+    convert.add_argument("--force", action="store_true", help="overwrite OUT")
+    convert.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+    convert.set_defaults(command=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    for line in convert_lora(
+        options.source,
+        options.target,
+        options.to,
+        options.model,
+        tuple(options.without),
+        options.partial,
+        options.force,
+    ):
+        print(line)
+    return 0
+
+
+def list_dialects() -> str:
+    """A line for each dialect."""
+    from ..cascade_core.adapters import DIALECTS
+
+    width = max(map(len, DIALECTS))
+    return "\n".join(f"  {name:{width}}  {dialect.about}" for name, dialect in DIALECTS.items())
+
+
+def convert_lora(
+    source: Path,
+    target: Path,
+    dialect: str,
+    model: Path | None = None,
+    without: tuple[str, ...] = (),
+    partial: bool = False,
+    force: bool = False,
+) -> list[str]:
+    """Writes `target` and returns what there is to say. Raises CascadeError, and writes nothing, where that fails."""
+    from ..cascade_core.adapters import describe_adapter, parse_adapter, write_adapter
+    from ..cascade_core.adapters.peft import stated_alpha
+    from ..cascade_core.checkpoints import read_safetensors
+
+    _check_dialect(dialect)
+    _check_target(target, force)
+    config = None if model is None else _stage_c_config(model)
+    tensors, metadata = read_safetensors(source)
+    adapter = parse_adapter(tensors, metadata, source.name, config, stated_alpha(source))
+    found = [describe_adapter(adapter)]
+    found += _check_whole(adapter, config, partial)
+    if without:
+        found.append(f"Left out: {', '.join(without)}")
+    kept = replace(adapter, **{part: PARTS[part] for part in without})
+    if not (kept.stage_c or kept.text or kept.tokens):
+        raise CascadeError(f"Nothing of {source.name} is left to write; leave out less (--without).")
+    write_adapter(target, kept, dialect, config, metadata=metadata)
+    return [*found, f"Written: {target} ({dialect})"]
+
+
+def _check_dialect(dialect: str) -> None:
+    from ..cascade_core.adapters import DIALECTS
+
+    if dialect not in DIALECTS:
+        close = get_close_matches(dialect, DIALECTS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(DIALECTS)}."
+        raise CascadeError(f"There is no LoRA dialect {dialect!r}; {hint}")
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.suffix != ".safetensors":
+        raise CascadeError(f"{target} is to be a safetensors file; give it a name that ends in .safetensors.")
+    if target.exists() and not force:
+        raise CascadeError(f"{target} is there already; choose another name, or overwrite it with --force.")
+
+
+def _check_whole(adapter: Adapter, config: StageCConfig | None, partial: bool) -> list[str]:
+    """What is left out of a file that is known in part. Raises CascadeError for layers that the model lacks."""
+    from ..cascade_core.adapters import check_fits, describe_unknown
+
+    if config is not None:
+        check_fits(adapter, config)
+    unknown = describe_unknown(adapter)
+    if unknown is None:
+        return []
+    if not partial:
+        raise CascadeError(f"{unknown} Nothing was written; --partial converts the rest.")
+    return [unknown]
+
+
+def _stage_c_config(model: Path) -> StageCConfig:
+    """Read from the file's names and shapes alone."""
+    from ..cascade_core.checkpoints import identify, read_weights
+    from ..cascade_core.config import StageCConfig
+
+    _, config = identify(model, *read_weights(model, "stage_c"), expect="stage_c")
+    return StageCConfig.from_dict(config)
