@@ -228,6 +228,9 @@ class _Steps:
     def step(self, step: int, total: int, preview: Any) -> None:
         self.observer.node_step(step, total, preview)
 
+    def tell(self, text: str) -> None:
+        self.observer.node_told(text)
+
     def interrupted(self) -> bool:
         return self.observer.interrupted()
 

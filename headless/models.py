@@ -103,7 +103,7 @@ def take_survey(*further: Path) -> Survey:
     survey = Survey(list(dict.fromkeys([*folders.roots(), *further])))
     seen: dict[Path, list[Content]] = {}
     for role, categories in roles.FOLDERS.items():
-        for path in _files_in(survey.roots, categories) if role != "lora" else ():
+        for path in _files_in(survey.roots, categories) if role not in ("lora", "embedding") else ():
             if path not in seen:
                 seen[path] = _contents(path, survey.others)
             whole = role == "checkpoint" and _is_loaded_whole(path, seen[path])

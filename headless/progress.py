@@ -37,6 +37,9 @@ class ConsoleProgress(Observer):
         self.bar = f"  {self.full * done}{self.empty * (_WIDTH - done)} {step}/{total}"
         self._draw(f"{self.head}{self.bar}  {time.monotonic() - self.begun:.1f} s")
 
+    def node_told(self, text: str) -> None:
+        self._finish(f"{self.head}: {text}")
+
     def node_finished(self, seconds: float) -> None:
         self._finish(f"{self.head}{self.bar}  {seconds:.1f} s")
 

@@ -43,6 +43,9 @@ class Observer:
     def node_step(self, step: int, total: int, preview: Any) -> None:
         """The node is at `step` of `total`; `preview` is an (H, W, 3) image in [0, 1], or None."""
 
+    def node_told(self, text: str) -> None:
+        """The node says something that the user should know."""
+
     def node_finished(self, seconds: float) -> None:
         """The node that began last is done."""
 

@@ -21,6 +21,7 @@ from .loaders import (
     StageBLoader,
     StageCLoader,
 )
+from .lora import CascadeLoRAApply
 from .sampling import CascadeDecoderSampler, CascadePriorSampler
 from .scheduling import CascadeGuidance, CascadeScheduler
 
@@ -42,6 +43,7 @@ NODES: list[type[io.ComfyNode]] = [
     CascadeDecode,
     CascadeScheduler,
     CascadeGuidance,
+    CascadeLoRAApply,
     CascadeControlNetApply,
     CascadeCanny,
     CascadeInpaintHint,

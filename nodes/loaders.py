@@ -1,62 +1,19 @@
 """Loaders: a file becomes a MODEL, VAE, CLIP, CLIP_VISION or CONTROL_NET of the host."""
 
-from pathlib import Path
-from typing import Any
-
 from ..cascade_core.checkpoints import PART_NAMES, networks_in
 from ..cascade_core.errors import CascadeError
 from .api import io
+from .files import NO_FILE, check, file_input, find, fingerprint
 from .hosts import host
-from .hosts.roles import DEMO_NAMES, DTYPES, ROLE_WORDS
+from .hosts.roles import DTYPES
 
 CATEGORY = "Stable Cascade/loaders"
-NO_FILE = "none"
 
 DTYPE_TOOLTIP = (
     "Precision of the weights. auto: what the device computes fastest in (float32 on the CPU). fp8 halves "
     "the memory "
     "of bf16 and needs ComfyUI."
 )
-
-
-def file_input(input_id: str, role: str, tooltip: str, optional_file: bool = False) -> Any:
-    """A combo of the files that the host finds for a role, listed anew each time the schema is asked for."""
-    names = ([NO_FILE] if optional_file else []) + host().list_files(role)
-    default = DEMO_NAMES.get(role) if DEMO_NAMES.get(role) in names else None
-    return io.Combo.Input(input_id, options=names, default=default, tooltip=tooltip)
-
-
-def find(role: str, name: str) -> Path:
-    """The file behind a combo's value.
-
-    Values are checked here and not against the list: 0.3.64 does not check V3 combos, and the embedded host
-    also takes paths.
-    """
-    if not isinstance(name, str) or not name:
-        raise CascadeError(f"No {ROLE_WORDS[role]} file is chosen; choose one in the loader.")
-    return host().find_file(role, name)
-
-
-def check(role: str, name: str | None) -> bool | str:
-    """True, or what is wrong with the value, for `validate_inputs`. None: it comes over a link, and later."""
-    if name is None:
-        return True
-    try:
-        find(role, name)
-    except CascadeError as error:
-        return str(error)
-    return True
-
-
-def fingerprint(role: str, name: str) -> str:
-    """Changes when the file does, so that a replaced file is loaded anew."""
-    try:
-        path = find(role, name)
-    except CascadeError:
-        return f"{name}: missing"
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    return f"{path}: " + " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
 
 
 class StageCLoader(io.ComfyNode):
@@ -275,7 +232,7 @@ class CascadeControlNetLoader(io.ComfyNode):
             inputs=[file_input("file", "controlnet", "ControlNet checkpoint, a safetensors file.")],
             outputs=[
                 io.ControlNet.Output(
-                    display_name="CONTROL_NET", tooltip="For ComfyUI's Apply ControlNet, with Stage C."
+                    display_name="CONTROL_NET", tooltip="For Cascade ControlNet Apply, or ComfyUI's own."
                 )
             ],
         )

@@ -87,22 +87,23 @@ def patched(
 @torch.no_grad()
 def _stepped(weight: Tensor, name: str, changes: list[tuple[Patch, LowRank]]) -> Tensor:
     for patch, change in changes:
-        check_change(tuple(weight.shape), name, change, patch.name)
+        if not change.fits(weight.shape):
+            raise CascadeError(
+                f"{patch.name} changes {name} as a weight of {change.delta_shape}, but it is {tuple(weight.shape)} "
+                "here; choose the LoRA that was trained for this model."
+            )
         weight = changed_weight(weight, change, patch.strength)
     return weight
 
 
-def check_change(shape: tuple[int, ...], layer: str, change: LowRank, adapter: str) -> None:
-    """Raises CascadeError, naming the adapter, unless the change is finite and fits a weight of this shape."""
-    if not change.fits(shape):
-        raise CascadeError(
-            f"{adapter} changes {layer} as a weight of {change.delta_shape}, but it is {shape} here; choose the LoRA "
-            "that was trained for this model."
-        )
-    parts = {"up": change.up, "down": change.down, "magnitude": change.magnitude}
-    for part, tensor in parts.items():
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise CascadeError(f"{adapter} holds NaN or infinity in {part} of {layer}; download it again.")
+def check_finite(changes: Mapping[str, LowRank], adapter: str) -> None:
+    """Raises CascadeError, naming the adapter, where a change holds NaN or infinity. Reads all of it."""
+    for layer, change in changes.items():
+        for part, tensor in {"down": change.down, "up": change.up, "magnitude": change.magnitude}.items():
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise CascadeError(
+                    f"{adapter} holds NaN or infinity in {part} of {layer}; download it again."
+                )
 
 
 def _layer(network: nn.Module, name: str, patch: Patch) -> tuple[nn.Module, nn.Parameter]:

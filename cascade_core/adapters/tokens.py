@@ -86,8 +86,10 @@ class NewToken(NamedTuple):
 
 
 def parse_new_tokens(text: str) -> tuple[NewToken, ...]:
-    """A line for each, its name and its pattern ("[fernando] ^dog</w>"), as in the published `train_tokens`."""
-    return tuple(NewToken(*line.split(maxsplit=1)) for line in text.splitlines() if line.strip())
+    """Name and pattern of each, "[fernando] ^dog</w>; [rex]", in the order of the published `train_tokens`."""
+    return tuple(
+        NewToken(*entry.strip().split(maxsplit=1)) for entry in re.split(r"[;\n]", text) if entry.strip()
+    )
 
 
 def name_in_prompt(name: str) -> str:

@@ -5,11 +5,15 @@ own classes, `headless` does the same job with nothing but torch.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...cascade_core.adapters import Adapter
+from ...cascade_core.adapters.tokens import NewToken
+from ...cascade_core.config import StageCConfig
 from .control import Control
 from .run import Network, Run, Sampled
 
@@ -95,6 +99,33 @@ class Host(Protocol):
         end: float,
     ) -> tuple[list, list]:
         """Both prompts with a ControlNet more; hint: (B, H, W, C), start and end: shares of the schedule."""
+        ...
+
+    def stage_c_config(self, model: Any) -> StageCConfig:
+        """The size of a Stage C MODEL."""
+        ...
+
+    def text_network(self, clip: Any) -> nn.Module:
+        """The network of a CLIP, whose layers have transformers' names; CascadeError for another CLIP."""
+        ...
+
+    def with_adapter(
+        self,
+        model: Any,
+        clip: Any,
+        adapter: Adapter,
+        strength_model: float,
+        strength_clip: float,
+        new: Sequence[NewToken],
+    ) -> tuple[Any, Any]:
+        """A Stage C MODEL and a CLIP (or None) with a LoRA more, which fits both; the given ones stay as they are.
+
+        new: names of the adapter's tokens behind the vocabulary.
+        """
+        ...
+
+    def tell(self, text: str) -> None:
+        """Says something about the node that is running, beside its progress."""
         ...
 
     def sample(self, run: Run) -> Sampled:

@@ -23,6 +23,10 @@ class Sink(Protocol):
         """`step` of `total` steps are done; `preview` is an (H, W, 3) image in [0, 1], or None."""
         ...
 
+    def tell(self, text: str) -> None:
+        """Something that the user should know of this node, in a sentence."""
+        ...
+
     def interrupted(self) -> bool:
         """Whether the run should stop before its next step."""
         ...
@@ -36,6 +40,13 @@ def report(step: int, total: int, preview: Any = None) -> None:
     sink = _sink.get()
     if sink is not None:
         sink.step(step, total, preview)
+
+
+def tell(text: str) -> None:
+    """Say something that the user should know of the node that is running."""
+    sink = _sink.get()
+    if sink is not None:
+        sink.tell(text)
 
 
 def check_interrupted() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 PACK = Path(__file__).resolve().parents[2]
 DEMO_FOLDER = PACK / "demo" / "weights"
 
-# Every role also looks into `stable_cascade`. Names are ComfyUI's categories; `SUBFOLDERS` gives their
-# folders.
+# Names are ComfyUI's categories; `SUBFOLDERS` gives their folders. All but embeddings, which ComfyUI itself looks for,
+# are looked for in `stable_cascade` too.
 FOLDERS: dict[str, tuple[str, ...]] = {
     "stage_c": ("diffusion_models", "checkpoints", "stable_cascade"),
     "stage_b": ("diffusion_models", "checkpoints", "stable_cascade"),
@@ -18,6 +18,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
     "vision": ("clip_vision", "stable_cascade"),
     "controlnet": ("controlnet", "stable_cascade"),
     "lora": ("loras", "stable_cascade"),
+    "embedding": ("embeddings",),
     "checkpoint": ("checkpoints", "diffusers", "stable_cascade"),
     "face": ("insightface", "stable_cascade"),
 }
@@ -47,6 +48,7 @@ ROLE_WORDS: dict[str, str] = {
     "vision": "image encoder",
     "controlnet": "ControlNet",
     "lora": "LoRA",
+    "embedding": "embedding",
     "checkpoint": "checkpoint",
     "face": "InsightFace",
 }

@@ -261,12 +261,11 @@ def test_new_tokens_begin_as_the_mean_of_those_their_pattern_matches(embedding):
     assert taught_tokens(adapter, 1.0, VOCABULARY, embedding) == ()
 
 
-def test_new_tokens_are_named_line_by_line():
-    assert parse_new_tokens("[fernando]  ^dog</w>\n\n<x>\n") == (
-        NewToken("[fernando]", "^dog</w>"),
-        NewToken("<x>"),
-    )
-    assert parse_new_tokens(" \n") == ()
+def test_new_tokens_are_named_one_by_one():
+    new = (NewToken("[fernando]", "^dog</w>"), NewToken("<x>"))
+    assert parse_new_tokens("[fernando]  ^dog</w> ; <x>") == new
+    assert parse_new_tokens("[fernando] ^dog</w>\n\n<x>\n") == new
+    assert parse_new_tokens(" ;\n") == ()
 
 
 @pytest.mark.parametrize(
@@ -288,9 +287,9 @@ def test_vectors_of_another_width_are_refused(embedding):
 
 
 def test_nan_is_refused(embedding, tmp_path):
-    with pytest.raises(CascadeError, match="cat.safetensors holds NaN or infinity in a learned token"):
+    with pytest.raises(CascadeError, match=r"cat.safetensors holds NaN or infinity in a learned token"):
         taught_tokens(adapter_of(LearnedToken("[x]", vectors(1).log())), 1.0, VOCABULARY, embedding)
-    with pytest.raises(CascadeError, match="x.safetensors holds NaN or infinity"):
+    with pytest.raises(CascadeError, match=r"x.safetensors holds NaN or infinity"):
         read_embedding(embedding_file(tmp_path, {"clip_g": vectors(1).log()}), WIDTH)
 
 

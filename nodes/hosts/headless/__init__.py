@@ -4,6 +4,8 @@ Weights lie in main memory and visit the device for the time of one node, so tha
 other out.
 """
 
+from ..reporting import tell
+from .adapters import stage_c_config, text_network, with_adapter
 from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, list_files
@@ -32,5 +34,9 @@ __all__ = [
     "load_text_encoder",
     "load_vision",
     "sample",
+    "stage_c_config",
+    "tell",
+    "text_network",
+    "with_adapter",
     "with_guidance",
 ]

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ....cascade_core.adapters import LearnedToken
+from ....cascade_core.adapters.apply import Patch, patched
 from ....cascade_core.errors import CascadeError
 from .device import compute_device, on_device
+from .embeddings import embeddings_in
 from .weights import naming_non_finite
 
 if TYPE_CHECKING:
@@ -17,10 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadlessCLIP:
-    """A text encoder with its tokenizer."""
+    """A text encoder with its tokenizer. What LoRAs change of it is kept beside it: others share the encoder."""
 
     encoder: "TextEncoder"
     file: str
+    patches: tuple[Patch, ...] = ()
+    learned: tuple[LearnedToken, ...] = ()
 
     def networks(self) -> list[tuple[nn.Module, str]]:
         """The network with the name of its file."""
@@ -37,8 +42,10 @@ def load_text_encoder(path: Path) -> HeadlessCLIP:
 def encode_text(clip: HeadlessCLIP, prompt: str) -> list:
     if not isinstance(clip, HeadlessCLIP):
         raise CascadeError(f"The CLIP is a {type(clip).__name__}; connect Load Cascade Text Encoder.")
-    with on_device(clip.encoder.model), naming_non_finite(clip):
-        states, pooled = clip.encoder.encode([prompt])
+    model = clip.encoder.model
+    learned = [*clip.learned, *embeddings_in(prompt, model.config.hidden_size)]
+    with patched(model, clip.patches, compute_device()), on_device(model), naming_non_finite(clip):
+        states, pooled = clip.encoder.encode([prompt], learned)
     return [[states.cpu(), {"pooled_output": pooled.cpu()}]]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ....cascade_core import checkpoints
+from ....cascade_core.adapters.apply import Patch
 from ..run import LATENT_CHANNELS, Network, least_side
 from .device import weight_dtype
 
@@ -18,11 +19,15 @@ WIDTHS = {
 
 @dataclass(frozen=True)
 class HeadlessModel:
-    """A diffusion network in evaluation mode, in main memory."""
+    """A diffusion network in evaluation mode, in main memory.
+
+    What LoRAs change of it is kept beside it: others share the network.
+    """
 
     kind: str
     name: str
     network: Any  # StageB or StageC
+    patches: tuple[Patch, ...] = ()
 
     def networks(self) -> list[tuple[nn.Module, str]]:
         """Each network with the name of its file."""

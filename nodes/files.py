@@ -1,0 +1,51 @@
+"""Inputs that name a model file: the list that is offered, the file behind a name, and when it has changed."""
+
+from pathlib import Path
+from typing import Any
+
+from ..cascade_core.errors import CascadeError
+from .api import io
+from .hosts import host
+from .hosts.roles import DEMO_NAMES, ROLE_WORDS
+
+NO_FILE = "none"
+
+
+def file_input(input_id: str, role: str, tooltip: str, optional_file: bool = False) -> Any:
+    """A combo of the files that the host finds for a role, listed anew each time the schema is asked for."""
+    names = ([NO_FILE] if optional_file else []) + host().list_files(role)
+    default = DEMO_NAMES.get(role) if DEMO_NAMES.get(role) in names else None
+    return io.Combo.Input(input_id, options=names, default=default, tooltip=tooltip)
+
+
+def find(role: str, name: str) -> Path:
+    """The file behind a combo's value.
+
+    Values are checked here and not against the list: 0.3.64 does not check V3 combos, and the embedded host
+    also takes paths.
+    """
+    if not isinstance(name, str) or not name:
+        raise CascadeError(f"No {ROLE_WORDS[role]} file is chosen; choose one in the loader.")
+    return host().find_file(role, name)
+
+
+def check(role: str, name: str | None) -> bool | str:
+    """True, or what is wrong with the value, for `validate_inputs`. None: it comes over a link, and later."""
+    if name is None:
+        return True
+    try:
+        find(role, name)
+    except CascadeError as error:
+        return str(error)
+    return True
+
+
+def fingerprint(role: str, name: str) -> str:
+    """Changes when the file does, so that a replaced file is loaded anew."""
+    try:
+        path = find(role, name)
+    except CascadeError:
+        return f"{name}: missing"
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    return f"{path}: " + " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)

@@ -1,0 +1,124 @@
+"""LoRAs, and tokens learned with them or by themselves."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..cascade_core.adapters import Adapter, check_fits, describe_adapter, describe_unknown, read_adapter
+from ..cascade_core.adapters.apply import check_finite
+from ..cascade_core.adapters.tokens import NewToken, name_in_prompt, parse_new_tokens
+from .api import io
+from .files import check, file_input, find, fingerprint
+from .hosts import host
+from .sockets import check_network
+
+CATEGORY = "Stable Cascade/LoRA"
+
+
+def strength_input(input_id: str, tooltip: str) -> Any:
+    """How much of a LoRA is applied."""
+    return io.Float.Input(input_id, default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
+
+
+class CascadeLoRAApply(io.ComfyNode):
+    """A LoRA on Stage C and its text encoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeLoRAApply",
+            display_name="Cascade LoRA Apply",
+            category=CATEGORY,
+            description=(
+                "Applies a LoRA of any program to Stage C and the text encoder, and teaches the tokens that its file "
+                "holds: [name] in the prompt. Several of these in a row work together."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="Stage C, as loaded or from another of these."),
+                file_input(
+                    "file",
+                    "lora",
+                    "A LoRA of the official code, kohya, OneTrainer, diffusers, PEFT or ComfyUI, or an embedding.",
+                ),
+                strength_input(
+                    "strength_model",
+                    "How much Stage C is changed: 0 not at all, 1 as trained, negative to the contrary.",
+                ),
+                strength_input(
+                    "strength_clip",
+                    "The same for the text encoder. 0 also leaves out the tokens that the file teaches.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder, for LoRAs that change it and files that teach tokens.",
+                ),
+                io.String.Input(
+                    "new_tokens",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        "Only for official LoRAs with new tokens, which their files do not name: each one's name and "
+                        "pattern from the training's train_tokens, such as [fernando] ^dog</w>, with a ; between."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="Stage C with the LoRA."),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoder with the LoRA and its tokens."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=None) -> bool | str:
+        return check("lora", file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **others) -> str:
+        return fingerprint("lora", file)
+
+    @classmethod
+    def execute(cls, model, file, strength_model, strength_clip, clip=None, new_tokens="") -> io.NodeOutput:
+        check_network(model, "stage_c", "Cascade LoRA Apply", "Load Stage C")
+        if strength_model == 0 and strength_clip == 0:
+            return io.NodeOutput(model, clip)
+        config = host().stage_c_config(model)
+        adapter = read_adapter(find("lora", file), config)
+        new = parse_new_tokens(new_tokens)
+        if strength_model:
+            check_fits(adapter, config)
+            check_finite(adapter.stage_c, adapter.name)
+        unknown = describe_unknown(adapter)
+        notes = [unknown] if unknown else []
+        if strength_clip:
+            notes += text_notes(adapter, clip, new)
+        patched = host().with_adapter(model, clip, adapter, strength_model, strength_clip, new)
+        for note in notes:
+            host().tell(note)
+        return io.NodeOutput(*patched, ui={"text": [describe_adapter(adapter), *notes]})
+
+
+def text_notes(adapter: Adapter, clip: Any, new: Sequence[NewToken]) -> list[str]:
+    """What the user should know of an adapter's part for the text encoder, which is checked to fit."""
+    if clip is None:
+        unused = bool(adapter.text or adapter.tokens)
+        return (
+            [f"{adapter.name} also changes the text encoder; connect clip so that it does."] if unused else []
+        )
+    network: Any = host().text_network(clip)
+    check_fits(adapter, network, "text")
+    check_finite(adapter.text, adapter.name)
+    size = len(network.get_input_embeddings().weight)
+    beyond = sorted({t.index - size for t in adapter.tokens if t.index is not None and t.index >= size})
+    unnamed = [number for number in beyond if number >= len(new)]
+    names = [token.name for token in adapter.tokens if token.index is None]
+    names += [new[number].name for number in beyond if number < len(new)]
+    notes = []
+    if names:
+        written = ", ".join(dict.fromkeys(map(name_in_prompt, names)))
+        notes.append(f"{adapter.name} teaches {written}, to be written so in the prompt.")
+    if unnamed:
+        notes.append(
+            f"{adapter.name} teaches {len(unnamed)} new tokens that it does not name, and they are left out; give "
+            "their names in new_tokens."
+        )
+    return notes
