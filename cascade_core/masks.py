@@ -11,13 +11,14 @@ from .hints import mask_of
 
 
 def latent_mask(mask: Tensor, batch: int, size: Sequence[int]) -> Tensor:
-    """A mask (B or 1, H, W) for a latent of h × w positions, (batch, 1, h, w) in [0, 1].
+    """A mask (B or 1, H, W) for a latent of h × w positions, (batch, 1, h, w): 0 or 1.
 
-    A position may change as much as the most masked of its pixels, so that a mask finer than the positions is not
-    lost, and nothing of what it covers is kept.
+    A position may change where half of it is masked, or, of a mask finer than the positions, half as much as of the
+    most masked one.  With less of it, what is painted would reach out of the mask and be cut off there.
     """
-    mask = mask_of(mask, batch, (mask.shape[-2], mask.shape[-1]))
-    return F.adaptive_max_pool2d(mask.clamp(0, 1), list(size))
+    mask = mask_of(mask, batch, (mask.shape[-2], mask.shape[-1])).clamp(0, 1)
+    share = F.adaptive_avg_pool2d(mask, list(size))
+    return (share > share.amax(dim=(1, 2, 3), keepdim=True) / 2).float()
 
 
 def expand(
