@@ -13,7 +13,7 @@ from .cache import Cache
 from .decoding import Decoder
 from .latents import Encoder
 from .order import batches_of, epoch_plan, generator
-from .pictures import Skipped
+from .pictures import Picture, Skipped
 from .placing import Placed, place
 from .rows import Rows
 from .sources import find_pictures
@@ -57,7 +57,9 @@ class Batch:
     keys: list[str]  # the pictures' names
     captions: list[str]
     latents: Tensor  # (B, 16, h, w) float32, the semantic compressor's
-    images: Tensor | None  # (B, 3, 32·h, 32·w) float32 in [0, 1], as the compressor reads them, where asked for
+    images: (
+        Tensor | None
+    )  # (B, 3, 32·h, 32·w) float32 in [0, 1], as the compressor reads them, where asked for
     caption_ids: Tensor  # (B,) int64, places in TrainingData.captions
 
 
@@ -69,6 +71,28 @@ class BucketTensors:
     latents: Tensor  # (N, F, 16, h, w) float32; F is 2 where pictures are mirrored: as they are, mirrored
     caption_ids: Tensor  # (N, K) int64, places in TrainingData.captions; -1 beyond a picture's own
     caption_counts: Tensor  # (N,) int64
+
+
+def fill_cache(
+    settings: DataSettings,
+    encode: Callable[[Tensor], Tensor],
+    fingerprint: str,
+    rank: int,
+    ranks: int,
+    report: Callable[[int, int], None] | None = None,
+) -> None:
+    """Makes this rank's share of the latents: all accelerators fill one cache, where `TrainingData` finds them."""
+    pictures, _ = find_pictures(settings.folder, settings.tars)
+    placed, _ = _place(settings, pictures)
+    _encoder(settings, encode, fingerprint, report).fill(placed[rank::ranks])
+
+
+def _place(settings: DataSettings, pictures: list[Picture]) -> tuple[list[Placed], list[Skipped]]:
+    return place(pictures, buckets(settings.size, settings.bucket_step), Cache(settings.cache, "sizes"))
+
+
+def _encoder(settings: DataSettings, encode, fingerprint: str, report) -> Encoder:
+    return Encoder(encode, Cache(settings.cache, fingerprint), settings.flip, report)
 
 
 class TrainingData:
@@ -92,9 +116,8 @@ class TrainingData:
     ):
         self.settings, self.seed = settings, seed
         pictures, self.skipped = find_pictures(settings.folder, settings.tars)
-        sizes = buckets(settings.size, settings.bucket_step)
-        placed, unreadable = place(pictures, sizes, Cache(settings.cache, "sizes"))
-        encoder = Encoder(encode, Cache(settings.cache, fingerprint), settings.flip, report)
+        placed, unreadable = _place(settings, pictures)
+        encoder = _encoder(settings, encode, fingerprint, report)
         damaged = encoder.fill(placed)
         left = [each for each in placed if each not in damaged]
         self.skipped += [*unreadable, *(Skipped(each.picture.name, why) for each, why in damaged.items())]

@@ -15,7 +15,7 @@ from cascade_nodes.cascade_core.training import data as data_module
 from cascade_nodes.cascade_core.training import latents as latents_module
 from cascade_nodes.cascade_core.training.buckets import Bucket
 from cascade_nodes.cascade_core.training.cache import fingerprint
-from cascade_nodes.cascade_core.training.data import DataSettings, TrainingData
+from cascade_nodes.cascade_core.training.data import DataSettings, TrainingData, fill_cache
 from cascade_nodes.cascade_core.training.pictures import read_picture
 from cascade_nodes.tests.core.training_sets import MeanColours, blocks, write_set, write_tar
 
@@ -200,6 +200,18 @@ def test_latents_are_made_once(folder, tmp_path):
     other = MeanColours()
     TrainingData(DataSettings(folder=str(folder), size=256, cache=str(tmp_path)), other, "another compressor")
     assert other.pictures == 14
+
+
+def test_ranks_fill_one_cache_together(folder, tmp_path):
+    settings = DataSettings(folder=str(folder), size=256, cache=str(tmp_path))
+    encoders = [MeanColours() for _ in range(3)]
+    for rank, encode in enumerate(encoders):
+        fill_cache(settings, encode, "mean", rank, 3)
+    assert [encode.pictures for encode in encoders] == [5, 5, 4]
+    encode = MeanColours()
+    data = open_data(folder, encode, cache=str(tmp_path))
+    assert encode.calls == 0
+    assert all(same_batch(a, b) for a, b in zip(epoch(data), epoch(open_data(folder)), strict=True))
 
 
 def test_a_changed_picture_is_encoded_anew(tmp_path):
