@@ -1,8 +1,8 @@
 """Pictures as bytes in files -> pixels of a bucket: upright, cropped to its centre, RGB."""
 
 import io
-import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,6 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 LYING = (5, 6, 7, 8)  # stored with width and height exchanged
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    Image.DecompressionBombError,
-)  # what Pillow raises on bad files
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,42 +68,43 @@ class PictureError(ValueError):
     """Says in a few words what is wrong with one picture; training goes on without it."""
 
 
-def picture_size(source: io.BytesIO) -> tuple[int, int]:
-    """(height, width) of the upright picture, read from its header alone."""
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The picture; whatever goes wrong with it inside the block is a PictureError."""
     try:
-        with Image.open(source) as picture:
-            width, height = picture.size
-            return (width, height) if _orientation(picture) in LYING else (height, width)
+        with Image.open(io.BytesIO(data)) as picture:
+            yield picture
     except UnidentifiedImageError:
         raise PictureError("no picture") from None
-    except UNREADABLE as error:
-        raise PictureError(str(error)) from None
+    except Exception as error:  # Pillow's readers let through whatever they meet in a damaged file
+        raise PictureError(str(error) or type(error).__name__) from None
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of the upright picture, from the file's first bytes."""
+    with _opened(data) as picture:
+        width, height = picture.size
+        return (width, height) if _orientation(picture) in LYING else (height, width)
 
 
 def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
     """The largest part of the bucket's aspect ratio around the centre, resized: uint8 (3, *size).
 
-    size: (height, width), the bucket's own or what the compressor reads for it. Resized once, from the file's own
-    pixels, with antialiasing.
+    size: (height, width), such as what the compressor reads for the bucket. Resized once, from the file's own pixels,
+    with antialiasing.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            orientation = _orientation(picture)
-            shape, (height, width) = bucket, size
-            if orientation in LYING:
-                shape, (height, width) = Bucket(bucket.width, bucket.height), (width, height)
-            # JPEG can be decoded at half or less the size in a fraction of the time; twice what is needed is kept.
-            picture.draft(None, (2 * width, 2 * height))
-            resized = _as_rgb(picture).resize(
-                (width, height), Image.Resampling.BICUBIC, _centre(picture.size, shape), reducing_gap=3.0
-            )
-    except UnidentifiedImageError:
-        raise PictureError("no picture") from None
-    except UNREADABLE as error:
-        raise PictureError(str(error)) from None
-    if orientation in UPRIGHT:
-        resized = resized.transpose(UPRIGHT[orientation])
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    with _opened(data) as picture:
+        orientation = _orientation(picture)
+        shape, (height, width) = bucket, size
+        if orientation in LYING:
+            shape, (height, width) = Bucket(bucket.width, bucket.height), (width, height)
+        # JPEG can be decoded at half or less the size in a fraction of the time; twice what is needed is kept.
+        picture.draft(None, (2 * width, 2 * height))
+        box = _centre(picture.size, shape)
+        resized = _as_rgb(picture).resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+        if orientation in UPRIGHT:
+            resized = resized.transpose(UPRIGHT[orientation])
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def _centre(size: tuple[int, int], shape: Bucket) -> tuple[float, float, float, float]:
@@ -122,11 +117,10 @@ def _centre(size: tuple[int, int], shape: Bucket) -> tuple[float, float, float, 
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none. A PNG's is looked for before its pixels only: as it is opened."""
+    """The EXIF orientation, 1 where there is none. A PNG's would be sought by decoding all of it."""
     if picture.format == "PNG" and "exif" not in picture.info:
         return 1
-    value = picture.getexif().get(ORIENTATION, 1)
-    return value if isinstance(value, int) and not math.isnan(value) else 1
+    return picture.getexif().get(ORIENTATION, 1)
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

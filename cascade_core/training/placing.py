@@ -1,6 +1,5 @@
 """Which bucket each picture goes into."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,10 +61,10 @@ def place(
 def _size(picture: Picture) -> tuple[int, int]:
     try:
         try:
-            return picture_size(io.BytesIO(picture.read(HEADER)))
+            return picture_size(picture.read(HEADER))
         except PictureError:
             if picture.length <= HEADER:
                 raise
-            return picture_size(io.BytesIO(picture.read()))
+            return picture_size(picture.read())
     except OSError as error:
         raise PictureError(error.strerror or str(error)) from None
