@@ -38,7 +38,7 @@ class Faces:
 def find_faces(images: Tensor, most: int) -> Iterator[Faces]:
     """The faces of each picture, at most `most`: the largest in the middle first.  images: (B, H, W, 3) in [0, 1]"""
     face_class, load = _insightface()
-    detector, recogniser = (load(_network_file(name)) for name in (DETECTOR, RECOGNISER))
+    detector, recogniser = (load(network_file(name)) for name in (DETECTOR, RECOGNISER))
     detector.prepare(ctx_id=-1, input_size=DETECTION_SIZE)
     for image in images:
         pixels = image.mul(255).clamp(0, 255).to("cpu", torch.uint8).flip(-1).contiguous().numpy()  # BGR
@@ -72,7 +72,8 @@ def _insightface() -> tuple[Any, Any]:
     return Face, load
 
 
-def _network_file(name: str) -> Path:
+def network_file(name: str) -> Path:
+    """A file of PACK among the models, or in InsightFace's own folder; CascadeError where it is in neither."""
     try:
         return host().find_file("face", name)
     except CascadeError:

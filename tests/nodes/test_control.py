@@ -44,12 +44,15 @@ def load(tiny):
 
 
 def apply(prompts, control_net, hint, strength=1.0, start=0.0, end=1.0):
-    return CascadeControlNetApply.execute(*prompts, control_net, hint, strength, start, end).args
+    positive, negative = prompts
+    return CascadeControlNetApply.execute(positive, negative, control_net, hint, strength, start, end).args
 
 
 def sample(stage_c, prompts, batch=1, **changed):
+    positive, negative = prompts
     latent = {"samples": torch.zeros(batch, 16, *SIZE)}
-    return CascadePriorSampler.execute(stage_c["stage_c"], *prompts, latent, **{**SETTINGS, **changed})[0][
+    settings = {**SETTINGS, **changed}
+    return CascadePriorSampler.execute(stage_c["stage_c"], positive, negative, latent, **settings)[0][
         "samples"
     ]
 
@@ -83,8 +86,8 @@ def reference(stage_c, prompts, control_at, sides=("positive", "negative")):
 
     def model(x, noise_cond):
         control = control_at(next(count))
-        both = (conditions(side, control) for side in ("positive", "negative"))
-        return Guider(network, *both, CFG, 0.7)(x, noise_cond)
+        positive, negative = (conditions(side, control) for side in ("positive", "negative"))
+        return Guider(network, positive, negative, CFG, 0.7)(x, noise_cond)
 
     noise = NoiseSource(SEED, 1, (16, *SIZE))
     return samplers.sample(model, noise.draw(), steps=STEPS, shift=SHIFT, sampler="ddim", noise=noise.draw)
@@ -199,8 +202,10 @@ def test_stage_b_takes_no_notice(stage_c, prompts, load):
     semantic, latent = {"samples": torch.randn(1, 16, *SIZE)}, {"samples": torch.zeros(1, 4, 24, 32)}
     settings = {**SETTINGS, "shift": 1.0}
     found, plain = (
-        CascadeDecoderSampler.execute(stage_c["stage_b"], *both, semantic, latent, **settings)[0]["samples"]
-        for both in (applied, prompts)
+        CascadeDecoderSampler.execute(stage_c["stage_b"], positive, negative, semantic, latent, **settings)[
+            0
+        ]["samples"]
+        for positive, negative in (applied, prompts)
     )
     assert torch.equal(found, plain)
 
