@@ -38,9 +38,10 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), bicubic with antialiasing."""
-    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+def resized(images: Tensor, size: int | Sequence[int]) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size) or (B, 3, *size), bicubic with antialiasing."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    return F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def for_compressor(images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The demo cascade as one object: prompts in, pictures out, on the public pieces of the core alone."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,18 @@ from cascade_nodes.cascade_core import SemanticCompressor, StageA, StageB, Stage
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.guidance import Guider
 from cascade_nodes.cascade_core.noise import NoiseSource
-from cascade_nodes.cascade_core.samplers import sample
+from cascade_nodes.cascade_core.samplers import sample, start_latent
 from cascade_nodes.cascade_core.text import TextEncoder
-from cascade_nodes.demo.dataset import for_compressor
-from cascade_nodes.demo.recipe import LATENT, STAGE_B_LATENT
+from cascade_nodes.cascade_core.tiles import predict_in_tiles
+from cascade_nodes.demo.dataset import for_compressor, resized
+from cascade_nodes.demo.recipe import LATENT, PICTURE, STAGE_B_LATENT
 
 WEIGHTS = Path(__file__).parent / "weights"
+COMPRESSION = 42.67  # pixels of a Stage C position
+STRIDE = 32  # of the compressor's
+STAGE_A_SIDE = 4  # of Stage A's
+Size = tuple[int, int]  # height and width in pixels
+SIZE: Size = (PICTURE, PICTURE)
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,15 @@ class Sampling:
     shift: float = 1.0
     cfg_rescale: float = 0.0
     sampler: str = "ddpm"
+    denoise: float = 1.0
 
 
 # The demo graph's own: gentler guidance in Stage C than the published 4 at shift 2, a little more in Stage B.
 PRIOR = Sampling(steps=20, cfg=3.0, sampler="dpmpp_2m")
 DECODER = Sampling(steps=10, cfg=1.4)
+SECOND_PASS = Sampling(
+    steps=5, cfg=1.0, denoise=0.3
+)  # Stage B at a larger size, from the first pass's picture
 
 
 @dataclass
@@ -59,10 +70,12 @@ class DemoCascade:
         return cls(text=text, device=device, **networks)
 
     @torch.no_grad()
-    def prior(self, prompts: Sequence[str], seed: int, how: Sampling = PRIOR, negative: str = "") -> Tensor:
-        """Stage C's latents: (B, 16, 6, 6)"""
+    def prior(
+        self, prompts: Sequence[str], seed: int, how: Sampling = PRIOR, negative: str = "", size: Size = SIZE
+    ) -> Tensor:
+        """Stage C's latents of pictures of that size: (B, 16, 6, 6) at 256×256"""
         count = len(prompts)
-        noise = NoiseSource(seed, count, LATENT)
+        noise = NoiseSource(seed, count, (LATENT[0], *(math.ceil(side / COMPRESSION) for side in size)))
         no_image = torch.zeros(1, 1, self.stage_c.config.c_clip_img)
         sides = []
         for texts in (list(prompts), [negative]):
@@ -72,32 +85,77 @@ class DemoCascade:
         return self._sample(guider, noise, how)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, prompts: Sequence[str], seed: int, how: Sampling = DECODER) -> Tensor:
-        """Stage C's latents to pictures: (B, 3, 256, 256) in [0, 1]"""
-        noise = NoiseSource(seed, len(latents), STAGE_B_LATENT)
+    def decode(
+        self, latents: Tensor, prompts: Sequence[str], seed: int, how: Sampling = DECODER, size: Size = SIZE,
+        source: Tensor | None = None, tile: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Stage C's latents (B, 16, h, w) to pictures of that size: (B, 3, *size) in [0, 1]
+
+        source: pictures of the same size to start from, where `how.denoise` is below 1; tile: pixels a side of Stage
+        B's tiles, 0: whole.
+        """
+        shape = (STAGE_B_LATENT[0], *(side // STAGE_A_SIDE for side in size))
+        noise = NoiseSource(seed, len(latents), shape)
         pooled, no_text = (self.text.encode(texts).pooled[:, None] for texts in (list(prompts), [""]))
         positive = {"effnet": latents, "clip": pooled}
         negative = {"effnet": torch.zeros_like(latents), "clip": no_text}
-        guider = Guider(self.stage_b, positive, negative, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
-        return self.stage_a.decode(self._sample(guider, noise, how)).clamp(0, 1)
+        model = self._stage_b_in_tiles(tile // STAGE_A_SIDE) if tile else self.stage_b
+        guider = Guider(model, positive, negative, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
+        source_latent = None if source is None else self.stage_a.encode(source.to(self.device))
+        return self.stage_a.decode(self._sample(guider, noise, how, source_latent)).clamp(0, 1)
 
-    def _sample(self, guider: Guider, noise: NoiseSource, how: Sampling) -> Tensor:
+    def _stage_b_in_tiles(self, tile: int) -> Callable[..., Tensor]:
+        def predict(x: Tensor, r: Tensor, effnet: Tensor, clip: Tensor) -> Tensor:
+            return predict_in_tiles(
+                lambda part, seen: self.stage_b(part, r, seen, clip),
+                x,
+                effnet,
+                tile,
+                self.stage_b.config.patch_size,
+            )
+
+        return predict
+
+    def _sample(
+        self, guider: Guider, noise: NoiseSource, how: Sampling, source: Tensor | None = None
+    ) -> Tensor:
         start = noise.draw().to(self.device)
+        if source is not None:
+            start = start_latent(source, start, how.denoise, how.shift)
         return sample(
-            guider, start, steps=how.steps, shift=how.shift, sampler=how.sampler,
+            guider, start, steps=how.steps, shift=how.shift, sampler=how.sampler, t_start=how.denoise,
             noise=lambda: noise.draw().to(self.device),
         )  # fmt: skip
 
     def pictures(
         self, prompts: Sequence[str], seed: int = 0, prior: Sampling = PRIOR, decoder: Sampling = DECODER,
-        negative: str = "", batch: int = 50,
+        negative: str = "", batch: int = 50, size: Size = SIZE,
     ) -> Tensor:  # fmt: skip
-        """One picture for each prompt, of seeds seed, seed + 1, …: (N, 3, 256, 256) in [0, 1] on the CPU"""
+        """One picture for each prompt, of seeds seed, seed + 1, …: (N, 3, *size) in [0, 1] on the CPU"""
         done = []
         for start in range(0, len(prompts), batch):
             some = prompts[start : start + batch]
-            latents = self.prior(some, seed + start, prior, negative)
-            done.append(self.decode(latents, some, seed + start, decoder).cpu())
+            latents = self.prior(some, seed + start, prior, negative, size)
+            done.append(self.decode(latents, some, seed + start, decoder, size).cpu())
+        return torch.cat(done)
+
+    @torch.no_grad()
+    def enlarge(
+        self, images: Tensor, prompts: Sequence[str], seed: int, factor: int = 2,
+        how: Sampling = SECOND_PASS, tile: int = 0, batch: int = 8,
+    ) -> Tensor:  # fmt: skip
+        """A second pass: pictures (N, 3, H, W) made anew at `factor` times their size, (N, 3, …) in [0, 1] on the CPU
+
+        Each is enlarged and read by the compressor at the new size; Stage B starts from it, partly noised.
+        """
+        size = factor * images.shape[-2], factor * images.shape[-1]
+        done = []
+        for start in range(0, len(images), batch):
+            some = slice(start, start + batch)
+            large = resized(images[some].to(self.device), size)
+            read_at = [STRIDE * math.ceil(side / COMPRESSION) for side in size]
+            latents = self.compressor(resized(large, read_at))
+            done.append(self.decode(latents, prompts[some], seed + start, how, size, large, tile).cpu())
         return torch.cat(done)
 
     @torch.no_grad()
