@@ -152,10 +152,11 @@ class DemoCascade:
         done = []
         for start in range(0, len(images), batch):
             some = slice(start, start + batch)
-            large = resized(images[some].to(self.device), size)
+            part = images[some].to(self.device)
             read_at = [STRIDE * math.ceil(side / COMPRESSION) for side in size]
-            latents = self.compressor(resized(large, read_at))
-            done.append(self.decode(latents, prompts[some], seed + start, how, size, large, tile).cpu())
+            latents = self.compressor(resized(part, read_at))
+            source = resized(part, size)
+            done.append(self.decode(latents, prompts[some], seed + start, how, size, source, tile).cpu())
         return torch.cat(done)
 
     @torch.no_grad()

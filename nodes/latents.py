@@ -15,6 +15,7 @@ from .sizes import (
     MAX_SIZE,
     SIZE_STEP,
     check_size,
+    chosen_size,
     compression_input,
     empty_stage_b,
     empty_stage_c,
@@ -72,6 +73,22 @@ class CascadeEmptyLatent(io.ComfyNode):
         return io.NodeOutput(stage_c, empty_stage_b(batch_size, height, width))
 
 
+def resize_input(side: str) -> Any:
+    """A side of a picture that is resized before it is encoded."""
+    return io.Int.Input(
+        side,
+        default=0,
+        min=0,
+        max=MAX_SIZE,
+        step=SIZE_STEP,
+        optional=True,
+        tooltip=(
+            f"The {side} in pixels to which the picture is resized first, such as for a second, larger pass. 0: its "
+            "own, or as the other side says."
+        ),
+    )
+
+
 class CascadeEncode(io.ComfyNode):
     """Where image to image and inpainting start."""
 
@@ -108,6 +125,8 @@ class CascadeEncode(io.ComfyNode):
                     optional=True,
                     tooltip="Side in pixels of the tiles in which Stage A reads a large picture. 0 reads the whole.",
                 ),
+                resize_input("width"),
+                resize_input("height"),
             ],
             outputs=[
                 io.Latent.Output(display_name="stage_c", tooltip="The picture's Stage C latent."),
@@ -119,10 +138,13 @@ class CascadeEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, vae, image, compression, mask=None, stage_a=None, tile_size=0) -> io.NodeOutput:
+    def execute(
+        cls, vae, image, compression, mask=None, stage_a=None, tile_size=0, width=0, height=0
+    ) -> io.NodeOutput:
         check_vae(vae, "compressor", "Cascade Encode", "Load Cascade Compressor")
         check_picture(image, "image")
-        batch, height, width = image.shape[:3]
+        batch = len(image)
+        height, width = chosen_size(image.shape[1:3], height, width)
         size = stage_c_size(height, width, compression)
         pixels = resized(image, [side * STRIDE for side in size])
         stage_c = {"samples": host().encode_pixels(vae, pixels)}

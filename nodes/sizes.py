@@ -86,6 +86,14 @@ def whole_size(height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
+def chosen_size(own: Sequence[int], height: int, width: int) -> tuple[int, int]:
+    """(height, width) that a picture of its `own` is to have: as given, and where one is 0, of its own proportions."""
+    if not height and not width:
+        return own[0], own[1]
+    sides = height or round(own[0] * width / own[1]), width or round(own[1] * height / own[0])
+    return whole_size(*sides)
+
+
 def resized(image: Tensor, size: Sequence[int]) -> Tensor:
     """A picture (B, H, W, C) as RGB of that (height, width), in [0, 1]; of its own size it stays as it is."""
     if tuple(image.shape[1:3]) == tuple(size):

@@ -7,6 +7,7 @@ from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.nodes.hosts import host
 from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode
 from cascade_nodes.nodes.loaders import CascadeCompressorLoader, StageAVAE
+from cascade_nodes.nodes.sizes import resized
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,21 @@ def test_a_picture_as_a_stage_c_latent(compressor):
     assert stage_b["samples"].shape == (2, 4, 16, 32)
     preview = CascadeDecode.execute(compressor, stage_c, 0)[0]
     assert preview.shape == (2, 24, 40, 3)
+
+
+def test_a_picture_is_encoded_at_another_size(compressor, tiny):
+    stage_a = StageAVAE.execute("tiny_stage_a.safetensors")[0]
+    image = torch.rand(1, 64, 96, 3)
+    larger = resized(image, (128, 192))
+    for sides in ({"width": 192, "height": 128}, {"width": 192}, {"height": 128}):
+        stage_c, stage_b = CascadeEncode.execute(
+            compressor, image, 32.0, stage_a=stage_a, tile_size=64, **sides
+        ).args
+        assert stage_c["samples"].shape == (1, 16, 4, 6)
+        assert torch.equal(stage_c["samples"], host().encode_pixels(compressor, larger))
+        expected = host().encode_pixels(stage_a, larger)
+        torch.testing.assert_close(stage_b["samples"], expected, rtol=0, atol=1e-5)
+    assert CascadeEncode.execute(compressor, image, 32.0)[0]["samples"].shape == (1, 16, 2, 3)
 
 
 def test_encoding_equals_the_network_on_the_resized_picture(compressor):
