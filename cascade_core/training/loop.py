@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -144,7 +145,7 @@ class Loop:
         train, accelerator = self.settings.train, self.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
         number, last = self.step * train.accumulate, train.steps * train.accumulate
-        pool, waiting = ThreadPoolExecutor(1, "batches"), deque[Future[Inputs]]()
+        pool, waiting = ThreadPoolExecutor(1, initializer=self._enter_thread), deque[Future[Inputs]]()
 
         @torch.no_grad()
         def prepare(number: int) -> Inputs:
@@ -162,6 +163,10 @@ class Loop:
             yield following
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _enter_thread(self) -> None:
+        if self.task.device.index is not None:  # a new thread would use the first accelerator
+            torch.cuda.set_device(self.task.device)
 
     def _update(self, prepared: Callable[[], Inputs]) -> dict[str, Tensor]:
         train = self.settings.train
@@ -287,19 +292,24 @@ class _Window:
 
 @contextmanager
 def _exact(wanted: bool) -> Iterator[None]:
-    """Inside the block, kernels that give the same bits each time, where there are such."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    """Inside the block, kernels that give the same bits each time."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
     memory: Any = torch.utils.deterministic
-    filling = memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a check of memory that is read before it is written
-    )
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # a search for memory that is read before it is written
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise CascadeError(
+            f"This computation has no form that gives the same bits each time ({str(error).split('.')[0]}); set "
+            "train.deterministic to false."
+        ) from error
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        memory.fill_uninitialized_memory = filling
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]

@@ -104,6 +104,8 @@ def prepare(
         texts.fill([] if live else [*data.captions, *settings.output.prompts])
     text = CachedText(texts, [""] if live else data.captions, device)
     texts.release()
+    held = encoder if live else None
+    del encoder  # before Stage C comes
     stage_c = load_network(
         settings.models.stage_c,
         "stage_c",
@@ -111,7 +113,7 @@ def prepare(
         device,
         StageC,
     )
-    task = build_task(settings, stage_c, text, dtype, compressor, encoder if live else None, data.captions)
+    task = build_task(settings, stage_c, text, dtype, compressor, held, data.captions)
     if settings.train.compile:
         compile_blocks(stage_c)
     recompute = settings.train.gradient_checkpointing
