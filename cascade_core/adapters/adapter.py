@@ -57,6 +57,12 @@ class LowRank:
         return change.reshape(shape or self.delta_shape)
 
 
+def belong_together(down: Tensor, up: Tensor) -> bool:
+    """Whether two tensors of a file make a change."""
+    known = {down.ndim, up.ndim} <= {2, 4} and down.numel() > 0 and up.numel() > 0
+    return known and up[0].numel() == len(down) and down.is_floating_point() and up.is_floating_point()
+
+
 @dataclass(frozen=True)
 class LearnedToken:
     """What a file teaches about one token.

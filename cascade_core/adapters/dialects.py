@@ -60,7 +60,7 @@ class Dialect:
     def stage_c_name(self, layer: str) -> str:
         """Their name of one of our layers of Stage C."""
         block, attention, leaf = layer.partition(".attention.")
-        theirs = block + attention + self.attention[leaf] if attention else layer
+        theirs = block + attention + self.attention.get(leaf, leaf) if attention else layer
         return f"{self.stage_c}{theirs.replace('.', self.separator)}"
 
     def text_name(self, layer: str) -> str:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..config import StageCConfig
 from ..errors import CascadeError
-from .adapter import Adapter, LearnedToken, LowRank
+from .adapter import Adapter, LearnedToken, LowRank, belong_together
 from .fused import fuse, scaled, split
 from .names import FUSED, QKV, is_convolution, published_layers, published_parameter
 from .order import FILTERS, kind, layer_order
 
-_NUMBERED = re.compile(r"weights\.(\d+)\.lora_(down|up)")
+_NUMBERED = re.compile(r"weights\.(\d{1,6})\.lora_(down|up)")
 HEADER = ("order", "module_filters", "rank", "train_tokens")  # what our own files say of themselves
 _TOKENS = ("embeddings.embeddings", "embeddings.indices")
 
@@ -62,7 +62,7 @@ def _pairs(tensors: Mapping[str, Tensor], name: str) -> list[Pair]:
     pairs = []
     for i in range(max(numbers, default=-1) + 1):
         down, up = (tensors.get(f"weights.{i}.lora_{part}") for part in ("down", "up"))
-        if down is None or up is None or down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
+        if down is None or up is None or down.ndim != 2 or not belong_together(down, up):
             raise CascadeError(
                 f"{name} is an official LoRA whose weights.{i} has no lora_down (rank, c_in) and lora_up (c_out, rank) "
                 "that belong together; download it again."
@@ -84,10 +84,11 @@ def _tokens(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str
 ) -> tuple[LearnedToken, ...]:
     """One for each row. Only our own files name new tokens and hold all of their rows (metadata `train_tokens`)."""
-    embeddings, indices = (tensors.get(key) for key in _TOKENS)
-    if embeddings is None and indices is None:
+    if not tensors.keys() & set(_TOKENS):
         return ()
-    if embeddings is None or indices is None or embeddings.ndim != 2 or indices.shape != embeddings.shape[:1]:
+    embeddings, indices = (tensors.get(key, torch.empty(())) for key in _TOKENS)
+    floating = embeddings.ndim == 2 and embeddings.is_floating_point()
+    if not floating or indices.shape != embeddings.shape[:1]:
         raise CascadeError(
             f"{name} is an official LoRA whose embeddings.embeddings (n, C) and embeddings.indices (n,) do not belong "
             "together; download it again."

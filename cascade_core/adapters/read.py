@@ -20,7 +20,7 @@ from ..checkpoints.load import PART_NAMES
 from ..config import StageCConfig
 from ..errors import CascadeError
 from ..stage_c import StageC
-from .adapter import Adapter, LearnedToken, LowRank
+from .adapter import Adapter, LearnedToken, LowRank, belong_together
 from .dialects import DIALECTS, STAGE_C_PREFIXES, TEXT_PREFIXES, Dialect
 from .fit import listed
 from .foreign import foreign_model, other_algorithms
@@ -148,21 +148,29 @@ def _locate(theirs: str) -> tuple[str, str] | None:
 
 def _change(layer: str, theirs: str, parts: Mapping[str, Tensor], alpha_of: AlphaOf, name: str) -> LowRank:
     down, up = parts.get("down"), parts.get("up")
-    if down is None or up is None or not {down.ndim, up.ndim} <= {2, 4} or up[0].numel() != len(down):
+    if down is None or up is None or not belong_together(down, up):
         raise CascadeError(
             f"{name}: {theirs} has no down (rank, c_in) and up (c_out, rank) that belong together "
             f"({_shape(down)} and {_shape(up)}); download it again."
         )
-    if is_convolution(layer) and down.ndim == 2:
-        size = math.isqrt(down.shape[1]) if layer.endswith("depthwise") else 1
-        down, up = down.view(len(down), -1, size, size), up[:, :, None, None]
-    alpha = parts.get("alpha")
-    if alpha is not None and alpha.numel() != 1:
+    if is_convolution(layer):
+        down, up = _as_kernels(layer, down), up.reshape(len(up), -1, 1, 1)
+    alpha = _alpha(parts["alpha"], f"{name}: {theirs}") if "alpha" in parts else alpha_of(theirs, len(down))
+    return LowRank(down, up, alpha, _magnitude(layer, down, up, parts, f"{name}: {theirs}"))
+
+
+def _as_kernels(layer: str, down: Tensor) -> Tensor:
+    """Such as ComfyUI's trainer writes as matrices, (rank, c_in · k²)."""
+    size = math.isqrt(down.shape[1]) if layer.endswith("depthwise") else 1
+    return down.view(len(down), -1, size, size) if down.ndim == 2 and down.shape[1] % size**2 == 0 else down
+
+
+def _alpha(alpha: Tensor, where: str) -> float:
+    if alpha.numel() != 1 or not math.isfinite(alpha.item()):
         raise CascadeError(
-            f"{name}: {theirs}.alpha holds {alpha.numel()} numbers, but one is expected; download it again."
+            f"{where} has an alpha of {alpha.tolist()}, but one number is expected; download it again."
         )
-    stated = alpha_of(theirs, len(down)) if alpha is None else float(alpha.item())
-    return LowRank(down, up, stated, _magnitude(layer, down, up, parts, f"{name}: {theirs}"))
+    return float(alpha.item())
 
 
 def _shape(tensor: Tensor | None) -> str:
@@ -178,10 +186,10 @@ def _magnitude(
         return None
     lone = layer.endswith("depthwise") and len(up) == 1  # OneTrainer's form of it
     rows, columns = (down.shape[1], 1) if lone else (len(up), down.shape[1])
-    count = magnitude.numel()
-    if count == rows and ("row_magnitude" in parts or magnitude.ndim == 1 or len(magnitude) == rows):
+    count, first = magnitude.numel(), (*magnitude.shape, 0)[0]
+    if count == rows and ("row_magnitude" in parts or magnitude.ndim == 1 or first == rows):
         return magnitude.reshape(rows, 1)
-    if count == columns and magnitude.ndim > 1 and len(magnitude) == 1 and "row_magnitude" not in parts:
+    if count == columns and magnitude.ndim > 1 and first == 1 and "row_magnitude" not in parts:
         return magnitude.reshape(1, columns)
     raise CascadeError(
         f"{where} has DoRA magnitudes of the shape {tuple(magnitude.shape)}, but {rows} rows and {columns} columns; "

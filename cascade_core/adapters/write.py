@@ -94,6 +94,7 @@ def obstacles(adapter: Adapter, dialect: str) -> list[str]:
             numbered and (token.output or len(token.vectors) > 1) for token in own
         ),
         "tokens whose names are in no brackets": sum(numbered and not is_new(token.name) for token in own),
+        "tokens of one name": len(own) - len({(token.name, token.output) for token in own}),
         "several tokens": len(names) if spoken.kind == "embedding" and len(names) > 1 else 0,
     }
     return [f"{count} {what}" for what, count in counts.items() if count]

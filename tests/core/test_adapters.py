@@ -208,6 +208,15 @@ def test_all_endings_that_comfyui_reads(down, up):
         assert_same(read.stage_c["down_blocks.0.2.attention.attn.to_q"], written, True, (8, 6))
 
 
+def test_a_fused_attention_input_under_its_own_name():
+    whole, layer = change((24, 8), alpha=2.0, dora="row"), "up_blocks.0.2.attention.attn.in_proj"
+    file = file_of("lora_unet_" + layer.replace(".", "_"), whole, *ENDINGS[0])
+    adapter = parse_adapter(file, {}, "a")
+    assert list(adapter.stage_c) == [layer.replace("in_proj", part) for part in ("to_q", "to_k", "to_v")]
+    deltas = torch.cat([low_rank.delta() for low_rank in adapter.stage_c.values()])
+    assert torch.equal(deltas, replace(whole, alpha=None).delta())
+
+
 def test_without_an_alpha_the_scale_is_one():
     low_rank = change((8, 6), rank=4)
     layer = "lora_unet_clip_txt_mapper"

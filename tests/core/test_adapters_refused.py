@@ -1,12 +1,17 @@
 """LoRAs of other models, other kinds of changes, parts that are not known, and networks of another size."""
 
+import random
+from contextlib import suppress
+
 import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError, StageC
 from cascade_nodes.cascade_core.adapters import (
+    DIALECTS,
     Adapter,
     check_fits,
+    describe_adapter,
     describe_unknown,
     parse_adapter,
     to_dialect,
@@ -142,7 +147,15 @@ def test_damaged_files():
             {f"{layer}.dora_scale": torch.zeros(7, 1)},
             r"magnitudes of the shape \(7, 1\), but 64 rows and 40 columns",
         ),
-        ({f"{layer}.alpha": torch.zeros(3)}, r"alpha holds 3 numbers"),
+        (
+            {f"{layer}.alpha": torch.zeros(3)},
+            r"has an alpha of \[0.0, 0.0, 0.0\], but one number is expected",
+        ),
+        ({f"{layer}.alpha": torch.tensor(torch.nan)}, r"has an alpha of nan, but one number is expected"),
+        (
+            {f"{layer}.lora_down.weight": torch.zeros(0, 40), f"{layer}.lora_up.weight": torch.zeros(64, 0)},
+            r"that belong together \(\(0, 40\) and \(64, 0\)\)",
+        ),
         (kohya_file({"clip_txt_mapper": (64, 40)}, "lora_prior_unet_"), r"changes clip_txt_mapper twice"),
         ({"bundle_emb.x.clip_g": torch.zeros(2, 2, 2)}, r"a learned token has rows \(V, C\)"),
     ):
@@ -205,3 +218,74 @@ def test_a_text_encoder_of_another_size():
     with pytest.raises(CascadeError, match=r"a LoRA for another text encoder: of the 7 layers that it changes 2 do not "
                        r"exist in it \(text_model.encoder.layers.11.mlp.fc1"):  # fmt: skip
         check_fits(adapter, build_text_model(config | {"num_hidden_layers": 2}, "meta"), "text")
+
+
+NAMES = ["lora_unet_down_blocks_0_0_depthwise", "lora_unet_clf_1", "lora_unet_up_blocks_0_2_attention_attn_in_proj",
+         "lora_te_text_projection", "prior.down_blocks.0.2.attention.to_q", "x", "weights.0", "weights.1",
+         "bundle_emb.a", "embeddings"]  # fmt: skip
+DOWNS = [(2, 3), (2, 9), (2, 10), (2, 6, 3, 3), (2, 1, 3, 3), (2, 3, 1, 1), (2,), (0, 3), ()]
+UPS = [(6, 2), (1, 2, 1, 1), (6, 2, 1, 1), (6, 3), (6, 2, 3, 3), (6, 0), (2,)]
+OTHERS_OF_A_LAYER = [
+    ".alpha",
+    ".dora_scale",
+    ".lora_magnitude_vector",
+    ".embeddings",
+    ".indices",
+    ".clip_g",
+    ".clip_g_out",
+]
+VALUES = [
+    (),
+    (1,),
+    (2,),
+    (6,),
+    (3, 4),
+    (1, 3),
+    (6, 1),
+    (6, 1, 1, 1),
+    (1, 6, 1, 1),
+    (1, 1, 1, 1),
+    (0, 4),
+    (2, 2, 2),
+]
+STATED = ["[]", "{", "null", '["a"]', '["clf.1.weight"]', '[["[a]", null]]', "1"]
+
+
+def random_file(pick):
+    tensors = {}
+    for name in pick.sample(NAMES, pick.randint(1, 3)):
+        down, up = pick.choice([(".lora_down.weight", ".lora_up.weight"), (".lora_down", ".lora_up")])
+        dtype = pick.choice([torch.float32] * 9 + [torch.int64])
+        tensors[name + down] = torch.ones(pick.choice(DOWNS[:3] * 3 + DOWNS), dtype=dtype)
+        tensors[name + up] = torch.ones(pick.choice(UPS[:3] * 3 + UPS))
+        for ending in pick.sample(OTHERS_OF_A_LAYER, pick.randint(0, 2)):
+            dtype = pick.choice([torch.float32] * 4 + [torch.int64])
+            tensors[name + ending] = torch.ones(pick.choice(VALUES), dtype=dtype)
+    for key in pick.sample(sorted(tensors), pick.randint(0, 1)):
+        del tensors[key]
+    return tensors, {
+        key: pick.choice(STATED) for key in pick.sample(["order", "train_tokens"], pick.randint(0, 2))
+    }
+
+
+def test_whatever_a_file_holds_is_read_or_refused_in_words():
+    """And what is read can be described, written and compared with a network, or is refused in words."""
+    read, written = 0, 0
+    for seed in range(2000):
+        tensors, metadata = random_file(random.Random(seed))
+        with suppress(CascadeError):
+            adapter = parse_adapter(tensors, metadata, "a", pick_config(seed))
+            read += 1
+            assert describe_adapter(adapter)
+            assert bool(describe_unknown(adapter)) == bool(adapter.unknown)
+            for dialect in DIALECTS:
+                with suppress(CascadeError):
+                    to_dialect(adapter, dialect, CONFIG)
+                    written += 1
+            check_fits(adapter, CONFIG)
+    assert read > 100
+    assert written > 500
+
+
+def pick_config(seed):
+    return CONFIG if seed % 2 else None

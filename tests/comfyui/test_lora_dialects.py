@@ -1,0 +1,29 @@
+"""What ComfyUI's own LoRA nodes read of the files that we write, to the number."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def measured(checkout):
+    return checkout.inside("dialects")
+
+
+@pytest.mark.parametrize("dialect", ["onetrainer", "comfyui"])
+def test_whole(measured, dialect):
+    assert (measured[dialect]["stage_c"], measured[dialect]["text"]) == (1.0, 1.0)
+    assert measured[dialect]["error"] <= 1e-5
+
+
+def test_kohyas_all_but_the_text_projection(measured):
+    """kohya's trainer has none."""
+    assert measured["kohya"]["stage_c"] == 1.0
+    assert 0.9 < measured["kohya"]["text"] < 1.0
+    assert measured["kohya"]["error"] <= 1e-5
+
+
+@pytest.mark.parametrize("dialect", ["kohya_to_out", "onetrainer_first", "omi", "diffusers", "onetrainer_kohya",
+                                     "onetrainer_original", "onetrainer_comfy", "peft"])  # fmt: skip
+def test_others_in_part_or_not_at_all(measured, dialect):
+    """So they are worth converting; a version of ComfyUI that reads one may be told to users."""
+    assert measured[dialect]["stage_c"] < 1.0
+    assert measured[dialect]["error"] <= 1e-5
