@@ -18,7 +18,7 @@ from ..text import TextEncoder
 from .cache import fingerprint
 from .conditions import CachedText
 from .control import ControlNetTask
-from .data import TrainingData
+from .data import TrainingData, fill_cache
 from .finetune import FinetuneTask
 from .loop import Loop, Outcome, Progress, build_accelerator
 from .lora import LoRATask
@@ -85,17 +85,20 @@ def prepare(
     def encode(pixels: Tensor) -> Tensor:
         return compressor(pixels.to(device))
 
-    with (
-        accelerator.main_process_first()
-    ):  # the others then find the latents and the text states in the cache
-        data = TrainingData(
-            replace(settings.data, cache=cache),
-            encode,
-            fingerprint(compressor),
-            settings.train.seed,
-            settings.task == "controlnet",
-            caching,
-        )
+    def cached(done: int, total: int) -> None:
+        if caching is not None:
+            caching(done, total)
+        if stop():  # what is made so far is kept
+            raise KeyboardInterrupt
+
+    data_settings, mark = replace(settings.data, cache=cache), fingerprint(compressor)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    if ranks > 1:  # each makes its share of the latents
+        fill_cache(data_settings, encode, mark, rank, ranks, cached)
+        accelerator.wait_for_everyone()
+    with accelerator.main_process_first():  # the others then find the text states in the cache
+        with_images = settings.task == "controlnet"
+        data = TrainingData(data_settings, encode, mark, settings.train.seed, with_images, cached)
         tell(data.summary())
         encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
         encoder.model.to(device)
