@@ -58,11 +58,15 @@ class Decoder:
 
     def begin(self, placed: Sequence[Placed]) -> None:
         """What will be asked for next; what was begun before and not asked for is forgotten."""
-        self.begun = {each: self.pool.submit(each.pixels, each.bucket.compressor) for each in dict.fromkeys(placed)}
+        self.begun = {
+            each: self.pool.submit(each.pixels, each.bucket.compressor) for each in dict.fromkeys(placed)
+        }
 
     def images(self, placed: Sequence[Placed], mirrored: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in [0, 1], as the compressor reads them; mirrored: (B,), 1 where to mirror."""
-        futures = [self.begun.get(each) or self.pool.submit(each.pixels, each.bucket.compressor) for each in placed]
+        futures = [
+            self.begun.get(each) or self.pool.submit(each.pixels, each.bucket.compressor) for each in placed
+        ]
         images = []
         for each, future, turned in zip(placed, futures, mirrored.tolist(), strict=True):
             try:
