@@ -1,0 +1,26 @@
+"""Cascade ControlNet Apply is ComfyUI's own node on our ControlNets, and gives what it gives without ComfyUI."""
+
+import pytest
+
+SILENT = {"0.3 to 0.45", "0.0 to 0.0"}  # no step lies in these
+
+
+@pytest.fixture(scope="module")
+def measured(checkout):
+    return checkout.inside("controlnets")
+
+
+def test_both_hosts_sample_the_same(measured):
+    assert len(measured["hosts"]) == 16
+    assert {way: value for way, value in measured["hosts"].items() if not value <= 1e-4} == {}
+
+
+def test_each_way_has_its_effect(measured):
+    assert {way for way, value in measured["effect"].items() if value == 0} == SILENT
+    assert {way for way, value in measured["effect"].items() if 0 < value < 1e-3} == set()
+
+
+def test_it_makes_what_comfyuis_own_node_makes(measured):
+    found = measured["native node"]
+    assert found.pop("pictures") == 0
+    assert found == {"structure": True, "strength 0 returns the prompts": True}
