@@ -46,12 +46,15 @@ class Checkout:
         found = re.search(r'__version__ = "([^"]+)"', text)
         return found.group(1) if found else "unknown"
 
-    def inside(self, name: str, *, timeout: float = 600) -> dict[str, Any]:
-        """Measures something with ComfyUI's own modules at hand: runs `inside/<name>.py`, returns its numbers."""
+    def inside(self, name: str, *flags: str, timeout: float = 600) -> dict[str, Any]:
+        """Measures something with ComfyUI's own modules at hand: runs `inside/<name>.py`, returns its numbers.
+
+        flags: of ComfyUI's command line; without any it is set to the CPU.
+        """
         finished = subprocess.run(
-            [self.python, INSIDE, name],
+            [self.python, INSIDE, name, *flags],
             cwd=self.path,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(self.path)},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(self._search_path())},
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -60,6 +63,10 @@ class Checkout:
         if finished.returncode:
             raise RuntimeError(f"{name} in {self.path} failed:\n{finished.stderr[-6000:]}")
         return json.loads(finished.stdout.splitlines()[-1])
+
+    def _search_path(self) -> list[str]:
+        """ComfyUI's own modules first, then what is named already."""
+        return [str(self.path), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def find_checkouts() -> list[Checkout]:
@@ -85,10 +92,10 @@ class Server:
     """ComfyUI as a subprocess with folders of its own, in which this pack is the only one.
 
     base: a folder, empty but for what shall be in `models` and `custom_nodes`; flags: further ones of ComfyUI's
-    command line. Permissions hold for it as for any user.
+    command line; cpu: without a graphics card, and with permissions that hold for it as for any user.
     """
 
-    def __init__(self, checkout: Checkout, base: Path, *flags: str):
+    def __init__(self, checkout: Checkout, base: Path, *flags: str, cpu: bool = True):
         self.checkout, self.base = checkout, base
         self.log_file = base / "log.txt"
         for folder in FOLDERS:
@@ -98,8 +105,9 @@ class Server:
             link.symlink_to(PACK)
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [checkout.python, "main.py", "--cpu", "--port", str(self.port), "--base-directory", base]
+        command = [checkout.python, "main.py", "--port", str(self.port), "--base-directory", base]
         command += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method", "auto"]
+        command += ["--cpu"] if cpu else []
         command += ["--database-url", f"sqlite:///{base / 'comfyui.db'}", *flags]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
@@ -108,7 +116,7 @@ class Server:
                 env={**os.environ, **ENVIRONMENT},
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=respect_permissions,
+                preexec_fn=respect_permissions if cpu else None,
             )
         self._wait()
 

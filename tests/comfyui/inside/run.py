@@ -1,7 +1,8 @@
 """Runs a script of this folder inside ComfyUI: `python run.py parity`, in a checkout, with its Python.
 
-ComfyUI is set to the CPU before it chooses a device, this pack is imported as `cascade_nodes`, random numbers are
-seeded. Prints what the script's `measure` returns as JSON, on its last line.
+ComfyUI is set to the CPU before it chooses a device; or it is set up by its own `main.py`, with the flags that follow
+the script's name. This pack is imported as `cascade_nodes`, random numbers are seeded. Prints what the script's
+`measure` returns as JSON, on its last line.
 """
 
 import importlib
@@ -9,8 +10,6 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-
-import comfy.cli_args
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,9 +26,18 @@ def import_pack() -> None:
     location.loader.exec_module(module)
 
 
-def main(name: str) -> None:
-    comfy.cli_args.args.cpu = True
-    importlib.import_module("comfy.model_management")  # by its presence the pack knows its host
+def set_up(flags: list[str]) -> None:
+    """ComfyUI as it is before its first prompt; by its presence the pack knows its host."""
+    if flags:
+        sys.argv[1:] = flags
+        importlib.import_module("main")
+    else:
+        importlib.import_module("comfy.cli_args").args.cpu = True
+        importlib.import_module("comfy.model_management")
+
+
+def main(name: str, *flags: str) -> None:
+    set_up(list(flags))
     import_pack()
     import torch
 
@@ -39,4 +47,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,0 +1,188 @@
+"""Device memory of networks of the published widths: what we tell ComfyUI they take against what they take, and what
+comes of weights that are on the device in part.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import torch
+from comparing import relative
+from interop import make_run, only
+from published import free, random_weights, with_prior
+from torch import Tensor
+
+import nodes
+from cascade_nodes.cascade_core.checkpoints import write_safetensors
+from cascade_nodes.nodes.hosts import comfyui
+
+MANIFESTS = {
+    "stage_c": "stage_c_1b",
+    "stage_b": "stage_b_700m",
+    "stage_a": "stage_a",
+    "compressor": "effnet_encoder",
+    "previewer": "previewer",
+}
+LATENTS = {
+    "stage_c": {
+        "1024 px": (1, 16, 24, 24),
+        "1024 px, 4 pictures": (4, 16, 24, 24),
+        "2048 px": (1, 16, 48, 48),
+    },
+    "stage_b": {
+        "1024 px": (1, 4, 256, 256),
+        "1024 px, 2 pictures": (2, 4, 256, 256),
+        "2048 px": (1, 4, 512, 512),
+    },
+}
+TOKENS, TEXT_WIDTH = 77, 1280
+STEPS = 3
+REST = 2**30  # of the device, left free beside weights and activations
+
+
+def write_files(folder: Path) -> dict[str, Path]:
+    files = {kind: folder / f"random_{kind}.safetensors" for kind in MANIFESTS}
+    for kind, manifest in MANIFESTS.items():
+        write_safetensors(files[kind], random_weights(manifest), {})
+    return files
+
+
+def make_prompts() -> dict[str, Any]:
+    """Random text as the encoder gives it; for Stage B with a random prior."""
+    plain = tuple(
+        [[torch.randn(1, TOKENS, TEXT_WIDTH), {"pooled_output": torch.randn(1, TEXT_WIDTH)}]]
+        for _ in range(2)
+    )
+    return {"stage_c": plain, "stage_b": with_prior(plain)}
+
+
+def sample(kind: str, model: Any, prompts: Any, shape: tuple[int, ...]) -> Tensor:
+    run = make_run(kind, model, prompts, steps=STEPS, samples=torch.zeros(shape), cfg_rescale=0.7)
+    return comfyui.sample(run).samples
+
+
+def ksample(kind: str, model: Any, prompts: Any, shape: tuple[int, ...]) -> Tensor:
+    latent = {"samples": torch.zeros(shape)}
+    sampled = only(nodes.KSampler().sample(model, 5, STEPS, 2.0, "ddim", "simple", *prompts, latent))
+    return sampled["samples"].float()
+
+
+def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int:
+    """The most that a call takes at once of the device's memory, beside what is there already."""
+    call()  # what libraries keep for themselves is taken now
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def against(estimate: float, peak: int) -> dict[str, float]:
+    return {"estimate_mib": estimate / 2**20, "peak_mib": peak / 2**20, "estimate_over_peak": estimate / peak}
+
+
+def estimates(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of both samplers and of the VAEs, each with its weights on the device."""
+    device = comfy.model_management.get_torch_device()
+    results = {}
+    for kind, shapes in LATENTS.items():
+        model = comfyui.load_network(kind, files[kind], "auto")
+        for size, shape in shapes.items():
+            peak = peak_bytes(device, lambda m=model, k=kind, s=shape: sample(k, m, prompts[k], s))
+            conditions = {"clip_text": [[1, TOKENS, TEXT_WIDTH]], "clip_img": [[1, 1, 768]]}
+            estimate = model.model.memory_required([2 * shape[0], *shape[1:]], cond_shapes=conditions)
+            results[f"{kind}, {size}"] = against(estimate, peak)
+        free()
+    for side in (1024, 2048):
+        results |= of_vaes(files, device, side)
+    return results
+
+
+def of_vaes(files: dict[str, Path], device: torch.device, side: int) -> dict[str, dict[str, float]]:
+    stage_a = comfyui.load_stage_a(files["stage_a"])
+    coder = comfyui.load_compressor(files["compressor"], files["previewer"])
+    picture = torch.rand(1, side, side, 3)
+    pixels, latent_b, latent_c = (
+        (1, 3, side, side),
+        (1, 4, side // 4, side // 4),
+        (1, 16, side // 32, side // 32),
+    )
+    calls = {
+        "stage_a decode": (
+            stage_a.memory_used_decode,
+            latent_b,
+            lambda: stage_a.decode(torch.randn(latent_b)),
+        ),
+        "stage_a encode": (stage_a.memory_used_encode, pixels, lambda: stage_a.encode(picture)),
+        "compressor": (coder.memory_used_encode, pixels, lambda: coder.encode(picture)),
+        "previewer": (coder.memory_used_decode, latent_c, lambda: coder.decode(torch.randn(latent_c))),
+    }
+    results = {
+        f"{name}, {side} px": against(memory(shape, stage_a.vae_dtype), peak_bytes(device, call))
+        for name, (memory, shape, call) in calls.items()
+    }
+    free()
+    return results
+
+
+def taken(leave: float, device: torch.device) -> Tensor:
+    """A tensor that leaves that many bytes of the device."""
+    comfy.model_management.soft_empty_cache()
+    there, _ = torch.cuda.mem_get_info(device)
+    return torch.empty(max(int(there - leave), 0), dtype=torch.uint8, device=device)
+
+
+def dynamic(patcher: Any) -> bool:
+    """Whether weights come to the device as a forward pass needs them (newer versions), not before."""
+    return getattr(patcher, "is_dynamic", bool)()
+
+
+def in_part(files: dict[str, Path], prompts: dict[str, Any], samplers: dict[str, Any]) -> dict[str, Any]:
+    """Each sampler with all weights on the device, and with room for half of them: ComfyUI decides what stays where.
+
+    Where it goes by estimates it is told of the lack of room, where it goes by faults (dynamic VRAM) there is none.
+    """
+    management = comfy.model_management
+    device = management.get_torch_device()
+    results = {}
+    for kind, shapes in LATENTS.items():
+        model = comfyui.load_network(kind, files[kind], "auto")
+        shape, size = shapes["1024 px"], model.model_size()
+        whole = {name: run(kind, model, prompts[kind], shape) for name, run in samplers.items()}
+        shares = {"whole": model.loaded_size() / size}
+        room = size / 2 + max(
+            model.model.memory_required([2 * shape[0], *shape[1:]]), management.minimum_inference_memory()
+        )
+        for name, run in samplers.items():
+            free()
+            if dynamic(model):
+                ballast = taken(room + REST, device)
+                part = run(kind, model, prompts[kind], shape)
+            else:
+                ballast, reserved = None, management.EXTRA_RESERVED_VRAM
+                management.EXTRA_RESERVED_VRAM = management.get_free_memory(device) - room
+                part = run(kind, model, prompts[kind], shape)
+                management.EXTRA_RESERVED_VRAM = reserved
+            shares[name] = model.loaded_size() / size
+            del ballast
+            results[f"{kind}, {name}: in part against whole"] = relative(part, whole[name])
+        results |= {
+            f"{kind}, {name}: share of the weights on the device": share for name, share in shares.items()
+        }
+        free()
+    return results
+
+
+def measure() -> dict[str, Any]:
+    prompts = make_prompts()
+    with tempfile.TemporaryDirectory() as name:
+        files = write_files(Path(name))
+        is_dynamic = dynamic(comfyui.load_network("stage_b", files["stage_b"], "auto"))
+        return {
+            "dynamic": is_dynamic,
+            "in part": in_part(files, prompts, {"ours": sample, "KSampler": ksample}),
+            "estimates": {} if is_dynamic else estimates(files, prompts),
+        }
