@@ -92,8 +92,8 @@ class CascadeLoRAApply(io.ComfyNode):
         if strength_clip:
             notes += text_notes(adapter, clip, new)
         patched = host().with_adapter(model, clip, adapter, strength_model, strength_clip, new)
-        for note in notes:
-            host().tell(note)
+        if notes:
+            host().tell(" ".join(notes))
         return io.NodeOutput(*patched, ui={"text": [describe_adapter(adapter), *notes]})
 
 

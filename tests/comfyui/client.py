@@ -18,16 +18,18 @@ from websockets.sync.client import ClientConnection, connect
 
 from cascade_nodes.tests.comfyui.checkout import Server
 
+TEXT = 3  # the kind of binary message
 END = {"execution_success", "execution_error", "execution_interrupted"}
 
 
 @dataclass
 class Execution:
-    """What was heard of one prompt: its messages in order, and the previews that came between them."""
+    """What was heard of one prompt: its messages in order, and the previews and texts that came between them."""
 
     prompt_id: str
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     previews: list[np.ndarray] = field(default_factory=list)  # (H, W, 3) uint8
+    texts: list[tuple[str, str]] = field(default_factory=list)  # node, what it says
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The data of every message of a kind."""
@@ -94,6 +96,9 @@ class Client:
             if kind == "preview":
                 execution.previews.append(data["picture"])
                 continue
+            if kind == "text":
+                execution.texts.append((data["node"], data["text"]))
+                continue
             if data.get("prompt_id") != prompt_id:
                 continue
             execution.messages.append((kind, data))
@@ -119,6 +124,10 @@ class Client:
 
     def _messages(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for message in self.socket:
+            if isinstance(message, bytes) and int.from_bytes(message[:4]) == TEXT:
+                end = 8 + int.from_bytes(message[4:8])  # of the node's id
+                yield "text", {"node": message[8:end].decode(), "text": message[end:].decode()}
+                continue
             if isinstance(message, bytes):
                 jpeg = message[message.index(b"\xff\xd8") :]  # what is before it differs between versions
                 yield "preview", {"picture": np.asarray(Image.open(BytesIO(jpeg)).convert("RGB"))}

@@ -275,7 +275,7 @@ def test_what_matches_in_part_is_said_and_not_refused(sockets, loras):
     assert shown[1].startswith(
         "partial.safetensors holds 1 tensor that no layer or token of Stable Cascade is known by"
     )
-    assert listener.said == shown[1:]
+    assert listener.said == [" ".join(shown[1:])]
     assert torch.equal(latent(patched), latent(apply(sockets, "both", 0.7, 0.7)[0]))
 
 

@@ -4,10 +4,12 @@ Only this package imports `comfy`, `folder_paths` and the like. Written for 0.3.
 versions differ, the code asks what is there, not which version it is.
 """
 
+from .adapters import stage_c_config, text_network, with_adapter
 from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, list_files
 from .model import describe_network, load_network
+from .progress import tell
 from .sampling import sample, with_guidance
 from .vae import decode_latent, describe_vae, encode_pixels, load_compressor, load_stage_a
 from .vision import encode_image, load_vision
@@ -32,5 +34,9 @@ __all__ = [
     "load_text_encoder",
     "load_vision",
     "sample",
+    "stage_c_config",
+    "tell",
+    "text_network",
+    "with_adapter",
     "with_guidance",
 ]

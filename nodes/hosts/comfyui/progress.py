@@ -1,6 +1,8 @@
 # pyright: reportMissingImports=false
 """Progress and live previews in ComfyUI."""
 
+import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,15 @@ from . import folders
 LEARNED = (LatentPreviewMethod.Auto, LatentPreviewMethod.TAESD)
 # What shows each stage's latents, and its configuration's word for their channels.
 PREVIEWERS = {"stage_c": ("previewer", "c_in"), "stage_b": ("stage_a", "c_latent")}
+
+
+def tell(text: str) -> None:
+    """In the log, and in the node that is running where somebody looks at it."""
+    logging.info(text)
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    node = getattr(server, "last_node_id", None)
+    if server is not None and node is not None:
+        server.send_progress_text(text, node)
 
 
 class LearnedPreviewer(latent_preview.LatentPreviewer):

@@ -1,0 +1,113 @@
+# pyright: reportMissingImports=false
+"""LoRAs and learned tokens in ComfyUI: its own weight patches, on clones of its MODEL and CLIP, ours or native."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.weight_adapter
+import torch
+from torch import Tensor, nn
+
+from ....cascade_core.adapters import Adapter, LowRank
+from ....cascade_core.adapters.apply import changed_weight
+from ....cascade_core.adapters.tokens import NewToken, taught_tokens
+from ....cascade_core.config import StageCConfig, infer_config
+from ....cascade_core.errors import CascadeError
+from .model import HostedNetwork
+from .tokens import with_learned
+
+STAGE_C, TEXT = "diffusion_model.", "clip_g.transformer."  # before the layers' names
+EMBEDDING = f"{TEXT}text_model.embeddings.token_embedding.weight"
+
+
+class DoraAdapter(comfy.weight_adapter.LoRAAdapter):
+    """The host's, but the norm of a row is that of W + ΔW, as in the paper and in PEFT, where the host takes W's."""
+
+    def calculate_weight(self, weight, key, strength, *others, **more):
+        up, down, alpha, _, magnitude, _ = self.weights
+        return weight.copy_(changed_weight(weight, LowRank(down, up, alpha, magnitude), strength))
+
+
+class RowsAdapter(comfy.weight_adapter.WeightAdapterBase):
+    """Adds rows to an embedding matrix. weights: (tokens (n,), rows (n, C))"""
+
+    name = "cascade_rows"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Tensor, Tensor]):
+        self.loaded_keys = loaded_keys
+        self.weights = weights
+
+    def calculate_weight(self, weight, key, strength, *others, **more):
+        tokens, rows = (part.to(weight.device) for part in self.weights)
+        return weight.index_add_(0, tokens, (strength * rows).to(weight.dtype))
+
+
+def stage_c_config(model: Any) -> StageCConfig:
+    network = model.model.diffusion_model
+    if isinstance(network, HostedNetwork):
+        return network.network.config
+    return StageCConfig.from_dict(infer_config(network.state_dict())[1])
+
+
+def text_network(clip: Any) -> nn.Module:
+    encoder = getattr(getattr(clip, "cond_stage_model", None), "clip_g", None)
+    if encoder is None:
+        what = type(getattr(clip, "cond_stage_model", clip)).__name__
+        raise CascadeError(f"The CLIP is a {what}, not Stable Cascade's; connect Load Cascade Text Encoder.")
+    return encoder.transformer
+
+
+def with_adapter(
+    model: Any,
+    clip: Any,
+    adapter: Adapter,
+    strength_model: float,
+    strength_clip: float,
+    new: Sequence[NewToken],
+) -> tuple[Any, Any]:
+    if strength_model and adapter.stage_c:
+        model = model.clone()
+        model.add_patches(weight_patches(adapter.stage_c, STAGE_C), strength_model)
+    if clip is not None and strength_clip:
+        clip = with_text(clip, adapter, strength_clip, new)
+    return model, clip
+
+
+def with_text(clip: Any, adapter: Adapter, strength: float, new: Sequence[NewToken]) -> Any:
+    clip = clip.clone()
+    clip.add_patches(weight_patches(adapter.text, TEXT), strength)
+    vocabulary = clip.tokenizer.clip_g.tokenizer.get_vocab()
+    taught = taught_tokens(adapter, strength, vocabulary, unpatched(clip, EMBEDDING), new)
+    changes = [token for token in taught if token.index is not None]
+    if changes:
+        rows = (
+            torch.tensor([token.index for token in changes]),
+            torch.cat([token.vectors for token in changes]),
+        )
+        clip.add_patches({EMBEDDING: RowsAdapter(set(), rows)})
+    own = [token for token in taught if token.index is None]
+    if any(token.output for token in own):
+        raise CascadeError(
+            f"{adapter.name} teaches tokens at the text encoder's output, which ComfyUI's text encoders do not offer; "
+            "set strength_clip to 0 to use the rest of it."
+        )
+    if own:
+        clip.tokenizer = with_learned(clip.tokenizer, {token.name: token.vectors for token in own})
+    return clip
+
+
+def weight_patches(changes: Mapping[str, LowRank], prefix: str) -> dict[str, Any]:
+    """{the host's weight: what changes it}"""
+    return {f"{prefix}{layer}.weight": weight_adapter(change) for layer, change in changes.items()}
+
+
+def weight_adapter(change: LowRank) -> Any:
+    """A change as the host's weight adapter; its tuple is (up, down, alpha, mid, magnitude, reshape)."""
+    kind = comfy.weight_adapter.LoRAAdapter if change.magnitude is None else DoraAdapter
+    return kind(set(), (change.up, change.down, change.alpha, None, change.magnitude, None))
+
+
+def unpatched(value: Any, key: str) -> Tensor:
+    """A weight as it was loaded, whatever patches are on it now."""
+    weight, _ = value.patcher.get_key_patches(key.removesuffix(".weight"))[key][0]
+    return weight

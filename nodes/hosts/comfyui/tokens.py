@@ -1,0 +1,64 @@
+# pyright: reportMissingImports=false
+"""Names in a prompt that stand for learned vectors, in ComfyUI's own tokenizer.
+
+ComfyUI knows embeddings, files that a prompt names by `embedding:`. The vectors become such files, in a folder that
+lives as long as the tokenizer, and the names such words; so weights, chunks and other embeddings are the host's.
+"""
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from torch import Tensor
+
+from ....cascade_core.adapters.embeddings import PREFIX
+from ....cascade_core.checkpoints import write_safetensors
+from ....cascade_core.tokenizer import learned_names
+
+KEY = "clip_g"
+
+
+class LearnedTokenizer:
+    """A tokenizer of one text encoder, of the host's class or like it, to which names are embeddings.
+
+    vectors: {name: (V, C)}; base: the tokenizer without them, which is left as it is
+    """
+
+    def __init__(self, base: Any, vectors: Mapping[str, Tensor]):
+        self.base = base
+        self.vectors = dict(vectors)
+        self.folder = tempfile.TemporaryDirectory(prefix="cascade_", ignore_cleanup_errors=True)
+        self.files = {name: f"cascade_{uuid4().hex}" for name in vectors}
+        for name, rows in vectors.items():
+            write_safetensors(Path(self.folder.name) / f"{self.files[name]}.safetensors", {KEY: rows}, {})
+        self.pattern = learned_names(vectors)
+        self.inner = copy.copy(base)
+        folders = base.embedding_directory or []
+        self.inner.embedding_directory = [
+            self.folder.name,
+            *([folders] if isinstance(folders, str) else folders),
+        ]
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> Any:
+        """As the host's, which this calls with the names replaced."""
+        files = {name.lower(): file for name, file in self.files.items()}
+        text = self.pattern.sub(lambda found: f" {PREFIX}{files[found[0].lower()]} ", text)
+        return self.inner.tokenize_with_weights(text, return_word_ids, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not set yet: a copy in the making
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def with_learned(tokenizer: Any, vectors: Mapping[str, Tensor]) -> Any:
+    """A CLIP's tokenizer with names more; of one name the later vectors count."""
+    base = getattr(tokenizer, KEY)
+    if isinstance(base, LearnedTokenizer):
+        base, vectors = base.base, {**base.vectors, **vectors}
+    tokenizer = copy.copy(tokenizer)
+    setattr(tokenizer, KEY, LearnedTokenizer(base, vectors))
+    return tokenizer
