@@ -38,6 +38,9 @@ DEMO_NAMES: dict[str, str] = {
     "vision": "demo_image_encoder.safetensors",
 }
 
+# Of these roles the demo has any number of files: demo_controlnet_canny.safetensors and the like.
+DEMO_SETS = ("controlnet", "lora")
+
 ROLE_WORDS: dict[str, str] = {
     "stage_c": "Stage C",
     "stage_b": "Stage B",
@@ -103,3 +106,10 @@ def demo_file(role: str) -> Path | None:
     """The demo cascade's file for a role, where the weights are there."""
     path = DEMO_FOLDER / DEMO_NAMES[role] if role in DEMO_NAMES else None
     return path if path is not None and path.exists() else None
+
+
+def demo_names(role: str) -> list[str]:
+    """The demo cascade's files for a role, those that are there."""
+    if role in DEMO_SETS:
+        return sorted(path.name for path in DEMO_FOLDER.glob(f"demo_{role}_*.safetensors"))
+    return [DEMO_NAMES[role]] if demo_file(role) else []

@@ -24,7 +24,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def without_demo(role):
-    return [name for name in list_files(role) if name != roles.DEMO_NAMES.get(role)]
+    return [name for name in list_files(role) if name not in roles.demo_names(role)]
 
 
 def test_files_are_listed_by_role(tiny, elsewhere):
@@ -106,3 +106,19 @@ def test_names_that_leave_their_folder(name):
 def test_names_that_stay():
     assert not roles.leaves_folder("inner/file.safetensors")
     assert not roles.leaves_folder("a..b.safetensors")
+
+
+def test_the_demo_may_have_several_of_a_kind(tmp_path, monkeypatch):
+    for name in (
+        "demo_lora_ink.safetensors",
+        "demo_controlnet_canny.safetensors",
+        "demo_controlnet_sr.safetensors",
+    ):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(roles, "DEMO_FOLDER", tmp_path)
+    assert list_files("controlnet")[:2] == [
+        "demo_controlnet_canny.safetensors",
+        "demo_controlnet_sr.safetensors",
+    ]
+    assert find_file("lora", "demo_lora_ink.safetensors") == tmp_path / "demo_lora_ink.safetensors"
+    assert roles.demo_names("stage_c") == []  # not there

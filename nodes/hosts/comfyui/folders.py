@@ -41,7 +41,7 @@ def list_files(role: str) -> list[str]:
             for place in places
             for index in place.glob("*/model_index.json")
         )
-    demo = [roles.DEMO_NAMES[role]] if roles.demo_file(role) else []
+    demo = roles.demo_names(role)
     return demo + sorted(found - set(demo))
 
 
@@ -56,9 +56,8 @@ def find_file(role: str, name: str) -> Path:
     folder = _find_folder(role, name) if role in roles.FOLDER_TESTS else None
     if folder is not None:
         return folder
-    demo = roles.demo_file(role)
-    if demo is not None and name == demo.name:
-        return demo
+    if name in roles.demo_names(role):
+        return roles.DEMO_FOLDER / name
     folders = [
         folder for category in roles.FOLDERS[role] for folder in folder_paths.get_folder_paths(category)
     ]

@@ -36,7 +36,7 @@ def search_folders(role: str) -> list[Path]:
 def list_files(role: str) -> list[str]:
     """Names that `find_file` knows, the demo's first."""
     found = {name for folder in search_folders(role) for name in roles.names_in(folder, role)}
-    demo = [roles.DEMO_NAMES[role]] if roles.demo_file(role) else []
+    demo = roles.demo_names(role)
     return demo + sorted(found - set(demo))
 
 
@@ -46,9 +46,8 @@ def find_file(role: str, name: str) -> Path:
         for folder in search_folders(role):
             if os.path.exists(folder / name):  # unlike Path.exists, False for a name that is too long
                 return folder / name
-    demo = roles.demo_file(role)
-    if demo is not None and name == demo.name:
-        return demo
+    if name in roles.demo_names(role):
+        return roles.DEMO_FOLDER / name
     if name and os.path.exists(name):
         return Path(name)
     places = ", ".join(str(root) for root in roots())
