@@ -13,7 +13,7 @@ from ..errors import CascadeError
 from .adapter import LowRank
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch:
     """One adapter's changes of one network.
 

@@ -34,6 +34,17 @@ def test_elsewhere_a_line_for_each_node():
     )
 
 
+def test_what_a_node_tells_is_a_line_of_its_own():
+    stream = io.StringIO()
+    progress = ConsoleProgress(stream)
+    progress.node_started(1, 2, "3 (CascadeLoRAApply)")
+    progress.node_told("x.safetensors teaches [sun].")
+    progress.node_finished(1.25)
+    assert stream.getvalue() == (
+        "[1/2] 3 (CascadeLoRAApply): x.safetensors teaches [sun].\n[1/2] 3 (CascadeLoRAApply)  1.2 s\n"
+    )
+
+
 def test_on_a_terminal_the_line_is_redrawn():
     stream = Terminal()
     watch(ConsoleProgress(stream))

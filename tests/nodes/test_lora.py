@@ -7,9 +7,13 @@ from cascade_nodes.cascade_core import StageC
 from cascade_nodes.cascade_core.adapters import Adapter, LearnedToken, LowRank, write_adapter
 from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.headless import Executor, run_graph
+from cascade_nodes.headless.results import Observer
 from cascade_nodes.nodes.conditioning import CascadeTextEncode
 from cascade_nodes.nodes.hosts import reporting
 from cascade_nodes.nodes.lora import CascadeLoRAApply
+from cascade_nodes.tests.comfyui.graphs import tiny
+from cascade_nodes.tests.headless.record_comfyui import node
 from cascade_nodes.tests.nodes.graph import load, text_to_image
 from cascade_nodes.tests.nodes.tiny import CONFIGS, TEXT_WIDTH
 
@@ -320,3 +324,31 @@ def test_embeddings_in_the_prompt(sockets, loras):
         states(sockets, "a embedding:moon")
     with pytest.raises(CascadeError, match=r"asks for embedding:../loras/x"):
         states(sockets, "embedding:../loras/x")
+
+
+def test_in_a_graph(loras, models, tmp_path, monkeypatch):
+    """Through the graph host: chained, told on a line of its own, run again where its file was replaced."""
+    monkeypatch.setenv("CASCADE_MODELS", f"{models}:{loras.parent}")
+    graph = tiny(
+        {
+            "20": node("CascadeLoRAApply", model=["1", 0], clip=["4", 0], file="tokens.safetensors",
+                       strength_model=0.5, strength_clip=1.0),
+            "21": node("CascadeLoRAApply", model=["20", 0], file="changing.safetensors",
+                       strength_model=-0.5, strength_clip=1.0),
+            "7.model": ["21", 0], "5.clip": ["20", 1], "5.positive": "a [sun]",
+        }
+    )  # fmt: skip
+    write(loras / "changing.safetensors", "kohya", stage_c_changes(1))
+    observer = Observer()
+    told: list[str] = []
+    monkeypatch.setattr(observer, "node_told", told.append)
+    executor = Executor(observer)
+
+    def executed() -> set[str]:
+        return set(run_graph(graph, output_folder=tmp_path, executor=executor).timings)
+
+    assert executed() == set(graph)
+    assert told == ["tokens.safetensors teaches [sun], to be written so in the prompt."]
+    assert executed() == set()
+    write(loras / "changing.safetensors", "kohya", stage_c_changes(2))
+    assert executed() == {"21", "7", "8", "9", "10"}
