@@ -25,7 +25,6 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    from ..cascade_core.training.log import duration
     from ..cascade_core.training.run import train
     from ..cascade_core.training.settings import read_settings, resolve
     from ..nodes.hosts.headless.folders import find_file
@@ -37,15 +36,7 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
     line = ProgressLine()
     with stopping_on_signal() as stop:
         outcome = train(settings, line.tell, line.progress, line.caching, stop, fresh)
-    line.close()
-    memory = (
-        f", at most {outcome.peak_bytes / 2**30:.1f} GiB of the accelerator" if outcome.peak_bytes else ""
-    )
-    line.tell(f"{outcome.step} steps; {duration(outcome.seconds)} this time{memory}.")
-    if not outcome.finished:
-        line.tell("Stopped; the same command goes on from here.")
-        return INTERRUPTED
-    return 0
+    return 0 if outcome.finished else INTERRUPTED
 
 
 @contextmanager

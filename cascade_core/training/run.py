@@ -20,6 +20,7 @@ from .conditions import CachedText
 from .control import ControlNetTask
 from .data import TrainingData, fill_cache
 from .finetune import FinetuneTask
+from .log import duration
 from .loop import Loop, Outcome, Progress, build_accelerator
 from .lora import LoRATask
 from .recompute import LARGE, compile_blocks, recompute_blocks
@@ -59,10 +60,16 @@ def train(
     if loop.resume():
         tell(f"Going on from step {loop.step} of {loop.folder / STATE}.")
     outcome = loop.run()
+    gigabytes = (
+        f", at most {outcome.peak_bytes / 1e9:.1f} GB of the accelerator" if outcome.peak_bytes else ""
+    )
+    tell(f"{outcome.step} steps, {duration(outcome.seconds)} this time{gigabytes}.")
     if outcome.finished and accelerator.is_main_process:
         path = Path(settings.output.file)
         loop.task.write(loop.state, path, {"trained_steps": str(loop.step)})
         tell(f"Wrote {path}.")
+    elif not outcome.finished:
+        tell("Stopped; the same command goes on from here.")
     return outcome
 
 

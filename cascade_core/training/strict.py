@@ -26,8 +26,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             names = [self.construct_object(key) for key, _ in node.value]
-            for name, (key, _) in zip(names, node.value, strict=True):
-                if names.count(name) > 1:
+            for i, (name, (key, _)) in enumerate(zip(names, node.value, strict=True)):
+                if name in names[:i]:
                     raise CascadeError(f"{path}, line {key.start_mark.line + 1}: {name} is there twice.")
             return super().construct_mapping(node, deep)
 

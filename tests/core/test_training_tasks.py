@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from torch import nn
 
-from cascade_nodes.cascade_core import CascadeError, StageC
+from cascade_nodes.cascade_core import CascadeError, ControlNet, StageC
 from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.guidance import guide
 from cascade_nodes.cascade_core.text import TextEncoder
-from cascade_nodes.cascade_core.training import control
+from cascade_nodes.cascade_core.training import control, lora
 from cascade_nodes.cascade_core.training.finetune import select_parameters
+from cascade_nodes.cascade_core.training.lora import LoRATask
 from cascade_nodes.cascade_core.training.low_rank import LowRankChanges, select_layers
 from cascade_nodes.cascade_core.training.making_hints import HINTS, random_masks
 from cascade_nodes.cascade_core.training.recompute import recompute_blocks
@@ -63,8 +63,10 @@ def x():
     }
 
 
-def stage_c_of(settings) -> nn.Module:
-    return load_model(settings.models.stage_c, "stage_c", torch.float32)[0]
+def stage_c_of(settings) -> StageC:
+    network = load_model(settings.models.stage_c, "stage_c", torch.float32)[0]
+    assert isinstance(network, StageC)
+    return network
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "official", "diffusers"])
@@ -136,7 +138,7 @@ def test_a_controlnet_file_gives_the_trained_residuals(world, tmp_path, x, name)
     loop.run()
     path = tmp_path / "out.safetensors"
     loop.task.write(loop.state, path, {})
-    network, kind, config = load_model(path, "controlnet", torch.float32)
+    network, _, config = load_model(path, "controlnet", torch.float32)
     assert config["proj_blocks"] == [0, 1, 2, 3]
     hint = torch.rand(2, HINTS[settings.controlnet.hint].channels, 128, 96)
     stage_c = stage_c_of(settings)
@@ -149,17 +151,17 @@ def test_a_controlnet_file_gives_the_trained_residuals(world, tmp_path, x, name)
 
 def test_a_controlnet_begins_with_the_compressors_backbone_and_no_effect(world, tmp_path):
     settings = settings_of(world, "controlnet", tmp_path)
-    loop = loop_of(settings)
-    compressor, _, _ = load_model(settings.models.compressor, "compressor", torch.float32)
+    network = loop_of(settings).task.trained
+    assert isinstance(network, ControlNet)
+    compressor = load_model(settings.models.compressor, "compressor", torch.float32)[0]
     picture = torch.rand(1, 1, 64, 64)
-    features = loop.task.trained.backbone(picture)
     # its first convolution is unpadded where the channels are not three, as published: compare the weights
-    own, given = loop.task.trained.backbone.state_dict(), compressor.backbone.state_dict()
+    own, given = (each.get_submodule("backbone").state_dict() for each in (network, compressor))
     assert torch.equal(own["0.0.weight"], given["0.0.weight"].sum(1, keepdim=True))
     assert all(torch.equal(own[name], given[name]) for name in given if name != "0.0.weight")
-    assert features.shape == (1, 32, 2, 2)
-    assert all(residual.abs().max() == 0 for residual in loop.task.trained(picture))
-    assert not loop.task.trained.training
+    assert network.backbone(picture).shape == (1, 32, 2, 2)
+    assert all(residual is not None and residual.abs().max() == 0 for residual in network(picture))
+    assert not network.training
 
 
 def test_a_controlnet_file_is_gone_on_from(world, tmp_path):
@@ -280,15 +282,14 @@ def test_blocks_computed_again_keep_only_their_input():
 
 
 def test_the_teacher_of_few_steps_is_the_untrained_network_guided(world, tmp_path, monkeypatch):
-    from cascade_nodes.cascade_core.training import lora
-
     settings = settings_of(
         world, "lora for few steps", tmp_path, objective={"guidance": [3.0], "cfg_rescale": 0.7}
     )
     loop = loop_of(settings)
+    assert isinstance(loop.task, LoRATask)
     torch.nn.init.normal_(loop.task.changes.vector, std=0.3)
     inputs, network = inputs_of(loop, 2), stage_c_of(settings)
-    states, pooled = inputs.text
+    states, pooled = loop.task.text_of(inputs)
     nothing, nothing_pooled = loop.task.text(torch.zeros(2, dtype=torch.long))
     image = torch.zeros(2, 1, 48)
 

@@ -56,9 +56,9 @@ def write_world(folder: Path) -> Path:
     (folder / "pictures").mkdir()
     random = np.random.default_rng(0)
     for number in range(10):
-        shape = (80, 80) if number < 6 else (64, 110)
+        width, height = (80, 80) if number < 6 else (110, 64)
         small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        small.resize(shape[::-1], Image.Resampling.NEAREST).save(folder / "pictures" / f"{number}.png")
+        small.resize((width, height), Image.Resampling.NEAREST).save(folder / "pictures" / f"{number}.png")
         (folder / "pictures" / f"{number}.txt").write_text(CAPTIONS[number % len(CAPTIONS)])
     return folder
 
@@ -76,7 +76,7 @@ def settle_compressor(path: Path) -> None:
     save(path, network, {"kind": "compressor", "config": json.dumps(config)})
 
 
-def settings_of(world: Path, name: str, run: Path, **sections: dict[str, Any]) -> Settings:
+def settings_of(world: Path, name: str, run: Path, **sections: Any) -> Settings:
     """The settings of an entry of TASKS, resolved; its run goes to `run`."""
     models = world / "models"
     files = {

@@ -1,0 +1,147 @@
+"""The objectives by hand: published weights, the schedule's shift, distillation along a path in closed form."""
+
+import math
+
+import pytest
+import torch
+
+from cascade_nodes.cascade_core.diffusion import AdaptiveLossWeight, log_snr, p2, scale, undiffuse
+from cascade_nodes.cascade_core.guidance import guide
+from cascade_nodes.cascade_core.samplers import sample
+from cascade_nodes.cascade_core.training.objectives import consistency_loss, diffusion_loss
+
+SIGMA = 0.5  # of data whose every value is drawn from a normal distribution
+
+
+def level(r):
+    """(a, b) of each image's noise condition."""
+    return (value.view(-1, 1, 1, 1) for value in scale(log_snr(r)))
+
+
+def ideal(x, r):
+    """The noise that the ideal network predicts for such data."""
+    a, b = level(r)
+    return x * b / (a**2 * SIGMA**2 + b**2)
+
+
+def end_of_path(x, r):
+    """Epsilon of a student that sees where the ideal network's path from x ends.
+
+    The path keeps x's quantile, so it scales with the marginal standard deviation.
+    """
+    a, b = level(r)
+    x0 = x * SIGMA / (a**2 * SIGMA**2 + b**2).sqrt()
+    return (x - a * x0) / b
+
+
+def distilled(student, teacher=ideal, **options):
+    torch.manual_seed(0)
+    x0 = SIGMA * torch.randn(400, 1, 4, 4)
+    return consistency_loss(student, teacher, x0, **options)["loss"].item()
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_the_end_of_the_path_is_what_distillation_asks_for(shift):
+    right, wrong = (distilled(f, steps=100, shift=shift) for f in (end_of_path, ideal))
+    assert right < 1e-4
+    assert wrong > 10 * right
+    coarse = distilled(end_of_path, steps=10, shift=shift)
+    assert coarse > 10 * right  # DDIM's error, which finer steps do away with
+
+
+def test_a_student_that_is_asked_for_its_end_draws_the_data_in_one_step():
+    torch.manual_seed(1)
+    noise = torch.randn(2000, 1, 2, 2)
+    options = {"steps": 1, "shift": 1.0, "sampler": "lcm", "noise": lambda: torch.randn(2000, 1, 2, 2)}
+    assert sample(end_of_path, noise, **options).std().item() == pytest.approx(SIGMA, rel=0.05)
+    assert sample(ideal, noise, **options).std().item() < 0.1  # one step of the teacher gives the mean
+
+
+def test_distillation_learns_by_gradient():
+    """A scale for each level of noise, learned from the teacher alone."""
+    table = torch.nn.Parameter(torch.zeros(11))
+
+    def student(x, r):
+        a, b = level(r)
+        place = (log_snr(r) / 18.42 + 0.5).clamp(0, 1) * 10
+        low = place.floor().long().clamp(max=9)
+        share = place - low
+        factor = (table[low] * (1 - share) + table[low + 1] * share).exp().view(-1, 1, 1, 1)
+        return (x - a * x * SIGMA * factor) / b
+
+    optimiser = torch.optim.Adam([table], lr=0.02)
+    torch.manual_seed(2)
+    for _ in range(600):
+        optimiser.zero_grad()
+        consistency_loss(student, ideal, SIGMA * torch.randn(64, 1, 2, 2), steps=20)["loss"].backward()
+        optimiser.step()
+    noise = torch.randn(2000, 1, 2, 2)
+    options = {"shift": 1.0, "noise": lambda: torch.randn(2000, 1, 2, 2)}
+    one = sample(student, noise, steps=1, sampler="lcm", **options)
+    twenty = sample(ideal, noise, steps=20, sampler="ddim", **options)
+    assert one.std().item() == pytest.approx(twenty.std().item(), rel=0.1)
+    assert (one - twenty).abs().mean() < 0.1 * twenty.abs().mean()
+
+
+def test_a_guided_teacher_moves_the_path():
+    def towards(mean):
+        def predict(x, r):
+            a, b = level(r)
+            return (x - a * mean) * b / (a**2 * SIGMA**2 + b**2)
+
+        return predict
+
+    def teacher(x, r):
+        return guide(towards(1.0)(x, r), towards(0.0)(x, r), 2.0, 0.0)
+
+    def student(x, r):  # guidance of linear predictions is a prediction again: of mean 2
+        a, b = level(r)
+        x0 = 2.0 + (x - 2.0 * a) * SIGMA / (a**2 * SIGMA**2 + b**2).sqrt()
+        return (x - a * x0) / b
+
+    assert distilled(student, teacher, steps=100) < 0.1 * distilled(end_of_path, teacher, steps=100)
+
+
+def test_the_published_objective():
+    x0 = torch.randn(30, 4, 3, 3)
+    torch.manual_seed(3)
+    terms = diffusion_loss(lambda x, r: torch.zeros_like(x), x0, None, 0.0, p2)
+    torch.manual_seed(3)
+    t = (1 - torch.rand(30)).add(0.001).clamp(0.001, 1.0)
+    epsilon = torch.randn_like(x0)
+    error = epsilon.square().mean(dim=(1, 2, 3))
+    assert terms["loss"].item() == pytest.approx((error / (1 + log_snr(t).exp())).mean().item())
+
+
+def test_a_shift_above_one_trains_at_more_noise():
+    levels = {}
+    for shift in (1.0, 2.0):
+        seen = {}
+
+        def predict(x, r, seen=seen):
+            seen["r"] = r
+            return torch.zeros_like(x)
+
+        torch.manual_seed(4)
+        diffusion_loss(predict, torch.zeros(100, 1, 1, 1), None, 0.0, p2, shift)
+        levels[shift] = log_snr(seen["r"])
+    inside = levels[2.0] > -9  # where the schedule's end does not cut it off
+    moved = (levels[1.0] - levels[2.0])[inside & (levels[1.0] < 9)]
+    assert moved.mean().item() == pytest.approx(2 * math.log(2), rel=0.01)
+
+
+def test_the_adaptive_weight_learns_from_the_errors():
+    weight = AdaptiveLossWeight()
+    x0 = torch.randn(64, 2, 2, 2)
+    torch.manual_seed(5)
+    first = diffusion_loss(lambda x, r: torch.zeros_like(x), x0, None, 0.0, weight)
+    assert first["loss"].item() == pytest.approx(first["epsilon"].item())  # all buckets begin at 1
+    moved = weight.bucket_losses != 1
+    assert 10 < moved.sum() <= 64
+
+
+def test_epsilon_and_x0_are_one_and_the_same():
+    x, r = torch.randn(5, 1, 2, 2), torch.linspace(0.1, 0.9, 5)
+    a, b = level(r)
+    epsilon = torch.randn_like(x)
+    assert torch.allclose(undiffuse(x, log_snr(r), epsilon), (x - b * epsilon) / a, atol=1e-5)

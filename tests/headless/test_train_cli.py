@@ -1,0 +1,191 @@
+"""`cascade train`: what is wrong in a settings file is named, and a run on the demo weights gives a file."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.adapters import read_adapter
+from cascade_nodes.cascade_core.training.settings import TaskName, read_settings, resolve
+from cascade_nodes.cascade_core.training.strict import build, read_yaml
+from cascade_nodes.demo.dataset import pictures
+from cascade_nodes.demo.world import sample_scenes
+from cascade_nodes.headless.cli import main
+from cascade_nodes.tests.headless.command import errors_of, start
+
+MINIMAL = "data: {folder: pictures}\ntrain: {steps: 3}\noutput: {file: style.safetensors}\n"
+DEMO = """
+models:
+  stage_c: demo_stage_c.safetensors
+  text_encoder: demo_text_encoder
+  compressor: demo_compressor.safetensors
+  previewer: demo_previewer.safetensors
+data: {folder: pictures, size: 256}
+train: {steps: 3, batch_size: 2, learning_rate: 1e-3}
+output:
+  file: made/style.safetensors
+  log_every: 1
+  sample_every: 3
+  sample_steps: 2
+  prompts: [a red star, a blue ring]
+"""
+
+
+def refusal(folder: Path, text: str, task: TaskName = "lora") -> str:
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(CascadeError) as error:
+        read_settings(folder / "config.yaml", task)
+    assert str(error.value).startswith(f"{folder / 'config.yaml'}")
+    return str(error.value).removeprefix(f"{folder / 'config.yaml'}").removeprefix(": ")
+
+
+def test_three_lines_are_a_whole_file(tmp_path):
+    (tmp_path / "config.yaml").write_text(MINIMAL)
+    settings = read_settings(tmp_path / "config.yaml", "lora")
+    assert (settings.train.steps, settings.train.learning_rate) == (3, 1e-4)
+    assert (settings.lora.rank, settings.objective.weighting) == (16, "p2")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("trian: {steps: 3}", "'trian' is not a setting; did you mean train?"),
+        ("lora: {rnak: 8}", "lora: 'rnak' is not a setting; did you mean rank?"),
+        ("lora: {rank: 8.5}", "lora.rank is 8.5, but a whole number is expected."),
+        ("lora: {rank: true}", "lora.rank is True, but a whole number is expected."),
+        ("lora: {rank: 0}", "lora.rank is 0; it must be at least 1."),
+        ("lora: {targets: [1]}", "lora.targets[0] is 1, but a text is expected."),
+        ("lora: 8", "lora is 8, but names with values are expected there."),
+        ("objective: {weighting: adaptiv}", "objective.weighting is 'adaptiv'; did you mean adaptive?"),
+        ("controlnet: {hint: canny}", "controlnet does not belong to `cascade train lora`; remove it."),
+        ("task: lora", "'task' is not a setting; it is the command's: `cascade train lora`."),
+        ("lora: {rank: 4}\nlora: {rank: 5}", ", line 5: lora is there twice."),
+        ("lora: {rank: [}", " is no YAML:"),
+        ("lora: !!python/object/apply:os.system ['true']", " is no YAML: could not determine a constructor"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, change, sentence):
+    assert refusal(tmp_path, f"{MINIMAL}{change}\n").startswith(sentence)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    assert refusal(tmp_path, "data: {folder: x}\n") == "output is missing; it has no default."
+    assert (
+        refusal(tmp_path, "data: {folder: x}\noutput: {}\n") == "output.file is missing; it has no default."
+    )
+    assert refusal(tmp_path, MINIMAL, "tokens").startswith("tokens is missing; name at least one")
+    assert refusal(tmp_path, "- data\n").endswith("but settings are names with values, as `train: …`.")
+    assert "neither a folder nor tars" in refusal(tmp_path, "data: {}\noutput: {file: x}\n")
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        f"{MINIMAL}objective: {{guidance: 3, share_at_start: 5e-2, largest_weight: 16}}\nlora: {{targets: attention}}\n"
+    )
+    settings = read_settings(tmp_path / "config.yaml", "lora")
+    assert settings.objective.guidance == (3.0,)
+    assert settings.objective.share_at_start == 0.05
+    assert settings.objective.largest_weight == 16.0
+    assert settings.lora.targets == ("attention",)
+
+
+def test_paths_are_relative_to_the_file_and_networks_are_looked_up(tmp_path):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "mine.safetensors").touch()
+    path = folder / "config.yaml"
+    path.write_text(
+        f"{MINIMAL.replace('folder: pictures', 'folder: pictures, tars: [a/*.tar]')}"
+        "models: {stage_c: mine.safetensors}\n"
+    )
+    settings = resolve(read_settings(path, "lora"), folder, lambda role, name: Path(f"/{role}/{name}"))
+    assert settings.data.folder == str(folder / "pictures")
+    assert settings.data.tars == (str(folder / "a/*.tar"),)
+    assert settings.output.file == str(folder / "style.safetensors")
+    assert settings.output.folder == str(folder / "runs" / "style")
+    assert settings.models.stage_c == str(folder / "mine.safetensors")
+    assert settings.models.compressor == "/compressor/effnet_encoder.safetensors"
+    assert settings.models.previewer is None
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    assert main(["train", "lora", str(tmp_path / "none.yaml")]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path / 'none.yaml'} does not exist; give a settings file in YAML.\n"
+    )
+    with pytest.raises(CascadeError, match="cannot be read"):
+        read_yaml(tmp_path)
+
+
+def test_a_union_takes_what_any_of_its_members_takes():
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Either:
+        value: int | tuple[str, ...] | None = None
+
+    assert [build(Either, {"value": value}).value for value in (3, ["a"], "a", None)] == [
+        3,
+        ("a",),
+        ("a",),
+        None,
+    ]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Four pictures of the toy world, and the settings."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    drawn = pictures(sample_scenes(4, seed=0, split="train"), torch.device("cpu"), 64)
+    for number, picture in enumerate(drawn):
+        Image.fromarray(picture.movedim(0, -1).contiguous().numpy()).save(f"pictures/{number}.png")
+        Path(f"pictures/{number}.txt").write_text("a red star")
+    Path("config.yaml").write_text(DEMO)
+    return tmp_path
+
+
+def test_three_steps_on_the_demo(world, capsys):
+    assert main(["train", "lora", "config.yaml"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "latents 4/4"
+    assert lines[1].startswith("4 pictures with 1 captions: 4 of 256 × 256")
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert lines[-1] == f"Wrote {world / 'made' / 'style.safetensors'}."
+    adapter = read_adapter(world / "made" / "style.safetensors")
+    assert adapter.dialect == "kohya"
+    assert all(change.rank == 16 for change in adapter.stage_c.values())
+    run = world / "runs" / "style"
+    assert Image.open(run / "samples" / "000003.png").size == (2 * 48 + 4, 48)
+    assert {path.name for path in run.iterdir()} == {
+        "cache",
+        "log.jsonl",
+        "loss.png",
+        "samples",
+        "state.safetensors",
+    }
+
+    assert main(["train", "lora", "config.yaml"]) == 0  # nothing is left to do
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].startswith("Going on from step 3 of ")
+    assert not any(line.startswith(("latents", "step")) for line in lines)
+
+
+def test_ctrl_c_keeps_what_was_trained(world):
+    text = DEMO.replace("steps: 3", "steps: 100000").replace("sample_every: 3", "sample_every: 0")
+    Path("config.yaml").write_text(text)
+    process = start("train", "lora", "config.yaml")
+    errors = errors_of(process)
+    for line in errors:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = errors.read().splitlines()
+    assert process.wait() == 130
+    assert rest[-1] == "Stopped; the same command goes on from here."
+    assert (world / "runs" / "style" / "state.safetensors").is_file()
+    assert not (world / "made").exists()
