@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from .loop import Loop, Outcome, Progress, build_accelerator
 from .lora import LoRATask
 from .recompute import LARGE, compile_blocks, recompute_blocks
 from .samples import Samples
-from .settings import Settings
+from .settings import Settings, TrainSettings
 from .state import STATE
 from .task import Task
 from .text_cache import TextCache
@@ -124,13 +125,20 @@ def prepare(
         StageC,
     )
     task = build_task(settings, stage_c, text, dtype, compressor, held, data.captions)
-    if settings.train.compile:
-        compile_blocks(stage_c)
-    recompute = settings.train.gradient_checkpointing
-    if recompute or (recompute is None and sum(p.numel() for p in stage_c.parameters()) > LARGE):
-        around = task.changes.as_now if isinstance(task, LoRATask) else None
-        recompute_blocks(stage_c, *([around] if around else []))
+    ready_blocks(task, settings.train)
     return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device))
+
+
+def ready_blocks(task: Task, settings: TrainSettings) -> None:
+    """Stage C's blocks compiled, and computed again in the backward pass, as the settings have it."""
+    stage_c = task.stage_c
+    if settings.compile:
+        compile_blocks(stage_c)
+    recompute = settings.gradient_checkpointing
+    if recompute is None:
+        recompute = sum(parameter.numel() for parameter in stage_c.parameters()) > LARGE
+    if recompute:
+        recompute_blocks(stage_c, task.changes.as_now if isinstance(task, LoRATask) else nullcontext)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

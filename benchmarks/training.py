@@ -1,0 +1,306 @@
+"""How fast Stage C is trained, and in how much memory: random weights of the published size, synthetic latents.
+
+A LoRA of all linear layers and a ControlNet, by the loop that `cascade train` runs; what is cached there (latents, text
+states) is random here. With --published, a checkout of Stability AI's StableCascade, the same by its own network,
+LoRA and loop: float32 weights under autocast, without the encoders that it runs in every step.
+
+    python benchmarks/training.py [--tasks lora controlnet] [--latent 24] [--batch 4] [--published PATH] [--json FILE]
+    accelerate launch --num_processes 2 benchmarks/training.py …
+
+A latent of 24 × 24 is a picture of 768 pixels as the published training counts them, 1024 as generated.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cascade_nodes.cascade_core import StageC
+from cascade_nodes.cascade_core.config import PRESETS
+from cascade_nodes.cascade_core.controlnet import ControlNet
+from cascade_nodes.cascade_core.diffusion import diffuse, random_t
+from cascade_nodes.cascade_core.training.conditions import CachedText
+from cascade_nodes.cascade_core.training.control import ControlNetTask, published_blocks
+from cascade_nodes.cascade_core.training.data import Batch, DataSettings
+from cascade_nodes.cascade_core.training.loop import Loop, Progress, build_accelerator
+from cascade_nodes.cascade_core.training.lora import LoRATask
+from cascade_nodes.cascade_core.training.run import compute_dtype, ready_blocks
+from cascade_nodes.cascade_core.training.settings import (
+    ControlNetSettings,
+    LoRASettings,
+    ObjectiveSettings,
+    OutputSettings,
+    Settings,
+    TrainSettings,
+)
+from cascade_nodes.cascade_core.training.task import Task
+from machine import describe_machine, print_table
+
+CAPTIONS = [f"caption {number}" for number in range(64)]
+TINY = {"c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[1, 2], [2, 1]]}  # to try the script
+WINDOW = 5  # steps between two looks at the clock
+
+
+class RandomText:
+    """States as a text cache gives them, of any caption."""
+
+    def __init__(self, config: Any):
+        self.states_shape, self.pooled_shape = (77, config.c_clip_text), (config.c_clip_text_pooled,)
+
+    def fill(self, captions: Sequence[str]) -> None:
+        """Nothing is to be encoded."""
+
+    def states(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return torch.randn(len(captions), *self.states_shape), torch.randn(len(captions), *self.pooled_shape)
+
+
+class RandomBatches:
+    """Latents of side × side, and pictures where a hint needs them."""
+
+    def __init__(self, side: int, with_images: bool):
+        self.side, self.with_images = side, with_images
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Batch:
+        generator = torch.Generator().manual_seed(step * ranks + rank)
+        ids = torch.randint(len(CAPTIONS), (batch_size,), generator=generator)
+        latents = torch.randn(batch_size, 16, self.side, self.side, generator=generator)
+        size = (batch_size, 3, 32 * self.side, 32 * self.side)
+        images = torch.rand(size, generator=generator) if self.with_images else None
+        return Batch([""] * batch_size, [CAPTIONS[i] for i in ids], latents, images, ids)
+
+
+def random_stage_c(size: str, dtype: torch.dtype, device: torch.device) -> StageC:
+    config = TINY if size == "tiny" else PRESETS[f"stage_c_{size}"][1]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            network = StageC.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def settings_of(options: argparse.Namespace, task: Any, folder: str) -> Settings:
+    train = TrainSettings(
+        steps=options.warm + options.steps,
+        batch_size=options.batch,
+        optimizer=options.optimizer,
+        precision=options.precision,
+        gradient_checkpointing=options.recompute,
+        compile=options.compile,
+        deterministic=options.deterministic,
+        warmup=0,
+    )
+    output = OutputSettings("out.safetensors", folder, log_every=WINDOW, checkpoint_every=10**9)
+    return Settings(task, DataSettings(folder), output, train=train)
+
+
+def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Steps per second and peak memory of one task by our loop."""
+    accelerator = build_accelerator()
+    device = accelerator.device
+    reset(device)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(options, name, folder)
+        dtype = compute_dtype(options.precision, device)
+        stage_c = random_stage_c(options.size, dtype, device)
+        text = CachedText(cast(Any, RandomText(stage_c.config)), CAPTIONS, device)
+        task: Task
+        if name == "lora":
+            task = LoRATask(stage_c, text, LoRASettings(rank=options.rank), ObjectiveSettings(), dtype)
+        else:
+            task = ControlNetTask(
+                stage_c, text, ControlNetSettings(start="random"), ObjectiveSettings(), dtype
+            )
+        ready_blocks(task, settings.train)
+        marks: list[tuple[int, float]] = []
+
+        def mark(progress: Progress) -> None:
+            marks.append((progress.step, time.perf_counter()))
+
+        loop = Loop(task, RandomBatches(options.latent, name == "controlnet"), settings, accelerator, mark)
+        outcome = loop.run()
+    first = next(i for i, (step, _) in enumerate(marks) if step >= options.warm)
+    (step, began), (last, ended) = marks[first], marks[-1]
+    trained = sum(parameter.numel() for parameter in loop.parameters)
+    speed = (last - step) / (ended - began)
+    return {"steps_per_second": speed, "peak_gb": outcome.peak_bytes / 1e9, "trained_parameters": trained}
+
+
+# The published loop, from its own modules
+
+
+@contextmanager
+def published_modules(path: Path):
+    """Its `stage_c` and `lora`, without what its other modules import (torchvision, kornia, insightface, …)."""
+    package = types.ModuleType("published")
+    package.__path__ = [str(path / "modules")]
+    control = types.ModuleType("published.controlnet")
+
+    class ControlNetDeliverer:  # as in modules/controlnet.py
+        def __init__(self, projections: list[Tensor | None]):
+            self.projections, self.index = projections, -1
+
+        def __call__(self) -> Tensor | None:
+            self.index += 1
+            return self.projections[self.index] if self.index < len(self.projections) else None
+
+    control.ControlNetDeliverer = ControlNetDeliverer  # type: ignore[attr-defined]
+    sys.modules |= {"published": package, "published.controlnet": control}
+    try:
+        yield importlib.import_module("published.stage_c"), importlib.import_module("published.lora")
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "published"]:
+            del sys.modules[name]
+
+
+def measure_published(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The forward_pass and backward_pass of train/train_c_lora.py and train_c_controlnet.py."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reset(device)
+    with published_modules(options.published) as (stage_c, lora):
+        arguments = TINY if options.size == "tiny" else PRESETS[f"stage_c_{options.size}"][1]
+        with device:
+            generator: nn.Module = stage_c.StageC(**arguments).requires_grad_(False)
+        for parameter in generator.parameters():  # its layers do not initialise themselves
+            nn.init.normal_(parameter, std=0.02)
+        control = None
+        if name == "lora":
+            lora.apply_lora(generator, rank=options.rank)
+            layers = [module for module in generator.modules() if isinstance(module, lora.LoRA)]
+            trained = nn.ModuleList(layers).to(device).train().requires_grad_(True)
+        else:
+            with torch.device("meta"):
+                blocks = published_blocks(StageC.from_config(arguments))
+            width = arguments.get("c_hidden", [2048])[0]
+            with device:
+                control = ControlNet.from_config({"c_in": 1, "c_proj": width, "proj_blocks": blocks})
+            trained = control
+        step = _published_step(options, generator, control, trained, device)
+        for _ in range(options.warm):
+            step()
+        synchronise(device)
+        began = time.perf_counter()
+        for _ in range(options.steps):
+            step()
+        synchronise(device)
+        seconds = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    count = sum(parameter.numel() for parameter in trained.parameters())
+    return {"steps_per_second": options.steps / seconds, "peak_gb": peak, "trained_parameters": count}
+
+
+def _published_step(
+    options: argparse.Namespace, generator: nn.Module, control: nn.Module | None, trained: nn.Module, device
+) -> Callable[[], None]:
+    optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+    batch, side = options.batch, options.latent
+    pooled, image = (
+        generator.get_submodule(n).in_features for n in ("clip_txt_pooled_mapper", "clip_img_mapper")
+    )
+    states = generator.get_submodule("clip_txt_mapper").in_features
+    sizes = {"clip_text": (77, states), "clip_text_pooled": (1, pooled), "clip_img": (1, image)}
+
+    def step() -> None:
+        latents = torch.randn(batch, 16, side, side, device=device)
+        conditions: dict[str, Any] = {
+            n: torch.randn(batch, *cast(Any, s), device=device) for n, s in sizes.items()
+        }
+        if control is not None:
+            conditions["cnet"] = control(torch.rand(batch, 1, 32 * side, 32 * side, device=device))
+        noised = diffuse(latents, torch.randn_like(latents), random_t(batch).to(device))
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = generator(noised.noised, noised.noise_cond, **conditions)
+            loss = F.mse_loss(predicted, noised.target, reduction="none").mean(dim=[1, 2, 3])
+            loss = (loss * noised.loss_weight).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0).item()  # it logs both in every step
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        loss.item()
+
+    return step
+
+
+def reset(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", choices=("lora", "controlnet"), default=["lora", "controlnet"])
+    parser.add_argument("--size", choices=("3.6b", "1b", "tiny"), default="3.6b")
+    parser.add_argument("--latent", type=int, default=24, help="positions a side")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warm", type=int, default=10)
+    parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument(
+        "--recompute", action=argparse.BooleanOptionalAction, help="default: as `cascade train`"
+    )
+    parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--published", type=Path, help="a checkout of Stability-AI/StableCascade to compare with"
+    )
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    results: dict[str, dict[str, Any]] = {}
+    for task in options.tasks:
+        results[task] = measure(options, task)
+        if options.published is not None:
+            results[f"{task}, published"] = measure_published(options, task)
+    accelerator = build_accelerator()
+    if not accelerator.is_main_process:
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
+    together = accelerator.num_processes * options.batch
+    print(f"{describe_machine()}, {accelerator.num_processes} × {device}")
+    print(f"Stage C {options.size}, batch {together}, latents {options.latent} × {options.latent}\n")
+    rows = [
+        [
+            name,
+            f"{r['trained_parameters'] / 1e6:.1f} M",
+            f"{r['steps_per_second']:.3g}",
+            f"{r['steps_per_second'] * together:.3g}",
+            f"{r['peak_gb']:.1f}",
+        ]
+        for name, r in results.items()
+    ]
+    print_table(["task", "trained", "steps/s", "pictures/s", "peak GB"], rows)
+    if options.json is not None:
+        given = {
+            key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
+        }
+        record = {"machine": describe_machine(), "device": device, "options": given, "results": results}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
