@@ -100,11 +100,13 @@ def at_size(cascade: DemoCascade, count: int, size: Size) -> tuple[dict[str, flo
     """The figures of text to image in one pass at a size (height, width), and the pictures."""
     prompts, specs = prompts_of(sample_scenes(count, SEED, "held_out"))
     images = cascade.pictures(prompts, SEED, batch=BATCH, size=size)
-    shapeless = [
-        replace(spec, objects=tuple(replace(o, size=None, place=None) for o in spec.objects))
-        for spec in specs
-    ]
-    return rates(squared(images), shapeless), images
+    specs = [placeless(spec) for spec in specs]
+    return rates(squared(images), specs), images
+
+
+def placeless(spec: Spec) -> Spec:
+    """Without the words for sizes and places."""
+    return replace(spec, objects=tuple(replace(o, size=None, place=None) for o in spec.objects))
 
 
 def squared(images: Tensor) -> Tensor:
