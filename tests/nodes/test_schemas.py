@@ -10,6 +10,7 @@ from cascade_nodes.nodes.hosts import roles
 
 ROOT = Path(__file__).parents[2]
 FROZEN = json.loads((Path(__file__).parent / "frozen_nodes.json").read_text(encoding="utf-8"))
+FILE_INPUTS = ("file", "previewer", "stage_c", "text_encoder", "compressor")
 INFO = {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in NODES)}
 
 
@@ -19,9 +20,9 @@ def frozen_form(info):
     for kind in ("required", "optional"):
         for name, (socket, options) in info["input"].get(kind, {}).items():
             kept = {key: options[key] for key in ("default", "min", "max") if key in options}
-            if socket == "COMBO" and name not in ("file", "previewer"):
+            if socket == "COMBO" and name not in FILE_INPUTS:
                 kept["options"] = options["options"]
-            if name in ("file", "previewer"):
+            if socket == "COMBO" and name in FILE_INPUTS:
                 kept.pop("default", None)
             inputs[name] = [socket, kind, kept]
     return {
@@ -60,17 +61,19 @@ def test_every_role_names_its_folders():
     assert set(roles.DEMO_NAMES) <= set(roles.FOLDERS)
 
 
-def test_the_example_fits_the_schemas():
-    graph = json.loads(
-        (ROOT / "example_workflows" / "api" / "text_to_image.json").read_text(encoding="utf-8")
-    )
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "example_workflows" / "api").glob("*.json")), ids=lambda path: path.stem
+)
+def test_the_examples_fit_the_schemas(path):
+    graph = json.loads(path.read_text(encoding="utf-8"))
     for node in graph.values():
-        if node["class_type"] == "SaveImage":
+        if node["class_type"] not in INFO:  # one of ComfyUI's own
             continue
-        info = INFO[node["class_type"]]
-        assert list(node["inputs"]) == list(info["input"]["required"])
-        for input_id, (socket, _) in info["input"]["required"].items():
-            value = node["inputs"][input_id]
-            if isinstance(value, list):
+        inputs = INFO[node["class_type"]]["input"]
+        known = {**inputs["required"], **inputs.get("optional", {})}
+        assert inputs["required"].keys() <= node["inputs"].keys() <= known.keys()
+        for input_id, value in node["inputs"].items():
+            socket = known[input_id][0]
+            if isinstance(value, list) and graph[value[0]]["class_type"] in INFO:
                 source = INFO[graph[value[0]]["class_type"]]
                 assert source["output"][value[1]] == socket
