@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,16 +27,27 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
 
     from ..cascade_core.training.run import train
     from ..cascade_core.training.settings import read_settings, resolve
-    from ..nodes.hosts.headless.folders import find_file
 
     if not path.is_file():
         raise CascadeError(f"{path} does not exist; give a settings file in YAML.")
-    settings = resolve(read_settings(path, task), path.resolve().parent, find_file)
+    folder = path.resolve().parent
+    settings = resolve(read_settings(path, task), folder, finder(folder))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     line = ProgressLine()
     with stopping_on_signal() as stop:
         outcome = train(settings, line.tell, line.progress, line.caching, stop, fresh)
     return 0 if outcome.finished else INTERRUPTED
+
+
+def finder(folder: Path) -> Callable[[str, str], Path]:
+    """Networks by name: beside the settings file, or where the loaders find them."""
+    from ..nodes.hosts.headless.folders import find_file
+
+    def find(role: str, name: str) -> Path:
+        beside = folder / name
+        return beside if beside.exists() else find_file(role, name)
+
+    return find
 
 
 @contextmanager

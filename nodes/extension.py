@@ -24,6 +24,7 @@ from .loaders import (
 from .lora import CascadeLoRAApply
 from .sampling import CascadeDecoderSampler, CascadePriorSampler
 from .scheduling import CascadeGuidance, CascadeScheduler
+from .training import CascadeTrainControlNet, CascadeTrainLoRA, CascadeTrainTokens
 
 NODES: list[type[io.ComfyNode]] = [
     StageCLoader,
@@ -52,6 +53,9 @@ NODES: list[type[io.ComfyNode]] = [
     CascadeOutpaint,
     CascadeInpaintComposite,
     CascadeUpscaleLatent,
+    CascadeTrainLoRA,
+    CascadeTrainControlNet,
+    CascadeTrainTokens,
 ]
 
 

@@ -74,7 +74,7 @@ def build_accelerator(accumulate: int = 1) -> Accelerator:
         from accelerate import Accelerator
     except ImportError:
         raise CascadeError(
-            "Training runs on accelerate, which is not installed; run: pip install 'cascade-nodes[train]'"
+            "Training runs on accelerate, which is not installed; run: pip install accelerate"
         ) from None
     return Accelerator(gradient_accumulation_steps=accumulate)
 

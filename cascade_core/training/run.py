@@ -27,7 +27,7 @@ from .lora import LoRATask
 from .recompute import LARGE, compile_blocks, recompute_blocks
 from .samples import Samples
 from .settings import Settings, TrainSettings
-from .state import STATE
+from .state import STATE, read_state
 from .task import Task
 from .text_cache import TextCache
 from .tokens import TokensTask
@@ -46,7 +46,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     fresh: bool = False,
 ) -> Outcome:
-    """Trains by resolved settings and writes `output.file`; goes on from a checkpoint unless `fresh`.
+    """Trains by resolved settings and writes `output.file`; goes on from its checkpoint unless `fresh`.
 
     tell: takes sentences for people; report: the progress; caching: latents done and how many there will be;
     stop: asked after each step.
@@ -72,6 +72,15 @@ def train(
     elif not outcome.finished:
         tell("Stopped; the same command goes on from here.")
     return outcome
+
+
+def interrupted(settings: Settings) -> bool:
+    """Whether a run of these very settings has begun and not ended."""
+    path = Path(settings.output.folder or "") / STATE
+    if not path.exists():
+        return False
+    _, metadata = read_state(path)
+    return metadata.get("settings") == settings.as_json() and int(metadata["step"]) < settings.train.steps
 
 
 def prepare(

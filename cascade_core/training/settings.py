@@ -10,7 +10,7 @@ is a whole file. Paths are relative to it; networks go by the names that the loa
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -211,7 +211,11 @@ SECTIONS = ("lora", "controlnet", "finetune", "tokens")  # each is of the task o
 
 def read_settings(path: Path, task: TaskName) -> Settings:
     """The settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it."""
-    values = read_yaml(path)
+    return settings_of(read_yaml(path), task, str(path))
+
+
+def settings_of(values: Mapping[str, Any], task: TaskName, where: str) -> Settings:
+    """The same of what stands in a file. where: its name, for messages."""
     try:
         for section in SECTIONS:
             if section in values and section != task:
@@ -220,7 +224,7 @@ def read_settings(path: Path, task: TaskName) -> Settings:
             raise CascadeError("'task' is not a setting; it is the command's: `cascade train lora`.")
         return build(Settings, {**values, "task": task})
     except CascadeError as error:
-        raise CascadeError(f"{path}: {error}") from None
+        raise CascadeError(f"{where}: {error}") from None
 
 
 def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], Path]) -> Settings:
@@ -240,10 +244,7 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     output = dataclasses.replace(output, file=at(output.file), folder=at(run))
 
     def model(role: str, name: str | None) -> str | None:
-        if name is None:
-            return None
-        beside = folder / name
-        return str(beside.resolve() if beside.exists() else find_model(role, name))
+        return None if name is None else str(find_model(role, name).resolve())
 
     files = {role: model(role, name) for role, name in dataclasses.asdict(settings.models).items()}
     control = settings.controlnet

@@ -17,10 +17,23 @@ _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true o
 def read_yaml(path: Path) -> dict[str, Any]:
     """A file's mapping, as plain values. Raises CascadeError for any other file, and for a key that comes twice."""
     try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CascadeError(
+            f"{path} cannot be read ({error.strerror or error}); give a settings file in YAML."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise CascadeError(f"{path} is no YAML: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The same of a text; nothing in it is nothing set."""
+    try:
         import yaml
     except ImportError:
         raise CascadeError(
-            "Training settings are read by PyYAML, which is not installed; run: pip install 'cascade-nodes[train]'"
+            "Training settings are read by PyYAML, which is not installed; run: pip install PyYAML"
         ) from None
 
     class Loader(yaml.SafeLoader):
@@ -28,21 +41,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
             names = [self.construct_object(key) for key, _ in node.value]
             for i, (name, (key, _)) in enumerate(zip(names, node.value, strict=True)):
                 if name in names[:i]:
-                    raise CascadeError(f"{path}, line {key.start_mark.line + 1}: {name} is there twice.")
+                    raise CascadeError(f"{where}, line {key.start_mark.line + 1}: {name} is there twice.")
             return super().construct_mapping(node, deep)
 
     try:
-        with path.open(encoding="utf-8") as file:
-            value = yaml.load(file, Loader)
-    except OSError as error:
-        raise CascadeError(
-            f"{path} cannot be read ({error.strerror or error}); give a settings file in YAML."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CascadeError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        value = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise CascadeError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise CascadeError(
-            f"{path} holds {_shown(value)}, but settings are names with values, as `train: …`."
+            f"{where} holds {_shown(value)}, but settings are names with values, as `train: …`."
         )
     return value
 

@@ -5,7 +5,8 @@ own classes, `headless` does the same job with nothing but torch.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -126,6 +127,25 @@ class Host(Protocol):
 
     def tell(self, text: str) -> None:
         """Says something about the node that is running, beside its progress."""
+        ...
+
+    def picture_folder(self, name: str) -> Path:
+        """A folder of training pictures, by its name in the input folder or by path."""
+        ...
+
+    def new_file(self, role: str, name: str) -> Path:
+        """Where a new file of that role goes, to be found by its loader under its name."""
+        ...
+
+    def run_folder(self, name: str) -> Path:
+        """Where a training run keeps its checkpoint, log and samples."""
+        ...
+
+    def training(self) -> AbstractContextManager[tuple[Callable[[int, int], None], Callable[[], bool]]]:
+        """(report, stop) of a run: report(step, steps) moves the node's bar, stop() says whether it should end.
+
+        Inside the block gradients are computed. A run that was asked to end ends the graph after the block.
+        """
         ...
 
     def sample(self, run: Run) -> Sampled:

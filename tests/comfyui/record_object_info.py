@@ -17,7 +17,7 @@ from cascade_nodes.nodes.extension import NODES
 from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, Server
 
 RECORD = Path(__file__).parents[1] / "data" / "object_info.json"
-FILE_INPUTS = ("file", "previewer")
+FILE_INPUTS = ("file", "previewer", "stage_c", "text_encoder", "compressor")
 # What later versions than 0.3.64 tell as well; our nodes make no use of any.
 ADDED_LATER = {
     "dev_only": False,
@@ -39,7 +39,7 @@ def _frozen_form(answer: dict[str, Any]) -> dict[str, Any]:
     (info,) = answer.values()
     for inputs in info["input"].values():
         for input_id, (_, options) in inputs.items():
-            if input_id in FILE_INPUTS:
+            if input_id in FILE_INPUTS and "options" in options:
                 options["options"] = "files"
     return {key: value for key, value in info.items() if key not in ADDED_LATER or value != ADDED_LATER[key]}
 

@@ -14,6 +14,7 @@ from cascade_nodes.cascade_core.training.strict import build, read_yaml
 from cascade_nodes.demo.dataset import pictures
 from cascade_nodes.demo.world import sample_scenes
 from cascade_nodes.headless.cli import main
+from cascade_nodes.headless.train import finder
 from cascade_nodes.tests.headless.command import errors_of, start
 
 MINIMAL = "data: {folder: pictures}\ntrain: {steps: 3}\noutput: {file: style.safetensors}\n"
@@ -101,7 +102,14 @@ def test_paths_are_relative_to_the_file_and_networks_are_looked_up(tmp_path):
         f"{MINIMAL.replace('folder: pictures', 'folder: pictures, tars: [a/*.tar]')}"
         "models: {stage_c: mine.safetensors}\n"
     )
-    settings = resolve(read_settings(path, "lora"), folder, lambda role, name: Path(f"/{role}/{name}"))
+    found = finder(folder)
+    assert found("text_encoder", "demo_text_encoder").is_dir()
+    by_role = {"stage_c": found}
+    settings = resolve(
+        read_settings(path, "lora"),
+        folder,
+        lambda role, name: by_role[role](role, name) if role in by_role else Path(f"/{role}/{name}"),
+    )
     assert settings.data.folder == str(folder / "pictures")
     assert settings.data.tars == (str(folder / "a/*.tar"),)
     assert settings.output.file == str(folder / "style.safetensors")

@@ -41,8 +41,8 @@ def test_everything_is_explained(name):
     assert info["display_name"]
     assert info["category"].startswith("Stable Cascade/")
     assert info["description"].endswith(".")
-    for inputs in info["input"].values():
-        for input_id, (_, options) in inputs.items():
+    for kind in ("required", "optional"):
+        for input_id, (_, options) in info["input"].get(kind, {}).items():
             assert options.get("tooltip"), f"{name}.{input_id} has no tooltip"
     assert all(info["output_tooltips"])
 

@@ -11,6 +11,7 @@ from .folders import find_file, list_files
 from .model import describe_network, load_network
 from .progress import tell
 from .sampling import sample, with_guidance
+from .training import new_file, picture_folder, run_folder, training
 from .vae import decode_latent, describe_vae, encode_pixels, load_compressor, load_stage_a
 from .vision import encode_image, load_vision
 from .weights import first_non_finite
@@ -33,10 +34,14 @@ __all__ = [
     "load_stage_a",
     "load_text_encoder",
     "load_vision",
+    "new_file",
+    "picture_folder",
+    "run_folder",
     "sample",
     "stage_c_config",
     "tell",
     "text_network",
+    "training",
     "with_adapter",
     "with_guidance",
 ]

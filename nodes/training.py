@@ -1,0 +1,248 @@
+"""Training from a graph: a LoRA, a ControlNet or tokens, by the same runs as `cascade train`."""
+
+from pathlib import Path
+from typing import Any
+
+from ..cascade_core.errors import CascadeError
+from .api import io
+from .files import check, file_input, find
+from .hosts import host
+from .hosts.roles import leaves_folder
+
+CATEGORY = "Stable Cascade/training"
+SUFFIX = ".safetensors"
+MODELS = ("stage_c", "text_encoder", "compressor")
+
+
+def common_inputs(what: str) -> list[Any]:
+    """What every kind of training asks for."""
+    return [
+        io.String.Input(
+            "name", default=f"my_{what}", tooltip="The new file's name; loaders list it by that."
+        ),
+        io.String.Input(
+            "pictures",
+            default="pictures",
+            tooltip=(
+                "A folder of pictures with captions, in the input folder or by path. star.png is described by "
+                "star.txt, one caption a line."
+            ),
+        ),
+        file_input("stage_c", "stage_c", "Stage C, which is trained for and stays as it is."),
+        file_input("text_encoder", "text_encoder", "The text encoder that reads the captions."),
+        file_input(
+            "compressor", "compressor", "The semantic compressor, which makes latents of the pictures."
+        ),
+        io.Int.Input(
+            "size",
+            default=1024,
+            min=64,
+            max=4096,
+            step=64,
+            tooltip="Pixels: pictures are taken as large as size × size, in their own aspect ratio.",
+        ),
+        io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="How many steps to train for."),
+        io.Int.Input("batch_size", default=4, min=1, max=4096, tooltip="Pictures in a step."),
+        io.Float.Input(
+            "learning_rate",
+            default=1e-4,
+            min=1e-7,
+            max=1.0,
+            step=1e-6,
+            round=1e-8,
+            tooltip="How far a step goes: 1e-4 is usual, 1e-3 for tokens.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**32 - 1,
+            tooltip="Decides what is random: the same seed trains the same file again.",
+        ),
+    ]
+
+
+def settings_input() -> Any:
+    return io.String.Input(
+        "settings",
+        default="",
+        multiline=True,
+        optional=True,
+        tooltip=(
+            "Anything else that a settings file of `cascade train` may hold, in YAML, such as train: {warmup: 100}. "
+            "Wins over the inputs above."
+        ),
+    )
+
+
+def file_output(what: str) -> list[Any]:
+    return [
+        io.String.Output(
+            display_name="file", tooltip=f"The name of the {what}'s file, as its loader lists it."
+        )
+    ]
+
+
+def train_file(task: Any, role: str, given: dict[str, Any], own: dict[str, Any]) -> io.NodeOutput:
+    """Runs the training, or goes on with it where it was interrupted; gives the file's name."""
+    from ..cascade_core.training.run import interrupted, train
+    from ..cascade_core.training.settings import resolve, settings_of
+
+    name = checked_name(given["name"])
+    run = host().run_folder(f"{task}_{Path(name).stem}")
+    values: dict[str, Any] = {
+        "models": {model: given[model] for model in MODELS},
+        "data": {"folder": str(host().picture_folder(given["pictures"]).resolve()), "size": given["size"]},
+        "train": {key: given[key] for key in ("steps", "batch_size", "learning_rate", "seed")},
+        "output": {"file": str(host().new_file(role, name).resolve()), "folder": str(run)},
+        **own,
+    }
+    for section, more in checked_settings(given.get("settings", "")).items():
+        mixed = isinstance(more, dict) and isinstance(values.get(section), dict)
+        values[section] = {**values[section], **more} if mixed else more
+    resolved = resolve(settings_of(values, task, "settings"), Path.cwd(), find)
+    with host().training() as (report, stop):
+        train(
+            resolved,
+            host().tell,
+            lambda progress: report(progress.step, progress.steps),
+            report,
+            stop,
+            fresh=not interrupted(resolved),
+        )
+    return io.NodeOutput(name)
+
+
+# What the host decides: a graph from elsewhere must not write where it likes.
+_FIXED = (("output", "file"), ("output", "folder"), ("data", "folder"), ("data", "cache"))
+
+
+def checked_settings(text: str) -> dict[str, Any]:
+    """The settings' sections. Raises CascadeError for those that are not theirs to decide."""
+    from ..cascade_core.training.strict import parse_yaml
+
+    values = parse_yaml(text, "settings")
+    for section, key in _FIXED:
+        if isinstance(values.get(section), dict) and key in values[section]:
+            raise CascadeError(f"settings: {section}.{key} is decided by the node's other inputs; remove it.")
+    return values
+
+
+def checked_name(name: str) -> str:
+    """With its suffix; CascadeError for one that would leave the folder."""
+    if leaves_folder(name) or not Path(name).name.strip():
+        raise CascadeError(
+            f"name is {name!r}, which names no file inside the models folder; give one such as my_style."
+        )
+    return name if name.endswith(SUFFIX) else f"{name}{SUFFIX}"
+
+
+class TrainingNode(io.ComfyNode):
+    """What the three have in common."""
+
+    @classmethod
+    def validate_inputs(cls, stage_c=None, text_encoder=None, compressor=None) -> bool | str:
+        chosen = zip(MODELS, (stage_c, text_encoder, compressor), strict=True)
+        answers = [check(role, name) for role, name in chosen]
+        return next((answer for answer in answers if answer is not True), True)
+
+    @classmethod
+    def fingerprint_inputs(cls, pictures: str, **others: Any) -> str:
+        """Changes when pictures or captions do."""
+        folder = host().picture_folder(pictures)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return " ".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+
+
+class CascadeTrainLoRA(TrainingNode):
+    """A LoRA from a folder of pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeTrainLoRA",
+            display_name="Cascade Train LoRA",
+            category=CATEGORY,
+            description="Trains a LoRA of Stage C on a folder of pictures. A run that was interrupted goes on.",
+            inputs=[
+                *common_inputs("lora"),
+                io.Int.Input(
+                    "rank", default=16, min=1, max=1024, tooltip="How much the LoRA can hold; 4 to 64."
+                ),
+                settings_input(),
+            ],
+            outputs=file_output("LoRA"),
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, **given: Any) -> io.NodeOutput:
+        return train_file("lora", "lora", given, {"lora": {"rank": given["rank"]}})
+
+
+class CascadeTrainControlNet(TrainingNode):
+    """A ControlNet from a folder of pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeTrainControlNet",
+            display_name="Cascade Train ControlNet",
+            category=CATEGORY,
+            description=(
+                "Trains a ControlNet on a folder of pictures, from hints that it makes of them. A run that was "
+                "interrupted goes on."
+            ),
+            inputs=[
+                *common_inputs("controlnet"),
+                io.Combo.Input(
+                    "hint",
+                    options=["canny", "inpainting", "super_resolution"],
+                    default="canny",
+                    tooltip="What the ControlNet shall follow: edges, a picture with a hole, or a small picture.",
+                ),
+                settings_input(),
+            ],
+            outputs=file_output("ControlNet"),
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, **given: Any) -> io.NodeOutput:
+        return train_file("controlnet", "controlnet", given, {"controlnet": {"hint": given["hint"]}})
+
+
+class CascadeTrainTokens(TrainingNode):
+    """A token from a folder of pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CascadeTrainTokens",
+            display_name="Cascade Train Token",
+            category=CATEGORY,
+            description=(
+                "Teaches the text encoder a token from a folder of pictures whose captions hold it. A run that was "
+                "interrupted goes on."
+            ),
+            inputs=[
+                *common_inputs("token"),
+                io.String.Input(
+                    "token", default="[blob]", tooltip="Stands in captions and prompts for what is learned."
+                ),
+                io.String.Input(
+                    "initial", default="", tooltip="Words that the token begins as, such as star."
+                ),
+                io.Int.Input(
+                    "vectors", default=1, min=1, max=32, tooltip="How much the token can hold; 1 to 8."
+                ),
+                settings_input(),
+            ],
+            outputs=file_output("token"),
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, **given: Any) -> io.NodeOutput:
+        token = {"name": given["token"], "initial": given["initial"], "vectors": given["vectors"]}
+        return train_file("tokens", "lora", given, {"tokens": [token]})

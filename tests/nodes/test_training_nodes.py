@@ -1,0 +1,143 @@
+"""Training nodes on the tiny cascade: the file that comes is the one that their loaders list."""
+
+import os
+
+import pytest
+import torch
+
+from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.adapters import read_adapter
+from cascade_nodes.cascade_core.checkpoints import read_safetensors
+from cascade_nodes.nodes.hosts.reporting import Interrupted, reporting_to
+from cascade_nodes.nodes.loaders import CascadeControlNetLoader, StageCLoader
+from cascade_nodes.nodes.lora import CascadeLoRAApply
+from cascade_nodes.nodes.training import CascadeTrainControlNet, CascadeTrainLoRA, CascadeTrainTokens
+from cascade_nodes.tests.core.training_runs import write_world
+
+GIVEN = {
+    "name": "style",
+    "pictures": "pictures",
+    "stage_c": "tiny_stage_c.safetensors",
+    "text_encoder": "tiny_text_encoder",
+    "compressor": "tiny_compressor.safetensors",
+    "size": 64,
+    "steps": 5,
+    "batch_size": 2,
+    "learning_rate": 1e-3,
+    "seed": 3,
+    "settings": "train: {precision: fp32}\noutput: {log_every: 1}",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(made, tmp_path, monkeypatch):
+    """The tiny cascade is found; new files go to a folder of the test's own, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "pictures").symlink_to(made / "pictures")
+    monkeypatch.setenv("CASCADE_MODELS", os.pathsep.join([str(tmp_path / "models"), str(made / "models")]))
+    return tmp_path
+
+
+class Watcher:
+    """A node's sink that stops the run at a step."""
+
+    def __init__(self, last=None):
+        self.last, self.steps, self.told = last, [], []
+
+    def step(self, step, total, preview):
+        self.steps.append((step, total))
+
+    def tell(self, text):
+        self.told.append(text)
+
+    def interrupted(self):
+        return self.last is not None and (self.last, 5) in self.steps
+
+
+@torch.inference_mode()  # as ComfyUI executes nodes
+def execute(node, watcher, **changes):
+    with reporting_to(watcher):
+        return node.execute(**{**GIVEN, **changes})[0]
+
+
+def test_a_lora_is_trained_and_found_by_its_node(world):
+    watcher = Watcher()
+    name = execute(CascadeTrainLoRA, watcher, rank=4)
+    assert name == "style.safetensors"
+    assert [step for step in watcher.steps if step[1] == 5] == [(i, 5) for i in range(1, 6)]
+    assert watcher.told[0].startswith("10 pictures with ")
+    assert watcher.told[-1].startswith("Wrote ")
+    adapter = read_adapter(world / "models" / "loras" / name)
+    assert {change.rank for change in adapter.stage_c.values()} == {4}
+    model = StageCLoader.execute("tiny_stage_c.safetensors", "auto")[0]
+    CascadeLoRAApply.execute(model, name, 1.0, 0.0)
+    assert (world / "output" / "training" / "lora_style" / "log.jsonl").is_file()
+
+
+def test_an_interrupted_run_goes_on(world):
+    execute(CascadeTrainLoRA, Watcher(), rank=4, name="whole")
+    with pytest.raises(Interrupted):
+        execute(CascadeTrainLoRA, Watcher(last=3), rank=4)
+    assert not (world / "models" / "loras" / "style.safetensors").exists()
+    watcher = Watcher()
+    execute(CascadeTrainLoRA, watcher, rank=4)
+    assert [step for step in watcher.steps if step[1] == 5] == [(4, 5), (5, 5)]
+    whole, again = (
+        read_safetensors(world / "models" / "loras" / f"{name}.safetensors")[0] for name in ("whole", "style")
+    )
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+    watcher = Watcher()  # other settings begin anew
+    execute(CascadeTrainLoRA, watcher, rank=2)
+    assert [step for step in watcher.steps if step[1] == 5] == [(i, 5) for i in range(1, 6)]
+
+
+def test_a_controlnet_is_trained_and_loaded(world):
+    name = execute(CascadeTrainControlNet, Watcher(), hint="inpainting", name="inpaint.safetensors")
+    assert name == "inpaint.safetensors"
+    CascadeControlNetLoader.execute(name)
+
+
+def test_a_token_is_trained(world):
+    name = execute(CascadeTrainTokens, Watcher(), token="[blob]", initial="star", vectors=2)
+    (token,) = read_adapter(world / "models" / "loras" / name).tokens
+    assert (token.name, token.vectors.shape) == ("[blob]", (2, 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"name": "../style"}, "name is '../style', which names no file inside the models folder"),
+        ({"name": ""}, "name is '', which names no file"),
+        ({"pictures": "none"}, "none does not exist; give a folder of pictures"),
+        ({"settings": "output: {file: /tmp/x}"}, "output.file is decided by the node's other inputs"),
+        ({"settings": "train: {stpes: 3}"}, "settings: train: 'stpes' is not a setting; did you mean steps?"),
+        ({"settings": "[1"}, "settings is no YAML"),
+        ({"stage_c": "none.safetensors"}, "No Stage C file 'none.safetensors' was found"),
+    ],
+)
+def test_what_is_wrong_is_named(world, changes, sentence):
+    with pytest.raises(CascadeError) as error:
+        execute(CascadeTrainLoRA, Watcher(), rank=4, **changes)
+    assert sentence in str(error.value)
+
+
+def test_files_are_checked_before_the_graph_runs(world):
+    assert CascadeTrainLoRA.validate_inputs(stage_c="tiny_stage_c.safetensors") is True
+    assert "No text encoder file 'x'" in str(CascadeTrainTokens.validate_inputs(text_encoder="x"))
+
+
+def test_a_new_caption_is_a_new_run(world, made):
+    folder = world / "input" / "others"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a star")
+    before = CascadeTrainLoRA.fingerprint_inputs(pictures="others")
+    assert before == CascadeTrainLoRA.fingerprint_inputs(pictures="others")
+    (folder / "a.txt").write_text("a red star")
+    assert before != CascadeTrainLoRA.fingerprint_inputs(pictures="others")
