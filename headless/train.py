@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 from ..cascade_core.errors import CascadeError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..cascade_core.training.loop import Progress
     from ..cascade_core.training.settings import TaskName
 
 INTERRUPTED = 130
+FACES = 4  # of a picture, as published
+SECOND_CTRL_C = 2.0  # seconds; a launcher of many processes sends its own after the terminal's
 
 
 def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
@@ -35,7 +40,7 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     line = ProgressLine()
     with stopping_on_signal() as stop:
-        outcome = train(settings, line.tell, line.progress, line.caching, stop, fresh)
+        outcome = train(settings, line.tell, line.progress, line.caching, stop, fresh, find_faces)
     return 0 if outcome.finished else INTERRUPTED
 
 
@@ -53,12 +58,12 @@ def finder(folder: Path) -> Callable[[str, str], Path]:
 @contextmanager
 def stopping_on_signal() -> Iterator[Any]:
     """Ctrl-C (or a scheduler's SIGTERM) is noted, for the run to end after its step; a second one ends it at once."""
-    asked: list[int] = []
+    asked: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        if asked:
+        if asked and time.monotonic() - asked[0] > SECOND_CTRL_C:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(time.monotonic())
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -66,6 +71,14 @@ def stopping_on_signal() -> Iterator[Any]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def find_faces(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each picture (3, H, W): embeddings and boxes of its faces, by InsightFace."""
+    from ..nodes.faces import find_faces
+
+    for faces in find_faces(images.movedim(1, -1), most=FACES):
+        yield faces.embeddings, faces.boxes
 
 
 class ProgressLine:

@@ -16,14 +16,13 @@ from ..checkpoints import load_model, write_safetensors
 from ..compressor import SemanticCompressor
 from ..controlnet import PUBLISHED_BLOCKS, ControlNet
 from ..errors import CascadeError
+from ..hints import STRIDE
 from ..stage_c import StageC
 from .conditions import CachedText
 from .data import Batch
-from .making_hints import HINTS, Compress
+from .making_hints import HINTS, FindFaces, Tools
 from .settings import ControlNetSettings, ObjectiveSettings
 from .task import Inputs, State, Task
-
-STRIDE = 32  # pixels of the hint for each position of Stage C's latent, a side
 
 
 class ControlNetTask(Task):
@@ -43,11 +42,12 @@ class ControlNetTask(Task):
         dtype: torch.dtype,
         seed: int = 0,
         compressor: SemanticCompressor | None = None,
+        find_faces: FindFaces | None = None,
     ):
         """compressor: on its device, where the backbone or the hint needs it."""
         super().__init__(stage_c, text, objective, dtype)
         self.hint = HINTS[settings.hint]
-        self.compress: Compress | None = compressor if self.hint.compressed else None
+        self.tools = Tools(compressor if settings.hint == "super_resolution" else None, find_faces)
         torch.manual_seed(seed)
         network = build_controlnet(settings, stage_c, compressor)
         network = network.to(self.device).requires_grad_(True)
@@ -60,7 +60,7 @@ class ControlNetTask(Task):
         images = batch.images.to(self.device)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        hint = self.hint.make(images, generator, self.compress)
+        hint = self.hint.make(images, generator, self.tools)
         return Inputs(batch.latents.to(self.device), batch.caption_ids, self.cached_text(batch), hint)
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:

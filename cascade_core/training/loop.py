@@ -124,7 +124,7 @@ class Loop:
             while self.step < train.steps and not stopped:
                 window.add(self._update(prepared))
                 if self.step % output.log_every == 0 or self.step == train.steps:
-                    self._tell(window.take(self.step), began, first)
+                    self._tell(window.take(self._mean), began, first)
                     if time.monotonic() - drawn > CURVE_SECONDS:
                         drawn = time.monotonic()
                         self._draw()
@@ -187,6 +187,7 @@ class Loop:
             nn.utils.clip_grad_norm_(self.parameters, train.clip_norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+        self._share_statistics()
         if self.average:
             self.average.update(self.task.trained.state_dict(), self.step)
         self.step += 1
@@ -204,7 +205,16 @@ class Loop:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
+    def _share_statistics(self) -> None:
+        """The same for what is no parameter: batch norms' statistics, where they are learned."""
+        if self.accelerator.num_processes > 1 and self.task.trained.training:
+            for buffer in self.task.trained.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self._mean(buffer))
+
     def _mean(self, value: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return value
         reduced = self.accelerator.reduce(value, reduction="mean")
         assert isinstance(reduced, Tensor)
         return reduced
@@ -284,8 +294,10 @@ class _Window:
         for name, value in terms.items():
             self.terms[name] = self.terms[name] + value if name in self.terms else value
 
-    def take(self, step: int) -> dict[str, float]:
-        means = {name: (value / self.count).item() for name, value in self.terms.items()}
+    def take(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """mean: over all processes."""
+        values = mean(torch.stack(list(self.terms.values())) / self.count).tolist()
+        means = dict(zip(self.terms, values, strict=True))
         self.terms, self.count = {}, 0
         return means
 

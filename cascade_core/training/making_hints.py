@@ -1,6 +1,6 @@
 """The hint of each kind of ControlNet, made from a training picture; what is random in it comes from a generator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,30 +9,40 @@ from torch.nn import functional as F
 
 from ..canny import canny
 from ..errors import CascadeError
-from ..hints import inpaint_hint, shrink, super_resolution_hint
+from ..hints import STRIDE, identity_map, inpaint_hint, shrink, super_resolution_hint
 
 Compress = Callable[[Tensor], Tensor]
+# (B, 3, H, W) in [0, 1] -> of each picture embeddings (N, 512) and boxes (N, 4): left, top, right, bottom in pixels
+FindFaces = Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]
 CANNY_SIZE = 224  # published
+WHOLE_FACE = 0.3  # published: the share of single faces that are put everywhere
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What some hints need besides the picture."""
+
+    compress: Compress | None = None
+    find_faces: FindFaces | None = None
 
 
 @dataclass(frozen=True)
 class Hint:
-    """make(images (B, 3, H, W) in [0, 1], generator, compress) -> (B, channels, …); backbone: the published one."""
+    """make(images (B, 3, H, W) in [0, 1], generator, tools) -> (B, channels, …); backbone: the published one."""
 
-    make: Callable[[Tensor, torch.Generator, Compress | None], Tensor]
+    make: Callable[[Tensor, torch.Generator, Tools], Tensor]
     channels: int
     backbone: str = "effnet"
-    compressed: bool = False  # needs the compressor
 
 
-def _canny(images: Tensor, generator: torch.Generator, compress: Compress | None) -> Tensor:
+def _canny(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
     """As `canny_hint`, but on the images' device: where its resizing rounds otherwise, a pixel in thousands differs."""
     pixels = F.interpolate(images, (CANNY_SIZE, CANNY_SIZE), mode="bilinear")
     edges = canny(pixels.mul(255).clamp(0, 255).to(torch.uint8), 100, 200).float()
     return F.interpolate(edges, images.shape[-2:], mode="bilinear")
 
 
-def _inpainting(images: Tensor, generator: torch.Generator, compress: Compress | None) -> Tensor:
+def _inpainting(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
     masks = random_masks(len(images), images.shape[-2:], generator)
     return inpaint_hint(images, masks.to(images.device))
 
@@ -58,29 +68,35 @@ def random_masks(count: int, size: torch.Size | tuple[int, int], generator: torc
     return torch.where(kind > 0.95, torch.ones_like(mask), mask).float()
 
 
-def _super_resolution(images: Tensor, generator: torch.Generator, compress: Compress | None) -> Tensor:
-    if compress is None:
+def _super_resolution(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
+    if tools.compress is None:
         raise CascadeError("The super-resolution hint needs the compressor; name it in models.compressor.")
     height, width = images.shape[-2:]
     small = shrink(images)
     # The small picture's sides must be multiples of the compressor's stride as well.
-    sides = max(height // 2 // 32, 1) * 32, max(width // 2 // 32, 1) * 32
+    sides = max(height // 2 // STRIDE, 1) * STRIDE, max(width // 2 // STRIDE, 1) * STRIDE
     if small.shape[-2:] != sides:
         small = F.interpolate(small, sides, mode="bilinear", antialias=True)
     with torch.no_grad():
-        return super_resolution_hint(compress, small, (height // 32, width // 32))
+        return super_resolution_hint(tools.compress, small, (height // STRIDE, width // STRIDE))
 
 
-def _identity(images: Tensor, generator: torch.Generator, compress: Compress | None) -> Tensor:
-    raise CascadeError(
-        "The identity hint needs maps of face embeddings for the training pictures, which are not read yet; choose "
-        "canny, inpainting or super_resolution."
-    )
+def _identity(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
+    if tools.find_faces is None:
+        raise CascadeError("The identity hint needs something that finds faces; train it by `cascade train`.")
+    height, width = images.shape[-2:]
+    maps = []
+    for embeddings, boxes in tools.find_faces(images):
+        whole = torch.rand((), generator=generator) < WHOLE_FACE
+        if len(boxes) == 1 and whole:
+            boxes = torch.tensor([[0.0, 0.0, width, height]])
+        maps.append(identity_map(embeddings, boxes, (height, width), (height // STRIDE, width // STRIDE)))
+    return torch.cat(maps).to(images.device)
 
 
 HINTS: dict[str, Hint] = {
     "canny": Hint(_canny, 1),
     "inpainting": Hint(_inpainting, 4),
-    "super_resolution": Hint(_super_resolution, 16, "large", compressed=True),
+    "super_resolution": Hint(_super_resolution, 16, "large"),
     "identity": Hint(_identity, 512, "simple"),
 }

@@ -24,6 +24,7 @@ from .finetune import FinetuneTask
 from .log import duration
 from .loop import Loop, Outcome, Progress, build_accelerator
 from .lora import LoRATask
+from .making_hints import FindFaces
 from .recompute import LARGE, compile_blocks, recompute_blocks
 from .samples import Samples
 from .settings import Settings, TrainSettings
@@ -45,16 +46,17 @@ def train(
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     fresh: bool = False,
+    find_faces: FindFaces | None = None,
 ) -> Outcome:
     """Trains by resolved settings and writes `output.file`; goes on from its checkpoint unless `fresh`.
 
     tell: takes sentences for people; report: the progress; caching: latents done and how many there will be;
-    stop: asked after each step.
+    stop: asked after each step; find_faces: for the identity hint.
     """
     accelerator = build_accelerator(settings.train.accumulate)
     if not accelerator.is_main_process:
         tell, report, caching = (lambda line: None), (lambda progress: None), None
-    loop = prepare(settings, accelerator, tell, report, caching, stop)
+    loop = prepare(settings, accelerator, tell, report, caching, stop, find_faces)
     if fresh and accelerator.is_main_process:
         (loop.folder / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -90,6 +92,7 @@ def prepare(
     report: Callable[[Progress], None] = lambda progress: None,
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    find_faces: FindFaces | None = None,
 ) -> Loop:
     """Everything up to the first step."""
     device = accelerator.device
@@ -133,7 +136,7 @@ def prepare(
         device,
         StageC,
     )
-    task = build_task(settings, stage_c, text, dtype, compressor, held, data.captions)
+    task = build_task(settings, stage_c, text, dtype, compressor, held, data.captions, find_faces)
     ready_blocks(task, settings.train)
     return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device))
 
@@ -170,12 +173,15 @@ def build_task(
     compressor: SemanticCompressor,
     encoder: TextEncoder | None,
     captions: list[str],
+    find_faces: FindFaces | None,
 ) -> Task:
     objective, seed = settings.objective, settings.train.seed
     if settings.task == "lora":
         return LoRATask(stage_c, text, settings.lora, objective, dtype, seed, encoder, captions)
     if settings.task == "controlnet":
-        return ControlNetTask(stage_c, text, settings.controlnet, objective, dtype, seed, compressor)
+        return ControlNetTask(
+            stage_c, text, settings.controlnet, objective, dtype, seed, compressor, find_faces
+        )
     if settings.task == "finetune":
         return FinetuneTask(stage_c, text, settings.finetune, objective, dtype)
     assert encoder is not None

@@ -28,14 +28,12 @@ Weighting = Literal[
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Networks by file name. Previewer, Stage B and Stage A are for samples alone."""
+    """Networks by file name. The previewer is for samples alone."""
 
     stage_c: str = "stage_c_bf16.safetensors"
     text_encoder: str = "stable_cascade_text_encoder.safetensors"
     compressor: str = "effnet_encoder.safetensors"
     previewer: str | None = None
-    stage_b: str | None = None
-    stage_a: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cascade_nodes.cascade_core.training import control, lora
 from cascade_nodes.cascade_core.training.finetune import select_parameters
 from cascade_nodes.cascade_core.training.lora import LoRATask
 from cascade_nodes.cascade_core.training.low_rank import LowRankChanges, select_layers
-from cascade_nodes.cascade_core.training.making_hints import HINTS, random_masks
+from cascade_nodes.cascade_core.training.making_hints import HINTS, Tools, random_masks
 from cascade_nodes.cascade_core.training.recompute import recompute_blocks
 from cascade_nodes.tests.core.training_runs import TASKS, loop_of, settings_of, write_world
 from cascade_nodes.tests.golden_weights import relative_error
@@ -330,3 +330,29 @@ def test_published_blocks_for_every_size():
     assert blocks["3.6b"] == [0, 4, 8, 12, 51, 55, 59, 63]
     assert blocks["1b"] == [0, 2, 4, 6, 25, 27, 29, 31]
     assert blocks["tiny"] == [0, 1, 2, 3]
+
+
+def test_the_identity_hint_maps_faces_where_they_are():
+    """A map made by hand: one face in the left upper quarter, or everywhere; two faces where they are; none."""
+    faces = torch.nn.functional.normalize(
+        torch.randn(2, 512, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    boxes = torch.tensor([[0.0, 0.0, 64.0, 64.0], [64.0, 64.0, 128.0, 128.0]])
+    found = [(faces[:1], boxes[:1])] * 50 + [(faces, boxes), (faces[:0], boxes[:0])]
+    images = torch.rand(len(found), 3, 128, 128)
+    tools = Tools(find_faces=lambda given: found if given is images else [])
+    maps = HINTS["identity"].make(images, torch.Generator().manual_seed(1), tools)
+    assert maps.shape == (52, 512, 4, 4)
+    quarter = torch.zeros(512, 4, 4)
+    quarter[:, :2, :2] = faces[0, :, None, None]
+    everywhere = faces[0, :, None, None].expand(-1, 4, 4)
+    kinds = [bool((each - everywhere).abs().max() < 1e-6) for each in maps[:50]]
+    assert all(
+        torch.allclose(each, everywhere if whole else quarter, atol=1e-6)
+        for each, whole in zip(maps[:50], kinds, strict=True)
+    )
+    assert 5 < sum(kinds) < 25  # three in ten
+    both = quarter.clone()
+    both[:, 2:, 2:] = faces[1, :, None, None]
+    assert torch.allclose(maps[50], both, atol=1e-6)
+    assert maps[51].abs().max() == 0
