@@ -14,6 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,21 @@ FOLDERS = ("input", "output", "temp", "user", "models", "custom_nodes")
 START_SECONDS = 180
 # One thread: the machine runs the tests as well, and threads that wait for each other are slower than one.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a script of `inside/` measured, or the error that it ended with."""
+
+    found: dict[str, Any]
+    error: str | None = None
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What it measured; RuntimeError where it failed."""
+        if self.error:
+            raise RuntimeError(self.error)
+        return self.found
 
 
 @dataclass(frozen=True)
@@ -46,13 +62,13 @@ class Checkout:
         found = re.search(r'__version__ = "([^"]+)"', text)
         return found.group(1) if found else "unknown"
 
-    def inside(self, name: str, *flags: str, timeout: float = 600) -> dict[str, Any]:
-        """Measures something with ComfyUI's own modules at hand: runs `inside/<name>.py`, returns its numbers.
+    def inside(self, *names: str, flags: Sequence[str] = (), timeout: float = 1200) -> dict[str, Outcome]:
+        """Measures with ComfyUI's own modules at hand: what came of each `inside/<name>.py`, run in one process.
 
         flags: of ComfyUI's command line; without any it is set to the CPU.
         """
         finished = subprocess.run(
-            [self.python, INSIDE, name, *flags],
+            [self.python, INSIDE, ",".join(names), *flags],
             cwd=self.path,
             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(self._search_path())},
             capture_output=True,
@@ -61,8 +77,8 @@ class Checkout:
             check=False,
         )
         if finished.returncode:
-            raise RuntimeError(f"{name} in {self.path} failed:\n{finished.stderr[-6000:]}")
-        return json.loads(finished.stdout.splitlines()[-1])
+            raise RuntimeError(f"{', '.join(names)} in {self.path} failed:\n{finished.stderr[-6000:]}")
+        return {name: Outcome(*found) for name, found in json.loads(finished.stdout.splitlines()[-1]).items()}
 
     def _search_path(self) -> list[str]:
         """ComfyUI's own modules first, then what is named already."""

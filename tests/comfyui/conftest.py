@@ -1,4 +1,8 @@
-"""ComfyUI itself, in every version that is there."""
+"""ComfyUI itself, in every version that is there.
+
+Of what takes long nothing is done twice: a version's tests on its server run in one process, and so do those of numbers
+measured inside ComfyUI, which are measured all at once.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import pytest
 from PIL import Image
 
 from cascade_nodes.headless import run_graph
-from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, Checkout, Server
+from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, Checkout, Outcome, Server
 from cascade_nodes.tests.comfyui.client import Client
 from cascade_nodes.tests.nodes.tiny import write_cascade
 
@@ -26,6 +30,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         found = CHECKOUTS or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=MISSING))]
         ids = [one.version for one in CHECKOUTS] or None
         metafunc.parametrize("checkout", found, ids=ids, scope="session")
+
+
+# What a test with one of these fixtures shares with others; the first ones are started first, as they take longest.
+GROUPS = {
+    "published": "published files",
+    "measured": "inside {}",
+    "server": "server {}",
+    "checkout": "ComfyUI {}",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """By version and by what they share; before all others."""
+
+    def shared(item: pytest.Item) -> list[str]:
+        return [name for name in GROUPS if name in getattr(item, "fixturenames", ())]
+
+    def place(item: pytest.Item) -> int:
+        names = shared(item)
+        return list(GROUPS).index(names[0]) if names else len(GROUPS)
+
+    items.sort(key=place)
+    for item in items:
+        names = shared(item)
+        if names and isinstance(item, pytest.Function):
+            version = getattr(item.callspec.params["checkout"], "version", "none")
+            item.add_marker(pytest.mark.xdist_group(GROUPS[names[0]].format(version)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -57,6 +89,39 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Chec
     yield start
     for server in running.values():
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def measurements(request: pytest.FixtureRequest) -> Callable[[Checkout, str], dict[str, Any]]:
+    """Gives what a script of `inside/` measures in a version.
+
+    One process measures for all tests of this session, because importing ComfyUI takes as long as most scripts.
+    """
+    items = [item for item in request.session.items if "measured" in getattr(item, "fixturenames", ())]
+    scripts = list(dict.fromkeys(script_of(item.path) for item in items))
+    outcomes: dict[Checkout, dict[str, Outcome]] = {}
+
+    def measured(checkout: Checkout, script: str) -> dict[str, Any]:
+        if checkout not in outcomes:
+            outcomes[checkout] = checkout.inside(*scripts)
+        return outcomes[checkout][script].numbers
+
+    return measured
+
+
+@pytest.fixture
+def measured(
+    request: pytest.FixtureRequest,
+    checkout: Checkout,
+    measurements: Callable[[Checkout, str], dict[str, Any]],
+) -> dict[str, Any]:
+    """What the script measures that is named as the test's file is."""
+    return measurements(checkout, script_of(request.path))
+
+
+def script_of(test_file: Path) -> str:
+    """The script of `inside/` whose numbers a test file looks at."""
+    return test_file.stem.removeprefix("test_")
 
 
 @pytest.fixture

@@ -30,11 +30,11 @@ def main() -> None:
     if not CHECKOUTS:
         raise SystemExit("There is no ComfyUI to measure: set COMFYUI_PATH, or see docs/testing.md.")
     scripts = list(dict.fromkeys(script for _, script, _ in ROWS))
-    measured = [{script: one.inside(script, timeout=1800) for script in scripts} for one in CHECKOUTS]
+    measured = [one.inside(*scripts, timeout=3600) for one in CHECKOUTS]
     print(f"| what | {' | '.join(one.version for one in CHECKOUTS)} |")
     print(f"|---|{'---|' * len(CHECKOUTS)}")
     for what, script, words in ROWS:
-        cells = [f"{_worst(results[script], words):.1e}" for results in measured]
+        cells = [f"{_worst(results[script].numbers, words):.1e}" for results in measured]
         print(f"| {what} | {' | '.join(cells)} |")
 
 

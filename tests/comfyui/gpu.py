@@ -118,7 +118,7 @@ def sequences(checkout: Checkout, flags: list[str], further: list[str]) -> dict[
 
 def on_card(checkout: Checkout, flags: list[str], further: list[str]) -> dict[str, Any]:
     """Inside ComfyUI; it must have a flag, to be set up as its program is."""
-    return checkout.inside("card", "--disable-auto-launch", *flags, *further)
+    return checkout.inside("card", flags=["--disable-auto-launch", *flags, *further])["card"].numbers
 
 
 def attempt(call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -1,12 +1,5 @@
 """Areas, ranges, combinations and ControlNets, ComfyUI's own and ours, in ComfyUI's sampling and in ours."""
 
-import pytest
-
-
-@pytest.fixture(scope="module")
-def measured(checkout):
-    return checkout.inside("conditioning")
-
 
 def test_what_must_make_no_difference(measured):
     found = {name: value for name, value in measured.items() if name.startswith("same")}

@@ -1,13 +1,6 @@
 """Cascade ControlNet Apply is ComfyUI's own node on our ControlNets, and gives what it gives without ComfyUI."""
 
-import pytest
-
 SILENT = {"0.3 to 0.45", "0.0 to 0.0"}  # no step lies in these
-
-
-@pytest.fixture(scope="module")
-def measured(checkout):
-    return checkout.inside("controlnets")
 
 
 def test_both_hosts_sample_the_same(measured):

@@ -12,11 +12,6 @@ from cascade_nodes.tests.nodes.tiny import TEXT_WIDTH
 LORA, FILE = "20", "tiny.safetensors"
 
 
-@pytest.fixture(scope="module")
-def measured(checkout):
-    return checkout.inside("lora")
-
-
 def test_what_must_make_no_difference(measured):
     found = {name: value for name, value in measured.items() if name.startswith("same")}
     assert len(found) == 43

@@ -3,11 +3,6 @@
 import pytest
 
 
-@pytest.fixture(scope="module")
-def measured(checkout):
-    return checkout.inside("dialects")
-
-
 @pytest.mark.parametrize("dialect", ["onetrainer", "comfyui"])
 def test_whole(measured, dialect):
     assert (measured[dialect]["stage_c"], measured[dialect]["text"]) == (1.0, 1.0)

@@ -3,11 +3,6 @@
 import pytest
 
 
-@pytest.fixture(scope="module")
-def measured(checkout):
-    return checkout.inside("patching")
-
-
 @pytest.mark.parametrize(
     ("name", "bound"),
     [

@@ -90,12 +90,14 @@ def matrix(loaded: dict[str, dict[str, Any]], clip: Any) -> dict[str, float]:
     """For each pair of samplers: how far apart the pictures of the eight ways to load, encode and decode are."""
     pictures: dict[tuple[str, str], list[Tensor]] = {}
     empty = latents.CascadeEmptyLatent.execute(SIDE, SIDE, 1, 42.67)
-    for loader, text, first, second, last in product(WHO, repeat=5):
+    prompts = {text: encode(text, clip) for text in WHO}
+    for loader, text, first in product(WHO, repeat=3):
         stages = loaded[loader]
-        positive, negative = encode(text, clip)
-        stage_c = prior(first, stages["stage_c"], positive, negative, only(empty))
-        stage_b = decoder(second, stages["stage_b"], positive, negative, stage_c, only(empty, 1))
-        pictures.setdefault((first, second), []).append(decode(last, stages["stage_a"], stage_b))
+        stage_c = prior(first, stages["stage_c"], *prompts[text], only(empty))
+        for second in WHO:
+            stage_b = decoder(second, stages["stage_b"], *prompts[text], stage_c, only(empty, 1))
+            decoded = [decode(last, stages["stage_a"], stage_b) for last in WHO]
+            pictures.setdefault((first, second), []).extend(decoded)
     assert sum(map(len, pictures.values())) == 32
     assert all(tuple(one.shape) == (1, SIDE, SIDE, 3) for some in pictures.values() for one in some)
     return {

@@ -6,7 +6,10 @@ ComfyUI's own loaders and text encoder know these widths only.
 import gc
 import gzip
 import json
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +56,26 @@ def random_weights(manifest: str) -> dict[str, Tensor]:
     return tensors
 
 
+@contextmanager
+def files() -> Iterator[None]:
+    """In ComfyUI's folders of checkpoints and diffusion models; those of an earlier version serve as well."""
+    kept = os.environ.get("CASCADE_PUBLISHED")
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if not (folder / STAGE_B).exists():
+            write_files(folder)
+        for category in ("checkpoints", "diffusion_models"):
+            folder_paths.add_model_folder_path(category, name)
+        yield
+
+
 def write_files(folder: Path) -> None:
-    """Into ComfyUI's folders of checkpoints and diffusion models."""
     tensors: dict[str, Tensor] = {}
     for part, manifest in PARTS.items():
         weights = LAYOUTS[part][0].from_published(random_weights(manifest))
         tensors |= fuse_attention(weights) if part == "stage_c" else weights
     write_safetensors(folder / AIO, tensors, {})
     write_safetensors(folder / STAGE_B, random_weights("stage_b_700m"), {})
-    for category in ("checkpoints", "diffusion_models"):
-        folder_paths.add_model_folder_path(category, str(folder))
 
 
 LATENTS = {"stage_c": torch.zeros(1, 16, 6, 6), "stage_b": torch.zeros(1, 4, 64, 64)}
@@ -120,8 +133,7 @@ def free() -> None:
 
 def measure() -> dict[str, float]:
     image = torch.rand(1, 256, 256, 3)
-    with tempfile.TemporaryDirectory() as name:
-        write_files(Path(name))
+    with files():
         free()
         native, prompts = stage_c("native", image)
         free()

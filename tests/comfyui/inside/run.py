@@ -1,15 +1,18 @@
-"""Runs a script of this folder inside ComfyUI: `python run.py parity`, in a checkout, with its Python.
+"""Runs scripts of this folder inside ComfyUI: `python run.py parity,interop`, in a checkout, with its Python.
 
 ComfyUI is set to the CPU before it chooses a device; or it is set up by its own `main.py`, with the flags that follow
-the script's name. This pack is imported as `cascade_nodes`, random numbers are seeded. Prints what the script's
-`measure` returns as JSON, on its last line.
+the scripts' names. This pack is imported as `cascade_nodes`; random numbers are seeded for each script. Prints on its
+last line, as JSON, for each script what its `measure` returns and the error that it ended with, or null.
 """
 
+import gc
 import importlib
 import importlib.util
 import json
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[3]
 
@@ -36,14 +39,26 @@ def set_up(flags: list[str]) -> None:
         importlib.import_module("comfy.model_management")
 
 
-def main(name: str, *flags: str) -> None:
-    set_up(list(flags))
-    import_pack()
+def attempt(name: str) -> tuple[dict[str, Any], str | None]:
+    """What one script measures, and its error; nothing of it stays loaded."""
+    import comfy.model_management
     import torch
 
     torch.manual_seed(0)
-    with torch.inference_mode():
-        print(json.dumps(importlib.import_module(name).measure()))
+    try:
+        with torch.inference_mode():
+            return importlib.import_module(name).measure(), None
+    except Exception:
+        return {}, traceback.format_exc()
+    finally:
+        comfy.model_management.unload_all_models()
+        gc.collect()
+
+
+def main(names: str, *flags: str) -> None:
+    set_up(list(flags))
+    import_pack()
+    print(json.dumps({name: attempt(name) for name in names.split(",")}))
 
 
 if __name__ == "__main__":
