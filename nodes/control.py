@@ -27,8 +27,8 @@ class CascadeControlNetApply(io.ComfyNode):
             display_name="Cascade ControlNet Apply",
             category=CATEGORY,
             description=(
-                "Lets a ControlNet steer Stage C by a hint. Several of these in a row work together; Stage B takes no "
-                "notice of them."
+                "Lets a ControlNet steer Stage C by a hint, such as the edges of a picture. Several of these in a row "
+                "work together; Stage B takes no notice of them."
             ),
             inputs=[
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
@@ -37,8 +37,8 @@ class CascadeControlNetApply(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     tooltip=(
-                        "The hint that this ControlNet was trained on, such as Cascade Canny's; of several, one for "
-                        "each picture of the batch."
+                        "The kind of hint that this ControlNet was trained on, such as Cascade Canny's edges; several "
+                        "go to the pictures of a batch in turn."
                     ),
                 ),
                 io.Float.Input(
@@ -105,20 +105,20 @@ class CascadeCanny(io.ComfyNode):
             category=CATEGORY,
             description="The edges of a picture, as the published canny ControlNet was trained on them.",
             inputs=[
-                io.Image.Input("image", tooltip="The picture whose edges shall come back."),
+                io.Image.Input("image", tooltip="The picture whose edges are to be followed."),
                 io.Int.Input(
                     "low",
                     default=100,
                     min=0,
                     max=2040,
-                    tooltip="Weaker steps of brightness are no edge. Lower finds more.",
+                    tooltip="Contrasts weaker than this are no edge. Lower finds more edges.",
                 ),
                 io.Int.Input(
                     "high",
                     default=200,
                     min=0,
                     max=2040,
-                    tooltip="Stronger ones always are; those between are where they join a stronger one.",
+                    tooltip="Contrasts stronger than this always are; those between, where they join such an edge.",
                 ),
                 io.Int.Input(
                     "size",
@@ -126,10 +126,17 @@ class CascadeCanny(io.ComfyNode):
                     min=32,
                     max=2048,
                     step=8,
-                    tooltip="Side in pixels at which the edges are found. The published one is 224: larger is finer.",
+                    tooltip=(
+                        "Side in pixels of the square in which edges are looked for: larger finds finer ones. The "
+                        "published ControlNet was trained on 224."
+                    ),
                 ),
             ],
-            outputs=[io.Image.Output(display_name="hint", tooltip="White edges on black.")],
+            outputs=[
+                io.Image.Output(
+                    display_name="hint", tooltip="For Cascade ControlNet Apply: white edges on black."
+                )
+            ],
         )
 
     @classmethod
@@ -148,7 +155,7 @@ class CascadeInpaintHint(io.ComfyNode):
             node_id="CascadeInpaintHint",
             display_name="Cascade Inpaint Hint",
             category=CATEGORY,
-            description="The picture with its masked part white, and the mask, for the inpainting ControlNet.",
+            description="A picture with its masked part white, and the mask, for the inpainting ControlNet.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture to paint in."),
                 io.Mask.Input("mask", tooltip="1 where the picture is painted anew."),
@@ -162,7 +169,10 @@ class CascadeInpaintHint(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="hint", tooltip="Four channels: the picture and the mask.")
+                io.Image.Output(
+                    display_name="hint",
+                    tooltip="For Cascade ControlNet Apply: four channels, the picture and the mask.",
+                )
             ],
         )
 
@@ -175,6 +185,8 @@ class CascadeInpaintHint(io.ComfyNode):
 class CascadeSuperResolutionHint(io.ComfyNode):
     """A small picture for the super-resolution ControlNet."""
 
+    READS = ("small", "enlarged")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -182,8 +194,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
             display_name="Cascade Super Resolution Hint",
             category=CATEGORY,
             description=(
-                "The compressor's latent of a small picture, for the super-resolution ControlNet, and the empty "
-                "latents of the large one."
+                "A small picture as the super-resolution ControlNet reads it, and the empty latents of the large one."
             ),
             inputs=[
                 io.Vae.Input("vae", tooltip="The semantic compressor, from Load Cascade Compressor."),
@@ -194,27 +205,36 @@ class CascadeSuperResolutionHint(io.ComfyNode):
                     min=1.0,
                     max=8.0,
                     step=0.1,
-                    tooltip="How many times larger the picture becomes, a side. The published network does 2.",
+                    tooltip=(
+                        "How many times wider and higher the picture becomes. The published ControlNet was trained "
+                        "on 2."
+                    ),
                 ),
                 compression_input(),
             ],
             outputs=[
-                io.Image.Output(display_name="hint", tooltip="For Cascade ControlNet Apply: 16 channels."),
+                io.Image.Output(
+                    display_name="hint",
+                    tooltip="For Cascade ControlNet Apply: 16 channels, no picture to look at.",
+                ),
                 io.Latent.Output(display_name="stage_c", tooltip="For Cascade Prior Sampler, empty."),
                 io.Latent.Output(display_name="stage_b", tooltip="For Cascade Decoder Sampler, empty."),
             ],
         )
 
     @classmethod
-    def execute(cls, vae, image, scale, compression) -> io.NodeOutput:
+    def execute(cls, vae, image, scale, compression, reads="small") -> io.NodeOutput:
         check_vae(vae, "compressor", "Cascade Super Resolution Hint", "Load Cascade Compressor")
         check_picture(image, "image")
         if not 1 <= scale <= 8:
             raise CascadeError(f"scale is {scale}; it must lie within 1 and 8 (2 is usual).")
+        if reads not in cls.READS:
+            raise CascadeError(f"reads is {reads!r}; choose {' or '.join(cls.READS)}.")
         batch, *sides = image.shape[:3]
         height, width = whole_size(*(round(side * scale) for side in sides))
         size = stage_c_size(height, width, compression)
-        seen = [max(round(side / scale), 1) * STRIDE for side in size]  # pixels that the compressor gets
+        shrunk = scale if reads == "small" else 1
+        seen = [max(round(side / shrunk), 1) * STRIDE for side in size]  # pixels that the compressor gets
         small = resized(image, seen).movedim(-1, 1)
 
         def compress(pictures: Tensor) -> Tensor:
@@ -241,7 +261,7 @@ class CascadeIdentityHint(io.ComfyNode):
             display_name="Cascade Identity Hint",
             category=CATEGORY,
             description=(
-                "Who is seen where in a picture, for the identity ControlNet. Needs the package insightface and its "
+                "Whose face is where in a picture, for an identity ControlNet. Needs the package insightface and its "
                 "two networks."
             ),
             inputs=[
@@ -250,19 +270,22 @@ class CascadeIdentityHint(io.ComfyNode):
                     "place",
                     options=list(cls.PLACES),
                     default=cls.PLACES[0],
-                    tooltip="The face comes where it is in this picture; a single one may also come everywhere.",
+                    tooltip="Where the face may appear: where it is in this picture, or, of a single face, anywhere.",
                 ),
                 io.Int.Input(
                     "faces",
                     default=4,
                     min=1,
                     max=16,
-                    tooltip="How many faces count; the largest in the middle first.",
+                    tooltip="How many faces are taken at most: large ones near the middle first.",
                 ),
                 compression_input(),
             ],
             outputs=[
-                io.Image.Output(display_name="hint", tooltip="For Cascade ControlNet Apply: 512 channels.")
+                io.Image.Output(
+                    display_name="hint",
+                    tooltip="For Cascade ControlNet Apply: 512 channels, no picture to look at.",
+                )
             ],
         )
 

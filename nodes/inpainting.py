@@ -25,7 +25,7 @@ class CascadeOutpaint(io.ComfyNode):
             node_id="CascadeOutpaint",
             display_name="Cascade Outpaint",
             category=CATEGORY,
-            description="A picture with room around it, and the mask of that room, to go on as for inpainting.",
+            description="Adds room around a picture, and gives the mask of that room, to go on as for inpainting.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture to go beyond."),
                 side("left", 128),
@@ -37,12 +37,16 @@ class CascadeOutpaint(io.ComfyNode):
                     default=32,
                     min=0,
                     max=MAX_SIZE,
-                    tooltip="Pixels of the old picture, from its edge inwards, over which it goes over into the new.",
+                    tooltip="Pixels, from the old edge inwards, over which the picture blends into what is painted.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The larger picture, its borders drawn out."),
-                io.Mask.Output(display_name="mask", tooltip="1 where it is to be painted."),
+                io.Image.Output(
+                    display_name="image", tooltip="The larger picture; its border pixels fill the room."
+                ),
+                io.Mask.Output(
+                    display_name="mask", tooltip="The new part, for inpainting: 1 where it is to be painted."
+                ),
             ],
         )
 
@@ -67,19 +71,21 @@ class CascadeInpaintComposite(io.ComfyNode):
             node_id="CascadeInpaintComposite",
             display_name="Cascade Inpaint Composite",
             category=CATEGORY,
-            description="What was painted, inside the mask; outside it the source, bit for bit.",
+            description=(
+                "Puts what was painted into the source. Outside the mask the source stays as it was, bit for bit."
+            ),
             inputs=[
                 io.Image.Input("image", tooltip="The painted picture, from Cascade Decode."),
                 io.Image.Input("source", tooltip="The picture that was painted in; the result has its size."),
-                io.Mask.Input("mask", tooltip="The mask that was painted by."),
+                io.Mask.Input("mask", tooltip="The mask that was painted in."),
                 io.Int.Input(
                     "feather",
                     default=8,
                     min=0,
                     max=512,
                     tooltip=(
-                        "Pixels inside the mask over which the source goes over into what was painted. Keep it well "
-                        "under half of the mask's width."
+                        "Pixels, from the mask's edge inwards, over which the source blends into what was painted. "
+                        "Keep it well under half of the mask's width."
                     ),
                 ),
             ],

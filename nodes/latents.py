@@ -73,7 +73,7 @@ class CascadeEmptyLatent(io.ComfyNode):
         return io.NodeOutput(stage_c, empty_stage_b(batch_size, height, width))
 
 
-def resize_input(side: str) -> Any:
+def resize_input(side: str, other: str) -> Any:
     """A side of a picture that is resized before it is encoded."""
     return io.Int.Input(
         side,
@@ -83,8 +83,8 @@ def resize_input(side: str) -> Any:
         step=SIZE_STEP,
         optional=True,
         tooltip=(
-            f"The {side} in pixels to which the picture is resized first, such as for a second, larger pass. 0: its "
-            "own, or as the other side says."
+            f"The {side} in pixels to which the picture is resized first, such as for a second, larger pass. 0 keeps "
+            f"its own, or follows the {other}."
         ),
     )
 
@@ -114,7 +114,10 @@ class CascadeEncode(io.ComfyNode):
                 io.Vae.Input(
                     "stage_a",
                     optional=True,
-                    tooltip="Stage A, for inpainting: Stage B then keeps the picture outside the mask as well.",
+                    tooltip=(
+                        "Stage A: the Stage B latent is then the picture's own, so that Stage B keeps what lies "
+                        "outside the mask, or works the picture over at a low denoise."
+                    ),
                 ),
                 io.Int.Input(
                     "tile_size",
@@ -125,8 +128,8 @@ class CascadeEncode(io.ComfyNode):
                     optional=True,
                     tooltip="Side in pixels of the tiles in which Stage A reads a large picture. 0 reads the whole.",
                 ),
-                resize_input("width"),
-                resize_input("height"),
+                resize_input("width", "height"),
+                resize_input("height", "width"),
             ],
             outputs=[
                 io.Latent.Output(display_name="stage_c", tooltip="The picture's Stage C latent."),
@@ -173,8 +176,8 @@ class CascadeUpscaleLatent(io.ComfyNode):
             display_name="Cascade Upscale Latent",
             category=CATEGORY,
             description=(
-                "A Stage C latent for a larger picture, with the empty Stage B latent of its size. The picture is "
-                "composed at the size that Stage C was trained at, and made at this one."
+                "Enlarges a Stage C latent, and gives the empty Stage B latent of that size. So a picture is composed "
+                "at the size that Stage C was trained at, and made at this one."
             ),
             inputs=[
                 io.Latent.Input(
@@ -231,8 +234,7 @@ class CascadeDecode(io.ComfyNode):
             display_name="Cascade Decode",
             category=CATEGORY,
             description=(
-                "Stage A turns Stage B's latent into the picture; the previewer shows a Stage C latent, "
-                "small."
+                "Turns a latent into a picture: Stage B's by Stage A, or Stage C's, small and rough, by the previewer."
             ),
             inputs=[
                 io.Vae.Input("vae", tooltip="Stage A for Stage B's latent, or the compressor for Stage C's."),

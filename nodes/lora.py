@@ -29,11 +29,11 @@ class CascadeLoRAApply(io.ComfyNode):
             display_name="Cascade LoRA Apply",
             category=CATEGORY,
             description=(
-                "Applies a LoRA of any program to Stage C and the text encoder, and teaches the tokens that its file "
-                "holds: [name] in the prompt. Several of these in a row work together."
+                "Applies a LoRA, whatever program trained it, to Stage C and the text encoder. A token that its file "
+                "teaches is written as [name] in the prompt. Several of these in a row work together."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="Stage C, as loaded or from another of these."),
+                io.Model.Input("model", tooltip="Stage C, from Load Stage C or another of these nodes."),
                 file_input(
                     "file",
                     "lora",
@@ -41,7 +41,7 @@ class CascadeLoRAApply(io.ComfyNode):
                 ),
                 strength_input(
                     "strength_model",
-                    "How much Stage C is changed: 0 not at all, 1 as trained, negative to the contrary.",
+                    "How much Stage C is changed: 0 not at all, 1 as trained, below 0 the opposite way.",
                 ),
                 strength_input(
                     "strength_clip",
@@ -63,8 +63,13 @@ class CascadeLoRAApply(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="Stage C with the LoRA."),
-                io.Clip.Output(display_name="CLIP", tooltip="The text encoder with the LoRA and its tokens."),
+                io.Model.Output(
+                    display_name="MODEL", tooltip="Stage C with the LoRA, for Cascade Prior Sampler."
+                ),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip="The text encoder with the LoRA and its tokens, for Cascade Text Encode.",
+                ),
             ],
         )
 
