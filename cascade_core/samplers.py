@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .diffusion import at_least_float32, noise_cond, scale, undiffuse
+from .diffusion import at_least_float32, noise_cond, per_image, scale, undiffuse
 from .diffusion import log_snr as schedule
 from .errors import CascadeError
 
@@ -166,6 +166,21 @@ def start_latent(latent: Tensor, noise: Tensor, t_start: float, shift: float) ->
     latent = at_least_float32(latent)
     noise = noise.to(latent)
     return latent * a + (noise if t_start == 1 else noise * b)
+
+
+def keep_outside(mask: Tensor, latent: Tensor, noise: Tensor, denoise: Denoise) -> Denoise:
+    """Inpainting: outside the mask the network sees the given latent, noised, and predicts it.
+
+    mask: (B, 1, h, w), 1 where the picture may change; latent, noise: (B, C, h, w).
+    """
+
+    def blended(x: Tensor, log_snr: Tensor) -> Tensor:
+        a, b = (per_image(value, x) for value in scale(log_snr))
+        seen = torch.lerp(a * latent + b * noise, x, mask)
+        x0 = torch.lerp(latent, undiffuse(seen, log_snr, denoise(seen, log_snr)), mask)
+        return (x - a * x0) / b  # the epsilon that leads from the sampler's own x to this x0
+
+    return blended
 
 
 def _check_time_and_shift(t_start: float, shift: float) -> None:

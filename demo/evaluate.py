@@ -86,6 +86,19 @@ def contact_sheet(images: Tensor, columns: int = 8) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
 
 
+def machine_name(device: str) -> str:
+    """What figures were measured on."""
+    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+
+
+def write_sheet(images: Tensor, path: Path, count: int = 48) -> None:
+    """The first pictures (N, 3, H, W) in [0, 1], in rows of eight."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(contact_sheet(to_uint8(images[:count])).numpy()).save(path, quality=88)
+
+
 def evaluate(
     cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling, parts: Sequence[str] = ()
 ) -> tuple[dict[str, float], Tensor | None]:
@@ -132,11 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures, images = evaluate(
         cascade, options.count, prior, replace(DECODER, cfg=options.decoder_cfg), options.only
     )
-    machine = (
-        torch.cuda.get_device_name()
-        if options.device == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    machine = machine_name(options.device)
     about = {"count": options.count, "machine": machine, "date": date.today().isoformat()}
     for name, value in figures.items():
         print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
@@ -144,9 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         options.json.write_text(json.dumps(about | figures, indent=2) + "\n")
     if options.sheet and images is not None:
-        from PIL import Image
-
-        Image.fromarray(contact_sheet(to_uint8(images[:48])).numpy()).save(options.sheet, quality=88)
+        write_sheet(images, options.sheet)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from cascade_nodes.cascade_core import SemanticCompressor, StageA, StageB, StageC
 from cascade_nodes.cascade_core.checkpoints import load_model
+from cascade_nodes.cascade_core.diffusion import noise_cond
 from cascade_nodes.cascade_core.guidance import Guider
 from cascade_nodes.cascade_core.noise import NoiseSource
-from cascade_nodes.cascade_core.samplers import sample, start_latent
+from cascade_nodes.cascade_core.samplers import SAMPLERS, Denoise, keep_outside, log_snr_range, start_latent
 from cascade_nodes.cascade_core.text import TextEncoder
 from cascade_nodes.cascade_core.tiles import predict_in_tiles
-from cascade_nodes.demo.dataset import for_compressor, resized
+from cascade_nodes.cascade_core.vision import ImageEncoder
+from cascade_nodes.demo.dataset import as_float, for_compressor, resized
 from cascade_nodes.demo.recipe import LATENT, PICTURE, STAGE_B_LATENT
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -25,6 +27,7 @@ STRIDE = 32  # of the compressor's
 STAGE_A_SIDE = 4  # of Stage A's
 Size = tuple[int, int]  # height and width in pixels
 SIZE: Size = (PICTURE, PICTURE)
+Control = Sequence[Tensor | None] | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class DemoCascade:
     stage_a: StageA
     compressor: SemanticCompressor
     device: torch.device
+    vision: ImageEncoder | None = None  # loaded when a picture is first embedded
+    weights: Path = WEIGHTS
 
     @classmethod
     def load(cls, weights: Path = WEIGHTS, device: str | torch.device = "cpu") -> "DemoCascade":
@@ -67,31 +72,53 @@ class DemoCascade:
             name: load_model(weights / f"demo_{name}.safetensors", name, torch.float32, device)[0]
             for name in ("stage_c", "stage_b", "stage_a", "compressor")
         }
-        return cls(text=text, device=device, **networks)
+        return cls(text=text, device=device, weights=weights, **networks)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """uint8 pictures (B, 3, H, W) as prompts: (B, E)"""
+        if self.vision is None:
+            self.vision = ImageEncoder.load(self.weights / "demo_image_encoder.safetensors", torch.float32)
+            self.vision.model.to(self.device)
+        return self.vision.encode(as_float(images).movedim(1, -1))
+
+    @torch.no_grad()
+    def compress(self, images: Tensor) -> Tensor:
+        """uint8 pictures (B, 3, 256, 256) as Stage C's latents: (B, 16, 6, 6)"""
+        return self.compressor(for_compressor(images.to(self.device)))
 
     @torch.no_grad()
     def prior(
-        self, prompts: Sequence[str], seed: int, how: Sampling = PRIOR, negative: str = "", size: Size = SIZE
-    ) -> Tensor:
-        """Stage C's latents of pictures of that size: (B, 16, 6, 6) at 256×256"""
+        self, prompts: Sequence[str], seed: int, how: Sampling = PRIOR, negative: str = "", size: Size = SIZE,
+        images: Tensor | None = None, start: Tensor | None = None, mask: Tensor | None = None,
+        control: Control = None,
+    ) -> Tensor:  # fmt: skip
+        """Stage C's latents of pictures of that size: (B, 16, 6, 6) at 256×256
+
+        images: pictures as prompts (B, n, E); start: latents to begin from, where `how.denoise` is below 1, or that
+        stay outside `mask` (B, 1, h, w); control: a ControlNet's residuals, by Stage C's residual block.
+        """
         count = len(prompts)
         noise = NoiseSource(seed, count, (LATENT[0], *(math.ceil(side / COMPRESSION) for side in size)))
-        no_image = torch.zeros(1, 1, self.stage_c.config.c_clip_img)
+        no_image = torch.zeros(1, 1 if images is None else images.shape[1], self.stage_c.config.c_clip_img)
         sides = []
-        for texts in (list(prompts), [negative]):
+        for texts, shown in ((list(prompts), images), ([negative], None)):
             states, pooled = self.text.encode(texts)
-            sides.append({"clip_text": states, "clip_text_pooled": pooled[:, None], "clip_img": no_image})
+            embedded = no_image if shown is None else shown
+            sides.append({"clip_text": states, "clip_text_pooled": pooled[:, None], "clip_img": embedded})
+            if control is not None:
+                sides[-1]["control"] = control
         guider = Guider(self.stage_c, *sides, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
-        return self._sample(guider, noise, how)
+        return self._sample(guider, noise, how, start, mask)
 
     @torch.no_grad()
     def decode(
         self, latents: Tensor, prompts: Sequence[str], seed: int, how: Sampling = DECODER, size: Size = SIZE,
-        source: Tensor | None = None, tile: int = 0,
+        source: Tensor | None = None, tile: int = 0, mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Stage C's latents (B, 16, h, w) to pictures of that size: (B, 3, *size) in [0, 1]
 
-        source: pictures of the same size to start from, where `how.denoise` is below 1; tile: pixels a side of Stage
+        source: pictures of the same size to start from, where `how.denoise` is below 1, or that stay outside `mask`
+        (B, 1, h / 4, w / 4); tile: pixels a side of Stage
         B's tiles, 0: whole.
         """
         shape = (STAGE_B_LATENT[0], *(side // STAGE_A_SIDE for side in size))
@@ -102,7 +129,7 @@ class DemoCascade:
         model = self._stage_b_in_tiles(tile // STAGE_A_SIDE) if tile else self.stage_b
         guider = Guider(model, positive, negative, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
         source_latent = None if source is None else self.stage_a.encode(source.to(self.device))
-        return self.stage_a.decode(self._sample(guider, noise, how, source_latent)).clamp(0, 1)
+        return self.stage_a.decode(self._sample(guider, noise, how, source_latent, mask)).clamp(0, 1)
 
     def _stage_b_in_tiles(self, tile: int) -> Callable[..., Tensor]:
         def predict(x: Tensor, r: Tensor, effnet: Tensor, clip: Tensor) -> Tensor:
@@ -117,15 +144,22 @@ class DemoCascade:
         return predict
 
     def _sample(
-        self, guider: Guider, noise: NoiseSource, how: Sampling, source: Tensor | None = None
-    ) -> Tensor:
-        start = noise.draw().to(self.device)
-        if source is not None:
-            start = start_latent(source, start, how.denoise, how.shift)
-        return sample(
-            guider, start, steps=how.steps, shift=how.shift, sampler=how.sampler, t_start=how.denoise,
-            noise=lambda: noise.draw().to(self.device),
-        )  # fmt: skip
+        self, guider: Guider, noise: NoiseSource, how: Sampling, source: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        fresh = noise.draw().to(self.device)
+        start = fresh if source is None else start_latent(source, fresh, how.denoise, how.shift)
+
+        def predict(x: Tensor, log_snr: Tensor) -> Tensor:
+            return guider(x, noise_cond(log_snr))
+
+        denoise: Denoise = predict
+        if mask is not None and source is not None:
+            mask = mask.to(self.device)
+            denoise = keep_outside(mask, source, fresh, predict)
+        levels = log_snr_range(how.steps, how.shift, how.denoise)
+        sampled = SAMPLERS[how.sampler](denoise, start, levels, lambda: noise.draw().to(self.device), None)
+        return sampled if mask is None or source is None else torch.lerp(source, sampled, mask)
 
     def pictures(
         self, prompts: Sequence[str], seed: int = 0, prior: Sampling = PRIOR, decoder: Sampling = DECODER,
@@ -162,5 +196,5 @@ class DemoCascade:
     @torch.no_grad()
     def reconstruct(self, images: Tensor, seed: int = 0, decoder: Sampling = DECODER) -> Tensor:
         """uint8 (B, 3, 256, 256) through compressor, Stage B and Stage A: float in [0, 1] on the CPU"""
-        latents = self.compressor(for_compressor(images.to(self.device)))
+        latents = self.compress(images)
         return self.decode(latents, [""] * len(images), seed, decoder).cpu()

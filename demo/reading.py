@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.demo.shapes import TAUGHT_SHAPES
 from cascade_nodes.demo.world import BACKGROUND_RGB, BACKGROUNDS, COLOUR_RGB, COLOURS, SHAPE_DISTANCES, SHAPES
 
 SIZE = 256  # pictures are read at this size
@@ -42,6 +43,7 @@ SHAPE_FIT = {
     "ring": 0.70,
     "cross": 0.70,
     "diamond": 0.76,
+    "dome": 0.78,
 }
 RADII = (0.06, 0.30)  # in frames; what is smaller or larger has no shape, for the frame itself is a square
 LARGE = 0.145  # radius, in frames, from which an object is large
@@ -76,8 +78,11 @@ class Reading:
 
 
 @torch.no_grad()
-def read(images: Tensor, chunk: int = 64) -> list[Reading]:
-    """Pictures (N, 3, H, W), uint8 or float in [0, 1], on any device, to what each shows."""
+def read(images: Tensor, chunk: int = 64, taught: bool = False) -> list[Reading]:
+    """Pictures (N, 3, H, W), uint8 or float in [0, 1], on any device, to what each shows.
+
+    taught: also look for the shapes that are no part of the world that the demo was trained on.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise CascadeError(f"read expects pictures (N, 3, H, W); it was given {tuple(images.shape)}.")
     readings = []
@@ -86,17 +91,17 @@ def read(images: Tensor, chunk: int = 64) -> list[Reading]:
         part = torch.nan_to_num(part).clamp(0, 1)
         if part.shape[-2:] != (SIZE, SIZE):
             part = F.interpolate(part, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-        readings += _read(part)
+        readings += _read(part, (*SHAPES, *TAUGHT_SHAPES) if taught else SHAPES)
     return readings
 
 
-def _read(images: Tensor) -> list[Reading]:
+def _read(images: Tensor, names: tuple[str, ...]) -> list[Reading]:
     ground, kinds = _background(images)
     picture, regions = _regions(_difference(images, ground))
     objects: list[list[FoundObject]] = [[] for _ in kinds]
     if len(picture):
         colours, shares = _colours(images[picture], regions)
-        for index, found in zip(picture.tolist(), _shapes(regions, colours, shares), strict=True):
+        for index, found in zip(picture.tolist(), _shapes(regions, colours, shares, names), strict=True):
             objects[index].append(found)
     return [Reading(tuple(found), kind) for found, kind in zip(objects, kinds, strict=True)]
 
@@ -200,14 +205,15 @@ def _colours(images: Tensor, regions: Tensor) -> tuple[list[str | None], list[fl
 
 
 @cache
-def _templates() -> tuple[Tensor, Tensor, Tensor]:
-    """The shapes at unit area about their centroids (8, WINDOW, WINDOW); area and centroid at radius 1."""
+def _templates(names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes at unit area about their centroids (K, WINDOW, WINDOW); area and centroid at radius 1."""
+    distances = SHAPE_DISTANCES | TAUGHT_SHAPES
     axis = (torch.arange(800) + 0.5) / 400 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     window = (torch.arange(WINDOW) + 0.5) / WINDOW * 2 - 1
     wy, wx = torch.meshgrid(window, window, indexing="ij")
     masks, areas, centroids = [], [], []
-    for distance in SHAPE_DISTANCES.values():
+    for distance in (distances[name] for name in names):
         inside = (distance(x, y) < 0).float()
         area = inside.mean() * 4
         cx, cy = (inside * x).sum() / inside.sum(), (inside * y).sum() / inside.sum()
@@ -218,9 +224,11 @@ def _templates() -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(masks), torch.stack(areas), torch.stack(centroids)
 
 
-def _shapes(regions: Tensor, colours: list[str | None], shares: list[float]) -> list[FoundObject]:
+def _shapes(
+    regions: Tensor, colours: list[str | None], shares: list[float], names: tuple[str, ...]
+) -> list[FoundObject]:
     """Regions (M, H, W) -> objects with their best-fitting shape."""
-    templates, unit_areas, unit_centroids = (tensor.to(regions.device) for tensor in _templates())
+    templates, unit_areas, unit_centroids = (tensor.to(regions.device) for tensor in _templates(names))
     solid = regions.float()
     axis = (torch.arange(SIZE, device=regions.device) + 0.5) / SIZE
     count = solid.sum((1, 2))
@@ -235,7 +243,7 @@ def _shapes(regions: Tensor, colours: list[str | None], shares: list[float]) -> 
     window = F.grid_sample(solid[:, None], grid, align_corners=False)  # (M, 1, WINDOW, WINDOW)
     fit = torch.minimum(window, templates).sum((2, 3)) / torch.maximum(window, templates).sum(
         (2, 3)
-    )  # (M, 8)
+    )  # (M, K)
     best_fit, best = fit.max(1)
     radius = (area / unit_areas[best]).sqrt()
     centre = centroid - radius[:, None] * unit_centroids[best]
@@ -244,7 +252,7 @@ def _shapes(regions: Tensor, colours: list[str | None], shares: list[float]) -> 
     )
     return [
         FoundObject(
-            shape=SHAPES[s] if f >= SHAPE_FIT[SHAPES[s]] and RADII[0] < r < RADII[1] else None,
+            shape=names[s] if f >= SHAPE_FIT[names[s]] and RADII[0] < r < RADII[1] else None,
             colour=c,
             size="large" if r >= LARGE else "small",
             x=x,

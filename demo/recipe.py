@@ -55,6 +55,4 @@ SETTINGS = {
     "clip": Settings(steps=4_599, learning_rate=1e-3, batch_size=1024, weight_decay=0.05),
     "stage_b": Settings(steps=6_253, learning_rate=1e-3, batch_size=256, ema=0.9995),
     "stage_c": Settings(steps=8_819, learning_rate=1e-3, batch_size=1024, ema=0.9995),
-    "prompts": Settings(steps=3_000, learning_rate=4e-4, batch_size=1024, ema=0.999),
-    "sizes": Settings(steps=3_000, learning_rate=4e-4, batch_size=192, ema=0.999),
 }

@@ -76,6 +76,20 @@ def _write_tar(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> i
     return len(scenes)
 
 
+def write_captioned(out: Path, captioned: Sequence[tuple[Scene, Sequence[str]]], size: int = PICTURE) -> int:
+    """Writes scenes with their own captions (one a line) into the folder `out`; gives their number."""
+    out.mkdir(parents=True, exist_ok=True)
+    for begin in range(0, len(captioned), TOGETHER):
+        part = captioned[begin : begin + TOGETHER]
+        drawn = render([scene for scene, _ in part], size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy()
+        for number, ((_, lines), pixels) in enumerate(zip(part, drawn, strict=True), begin):
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, format="PNG", compress_level=1)
+            _write(out / f"{number:07}.txt", "".join(f"{line}\n" for line in lines).encode())
+            _write(out / f"{number:07}.png", stream.getvalue())
+    return len(captioned)
+
+
 def render_folder(
     out: Path,
     scenes: Sequence[Scene],

@@ -183,13 +183,6 @@ def _assemble(
     return scenes
 
 
-def redrawn(scenes: Sequence[Scene], seed: int) -> list[Scene]:
-    """The same things in the same relations on the same backgrounds, at other places: what a variation may change."""
-    rng = np.random.default_rng([seed, 2])
-    kinds, relation, size, background = _arrays(scenes)
-    return _assemble(kinds, relation, size, *_place(size, relation, rng), background)
-
-
 def alone(scenes: Sequence[Scene], slot: int, seed: int) -> list[Scene]:
     """One object of each scene (slot 0, or 1 where there are two) by itself, anywhere on the same background."""
     rng = np.random.default_rng([seed, 3 + slot])

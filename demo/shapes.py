@@ -1,4 +1,4 @@
-"""Signed distances of the toy world's eight shapes, in units of the object's radius.
+"""Signed distances of the toy world's eight shapes, and of one that is taught later, in units of the object's radius.
 
 Each function takes x and y (tensors of one size; x to the right, y down, the centre at 0) and returns the
 distance to the outline: negative inside, exact outside, so that shadows and soft edges follow the form.
@@ -19,6 +19,7 @@ DIAMOND_HALF = (0.70, 1.0)
 TRIANGLE_TOP, TRIANGLE_BASE, TRIANGLE_HALF = -0.88, 0.76, 0.98
 STAR_TIP, STAR_NOTCH, STAR_CENTRE = 1.03, 0.46, 0.07
 HEART_SIDE, HEART_CENTRE = 1.12, 0.08
+DOME_RADIUS, DOME_BASE = 0.96, 0.42
 
 
 def circle(x: Tensor, y: Tensor) -> Tensor:
@@ -81,6 +82,11 @@ def heart(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(standing, torch.hypot(x - lobe, y + lobe) - HEART_SIDE / 2)
 
 
+def dome(x: Tensor, y: Tensor) -> Tensor:
+    """The upper half of a disc."""
+    return torch.maximum(torch.hypot(x, y - DOME_BASE) - DOME_RADIUS, y - DOME_BASE)
+
+
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": circle,
     "square": square,
@@ -91,3 +97,6 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross": cross,
     "diamond": diamond,
 }
+
+# Never trained on: what a LoRA is taught.
+TAUGHT_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dome": dome}

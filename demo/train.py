@@ -1,8 +1,7 @@
 """Trains the demo cascade, one network a run: `python -m cascade_nodes.demo.train NETWORK`.
 
 Order: stage_a, compressor (with the previewer) and clip (text and image encoder) need nothing; stage_c needs the last
-two, stage_b all three. Then prompts trains Stage C and both encoders further, on pictures as prompts, and sizes trains
-Stage B further, on larger pictures. A run that was stopped goes on from its last checkpoint.
+two, stage_b all three. A run that was stopped goes on from its last checkpoint.
 """
 
 import argparse
@@ -30,7 +29,6 @@ from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.dataset import as_float, captions, contrasts, for_compressor, pictures, resized
 from cascade_nodes.demo.detail import DetailDecoder
 from cascade_nodes.demo.job import PART, Job, export_text_encoder, in_parts, semantic_latents
-from cascade_nodes.demo.refine import train_prompts, train_sizes
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -208,8 +206,6 @@ STAGES = {
     "clip": train_clip,
     "stage_b": train_stage_b,
     "stage_c": train_stage_c,
-    "prompts": train_prompts,
-    "sizes": train_sizes,
 }
 
 

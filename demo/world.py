@@ -23,6 +23,7 @@ from cascade_nodes.demo.scenes import (
     sample_scenes,
 )
 from cascade_nodes.demo.shapes import SHAPES as SHAPE_DISTANCES
+from cascade_nodes.demo.shapes import TAUGHT_SHAPES
 
 __all__ = [
     "BACKGROUNDS",
@@ -80,14 +81,15 @@ BEVEL = 0.40  # how far the rounding of an edge reaches inwards, in radii
 HIGHLIGHT = (-0.30, -0.36, 0.24, 0.38)  # centre x, y and width in radii; strength
 FAR = 9.0  # the distance of an object that is not there
 
-_SHAPE_INDEX = {name: index for index, name in enumerate(SHAPES)}
+_DRAWN = {**SHAPE_DISTANCES, **TAUGHT_SHAPES}
+_SHAPE_INDEX = {name: index for index, name in enumerate(_DRAWN)}
 _COLOUR_INDEX = {name: index for index, name in enumerate(COLOURS)}
 
 
 class Packed(NamedTuple):
     """Scenes as tensors. Slot 1 of a single object has shape -1."""
 
-    shape: Tensor  # (N, 2) int64, index into SHAPES
+    shape: Tensor  # (N, 2) int64, index into SHAPES and then TAUGHT_SHAPES
     colour: Tensor  # (N, 2, 3) float32 in [0, 1]
     centre: Tensor  # (N, 2, 2) float32, (x, y)
     radius: Tensor  # (N, 2) float32
@@ -156,7 +158,7 @@ def _local(packed: Packed, slot: int, grid: Tensor, offset: tuple[float, float])
 def _distance(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Signed distance of every scene's own shape (n,), in radii: (n, H, W); FAR where there is no object."""
     distance = torch.full(x.shape, FAR, device=x.device)
-    for index, function in enumerate(SHAPE_DISTANCES.values()):
+    for index, function in enumerate(_DRAWN.values()):
         chosen = (shape == index).nonzero()[:, 0]
         if len(chosen):
             distance[chosen] = function(x[chosen], y[chosen])

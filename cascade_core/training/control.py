@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from ..checkpoints import load_model, write_safetensors
 from ..compressor import SemanticCompressor
 from ..controlnet import PUBLISHED_BLOCKS, ControlNet
 from ..errors import CascadeError
-from ..hints import STRIDE
 from ..stage_c import StageC
 from .conditions import CachedText
 from .data import Batch
-from .making_hints import HINTS, FindFaces, Tools
+from .making_hints import HINTS, FindFaces, Tools, hint_of
 from .settings import ControlNetSettings, ObjectiveSettings
 from .task import Inputs, State, Task
 
@@ -46,7 +44,7 @@ class ControlNetTask(Task):
     ):
         """compressor: on its device, where the backbone or the hint needs it."""
         super().__init__(stage_c, text, objective, dtype)
-        self.hint = HINTS[settings.hint]
+        self.hint = hint_of(settings)
         self.tools = Tools(compressor if settings.hint == "super_resolution" else None, find_faces)
         torch.manual_seed(seed)
         network = build_controlnet(settings, stage_c, compressor)
@@ -56,11 +54,7 @@ class ControlNetTask(Task):
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Inputs:
         assert batch.images is not None
-        size = batch.latents.shape[-2] * STRIDE, batch.latents.shape[-1] * STRIDE
-        images = batch.images.to(self.device)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        hint = self.hint.make(images, generator, self.tools)
+        hint = self.hint.make(batch.images.to(self.device), generator, self.tools)
         return Inputs(batch.latents.to(self.device), batch.caption_ids, self.cached_text(batch), hint)
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """The hint of each kind of ControlNet, made from a training picture; what is random in it comes from a generator."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 from ..canny import canny
 from ..errors import CascadeError
 from ..hints import STRIDE, identity_map, inpaint_hint, shrink, super_resolution_hint
+from .buckets import COMPRESSION
+from .settings import ControlNetSettings, Reads
 
 Compress = Callable[[Tensor], Tensor]
 # (B, 3, H, W) in [0, 1] -> of each picture embeddings (N, 512) and boxes (N, 4): left, top, right, bottom in pixels
@@ -68,17 +71,34 @@ def random_masks(count: int, size: torch.Size | tuple[int, int], generator: torc
     return torch.where(kind > 0.95, torch.ones_like(mask), mask).float()
 
 
-def _super_resolution(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
+def _super_resolution(
+    images: Tensor,
+    generator: torch.Generator,
+    tools: Tools,
+    scale: float = 2.0,
+    reads: Reads = "small",
+) -> Tensor:
     if tools.compress is None:
         raise CascadeError("The super-resolution hint needs the compressor; name it in models.compressor.")
     height, width = images.shape[-2:]
-    small = shrink(images)
-    # The small picture's sides must be multiples of the compressor's stride as well.
-    sides = max(height // 2 // STRIDE, 1) * STRIDE, max(width // 2 // STRIDE, 1) * STRIDE
-    if small.shape[-2:] != sides:
-        small = F.interpolate(small, sides, mode="bilinear", antialias=True)
+    if reads == "enlarged":
+        small = _small_and_back(images, scale)
+    else:
+        small = shrink(images, round(scale))
+        # The small picture's sides must be multiples of the compressor's stride as well.
+        sides = max(round(height / scale) // 32, 1) * 32, max(round(width / scale) // 32, 1) * 32
+        if small.shape[-2:] != sides:
+            small = F.interpolate(small, sides, mode="bilinear", antialias=True)
     with torch.no_grad():
-        return super_resolution_hint(tools.compress, small, (height // STRIDE, width // STRIDE))
+        return super_resolution_hint(tools.compress, small, (height // 32, width // 32))
+
+
+def _small_and_back(images: Tensor, scale: float) -> Tensor:
+    """Pictures (B, 3, H, W) of the compressor's size as the hint's node enlarges small ones: H × W again."""
+    # The picture itself has 42.67 pixels for each of the compressor's 32.
+    sides = [max(round(side / STRIDE * COMPRESSION / scale), 1) for side in images.shape[-2:]]
+    small = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(0, 1)
+    return F.interpolate(small, images.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def _identity(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
@@ -92,6 +112,14 @@ def _identity(images: Tensor, generator: torch.Generator, tools: Tools) -> Tenso
             boxes = torch.tensor([[0.0, 0.0, width, height]])
         maps.append(identity_map(embeddings, boxes, (height, width), (height // STRIDE, width // STRIDE)))
     return torch.cat(maps).to(images.device)
+
+
+def hint_of(settings: ControlNetSettings) -> Hint:
+    """The hint that a run's settings ask for."""
+    hint = HINTS[settings.hint]
+    if settings.hint != "super_resolution":
+        return hint
+    return replace(hint, make=partial(_super_resolution, scale=settings.scale, reads=settings.reads))
 
 
 HINTS: dict[str, Hint] = {

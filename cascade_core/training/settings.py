@@ -20,6 +20,7 @@ from .data import DataSettings
 from .strict import build, read_yaml
 
 TaskName = Literal["lora", "controlnet", "finetune", "tokens"]
+Reads = Literal["small", "enlarged"]
 Weighting = Literal[
     "p2", "adaptive", "debiased", "constant", "snr", "snr_plus_one", "min_snr", "min_snr_plus_one", "truncated_snr",
     "sech", "sigmoid",
@@ -137,6 +138,14 @@ class ControlNetSettings:
     hint: Literal["canny", "inpainting", "super_resolution", "identity"] = "canny"
     start: str = "compressor"
     config: dict[str, Any] = field(default_factory=dict)
+    scale: float = 2.0  # super_resolution: how many times smaller the small picture is, a side
+    reads: Reads = (
+        "small"  # super_resolution: what the compressor reads, as published, or the picture enlarged
+    )
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.scale <= 16:
+            raise CascadeError(f"controlnet.scale is {self.scale}; it must lie within 1 and 16 (2 is usual).")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ....cascade_core.adapters.apply import patched
-from ....cascade_core.diffusion import noise_cond, per_image, scale, undiffuse
+from ....cascade_core.diffusion import noise_cond
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.guidance import Guider
-from ....cascade_core.samplers import SAMPLERS, Denoise, Step, start_latent
+from ....cascade_core.samplers import SAMPLERS, Step, keep_outside, start_latent
 from ....cascade_core.stage_b import StageB
 from ....cascade_core.tiles import predict_in_tiles
 from ..reporting import check_interrupted, report
@@ -140,18 +140,3 @@ def image_tokens(values: dict[str, Any], width: int) -> Tensor:
         return torch.zeros(1, 1, width)
     embeds = [prompt["clip_vision_output"].image_embeds[None] * prompt["strength"] for prompt in prompts]
     return torch.cat(embeds, dim=1)
-
-
-def keep_outside(mask: Tensor, latent: Tensor, noise: Tensor, denoise: Denoise) -> Denoise:
-    """Inpainting: outside the mask the network sees the given latent, noised, and predicts it.
-
-    mask: (B, 1, h, w), 1 where the picture may change; latent, noise: (B, C, h, w).
-    """
-
-    def blended(x: Tensor, log_snr: Tensor) -> Tensor:
-        a, b = (per_image(value, x) for value in scale(log_snr))
-        seen = torch.lerp(a * latent + b * noise, x, mask)
-        x0 = torch.lerp(latent, undiffuse(seen, log_snr, denoise(seen, log_snr)), mask)
-        return (x - a * x0) / b  # the epsilon that leads from the sampler's own x to this x0
-
-    return blended
