@@ -18,7 +18,9 @@ def common_inputs(what: str) -> list[Any]:
     """What every kind of training asks for."""
     return [
         io.String.Input(
-            "name", default=f"my_{what}", tooltip="The new file's name; loaders list it by that."
+            "name",
+            default=f"my_{what}",
+            tooltip="The new file's name, under which it is listed where it is used.",
         ),
         io.String.Input(
             "pictures",
@@ -28,10 +30,10 @@ def common_inputs(what: str) -> list[Any]:
                 "star.txt, one caption a line."
             ),
         ),
-        file_input("stage_c", "stage_c", "Stage C, which is trained for and stays as it is."),
+        file_input("stage_c", "stage_c", "The Stage C that is trained for; its own file stays as it is."),
         file_input("text_encoder", "text_encoder", "The text encoder that reads the captions."),
         file_input(
-            "compressor", "compressor", "The semantic compressor, which makes latents of the pictures."
+            "compressor", "compressor", "The semantic compressor, which turns the pictures into latents."
         ),
         io.Int.Input(
             "size",
@@ -39,10 +41,19 @@ def common_inputs(what: str) -> list[Any]:
             min=64,
             max=4096,
             step=64,
-            tooltip="Pixels: pictures are taken as large as size × size, in their own aspect ratio.",
+            tooltip=(
+                "Pixels: pictures are brought to about size × size, in their own aspect ratio. Best the size that "
+                "Stage C was trained at (1024); smaller is faster."
+            ),
         ),
-        io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="How many steps to train for."),
-        io.Int.Input("batch_size", default=4, min=1, max=4096, tooltip="Pictures in a step."),
+        io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Steps of training."),
+        io.Int.Input(
+            "batch_size",
+            default=4,
+            min=1,
+            max=4096,
+            tooltip="How many pictures each step learns from. More need more memory.",
+        ),
         io.Float.Input(
             "learning_rate",
             default=1e-4,
@@ -50,7 +61,7 @@ def common_inputs(what: str) -> list[Any]:
             max=1.0,
             step=1e-6,
             round=1e-8,
-            tooltip="How far a step goes: 1e-4 is usual, 1e-3 for tokens.",
+            tooltip="How far each step goes: 1e-4 is usual, 1e-3 for tokens.",
         ),
         io.Int.Input(
             "seed",
@@ -69,8 +80,8 @@ def settings_input() -> Any:
         multiline=True,
         optional=True,
         tooltip=(
-            "Anything else that a settings file of `cascade train` may hold, in YAML, such as train: {warmup: 100}. "
-            "Wins over the inputs above."
+            "Further settings of `cascade train`, in YAML; the help page shows some. They count before the inputs "
+            "above."
         ),
     )
 
@@ -102,14 +113,18 @@ def train_file(task: Any, role: str, given: dict[str, Any], own: dict[str, Any])
         values[section] = {**values[section], **more} if mixed else more
     resolved = resolve(settings_of(values, task, "settings"), Path.cwd(), find)
     with host().training() as (report, stop):
-        train(
-            resolved,
-            host().tell,
-            lambda progress: report(progress.step, progress.steps),
-            report,
-            stop,
-            fresh=not interrupted(resolved),
-        )
+        try:
+            train(
+                resolved,
+                host().tell,
+                lambda progress: report(progress.step, progress.steps),
+                report,
+                stop,
+                fresh=not interrupted(resolved),
+            )
+        except KeyboardInterrupt:  # while latents were cached
+            if not stop():
+                raise
     return io.NodeOutput(name)
 
 
@@ -167,7 +182,11 @@ class CascadeTrainLoRA(TrainingNode):
             inputs=[
                 *common_inputs("lora"),
                 io.Int.Input(
-                    "rank", default=16, min=1, max=1024, tooltip="How much the LoRA can hold; 4 to 64."
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=1024,
+                    tooltip="How much the LoRA can hold; 4 to 64 are usual.",
                 ),
                 settings_input(),
             ],
@@ -190,7 +209,7 @@ class CascadeTrainControlNet(TrainingNode):
             display_name="Cascade Train ControlNet",
             category=CATEGORY,
             description=(
-                "Trains a ControlNet on a folder of pictures, from hints that it makes of them. A run that was "
+                "Trains a ControlNet on a folder of pictures; the hints are made of them. A run that was "
                 "interrupted goes on."
             ),
             inputs=[
@@ -199,7 +218,7 @@ class CascadeTrainControlNet(TrainingNode):
                     "hint",
                     options=["canny", "inpainting", "super_resolution"],
                     default="canny",
-                    tooltip="What the ControlNet shall follow: edges, a picture with a hole, or a small picture.",
+                    tooltip="What the ControlNet learns to follow: edges, a picture with a hole, or a small picture.",
                 ),
                 settings_input(),
             ],
@@ -222,19 +241,27 @@ class CascadeTrainTokens(TrainingNode):
             display_name="Cascade Train Token",
             category=CATEGORY,
             description=(
-                "Teaches the text encoder a token from a folder of pictures whose captions hold it. A run that was "
+                "Learns a word of your own, a token, from a folder of pictures whose captions hold it. A run that was "
                 "interrupted goes on."
             ),
             inputs=[
                 *common_inputs("token"),
                 io.String.Input(
-                    "token", default="[blob]", tooltip="Stands in captions and prompts for what is learned."
+                    "token",
+                    default="[blob]",
+                    tooltip="The word in captions and prompts that stands for what is learned.",
                 ),
                 io.String.Input(
-                    "initial", default="", tooltip="Words that the token begins as, such as star."
+                    "initial",
+                    default="",
+                    tooltip="Words that the token starts from, near to what is learned, such as star. May stay empty.",
                 ),
                 io.Int.Input(
-                    "vectors", default=1, min=1, max=32, tooltip="How much the token can hold; 1 to 8."
+                    "vectors",
+                    default=1,
+                    min=1,
+                    max=32,
+                    tooltip="How much the token can hold; 1 to 8 are usual.",
                 ),
                 settings_input(),
             ],
