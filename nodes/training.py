@@ -20,7 +20,7 @@ def common_inputs(what: str) -> list[Any]:
         io.String.Input(
             "name",
             default=f"my_{what}",
-            tooltip="The new file's name, under which it is listed where it is used.",
+            tooltip="Name of the new file in the models folder, without its ending.",
         ),
         io.String.Input(
             "pictures",
@@ -86,11 +86,10 @@ def settings_input() -> Any:
     )
 
 
-def file_output(what: str) -> list[Any]:
+def file_output(what: str, node: str) -> list[Any]:
+    """The name of what was trained. node: the one that lists it."""
     return [
-        io.String.Output(
-            display_name="file", tooltip=f"The name of the {what}'s file, as its loader lists it."
-        )
+        io.String.Output(display_name="file", tooltip=f"The name of the {what}'s file, to choose in {node}.")
     ]
 
 
@@ -190,7 +189,7 @@ class CascadeTrainLoRA(TrainingNode):
                 ),
                 settings_input(),
             ],
-            outputs=file_output("LoRA"),
+            outputs=file_output("LoRA", "Cascade LoRA Apply"),
             is_output_node=True,
         )
 
@@ -222,7 +221,7 @@ class CascadeTrainControlNet(TrainingNode):
                 ),
                 settings_input(),
             ],
-            outputs=file_output("ControlNet"),
+            outputs=file_output("ControlNet", "Load Cascade ControlNet"),
             is_output_node=True,
         )
 
@@ -265,7 +264,7 @@ class CascadeTrainTokens(TrainingNode):
                 ),
                 settings_input(),
             ],
-            outputs=file_output("token"),
+            outputs=file_output("token", "Cascade LoRA Apply"),
             is_output_node=True,
         )
 
