@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     output = "where pictures go, default: ./output"
     run.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help=output)
-    source = "where LoadImage looks, default: ./input, then beside the graph, then here"
+    source = (
+        "where LoadImage looks, default: ./input, then beside the graph, in input beside its folder, and here"
+    )
     run.add_argument("--input", type=Path, default=Path("input"), metavar="DIR", help=source)
     run.add_argument("--server", metavar="URL", help="run on this ComfyUI instead of in this process")
     run.add_argument("--traceback", action="store_true", help="show where in the code an error came from")

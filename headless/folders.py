@@ -18,7 +18,7 @@ _ANNOTATION = re.compile(r"^(?P<name>.*) \[(?P<kind>input|output|temp)\]$")
 
 @dataclass(frozen=True)
 class Folders:
-    """`input` for LoadImage, which also looks in `graph`, the folder of the graph; `output` for SaveImage."""
+    """`input` for LoadImage; `graph`, the folder of the graph, where it also looks; `output` for SaveImage."""
 
     input: Path = Path("input")
     output: Path = Path("output")
@@ -34,11 +34,15 @@ class Folders:
         return {"input": self.input, "output": self.output, "temp": self.temp}[kind]
 
     def candidates(self, name: str) -> list[Path]:
-        """Where a picture of this name may lie. `name [output]` means the output folder, as in ComfyUI."""
+        """Where a picture of this name may lie. `name [output]` means the output folder, as in ComfyUI.
+
+        Graphs that are shipped with their pictures have them in a folder `input` beside their own, as the examples.
+        """
         annotated = _ANNOTATION.match(name)
         if annotated:
             return [self.of_kind(annotated["kind"]) / annotated["name"]]
-        return list(dict.fromkeys([self.input / name, self.graph / name, Path(name)]))
+        shipped = [self.graph.parent / "input" / name] if self.graph != Path() else []
+        return list(dict.fromkeys([self.input / name, self.graph / name, *shipped, Path(name)]))
 
     def find_picture(self, name: str) -> Path:
         """The picture of this name; CascadeError that says where it was looked for."""

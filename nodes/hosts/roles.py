@@ -38,8 +38,11 @@ DEMO_NAMES: dict[str, str] = {
     "vision": "demo_image_encoder.safetensors",
 }
 
-# Of these roles the demo has any number of files: demo_controlnet_canny.safetensors and the like.
-DEMO_SETS = ("controlnet", "lora")
+# Of these roles the demo has any number of files; learned tokens are loaded as LoRAs are.
+DEMO_SETS: dict[str, tuple[str, ...]] = {
+    "controlnet": ("demo_controlnet_*.safetensors",),
+    "lora": ("demo_lora_*.safetensors", "demo_token_*.safetensors"),
+}
 
 ROLE_WORDS: dict[str, str] = {
     "stage_c": "Stage C",
@@ -111,5 +114,5 @@ def demo_file(role: str) -> Path | None:
 def demo_names(role: str) -> list[str]:
     """The demo cascade's files for a role, those that are there."""
     if role in DEMO_SETS:
-        return sorted(path.name for path in DEMO_FOLDER.glob(f"demo_{role}_*.safetensors"))
+        return sorted(path.name for pattern in DEMO_SETS[role] for path in DEMO_FOLDER.glob(pattern))
     return [DEMO_NAMES[role]] if demo_file(role) else []

@@ -111,6 +111,7 @@ def test_names_that_stay():
 def test_the_demo_may_have_several_of_a_kind(tmp_path, monkeypatch):
     for name in (
         "demo_lora_ink.safetensors",
+        "demo_token_sun.safetensors",
         "demo_controlnet_canny.safetensors",
         "demo_controlnet_sr.safetensors",
     ):
@@ -120,5 +121,6 @@ def test_the_demo_may_have_several_of_a_kind(tmp_path, monkeypatch):
         "demo_controlnet_canny.safetensors",
         "demo_controlnet_sr.safetensors",
     ]
+    assert list_files("lora")[:2] == ["demo_lora_ink.safetensors", "demo_token_sun.safetensors"]
     assert find_file("lora", "demo_lora_ink.safetensors") == tmp_path / "demo_lora_ink.safetensors"
     assert roles.demo_names("stage_c") == []  # not there

@@ -14,6 +14,7 @@ Graph = dict[str, Any]
 
 NOTES = {"Note", "MarkdownNote"}  # known to the interface alone
 SEED_CONTROL = "fixed"  # the widget below a seed: what becomes of it after a run
+UPLOAD = "image"  # the button below the name of a picture, which is saved with the widgets
 LAYOUT = ("pos", "size", "flags", "order", "mode", "properties", "title", "color", "bgcolor")
 
 
@@ -30,6 +31,11 @@ def is_widget(info: InputInfo) -> bool:
 def has_control(info: InputInfo) -> bool:
     """Whether the interface puts the seed control below this widget."""
     return bool(info.options.get("control_after_generate"))
+
+
+def has_upload(info: NodeInfo) -> bool:
+    """Whether the interface puts the button for another picture below a node's widgets."""
+    return any(entry.options.get("image_upload") for entry in info.inputs.values())
 
 
 def to_api(ui: Graph, nodes: dict[str, NodeInfo]) -> Graph:
@@ -115,3 +121,5 @@ def widget_values(inputs: Graph, info: NodeInfo):
             yield entry.options.get("default") if isinstance(value, list) or value is None else value
             if has_control(entry):
                 yield SEED_CONTROL
+    if has_upload(info):
+        yield UPLOAD
