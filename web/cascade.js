@@ -3,13 +3,17 @@
 import { app } from "../../scripts/app.js";
 import { addRunPanel } from "./run_panel.js";
 import { addSizePanel } from "./size_panel.js";
+import { addTextPanel } from "./text_panel.js";
 import { loadWords } from "./words.js";
 
 const PANELS = {
   CascadeEmptyLatent: addSizePanel,
   CascadeEncode: addSizePanel,
+  CascadeUpscaleLatent: addSizePanel,
+  CascadeSuperResolutionHint: addSizePanel,
   CascadePriorSampler: addRunPanel,
   CascadeDecoderSampler: addRunPanel,
+  CascadeLoRAApply: addTextPanel,
 };
 
 app.registerExtension({

@@ -13,6 +13,7 @@ const STYLE = `
   .cascade-panel select { flex: 1 1 0; min-width: 0; }
   .cascade-panel :disabled { opacity: 0.4; cursor: default; }
   .cascade-panel-sizes { font-variant-numeric: tabular-nums; white-space: nowrap; }
+  .cascade-panel-text { max-height: 100%; overflow-y: auto; overflow-wrap: anywhere; user-select: text; }
   .cascade-panel-faint { color: var(--descrip-text, #999); }
   .cascade-panel-warning { color: #e2a33c; }
 `;

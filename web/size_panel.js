@@ -1,15 +1,18 @@
-/** Sizes on Cascade Empty Latent and Cascade Encode: presets, swap, both latents, what was trained. */
+/** Sizes on the nodes that decide them: presets, swap, both latents, what was trained. */
 
 import { addPanel, after, element } from "./panel.js";
 import {
-  AREAS, ASPECTS, fittingCompression, presetOf, presetSize, stageBSize, stageCSize, verdict,
+  AREAS, ASPECTS, COMPRESSION, LARGE_AREAS, chosenSize, fittingCompression, presetOf, presetSize, scaledSize,
+  secondVerdict, stageBSize, stageCSize, verdict,
 } from "./sizes.js";
 import { say } from "./words.js";
 
 const CUSTOM = "";
-const HEIGHT = { CascadeEmptyLatent: 82, CascadeEncode: 52 };
+const LINKED = "size.linked";
+const UNKNOWN = "size.unknown";
 
 const find = (node, name) => node.widgets?.find((widget) => widget.name === name);
+const valueOf = (node, name) => find(node, name).value;
 
 /** Whether a widget's value comes over a link, so that it says nothing here. */
 const linked = (node, name) =>
@@ -27,20 +30,55 @@ function set(node, values) {
   node.graph?.setDirtyCanvas?.(true, true);
 }
 
-/** What the two nodes differ in: where the size comes from. null: it is not known here. */
-const SIZE_OF = {
-  CascadeEmptyLatent(node) {
-    if (linked(node, "width") || linked(node, "height")) return null;
-    return { width: find(node, "width").value, height: find(node, "height").value };
+/** The size in the node's own widgets, or LINKED. */
+function writtenSize(node) {
+  if (linked(node, "width") || linked(node, "height")) return LINKED;
+  return { width: valueOf(node, "width"), height: valueOf(node, "height") };
+}
+
+/** The size of the picture that comes into the node, where the node that it comes from shows it; else null. */
+function pictureSize(node) {
+  const slot = node.inputs?.findIndex((input) => input.name === "image") ?? -1;
+  const picture = slot < 0 ? null : node.getInputNode(slot)?.imgs?.[0];
+  return picture?.naturalWidth ? { width: picture.naturalWidth, height: picture.naturalHeight } : null;
+}
+
+/**
+ * What the nodes differ in.
+ *
+ * height   of the panel in pixels
+ * areas    what is offered to choose from, and `usual` of them; none where a picture decides the size
+ * size     the size, or why it is not known here
+ * verdict  what to say of it
+ * fit      the compression to offer instead of one that was not trained
+ */
+const KINDS = {
+  CascadeEmptyLatent: {
+    height: 82, areas: AREAS, usual: "1", size: writtenSize, verdict, fit: fittingCompression,
   },
-  CascadeEncode(node) {
-    const slot = node.inputs?.findIndex((input) => input.name === "image") ?? -1;
-    const picture = slot < 0 ? null : node.getInputNode(slot)?.imgs?.[0];
-    return picture?.naturalWidth ? { width: picture.naturalWidth, height: picture.naturalHeight } : null;
+  CascadeUpscaleLatent: {
+    height: 82, areas: LARGE_AREAS, usual: "4", size: writtenSize, verdict: secondVerdict, fit: () => COMPRESSION,
+  },
+  CascadeEncode: {
+    height: 52,
+    size(node) {
+      const asked = writtenSize(node);
+      return asked === LINKED ? LINKED : (chosenSize(pictureSize(node), asked) ?? UNKNOWN);
+    },
+    verdict,
+    fit: fittingCompression,
+  },
+  CascadeSuperResolutionHint: {
+    height: 52,
+    size(node) {
+      if (linked(node, "scale")) return LINKED;
+      const small = pictureSize(node);
+      return small ? scaledSize(small, valueOf(node, "scale")) : UNKNOWN;
+    },
+    verdict,
+    fit: fittingCompression,
   },
 };
-
-const UNKNOWN = { CascadeEmptyLatent: "size.linked", CascadeEncode: "size.unknown" };
 
 function options(select, entries) {
   select.replaceChildren(...entries.map(([value, text]) => new Option(text, value)));
@@ -49,7 +87,7 @@ function options(select, entries) {
 const times = ({ width, height }) => `${width} × ${height}`;
 
 /** The presets and the swap; returns their row and a function that shows a size in them. */
-function presets(node) {
+function presets(node, { areas, usual }) {
   const aspect = element("select");
   const area = element("select");
   const swap = element("button", "", ["⇄"]);
@@ -63,11 +101,11 @@ function presets(node) {
     const turned = (name) => (tall ? name.split(":").reverse().join(":") : name);
     options(aspect, [[CUSTOM, say("size.custom")], ...ASPECTS.map((name) => [name, turned(name)])]);
   };
-  options(area, [[CUSTOM, say("size.custom")], ...AREAS.map((name) => [name, areaName(name)])]);
+  options(area, [[CUSTOM, say("size.custom")], ...areas.map((name) => [name, areaName(name)])]);
 
-  const isTall = () => find(node, "height").value > find(node, "width").value;
+  const isTall = () => valueOf(node, "height") > valueOf(node, "width");
   const choose = () => {
-    const size = presetSize(aspect.value || "1:1", area.value || "1");
+    const size = presetSize(aspect.value || "1:1", area.value || usual);
     set(node, isTall() ? { width: size.height, height: size.width } : size);
   };
   aspect.addEventListener("change", () => {
@@ -77,12 +115,12 @@ function presets(node) {
   });
   area.addEventListener("change", () => area.value !== CUSTOM && choose());
   swap.addEventListener("click", () => {
-    set(node, { width: find(node, "height").value, height: find(node, "width").value });
+    set(node, { width: valueOf(node, "height"), height: valueOf(node, "width") });
   });
 
   const show = (size) => {
     for (const control of [aspect, area, swap]) control.disabled = !size;
-    const preset = size && presetOf(size);
+    const preset = size && presetOf(size, areas);
     fill(Boolean(size) && size.height > size.width);
     aspect.value = preset?.aspect ?? CUSTOM;
     area.value = preset?.area ?? CUSTOM;
@@ -90,32 +128,32 @@ function presets(node) {
   return { row: element("div", "cascade-panel-row", [aspect, area, swap]), show };
 }
 
-/** @param {object} node a Cascade Empty Latent or a Cascade Encode, just created */
+/** @param {object} node one of KINDS, just created */
 export function addSizePanel(node) {
-  const kind = node.comfyClass;
+  const kind = KINDS[node.comfyClass];
   const sizes = element("div", "cascade-panel-sizes");
   const judgement = element("div");
   const fit = element("button");
   fit.type = "button";
-  const choice = kind === "CascadeEmptyLatent" ? presets(node) : null;
+  const choice = kind.areas ? presets(node, kind) : null;
   const rows = [sizes, element("div", "cascade-panel-row", [judgement, fit])];
   const content = element("div", "", choice ? [choice.row, ...rows] : rows);
   content.style.display = "contents";
 
   const show = () => {
-    const size = SIZE_OF[kind](node);
-    const compression = find(node, "compression").value;
-    const known = size && !linked(node, "compression");
-    choice?.show(size);
+    const size = kind.size(node);
+    const compression = valueOf(node, "compression");
+    const unknown = typeof size === "string" ? size : linked(node, "compression") && LINKED;
+    choice?.show(typeof size === "string" ? null : size);
     fit.hidden = true;
     sizes.textContent = "";
-    if (!known) {
+    if (unknown) {
       judgement.className = "cascade-panel-faint";
-      judgement.textContent = say(size ? "size.linked" : UNKNOWN[kind]);
+      judgement.textContent = say(unknown);
       return;
     }
-    const found = verdict(size, compression);
-    const fine = found === "trained" || found === "demo";
+    const found = kind.verdict(size, compression);
+    const fine = ["trained", "demo", "second"].includes(found);
     sizes.textContent = say("size.latents", {
       stage_c: times(stageCSize(size, compression)),
       stage_b: times(stageBSize(size)),
@@ -123,13 +161,13 @@ export function addSizePanel(node) {
     });
     judgement.className = fine ? "cascade-panel-faint" : "cascade-panel-warning";
     judgement.textContent = say(`size.${found}`);
-    const better = fittingCompression(size);
+    const better = kind.fit(size);
     fit.hidden = fine || found === "long" || better === compression;
     fit.textContent = say("size.fit", { value: better });
     fit.onclick = () => set(node, { compression: better });
   };
 
-  addPanel(node, "cascade_size", content, HEIGHT[kind]);
+  addPanel(node, "cascade_size", content, kind.height);
   for (const widget of node.widgets) after(widget, "callback", show);
   for (const event of ["onConfigure", "onConnectionsChange", "onExecuted"]) after(node, event, show);
   show();

@@ -1,8 +1,8 @@
 /**
- * What sizes mean to Stable Cascade: mathematics only, the same as in nodes/latents.py.
+ * What sizes mean to Stable Cascade: mathematics only, the same as in nodes/sizes.py.
  *
  * @typedef {{width: number, height: number}} Size
- * @typedef {"trained" | "demo" | "few" | "many" | "long" | "compression"} Verdict
+ * @typedef {"trained" | "demo" | "few" | "many" | "long" | "compression" | "second"} Verdict
  */
 
 export const COMPRESSION = 42.67; // published: 1024 pixels become 24 latent positions
@@ -28,6 +28,9 @@ export const ASPECTS = ["1:1", "5:4", "4:3", "3:2", "16:9", "2:1", "21:9"];
 /** Pictures of about so many megapixels, and the one size of the bundled demo cascade. */
 export const AREAS = ["demo", "0.75", "1", "1.5", "2", "4"];
 
+/** The same for a second, larger pass. */
+export const LARGE_AREAS = ["1", "2", "4", "8", "16"];
+
 /**
  * The Stage C latent of a picture.
  * @param {Size} size in pixels
@@ -38,14 +41,40 @@ export function stageCSize({ width, height }, compression) {
   return { width: Math.ceil(width / compression), height: Math.ceil(height / compression) };
 }
 
+/** @param {Size} size @returns {Size} the largest one within it whose sides are multiples of 8, at least 8 */
+function wholeSize({ width, height }) {
+  const whole = (side) => Math.max(Math.floor(side / SIZE_STEP), 1) * SIZE_STEP;
+  return { width: whole(width), height: whole(height) };
+}
+
 /**
  * The Stage B latent of a picture; sides that are no multiple of 8 are cut down to one.
  * @param {Size} size in pixels
  * @returns {Size} in positions
  */
-export function stageBSize({ width, height }) {
-  const positions = (side) => (Math.max(Math.floor(side / SIZE_STEP), 1) * SIZE_STEP) / STAGE_B_COMPRESSION;
-  return { width: positions(width), height: positions(height) };
+export function stageBSize(size) {
+  const { width, height } = wholeSize(size);
+  return { width: width / STAGE_B_COMPRESSION, height: height / STAGE_B_COMPRESSION };
+}
+
+/**
+ * The size that a picture is brought to: as asked for, a side of 0 in the picture's own proportions.
+ * @param {Size | null} own the picture's, null: not known
+ * @param {Size} asked
+ * @returns {Size | null} null where the picture's own would have to be known
+ */
+export function chosenSize(own, { width, height }) {
+  if (width && height) return wholeSize({ width, height });
+  if (!own || !(width || height)) return own;
+  return wholeSize({
+    width: width || Math.round((own.width * height) / own.height),
+    height: height || Math.round((own.height * width) / own.width),
+  });
+}
+
+/** @param {Size} size @param {number} scale @returns {Size} that of a picture made so many times wider and higher */
+export function scaledSize({ width, height }, scale) {
+  return wholeSize({ width: Math.round(width * scale), height: Math.round(height * scale) });
 }
 
 /** @param {string} aspect such as "16:9" @returns {number} width for each height */
@@ -57,7 +86,7 @@ export function aspectOf(aspect) {
 /**
  * The size of an aspect ratio and an area: sides are multiples of 64, as near to both as such sides can be.
  * @param {string} aspect one of ASPECTS
- * @param {string} area one of AREAS
+ * @param {string} area one of AREAS or LARGE_AREAS
  * @returns {Size} in pixels, never taller than wide
  */
 export function presetSize(aspect, area) {
@@ -78,13 +107,13 @@ export function presetSize(aspect, area) {
 /**
  * The preset that a size is, standing or lying.
  * @param {Size} size
+ * @param {string[]} areas AREAS or LARGE_AREAS
  * @returns {{aspect: string, area: string} | null}
  */
-export function presetOf({ width, height }) {
+export function presetOf({ width, height }, areas) {
   const [long, short] = [Math.max(width, height), Math.min(width, height)];
-  if (long === DEMO.width && short === DEMO.height) return { aspect: "1:1", area: "demo" };
-  for (const area of AREAS.slice(1)) {
-    for (const aspect of ASPECTS) {
+  for (const area of areas) {
+    for (const aspect of area === "demo" ? ["1:1"] : ASPECTS) {
       const preset = presetSize(aspect, area);
       if (preset.width === long && preset.height === short) return { aspect, area };
     }
@@ -107,6 +136,16 @@ export function verdict(size, compression) {
   if (width * height < LEAST_POSITIONS) return "few";
   if (width * height > MOST_POSITIONS) return "many";
   return "trained";
+}
+
+/**
+ * The same for the latent of a first pass that is enlarged: Stage B has to know it, Stage C has composed it already.
+ * @param {Size} size in pixels
+ * @param {number} compression
+ * @returns {Verdict}
+ */
+export function secondVerdict(size, compression) {
+  return compression < LEAST_COMPRESSION || compression > MOST_COMPRESSION ? "compression" : "second";
 }
 
 /**

@@ -186,23 +186,87 @@ async function sizes(page) {
   return { steps, saved, sent: output[String(id)].inputs, presets: await selects.nth(0).locator("option").count() };
 }
 
-/** Cascade Encode shows the sizes of the picture that is connected to it. */
-async function encode(page, { picture }) {
+/** Presets and readout on Cascade Upscale Latent, whose sizes are larger and whose Stage C has composed already. */
+async function enlarge(page) {
+  const id = await place(page, "CascadeUpscaleLatent");
+  await page.waitForTimeout(300);
+  const steps = [];
+  const note = async (what) => {
+    steps.push({ what, widgets: await widgets(page, id), ...(await panel(page, id, "cascade_size")) });
+  };
+  const selects = page.locator(".cascade-panel select");
+  await note("new");
+  await selects.nth(0).selectOption("3:2");
+  await note("3:2");
+  await selects.nth(1).selectOption("8");
+  await note("8 megapixels");
+  await setWidget(page, id, "compression", 80);
+  await note("untrained");
+  await page.locator(".cascade-panel button:visible").last().click();
+  await note("fitted");
+  return { steps };
+}
+
+/** Places a picture's node and one that takes it; returns both ids once the picture is loaded. Not connected yet. */
+async function placeWithPicture(page, type, picture) {
   const source = await place(page, "LoadImage", [100, 200]);
   await setWidget(page, source, "image", picture);
-  const id = await place(page, "CascadeEncode", [700, 200]);
-  await page.waitForTimeout(300);
-  const unknown = await panel(page, id, "cascade_size");
+  const id = await place(page, type, [700, 200]);
   await page.waitForFunction((id) => window.app.graph.getNodeById(id).imgs?.[0]?.naturalWidth, source);
-  await page.evaluate(
+  await page.waitForTimeout(300);
+  return [source, id];
+}
+
+const connectPicture = (page, source, id) =>
+  page.evaluate(
     ([source, id]) => {
       const target = window.app.graph.getNodeById(id);
       window.app.graph.getNodeById(source).connect(0, target, target.findInputSlot("image"));
     },
     [source, id],
   );
+
+/** Cascade Encode shows the sizes of the picture that is connected to it, and of what it resizes it to. */
+async function encode(page, { picture }) {
+  const [source, id] = await placeWithPicture(page, "CascadeEncode", picture);
+  const seen = { unknown: await panel(page, id, "cascade_size") };
+  await setWidget(page, id, "width", 512);
+  await setWidget(page, id, "height", 512);
+  seen.asked = await panel(page, id, "cascade_size");
+  await setWidget(page, id, "width", 0);
+  await setWidget(page, id, "height", 0);
+  await connectPicture(page, source, id);
   await page.waitForTimeout(200);
-  return { unknown, known: await panel(page, id, "cascade_size") };
+  seen.known = await panel(page, id, "cascade_size");
+  await setWidget(page, id, "height", 1100);
+  seen.resized = await panel(page, id, "cascade_size");
+  return seen;
+}
+
+/** Cascade Super Resolution Hint shows the sizes of the picture that is to be made. */
+async function scale(page, { picture }) {
+  const [source, id] = await placeWithPicture(page, "CascadeSuperResolutionHint", picture);
+  const unknown = await panel(page, id, "cascade_size");
+  await connectPicture(page, source, id);
+  await page.waitForTimeout(200);
+  const twice = await panel(page, id, "cascade_size");
+  await setWidget(page, id, "scale", 1.3);
+  return { unknown, twice, less: await panel(page, id, "cascade_size") };
+}
+
+/** A node's panel shows the sentences that the server sends when it has run. */
+async function sentences(page) {
+  const id = await place(page, "CascadeLoRAApply");
+  await page.waitForTimeout(300);
+  const before = await panel(page, id, "cascade_text");
+  await page.evaluate(
+    (id) => window.app.api.dispatchCustomEvent("executed", {
+      node: String(id), display_node: String(id), output: { text: ["style (kohya): rank 4.", "Left out: two."] },
+    }),
+    id,
+  );
+  await page.waitForTimeout(200);
+  return { before, after: await panel(page, id, "cascade_text") };
 }
 
 /** A link dragged to a socket of another type is refused; the same drag to the right one is not. */
@@ -254,4 +318,4 @@ async function japanese(page, { url }) {
   return { words, panels, help: await help.innerText() };
 }
 
-export const SCENARIOS = { search, examples, sizes, encode, connections, run, japanese };
+export const SCENARIOS = { search, examples, sizes, enlarge, encode, scale, sentences, connections, run, japanese };

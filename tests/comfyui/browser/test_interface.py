@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cascade_nodes.nodes.latents import stage_c_size
+from cascade_nodes.nodes.sizes import COMPRESSION, chosen_size, stage_c_size, whole_size
 from cascade_nodes.tests.comfyui.browser import browser
 from cascade_nodes.tests.comfyui.checkout import PACK, Server
 
@@ -121,9 +121,28 @@ def test_the_samplers_show_what_the_run_took(seen):
         assert memory.endswith(" · cpu")
 
 
+def steps_of(facts: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What a size helper showed after each step, and of that its judgement."""
+    steps = {step["what"]: step for step in facts["steps"]}
+    return steps, {what: step["lines"][step["lines"].index("⇄") + 2] for what, step in steps.items()}
+
+
+def read_out(width: int, height: int, compression: float) -> str:
+    """The sizes of the latents that a node makes for a picture, as a panel shows them."""
+    rows, columns = stage_c_size(height, width, compression)
+    return f"Stage C {columns} × {rows} · Stage B {width // 8 * 2} × {height // 8 * 2} · 1 : {compression:g}"
+
+
+def check_read_out(step: dict[str, Any]) -> None:
+    """The readout says what the node will make."""
+    widgets = step["widgets"]
+    latents = next(line for line in step["lines"] if line.startswith("Stage C"))
+    assert latents == read_out(widgets["width"], widgets["height"], widgets["compression"])
+
+
 def test_the_size_helper(seen):
     facts = told(seen, "sizes")
-    steps = {step.pop("what"): step for step in facts["steps"]}
+    steps, judgement = steps_of(facts)
 
     def size(what):
         return steps[what]["widgets"]["width"], steps[what]["widgets"]["height"]
@@ -134,14 +153,8 @@ def test_the_size_helper(seen):
     assert size("2 megapixels") == (1088, 1920)
     assert size("demo") == (256, 256)
     assert size("set by hand") == (256, 2048)
-    for step in steps.values():  # the readout says what the node will make
-        widgets = step["widgets"]
-        height, width = stage_c_size(widgets["height"], widgets["width"], widgets["compression"])
-        latents = next(line for line in step["lines"] if line.startswith("Stage C"))
-        stage_b = f"Stage B {widgets['width'] // 4} × {widgets['height'] // 4}"
-        assert latents == f"Stage C {width} × {height} · {stage_b} · 1 : {widgets['compression']:g}"
-
-    judgement = {what: step["lines"][step["lines"].index("⇄") + 2] for what, step in steps.items()}
+    for step in steps.values():
+        check_read_out(step)
     assert judgement["new"] == judgement["16:9"] == judgement["fitted"] == "Within the trained range."
     assert judgement["2 megapixels"].startswith("Larger than trained")
     assert judgement["demo"] == "The size of the bundled demo cascade."
@@ -155,13 +168,45 @@ def test_the_size_helper_is_in_no_saved_workflow(seen):
     assert facts["sent"] == by_hand
 
 
+def test_the_size_helper_of_a_second_pass(seen):
+    steps, judgement = steps_of(told(seen, "enlarge"))
+    found = {what: (step["widgets"]["width"], step["widgets"]["height"]) for what, step in steps.items()}
+    assert found["new"] == (2048, 2048)
+    assert found["3:2"] == (2496, 1664)  # four megapixels, as before
+    assert found["8 megapixels"] == (3520, 2368)
+    for step in steps.values():
+        check_read_out(step)
+    assert judgement["new"] == judgement["3:2"] == judgement["fitted"]
+    assert judgement["new"] == "A second pass of Stage C: at a low denoise."
+    assert judgement["untrained"] == "Stage B was trained on compressions of 32 to 64."
+    assert steps["fitted"]["widgets"]["compression"] == COMPRESSION
+
+
 def test_encode_shows_the_sizes_of_its_picture(seen):
     facts = told(seen, "encode")
     assert last(facts["unknown"], 1) == ["The size is that of the picture, once it is loaded."]
+    assert facts["asked"]["lines"][0] == read_out(512, 512, COMPRESSION)
     assert last(facts["known"], 2) == [
         "Stage C 30 × 17 · Stage B 320 × 180 · 1 : 42.67",
         "Within the trained range.",
     ]
+    height, width = chosen_size(PICTURE[::-1], 1100, 0)
+    assert facts["resized"]["lines"][0] == read_out(width, height, COMPRESSION)
+
+
+def test_super_resolution_shows_the_sizes_of_what_is_made(seen):
+    facts = told(seen, "scale")
+    assert last(facts["unknown"], 1) == ["The size is that of the picture, once it is loaded."]
+    assert facts["twice"]["lines"][0] == read_out(2 * PICTURE[0], 2 * PICTURE[1], COMPRESSION)
+    assert facts["twice"]["lines"][1].startswith("Larger than trained")
+    height, width = whole_size(*(round(side * 1.3) for side in PICTURE[::-1]))
+    assert last(facts["less"], 2) == [read_out(width, height, COMPRESSION), "Within the trained range."]
+
+
+def test_a_lora_says_what_it_holds(seen):
+    facts = told(seen, "sentences")
+    assert last(facts["before"], 1) == ["Not run yet"]
+    assert facts["after"]["lines"] == ["style (kohya): rank 4. Left out: two."]
 
 
 def test_a_wrong_connection_is_refused(seen):

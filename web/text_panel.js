@@ -1,0 +1,18 @@
+/** What a node says after its run, such as what a LoRA's file holds. */
+
+import { addPanel, after, element } from "./panel.js";
+import { say } from "./words.js";
+
+const HEIGHT = 52;
+
+/**
+ * @param {object} node one that returns sentences as `text`, just created
+ */
+export function addTextPanel(node) {
+  const text = element("div", "cascade-panel-faint cascade-panel-text", [say("run.none")]);
+  addPanel(node, "cascade_text", text, HEIGHT);
+
+  after(node, "onExecuted", (output) => {
+    if (output?.text) text.textContent = output.text.join(" ");
+  });
+}
