@@ -211,6 +211,16 @@ class CascadeSuperResolutionHint(io.ComfyNode):
                     ),
                 ),
                 compression_input(),
+                io.Combo.Input(
+                    "reads",
+                    options=list(cls.READS),
+                    default=cls.READS[0],
+                    optional=True,
+                    tooltip=(
+                        "What the ControlNet was trained to read: the small picture, as the published one, or the "
+                        "same enlarged, as the demo's."
+                    ),
+                ),
             ],
             outputs=[
                 io.Image.Output(
