@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from cascade_nodes.demo.recipe import PICTURE
 from cascade_nodes.demo.scenes import Scene, SceneObject
@@ -19,7 +20,7 @@ from cascade_nodes.demo.world import render
 
 FOLDER = Path(__file__).parents[1] / "example_workflows" / "input"
 NARROW = 144  # pixels of the width that outpainting starts from
-SMALL = 128  # pixels a side that super resolution starts from
+SMALL = 32  # pixels a side that super resolution starts from
 BRUSH = 0.235  # radius of the hole, in fractions of the frame
 
 STAR_AND_RING = Scene(
@@ -49,9 +50,17 @@ CROSS_AND_CIRCLE = Scene(
 )
 
 
-def pixels(scene: Scene, size: int = PICTURE) -> Tensor:
-    """A scene's picture, uint8 (size, size, 3)."""
-    return render([scene], size)[0].permute(1, 2, 0)
+def pixels(scene: Scene) -> Tensor:
+    """A scene's picture, uint8 (256, 256, 3)."""
+    return render([scene], PICTURE)[0].permute(1, 2, 0)
+
+
+def shrunk(picture: Tensor, size: int) -> Tensor:
+    """uint8 (H, W, 3) -> (size, size, 3), as any program makes a picture smaller."""
+    smaller = F.interpolate(
+        picture.movedim(-1, 0)[None].float(), (size, size), mode="bicubic", antialias=True
+    )
+    return smaller[0].movedim(0, -1).round().clamp(0, 255).to(torch.uint8)
 
 
 def with_hole(picture: Tensor, x: float, y: float) -> Tensor:
@@ -70,7 +79,7 @@ def example_pictures() -> dict[str, np.ndarray]:
         "cascade_scene.png": pixels(STAR_AND_RING),
         "cascade_hole.png": with_hole(pixels(HEART_AND_SQUARE), hole.x, hole.y),
         "cascade_narrow.png": pixels(DIAMOND)[:, :NARROW],
-        "cascade_small.png": pixels(CROSS_AND_CIRCLE, SMALL),
+        "cascade_small.png": shrunk(pixels(CROSS_AND_CIRCLE), SMALL),
     }
     return {name: picture.numpy() for name, picture in pictures.items()}
 

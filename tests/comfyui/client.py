@@ -113,10 +113,12 @@ class Client:
         return self.follow(self.queue(graph))
 
     def pictures(self, execution: Execution) -> list[np.ndarray]:
-        """The pictures that a prompt saved, (H, W, 3) uint8."""
+        """The pictures that a prompt saved, (H, W, 3) uint8; not those that it only showed."""
         pictures = []
         for data in execution.of("executed"):
             for entry in (data["output"] or {}).get("images", []):
+                if entry["type"] != "output":
+                    continue
                 query = urllib.parse.urlencode(entry)
                 with urllib.request.urlopen(f"{self.server.url}/view?{query}", timeout=60) as answer:
                     pictures.append(np.asarray(Image.open(BytesIO(answer.read())).convert("RGB")))

@@ -7,6 +7,7 @@ measured inside ComfyUI, which are measured all at once.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import pytest
 from PIL import Image
 
 from cascade_nodes.headless import run_graph
-from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, Checkout, Outcome, Server
+from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, PACK, Checkout, Outcome, Server
 from cascade_nodes.tests.comfyui.client import Client
 from cascade_nodes.tests.nodes.tiny import write_cascade
 
 TEST_NODES = Path(__file__).parent / "nodes"
+EXAMPLE_PICTURES = PACK / "example_workflows" / "input"
 MISSING = "no ComfyUI to test against: set COMFYUI_PATH, or see docs/testing.md"
 
 
@@ -68,8 +70,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def prepare(base: Path) -> Path:
-    """A folder for a server, with a tiny cascade among its models and the tests' own nodes among its packs."""
+    """A folder for a server: with a tiny cascade, the pictures of the examples, and the tests' own nodes as a pack."""
     write_cascade(base / "models")
+    shutil.copytree(EXAMPLE_PICTURES, base / "input")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "cascade-tests").symlink_to(TEST_NODES)
     return base
@@ -131,22 +134,36 @@ def server(checkout: Checkout, servers: Callable[[Checkout], Server]) -> Server:
 
 
 @pytest.fixture(scope="session")
-def right_picture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], np.ndarray]:
-    """The picture that a graph makes without ComfyUI, (H, W, 3) uint8; each is made once."""
+def right_pictures(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[dict[str, Any]], list[np.ndarray]]:
+    """The pictures that a graph saves without ComfyUI, (H, W, 3) uint8; each graph runs once."""
     models = tmp_path_factory.mktemp("models")
     write_cascade(models)
-    made: dict[str, np.ndarray] = {}
+    made: dict[str, list[np.ndarray]] = {}
 
-    def picture(graph: dict[str, Any]) -> np.ndarray:
+    def pictures(graph: dict[str, Any]) -> list[np.ndarray]:
         key = json.dumps(graph, sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp("headless")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("CASCADE_MODELS", str(models))
-                run_graph(graph, output_folder=folder)
-            (file,) = folder.rglob("*.png")
-            made[key] = np.asarray(Image.open(file).convert("RGB"))
+                run_graph(graph, input_folder=EXAMPLE_PICTURES, output_folder=folder)
+            made[key] = [np.asarray(Image.open(file).convert("RGB")) for file in sorted(folder.glob("*.png"))]
         return made[key]
+
+    return pictures
+
+
+@pytest.fixture(scope="session")
+def right_picture(
+    right_pictures: Callable[[dict[str, Any]], list[np.ndarray]],
+) -> Callable[[dict[str, Any]], np.ndarray]:
+    """The same of a graph that saves a single one."""
+
+    def picture(graph: dict[str, Any]) -> np.ndarray:
+        (only,) = right_pictures(graph)
+        return only
 
     return picture
 

@@ -1,4 +1,4 @@
-"""The example workflows make the same picture in ComfyUI as without it."""
+"""The example workflows make the same pictures in ComfyUI as without it."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-from cascade_nodes.tests.comfyui.graphs import PRIOR
 
 EXAMPLES = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
@@ -30,18 +28,21 @@ def uses_the_demo(name):
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if uses_the_demo(name)])
-def test_same_picture_as_without_comfyui(client, right_picture, name):
+def test_same_pictures_as_without_comfyui(client, right_pictures, name):
     execution = client.run(EXAMPLES[name])
     assert execution.error is None
-    (picture,) = client.pictures(execution)
-    expected = right_picture(EXAMPLES[name])
-    assert picture.shape == expected.shape
-    assert np.abs(picture.astype(int) - expected).max() <= 1
-    # The last preview is Stage B's last step, the middle one Stage C's: what the picture shows, in its colours.
-    stage_c = EXAMPLES[name][PRIOR]["inputs"]["steps"]
-    for preview, difference in ((execution.previews[stage_c - 1], 8), (execution.previews[-1], 2)):
-        shown = Image.fromarray(preview).resize((picture.shape[1], picture.shape[0]))
-        assert np.abs(np.asarray(shown).astype(int) - picture).mean() <= difference
+    pictures, expected = client.pictures(execution), right_pictures(EXAMPLES[name])
+    assert [picture.shape for picture in pictures] == [picture.shape for picture in expected]
+    for picture, right in zip(pictures, expected, strict=True):
+        assert np.abs(picture.astype(int) - right).max() <= 1
+    # The last preview is Stage B's last step, and Stage C's comes before: what the picture shows, in its colours.
+    previews = [(execution.previews[-1], 2)]
+    for node in EXAMPLES[name].values():
+        if node["class_type"] == "CascadePriorSampler":
+            previews.append((execution.previews[node["inputs"]["steps"] - 1], 8))
+    for preview, difference in previews:
+        shown = Image.fromarray(preview).resize((pictures[0].shape[1], pictures[0].shape[0]))
+        assert np.abs(np.asarray(shown).astype(int) - pictures[0]).mean() <= difference
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not uses_the_demo(name)])
