@@ -37,8 +37,8 @@ def told(server: Server) -> dict[str, Any]:
 
 def _frozen_form(answer: dict[str, Any]) -> dict[str, Any]:
     (info,) = answer.values()
-    for inputs in info["input"].values():
-        for input_id, (_, options) in inputs.items():
+    for kind in ("required", "optional"):  # hidden ones are the server's
+        for input_id, (_, options) in info["input"].get(kind, {}).items():
             if input_id in FILE_INPUTS and "options" in options:
                 options["options"] = "files"
     return {key: value for key, value in info.items() if key not in ADDED_LATER or value != ADDED_LATER[key]}
