@@ -238,7 +238,7 @@ async function encode(page, { picture }) {
   await connectPicture(page, source, id);
   await page.waitForTimeout(200);
   seen.known = await panel(page, id, "cascade_size");
-  await setWidget(page, id, "height", 1100);
+  await setWidget(page, id, "height", 1104);
   seen.resized = await panel(page, id, "cascade_size");
   return seen;
 }

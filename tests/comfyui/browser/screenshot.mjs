@@ -19,7 +19,7 @@ await withPage(settings, async (page) => {
         return (document.querySelector(`[data-node-id="${id}"] img`) ?? node.imgs?.[0])?.naturalWidth;
       },
       settings.run,
-      { timeout: 120_000 },
+      { timeout: 300_000 },
     );
   }
   const area = await page.evaluate((margin) => {

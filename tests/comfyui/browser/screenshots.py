@@ -1,18 +1,22 @@
 """Writes the pictures of the example graphs: docs/images/graph_*.png, and a thumbnail beside each graph.
 
-    python -m cascade_nodes.tests.comfyui.browser.screenshots
+    python -m cascade_nodes.tests.comfyui.browser.screenshots [EXAMPLE …]
 
-The newest checkout draws them. A graph whose models are there is run first, so that its picture is seen in it, and
-that picture becomes its thumbnail; the others' is the graph.
+The newest checkout draws them. A graph whose models are there is run first, so that its pictures are seen in it; they
+become its thumbnail, beside the picture that it starts from. The others' is the graph.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from math import ceil, sqrt
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -21,29 +25,50 @@ from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, PACK, Server
 
 SHOOTER = Path(__file__).parent / "screenshot.mjs"
 EXAMPLES = PACK / "example_workflows"
+INPUT = EXAMPLES / "input"
 IMAGES = PACK / "docs" / "images"
-SAVE_NODE = 10
-THUMBNAIL = (512, 512)
+SIDE, GAP = 256, 8  # pixels of a picture in a thumbnail, and between two
+BEHIND = (60, 60, 60)  # what is seen through a mask
 
 
-def main() -> None:
-    """Draws them all."""
+def main(names: Sequence[str]) -> None:
+    """Draws those of these names, or all."""
     lacking = browser.missing() or (None if CHECKOUTS else "there is no ComfyUI to draw with")
     if lacking:
         sys.exit(lacking)
-    with tempfile.TemporaryDirectory() as base, Server(CHECKOUTS[-1], Path(base)) as server:
-        for path in sorted(EXAMPLES.glob("*.json")):
-            graph = json.loads(path.read_text(encoding="utf-8"))
-            runs = not any(node["properties"].get("models") for node in graph["nodes"])
-            picture = IMAGES / f"graph_{path.stem}.png"
-            shoot(server.url, graph, picture, SAVE_NODE if runs else None)
-            made = sorted((server.base / "output").glob("*.png"))
-            thumbnail = Image.open(made[-1] if runs else picture).convert("RGB")
-            thumbnail.thumbnail(THUMBNAIL)
-            thumbnail.save(path.with_suffix(".jpg"), quality=90)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        shutil.copytree(INPUT, base / "input")
+        with Server(CHECKOUTS[-1], base) as server:
+            for path in sorted(EXAMPLES.glob("*.json")):
+                if not names or path.stem in names:
+                    draw(server, path)
 
 
-def shoot(url: str, graph: dict, picture: Path, run: int | None) -> None:
+def draw(server: Server, path: Path) -> None:
+    """The picture of one graph, and its thumbnail."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    runs = not any(node["properties"].get("models") for node in graph["nodes"])
+    picture = IMAGES / f"graph_{path.stem}.png"
+    before = set((server.base / "output").glob("*.png"))
+    (save,) = of_type(graph, "SaveImage")
+    shoot(server.url, graph, picture, save["id"] if runs else None)
+    if runs:
+        made = sorted(set((server.base / "output").glob("*.png")) - before)
+        sources = [INPUT / node["widgets_values"][0] for node in of_type(graph, "LoadImage")]
+        small = thumbnail([Image.open(file) for file in sources], [Image.open(file) for file in made])
+    else:
+        small = Image.open(picture).convert("RGB")
+        small.thumbnail((2 * SIDE, 2 * SIDE))
+    small.save(path.with_suffix(".jpg"), quality=90)
+
+
+def of_type(graph: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """The nodes of a type in a graph."""
+    return [node for node in graph["nodes"] if node["type"] == kind]
+
+
+def shoot(url: str, graph: dict[str, Any], picture: Path, run: int | None) -> None:
     """One picture; `run` is the node whose picture is waited for, None where the graph is not run."""
     settings = {"url": url, "nodes2": False, "chromium": browser.find_chromium()}
     settings |= {"graph": graph, "picture": str(picture), "run": run}
@@ -52,5 +77,44 @@ def shoot(url: str, graph: dict, picture: Path, run: int | None) -> None:
     )
 
 
+def thumbnail(sources: Sequence[Image.Image], made: Sequence[Image.Image]) -> Image.Image:
+    """What a graph starts from, and to its right what it makes, of several pictures a square of small ones."""
+    columns = ceil(sqrt(len(made)))
+    rows = [made[start : start + columns] for start in range(0, len(made), columns)]
+    result = joined([joined([opaque(one) for one in row], across=True) for row in rows], across=False)
+    parts = [*map(opaque, sources), result]
+    if len(parts) == 1:
+        result.thumbnail((2 * SIDE, 2 * SIDE))
+        return result
+    return joined([to_height(part) for part in parts], across=True)
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """Without transparency."""
+    below = Image.new("RGB", picture.size, BEHIND)
+    below.paste(picture, mask=picture if "A" in picture.getbands() else None)
+    return below
+
+
+def to_height(picture: Image.Image) -> Image.Image:
+    """SIDE pixels high; a small one shows its pixels."""
+    size = (round(picture.width * SIDE / picture.height), SIDE)
+    return picture.resize(
+        size, Image.Resampling.NEAREST if picture.height < SIDE else Image.Resampling.LANCZOS
+    )
+
+
+def joined(pictures: Sequence[Image.Image], *, across: bool) -> Image.Image:
+    """Pictures of one height side by side, or of one width one above the other."""
+    along = [picture.width if across else picture.height for picture in pictures]
+    total = sum(along) + GAP * (len(pictures) - 1)
+    first = pictures[0]
+    sheet = Image.new("RGB", (total, first.height) if across else (first.width, total), "white")
+    for index, picture in enumerate(pictures):
+        start = sum(along[:index]) + GAP * index
+        sheet.paste(picture, (start, 0) if across else (0, start))
+    return sheet
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
