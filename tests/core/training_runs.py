@@ -16,7 +16,7 @@ from cascade_nodes.cascade_core.training.loop import Batches, Loop, build_accele
 from cascade_nodes.cascade_core.training.run import prepare
 from cascade_nodes.cascade_core.training.settings import Settings
 from cascade_nodes.cascade_core.training.strict import build
-from cascade_nodes.tests.nodes.tiny import FOLDERS, save, write_cascade
+from cascade_nodes.tests.nodes.tiny import CONFIGS, FOLDERS, save, write_cascade
 
 CAPTIONS = ["a red star", "a blue [blob]", "the large star on the red [blob]", "a small circle", ""]
 VALUES: dict[str, Any] = {
@@ -31,15 +31,14 @@ VALUES: dict[str, Any] = {
     },
     "output": {"log_every": 2, "checkpoint_every": 3},
 }
+BACKBONE = {name: CONFIGS["compressor"][name] for name in ("stem", "stages", "c_last")}
 TASKS: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora with text": {"lora": {"text_encoder": True, "rank": 4, "alpha": 2.0}},
     "lora for few steps": {"objective": {"kind": "consistency", "guidance": [2, 4], "solver_steps": 10}},
     "lora, adaptive": {"objective": {"weighting": "adaptive"}, "train": {"accumulate": 2, "clip_norm": 0.5}},
     "controlnet": {"train": {"learning_rate": 1e-2}},
-    "controlnet from nothing": {
-        "controlnet": {"hint": "inpainting", "start": "random", "config": {"stem": 8}}
-    },
+    "controlnet from nothing": {"controlnet": {"hint": "inpainting", "start": "random", "config": BACKBONE}},
     "finetune": {},
     "finetune of some": {"finetune": {"modules": ["up_blocks.*"]}, "train": {"ema": 0.0}},
     "tokens": {
