@@ -139,8 +139,8 @@ class LowRankChanges(nn.Module):
             layer.__dict__.pop("low_rank", None)
 
     def as_adapter(self, vector: Tensor) -> dict[str, LowRank]:
-        """The changes by layer, for a file; factors of convolutions have their shape."""
-        plain = vector.detach().float().cpu()
+        """The changes by layer, for a file, in the dtype of the vector; factors of convolutions have their shape."""
+        plain = vector.detach().cpu()
         sizes = [rows * columns for rows, columns in (*self.down_shapes, *self.up_shapes)]
         parts = plain.split(sizes)
         count = len(self.layers)
