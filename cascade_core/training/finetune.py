@@ -16,9 +16,7 @@ from ..errors import CascadeError
 from ..stage_c import StageC
 from .conditions import CachedText
 from .settings import FinetuneSettings, ObjectiveSettings
-from .task import Inputs, State, Task
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from .task import DTYPES, Inputs, State, Task
 
 
 class FinetuneTask(Task):

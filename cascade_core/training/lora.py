@@ -17,7 +17,7 @@ from .live_text import LiveText
 from .low_rank import LowRankChanges, select_layers
 from .objectives import consistency_loss
 from .settings import LoRASettings, ObjectiveSettings
-from .task import Inputs, State, Task
+from .task import DTYPES, Inputs, State, Task
 
 
 class LoRATask(Task):
@@ -97,12 +97,12 @@ class LoRATask(Task):
             yield self.stage_c
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        text = self.text_changes
+        text, dtype = self.text_changes, DTYPES[self.settings.dtype]
         adapter = Adapter(
             path.name,
             self.settings.dialect,
-            stage_c=self.changes.as_adapter(state["stage_c.vector"]),
-            text=text.as_adapter(state["text.vector"]) if text is not None else {},
+            stage_c=self.changes.as_adapter(state["stage_c.vector"].to(dtype)),
+            text=text.as_adapter(state["text.vector"].to(dtype)) if text is not None else {},
         )
         write_adapter(path, adapter, adapter.dialect, self.stage_c, metadata=metadata)
 

@@ -122,6 +122,7 @@ class LoRASettings:
     text_encoder: bool = False
     text_learning_rate: float = 0.5  # as a share of the learning rate
     dialect: str = "kohya"
+    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # of the file
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -21,6 +21,12 @@ from .settings import ObjectiveSettings
 
 State = Mapping[str, Tensor]  # of the trained module, or of its average
 
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}  # of files, as settings name them
+
 
 @dataclass(frozen=True)
 class Inputs:

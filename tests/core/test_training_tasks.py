@@ -88,6 +88,17 @@ def test_a_lora_file_gives_the_trained_network(world, tmp_path, x, dialect):
     assert relative_error(plain, wanted) > 1e-2
 
 
+def test_a_lora_file_in_halves(world, tmp_path):
+    settings = settings_of(world, "lora with text", tmp_path, lora={"dtype": "fp16", "text_encoder": True})
+    loop = loop_of(settings)
+    loop.run()
+    path = tmp_path / "out.safetensors"
+    loop.task.write(loop.state, path, {})
+    adapter = read_adapter(path)
+    for change in (*adapter.stage_c.values(), *adapter.text.values()):
+        assert change.up.dtype == change.down.dtype == torch.float16
+
+
 def test_a_lora_of_the_text_encoder_is_in_the_file(world, tmp_path):
     settings = settings_of(world, "lora with text", tmp_path)
     loop = loop_of(settings)
