@@ -81,6 +81,7 @@ def judge_on_renders(count: int, device: torch.device) -> float:
 
 def contact_sheet(images: Tensor, columns: int = 8) -> Tensor:
     """uint8 (N, 3, H, W) -> (H · rows, W · columns, 3)"""
+    columns = min(columns, len(images))
     rows = len(images) // columns
     grid = images[: rows * columns].unflatten(0, (rows, columns))  # (rows, columns, 3, H, W)
     return grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)

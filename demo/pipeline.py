@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade_nodes.cascade_core import SemanticCompressor, StageA, StageB, StageC
+from cascade_nodes.cascade_core.adapters import LearnedToken
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.diffusion import noise_cond
 from cascade_nodes.cascade_core.guidance import Guider
@@ -90,19 +91,20 @@ class DemoCascade:
     def prior(
         self, prompts: Sequence[str], seed: int, how: Sampling = PRIOR, negative: str = "", size: Size = SIZE,
         images: Tensor | None = None, start: Tensor | None = None, mask: Tensor | None = None,
-        control: Control = None,
+        control: Control = None, learned: Sequence[LearnedToken] = (),
     ) -> Tensor:  # fmt: skip
         """Stage C's latents of pictures of that size: (B, 16, 6, 6) at 256×256
 
         images: pictures as prompts (B, n, E); start: latents to begin from, where `how.denoise` is below 1, or that
-        stay outside `mask` (B, 1, h, w); control: a ControlNet's residuals, by Stage C's residual block.
+        stay outside `mask` (B, 1, h, w); control: a ControlNet's residuals, by Stage C's residual block;
+        learned: tokens that a prompt may name.
         """
         count = len(prompts)
         noise = NoiseSource(seed, count, (LATENT[0], *(math.ceil(side / COMPRESSION) for side in size)))
         no_image = torch.zeros(1, 1 if images is None else images.shape[1], self.stage_c.config.c_clip_img)
         sides = []
         for texts, shown in ((list(prompts), images), ([negative], None)):
-            states, pooled = self.text.encode(texts)
+            states, pooled = self.text.encode(texts, learned)
             embedded = no_image if shown is None else shown
             sides.append({"clip_text": states, "clip_text_pooled": pooled[:, None], "clip_img": embedded})
             if control is not None:
@@ -163,13 +165,13 @@ class DemoCascade:
 
     def pictures(
         self, prompts: Sequence[str], seed: int = 0, prior: Sampling = PRIOR, decoder: Sampling = DECODER,
-        negative: str = "", batch: int = 50, size: Size = SIZE,
+        negative: str = "", batch: int = 50, size: Size = SIZE, learned: Sequence[LearnedToken] = (),
     ) -> Tensor:  # fmt: skip
         """One picture for each prompt, of seeds seed, seed + 1, …: (N, 3, *size) in [0, 1] on the CPU"""
         done = []
         for start in range(0, len(prompts), batch):
             some = prompts[start : start + batch]
-            latents = self.prior(some, seed + start, prior, negative, size)
+            latents = self.prior(some, seed + start, prior, negative, size, learned=learned)
             done.append(self.decode(latents, some, seed + start, decoder, size).cpu())
         return torch.cat(done)
 

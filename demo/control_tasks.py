@@ -1,0 +1,255 @@
+"""Measures what guides Stage C besides words: masks and ControlNets."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascade_nodes.cascade_core.canny import canny, canny_hint
+from cascade_nodes.cascade_core.checkpoints import load_model
+from cascade_nodes.cascade_core.hints import inpaint_hint, super_resolution_hint
+from cascade_nodes.cascade_core.masks import composite, latent_mask
+from cascade_nodes.demo.captions import ObjectSpec, Spec, verbalise
+from cascade_nodes.demo.dataset import as_float, pictures, resized
+from cascade_nodes.demo.evaluate import SEED, prompts_of
+from cascade_nodes.demo.measuring import Figures, in_batches, psnr, rates
+from cascade_nodes.demo.pipeline import DemoCascade
+from cascade_nodes.demo.recipe import COMPRESSED, PICTURE, STAGE_B_LATENT
+from cascade_nodes.demo.scenes import COLOURS, SHAPES, Scene, held_out_reason, sample_scenes
+
+SMALL = PICTURE // 8  # pixels of the picture that super resolution enlarges
+FEATHER = 8  # pixels, of the composite
+
+
+def controlnet(cascade: DemoCascade, kind: str) -> Any:
+    path = cascade.weights / f"demo_controlnet_{kind}.safetensors"
+    return load_model(path, "controlnet", torch.float32, cascade.device)[0]
+
+
+@torch.no_grad()
+def guided(
+    cascade: DemoCascade,
+    network: Any,
+    hints: Tensor,
+    prompts: Sequence[str],
+    strength: float = 1.0,
+    **how: Any,
+) -> Tensor:
+    """Stage C's latents with a ControlNet; hints: (B, C, H, W), one for each prompt."""
+    residuals = network(hints.to(cascade.device))
+    control = [None if r is None else strength * r for r in residuals]
+    return cascade.prior(prompts, control=control if strength else None, **how)
+
+
+def edges(images: Tensor) -> Tensor:
+    """(N, 3, H, W) in [0, 1] -> bool (N, 1, 224, 224), as the hint finds them, one pixel wider to each side."""
+    pixels = F.interpolate(images, (224, 224), mode="bilinear").mul(255).to(torch.uint8)
+    return F.max_pool2d(canny(pixels, 100, 200).float(), 3, 1, 1) > 0
+
+
+def overlap(one: Tensor, other: Tensor) -> float:
+    """Mean intersection over union of masks (N, 1, H, W)."""
+    both, either = (one & other).sum((1, 2, 3)), (one | other).sum((1, 2, 3))
+    return (both / either.clamp_min(1)).mean().item()
+
+
+def controlnet_canny(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
+    """Pictures follow the edges of a held-out scene; how much of them would be there by words alone."""
+    scenes = sample_scenes(count, SEED + 20, "held_out")
+    prompts, specs = prompts_of(scenes)
+    sources = as_float(pictures(scenes, cascade.device))
+    hints = canny_hint(resized(sources, COMPRESSED))
+    network = controlnet(cascade, "canny")
+
+    def made(strength: float) -> Tensor:
+        def some(part: slice) -> Tensor:
+            seed = SEED + part.start
+            latents = guided(cascade, network, hints[part], prompts[part], strength, seed=seed)
+            return cascade.decode(latents, prompts[part], seed)
+
+        return in_batches(some, count)
+
+    sources = sources.cpu()
+    without, half, full = made(0.0), made(0.5), made(1.0)
+    wanted = edges(sources)
+    found = {name: overlap(edges(images), wanted) for name, images in (("without", without), ("with", full))}
+    return {
+        "edge_iou": found["with"],
+        "edge_iou_without": found["without"],
+        "edge_iou_ratio": found["with"] / found["without"],
+        "edge_iou_at_half_strength": overlap(edges(half), wanted),
+        "right": rates(full, specs)["all_right"],
+    }, torch.stack([sources, without, half, full], dim=1).flatten(0, 1)
+
+
+def edited(scene: Scene, rng: Random) -> tuple[Scene, Tensor]:
+    """The scene with its last object another one, and the mask (1, 256, 256) of where that one stands."""
+    *kept, old = scene.objects
+    while True:
+        new = replace(old, shape=rng.choice(SHAPES), colour=rng.choice(COLOURS))
+        after = replace(scene, objects=(*kept, new))
+        if new.shape != old.shape and new.colour != old.colour and held_out_reason(after) is None:
+            break
+    reach = old.radius + 0.035
+    y = x = (torch.arange(PICTURE) + 0.5) / PICTURE
+    mask = ((y[:, None] - old.y).abs() < reach) & ((x[None, :] - old.x).abs() < reach)
+    return after, mask[None].float()
+
+
+def inpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
+    """One object is painted over by another that the prompt names; the rest stays."""
+    rng = Random(SEED)
+    scenes = sample_scenes(count, SEED + 21, "held_out")
+    edits = [edited(scene, rng) for scene in scenes]
+    masks = torch.cat([mask for _, mask in edits])  # (N, 256, 256)
+    specs = [full(after) for after, _ in edits]
+    prompts = [verbalise(spec, rng) for spec in specs]
+    sources = pictures(scenes, cascade.device)
+    network = controlnet(cascade, "inpainting")
+
+    def made(strength: float) -> tuple[Tensor, Tensor]:
+        def some(part: slice) -> Tensor:
+            seed, images = SEED + part.start, as_float(sources[part])
+            small = resized(images, COMPRESSED)
+            hints = inpaint_hint(small.cpu(), masks[part])
+            batch = len(images)
+            latents = guided(
+                cascade, network, hints, prompts[part], strength, seed=seed,
+                start=cascade.compress(sources[part]), mask=latent_mask(masks[part], batch, (6, 6)),
+            )  # fmt: skip
+            kept = latent_mask(masks[part], batch, STAGE_B_LATENT[1:])
+            return cascade.decode(latents, prompts[part], seed, source=images, mask=kept)
+
+        raw = in_batches(some, count)
+        return raw, composite(raw, as_float(sources).cpu(), masks[:, None], FEATHER)
+
+    truth = as_float(sources).cpu()
+    outside = masks[:, None] == 0
+    raw, done = made(1.0)
+    _, plain = made(0.0)
+
+    def outside_psnr(images: Tensor) -> float:
+        error = ((images - truth).square() * outside).sum((1, 2, 3)) / (3 * outside.sum((1, 2, 3)))
+        return (-10 * error.clamp_min(1e-10).log10()).mean().item()
+
+    objects = [Spec((spec.objects[-1],)) for spec in specs]
+    return {
+        "inside_right": rates(done, objects)["all_right"],
+        "right_in_everything": rates(done, specs)["all_right"],
+        "inside_right_without_controlnet": rates(plain, objects)["all_right"],
+        "outside_psnr_db_before_compositing": outside_psnr(raw),
+        "outside_psnr_db": outside_psnr(done),
+    }, torch.stack([truth, torch.where(outside, truth, torch.ones(())), plain, done], dim=1).flatten(0, 1)
+
+
+def full(scene: Scene) -> Spec:
+    """What a prompt for inpainting states: everything but the sizes."""
+    objects = tuple(ObjectSpec(o.shape, o.colour) for o in scene.objects)
+    return Spec(objects, scene.relation, scene.background, exact=True)
+
+
+def outpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
+    """The outer half of a picture of one object is made anew, with a second object that the prompt names."""
+    scenes = [
+        scene
+        for scene in sample_scenes(12 * count, SEED + 23, "held_out")
+        if len(scene.objects) == 2 and _splits(scene)
+    ][:count]
+    prompts, specs = [], [full(scene) for scene in scenes]
+    rng = Random(SEED)
+    prompts = [verbalise(spec, rng) for spec in specs]
+    sources = pictures(scenes, cascade.device)
+    masks = torch.stack([_half(scene) for scene in scenes])
+    network = controlnet(cascade, "inpainting")
+
+    def some(part: slice) -> Tensor:
+        seed = SEED + part.start
+        images = torch.where(masks[part, None].to(cascade.device) > 0, 0.5, as_float(sources[part]))
+        hints = inpaint_hint(resized(images, COMPRESSED).cpu(), masks[part])
+        start = cascade.compressor(resized(images, COMPRESSED))
+        batch = len(images)
+        latents = guided(
+            cascade, network, hints, prompts[part], seed=seed, start=start,
+            mask=latent_mask(masks[part], batch, (6, 6)),
+        )  # fmt: skip
+        kept = latent_mask(masks[part], batch, STAGE_B_LATENT[1:])
+        return cascade.decode(latents, prompts[part], seed, source=images, mask=kept)
+
+    truth = as_float(sources).cpu()
+    done = composite(in_batches(some, len(scenes)), truth, masks[:, None], FEATHER)
+    made = [Spec((spec.objects[1],)) for spec in specs]
+    return {
+        "new_object_right": rates(done, made)["all_right"],
+        "right_in_everything": rates(done, specs)["all_right"],
+    }, torch.stack([torch.where(masks[:, None] > 0, torch.ones(()), truth), done], dim=1).flatten(0, 1)
+
+
+def _splits(scene: Scene) -> bool:
+    """Whether a line through the middle parts the two objects."""
+    first, second = scene.objects
+    along = (first.x, second.x) if scene.relation in ("left", "right") else (first.y, second.y)
+    nearer, further = (first, second) if along[0] < along[1] else (second, first)
+    return min(along) + nearer.radius < 0.46 and max(along) - further.radius > 0.54
+
+
+def _half(scene: Scene) -> Tensor:
+    """The half (256, 256) of the picture in which the second object stands."""
+    position = (torch.arange(PICTURE) + 0.5) / PICTURE
+    upper = scene.relation in ("right", "below")  # the second object is left of or above the first
+    line = (position < 0.5 if upper else position > 0.5).float()
+    return (
+        line.expand(PICTURE, PICTURE)
+        if scene.relation in ("left", "right")
+        else line[:, None].expand(-1, PICTURE)
+    )
+
+
+def super_resolution(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
+    """Pictures of 32 pixels at 256, against bicubic ones: everywhere, and where the outlines are."""
+    scenes = sample_scenes(count, SEED + 22, "held_out")
+    prompts, specs = prompts_of(scenes)
+    images = as_float(pictures(scenes, cascade.device))
+    small = resized(images, SMALL)
+    network = controlnet(cascade, "super_resolution")
+    enlarged = resized(small, PICTURE)
+    with torch.no_grad():
+        hints = super_resolution_hint(cascade.compressor, resized(small, COMPRESSED), (6, 6))
+
+    def made(texts: Sequence[str]) -> Tensor:
+        def some(part: slice) -> Tensor:
+            seed = SEED + part.start
+            latents = guided(cascade, network, hints[part], texts[part], seed=seed)
+            return cascade.decode(latents, texts[part], seed)
+
+        return in_batches(some, count)
+
+    truth, enlarged = images.cpu(), enlarged.cpu()
+    done, untold = made(prompts), made([""] * count)
+    outline = edges(truth).float()
+    outline = F.interpolate(outline, (PICTURE, PICTURE), mode="nearest") > 0
+
+    def at_outlines(some: Tensor) -> float:
+        error = ((some - truth).square() * outline).sum((1, 2, 3)) / (3 * outline.sum((1, 2, 3))).clamp_min(1)
+        return (-10 * error.clamp_min(1e-10).log10()).mean().item()
+
+    return {
+        "outlines_psnr_db": at_outlines(done),
+        "outlines_psnr_db_bicubic": at_outlines(enlarged),
+        "psnr_db": psnr(done, truth).mean().item(),
+        "psnr_db_bicubic": psnr(enlarged, truth).mean().item(),
+        "right": rates(done, specs)["all_right"],
+        "right_bicubic": rates(enlarged, specs)["all_right"],
+        "right_without_words": rates(untold, specs)["all_right"],
+    }, torch.stack([truth, enlarged, untold, done], dim=1).flatten(0, 1)
+
+
+CONTROL_TASKS: dict[str, Callable[[DemoCascade, int], tuple[Figures, Tensor]]] = {
+    "inpaint": inpaint,
+    "outpaint": outpaint,
+    "controlnet_canny": controlnet_canny,
+    "super_resolution": super_resolution,
+}

@@ -1,0 +1,99 @@
+"""Measures what was taught later: the LoRA's new shape, the token's object, four steps in place of twenty."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cascade_nodes.cascade_core.adapters import Adapter, read_adapter
+from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.adapters.tokens import taught_tokens
+from cascade_nodes.demo.captions import Spec
+from cascade_nodes.demo.evaluate import SEED, prompts_of
+from cascade_nodes.demo.judge import read, score, summary
+from cascade_nodes.demo.measuring import Figures
+from cascade_nodes.demo.pipeline import PRIOR, DemoCascade, Sampling
+from cascade_nodes.demo.scenes import sample_scenes
+from cascade_nodes.demo.taught import LOOP, dome_prompts, loop_prompts
+
+FEW = Sampling(steps=4, cfg=1.0, sampler="lcm")
+
+
+def adapter(cascade: DemoCascade, name: str) -> Adapter:
+    return read_adapter(cascade.weights / name, cascade.stage_c)
+
+
+def lora(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
+    """Domes, which the demo never saw, with and without the LoRA; afterwards Stage C is what it was."""
+    prompts, specs = dome_prompts(count, SEED + 30)
+    before = {name: value.clone() for name, value in cascade.stage_c.state_dict().items()}
+    changes = adapter(cascade, "demo_lora_dome.safetensors").stage_c
+
+    def made(strength: float) -> Tensor:
+        with patched(cascade.stage_c, [Patch("dome", changes, strength)]):
+            return cascade.pictures(prompts, SEED)
+
+    def domes(images: Tensor, names: list[Spec]) -> float:
+        readings = read(images, taught=True)
+        return summary(score(r, s) for r, s in zip(readings, names, strict=True))["all_right"]
+
+    with_lora, without = made(1.0), made(0.0)
+    only = [Spec((spec.objects[0],)) for spec in specs]
+    ordinary, ordinary_specs = prompts_of(sample_scenes(count, SEED + 31, "held_out"))
+    with patched(cascade.stage_c, [Patch("dome", changes, 1.0)]):
+        others = cascade.pictures(ordinary, SEED)
+    after = cascade.stage_c.state_dict()
+    return {
+        "domes_right": domes(with_lora, only),
+        "domes_right_without": domes(without, only),
+        "right_in_everything": domes(with_lora, specs),
+        "ordinary_prompts_right_with_it": domes(others, ordinary_specs),
+        "bit_identical_afterwards": float(all(value.equal(after[name]) for name, value in before.items())),
+    }, torch.stack([without, with_lora], dim=1).flatten(0, 1)
+
+
+def token(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
+    """A name for the green ring, which the demo never saw, against the two words."""
+    named, plain, specs = loop_prompts(count, SEED + 32)
+    rows = cascade.text.model.text_model.embeddings.token_embedding.weight
+    file = adapter(cascade, "demo_token_loop.safetensors")
+    learned = taught_tokens(file, 1.0, cascade.text.tokenizer.backend.get_vocab(), rows)
+    images = cascade.pictures(named, SEED, learned=learned)
+    in_words = cascade.pictures(plain, SEED)
+    objects = [Spec(tuple(o for o in s.objects if (o.shape, o.colour) == LOOP)) for s in specs]
+
+    def right(images: Tensor, wanted: list[Spec]) -> float:
+        return summary(score(r, s) for r, s in zip(read(images), wanted, strict=True))["all_right"]
+
+    return {
+        "object_right": right(images, objects),
+        "object_right_in_words": right(in_words, objects),
+        "right_in_everything": right(images, specs),
+        "right_in_everything_in_words": right(in_words, specs),
+    }, torch.stack([in_words, images], dim=1).flatten(0, 1)
+
+
+def few_steps(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
+    """Four steps of lcm with the distilled LoRA against twenty of dpmpp_2m without it."""
+    prompts, specs = prompts_of(sample_scenes(count, SEED, "held_out"))
+    changes = adapter(cascade, "demo_lora_few_steps.safetensors").stage_c
+
+    def right(images: Tensor) -> float:
+        return summary(score(r, s) for r, s in zip(read(images), specs, strict=True))["all_right"]
+
+    usual = cascade.pictures(prompts, SEED)
+    with patched(cascade.stage_c, [Patch("few steps", changes, 1.0)]):
+        few = cascade.pictures(prompts, SEED, FEW)
+    plain = cascade.pictures(prompts, SEED, Sampling(4, PRIOR.cfg, sampler=PRIOR.sampler))
+    return {
+        "right_at_20_steps": right(usual),
+        "right_at_4_steps": right(few),
+        "right_at_4_steps_without_lora": right(plain),
+    }, torch.stack([usual, plain, few], dim=1).flatten(0, 1)
+
+
+TAUGHT_TASKS: dict[str, Callable[[DemoCascade, int], tuple[Figures, Tensor]]] = {
+    "lora": lora,
+    "token": token,
+    "few_steps": few_steps,
+}
