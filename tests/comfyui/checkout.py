@@ -77,7 +77,8 @@ class Checkout:
             check=False,
         )
         if finished.returncode:
-            raise RuntimeError(f"{', '.join(names)} in {self.path} failed:\n{finished.stderr[-6000:]}")
+            error = f"{', '.join(names)} in {self.path} failed:\n{finished.stderr[-6000:]}"
+            return dict.fromkeys(names, Outcome({}, error))
         return {name: Outcome(*found) for name, found in json.loads(finished.stdout.splitlines()[-1]).items()}
 
     def _search_path(self) -> list[str]:
