@@ -1,4 +1,4 @@
-"""A LoRA of Stage C, and of the text encoder where asked for; by the data, or distilled for few steps."""
+"""A LoRA of Stage C, with the text encoder and new tokens where asked for; by the data, or distilled for few steps."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, write_adapter
+from ..adapters import Adapter, to_dialect, write_adapter
 from ..guidance import guide
 from ..stage_c import StageC
 from ..text import TextEncoder
@@ -16,8 +16,9 @@ from .conditions import CachedText, Conditions
 from .live_text import LiveText
 from .low_rank import LowRankChanges, select_layers
 from .objectives import consistency_loss
-from .settings import LoRASettings, ObjectiveSettings
+from .settings import LoRASettings, ObjectiveSettings, TokenSettings
 from .task import DTYPES, Inputs, State, Task
+from .tokens import LearnedTokens
 
 
 class LoRATask(Task):
@@ -33,25 +34,35 @@ class LoRATask(Task):
         seed: int = 0,
         encoder: TextEncoder | None = None,
         captions: Sequence[str] = (),
+        tokens: Sequence[TokenSettings] = (),
     ):
-        """encoder: the text encoder on its device, where it is trained too; captions: those of the data, by place."""
+        """encoder: the text encoder on its device, where it or tokens are trained; captions: the data's, by place."""
         super().__init__(stage_c, text, objective, dtype)
         self.settings = settings
         generator = torch.Generator().manual_seed(seed)
         layers = select_layers(stage_c, settings.targets)
         self.changes = LowRankChanges(layers, settings.rank, settings.alpha, dtype, generator).to(self.device)
         self.trained = nn.ModuleDict({"stage_c": self.changes})
-        self.text_changes = None
+        self.text_changes, self.learned = None, None
+        if encoder is not None and settings.text_encoder:
+            layers = select_layers(encoder.model, _text_targets(settings.targets))
+            changes = LowRankChanges(layers, settings.rank, settings.alpha, generator=generator)
+            self.trained["text"] = self.text_changes = changes.to(self.device)
         if encoder is not None:
             self.live = LiveText(encoder, captions)
-            layers = select_layers(encoder.model, _text_targets(settings.targets))
-            self.text_changes = LowRankChanges(layers, settings.rank, settings.alpha, generator=generator)
-            self.trained["text"] = self.text_changes.to(self.device)
+            if tokens:
+                self.learned = LearnedTokens(tokens, encoder, captions).to(self.device)
+                self.trained["tokens"] = self.learned
+                self.live = self.learned.live(encoder, captions)
+        # What the dialect cannot say is said now and not after the run.
+        to_dialect(self.adapter(self.trained.state_dict(), "the LoRA"), settings.dialect, stage_c)
 
     def groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [{"params": [self.changes.vector]}]
         if self.text_changes is not None:
             groups.append({"params": [self.text_changes.vector], "share": self.settings.text_learning_rate})
+        if self.learned is not None:
+            groups.append(self.learned.group(self.settings.token_learning_rate))
         return groups
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -94,17 +105,24 @@ class LoRATask(Task):
             stack.enter_context(self.changes.applied(state["stage_c.vector"]))
             if self.text_changes is not None:
                 stack.enter_context(self.text_changes.applied(state["text.vector"]))
+            if self.learned is not None:
+                stack.enter_context(self.learned.holding(state["tokens.vectors"]))
             yield self.stage_c
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        text, dtype = self.text_changes, DTYPES[self.settings.dtype]
-        adapter = Adapter(
-            path.name,
+        adapter = self.adapter(state, path.name)
+        write_adapter(path, adapter, adapter.dialect, self.stage_c, metadata=metadata)
+
+    def adapter(self, state: State, name: str) -> Adapter:
+        """All that was trained, as in a file of that name."""
+        text, learned, dtype = self.text_changes, self.learned, DTYPES[self.settings.dtype]
+        return Adapter(
+            name,
             self.settings.dialect,
             stage_c=self.changes.as_adapter(state["stage_c.vector"].to(dtype)),
             text=text.as_adapter(state["text.vector"].to(dtype)) if text is not None else {},
+            tokens=learned.tokens(state["tokens.vectors"].detach().cpu()) if learned is not None else (),
         )
-        write_adapter(path, adapter, adapter.dialect, self.stage_c, metadata=metadata)
 
 
 def _text_targets(targets: Sequence[str]) -> Sequence[str]:

@@ -123,7 +123,7 @@ def prepare(
         encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
         encoder.model.to(device)
         texts = TextCache(encoder, cache)
-        live = settings.task == "tokens" or (settings.task == "lora" and settings.lora.text_encoder)
+        live = bool(settings.tokens) or (settings.task == "lora" and settings.lora.text_encoder)
         texts.fill([] if live else [*data.captions, *settings.output.prompts])
     text = CachedText(texts, [""] if live else data.captions, device)
     texts.release()
@@ -177,7 +177,9 @@ def build_task(
 ) -> Task:
     objective, seed = settings.objective, settings.train.seed
     if settings.task == "lora":
-        return LoRATask(stage_c, text, settings.lora, objective, dtype, seed, encoder, captions)
+        return LoRATask(
+            stage_c, text, settings.lora, objective, dtype, seed, encoder, captions, settings.tokens
+        )
     if settings.task == "controlnet":
         return ControlNetTask(
             stage_c, text, settings.controlnet, objective, dtype, seed, compressor, find_faces

@@ -121,6 +121,7 @@ class LoRASettings:
     targets: tuple[str, ...] = ("all",)
     text_encoder: bool = False
     text_learning_rate: float = 0.5  # as a share of the learning rate
+    token_learning_rate: float = 5.0  # the same for `tokens`, which a LoRA may learn with it
     dialect: str = "kohya"
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # of the file
 
@@ -209,6 +210,10 @@ class Settings:
             )
         if self.objective.kind == "consistency" and self.task != "lora":
             raise CascadeError("objective.kind consistency trains a LoRA; use `cascade train lora`.")
+        if self.objective.kind == "consistency" and (self.lora.text_encoder or self.tokens):
+            raise CascadeError(
+                "objective.kind consistency trains Stage C alone; leave text_encoder and tokens out."
+            )
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -226,7 +231,7 @@ def settings_of(values: Mapping[str, Any], task: TaskName, where: str) -> Settin
     """The same of what stands in a file. where: its name, for messages."""
     try:
         for section in SECTIONS:
-            if section in values and section != task:
+            if section in values and section != task and (section, task) != ("tokens", "lora"):
                 raise CascadeError(f"{section} does not belong to `cascade train {task}`; remove it.")
         if "task" in values:
             raise CascadeError("'task' is not a setting; it is the command's: `cascade train lora`.")

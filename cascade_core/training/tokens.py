@@ -19,16 +19,49 @@ from .settings import ObjectiveSettings, TokenSettings
 from .task import Inputs, State, Task
 
 
-class LearnedVectors(nn.Module):
+class LearnedTokens(nn.Module):
     """The rows of all tokens, one after the other.  vectors: (V, C) float32"""
 
-    def __init__(self, vectors: Tensor):
+    def __init__(self, tokens: Sequence[TokenSettings], encoder: TextEncoder, captions: Sequence[str]):
         super().__init__()
-        self.vectors = nn.Parameter(vectors)
+        self.counts = {name_in_prompt(token.name): token.vectors for token in tokens}
+        check_names(self.counts, captions)
+        config = encoder.model.config
+        self.first, self.width = config.vocab_size, config.hidden_size
+        self.vectors = nn.Parameter(torch.cat([initial_vectors(encoder, token) for token in tokens]))
+        self._held: Tensor | None = None
+
+    def tokens(self, vectors: Tensor) -> tuple[LearnedToken, ...]:
+        """As in a file; vectors: of the same shape as those here."""
+        parts = vectors.split(list(self.counts.values()))
+        return tuple(LearnedToken(name, part) for name, part in zip(self.counts, parts, strict=True))
+
+    def table(self) -> TokenTable:
+        """What the text encoder takes in place of the names, as it is now."""
+        vectors = self.vectors if self._held is None else self._held
+        return TokenTable(self.tokens(vectors), self.first, self.width)
+
+    def live(self, encoder: TextEncoder, captions: Sequence[str]) -> LiveText:
+        return LiveText(encoder, captions, self.table().ids, self.table)
+
+    @contextmanager
+    def holding(self, vectors: Tensor) -> Iterator[None]:
+        """Inside the block other vectors stand for the tokens, such as an average."""
+        self._held = vectors
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def group(self, share: float = 1.0) -> dict[str, Any]:
+        # weight decay would draw the vectors to zero, which is no word's place
+        return {"params": [self.vectors], "share": share, "weight_decay": 0.0}
 
 
 class TokensTask(Task):
     """Nothing but the vectors changes; the text encoder is in float32, Stage C in `dtype`."""
+
+    trained: LearnedTokens
 
     def __init__(
         self,
@@ -42,26 +75,11 @@ class TokensTask(Task):
     ):
         """encoder: on its device; captions: those of the data, by place."""
         super().__init__(stage_c, text, objective, dtype)
-        self.encoder = encoder
-        self.counts = {name_in_prompt(token.name): token.vectors for token in tokens}
-        check_names(self.counts, captions)
-        rows = torch.cat([initial_vectors(encoder, token) for token in tokens])
-        self.trained = LearnedVectors(rows).to(self.device)
-        self._held: Tensor | None = None
-        self.live = LiveText(encoder, captions, self._table().ids, self._table)
-
-    def _table(self) -> TokenTable:
-        config = self.encoder.model.config
-        vectors = self.trained.get_parameter("vectors") if self._held is None else self._held
-        return TokenTable(self._tokens(vectors), config.vocab_size, config.hidden_size)
-
-    def _tokens(self, vectors: Tensor) -> list[LearnedToken]:
-        parts = vectors.split(list(self.counts.values()))
-        return [LearnedToken(name, part) for name, part in zip(self.counts, parts, strict=True)]
+        self.trained = LearnedTokens(tokens, encoder, captions).to(self.device)
+        self.live = self.trained.live(encoder, captions)
 
     def groups(self) -> list[dict[str, Any]]:
-        # weight decay would draw the vectors to zero, which is no word's place
-        return [{"params": list(self.trained.parameters()), "weight_decay": 0.0}]
+        return [self.trained.group()]
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
         conditions = self.conditions(self.text_of(inputs))
@@ -71,15 +89,11 @@ class TokensTask(Task):
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
-        self._held = state["vectors"]
-        try:
-            with torch.no_grad():
-                yield self.stage_c
-        finally:
-            self._held = None
+        with self.trained.holding(state["vectors"]), torch.no_grad():
+            yield self.stage_c
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        tokens = tuple(self._tokens(state["vectors"].detach().float().cpu()))
+        tokens = self.trained.tokens(state["vectors"].detach().float().cpu())
         write_adapter(path, Adapter(path.name, "comfyui", tokens=tokens), "comfyui", metadata=metadata)
 
 

@@ -136,6 +136,28 @@ def test_learned_tokens_are_in_the_file(world, tmp_path):
         assert relative_error(given, want) < 1e-5
 
 
+def test_a_lora_with_tokens_holds_both(world, tmp_path, x):
+    settings = settings_of(world, "lora with tokens", tmp_path)
+    loop = loop_of(settings)
+    loop.run()
+    path = tmp_path / "out.safetensors"
+    loop.task.write(loop.state, path, {})
+    network, adapter = stage_c_of(settings), read_adapter(path)
+    encoder = TextEncoder.load(settings.models.text_encoder, torch.float32)
+    with loop.task.using(loop.state) as trained:
+        wanted, text = trained(**x), loop.task.prompts(["a [blob]"])
+    with patched(network, [Patch("out", adapter.stage_c)]), torch.no_grad():
+        assert relative_error(network(**x), wanted) < 1e-5
+    assert relative_error(encoder.encode(["a [blob]"], adapter.tokens).states, text[0]) < 1e-5
+
+
+def test_what_a_dialect_cannot_say_is_said_before_the_run(world, tmp_path):
+    with pytest.raises(CascadeError, match="1 learned tokens, which the dialect kohya has no keys for"):
+        loop_of(settings_of(world, "lora with tokens", tmp_path, lora={"dialect": "kohya"}))
+    with pytest.raises(CascadeError, match="There is no LoRA dialect 'kohia'"):
+        loop_of(settings_of(world, "lora", tmp_path, lora={"dialect": "kohia"}))
+
+
 def test_a_token_that_no_caption_has_is_refused(world, tmp_path):
     settings = settings_of(world, "tokens", tmp_path, tokens=[{"name": "cat"}])
     with pytest.raises(CascadeError, match=r"No caption holds \[cat\]"):

@@ -35,6 +35,11 @@ BACKBONE = {name: CONFIGS["compressor"][name] for name in ("stem", "stages", "c_
 TASKS: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora with text": {"lora": {"text_encoder": True, "rank": 4, "alpha": 2.0}},
+    "lora with tokens": {
+        "lora": {"dialect": "comfyui"},
+        "tokens": [{"name": "blob", "initial": "star"}],
+        "train": {"learning_rate": 1e-2},
+    },
     "lora for few steps": {"objective": {"kind": "consistency", "guidance": [2, 4], "solver_steps": 10}},
     "lora, adaptive": {"objective": {"weighting": "adaptive"}, "train": {"accumulate": 2, "clip_norm": 0.5}},
     "controlnet": {"train": {"learning_rate": 1e-2}},
