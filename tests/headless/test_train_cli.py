@@ -1,6 +1,7 @@
 """`cascade train`: what is wrong in a settings file is named, and a run on the demo weights gives a file."""
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,24 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
     )
     with pytest.raises(CascadeError, match="cannot be read"):
         read_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("package", "sentence"),
+    [
+        ("accelerate", "Training runs on accelerate, which is not installed; run: pip install accelerate"),
+        ("yaml", "Training settings are read by PyYAML, which is not installed; run: pip install PyYAML"),
+        (
+            "bitsandbytes",
+            "train.optimizer adamw8bit is bitsandbytes', which is not installed; run: pip install",
+        ),
+    ],
+)
+def test_a_package_that_is_not_installed(world, capsys, monkeypatch, package, sentence):
+    Path("config.yaml").write_text(DEMO.replace("steps: 3,", "steps: 3, optimizer: adamw8bit,"))
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["train", "lora", "config.yaml"]) == 1
+    assert f"error: {sentence}" in capsys.readouterr().err
 
 
 def test_a_union_takes_what_any_of_its_members_takes():
