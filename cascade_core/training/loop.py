@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import CascadeError
 from .data import Batch
 from .ema import Average
+from .exact import repeatable
 from .log import CURVE, Log, draw_curve
 from .optimiser import build_optimiser, learning_rate
 from .settings import Settings
@@ -120,7 +120,7 @@ class Loop:
             self.log = Log(self.folder, self.step)
         window = _Window(self.task.device)
         drawn = time.monotonic()
-        with _exact(train.deterministic), self._prepared() as prepared:
+        with repeatable(train.deterministic), self._prepared() as prepared:
             while self.step < train.steps and not stopped:
                 window.add(self._update(prepared))
                 if self.step % output.log_every == 0 or self.step == train.steps:
@@ -300,28 +300,3 @@ class _Window:
         means = dict(zip(self.terms, values, strict=True))
         self.terms, self.count = {}, 0
         return means
-
-
-@contextmanager
-def _exact(wanted: bool) -> Iterator[None]:
-    """Inside the block, kernels that give the same bits each time."""
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # a search for memory that is read before it is written
-    try:
-        yield
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        raise CascadeError(
-            f"This computation has no form that gives the same bits each time ({str(error).split('.')[0]}); set "
-            "train.deterministic to false."
-        ) from error
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        memory.fill_uninitialized_memory = before[1]
