@@ -40,15 +40,20 @@ class CachedText:
         states, pooled = self.cache.states([""])
         if len(self.captions) * 2 * (states.numel() + pooled.numel()) > resident:
             return None
-        parts = []
-        for start in range(0, len(self.captions), AT_ONCE):
+        count = len(self.captions)
+        table = tuple(
+            torch.empty(count, *value.shape[1:], dtype=torch.half, device=self.device)
+            for value in (states, pooled)
+        )
+        for start in range(0, count, AT_ONCE):
             part = self.cache.states(self.captions[start : start + AT_ONCE])
             if (
                 part.states.shape[1] != states.shape[1]
             ):  # a long caption, which the short ones need no padding to
                 return None
-            parts.append([value.half().to(self.device) for value in part])
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+            for rows, values in zip(table, part, strict=True):
+                rows[start : start + len(values)] = values
+        return table[0], table[1]
 
     def __call__(self, caption_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) on the CPU -> states (B, T, C), pooled (B, P) on the accelerator"""
