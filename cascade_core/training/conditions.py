@@ -49,7 +49,7 @@ class CachedText:
             part = self.cache.states(self.captions[start : start + AT_ONCE])
             if (
                 part.states.shape[1] != states.shape[1]
-            ):  # a long caption, which the short ones need no padding to
+            ):  # a long caption: the short ones need no padding to it
                 return None
             for rows, values in zip(table, part, strict=True):
                 rows[start : start + len(values)] = values
