@@ -17,7 +17,7 @@ PARTS = ("trained", "average", "optimiser", "buffers")
 def write_state(path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> None:
     """parts: of PARTS, by name."""
     tensors = {
-        f"{part}.{name}": value.detach().cpu()
+        f"{part}.{name}": value.detach().to("cpu", copy=True)
         for part, values in parts.items()
         for name, value in values.items()
     }
@@ -56,13 +56,17 @@ def fill(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Path) -> N
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter number and field; plain numbers as scalars of float64 or int64."""
+    """The optimiser's state by parameter number and field; plain numbers as scalars of float64 or int64.
+
+    From its own table and not `state_dict()`, in which bitsandbytes packs some of it away.
+    """
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     return {
         f"{index}.{name}": value
         if isinstance(value, Tensor)
         else torch.tensor(value, dtype=_number_type(value))
-        for index, state in optimiser.state_dict()["state"].items()
-        for name, value in state.items()
+        for index, parameter in enumerate(parameters)
+        for name, value in optimiser.state.get(parameter, {}).items()
     }
 
 

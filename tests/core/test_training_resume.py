@@ -10,7 +10,13 @@ from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import files, read_safetensors
 from cascade_nodes.cascade_core.training.log import CURVE, LOG, draw_curve
 from cascade_nodes.cascade_core.training.optimiser import build_optimiser
-from cascade_nodes.cascade_core.training.state import STATE, load_optimiser, optimiser_tensors, read_state
+from cascade_nodes.cascade_core.training.state import (
+    STATE,
+    load_optimiser,
+    optimiser_tensors,
+    read_state,
+    write_state,
+)
 from cascade_nodes.tests.core.training_runs import (
     TASKS,
     Dying,
@@ -146,18 +152,27 @@ def test_other_settings_of_what_is_trained_are_refused(world, tmp_path):
 
 
 def test_an_optimiser_with_plain_numbers_in_its_state_comes_back(world, tmp_path):
-    """As bitsandbytes' has them: a step that is no tensor, and bytes with their scales."""
+    """As bitsandbytes' has them: a step that is no tensor, bytes with their scales, and a table that all share."""
     settings = settings_of(world, "lora", tmp_path).train
-    parameter = torch.nn.Parameter(torch.randn(6))
-    optimiser = build_optimiser([{"params": [parameter]}], settings)
-    state = {"step": 7, "state1": torch.arange(6, dtype=torch.uint8), "absmax1": torch.rand(1)}
-    optimiser.state[parameter] = dict(state)
-    tensors = optimiser_tensors(optimiser)
-    other = build_optimiser([{"params": [parameter]}], settings)
-    load_optimiser(other, tensors)
-    held = other.state[parameter]
-    assert held["step"] == 7
-    assert torch.equal(held["absmax1"], state["absmax1"])
+    parameters = [torch.nn.Parameter(torch.randn(6)) for _ in range(2)]
+    optimiser = build_optimiser([{"params": parameters}], settings)
+    table = torch.rand(4)
+    for parameter in parameters:
+        state = {
+            "step": 7,
+            "state1": torch.arange(6, dtype=torch.uint8),
+            "absmax1": torch.rand(1),
+            "qmap1": table,
+        }
+        optimiser.state[parameter] = state
+    write_state(tmp_path / STATE, {"optimiser": optimiser_tensors(optimiser)}, {})
+    other = build_optimiser([{"params": parameters}], settings)
+    load_optimiser(other, read_state(tmp_path / STATE)[0]["optimiser"])
+    for parameter in parameters:
+        held, wanted = other.state[parameter], optimiser.state[parameter]
+        assert held["step"] == 7
+        assert torch.equal(held["absmax1"], wanted["absmax1"])
+        assert torch.equal(held["qmap1"], table)
 
 
 def test_a_curve_shows_every_order_of_magnitude(tmp_path):
