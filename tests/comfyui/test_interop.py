@@ -24,3 +24,9 @@ def test_every_combination_of_loaders_text_samplers_and_decoders(measured):
     found = chosen(measured, "matrix")
     assert len(found) == 4
     assert {name: value for name, value in found.items() if not value <= 1e-3} == {}
+
+
+def test_our_samplers_on_native_latents(measured):
+    found = chosen(measured, "on the native latent")
+    assert len(found) == 2
+    assert set(found.values()) == {0.0}

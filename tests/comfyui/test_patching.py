@@ -16,7 +16,10 @@ import pytest
         ("fp8 weights", 0.2),
         ("VAEDecode, native network", 1e-5),
         ("VAEEncode, native network", 1e-5),
+        ("VAEDecodeTiled, native network", 1e-5),
         ("VAEDecodeTiled against VAEDecode, mean", 0.005),
+        ("VAEDecodeTiled of Stage C, mean", 0.01),
+        ("VAEEncode with the compressor", 1e-6),
         ("unCLIPConditioning against CascadeImagePrompt", 1e-6),
     ],
 )

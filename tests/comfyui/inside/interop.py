@@ -108,6 +108,22 @@ def matrix(loaded: dict[str, dict[str, Any]], clip: Any) -> dict[str, float]:
     }
 
 
+def native_latents(stages: dict[str, Any], prompts: tuple[Any, Any]) -> dict[str, float]:
+    """Our samplers on the latents of StableCascade_EmptyLatentImage, against those on our own of the same sizes."""
+    empty = {
+        OURS: latents.CascadeEmptyLatent.execute(SIDE, SIDE, 2, 42.67),
+        NATIVE: nodes_stable_cascade.StableCascade_EmptyLatentImage.execute(SIDE, SIDE, 42, 2),
+    }
+    stage_c = {who: prior(OURS, stages["stage_c"], *prompts, only(empty[who])) for who in WHO}
+    stage_b = {
+        who: decoder(OURS, stages["stage_b"], *prompts, stage_c[who], only(empty[who], 1)) for who in WHO
+    }
+    return {
+        f"{name} on the native latent": relative(made[NATIVE]["samples"], made[OURS]["samples"])
+        for name, made in (("prior sampler", stage_c), ("decoder sampler", stage_b))
+    }
+
+
 class RunToZero(Run):
     """A run whose last level is free of noise, as ComfyUI's schedules end."""
 
@@ -191,5 +207,6 @@ def measure() -> dict[str, float]:
             for who in WHO
             for name, value in against_native_sampling(loaded[who]["stage_c"], prompts["stage_c"]).items()
         },
+        **native_latents(loaded[OURS], prompts["stage_c"]),
         **matrix(loaded, clip),
     }

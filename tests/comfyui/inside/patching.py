@@ -14,6 +14,7 @@ from interop import encode, make_run, only
 import nodes
 from cascade_nodes.cascade_core import checkpoints
 from cascade_nodes.demo.pipeline import WEIGHTS
+from cascade_nodes.nodes import latents
 from cascade_nodes.nodes.hosts import comfyui
 
 LAYER = "down_blocks.0.2.attention.attn.to_q"
@@ -111,7 +112,9 @@ def native_vae_nodes() -> dict[str, float]:
     ours, theirs = comfyui.load_stage_a(WEIGHTS / "demo_stage_a.safetensors"), native.vae()
     latent, image = {"samples": torch.randn(1, 4, 64, 64) * 0.4}, torch.rand(1, 256, 256, 3)
     whole = only(nodes.VAEDecode().decode(ours, latent))
-    tiled = only(nodes.VAEDecodeTiled().decode(ours, latent, 128, 32))
+    tiled, theirs_tiled = (
+        only(nodes.VAEDecodeTiled().decode(vae, latent, 128, 32)).clamp(0, 1) for vae in (ours, theirs)
+    )
     encoded = [only(nodes.VAEEncode().encode(vae, image))["samples"] for vae in (ours, theirs)]
     for name in ("downscale_ratio", "upscale_ratio", "latent_channels", "latent_dim", "output_channels",
                  "working_dtypes", "not_video", "crop_input", "disable_offload"):  # fmt: skip
@@ -125,12 +128,22 @@ def native_vae_nodes() -> dict[str, float]:
     assert stage_c.shape == (1, 16, 6, 6), stage_c.shape
     preview = only(nodes.VAEDecode().decode(coder, {"samples": stage_c}))
     assert preview.shape == (1, 48, 48, 3), preview.shape
+    large = {"samples": torch.randn(1, 16, 24, 24)}
+    views = [
+        only(nodes.VAEDecode().decode(coder, large)),
+        only(nodes.VAEDecodeTiled().decode(coder, large, 128, 64)),
+    ]
+    by_node = only(nodes.VAEEncode().encode(coder, image))["samples"]
+    by_ours = only(latents.CascadeEncode.execute(coder, image, 32.0))["samples"]
     return {
         "VAEDecode, native network": relative(
             whole, only(nodes.VAEDecode().decode(theirs, latent)).clamp(0, 1)
         ),
         "VAEEncode, native network": relative(encoded[0], encoded[1]),
+        "VAEDecodeTiled, native network": relative(tiled, theirs_tiled),
         "VAEDecodeTiled against VAEDecode, mean": (tiled - whole).abs().mean().item(),
+        "VAEDecodeTiled of Stage C, mean": (views[1] - views[0]).abs().mean().item(),
+        "VAEEncode with the compressor": relative(by_node, by_ours),
     }
 
 
