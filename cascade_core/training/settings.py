@@ -85,13 +85,13 @@ class ObjectiveSettings:
     """
 
     kind: Literal["diffusion", "consistency"] = "diffusion"
-    weighting: Weighting = "p2"
+    weighting: Weighting | None = None  # null: p2; for consistency, which begins at pure noise, debiased
     largest_weight: float | None = None
     share_at_start: float = 0.0  # of a batch that is taken at pure noise
     shift: float = 1.0  # of the schedule that times are drawn from; above 1 is more noise
     guidance: tuple[float, ...] = (
         4.0,
-    )  # consistency: the teacher's cfg; two bounds draw it for each picture
+    )  # consistency: the teacher's cfg; of two bounds, another for each picture
     cfg_rescale: float = 0.7
     solver_steps: int = 50  # consistency: into how many steps the teacher's path is cut
 
@@ -110,6 +110,10 @@ class ObjectiveSettings:
             )
         if self.solver_steps < 2:
             raise CascadeError(f"objective.solver_steps is {self.solver_steps}; it must be at least 2.")
+
+    @property
+    def loss_weight(self) -> Weighting:
+        return self.weighting or ("debiased" if self.kind == "consistency" else "p2")
 
 
 @dataclass(frozen=True)

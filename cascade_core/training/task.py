@@ -115,6 +115,6 @@ class _Weight(nn.Module):
 
 
 def _loss_weight(objective: ObjectiveSettings) -> nn.Module:
-    if objective.weighting == "adaptive":
+    if objective.loss_weight == "adaptive":
         return diffusion.AdaptiveLossWeight()
-    return _Weight(getattr(diffusion, objective.weighting))
+    return _Weight(getattr(diffusion, objective.loss_weight))

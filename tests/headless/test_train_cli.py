@@ -48,7 +48,9 @@ def test_three_lines_are_a_whole_file(tmp_path):
     (tmp_path / "config.yaml").write_text(MINIMAL)
     settings = read_settings(tmp_path / "config.yaml", "lora")
     assert (settings.train.steps, settings.train.learning_rate) == (3, 1e-4)
-    assert (settings.lora.rank, settings.objective.weighting) == (16, "p2")
+    assert (settings.lora.rank, settings.objective.loss_weight) == (16, "p2")
+    (tmp_path / "config.yaml").write_text(f"{MINIMAL}objective: {{kind: consistency}}\n")
+    assert read_settings(tmp_path / "config.yaml", "lora").objective.loss_weight == "debiased"
 
 
 @pytest.mark.parametrize(
