@@ -14,7 +14,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
 
 
 def import_pack() -> None:
@@ -45,12 +46,14 @@ def attempt(name: str) -> tuple[dict[str, Any], str | None]:
     import torch
 
     torch.manual_seed(0)
+    sys.path.insert(0, str(HERE))  # before what ComfyUI adds, which has a lora.py too
     try:
         with torch.inference_mode():
             return importlib.import_module(name).measure(), None
     except Exception:
         return {}, traceback.format_exc()
     finally:
+        sys.path.remove(str(HERE))
         comfy.model_management.unload_all_models()
         gc.collect()
 
