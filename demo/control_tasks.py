@@ -19,7 +19,7 @@ from cascade_nodes.demo.evaluate import SEED, prompts_of
 from cascade_nodes.demo.measuring import Figures, in_batches, psnr, rates
 from cascade_nodes.demo.pipeline import DemoCascade
 from cascade_nodes.demo.recipe import COMPRESSED, PICTURE, STAGE_B_LATENT
-from cascade_nodes.demo.scenes import COLOURS, SHAPES, Scene, held_out_reason, sample_scenes
+from cascade_nodes.demo.scenes import COLOURS, SHAPES, Scene, sample_scenes
 
 SMALL = PICTURE // 8  # pixels of the picture that super resolution enlarges
 FEATHER = 8  # pixels, of the composite
@@ -91,9 +91,9 @@ def edited(scene: Scene, rng: Random) -> tuple[Scene, Tensor]:
     *kept, old = scene.objects
     while True:
         new = replace(old, shape=rng.choice(SHAPES), colour=rng.choice(COLOURS))
-        after = replace(scene, objects=(*kept, new))
-        if new.shape != old.shape and new.colour != old.colour and held_out_reason(after) is None:
+        if new.shape != old.shape and new.colour not in [o.colour for o in scene.objects]:
             break
+    after = replace(scene, objects=(*kept, new))
     reach = old.radius + 0.035
     y = x = (torch.arange(PICTURE) + 0.5) / PICTURE
     mask = ((y[:, None] - old.y).abs() < reach) & ((x[None, :] - old.x).abs() < reach)
