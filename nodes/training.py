@@ -68,6 +68,8 @@ def common_inputs(what: str) -> list[Any]:
             default=0,
             min=0,
             max=2**32 - 1,
+            # The interface lets a seed change after each run by itself, and a run that is cancelled could not go on.
+            control_after_generate=False,
             tooltip="Decides what is random: the same seed trains the same file again.",
         ),
     ]

@@ -8,6 +8,7 @@ import {
 import { say } from "./words.js";
 
 const CUSTOM = "";
+const WIDTH = 300; // the sizes of both latents in one line
 const LINKED = "size.linked";
 const UNKNOWN = "size.unknown";
 
@@ -168,6 +169,7 @@ export function addSizePanel(node) {
   };
 
   addPanel(node, "cascade_size", content, kind.height);
+  node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]); // of a new node: a saved one brings its own
   for (const widget of node.widgets) after(widget, "callback", show);
   for (const event of ["onConfigure", "onConnectionsChange", "onExecuted"]) after(node, event, show);
   show();

@@ -3,7 +3,7 @@
 import { addPanel, after, element } from "./panel.js";
 import { say } from "./words.js";
 
-const HEIGHT = 52;
+const HEIGHT = 68; // four lines
 
 /**
  * @param {object} node one that returns sentences as `text`, just created
