@@ -269,6 +269,13 @@ async function sentences(page) {
   return { before, after: await panel(page, id, "cascade_text") };
 }
 
+/** The values of a training node, as the interface has them. */
+async function training(page) {
+  const id = await place(page, "CascadeTrainLoRA");
+  await page.waitForTimeout(300);
+  return { widgets: await widgets(page, id) };
+}
+
 /** A link dragged to a socket of another type is refused; the same drag to the right one is not. */
 async function connections(page) {
   const vae = await place(page, "StageAVAE", [300, 150]);
@@ -318,4 +325,4 @@ async function japanese(page, { url }) {
   return { words, panels, help: await help.innerText() };
 }
 
-export const SCENARIOS = { search, examples, sizes, enlarge, encode, scale, sentences, connections, run, japanese };
+export const SCENARIOS = { search, examples, sizes, enlarge, encode, scale, sentences, training, connections, run, japanese };

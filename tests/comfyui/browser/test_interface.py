@@ -209,6 +209,13 @@ def test_a_lora_says_what_it_holds(seen):
     assert facts["after"]["lines"] == ["style (kohya): rank 4. Left out: two."]
 
 
+def test_the_seed_of_a_training_stays(seen, server):
+    """The interface would change it after each run, and a run that was cancelled would begin anew."""
+    (info,) = server.get("/object_info/CascadeTrainLoRA").values()
+    values = info["input"]["required"] | info["input"]["optional"]
+    assert told(seen, "training")["widgets"].keys() == values.keys()
+
+
 def test_a_wrong_connection_is_refused(seen):
     facts = told(seen, "connections")
     assert facts["wrong"] is None
