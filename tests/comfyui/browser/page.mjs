@@ -31,7 +31,7 @@ export async function store(url, settings) {
 
 /** Loads the page and waits until the pack's nodes can be placed. */
 export async function open(page, url) {
-  await page.goto(url);
+  await page.goto(url, { timeout: 90_000 });
   await page.waitForFunction(
     () => window.app?.vueAppReady && window.LiteGraph?.registered_node_types?.CascadeEmptyLatent,
     null,
