@@ -44,11 +44,13 @@ export async function open(page, url) {
   await clear(page);
 }
 
-/** An empty canvas. */
+/** An empty canvas, whose nodes get ids that none has had: newer front ends keep a widget's value by its node's id. */
 export async function clear(page) {
   await page.evaluate(() => {
-    window.app.clean?.(); // pictures of earlier nodes: ids are given anew
+    const last = window.app.graph.last_node_id;
+    window.app.clean?.(); // pictures of earlier nodes
     window.app.graph.clear();
+    window.app.graph.last_node_id = Math.max(last, 100); // above those of the examples
     window.app.canvas.ds.scale = 1;
     window.app.canvas.ds.offset = [0, 0];
     window.app.canvas.setDirty(true, true);
