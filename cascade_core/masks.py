@@ -17,7 +17,7 @@ def latent_mask(mask: Tensor, batch: int, size: Sequence[int]) -> Tensor:
     most masked one.  With less of it, what is painted would reach out of the mask and be cut off there.
     """
     mask = mask_of(mask, batch, (mask.shape[-2], mask.shape[-1])).clamp(0, 1)
-    share = F.adaptive_avg_pool2d(mask, list(size))
+    share = F.adaptive_avg_pool2d(mask, (size[0], size[1]))
     return (share > share.amax(dim=(1, 2, 3), keepdim=True) / 2).float()
 
 

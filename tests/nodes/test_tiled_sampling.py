@@ -84,6 +84,9 @@ def test_a_run_stops_between_tiles(sockets):
         def step(self, step, total, preview):
             raise AssertionError("no step was finished")
 
+        def tell(self, text):
+            raise AssertionError("the sampler has nothing to tell")
+
         def interrupted(self):
             self.asked += 1
             return self.asked > 3  # before the step, and before each of its tiles
