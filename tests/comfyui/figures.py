@@ -19,7 +19,7 @@ ROWS = (
     ("ControlNets, areas, ranges: ours and ComfyUI's, in any order", "conditioning", "same"),
     ("a LoRA by ComfyUI's node and merged into the file, Stage C", "patching", "LoRA against merged weights"),
     ("weights whole on the device and in part", "patching", "partly loaded"),
-    ("VAEDecode and VAEEncode on our VAE and on ComfyUI's", "patching", ", native network"),
+    ("VAEDecode, VAEDecodeTiled and VAEEncode on our VAE and on ComfyUI's", "patching", ", native network"),
     ("published widths (1 B, 0.7 B, bigG), random weights in bf16", "published", ""),
 )
 NO_DIFFERENCE = "share"  # a measurement of something else
@@ -34,7 +34,8 @@ def main() -> None:
     print(f"| what | {' | '.join(one.version for one in CHECKOUTS)} |")
     print(f"|---|{'---|' * len(CHECKOUTS)}")
     for what, script, words in ROWS:
-        cells = [f"{_worst(results[script].numbers, words):.1e}" for results in measured]
+        worst = [_worst(results[script].numbers, words) for results in measured]
+        cells = [f"{value:.1e}" if value else "0" for value in worst]
         print(f"| {what} | {' | '.join(cells)} |")
 
 
