@@ -36,7 +36,9 @@ def test_same_pictures_as_without_comfyui(client, right_pictures, name):
     for picture, right in zip(pictures, expected, strict=True):
         assert np.abs(picture.astype(int) - right).max() <= 1
     # The last preview is Stage B's last step, and Stage C's comes before: what the picture shows, in its colours.
-    previews = [(execution.previews[-1], 4)]
+    # Of a masked run it is less exact: outside the mask it shows what the sampler is about to put the source over.
+    pasted = any(node["class_type"] == "CascadeInpaintComposite" for node in EXAMPLES[name].values())
+    previews = [(execution.previews[-1], 4 if pasted else 2)]
     for node in EXAMPLES[name].values():
         if node["class_type"] == "CascadePriorSampler":
             previews.append((execution.previews[node["inputs"]["steps"] - 1], 8))
