@@ -48,4 +48,6 @@ def fingerprint(role: str, name: str) -> str:
         return f"{name}: missing"
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    return f"{path}: " + " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+    return f"{path}: " + " ".join(
+        f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for name, stat in stats
+    )
