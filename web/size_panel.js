@@ -172,6 +172,19 @@ export function addSizePanel(node) {
   node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]); // of a new node: a saved one brings its own
   for (const widget of node.widgets) after(widget, "callback", show);
   for (const event of ["onConfigure", "onConnectionsChange", "onExecuted"]) after(node, event, show);
+  if (!kind.areas) {
+    // A picture is there some time after its node or its new name, and no event tells of it in both kinds of nodes.
+    let known = "";
+    const looking = setInterval(() => {
+      const size = pictureSize(node);
+      const now = size ? times(size) : "";
+      if (now !== known) {
+        known = now;
+        show();
+      }
+    }, 400);
+    after(node, "onRemoved", () => clearInterval(looking));
+  }
   show();
   return show;
 }

@@ -227,7 +227,7 @@ const connectPicture = (page, source, id) =>
   );
 
 /** Cascade Encode shows the sizes of the picture that is connected to it, and of what it resizes it to. */
-async function encode(page, { picture }) {
+async function encode(page, { picture, workflows }) {
   const [source, id] = await placeWithPicture(page, "CascadeEncode", picture);
   const seen = { unknown: await panel(page, id, "cascade_size") };
   await setWidget(page, id, "width", 512);
@@ -236,10 +236,17 @@ async function encode(page, { picture }) {
   await setWidget(page, id, "width", 0);
   await setWidget(page, id, "height", 0);
   await connectPicture(page, source, id);
-  await page.waitForTimeout(200);
+  await page.waitForTimeout(900); // where the picture was not shown yet, it is looked for again
   seen.known = await panel(page, id, "cascade_size");
   await setWidget(page, id, "height", 1104);
   seen.resized = await panel(page, id, "cascade_size");
+  await load(page, "inpaint", workflows.inpaint); // its picture comes later than its nodes
+  const [first, second] = await page.evaluate(() =>
+    ["LoadImage", "CascadeEncode"].map((type) => window.app.graph._nodes.find((node) => node.type === type).id),
+  );
+  await page.waitForFunction((id) => window.app.graph.getNodeById(id).imgs?.[0]?.naturalWidth, first);
+  await page.waitForTimeout(900);
+  seen.loaded = await panel(page, second, "cascade_size");
   return seen;
 }
 
@@ -248,7 +255,7 @@ async function scale(page, { picture }) {
   const [source, id] = await placeWithPicture(page, "CascadeSuperResolutionHint", picture);
   const unknown = await panel(page, id, "cascade_size");
   await connectPicture(page, source, id);
-  await page.waitForTimeout(200);
+  await page.waitForTimeout(900); // where the picture was not shown yet, it is looked for again
   const twice = await panel(page, id, "cascade_size");
   await setWidget(page, id, "scale", 1.3);
   return { unknown, twice, less: await panel(page, id, "cascade_size") };
