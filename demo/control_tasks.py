@@ -18,7 +18,7 @@ from cascade_nodes.demo.dataset import as_float, pictures, resized
 from cascade_nodes.demo.evaluate import SEED, prompts_of
 from cascade_nodes.demo.measuring import Figures, in_batches, psnr, rates
 from cascade_nodes.demo.pipeline import DemoCascade
-from cascade_nodes.demo.recipe import COMPRESSED, PICTURE, STAGE_B_LATENT
+from cascade_nodes.demo.recipe import COMPRESSED, LATENT, PICTURE, STAGE_B_LATENT
 from cascade_nodes.demo.scenes import COLOURS, SHAPES, Scene, sample_scenes
 
 SMALL = PICTURE // 8  # pixels of the picture that super resolution enlarges
@@ -100,6 +100,25 @@ def edited(scene: Scene, rng: Random) -> tuple[Scene, Tensor]:
     return after, mask[None].float()
 
 
+@torch.no_grad()
+def painted(
+    cascade: DemoCascade,
+    network: Any,
+    images: Tensor,
+    masks: Tensor,
+    prompts: Sequence[str],
+    seed: int,
+    strength: float = 1.0,
+) -> Tensor:
+    """Pictures (B, 3, 256, 256) made anew where the masks (B, 256, 256) are 1, by both stages; not yet composited."""
+    small = resized(images, COMPRESSED)
+    places, details = (latent_mask(masks, len(images), size[1:]) for size in (LATENT, STAGE_B_LATENT))
+    start = cascade.compressor(small)
+    hints = inpaint_hint(small.cpu(), masks)
+    latents = guided(cascade, network, hints, prompts, strength, seed=seed, start=start, mask=places)
+    return cascade.decode(latents, prompts, seed, source=images, mask=details)
+
+
 def inpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     """One object is painted over by another that the prompt names; the rest stays."""
     rng = Random(SEED)
@@ -113,16 +132,8 @@ def inpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
     def made(strength: float) -> tuple[Tensor, Tensor]:
         def some(part: slice) -> Tensor:
-            seed, images = SEED + part.start, as_float(sources[part])
-            small = resized(images, COMPRESSED)
-            hints = inpaint_hint(small.cpu(), masks[part])
-            batch = len(images)
-            latents = guided(
-                cascade, network, hints, prompts[part], strength, seed=seed,
-                start=cascade.compress(sources[part]), mask=latent_mask(masks[part], batch, (6, 6)),
-            )  # fmt: skip
-            kept = latent_mask(masks[part], batch, STAGE_B_LATENT[1:])
-            return cascade.decode(latents, prompts[part], seed, source=images, mask=kept)
+            images = as_float(sources[part])
+            return painted(cascade, network, images, masks[part], prompts[part], SEED + part.start, strength)
 
         raw = in_batches(some, count)
         return raw, composite(raw, as_float(sources).cpu(), masks[:, None], FEATHER)
@@ -132,17 +143,13 @@ def inpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     raw, done = made(1.0)
     _, plain = made(0.0)
 
-    def outside_psnr(images: Tensor) -> float:
-        error = ((images - truth).square() * outside).sum((1, 2, 3)) / (3 * outside.sum((1, 2, 3)))
-        return (-10 * error.clamp_min(1e-10).log10()).mean().item()
-
     objects = [Spec((spec.objects[-1],)) for spec in specs]
     return {
         "inside_right": rates(done, objects)["all_right"],
         "right_in_everything": rates(done, specs)["all_right"],
         "inside_right_without_controlnet": rates(plain, objects)["all_right"],
-        "outside_psnr_db_before_compositing": outside_psnr(raw),
-        "outside_psnr_db": outside_psnr(done),
+        "outside_psnr_db_before_compositing": psnr(raw, truth, outside).mean().item(),
+        "outside_psnr_db": psnr(done, truth, outside).mean().item(),
     }, torch.stack([truth, torch.where(outside, truth, torch.ones(())), plain, done], dim=1).flatten(0, 1)
 
 
@@ -159,7 +166,7 @@ def outpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
         for scene in sample_scenes(12 * count, SEED + 23, "held_out")
         if len(scene.objects) == 2 and _splits(scene)
     ][:count]
-    prompts, specs = [], [full(scene) for scene in scenes]
+    specs = [full(scene) for scene in scenes]
     rng = Random(SEED)
     prompts = [verbalise(spec, rng) for spec in specs]
     sources = pictures(scenes, cascade.device)
@@ -167,17 +174,8 @@ def outpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     network = controlnet(cascade, "inpainting")
 
     def some(part: slice) -> Tensor:
-        seed = SEED + part.start
         images = torch.where(masks[part, None].to(cascade.device) > 0, 0.5, as_float(sources[part]))
-        hints = inpaint_hint(resized(images, COMPRESSED).cpu(), masks[part])
-        start = cascade.compressor(resized(images, COMPRESSED))
-        batch = len(images)
-        latents = guided(
-            cascade, network, hints, prompts[part], seed=seed, start=start,
-            mask=latent_mask(masks[part], batch, (6, 6)),
-        )  # fmt: skip
-        kept = latent_mask(masks[part], batch, STAGE_B_LATENT[1:])
-        return cascade.decode(latents, prompts[part], seed, source=images, mask=kept)
+        return painted(cascade, network, images, masks[part], prompts[part], SEED + part.start)
 
     truth = as_float(sources).cpu()
     done = composite(in_batches(some, len(scenes)), truth, masks[:, None], FEATHER)
@@ -232,13 +230,9 @@ def super_resolution(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]
     outline = edges(truth).float()
     outline = F.interpolate(outline, (PICTURE, PICTURE), mode="nearest") > 0
 
-    def at_outlines(some: Tensor) -> float:
-        error = ((some - truth).square() * outline).sum((1, 2, 3)) / (3 * outline.sum((1, 2, 3))).clamp_min(1)
-        return (-10 * error.clamp_min(1e-10).log10()).mean().item()
-
     return {
-        "outlines_psnr_db": at_outlines(done),
-        "outlines_psnr_db_bicubic": at_outlines(enlarged),
+        "outlines_psnr_db": psnr(done, truth, outline).mean().item(),
+        "outlines_psnr_db_bicubic": psnr(enlarged, truth, outline).mean().item(),
         "psnr_db": psnr(done, truth).mean().item(),
         "psnr_db_bicubic": psnr(enlarged, truth).mean().item(),
         "right": rates(done, specs)["all_right"],

@@ -17,9 +17,14 @@ def rates(images: Tensor, specs: Sequence[Spec]) -> Figures:
     return summary(score(reading, spec) for reading, spec in zip(read(images), specs, strict=True))
 
 
-def psnr(one: Tensor, other: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1] -> (N,) dB"""
-    return -10 * (one - other).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
+def psnr(one: Tensor, other: Tensor, where: Tensor | None = None) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] -> (N,) dB; of the pixels of `where` alone, a mask (N, 1, H, W)."""
+    error = (one - other).square()
+    if where is None:
+        mean = error.mean(dim=(1, 2, 3))
+    else:
+        mean = (error * where).sum((1, 2, 3)) / (error.shape[1] * where.sum((1, 2, 3))).clamp_min(1)
+    return -10 * mean.clamp_min(1e-10).log10()
 
 
 def in_batches(function: Callable[[slice], Tensor], count: int, batch: int = BATCH) -> Tensor:

@@ -1,5 +1,6 @@
 """Inputs that name a model file: the list that is offered, the file behind a name, and when it has changed."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def fingerprint(role: str, name: str) -> str:
     except CascadeError:
         return f"{name}: missing"
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return f"{path}: {stamp(files)}"
+
+
+def stamp(files: Iterable[Path]) -> str:
+    """Names, sizes, times and places of the files among these paths; another once one is changed or replaced."""
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
-    return f"{path}: " + " ".join(
-        f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for name, stat in stats
-    )
+    return " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for name, stat in stats)

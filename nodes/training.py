@@ -5,7 +5,7 @@ from typing import Any
 
 from ..cascade_core.errors import CascadeError
 from .api import io
-from .files import check, file_input, find
+from .files import check, file_input, find, stamp
 from .hosts import host
 from .hosts.roles import leaves_folder
 
@@ -165,9 +165,7 @@ class TrainingNode(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, pictures: str, **others: Any) -> str:
         """Changes when pictures or captions do."""
-        folder = host().picture_folder(pictures)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return " ".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+        return stamp(sorted(host().picture_folder(pictures).rglob("*")))
 
 
 class CascadeTrainLoRA(TrainingNode):
