@@ -45,6 +45,16 @@ class StageB(UNet):
             self.clip_mapper(clip).unflatten(-1, (self.config.c_clip_seq, -1)).flatten(1, 2)
         )
 
+    def map_conditions(self, x: Tensor, effnet: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is added to the embedded x (B, c_in, H, W): (B, c_hidden[0], H / patch, W / patch) each."""
+        if pixels is None:  # zeros are mapped too: their bias is part of what Stage B was trained with
+            pixels = x.new_zeros(x.shape[0], self.config.c_pixels, 8, 8)
+        size = (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size)
+        return (
+            self.effnet_mapper(resize(effnet, size).to(x.dtype)),
+            resize(self.pixels_mapper(pixels), size),
+        )
+
     def forward(
         self,
         x: Tensor,
@@ -59,11 +69,9 @@ class StageB(UNet):
         x: (B, c_in, H, W), r: (B,) noise condition in [0, 1], effnet: (B, c_effnet, h, w) of any size,
         pixels: (B, c_pixels, h, w), absent: zeros -> (B, c_out, H, W)
         """
-        if pixels is None:  # zeros are mapped too: their bias is part of what Stage B was trained with
-            pixels = x.new_zeros(x.shape[0], self.config.c_pixels, 8, 8)
         timesteps = self.embed_timesteps(r, {"sca": sca}).to(x.dtype)
         tokens = self.embed_conditions(clip)
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))
-        h = h + self.effnet_mapper(resize(effnet, h.shape[-2:]).to(h.dtype))
-        h = h + resize(self.pixels_mapper(pixels), h.shape[-2:])
+        for mapped in self.map_conditions(x, effnet, pixels):
+            h = h + mapped
         return self.clf(self.walk(h, timesteps, tokens))

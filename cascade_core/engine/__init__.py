@@ -1,0 +1,9 @@
+"""The fast path: a network's own weights, walked with less work. `fast.py` is the door; nothing depends on it.
+
+fast.py        called like the network; remembers from step to step what does not change
+unet.py        Stage B and C as a flat program over tokens
+blocks.py      each block with what can be computed when it is bound
+operations.py  what the program computes with, in plain PyTorch
+graphs.py      CUDA graphs
+kernels/       the same operations fused, in Triton
+"""

@@ -1,0 +1,200 @@
+"""A network's fast stand-in: called like the network itself, remembers from step to step what does not change."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..stage_b import StageB
+from ..stage_c import StageC
+from ..unet import UNet
+from . import operations
+from .graphs import Graph
+from .unet import BoundUNet, Given, as_tokens
+
+SESSIONS = 4  # shapes of which prepared conditions, and on CUDA graphs, are kept
+TABLES = 64  # noise conditions whose scales and shifts are kept: 1 MB each for Stage C 3.6 B
+
+
+Conditions = dict[str, Tensor | None]
+
+
+class Fast:
+    """`fast(x, r, **conditions)` as `network(x, r, **conditions)`, for StageB and StageC in evaluation.
+
+    Made once per network and kept; it follows the network where its weights are changed or moved. What it cannot do
+    (noise conditions that differ within the batch) the network does itself.
+    """
+
+    def __init__(self, network: UNet, ops: Any = operations, join: bool = False, graphs: bool = False):
+        self.network, self.ops, self.join, self.graphs = network, ops, join, graphs
+        self.config = network.config
+        self._bound: BoundUNet | None = None
+        self._weights: list[tuple[weakref.ref, int, int]] = []
+        self._tables: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
+
+    def parameters(self) -> Any:
+        return self.network.parameters()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Tensor,
+        r: Tensor,
+        *,
+        sca: Tensor | None = None,
+        crp: Tensor | None = None,
+        control: Sequence[Tensor | None] | None = None,
+        **conditions: Tensor | None,
+    ) -> Tensor:
+        extra = {name: value for name, value in (("sca", sca), ("crp", crp)) if value is not None}
+        noise = _numbers({"r": r, **extra})
+        if noise is None:
+            extra = {**extra, **({} if control is None else {"control": control})}
+            return self.network(x, r.to(x.device), **conditions, **extra)
+        bound = self._follow()
+        session = self._session(x, conditions, control or ())
+        session.prepare(bound, x, conditions, control or ())
+        return session.run(bound, self.ops, x, self._table(bound, noise))
+
+    def forget(self) -> None:
+        """Free everything derived from the weights, with the graphs' memory."""
+        self._bound, self._weights = None, []
+        self._tables.clear()
+        self._sessions.clear()
+
+    def _follow(self) -> BoundUNet:
+        """The program of the weights as they are now."""
+        if self._bound is None or not _unchanged(self._weights, self.network):
+            self.forget()
+            self._bound = BoundUNet(self.network, self.join)
+            self._weights = _stamps(self.network)
+        return self._bound
+
+    def _table(self, bound: BoundUNet, noise: dict[str, float]) -> Tensor:
+        key = tuple(sorted(noise.items()))
+        if key not in self._tables:
+            self._tables[key] = bound.table(noise["r"], {k: v for k, v in noise.items() if k != "r"})
+            _bounded(self._tables, TABLES)
+        self._tables.move_to_end(key)
+        return self._tables[key]
+
+    def _session(self, x: Tensor, conditions: dict, control: Sequence) -> Session:
+        key = (
+            tuple(x.shape),
+            x.dtype,
+            tuple((name, None if t is None else tuple(t.shape)) for name, t in sorted(conditions.items())),
+            tuple(None if residual is None else tuple(residual.shape) for residual in control),
+        )
+        if key not in self._sessions:
+            self._sessions[key] = Session(self.network, self.graphs)
+            _bounded(self._sessions, SESSIONS)
+        self._sessions.move_to_end(key)
+        return self._sessions[key]
+
+
+class Session:
+    """Forwards of one shape, of x and of all conditions: what was prepared for them, and on CUDA their graph."""
+
+    def __init__(self, network: UNet, graphs: bool):
+        self.network = network
+        self.graph = Graph() if graphs else None
+        self.given: Given | None = None
+        self.conditions: Conditions = {}  # that `given` was made of
+        self.control: list[Tensor | None] = []
+
+    def prepare(self, bound: BoundUNet, x: Tensor, conditions: Conditions, control: Sequence) -> None:
+        """Keys, values and maps of these conditions, unless they are the last call's."""
+        given = self.given
+        if given is None or not _equal(conditions, self.conditions):
+            tokens, added = PREPARE[type(self.network)](self.network, x, **conditions)
+            keys, values = bound.condition(tokens)
+            if given is None:
+                given = self.given = Given(
+                    x.new_empty(bound.table_size, dtype=torch.float32), keys, values, added
+                )
+                given.control = [None if t is None else torch.empty_like(t) for t in control]
+            else:
+                _copy(given.keys + given.values + [given.conditions], keys + values + [added])
+            self.conditions = dict(conditions)
+        if len(control) != len(self.control) or any(
+            a is not b for a, b in zip(control, self.control, strict=True)
+        ):
+            _copy(given.control, control)
+            self.control = list(control)
+
+    def run(self, bound: BoundUNet, ops: Any, x: Tensor, table: Tensor) -> Tensor:
+        given = self.given
+        assert given is not None  # `prepare` came first
+        given.table.copy_(table)
+        if self.graph is None:
+            return bound(ops, x, given)
+        return self.graph(lambda still: bound(ops, still, given), x)
+
+
+def _stage_c(
+    network: StageC, x: Tensor, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor
+) -> tuple[Tensor, None]:
+    return network.embed_conditions(clip_text, clip_text_pooled, clip_img), None
+
+
+def _stage_b(
+    network: StageB, x: Tensor, clip: Tensor, effnet: Tensor, pixels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    from_effnet, from_pixels = network.map_conditions(x, effnet, pixels)
+    return network.embed_conditions(clip), as_tokens(from_effnet + from_pixels)
+
+
+PREPARE: dict[type, Any] = {StageC: _stage_c, StageB: _stage_b}
+
+
+def _numbers(values: dict[str, Tensor]) -> dict[str, float] | None:
+    """Each tensor (B,) as the one number that stands in it, or None where one holds several."""
+    numbers = {}
+    for name, value in values.items():
+        numbers[name], *others = value.tolist()
+        if any(other != numbers[name] for other in others):
+            return None
+    return numbers
+
+
+def _equal(now: Conditions, before: Conditions) -> bool:
+    """The same tensors, or others of the same values: a host may join its prompts anew at each step."""
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in ((now[name], before.get(name)) for name in now)
+    )
+
+
+def _copy(kept: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> None:
+    for target, source in zip(kept, new, strict=True):
+        if target is not None and source is not None:
+            target.copy_(source)
+
+
+def _stamps(network: nn.Module) -> list[tuple[weakref.ref, int, int]]:
+    return [(weakref.ref(p), p.data_ptr(), _version(p)) for p in network.parameters()]
+
+
+def _unchanged(stamps: list[tuple[weakref.ref, int, int]], network: nn.Module) -> bool:
+    """Whether every parameter is the same tensor, at the same address, not written to since."""
+    parameters = list(network.parameters())
+    return len(parameters) == len(stamps) and all(
+        ref() is p and address == p.data_ptr() and version == _version(p)
+        for p, (ref, address, version) in zip(parameters, stamps, strict=True)
+    )
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _bounded(kept: OrderedDict, most: int) -> None:
+    while len(kept) > most:
+        kept.popitem(last=False)

@@ -1,0 +1,54 @@
+"""CUDA graphs: the launches of a forward recorded once and replayed, so that the GPU never waits for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UPS = 2  # runs before the recording: kernels are compiled, workspaces allocated
+
+
+class Graph:
+    """`graph(forward, x)` is `forward(x)`, recorded on the first call and replayed on the others.
+
+    Everything that `forward` reads beside x must lie at the same addresses at every call.
+    """
+
+    def __init__(self) -> None:
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None = None
+
+    def __call__(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self._recorded is None:
+            self._recorded = self._record(forward, x)
+        graph, still, out = self._recorded
+        still.copy_(x)
+        graph.replay()
+        return out.clone()
+
+    def _record(
+        self, forward: Callable[[Tensor], Tensor], x: Tensor
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        still = x.clone()
+        stream = torch.cuda.Stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                forward(still)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=_pool(x.device)):
+            out = forward(still)
+        return graph, still, out
+
+
+_POOLS: dict[torch.device, Any] = {}
+
+
+def _pool(device: torch.device) -> Any:
+    """Graphs share one pool of memory: only one runs at a time, and none keeps anything but its output."""
+    if device not in _POOLS:
+        _POOLS[device] = torch.cuda.graph_pool_handle()
+    return _POOLS[device]

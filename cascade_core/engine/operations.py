@@ -1,0 +1,91 @@
+"""What the engine computes with, in plain PyTorch; `cuda.py` offers the same functions as fused kernels.
+
+Feature maps are tokens: (B, N, C) contiguous, N = height · width. A trailing underscore: the first argument is changed
+in place.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPS = 1e-6  # of every LayerNorm in the networks
+RESPONSE_EPS = 1e-6
+
+
+def norm(x: Tensor, eps: float = EPS) -> Tensor:
+    """LayerNorm over the channels, without weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, N, C) -> (B, N, C_out)"""
+    return F.linear(x, weight, bias)
+
+
+def depthwise_norm(
+    x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float = EPS
+) -> Tensor:
+    """LayerNorm of a depthwise 3×3 convolution.  x: (B, N, C) at `size`, weight: (9, C) -> (B, N, C)"""
+    channels = x.shape[-1]
+    image = x.unflatten(1, size).permute(0, 3, 1, 2)  # (B, C, H, W) in channels-last memory, a view
+    kernel = weight.T.reshape(channels, 1, 3, 3)
+    h = F.conv2d(image, kernel, bias, padding=1, groups=channels)
+    return norm(h.permute(0, 2, 3, 1).flatten(1, 2), eps)
+
+
+def project(x: Tensor, weight: Tensor | list[Tensor], bias: Tensor) -> Tensor:
+    """One product, or one for each of several weights side by side.  (B, N, C) -> (B, N, C_out)"""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], len(bias))
+    for part, rows, offset in zip(
+        out.split([len(w) for w in weight], dim=-1), weight, _offsets(weight), strict=True
+    ):
+        part.copy_(F.linear(x, rows, bias[offset : offset + len(rows)]))
+    return out
+
+
+def _offsets(weights: list[Tensor]) -> list[int]:
+    return [sum(len(before) for before in weights[:i]) for i in range(len(weights))]
+
+
+def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor) -> None:
+    """x += contract · response_norm(GELU(expand · h + bias)), the MLP of a residual block without its last biases.
+
+    x: (B, N, C), h: (B, N, C or C + C_skip), expand: (4C, …), gamma: (4C,), contract: (C, 4C)
+    """
+    h = F.gelu(F.linear(h, expand, bias))
+    response = torch.linalg.vector_norm(h, dim=1, keepdim=True, dtype=torch.float32)  # (B, 1, 4C)
+    share = response / (response.mean(dim=-1, keepdim=True) + RESPONSE_EPS)
+    add_linear_(x, h.mul_((1 + gamma * share).to(h.dtype)), contract)
+
+
+def add_linear_(x: Tensor, h: Tensor, weight: Tensor) -> None:
+    """x += weight · h.  x: (B, N, C), h: (B, N, K), weight: (C, K)"""
+    x.flatten(0, 1).addmm_(h.flatten(0, 1), weight.T)
+
+
+def modulate_(x: Tensor, scale_shift: Tensor) -> None:
+    """x = x · (1 + scale) + shift.  scale_shift: (2C,) float32"""
+    scale, shift = scale_shift.to(x.dtype).chunk(2)
+    torch.addcmul(shift, x, 1 + scale, out=x)
+
+
+def modulate_norm_(x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
+    """x = x · (1 + scale) + shift; returns its LayerNorm and adds `bias` (C,) to x."""
+    modulate_(x, scale_shift)
+    h = norm(x, eps)
+    x.add_(bias.to(x.dtype))
+    return h
+
+
+def attention(qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool) -> Tensor:
+    """Attention to the tokens themselves (where `self_attn`) and to the conditioning.
+
+    qkv: (B, N, 3C), queries, keys and values side by side; key, value: (B, T, C) -> (B, N, C)
+    """
+    q, k, v = qkv.chunk(3, dim=-1)
+    if self_attn:
+        key, value = torch.cat([k, key], dim=1), torch.cat([v, value], dim=1)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
