@@ -12,14 +12,17 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
 IMPORT_EVERYTHING = """
-import asyncio, collections, importlib, pathlib, pkgutil, sys
+import asyncio, collections, importlib.util, pathlib, pkgutil, sys
 import cascade_nodes
 
 rooms = ("cascade_core", "demo", "headless", "nodes")
+foreign = [".hosts.comfyui", "__main__"]
+if importlib.util.find_spec("triton") is None:  # it comes for Linux alone
+    foreign += [".engine.cuda", ".engine.kernels."]
 for room in rooms:
     package = importlib.import_module(f"cascade_nodes.{room}")
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if ".hosts.comfyui" not in module.name and not module.name.endswith("__main__"):
+        if not any(part in module.name for part in foreign):
             importlib.import_module(module.name)
 extension = asyncio.run(cascade_nodes.comfy_entrypoint())
 ids = [node.GET_SCHEMA().node_id for node in asyncio.run(extension.get_node_list())]

@@ -1,0 +1,149 @@
+"""3×3 depthwise convolution over tokens, with what follows it in a residual block.
+
+A program convolves a small rectangle of positions, so that its nine taps mostly find their rows in the L1 cache.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import normalised
+
+ELEMENTS = 8192  # of a tile
+WARPS = 8
+
+
+def depthwise_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    height: int,
+    width: int,
+    eps: float,
+    out: Tensor,
+    elements: int = ELEMENTS,
+    num_warps: int = WARPS,
+) -> Tensor:
+    """out = LayerNorm over C of (the convolution of x with zero padding, + bias).
+
+    x, out: (B, height · width, C), weight: (9, C) taps from top left to bottom right, bias: (C,)
+    """
+    batch, _, channels = x.shape
+    block = triton.next_power_of_2(channels)
+    tile_h, tile_w = rectangle(max(1, elements // block))
+    grid = (triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w), batch)
+    _depthwise_norm[grid](
+        x, weight, bias, out, height, width, eps, channels, block, tile_h, tile_w, num_warps=num_warps
+    )
+    return out
+
+
+def depthwise_gate(
+    h: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, x: Tensor, height: int, width: int
+) -> Tensor:
+    """x += gate · (the convolution of h with its border repeated, + bias).
+
+    h, x: (B, height · width, C), weight: (9, C), bias: (C,), gate: a scalar on the device
+    """
+    batch, _, channels = x.shape
+    block = max(
+        32, min(128, channels & -channels)
+    )  # leaves no rest where it can: channels are independent here
+    tile_h, tile_w = rectangle(max(1, ELEMENTS // block))
+    grid = (triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w), triton.cdiv(channels, block), batch)
+    _depthwise_gate[grid](
+        h, weight, bias, gate, x, height, width, channels, block, tile_h, tile_w, num_warps=WARPS
+    )
+    return x
+
+
+def rectangle(positions: int) -> tuple[int, int]:
+    """(height, width) nearest to a square.  positions: a power of two"""
+    height = 1 << (positions.bit_length() - 1) // 2
+    return height, positions // height
+
+
+@triton.jit
+def tile_positions(height, width, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """y and x of the program's rectangle: (TILE_H · TILE_W, 1) each, some beyond the image."""
+    tiles = tl.cdiv(width, TILE_W)
+    place = tl.arange(0, TILE_H * TILE_W)[:, None]
+    y = tl.program_id(0) // tiles * TILE_H + place // TILE_W
+    x = tl.program_id(0) % tiles * TILE_W + place % TILE_W
+    return y, x
+
+
+@triton.jit
+def convolved(
+    image, weight, bias, y, x, c, height, width, channels: tl.constexpr, REPEAT_BORDER: tl.constexpr
+):
+    """The convolution at (y, x) for channels c.  y, x: (P, 1), c: (1, BLOCK) -> (P, BLOCK) float32"""
+    inside = c < channels
+    total = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32) + tl.zeros_like(y).to(tl.float32)
+    for up in tl.range(
+        3, loop_unroll_factor=1
+    ):  # unrolled, all 9 loads wait at once, for 200 registers a thread
+        row = y + (up - 1)
+        for left in tl.static_range(3):
+            column = x + (left - 1)
+            if REPEAT_BORDER:
+                near_row = tl.minimum(tl.maximum(row, 0), height - 1)
+                near_column = tl.minimum(tl.maximum(column, 0), width - 1)
+                offsets = (near_row * width + near_column).to(tl.int64) * channels + c
+                value = tl.load(image + offsets, mask=inside, other=0.0).to(tl.float32)
+            else:
+                present = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                offsets = (row * width + column).to(tl.int64) * channels + c
+                value = tl.load(image + offsets, mask=present & inside, other=0.0).to(tl.float32)
+            tap = tl.load(weight + (3 * up + left) * channels + c, mask=inside, other=0.0)
+            total += value * tap.to(tl.float32)
+    return total
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def _depthwise_norm(
+    x,
+    weight,
+    bias,
+    out,
+    height,
+    width,
+    eps,
+    channels: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+):
+    start = tl.program_id(1).to(tl.int64) * height * width * channels
+    c = tl.arange(0, BLOCK)[None, :]
+    row, column = tile_positions(height, width, TILE_H, TILE_W)
+    h = convolved(x + start, weight, bias, row, column, c, height, width, channels, False)
+    h = normalised(h, c < channels, channels, eps)
+    offsets = (row * width + column).to(tl.int64) * channels + c
+    present = (row < height) & (column < width) & (c < channels)
+    tl.store(out + start + offsets, h.to(out.dtype.element_ty), mask=present)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def _depthwise_gate(
+    h,
+    weight,
+    bias,
+    gate,
+    x,
+    height,
+    width,
+    channels: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+):
+    start = tl.program_id(2).to(tl.int64) * height * width * channels
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row, column = tile_positions(height, width, TILE_H, TILE_W)
+    change = convolved(h + start, weight, bias, row, column, c, height, width, channels, True)
+    here = x + start + (row * width + column).to(tl.int64) * channels + c
+    present = (row < height) & (column < width) & (c < channels)
+    value = tl.load(here, mask=present, other=0.0).to(tl.float32)
+    value += tl.load(gate).to(tl.float32) * change
+    tl.store(here, value.to(x.dtype.element_ty), mask=present)

@@ -1,0 +1,103 @@
+"""Scale and shift of every channel by the noise condition, and the LayerNorm that follows."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import WARPS, normalised, row_tile
+
+
+def modulate(x: Tensor, scale_shift: Tensor) -> Tensor:
+    """x = x · (1 + scale) + shift.  x: (B, N, C), scale_shift: (2C,) or (B, 2C), scales first"""
+    batch, n, channels = x.shape
+    rows, block = row_tile(channels)
+    grid = (triton.cdiv(n, rows), batch)
+    _modulate[grid](x, scale_shift, _stride(scale_shift), n, channels, rows, block, num_warps=WARPS)
+    return x
+
+
+def modulate_norm(x: Tensor, scale_shift: Tensor, bias: Tensor | None, out: Tensor, eps: float) -> Tensor:
+    """x' = x · (1 + scale) + shift; out = LayerNorm(x'); x = x' + bias.
+
+    x, out: (B, N, C), scale_shift: (2C,) or (B, 2C), scales first, bias: (C,)
+    """
+    batch, n, channels = x.shape
+    rows, block = row_tile(channels)
+    grid = (triton.cdiv(n, rows), batch)
+    stride = _stride(scale_shift)
+    _modulate_norm[grid](x, scale_shift, bias, out, stride, n, eps, channels, rows, block, num_warps=WARPS)
+    return out
+
+
+def norm(x: Tensor, out: Tensor, eps: float) -> Tensor:
+    """out = LayerNorm(x), without weights.  x, out: (B, N, C)"""
+    batch, n, channels = x.shape
+    rows, block = row_tile(channels)
+    _norm[(triton.cdiv(batch * n, rows),)](x, out, batch * n, eps, channels, rows, block, num_warps=WARPS)
+    return out
+
+
+def _stride(scale_shift: Tensor) -> int:
+    """From one image's scales to the next one's: none where they share theirs."""
+    return scale_shift.stride(0) if scale_shift.ndim == 2 else 0
+
+
+@triton.jit
+def modulated(x, scale_shift, c, inside, channels: tl.constexpr):
+    """x: (ROWS, BLOCK) float32 -> same; scale_shift points to one image's (2C,)"""
+    scale = tl.load(scale_shift + c, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(scale_shift + channels + c, mask=inside, other=0.0).to(tl.float32)
+    return x * (1.0 + scale) + shift
+
+
+@triton.jit(do_not_specialize=["stride", "n"])
+def _modulate(x, scale_shift, stride, n, channels: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    image = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    inside = c < channels
+    present = (row < n) & inside
+    here = x + (image.to(tl.int64) * n + row) * channels + c
+    value = tl.load(here, mask=present, other=0.0).to(tl.float32)
+    value = modulated(value, scale_shift + image * stride, c, inside, channels)
+    tl.store(here, value.to(x.dtype.element_ty), mask=present)
+
+
+@triton.jit(do_not_specialize=["stride", "n"])
+def _modulate_norm(
+    x,
+    scale_shift,
+    bias,
+    out,
+    stride,
+    n,
+    eps,
+    channels: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    inside = c < channels
+    present = (row < n) & inside
+    offsets = (image.to(tl.int64) * n + row) * channels + c
+    value = tl.load(x + offsets, mask=present, other=0.0).to(tl.float32)
+    value = modulated(value, scale_shift + image * stride, c, inside, channels)
+    h = normalised(value, inside, channels, eps)
+    tl.store(out + offsets, h.to(out.dtype.element_ty), mask=present)
+    if bias is not None:
+        value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=present)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _norm(x, out, n, eps, channels: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    present = (row < n) & (c < channels)
+    offsets = row.to(tl.int64) * channels + c
+    value = tl.load(x + offsets, mask=present, other=0.0).to(tl.float32)
+    tl.store(
+        out + offsets, normalised(value, c < channels, channels, eps).to(out.dtype.element_ty), mask=present
+    )

@@ -1,0 +1,119 @@
+"""GELU and global response norm (ConvNeXt V2, section 3.2) over the hidden width of a residual block's MLP.
+
+h · (1 + gamma · r / (mean_K(r) + ε)), r: the norm of each channel over the positions of one image. The additive beta
+is no business of these kernels: it passes linearly into the next product's bias.
+
+In three launches for any size, or in one where h fits the registers of the whole device (`resident.py`). Sums run in a
+fixed order: results are the same from run to run.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+EPS = 1e-6
+BLOCK_K = 256  # channels a program
+BLOCK_N = 16  # positions it takes at a time
+PROGRAMS = 256  # for each image at least: with two images about four on every multiprocessor
+SCALE_ELEMENTS = 16384  # partial sums that a program of `response_scale` adds at a time
+
+
+def response_chunks(n: int, k: int) -> int:
+    """Into how many chunks `gelu_response` divides n positions of k channels: what `partial` has to hold."""
+    wanted = triton.cdiv(PROGRAMS, triton.cdiv(k, BLOCK_K))
+    return triton.cdiv(n, _rows_per_chunk(n, wanted))
+
+
+def _rows_per_chunk(n: int, chunks: int) -> int:
+    return triton.cdiv(triton.cdiv(n, chunks), BLOCK_N) * BLOCK_N
+
+
+def gelu_response(h: Tensor, partial: Tensor) -> Tensor:
+    """h = GELU(h), exact; partial = sums of its squares over chunks of positions.
+
+    h: (B, N, K), partial: (B, response_chunks(N, K), K) float32
+    """
+    batch, n, k = h.shape
+    chunks = partial.shape[1]
+    grid = (triton.cdiv(k, BLOCK_K), chunks, batch)
+    _gelu_response[grid](h, partial, n, _rows_per_chunk(n, chunks), k, BLOCK_N, BLOCK_K)
+    return h
+
+
+def response_scale(partial: Tensor, gamma: Tensor, scale: Tensor) -> Tensor:
+    """scale = 1 + gamma · r / (mean_K(r) + ε), r = √(sum of partial).
+
+    partial: (B, chunks, K) float32, gamma: (K,), scale: (B, K) float32
+    """
+    batch, chunks, k = partial.shape
+    block = triton.next_power_of_2(k)
+    rows = min(triton.next_power_of_2(chunks), max(1, SCALE_ELEMENTS // block))
+    _response_scale[(batch,)](partial, gamma, scale, chunks, EPS, k, block, rows, num_warps=16)
+    return scale
+
+
+def apply_response(h: Tensor, scale: Tensor) -> Tensor:
+    """h = h · scale, that of its image.  h: (B, N, K), scale: (B, K) float32"""
+    batch, n, k = h.shape
+    grid = (triton.cdiv(k, BLOCK_K), triton.cdiv(n, 2 * BLOCK_N), batch)
+    _apply_response[grid](h, scale, n, k, 2 * BLOCK_N, BLOCK_K)
+    return h
+
+
+@triton.jit
+def gelu(x):
+    """Exact, by erf.  x: float32"""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def response_share(r, gamma, mean, eps):
+    """What a channel of norm r is scaled by, where the norms' mean is `mean`."""
+    return 1.0 + gamma * r / (mean + eps)
+
+
+@triton.jit(do_not_specialize=["n", "rows"])
+def _gelu_response(h, partial, n, rows, k: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    chunk, image = tl.program_id(1), tl.program_id(2)
+    c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    start, end = chunk * rows, tl.minimum(chunk * rows + rows, n)
+    h += image.to(tl.int64) * n * k
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for first in range(start, end, BLOCK_N):
+        row = first + tl.arange(0, BLOCK_N)[:, None]
+        present = (row < end) & (c < k)
+        here = h + row.to(tl.int64) * k + c
+        value = gelu(tl.load(here, mask=present, other=0.0).to(tl.float32))
+        tl.store(here, value.to(h.dtype.element_ty), mask=present)
+        total += value * value
+    sums = tl.sum(total, axis=0, keep_dims=True)
+    tl.store(partial + (image * tl.num_programs(1) + chunk) * k + c, sums, mask=c < k)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _response_scale(
+    partial, gamma, scale, chunks, eps, k: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
+):
+    image = tl.program_id(0)
+    c = tl.arange(0, BLOCK_K)[None, :]
+    inside = c < k
+    total = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    for first in range(0, chunks, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        total += tl.load(partial + (image * chunks + row) * k + c, mask=(row < chunks) & inside, other=0.0)
+    r = tl.sqrt(tl.sum(total, axis=0, keep_dims=True))
+    mean = tl.sum(r, axis=1, keep_dims=True) / k
+    share = response_share(r, tl.load(gamma + c, mask=inside, other=0.0).to(tl.float32), mean, eps)
+    tl.store(scale + image * k + c, share, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _apply_response(h, scale, n, k: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    image = tl.program_id(2)
+    c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    present = (row < n) & (c < k)
+    here = h + image.to(tl.int64) * n * k + row.to(tl.int64) * k + c
+    share = tl.load(scale + image * k + c, mask=c < k, other=0.0)
+    value = tl.load(here, mask=present, other=0.0).to(tl.float32) * share
+    tl.store(here, value.to(h.dtype.element_ty), mask=present)
