@@ -66,16 +66,12 @@ def patched(
 
     Raises CascadeError for a change that the network has no layer for, or one of another shape.
     """
-    steps: dict[str, list[tuple[Patch, LowRank]]] = {}
-    for patch in patches:
-        if patch.strength != 0:
-            for name, change in patch.changes.items():
-                steps.setdefault(name, []).append((patch, change))
     originals: list[tuple[nn.Module, nn.Parameter]] = []
     try:
-        for name, changes in steps.items():
-            layer, original = _layer(network, name, changes[0][0])
-            weight = _stepped(original.detach().to(device or original.device), name, changes)
+        for name, steps in changes_by_layer(patches).items():
+            layer, original = layer_of(network, name, steps[0][0])
+            check_fit(original.shape, name, steps)
+            weight = stepped(original.detach().to(device or original.device), steps)
             originals.append((layer, original))
             layer.weight = nn.Parameter(weight.to(original.dtype), requires_grad=False)
         yield
@@ -84,14 +80,33 @@ def patched(
             layer.weight = original
 
 
-@torch.no_grad()
-def _stepped(weight: Tensor, name: str, changes: list[tuple[Patch, LowRank]]) -> Tensor:
-    for patch, change in changes:
-        if not change.fits(weight.shape):
+Steps = list[tuple[Patch, LowRank]]  # what patches do to one layer, in their order
+
+
+def changes_by_layer(patches: Sequence[Patch]) -> dict[str, Steps]:
+    """The layers that patches change, by name."""
+    layers: dict[str, Steps] = {}
+    for patch in patches:
+        if patch.strength != 0:
+            for name, change in patch.changes.items():
+                layers.setdefault(name, []).append((patch, change))
+    return layers
+
+
+def check_fit(shape: Sequence[int], name: str, steps: Steps) -> None:
+    """Raises CascadeError, naming the patch, where a layer's weight is of another shape than a change."""
+    for patch, change in steps:
+        if not change.fits(torch.Size(shape)):
             raise CascadeError(
-                f"{patch.name} changes {name} as a weight of {change.delta_shape}, but it is {tuple(weight.shape)} "
+                f"{patch.name} changes {name} as a weight of {change.delta_shape}, but it is {tuple(shape)} "
                 "here; choose the LoRA that was trained for this model."
             )
+
+
+@torch.no_grad()
+def stepped(weight: Tensor, steps: Steps) -> Tensor:
+    """A layer's weight after all steps, in float32."""
+    for patch, change in steps:
         weight = changed_weight(weight, change, patch.strength)
     return weight
 
@@ -106,7 +121,8 @@ def check_finite(changes: Mapping[str, LowRank], adapter: str) -> None:
                 )
 
 
-def _layer(network: nn.Module, name: str, patch: Patch) -> tuple[nn.Module, nn.Parameter]:
+def layer_of(network: nn.Module, name: str, patch: Patch) -> tuple[nn.Module, nn.Parameter]:
+    """The layer of that name, with its weight. Raises CascadeError, naming the patch, where there is none."""
     try:
         layer = network.get_submodule(name)
     except AttributeError:
