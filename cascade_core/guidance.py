@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .diffusion import at_least_float32
 from .errors import CascadeError
@@ -102,7 +102,7 @@ def _check_guidance(cfg: float, cfg_rescale: float) -> None:
 
 
 def _weights_dtype(model: Callable[..., Tensor]) -> torch.dtype:
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    parameters = model.parameters() if hasattr(model, "parameters") else ()
     return next((p.dtype for p in parameters if p.dtype.is_floating_point), torch.float32)
 
 

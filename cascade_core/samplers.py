@@ -1,7 +1,7 @@
 """Samplers as free functions over a list of log-SNRs, and `sample`, which builds that list.
 
 Every sampler takes
-    denoise    (x, log_snr (B,)) -> predicted epsilon like x
+    denoise    (x, log_snr (B,) on the CPU, where reading it needs no device sync) -> predicted epsilon like x
     x          (B, C, H, W), the noised latent at log_snrs[0]; never written to
     log_snrs   (steps + 1,), where the latent is before the first step and after each one
     noise      () -> fresh noise like x; called once a step by ddpm and lcm, never by ddim and dpmpp_2m
@@ -175,9 +175,10 @@ def keep_outside(mask: Tensor, latent: Tensor, noise: Tensor, denoise: Denoise) 
     """
 
     def blended(x: Tensor, log_snr: Tensor) -> Tensor:
-        a, b = (per_image(value, x) for value in scale(log_snr))
+        level = log_snr.to(x.device)
+        a, b = (per_image(value, x) for value in scale(level))
         seen = torch.lerp(a * latent + b * noise, x, mask)
-        x0 = torch.lerp(latent, undiffuse(seen, log_snr, denoise(seen, log_snr)), mask)
+        x0 = torch.lerp(latent, undiffuse(seen, level, denoise(seen, log_snr)), mask)
         return (x - a * x0) / b  # the epsilon that leads from the sampler's own x to this x0
 
     return blended
@@ -197,7 +198,7 @@ def _begin(x: Tensor, log_snrs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _predict(denoise: Denoise, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     """(x0, epsilon), like x, that the model sees at this level."""
-    epsilon = denoise(x, level.to(x.device).expand(len(x))).to(x.dtype)
+    epsilon = denoise(x, level.expand(len(x))).to(x.dtype)
     return undiffuse(x, level, epsilon), epsilon
 
 

@@ -66,10 +66,10 @@ class StageB(UNet):
     ) -> Tensor:
         """The noise in x.
 
-        x: (B, c_in, H, W), r: (B,) noise condition in [0, 1], effnet: (B, c_effnet, h, w) of any size,
+        x: (B, c_in, H, W), r: (B,) noise condition in [0, 1], on any device, effnet: (B, c_effnet, h, w) of any size,
         pixels: (B, c_pixels, h, w), absent: zeros -> (B, c_out, H, W)
         """
-        timesteps = self.embed_timesteps(r, {"sca": sca}).to(x.dtype)
+        timesteps = self.embed_timesteps(r, {"sca": sca}).to(x)
         tokens = self.embed_conditions(clip)
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))
         for mapped in self.map_conditions(x, effnet, pixels):

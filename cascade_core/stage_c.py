@@ -83,10 +83,10 @@ class StageC(UNet):
     ) -> Tensor:
         """The noise in x.
 
-        x: (B, c_in, H, W), r: (B,) noise condition in [0, 1] -> (B, c_out, H, W);
+        x: (B, c_in, H, W), r: (B,) noise condition in [0, 1], on any device -> (B, c_out, H, W);
         control: one residual (B, c_hidden, h, w) or None for each residual block, in the order they run.
         """
-        timesteps = self.embed_timesteps(r, {"sca": sca, "crp": crp}).to(x.dtype)
+        timesteps = self.embed_timesteps(r, {"sca": sca, "crp": crp}).to(x)
         tokens = self.embed_conditions(clip_text, clip_text_pooled, clip_img)
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))
         return self.clf(self.walk(h, timesteps, tokens, control or ()))

@@ -5,11 +5,13 @@ A level is `level_config[i]` (a string over C ResBlock, T TimestepBlock, A AttnB
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import UNetConfig
+from .half import over, scaled
 from .layers import (
     AttnBlock,
     FeedForwardBlock,
@@ -23,6 +25,8 @@ from .layers import (
 
 class UNet(nn.Module):
     """Builds the levels and walks them; the stages add what goes in, what conditions, and what comes out."""
+
+    stream_scale = 1.0  # the feature map that `walk` carries is x / stream_scale, see half.py
 
     def __init__(self, config: UNetConfig, operations=nn):
         super().__init__()
@@ -93,7 +97,7 @@ class UNet(nn.Module):
     def embed_timesteps(self, r: Tensor, extra: dict[str, Tensor | None]) -> Tensor:
         """r and each of `t_conds` (zero where absent): (B,) -> (B, c_r · (1 + len(t_conds))) float32"""
         given = [extra.get(name) for name in self.config.t_conds]
-        values = [r, *(torch.zeros_like(r) if value is None else value for value in given)]
+        values = [r, *(torch.zeros_like(r) if value is None else value.to(r.device) for value in given)]
         return torch.cat([timestep_embedding(value, self.config.c_r) for value in values], dim=1)
 
     def walk(
@@ -104,12 +108,14 @@ class UNet(nn.Module):
         x: (B, c_hidden[0], H, W), timesteps: (B, R · n), tokens: (B, T, c_cond) -> (B, c_hidden[0], H, W);
         control[i] is added before the i-th ResBlock that runs, resized to its positions.
         """
+        x = over(x, self.stream_scale)
         residuals = iter(control)
         skips: list[Tensor] = []
         for downscaler, blocks, mappers in zip(
             self.down_downscalers, self.down_blocks, self.down_repeat_mappers, strict=True
         ):
-            x = self._run(downscaler(x), blocks, mappers, timesteps, tokens, None, residuals)
+            x = self._resampled(x, downscaler)
+            x = self._run(x, blocks, mappers, timesteps, tokens, None, residuals)
             skips.append(x)
         skip = None
         skips.pop()  # the innermost level goes straight up
@@ -117,12 +123,29 @@ class UNet(nn.Module):
             self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True
         ):
             x = self._run(x, blocks, mappers, timesteps, tokens, skip, residuals)
-            x = upscaler(x)
+            x = self._resampled(x, upscaler)
             skip = skips.pop() if skips else None
         return x
 
-    @staticmethod
+    def _resampled(self, x: Tensor, resampler: Any) -> Tensor:
+        """From one level to the next, or x itself where there is none."""
+        if isinstance(resampler, nn.Identity):
+            return x
+        norm, mapping = resampler
+        return scaled(mapping, over(norm(x), self.stream_scale), self.stream_scale)
+
+    def stream_norms(self) -> Iterator[Any]:
+        """The LayerNorms that read the residual stream."""
+        for block in self.modules():
+            if isinstance(block, (ResBlock, AttnBlock, FeedForwardBlock)):
+                yield block.norm
+        for resampler in (*self.down_downscalers, *self.up_upscalers):
+            if isinstance(resampler, nn.Sequential):
+                yield resampler[0]
+        yield self.clf[0]
+
     def _run(
+        self,
         x: Tensor,
         blocks,
         mappers,
@@ -140,7 +163,7 @@ class UNet(nn.Module):
                         x = resize(x, first_skip.shape[-2:])
                     residual = next(residuals, None)
                     if residual is not None:
-                        x = x + resize(residual, x.shape[-2:]).to(x)
+                        x = x + over(resize(residual, x.shape[-2:]), self.stream_scale).to(x)
                     x = block(x, first_skip)
                 elif isinstance(block, AttnBlock):
                     x = block(x, tokens)
@@ -149,5 +172,5 @@ class UNet(nn.Module):
                 else:
                     x = block(x)
             if repeat < len(mappers):
-                x = mappers[repeat](x)
+                x = scaled(mappers[repeat], x, self.stream_scale)
         return x

@@ -1,4 +1,4 @@
-"""The fast path: a network's own weights, walked with less work. `fast.py` is the door; nothing depends on it.
+"""The fast path: a network's own weights, walked with less work. Equal to the readable one within rounding.
 
 fast.py        called like the network; remembers from step to step what does not change
 unet.py        Stage B and C as a flat program over tokens
@@ -7,3 +7,7 @@ operations.py  what the program computes with, in plain PyTorch
 graphs.py      CUDA graphs
 kernels/       the same operations fused, in Triton
 """
+
+from .fast import Fast
+
+__all__ = ["Fast"]

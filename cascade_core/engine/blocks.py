@@ -110,6 +110,10 @@ def join_(block: Any) -> None:
     layers = [attention.to_q, attention.to_k, attention.to_v]
     if isinstance(joined([layer.weight for layer in layers]), Tensor):
         return
-    together = torch.cat([layer.weight.detach() for layer in layers])
-    for layer, part in zip(layers, together.split([len(layer.weight) for layer in layers]), strict=True):
-        layer.weight.data = part
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # parameters cannot take what is made in inference mode
+        together = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, part in zip(layers, together.split([len(layer.weight) for layer in layers]), strict=True):
+            layer.weight.data = part

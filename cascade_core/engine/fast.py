@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..stage_b import StageB
 from ..stage_c import StageC
@@ -16,6 +17,7 @@ from ..unet import UNet
 from . import operations
 from .graphs import Graph
 from .unet import BoundUNet, Given, as_tokens
+from .weights import Weights
 
 SESSIONS = 4  # shapes of which prepared conditions, and on CUDA graphs, are kept
 TABLES = 64  # noise conditions whose scales and shifts are kept: 1 MB each for Stage C 3.6 B
@@ -28,21 +30,23 @@ class Fast:
     """`fast(x, r, **conditions)` as `network(x, r, **conditions)`, for StageB and StageC in evaluation.
 
     Made once per network and kept; it follows the network where its weights are changed or moved. What it cannot do
-    (noise conditions that differ within the batch) the network does itself.
+    the network does itself: another convolution than 3 × 3, noise conditions that differ within the batch, and
+    weights that lie elsewhere than x, stand in another precision, or are changed or streamed as they are used.
     """
 
-    def __init__(self, network: UNet, ops: Any = operations, join: bool = False, graphs: bool = False):
-        self.network, self.ops, self.join, self.graphs = network, ops, join, graphs
+    def __init__(self, network: UNet, join: bool = False):
+        """`join`: on CUDA, lay weights that are read together side by side, which moves them in memory."""
+        self.network, self.join = network, join
         self.config = network.config
         self._bound: BoundUNet | None = None
-        self._weights: list[tuple[weakref.ref, int, int]] = []
+        self._weights = Weights(network)
         self._tables: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
 
     def parameters(self) -> Any:
         return self.network.parameters()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(
         self,
         x: Tensor,
@@ -55,26 +59,26 @@ class Fast:
     ) -> Tensor:
         extra = {name: value for name, value in (("sca", sca), ("crp", crp)) if value is not None}
         noise = _numbers({"r": r, **extra})
-        if noise is None:
+        if noise is None or self.config.kernel_size != 3 or not self._weights.plain(x):
             extra = {**extra, **({} if control is None else {"control": control})}
             return self.network(x, r.to(x.device), **conditions, **extra)
-        bound = self._follow()
+        bound = self._follow(x.is_cuda)
         session = self._session(x, conditions, control or ())
         session.prepare(bound, x, conditions, control or ())
-        return session.run(bound, self.ops, x, self._table(bound, noise))
+        return session.run(bound, operations_on(x.device), x, self._table(bound, noise))
 
     def forget(self) -> None:
         """Free everything derived from the weights, with the graphs' memory."""
-        self._bound, self._weights = None, []
+        self._bound = None
         self._tables.clear()
         self._sessions.clear()
 
-    def _follow(self) -> BoundUNet:
+    def _follow(self, on_cuda: bool) -> BoundUNet:
         """The program of the weights as they are now."""
-        if self._bound is None or not _unchanged(self._weights, self.network):
+        if self._bound is None or not self._weights.unchanged():
             self.forget()
-            self._bound = BoundUNet(self.network, self.join)
-            self._weights = _stamps(self.network)
+            self._bound = BoundUNet(self.network, self.join and on_cuda)
+            self._weights = Weights(self.network)
         return self._bound
 
     def _table(self, bound: BoundUNet, noise: dict[str, float]) -> Tensor:
@@ -93,7 +97,7 @@ class Fast:
             tuple(None if residual is None else tuple(residual.shape) for residual in control),
         )
         if key not in self._sessions:
-            self._sessions[key] = Session(self.network, self.graphs)
+            self._sessions[key] = Session(self.network, graph=x.is_cuda)
             _bounded(self._sessions, SESSIONS)
         self._sessions.move_to_end(key)
         return self._sessions[key]
@@ -102,9 +106,9 @@ class Fast:
 class Session:
     """Forwards of one shape, of x and of all conditions: what was prepared for them, and on CUDA their graph."""
 
-    def __init__(self, network: UNet, graphs: bool):
+    def __init__(self, network: UNet, graph: bool):
         self.network = network
-        self.graph = Graph() if graphs else None
+        self.graph = Graph() if graph else None
         self.given: Given | None = None
         self.conditions: Conditions = {}  # that `given` was made of
         self.control: list[Tensor | None] = []
@@ -178,21 +182,14 @@ def _copy(kept: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> None:
             target.copy_(source)
 
 
-def _stamps(network: nn.Module) -> list[tuple[weakref.ref, int, int]]:
-    return [(weakref.ref(p), p.data_ptr(), _version(p)) for p in network.parameters()]
+@cache
+def operations_on(device: torch.device) -> Any:
+    """The fused kernels where they run, else plain PyTorch."""
+    if device.type == "cuda" and find_spec("triton") and torch.cuda.get_device_capability(device) >= (8, 0):
+        from . import cuda
 
-
-def _unchanged(stamps: list[tuple[weakref.ref, int, int]], network: nn.Module) -> bool:
-    """Whether every parameter is the same tensor, at the same address, not written to since."""
-    parameters = list(network.parameters())
-    return len(parameters) == len(stamps) and all(
-        ref() is p and address == p.data_ptr() and version == _version(p)
-        for p, (ref, address, version) in zip(parameters, stamps, strict=True)
-    )
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
+        return cuda
+    return operations
 
 
 def _bounded(kept: OrderedDict, most: int) -> None:

@@ -51,6 +51,7 @@ class Run:
     batch_index  which image of the batch each row is, for its noise
     denoise      the share of the schedule that is run, in (0, 1]
     tile         of Stage B: the side of a tile in latent positions, 0: whole
+    engine       whether the fast path is taken where it can be
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Run:
     sampler: str
     denoise: float
     tile: int = 0
+    engine: bool = True
 
     def log_snrs(self) -> Tensor:
         """(steps + 1,), the levels of noise from the first to the last."""

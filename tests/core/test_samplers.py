@@ -31,7 +31,7 @@ MEAN = 0.7
 def gaussian(deviation: float = 0.4):
     def epsilon(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """E[epsilon | x]"""
-        a, b = (value.view(-1, 1, 1, 1) for value in scale(level))
+        a, b = (value.view(-1, 1, 1, 1) for value in scale(level.to(x.device)))
         return b * (x - a * MEAN) / (a**2 * deviation**2 + b**2)
 
     return epsilon

@@ -8,6 +8,7 @@ from torch import nn
 
 from ....cascade_core import checkpoints
 from ....cascade_core.adapters.apply import Patch
+from ....cascade_core.engine import Fast
 from ..run import LATENT_CHANNELS, Network, least_side
 from .device import weight_dtype
 
@@ -27,6 +28,7 @@ class HeadlessModel:
     kind: str
     name: str
     network: Any  # StageB or StageC
+    fast: Fast  # called in the network's place
     patches: tuple[Patch, ...] = ()
 
     def networks(self) -> list[tuple[nn.Module, str]]:
@@ -41,7 +43,7 @@ class HeadlessModel:
 
 def load_network(kind: str, path: Path, dtype: str) -> HeadlessModel:
     network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=weight_dtype(dtype))
-    return HeadlessModel(kind, path.name, network)
+    return HeadlessModel(kind, path.name, network, Fast(network, join=True))
 
 
 def describe_network(model: Any) -> Network:

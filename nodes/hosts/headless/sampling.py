@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ....cascade_core.adapters.apply import patched
 from ....cascade_core.diffusion import noise_cond
+from ....cascade_core.engine import Fast
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.guidance import Guider
 from ....cascade_core.samplers import SAMPLERS, Step, keep_outside, start_latent
@@ -73,13 +74,14 @@ class Guiders:
         if self.controls is not None:
             positive = {**positive, "control": self.controls.merged(self.run.positive, on)}
             negative = {**negative, "control": self.controls.merged(self.run.negative, on)}
-        network = self.run.model.network
-        model = in_tiles(network, self.run.tile) if self.run.tile else network
-        dtype = next(network.parameters()).dtype
+        model = self.run.model.fast if self.run.engine else self.run.model.network
+        dtype = next(model.parameters()).dtype
+        if self.run.tile:
+            model = in_tiles(model, self.run.tile)
         return Guider(model, positive, negative, self.run.cfg, self.run.cfg_rescale, dtype)
 
 
-def in_tiles(network: StageB, tile: int) -> Callable[..., Tensor]:
+def in_tiles(network: StageB | Fast, tile: int) -> Callable[..., Tensor]:
     """Stage B predicting in tiles of so many positions a side; can be stopped between them."""
 
     def whole(x: Tensor, r: Tensor, effnet: Tensor, **conditions: Tensor) -> Tensor:

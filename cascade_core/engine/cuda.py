@@ -1,0 +1,76 @@
+"""`operations.py` as fused kernels: the same functions, for CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import operations
+from .kernels import attention as attention_kernel
+from .kernels import depthwise, modulation, products, response
+from .operations import EPS, add_linear_, linear, project
+
+__all__ = [
+    "add_linear_",
+    "attention",
+    "channelwise_",
+    "depthwise_norm",
+    "linear",
+    "modulate_",
+    "modulate_norm_",
+    "norm",
+    "project",
+]
+
+HEAD_WIDTHS = (16, 32, 64, 128)  # that the kernel knows
+
+
+def norm(x: Tensor, eps: float = EPS) -> Tensor:
+    return modulation.norm(x, torch.empty_like(x), eps)
+
+
+def depthwise_norm(
+    x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float = EPS
+) -> Tensor:
+    return depthwise.depthwise_norm(x, weight, bias, *size, eps, torch.empty_like(x))
+
+
+def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor) -> None:
+    batch, positions, _ = x.shape
+    rows, hidden = batch * positions, len(expand)
+    scale = x.new_empty(batch, hidden, dtype=torch.float32)
+    config = products.choose("linear_gelu_response", rows, hidden, h.shape[-1], x.device)
+    if config is None:
+        h = linear(h, expand, bias)
+        partial = x.new_empty(batch, response.response_chunks(positions, hidden), hidden, dtype=torch.float32)
+        response.gelu_response(h, partial)
+    else:
+        chunks = products.response_chunks(positions, config)
+        partial = x.new_empty(batch, chunks, hidden, dtype=torch.float32)
+        out = x.new_empty(batch, positions, hidden)
+        products.linear_gelu_response(
+            h.flatten(0, 1), expand, bias, positions, out.flatten(0, 1), partial, config
+        )
+        h = out
+    response.response_scale(partial, gamma, scale)
+    config = products.choose("scaled_linear_add", rows, len(contract), hidden, x.device)
+    if config is None:
+        add_linear_(x, response.apply_response(h, scale), contract)
+    else:
+        products.scaled_linear_add(h.flatten(0, 1), scale, contract, None, positions, x.flatten(0, 1), config)
+
+
+def modulate_(x: Tensor, scale_shift: Tensor) -> None:
+    modulation.modulate(x, scale_shift)
+
+
+def modulate_norm_(x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
+    return modulation.modulate_norm(x, scale_shift, bias, torch.empty_like(x), eps)
+
+
+def attention(qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool) -> Tensor:
+    batch, positions, width = qkv.shape
+    if width // 3 // heads not in HEAD_WIDTHS:
+        return operations.attention(qkv, key, value, heads, self_attn)
+    out = qkv.new_empty(batch, positions, width // 3)
+    return attention_kernel.attention(qkv, key, value, heads, out, self_attn)
