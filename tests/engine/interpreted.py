@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import torch
 
 assert "triton" not in sys.modules, "Triton was imported before tests/engine/interpreted.py."
 os.environ["TRITON_INTERPRET"] = "1"
@@ -18,6 +19,12 @@ interpreter: Any = importlib.import_module("triton.runtime.interpreter")
 del os.environ["TRITON_INTERPRET"]
 triton.knobs.runtime.interpret = True
 
+FLOATS = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8e4nv": torch.float8_e4m3fn,
+}
 _patch_tensor = interpreter._patch_lang_tensor
 
 
@@ -27,15 +34,26 @@ def _patch_tensor_and_index(tensor, scope) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def _convert(values: np.ndarray, source, target, *_) -> np.ndarray:
+    """Triton 3.7 cuts floats off; PyTorch rounds, as the hardware does. Both as the bits of the type."""
+    source, target = FLOATS[source.name], FLOATS[target.name]
+    values = np.ascontiguousarray(values).view(f"i{source.itemsize}")
+    converted = torch.from_numpy(values).view(source).to(target)
+    return converted.view(getattr(torch, f"int{8 * target.itemsize}")).numpy().view(f"u{target.itemsize}")
+
+
 def _dot(self, a, b, d, *_):
     """Triton 3.7 multiplies bfloat16 as the integers that NumPy holds them as."""
-    a, b = (_float32(factor.data) if factor.dtype.is_bf16() else factor.data for factor in (a, b))
+    a, b = (
+        _float32(factor) if factor.dtype.name in ("bf16", "fp8e4nv") else factor.data for factor in (a, b)
+    )
     return interpreter.TensorHandle(np.matmul(a, b, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
 
-def _float32(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def _float32(factor) -> np.ndarray:
+    return _convert(factor.data, factor.dtype, triton.language.float32).view(np.float32)
 
 
+interpreter._convert_float = _convert
 interpreter._patch_lang_tensor = _patch_tensor_and_index
 interpreter.InterpreterBuilder.create_dot = _dot

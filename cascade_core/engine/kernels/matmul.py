@@ -2,8 +2,9 @@
 
     out = epilogue(prologue(x) · wᵀ + bias)        x: (M, K), w: (N, K), out: (M, N); float32 accumulators
 
-Prologue: each channel of x times the scale that its image has for it. Epilogue: GELU and the sums of squares that
-the global response norm needs, or the sum with what `out` holds.
+Prologue: each channel of x times the scale that its image has for it; integer weights to x's type. Epilogue: scales
+of the rows of x and of w, where these are quantised; GELU and the sums of squares that the global response norm
+needs, or the sum with what `out` holds.
 
 Rows are tokens; every image has `rows` of them. Sums of squares are per chunk of CHUNK rows of one image, where a
 tile is one chunk or several. Where CHUNK does not divide `rows`, each image is padded to whole chunks (`padded` rows)
@@ -108,6 +109,8 @@ def _accumulate(
                     other = tl.load(s_at + highest * k, mask=inside, other=0.0)[None, :]
                     s = tl.where((image == lowest)[:, None], s, other)
             a = (a.to(tl.float32) * s).to(a.dtype)
+        if b.dtype != a.dtype:
+            b = b.to(tl.float32).to(a.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if not TMA:
             x_at += BLOCK_K
@@ -117,12 +120,16 @@ def _accumulate(
 
 @triton.jit
 def _finish(
-    acc, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
+    acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
     GELU: tl.constexpr, RESPONSE: tl.constexpr, ADD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of one tile: acc (BLOCK_M, BLOCK_N) goes to `out`, its sums of squares to `partial`."""
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if row_scale is not None:
+        acc *= tl.load(row_scale + row, mask=valid, other=0.0)[:, None]
+    if column_scale is not None:
+        acc *= tl.load(column_scale + column, mask=column < n, other=0.0)[None, :]
     if bias is not None:
         acc += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
     if GELU:
@@ -174,14 +181,15 @@ def _meet(
 
 @triton.jit(do_not_specialize=["m", "rows", "padded", "chunks", "tiles_m", "tiles_n", "streamed", "programs"])
 def product(
-    x, w, scale, bias, out, partial, parts, counters,
+    x, w, scale, row_scale, column_scale, bias, out, partial, parts, counters,
     m, n, k, rows, padded, chunks, tiles_m, tiles_n, streamed, programs,
     SPANS: tl.constexpr, GELU: tl.constexpr, RESPONSE: tl.constexpr, ADD: tl.constexpr, PADDED: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SCHEDULE: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """x: (m, k) and w: (n, k), or their descriptors; scale: (m / rows, k) float32; bias: (n,) or None; out: (m, n);
-    partial: (chunks, n) float32, `chunks` of all images together.
+    """x: (m, k) and w: (n, k), or their descriptors; scale: (m / rows, k) float32; row_scale: (m,),
+    column_scale: (n,) float32; bias: (n,); out: (m, n); partial: (chunks, n) float32, `chunks` of all images together.
+    What is not asked for is None.
 
     parts: 2 · programs · BLOCK_M · BLOCK_N float32 and counters: int32, zero before and after, for `stream`, which
     shares out the first `streamed` tiles and deals the others out as `loop` does.
@@ -196,7 +204,7 @@ def product(
             SPANS, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
         _finish(
-            acc, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
+            acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
             GELU, RESPONSE, ADD, CHUNK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         return
@@ -221,7 +229,7 @@ def product(
                 )
             if whole:
                 _finish(
-                    acc, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
+                    acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
                     GELU, RESPONSE, ADD, CHUNK, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             at += last - first
@@ -233,6 +241,6 @@ def product(
             SPANS, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
         _finish(
-            acc, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
+            acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
             GELU, RESPONSE, ADD, CHUNK, BLOCK_M, BLOCK_N,
         )  # fmt: skip

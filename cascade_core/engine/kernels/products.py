@@ -1,64 +1,59 @@
-"""Matrix products with what stands next to them in a residual block, and which way to compute them is fastest.
+"""Matrix products with what stands next to them in a residual block, in one kernel each.
 
 x: (B · N, K), N rows an image; w: (out, K) as nn.Linear has it; all contiguous, in bfloat16, float16 or float32.
-Sums are in float32 and rounded once. `Config` says how a product is cut up; `choose` knows what has been measured
-to be fastest (`benchmarks/tune_products.py` writes `tuned.json`), and where that is cuBLAS.
+Sums are in float32 and rounded once. Operands may be quantised (`fp8.py`): then `row_scale` (B · N,) and
+`column_scale` (out,), float32, are what the rows of x and of w have been divided by.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .matmul import SCHEDULES, product
+from .tuned import ANYWHERE, Config, choose
 
-TUNED = Path(__file__).parents[1] / "tuned.json"
-CUBLAS = "cublas"
+__all__ = [
+    "Config",
+    "choose",
+    "linear",
+    "linear_add",
+    "linear_gelu_response",
+    "response_chunks",
+    "scaled_linear_add",
+]
+
 CHUNK = 64  # rows of a sum of squares where a tile's rows do not divide an image's
-PART = 128 * 256  # the largest tile that two programs may share
-NEAR = 2.0  # a product not in the table is computed like one with so many times more or fewer rows
+PART = 128 * 256  # results of the largest tile that programs share
 
 
-@dataclass(frozen=True)
-class Config:
-    """How a product is cut up.
-
-    A tile has block_m × block_n results, computed block_k of K at a time by `warps` warps, with `stages` - 1 loads
-    under way; `group` rows of tiles are computed together. `schedule`: see matmul.py. `tma`: operands are loaded by
-    the tensor memory accelerator (compute capability 9 and up). `per_sm`: programs at a time on a multiprocessor,
-    for the schedules `loop` and `stream`.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int = 64
-    warps: int = 8
-    stages: int = 3
-    group: int = 8
-    schedule: str = "tile"
-    tma: bool = False
-    per_sm: int = 1
-
-
-ANYWHERE = Config(64, 64, 32, warps=4, stages=2)  # within every card's shared memory
-
-
-def linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, config: Config | None = None) -> Tensor:
-    """out = x wᵀ + bias.  out: (M, out)"""
-    return _launch(x, w, bias, out, config or ANYWHERE)
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    config: Config | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:
+    """out = x wᵀ + bias.  out: (B · N, out)"""
+    return _multiply(x, w, bias, out, config, row_scale=row_scale, column_scale=column_scale)
 
 
 def linear_add(
-    x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, config: Config | None = None
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    config: Config | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
-    """out = out + x wᵀ + bias.  out: (M, out)"""
-    return _launch(x, w, bias, out, config or ANYWHERE, add=True)
+    """out = out + x wᵀ + bias.  out: (B · N, out)"""
+    return _multiply(x, w, bias, out, config, row_scale=row_scale, column_scale=column_scale, add=True)
 
 
 def linear_gelu_response(
@@ -69,12 +64,17 @@ def linear_gelu_response(
     out: Tensor,
     partial: Tensor,
     config: Config | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
     """out = GELU(x wᵀ + bias); partial = sums of the squares of out, as rounded, over chunks of an image's rows.
 
     partial: (B, response_chunks(rows_per_image, config), out) float32, as `response_scale` takes it
     """
-    return _launch(x, w, bias, out, config or ANYWHERE, rows=rows_per_image, partial=partial)
+    return _multiply(
+        x, w, bias, out, config,
+        rows=rows_per_image, partial=partial, row_scale=row_scale, column_scale=column_scale,
+    )  # fmt: skip
 
 
 def scaled_linear_add(
@@ -88,110 +88,55 @@ def scaled_linear_add(
 ) -> Tensor:
     """x = x + (h · scale) wᵀ + bias; h · scale is rounded to h's dtype, as if it had been stored.
 
-    scale: (B, K) float32, x: (B · N, out)
+    h: (B · N, K), scale: (B, K) float32, x: (B · N, out)
     """
-    return _launch(h, w, bias, x, config or ANYWHERE, rows=rows_per_image, scale=scale, add=True)
+    return _multiply(h, w, bias, x, config, rows=rows_per_image, scale=scale, add=True)
 
 
 def response_chunks(rows_per_image: int, config: Config | None = None) -> int:
     """How many chunks of an image `linear_gelu_response` sums up on their own."""
-    return _parts(rows_per_image, _chunk(rows_per_image, config or ANYWHERE))
-
-
-def choose(op: str, m: int, n: int, k: int, device: torch.device | str) -> Config | None:
-    """The fastest way known to compute `op` (a function of this module) with x: (m, k), w: (n, k); None: cuBLAS."""
-    return _choose(op, m, n, k, torch.device(device))
-
-
-def _parts(whole: int, part: int) -> int:
-    return -(-whole // part)
+    return _count(rows_per_image, _chunk(rows_per_image, config or ANYWHERE))
 
 
 def _chunk(rows: int, config: Config) -> int:
     return config.block_m if rows % config.block_m == 0 else min(CHUNK, config.block_m)
 
 
-@cache
-def _choose(op: str, m: int, n: int, k: int, device: torch.device) -> Config | None:
-    if device.type != "cuda":
-        return None
-    winners = _tuned().get(torch.cuda.get_device_name(device), {}).get(op, {})
-    distances = {}
-    for size, winner in winners.items():
-        rows, *weights = map(int, size.split("x"))
-        distance = max(m / rows, rows / m)
-        if weights == [n, k] and distance <= NEAR:
-            distances[distance] = winner
-    winner = distances[min(distances)] if distances else CUBLAS
-    return None if winner == CUBLAS else Config(**winner)
+def _count(whole: int, part: int) -> int:
+    return -(-whole // part)
 
 
-@cache
-def _tuned() -> dict[str, dict[str, dict[str, str | dict]]]:
-    return json.loads(TUNED.read_text(encoding="utf-8"))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-@cache
-def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Parts of tiles and counters of the schedule `stream`, made once, by a product that no graph records.
-
-    One for the device: products on several streams at once may not both be scheduled so.
-    """
-    programs = _multiprocessors(device)
-    parts = torch.empty(2 * programs * PART, dtype=torch.float32, device=device)
-    return parts, torch.zeros(8 * programs, dtype=torch.int32, device=device)
-
-
-def _described(matrix: Tensor, rows: int, columns: int) -> Any:
-    """For the tensor memory accelerator, tile by tile."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrix, [rows, columns])
-
-
-def _launch(
+def _multiply(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    config: Config,
+    config: Config | None,
     *,
     rows: int | None = None,
     scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
     partial: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    m, k = x.shape
-    n = len(w)
+    """What all of these are: `matmul.product`.  partial: GELU, and sums of its squares"""
+    config = config or ANYWHERE
+    (m, k), n = x.shape, len(w)
     rows = rows or m
     chunk = _chunk(rows, config)
-    chunks = _parts(rows, chunk)
-    padded = chunks * chunk if partial is not None else rows
-    tiles_m, tiles_n = _parts(m // rows * padded, config.block_m), _parts(n, config.block_n)
-    tiles = programs = tiles_m * tiles_n
-    streamed, parts, counters = 0, None, None
-    if config.schedule != "tile":
-        programs = config.per_sm * _multiprocessors(x.device)
-    if config.schedule == "stream":
-        parts, counters = _workspace(x.device)
-        if (
-            tiles % programs
-        ):  # shares of one to two tiles, as far as there are so many; full waves before that
-            streamed = tiles - max(tiles // programs - 1, 0) * programs
-    tma = config.tma and padded == rows and k * x.element_size() % 16 == 0
-    spans = 0 if scale is None else 1 if rows % config.block_m == 0 else 2 if rows >= config.block_m else 3
+    chunks = _count(rows, chunk)
+    padded = rows if partial is None else chunks * chunk
+    tiles_m, tiles_n = _count(m // rows * padded, config.block_m), _count(n, config.block_n)
+    programs, streamed, parts, counters = _schedule(config, tiles_m * tiles_n, x.device)
+    tma = config.tma and padded == rows and all(k * t.element_size() % 16 == 0 for t in (x, w))
     launch: Any = product[(programs,)]
     launch(
         _described(x, config.block_m, config.block_k) if tma else x,
         _described(w, config.block_n, config.block_k) if tma else w,
-        scale, bias, out, partial, parts, counters,
+        scale, row_scale, column_scale, bias, out, partial, parts, counters,
         m, n, k, rows, padded, m // rows * chunks, tiles_m, tiles_n, streamed, programs,
-        SPANS=spans,
+        SPANS=0 if scale is None else _spans(rows, config.block_m),
         GELU=partial is not None,
         RESPONSE=partial is not None,
         ADD=add,
@@ -209,3 +154,47 @@ def _launch(
         num_stages=config.stages,
     )  # fmt: skip
     return out
+
+
+def _spans(rows: int, block_m: int) -> int:
+    """Of how many images a tile's rows may be; 3 is any number."""
+    if rows % block_m == 0:
+        return 1
+    return 2 if rows >= block_m else 3
+
+
+def _described(matrix: Tensor, rows: int, columns: int) -> Any:
+    """For the tensor memory accelerator, tile by tile."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+def _schedule(
+    config: Config, tiles: int, device: torch.device
+) -> tuple[int, int, Tensor | None, Tensor | None]:
+    """Programs, tiles that they share, and where these tiles' parts meet."""
+    if config.schedule == "tile":
+        return tiles, 0, None, None
+    programs = config.per_sm * _multiprocessors(device)
+    if config.schedule == "loop":
+        return min(tiles, programs), 0, None, None
+    # Full waves but the last, then shares of one to two tiles: less than one where there are too few tiles.
+    shared = tiles - max(tiles // programs - 1, 0) * programs if tiles % programs else 0
+    return programs, shared, *_workspace(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Parts of tiles and counters of the schedule `stream`, made once, by a product that no graph records.
+
+    One for the device: products on several streams at once may not both be scheduled so.
+    """
+    programs = _multiprocessors(device)
+    parts = torch.empty(2 * programs * PART, dtype=torch.float32, device=device)
+    return parts, torch.zeros(8 * programs, dtype=torch.int32, device=device)

@@ -1,0 +1,118 @@
+"""Quantised operands: e4m3 for rows and weights on cards that multiply it, int8 for weights where memory is short.
+
+Each row (token, or output channel of a weight) has a scale that brings its largest value to the largest of the format.
+e4m3 then holds every value within 1/16 of itself or, near zero, 2⁻¹⁰ scales; int8 within half a scale.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import products
+from .products import Config
+from .rows import row_tile
+
+E4M3 = torch.float8_e4m3fn
+LARGEST: tl.constexpr = tl.constexpr(448.0)  # of e4m3
+ELEMENTS = 8192  # of a tile, by eight warps
+WARPS = 8
+
+
+def multiplies_fp8(device: torch.device | str) -> bool:
+    """Compute capability 8.9 (Ada) and up."""
+    device = torch.device(device)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def quantise_weight(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w: (out, K) -> e4m3 (out, K), scales (out,) float32: w is about the product."""
+    scale = _scale(w, LARGEST.value)
+    return (w / scale[:, None]).to(E4M3), scale
+
+
+def quantise_weight_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w: (out, K) -> int8 (out, K), scales (out,) float32: w is about the product."""
+    scale = _scale(w, 127.0)
+    return (w / scale[:, None]).round_().to(torch.int8), scale
+
+
+def _scale(w: Tensor, largest: float) -> Tensor:
+    peak = w.abs().amax(dim=1).float()
+    return torch.where(peak > 0, peak / largest, 1.0)
+
+
+def quantise_rows(x: Tensor, x8: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x: (M, K) -> e4m3 (M, K), scales (M,) float32."""
+    return _quantise(x, None, len(x), x8, scale)
+
+
+def apply_response_quantise(
+    h: Tensor, scale: Tensor, h8: Tensor | None = None, row_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h · scale, that of its image, as `quantise_rows` gives it.  h: (B, N, K), scale: (B, K) float32
+
+    -> e4m3 (B · N, K), scales (B · N,) float32
+    """
+    return _quantise(h.flatten(0, 1), scale, h.shape[1], h8, row_scale)
+
+
+def quantised_linear(
+    x8: Tensor, row_scale: Tensor, w8: Tensor, column_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> Tensor:
+    """out = x wᵀ + bias, of what `quantise_rows` and `quantise_weight` gave: by cuBLAS or CUTLASS where they can."""
+    if out.dtype != torch.bfloat16 or w8.shape[0] % 16 or w8.shape[1] % 16:
+        return scaled_product(x8, row_scale, w8, column_scale, bias, out)
+    scales = row_scale[:, None], column_scale[None, :]
+    return torch._scaled_mm(x8, w8.T, *scales, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
+
+
+def scaled_product(
+    x8: Tensor,
+    row_scale: Tensor,
+    w8: Tensor,
+    column_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    config: Config | None = None,
+) -> Tensor:
+    """The same as a Triton kernel, for any size and dtype of `out`."""
+    return products.linear(x8, w8, bias, out, config, row_scale=row_scale, column_scale=column_scale)
+
+
+def linear_int8(
+    x: Tensor, w8: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, config: Config | None = None
+) -> Tensor:
+    """out = x wᵀ + bias with w = w8 · scale, which becomes x's dtype as it is loaded: no second copy in memory."""
+    return products.linear(x, w8, bias, out, config, column_scale=scale)
+
+
+def _quantise(
+    x: Tensor, channel_scale: Tensor | None, rows_per_image: int, x8: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    m, k = x.shape
+    x8 = torch.empty_like(x, dtype=E4M3) if x8 is None else x8
+    scale = x.new_empty(m, dtype=torch.float32) if scale is None else scale
+    rows, block = row_tile(k, ELEMENTS)
+    _quantise_rows[(triton.cdiv(m, rows),)](
+        x, channel_scale, x8, scale, m, rows_per_image, k, rows, block, num_warps=WARPS
+    )
+    return x8, scale
+
+
+@triton.jit(do_not_specialize=["m", "rows_per_image"])
+def _quantise_rows(
+    x, channel_scale, x8, scale, m, rows_per_image,
+    k: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    present = (row < m) & (c < k)
+    here = row.to(tl.int64) * k + c
+    value = tl.load(x + here, mask=present, other=0.0).to(tl.float32)
+    if channel_scale is not None:
+        value *= tl.load(channel_scale + row // rows_per_image * k + c, mask=present, other=0.0)
+    peak = tl.max(tl.abs(value), axis=1, keep_dims=True)
+    peak = tl.where(peak > 0.0, peak, LARGEST)
+    tl.store(x8 + here, (value * (LARGEST / peak)).to(x8.dtype.element_ty), mask=present)
+    tl.store(scale + row, peak / LARGEST, mask=row < m)

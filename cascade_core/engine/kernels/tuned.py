@@ -1,0 +1,71 @@
+"""How matrix products are cut up, and which way has been measured to be fastest.
+
+`benchmarks/tune_products.py` writes `tuned.json`: by device, function of products.py and size "M×N×K" (with x for ×),
+the fields of a Config, or "cublas" where PyTorch's own product with kernels around it is faster.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).parents[1] / "tuned.json"
+CUBLAS = "cublas"
+NEAR = 2.0  # a product that is not in the table is computed as the one with at most so many times more or fewer rows
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a product is cut up.
+
+    A tile has block_m × block_n results, computed block_k of K at a time by `warps` warps, with `stages` - 1 loads
+    under way; `group` rows of tiles are computed together. `schedule`: see matmul.py. `tma`: operands are loaded by
+    the tensor memory accelerator (compute capability 9 and up). `per_sm`: programs at a time on a multiprocessor,
+    for the schedules `loop` and `stream`.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int = 64
+    warps: int = 8
+    stages: int = 3
+    group: int = 8
+    schedule: str = "tile"
+    tma: bool = False
+    per_sm: int = 1
+
+
+ANYWHERE = Config(64, 64, 32, warps=4, stages=2)  # within every card's shared memory
+
+
+def choose(op: str, m: int, n: int, k: int, device: torch.device | str) -> Config | None:
+    """The fastest way known to compute `op`, a function of products.py, with x: (m, k), w: (n, k). None: cuBLAS."""
+    return _choose(op, m, n, k, torch.device(device))
+
+
+@cache
+def _choose(op: str, m: int, n: int, k: int, device: torch.device) -> Config | None:
+    if device.type != "cuda":
+        return None
+    winner = nearest(_table().get(torch.cuda.get_device_name(device), {}).get(op, {}), m, n, k)
+    return None if winner == CUBLAS else Config(**winner)
+
+
+def nearest(winners: dict, m: int, n: int, k: int) -> dict | str:
+    """The winner for the same weights and as many rows, or about as many."""
+    distances = {}
+    for size, winner in winners.items():
+        rows, *weights = map(int, size.split("x"))
+        distance = max(m / rows, rows / m)
+        if weights == [n, k] and distance <= NEAR:
+            distances[distance] = winner
+    return distances[min(distances)] if distances else CUBLAS
+
+
+@cache
+def _table() -> dict[str, dict[str, dict[str, dict | str]]]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
