@@ -7,11 +7,12 @@ import argparse
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from cascade_nodes.demo.recipe import PICTURE
 from cascade_nodes.demo.world import Scene, render, sample_scenes
 
 TOGETHER = 250  # pictures that a process draws and writes before it takes the next ones
+T = TypeVar("T")
 TRIES = 10  # for each caption that is to be another than those before
 
 
@@ -85,13 +87,26 @@ def _write_tar(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> i
 def write_captioned(out: Path, captioned: Sequence[tuple[Scene, Sequence[str]]], size: int = PICTURE) -> int:
     """Writes scenes with their own captions (one a line) into the folder `out`; gives their number."""
     out.mkdir(parents=True, exist_ok=True)
-    for begin in range(0, len(captioned), TOGETHER):
-        part = captioned[begin : begin + TOGETHER]
-        drawn = render([scene for scene, _ in part], size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy()
-        for number, ((_, lines), pixels) in enumerate(zip(part, drawn, strict=True), begin):
-            _write(out / f"{number:07}.txt", "".join(f"{line}\n" for line in lines).encode())
-            _write(out / f"{number:07}.png", _png(pixels))
+    jobs = [
+        (start, captioned[start : start + TOGETHER]) for start in range(0, len(captioned), TOGETHER)
+    ]
+    return sum(_in_processes(partial(_write_captioned, out=out, size=size), jobs))
+
+
+def _write_captioned(job: tuple[int, Sequence[tuple[Scene, Sequence[str]]]], out: Path, size: int) -> int:
+    start, captioned = job
+    drawn = render([scene for scene, _ in captioned], size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy()
+    for number, ((_, lines), pixels) in enumerate(zip(captioned, drawn, strict=True), start):
+        _write(out / f"{number:07}.txt", "".join(f"{line}\n" for line in lines).encode())
+        _write(out / f"{number:07}.png", _png(pixels))
     return len(captioned)
+
+
+def _in_processes(work: Callable[[T], int], jobs: Sequence[T]) -> Iterator[int]:
+    """work(job) of each, in order, on all cores."""
+    cores = min(os.cpu_count() or 1, max(len(jobs), 1))
+    with ProcessPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(work, jobs)
 
 
 def render_folder(
@@ -113,11 +128,9 @@ def render_folder(
     jobs = [(start, scenes[start : start + each]) for start in range(0, len(scenes), each)]
     work = partial(_write_tar if tars else _write_files, out=out, captions=captions, seed=seed, size=size)
     done = 0
-    cores = min(os.cpu_count() or 1, max(len(jobs), 1))
-    with ProcessPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for count in pool.map(work, jobs):
-            done += count
-            yield done
+    for count in _in_processes(work, jobs):
+        done += count
+        yield done
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

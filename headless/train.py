@@ -37,7 +37,8 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
         raise CascadeError(f"{path} does not exist; give a settings file in YAML.")
     folder = path.resolve().parent
     settings = resolve(read_settings(path, task), folder, finder(folder))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    fast = settings.train.precision != "fp32"  # then products too are in float32, and not in TF32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
     line = ProgressLine()
     with stopping_on_signal() as stop:
         outcome = train(settings, line.tell, line.progress, line.caching, stop, fresh, find_faces)
@@ -94,7 +95,7 @@ class ProgressLine:
 
     def caching(self, done: int, total: int) -> None:
         if self.live or done == total:
-            self._show(f"latents {done}/{total}")
+            self._show(f"encoded {done}/{total}")
 
     def progress(self, progress: Progress) -> None:
         from ..cascade_core.training.log import duration

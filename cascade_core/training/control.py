@@ -54,7 +54,8 @@ class ControlNetTask(Task):
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Inputs:
         assert batch.images is not None
-        hint = self.hint.make(batch.images.to(self.device), generator, self.tools)
+        images = batch.images.to(self.device).float() / 255
+        hint = self.hint.make(images, generator, self.tools)
         return Inputs(batch.latents.to(self.device), batch.caption_ids, self.cached_text(batch), hint)
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:

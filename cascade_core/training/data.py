@@ -57,9 +57,7 @@ class Batch:
     keys: list[str]  # the pictures' names
     captions: list[str]
     latents: Tensor  # (B, 16, h, w) float32, the semantic compressor's
-    images: (
-        Tensor | None
-    )  # (B, 3, 32·h, 32·w) float32 in [0, 1], as the compressor reads them, where asked for
+    images: Tensor | None  # (B, 3, 32·h, 32·w) uint8, as the compressor reads them, where asked for
     caption_ids: Tensor  # (B,) int64, places in TrainingData.captions
 
 

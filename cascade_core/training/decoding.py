@@ -17,6 +17,7 @@ from .pictures import PictureError
 if TYPE_CHECKING:
     from .placing import Placed
 
+HELD = 4_000_000_000  # bytes of pictures that are kept decoded
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -50,31 +51,47 @@ def _finished(item: T, future: Future[R]) -> tuple[T, R | PictureError]:
 
 
 class Decoder:
-    """The pixels of batches, the next one's decoded while this one is trained on."""
+    """The pixels of batches, the next one's decoded while this one is trained on.
+
+    They are kept while there is room, so that a set that fits is decoded once and not in every epoch.
+    """
 
     def __init__(self) -> None:
-        self.pool = threads()
+        self.pool, self.room = threads(), HELD
         self.begun: dict[Placed, Future[Tensor]] = {}
+        self.held: dict[Placed, Tensor] = {}
 
     def begin(self, placed: Sequence[Placed]) -> None:
         """What will be asked for next; what was begun before and not asked for is forgotten."""
-        self.begun = {
-            each: self.pool.submit(each.pixels, each.bucket.compressor) for each in dict.fromkeys(placed)
-        }
+        self.begun = {each: self._decode(each) for each in dict.fromkeys(placed) if each not in self.held}
 
     def images(self, placed: Sequence[Placed], mirrored: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in [0, 1], as the compressor reads them; mirrored: (B,), 1 where to mirror."""
-        futures = [
-            self.begun.get(each) or self.pool.submit(each.pixels, each.bucket.compressor) for each in placed
-        ]
-        images = []
-        for each, future, turned in zip(placed, futures, mirrored.tolist(), strict=True):
-            try:
-                image = future.result()
-            except PictureError as error:
-                raise CascadeError(
-                    f"The picture {each.picture.name} could be read as its latent was made, but no longer ({error}); "
-                    "put it back, or start again without it."
-                ) from None
-            images.append(image.flip(-1) if turned else image)
-        return torch.stack(images).float() / 255
+        """(B, 3, H, W) uint8, as the compressor reads them; mirrored: (B,), 1 where to mirror."""
+        for each in placed:
+            if each not in self.held and each not in self.begun:
+                self.begun[each] = self._decode(each)
+        images = [self._picture(each) for each in placed]
+        return torch.stack(
+            [
+                image.flip(-1) if turned else image
+                for image, turned in zip(images, mirrored.tolist(), strict=True)
+            ]
+        )
+
+    def _decode(self, placed: Placed) -> Future[Tensor]:
+        return self.pool.submit(placed.pixels, placed.bucket.compressor)
+
+    def _picture(self, placed: Placed) -> Tensor:
+        if placed in self.held:
+            return self.held[placed]
+        try:
+            image = self.begun[placed].result()
+        except PictureError as error:
+            raise CascadeError(
+                f"The picture {placed.picture.name} could be read as its latent was made, but no longer ({error}); "
+                "put it back, or start again without it."
+            ) from None
+        if image.nbytes <= self.room:
+            self.room -= image.nbytes
+            self.held[placed] = image
+        return image

@@ -33,5 +33,5 @@ class Average:
         moving = [name for name, value in state.items() if value.is_floating_point()]
         mine, theirs = [self.tensors[name] for name in moving], [state[name] for name in moving]
         torch._foreach_lerp_(mine, theirs, 1 - ema_decay(step, self.decay))  # pyright: ignore[reportPrivateImportUsage]
-        for name in state.keys() - set(moving):
-            self.tensors[name].copy_(state[name])
+        if still := sorted(state.keys() - set(moving)):
+            torch._foreach_copy_([self.tensors[name] for name in still], [state[name] for name in still])  # pyright: ignore[reportPrivateImportUsage]

@@ -95,9 +95,8 @@ class LoRATask(Task):
             parts = zip(cond.chunk(len(cfgs)), uncond.chunk(len(cfgs)), cfgs, strict=True)
             return torch.cat([guide(c, u, cfg, o.cfg_rescale) for c, u, cfg in parts])
 
-        return consistency_loss(
-            predict, teacher, x0, o.solver_steps, o.largest_weight, o.share_at_start, self.weight, o.shift
-        )
+        weighing = o.largest_weight, o.share_at_start, self.weight
+        return consistency_loss(predict, teacher, x0, o.solver_steps, *weighing, o.shift, o.sampling_steps)
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:

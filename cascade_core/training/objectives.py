@@ -1,6 +1,7 @@
 """What each network is trained for. Images are (B, 3, H, W) in [0, 1]; every loss is a scalar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..diffusion import (
     debiased,
     diffuse,
     log_snr,
+    log_snr_limits,
     noise_cond,
     per_image,
     random_t,
@@ -71,29 +73,55 @@ def consistency_loss(
     share_at_start: float = 0.05,
     loss_weight: Callable[..., Tensor] = debiased,
     shift: float = 1.0,
+    places: int | None = None,
 ) -> dict[str, Tensor]:
     """Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378 and 2311.05556).
 
-    Wherever it stands on the teacher's path, the student shall see the end that it sees one step (of `steps`) further
-    on. teacher: the guided prediction, (noised, noise_cond) -> epsilon; its step is DDIM's. The student's x0 is what
-    the `lcm` sampler takes from it, with no skip connection, so that at the end of the path it is the teacher's own.
-    The target comes from the student as it is, without gradient (Song & Dhariwal 2023, arXiv 2310.14189, section 3.2).
+    The teacher's path is cut into `steps`. Wherever it stands at the end of one, the student shall see the end that it
+    sees one step further on; with `places`, it stands where as many steps of the `lcm` sampler do, and nowhere else
+    (Heek et al. 2024, arXiv 2403.06807): fewer things to learn, and what it says of pure noise is handed on from the
+    teacher in `places` jumps instead of `steps`.
+    teacher: the guided prediction, (noised, noise_cond) -> epsilon. The student's x0 is what `lcm` takes from it, with
+    no skip connection, so that at the end of the path it is the teacher's own. The target comes from the student as it
+    is, without gradient (Song & Dhariwal 2023, arXiv 2310.14189, section 3.2).
     The error is weighed as in `diffusion_loss`, as an error in epsilon.
     """
-    number = torch.randint(1, steps + 1, (len(x0),))
-    number[: int(share_at_start * len(x0))] = steps
-    here, there = (log_snr(n / steps, shift).to(x0.device) for n in (number, number - 1))
-    (a, b), (a_next, b_next) = ([per_image(v, x0) for v in scale(level)] for level in (here, there))
+    places = places or steps
+    number = torch.randint(1, places + 1, (len(x0),))
+    number[: int(share_at_start * len(x0))] = places
+    within = steps // places  # steps of a jump
+    times = [(number - i / within) / places for i in range(within)] + [(number - 1) / places]
+    levels = [log_snr(time, shift).to(x0.device) for time in times]
+    here, there = levels[0], levels[-1]
+    a, b = (per_image(value, x0) for value in scale(here))
     x = a * x0 + b * torch.randn_like(x0)
     with torch.no_grad():
-        epsilon = teacher(x, noise_cond(here))
-        x_next = a_next * undiffuse(x, here, epsilon) + b_next * epsilon
+        x_next, end = along_path(teacher, x, levels)
         seen = undiffuse(x_next, there, predict(x_next, noise_cond(there)).float())
-        at_end = per_image(number == 1, x0).to(x0.device)
-        end = torch.where(at_end, undiffuse(x, here, epsilon), seen)
+        end = torch.where(per_image(number == 1, x0).to(x0.device), end, seen)
         target = (x - a * end) / b
     error = (predict(x, noise_cond(here)).float() - target).square().mean(dim=(1, 2, 3))  # (B,)
     return {"loss": (error * _cut(loss_weight(here), largest_weight)).mean(), "epsilon": error.mean()}
+
+
+def along_path(
+    teacher: Callable[[Tensor, Tensor], Tensor], x: Tensor, levels: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Where the teacher's path from x leads, and the x0 that its last step saw; each image has levels (B,) of its own.
+
+    The steps of the `dpmpp_2m` sampler: the first, and one that ends in the clean picture, are of first order.
+    """
+    clean = log_snr_limits()[1]
+    x0 = before = x  # replaced in the first step
+    for i, (here, there) in enumerate(pairwise(levels)):
+        before, x0 = x0, undiffuse(x, here, teacher(x, noise_cond(here)))
+        data = x0
+        if i:
+            ratio = (there - here) / (2 * (here - levels[i - 1]))
+            data = x0 + per_image(torch.where(there < clean, ratio, 0.0), x) * (x0 - before)
+        (a, b), (a_next, b_next) = ([per_image(v, x) for v in scale(level)] for level in (here, there))
+        x = b_next / b * x + (a_next - a * b_next / b) * data
+    return x, x0
 
 
 def _cut(weight: Tensor, largest: float | None) -> Tensor:

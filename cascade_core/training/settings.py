@@ -94,6 +94,7 @@ class ObjectiveSettings:
     )  # consistency: the teacher's cfg; of two bounds, another for each picture
     cfg_rescale: float = 0.7
     solver_steps: int = 50  # consistency: into how many steps the teacher's path is cut
+    sampling_steps: int | None = None  # consistency: of `lcm`, for which alone it learns; null: for any number
 
     def __post_init__(self) -> None:
         if not 0 <= self.share_at_start <= 1:
@@ -110,6 +111,11 @@ class ObjectiveSettings:
             )
         if self.solver_steps < 2:
             raise CascadeError(f"objective.solver_steps is {self.solver_steps}; it must be at least 2.")
+        places = self.sampling_steps
+        if places is not None and not (1 <= places <= self.solver_steps and self.solver_steps % places == 0):
+            raise CascadeError(
+                f"objective.sampling_steps is {places}; solver_steps ({self.solver_steps}) must be a multiple of it."
+            )
 
     @property
     def loss_weight(self) -> Weighting:

@@ -12,6 +12,7 @@ import torch
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.compressor import SemanticCompressor
 from cascade_nodes.cascade_core.training import data as data_module
+from cascade_nodes.cascade_core.training import decoding
 from cascade_nodes.cascade_core.training import latents as latents_module
 from cascade_nodes.cascade_core.training.buckets import Bucket
 from cascade_nodes.cascade_core.training.cache import fingerprint
@@ -162,9 +163,31 @@ def test_images_are_what_the_compressor_read(folder):
     batches = [data.batch(step, 3) for step in range(6)]
     for batch in batches:
         assert batch.images is not None
-        assert batch.images.dtype == torch.float32
-        assert (encode(batch.images) - batch.latents).abs().max() < 1e-5
+        assert batch.images.dtype == torch.uint8
+        assert (encode(batch.images.float() / 255) - batch.latents).abs().max() < 1e-5
     assert all(same_batch(data.batch(step, 3), batches[step]) for step in (5, 0, 4, 2))
+
+
+def test_pictures_that_fit_in_memory_are_decoded_once(tmp_path):
+    write_set(tmp_path, [(64, 64)] * 4)
+    data, whole = (open_data(tmp_path, with_images=True) for _ in range(2))
+    steps = data.steps_per_epoch(2)
+    wanted = [whole.batch(step, 2) for step in range(2 * steps)]
+    assert all(same_batch(data.batch(step, 2), wanted[step]) for step in range(steps))
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    assert all(same_batch(data.batch(step, 2), wanted[step]) for step in range(2 * steps))
+
+
+def test_pictures_beyond_the_memory_are_decoded_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "HELD", 2 * 3 * 192 * 192)
+    data = open_data(write_set(tmp_path, [(64, 64)] * 4), with_images=True)
+    before = [data.batch(step, 2) for step in range(data.steps_per_epoch(2))]
+    assert len(data._decoder.held) == 2
+    for path in tmp_path.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(CascadeError, match="no longer"):
+        [data.batch(step, 2) for step in range(len(before), 3 * len(before))]
 
 
 def test_a_picture_that_vanishes_is_named(tmp_path):

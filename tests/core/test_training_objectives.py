@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from cascade_nodes.cascade_core.diffusion import AdaptiveLossWeight, log_snr, p2, scale, undiffuse
+from cascade_nodes.cascade_core.diffusion import AdaptiveLossWeight, log_snr, noise_cond, p2, scale, undiffuse
 from cascade_nodes.cascade_core.guidance import guide
-from cascade_nodes.cascade_core.samplers import sample
-from cascade_nodes.cascade_core.training.objectives import consistency_loss, diffusion_loss
+from cascade_nodes.cascade_core.samplers import SAMPLERS, sample
+from cascade_nodes.cascade_core.training.objectives import along_path, consistency_loss, diffusion_loss
 
 SIGMA = 0.5  # of data whose every value is drawn from a normal distribution
 
@@ -47,6 +47,38 @@ def test_the_end_of_the_path_is_what_distillation_asks_for(shift):
     assert wrong > 10 * right
     coarse = distilled(end_of_path, steps=10, shift=shift)
     assert coarse > 10 * right  # DDIM's error, which finer steps do away with
+
+
+def test_what_is_learned_for_four_steps_stands_where_their_sampler_does():
+    seen = set()
+
+    def student(x, r):
+        seen.update(round(value, 2) for value in r.tolist())
+        return end_of_path(x, r)
+
+    right = distilled(student, steps=20, places=4)
+    # What the network is told of t = 1 and t = 0 is within the schedule's limits; the last is asked for and not used.
+    assert seen == {0.99, 0.75, 0.5, 0.25, 0.0}
+    wrong = distilled(ideal, steps=20, places=4)
+    assert right < 1e-3
+    assert wrong > 30 * right
+    assert right < 0.2 * distilled(
+        end_of_path, steps=4
+    )  # which follows the teacher in one step of first order
+
+
+def test_a_path_is_followed_as_the_sampler_follows_it():
+    """Each image between levels of its own, here all the same ones, and to the clean picture."""
+    torch.manual_seed(1)
+    x = torch.randn(50, 1, 4, 4)
+    levels = log_snr(torch.linspace(1, 0, 7))
+    end, last = along_path(ideal, x, levels[:, None].expand(-1, 50).unbind())
+    steps = []
+    wanted = SAMPLERS["dpmpp_2m"](
+        lambda x, level: ideal(x, noise_cond(level)), x, levels, lambda: x, steps.append
+    )
+    assert (end - wanted).abs().max() < 1e-5
+    assert (last - steps[-1].x0).abs().max() < 1e-5
 
 
 def test_a_student_that_is_asked_for_its_end_draws_the_data_in_one_step():
