@@ -6,6 +6,8 @@ Shapes: B batch, C channels, H × W positions, T conditioning tokens, R timestep
 `operations` is the namespace that Linear, Conv2d, ConvTranspose2d and LayerNorm are taken from: `torch.nn`, or a
 host's casting layers. Parameters that no such layer holds are cast where they are used.
 
+`stream_scale` is 1 unless the residual stream is held as x / stream_scale, for fp16; half.py says how.
+
 Source: Würstchen (arXiv 2306.00637), appendix on architecture; ConvNeXt V2 (arXiv 2301.00808) for the
 residual block and its global response normalisation.
 """
@@ -16,6 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .half import over, scaled
 
 
 def timestep_embedding(r: Tensor, width: int, max_positions: int = 10_000) -> Tensor:
@@ -56,7 +60,7 @@ def layer_norm_2d(channels: int, operations, affine: bool = False, eps: float = 
 class GlobalResponseNorm(nn.Module):
     """Scales each channel by its share of the response over all positions (ConvNeXt V2, section 3.2).
 
-    x: (B, H, W, C) -> (B, H, W, C)
+    x: (B, H, W, C) over `scale` -> (B, H, W, C) over `out_scale`
     """
 
     def __init__(self, channels: int):
@@ -64,38 +68,64 @@ class GlobalResponseNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
+    def forward(self, x: Tensor, scale: float = 1.0, out_scale: float = 1.0) -> Tensor:
+        # In float32: over all positions the squares of fp16 add up past its end.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (B, 1, 1, C)
+        response = over(response, 1 / scale)
         share = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
+        gain = over(1 + self.gamma.to(share) * share, out_scale / scale)
         # gamma · (x · share) + beta + x, in one pass over x
-        return torch.addcmul(self.beta.to(x), x, 1 + self.gamma.to(x) * share)
+        return torch.addcmul(over(self.beta.to(x), out_scale), x, gain.to(x))
 
 
-def channel_mlp(c_in: int, c_out: int, dropout: float, operations) -> nn.Sequential:
-    """Position-wise MLP with a fourfold hidden width.  (B, H, W, c_in) -> (B, H, W, c_out)"""
-    return nn.Sequential(
-        operations.Linear(c_in, c_out * 4),
-        nn.GELU(),
-        GlobalResponseNorm(c_out * 4),
-        nn.Dropout(dropout),
-        operations.Linear(c_out * 4, c_out),
-    )
+def gelu_(x: Tensor, scale: float) -> Tensor:
+    """GELU(scale · x) / scale in place, also where scale · x is past the end of x's dtype.  x: (B, H, W, C)"""
+    for rows in x.chunk(8, dim=1):  # a few at a time, for the memory that float32 takes
+        rows.copy_(over(F.gelu(rows.float() * scale), scale))
+    return x
+
+
+class ChannelMLP(nn.Sequential):
+    """Position-wise MLP with a fourfold hidden width.  (B, H, W, c_in) over `scale` -> (B, H, W, c_out)"""
+
+    stream_scale = 1.0
+
+    def __init__(self, c_in: int, c_out: int, dropout: float, operations):
+        super().__init__(
+            operations.Linear(c_in, c_out * 4),
+            nn.GELU(),
+            GlobalResponseNorm(c_out * 4),
+            nn.Dropout(dropout),
+            operations.Linear(c_out * 4, c_out),
+        )
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        expand, gelu, response_norm, dropout, contract = self
+        h = scaled(expand, x, scale)  # (B, H, W, 4 · c_out)
+        h = gelu(h) if scale == 1 else gelu_(h, scale)
+        h = dropout(response_norm(h, scale, self.stream_scale))
+        return scaled(contract, h, self.stream_scale)
 
 
 class ResBlock(nn.Module):
     """ConvNeXt block with global response normalisation.  x: (B, C, H, W), skip: (B, C_skip, H, W) -> (B, C, H, W)"""
 
+    stream_scale = 1.0
+
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0, operations=nn):
         super().__init__()
         self.depthwise = operations.Conv2d(c, c, kernel_size=kernel_size, padding=kernel_size // 2, groups=c)
         self.norm = layer_norm_2d(c, operations)
-        self.channelwise = channel_mlp(c + c_skip, c, dropout, operations)
+        self.channelwise = ChannelMLP(c + c_skip, c, dropout, operations)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        h = self.norm(self.depthwise(x))  # (B, C, H, W)
-        if skip is not None:
-            h = torch.cat([h, skip], dim=1)  # (B, C + C_skip, H, W)
-        h = self.channelwise(h.permute(0, 2, 3, 1))  # (B, H, W, C)
+        h = self.norm(scaled(self.depthwise, x, self.stream_scale))  # (B, C, H, W)
+        scale = 1.0
+        if skip is not None:  # held as the stream is
+            scale = self.stream_scale
+            h = torch.cat([over(h, scale), skip], dim=1)  # (B, C + C_skip, H, W)
+        h = self.channelwise(h.permute(0, 2, 3, 1), scale)  # (B, H, W, C)
         return x + h.permute(0, 3, 1, 2)
 
 
@@ -105,7 +135,7 @@ class FeedForwardBlock(nn.Module):
     def __init__(self, c: int, dropout: float = 0.0, operations=nn):
         super().__init__()
         self.norm = layer_norm_2d(c, operations)
-        self.channelwise = channel_mlp(c, c, dropout, operations)
+        self.channelwise = ChannelMLP(c, c, dropout, operations)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.channelwise(self.norm(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -116,6 +146,8 @@ class Attention(nn.Module):
 
     The published fused `in_proj` is kept as three layers, under the names that hosts and LoRA files use.
     """
+
+    stream_scale = 1.0
 
     def __init__(self, c: int, heads: int, dropout: float = 0.0, operations=nn):
         super().__init__()
@@ -132,7 +164,7 @@ class Attention(nn.Module):
             for projection in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(h.transpose(1, 2).flatten(2))
+        return scaled(self.out_proj, over(h.transpose(1, 2).flatten(2), self.stream_scale), self.stream_scale)
 
 
 class Attention2D(nn.Module):
@@ -176,6 +208,8 @@ class TimestepBlock(nn.Module):
     x: (B, C, H, W), embeddings: (B, R · (1 + len(conds))) -> (B, C, H, W)
     """
 
+    stream_scale = 1.0
+
     def __init__(self, c: int, c_timestep: int, conds: tuple[str, ...] = ("sca",), operations=nn):
         super().__init__()
         self.conds = tuple(conds)
@@ -184,9 +218,10 @@ class TimestepBlock(nn.Module):
             setattr(self, f"mapper_{name}", operations.Linear(c_timestep, c * 2))
 
     def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
-        first, *others = embeddings.chunk(len(self.conds) + 1, dim=1)
-        modulation = self.mapper(first)  # (B, 2C)
+        s = self.stream_scale
+        first, *others = over(embeddings, s).chunk(len(self.conds) + 1, dim=1)
+        modulation = scaled(self.mapper, first, s)  # (B, 2C)
         for name, embedding in zip(self.conds, others, strict=True):
-            modulation = modulation + getattr(self, f"mapper_{name}")(embedding)
+            modulation = modulation + scaled(getattr(self, f"mapper_{name}"), embedding, s)
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(shift, x, 1 + scale)
+        return torch.addcmul(shift, x, 1 + over(scale, 1 / s))
