@@ -64,7 +64,7 @@ def quantised_linear(
     if out.dtype != torch.bfloat16 or w8.shape[0] % 16 or w8.shape[1] % 16:
         return scaled_product(x8, row_scale, w8, column_scale, bias, out)
     scales = row_scale[:, None], column_scale[None, :]
-    return torch._scaled_mm(x8, w8.T, *scales, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out)
+    return torch.ops.aten._scaled_mm.out(x8, w8.T, *scales, bias, None, out.dtype, True, out=out)
 
 
 def scaled_product(

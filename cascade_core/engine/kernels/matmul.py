@@ -83,10 +83,9 @@ def _accumulate(
         column = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), n - 1)
         x_at = x + row.to(tl.int64)[:, None] * k + (first * BLOCK_K + depth)[None, :]
         w_at = w + column.to(tl.int64)[None, :] * k + (first * BLOCK_K + depth)[:, None]
-    if SPANS > 0:
-        image = row // rows
-        lowest = tl.minimum(tile_m * BLOCK_M, m - 1) // rows
-        highest = (tl.minimum(tile_m * BLOCK_M + BLOCK_M, m) - 1) // rows
+    image = row // rows
+    lowest = tl.minimum(tile_m * BLOCK_M, m - 1) // rows
+    highest = (tl.minimum(tile_m * BLOCK_M + BLOCK_M, m) - 1) // rows
     for step in range(first, last):
         at = step * BLOCK_K
         if TMA:

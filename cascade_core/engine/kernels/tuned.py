@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,10 +53,10 @@ def _choose(op: str, m: int, n: int, k: int, device: torch.device) -> Config | N
     if device.type != "cuda":
         return None
     winner = nearest(_table().get(torch.cuda.get_device_name(device), {}).get(op, {}), m, n, k)
-    return None if winner == CUBLAS else Config(**winner)
+    return Config(**winner) if isinstance(winner, dict) else None
 
 
-def nearest(winners: dict, m: int, n: int, k: int) -> dict | str:
+def nearest(winners: dict[str, Any], m: int, n: int, k: int) -> dict[str, Any] | str:
     """The winner for the same weights and as many rows, or about as many."""
     distances = {}
     for size, winner in winners.items():
@@ -67,5 +68,5 @@ def nearest(winners: dict, m: int, n: int, k: int) -> dict | str:
 
 
 @cache
-def _table() -> dict[str, dict[str, dict[str, dict | str]]]:
+def _table() -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(TABLE.read_text(encoding="utf-8"))
