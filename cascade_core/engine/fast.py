@@ -30,8 +30,9 @@ class Fast:
     """`fast(x, r, **conditions)` as `network(x, r, **conditions)`, for StageB and StageC in evaluation.
 
     Made once per network and kept; it follows the network where its weights are changed or moved. What it cannot do
-    the network does itself: another convolution than 3 × 3, noise conditions that differ within the batch, and
-    weights that lie elsewhere than x, stand in another precision, or are changed or streamed as they are used.
+    the network does itself: another convolution than 3 × 3, a residual stream held for fp16 (half.py), noise conditions
+    that differ within the batch, and weights that lie elsewhere than x, stand in another precision, or are changed or
+    streamed as they are used.
     """
 
     def __init__(self, network: UNet, join: bool = False):
@@ -59,7 +60,8 @@ class Fast:
     ) -> Tensor:
         extra = {name: value for name, value in (("sca", sca), ("crp", crp)) if value is not None}
         noise = _numbers({"r": r, **extra})
-        if noise is None or self.config.kernel_size != 3 or not self._weights.plain(x):
+        plain = self.network.stream_scale == 1 and self._weights.plain(x)
+        if noise is None or self.config.kernel_size != 3 or not plain:
             extra = {**extra, **({} if control is None else {"control": control})}
             return self.network(x, r.to(x.device), **conditions, **extra)
         bound = self._follow(x.is_cuda)

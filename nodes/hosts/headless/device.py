@@ -17,9 +17,12 @@ def compute_device() -> torch.device:
 
 
 def weight_dtype(name: str) -> torch.dtype:
-    """Precision by name. auto: float32 on the CPU, where halves are slow, else bf16."""
+    """Precision by name. auto: float32 on the CPU, where halves are slow, else bf16, or fp16 on a card without it."""
     if name == "auto":
-        return torch.float32 if compute_device().type == "cpu" else torch.bfloat16
+        if compute_device().type == "cpu":
+            return torch.float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
     if name == "fp8":
         raise CascadeError(
             "dtype fp8 needs ComfyUI, whose layers cast as they go; outside it choose auto, bf16 or fp32."

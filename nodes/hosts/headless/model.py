@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ....cascade_core import checkpoints
 from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.engine import Fast
+from ....cascade_core.half import hold_stream
 from ..run import LATENT_CHANNELS, Network, least_side
 from .device import weight_dtype
 
@@ -42,7 +44,11 @@ class HeadlessModel:
 
 
 def load_network(kind: str, path: Path, dtype: str) -> HeadlessModel:
-    network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=weight_dtype(dtype))
+    precision = weight_dtype(dtype)
+    network: Any  # StageB or StageC
+    network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=precision)
+    if kind == "stage_c" and precision == torch.float16:
+        hold_stream(network)
     return HeadlessModel(kind, path.name, network, Fast(network, join=True))
 
 
