@@ -15,7 +15,7 @@ from ..stage_b import StageB
 from ..stage_c import StageC
 from ..unet import UNet
 from . import operations
-from .graphs import Graph
+from .graphs import Graph, Pool
 from .unet import BoundUNet, Given, as_tokens
 from .weights import Weights
 
@@ -43,6 +43,7 @@ class Fast:
         self._weights = Weights(network)
         self._tables: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
+        self._pool = Pool()
 
     def parameters(self) -> Any:
         return self.network.parameters()
@@ -74,6 +75,7 @@ class Fast:
         self._bound = None
         self._tables.clear()
         self._sessions.clear()
+        self._pool = Pool()
 
     def _follow(self, on_cuda: bool) -> BoundUNet:
         """The program of the weights as they are now."""
@@ -99,7 +101,7 @@ class Fast:
             tuple(None if residual is None else tuple(residual.shape) for residual in control),
         )
         if key not in self._sessions:
-            self._sessions[key] = Session(self.network, graph=x.is_cuda)
+            self._sessions[key] = Session(self.network, self._pool if x.is_cuda else None)
             _bounded(self._sessions, SESSIONS)
         self._sessions.move_to_end(key)
         return self._sessions[key]
@@ -108,9 +110,9 @@ class Fast:
 class Session:
     """Forwards of one shape, of x and of all conditions: what was prepared for them, and on CUDA their graph."""
 
-    def __init__(self, network: UNet, graph: bool):
+    def __init__(self, network: UNet, pool: Pool | None):
         self.network = network
-        self.graph = Graph() if graph else None
+        self.graph = None if pool is None else Graph(pool)
         self.given: Given | None = None
         self.conditions: Conditions = {}  # that `given` was made of
         self.control: list[Tensor | None] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,13 +12,22 @@ from torch import Tensor
 WARM_UPS = 2  # runs before the recording: kernels are compiled, workspaces allocated
 
 
+class Pool:
+    """Memory that a network's graphs share: only one of them runs at a time, and none keeps anything but its output."""
+
+    @cached_property
+    def handle(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+
 class Graph:
     """`graph(forward, x)` is `forward(x)`, recorded on the first call and replayed on the others.
 
     Everything that `forward` reads beside x must lie at the same addresses at every call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
         self._recorded: tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None = None
 
     def __call__(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -39,16 +49,6 @@ class Graph:
                 forward(still)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool(x.device)):
+        with torch.cuda.graph(graph, pool=self._pool.handle):
             out = forward(still)
         return graph, still, out
-
-
-_POOLS: dict[torch.device, Any] = {}
-
-
-def _pool(device: torch.device) -> Any:
-    """Graphs share one pool of memory: only one runs at a time, and none keeps anything but its output."""
-    if device not in _POOLS:
-        _POOLS[device] = torch.cuda.graph_pool_handle()
-    return _POOLS[device]

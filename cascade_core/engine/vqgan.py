@@ -1,0 +1,97 @@
+"""Stage A's decoder bound for speed: tokens, fused kernels, and a graph for each size of latent."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..stage_a import ResBlock, StageA
+from .graphs import Graph, Pool
+from .unet import as_image, as_tokens
+from .weights import Weights
+
+HIDDEN_BYTES = 2**28  # of the widest intermediate that is held at once
+GRAPHS = 2  # sizes of latent whose graphs are kept
+LARGEST = (
+    2**18
+)  # positions of a latent, all images together, up to which a graph is recorded: 2048 × 2048 pixels
+
+
+class FastDecoder:
+    """`fast(latent)` as `stage_a.decode(latent)`, on CUDA in half precision; everything else Stage A does itself.
+
+    latent: (B, c_latent, h, w) in the weights' precision -> (B, 3, 4h, 4w)
+    """
+
+    def __init__(self, stage_a: StageA):
+        self.stage_a = stage_a
+        self._weights = Weights(stage_a)
+        self._blocks: list[Any] | None = None
+        self._graphs: OrderedDict[tuple[int, ...], Graph] = OrderedDict()
+        self._pool = Pool()
+
+    @torch.inference_mode()
+    def __call__(self, latent: Tensor) -> Tensor:
+        if latent.device.type != "cuda" or latent.dtype == torch.float32 or not self._weights.plain(latent):
+            return self.stage_a.decode(latent)
+        if self._blocks is None or not self._weights.unchanged():
+            self._graphs.clear()
+            self._pool = Pool()
+            self._weights = Weights(self.stage_a)
+            self._blocks = [Bound(m) if isinstance(m, ResBlock) else m for m in self.stage_a.up_blocks]
+        if latent.numel() // latent.shape[1] > LARGEST:
+            return self._decode(latent)
+        key = tuple(latent.shape)
+        if key not in self._graphs:
+            self._graphs[key] = Graph(self._pool)
+            if len(self._graphs) > GRAPHS:
+                self._graphs.popitem(last=False)
+        return self._graphs[key](self._decode, latent)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        assert self._blocks is not None
+        x = latent.contiguous(memory_format=torch.channels_last) * self.stage_a.config.scale_factor
+        for block in self._blocks:
+            if isinstance(block, Bound):
+                size = (x.shape[-2], x.shape[-1])
+                tokens = as_tokens(x)
+                block(tokens, size)
+                x = as_image(tokens, size)
+            else:
+                x = block(x)
+        return self.stage_a.out_block(x)
+
+
+class Bound:
+    """A residual block of Stage A.  x: (B, H·W, C), changed in place"""
+
+    def __init__(self, block: Any):
+        convolution, (expand, _, contract) = block.depthwise[1], block.channelwise
+        channels = expand.in_features
+        self.eps = block.norm1.eps
+        self.gammas = block.gammas.float()
+        self.taps, self.taps_bias = convolution.weight.reshape(channels, 9).T.contiguous(), convolution.bias
+        self.expand, self.expand_bias = expand.weight, expand.bias
+        gate = self.gammas[5]
+        self.contract = (contract.weight * gate).to(
+            contract.weight.dtype
+        )  # gate · (W·h + b) = (gate·W)·h + gate·b
+        self.contract_bias = contract.bias * gate
+
+    def __call__(self, x: Tensor, size: tuple[int, int]) -> None:
+        from .kernels import depthwise, vqgan
+
+        scale1, shift1, gate1, scale2, shift2, _ = self.gammas
+        h = vqgan.norm_modulate(x, scale1, shift1, torch.empty_like(x), self.eps)
+        depthwise.depthwise_gate(h, self.taps, self.taps_bias, gate1, x, *size)
+        h = vqgan.norm_modulate(x, scale2, shift2, h, self.eps)
+        flat, rows = x.flatten(0, 1), h.flatten(0, 1)
+        at_once = max(1, HIDDEN_BYTES // (len(self.expand) * x.element_size()))
+        for start in range(0, len(rows), at_once):
+            hidden = F.linear(rows[start : start + at_once], self.expand, self.expand_bias)
+            vqgan.gelu(hidden)
+            flat[start : start + at_once].add_(self.contract_bias).addmm_(hidden, self.contract.T)
