@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.conds
 import comfy.model_base
 import comfy.model_management
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ....cascade_core import activations, checkpoints
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.half import STREAM_SCALE, hold_stream
 from ....cascade_core.stage_c import StageC
 from ..run import Network, least_side
 from .hosted import Hosted
@@ -46,9 +48,14 @@ class HostedNetwork(Hosted):
         **conditions: Any,
     ) -> Tensor:
         """`conditions` are what `extra_conds` below returned; `context` stays empty, as in the host's own."""
-        if control is not None and isinstance(self.network, StageC):
-            # The host's list is popped from its end, block after block.
-            conditions["control"] = list(reversed(control.get("input", [])))
+        if isinstance(self.network, StageC):
+            if control is not None:
+                # The host's list is popped from its end, block after block.
+                conditions["control"] = list(reversed(control.get("input", [])))
+            # Here, because the host's nodes may change the precision of a MODEL that is loaded.
+            scale = STREAM_SCALE if x.dtype == torch.float16 else 1.0
+            if self.network.stream_scale != scale:
+                hold_stream(self.network, scale)
         return self.network(x, r, **conditions)
 
 
@@ -157,10 +164,9 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     model_class, config_class = HOST_CLASSES[kind]
     config = config_class({"stable_cascade_stage": kind[-1]})
     load_device = comfy.model_management.get_torch_device()
-    weight_dtype = _weight_dtype(tensors, dtype, config.supported_inference_dtypes)
-    cast = comfy.model_management.unet_manual_cast(
-        weight_dtype, load_device, config.supported_inference_dtypes
-    )
+    supported = _computed_in(kind, config, load_device)
+    weight_dtype = _weight_dtype(tensors, dtype, supported)
+    cast = comfy.model_management.unet_manual_cast(weight_dtype, load_device, supported)
     config.set_inference_dtype(weight_dtype, cast)
 
     def build(operations: Any, **ignored: Any) -> HostedNetwork:
@@ -178,6 +184,20 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     remember_file(patcher, f"{Path(path).name} ({checkpoints.KIND_NAMES[kind]})")
     patcher.cached_patcher_init = (load_patcher, (kind, path, dtype))
     return patcher
+
+
+def _computed_in(kind: str, config: Any, device: torch.device) -> list[torch.dtype]:
+    """The precisions that the host may compute a network in, the best first.
+
+    The host keeps Stage C out of fp16, where its own overflows. Ours does not: it is for cards without bf16, and for
+    --force-fp16.
+    """
+    supported = config.supported_inference_dtypes
+    if kind == "stage_c" and (
+        comfy.cli_args.args.force_fp16 or not comfy.model_management.should_use_bf16(device)
+    ):
+        return [torch.float16, *supported]
+    return supported
 
 
 def _weight_dtype(tensors: dict[str, Tensor], name: str, supported: list[torch.dtype]) -> torch.dtype:
