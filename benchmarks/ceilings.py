@@ -1,0 +1,79 @@
+"""What the device can do at most, measured, and the arithmetic of a forward: together the limit of its time."""
+
+import statistics
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from networks import CLASSES, Setup, forward_inputs, latent_shape
+from timing import milliseconds
+
+RUNS, WARM = 10, 3
+META = torch.device("meta")
+fp8_product: Any = vars(torch)["_scaled_mm"]  # torch has no public product of fp8
+
+
+def measure_ceilings(setup: Setup) -> dict[str, float]:
+    """TFLOP/s of one large product, in bf16 and where there is fp8 in that; GB/s of a copy, read and written."""
+    device, side = setup.device, setup.product
+    a, b = (torch.randn(side, side, device=device).to(setup.dtype) for _ in range(2))
+    found = {"bf16_tflops": 2 * side**3 / _best(lambda: a @ b, device) / 1e12}
+    if has_fp8(device):
+        quantised = [t.to(torch.float8_e4m3fn) for t in (a, b)]
+        one = torch.ones((), device=device)
+
+        def product() -> Any:
+            return fp8_product(quantised[0], quantised[1].T, one, one, out_dtype=setup.dtype)
+
+        found["fp8_tflops"] = 2 * side**3 / _best(product, device) / 1e12
+    source = torch.empty(setup.copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found["copy_gb_s"] = 2 * setup.copied / _best(lambda: target.copy_(source), device) / 1e9
+    return found
+
+
+def has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _best(call: Any, device: torch.device) -> float:
+    """Seconds: the median of warm runs."""
+    milliseconds(call, device, WARM)
+    return statistics.median(milliseconds(call, device, RUNS)) / 1000
+
+
+class Arithmetic:
+    """Floating-point operations of a forward, counted without computing anything."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.of_one, self.network = cache(self._of_one), cache(self._network)
+
+    def __call__(self, kind: str, side: int, rows: int) -> float:
+        """TFLOP of so many rows: each has as many as one."""
+        return rows * self.of_one(kind, side) / 1e12
+
+    def picture(self, side: int, batch: int) -> float:
+        """TFLOP of whole pictures with guidance in both stages."""
+        c, b = self.setup.steps
+        return (
+            c * self("stage_c", side, 2 * batch)
+            + b * self("stage_b", side, 2 * batch)
+            + self("stage_a", side, batch)
+        )
+
+    def _network(self, kind: str) -> Any:
+        with META:
+            return CLASSES[kind].from_config(self.setup.configs[kind]).to(self.setup.dtype).eval()
+
+    def _of_one(self, kind: str, side: int) -> int:
+        with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network = self.network(kind)
+            if kind == "stage_a":
+                network.decode(torch.empty(1, *latent_shape(kind, side), device=META, dtype=self.setup.dtype))
+            else:
+                x, r, given = forward_inputs(kind, self.setup, 1, side, META)
+                network(x, r, **given)
+        return counter.get_total_flops()
