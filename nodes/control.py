@@ -203,7 +203,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
                     "scale",
                     default=2.0,
                     min=1.0,
-                    max=8.0,
+                    max=16.0,
                     step=0.1,
                     tooltip=(
                         "How many times wider and higher the picture becomes. The published ControlNet was trained "
@@ -236,8 +236,8 @@ class CascadeSuperResolutionHint(io.ComfyNode):
     def execute(cls, vae, image, scale, compression, reads="small") -> io.NodeOutput:
         check_vae(vae, "compressor", "Cascade Super Resolution Hint", "Load Cascade Compressor")
         check_picture(image, "image")
-        if not 1 <= scale <= 8:
-            raise CascadeError(f"scale is {scale}; it must lie within 1 and 8 (2 is usual).")
+        if not 1 <= scale <= 16:
+            raise CascadeError(f"scale is {scale}; it must lie within 1 and 16 (2 is usual).")
         if reads not in cls.READS:
             raise CascadeError(f"reads is {reads!r}; choose {' or '.join(cls.READS)}.")
         batch, *sides = image.shape[:3]

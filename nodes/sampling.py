@@ -87,6 +87,18 @@ def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
     ]
 
 
+def engine_input() -> Any:
+    return io.Boolean.Input(
+        "engine",
+        default=True,
+        optional=True,
+        tooltip=(
+            "Samples with fused kernels and CUDA graphs where they can be used: the same picture but for rounding, "
+            "several times as fast. Off: plain PyTorch."
+        ),
+    )
+
+
 class CascadePriorSampler(io.ComfyNode):
     """Stage C: from a prompt to the semantic latent."""
 
@@ -103,6 +115,7 @@ class CascadePriorSampler(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="What it should not show."),
                 io.Latent.Input("latent", tooltip="The Stage C latent to start from, empty or a picture's."),
                 *sampling_inputs(steps=20, cfg=4.0, shift=2.0),
+                engine_input(),
             ],
             outputs=[io.Latent.Output(display_name="stage_c", tooltip="The sampled Stage C latent.")],
         )
@@ -149,6 +162,7 @@ class CascadeDecoderSampler(io.ComfyNode):
                         "memory; best the size that Stage B was trained at (1024). 0 samples the whole."
                     ),
                 ),
+                engine_input(),
             ],
             outputs=[
                 io.Latent.Output(
@@ -216,6 +230,7 @@ def run_sampler(
     sampler: str,
     denoise: float,
     tile: int = 0,
+    engine: bool = True,
 ) -> io.NodeOutput:
     """A new LATENT with the sampled latent, and all else that the given one holds; shows what the run took."""
     if sampler not in SAMPLERS:
@@ -240,6 +255,7 @@ def run_sampler(
         sampler=sampler,
         denoise=denoise,
         tile=tile,
+        engine=engine,
     )
     sampled = host().sample(run)
     what = f"The latent that {host().describe_network(model).name} sampled"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ....cascade_core import activations, checkpoints
+from ....cascade_core.engine import Fast
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.half import STREAM_SCALE, hold_stream
 from ....cascade_core.stage_c import StageC
@@ -30,6 +31,9 @@ DTYPES = {
 }
 
 
+ENGINE = "cascade_engine"  # in the host's transformer_options: whether the fast path is taken
+
+
 class HostedNetwork(Hosted):
     """Stage B or Stage C as ComfyUI calls a diffusion model. `dtype`: of its weights; `name`: of its file."""
 
@@ -37,6 +41,12 @@ class HostedNetwork(Hosted):
         super().__init__(network)
         self.dtype = dtype
         self.name = name
+        self.fast = Fast(network)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Where the host moves the weights as a whole, what was derived from them goes too."""
+        self.fast.forget()
+        return super()._apply(fn, recurse)
 
     def forward(
         self,
@@ -56,7 +66,8 @@ class HostedNetwork(Hosted):
             scale = STREAM_SCALE if x.dtype == torch.float16 else 1.0
             if self.network.stream_scale != scale:
                 hold_stream(self.network, scale)
-        return self.network(x, r, **conditions)
+        engine = (transformer_options or {}).get(ENGINE, True)
+        return (self.fast if engine else self.network)(x, r, **conditions)
 
 
 class StageCModel(comfy.model_base.StableCascade_C):

@@ -21,6 +21,7 @@ from ....cascade_core.guidance import guide
 from ....cascade_core.noise import NoiseSource
 from ....cascade_core.samplers import SAMPLERS, Step, start_latent
 from ..run import Run, Sampled, Watch
+from .model import ENGINE
 from .progress import step_callback
 from .tiling import in_tiles
 
@@ -99,6 +100,9 @@ def sample(run: Run) -> Sampled:
     patcher = with_shift(run.model, run.shift)
     if run.tile:
         patcher = in_tiles(patcher, run.tile)
+    if not run.engine:
+        patcher = patcher.clone()
+        patcher.model_options["transformer_options"][ENGINE] = False
     source = run.noise()
     guider = CascadeGuider(patcher, run.cfg, run.cfg_rescale)
     guider.set_conds(run.positive, run.negative)
