@@ -1,4 +1,4 @@
-"""What Stage C is told besides the noised latent, on the accelerator: text states, and no image."""
+"""What Stage C is told besides the noised latent, on the accelerator: text states, and image prompts or none."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,16 +13,25 @@ AT_ONCE = 1024  # captions, on their way there
 
 
 class Conditions(NamedTuple):
-    """Stage C's arguments of these names: (B, T, C), (B, 1, P), (B, 1, E)."""
+    """Stage C's arguments of these names: (B, T, C), (B, 1, P), (B, n, E)."""
 
     clip_text: Tensor
     clip_text_pooled: Tensor
     clip_img: Tensor
 
     @classmethod
-    def of(cls, states: Tensor, pooled: Tensor, c_image: int, dtype: torch.dtype) -> "Conditions":
-        no_image = torch.zeros(1, 1, c_image, dtype=dtype, device=states.device)
-        return cls(states.to(dtype), pooled.to(dtype)[:, None], no_image.expand(len(states), -1, -1))
+    def of(
+        cls,
+        states: Tensor,
+        pooled: Tensor,
+        c_image: int,
+        dtype: torch.dtype,
+        image_prompts: Tensor | None = None,
+    ) -> "Conditions":
+        """image_prompts: (B, n, E); none is one of zeros."""
+        if image_prompts is None:
+            image_prompts = states.new_zeros(1, 1, c_image).expand(len(states), -1, -1)
+        return cls(states.to(dtype), pooled.to(dtype)[:, None], image_prompts.to(dtype))
 
 
 class CachedText:

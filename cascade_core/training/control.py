@@ -56,11 +56,11 @@ class ControlNetTask(Task):
         assert batch.images is not None
         images = batch.images.to(self.device).float() / 255
         hint = self.hint.make(images, generator, self.tools)
-        return Inputs(batch.latents.to(self.device), batch.caption_ids, self.cached_text(batch), hint)
+        return self.inputs(batch, hint)
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
         assert inputs.hint is not None
-        conditions = self.conditions(self.text_of(inputs))
+        conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             residuals = self.trained(inputs.hint)
 

@@ -11,6 +11,7 @@ from ..errors import CascadeError
 from .buckets import Bucket, buckets
 from .cache import Cache
 from .decoding import Decoder
+from .image_prompts import ImagePrompts
 from .latents import Encoder
 from .order import batches_of, epoch_plan, generator
 from .pictures import Picture, Skipped
@@ -30,6 +31,7 @@ class DataSettings:
     size: int = 1024  # pixels as generated: a picture's area is at most size²; 1024 gives latents of 24 × 24
     bucket_step: int = 64  # pixels; sides of the buckets are multiples of it
     caption_dropout: float = 0.05  # the share of rows that are trained without words
+    image_prompt_dropout: float = 0.05  # the same without their image prompts, chosen apart from the words
     flip: bool = False  # half of the rows are mirrored
     cache: str | None = None  # folder where latents are kept between runs
     repeat: int = 1  # how often an epoch shows each picture
@@ -44,21 +46,23 @@ class DataSettings:
             raise CascadeError(
                 f"The data's bucket_step is {self.bucket_step}; it must lie within 8 and the size, {self.size}."
             )
-        if not 0 <= self.caption_dropout <= 1:
-            raise CascadeError(f"caption_dropout is {self.caption_dropout}; it is a share, from 0 to 1.")
+        for name in ("caption_dropout", "image_prompt_dropout"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise CascadeError(f"{name} is {share}; it is a share, from 0 to 1.")
         if self.repeat < 1:
             raise CascadeError(f"The data's repeat is {self.repeat}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one bucket."""
+    """Rows of one bucket, and of one number of image prompts."""
 
     keys: list[str]  # the pictures' names
     captions: list[str]
     latents: Tensor  # (B, 16, h, w) float32, the semantic compressor's
     images: Tensor | None  # (B, 3, 32·h, 32·w) uint8, as the compressor reads them, where asked for
     caption_ids: Tensor  # (B,) int64, places in TrainingData.captions
+    image_prompts: Tensor | None = None  # (B, n, E) float32, zeros where they are left out; None where n is 0
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,12 @@ def _encoder(settings: DataSettings, encode, fingerprint: str, report) -> Encode
 
 
 class TrainingData:
-    """Pictures with their latents, in buckets.
+    """Pictures with their latents, in buckets; image prompts count where there is an encoder for them.
 
     encode: (B, 3, H, W) float32 in [0, 1], of a size that the compressor reads -> (B, 16, h, w).
     fingerprint: changes with what encode computes (`cache.fingerprint`).
     report: called as latents are made, with how many pictures are done and how many there are to do.
+    image_prompts: embeds the pictures that prompt for others, and is then let go.
     captions: every caption that a batch can have; the empty one is the first.
     skipped: pictures that are left out, and why.
     """
@@ -111,12 +116,24 @@ class TrainingData:
         seed: int = 0,
         with_images: bool = False,
         report: Callable[[int, int], None] | None = None,
+        image_prompts: ImagePrompts | None = None,
     ):
-        self.settings, self.seed = settings, seed
+        self.settings, self.seed, self.image_prompts = settings, seed, image_prompts
         pictures, self.skipped = find_pictures(settings.folder, settings.tars)
         placed, unreadable = _place(settings, pictures)
         encoder = _encoder(settings, encode, fingerprint, report)
         damaged = encoder.fill(placed)
+        prompted = sum(bool(each.picture.image_prompts) for each in placed)
+        self.unread_prompts = prompted if image_prompts is None else 0
+        if image_prompts is not None:
+            if not prompted:
+                raise CascadeError(
+                    "models.image_encoder is given, but no picture has image prompts; put them beside the pictures "
+                    "(0001.prompt0.png beside 0001.png), or leave it out."
+                )
+            unprompted = image_prompts.fill([each.picture for each in placed], report)
+            damaged |= {each: unprompted[each.picture] for each in placed if each.picture in unprompted}
+            image_prompts.release()
         left = [each for each in placed if each not in damaged]
         self.skipped += [*unreadable, *(Skipped(each.picture.name, why) for each, why in damaged.items())]
         if not left:
@@ -129,10 +146,11 @@ class TrainingData:
             for text in each.picture.captions:
                 ids.setdefault(text, len(ids))
         self.captions = list(ids)
-        grouped: dict[Bucket, list[Placed]] = {}
+        grouped: dict[tuple[Bucket, int], list[Placed]] = {}
         for each in left:
-            grouped.setdefault(each.bucket, []).append(each)
-        self._buckets = [Rows(grouped[bucket], encoder, ids) for bucket in sorted(grouped)]
+            prompts = len(each.picture.image_prompts) if image_prompts is not None else 0
+            grouped.setdefault((each.bucket, prompts), []).append(each)
+        self._buckets = [Rows(grouped[kind], encoder, ids, kind[1]) for kind in sorted(grouped)]
         if sum(rows.nbytes for rows in self._buckets) <= IN_MEMORY:
             for rows in self._buckets:
                 rows.bring_together()
@@ -145,9 +163,11 @@ class TrainingData:
 
     def summary(self) -> str:
         """One sentence for people."""
-        sizes = ", ".join(f"{len(rows)} of {rows.bucket}" for rows in self._buckets)
+        sizes = ", ".join(map(str, self._buckets))
         enlarged = sum(each.scale > 1 for rows in self._buckets for each in rows.placed)
         notes = f"; {enlarged} are smaller and were enlarged" if enlarged else ""
+        if self.unread_prompts:
+            notes += f"; the image prompts of {self.unread_prompts} are not used, as models.image_encoder is not given"
         if self.skipped:
             notes += f"; {len(self.skipped)} are left out, such as {self.skipped[0]}"
         return f"{len(self)} pictures with {len(self.captions) - 1} captions: {sizes}{notes}."
@@ -174,29 +194,37 @@ class TrainingData:
             following = self._choose(step + 1, batch_size, rank, ranks)
             images = self._decoder.images(chosen.placed, chosen.mirrored)
             self._decoder.begin(following.placed)
+        prompts = None
+        if self.image_prompts is not None and self._buckets[chosen.bucket].prompts:
+            prompts = self.image_prompts.embeddings([each.picture for each in chosen.placed])
+            prompts = prompts * chosen.prompted[:, None, None]
         return Batch(
             [each.picture.name for each in chosen.placed],
             [self.captions[i] for i in chosen.caption_ids.tolist()],
             self._buckets[chosen.bucket].latents(chosen.rows, chosen.mirrored),
             images,
             chosen.caption_ids,
+            prompts,
         )
 
     def _choose(self, step: int, batch_size: int, rank: int, ranks: int) -> "_Chosen":
         together = batch_size * ranks
         epoch, at = divmod(step, self.steps_per_epoch(batch_size, ranks))
         bucket, rows = self._epoch(epoch, together)[at]
-        chance = torch.rand(3, len(rows), generator=generator(self.seed, "rows", step))
+        random = generator(self.seed, "rows", step)
+        chance = torch.rand(3, len(rows), generator=random)
+        prompted = torch.rand(len(rows), generator=random) >= self.settings.image_prompt_dropout
         mine = slice(rank, None, ranks)
         if len(rows) < ranks:  # a bucket with fewer pictures: some ranks share a row rather than have none
             mine = slice(rank % len(rows), rank % len(rows) + 1)
-        rows, chance = rows[mine], chance[:, mine]
+        rows, chance, prompted = rows[mine], chance[:, mine], prompted[mine]
         mirrored = (chance[0] < 0.5).long() if self.settings.flip else torch.zeros_like(rows)
         held = self._buckets[bucket]
         caption_ids = torch.where(
             chance[2] < self.settings.caption_dropout, 0, held.captions(rows, chance[1])
         )
-        return _Chosen(bucket, rows, mirrored, caption_ids, [held.placed[row] for row in rows.tolist()])
+        placed = [held.placed[row] for row in rows.tolist()]
+        return _Chosen(bucket, rows, mirrored, caption_ids, prompted, placed)
 
     def _epoch(self, epoch: int, together: int) -> list[tuple[int, Tensor]]:
         """The epoch's plan; the one last asked for is kept."""
@@ -214,4 +242,5 @@ class _Chosen(NamedTuple):
     rows: Tensor  # (B,) of the bucket
     mirrored: Tensor  # (B,) 0 or 1
     caption_ids: Tensor  # (B,)
+    prompted: Tensor  # (B,) whether with its image prompts
     placed: list[Placed]

@@ -41,7 +41,7 @@ class FinetuneTask(Task):
         self.trained = _Some(stage_c, self.names)
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
-        conditions = self.conditions(self.text_of(inputs))
+        conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         with self._autocast():
             return self.diffusion_loss(lambda x, r: self.stage_c(x, r, *conditions), inputs.latents)
 

@@ -1,4 +1,4 @@
-"""A folder of pictures, with captions beside them or in a metadata.jsonl."""
+"""A folder of pictures, with captions beside them or in a metadata.jsonl, and with pictures that prompt for them."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import CascadeError
 from .captions import SUFFIXES, caption_lines, caption_values
-from .pictures import PICTURES, Found, Picture, Skipped
+from .pictures import IMAGE_PROMPT, PICTURES, Found, Picture, Skipped, Stored
 
 METADATA = "metadata.jsonl"
 
@@ -28,22 +28,44 @@ def folder_pictures(folder: Path) -> Found:
 
 def _pictures_in(place: str, folder: Path, names: list[str], told: Mapping[str, tuple[str, ...]]) -> Found:
     known = set(names)
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() not in PICTURES or name.startswith("."):
+    pictures = [name for name in names if Path(name).suffix.lower() in PICTURES and not name.startswith(".")]
+    prompts = _image_prompts(pictures)
+    prompting = {name for of_one in prompts.values() for name in of_one}
+    for name in pictures:
+        if name in prompting:
             continue
         path = Path(place, name)
         shown = path.relative_to(folder).as_posix()
         try:
-            captions = told.get(str(path)) or _captions_beside(path, stem, known)
-            status = path.stat()
+            captions = told.get(str(path)) or _captions_beside(path, path.stem, known)
+            where = _where(path, folder)
+            shown_with = tuple(
+                Stored(*_where(Path(place, each), folder)) for each in prompts.get(path.stem, ())
+            )
         except (OSError, UnicodeDecodeError) as error:
             yield Skipped(shown, f"it or its caption cannot be read: {error}")
             continue
         if captions:
-            yield Picture(shown, path, 0, status.st_size, status.st_mtime_ns, captions)
+            yield Picture(*where, captions, shown_with)
         else:
             yield Skipped(shown, "no caption")
+
+
+def _image_prompts(pictures: list[str]) -> dict[str, list[str]]:
+    """Which of a folder's pictures prompt for another, by its name without ending, in the order of their numbers."""
+    stems = {Path(name).stem for name in pictures}
+    numbered: dict[str, list[tuple[int, str]]] = {}
+    for name in pictures:
+        of = IMAGE_PROMPT.fullmatch(Path(name).stem)
+        if of is not None and of[1] in stems:
+            numbered.setdefault(of[1], []).append((int(of[2]), name))
+    return {stem: [name for _, name in sorted(found)] for stem, found in numbered.items()}
+
+
+def _where(path: Path, folder: Path) -> tuple[str, Path, int, int, int]:
+    """What `Stored` says of a file of its own."""
+    status = path.stat()
+    return path.relative_to(folder).as_posix(), path, 0, status.st_size, status.st_mtime_ns
 
 
 def _captions_beside(picture: Path, stem: str, known: set[str]) -> tuple[str, ...]:

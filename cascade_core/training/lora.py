@@ -69,7 +69,7 @@ class LoRATask(Task):
         if self.objective.kind == "consistency":
             return self._consistency(inputs)
         with self.text_changes.applied() if self.text_changes is not None else nullcontext():
-            conditions = self.conditions(self.text_of(inputs))
+            conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         with self.changes.applied():
             return self.diffusion_loss(
                 lambda x, r: self.stage_c(x.to(self.dtype), r, *conditions), inputs.latents
@@ -78,7 +78,7 @@ class LoRATask(Task):
     def _consistency(self, inputs: Inputs) -> dict[str, Tensor]:
         """The teacher is the same Stage C without the changes, guided."""
         o, x0 = self.objective, inputs.latents
-        conditions = self.conditions(self.text_of(inputs))
+        conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         nothing = self.conditions(
             self.text(torch.zeros(len(x0), dtype=torch.long))
         )  # place 0 is the empty caption
@@ -130,6 +130,9 @@ def _text_targets(targets: Sequence[str]) -> Sequence[str]:
 
 
 def _same_length(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Text states (B, T, C) of fewer chunks are followed by those of the empty caption, which `short` here is."""
+    """Text states (B, T, C) of fewer chunks are followed by those of the empty caption, which `short` here is.
+
+    So are the zeros of no image, where there are several.
+    """
     long, short = pair
     return long, short.repeat(1, long.shape[1] // short.shape[1], 1) if long.shape != short.shape else short

@@ -10,10 +10,13 @@ from .placing import Placed
 
 
 class Rows:
-    """placed: the pictures. caption_ids: (N, K), -1 beyond a picture's own; caption_counts: (N,)."""
+    """placed: the pictures, with `prompts` image prompts each.
 
-    def __init__(self, placed: list[Placed], encoder: Encoder, ids: Mapping[str, int]):
-        self.placed, self.encoder, self.bucket = placed, encoder, placed[0].bucket
+    caption_ids: (N, K), -1 beyond a picture's own; caption_counts: (N,).
+    """
+
+    def __init__(self, placed: list[Placed], encoder: Encoder, ids: Mapping[str, int], prompts: int = 0):
+        self.placed, self.encoder, self.bucket, self.prompts = placed, encoder, placed[0].bucket, prompts
         captions = [[ids[text] for text in each.picture.captions] for each in placed]
         most = max(map(len, captions))
         self.caption_counts = torch.tensor([len(each) for each in captions])
@@ -22,6 +25,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.placed)
+
+    def __str__(self) -> str:
+        prompted = f" with {self.prompts} image prompt{'s' * (self.prompts > 1)}" * (self.prompts > 0)
+        return f"{len(self)} of {self.bucket}{prompted}"
 
     @property
     def nbytes(self) -> int:

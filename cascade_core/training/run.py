@@ -16,11 +16,13 @@ from ..compressor import SemanticCompressor
 from ..errors import CascadeError
 from ..stage_c import StageC
 from ..text import TextEncoder
+from ..vision import ImageEncoder
 from .cache import fingerprint
 from .conditions import CachedText
 from .control import ControlNetTask
 from .data import TrainingData, fill_cache
 from .finetune import FinetuneTask
+from .image_prompts import ImagePrompts
 from .log import duration
 from .loop import Loop, Outcome, Progress, build_accelerator
 from .lora import LoRATask
@@ -118,7 +120,8 @@ def prepare(
         accelerator.wait_for_everyone()
     with accelerator.main_process_first():  # the others then find the text states in the cache
         with_images = settings.task == "controlnet"
-        data = TrainingData(data_settings, encode, mark, settings.train.seed, with_images, cached)
+        prompts = image_prompts_of(settings, cache, device)
+        data = TrainingData(data_settings, encode, mark, settings.train.seed, with_images, cached, prompts)
         tell(data.summary())
         encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
         encoder.model.to(device)
@@ -136,9 +139,23 @@ def prepare(
         device,
         StageC,
     )
+    if prompts is not None and prompts.width != stage_c.config.c_clip_img:
+        raise CascadeError(
+            f"models.image_encoder gives vectors of {prompts.width}, but this Stage C takes "
+            f"{stage_c.config.c_clip_img}; choose the image encoder that belongs to it."
+        )
     task = build_task(settings, stage_c, text, dtype, compressor, held, data.captions, find_faces)
     ready_blocks(task, settings.train)
     return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device))
+
+
+def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> ImagePrompts | None:
+    """For the image encoder of the settings, where there is one."""
+    if settings.models.image_encoder is None:
+        return None
+    encoder = ImageEncoder.load(settings.models.image_encoder, dtype=torch.float32)
+    encoder.model.to(device)
+    return ImagePrompts(encoder, cache)
 
 
 def ready_blocks(task: Task, settings: TrainSettings) -> None:

@@ -29,12 +29,13 @@ Weighting = Literal[
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Networks by file name. The previewer is for samples alone."""
+    """Networks by file name. The previewer is for samples alone, the image encoder for image prompts."""
 
     stage_c: str = "stage_c_bf16.safetensors"
     text_encoder: str = "stable_cascade_text_encoder.safetensors"
     compressor: str = "effnet_encoder.safetensors"
     previewer: str | None = None
+    image_encoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class ObjectiveSettings:
     )  # consistency: the teacher's cfg; of two bounds, another for each picture
     cfg_rescale: float = 0.7
     solver_steps: int = 50  # consistency: into how many steps the teacher's path is cut
-    sampling_steps: int | None = None  # consistency: of `lcm`, for which alone it learns; null: for any number
+    sampling_steps: int | None = (
+        None  # consistency: of `lcm`, for which alone it learns; null: for any number
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.share_at_start <= 1:
@@ -229,6 +232,7 @@ class Settings:
         return json.dumps(dataclasses.asdict(self))
 
 
+ROLES = {"image_encoder": "vision"}  # as the loaders call what `models` names otherwise
 SECTIONS = ("lora", "controlnet", "finetune", "tokens")  # each is of the task of its name
 
 
@@ -269,7 +273,8 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     def model(role: str, name: str | None) -> str | None:
         return None if name is None else str(find_model(role, name).resolve())
 
-    files = {role: model(role, name) for role, name in dataclasses.asdict(settings.models).items()}
+    given = dataclasses.asdict(settings.models)
+    files = {key: model(ROLES.get(key, key), name) for key, name in given.items()}
     control = settings.controlnet
     if settings.task == "controlnet" and control.start not in ("compressor", "random"):
         control = dataclasses.replace(control, start=model("controlnet", control.start))

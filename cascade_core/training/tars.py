@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import CascadeError
 from .captions import SUFFIXES, caption_lines, caption_values
-from .pictures import PICTURES, Found, Picture, Skipped
+from .pictures import IMAGE_PROMPT, PICTURES, Found, Picture, Skipped, Stored
 
 MAX_CAPTION = 1_000_000  # bytes; more is no caption
 
@@ -61,7 +61,14 @@ def tar_pictures(path: Path) -> Found:
                     yield Skipped(name, f"its caption cannot be read: {error}")
                     continue
                 if captions:
-                    yield Picture(name, path, member.offset_data, member.size, status.st_mtime_ns, captions)
+                    prompts = [
+                        Stored(
+                            f"{path.name}/{key}{of}", path, each.offset_data, each.size, status.st_mtime_ns
+                        )
+                        for of, each in _image_prompts(members)
+                    ]
+                    place = member.offset_data, member.size, status.st_mtime_ns
+                    yield Picture(name, path, *place, captions, tuple(prompts))
                 else:
                     yield Skipped(name, "no caption")
     except OSError as error:
@@ -100,6 +107,17 @@ def _members(path: Path, size: int) -> tuple[dict[str, dict[str, tarfile.TarInfo
             ) from None
         cut = str(error)
     return groups, cut
+
+
+def _image_prompts(members: dict[str, tarfile.TarInfo]) -> list[tuple[str, tarfile.TarInfo]]:
+    """Those of one basename's members that prompt for its picture (`.prompt0.png`), in the order of their numbers."""
+    found = []
+    for suffix, member in members.items():
+        stem, dot, ending = suffix.rpartition(".")
+        of = IMAGE_PROMPT.fullmatch(stem)
+        if of is not None and not of[1] and dot + ending in PICTURES:
+            found.append((int(of[2]), suffix, member))
+    return [(suffix, member) for _, suffix, member in sorted(found, key=lambda each: each[:2])]
 
 
 def _captions(file, members: dict[str, tarfile.TarInfo]) -> tuple[str, ...]:

@@ -30,12 +30,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch on the accelerator. latents: (B, 16, h, w) float32; hint: (B, C, H, W)"""
+    """A batch on the accelerator. latents: (B, 16, h, w) float32; hint: (B, C, H, W); image_prompts: (B, n, E)"""
 
     latents: Tensor
     caption_ids: Tensor
     text: tuple[Tensor, Tensor] | None = None  # states, pooled
     hint: Tensor | None = None
+    image_prompts: Tensor | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,7 +65,17 @@ class Task:
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Inputs:
         """A batch brought to the accelerator; runs in a thread of its own, ahead of the step."""
-        return Inputs(batch.latents.to(self.device), batch.caption_ids, self.cached_text(batch))
+        return self.inputs(batch)
+
+    def inputs(self, batch: Batch, hint: Tensor | None = None) -> Inputs:
+        prompts = batch.image_prompts
+        return Inputs(
+            batch.latents.to(self.device),
+            batch.caption_ids,
+            self.cached_text(batch),
+            hint,
+            prompts.to(self.device) if prompts is not None else None,
+        )
 
     def cached_text(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         return None if self.live else self.text(batch.caption_ids)
@@ -91,8 +102,8 @@ class Task:
         """Text states of prompts, inside a block of `using`; they must be among those that were cached."""
         return self.text.of(prompts) if self.live is None else self.live.of(prompts)
 
-    def conditions(self, text: tuple[Tensor, Tensor]) -> Conditions:
-        return Conditions.of(*text, self.stage_c.config.c_clip_img, self.dtype)
+    def conditions(self, text: tuple[Tensor, Tensor], image_prompts: Tensor | None = None) -> Conditions:
+        return Conditions.of(*text, self.stage_c.config.c_clip_img, self.dtype, image_prompts)
 
     def diffusion_loss(self, predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> dict[str, Tensor]:
         o = self.objective

@@ -82,7 +82,7 @@ class TokensTask(Task):
         return [self.trained.group()]
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
-        conditions = self.conditions(self.text_of(inputs))
+        conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         return self.diffusion_loss(
             lambda x, r: self.stage_c(x.to(self.dtype), r, *conditions), inputs.latents
         )

@@ -50,3 +50,9 @@ def test_conditions_have_no_image():
     assert [tuple(value.shape) for value in conditions] == [(3, 77, 8), (3, 1, 6), (3, 1, 5)]
     assert {value.dtype for value in conditions} == {torch.bfloat16}
     assert conditions.clip_img.abs().max() == 0
+
+
+def test_conditions_have_the_images_given():
+    prompts = torch.randn(3, 2, 5)
+    conditions = Conditions.of(torch.randn(3, 77, 8), torch.randn(3, 6), 5, torch.bfloat16, prompts)
+    assert torch.equal(conditions.clip_img, prompts.bfloat16())

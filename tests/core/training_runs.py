@@ -42,7 +42,10 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "lora for few steps": {"objective": {"kind": "consistency", "guidance": [2, 4], "solver_steps": 10}},
     "lora, adaptive": {"objective": {"weighting": "adaptive"}, "train": {"accumulate": 2, "clip_norm": 0.5}},
+    "lora with image prompts": {"data": {"image_prompt_dropout": 0.2}},
+    "lora for few steps with image prompts": {"objective": {"kind": "consistency", "solver_steps": 10}},
     "controlnet": {"train": {"learning_rate": 1e-2}},
+    "controlnet with image prompts": {"train": {"learning_rate": 1e-2}},
     "controlnet from nothing": {"controlnet": {"hint": "inpainting", "start": "random", "config": BACKBONE}},
     "finetune": {},
     "finetune of some": {"finetune": {"modules": ["up_blocks.*"]}, "train": {"ema": 0.0}},
@@ -54,7 +57,10 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def write_world(folder: Path) -> Path:
-    """`models` with a tiny cascade, whose compressor makes latents of variance 1, and `pictures` with captions."""
+    """`models` with a tiny cascade, whose compressor makes latents of variance 1, and `pictures` with captions.
+
+    Those of even numbers have an image prompt, two of them a second one, which runs without an image encoder leave.
+    """
     write_cascade(folder / "models")
     settle_compressor(folder / "models" / FOLDERS["compressor"] / "tiny_compressor.safetensors")
     (folder / "pictures").mkdir()
@@ -64,6 +70,8 @@ def write_world(folder: Path) -> Path:
         small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         small.resize((width, height), Image.Resampling.NEAREST).save(folder / "pictures" / f"{number}.png")
         (folder / "pictures" / f"{number}.txt").write_text(CAPTIONS[number % len(CAPTIONS)])
+        for prompt in range((number in (2, 6)) + (number % 2 == 0)):
+            small.rotate(90).save(folder / "pictures" / f"{number}.prompt{prompt}.png")
     return folder
 
 
@@ -89,6 +97,8 @@ def settings_of(world: Path, name: str, run: Path, **sections: Any) -> Settings:
         "compressor": models / "stable_cascade" / "tiny_compressor.safetensors",
         "previewer": models / "vae" / "tiny_previewer.safetensors",
     }
+    if "image prompts" in name:
+        files["image_encoder"] = models / "clip_vision" / "tiny_vision.safetensors"
     values: dict[str, Any] = {
         "task": name.split()[0].rstrip(","),
         "models": {k: str(v) for k, v in files.items()},

@@ -181,7 +181,7 @@ def world(tmp_path, monkeypatch):
 def test_three_steps_on_the_demo(world, capsys):
     assert main(["train", "lora", "config.yaml"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "latents 4/4"
+    assert lines[0] == "encoded 4/4"
     assert lines[1].startswith("4 pictures with 1 captions: 4 of 256 × 256")
     assert [line.split("  ")[0] for line in lines[2:5]] == ["step 1/3", "step 2/3", "step 3/3"]
     assert lines[-1] == f"Wrote {world / 'made' / 'style.safetensors'}."

@@ -1,0 +1,97 @@
+"""Image prompts: the embeddings of pictures that prompt for a training picture, each made once and kept."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CascadeError
+from ..vision import ImageEncoder, preprocess_images
+from .cache import Cache, Key, fingerprint, key_of
+from .decoding import in_threads
+from .pictures import Picture, PictureError, Stored, read_whole
+
+ENCODED_AT_ONCE = 256  # pictures
+IN_A_FILE = 4096  # embeddings, of the cache
+
+
+class ImagePrompts:
+    """embeddings(pictures) as ImageEncoder.encode gives them, from memory or, with a folder, from mapped files."""
+
+    def __init__(self, encoder: ImageEncoder, folder: str | Path | None = None):
+        self.encoder: ImageEncoder | None = encoder
+        self.width = encoder.model.config.projection_dim
+        below = Path(folder).expanduser() / "image_prompts" if folder is not None else None
+        self.cache = Cache(below, fingerprint(encoder.model) if below else "")
+
+    def fill(
+        self, pictures: Sequence[Picture], report: Callable[[int, int], None] | None = None
+    ) -> dict[Picture, str]:
+        """Encodes the prompts that are not there yet; gives the pictures that have a damaged one, and how.
+
+        report: called with how many prompts are done and how many there are to do.
+        """
+        wanted = {_key(prompt): prompt for picture in pictures for prompt in picture.image_prompts}
+        missing = [prompt for key, prompt in wanted.items() if key not in self.cache]
+        damaged: dict[Stored, str] = {}
+        for start in range(0, len(missing), IN_A_FILE):
+            damaged |= self._encode(missing[start : start + IN_A_FILE])
+            if report is not None:
+                report(min(start + IN_A_FILE, len(missing)), len(missing))
+        bad = {
+            picture: next((p for p in picture.image_prompts if p in damaged), None) for picture in pictures
+        }
+        return {
+            picture: f"its image prompt {prompt.name}: {damaged[prompt]}"
+            for picture, prompt in bad.items()
+            if prompt is not None
+        }
+
+    def _encode(self, prompts: Sequence[Stored]) -> dict[Stored, str]:
+        """A file of the cache; gives the damaged ones."""
+        encoder = self.encoder
+        if encoder is None:
+            raise CascadeError(
+                f"The image prompt {prompts[0].name} was not encoded before the image encoder was let go; give all "
+                "pictures to `fill`."
+            )
+        side = encoder.image_size
+
+        def prepared(prompt: Stored) -> Tensor:
+            try:
+                data = prompt.read()
+            except OSError as error:
+                raise PictureError(error.strerror or str(error)) from None
+            return preprocess_images(read_whole(data, side).movedim(0, -1)[None] / 255, side)
+
+        damaged: dict[Stored, str] = {}
+        keys: list[Key] = []
+        rows: list[Tensor] = []
+        waiting: list[Tensor] = []
+        for prompt, pixels in in_threads(prepared, prompts, ahead=ENCODED_AT_ONCE):
+            if isinstance(pixels, PictureError):
+                damaged[prompt] = str(pixels)
+            else:
+                keys.append(_key(prompt))
+                waiting.append(pixels)
+            if waiting and (len(waiting) == ENCODED_AT_ONCE or prompt is prompts[-1]):
+                rows.append(encoder.encode_pixels(torch.cat(waiting)))
+                waiting = []
+        if rows:
+            self.cache.add(keys, torch.cat(rows))
+        return damaged
+
+    def release(self) -> None:
+        """Lets the encoder go."""
+        self.encoder = None
+
+    def embeddings(self, pictures: Sequence[Picture]) -> Tensor:
+        """(B, n, E) float32 on the CPU, of pictures with n prompts each."""
+        count = len(pictures[0].image_prompts)
+        held = self.cache.stack(_key(prompt) for picture in pictures for prompt in picture.image_prompts)
+        return held.unflatten(0, (len(pictures), count))
+
+
+def _key(prompt: Stored) -> Key:
+    return key_of(prompt.identity)
