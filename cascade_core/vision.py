@@ -76,11 +76,14 @@ class ImageEncoder:
         """(B, H, W, 3) sRGB in [0, 1], of any size -> (B, E) float32, projected, on the model's device."""
         if images.ndim != 4 or images.shape[-1] < 3:
             raise CascadeError(f"Images of shape {tuple(images.shape)} were given; expected (B, H, W, 3).")
-        model, size = self.model, self.image_size
-        embeds = []
-        for part in images.split(IMAGES_AT_ONCE):
-            pixels = preprocess_images(part.to(model.device), size)
-            embeds.append(model(pixel_values=pixels.to(model.dtype)).image_embeds.float())
-        result = torch.cat(embeds)
+        parts = images.split(IMAGES_AT_ONCE)
+        device, size = self.model.device, self.image_size
+        return torch.cat([self.encode_pixels(preprocess_images(part.to(device), size)) for part in parts])
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """The same for pictures as `preprocess_images` gives them, (B, 3, size, size)."""
+        model = self.model
+        result = model(pixel_values=pixels.to(model.device, model.dtype)).image_embeds.float()
         explain_non_finite(model, result, "image encoder")
         return result
