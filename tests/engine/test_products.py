@@ -1,0 +1,194 @@
+"""Matrix products, fused and quantised: against PyTorch, for every schedule, at sizes that fill no tile."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascade_nodes.cascade_core.engine.kernels import fp8, products, response
+from cascade_nodes.cascade_core.engine.kernels.tuned import ANYWHERE, TABLE, Config, nearest
+
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # half a step, relative
+SIZES = [(2, 36, 40, 24), (2, 96, 72, 80), (3, 64, 48, 56)]  # images, rows of each, K, out
+CONFIGS = {
+    "anywhere": None,
+    "tile": Config(32, 64, 32, group=2),
+    "tile, descriptors": Config(64, 32, 16, group=1, tma=True),
+    "loop": Config(64, 32, 32, schedule="loop", tma=True),
+    "stream": Config(32, 32, 16, schedule="stream", per_sm=2),
+    "stream, descriptors": Config(128, 32, 16, schedule="stream", tma=True),
+}
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def operands(size: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, w, bias."""
+    images, rows, k, n = size
+    x, w = normal(images * rows, k, dtype=dtype), normal(n, k, dtype=dtype, seed=1)
+    return x, w / k**0.5, normal(n, dtype=dtype, seed=2)
+
+
+def assert_near(value: Tensor, expected: Tensor, rounding: float) -> None:
+    """Within two roundings of each value, and of what sums of that size lose in float32."""
+    torch.testing.assert_close(
+        value.double(), expected, rtol=2 * rounding, atol=2e-6 * float(expected.abs().max())
+    )
+
+
+@configs
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_linear(config, dtype):
+    x, w, bias = operands((2, 36, 72, 80), dtype)
+    expected = F.linear(x.double(), w.double(), bias.double())
+    assert_near(products.linear(x, w, bias, x.new_empty(72, 80), config), expected, ROUNDING[dtype])
+    out = normal(72, 80, dtype=dtype, seed=3)
+    expected = out.double() + F.linear(x.double(), w.double())
+    assert_near(products.linear_add(x, w, None, out, config), expected, ROUNDING[dtype])
+
+
+@configs
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_linear_gelu_response(config, size):
+    images, rows, _, n = size
+    x, w, bias = operands(size, torch.float32)
+    out, chunks = x.new_empty(images * rows, n), products.response_chunks(rows, config)
+    partial = x.new_full((images, chunks, n), float("nan"))
+    products.linear_gelu_response(x, w, bias, rows, out, partial, config)
+    assert_near(out, F.gelu(F.linear(x.double(), w.double(), bias.double())), 3e-6)
+    squares = out.double().view(images, rows, n).square()
+    assert_near(partial.sum(1), squares.sum(1), 1e-6)
+    chunk = products._chunk(rows, config or ANYWHERE)
+    assert_near(partial[:, 0], squares[:, :chunk].sum(1), 1e-6)
+
+
+def test_response_of_fused_products_is_that_of_the_block():
+    """Both products and the scale between them, as a residual block's MLP computes it."""
+    images, rows, c = 2, 72, 40
+    x, expand, bias = operands((images, rows, c, 4 * c), torch.float32)
+    contract, gamma, config = normal(c, 4 * c, seed=4), normal(4 * c, seed=5), Config(64, 32, 32)
+    h = F.gelu(F.linear(x, expand, bias)).view(images, rows, -1)
+    r = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+    h = h * (1 + gamma * r / (r.mean(dim=-1, keepdim=True) + 1e-6))
+    expected = x + h.flatten(0, 1) @ contract.T
+
+    partial = x.new_empty(images, products.response_chunks(rows, config), 4 * c)
+    out, scale = x.new_empty(images * rows, 4 * c), x.new_empty(images, 4 * c)
+    products.linear_gelu_response(x, expand, bias, rows, out, partial, config)
+    response.response_scale(partial, gamma, scale)
+    products.scaled_linear_add(out, scale, contract, None, rows, x, config)
+    assert_near(x, expected.double(), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_rounded_once(dtype):
+    x, w, bias = operands((2, 96, 72, 80), dtype)
+    config = CONFIGS["stream, descriptors"]
+    out = x.new_empty(192, 80)
+    partial = x.new_empty(2, products.response_chunks(96, config), 80, dtype=torch.float32)
+    products.linear_gelu_response(x, w, bias, 96, out, partial, config)
+    assert_near(out, F.gelu(F.linear(x.double(), w.double(), bias.double())), ROUNDING[dtype])
+    assert_near(partial.sum(1), out.double().view(2, 96, 80).square().sum(1), 1e-6)
+
+
+@configs
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_scaled_linear_add(config, size):
+    images, rows, k, n = size
+    dtype = torch.bfloat16
+    h, w, bias = operands(size, dtype)
+    scale, x = normal(images, k, seed=3), normal(images * rows, n, dtype=dtype, seed=4)
+    scaled = (h.float().view(images, rows, k) * scale[:, None]).to(dtype).flatten(0, 1)
+    expected = x.double() + F.linear(scaled.double(), w.double(), bias.double())
+    products.scaled_linear_add(h, scale, w, bias, rows, x, config)
+    assert_near(x, expected, ROUNDING[dtype])
+
+
+def test_stream_leaves_its_counters_at_zero_and_repeats_bit_for_bit():
+    x, w, bias = operands((2, 96, 200, 80), torch.float32)
+    config = CONFIGS["stream"]
+    first = products.linear(x, w, bias, x.new_empty(192, 80), config)
+    assert not products._workspace(x.device)[1].any()
+    assert torch.equal(products.linear(x, w, bias, x.new_empty(192, 80), config), first)
+
+
+def test_every_step_is_taken_once_whatever_the_number_of_programs():
+    """With ones for operands a step left out or taken twice shows as a wrong count."""
+    for rows, k, per_sm in [(32, 16, 1), (32, 176, 3), (160, 48, 1), (352, 32, 2)]:
+        config = Config(32, 32, 16, schedule="stream", per_sm=per_sm)
+        out = products.linear(torch.ones(rows, k), torch.ones(96, k), None, torch.empty(rows, 96), config)
+        assert torch.equal(out, torch.full_like(out, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantised_rows_are_within_the_format(dtype):
+    x = (normal(37, 80) * torch.logspace(-6, 6, 37)[:, None]).to(dtype)
+    x[5] = 0
+    for x8, scale in (fp8.quantise_rows(x), fp8.quantise_weight(x)):
+        back = x8.double() * scale[:, None].double()
+        bound = torch.maximum(x.double().abs() / 16, scale[:, None].double() / 1024)
+        assert ((back - x.double()).abs() <= bound * (1 + 1e-5)).all()
+        largest = x.double().abs().amax(dim=1)
+        torch.testing.assert_close(back.abs().amax(dim=1), largest, rtol=1e-6, atol=0)
+
+
+def test_response_is_applied_as_it_is_quantised():
+    h, scale = normal(2, 36, 80, dtype=torch.bfloat16), normal(2, 80, seed=1)
+    h8, row_scale = fp8.apply_response_quantise(h, scale)
+    expected = (h.float() * scale[:, None]).flatten(0, 1)
+    torch.testing.assert_close(row_scale, expected.abs().amax(dim=1) / 448)
+    assert (
+        (h8.float() * row_scale[:, None] - expected).abs() <= expected.abs() / 16 + row_scale[:, None] / 1024
+    ).all()
+
+
+@pytest.mark.parametrize("n", [48, 40], ids=["PyTorch's product", "ours"])
+def test_quantised_product(n):
+    x, w, bias = operands((2, 36, 80, n), torch.bfloat16)
+    (x8, sx), (w8, sw) = fp8.quantise_rows(x), fp8.quantise_weight(w)
+    expected = F.linear(x8.double() * sx[:, None], w8.double() * sw[:, None], bias.double())
+    for product in (fp8.quantised_linear, fp8.scaled_product):
+        out = product(x8, sx, w8, sw, bias, x.new_empty(72, n))
+        assert_near(out, expected, 2**-8)
+
+
+def test_fused_products_take_quantised_operands():
+    x, w, bias = operands((2, 36, 80, 48), torch.bfloat16)
+    (x8, row_scale), (w8, column_scale) = fp8.quantise_rows(x), fp8.quantise_weight(w)
+    exact = F.linear(x8.double() * row_scale[:, None], w8.double() * column_scale[:, None])
+    out, partial = x.new_empty(72, 48), torch.empty(2, products.response_chunks(36), 48)
+    products.linear_gelu_response(x8, w8, bias, 36, out, partial, None, row_scale, column_scale)
+    assert_near(out, F.gelu(exact + bias.double()), 2**-8)
+    start = out.double()
+    assert_near(products.linear_add(x8, w8, None, out, None, row_scale, column_scale), start + exact, 2**-8)
+
+
+@configs
+def test_int8_weights(config):
+    x, w, bias = operands((2, 36, 80, 48), torch.bfloat16)
+    w8, scale = fp8.quantise_weight_int8(w)
+    assert ((w8 * scale[:, None] - w).abs() <= 0.5001 * scale[:, None]).all()
+    out = fp8.linear_int8(x, w8, scale, bias, x.new_empty(72, 48), config)
+    assert_near(out, F.linear(x.double(), w8.double() * scale[:, None], bias.double()), 2**-8)
+
+
+def test_table_names_functions_and_configs():
+    for ops in json.loads(TABLE.read_text(encoding="utf-8")).values():
+        for op, winners in ops.items():
+            assert callable(getattr(products, op.removesuffix("_fp8")))
+            assert all(winner == "cublas" or Config(**winner) for winner in winners.values())
+
+
+def test_a_product_that_was_not_measured_is_computed_as_its_nearest():
+    winners = {"1152x8192x2048": {"block_m": 128}, "512x8192x2048": "cublas"}
+    assert nearest(winners, 1152, 8192, 2048) == {"block_m": 128}
+    assert nearest(winners, 1536, 8192, 2048) == {"block_m": 128}
+    assert nearest(winners, 600, 8192, 2048) == "cublas"
+    assert nearest(winners, 2400, 8192, 2048) == "cublas"  # more than twice the rows
+    assert nearest(winners, 1152, 2048, 2048) == "cublas"
+    assert products.choose("linear", 1152, 8192, 2048, "cpu") is None
