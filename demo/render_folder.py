@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ from cascade_nodes.demo.world import Scene, render, sample_scenes
 TOGETHER = 250  # pictures that a process draws and writes before it takes the next ones
 T = TypeVar("T")
 TRIES = 10  # for each caption that is to be another than those before
+
+
+class Captioned(NamedTuple):
+    """A scene with its captions, and the scenes whose pictures prompt for it."""
+
+    scene: Scene
+    captions: Sequence[str]
+    prompts: Sequence[Scene] = ()
 
 
 def captions_of(scene: Scene, count: int, rng: Random) -> list[str]:
@@ -84,21 +92,22 @@ def _write_tar(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> i
     return len(scenes)
 
 
-def write_captioned(out: Path, captioned: Sequence[tuple[Scene, Sequence[str]]], size: int = PICTURE) -> int:
-    """Writes scenes with their own captions (one a line) into the folder `out`; gives their number."""
+def write_captioned(out: Path, captioned: Sequence[Captioned], size: int = PICTURE) -> int:
+    """Writes scenes with their own captions (one a line) and image prompts into the folder; gives their number."""
     out.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (start, captioned[start : start + TOGETHER]) for start in range(0, len(captioned), TOGETHER)
-    ]
+    jobs = [(start, captioned[start : start + TOGETHER]) for start in range(0, len(captioned), TOGETHER)]
     return sum(_in_processes(partial(_write_captioned, out=out, size=size), jobs))
 
 
-def _write_captioned(job: tuple[int, Sequence[tuple[Scene, Sequence[str]]]], out: Path, size: int) -> int:
+def _write_captioned(job: tuple[int, Sequence[Captioned]], out: Path, size: int) -> int:
     start, captioned = job
-    drawn = render([scene for scene, _ in captioned], size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy()
-    for number, ((_, lines), pixels) in enumerate(zip(captioned, drawn, strict=True), start):
-        _write(out / f"{number:07}.txt", "".join(f"{line}\n" for line in lines).encode())
-        _write(out / f"{number:07}.png", _png(pixels))
+    scenes = [scene for each in captioned for scene in (each.scene, *each.prompts)]
+    drawn = iter(render(scenes, size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy())
+    for number, each in enumerate(captioned, start):
+        _write(out / f"{number:07}.txt", "".join(f"{line}\n" for line in each.captions).encode())
+        _write(out / f"{number:07}.png", _png(next(drawn)))
+        for i in range(len(each.prompts)):
+            _write(out / f"{number:07}.prompt{i}.png", _png(next(drawn)))
     return len(captioned)
 
 

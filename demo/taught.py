@@ -1,6 +1,7 @@
-"""What the demo is taught after its training: a new shape by a LoRA, a name for a held-out object by a token.
+"""What the demo is taught after its training: by LoRAs a new shape, and two pictures as one prompt; by a token a name
+for a held-out object.
 
-`python -m cascade_nodes.demo.taught dome OUT` (or loop) writes pictures with captions for `cascade train`.
+`python -m cascade_nodes.demo.taught dome OUT` (or loop, mixing) writes pictures with captions for `cascade train`.
 """
 
 import argparse
@@ -11,11 +12,13 @@ from pathlib import Path
 from random import Random
 
 from cascade_nodes.demo.captions import Spec, caption, full_spec, verbalise
-from cascade_nodes.demo.scenes import INVERSE, Scene, sample_scenes
+from cascade_nodes.demo.render_folder import Captioned, captions_of, write_captioned
+from cascade_nodes.demo.scenes import BACKGROUNDS, INVERSE, Scene, alone, moved, sample_scenes
 from cascade_nodes.demo.words import SHAPE_WORDS
 
 LOOP = ("ring", "green")  # shape and colour; held out from all training
 LOOP_NAME = "[loop]"
+PAIRS = 0.8  # of the scenes with two objects: the share that two pictures prompt for, one of each object
 ORDINARY = 4  # of so many pictures for the LoRA one is without a dome, so that the rest is not forgotten
 
 
@@ -94,37 +97,55 @@ def loop_prompts(count: int, seed: int) -> tuple[list[str], list[str], list[Spec
     return named[:count], plain[:count], specs[:count]
 
 
-def dome_captions(count: int, seed: int, each: int = 4) -> Iterator[tuple[Scene, list[str]]]:
+def dome_captions(count: int, seed: int, each: int = 4) -> Iterator[Captioned]:
     """Training pictures of domes, and now and then of what the demo knows."""
     rng = Random(seed)
     ordinary = iter(sample_scenes(count, seed + 1))
     for number, (scene, worded) in enumerate(with_dome(count, seed)):
         if number % ORDINARY == 0:
             known = next(ordinary)
-            yield known, [caption(known, rng) for _ in range(each)]
+            yield Captioned(known, [caption(known, rng) for _ in range(each)])
         else:
             shape = worded.objects[0].shape
-            yield scene, [say_dome(caption(worded, rng), shape) for _ in range(each)]
+            yield Captioned(scene, [say_dome(caption(worded, rng), shape) for _ in range(each)])
 
 
-def loop_captions(count: int, seed: int, each: int = 4) -> Iterator[tuple[Scene, list[str]]]:
+def loop_captions(count: int, seed: int, each: int = 4) -> Iterator[Captioned]:
     rng = Random(seed)
     for scene in with_loop(count, seed):
         texts = [say_loop(verbalise(full_spec(scene), rng)) for _ in range(6 * each)]
         kept = [text for text in texts if text is not None][:each]
         if kept:
-            yield scene, kept
+            yield Captioned(scene, kept)
 
 
-TAUGHT: dict[str, Callable[..., Iterator[tuple[Scene, list[str]]]]] = {
+def mixing_captions(count: int, seed: int, each: int = 2) -> Iterator[Captioned]:
+    """Scenes that two pictures prompt for, one of each object, and scenes that one picture of the same prompts for.
+
+    In the prompts the objects stand elsewhere. Of two, in any order, either has the scene's background; the other has
+    it too, or another one.
+    """
+    rng = Random(seed)
+    scenes = sample_scenes(count, seed)
+    others = zip(scenes, moved(scenes, seed), alone(scenes, 0, seed), alone(scenes, 1, seed), strict=True)
+    for scene, same, *objects in others:
+        prompts = [same]
+        if len(scene.objects) == 2 and rng.random() < PAIRS:
+            rng.shuffle(objects)
+            ground = rng.choice((scene.background, rng.choice(BACKGROUNDS)))
+            prompts = [objects[0], replace(objects[1], background=ground)]
+            rng.shuffle(prompts)
+        yield Captioned(scene, captions_of(scene, each, rng), prompts)
+
+
+TAUGHT: dict[str, Callable[..., Iterator[Captioned]]] = {
     "dome": dome_captions,
     "loop": loop_captions,
+    "mixing": mixing_captions,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from cascade_nodes.demo.render_folder import write_captioned
-
     parser = argparse.ArgumentParser(prog="python -m cascade_nodes.demo.taught", description=__doc__)
     parser.add_argument("what", choices=TAUGHT)
     parser.add_argument("out", type=Path, help="the folder to write into")

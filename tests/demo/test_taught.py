@@ -1,0 +1,54 @@
+"""What is drawn to teach the demo afterwards: image prompts show the objects of their scene, elsewhere."""
+
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cascade_nodes.cascade_core.training.sources import find_pictures
+from cascade_nodes.demo.captions import holds, parse
+from cascade_nodes.demo.scenes import held_out_reason
+from cascade_nodes.demo.taught import main, mixing_captions
+from cascade_nodes.demo.world import render
+
+
+def kinds(scene):
+    return sorted((o.shape, o.colour, o.size) for o in scene.objects)
+
+
+def test_two_pictures_prompt_for_a_scene_of_both_their_objects():
+    pairs = [each for each in mixing_captions(300, 4) if len(each.prompts) == 2]
+    assert 120 <= len(pairs) <= 200  # 0.8 of two thirds
+    swapped = 0
+    for scene, captions, (one, other) in pairs:
+        assert kinds(scene) == sorted(kinds(one) + kinds(other))
+        assert scene.background in (one.background, other.background)
+        assert not {(o.x, o.y) for o in scene.objects} & {(o.x, o.y) for o in (*one.objects, *other.objects)}
+        assert all(holds(parse(text), scene) for text in captions)
+        assert held_out_reason(scene) is None
+        swapped += kinds(one)[0][:2] != (scene.objects[0].shape, scene.objects[0].colour)
+    assert 0.3 < swapped / len(pairs) < 0.7
+    assert 0.2 < sum(one.background != other.background for _, _, (one, other) in pairs) / len(pairs) < 0.6
+
+
+def test_one_picture_prompts_for_the_same_scene_elsewhere():
+    singles = [each for each in mixing_captions(300, 4) if len(each.prompts) == 1]
+    assert {len(scene.objects) for scene, _, _ in singles} == {1, 2}
+    for scene, _, (prompt,) in singles:
+        assert (kinds(scene), scene.background, scene.relation) == (
+            kinds(prompt), prompt.background, prompt.relation,
+        )  # fmt: skip
+        assert all(a.x != b.x for a, b in zip(scene.objects, prompt.objects, strict=True))
+
+
+def test_they_are_written_as_training_reads_them(tmp_path):
+    main(["mixing", str(tmp_path), "--count", "12", "--seed", "3"])
+    pictures, skipped = find_pictures(tmp_path, ())
+    assert skipped == []
+    drawn = list(mixing_captions(12, 3))
+    for each, written in zip(drawn, pictures, strict=True):
+        assert written.captions == tuple(each.captions)
+        pixels = [np.array(Image.open(BytesIO(p.read()))) for p in (written, *written.image_prompts)]
+        expected = render([each.scene, *each.prompts])
+        assert torch.equal(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), expected)
