@@ -20,7 +20,7 @@ from cascade_nodes.demo.world import render
 
 FOLDER = Path(__file__).parents[1] / "example_workflows" / "input"
 NARROW = 144  # pixels of the width that outpainting starts from
-SMALL = 32  # pixels a side that super resolution starts from
+SMALL = 16  # pixels a side that super resolution starts from
 BRUSH = 0.235  # radius of the hole, in fractions of the frame
 
 STAR_AND_RING = Scene(
