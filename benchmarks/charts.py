@@ -1,0 +1,123 @@
+"""Bars and curves as PNG, with nothing but Pillow: drawn at twice the size and shrunk, so that lines are smooth."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+FINE = 2
+INK, FAINT, GRID = "#333333", "#777777", "#dddddd"
+COLOURS = ("#1f5fbf", "#c0561f", "#2e8b57", "#8a4fbf")
+MUTED = "#a9b7c9"
+Points = Sequence[tuple[float, float]]
+
+
+class Chart:
+    """A white picture of so many pixels with a title."""
+
+    def __init__(self, title: str, size: tuple[int, int]):
+        self.width, self.height = size
+        self.image = Image.new("RGB", (FINE * self.width, FINE * self.height), "white")
+        self.pen = ImageDraw.Draw(self.image)
+        self.text((16, 12), title, 15, INK, "lt")
+
+    def text(
+        self, at: tuple[float, float], words: str, points: int = 12, ink: str = FAINT, anchor: str = "lm"
+    ) -> float:
+        """Where it begins."""
+        font = ImageFont.load_default(FINE * points)
+        place = (FINE * at[0], FINE * at[1])
+        self.pen.text(place, words, fill=ink, font=font, anchor=anchor)
+        return self.pen.textbbox(place, words, font=font, anchor=anchor)[0] / FINE
+
+    def line(self, points: Points, ink: str, width: float = 1):
+        self.pen.line([(FINE * x, FINE * y) for x, y in points], fill=ink, width=round(FINE * width))
+
+    def box(self, corners: tuple[float, float, float, float], ink: str):
+        self.pen.rectangle([FINE * value for value in corners], fill=ink)
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all."""
+        partial = path.with_name(f".{path.name}.part")
+        self.image.resize((self.width, self.height), Image.Resampling.LANCZOS).save(partial, "PNG")
+        os.replace(partial, path)
+
+
+def bars(title: str, values: Mapping[str, float], unit: str, path: Path, ours: Sequence[str], limit: float):
+    """One bar for each name, ours in colour, and a line at the limit that none can pass."""
+    left, right, top, step = 190, 70, 52, 34
+    chart = Chart(title, (760, top + step * len(values) + 34))
+    most = max(*values.values(), limit)
+
+    def place(value: float) -> float:
+        return left + (chart.width - left - right) * value / most
+
+    for i, (name, value) in enumerate(values.items()):
+        y = top + step * i
+        chart.text((left - 10, y + step / 2), name, 13, INK, "rm")
+        chart.box(
+            (left, y + 6, max(place(value), left + 1), y + step - 6), COLOURS[0] if name in ours else MUTED
+        )
+        chart.text((place(value) + 8, y + step / 2), f"{value:.3g} {unit}", 13, INK)
+    bottom = top + step * len(values)
+    chart.line([(place(limit), top), (place(limit), bottom + 4)], COLOURS[1], 1.5)
+    chart.text((place(limit), bottom + 8), f"limit of the card {limit:.2g} {unit}", 12, COLOURS[1], "lt")
+    chart.save(path)
+
+
+def curves(title: str, panels: Mapping[str, Mapping[str, Points]], x_label: str, path: Path):
+    """Panels side by side, by what their y axis is; both axes are logarithmic."""
+    chart = Chart(title, (760, 380))
+    share = chart.width / len(panels)
+    for i, (y_label, series) in enumerate(panels.items()):
+        area = (share * i + 58, 70, share * (i + 1) - 20, chart.height - 54)
+        _panel(chart, area, y_label, x_label, series)
+    chart.save(path)
+
+
+def _panel(chart: Chart, area, y_label: str, x_label: str, series: Mapping[str, Points]) -> None:
+    left, top, right, bottom = area
+    every = [point for points in series.values() for point in points]
+    xs, ys = sorted({x for x, _ in every}), [y for _, y in every if y > 0]
+    low, high = _whole_powers(ys)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        width = math.log(xs[-1] / xs[0]) or 1
+        across = math.log(x / xs[0]) / width
+        return left + (right - left) * across, bottom - (bottom - top) * math.log(y / low) / math.log(
+            high / low
+        )
+
+    chart.text((left - 46, top - 20), y_label, 12, INK, "lm")
+    for tick in _ticks(low, high):
+        y = place(xs[0], tick)[1]
+        chart.line([(left, y), (right, y)], GRID)
+        chart.text((left - 6, y), f"{tick:g}", 11, FAINT, "rm")
+    for x in xs:
+        at = place(x, low)[0]
+        chart.line([(at, top), (at, bottom)], GRID)
+        chart.text((at, bottom + 6), f"{x:g}", 11, FAINT, "mt")
+    chart.text(((left + right) / 2, bottom + 26), x_label, 12, INK, "mt")
+    legend = right
+    for ink, (name, points) in zip(COLOURS, series.items(), strict=False):
+        places = [place(x, y) for x, y in points if y > 0]
+        if len(places) > 1:
+            chart.line(places, ink, 2)
+        for x, y in places:
+            chart.box((x - 2.5, y - 2.5, x + 2.5, y + 2.5), ink)
+        legend = chart.text((legend, top - 20), name, 12, ink, "rm") - 14
+
+
+def _whole_powers(values: Sequence[float]) -> tuple[float, float]:
+    """Powers of two around the values."""
+    low, high = 2.0 ** math.floor(math.log2(min(values))), 2.0 ** math.ceil(math.log2(max(values)))
+    return low, high if high > low else 2 * low
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """At most some eight of the powers of two between them."""
+    count = round(math.log2(high / low))
+    step = max(1, math.ceil(count / 8))
+    return [low * 2.0**i for i in range(0, count + 1, step)]
