@@ -6,10 +6,12 @@ the estimates are never below it, and at most half above it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from .compressor import CompressorConfig
 from .config import PreviewerConfig, StageAConfig, StageBConfig, StageCConfig, UNetConfig
 from .controlnet import PUBLISHED_LARGE, ControlNetConfig
+from .stage_a import HIDDEN_VALUES
 
 # Of a level's width at each of its positions: a residual block holds its input, the skip, and three times the
 # fourfold hidden width.
@@ -38,7 +40,14 @@ def _unet(config: UNetConfig, batch: int, height: int, width: int, halved: Seque
 
 def stage_a(config: StageAConfig, batch: int, height: int, width: int) -> int:
     """Stage A, either way, with a latent (B, C, height, width)."""
-    return 24 * config.c_hidden * batch * height * width
+    values = config.c_hidden * batch * height * width
+    return min(24 * values, max(11 * values, 8 * values + 2 * HIDDEN_VALUES))
+
+
+def clip_encoder(config: Any, rows: int, tokens: int) -> int:
+    """CLIP's text or image encoder, by transformers' configuration: its MLP or, of few values each, its attention."""
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    return rows * tokens * (max(7 * width, 2 * width + 3 * inner) + 2 * heads * tokens)
 
 
 def compressor(config: CompressorConfig, batch: int, height: int, width: int) -> int:

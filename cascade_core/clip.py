@@ -15,7 +15,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import describe, first_non_finite, load_published_state_dict, locate, read_weights
+from .checkpoints import (
+    converted,
+    describe,
+    first_non_finite,
+    load_published_state_dict,
+    locate,
+    read_weights,
+)
 from .config import infer_config
 from .errors import CascadeError
 
@@ -96,7 +103,7 @@ def load_clip(
     file = weights_file(path, part)
     tensors, metadata = read_weights(file, part)
     own = {
-        name: tensor.to(dtype=dtype)
+        name: tensor
         for name, tensor in tensors.items()
         if name.startswith((f"{part}_model.", f"{PROJECTION[part]}."))
         and not name.endswith(".position_ids")  # a constant that old files carry
@@ -109,7 +116,7 @@ def load_clip(
         beside = file.with_name("config.json") if in_model_folder(path) else None
         config = _stated_config(metadata, beside, part)
         config = {**_inferred_config(own, part, optional=bool(config)), **config}
-        return fill_clip(_build_on_meta(build, config), own)
+        return fill_clip(_build_on_meta(build, config), converted(own, dtype))
     except CascadeError as error:
         raise CascadeError(f"{file}: {error}") from None
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from .config import StageAConfig
 from .efficientnet import BatchNorm2d
 
+HIDDEN_VALUES = 1 << 25  # alive at once in a residual block
+
 
 class ResBlock(nn.Module):
     """Depthwise convolution, then a position-wise MLP, each gated by learned gammas.  (B, C, H, W) -> same"""
@@ -24,13 +26,24 @@ class ResBlock(nn.Module):
             operations.Linear(c, c_hidden), nn.GELU(), operations.Linear(c_hidden, c)
         )
         self.gammas = nn.Parameter(torch.zeros(6))
+        self.c_hidden = c_hidden
 
     def forward(self, x: Tensor) -> Tensor:
         scale1, shift1, gate1, scale2, shift2, gate2 = self.gammas.to(x)
         h = torch.addcmul(shift1, self.norm1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 1 + scale1)
         x = torch.addcmul(x, self.depthwise(h), gate1)
         h = torch.addcmul(shift2, self.norm2(x.permute(0, 2, 3, 1)), 1 + scale2)  # (B, H, W, C)
-        return torch.addcmul(x, self.channelwise(h).permute(0, 3, 1, 2), gate2)
+        return torch.addcmul(x, self._mlp(h).permute(0, 3, 1, 2), gate2)
+
+    def _mlp(self, h: Tensor) -> Tensor:
+        """Position by position, so of a large picture a few rows at a time: its hidden values are most of the memory.
+
+        h: (B, H, W, C) -> the same
+        """
+        rows = max(HIDDEN_VALUES // (self.c_hidden * h.shape[0] * h.shape[2]), 1)
+        if rows >= h.shape[1] or torch.is_grad_enabled():
+            return self.channelwise(h)
+        return torch.cat([self.channelwise(part) for part in h.split(rows, dim=1)], dim=1)
 
 
 class Codebook(nn.Module):

@@ -65,6 +65,20 @@ def join_tiles(
     return joined
 
 
+def fitting_tile(height: int, width: int, halo: int, fits: Callable[[int], bool]) -> int:
+    """The side of the largest even tiles for which `fits(positions that one sees)`; 0 where the whole does.
+
+    At least 1, whatever fits.
+    """
+    longer = max(height, width)
+    for parts in range(1, longer + 1):
+        tile = math.ceil(longer / parts)
+        seen = longer if parts == 1 else tile + 2 * halo
+        if fits(min(height, seen) * min(width, seen)):
+            return 0 if parts == 1 else tile
+    return 1
+
+
 def _spans(length: int, tile: int) -> Iterator[slice]:
     return (slice(start, min(start + tile, length)) for start in range(0, length, tile))
 

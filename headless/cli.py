@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         "where LoadImage looks, default: ./input, then beside the graph, in input beside its folder, and here"
     )
     run.add_argument("--input", type=Path, default=Path("input"), metavar="DIR", help=source)
+    memory = "how much of the GPU's memory to take, such as 6GB, default: $CASCADE_MEMORY, else what is free"
+    run.add_argument("--memory", metavar="SIZE", help=memory)
     run.add_argument("--server", metavar="URL", help="run on this ComfyUI instead of in this process")
     run.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     run.set_defaults(command=_run)
@@ -180,6 +182,11 @@ def _execute(options: argparse.Namespace, progress: ConsoleProgress) -> Result:
     from .execution import Executor
     from .run import run_graph
 
+    if options.memory is not None:
+        from ..cascade_core.placement import parse_bytes
+
+        parse_bytes(options.memory)  # here, where an error is the command line's
+        os.environ["CASCADE_MEMORY"] = options.memory
     return run_graph(
         options.graph,
         assignments=options.assignments,

@@ -21,6 +21,7 @@ from .attention import split_attention
 from .files import read_safetensors
 from .foreign import foreign_name
 from .layouts import parts_in
+from .pages import forget_pages, mapped_files
 from .source import read_weights
 
 NETWORKS: dict[str, Any] = {
@@ -90,27 +91,45 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     operations=nn,
+    read_ahead: bool = True,
 ) -> tuple[nn.Module, str, dict[str, Any]]:
     """A network in evaluation mode from a file of any layout, or a folder of diffusers: (module, kind, config).
 
     expect: the kind to load, where the file may hold several or another.
     The weights are the file's own pages, mapped, unless `dtype` or `device` ask for others.
+    read_ahead: bring them into memory now, for use from there; else they are read when first used.
     Raises CascadeError where the file cannot be read, is not of the kind `expect`, or is not whole.
     """
     weights, metadata = read_weights(path, expect) if expect else read_safetensors(path)
     kind, config = identify(path, weights, metadata, expect)
-    _read_ahead(weights.values())
+    if read_ahead:
+        _read_ahead(weights.values())
     if dtype is not None or torch.device(device).type != "cpu":
-        weights = {
-            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-            for name, tensor in weights.items()
-        }
+        weights = converted(weights, dtype, device)
     try:
         model = _build_on_meta(kind, config, operations)
         load_published_state_dict(model, weights)
     except CascadeError as error:
         raise CascadeError(f"{Path(path).name}: {error}") from error.__cause__
     return model.eval().requires_grad_(False), kind, config
+
+
+def converted(
+    weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """Floating-point weights in `dtype` (None: their own), all on `device`; what is so already is not copied.
+
+    A file's pages leave the memory as their tensors have been copied, so that there are never two of all.
+    """
+    files = mapped_files()
+
+    def convert(tensor: Tensor) -> Tensor:
+        copy = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        if copy is not tensor:
+            forget_pages([tensor], files)
+        return copy
+
+    return {name: convert(tensor) for name, tensor in weights.items()}
 
 
 def _read_ahead(weights: Iterable[Tensor]) -> None:

@@ -11,7 +11,10 @@ from cascade_nodes.cascade_core import (
     StageB,
     StageC,
     activations,
+    stage_a,
 )
+from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.cascade_core.vision import build_vision_model
 from cascade_nodes.tests.core.live_bytes import LiveBytes
 
 UNET = {"kernel_size": 3, "c_r": 64, "patch_size": 1, "t_conds": ["sca"]}
@@ -58,12 +61,42 @@ def test_stage_b(batch, height, width):
     check(activations.stage_b(network.config, batch, height, width), peak)
 
 
+@pytest.mark.parametrize("at_once", [stage_a.HIDDEN_VALUES, 1 << 18, 1 << 16])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_stage_a_both_ways(batch):
+def test_stage_a_both_ways(batch, at_once, monkeypatch):
+    for module in (stage_a, activations):  # as a larger picture is
+        monkeypatch.setattr(module, "HIDDEN_VALUES", at_once)
     network = StageA.from_config({"levels": 2, "bottleneck_blocks": 3, "c_hidden": 64, "codebook_size": 16})
     estimate = activations.stage_a(network.config, batch, 32, 24)
     check(estimate, measured(network, torch.randn(batch, 4, 32, 24), call=network.decode))
     check(estimate, measured(network, torch.rand(batch, 3, 128, 96), call=network.encode))
+
+
+CLIP = {"num_hidden_layers": 3, "hidden_act": "gelu", "projection_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("width", "inner", "heads", "rows"), [(128, 512, 2, 2), (64, 96, 1, 8), (320, 1280, 5, 3)]
+)
+def test_text_encoder(width, inner, heads, rows):
+    config = {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "vocab_size": 100,
+    }
+    network = build_text_model({**CLIP, **config})
+    tokens = torch.randint(0, 99, (rows, 77))
+    mask = torch.arange(77) < torch.randint(1, 77, (rows, 1))
+    peak = measured(network, call=lambda: network.text_model(input_ids=tokens, attention_mask=mask.long()))
+    check(activations.clip_encoder(network.config, rows, 77), peak)
+
+
+def test_image_encoder():
+    config = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
+    network = build_vision_model({**CLIP, **config, "image_size": 56, "patch_size": 7})
+    peak = measured(network, torch.randn(3, 3, 56, 56))
+    check(activations.clip_encoder(network.config, 3, 65), peak)
 
 
 def test_compressor():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import Previewer, StageA, StageB
+from cascade_nodes.cascade_core import stage_a as stage_a_module
 from cascade_nodes.cascade_core.tiles import (
     ALIGNMENT,
     OVERLAP,
@@ -13,6 +14,7 @@ from cascade_nodes.cascade_core.tiles import (
     PREVIEWER_SIDE,
     decode_halo,
     encode_halo,
+    fitting_tile,
     join_tiles,
     overlapping,
     predict_in_tiles,
@@ -44,6 +46,27 @@ def test_stage_a_in_tiles_equals_the_whole(levels, blocks):
     image = torch.rand(1, 3, *(length * side for length in ODD))
     encoded = join_tiles(stage_a.encode, image, 16, encode_halo(stage_a.config), down=side)
     assert difference(encoded, stage_a.encode(image)) <= 1e-5
+
+
+def test_stage_a_a_few_rows_at_a_time_equals_the_whole(monkeypatch):
+    network_a = network(StageA, levels=2, bottleneck_blocks=2, c_hidden=16, codebook_size=8)
+    latent, image = torch.randn(2, 4, *ODD), torch.rand(2, 3, *(length * 4 for length in ODD))
+    with torch.inference_mode():
+        whole = network_a.decode(latent), network_a.encode(image)
+        monkeypatch.setattr(stage_a_module, "HIDDEN_VALUES", 20_000)
+        rows = network_a.decode(latent), network_a.encode(image)
+    assert max(map(difference, whole, rows)) <= 1e-5
+
+
+def test_the_largest_tile_that_fits():
+    def most(area):
+        return lambda positions: positions <= area
+
+    assert fitting_tile(64, 48, 13, most(64 * 48)) == 0
+    assert fitting_tile(64, 48, 13, most(64 * 48 - 1)) == 32  # sees 58 × 48
+    assert fitting_tile(64, 48, 13, most(40 * 40)) == 13  # sees 39 × 39
+    assert fitting_tile(1024, 1024, 13, most(540 * 540)) == 512
+    assert fitting_tile(64, 48, 13, most(0)) == 1
 
 
 def test_the_halo_is_no_wider_than_needed():

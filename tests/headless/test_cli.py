@@ -283,3 +283,10 @@ def test_ctrl_c_while_sampling(folder, models):
         assert errors_of(process).read() == "Stopped.\n"
     assert process.returncode == 130
     assert not (folder / "output").exists()
+
+
+def test_an_amount_of_memory_that_is_none(tmp_path, capsys):
+    assert main(["run", str(tmp_path / "graph.json"), "--memory", "six"]) == 1
+    assert capsys.readouterr().err == (
+        "error: 'six' is no amount of memory; write one such as 6GB, 5.5GiB or 800MB.\n"
+    )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ....cascade_core import activations
 from ....cascade_core.adapters import LearnedToken
-from ....cascade_core.adapters.apply import Patch, patched
+from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.errors import CascadeError
 from .device import compute_device, on_device
 from .embeddings import embeddings_in
@@ -44,9 +45,16 @@ def encode_text(clip: HeadlessCLIP, prompt: str) -> list:
         raise CascadeError(f"The CLIP is a {type(clip).__name__}; connect Load Cascade Text Encoder.")
     model = clip.encoder.model
     learned = [*clip.learned, *embeddings_in(prompt, model.config.hidden_size)]
-    with patched(model, clip.patches, compute_device()), on_device(model), naming_non_finite(clip):
+    # Its chunks, and the empty one that weights need.
+    rows = len(clip.encoder.tokenizer.chunks(prompt)) + 1
+    values = activations.clip_encoder(model.config, rows, clip.encoder.tokenizer.length)
+
+    def encode(_: torch.device) -> list:
         states, pooled = clip.encoder.encode([prompt], learned)
-    return [[states.cpu(), {"pooled_output": pooled.cpu()}]]
+        return [[states.cpu(), {"pooled_output": pooled.cpu()}]]
+
+    with naming_non_finite(clip):
+        return on_device(model, encode, values * model.dtype.itemsize, clip.patches)
 
 
 def encoder_dtype() -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....cascade_core import checkpoints
+from ....cascade_core import activations, checkpoints
 from ....cascade_core.diffusion import log_snr as schedule
 from ..control import (
     Control,
@@ -31,7 +31,7 @@ from .device import on_device
 
 @dataclass(frozen=True)
 class HeadlessControlNet:
-    """A ControlNet in evaluation mode, in main memory."""
+    """A ControlNet in evaluation mode, in main memory or on the device."""
 
     network: Any  # ControlNet
     file: str
@@ -114,9 +114,9 @@ class RunControls:
     def _compute(one: Applied, latent: Tensor) -> Residuals:
         check_interrupted()
         network = one.control_net.network
-        with on_device(network) as device:
-            hint = fit_hint(one.hint, network.config, (latent.shape[-2], latent.shape[-1]))
-            residuals = network(hint.to(device))
+        hint = fit_hint(one.hint, network.config, (latent.shape[-2], latent.shape[-1]))
+        values = activations.controlnet(network.config, len(hint), *hint.shape[-2:])
+        residuals = on_device(network, lambda device: network(hint.to(device)), 4 * values)
         return [None if residual is None else for_batch(residual, len(latent)) for residual in residuals]
 
     def on_at(self, log_snr: Tensor) -> frozenset[Applied]:

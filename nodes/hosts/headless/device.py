@@ -1,12 +1,19 @@
-"""Which device and precision the headless host computes in."""
+"""Which device and precision the headless host computes in, and how networks get there."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from ....cascade_core.adapters.apply import Patch, patched
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.placement import Cuda, Pool, parse_bytes
+from ..reporting import tell
+
+T = TypeVar("T")
 
 _NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -32,18 +39,45 @@ def weight_dtype(name: str) -> torch.dtype:
     return _NAMED[name]
 
 
-@contextmanager
-def on_device(*modules: nn.Module | None) -> Iterator[torch.device]:
-    """Modules are on the compute device inside the block, and back in main memory after it."""
+def picture_dtype() -> torch.dtype:
+    """For Stage A: bf16 on a device that has it, whose rounding is below a picture's 8 bits; else float32."""
+    has_bf16 = compute_device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+@cache
+def pool() -> Pool | None:
+    """What the device's memory is shared by; None on the CPU, where weights are where they are used.
+
+    `$CASCADE_MEMORY` (6GB) caps it.
+    """
     device = compute_device()
-    present = [module for module in modules if module is not None]
     if device.type == "cpu":
-        yield device
-        return
-    try:
-        for module in present:
-            module.to(device)
-        yield device
-    finally:
-        for module in present:
-            module.to("cpu")
+        return None
+    limit = os.environ.get("CASCADE_MEMORY")
+    return Pool(
+        Cuda(torch.device("cuda", torch.cuda.current_device()), parse_bytes(limit) if limit else None)
+    )
+
+
+def on_device(
+    network: nn.Module,
+    body: Callable[[torch.device], T],
+    working: int = 0,
+    patches: Sequence[Patch] = (),
+) -> T:
+    """body(device), with the network there and patched.
+
+    working: bytes that the body takes beside the weights. Out of memory, it is run again from its beginning in a
+    smaller placement, and the user is told.
+    """
+    shared = pool()
+    if shared is not None:
+        return shared.run(network, body, working, patches, tell)
+    with patched(network, patches):
+        return body(compute_device())
+
+
+def read_ahead() -> bool:
+    """Whether a loader should read weights at once: not where the pool will, on their way to the device."""
+    return pool() is None

@@ -12,7 +12,7 @@ from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.engine import Fast
 from ....cascade_core.half import hold_stream
 from ..run import LATENT_CHANNELS, Network, least_side
-from .device import weight_dtype
+from .device import read_ahead, weight_dtype
 
 WIDTHS = {
     "stage_c": {"text": "c_clip_text", "pooled": "c_clip_text_pooled", "image": "c_clip_img"},
@@ -22,7 +22,7 @@ WIDTHS = {
 
 @dataclass(frozen=True)
 class HeadlessModel:
-    """A diffusion network in evaluation mode, in main memory.
+    """A diffusion network in evaluation mode, in main memory or on the device.
 
     What LoRAs change of it is kept beside it: others share the network.
     """
@@ -46,7 +46,7 @@ class HeadlessModel:
 def load_network(kind: str, path: Path, dtype: str) -> HeadlessModel:
     precision = weight_dtype(dtype)
     network: Any  # StageB or StageC
-    network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=precision)
+    network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=precision, read_ahead=read_ahead())
     if kind == "stage_c" and precision == torch.float16:
         hold_stream(network)
     return HeadlessModel(kind, path.name, network, Fast(network, join=True))

@@ -6,18 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....cascade_core.adapters.apply import patched
+from ....cascade_core import activations
 from ....cascade_core.diffusion import noise_cond
 from ....cascade_core.engine import Fast
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.guidance import Guider
+from ....cascade_core.placement import when_leaving
 from ....cascade_core.samplers import SAMPLERS, Step, keep_outside, start_latent
 from ....cascade_core.stage_b import StageB
 from ....cascade_core.tiles import predict_in_tiles
 from ..reporting import check_interrupted, report
 from ..run import Run, Sampled, Watch, mask_like
 from .control import RunControls
-from .device import compute_device, on_device
+from .device import on_device
 from .vae import SCALE_FACTOR
 
 # Latents on the sockets are in these units times what the network diffuses.
@@ -26,26 +27,48 @@ SOCKET_UNITS = {"stage_c": 1.0, "stage_b": SCALE_FACTOR}
 
 @torch.inference_mode()
 def sample(run: Run) -> Sampled:
-    network = run.model.network
-    units = SOCKET_UNITS[run.kind]
     guiders = Guiders(run)
-    with patched(network, run.model.patches, compute_device()), on_device(network) as device:
-        watch = Watch(device)
-        latent = run.samples.to(device, torch.float32) / units
-        source = run.noise()
-        noise = source.draw().to(device)
+    return on_device(
+        run.model.network, lambda device: _sampled(run, guiders, device), _working(run), run.model.patches
+    )
 
-        def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
-            check_interrupted()
-            return guiders.at(log_snr)(x, noise_cond(log_snr))
 
-        mask = None if run.noise_mask is None else mask_like(run.noise_mask, latent)
-        predict = denoise if mask is None else keep_outside(mask, latent, noise, denoise)
-        start = start_latent(latent, noise, run.denoise, run.shift)
-        sampled = SAMPLERS[run.sampler](predict, start, run.log_snrs(), source.draw, _progress)
-        if mask is not None:
-            sampled = torch.lerp(latent, sampled, mask)
-        return watch.stop((sampled * units).float().cpu())
+def _sampled(run: Run, guiders: "Guiders", device: torch.device) -> Sampled:
+    """From the noise on: run anew in a smaller placement, it gives the same."""
+    when_leaving(run.model.network, run.model.fast.forget)
+    units = SOCKET_UNITS[run.kind]
+    watch = Watch(device)
+    latent = run.samples.to(device, torch.float32) / units
+    source = run.noise()
+    noise = source.draw().to(device)
+
+    def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
+        check_interrupted()
+        return guiders.at(log_snr)(x, noise_cond(log_snr))
+
+    mask = None if run.noise_mask is None else mask_like(run.noise_mask, latent)
+    predict = denoise if mask is None else keep_outside(mask, latent, noise, denoise)
+    start = start_latent(latent, noise, run.denoise, run.shift)
+    sampled = SAMPLERS[run.sampler](predict, start, run.log_snrs(), source.draw, _progress)
+    if mask is not None:
+        sampled = torch.lerp(latent, sampled, mask)
+    return watch.stop((sampled * units).float().cpu())
+
+
+def _working(run: Run) -> int:
+    """Bytes that a forward takes beside the weights."""
+    network, batch = run.model.network, len(run.samples) * (1 if run.cfg == 1 else 2)
+    height, width = run.samples.shape[-2:]
+    if run.kind == "stage_c":
+        tokens, values = _only(run.positive, "positive")
+        images = max(len(values.get("unclip_conditioning") or []), 1)
+        seen = tokens.shape[1] + network.config.c_clip_seq * (1 + images)
+        values = activations.stage_c(network.config, batch, height, width, seen)
+    else:
+        side = run.tile or max(height, width)
+        values = activations.stage_b(network.config, batch, min(height, side), min(width, side))
+    # A CUDA graph keeps its own memory beside that of the runs before its recording.
+    return values * next(network.parameters()).dtype.itemsize * (2 if run.engine else 1)
 
 
 class Guiders:
@@ -87,7 +110,7 @@ def in_tiles(network: StageB | Fast, tile: int) -> Callable[..., Tensor]:
     def whole(x: Tensor, r: Tensor, effnet: Tensor, **conditions: Tensor) -> Tensor:
         def predict(part: Tensor, seen: Tensor) -> Tensor:
             check_interrupted()
-            return network(part, r, seen, **conditions)
+            return network(part, r, effnet=seen, **conditions)
 
         return predict_in_tiles(predict, x, effnet, tile, network.config.patch_size)
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....cascade_core import checkpoints
+from ....cascade_core import activations, checkpoints
 from ....cascade_core.errors import CascadeError
-from ....cascade_core.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo, join_tiles
-from ..reporting import check_interrupted
-from .device import on_device
+from ....cascade_core.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo
+from .device import on_device, picture_dtype
+from .tiled import Tiled
 
 SCALE_FACTOR = 0.43  # LATENT sockets carry the codebook's units: this times what Stage B diffuses
 
@@ -32,7 +32,7 @@ class HeadlessVAE:
 
 
 def load_stage_a(path: Path) -> HeadlessVAE:
-    network, _, _ = checkpoints.load_model(path, expect="stage_a", dtype=torch.float32)
+    network, _, _ = checkpoints.load_model(path, expect="stage_a", dtype=picture_dtype())
     return HeadlessVAE("stage_a", network, network, (path.name, path.name))
 
 
@@ -53,17 +53,12 @@ def describe_vae(vae: Any) -> str:
 def encode_pixels(vae: HeadlessVAE, image: Tensor, tile: int = 0) -> Tensor:
     pixels = image.movedim(-1, 1)[:, :3]
     network = vae.encoder
-    with on_device(network) as device:
-        if vae.kind != "stage_a":
-            return network(pixels.to(device, torch.float32)).cpu()
-
-        def encode(part: Tensor) -> Tensor:
-            check_interrupted()
-            return network.encode(part.to(device, torch.float32)).cpu()
-
-        side = 2**network.config.levels  # pixels of a latent position
-        latent = join_tiles(encode, pixels, tile // side, encode_halo(network.config), down=side)
-        return latent * network.config.scale_factor
+    if vae.kind != "stage_a":
+        working = 4 * activations.compressor(network.config, len(pixels), *pixels.shape[-2:])
+        return on_device(network, lambda device: network(pixels.to(device, torch.float32)).cpu(), working)
+    side = 2**network.config.levels  # pixels of a latent position
+    encode = Tiled(network, network.encode, encode_halo(network.config), activations.stage_a, down=side)
+    return encode(pixels, tile // side) * network.config.scale_factor
 
 
 @torch.inference_mode()
@@ -75,14 +70,9 @@ def decode_latent(vae: HeadlessVAE, latent: Tensor, tile: int) -> Tensor:
     network = vae.decoder
     if vae.kind == "stage_a":
         latent = latent / network.config.scale_factor
-        run, side, halo = network.decode, 2**network.config.levels, decode_halo(network.config)
+        side, halo = 2**network.config.levels, decode_halo(network.config)
+        decode = Tiled(network, network.decode, halo, activations.stage_a, up=side)
     else:
-        run, side, halo = network, PREVIEWER_SIDE, PREVIEWER_HALO
-    with on_device(network) as device:
-
-        def decode(part: Tensor) -> Tensor:
-            check_interrupted()
-            return run(part.to(device, torch.float32)).cpu()
-
-        image = join_tiles(decode, latent, tile // side, halo, up=side)
-    return image.clamp(0, 1).movedim(1, -1)
+        side = PREVIEWER_SIDE
+        decode = Tiled(network, network, PREVIEWER_HALO, activations.previewer, up=side)
+    return decode(latent, tile // side).clamp(0, 1).movedim(1, -1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ....cascade_core import activations
 from ....cascade_core.errors import CascadeError
 from .clip import encoder_dtype
 from .device import on_device
@@ -47,5 +48,12 @@ def encode_image(vision: HeadlessVision, image: Tensor) -> HeadlessVisionOutput:
         raise CascadeError(
             f"The CLIP_VISION is a {type(vision).__name__}; connect Load Cascade Image Encoder."
         )
-    with on_device(vision.encoder.model), naming_non_finite(vision):
-        return HeadlessVisionOutput(vision.encoder.encode(image).cpu())
+    from ....cascade_core.vision import IMAGES_AT_ONCE
+
+    model, batch = vision.encoder.model, min(len(image), IMAGES_AT_ONCE)
+    positions = (model.config.image_size // model.config.patch_size) ** 2 + 1
+    working = activations.clip_encoder(model.config, batch, positions) * model.dtype.itemsize
+    working += 8 * image[:batch].numel()  # the pictures, in float32, and one more while they are resized
+    with naming_non_finite(vision):
+        embeds = on_device(model, lambda _: vision.encoder.encode(image).cpu(), working)
+    return HeadlessVisionOutput(embeds)

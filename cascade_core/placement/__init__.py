@@ -1,0 +1,26 @@
+"""Where weights live: on the device between runs, one stage at a time, or streamed block by block as they are used.
+
+pool.py    the door: `Pool.run` puts a network where it fits, runs something on it, and goes on in less memory
+units.py   a network cut into pieces that move as one
+placed.py  a network as its units, and what patches change of each
+plan.py    which pieces stay and which are streamed, from the room that there is
+stream.py  pieces on their way through a few slots while the ones before them compute
+supply.py  from the file, through pinned memory, to the device
+pages.py   pinned memory
+device.py  what all this asks of a device; CUDA's answer, and main memory's in its place
+"""
+
+from .device import Cuda, Device, MainMemory, out_of_memory
+from .pages import parse_bytes
+from .pool import Pool, is_resident, when_leaving
+
+__all__ = [
+    "Cuda",
+    "Device",
+    "MainMemory",
+    "Pool",
+    "is_resident",
+    "out_of_memory",
+    "parse_bytes",
+    "when_leaving",
+]

@@ -1,0 +1,90 @@
+"""A network that looks only so far, on pictures of any size: whole where that fits the memory, else in tiles."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....cascade_core.placement import out_of_memory
+from ....cascade_core.tiles import fitting_tile, join_tiles
+from ..reporting import check_interrupted, tell
+from .device import on_device, pool
+
+MOST = 2_500_000_000  # bytes beside the weights: beyond it larger tiles are hardly faster
+LEAST = 500_000_000  # bytes for which other networks leave the device rather than that tiles get smaller
+LEAST_TILE = 16  # positions a side
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """function, a method of the network's, on tiles that see `halo` positions more.
+
+    estimate  of `activations`: values alive for (config, batch, height, width) in positions
+    down, up  what a position is in what goes in and in what comes out, in values a side
+    """
+
+    network: Any
+    function: Callable[[Tensor], Tensor]
+    halo: int
+    estimate: Callable[..., int]
+    down: int = 1
+    up: int = 1
+
+    def __call__(self, x: Tensor, tile: int) -> Tensor:
+        """x: (B, C, h · down, w · down) -> (B, C', h · up, w · up) float32 in main memory.
+
+        tile: positions a side, 0: as the memory allows, and smaller ones where it turns out not to.
+        """
+        automatic = not tile
+        if automatic:
+            tile = self._fitting(x)
+        while True:
+            try:
+                return self._in_tiles(x, tile)
+            except Exception as error:
+                smaller = self._half(x, tile)
+                if not automatic or not out_of_memory(error) or smaller < LEAST_TILE:
+                    raise
+            tile = smaller
+            tell(f"out of memory; trying again in tiles of {tile * max(self.down, self.up)} pixels.")
+
+    def _in_tiles(self, x: Tensor, tile: int) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+
+        def run(device: torch.device) -> Tensor:
+            def part(seen: Tensor) -> Tensor:
+                check_interrupted()
+                return self.function(seen.to(device, dtype)).float().cpu()
+
+            return join_tiles(part, x, tile, self.halo, self.down, self.up)
+
+        return on_device(self.network, run, self._bytes(x, self._area(x, tile)))
+
+    def _positions(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[-2] // self.down, x.shape[-1] // self.down
+
+    def _area(self, x: Tensor, tile: int) -> int:
+        """Positions that are seen at once."""
+        height, width = self._positions(x)
+        seen = tile + 2 * self.halo if tile else max(height, width)
+        return min(height, seen) * min(width, seen)
+
+    def _bytes(self, x: Tensor, area: int) -> int:
+        dtype = next(self.network.parameters()).dtype
+        return self.estimate(self.network.config, len(x), area, 1) * dtype.itemsize
+
+    def _fitting(self, x: Tensor) -> int:
+        shared = pool()
+        if shared is None:
+            return 0
+        network: nn.Module = self.network
+        room = max(shared.room(network, beside=True), min(shared.room(network), LEAST))
+        room = min(room, MOST)
+        return fitting_tile(*self._positions(x), self.halo, lambda area: self._bytes(x, area) <= room)
+
+    def _half(self, x: Tensor, tile: int) -> int:
+        """The next smaller tile: it sees half as much."""
+        most = self._area(x, tile) // 2
+        return fitting_tile(*self._positions(x), self.halo, lambda area: area <= most)

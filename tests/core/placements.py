@@ -1,0 +1,66 @@
+"""Main memory as a device that counts what it gives out, runs out of it, and copies as late as it may."""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascade_nodes.cascade_core.placement import MainMemory
+
+
+class Counting(MainMemory):
+    """Counts the bytes that it has given out, NaN until they are written; of more than `size` it has none.
+
+    failing: which of the next allocations fail all the same, counted from 0.
+    """
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.now = self.peak = self.copied = 0
+        self.failing: set[int] = set()
+
+    def empty(self, size: int) -> Tensor:
+        fails = 0 in self.failing
+        self.failing = {left - 1 for left in self.failing if left}
+        if fails or self.now + size > self.size:
+            raise torch.OutOfMemoryError(f"Tried to allocate {size} bytes.")
+        with torch.inference_mode():
+            memory = super().empty(size).fill_(255)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(memory.untyped_storage(), self._gone, size)
+        return memory
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        self.copied += len(target)
+        return super().copy(target, source, after)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+class Late(Counting):
+    """Copies no sooner than their mark is waited for: who forgets to wait finds what was there before."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.lock = threading.Lock()
+        self.begun: list[tuple[Tensor, Tensor]] = []
+        self.done = 0
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> int:
+        with self.lock:
+            self.begun.append((target, source))
+            return len(self.begun)
+
+    @torch.inference_mode()
+    def wait(self, mark: int) -> None:
+        with self.lock:
+            for target, source in self.begun[self.done : mark]:
+                target.copy_(source)
+            self.begun[self.done : mark] = [(torch.empty(0), torch.empty(0))] * max(mark - self.done, 0)
+            self.done = max(self.done, mark)
+
+    synchronize = wait

@@ -1,0 +1,427 @@
+"""Placements: what a network gives is bit for bit the same in all of them, in no more memory than there is."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cascade_nodes.cascade_core import CascadeError, StageB, StageC
+from cascade_nodes.cascade_core.adapters import LowRank
+from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
+from cascade_nodes.cascade_core.placement import (
+    MainMemory,
+    Pool,
+    is_resident,
+    out_of_memory,
+    parse_bytes,
+    when_leaving,
+)
+from cascade_nodes.cascade_core.placement.plan import plan
+from cascade_nodes.cascade_core.placement.units import Unit, cut
+from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.tests.core.placements import Counting, Late
+from cascade_nodes.tests.nodes.tiny import CONFIGS, TEXT_WIDTH, TRANSFORMER, shake
+
+UNIT = 40_000  # bytes
+BLOCKS = {"blocks": [[2, 4], [4, 2]]}
+MORE = {"stage_c": BLOCKS, "stage_b": {**BLOCKS, "block_repeat": [[1, 2], [3, 2]]}}
+Forward = Callable[[], Tensor]
+
+
+def network(kind: str) -> tuple[nn.Module, Forward]:
+    """A network of some twenty units, and a forward of it."""
+    torch.manual_seed(3)
+    if kind == "text":
+        config = {**TRANSFORMER, "num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 96}
+        text = (
+            build_text_model({**config, "projection_dim": 64, "vocab_size": 80}).eval().requires_grad_(False)
+        )
+        ids = torch.randint(0, 78, (2, 77))
+        ids[:, -1] = 79
+        return text, lambda: text(input_ids=ids, attention_mask=torch.ones(2, 77).long()).text_embeds
+    cls: Any = {"stage_c": StageC, "stage_b": StageB}[kind]
+    unet = cls.from_config(CONFIGS[kind] | MORE[kind]).eval().requires_grad_(False)
+    shake(unet)
+    x, r = torch.randn(2, unet.config.c_in, 16, 16), torch.rand(2)
+    if kind == "stage_b":
+        given = {"effnet": torch.randn(2, 16, 4, 4), "clip": torch.randn(2, 1, TEXT_WIDTH)}
+    else:
+        given = {
+            "clip_text": torch.randn(2, 7, TEXT_WIDTH),
+            "clip_text_pooled": torch.randn(2, 1, TEXT_WIDTH),
+        }
+        given["clip_img"] = torch.randn(2, 1, 48)
+    return unet, lambda: unet(x, r, **given)
+
+
+def size_of(net: nn.Module) -> int:
+    return sum(unit.size for unit in cut(net, UNIT)[0])
+
+
+def values(net: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def same(net: nn.Module, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def lora(net: nn.Module) -> Patch:
+    """Changes of every attention's query and output, and of a layer in no block."""
+    generator = torch.Generator().manual_seed(5)
+    layers = [
+        name for name, _ in net.named_modules() if name.endswith(("to_q", "out_proj", "clip_txt_mapper"))
+    ]
+    modules: dict[str, Any] = {name: net.get_submodule(name) for name in layers}
+    shapes: dict[str, Any] = {name: module.weight.shape for name, module in modules.items()}
+    changes = {
+        name: LowRank(torch.randn(2, i, generator=generator), torch.randn(o, 2, generator=generator))
+        for name, (o, i) in shapes.items()
+    }
+    return Patch("some.safetensors", changes, 0.3)
+
+
+@pytest.mark.parametrize("device_class", [Counting, Late])
+@pytest.mark.parametrize("share", [1.5, 0.9, 0.7, 0.5, 0.35])
+@pytest.mark.parametrize("kind", ["stage_c", "stage_b", "text"])
+@torch.inference_mode()
+def test_bit_for_bit_in_no_more_memory_than_there_is(kind, share, device_class):
+    net, forward = network(kind)
+    wanted, before = forward(), values(net)
+    device = device_class(int(share * size_of(net)))
+    pool = Pool(device, UNIT)
+    for _ in range(2):  # from where it was loaded; from where the first run has left it
+        results = pool.run(net, lambda _: [forward() for _ in range(3)])
+        assert all(torch.equal(result, wanted) for result in results)
+    assert is_resident(net) == (share > 1)
+    assert device.peak <= device.size
+    largest = max(unit.size for unit in cut(net, UNIT)[0])
+    assert device.peak > min(device.size, size_of(net)) - largest  # and uses what there is
+    pool.release()
+    assert device.now == 0
+    assert same(net, before)
+
+
+class Watched(Counting):
+    """Knows what the computation used last and when, and refuses a copy that would not wait for it."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.time = self.checked = 0
+        self.used: dict[int, int] = {}  # address -> time
+
+    def mark(self) -> int:
+        self.time += 1
+        return self.time
+
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        start = target.data_ptr()
+        for address, time in self.used.items():
+            if start <= address < start + len(target):
+                assert after is not None
+                assert after > time
+                self.checked += 1
+        return super().copy(target, source, after)
+
+    def watch(self, net: nn.Module) -> None:
+        for module in net.modules():
+            module.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            self.used[parameter.data_ptr()] = self.time
+
+
+@pytest.mark.parametrize("kind", ["stage_c", "stage_b", "text"])
+@torch.inference_mode()
+def test_no_copy_comes_into_memory_that_is_in_use(kind):
+    net, forward = network(kind)
+    device = Watched(int(0.6 * size_of(net)))
+    device.watch(net)
+    pool = Pool(device, UNIT)
+    for _ in range(2):
+        pool.run(net, lambda _: [forward(), forward()])
+    assert device.checked > 20
+
+
+def test_what_stays_is_not_copied_again():
+    net, forward = network("stage_c")
+    device = Counting(2 * size_of(net))
+    pool = Pool(device, UNIT)
+    pool.run(net, lambda _: forward())
+    first, addresses = device.copied, [p.data_ptr() for p in net.parameters()]
+    pool.run(net, lambda _: forward())
+    assert device.copied == first == size_of(net)
+    assert [p.data_ptr() for p in net.parameters()] == addresses
+
+
+def test_only_what_does_not_fit_is_streamed():
+    net, forward = network("stage_c")
+    order = cut(net, UNIT)[1]
+    total, slot = size_of(net), max(unit.size for unit in order)
+    previous = 0
+    for missing in (0.1, 0.3, 0.5, 0.7):
+        device = Counting(int((1 - missing) * total))
+        pool = Pool(device, UNIT)
+        pool.run(net, lambda _: forward())
+        here = device.copied
+        pool.run(net, lambda _: [forward() for _ in range(10)])
+        streamed = (device.copied - here) / 10
+        assert missing * total + slot <= streamed <= missing * total + 4 * slot
+        assert streamed > previous
+        previous = streamed
+
+
+def test_streamed_units_are_spread_and_repeated_ones_stay():
+    units = [Unit([nn.Linear(32, 32)], [torch.zeros(1024)]) for _ in range(12)]
+    rest = Unit([], [torch.zeros(64)])
+    found = plan([rest, *units], units, room=rest.size + 8 * 4096)
+    assert (found.slots, found.slot) == (2, 4096)
+    assert [unit in found.streamed for unit in units] == [False, True] * 6  # four do not fit, two are slots
+    repeated = [*units[:6] * 3, *units[6:]]
+    found = plan([rest, *units], repeated, room=rest.size + 8 * 4096)
+    assert found.streamed == set(units[6:])
+    assert plan([rest, *units], units, room=rest.size + 12 * 4096).streamed == frozenset()
+    assert plan([rest, *units], units, room=0).streamed == set(units)
+
+
+@pytest.mark.parametrize("share", [1.5, 0.5])
+@torch.inference_mode()
+def test_lora_in_every_placement(share):
+    net, forward = network("stage_c")
+    plain, before, patch = forward(), values(net), lora(net)
+    with patched(net, [patch]):
+        wanted = forward()
+    assert not torch.equal(wanted, plain)
+    device = Late(int(share * size_of(net)))
+    pool = Pool(device, UNIT)
+    parameters = dict(net.named_parameters())
+    for patches, expected in (
+        ([], plain),
+        ([patch], wanted),
+        ([patch], wanted),
+        ([], plain),
+        ([patch], wanted),
+    ):
+        results = pool.run(net, lambda _: [forward(), forward()], patches=patches)
+        assert all(torch.equal(result, expected) for result in results)
+        assert device.peak <= device.size  # no second copy of what is patched
+    pool.release()
+    assert same(net, before)
+    assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
+
+
+def test_patched_weights_stay_patched_for_the_next_run():
+    net, forward = network("stage_c")
+    device = Counting(2 * size_of(net))
+    pool, patch = Pool(device, UNIT), lora(net)
+    pool.run(net, lambda _: forward(), patches=[patch])
+    copied = device.copied
+    pool.run(net, lambda _: forward(), patches=[patch])
+    assert device.copied == copied
+
+
+def test_a_lora_of_another_network_is_refused_before_anything_moves():
+    net, _ = network("stage_c")
+    device = Counting(2 * size_of(net))
+    wrong = Patch("other.safetensors", {"clf.1": LowRank(torch.randn(2, 5), torch.randn(16, 2))})
+    with pytest.raises(CascadeError, match=r"other\.safetensors changes clf\.1 as a weight of"):
+        Pool(device, UNIT).run(net, lambda _: None, patches=[wrong])
+    assert device.peak == 0
+
+
+@pytest.mark.parametrize("share", [1.5, 0.5])
+@torch.inference_mode()
+def test_a_run_that_is_broken_off(share):
+    net, forward = network("stage_b")
+    wanted, before = forward(), values(net)
+    pool = Pool(Late(int(share * size_of(net))), UNIT)
+    unit_blocks = cut(net, UNIT)[1][-4].blocks
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def broken(_):
+        forward()
+        hook = unit_blocks[0].register_forward_hook(stop)
+        try:
+            return forward()
+        finally:
+            hook.remove()
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(net, broken)
+    assert same(net, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+    def begun_anew(device):  # the run goes on with another forward
+        with pytest.raises(KeyboardInterrupt):
+            broken(device)
+        return [forward(), forward()]
+
+    assert all(torch.equal(result, wanted) for result in pool.run(net, begun_anew))
+    assert same(net, before)
+
+
+@torch.inference_mode()
+def test_out_of_memory_is_tried_again_in_smaller_placements():
+    net, forward = network("stage_c")
+    other, _ = network("text")
+    wanted = forward()
+    device = Late(size_of(net) + size_of(other))
+    pool = Pool(device, UNIT)
+    pool.run(other, lambda _: None)
+    told, held = [], []
+
+    def body(_):
+        result = forward()
+        held.append(device.now)
+        if len(held) < 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return result
+
+    assert torch.equal(pool.run(net, body, tell=told.append), wanted)
+    assert told == [
+        "out of memory; trying again with the other stages off the device.",
+        "out of memory; trying again with half of the weights streamed from main memory.",
+        "out of memory; trying again with all blocks streamed.",
+    ]
+    assert held == sorted(held, reverse=True)
+    assert held[-1] < 0.35 * size_of(net)
+    assert not is_resident(other)
+    with pytest.raises(torch.OutOfMemoryError):  # no placement is small enough
+        pool.run(net, lambda _: device.empty(2 * device.size))
+    assert device.now <= device.size
+
+
+@pytest.mark.parametrize("failing", [0, 3, 20])
+def test_an_allocation_that_fails_while_a_network_is_placed(failing):
+    net, forward = network("stage_c")
+    wanted, told = forward(), []
+    device = Counting(2 * size_of(net))
+    device.failing = {failing}
+    assert torch.equal(Pool(device, UNIT).run(net, lambda _: forward(), tell=told.append), wanted)
+    assert len(told) == 1
+
+
+def test_what_counts_as_out_of_memory():
+    assert out_of_memory(torch.cuda.OutOfMemoryError())
+    assert out_of_memory(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+    )
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not out_of_memory(MemoryError())
+
+
+def test_stages_leave_as_little_as_need_be():
+    stages = [network(kind) for kind in ("text", "stage_c", "stage_b")]
+    total = sum(size_of(net) for net, _ in stages)
+    wanted = [forward() for _, forward in stages]
+    device = Counting(int(0.8 * total))
+    pool = Pool(device, UNIT)
+
+    def picture():
+        return [pool.run(net, lambda _, forward=forward: forward()) for net, forward in stages]
+
+    for _ in range(3):
+        copied = device.copied
+        assert all(torch.equal(result, right) for result, right in zip(picture(), wanted, strict=True))
+    assert device.peak <= device.size
+    assert device.copied - copied < 0.55 * total  # a fifth too much leaves and comes back, not everything
+    assert pool.room(stages[0][0]) == device.size - size_of(stages[0][0])
+    assert pool.room(stages[0][0], beside=True) < pool.room(stages[0][0])
+
+
+class Derived:
+    """What an engine makes from weights."""
+
+    def __init__(self, device: Counting):
+        self.device = device
+        self.forgotten: list[int] = []
+
+    def forget(self) -> None:
+        self.forgotten.append(self.device.now)
+
+
+def test_what_was_made_from_weights_hears_that_they_leave():
+    net, _ = network("stage_c")
+    device = Counting(2 * size_of(net))
+    pool, derived = Pool(device, UNIT), Derived(device)
+    for _ in range(2):
+        pool.run(net, lambda _: when_leaving(net, derived.forget))
+    pool.release()
+    assert derived.forgotten == [size_of(net)]  # once, and before
+
+
+def test_a_network_that_nobody_uses_any_more_leaves():
+    net, forward = network("stage_c")
+    device = Counting(2 * size_of(net))
+    pool = Pool(device, UNIT)
+    pool.run(net, lambda _, forward=forward: forward())
+    assert device.now == size_of(net)
+    del net, forward
+    gc.collect()
+    assert device.now == 0
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_from_a_file_through_pinned_memory(tmp_path, dtype):
+    net, _ = network("stage_c")
+    path = tmp_path / "stage_c.safetensors"
+    write_safetensors(path, net.state_dict(), {})
+    loaded, _, _ = load_model(path, expect="stage_c", dtype=dtype, read_ahead=False)
+    before = values(loaded)
+    device = Late(int(0.5 * size_of(loaded)))
+    pool = Pool(device, UNIT)
+    pool.run(loaded, lambda _: None)
+    path.unlink()  # what was mapped is there all the same
+    pool.run(loaded, lambda _: None)
+    pool.release()
+    assert same(loaded, before)
+    units = [unit for placed in pool.placed.values() for unit in placed.units]
+    pinned = [(unit.host, unit.tensors) for unit in units if unit.host is not None]
+    assert pinned
+    for host, tensors in pinned:  # the pinned bytes are the weights' only ones in main memory
+        assert all(t.untyped_storage().data_ptr() == host.data_ptr() for t in tensors)
+
+
+def test_units_hold_every_tensor_once_in_its_own_layout():
+    net, _ = network("stage_b")
+    with torch.no_grad():
+        first: Any = net.get_submodule("embedding.1")
+        first.weight.data = first.weight.data.contiguous(memory_format=torch.channels_last)
+    units, order = cut(net, UNIT)
+    tensors = [tensor for unit in units for tensor in unit.tensors]
+    assert {id(tensor) for tensor in tensors} == {
+        id(tensor) for tensor in (*net.parameters(), *net.buffers())
+    }
+    assert len(tensors) == len({id(tensor) for tensor in tensors})
+    assert len(order) > len(units) - 1  # levels that repeat
+    for unit in units:
+        memory = torch.empty(unit.size, dtype=torch.uint8)
+        unit.read(memory)
+        for tensor, view in zip(unit.tensors, unit.views(memory), strict=True):
+            assert torch.equal(tensor, view)
+            assert tensor.stride() == view.stride()
+
+
+def test_query_key_and_value_lie_side_by_side():
+    net, _ = network("stage_c")
+    Pool(MainMemory(2 * size_of(net)), UNIT).run(net, lambda _: None)
+    attention: Any = net.get_submodule("down_blocks.0.2.attention.attn")
+    q, k, v = (layer.weight for layer in (attention.to_q, attention.to_k, attention.to_v))
+    assert k.data_ptr() - q.data_ptr() == v.data_ptr() - k.data_ptr() == q.nbytes
+
+
+def test_amounts_of_memory():
+    assert parse_bytes("6GB") == 6_000_000_000
+    assert parse_bytes("5.5 GiB") == 5.5 * 2**30
+    assert parse_bytes("800mb") == 800_000_000
+    assert parse_bytes("1024") == 1024
+    for text in ("", "six", "0", "-1GB", "6GBs"):
+        with pytest.raises(CascadeError, match="no amount of memory; write one such as 6GB"):
+            parse_bytes(text)
