@@ -7,19 +7,33 @@ from random import Random
 import torch
 from torch import Tensor
 
+from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.demo.captions import ObjectSpec, Spec, verbalise
 from cascade_nodes.demo.dataset import as_float, pictures
 from cascade_nodes.demo.evaluate import SEED, prompts_of
 from cascade_nodes.demo.measuring import Figures, in_batches, psnr, rates
 from cascade_nodes.demo.pipeline import PRIOR, DemoCascade, Sampling
 from cascade_nodes.demo.scenes import Scene, alone, sample_scenes
+from cascade_nodes.demo.taught_tasks import adapter
 
 VARIATION = Sampling(steps=20, cfg=3.0, sampler="dpmpp_2m")
+SPLITS = {"train": "", "held_out": "_of_what_was_never_trained"}  # what a figure of each is called
 
 
 def things(scene: Scene) -> Spec:
     """The shapes and colours of a scene, and nothing else."""
     return Spec(tuple(ObjectSpec(shape=o.shape, colour=o.colour) for o in scene.objects), exact=True)
+
+
+def prompted(cascade: DemoCascade, embedded: Tensor, seed: int) -> Tensor:
+    """Pictures of image prompts (N, n, E) without words: (N, 3, H, W) in [0, 1] on the CPU"""
+
+    def some(part: slice) -> Tensor:
+        prompts = [""] * (part.stop - part.start)
+        latents = cascade.prior(prompts, seed + part.start, VARIATION, images=embedded[part])
+        return cascade.decode(latents, prompts, seed + part.start)
+
+    return in_batches(some, len(embedded))
 
 
 def variation(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
@@ -28,48 +42,55 @@ def variation(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     The pictures are new; in half of the measurement so is what they show, a pair of shape and colour or a triple that
     was never trained on.
     """
-
-    def made(embedded: Tensor, seed: int) -> Tensor:
-        def some(part: slice) -> Tensor:
-            prompts = [""] * (part.stop - part.start)
-            latents = cascade.prior(prompts, seed + part.start, VARIATION, images=embedded[part])
-            return cascade.decode(latents, prompts, seed + part.start)
-
-        return in_batches(some, count)
-
     figures: Figures = {}
     sheets = []
-    for split, name in (("train", "right"), ("held_out", "right_of_what_was_never_trained")):
+    for split, name in SPLITS.items():
         scenes = sample_scenes(count, SEED + 10, split)
         sources = pictures(scenes, cascade.device)
         embedded = cascade.embed(sources)[:, None]  # (N, 1, E)
-        first, second = made(embedded, SEED), made(embedded, SEED + 10_000)
-        figures[name] = rates(first, [things(scene) for scene in scenes])["all_right"]
-        figures[f"{name}_psnr_between_seeds_db"] = psnr(first, second).mean().item()
+        first, second = (prompted(cascade, embedded, seed) for seed in (SEED, SEED + 10_000))
+        figures[f"right{name}"] = rates(first, [things(scene) for scene in scenes])["all_right"]
+        figures[f"psnr_between_seeds_db{name}"] = psnr(first, second).mean().item()
         sheets.append(torch.stack([as_float(sources).cpu(), first, second], dim=1).flatten(0, 1))
     return figures, torch.cat([sheet[:24] for sheet in sheets])
 
 
 def mixing(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Two pictures of one object each as one prompt: both objects are there."""
-    scenes = [s for s in sample_scenes(2 * count, SEED + 11, "held_out") if len(s.objects) == 2][:count]
-    sources = [pictures(alone(scenes, slot, SEED), cascade.device) for slot in (0, 1)]
-    embedded = torch.stack([cascade.embed(images) for images in sources], dim=1)  # (N, 2, E)
+    """Two pictures of one object each as one prompt: with the LoRA that teaches it both objects are there.
 
-    def some(part: slice) -> Tensor:
-        prompts = [""] * (part.stop - part.start)
-        latents = cascade.prior(prompts, SEED + part.start, VARIATION, images=embedded[part])
-        return cascade.decode(latents, prompts, SEED + part.start)
+    Beside it, what the LoRA does to variations of one picture.
+    """
+    changes = adapter(cascade, "demo_lora_two_pictures.safetensors").stage_c
 
-    images = in_batches(some, len(scenes))
-    figures = rates(images, [things(scene) for scene in scenes])
-    one = Spec((ObjectSpec(),) * 2, exact=True)
-    return {
-        "both_right": figures["all_right"],
-        "colours": figures["objects_colour"],
-        "shapes": figures["objects_shape"],
-        "two_objects": rates(images, [one] * len(scenes))["counts"],
-    }, torch.stack([*(as_float(s).cpu() for s in sources), images], dim=1).flatten(0, 1)
+    def made(embedded: Tensor, strength: float) -> Tensor:
+        with patched(cascade.stage_c, [Patch("two pictures", changes, strength)]):
+            return prompted(cascade, embedded, SEED)
+
+    figures: Figures = {}
+    sheets = []
+    two = Spec((ObjectSpec(),) * 2, exact=True)
+    for split, name in SPLITS.items():
+        scenes = [s for s in sample_scenes(2 * count + 20, SEED + 11, split) if len(s.objects) == 2][:count]
+        sources = [pictures(alone(scenes, slot, SEED), cascade.device) for slot in (0, 1)]
+        embedded = torch.stack([cascade.embed(images) for images in sources], dim=1)  # (N, 2, E)
+        images, without = made(embedded, 1.0), made(embedded, 0.0)
+        found = rates(images, [things(scene) for scene in scenes])
+        figures[f"both_right{name}"] = found["all_right"]
+        figures[f"both_right_without_lora{name}"] = rates(without, [things(scene) for scene in scenes])[
+            "all_right"
+        ]
+        figures[f"colours{name}"], figures[f"shapes{name}"] = (
+            found["objects_colour"],
+            found["objects_shape"],
+        )
+        figures[f"two_objects{name}"] = rates(images, [two] * len(scenes))["counts"]
+        sheets.append(torch.stack([*(as_float(s).cpu() for s in sources), without, images], 1).flatten(0, 1))
+
+        single = sample_scenes(count, SEED + 10, split)
+        embedded = cascade.embed(pictures(single, cascade.device))[:, None]  # (N, 1, E)
+        found = rates(made(embedded, 1.0), [things(scene) for scene in single])
+        figures[f"one_picture_right{name}"] = found["all_right"]
+    return figures, torch.cat([sheet[:24] for sheet in sheets])
 
 
 def image_to_image(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
