@@ -96,7 +96,9 @@ class LoRATask(Task):
             return torch.cat([guide(c, u, cfg, o.cfg_rescale) for c, u, cfg in parts])
 
         weighing = o.largest_weight, o.share_at_start, self.weight
-        return consistency_loss(predict, teacher, x0, o.solver_steps, *weighing, o.shift, o.sampling_steps)
+        return consistency_loss(
+            predict, teacher, x0, o.solver_steps, *weighing, o.shift, o.sampling_steps, o.own_path
+        )
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:

@@ -74,6 +74,7 @@ def consistency_loss(
     loss_weight: Callable[..., Tensor] = debiased,
     shift: float = 1.0,
     places: int | None = None,
+    own: float = 0.0,
 ) -> dict[str, Tensor]:
     """Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378 and 2311.05556).
 
@@ -85,10 +86,14 @@ def consistency_loss(
     no skip connection, so that at the end of the path it is the teacher's own. The target comes from the student as it
     is, without gradient (Song & Dhariwal 2023, arXiv 2310.14189, section 3.2).
     The error is weighed as in `diffusion_loss`, as an error in epsilon.
+    own: the share of the batch that stands where the student's own step of `lcm` leads, from one place back, instead of
+    on the way from a picture (Kohler et al. 2024, arXiv 2405.05224): it then learns to mend what it does itself.
     """
     places = places or steps
     number = torch.randint(1, places + 1, (len(x0),))
     number[: int(share_at_start * len(x0))] = places
+    if own:
+        x0 = _own_view(predict, x0, number, places, own, shift)
     within = steps // places  # steps of a jump
     times = [(number - i / within) / places for i in range(within)] + [(number - 1) / places]
     levels = [log_snr(time, shift).to(x0.device) for time in times]
@@ -102,6 +107,24 @@ def consistency_loss(
         target = (x - a * end) / b
     error = (predict(x, noise_cond(here)).float() - target).square().mean(dim=(1, 2, 3))  # (B,)
     return {"loss": (error * _cut(loss_weight(here), largest_weight)).mean(), "epsilon": error.mean()}
+
+
+@torch.no_grad()
+def _own_view(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    number: Tensor,
+    places: int,
+    share: float,
+    shift: float,
+) -> Tensor:
+    """x0, of the batch's last share what the student sees of it one place nearer to the noise, where there is one."""
+    level = log_snr((number + 1).clamp(max=places) / places, shift).to(x0.device)
+    a, b = (per_image(value, x0) for value in scale(level))
+    x = a * x0 + b * torch.randn_like(x0)
+    seen = undiffuse(x, level, predict(x, noise_cond(level)).float())
+    chosen = (torch.arange(len(x0)) >= (1 - share) * len(x0)) & (number < places)
+    return torch.where(per_image(chosen, x0).to(x0.device), seen, x0)
 
 
 def along_path(

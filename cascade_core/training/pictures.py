@@ -113,7 +113,7 @@ def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
         resized = _as_rgb(picture).resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
         if orientation in UPRIGHT:
             resized = resized.transpose(UPRIGHT[orientation])
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
 def read_whole(data: bytes, side: int) -> Tensor:

@@ -95,15 +95,16 @@ class ObjectiveSettings:
     )  # consistency: the teacher's cfg; of two bounds, another for each picture
     cfg_rescale: float = 0.7
     solver_steps: int = 50  # consistency: into how many steps the teacher's path is cut
-    sampling_steps: int | None = (
-        None  # consistency: of `lcm`, for which alone it learns; null: for any number
-    )
+    sampling_steps: int | None = None  # consistency: learn so many steps of `lcm` alone; null: any number
+    own_path: float = 0.0  # consistency: the share of a batch that comes from its own step before
 
     def __post_init__(self) -> None:
         if not 0 <= self.share_at_start <= 1:
             raise CascadeError(
                 f"objective.share_at_start is {self.share_at_start}; it is a share, from 0 to 1."
             )
+        if not 0 <= self.own_path <= 1:
+            raise CascadeError(f"objective.own_path is {self.own_path}; it is a share, from 0 to 1.")
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise CascadeError(
                 f"objective.shift is {self.shift}; it must be above 0 (1 is the published one)."

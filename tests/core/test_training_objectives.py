@@ -67,6 +67,24 @@ def test_what_is_learned_for_four_steps_stands_where_their_sampler_does():
     )  # which follows the teacher in one step of first order
 
 
+def test_a_share_of_the_batch_comes_from_the_students_own_step():
+    def blank(x, r):
+        """Sees a picture of zeros wherever it stands, so that from its own step there is nothing but noise."""
+        if len(x) == 400:
+            seen.append((x.flatten(1).std(dim=1), level(r)))
+        return x / next(b for _, b in [level(r)])
+
+    seen = []
+    distilled(blank, steps=20, places=4, own=0.5)
+    spread, (a, b) = seen[-1]
+    a, b = a.flatten(), b.flatten()
+    later = a > scale(log_snr(torch.tensor(0.9)))[0]  # not the first step, which has none before it
+    for part, sigma in ((slice(0, 200), SIGMA), (slice(200, 400), 0.0)):
+        wanted = (a**2 * sigma**2 + b**2).sqrt()
+        assert (spread / wanted)[part][later[part]].mean().item() == pytest.approx(1, abs=0.05)
+    assert (spread / b)[:200][later[:200]].mean() > 1.1
+
+
 def test_a_path_is_followed_as_the_sampler_follows_it():
     """Each image between levels of its own, here all the same ones, and to the clean picture."""
     torch.manual_seed(1)
