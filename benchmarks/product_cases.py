@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.engine.kernels import fp8, products, response
+from cascade_nodes.cascade_core.engine.kernels import fp8, products, resident, response
 from cascade_nodes.cascade_core.engine.kernels.products import Config
 from timing import relative_error
 
@@ -89,7 +89,7 @@ class Operands:
         self.x = normal(m, k)
         self.bias = None if case.function == "linear_add" else normal(n)  # the network adds that elsewhere
         self.weights = [normal(n, k, std=k**-0.5) for _ in range(self.copies)]
-        self.out, self.product = normal(m, n), normal(m, n)
+        self.out, self.spare = normal(m, n), normal(m, n)
         self.scale = 1 + normal(BATCH, k, std=0.01, dtype=torch.float32)
         self.gamma, self.shares = normal(n), self.scale.new_empty(BATCH, n)
         self.quantised: list[tuple[Tensor, Tensor]] = []
@@ -120,23 +120,24 @@ class Operands:
 
         return gelu
 
+    def product(self, i: int, target: Tensor) -> Tensor:
+        """PyTorch's, with the bias, or in its place with what `target` holds."""
+        if self.case.quantised:
+            w8, s = self.quantised[i]
+            return fp8.quantised_linear(self.x8, self.row_scale, w8, s, self.bias, target)
+        bias = target if self.bias is None else self.bias
+        return torch.addmm(bias, self.x, self.weights[i].T, out=target)
+
     def apart(self) -> Callable[[int], Any]:
         """PyTorch's product and the kernels around it."""
         case, out, images = self.case, self.out, (BATCH, self.case.rows, -1)
 
-        def product(i: int, target: Tensor) -> Tensor:
-            if case.quantised:
-                w8, s = self.quantised[i]
-                return fp8.quantised_linear(self.x8, self.row_scale, w8, s, self.bias, target)
-            bias = target if self.bias is None else self.bias
-            return torch.addmm(bias, self.x, self.weights[i].T, out=target)
-
         if case.function == "linear":
-            return lambda i: product(i, out)
+            return lambda i: self.product(i, out)
         if case.function == "linear_add" and case.quantised:
-            return lambda i: out.add_(product(i, self.product))
+            return lambda i: out.add_(self.product(i, self.spare))
         if case.function == "linear_add":
-            return lambda i: product(i, out)
+            return lambda i: self.product(i, out)
         if case.function == "scaled_linear_add":
             x = self.x.clone()
 
@@ -148,8 +149,24 @@ class Operands:
         partial = self.partial(response.response_chunks(case.rows, case.n))
 
         def gelu(i: int) -> None:
-            response.gelu_response(product(i, out).view(images), partial)
+            response.gelu_response(self.product(i, out).view(images), partial)
             response.response_scale(partial, self.gamma, self.shares)
+
+        return gelu
+
+    def around_resident(self) -> Callable[[int], Any] | None:
+        """With the whole norm in one launch between two products: the first with it, the second without a scale."""
+        case, out = self.case, self.out
+        h = out.view(BATCH, case.rows, -1)
+        if case.op == "scaled_linear_add":
+            return lambda i: out.addmm_(self.x, self.weights[i].T)
+        if case.op != "linear_gelu_response" or not resident.fits(h):
+            return None
+        workspace = resident.response_workspace(BATCH, case.n, out.device)
+
+        def gelu(i: int) -> None:
+            self.product(i, out)
+            resident.gelu_response_norm(h, self.gamma, workspace)
 
         return gelu
 
