@@ -124,7 +124,7 @@ def _depthwise_norm(
     tl.store(out + start + offsets, h.to(out.dtype.element_ty), mask=present)
 
 
-@triton.jit(do_not_specialize=["height", "width"])
+@triton.jit(do_not_specialize=["height", "width"], do_not_specialize_on_alignment=["gate"])
 def _depthwise_gate(
     h,
     weight,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .matmul import gelu
+
 EPS = 1e-6
 BLOCK_K = 256  # channels a program
 BLOCK_N = 16  # positions it takes at a time
@@ -58,12 +60,6 @@ def apply_response(h: Tensor, scale: Tensor) -> Tensor:
     grid = (triton.cdiv(k, BLOCK_K), triton.cdiv(n, 2 * BLOCK_N), batch)
     _apply_response[grid](h, scale, n, k, 2 * BLOCK_N, BLOCK_K)
     return h
-
-
-@triton.jit
-def gelu(x):
-    """Exact, by erf.  x: float32"""
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit

@@ -1,0 +1,204 @@
+"""GELU and global response norm in one launch, for feature maps that fit the registers of the whole device.
+
+A program takes all positions of one image for a stripe of channels and holds them, two 16-bit values to a register,
+so that h is read once and written once. The norm of a channel is then its own business; of the others it needs only
+the mean of all norms. So each program leaves its sum where the others find it, and waits for them.
+
+Waiting needs all programs on the device at once: `plan` counts registers, and a cooperative launch fails, rather than
+hangs, where they do not fit. No other kernel that waits may run beside it.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .matmul import gelu
+from .response import EPS, response_share
+
+STRIPES = (128, 64, 32)  # channels
+WARPS = (16, 8, 4)
+REGISTERS = 65536  # of a multiprocessor
+THREADS = 2048  # that it holds at most
+ROWS = 64  # positions of a tile
+FREE = 48  # registers a thread needs beside what it holds
+LAP = tl.constexpr(1 << 16)  # what the arrivals of one launch add up to
+
+
+class Plan(NamedTuple):
+    """How one launch is divided."""
+
+    channels: int
+    num_warps: int
+    registers: int  # a thread may use, so that all programs find room
+    tiles: int  # of ROWS positions, that it holds
+
+
+@lru_cache
+def plan(batch: int, n: int, k: int, multiprocessors: int) -> Plan | None:
+    """The division that keeps most multiprocessors busy for h (batch, n, k); None: h does not fit."""
+    tiles = triton.cdiv(n, ROWS)
+    best, most = None, 0.0
+    for channels in STRIPES:
+        programs = batch * triton.cdiv(k, channels)
+        share = triton.cdiv(programs, multiprocessors)
+        busy = programs / (share * multiprocessors)
+        for warps in WARPS:
+            threads = 32 * warps
+            limit = min(248, REGISTERS // (share * threads) // 8 * 8)
+            held = triton.cdiv(tiles * ROWS * channels // 2, threads)
+            if share * threads <= THREADS and held + FREE <= limit and busy > most:
+                best, most = Plan(channels, warps, limit, tiles), busy
+    return best
+
+
+def fits(h: Tensor) -> bool:
+    """Whether `gelu_response_norm` can take h (B, N, K)."""
+    return h.element_size() == 2 and h.shape[2] % 2 == 0 and _plan_of(h) is not None
+
+
+def response_workspace(batch: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sums and arrivals for up to `batch` images of up to k channels: made once, used by every launch."""
+    sums = torch.empty(batch, triton.cdiv(k, min(STRIPES)), dtype=torch.float32, device=device)
+    return sums, torch.zeros(batch, dtype=torch.int64, device=device)
+
+
+def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor]) -> Tensor:
+    """h = GELU(h) · (1 + gamma · r / (mean_K(r) + ε)), r: norms of GELU(h) over N.
+
+    h: (B, N, K) for which `fits`, gamma: (K,), workspace: `response_workspace` of this device, on one stream at a time
+    """
+    batch, n, k = h.shape
+    chosen = _plan_of(h)
+    assert chosen is not None, "gelu_response_norm was called with what does not fit."
+    sums, arrivals = workspace
+    stripes = triton.cdiv(k, chosen.channels)
+    _gelu_response_norm[(stripes, batch)](
+        h.view(torch.int32),
+        gamma,
+        sums,
+        arrivals,
+        n,
+        EPS,
+        k,
+        chosen.channels // 2,
+        chosen.tiles,
+        ROWS,
+        triton.next_power_of_2(stripes),
+        tl.bfloat16 if h.dtype == torch.bfloat16 else tl.float16,
+        triton.knobs.runtime.interpret,
+        num_warps=chosen.num_warps,
+        maxnreg=chosen.registers,
+        launch_cooperative_grid=True,
+    )
+    return h
+
+
+def _plan_of(h: Tensor) -> Plan | None:
+    return plan(*h.shape, torch.cuda.get_device_properties(h.device).multi_processor_count)
+
+
+@triton.jit
+def halves(pair, DTYPE: tl.constexpr):
+    """Two 16-bit values from int32, as float32; the first lies in the lower bits."""
+    low = (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+    high = (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def opaque(pair, INTERPRETED: tl.constexpr):
+    """The same. The compiler cannot tell, and holds one register in place of the two halves that it knows already."""
+    if not INTERPRETED:
+        pair = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [pair], tl.int32, is_pure=False, pack=1)
+    return pair
+
+
+@triton.jit
+def joined(low, high, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The way back, rounded to DTYPE, in one instruction."""
+    if INTERPRETED:
+        low_bits = low.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
+        high_bits = high.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
+        pair = low_bits | (high_bits << 16)
+    elif tl.bfloat16 == DTYPE:
+        pair = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], tl.int32, is_pure=False, pack=1
+        )
+    else:
+        pair = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], tl.int32, is_pure=False, pack=1
+        )
+    return pair
+
+
+@triton.jit
+def sum_of_all(own, sums, arrivals, SLOTS: tl.constexpr):
+    """The sum of `own` over the programs of grid axis 0, added in the same order by each of them.
+
+    Every launch adds LAP to `arrivals`, however many programs it has: a count needs no reset between launches.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(sums + program, own)
+    tl.debug_barrier()
+    step = tl.where(program == 0, LAP - programs + 1, 1).to(tl.int64)
+    arrived = tl.atomic_add(arrivals, step, sem="acq_rel", scope="gpu")
+    goal = (arrived // LAP + 1) * LAP
+    arrived += step
+    while arrived < goal:
+        arrived = tl.atomic_add(arrivals, tl.zeros_like(step), sem="acquire", scope="gpu")
+    place = tl.arange(0, SLOTS)
+    return tl.sum(tl.load(sums + place, mask=place < programs, other=0.0, cache_modifier=".cg"))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _gelu_response_norm(
+    h,
+    gamma,
+    sums,
+    arrivals,
+    n,
+    eps,
+    k: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    image = tl.program_id(1)
+    row = tl.arange(0, ROWS)[:, None]
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, :]
+    inside = pair < k // 2
+    here = h + image.to(tl.int64) * n * (k // 2) + (row * (k // 2) + pair)
+    held = ()
+    low_sum = tl.zeros((ROWS, PAIRS), tl.float32)
+    high_sum = tl.zeros((ROWS, PAIRS), tl.float32)
+    for tile in tl.static_range(TILES):
+        # Only the last tile may be short. Addresses are one base and constants: others would be held as well.
+        present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
+        low, high = halves(tl.load(here + tile * ROWS * (k // 2), mask=present, other=0), DTYPE)
+        pairs = joined(gelu(low), gelu(high), DTYPE, INTERPRETED)
+        low, high = halves(pairs, DTYPE)
+        low_sum += low * low
+        high_sum += high * high
+        held = held + (opaque(pairs, INTERPRETED),)  # noqa: RUF005
+
+    low_r = tl.sqrt(tl.sum(low_sum, axis=0, keep_dims=True))
+    high_r = tl.sqrt(tl.sum(high_sum, axis=0, keep_dims=True))
+    own = tl.sum(low_r + high_r)
+    mean = sum_of_all(own, sums + image * tl.num_programs(0), arrivals + image, SLOTS) / k
+    low_gamma = tl.load(gamma + 2 * pair, mask=inside, other=0.0).to(tl.float32)
+    high_gamma = tl.load(gamma + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
+    low_share = response_share(low_r, low_gamma, mean, eps)
+    high_share = response_share(high_r, high_gamma, mean, eps)
+
+    for tile in tl.static_range(TILES):
+        present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
+        low, high = halves(held[tile], DTYPE)
+        pairs = joined(low * low_share, high * high_share, DTYPE, INTERPRETED)
+        tl.store(here + tile * ROWS * (k // 2), pairs, mask=present)
