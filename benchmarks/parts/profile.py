@@ -18,8 +18,8 @@ LONGEST, NAME = 25, 70
 KINDS = {
     "attention": r"flash|fmha|attention|sdpa|softmax",
     "product": r"gemm|nvjet|cutlass|xmma|wgmma|matmul|_mm_|mma_|splitk|addmm|::mm|linear|product",
-    "convolution": r"conv|depthwise",
-    "copy": r"memcpy|copy|cat",
+    "convolution": r"conv(?!ert)|depthwise",
+    "copy": r"memcpy|memset|copy|catarray",
 }
 OTHER = "element-wise"
 STAGES = ("stage_c", "stage_b")
