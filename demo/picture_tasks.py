@@ -50,7 +50,7 @@ def variation(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
         embedded = cascade.embed(sources)[:, None]  # (N, 1, E)
         first, second = (prompted(cascade, embedded, seed) for seed in (SEED, SEED + 10_000))
         figures[f"right{name}"] = rates(first, [things(scene) for scene in scenes])["all_right"]
-        figures[f"psnr_between_seeds_db{name}"] = psnr(first, second).mean().item()
+        figures[f"right{name}_psnr_between_seeds_db"] = psnr(first, second).mean().item()
         sheets.append(torch.stack([as_float(sources).cpu(), first, second], dim=1).flatten(0, 1))
     return figures, torch.cat([sheet[:24] for sheet in sheets])
 
