@@ -6,6 +6,7 @@ can lie in either.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -91,12 +92,26 @@ class Cuda:
             return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def pinned(self, size: int) -> Tensor | None:
+        return pinned_pages(size, self._pin, self._unpin)
+
+    def _pin(self, address: int, size: int) -> bool:
         runtime: Any = torch.cuda.cudart()
-        return pinned_pages(
-            size,
-            lambda address, length: int(runtime.cudaHostRegister(address, length, 0)) == 0,
-            runtime.cudaHostUnregister,
-        )
+        try:
+            if int(runtime.cudaHostRegister(address, size, 0)) == 0:
+                return True
+        except (TypeError, ValueError):  # a code that torch has no name for
+            pass
+        with suppress(
+            RuntimeError
+        ):  # CUDA's note of the failure, which the next kernel would take for its own
+            torch.zeros(1, device=self.device)
+        return False
+
+    def _unpin(self, address: int) -> None:
+        runtime: Any = torch.cuda.cudart()
+        with suppress(Exception):  # at the end of the process the device may be gone
+            torch.cuda.synchronize(self.device)  # no copy reads what goes
+            runtime.cudaHostUnregister(address)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from .units import Unit
 
 SLOTS = 2  # one unit computes while the next arrives
+USUAL = 1.25  # times the median: larger units stay, where that is enough
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,20 @@ def plan(
     total = sum(footprint(unit.size) for unit in units)
     if total <= room or not order:
         return Plan()
-    slot = max(unit.size for unit in order)
-    excess = total + SLOTS * footprint(slot) - room
     uses = Counter(order)
+    slot = USUAL * median(unit.size for unit in uses)
+    candidates = [
+        unit for unit in uses if unit.size <= slot
+    ]  # a slot is as large as the largest that is streamed
+    excess = total + SLOTS * footprint(max(unit.size for unit in candidates)) - room
+    if sum(footprint(unit.size) for unit in candidates) < excess:
+        candidates = list(uses)
+        excess = total + SLOTS * footprint(max(unit.size for unit in candidates)) - room
     streamed: list[Unit] = []
     for count in sorted(set(uses.values())):
-        group = [unit for unit in dict.fromkeys(order) if uses[unit] == count]
+        group = [unit for unit in candidates if uses[unit] == count]
+        if not group:
+            continue
         taken = _spread(group, excess, footprint)
         streamed += taken
         excess -= sum(footprint(unit.size) for unit in taken)

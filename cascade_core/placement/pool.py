@@ -66,18 +66,20 @@ class Pool:
         working: int = 0,
         patches: Sequence[Patch] = (),
         tell: Callable[[str], object] = lambda text: None,
+        once: bool = False,
     ) -> T:
         """body(device) with the network on the device, patched.
 
         working: bytes that the body takes beside the weights. Where that, or anything else, is too much for the
         memory, the body is run anew in the next smaller placement, which `tell` is told; it must begin from nothing
         each time. Afterwards as much of the network stays on the device as was there.
+        once: the network is run once, so that it is streamed rather than that others leave: it comes but once anyway.
 
         Raises CascadeError for patches that do not fit, torch.OutOfMemoryError where no placement is small enough.
         """
         placed = self._place(network)
         changes = placed.changes(network, patches)
-        now = self._plan(placed, working)
+        now = self._plan(placed, working, once)
         while True:
             try:
                 with self._on_device(placed, now, working, tuple(patches), changes):
@@ -97,6 +99,11 @@ class Pool:
         others = sum(self._on(other) for other in self._others(placed)) if beside else 0
         return self.device.budget(self._ours()) - self._need(placed.units) - others
 
+    def staying(self, network: nn.Module) -> float:
+        """The share of a network's bytes that is on the device."""
+        placed = self._place(network)
+        return self._on(placed) / self._need(placed.units)
+
     def release(self) -> None:
         """Takes everything off the device."""
         for placed in self.placed.values():
@@ -115,10 +122,12 @@ class Pool:
         """The other networks that could leave, the first to go first.
 
         Stages run in turn, so the one that ran last is the one that is needed last; but for those that no run needs any
-        more.
+        more, and after those that nothing was made from, which would have to be made again.
         """
         others = [other for other in self.placed.values() if other is not placed and not other.in_use]
-        return sorted(others, key=lambda other: (self.runs - other.run < STALE, -other.run))
+        return sorted(
+            others, key=lambda other: (self.runs - other.run < STALE, bool(other.leaving), -other.run)
+        )
 
     def _need(self, units: Sequence[Unit]) -> int:
         return sum(self.device.footprint(unit.size) for unit in units)
@@ -131,10 +140,19 @@ class Pool:
 
     # Placements
 
-    def _plan(self, placed: Placed, working: int) -> Plan:
-        busy = sum(self._on(other) for other in self.placed.values() if other.in_use and other is not placed)
-        room = self.device.budget(self._ours()) - working - busy
+    def _plan(self, placed: Placed, working: int, once: bool) -> Plan:
+        room = self.device.budget(self._ours()) - working
+        room -= sum(self._on(other) for other in self.placed.values() if other.in_use and other is not placed)
+        if once:
+            beside = room - sum(self._on(other) for other in self._others(placed))
+            found = plan(placed.units, placed.order, beside, self.device.footprint)
+            staying = [unit for unit in placed.units if unit not in found.streamed]
+            if found.streamed and self._need(staying) + self._slots(found) <= beside:
+                return found
         return plan(placed.units, placed.order, room, self.device.footprint)
+
+    def _slots(self, now: Plan) -> int:
+        return now.slots * self.device.footprint(now.slot)
 
     def _smaller(self, placed: Placed, now: Plan) -> tuple[Plan, str] | None:
         """The next smaller placement, with its name; None after the smallest."""
@@ -178,8 +196,7 @@ class Pool:
             placed.leave([unit for unit in placed.there if unit in now.streamed])
             staying = [unit for unit in placed.units if unit not in now.streamed]
             missing = [unit for unit in staying if unit.slab is None]
-            slots = now.slots * self.device.footprint(now.slot)
-            self._make_room(placed, self._need(missing) + slots + working)
+            self._make_room(placed, self._need(missing) + self._slots(now) + working)
             self._bring(staying, patches, changes)
             if now.streamed:
                 for unit in now.streamed:

@@ -187,6 +187,11 @@ def test_streamed_units_are_spread_and_repeated_ones_stay():
     assert found.streamed == set(units[6:])
     assert plan([rest, *units], units, room=rest.size + 12 * 4096).streamed == frozenset()
     assert plan([rest, *units], units, room=0).streamed == set(units)
+    large = Unit([nn.Linear(32, 32)], [torch.zeros(2048)])
+    found = plan([rest, *units, large], [*units[:6], large, *units[6:]], room=rest.size + 8 * 4096)
+    assert (found.slot, large in found.streamed) == (4096, False)
+    found = plan([rest, *units, large], [*units[:6], large, *units[6:]], room=rest.size)
+    assert (found.slot, large in found.streamed) == (8192, True)
 
 
 @pytest.mark.parametrize("share", [1.5, 0.5])
@@ -334,6 +339,31 @@ def test_stages_leave_as_little_as_need_be():
     assert device.copied - copied < 0.55 * total  # a fifth too much leaves and comes back, not everything
     assert pool.room(stages[0][0]) == device.size - size_of(stages[0][0])
     assert pool.room(stages[0][0], beside=True) < pool.room(stages[0][0])
+
+
+def test_a_network_that_runs_once_is_streamed_rather_than_that_others_leave():
+    (text, encode), (prior, forward) = network("text"), network("stage_c")
+    wanted = encode()
+    device = Counting(int(size_of(prior) + 0.6 * size_of(text)))
+    pool = Pool(device, UNIT)
+    pool.run(prior, lambda _: forward())
+    assert torch.equal(pool.run(text, lambda _: encode(), once=True), wanted)
+    assert pool.staying(prior) == 1
+    assert 0.2 < pool.staying(text) < 0.6
+    pool.run(text, lambda _: encode())
+    assert pool.staying(text) == 1
+    assert pool.staying(prior) < 1
+
+
+def test_what_nothing_was_made_from_leaves_first():
+    stages = {kind: network(kind)[0] for kind in ("stage_c", "text", "stage_b")}
+    device = Counting(size_of(stages["stage_c"]) + size_of(stages["text"]) + 60_000)
+    pool, derived = Pool(device, UNIT), Derived(device)
+    pool.run(stages["text"], lambda _: None)
+    pool.run(stages["stage_c"], lambda _: when_leaving(stages["stage_c"], derived.forget))
+    pool.run(stages["stage_b"], lambda _: None)
+    assert pool.staying(stages["stage_c"]) == 1
+    assert pool.staying(stages["text"]) < 1
 
 
 class Derived:

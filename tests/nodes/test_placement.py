@@ -54,8 +54,7 @@ def on(monkeypatch):
 
     def use(device):
         pool = Pool(device, unit_bytes=8_000)
-        for module in (host_device, host_tiled):
-            monkeypatch.setattr(module, "pool", lambda: pool)
+        monkeypatch.setattr(host_device, "pool", lambda: pool)
         monkeypatch.setattr(host_sampling, "_working", lambda run: WORKING)
         return pool
 

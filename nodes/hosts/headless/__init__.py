@@ -1,7 +1,6 @@
 """The host of a process without ComfyUI: the same functions as `hosts.comfyui`, on nothing but torch.
 
-Weights lie in main memory and visit the device for the time of one node, so that stages never crowd each
-other out.
+Weights stay on the device between nodes as its memory allows; what it does not, leaves or is streamed (`device.py`).
 """
 
 from ..reporting import tell

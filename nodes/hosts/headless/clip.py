@@ -54,7 +54,7 @@ def encode_text(clip: HeadlessCLIP, prompt: str) -> list:
         return [[states.cpu(), {"pooled_output": pooled.cpu()}]]
 
     with naming_non_finite(clip):
-        return on_device(model, encode, values * model.dtype.itemsize, clip.patches)
+        return on_device(model, encode, values * model.dtype.itemsize, clip.patches, once=True)
 
 
 def encoder_dtype() -> torch.dtype:

@@ -65,15 +65,16 @@ def on_device(
     body: Callable[[torch.device], T],
     working: int = 0,
     patches: Sequence[Patch] = (),
+    once: bool = False,
 ) -> T:
     """body(device), with the network there and patched.
 
     working: bytes that the body takes beside the weights. Out of memory, it is run again from its beginning in a
-    smaller placement, and the user is told.
+    smaller placement, and the user is told. once: the body runs the network once.
     """
     shared = pool()
     if shared is not None:
-        return shared.run(network, body, working, patches, tell)
+        return shared.run(network, body, working, patches, tell, once)
     with patched(network, patches):
         return body(compute_device())
 

@@ -107,7 +107,7 @@ class Guiders:
 def in_tiles(network: StageB | Fast, tile: int) -> Callable[..., Tensor]:
     """Stage B predicting in tiles of so many positions a side; can be stopped between them."""
 
-    def whole(x: Tensor, r: Tensor, effnet: Tensor, **conditions: Tensor) -> Tensor:
+    def whole(x: Tensor, r: Tensor, effnet: Tensor, **conditions: Any) -> Tensor:
         def predict(part: Tensor, seen: Tensor) -> Tensor:
             check_interrupted()
             return network(part, r, effnet=seen, **conditions)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ....cascade_core.placement import out_of_memory
 from ....cascade_core.tiles import fitting_tile, join_tiles
 from ..reporting import check_interrupted, tell
-from .device import on_device, pool
+from . import device as host_device
+from .device import on_device
 
 MOST = 2_500_000_000  # bytes beside the weights: beyond it larger tiles are hardly faster
 LEAST = 500_000_000  # bytes for which other networks leave the device rather than that tiles get smaller
@@ -76,7 +77,7 @@ class Tiled:
         return self.estimate(self.network.config, len(x), area, 1) * dtype.itemsize
 
     def _fitting(self, x: Tensor) -> int:
-        shared = pool()
+        shared = host_device.pool()
         if shared is None:
             return 0
         network: nn.Module = self.network

@@ -55,5 +55,5 @@ def encode_image(vision: HeadlessVision, image: Tensor) -> HeadlessVisionOutput:
     working = activations.clip_encoder(model.config, batch, positions) * model.dtype.itemsize
     working += 8 * image[:batch].numel()  # the pictures, in float32, and one more while they are resized
     with naming_non_finite(vision):
-        embeds = on_device(model, lambda _: vision.encoder.encode(image).cpu(), working)
+        embeds = on_device(model, lambda _: vision.encoder.encode(image).cpu(), working, once=True)
     return HeadlessVisionOutput(embeds)

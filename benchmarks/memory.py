@@ -1,0 +1,354 @@
+"""One picture in ever less memory: how long it takes by how much of a graphics card this project may have.
+
+The whole cascade with random weights (Stage C 3.6 B, Stage B 1.5 B, Stage A, CLIP's bigG), 1024 × 1024, 20 and 10 steps
+with guidance in both, text encoding and decoding included, by the nodes as `cascade run` calls them. Each limit is a
+process of its own that is held to it by `set_per_process_memory_fraction`: the second picture and later ones are timed,
+when all that can stay is on the card. Then the memory of Stage A's decoding, beside its weights; and Stage C's way from
+a file that no cache holds to its first step, with the main memory that it takes.
+
+    python benchmarks/memory.py [--limits 16 12 8 6 4] [--runs 2] [--folder FOLDER] [--json FILE] [--toy]
+
+--toy runs all of it on a processor with tiny networks, main memory in the card's place.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from cascade_nodes.cascade_core.placement import MainMemory, Pool
+from cascade_nodes.nodes.conditioning import CascadeTextEncode
+from cascade_nodes.nodes.hosts import headless, reporting
+from cascade_nodes.nodes.hosts.headless import device as host_device
+from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent
+from cascade_nodes.nodes.sampling import CascadeDecoderSampler, CascadePriorSampler
+from load import STATUS, _proc_value, drop_from_cache, read_sequentially
+from machine import describe_machine, print_table
+from networks import full, tiny
+from random_files import write_network
+from timing import GB, clean, synchronise
+
+LIMITS = (16.0, 12.0, 8.0, 6.0, 4.0)  # GB
+PROMISED = {16.0: 1.1, 12.0: 1.2, 8.0: 1.6, 6.0: 2.5}  # times the seconds without a limit
+DECODED = {1024: 1.0, 4096: 3.0}  # pixels a side: GB beside the weights
+HOST_SHARE = 1.1  # of the file, in main memory while it is loaded
+BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "vocab_size": 49408,
+    "hidden_act": "gelu",
+}
+TOY_TEXT = {
+    **BIG_G,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 1,
+}
+TOY_TEXT |= {"projection_dim": 64}
+PROMPT, NEGATIVE = "a large red star to the left of a small blue ring on a sand background", "blurry"
+GUIDANCE = {"cfg_rescale": 0.7, "sampler": "ddpm", "denoise": 1.0}
+
+
+class Told:
+    """Keeps what the host says: that it is out of memory and goes on."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def step(self, step: int, total: int, preview: Any) -> None:
+        pass
+
+    def tell(self, text: str) -> None:
+        self.said.append(text)
+
+    def interrupted(self) -> bool:
+        return False
+
+
+# The files
+
+
+def write_all(folder: Path, toy: bool) -> dict[str, int]:
+    """{kind: bytes} of the four networks' files, `kind.safetensors`."""
+    configs = dict((tiny if toy else full)(torch.device("cpu")).configs)
+    if toy:
+        configs["stage_c"] = {**configs["stage_c"], "c_clip_text": 64, "c_clip_text_pooled": 64}
+        configs["stage_b"] = {**configs["stage_b"], "c_clip": 64}
+    sizes = {
+        kind: write_network(folder / f"{kind}.safetensors", kind, config) for kind, config in configs.items()
+    }
+    text = folder / "text.safetensors"
+    return {**sizes, "text": write_network(text, "text", TOY_TEXT if toy else BIG_G, torch.float16)}
+
+
+# In a process of its own
+
+
+class Cascade:
+    """All four networks, loaded as the nodes load them."""
+
+    def __init__(self, folder: Path, side: int, steps: tuple[int, int]):
+        self.side, self.steps = side, steps
+        self.stage_c = headless.load_network("stage_c", folder / "stage_c.safetensors", "auto")
+        self.stage_b = headless.load_network("stage_b", folder / "stage_b.safetensors", "auto")
+        self.stage_a = headless.load_stage_a(folder / "stage_a.safetensors")
+        self.clip = headless.load_text_encoder(folder / "text.safetensors")
+
+    @torch.inference_mode()
+    def picture(self, seed: int) -> None:
+        positive, negative = CascadeTextEncode.execute(self.clip, PROMPT, NEGATIVE).args
+        latent_c, latent_b = CascadeEmptyLatent.execute(self.side, self.side, 1, 42.67).args
+        prior = {"steps": self.steps[0], "cfg": 4.0, "shift": 2.0, **GUIDANCE}
+        latent_c = CascadePriorSampler.execute(
+            self.stage_c, positive, negative, latent_c, seed=seed, **prior
+        )[0]
+        decoder = {"steps": self.steps[1], "cfg": 1.1, "shift": 1.0, **GUIDANCE}
+        latent_b = CascadeDecoderSampler.execute(
+            self.stage_b, positive, negative, latent_c, latent_b, seed=seed, **decoder
+        )[0]
+        CascadeDecode.execute(self.stage_a, latent_b, 0)
+
+    def staying(self) -> dict[str, float]:
+        """The share of each network that is on the device now."""
+        pool = host_device.pool()
+        networks = {"text": self.clip.encoder.model, "stage_c": self.stage_c.network}
+        networks |= {"stage_b": self.stage_b.network, "stage_a": self.stage_a.decoder}
+        return {} if pool is None else {kind: pool.staying(network) for kind, network in networks.items()}
+
+
+def measure_pictures(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Seconds and memory of pictures; without a limit also those of decoding."""
+    told = Told()
+    with reporting.reporting_to(told):
+        start = time.perf_counter()
+        cascade = Cascade(options.folder, *((64, (2, 2)) if options.toy else (1024, (20, 10))))
+        cascade.picture(0)
+        synchronise(device)
+        first = time.perf_counter() - start
+        clean(device)
+        seconds = []
+        for seed in range(1, options.runs + 1):
+            start = time.perf_counter()
+            cascade.picture(seed)
+            synchronise(device)
+            seconds.append(time.perf_counter() - start)
+        cuda = device.type == "cuda"
+        result = {
+            "gb": options.limit,
+            "first": first,
+            "seconds": statistics.median(seconds),
+            "peak_gb": torch.cuda.max_memory_allocated(device) / GB if cuda else 0.0,
+            "reserved_gb": torch.cuda.max_memory_reserved(device) / GB if cuda else 0.0,
+            "staying": cascade.staying(),
+        }
+        if options.limit is None:
+            result["decode"] = measure_decoding(cascade, device, 64 if options.toy else 1)
+    return {**result, "told": told.said}
+
+
+def measure_decoding(cascade: Cascade, device: torch.device, fraction: int) -> list[dict[str, float]]:
+    """Stage A's peak beside all weights that are there, by the picture's side."""
+    measured = []
+    for side in DECODED:
+        latent = {"samples": torch.randn(1, 4, side // 4 // fraction, side // 4 // fraction)}
+        CascadeDecode.execute(cascade.stage_a, {"samples": latent["samples"][..., :8, :8]}, 0)  # it is there
+        clean(device)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        start = time.perf_counter()
+        CascadeDecode.execute(cascade.stage_a, latent, 0)
+        synchronise(device)
+        seconds = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        measured.append({"side": side, "seconds": seconds, "peak_gb": (peak - before) / GB})
+    return measured
+
+
+def measure_loading(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """From Stage C's file to its first step done, and the main memory for it beside what the process had before."""
+    torch.zeros(1, device=device)
+    synchronise(device)
+    before = _proc_value(STATUS, "VmRSS") * 1024
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model = headless.load_network("stage_c", options.folder / "stage_c.safetensors", "auto")
+        config = model.network.config
+        loaded = time.perf_counter() - start
+        states = torch.randn(1, 77, config.c_clip_text)
+        prompt = [[states, {"pooled_output": torch.randn(1, config.c_clip_text_pooled)}]]
+        latent = CascadeEmptyLatent.execute(1024, 1024, 1, 42.67).args[0]
+        once = {"steps": 1, "cfg": 4.0, "shift": 2.0, **GUIDANCE}
+        CascadePriorSampler.execute(model, prompt, prompt, latent, seed=0, **once)
+        synchronise(device)
+    return {
+        "returned": loaded,
+        "first_step": time.perf_counter() - start,
+        "host": _proc_value(STATUS, "VmHWM") * 1024 - before,
+    }
+
+
+def run_child(options: argparse.Namespace) -> None:
+    device = torch.device("cpu" if options.toy else "cuda")
+    measure = {"pictures": measure_pictures, "loading": measure_loading}[options.child]
+    if options.toy:
+        memory = int((options.limit or 1000) * GB * options.scale)
+        pool = Pool(MainMemory(memory), unit_bytes=50_000)
+        with patch.object(host_device, "pool", lambda: pool):
+            print(json.dumps(measure(options, device)))
+        return
+    if options.limit is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.limit * GB / total)
+    print(json.dumps(measure(options, device)))
+
+
+# The parent
+
+
+def start_child(
+    options: argparse.Namespace, folder: Path, child: str, scale: float, limit: float | None
+) -> Any:
+    """What a process of its own measured; {"error": …} where it failed."""
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        child,
+        "--folder",
+        str(folder),
+        "--runs",
+        str(options.runs),
+    ]
+    command += ["--scale", str(scale)] + (["--toy"] if options.toy else [])
+    command += [] if limit is None else ["--limit", str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"gb": limit, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements, on files that are removed afterwards."""
+    place = Path(tempfile.mkdtemp(prefix="cascade_memory_", dir=options.folder))
+    try:
+        sizes = write_all(place, options.toy)
+        scale = sum(sizes.values()) / 11.8e9  # 1 but for the toy: its card is as much smaller as it is itself
+        limits = [start_child(options, place, "pictures", scale, limit) for limit in (None, *options.limits)]
+        path = place / "stage_c.safetensors"
+        drop_from_cache(path)
+        disk = read_sequentially(path)
+        drop_from_cache(path)
+        loading = start_child(options, place, "loading", scale, None)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    card = "" if options.toy else f", {torch.cuda.get_device_name()}"
+    return {
+        "machine": describe_machine() + card,
+        "sizes": sizes,
+        "resident": limits[0].get("seconds", math.nan),
+        "unlimited": limits[0],
+        "limits": limits[1:],
+        "disk": disk,
+        "loading": loading,
+    }
+
+
+def report(results: dict[str, Any]) -> None:
+    size = sum(results["sizes"].values())
+    print(f"{results['machine']}\nall weights: {size / GB:.2f} GB\n")
+    head = [
+        "memory",
+        "picture s",
+        "ratio",
+        "promised",
+        "first s",
+        "peak GB",
+        "reserved GB",
+        "Stage C there",
+        "B",
+        "text",
+    ]
+    print_table(
+        head, [_row(limit, results["resident"]) for limit in (results["unlimited"], *results["limits"])]
+    )
+    for limit in (results["unlimited"], *results["limits"]):
+        for text in limit.get("told", ()):
+            print(f"{limit['gb'] or 'no limit'}: {text}")
+    print()
+    decoded = results["unlimited"].get("decode", ())
+    rows = [
+        [
+            f"{of['side']}²",
+            f"{1000 * of['seconds']:.0f}",
+            f"{of['peak_gb']:.2f}",
+            f"≤ {DECODED[of['side']]:g}",
+        ]
+        for of in decoded
+    ]
+    print_table(["Stage A decodes", "ms", "GB beside the weights", "promised"], rows)
+    loading, file = results["loading"], results["sizes"]["stage_c"]
+    if "error" in loading:
+        print(f"\nloading failed: {loading['error']}")
+        return
+    print(
+        f"\nStage C's file ({file / GB:.2f} GB) cold: first step after {loading['first_step']:.1f} s, where reading it "
+        f"alone takes {results['disk']:.1f} s; main memory {loading['host'] / file:.2f} of the file (≤ {HOST_SHARE})"
+    )
+
+
+def _row(limit: dict[str, Any], resident: float) -> list[str]:
+    name = "no limit" if limit.get("gb") is None else f"{limit['gb']:g} GB"
+    promised = PROMISED.get(limit.get("gb") or 0)
+    bound = f"≤ {promised:g}" if promised else ("finishes" if limit.get("gb") else "")
+    if "error" in limit:
+        return [name, limit["error"][:60], "", bound, *[""] * 6]
+    there = limit["staying"]
+    shares = [f"{there[kind]:.0%}" if kind in there else "" for kind in ("stage_c", "stage_b", "text")]
+    figures = [
+        f"{limit['seconds']:.2f}",
+        f"{limit['seconds'] / resident:.2f}",
+        bound,
+        f"{limit['first']:.1f}",
+    ]
+    return [name, *figures, f"{limit['peak_gb']:.2f}", f"{limit['reserved_gb']:.2f}", *shares]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--limits", type=float, nargs="*", default=LIMITS, help="GB of the card")
+    parser.add_argument("--runs", type=int, default=2, help="pictures that are timed, after the first")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where 12 GB of files go"
+    )
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--toy", action="store_true", help="tiny networks on a processor: do all lines run?")
+    parser.add_argument("--child", choices=["pictures", "loading"], help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--scale", type=float, default=1.0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        run_child(options)
+        return
+    results = run(options)
+    report(results)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
