@@ -153,9 +153,12 @@ def forward_inputs(
     kind: str, setup: Setup, rows: int, side: int, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(x, r, conditions) of a forward of so many rows; on the meta device only their shapes."""
-    device = device or setup.device
-    x = torch.randn(rows, *latent_shape(kind, side), device=device).to(setup.dtype)
-    prior = torch.randn(rows, *latent_shape("stage_c", side), device=device).to(setup.dtype)
+    device, generator = device or setup.device, torch.Generator().manual_seed(2)
+
+    def draw(of: str) -> Tensor:
+        return torch.randn(rows, *latent_shape(of, side), generator=generator).to(device, setup.dtype)
+
+    x, prior = draw(kind), draw("stage_c")
     prompt, _ = random_prompts(setup)
     given = {
         name: value.to(device).expand(rows, *value.shape[1:])
