@@ -2,7 +2,7 @@
 
 rows.py        whole rows as tiles, and their LayerNorm
 depthwise.py   3×3 depthwise convolution with what follows it
-response.py    GELU and global response norm
+response.py    GELU and global response norm; resident.py, in one launch where it fits
 modulation.py  scale and shift by the noise condition, with LayerNorm
 attention.py   flash attention to the tokens and the conditioning
 vqgan.py       what Stage A has besides

@@ -50,7 +50,7 @@ def modulated(x, scale_shift, c, inside, channels: tl.constexpr):
     return x * (1.0 + scale) + shift
 
 
-@triton.jit(do_not_specialize=["stride", "n"])
+@triton.jit(do_not_specialize=["n"])
 def _modulate(x, scale_shift, stride, n, channels: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     image = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -63,7 +63,7 @@ def _modulate(x, scale_shift, stride, n, channels: tl.constexpr, ROWS: tl.conste
     tl.store(here, value.to(x.dtype.element_ty), mask=present)
 
 
-@triton.jit(do_not_specialize=["stride", "n"])
+@triton.jit(do_not_specialize=["n"])
 def _modulate_norm(
     x,
     scale_shift,

@@ -98,7 +98,13 @@ def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor
 
 
 def _plan_of(h: Tensor) -> Plan | None:
-    return plan(*h.shape, torch.cuda.get_device_properties(h.device).multi_processor_count)
+    batch, n, k = h.shape
+    return plan(batch, n, k, _multiprocessors(h.device))
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit

@@ -1,0 +1,229 @@
+"""Kernels around the products: against the readable modules, at sizes that fill a tile and sizes that do not."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cascade_nodes.cascade_core import layers, stage_a
+from cascade_nodes.cascade_core.engine.kernels import (
+    attention,
+    depthwise,
+    modulation,
+    resident,
+    response,
+    vqgan,
+)
+
+EPS = 1e-6
+HALF_STEP = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative
+dtypes = pytest.mark.parametrize("dtype", HALF_STEP, ids=str)
+halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(value: Tensor, expected: Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
+    """Each number within the roundings it went through; near zero, within float32's of the largest."""
+    torch.testing.assert_close(
+        value.double(),
+        expected.double(),
+        rtol=roundings * HALF_STEP[dtype],
+        atol=2e-6 * float(expected.abs().max()),
+    )
+
+
+def tokens(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()  # (B, C, H, W) -> (B, H · W, C)
+
+
+def randomised(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Every parameter normal, and a value of `dtype`; in float64, for the expected result."""
+    for i, parameter in enumerate(module.parameters()):
+        parameter.data = normal(*parameter.shape, dtype=dtype, seed=100 + i).double()
+    return module.requires_grad_(False).double()
+
+
+def taps(convolution: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight: Tensor = convolution.get_parameter("weight")
+    return weight.reshape(len(weight), 9).T.contiguous().to(dtype), convolution.get_parameter("bias").to(
+        dtype
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(2, 5, 7, 48), (1, 4, 4, 64), (2, 1, 9, 20), (1, 6, 3, 320)], ids=str)
+def test_depthwise_norm(size, dtype):
+    batch, height, width, channels = size
+    block = randomised(layers.ResBlock(channels), dtype)
+    x = normal(batch, channels, height, width, dtype=dtype)
+    weight, bias = taps(block.get_submodule("depthwise"), dtype)
+    out = torch.empty_like(tokens(x))
+    depthwise.depthwise_norm(tokens(x), weight, bias, height, width, EPS, out, elements=1024)
+    expected = block.get_submodule("norm")(block.get_submodule("depthwise")(x.double()))
+    assert_near(out, tokens(expected), dtype)
+
+
+def response_norm(activated: Tensor, gamma: Tensor) -> Tensor:
+    """The published norm of (B, N, K), in float64."""
+    norm = layers.GlobalResponseNorm(len(gamma)).requires_grad_(False).double()
+    norm.gamma.data = gamma.double().view(1, 1, 1, -1)
+    return norm(activated.double()[:, None])[:, 0]
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(2, 35, 200), (1, 64, 256), (3, 1, 40), (1, 300, 520)], ids=str)
+def test_response_norm_in_three_launches(size, dtype):
+    batch, n, k = size
+    h, gamma = normal(*size, dtype=dtype), normal(k, dtype=dtype, seed=1)
+    activated = F.gelu(h.double())
+    partial, scale = torch.full((batch, response.response_chunks(n, k), k), torch.nan), torch.empty(batch, k)
+    response.gelu_response(h, partial)
+    assert_near(h, activated, dtype)
+    assert_near(partial.sum(1), activated.square().sum(1), torch.float32)
+    response.response_scale(partial, gamma, scale)
+    response.apply_response(h, scale)
+    assert_near(h, response_norm(activated, gamma), dtype, roundings=2)
+
+
+def test_partial_sums_stay_few():
+    """One program of `response_scale` has to add them up."""
+    for n, k in ((576, 8192), (16384, 1280), (4096, 2560), (1024, 5120), (256, 5120), (9216, 8192)):
+        assert response.response_chunks(n, k) * k <= 1.5 * response.PROGRAMS * response.BLOCK_K
+
+
+@halves
+@pytest.mark.parametrize("size", [(2, 70, 128), (1, 64, 64), (3, 5, 20)], ids=str)
+def test_response_norm_in_one_launch(size, dtype):
+    """One stripe of channels: the interpreter runs programs one after another, so that none may wait for others."""
+    batch, _, k = size
+    gamma, workspace = normal(k, seed=1).abs(), resident.response_workspace(batch, k, torch.device("cpu"))
+    for launch in (1, 2):
+        h = normal(*size, dtype=dtype, seed=launch)
+        expected = response_norm(F.gelu(h.double()).to(dtype), gamma)  # it norms what it holds, as rounded
+        assert resident.fits(h)
+        resident.gelu_response_norm(h, gamma, workspace)
+        assert_near(h, expected, dtype, roundings=3)  # a GELU may have been rounded the other way
+        assert workspace[1].tolist() == [launch * resident.LAP.value] * batch
+
+
+H100 = 132  # multiprocessors
+
+
+@pytest.mark.parametrize("size", [(2, 576, 8192), (2, 256, 5120), (1, 1024, 5120), (2, 600, 6144)], ids=str)
+def test_what_waits_for_each_other_fits_the_device(size):
+    batch, n, k = size
+    plan = resident.plan(*size, H100)
+    assert plan is not None
+    programs = batch * -(-k // plan.channels)
+    threads = -(-programs // H100) * 32 * plan.num_warps  # on the fullest multiprocessor
+    assert threads * plan.registers <= resident.REGISTERS
+    assert threads <= resident.THREADS
+    assert plan.tiles * resident.ROWS >= n
+
+
+@pytest.mark.parametrize("size", [(2, 1024, 8192), (8, 576, 8192), (2, 16384, 1280)], ids=str)
+def test_what_does_not_fit_is_known(size):
+    assert resident.plan(*size, H100) is None
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(2, 3, 5, 48), (1, 4, 4, 256)], ids=str)
+@pytest.mark.parametrize("images_share", [True, False])
+def test_modulate(size, dtype, images_share):
+    batch, height, width, channels = size
+    block = randomised(layers.TimestepBlock(channels, 8, conds=()), torch.float32)
+    embedding = normal(1 if images_share else batch, 8).double()
+    scale_shift = block.get_submodule("mapper")(embedding).float()  # (B or 1, 2C)
+    x = normal(batch, channels, height, width, dtype=dtype)
+    expected = tokens(block(x.double(), embedding.expand(batch, -1)))
+    h = modulation.modulate(tokens(x), scale_shift[0] if images_share else scale_shift)
+    assert_near(h, expected, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(2, 7, 48), (1, 33, 256), (2, 3, 1280)], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_modulate_norm(size, dtype, with_bias):
+    channels = size[-1]
+    x, scale_shift = normal(*size, dtype=dtype), normal(2 * channels, dtype=dtype, seed=1)
+    bias = normal(channels, seed=2) if with_bias else None
+    out = torch.empty_like(x)
+    scale, shift = scale_shift.double().chunk(2)
+    expected = torch.addcmul(shift, x.double(), 1 + scale)
+    modulation.modulate_norm(x, scale_shift, bias, out, EPS)
+    assert_near(out, F.layer_norm(expected, (channels,), eps=EPS), dtype)
+    assert_near(x, expected if bias is None else expected + bias, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(2, 7, 48), (1, 33, 256), (1, 2, 2048)], ids=str)
+def test_norm(size, dtype):
+    x = 3 + normal(*size, dtype=dtype)
+    out = modulation.norm(x, torch.empty_like(x), EPS)
+    assert_near(out, F.layer_norm(x.double(), size[-1:], eps=EPS), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("self_attn", [True, False])
+@pytest.mark.parametrize(
+    "size", [(2, 2, 64, 70, 13), (1, 1, 16, 64, 64), (2, 3, 32, 5, 4), (1, 2, 128, 33, 1)], ids=str
+)
+def test_attention(size, dtype, self_attn):
+    batch, heads, width, n, cached = size
+    channels = heads * width
+    qkv = normal(batch, n, 3 * channels, dtype=dtype)
+    key, value = normal(batch, cached, 2 * channels, dtype=dtype, seed=1).chunk(2, dim=-1)  # rows lie apart
+    out = qkv.new_empty(batch, n, channels)
+    attention.attention(qkv, key, value, heads, out, self_attn, block_m=32, block_n=32)
+
+    module = layers.Attention(channels, heads).double()
+    q, own_key, own_value = qkv.double().chunk(3, dim=-1)
+    keys, values = key.double(), value.double()
+    if self_attn:
+        keys, values = torch.cat([own_key, keys], dim=1), torch.cat([own_value, values], dim=1)
+    module.to_q, module.to_k, module.to_v = nn.Identity(), Fixed(keys), Fixed(values)
+    module.out_proj = nn.Identity()
+    expected = module(q, keys)
+    # Weights are rounded before they meet the values: an error of the mean, not of each number.
+    torch.testing.assert_close(
+        out.double(), expected, rtol=2 * HALF_STEP[dtype], atol=HALF_STEP[dtype] * float(values.abs().max())
+    )
+
+
+class Fixed(nn.Module):
+    """A projection whose result is known."""
+
+    def __init__(self, result: Tensor):
+        super().__init__()
+        self.result = result
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.result
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(2, 24, 5, 9), (1, 64, 8, 8), (1, 192, 1, 3)], ids=str)
+def test_residual_block_of_stage_a(size, dtype):
+    """All of its kernels in turn; the products are PyTorch's, so that roundings add up."""
+    batch, channels, height, width = size
+    block = randomised(stage_a.ResBlock(channels, 2 * channels), dtype)
+    for layer in (block.get_submodule("channelwise.0"), block.get_submodule("channelwise.2")):
+        layer.get_parameter("weight").div_(channels)
+    image = normal(batch, channels, height, width, dtype=dtype)
+    expected = tokens(block(image.double()))
+
+    x, gammas = tokens(image), block.get_parameter("gammas").to(dtype)
+    h = torch.empty_like(x)
+    vqgan.norm_modulate(x, gammas[0], gammas[1], h)
+    weight, bias = taps(block.get_submodule("depthwise.1"), dtype)
+    depthwise.depthwise_gate(h, weight, bias, gammas[2], x, height, width)
+    vqgan.norm_modulate(x, gammas[3], gammas[4], h)
+    first, second = block.get_submodule("channelwise.0"), block.get_submodule("channelwise.2")
+    h = F.linear(h.double(), first.get_parameter("weight"), first.get_parameter("bias")).to(dtype)
+    assert_near(vqgan.gelu(h.clone()), F.gelu(h.double()), dtype)
+    h = F.linear(vqgan.gelu(h).double(), second.get_parameter("weight")).to(dtype)
+    vqgan.gate_add(x, h, second.get_parameter("bias").to(dtype), gammas[5])
+    assert float((x.double() - expected).norm() / expected.norm()) < 2 * HALF_STEP[dtype]
