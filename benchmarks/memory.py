@@ -15,11 +15,10 @@ import argparse
 import json
 import math
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,16 +26,13 @@ from unittest.mock import patch
 import torch
 
 from cascade_nodes.cascade_core.placement import MainMemory, Pool
-from cascade_nodes.nodes.conditioning import CascadeTextEncode
-from cascade_nodes.nodes.hosts import headless, reporting
 from cascade_nodes.nodes.hosts.headless import device as host_device
-from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent
-from cascade_nodes.nodes.sampling import CascadeDecoderSampler, CascadePriorSampler
-from load import STATUS, _proc_value, drop_from_cache, read_sequentially
+from held import measure_loading, measure_pictures
+from load import drop_from_cache, read_sequentially
 from machine import describe_machine, print_table
 from networks import full, tiny
 from random_files import write_network
-from timing import GB, clean, synchronise
+from timing import GB
 
 LIMITS = (16.0, 12.0, 8.0, 6.0, 4.0)  # GB
 PROMISED = {16.0: 1.1, 12.0: 1.2, 8.0: 1.6, 6.0: 2.5}  # times the seconds without a limit
@@ -57,29 +53,8 @@ TOY_TEXT = {
     "intermediate_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 1,
+    "projection_dim": 64,
 }
-TOY_TEXT |= {"projection_dim": 64}
-PROMPT, NEGATIVE = "a large red star to the left of a small blue ring on a sand background", "blurry"
-GUIDANCE = {"cfg_rescale": 0.7, "sampler": "ddpm", "denoise": 1.0}
-
-
-class Told:
-    """Keeps what the host says: that it is out of memory and goes on."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def step(self, step: int, total: int, preview: Any) -> None:
-        pass
-
-    def tell(self, text: str) -> None:
-        self.said.append(text)
-
-    def interrupted(self) -> bool:
-        return False
-
-
-# The files
 
 
 def write_all(folder: Path, toy: bool) -> dict[str, int]:
@@ -95,127 +70,22 @@ def write_all(folder: Path, toy: bool) -> dict[str, int]:
     return {**sizes, "text": write_network(text, "text", TOY_TEXT if toy else BIG_G, torch.float16)}
 
 
-# In a process of its own
-
-
-class Cascade:
-    """All four networks, loaded as the nodes load them."""
-
-    def __init__(self, folder: Path, side: int, steps: tuple[int, int]):
-        self.side, self.steps = side, steps
-        self.stage_c = headless.load_network("stage_c", folder / "stage_c.safetensors", "auto")
-        self.stage_b = headless.load_network("stage_b", folder / "stage_b.safetensors", "auto")
-        self.stage_a = headless.load_stage_a(folder / "stage_a.safetensors")
-        self.clip = headless.load_text_encoder(folder / "text.safetensors")
-
-    @torch.inference_mode()
-    def picture(self, seed: int) -> None:
-        positive, negative = CascadeTextEncode.execute(self.clip, PROMPT, NEGATIVE).args
-        latent_c, latent_b = CascadeEmptyLatent.execute(self.side, self.side, 1, 42.67).args
-        prior = {"steps": self.steps[0], "cfg": 4.0, "shift": 2.0, **GUIDANCE}
-        latent_c = CascadePriorSampler.execute(
-            self.stage_c, positive, negative, latent_c, seed=seed, **prior
-        )[0]
-        decoder = {"steps": self.steps[1], "cfg": 1.1, "shift": 1.0, **GUIDANCE}
-        latent_b = CascadeDecoderSampler.execute(
-            self.stage_b, positive, negative, latent_c, latent_b, seed=seed, **decoder
-        )[0]
-        CascadeDecode.execute(self.stage_a, latent_b, 0)
-
-    def staying(self) -> dict[str, float]:
-        """The share of each network that is on the device now."""
-        pool = host_device.pool()
-        networks = {"text": self.clip.encoder.model, "stage_c": self.stage_c.network}
-        networks |= {"stage_b": self.stage_b.network, "stage_a": self.stage_a.decoder}
-        return {} if pool is None else {kind: pool.staying(network) for kind, network in networks.items()}
-
-
-def measure_pictures(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Seconds and memory of pictures; without a limit also those of decoding."""
-    told = Told()
-    with reporting.reporting_to(told):
-        start = time.perf_counter()
-        cascade = Cascade(options.folder, *((64, (2, 2)) if options.toy else (1024, (20, 10))))
-        cascade.picture(0)
-        synchronise(device)
-        first = time.perf_counter() - start
-        clean(device)
-        seconds = []
-        for seed in range(1, options.runs + 1):
-            start = time.perf_counter()
-            cascade.picture(seed)
-            synchronise(device)
-            seconds.append(time.perf_counter() - start)
-        cuda = device.type == "cuda"
-        result = {
-            "gb": options.limit,
-            "first": first,
-            "seconds": statistics.median(seconds),
-            "peak_gb": torch.cuda.max_memory_allocated(device) / GB if cuda else 0.0,
-            "reserved_gb": torch.cuda.max_memory_reserved(device) / GB if cuda else 0.0,
-            "staying": cascade.staying(),
-        }
-        if options.limit is None:
-            result["decode"] = measure_decoding(cascade, device, 64 if options.toy else 1)
-    return {**result, "told": told.said}
-
-
-def measure_decoding(cascade: Cascade, device: torch.device, fraction: int) -> list[dict[str, float]]:
-    """Stage A's peak beside all weights that are there, by the picture's side."""
-    measured = []
-    for side in DECODED:
-        latent = {"samples": torch.randn(1, 4, side // 4 // fraction, side // 4 // fraction)}
-        CascadeDecode.execute(cascade.stage_a, {"samples": latent["samples"][..., :8, :8]}, 0)  # it is there
-        clean(device)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        start = time.perf_counter()
-        CascadeDecode.execute(cascade.stage_a, latent, 0)
-        synchronise(device)
-        seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        measured.append({"side": side, "seconds": seconds, "peak_gb": (peak - before) / GB})
-    return measured
-
-
-def measure_loading(options: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """From Stage C's file to its first step done, and the main memory for it beside what the process had before."""
-    torch.zeros(1, device=device)
-    synchronise(device)
-    before = _proc_value(STATUS, "VmRSS") * 1024
-    start = time.perf_counter()
-    with torch.inference_mode():
-        model = headless.load_network("stage_c", options.folder / "stage_c.safetensors", "auto")
-        config = model.network.config
-        loaded = time.perf_counter() - start
-        states = torch.randn(1, 77, config.c_clip_text)
-        prompt = [[states, {"pooled_output": torch.randn(1, config.c_clip_text_pooled)}]]
-        latent = CascadeEmptyLatent.execute(1024, 1024, 1, 42.67).args[0]
-        once = {"steps": 1, "cfg": 4.0, "shift": 2.0, **GUIDANCE}
-        CascadePriorSampler.execute(model, prompt, prompt, latent, seed=0, **once)
-        synchronise(device)
-    return {
-        "returned": loaded,
-        "first_step": time.perf_counter() - start,
-        "host": _proc_value(STATUS, "VmHWM") * 1024 - before,
-    }
-
-
 def run_child(options: argparse.Namespace) -> None:
     device = torch.device("cpu" if options.toy else "cuda")
-    measure = {"pictures": measure_pictures, "loading": measure_loading}[options.child]
+    toy_pool = None
     if options.toy:
-        memory = int((options.limit or 1000) * GB * options.scale)
-        pool = Pool(MainMemory(memory), unit_bytes=50_000)
-        with patch.object(host_device, "pool", lambda: pool):
-            print(json.dumps(measure(options, device)))
-        return
-    if options.limit is not None:
+        toy_pool = Pool(MainMemory(int((options.limit or 1000) * GB * options.scale)), unit_bytes=50_000)
+    elif options.limit is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options.limit * GB / total)
-    print(json.dumps(measure(options, device)))
-
-
-# The parent
+    with patch.object(host_device, "pool", lambda: toy_pool) if options.toy else nullcontext():
+        if options.child == "loading":
+            measured = measure_loading(options.folder, device)
+        else:
+            size = (64, (2, 2)) if options.toy else (1024, (20, 10))
+            sides = [side // (64 if options.toy else 1) for side in DECODED] if options.limit is None else []
+            measured = measure_pictures(options.folder, device, size, options.runs, sides)
+    print(json.dumps({"gb": options.limit, **measured}))
 
 
 def start_child(
@@ -290,13 +160,8 @@ def report(results: dict[str, Any]) -> None:
     print()
     decoded = results["unlimited"].get("decode", ())
     rows = [
-        [
-            f"{of['side']}²",
-            f"{1000 * of['seconds']:.0f}",
-            f"{of['peak_gb']:.2f}",
-            f"≤ {DECODED[of['side']]:g}",
-        ]
-        for of in decoded
+        [f"{of['side']}²", f"{1000 * of['seconds']:.0f}", f"{of['peak_gb']:.2f}", f"≤ {promised:g}"]
+        for of, promised in zip(decoded, DECODED.values(), strict=False)
     ]
     print_table(["Stage A decodes", "ms", "GB beside the weights", "promised"], rows)
     loading, file = results["loading"], results["sizes"]["stage_c"]

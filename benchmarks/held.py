@@ -1,0 +1,136 @@
+"""What a process that is held to some memory measures: pictures, Stage A's decoding, a file's way to its first step."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade_nodes.nodes.conditioning import CascadeTextEncode
+from cascade_nodes.nodes.hosts import headless, reporting
+from cascade_nodes.nodes.hosts.headless import device as host_device
+from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent
+from cascade_nodes.nodes.sampling import CascadeDecoderSampler, CascadePriorSampler
+from load import STATUS, _proc_value
+from timing import GB, clean, synchronise
+
+PROMPT, NEGATIVE = "a large red star to the left of a small blue ring on a sand background", "blurry"
+GUIDANCE = {"cfg_rescale": 0.7, "sampler": "ddpm", "denoise": 1.0}
+
+
+class Told:
+    """Keeps what the host says: that it is out of memory and goes on."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def step(self, step: int, total: int, preview: Any) -> None:
+        pass
+
+    def tell(self, text: str) -> None:
+        self.said.append(text)
+
+    def interrupted(self) -> bool:
+        return False
+
+
+class Cascade:
+    """All four networks, loaded as the nodes load them."""
+
+    def __init__(self, folder: Path, side: int, steps: tuple[int, int]):
+        self.side, self.steps = side, steps
+        self.stage_c = headless.load_network("stage_c", folder / "stage_c.safetensors", "auto")
+        self.stage_b = headless.load_network("stage_b", folder / "stage_b.safetensors", "auto")
+        self.stage_a = headless.load_stage_a(folder / "stage_a.safetensors")
+        self.clip = headless.load_text_encoder(folder / "text.safetensors")
+
+    @torch.inference_mode()
+    def picture(self, seed: int) -> None:
+        positive, negative = CascadeTextEncode.execute(self.clip, PROMPT, NEGATIVE).args
+        latent_c, latent_b = CascadeEmptyLatent.execute(self.side, self.side, 1, 42.67).args
+        prior = {"steps": self.steps[0], "cfg": 4.0, "shift": 2.0, **GUIDANCE}
+        latent_c = CascadePriorSampler.execute(
+            self.stage_c, positive, negative, latent_c, seed=seed, **prior
+        )[0]
+        decoder = {"steps": self.steps[1], "cfg": 1.1, "shift": 1.0, **GUIDANCE}
+        latent_b = CascadeDecoderSampler.execute(
+            self.stage_b, positive, negative, latent_c, latent_b, seed=seed, **decoder
+        )[0]
+        CascadeDecode.execute(self.stage_a, latent_b, 0)
+
+    def staying(self) -> dict[str, float]:
+        """The share of each network that is on the device now."""
+        pool = host_device.pool()
+        networks = {"text": self.clip.encoder.model, "stage_c": self.stage_c.network}
+        networks |= {"stage_b": self.stage_b.network, "stage_a": self.stage_a.decoder}
+        return {} if pool is None else {kind: pool.staying(network) for kind, network in networks.items()}
+
+
+def measure_pictures(
+    folder: Path, device: torch.device, size: tuple[int, tuple[int, int]], runs: int, decoded: Sequence[int]
+) -> dict[str, Any]:
+    """Seconds and memory of pictures of a side and steps, after the first; of decoding pictures of other sides."""
+    told = Told()
+    with reporting.reporting_to(told):
+        start = time.perf_counter()
+        cascade = Cascade(folder, *size)
+        cascade.picture(0)
+        synchronise(device)
+        first = time.perf_counter() - start
+        clean(device)
+        seconds = []
+        for seed in range(1, runs + 1):
+            start = time.perf_counter()
+            cascade.picture(seed)
+            synchronise(device)
+            seconds.append(time.perf_counter() - start)
+        cuda = device.type == "cuda"
+        result = {
+            "first": first,
+            "seconds": statistics.median(seconds),
+            "peak_gb": torch.cuda.max_memory_allocated(device) / GB if cuda else 0.0,
+            "reserved_gb": torch.cuda.max_memory_reserved(device) / GB if cuda else 0.0,
+            "staying": cascade.staying(),
+        }
+        decode = [measure_decoding(cascade, device, side) for side in decoded]
+    return {**result, "decode": decode, "told": told.said}
+
+
+def measure_decoding(cascade: Cascade, device: torch.device, side: int) -> dict[str, float]:
+    """Stage A's seconds and peak for a picture so many pixels a side, beside all weights that are there."""
+    latent = torch.randn(1, 4, side // 4, side // 4)
+    CascadeDecode.execute(cascade.stage_a, {"samples": latent[..., :8, :8]}, 0)  # it is there
+    clean(device)
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    start = time.perf_counter()
+    CascadeDecode.execute(cascade.stage_a, {"samples": latent}, 0)
+    synchronise(device)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+    return {"side": side, "seconds": seconds, "peak_gb": (peak - before) / GB}
+
+
+def measure_loading(folder: Path, device: torch.device) -> dict[str, float]:
+    """From Stage C's file to its first step done, and the main memory for it beside what the process had before."""
+    torch.zeros(1, device=device)
+    synchronise(device)
+    before = _proc_value(STATUS, "VmRSS") * 1024
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model = headless.load_network("stage_c", folder / "stage_c.safetensors", "auto")
+        config = model.network.config
+        loaded = time.perf_counter() - start
+        states = torch.randn(1, 77, config.c_clip_text)
+        prompt = [[states, {"pooled_output": torch.randn(1, config.c_clip_text_pooled)}]]
+        latent = CascadeEmptyLatent.execute(1024, 1024, 1, 42.67).args[0]
+        once = {"steps": 1, "cfg": 4.0, "shift": 2.0, **GUIDANCE}
+        CascadePriorSampler.execute(model, prompt, prompt, latent, seed=0, **once)
+        synchronise(device)
+    return {
+        "returned": loaded,
+        "first_step": time.perf_counter() - start,
+        "host": _proc_value(STATUS, "VmHWM") * 1024 - before,
+    }
