@@ -17,7 +17,7 @@ EPS = 1e-6
 BLOCK_K = 256  # channels a program
 BLOCK_N = 16  # positions it takes at a time
 PROGRAMS = 256  # for each image at least: with two images about four on every multiprocessor
-SCALE_ELEMENTS = 16384  # partial sums that a program of `response_scale` adds at a time
+SCALE_ELEMENTS = 32768  # partial sums that a program of `response_scale` adds at a time
 
 
 def response_chunks(n: int, k: int) -> int:
@@ -50,7 +50,7 @@ def response_scale(partial: Tensor, gamma: Tensor, scale: Tensor) -> Tensor:
     batch, chunks, k = partial.shape
     block = triton.next_power_of_2(k)
     rows = min(triton.next_power_of_2(chunks), max(1, SCALE_ELEMENTS // block))
-    _response_scale[(batch,)](partial, gamma, scale, chunks, EPS, k, block, rows, num_warps=16)
+    _response_scale[(batch,)](partial, gamma, scale, chunks, EPS, k, block, rows, num_warps=32)
     return scale
 
 
