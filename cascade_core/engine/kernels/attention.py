@@ -37,6 +37,8 @@ def attention(
         qkv.dtype == torch.float32
     ):  # for comparisons: what fits the memory of a multiprocessor, not what is fast
         block_m, block_n, num_stages = 32, 32, 2
+    elif width > 64:  # so that keys and values under way fit
+        num_stages = min(num_stages, 2)
     own, cached = n if self_attn else 0, k_cond.shape[1]
     grid = (triton.cdiv(n, block_m), heads, batch)
     _attention[grid](
