@@ -133,7 +133,10 @@ class BoundUNet:
                     waiting = None
                     program += _add(before)
                     bound = BoundMLP(block)
-                    program.append(_residual(bound, with_skip and i == 0, isinstance(block, ResBlock)))
+                    convolves = isinstance(
+                        block, ResBlock
+                    )  # the only kind that a skip or a ControlNet is for
+                    program.append(_residual(bound, convolves and with_skip and i == 0, convolves))
                     before = bound.after
             program += [_modulate(waiting)] if waiting is not None else []
             program += _add(before)
