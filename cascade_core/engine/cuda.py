@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from . import operations
 from .kernels import attention as attention_kernel
-from .kernels import depthwise, modulation, products, response
+from .kernels import depthwise, modulation, products, resident, response
 from .operations import EPS, add_linear_, linear, project
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
 ]
 
 HEAD_WIDTHS = (16, 32, 64, 128)  # that the kernel knows
+LARGEST_BATCH, LARGEST_HIDDEN = 64, 8192  # of what can be held by the device's registers
 
 
 def norm(x: Tensor, eps: float = EPS) -> Tensor:
@@ -35,29 +38,41 @@ def depthwise_norm(
     return depthwise.depthwise_norm(x, weight, bias, *size, eps, torch.empty_like(x))
 
 
-def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor) -> None:
-    batch, positions, _ = x.shape
+def channelwise_(
+    x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor
+) -> None:
+    batch, positions, channels = x.shape
     rows, hidden = batch * positions, len(expand)
-    scale = x.new_empty(batch, hidden, dtype=torch.float32)
-    config = products.choose("linear_gelu_response", rows, hidden, h.shape[-1], x.device)
-    if config is None:
+    first = products.choose("linear_gelu_response", rows, hidden, h.shape[-1], x.device)
+    second = products.choose("scaled_linear_add", rows, channels, hidden, x.device)
+    if first is None:
         h = linear(h, expand, bias)
-        partial = x.new_empty(batch, response.response_chunks(positions, hidden), hidden, dtype=torch.float32)
+        if second is None and x.is_cuda and resident.fits(h):
+            add_linear_(x, resident.gelu_response_norm(h, gamma, _waiting_room(x.device)), contract)
+            return
+        chunks = response.response_chunks(positions, hidden)
+        partial = x.new_empty(batch, chunks, hidden, dtype=torch.float32)
         response.gelu_response(h, partial)
     else:
-        chunks = products.response_chunks(positions, config)
-        partial = x.new_empty(batch, chunks, hidden, dtype=torch.float32)
+        partial = x.new_empty(batch, products.response_chunks(positions, first), hidden, dtype=torch.float32)
         out = x.new_empty(batch, positions, hidden)
         products.linear_gelu_response(
-            h.flatten(0, 1), expand, bias, positions, out.flatten(0, 1), partial, config
+            h.flatten(0, 1), expand, bias, positions, out.flatten(0, 1), partial, first
         )
         h = out
-    response.response_scale(partial, gamma, scale)
-    config = products.choose("scaled_linear_add", rows, len(contract), hidden, x.device)
-    if config is None:
+    scale = response.response_scale(partial, gamma, x.new_empty(batch, hidden, dtype=torch.float32))
+    if second is None:
         add_linear_(x, response.apply_response(h, scale), contract)
     else:
-        products.scaled_linear_add(h.flatten(0, 1), scale, contract, None, positions, x.flatten(0, 1), config)
+        products.scaled_linear_add(
+            h.flatten(0, 1), scale, contract, None, positions, x.flatten(0, 1), second
+        )
+
+
+@cache
+def _waiting_room(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the programs of `gelu_response_norm` leave their sums: one for the device, of any size it can have."""
+    return resident.response_workspace(LARGEST_BATCH, LARGEST_HIDDEN, device)
 
 
 def modulate_(x: Tensor, scale_shift: Tensor) -> None:
