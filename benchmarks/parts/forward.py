@@ -25,6 +25,8 @@ def call_of(
         return lambda: program.decode(latents)
     x, r, given = forward_inputs(kind, bench.setup, ROWS[kind] * batch, side)
     network = getattr(program, kind)
+    if program.name in bench.ours.names():
+        r = r.cpu()  # as our samplers give it
     return lambda: network(x, r, **given)
 
 

@@ -38,9 +38,7 @@ def depthwise_norm(
     return depthwise.depthwise_norm(x, weight, bias, *size, eps, torch.empty_like(x))
 
 
-def channelwise_(
-    x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor
-) -> None:
+def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor) -> None:
     batch, positions, channels = x.shape
     rows, hidden = batch * positions, len(expand)
     first = products.choose("linear_gelu_response", rows, hidden, h.shape[-1], x.device)
@@ -64,9 +62,7 @@ def channelwise_(
     if second is None:
         add_linear_(x, response.apply_response(h, scale), contract)
     else:
-        products.scaled_linear_add(
-            h.flatten(0, 1), scale, contract, None, positions, x.flatten(0, 1), second
-        )
+        products.scaled_linear_add(h.flatten(0, 1), scale, contract, None, positions, x.flatten(0, 1), second)
 
 
 @cache

@@ -24,6 +24,7 @@ TABLES = 64  # noise conditions whose scales and shifts are kept: 1 MB each for 
 
 
 Conditions = dict[str, Tensor | None]
+Dated = tuple[Tensor | None, int]
 
 
 class Fast:
@@ -61,11 +62,17 @@ class Fast:
     ) -> Tensor:
         extra = {name: value for name, value in (("sca", sca), ("crp", crp)) if value is not None}
         noise = _numbers({"r": r, **extra})
+        if not self._weights.unchanged():
+            self.forget()
+            self._weights = Weights(self.network)
         plain = self.network.stream_scale == 1 and self._weights.plain(x)
         if noise is None or self.config.kernel_size != 3 or not plain:
             extra = {**extra, **({} if control is None else {"control": control})}
             return self.network(x, r.to(x.device), **conditions, **extra)
-        bound = self._follow(x.is_cuda)
+        if self._bound is None:
+            self._bound = BoundUNet(self.network, self.join and x.is_cuda)
+            self._weights = Weights(self.network)  # joining moves some
+        bound = self._bound
         session = self._session(x, conditions, control or ())
         session.prepare(bound, x, conditions, control or ())
         return session.run(bound, operations_on(x.device), x, self._table(bound, noise))
@@ -76,14 +83,6 @@ class Fast:
         self._tables.clear()
         self._sessions.clear()
         self._pool = Pool()
-
-    def _follow(self, on_cuda: bool) -> BoundUNet:
-        """The program of the weights as they are now."""
-        if self._bound is None or not self._weights.unchanged():
-            self.forget()
-            self._bound = BoundUNet(self.network, self.join and on_cuda)
-            self._weights = Weights(self.network)
-        return self._bound
 
     def _table(self, bound: BoundUNet, noise: dict[str, float]) -> Tensor:
         key = tuple(sorted(noise.items()))
@@ -114,7 +113,7 @@ class Session:
         self.network = network
         self.graph = None if pool is None else Graph(pool)
         self.given: Given | None = None
-        self.conditions: Conditions = {}  # that `given` was made of
+        self.conditions: dict[str, Dated] = {}  # that `given` was made of
         self.control: list[Tensor | None] = []
 
     def prepare(self, bound: BoundUNet, x: Tensor, conditions: Conditions, control: Sequence) -> None:
@@ -130,7 +129,7 @@ class Session:
                 given.control = [None if t is None else torch.empty_like(t) for t in control]
             else:
                 _copy(given.keys + given.values + [given.conditions], keys + values + [added])
-            self.conditions = dict(conditions)
+        self.conditions = {name: _dated(value) for name, value in conditions.items()}
         if len(control) != len(self.control) or any(
             a is not b for a, b in zip(control, self.control, strict=True)
         ):
@@ -172,12 +171,20 @@ def _numbers(values: dict[str, Tensor]) -> dict[str, float] | None:
     return numbers
 
 
-def _equal(now: Conditions, before: Conditions) -> bool:
+def _dated(value: Tensor | None) -> Dated:
+    """With its version, which tells whether it was written to since; tensors made in inference mode have none."""
+    return value, 0 if value is None or value.is_inference() else value._version
+
+
+def _equal(now: Conditions, before: dict[str, Dated]) -> bool:
     """The same tensors, or others of the same values: a host may join its prompts anew at each step."""
-    return all(
-        a is b or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in ((now[name], before.get(name)) for name in now)
-    )
+    for name, value in now.items():
+        old, version = before.get(name, (None, 0))
+        if value is old and _dated(value)[1] == version:
+            continue
+        if value is old or value is None or old is None or not torch.equal(value, old):
+            return False
+    return True
 
 
 def _copy(kept: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> None:

@@ -108,6 +108,7 @@ def test_nothing_of_the_last_call_stays():
     assert_same(network, fast, x, {**other, "control": [torch.randn_like(control[0]), None, control[2]]})
     assert_same(network, fast, x, other)
     assert_same(network, fast, *stage_c_inputs(STAGE_C, batch=1))
+    assert_same(network, fast, x, conditions)
     conditions["clip_text"].mul_(0.5)  # as a host may write into what it gave before
     assert_same(network, fast, x, conditions)
 
