@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,28 +30,35 @@ class FastDecoder:
 
     def __init__(self, stage_a: StageA):
         self.stage_a = stage_a
-        self._weights = Weights(stage_a)
+        self.forget()
+
+    def forget(self) -> None:
+        """Free everything derived from the weights, with the graphs' memory."""
+        self._weights = Weights(self.stage_a)
         self._blocks: list[Any] | None = None
-        self._graphs: OrderedDict[tuple[int, ...], Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, ...], Graph | None] = OrderedDict()
         self._pool = Pool()
 
     @torch.inference_mode()
     def __call__(self, latent: Tensor) -> Tensor:
+        if not self._weights.unchanged():
+            self.forget()
         if latent.device.type != "cuda" or latent.dtype == torch.float32 or not self._weights.plain(latent):
             return self.stage_a.decode(latent)
-        if self._blocks is None or not self._weights.unchanged():
-            self._graphs.clear()
-            self._pool = Pool()
-            self._weights = Weights(self.stage_a)
+        if self._blocks is None:
             self._blocks = [Bound(m) if isinstance(m, ResBlock) else m for m in self.stage_a.up_blocks]
-        if latent.numel() // latent.shape[1] > LARGEST:
-            return self._decode(latent)
-        key = tuple(latent.shape)
-        if key not in self._graphs:
-            self._graphs[key] = Graph(self._pool)
-            if len(self._graphs) > GRAPHS:
-                self._graphs.popitem(last=False)
-        return self._graphs[key](self._decode, latent)
+        return self._graph_of(tuple(latent.shape))(self._decode, latent)
+
+    def _graph_of(self, shape: tuple[int, ...]) -> Callable[..., Tensor]:
+        """Of a size that comes again: what comes once, such as a tile, is not worth recording."""
+        if shape[0] * shape[2] * shape[3] > LARGEST:
+            return _directly
+        known = shape in self._graphs
+        graph = self._graphs.pop(shape, None) or (Graph(self._pool) if known else None)
+        self._graphs[shape] = graph
+        while len(self._graphs) > GRAPHS:
+            self._graphs.popitem(last=False)
+        return graph or _directly
 
     def _decode(self, latent: Tensor) -> Tensor:
         assert self._blocks is not None
@@ -64,6 +72,10 @@ class FastDecoder:
             else:
                 x = block(x)
         return self.stage_a.out_block(x)
+
+
+def _directly(decode: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
+    return decode(latent)
 
 
 class Bound:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ....cascade_core import activations, checkpoints
+from ....cascade_core.engine.vqgan import FastDecoder
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.placement import when_leaving
 from ....cascade_core.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo
 from .device import on_device, picture_dtype
 from .tiled import Tiled
@@ -24,6 +26,7 @@ class HeadlessVAE:
     encoder: Any  # StageA or SemanticCompressor
     decoder: Any  # StageA, Previewer or None
     files: tuple[str, str]  # of the encoder and the decoder
+    fast: Any = None  # FastDecoder of Stage A
 
     def networks(self) -> list[tuple[nn.Module, str]]:
         """Each network with the name of its file."""
@@ -32,8 +35,9 @@ class HeadlessVAE:
 
 
 def load_stage_a(path: Path) -> HeadlessVAE:
+    network: Any
     network, _, _ = checkpoints.load_model(path, expect="stage_a", dtype=picture_dtype())
-    return HeadlessVAE("stage_a", network, network, (path.name, path.name))
+    return HeadlessVAE("stage_a", network, network, (path.name, path.name), FastDecoder(network))
 
 
 def load_compressor(compressor: Path, previewer: Path | None) -> HeadlessVAE:
@@ -71,7 +75,12 @@ def decode_latent(vae: HeadlessVAE, latent: Tensor, tile: int) -> Tensor:
     if vae.kind == "stage_a":
         latent = latent / network.config.scale_factor
         side, halo = 2**network.config.levels, decode_halo(network.config)
-        decode = Tiled(network, network.decode, halo, activations.stage_a, up=side)
+
+        def run(part: Tensor) -> Tensor:
+            when_leaving(network, vae.fast.forget)  # before its weights do, its graphs go
+            return vae.fast(part)
+
+        decode = Tiled(network, run, halo, activations.stage_a, up=side)
     else:
         side = PREVIEWER_SIDE
         decode = Tiled(network, network, PREVIEWER_HALO, activations.previewer, up=side)
