@@ -12,6 +12,7 @@ from ..canny import canny
 from ..errors import CascadeError
 from ..hints import STRIDE, identity_map, inpaint_hint, shrink, super_resolution_hint
 from .buckets import COMPRESSION
+from .drawing_masks import training_masks
 from .settings import ControlNetSettings, Reads
 
 Compress = Callable[[Tensor], Tensor]
@@ -46,34 +47,7 @@ def _canny(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
 
 
 def _inpainting(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
-    return inpaint_hint(images, random_masks(len(images), images.shape[-2:], generator, images.device))
-
-
-def random_masks(
-    count: int,
-    size: torch.Size | tuple[int, int],
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """(count, H, W) in {0, 1}: up to four boxes and ellipses together, one in ten the picture's outside or all of it.
-
-    Made on the device from numbers drawn on the CPU. The published training masks what a saliency network finds; this
-    needs none, and covers a third on average.
-    """
-    height, width = size
-    y = torch.linspace(0, 1, height, device=device).view(1, 1, -1, 1)
-    x = torch.linspace(0, 1, width, device=device).view(1, 1, 1, -1)
-    chance = torch.rand(6, count, 4, 1, 1, generator=generator).to(device)
-    kind = torch.rand(count, 1, 1, generator=generator).to(device)
-    centre_y, centre_x = chance[0], chance[1]
-    half_y, half_x = 0.05 + 0.3 * chance[2], 0.05 + 0.3 * chance[3]
-    dy, dx = (y - centre_y).abs() / half_y, (x - centre_x).abs() / half_x  # (count, 4, H, W)
-    box, ellipse = torch.maximum(dy, dx) < 1, dy.square() + dx.square() < 1
-    shapes = torch.where(chance[4] < 0.5, box, ellipse)
-    used = torch.arange(4, device=device).view(1, 4, 1, 1) < (1 + 4 * chance[5][:, :1])  # one to four of them
-    mask = (shapes & used).any(dim=1)  # (count, H, W)
-    mask = torch.where(kind < 0.1, ~mask, mask)
-    return torch.where(kind > 0.95, torch.ones_like(mask), mask).float()
+    return inpaint_hint(images, training_masks(images, generator))
 
 
 def _super_resolution(

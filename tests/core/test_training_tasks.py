@@ -10,10 +10,15 @@ from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.guidance import guide
 from cascade_nodes.cascade_core.text import TextEncoder
 from cascade_nodes.cascade_core.training import control, lora
+from cascade_nodes.cascade_core.training.drawing_masks import (
+    masks_around_things,
+    random_masks,
+    training_masks,
+)
 from cascade_nodes.cascade_core.training.finetune import select_parameters
 from cascade_nodes.cascade_core.training.lora import LoRATask
 from cascade_nodes.cascade_core.training.low_rank import LowRankChanges, select_layers
-from cascade_nodes.cascade_core.training.making_hints import HINTS, Tools, random_masks
+from cascade_nodes.cascade_core.training.making_hints import HINTS, Tools
 from cascade_nodes.cascade_core.training.recompute import recompute_blocks
 from cascade_nodes.tests.core.training_runs import TASKS, loop_of, settings_of, write_world
 from cascade_nodes.tests.golden_weights import relative_error
@@ -348,6 +353,46 @@ def test_random_masks_repeat_and_cover_something():
     assert 0.2 < covered.mean() < 0.5
     assert (covered == 1).any()
     assert covered.min() > 0
+
+
+def two_things():
+    """Two red boxes on a background that goes from light to dark, (1, 3, 96, 192)."""
+    image = torch.linspace(0.6, 0.5, 96)[None, None, :, None].repeat(1, 3, 1, 192)
+    for left in (16, 128):
+        image[:, :, 24:48, left : left + 32] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    return image
+
+
+def test_masks_lie_around_one_thing_of_a_picture():
+    images = two_things().repeat(60, 1, 1, 1)
+    masks, found = masks_around_things(images, torch.Generator().manual_seed(1))
+    assert found.all()
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    left, right = masks[:, 24:48, 16:48], masks[:, 24:48, 128:160]
+    whole = torch.stack([left.mean((1, 2)), right.mean((1, 2))], dim=1)  # how much of either is covered
+    assert set(map(tuple, whole.tolist())) == {(1.0, 0.0), (0.0, 1.0)}
+    sizes = masks.sum((1, 2))
+    assert sizes.min() >= 24 * 32
+    assert sizes.max() <= (24 + 2 * 9.6 + 5) * (
+        32 + 2 * 19.2 + 9
+    )  # room of a tenth to each side, and the cells' own
+
+
+def test_nothing_stands_out_of_an_even_picture_and_masks_are_anywhere():
+    images = torch.full((40, 3, 64, 64), 0.5)
+    _, found = masks_around_things(images, torch.Generator().manual_seed(1))
+    assert not found.any()
+    masks = training_masks(images, torch.Generator().manual_seed(1))
+    assert torch.equal(masks, random_masks(40, (64, 64), torch.Generator().manual_seed(1)))
+
+
+def test_half_of_the_masks_are_boxes_around_things():
+    images = two_things().repeat(200, 1, 1, 1)
+    masks = training_masks(images, torch.Generator().manual_seed(1))
+    anywhere = random_masks(200, (96, 192), torch.Generator().manual_seed(1))
+    others = (masks != anywhere).any(dim=(1, 2))
+    assert 70 <= others.sum() <= 130
+    assert masks[others].mean() < anywhere.mean()
 
 
 def test_published_blocks_for_every_size():
