@@ -9,19 +9,17 @@ from torch.nn import functional as F
 from .errors import CascadeError
 from .hints import mask_of
 
-TOUCHED = 0.1  # of a latent's position: so much of it is masked where it may change
-
 
 def latent_mask(mask: Tensor, batch: int, size: Sequence[int]) -> Tensor:
     """A mask (B or 1, H, W) for a latent of h × w positions, (batch, 1, h, w): 0 or 1.
 
-    A position may change where a tenth of it is masked, or, of a mask finer than the positions, a tenth as much as of
-    the most masked one.  What is painted needs the positions at the mask's edge as well: Stage C's are so large that
-    with the well covered ones alone a thing has no room, and is painted cut off or not at all.
+    A position may change where any of it is masked, at least half as much as the most masked pixel.  What is painted
+    needs the positions at the mask's edge as well: Stage C's are so large that with the well covered ones alone a
+    thing has no room, and is painted cut off or not at all.
     """
     mask = mask_of(mask, batch, (mask.shape[-2], mask.shape[-1])).clamp(0, 1)
-    share = F.adaptive_avg_pool2d(mask, (size[0], size[1]))
-    return (share > TOUCHED * share.amax(dim=(1, 2, 3), keepdim=True)).float()
+    masked = F.adaptive_max_pool2d(mask, (size[0], size[1]))
+    return ((masked > 0) & (masked >= mask.amax(dim=(1, 2, 3), keepdim=True) / 2)).float()
 
 
 def expand(
