@@ -62,8 +62,9 @@ def masks_around_things(images: Tensor, generator: torch.Generator) -> tuple[Ten
     distance = (cells - usual[..., None, None]).square().sum(1).sqrt()  # (B, GRID, GRID)
     salient = (distance > 2 * distance.mean((1, 2), keepdim=True)).float()
     chance = 1 - torch.rand(batch, GRID * GRID, generator=generator).to(device)  # in (0, 1]
-    first = (chance * salient.flatten(1)).argmax(dim=1)
-    thing = F.one_hot(first, GRID * GRID).view(batch, 1, GRID, GRID).float()
+    first = (chance * salient.flatten(1)).argmax(dim=1, keepdim=True)
+    begun = torch.arange(GRID * GRID, device=device) == first  # (B, GRID²)
+    thing = begun.view(batch, 1, GRID, GRID).float()
     for _ in range(GRID):
         thing = F.max_pool2d(thing, 3, stride=1, padding=1) * salient[:, None]
     room = MARGIN * torch.rand(4, batch, 1, generator=generator).to(device)
