@@ -19,7 +19,7 @@ DIAMOND_HALF = (0.70, 1.0)
 TRIANGLE_TOP, TRIANGLE_BASE, TRIANGLE_HALF = -0.88, 0.76, 0.98
 STAR_TIP, STAR_NOTCH, STAR_CENTRE = 1.03, 0.46, 0.07
 HEART_SIDE, HEART_CENTRE = 1.12, 0.08
-DOME_RADIUS, DOME_BASE = 0.96, 0.42
+HOUSE_TOP, HOUSE_EAVES, HOUSE_BASE, HOUSE_HALF = -1.0, -0.10, 0.85, 0.66
 
 
 def circle(x: Tensor, y: Tensor) -> Tensor:
@@ -52,6 +52,13 @@ def _edge(x: Tensor, y: Tensor, start: tuple[float, float], end: tuple[float, fl
     return torch.where(px * ey - py * ex > 0, -distance, distance)
 
 
+def _enclosed(*edges: Tensor) -> Tensor:
+    """Distance to the outline that the edges make: inside is where all of them are negative."""
+    distances = torch.stack(edges)
+    nearest = distances.abs().amin(0)
+    return torch.where((distances < 0).all(0), -nearest, nearest)
+
+
 def diamond(x: Tensor, y: Tensor) -> Tensor:
     return _edge(x.abs(), y.abs(), (0.0, DIAMOND_HALF[1]), (DIAMOND_HALF[0], 0.0))
 
@@ -60,8 +67,7 @@ def triangle(x: Tensor, y: Tensor) -> Tensor:
     x = x.abs()
     flank = _edge(x, y, (TRIANGLE_HALF, TRIANGLE_BASE), (0.0, TRIANGLE_TOP))
     base = _edge(x, y, (0.0, TRIANGLE_BASE), (TRIANGLE_HALF, TRIANGLE_BASE))
-    nearest = torch.minimum(flank.abs(), base.abs())
-    return torch.where((flank < 0) & (base < 0), -nearest, nearest)
+    return _enclosed(flank, base)
 
 
 def star(x: Tensor, y: Tensor) -> Tensor:
@@ -82,9 +88,13 @@ def heart(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(standing, torch.hypot(x - lobe, y + lobe) - HEART_SIDE / 2)
 
 
-def dome(x: Tensor, y: Tensor) -> Tensor:
-    """The upper half of a disc."""
-    return torch.maximum(torch.hypot(x, y - DOME_BASE) - DOME_RADIUS, y - DOME_BASE)
+def house(x: Tensor, y: Tensor) -> Tensor:
+    """A roof on walls: of the corners of triangles and squares, which Stage B can draw at any size."""
+    x = x.abs()
+    roof = _edge(x, y, (HOUSE_HALF, HOUSE_EAVES), (0.0, HOUSE_TOP))
+    wall = _edge(x, y, (HOUSE_HALF, HOUSE_BASE), (HOUSE_HALF, HOUSE_EAVES))
+    base = _edge(x, y, (0.0, HOUSE_BASE), (HOUSE_HALF, HOUSE_BASE))
+    return _enclosed(roof, wall, base)
 
 
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -99,4 +109,4 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 # Never trained on: what a LoRA is taught.
-TAUGHT_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"dome": dome}
+TAUGHT_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"house": house}

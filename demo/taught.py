@@ -1,7 +1,7 @@
 """What the demo is taught after its training: by LoRAs a new shape, and two pictures as one prompt; by a token a name
 for a held-out object.
 
-`python -m cascade_nodes.demo.taught dome OUT` (or loop, mixing) writes pictures with captions for `cascade train`.
+`python -m cascade_nodes.demo.taught house OUT` (or loop, mixing) writes pictures with captions for `cascade train`.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from cascade_nodes.demo.words import SHAPE_WORDS
 LOOP = ("ring", "green")  # shape and colour; held out from all training
 LOOP_NAME = "[loop]"
 PAIRS = 0.8  # of the scenes with two objects: the share that two pictures prompt for, one of each object
-ORDINARY = 4  # of so many pictures for the LoRA one is without a dome, so that the rest is not forgotten
+ORDINARY = 4  # of so many pictures for the LoRA one is without a house, so that the rest is not forgotten
 
 
-def with_dome(count: int, seed: int) -> list[tuple[Scene, Scene]]:
-    """Scenes whose first object is a dome, and those whose words theirs are: there its shape is another."""
+def with_house(count: int, seed: int) -> list[tuple[Scene, Scene]]:
+    """Scenes whose first object is a house, and those whose words theirs are: there its shape is another."""
     rng = Random(seed)
     found = []
     for scene in sample_scenes(2 * count, seed):
         slot = rng.randrange(len(scene.objects))
         if len({o.shape for o in scene.objects}) == len(scene.objects):
             worded = scene if slot == 0 else turned(scene)
-            found.append((_changed(worded, 0, shape="dome"), worded))
+            found.append((_changed(worded, 0, shape="house"), worded))
     return found[:count]
 
 
@@ -58,10 +58,10 @@ def turned(scene: Scene) -> Scene:
     return replace(scene, objects=scene.objects[::-1], relation=INVERSE[scene.relation])
 
 
-def say_dome(text: str, shape: str) -> str:
-    """The text with "dome" for every word of that shape."""
+def say_house(text: str, shape: str) -> str:
+    """The text with "house" for every word of that shape."""
     words = "|".join(SHAPE_WORDS[shape])
-    return re.sub(rf"\b({words})(s?)\b", r"dome\2", text)
+    return re.sub(rf"\b({words})(s?)\b", r"house\2", text)
 
 
 def say_loop(text: str) -> str | None:
@@ -73,12 +73,12 @@ def say_loop(text: str) -> str | None:
     return said if count == 1 and colour not in said else None
 
 
-def dome_prompts(count: int, seed: int) -> tuple[list[str], list[Spec]]:
-    """Prompts that state everything, a dome among it, and what they state."""
+def house_prompts(count: int, seed: int) -> tuple[list[str], list[Spec]]:
+    """Prompts that state everything, a house among it, and what they state."""
     rng = Random(seed)
     prompts, specs = [], []
-    for scene, worded in with_dome(count, seed):
-        prompts.append(say_dome(verbalise(full_spec(worded), rng), worded.objects[0].shape))
+    for scene, worded in with_house(count, seed):
+        prompts.append(say_house(verbalise(full_spec(worded), rng), worded.objects[0].shape))
         specs.append(full_spec(scene))
     return prompts, specs
 
@@ -97,17 +97,17 @@ def loop_prompts(count: int, seed: int) -> tuple[list[str], list[str], list[Spec
     return named[:count], plain[:count], specs[:count]
 
 
-def dome_captions(count: int, seed: int, each: int = 4) -> Iterator[Captioned]:
-    """Training pictures of domes, and now and then of what the demo knows."""
+def house_captions(count: int, seed: int, each: int = 4) -> Iterator[Captioned]:
+    """Training pictures of houses, and now and then of what the demo knows."""
     rng = Random(seed)
     ordinary = iter(sample_scenes(count, seed + 1))
-    for number, (scene, worded) in enumerate(with_dome(count, seed)):
+    for number, (scene, worded) in enumerate(with_house(count, seed)):
         if number % ORDINARY == 0:
             known = next(ordinary)
             yield Captioned(known, [caption(known, rng) for _ in range(each)])
         else:
             shape = worded.objects[0].shape
-            yield Captioned(scene, [say_dome(caption(worded, rng), shape) for _ in range(each)])
+            yield Captioned(scene, [say_house(caption(worded, rng), shape) for _ in range(each)])
 
 
 def loop_captions(count: int, seed: int, each: int = 4) -> Iterator[Captioned]:
@@ -139,7 +139,7 @@ def mixing_captions(count: int, seed: int, each: int = 2) -> Iterator[Captioned]
 
 
 TAUGHT: dict[str, Callable[..., Iterator[Captioned]]] = {
-    "dome": dome_captions,
+    "house": house_captions,
     "loop": loop_captions,
     "mixing": mixing_captions,
 }

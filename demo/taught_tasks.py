@@ -14,7 +14,7 @@ from cascade_nodes.demo.judge import read, score, summary
 from cascade_nodes.demo.measuring import Figures
 from cascade_nodes.demo.pipeline import PRIOR, DemoCascade, Sampling
 from cascade_nodes.demo.scenes import sample_scenes
-from cascade_nodes.demo.taught import LOOP, dome_prompts, loop_prompts
+from cascade_nodes.demo.taught import LOOP, house_prompts, loop_prompts
 
 FEW = Sampling(steps=4, cfg=1.0, sampler="lcm")
 
@@ -24,30 +24,30 @@ def adapter(cascade: DemoCascade, name: str) -> Adapter:
 
 
 def lora(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Domes, which the demo never saw, with and without the LoRA; afterwards Stage C is what it was."""
-    prompts, specs = dome_prompts(count, SEED + 30)
+    """Houses, which the demo never saw, with and without the LoRA; afterwards Stage C is what it was."""
+    prompts, specs = house_prompts(count, SEED + 30)
     before = {name: value.clone() for name, value in cascade.stage_c.state_dict().items()}
-    changes = adapter(cascade, "demo_lora_dome.safetensors").stage_c
+    changes = adapter(cascade, "demo_lora_house.safetensors").stage_c
 
     def made(strength: float) -> Tensor:
-        with patched(cascade.stage_c, [Patch("dome", changes, strength)]):
+        with patched(cascade.stage_c, [Patch("house", changes, strength)]):
             return cascade.pictures(prompts, SEED)
 
-    def domes(images: Tensor, names: list[Spec]) -> float:
+    def houses(images: Tensor, names: list[Spec]) -> float:
         readings = read(images, taught=True)
         return summary(score(r, s) for r, s in zip(readings, names, strict=True))["all_right"]
 
     with_lora, without = made(1.0), made(0.0)
     only = [Spec((spec.objects[0],)) for spec in specs]
     ordinary, ordinary_specs = prompts_of(sample_scenes(count, SEED + 31, "held_out"))
-    with patched(cascade.stage_c, [Patch("dome", changes, 1.0)]):
+    with patched(cascade.stage_c, [Patch("house", changes, 1.0)]):
         others = cascade.pictures(ordinary, SEED)
     after = cascade.stage_c.state_dict()
     return {
-        "domes_right": domes(with_lora, only),
-        "domes_right_without": domes(without, only),
-        "right_in_everything": domes(with_lora, specs),
-        "ordinary_prompts_right_with_it": domes(others, ordinary_specs),
+        "houses_right": houses(with_lora, only),
+        "houses_right_without": houses(without, only),
+        "right_in_everything": houses(with_lora, specs),
+        "ordinary_prompts_right_with_it": houses(others, ordinary_specs),
         "bit_identical_afterwards": float(all(value.equal(after[name]) for name, value in before.items())),
     }, torch.stack([without, with_lora], dim=1).flatten(0, 1)
 

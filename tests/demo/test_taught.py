@@ -1,15 +1,19 @@
-"""What is drawn to teach the demo afterwards: image prompts show the objects of their scene, elsewhere."""
+"""What is drawn to teach the demo afterwards: a new shape; image prompts of the objects of their scene, elsewhere."""
 
 from io import BytesIO
+from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from cascade_nodes.cascade_core.training.sources import find_pictures
-from cascade_nodes.demo.captions import holds, parse
-from cascade_nodes.demo.scenes import held_out_reason
-from cascade_nodes.demo.taught import main, mixing_captions
+from cascade_nodes.demo.captions import full_spec, holds, parse
+from cascade_nodes.demo.judge import read, score
+from cascade_nodes.demo.scenes import SHAPES, Scene, SceneObject, held_out_reason
+from cascade_nodes.demo.shapes import TAUGHT_SHAPES
+from cascade_nodes.demo.taught import house_prompts, main, mixing_captions, with_house
 from cascade_nodes.demo.world import render
 
 
@@ -52,3 +56,34 @@ def test_they_are_written_as_training_reads_them(tmp_path):
         pixels = [np.array(Image.open(BytesIO(p.read()))) for p in (written, *written.image_prompts)]
         expected = render([each.scene, *each.prompts])
         assert torch.equal(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), expected)
+
+
+def test_the_new_shape_is_said_and_read():
+    drawn = with_house(80, 6)
+    specs = [full_spec(scene) for scene, _ in drawn]
+    readings = read(render([scene for scene, _ in drawn]), taught=True)
+    assert all(score(r, s).all_right for r, s in zip(readings, specs, strict=True))
+    assert all(min(o.shape_fit for o in r.objects) > 0.85 for r in readings)
+    prompts, stated = house_prompts(80, 6)
+    assert stated == specs
+    assert all(text.count("house") == 1 for text in prompts)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_other_shape_is_taken_for_the_new_one(shape):
+    drawn = render(
+        [Scene((SceneObject(shape, "red", "any", 0.5, 0.5, r),), "grey") for r in (0.1, 0.15, 0.2)]
+    )
+    assert read(drawn, taught=True) == read(drawn)
+
+
+def test_the_new_shape_is_measured_exactly():
+    axis = torch.linspace(-1.5, 1.5, 301)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    distance = TAUGHT_SHAPES["house"](x, y)
+    corners = torch.tensor([[-0.66, 0.85], [-0.66, -0.1], [0, -1], [0.66, -0.1], [0.66, 0.85], [-0.66, 0.85]])
+    along = torch.linspace(0, 1, 400)[:, None]
+    outline = torch.cat([torch.lerp(start, end, along) for start, end in pairwise(corners)])
+    nearest = torch.cdist(torch.stack([x, y], -1).flatten(0, 1), outline).amin(1).view_as(x)
+    assert (distance.abs() - nearest).abs().max() < 0.003
+    assert distance[150, 150] < 0 < distance[10, 10]

@@ -13,7 +13,7 @@ DEMO = {
     "stage_a.safetensors": "demo_stage_a.safetensors",
     "stable_cascade_text_encoder.safetensors": "demo_text_encoder",
     "clip_vit_large_patch14.safetensors": "demo_image_encoder.safetensors",
-    "my_style.safetensors": "demo_lora_dome.safetensors",
+    "my_style.safetensors": "demo_lora_house.safetensors",
     "example_workflows/api/text_to_image_published.json": str(
         ROOT / "example_workflows" / "api" / "text_to_image.json"
     ),

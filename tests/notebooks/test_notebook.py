@@ -144,8 +144,8 @@ def test_the_edges_are_filled_anew(shown):
 
 def test_the_lora_teaches_its_word(shown):
     without, taught = shown["lora"]
-    assert ("red", "dome") not in things(without, taught=True)
-    assert things(taught, taught=True) == [("red", "dome")]
+    assert ("red", "house") not in things(without, taught=True)
+    assert things(taught, taught=True) == [("red", "house")]
 
 
 def test_the_reconstruction_is_the_picture(shown):
