@@ -3,11 +3,11 @@
 fast.py        called like the network; remembers from step to step what does not change
 unet.py        Stage B and C as a flat program over tokens
 blocks.py      each block with what can be computed when it is bound
-operations.py  what the program computes with, in plain PyTorch
+operations.py  what the program computes with, in plain PyTorch; cuda.py, in fused kernels; fp8.py, its products in e4m3
 graphs.py      CUDA graphs
 kernels/       the same operations fused, in Triton
 """
 
-from .fast import Fast
+from .fast import Fast, Precision, operations_on
 
-__all__ = ["Fast"]
+__all__ = ["Fast", "Precision", "operations_on"]

@@ -2,10 +2,12 @@
 
 A bound block changes the feature map x (B, N, C) in place. It leaves its last bias to the block after it (`after`): a
 TimestepBlock takes it into its shift, which costs nothing, so that the product before can add straight to x.
+What its products take for a weight is for the operations to say (`operand`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from torch import Tensor
 
 from ..layers import ResBlock
 
+Operand = Callable[[Any], Any]  # `operations.operand`
+
 
 class BoundMLP:
     """A ResBlock, or a FeedForwardBlock, which has no convolution."""
 
-    def __init__(self, block: Any):
+    def __init__(self, block: Any, operand: Operand):
         expand, _, response, _, contract = block.channelwise
         channels = contract.weight.shape[0]
         self.taps: Tensor | None = None
@@ -25,9 +29,9 @@ class BoundMLP:
             self.taps = block.depthwise.weight.reshape(channels, 9).T.contiguous()  # (9, C)
             self.taps_bias = block.depthwise.bias
         self.eps = block.norm.eps
-        self.expand, self.expand_bias = expand.weight, expand.bias
+        self.expand, self.expand_bias = operand(expand.weight), expand.bias
         self.gamma = response.gamma.flatten().float()
-        self.contract = contract.weight
+        self.contract = operand(contract.weight)
         # W·(h + beta) + b = W·h + (W·beta + b)
         beta = response.beta.flatten().to(contract.weight.dtype)
         self.after = contract.weight.mv(beta).float() + contract.bias.float()  # (C,)
@@ -67,14 +71,14 @@ class BoundTimestep:
 class BoundAttention:
     """An AttnBlock, with the TimestepBlock before it where there is one."""
 
-    def __init__(self, block: Any, timestep: BoundTimestep | None, index: int):
+    def __init__(self, block: Any, timestep: BoundTimestep | None, index: int, operand: Operand):
         attention = block.attention.attn
         self.block, self.timestep, self.index = block, timestep, index
         self.eps, self.heads, self.self_attn = block.norm.eps, attention.heads, block.self_attn
         self.projections = [attention.to_q, attention.to_k, attention.to_v]
-        self.qkv = joined([layer.weight for layer in self.projections])
+        self.qkv = operand(joined([layer.weight for layer in self.projections]))
         self.qkv_bias = torch.cat([layer.bias for layer in self.projections])
-        self.out = attention.out_proj.weight
+        self.out = operand(attention.out_proj.weight)
         self.out_bias = attention.out_proj.bias.float()
 
     def condition(self, activated: Tensor) -> tuple[Tensor, Tensor]:

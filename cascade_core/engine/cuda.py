@@ -10,7 +10,7 @@ from torch import Tensor
 from . import operations
 from .kernels import attention as attention_kernel
 from .kernels import depthwise, modulation, products, resident, response
-from .operations import EPS, add_linear_, linear, project
+from .operations import EPS, add_linear_, linear, operand, project
 
 __all__ = [
     "add_linear_",
@@ -21,6 +21,7 @@ __all__ = [
     "modulate_",
     "modulate_norm_",
     "norm",
+    "operand",
     "project",
 ]
 
@@ -46,7 +47,7 @@ def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tens
     if first is None:
         h = linear(h, expand, bias)
         if second is None and x.is_cuda and resident.fits(h):
-            add_linear_(x, resident.gelu_response_norm(h, gamma, _waiting_room(x.device)), contract)
+            add_linear_(x, resident.gelu_response_norm(h, gamma, waiting_room(x.device)), contract)
             return
         chunks = response.response_chunks(positions, hidden)
         partial = x.new_empty(batch, chunks, hidden, dtype=torch.float32)
@@ -66,7 +67,7 @@ def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tens
 
 
 @cache
-def _waiting_room(device: torch.device) -> tuple[Tensor, Tensor]:
+def waiting_room(device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the programs of `gelu_response_norm` leave their sums: one for the device, of any size it can have."""
     return resident.response_workspace(LARGEST_BATCH, LARGEST_HIDDEN, device)
 

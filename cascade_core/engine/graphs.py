@@ -9,6 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+def can_record(device: torch.device) -> bool:
+    """Whether graphs can be trusted: not where memory comes from cudaMallocAsync, as ComfyUI sets it up by default."""
+    return device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
+
+
 WARM_UPS = 2  # runs before the recording: kernels are compiled, workspaces allocated
 
 
@@ -49,6 +55,7 @@ class Graph:
                 forward(still)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool.handle):
+        # Other threads of a host may ask the device something meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"):
             out = forward(still)
         return graph, still, out

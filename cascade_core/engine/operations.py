@@ -4,12 +4,19 @@ Feature maps are tokens: (B, N, C) contiguous, N = height · width. A trailing u
 in place.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 EPS = 1e-6  # of every LayerNorm in the networks
 RESPONSE_EPS = 1e-6
+
+
+def operand(weight: Tensor | list[Tensor]) -> Any:
+    """What `project`, `add_linear_` and `channelwise_` take for a block's weight (C_out, K): itself."""
+    return weight
 
 
 def norm(x: Tensor, eps: float = EPS) -> Tensor:

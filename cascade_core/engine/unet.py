@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from ..layers import AttnBlock, ResBlock, TimestepBlock, resize
 from ..unet import UNet
-from .blocks import BoundAttention, BoundMLP, BoundTimestep, join_
+from . import operations
+from .blocks import BoundAttention, BoundMLP, BoundTimestep, Operand, join_
 
 
 @dataclass
@@ -50,8 +51,11 @@ Step = Callable[[Walk], None]
 class BoundUNet:
     """A network's program. Derived values are made here; a network whose weights change is bound anew."""
 
-    def __init__(self, network: UNet, join: bool = False):
-        """`join`: lay the attention's input weights side by side, which moves them (to where they are read faster)."""
+    def __init__(self, network: UNet, join: bool = False, operand: Operand = operations.operand):
+        """`join`: lay the attention's input weights side by side, which moves them (to where they are read faster).
+
+        operand: that of the operations with which it will be called.
+        """
         self.network: Any = network  # its modules are attributes of any type
         self.timesteps: list[BoundTimestep] = []
         self.attentions: list[BoundAttention] = []
@@ -60,6 +64,7 @@ class BoundUNet:
             for module in network.modules():
                 if isinstance(module, AttnBlock):
                     join_(module)
+        self._operand = _once(operand)
         self.program = self._compile()
 
     # What is computed once per run
@@ -124,7 +129,7 @@ class BoundUNet:
                     waiting, before = self._timestep(block, before), None
                 elif isinstance(block, AttnBlock):
                     program += _add(before)
-                    bound = BoundAttention(block, waiting, len(self.attentions))
+                    bound = BoundAttention(block, waiting, len(self.attentions), self._operand)
                     self.attentions.append(bound)
                     program.append(_attend(bound))
                     waiting = before = None
@@ -132,7 +137,7 @@ class BoundUNet:
                     program += [_modulate(waiting)] if waiting is not None else []
                     waiting = None
                     program += _add(before)
-                    bound = BoundMLP(block)
+                    bound = BoundMLP(block, self._operand)
                     convolves = isinstance(
                         block, ResBlock
                     )  # the only kind that a skip or a ControlNet is for
@@ -141,7 +146,7 @@ class BoundUNet:
             program += [_modulate(waiting)] if waiting is not None else []
             program += _add(before)
             if repeat < len(mappers):
-                program.append(_mapper(mappers[repeat]))
+                program.append(_mapper(mappers[repeat], self._operand))
         return program
 
     def _timestep(self, block: TimestepBlock, before: Tensor | None) -> BoundTimestep:
@@ -149,6 +154,19 @@ class BoundUNet:
         self.table_size = bound.where.stop
         self.timesteps.append(bound)
         return bound
+
+
+def _once(operand: Operand) -> Operand:
+    """The same for each repeat of a level, whose blocks are bound anew but have the same weights."""
+    made: dict[tuple[int, ...], Any] = {}
+
+    def once(weight: Tensor | list[Tensor]) -> Any:
+        where = tuple(part.data_ptr() for part in ([weight] if isinstance(weight, Tensor) else weight))
+        if where not in made:
+            made[where] = operand(weight)
+        return made[where]
+
+    return once
 
 
 def _keep(walk: Walk) -> None:
@@ -171,9 +189,11 @@ def _module(module: Any) -> Step:
     return run
 
 
-def _mapper(conv: Any) -> Step:
+def _mapper(conv: Any, operand: Operand) -> Step:
+    weight = operand(conv.weight.flatten(1))
+
     def run(walk: Walk) -> None:
-        walk.x = walk.ops.linear(walk.x, conv.weight.flatten(1), conv.bias)
+        walk.x = walk.ops.project(walk.x, weight, conv.bias)
 
     return run
 

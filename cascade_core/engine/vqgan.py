@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..stage_a import ResBlock, StageA
-from .graphs import Graph, Pool
+from .graphs import Graph, Pool, can_record
 from .unet import as_image, as_tokens
 from .weights import Weights
 
@@ -51,7 +51,7 @@ class FastDecoder:
 
     def _graph_of(self, shape: tuple[int, ...]) -> Callable[..., Tensor]:
         """Of a size that comes again: what comes once, such as a tile, is not worth recording."""
-        if shape[0] * shape[2] * shape[3] > LARGEST:
+        if shape[0] * shape[2] * shape[3] > LARGEST or not can_record(next(self.stage_a.parameters()).device):
             return _directly
         known = shape in self._graphs
         graph = self._graphs.pop(shape, None) or (Graph(self._pool) if known else None)

@@ -38,7 +38,7 @@ def operations(request, monkeypatch):
     if request.param == "kernels":
         from cascade_nodes.cascade_core.engine import cuda
 
-        monkeypatch.setattr(door, "operations_on", lambda device: cuda)
+        monkeypatch.setattr(door, "operations_on", lambda device, precision: cuda)
 
 
 def build(network_class, config, seed: int = 0):

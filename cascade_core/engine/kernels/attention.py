@@ -21,7 +21,7 @@ def attention(
     heads: int,
     out: Tensor,
     self_attn: bool = True,
-    block_m: int = 128,
+    block_m: int = 64,
     block_n: int = 64,
     num_warps: int = 4,
     num_stages: int = 3,

@@ -21,14 +21,16 @@ def depthwise_norm(
     width: int,
     eps: float,
     out: Tensor,
-    elements: int = ELEMENTS,
-    num_warps: int = WARPS,
+    elements: int | None = None,
+    num_warps: int | None = None,
 ) -> Tensor:
     """out = LayerNorm over C of (the convolution of x with zero padding, + bias).
 
     x, out: (B, height · width, C), weight: (9, C) taps from top left to bottom right, bias: (C,)
     """
     batch, _, channels = x.shape
+    best = norm_tile(channels)
+    elements, num_warps = elements or best[0], num_warps or best[1]
     block = triton.next_power_of_2(channels)
     tile_h, tile_w = rectangle(max(1, elements // block))
     grid = (triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w), batch)
@@ -36,6 +38,13 @@ def depthwise_norm(
         x, weight, bias, out, height, width, eps, channels, block, tile_h, tile_w, num_warps=num_warps
     )
     return out
+
+
+def norm_tile(channels: int) -> tuple[int, int]:
+    """(elements, warps) of a tile of `depthwise_norm`: the fastest on an H100 at the widths of Stage B and C."""
+    if channels > 1280:
+        return 2048, 4
+    return (2048, 2) if channels <= 320 else (8192, 2)
 
 
 def depthwise_gate(

@@ -19,12 +19,6 @@ ELEMENTS = 8192  # of a tile, by eight warps
 WARPS = 8
 
 
-def multiplies_fp8(device: torch.device | str) -> bool:
-    """Compute capability 8.9 (Ada) and up."""
-    device = torch.device(device)
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def quantise_weight(w: Tensor) -> tuple[Tensor, Tensor]:
     """w: (out, K) -> e4m3 (out, K), scales (out,) float32: w is about the product."""
     scale = _scale(w, LARGEST.value)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-ELEMENTS = 4096  # of a tile: 32 float32 registers for each thread of four warps
+ELEMENTS = 2048  # of a tile: 16 float32 registers for each thread of four warps; measured on an H100
 WARPS = 4
 
 

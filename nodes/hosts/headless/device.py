@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ....cascade_core.adapters.apply import Patch, patched
+from ....cascade_core.engine import Precision, operations_on
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.placement import Cuda, Pool, parse_bytes
 from ..reporting import tell
@@ -24,19 +25,26 @@ def compute_device() -> torch.device:
 
 
 def weight_dtype(name: str) -> torch.dtype:
-    """Precision by name. auto: float32 on the CPU, where halves are slow, else bf16, or fp16 on a card without it."""
+    """Precision by name. auto: float32 on the CPU, where halves are slow, else bf16, or fp16 on a card without it.
+
+    fp8: bf16, of which the engine makes its own e4m3 copies (`engine_precision`).
+    """
     if name == "auto":
         if compute_device().type == "cpu":
             return torch.float32
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float16
     if name == "fp8":
-        raise CascadeError(
-            "dtype fp8 needs ComfyUI, whose layers cast as they go; outside it choose auto, bf16 or fp32."
-        )
+        operations_on(compute_device(), "fp8")  # says so where there is none, before a file is read
+        return torch.bfloat16
     if name not in _NAMED:
         raise CascadeError(f"dtype {name!r} is not known; choose auto, {', '.join(_NAMED)} or fp8.")
     return _NAMED[name]
+
+
+def engine_precision(name: str) -> Precision:
+    """In which the engine multiplies."""
+    return "fp8" if name == "fp8" else "exact"
 
 
 def picture_dtype() -> torch.dtype:

@@ -12,7 +12,7 @@ from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.engine import Fast
 from ....cascade_core.half import hold_stream
 from ..run import LATENT_CHANNELS, Network, least_side
-from .device import read_ahead, weight_dtype
+from .device import engine_precision, read_ahead, weight_dtype
 
 WIDTHS = {
     "stage_c": {"text": "c_clip_text", "pooled": "c_clip_text_pooled", "image": "c_clip_img"},
@@ -49,7 +49,8 @@ def load_network(kind: str, path: Path, dtype: str) -> HeadlessModel:
     network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=precision, read_ahead=read_ahead())
     if kind == "stage_c" and precision == torch.float16:
         hold_stream(network)
-    return HeadlessModel(kind, path.name, network, Fast(network, join=True))
+    fast = Fast(network, join=True, precision=engine_precision(dtype))
+    return HeadlessModel(kind, path.name, network, fast)
 
 
 def describe_network(model: Any) -> Network:

@@ -67,8 +67,9 @@ def _working(run: Run) -> int:
     else:
         side = run.tile or max(height, width)
         values = activations.stage_b(network.config, batch, min(height, side), min(width, side))
+    working = values * next(network.parameters()).dtype.itemsize
     # A CUDA graph keeps its own memory beside that of the runs before its recording.
-    return values * next(network.parameters()).dtype.itemsize * (2 if run.engine else 1)
+    return 2 * working + run.model.fast.beside() if run.engine else working
 
 
 class Guiders:
