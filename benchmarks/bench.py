@@ -1,5 +1,8 @@
 """What the parts of benchmarks/gpu.py share: the programs, built when they are first asked for, and the limits."""
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +21,14 @@ PROGRAMS = (OURS, COMFYUI, DIFFUSERS)
 
 @dataclass
 class Bench:
-    """`missing` says why a program that was asked for does not run."""
+    """`missing` says why a program that was asked for does not run, `errors` what failed of those that do."""
 
     setup: Setup
     tiny: bool
     wanted: tuple[str, ...] = PROGRAMS
     checkout: Path | None = None
     missing: dict[str, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
 
     @cached_property
     def ours(self) -> Ours:
@@ -67,6 +71,15 @@ class Bench:
     def samplings(self) -> list[Sampling]:
         """Those that make whole pictures by themselves."""
         return [program.sampling() for program in (self.comfyui, self.diffusers) if program]
+
+    @contextmanager
+    def apart(self, what: str) -> Iterator[None]:
+        """What fails in here is printed and kept in `errors`; the other programs are measured all the same."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.errors.append(f"{what}: {type(error).__name__}: {error}")
 
     def _found(self, name: str, build: Any) -> Any:
         try:

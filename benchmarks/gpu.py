@@ -55,8 +55,11 @@ ON_DEMAND = "profile"
 
 
 def run(bench: Bench, names: list[str], results: dict[str, Any], path: Path | None) -> list[str]:
-    """Measures, prints and keeps one part after the other. Returns the errors; none stops the parts after it."""
-    errors = []
+    """Measures, prints and keeps one part after the other.
+
+    Returns the errors, of whole parts and of programs in them (`bench.apart`); none stops the parts after it.
+    """
+    errors = bench.errors
     for name in names:
         start = time.perf_counter()
         try:

@@ -31,13 +31,13 @@ def measure(bench: Bench) -> dict[str, Any]:
             del exact
             clean(setup.device)
         programs = {program.name: getattr(program, kind) for program in bench.programs()}
-        found[kind] = {
-            name: {
-                "forward": relative_error(network(x, r, **given), forward),
-                "latent": relative_error(_latents(picture, kind, network, prior), latents),
-            }
-            for name, network in programs.items()
-        }
+        found[kind] = {}
+        for name, network in programs.items():
+            with bench.apart(f"error, {TITLES[kind]}, {name}"):
+                found[kind][name] = {
+                    "forward": relative_error(network(x, r, **given), forward),
+                    "latent": relative_error(_latents(picture, kind, network, prior), latents),
+                }
         prior = latents
     return found
 

@@ -38,10 +38,11 @@ def measure(bench: Bench) -> dict[str, Any]:
         found[kind] = {"tflop": tflop, "limit_ms": bench.limit_ms(tflop), "programs": {}}
     for program in bench.programs():
         for kind in CLASSES:
-            call = call_of(program, kind, bench)
-            found[kind]["programs"][program.name] = cost(
-                call, bench.setup.device, bench.setup.runs, warm=min(bench.setup.runs, 3)
-            )
+            with bench.apart(f"forward, {TITLES[kind]}, {program.name}"):
+                call = call_of(program, kind, bench)
+                found[kind]["programs"][program.name] = cost(
+                    call, bench.setup.device, bench.setup.runs, warm=min(bench.setup.runs, 3)
+                )
     return found
 
 

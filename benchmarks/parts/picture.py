@@ -1,5 +1,6 @@
 """Whole pictures after a first one, by every program: random text embeddings in, pixels in main memory out."""
 
+import math
 import statistics
 from typing import Any
 
@@ -24,9 +25,10 @@ def measure(bench: Bench) -> dict[str, Any]:
     }
     for program in bench.programs():
         fast = program.name in (ENGINE, FP8)
-        found["programs"][program.name] = _of_loop(single, program, many if fast else few)
-        if fast:
-            found["of_4"][program.name] = _of_loop(four, program, few)
+        with bench.apart(f"picture, {program.name}"):
+            found["programs"][program.name] = _of_loop(single, program, many if fast else few)
+            if fast:
+                found["of_4"][program.name] = _of_loop(four, program, few)
     for sampling in bench.samplings():
         clean(setup.device)
         try:
@@ -46,7 +48,7 @@ def _of_loop(picture: Picture, program: Any, runs: int) -> dict[str, float]:
 
 
 def report(found: dict[str, Any]) -> None:
-    best = found["programs"][ENGINE]["whole"]
+    best = found["programs"].get(ENGINE, {}).get("whole", math.nan)
     rows = [
         [name, f"{of['whole']:.3f}", f"{of['whole'] / best:.2f}", *_parts(of)]
         for name, of in found["programs"].items()

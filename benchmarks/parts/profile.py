@@ -30,7 +30,8 @@ def measure(bench: Bench) -> dict[str, Any]:
     for name in bench.ours.names()[1:]:
         program = bench.ours.program(name)
         for kind in STAGES:
-            found[f"{TITLES[kind]}, {name}"] = _profiled(call_of(program, kind, bench), bench)
+            with bench.apart(f"profile, {TITLES[kind]}, {name}"):
+                found[f"{TITLES[kind]}, {name}"] = _profiled(call_of(program, kind, bench), bench)
     return found
 
 

@@ -1,6 +1,5 @@
 """This project: the readable networks as they are, the engine, and the engine with 8-bit products."""
 
-import inspect
 from functools import cache
 from typing import Any
 
@@ -22,9 +21,8 @@ class Ours:
         self._fast: list[Any] = []
 
     def names(self) -> list[str]:
-        """fp8 where this engine offers it and this device can do it."""
-        offered = "precision" in inspect.signature(Fast).parameters
-        return [EAGER, ENGINE, *([FP8] if offered and has_fp8(self.setup.device) else [])]
+        """fp8 where this device can do it."""
+        return [EAGER, ENGINE, *([FP8] if has_fp8(self.setup.device) else [])]
 
     def forget(self) -> None:
         """The engine's prepared values and graphs, so that their memory is counted anew."""
@@ -38,7 +36,7 @@ class Ours:
         c, b, a = (self.network(kind) for kind in CLASSES)
         if name == EAGER:
             return Program(name, c, b, a.decode)
-        precision: dict[str, Any] = {"precision": "fp8"} if name == FP8 else {}
-        fast_c, fast_b = (Fast(network, join=True, **precision) for network in (c, b))
+        precision = "fp8" if name == FP8 else "exact"
+        fast_c, fast_b = (Fast(network, join=True, precision=precision) for network in (c, b))
         self._fast += [fast_c, fast_b]
         return Program(name, fast_c, fast_b, FastDecoder(a))

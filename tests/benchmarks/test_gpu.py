@@ -67,6 +67,21 @@ def test_a_part_that_fails_leaves_those_after_it(module, tmp_path: Path, monkeyp
     assert "ceilings" in json.loads(path.read_text(encoding="utf-8"))
 
 
+def test_a_program_that_fails_leaves_the_others(module, tmp_path: Path):
+    """As fp8 does on a processor, where it is not measured unless it is asked for."""
+    gpu, ours = module("gpu"), module("programs.ours")
+    bench = gpu.Bench(module("networks").tiny(torch.device("cpu")), True, ("ours",))
+    bench.ours.names = lambda: [ours.FP8, ours.EAGER, ours.ENGINE]
+    results: dict = {}
+    with torch.inference_mode():
+        errors = gpu.run(bench, ["forward", "picture", "error"], results, tmp_path / "gpu.json")
+    assert len(errors) == 5  # a forward and the error of Stage C and of Stage B, a picture
+    assert all(ours.FP8 in error and "fp8 needs an NVIDIA card" in error for error in errors)
+    kinds = [results["forward"][kind]["programs"] for kind in ("stage_c", "stage_b")]
+    for programs in (*kinds, results["picture"]["programs"], *results["error"].values()):
+        assert set(programs) == {ours.EAGER, ours.ENGINE}
+
+
 def test_an_unknown_part_is_named(module):
     gpu = module("gpu")
     with pytest.raises(argparse.ArgumentTypeError, match="speed is not one of ceilings, forward"):

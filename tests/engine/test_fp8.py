@@ -1,0 +1,168 @@
+"""Forwards with products in e4m3: interpreted kernels, and for bf16 PyTorch's own product of fp8, on the CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cascade_nodes.cascade_core import StageB, StageC
+from cascade_nodes.cascade_core.adapters.adapter import LowRank
+from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.engine import Fast, fp8, operations
+from cascade_nodes.cascade_core.engine import fast as door
+from cascade_nodes.cascade_core.engine.unet import BoundUNet
+from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.tests.engine.test_fast import (
+    STAGE_B,
+    STAGE_C,
+    UNUSUAL,
+    build,
+    stage_b_inputs,
+    stage_c_inputs,
+)
+from cascade_nodes.tests.golden_weights import relative_error
+
+FLIPS = 1e-3  # relative: a sum's last bit may decide between two neighbours in e4m3, which are 1/16 apart
+OVER_BF16 = 10  # times its error: e4m3 has four or five bits less, but only the operands of products are rounded to it
+STAGES = pytest.mark.parametrize(
+    ("network_class", "config", "inputs"),
+    [(StageC, STAGE_C, stage_c_inputs), (StageC, UNUSUAL, stage_c_inputs), (StageB, STAGE_B, stage_b_inputs)],
+)
+
+
+def rounded(rows: Tensor) -> Tensor:
+    """Each row to e4m3 over its own scale, and back."""
+    scale = rows.abs().amax(dim=-1, keepdim=True) / 448
+    return (rows / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+class Reference:
+    """The same arithmetic in plain PyTorch and float32."""
+
+    def __getattr__(self, name: str):
+        return getattr(operations, name)
+
+    def operand(self, weight: Tensor | list[Tensor]) -> Tensor:
+        return rounded(weight if isinstance(weight, Tensor) else torch.cat(weight))
+
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return operations.project(rounded(x), weight, bias)
+
+    def add_linear_(self, x: Tensor, h: Tensor, weight: Tensor) -> None:
+        operations.add_linear_(x, rounded(h), weight)
+
+    def channelwise_(self, x, h, expand, bias, gamma, contract) -> None:
+        h = torch.nn.functional.gelu(self.project(h, expand, bias))
+        r = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+        self.add_linear_(x, h * (1 + gamma * r / (r.mean(dim=-1, keepdim=True) + 1e-6)), contract)
+
+
+class Compared:
+    """The kernels' operations, each held against the reference's on the same arguments."""
+
+    def __init__(self):
+        self.reference, self.errors = Reference(), {}
+
+    def operand(self, weight: Tensor | list[Tensor]) -> dict[str, Any]:
+        return {"computed": fp8.operand(weight), "expected": self.reference.operand(weight)}
+
+    def __getattr__(self, name: str):
+        def run(*arguments):
+            def of(which: str) -> list[Any]:
+                return [a[which] if isinstance(a, dict) else a for a in arguments]
+
+            x, *others = of("expected")
+            x = x.clone()  # operations may change it in place
+            expected = getattr(self.reference, name)(x, *others)
+            computed = getattr(fp8, name)(*of("computed"))
+            pairs = [(arguments[0], x)] + ([] if expected is None else [(computed, expected)])
+            worst = max(relative_error(*pair) for pair in pairs)
+            self.errors[name] = max(self.errors.get(name, 0.0), worst)
+            return computed
+
+        return run
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Sets what a Fast of precision fp8 computes with; at first the kernels."""
+
+    def use(ops) -> None:
+        monkeypatch.setattr(door, "operations_on", lambda device, precision: ops)
+
+    use(fp8)
+    return use
+
+
+@torch.inference_mode()
+def forward(model, x: Tensor, conditions: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    conditions = {name: value.to(dtype) for name, value in conditions.items()}
+    return model(x.to(dtype), torch.full((len(x),), 0.7), **conditions).float()
+
+
+@STAGES
+def test_each_operation_is_the_arithmetic_it_says(engine, network_class, config, inputs):
+    network, given = build(network_class, config), inputs(config)
+    compared = Compared()
+    engine(compared)
+    forward(Fast(network, precision="fp8"), *given)
+    assert {"project", "add_linear_", "channelwise_", "depthwise_norm", "attention"} <= set(compared.errors)
+    assert max(compared.errors.values()) < FLIPS
+
+
+@STAGES
+@pytest.mark.usefixtures("engine")
+def test_its_error(network_class, config, inputs):
+    network, given = build(network_class, config), inputs(config)
+    expected = forward(network, *given)
+    network.bfloat16()
+    in_bf16, in_fp8 = (
+        relative_error(forward(model, *given, torch.bfloat16), expected)
+        for model in (network, Fast(network, precision="fp8"))
+    )
+    assert in_bf16 < in_fp8 < OVER_BF16 * in_bf16
+
+
+@pytest.mark.usefixtures("engine")
+def test_it_follows_the_weights():
+    network, given = build(StageC, STAGE_C), stage_c_inputs(STAGE_C)
+    fast = Fast(network, precision="fp8")
+    before = forward(fast, *given)
+    change = LowRank(torch.randn(4, 64), torch.randn(256, 4))
+    with patched(network, [Patch("a LoRA", {"down_blocks.1.0.channelwise.0": change}, 1.0)]):
+        with_lora = forward(network, *given)
+        assert relative_error(forward(fast, *given), with_lora) < 0.5 * relative_error(before, with_lora)
+    assert torch.equal(forward(fast, *given), before)
+
+
+def test_repeats_share_their_weights():
+    network, made = build(StageB, STAGE_B), []
+
+    def operand(weight: Tensor | list[Tensor]) -> fp8.Quantised:
+        made.append(fp8.operand(weight))
+        return made[-1]
+
+    BoundUNet(network, operand=operand)
+    assert 0 < sum(weight8.nbytes for weight8, _ in made) < Fast(network, precision="fp8").beside()
+    assert Fast(network).beside() == 0
+
+
+def test_where_it_cannot_be():
+    network, given = build(StageC, STAGE_C), stage_c_inputs(STAGE_C)
+    with pytest.raises(CascadeError, match=r"fp8 needs an NVIDIA card .* the processor is not one"):
+        forward(Fast(network, precision="fp8"), *given)
+    with pytest.raises(CascadeError, match="precision 'int8' is not known; choose exact or fp8"):
+        Fast(network, precision="int8")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((9, 0), True), ((8, 9), True), ((8, 6), False)])
+def test_which_cards_have_it(monkeypatch, capability, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3060")
+    choose = door.operations_on.__wrapped__
+    if chosen:
+        assert choose(torch.device("cuda"), "fp8") is fp8
+    else:
+        with pytest.raises(CascadeError, match="RTX 3060 is not one; choose another precision"):
+            choose(torch.device("cuda"), "fp8")
