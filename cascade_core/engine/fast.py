@@ -215,8 +215,9 @@ def operations_on(device: torch.device, precision: Precision = "exact") -> Any:
 
     Raises CascadeError for fp8 where the device does not multiply it: below Ada.
     """
-    has_kernels = device.type == "cuda" and find_spec("triton") is not None
-    capability: tuple[int, int] = torch.cuda.get_device_capability(device) if has_kernels else (0, 0)
+    capability = (0, 0)
+    if device.type == "cuda" and find_spec("triton"):
+        capability = torch.cuda.get_device_capability(device)
     if precision == "fp8":
         if capability < (8, 9):
             raise CascadeError(

@@ -10,6 +10,7 @@ import torch
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
 from cascade_nodes.cascade_core.half import STREAM_SCALE
+from cascade_nodes.nodes.hosts.headless import device
 from cascade_nodes.nodes.hosts.headless.device import weight_dtype
 from cascade_nodes.nodes.hosts.headless.model import load_network
 from cascade_nodes.tests.core.overflowing import STAGE_B, STAGE_C, overflowing
@@ -47,6 +48,15 @@ def test_only_stage_c_in_fp16_is_held(tmp_path, dtype):
     held = load_network("stage_c", stage_c, dtype).network.stream_scale
     assert held == (STREAM_SCALE if dtype == "fp16" else 1)
     assert load_network("stage_b", stage_b, dtype).network.stream_scale == 1
+
+
+def test_fp8_is_bf16_with_products_in_fp8(tmp_path, monkeypatch):
+    path = write(tmp_path, "stage_b", StageB.from_config(STAGE_B), STAGE_B)
+    assert load_network("stage_b", path, "bf16").fast.precision == "exact"
+    monkeypatch.setattr(device, "operations_on", lambda device, precision: None)  # as on a card that has it
+    model = load_network("stage_b", path, "fp8")
+    assert {p.dtype for p in model.network.parameters()} == {torch.bfloat16}
+    assert model.fast.precision == "fp8"
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
