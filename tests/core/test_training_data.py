@@ -183,6 +183,7 @@ def test_pictures_beyond_the_memory_are_decoded_each_time(tmp_path, monkeypatch)
     monkeypatch.setattr(decoding, "HELD", 2 * 3 * 192 * 192)
     data = open_data(write_set(tmp_path, [(64, 64)] * 4), with_images=True)
     before = [data.batch(step, 2) for step in range(data.steps_per_epoch(2))]
+    assert data._decoder is not None
     assert len(data._decoder.held) == 2
     for path in tmp_path.rglob("*.png"):
         path.unlink()

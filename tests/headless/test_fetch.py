@@ -233,6 +233,7 @@ def test_a_whole_file_is_not_fetched_again(hub, target, capsys):
 @pytest.mark.parametrize(
     ("content", "difference"),
     [(b"mine", f"4 instead of {len(CONTENT)} bytes"), (b"\0" * len(CONTENT), "its sha256")],
+    ids=["another size", "another content"],
 )
 def test_another_file_is_not_overwritten(hub, target, capsys, content, difference):
     target.parent.mkdir(parents=True)

@@ -12,13 +12,14 @@ import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....cascade_core import activations, checkpoints
 from ....cascade_core.engine import Fast
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.half import STREAM_SCALE, hold_stream
 from ....cascade_core.stage_c import StageC
+from ....cascade_core.unet import UNet
 from ..run import Network, least_side
 from .hosted import Hosted
 from .weights import remember_file
@@ -37,7 +38,7 @@ ENGINE = "cascade_engine"  # in the host's transformer_options: whether the fast
 class HostedNetwork(Hosted):
     """Stage B or Stage C as ComfyUI calls a diffusion model. `dtype`: of its weights; `name`: of its file."""
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype, name: str):
+    def __init__(self, network: UNet, dtype: torch.dtype, name: str):
         super().__init__(network)
         self.dtype = dtype
         self.name = name
@@ -181,6 +182,7 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     config.set_inference_dtype(weight_dtype, cast)
 
     def build(operations: Any, **ignored: Any) -> HostedNetwork:
+        network: Any  # StageB or StageC
         network, _, _ = checkpoints.load_model(path, expect=kind, dtype=weight_dtype, operations=operations)
         return HostedNetwork(network, weight_dtype, Path(path).name)
 
