@@ -1,5 +1,7 @@
 """The engine's forward against the networks' own, in plain PyTorch and through the interpreted kernels."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def operations(request, monkeypatch):
         monkeypatch.setattr(door, "operations_on", lambda device, precision: cuda)
 
 
-def build(network_class, config, seed: int = 0):
+def build(network_class, config, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     network = network_class(config).eval().requires_grad_(False)
     for parameter in network.parameters():
