@@ -31,6 +31,7 @@ from cascade_nodes.cascade_core import StageC
 from cascade_nodes.cascade_core.config import PRESETS
 from cascade_nodes.cascade_core.controlnet import ControlNet
 from cascade_nodes.cascade_core.diffusion import diffuse, random_t
+from cascade_nodes.cascade_core.text import TextStates
 from cascade_nodes.cascade_core.training.conditions import CachedText
 from cascade_nodes.cascade_core.training.control import ControlNetTask, published_blocks
 from cascade_nodes.cascade_core.training.data import Batch, DataSettings
@@ -62,8 +63,9 @@ class RandomText:
     def fill(self, captions: Sequence[str]) -> None:
         """Nothing is to be encoded."""
 
-    def states(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return torch.randn(len(captions), *self.states_shape), torch.randn(len(captions), *self.pooled_shape)
+    def states(self, captions: Sequence[str]) -> TextStates:
+        count = len(captions)
+        return TextStates(torch.randn(count, *self.states_shape), torch.randn(count, *self.pooled_shape))
 
 
 class RandomBatches:
@@ -274,8 +276,11 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for task in options.tasks:
         results[task] = measure(options, task)
+        print(task, results[task], flush=True)  # whatever comes of the next
         if options.published is not None:
-            results[f"{task}, published"] = measure_published(options, task)
+            name = f"{task}, published"
+            results[name] = measure_published(options, task)
+            print(name, results[name], flush=True)
     accelerator = build_accelerator()
     if not accelerator.is_main_process:
         return
