@@ -215,9 +215,7 @@ def operations_on(device: torch.device, precision: Precision = "exact") -> Any:
 
     Raises CascadeError for fp8 where the device does not multiply it: below Ada.
     """
-    capability = (0, 0)
-    if device.type == "cuda" and find_spec("triton"):
-        capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device)
     if precision == "fp8":
         if capability < (8, 9):
             raise CascadeError(
@@ -232,6 +230,12 @@ def operations_on(device: torch.device, precision: Precision = "exact") -> Any:
 
         return cuda
     return operations
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """(0, 0) where no kernels run."""
+    has_kernels = device.type == "cuda" and find_spec("triton")
+    return torch.cuda.get_device_capability(device) if has_kernels else (0, 0)
 
 
 def _described(device: torch.device) -> str:
