@@ -21,6 +21,8 @@ from torch import Tensor
 from cascade_nodes.demo.high_resolution import squared
 from cascade_nodes.demo.judge import read
 from cascade_nodes.headless.catalogue import FILES
+from cascade_nodes.headless.registry import describe
+from cascade_nodes.nodes.extension import NODES
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "stable_cascade_colab.ipynb"
@@ -85,9 +87,16 @@ def test_the_switch_takes_the_published_files():
     published = json.loads((ROOT / "example_workflows" / "api" / "text_to_image_published.json").read_text())
     for node in ("prior", "decoder"):
         (example,) = (n["inputs"] for n in published.values() if n["class_type"] == nodes[node]["class_type"])
-        assert {k: v for k, v in nodes[node]["inputs"].items() if not isinstance(v, list)} == {
-            k: v for k, v in example.items() if not isinstance(v, list) and k != "tile_size"
+        given = optional_values(nodes[node]["class_type"]) | nodes[node]["inputs"]
+        assert {k: v for k, v in given.items() if not isinstance(v, list)} == {
+            k: v for k, v in example.items() if not isinstance(v, list)
         }
+
+
+def optional_values(class_type: str) -> dict[str, object]:
+    """What a node takes for inputs that a graph leaves out."""
+    (cls,) = (node for node in NODES if node.GET_SCHEMA().node_id == class_type)
+    return {name: info.options["default"] for name, info in describe(cls).inputs.items() if not info.required}
 
 
 def test_every_picture_has_its_size_and_shows_something(shown):
