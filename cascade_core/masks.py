@@ -10,16 +10,17 @@ from .errors import CascadeError
 from .hints import mask_of
 
 
-def latent_mask(mask: Tensor, batch: int, size: Sequence[int]) -> Tensor:
+def latent_mask(mask: Tensor, batch: int, size: Sequence[int], grow: int = 0) -> Tensor:
     """A mask (B or 1, H, W) for a latent of h × w positions, (batch, 1, h, w): 0 or 1.
 
-    A position may change where any of it is masked, at least half as much as the most masked pixel.  What is painted
-    needs the positions at the mask's edge as well: Stage C's are so large that with the well covered ones alone a
-    thing has no room, and is painted cut off or not at all.
+    A position may change where half of it is masked, or, of a mask finer than the positions, half as much as of the
+    most masked one, and where it lies within `grow` positions of such a one.  By words alone, what is painted would
+    stray out of a grown mask and be cut off; where a ControlNet shows the hole, it stays there and needs the room.
     """
     mask = mask_of(mask, batch, (mask.shape[-2], mask.shape[-1])).clamp(0, 1)
-    masked = F.adaptive_max_pool2d(mask, (size[0], size[1]))
-    return ((masked > 0) & (masked >= mask.amax(dim=(1, 2, 3), keepdim=True) / 2)).float()
+    share = F.adaptive_avg_pool2d(mask, (size[0], size[1]))
+    found = (share > share.amax(dim=(1, 2, 3), keepdim=True) / 2).float()
+    return F.max_pool2d(found, 2 * grow + 1, stride=1, padding=grow)
 
 
 def expand(

@@ -109,10 +109,15 @@ def painted(
     prompts: Sequence[str],
     seed: int,
     strength: float = 1.0,
+    grow: int = 0,
 ) -> Tensor:
-    """Pictures (B, 3, 256, 256) made anew where the masks (B, 256, 256) are 1, by both stages; not yet composited."""
+    """Pictures (B, 3, 256, 256) made anew where the masks (B, 256, 256) are 1, by both stages; not yet composited.
+
+    grow: positions by which Stage C's mask is wider.
+    """
     small = resized(images, COMPRESSED)
-    places, details = (latent_mask(masks, len(images), size[1:]) for size in (LATENT, STAGE_B_LATENT))
+    places = latent_mask(masks, len(images), LATENT[1:], grow)
+    details = latent_mask(masks, len(images), STAGE_B_LATENT[1:])
     start = cascade.compressor(small)
     hints = inpaint_hint(small.cpu(), masks)
     latents = guided(cascade, network, hints, prompts, strength, seed=seed, start=start, mask=places)
@@ -133,7 +138,8 @@ def inpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     def made(strength: float) -> tuple[Tensor, Tensor]:
         def some(part: slice) -> Tensor:
             images = as_float(sources[part])
-            return painted(cascade, network, images, masks[part], prompts[part], SEED + part.start, strength)
+            seed, grow = SEED + part.start, 1 if strength else 0  # by words alone a grown mask does harm
+            return painted(cascade, network, images, masks[part], prompts[part], seed, strength, grow)
 
         raw = in_batches(some, count)
         return raw, composite(raw, as_float(sources).cpu(), masks[:, None], FEATHER)

@@ -26,6 +26,7 @@ from .sizes import (
 from .sockets import VAE_WORDS, check_finite, check_picture, check_vae
 
 CATEGORY = "Stable Cascade/latent"
+MAX_GROW = 16  # positions of Stage C, of which 1024 pixels have 24
 
 
 class CascadeEmptyLatent(io.ComfyNode):
@@ -130,6 +131,17 @@ class CascadeEncode(io.ComfyNode):
                 ),
                 resize_input("width", "height"),
                 resize_input("height", "width"),
+                io.Int.Input(
+                    "grow",
+                    default=0,
+                    min=0,
+                    max=MAX_GROW,
+                    optional=True,
+                    tooltip=(
+                        "Stage C positions, of about 43 pixels, by which its mask is wider than the mask. 1 with the "
+                        "inpainting ControlNet, which shows where the hole is; 0 without it."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="stage_c", tooltip="The picture's Stage C latent."),
@@ -142,10 +154,12 @@ class CascadeEncode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae, image, compression, mask=None, stage_a=None, tile_size=0, width=0, height=0
+        cls, vae, image, compression, mask=None, stage_a=None, tile_size=0, width=0, height=0, grow=0
     ) -> io.NodeOutput:
         check_vae(vae, "compressor", "Cascade Encode", "Load Cascade Compressor")
         check_picture(image, "image")
+        if not 0 <= grow <= MAX_GROW:
+            raise CascadeError(f"grow is {grow}; it must lie within 0 and {MAX_GROW} positions of Stage C.")
         batch = len(image)
         height, width = chosen_size(image.shape[1:3], height, width)
         size = stage_c_size(height, width, compression)
@@ -159,7 +173,7 @@ class CascadeEncode(io.ComfyNode):
             stage_b = {"samples": host().encode_pixels(stage_a, resized(image, whole), tile_size)}
             check_finite(stage_b.values(), stage_a, "Stage A's latent")
         if mask is not None:
-            stage_c["noise_mask"] = latent_mask(mask, batch, size)
+            stage_c["noise_mask"] = latent_mask(mask, batch, size, grow)
             if stage_a is not None:  # an empty latent has nothing to keep
                 stage_b["noise_mask"] = latent_mask(mask, batch, stage_b["samples"].shape[-2:])
         return io.NodeOutput(stage_c, stage_b)

@@ -7,25 +7,30 @@ from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.masks import composite, expand, fade_inwards, latent_mask
 
 
-def test_a_position_changes_where_any_of_it_is_masked():
+def test_a_position_changes_where_half_of_it_is_masked():
     mask = torch.zeros(1, 8, 12)
     mask[:, :4, :4] = 1  # a whole position
-    mask[:, 3, 8] = 1  # one pixel
+    mask[:, :4, 4:6] = 1  # half of one: not more than half
+    mask[:, :4, 8:11] = 1  # three quarters of one
     mask[:, 4:7, 8:12] = 1
     assert latent_mask(mask, 1, (2, 3))[0, 0].tolist() == [[1, 0, 1], [0, 0, 1]]
 
 
-def test_of_a_soft_mask_the_masked_half_counts():
+def test_a_mask_finer_than_the_positions_is_not_lost():
     mask = torch.zeros(1, 64, 64)
-    mask[:, 40:44, 32:48] = torch.linspace(0.4, 0.2, 16)
-    mask[:, 40:44, 48:52] = 0.19
+    mask[:, 40:44, 33:35] = 1  # 8 of a position's 256 pixels
+    mask[:, 41, 31] = 1  # one pixel of the next
     found = latent_mask(mask, 3, (4, 4))
     assert found.shape == (3, 1, 4, 4)
     assert found.nonzero().tolist() == [[image, 0, 2, 2] for image in range(3)]
-    mask[:, 0, 0] = 1
-    assert latent_mask(mask, 1, (4, 4)).nonzero().tolist() == [
-        [0, 0, 0, 0]
-    ]  # beside a whole one the rest is little
+
+
+def test_a_mask_grows_by_whole_positions_to_all_sides():
+    mask = torch.zeros(1, 20, 24)
+    mask[:, :4, 4:8] = 1  # the second position of the first row
+    rows = [latent_mask(mask, 1, (5, 6), grow)[0, 0].sum(1).tolist() for grow in (0, 1, 2)]
+    assert rows == [[1, 0, 0, 0, 0], [3, 3, 0, 0, 0], [4, 4, 4, 0, 0]]
+    assert not latent_mask(torch.zeros(1, 20, 24), 1, (5, 6), 2).any()
 
 
 def test_masks_of_a_batch_are_its_own_and_nothing_masked_stays_nothing():

@@ -42,6 +42,11 @@ def test_a_mask_goes_with_the_latent_of_the_picture(compressor, stage_a):
     with torch.no_grad():
         expected = stage_a.encoder.encode(image.movedim(-1, 1)) * 0.43
     torch.testing.assert_close(stage_b["samples"], expected, rtol=0, atol=1e-5)
+    grown_c, grown_b = CascadeEncode.execute(compressor, image, 32.0, mask, stage_a, grow=1).args
+    assert grown_c["noise_mask"].sum() == 2 * 2 * 3  # of both pictures, in both rows, a third column
+    assert torch.equal(grown_b["noise_mask"], stage_b["noise_mask"])
+    with pytest.raises(CascadeError, match="grow is 17; it must lie within 0 and 16"):
+        CascadeEncode.execute(compressor, image, 32.0, mask, stage_a, grow=17)
     assert "noise_mask" not in plain_c
     assert not plain_b["samples"].any()
 
