@@ -114,10 +114,8 @@ def join_(block: Any) -> None:
     layers = [attention.to_q, attention.to_k, attention.to_v]
     if isinstance(joined([layer.weight for layer in layers]), Tensor):
         return
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # parameters cannot take what is made in inference mode
+    # A parameter can take only what is made in the mode that it was made in itself.
+    with torch.inference_mode(layers[0].weight.is_inference()), torch.no_grad():
         together = torch.cat([layer.weight.detach() for layer in layers])
         for layer, part in zip(layers, together.split([len(layer.weight) for layer in layers]), strict=True):
             layer.weight.data = part

@@ -14,6 +14,16 @@ EPS = 1e-6  # of every LayerNorm in the networks
 RESPONSE_EPS = 1e-6
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for what comes next, in blocks of up to 31 MB.
+
+    It would return a feature map's memory to the system, which clears it page by page for the next one: up to half of
+    a block's time. glibc takes its measure from the largest block of up to 32 MB that was freed so far (mallopt(3),
+    M_MMAP_THRESHOLD), so one is, that nothing is written to.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 def operand(weight: Tensor | list[Tensor]) -> Any:
     """What `project`, `add_linear_` and `channelwise_` take for a block's weight (C_out, K): itself."""
     return weight
@@ -61,10 +71,21 @@ def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tens
 
     x: (B, N, C), h: (B, N, C or C + C_skip), expand: (4C, …), gamma: (4C,), contract: (C, 4C)
     """
-    h = F.gelu(F.linear(h, expand, bias))
-    response = torch.linalg.vector_norm(h, dim=1, keepdim=True, dtype=torch.float32)  # (B, 1, 4C)
+    h = torch.ops.aten.gelu_(
+        F.linear(h, expand, bias)
+    )  # in place: a processor waits for memory more than for sums
+    response = _length(h)
     share = response / (response.mean(dim=-1, keepdim=True) + RESPONSE_EPS)
     add_linear_(x, h.mul_((1 + gamma * share).to(h.dtype)), contract)
+
+
+def _length(h: Tensor) -> Tensor:
+    """Of each channel over all positions.  (B, N, C) -> (B, 1, C) float32"""
+    if (
+        h.device.type == "cpu"
+    ):  # where PyTorch's own norm takes six times as long, except along the last dimension
+        return h.float().square().sum(dim=1, keepdim=True).sqrt_()
+    return torch.linalg.vector_norm(h, dim=1, keepdim=True, dtype=torch.float32)
 
 
 def add_linear_(x: Tensor, h: Tensor, weight: Tensor) -> None:

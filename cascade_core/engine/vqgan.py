@@ -1,4 +1,4 @@
-"""Stage A's decoder bound for speed: tokens, fused kernels, and a graph for each size of latent."""
+"""Stage A's decoder bound for speed: tokens, and on CUDA fused kernels and a graph for each size of latent."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .unet import as_image, as_tokens
 from .weights import Weights
 
 HIDDEN_BYTES = 2**28  # of the widest intermediate that is held at once
+CACHED_BYTES = 2**21  # the same on the CPU: what stays in its cache until it is read again
 GRAPHS = 2  # sizes of latent whose graphs are kept
 LARGEST = (
     2**18
@@ -23,7 +24,9 @@ LARGEST = (
 
 
 class FastDecoder:
-    """`fast(latent)` as `stage_a.decode(latent)`, on CUDA in half precision; everything else Stage A does itself.
+    """`fast(latent)` as `stage_a.decode(latent)`, on CUDA in half precision, on the CPU in bf16 or float32.
+
+    Everything else Stage A does itself.
 
     latent: (B, c_latent, h, w) in the weights' precision -> (B, 3, 4h, 4w)
     """
@@ -43,11 +46,14 @@ class FastDecoder:
     def __call__(self, latent: Tensor) -> Tensor:
         if not self._weights.unchanged():
             self.forget()
-        if latent.device.type != "cuda" or latent.dtype == torch.float32 or not self._weights.plain(latent):
+        device = latent.device.type
+        bound = BOUND.get(device)
+        if bound is None or latent.dtype == SLOW[device] or not self._weights.plain(latent):
             return self.stage_a.decode(latent)
         if self._blocks is None:
-            self._blocks = [Bound(m) if isinstance(m, ResBlock) else m for m in self.stage_a.up_blocks]
-        return self._graph_of(tuple(latent.shape))(self._decode, latent)
+            self._blocks = [bound(m) if isinstance(m, ResBlock) else m for m in self.stage_a.up_blocks]
+        run = self._graph_of(tuple(latent.shape)) if latent.is_cuda else _directly
+        return run(self._decode, latent)
 
     def _graph_of(self, shape: tuple[int, ...]) -> Callable[..., Tensor]:
         """Of a size that comes again: what comes once, such as a tile, is not worth recording."""
@@ -79,7 +85,9 @@ def _directly(decode: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
 
 
 class Bound:
-    """A residual block of Stage A.  x: (B, H·W, C), changed in place"""
+    """A residual block of Stage A, in fused kernels.  x: (B, H·W, C), changed in place"""
+
+    hidden_bytes = HIDDEN_BYTES
 
     def __init__(self, block: Any):
         convolution, (expand, _, contract) = block.depthwise[1], block.channelwise
@@ -95,15 +103,54 @@ class Bound:
         self.contract_bias = contract.bias * gate
 
     def __call__(self, x: Tensor, size: tuple[int, int]) -> None:
+        flat, rows = x.flatten(0, 1), self.convolve_(x, size).flatten(0, 1)
+        at_once = max(1, self.hidden_bytes // (len(self.expand) * x.element_size()))
+        for start in range(0, len(rows), at_once):
+            hidden = F.linear(rows[start : start + at_once], self.expand, self.expand_bias)
+            self.gelu_(hidden)
+            flat[start : start + at_once].add_(self.contract_bias).addmm_(hidden, self.contract.T)
+
+    def convolve_(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The first half: x with the gated convolution added, and what the MLP reads of it."""
         from .kernels import depthwise, vqgan
 
         scale1, shift1, gate1, scale2, shift2, _ = self.gammas
         h = vqgan.norm_modulate(x, scale1, shift1, torch.empty_like(x), self.eps)
         depthwise.depthwise_gate(h, self.taps, self.taps_bias, gate1, x, *size)
-        h = vqgan.norm_modulate(x, scale2, shift2, h, self.eps)
-        flat, rows = x.flatten(0, 1), h.flatten(0, 1)
-        at_once = max(1, HIDDEN_BYTES // (len(self.expand) * x.element_size()))
-        for start in range(0, len(rows), at_once):
-            hidden = F.linear(rows[start : start + at_once], self.expand, self.expand_bias)
-            vqgan.gelu(hidden)
-            flat[start : start + at_once].add_(self.contract_bias).addmm_(hidden, self.contract.T)
+        return vqgan.norm_modulate(x, scale2, shift2, h, self.eps)
+
+    def gelu_(self, hidden: Tensor) -> None:
+        from .kernels import vqgan
+
+        vqgan.gelu(hidden)
+
+
+class BoundPlain(Bound):
+    """The same in plain PyTorch, for the CPU: the gammas stand in the weights of the operations beside them."""
+
+    hidden_bytes = CACHED_BYTES
+
+    def __init__(self, block: Any):
+        super().__init__(block)
+        convolution = block.depthwise[1]
+        scale1, shift1, gate1, scale2, shift2, _ = block.gammas.to(convolution.weight)
+        like = torch.ones_like(convolution.bias)  # (C,)
+        self.norms = [
+            (like * (1 + scale), like * shift) for scale, shift in ((scale1, shift1), (scale2, shift2))
+        ]
+        self.kernel, self.kernel_bias = convolution.weight * gate1, convolution.bias * gate1
+        self.contract_bias = self.contract_bias.to(self.contract.dtype)
+
+    def convolve_(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        channels = x.shape[-1:]
+        h = as_image(F.layer_norm(x, channels, *self.norms[0], self.eps), size)
+        bordered = F.pad(h, (1, 1, 1, 1), mode="replicate")
+        x.add_(as_tokens(F.conv2d(bordered, self.kernel, self.kernel_bias, groups=len(self.kernel))))
+        return F.layer_norm(x, channels, *self.norms[1], self.eps)
+
+    def gelu_(self, hidden: Tensor) -> None:
+        torch.ops.aten.gelu_(hidden)
+
+
+BOUND: dict[str, type[Bound]] = {"cuda": Bound, "cpu": BoundPlain}
+SLOW = {"cuda": torch.float32, "cpu": torch.float16}  # the precision that is Stage A's own affair

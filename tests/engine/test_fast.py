@@ -145,6 +145,27 @@ def test_joined_weights_are_the_networks_own():
     assert_same(alone, fast, *stage_c_inputs(STAGE_C))
 
 
+def test_weights_made_in_inference_mode_can_be_joined():
+    """As a host makes them that loads and samples in one such block."""
+    with torch.inference_mode():
+        network, alone = build(StageC, STAGE_C), build(StageC, STAGE_C)
+    fast = Fast(network, join=True)
+    for _ in range(2):
+        assert_same(alone, fast, *stage_c_inputs(STAGE_C))
+
+
+def test_bf16_is_as_near_to_float32_as_the_network_itself():
+    network = build(StageB, STAGE_B)
+    x, conditions = stage_b_inputs(STAGE_B)
+    noise = torch.full((len(x),), 0.7)
+    with torch.inference_mode():
+        exact = network(x, noise, **conditions)
+        network.bfloat16()
+        x, conditions = x.bfloat16(), {name: value.bfloat16() for name, value in conditions.items()}
+        own, fast = ((model(x, noise, **conditions) - exact).norm() for model in (network, Fast(network)))
+    assert fast <= 1.2 * own <= 0.02 * exact.norm()
+
+
 def test_what_it_cannot_do_the_network_does():
     network = build(StageC, STAGE_C)
     fast = Fast(network)
