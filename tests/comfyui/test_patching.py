@@ -11,6 +11,7 @@ import pytest
         ("CLIP LoRA against merged", 1e-5),
         ("a clone", 0.0),
         ("partly loaded", 0.0),
+        ("the engine", 1e-5),
         ("fp16 weights", 0.0),  # the demo's own precision
         ("bf16 weights", 0.02),
         ("fp8 weights", 0.2),
