@@ -59,18 +59,6 @@ def test_fp8_is_bf16_with_products_in_fp8(tmp_path, monkeypatch):
     assert model.fast.precision == "fp8"
 
 
-@pytest.mark.parametrize(("has_bf16", "of_stage_b"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_on_a_processor(tmp_path, monkeypatch, has_bf16, of_stage_b):
-    """Stage C is in float32 on any: bf16 can move what is drawn."""
-    monkeypatch.setattr(device, "compute_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(device, "processor_has_bf16", lambda: has_bf16)
-    stage_c = write(tmp_path, "stage_c", StageC.from_config(STAGE_C), STAGE_C)
-    stage_b = write(tmp_path, "stage_b", StageB.from_config(STAGE_B), STAGE_B)
-    for kind, path, expected in (("stage_c", stage_c, torch.float32), ("stage_b", stage_b, of_stage_b)):
-        network = load_network(kind, path, "auto").network
-        assert {p.dtype for p in network.parameters()} == {expected}
-
-
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_on_a_card(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -24,16 +24,14 @@ def compute_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def weight_dtype(name: str, kind: str = "stage_c") -> torch.dtype:
-    """Precision by name, of a network of that kind. auto: bf16 on a card, or fp16 where it has none.
+def weight_dtype(name: str) -> torch.dtype:
+    """Precision by name. auto: float32 on the CPU, bf16 on a card, or fp16 where it has none.
 
-    On the CPU auto is float32, but for Stage B bf16 where the processor multiplies it, twice as fast: its rounding
-    leaves the demo's pictures as they are (55 dB and more to float32); in Stage C it can move what is drawn (23 dB).
     fp8: bf16, of which the engine makes its own e4m3 copies (`engine_precision`).
     """
     if name == "auto":
         if compute_device().type == "cpu":
-            return torch.bfloat16 if kind == "stage_b" and processor_has_bf16() else torch.float32
+            return torch.float32
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float16
     if name == "fp8":
@@ -47,14 +45,6 @@ def weight_dtype(name: str, kind: str = "stage_c") -> torch.dtype:
 def engine_precision(name: str) -> Precision:
     """In which the engine multiplies."""
     return "fp8" if name == "fp8" else "exact"
-
-
-@cache
-def processor_has_bf16() -> bool:
-    """Whether it has instructions that multiply bf16; without them PyTorch does it too, but slowly."""
-    # Neither has a public name; a PyTorch that has neither is taken for a processor that has none.
-    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(check is not None and check() for check in checks)
 
 
 def picture_dtype() -> torch.dtype:

@@ -44,7 +44,7 @@ class HeadlessModel:
 
 
 def load_network(kind: str, path: Path, dtype: str) -> HeadlessModel:
-    precision = weight_dtype(dtype, kind)
+    precision = weight_dtype(dtype)
     network: Any  # StageB or StageC
     network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=precision, read_ahead=read_ahead())
     if kind == "stage_c" and precision == torch.float16:
