@@ -148,7 +148,7 @@ def test_files_of_another_kind(tiny):
 def test_precisions(tiny):
     half = StageBLoader.execute("tiny_stage_b.safetensors", "bf16")[0]
     assert half.network.clip_mapper.weight.dtype == torch.bfloat16
-    with pytest.raises(CascadeError, match="fp8 needs an NVIDIA card.*the processor is not one"):
+    with pytest.raises(CascadeError, match=r"fp8 needs an NVIDIA card.*the processor is not one"):
         StageBLoader.execute("tiny_stage_b.safetensors", "fp8")
     with pytest.raises(CascadeError, match="dtype 'int4' is not known"):
         StageBLoader.execute("tiny_stage_b.safetensors", "int4")
