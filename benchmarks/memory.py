@@ -106,8 +106,11 @@ def start_child(
     command += [] if limit is None else ["--limit", str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"gb": limit, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+        measured = {"gb": limit, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    else:
+        measured = json.loads(done.stdout.splitlines()[-1])
+    print(child, measured, flush=True)  # whatever comes of the next
+    return measured
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
