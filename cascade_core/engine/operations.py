@@ -84,7 +84,8 @@ def _length(h: Tensor) -> Tensor:
     if (
         h.device.type == "cpu"
     ):  # where PyTorch's own norm takes six times as long, except along the last dimension
-        return h.float().square().sum(dim=1, keepdim=True).sqrt_()
+        squares = h.square() if h.dtype == torch.float32 else h.float().square_()
+        return squares.sum(dim=1, keepdim=True).sqrt_()
     return torch.linalg.vector_norm(h, dim=1, keepdim=True, dtype=torch.float32)
 
 
