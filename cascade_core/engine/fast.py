@@ -38,7 +38,7 @@ class Fast:
     """
 
     def __init__(self, network: UNet, join: bool = False, precision: Precision = "exact"):
-        """`join`: lay weights that are read together side by side, which moves them in memory.
+        """`join`: on CUDA, lay weights that are read together side by side, which moves them in memory.
 
         precision: of the products in the blocks. "exact" is that of the weights, best in bf16. "fp8" takes both sides
         in e4m3: faster, with an error of a few hundredths, on CUDA devices that multiply it; a call on another raises
@@ -86,7 +86,7 @@ class Fast:
             extra = {**extra, **({} if control is None else {"control": control})}
             return self.network(x, r.to(x.device), **conditions, **extra)
         if self._bound is None:
-            self._bound = BoundUNet(self.network, self.join, ops.operand)
+            self._bound = BoundUNet(self.network, self.join and x.is_cuda, ops.operand)
             self._weights = Weights(self.network)  # joining moves some
         bound = self._bound
         session = self._session(x, conditions, control or ())

@@ -149,7 +149,8 @@ def test_weights_made_in_inference_mode_can_be_joined():
     """As a host makes them that loads and samples in one such block."""
     with torch.inference_mode():
         network, alone = build(StageC, STAGE_C), build(StageC, STAGE_C)
-    fast = Fast(network, join=True)
+        door.BoundUNet(network, join=True)
+    fast = Fast(network)
     for _ in range(2):
         assert_same(alone, fast, *stage_c_inputs(STAGE_C))
 
