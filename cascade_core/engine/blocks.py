@@ -23,10 +23,9 @@ class BoundMLP:
 
     def __init__(self, block: Any, operand: Operand):
         expand, _, response, _, contract = block.channelwise
-        channels = contract.weight.shape[0]
         self.taps: Tensor | None = None
         if isinstance(block, ResBlock):
-            self.taps = block.depthwise.weight.reshape(channels, 9).T.contiguous()  # (9, C)
+            self.taps = taps_of(block.depthwise)
             self.taps_bias = block.depthwise.bias
         self.eps = block.norm.eps
         self.expand, self.expand_bias = operand(expand.weight), expand.bias
@@ -44,6 +43,11 @@ class BoundMLP:
         if skip is not None:
             h = torch.cat([h, skip], dim=-1)
         ops.channelwise_(x, h, self.expand, self.expand_bias, self.gamma, self.contract)
+
+
+def taps_of(convolution: Any) -> Tensor:
+    """A depthwise 3×3 convolution's weight (C, 1, 3, 3) as the kernels read it, (9, C)."""
+    return convolution.weight.flatten(1).T.contiguous()
 
 
 class BoundTimestep:

@@ -49,21 +49,33 @@ def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tens
         if second is None and x.is_cuda and resident.fits(h):
             add_linear_(x, resident.gelu_response_norm(h, gamma, waiting_room(x.device)), contract)
             return
-        chunks = response.response_chunks(positions, hidden)
-        partial = x.new_empty(batch, chunks, hidden, dtype=torch.float32)
-        response.gelu_response(h, partial)
+        scale = gelu_scale_(h, gamma)
     else:
         partial = x.new_empty(batch, products.response_chunks(positions, first), hidden, dtype=torch.float32)
         out = x.new_empty(batch, positions, hidden)
         products.linear_gelu_response(
             h.flatten(0, 1), expand, bias, positions, out.flatten(0, 1), partial, first
         )
-        h = out
-    scale = response.response_scale(partial, gamma, x.new_empty(batch, hidden, dtype=torch.float32))
+        h, scale = out, _scale(partial, gamma)
     if second is None:
         add_linear_(x, response.apply_response(h, scale), contract)
     else:
         products.scaled_linear_add(h.flatten(0, 1), scale, contract, None, positions, x.flatten(0, 1), second)
+
+
+def gelu_scale_(h: Tensor, gamma: Tensor) -> Tensor:
+    """h = GELU(h); returns what the response norm multiplies it by.  h: (B, N, K) -> (B, K) float32"""
+    batch, positions, hidden = h.shape
+    chunks = response.response_chunks(positions, hidden)
+    partial = h.new_empty(batch, chunks, hidden, dtype=torch.float32)
+    response.gelu_response(h, partial)
+    return _scale(partial, gamma)
+
+
+def _scale(partial: Tensor, gamma: Tensor) -> Tensor:
+    """Of partial sums of squares (B, chunks, K) -> (B, K)"""
+    batch, _, hidden = partial.shape
+    return response.response_scale(partial, gamma, partial.new_empty(batch, hidden))
 
 
 @cache

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .weights import Weights
 SESSIONS = 4  # shapes of which prepared conditions, and on CUDA graphs, are kept
 TABLES = 64  # noise conditions whose scales and shifts are kept: 1 MB each for Stage C 3.6 B
 
+T = TypeVar("T")
 Precision = Literal["exact", "fp8"]
 Conditions = dict[str, Tensor | None]
 Dated = tuple[Tensor | None, int]
@@ -53,8 +54,8 @@ class Fast:
         self.config = network.config
         self._bound: BoundUNet | None = None
         self._weights = Weights(network)
-        self._tables: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
+        self._tables: Latest[Tensor] = Latest(TABLES)
+        self._sessions: Latest[Session] = Latest(SESSIONS)
         self._pool = Pool()
 
     def parameters(self) -> Any:
@@ -101,12 +102,8 @@ class Fast:
         self._pool = Pool()
 
     def _table(self, bound: BoundUNet, noise: dict[str, float]) -> Tensor:
-        key = tuple(sorted(noise.items()))
-        if key not in self._tables:
-            self._tables[key] = bound.table(noise["r"], {k: v for k, v in noise.items() if k != "r"})
-            _bounded(self._tables, TABLES)
-        self._tables.move_to_end(key)
-        return self._tables[key]
+        extra = {name: value for name, value in noise.items() if name != "r"}
+        return self._tables.of(tuple(sorted(noise.items())), lambda: bound.table(noise["r"], extra))
 
     def _session(self, x: Tensor, conditions: dict, control: Sequence) -> Session:
         key = (
@@ -115,11 +112,24 @@ class Fast:
             tuple((name, None if t is None else tuple(t.shape)) for name, t in sorted(conditions.items())),
             tuple(None if residual is None else tuple(residual.shape) for residual in control),
         )
-        if key not in self._sessions:
-            self._sessions[key] = Session(self.network, self._pool if can_record(x.device) else None)
-            _bounded(self._sessions, SESSIONS)
-        self._sessions.move_to_end(key)
-        return self._sessions[key]
+        pool = self._pool if can_record(x.device) else None
+        return self._sessions.of(key, lambda: Session(self.network, pool))
+
+
+class Latest(OrderedDict[Hashable, T]):
+    """The `most` values that were asked for last."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self._most = most
+
+    def of(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self:
+            self[key] = make()
+            while len(self) > self._most:
+                self.popitem(last=False)
+        self.move_to_end(key)
+        return self[key]
 
 
 class Session:
@@ -245,8 +255,3 @@ def _described(device: torch.device) -> str:
         return "the processor" if device.type == "cpu" else str(device)
     triton = "" if find_spec("triton") else ", without Triton,"
     return torch.cuda.get_device_name(device) + triton
-
-
-def _bounded(kept: OrderedDict, most: int) -> None:
-    while len(kept) > most:
-        kept.popitem(last=False)

@@ -11,8 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cuda import attention, depthwise_norm, linear, modulate_, modulate_norm_, norm, waiting_room
-from .kernels import resident, response
+from .cuda import (
+    attention,
+    depthwise_norm,
+    gelu_scale_,
+    linear,
+    modulate_,
+    modulate_norm_,
+    norm,
+    waiting_room,
+)
+from .kernels import resident
 from .kernels.fp8 import apply_response_quantise, quantise_rows, quantise_weight, quantised_linear
 
 __all__ = [
@@ -51,17 +60,11 @@ def project(x: Tensor, weight: Quantised, bias: Tensor) -> Tensor:
 def channelwise_(
     x: Tensor, h: Tensor, expand: Quantised, bias: Tensor, gamma: Tensor, contract: Quantised
 ) -> None:
-    batch, positions, _ = x.shape
     h = project(h, expand, bias)
     if x.is_cuda and resident.fits(h):
         rows = _quantised(resident.gelu_response_norm(h, gamma, waiting_room(x.device)))
     else:
-        hidden = h.shape[2]
-        chunks = response.response_chunks(positions, hidden)
-        partial = x.new_empty(batch, chunks, hidden, dtype=torch.float32)
-        response.gelu_response(h, partial)
-        scale = response.response_scale(partial, gamma, x.new_empty(batch, hidden, dtype=torch.float32))
-        rows = apply_response_quantise(h, scale)
+        rows = apply_response_quantise(h, gelu_scale_(h, gamma))
     x.add_(_product(x, rows, contract))
 
 

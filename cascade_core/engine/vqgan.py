@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..stage_a import ResBlock, StageA
+from .blocks import taps_of
 from .graphs import Graph, Pool, can_record
 from .unet import as_image, as_tokens
 from .weights import Weights
@@ -18,9 +19,7 @@ from .weights import Weights
 HIDDEN_BYTES = 2**28  # of the widest intermediate that is held at once
 CACHED_BYTES = 2**21  # the same on the CPU: what stays in its cache until it is read again
 GRAPHS = 2  # sizes of latent whose graphs are kept
-LARGEST = (
-    2**18
-)  # positions of a latent, all images together, up to which a graph is recorded: 2048 × 2048 pixels
+LARGEST = 2**18  # positions of all latents up to which a graph is recorded: 2048 × 2048 pixels
 
 
 class FastDecoder:
@@ -85,21 +84,17 @@ def _directly(decode: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
 
 
 class Bound:
-    """A residual block of Stage A, in fused kernels.  x: (B, H·W, C), changed in place"""
+    """A residual block of Stage A.  x: (B, H·W, C), changed in place"""
 
-    hidden_bytes = HIDDEN_BYTES
+    hidden_bytes: int
 
     def __init__(self, block: Any):
-        convolution, (expand, _, contract) = block.depthwise[1], block.channelwise
-        channels = expand.in_features
+        expand, _, contract = block.channelwise
         self.eps = block.norm1.eps
         self.gammas = block.gammas.float()
-        self.taps, self.taps_bias = convolution.weight.reshape(channels, 9).T.contiguous(), convolution.bias
         self.expand, self.expand_bias = expand.weight, expand.bias
-        gate = self.gammas[5]
-        self.contract = (contract.weight * gate).to(
-            contract.weight.dtype
-        )  # gate · (W·h + b) = (gate·W)·h + gate·b
+        gate, dtype = self.gammas[5], contract.weight.dtype
+        self.contract = (contract.weight * gate).to(dtype)  # gate · (W·h + b) = (gate·W)·h + gate·b
         self.contract_bias = contract.bias * gate
 
     def __call__(self, x: Tensor, size: tuple[int, int]) -> None:
@@ -112,6 +107,23 @@ class Bound:
 
     def convolve_(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The first half: x with the gated convolution added, and what the MLP reads of it."""
+        raise NotImplementedError
+
+    def gelu_(self, hidden: Tensor) -> None:
+        raise NotImplementedError
+
+
+class BoundFused(Bound):
+    """In fused kernels."""
+
+    hidden_bytes = HIDDEN_BYTES
+
+    def __init__(self, block: Any):
+        super().__init__(block)
+        convolution = block.depthwise[1]
+        self.taps, self.taps_bias = taps_of(convolution), convolution.bias
+
+    def convolve_(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         from .kernels import depthwise, vqgan
 
         scale1, shift1, gate1, scale2, shift2, _ = self.gammas
@@ -126,7 +138,7 @@ class Bound:
 
 
 class BoundPlain(Bound):
-    """The same in plain PyTorch, for the CPU: the gammas stand in the weights of the operations beside them."""
+    """In plain PyTorch, for the CPU: the gammas stand in the weights of the operations beside them."""
 
     hidden_bytes = CACHED_BYTES
 
@@ -152,5 +164,5 @@ class BoundPlain(Bound):
         torch.ops.aten.gelu_(hidden)
 
 
-BOUND: dict[str, type[Bound]] = {"cuda": Bound, "cpu": BoundPlain}
+BOUND: dict[str, type[Bound]] = {"cuda": BoundFused, "cpu": BoundPlain}
 SLOW = {"cuda": torch.float32, "cpu": torch.float16}  # the precision that is Stage A's own affair

@@ -32,8 +32,7 @@ def weight_dtype(name: str) -> torch.dtype:
     if name == "auto":
         if compute_device().type == "cpu":
             return torch.float32
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float16
+        return torch.bfloat16 if _card_has_bf16() else torch.float16
     if name == "fp8":
         operations_on(compute_device(), "fp8")  # says so where there is none, before a file is read
         return torch.bfloat16
@@ -49,8 +48,11 @@ def engine_precision(name: str) -> Precision:
 
 def picture_dtype() -> torch.dtype:
     """For Stage A: bf16 on a device that has it, whose rounding is below a picture's 8 bits; else float32."""
-    has_bf16 = compute_device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if _card_has_bf16() else torch.float32
+
+
+def _card_has_bf16() -> bool:
+    return compute_device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @cache
