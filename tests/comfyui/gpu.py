@@ -32,6 +32,7 @@ SEQUENCES, WARM_UP = 50, 10
 GROWTH, LEAST_GROWTH_MIB = 0.01, 0.5
 # In bf16, of which 0.004 is one step: the same numbers come of weights that are copied to the card for each use.
 IN_PART = 0.01
+ENGINE = 0.03  # two ways to add up in bf16, over three steps
 ESTIMATE_OVER_PEAK = (1.0, 2.0)
 PIXELS = 2  # of 255, between two runs of one prompt
 # Without flags, and with those that keep weights in main memory; newer versions go by faults unless told not to.
@@ -185,6 +186,11 @@ def of_card(card: dict[str, Any]) -> list[str]:
             least, most = (0.95, 1.05) if "whole" in what else (0.05, 0.95)
             if not least < value < most:
                 failed.append(f"{what}: {value:.2f}")
+    for what, value in card["engine"].items():
+        if "against" in what and not value <= ENGINE:
+            failed.append(f"{what}: {value:.2g}")
+        if "used" in what and not value:
+            failed.append(f"{what}: no")
     low, high = ESTIMATE_OVER_PEAK
     for what, figures in card["estimates"].items():
         if not low <= figures["estimate_over_peak"] <= high:

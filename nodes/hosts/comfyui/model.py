@@ -152,6 +152,8 @@ HOST_CLASSES = {
     "stage_b": (StageBModel, comfy.supported_models.Stable_Cascade_B),
 }
 
+TRAINED = {"stage_c": (16, 24, 24), "stage_b": (4, 256, 256)}  # latents of a picture of 1024 × 1024
+
 
 def image_tokens(prompts: list[dict], width: int) -> Tensor:
     """Image embeddings, each times its strength, side by side: (1, images, width); zeros without any."""
@@ -189,7 +191,7 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     model = model_class(config, build)
     offload_device = comfy.model_management.unet_offload_device()
     patcher_class = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic:
+    if not disable_dynamic and not fits_whole(kind, model, load_device):
         patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
@@ -197,6 +199,18 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     remember_file(patcher, f"{Path(path).name} ({checkpoints.KIND_NAMES[kind]})")
     patcher.cached_patcher_init = (load_patcher, (kind, path, dtype))
     return patcher
+
+
+def fits_whole(kind: str, model: Any, device: torch.device) -> bool:
+    """Whether a device as large as this one holds the weights and what one picture of 1024 × 1024 takes.
+
+    Then they are loaded before a run and lie there, as in every version: where newer ones page weights in as layers ask
+    for them (dynamic VRAM), the engine cannot read them.
+    """
+    management = comfy.model_management
+    forward = model.memory_required([2, *TRAINED[kind]])
+    needed = management.module_size(model.diffusion_model) + forward + management.minimum_inference_memory()
+    return needed < management.get_total_memory(device)
 
 
 def _computed_in(kind: str, config: Any, device: torch.device) -> list[torch.dtype]:

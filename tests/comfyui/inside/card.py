@@ -1,13 +1,18 @@
-"""Device memory of networks of the published widths: what we tell ComfyUI they take against what they take, and what
-comes of weights that are on the device in part.
+"""Networks of the published widths on a device: the memory that we tell ComfyUI they take against what they take, what
+comes of weights that are there in part, and what the engine changes.
 """
 
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import comfy.model_management
+import comfy.model_patcher
+import native
 import torch
 from comparing import relative
 from interop import make_run, only
@@ -17,6 +22,7 @@ from torch import Tensor
 import nodes
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
 from cascade_nodes.nodes.hosts import comfyui
+from cascade_nodes.nodes.hosts.comfyui import model as hosted
 
 MANIFESTS = {
     "stage_c": "stage_c_1b",
@@ -38,7 +44,7 @@ LATENTS = {
     },
 }
 TOKENS, TEXT_WIDTH = 77, 1280
-STEPS = 3
+STEPS, MEASURED = 3, 10
 REST = 2**30  # of the device, left free beside weights and activations
 
 
@@ -63,10 +69,17 @@ def sample(kind: str, model: Any, prompts: Any, shape: tuple[int, ...]) -> Tenso
     return comfyui.sample(run).samples
 
 
-def ksample(kind: str, model: Any, prompts: Any, shape: tuple[int, ...]) -> Tensor:
+def run_ksampler(kind: str, model: Any, prompts: Any, shape: tuple[int, ...], steps: int) -> Tensor:
     latent = {"samples": torch.zeros(shape)}
-    sampled = only(nodes.KSampler().sample(model, 5, STEPS, 2.0, "ddim", "simple", *prompts, latent))
+    sampled = only(nodes.KSampler().sample(model, 5, steps, 2.0, "ddim", "simple", *prompts, latent))
     return sampled["samples"].float()
+
+
+def ksample(kind: str, model: Any, prompts: Any, shape: tuple[int, ...]) -> Tensor:
+    return run_ksampler(kind, model, prompts, shape, STEPS)
+
+
+SAMPLERS = {"ours": sample, "KSampler": ksample}
 
 
 def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int:
@@ -135,28 +148,76 @@ def taken(leave: float, device: torch.device) -> Tensor:
     return torch.empty(max(int(there - leave), 0), dtype=torch.uint8, device=device)
 
 
+def knows_dynamic() -> bool:
+    """Whether this ComfyUI can let weights come to the device as a forward pass needs them, not before."""
+    patchers = comfy.model_patcher
+    return getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher) is not patchers.ModelPatcher
+
+
 def dynamic(patcher: Any) -> bool:
-    """Whether weights come to the device as a forward pass needs them (newer versions), not before."""
     return getattr(patcher, "is_dynamic", bool)()
 
 
-def in_part(files: dict[str, Path], prompts: dict[str, Any], samplers: dict[str, Any]) -> dict[str, Any]:
+def without_engine(model: Any) -> Any:
+    plain = model.clone()
+    plain.model_options["transformer_options"][hosted.ENGINE] = False
+    return plain
+
+
+def with_engine(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, Any]:
+    """Both samplers with the engine against without it; seconds of so many steps, ComfyUI's own network beside ours."""
+    device = comfy.model_management.get_torch_device()
+    results: dict[str, Any] = {}
+    for kind, shapes in LATENTS.items():
+        shape = shapes["1024 px"]
+        model = comfyui.load_network(kind, files[kind], "auto")
+        models = {
+            "ours": model,
+            "ours, no engine": without_engine(model),
+            "ComfyUI's": native.model(kind, files[kind], torch.bfloat16),
+        }
+        sampled = {
+            (sampler, name): run(kind, of, prompts[kind], shape)
+            for sampler, run in SAMPLERS.items()
+            for name, of in models.items()
+            if name != "ComfyUI's"
+        }
+        for sampler in SAMPLERS:
+            pair = sampled[sampler, "ours"], sampled[sampler, "ours, no engine"]
+            results[f"{kind}, {sampler}: engine against none"] = relative(*pair)
+        bound = model.model.diffusion_model.fast._bound is not None
+        results[f"{kind}: engine used"] = bound
+        for name, of in models.items():
+            run_ksampler(kind, of, prompts[kind], shape, STEPS)
+            torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            run_ksampler(kind, of, prompts[kind], shape, MEASURED)
+            torch.cuda.synchronize(device)
+            results[f"{kind}: ms a step of KSampler, {name}"] = (
+                (time.perf_counter() - began) / MEASURED * 1000
+            )
+        free()
+    return results
+
+
+def in_part(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, Any]:
     """Each sampler with all weights on the device, and with room for half of them: ComfyUI decides what stays where.
 
     Where it goes by estimates it is told of the lack of room, where it goes by faults (dynamic VRAM) there is none.
+    Without the engine, which leaves weights in part to the network: the two add up in another order.
     """
     management = comfy.model_management
     device = management.get_torch_device()
     results = {}
     for kind, shapes in LATENTS.items():
-        model = comfyui.load_network(kind, files[kind], "auto")
+        model = without_engine(comfyui.load_network(kind, files[kind], "auto"))
         shape, size = shapes["1024 px"], model.model_size()
-        whole = {name: run(kind, model, prompts[kind], shape) for name, run in samplers.items()}
+        whole = {name: run(kind, model, prompts[kind], shape) for name, run in SAMPLERS.items()}
         shares = {"whole": model.loaded_size() / size}
         room = size / 2 + max(
             model.model.memory_required([2 * shape[0], *shape[1:]]), management.minimum_inference_memory()
         )
-        for name, run in samplers.items():
+        for name, run in SAMPLERS.items():
             free()
             if dynamic(model):
                 ballast = taken(room + REST, device)
@@ -180,9 +241,13 @@ def measure() -> dict[str, Any]:
     prompts = make_prompts()
     with tempfile.TemporaryDirectory() as name:
         files = write_files(Path(name))
-        is_dynamic = dynamic(comfyui.load_network("stage_b", files["stage_b"], "auto"))
+        paged = knows_dynamic()
+        # This device holds the networks whole; a small one, for which weights are paged, is pretended.
+        with patch.object(hosted, "fits_whole", return_value=False) if paged else nullcontext():
+            parts = in_part(files, prompts)
         return {
-            "dynamic": is_dynamic,
-            "in part": in_part(files, prompts, {"ours": sample, "KSampler": ksample}),
-            "estimates": {} if is_dynamic else estimates(files, prompts),
+            "dynamic": paged,
+            "in part": parts,
+            "engine": with_engine(files, prompts),
+            "estimates": {} if paged else estimates(files, prompts),
         }

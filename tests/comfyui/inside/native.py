@@ -34,11 +34,11 @@ def wide_stage_c(folder: Path) -> Path:
     return path
 
 
-def model(kind: str, path: Path) -> Any:
+def model(kind: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A MODEL as ComfyUI's own loaders make one, around ComfyUI's own network."""
-    ours, _, config = checkpoints.load_model(path, expect=kind, dtype=torch.float32)
+    ours, _, config = checkpoints.load_model(path, expect=kind, dtype=dtype)
     model_config = CONFIGS[kind](dict(config))
-    model_config.set_inference_dtype(torch.float32, None)
+    model_config.set_inference_dtype(dtype, None)
     base = model_config.get_model({}, device="cpu")
     base.diffusion_model.load_state_dict(ours.state_dict(), strict=True)
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
