@@ -95,7 +95,7 @@ def test_partial_sums_stay_few():
 
 
 @halves
-@pytest.mark.parametrize("size", [(2, 70, 128), (1, 64, 64), (3, 5, 20)], ids=str)
+@pytest.mark.parametrize("size", [(2, 70, 128), (1, 64, 64), (3, 5, 20), (2, 300, 80), (1, 64, 96)], ids=str)
 def test_response_norm_in_one_launch(size, dtype):
     """One stripe of channels: the interpreter runs programs one after another, so that none may wait for others."""
     batch, _, k = size
@@ -112,7 +112,11 @@ def test_response_norm_in_one_launch(size, dtype):
 H100 = 132  # multiprocessors
 
 
-@pytest.mark.parametrize("size", [(2, 576, 8192), (2, 256, 5120), (1, 1024, 5120), (2, 600, 6144)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(2, 576, 8192), (2, 1024, 5120), (2, 256, 5120), (1, 1024, 5120), (2, 600, 6144)],
+    ids=str,
+)
 def test_what_waits_for_each_other_fits_the_device(size):
     batch, n, k = size
     plan = resident.plan(*size, H100)
@@ -121,7 +125,18 @@ def test_what_waits_for_each_other_fits_the_device(size):
     threads = -(-programs // H100) * 32 * plan.num_warps  # on the fullest multiprocessor
     assert threads * plan.registers <= resident.REGISTERS
     assert threads <= resident.THREADS
-    assert plan.tiles * resident.ROWS >= n
+    tiles, rest_tiles = plan.tiles(n)
+    assert tiles * resident.ROWS >= n
+    assert rest_tiles * plan.rest_rows() >= n or not plan.rest
+    assert 64 * plan.num_warps * plan.held(n) >= n * plan.channels  # two values to a register
+
+
+def test_stripes_leave_few_multiprocessors_idle():
+    """At the sizes of most blocks of Stage C and Stage B, with guidance."""
+    for batch, n, k in ((2, 576, 8192), (2, 1024, 5120)):
+        plan = resident.plan(batch, n, k, H100)
+        assert plan is not None
+        assert batch * k / plan.channels == 128
 
 
 @pytest.mark.parametrize("size", [(2, 1024, 8192), (8, 576, 8192), (2, 16384, 1280)], ids=str)

@@ -1,7 +1,8 @@
 """GELU and global response norm in one launch, for feature maps that fit the registers of the whole device.
 
 A program takes all positions of one image for a stripe of channels and holds them, two 16-bit values to a register,
-so that h is read once and written once. The norm of a channel is then its own business; of the others it needs only
+so that h is read once and written once. A stripe is a main part and perhaps a rest, powers of two both, so that stripes
+come in more widths. The norm of a channel is then its own business; of the others it needs only
 the mean of all norms. So each program leaves its sum where the others find it, and waits for them.
 
 Waiting needs all programs on the device at once: `plan` counts registers, and a cooperative launch fails, rather than
@@ -19,11 +20,18 @@ from torch import Tensor
 from .matmul import gelu
 from .response import EPS, response_share
 
-STRIPES = (128, 64, 32)  # channels
+STRIPES = (
+    (128, 0),
+    (64, 32),
+    (64, 16),
+    (64, 0),
+    (32, 16),
+    (32, 0),
+)  # channels of the main part and of the rest
 WARPS = (16, 8, 4)
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 2048  # that it holds at most
-ROWS = 64  # positions of a tile
+ROWS = 64  # positions of a tile of the main part; the rest's tiles are as large
 FREE = 48  # registers a thread needs beside what it holds
 LAP = tl.constexpr(1 << 16)  # what the arrivals of one launch add up to
 
@@ -31,27 +39,41 @@ LAP = tl.constexpr(1 << 16)  # what the arrivals of one launch add up to
 class Plan(NamedTuple):
     """How one launch is divided."""
 
-    channels: int
+    main: int  # channels of a stripe
+    rest: int  # the others, if any
     num_warps: int
     registers: int  # a thread may use, so that all programs find room
-    tiles: int  # of ROWS positions, that it holds
+
+    @property
+    def channels(self) -> int:
+        return self.main + self.rest
+
+    def rest_rows(self) -> int:
+        """Positions of a tile of the rest."""
+        return ROWS * self.main // self.rest if self.rest else 1
+
+    def tiles(self, n: int) -> tuple[int, int]:
+        """Of the main part and of the rest, for n positions."""
+        return triton.cdiv(n, ROWS), triton.cdiv(n, self.rest_rows()) if self.rest else 0
+
+    def held(self, n: int) -> int:
+        """Registers of a thread."""
+        return triton.cdiv(sum(self.tiles(n)) * ROWS * self.main // 2, 32 * self.num_warps)
 
 
 @lru_cache
 def plan(batch: int, n: int, k: int, multiprocessors: int) -> Plan | None:
     """The division that keeps most multiprocessors busy for h (batch, n, k); None: h does not fit."""
-    tiles = triton.cdiv(n, ROWS)
     best, most = None, 0.0
-    for channels in STRIPES:
-        programs = batch * triton.cdiv(k, channels)
-        share = triton.cdiv(programs, multiprocessors)
-        busy = programs / (share * multiprocessors)
+    for main, rest in STRIPES:
+        share = triton.cdiv(batch * triton.cdiv(k, main + rest), multiprocessors)
+        busy = batch * k / ((main + rest) * share * multiprocessors)
         for warps in WARPS:
             threads = 32 * warps
             limit = min(248, REGISTERS // (share * threads) // 8 * 8)
-            held = triton.cdiv(tiles * ROWS * channels // 2, threads)
-            if share * threads <= THREADS and held + FREE <= limit and busy > most:
-                best, most = Plan(channels, warps, limit, tiles), busy
+            division = Plan(main, rest, warps, limit)
+            if share * threads <= THREADS and division.held(n) + FREE <= limit and busy > most:
+                best, most = division, busy
     return best
 
 
@@ -62,7 +84,7 @@ def fits(h: Tensor) -> bool:
 
 def response_workspace(batch: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Sums and arrivals for up to `batch` images of up to k channels: made once, used by every launch."""
-    sums = torch.empty(batch, triton.cdiv(k, min(STRIPES)), dtype=torch.float32, device=device)
+    sums = torch.empty(batch, triton.cdiv(k, min(map(sum, STRIPES))), dtype=torch.float32, device=device)
     return sums, torch.zeros(batch, dtype=torch.int64, device=device)
 
 
@@ -84,9 +106,11 @@ def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor
         n,
         EPS,
         k,
-        chosen.channels // 2,
-        chosen.tiles,
+        chosen.main // 2,
+        chosen.rest // 2,
         ROWS,
+        chosen.rest_rows(),
+        *chosen.tiles(n),
         triton.next_power_of_2(stripes),
         tl.bfloat16 if h.dtype == torch.bfloat16 else tl.float16,
         triton.knobs.runtime.interpret,
@@ -160,6 +184,75 @@ def sum_of_all(own, sums, arrivals, SLOTS: tl.constexpr):
     return tl.sum(tl.load(sums + place, mask=place < programs, other=0.0, cache_modifier=".cg"))
 
 
+@triton.jit
+def hold(
+    h,
+    n,
+    pair,
+    k: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """GELU of one image h (n, k / 2), in the columns `pair` (1, PAIRS) -> its tiles; norms of both halves, as `pair`"""
+    row = tl.arange(0, ROWS)[:, None]
+    inside = pair < k // 2
+    here = h + (row * (k // 2) + pair)
+    held = ()
+    low_sum = tl.zeros((ROWS, PAIRS), tl.float32)
+    high_sum = tl.zeros((ROWS, PAIRS), tl.float32)
+    for tile in tl.static_range(TILES):
+        pairs = tl.zeros((ROWS, PAIRS), tl.int32)
+        # Always so, but the compiler cannot tell: it finishes tile by tile, and does not leave all roundings for
+        # last, for which registers run out.
+        if tile * ROWS < n:
+            # Only the last tile may be short. Addresses are one base and constants: others would be held as well.
+            present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
+            low, high = halves(tl.load(here + tile * ROWS * (k // 2), mask=present, other=0), DTYPE)
+            pairs = joined(gelu(low), gelu(high), DTYPE, INTERPRETED)
+            low, high = halves(pairs, DTYPE)
+            low_sum += low * low
+            high_sum += high * high
+        held = held + (opaque(pairs, INTERPRETED),)  # noqa: RUF005
+    low_r = tl.sqrt(tl.sum(low_sum, axis=0, keep_dims=True))
+    high_r = tl.sqrt(tl.sum(high_sum, axis=0, keep_dims=True))
+    return held, low_r, high_r
+
+
+@triton.jit
+def release(
+    h,
+    held,
+    low_r,
+    high_r,
+    gamma,
+    mean,
+    eps,
+    n,
+    pair,
+    k: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Stores what `hold` held, scaled."""
+    row = tl.arange(0, ROWS)[:, None]
+    inside = pair < k // 2
+    here = h + (row * (k // 2) + pair)
+    low_gamma = tl.load(gamma + 2 * pair, mask=inside, other=0.0).to(tl.float32)
+    high_gamma = tl.load(gamma + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
+    low_share = response_share(low_r, low_gamma, mean, eps)
+    high_share = response_share(high_r, high_gamma, mean, eps)
+    for tile in tl.static_range(TILES):
+        present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
+        low, high = halves(held[tile], DTYPE)
+        pairs = joined(low * low_share, high * high_share, DTYPE, INTERPRETED)
+        tl.store(here + tile * ROWS * (k // 2), pairs, mask=present)
+
+
 @triton.jit(do_not_specialize=["n"])
 def _gelu_response_norm(
     h,
@@ -169,42 +262,31 @@ def _gelu_response_norm(
     n,
     eps,
     k: tl.constexpr,
-    PAIRS: tl.constexpr,
-    TILES: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
     ROWS: tl.constexpr,
+    REST_ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    REST_TILES: tl.constexpr,
     SLOTS: tl.constexpr,
     DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     image = tl.program_id(1)
-    row = tl.arange(0, ROWS)[:, None]
-    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, :]
-    inside = pair < k // 2
-    here = h + image.to(tl.int64) * n * (k // 2) + (row * (k // 2) + pair)
-    held = ()
-    low_sum = tl.zeros((ROWS, PAIRS), tl.float32)
-    high_sum = tl.zeros((ROWS, PAIRS), tl.float32)
-    for tile in tl.static_range(TILES):
-        # Only the last tile may be short. Addresses are one base and constants: others would be held as well.
-        present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
-        low, high = halves(tl.load(here + tile * ROWS * (k // 2), mask=present, other=0), DTYPE)
-        pairs = joined(gelu(low), gelu(high), DTYPE, INTERPRETED)
-        low, high = halves(pairs, DTYPE)
-        low_sum += low * low
-        high_sum += high * high
-        held = held + (opaque(pairs, INTERPRETED),)  # noqa: RUF005
-
-    low_r = tl.sqrt(tl.sum(low_sum, axis=0, keep_dims=True))
-    high_r = tl.sqrt(tl.sum(high_sum, axis=0, keep_dims=True))
+    h += image.to(tl.int64) * n * (k // 2)
+    first = tl.program_id(0) * (MAIN + REST)
+    pair = first + tl.arange(0, MAIN)[None, :]
+    held, low_r, high_r = hold(h, n, pair, k, MAIN, ROWS, TILES, DTYPE, INTERPRETED)
     own = tl.sum(low_r + high_r)
-    mean = sum_of_all(own, sums + image * tl.num_programs(0), arrivals + image, SLOTS) / k
-    low_gamma = tl.load(gamma + 2 * pair, mask=inside, other=0.0).to(tl.float32)
-    high_gamma = tl.load(gamma + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
-    low_share = response_share(low_r, low_gamma, mean, eps)
-    high_share = response_share(high_r, high_gamma, mean, eps)
+    if REST > 0:
+        rest_pair = first + MAIN + tl.arange(0, REST)[None, :]
+        rest, low_rest, high_rest = hold(h, n, rest_pair, k, REST, REST_ROWS, REST_TILES, DTYPE, INTERPRETED)
+        own += tl.sum(low_rest + high_rest)
 
-    for tile in tl.static_range(TILES):
-        present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
-        low, high = halves(held[tile], DTYPE)
-        pairs = joined(low * low_share, high * high_share, DTYPE, INTERPRETED)
-        tl.store(here + tile * ROWS * (k // 2), pairs, mask=present)
+    mean = sum_of_all(own, sums + image * tl.num_programs(0), arrivals + image, SLOTS) / k
+    release(h, held, low_r, high_r, gamma, mean, eps, n, pair, k, ROWS, TILES, DTYPE, INTERPRETED)
+    if REST > 0:
+        release(
+            h, rest, low_rest, high_rest, gamma, mean, eps, n, rest_pair,
+            k, REST_ROWS, REST_TILES, DTYPE, INTERPRETED,
+        )  # fmt: skip
