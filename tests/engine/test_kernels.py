@@ -1,19 +1,26 @@
 """Kernels around the products: against the readable modules, at sizes that fill a tile and sizes that do not."""
 
+import ast
+import inspect
+import textwrap
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from triton.runtime.jit import KernelInterface
 
 from cascade_nodes.cascade_core import layers, stage_a
 from cascade_nodes.cascade_core.engine.kernels import (
     attention,
     depthwise,
+    matmul,
     modulation,
     resident,
     response,
     vqgan,
 )
+from cascade_nodes.cascade_core.engine.kernels.launch import early, wait_for_previous
 
 EPS = 1e-6
 HALF_STEP = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative
@@ -51,6 +58,22 @@ def taps(convolution: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return weight.reshape(len(weight), 9).T.contiguous().to(dtype), convolution.get_parameter("bias").to(
         dtype
     )
+
+
+def test_kernels_that_are_launched_early_wait_first():
+    """Before they read or write anything. Here, without a device, nothing is launched early."""
+    found = []
+    for module in (attention, depthwise, matmul, modulation, response):
+        for name, function in inspect.getmembers(module, lambda value: isinstance(value, KernelInterface)):
+            parsed = ast.parse(textwrap.dedent(inspect.getsource(function.fn))).body[0]
+            assert isinstance(parsed, ast.FunctionDef)
+            if function is wait_for_previous or "EARLY" not in [a.arg for a in parsed.args.args]:
+                continue
+            first = parsed.body[1 if ast.get_docstring(parsed) else 0]
+            assert ast.unparse(first) == "wait_for_previous(EARLY)", name
+            found.append(name)
+    assert len(found) >= 9, found
+    assert early(torch.device("cpu")) == {"EARLY": False}
 
 
 @dtypes

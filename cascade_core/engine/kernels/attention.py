@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import early, wait_for_previous
+
 SMALLEST = 16  # keys that a product takes at least
 
 
@@ -61,6 +63,7 @@ def attention(
         "ieee",
         num_warps=num_warps,
         num_stages=num_stages,
+        **early(out.device),
     )
     return out
 
@@ -152,7 +155,9 @@ def _attention(
     OWN_LAST: tl.constexpr,
     CACHED_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     head, image = tl.program_id(1) * D, tl.program_id(2).to(tl.int64)
     row, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
     present = row[:, None] < n

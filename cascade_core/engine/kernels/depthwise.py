@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import early, wait_for_previous
 from .rows import normalised
 
 ELEMENTS = 8192  # of a tile
@@ -35,8 +36,9 @@ def depthwise_norm(
     tile_h, tile_w = rectangle(max(1, elements // block))
     grid = (triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w), batch)
     _depthwise_norm[grid](
-        x, weight, bias, out, height, width, eps, channels, block, tile_h, tile_w, num_warps=num_warps
-    )
+        x, weight, bias, out, height, width, eps, channels, block, tile_h, tile_w,
+        num_warps=num_warps, **early(x.device),
+    )  # fmt: skip
     return out
 
 
@@ -156,3 +158,5 @@ def _depthwise_gate(
     value = tl.load(here, mask=present, other=0.0).to(tl.float32)
     value += tl.load(gate).to(tl.float32) * change
     tl.store(here, value.to(x.dtype.element_ty), mask=present)
+    EARLY: tl.constexpr,
+    wait_for_previous(EARLY)

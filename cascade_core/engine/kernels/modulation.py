@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import early, wait_for_previous
 from .rows import WARPS, normalised, row_tile
 
 
@@ -12,7 +13,8 @@ def modulate(x: Tensor, scale_shift: Tensor) -> Tensor:
     batch, n, channels = x.shape
     rows, block = row_tile(channels)
     grid = (triton.cdiv(n, rows), batch)
-    _modulate[grid](x, scale_shift, _stride(scale_shift), n, channels, rows, block, num_warps=WARPS)
+    stride = _stride(scale_shift)
+    _modulate[grid](x, scale_shift, stride, n, channels, rows, block, num_warps=WARPS, **early(x.device))
     return x
 
 
@@ -25,7 +27,9 @@ def modulate_norm(x: Tensor, scale_shift: Tensor, bias: Tensor | None, out: Tens
     rows, block = row_tile(channels)
     grid = (triton.cdiv(n, rows), batch)
     stride = _stride(scale_shift)
-    _modulate_norm[grid](x, scale_shift, bias, out, stride, n, eps, channels, rows, block, num_warps=WARPS)
+    _modulate_norm[grid](
+        x, scale_shift, bias, out, stride, n, eps, channels, rows, block, num_warps=WARPS, **early(x.device)
+    )
     return out
 
 
@@ -33,7 +37,8 @@ def norm(x: Tensor, out: Tensor, eps: float) -> Tensor:
     """out = LayerNorm(x), without weights.  x, out: (B, N, C)"""
     batch, n, channels = x.shape
     rows, block = row_tile(channels)
-    _norm[(triton.cdiv(batch * n, rows),)](x, out, batch * n, eps, channels, rows, block, num_warps=WARPS)
+    grid = (triton.cdiv(batch * n, rows),)
+    _norm[grid](x, out, batch * n, eps, channels, rows, block, num_warps=WARPS, **early(x.device))
     return out
 
 
@@ -51,7 +56,17 @@ def modulated(x, scale_shift, c, inside, channels: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n"])
-def _modulate(x, scale_shift, stride, n, channels: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _modulate(
+    x,
+    scale_shift,
+    stride,
+    n,
+    channels: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    wait_for_previous(EARLY)
     image = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
@@ -75,7 +90,9 @@ def _modulate_norm(
     channels: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     image = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
@@ -92,7 +109,17 @@ def _modulate_norm(
 
 
 @triton.jit(do_not_specialize=["n"])
-def _norm(x, out, n, eps, channels: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(
+    x,
+    out,
+    n,
+    eps,
+    channels: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    wait_for_previous(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     present = (row < n) & (c < channels)

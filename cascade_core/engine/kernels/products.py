@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .launch import early
 from .matmul import SCHEDULES, product
 from .tuned import ANYWHERE, Config, choose
 
@@ -152,6 +153,7 @@ def _multiply(
         GROUP=config.group,
         num_warps=config.warps,
         num_stages=config.stages,
+        **early(x.device),
     )  # fmt: skip
     return out
 

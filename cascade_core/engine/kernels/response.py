@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import early, wait_for_previous
 from .matmul import gelu
 
 EPS = 1e-6
@@ -38,7 +39,8 @@ def gelu_response(h: Tensor, partial: Tensor) -> Tensor:
     batch, n, k = h.shape
     chunks = partial.shape[1]
     grid = (triton.cdiv(k, BLOCK_K), chunks, batch)
-    _gelu_response[grid](h, partial, n, _rows_per_chunk(n, chunks), k, BLOCK_N, BLOCK_K)
+    rows = _rows_per_chunk(n, chunks)
+    _gelu_response[grid](h, partial, n, rows, k, BLOCK_N, BLOCK_K, **early(h.device))
     return h
 
 
@@ -50,7 +52,9 @@ def response_scale(partial: Tensor, gamma: Tensor, scale: Tensor) -> Tensor:
     batch, chunks, k = partial.shape
     block = triton.next_power_of_2(k)
     rows = min(triton.next_power_of_2(chunks), max(1, SCALE_ELEMENTS // block))
-    _response_scale[(batch,)](partial, gamma, scale, chunks, EPS, k, block, rows, num_warps=32)
+    _response_scale[(batch,)](
+        partial, gamma, scale, chunks, EPS, k, block, rows, num_warps=32, **early(partial.device)
+    )
     return scale
 
 
@@ -58,7 +62,7 @@ def apply_response(h: Tensor, scale: Tensor) -> Tensor:
     """h = h · scale, that of its image.  h: (B, N, K), scale: (B, K) float32"""
     batch, n, k = h.shape
     grid = (triton.cdiv(k, BLOCK_K), triton.cdiv(n, 2 * BLOCK_N), batch)
-    _apply_response[grid](h, scale, n, k, 2 * BLOCK_N, BLOCK_K)
+    _apply_response[grid](h, scale, n, k, 2 * BLOCK_N, BLOCK_K, **early(h.device))
     return h
 
 
@@ -69,7 +73,17 @@ def response_share(r, gamma, mean, eps):
 
 
 @triton.jit(do_not_specialize=["n", "rows"])
-def _gelu_response(h, partial, n, rows, k: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _gelu_response(
+    h,
+    partial,
+    n,
+    rows,
+    k: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    wait_for_previous(EARLY)
     chunk, image = tl.program_id(1), tl.program_id(2)
     c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     start, end = chunk * rows, tl.minimum(chunk * rows + rows, n)
@@ -88,8 +102,17 @@ def _gelu_response(h, partial, n, rows, k: tl.constexpr, BLOCK_N: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["chunks"])
 def _response_scale(
-    partial, gamma, scale, chunks, eps, k: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr
+    partial,
+    gamma,
+    scale,
+    chunks,
+    eps,
+    k: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     image = tl.program_id(0)
     c = tl.arange(0, BLOCK_K)[None, :]
     inside = c < k
@@ -104,7 +127,16 @@ def _response_scale(
 
 
 @triton.jit(do_not_specialize=["n"])
-def _apply_response(h, scale, n, k: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _apply_response(
+    h,
+    scale,
+    n,
+    k: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    wait_for_previous(EARLY)
     image = tl.program_id(2)
     c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
