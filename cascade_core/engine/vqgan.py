@@ -16,8 +16,9 @@ from .graphs import Graph, Pool, can_record
 from .unet import as_image, as_tokens
 from .weights import Weights
 
-HIDDEN_BYTES = 2**28  # of the widest intermediate that is held at once
+HIDDEN_BYTES = 2**25  # of the widest intermediate that is held at once: it is read back from the L2 cache
 CACHED_BYTES = 2**21  # the same on the CPU: what stays in its cache until it is read again
+LINES = 4  # of an image in a tile of the kernels
 GRAPHS = 2  # sizes of latent whose graphs are kept
 LARGEST = 2**18  # positions of all latents up to which a graph is recorded: 2048 × 2048 pixels
 
@@ -86,8 +87,6 @@ def _directly(decode: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
 class Bound:
     """A residual block of Stage A.  x: (B, H·W, C), changed in place"""
 
-    hidden_bytes: int
-
     def __init__(self, block: Any):
         expand, _, contract = block.channelwise
         self.eps = block.norm1.eps
@@ -98,23 +97,15 @@ class Bound:
         self.contract_bias = contract.bias * gate
 
     def __call__(self, x: Tensor, size: tuple[int, int]) -> None:
-        flat, rows = x.flatten(0, 1), self.convolve_(x, size).flatten(0, 1)
-        at_once = max(1, self.hidden_bytes // (len(self.expand) * x.element_size()))
-        for start in range(0, len(rows), at_once):
-            hidden = F.linear(rows[start : start + at_once], self.expand, self.expand_bias)
-            self.gelu_(hidden)
-            flat[start : start + at_once].add_(self.contract_bias).addmm_(hidden, self.contract.T)
-
-    def convolve_(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The first half: x with the gated convolution added, and what the MLP reads of it."""
         raise NotImplementedError
 
-    def gelu_(self, hidden: Tensor) -> None:
-        raise NotImplementedError
+    def at_once(self, limit: int) -> int:
+        """Positions whose hidden values take up to `limit` bytes."""
+        return max(1, limit // (len(self.expand) * self.expand.element_size()))
 
 
 class BoundFused(Bound):
-    """In fused kernels."""
+    """In fused kernels, some lines of an image at a time: what these hand on stays in the L2 cache."""
 
     hidden_bytes = HIDDEN_BYTES
 
@@ -123,18 +114,57 @@ class BoundFused(Bound):
         convolution = block.depthwise[1]
         self.taps, self.taps_bias = taps_of(convolution), convolution.bias
 
-    def convolve_(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, x: Tensor, size: tuple[int, int]) -> None:
         from .kernels import depthwise, vqgan
 
+        height, width = size
         scale1, shift1, gate1, scale2, shift2, _ = self.gammas
-        h = vqgan.norm_modulate(x, scale1, shift1, torch.empty_like(x), self.eps)
-        depthwise.depthwise_gate(h, self.taps, self.taps_bias, gate1, x, *size)
-        return vqgan.norm_modulate(x, scale2, shift2, h, self.eps)
+        lines = self._lines(height, width, x.device)
+        for image, h in zip(x, torch.empty_like(x), strict=True):
+            normalised = 0
+            for top in range(0, height, lines):
+                ahead = min(
+                    top + lines + 1, height
+                )  # the convolution reads a line more, as it is before the block
+                new = slice(normalised * width, ahead * width)
+                vqgan.norm_modulate(image[new], scale1, shift1, h[new], self.eps)
+                normalised = ahead
+                part = image[top * width : (top + lines) * width]
+                normal = depthwise.depthwise_gate_norm(
+                    h, self.taps, self.taps_bias, gate1, part, self.contract_bias, scale2, shift2,
+                    torch.empty_like(part), top, height, width, self.eps,
+                )  # fmt: skip
+                self._mlp_(part, normal)
 
-    def gelu_(self, hidden: Tensor) -> None:
-        from .kernels import vqgan
+    def _lines(self, height: int, width: int, device: torch.device) -> int:
+        """Of an image, at a time: all of them where no hidden value goes to memory."""
+        from .kernels import tuned
 
-        vqgan.gelu(hidden)
+        hidden, channels = self.expand.shape
+        whole = tuned.choose("mlp_add", height * width, hidden, channels, device)
+        return height if whole else equal_parts(height, self.at_once(self.hidden_bytes) // width)
+
+    def _mlp_(self, x: Tensor, h: Tensor) -> None:
+        """In the way that has been measured to be fastest.  x, h: (M, C)"""
+        from .kernels import tuned, vqgan
+
+        m, (n, k) = len(h), self.expand.shape
+        whole = tuned.choose("mlp_add", m, n, k, h.device)
+        if whole:
+            vqgan.mlp_add(h, self.expand, self.expand_bias, self.contract, x, whole)
+            return
+        config = tuned.choose("linear_gelu", m, n, k, h.device)
+        if config:
+            hidden = vqgan.linear_gelu(h, self.expand, self.expand_bias, h.new_empty(m, n), config)
+        else:
+            hidden = vqgan.gelu(F.linear(h, self.expand, self.expand_bias))
+        x.addmm_(hidden, self.contract.T)
+
+
+def equal_parts(lines: int, most: int) -> int:
+    """Lines of each part, but for the last, which has about as many: up to `most`, rounded up to whole tiles."""
+    parts = -(-lines // max(most, 1))
+    return -(-lines // (parts * LINES)) * LINES
 
 
 class BoundPlain(Bound):
@@ -153,15 +183,16 @@ class BoundPlain(Bound):
         self.kernel, self.kernel_bias = convolution.weight * gate1, convolution.bias * gate1
         self.contract_bias = self.contract_bias.to(self.contract.dtype)
 
-    def convolve_(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, x: Tensor, size: tuple[int, int]) -> None:
         channels = x.shape[-1:]
         h = as_image(F.layer_norm(x, channels, *self.norms[0], self.eps), size)
         bordered = F.pad(h, (1, 1, 1, 1), mode="replicate")
         x.add_(as_tokens(F.conv2d(bordered, self.kernel, self.kernel_bias, groups=len(self.kernel))))
-        return F.layer_norm(x, channels, *self.norms[1], self.eps)
-
-    def gelu_(self, hidden: Tensor) -> None:
-        torch.ops.aten.gelu_(hidden)
+        h = F.layer_norm(x, channels, *self.norms[1], self.eps)
+        at_once = self.at_once(self.hidden_bytes)
+        for part, rows in zip(x.flatten(0, 1).split(at_once), h.flatten(0, 1).split(at_once), strict=True):
+            hidden = torch.ops.aten.gelu_(F.linear(rows, self.expand, self.expand_bias))
+            part.add_(self.contract_bias).addmm_(hidden, self.contract.T)
 
 
 BOUND: dict[str, type[Bound]] = {"cuda": BoundFused, "cpu": BoundPlain}

@@ -1,14 +1,25 @@
-"""Stage A's decoder bound for the CPU against Stage A itself."""
+"""Stage A's decoder bound for the CPU, and for CUDA through interpreted kernels, against Stage A itself."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.config import StageAConfig
 from cascade_nodes.cascade_core.engine import vqgan
+from cascade_nodes.cascade_core.engine.kernels import depthwise, tuned
+from cascade_nodes.cascade_core.engine.kernels import vqgan as kernels
+from cascade_nodes.cascade_core.engine.kernels.tuned import Config
 from cascade_nodes.cascade_core.stage_a import StageA
 
 CONFIG = StageAConfig(levels=2, bottleneck_blocks=2, c_hidden=24, c_latent=4, codebook_size=8)
 TOLERANCE = 3e-6  # of the largest value, in float32
+
+
+WAYS = {  # of computing a block's MLP on CUDA
+    "products": {},
+    "gelu in the product": {"linear_gelu": Config(32, 32, 16)},
+    "in one kernel": {"mlp_add": Config(32, 16)},
+}
 
 
 @pytest.fixture
@@ -36,6 +47,20 @@ def test_it_decodes_as_stage_a(stage_a, size, monkeypatch):
         assert_same(stage_a, fast, torch.randn(batch, 4, *size))
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (13, 6)])
+def test_its_kernels_decode_as_stage_a(stage_a, size, way, monkeypatch):
+    monkeypatch.setitem(vqgan.BOUND, "cpu", vqgan.BoundFused)
+    monkeypatch.setattr(tuned, "choose", lambda op, *_: way.get(op))
+    monkeypatch.setattr(vqgan.BoundFused, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
+    assert_same(stage_a, vqgan.FastDecoder(stage_a), torch.randn(2, 4, *size))
+
+
+@pytest.mark.parametrize(("lines", "most", "part"), [(256, 43, 44), (64, 43, 32), (5, 9, 8), (5, 0, 4)])
+def test_parts_are_equal(lines, most, part):
+    assert vqgan.equal_parts(lines, most) == part
+
+
 def test_it_follows_the_weights(stage_a):
     fast = vqgan.FastDecoder(stage_a)
     latent = torch.randn(1, 4, 6, 6)
@@ -59,3 +84,69 @@ def test_half_precision_is_left_to_stage_a(stage_a):
     latent = torch.randn(1, 4, 4, 4).half()
     with torch.inference_mode():
         assert torch.equal(vqgan.FastDecoder(stage_a)(latent), stage_a.decode(latent))
+
+
+HALF_STEP = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative
+dtypes = pytest.mark.parametrize("dtype", HALF_STEP, ids=str)
+
+
+def normal(*shape, dtype, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(value, expected, rounding):
+    torch.testing.assert_close(
+        value.double(), expected, rtol=rounding, atol=3e-6 * float(expected.abs().max())
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("size", [(5, 7, 24), (9, 16, 48), (1, 1, 20)])
+def test_depthwise_gate_norm(size, dtype):
+    """In three parts of the image, whose borders are no borders of it."""
+    height, width, channels = size
+    h, x = (normal(height * width, channels, dtype=dtype, seed=i) for i in range(2))
+    weight, (bias, after) = (
+        normal(9, channels, dtype=dtype, seed=2),
+        normal(2, channels, dtype=dtype, seed=3),
+    )
+    gate, scale, shift = gammas = normal(3, dtype=dtype, seed=4)
+    image = h.double().T.reshape(1, channels, height, width)
+    kernel = weight.double().T.reshape(channels, 1, 3, 3)
+    bordered = F.pad(image, (1, 1, 1, 1), mode="replicate")
+    convolution = F.conv2d(bordered, kernel, bias.double(), groups=channels)[0].flatten(1).T
+    expected = x.double() + gammas[0].double() * convolution
+    expected_normal = F.layer_norm(expected, (channels,), eps=1e-6) * (1 + scale.double()) + shift.double()
+
+    out, lines = torch.full_like(x, torch.nan), -(-height // 3)
+    for top in range(0, height, lines):
+        part = slice(top * width, (top + lines) * width)
+        depthwise.depthwise_gate_norm(
+            h, weight, bias, gate, x[part], after, scale, shift, out[part], top, height, width, 1e-6, 256
+        )
+    assert_near(x, expected + after.double(), HALF_STEP[dtype])
+    assert_near(out, expected_normal, HALF_STEP[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("schedule", ["tile", "loop"])
+def test_linear_gelu(schedule, dtype):
+    x, w, bias = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(100, 40), (72, 40), (72,)]))
+    config = Config(32, 64, 16, schedule=schedule, tma=True)
+    out = kernels.linear_gelu(x, w, bias, x.new_empty(100, 72), config)
+    assert_near(out, F.gelu(F.linear(x.double(), w.double(), bias.double())), 1.01 * HALF_STEP[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("rows", [1, 64, 75])
+def test_mlp_add(rows, tma, dtype):
+    shapes = [(rows, 48), (128, 48), (128,), (48, 128), (rows, 48)]
+    h, expand, bias, contract, x = (normal(*s, dtype=dtype, seed=i) for i, s in enumerate(shapes))
+    hidden = F.gelu(F.linear(h.double(), expand.double(), bias.double()))
+    expected = x.double() + F.linear(hidden.to(dtype).double(), contract.double())
+    kernels.mlp_add(h, expand, bias, contract, x, Config(32, 64, tma=tma))
+    if dtype == torch.float32:
+        assert_near(x, expected, HALF_STEP[dtype])
+    else:  # hidden values may be rounded to the other side
+        assert (x - expected).norm() < HALF_STEP[dtype] * expected.norm()

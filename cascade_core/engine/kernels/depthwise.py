@@ -12,6 +12,7 @@ from .rows import normalised
 
 ELEMENTS = 8192  # of a tile
 WARPS = 8
+GATE_ELEMENTS, GATE_WARPS = 8192, 8  # of a tile of `depthwise_gate_norm`
 
 
 def depthwise_norm(
@@ -66,6 +67,40 @@ def depthwise_gate(
         h, weight, bias, gate, x, height, width, channels, block, tile_h, tile_w, num_warps=WARPS
     )
     return x
+
+
+def depthwise_gate_norm(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gate: Tensor,
+    x: Tensor,
+    after: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    top: int,
+    height: int,
+    width: int,
+    eps: float,
+    elements: int = GATE_ELEMENTS,
+    num_warps: int = GATE_WARPS,
+) -> Tensor:
+    """x += gate · (the convolution of h with its border repeated, + bias); out = LayerNorm(x) · (1 + scale) + shift;
+    x += after, the bias of the product that will add to x. Of the image's lines from `top` on, as many as x has.
+
+    h: (height · width, C), x, out: (lines · width, C), weight: (9, C), bias, after: (C,), gate, scale, shift: scalars
+    on the device
+    """
+    positions, channels = x.shape
+    lines, block = positions // width, triton.next_power_of_2(channels)
+    tile_h, tile_w = rectangle(max(1, elements // block))
+    grid = (triton.cdiv(lines, tile_h) * triton.cdiv(width, tile_w),)
+    _depthwise_gate_norm[grid](
+        h, weight, bias, gate, x, after, scale, shift, out, top, lines, height, width, eps,
+        channels, block, tile_h, tile_w, num_warps=num_warps, **early(x.device),
+    )  # fmt: skip
+    return out
 
 
 def rectangle(positions: int) -> tuple[int, int]:
@@ -124,7 +159,9 @@ def _depthwise_norm(
     BLOCK: tl.constexpr,
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait_for_previous(EARLY)
     start = tl.program_id(1).to(tl.int64) * height * width * channels
     c = tl.arange(0, BLOCK)[None, :]
     row, column = tile_positions(height, width, TILE_H, TILE_W)
@@ -158,5 +195,43 @@ def _depthwise_gate(
     value = tl.load(here, mask=present, other=0.0).to(tl.float32)
     value += tl.load(gate).to(tl.float32) * change
     tl.store(here, value.to(x.dtype.element_ty), mask=present)
+
+
+@triton.jit(
+    do_not_specialize=["top", "lines", "height", "width"],
+    do_not_specialize_on_alignment=["gate", "scale", "shift"],
+)
+def _depthwise_gate_norm(
+    h,
+    weight,
+    bias,
+    gate,
+    x,
+    after,
+    scale,
+    shift,
+    out,
+    top,
+    lines,
+    height,
+    width,
+    eps,
+    channels: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
     EARLY: tl.constexpr,
+):
     wait_for_previous(EARLY)
+    c = tl.arange(0, BLOCK)[None, :]
+    row, column = tile_positions(lines, width, TILE_H, TILE_W)
+    change = convolved(h, weight, bias, top + row, column, c, height, width, channels, True)
+    offsets = (row * width + column).to(tl.int64) * channels + c
+    present = (row < lines) & (column < width) & (c < channels)
+    value = tl.load(x + offsets, mask=present, other=0.0).to(tl.float32)
+    value += tl.load(gate).to(tl.float32) * change
+    normal = normalised(value, c < channels, channels, eps)
+    normal = normal * (1.0 + tl.load(scale).to(tl.float32)) + tl.load(shift).to(tl.float32)
+    tl.store(out + offsets, normal.to(out.dtype.element_ty), mask=present)
+    value += tl.load(after + c, mask=c < channels, other=0.0).to(tl.float32)
+    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=present)
