@@ -206,16 +206,17 @@ def test_norm(size, dtype):
 
 @dtypes
 @pytest.mark.parametrize("self_attn", [True, False])
+@pytest.mark.parametrize("tma", [True, False])
 @pytest.mark.parametrize(
     "size", [(2, 2, 64, 70, 13), (1, 1, 16, 64, 64), (2, 3, 32, 5, 4), (1, 2, 128, 33, 1)], ids=str
 )
-def test_attention(size, dtype, self_attn):
+def test_attention(size, dtype, self_attn, tma):
     batch, heads, width, n, cached = size
     channels = heads * width
     qkv = normal(batch, n, 3 * channels, dtype=dtype)
     key, value = normal(batch, cached, 2 * channels, dtype=dtype, seed=1).chunk(2, dim=-1)  # rows lie apart
     out = qkv.new_empty(batch, n, channels)
-    attention.attention(qkv, key, value, heads, out, self_attn, block_m=32, block_n=32)
+    attention.attention(qkv, key, value, heads, out, self_attn, block_m=32, block_n=32, tma=tma)
 
     module = layers.Attention(channels, heads).double()
     q, own_key, own_value = qkv.double().chunk(3, dim=-1)

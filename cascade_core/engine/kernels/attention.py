@@ -5,6 +5,7 @@ each of the two sources is one last, smaller block with a mask.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -27,24 +28,29 @@ def attention(
     block_n: int = 64,
     num_warps: int = 4,
     num_stages: int = 3,
+    tma: bool = False,
+    registers: int | None = None,
 ) -> Tensor:
     """out = softmax(q · keysᵀ / √d) · values; keys: those of all positions (where `self_attn`), then the T cached ones.
 
     qkv: (B, N, 3C), queries, keys and values side by side, each with its heads side by side; k_cond, v_cond:
     (B, T, C), of the same strides, channels contiguous; out: (B, N, C). Head width d = C / heads: 16, 32, 64 or 128
+
+    tma: the tokens' keys and values are loaded by the tensor memory accelerator (compute capability 9 and up).
+    registers: of a thread at most, so that more programs run beside each other.
     """
     batch, n, channels = out.shape
     width = channels // heads
-    if (
-        qkv.dtype == torch.float32
-    ):  # for comparisons: what fits the memory of a multiprocessor, not what is fast
+    if qkv.dtype == torch.float32:  # for comparisons: what fits a multiprocessor's memory, not what is fast
         block_m, block_n, num_stages = 32, 32, 2
     elif width > 64:  # so that keys and values under way fit
         num_stages = min(num_stages, 2)
     own, cached = n if self_attn else 0, k_cond.shape[1]
     grid = (triton.cdiv(n, block_m), heads, batch)
+    options = {"maxnreg": registers} if registers else {}
     _attention[grid](
         qkv,
+        _described(qkv, block_n, width) if tma else None,
         k_cond,
         v_cond,
         out,
@@ -63,9 +69,17 @@ def attention(
         "ieee",
         num_warps=num_warps,
         num_stages=num_stages,
+        **options,
         **early(out.device),
     )
     return out
+
+
+def _described(qkv: Tensor, rows: int, columns: int) -> Any:
+    """For the tensor memory accelerator, block by block."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(qkv.flatten(0, 1), [rows, columns])
 
 
 def _last_block(keys: int, block: int) -> int:
@@ -75,26 +89,13 @@ def _last_block(keys: int, block: int) -> int:
 
 
 @triton.jit
-def attend(
-    state,
-    q,
-    keys,
-    values,
-    first,
-    count,
-    stride,
-    scale,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
+def load_block(
+    keys, values, first, count, stride, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr
 ):
-    """The state after the block of keys from `first` on.
+    """Keys (D, BLOCK_N) and values (BLOCK_N, D) from `first` on, zeros beyond `count` where MASKED.
 
-    state: values' sum (BLOCK_M, D), highest logit and sum of weights (BLOCK_M,) so far; keys, values point to one head
-    of (count, ·) rows
+    keys, values point to one head of (count, ·) rows.
     """
-    total, peak, weight = state
     key, d = first + tl.arange(0, BLOCK_N), tl.arange(0, D)
     if MASKED:
         k = tl.load(keys + key[None, :] * stride + d[:, None], mask=key[None, :] < count, other=0.0)
@@ -102,9 +103,21 @@ def attend(
     else:
         k = tl.load(keys + key[None, :] * stride + d[:, None])
         v = tl.load(values + key[:, None] * stride + d[None, :])
+    return k, v
+
+
+@triton.jit
+def attend(
+    state, q, k, v, scale, count, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The state after a block of keys, the first `count` of them where MASKED.
+
+    state: values' sum (BLOCK_M, D), highest logit and sum of weights (BLOCK_M,) so far
+    """
+    total, peak, weight = state
     logits = tl.dot(q, k, input_precision=PRECISION)
     if MASKED:
-        logits = tl.where(key[None, :] < count, logits, float("-inf"))
+        logits = tl.where(tl.arange(0, BLOCK_N)[None, :] < count, logits, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(logits, axis=1) * scale)
     share = tl.exp2(logits * scale - new_peak[:, None])
     fade = tl.exp2(peak - new_peak)
@@ -122,23 +135,38 @@ def attend_all(
     count,
     stride,
     scale,
+    described,
+    top,
+    left,
+    channels: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LAST: tl.constexpr,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state after all keys of one source, the last LAST of them (0: none) in a block of their own."""
+    """The state after all keys of one source, the last LAST of them (0: none) in a block of their own.
+
+    described: the descriptor of a matrix that has the keys from (top, left) on and the values `channels` further, or
+    None
+    """
     full = count // BLOCK_N * BLOCK_N
     for first in range(0, full, BLOCK_N):
-        state = attend(state, q, keys, values, first, count, stride, scale, BLOCK_N, False, D, PRECISION)
+        if described is not None:
+            k = described.load([top + first, left]).T
+            v = described.load([top + first, left + channels])
+        else:
+            k, v = load_block(keys, values, first, count, stride, BLOCK_N, False, D)
+        state = attend(state, q, k, v, scale, BLOCK_N, BLOCK_N, False, PRECISION)
     if LAST > 0:
-        state = attend(state, q, keys, values, full, count, stride, scale, LAST, True, D, PRECISION)
+        k, v = load_block(keys, values, full, count, stride, LAST, True, D)
+        state = attend(state, q, k, v, scale, count - full, LAST, True, PRECISION)
     return state
 
 
 @triton.jit(do_not_specialize=["n", "own", "cached"])
 def _attention(
     qkv,
+    described,
     k_cond,
     v_cond,
     out,
@@ -167,10 +195,15 @@ def _attention(
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)
     state = (total, peak, weight)
-    keys, values = qkv + channels, qkv + 2 * channels
-    state = attend_all(state, q, keys, values, own, 3 * channels, scale, BLOCK_N, OWN_LAST, D, PRECISION)
+    state = attend_all(
+        state, q, qkv + channels, qkv + 2 * channels, own, 3 * channels, scale,
+        described, tl.program_id(2) * n, channels + head, channels, BLOCK_N, OWN_LAST, D, PRECISION,
+    )  # fmt: skip
     keys, values = k_cond + image * cond_image + head, v_cond + image * cond_image + head
-    state = attend_all(state, q, keys, values, cached, cond_row, scale, BLOCK_N, CACHED_LAST, D, PRECISION)
+    state = attend_all(
+        state, q, keys, values, cached, cond_row, scale,
+        None, 0, 0, channels, BLOCK_N, CACHED_LAST, D, PRECISION,
+    )  # fmt: skip
     total, peak, weight = state
     total = total / weight[:, None]
     here = out + (image * n + row[:, None]) * channels + head + d[None, :]
