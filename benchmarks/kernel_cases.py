@@ -23,7 +23,7 @@ from cascade_nodes.cascade_core.engine.kernels.tuned import Config
 
 EPS = 1e-6
 GELU_CONFIG = Config(128, 128, 64, warps=4)
-MLP_CONFIG = Config(128, 64, stages=2)
+MLP_CONFIG = Config(128, 32, stages=2)
 Pairs = list[tuple[Tensor, Tensor]]  # values and what was expected of them
 
 

@@ -123,9 +123,7 @@ class BoundFused(Bound):
         for image, h in zip(x, torch.empty_like(x), strict=True):
             normalised = 0
             for top in range(0, height, lines):
-                ahead = min(
-                    top + lines + 1, height
-                )  # the convolution reads a line more, as it is before the block
+                ahead = min(top + lines + 1, height)  # the convolution reads one line more
                 new = slice(normalised * width, ahead * width)
                 vqgan.norm_modulate(image[new], scale1, shift1, h[new], self.eps)
                 normalised = ahead

@@ -12,7 +12,7 @@ from .rows import normalised
 
 ELEMENTS = 8192  # of a tile
 WARPS = 8
-GATE_ELEMENTS, GATE_WARPS = 8192, 8  # of a tile of `depthwise_gate_norm`
+GATE_ELEMENTS, GATE_WARPS = 4096, 8  # of a tile of `depthwise_gate_norm`: 64 registers a thread
 
 
 def depthwise_norm(
