@@ -18,7 +18,7 @@ from cascade_nodes.demo.words import SHAPE_WORDS
 
 LOOP = ("ring", "green")  # shape and colour; held out from all training
 LOOP_NAME = "[loop]"
-PAIRS = 0.8  # of the scenes with two objects: the share that two pictures prompt for, one of each object
+PAIRS = 0.5  # of the scenes with two objects: the share that two pictures prompt for, one of each object
 ORDINARY = 4  # of so many pictures for the LoRA one is without a house, so that the rest is not forgotten
 
 
