@@ -1,5 +1,6 @@
 """The previewer: a small convolutional decoder of Stage C latents, 16×24×24 -> 3×192×192."""
 
+import torch
 from torch import Tensor, nn
 
 from .config import PreviewerConfig
@@ -39,4 +40,5 @@ class Previewer(nn.Module):
         return cls(PreviewerConfig.from_dict(config), operations)
 
     def forward(self, latent: Tensor) -> Tensor:
-        return self.blocks(latent)
+        # Else a card's convolutions turn each feature map round and back, in twice the memory.
+        return self.blocks(latent.contiguous(memory_format=torch.channels_last))
