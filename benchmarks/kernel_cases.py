@@ -19,11 +19,8 @@ from cascade_nodes.cascade_core.engine.kernels import (
     response,
     vqgan,
 )
-from cascade_nodes.cascade_core.engine.kernels.tuned import Config
 
 EPS = 1e-6
-GELU_CONFIG = Config(128, 128, 64, warps=4)
-MLP_CONFIG = Config(128, 32, stages=2)
 Pairs = list[tuple[Tensor, Tensor]]  # values and what was expected of them
 
 
@@ -246,20 +243,6 @@ def norm_modulate(draw: Draw, level: Level) -> Case:
     return Case("norm_modulate", level, call, check, 2 * x.nbytes)
 
 
-def depthwise_gate(draw: Draw, level: Level) -> Case:
-    h, x = tokens(draw, level), tokens(draw, level)
-    weight, bias, gate = draw(9, level.channels), draw(level.channels), draw(6)[2]
-
-    def run(x: Tensor) -> Tensor:
-        return depthwise.depthwise_gate(h, weight, bias, gate, x, level.height, level.width)
-
-    def check() -> Pairs:
-        expected = x.float() + gate.float() * convolved(h, weight, bias, level, "replicate")
-        return [(run(x.clone()), expected)]
-
-    return Case("depthwise_gate", level, lambda: run(x), check, 3 * x.nbytes)
-
-
 def depthwise_gate_norm(draw: Draw, level: Level, label: str = "", **options: int) -> Case:
     h, x = tokens(draw, level), tokens(draw, level)
     weight, (bias, after) = draw(9, level.channels), draw(2, level.channels)
@@ -283,46 +266,6 @@ def depthwise_gate_norm(draw: Draw, level: Level, label: str = "", **options: in
     return Case("depthwise_gate_norm" + label, level, lambda: run(x), check, 4 * x.nbytes)
 
 
-def linear_gelu(draw: Draw, level: Level, config: Config = GELU_CONFIG, label: str = "") -> Case:
-    x, c = tokens(draw, level).flatten(0, 1), level.channels
-    w, bias = draw(4 * c, c) / c**0.5, draw(4 * c)
-    out = x.new_empty(len(x), len(w))
-
-    def call() -> Tensor:
-        return vqgan.linear_gelu(x, w, bias, out, config)
-
-    def check() -> Pairs:
-        return [(call(), F.gelu(F.linear(x.float(), w.float(), bias.float())))]
-
-    traffic, operations = x.nbytes + w.nbytes + out.nbytes, 2 * out.numel() * c
-    rival = lambda: vqgan.gelu(F.linear(x, w, bias))  # noqa: E731
-    return Case("linear_gelu" + label, level, call, check, traffic, operations, rival)
-
-
-def mlp_add(draw: Draw, level: Level, config: Config = MLP_CONFIG, label: str = "") -> Case | None:
-    h, x, c = tokens(draw, level).flatten(0, 1), tokens(draw, level).flatten(0, 1), level.channels
-    expand, bias, contract = draw(4 * c, c) / c**0.5, draw(4 * c), draw(c, 4 * c) / c**0.5
-    if c % vqgan.PARTS or not power_of_2(c // vqgan.PARTS):
-        return None
-
-    def run(x: Tensor) -> Tensor:
-        return vqgan.mlp_add(h, expand, bias, contract, x, config)
-
-    def check() -> Pairs:
-        hidden = F.gelu(F.linear(h.float(), expand.float(), bias.float()))
-        return [(run(x.clone()), x.float() + F.linear(hidden, contract.float()))]
-
-    def rival() -> Tensor:
-        return x.addmm_(vqgan.gelu(F.linear(h, expand, bias)), contract.T)
-
-    traffic, operations = 3 * x.nbytes + 2 * expand.nbytes, 4 * h.numel() * len(expand)
-    return Case("mlp_add" + label, level, lambda: run(x), check, traffic, operations, rival)
-
-
-def power_of_2(number: int) -> bool:
-    return number & (number - 1) == 0
-
-
 def gelu(draw: Draw, level: Level) -> Case:
     h = tokens(draw, level, 4)
 
@@ -330,16 +273,6 @@ def gelu(draw: Draw, level: Level) -> Case:
         return [(vqgan.gelu(h.clone()), F.gelu(h.float()))]
 
     return Case("gelu", level, lambda: vqgan.gelu(h), check, 2 * h.nbytes, rival=lambda: F.gelu(h))
-
-
-def gate_add(draw: Draw, level: Level) -> Case:
-    x, y, bias, gate = tokens(draw, level), tokens(draw, level), draw(level.channels), draw(6)[5]
-
-    def check() -> Pairs:
-        expected = x.float() + gate.float() * (y.float() + bias.float())
-        return [(vqgan.gate_add(x.clone(), y, bias, gate), expected)]
-
-    return Case("gate_add", level, lambda: vqgan.gate_add(x, y, bias, gate), check, 3 * x.nbytes)
 
 
 def cases(draw: Draw, stages: list[Level] = STAGES, vqgan_levels: list[Level] = VQGAN) -> Iterator[Case]:
@@ -353,18 +286,15 @@ def cases(draw: Draw, stages: list[Level] = STAGES, vqgan_levels: list[Level] = 
         if level.heads:
             yield attend(draw, level)
     for level in vqgan_levels:
-        for make in (norm_modulate, depthwise_gate, depthwise_gate_norm, gelu, gate_add, linear_gelu):
+        for make in (norm_modulate, depthwise_gate_norm, gelu):
             yield make(draw, level)
-        whole = mlp_add(draw, level)
-        if whole:
-            yield whole
 
 
 def sweep(draw: Draw) -> Iterator[Case]:
     """Kernels that can be cut up in several ways, each of them."""
     for level in VQGAN[:2]:
         for elements in (2048, 4096, 8192, 16384):
-            for warps in (4, 8, 16):
+            for warps in (2, 4, 8, 16):
                 label = f" {elements} w{warps}"
                 yield depthwise_gate_norm(draw, level, label, elements=elements, num_warps=warps)
     for level in STAGES:

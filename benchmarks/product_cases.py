@@ -1,4 +1,4 @@
-"""The matrix products of Stage C and Stage B at 1024 × 1024, and both ways to compute each: apart and fused."""
+"""The matrix products of the three stages at 1024 × 1024, and both ways to compute each: apart and fused."""
 
 import statistics
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.engine.kernels import fp8, products, resident, response
+from cascade_nodes.cascade_core.engine.kernels import fp8, products, resident, response, vqgan
 from cascade_nodes.cascade_core.engine.kernels.products import Config
 from timing import relative_error
 
@@ -20,6 +20,10 @@ LEVELS = {  # (positions, channels, residual blocks, attention blocks) of a forw
     "B1": (4096, 640, 18, 0),
     "B2": (1024, 1280, 112, 112),
     "B3": (256, 1280, 24, 24),
+}
+STAGE_A = {  # (positions at a time, channels, times a picture)
+    "A1": (65536, 384, 12),
+    "A0": (131072, 192, 2),
 }
 CACHE = 100e6  # bytes of weights that a graph's calls go through: more than a card's cache
 CALLS, REPLAYS = 16, 5
@@ -57,7 +61,7 @@ class Case:
 
 
 def cases(quantised: bool) -> list[Case]:
-    """Every product of a forward of Stage C and one of Stage B."""
+    """Every product of a forward of Stage C and one of Stage B, and of Stage A those that kernels of ours fuse."""
     found, suffix = [], "_fp8" if quantised else ""
     contract = "linear_add_fp8" if quantised else "scaled_linear_add"
     for positions, c, residual, attention in LEVELS.values():
@@ -71,6 +75,8 @@ def cases(quantised: bool) -> list[Case]:
                 Case("linear" + suffix, m, 3 * c, c, attention),
                 Case("linear_add" + suffix, m, c, c, attention),
             ]
+    if not quantised:
+        found += [Case("linear_gelu", m, 4 * c, c, times) for m, c, times in STAGE_A.values()]
     return found
 
 
@@ -110,6 +116,8 @@ class Operands:
             return lambda i: products.linear(x, weights[i], self.bias, out, config, **scales[i])
         if case.function == "linear_add":
             return lambda i: products.linear_add(x, weights[i], self.bias, out, config, **scales[i])
+        if case.function == "linear_gelu":
+            return lambda i: products.linear_gelu(x, weights[i], self.bias, out, config)
         if case.function == "scaled_linear_add":
             return lambda i: products.scaled_linear_add(x, self.scale, weights[i], None, rows, out, config)
         partial = self.partial(products.response_chunks(rows, config))
@@ -138,6 +146,8 @@ class Operands:
             return lambda i: out.add_(self.product(i, self.spare))
         if case.function == "linear_add":
             return lambda i: self.product(i, out)
+        if case.function == "linear_gelu":
+            return lambda i: vqgan.gelu(self.product(i, out))
         if case.function == "scaled_linear_add":
             x = self.x.clone()
 
@@ -188,6 +198,8 @@ class Operands:
         if case.function == "linear":
             return relative_error(self.out, expected)
         h = F.gelu(expected)
+        if case.function == "linear_gelu":
+            return relative_error(self.out, h)
         r = torch.linalg.vector_norm(h.view(BATCH, case.rows, -1), dim=1)
         share = 1 + self.gamma.float() * r / (r.mean(dim=1, keepdim=True) + response.EPS)
         return max(relative_error(self.out, h), relative_error(self.shares, share))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..stage_a import ResBlock, StageA
@@ -16,9 +16,8 @@ from .graphs import Graph, Pool, can_record
 from .unet import as_image, as_tokens
 from .weights import Weights
 
-HIDDEN_BYTES = 2**25  # of the widest intermediate that is held at once: it is read back from the L2 cache
+HIDDEN_BYTES = 2**28  # of hidden values at once: those of 1024 × 1024 pixels at 384 channels are fewer
 CACHED_BYTES = 2**21  # the same on the CPU: what stays in its cache until it is read again
-LINES = 4  # of an image in a tile of the kernels
 GRAPHS = 2  # sizes of latent whose graphs are kept
 LARGEST = 2**18  # positions of all latents up to which a graph is recorded: 2048 × 2048 pixels
 
@@ -51,7 +50,7 @@ class FastDecoder:
         if bound is None or latent.dtype == SLOW[device] or not self._weights.plain(latent):
             return self.stage_a.decode(latent)
         if self._blocks is None:
-            self._blocks = [bound(m) if isinstance(m, ResBlock) else m for m in self.stage_a.up_blocks]
+            self._blocks = [bind(module, bound) for module in self._modules()]
         run = self._graph_of(tuple(latent.shape)) if latent.is_cuda else _directly
         return run(self._decode, latent)
 
@@ -66,18 +65,17 @@ class FastDecoder:
             self._graphs.popitem(last=False)
         return graph or _directly
 
+    def _modules(self) -> Iterator[nn.Module]:
+        """Of the decoder, one after the other."""
+        for block in (*self.stage_a.up_blocks, self.stage_a.out_block):
+            yield from block if isinstance(block, nn.Sequential) else (block,)
+
     def _decode(self, latent: Tensor) -> Tensor:
         assert self._blocks is not None
         x = latent.contiguous(memory_format=torch.channels_last) * self.stage_a.config.scale_factor
         for block in self._blocks:
-            if isinstance(block, Bound):
-                size = (x.shape[-2], x.shape[-1])
-                tokens = as_tokens(x)
-                block(tokens, size)
-                x = as_image(tokens, size)
-            else:
-                x = block(x)
-        return self.stage_a.out_block(x)
+            x = block(x)
+        return x
 
 
 def _directly(decode: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
@@ -85,7 +83,7 @@ def _directly(decode: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
 
 
 class Bound:
-    """A residual block of Stage A.  x: (B, H·W, C), changed in place"""
+    """A residual block of Stage A, which changes the image in place."""
 
     def __init__(self, block: Any):
         expand, _, contract = block.channelwise
@@ -96,7 +94,14 @@ class Bound:
         self.contract = (contract.weight * gate).to(dtype)  # gate · (W·h + b) = (gate·W)·h + gate·b
         self.contract_bias = contract.bias * gate
 
-    def __call__(self, x: Tensor, size: tuple[int, int]) -> None:
+    def __call__(self, image: Tensor) -> Tensor:
+        size = (image.shape[-2], image.shape[-1])
+        x = as_tokens(image)
+        self.run_(x, size)
+        return as_image(x, size)
+
+    def run_(self, x: Tensor, size: tuple[int, int]) -> None:
+        """x: (B, H·W, C), changed in place"""
         raise NotImplementedError
 
     def at_once(self, limit: int) -> int:
@@ -105,7 +110,7 @@ class Bound:
 
 
 class BoundFused(Bound):
-    """In fused kernels, some lines of an image at a time: what these hand on stays in the L2 cache."""
+    """In fused kernels, of a large image some lines at a time: its hidden values are most of the memory."""
 
     hidden_bytes = HIDDEN_BYTES
 
@@ -114,55 +119,48 @@ class BoundFused(Bound):
         convolution = block.depthwise[1]
         self.taps, self.taps_bias = taps_of(convolution), convolution.bias
 
-    def __call__(self, x: Tensor, size: tuple[int, int]) -> None:
+    def run_(self, x: Tensor, size: tuple[int, int]) -> None:
         from .kernels import depthwise, vqgan
 
         height, width = size
         scale1, shift1, gate1, scale2, shift2, _ = self.gammas
-        lines = self._lines(height, width, x.device)
-        for image, h in zip(x, torch.empty_like(x), strict=True):
-            normalised = 0
+        h = vqgan.norm_modulate(x, scale1, shift1, torch.empty_like(x), self.eps)
+        lines = equal_parts(height, self.at_once(self.hidden_bytes) // width)
+        for image, around in zip(x, h, strict=True):
             for top in range(0, height, lines):
-                ahead = min(top + lines + 1, height)  # the convolution reads one line more
-                new = slice(normalised * width, ahead * width)
-                vqgan.norm_modulate(image[new], scale1, shift1, h[new], self.eps)
-                normalised = ahead
                 part = image[top * width : (top + lines) * width]
                 normal = depthwise.depthwise_gate_norm(
-                    h, self.taps, self.taps_bias, gate1, part, self.contract_bias, scale2, shift2,
+                    around, self.taps, self.taps_bias, gate1, part, self.contract_bias, scale2, shift2,
                     torch.empty_like(part), top, height, width, self.eps,
                 )  # fmt: skip
-                self._mlp_(part, normal)
+                part.addmm_(self._hidden(normal), self.contract.T)
 
-    def _lines(self, height: int, width: int, device: torch.device) -> int:
-        """Of an image, at a time: all of them where no hidden value goes to memory."""
-        from .kernels import tuned
-
-        hidden, channels = self.expand.shape
-        whole = tuned.choose("mlp_add", height * width, hidden, channels, device)
-        return height if whole else equal_parts(height, self.at_once(self.hidden_bytes) // width)
-
-    def _mlp_(self, x: Tensor, h: Tensor) -> None:
-        """In the way that has been measured to be fastest.  x, h: (M, C)"""
-        from .kernels import tuned, vqgan
+    def _hidden(self, h: Tensor) -> Tensor:
+        """GELU of the MLP's first product.  h: (M, C) -> (M, hidden)"""
+        from .kernels import products, vqgan
 
         m, (n, k) = len(h), self.expand.shape
-        whole = tuned.choose("mlp_add", m, n, k, h.device)
-        if whole:
-            vqgan.mlp_add(h, self.expand, self.expand_bias, self.contract, x, whole)
-            return
-        config = tuned.choose("linear_gelu", m, n, k, h.device)
-        if config:
-            hidden = vqgan.linear_gelu(h, self.expand, self.expand_bias, h.new_empty(m, n), config)
-        else:
-            hidden = vqgan.gelu(F.linear(h, self.expand, self.expand_bias))
-        x.addmm_(hidden, self.contract.T)
+        config = products.choose("linear_gelu", m, n, k, h.device)
+        if config is None:
+            return vqgan.gelu(F.linear(h, self.expand, self.expand_bias))
+        return products.linear_gelu(h, self.expand, self.expand_bias, h.new_empty(m, n), config)
 
 
 def equal_parts(lines: int, most: int) -> int:
-    """Lines of each part, but for the last, which has about as many: up to `most`, rounded up to whole tiles."""
+    """Lines of each part, up to `most`, such that the last has about as many: products of like sizes."""
     parts = -(-lines // max(most, 1))
-    return -(-lines // (parts * LINES)) * LINES
+    return -(-lines // parts)
+
+
+class BoundPointwise:
+    """A 1×1 convolution as the product of tokens that it is: faster on CUDA than as a convolution."""
+
+    def __init__(self, convolution: Any):
+        self.weight, self.bias = convolution.weight.flatten(1), convolution.bias  # (C_out, C_in), (C_out,)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        tokens = F.linear(as_tokens(image), self.weight, self.bias)
+        return as_image(tokens, (image.shape[-2], image.shape[-1]))
 
 
 class BoundPlain(Bound):
@@ -181,7 +179,7 @@ class BoundPlain(Bound):
         self.kernel, self.kernel_bias = convolution.weight * gate1, convolution.bias * gate1
         self.contract_bias = self.contract_bias.to(self.contract.dtype)
 
-    def __call__(self, x: Tensor, size: tuple[int, int]) -> None:
+    def run_(self, x: Tensor, size: tuple[int, int]) -> None:
         channels = x.shape[-1:]
         h = as_image(F.layer_norm(x, channels, *self.norms[0], self.eps), size)
         bordered = F.pad(h, (1, 1, 1, 1), mode="replicate")
@@ -193,5 +191,13 @@ class BoundPlain(Bound):
             part.add_(self.contract_bias).addmm_(hidden, self.contract.T)
 
 
-BOUND: dict[str, type[Bound]] = {"cuda": BoundFused, "cpu": BoundPlain}
+def bind(module: nn.Module, bound: dict[type[nn.Module], Any]) -> Any:
+    """The module bound as its kind is, or itself.  Either takes and returns (B, C, H, W)."""
+    return next((made(module) for kind, made in bound.items() if isinstance(module, kind)), module)
+
+
+BOUND: dict[str, dict[type[nn.Module], Any]] = {
+    "cuda": {ResBlock: BoundFused, nn.Conv2d: BoundPointwise},
+    "cpu": {ResBlock: BoundPlain},
+}
 SLOW = {"cuda": torch.float32, "cpu": torch.float16}  # the precision that is Stage A's own affair

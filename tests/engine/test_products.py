@@ -53,6 +53,14 @@ def test_linear(config, dtype):
 
 
 @configs
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_linear_gelu(config, dtype):
+    x, w, bias = operands((2, 36, 72, 80), dtype)
+    expected = F.gelu(F.linear(x.double(), w.double(), bias.double()))
+    assert_near(products.linear_gelu(x, w, bias, x.new_empty(72, 80), config), expected, ROUNDING[dtype])
+
+
+@configs
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_linear_gelu_response(config, size):
     images, rows, _, n = size

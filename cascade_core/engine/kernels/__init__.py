@@ -9,7 +9,7 @@ vqgan.py       what Stage A has besides
 matmul.py      a matrix product with prologues and epilogues; products.py, those that the networks have
 fp8.py         quantised operands of products
 tuned.py       which way a product is fastest, as measured
-launch.py      launches that begin while the one before ends
+launch.py      launches, and compiling ahead of the first
 
 Feature maps are tokens: contiguous (B, N, C), N = height · width, in bfloat16, float16 or float32. Arithmetic is in
 float32, results are rounded once, to the tensor's dtype. Kernels run on the current device and stream; callers see to

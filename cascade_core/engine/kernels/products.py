@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import early
+from .launch import launch
 from .matmul import SCHEDULES, product
 from .tuned import ANYWHERE, Config, choose
 
@@ -22,6 +22,7 @@ __all__ = [
     "choose",
     "linear",
     "linear_add",
+    "linear_gelu",
     "linear_gelu_response",
     "response_chunks",
     "scaled_linear_add",
@@ -57,6 +58,13 @@ def linear_add(
     return _multiply(x, w, bias, out, config, row_scale=row_scale, column_scale=column_scale, add=True)
 
 
+def linear_gelu(
+    x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, config: Config | None = None
+) -> Tensor:
+    """out = GELU(x wᵀ + bias).  out: (B · N, out)"""
+    return _multiply(x, w, bias, out, config, gelu=True)
+
+
 def linear_gelu_response(
     x: Tensor,
     w: Tensor,
@@ -74,7 +82,7 @@ def linear_gelu_response(
     """
     return _multiply(
         x, w, bias, out, config,
-        rows=rows_per_image, partial=partial, row_scale=row_scale, column_scale=column_scale,
+        rows=rows_per_image, partial=partial, row_scale=row_scale, column_scale=column_scale, gelu=True,
     )  # fmt: skip
 
 
@@ -119,9 +127,10 @@ def _multiply(
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     partial: Tensor | None = None,
+    gelu: bool = False,
     add: bool = False,
 ) -> Tensor:
-    """What all of these are: `matmul.product`.  partial: GELU, and sums of its squares"""
+    """What all of these are: `matmul.product`.  partial: for sums of squares of the results"""
     config = config or ANYWHERE
     (m, k), n = x.shape, len(w)
     rows = rows or m
@@ -131,14 +140,13 @@ def _multiply(
     tiles_m, tiles_n = _count(m // rows * padded, config.block_m), _count(n, config.block_n)
     programs, streamed, parts, counters = _schedule(config, tiles_m * tiles_n, x.device)
     tma = config.tma and padded == rows and all(k * t.element_size() % 16 == 0 for t in (x, w))
-    launch: Any = product[(programs,)]
-    launch(
+    launch(product, (programs,))(
         _described(x, config.block_m, config.block_k) if tma else x,
         _described(w, config.block_n, config.block_k) if tma else w,
         scale, row_scale, column_scale, bias, out, partial, parts, counters,
         m, n, k, rows, padded, m // rows * chunks, tiles_m, tiles_n, streamed, programs,
         SPANS=0 if scale is None else _spans(rows, config.block_m),
-        GELU=partial is not None,
+        GELU=gelu,
         RESPONSE=partial is not None,
         ADD=add,
         PADDED=padded != rows,
@@ -153,7 +161,6 @@ def _multiply(
         GROUP=config.group,
         num_warps=config.warps,
         num_stages=config.stages,
-        **early(x.device),
     )  # fmt: skip
     return out
 
