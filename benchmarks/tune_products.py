@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
-from cascade_nodes.cascade_core.engine.kernels.tuned import CUBLAS, TABLE, Config
+from cascade_nodes.cascade_core.engine.kernels.tuned import CUBLAS, TABLE, Config, device_key
 from machine import describe_machine, print_table
 from product_cases import Case, Operands, cases
 
@@ -146,7 +146,7 @@ def main() -> None:
     compile_all((case, config) for case in found for config in configs)
     results = [measure(case, configs) for case in found]
     prefer_resident(results)
-    write_table(arguments.table, torch.cuda.get_device_name(), results)
+    write_table(arguments.table, device_key(torch.device("cuda")), results)
     if arguments.json:
         report = {"machine": describe_machine(), "device": torch.cuda.get_device_name(), "results": results}
         arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")

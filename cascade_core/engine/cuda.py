@@ -10,12 +10,14 @@ from torch import Tensor
 from . import operations
 from .kernels import attention as attention_kernel
 from .kernels import depthwise, modulation, products, resident, response
+from .kernels.launch import compiling_ahead
 from .operations import EPS, add_linear_, linear, operand, project
 
 __all__ = [
     "add_linear_",
     "attention",
     "channelwise_",
+    "compiling_ahead",
     "depthwise_norm",
     "linear",
     "modulate_",
@@ -27,6 +29,9 @@ __all__ = [
 
 HEAD_WIDTHS = (16, 32, 64, 128)  # that the kernel knows
 LARGEST_BATCH, LARGEST_HIDDEN = 64, 8192  # of what can be held by the device's registers
+# Of many positions, five programs of attention run on a multiprocessor of Hopper's instead of four.
+MANY = 512
+FIVE = {"num_stages": 2, "tma": True, "registers": 96}
 
 
 def norm(x: Tensor, eps: float = EPS) -> Tensor:
@@ -97,4 +102,11 @@ def attention(qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bo
     if width // 3 // heads not in HEAD_WIDTHS:
         return operations.attention(qkv, key, value, heads, self_attn)
     out = qkv.new_empty(batch, positions, width // 3)
-    return attention_kernel.attention(qkv, key, value, heads, out, self_attn)
+    five = positions >= MANY and width // 3 // heads == 64 and _has_tma(qkv.device)
+    return attention_kernel.attention(qkv, key, value, heads, out, self_attn, **(FIVE if five else {}))
+
+
+@cache
+def _has_tma(device: torch.device) -> bool:
+    """The tensor memory accelerator."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

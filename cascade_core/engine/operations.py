@@ -4,6 +4,7 @@ Feature maps are tokens: (B, N, C) contiguous, N = height · width. A trailing u
 in place.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 
 EPS = 1e-6  # of every LayerNorm in the networks
 RESPONSE_EPS = 1e-6
+
+
+compiling_ahead = nullcontext  # there is nothing to compile
 
 
 def keep_freed_memory() -> None:

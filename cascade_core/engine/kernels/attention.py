@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import early, wait_for_previous
+from .launch import launch
 
 SMALLEST = 16  # keys that a product takes at least
 
@@ -48,7 +48,7 @@ def attention(
     own, cached = n if self_attn else 0, k_cond.shape[1]
     grid = (triton.cdiv(n, block_m), heads, batch)
     options = {"maxnreg": registers} if registers else {}
-    _attention[grid](
+    launch(_attention, grid)(
         qkv,
         _described(qkv, block_n, width) if tma else None,
         k_cond,
@@ -70,7 +70,6 @@ def attention(
         num_warps=num_warps,
         num_stages=num_stages,
         **options,
-        **early(out.device),
     )
     return out
 
@@ -183,9 +182,7 @@ def _attention(
     OWN_LAST: tl.constexpr,
     CACHED_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_previous(EARLY)
     head, image = tl.program_id(1) * D, tl.program_id(2).to(tl.int64)
     row, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
     present = row[:, None] < n

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import products
+from .launch import launch
 from .products import Config
 from .rows import row_tile
 
@@ -88,7 +89,7 @@ def _quantise(
     x8 = torch.empty_like(x, dtype=E4M3) if x8 is None else x8
     scale = x.new_empty(m, dtype=torch.float32) if scale is None else scale
     rows, block = row_tile(k, ELEMENTS)
-    _quantise_rows[(triton.cdiv(m, rows),)](
+    launch(_quantise_rows, (triton.cdiv(m, rows),))(
         x, channel_scale, x8, scale, m, rows_per_image, k, rows, block, num_warps=WARPS
     )
     return x8, scale

@@ -1,34 +1,36 @@
-"""Programmatic dependent launch (CUDA Programming Guide): a kernel is set up while the one before it still runs.
+"""Launches of kernels, and compiling them ahead of their first: all that a forward needs at once, on all cores."""
 
-It needs compute capability 9 and Triton 3.4; elsewhere kernels are launched one after the other, as ever.
-"""
+from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
-import torch
 import triton
-import triton.language as tl
 
-enabled = True  # here for measurements: graphs that were recorded stay as they are
-
-
-def early(device: torch.device) -> dict[str, bool]:
-    """Options for the launch of a kernel that begins with `wait_for_previous(EARLY)`."""
-    return {"EARLY": True, "launch_pdl": True} if enabled and _possible(device) else {"EARLY": False}
+_ahead: ContextVar[bool] = ContextVar("compiling_ahead", default=False)
 
 
-@cache
-def _possible(device: torch.device) -> bool:
-    known = hasattr(tl.extra, "cuda") and hasattr(tl.extra.cuda, "gdc_wait")
-    return known and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """`launch(kernel, grid)(…)` is `kernel[grid](…)`; within `compiling_ahead` it only compiles the kernel."""
+    return partial(kernel.warmup, grid=grid) if _ahead.get() else kernel[grid]
 
 
-@triton.jit
-def wait_for_previous(EARLY: tl.constexpr):
-    """Comes before all that a kernel reads or writes: only now are the results of the kernels before it there.
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Within, `launch` compiles for the arguments that it is given, and leaves results as they are: any numbers.
 
-    Those before the previous one too, since that one has waited itself. The next kernel may be set up from here on.
+    At the end all is compiled. One kernel takes the compiler a second or so, mostly outside Python.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if not hasattr(triton, "AsyncCompileMode"):  # before Triton 3.5: each at its first launch
+        yield
+        return
+    token = _ahead.set(True)
+    try:
+        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        _ahead.reset(token)

@@ -21,8 +21,6 @@ A schedule says which program computes what:
 import triton
 import triton.language as tl
 
-from .launch import wait_for_previous
-
 TILE = tl.constexpr(0)
 LOOP = tl.constexpr(1)
 STREAM = tl.constexpr(2)
@@ -187,7 +185,6 @@ def product(
     SPANS: tl.constexpr, GELU: tl.constexpr, RESPONSE: tl.constexpr, ADD: tl.constexpr, PADDED: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SCHEDULE: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """x: (m, k) and w: (n, k), or their descriptors; scale: (m / rows, k) float32; row_scale: (m,),
     column_scale: (n,) float32; bias: (n,); out: (m, n); partial: (chunks, n) float32, `chunks` of all images together.
@@ -196,7 +193,6 @@ def product(
     parts: 2 · programs · BLOCK_M · BLOCK_N float32 and counters: int32, zero before and after, for `stream`, which
     shares out the first `streamed` tiles and deals the others out as `loop` does.
     """
-    wait_for_previous(EARLY)
     program = tl.program_id(0)
     steps = tl.maximum(tl.cdiv(k, BLOCK_K), 1)  # which tells the compiler that loops along K run
     if SCHEDULE == TILE:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import early, wait_for_previous
+from .launch import launch
 from .rows import WARPS, normalised, row_tile
 
 
@@ -14,7 +14,7 @@ def modulate(x: Tensor, scale_shift: Tensor) -> Tensor:
     rows, block = row_tile(channels)
     grid = (triton.cdiv(n, rows), batch)
     stride = _stride(scale_shift)
-    _modulate[grid](x, scale_shift, stride, n, channels, rows, block, num_warps=WARPS, **early(x.device))
+    launch(_modulate, grid)(x, scale_shift, stride, n, channels, rows, block, num_warps=WARPS)
     return x
 
 
@@ -27,8 +27,8 @@ def modulate_norm(x: Tensor, scale_shift: Tensor, bias: Tensor | None, out: Tens
     rows, block = row_tile(channels)
     grid = (triton.cdiv(n, rows), batch)
     stride = _stride(scale_shift)
-    _modulate_norm[grid](
-        x, scale_shift, bias, out, stride, n, eps, channels, rows, block, num_warps=WARPS, **early(x.device)
+    launch(_modulate_norm, grid)(
+        x, scale_shift, bias, out, stride, n, eps, channels, rows, block, num_warps=WARPS
     )
     return out
 
@@ -38,7 +38,7 @@ def norm(x: Tensor, out: Tensor, eps: float) -> Tensor:
     batch, n, channels = x.shape
     rows, block = row_tile(channels)
     grid = (triton.cdiv(batch * n, rows),)
-    _norm[grid](x, out, batch * n, eps, channels, rows, block, num_warps=WARPS, **early(x.device))
+    launch(_norm, grid)(x, out, batch * n, eps, channels, rows, block, num_warps=WARPS)
     return out
 
 
@@ -64,9 +64,7 @@ def _modulate(
     channels: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_previous(EARLY)
     image = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
@@ -90,9 +88,7 @@ def _modulate_norm(
     channels: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_previous(EARLY)
     image = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
@@ -117,9 +113,7 @@ def _norm(
     channels: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_previous(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     present = (row < n) & (c < channels)

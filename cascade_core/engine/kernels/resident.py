@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .matmul import gelu
 from .response import EPS, response_share
 
@@ -98,7 +99,7 @@ def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor
     assert chosen is not None, "gelu_response_norm was called with what does not fit."
     sums, arrivals = workspace
     stripes = triton.cdiv(k, chosen.channels)
-    _gelu_response_norm[(stripes, batch)](
+    launch(_gelu_response_norm, (stripes, batch))(
         h.view(torch.int32),
         gamma,
         sums,

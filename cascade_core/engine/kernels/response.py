@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import early, wait_for_previous
+from .launch import launch
 from .matmul import gelu
 
 EPS = 1e-6
@@ -40,7 +40,7 @@ def gelu_response(h: Tensor, partial: Tensor) -> Tensor:
     chunks = partial.shape[1]
     grid = (triton.cdiv(k, BLOCK_K), chunks, batch)
     rows = _rows_per_chunk(n, chunks)
-    _gelu_response[grid](h, partial, n, rows, k, BLOCK_N, BLOCK_K, **early(h.device))
+    launch(_gelu_response, grid)(h, partial, n, rows, k, BLOCK_N, BLOCK_K)
     return h
 
 
@@ -52,9 +52,7 @@ def response_scale(partial: Tensor, gamma: Tensor, scale: Tensor) -> Tensor:
     batch, chunks, k = partial.shape
     block = triton.next_power_of_2(k)
     rows = min(triton.next_power_of_2(chunks), max(1, SCALE_ELEMENTS // block))
-    _response_scale[(batch,)](
-        partial, gamma, scale, chunks, EPS, k, block, rows, num_warps=32, **early(partial.device)
-    )
+    launch(_response_scale, (batch,))(partial, gamma, scale, chunks, EPS, k, block, rows, num_warps=32)
     return scale
 
 
@@ -62,7 +60,7 @@ def apply_response(h: Tensor, scale: Tensor) -> Tensor:
     """h = h · scale, that of its image.  h: (B, N, K), scale: (B, K) float32"""
     batch, n, k = h.shape
     grid = (triton.cdiv(k, BLOCK_K), triton.cdiv(n, 2 * BLOCK_N), batch)
-    _apply_response[grid](h, scale, n, k, 2 * BLOCK_N, BLOCK_K, **early(h.device))
+    launch(_apply_response, grid)(h, scale, n, k, 2 * BLOCK_N, BLOCK_K)
     return h
 
 
@@ -81,9 +79,7 @@ def _gelu_response(
     k: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_previous(EARLY)
     chunk, image = tl.program_id(1), tl.program_id(2)
     c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     start, end = chunk * rows, tl.minimum(chunk * rows + rows, n)
@@ -110,9 +106,7 @@ def _response_scale(
     k: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_previous(EARLY)
     image = tl.program_id(0)
     c = tl.arange(0, BLOCK_K)[None, :]
     inside = c < k
@@ -134,9 +128,7 @@ def _apply_response(
     k: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    wait_for_previous(EARLY)
     image = tl.program_id(2)
     c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]

@@ -1,7 +1,8 @@
 """How matrix products are cut up, and which way has been measured to be fastest.
 
 `benchmarks/tune_products.py` writes `tuned.json`: by device, function of products.py and size "M×N×K" (with x for ×),
-the fields of a Config, or "cublas" where PyTorch's own product with kernels around it is faster.
+the fields of a Config, or "cublas" where PyTorch's own product with kernels around it is faster. A device that is not
+in it goes by one of the same compute capability (an H200 by the H100).
 """
 
 from __future__ import annotations
@@ -52,8 +53,20 @@ def choose(op: str, m: int, n: int, k: int, device: torch.device | str) -> Confi
 def _choose(op: str, m: int, n: int, k: int, device: torch.device) -> Config | None:
     if device.type != "cuda":
         return None
-    winner = nearest(_table().get(torch.cuda.get_device_name(device), {}).get(op, {}), m, n, k)
+    winner = nearest(for_device(_table(), device_key(device)).get(op, {}), m, n, k)
     return Config(**winner) if isinstance(winner, dict) else None
+
+
+def device_key(device: torch.device) -> str:
+    """Compute capability and name: "9.0 NVIDIA H100 80GB HBM3"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor} {torch.cuda.get_device_name(device)}"
+
+
+def for_device(table: dict[str, Any], key: str) -> dict[str, Any]:
+    """What was measured on that device, or else on the first of its compute capability; {}: nothing."""
+    capability, _, _ = key.partition(" ")
+    return table.get(key) or next((of for other, of in table.items() if other.split()[0] == capability), {})
 
 
 def nearest(winners: dict[str, Any], m: int, n: int, k: int) -> dict[str, Any] | str:
