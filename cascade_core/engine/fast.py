@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import CascadeError
+from ..placement import out_of_memory, placed_as
 from ..stage_b import StageB
 from ..stage_c import StageC
 from ..unet import UNet
 from . import operations
+from .blocks import Missing
 from .graphs import Graph, Pool, can_record
 from .unet import BoundUNet, Given, as_tokens
 from .weights import Weights
@@ -32,10 +36,11 @@ Dated = tuple[Tensor | None, int]
 class Fast:
     """`fast(x, r, **conditions)` as `network(x, r, **conditions)`, for StageB and StageC in evaluation.
 
-    Made once per network and kept; it follows the network where its weights are changed or moved. What it cannot do
-    the network does itself: another convolution than 3 × 3, a residual stream held for fp16 (half.py), noise conditions
-    that differ within the batch, and weights that lie elsewhere than x, stand in another precision, or are changed or
-    streamed as they are used.
+    Made once per network and kept; it follows the network where its weights are changed or moved. Where placement
+    streams them, it runs each block as its weights are there, without graphs. What it cannot do the network does
+    itself: another convolution than 3 × 3, a residual stream held for fp16 (half.py), noise conditions that differ
+    within the batch, and weights that lie elsewhere than x, stand in another precision, or are changed as they are
+    used.
     """
 
     def __init__(self, network: UNet, join: bool = False, precision: Precision = "exact"):
@@ -50,9 +55,11 @@ class Fast:
             raise CascadeError(
                 f"The engine's precision {precision!r} is not known; choose {' or '.join(get_args(Precision))}."
             )
-        self.network, self.join, self.precision = network, join, precision
+        self.network, self.join = network, join
+        self.precision: Precision = precision
         self.config = network.config
         self._bound: BoundUNet | None = None
+        self._precision: Precision = precision  # of what is bound
         self._weights = Weights(network)
         self._tables: Latest[Tensor] = Latest(TABLES)
         self._sessions: Latest[Session] = Latest(SESSIONS)
@@ -76,34 +83,71 @@ class Fast:
         control: Sequence[Tensor | None] | None = None,
         **conditions: Tensor | None,
     ) -> Tensor:
-        ops = operations_on(x.device, self.precision)
+        operations_on(x.device, self.precision)  # says so where there is none
         extra = {name: value for name, value in (("sca", sca), ("crp", crp)) if value is not None}
         noise = _numbers({"r": r, **extra})
-        if not self._weights.unchanged():
-            self.forget()
-            self._weights = Weights(self.network)
-        plain = self.network.stream_scale == 1 and self._weights.plain(x)
+        arrivals = self._follow()
+        plain = self.network.stream_scale == 1 and self._weights.plain(x, arrivals)
         if noise is None or self.config.kernel_size != 3 or not plain:
             extra = {**extra, **({} if control is None else {"control": control})}
             return self.network(x, r.to(x.device), **conditions, **extra)
-        if self._bound is None:
-            self._bound = BoundUNet(self.network, self.join and x.is_cuda, ops.operand)
-            self._weights = Weights(self.network)  # joining moves some
-        bound = self._bound
+        # Where memory is too short for the weights, there is none for copies of them.
+        precision: Precision = self.precision if arrivals is None else "exact"
+        ops, bound = self._bind(x, precision)
         session = self._session(x, conditions, control or ())
-        session.prepare(bound, x, conditions, control or ())
-        return session.run(bound, ops, x, self._table(bound, noise))
+        given, tokens = session.prepare(bound, x, conditions, control or ())
+        key = tuple(sorted(noise.items()))
+        table, embedding = self._tables.get(key), None
+        if table is None:
+            table = x.new_empty(bound.table_size, dtype=torch.float32)
+            embedding = bound.embedding(noise.pop("r"), noise)
+        missing = Missing(embedding, tokens, table, given.keys, given.values)
+        if arrivals is None:
+            bound.prepare(missing)
+            out = session.run(bound, ops, x, given, table)
+        else:
+            out = bound.streamed(ops, x, replace(given, table=table), arrivals, missing)
+        self._tables.of(key, lambda: table)  # now that all of it is made
+        session.prepared(conditions)
+        return out
 
     def forget(self) -> None:
         """Free everything derived from the weights, with the graphs' memory."""
         self._bound = None
         self._tables.clear()
+        self.leave()
+
+    def leave(self) -> None:
+        """Free what cannot be used, or is not worth its memory, while weights are away: they will lie elsewhere.
+
+        What is small and depends on their values alone is kept: they are recognised when they come back.
+        """
+        if self._precision == "fp8":
+            self._bound = None
         self._sessions.clear()
         self._pool = Pool()
 
-    def _table(self, bound: BoundUNet, noise: dict[str, float]) -> Tensor:
-        extra = {name: value for name, value in noise.items() if name != "r"}
-        return self._tables.of(tuple(sorted(noise.items())), lambda: bound.table(noise["r"], extra))
+    def _follow(self) -> Any:
+        """Lets go of what does not hold any more; what brings weights as they are used, if anything does."""
+        placed = placed_as(self.network)
+        arrivals = None if placed is None else placed.stream
+        if not (self._weights.unchanged() if placed is None else self._weights.same()):
+            self.forget()
+            self._weights = Weights(self.network)
+        elif placed is not None and arrivals is None and self._weights.moved():
+            self.leave()
+        return arrivals
+
+    def _bind(self, x: Tensor, precision: Precision) -> tuple[Any, BoundUNet]:
+        """Operations, and the network bound for them."""
+        ops = operations_on(x.device, precision)
+        if self._bound is None or self._precision != precision:
+            self.forget()
+            join = self.join and x.is_cuda and placed_as(self.network) is None  # there they lie so already
+            operand = ops.operand if precision == "fp8" else None
+            self._bound, self._precision = BoundUNet(self.network, join, operand), precision
+            self._weights = Weights(self.network)  # joining moves some
+        return ops, self._bound
 
     def _session(self, x: Tensor, conditions: dict, control: Sequence) -> Session:
         key = (
@@ -138,37 +182,51 @@ class Session:
     def __init__(self, network: UNet, pool: Pool | None):
         self.network = network
         self.graph = None if pool is None else Graph(pool)
+        self.ran = False  # so that a graph can be recorded
         self.given: Given | None = None
-        self.conditions: dict[str, Dated] = {}  # that `given` was made of
+        self.conditions: dict[str, Dated] | None = None  # that `given` was made of
         self.control: list[Tensor | None] = []
 
-    def prepare(self, bound: BoundUNet, x: Tensor, conditions: Conditions, control: Sequence) -> None:
-        """Keys, values and maps of these conditions, unless they are the last call's."""
-        given = self.given
-        if given is None or not _equal(conditions, self.conditions):
+    def prepare(
+        self, bound: BoundUNet, x: Tensor, conditions: Conditions, control: Sequence
+    ) -> tuple[Given, Tensor | None]:
+        """(given, tokens): what a forward needs but for its table, and, unless the conditions are the last call's, SiLU
+        of their tokens (B, T, C_cond), of which its keys and values have yet to be made.
+        """
+        given, tokens = self.given, None
+        if given is None or self.conditions is None or not _equal(conditions, self.conditions):
+            self.conditions = None  # until all is made of them
             tokens, added = PREPARE[type(self.network)](self.network, x, **conditions)
-            keys, values = bound.condition(tokens)
+            tokens = F.silu(tokens)
             if given is None:
-                given = self.given = Given(
-                    x.new_empty(bound.table_size, dtype=torch.float32), keys, values, added
-                )
+                table = x.new_empty(bound.table_size, dtype=torch.float32)
+                keys, values = ([None] * bound.attentions for _ in range(2))
+                given = self.given = Given(table, keys, values, added)
                 given.control = [None if t is None else torch.empty_like(t) for t in control]
             else:
-                _copy(given.keys + given.values + [given.conditions], keys + values + [added])
-        self.conditions = {name: _dated(value) for name, value in conditions.items()}
+                _copy([given.conditions], [added])
         if len(control) != len(self.control) or any(
             a is not b for a, b in zip(control, self.control, strict=True)
         ):
             _copy(given.control, control)
             self.control = list(control)
+        return given, tokens
 
-    def run(self, bound: BoundUNet, ops: Any, x: Tensor, table: Tensor) -> Tensor:
-        given = self.given
-        assert given is not None  # `prepare` came first
+    def prepared(self, conditions: Conditions) -> None:
+        """A forward with these conditions is done."""
+        self.conditions = {name: _dated(value) for name, value in conditions.items()}
+
+    def run(self, bound: BoundUNet, ops: Any, x: Tensor, given: Given, table: Tensor) -> Tensor:
         given.table.copy_(table)
-        if self.graph is None:
-            return bound(ops, x, given)
-        return self.graph(lambda still: bound(ops, still, given), x)
+        if self.graph is not None and self.ran:
+            try:
+                return self.graph(lambda still: bound(ops, still, given), x)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                self.graph = None  # it is a little slower without
+        self.ran = True
+        return bound(ops, x, given)
 
 
 def _stage_c(

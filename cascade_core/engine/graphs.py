@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..placement.reserve import Reserve
+
 
 def can_record(device: torch.device) -> bool:
     """Whether graphs can be trusted: not where memory comes from cudaMallocAsync, as ComfyUI sets it up by default."""
     return device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
 
 
-WARM_UPS = 2  # runs before the recording: kernels are compiled, workspaces allocated
-
-
-class Pool:
+class Pool(Reserve):
     """Memory that a network's graphs share: only one of them runs at a time, and none keeps anything but its output."""
 
     @cached_property
@@ -29,7 +28,8 @@ class Pool:
 class Graph:
     """`graph(forward, x)` is `forward(x)`, recorded on the first call and replayed on the others.
 
-    Everything that `forward` reads beside x must lie at the same addresses at every call.
+    Everything that `forward` reads beside x must lie at the same addresses at every call. It must have run on this
+    shape before, so that kernels are compiled and workspaces allocated.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -48,14 +48,9 @@ class Graph:
         self, forward: Callable[[Tensor], Tensor], x: Tensor
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         still = x.clone()
-        stream = torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                forward(still)
-        torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads of a host may ask the device something meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local")
+        with self._pool.growing(x.device), recording:
             out = forward(still)
         return graph, still, out

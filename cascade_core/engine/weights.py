@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+UNKNOWN = -1  # version
+
 
 class Weights:
     """A network's parameters as they were when something was derived from them."""
@@ -26,30 +28,60 @@ class Weights:
         self._cast = [m for m in modules if hasattr(m, "comfy_cast_weights") or hasattr(m, "weight_function")]
         parameters = self._parameters()
         self._references = [weakref.ref(p) for p in parameters]
-        self._addresses, self._versions = _addresses(parameters), _versions(parameters)
-        self._stand = {(p.device, p.dtype) for p in parameters}
+        self._versions = _versions(parameters)
+        self._look(parameters)
 
     def _parameters(self) -> list[Any]:
         return [parameters.get(name) for parameters, name in self._places]
 
+    def _look(self, parameters: list[Any]) -> None:
+        self._addresses = _addresses(parameters)
+        self._stand = {(p.device, p.dtype) for p in parameters}
+
     def unchanged(self) -> bool:
         """Whether every parameter is the same tensor, at the same address, and was not written to since."""
         parameters = self._parameters()
-        return (
-            all(map(is_, parameters, [reference() for reference in self._references]))
-            and _addresses(parameters) == self._addresses
-            and _versions(parameters) == self._versions
-        )
+        return self._same(parameters) and _addresses(parameters) == self._addresses
 
-    def plain(self, x: Tensor) -> bool:
-        """Whether they lie on x's device in its precision, and no layer does more than its kind says."""
-        return (
-            self._stand == {(x.device, x.dtype)}
-            and not any(self._hooks)
-            and not any(
-                getattr(m, "comfy_cast_weights", False) or getattr(m, "weight_function", None)
-                for m in self._cast
+    def same(self) -> bool:
+        """The same of a network that placement moves about, wherever they lie: what it moves it does not change."""
+        return self._same(self._parameters())
+
+    def _same(self, parameters: list[Any]) -> bool:
+        if not all(map(is_, parameters, [reference() for reference in self._references])):
+            return False
+        versions = _versions(parameters)
+        if versions == self._versions:
+            return True
+        # On a device that placement brings them to they have no version; the last one that was known counts.
+        if any(
+            UNKNOWN not in pair and pair[0] != pair[1] for pair in zip(versions, self._versions, strict=True)
+        ):
+            return False
+        self._versions = list(map(max, versions, self._versions))
+        return True
+
+    def moved(self) -> bool:
+        """Whether any parameter lies elsewhere than when this was last asked."""
+        parameters = self._parameters()
+        if _addresses(parameters) == self._addresses:
+            return False
+        self._look(parameters)
+        return True
+
+    def plain(self, x: Tensor, arrivals: Any = None) -> bool:
+        """Whether they lie on x's device in its precision, and no layer does more than its kind says.
+
+        arrivals: what brings weights there as they are used (placement/stream.py), if anything does, by its own hooks.
+        """
+        if arrivals is None:
+            there = self._stand == {(x.device, x.dtype)} and not any(self._hooks)
+        else:
+            there = {dtype for _, dtype in self._stand} == {x.dtype} and arrivals.bring_to(
+                x.device, self._hooks
             )
+        return there and not any(
+            getattr(m, "comfy_cast_weights", False) or getattr(m, "weight_function", None) for m in self._cast
         )
 
 
@@ -59,4 +91,4 @@ def _addresses(parameters: list) -> list[int]:
 
 def _versions(parameters: list) -> list[int]:
     """Of tensors made in inference mode there are none."""
-    return [0 if p.is_inference() else p._version for p in parameters]
+    return [UNKNOWN if p.is_inference() else p._version for p in parameters]

@@ -7,12 +7,13 @@ plan.py    which pieces stay and which are streamed, from the room that there is
 stream.py  pieces on their way through a few slots while the ones before them compute
 supply.py  from the file, through pinned memory, to the device
 pages.py   pinned memory
+reserve.py memory that CUDA's allocator keeps for graphs
 device.py  what all this asks of a device; CUDA's answer, and main memory's in its place
 """
 
 from .device import Cuda, Device, MainMemory, out_of_memory
 from .pages import parse_bytes
-from .pool import Pool, is_resident, when_leaving
+from .pool import Pool, is_resident, placed_as, when_leaving
 
 __all__ = [
     "Cuda",
@@ -22,5 +23,6 @@ __all__ = [
     "is_resident",
     "out_of_memory",
     "parse_bytes",
+    "placed_as",
     "when_leaving",
 ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .pages import pinned_pages
+from .reserve import reserved
 
 MARGIN = 0.03  # of the memory, for what the allocator cannot use of it
 WORKSPACE = 64 << 20  # bytes: the matrix libraries' own
@@ -82,7 +83,7 @@ class Cuda:
         if self.limit is not None:
             most = min(most, self.limit)
         others = max(torch.cuda.memory_allocated(self.device) - ours, 0)
-        return int(most * (1 - MARGIN)) - WORKSPACE - others
+        return int(most * (1 - MARGIN)) - WORKSPACE - others - reserved(self.device)
 
     def footprint(self, size: int) -> int:
         return size if size < SEGMENT // 2 else -(-size // SEGMENT) * SEGMENT

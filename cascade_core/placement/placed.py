@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.apply import Patch, Steps, changes_by_layer, check_fit, layer_of, stepped
+from .stream import Stream
 from .units import Unit, cut
 
 
@@ -35,6 +36,7 @@ class Placed:
                 if isinstance(module._parameters.get("weight"), nn.Parameter):
                     self.weights[module] = places[id(module.weight)]
         self.in_use = False
+        self.stream: Stream | None = None  # while it is in use
         self.run = 0  # the last one that used it
         self.leaving: set[WeakMethod[Callable[[], object]]] = set()
 

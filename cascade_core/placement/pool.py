@@ -39,6 +39,11 @@ def is_resident(network: nn.Module) -> bool:
     return placed is not None and all(unit.slab is not None for unit in placed.units)
 
 
+def placed_as(network: nn.Module) -> Placed | None:
+    """A network's units, and what streams them now; None where no pool has placed it."""
+    return _PLACED.get(network)
+
+
 def when_leaving(network: nn.Module, callback: Callable[[], object]) -> None:
     """Has `callback()` called before weights of a placed network leave the device, to let go of what came from them.
 
@@ -208,9 +213,11 @@ class Pool:
                     now,
                     lambda unit, weights: patch_unit(weights, changes.get(unit)),
                 )
+                placed.stream = stream
                 stream.open()
             yield
         finally:
+            placed.stream = None
             if stream is not None:
                 stream.close()
             for unit in now.streamed:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .device import Device
 from .plan import Plan
@@ -18,8 +19,9 @@ from .units import Unit
 class Stream:
     """Streams a plan's units for as many forwards as are run between `open` and `close`.
 
-    Hooks on the blocks say when a unit is needed and when it has been used. Ahead of that, units are fetched in the
-    order in which forwards need them, as far as there are free slots, from one forward into the next.
+    Hooks on the blocks say when a unit is needed and when it has been used; the engine, which does not call them, says
+    it itself (`before`, `after`). Ahead of that, units are fetched in the order in which forwards need them, as far as
+    there are free slots, from one forward into the next.
 
     arrived(unit, weights): is called when a unit's weights lie in their slot, before they are used.
     """
@@ -34,6 +36,8 @@ class Stream:
     ):
         self.device, self.supply, self.arrived = device, supply, arrived
         self.order = [unit for unit in order if unit in plan.streamed]
+        self.first = {unit.blocks[0]: unit for unit in self.order}
+        self.last = {unit.blocks[-1]: unit for unit in self.order}
         self.slots = [device.empty(plan.slot) for _ in range(plan.slots)]
         self.views: dict[tuple[Unit, int], list[Tensor]] = {}
         self.ahead: deque[tuple[Unit, int, Arrival]] = deque()
@@ -45,11 +49,26 @@ class Stream:
 
     def open(self) -> None:
         """From now on the blocks can be run."""
-        for unit in dict.fromkeys(self.order):
-            first, last = unit.blocks[0], unit.blocks[-1]
-            self.hooks.append(first.register_forward_pre_hook(lambda *_, unit=unit: self.enter(unit)))
-            self.hooks.append(last.register_forward_hook(lambda *_, unit=unit: self.leave(unit)))
+        for block in self.first:
+            self.hooks.append(block.register_forward_pre_hook(lambda block, *_: self.before(block)))
+        for block in self.last:
+            self.hooks.append(block.register_forward_hook(lambda block, *_: self.after(block)))
         self._fetch_ahead()
+
+    def before(self, block: nn.Module) -> None:
+        """The block is about to be run."""
+        if block in self.first:
+            self.enter(self.first[block])
+
+    def after(self, block: nn.Module) -> None:
+        """The block has been run, as far as it reads its weights."""
+        if block in self.last:
+            self.leave(self.last[block])
+
+    def bring_to(self, device: torch.device, hooks: Iterable[dict[int, Any]]) -> bool:
+        """Whether weights come to this device, and the hooks of all modules are the stream's own."""
+        own = {hook.id for hook in self.hooks}
+        return device == self.device.device and all(own.issuperset(of) for of in hooks if of)
 
     def enter(self, unit: Unit) -> None:
         """The unit is about to be used: it lies in a slot from here on."""

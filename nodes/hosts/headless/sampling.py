@@ -35,7 +35,7 @@ def sample(run: Run) -> Sampled:
 
 def _sampled(run: Run, guiders: "Guiders", device: torch.device) -> Sampled:
     """From the noise on: run anew in a smaller placement, it gives the same."""
-    when_leaving(run.model.network, run.model.fast.forget)
+    when_leaving(run.model.network, run.model.fast.leave)
     units = SOCKET_UNITS[run.kind]
     watch = Watch(device)
     latent = run.samples.to(device, torch.float32) / units

@@ -1,0 +1,184 @@
+"""The engine where placement moves the weights: streamed block by block, away and back, changed by LoRAs on the way."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from cascade_nodes.cascade_core import StageB, StageC
+from cascade_nodes.cascade_core.adapters.adapter import LowRank
+from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.engine import Fast
+from cascade_nodes.cascade_core.engine import fast as door
+from cascade_nodes.cascade_core.placement import Pool, is_resident, when_leaving
+from cascade_nodes.tests.core.placements import Counting, Late
+from cascade_nodes.tests.engine.test_fast import (
+    STAGE_B,
+    STAGE_C,
+    TOLERANCE,
+    UNUSUAL,
+    assert_same,
+    build,
+    stage_b_inputs,
+    stage_c_inputs,
+)
+
+NETWORKS = [
+    (StageC, STAGE_C, stage_c_inputs),
+    (StageC, UNUSUAL, stage_c_inputs),
+    (StageB, STAGE_B, stage_b_inputs),
+]
+DEVICES = pytest.mark.parametrize(
+    "device_class", [Counting, Late]
+)  # copies as early, and as late, as they are allowed to
+
+
+def size_of(network) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def wanted(network, calls: list[tuple[Any, dict, float]]) -> list[Any]:
+    with torch.inference_mode():
+        return [network(x, torch.full((len(x),), r), **conditions) for x, conditions, r in calls]
+
+
+def given(pool: Pool, fast: Fast, calls: list[tuple[Any, dict, float]], **options: Any) -> list[Any]:
+    """What the engine gives in one run, in which the network itself is never called."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("The network was called instead of the engine.")
+
+    network: Any = fast.network
+    network.forward = refuse
+    try:
+        with torch.inference_mode():
+            return pool.run(
+                network,
+                lambda _: [fast(x, torch.full((len(x),), r), **conditions) for x, conditions, r in calls],
+                **options,
+            )
+    finally:
+        del network.forward
+
+
+def assert_close(results: list[Any], expected: list[Any]) -> None:
+    for result, right in zip(results, expected, strict=True):
+        assert (result - right).abs().max() <= TOLERANCE * right.abs().max()
+
+
+@DEVICES
+@pytest.mark.parametrize(
+    ("unit", "share"), [(1, 0.8), (1, 0.35), (60_000, 0.7), (150_000, 0.7)]
+)  # bytes: each block alone, few together, several
+@pytest.mark.parametrize(("network_class", "config", "inputs"), NETWORKS)
+def test_as_the_network(network_class, config, inputs, unit, share, device_class):
+    network = build(network_class, config)
+    fast = Fast(network, join=True)
+    first, other = inputs(config), inputs(config)
+    calls = [
+        (*first, 0.7),
+        (*first, 0.7),
+        (*first, 0.2),
+        (*other, 0.2),
+        (*first, 0.7),
+        (*inputs(config, batch=1), 0.1),
+    ]
+    expected = wanted(network, calls)
+    pool = Pool(device_class(int(share * size_of(network))), unit)
+    for _ in range(2):
+        assert_close(given(pool, fast, calls), expected)
+        assert not is_resident(network)
+    assert_same(network, fast, *first)  # where it lies now, in main memory
+
+
+@DEVICES
+def test_controlnets_and_further_conditions(device_class):
+    network = build(StageC, STAGE_C)
+    x, conditions = stage_c_inputs(STAGE_C)
+    control = [torch.randn(2, 64, 4, 5), None, torch.randn(2, 64, 2, 2)]
+    more = {"sca": torch.full((2,), 0.3), "crp": torch.full((2,), 0.9)}
+    calls = [
+        (x, {**conditions, "control": control}, 0.7),
+        (x, {**conditions, **more}, 0.7),
+        (x, conditions, 0.7),
+    ]
+    pool = Pool(device_class(int(0.6 * size_of(network))), 1)
+    assert_close(given(pool, Fast(network), calls), wanted(network, calls))
+
+
+@DEVICES
+@pytest.mark.parametrize("share", [1.5, 0.6])
+def test_loras(device_class, share):
+    network = build(StageC, STAGE_C)
+    fast, calls = Fast(network), [(*stage_c_inputs(STAGE_C), 0.7)] * 2
+    names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    changes = {}
+    for name in names[:: len(names) // 12]:
+        rows, columns = network.get_submodule(name).weight.shape
+        changes[name] = LowRank(torch.randn(2, columns), torch.randn(rows, 2))
+    patch = Patch("a LoRA", changes, 0.3)
+    plain = wanted(network, calls)
+    with patched(network, [patch]):
+        changed = wanted(network, calls)
+    pool = Pool(device_class(int(share * size_of(network))), 1)
+    for patches, expected in (([], plain), ([patch], changed), ([patch], changed), ([], plain)):
+        assert_close(given(pool, fast, calls, patches=patches), expected)
+
+
+def test_a_forward_that_is_broken_off_leaves_nothing_half_made(monkeypatch):
+    network = build(StageC, STAGE_C)
+    fast, calls = Fast(network), [(*stage_c_inputs(STAGE_C), 0.7)]
+    expected = wanted(network, calls)
+    pool = Pool(Late(int(0.6 * size_of(network))), 1)
+    real, left = door.operations.attention, [3]
+
+    def attention(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(door.operations, "attention", attention)
+
+    def body(_: Any) -> list[Any]:
+        ((x, conditions, r),) = calls
+        with pytest.raises(KeyboardInterrupt):
+            fast(x, torch.full((len(x),), r), **conditions)
+        return [fast(x, torch.full((len(x),), r), **conditions) for _ in range(2)]
+
+    assert_close(pool.run(network, body), expected * 2)
+
+
+def test_what_it_cannot_do_streamed_the_network_does():
+    network = build(StageC, STAGE_C)
+    x, conditions = stage_c_inputs(STAGE_C)
+    noise = torch.tensor([0.2, 0.8])  # another for each image
+    fast, pool = Fast(network), Pool(Late(int(0.6 * size_of(network))), 1)
+    with torch.inference_mode():
+        expected = network(x, noise, **conditions)
+        assert torch.equal(pool.run(network, lambda _: fast(x, noise, **conditions)), expected)
+        block = network.down_blocks[0][0]
+        hook = block.register_forward_hook(lambda module, args, out: out * 2)
+        noise = torch.full((2,), 0.5)
+        expected = network(x, noise, **conditions)
+        assert torch.equal(pool.run(network, lambda _: fast(x, noise, **conditions)), expected)
+        hook.remove()
+
+
+def test_weights_that_come_back_are_recognised(monkeypatch):
+    """Nothing is derived anew from the same values, wherever they lie."""
+    network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
+    calls = [(*stage_c_inputs(STAGE_C), 0.7)]
+    expected, made = wanted(network, calls), []
+    real = door.BoundUNet
+    monkeypatch.setattr(door, "BoundUNet", lambda *arguments: made.append(1) or real(*arguments))
+    device = Counting(int(1.05 * size_of(network)))
+    pool, fast = Pool(device, 1), Fast(network)
+    for _ in range(3):
+        for device.size in (int(1.05 * size_of(network)), int(0.6 * size_of(network))):
+            assert_close(given(pool, fast, calls), expected)
+            when_leaving(network, fast.leave)
+            pool.run(other, lambda _: None)
+            assert not is_resident(network)
+    assert made == [1]
+    assert_same(network, fast, *calls[0][:2])
