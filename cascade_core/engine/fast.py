@@ -225,6 +225,9 @@ class Session:
                 if not out_of_memory(error):
                     raise
                 self.graph = None  # it is a little slower without
+        if x.is_cuda and not self.ran:
+            with ops.compiling_ahead():
+                bound(ops, x, given)
         self.ran = True
         return bound(ops, x, given)
 
