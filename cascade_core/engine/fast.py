@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import CascadeError
-from ..placement import out_of_memory, placed_as
+from ..layers import AttnBlock
+from ..placement import levels, out_of_memory, placed_as
 from ..stage_b import StageB
 from ..stage_c import StageC
 from ..unet import UNet
@@ -68,9 +69,18 @@ class Fast:
     def parameters(self) -> Any:
         return self.network.parameters()
 
-    def beside(self) -> int:
-        """About how many bytes of weights it makes beside the network's own."""
-        return sum(p.numel() for p in self.parameters()) if self.precision == "fp8" else 0
+    def beside(self, tokens: int = 0) -> int:
+        """About how many bytes it makes beside the network's own weights and what a forward takes: weights of its own,
+        keys and values for so many conditioning tokens of all images together.
+        """
+        copies = sum(p.numel() for p in self.parameters()) if self.precision == "fp8" else 0
+        widths = sum(block.norm.normalized_shape[0] * repeats for block, repeats in self._attentions())
+        return copies + 2 * tokens * widths * next(self.parameters()).dtype.itemsize
+
+    def _attentions(self) -> Iterator[tuple[Any, int]]:
+        """The network's attention blocks, and how often each runs in a forward."""
+        for blocks, repeats in levels(self.network):
+            yield from ((block, repeats) for block in blocks if isinstance(block, AttnBlock))
 
     @torch.inference_mode()
     def __call__(

@@ -14,6 +14,7 @@ device.py  what all this asks of a device; CUDA's answer, and main memory's in i
 from .device import Cuda, Device, MainMemory, out_of_memory
 from .pages import parse_bytes
 from .pool import Pool, is_resident, placed_as, when_leaving
+from .units import levels
 
 __all__ = [
     "Cuda",
@@ -21,6 +22,7 @@ __all__ = [
     "MainMemory",
     "Pool",
     "is_resident",
+    "levels",
     "out_of_memory",
     "parse_bytes",
     "placed_as",

@@ -149,11 +149,7 @@ class Pool:
         room = self.device.budget(self._ours()) - working
         room -= sum(self._on(other) for other in self.placed.values() if other.in_use and other is not placed)
         if once:
-            beside = room - sum(self._on(other) for other in self._others(placed))
-            found = plan(placed.units, placed.order, beside, self.device.footprint)
-            staying = [unit for unit in placed.units if unit not in found.streamed]
-            if found.streamed and self._need(staying) + self._slots(found) <= beside:
-                return found
+            room -= sum(self._on(other) for other in self._others(placed))
         return plan(placed.units, placed.order, room, self.device.footprint)
 
     def _slots(self, now: Plan) -> int:
@@ -176,9 +172,9 @@ class Pool:
 
     def _make_room(self, placed: Placed, need: int) -> None:
         """As many units of others leave, from their last on, as that `need` bytes and what is there fit."""
-        excess = self._ours() + need - self.device.budget(self._ours())
         left = False
         for other in self._others(placed):
+            excess = self._ours() + need - self.device.budget(self._ours())  # less, too, by what leaves with weights
             going = []
             for unit in reversed(other.there):
                 if excess <= 0:

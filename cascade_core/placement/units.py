@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..unet import UNet
 
-UNIT_BYTES = 112 << 20  # blocks are joined up to this; three of Stage C 3.6 B have 106 MiB
+# Blocks are joined up to this: in Stage C 3.6 B a ResBlock with its TimestepBlock (65.5 MiB) and, alone, an AttnBlock
+# (40 MiB), of which two make the smallest slots that stream enough for a card of 5 GB.
+UNIT_BYTES = 66 << 20
 ALIGNMENT = 256  # bytes, CUDA's own for what it allocates
 
 
@@ -123,15 +125,16 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 
 def cut(network: nn.Module, unit_bytes: int = UNIT_BYTES) -> tuple[list[Unit], list[Unit]]:
-    """(units, order): a network's units, the first of what lies in no block; and the others as a forward runs them.
+    """(units, order): a network's units, the first of what always stays; and the others as a forward runs them.
 
-    A unit whose level repeats is several times in the order.
+    What lies in no block stays, and all vectors: they are a thousandth of the weights, and most of the tensors. A unit
+    whose level repeats is several times in the order.
     """
     units: list[Unit] = []
     order: list[Unit] = []
     taken: set[int] = set()
     for blocks, repeats in levels(network):
-        level = [Unit(joined, _tensors(joined, taken)) for joined in _joined(blocks, unit_bytes)]
+        level = [Unit(joined, _tensors(joined, taken, least=2)) for joined in _joined(blocks, unit_bytes)]
         units += level
         order += level * repeats
     return [Unit([], _tensors([network], taken)), *units], order
@@ -171,14 +174,20 @@ def _joined(blocks: Sequence[nn.Module], most: int) -> list[list[nn.Module]]:
     return joined
 
 
-def _tensors(modules: Iterable[nn.Module], taken: set[int]) -> list[Tensor]:
-    """The parameters and buffers that no unit has yet, matrices first: so those of query, key and value, which the
-    engine multiplies with at once, lie side by side.
+def _tensors(modules: Iterable[nn.Module], taken: set[int], least: int = 0) -> list[Tensor]:
+    """The parameters and buffers that no unit has yet, of at least so many dimensions longer than 1.
+
+    Vectors come last: so the matrices of query, key and value, which the engine multiplies with at once, lie side by
+    side.
     """
     found = []
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) not in taken:
+            if id(tensor) not in taken and _dimensions(tensor) >= least:
                 taken.add(id(tensor))
                 found.append(tensor)
-    return sorted(found, key=lambda tensor: tensor.dim() < 2)
+    return sorted(found, key=lambda tensor: _dimensions(tensor) < 2)
+
+
+def _dimensions(tensor: Tensor) -> int:
+    return sum(size > 1 for size in tensor.shape)

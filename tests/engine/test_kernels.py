@@ -14,6 +14,7 @@ from cascade_nodes.cascade_core.engine.kernels import (
     response,
     vqgan,
 )
+from cascade_nodes.cascade_core.engine.kernels.launch import compiling_ahead, launch
 
 EPS = 1e-6
 HALF_STEP = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative
@@ -100,13 +101,13 @@ def test_response_norm_in_one_launch(size, dtype):
     """One stripe of channels: the interpreter runs programs one after another, so that none may wait for others."""
     batch, _, k = size
     gamma, workspace = normal(k, seed=1).abs(), resident.response_workspace(batch, k, torch.device("cpu"))
-    for launch in (1, 2):
-        h = normal(*size, dtype=dtype, seed=launch)
+    for number in (1, 2):
+        h = normal(*size, dtype=dtype, seed=number)
         expected = response_norm(F.gelu(h.double()).to(dtype), gamma)  # it norms what it holds, as rounded
         assert resident.fits(h)
         resident.gelu_response_norm(h, gamma, workspace)
         assert_near(h, expected, dtype, roundings=3)  # a GELU may have been rounded the other way
-        assert workspace[1].tolist() == [launch * resident.LAP.value] * batch
+        assert workspace[1].tolist() == [number * resident.LAP.value] * batch
 
 
 H100 = 132  # multiprocessors
@@ -244,3 +245,35 @@ def test_residual_block_of_stage_a(size, dtype):
     assert_near(vqgan.gelu(h.clone()), F.gelu(h.double()), dtype)
     x = (x + gammas[5] * F.linear(vqgan.gelu(h).double(), second.get_parameter("weight"))).to(dtype)
     assert float((x.double() - expected).norm() / expected.norm()) < 2 * HALF_STEP[dtype]
+
+
+class CountedKernel:
+    """In a kernel's place: how often it is compiled and run."""
+
+    def __init__(self):
+        self.compiled = self.run = 0
+
+    def warmup(self, *arguments, grid, **options):
+        self.compiled += 1
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.run += 1
+
+        return run
+
+
+def test_compiling_ahead_compiles_once_what_is_alike_and_computes_nothing():
+    kernel, x = CountedKernel(), normal(2, 8, 32)
+    with compiling_ahead():
+        for value in (x, x.clone(), x.half(), x.flatten()[1:]):
+            for _ in range(2):
+                launch(kernel, (1,))(value, 3, num_warps=4)
+        launch(kernel, (1,))(x, 4, num_warps=4)
+        launch(kernel, (1,))(x, 4, num_warps=8)
+        untouched = modulation.norm(x, torch.full_like(x, 7.0), EPS)
+    assert (kernel.compiled, kernel.run) == (5, 0)  # float32, float16, unaligned; another number; other warps
+    assert untouched.eq(7.0).all()
+    launch(kernel, (1,))(x, 3)
+    assert (kernel.compiled, kernel.run) == (5, 1)
+    assert not modulation.norm(x, untouched, EPS).eq(7.0).any()

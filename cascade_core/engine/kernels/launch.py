@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import triton
+from torch import Tensor
 
-_ahead: ContextVar[bool] = ContextVar("compiling_ahead", default=False)
+_compiled: ContextVar[set[Hashable] | None] = ContextVar("compiled_ahead", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """`launch(kernel, grid)(…)` is `kernel[grid](…)`; within `compiling_ahead` it only compiles the kernel."""
-    return partial(kernel.warmup, grid=grid) if _ahead.get() else kernel[grid]
+    compiled = _compiled.get()
+    if compiled is None:
+        return kernel[grid]
+
+    def compile_once(*arguments: Any, **options: Any) -> None:
+        values = (*arguments, *options.values())
+        # The compiler would ask its cache for each of a thousand launches, which takes a second.
+        key = kernel, *options, *map(_kind, values)
+        if key not in compiled:
+            compiled.add(key)
+            kernel.warmup(*arguments, grid=grid, **options)
+
+    return compile_once
+
+
+def _kind(value: Any) -> Hashable:
+    """What a kernel may be compiled anew for."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if hasattr(value, "block_shape"):  # a TensorDescriptor
+        return value.base.dtype, tuple(value.block_shape)
+    return value
 
 
 @contextmanager
@@ -25,12 +46,12 @@ def compiling_ahead() -> Iterator[None]:
 
     At the end all is compiled. One kernel takes the compiler a second or so, mostly outside Python.
     """
-    if not hasattr(triton, "AsyncCompileMode"):  # before Triton 3.5: each at its first launch
+    if not hasattr(triton, "AsyncCompileMode"):  # before Triton 3.5: each is compiled at its first launch
         yield
         return
-    token = _ahead.set(True)
+    token = _compiled.set(set())
     try:
         with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
             yield
     finally:
-        _ahead.reset(token)
+        _compiled.reset(token)

@@ -59,17 +59,18 @@ def _working(run: Run) -> int:
     """Bytes that a forward takes beside the weights."""
     network, batch = run.model.network, len(run.samples) * (1 if run.cfg == 1 else 2)
     height, width = run.samples.shape[-2:]
+    tokens = network.config.c_clip_seq  # of an image's conditioning
     if run.kind == "stage_c":
-        tokens, values = _only(run.positive, "positive")
+        text, values = _only(run.positive, "positive")
         images = max(len(values.get("unclip_conditioning") or []), 1)
-        seen = tokens.shape[1] + network.config.c_clip_seq * (1 + images)
-        values = activations.stage_c(network.config, batch, height, width, seen)
+        tokens = text.shape[1] + tokens * (1 + images)
+        values = activations.stage_c(network.config, batch, height, width, tokens)
     else:
         side = run.tile or max(height, width)
         values = activations.stage_b(network.config, batch, min(height, side), min(width, side))
     working = values * next(network.parameters()).dtype.itemsize
-    # A CUDA graph keeps its own memory beside that of the runs before its recording.
-    return 2 * working + run.model.fast.beside() if run.engine else working
+    # A CUDA graph is recorded when the runs before it are over, and counted from then on (placement/reserve.py).
+    return working + run.model.fast.beside(batch * tokens) if run.engine else working
 
 
 class Guiders:
