@@ -51,6 +51,9 @@ class Graph:
         graph = torch.cuda.CUDAGraph()
         # Other threads of a host may ask the device something meanwhile.
         recording = torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local")
-        with self._pool.growing(x.device), recording:
+        own = torch.cuda.stream(
+            torch.cuda.current_stream(x.device)
+        )  # to be back on, also where recording fails
+        with own, self._pool.growing(x.device), recording:
             out = forward(still)
         return graph, still, out

@@ -175,8 +175,10 @@ class MainMemory:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the device ran out of memory: torch's own error, or a library's in a RuntimeError."""
+    """Whether the device ran out of memory: torch's own error, a library's in a RuntimeError, or what came of it."""
     words = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+        or (error.__context__ is not None and out_of_memory(error.__context__))
     )

@@ -174,7 +174,9 @@ class Pool:
         """As many units of others leave, from their last on, as that `need` bytes and what is there fit."""
         left = False
         for other in self._others(placed):
-            excess = self._ours() + need - self.device.budget(self._ours())  # less, too, by what leaves with weights
+            excess = (
+                self._ours() + need - self.device.budget(self._ours())
+            )  # less, too, by what leaves with weights
             going = []
             for unit in reversed(other.there):
                 if excess <= 0:

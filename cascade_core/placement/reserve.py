@@ -20,14 +20,12 @@ class Reserve:
 
     @contextmanager
     def growing(self, device: torch.device) -> Iterator[None]:
-        """What the allocator takes more inside the block is this reserve's, less what it gives back."""
+        """What the allocator takes inside the block is this reserve's, unless the block fails."""
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
-        try:
-            yield
-        finally:
-            grown = torch.cuda.memory_reserved(device) - before
-            self.sizes[device] = self.sizes.get(device, 0) + max(grown, 0)
+        yield
+        grown = torch.cuda.memory_reserved(device) - before
+        self.sizes[device] = self.sizes.get(device, 0) + max(grown, 0)
 
 
 def reserved(device: torch.device) -> int:

@@ -419,6 +419,19 @@ def test_from_a_file_through_pinned_memory(tmp_path, dtype):
         assert all(t.untyped_storage().data_ptr() == host.data_ptr() for t in tensors)
 
 
+def test_slots_are_small_where_small_units_are_enough():
+    """As Stage C's blocks: the fewest bytes a forward, those of the slots counted."""
+    small = [Unit([nn.Linear(32, 32)], [torch.zeros(1024)]) for _ in range(8)]
+    large = [Unit([nn.Linear(32, 32)], [torch.zeros(2048)]) for _ in range(8)]
+    units = [unit for pair in zip(large, small, strict=True) for unit in pair]
+    total = sum(unit.size for unit in units)
+    found = plan(units, units, total - 4096)
+    assert (found.slots, found.slot, len(found.streamed)) == (2, 4096, 3)
+    assert found.streamed < set(small)
+    found = plan(units, units, total - 8 * 4096)
+    assert found.slot == 8192
+
+
 def test_units_hold_every_tensor_once_in_its_own_layout():
     net, _ = network("stage_b")
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """The engine where placement moves the weights: streamed block by block, away and back, changed by LoRAs on the way."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.engine import Fast
 from cascade_nodes.cascade_core.engine import fast as door
+from cascade_nodes.cascade_core.engine.graphs import Pool as GraphPool
 from cascade_nodes.cascade_core.placement import Pool, is_resident, when_leaving
+from cascade_nodes.cascade_core.placement.reserve import reserved
 from cascade_nodes.tests.core.placements import Counting, Late
 from cascade_nodes.tests.engine.test_fast import (
     STAGE_B,
@@ -182,3 +185,69 @@ def test_weights_that_come_back_are_recognised(monkeypatch):
             assert not is_resident(network)
     assert made == [1]
     assert_same(network, fast, *calls[0][:2])
+
+
+class Recorded:
+    """In a CUDA graph's place: notes at which addresses a forward is recorded, or runs out of memory."""
+
+    made: list[Any]
+    full = False
+
+    def __init__(self, pool: Any):
+        self.made.append(self)
+        self.calls = 0
+
+    def __call__(self, forward: Any, x: Any) -> Any:
+        if self.full:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.calls += 1
+        return forward(x)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    monkeypatch.setattr(door, "can_record", lambda device: True)
+    monkeypatch.setattr(door, "Graph", Recorded)
+    monkeypatch.setattr(Recorded, "made", [], raising=False)
+    return Recorded.made
+
+
+def test_graphs_are_recorded_anew_where_weights_come_back_to(graphs):
+    network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
+    calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
+    expected = wanted(network, calls)
+    pool, fast = Pool(Counting(int(1.05 * size_of(network))), 1), Fast(network)
+    for runs in (1, 2):
+        assert_close(given(pool, fast, calls), expected)
+        assert [graph.calls for graph in graphs] == [2] * runs  # the first forward makes ready for it
+        when_leaving(network, fast.leave)
+        pool.run(other, lambda _: None)
+    pool.device.size = int(0.6 * size_of(network))  # pyright: ignore[reportAttributeAccessIssue]
+    assert_close(given(pool, fast, calls), expected)
+    assert [graph.calls for graph in graphs] == [2, 2, 0]  # none where weights are streamed
+
+
+def test_without_a_graph_where_it_does_not_fit(graphs, monkeypatch):
+    network = build(StageC, STAGE_C)
+    calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
+    monkeypatch.setattr(Recorded, "full", True)
+    told: list[str] = []
+    results = given(Pool(Counting(2 * size_of(network)), 1), Fast(network), calls, tell=told.append)
+    assert_close(results, wanted(network, calls))
+    assert (len(graphs), told) == (1, [])
+
+
+def test_memory_of_graphs_is_counted_while_they_live(monkeypatch):
+    device, taken = torch.device("cuda", 0), [100]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: taken[0])
+    reserve = GraphPool()
+    before = reserved(device)
+    with reserve.growing(device):
+        taken[0] += 50
+    with suppress(torch.OutOfMemoryError), reserve.growing(device):
+        taken[0] += 20
+        raise torch.OutOfMemoryError
+    assert reserved(device) == before + 50
+    del reserve
+    assert reserved(device) == before
