@@ -30,7 +30,7 @@ def _point(bench: Bench, side: int, batch: int) -> dict[str, Any]:
         tflop = bench.arithmetic(kind, side, ROWS[kind] * batch)
         runs = max(setup.runs // (5 if tflop > LONG_TFLOP else 2), 1)
         try:
-            of = cost(call_of(program, kind, bench, side, batch), setup.device, runs, warm=1)
+            of = cost(call_of(program, kind, bench, side, batch), setup.device, runs, warm=2)
         except torch.OutOfMemoryError:
             return {**point, "error": f"{kind}: out of memory"}
         point[kind] = {**of, "limit_ms": bench.limit_ms(tflop)}
