@@ -134,8 +134,9 @@ class Fast:
         """
         if self._precision == "fp8":
             self._bound = None
-        self._sessions.clear()
         self._pool = Pool()
+        for session in self._sessions.values():
+            session.clear(self._pool)
 
     def _follow(self) -> Any:
         """Lets go of what does not hold any more; what brings weights as they are used, if anything does."""
@@ -166,8 +167,7 @@ class Fast:
             tuple((name, None if t is None else tuple(t.shape)) for name, t in sorted(conditions.items())),
             tuple(None if residual is None else tuple(residual.shape) for residual in control),
         )
-        pool = self._pool if can_record(x.device) else None
-        return self._sessions.of(key, lambda: Session(self.network, pool))
+        return self._sessions.of(key, lambda: Session(self.network, self._pool, can_record(x.device)))
 
 
 class Latest(OrderedDict[Hashable, T]):
@@ -189,9 +189,14 @@ class Latest(OrderedDict[Hashable, T]):
 class Session:
     """Forwards of one shape, of x and of all conditions: what was prepared for them, and on CUDA their graph."""
 
-    def __init__(self, network: UNet, pool: Pool | None):
-        self.network = network
-        self.graph = None if pool is None else Graph(pool)
+    def __init__(self, network: UNet, pool: Pool, records: bool):
+        self.network, self.records = network, records
+        self.compiled = False
+        self.clear(pool)
+
+    def clear(self, pool: Pool) -> None:
+        """As new, but for the kernels that were compiled."""
+        self.graph = Graph(pool) if self.records else None
         self.ran = False  # so that a graph can be recorded
         self.given: Given | None = None
         self.conditions: dict[str, Dated] | None = None  # that `given` was made of
@@ -235,10 +240,10 @@ class Session:
                 if not out_of_memory(error):
                     raise
                 self.graph = None  # it is a little slower without
-        if x.is_cuda and not self.ran:
+        if x.is_cuda and not self.compiled:
             with ops.compiling_ahead():
                 bound(ops, x, given)
-        self.ran = True
+        self.ran = self.compiled = True
         return bound(ops, x, given)
 
 

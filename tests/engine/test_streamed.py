@@ -212,6 +212,10 @@ def graphs(monkeypatch):
     return Recorded.made
 
 
+def recorded(graphs: list[Recorded]) -> list[int]:
+    return [graph.calls for graph in graphs if graph.calls]
+
+
 def test_graphs_are_recorded_anew_where_weights_come_back_to(graphs):
     network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
@@ -219,12 +223,12 @@ def test_graphs_are_recorded_anew_where_weights_come_back_to(graphs):
     pool, fast = Pool(Counting(int(1.05 * size_of(network))), 1), Fast(network)
     for runs in (1, 2):
         assert_close(given(pool, fast, calls), expected)
-        assert [graph.calls for graph in graphs] == [2] * runs  # the first forward makes ready for it
+        assert recorded(graphs) == [2] * runs  # the first forward makes ready for it
         when_leaving(network, fast.leave)
         pool.run(other, lambda _: None)
     pool.device.size = int(0.6 * size_of(network))  # pyright: ignore[reportAttributeAccessIssue]
     assert_close(given(pool, fast, calls), expected)
-    assert [graph.calls for graph in graphs] == [2, 2, 0]  # none where weights are streamed
+    assert recorded(graphs) == [2, 2]  # none where weights are streamed
 
 
 def test_without_a_graph_where_it_does_not_fit(graphs, monkeypatch):
