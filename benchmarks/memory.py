@@ -2,9 +2,10 @@
 
 The whole cascade with random weights (Stage C 3.6 B, Stage B 1.5 B, Stage A, CLIP's bigG), 1024 × 1024, 20 and 10 steps
 with guidance in both, text encoding and decoding included, by the nodes as `cascade run` calls them. Each limit is a
-process of its own that is held to it by `set_per_process_memory_fraction`: the second picture and later ones are timed,
-when all that can stay is on the card. Then the memory of Stage A's decoding, beside its weights; and Stage C's way from
-a file that no cache holds to its first step, with the main memory that it takes.
+process of its own that is held to it by `set_per_process_memory_fraction`: the third picture and later ones are timed,
+when all that can stay is on the card and what comes and goes is pinned in main memory. Then the memory of Stage A's
+decoding, beside its weights; and Stage C's way from a file that no cache holds to its first step, with the main memory
+that it takes.
 
     python benchmarks/memory.py [--limits 16 12 8 6 4] [--runs 2] [--folder FOLDER] [--json FILE] [--toy]
 
@@ -199,7 +200,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--limits", type=float, nargs="*", default=LIMITS, help="GB of the card")
-    parser.add_argument("--runs", type=int, default=2, help="pictures that are timed, after the first")
+    parser.add_argument("--runs", type=int, default=2, help="pictures that are timed, after two")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where 12 GB of files go"
     )

@@ -64,7 +64,7 @@ class Fast:
         self._weights = Weights(network)
         self._tables: Latest[Tensor] = Latest(TABLES)
         self._sessions: Latest[Session] = Latest(SESSIONS)
-        self._pool = Pool()
+        self._pool = Pool(self.network)
 
     def parameters(self) -> Any:
         return self.network.parameters()
@@ -134,7 +134,7 @@ class Fast:
         """
         if self._precision == "fp8":
             self._bound = None
-        self._pool = Pool()
+        self._pool = Pool(self.network)
         for session in self._sessions.values():
             session.clear(self._pool)
 

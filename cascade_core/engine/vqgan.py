@@ -39,7 +39,7 @@ class FastDecoder:
         self._weights = Weights(self.stage_a)
         self._blocks: list[Any] | None = None
         self._graphs: OrderedDict[tuple[int, ...], Graph | None] = OrderedDict()
-        self._pool = Pool()
+        self._pool = Pool(self.stage_a)
 
     @torch.inference_mode()
     def __call__(self, latent: Tensor) -> Tensor:

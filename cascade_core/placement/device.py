@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .pages import pinned_pages
 from .reserve import reserved
@@ -27,6 +27,10 @@ class Device(Protocol):
 
     def budget(self, ours: int) -> int:
         """Bytes for weights and what a forward takes, where `ours` are weights that are there already."""
+        ...
+
+    def held(self, network: nn.Module) -> int:
+        """Bytes that graphs of a network hold, which `budget` counts as taken."""
         ...
 
     def footprint(self, size: int) -> int:
@@ -84,6 +88,9 @@ class Cuda:
             most = min(most, self.limit)
         others = max(torch.cuda.memory_allocated(self.device) - ours, 0)
         return int(most * (1 - MARGIN)) - WORKSPACE - others - reserved(self.device)
+
+    def held(self, network: nn.Module) -> int:
+        return reserved(self.device, network)
 
     def footprint(self, size: int) -> int:
         return size if size < SEGMENT // 2 else -(-size // SEGMENT) * SEGMENT
@@ -147,6 +154,9 @@ class MainMemory:
 
     def budget(self, ours: int) -> int:
         return self.size
+
+    def held(self, network: nn.Module) -> int:
+        return 0
 
     def footprint(self, size: int) -> int:
         return size

@@ -75,15 +75,17 @@ class Pool:
     ) -> T:
         """body(device) with the network on the device, patched.
 
-        working: bytes that the body takes beside the weights. Where that, or anything else, is too much for the
-        memory, the body is run anew in the next smaller placement, which `tell` is told; it must begin from nothing
-        each time. Afterwards as much of the network stays on the device as was there.
+        working: bytes that the body takes beside the weights; what graphs of the network hold is part of them. Where
+        that, or anything else, is too much for the memory, the body is run anew in the next smaller placement, which
+        `tell` is told; it must begin from nothing each time. Afterwards as much of the network stays on the device as
+        was there.
         once: the network is run once, so that it is streamed rather than that others leave: it comes but once anyway.
 
         Raises CascadeError for patches that do not fit, torch.OutOfMemoryError where no placement is small enough.
         """
         placed = self._place(network)
         changes = placed.changes(network, patches)
+        working = max(working - self.device.held(network), 0)
         now = self._plan(placed, working, once)
         while True:
             try:
@@ -102,7 +104,7 @@ class Pool:
         """Bytes for what a run takes beside the network's weights, if the others leave or (beside) stay."""
         placed = self._place(network)
         others = sum(self._on(other) for other in self._others(placed)) if beside else 0
-        return self.device.budget(self._ours()) - self._need(placed.units) - others
+        return self._budget(placed, beside) - self._need(placed.units) - others
 
     def staying(self, network: nn.Module) -> float:
         """The share of a network's bytes that is on the device."""
@@ -145,8 +147,13 @@ class Pool:
 
     # Placements
 
+    def _budget(self, placed: Placed, beside: bool) -> int:
+        """Bytes for weights and what this network's runs take, if the others' graphs go or (beside) stay."""
+        leaving = [] if beside else [n for n, other in self.placed.items() if other in self._others(placed)]
+        return self.device.budget(self._ours()) + sum(self.device.held(network) for network in leaving)
+
     def _plan(self, placed: Placed, working: int, once: bool) -> Plan:
-        room = self.device.budget(self._ours()) - working
+        room = self._budget(placed, once) - working
         room -= sum(self._on(other) for other in self.placed.values() if other.in_use and other is not placed)
         if once:
             room -= sum(self._on(other) for other in self._others(placed))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
 
 import torch
+from torch import nn
 
-_RESERVES: WeakSet[Reserve] = WeakSet()
+_RESERVES: weakref.WeakSet[Reserve] = weakref.WeakSet()
 
 
 class Reserve:
-    """Counted for as long as it lives."""
+    """Counted for as long as it lives, as the network's that it is for."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
+        self.network = weakref.ref(network)
         self.sizes: dict[torch.device, int] = {}  # bytes
         _RESERVES.add(self)
 
@@ -28,6 +30,7 @@ class Reserve:
         self.sizes[device] = self.sizes.get(device, 0) + max(grown, 0)
 
 
-def reserved(device: torch.device) -> int:
-    """Bytes of all reserves on the device."""
-    return sum(reserve.sizes.get(device, 0) for reserve in _RESERVES)
+def reserved(device: torch.device, network: nn.Module | None = None) -> int:
+    """Bytes of all reserves on the device, or of a network's."""
+    found = [reserve for reserve in _RESERVES if network is None or reserve.network() is network]
+    return sum(reserve.sizes.get(device, 0) for reserve in found)

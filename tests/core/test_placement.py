@@ -387,6 +387,52 @@ def test_what_was_made_from_weights_hears_that_they_leave():
     assert derived.forgotten == [size_of(net)]  # once, and before
 
 
+class Held(Counting):
+    """Of which graphs hold some memory, until they hear that weights leave."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self.graphs: dict[nn.Module, int] = {}
+
+    def budget(self, ours: int) -> int:
+        return self.size - sum(self.graphs.values())
+
+    def held(self, network: nn.Module) -> int:
+        return self.graphs.get(network, 0)
+
+
+class Graphs:
+    def __init__(self, device: Held, network: nn.Module, size: int):
+        self.device, self.network = device, network
+        device.graphs[network] = size
+
+    def leave(self) -> None:
+        self.device.graphs.pop(self.network, None)
+
+
+def test_what_graphs_hold_is_no_room_until_they_leave_with_weights():
+    (prior, forward), (decoder, decode) = network("stage_c"), network("stage_b")
+    working = 100_000
+    device = Held(size_of(prior) + size_of(decoder) + working)
+    pool = Pool(device, UNIT)
+    pool.run(prior, lambda _: forward(), working)
+    own = Graphs(device, prior, working)
+    when_leaving(prior, own.leave)
+    pool.run(decoder, lambda _: decode())
+    assert pool.staying(prior) == 1  # its graphs are counted once
+    pool.run(prior, lambda _: forward(), working)
+    assert pool.staying(decoder) == 1
+    pool.run(decoder, lambda _: decode(), working)  # there is not as much beside the graphs
+    assert pool.staying(prior) < 1
+    assert not device.graphs
+    graphs = Graphs(device, decoder, size_of(decoder))
+    when_leaving(decoder, graphs.leave)
+    device.size = size_of(prior) + working
+    pool.run(prior, lambda _: forward(), working)  # whole, since both can leave
+    assert is_resident(prior)
+    assert not device.graphs
+
+
 def test_a_network_that_nobody_uses_any_more_leaves():
     net, forward = network("stage_c")
     device = Counting(2 * size_of(net))

@@ -245,7 +245,8 @@ def test_memory_of_graphs_is_counted_while_they_live(monkeypatch):
     device, taken = torch.device("cuda", 0), [100]
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: taken[0])
-    reserve = GraphPool()
+    network, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    reserve = GraphPool(network)
     before = reserved(device)
     with reserve.growing(device):
         taken[0] += 50
@@ -253,5 +254,6 @@ def test_memory_of_graphs_is_counted_while_they_live(monkeypatch):
         taken[0] += 20
         raise torch.OutOfMemoryError
     assert reserved(device) == before + 50
+    assert [reserved(device, each) for each in (network, other)] == [50, 0]
     del reserve
     assert reserved(device) == before
