@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ....cascade_core import activations, checkpoints
 from ....cascade_core.errors import CascadeError
 from .. import control as shared
+from .hosted import WholeLayers
 
 
 class HostedControl(nn.Module):
@@ -124,7 +125,7 @@ class CascadeControl(comfy.controlnet.ControlBase):
 
 def load_controlnet(path: Path) -> CascadeControl:
     network, _, _ = checkpoints.load_model(
-        path, expect="controlnet", dtype=torch.float32, operations=comfy.ops.manual_cast
+        path, expect="controlnet", dtype=torch.float32, operations=WholeLayers(comfy.ops.manual_cast)
     )
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     patcher = patcher_class(

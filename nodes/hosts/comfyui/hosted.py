@@ -1,5 +1,6 @@
 """A network of ours as ComfyUI holds it."""
 
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -24,3 +25,23 @@ class Hosted(nn.Module):
         )
         self.__dict__["network"] = network  # past nn.Module, which would register it as a child
         self.eval().requires_grad_(False)
+
+
+class WholeLayers:
+    """The host's layers, with their weights from the start.
+
+    Under dynamic VRAM (newer versions) its Linear and Embedding have none until a state dict is loaded, while ours are
+    compared with the file before. It leaves a subclass alone that loads its state dict by itself.
+    """
+
+    def __init__(self, operations: Any):
+        self._operations = operations
+        self.Linear, self.Embedding = _whole(operations.Linear), _whole(operations.Embedding)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._operations, name)
+
+
+@cache
+def _whole(layer: type[nn.Module]) -> type[nn.Module]:
+    return type(layer.__name__, (layer,), {"_load_from_state_dict": nn.Module._load_from_state_dict})

@@ -21,7 +21,7 @@ from ....cascade_core.half import STREAM_SCALE, hold_stream
 from ....cascade_core.stage_c import StageC
 from ....cascade_core.unet import UNet
 from ..run import Network, least_side
-from .hosted import Hosted
+from .hosted import Hosted, WholeLayers
 from .weights import remember_file
 
 DTYPES = {
@@ -185,7 +185,9 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
 
     def build(operations: Any, **ignored: Any) -> HostedNetwork:
         network: Any  # StageB or StageC
-        network, _, _ = checkpoints.load_model(path, expect=kind, dtype=weight_dtype, operations=operations)
+        network, _, _ = checkpoints.load_model(
+            path, expect=kind, dtype=weight_dtype, operations=WholeLayers(operations)
+        )
         return HostedNetwork(network, weight_dtype, Path(path).name)
 
     model = model_class(config, build)

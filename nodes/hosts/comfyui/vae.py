@@ -19,7 +19,7 @@ from ....cascade_core import activations, checkpoints
 from ....cascade_core.config import StageAConfig, infer_config
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo, join_tiles
-from .hosted import Hosted
+from .hosted import Hosted, WholeLayers
 from .weights import remember_file
 
 
@@ -92,7 +92,9 @@ def _not_about_empty_vae(record: logging.LogRecord) -> bool:
 
 def load_stage_a(path: Path) -> CascadeVAE:
     network: Any
-    network, _, config = checkpoints.load_model(path, expect="stage_a", operations=comfy.ops.manual_cast)
+    network, _, config = checkpoints.load_model(
+        path, expect="stage_a", operations=WholeLayers(comfy.ops.manual_cast)
+    )
     vae = CascadeVAE(HostedStageA(network))
     vae.downscale_ratio = vae.upscale_ratio = 2 ** config["levels"]
     vae.latent_channels = config["c_latent"]
@@ -110,12 +112,12 @@ def load_stage_a(path: Path) -> CascadeVAE:
 def load_compressor(compressor: Path, previewer: Path | None) -> CascadeVAE:
     encoder: Any
     encoder, _, config = checkpoints.load_model(
-        compressor, expect="compressor", operations=comfy.ops.manual_cast
+        compressor, expect="compressor", operations=WholeLayers(comfy.ops.manual_cast)
     )
     decoder: Any = None
     if previewer is not None:
         decoder, _, _ = checkpoints.load_model(
-            previewer, expect="previewer", operations=comfy.ops.manual_cast
+            previewer, expect="previewer", operations=WholeLayers(comfy.ops.manual_cast)
         )
     vae = CascadeVAE(HostedCoder(encoder, decoder))
     vae.downscale_ratio = 32
