@@ -135,6 +135,8 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
         loop = Loop(task, RandomBatches(options.latent, name == "controlnet"), settings, accelerator, mark)
         outcome = loop.run()
+    if not accelerator.is_main_process:  # which alone is told of the steps
+        return {}
     first = next(i for i, (step, _) in enumerate(marks) if step >= options.warm)
     (step, began), (last, ended) = marks[first], marks[-1]
     trained = sum(parameter.numel() for parameter in loop.parameters)
@@ -276,7 +278,8 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for task in options.tasks:
         results[task] = measure(options, task)
-        print(task, results[task], flush=True)  # whatever comes of the next
+        if results[task]:
+            print(task, results[task], flush=True)  # whatever comes of the next
         if options.published is not None:
             name = f"{task}, published"
             results[name] = measure_published(options, task)

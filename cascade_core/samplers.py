@@ -206,7 +206,7 @@ def _fresh(noise: Noise, x: Tensor) -> Tensor:
     drawn = noise()
     if drawn.shape != x.shape:  # broadcasting would give several images the same noise
         raise _wrong_noise(drawn, x)
-    return drawn.to(x)
+    return drawn.to(x, non_blocking=x.is_cuda)  # else the host would wait here for the forward before
 
 
 def _wrong_noise(noise: Tensor, x: Tensor) -> CascadeError:

@@ -82,7 +82,7 @@ class ComfyUI:
         return vae
 
     def program(self) -> Program:
-        c, b = (self.models[kind].model.diffusion_model for kind in ("stage_c", "stage_b"))
+        c, b = (OnDevice(self.models[kind].model.diffusion_model) for kind in ("stage_c", "stage_b"))
         return Program(MODULES, c, b, lambda latents: self.stage_a.decode(latents * UNITS))  # pyright: ignore[reportCallIssue]
 
     def sampling(self) -> Sampling:
@@ -110,6 +110,17 @@ class ComfyUI:
             self.models[kind], noise, self.setup.steps[i], self.setup.cfg[i], "ddpm", "simple", positive, negative,
             torch.zeros(shape), disable_pbar=True, seed=0,
         )  # fmt: skip
+
+
+class OnDevice:
+    """A network of its, which wants noise conditions on the device; our samplers give them on the processor."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.parameters = network.parameters
+
+    def __call__(self, x: Tensor, r: Tensor, **conditions: Any) -> Tensor:
+        return self.network(x, r.to(x.device), **conditions)
 
 
 def _imported(checkout: Path, device: torch.device) -> SimpleNamespace:

@@ -21,7 +21,6 @@ from .cache import fingerprint
 from .conditions import CachedText
 from .control import ControlNetTask
 from .data import TrainingData, fill_cache
-from .depthwise import ready_depthwise
 from .finetune import FinetuneTask
 from .image_prompts import ImagePrompts
 from .log import duration
@@ -160,9 +159,8 @@ def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> Im
 
 
 def ready_blocks(task: Task, settings: TrainSettings) -> None:
-    """Stage C's blocks as a backward pass wants them: compiled, and computed again, where the settings have it."""
+    """Stage C's blocks compiled, and computed again in the backward pass, as the settings have it."""
     stage_c = task.stage_c
-    ready_depthwise(stage_c)
     if settings.compile:
         compile_blocks(stage_c)
     recompute = settings.gradient_checkpointing

@@ -109,7 +109,8 @@ def sequences(checkout: Checkout, flags: list[str], further: list[str]) -> dict[
             freed.append(card.process())
             return {
                 "held_mib": [round(value / 2**20, 2) for value in held],
-                "growth_mib": (max(held) - held[0]) / 2**20,
+                # What is never given back; for a moment a server may hold its last picture too.
+                "growth_mib": (min(held[-WARM_UP:]) - min(held[:WARM_UP])) / 2**20,
                 "freed_process_mib": freed,
                 "pixels": worst,
                 "log": [line for line in server.log.splitlines() if "vram" in line.lower()][:5],

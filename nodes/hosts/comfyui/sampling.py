@@ -80,7 +80,7 @@ class CascadeSampler(comfy.samplers.Sampler):
 
         def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            log_snr = log_snr.to(x.device)
+            log_snr = log_snr.to(x.device, non_blocking=x.is_cuda)
             a, b = (per_image(value, x) for value in scale(log_snr))
             sigma = (log_snr / -2).exp()
             denoised = model(x / a, sigma, denoise_mask=denoise_mask, **extra_args)
