@@ -101,13 +101,15 @@ def _panel(chart: Chart, area, y_label: str, x_label: str, series: Mapping[str, 
         chart.text((at, bottom + 6), f"{x:g}", 11, FAINT, "mt")
     chart.text(((left + right) / 2, bottom + 26), x_label, 12, INK, "mt")
     legend = right
-    for ink, (name, points) in zip(COLOURS, series.items(), strict=False):
+    inked = list(zip(COLOURS, series.items(), strict=False))
+    for ink, (name, _) in inked:
+        legend = chart.text((legend, top - 20), name, 12, ink, "rm") - 14
+    for ink, (_, points) in reversed(inked):  # the first lies on top
         places = [place(x, y) for x, y in points if y > 0]
         if len(places) > 1:
             chart.line(places, ink, 2)
         for x, y in places:
             chart.box((x - 2.5, y - 2.5, x + 2.5, y + 2.5), ink)
-        legend = chart.text((legend, top - 20), name, 12, ink, "rm") - 14
 
 
 def _whole_powers(values: Sequence[float]) -> tuple[float, float]:
