@@ -41,7 +41,7 @@ class Chart:
     def save(self, path: Path) -> None:
         """Whole or not at all."""
         partial = path.with_name(f".{path.name}.part")
-        self.image.resize((self.width, self.height), Image.Resampling.LANCZOS).save(partial, "PNG")
+        self.image.reduce(FINE).save(partial, "PNG")  # averages, without halos
         os.replace(partial, path)
 
 
