@@ -181,9 +181,8 @@ class Pool:
         """As many units of others leave, from their last on, as that `need` bytes and what is there fit."""
         left = False
         for other in self._others(placed):
-            excess = (
-                self._ours() + need - self.device.budget(self._ours())
-            )  # less, too, by what leaves with weights
+            # The budget grows as well: graphs leave with weights.
+            excess = self._ours() + need - self.device.budget(self._ours())
             going = []
             for unit in reversed(other.there):
                 if excess <= 0:
