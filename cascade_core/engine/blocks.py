@@ -29,9 +29,8 @@ class Operand:
         self.made = None if make is None else make(self._weights())
 
     def _weights(self) -> Tensor | list[Tensor]:
-        return joined(
-            [layer.weight.flatten(1) for layer in self.layers]
-        )  # of a 1×1 convolution too: (C_out, C_in)
+        # A 1×1 convolution's too, as (C_out, C_in).
+        return joined([layer.weight.flatten(1) for layer in self.layers])
 
     def __call__(self) -> Any:
         return self._weights() if self.made is None else self.made
