@@ -10,14 +10,14 @@ from torch import Tensor
 from . import operations
 from .kernels import attention as attention_kernel
 from .kernels import depthwise, modulation, products, resident, response
-from .kernels.launch import compiling_ahead
+from .kernels.launch import compile_ahead
 from .operations import EPS, add_linear_, linear, operand, project
 
 __all__ = [
     "add_linear_",
     "attention",
     "channelwise_",
-    "compiling_ahead",
+    "compile_ahead",
     "depthwise_norm",
     "linear",
     "modulate_",

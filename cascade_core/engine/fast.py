@@ -240,9 +240,8 @@ class Session:
                 if not out_of_memory(error):
                     raise
                 self.graph = None  # it is a little slower without
-        if x.is_cuda and not self.compiled:
-            with ops.compiling_ahead():
-                bound(ops, x, given)
+        if not self.compiled:
+            ops.compile_ahead(lambda: bound(ops, x, given))
         self.ran = self.compiled = True
         return bound(ops, x, given)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .cuda import (
     attention,
-    compiling_ahead,
+    compile_ahead,
     depthwise_norm,
     gelu_scale_,
     linear,
@@ -29,7 +29,7 @@ __all__ = [
     "add_linear_",
     "attention",
     "channelwise_",
-    "compiling_ahead",
+    "compile_ahead",
     "depthwise_norm",
     "linear",
     "modulate_",

@@ -4,7 +4,7 @@ Feature maps are tokens: (B, N, C) contiguous, N = height · width. A trailing u
 in place.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ EPS = 1e-6  # of every LayerNorm in the networks
 RESPONSE_EPS = 1e-6
 
 
-compiling_ahead = nullcontext  # there is nothing to compile
+def compile_ahead(forward: Callable[[], object]) -> None:
+    """Nothing is to be compiled."""
 
 
 def keep_freed_memory() -> None:

@@ -52,10 +52,9 @@ class FastDecoder:
         if self._blocks is None:
             self._blocks = [bind(module, bound) for module in self._modules()]
             if latent.is_cuda:
-                from .kernels.launch import compiling_ahead
+                from .kernels.launch import compile_ahead
 
-                with compiling_ahead():
-                    self._decode(latent)
+                compile_ahead(lambda: self._decode(latent))
         run = self._graph_of(tuple(latent.shape)) if latent.is_cuda else _directly
         return run(self._decode, latent)
 

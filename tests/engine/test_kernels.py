@@ -14,7 +14,8 @@ from cascade_nodes.cascade_core.engine.kernels import (
     response,
     vqgan,
 )
-from cascade_nodes.cascade_core.engine.kernels.launch import compiling_ahead, launch
+from cascade_nodes.cascade_core.engine.kernels.launch import compile_ahead, launch
+from cascade_nodes.cascade_core.errors import CascadeError
 
 EPS = 1e-6
 HALF_STEP = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative
@@ -263,17 +264,35 @@ class CountedKernel:
         return run
 
 
-def test_compiling_ahead_compiles_once_what_is_alike_and_computes_nothing():
+def test_what_is_alike_is_compiled_ahead_once_and_nothing_is_computed():
     kernel, x = CountedKernel(), normal(2, 8, 32)
-    with compiling_ahead():
+    out = torch.full_like(x, 7.0)
+
+    def forward() -> None:
         for value in (x, x.clone(), x.half(), x.flatten()[1:]):
             for _ in range(2):
                 launch(kernel, (1,))(value, 3, num_warps=4)
         launch(kernel, (1,))(x, 4, num_warps=4)
         launch(kernel, (1,))(x, 4, num_warps=8)
-        untouched = modulation.norm(x, torch.full_like(x, 7.0), EPS)
+        modulation.norm(x, out, EPS)
+
+    compile_ahead(forward)
     assert (kernel.compiled, kernel.run) == (5, 0)  # float32, float16, unaligned; another number; other warps
-    assert untouched.eq(7.0).all()
+    assert out.eq(7.0).all()
     launch(kernel, (1,))(x, 3)
     assert (kernel.compiled, kernel.run) == (5, 1)
-    assert not modulation.norm(x, untouched, EPS).eq(7.0).any()
+    assert not modulation.norm(x, out, EPS).eq(7.0).any()
+
+
+def test_compiling_ahead_ends_with_an_error_too():
+    kernel = CountedKernel()
+
+    def forward() -> None:
+        launch(kernel, (1,))(1)
+        raise CascadeError("no")
+
+    for _ in range(2):  # the compiler's own mode would refuse to be entered twice
+        with pytest.raises(CascadeError):
+            compile_ahead(forward)
+    launch(kernel, (1,))(1)
+    assert (kernel.compiled, kernel.run) == (2, 1)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import triton
@@ -15,7 +14,7 @@ _compiled: ContextVar[set[Hashable] | None] = ContextVar("compiled_ahead", defau
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """`launch(kernel, grid)(…)` is `kernel[grid](…)`; within `compiling_ahead` it only compiles the kernel."""
+    """`launch(kernel, grid)(…)` is `kernel[grid](…)`; within `compile_ahead` it only compiles the kernel."""
     compiled = _compiled.get()
     if compiled is None:
         return kernel[grid]
@@ -40,18 +39,16 @@ def _kind(value: Any) -> Hashable:
     return value
 
 
-@contextmanager
-def compiling_ahead() -> Iterator[None]:
-    """Within, `launch` compiles for the arguments that it is given, and leaves results as they are: any numbers.
+def compile_ahead(forward: Callable[[], object]) -> None:
+    """Compiles all that `forward` launches, and leaves results as they are: it computes any numbers.
 
-    At the end all is compiled. One kernel takes the compiler a second or so, mostly outside Python.
+    One kernel takes the compiler a second or so, mostly outside Python.
     """
-    if not hasattr(triton, "AsyncCompileMode"):  # before Triton 3.5: each is compiled at its first launch
-        yield
-        return
-    token = _compiled.set(set())
-    try:
-        with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-            yield
-    finally:
-        _compiled.reset(token)
+    if hasattr(triton, "AsyncCompileMode"):  # since Triton 3.5; before, each is compiled at its first launch
+        copy_context().run(_compile, forward)  # whatever comes of it, nothing stays switched on
+
+
+def _compile(forward: Callable[[], object]) -> None:
+    _compiled.set(set())
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        forward()
