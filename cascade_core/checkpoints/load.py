@@ -90,7 +90,7 @@ def load_model(
     expect: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    operations=nn,
+    operations: Any = nn,
     read_ahead: bool = True,
 ) -> tuple[nn.Module, str, dict[str, Any]]:
     """A network in evaluation mode from a file of any layout, or a folder of diffusers: (module, kind, config).

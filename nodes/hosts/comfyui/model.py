@@ -18,6 +18,7 @@ from ....cascade_core import activations, checkpoints
 from ....cascade_core.engine import Fast
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.half import STREAM_SCALE, hold_stream
+from ....cascade_core.placement.reserve import reserved
 from ....cascade_core.stage_c import StageC
 from ....cascade_core.unet import UNet
 from ..run import Network, least_side
@@ -101,7 +102,8 @@ class StageCModel(comfy.model_base.StableCascade_C):
         images = [shape[1] for shape in (cond_shapes or {}).get("clip_img", [])] or [1]
         tokens = max(texts) + config.c_clip_seq * (1 + max(images))
         height, width = input_shape[-2:]
-        return value_bytes(self) * activations.stage_c(config, batch, height, width, tokens)
+        values = activations.stage_c(config, batch, height, width, tokens)
+        return with_graphs(value_bytes(self) * values, self.diffusion_model.network)
 
     def extra_conds_shapes(self, **kwargs) -> dict[str, list[int]]:
         """What `memory_required` needs to know before the run."""
@@ -139,7 +141,17 @@ class StageBModel(comfy.model_base.StableCascade_B):
         """Bytes of a forward pass beside the weights."""
         config, batch = self.diffusion_model.network.config, input_shape[0]
         height, width = input_shape[-2:]
-        return value_bytes(self) * activations.stage_b(config, batch, height, width)
+        values = activations.stage_b(config, batch, height, width)
+        return with_graphs(value_bytes(self) * values, self.diffusion_model.network)
+
+
+def with_graphs(needed: int, network: Any) -> int:
+    """Bytes that a forward needs, and what graphs of any network hold, which the host takes for free memory.
+
+    Its own are what it works in.
+    """
+    device = comfy.model_management.get_torch_device()
+    return max(needed - reserved(device, network), 0) + reserved(device)
 
 
 def value_bytes(model: Any) -> int:
