@@ -64,6 +64,8 @@ class Compared:
     def __init__(self):
         self.reference, self.errors = Reference(), {}
 
+    compile_ahead = staticmethod(operations.compile_ahead)
+
     def operand(self, weight: Tensor | list[Tensor]) -> dict[str, Any]:
         return {"computed": fp8.operand(weight), "expected": self.reference.operand(weight)}
 
