@@ -5,14 +5,13 @@ each of the two sources is one last, smaller block with a mask.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import described, launch
 
 SMALLEST = 16  # keys that a product takes at least
 
@@ -50,7 +49,7 @@ def attention(
     options = {"maxnreg": registers} if registers else {}
     launch(_attention, grid)(
         qkv,
-        _described(qkv, block_n, width) if tma else None,
+        described(qkv.flatten(0, 1), block_n, width) if tma else None,
         k_cond,
         v_cond,
         out,
@@ -72,13 +71,6 @@ def attention(
         **options,
     )
     return out
-
-
-def _described(qkv: Tensor, rows: int, columns: int) -> Any:
-    """For the tensor memory accelerator, block by block."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(qkv.flatten(0, 1), [rows, columns])
 
 
 def _last_block(keys: int, block: int) -> int:

@@ -39,6 +39,13 @@ def _kind(value: Any) -> Hashable:
     return value
 
 
+def described(matrix: Tensor, rows: int, columns: int) -> Any:
+    """For the tensor memory accelerator, tile by tile."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
 def compile_ahead(forward: Callable[[], object]) -> None:
     """Compiles all that `forward` launches, and leaves results as they are: it computes any numbers.
 

@@ -8,12 +8,11 @@ Sums are in float32 and rounded once. Operands may be quantised (`fp8.py`): then
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .launch import launch
+from .launch import described, launch
 from .matmul import SCHEDULES, product
 from .tuned import ANYWHERE, Config, choose
 
@@ -141,8 +140,8 @@ def _multiply(
     programs, streamed, parts, counters = _schedule(config, tiles_m * tiles_n, x.device)
     tma = config.tma and padded == rows and all(k * t.element_size() % 16 == 0 for t in (x, w))
     launch(product, (programs,))(
-        _described(x, config.block_m, config.block_k) if tma else x,
-        _described(w, config.block_n, config.block_k) if tma else w,
+        described(x, config.block_m, config.block_k) if tma else x,
+        described(w, config.block_n, config.block_k) if tma else w,
         scale, row_scale, column_scale, bias, out, partial, parts, counters,
         m, n, k, rows, padded, m // rows * chunks, tiles_m, tiles_n, streamed, programs,
         SPANS=0 if scale is None else _spans(rows, config.block_m),
@@ -170,13 +169,6 @@ def _spans(rows: int, block_m: int) -> int:
     if rows % block_m == 0:
         return 1
     return 2 if rows >= block_m else 3
-
-
-def _described(matrix: Tensor, rows: int, columns: int) -> Any:
-    """For the tensor memory accelerator, tile by tile."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
 def _schedule(
