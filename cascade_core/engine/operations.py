@@ -5,7 +5,6 @@ in place.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +26,6 @@ def keep_freed_memory() -> None:
     M_MMAP_THRESHOLD), so one is, that nothing is written to.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-def operand(weight: Tensor | list[Tensor]) -> Any:
-    """What `project`, `add_linear_` and `channelwise_` take for a block's weight (C_out, K): itself."""
-    return weight
 
 
 def norm(x: Tensor, eps: float = EPS) -> Tensor:
