@@ -87,8 +87,7 @@ class Picture:
             sides.append(conditions(kind, prompt, latents))
         guider = Guider(model, *sides, cfg=setup.cfg[i], dtype=dtype or setup.dtype)
         noise = NoiseSource(0, self.batch, latent_shape(kind, self.side))
-
-        def draw() -> Tensor:
-            return noise.draw().to(setup.device)
-
-        return sample(guider, draw(), steps=setup.steps[i], shift=setup.shift[i], sampler="ddpm", noise=draw)
+        start = noise.draw().to(setup.device)
+        return sample(
+            guider, start, steps=setup.steps[i], shift=setup.shift[i], sampler="ddpm", noise=noise.draw
+        )

@@ -206,7 +206,10 @@ def _fresh(noise: Noise, x: Tensor) -> Tensor:
     drawn = noise()
     if drawn.shape != x.shape:  # broadcasting would give several images the same noise
         raise _wrong_noise(drawn, x)
-    return drawn.to(x, non_blocking=x.is_cuda)  # else the host would wait here for the forward before
+    if x.is_cuda and not drawn.is_cuda:
+        # From memory that may be paged out the copy would wait, and the host with it, for the forward before.
+        return drawn.pin_memory().to(x, non_blocking=True)
+    return drawn.to(x)
 
 
 def _wrong_noise(noise: Tensor, x: Tensor) -> CascadeError:

@@ -46,7 +46,8 @@ LATENTS = {
 TOKENS, TEXT_WIDTH = 77, 1280
 STEPS, MEASURED = 3, 10
 DTYPE = "bf16"  # what random weights make of Stage B does not fit fp16, ComfyUI's own choice for it
-REST = 2**30  # of the device, left free beside weights and activations
+STRICT = "fp32"  # where the order of adding up must not show
+REST = 2**28  # of the device, left free beside weights and activations
 
 
 def write_files(folder: Path) -> dict[str, Path]:
@@ -208,23 +209,24 @@ def in_part(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, Any]:
     """Each sampler with all weights on the device, and with room for half of them: ComfyUI decides what stays where.
 
     Where it goes by estimates it is told of the lack of room, where it goes by faults (dynamic VRAM) there is none.
-    Without the engine, which leaves weights in part to the network: the two add up in another order.
+    Without the engine, which leaves weights in part to the network: the two add up in another order. So do kernels that
+    are chosen by the memory there is, which float32 does not show.
     """
     management = comfy.model_management
     device = management.get_torch_device()
     results = {}
+    torch.backends.cudnn.allow_tf32 = False
     for kind, shapes in LATENTS.items():
-        model = without_engine(comfyui.load_network(kind, files[kind], DTYPE))
+        model = without_engine(comfyui.load_network(kind, files[kind], STRICT))
         shape, size = shapes["1024 px"], model.model_size()
         whole = {name: run(kind, model, prompts[kind], shape) for name, run in SAMPLERS.items()}
         shares = {"whole": model.loaded_size() / size}
-        room = size / 2 + max(
-            model.model.memory_required([2 * shape[0], *shape[1:]]), management.minimum_inference_memory()
-        )
+        forward = model.model.memory_required([2 * shape[0], *shape[1:]])
+        room = size / 2 + max(forward, management.minimum_inference_memory())
         for name, run in SAMPLERS.items():
             free()
             if dynamic(model):
-                ballast = taken(room + REST, device)
+                ballast = taken(size / 2 + forward + REST, device)
                 part = run(kind, model, prompts[kind], shape)
             else:
                 ballast, reserved = None, management.EXTRA_RESERVED_VRAM
@@ -238,6 +240,7 @@ def in_part(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, Any]:
             f"{kind}, {name}: share of the weights on the device": share for name, share in shares.items()
         }
         free()
+    torch.backends.cudnn.allow_tf32 = True
     return results
 
 
