@@ -10,6 +10,8 @@ import pytest
         ("after the LoRA", 0.0),
         ("CLIP LoRA against merged", 1e-5),
         ("a clone", 0.0),
+        ("the model's own schedule, after another", 0.0),
+        ("the other schedule, after the model's own", 0.0),
         ("partly loaded", 0.0),
         ("the engine", 1e-5),
         ("fp16 weights", 0.0),  # the demo's own precision
@@ -28,7 +30,10 @@ def test_same_as(measured, name, bound):
     assert measured[name] <= bound
 
 
-@pytest.mark.parametrize("name", ["LoRA's own effect", "CLIP LoRA's effect", "the image's own effect"])
+@pytest.mark.parametrize(
+    "name",
+    ["LoRA's own effect", "CLIP LoRA's effect", "the image's own effect", "the other schedule's effect"],
+)
 def test_has_an_effect(measured, name):
     assert measured[name] > 0.05
 

@@ -139,7 +139,23 @@ def with_shift(patcher: Any, shift: float) -> Any:
     schedule.shift = shift
     # What the host's `set_parameters` does one time after another, which takes a second.
     times = torch.arange(1, schedule.num_timesteps + 1) / schedule.num_timesteps
-    schedule.set_sigmas(schedule.sigma(times))
+    _set_tables(schedule, schedule.sigma(times).float())
     patched = patcher.clone()
     patched.add_object_patch("model_sampling", schedule)
     return patched
+
+
+def _set_tables(schedule: Any, sigmas: Tensor) -> None:
+    """As plain attributes, not buffers.
+
+    Where the host pages weights (dynamic VRAM) it keeps a model's buffers by name and gives them back to whichever
+    schedule is in place by then: this one's would become the model's own.
+    """
+    for name, table in (("sigmas", sigmas), ("log_sigmas", sigmas.log())):
+        delattr(schedule, name)
+        setattr(schedule, name, table)
+    schedule.register_buffer = _keep_tables
+
+
+def _keep_tables(*_: Any, **__: Any) -> None:
+    """The model's own buffers are not this schedule's."""

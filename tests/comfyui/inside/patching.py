@@ -16,6 +16,7 @@ from cascade_nodes.cascade_core import checkpoints
 from cascade_nodes.demo.pipeline import WEIGHTS
 from cascade_nodes.nodes import latents
 from cascade_nodes.nodes.hosts import comfyui
+from cascade_nodes.nodes.hosts.comfyui.sampling import with_shift
 
 LAYER = "down_blocks.0.2.attention.attn.to_q"
 RANK, ALPHA, STRENGTH = 4, 2.0, 0.75
@@ -77,6 +78,30 @@ def clip_lora(folder: Path, clip: Any) -> dict[str, float]:
     return {
         "CLIP LoRA against merged": relative(after, merged),
         "CLIP LoRA's effect": relative(after, before),
+    }
+
+
+def schedule_of_its_own() -> dict[str, float]:
+    """The model's own schedule after one of another shift was in its place.
+
+    As where weights are paged: a model's buffers are kept by name, and set again once another patch is there.
+    """
+    model = comfyui.load_network("stage_c", WEIGHTS / "demo_stage_c.safetensors", "fp32")
+    own = model.get_model_object("model_sampling")
+    sigmas = own.sigmas.clone()
+    other = with_shift(model, own.shift + 2).get_model_object("model_sampling")
+    shifted = other.sigmas.clone()
+    for before, after in ((own, other), (other, own)):
+        model.model.model_sampling = before
+        kept = dict(model.model.named_buffers())
+        model.model.model_sampling = after
+        for name, buffer in kept.items():
+            where, _, attribute = name.rpartition(".")
+            model.model.get_submodule(where).register_buffer(attribute, buffer)
+    return {
+        "the model's own schedule, after another": relative(own.sigmas, sigmas),
+        "the other schedule, after the model's own": relative(other.sigmas, shifted),
+        "the other schedule's effect": relative(other.sigmas, own.sigmas),
     }
 
 
@@ -179,6 +204,7 @@ def measure() -> dict[str, float]:
             **stage_c_lora(folder, prompts),
             **clip_lora(folder, clip),
             **precision_and_placement(prompts),
+            **schedule_of_its_own(),
             **native_vae_nodes(),
             **vision(clip),
         }
