@@ -16,7 +16,8 @@ from cascade_nodes.demo.pipeline import PRIOR, DemoCascade, Sampling
 from cascade_nodes.demo.scenes import Scene, alone, sample_scenes
 from cascade_nodes.demo.taught_tasks import adapter
 
-VARIATION = Sampling(steps=20, cfg=3.0, sampler="dpmpp_2m")
+# Chosen by other pictures than those that are measured: 86 % of 1,000, where the demo graph's own settings give 84 %.
+VARIATION = replace(PRIOR, sampler="ddpm", cfg_rescale=0.5)
 SPLITS = {"train": "", "held_out": "_of_what_was_never_trained"}  # what a figure of each is called
 
 
@@ -25,12 +26,12 @@ def things(scene: Scene) -> Spec:
     return Spec(tuple(ObjectSpec(shape=o.shape, colour=o.colour) for o in scene.objects), exact=True)
 
 
-def prompted(cascade: DemoCascade, embedded: Tensor, seed: int) -> Tensor:
+def prompted(cascade: DemoCascade, embedded: Tensor, seed: int, how: Sampling) -> Tensor:
     """Pictures of image prompts (N, n, E) without words: (N, 3, H, W) in [0, 1] on the CPU"""
 
     def some(part: slice) -> Tensor:
         prompts = [""] * (part.stop - part.start)
-        latents = cascade.prior(prompts, seed + part.start, VARIATION, images=embedded[part])
+        latents = cascade.prior(prompts, seed + part.start, how, images=embedded[part])
         return cascade.decode(latents, prompts, seed + part.start)
 
     return in_batches(some, len(embedded))
@@ -48,7 +49,7 @@ def variation(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
         scenes = sample_scenes(count, SEED + 10, split)
         sources = pictures(scenes, cascade.device)
         embedded = cascade.embed(sources)[:, None]  # (N, 1, E)
-        first, second = (prompted(cascade, embedded, seed) for seed in (SEED, SEED + 10_000))
+        first, second = (prompted(cascade, embedded, seed, VARIATION) for seed in (SEED, SEED + 10_000))
         figures[f"right{name}"] = rates(first, [things(scene) for scene in scenes])["all_right"]
         figures[f"right{name}_psnr_between_seeds_db"] = psnr(first, second).mean().item()
         sheets.append(torch.stack([as_float(sources).cpu(), first, second], dim=1).flatten(0, 1))
@@ -64,7 +65,7 @@ def mixing(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
     def made(embedded: Tensor, strength: float) -> Tensor:
         with patched(cascade.stage_c, [Patch("two pictures", changes, strength)]):
-            return prompted(cascade, embedded, SEED)
+            return prompted(cascade, embedded, SEED, PRIOR)
 
     figures: Figures = {}
     sheets = []
