@@ -33,7 +33,6 @@ GROWTH, LEAST_GROWTH_MIB = 0.01, 0.5
 IN_PART = 1e-4  # in float32: the same numbers come of weights that are copied to the card for each use
 ENGINE = 0.03  # two ways to add up in bf16, over three steps
 ESTIMATE_OVER_PEAK = (1.0, 2.0)
-WORKSPACE_MIB = 80  # of convolutions, which cuDNN takes at some sizes only
 PIXELS = 2  # of 255, between two runs of one prompt
 # Without flags, and with those that keep weights in main memory; newer versions go by faults unless told not to.
 FLAGS = ([], ["--lowvram"], ["--novram"])
@@ -194,8 +193,7 @@ def of_card(card: dict[str, Any]) -> list[str]:
             failed.append(f"{what}: no")
     low, high = ESTIMATE_OVER_PEAK
     for what, figures in card["estimates"].items():
-        peak, estimate = figures["peak_mib"], figures["estimate_mib"]
-        if not low * peak <= estimate <= high * peak + WORKSPACE_MIB:
+        if not low <= figures["estimate_over_peak"] <= high:
             failed.append(f"{what}: the estimate is {figures['estimate_over_peak']:.2f} of the peak")
     return failed
 

@@ -31,7 +31,7 @@ DTYPES = {
     "fp32": torch.float32,
     "fp8": torch.float8_e4m3fn,
 }
-WORKSPACE = 80 * 2**20  # bytes that cuDNN takes for convolutions of some sizes, whatever the picture's
+WORKSPACE = 80 * 2**20  # bytes that cuDNN takes at most for convolutions, at some sizes
 
 ENGINE = "cascade_engine"  # in the host's transformer_options: whether the fast path is taken
 
@@ -103,7 +103,7 @@ class StageCModel(comfy.model_base.StableCascade_C):
         tokens = max(texts) + config.c_clip_seq * (1 + max(images))
         height, width = input_shape[-2:]
         values = activations.stage_c(config, batch, height, width, tokens)
-        return with_graphs(value_bytes(self) * values + WORKSPACE, self.diffusion_model.network)
+        return forward_bytes(value_bytes(self) * values, self.diffusion_model.network)
 
     def extra_conds_shapes(self, **kwargs) -> dict[str, list[int]]:
         """What `memory_required` needs to know before the run."""
@@ -142,15 +142,15 @@ class StageBModel(comfy.model_base.StableCascade_B):
         config, batch = self.diffusion_model.network.config, input_shape[0]
         height, width = input_shape[-2:]
         values = activations.stage_b(config, batch, height, width)
-        return with_graphs(value_bytes(self) * values + WORKSPACE, self.diffusion_model.network)
+        return forward_bytes(value_bytes(self) * values, self.diffusion_model.network)
 
 
-def with_graphs(needed: int, network: Any) -> int:
-    """Bytes that a forward needs, and what graphs of any network hold, which the host takes for free memory.
-
-    Its own are what it works in.
+def forward_bytes(values: int, network: Any) -> int:
+    """What a forward needs whose values take so many bytes, and what graphs of any network hold, which the host takes
+    for free memory. Its own are what it works in.
     """
     device = comfy.model_management.get_torch_device()
+    needed = values + min(WORKSPACE, values // 2)
     return max(needed - reserved(device, network), 0) + reserved(device)
 
 

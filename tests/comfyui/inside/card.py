@@ -209,8 +209,7 @@ def in_part(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, Any]:
     """Each sampler with all weights on the device, and with room for half of them: ComfyUI decides what stays where.
 
     Where it goes by estimates it is told of the lack of room, where it goes by faults (dynamic VRAM) there is none.
-    Without the engine, which leaves weights in part to the network: the two add up in another order. So do kernels that
-    are chosen by the memory there is, which float32 does not show.
+    Without the engine, which leaves weights in part to the network: the two add up in another order.
     """
     management = comfy.model_management
     device = management.get_torch_device()
