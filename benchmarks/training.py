@@ -103,6 +103,7 @@ def settings_of(options: argparse.Namespace, task: Any, folder: str) -> Settings
         precision=options.precision,
         gradient_checkpointing=options.recompute,
         compile=options.compile,
+        cuda_graphs=options.cuda_graphs,
         deterministic=options.deterministic,
         warmup=0,
     )
@@ -129,9 +130,11 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
             )
         ready_blocks(task, settings.train)
         marks: list[tuple[int, float]] = []
+        losses: list[float] = []  # the same to the bit with CUDA graphs and without
 
         def mark(progress: Progress) -> None:
             marks.append((progress.step, time.perf_counter()))
+            losses.append(progress.loss)
 
         loop = Loop(task, RandomBatches(options.latent, name == "controlnet"), settings, accelerator, mark)
         outcome = loop.run()
@@ -141,7 +144,12 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     (step, began), (last, ended) = marks[first], marks[-1]
     trained = sum(parameter.numel() for parameter in loop.parameters)
     speed = (last - step) / (ended - began)
-    return {"steps_per_second": speed, "peak_gb": outcome.peak_bytes / 1e9, "trained_parameters": trained}
+    return {
+        "steps_per_second": speed,
+        "peak_gb": outcome.peak_bytes / 1e9,
+        "trained_parameters": trained,
+        "losses": losses,
+    }
 
 
 # The published loop, from its own modules
@@ -269,6 +277,7 @@ def main() -> None:
     )
     parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--published", type=Path, help="a checkout of Stability-AI/StableCascade to compare with"
     )

@@ -19,6 +19,7 @@ from ..stage_c import StageC
 from .conditions import CachedText
 from .data import Batch
 from .making_hints import HINTS, FindFaces, Tools, hint_of
+from .recorded import Recorded
 from .settings import ControlNetSettings, ObjectiveSettings
 from .task import Inputs, State, Task
 
@@ -51,6 +52,7 @@ class ControlNetTask(Task):
         network = network.to(self.device).requires_grad_(True)
         self.trained = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.trained.train(settings.start == "random")
+        self.controlled: Callable[..., Tensor] = self._controlled
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Inputs:
         assert batch.images is not None
@@ -58,16 +60,20 @@ class ControlNetTask(Task):
         hint = self.hint.make(images, generator, self.tools)
         return self.inputs(batch, hint)
 
+    def record(self) -> None:
+        config: Any = self.trained.config
+        if not (self.trained.training and config.drop_path):  # it would drop the same blocks each time
+            self.controlled = Recorded(self.controlled, self.trained.parameters())
+
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
         assert inputs.hint is not None
-        conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
+        others = inputs.hint, *self.conditions(self.text_of(inputs), inputs.image_prompts)
+        return self.diffusion_loss(lambda x, r: self.controlled(x.to(self.dtype), r, *others), inputs.latents)
+
+    def _controlled(self, x: Tensor, r: Tensor, hint: Tensor, *conditions: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            residuals = self.trained(inputs.hint)
-
-        def predict(x: Tensor, r: Tensor) -> Tensor:
-            return self.stage_c(x.to(self.dtype), r, *conditions, control=residuals)
-
-        return self.diffusion_loss(predict, inputs.latents)
+            residuals = self.trained(hint)
+        return self.stage_c(x, r, *conditions, control=residuals)
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:

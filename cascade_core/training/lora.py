@@ -16,6 +16,7 @@ from .conditions import CachedText, Conditions
 from .live_text import LiveText
 from .low_rank import LowRankChanges, select_layers
 from .objectives import consistency_loss
+from .recorded import Recorded
 from .settings import LoRASettings, ObjectiveSettings, TokenSettings
 from .task import DTYPES, Inputs, State, Task
 from .tokens import LearnedTokens
@@ -43,6 +44,8 @@ class LoRATask(Task):
         layers = select_layers(stage_c, settings.targets)
         self.changes = LowRankChanges(layers, settings.rank, settings.alpha, dtype, generator).to(self.device)
         self.trained = nn.ModuleDict({"stage_c": self.changes})
+        self.student: Callable[..., Tensor] = self._changed
+        self.teacher: Callable[..., Tensor] = stage_c
         self.text_changes, self.learned = None, None
         if encoder is not None and settings.text_encoder:
             layers = select_layers(encoder.model, _text_targets(settings.targets))
@@ -65,15 +68,22 @@ class LoRATask(Task):
             groups.append(self.learned.group(self.settings.token_learning_rate))
         return groups
 
+    def record(self) -> None:
+        self.student = Recorded(self.student, [self.changes.vector])
+        self.teacher = Recorded(self.teacher)
+
+    def _changed(self, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
+        with self.changes.applied():
+            return self.stage_c(x, r, *conditions)
+
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
         if self.objective.kind == "consistency":
             return self._consistency(inputs)
         with self.text_changes.applied() if self.text_changes is not None else nullcontext():
             conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
-        with self.changes.applied():
-            return self.diffusion_loss(
-                lambda x, r: self.stage_c(x.to(self.dtype), r, *conditions), inputs.latents
-            )
+        return self.diffusion_loss(
+            lambda x, r: self.student(x.to(self.dtype), r, *conditions), inputs.latents
+        )
 
     def _consistency(self, inputs: Inputs) -> dict[str, Tensor]:
         """The teacher is the same Stage C without the changes, guided."""
@@ -87,11 +97,10 @@ class LoRATask(Task):
         cfgs = (low + (high - low) * torch.rand(len(x0))).tolist() if low != high else [low]
 
         def predict(x: Tensor, r: Tensor) -> Tensor:
-            with self.changes.applied():
-                return self.stage_c(x.to(self.dtype), r, *conditions)
+            return self.student(x.to(self.dtype), r, *conditions)
 
         def teacher(x: Tensor, r: Tensor) -> Tensor:
-            cond, uncond = self.stage_c(x.to(self.dtype).repeat(2, 1, 1, 1), r.repeat(2), *both).chunk(2)
+            cond, uncond = self.teacher(x.to(self.dtype).repeat(2, 1, 1, 1), r.repeat(2), *both).chunk(2)
             parts = zip(cond.chunk(len(cfgs)), uncond.chunk(len(cfgs)), cfgs, strict=True)
             return torch.cat([guide(c, u, cfg, o.cfg_rescale) for c, u, cfg in parts])
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoints import load_model
 from ..compressor import SemanticCompressor
+from ..engine.graphs import can_record
 from ..errors import CascadeError
 from ..stage_c import StageC
 from ..text import TextEncoder
@@ -159,7 +160,7 @@ def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> Im
 
 
 def ready_blocks(task: Task, settings: TrainSettings) -> None:
-    """Stage C's blocks compiled, and computed again in the backward pass, as the settings have it."""
+    """Stage C's blocks compiled, computed again in the backward pass, and recorded, as the settings have it."""
     stage_c = task.stage_c
     if settings.compile:
         compile_blocks(stage_c)
@@ -168,6 +169,8 @@ def ready_blocks(task: Task, settings: TrainSettings) -> None:
         recompute = sum(parameter.numel() for parameter in stage_c.parameters()) > LARGE
     if recompute:
         recompute_blocks(stage_c, task.changes.as_now if isinstance(task, LoRATask) else nullcontext)
+    if settings.cuda_graphs and can_record(task.device):
+        task.record()
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

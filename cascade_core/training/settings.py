@@ -57,6 +57,7 @@ class TrainSettings:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on an accelerator
     gradient_checkpointing: bool | None = None  # null: where Stage C is large
     compile: bool = False
+    cuda_graphs: bool = True  # on an accelerator, where a step draws nothing at random within the network
     deterministic: bool = True
 
     def __post_init__(self) -> None:

@@ -90,6 +90,9 @@ class Task:
         """The terms by name; `loss` is minimised."""
         raise NotImplementedError
 
+    def record(self) -> None:
+        """From now on the networks' passes are replayed from CUDA graphs, where they are the same in each step."""
+
     def using(self, state: State) -> AbstractContextManager[Callable[..., Tensor]]:
         """Inside the block: Stage C as it is with this state, for samples."""
         raise NotImplementedError

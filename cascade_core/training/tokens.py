@@ -15,6 +15,7 @@ from ..stage_c import StageC
 from ..text import TextEncoder
 from .conditions import CachedText
 from .live_text import LiveText
+from .recorded import Recorded
 from .settings import ObjectiveSettings, TokenSettings
 from .task import Inputs, State, Task
 
@@ -77,15 +78,17 @@ class TokensTask(Task):
         super().__init__(stage_c, text, objective, dtype)
         self.trained = LearnedTokens(tokens, encoder, captions).to(self.device)
         self.live = self.trained.live(encoder, captions)
+        self.frozen: Callable[..., Tensor] = stage_c
+
+    def record(self) -> None:
+        self.frozen = Recorded(self.frozen)
 
     def groups(self) -> list[dict[str, Any]]:
         return [self.trained.group()]
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
-        return self.diffusion_loss(
-            lambda x, r: self.stage_c(x.to(self.dtype), r, *conditions), inputs.latents
-        )
+        return self.diffusion_loss(lambda x, r: self.frozen(x.to(self.dtype), r, *conditions), inputs.latents)
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:

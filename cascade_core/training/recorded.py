@@ -1,0 +1,119 @@
+"""CUDA graphs of a network's forward and backward passes: a step then waits for the accelerator and not for Python.
+
+A step on the published Stage C launches thousands of kernels, most of them shorter than it takes to launch them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..engine.fast import Latest
+
+MOST = 12  # shapes whose passes are kept; a bucket of another aspect ratio is another shape
+
+
+class Recorded:
+    """`function` of tensors, its passes recorded the second time that a shape is seen, and replayed from then on.
+
+    function      gives one tensor; reads nothing else that changes but `parameters`, where they lie, and draws nothing
+                  at random
+    parameters    what it gives gradients to besides its arguments
+
+    All shapes share the memory of the largest, so no pass may begin between another and its way back: such a one runs
+    as it is.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], parameters: Iterable[nn.Parameter] = ()):
+        self.function, self.parameters = function, list(parameters)
+        self.passes: Latest[list[Passes]] = Latest(MOST)  # none the first time
+        self.pool: Any = None
+        self.returning = False
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        gradients = torch.is_grad_enabled()
+        key = gradients, *((tuple(value.shape), value.dtype, value.requires_grad) for value in inputs)
+        seen = key in self.passes
+        kept = self.passes.of(key, list)
+        if not seen or self.returning:  # kernels are compiled and workspaces allocated the first time
+            return self.function(*inputs)
+        if not kept:
+            kept.append(self._record(inputs, gradients))
+        return _Replay.apply(self, kept[0], *inputs, *self.parameters)  # type: ignore[return-value]
+
+    def _record(self, inputs: Sequence[Tensor], gradients: bool) -> Passes:
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # what the pass took that was not recorded
+        return Passes(self.function, inputs, self.parameters, self.pool, gradients)
+
+
+class Passes:
+    """One shape's passes. Their arguments and results lie at fixed addresses."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        pool: Any,
+        gradients: bool,
+    ):
+        self.inputs = [value.detach().clone().requires_grad_(value.requires_grad) for value in inputs]
+        self.wanted = [gradients and value.requires_grad for value in (*self.inputs, *parameters)]
+        self.forward, self.backward = torch.cuda.CUDAGraph(), None
+        with torch.set_grad_enabled(gradients), _recording(self.forward, pool):
+            output = function(*self.inputs)
+        self.output, self.gradients = output.detach(), []
+        if any(self.wanted):
+            self.backward, self.incoming = torch.cuda.CUDAGraph(), torch.empty_like(self.output)
+            sources = [
+                v for v, wanted in zip((*self.inputs, *parameters), self.wanted, strict=True) if wanted
+            ]
+            with _recording(self.backward, pool):
+                self.gradients = torch.autograd.grad(output, sources, self.incoming, allow_unused=True)
+
+    def forwards(self, inputs: Sequence[Tensor]) -> Tensor:
+        for kept, value in zip(
+            self.inputs, inputs, strict=False
+        ):  # parameters follow, which lie where they lay
+            kept.detach().copy_(value)
+        self.forward.replay()
+        return self.output.clone()
+
+    def backwards(self, incoming: Tensor) -> list[Tensor | None]:
+        assert self.backward is not None
+        self.incoming.copy_(incoming)
+        self.backward.replay()
+        given = iter(self.gradients)
+        found = [next(given) if wanted else None for wanted in self.wanted]
+        return [None if gradient is None else gradient.clone() for gradient in found]
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    own = torch.cuda.stream(torch.cuda.current_stream())  # to be back on, also where recording fails
+    # The thread that prepares the next batches uses the accelerator meanwhile.
+    with own, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        yield
+
+
+class _Replay(torch.autograd.Function):
+    """The passes as one operation of autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, recorded: Recorded, passes: Passes, *tensors: Tensor) -> Tensor:
+        ctx.recorded, ctx.passes = recorded, passes
+        recorded.returning = passes.backward is not None
+        return passes.forwards(tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Tensor):
+        ctx.recorded.returning = False
+        return None, None, *ctx.passes.backwards(incoming[0])
