@@ -119,6 +119,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(options, name, folder)
         dtype = compute_dtype(options.precision, device)
+        torch.manual_seed(0)
         stage_c = random_stage_c(options.size, dtype, device)
         text = CachedText(cast(Any, RandomText(stage_c.config)), CAPTIONS, device)
         task: Task

@@ -32,12 +32,10 @@ def candidates(quantised: bool) -> list[Config]:
     """Tiles of 128 × 256 for two warp groups, of half that for one; smaller ones where there are few rows."""
     k = 128 if quantised else 64  # 128 bytes: what shared memory is swizzled by
     large = [Config(128, 256, k), Config(128, 256, k, tma=True), Config(256, 128, k, tma=True)]
-    large += [Config(128, 256, k, schedule=s, tma=True) for s in ("loop", "stream")]
-    large += [Config(128, 256, k, stages=4, schedule=s, tma=True) for s in ("tile", "stream")]
+    large += [Config(128, 256, k, schedule="loop", tma=True), Config(128, 256, k, stages=4, tma=True)]
     half = [Config(128, 128, k, warps=4), Config(128, 128, k, warps=4, tma=True)]
     half += [Config(64, 256, k, warps=4, tma=True), Config(128, 128, k, stages=4, tma=True)]
-    half += [Config(128, 128, k, warps=4, schedule=s, tma=True, per_sm=2) for s in ("loop", "stream")]
-    half += [Config(128, 128, k, stages=4, schedule="stream", tma=True)]
+    half += [Config(128, 128, k, warps=4, schedule="loop", tma=True, per_sm=2)]
     small = [Config(64, 128, k, warps=4, stages=4, tma=True), Config(128, 64, k, warps=4, stages=4, tma=True)]
     return [*large, *half, *small]
 

@@ -164,6 +164,7 @@ class Fast:
         key = (
             tuple(x.shape),
             x.dtype,
+            x.device,
             tuple((name, None if t is None else tuple(t.shape)) for name, t in sorted(conditions.items())),
             tuple(None if residual is None else tuple(residual.shape) for residual in control),
         )

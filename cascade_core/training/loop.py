@@ -194,23 +194,20 @@ class Loop:
         return total
 
     def _share_gradients(self) -> None:
-        """The mean over all processes, in one exchange."""
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if len(gradients) == 1:
-            gradients[0].copy_(self._mean(gradients[0]))
-            return
-        flat = self._mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        self._share([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def _share_statistics(self) -> None:
         """The same for what is no parameter: batch norms' statistics, where they are learned."""
-        if self.accelerator.num_processes > 1 and self.task.trained.training:
-            for buffer in self.task.trained.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self._mean(buffer))
+        if self.task.trained.training:
+            self._share([buffer for buffer in self.task.trained.buffers() if buffer.is_floating_point()])
+
+    def _share(self, tensors: list[Tensor]) -> None:
+        """Each becomes its mean over all processes, in one exchange."""
+        if self.accelerator.num_processes == 1 or not tensors:
+            return
+        flat = self._mean(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
     def _mean(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

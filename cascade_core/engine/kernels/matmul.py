@@ -11,11 +11,8 @@ tile is one chunk or several. Where CHUNK does not divide `rows`, each image is 
 and tiles run over these, so that a tile may span images but a chunk never does.
 
 A schedule says which program computes what:
-`tile`    one program, one tile.
-`loop`    as many programs as fit at once, each taking every n-th tile, so that loads run on while a tile ends.
-`stream`  as many programs as fit at once, each the same share of all steps along K (stream-K, arXiv 2301.03598):
-          no multiprocessor idles in a last, partly filled wave. Parts of a tile meet in a workspace; the last
-          program to arrive adds them in the order of K. Nothing depends on who comes first, and none waits.
+`tile`  one program, one tile.
+`loop`  as many programs as fit at once, each taking every n-th tile, so that loads run on while a tile ends.
 """
 
 import triton
@@ -23,8 +20,7 @@ import triton.language as tl
 
 TILE = tl.constexpr(0)
 LOOP = tl.constexpr(1)
-STREAM = tl.constexpr(2)
-SCHEDULES = {"tile": TILE.value, "loop": LOOP.value, "stream": STREAM.value}
+SCHEDULES = {"tile": TILE.value, "loop": LOOP.value}
 
 
 @triton.jit
@@ -67,12 +63,12 @@ def _rows(tile_m, m, rows, padded, BLOCK_M: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    x, w, scale, row, tile_m, tile_n, first, last, m, n, k, rows,
+    x, w, scale, row, tile_m, tile_n, m, n, k, rows,
     SPANS: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Steps `first` to `last` along K of one tile.
+    """The sums of one tile.
 
     SPANS: of how many images a tile's rows may be: 0 without scale, 1, 2, or 3 for any number.
     """
@@ -81,12 +77,12 @@ def _accumulate(
     row = tl.minimum(row, m - 1)  # what does not exist is computed from the last row and not stored
     if not TMA:
         column = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), n - 1)
-        x_at = x + row.to(tl.int64)[:, None] * k + (first * BLOCK_K + depth)[None, :]
-        w_at = w + column.to(tl.int64)[None, :] * k + (first * BLOCK_K + depth)[:, None]
+        x_at = x + row.to(tl.int64)[:, None] * k + depth[None, :]
+        w_at = w + column.to(tl.int64)[None, :] * k + depth[:, None]
     image = row // rows
     lowest = tl.minimum(tile_m * BLOCK_M, m - 1) // rows
     highest = (tl.minimum(tile_m * BLOCK_M + BLOCK_M, m) - 1) // rows
-    for step in range(first, last):
+    for step in range(tl.maximum(tl.cdiv(k, BLOCK_K), 1)):  # which tells the compiler that it runs
         at = step * BLOCK_K
         if TMA:
             a = x.load([tile_m * BLOCK_M, at])
@@ -148,40 +144,10 @@ def _finish(
     tl.store(at, y, mask=inside)
 
 
-@triton.jit
-def _meet(
-    acc, parts, counters, tile, first, last, steps, share, programs,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Leaves a part of a tile in the workspace; returns the whole and True to the program that comes last.
-
-    Program p has steps p · share / programs to (p + 1) · share / programs, and two places: for a part that starts
-    with its tile, and for one that does not.
-    """
-    program = tl.program_id(0)
-    spread = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    place = 2 * program + (first == 0).to(tl.int32)
-    tl.store(parts + place.to(tl.int64) * (BLOCK_M * BLOCK_N) + spread, acc)
-    tl.debug_barrier()  # all of the program has stored before one of its threads says so
-    before = tl.atomic_add(counters + tile, last - first, sem="acq_rel")
-    arrived = before + last - first == steps
-    if arrived:
-        tl.store(counters + tile, 0)  # ready for the next product
-        # The program whose share holds step i is the last one that starts at or before i.
-        lowest = ((tile * steps + 1) * programs - 1) // share
-        highest = ((tile * steps + steps) * programs - 1) // share
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for p in range(lowest, highest + 1):
-            place = 2 * p + (p == lowest).to(tl.int32)
-            at = parts + place.to(tl.int64) * (BLOCK_M * BLOCK_N) + spread
-            acc += tl.load(at, cache_modifier=".cg")
-    return acc, arrived
-
-
-@triton.jit(do_not_specialize=["m", "rows", "padded", "chunks", "tiles_m", "tiles_n", "streamed", "programs"])
+@triton.jit(do_not_specialize=["m", "rows", "padded", "chunks", "tiles_m", "tiles_n", "programs"])
 def product(
-    x, w, scale, row_scale, column_scale, bias, out, partial, parts, counters,
-    m, n, k, rows, padded, chunks, tiles_m, tiles_n, streamed, programs,
+    x, w, scale, row_scale, column_scale, bias, out, partial,
+    m, n, k, rows, padded, chunks, tiles_m, tiles_n, programs,
     SPANS: tl.constexpr, GELU: tl.constexpr, RESPONSE: tl.constexpr, ADD: tl.constexpr, PADDED: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SCHEDULE: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -189,17 +155,13 @@ def product(
     """x: (m, k) and w: (n, k), or their descriptors; scale: (m / rows, k) float32; row_scale: (m,),
     column_scale: (n,) float32; bias: (n,); out: (m, n); partial: (chunks, n) float32, `chunks` of all images together.
     What is not asked for is None.
-
-    parts: 2 · programs · BLOCK_M · BLOCK_N float32 and counters: int32, zero before and after, for `stream`, which
-    shares out the first `streamed` tiles and deals the others out as `loop` does.
     """
     program = tl.program_id(0)
-    steps = tl.maximum(tl.cdiv(k, BLOCK_K), 1)  # which tells the compiler that loops along K run
     if SCHEDULE == TILE:
         tile_m, tile_n = _position(program, tiles_m, tiles_n, GROUP)
         row, valid = _rows(tile_m, m, rows, padded, BLOCK_M, PADDED)
         acc = _accumulate(
-            x, w, scale, row, tile_m, tile_n, 0, steps, m, n, k, rows,
+            x, w, scale, row, tile_m, tile_n, m, n, k, rows,
             SPANS, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
         _finish(
@@ -207,36 +169,11 @@ def product(
             GELU, RESPONSE, ADD, CHUNK, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         return
-    if SCHEDULE == STREAM:
-        share = streamed * steps
-        at = (program * share) // programs
-        end = ((program + 1) * share) // programs
-        while at < end:
-            tile = at // steps
-            first = at % steps
-            last = tl.minimum(steps, first + end - at)
-            tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
-            row, valid = _rows(tile_m, m, rows, padded, BLOCK_M, PADDED)
-            acc = _accumulate(
-                x, w, scale, row, tile_m, tile_n, first, last, m, n, k, rows,
-                SPANS, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-            )  # fmt: skip
-            whole = last - first == steps
-            if not whole:
-                acc, whole = _meet(
-                    acc, parts, counters, tile, first, last, steps, share, programs, BLOCK_M, BLOCK_N
-                )
-            if whole:
-                _finish(
-                    acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
-                    GELU, RESPONSE, ADD, CHUNK, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
-            at += last - first
-    for tile in tl.range(streamed + program, tiles_m * tiles_n, programs, flatten=SPANS == 0):
+    for tile in tl.range(program, tiles_m * tiles_n, programs, flatten=SPANS == 0):
         tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
         row, valid = _rows(tile_m, m, rows, padded, BLOCK_M, PADDED)
         acc = _accumulate(
-            x, w, scale, row, tile_m, tile_n, 0, steps, m, n, k, rows,
+            x, w, scale, row, tile_m, tile_n, m, n, k, rows,
             SPANS, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         )  # fmt: skip
         _finish(

@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 CHUNK = 64  # rows of a sum of squares where a tile's rows do not divide an image's
-PART = 128 * 256  # results of the largest tile that programs share
 
 
 def linear(
@@ -137,13 +136,13 @@ def _multiply(
     chunks = _count(rows, chunk)
     padded = rows if partial is None else chunks * chunk
     tiles_m, tiles_n = _count(m // rows * padded, config.block_m), _count(n, config.block_n)
-    programs, streamed, parts, counters = _schedule(config, tiles_m * tiles_n, x.device)
+    programs = _programs(config, tiles_m * tiles_n, x.device)
     tma = config.tma and padded == rows and all(k * t.element_size() % 16 == 0 for t in (x, w))
     launch(product, (programs,))(
         described(x, config.block_m, config.block_k) if tma else x,
         described(w, config.block_n, config.block_k) if tma else w,
-        scale, row_scale, column_scale, bias, out, partial, parts, counters,
-        m, n, k, rows, padded, m // rows * chunks, tiles_m, tiles_n, streamed, programs,
+        scale, row_scale, column_scale, bias, out, partial,
+        m, n, k, rows, padded, m // rows * chunks, tiles_m, tiles_n, programs,
         SPANS=0 if scale is None else _spans(rows, config.block_m),
         GELU=gelu,
         RESPONSE=partial is not None,
@@ -171,31 +170,10 @@ def _spans(rows: int, block_m: int) -> int:
     return 2 if rows >= block_m else 3
 
 
-def _schedule(
-    config: Config, tiles: int, device: torch.device
-) -> tuple[int, int, Tensor | None, Tensor | None]:
-    """Programs, tiles that they share, and where these tiles' parts meet."""
-    if config.schedule == "tile":
-        return tiles, 0, None, None
-    programs = config.per_sm * _multiprocessors(device)
-    if config.schedule == "loop":
-        return min(tiles, programs), 0, None, None
-    # Full waves but the last, then shares of one to two tiles: less than one where there are too few tiles.
-    shared = tiles - max(tiles // programs - 1, 0) * programs if tiles % programs else 0
-    return programs, shared, *_workspace(device)
+def _programs(config: Config, tiles: int, device: torch.device) -> int:
+    return tiles if config.schedule == "tile" else min(tiles, config.per_sm * _multiprocessors(device))
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-@cache
-def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Parts of tiles and counters of the schedule `stream`, made once, by a product that no graph records.
-
-    One for the device: products on several streams at once may not both be scheduled so.
-    """
-    programs = _multiprocessors(device)
-    parts = torch.empty(2 * programs * PART, dtype=torch.float32, device=device)
-    return parts, torch.zeros(8 * programs, dtype=torch.int32, device=device)

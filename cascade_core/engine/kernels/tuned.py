@@ -27,7 +27,7 @@ class Config:
     A tile has block_m × block_n results, computed block_k of K at a time by `warps` warps, with `stages` - 1 loads
     under way; `group` rows of tiles are computed together. `schedule`: see matmul.py. `tma`: operands are loaded by
     the tensor memory accelerator (compute capability 9 and up). `per_sm`: programs at a time on a multiprocessor,
-    for the schedules `loop` and `stream`.
+    for the schedule `loop`.
     """
 
     block_m: int

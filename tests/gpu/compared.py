@@ -1,0 +1,196 @@
+"""Narrow networks of the published layouts, what they are given, and how far two ways to compute them are from exact.
+
+Exact is float64, from the same weights and inputs after these were rounded to half precision. An error is relative,
+|Δ| / |exact| over all numbers, as in benchmarks/gpu.py; the engine's is held against that of the network itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from cascade_nodes.cascade_core import StageA, StageB, StageC
+from cascade_nodes.cascade_core.config import StageAConfig, StageBConfig, StageCConfig
+from cascade_nodes.cascade_core.engine import operations
+
+# Depths, repeats and the heads' width of 64 are the published ones. Of the widths, those of the smaller network of each
+# stage are no powers of two, as theirs are not.
+CLIP: dict[str, Any] = {"c_clip_text": 48, "c_clip_text_pooled": 48, "c_clip_img": 32}
+STAGE_C_3_6B = StageCConfig(c_cond=64, c_hidden=(128, 128), nhead=(2, 2), **CLIP)
+STAGE_C_1B = StageCConfig(
+    c_cond=48, c_hidden=(192, 192), nhead=(3, 3), blocks=((4, 12), (12, 4)), **CLIP
+)  # fmt: skip
+STAGE_B_1_5B = StageBConfig(c_cond=64, c_hidden=(32, 64, 128, 128), nhead=(-1, -1, 2, 2), c_clip=48)
+STAGE_B_700M = StageBConfig(
+    c_cond=48, c_hidden=(40, 72, 192, 192), nhead=(-1, -1, 3, 3), blocks=((2, 4, 14, 4), (4, 14, 4, 2)),
+    block_repeat=((1, 1, 1, 1), (2, 2, 2, 2)), c_clip=48,
+)  # fmt: skip
+SHALLOW_C = StageCConfig(c_cond=64, c_hidden=(128, 128), nhead=(2, 2), blocks=((1, 2), (2, 1)), **CLIP)
+SHALLOW_B = StageBConfig(
+    c_cond=64, c_hidden=(32, 64, 128), nhead=(-1, -1, 2), blocks=((1, 1, 2), (2, 1, 1)),
+    block_repeat=((1, 1, 1), (2, 2, 2)), level_config=("CT", "CT", "CTA"), dropout=(0, 0, 0),
+    self_attn=(True, True, True), c_clip=48,
+)  # fmt: skip
+STAGE_A = StageAConfig(c_hidden=96, codebook_size=64)
+
+CLASSES: dict[type, Any] = {StageAConfig: StageA, StageBConfig: StageB, StageCConfig: StageC}
+GAIN, MODULATION_GAIN, SPREAD = 0.5, 0.1, 0.1  # such that fp16 holds the deepest network
+MODULATING = re.compile(r"\.mapper(_\w+)?\.weight$")  # a TimestepBlock's
+
+LEVELS = (0.98, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.03)  # of noise
+OVER_EAGER = 1.2  # the engine's error in half precision over the network's own: of few numbers, chance is a tenth of it
+SENSIBLE = 0.05  # that one's own: above, two networks would be compared that compute nothing
+FLOAT32 = 1e-5  # the engine's error in float32: the deepest network's is 6e-7, GELU is off by up to 7e-7
+
+
+def draw(shape: Sequence[int], like: Tensor | None = None, seed: int = 0) -> Tensor:
+    """Normal numbers, the same on every machine, on the device and in the precision of `like`."""
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return drawn if like is None else drawn.to(like)
+
+
+def network_of(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
+    """In evaluation, with random weights that matter, all of them."""
+    network = CLASSES[type(config)](config).eval().requires_grad_(False)
+    for number, (name, parameter) in enumerate(network.named_parameters()):
+        spread = SPREAD
+        if parameter.ndim in (2, 4) and len(parameter) > 1:
+            gain = MODULATION_GAIN if MODULATING.search(name) else GAIN
+            spread = gain / math.sqrt(parameter[0].numel())
+        elif name.endswith("gammas"):  # by which Stage A's blocks are scaled, shifted and gated
+            spread = GAIN
+        parameter.copy_(spread * draw(parameter.shape, seed=1000 * seed + number))
+    return network.to(device, dtype)
+
+
+def inputs(
+    config: Any,
+    like: nn.Module,
+    batch: int = 2,
+    size: tuple[int, int] = (9, 11),
+    *,
+    tokens: int = 77,
+    images: int = 1,
+    effnet: tuple[int, int] = (3, 5),
+    pixels: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, dict[str, Any]]:
+    """(x, conditions) on the device and in the precision of the network `like`."""
+    weight = next(like.parameters())
+
+    def some(number: int, *shape: int) -> Tensor:
+        return draw((batch, *shape), weight, 100 * seed + number)
+
+    if isinstance(config, StageCConfig):
+        return some(1, config.c_in, *size), {
+            "clip_text": some(2, tokens, config.c_clip_text),
+            "clip_text_pooled": some(3, 1, config.c_clip_text_pooled),
+            "clip_img": some(4, images, config.c_clip_img),
+        }
+    given = {"effnet": some(2, config.c_effnet, *effnet), "clip": some(3, 1, config.c_clip)}
+    if pixels is not None:
+        given["pixels"] = some(4, config.c_pixels, *pixels)
+    return some(1, config.c_in, *size), given
+
+
+def noise(x: Tensor, level: float) -> Tensor:
+    """The noise condition (B,) where x is. From elsewhere its embedding would be: sines of angles up to 10,000."""
+    return torch.full((len(x),), level, device=x.device)
+
+
+class Errors(NamedTuple):
+    """Relative to exact: of the network in its own precision, and of the engine."""
+
+    own: float
+    engine: float
+
+
+@torch.inference_mode()
+def errors(
+    network: Any,
+    engine: Any,
+    x: Tensor,
+    given: dict[str, Any],
+    levels: Sequence[float] = LEVELS,
+    own_attention: bool = True,
+) -> Errors:
+    """Of forwards at these levels together, each of another latent such as x; the engine on its own, as `alone`."""
+    exact = copy.deepcopy(network).double()
+    given_exactly = {name: _doubled(value) for name, value in given.items()}
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for number, level in enumerate(levels):
+        latent, at = draw(x.shape, x, 7 + number), noise(x, level)
+        own = network(latent, at, **given)
+        with alone(network, own_attention):
+            fast = engine(latent, at, **given)
+        found.append((exact(latent.double(), at, **given_exactly), own, fast))
+    return errors_of(found)
+
+
+def errors_of(found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Errors:
+    """Of (exact, own, the engine's) together."""
+    for exact, own, fast in found:
+        assert exact.dtype == torch.float64
+        assert (fast.shape, fast.dtype, fast.device) == (own.shape, own.dtype, own.device)
+        assert fast.isfinite().all()
+    whole = sum(float(exact.square().sum()) for exact, _, _ in found)
+    off = [
+        sum(float((values[which].double() - values[0]).square().sum()) for values in found)
+        for which in (1, 2)
+    ]
+    return Errors(*(math.sqrt(value / whole) for value in off))
+
+
+def assert_near(
+    network: Any,
+    engine: Any,
+    x: Tensor,
+    given: dict[str, Any],
+    levels: Sequence[float] = LEVELS,
+) -> None:
+    """The engine, on its own, is as near to exact as the network itself."""
+    assert_small(errors(network, engine, x, given, levels), x.dtype)
+
+
+def assert_small(found: Errors, dtype: torch.dtype, over_eager: float = OVER_EAGER) -> None:
+    if dtype == torch.float32:
+        assert found.engine <= FLOAT32, found
+    else:
+        assert found.engine <= over_eager * found.own, found
+        assert found.own <= SENSIBLE, found
+
+
+@contextmanager
+def alone(network: nn.Module, own_attention: bool = True) -> Iterator[None]:
+    """In the block neither the network nor (with own_attention) PyTorch's attention may do what the engine should."""
+    error = AssertionError("The fast path was not taken.")
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(network, "forward", side_effect=error))
+        if own_attention:
+            stack.enter_context(patch.object(operations, "attention", side_effect=error))
+        yield
+
+
+@torch.inference_mode()
+def runs(model: Callable[..., Tensor], x: Tensor, given: dict[str, Any], count: int = 3) -> list[Tensor]:
+    """Of the same call. The engine's first is direct, its second is recorded as a graph and replayed, its third too."""
+    return [model(x, noise(x, 0.7), **given) for _ in range(count)]
+
+
+def same_bits(values: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(values) == len(others) and all(map(torch.equal, values, others))
+
+
+def _doubled(value: Any) -> Any:
+    """Tensors in float64, but for numbers of each image (B,), of which embeddings are made in float32."""
+    if isinstance(value, Tensor):
+        return value if value.ndim == 1 else value.double()
+    return value if value is None else [_doubled(entry) for entry in value]

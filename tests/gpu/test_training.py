@@ -1,0 +1,49 @@
+"""Training on a card: passes that are replayed from CUDA graphs give the run that passes without them give."""
+
+from __future__ import annotations
+
+import pytest
+
+from cascade_nodes.tests.core.test_training_resume import everything
+from cascade_nodes.tests.core.training_runs import TASKS, Dying, loop_of, same, settings_of, write_world
+from cascade_nodes.tests.gpu.conftest import Replays
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def steps(name: str) -> dict:
+    """Enough that each of the two buckets is replayed; in the precision that a card trains in by default."""
+    return {**TASKS[name].get("train", {}), "steps": 10, "precision": "auto"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_with_graphs_and_without(world, tmp_path, replays: Replays, name):
+    loops = []
+    for graphs in (False, True):
+        train = {**steps(name), "cuda_graphs": graphs}
+        loops.append(loop_of(settings_of(world, name, tmp_path / str(graphs), train=train)))
+        assert loops[-1].run().finished
+        recorded = graphs and not name.startswith("finetune")  # whose dropout draws anew in each step
+        assert (replays.count > 0) == recorded
+    assert same(*map(everything, loops))
+
+
+@pytest.mark.parametrize("name", ["lora", "lora for few steps", "controlnet", "tokens"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["blocks kept", "blocks computed again"])
+def test_a_killed_run_resumes_bit_for_bit(world, tmp_path, name, recompute):
+    """It has no graphs when it goes on, where the run that was not killed has some."""
+    train = {**steps(name), "gradient_checkpointing": recompute}
+    whole = loop_of(settings_of(world, name, tmp_path / "whole", train=train))
+    assert whole.run().finished
+    settings = settings_of(world, name, tmp_path / "killed", train=train)
+    killed = loop_of(settings)
+    killed.data = Dying(killed.data, 8)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = loop_of(settings)
+    assert resumed.resume()
+    assert resumed.run().finished
+    assert same(everything(whole), everything(resumed))
