@@ -201,7 +201,7 @@ class Session:
         self.ran = False  # so that a graph can be recorded
         self.given: Given | None = None
         self.conditions: dict[str, Dated] | None = None  # that `given` was made of
-        self.control: list[Tensor | None] = []
+        self.control: list[Dated] = []
 
     def prepare(
         self, bound: BoundUNet, x: Tensor, conditions: Conditions, control: Sequence
@@ -221,11 +221,13 @@ class Session:
                 given.control = [None if t is None else torch.empty_like(t) for t in control]
             else:
                 _copy([given.conditions], [added])
-        if len(control) != len(self.control) or any(
-            a is not b for a, b in zip(control, self.control, strict=True)
+        residuals = [_dated(residual) for residual in control]
+        if len(residuals) != len(self.control) or any(
+            a is not b or version != old
+            for (a, version), (b, old) in zip(residuals, self.control, strict=True)
         ):
             _copy(given.control, control)
-            self.control = list(control)
+            self.control = residuals
         return given, tokens
 
     def prepared(self, conditions: Conditions) -> None:

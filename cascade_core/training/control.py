@@ -16,12 +16,14 @@ from ..compressor import SemanticCompressor
 from ..controlnet import PUBLISHED_BLOCKS, ControlNet
 from ..errors import CascadeError
 from ..stage_c import StageC
-from .conditions import CachedText
+from .conditions import CachedText, Conditions
 from .data import Batch
 from .making_hints import HINTS, FindFaces, Tools, hint_of
 from .recorded import Recorded
 from .settings import ControlNetSettings, ObjectiveSettings
 from .task import Inputs, State, Task
+
+CONDITIONS = len(Conditions._fields)
 
 
 class ControlNetTask(Task):
@@ -63,16 +65,23 @@ class ControlNetTask(Task):
     def record(self) -> None:
         config: Any = self.trained.config
         if not (self.trained.training and config.drop_path):  # it would drop the same blocks each time
-            self.controlled = Recorded(self.controlled, self.trained.parameters())
+            self.controlled = Recorded(self.controlled)
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
         assert inputs.hint is not None
         others = inputs.hint, *self.conditions(self.text_of(inputs), inputs.image_prompts)
-        return self.diffusion_loss(lambda x, r: self.controlled(x.to(self.dtype), r, *others), inputs.latents)
 
-    def _controlled(self, x: Tensor, r: Tensor, hint: Tensor, *conditions: Tensor) -> Tensor:
+        def predict(x: Tensor, r: Tensor) -> Tensor:
+            return self.controlled(x.to(self.dtype), r, *others, *self.trained.parameters())
+
+        return self.diffusion_loss(predict, inputs.latents)
+
+    def _controlled(self, x: Tensor, r: Tensor, hint: Tensor, *others: Tensor) -> Tensor:
+        """others: Stage C's conditions, then the ControlNet's parameters."""
+        conditions, values = others[:CONDITIONS], others[CONDITIONS:]
+        names = (name for name, _ in self.trained.named_parameters())
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            residuals = self.trained(hint)
+            residuals = functional_call(self.trained, dict(zip(names, values, strict=True)), hint)
         return self.stage_c(x, r, *conditions, control=residuals)
 
     @contextmanager

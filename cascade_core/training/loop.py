@@ -33,6 +33,8 @@ from .task import Inputs, State, Task
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+Made = tuple[Inputs, "torch.cuda.Event | None"]  # a batch, and when it is there
+
 AHEAD = 3  # batches that are prepared while a step runs
 CURVE_SECONDS = 20.0  # between two drawings of the curve
 
@@ -141,23 +143,40 @@ class Loop:
 
     @contextmanager
     def _prepared(self) -> Iterator[Callable[[], Inputs]]:
-        """Gives the next batch, on the accelerator; the ones after it are made in a thread of their own."""
+        """Gives the next batch, on the accelerator; the ones after it are made in a thread of their own.
+
+        On CUDA in a stream of their own too: a copy from main memory would wait for the step before, and the next step
+        for the copy.
+        """
         train, accelerator = self.settings.train, self.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
         number, last = self.step * train.accumulate, train.steps * train.accumulate
-        pool, waiting = ThreadPoolExecutor(1, initializer=self._enter_thread), deque[Future[Inputs]]()
+        pool, waiting = ThreadPoolExecutor(1, initializer=self._enter_thread), deque[Future[Made]]()
+        stream = torch.cuda.Stream(self.task.device) if self.task.device.type == "cuda" else None
+        if stream is not None:  # what is read there has been written
+            stream.wait_stream(torch.cuda.current_stream(self.task.device))
 
         @torch.no_grad()
-        def prepare(number: int) -> Inputs:
+        def prepare(number: int) -> Made:
             generator = torch.Generator().manual_seed(step_seed(train.seed, number, rank, 1))
-            return self.task.prepare(self.data.batch(number, train.batch_size, rank, ranks), generator)
+            with torch.cuda.stream(stream):
+                batch = self.data.batch(number, train.batch_size, rank, ranks)
+                inputs = self.task.prepare(batch, generator)
+                if stream is None:
+                    return inputs, None
+                made = torch.cuda.Event()
+                made.record(stream)
+                return inputs, made
 
         def following() -> Inputs:
             nonlocal number
             while len(waiting) <= AHEAD and number < last:
                 waiting.append(pool.submit(prepare, number))
                 number += 1
-            return waiting.popleft().result()
+            inputs, made = waiting.popleft().result()
+            if made is not None:
+                inputs.enter(torch.cuda.current_stream(self.task.device), made)
+            return inputs
 
         try:
             yield following
@@ -207,7 +226,8 @@ class Loop:
             return
         flat = self._mean(torch.cat([tensor.flatten() for tensor in tensors]))
         parts = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+        values = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        torch._foreach_copy_(tensors, values)  # pyright: ignore[reportPrivateImportUsage]
 
     def _mean(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

@@ -69,11 +69,11 @@ class LoRATask(Task):
         return groups
 
     def record(self) -> None:
-        self.student = Recorded(self.student, [self.changes.vector])
+        self.student = Recorded(self.student)
         self.teacher = Recorded(self.teacher)
 
-    def _changed(self, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
-        with self.changes.applied():
+    def _changed(self, vector: Tensor, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
+        with self.changes.applied(vector):
             return self.stage_c(x, r, *conditions)
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ class LoRATask(Task):
         with self.text_changes.applied() if self.text_changes is not None else nullcontext():
             conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         return self.diffusion_loss(
-            lambda x, r: self.student(x.to(self.dtype), r, *conditions), inputs.latents
+            lambda x, r: self.student(self.changes.vector, x.to(self.dtype), r, *conditions), inputs.latents
         )
 
     def _consistency(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class LoRATask(Task):
         cfgs = (low + (high - low) * torch.rand(len(x0))).tolist() if low != high else [low]
 
         def predict(x: Tensor, r: Tensor) -> Tensor:
-            return self.student(x.to(self.dtype), r, *conditions)
+            return self.student(self.changes.vector, x.to(self.dtype), r, *conditions)
 
         def teacher(x: Tensor, r: Tensor) -> Tensor:
             cond, uncond = self.teacher(x.to(self.dtype).repeat(2, 1, 1, 1), r.repeat(2), *both).chunk(2)

@@ -5,7 +5,7 @@ A step on the published Stage C launches thousands of kernels, most of them shor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,16 +21,15 @@ MOST = 12  # shapes whose passes are kept; a bucket of another aspect ratio is a
 class Recorded:
     """`function` of tensors, its passes recorded the second time that a shape is seen, and replayed from then on.
 
-    function      gives one tensor; reads nothing else that changes but `parameters`, where they lie, and draws nothing
-                  at random
-    parameters    what it gives gradients to besides its arguments
+    It gives one tensor, reads nothing that changes but its arguments, and draws nothing at random. Parameters among
+    them are read where they lie; of anything else there is a copy.
 
     All shapes share the memory of the largest, so no pass may begin between another and its way back: such a one runs
     as it is.
     """
 
-    def __init__(self, function: Callable[..., Tensor], parameters: Iterable[nn.Parameter] = ()):
-        self.function, self.parameters = function, list(parameters)
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function = function
         self.passes: Latest[list[Passes]] = Latest(MOST)  # none the first time
         self.pool: Any = None
         self.returning = False
@@ -44,37 +43,29 @@ class Recorded:
             return self.function(*inputs)
         if not kept:
             kept.append(self._record(inputs, gradients))
-        return _Replay.apply(self, kept[0], *inputs, *self.parameters)  # type: ignore[return-value]
+        return _Replay.apply(self, kept[0], *inputs)  # type: ignore[return-value]
 
     def _record(self, inputs: Sequence[Tensor], gradients: bool) -> Passes:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # what the pass took that was not recorded
-        return Passes(self.function, inputs, self.parameters, self.pool, gradients)
+        return Passes(self.function, inputs, self.pool, gradients)
 
 
 class Passes:
     """One shape's passes. Their arguments and results lie at fixed addresses."""
 
-    def __init__(
-        self,
-        function: Callable[..., Tensor],
-        inputs: Sequence[Tensor],
-        parameters: Sequence[Tensor],
-        pool: Any,
-        gradients: bool,
-    ):
-        self.inputs = [value.detach().clone().requires_grad_(value.requires_grad) for value in inputs]
-        self.wanted = [gradients and value.requires_grad for value in (*self.inputs, *parameters)]
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any, gradients: bool):
+        # Not the parameters themselves: autograd would bring their gradients to the stream of passes before.
+        self.inputs = [_still(value).requires_grad_(value.requires_grad) for value in inputs]
+        self.wanted = [gradients and value.requires_grad for value in inputs]
         self.forward, self.backward = torch.cuda.CUDAGraph(), None
         with torch.set_grad_enabled(gradients), _recording(self.forward, pool):
             output = function(*self.inputs)
-        self.output, self.gradients = output.detach(), []
+        self.output, self.gradients = output.detach(), ()
         if any(self.wanted):
             self.backward, self.incoming = torch.cuda.CUDAGraph(), torch.empty_like(self.output)
-            sources = [
-                v for v, wanted in zip((*self.inputs, *parameters), self.wanted, strict=True) if wanted
-            ]
+            sources = [value for value, wanted in zip(self.inputs, self.wanted, strict=True) if wanted]
             with _recording(self.backward, pool):
                 self.gradients = torch.autograd.grad(output, sources, self.incoming, allow_unused=True)
 
@@ -93,6 +84,10 @@ class Passes:
         given = iter(self.gradients)
         found = [next(given) if wanted else None for wanted in self.wanted]
         return [None if gradient is None else gradient.clone() for gradient in found]
+
+
+def _still(value: Tensor) -> Tensor:
+    return value.detach() if isinstance(value, nn.Parameter) else value.detach().clone()
 
 
 @contextmanager

@@ -76,9 +76,19 @@ def _number_type(value: Any) -> torch.dtype:
 
 def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Puts back what `optimiser_tensors` gave."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         index, _, field = name.partition(".")
         plain = value.ndim == 0 and value.dtype in (torch.float64, torch.int64)
-        state.setdefault(int(index), {})[field] = value.item() if plain else value.clone()
+        state.setdefault(int(index), {})[field] = (
+            value.item() if plain else _as_lies(parameters[int(index)], value)
+        )
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _as_lies(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy with the parameter's order in memory where it has its shape, as fused AdamW wants it."""
+    if value.shape != parameter.shape:
+        return value.clone()
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

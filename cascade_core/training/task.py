@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,13 @@ class Inputs:
     text: tuple[Tensor, Tensor] | None = None  # states, pooled
     hint: Tensor | None = None
     image_prompts: Tensor | None = None
-    more: dict[str, Any] = field(default_factory=dict)
+
+    def enter(self, stream: torch.cuda.Stream, made: torch.cuda.Event) -> None:
+        """For use in a stream other than the one they were made in."""
+        stream.wait_event(made)
+        for value in (self.latents, *(self.text or ()), self.hint, self.image_prompts):
+            if value is not None:
+                value.record_stream(stream)  # or its memory would be given away while it is read
 
 
 class Task:
