@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +17,21 @@ from ..placement.reserve import Reserve
 def can_record(device: torch.device) -> bool:
     """Whether graphs can be trusted: not where memory comes from cudaMallocAsync, as ComfyUI sets it up by default."""
     return device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
+    """What is launched inside the block goes into the graph, in memory of the pool."""
+    own = torch.cuda.stream(torch.cuda.current_stream(device))  # to be back on, also where recording fails
+    collects = gc.isenabled()
+    gc.disable()  # an old graph that was collected inside the block would end the recording
+    try:
+        # Other threads of a host may ask the device something meanwhile.
+        with own, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Pool(Reserve):
@@ -49,11 +66,6 @@ class Graph:
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         still = x.clone()
         graph = torch.cuda.CUDAGraph()
-        # Other threads of a host may ask the device something meanwhile.
-        recording = torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local")
-        own = torch.cuda.stream(
-            torch.cuda.current_stream(x.device)
-        )  # to be back on, also where recording fails
-        with own, self._pool.growing(x.device), recording:
+        with self._pool.growing(x.device), recording(graph, self._pool.handle, x.device):
             out = forward(still)
         return graph, still, out

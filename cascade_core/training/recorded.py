@@ -5,8 +5,7 @@ A step on the published Stage C launches thousands of kernels, most of them shor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..engine.fast import Latest
+from ..engine.graphs import recording
 
 MOST = 12  # shapes whose passes are kept; a bucket of another aspect ratio is another shape
 
@@ -58,22 +58,22 @@ class Passes:
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any, gradients: bool):
         # Not the parameters themselves: autograd would bring their gradients to the stream of passes before.
         self.inputs = [_still(value).requires_grad_(value.requires_grad) for value in inputs]
+        device = self.inputs[0].device
         self.wanted = [gradients and value.requires_grad for value in inputs]
         self.forward, self.backward = torch.cuda.CUDAGraph(), None
-        with torch.set_grad_enabled(gradients), _recording(self.forward, pool):
+        with torch.set_grad_enabled(gradients), recording(self.forward, pool, device):
             output = function(*self.inputs)
         self.output, self.gradients = output.detach(), ()
         if any(self.wanted):
             self.backward, self.incoming = torch.cuda.CUDAGraph(), torch.empty_like(self.output)
             sources = [value for value, wanted in zip(self.inputs, self.wanted, strict=True) if wanted]
-            with _recording(self.backward, pool):
+            with recording(self.backward, pool, device):
                 self.gradients = torch.autograd.grad(output, sources, self.incoming, allow_unused=True)
 
     def forwards(self, inputs: Sequence[Tensor]) -> Tensor:
-        for kept, value in zip(
-            self.inputs, inputs, strict=False
-        ):  # parameters follow, which lie where they lay
-            kept.detach().copy_(value)
+        for kept, value in zip(self.inputs, inputs, strict=True):
+            if kept.data_ptr() != value.data_ptr():  # a parameter lies where it lay
+                kept.detach().copy_(value)
         self.forward.replay()
         return self.output.clone()
 
@@ -88,14 +88,6 @@ class Passes:
 
 def _still(value: Tensor) -> Tensor:
     return value.detach() if isinstance(value, nn.Parameter) else value.detach().clone()
-
-
-@contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    own = torch.cuda.stream(torch.cuda.current_stream())  # to be back on, also where recording fails
-    # The thread that prepares the next batches uses the accelerator meanwhile.
-    with own, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        yield
 
 
 class _Replay(torch.autograd.Function):
