@@ -62,13 +62,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(GROUPS[names[0]].format(version)))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Nobody shall think that these tests passed where they did not run."""
-    if not CHECKOUTS:
-        terminalreporter.section("NOT TESTED IN COMFYUI", sep="!", red=True)
-        terminalreporter.line(f"The tests in tests/comfyui were skipped: {MISSING}.")
-
-
 def prepare(base: Path) -> Path:
     """A folder for a server: with a tiny cascade, the pictures of the examples, and the tests' own nodes as a pack."""
     write_cascade(base / "models")

