@@ -221,13 +221,9 @@ class Session:
                 given.control = [None if t is None else torch.empty_like(t) for t in control]
             else:
                 _copy([given.conditions], [added])
-        residuals = [_dated(residual) for residual in control]
-        if len(residuals) != len(self.control) or any(
-            a is not b or version != old
-            for (a, version), (b, old) in zip(residuals, self.control, strict=True)
-        ):
+        if len(control) != len(self.control) or not all(map(_untouched, control, self.control)):
             _copy(given.control, control)
-            self.control = residuals
+            self.control = [_dated(residual) for residual in control]
         return given, tokens
 
     def prepared(self, conditions: Conditions) -> None:
@@ -280,12 +276,18 @@ def _dated(value: Tensor | None) -> Dated:
     return value, 0 if value is None or value.is_inference() else value._version
 
 
+def _untouched(now: Tensor | None, before: Dated) -> bool:
+    """The same tensor, which was not written to since."""
+    return now is before[0] and _dated(now)[1] == before[1]
+
+
 def _equal(now: Conditions, before: dict[str, Dated]) -> bool:
     """The same tensors, or others of the same values: a host may join its prompts anew at each step."""
     for name, value in now.items():
-        old, version = before.get(name, (None, 0))
-        if value is old and _dated(value)[1] == version:
+        known = before.get(name, (None, 0))
+        if _untouched(value, known):
             continue
+        old = known[0]
         if value is old or value is None or old is None or not torch.equal(value, old):
             return False
     return True
