@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from cascade_nodes.cascade_core.checkpoints import NETWORKS, fuse_attention, load_model
-from cascade_nodes.cascade_core.config import PRESETS
+from cascade_nodes.cascade_core.networks.config import PRESETS
 from machine import describe_machine, print_table
 
 BLOCK = 16 << 20  # bytes read at a time, and elements drawn at a time

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade_nodes.cascade_core import StageA, StageB, StageC
-from cascade_nodes.cascade_core.layers import TimestepBlock
+from cascade_nodes.cascade_core.networks.layers import TimestepBlock
 
 COMPRESSION = 42.67  # pixels of a position of Stage C
 STAGE_A_SIDE = 4  # pixels of a position of Stage B

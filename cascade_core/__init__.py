@@ -11,28 +11,28 @@ from .errors import CascadeError
 
 if TYPE_CHECKING:
     from .checkpoints import load_model, load_published_state_dict
-    from .compressor import SemanticCompressor
-    from .config import infer_config
-    from .controlnet import ControlNet
-    from .previewer import Previewer
-    from .stage_a import StageA
-    from .stage_b import StageB
-    from .stage_c import StageC
+    from .networks.compressor import SemanticCompressor
+    from .networks.config import infer_config
+    from .networks.controlnet import ControlNet
+    from .networks.previewer import Previewer
+    from .networks.stage_a import StageA
+    from .networks.stage_b import StageB
+    from .networks.stage_c import StageC
     from .text import TextEncoder
     from .tokenizer import Tokenizer
     from .vision import ImageEncoder
 
 _HOME = {
-    "ControlNet": "controlnet",
+    "ControlNet": "networks.controlnet",
     "ImageEncoder": "vision",
-    "Previewer": "previewer",
-    "SemanticCompressor": "compressor",
-    "StageA": "stage_a",
-    "StageB": "stage_b",
-    "StageC": "stage_c",
+    "Previewer": "networks.previewer",
+    "SemanticCompressor": "networks.compressor",
+    "StageA": "networks.stage_a",
+    "StageB": "networks.stage_b",
+    "StageC": "networks.stage_c",
     "TextEncoder": "text",
     "Tokenizer": "tokenizer",
-    "infer_config": "config",
+    "infer_config": "networks.config",
     "load_model": "checkpoints",
     "load_published_state_dict": "checkpoints",
 }

@@ -23,8 +23,8 @@ from .checkpoints import (
     locate,
     read_weights,
 )
-from .config import infer_config
 from .errors import CascadeError
+from .networks.config import infer_config
 
 HEAD_WIDTH = 64
 # OpenAI's own encoders (text up to 768 wide, vision up to 1024) use the quick approximation of GELU; wider

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from cascade_nodes.cascade_core.layers import ResBlock
+from cascade_nodes.cascade_core.networks.layers import ResBlock
 
 WIDTHS = (256, 192, 128, 96, 48)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
-from cascade_nodes.cascade_core.layers import AttnBlock, ResBlock, TimestepBlock
-from cascade_nodes.cascade_core.stage_a import ResBlock as StageAResBlock
+from cascade_nodes.cascade_core.networks.layers import AttnBlock, ResBlock, TimestepBlock
+from cascade_nodes.cascade_core.networks.stage_a import ResBlock as StageAResBlock
 from cascade_nodes.cascade_core.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
 from cascade_nodes.cascade_core.training.trainer import Settings, Trainer
 from cascade_nodes.demo.captions import vocabulary

@@ -14,10 +14,10 @@ from cascade_nodes.cascade_core.adapters import LearnedToken
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.diffusion import noise_cond
 from cascade_nodes.cascade_core.guidance import Guider
+from cascade_nodes.cascade_core.networks.tiles import predict_in_tiles
 from cascade_nodes.cascade_core.noise import NoiseSource
 from cascade_nodes.cascade_core.samplers import SAMPLERS, Denoise, keep_outside, log_snr_range, start_latent
 from cascade_nodes.cascade_core.text import TextEncoder
-from cascade_nodes.cascade_core.tiles import predict_in_tiles
 from cascade_nodes.cascade_core.vision import ImageEncoder
 from cascade_nodes.demo.dataset import as_float, for_compressor, resized
 from cascade_nodes.demo.recipe import LATENT, PICTURE, STAGE_B_LATENT

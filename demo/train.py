@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.compressor import SemanticCompressor
-from cascade_nodes.cascade_core.previewer import Previewer
-from cascade_nodes.cascade_core.stage_a import StageA
-from cascade_nodes.cascade_core.stage_b import StageB
-from cascade_nodes.cascade_core.stage_c import StageC
+from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor
+from cascade_nodes.cascade_core.networks.previewer import Previewer
+from cascade_nodes.cascade_core.networks.stage_a import StageA
+from cascade_nodes.cascade_core.networks.stage_b import StageB
+from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.text import TextEncoder, build_text_model, encode_tokens
 from cascade_nodes.cascade_core.tokenizer import Tokenizer, build_small_vocabulary
 from cascade_nodes.cascade_core.training.initialise import initialise_stage_a, initialise_unet

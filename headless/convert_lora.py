@@ -15,7 +15,7 @@ from ..cascade_core.errors import CascadeError
 
 if TYPE_CHECKING:
     from ..cascade_core.adapters import Adapter
-    from ..cascade_core.config import StageCConfig
+    from ..cascade_core.networks.config import StageCConfig
 
 PARTS = {"stage_c": {}, "text": {}, "tokens": ()}  # what can be left out, and what is left of it
 
@@ -143,7 +143,7 @@ def _check_whole(adapter: Adapter, config: StageCConfig | None, partial: bool) -
 def _stage_c_config(model: Path) -> StageCConfig:
     """Read from the file's names and shapes alone."""
     from ..cascade_core.checkpoints import identify, read_weights
-    from ..cascade_core.config import StageCConfig
+    from ..cascade_core.networks.config import StageCConfig
 
     _, config = identify(model, *read_weights(model, "stage_c"), expect="stage_c")
     return StageCConfig.from_dict(config)

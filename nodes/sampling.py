@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.networks.tiles import ALIGNMENT
 from ..cascade_core.samplers import SAMPLERS
-from ..cascade_core.tiles import ALIGNMENT
 from .api import io
 from .hosts import host
 from .hosts.run import STAGE_B_COMPRESSION, Run

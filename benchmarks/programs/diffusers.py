@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cascade_nodes.cascade_core.checkpoints import LAYOUTS
-from cascade_nodes.cascade_core.config import StageAConfig, StageBConfig, StageCConfig, UNetConfig
+from cascade_nodes.cascade_core.networks.config import StageAConfig, StageBConfig, StageCConfig, UNetConfig
 from loop import Sampling
 from networks import Setup, latent_shape, random_prompts
 from programs.ours import Ours

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..config import StageCConfig
 from ..errors import CascadeError
+from ..networks.config import StageCConfig
 from .adapter import Adapter, LowRank
 from .names import stage_c_shapes, weight_shapes
 

@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from ..config import StageCConfig
-from ..stage_c import StageC
+from ..networks.config import StageCConfig
+from ..networks.stage_c import StageC
 
 # The attention's layers as programs spell them, after "attention." -> ours. One fused input stands for q, k and v.
 ATTENTION = {

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import StageCConfig
 from ..errors import CascadeError
+from ..networks.config import StageCConfig
 from .adapter import Adapter, LearnedToken, LowRank, belong_together
 from .fused import fuse, scaled, split
 from .names import FUSED, QKV, is_convolution, published_layers, published_parameter

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from ..config import PRESETS, StageCConfig
 from ..errors import CascadeError
+from ..networks.config import PRESETS, StageCConfig
 from .names import published_layers, stage_c_layer
 
 # Parts of names that tell Stage C's kinds of layers apart, as the trainer's `module_filters` would.

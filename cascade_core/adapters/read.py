@@ -17,9 +17,9 @@ from ..checkpoints.files import read_safetensors
 from ..checkpoints.foreign import foreign_name
 from ..checkpoints.layouts import parts_in
 from ..checkpoints.load import PART_NAMES
-from ..config import StageCConfig
 from ..errors import CascadeError
-from ..stage_c import StageC
+from ..networks.config import StageCConfig
+from ..networks.stage_c import StageC
 from .adapter import Adapter, LearnedToken, LowRank, belong_together
 from .dialects import DIALECTS, STAGE_C_PREFIXES, TEXT_PREFIXES, Dialect
 from .fit import listed

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..checkpoints.files import write_safetensors
 from ..clip import CLIP_TOKENS
-from ..config import StageCConfig
 from ..errors import CascadeError
-from ..stage_c import StageC
+from ..networks.config import StageCConfig
+from ..networks.stage_c import StageC
 from .adapter import Adapter, LearnedToken, LowRank
 from .dialects import DIALECTS, Dialect
 from .fit import check_fits

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compressor import SemanticCompressor
-from ..config import infer_config
-from ..controlnet import ControlNet
 from ..errors import CascadeError
-from ..previewer import Previewer
-from ..stage_a import StageA
-from ..stage_b import StageB
-from ..stage_c import StageC
+from ..networks.compressor import SemanticCompressor
+from ..networks.config import infer_config
+from ..networks.controlnet import ControlNet
+from ..networks.previewer import Previewer
+from ..networks.stage_a import StageA
+from ..networks.stage_b import StageB
+from ..networks.stage_c import StageC
 from .attention import split_attention
 from .files import read_safetensors
 from .foreign import foreign_name

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers import ResBlock
+from ..networks.layers import ResBlock
 
 Make = Callable[[Any], Any]  # `operand` of operations that multiply by something else than the weights
 

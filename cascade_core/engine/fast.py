@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import CascadeError
-from ..layers import AttnBlock
+from ..networks.layers import AttnBlock
+from ..networks.stage_b import StageB
+from ..networks.stage_c import StageC
+from ..networks.unet import UNet
 from ..placement import levels, out_of_memory, placed_as
-from ..stage_b import StageB
-from ..stage_c import StageC
-from ..unet import UNet
 from . import operations
 from .blocks import Missing
 from .graphs import Graph, Pool, can_record

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..layers import AttnBlock, TimestepBlock, resize
-from ..unet import UNet
+from ..networks.layers import AttnBlock, TimestepBlock, resize
+from ..networks.unet import UNet
 from .blocks import BoundAttention, BoundMLP, BoundTimestep, Make, Missing, Operand, join_
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..stage_a import ResBlock, StageA
+from ..networks.stage_a import ResBlock, StageA
 from .blocks import taps_of
 from .graphs import Graph, Pool, can_record
 from .unet import as_image, as_tokens

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..unet import UNet
+from ..networks.unet import UNet
 
 # Blocks are joined up to this: in Stage C 3.6 B a ResBlock with its TimestepBlock (65.5 MiB) and, alone, an AttnBlock
 # (40 MiB), of which two make the smallest slots that stream enough for a card of 5 GB.

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..checkpoints import load_model, write_safetensors
-from ..compressor import SemanticCompressor
-from ..controlnet import PUBLISHED_BLOCKS, ControlNet
 from ..errors import CascadeError
-from ..stage_c import StageC
+from ..networks.compressor import SemanticCompressor
+from ..networks.controlnet import PUBLISHED_BLOCKS, ControlNet
+from ..networks.stage_c import StageC
 from .conditions import CachedText, Conditions
 from .data import Batch
 from .making_hints import HINTS, FindFaces, Tools, hint_of

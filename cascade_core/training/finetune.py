@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from ..checkpoints import fuse_attention, write_safetensors
 from ..errors import CascadeError
-from ..stage_c import StageC
+from ..networks.stage_c import StageC
 from .conditions import CachedText
 from .settings import FinetuneSettings, ObjectiveSettings
 from .task import DTYPES, Inputs, State, Task

@@ -4,10 +4,10 @@ from math import sqrt
 
 from torch import nn
 
-from ..layers import FeedForwardBlock, ResBlock, TimestepBlock
-from ..stage_a import ResBlock as StageAResBlock
-from ..stage_a import StageA
-from ..unet import UNet
+from ..networks.layers import FeedForwardBlock, ResBlock, TimestepBlock
+from ..networks.stage_a import ResBlock as StageAResBlock
+from ..networks.stage_a import StageA
+from ..networks.unet import UNet
 
 _CONDITION_MAPPERS = ("clip_txt_mapper", "clip_txt_pooled_mapper", "clip_img_mapper", "clip_mapper")
 _MAP_MAPPERS = ("effnet_mapper", "pixels_mapper")

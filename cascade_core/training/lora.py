@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapter, to_dialect, write_adapter
 from ..guidance import guide
-from ..stage_c import StageC
+from ..networks.stage_c import StageC
 from ..text import TextEncoder
 from .conditions import CachedText, Conditions
 from .live_text import LiveText

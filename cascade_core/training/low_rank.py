@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..adapters import LowRank
 from ..errors import CascadeError
-from ..layers import Attention
+from ..networks.layers import Attention
 
 Factors = list[tuple[Tensor, Tensor]]
 

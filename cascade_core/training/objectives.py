@@ -19,7 +19,7 @@ from ..diffusion import (
     scale,
     undiffuse,
 )
-from ..stage_a import StageA
+from ..networks.stage_a import StageA
 
 
 def stage_a_loss(model: StageA, image: Tensor, noise: float = 0.05) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
+from ..networks.layers import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
 
 LARGE = 300_000_000  # parameters from which Stage C's blocks are computed again rather than kept
 BLOCKS = (AttnBlock, FeedForwardBlock, ResBlock)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import load_model
-from ..compressor import SemanticCompressor
 from ..engine.graphs import can_record
 from ..errors import CascadeError
-from ..stage_c import StageC
+from ..networks.compressor import SemanticCompressor
+from ..networks.stage_c import StageC
 from ..text import TextEncoder
 from ..vision import ImageEncoder
 from .cache import fingerprint
@@ -218,7 +218,7 @@ def _samples(settings: Settings, task: Task, data: TrainingData, device: torch.d
         raise CascadeError(
             "output.sample_every makes pictures of output.prompts by models.previewer; give both, or leave it at 0."
         )
-    from ..previewer import Previewer
+    from ..networks.previewer import Previewer
 
     previewer = load_network(models.previewer, "previewer", torch.float32, device, Previewer)
     first = data.batch(0, len(output.prompts))

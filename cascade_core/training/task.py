@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import diffusion
-from ..stage_c import StageC
+from ..networks.stage_c import StageC
 from .conditions import CachedText, Conditions
 from .data import Batch
 from .live_text import LiveText

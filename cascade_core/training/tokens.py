@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, LearnedToken, write_adapter
 from ..adapters.tokens import TokenTable, name_in_prompt
 from ..errors import CascadeError
-from ..stage_c import StageC
+from ..networks.stage_c import StageC
 from ..text import TextEncoder
 from .conditions import CachedText
 from .live_text import LiveText

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...cascade_core.adapters import Adapter
 from ...cascade_core.adapters.tokens import NewToken
-from ...cascade_core.config import StageCConfig
+from ...cascade_core.networks.config import StageCConfig
 from .control import Control
 from .run import Network, Run, Sampled
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from cascade_nodes.cascade_core.layers import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
-from cascade_nodes.cascade_core.unet import UNet
+from cascade_nodes.cascade_core.networks.layers import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
+from cascade_nodes.cascade_core.networks.unet import UNet
 
 STAGE_C = {
     "c_in": 16, "c_out": 16, "c_r": 64, "patch_size": 1, "c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2],

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cascade_nodes.cascade_core.compressor import SemanticCompressor, infer_compressor, normalise
-from cascade_nodes.cascade_core.efficientnet import BatchNorm2d, published_strides, stochastic_depth
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor, infer_compressor, normalise
+from cascade_nodes.cascade_core.networks.efficientnet import BatchNorm2d, published_strides, stochastic_depth
 from cascade_nodes.tests.golden_weights import (
     fill_hashed,
     manifest_shapes,

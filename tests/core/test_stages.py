@@ -19,8 +19,8 @@ from cascade_nodes.cascade_core import (
     load_published_state_dict,
 )
 from cascade_nodes.cascade_core.checkpoints import NETWORKS, fuse_attention, split_attention
-from cascade_nodes.cascade_core.config import PRESETS
-from cascade_nodes.cascade_core.layers import timestep_embedding
+from cascade_nodes.cascade_core.networks.config import PRESETS
+from cascade_nodes.cascade_core.networks.layers import timestep_embedding
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MANIFESTS = json.loads(gzip.decompress((GOLDEN / "checkpoint_manifests.json.gz").read_bytes()))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import Previewer, StageA, StageB
-from cascade_nodes.cascade_core import stage_a as stage_a_module
-from cascade_nodes.cascade_core.tiles import (
+from cascade_nodes.cascade_core.networks import stage_a as stage_a_module
+from cascade_nodes.cascade_core.networks.tiles import (
     ALIGNMENT,
     OVERLAP,
     PREVIEWER_HALO,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.compressor import SemanticCompressor
+from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor
 from cascade_nodes.cascade_core.training import data as data_module
 from cascade_nodes.cascade_core.training import decoding
 from cascade_nodes.cascade_core.training import latents as latents_module

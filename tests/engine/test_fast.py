@@ -9,10 +9,10 @@ from torch import Tensor
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
-from cascade_nodes.cascade_core.config import StageBConfig, StageCConfig
 from cascade_nodes.cascade_core.engine import Fast
 from cascade_nodes.cascade_core.engine import fast as door
 from cascade_nodes.cascade_core.guidance import Guider
+from cascade_nodes.cascade_core.networks.config import StageBConfig, StageCConfig
 from cascade_nodes.cascade_core.noise import NoiseSource
 from cascade_nodes.cascade_core.samplers import SAMPLERS, sample
 

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core import layers, stage_a
 from cascade_nodes.cascade_core.engine.kernels import (
     attention,
     depthwise,
@@ -16,6 +15,7 @@ from cascade_nodes.cascade_core.engine.kernels import (
 )
 from cascade_nodes.cascade_core.engine.kernels.launch import compile_ahead, launch
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.cascade_core.networks import layers, stage_a
 
 EPS = 1e-6
 HALF_STEP = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.config import StageAConfig
 from cascade_nodes.cascade_core.engine import vqgan
 from cascade_nodes.cascade_core.engine.kernels import depthwise, products
 from cascade_nodes.cascade_core.engine.kernels.tuned import Config
-from cascade_nodes.cascade_core.stage_a import StageA
+from cascade_nodes.cascade_core.networks.config import StageAConfig
+from cascade_nodes.cascade_core.networks.stage_a import StageA
 
 CONFIG = StageAConfig(levels=2, bottleneck_blocks=2, c_hidden=24, c_latent=4, codebook_size=8)
 TOLERANCE = 3e-6  # of the largest value, in float32

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from cascade_nodes.cascade_core import StageA, StageB, StageC
-from cascade_nodes.cascade_core.config import StageAConfig, StageBConfig, StageCConfig
 from cascade_nodes.cascade_core.engine import operations
+from cascade_nodes.cascade_core.networks.config import StageAConfig, StageBConfig, StageCConfig
 
 # Depths, repeats and the heads' width of 64 are the published ones. Of the widths, those of the smaller network of each
 # stage are no powers of two, as theirs are not.

@@ -22,7 +22,7 @@ from cascade_nodes.cascade_core.engine import Fast, graphs, operations, operatio
 from cascade_nodes.cascade_core.engine import fast as door
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.guidance import Guider
-from cascade_nodes.cascade_core.half import hold_stream
+from cascade_nodes.cascade_core.networks.fp16 import hold_stream
 from cascade_nodes.cascade_core.noise import NoiseSource
 from cascade_nodes.cascade_core.samplers import SAMPLERS, sample
 from cascade_nodes.tests.engine.test_fast import UNUSUAL

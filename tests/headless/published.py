@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cascade_nodes.cascade_core.checkpoints import NETWORKS
-from cascade_nodes.cascade_core.config import PRESETS
+from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.text import build_text_model
 from cascade_nodes.cascade_core.vision import build_vision_model
 from cascade_nodes.headless.catalogue import FILES

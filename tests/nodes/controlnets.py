@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cascade_nodes.cascade_core.controlnet import ControlNet
+from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.tests.nodes import tiny
 
 WIDTH, BLOCKS = 32, 4  # of the tiny Stage C

@@ -9,7 +9,7 @@ import torch
 
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
-from cascade_nodes.cascade_core.half import STREAM_SCALE
+from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE
 from cascade_nodes.nodes.hosts.headless import device
 from cascade_nodes.nodes.hosts.headless.device import weight_dtype
 from cascade_nodes.nodes.hosts.headless.model import load_network

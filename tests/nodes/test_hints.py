@@ -7,8 +7,8 @@ import torch
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.canny import canny_hint
-from cascade_nodes.cascade_core.controlnet import ControlNetConfig
 from cascade_nodes.cascade_core.hints import inpaint_hint
+from cascade_nodes.cascade_core.networks.controlnet import ControlNetConfig
 from cascade_nodes.nodes import faces
 from cascade_nodes.nodes.control import (
     CascadeCanny,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ....cascade_core.adapters import Adapter, LowRank
 from ....cascade_core.adapters.apply import changed_weight
 from ....cascade_core.adapters.tokens import NewToken, taught_tokens
-from ....cascade_core.config import StageCConfig, infer_config
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.networks.config import StageCConfig, infer_config
 from .model import HostedNetwork
 from .tokens import with_learned
 

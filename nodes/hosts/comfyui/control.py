@@ -17,8 +17,9 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ....cascade_core import activations, checkpoints
+from ....cascade_core import checkpoints
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.networks import activations
 from .. import control as shared
 from .hosted import WholeLayers
 

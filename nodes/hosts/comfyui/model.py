@@ -14,13 +14,14 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ....cascade_core import activations, checkpoints
+from ....cascade_core import checkpoints
 from ....cascade_core.engine import Fast
 from ....cascade_core.errors import CascadeError
-from ....cascade_core.half import STREAM_SCALE, hold_stream
+from ....cascade_core.networks import activations
+from ....cascade_core.networks.fp16 import STREAM_SCALE, hold_stream
+from ....cascade_core.networks.stage_c import StageC
+from ....cascade_core.networks.unet import UNet
 from ....cascade_core.placement.reserve import reserved
-from ....cascade_core.stage_c import StageC
-from ....cascade_core.unet import UNet
 from ..run import Network, least_side
 from .hosted import Hosted, WholeLayers
 from .weights import remember_file

@@ -7,7 +7,7 @@ import comfy.model_management
 import comfy.patcher_extension
 from torch import Tensor
 
-from ....cascade_core.tiles import predict_in_tiles
+from ....cascade_core.networks.tiles import predict_in_tiles
 
 
 def in_tiles(patcher: Any, tile: int) -> Any:

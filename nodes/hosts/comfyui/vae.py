@@ -15,10 +15,17 @@ import comfy.ops
 import comfy.sd
 from torch import Tensor, nn
 
-from ....cascade_core import activations, checkpoints
-from ....cascade_core.config import StageAConfig, infer_config
+from ....cascade_core import checkpoints
 from ....cascade_core.errors import CascadeError
-from ....cascade_core.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo, join_tiles
+from ....cascade_core.networks import activations
+from ....cascade_core.networks.config import StageAConfig, infer_config
+from ....cascade_core.networks.tiles import (
+    PREVIEWER_HALO,
+    PREVIEWER_SIDE,
+    decode_halo,
+    encode_halo,
+    join_tiles,
+)
 from .hosted import Hosted, WholeLayers
 from .weights import remember_file
 

@@ -9,8 +9,8 @@ from torch import nn
 from ....cascade_core.adapters import Adapter
 from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.adapters.tokens import NewToken, taught_tokens
-from ....cascade_core.config import StageCConfig
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.networks.config import StageCConfig
 from .clip import HeadlessCLIP
 from .model import HeadlessModel
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ....cascade_core import activations
 from ....cascade_core.adapters import LearnedToken
 from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.networks import activations
 from .device import compute_device, on_device
 from .embeddings import embeddings_in
 from .weights import naming_non_finite

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....cascade_core import activations, checkpoints
+from ....cascade_core import checkpoints
 from ....cascade_core.diffusion import log_snr as schedule
+from ....cascade_core.networks import activations
 from ..control import (
     Control,
     Residuals,

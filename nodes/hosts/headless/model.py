@@ -10,7 +10,7 @@ from torch import nn
 from ....cascade_core import checkpoints
 from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.engine import Fast
-from ....cascade_core.half import hold_stream
+from ....cascade_core.networks.fp16 import hold_stream
 from ..run import LATENT_CHANNELS, Network, least_side
 from .device import engine_precision, read_ahead, weight_dtype
 

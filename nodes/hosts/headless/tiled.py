@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....cascade_core.networks.tiles import fitting_tile, join_tiles
 from ....cascade_core.placement import out_of_memory
-from ....cascade_core.tiles import fitting_tile, join_tiles
 from ..reporting import check_interrupted, tell
 from . import device as host_device
 from .device import on_device

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....cascade_core import activations, checkpoints
+from ....cascade_core import checkpoints
 from ....cascade_core.engine.vqgan import FastDecoder
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.networks import activations
+from ....cascade_core.networks.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo
 from ....cascade_core.placement import when_leaving
-from ....cascade_core.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo
 from .device import on_device, picture_dtype
 from .tiled import Tiled
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ....cascade_core import activations
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.networks import activations
 from .clip import encoder_dtype
 from .device import on_device
 from .weights import naming_non_finite

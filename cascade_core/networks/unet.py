@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import UNetConfig
-from .half import over, scaled
+from .fp16 import over, scaled
 from .layers import (
     AttnBlock,
     FeedForwardBlock,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CascadeError
 from .config import Config
 from .efficientnet import (
     PUBLISHED_LAST,
@@ -18,7 +19,6 @@ from .efficientnet import (
     infer_efficientnet,
     stage_table,
 )
-from .errors import CascadeError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .errors import CascadeError
+from ..errors import CascadeError
 
 if TYPE_CHECKING:
     from .unet import UNet

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import CascadeError
 from .compressor import unpublished
 from .config import Config
 from .efficientnet import (
@@ -17,7 +18,6 @@ from .efficientnet import (
     infer_efficientnet,
     stage_table,
 )
-from .errors import CascadeError
 from .layers import layer_norm_2d
 
 # Number of projections -> Stage C's residual blocks that they are for.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .half import over, scaled
+from .fp16 import over, scaled
 
 
 def timestep_embedding(r: Tensor, width: int, max_positions: int = 10_000) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from .errors import CascadeError
+from ..errors import CascadeError
 
 PUBLISHED_HEAD_WIDTH = 64
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import CascadeError
+from ..errors import CascadeError
 
 BATCH_NORM_EPS = 1e-3  # torchvision's for the V2 family; torch's own default is 1e-5
 

@@ -1,0 +1,1 @@
+"""The networks: one configuration and one module each, with the published names of every weight."""
