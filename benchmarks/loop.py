@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_nodes.cascade_core.guidance import Guider
-from cascade_nodes.cascade_core.noise import NoiseSource
-from cascade_nodes.cascade_core.samplers import sample
+from cascade_nodes.cascade_core.diffusion.guidance import Guider
+from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
+from cascade_nodes.cascade_core.diffusion.samplers import sample
 from networks import Setup, conditions, latent_shape, random_prompts
 from timing import seconds
 

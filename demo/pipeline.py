@@ -12,11 +12,17 @@ from torch import Tensor
 from cascade_nodes.cascade_core import SemanticCompressor, StageA, StageB, StageC
 from cascade_nodes.cascade_core.adapters import LearnedToken
 from cascade_nodes.cascade_core.checkpoints import load_model
-from cascade_nodes.cascade_core.diffusion import noise_cond
-from cascade_nodes.cascade_core.guidance import Guider
+from cascade_nodes.cascade_core.diffusion.guidance import Guider
+from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
+from cascade_nodes.cascade_core.diffusion.samplers import (
+    SAMPLERS,
+    Denoise,
+    keep_outside,
+    log_snr_range,
+    start_latent,
+)
+from cascade_nodes.cascade_core.diffusion.schedule import noise_cond
 from cascade_nodes.cascade_core.networks.tiles import predict_in_tiles
-from cascade_nodes.cascade_core.noise import NoiseSource
-from cascade_nodes.cascade_core.samplers import SAMPLERS, Denoise, keep_outside, log_snr_range, start_latent
 from cascade_nodes.cascade_core.text import TextEncoder
 from cascade_nodes.cascade_core.vision import ImageEncoder
 from cascade_nodes.demo.dataset import as_float, for_compressor, resized

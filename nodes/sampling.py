@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cascade_core.diffusion.samplers import SAMPLERS
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.networks.tiles import ALIGNMENT
-from ..cascade_core.samplers import SAMPLERS
 from .api import io
 from .hosts import host
 from .hosts.run import STAGE_B_COMPRESSION, Run

@@ -2,8 +2,8 @@
 
 import torch
 
+from ..cascade_core.diffusion.samplers import log_snr_range
 from ..cascade_core.errors import CascadeError
-from ..cascade_core.samplers import log_snr_range
 from .api import io
 from .hosts import host
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, to_dialect, write_adapter
-from ..guidance import guide
+from ..diffusion.guidance import guide
 from ..networks.stage_c import StageC
 from ..text import TextEncoder
 from .conditions import CachedText, Conditions

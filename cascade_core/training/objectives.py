@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..diffusion import (
+from ..diffusion.schedule import (
     AdaptiveLossWeight,
     debiased,
     diffuse,

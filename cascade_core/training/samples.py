@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..guidance import Guider
-from ..noise import NoiseSource
-from ..samplers import sample
+from ..diffusion.guidance import Guider
+from ..diffusion.noise import NoiseSource
+from ..diffusion.samplers import sample
 from .conditions import Conditions
 from .settings import OutputSettings
 from .task import State, Task

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import diffusion
+from ..diffusion import schedule as diffusion
 from ..networks.stage_c import StageC
 from .conditions import CachedText, Conditions
 from .data import Batch

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cascade_core.noise import NoiseSource
-from ...cascade_core.samplers import log_snr_range
+from ...cascade_core.diffusion.noise import NoiseSource
+from ...cascade_core.diffusion.samplers import log_snr_range
 
 LATENT_CHANNELS = {"stage_c": 16, "stage_b": 4}  # where a network's own configuration does not say
 

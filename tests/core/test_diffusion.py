@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cascade_nodes.cascade_core import diffusion
-from cascade_nodes.cascade_core.diffusion import (
+from cascade_nodes.cascade_core.diffusion import schedule as diffusion
+from cascade_nodes.cascade_core.diffusion.schedule import (
     AdaptiveLossWeight,
     diffuse,
     log_snr,

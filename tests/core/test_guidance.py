@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from cascade_nodes.cascade_core import CascadeError, StageC, load_published_state_dict
-from cascade_nodes.cascade_core.guidance import Guider, guide
+from cascade_nodes.cascade_core.diffusion.guidance import Guider, guide
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

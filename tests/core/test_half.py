@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from cascade_nodes.cascade_core import CascadeError, StageB, StageC
 from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
-from cascade_nodes.cascade_core.guidance import Guider
+from cascade_nodes.cascade_core.diffusion.guidance import Guider
+from cascade_nodes.cascade_core.diffusion.samplers import sample
 from cascade_nodes.cascade_core.networks import activations
 from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, hold_stream, scaled
 from cascade_nodes.cascade_core.networks.layers import GlobalResponseNorm, ResBlock, gelu_
 from cascade_nodes.cascade_core.networks.unet import UNet
-from cascade_nodes.cascade_core.samplers import sample
 from cascade_nodes.tests.core.live_bytes import LiveBytes
 from cascade_nodes.tests.core.overflowing import GROWTH, STAGE_B, STAGE_C, Largest, overflowing
 from cascade_nodes.tests.golden_weights import relative_error

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.noise import NoiseSource
+from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
 
 SHAPE = (4, 5, 6)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.diffusion import diffuse, log_snr, noise_cond, scale
-from cascade_nodes.cascade_core.noise import NoiseSource
-from cascade_nodes.cascade_core.samplers import SAMPLERS, Step, log_snr_range, sample, start_latent
+from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, Step, log_snr_range, sample, start_latent
+from cascade_nodes.cascade_core.diffusion.schedule import diffuse, log_snr, noise_cond, scale
 
 SHAPE = (16, 6, 8)
 

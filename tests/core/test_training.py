@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import CascadeError, StageA, StageB, StageC
-from cascade_nodes.cascade_core.diffusion import debiased, log_snr
+from cascade_nodes.cascade_core.diffusion.schedule import debiased, log_snr
 from cascade_nodes.cascade_core.training.ema import ema_decay, update_ema
 from cascade_nodes.cascade_core.training.initialise import initialise_stage_a, initialise_unet
 from cascade_nodes.cascade_core.training.objectives import contrastive_loss, diffusion_loss, stage_a_loss

@@ -5,9 +5,16 @@ import math
 import pytest
 import torch
 
-from cascade_nodes.cascade_core.diffusion import AdaptiveLossWeight, log_snr, noise_cond, p2, scale, undiffuse
-from cascade_nodes.cascade_core.guidance import guide
-from cascade_nodes.cascade_core.samplers import SAMPLERS, sample
+from cascade_nodes.cascade_core.diffusion.guidance import guide
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
+from cascade_nodes.cascade_core.diffusion.schedule import (
+    AdaptiveLossWeight,
+    log_snr,
+    noise_cond,
+    p2,
+    scale,
+    undiffuse,
+)
 from cascade_nodes.cascade_core.training.objectives import along_path, consistency_loss, diffusion_loss
 
 SIGMA = 0.5  # of data whose every value is drawn from a normal distribution

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 
 from cascade_nodes.cascade_core import StageB, StageC, load_published_state_dict
-from cascade_nodes.cascade_core.guidance import Guider
-from cascade_nodes.cascade_core.noise import NoiseSource
-from cascade_nodes.cascade_core.samplers import SAMPLERS, Step, sample
+from cascade_nodes.cascade_core.diffusion.guidance import Guider
+from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, Step, sample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NETWORKS = {"stage_c": StageC, "stage_b": StageB}

@@ -9,12 +9,12 @@ from torch import Tensor
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.diffusion.guidance import Guider
+from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
 from cascade_nodes.cascade_core.engine import Fast
 from cascade_nodes.cascade_core.engine import fast as door
-from cascade_nodes.cascade_core.guidance import Guider
 from cascade_nodes.cascade_core.networks.config import StageBConfig, StageCConfig
-from cascade_nodes.cascade_core.noise import NoiseSource
-from cascade_nodes.cascade_core.samplers import SAMPLERS, sample
 
 TOLERANCE = 3e-6  # of the largest value, in float32: other orders of summation
 

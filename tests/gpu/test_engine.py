@@ -18,13 +18,13 @@ from torch import Tensor
 
 from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.diffusion.guidance import Guider
+from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
 from cascade_nodes.cascade_core.engine import Fast, graphs, operations, operations_on
 from cascade_nodes.cascade_core.engine import fast as door
 from cascade_nodes.cascade_core.errors import CascadeError
-from cascade_nodes.cascade_core.guidance import Guider
 from cascade_nodes.cascade_core.networks.fp16 import hold_stream
-from cascade_nodes.cascade_core.noise import NoiseSource
-from cascade_nodes.cascade_core.samplers import SAMPLERS, sample
 from cascade_nodes.tests.engine.test_fast import UNUSUAL
 from cascade_nodes.tests.gpu.compared import (
     LEVELS,

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_nodes.cascade_core import CascadeError, samplers
-from cascade_nodes.cascade_core.guidance import Guider
-from cascade_nodes.cascade_core.noise import NoiseSource
+from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.diffusion import samplers
+from cascade_nodes.cascade_core.diffusion.guidance import Guider
+from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
 from cascade_nodes.nodes.conditioning import CascadeTextEncode
 from cascade_nodes.nodes.control import CascadeControlNetApply
 from cascade_nodes.nodes.loaders import CascadeControlNetLoader

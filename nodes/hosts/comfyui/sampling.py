@@ -16,10 +16,10 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ....cascade_core.diffusion import per_image, scale
-from ....cascade_core.guidance import guide
-from ....cascade_core.noise import NoiseSource
-from ....cascade_core.samplers import SAMPLERS, Step, start_latent
+from ....cascade_core.diffusion.guidance import guide
+from ....cascade_core.diffusion.noise import NoiseSource
+from ....cascade_core.diffusion.samplers import SAMPLERS, Step, start_latent
+from ....cascade_core.diffusion.schedule import per_image, scale
 from ..run import Run, Sampled, Watch
 from .model import ENGINE
 from .progress import step_callback

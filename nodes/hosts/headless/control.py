@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ....cascade_core import checkpoints
-from ....cascade_core.diffusion import log_snr as schedule
+from ....cascade_core.diffusion.schedule import log_snr as schedule
 from ....cascade_core.networks import activations
 from ..control import (
     Control,

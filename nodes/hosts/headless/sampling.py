@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....cascade_core.diffusion import noise_cond
+from ....cascade_core.diffusion.guidance import Guider
+from ....cascade_core.diffusion.samplers import SAMPLERS, Step, keep_outside, start_latent
+from ....cascade_core.diffusion.schedule import noise_cond
 from ....cascade_core.engine import Fast
 from ....cascade_core.errors import CascadeError
-from ....cascade_core.guidance import Guider
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.stage_b import StageB
 from ....cascade_core.networks.tiles import predict_in_tiles
 from ....cascade_core.placement import when_leaving
-from ....cascade_core.samplers import SAMPLERS, Step, keep_outside, start_latent
 from ..reporting import check_interrupted, report
 from ..run import Run, Sampled, Watch, mask_like
 from .control import RunControls

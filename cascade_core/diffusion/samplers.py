@@ -18,9 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .diffusion import at_least_float32, noise_cond, per_image, scale, undiffuse
-from .diffusion import log_snr as schedule
-from .errors import CascadeError
+from ..errors import CascadeError
+from .schedule import at_least_float32, noise_cond, per_image, scale, undiffuse
+from .schedule import log_snr as schedule
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[], Tensor]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .diffusion import at_least_float32
-from .errors import CascadeError
+from ..errors import CascadeError
+from .schedule import at_least_float32
 
 Conditions = Mapping[
     str, Any

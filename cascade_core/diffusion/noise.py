@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import CascadeError
+from ..errors import CascadeError
 
 SEED_RANGE = 2**64
 

@@ -1,0 +1,1 @@
+"""The mathematics of sampling: the schedule, samplers, guidance and noise."""
