@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cascade_nodes.cascade_core.checkpoints import NETWORKS, fuse_attention
-from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.cascade_core.text.encoder import build_text_model
 
 BLOCK = 8 << 20  # values; no row of a weight is as long, nor divides it, so that no two rows are alike
 SPREAD = 0.02

@@ -31,7 +31,7 @@ from cascade_nodes.cascade_core import StageC
 from cascade_nodes.cascade_core.diffusion.schedule import diffuse, random_t
 from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
-from cascade_nodes.cascade_core.text import TextStates
+from cascade_nodes.cascade_core.text.encoder import TextStates
 from cascade_nodes.cascade_core.training.conditions import CachedText
 from cascade_nodes.cascade_core.training.control import ControlNetTask, published_blocks
 from cascade_nodes.cascade_core.training.data import Batch, DataSettings

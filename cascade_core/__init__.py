@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .networks.stage_a import StageA
     from .networks.stage_b import StageB
     from .networks.stage_c import StageC
-    from .text import TextEncoder
-    from .tokenizer import Tokenizer
+    from .text.encoder import TextEncoder
+    from .text.tokenizer import Tokenizer
     from .vision import ImageEncoder
 
 _HOME = {
@@ -30,8 +30,8 @@ _HOME = {
     "StageA": "networks.stage_a",
     "StageB": "networks.stage_b",
     "StageC": "networks.stage_c",
-    "TextEncoder": "text",
-    "Tokenizer": "tokenizer",
+    "TextEncoder": "text.encoder",
+    "Tokenizer": "text.tokenizer",
     "infer_config": "networks.config",
     "load_model": "checkpoints",
     "load_published_state_dict": "checkpoints",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .clip import CONFIG_KEYS, explain_non_finite, infer_vision_config, load_clip
 from .errors import CascadeError
+from .text.clip import CONFIG_KEYS, explain_non_finite, infer_vision_config, load_clip
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.tokenizer import CHUNK_LENGTH, Tokenizer
+from cascade_nodes.cascade_core.text.tokenizer import CHUNK_LENGTH, Tokenizer
 from cascade_nodes.demo.captions import caption, contrast
 from cascade_nodes.demo.recipe import COMPRESSED, PICTURE
 from cascade_nodes.demo.world import Scene, pack, render

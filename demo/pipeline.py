@@ -23,7 +23,7 @@ from cascade_nodes.cascade_core.diffusion.samplers import (
 )
 from cascade_nodes.cascade_core.diffusion.schedule import noise_cond
 from cascade_nodes.cascade_core.networks.tiles import predict_in_tiles
-from cascade_nodes.cascade_core.text import TextEncoder
+from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.vision import ImageEncoder
 from cascade_nodes.demo.dataset import as_float, for_compressor, resized
 from cascade_nodes.demo.recipe import LATENT, PICTURE, STAGE_B_LATENT

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..cascade_core.checkpoints import describe, identify, parts_in, read_safetensors
 from ..cascade_core.checkpoints.layouts import ALL_IN_ONE
-from ..cascade_core.clip import infer_text_config, infer_vision_config
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.text.clip import infer_text_config, infer_vision_config
 from ..nodes.hosts import roles
 from ..nodes.hosts.headless import folders
 from .catalogue import FILES, WORKFLOWS, PublishedFile, Workflow, in_words

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoints import read_safetensors
 from ..errors import CascadeError
-from ..prompt_weights import parse_weights
+from ..text.prompt_weights import parse_weights
 
 PREFIX = "embedding:"
 

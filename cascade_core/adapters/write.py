@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.files import write_safetensors
-from ..clip import CLIP_TOKENS
 from ..errors import CascadeError
 from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
+from ..text.clip import CLIP_TOKENS
 from .adapter import Adapter, LearnedToken, LowRank
 from .dialects import DIALECTS, Dialect
 from .fit import check_fits

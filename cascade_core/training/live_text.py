@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.tokens import TokenTable
-from ..text import TextEncoder, encode_tokens
+from ..text.encoder import TextEncoder, encode_tokens
 
 Names = Mapping[str, Sequence[int]]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, to_dialect, write_adapter
 from ..diffusion.guidance import guide
 from ..networks.stage_c import StageC
-from ..text import TextEncoder
+from ..text.encoder import TextEncoder
 from .conditions import CachedText, Conditions
 from .live_text import LiveText
 from .low_rank import LowRankChanges, select_layers

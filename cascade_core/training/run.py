@@ -16,7 +16,7 @@ from ..engine.graphs import can_record
 from ..errors import CascadeError
 from ..networks.compressor import SemanticCompressor
 from ..networks.stage_c import StageC
-from ..text import TextEncoder
+from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
 from .cache import fingerprint
 from .conditions import CachedText

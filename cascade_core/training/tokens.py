@@ -12,7 +12,7 @@ from ..adapters import Adapter, LearnedToken, write_adapter
 from ..adapters.tokens import TokenTable, name_in_prompt
 from ..errors import CascadeError
 from ..networks.stage_c import StageC
-from ..text import TextEncoder
+from ..text.encoder import TextEncoder
 from .conditions import CachedText
 from .live_text import LiveText
 from .recorded import Recorded

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
-from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.nodes.hosts import roles
 from cascade_nodes.tests.bad_input.graphs import GRAPH, LOADERS, TINY_FILES
 from cascade_nodes.tests.headless.command import start

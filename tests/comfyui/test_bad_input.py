@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
-from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.nodes.hosts import roles
 from cascade_nodes.tests.comfyui.graphs import DECODER, PRIOR, compress, demo, tiny
 from cascade_nodes.tests.headless.record_comfyui import node

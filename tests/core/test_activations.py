@@ -5,7 +5,7 @@ import torch
 
 from cascade_nodes.cascade_core import ControlNet, Previewer, SemanticCompressor, StageA, StageB, StageC
 from cascade_nodes.cascade_core.networks import activations, stage_a
-from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.cascade_core.vision import build_vision_model
 from cascade_nodes.tests.core.live_bytes import LiveBytes
 

@@ -19,7 +19,7 @@ from cascade_nodes.cascade_core.adapters import (
 from cascade_nodes.cascade_core.adapters.names import stage_c_shapes
 from cascade_nodes.cascade_core.adapters.order import SIZES
 from cascade_nodes.cascade_core.checkpoints import fuse_attention
-from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.tests.core.lora_files import CONFIG, TEXT_SHAPES, change, everything, golden, kohya_file
 
 TEXT = {layer.replace(".", "_"): shape for layer, shape in TEXT_SHAPES.items() if layer != "text_projection"}

@@ -25,7 +25,7 @@ from cascade_nodes.cascade_core.checkpoints import (
     split_attention,
     write_safetensors,
 )
-from cascade_nodes.cascade_core.text import TextEncoder
+from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.vision import ImageEncoder
 from cascade_nodes.tests.core.test_activations import STAGE_B, STAGE_C, STAGES
 

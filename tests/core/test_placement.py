@@ -22,7 +22,7 @@ from cascade_nodes.cascade_core.placement import (
 )
 from cascade_nodes.cascade_core.placement.plan import plan
 from cascade_nodes.cascade_core.placement.units import Unit, cut
-from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.tests.core.placements import Counting, Late
 from cascade_nodes.tests.nodes.tiny import CONFIGS, TEXT_WIDTH, TRANSFORMER, shake
 

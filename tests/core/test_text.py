@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
-from cascade_nodes.cascade_core.clip import fill_clip
-from cascade_nodes.cascade_core.text import (
+from cascade_nodes.cascade_core.text.clip import fill_clip
+from cascade_nodes.cascade_core.text.encoder import (
     TextEncoder,
     Tokenizer,
     build_text_model,
     encode_tokens,
     infer_text_config,
 )
-from cascade_nodes.cascade_core.tokenizer import build_small_vocabulary, save_vocabulary
+from cascade_nodes.cascade_core.text.tokenizer import build_small_vocabulary, save_vocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCABULARY, MERGES = build_small_vocabulary(["a", "red", "blue", "star", "ring", "left", "of"])
@@ -274,6 +274,6 @@ def test_nan_in_the_weights_is_named():
 
 
 def test_transformers_is_imported_only_when_a_model_is_built():
-    code = "import sys, cascade_nodes.cascade_core.text, cascade_nodes.cascade_core.vision; "
+    code = "import sys, cascade_nodes.cascade_core.text.encoder, cascade_nodes.cascade_core.vision; "
     code += "sys.exit('transformers' in sys.modules or 'tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

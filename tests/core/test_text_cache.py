@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.text import TextEncoder, Tokenizer, build_text_model
-from cascade_nodes.cascade_core.tokenizer import build_small_vocabulary
+from cascade_nodes.cascade_core.text.encoder import TextEncoder, Tokenizer, build_text_model
+from cascade_nodes.cascade_core.text.tokenizer import build_small_vocabulary
 from cascade_nodes.cascade_core.training.text_cache import TextCache
 
 VOCABULARY, MERGES = build_small_vocabulary(["a", "red", "blue", "star", "ring", "left", "of"])

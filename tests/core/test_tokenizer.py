@@ -8,8 +8,8 @@ import pytest
 from transformers import CLIPTokenizer
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.prompt_weights import parse_weights
-from cascade_nodes.cascade_core.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
+from cascade_nodes.cascade_core.text.prompt_weights import parse_weights
+from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 START, END = 49406, 49407

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cascade_nodes.cascade_core.text import TextEncoder
+from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.training.conditions import CachedText, Conditions
 from cascade_nodes.cascade_core.training.text_cache import TextCache
 from cascade_nodes.tests.nodes.tiny import write_text_encoder

@@ -8,7 +8,7 @@ from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.diffusion.guidance import guide
-from cascade_nodes.cascade_core.text import TextEncoder
+from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.training import control, lora
 from cascade_nodes.cascade_core.training.drawing_masks import (
     masks_around_things,

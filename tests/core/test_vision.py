@@ -11,7 +11,7 @@ from PIL import Image
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
-from cascade_nodes.cascade_core.clip import fill_clip
+from cascade_nodes.cascade_core.text.clip import fill_clip
 from cascade_nodes.cascade_core.vision import (
     CLIP_MEAN,
     CLIP_STD,

@@ -5,7 +5,7 @@ import json
 import torch
 
 from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors
-from cascade_nodes.cascade_core.tokenizer import Tokenizer, build_small_vocabulary
+from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary
 from cascade_nodes.demo import recipe, train
 from cascade_nodes.demo.captions import contrast, vocabulary
 from cascade_nodes.demo.dataset import as_float, captions, contrasts, pictures, resized, to_uint8, tokenise

@@ -12,7 +12,7 @@ import torch
 
 from cascade_nodes.cascade_core.checkpoints import NETWORKS
 from cascade_nodes.cascade_core.networks.config import PRESETS
-from cascade_nodes.cascade_core.text import build_text_model
+from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.cascade_core.vision import build_vision_model
 from cascade_nodes.headless.catalogue import FILES
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from cascade_nodes.cascade_core.checkpoints import NETWORKS, write_safetensors
-from cascade_nodes.cascade_core.text import build_text_model
-from cascade_nodes.cascade_core.tokenizer import Tokenizer, build_small_vocabulary
+from cascade_nodes.cascade_core.text.encoder import build_text_model
+from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary
 from cascade_nodes.cascade_core.vision import build_vision_model
 
 TEXT_WIDTH, POOLED_WIDTH, IMAGE_WIDTH = 64, 64, 48

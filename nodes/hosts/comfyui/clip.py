@@ -15,7 +15,7 @@ import comfy.sd1_clip
 import comfy.supported_models_base
 import folder_paths
 
-from ....cascade_core.tokenizer import Tokenizer
+from ....cascade_core.text.tokenizer import Tokenizer
 from .weights import remember_file
 
 
@@ -73,7 +73,7 @@ class BackendAdapter:
 
 
 def load_text_encoder(path: Path) -> comfy.sd.CLIP:
-    from ....cascade_core.text import TextEncoder as CoreTextEncoder
+    from ....cascade_core.text.encoder import TextEncoder as CoreTextEncoder
 
     core = CoreTextEncoder.load(path)
     config = core.model.config.to_dict()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....cascade_core.adapters.embeddings import PREFIX
 from ....cascade_core.checkpoints import write_safetensors
-from ....cascade_core.tokenizer import learned_names
+from ....cascade_core.text.tokenizer import learned_names
 
 KEY = "clip_g"
 

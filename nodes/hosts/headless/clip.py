@@ -16,7 +16,7 @@ from .embeddings import embeddings_in
 from .weights import naming_non_finite
 
 if TYPE_CHECKING:
-    from ....cascade_core.text import TextEncoder
+    from ....cascade_core.text.encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class HeadlessCLIP:
 
 
 def load_text_encoder(path: Path) -> HeadlessCLIP:
-    from ....cascade_core.text import TextEncoder  # transformers takes seconds to import
+    from ....cascade_core.text.encoder import TextEncoder  # transformers takes seconds to import
 
     return HeadlessCLIP(TextEncoder.load(path, dtype=encoder_dtype()), path.name)
 

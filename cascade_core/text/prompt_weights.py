@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .errors import CascadeError
+from ..errors import CascadeError
 
 EMPHASIS = 1.1
 LARGEST_WEIGHT = 3e38  # float32 holds no more

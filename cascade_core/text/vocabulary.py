@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import CascadeError
+from ..errors import CascadeError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,7 +32,7 @@ Merges = list[tuple[str, str]]
 @lru_cache(maxsize=1)
 def bundled_vocabulary() -> tuple[dict[str, int], Merges]:
     """CLIP's 49,408 tokens and 48,894 merges. Read once; not to be written to."""
-    packed = Path(__file__).parent / "data" / "clip" / "merges.txt.gz"
+    packed = Path(__file__).parent / "data" / "merges.txt.gz"
     merges = _parse_merges(gzip.decompress(packed.read_bytes()).decode("utf-8"))
     return _number_tokens(merges), merges
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import CascadeError
+from ..errors import CascadeError
 from .prompt_weights import parse_weights
 from .vocabulary import (
     END,

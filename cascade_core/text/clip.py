@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import (
+from ..checkpoints import (
     converted,
     describe,
     first_non_finite,
@@ -23,8 +23,8 @@ from .checkpoints import (
     locate,
     read_weights,
 )
-from .errors import CascadeError
-from .networks.config import infer_config
+from ..errors import CascadeError
+from ..networks.config import infer_config
 
 HEAD_WIDTH = 64
 # OpenAI's own encoders (text up to 768 wide, vision up to 1024) use the quick approximation of GELU; wider

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import CascadeError
 from .clip import CLIP_TOKENS, CONFIG_KEYS, explain_non_finite, in_model_folder, infer_text_config, load_clip
-from .errors import CascadeError
 from .tokenizer import Chunk, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
 
-    from .adapters import LearnedToken
-    from .adapters.tokens import TokenTable
+    from ..adapters import LearnedToken
+    from ..adapters.tokens import TokenTable
 
 __all__ = [
     "TextEncoder",
@@ -155,7 +155,7 @@ class TextEncoder:
         return TextStates(states.flatten(1, 2), pooled[places[:, 0]])
 
     def _table(self, learned: Sequence[LearnedToken]) -> TokenTable:
-        from .adapters.tokens import TokenTable
+        from ..adapters.tokens import TokenTable
 
         config = self.model.config
         return TokenTable(learned, config.vocab_size, config.hidden_size)

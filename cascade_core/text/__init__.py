@@ -1,0 +1,1 @@
+"""Text: CLIP's tokenizer, prompt weights, and its text encoder."""
