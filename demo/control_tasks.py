@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.canny import canny, canny_hint
 from cascade_nodes.cascade_core.checkpoints import load_model
-from cascade_nodes.cascade_core.hints import inpaint_hint, super_resolution_hint
-from cascade_nodes.cascade_core.masks import composite, latent_mask
+from cascade_nodes.cascade_core.hints.canny import canny, canny_hint
+from cascade_nodes.cascade_core.hints.filters import inpaint_hint, super_resolution_hint
+from cascade_nodes.cascade_core.hints.masks import composite, latent_mask
 from cascade_nodes.demo.captions import ObjectSpec, Spec, verbalise
 from cascade_nodes.demo.dataset import as_float, pictures, resized
 from cascade_nodes.demo.evaluate import SEED, prompts_of

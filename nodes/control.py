@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..cascade_core.canny import canny_hint
 from ..cascade_core.errors import CascadeError
-from ..cascade_core.hints import STRIDE, identity_map, inpaint_hint, super_resolution_hint
+from ..cascade_core.hints.canny import canny_hint
+from ..cascade_core.hints.filters import STRIDE, identity_map, inpaint_hint, super_resolution_hint
 from .api import io
 from .faces import find_faces
 from .hosts import host

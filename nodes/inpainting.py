@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..cascade_core.errors import CascadeError
-from ..cascade_core.masks import composite, expand
+from ..cascade_core.hints.masks import composite, expand
 from .api import io
 from .sizes import MAX_SIZE
 from .sockets import check_picture

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from ..cascade_core.errors import CascadeError
-from ..cascade_core.hints import STRIDE
-from ..cascade_core.masks import latent_mask
+from ..cascade_core.hints.filters import STRIDE
+from ..cascade_core.hints.masks import latent_mask
 from .api import io
 from .hosts import host
 from .hosts.run import LATENT_CHANNELS

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..canny import canny
 from ..errors import CascadeError
-from ..hints import STRIDE, identity_map, inpaint_hint, shrink, super_resolution_hint
+from ..hints.canny import canny
+from ..hints.filters import STRIDE, identity_map, inpaint_hint, shrink, super_resolution_hint
 from .buckets import COMPRESSION
 from .drawing_masks import training_masks
 from .settings import ControlNetSettings, Reads

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.canny import canny_hint
+from cascade_nodes.cascade_core.hints.canny import canny_hint
 from cascade_nodes.tests.golden_weights import read_golden, relative_error
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.hints import (
+from cascade_nodes.cascade_core.hints.filters import (
     identity_map,
     inpaint_hint,
     mask_of,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.masks import composite, expand, fade_inwards, latent_mask
+from cascade_nodes.cascade_core.hints.masks import composite, expand, fade_inwards, latent_mask
 
 
 def test_a_position_changes_where_half_of_it_is_masked():

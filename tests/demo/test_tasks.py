@@ -7,7 +7,7 @@ leave room for a picture or two.
 import pytest
 import torch
 
-from cascade_nodes.cascade_core.canny import canny_hint
+from cascade_nodes.cascade_core.hints.canny import canny_hint
 from cascade_nodes.demo.control_tasks import controlnet, guided, sharpness
 from cascade_nodes.demo.dataset import as_float, pictures, resized
 from cascade_nodes.demo.evaluate import SEED, prompts_of

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.masks import latent_mask
+from cascade_nodes.cascade_core.hints.masks import latent_mask
 from cascade_nodes.headless import run_graph
 from cascade_nodes.nodes.inpainting import CascadeInpaintComposite, CascadeOutpaint
 from cascade_nodes.nodes.latents import CascadeDecode, CascadeEncode

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import CascadeError
-from .hints import mask_of
+from ..errors import CascadeError
+from .filters import mask_of
 
 
 def latent_mask(mask: Tensor, batch: int, size: Sequence[int], grow: int = 0) -> Tensor:

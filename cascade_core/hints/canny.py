@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import CascadeError
+from ..errors import CascadeError
 
 SHIFT = 15  # fixed-point bits
 TAN_22_5 = 13573  # tan(22.5°) · 2^15, rounded

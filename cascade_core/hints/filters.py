@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import CascadeError
+from ..errors import CascadeError
 
 STRIDE = 32  # pixels of the compressor's picture for each position of Stage C's latent
 SR_SCALE = 2  # published: the small picture has half the side of the large one

@@ -1,0 +1,1 @@
+"""What ControlNets read: hints made from pictures, and masks."""
