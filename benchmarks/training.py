@@ -34,7 +34,7 @@ from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.text.encoder import TextStates
 from cascade_nodes.cascade_core.training.conditions import CachedText
 from cascade_nodes.cascade_core.training.control import ControlNetTask, published_blocks
-from cascade_nodes.cascade_core.training.data import Batch, DataSettings
+from cascade_nodes.cascade_core.training.data.batches import Batch, DataSettings
 from cascade_nodes.cascade_core.training.loop import Loop, Progress, build_accelerator
 from cascade_nodes.cascade_core.training.lora import LoRATask
 from cascade_nodes.cascade_core.training.run import compute_dtype, ready_blocks

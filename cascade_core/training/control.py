@@ -17,8 +17,8 @@ from ..networks.compressor import SemanticCompressor
 from ..networks.controlnet import PUBLISHED_BLOCKS, ControlNet
 from ..networks.stage_c import StageC
 from .conditions import CachedText, Conditions
-from .data import Batch
-from .making_hints import HINTS, FindFaces, Tools, hint_of
+from .data.batches import Batch
+from .data.hints import HINTS, FindFaces, Tools, hint_of
 from .recorded import Recorded
 from .settings import ControlNetSettings, ObjectiveSettings
 from .task import Inputs, State, Task

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CascadeError
-from .data import Batch
+from .data.batches import Batch
 from .ema import Average
 from .exact import repeatable
 from .log import CURVE, Log, draw_curve

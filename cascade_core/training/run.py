@@ -18,22 +18,22 @@ from ..networks.compressor import SemanticCompressor
 from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
-from .cache import fingerprint
 from .conditions import CachedText
 from .control import ControlNetTask
-from .data import TrainingData, fill_cache
+from .data.batches import TrainingData, fill_cache
+from .data.cache import fingerprint
+from .data.hints import FindFaces
+from .data.image_prompts import ImagePrompts
+from .data.text_cache import TextCache
 from .finetune import FinetuneTask
-from .image_prompts import ImagePrompts
 from .log import duration
 from .loop import Loop, Outcome, Progress, build_accelerator
 from .lora import LoRATask
-from .making_hints import FindFaces
 from .recompute import LARGE, compile_blocks, recompute_blocks
 from .samples import Samples
 from .settings import Settings, TrainSettings
 from .state import STATE, read_state
 from .task import Task
-from .text_cache import TextCache
 from .tokens import TokensTask
 
 if TYPE_CHECKING:

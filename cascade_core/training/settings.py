@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import CascadeError
-from .data import DataSettings
+from .data.batches import DataSettings
 from .strict import build, read_yaml
 
 TaskName = Literal["lora", "controlnet", "finetune", "tokens"]

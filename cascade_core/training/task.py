@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..diffusion import schedule as diffusion
 from ..networks.stage_c import StageC
 from .conditions import CachedText, Conditions
-from .data import Batch
+from .data.batches import Batch
 from .live_text import LiveText
 from .objectives import diffusion_loss
 from .settings import ObjectiveSettings

@@ -6,7 +6,7 @@ import torch
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, Tokenizer, build_text_model
 from cascade_nodes.cascade_core.text.tokenizer import build_small_vocabulary
-from cascade_nodes.cascade_core.training.text_cache import TextCache
+from cascade_nodes.cascade_core.training.data.text_cache import TextCache
 
 VOCABULARY, MERGES = build_small_vocabulary(["a", "red", "blue", "star", "ring", "left", "of"])
 CONFIG = {

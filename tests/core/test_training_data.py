@@ -11,13 +11,13 @@ import torch
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor
-from cascade_nodes.cascade_core.training import data as data_module
-from cascade_nodes.cascade_core.training import decoding
-from cascade_nodes.cascade_core.training import latents as latents_module
-from cascade_nodes.cascade_core.training.buckets import Bucket
-from cascade_nodes.cascade_core.training.cache import fingerprint
-from cascade_nodes.cascade_core.training.data import DataSettings, TrainingData, fill_cache
-from cascade_nodes.cascade_core.training.pictures import read_picture
+from cascade_nodes.cascade_core.training.data import batches as data_module
+from cascade_nodes.cascade_core.training.data import decoding
+from cascade_nodes.cascade_core.training.data import latents as latents_module
+from cascade_nodes.cascade_core.training.data.batches import DataSettings, TrainingData, fill_cache
+from cascade_nodes.cascade_core.training.data.buckets import Bucket
+from cascade_nodes.cascade_core.training.data.cache import fingerprint
+from cascade_nodes.cascade_core.training.data.pictures import read_picture
 from cascade_nodes.tests.core.training_sets import MeanColours, blocks, write_set, write_tar
 
 
@@ -266,7 +266,7 @@ def test_an_interrupted_run_keeps_what_it_made(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from cascade_nodes.cascade_core.training import latents
-from cascade_nodes.cascade_core.training.data import DataSettings, TrainingData
+from cascade_nodes.cascade_core.training.data.batches import DataSettings, TrainingData
 from cascade_nodes.tests.core.training_sets import MeanColours
 latents.ENCODED_AT_ONCE, latents.FILE_BYTES = 2 * 192 * 192, 2 * 16 * 6 * 6 * 4
 encode = MeanColours()

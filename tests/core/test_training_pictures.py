@@ -11,14 +11,19 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.training.buckets import (
+from cascade_nodes.cascade_core.training.data.buckets import (
     COMPRESSION,
     Bucket,
     buckets,
     nearest,
 )
-from cascade_nodes.cascade_core.training.pictures import ORIENTATION, PictureError, picture_size, read_picture
-from cascade_nodes.cascade_core.training.sources import find_pictures
+from cascade_nodes.cascade_core.training.data.pictures import (
+    ORIENTATION,
+    PictureError,
+    picture_size,
+    read_picture,
+)
+from cascade_nodes.cascade_core.training.data.sources import find_pictures
 from cascade_nodes.nodes import sizes
 from cascade_nodes.tests.core.training_sets import blocks, png, write_set, write_tar
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cascade_nodes.cascade_core.training.sources import find_pictures
+from cascade_nodes.cascade_core.training.data.sources import find_pictures
 from cascade_nodes.demo.captions import holds, parse
 from cascade_nodes.demo.render_folder import main
 from cascade_nodes.demo.world import held_out_reason, render, sample_scenes

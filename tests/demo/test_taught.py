@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade_nodes.cascade_core.training.sources import find_pictures
+from cascade_nodes.cascade_core.training.data.sources import find_pictures
 from cascade_nodes.demo.captions import full_spec, holds, parse
 from cascade_nodes.demo.judge import read, score
 from cascade_nodes.demo.scenes import SHAPES, Scene, SceneObject, held_out_reason

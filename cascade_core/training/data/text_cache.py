@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError
-from ..text.encoder import TextEncoder, TextStates
+from ...errors import CascadeError
+from ...text.encoder import TextEncoder, TextStates
 from .cache import Cache, fingerprint, key_of
 
 ENCODED_AT_ONCE = 256  # captions, and in a file of the cache

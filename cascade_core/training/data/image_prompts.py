@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError
-from ..vision import ImageEncoder, preprocess_images
+from ...errors import CascadeError
+from ...vision import ImageEncoder, preprocess_images
 from .cache import Cache, Key, fingerprint, key_of
 from .decoding import in_threads
 from .pictures import Picture, PictureError, Stored, read_whole

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import CascadeError
+from ...errors import CascadeError
 from .captions import SUFFIXES, caption_lines, caption_values
 from .pictures import IMAGE_PROMPT, PICTURES, Found, Picture, Skipped, Stored
 

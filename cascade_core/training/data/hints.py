@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import CascadeError
-from ..hints.canny import canny
-from ..hints.filters import STRIDE, identity_map, inpaint_hint, shrink, super_resolution_hint
+from ...errors import CascadeError
+from ...hints.canny import canny
+from ...hints.filters import STRIDE, identity_map, inpaint_hint, shrink, super_resolution_hint
+from ..settings import ControlNetSettings, Reads
 from .buckets import COMPRESSION
-from .drawing_masks import training_masks
-from .settings import ControlNetSettings, Reads
+from .masks import training_masks
 
 Compress = Callable[[Tensor], Tensor]
 # (B, 3, H, W) in [0, 1] -> of each picture embeddings (N, 512) and boxes (N, 4): left, top, right, bottom in pixels

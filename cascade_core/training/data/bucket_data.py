@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .bucketing import Placed
 from .latents import Encoder
-from .placing import Placed
 
 
 class Rows:

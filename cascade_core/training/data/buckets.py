@@ -4,7 +4,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..hints.filters import STRIDE
+from ...hints.filters import STRIDE
 
 COMPRESSION = 42.67  # published: pixels for each position of Stage C's latent; 1024 pixels become 24
 MAX_ASPECT = 2.5  # a longer picture is cropped to it

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError
+from ...errors import CascadeError
 from .pictures import PictureError
 
 if TYPE_CHECKING:
-    from .placing import Placed
+    from .bucketing import Placed
 
 HELD = 4_000_000_000  # bytes of pictures that are kept decoded
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.files import read_safetensors, write_safetensors
-from ..errors import CascadeError
+from ...checkpoints.files import read_safetensors, write_safetensors
+from ...errors import CascadeError
 
 Key = bytes
 KEY_BYTES = 16

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import CascadeError
+from ...errors import CascadeError
 from .folders import METADATA, folder_pictures
 from .pictures import PICTURES, Picture, Skipped
 from .tars import expand, tar_pictures

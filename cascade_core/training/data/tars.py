@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from ..errors import CascadeError
+from ...errors import CascadeError
 from .captions import SUFFIXES, caption_lines, caption_values
 from .pictures import IMAGE_PROMPT, PICTURES, Found, Picture, Skipped, Stored
 

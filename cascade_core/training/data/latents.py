@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError
+from ...errors import CascadeError
+from .bucketing import Placed
 from .buckets import Bucket
 from .cache import Cache, Key
 from .decoding import in_threads
 from .pictures import PictureError
-from .placing import Placed
 
 ENCODED_AT_ONCE = 16 * 768 * 768  # pixels
 FILE_BYTES = 32_000_000  # of latents in a file of the cache

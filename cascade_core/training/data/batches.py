@@ -7,16 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError
+from ...errors import CascadeError
+from .bucket_data import Rows
+from .bucketing import Placed, place
 from .buckets import Bucket, buckets
 from .cache import Cache
 from .decoding import Decoder
+from .epochs import batches_of, epoch_plan, generator
 from .image_prompts import ImagePrompts
 from .latents import Encoder
-from .order import batches_of, epoch_plan, generator
 from .pictures import Picture, Skipped
-from .placing import Placed, place
-from .rows import Rows
 from .sources import find_pictures
 
 IN_MEMORY = 4_000_000_000  # bytes of latents; more stay in the mapped files of the cache

@@ -1,0 +1,1 @@
+"""Pictures, captions and masks on disk, and the batches that are made of them."""
