@@ -32,11 +32,8 @@ from cascade_nodes.cascade_core.diffusion.schedule import diffuse, random_t
 from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.text.encoder import TextStates
-from cascade_nodes.cascade_core.training.conditions import CachedText
-from cascade_nodes.cascade_core.training.control import ControlNetTask, published_blocks
 from cascade_nodes.cascade_core.training.data.batches import Batch, DataSettings
 from cascade_nodes.cascade_core.training.loop import Loop, Progress, build_accelerator
-from cascade_nodes.cascade_core.training.lora import LoRATask
 from cascade_nodes.cascade_core.training.run import compute_dtype, ready_blocks
 from cascade_nodes.cascade_core.training.settings import (
     ControlNetSettings,
@@ -46,7 +43,10 @@ from cascade_nodes.cascade_core.training.settings import (
     Settings,
     TrainSettings,
 )
-from cascade_nodes.cascade_core.training.task import Task
+from cascade_nodes.cascade_core.training.tasks.base import Task
+from cascade_nodes.cascade_core.training.tasks.conditions import CachedText
+from cascade_nodes.cascade_core.training.tasks.controlnet import ControlNetTask, published_blocks
+from cascade_nodes.cascade_core.training.tasks.lora import LoRATask
 from machine import describe_machine, print_table
 
 CAPTIONS = [f"caption {number}" for number in range(64)]

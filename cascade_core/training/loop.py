@@ -28,7 +28,7 @@ from .log import CURVE, Log, draw_curve
 from .optimiser import build_optimiser, learning_rate
 from .settings import Settings
 from .state import STATE, fill, load_optimiser, optimiser_tensors, read_state, write_state
-from .task import Inputs, State, Task
+from .tasks.base import Inputs, State, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

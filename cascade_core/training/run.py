@@ -18,23 +18,23 @@ from ..networks.compressor import SemanticCompressor
 from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
-from .conditions import CachedText
-from .control import ControlNetTask
 from .data.batches import TrainingData, fill_cache
 from .data.cache import fingerprint
 from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
 from .data.text_cache import TextCache
-from .finetune import FinetuneTask
 from .log import duration
 from .loop import Loop, Outcome, Progress, build_accelerator
-from .lora import LoRATask
 from .recompute import LARGE, compile_blocks, recompute_blocks
 from .samples import Samples
 from .settings import Settings, TrainSettings
 from .state import STATE, read_state
-from .task import Task
-from .tokens import TokensTask
+from .tasks.base import Task
+from .tasks.conditions import CachedText
+from .tasks.controlnet import ControlNetTask
+from .tasks.finetune import FinetuneTask
+from .tasks.lora import LoRATask
+from .tasks.textual_inversion import TokensTask
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

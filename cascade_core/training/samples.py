@@ -11,9 +11,9 @@ from torch import Tensor
 from ..diffusion.guidance import Guider
 from ..diffusion.noise import NoiseSource
 from ..diffusion.samplers import sample
-from .conditions import Conditions
 from .settings import OutputSettings
-from .task import State, Task
+from .tasks.base import State, Task
+from .tasks.conditions import Conditions
 
 Decode = Callable[[Tensor], Tensor]  # Stage C's latents (N, 16, h, w) -> pictures (N, 3, H, W) in [0, 1]
 

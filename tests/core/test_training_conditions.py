@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
-from cascade_nodes.cascade_core.training.conditions import CachedText, Conditions
 from cascade_nodes.cascade_core.training.data.text_cache import TextCache
+from cascade_nodes.cascade_core.training.tasks.conditions import CachedText, Conditions
 from cascade_nodes.tests.nodes.tiny import write_text_encoder
 
 CAPTIONS = ["", "a red star", "a blue circle", "the large star"]

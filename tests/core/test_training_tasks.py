@@ -9,17 +9,18 @@ from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.diffusion.guidance import guide
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
-from cascade_nodes.cascade_core.training import control, lora
 from cascade_nodes.cascade_core.training.data.hints import HINTS, Tools
 from cascade_nodes.cascade_core.training.data.masks import (
     masks_around_things,
     random_masks,
     training_masks,
 )
-from cascade_nodes.cascade_core.training.finetune import select_parameters
-from cascade_nodes.cascade_core.training.lora import LoRATask
-from cascade_nodes.cascade_core.training.low_rank import LowRankChanges, select_layers
 from cascade_nodes.cascade_core.training.recompute import recompute_blocks
+from cascade_nodes.cascade_core.training.tasks import controlnet as control
+from cascade_nodes.cascade_core.training.tasks import lora
+from cascade_nodes.cascade_core.training.tasks.finetune import select_parameters
+from cascade_nodes.cascade_core.training.tasks.lora import LoRATask
+from cascade_nodes.cascade_core.training.tasks.low_rank import LowRankChanges, select_layers
 from cascade_nodes.tests.core.training_runs import TASKS, loop_of, settings_of, write_world
 from cascade_nodes.tests.golden_weights import relative_error
 from cascade_nodes.tests.nodes.tiny import CONFIGS, shake

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..checkpoints import fuse_attention, write_safetensors
-from ..errors import CascadeError
-from ..networks.stage_c import StageC
+from ...checkpoints import fuse_attention, write_safetensors
+from ...errors import CascadeError
+from ...networks.stage_c import StageC
+from ..settings import FinetuneSettings, ObjectiveSettings
+from .base import DTYPES, Inputs, State, Task
 from .conditions import CachedText
-from .settings import FinetuneSettings, ObjectiveSettings
-from .task import DTYPES, Inputs, State, Task
 
 
 class FinetuneTask(Task):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data.text_cache import TextCache
+from ..data.text_cache import TextCache
 
 RESIDENT = 6_000_000_000  # bytes of text states that are kept on the accelerator
 AT_ONCE = 1024  # captions, on their way there

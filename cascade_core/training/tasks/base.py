@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion import schedule as diffusion
-from ..networks.stage_c import StageC
+from ...diffusion import schedule as diffusion
+from ...networks.stage_c import StageC
+from ..data.batches import Batch
+from ..objectives import diffusion_loss
+from ..settings import ObjectiveSettings
 from .conditions import CachedText, Conditions
-from .data.batches import Batch
-from .live_text import LiveText
-from .objectives import diffusion_loss
-from .settings import ObjectiveSettings
+from .trainable_text import LiveText
 
 State = Mapping[str, Tensor]  # of the trained module, or of its average
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, LearnedToken, write_adapter
-from ..adapters.tokens import TokenTable, name_in_prompt
-from ..errors import CascadeError
-from ..networks.stage_c import StageC
-from ..text.encoder import TextEncoder
+from ...adapters import Adapter, LearnedToken, write_adapter
+from ...adapters.tokens import TokenTable, name_in_prompt
+from ...errors import CascadeError
+from ...networks.stage_c import StageC
+from ...text.encoder import TextEncoder
+from ..recorded import Recorded
+from ..settings import ObjectiveSettings, TokenSettings
+from .base import Inputs, State, Task
 from .conditions import CachedText
-from .live_text import LiveText
-from .recorded import Recorded
-from .settings import ObjectiveSettings, TokenSettings
-from .task import Inputs, State, Task
+from .trainable_text import LiveText
 
 
 class LearnedTokens(nn.Module):

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..checkpoints import load_model, write_safetensors
-from ..errors import CascadeError
-from ..networks.compressor import SemanticCompressor
-from ..networks.controlnet import PUBLISHED_BLOCKS, ControlNet
-from ..networks.stage_c import StageC
+from ...checkpoints import load_model, write_safetensors
+from ...errors import CascadeError
+from ...networks.compressor import SemanticCompressor
+from ...networks.controlnet import PUBLISHED_BLOCKS, ControlNet
+from ...networks.stage_c import StageC
+from ..data.batches import Batch
+from ..data.hints import HINTS, FindFaces, Tools, hint_of
+from ..recorded import Recorded
+from ..settings import ControlNetSettings, ObjectiveSettings
+from .base import Inputs, State, Task
 from .conditions import CachedText, Conditions
-from .data.batches import Batch
-from .data.hints import HINTS, FindFaces, Tools, hint_of
-from .recorded import Recorded
-from .settings import ControlNetSettings, ObjectiveSettings
-from .task import Inputs, State, Task
 
 CONDITIONS = len(Conditions._fields)
 

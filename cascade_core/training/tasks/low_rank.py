@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapters import LowRank
-from ..errors import CascadeError
-from ..networks.layers import Attention
+from ...adapters import LowRank
+from ...errors import CascadeError
+from ...networks.layers import Attention
 
 Factors = list[tuple[Tensor, Tensor]]
 

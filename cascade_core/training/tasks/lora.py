@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, to_dialect, write_adapter
-from ..diffusion.guidance import guide
-from ..networks.stage_c import StageC
-from ..text.encoder import TextEncoder
+from ...adapters import Adapter, to_dialect, write_adapter
+from ...diffusion.guidance import guide
+from ...networks.stage_c import StageC
+from ...text.encoder import TextEncoder
+from ..objectives import consistency_loss
+from ..recorded import Recorded
+from ..settings import LoRASettings, ObjectiveSettings, TokenSettings
+from .base import DTYPES, Inputs, State, Task
 from .conditions import CachedText, Conditions
-from .live_text import LiveText
 from .low_rank import LowRankChanges, select_layers
-from .objectives import consistency_loss
-from .recorded import Recorded
-from .settings import LoRASettings, ObjectiveSettings, TokenSettings
-from .task import DTYPES, Inputs, State, Task
-from .tokens import LearnedTokens
+from .textual_inversion import LearnedTokens
+from .trainable_text import LiveText
 
 
 class LoRATask(Task):

@@ -1,0 +1,1 @@
+"""What is trained: LoRAs, ControlNets, Stage C itself, learned tokens."""
