@@ -22,7 +22,7 @@ from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model, encode_tokens
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary
 from cascade_nodes.cascade_core.training.initialise import initialise_stage_a, initialise_unet
-from cascade_nodes.cascade_core.training.objectives import contrastive_loss, diffusion_loss, stage_a_loss
+from cascade_nodes.cascade_core.training.losses import contrastive_loss, diffusion_loss, stage_a_loss
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder, build_vision_model
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.captions import vocabulary

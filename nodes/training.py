@@ -135,7 +135,7 @@ _FIXED = (("output", "file"), ("output", "folder"), ("data", "folder"), ("data",
 
 def checked_settings(text: str) -> dict[str, Any]:
     """The settings' sections. Raises CascadeError for those that are not theirs to decide."""
-    from ..cascade_core.training.strict import parse_yaml
+    from ..cascade_core.training.typed_yaml import parse_yaml
 
     values = parse_yaml(text, "settings")
     for section, key in _FIXED:

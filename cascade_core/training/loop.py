@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ..errors import CascadeError
 from .data.batches import Batch
+from .determinism import repeatable
 from .ema import Average
-from .exact import repeatable
 from .log import CURVE, Log, draw_curve
-from .optimiser import build_optimiser, learning_rate
+from .optimisers import build_optimiser, learning_rate
 from .settings import Settings
 from .state import STATE, fill, load_optimiser, optimiser_tensors, read_state, write_state
 from .tasks.base import Inputs, State, Task

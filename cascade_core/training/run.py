@@ -23,9 +23,9 @@ from .data.cache import fingerprint
 from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
 from .data.text_cache import TextCache
+from .gradient_checkpointing import LARGE, compile_blocks, recompute_blocks
 from .log import duration
 from .loop import Loop, Outcome, Progress, build_accelerator
-from .recompute import LARGE, compile_blocks, recompute_blocks
 from .samples import Samples
 from .settings import Settings, TrainSettings
 from .state import STATE, read_state

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ..errors import CascadeError
 from .data.batches import DataSettings
-from .strict import build, read_yaml
+from .typed_yaml import build, read_yaml
 
 TaskName = Literal["lora", "controlnet", "finetune", "tokens"]
 Reads = Literal["small", "enlarged"]

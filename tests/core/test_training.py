@@ -11,7 +11,7 @@ from cascade_nodes.cascade_core import CascadeError, StageA, StageB, StageC
 from cascade_nodes.cascade_core.diffusion.schedule import debiased, log_snr
 from cascade_nodes.cascade_core.training.ema import ema_decay, update_ema
 from cascade_nodes.cascade_core.training.initialise import initialise_stage_a, initialise_unet
-from cascade_nodes.cascade_core.training.objectives import contrastive_loss, diffusion_loss, stage_a_loss
+from cascade_nodes.cascade_core.training.losses import contrastive_loss, diffusion_loss, stage_a_loss
 from cascade_nodes.cascade_core.training.trainer import Settings, Trainer, learning_rate
 
 STAGE_A = {"c_hidden": 16, "bottleneck_blocks": 1, "codebook_size": 32}

@@ -15,7 +15,7 @@ from cascade_nodes.cascade_core.diffusion.schedule import (
     scale,
     undiffuse,
 )
-from cascade_nodes.cascade_core.training.objectives import along_path, consistency_loss, diffusion_loss
+from cascade_nodes.cascade_core.training.losses import along_path, consistency_loss, diffusion_loss
 
 SIGMA = 0.5  # of data whose every value is drawn from a normal distribution
 

@@ -9,7 +9,7 @@ from PIL import Image
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import files, read_safetensors
 from cascade_nodes.cascade_core.training.log import CURVE, LOG, draw_curve
-from cascade_nodes.cascade_core.training.optimiser import build_optimiser
+from cascade_nodes.cascade_core.training.optimisers import build_optimiser
 from cascade_nodes.cascade_core.training.state import (
     STATE,
     load_optimiser,

@@ -15,7 +15,7 @@ from cascade_nodes.cascade_core.training.data.masks import (
     random_masks,
     training_masks,
 )
-from cascade_nodes.cascade_core.training.recompute import recompute_blocks
+from cascade_nodes.cascade_core.training.gradient_checkpointing import recompute_blocks
 from cascade_nodes.cascade_core.training.tasks import controlnet as control
 from cascade_nodes.cascade_core.training.tasks import lora
 from cascade_nodes.cascade_core.training.tasks.finetune import select_parameters

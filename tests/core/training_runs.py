@@ -15,7 +15,7 @@ from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.training.loop import Batches, Loop, build_accelerator
 from cascade_nodes.cascade_core.training.run import prepare
 from cascade_nodes.cascade_core.training.settings import Settings
-from cascade_nodes.cascade_core.training.strict import build
+from cascade_nodes.cascade_core.training.typed_yaml import build
 from cascade_nodes.tests.nodes.tiny import CONFIGS, FOLDERS, save, write_cascade
 
 CAPTIONS = ["a red star", "a blue [blob]", "the large star on the red [blob]", "a small circle", ""]

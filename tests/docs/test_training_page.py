@@ -8,7 +8,7 @@ import pytest
 
 from cascade_nodes.cascade_core.training import settings
 from cascade_nodes.cascade_core.training.data.batches import DataSettings
-from cascade_nodes.cascade_core.training.strict import parse_yaml
+from cascade_nodes.cascade_core.training.typed_yaml import parse_yaml
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks" / "training.md").read_text(encoding="utf-8")
 FILES = re.findall(r"```yaml\n# cascade train (\w+) \S+\n(.*?)```", PAGE, re.DOTALL)

@@ -11,7 +11,7 @@ from PIL import Image
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.training.settings import TaskName, read_settings, resolve
-from cascade_nodes.cascade_core.training.strict import build, read_yaml
+from cascade_nodes.cascade_core.training.typed_yaml import build, read_yaml
 from cascade_nodes.demo.dataset import pictures
 from cascade_nodes.demo.world import sample_scenes
 from cascade_nodes.headless.cli import main

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...diffusion import schedule as diffusion
 from ...networks.stage_c import StageC
 from ..data.batches import Batch
-from ..objectives import diffusion_loss
+from ..losses import diffusion_loss
 from ..settings import ObjectiveSettings
 from .conditions import CachedText, Conditions
 from .trainable_text import LiveText

@@ -16,9 +16,9 @@ from ...errors import CascadeError
 from ...networks.compressor import SemanticCompressor
 from ...networks.controlnet import PUBLISHED_BLOCKS, ControlNet
 from ...networks.stage_c import StageC
+from ..cuda_graphs import Recorded
 from ..data.batches import Batch
 from ..data.hints import HINTS, FindFaces, Tools, hint_of
-from ..recorded import Recorded
 from ..settings import ControlNetSettings, ObjectiveSettings
 from .base import Inputs, State, Task
 from .conditions import CachedText, Conditions

@@ -12,8 +12,8 @@ from ...adapters import Adapter, to_dialect, write_adapter
 from ...diffusion.guidance import guide
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
-from ..objectives import consistency_loss
-from ..recorded import Recorded
+from ..cuda_graphs import Recorded
+from ..losses import consistency_loss
 from ..settings import LoRASettings, ObjectiveSettings, TokenSettings
 from .base import DTYPES, Inputs, State, Task
 from .conditions import CachedText, Conditions

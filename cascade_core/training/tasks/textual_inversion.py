@@ -13,7 +13,7 @@ from ...adapters.tokens import TokenTable, name_in_prompt
 from ...errors import CascadeError
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
-from ..recorded import Recorded
+from ..cuda_graphs import Recorded
 from ..settings import ObjectiveSettings, TokenSettings
 from .base import Inputs, State, Task
 from .conditions import CachedText
