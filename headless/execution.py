@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, Interrupted
 from ..nodes.api import io
-from ..nodes.hosts.reporting import Interrupted, reporting_to
+from ..nodes.hosts.reporting import reporting_to
 from .folders import current_folders
 from .graph import execution_order, is_link, linked_inputs, name_of
 from .registry import NodeClass, NodeInfo

@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-
-class Interrupted(Exception):  # noqa: N818 (not an error)
-    """The run was asked to stop. Not an error of the node: let it pass."""
+from ...cascade_core.errors import Interrupted
 
 
 class Sink(Protocol):

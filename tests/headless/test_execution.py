@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from cascade_nodes.cascade_core.errors import Interrupted
 from cascade_nodes.headless import Executor, run_graph
 from cascade_nodes.headless.execution import NodeError
 from cascade_nodes.headless.results import Observer
 from cascade_nodes.headless.sentences import GraphError
 from cascade_nodes.nodes.hosts import schema as io
-from cascade_nodes.nodes.hosts.reporting import Interrupted, check_interrupted, report
+from cascade_nodes.nodes.hosts.reporting import check_interrupted, report
 from cascade_nodes.tests.headless.record_comfyui import node, number, show
 from cascade_nodes.tests.headless.toy_graphs import JOIN, define, run
 from cascade_nodes.tests.headless.toy_nodes import TOYS

@@ -7,6 +7,7 @@ from itertools import count
 import pytest
 import torch
 
+from cascade_nodes.cascade_core.errors import Interrupted
 from cascade_nodes.cascade_core.placement import Pool
 from cascade_nodes.nodes.hosts import reporting
 from cascade_nodes.nodes.hosts.headless import device as host_device
@@ -111,7 +112,7 @@ def test_a_run_that_is_out_of_memory_goes_on_in_a_smaller_placement(sockets, pla
 def test_a_run_that_is_stopped_leaves_all_as_it_was(sockets, plain, on, share):
     on(Late(int(share * weights(sockets)) + WORKING))
     for after in (2, 5):
-        with pytest.raises(reporting.Interrupted), reporting.reporting_to(Told(stop_after=after)):
+        with pytest.raises(Interrupted), reporting.reporting_to(Told(stop_after=after)):
             text_to_image(sockets)
         assert (text_to_image(sockets)["image"] - plain).abs().max() <= 1e-5
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cascade_nodes.cascade_core.errors import Interrupted
 from cascade_nodes.nodes.conditioning import CascadeTextEncode
 from cascade_nodes.nodes.hosts import headless, host, reporting
 from cascade_nodes.nodes.latents import CascadeEmptyLatent
@@ -138,7 +139,7 @@ def test_progress_and_interruption(sockets):
         text_to_image(sockets)
     assert watcher.steps == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 3), (2, 3), (3, 3)]
     watcher = Watcher(stop_after=2)
-    with reporting.reporting_to(watcher), pytest.raises(reporting.Interrupted):
+    with reporting.reporting_to(watcher), pytest.raises(Interrupted):
         text_to_image(sockets)
     assert watcher.steps == [(1, 4), (2, 4)]
 

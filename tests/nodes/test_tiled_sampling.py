@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.errors import Interrupted
 from cascade_nodes.nodes.conditioning import CascadeTextEncode
-from cascade_nodes.nodes.hosts.reporting import Interrupted, reporting_to
+from cascade_nodes.nodes.hosts.reporting import reporting_to
 from cascade_nodes.nodes.latents import CascadeUpscaleLatent
 from cascade_nodes.nodes.sampling import CascadeDecoderSampler
 from cascade_nodes.tests.nodes.graph import DECODER, load

@@ -8,7 +8,8 @@ import torch
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.checkpoints import read_safetensors
-from cascade_nodes.nodes.hosts.reporting import Interrupted, reporting_to
+from cascade_nodes.cascade_core.errors import Interrupted
+from cascade_nodes.nodes.hosts.reporting import reporting_to
 from cascade_nodes.nodes.loaders import CascadeControlNetLoader, StageCLoader
 from cascade_nodes.nodes.lora import CascadeLoRAApply
 from cascade_nodes.nodes.training import CascadeTrainControlNet, CascadeTrainLoRA, CascadeTrainTokens

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from ....cascade_core.errors import Interrupted
 from .. import roles
-from ..reporting import Interrupted, check_interrupted, report
+from ..reporting import check_interrupted, report
 from .folders import roots
 
 
