@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import StageC
-from cascade_nodes.cascade_core.diffusion.schedule import diffuse, random_t
+from cascade_nodes.cascade_core.diffusion.forward_process import diffuse, random_t
 from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.text.encoder import TextStates

@@ -17,9 +17,9 @@ from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
 from cascade_nodes.cascade_core.diffusion.samplers import (
     SAMPLERS,
     Denoise,
-    keep_outside,
+    add_noise,
     log_snr_range,
-    start_latent,
+    masked_denoise,
 )
 from cascade_nodes.cascade_core.diffusion.schedule import noise_cond
 from cascade_nodes.cascade_core.networks.tiles import predict_in_tiles
@@ -156,7 +156,7 @@ class DemoCascade:
         mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         fresh = noise.draw().to(self.device)
-        start = fresh if source is None else start_latent(source, fresh, how.denoise, how.shift)
+        start = fresh if source is None else add_noise(source, fresh, how.denoise, how.shift)
 
         def predict(x: Tensor, log_snr: Tensor) -> Tensor:
             return guider(x, noise_cond(log_snr))
@@ -164,7 +164,7 @@ class DemoCascade:
         denoise: Denoise = predict
         if mask is not None and source is not None:
             mask = mask.to(self.device)
-            denoise = keep_outside(mask, source, fresh, predict)
+            denoise = masked_denoise(mask, source, fresh, predict)
         levels = log_snr_range(how.steps, how.shift, how.denoise)
         sampled = SAMPLERS[how.sampler](denoise, start, levels, lambda: noise.draw().to(self.device), None)
         return sampled if mask is None or source is None else torch.lerp(source, sampled, mask)

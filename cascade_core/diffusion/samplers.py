@@ -5,7 +5,7 @@ Every sampler takes
     x          (B, C, H, W), the noised latent at log_snrs[0]; never written to
     log_snrs   (steps + 1,), where the latent is before the first step and after each one
     noise      () -> fresh noise like x; called once a step by ddpm and lcm, never by ddim and dpmpp_2m
-    callback   called with a Step after each step; what it raises ends the run
+    callback   called with a SamplerStep after each step; what it raises ends the run
 and returns the latent at log_snrs[-1].  The latent is float32 (float64 where x is) whatever the model is.
 Neighbouring log-SNRs may be equal: the schedule's limits cut off both ends of a long or shifted run.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CascadeError
-from .schedule import at_least_float32, noise_cond, per_image, scale, undiffuse
+from .schedule import alpha_sigma, at_least_float32, noise_cond, per_image, undiffuse
 from .schedule import log_snr as schedule
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -27,7 +27,7 @@ Noise = Callable[[], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SamplerStep:
     """A finished step.
 
     index    from 0 to steps - 1
@@ -42,7 +42,7 @@ class Step:
     log_snr: float
 
 
-Callback = Callable[[Step], object]
+Callback = Callable[[SamplerStep], object]
 
 
 def ddpm(
@@ -52,7 +52,7 @@ def ddpm(
     x, levels = _begin(x, log_snrs)
     for index, (level, following) in enumerate(pairwise(levels)):
         x0, epsilon = _predict(denoise, x, level)
-        (a, b), (a_next, b_next) = scale(level), scale(following)
+        (a, b), (a_next, b_next) = alpha_sigma(level), alpha_sigma(following)
         # Where the level hardly moves, rounding alone can bring the two differences below zero.
         sigma = (b_next**2 / b**2).sqrt() * (1 - a**2 / a_next**2).clamp(min=0).sqrt()
         direction = (b_next**2 - sigma**2).clamp(min=0).sqrt()
@@ -68,7 +68,7 @@ def ddim(
     x, levels = _begin(x, log_snrs)
     for index, (level, following) in enumerate(pairwise(levels)):
         x0, epsilon = _predict(denoise, x, level)
-        a_next, b_next = scale(following)
+        a_next, b_next = alpha_sigma(following)
         x = a_next * x0 + b_next * epsilon
         _report(callback, index, levels, x, x0)
     return x
@@ -81,7 +81,7 @@ def lcm(
     x, levels = _begin(x, log_snrs)
     for index, (level, following) in enumerate(pairwise(levels)):
         x0, _ = _predict(denoise, x, level)
-        a_next, b_next = scale(following)
+        a_next, b_next = alpha_sigma(following)
         x = x0 * a_next + _fresh(noise, x) * b_next
         _report(callback, index, levels, x, x0)
     return x
@@ -99,7 +99,7 @@ def dpmpp_2m(
     x0_before = h_before = None  # of the last step that moved
     for index, (level, following) in enumerate(pairwise(levels)):
         x0, _ = _predict(denoise, x, level)
-        (a, b), (a_next, b_next) = scale(level), scale(following)
+        (a, b), (a_next, b_next) = alpha_sigma(level), alpha_sigma(following)
         h = following - level
         data = x0
         if x0_before is not None and h_before is not None and index < len(levels) - 2:
@@ -153,7 +153,7 @@ def log_snr_range(steps: int, shift: float, t_start: float = 1.0, t_end: float =
     return schedule(torch.linspace(t_start, t_end, steps + 1, dtype=torch.float32, device="cpu"), shift)
 
 
-def start_latent(latent: Tensor, noise: Tensor, t_start: float, shift: float) -> Tensor:
+def add_noise(latent: Tensor, noise: Tensor, t_start: float, shift: float) -> Tensor:
     """The latent (B, C, H, W) noised to `t_start`, from which `sample` goes on (image to image).
 
     At t_start = 1 the noise comes in at full strength, not at its weight b = 0.99995, so that an empty latent
@@ -162,13 +162,13 @@ def start_latent(latent: Tensor, noise: Tensor, t_start: float, shift: float) ->
     _check_time_and_shift(t_start, shift)
     if noise.shape != latent.shape:
         raise _wrong_noise(noise, latent)
-    a, b = scale(schedule(torch.tensor(t_start, dtype=torch.float32, device="cpu"), shift))
+    a, b = alpha_sigma(schedule(torch.tensor(t_start, dtype=torch.float32, device="cpu"), shift))
     latent = at_least_float32(latent)
     noise = noise.to(latent)
     return latent * a + (noise if t_start == 1 else noise * b)
 
 
-def keep_outside(mask: Tensor, latent: Tensor, noise: Tensor, denoise: Denoise) -> Denoise:
+def masked_denoise(mask: Tensor, latent: Tensor, noise: Tensor, denoise: Denoise) -> Denoise:
     """Inpainting: outside the mask the network sees the given latent, noised, and predicts it.
 
     mask: (B, 1, h, w), 1 where the picture may change; latent, noise: (B, C, h, w).
@@ -176,7 +176,7 @@ def keep_outside(mask: Tensor, latent: Tensor, noise: Tensor, denoise: Denoise) 
 
     def blended(x: Tensor, log_snr: Tensor) -> Tensor:
         level = log_snr.to(x.device)
-        a, b = (per_image(value, x) for value in scale(level))
+        a, b = (per_image(value, x) for value in alpha_sigma(level))
         seen = torch.lerp(a * latent + b * noise, x, mask)
         x0 = torch.lerp(latent, undiffuse(seen, level, denoise(seen, log_snr)), mask)
         return (x - a * x0) / b  # the epsilon that leads from the sampler's own x to this x0
@@ -220,4 +220,4 @@ def _wrong_noise(noise: Tensor, x: Tensor) -> CascadeError:
 
 def _report(callback: Callback | None, index: int, levels: Tensor, x: Tensor, x0: Tensor) -> None:
     if callback is not None:
-        callback(Step(index, len(levels) - 1, x, x0, levels[index + 1].item()))
+        callback(SamplerStep(index, len(levels) - 1, x, x0, levels[index + 1].item()))

@@ -7,18 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..diffusion.schedule import (
-    AdaptiveLossWeight,
-    debiased,
-    diffuse,
-    log_snr,
-    log_snr_limits,
-    noise_cond,
-    per_image,
-    random_t,
-    scale,
-    undiffuse,
-)
+from ..diffusion.forward_process import diffuse, random_t
+from ..diffusion.loss_weights import AdaptiveLossWeight, debiased
+from ..diffusion.schedule import alpha_sigma, log_snr, log_snr_limits, noise_cond, per_image, undiffuse
 from ..networks.stage_a import StageA
 
 
@@ -98,7 +89,7 @@ def consistency_loss(
     times = [(number - i / within) / places for i in range(within)] + [(number - 1) / places]
     levels = [log_snr(time, shift).to(x0.device) for time in times]
     here, there = levels[0], levels[-1]
-    a, b = (per_image(value, x0) for value in scale(here))
+    a, b = (per_image(value, x0) for value in alpha_sigma(here))
     x = a * x0 + b * torch.randn_like(x0)
     with torch.no_grad():
         x_next, end = along_path(teacher, x, levels)
@@ -120,7 +111,7 @@ def _own_view(
 ) -> Tensor:
     """x0, of the batch's last share what the student sees of it one place nearer to the noise, where there is one."""
     level = log_snr((number + 1).clamp(max=places) / places, shift).to(x0.device)
-    a, b = (per_image(value, x0) for value in scale(level))
+    a, b = (per_image(value, x0) for value in alpha_sigma(level))
     x = a * x0 + b * torch.randn_like(x0)
     seen = undiffuse(x, level, predict(x, noise_cond(level)).float())
     chosen = (torch.arange(len(x0)) >= (1 - share) * len(x0)) & (number < places)
@@ -142,7 +133,7 @@ def along_path(
         if i:
             ratio = (there - here) / (2 * (here - levels[i - 1]))
             data = x0 + per_image(torch.where(there < clean, ratio, 0.0), x) * (x0 - before)
-        (a, b), (a_next, b_next) = ([per_image(v, x) for v in scale(level)] for level in (here, there))
+        (a, b), (a_next, b_next) = ([per_image(v, x) for v in alpha_sigma(level)] for level in (here, there))
         x = b_next / b * x + (a_next - a * b_next / b) * data
     return x, x0
 

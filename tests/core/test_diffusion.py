@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cascade_nodes.cascade_core.diffusion import schedule as diffusion
+from cascade_nodes.cascade_core.diffusion import loss_weights
+from cascade_nodes.cascade_core.diffusion.forward_process import diffuse, random_t
+from cascade_nodes.cascade_core.diffusion.loss_weights import AdaptiveLossWeight
 from cascade_nodes.cascade_core.diffusion.schedule import (
-    AdaptiveLossWeight,
-    diffuse,
+    alpha_sigma,
     log_snr,
+    log_snr_limits,
     noise_cond,
-    scale,
     undiffuse,
 )
 
@@ -35,8 +36,8 @@ def test_schedule_and_noise_cond_as_published(shift):
     assert_golden(noise_cond(level), f"out.noise_cond.shift{shift}")
 
 
-def test_scale_as_published():
-    a, b = scale(LOG_SNR)
+def test_alpha_sigma_as_published():
+    a, b = alpha_sigma(LOG_SNR)
     assert_golden(a, "out.a")
     assert_golden(b, "out.b")
 
@@ -52,8 +53,8 @@ def test_diffuse_as_published():
 
 
 def test_loss_weights_as_published():
-    assert_golden(diffusion.p2(LOG_SNR), "out.p2")
-    assert_golden(diffusion.min_snr(LOG_SNR), "out.min_snr")
+    assert_golden(loss_weights.p2(LOG_SNR), "out.p2")
+    assert_golden(loss_weights.min_snr(LOG_SNR), "out.min_snr")
     adaptive = AdaptiveLossWeight()
     adaptive.update_buckets(LOG_SNR, GOLDEN["in.adaptive.loss"])
     assert_golden(adaptive(LOG_SNR), "out.adaptive")
@@ -73,7 +74,7 @@ def test_every_golden_tensor_is_used():
 
 
 def test_schedule_stays_within_its_limits_whatever_the_shift():
-    lowest, highest = diffusion.log_snr_limits()
+    lowest, highest = log_snr_limits()
     assert (lowest, highest) == pytest.approx((-math.log(9999), math.log(9999)), rel=1e-4)
     t = torch.linspace(-0.5, 1.5, 101)  # outside [0, 1] counts as the nearer end
     for shift in (0.01, 0.5, 1.0, 2.0, 100.0):
@@ -91,9 +92,9 @@ def test_shift_moves_log_snr_by_twice_its_log():
     assert torch.allclose(noise_cond(log_snr(t)), t, atol=1e-5)
 
 
-def test_scale_preserves_variance_and_means_its_log_snr():
+def test_alpha_sigma_preserves_variance_and_means_its_log_snr():
     level = torch.linspace(-9.2, 9.2, 50, dtype=torch.float64)
-    a, b = scale(level)
+    a, b = alpha_sigma(level)
     assert torch.allclose(a**2 + b**2, torch.ones_like(a))
     assert torch.allclose((a**2 / b**2).log(), level)
 
@@ -116,7 +117,7 @@ def test_half_precision_is_computed_in_float32():
 
 
 def test_random_t_covers_the_published_range():
-    t = diffusion.random_t(10_000, torch.Generator().manual_seed(0))
+    t = random_t(10_000, torch.Generator().manual_seed(0))
     assert t.shape == (10_000,)
     assert 0.001 <= t.min() < 0.01
     assert 0.99 < t.max() <= 1.0
@@ -125,23 +126,23 @@ def test_random_t_covers_the_published_range():
 
 SNR = 3.0
 WEIGHTS = [
-    (diffusion.constant, {}, 1.0),
-    (diffusion.constant, {"value": 2.5}, 2.5),
-    (diffusion.snr, {}, SNR),
-    (diffusion.p2, {}, 1 / (1 + SNR)),
-    (diffusion.p2, {"k": 2.0, "gamma": 0.5, "s": 2.0}, (2 + SNR**2) ** -0.5),
-    (diffusion.snr_plus_one, {}, SNR + 1),
-    (diffusion.min_snr, {}, SNR),
-    (diffusion.min_snr, {"max_snr": 2.0}, 2.0),
-    (diffusion.min_snr_plus_one, {}, SNR + 1),
-    (diffusion.min_snr_plus_one, {"max_snr": 3.5}, 3.5),
-    (diffusion.truncated_snr, {}, SNR),
-    (diffusion.truncated_snr, {"min_snr": 4.0}, 4.0),
-    (diffusion.sech, {}, 2 / (SNR**0.5 + SNR**-0.5)),
-    (diffusion.sech, {"div": 1.0}, 2 / (SNR + 1 / SNR)),
-    (diffusion.debiased, {}, SNR**-0.5),
-    (diffusion.sigmoid, {}, SNR / (1 + SNR)),
-    (diffusion.sigmoid, {"s": 2.0}, SNR**2 / (1 + SNR**2)),
+    (loss_weights.constant, {}, 1.0),
+    (loss_weights.constant, {"value": 2.5}, 2.5),
+    (loss_weights.snr, {}, SNR),
+    (loss_weights.p2, {}, 1 / (1 + SNR)),
+    (loss_weights.p2, {"k": 2.0, "gamma": 0.5, "s": 2.0}, (2 + SNR**2) ** -0.5),
+    (loss_weights.snr_plus_one, {}, SNR + 1),
+    (loss_weights.min_snr, {}, SNR),
+    (loss_weights.min_snr, {"max_snr": 2.0}, 2.0),
+    (loss_weights.min_snr_plus_one, {}, SNR + 1),
+    (loss_weights.min_snr_plus_one, {"max_snr": 3.5}, 3.5),
+    (loss_weights.truncated_snr, {}, SNR),
+    (loss_weights.truncated_snr, {"min_snr": 4.0}, 4.0),
+    (loss_weights.sech, {}, 2 / (SNR**0.5 + SNR**-0.5)),
+    (loss_weights.sech, {"div": 1.0}, 2 / (SNR + 1 / SNR)),
+    (loss_weights.debiased, {}, SNR**-0.5),
+    (loss_weights.sigmoid, {}, SNR / (1 + SNR)),
+    (loss_weights.sigmoid, {"s": 2.0}, SNR**2 / (1 + SNR**2)),
 ]
 
 
@@ -155,8 +156,8 @@ def test_loss_weight_by_its_formula(weight, parameters, expected):
 
 def test_diffuse_hands_its_loss_shift_to_the_loss_weight():
     x0, epsilon, t = GOLDEN["in.x0"], GOLDEN["in.epsilon"], GOLDEN["in.t3"]
-    made = diffuse(x0, epsilon, t, loss_weight=diffusion.min_snr, loss_shift=2.0)
-    assert torch.equal(made.loss_weight, diffusion.min_snr(made.log_snr, shift=2.0))
+    made = diffuse(x0, epsilon, t, loss_weight=loss_weights.min_snr, loss_shift=2.0)
+    assert torch.equal(made.loss_weight, loss_weights.min_snr(made.log_snr, shift=2.0))
 
 
 def test_adaptive_weight_moves_only_the_buckets_hit():

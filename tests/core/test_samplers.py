@@ -7,9 +7,16 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.diffusion.forward_process import diffuse
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
-from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, Step, log_snr_range, sample, start_latent
-from cascade_nodes.cascade_core.diffusion.schedule import diffuse, log_snr, noise_cond, scale
+from cascade_nodes.cascade_core.diffusion.samplers import (
+    SAMPLERS,
+    SamplerStep,
+    add_noise,
+    log_snr_range,
+    sample,
+)
+from cascade_nodes.cascade_core.diffusion.schedule import alpha_sigma, log_snr, noise_cond
 
 SHAPE = (16, 6, 8)
 
@@ -31,7 +38,7 @@ MEAN = 0.7
 def gaussian(deviation: float = 0.4):
     def epsilon(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """E[epsilon | x]"""
-        a, b = (value.view(-1, 1, 1, 1) for value in scale(level.to(x.device)))
+        a, b = (value.view(-1, 1, 1, 1) for value in alpha_sigma(level.to(x.device)))
         return b * (x - a * MEAN) / (a**2 * deviation**2 + b**2)
 
     return epsilon
@@ -39,7 +46,7 @@ def gaussian(deviation: float = 0.4):
 
 def flow(x: torch.Tensor, start: torch.Tensor, end: torch.Tensor, deviation: float) -> torch.Tensor:
     """Where the probability-flow ODE takes x: it keeps the distance to the mean in standard deviations."""
-    (a, b), (a_end, b_end) = scale(start), scale(end)
+    (a, b), (a_end, b_end) = alpha_sigma(start), alpha_sigma(end)
     spread = ((a_end**2 * deviation**2 + b_end**2) / (a**2 * deviation**2 + b**2)).sqrt()
     return a_end * MEAN + spread * (x - a * MEAN)
 
@@ -87,7 +94,7 @@ def test_lcm_renoises_each_prediction():
     end = SAMPLERS["lcm"](gaussian(0.4), noise.draw(), levels, noise.draw, None)
     spread = 1.0  # the deviation of x, step by step: E[x0 | x] keeps a fixed share of it
     for level, following in pairwise(levels):
-        (a, b), (a_next, b_next) = scale(level), scale(following)
+        (a, b), (a_next, b_next) = alpha_sigma(level), alpha_sigma(following)
         predicted = spread * a * 0.4**2 / (a**2 * 0.4**2 + b**2)
         spread = ((a_next * predicted) ** 2 + b_next**2).sqrt().item()
     assert end.mean().item() == pytest.approx(MEAN, abs=0.02)
@@ -97,15 +104,15 @@ def test_lcm_renoises_each_prediction():
 # Starting from a latent
 
 
-def test_start_latent_is_diffuse_at_t_start():
+def test_add_noise_is_diffuse_at_t_start():
     latent, noise = normal(2), normal(2, seed=1)
     expected = diffuse(latent, noise, torch.tensor([0.6, 0.6]), shift=2.0).noised
-    assert torch.equal(start_latent(latent, noise, 0.6, 2.0), expected)
+    assert torch.equal(add_noise(latent, noise, 0.6, 2.0), expected)
 
 
-def test_start_latent_of_an_empty_latent_is_the_noise():
+def test_add_noise_of_an_empty_latent_is_the_noise():
     noise = normal(2)
-    assert torch.equal(start_latent(torch.zeros(2, *SHAPE), noise, 1.0, 2.0), noise)
+    assert torch.equal(add_noise(torch.zeros(2, *SHAPE), noise, 1.0, 2.0), noise)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "ddpm"])
@@ -114,14 +121,14 @@ def test_a_true_epsilon_leads_back_to_the_latent(sampler):
 
     def true_epsilon(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         level = level_of[round(r[0].item(), 5)]
-        a, b = scale(level)
+        a, b = alpha_sigma(level)
         return (x - a * latent) / b
 
     levels = log_snr_range(8, 2.0, t_start=0.7)
     level_of = {round(noise_cond(level).item(), 5): level for level in levels}
-    start = start_latent(latent, noise, 0.7, 2.0)
+    start = add_noise(latent, noise, 0.7, 2.0)
     fresh = NoiseSource(0, 1, SHAPE)
-    steps: list[Step] = []
+    steps: list[SamplerStep] = []
     sample(
         true_epsilon,
         start,
@@ -180,7 +187,7 @@ def test_an_infinite_last_level_ends_at_the_prediction(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_bf16_model_leaves_the_latent_in_float32(sampler):
-    def run(start: torch.Tensor) -> list[Step]:
+    def run(start: torch.Tensor) -> list[SamplerStep]:
         noise, steps = NoiseSource(0, 2, SHAPE), []
         SAMPLERS[sampler](bf16_model, start, log_snr_range(3, 1.0), noise.draw, steps.append)
         return steps
@@ -200,7 +207,7 @@ def test_samplers_keep_their_inputs_and_report_every_step(sampler):
     noise = NoiseSource(0, 2, SHAPE)
     start, levels = noise.draw(), log_snr_range(4, 2.0)
     copies = start.clone(), levels.clone()
-    steps: list[Step] = []
+    steps: list[SamplerStep] = []
     SAMPLERS[sampler](gaussian(), start, levels, noise.draw, steps.append)
     assert torch.equal(start, copies[0])
     assert torch.equal(levels, copies[1])
@@ -231,7 +238,7 @@ def test_raising_in_the_callback_ends_the_run(sampler):
     start = noise.draw()
     copy = start.clone()
 
-    def interrupt(step: Step) -> None:
+    def interrupt(step: SamplerStep) -> None:
         seen.append(step.index)
         if step.index == 1:
             raise InterruptedRunError
@@ -275,4 +282,4 @@ def test_noise_of_another_shape_is_refused():
     with pytest.raises(CascadeError, match=r"noise has shape \(1, 16, 6, 8\).*\(2, 16, 6, 8\)"):
         sample(lambda x, r: x, torch.zeros(2, *SHAPE), steps=2, shift=1.0, sampler="lcm", noise=noise.draw)
     with pytest.raises(CascadeError, match="noise has shape"):
-        start_latent(torch.zeros(2, *SHAPE), noise.draw(), 0.5, 1.0)
+        add_noise(torch.zeros(2, *SHAPE), noise.draw(), 0.5, 1.0)

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import CascadeError, StageA, StageB, StageC
-from cascade_nodes.cascade_core.diffusion.schedule import debiased, log_snr
+from cascade_nodes.cascade_core.diffusion.loss_weights import debiased
+from cascade_nodes.cascade_core.diffusion.schedule import log_snr
 from cascade_nodes.cascade_core.training.ema import ema_decay, update_ema
 from cascade_nodes.cascade_core.training.initialise import initialise_stage_a, initialise_unet
 from cascade_nodes.cascade_core.training.losses import contrastive_loss, diffusion_loss, stage_a_loss

@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core.diffusion.guidance import guide
+from cascade_nodes.cascade_core.diffusion.loss_weights import AdaptiveLossWeight, p2
 from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
-from cascade_nodes.cascade_core.diffusion.schedule import (
-    AdaptiveLossWeight,
-    log_snr,
-    noise_cond,
-    p2,
-    scale,
-    undiffuse,
-)
+from cascade_nodes.cascade_core.diffusion.schedule import alpha_sigma, log_snr, noise_cond, undiffuse
 from cascade_nodes.cascade_core.training.losses import along_path, consistency_loss, diffusion_loss
 
 SIGMA = 0.5  # of data whose every value is drawn from a normal distribution
@@ -22,7 +16,7 @@ SIGMA = 0.5  # of data whose every value is drawn from a normal distribution
 
 def level(r):
     """(a, b) of each image's noise condition."""
-    return (value.view(-1, 1, 1, 1) for value in scale(log_snr(r)))
+    return (value.view(-1, 1, 1, 1) for value in alpha_sigma(log_snr(r)))
 
 
 def ideal(x, r):
@@ -85,7 +79,7 @@ def test_a_share_of_the_batch_comes_from_the_students_own_step():
     distilled(blank, steps=20, places=4, own=0.5)
     spread, (a, b) = seen[-1]
     a, b = a.flatten(), b.flatten()
-    later = a > scale(log_snr(torch.tensor(0.9)))[0]  # not the first step, which has none before it
+    later = a > alpha_sigma(log_snr(torch.tensor(0.9)))[0]  # not the first step, which has none before it
     for part, sigma in ((slice(0, 200), SIGMA), (slice(200, 400), 0.0)):
         wanted = (a**2 * sigma**2 + b**2).sqrt()
         assert (spread / wanted)[part][later[part]].mean().item() == pytest.approx(1, abs=0.05)

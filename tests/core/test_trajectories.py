@@ -10,7 +10,7 @@ from safetensors import safe_open
 from cascade_nodes.cascade_core import StageB, StageC, load_published_state_dict
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
-from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, Step, sample
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, SamplerStep, sample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NETWORKS = {"stage_c": StageC, "stage_b": StageB}
@@ -70,7 +70,7 @@ def test_trajectory_as_published(networks, name, run):
         cfg_rescale=settings["cfg_rho"],
     )
     noise = iter(tensors[f"{run}.in.noise"])
-    steps: list[Step] = []
+    steps: list[SamplerStep] = []
     final = sample(
         guider,
         tensors[f"{run}.in.start"],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...diffusion import schedule as diffusion
+from ...diffusion import loss_weights
 from ...networks.stage_c import StageC
 from ..data.batches import Batch
 from ..losses import diffusion_loss
@@ -136,5 +136,5 @@ class _Weight(nn.Module):
 
 def _loss_weight(objective: ObjectiveSettings) -> nn.Module:
     if objective.loss_weight == "adaptive":
-        return diffusion.AdaptiveLossWeight()
-    return _Weight(getattr(diffusion, objective.loss_weight))
+        return loss_weights.AdaptiveLossWeight()
+    return _Weight(getattr(loss_weights, objective.loss_weight))

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ....cascade_core.diffusion.guidance import guide
 from ....cascade_core.diffusion.noise import NoiseSource
-from ....cascade_core.diffusion.samplers import SAMPLERS, Step, start_latent
-from ....cascade_core.diffusion.schedule import per_image, scale
+from ....cascade_core.diffusion.samplers import SAMPLERS, SamplerStep, add_noise
+from ....cascade_core.diffusion.schedule import alpha_sigma, per_image
 from ..run import Run, Sampled, Watch
 from .model import ENGINE
 from .progress import step_callback
@@ -81,17 +81,17 @@ class CascadeSampler(comfy.samplers.Sampler):
         def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
             log_snr = log_snr.to(x.device, non_blocking=x.is_cuda)
-            a, b = (per_image(value, x) for value in scale(log_snr))
+            a, b = (per_image(value, x) for value in alpha_sigma(log_snr))
             sigma = (log_snr / -2).exp()
             denoised = model(x / a, sigma, denoise_mask=denoise_mask, **extra_args)
             return (x - a * denoised) / b
 
-        def report(step: Step) -> None:
+        def report(step: SamplerStep) -> None:
             if callback is not None:
                 callback(step.index, step.x0, step.x, steps)
 
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
-        start = start_latent(latent, noise, self.run.denoise, self.run.shift)
+        start = add_noise(latent, noise, self.run.denoise, self.run.shift)
         sampled = SAMPLERS[self.run.sampler](denoise, start, self.run.log_snrs(), self.source.draw, report)
         return sampled if denoise_mask is None else torch.lerp(latent, sampled, denoise_mask)
 

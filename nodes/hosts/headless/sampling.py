@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ....cascade_core.diffusion.guidance import Guider
-from ....cascade_core.diffusion.samplers import SAMPLERS, Step, keep_outside, start_latent
+from ....cascade_core.diffusion.samplers import SAMPLERS, SamplerStep, add_noise, masked_denoise
 from ....cascade_core.diffusion.schedule import noise_cond
 from ....cascade_core.engine import Fast
 from ....cascade_core.errors import CascadeError
@@ -47,8 +47,8 @@ def _sampled(run: Run, guiders: "Guiders", device: torch.device) -> Sampled:
         return guiders.at(log_snr)(x, noise_cond(log_snr))
 
     mask = None if run.noise_mask is None else mask_like(run.noise_mask, latent)
-    predict = denoise if mask is None else keep_outside(mask, latent, noise, denoise)
-    start = start_latent(latent, noise, run.denoise, run.shift)
+    predict = denoise if mask is None else masked_denoise(mask, latent, noise, denoise)
+    start = add_noise(latent, noise, run.denoise, run.shift)
     sampled = SAMPLERS[run.sampler](predict, start, run.log_snrs(), source.draw, _progress)
     if mask is not None:
         sampled = torch.lerp(latent, sampled, mask)
@@ -126,7 +126,7 @@ def with_guidance(model: Any, cfg_rescale: float, shift: float) -> Any:
     )
 
 
-def _progress(step: Step) -> None:
+def _progress(step: SamplerStep) -> None:
     report(step.index + 1, step.steps)
 
 
