@@ -12,8 +12,8 @@ from .errors import CascadeError
 if TYPE_CHECKING:
     from .checkpoints import load_model, load_published_state_dict
     from .networks.compressor import SemanticCompressor
-    from .networks.config import infer_config
     from .networks.controlnet import ControlNet
+    from .networks.inference import infer_config
     from .networks.previewer import Previewer
     from .networks.stage_a import StageA
     from .networks.stage_b import StageB
@@ -32,7 +32,7 @@ _HOME = {
     "StageC": "networks.stage_c",
     "TextEncoder": "text.encoder",
     "Tokenizer": "text.tokenizer",
-    "infer_config": "networks.config",
+    "infer_config": "networks.inference",
     "load_model": "checkpoints",
     "load_published_state_dict": "checkpoints",
 }

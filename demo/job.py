@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
 from cascade_nodes.cascade_core.networks.layers import AttnBlock, ResBlock, TimestepBlock
-from cascade_nodes.cascade_core.networks.stage_a import ResBlock as StageAResBlock
+from cascade_nodes.cascade_core.networks.stage_a import MixingResidualBlock
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
 from cascade_nodes.cascade_core.training.trainer import Settings, Trainer
 from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.dataset import for_compressor, pictures
 from cascade_nodes.demo.world import Scene, sample_scenes
 
-COMPILED = (ResBlock, AttnBlock, TimestepBlock, StageAResBlock)
+COMPILED = (ResBlock, AttnBlock, TimestepBlock, MixingResidualBlock)
 PART = 8192  # scenes that are drawn at a time
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import CascadeError
 from ..networks.compressor import SemanticCompressor
-from ..networks.config import infer_config
 from ..networks.controlnet import ControlNet
+from ..networks.inference import infer_config
 from ..networks.previewer import Previewer
 from ..networks.stage_a import StageA
 from ..networks.stage_b import StageB

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..networks.stage_a import ResBlock, StageA
+from ..networks.stage_a import MixingResidualBlock, StageA
 from .blocks import taps_of
 from .graphs import Graph, Pool, can_record
 from .unet import as_image, as_tokens
@@ -201,7 +201,7 @@ def bind(module: nn.Module, bound: dict[type[nn.Module], Any]) -> Any:
 
 
 BOUND: dict[str, dict[type[nn.Module], Any]] = {
-    "cuda": {ResBlock: BoundFused, nn.Conv2d: BoundPointwise},
-    "cpu": {ResBlock: BoundPlain},
+    "cuda": {MixingResidualBlock: BoundFused, nn.Conv2d: BoundPointwise},
+    "cpu": {MixingResidualBlock: BoundPlain},
 }
 SLOW = {"cuda": torch.float32, "cpu": torch.float16}  # the precision that is Stage A's own affair

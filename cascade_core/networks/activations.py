@@ -8,9 +8,16 @@ the estimates are never below it, and at most half above it.
 from collections.abc import Sequence
 from typing import Any
 
-from .compressor import CompressorConfig
-from .config import PreviewerConfig, StageAConfig, StageBConfig, StageCConfig, UNetConfig
-from .controlnet import PUBLISHED_LARGE, ControlNetConfig
+from .config import (
+    PUBLISHED_LARGE,
+    CompressorConfig,
+    ControlNetConfig,
+    PreviewerConfig,
+    StageAConfig,
+    StageBConfig,
+    StageCConfig,
+    UNetConfig,
+)
 from .stage_a import HIDDEN_VALUES
 
 # Of a level's width at each of its positions: a residual block holds its input, the skip, and three times the

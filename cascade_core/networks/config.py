@@ -1,28 +1,27 @@
-"""One frozen dataclass per model, with the published constructors' argument names and defaults.
+"""One frozen dataclass per network, with the published constructors' argument names and defaults.
 
-`infer_config` reads the kind and the configuration of a checkpoint back from its names and shapes.
+`inference.infer_config` reads the kind and the configuration of a checkpoint back from its names and shapes.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from ..errors import CascadeError
 
 PUBLISHED_HEAD_WIDTH = 64
 
 
-class Config:
-    """What all configurations share: made from a dict, with unknown names refused."""
+class NetworkConfig:
+    """Base of all configurations: made from a dict, with unknown names refused."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(config) - known)
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(config) - names)
         if unknown:
             raise CascadeError(
-                f"{cls.__name__} does not know {', '.join(unknown)}; it takes {', '.join(sorted(known))}."
+                f"{cls.__name__} does not know {', '.join(unknown)}; it takes {', '.join(sorted(names))}."
             )
         return cls(**{name: _frozen(value) for name, value in config.items()})
 
@@ -32,8 +31,11 @@ def _frozen(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class UNetConfig(Config):
-    """What Stage B and Stage C share. Per-level values are tuples; `blocks` and `block_repeat` hold (down, up)."""
+class UNetConfig(NetworkConfig):
+    """The arguments that Stage B and Stage C share.
+
+    Per-level values are tuples; `blocks` and `block_repeat` hold (down, up).
+    """
 
     c_in: int
     c_out: int
@@ -144,7 +146,7 @@ class StageBConfig(UNetConfig):
 
 
 @dataclass(frozen=True)
-class StageAConfig(Config):
+class StageAConfig(NetworkConfig):
     """Stage A, the VQGAN."""
 
     levels: int = 2
@@ -156,12 +158,122 @@ class StageAConfig(Config):
 
 
 @dataclass(frozen=True)
-class PreviewerConfig(Config):
+class PreviewerConfig(NetworkConfig):
     """The previewer of Stage C latents."""
 
     c_in: int = 16
     c_hidden: int = 512
     c_out: int = 3
+
+
+class EfficientNetStage(NamedTuple):
+    """One row of EfficientNetV2's table: `layers` blocks of a kind; the first has the stride and changes the width."""
+
+    kind: str  # "fused" (Fused-MBConv) or "mbconv"
+    expand: int
+    kernel: int
+    stride: int
+    c_out: int
+    layers: int
+
+
+PUBLISHED_STEM = 24
+PUBLISHED_STAGES = (
+    EfficientNetStage("fused", 1, 3, 1, 24, 2),
+    EfficientNetStage("fused", 4, 3, 2, 48, 4),
+    EfficientNetStage("fused", 4, 3, 2, 64, 4),
+    EfficientNetStage("mbconv", 4, 3, 2, 128, 6),
+    EfficientNetStage("mbconv", 6, 3, 1, 160, 9),
+    EfficientNetStage("mbconv", 6, 3, 2, 256, 15),
+)
+PUBLISHED_LAST = 1280
+
+
+def stage_table(rows: Sequence[Sequence[Any]]) -> tuple[EfficientNetStage, ...]:
+    """Rows `(kind, expand, kernel, stride, c_out, layers)`, or five values where the kernel is 3, as stages.
+
+    Raises CascadeError for a row that describes no stage.
+    """
+    return tuple(_stage(number, row) for number, row in enumerate(rows, start=1))
+
+
+def _stage(number: int, row: Sequence[Any]) -> EfficientNetStage:
+    full = [*row[:2], 3, *row[2:]] if len(row) == 5 else list(row)
+    sizes_ok = len(full) == 6 and all(isinstance(size, int) and size > 0 for size in full[1:])
+    if not sizes_ok or full[0] not in ("fused", "mbconv"):
+        raise CascadeError(
+            f"EfficientNet stage {number} is {list(row)!r}, expected [kind, expand, kernel, stride, c_out, "
+            'layers] with kind "fused" or "mbconv" and positive integers (the kernel may be left out); '
+            "correct the config."
+        )
+    return EfficientNetStage(*full)
+
+
+@dataclass(frozen=True)
+class CompressorConfig(NetworkConfig):
+    """The semantic compressor; `c_latent` is the published constructor's one argument.
+
+    The others give another size: `stages` holds rows `(kind, expand, kernel, stride, c_out, layers)` as
+    EfficientNetStage; `drop_path` is the stochastic depth that the last blocks approach in training.
+    """
+
+    c_latent: int = 16
+    stem: int = PUBLISHED_STEM
+    stages: tuple[EfficientNetStage, ...] = PUBLISHED_STAGES
+    c_last: int = PUBLISHED_LAST
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", stage_table(self.stages))
+
+
+# Number of projections -> Stage C's residual blocks that they are for.
+PUBLISHED_BLOCKS = {8: [0, 4, 8, 12, 51, 55, 59, 63], 64: list(range(64))}
+BACKBONES = ("effnet", "large", "simple")
+PUBLISHED_LARGE = {"c_wide": 4096 * 4, "c_hidden": 1024, "layers": 8, "c_last": PUBLISHED_LAST}
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(NetworkConfig):
+    """A ControlNet; the first four are the published constructor's arguments, the others give another size.
+
+    `bottleneck_mode` names the backbone: "effnet" (None means this one) for images, "large" for the
+    compressor's latents, "simple" for maps of features. `c_last` is the backbone's output (None: 1280, for
+    simple `c_in`); `stem`, `stages` and `drop_path` shape "effnet" as in CompressorConfig; `c_wide` is the
+    first layer of "large" (None: 16384) and "simple" (None: 4·c_in); `c_hidden` and `layers` are the residual
+    blocks of "large".
+    """
+
+    c_in: int = 3
+    c_proj: int = 2048
+    proj_blocks: tuple[int, ...] = ()
+    bottleneck_mode: str | None = None
+    c_last: int | None = None
+    stem: int = PUBLISHED_STEM
+    stages: tuple[EfficientNetStage, ...] = PUBLISHED_STAGES
+    c_wide: int | None = None
+    c_hidden: int = PUBLISHED_LARGE["c_hidden"]
+    layers: int = PUBLISHED_LARGE["layers"]
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", stage_table(self.stages))
+        blocks = self.proj_blocks
+        if not blocks or min(blocks) < 0 or len(set(blocks)) != len(blocks):
+            raise CascadeError(
+                f"ControlNet's proj_blocks is {list(blocks or ())}, expected the numbers of Stage C's "
+                "residual blocks, each once, such as [0, 4, 8, 12, 51, 55, 59, 63]; correct the config."
+            )
+        if self.bottleneck_mode not in (None, *BACKBONES):
+            raise CascadeError(
+                f"ControlNet's bottleneck_mode is {self.bottleneck_mode!r}, expected one of "
+                f"{', '.join(BACKBONES)}; correct the config."
+            )
+
+    @property
+    def hint_scale(self) -> int:
+        """Pixels of the hint for each position of Stage C's latent, a side."""
+        return 32 if self.bottleneck_mode in (None, "effnet") else 1
 
 
 # What the published files hold, so that a size can be named and made without a file.
@@ -185,52 +297,3 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "previewer": ("previewer", {}),
     "compressor": ("compressor", {}),
 }
-
-
-def infer_config(
-    state_dict: Mapping[str, Any], metadata: Mapping[str, str] | None = None
-) -> tuple[str, dict[str, Any]]:
-    """The kind and the configuration of a checkpoint in published (or split-attention) names.
-
-    state_dict: anything whose values have a `shape`; metadata: the safetensors header's, whose JSON `config` wins
-    over what shapes can tell. Kinds: stage_a stage_b stage_c compressor previewer controlnet.
-    Raises CascadeError where the names are of none of them.
-    """
-    from .compressor import infer_compressor
-    from .controlnet import infer_controlnet
-    from .inference import infer_previewer, infer_stage_a, infer_stage_b, infer_stage_c
-
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    for kind, infer in (
-        ("stage_c", infer_stage_c),
-        ("stage_b", infer_stage_b),
-        ("stage_a", infer_stage_a),
-        ("previewer", infer_previewer),
-        ("controlnet", infer_controlnet),
-        ("compressor", infer_compressor),
-    ):
-        try:
-            config = infer(shapes)
-        except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else "some shapes are not its own"
-            raise CascadeError(
-                f"These {len(shapes)} tensors are named as a Stable Cascade network's ({kind}), but {reason}; "
-                "download the file again."
-            ) from error
-        if config is not None:
-            return kind, {**config, **_stated_config(metadata)}
-    raise CascadeError(
-        f"These {len(shapes)} tensors (first: {', '.join(list(shapes)[:3])}) are of no Stable Cascade network; "
-        "expected Stage A, B or C, the semantic compressor, the previewer or a ControlNet, in their published names."
-    )
-
-
-def _stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get("config")
-    if not text:
-        return {}
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CascadeError(f"The checkpoint's metadata holds a config that is not JSON ({error}).") from None
-    return config if isinstance(config, dict) else {}

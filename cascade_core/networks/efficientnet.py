@@ -5,59 +5,15 @@ compressor and ControlNets load without renaming: `0` is the stem, `1` to `n` ar
 last 1×1 convolution.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CascadeError
+from .config import PUBLISHED_LAST, PUBLISHED_STAGES, PUBLISHED_STEM, EfficientNetStage
 
 BATCH_NORM_EPS = 1e-3  # torchvision's for the V2 family; torch's own default is 1e-5
-
-
-class Stage(NamedTuple):
-    """One row of the table: `layers` blocks of a kind; the first has the stride and changes the width."""
-
-    kind: str  # "fused" (Fused-MBConv) or "mbconv"
-    expand: int
-    kernel: int
-    stride: int
-    c_out: int
-    layers: int
-
-
-PUBLISHED_STEM = 24
-PUBLISHED_STAGES = (
-    Stage("fused", 1, 3, 1, 24, 2),
-    Stage("fused", 4, 3, 2, 48, 4),
-    Stage("fused", 4, 3, 2, 64, 4),
-    Stage("mbconv", 4, 3, 2, 128, 6),
-    Stage("mbconv", 6, 3, 1, 160, 9),
-    Stage("mbconv", 6, 3, 2, 256, 15),
-)
-PUBLISHED_LAST = 1280
-
-
-def stage_table(rows: Sequence[Sequence[Any]]) -> tuple[Stage, ...]:
-    """Rows `(kind, expand, kernel, stride, c_out, layers)`, or five values where the kernel is 3, as stages.
-
-    Raises CascadeError for a row that describes no stage.
-    """
-    return tuple(_stage(number, row) for number, row in enumerate(rows, start=1))
-
-
-def _stage(number: int, row: Sequence[Any]) -> Stage:
-    full = [*row[:2], 3, *row[2:]] if len(row) == 5 else list(row)
-    sizes_ok = len(full) == 6 and all(isinstance(size, int) and size > 0 for size in full[1:])
-    if not sizes_ok or full[0] not in ("fused", "mbconv"):
-        raise CascadeError(
-            f"EfficientNet stage {number} is {list(row)!r}, expected [kind, expand, kernel, stride, c_out, "
-            'layers] with kind "fused" or "mbconv" and positive integers (the kernel may be left out); '
-            "correct the config."
-        )
-    return Stage(*full)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -117,7 +73,7 @@ class SqueezeExcitation(nn.Module):
 class MBConvBlock(nn.Module):
     """Inverted bottleneck, fused or depthwise.  x: (B, c_in, H, W) -> (B, c_out, H / stride, W / stride)"""
 
-    def __init__(self, stage: Stage, c_in: int, stride: int, drop_path: float, operations=nn):
+    def __init__(self, stage: EfficientNetStage, c_in: int, stride: int, drop_path: float, operations=nn):
         super().__init__()
         build = _fused_layers if stage.kind == "fused" else _mbconv_layers
         self.block = nn.Sequential(*build(stage, c_in, stride, operations))
@@ -133,7 +89,7 @@ class MBConvBlock(nn.Module):
         return x + h
 
 
-def _fused_layers(stage: Stage, c_in: int, stride: int, operations) -> list[nn.Module]:
+def _fused_layers(stage: EfficientNetStage, c_in: int, stride: int, operations) -> list[nn.Module]:
     if stage.expand == 1:
         return [ConvNorm(c_in, stage.c_out, stage.kernel, stride, operations=operations)]
     hidden = c_in * stage.expand
@@ -143,7 +99,7 @@ def _fused_layers(stage: Stage, c_in: int, stride: int, operations) -> list[nn.M
     ]
 
 
-def _mbconv_layers(stage: Stage, c_in: int, stride: int, operations) -> list[nn.Module]:
+def _mbconv_layers(stage: EfficientNetStage, c_in: int, stride: int, operations) -> list[nn.Module]:
     hidden = c_in * stage.expand
     expand = [] if stage.expand == 1 else [ConvNorm(c_in, hidden, operations=operations)]
     return [
@@ -172,7 +128,7 @@ class EfficientNetV2(nn.Sequential):
         self,
         c_in: int = 3,
         stem: int = PUBLISHED_STEM,
-        stages: Sequence[Stage] = PUBLISHED_STAGES,
+        stages: Sequence[EfficientNetStage] = PUBLISHED_STAGES,
         c_last: int = PUBLISHED_LAST,
         stem_padding: int = 1,
         drop_path: float = 0.0,
@@ -190,57 +146,3 @@ class EfficientNetV2(nn.Sequential):
             features.append(nn.Sequential(*blocks))
         features.append(ConvNorm(channels, c_last, operations=operations))
         super().__init__(*features)
-
-
-def infer_efficientnet(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Any] | None:
-    """Constructor arguments `c_in stem stages c_last` of the network whose keys start with `prefix`, or None.
-
-    Strides leave no trace in shapes: see `published_strides`.
-    """
-    stem = _conv_shape(shapes, f"{prefix}0.0.weight")
-    if stem is None:
-        return None
-    channels, number, rows = stem[0], 1, []
-    while f"{prefix}{number}.0.block.0.0.weight" in shapes:
-        row = _infer_stage(shapes, f"{prefix}{number}.", channels)
-        if row is None:
-            return None
-        rows.append(row)
-        channels, number = row.c_out, number + 1
-    last = _conv_shape(shapes, f"{prefix}{number}.0.weight")
-    if not rows or last is None or last[1] != channels:
-        return None
-    strided = zip(rows, published_strides(len(rows)), strict=True)
-    stages = [list(row._replace(stride=stride)) for row, stride in strided]
-    return {"c_in": stem[1], "stem": stem[0], "stages": stages, "c_last": last[0]}
-
-
-def published_strides(count: int) -> tuple[int, ...]:
-    """Strides assumed for a table of `count` stages: the published 1 2 2 2 1 2, and ones after it.
-
-    A shorter table halves in its last four stages, which keeps the whole network's stride at 32.
-    """
-    published = tuple(stage.stride for stage in PUBLISHED_STAGES)
-    if count >= len(published):
-        return published + (1,) * (count - len(published))
-    return ((1,) * len(published) + (2,) * 4)[-count:]
-
-
-def _infer_stage(shapes: Mapping[str, tuple[int, ...]], prefix: str, c_in: int) -> Stage | None:
-    """One row of the table from its first block's shapes, with stride 1 for the caller to set, or None."""
-    block = f"{prefix}0.block."
-    convs = [shape for i in range(4) if (shape := _conv_shape(shapes, f"{block}{i}.0.weight")) is not None]
-    gated = any(f"{block}{i}.fc1.weight" in shapes for i in (1, 2))
-    if len(convs) not in ((2, 3) if gated else (1, 2)) or (len(convs) > 1 and convs[0][0] % c_in):
-        return None
-    kernel = convs[-2][2] if gated else convs[0][2]
-    expand = convs[-1][1] // c_in if len(convs) > 1 else 1
-    layers = 1
-    while f"{prefix}{layers}.block.0.0.weight" in shapes:
-        layers += 1
-    return Stage("mbconv" if gated else "fused", expand, kernel, 1, convs[-1][0], layers)
-
-
-def _conv_shape(shapes: Mapping[str, tuple[int, ...]], key: str) -> tuple[int, ...] | None:
-    shape = shapes.get(key)
-    return tuple(shape) if shape is not None and len(shape) == 4 else None

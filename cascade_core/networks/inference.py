@@ -1,16 +1,73 @@
 """Configurations read back from names and shapes, one function per network.
 
-Each takes {name: shape} and returns the published constructor's arguments, or None where the names are of something
-else. What shapes do not tell (dropout, Stage A's scale, level switching) is as published; heads are 64 wide.
+Each takes {name: shape} and returns the published constructor's arguments, or None where the names belong to
+another network. What shapes do not tell (dropout, Stage A's scale, level switching) is as published; heads are 64
+wide.
 """
 
+import json
 from collections.abc import Mapping
 from math import log2
 from typing import Any
 
-from .config import PUBLISHED_HEAD_WIDTH
+from ..errors import CascadeError
+from .config import (
+    PUBLISHED_BLOCKS,
+    PUBLISHED_HEAD_WIDTH,
+    PUBLISHED_LARGE,
+    PUBLISHED_LAST,
+    PUBLISHED_STAGES,
+    PUBLISHED_STEM,
+    EfficientNetStage,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def infer_config(
+    state_dict: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The kind and the configuration of a checkpoint in published (or split-attention) names.
+
+    state_dict: anything whose values have a `shape`; metadata: the safetensors header's, whose JSON `config` wins
+    over what shapes can tell. Kinds: stage_a stage_b stage_c compressor previewer controlnet.
+    Raises CascadeError where the names are of none of them.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    for kind, infer in (
+        ("stage_c", infer_stage_c),
+        ("stage_b", infer_stage_b),
+        ("stage_a", infer_stage_a),
+        ("previewer", infer_previewer),
+        ("controlnet", infer_controlnet),
+        ("compressor", infer_compressor),
+    ):
+        try:
+            config = infer(shapes)
+        except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else "some shapes are not its own"
+            raise CascadeError(
+                f"These {len(shapes)} tensors are named as a Stable Cascade network's ({kind}), but {reason}; "
+                "download the file again."
+            ) from error
+        if config is not None:
+            return kind, {**config, **_stated_config(metadata)}
+    raise CascadeError(
+        f"These {len(shapes)} tensors (first: {', '.join(list(shapes)[:3])}) are of no Stable Cascade network; "
+        "expected Stage A, B or C, the semantic compressor, the previewer or a ControlNet, in their published names."
+    )
+
+
+def _stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get("config")
+    if not text:
+        return {}
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CascadeError(f"The checkpoint's metadata holds a config that is not JSON ({error}).") from None
+    return config if isinstance(config, dict) else {}
+
 
 # The name after `….N.` that gives a block's kind away, in the order to test: a ResBlock has a `channelwise` too.
 _BLOCK_SIGNATURES = (
@@ -139,3 +196,130 @@ def infer_previewer(shapes: Shapes) -> dict[str, Any] | None:
         return None
     c_hidden, c_in = shapes["blocks.0.weight"][:2]
     return {"c_in": c_in, "c_hidden": c_hidden, "c_out": shapes["blocks.24.weight"][0]}
+
+
+def infer_compressor(shapes: Shapes) -> dict[str, Any] | None:
+    """Config of the compressor whose state dict has these keys and shapes, or None where it is not one.
+
+    The published backbone is left out, so that its file gives `{"c_latent": 16}`; another is given whole.
+    """
+    mapper = shapes.get("mapper.0.weight")
+    if mapper is None or len(mapper) != 4 or "mapper.1.running_mean" not in shapes:
+        return None
+    backbone = infer_efficientnet(shapes, "backbone.")
+    if backbone is None or backbone.pop("c_in") != 3 or mapper[1] != backbone["c_last"]:
+        return None
+    return {"c_latent": mapper[0], **_unpublished(backbone)}
+
+
+def _unpublished(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments `stem stages c_last` of an EfficientNetV2; none where it is the published one."""
+    published = {
+        "stem": PUBLISHED_STEM,
+        "stages": [list(stage) for stage in PUBLISHED_STAGES],
+        "c_last": PUBLISHED_LAST,
+    }
+    return {} if backbone == published else dict(backbone)
+
+
+def infer_controlnet(shapes: Shapes) -> dict[str, Any] | None:
+    """Config of the ControlNet whose state dict has these keys and shapes, or None where it is not one.
+
+    The widths of a published backbone are left out, those of another are given whole. Which blocks the
+    projections are for is not in the shapes: 8 and 64 of them mean the published lists, another number the
+    first so many blocks.
+    """
+    count = 0
+    while f"projections.{count}.0.weight" in shapes:
+        count += 1
+    inner, outer = shapes.get("projections.0.0.weight"), shapes.get("projections.0.2.weight")
+    backbone = _infer_backbone(shapes)
+    if backbone is None or inner is None or outer is None or len(inner) != 4 or len(outer) != 4:
+        return None
+    mode, c_last, config = backbone
+    if inner[:2] != (c_last, c_last) or outer[1] != c_last:
+        return None
+    return {
+        "c_in": config.pop("c_in"),
+        "c_proj": outer[0],
+        "proj_blocks": list(PUBLISHED_BLOCKS.get(count, range(count))),
+        "bottleneck_mode": mode,
+        **config,
+    }
+
+
+def _infer_backbone(shapes: Shapes) -> tuple[str, int, dict[str, Any]] | None:
+    """(mode, c_last, the arguments c_in and, where they are not the published ones, the widths), or None."""
+    effnet = infer_efficientnet(shapes, "backbone.")
+    if effnet is not None:
+        c_in, c_last = effnet.pop("c_in"), effnet["c_last"]
+        return "effnet", c_last, {"c_in": c_in, **_unpublished(effnet)}
+    first, second = shapes.get("backbone.0.weight"), shapes.get("backbone.2.weight")
+    if first is None or second is None or len(first) != 4 or len(second) != 4 or first[0] != second[1]:
+        return None
+    c_wide, c_in = first[:2]
+    if first[2:] == (3, 3) == second[2:]:
+        widths, published = {"c_wide": c_wide, "c_last": second[0]}, {"c_wide": 4 * c_in, "c_last": c_in}
+        return "simple", second[0], {"c_in": c_in, **({} if widths == published else widths)}
+    layers = 0
+    while f"backbone.{3 + layers}.blocks.0.weight" in shapes:
+        layers += 1
+    last = shapes.get(f"backbone.{3 + layers}.weight")
+    if first[2:] != (1, 1) or last is None or len(last) != 4 or last[1] != second[0]:
+        return None
+    widths = {"c_wide": c_wide, "c_hidden": second[0], "layers": layers, "c_last": last[0]}
+    return "large", last[0], {"c_in": c_in, **({} if widths == PUBLISHED_LARGE else widths)}
+
+
+def infer_efficientnet(shapes: Shapes, prefix: str) -> dict[str, Any] | None:
+    """Constructor arguments `c_in stem stages c_last` of the network whose keys start with `prefix`, or None.
+
+    Strides leave no trace in shapes: see `published_strides`.
+    """
+    stem = _conv_shape(shapes, f"{prefix}0.0.weight")
+    if stem is None:
+        return None
+    channels, number, rows = stem[0], 1, []
+    while f"{prefix}{number}.0.block.0.0.weight" in shapes:
+        row = _infer_stage(shapes, f"{prefix}{number}.", channels)
+        if row is None:
+            return None
+        rows.append(row)
+        channels, number = row.c_out, number + 1
+    last = _conv_shape(shapes, f"{prefix}{number}.0.weight")
+    if not rows or last is None or last[1] != channels:
+        return None
+    strided = zip(rows, published_strides(len(rows)), strict=True)
+    stages = [list(row._replace(stride=stride)) for row, stride in strided]
+    return {"c_in": stem[1], "stem": stem[0], "stages": stages, "c_last": last[0]}
+
+
+def published_strides(count: int) -> tuple[int, ...]:
+    """Strides assumed for a table of `count` stages: the published 1 2 2 2 1 2, and ones after it.
+
+    A shorter table halves in its last four stages, which keeps the whole network's stride at 32.
+    """
+    published = tuple(stage.stride for stage in PUBLISHED_STAGES)
+    if count >= len(published):
+        return published + (1,) * (count - len(published))
+    return ((1,) * len(published) + (2,) * 4)[-count:]
+
+
+def _infer_stage(shapes: Shapes, prefix: str, c_in: int) -> EfficientNetStage | None:
+    """One row of the table from its first block's shapes, with stride 1 for the caller to set, or None."""
+    block = f"{prefix}0.block."
+    convs = [shape for i in range(4) if (shape := _conv_shape(shapes, f"{block}{i}.0.weight")) is not None]
+    gated = any(f"{block}{i}.fc1.weight" in shapes for i in (1, 2))
+    if len(convs) not in ((2, 3) if gated else (1, 2)) or (len(convs) > 1 and convs[0][0] % c_in):
+        return None
+    kernel = convs[-2][2] if gated else convs[0][2]
+    expand = convs[-1][1] // c_in if len(convs) > 1 else 1
+    layers = 1
+    while f"{prefix}{layers}.block.0.0.weight" in shapes:
+        layers += 1
+    return EfficientNetStage("mbconv" if gated else "fused", expand, kernel, 1, convs[-1][0], layers)
+
+
+def _conv_shape(shapes: Shapes, key: str) -> tuple[int, ...] | None:
+    shape = shapes.get(key)
+    return tuple(shape) if shape is not None and len(shape) == 4 else None

@@ -12,8 +12,11 @@ from .efficientnet import BatchNorm2d
 HIDDEN_VALUES = 1 << 25  # alive at once in a residual block
 
 
-class ResBlock(nn.Module):
-    """Depthwise convolution, then a position-wise MLP, each gated by learned gammas.  (B, C, H, W) -> same"""
+class MixingResidualBlock(nn.Module):
+    """Depthwise convolution, then a position-wise MLP, each gated by learned gammas.  (B, C, H, W) -> same
+
+    Named as in diffusers' PaellaVQModel; the published code has a second ResBlock here.
+    """
 
     def __init__(self, c: int, c_hidden: int, operations=nn):
         super().__init__()
@@ -77,7 +80,7 @@ class StageA(nn.Module):
         for i, width in enumerate(widths):
             if i:
                 down.append(operations.Conv2d(widths[i - 1], width, kernel_size=4, stride=2, padding=1))
-            down.append(ResBlock(width, width * 4, operations))
+            down.append(MixingResidualBlock(width, width * 4, operations))
         to_latent = operations.Conv2d(widths[-1], config.c_latent, kernel_size=1, bias=False)
         down.append(nn.Sequential(to_latent, BatchNorm2d(config.c_latent)))
         self.down_blocks = nn.Sequential(*down)
@@ -87,7 +90,7 @@ class StageA(nn.Module):
         up: list[nn.Module] = [nn.Sequential(operations.Conv2d(config.c_latent, widths[-1], kernel_size=1))]
         for i, width in enumerate(reversed(widths)):
             up += [
-                ResBlock(width, width * 4, operations)
+                MixingResidualBlock(width, width * 4, operations)
                 for _ in range(config.bottleneck_blocks if i == 0 else 1)
             ]
             if i < config.levels - 1:

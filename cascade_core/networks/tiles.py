@@ -1,8 +1,8 @@
 """Large pictures a tile at a time, so that memory depends on the tile and not on the picture.
 
-Stage A and the previewer look only so far: tiles that see a halo of that many positions more, cut off afterwards,
-give what the whole gives, to rounding. Stage B sees the whole picture (global response norm, attention): there, as in
-MultiDiffusion (arXiv 2302.08113), tiles overlap, and what they predict is blended at every step.
+Stage A and the previewer have a small receptive field: tiles with a halo of that many positions, cut off afterwards,
+give what the whole picture gives, to rounding. Stage B sees the whole picture (global response norm, attention): as
+in MultiDiffusion (arXiv 2302.08113), its tiles overlap, and their predictions are blended at every step.
 
 Tiles, halos and overlaps are in positions of the latent.
 """
@@ -42,19 +42,24 @@ def encode_halo(config: StageAConfig) -> int:
 
 
 def join_tiles(
-    function: Callable[[Tensor], Tensor], x: Tensor, tile: int, halo: int, down: int = 1, up: int = 1
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tile_positions: int,
+    halo: int,
+    down: int = 1,
+    up: int = 1,
 ) -> Tensor:
-    """function(x), computed on tiles of `tile` positions a side that see `halo` more on each side.
+    """function(x), computed on tiles of `tile_positions` a side that see `halo` more on each side.
 
     down, up: what a position is in x and in the result, in values a side.
     x: (B, C, h · down, w · down) -> (B, C', h · up, w · up)
     """
     height, width = (side // down for side in x.shape[-2:])
-    if tile < 1 or max(height, width) <= tile:
+    if tile_positions < 1 or max(height, width) <= tile_positions:
         return function(x)
     joined = None
-    for rows in _spans(height, tile):
-        for columns in _spans(width, tile):
+    for rows in _spans(height, tile_positions):
+        for columns in _spans(width, tile_positions):
             seen = _widened(rows, halo, height), _widened(columns, halo, width)
             piece = function(x[(..., *_times(seen, down))])
             if joined is None:
@@ -72,15 +77,15 @@ def fitting_tile(height: int, width: int, halo: int, fits: Callable[[int], bool]
     """
     longer = max(height, width)
     for parts in range(1, longer + 1):
-        tile = math.ceil(longer / parts)
-        seen = longer if parts == 1 else tile + 2 * halo
+        tile_positions = math.ceil(longer / parts)
+        seen = longer if parts == 1 else tile_positions + 2 * halo
         if fits(min(height, seen) * min(width, seen)):
-            return 0 if parts == 1 else tile
+            return 0 if parts == 1 else tile_positions
     return 1
 
 
-def _spans(length: int, tile: int) -> Iterator[slice]:
-    return (slice(start, min(start + tile, length)) for start in range(0, length, tile))
+def _spans(length: int, tile_positions: int) -> Iterator[slice]:
+    return (slice(start, min(start + tile_positions, length)) for start in range(0, length, tile_positions))
 
 
 def _widened(span: slice, halo: int, length: int) -> slice:
@@ -97,21 +102,25 @@ def _times(area: Area, factor: int) -> Area:
 
 
 def predict_in_tiles(
-    predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, effnet: Tensor, tile: int, patch_size: int
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    effnet: Tensor,
+    tile_positions: int,
+    patch_size: int,
 ) -> Tensor:
-    """predict(x, effnet) of Stage B, blended from overlapping tiles of `tile` positions a side.
+    """predict(x, effnet) of Stage B, blended from overlapping tiles of `tile_positions` a side.
 
     Each tile sees its part of the conditioning as the whole would see it: resized to the whole first, then cut.
 
     x: (B, 4, h, w), effnet: (B, 16, h', w') of any size -> like x
     """
     height, width = x.shape[-2:]
-    if max(height, width) <= tile:
+    if max(height, width) <= tile_positions:
         return predict(x, effnet)
     effnet = resize(effnet, (height // patch_size, width // patch_size))
     blended = weights = None
-    for rows in overlapping(height, tile):
-        for columns in overlapping(width, tile):
+    for rows in overlapping(height, tile_positions):
+        for columns in overlapping(width, tile_positions):
             area = rows, columns
             seen = tuple(slice(span.start // patch_size, span.stop // patch_size) for span in area)
             part = predict(x[(..., *area)], effnet[(..., *seen)])
@@ -125,16 +134,18 @@ def predict_in_tiles(
     return blended / weights
 
 
-def overlapping(length: int, tile: int) -> list[slice]:
-    """Spans of `tile` positions that cover `length` and overlap by `OVERLAP` of a tile or more, evenly placed.
+def overlapping(length: int, tile_positions: int) -> list[slice]:
+    """Spans of `tile_positions` that cover `length` and overlap by `OVERLAP` of a tile or more, evenly placed.
 
     They begin where a level of the network does; the last is shorter where `length` is not a multiple of that.
     """
-    if length <= tile:
+    if length <= tile_positions:
         return [slice(0, length)]
-    steps = math.ceil((length - tile) / (tile * (1 - OVERLAP)))
-    starts = (math.ceil(i * (length - tile) / steps / ALIGNMENT) * ALIGNMENT for i in range(steps + 1))
-    return [slice(start, min(start + tile, length)) for start in starts]
+    steps = math.ceil((length - tile_positions) / (tile_positions * (1 - OVERLAP)))
+    starts = (
+        math.ceil(i * (length - tile_positions) / steps / ALIGNMENT) * ALIGNMENT for i in range(steps + 1)
+    )
+    return [slice(start, min(start + tile_positions, length)) for start in starts]
 
 
 def _ramp(span: slice, length: int, like: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from ..checkpoints import (
     read_weights,
 )
 from ..errors import CascadeError
-from ..networks.config import infer_config
+from ..networks.inference import infer_config
 
 HEAD_WIDTH = 64
 # OpenAI's own encoders (text up to 768 wide, vision up to 1024) use the quick approximation of GELU; wider

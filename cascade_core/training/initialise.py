@@ -5,8 +5,7 @@ from math import sqrt
 from torch import nn
 
 from ..networks.layers import FeedForwardBlock, ResBlock, TimestepBlock
-from ..networks.stage_a import ResBlock as StageAResBlock
-from ..networks.stage_a import StageA
+from ..networks.stage_a import MixingResidualBlock, StageA
 from ..networks.unet import UNet
 
 _CONDITION_MAPPERS = ("clip_txt_mapper", "clip_txt_pooled_mapper", "clip_img_mapper", "clip_mapper")
@@ -45,6 +44,6 @@ def initialise_unet(model: UNet) -> UNet:
 def initialise_stage_a(model: StageA) -> StageA:
     """Xavier inside the residual blocks; the other layers keep torch's own initial weights."""
     for module in model.modules():
-        if isinstance(module, StageAResBlock):
+        if isinstance(module, MixingResidualBlock):
             module.apply(_xavier)
     return model

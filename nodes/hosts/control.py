@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...cascade_core.errors import CascadeError
-from ...cascade_core.networks.controlnet import ControlNetConfig
+from ...cascade_core.networks.config import ControlNetConfig
 
 Residuals = list[Tensor | None]  # (B, C, h, w) by the number of Stage C's residual block, None in the gaps
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core.errors import CascadeError
-from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor, infer_compressor, normalise
-from cascade_nodes.cascade_core.networks.efficientnet import BatchNorm2d, published_strides, stochastic_depth
+from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor, normalise
+from cascade_nodes.cascade_core.networks.efficientnet import BatchNorm2d, stochastic_depth
+from cascade_nodes.cascade_core.networks.inference import infer_compressor, published_strides
 from cascade_nodes.tests.golden_weights import (
     fill_hashed,
     manifest_shapes,

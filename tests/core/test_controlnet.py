@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core.errors import CascadeError
-from cascade_nodes.cascade_core.networks.controlnet import ControlNet, infer_controlnet
+from cascade_nodes.cascade_core.networks.controlnet import ControlNet
+from cascade_nodes.cascade_core.networks.inference import infer_controlnet
 from cascade_nodes.tests.golden_weights import (
     fill_hashed,
     manifest_shapes,

@@ -227,7 +227,7 @@ class Fixed(nn.Module):
 def test_residual_block_of_stage_a(size, dtype):
     """All of its kernels in turn; the products are PyTorch's, so that roundings add up."""
     batch, channels, height, width = size
-    block = randomised(stage_a.ResBlock(channels, 2 * channels), dtype)
+    block = randomised(stage_a.MixingResidualBlock(channels, 2 * channels), dtype)
     for layer in (block.get_submodule("channelwise.0"), block.get_submodule("channelwise.2")):
         layer.get_parameter("weight").div_(channels)
     image = normal(batch, channels, height, width, dtype=dtype)

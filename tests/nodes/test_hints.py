@@ -8,7 +8,7 @@ import torch
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.hints.canny import canny_hint
 from cascade_nodes.cascade_core.hints.filters import inpaint_hint
-from cascade_nodes.cascade_core.networks.controlnet import ControlNetConfig
+from cascade_nodes.cascade_core.networks.config import ControlNetConfig
 from cascade_nodes.nodes import faces
 from cascade_nodes.nodes.control import (
     CascadeCanny,

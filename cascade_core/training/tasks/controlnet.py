@@ -14,7 +14,8 @@ from torch.func import functional_call
 from ...checkpoints import load_model, write_safetensors
 from ...errors import CascadeError
 from ...networks.compressor import SemanticCompressor
-from ...networks.controlnet import PUBLISHED_BLOCKS, ControlNet
+from ...networks.config import PUBLISHED_BLOCKS
+from ...networks.controlnet import ControlNet
 from ...networks.stage_c import StageC
 from ..cuda_graphs import Recorded
 from ..data.batches import Batch

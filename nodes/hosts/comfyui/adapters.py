@@ -12,7 +12,8 @@ from ....cascade_core.adapters import Adapter, LowRank
 from ....cascade_core.adapters.apply import changed_weight
 from ....cascade_core.adapters.tokens import NewToken, taught_tokens
 from ....cascade_core.errors import CascadeError
-from ....cascade_core.networks.config import StageCConfig, infer_config
+from ....cascade_core.networks.config import StageCConfig
+from ....cascade_core.networks.inference import infer_config
 from .model import HostedNetwork
 from .tokens import with_learned
 

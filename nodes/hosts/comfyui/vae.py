@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ....cascade_core import checkpoints
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks import activations
-from ....cascade_core.networks.config import StageAConfig, infer_config
+from ....cascade_core.networks.config import StageAConfig
+from ....cascade_core.networks.inference import infer_config
 from ....cascade_core.networks.tiles import (
     PREVIEWER_HALO,
     PREVIEWER_SIDE,
