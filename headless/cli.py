@@ -68,12 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+
     parser = argparse.ArgumentParser(
         prog="cascade",
         description="Stable Cascade graphs without ComfyUI, or on a ComfyUI that is running.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"cascade-nodes {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="execute a graph in API format")
     run.add_argument("graph", type=Path, metavar="GRAPH.json", help="a graph in API format")
