@@ -1,4 +1,4 @@
-"""What the device can do at most, measured, and the arithmetic of a forward: together the limit of its time."""
+"""Measured ceilings of the device and the arithmetic of a forward, which together bound its time."""
 
 import statistics
 from functools import cache
@@ -19,19 +19,19 @@ def measure_ceilings(setup: Setup) -> dict[str, float]:
     """TFLOP/s of one large product, in bf16 and where there is fp8 in that; GB/s of a copy, read and written."""
     device, side = setup.device, setup.product
     a, b = (torch.randn(side, side, device=device).to(setup.dtype) for _ in range(2))
-    found = {"bf16_tflops": 2 * side**3 / _best(lambda: a @ b, device) / 1e12}
+    measured = {"bf16_tflops": 2 * side**3 / _best(lambda: a @ b, device) / 1e12}
     if has_fp8(device):
         quantised = [t.to(torch.float8_e4m3fn) for t in (a, b)]
-        one = torch.ones((), device=device)
+        unit_scale = torch.ones((), device=device)
 
         def product() -> Any:
-            return fp8_product(quantised[0], quantised[1].T, one, one, out_dtype=setup.dtype)
+            return fp8_product(quantised[0], quantised[1].T, unit_scale, unit_scale, out_dtype=setup.dtype)
 
-        found["fp8_tflops"] = 2 * side**3 / _best(product, device) / 1e12
+        measured["fp8_tflops"] = 2 * side**3 / _best(product, device) / 1e12
     source = torch.empty(setup.copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found["copy_gb_s"] = 2 * setup.copied / _best(lambda: target.copy_(source), device) / 1e9
-    return found
+    measured["copy_gb_s"] = 2 * setup.copied / _best(lambda: target.copy_(source), device) / 1e9
+    return measured
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -45,14 +45,14 @@ def _best(call: Any, device: torch.device) -> float:
 
 
 class Arithmetic:
-    """Floating-point operations of a forward, counted without computing anything."""
+    """Counter of a forward's floating-point operations that computes nothing."""
 
     def __init__(self, setup: Setup):
         self.setup = setup
         self.of_one, self.network = cache(self._of_one), cache(self._network)
 
     def __call__(self, kind: str, side: int, rows: int) -> float:
-        """TFLOP of so many rows: each has as many as one."""
+        """TFLOP of a forward of `rows` rows."""
         return rows * self.of_one(kind, side) / 1e12
 
     def picture(self, side: int, batch: int) -> float:
@@ -74,6 +74,6 @@ class Arithmetic:
             if kind == "stage_a":
                 network.decode(torch.empty(1, *latent_shape(kind, side), device=META, dtype=self.setup.dtype))
             else:
-                x, r, given = forward_inputs(kind, self.setup, 1, side, META)
-                network(x, r, **given)
+                x, r, conditions = forward_inputs(kind, self.setup, 1, side, META)
+                network(x, r, **conditions)
         return counter.get_total_flops()

@@ -15,7 +15,7 @@ Points = Sequence[tuple[float, float]]
 
 
 class Chart:
-    """A white picture of so many pixels with a title."""
+    """White image of (width, height) pixels with a title."""
 
     def __init__(self, title: str, size: tuple[int, int]):
         self.width, self.height = size
@@ -26,7 +26,7 @@ class Chart:
     def text(
         self, at: tuple[float, float], words: str, points: int = 12, ink: str = FAINT, anchor: str = "lm"
     ) -> float:
-        """Where it begins."""
+        """Draws text and returns the x coordinate where it begins."""
         font = ImageFont.load_default(FINE * points)
         place = (FINE * at[0], FINE * at[1])
         self.pen.text(place, words, fill=ink, font=font, anchor=anchor)
@@ -39,26 +39,29 @@ class Chart:
         self.pen.rectangle([FINE * value for value in corners], fill=ink)
 
     def save(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Writes the PNG atomically."""
         partial = path.with_name(f".{path.name}.part")
         self.image.reduce(FINE).save(partial, "PNG")  # averages, without halos
         os.replace(partial, path)
 
 
-def bars(title: str, values: Mapping[str, float], unit: str, path: Path, ours: Sequence[str], limit: float):
-    """One bar for each name, ours in colour, and a line at the limit that none can pass."""
+def bars(
+    title: str, values: Mapping[str, float], unit: str, path: Path, highlighted: Sequence[str], limit: float
+):
+    """Draws one bar for each name, highlighted ones in colour, and a line at the limit that none can pass."""
     left, right, top, step = 190, 70, 52, 34
     chart = Chart(title, (760, top + step * len(values) + 34))
-    most = max(*values.values(), limit)
+    largest = max(*values.values(), limit)
 
     def place(value: float) -> float:
-        return left + (chart.width - left - right) * value / most
+        return left + (chart.width - left - right) * value / largest
 
     for i, (name, value) in enumerate(values.items()):
         y = top + step * i
         chart.text((left - 10, y + step / 2), name, 13, INK, "rm")
         chart.box(
-            (left, y + 6, max(place(value), left + 1), y + step - 6), COLOURS[0] if name in ours else MUTED
+            (left, y + 6, max(place(value), left + 1), y + step - 6),
+            COLOURS[0] if name in highlighted else MUTED,
         )
         chart.text((place(value) + 8, y + step / 2), f"{value:.3g} {unit}", 13, INK)
     bottom = top + step * len(values)
@@ -79,8 +82,8 @@ def curves(title: str, panels: Mapping[str, Mapping[str, Points]], x_label: str,
 
 def _panel(chart: Chart, area, y_label: str, x_label: str, series: Mapping[str, Points]) -> None:
     left, top, right, bottom = area
-    every = [point for points in series.values() for point in points]
-    xs, ys = sorted({x for x, _ in every}), [y for _, y in every if y > 0]
+    all_points = [point for points in series.values() for point in points]
+    xs, ys = sorted({x for x, _ in all_points}), [y for _, y in all_points if y > 0]
     low, high = _whole_powers(ys)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -119,7 +122,7 @@ def _whole_powers(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """At most some eight of the powers of two between them."""
+    """About eight powers of two between the limits, at most."""
     count = round(math.log2(high / low))
     step = max(1, math.ceil(count / 8))
     return [low * 2.0**i for i in range(0, count + 1, step)]

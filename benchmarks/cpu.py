@@ -1,4 +1,4 @@
-"""How long the bundled demo cascade takes for a picture on this processor, by part, and what the engine saves.
+"""Time of a picture by the bundled demo cascade on this processor, by stage, and the time that the engine saves.
 
 The graph is executed by the embedded host as `cascade run` does it. First a whole command in a fresh process with
 interpreter, imports and loading. Then, in this process, pictures of each program in turn, each picture with another
@@ -73,8 +73,8 @@ def time_command(graph: Path, output: Path) -> float:
     return seconds
 
 
-class Program:
-    """One of PROGRAMS, with the models that it loaded, and what its pictures took."""
+class TimedProgram:
+    """One of PROGRAMS, with its loaded models and the times of its pictures."""
 
     def __init__(self, name: str, graph: Path, output: Path):
         self.name, self.graph, self.output = name, graph, output
@@ -83,14 +83,14 @@ class Program:
         self.pictures: list[np.ndarray] = []  # (H, W, 3) in [0, 1]
 
     def draw(self, number: int) -> None:
-        """One more picture. What no part claims (validation, bookkeeping) is `other`."""
+        """Draws one more picture. Time outside the nodes (validation, bookkeeping) counts as `other`."""
         assignments = [
             f"CascadeTextEncode.positive={PROMPTS[number % len(PROMPTS)]}",
             f"CascadePriorSampler.seed={number}",
             f"CascadeDecoderSampler.seed={number}",
             *PROGRAMS[self.name],
         ]
-        with _stage_a_itself() if self.name == EAGER else nullcontext():
+        with _eager_stage_a() if self.name == EAGER else nullcontext():
             start = time.perf_counter()
             result = run_graph(
                 self.graph, assignments=assignments, output_folder=self.output, executor=self.executor
@@ -107,8 +107,8 @@ class Program:
 
 
 @contextmanager
-def _stage_a_itself() -> Iterator[None]:
-    """Its decoder has no switch in the graph, as the samplers have."""
+def _eager_stage_a() -> Iterator[None]:
+    """Disables Stage A's engine, which has no switch in the graph, unlike the samplers'."""
     with mock.patch.object(FastDecoder, "__call__", lambda fast, latent: fast.stage_a.decode(latent)):
         yield
 
@@ -130,10 +130,10 @@ def difference(pictures: list[np.ndarray], references: list[np.ndarray]) -> dict
 
 
 def run(graph: Path, runs: int) -> dict[str, Any]:
-    """All measurements; the pictures are thrown away."""
+    """Runs all measurements; the pictures are deleted."""
     with tempfile.TemporaryDirectory(prefix="cascade_cpu_") as folder:
         command = time_command(graph, Path(folder))
-        programs = [Program(name, graph, Path(folder)) for name in PROGRAMS]
+        programs = [TimedProgram(name, graph, Path(folder)) for name in PROGRAMS]
         for number in range(runs + 1):
             for program in programs:  # in turn, so that a busy minute of the machine meets them all
                 program.draw(number)
@@ -161,24 +161,24 @@ def report(results: dict[str, Any]) -> None:
         for name, program in programs.items()
     }
     print(f"{results['machine']}, {results['threads']} threads\n")
-    parts = [part for part in fastest[EAGER] if part not in (LOADING, WHOLE)]
+    stages = [part for part in fastest[EAGER] if part not in (LOADING, WHOLE)]
     print_table(
         ["seconds, fastest", *programs],
-        [[part, *(f"{fastest[name][part]:.3f}" for name in programs)] for part in parts],
+        [[part, *(f"{fastest[name][part]:.3f}" for name in programs)] for part in stages],
     )
     print()
     rows = []
     for name, program in programs.items():
         wholes = [picture[WHOLE] for picture in program["later"]]
-        apart = program["difference"]
+        distance = program["difference"]
         rows.append(
             [
                 name,
                 f"{min(wholes):.2f}",
                 f"{statistics.median(wholes):.2f}",
                 f"{min(wholes) / fastest[EAGER][WHOLE]:.2f}",
-                f"{apart['psnr']:.1f} dB",
-                f"{apart['largest']:.0f}",
+                f"{distance['psnr']:.1f} dB",
+                f"{distance['largest']:.0f}",
             ]
         )
     count = len(programs[EAGER]["later"])

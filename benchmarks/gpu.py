@@ -14,7 +14,7 @@ error     the distance to float32
 first     the first picture of a process
 sizes     cost by size and batch
 
-Each part is printed and written as soon as it is done; a file of an earlier run keeps the parts that are not run anew.
+Each measurement is printed and written as soon as it is done; a file of an earlier run keeps those not run anew.
 """
 
 import argparse
@@ -29,49 +29,49 @@ from typing import Any
 
 import torch
 
-import parts.ceilings
-import parts.error
-import parts.first
-import parts.forward
-import parts.picture
-import parts.profile
-import parts.sizes
+import measurements.ceilings
+import measurements.error
+import measurements.first
+import measurements.forward
+import measurements.pictures
+import measurements.profile
+import measurements.sizes
 import targets
-from bench import PROGRAMS, Bench
+from context import PROGRAMS, Context
 from machine import describe_machine
+from measurements.first import FLAG, in_this_process
 from networks import full, tiny
-from parts.first import FLAG, in_this_process
 
-PARTS: dict[str, ModuleType] = {
-    "ceilings": parts.ceilings,
-    "forward": parts.forward,
-    "profile": parts.profile,
-    "picture": parts.picture,
-    "error": parts.error,
-    "first": parts.first,
-    "sizes": parts.sizes,
+MEASUREMENTS: dict[str, ModuleType] = {
+    "ceilings": measurements.ceilings,
+    "forward": measurements.forward,
+    "profile": measurements.profile,
+    "picture": measurements.pictures,
+    "error": measurements.error,
+    "first": measurements.first,
+    "sizes": measurements.sizes,
 }
 ON_DEMAND = "profile"
 
 
-def run(bench: Bench, names: list[str], results: dict[str, Any], path: Path | None) -> list[str]:
-    """Measures, prints and keeps one part after the other.
+def run(context: Context, names: list[str], results: dict[str, Any], path: Path | None) -> list[str]:
+    """Measures, prints and stores one measurement after the other.
 
-    Returns the errors, of whole parts and of programs in them (`bench.apart`); none stops the parts after it.
+    Returns the errors, of whole measurements and of programs in them (`context.isolated`); none stops the next one.
     """
-    errors = bench.errors
+    errors = context.errors
     for name in names:
         start = time.perf_counter()
         try:
-            results[name] = PARTS[name].measure(bench)
+            results[name] = MEASUREMENTS[name].measure(context)
         except Exception as error:
             traceback.print_exc()
             errors.append(f"{name}: {type(error).__name__}: {error}")
             continue
         print(f"\n## {name}, {time.perf_counter() - start:.0f} s\n", flush=True)
-        PARTS[name].report(results[name])
+        MEASUREMENTS[name].report(results[name])
         sys.stdout.flush()
-        results["missing"] = dict(bench.missing)
+        results["missing"] = dict(context.missing)
         save(results, path)
     return errors
 
@@ -91,11 +91,11 @@ def describe_device(device: torch.device) -> str:
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
-def chosen(value: str, known: tuple[str, ...]) -> list[str]:
+def chosen(value: str, choices: tuple[str, ...]) -> list[str]:
     names = [name for name in value.split(",") if name]
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in choices]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not one of {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not one of {', '.join(choices)}")
     return names
 
 
@@ -103,7 +103,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", type=lambda value: chosen(value, tuple(PARTS)), help="parts, by commas")
+    parser.add_argument(
+        "--only", type=lambda value: chosen(value, tuple(MEASUREMENTS)), help="measurements, by commas"
+    )
     parser.add_argument("--profile", action="store_true", help="also the engine's kernels")
     parser.add_argument(
         "--programs", type=lambda value: chosen(value, PROGRAMS), default=list(PROGRAMS), help="by commas"
@@ -121,24 +123,24 @@ def main() -> int:
     if not (options.toy or torch.cuda.is_available()):
         raise SystemExit("There is no CUDA device here; --toy runs tiny networks on the processor.")
     setup = tiny(torch.device("cpu")) if options.toy else full(torch.device("cuda"))
-    bench = Bench(setup, options.toy, tuple(options.programs), options.comfyui)
+    context = Context(setup, options.toy, tuple(options.programs), options.comfyui)
     if options.first_picture:
-        print(json.dumps(in_this_process(bench)))
+        print(json.dumps(in_this_process(context)))
         return 0
-    default = [name for name in PARTS if name != ON_DEMAND]
-    names = [name for name in PARTS if name in (options.only or default)]
+    default = [name for name in MEASUREMENTS if name != ON_DEMAND]
+    names = [name for name in MEASUREMENTS if name in (options.only or default)]
     if options.profile and ON_DEMAND not in names:
-        names = [name for name in PARTS if name in (*names, ON_DEMAND)]
+        names = [name for name in MEASUREMENTS if name in (*names, ON_DEMAND)]
     results: dict[str, Any] = {}
     if options.json and options.json.exists():
         results = json.loads(options.json.read_text(encoding="utf-8"))
     results |= {"machine": describe_machine(), "device": describe_device(setup.device)}
     print(f"{results['machine']}\n{results['device']}")
-    errors = run(bench, names, results, options.json)
+    errors = run(context, names, results, options.json)
     print("\n## targets\n")
     targets.report(results)
-    for what, why in {**bench.missing, **dict(enumerate(errors))}.items():
-        print(f"{what}: {why}")
+    for subject, reason in {**context.missing, **dict(enumerate(errors))}.items():
+        print(f"{subject}: {reason}")
     return 1 if errors else 0
 
 

@@ -1,4 +1,4 @@
-"""How fast and how lean a full-size Stage C is loaded.
+"""Time and memory of loading a full-size Stage C.
 
 A random Stage C of 3.6 B parameters (bf16, 7.2 GB) is written once under its published names. Fresh
 processes then load it through `cascade_core.checkpoints.load_model`: from a cold page cache, in turn with

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how it prints its numbers."""
+"""Description of the machine that a benchmark ran on, and tables for its numbers."""
 
 import os
 import platform
@@ -11,8 +11,8 @@ import torch
 def describe_machine() -> str:
     """Processor, cores, memory and versions on one line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [f"{_processor()}, {cores} cores", f"{_memory() / 2**30:.0f} GiB", platform.system()]
-    return ", ".join([*parts, f"Python {platform.python_version()}", f"torch {torch.__version__}"])
+    hardware = [f"{_processor()}, {cores} cores", f"{_memory() / 2**30:.0f} GiB", platform.system()]
+    return ", ".join([*hardware, f"Python {platform.python_version()}", f"torch {torch.__version__}"])
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

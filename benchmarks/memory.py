@@ -28,7 +28,7 @@ import torch
 
 from cascade_nodes.cascade_core.placement import MainMemory, Pool
 from cascade_nodes.nodes.hosts.headless import device as host_device
-from held import measure_loading, measure_pictures
+from limited_memory import measure_loading, measure_pictures
 from load import drop_from_cache, read_sequentially
 from machine import describe_machine, print_table
 from networks import full, tiny
@@ -92,7 +92,7 @@ def run_child(options: argparse.Namespace) -> None:
 def start_child(
     options: argparse.Namespace, folder: Path, child: str, scale: float, limit: float | None
 ) -> Any:
-    """What a process of its own measured; {"error": …} where it failed."""
+    """Results of a process of its own; {"error": …} where it failed."""
     command = [
         sys.executable,
         __file__,
@@ -110,24 +110,24 @@ def start_child(
         measured = {"gb": limit, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     else:
         measured = json.loads(done.stdout.splitlines()[-1])
-    print(child, measured, flush=True)  # whatever comes of the next
+    print(child, measured, flush=True)  # printed before the next process, which may fail
     return measured
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All measurements, on files that are removed afterwards."""
-    place = Path(tempfile.mkdtemp(prefix="cascade_memory_", dir=options.folder))
+    folder = Path(tempfile.mkdtemp(prefix="cascade_memory_", dir=options.folder))
     try:
-        sizes = write_all(place, options.toy)
+        sizes = write_all(folder, options.toy)
         scale = sum(sizes.values()) / 11.8e9  # 1 but for the toy: its card is as much smaller as it is itself
-        limits = [start_child(options, place, "pictures", scale, limit) for limit in (None, *options.limits)]
-        path = place / "stage_c.safetensors"
+        limits = [start_child(options, folder, "pictures", scale, limit) for limit in (None, *options.limits)]
+        path = folder / "stage_c.safetensors"
         drop_from_cache(path)
         disk = read_sequentially(path)
         drop_from_cache(path)
-        loading = start_child(options, place, "loading", scale, None)
+        loading = start_child(options, folder, "loading", scale, None)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     card = "" if options.toy else f", {torch.cuda.get_device_name()}"
     return {
         "machine": describe_machine() + card,
@@ -184,8 +184,11 @@ def _row(limit: dict[str, Any], resident: float) -> list[str]:
     bound = f"≤ {promised:g}" if promised else ("finishes" if limit.get("gb") else "")
     if "error" in limit:
         return [name, limit["error"][:60], "", bound, *[""] * 6]
-    there = limit["staying"]
-    shares = [f"{there[kind]:.0%}" if kind in there else "" for kind in ("stage_c", "stage_b", "text")]
+    resident_shares = limit["staying"]
+    shares = [
+        f"{resident_shares[kind]:.0%}" if kind in resident_shares else ""
+        for kind in ("stage_c", "stage_b", "text")
+    ]
     figures = [
         f"{limit['seconds']:.2f}",
         f"{limit['seconds'] / resident:.2f}",

@@ -1,4 +1,4 @@
-"""What is measured: the networks with random weights, the sizes, and random prompts.
+"""Networks with random weights, sizes and random prompts that the benchmarks measure.
 
 Full size is Stage C 3.6 B, Stage B 1.5 B and Stage A as published, in bf16; tiny networks run every line on a
 processor.
@@ -23,7 +23,7 @@ GAIN, MODULATION_GAIN, SPREAD = 0.5, 0.1, 0.05
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured. The standard picture is `side` × `side`, by `steps` of Stage C and B with guidance in both."""
+    """Sizes to measure. The standard picture is `side` × `side`, by `steps` of Stage C and B with guidance in both."""
 
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
@@ -67,7 +67,7 @@ def tiny(device: torch.device) -> Setup:
 
 
 def random_network(kind: str, setup: Setup, seed: int = 0) -> nn.Module:
-    """A network made where it is measured, in its precision, with weights that leave every activation finite."""
+    """Network built on the measured device in its dtype, with weights that leave every activation finite."""
     # Weights are loaded before anything is inferred; parameters made in inference mode would be of another kind.
     with torch.inference_mode(False), torch.no_grad():
         before = torch.get_default_dtype()
@@ -91,7 +91,7 @@ def random_network(kind: str, setup: Setup, seed: int = 0) -> nn.Module:
 
 
 def _fill(module: nn.Module, gain: float, generator: torch.Generator) -> None:
-    """A layer's own weights: products of `gain` times their input's deviation, all else near what does nothing."""
+    """Fills a layer's own weights: products of `gain` times their input's deviation, all others near identity."""
     if isinstance(module, nn.BatchNorm2d):
         module.reset_running_stats()
         return
@@ -102,7 +102,7 @@ def _fill(module: nn.Module, gain: float, generator: torch.Generator) -> None:
 
 
 def _fan_in(layer: Any) -> float:
-    """How many products one value of the output is the sum of."""
+    """Number of products that one output value sums."""
     if isinstance(layer, nn.Linear):
         return layer.in_features
     taps = math.prod(layer.kernel_size)
@@ -115,7 +115,7 @@ def _fan_in(layer: Any) -> float:
 
 
 def latent_shape(kind: str, side: int) -> tuple[int, int, int]:
-    """Of one picture of side × side."""
+    """(C, H, W) of the latent of one picture of side × side pixels."""
     if kind == "stage_c":
         return 16, math.ceil(side / COMPRESSION), math.ceil(side / COMPRESSION)
     return 4, side // STAGE_A_SIDE, side // STAGE_A_SIDE
@@ -123,14 +123,14 @@ def latent_shape(kind: str, side: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text as the encoder gives it: (1, 77, C) and (1, C)."""
+    """Text as the encoder returns it: (1, 77, C) and (1, C)."""
 
     states: Tensor
     pooled: Tensor
 
 
 def random_prompts(setup: Setup) -> tuple[Prompt, Prompt]:
-    """A positive and a negative one."""
+    """Positive and negative prompt."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
@@ -140,7 +140,7 @@ def random_prompts(setup: Setup) -> tuple[Prompt, Prompt]:
 
 
 def conditions(kind: str, prompt: Prompt, latents: Tensor | None = None) -> dict[str, Tensor]:
-    """What Stage C or B is told of a prompt; `latents` (B, 16, h, w) are Stage C's, for Stage B."""
+    """Conditions of Stage C or B for a prompt; `latents` (B, 16, h, w) are Stage C's, for Stage B."""
     pooled = prompt.pooled[:, None]
     if kind == "stage_c":
         image = prompt.pooled.new_zeros(1, 1, 768)
@@ -155,13 +155,13 @@ def forward_inputs(
     """(x, r, conditions) of a forward of so many rows; on the meta device only their shapes."""
     device, generator = device or setup.device, torch.Generator().manual_seed(2)
 
-    def draw(of: str) -> Tensor:
-        return torch.randn(rows, *latent_shape(of, side), generator=generator).to(device, setup.dtype)
+    def draw(stage: str) -> Tensor:
+        return torch.randn(rows, *latent_shape(stage, side), generator=generator).to(device, setup.dtype)
 
     x, prior = draw(kind), draw("stage_c")
     prompt, _ = random_prompts(setup)
-    given = {
+    values = {
         name: value.to(device).expand(rows, *value.shape[1:])
         for name, value in conditions(kind, prompt, prior).items()
     }
-    return x, torch.full((rows,), 0.5, device=device), given
+    return x, torch.full((rows,), 0.5, device=device), values

@@ -1,4 +1,4 @@
-"""The README's plots from what benchmarks/gpu.py and benchmarks/memory.py have kept.
+"""Plots for the README from the results of benchmarks/gpu.py and benchmarks/memory.py.
 
     python benchmarks/plots.py --gpu gpu.json [--memory memory.json] --folder docs/pictures
 
@@ -23,7 +23,7 @@ OURS = {EAGER: "this project, eager", ENGINE: "this project", FP8: "this project
 def draw_speed(gpu: Results, path: Path) -> None:
     picture = gpu["picture"]
     programs: dict[str, Any] = picture["programs"]
-    seconds = {OURS.get(name, name): of["whole"] for name, of in programs.items()}
+    seconds = {OURS.get(name, name): times["whole"] for name, times in programs.items()}
     fastest_first = dict(sorted(seconds.items(), key=lambda item: item[1]))
     bars("One picture, after the first", fastest_first, "s", path, list(OURS.values()), picture["limit"])
 
@@ -42,10 +42,10 @@ def draw_sizes(gpu: Results, path: Path) -> None:
             ]
         },
     }
-    drawn = {
+    measured_panels = {
         label: series for label, series in panels.items() if any(y > 0 for _, y in series["this project"])
     }
-    curves("By size", drawn, "pixels a side", path)
+    curves("By size", measured_panels, "pixels a side", path)
 
 
 def draw_memory(memory: Results, path: Path) -> None:
@@ -71,9 +71,9 @@ def main() -> None:
         (options.gpu, "sizes", draw_sizes, "sizes.png"),
         (options.memory, "limits", draw_memory, "memory.png"),
     ]
-    for source, part, draw, name in plots:
+    for source, key, draw, name in plots:
         results = {} if source is None else json.loads(source.read_text(encoding="utf-8"))
-        if part in results:
+        if key in results:
             draw(results, options.folder / name)
             print(options.folder / name)
 

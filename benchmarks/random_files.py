@@ -1,4 +1,4 @@
-"""Whole sets of random weights as files, quickly: one block of random values is drawn, and written again and again."""
+"""Random weights of whole networks as files, written quickly: one block of random values is drawn and repeated."""
 
 import json
 import os
@@ -20,7 +20,7 @@ NAMES = {torch.bfloat16: "BF16", torch.float16: "F16"}
 def write_network(
     path: Path, kind: str, config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """A network (or "text", CLIP's encoder) of a configuration, under published names. Returns the file's bytes."""
+    """Writes a network (or "text", CLIP's encoder) under published names. Returns the file's bytes."""
     with torch.device("meta"):
         if kind == "text":
             shapes = build_text_model(config).state_dict()
@@ -39,14 +39,14 @@ def _write(path: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype, metadat
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for piece in _pieces(end, dtype):
-            file.write(piece)
+        for block in _blocks(end, dtype):
+            file.write(block)
         file.flush()
         os.fsync(file.fileno())
     return path.stat().st_size
 
 
-def _pieces(size: int, dtype: torch.dtype) -> Iterator[memoryview]:
+def _blocks(size: int, dtype: torch.dtype) -> Iterator[memoryview]:
     values = torch.randn(BLOCK + 1, generator=torch.Generator().manual_seed(0)).mul_(SPREAD).to(dtype)
     block = values.view(torch.uint8).numpy().data
     while size > 0:

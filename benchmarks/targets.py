@@ -1,4 +1,4 @@
-"""The promised figures, each read out of what was measured."""
+"""Promised figures, each read from the measured results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ BETTER_BY = 4.5
 
 @dataclass(frozen=True)
 class Target:
-    """`read` finds the figure, or raises LookupError where its part did not run."""
+    """Promise about one figure. `read` returns it, or raises LookupError where its measurement did not run."""
 
     name: str
     unit: str
@@ -42,16 +42,16 @@ def _picture(program: str, group: str = "programs") -> Callable[[Results], float
     return lambda results: results["picture"][group][program]["whole"]
 
 
-def _faster_than(other: str) -> Callable[[Results], float]:
-    return lambda results: _picture(other)(results) / _picture(ENGINE)(results)
+def _faster_than(program: str) -> Callable[[Results], float]:
+    return lambda results: _picture(program)(results) / _picture(ENGINE)(results)
 
 
-def _error_over_eager(kind: str, what: str, program: str = ENGINE) -> Callable[[Results], float]:
+def _error_over_eager(kind: str, quantity: str, program: str = ENGINE) -> Callable[[Results], float]:
     """To two decimals: the two differ by rounding, up and down."""
 
     def read(results: Results) -> float:
-        of = results["error"][kind]
-        return round(of[program][what] / of[EAGER][what], 2)
+        programs = results["error"][kind]
+        return round(programs[program][quantity] / programs[EAGER][quantity], 2)
 
     return read
 

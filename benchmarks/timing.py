@@ -1,4 +1,4 @@
-"""How long a call takes and how much memory, on a graphics card or on a processor."""
+"""Time and memory of a call, on a graphics card or on a processor."""
 
 import gc
 import statistics
@@ -18,20 +18,20 @@ def synchronise(device: torch.device) -> None:
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, runs: int) -> list[float]:
-    """Of each run, as the device sees it: on a card between two marks in its queue."""
+    """Milliseconds of each run, on a card between two events of its stream."""
     if device.type != "cuda":
         return [1000 * seconds(call, device) for _ in range(runs)]
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-    for before, after in marks:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for before, after in events:
         before.record()
         call()
         after.record()
     torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) for before, after in marks]
+    return [before.elapsed_time(after) for before, after in events]
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one run, by the clock, until nothing is left to do."""
+    """Seconds of one run by the clock, until the device is idle."""
     synchronise(device)
     start = time.perf_counter()
     call()
@@ -40,7 +40,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def cost(call: Callable[[], Any], device: torch.device, runs: int, warm: int) -> dict[str, float]:
-    """Median time in ms, and the peak of memory in GB beside what was there before the first call."""
+    """Median time in ms, and peak memory in GB beside what was allocated before the first call."""
     clean(device)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     for _ in range(warm):
@@ -52,7 +52,7 @@ def cost(call: Callable[[], Any], device: torch.device, runs: int, warm: int) ->
 
 
 def clean(device: torch.device) -> None:
-    """Nothing is left that nobody holds, and the peak is counted anew."""
+    """Frees unreferenced memory and resets the peak counter."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

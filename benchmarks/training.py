@@ -55,13 +55,13 @@ WINDOW = 5  # steps between two looks at the clock
 
 
 class RandomText:
-    """States as a text cache gives them, of any caption."""
+    """Text cache of random states for any caption."""
 
     def __init__(self, config: Any):
         self.states_shape, self.pooled_shape = (77, config.c_clip_text), (config.c_clip_text_pooled,)
 
     def fill(self, captions: Sequence[str]) -> None:
-        """Nothing is to be encoded."""
+        """Encodes nothing: the states are random."""
 
     def states(self, captions: Sequence[str]) -> TextStates:
         count = len(captions)
@@ -69,7 +69,7 @@ class RandomText:
 
 
 class RandomBatches:
-    """Latents of side × side, and pictures where a hint needs them."""
+    """Random latents of side × side positions, and pictures where a hint needs them."""
 
     def __init__(self, side: int, with_images: bool):
         self.side, self.with_images = side, with_images
@@ -158,7 +158,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 @contextmanager
 def published_modules(path: Path):
-    """Its `stage_c` and `lora`, without what its other modules import (torchvision, kornia, insightface, …)."""
+    """Its `stage_c` and `lora` modules without the imports of the others (torchvision, kornia, insightface, …)."""
     package = types.ModuleType("published")
     package.__path__ = [str(path / "modules")]
     control = types.ModuleType("published.controlnet")
@@ -181,7 +181,7 @@ def published_modules(path: Path):
 
 
 def measure_published(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """The forward_pass and backward_pass of train/train_c_lora.py and train_c_controlnet.py."""
+    """Measures forward_pass and backward_pass of train/train_c_lora.py and train_c_controlnet.py."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reset(device)
     with published_modules(options.published) as (stage_c, lora):
@@ -289,7 +289,7 @@ def main() -> None:
     for task in options.tasks:
         results[task] = measure(options, task)
         if results[task]:
-            print(task, results[task], flush=True)  # whatever comes of the next
+            print(task, results[task], flush=True)  # printed before the next task, which may fail
         if options.published is not None:
             name = f"{task}, published"
             results[name] = measure_published(options, task)
@@ -313,10 +313,15 @@ def main() -> None:
     ]
     print_table(["task", "trained", "steps/s", "pictures/s", "peak GB"], rows)
     if options.json is not None:
-        given = {
+        option_values = {
             key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
         }
-        record = {"machine": describe_machine(), "device": device, "options": given, "results": results}
+        record = {
+            "machine": describe_machine(),
+            "device": device,
+            "options": option_values,
+            "results": results,
+        }
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

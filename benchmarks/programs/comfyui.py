@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loop import Program, Sampling
 from networks import Setup, latent_shape, random_prompts
+from picture import Program, Sampling
 from programs.ours import Ours
 
 MODULES, SAMPLING = "ComfyUI's modules", "ComfyUI"
@@ -27,7 +27,7 @@ MODULE_NAMES = (
     "supported_models",
     "ldm.cascade.stage_a",
 )
-UNITS = 0.43  # of what Stage B diffuses: what ComfyUI's Stage A decodes
+UNITS = 0.43  # scale of ComfyUI's Stage A input relative to Stage B's latents
 
 
 def find_checkout(stated: Path | None) -> Path | None:
@@ -37,7 +37,7 @@ def find_checkout(stated: Path | None) -> Path | None:
 
 
 class ComfyUI:
-    """Its classes around our weights, without a copy of them. ImportError where its needs are missing."""
+    """ComfyUI's classes around our weights, not copied. Raises ImportError where a dependency is missing."""
 
     def __init__(self, checkout: Path, setup: Setup, ours: Ours):
         self.setup, self.ours = setup, ours
@@ -51,8 +51,11 @@ class ComfyUI:
         patchers = self.comfy.model_patcher
         patcher = getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher)
         models = {}
-        for kind, of in (("stage_c", classes.Stable_Cascade_C), ("stage_b", classes.Stable_Cascade_B)):
-            config = of(dict(self.setup.configs[kind]))
+        for kind, model_class in (
+            ("stage_c", classes.Stable_Cascade_C),
+            ("stage_b", classes.Stable_Cascade_B),
+        ):
+            config = model_class(dict(self.setup.configs[kind]))
             config.set_inference_dtype(self.setup.dtype, None)
             base = config.get_model({}, device="meta")
             _share(base.diffusion_model, self.ours.network(kind))
@@ -73,7 +76,7 @@ class ComfyUI:
 
     @cached_property
     def vae(self) -> Any:
-        """As it makes one of a Stage A file, with this network in its place."""
+        """ComfyUI's VAE as built from a Stage A file, with this network in place of its own."""
         vae = self.comfy.sd.VAE(sd=self.comfy.stage_a.StageA().state_dict())
         vae.first_stage_model = self.stage_a.to(vae.vae_dtype)
         vae.patcher = self.comfy.model_patcher.ModelPatcher(
@@ -113,7 +116,7 @@ class ComfyUI:
 
 
 class OnDevice:
-    """A network of its, which wants noise conditions on the device; our samplers give them on the processor."""
+    """ComfyUI network with noise conditions moved to the device; our samplers give them on the processor."""
 
     def __init__(self, network: nn.Module):
         self.network = network
@@ -124,7 +127,7 @@ class OnDevice:
 
 
 def _imported(checkout: Path, device: torch.device) -> SimpleNamespace:
-    """Its modules. Which device it takes is decided as they are imported."""
+    """Imports its modules, which choose their device as they are imported."""
     sys.path.append(str(checkout))
     importlib.import_module("comfy.cli_args").args.cpu = device.type == "cpu"
     modules = {name.rpartition(".")[2]: importlib.import_module(f"comfy.{name}") for name in MODULE_NAMES}
@@ -132,6 +135,6 @@ def _imported(checkout: Path, device: torch.device) -> SimpleNamespace:
 
 
 def _share(network: nn.Module, ours: nn.Module) -> nn.Module:
-    """The same tensors in another program's network of the same names."""
+    """Assigns the same tensors to another program's network of the same names."""
     network.load_state_dict(ours.state_dict(), strict=True, assign=True)
     return network.eval().requires_grad_(False)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cascade_nodes.cascade_core.checkpoints import LAYOUTS
 from cascade_nodes.cascade_core.networks.config import StageAConfig, StageBConfig, StageCConfig, UNetConfig
-from loop import Sampling
 from networks import Setup, latent_shape, random_prompts
+from picture import Sampling
 from programs.ours import Ours
 
 NAME = "diffusers"
@@ -18,7 +18,7 @@ BLOCKS = {"C": "SDCascadeResBlock", "T": "SDCascadeTimestepBlock", "A": "SDCasca
 
 
 class Diffusers:
-    """ImportError where diffusers or what it needs is missing."""
+    """diffusers' pipelines around our weights. Raises ImportError where diffusers or a dependency is missing."""
 
     def __init__(self, setup: Setup, ours: Ours):
         self.library: Any = importlib.import_module("diffusers")
@@ -26,7 +26,7 @@ class Diffusers:
 
     @cached_property
     def pipelines(self) -> tuple[Any, Any]:
-        """Of the prior and of the decoder. Their text encoder is asked for its precision only: it is tiny."""
+        """Prior and decoder pipeline. They read only the dtype of their text encoder, so a tiny one is enough."""
         library = self.library
         encoder = _tiny_text_encoder(self.setup.dtype)
         prior = library.StableCascadePriorPipeline(
@@ -80,13 +80,13 @@ class Diffusers:
         ).images.cpu()
 
     def _scale(self) -> float:
-        """Positions of Stage B to one of Stage C, a little more since it rounds their product down."""
+        """Stage B positions per Stage C position, slightly more because diffusers rounds their product down."""
         return (
             latent_shape("stage_b", self.setup.side)[1] / latent_shape("stage_c", self.setup.side)[1] + 1e-3
         )
 
-    def _config(self, kind: str, of: Any) -> Any:
-        return of.from_dict(self.setup.configs[kind])
+    def _config(self, kind: str, config_class: Any) -> Any:
+        return config_class.from_dict(self.setup.configs[kind])
 
     def _unet(self, kind: str, arguments: dict[str, Any]) -> Any:
         with torch.device("meta"):
@@ -107,7 +107,7 @@ class Diffusers:
         return self._share("stage_a", network)
 
     def _share(self, kind: str, network: Any) -> Any:
-        """The same tensors under its names."""
+        """Assigns the same tensors under diffusers' names."""
         layout = next(layout for layout in LAYOUTS[kind] if layout.name == "diffusers")
         weights = layout.from_published(self.ours.network(kind).state_dict())
         network.load_state_dict(weights, strict=True, assign=True)
@@ -115,7 +115,7 @@ class Diffusers:
 
 
 def _unet_arguments(config: UNetConfig) -> dict[str, Any]:
-    """Its constructor's names of what both networks have."""
+    """Constructor arguments, in diffusers' names, that both networks share."""
     (down, up), (repeat_down, repeat_up) = config.blocks, config.block_repeat
     return {
         "in_channels": config.c_in,
@@ -158,7 +158,7 @@ def _of_stage_b(config: StageBConfig) -> dict[str, Any]:
 
 
 def _paella() -> Any:
-    """Its Stage A, by way of its pipeline's module: where the class itself is kept changes between versions."""
+    """diffusers' Stage A class, taken from the pipeline's module because its own module differs between versions."""
     module = importlib.import_module("diffusers.pipelines.stable_cascade.pipeline_stable_cascade")
     return module.PaellaVQModel
 

@@ -1,4 +1,4 @@
-"""This project: the readable networks as they are, the engine, and the engine with 8-bit products."""
+"""This project's programs: the readable networks, the engine, and the engine with 8-bit products."""
 
 from functools import cache
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from cascade_nodes.cascade_core.engine import Fast
 from cascade_nodes.cascade_core.engine.vqgan import FastDecoder
 from ceilings import has_fp8
-from loop import Program
 from networks import CLASSES, Setup, random_network
+from picture import Program
 
 EAGER, ENGINE, FP8 = "eager", "engine", "engine, fp8"
 
@@ -21,11 +21,11 @@ class Ours:
         self._fast: list[Any] = []
 
     def names(self) -> list[str]:
-        """fp8 where this device can do it."""
+        """Names of the programs; fp8 only where the device supports it."""
         return [EAGER, ENGINE, *([FP8] if has_fp8(self.setup.device) else [])]
 
     def forget(self) -> None:
-        """The engine's prepared values and graphs, so that their memory is counted anew."""
+        """Drops the engine's caches and graphs, so that their memory is counted anew."""
         for fast in self._fast:
             fast.forget()
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cascade_nodes.tests.benchmarks.conftest import BENCHMARKS
 
-PARTS = {"ceilings", "forward", "profile", "picture", "error", "first", "sizes"}
+MEASUREMENTS = {"ceilings", "forward", "profile", "picture", "error", "first", "sizes"}
 # Threads that wait for each other are slower than one where tests run side by side.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COMFYUI_PATH": ""}
 
@@ -26,43 +26,43 @@ def run(program: str, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all parts measured of ours."""
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
     printed = run("gpu.py", "--toy", "--profile", "--programs", "ours", "--json", str(path))
-    assert all(f"## {part}" in printed for part in PARTS)
+    assert all(f"## {part}" in printed for part in MEASUREMENTS)
     assert "| whole picture " in printed
     return path
 
 
-def test_every_part_is_kept(kept: Path):
-    results = json.loads(kept.read_text(encoding="utf-8"))
-    assert set(results) >= PARTS
+def test_every_part_is_kept(results_path: Path):
+    results = json.loads(results_path.read_text(encoding="utf-8"))
+    assert set(results) >= MEASUREMENTS
     assert set(results["forward"]["stage_c"]["programs"]) >= {"eager", "engine"}
     assert [point["side"] for point in results["sizes"]["points"]] == [64, 96, 64]
     assert results["first"]["warm"]["first"] > 0
     for programs in results["error"].values():
-        for of in programs.values():
-            assert 0 < of["forward"] < 0.05  # bf16: 0.004 is one step
-            assert 0 < of["latent"] < 0.05
+        for errors in programs.values():
+            assert 0 < errors["forward"] < 0.05  # bf16: 0.004 is one step
+            assert 0 < errors["latent"] < 0.05
 
 
 def test_a_part_that_runs_again_leaves_the_others(module, tmp_path: Path, capsys: pytest.CaptureFixture):
     gpu, path = module("gpu"), tmp_path / "gpu.json"
-    bench = gpu.Bench(module("networks").tiny(torch.device("cpu")), True, ("ours",))
+    context = gpu.Context(module("networks").tiny(torch.device("cpu")), True, ("ours",))
     results = {"forward": "kept", "ceilings": "old"}
-    assert gpu.run(bench, ["ceilings"], results, path) == []
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    assert kept["forward"] == "kept"
-    assert kept["ceilings"]["bf16_tflops"] > 0
+    assert gpu.run(context, ["ceilings"], results, path) == []
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert stored["forward"] == "kept"
+    assert stored["ceilings"]["bf16_tflops"] > 0
     assert "## ceilings" in capsys.readouterr().out
 
 
 def test_a_part_that_fails_leaves_those_after_it(module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     gpu, path = module("gpu"), tmp_path / "gpu.json"
-    bench = gpu.Bench(module("networks").tiny(torch.device("cpu")), True, ("ours",))
-    monkeypatch.setitem(gpu.PARTS, "forward", None)
-    errors = gpu.run(bench, ["forward", "ceilings"], {}, path)
+    context = gpu.Context(module("networks").tiny(torch.device("cpu")), True, ("ours",))
+    monkeypatch.setitem(gpu.MEASUREMENTS, "forward", None)
+    errors = gpu.run(context, ["forward", "ceilings"], {}, path)
     assert [error.partition(":")[0] for error in errors] == ["forward"]
     assert "ceilings" in json.loads(path.read_text(encoding="utf-8"))
 
@@ -70,11 +70,11 @@ def test_a_part_that_fails_leaves_those_after_it(module, tmp_path: Path, monkeyp
 def test_a_program_that_fails_leaves_the_others(module, tmp_path: Path):
     """As fp8 does on a processor, where it is not measured unless it is asked for."""
     gpu, ours = module("gpu"), module("programs.ours")
-    bench = gpu.Bench(module("networks").tiny(torch.device("cpu")), True, ("ours",))
-    bench.ours.names = lambda: [ours.FP8, ours.EAGER, ours.ENGINE]
+    context = gpu.Context(module("networks").tiny(torch.device("cpu")), True, ("ours",))
+    context.ours.names = lambda: [ours.FP8, ours.EAGER, ours.ENGINE]
     results: dict = {}
     with torch.inference_mode():
-        errors = gpu.run(bench, ["forward", "picture", "error"], results, tmp_path / "gpu.json")
+        errors = gpu.run(context, ["forward", "picture", "error"], results, tmp_path / "gpu.json")
     assert len(errors) == 5  # a forward and the error of Stage C and of Stage B, a picture
     assert all(ours.FP8 in error and "fp8 needs an NVIDIA card" in error for error in errors)
     kinds = [results["forward"][kind]["programs"] for kind in ("stage_c", "stage_b")]
@@ -85,14 +85,14 @@ def test_a_program_that_fails_leaves_the_others(module, tmp_path: Path):
 def test_an_unknown_part_is_named(module):
     gpu = module("gpu")
     with pytest.raises(argparse.ArgumentTypeError, match="speed is not one of ceilings, forward"):
-        gpu.chosen("forward,speed", tuple(gpu.PARTS))
+        gpu.chosen("forward,speed", tuple(gpu.MEASUREMENTS))
 
 
-def test_the_plots_are_drawn_from_what_is_kept(kept: Path, tmp_path: Path):
+def test_the_plots_are_drawn_from_what_is_kept(results_path: Path, tmp_path: Path):
     memory = tmp_path / "memory.json"
     limits = [{"gb": 8, "seconds": 0.9}, {"gb": 16, "seconds": 0.6}]
     memory.write_text(json.dumps({"resident": 0.6, "limits": limits}), encoding="utf-8")
-    run("plots.py", "--gpu", str(kept), "--memory", str(memory), "--folder", str(tmp_path))
+    run("plots.py", "--gpu", str(results_path), "--memory", str(memory), "--folder", str(tmp_path))
     for name in ("speed.png", "sizes.png", "memory.png"):
         with Image.open(tmp_path / name) as image:
             assert image.width == 760
@@ -114,11 +114,11 @@ def test_random_weights_keep_every_block_in_range(module, kind: str):
     setup.configs[kind]["blocks"] = blocks  # as deep as published
     network = networks.random_network(kind, setup)
     spreads = []
-    for module_of in network.modules():
-        if type(module_of).__name__ in ("ResBlock", "AttnBlock", "TimestepBlock"):
-            module_of.register_forward_hook(lambda _, given, out: spreads.append(out.float().std().item()))
-    x, r, given = networks.forward_inputs(kind, setup, 2, 128)
-    out = network(x, r, **given)
+    for layer in network.modules():
+        if type(layer).__name__ in ("ResBlock", "AttnBlock", "TimestepBlock"):
+            layer.register_forward_hook(lambda _, values, out: spreads.append(out.float().std().item()))
+    x, r, values = networks.forward_inputs(kind, setup, 2, 128)
+    out = network(x, r, **values)
     assert out.isfinite().all()
     assert min(spreads) > 0.1
     assert max(spreads) < 10
@@ -126,16 +126,16 @@ def test_random_weights_keep_every_block_in_range(module, kind: str):
 
 def test_targets_are_met_missed_or_not_measured(module):
     targets = module("targets")
-    least = targets.Target("faster", "×", 4.5, lambda results: results["ratio"], at_least=True)
-    assert least.row({"ratio": 4.6}) == ["faster", "4.6 ×", "≥ 4.5 ×", "met"]
-    assert least.row({"ratio": 4.4})[-1] == "missed"
-    assert least.row({})[-1] == "not measured"
-    most = targets.Target("error", "", 1, lambda results: results["error"])
-    assert most.row({"error": float("nan")})[-1] == "missed"
+    minimum = targets.Target("faster", "×", 4.5, lambda results: results["ratio"], at_least=True)
+    assert minimum.row({"ratio": 4.6}) == ["faster", "4.6 ×", "≥ 4.5 ×", "met"]
+    assert minimum.row({"ratio": 4.4})[-1] == "missed"
+    assert minimum.row({})[-1] == "not measured"
+    maximum = targets.Target("error", "", 1, lambda results: results["error"])
+    assert maximum.row({"error": float("nan")})[-1] == "missed"
 
 
 def test_kernels_are_told_apart_by_name(module):
-    kind_of = module("parts.profile").kind_of
+    kind_of = module("measurements.profile").kind_of
     assert kind_of("nvjet_tst_128x256_64x4_1x2_h_bz_TNT") == "product"
     assert kind_of("void pytorch_flash::flash_fwd_kernel<...>") == "attention"
     assert kind_of("_depthwise_norm") == "convolution"

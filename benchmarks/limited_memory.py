@@ -1,4 +1,4 @@
-"""What a process that is held to some memory measures: pictures, Stage A's decoding, a file's way to its first step."""
+"""Measurements of a process with limited memory: pictures, Stage A's decoding, loading up to the first step."""
 
 import statistics
 import time
@@ -20,8 +20,8 @@ PROMPT, NEGATIVE = "a large red star to the left of a small blue ring on a sand 
 GUIDANCE = {"cfg_rescale": 0.7, "sampler": "ddpm", "denoise": 1.0}
 
 
-class Told:
-    """Keeps what the host says: that it is out of memory and goes on."""
+class KeptMessages:
+    """Progress sink that stores the host's messages: out of memory, and how it goes on."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -61,7 +61,7 @@ class Cascade:
         CascadeDecode.execute(self.stage_a, latent_b, 0)
 
     def staying(self) -> dict[str, float]:
-        """The share of each network that is on the device now."""
+        """Share of each network that is on the device now."""
         pool = host_device.pool()
         networks = {"text": self.clip.encoder.model, "stage_c": self.stage_c.network}
         networks |= {"stage_b": self.stage_b.network, "stage_a": self.stage_a.decoder}
@@ -71,9 +71,9 @@ class Cascade:
 def measure_pictures(
     folder: Path, device: torch.device, size: tuple[int, tuple[int, int]], runs: int, decoded: Sequence[int]
 ) -> dict[str, Any]:
-    """Seconds and memory of pictures of a side and steps, after two; of decoding pictures of other sides."""
-    told = Told()
-    with reporting.reporting_to(told):
+    """Seconds and memory of pictures of `size` (pixels a side, steps), after two; of decoding other sides."""
+    messages = KeptMessages()
+    with reporting.reporting_to(messages):
         start = time.perf_counter()
         cascade = Cascade(folder, *size)
         cascade.picture(0)
@@ -96,14 +96,14 @@ def measure_pictures(
             "staying": cascade.staying(),
         }
         decode = [measure_decoding(cascade, device, side) for side in decoded]
-    return {**result, "decode": decode, "told": told.said}
+    return {**result, "decode": decode, "told": messages.said}
 
 
 def measure_decoding(cascade: Cascade, device: torch.device, side: int) -> dict[str, float]:
-    """Stage A's seconds and peak for a picture so many pixels a side, beside all weights that are there."""
+    """Seconds and peak memory of decoding a picture of `side` pixels, beside all resident weights."""
     latent = torch.randn(1, 4, side // 4, side // 4)
-    cascade.stage_a.fast.forget()  # a graph that is there has its memory already
-    CascadeDecode.execute(cascade.stage_a, {"samples": latent[..., :8, :8]}, 0)  # the weights are there
+    cascade.stage_a.fast.forget()  # a recorded graph has its memory already
+    CascadeDecode.execute(cascade.stage_a, {"samples": latent[..., :8, :8]}, 0)  # loads the weights
     clean(device)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else 0
@@ -116,7 +116,7 @@ def measure_decoding(cascade: Cascade, device: torch.device, side: int) -> dict[
 
 
 def measure_loading(folder: Path, device: torch.device) -> dict[str, float]:
-    """From Stage C's file to its first step done, and the main memory for it beside what the process had before."""
+    """Seconds from Stage C's file to its first step done, and the main memory that this adds to the process."""
     torch.zeros(1, device=device)
     synchronise(device)
     before = _proc_value(STATUS, "VmRSS") * 1024

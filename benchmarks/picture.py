@@ -1,4 +1,4 @@
-"""A picture made by any program's networks with this project's guidance and samplers: the same loop for all."""
+"""Picture made by any program's networks with this project's guidance and samplers: the same loop for all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from timing import seconds
 
 @dataclass(frozen=True)
 class Program:
-    """A name, both diffusion networks as they are called, and Stage A's decoding of what Stage B diffuses."""
+    """Name, both diffusion networks as callables, and Stage A's decoding of Stage B's latents."""
 
     name: str
     stage_c: Callable[..., Tensor]
@@ -26,14 +26,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Sampling:
-    """A program that samples by itself: `run(batch)` makes so many pictures."""
+    """Program with its own sampling loop: `run(batch)` makes that many pictures."""
 
     name: str
     run: Callable[[int], Any]
 
 
-class Picture:
-    """Prompts and noise of one seed, so that every program makes the same picture."""
+class BenchmarkPicture:
+    """Fixed prompts and noise seed, so that every program makes the same picture."""
 
     def __init__(self, setup: Setup, side: int | None = None, batch: int = 1):
         self.setup, self.side, self.batch = setup, side or setup.side, batch
@@ -50,30 +50,30 @@ class Picture:
         return self._sample("stage_b", stage_b, dtype, prior)
 
     def pixels(self, decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
-        """(B, 3, H, W) in 0 … 255 in main memory"""
+        """Pixels (B, 3, H, W), uint8 in main memory."""
         return decode(latents.to(self.setup.dtype)).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
     def make(self, program: Program) -> Tensor:
-        """All of it."""
+        """Pixels by all three stages."""
         prior = self.prior(program.stage_c)
         return self.pixels(program.decode, self.decoder(program.stage_b, prior))
 
     def time(self, program: Program) -> dict[str, float]:
-        """Seconds of each part and of the whole, each until its last result is there."""
-        parts: dict[str, Tensor] = {}
+        """Seconds of each stage and of the whole, each until the device has finished."""
+        latents: dict[str, Tensor] = {}
 
         def stage_c() -> None:
-            parts["prior"] = self.prior(program.stage_c)
+            latents["prior"] = self.prior(program.stage_c)
 
         def stage_b() -> None:
-            parts["latents"] = self.decoder(program.stage_b, parts["prior"])
+            latents["latents"] = self.decoder(program.stage_b, latents["prior"])
 
         device = self.setup.device
         return {
             "whole": seconds(lambda: self.make(program), device),
             "stage_c": seconds(stage_c, device),
             "stage_b": seconds(stage_b, device),
-            "stage_a": seconds(lambda: self.pixels(program.decode, parts["latents"]), device),
+            "stage_a": seconds(lambda: self.pixels(program.decode, latents["latents"]), device),
         }
 
     def _sample(

@@ -1,4 +1,4 @@
-"""Where the time of one forward by the engine goes: kernels by kind, and the longest."""
+"""Profile of one forward by the engine: time by kind of kernel, and the longest kernels."""
 
 import re
 import statistics
@@ -7,14 +7,14 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from bench import Bench
+from context import Context
 from machine import print_table
+from measurements.forward import call_of
 from networks import TITLES
-from parts.forward import call_of
 from timing import milliseconds, synchronise
 
 LONGEST, NAME = 25, 70
-# What a kernel's name says of its kind: the first that is found in it.
+# Kind of a kernel by its name: the first pattern that matches.
 KINDS = {
     "attention": r"flash|fmha|attention|sdpa|softmax",
     "product": r"gemm|nvjet|cutlass|xmma|wgmma|matmul|_mm_|mma_|splitk|addmm|::mm|linear|product",
@@ -25,21 +25,21 @@ OTHER = "element-wise"
 STAGES = ("stage_c", "stage_b")
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    found = {}
-    for name in bench.ours.names()[1:]:
-        program = bench.ours.program(name)
+def measure(context: Context) -> dict[str, Any]:
+    profiles = {}
+    for name in context.ours.names()[1:]:
+        program = context.ours.program(name)
         for kind in STAGES:
-            with bench.apart(f"profile, {TITLES[kind]}, {name}"):
-                found[f"{TITLES[kind]}, {name}"] = _profiled(call_of(program, kind, bench), bench)
-    return found
+            with context.isolated(f"profile, {TITLES[kind]}, {name}"):
+                profiles[f"{TITLES[kind]}, {name}"] = _profiled(call_of(program, kind, context), context)
+    return profiles
 
 
-def _profiled(call: Any, bench: Bench) -> dict[str, Any]:
-    device = bench.setup.device
-    runs = min(bench.setup.runs, 3)
+def _profiled(call: Any, context: Context) -> dict[str, Any]:
+    device = context.setup.device
+    runs = min(context.setup.runs, 3)
     milliseconds(call, device, runs)
-    wall = statistics.median(milliseconds(call, device, bench.setup.runs))
+    wall = statistics.median(milliseconds(call, device, context.setup.runs))
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(runs):
@@ -68,11 +68,12 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE)), OTHER)
 
 
-def report(found: dict[str, Any]) -> None:
-    for title, of in found.items():
-        kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in of["kinds_ms"].items())
+def report(profiles: dict[str, Any]) -> None:
+    for title, profiled in profiles.items():
+        kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in profiled["kinds_ms"].items())
         print(
-            f"{title}: {of['wall_ms']:.2f} ms, kernels {of['kernel_ms']:.2f} in {of['launches']:.0f} launches: {kinds}"
+            f"{title}: {profiled['wall_ms']:.2f} ms, kernels {profiled['kernel_ms']:.2f} "
+            f"in {profiled['launches']:.0f} launches: {kinds}"
         )
         rows = [
             [
@@ -82,7 +83,7 @@ def report(found: dict[str, Any]) -> None:
                 f"{kernel['ms']:.3f}",
                 f"{1000 * kernel['ms'] / max(kernel['count'], 1):.1f}",
             ]
-            for kernel in of["kernels"]
+            for kernel in profiled["kernels"]
         ]
         print_table(["kernel", "kind", "count", "ms", "µs each"], rows)
         print()

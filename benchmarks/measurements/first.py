@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import Bench
-from loop import Picture
+from context import Context
 from machine import print_table
 from networks import CLASSES
+from picture import BenchmarkPicture
 from programs.ours import ENGINE
 from timing import clean, seconds, synchronise
 
@@ -20,15 +20,15 @@ FLAG = "--first-picture"
 NAMES = {"cold": "kernels compiled and graphs recorded", "warm": "kernels compiled before"}
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    """Each in a process of its own; both share a cache of kernels that is empty at first."""
-    clean(bench.setup.device)
+def measure(context: Context) -> dict[str, Any]:
+    """Runs each in a process of its own; both share a kernel cache that is empty at first."""
+    clean(context.setup.device)
     with tempfile.TemporaryDirectory(prefix="cascade_kernels_") as cache:
-        return {name: _in_new_process(bench, cache) for name in NAMES}
+        return {name: _in_new_process(context, cache) for name in NAMES}
 
 
-def _in_new_process(bench: Bench, cache: str) -> dict[str, float]:
-    command = [sys.executable, str(PROGRAM), FLAG, *(["--toy"] if bench.tiny else [])]
+def _in_new_process(context: Context, cache: str) -> dict[str, float]:
+    command = [sys.executable, str(PROGRAM), FLAG, *(["--toy"] if context.tiny else [])]
     environment = {**os.environ, "TRITON_CACHE_DIR": cache}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -36,19 +36,21 @@ def _in_new_process(bench: Bench, cache: str) -> dict[str, float]:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def in_this_process(bench: Bench) -> dict[str, float]:
+def in_this_process(context: Context) -> dict[str, float]:
     """Seconds of the first picture and of the second, once all weights are on the device."""
     for kind in CLASSES:
-        bench.ours.network(kind)
-    synchronise(bench.setup.device)
-    picture = Picture(bench.setup)
+        context.ours.network(kind)
+    synchronise(context.setup.device)
+    picture = BenchmarkPicture(context.setup)
 
     def make() -> None:
-        picture.make(bench.ours.program(ENGINE))
+        picture.make(context.ours.program(ENGINE))
 
-    return {"first": seconds(make, bench.setup.device), "second": seconds(make, bench.setup.device)}
+    return {"first": seconds(make, context.setup.device), "second": seconds(make, context.setup.device)}
 
 
-def report(found: dict[str, Any]) -> None:
-    rows = [[NAMES[name], f"{of['first']:.2f}", f"{of['second']:.2f}"] for name, of in found.items()]
+def report(processes: dict[str, Any]) -> None:
+    rows = [
+        [NAMES[name], f"{times['first']:.2f}", f"{times['second']:.2f}"] for name, times in processes.items()
+    ]
     print_table(["in a new process, from loaded weights", "first picture, s", "second"], rows)

@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py share: the programs, built when they are first asked for, and the limits."""
+"""Context that the measurements of benchmarks/gpu.py share: programs, built when first asked for, and limits."""
 
 import traceback
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ceilings import Arithmetic, measure_ceilings
-from loop import Program, Sampling
 from networks import Setup
+from picture import Program, Sampling
 from programs.comfyui import ComfyUI, find_checkout
 from programs.diffusers import Diffusers
 from programs.ours import FP8, Ours
@@ -20,8 +20,11 @@ PROGRAMS = (OURS, COMFYUI, DIFFUSERS)
 
 
 @dataclass
-class Bench:
-    """`missing` says why a program that was asked for does not run, `errors` what failed of those that do."""
+class Context:
+    """Setup and programs of one run of the benchmark.
+
+    `missing` gives the reason why a requested program does not run, `errors` the failures of those that do.
+    """
 
     setup: Setup
     tiny: bool
@@ -43,7 +46,7 @@ class Bench:
         return Arithmetic(self.setup)
 
     def limit_ms(self, tflop: float, program: str = "") -> float:
-        """The time of so much arithmetic at the measured ceiling."""
+        """Time of so much arithmetic at the measured ceiling, in milliseconds."""
         ceiling = "fp8_tflops" if program == FP8 else "bf16_tflops"
         return 1000 * tflop / self.ceilings[ceiling]
 
@@ -64,22 +67,22 @@ class Bench:
         return self._found(DIFFUSERS, lambda: Diffusers(self.setup, self.ours))
 
     def programs(self) -> list[Program]:
-        """Those whose networks can be called one by one."""
+        """Programs whose networks can be called one by one."""
         ours = [self.ours.program(name) for name in self.ours.names()]
         return ours + ([self.comfyui.program()] if self.comfyui else [])
 
     def samplings(self) -> list[Sampling]:
-        """Those that make whole pictures by themselves."""
+        """Programs that make whole pictures by themselves."""
         return [program.sampling() for program in (self.comfyui, self.diffusers) if program]
 
     @contextmanager
-    def apart(self, what: str) -> Iterator[None]:
-        """What fails in here is printed and kept in `errors`; the other programs are measured all the same."""
+    def isolated(self, name: str) -> Iterator[None]:
+        """Prints an error raised inside and appends it to `errors`, so that the other programs are still measured."""
         try:
             yield
         except Exception as error:
             traceback.print_exc()
-            self.errors.append(f"{what}: {type(error).__name__}: {error}")
+            self.errors.append(f"{name}: {type(error).__name__}: {error}")
 
     def _found(self, name: str, build: Any) -> Any:
         try:

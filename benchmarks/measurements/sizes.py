@@ -4,36 +4,36 @@ from typing import Any
 
 import torch
 
-from bench import Bench
+from context import Context
 from machine import print_table
+from measurements.forward import ROWS, call_of
 from networks import CLASSES
-from parts.forward import ROWS, call_of
 from programs.ours import ENGINE
 from timing import cost
 
-LONG_TFLOP = 60  # beyond it fewer runs do
+LONG_TFLOP = 60  # above it fewer runs are enough
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    setup = bench.setup
+def measure(context: Context) -> dict[str, Any]:
+    setup = context.setup
     single = [(side, 1) for side in setup.sides]
     batches = [(setup.side, batch) for batch in setup.batches if batch > 1]
-    return {"points": [_point(bench, side, batch) for side, batch in single + batches]}
+    return {"points": [_point(context, side, batch) for side, batch in single + batches]}
 
 
-def _point(bench: Bench, side: int, batch: int) -> dict[str, Any]:
-    """Of so many pictures at once: ms and GB of each stage's forward, seconds of all of them, the same at the limit."""
-    setup, program = bench.setup, bench.ours.program(ENGINE)
-    bench.ours.forget()
+def _point(context: Context, side: int, batch: int) -> dict[str, Any]:
+    """Measures `batch` pictures at once: ms and GB of each stage's forward, total seconds, and those at the limit."""
+    setup, program = context.setup, context.ours.program(ENGINE)
+    context.ours.forget()
     point: dict[str, Any] = {"side": side, "batch": batch}
     for kind in CLASSES:
-        tflop = bench.arithmetic(kind, side, ROWS[kind] * batch)
+        tflop = context.arithmetic(kind, side, ROWS[kind] * batch)
         runs = max(setup.runs // (5 if tflop > LONG_TFLOP else 2), 1)
         try:
-            of = cost(call_of(program, kind, bench, side, batch), setup.device, runs, warm=2)
+            costs = cost(call_of(program, kind, context, side, batch), setup.device, runs, warm=2)
         except torch.OutOfMemoryError:
             return {**point, "error": f"{kind}: out of memory"}
-        point[kind] = {**of, "limit_ms": bench.limit_ms(tflop)}
+        point[kind] = {**costs, "limit_ms": context.limit_ms(tflop)}
     steps = (*setup.steps, 1)
     for name in ("ms", "limit_ms"):
         total = sum(count * point[kind][name] for count, kind in zip(steps, CLASSES, strict=True))
@@ -41,9 +41,9 @@ def _point(bench: Bench, side: int, batch: int) -> dict[str, Any]:
     return point
 
 
-def report(found: dict[str, Any]) -> None:
+def report(results: dict[str, Any]) -> None:
     rows = []
-    for point in found["points"]:
+    for point in results["points"]:
         title = f"{point['batch']} × {point['side']}²"
         if "error" in point:
             rows.append([title, point["error"], *[""] * 5])
