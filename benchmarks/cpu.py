@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cascade_nodes.cascade_core.engine.vqgan import FastDecoder
+from cascade_nodes.cascade_core.engine.vqgan import DecoderEngine
 from cascade_nodes.headless.execution import Executor
 from cascade_nodes.headless.run import run_graph
 from machine import describe_machine, print_table
@@ -109,7 +109,7 @@ class TimedProgram:
 @contextmanager
 def _eager_stage_a() -> Iterator[None]:
     """Disables Stage A's engine, which has no switch in the graph, unlike the samplers'."""
-    with mock.patch.object(FastDecoder, "__call__", lambda fast, latent: fast.stage_a.decode(latent)):
+    with mock.patch.object(DecoderEngine, "__call__", lambda engine, latent: engine.stage_a.decode(latent)):
         yield
 
 

@@ -102,7 +102,7 @@ def measure_pictures(
 def measure_decoding(cascade: Cascade, device: torch.device, side: int) -> dict[str, float]:
     """Seconds and peak memory of decoding a picture of `side` pixels, beside all resident weights."""
     latent = torch.randn(1, 4, side // 4, side // 4)
-    cascade.stage_a.fast.forget()  # a recorded graph has its memory already
+    cascade.stage_a.engine.forget()  # a recorded graph has its memory already
     CascadeDecode.execute(cascade.stage_a, {"samples": latent[..., :8, :8]}, 0)  # loads the weights
     clean(device)
     cuda = device.type == "cuda"

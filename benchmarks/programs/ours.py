@@ -3,8 +3,8 @@
 from functools import cache
 from typing import Any
 
-from cascade_nodes.cascade_core.engine import Fast
-from cascade_nodes.cascade_core.engine.vqgan import FastDecoder
+from cascade_nodes.cascade_core.engine import Engine
+from cascade_nodes.cascade_core.engine.vqgan import DecoderEngine
 from ceilings import has_fp8
 from networks import CLASSES, Setup, random_network
 from picture import Program
@@ -18,7 +18,7 @@ class Ours:
     def __init__(self, setup: Setup):
         self.setup = setup
         self.network, self.program = cache(self._network), cache(self._program)
-        self._fast: list[Any] = []
+        self._engines: list[Any] = []
 
     def names(self) -> list[str]:
         """Names of the programs; fp8 only where the device supports it."""
@@ -26,8 +26,8 @@ class Ours:
 
     def forget(self) -> None:
         """Drops the engine's caches and graphs, so that their memory is counted anew."""
-        for fast in self._fast:
-            fast.forget()
+        for engine in self._engines:
+            engine.forget()
 
     def _network(self, kind: str) -> Any:
         return random_network(kind, self.setup)
@@ -37,6 +37,6 @@ class Ours:
         if name == EAGER:
             return Program(name, c, b, a.decode)
         precision = "fp8" if name == FP8 else "exact"
-        fast_c, fast_b = (Fast(network, join=True, precision=precision) for network in (c, b))
-        self._fast += [fast_c, fast_b]
-        return Program(name, fast_c, fast_b, FastDecoder(a))
+        engine_c, engine_b = (Engine(network, join=True, precision=precision) for network in (c, b))
+        self._engines += [engine_c, engine_b]
+        return Program(name, engine_c, engine_b, DecoderEngine(a))

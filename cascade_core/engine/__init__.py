@@ -1,6 +1,7 @@
 """The fast path: a network's own weights, walked with less work. Equal to the readable one within rounding.
 
-fast.py        called like the network; remembers from step to step what does not change
+engine.py      called like the network; caches everything constant across sampling steps
+lru.py         the caches themselves
 unet.py        Stage B and C as a flat program over tokens
 blocks.py      each block with what can be computed when it is bound
 operations.py  what the program computes with, in plain PyTorch; cuda.py, in fused kernels; fp8.py, its products in e4m3
@@ -8,6 +9,6 @@ graphs.py      CUDA graphs
 kernels/       the same operations fused, in Triton
 """
 
-from .fast import Fast, Precision, operations_on
+from .engine import Engine, Precision, operations_on
 
-__all__ = ["Fast", "Precision", "operations_on"]
+__all__ = ["Engine", "Precision", "operations_on"]

@@ -20,7 +20,7 @@ def can_record(device: torch.device) -> bool:
 
 
 @contextmanager
-def recording(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
+def capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
     """What is launched inside the block goes into the graph, in memory of the pool."""
     own = torch.cuda.stream(torch.cuda.current_stream(device))  # to be back on, also where recording fails
     collects = gc.isenabled()
@@ -66,6 +66,6 @@ class Graph:
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         still = x.clone()
         graph = torch.cuda.CUDAGraph()
-        with self._pool.growing(x.device), recording(graph, self._pool.handle, x.device):
+        with self._pool.growing(x.device), capture(graph, self._pool.handle, x.device):
             out = forward(still)
         return graph, still, out

@@ -22,8 +22,8 @@ GRAPHS = 2  # sizes of latent whose graphs are kept
 LARGEST = 2**18  # positions of all latents up to which a graph is recorded: 2048 × 2048 pixels
 
 
-class FastDecoder:
-    """`fast(latent)` as `stage_a.decode(latent)`, on CUDA in half precision, on the CPU in bf16 or float32.
+class DecoderEngine:
+    """`engine(latent)` as `stage_a.decode(latent)`, on CUDA in half precision, on the CPU in bf16 or float32.
 
     Everything else Stage A does itself.
 

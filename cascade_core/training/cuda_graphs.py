@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..engine.fast import Latest
-from ..engine.graphs import recording
+from ..engine.graphs import capture
+from ..engine.lru import LRU
 
 MOST = 12  # shapes whose passes are kept; a bucket of another aspect ratio is another shape
 
 
-class Recorded:
+class GraphedFunction:
     """`function` of tensors, its passes recorded the second time that a shape is seen, and replayed from then on.
 
     It gives one tensor, reads nothing that changes but its arguments, and draws nothing at random. Parameters among
@@ -30,7 +30,7 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function
-        self.passes: Latest[list[Passes]] = Latest(MOST)  # none the first time
+        self.passes: LRU[list[Passes]] = LRU(MOST)  # none the first time
         self.pool: Any = None
         self.returning = False
 
@@ -38,7 +38,7 @@ class Recorded:
         gradients = torch.is_grad_enabled()
         key = gradients, *((tuple(value.shape), value.dtype, value.requires_grad) for value in inputs)
         seen = key in self.passes
-        kept = self.passes.of(key, list)
+        kept = self.passes.get_or_create(key, list)
         if not seen or self.returning:  # kernels are compiled and workspaces allocated the first time
             return self.function(*inputs)
         if not kept:
@@ -61,13 +61,13 @@ class Passes:
         device = self.inputs[0].device
         self.wanted = [gradients and value.requires_grad for value in inputs]
         self.forward, self.backward = torch.cuda.CUDAGraph(), None
-        with torch.set_grad_enabled(gradients), recording(self.forward, pool, device):
+        with torch.set_grad_enabled(gradients), capture(self.forward, pool, device):
             output = function(*self.inputs)
         self.output, self.gradients = output.detach(), ()
         if any(self.wanted):
             self.backward, self.incoming = torch.cuda.CUDAGraph(), torch.empty_like(self.output)
             sources = [value for value, wanted in zip(self.inputs, self.wanted, strict=True) if wanted]
-            with recording(self.backward, pool, device):
+            with capture(self.backward, pool, device):
                 self.gradients = torch.autograd.grad(output, sources, self.incoming, allow_unused=True)
 
     def forwards(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -94,7 +94,7 @@ class _Replay(torch.autograd.Function):
     """The passes as one operation of autograd's."""
 
     @staticmethod
-    def forward(ctx: Any, recorded: Recorded, passes: Passes, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, recorded: GraphedFunction, passes: Passes, *tensors: Tensor) -> Tensor:
         ctx.recorded, ctx.passes = recorded, passes
         recorded.returning = passes.backward is not None
         return passes.forwards(tensors)

@@ -51,7 +51,7 @@ class Run:
     batch_index  which image of the batch each row is, for its noise
     denoise      the share of the schedule that is run, in (0, 1]
     tile         of Stage B: the side of a tile in latent positions, 0: whole
-    engine       whether the fast path is taken where it can be
+    engine       whether the engine is used where it can be
     """
 
     kind: str

@@ -9,11 +9,11 @@ from torch import Tensor
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
-from cascade_nodes.cascade_core.engine import Fast, fp8, operations
-from cascade_nodes.cascade_core.engine import fast as door
+from cascade_nodes.cascade_core.engine import Engine, fp8, operations
+from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.engine.unet import BoundUNet
 from cascade_nodes.cascade_core.errors import CascadeError
-from cascade_nodes.tests.engine.test_fast import (
+from cascade_nodes.tests.engine.test_engine import (
     STAGE_B,
     STAGE_C,
     UNUSUAL,
@@ -87,11 +87,11 @@ class Compared:
 
 
 @pytest.fixture
-def engine(monkeypatch):
-    """Sets what a Fast of precision fp8 computes with; at first the kernels."""
+def use_operations(monkeypatch):
+    """Sets what a Engine of precision fp8 computes with; at first the kernels."""
 
     def use(ops) -> None:
-        monkeypatch.setattr(door, "operations_on", lambda device, precision: ops)
+        monkeypatch.setattr(engine_module, "operations_on", lambda device, precision: ops)
 
     use(fp8)
     return use
@@ -104,37 +104,37 @@ def forward(model, x: Tensor, conditions: dict[str, Tensor], dtype: torch.dtype 
 
 
 @STAGES
-def test_each_operation_is_the_arithmetic_it_says(engine, network_class, config, inputs):
+def test_each_operation_is_the_arithmetic_it_says(use_operations, network_class, config, inputs):
     network, given = build(network_class, config), inputs(config)
     compared = Compared()
-    engine(compared)
-    forward(Fast(network, precision="fp8"), *given)
+    use_operations(compared)
+    forward(Engine(network, precision="fp8"), *given)
     assert {"project", "add_linear_", "channelwise_", "depthwise_norm", "attention"} <= set(compared.errors)
     assert max(compared.errors.values()) < FLIPS
 
 
 @STAGES
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("use_operations")
 def test_its_error(network_class, config, inputs):
     network, given = build(network_class, config), inputs(config)
     expected = forward(network, *given)
     network.bfloat16()
-    fast = Fast(network, precision="fp8")
+    engine = Engine(network, precision="fp8")
     in_bf16 = relative_error(forward(network, *given, dtype=torch.bfloat16), expected)
-    in_fp8 = relative_error(forward(fast, *given, dtype=torch.bfloat16), expected)
+    in_fp8 = relative_error(forward(engine, *given, dtype=torch.bfloat16), expected)
     assert in_bf16 < in_fp8 < OVER_BF16 * in_bf16
 
 
-@pytest.mark.usefixtures("engine")
+@pytest.mark.usefixtures("use_operations")
 def test_it_follows_the_weights():
     network, given = build(StageC, STAGE_C), stage_c_inputs(STAGE_C)
-    fast = Fast(network, precision="fp8")
-    before = forward(fast, *given)
+    engine = Engine(network, precision="fp8")
+    before = forward(engine, *given)
     change = LowRank(torch.randn(4, 64), torch.randn(256, 4))
     with patched(network, [Patch("a LoRA", {"down_blocks.1.0.channelwise.0": change}, 1.0)]):
         with_lora = forward(network, *given)
-        assert relative_error(forward(fast, *given), with_lora) < 0.5 * relative_error(before, with_lora)
-    assert torch.equal(forward(fast, *given), before)
+        assert relative_error(forward(engine, *given), with_lora) < 0.5 * relative_error(before, with_lora)
+    assert torch.equal(forward(engine, *given), before)
 
 
 def test_repeats_share_their_weights():
@@ -145,23 +145,23 @@ def test_repeats_share_their_weights():
         return made[-1]
 
     BoundUNet(network, operand=operand)
-    assert 0 < sum(weight8.nbytes for weight8, _ in made) < Fast(network, precision="fp8").beside()
-    assert Fast(network).beside() == 0
+    assert 0 < sum(weight8.nbytes for weight8, _ in made) < Engine(network, precision="fp8").beside()
+    assert Engine(network).beside() == 0
 
 
 def test_where_it_cannot_be():
     network, given = build(StageC, STAGE_C), stage_c_inputs(STAGE_C)
     with pytest.raises(CascadeError, match=r"fp8 needs an NVIDIA card .* the processor is not one"):
-        forward(Fast(network, precision="fp8"), *given)
+        forward(Engine(network, precision="fp8"), *given)
     with pytest.raises(CascadeError, match="precision 'int8' is not known; choose exact or fp8"):
-        Fast(network, precision="int8")  # pyright: ignore[reportArgumentType]
+        Engine(network, precision="int8")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((9, 0), True), ((8, 9), True), ((8, 6), False)])
 def test_which_cards_have_it(monkeypatch, capability, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3060")
-    choose = door.operations_on.__wrapped__
+    choose = engine_module.operations_on.__wrapped__
     if chosen:
         assert choose(torch.device("cuda"), "fp8") is fp8
     else:

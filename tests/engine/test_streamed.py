@@ -9,13 +9,13 @@ import torch
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
-from cascade_nodes.cascade_core.engine import Fast
-from cascade_nodes.cascade_core.engine import fast as door
+from cascade_nodes.cascade_core.engine import Engine
+from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.engine.graphs import Pool as GraphPool
 from cascade_nodes.cascade_core.placement import Pool, is_resident, when_leaving
 from cascade_nodes.cascade_core.placement.reserve import reserved
 from cascade_nodes.tests.core.placements import Counting, Late
-from cascade_nodes.tests.engine.test_fast import (
+from cascade_nodes.tests.engine.test_engine import (
     STAGE_B,
     STAGE_C,
     TOLERANCE,
@@ -45,19 +45,19 @@ def wanted(network, calls: list[tuple[Any, dict, float]]) -> list[Any]:
         return [network(x, torch.full((len(x),), r), **conditions) for x, conditions, r in calls]
 
 
-def given(pool: Pool, fast: Fast, calls: list[tuple[Any, dict, float]], **options: Any) -> list[Any]:
+def given(pool: Pool, engine: Engine, calls: list[tuple[Any, dict, float]], **options: Any) -> list[Any]:
     """What the engine gives in one run, in which the network itself is never called."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("The network was called instead of the engine.")
 
-    network: Any = fast.network
+    network: Any = engine.network
     network.forward = refuse
     try:
         with torch.inference_mode():
             return pool.run(
                 network,
-                lambda _: [fast(x, torch.full((len(x),), r), **conditions) for x, conditions, r in calls],
+                lambda _: [engine(x, torch.full((len(x),), r), **conditions) for x, conditions, r in calls],
                 **options,
             )
     finally:
@@ -76,7 +76,7 @@ def assert_close(results: list[Any], expected: list[Any]) -> None:
 @pytest.mark.parametrize(("network_class", "config", "inputs"), NETWORKS)
 def test_as_the_network(network_class, config, inputs, unit, share, device_class):
     network = build(network_class, config)
-    fast = Fast(network, join=True)
+    engine = Engine(network, join=True)
     first, other = inputs(config), inputs(config)
     calls = [
         (*first, 0.7),
@@ -89,9 +89,9 @@ def test_as_the_network(network_class, config, inputs, unit, share, device_class
     expected = wanted(network, calls)
     pool = Pool(device_class(int(share * size_of(network))), unit)
     for _ in range(2):
-        assert_close(given(pool, fast, calls), expected)
+        assert_close(given(pool, engine, calls), expected)
         assert not is_resident(network)
-    assert_same(network, fast, *first)  # where it lies now, in main memory
+    assert_same(network, engine, *first)  # where it lies now, in main memory
 
 
 @DEVICES
@@ -106,14 +106,14 @@ def test_controlnets_and_further_conditions(device_class):
         (x, conditions, 0.7),
     ]
     pool = Pool(device_class(int(0.6 * size_of(network))), 1)
-    assert_close(given(pool, Fast(network), calls), wanted(network, calls))
+    assert_close(given(pool, Engine(network), calls), wanted(network, calls))
 
 
 @DEVICES
 @pytest.mark.parametrize("share", [1.5, 0.6])
 def test_loras(device_class, share):
     network = build(StageC, STAGE_C)
-    fast, calls = Fast(network), [(*stage_c_inputs(STAGE_C), 0.7)] * 2
+    engine, calls = Engine(network), [(*stage_c_inputs(STAGE_C), 0.7)] * 2
     names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
     changes = {}
     for name in names[:: len(names) // 12]:
@@ -125,15 +125,15 @@ def test_loras(device_class, share):
         changed = wanted(network, calls)
     pool = Pool(device_class(int(share * size_of(network))), 1)
     for patches, expected in (([], plain), ([patch], changed), ([patch], changed), ([], plain)):
-        assert_close(given(pool, fast, calls, patches=patches), expected)
+        assert_close(given(pool, engine, calls, patches=patches), expected)
 
 
 def test_a_forward_that_is_broken_off_leaves_nothing_half_made(monkeypatch):
     network = build(StageC, STAGE_C)
-    fast, calls = Fast(network), [(*stage_c_inputs(STAGE_C), 0.7)]
+    engine, calls = Engine(network), [(*stage_c_inputs(STAGE_C), 0.7)]
     expected = wanted(network, calls)
     pool = Pool(Late(int(0.6 * size_of(network))), 1)
-    real, left = door.operations.attention, [3]
+    real, left = engine_module.operations.attention, [3]
 
     def attention(*arguments: Any) -> Any:
         left[0] -= 1
@@ -141,13 +141,13 @@ def test_a_forward_that_is_broken_off_leaves_nothing_half_made(monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(door.operations, "attention", attention)
+    monkeypatch.setattr(engine_module.operations, "attention", attention)
 
     def body(_: Any) -> list[Any]:
         ((x, conditions, r),) = calls
         with pytest.raises(KeyboardInterrupt):
-            fast(x, torch.full((len(x),), r), **conditions)
-        return [fast(x, torch.full((len(x),), r), **conditions) for _ in range(2)]
+            engine(x, torch.full((len(x),), r), **conditions)
+        return [engine(x, torch.full((len(x),), r), **conditions) for _ in range(2)]
 
     assert_close(pool.run(network, body), expected * 2)
 
@@ -156,15 +156,15 @@ def test_what_it_cannot_do_streamed_the_network_does():
     network = build(StageC, STAGE_C)
     x, conditions = stage_c_inputs(STAGE_C)
     noise = torch.tensor([0.2, 0.8])  # another for each image
-    fast, pool = Fast(network), Pool(Late(int(0.6 * size_of(network))), 1)
+    engine, pool = Engine(network), Pool(Late(int(0.6 * size_of(network))), 1)
     with torch.inference_mode():
         expected = network(x, noise, **conditions)
-        assert torch.equal(pool.run(network, lambda _: fast(x, noise, **conditions)), expected)
+        assert torch.equal(pool.run(network, lambda _: engine(x, noise, **conditions)), expected)
         block = network.down_blocks[0][0]
         hook = block.register_forward_hook(lambda module, args, out: out * 2)
         noise = torch.full((2,), 0.5)
         expected = network(x, noise, **conditions)
-        assert torch.equal(pool.run(network, lambda _: fast(x, noise, **conditions)), expected)
+        assert torch.equal(pool.run(network, lambda _: engine(x, noise, **conditions)), expected)
         hook.remove()
 
 
@@ -173,18 +173,18 @@ def test_weights_that_come_back_are_recognised(monkeypatch):
     network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
     calls = [(*stage_c_inputs(STAGE_C), 0.7)]
     expected, made = wanted(network, calls), []
-    real = door.BoundUNet
-    monkeypatch.setattr(door, "BoundUNet", lambda *arguments: made.append(1) or real(*arguments))
+    real = engine_module.BoundUNet
+    monkeypatch.setattr(engine_module, "BoundUNet", lambda *arguments: made.append(1) or real(*arguments))
     device = Counting(int(1.05 * size_of(network)))
-    pool, fast = Pool(device, 1), Fast(network)
+    pool, engine = Pool(device, 1), Engine(network)
     for _ in range(3):
         for device.size in (int(1.05 * size_of(network)), int(0.6 * size_of(network))):
-            assert_close(given(pool, fast, calls), expected)
-            when_leaving(network, fast.leave)
+            assert_close(given(pool, engine, calls), expected)
+            when_leaving(network, engine.leave)
             pool.run(other, lambda _: None)
             assert not is_resident(network)
     assert made == [1]
-    assert_same(network, fast, *calls[0][:2])
+    assert_same(network, engine, *calls[0][:2])
 
 
 class Recorded:
@@ -206,8 +206,8 @@ class Recorded:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setattr(door, "can_record", lambda device: True)
-    monkeypatch.setattr(door, "Graph", Recorded)
+    monkeypatch.setattr(engine_module, "can_record", lambda device: True)
+    monkeypatch.setattr(engine_module, "Graph", Recorded)
     monkeypatch.setattr(Recorded, "made", [], raising=False)
     return Recorded.made
 
@@ -220,14 +220,14 @@ def test_graphs_are_recorded_anew_where_weights_come_back_to(graphs):
     network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
     expected = wanted(network, calls)
-    pool, fast = Pool(Counting(int(1.05 * size_of(network))), 1), Fast(network)
+    pool, engine = Pool(Counting(int(1.05 * size_of(network))), 1), Engine(network)
     for runs in (1, 2):
-        assert_close(given(pool, fast, calls), expected)
+        assert_close(given(pool, engine, calls), expected)
         assert recorded(graphs) == [2] * runs  # the first forward makes ready for it
-        when_leaving(network, fast.leave)
+        when_leaving(network, engine.leave)
         pool.run(other, lambda _: None)
     pool.device.size = int(0.6 * size_of(network))  # pyright: ignore[reportAttributeAccessIssue]
-    assert_close(given(pool, fast, calls), expected)
+    assert_close(given(pool, engine, calls), expected)
     assert recorded(graphs) == [2, 2]  # none where weights are streamed
 
 
@@ -236,7 +236,7 @@ def test_without_a_graph_where_it_does_not_fit(graphs, monkeypatch):
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
     monkeypatch.setattr(Recorded, "full", True)
     told: list[str] = []
-    results = given(Pool(Counting(2 * size_of(network)), 1), Fast(network), calls, tell=told.append)
+    results = given(Pool(Counting(2 * size_of(network)), 1), Engine(network), calls, tell=told.append)
     assert_close(results, wanted(network, calls))
     assert (len(graphs), told) == (1, [])
 

@@ -29,10 +29,10 @@ def stage_a():
     return network
 
 
-def assert_same(stage_a, fast, latent):
+def assert_same(stage_a, engine, latent):
     with torch.inference_mode():
         expected = stage_a.decode(latent)
-    decoded = fast(latent)
+    decoded = engine(latent)
     assert decoded.shape == expected.shape
     assert (decoded - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
@@ -40,9 +40,9 @@ def assert_same(stage_a, fast, latent):
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (16, 12)])
 def test_it_decodes_as_stage_a(stage_a, size, monkeypatch):
     monkeypatch.setattr(vqgan.BoundPlain, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
-    fast = vqgan.FastDecoder(stage_a)
+    engine = vqgan.DecoderEngine(stage_a)
     for batch in (1, 3):
-        assert_same(stage_a, fast, torch.randn(batch, 4, *size))
+        assert_same(stage_a, engine, torch.randn(batch, 4, *size))
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
@@ -51,7 +51,7 @@ def test_its_kernels_decode_as_stage_a(stage_a, size, way, monkeypatch):
     monkeypatch.setitem(vqgan.BOUND, "cpu", vqgan.BOUND["cuda"])
     monkeypatch.setattr(products, "choose", lambda op, *_: way.get(op))
     monkeypatch.setattr(vqgan.BoundFused, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
-    assert_same(stage_a, vqgan.FastDecoder(stage_a), torch.randn(2, 4, *size))
+    assert_same(stage_a, vqgan.DecoderEngine(stage_a), torch.randn(2, 4, *size))
 
 
 @pytest.mark.parametrize(("lines", "most", "part"), [(256, 43, 43), (64, 43, 32), (5, 9, 5), (5, 0, 1)])
@@ -60,11 +60,11 @@ def test_parts_are_equal(lines, most, part):
 
 
 def test_it_follows_the_weights(stage_a):
-    fast = vqgan.FastDecoder(stage_a)
+    engine = vqgan.DecoderEngine(stage_a)
     latent = torch.randn(1, 4, 6, 6)
-    assert_same(stage_a, fast, latent)
+    assert_same(stage_a, engine, latent)
     stage_a.up_blocks[1].gammas.mul_(0.5)
-    assert_same(stage_a, fast, latent)
+    assert_same(stage_a, engine, latent)
 
 
 def test_bf16_is_as_near_to_float32_as_stage_a_itself(stage_a):
@@ -72,16 +72,16 @@ def test_bf16_is_as_near_to_float32_as_stage_a_itself(stage_a):
     with torch.inference_mode():
         exact = stage_a.decode(latent)
         stage_a.bfloat16()
-        own = (stage_a.decode(latent.bfloat16()) - exact).norm()
-    fast = (vqgan.FastDecoder(stage_a)(latent.bfloat16()) - exact).norm()
-    assert fast <= 1.2 * own <= 0.05 * exact.norm()
+        own_error = (stage_a.decode(latent.bfloat16()) - exact).norm()
+    error = (vqgan.DecoderEngine(stage_a)(latent.bfloat16()) - exact).norm()
+    assert error <= 1.2 * own_error <= 0.05 * exact.norm()
 
 
 def test_half_precision_is_left_to_stage_a(stage_a):
     stage_a.half()
     latent = torch.randn(1, 4, 4, 4).half()
     with torch.inference_mode():
-        assert torch.equal(vqgan.FastDecoder(stage_a)(latent), stage_a.decode(latent))
+        assert torch.equal(vqgan.DecoderEngine(stage_a)(latent), stage_a.decode(latent))
 
 
 HALF_STEP = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative

@@ -130,17 +130,17 @@ def errors(
         latent, at = draw(x.shape, x, 7 + number), noise(x, level)
         own = network(latent, at, **given)
         with alone(network, own_attention):
-            fast = engine(latent, at, **given)
-        found.append((exact(latent.double(), at, **given_exactly), own, fast))
+            computed = engine(latent, at, **given)
+        found.append((exact(latent.double(), at, **given_exactly), own, computed))
     return errors_of(found)
 
 
 def errors_of(found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Errors:
     """Of (exact, own, the engine's) together."""
-    for exact, own, fast in found:
+    for exact, own, computed in found:
         assert exact.dtype == torch.float64
-        assert (fast.shape, fast.dtype, fast.device) == (own.shape, own.dtype, own.device)
-        assert fast.isfinite().all()
+        assert (computed.shape, computed.dtype, computed.device) == (own.shape, own.dtype, own.device)
+        assert computed.isfinite().all()
     whole = sum(float(exact.square().sum()) for exact, _, _ in found)
     off = [
         sum(float((values[which].double() - values[0]).square().sum()) for values in found)
@@ -171,7 +171,7 @@ def assert_small(found: Errors, dtype: torch.dtype, over_eager: float = OVER_EAG
 @contextmanager
 def alone(network: nn.Module, own_attention: bool = True) -> Iterator[None]:
     """In the block neither the network nor (with own_attention) PyTorch's attention may do what the engine should."""
-    error = AssertionError("The fast path was not taken.")
+    error = AssertionError("The engine was not used.")
     with ExitStack() as stack:
         stack.enter_context(patch.object(network, "forward", side_effect=error))
         if own_attention:

@@ -21,11 +21,11 @@ from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
 from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
-from cascade_nodes.cascade_core.engine import Fast, graphs, operations, operations_on
-from cascade_nodes.cascade_core.engine import fast as door
+from cascade_nodes.cascade_core.engine import Engine, graphs, operations, operations_on
+from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.networks.fp16 import hold_stream
-from cascade_nodes.tests.engine.test_fast import UNUSUAL
+from cascade_nodes.tests.engine.test_engine import UNUSUAL
 from cascade_nodes.tests.gpu.compared import (
     LEVELS,
     SHALLOW_B,
@@ -107,8 +107,8 @@ FORWARDS = {
 def test_a_forward(case: Forward, dtype: torch.dtype, device: torch.device, replays: Replays):
     network = network_of(case.config, dtype, device)
     x, given = inputs(case.config, network, case.batch, case.size, **case.given)
-    fast = Fast(network, join=case.join)
-    assert_near(network, fast, x, given, case.levels)
+    engine = Engine(network, join=case.join)
+    assert_near(network, engine, x, given, case.levels)
     assert replays.count == len(case.levels) - 1
 
 
@@ -117,7 +117,7 @@ def test_a_forward(case: Forward, dtype: torch.dtype, device: torch.device, repl
 def test_widths_of_heads(heads: int, dtype: torch.dtype, device: torch.device):
     config = replace(SHALLOW_C, nhead=(heads, heads))
     network = network_of(config, dtype, device)
-    assert_near(network, Fast(network), *inputs(config, network))
+    assert_near(network, Engine(network), *inputs(config, network))
 
 
 # Each way to compute a block's MLP: narrow networks alone take the first two
@@ -158,10 +158,10 @@ def test_ways_of_the_mlp(
 ):
     way(monkeypatch, capability)
     network = network_of(SHALLOW_C, torch.bfloat16, device)
-    fast = Fast(network)
+    engine = Engine(network)
     sizes = (3, (5, 7)), (2, (9, 11)), (2, (8, 8))  # a tile's rows are of many images, of two, of one
     for batch, size in sizes:
-        assert_near(network, fast, *inputs(SHALLOW_C, network, batch, size))
+        assert_near(network, engine, *inputs(SHALLOW_C, network, batch, size))
 
 
 def test_fused_products_in_float32(
@@ -169,7 +169,7 @@ def test_fused_products_in_float32(
 ):
     WAYS["loop"](monkeypatch, capability)
     network = network_of(SHALLOW_C, torch.float32, device)
-    assert_near(network, Fast(network), *inputs(SHALLOW_C, network))
+    assert_near(network, Engine(network), *inputs(SHALLOW_C, network))
 
 
 # fp8
@@ -196,11 +196,11 @@ FP8 = {
 def test_fp8(case: Forward, dtype: torch.dtype, device: torch.device, replays: Replays):
     network = network_of(case.config, torch.bfloat16, device)
     x, given = inputs(case.config, network, case.batch, case.size, **case.given)
-    in_bf16 = errors(network, Fast(network), x, given)
+    in_bf16 = errors(network, Engine(network), x, given)
     network.to(dtype)
     before = replays.count
     x, given = inputs(case.config, network, case.batch, case.size, **case.given)
-    in_fp8 = errors(network, Fast(network, precision="fp8"), x, given)
+    in_fp8 = errors(network, Engine(network, precision="fp8"), x, given)
     assert replays.since(before) == len(LEVELS) - 1
     assert in_bf16.own < in_fp8.engine < OVER_BF16 * in_bf16.own
 
@@ -209,13 +209,13 @@ def test_fp8(case: Forward, dtype: torch.dtype, device: torch.device, replays: R
 def test_fp8_follows_a_lora(device: torch.device):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     x, given = inputs(SHALLOW_C, network)
-    fast = Fast(network, precision="fp8")
-    before = runs(fast, x, given)
+    engine = Engine(network, precision="fp8")
+    before = runs(engine, x, given)
     with patched(network, [Patch("a LoRA", {LORA[0]: low_rank(network, LORA[0])}, 1.0)]):
         (expected,) = runs(network, x, given, 1)
-        for after, without in zip(runs(fast, x, given), before, strict=True):
+        for after, without in zip(runs(engine, x, given), before, strict=True):
             assert (after - expected).norm() < 0.5 * (without - expected).norm()
-    assert same_bits(runs(fast, x, given), before)
+    assert same_bits(runs(engine, x, given), before)
 
 
 def test_fp8_where_it_cannot_be(device: torch.device, capability: tuple[int, int]):
@@ -224,7 +224,7 @@ def test_fp8_where_it_cannot_be(device: torch.device, capability: tuple[int, int
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     x, given = inputs(SHALLOW_C, network)
     with pytest.raises(CascadeError, match="fp8 needs an NVIDIA card"):
-        Fast(network, precision="fp8")(x, noise(x, 0.7), **given)
+        Engine(network, precision="fp8")(x, noise(x, 0.7), **given)
 
 
 # What changes between calls
@@ -234,46 +234,46 @@ def test_fp8_where_it_cannot_be(device: torch.device, capability: tuple[int, int
 def test_nothing_of_the_last_call_stays(dtype: torch.dtype, device: torch.device):
     """Each call with something else, on graphs that were recorded with what came before."""
     network = network_of(SHALLOW_C, dtype, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
     _, other = inputs(SHALLOW_C, network, seed=1)
     numbers = {"sca": torch.full((2,), 0.3, device=device), "crp": torch.full((2,), 0.9, device=device)}
-    assert_near(network, fast, x, given)
-    assert_near(network, fast, x, other)
-    assert_near(network, fast, x, {**other, **numbers})
-    assert_near(network, fast, x, {**given, "clip_img": other["clip_img"]})
+    assert_near(network, engine, x, given)
+    assert_near(network, engine, x, other)
+    assert_near(network, engine, x, {**other, **numbers})
+    assert_near(network, engine, x, {**given, "clip_img": other["clip_img"]})
     for shapes in (
         inputs(SHALLOW_C, network, tokens=3 * 77),
         inputs(SHALLOW_C, network, images=5),
         inputs(SHALLOW_C, network, batch=1),
         inputs(SHALLOW_C, network, size=(11, 9)),
     ):
-        assert_near(network, fast, *shapes)
-    assert_near(network, fast, x, given)
+        assert_near(network, engine, *shapes)
+    assert_near(network, engine, x, given)
     given["clip_text"].mul_(0.5)  # as a host may write into what it gave before
-    assert_near(network, fast, x, given)
+    assert_near(network, engine, x, given)
 
 
 @strict_and_usual
 def test_conditions_of_stage_b_change(dtype: torch.dtype, device: torch.device):
     network = network_of(SHALLOW_B, dtype, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_B, network, 2, (34, 50))
     _, other = inputs(SHALLOW_B, network, 2, (34, 50), pixels=(8, 8), seed=1)
-    assert_near(network, fast, x, given)
-    assert_near(network, fast, x, {**given, "effnet": other["effnet"]})
-    assert_near(network, fast, x, {**given, "clip": other["clip"]})
-    assert_near(network, fast, x, other)
-    assert_near(network, fast, x, {**other, "pixels": given["effnet"][:, :3]})
-    assert_near(network, fast, x, {**given, "sca": torch.full((2,), 0.2, device=device)})
-    assert_near(network, fast, x, given)
+    assert_near(network, engine, x, given)
+    assert_near(network, engine, x, {**given, "effnet": other["effnet"]})
+    assert_near(network, engine, x, {**given, "clip": other["clip"]})
+    assert_near(network, engine, x, other)
+    assert_near(network, engine, x, {**other, "pixels": given["effnet"][:, :3]})
+    assert_near(network, engine, x, {**given, "sca": torch.full((2,), 0.2, device=device)})
+    assert_near(network, engine, x, given)
 
 
 @strict_and_usual
 def test_controlnets_come_change_and_go(dtype: torch.dtype, device: torch.device):
     """Residuals of each block's own size and of others, for some blocks, for all, for more than there are."""
     network = network_of(SHALLOW_C, dtype, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
     like = next(network.parameters())
     count = itertools.count(50)
@@ -282,7 +282,7 @@ def test_controlnets_come_change_and_go(dtype: torch.dtype, device: torch.device
         return draw((2, 128, height, width), like, next(count))
 
     first = [residual(), None, residual(4, 5)]
-    without = runs(fast, x, given)
+    without = runs(engine, x, given)
     for control in (
         first,
         [residual(), None, residual(4, 5)],  # the same shapes, on the same graph
@@ -292,20 +292,20 @@ def test_controlnets_come_change_and_go(dtype: torch.dtype, device: torch.device
         [],
         first,
     ):
-        assert_near(network, fast, x, {**given, "control": control})
-    assert_near(network, fast, x, {**given, "control": None})
+        assert_near(network, engine, x, {**given, "control": control})
+    assert_near(network, engine, x, {**given, "control": None})
     # It is the graph of before, of which the first of these calls is not the first.
-    assert same_bits(runs(fast, x, given), 3 * [without[-1]])
+    assert same_bits(runs(engine, x, given), 3 * [without[-1]])
 
 
 def test_a_residual_may_be_written_to(device: torch.device):
     """As conditions may."""
     network = network_of(SHALLOW_C, torch.float32, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
     residual = draw((2, 128, 9, 11), x, 50)
     for _ in range(3):
-        assert_near(network, fast, x, {**given, "control": [residual]})
+        assert_near(network, engine, x, {**given, "control": [residual]})
         residual.mul_(-2)
 
 
@@ -338,27 +338,27 @@ def low_rank(network: Any, name: str) -> LowRank:
 @pytest.mark.parametrize("join", [False, True], ids=["apart", "joined"])
 def test_loras_come_change_and_go(join: bool, dtype: torch.dtype, device: torch.device):
     network = network_of(SHALLOW_C, dtype, device)
-    fast = Fast(network, join=join)
+    engine = Engine(network, join=join)
     x, given = inputs(SHALLOW_C, network)
-    before = runs(fast, x, given)
+    before = runs(engine, x, given)
     patches = [
         Patch(name, {name: low_rank(network, name)}, strength) for name in LORA for strength in (1, -0.5)
     ]
     sets = [*([patch] for patch in patches), patches[:4], patches[::2]]
     for several in sets:
         with patched(network, several):
-            assert_near(network, fast, x, given)
-            (with_lora,) = runs(fast, x, given, 1)
+            assert_near(network, engine, x, given)
+            (with_lora,) = runs(engine, x, given, 1)
             assert not torch.equal(with_lora, before[-1])
-    assert same_bits(runs(fast, x, given), before)
+    assert same_bits(runs(engine, x, given), before)
 
 
 def test_a_lora_of_stage_b(device: torch.device):
     """In levels that repeat."""
     network = network_of(SHALLOW_B, torch.bfloat16, device)
-    fast = Fast(network, join=True)
+    engine = Engine(network, join=True)
     x, given = inputs(SHALLOW_B, network, 2, (34, 50))
-    before = runs(fast, x, given)
+    before = runs(engine, x, given)
     names = [
         "up_blocks.0.2.attention.attn.to_k",
         "up_repeat_mappers.1.0",
@@ -368,45 +368,45 @@ def test_a_lora_of_stage_b(device: torch.device):
     changes = {name: low_rank(network, name) for name in names}
     for strength in (1.0, -1.0):
         with patched(network, [Patch("a LoRA", changes, strength)]):
-            assert_near(network, fast, x, given)
-    assert same_bits(runs(fast, x, given), before)
+            assert_near(network, engine, x, given)
+    assert same_bits(runs(engine, x, given), before)
 
 
 @strict_and_usual
 def test_it_follows_the_weights(dtype: torch.dtype, device: torch.device):
     network = network_of(SHALLOW_C, dtype, device)
-    fast = Fast(network, join=True)
+    engine = Engine(network, join=True)
     x, given = inputs(SHALLOW_C, network)
-    before = runs(fast, x, given)
+    before = runs(engine, x, given)
     weight = network.down_blocks[0][0].channelwise[4].weight
     values = weight.clone()
     weight.mul_(1.5)  # in place
-    assert_near(network, fast, x, given)
+    assert_near(network, engine, x, given)
     weight.copy_(values)
-    assert same_bits(runs(fast, x, given), before)
+    assert same_bits(runs(engine, x, given), before)
     layer = network.up_blocks[0][2].attention.attn.to_k
     kept = layer.weight
     layer.weight = torch.nn.Parameter(-kept, requires_grad=False)  # another tensor
-    assert_near(network, fast, x, given)
+    assert_near(network, engine, x, given)
     layer.weight = kept
     network.cpu().to(device)
-    assert same_bits(runs(fast, x, given), before)
-    fast.forget()
-    assert same_bits(runs(fast, x, given), before)
+    assert same_bits(runs(engine, x, given), before)
+    engine.forget()
+    assert same_bits(runs(engine, x, given), before)
 
 
 def test_it_follows_the_network_to_the_processor_and_back(device: torch.device):
     """At the same shape, for which it has a graph on the card."""
     network = network_of(SHALLOW_C, torch.float32, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
-    before = runs(fast, x, given)
+    before = runs(engine, x, given)
     network.cpu()
     there = {name: value.cpu() for name, value in given.items()}
-    for computed, expected in zip(runs(fast, x.cpu(), there), runs(network, x.cpu(), there), strict=True):
+    for computed, expected in zip(runs(engine, x.cpu(), there), runs(network, x.cpu(), there), strict=True):
         torch.testing.assert_close(computed, expected, rtol=1e-4, atol=1e-5)
     network.to(device)
-    assert same_bits(runs(fast, x, given), before)
+    assert same_bits(runs(engine, x, given), before)
 
 
 def test_the_network_is_left_as_it_is(device: torch.device):
@@ -414,8 +414,8 @@ def test_the_network_is_left_as_it_is(device: torch.device):
     network, untouched = (network_of(SHALLOW_C, torch.bfloat16, device) for _ in range(2))
     x, given = inputs(SHALLOW_C, network)
     before = runs(network, x, given, 1)
-    fast = Fast(network, join=True)
-    runs(fast, x, given)
+    engine = Engine(network, join=True)
+    runs(engine, x, given)
     assert all(itertools.starmap(torch.equal, zip(network.parameters(), untouched.parameters(), strict=True)))
     assert same_bits(runs(network, x, given, 1), before)
 
@@ -452,9 +452,9 @@ def assert_a_run_is_near(
     exact = OnDevice(copy.deepcopy(network).double())
     expected = run(exact, start.double(), prompts, sampler, cfg)
     own = run(OnDevice(network), start, prompts, sampler, cfg)
-    fast = Fast(network)
+    engine = Engine(network)
     with alone(network):
-        first, second, third = (run(fast, start, prompts, sampler, cfg) for _ in range(3))
+        first, second, third = (run(engine, start, prompts, sampler, cfg) for _ in range(3))
     assert torch.equal(second, third)
     for latent in (first, second):
         found = errors_of([(expected, own, latent)])
@@ -486,56 +486,56 @@ def test_a_run_of_stage_b(dtype: torch.dtype, device: torch.device):
 
 def test_a_call_again_gives_the_same_bits(device: torch.device, replays: Replays):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
-    first, *others = runs(fast, x, given, 6)
+    first, *others = runs(engine, x, given, 6)
     assert replays.count == 5
     assert same_bits(others, 5 * others[:1])
     assert (first - others[0]).norm() <= 0.02 * first.norm()  # two ways to run the same kernels
     elsewhere = {name: value.clone() for name, value in given.items()}
-    assert same_bits(runs(fast, x.clone(), elsewhere), 3 * others[:1])
+    assert same_bits(runs(engine, x.clone(), elsewhere), 3 * others[:1])
     channels_last = x.to(memory_format=torch.channels_last)
-    assert same_bits(runs(fast, channels_last, given), 3 * others[:1])
+    assert same_bits(runs(engine, channels_last, given), 3 * others[:1])
     assert replays.count == 11
 
 
 def test_a_result_outlives_the_next_call(device: torch.device):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
-    *_, result = runs(fast, x, given)
+    *_, result = runs(engine, x, given)
     kept = result.clone()
-    runs(fast, -x, given)
+    runs(engine, -x, given)
     assert torch.equal(result, kept)
 
 
 def test_shapes_take_turns(device: torch.device, replays: Replays):
     """Of more shapes than are kept, so that graphs are thrown away and recorded anew in the memory of others."""
     network = network_of(SHALLOW_C, torch.bfloat16, device)
-    fast = Fast(network)
+    engine = Engine(network)
     sizes = [(1, (9, 11)), (2, (9, 11)), (1, (5, 7)), (3, (5, 7)), (1, (16, 16)), (2, (2, 1))]
-    assert len(sizes) > door.SESSIONS
+    assert len(sizes) > engine_module.SESSIONS
     calls = [inputs(SHALLOW_C, network, batch, size) for batch, size in sizes]
-    kept = [runs(fast, *call)[-1] for call in calls]
+    kept = [runs(engine, *call)[-1] for call in calls]
     few = list(zip(calls, kept, strict=True))[-3:]
     before = replays.count
     for _ in range(3):
         for call, expected in few:
-            assert same_bits(runs(fast, *call, 1), [expected])
+            assert same_bits(runs(engine, *call, 1), [expected])
     assert replays.since(before) == 9
     for call, expected in zip(calls, kept, strict=True):
-        assert same_bits(runs(fast, *call)[1:], 2 * [expected])
-        assert_near(network, fast, *call, 4 * LEVELS)
+        assert same_bits(runs(engine, *call)[1:], 2 * [expected])
+        assert_near(network, engine, *call, 4 * LEVELS)
 
 
 def test_without_graphs(device: torch.device, replays: Replays, monkeypatch: pytest.MonkeyPatch):
     """As where memory comes from cudaMallocAsync."""
-    monkeypatch.setattr(door, "can_record", lambda device: False)
+    monkeypatch.setattr(engine_module, "can_record", lambda device: False)
     network = network_of(SHALLOW_C, torch.bfloat16, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
-    assert_near(network, fast, x, given)
-    first, *others = runs(fast, x, given)
+    assert_near(network, engine, x, given)
+    first, *others = runs(engine, x, given)
     assert same_bits(others, [first, first])
     assert replays.count == 0
 
@@ -546,7 +546,7 @@ def test_without_memory_for_a_graph(device: torch.device, replays: Replays, monk
 
     monkeypatch.setattr(graphs.Graph, "_record", fail)
     network = network_of(SHALLOW_C, torch.bfloat16, device)
-    assert_near(network, Fast(network), *inputs(SHALLOW_C, network))
+    assert_near(network, Engine(network), *inputs(SHALLOW_C, network))
     assert replays.count == 0
 
 
@@ -555,35 +555,35 @@ def test_without_memory_for_a_graph(device: torch.device, replays: Replays, monk
 
 def test_what_it_cannot_do_the_network_does(device: torch.device, replays: Replays):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
     with torch.inference_mode():
         two = torch.tensor([0.2, 0.8], device=device)  # another noise condition for each image
-        assert torch.equal(fast(x, two, **given), network(x, two, **given))
+        assert torch.equal(engine(x, two, **given), network(x, two, **given))
     hook = network.down_blocks[0][0].register_forward_hook(lambda module, args, out: out * 2)
-    assert same_bits(runs(fast, x, given), runs(network, x, given))
+    assert same_bits(runs(engine, x, given), runs(network, x, given))
     hook.remove()
     assert replays.count == 0
-    assert_near(network, fast, x, given)  # and from now on the engine again
+    assert_near(network, engine, x, given)  # and from now on the engine again
 
 
 def test_another_convolution_is_the_networks(device: torch.device, replays: Replays):
     config = replace(SHALLOW_C, kernel_size=5)
     network = network_of(config, torch.bfloat16, device)
     x, given = inputs(config, network)
-    assert same_bits(runs(Fast(network), x, given), runs(network, x, given))
+    assert same_bits(runs(Engine(network), x, given), runs(network, x, given))
     assert replays.count == 0
 
 
 def test_a_stream_held_for_fp16_is_the_networks(device: torch.device, replays: Replays):
     network = network_of(SHALLOW_C, torch.float16, device)
-    fast = Fast(network)
+    engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
     hold_stream(network)
-    assert same_bits(runs(fast, x, given), runs(network, x, given))
+    assert same_bits(runs(engine, x, given), runs(network, x, given))
     assert replays.count == 0
     hold_stream(network, 1)
-    assert_near(network, fast, x, given)
+    assert_near(network, engine, x, given)
 
 
 def test_heads_that_the_kernel_does_not_know(device: torch.device, monkeypatch: pytest.MonkeyPatch):
@@ -593,5 +593,5 @@ def test_heads_that_the_kernel_does_not_know(device: torch.device, monkeypatch: 
     x, given = inputs(config, network)
     asked = Mock(side_effect=operations.attention)
     monkeypatch.setattr(operations, "attention", asked)
-    assert_small(errors(network, Fast(network), x, given, own_attention=False), x.dtype)
+    assert_small(errors(network, Engine(network), x, given, own_attention=False), x.dtype)
     assert asked.called

@@ -36,7 +36,7 @@ def test_stage_c_in_fp16(tmp_path):
         "clip_img": torch.zeros(1, 1, 24),
     }
     halves: dict[str, Any] = {name: value.half() for name, value in prompt.items()}
-    out = model.fast(x.half(), r, **halves)
+    out = model.engine(x.half(), r, **halves)
     assert out.dtype == torch.float16
     assert relative_error(out.float(), network(x, r, **prompt)) <= 2e-2
 
@@ -52,11 +52,11 @@ def test_only_stage_c_in_fp16_is_held(tmp_path, dtype):
 
 def test_fp8_is_bf16_with_products_in_fp8(tmp_path, monkeypatch):
     path = write(tmp_path, "stage_b", StageB.from_config(STAGE_B), STAGE_B)
-    assert load_network("stage_b", path, "bf16").fast.precision == "exact"
+    assert load_network("stage_b", path, "bf16").engine.precision == "exact"
     monkeypatch.setattr(device, "operations_on", lambda device, precision: None)  # as on a card that has it
     model = load_network("stage_b", path, "fp8")
     assert {p.dtype for p in model.network.parameters()} == {torch.bfloat16}
-    assert model.fast.precision == "fp8"
+    assert model.engine.precision == "fp8"
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])

@@ -17,7 +17,7 @@ from ...networks.compressor import SemanticCompressor
 from ...networks.config import PUBLISHED_BLOCKS
 from ...networks.controlnet import ControlNet
 from ...networks.stage_c import StageC
-from ..cuda_graphs import Recorded
+from ..cuda_graphs import GraphedFunction
 from ..data.batches import Batch
 from ..data.hints import HINTS, FindFaces, Tools, hint_of
 from ..settings import ControlNetSettings, ObjectiveSettings
@@ -66,7 +66,7 @@ class ControlNetTask(Task):
     def record(self) -> None:
         config: Any = self.trained.config
         if not (self.trained.training and config.drop_path):  # it would drop the same blocks each time
-            self.controlled = Recorded(self.controlled)
+            self.controlled = GraphedFunction(self.controlled)
 
     def loss(self, inputs: Inputs) -> dict[str, Tensor]:
         assert inputs.hint is not None

@@ -12,7 +12,7 @@ from ...adapters import Adapter, to_dialect, write_adapter
 from ...diffusion.guidance import guide
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
-from ..cuda_graphs import Recorded
+from ..cuda_graphs import GraphedFunction
 from ..losses import consistency_loss
 from ..settings import LoRASettings, ObjectiveSettings, TokenSettings
 from .base import DTYPES, Inputs, State, Task
@@ -69,8 +69,8 @@ class LoRATask(Task):
         return groups
 
     def record(self) -> None:
-        self.student = Recorded(self.student)
-        self.teacher = Recorded(self.teacher)
+        self.student = GraphedFunction(self.student)
+        self.teacher = GraphedFunction(self.teacher)
 
     def _changed(self, vector: Tensor, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
         with self.changes.applied(vector):

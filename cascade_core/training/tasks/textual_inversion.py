@@ -13,7 +13,7 @@ from ...adapters.tokens import TokenTable, name_in_prompt
 from ...errors import CascadeError
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
-from ..cuda_graphs import Recorded
+from ..cuda_graphs import GraphedFunction
 from ..settings import ObjectiveSettings, TokenSettings
 from .base import Inputs, State, Task
 from .conditions import CachedText
@@ -81,7 +81,7 @@ class TokensTask(Task):
         self.frozen: Callable[..., Tensor] = stage_c
 
     def record(self) -> None:
-        self.frozen = Recorded(self.frozen)
+        self.frozen = GraphedFunction(self.frozen)
 
     def groups(self) -> list[dict[str, Any]]:
         return [self.trained.group()]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ....cascade_core import checkpoints
-from ....cascade_core.engine import Fast
+from ....cascade_core.engine import Engine
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, hold_stream
@@ -34,7 +34,7 @@ DTYPES = {
 }
 WORKSPACE = 80 * 2**20  # bytes that cuDNN takes at most for convolutions, at some sizes
 
-ENGINE = "cascade_engine"  # in the host's transformer_options: whether the fast path is taken
+ENGINE = "cascade_engine"  # in the host's transformer_options: whether the engine is used
 
 
 class HostedNetwork(Hosted):
@@ -44,11 +44,11 @@ class HostedNetwork(Hosted):
         super().__init__(network)
         self.dtype = dtype
         self.name = name
-        self.fast = Fast(network)
+        self.engine = Engine(network)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Where the host moves the weights as a whole, what was derived from them goes too."""
-        self.fast.forget()
+        self.engine.forget()
         return super()._apply(fn, recurse)
 
     def forward(
@@ -69,8 +69,8 @@ class HostedNetwork(Hosted):
             scale = STREAM_SCALE if x.dtype == torch.float16 else 1.0
             if self.network.stream_scale != scale:
                 hold_stream(self.network, scale)
-        engine = (transformer_options or {}).get(ENGINE, True)
-        return (self.fast if engine else self.network)(x, r, **conditions)
+        enabled = (transformer_options or {}).get(ENGINE, True)
+        return (self.engine if enabled else self.network)(x, r, **conditions)
 
 
 class StageCModel(comfy.model_base.StableCascade_C):

@@ -9,7 +9,7 @@ from torch import nn
 
 from ....cascade_core import checkpoints
 from ....cascade_core.adapters.apply import Patch
-from ....cascade_core.engine import Fast
+from ....cascade_core.engine import Engine
 from ....cascade_core.networks.fp16 import hold_stream
 from ..run import LATENT_CHANNELS, Network, least_side
 from .device import engine_precision, read_ahead, weight_dtype
@@ -30,7 +30,7 @@ class HeadlessModel:
     kind: str
     name: str
     network: Any  # StageB or StageC
-    fast: Fast  # called in the network's place
+    engine: Engine  # called in the network's place
     patches: tuple[Patch, ...] = ()
 
     def networks(self) -> list[tuple[nn.Module, str]]:
@@ -49,8 +49,8 @@ def load_network(kind: str, path: Path, dtype: str) -> HeadlessModel:
     network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=precision, read_ahead=read_ahead())
     if kind == "stage_c" and precision == torch.float16:
         hold_stream(network)
-    fast = Fast(network, join=True, precision=engine_precision(dtype))
-    return HeadlessModel(kind, path.name, network, fast)
+    engine = Engine(network, join=True, precision=engine_precision(dtype))
+    return HeadlessModel(kind, path.name, network, engine)
 
 
 def describe_network(model: Any) -> Network:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ....cascade_core.diffusion.guidance import Guider
 from ....cascade_core.diffusion.samplers import SAMPLERS, SamplerStep, add_noise, masked_denoise
 from ....cascade_core.diffusion.schedule import noise_cond
-from ....cascade_core.engine import Fast
+from ....cascade_core.engine import Engine
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.stage_b import StageB
@@ -35,7 +35,7 @@ def sample(run: Run) -> Sampled:
 
 def _sampled(run: Run, guiders: "Guiders", device: torch.device) -> Sampled:
     """From the noise on: run anew in a smaller placement, it gives the same."""
-    when_leaving(run.model.network, run.model.fast.leave)
+    when_leaving(run.model.network, run.model.engine.leave)
     units = SOCKET_UNITS[run.kind]
     watch = Watch(device)
     latent = run.samples.to(device, torch.float32) / units
@@ -70,7 +70,7 @@ def _working(run: Run) -> int:
         values = activations.stage_b(network.config, batch, min(height, side), min(width, side))
     working = values * next(network.parameters()).dtype.itemsize
     # A CUDA graph is recorded when the runs before it are over, and counted from then on (placement/reserve.py).
-    return working + run.model.fast.beside(batch * tokens) if run.engine else working
+    return working + run.model.engine.beside(batch * tokens) if run.engine else working
 
 
 class Guiders:
@@ -99,14 +99,14 @@ class Guiders:
         if self.controls is not None:
             positive = {**positive, "control": self.controls.merged(self.run.positive, on)}
             negative = {**negative, "control": self.controls.merged(self.run.negative, on)}
-        model = self.run.model.fast if self.run.engine else self.run.model.network
+        model = self.run.model.engine if self.run.engine else self.run.model.network
         dtype = next(model.parameters()).dtype
         if self.run.tile:
             model = in_tiles(model, self.run.tile)
         return Guider(model, positive, negative, self.run.cfg, self.run.cfg_rescale, dtype)
 
 
-def in_tiles(network: StageB | Fast, tile: int) -> Callable[..., Tensor]:
+def in_tiles(network: StageB | Engine, tile: int) -> Callable[..., Tensor]:
     """Stage B predicting in tiles of so many positions a side; can be stopped between them."""
 
     def whole(x: Tensor, r: Tensor, effnet: Tensor, **conditions: Any) -> Tensor:

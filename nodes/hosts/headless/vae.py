@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ....cascade_core import checkpoints
-from ....cascade_core.engine.vqgan import FastDecoder
+from ....cascade_core.engine.vqgan import DecoderEngine
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo
@@ -27,7 +27,7 @@ class HeadlessVAE:
     encoder: Any  # StageA or SemanticCompressor
     decoder: Any  # StageA, Previewer or None
     files: tuple[str, str]  # of the encoder and the decoder
-    fast: Any = None  # FastDecoder of Stage A
+    engine: Any = None  # DecoderEngine of Stage A
 
     def networks(self) -> list[tuple[nn.Module, str]]:
         """Each network with the name of its file."""
@@ -38,7 +38,7 @@ class HeadlessVAE:
 def load_stage_a(path: Path) -> HeadlessVAE:
     network: Any
     network, _, _ = checkpoints.load_model(path, expect="stage_a", dtype=picture_dtype())
-    return HeadlessVAE("stage_a", network, network, (path.name, path.name), FastDecoder(network))
+    return HeadlessVAE("stage_a", network, network, (path.name, path.name), DecoderEngine(network))
 
 
 def load_compressor(compressor: Path, previewer: Path | None) -> HeadlessVAE:
@@ -80,8 +80,8 @@ def decode_latent(vae: HeadlessVAE, latent: Tensor, tile: int) -> Tensor:
         def run(part: Tensor) -> Tensor:
             if not part.is_cuda:  # the engine would gain a hundredth of a picture's time, and round otherwise
                 return network.decode(part)
-            when_leaving(network, vae.fast.forget)  # before its weights do, its graphs go
-            return vae.fast(part)
+            when_leaving(network, vae.engine.forget)  # before its weights do, its graphs go
+            return vae.engine(part)
 
         decode = Tiled(network, run, halo, activations.stage_a, up=side)
     else:

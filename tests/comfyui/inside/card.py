@@ -190,7 +190,7 @@ def with_engine(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, An
         for sampler in SAMPLERS:
             pair = sampled[sampler, "ours"], sampled[sampler, "ours, no engine"]
             results[f"{kind}, {sampler}: engine against none"] = relative(*pair)
-        bound = model.model.diffusion_model.fast._bound is not None
+        bound = model.model.diffusion_model.engine._bound is not None
         results[f"{kind}: engine used"] = bound
         for name, of in models.items():
             run_ksampler(kind, of, prompts[kind], shape, STEPS)

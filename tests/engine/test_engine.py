@@ -12,8 +12,8 @@ from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
 from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
-from cascade_nodes.cascade_core.engine import Fast
-from cascade_nodes.cascade_core.engine import fast as door
+from cascade_nodes.cascade_core.engine import Engine
+from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.networks.config import StageBConfig, StageCConfig
 
 TOLERANCE = 3e-6  # of the largest value, in float32: other orders of summation
@@ -40,7 +40,7 @@ def operations(request, monkeypatch):
     if request.param == "kernels":
         from cascade_nodes.cascade_core.engine import cuda
 
-        monkeypatch.setattr(door, "operations_on", lambda device, precision: cuda)
+        monkeypatch.setattr(engine_module, "operations_on", lambda device, precision: cuda)
 
 
 def build(network_class, config, seed: int = 0) -> Any:
@@ -67,11 +67,11 @@ def stage_b_inputs(config, batch: int = 2, size=(12, 20)) -> tuple[Tensor, dict]
     return torch.randn(batch, 4, *size), conditions
 
 
-def assert_same(network, fast, x, conditions, r: float = 0.7) -> None:
+def assert_same(network, engine, x, conditions, r: float = 0.7) -> None:
     noise = torch.full((len(x),), r)
     with torch.inference_mode():
         expected = network(x, noise, **conditions)
-        given = fast(x, noise, **conditions)
+        given = engine(x, noise, **conditions)
     assert given.shape == expected.shape
     assert (given - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
@@ -81,7 +81,7 @@ def assert_same(network, fast, x, conditions, r: float = 0.7) -> None:
 @pytest.mark.parametrize(("batch", "size", "tokens", "images"), [(2, (4, 5), 7, 1), (1, (2, 2), 1, 2)])
 def test_stage_c(config, batch, size, tokens, images):
     network = build(StageC, config)
-    assert_same(network, Fast(network), *stage_c_inputs(config, batch, size, tokens, images))
+    assert_same(network, Engine(network), *stage_c_inputs(config, batch, size, tokens, images))
 
 
 @pytest.mark.parametrize(
@@ -90,69 +90,69 @@ def test_stage_c(config, batch, size, tokens, images):
 def test_stage_b(size):
     network = build(StageB, STAGE_B)
     x, conditions = stage_b_inputs(STAGE_B, size=size)
-    fast = Fast(network)
-    assert_same(network, fast, x, conditions)
-    assert_same(network, fast, x, {**conditions, "pixels": torch.randn(2, 3, 8, 8)})
+    engine = Engine(network)
+    assert_same(network, engine, x, conditions)
+    assert_same(network, engine, x, {**conditions, "pixels": torch.randn(2, 3, 8, 8)})
 
 
 def test_nothing_of_the_last_call_stays():
     """Each call with something else: latent, prompt, noise, further conditions, ControlNet, size."""
     network = build(StageC, STAGE_C)
-    fast = Fast(network)
+    engine = Engine(network)
     x, conditions = stage_c_inputs(STAGE_C)
     other_x, other = stage_c_inputs(STAGE_C)
     control = [torch.randn(2, 64, 4, 5), None, torch.randn(2, 64, 2, 2)]
-    assert_same(network, fast, x, conditions)
-    assert_same(network, fast, other_x, conditions, r=0.2)
-    assert_same(network, fast, x, other)
-    assert_same(network, fast, x, {**other, "sca": torch.full((2,), 0.3), "crp": torch.full((2,), 0.9)})
-    assert_same(network, fast, x, {**other, "control": control})
-    assert_same(network, fast, x, {**other, "control": [torch.randn_like(control[0]), None, control[2]]})
-    assert_same(network, fast, x, other)
-    assert_same(network, fast, *stage_c_inputs(STAGE_C, batch=1))
-    assert_same(network, fast, x, conditions)
+    assert_same(network, engine, x, conditions)
+    assert_same(network, engine, other_x, conditions, r=0.2)
+    assert_same(network, engine, x, other)
+    assert_same(network, engine, x, {**other, "sca": torch.full((2,), 0.3), "crp": torch.full((2,), 0.9)})
+    assert_same(network, engine, x, {**other, "control": control})
+    assert_same(network, engine, x, {**other, "control": [torch.randn_like(control[0]), None, control[2]]})
+    assert_same(network, engine, x, other)
+    assert_same(network, engine, *stage_c_inputs(STAGE_C, batch=1))
+    assert_same(network, engine, x, conditions)
     conditions["clip_text"].mul_(0.5)  # as a host may write into what it gave before
-    assert_same(network, fast, x, conditions)
+    assert_same(network, engine, x, conditions)
 
 
 def test_it_follows_the_weights():
     network = build(StageC, STAGE_C)
-    fast = Fast(network)
+    engine = Engine(network)
     x, conditions = stage_c_inputs(STAGE_C)
-    assert_same(network, fast, x, conditions)
+    assert_same(network, engine, x, conditions)
     network.down_blocks[0][0].channelwise[4].weight.mul_(1.5)  # in place
-    assert_same(network, fast, x, conditions)
+    assert_same(network, engine, x, conditions)
     layer = network.up_blocks[0][2].attention.attn.to_k  # another tensor
     layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
-    assert_same(network, fast, x, conditions)
+    assert_same(network, engine, x, conditions)
     for name in ("down_blocks.0.2.attention.attn.to_q", "down_blocks.1.0.channelwise.0"):
         shape = network.get_submodule(name).weight.shape
         change = LowRank(torch.randn(4, shape[1]), torch.randn(shape[0], 4))
         for strength in (1.0, -0.5):
             with patched(network, [Patch("a LoRA", {name: change}, strength)]):
-                assert_same(network, fast, x, conditions)
-        assert_same(network, fast, x, conditions)
+                assert_same(network, engine, x, conditions)
+        assert_same(network, engine, x, conditions)
 
 
 def test_joined_weights_are_the_networks_own():
     network, alone = build(StageC, STAGE_C), build(StageC, STAGE_C)
-    fast = Fast(network, join=True)
+    engine = Engine(network, join=True)
     attention = network.down_blocks[0][2].attention.attn
-    door.BoundUNet(network, join=True)
+    engine_module.BoundUNet(network, join=True)
     start = attention.to_q.weight.data_ptr()
     assert attention.to_k.weight.data_ptr() == start + attention.to_q.weight.nbytes
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), alone.parameters(), strict=True))
-    assert_same(alone, fast, *stage_c_inputs(STAGE_C))
+    assert_same(alone, engine, *stage_c_inputs(STAGE_C))
 
 
 def test_weights_made_in_inference_mode_can_be_joined():
     """As a host makes them that loads and samples in one such block."""
     with torch.inference_mode():
         network, alone = build(StageC, STAGE_C), build(StageC, STAGE_C)
-        door.BoundUNet(network, join=True)
-    fast = Fast(network)
+        engine_module.BoundUNet(network, join=True)
+    engine = Engine(network)
     for _ in range(2):
-        assert_same(alone, fast, *stage_c_inputs(STAGE_C))
+        assert_same(alone, engine, *stage_c_inputs(STAGE_C))
 
 
 def test_bf16_is_as_near_to_float32_as_the_network_itself():
@@ -163,24 +163,26 @@ def test_bf16_is_as_near_to_float32_as_the_network_itself():
         exact = network(x, noise, **conditions)
         network.bfloat16()
         x, conditions = x.bfloat16(), {name: value.bfloat16() for name, value in conditions.items()}
-        own, fast = ((model(x, noise, **conditions) - exact).norm() for model in (network, Fast(network)))
-    assert fast <= 1.2 * own <= 0.02 * exact.norm()
+        own_error, error = (
+            (model(x, noise, **conditions) - exact).norm() for model in (network, Engine(network))
+        )
+    assert error <= 1.2 * own_error <= 0.02 * exact.norm()
 
 
 def test_what_it_cannot_do_the_network_does():
     network = build(StageC, STAGE_C)
-    fast = Fast(network)
+    engine = Engine(network)
     x, conditions = stage_c_inputs(STAGE_C)
     r = torch.tensor([0.2, 0.8])  # another for each image
     with torch.inference_mode():
-        assert torch.equal(fast(x, r, **conditions), network(x, r, **conditions))
+        assert torch.equal(engine(x, r, **conditions), network(x, r, **conditions))
         same = torch.full((2,), 0.5)
         hook = network.down_blocks[0][0].register_forward_hook(lambda module, args, out: out * 2)
-        assert torch.equal(fast(x, same, **conditions), network(x, same, **conditions))
+        assert torch.equal(engine(x, same, **conditions), network(x, same, **conditions))
         hook.remove()
         half = {name: value.bfloat16() for name, value in conditions.items()}
         network.bfloat16()
-        assert torch.equal(fast(x.bfloat16(), r, **half), network(x.bfloat16(), r, **half))
+        assert torch.equal(engine(x.bfloat16(), r, **half), network(x.bfloat16(), r, **half))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -189,7 +191,7 @@ def test_a_run_with_guidance(sampler):
     x, positive = stage_c_inputs(STAGE_C, batch=1)
     _, negative = stage_c_inputs(STAGE_C, batch=1, tokens=9)  # of another length: two forwards a step
     ends = []
-    for model in (network, Fast(network)):
+    for model in (network, Engine(network)):
         noise = NoiseSource(1, 1, tuple(x.shape[1:]))
         guider = Guider(model, positive, negative, cfg=3.0)
         ends.append(sample(guider, x, steps=4, shift=2.0, sampler=sampler, noise=noise.draw))

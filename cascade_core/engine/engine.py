@@ -1,13 +1,12 @@
-"""A network's fast stand-in: called like the network itself, remembers from step to step what does not change."""
+"""Drop-in replacement for a network that caches everything constant across sampling steps."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,20 +21,20 @@ from ..placement import levels, out_of_memory, placed_as
 from . import operations
 from .blocks import Missing
 from .graphs import Graph, Pool, can_record
+from .lru import LRU
 from .unet import BoundUNet, Given, as_tokens
 from .weights import Weights
 
 SESSIONS = 4  # shapes of which prepared conditions, and on CUDA graphs, are kept
 TABLES = 64  # noise conditions whose scales and shifts are kept: 1 MB each for Stage C 3.6 B
 
-T = TypeVar("T")
 Precision = Literal["exact", "fp8"]
 Conditions = dict[str, Tensor | None]
 Dated = tuple[Tensor | None, int]
 
 
-class Fast:
-    """`fast(x, r, **conditions)` as `network(x, r, **conditions)`, for StageB and StageC in evaluation.
+class Engine:
+    """`engine(x, r, **conditions)` as `network(x, r, **conditions)`, for StageB and StageC in evaluation.
 
     Made once per network and kept; it follows the network where its weights are changed or moved. Where placement
     streams them, it runs each block as its weights are there, without graphs. What it cannot do the network does
@@ -62,8 +61,8 @@ class Fast:
         self._bound: BoundUNet | None = None
         self._precision: Precision = precision  # of what is bound
         self._weights = Weights(network)
-        self._tables: Latest[Tensor] = Latest(TABLES)
-        self._sessions: Latest[Session] = Latest(SESSIONS)
+        self._tables: LRU[Tensor] = LRU(TABLES)
+        self._sessions: LRU[Session] = LRU(SESSIONS)
         self._pool = Pool(self.network)
 
     def parameters(self) -> Any:
@@ -117,7 +116,7 @@ class Fast:
             out = session.run(bound, ops, x, given, table)
         else:
             out = bound.streamed(ops, x, replace(given, table=table), arrivals, missing)
-        self._tables.of(key, lambda: table)  # now that all of it is made
+        self._tables.get_or_create(key, lambda: table)  # now that all of it is made
         session.prepared(conditions)
         return out
 
@@ -168,23 +167,9 @@ class Fast:
             tuple((name, None if t is None else tuple(t.shape)) for name, t in sorted(conditions.items())),
             tuple(None if residual is None else tuple(residual.shape) for residual in control),
         )
-        return self._sessions.of(key, lambda: Session(self.network, self._pool, can_record(x.device)))
-
-
-class Latest(OrderedDict[Hashable, T]):
-    """The `most` values that were asked for last."""
-
-    def __init__(self, most: int):
-        super().__init__()
-        self._most = most
-
-    def of(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key not in self:
-            self[key] = make()
-            while len(self) > self._most:
-                self.popitem(last=False)
-        self.move_to_end(key)
-        return self[key]
+        return self._sessions.get_or_create(
+            key, lambda: Session(self.network, self._pool, can_record(x.device))
+        )
 
 
 class Session:
