@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cascade_nodes.cascade_core import StageA, StageB, StageC
+from cascade_nodes.cascade_core.geometry import LATENT_CHANNELS, stage_b_size, stage_c_size
 from cascade_nodes.cascade_core.networks.layers import TimestepBlock
 
-COMPRESSION = 42.67  # pixels of a position of Stage C
-STAGE_A_SIDE = 4  # pixels of a position of Stage B
 CLASSES = {"stage_c": StageC, "stage_b": StageB, "stage_a": StageA}
 TITLES = {"stage_c": "Stage C", "stage_b": "Stage B", "stage_a": "Stage A decode"}
 GAIN, MODULATION_GAIN, SPREAD = 0.5, 0.1, 0.05
@@ -116,9 +115,8 @@ def _fan_in(layer: Any) -> float:
 
 def latent_shape(kind: str, side: int) -> tuple[int, int, int]:
     """(C, H, W) of the latent of one picture of side × side pixels."""
-    if kind == "stage_c":
-        return 16, math.ceil(side / COMPRESSION), math.ceil(side / COMPRESSION)
-    return 4, side // STAGE_A_SIDE, side // STAGE_A_SIDE
+    height, width = (stage_c_size if kind == "stage_c" else stage_b_size)(side, side)
+    return LATENT_CHANNELS[kind], height, width
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The demo cascade as one object: prompts in, pictures out, on the public pieces of the core alone."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,12 @@ from cascade_nodes.cascade_core.diffusion.samplers import (
     masked_denoise,
 )
 from cascade_nodes.cascade_core.diffusion.schedule import noise_cond
+from cascade_nodes.cascade_core.geometry import (
+    STAGE_B_COMPRESSION,
+    compressor_size,
+    stage_b_size,
+    stage_c_size,
+)
 from cascade_nodes.cascade_core.networks.tiles import predict_in_tiles
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.vision import ImageEncoder
@@ -29,9 +34,6 @@ from cascade_nodes.demo.dataset import as_float, for_compressor, resized
 from cascade_nodes.demo.recipe import LATENT, PICTURE, STAGE_B_LATENT
 
 WEIGHTS = Path(__file__).parent / "weights"
-COMPRESSION = 42.67  # pixels of a Stage C position
-STRIDE = 32  # of the compressor's
-STAGE_A_SIDE = 4  # of Stage A's
 Size = tuple[int, int]  # height and width in pixels
 SIZE: Size = (PICTURE, PICTURE)
 Control = Sequence[Tensor | None] | None
@@ -106,7 +108,7 @@ class DemoCascade:
         learned: tokens that a prompt may name.
         """
         count = len(prompts)
-        noise = NoiseSource(seed, count, (LATENT[0], *(math.ceil(side / COMPRESSION) for side in size)))
+        noise = NoiseSource(seed, count, (LATENT[0], *stage_c_size(*size)))
         no_image = torch.zeros(1, 1 if images is None else images.shape[1], self.stage_c.config.c_clip_img)
         sides = []
         for texts, shown in ((list(prompts), images), ([negative], None)):
@@ -129,12 +131,12 @@ class DemoCascade:
         (B, 1, h / 4, w / 4); tile: pixels a side of Stage
         B's tiles, 0: whole.
         """
-        shape = (STAGE_B_LATENT[0], *(side // STAGE_A_SIDE for side in size))
+        shape = (STAGE_B_LATENT[0], *stage_b_size(*size))
         noise = NoiseSource(seed, len(latents), shape)
         pooled, no_text = (self.text.encode(texts).pooled[:, None] for texts in (list(prompts), [""]))
         positive = {"effnet": latents, "clip": pooled}
         negative = {"effnet": torch.zeros_like(latents), "clip": no_text}
-        model = self._stage_b_in_tiles(tile // STAGE_A_SIDE) if tile else self.stage_b
+        model = self._stage_b_in_tiles(tile // STAGE_B_COMPRESSION) if tile else self.stage_b
         guider = Guider(model, positive, negative, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
         source_latent = None if source is None else self.stage_a.encode(source.to(self.device))
         return self.stage_a.decode(self._sample(guider, noise, how, source_latent, mask)).clamp(0, 1)
@@ -195,8 +197,7 @@ class DemoCascade:
         for start in range(0, len(images), batch):
             some = slice(start, start + batch)
             part = images[some].to(self.device)
-            read_at = [STRIDE * math.ceil(side / COMPRESSION) for side in size]
-            latents = self.compressor(resized(part, read_at))
+            latents = self.compressor(resized(part, compressor_size(*size)))
             source = resized(part, size)
             done.append(self.decode(latents, prompts[some], seed + start, how, size, source, tile).cpu())
         return torch.cat(done)

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.geometry import COMPRESSOR_STRIDE, stage_c_size, whole_size
 from ..cascade_core.hints.canny import canny_hint
-from ..cascade_core.hints.filters import STRIDE, identity_map, inpaint_hint, super_resolution_hint
+from ..cascade_core.hints.filters import identity_map, inpaint_hint, super_resolution_hint
 from .api import io
 from .faces import find_faces
 from .hosts import host
 from .hosts.control import check_hint
-from .sizes import compression_input, empty_stage_b, empty_stage_c, resized, stage_c_size, whole_size
+from .sizes import compression_input, empty_stage_b, empty_stage_c, resized
 from .sockets import check_finite, check_picture, check_vae
 
 CATEGORY = "Stable Cascade/ControlNet"
@@ -244,7 +245,9 @@ class CascadeSuperResolutionHint(io.ComfyNode):
         height, width = whole_size(*(round(side * scale) for side in sides))
         size = stage_c_size(height, width, compression)
         shrunk = scale if reads == "small" else 1
-        seen = [max(round(side / shrunk), 1) * STRIDE for side in size]  # pixels that the compressor gets
+        seen = [
+            max(round(side / shrunk), 1) * COMPRESSOR_STRIDE for side in size
+        ]  # pixels that the compressor gets
         small = resized(image, seen).movedim(-1, 1)
 
         def compress(pictures: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.geometry import MAX_SIZE
 from ..cascade_core.hints.masks import composite, expand
 from .api import io
-from .sizes import MAX_SIZE
 from .sockets import check_picture
 
 CATEGORY = "Stable Cascade/inpainting"

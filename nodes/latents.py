@@ -6,23 +6,19 @@ import torch
 from torch.nn import functional as F
 
 from ..cascade_core.errors import CascadeError
-from ..cascade_core.hints.filters import STRIDE
-from ..cascade_core.hints.masks import latent_mask
-from .api import io
-from .hosts import host
-from .hosts.run import LATENT_CHANNELS
-from .sizes import (
+from ..cascade_core.geometry import (
+    LATENT_CHANNELS,
     MAX_SIZE,
     SIZE_STEP,
     check_size,
-    chosen_size,
-    compression_input,
-    empty_stage_b,
-    empty_stage_c,
-    resized,
+    compressor_size,
     stage_c_size,
     whole_size,
 )
+from ..cascade_core.hints.masks import latent_mask
+from .api import io
+from .hosts import host
+from .sizes import chosen_size, compression_input, empty_stage_b, empty_stage_c, resized
 from .sockets import VAE_WORDS, check_finite, check_picture, check_vae
 
 CATEGORY = "Stable Cascade/latent"
@@ -163,7 +159,7 @@ class CascadeEncode(io.ComfyNode):
         batch = len(image)
         height, width = chosen_size(image.shape[1:3], height, width)
         size = stage_c_size(height, width, compression)
-        pixels = resized(image, [side * STRIDE for side in size])
+        pixels = resized(image, compressor_size(height, width, compression))
         stage_c = {"samples": host().encode_pixels(vae, pixels)}
         check_finite(stage_c.values(), vae, "The compressor's latent")
         whole = whole_size(height, width)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..cascade_core.diffusion.samplers import SAMPLERS
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.geometry import MAX_SIZE, STAGE_B_COMPRESSION
 from ..cascade_core.networks.tiles import ALIGNMENT
 from .api import io
 from .hosts import host
-from .hosts.run import STAGE_B_COMPRESSION, Run
-from .sizes import MAX_SIZE
+from .hosts.run import Run
 from .sockets import (
     check_conditioning,
     check_finite,

@@ -1,6 +1,5 @@
-"""Sizes of pictures and of the latents that they become."""
+"""What nodes do with sizes: the input for the compression, empty latents, resized pictures."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +8,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.geometry import (
+    LATENT_CHANNELS,
+    STAGE_C_COMPRESSION,
+    stage_b_size,
+    stage_c_size,
+    whole_size,
+)
 from .api import io
-from .hosts.run import LATENT_CHANNELS, STAGE_B_COMPRESSION
-
-COMPRESSION = 42.67  # published: 1024 pixels become 24 latent positions
-SIZE_STEP = 8
-MAX_SIZE = 16384
 
 
 def compression_input() -> Any:
     """The same for every node that makes a Stage C latent."""
     return io.Float.Input(
         "compression",
-        default=COMPRESSION,
+        default=STAGE_C_COMPRESSION,
         min=4.0,
         max=128.0,
         step=0.01,
@@ -32,13 +33,6 @@ def compression_input() -> Any:
     )
 
 
-def stage_c_size(height: int, width: int, compression: float) -> tuple[int, int]:
-    """(h, w) of the Stage C latent of a picture."""
-    if not 4 <= compression <= 128:
-        raise CascadeError(f"compression is {compression}; it must lie within 4 and 128 (42.67 is usual).")
-    return math.ceil(height / compression), math.ceil(width / compression)
-
-
 def empty_stage_c(batch: int, height: int, width: int, compression: float) -> dict[str, Tensor]:
     """The Stage C latent, zeros, of pictures of that many pixels."""
     shape = (batch, LATENT_CHANNELS["stage_c"], *stage_c_size(height, width, compression))
@@ -47,7 +41,7 @@ def empty_stage_c(batch: int, height: int, width: int, compression: float) -> di
 
 def empty_stage_b(batch: int, height: int, width: int) -> dict[str, Tensor]:
     """The Stage B latent, zeros, of pictures of that many pixels."""
-    shape = (batch, LATENT_CHANNELS["stage_b"], height // STAGE_B_COMPRESSION, width // STAGE_B_COMPRESSION)
+    shape = (batch, LATENT_CHANNELS["stage_b"], *stage_b_size(height, width))
     return {"samples": zeros(shape, f"{width} × {height}")}
 
 
@@ -60,30 +54,6 @@ def zeros(shape: tuple[int, ...], size: str) -> Tensor:
             f"{shape[0]} latents for pictures of {size} pixels do not fit into memory; choose a smaller size or "
             "batch_size."
         ) from error
-
-
-def check_size(width: int | None, height: int | None) -> None:
-    """A picture's sides are positive multiples of 8. None: not known yet.
-
-    The sentence speaks of both sides, as hosts show it at each input that was looked at.
-    """
-    sides = {"width": width, "height": height}
-    known = {name: pixels for name, pixels in sides.items() if pixels is not None}
-    if all(0 < pixels <= MAX_SIZE and pixels % SIZE_STEP == 0 for pixels in known.values()):
-        return
-    near = {
-        name: min(max(round(pixels / SIZE_STEP), 1) * SIZE_STEP, MAX_SIZE) for name, pixels in known.items()
-    }
-    given, better = (" × ".join(str(chosen.get(name, name)) for name in sides) for chosen in (known, near))
-    raise CascadeError(
-        f"the size is {given}, but each side must be a multiple of 8 from 8 to {MAX_SIZE}, such as {better}."
-    )
-
-
-def whole_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) of the largest picture within that many pixels whose sides are multiples of 8, at least 8."""
-    height, width = (max(side // SIZE_STEP, 1) * SIZE_STEP for side in (height, width))
-    return height, width
 
 
 def chosen_size(own: Sequence[int], height: int, width: int) -> tuple[int, int]:

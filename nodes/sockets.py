@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..cascade_core.checkpoints import KIND_NAMES
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.geometry import STAGE_B_COMPRESSION
 from .hosts import host
-from .hosts.run import NON_FINITE_WEIGHT, STAGE_B_COMPRESSION, Network
+from .hosts.run import NON_FINITE_WEIGHT, Network
 
 VAE_WORDS = {"stage_a": "Stage A", "compressor": "the semantic compressor"}
 

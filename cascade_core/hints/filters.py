@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import CascadeError
+from ..geometry import COMPRESSOR_STRIDE
 
-STRIDE = 32  # pixels of the compressor's picture for each position of Stage C's latent
 SR_SCALE = 2  # published: the small picture has half the side of the large one
 
 
@@ -53,10 +53,10 @@ def super_resolution_hint(
     multiples of 32; size: (h, w) of the large picture's latent -> (B, 16, h, w).
     """
     _check_pictures(small, "The super-resolution hint")
-    if small.shape[-2] % STRIDE or small.shape[-1] % STRIDE:
+    if small.shape[-2] % COMPRESSOR_STRIDE or small.shape[-1] % COMPRESSOR_STRIDE:
         raise CascadeError(
             f"The super-resolution hint got a picture of {small.shape[-1]} × {small.shape[-2]} pixels, but the "
-            f"compressor takes multiples of {STRIDE}; resize it."
+            f"compressor takes multiples of {COMPRESSOR_STRIDE}; resize it."
         )
     return F.interpolate(compress(small), size=size, mode="nearest-exact")
 
@@ -89,7 +89,12 @@ def identity_map(
     result = torch.zeros(1, embeddings.shape[1], height, width, device=embeddings.device)
     scale = torch.tensor([width / picture[1], height / picture[0]] * 2)
     # Published: boxes in whole pixels of a picture with 32 of them to a position.
-    positions = ((boxes.cpu().float() * scale * STRIDE).int() / STRIDE).clamp(min=0).round().int()
+    positions = (
+        ((boxes.cpu().float() * scale * COMPRESSOR_STRIDE).int() / COMPRESSOR_STRIDE)
+        .clamp(min=0)
+        .round()
+        .int()
+    )
     for embedding, (left, top, right, bottom) in zip(embeddings.float(), positions.tolist(), strict=True):
         left, top = min(left, width - 1), min(top, height - 1)
         right, bottom = max(right, left + 1), max(bottom, top + 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
 
 from ..errors import CascadeError
+from ..geometry import COMPRESSOR_STRIDE
 
 PUBLISHED_HEAD_WIDTH = 64
 
@@ -273,7 +274,7 @@ class ControlNetConfig(NetworkConfig):
     @property
     def hint_scale(self) -> int:
         """Pixels of the hint for each position of Stage C's latent, a side."""
-        return 32 if self.bottleneck_mode in (None, "effnet") else 1
+        return COMPRESSOR_STRIDE if self.bottleneck_mode in (None, "effnet") else 1
 
 
 # What the published files hold, so that a size can be named and made without a file.

@@ -12,11 +12,7 @@ from torch import Tensor
 from ...cascade_core.diffusion.noise import NoiseSource
 from ...cascade_core.diffusion.samplers import log_snr_range
 
-LATENT_CHANNELS = {"stage_c": 16, "stage_b": 4}  # where a network's own configuration does not say
-
-
 NON_FINITE_WEIGHT = "The weight {weight} holds NaN or infinity; download the file again."
-STAGE_B_COMPRESSION = 4  # pixels for each Stage B position
 
 
 def least_side(kind: str, config: Any) -> int:

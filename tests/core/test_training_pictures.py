@@ -11,12 +11,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.training.data.buckets import (
-    COMPRESSION,
-    Bucket,
-    buckets,
-    nearest,
-)
+from cascade_nodes.cascade_core.geometry import STAGE_C_COMPRESSION
+from cascade_nodes.cascade_core.training.data.buckets import Bucket, buckets, nearest
 from cascade_nodes.cascade_core.training.data.pictures import (
     ORIENTATION,
     PictureError,
@@ -24,7 +20,7 @@ from cascade_nodes.cascade_core.training.data.pictures import (
     read_picture,
 )
 from cascade_nodes.cascade_core.training.data.sources import find_pictures
-from cascade_nodes.nodes import sizes
+from cascade_nodes.nodes.sizes import compression_input, empty_stage_c
 from cascade_nodes.tests.core.training_sets import blocks, png, write_set, write_tar
 
 SQUARE = Bucket(256, 256)
@@ -43,9 +39,10 @@ def test_buckets_have_about_one_area():
 
 
 def test_buckets_have_the_latents_that_the_nodes_make():
-    assert COMPRESSION == sizes.COMPRESSION
+    assert compression_input().default == STAGE_C_COMPRESSION
     for bucket in buckets(1024, 64):
-        assert bucket.latent == sizes.stage_c_size(bucket.height, bucket.width, COMPRESSION)
+        empty = empty_stage_c(1, bucket.height, bucket.width, STAGE_C_COMPRESSION)
+        assert empty["samples"].shape[-2:] == bucket.latent
     assert Bucket(1024, 1024).latent == (24, 24)
     assert Bucket(832, 1216).latent == (20, 29)
     assert Bucket(832, 1216).compressor == (640, 928)

@@ -4,9 +4,8 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from ...hints.filters import STRIDE
+from ...geometry import compressor_size, stage_c_size
 
-COMPRESSION = 42.67  # published: pixels for each position of Stage C's latent; 1024 pixels become 24
 MAX_ASPECT = 2.5  # a longer picture is cropped to it
 
 
@@ -19,13 +18,12 @@ class Bucket(NamedTuple):
     @property
     def latent(self) -> tuple[int, int]:
         """(h, w) of Stage C's latent, as the nodes have it."""
-        return math.ceil(self.height / COMPRESSION), math.ceil(self.width / COMPRESSION)
+        return stage_c_size(self.height, self.width)
 
     @property
     def compressor(self) -> tuple[int, int]:
         """(height, width) of the picture that the compressor reads."""
-        h, w = self.latent
-        return h * STRIDE, w * STRIDE
+        return compressor_size(self.height, self.width)
 
     def __str__(self) -> str:
         return f"{self.width} × {self.height}"

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import CascadeError
+from ...geometry import COMPRESSOR_STRIDE, STAGE_C_COMPRESSION
 from ...hints.canny import canny
-from ...hints.filters import STRIDE, identity_map, inpaint_hint, shrink, super_resolution_hint
+from ...hints.filters import identity_map, inpaint_hint, shrink, super_resolution_hint
 from ..settings import ControlNetSettings, Reads
-from .buckets import COMPRESSION
 from .masks import training_masks
 
 Compress = Callable[[Tensor], Tensor]
@@ -65,17 +65,26 @@ def _super_resolution(
     else:
         small = shrink(images, round(scale))
         # The small picture's sides must be multiples of the compressor's stride as well.
-        sides = max(round(height / scale) // 32, 1) * 32, max(round(width / scale) // 32, 1) * 32
+        sides = tuple(
+            max(round(side / scale) // COMPRESSOR_STRIDE, 1) * COMPRESSOR_STRIDE for side in (height, width)
+        )
         if small.shape[-2:] != sides:
             small = F.interpolate(small, sides, mode="bilinear", antialias=True)
     with torch.no_grad():
-        return super_resolution_hint(tools.compress, small, (height // 32, width // 32))
+        return super_resolution_hint(tools.compress, small, _latent_size(images))
+
+
+def _latent_size(images: Tensor) -> tuple[int, int]:
+    """(h, w) of Stage C's latent of pictures of the compressor's size."""
+    return images.shape[-2] // COMPRESSOR_STRIDE, images.shape[-1] // COMPRESSOR_STRIDE
 
 
 def _small_and_back(images: Tensor, scale: float) -> Tensor:
     """Pictures (B, 3, H, W) of the compressor's size as the hint's node enlarges small ones: H × W again."""
     # The picture itself has 42.67 pixels for each of the compressor's 32.
-    sides = [max(round(side / STRIDE * COMPRESSION / scale), 1) for side in images.shape[-2:]]
+    sides = [
+        max(round(side / COMPRESSOR_STRIDE * STAGE_C_COMPRESSION / scale), 1) for side in images.shape[-2:]
+    ]
     small = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(0, 1)
     return F.interpolate(small, images.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
 
@@ -89,7 +98,7 @@ def _identity(images: Tensor, generator: torch.Generator, tools: Tools) -> Tenso
         whole = torch.rand((), generator=generator) < WHOLE_FACE
         if len(boxes) == 1 and whole:
             boxes = torch.tensor([[0.0, 0.0, width, height]])
-        maps.append(identity_map(embeddings, boxes, (height, width), (height // STRIDE, width // STRIDE)))
+        maps.append(identity_map(embeddings, boxes, (height, width), _latent_size(images)))
     return torch.cat(maps).to(images.device)
 
 

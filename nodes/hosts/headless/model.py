@@ -10,8 +10,9 @@ from torch import nn
 from ....cascade_core import checkpoints
 from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.engine import Engine
+from ....cascade_core.geometry import LATENT_CHANNELS
 from ....cascade_core.networks.fp16 import hold_stream
-from ..run import LATENT_CHANNELS, Network, least_side
+from ..run import Network, least_side
 from .device import engine_precision, read_ahead, weight_dtype
 
 WIDTHS = {

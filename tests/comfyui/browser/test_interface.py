@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cascade_nodes.nodes.sizes import COMPRESSION, chosen_size, stage_c_size, whole_size
+from cascade_nodes.cascade_core.geometry import STAGE_C_COMPRESSION, stage_c_size, whole_size
+from cascade_nodes.nodes.sizes import chosen_size
 from cascade_nodes.tests.comfyui.browser import browser
 from cascade_nodes.tests.comfyui.checkout import PACK, Server
 
@@ -179,29 +180,32 @@ def test_the_size_helper_of_a_second_pass(seen):
     assert judgement["new"] == judgement["3:2"] == judgement["fitted"]
     assert judgement["new"] == "A second pass of Stage C: at a low denoise."
     assert judgement["untrained"] == "Stage B was trained on compressions of 32 to 64."
-    assert steps["fitted"]["widgets"]["compression"] == COMPRESSION
+    assert steps["fitted"]["widgets"]["compression"] == STAGE_C_COMPRESSION
 
 
 def test_encode_shows_the_sizes_of_its_picture(seen):
     facts = told(seen, "encode")
     assert last(facts["unknown"], 1) == ["The size is that of the picture, once it is loaded."]
-    assert facts["asked"]["lines"][0] == read_out(512, 512, COMPRESSION)
+    assert facts["asked"]["lines"][0] == read_out(512, 512, STAGE_C_COMPRESSION)
     assert last(facts["known"], 2) == [
         "Stage C 30 × 17 · Stage B 320 × 180 · 1 : 42.67",
         "Within the trained range.",
     ]
     height, width = chosen_size(PICTURE[::-1], 1104, 0)
-    assert facts["resized"]["lines"][0] == read_out(width, height, COMPRESSION)
-    assert facts["loaded"]["lines"][0] == read_out(256, 256, COMPRESSION)
+    assert facts["resized"]["lines"][0] == read_out(width, height, STAGE_C_COMPRESSION)
+    assert facts["loaded"]["lines"][0] == read_out(256, 256, STAGE_C_COMPRESSION)
 
 
 def test_super_resolution_shows_the_sizes_of_what_is_made(seen):
     facts = told(seen, "scale")
     assert last(facts["unknown"], 1) == ["The size is that of the picture, once it is loaded."]
-    assert facts["twice"]["lines"][0] == read_out(2 * PICTURE[0], 2 * PICTURE[1], COMPRESSION)
+    assert facts["twice"]["lines"][0] == read_out(2 * PICTURE[0], 2 * PICTURE[1], STAGE_C_COMPRESSION)
     assert facts["twice"]["lines"][1].startswith("Larger than trained")
     height, width = whole_size(*(round(side * 1.3) for side in PICTURE[::-1]))
-    assert last(facts["less"], 2) == [read_out(width, height, COMPRESSION), "Within the trained range."]
+    assert last(facts["less"], 2) == [
+        read_out(width, height, STAGE_C_COMPRESSION),
+        "Within the trained range.",
+    ]
 
 
 def test_a_lora_says_what_it_holds(seen):

@@ -1,0 +1,57 @@
+"""Sizes: how many positions a picture of so many pixels has in each latent.  All are (height, width)."""
+
+import math
+
+from .errors import CascadeError
+
+STAGE_C_COMPRESSION = (
+    42.67  # published: pixels per position of Stage C's latent, a side; 1024 pixels become 24
+)
+STAGE_B_COMPRESSION = 4  # pixels per position of Stage B's and Stage A's latent, a side
+COMPRESSOR_STRIDE = (
+    32  # pixels that the compressor, or an EfficientNet ControlNet, reads per position of Stage C's
+)
+LATENT_CHANNELS = {"stage_c": 16, "stage_b": 4}  # published; other networks state theirs in their config
+SIZE_STEP = 8  # the sides of a picture are multiples of it, in pixels
+MAX_SIZE = 16384
+
+
+def stage_c_size(height: int, width: int, compression: float = STAGE_C_COMPRESSION) -> tuple[int, int]:
+    """Positions of Stage C's latent of a picture.  Raises CascadeError for a compression that makes no sense."""
+    if not 4 <= compression <= 128:
+        raise CascadeError(f"compression is {compression}; it must lie within 4 and 128 (42.67 is usual).")
+    return math.ceil(height / compression), math.ceil(width / compression)
+
+
+def stage_b_size(height: int, width: int) -> tuple[int, int]:
+    """Positions of Stage B's latent of a picture, which is Stage A's."""
+    return height // STAGE_B_COMPRESSION, width // STAGE_B_COMPRESSION
+
+
+def compressor_size(height: int, width: int, compression: float = STAGE_C_COMPRESSION) -> tuple[int, int]:
+    """Pixels to which a picture is resized, so that the compressor gives Stage C's latent of it."""
+    h, w = stage_c_size(height, width, compression)
+    return h * COMPRESSOR_STRIDE, w * COMPRESSOR_STRIDE
+
+
+def whole_size(height: int, width: int) -> tuple[int, int]:
+    """Pixels of the largest picture within this size whose sides are multiples of 8, at least 8."""
+    return max(height // SIZE_STEP, 1) * SIZE_STEP, max(width // SIZE_STEP, 1) * SIZE_STEP
+
+
+def check_size(width: int | None, height: int | None) -> None:
+    """Raises CascadeError unless a picture's sides are positive multiples of 8.  None: not known yet.
+
+    The sentence speaks of both sides, as hosts show it at each input that was looked at.
+    """
+    sides = {"width": width, "height": height}
+    pixels = {name: side for name, side in sides.items() if side is not None}
+    if all(0 < side <= MAX_SIZE and side % SIZE_STEP == 0 for side in pixels.values()):
+        return
+    nearest = {
+        name: min(max(round(side / SIZE_STEP), 1) * SIZE_STEP, MAX_SIZE) for name, side in pixels.items()
+    }
+    wrong, right = (" × ".join(str(size.get(name, name)) for name in sides) for size in (pixels, nearest))
+    raise CascadeError(
+        f"the size is {wrong}, but each side must be a multiple of 8 from 8 to {MAX_SIZE}, such as {right}."
+    )
