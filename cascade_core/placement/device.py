@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .pages import pinned_pages
+from .pinned import pinned_pages
 from .reserve import reserved
 
 MARGIN = 0.03  # of the memory, for what the allocator cannot use of it

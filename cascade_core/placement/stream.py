@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .device import Device
 from .plan import Plan
-from .supply import Arrival, Supply
+from .loader import Arrival, Supply
 from .units import Unit
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..adapters.apply import Patch
 from ..checkpoints.pages import mapped_files
 from .device import Device, out_of_memory
-from .placed import Changes, Placed, patch_unit, stand_in
+from .placement import Changes, Placed, patch_unit, stand_in
 from .plan import Plan, plan
 from .stream import Stream
-from .supply import Arrival, Supply
+from .loader import Arrival, Supply
 from .units import UNIT_BYTES, Unit
 
 T = TypeVar("T")
