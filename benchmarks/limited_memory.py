@@ -65,7 +65,9 @@ class Cascade:
         pool = host_device.pool()
         networks = {"text": self.clip.encoder.model, "stage_c": self.stage_c.network}
         networks |= {"stage_b": self.stage_b.network, "stage_a": self.stage_a.decoder}
-        return {} if pool is None else {kind: pool.staying(network) for kind, network in networks.items()}
+        return (
+            {} if pool is None else {kind: pool.resident_share(network) for kind, network in networks.items()}
+        )
 
 
 def measure_pictures(

@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import torch
 
-from cascade_nodes.cascade_core.placement import MainMemory, Pool
+from cascade_nodes.cascade_core.placement import DeviceMemory, SimulatedDevice
 from cascade_nodes.nodes.hosts.headless import device as host_device
 from limited_memory import measure_loading, measure_pictures
 from load import drop_from_cache, read_sequentially
@@ -75,7 +75,8 @@ def run_child(options: argparse.Namespace) -> None:
     device = torch.device("cpu" if options.toy else "cuda")
     toy_pool = None
     if options.toy:
-        toy_pool = Pool(MainMemory(int((options.limit or 1000) * GB * options.scale)), unit_bytes=50_000)
+        simulated = SimulatedDevice(int((options.limit or 1000) * GB * options.scale))
+        toy_pool = DeviceMemory(simulated, unit_bytes=50_000)
     elif options.limit is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options.limit * GB / total)

@@ -17,7 +17,7 @@ from ..networks.layers import AttnBlock
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from ..networks.unet import UNet
-from ..placement import levels, out_of_memory, placed_as
+from ..placement import WeightConsumer, out_of_memory
 from . import operations
 from .blocks import Missing
 from .graphs import Graph, Pool, can_record
@@ -33,7 +33,7 @@ Conditions = dict[str, Tensor | None]
 Dated = tuple[Tensor | None, int]
 
 
-class Engine:
+class Engine(WeightConsumer):
     """`engine(x, r, **conditions)` as `network(x, r, **conditions)`, for StageB and StageC in evaluation.
 
     Made once per network and kept; it follows the network where its weights are changed or moved. Where placement
@@ -63,7 +63,7 @@ class Engine:
         self._weights = Weights(network)
         self._tables: LRU[Tensor] = LRU(TABLES)
         self._sessions: LRU[Session] = LRU(SESSIONS)
-        self._pool = Pool(self.network)
+        self._pool = Pool()
 
     def parameters(self) -> Any:
         return self.network.parameters()
@@ -78,7 +78,7 @@ class Engine:
 
     def _attentions(self) -> Iterator[tuple[Any, int]]:
         """The network's attention blocks, and how often each runs in a forward."""
-        for blocks, repeats in levels(self.network):
+        for blocks, repeats in self.network.levels():
             yield from ((block, repeats) for block in blocks if isinstance(block, AttnBlock))
 
     @torch.inference_mode()
@@ -124,28 +124,31 @@ class Engine:
         """Free everything derived from the weights, with the graphs' memory."""
         self._bound = None
         self._tables.clear()
-        self.leave()
+        self.offload()
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Free what cannot be used, or is not worth its memory, while weights are away: they will lie elsewhere.
 
         What is small and depends on their values alone is kept: they are recognised when they come back.
         """
         if self._precision == "fp8":
             self._bound = None
-        self._pool = Pool(self.network)
+        self._pool = Pool()
         for session in self._sessions.values():
             session.clear(self._pool)
 
+    def graph_bytes(self, device: torch.device) -> int:
+        """Bytes on the device that the allocator keeps for its CUDA graphs."""
+        return self._pool.sizes.get(device, 0)
+
     def _follow(self) -> Any:
         """Lets go of what does not hold any more; what brings weights as they are used, if anything does."""
-        placed = placed_as(self.network)
-        arrivals = None if placed is None else placed.stream
-        if not (self._weights.unchanged() if placed is None else self._weights.same()):
+        arrivals = None if self.placement is None else self.placement.stream
+        if not (self._weights.unchanged() if self.placement is None else self._weights.same()):
             self.forget()
             self._weights = Weights(self.network)
-        elif placed is not None and arrivals is None and self._weights.moved():
-            self.leave()
+        elif self.placement is not None and arrivals is None and self._weights.moved():
+            self.offload()
         return arrivals
 
     def _bind(self, x: Tensor, precision: Precision) -> tuple[Any, BoundUNet]:
@@ -153,7 +156,7 @@ class Engine:
         ops = operations_on(x.device, precision)
         if self._bound is None or self._precision != precision:
             self.forget()
-            join = self.join and x.is_cuda and placed_as(self.network) is None  # there they lie so already
+            join = self.join and x.is_cuda and self.placement is None  # there they lie so already
             operand = ops.operand if precision == "fp8" else None
             self._bound, self._precision = BoundUNet(self.network, join, operand), precision
             self._weights = Weights(self.network)  # joining moves some

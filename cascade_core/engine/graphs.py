@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..placement.reserve import Reserve
-
 
 def can_record(device: torch.device) -> bool:
     """Whether graphs can be trusted: not where memory comes from cudaMallocAsync, as ComfyUI sets it up by default."""
@@ -34,12 +32,27 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Ite
             gc.enable()
 
 
-class Pool(Reserve):
-    """Memory that a network's graphs share: only one of them runs at a time, and none keeps anything but its output."""
+class Pool:
+    """Memory that a network's graphs share: only one of them runs at a time, and none keeps anything but its output.
+
+    sizes: bytes by device that the allocator keeps for it, neither in use nor free for anything else.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: dict[torch.device, int] = {}
 
     @cached_property
     def handle(self) -> Any:
         return torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def growing(self, device: torch.device) -> Iterator[None]:
+        """Counts what the allocator takes inside the block, unless the block fails."""
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        yield
+        grown = torch.cuda.memory_reserved(device) - before
+        self.sizes[device] = self.sizes.get(device, 0) + max(grown, 0)
 
 
 class Graph:

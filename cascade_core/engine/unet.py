@@ -54,11 +54,11 @@ class Part(NamedTuple):
 
 
 class Arrivals(Protocol):
-    """Blocks whose weights are there from `before` to `after` alone, as in placement/stream.py."""
+    """Blocks whose weights are there from `pre_forward` to `post_forward` alone, as in placement/stream.py."""
 
-    def before(self, block: nn.Module) -> None: ...
+    def pre_forward(self, block: nn.Module) -> None: ...
 
-    def after(self, block: nn.Module) -> None: ...
+    def post_forward(self, block: nn.Module) -> None: ...
 
 
 class BoundUNet:
@@ -108,12 +108,12 @@ class BoundUNet:
         walk = self._enter(ops, x, given)
         for steps, bound in self.program:
             if bound is not None:
-                arrivals.before(bound.block)
+                arrivals.pre_forward(bound.block)
                 bound.prepare(missing)
             for step in steps:
                 step(walk)
             if bound is not None:
-                arrivals.after(bound.block)
+                arrivals.post_forward(bound.block)
         return self._leave(walk)
 
     def _enter(self, ops: Any, x: Tensor, given: Given) -> Walk:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..networks.stage_a import MixingResidualBlock, StageA
+from ..placement import WeightConsumer
 from .blocks import taps_of
 from .graphs import Graph, Pool, can_record
 from .unet import as_image, as_tokens
@@ -22,7 +23,7 @@ GRAPHS = 2  # sizes of latent whose graphs are kept
 LARGEST = 2**18  # positions of all latents up to which a graph is recorded: 2048 × 2048 pixels
 
 
-class DecoderEngine:
+class DecoderEngine(WeightConsumer):
     """`engine(latent)` as `stage_a.decode(latent)`, on CUDA in half precision, on the CPU in bf16 or float32.
 
     Everything else Stage A does itself.
@@ -39,7 +40,14 @@ class DecoderEngine:
         self._weights = Weights(self.stage_a)
         self._blocks: list[Any] | None = None
         self._graphs: OrderedDict[tuple[int, ...], Graph | None] = OrderedDict()
-        self._pool = Pool(self.stage_a)
+        self._pool = Pool()
+
+    def offload(self) -> None:
+        self.forget()
+
+    def graph_bytes(self, device: torch.device) -> int:
+        """Bytes on the device that the allocator keeps for its CUDA graphs."""
+        return self._pool.sizes.get(device, 0)
 
     @torch.inference_mode()
     def __call__(self, latent: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Weights:
         if arrivals is None:
             there = self._stand == {(x.device, x.dtype)} and not any(self._hooks)
         else:
-            there = {dtype for _, dtype in self._stand} == {x.dtype} and arrivals.bring_to(
+            there = {dtype for _, dtype in self._stand} == {x.dtype} and arrivals.streams_to(
                 x.device, self._hooks
             )
         return there and not any(

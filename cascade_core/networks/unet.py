@@ -134,6 +134,18 @@ class UNet(nn.Module):
         norm, mapping = resampler
         return scaled(mapping, over(norm(x), self.stream_scale), self.stream_scale)
 
+    def levels(self) -> list[tuple[list[nn.Module], int]]:
+        """Each level's blocks with how often a forward runs them, in the order of a forward."""
+        directions = [
+            (self.down_blocks, self.down_repeat_mappers),
+            (self.up_blocks, self.up_repeat_mappers),
+        ]
+        return [
+            (list(blocks), len(mappers) + 1)  # type: ignore[arg-type]
+            for direction in directions
+            for blocks, mappers in zip(*direction, strict=True)
+        ]
+
     def stream_norms(self) -> Iterator[Any]:
         """The LayerNorms that read the residual stream."""
         for block in self.modules():

@@ -1,30 +1,27 @@
-"""Where weights live: on the device between runs, one stage at a time, or streamed block by block as they are used.
+"""Where weights are: resident on the device between runs, offloaded to main memory, or streamed block by block.
 
-memory.py  the door: `Pool.run` puts a network where it fits, runs something on it, and goes on in less memory
-units.py   a network cut into pieces that move as one
-placement.py  a network as its units, and what patches change of each
-plan.py    which pieces stay and which are streamed, from the room that there is
-stream.py  pieces on their way through a few slots while the ones before them compute
-loader.py  from the file, through pinned memory, to the device
-pinned.py  pinned memory
-reserve.py memory that CUDA's allocator keeps for graphs
-device.py  what all this asks of a device; CUDA's answer, and main memory's in its place
+memory.py     the door: `DeviceMemory.run` onloads a network, runs a function on it, and retries in less memory
+units.py      a network split into units that are copied as one
+placement.py  one network's units, the patches of each, and who depends on them
+plan.py       which units stay resident and which are streamed, by the free memory
+stream.py     prefetches units into a few slots while the blocks before them compute
+loader.py     from the file, through pinned memory, to the device
+pinned.py     pinned memory, and amounts of memory as they are written
+device.py     what placement needs of a device; CUDA, and a simulation of it in main memory
 """
 
-from .device import Cuda, Device, MainMemory, out_of_memory
+from .device import CudaDevice, Device, SimulatedDevice, out_of_memory
+from .memory import DeviceMemory
 from .pinned import parse_bytes
-from .memory import Pool, is_resident, placed_as, when_leaving
-from .units import levels
+from .placement import Placement, WeightConsumer
 
 __all__ = [
-    "Cuda",
+    "CudaDevice",
     "Device",
-    "MainMemory",
-    "Pool",
-    "is_resident",
-    "levels",
+    "DeviceMemory",
+    "Placement",
+    "SimulatedDevice",
+    "WeightConsumer",
     "out_of_memory",
     "parse_bytes",
-    "placed_as",
-    "when_leaving",
 ]

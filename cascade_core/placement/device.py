@@ -1,7 +1,7 @@
-"""What placement asks of a device: memory, copies beside the computation, and marks in the order of things.
+"""What placement needs of a device: memory, copies that overlap computation, and events to order them.
 
-All memory is made in inference mode, because parameters that were made in it can lie in no other; those that were not
-can lie in either.
+All memory is allocated in inference mode: parameters that were made in it can point to no other memory; those that
+were not can point to either.
 """
 
 from __future__ import annotations
@@ -10,31 +10,26 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .pinned import pinned_pages
-from .reserve import reserved
 
-MARGIN = 0.03  # of the memory, for what the allocator cannot use of it
-WORKSPACE = 64 << 20  # bytes: the matrix libraries' own
-SEGMENT = 2 << 20  # bytes: CUDA's allocator takes large blocks in multiples of this
+MARGIN = 0.03  # of the memory: what the allocator loses to fragmentation
+WORKSPACE = 64 << 20  # bytes: of the matrix libraries
+SEGMENT = 2 << 20  # bytes: PyTorch's allocator takes large blocks in multiples of this
 
 
 class Device(Protocol):
-    """A device on which one stream computes and another copies. A mark is a point in the one's or the other's work."""
+    """A device on which one stream computes and another copies. An event is a point in either stream."""
 
     device: torch.device
 
-    def budget(self, ours: int) -> int:
-        """Bytes for weights and what a forward takes, where `ours` are weights that are there already."""
-        ...
-
-    def held(self, network: nn.Module) -> int:
-        """Bytes that graphs of a network hold, which `budget` counts as taken."""
+    def budget(self, resident_bytes: int) -> int:
+        """Bytes for weights, CUDA graphs and runs. resident_bytes: of weights that are there already, counted in it."""
         ...
 
     def footprint(self, size: int) -> int:
-        """Bytes that `size` of them take."""
+        """Bytes that an allocation of `size` bytes takes."""
         ...
 
     def empty(self, size: int) -> Tensor:
@@ -42,55 +37,52 @@ class Device(Protocol):
         ...
 
     def pinned(self, size: int) -> Tensor | None:
-        """(size,) uint8 in main memory that the device reads by itself; None where that is short."""
+        """(size,) uint8 in pinned memory; None where main memory is short."""
         ...
 
-    def mark(self) -> Any:
-        """What has been computed so far."""
+    def record_event(self) -> Any:
+        """The event of all that has been computed so far."""
         ...
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Begins to copy once `after` is reached; the mark of its end. Called from any thread."""
+        """Begins to copy once the event `after` is reached; the event of its end. Called from any thread."""
         ...
 
-    def wait(self, mark: Any) -> None:
-        """What is computed from now on comes after the mark."""
+    def wait(self, event: Any) -> None:
+        """Makes what is computed from now on wait for the event."""
         ...
 
-    def synchronize(self, mark: Any) -> None:
-        """Returns once the mark is reached."""
+    def synchronize(self, event: Any) -> None:
+        """Returns once the event is reached."""
         ...
 
     def trim(self) -> None:
-        """Memory that was let go can be had in pieces of any size."""
+        """Makes freed memory available to allocations of any size."""
         ...
 
 
-class Cuda:
-    """A CUDA device. limit: bytes that this process may take of it at the most, None: all."""
+class CudaDevice:
+    """A CUDA device. limit: bytes that this process may take of it at most; None: all."""
 
     def __init__(self, device: torch.device, limit: int | None = None):
         self.device = device
         self.copies = torch.cuda.Stream(device)
         if limit is not None:
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(limit / total, self._fraction()), device)
+            torch.cuda.set_per_process_memory_fraction(min(limit / total, self._memory_fraction()), device)
         self.limit = limit
 
-    def _fraction(self) -> float:
-        asked = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch ≥ 2.8
-        return 1.0 if asked is None else asked(self.device)
+    def _memory_fraction(self) -> float:
+        query = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch ≥ 2.8
+        return 1.0 if query is None else query(self.device)
 
-    def budget(self, ours: int) -> int:
+    def budget(self, resident_bytes: int) -> int:
         free, total = torch.cuda.mem_get_info(self.device)
-        most = min(free + torch.cuda.memory_reserved(self.device), int(self._fraction() * total))
+        usable = min(free + torch.cuda.memory_reserved(self.device), int(self._memory_fraction() * total))
         if self.limit is not None:
-            most = min(most, self.limit)
-        others = max(torch.cuda.memory_allocated(self.device) - ours, 0)
-        return int(most * (1 - MARGIN)) - WORKSPACE - others - reserved(self.device)
-
-    def held(self, network: nn.Module) -> int:
-        return reserved(self.device, network)
+            usable = min(usable, self.limit)
+        other_bytes = max(torch.cuda.memory_allocated(self.device) - resident_bytes, 0)
+        return int(usable * (1 - MARGIN)) - WORKSPACE - other_bytes
 
     def footprint(self, size: int) -> int:
         return size if size < SEGMENT // 2 else -(-size // SEGMENT) * SEGMENT
@@ -107,21 +99,21 @@ class Cuda:
         try:
             if int(runtime.cudaHostRegister(address, size, 0)) == 0:
                 return True
-        except (TypeError, ValueError):  # a code that torch has no name for
+        except (TypeError, ValueError):  # an error code that torch does not know
             pass
         with suppress(
             RuntimeError
-        ):  # CUDA's note of the failure, which the next kernel would take for its own
+        ):  # clears CUDA's last error, which the next kernel would report as its own
             torch.zeros(1, device=self.device)
         return False
 
     def _unpin(self, address: int) -> None:
         runtime: Any = torch.cuda.cudart()
-        with suppress(Exception):  # at the end of the process the device may be gone
-            torch.cuda.synchronize(self.device)  # no copy reads what goes
+        with suppress(Exception):  # when the process ends the device may be gone
+            torch.cuda.synchronize(self.device)  # no copy may read what is unpinned
             runtime.cudaHostUnregister(address)
 
-    def mark(self) -> torch.cuda.Event:
+    def record_event(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -135,28 +127,25 @@ class Cuda:
             event.record(self.copies)
         return event
 
-    def wait(self, mark: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(mark)
+    def wait(self, event: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(event)
 
-    def synchronize(self, mark: torch.cuda.Event) -> None:
-        mark.synchronize()
+    def synchronize(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
 
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
 
-class MainMemory:
-    """Main memory in a device's place, of so many bytes, where everything happens at once: for trying placements."""
+class SimulatedDevice:
+    """A device of `size` bytes simulated in main memory, where copies are synchronous: for trying placements."""
 
     def __init__(self, size: int):
         self.device = torch.device("cpu")
         self.size = size
 
-    def budget(self, ours: int) -> int:
+    def budget(self, resident_bytes: int) -> int:
         return self.size
-
-    def held(self, network: nn.Module) -> int:
-        return 0
 
     def footprint(self, size: int) -> int:
         return size
@@ -168,16 +157,16 @@ class MainMemory:
     def pinned(self, size: int) -> Tensor | None:
         return pinned_pages(size, lambda address, length: False, lambda address: None)
 
-    def mark(self) -> Any:
+    def record_event(self) -> Any:
         return None
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
         target.copy_(source)
 
-    def wait(self, mark: Any) -> None:
+    def wait(self, event: Any) -> None:
         pass
 
-    def synchronize(self, mark: Any) -> None:
+    def synchronize(self, event: Any) -> None:
         pass
 
     def trim(self) -> None:
@@ -185,10 +174,10 @@ class MainMemory:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the device ran out of memory: torch's own error, a library's in a RuntimeError, or what came of it."""
-    words = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    """Whether the device ran out of memory: torch's error, a library's RuntimeError, or one raised because of these."""
+    messages = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     return (
         isinstance(error, torch.OutOfMemoryError)
-        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+        or (isinstance(error, RuntimeError) and any(message in str(error) for message in messages))
         or (error.__context__ is not None and out_of_memory(error.__context__))
     )

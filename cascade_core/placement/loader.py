@@ -1,4 +1,4 @@
-"""From where weights lie to the device: pinned memory in one copy, a file through a few pinned chunks."""
+"""Copies weights to the device: pinned ones in one copy, those of a file through a few pinned chunks."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ..checkpoints.pages import forget_pages
 from .device import Device
 from .units import Unit
 
-READERS = 4  # most disks give more to several readers than to one
+READERS = 4  # threads: most disks deliver more to several readers than to one
 CHUNK = 32 << 20  # bytes
 
 
-class Arrival:
-    """A copy to the device that was begun, or will be as soon as its weights have been read."""
+class Transfer:
+    """A copy to the device. event: of its end, or the future of it while the weights are still being read."""
 
-    def __init__(self, device: Device, begun: Any | Future):
-        self.device, self.begun = device, begun
+    def __init__(self, device: Device, event: Any | Future):
+        self.device, self.event = device, event
 
     def wait(self) -> None:
-        """What is computed from now on finds the weights there. Raises what went wrong while they were read."""
-        self.device.wait(self.begun.result() if isinstance(self.begun, Future) else self.begun)
+        """Makes later computations wait for the copy. Raises what went wrong while the weights were read."""
+        self.device.wait(self.event.result() if isinstance(self.event, Future) else self.event)
 
 
-class Supply:
-    """Brings units to one device."""
+class Loader:
+    """Copies units to one device."""
 
     def __init__(self, device: Device):
         self.device = device
-        self.files: list[tuple[int, int]] = []  # mapped, whose pages may go once they were read
+        self.mapped_files: list[tuple[int, int]] = []  # whose pages may be dropped once they were read
 
     @cached_property
     def _readers(self) -> ThreadPoolExecutor:
@@ -42,7 +42,7 @@ class Supply:
 
     @cached_property
     def _chunks(self) -> SimpleQueue[tuple[Tensor, Any]]:
-        """Pinned chunks, each with the mark at which it may be filled again."""
+        """Pinned chunks, each with the event after which it may be overwritten."""
         chunks: SimpleQueue[tuple[Tensor, Any]] = SimpleQueue()
         for _ in range(READERS):
             pinned = self.device.pinned(CHUNK)
@@ -51,36 +51,37 @@ class Supply:
         return chunks
 
     @torch.inference_mode()
-    def fetch(self, unit: Unit, target: Tensor, after: Any, often: bool) -> Arrival:
-        """Begins to bring a unit's bytes to `target` once `after` is reached.
+    def fetch(self, unit: Unit, target: Tensor, after: Any, repeated: bool) -> Transfer:
+        """Begins to copy a unit's bytes to `target`, once the event `after` is reached.
 
-        often: it will be fetched again and again, so that pinning it pays at once; else it does the second time. Then
-        its weights in main memory are the pinned ones, and the former ones are let go.
+        repeated: the unit will be fetched again and again, so that its weights are pinned at once; otherwise they are
+        at the second fetch. Pinned, they replace the weights that were in main memory before.
         """
-        if unit.host is not None:
-            return Arrival(self.device, self.device.copy(target, unit.host, after))
-        pin, unit.fetched = often or unit.fetched, True
+        if unit.pinned is not None:
+            return Transfer(self.device, self.device.copy(target, unit.pinned, after))
+        pin, unit.fetched = repeated or unit.fetched, True
         chunks = self._chunks  # made here, by one thread
-        return Arrival(self.device, self._readers.submit(self._read, unit, target, after, pin, chunks))
+        return Transfer(self.device, self._readers.submit(self._read, unit, target, after, pin, chunks))
 
     @torch.inference_mode()
     def _read(self, unit: Unit, target: Tensor, after: Any, pin: bool, chunks: SimpleQueue) -> Any:
-        host = self.device.pinned(unit.size) if pin else None
-        if host is not None:
-            unit.read(host)
-            forget_pages(unit.home, self.files)
-            unit.host, unit.home = host, unit.views(host)
-            return self.device.copy(target, host, after)
-        mark = None
+        """The event of the end of the unit's copy."""
+        pinned = self.device.pinned(unit.size) if pin else None
+        if pinned is not None:
+            unit.read_bytes(pinned)
+            forget_pages(unit.host_tensors, self.mapped_files)
+            unit.pinned, unit.host_tensors = pinned, unit.views(pinned)
+            return self.device.copy(target, pinned, after)
+        event = None
         for start in range(0, unit.size, CHUNK):
-            chunk, free = chunks.get()
+            chunk, copied = chunks.get()
             try:
-                if free is not None:
-                    self.device.synchronize(free)
+                if copied is not None:
+                    self.device.synchronize(copied)
                 piece = chunk[: min(CHUNK, unit.size - start)]
-                unit.read(piece, start)
-                mark = self.device.copy(target[start : start + len(piece)], piece, after)
+                unit.read_bytes(piece, start)
+                event = self.device.copy(target[start : start + len(piece)], piece, after)
             finally:
-                chunks.put((chunk, mark))
-        forget_pages(unit.home, self.files)
-        return mark
+                chunks.put((chunk, event))
+        forget_pages(unit.host_tensors, self.mapped_files)
+        return event

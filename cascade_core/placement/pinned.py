@@ -1,4 +1,4 @@
-"""Main memory that a device can read by itself, and how amounts of memory are written."""
+"""Pinned memory, which a device reads by itself, and amounts of memory as they are written."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from ..errors import CascadeError
 
-SPARED = 1 << 30  # bytes of main memory that pinned weights leave to others
+RESERVED = 1 << 30  # bytes of main memory that pinned weights leave to others
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def parse_bytes(text: str) -> int:
     """ "6GB", "5.5 GiB", "800MB" or a plain number, in bytes. Raises CascadeError for anything else."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?)B?\s*", text.upper())
-    if found is None or found[2] not in _UNITS or not float(found[1]):
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?)B?\s*", text.upper())
+    if match is None or match[2] not in _UNITS or not float(match[1]):
         raise CascadeError(f"{text!r} is no amount of memory; write one such as 6GB, 5.5GiB or 800MB.")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
-def available() -> int | None:
-    """Bytes of main memory that programs could still get; None where the system does not say."""
+def available_bytes() -> int | None:
+    """Bytes of main memory that programs can still allocate; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -36,23 +36,23 @@ def available() -> int | None:
 
 
 class _Pages(mmap.mmap):
-    """Anonymous pages that take leave of the device before they go back to the system."""
+    """Anonymous pages that are unpinned before they are unmapped."""
 
-    leave: Callable[[], object] | None = None
+    unpin: Callable[[], object] | None = None
 
     def __del__(self) -> None:
-        if self.leave is not None:
-            self.leave()
+        if self.unpin is not None:
+            self.unpin()
 
 
 def pinned_pages(size: int, pin: Callable[[int, int], bool], unpin: Callable[[int], object]) -> Tensor | None:
-    """(size,) uint8 that `pin(address, size)` has made known to the device, or None where memory is short.
+    """(size,) uint8 that `pin(address, size)` has pinned for the device, or None where memory is short.
 
-    Exactly `size`: torch's own allocator of pinned memory rounds up to powers of two. Where pinning fails (a limit
-    of the system's) the pages serve as they are, at the speed of ordinary ones. They go when the last view does.
+    Exactly `size` bytes: torch's own allocator of pinned memory rounds up to powers of two. Where pinning fails (the
+    system limits it) the pages are used as they are, at the speed of ordinary ones. They are freed with the last view.
     """
-    left = available()
-    if left is not None and left < size + SPARED:
+    available = available_bytes()
+    if available is not None and available < size + RESERVED:
         return None
     try:
         if sys.platform == "win32":
@@ -68,5 +68,5 @@ def pinned_pages(size: int, pin: Callable[[int, int], bool], unpin: Callable[[in
         memory = torch.frombuffer(pages, dtype=torch.uint8)
     address = memory.data_ptr()
     if pin(address, size):
-        pages.leave = lambda: unpin(address)
+        pages.unpin = lambda: unpin(address)
     return memory

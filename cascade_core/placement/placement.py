@@ -1,78 +1,105 @@
-"""A network as its units, and what patches change of each."""
+"""One network's placement: its units, the patches of each, and who depends on the weights' addresses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-from weakref import WeakMethod
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.apply import Patch, Steps, changes_by_layer, check_fit, layer_of, stepped
-from .stream import Stream
-from .units import Unit, cut
+from .stream import WeightStream
+from .units import UNIT_BYTES, Unit, split_into_units
 
 
-class Change(NamedTuple):
+class WeightConsumer:
+    """Base of what keeps values that depend on where a network's weights are: bound views, copies, CUDA graphs.
+
+    placement: of its network, since a run of `DeviceMemory` was given this consumer; None before.
+    """
+
+    placement: Placement | None = None
+
+    def offload(self) -> None:
+        """Free what becomes invalid, or is not worth its memory, when weights leave the device: called before."""
+        raise NotImplementedError
+
+    def graph_bytes(self, device: torch.device) -> int:
+        """Bytes on the device that the allocator keeps for this consumer's CUDA graphs."""
+        return 0
+
+
+class LayerChange(NamedTuple):
     """What patches do to one layer's weight."""
 
     layer: nn.Module
     steps: Steps
 
 
-Changes = Mapping[Unit, Mapping[int, Change]]  # by the weight's place in its unit
+UnitChanges = Mapping[int, LayerChange]  # by the weight's index in its unit
+Changes = Mapping[Unit, UnitChanges]
 
 
-class Placed:
-    """A network's units. Holds its blocks and not itself: when its users let it go, its memory is free."""
+class Placement:
+    """A network's units. Refers to its blocks, not to the network: when its users drop that, its memory is free.
 
-    def __init__(self, network: nn.Module, unit_bytes: int):
-        self.units, self.order = cut(network, unit_bytes)
-        places = {id(tensor): (unit, i) for unit in self.units for i, tensor in enumerate(unit.tensors)}
-        self.weights: dict[nn.Module, tuple[Unit, int]] = {}
-        for layer in network.children():
-            for module in layer.modules():
-                if isinstance(module._parameters.get("weight"), nn.Parameter):
-                    self.weights[module] = places[id(module.weight)]
+    order      the units that can be streamed, as a forward runs them; one whose level repeats stands several times
+    stream     prefetches the streamed units during a run; None between runs, and where all units are resident
+    last_run   the number of the last run that used the network
+    consumers  who is told before units leave the device
+    """
+
+    def __init__(self, network: nn.Module, unit_bytes: int = UNIT_BYTES):
+        self.units, self.order = split_into_units(network, unit_bytes)
+        indices = {id(tensor): (unit, i) for unit in self.units for i, tensor in enumerate(unit.tensors)}
+        self._weights: dict[nn.Module, tuple[Unit, int]] = {}
+        for child in network.children():
+            for layer in child.modules():
+                if isinstance(layer._parameters.get("weight"), nn.Parameter):
+                    self._weights[layer] = indices[id(layer.weight)]
         self.in_use = False
-        self.stream: Stream | None = None  # while it is in use
-        self.run = 0  # the last one that used it
-        self.leaving: set[WeakMethod[Callable[[], object]]] = set()
+        self.stream: WeightStream | None = None
+        self.last_run = 0
+        self.consumers: WeakSet[WeightConsumer] = WeakSet()
 
     @property
-    def there(self) -> list[Unit]:
-        """The units that lie on the device."""
-        return [unit for unit in self.units if unit.slab is not None]
+    def resident(self) -> list[Unit]:
+        """The units that are on the device."""
+        return [unit for unit in self.units if unit.device_buffer is not None]
 
-    def leave(self, units: Sequence[Unit]) -> None:
-        """Takes units off the device."""
+    def graph_bytes(self, device: torch.device) -> int:
+        """Bytes on the device that the allocator keeps for CUDA graphs of the network."""
+        return sum(consumer.graph_bytes(device) for consumer in self.consumers)
+
+    def offload(self, units: Sequence[Unit]) -> None:
+        """Takes units off the device, after all consumers have been told."""
         if units:
-            for leaving in self.leaving:
-                if (callback := leaving()) is not None:
-                    callback()
+            for consumer in list(self.consumers):
+                consumer.offload()
         for unit in units:
-            unit.leave()
+            unit.offload()
 
     def changes(self, network: nn.Module, patches: Sequence[Patch]) -> Changes:
         """What patches change, by unit. Raises CascadeError for one that does not fit."""
-        changes: dict[Unit, dict[int, Change]] = {}
+        changes: dict[Unit, dict[int, LayerChange]] = {}
         for name, steps in changes_by_layer(patches).items():
             layer, weight = layer_of(network, name, steps[0][0])
             check_fit(weight.shape, name, steps)
-            unit, place = self.weights[layer]
-            changes.setdefault(unit, {})[place] = Change(layer, steps)
+            unit, index = self._weights[layer]
+            changes.setdefault(unit, {})[index] = LayerChange(layer, steps)
         return changes
 
 
-def stand_in(unit: Unit, changes: Mapping[int, Change] | None) -> None:
-    """Gives each layer that is going to be changed a parameter of its own for it."""
-    for place, change in (changes or {}).items():
-        unit.stand_in(place, change.layer)
+def swap_parameters(unit: Unit, changes: UnitChanges | None) -> None:
+    """Gives each layer that is going to be changed a new parameter."""
+    for index, change in (changes or {}).items():
+        unit.swap_parameter(index, change.layer)
 
 
 @torch.inference_mode()
-def patch_unit(weights: Sequence[Tensor], changes: Mapping[int, Change] | None) -> None:
-    """Changes a unit's weights where they lie, computed in float32 from the ones there, as `patched` does."""
-    for place, change in (changes or {}).items():
-        weights[place].copy_(stepped(weights[place], change.steps))
+def patch_unit(weights: Sequence[Tensor], changes: UnitChanges | None) -> None:
+    """Patches a unit's weights in place, computed in float32 as `patched` does."""
+    for index, change in (changes or {}).items():
+        weights[index].copy_(stepped(weights[index], change.steps))

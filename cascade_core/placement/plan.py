@@ -1,4 +1,4 @@
-"""Which units of a network stay on the device and which are streamed, from the room that its weights have."""
+"""Which units of a network stay resident and which are streamed, by the bytes that are free for its weights."""
 
 from __future__ import annotations
 
@@ -8,70 +8,75 @@ from dataclasses import dataclass, field
 
 from .units import Unit
 
-# One unit computes while the next arrives. Stage C's AttnBlocks arrive in 0.8 ms each at 50 GB/s and compute in 0.1 ms
-# or so; spread evenly, one's slot is free again long before the next has arrived, so copies follow one another without
-# a pause. A third slot would hide nothing more, and its own bytes would have to be streamed too.
+# One unit computes while the next is copied. Stage C's AttnBlocks take 0.8 ms each at 50 GB/s and compute in 0.1 ms or
+# so; spread evenly, a unit's slot is free again long before the next copy has ended, so copies follow one another
+# without a pause. A third slot would hide nothing more, and its own bytes would have to be streamed too.
 SLOTS = 2
+
+Footprint = Callable[[int], int]  # bytes that an allocation of so many bytes takes
 
 
 @dataclass(frozen=True)
-class Plan:
-    """streamed: the units that pass through `slots` slots of `slot` bytes; all others stay."""
+class StreamingPlan:
+    """streamed: the units that pass through `slots` slots of `slot_bytes` bytes; all others stay resident."""
 
     streamed: frozenset[Unit] = field(default_factory=frozenset)
     slots: int = 0
-    slot: int = 0
+    slot_bytes: int = 0
 
 
-def plan(
-    units: Sequence[Unit], order: Sequence[Unit], room: int, footprint: Callable[[int], int] = int
-) -> Plan:
-    """As little as possible is streamed: what a forward uses least often, and of that the last, evenly spread.
+def plan_streaming(
+    units: Sequence[Unit], order: Sequence[Unit], free_bytes: int, footprint: Footprint = int
+) -> StreamingPlan:
+    """Streams as few bytes as possible: units that a forward uses least often, and of those the last, evenly spread.
 
-    Spread, because while a unit that stays computes, the next streamed one arrives: were the streamed ones together,
-    all of them but the first would be waited for. A slot is as large as the largest that is streamed, and takes room
-    itself: so only small units are, where these are enough. Where even the least does not fit, it is tried.
+    Spread, because while a resident unit computes, the next streamed one is copied: if the streamed ones were
+    neighbours, the forward would wait for all of them but the first. A slot is as large as the largest streamed unit
+    and takes memory itself: so only small units are streamed where these are enough. Where even the smallest plan does
+    not fit, it is tried.
+
+    units: all of the network's. order: those that can be streamed, as a forward runs them.
     """
     total = sum(footprint(unit.size) for unit in units)
-    if total <= room or not order:
-        return Plan()
+    if total <= free_bytes or not order:
+        return StreamingPlan()
     uses = Counter(order)
     plans = []
-    for slot in sorted({unit.size for unit in uses}):
-        candidates = [unit for unit in uses if unit.size <= slot]
-        excess = total + SLOTS * footprint(slot) - room
+    for slot_bytes in sorted({unit.size for unit in uses}):
+        candidates = [unit for unit in uses if unit.size <= slot_bytes]
+        excess = total + SLOTS * footprint(slot_bytes) - free_bytes
         if sum(footprint(unit.size) for unit in candidates) >= excess:
-            plans.append(_plan(candidates, uses, excess, footprint))
+            plans.append(_stream_excess(candidates, uses, excess, footprint))
     if not plans:
-        return _plan(list(uses), uses, total, footprint)
-    return min(plans, key=lambda found: sum(unit.size * uses[unit] for unit in found.streamed))
+        return _stream_excess(list(uses), uses, total, footprint)
+    return min(plans, key=lambda plan: sum(unit.size * uses[unit] for unit in plan.streamed))
 
 
-def _plan(
-    candidates: Sequence[Unit], uses: Mapping[Unit, int], excess: int, footprint: Callable[[int], int]
-) -> Plan:
-    """Of the candidates so many are streamed that `excess` bytes do not stay."""
+def _stream_excess(
+    candidates: Sequence[Unit], uses: Mapping[Unit, int], excess: int, footprint: Footprint
+) -> StreamingPlan:
+    """Streams so many of the candidates that `excess` bytes are not resident."""
     streamed: list[Unit] = []
     for count in sorted(set(uses.values())):
         group = [unit for unit in candidates if uses[unit] == count]
         if group and excess > 0:
-            taken = _spread(group, excess, footprint)
-            streamed += taken
-            excess -= sum(footprint(unit.size) for unit in taken)
-    slot = max(unit.size for unit in streamed)
-    return Plan(frozenset(streamed), min(SLOTS, len(streamed)), slot)
+            selected = _select_spread(group, excess, footprint)
+            streamed += selected
+            excess -= sum(footprint(unit.size) for unit in selected)
+    slot_bytes = max(unit.size for unit in streamed)
+    return StreamingPlan(frozenset(streamed), min(SLOTS, len(streamed)), slot_bytes)
 
 
-def _spread(group: Sequence[Unit], excess: int, footprint: Callable[[int], int]) -> list[Unit]:
-    """Units of together `excess` bytes or all of them, evenly among the others, from the last on."""
-    whole = sum(footprint(unit.size) for unit in group)
-    share = min(excess / whole, 1.0)
-    taken: list[Unit] = []
-    held = passed = 0
+def _select_spread(group: Sequence[Unit], excess: int, footprint: Footprint) -> list[Unit]:
+    """Units of `excess` bytes in total, or all of them; evenly among the others, from the last on."""
+    group_bytes = sum(footprint(unit.size) for unit in group)
+    share = min(excess / group_bytes, 1.0)
+    selected: list[Unit] = []
+    selected_bytes = passed_bytes = 0
     for unit in reversed(group):
         size = footprint(unit.size)
-        passed += size
-        if held < share * passed:
-            taken.append(unit)
-            held += size
-    return taken
+        passed_bytes += size
+        if selected_bytes < share * passed_bytes:
+            selected.append(unit)
+            selected_bytes += size
+    return selected

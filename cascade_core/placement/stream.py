@@ -1,4 +1,4 @@
-"""Units on their way through a few slots: the next is copied while the one before it computes."""
+"""Streams units through a few slots: the next is copied while the one before it computes."""
 
 from __future__ import annotations
 
@@ -11,113 +11,113 @@ import torch
 from torch import Tensor, nn
 
 from .device import Device
-from .plan import Plan
-from .loader import Arrival, Supply
+from .loader import Loader, Transfer
+from .plan import StreamingPlan
 from .units import Unit
 
 
-class Stream:
+class WeightStream:
     """Streams a plan's units for as many forwards as are run between `open` and `close`.
 
-    Hooks on the blocks say when a unit is needed and when it has been used; the engine, which does not call them, says
-    it itself (`before`, `after`). Ahead of that, units are fetched in the order in which forwards need them, as far as
-    there are free slots, from one forward into the next.
+    Hooks on the blocks report when a unit is needed and when it has been used; the engine, which does not call the
+    blocks, reports it itself (`pre_forward`, `post_forward`). Units are prefetched in the order in which forwards need
+    them, as far as there are free slots, from one forward into the next.
 
-    arrived(unit, weights): is called when a unit's weights lie in their slot, before they are used.
+    onloaded(unit, weights): is called when a unit's weights are in their slot, before they are used.
     """
 
     def __init__(
         self,
         device: Device,
-        supply: Supply,
+        loader: Loader,
         order: Sequence[Unit],
-        plan: Plan,
-        arrived: Callable[[Unit, list[Tensor]], None],
+        plan: StreamingPlan,
+        onloaded: Callable[[Unit, list[Tensor]], None],
     ):
-        self.device, self.supply, self.arrived = device, supply, arrived
+        self.device, self.loader, self.onloaded = device, loader, onloaded
         self.order = [unit for unit in order if unit in plan.streamed]
-        self.first = {unit.blocks[0]: unit for unit in self.order}
-        self.last = {unit.blocks[-1]: unit for unit in self.order}
-        self.slots = [device.empty(plan.slot) for _ in range(plan.slots)]
+        self.first_blocks = {unit.blocks[0]: unit for unit in self.order}
+        self.last_blocks = {unit.blocks[-1]: unit for unit in self.order}
+        self.slots = [device.empty(plan.slot_bytes) for _ in range(plan.slots)]
         self.views: dict[tuple[Unit, int], list[Tensor]] = {}
-        self.ahead: deque[tuple[Unit, int, Arrival]] = deque()
-        self.held: dict[Unit, int] = {}
-        self.next = 0  # in the order: what is fetched when a slot is free
+        self.prefetched: deque[tuple[Unit, int, Transfer]] = deque()
+        self.active: dict[Unit, int] = {}  # unit -> its slot, while its blocks run
+        self.next = 0  # index in `order` of the unit that is fetched into the next free slot
         self.hooks: list[Any] = []
-        begin = device.mark()  # memory that was let go before may still be in use until then
-        self.free: deque[tuple[int, Any]] = deque((slot, begin) for slot in range(plan.slots))
+        begin = device.record_event()  # freed memory may still be in use until then
+        self.free_slots: deque[tuple[int, Any]] = deque((slot, begin) for slot in range(plan.slots))
 
     def open(self) -> None:
-        """From now on the blocks can be run."""
-        for block in self.first:
-            self.hooks.append(block.register_forward_pre_hook(lambda block, *_: self.before(block)))
-        for block in self.last:
-            self.hooks.append(block.register_forward_hook(lambda block, *_: self.after(block)))
-        self._fetch_ahead()
+        """Registers the hooks and begins to prefetch; after it the blocks can be run."""
+        for block in self.first_blocks:
+            self.hooks.append(block.register_forward_pre_hook(lambda block, *_: self.pre_forward(block)))
+        for block in self.last_blocks:
+            self.hooks.append(block.register_forward_hook(lambda block, *_: self.post_forward(block)))
+        self._prefetch()
 
-    def before(self, block: nn.Module) -> None:
-        """The block is about to be run."""
-        if block in self.first:
-            self.enter(self.first[block])
+    def pre_forward(self, block: nn.Module) -> None:
+        """Onloads the unit that begins with this block. Call it before the block is run."""
+        if block in self.first_blocks:
+            self._onload(self.first_blocks[block])
 
-    def after(self, block: nn.Module) -> None:
-        """The block has been run, as far as it reads its weights."""
-        if block in self.last:
-            self.leave(self.last[block])
+    def post_forward(self, block: nn.Module) -> None:
+        """Frees the slot of the unit that ends with this block. Call it when the block's weights have been read."""
+        if block in self.last_blocks:
+            self._free_slot(self.last_blocks[block])
 
-    def bring_to(self, device: torch.device, hooks: Iterable[dict[int, Any]]) -> bool:
-        """Whether weights come to this device, and the hooks of all modules are the stream's own."""
-        own = {hook.id for hook in self.hooks}
-        return device == self.device.device and all(own.issuperset(of) for of in hooks if of)
-
-    def enter(self, unit: Unit) -> None:
-        """The unit is about to be used: it lies in a slot from here on."""
-        if not self.ahead or self.ahead[0][0] is not unit:
-            self._begin_at(unit)
-        _, slot, arrival = self.ahead.popleft()
-        self.held[unit] = slot
-        arrival.wait()
-        if (unit, slot) not in self.views:
-            self.views[unit, slot] = unit.views(self.slots[slot])
-        unit.point(self.views[unit, slot])
-        self.arrived(unit, self.views[unit, slot])
-
-    def leave(self, unit: Unit) -> None:
-        """The unit has been used: its slot is free for the next one."""
-        self.free.append((self.held.pop(unit), self.device.mark()))
-        self._fetch_ahead()
+    def streams_to(self, device: torch.device, hooks: Iterable[dict[int, Any]]) -> bool:
+        """Whether weights come to this device, and the modules have no hooks but the stream's."""
+        hook_ids = {hook.id for hook in self.hooks}
+        return device == self.device.device and all(
+            hook_ids.issuperset(module_hooks) for module_hooks in hooks if module_hooks
+        )
 
     def close(self) -> None:
-        """Ends streaming, in the middle of a forward too: everything lies in main memory as it was."""
+        """Ends streaming, also in the middle of a forward: all weights are in main memory as before."""
         for hook in self.hooks:
             hook.remove()
-        self._drop_ahead()
+        self._drop_prefetched()
         for unit in dict.fromkeys(self.order):
-            unit.leave()
+            unit.offload()
         self.views.clear()
         self.slots.clear()
 
-    def _fetch_ahead(self) -> None:
-        while self.free:
+    def _onload(self, unit: Unit) -> None:
+        if not self.prefetched or self.prefetched[0][0] is not unit:
+            self._restart_at(unit)
+        _, slot, transfer = self.prefetched.popleft()
+        self.active[unit] = slot
+        transfer.wait()
+        if (unit, slot) not in self.views:
+            self.views[unit, slot] = unit.views(self.slots[slot])
+        unit.point_to(self.views[unit, slot])
+        self.onloaded(unit, self.views[unit, slot])
+
+    def _free_slot(self, unit: Unit) -> None:
+        self.free_slots.append((self.active.pop(unit), self.device.record_event()))
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        while self.free_slots:
             unit = self.order[self.next]
-            slot, after = self.free.popleft()
-            arrival = self.supply.fetch(unit, self.slots[slot][: unit.size], after, often=True)
-            self.ahead.append((unit, slot, arrival))
+            slot, event = self.free_slots.popleft()
+            transfer = self.loader.fetch(unit, self.slots[slot][: unit.size], event, repeated=True)
+            self.prefetched.append((unit, slot, transfer))
             self.next = (self.next + 1) % len(self.order)
 
-    def _begin_at(self, unit: Unit) -> None:
-        """A forward that runs in another order, or began anew: what was fetched for the former is not waited for."""
-        for held, slot in self.held.items():  # of a forward that was broken off
-            self.free.append((slot, self.device.mark()))
-            held.point(held.home)
-        self.held.clear()
-        self._drop_ahead()
+    def _restart_at(self, unit: Unit) -> None:
+        """For a forward in another order, or a new one after one was interrupted: drops what was prefetched."""
+        for interrupted, slot in self.active.items():
+            self.free_slots.append((slot, self.device.record_event()))
+            interrupted.point_to(interrupted.host_tensors)
+        self.active.clear()
+        self._drop_prefetched()
         self.next = self.order.index(unit)
-        self._fetch_ahead()
+        self._prefetch()
 
-    def _drop_ahead(self) -> None:
-        for _, slot, arrival in self.ahead:
-            with suppress(Exception):  # of the reading: whoever needs the unit will see it again
-                arrival.wait()
-            self.free.append((slot, self.device.mark()))
-        self.ahead.clear()
+    def _drop_prefetched(self) -> None:
+        for _, slot, transfer in self.prefetched:
+            with suppress(Exception):  # of the reading: it is raised again when the unit is needed
+                transfer.wait()
+            self.free_slots.append((slot, self.device.record_event()))
+        self.prefetched.clear()

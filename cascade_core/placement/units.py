@@ -1,4 +1,4 @@
-"""A network cut into units: neighbouring blocks whose weights move together, as one run of bytes."""
+"""Splits a network into units: neighbouring blocks whose weights are copied together, as one run of bytes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from ..networks.unet import UNet
 
-# Blocks are joined up to this: in Stage C 3.6 B a ResBlock with its TimestepBlock (65.5 MiB) and, alone, an AttnBlock
-# (40 MiB), of which two make the smallest slots that stream enough for a card of 5 GB.
+# Blocks are joined up to this size: in Stage C 3.6 B a ResBlock with its TimestepBlock (65.5 MiB) and, alone, an
+# AttnBlock (40 MiB). Two of the latter are the smallest slots that stream enough for a card of 5 GB.
 UNIT_BYTES = 66 << 20
-ALIGNMENT = 256  # bytes, CUDA's own for what it allocates
+ALIGNMENT = 256  # bytes, as CUDA aligns its allocations
 
 
 @dataclass(frozen=True)
-class Part:
-    """One tensor's place in its unit's bytes."""
+class TensorLayout:
+    """Where one tensor is in its unit's bytes. start, size: in bytes; stride: in elements."""
 
     start: int
     size: int
@@ -27,87 +27,87 @@ class Part:
     dtype: torch.dtype
 
     def view(self, memory: Tensor) -> Tensor:
-        piece = memory[self.start : self.start + self.size].view(self.dtype)
-        return piece.as_strided(self.shape, self.stride)
+        """The tensor in `memory`, the unit's bytes (uint8)."""
+        tensor_bytes = memory[self.start : self.start + self.size].view(self.dtype)
+        return tensor_bytes.as_strided(self.shape, self.stride)
 
 
 class Unit:
-    """Blocks that run one after the other, with their parameters and buffers.
+    """Consecutive blocks with their parameters and buffers.
 
-    tensors  the parameters and buffers themselves; a patched weight's stand-in takes its place here and in its layer
-    home     where each lies in main memory: views of the file, the loader's own, or of `host`
-    host     all of them in pinned memory, once that has paid
-    slab     all of them on the device, where they stay there between runs
-    patches  the patches that the weights in `slab` have, as they were given
+    tensors        the parameters and buffers; while a weight is patched, the parameter that its layer has instead
+    host_tensors   each of them in main memory: views of the file, the loader's tensors, or views of `pinned`
+    pinned         all of them in pinned memory, once that pays
+    device_buffer  all of them on the device, while the unit is resident there
+    patches        the patches of the weights in `device_buffer`
     """
 
     def __init__(self, blocks: Sequence[nn.Module], tensors: Sequence[Tensor]):
         self.blocks = list(blocks)
         self.tensors = list(tensors)
-        self.home = [tensor.detach() for tensor in tensors]
-        self.parts: list[Part] = []
+        self.host_tensors = [tensor.detach() for tensor in tensors]
+        self.layouts: list[TensorLayout] = []
         end = 0
-        for tensor in self.home:
+        for tensor in self.host_tensors:
             end = -(-end // ALIGNMENT) * ALIGNMENT
             stride = (
                 tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
             )
-            self.parts.append(Part(end, tensor.nbytes, tuple(tensor.shape), tuple(stride), tensor.dtype))
+            self.layouts.append(
+                TensorLayout(end, tensor.nbytes, tuple(tensor.shape), tuple(stride), tensor.dtype)
+            )
             end += tensor.nbytes
-        self.size = max(-(-end // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
-        self.host: Tensor | None = None
-        self.slab: Tensor | None = None
+        self.size = max(-(-end // ALIGNMENT) * ALIGNMENT, ALIGNMENT)  # bytes
+        self.pinned: Tensor | None = None
+        self.device_buffer: Tensor | None = None
         self.fetched = False  # at least once
         self.patches: tuple = ()
-        self.originals: dict[
-            int, tuple[nn.Module, Tensor]
-        ] = {}  # place -> the layer, and the weight stood in for
+        self._originals: dict[int, tuple[nn.Module, Tensor]] = {}  # index -> layer, its own parameter
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """Each tensor, in the unit's bytes at `memory`."""
         with torch.inference_mode():
-            return [part.view(memory) for part in self.parts]
+            return [layout.view(memory) for layout in self.layouts]
 
-    def point(self, places: Iterable[Tensor]) -> None:
-        """The tensors lie there from now on."""
-        for tensor, place in zip(self.tensors, places, strict=True):
-            tensor.data = place
+    def point_to(self, values: Iterable[Tensor]) -> None:
+        """Makes each tensor share the memory of its values."""
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.data = value
 
-    def read(self, into: Tensor, start: int = 0) -> None:
-        """Fills `into` with the unit's bytes from `start` on."""
-        end = start + len(into)
-        for part, tensor in zip(self.parts, self.home, strict=True):
-            first, last = max(part.start, start), min(part.start + part.size, end)
+    def read_bytes(self, target: Tensor, start: int = 0) -> None:
+        """Fills `target` with the unit's bytes from `start` on."""
+        end = start + len(target)
+        for layout, tensor in zip(self.layouts, self.host_tensors, strict=True):
+            first, last = max(layout.start, start), min(layout.start + layout.size, end)
             if first < last:
                 flat = bytes_of(tensor)
-                into[first - start : last - start].copy_(flat[first - part.start : last - part.start])
+                target[first - start : last - start].copy_(flat[first - layout.start : last - layout.start])
 
-    def stand_in(self, place: int, layer: nn.Module) -> None:
-        """A new parameter for the layer's weight, so that who remembers the old one sees that it is another."""
-        if place in self.originals:
+    def swap_parameter(self, index: int, layer: nn.Module) -> None:
+        """Gives a layer a new parameter for its weight, so that whoever compares parameters sees the change.
+
+        It shares the memory of the layer's own, which `offload` puts back.
+        """
+        if index in self._originals:
             return
-        original = self.tensors[place]
-        self.originals[place] = layer, original
-        self.tensors[place] = nn.Parameter(original.detach(), requires_grad=False)
-        layer.weight = self.tensors[place]
+        original = self.tensors[index]
+        self._originals[index] = layer, original
+        self.tensors[index] = nn.Parameter(original.detach(), requires_grad=False)
+        layer.weight = self.tensors[index]
 
-    def put_back(self) -> None:
-        """The layers have their own parameters again. Their values are whatever lies where they point."""
-        for place, (layer, original) in self.originals.items():
-            original.data = self.tensors[place].data
-            self.tensors[place] = original
+    def offload(self) -> None:
+        """Takes the unit off the device: layers have their own parameters again, unpatched, in main memory."""
+        for index, (layer, original) in self._originals.items():
+            original.data = self.tensors[index].data
+            self.tensors[index] = original
             layer.weight = original
-        self.originals.clear()
-
-    def leave(self) -> None:
-        """Off the device: all tensors are the ones in main memory, as they were."""
-        self.put_back()
-        self.point(self.home)
-        self.slab, self.patches = None, ()
+        self._originals.clear()
+        self.point_to(self.host_tensors)
+        self.device_buffer, self.patches = None, ()
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's values fill its memory without gaps and without overlaps, in whatever order."""
+    """Whether a tensor's values fill its memory without gaps or overlaps, in any order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:
@@ -118,76 +118,73 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """A tensor's values as bytes, in the order in which they lie in memory; a view where they are dense."""
+    """A tensor's values as bytes, in memory order; a view where they are dense."""
     if not is_dense(tensor):
         tensor = tensor.contiguous()
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def cut(network: nn.Module, unit_bytes: int = UNIT_BYTES) -> tuple[list[Unit], list[Unit]]:
-    """(units, order): a network's units, the first of what always stays; and the others as a forward runs them.
+def split_into_units(network: nn.Module, unit_bytes: int = UNIT_BYTES) -> tuple[list[Unit], list[Unit]]:
+    """(units, order): a network's units, of which the first is always resident; the others as a forward runs them.
 
-    What lies in no block stays, and all vectors: they are a thousandth of the weights, and most of the tensors. A unit
-    whose level repeats is several times in the order.
+    Always resident are the weights outside the blocks and all vectors: a thousandth of the bytes, and most of the
+    tensors. A unit whose level repeats stands several times in the order.
     """
     units: list[Unit] = []
     order: list[Unit] = []
-    taken: set[int] = set()
-    for blocks, repeats in levels(network):
-        level = [Unit(joined, _tensors(joined, taken, least=2)) for joined in _joined(blocks, unit_bytes)]
+    assigned: set[int] = set()
+    for blocks, repeats in _levels(network):
+        level = [
+            Unit(group, _unassigned_tensors(group, assigned, min_dimensions=2))
+            for group in _group_blocks(blocks, unit_bytes)
+        ]
         units += level
         order += level * repeats
-    return [Unit([], _tensors([network], taken)), *units], order
+    return [Unit([], _unassigned_tensors([network], assigned)), *units], order
 
 
-def levels(network: nn.Module) -> list[tuple[list[nn.Module], int]]:
-    """Runs of blocks, each with how often it is run through, in the order of a forward. Empty: cannot be streamed."""
+def _levels(network: nn.Module) -> list[tuple[list[nn.Module], int]]:
+    """Blocks, each list with how often it is run, in the order of a forward. Empty: cannot be streamed."""
     if isinstance(network, UNet):
-        both = [
-            (network.down_blocks, network.down_repeat_mappers),
-            (network.up_blocks, network.up_repeat_mappers),
-        ]
-        return [
-            (list(blocks), len(mappers) + 1)  # type: ignore[arg-type]
-            for direction in both
-            for blocks, mappers in zip(*direction, strict=True)
-        ]
-    for part in ("text_model", "vision_model"):  # CLIP's
-        encoder = getattr(getattr(network, part, None), "encoder", None)
+        return network.levels()
+    for name in ("text_model", "vision_model"):  # CLIP's
+        encoder = getattr(getattr(network, name, None), "encoder", None)
         if encoder is not None:
             return [(list(encoder.layers), 1)]
     return []
 
 
-def _joined(blocks: Sequence[nn.Module], most: int) -> list[list[nn.Module]]:
-    """Neighbours together, while they are not larger than `most`."""
-    joined: list[list[nn.Module]] = []
-    size = 0
+def _group_blocks(blocks: Sequence[nn.Module], max_bytes: int) -> list[list[nn.Module]]:
+    """Neighbouring blocks joined up to `max_bytes`; a larger block stands alone."""
+    groups: list[list[nn.Module]] = []
+    group_bytes = 0
     for block in blocks:
-        own = sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
-        if joined and size + own <= most:
-            joined[-1].append(block)
-            size += own
+        block_bytes = sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
+        if groups and group_bytes + block_bytes <= max_bytes:
+            groups[-1].append(block)
+            group_bytes += block_bytes
         else:
-            joined.append([block])
-            size = own
-    return joined
+            groups.append([block])
+            group_bytes = block_bytes
+    return groups
 
 
-def _tensors(modules: Iterable[nn.Module], taken: set[int], least: int = 0) -> list[Tensor]:
-    """The parameters and buffers that no unit has yet, of at least so many dimensions longer than 1.
+def _unassigned_tensors(
+    modules: Iterable[nn.Module], assigned: set[int], min_dimensions: int = 0
+) -> list[Tensor]:
+    """The parameters and buffers that are in no unit yet, of at least so many dimensions longer than 1.
 
-    Vectors come last: so the matrices of query, key and value, which the engine multiplies with at once, lie side by
-    side.
+    Vectors come last: so the matrices of query, key and value, which the engine multiplies with at once, are adjacent.
     """
-    found = []
+    tensors = []
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) not in taken and _dimensions(tensor) >= least:
-                taken.add(id(tensor))
-                found.append(tensor)
-    return sorted(found, key=lambda tensor: _dimensions(tensor) < 2)
+            if id(tensor) not in assigned and _dimensions(tensor) >= min_dimensions:
+                assigned.add(id(tensor))
+                tensors.append(tensor)
+    return sorted(tensors, key=lambda tensor: _dimensions(tensor) < 2)
 
 
 def _dimensions(tensor: Tensor) -> int:
+    """How many dimensions are longer than 1."""
     return sum(size > 1 for size in tensor.shape)

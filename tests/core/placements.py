@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade_nodes.cascade_core.placement import MainMemory
+from cascade_nodes.cascade_core.placement import SimulatedDevice
 
 
-class Counting(MainMemory):
+class Counting(SimulatedDevice):
     """Counts the bytes that it has given out, NaN until they are written; of more than `size` it has none.
 
     failing: which of the next allocations fail all the same, counted from 0.
@@ -42,7 +42,7 @@ class Counting(MainMemory):
 
 
 class Late(Counting):
-    """Copies no sooner than their mark is waited for: who forgets to wait finds what was there before."""
+    """Copies no sooner than their event is waited for: who forgets to wait finds what was there before."""
 
     def __init__(self, size: int):
         super().__init__(size)
@@ -56,11 +56,11 @@ class Late(Counting):
             return len(self.begun)
 
     @torch.inference_mode()
-    def wait(self, mark: int) -> None:
+    def wait(self, event: int) -> None:
         with self.lock:
-            for target, source in self.begun[self.done : mark]:
+            for target, source in self.begun[self.done : event]:
                 target.copy_(source)
-            self.begun[self.done : mark] = [(torch.empty(0), torch.empty(0))] * max(mark - self.done, 0)
-            self.done = max(self.done, mark)
+            self.begun[self.done : event] = [(torch.empty(0), torch.empty(0))] * max(event - self.done, 0)
+            self.done = max(self.done, event)
 
     synchronize = wait

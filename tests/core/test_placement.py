@@ -13,15 +13,14 @@ from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
 from cascade_nodes.cascade_core.placement import (
-    MainMemory,
-    Pool,
-    is_resident,
+    DeviceMemory,
+    SimulatedDevice,
+    WeightConsumer,
     out_of_memory,
     parse_bytes,
-    when_leaving,
 )
-from cascade_nodes.cascade_core.placement.plan import plan
-from cascade_nodes.cascade_core.placement.units import Unit, cut
+from cascade_nodes.cascade_core.placement.plan import plan_streaming
+from cascade_nodes.cascade_core.placement.units import Unit, split_into_units
 from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.tests.core.placements import Counting, Late
 from cascade_nodes.tests.nodes.tiny import CONFIGS, TEXT_WIDTH, TRANSFORMER, shake
@@ -59,7 +58,7 @@ def network(kind: str) -> tuple[nn.Module, Forward]:
 
 
 def size_of(net: nn.Module) -> int:
-    return sum(unit.size for unit in cut(net, UNIT)[0])
+    return sum(unit.size for unit in split_into_units(net, UNIT)[0])
 
 
 def values(net: nn.Module) -> dict[str, Tensor]:
@@ -93,13 +92,13 @@ def test_bit_for_bit_in_no_more_memory_than_there_is(kind, share, device_class):
     net, forward = network(kind)
     wanted, before = forward(), values(net)
     device = device_class(int(share * size_of(net)))
-    pool = Pool(device, UNIT)
+    pool = DeviceMemory(device, UNIT)
     for _ in range(2):  # from where it was loaded; from where the first run has left it
         results = pool.run(net, lambda _: [forward() for _ in range(3)])
         assert all(torch.equal(result, wanted) for result in results)
-    assert is_resident(net) == (share > 1)
+    assert (pool.resident_share(net) == 1) == (share > 1)
     assert device.peak <= device.size
-    largest = max(unit.size for unit in cut(net, UNIT)[0])
+    largest = max(unit.size for unit in split_into_units(net, UNIT)[0])
     assert device.peak > min(device.size, size_of(net)) - largest  # and uses what there is
     pool.release()
     assert device.now == 0
@@ -114,7 +113,7 @@ class Watched(Counting):
         self.time = self.checked = 0
         self.used: dict[int, int] = {}  # address -> time
 
-    def mark(self) -> int:
+    def record_event(self) -> int:
         self.time += 1
         return self.time
 
@@ -142,7 +141,7 @@ def test_no_copy_comes_into_memory_that_is_in_use(kind):
     net, forward = network(kind)
     device = Watched(int(0.6 * size_of(net)))
     device.watch(net)
-    pool = Pool(device, UNIT)
+    pool = DeviceMemory(device, UNIT)
     for _ in range(2):
         pool.run(net, lambda _: [forward(), forward()])
     assert device.checked > 20
@@ -151,7 +150,7 @@ def test_no_copy_comes_into_memory_that_is_in_use(kind):
 def test_what_stays_is_not_copied_again():
     net, forward = network("stage_c")
     device = Counting(2 * size_of(net))
-    pool = Pool(device, UNIT)
+    pool = DeviceMemory(device, UNIT)
     pool.run(net, lambda _: forward())
     first, addresses = device.copied, [p.data_ptr() for p in net.parameters()]
     pool.run(net, lambda _: forward())
@@ -161,12 +160,12 @@ def test_what_stays_is_not_copied_again():
 
 def test_only_what_does_not_fit_is_streamed():
     net, forward = network("stage_c")
-    order = cut(net, UNIT)[1]
+    order = split_into_units(net, UNIT)[1]
     total, slot = size_of(net), max(unit.size for unit in order)
     previous = 0
     for missing in (0.1, 0.3, 0.5, 0.7):
         device = Counting(int((1 - missing) * total))
-        pool = Pool(device, UNIT)
+        pool = DeviceMemory(device, UNIT)
         pool.run(net, lambda _: forward())
         here = device.copied
         pool.run(net, lambda _: [forward() for _ in range(10)])
@@ -179,19 +178,21 @@ def test_only_what_does_not_fit_is_streamed():
 def test_streamed_units_are_spread_and_repeated_ones_stay():
     units = [Unit([nn.Linear(32, 32)], [torch.zeros(1024)]) for _ in range(12)]
     rest = Unit([], [torch.zeros(64)])
-    found = plan([rest, *units], units, room=rest.size + 8 * 4096)
-    assert (found.slots, found.slot) == (2, 4096)
+    found = plan_streaming([rest, *units], units, free_bytes=rest.size + 8 * 4096)
+    assert (found.slots, found.slot_bytes) == (2, 4096)
     assert [unit in found.streamed for unit in units] == [False, True] * 6  # four do not fit, two are slots
     repeated = [*units[:6] * 3, *units[6:]]
-    found = plan([rest, *units], repeated, room=rest.size + 8 * 4096)
+    found = plan_streaming([rest, *units], repeated, free_bytes=rest.size + 8 * 4096)
     assert found.streamed == set(units[6:])
-    assert plan([rest, *units], units, room=rest.size + 12 * 4096).streamed == frozenset()
-    assert plan([rest, *units], units, room=0).streamed == set(units)
+    assert plan_streaming([rest, *units], units, free_bytes=rest.size + 12 * 4096).streamed == frozenset()
+    assert plan_streaming([rest, *units], units, free_bytes=0).streamed == set(units)
     large = Unit([nn.Linear(32, 32)], [torch.zeros(2048)])
-    found = plan([rest, *units, large], [*units[:6], large, *units[6:]], room=rest.size + 8 * 4096)
-    assert (found.slot, large in found.streamed) == (4096, False)
-    found = plan([rest, *units, large], [*units[:6], large, *units[6:]], room=rest.size)
-    assert (found.slot, large in found.streamed) == (8192, True)
+    found = plan_streaming(
+        [rest, *units, large], [*units[:6], large, *units[6:]], free_bytes=rest.size + 8 * 4096
+    )
+    assert (found.slot_bytes, large in found.streamed) == (4096, False)
+    found = plan_streaming([rest, *units, large], [*units[:6], large, *units[6:]], free_bytes=rest.size)
+    assert (found.slot_bytes, large in found.streamed) == (8192, True)
 
 
 @pytest.mark.parametrize("share", [1.5, 0.5])
@@ -203,7 +204,7 @@ def test_lora_in_every_placement(share):
         wanted = forward()
     assert not torch.equal(wanted, plain)
     device = Late(int(share * size_of(net)))
-    pool = Pool(device, UNIT)
+    pool = DeviceMemory(device, UNIT)
     parameters = dict(net.named_parameters())
     for patches, expected in (
         ([], plain),
@@ -223,7 +224,7 @@ def test_lora_in_every_placement(share):
 def test_patched_weights_stay_patched_for_the_next_run():
     net, forward = network("stage_c")
     device = Counting(2 * size_of(net))
-    pool, patch = Pool(device, UNIT), lora(net)
+    pool, patch = DeviceMemory(device, UNIT), lora(net)
     pool.run(net, lambda _: forward(), patches=[patch])
     copied = device.copied
     pool.run(net, lambda _: forward(), patches=[patch])
@@ -235,7 +236,7 @@ def test_a_lora_of_another_network_is_refused_before_anything_moves():
     device = Counting(2 * size_of(net))
     wrong = Patch("other.safetensors", {"clf.1": LowRank(torch.randn(2, 5), torch.randn(16, 2))})
     with pytest.raises(CascadeError, match=r"other\.safetensors changes clf\.1 as a weight of"):
-        Pool(device, UNIT).run(net, lambda _: None, patches=[wrong])
+        DeviceMemory(device, UNIT).run(net, lambda _: None, patches=[wrong])
     assert device.peak == 0
 
 
@@ -244,8 +245,8 @@ def test_a_lora_of_another_network_is_refused_before_anything_moves():
 def test_a_run_that_is_broken_off(share):
     net, forward = network("stage_b")
     wanted, before = forward(), values(net)
-    pool = Pool(Late(int(share * size_of(net))), UNIT)
-    unit_blocks = cut(net, UNIT)[1][-4].blocks
+    pool = DeviceMemory(Late(int(share * size_of(net))), UNIT)
+    unit_blocks = split_into_units(net, UNIT)[1][-4].blocks
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -278,7 +279,7 @@ def test_out_of_memory_is_tried_again_in_smaller_placements():
     other, _ = network("text")
     wanted = forward()
     device = Late(size_of(net) + size_of(other))
-    pool = Pool(device, UNIT)
+    pool = DeviceMemory(device, UNIT)
     pool.run(other, lambda _: None)
     told, held = [], []
 
@@ -289,7 +290,7 @@ def test_out_of_memory_is_tried_again_in_smaller_placements():
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return result
 
-    assert torch.equal(pool.run(net, body, tell=told.append), wanted)
+    assert torch.equal(pool.run(net, body, notify=told.append), wanted)
     assert told == [
         "out of memory; trying again with the other stages off the device.",
         "out of memory; trying again with half of the weights streamed from main memory.",
@@ -297,7 +298,7 @@ def test_out_of_memory_is_tried_again_in_smaller_placements():
     ]
     assert held == sorted(held, reverse=True)
     assert held[-1] < 0.35 * size_of(net)
-    assert not is_resident(other)
+    assert pool.resident_share(other) < 1
     with pytest.raises(torch.OutOfMemoryError):  # no placement is small enough
         pool.run(net, lambda _: device.empty(2 * device.size))
     assert device.now <= device.size
@@ -309,7 +310,7 @@ def test_an_allocation_that_fails_while_a_network_is_placed(failing):
     wanted, told = forward(), []
     device = Counting(2 * size_of(net))
     device.failing = {failing}
-    assert torch.equal(Pool(device, UNIT).run(net, lambda _: forward(), tell=told.append), wanted)
+    assert torch.equal(DeviceMemory(device, UNIT).run(net, lambda _: forward(), notify=told.append), wanted)
     assert len(told) == 1
 
 
@@ -327,7 +328,7 @@ def test_stages_leave_as_little_as_need_be():
     total = sum(size_of(net) for net, _ in stages)
     wanted = [forward() for _, forward in stages]
     device = Counting(int(0.8 * total))
-    pool = Pool(device, UNIT)
+    pool = DeviceMemory(device, UNIT)
 
     def picture():
         return [pool.run(net, lambda _, forward=forward: forward()) for net, forward in stages]
@@ -337,106 +338,98 @@ def test_stages_leave_as_little_as_need_be():
         assert all(torch.equal(result, right) for result, right in zip(picture(), wanted, strict=True))
     assert device.peak <= device.size
     assert device.copied - copied < 0.55 * total  # a fifth too much leaves and comes back, not everything
-    assert pool.room(stages[0][0]) == device.size - size_of(stages[0][0])
-    assert pool.room(stages[0][0], beside=True) < pool.room(stages[0][0])
+    assert pool.free_bytes(stages[0][0]) == device.size - size_of(stages[0][0])
+    assert pool.free_bytes(stages[0][0], keep_others=True) < pool.free_bytes(stages[0][0])
 
 
 def test_a_network_that_runs_once_is_streamed_rather_than_that_others_leave():
     (text, encode), (prior, forward) = network("text"), network("stage_c")
     wanted = encode()
     device = Counting(int(size_of(prior) + 0.6 * size_of(text)))
-    pool = Pool(device, UNIT)
+    pool = DeviceMemory(device, UNIT)
     pool.run(prior, lambda _: forward())
-    assert torch.equal(pool.run(text, lambda _: encode(), once=True), wanted)
-    assert pool.staying(prior) == 1
-    assert 0.2 < pool.staying(text) < 0.6
+    assert torch.equal(pool.run(text, lambda _: encode(), single_use=True), wanted)
+    assert pool.resident_share(prior) == 1
+    assert 0.2 < pool.resident_share(text) < 0.6
     pool.run(text, lambda _: encode())
-    assert pool.staying(text) == 1
-    assert pool.staying(prior) < 1
+    assert pool.resident_share(text) == 1
+    assert pool.resident_share(prior) < 1
 
 
 def test_what_nothing_was_made_from_leaves_first():
     stages = {kind: network(kind)[0] for kind in ("stage_c", "text", "stage_b")}
     device = Counting(size_of(stages["stage_c"]) + size_of(stages["text"]) + 60_000)
-    pool, derived = Pool(device, UNIT), Derived(device)
+    pool, derived = DeviceMemory(device, UNIT), Derived(device)
     pool.run(stages["text"], lambda _: None)
-    pool.run(stages["stage_c"], lambda _: when_leaving(stages["stage_c"], derived.forget))
+    pool.run(stages["stage_c"], lambda _: None, consumer=derived)
     pool.run(stages["stage_b"], lambda _: None)
-    assert pool.staying(stages["stage_c"]) == 1
-    assert pool.staying(stages["text"]) < 1
+    assert pool.resident_share(stages["stage_c"]) == 1
+    assert pool.resident_share(stages["text"]) < 1
 
 
-class Derived:
+class Derived(WeightConsumer):
     """What an engine makes from weights."""
 
     def __init__(self, device: Counting):
         self.device = device
-        self.forgotten: list[int] = []
+        self.offloaded: list[int] = []
 
-    def forget(self) -> None:
-        self.forgotten.append(self.device.now)
+    def offload(self) -> None:
+        self.offloaded.append(self.device.now)
 
 
 def test_what_was_made_from_weights_hears_that_they_leave():
     net, _ = network("stage_c")
     device = Counting(2 * size_of(net))
-    pool, derived = Pool(device, UNIT), Derived(device)
+    pool, derived = DeviceMemory(device, UNIT), Derived(device)
     for _ in range(2):
-        pool.run(net, lambda _: when_leaving(net, derived.forget))
+        pool.run(net, lambda _: None, consumer=derived)
+    assert derived.placement is pool.placements[net]
     pool.release()
-    assert derived.forgotten == [size_of(net)]  # once, and before
+    assert derived.offloaded == [size_of(net)]  # once, and before
 
 
-class Held(Counting):
-    """Of which graphs hold some memory, until they hear that weights leave."""
+class Graphs(WeightConsumer):
+    """An engine whose CUDA graphs take `size` bytes until weights leave."""
 
     def __init__(self, size: int):
-        super().__init__(size)
-        self.graphs: dict[nn.Module, int] = {}
+        self.size = size
 
-    def budget(self, ours: int) -> int:
-        return self.size - sum(self.graphs.values())
+    def offload(self) -> None:
+        self.size = 0
 
-    def held(self, network: nn.Module) -> int:
-        return self.graphs.get(network, 0)
-
-
-class Graphs:
-    def __init__(self, device: Held, network: nn.Module, size: int):
-        self.device, self.network = device, network
-        device.graphs[network] = size
-
-    def leave(self) -> None:
-        self.device.graphs.pop(self.network, None)
+    def graph_bytes(self, device: torch.device) -> int:
+        return self.size
 
 
 def test_what_graphs_hold_is_no_room_until_they_leave_with_weights():
     (prior, forward), (decoder, decode) = network("stage_c"), network("stage_b")
-    working = 100_000
-    device = Held(size_of(prior) + size_of(decoder) + working)
-    pool = Pool(device, UNIT)
-    pool.run(prior, lambda _: forward(), working)
-    own = Graphs(device, prior, working)
-    when_leaving(prior, own.leave)
+    workspace_bytes = 100_000
+    device = Counting(size_of(prior) + size_of(decoder) + workspace_bytes)
+    pool = DeviceMemory(device, UNIT)
+    prior_graphs, decoder_graphs = Graphs(0), Graphs(0)
+    pool.run(prior, lambda _: forward(), workspace_bytes, consumer=prior_graphs)
+    prior_graphs.size = workspace_bytes
     pool.run(decoder, lambda _: decode())
-    assert pool.staying(prior) == 1  # its graphs are counted once
-    pool.run(prior, lambda _: forward(), working)
-    assert pool.staying(decoder) == 1
-    pool.run(decoder, lambda _: decode(), working)  # there is not as much beside the graphs
-    assert pool.staying(prior) < 1
-    assert not device.graphs
-    graphs = Graphs(device, decoder, size_of(decoder))
-    when_leaving(decoder, graphs.leave)
-    device.size = size_of(prior) + working
-    pool.run(prior, lambda _: forward(), working)  # whole, since both can leave
-    assert is_resident(prior)
-    assert not device.graphs
+    assert pool.resident_share(prior) == 1  # its graphs are counted once
+    pool.run(prior, lambda _: forward(), workspace_bytes)
+    assert pool.resident_share(decoder) == 1
+    pool.run(
+        decoder, lambda _: decode(), workspace_bytes, consumer=decoder_graphs
+    )  # there is not as much beside the graphs
+    assert pool.resident_share(prior) < 1
+    assert not prior_graphs.size
+    decoder_graphs.size = size_of(decoder)
+    device.size = size_of(prior) + workspace_bytes
+    pool.run(prior, lambda _: forward(), workspace_bytes)  # whole, since both can leave
+    assert pool.resident_share(prior) == 1
+    assert not decoder_graphs.size
 
 
 def test_a_network_that_nobody_uses_any_more_leaves():
     net, forward = network("stage_c")
     device = Counting(2 * size_of(net))
-    pool = Pool(device, UNIT)
+    pool = DeviceMemory(device, UNIT)
     pool.run(net, lambda _, forward=forward: forward())
     assert device.now == size_of(net)
     del net, forward
@@ -452,17 +445,17 @@ def test_from_a_file_through_pinned_memory(tmp_path, dtype):
     loaded, _, _ = load_model(path, expect="stage_c", dtype=dtype, read_ahead=False)
     before = values(loaded)
     device = Late(int(0.5 * size_of(loaded)))
-    pool = Pool(device, UNIT)
+    pool = DeviceMemory(device, UNIT)
     pool.run(loaded, lambda _: None)
     path.unlink()  # what was mapped is there all the same
     pool.run(loaded, lambda _: None)
     pool.release()
     assert same(loaded, before)
-    units = [unit for placed in pool.placed.values() for unit in placed.units]
-    pinned = [(unit.host, unit.tensors) for unit in units if unit.host is not None]
+    units = [unit for placement in pool.placements.values() for unit in placement.units]
+    pinned = [(unit.pinned, unit.tensors) for unit in units if unit.pinned is not None]
     assert pinned
-    for host, tensors in pinned:  # the pinned bytes are the weights' only ones in main memory
-        assert all(t.untyped_storage().data_ptr() == host.data_ptr() for t in tensors)
+    for memory, tensors in pinned:  # the pinned bytes are the weights' only ones in main memory
+        assert all(t.untyped_storage().data_ptr() == memory.data_ptr() for t in tensors)
 
 
 def test_slots_are_small_where_small_units_are_enough():
@@ -471,11 +464,11 @@ def test_slots_are_small_where_small_units_are_enough():
     large = [Unit([nn.Linear(32, 32)], [torch.zeros(2048)]) for _ in range(8)]
     units = [unit for pair in zip(large, small, strict=True) for unit in pair]
     total = sum(unit.size for unit in units)
-    found = plan(units, units, total - 4096)
-    assert (found.slots, found.slot, len(found.streamed)) == (2, 4096, 3)
+    found = plan_streaming(units, units, total - 4096)
+    assert (found.slots, found.slot_bytes, len(found.streamed)) == (2, 4096, 3)
     assert found.streamed < set(small)
-    found = plan(units, units, total - 8 * 4096)
-    assert found.slot == 8192
+    found = plan_streaming(units, units, total - 8 * 4096)
+    assert found.slot_bytes == 8192
 
 
 def test_units_hold_every_tensor_once_in_its_own_layout():
@@ -483,7 +476,7 @@ def test_units_hold_every_tensor_once_in_its_own_layout():
     with torch.no_grad():
         first: Any = net.get_submodule("embedding.1")
         first.weight.data = first.weight.data.contiguous(memory_format=torch.channels_last)
-    units, order = cut(net, UNIT)
+    units, order = split_into_units(net, UNIT)
     tensors = [tensor for unit in units for tensor in unit.tensors]
     assert {id(tensor) for tensor in tensors} == {
         id(tensor) for tensor in (*net.parameters(), *net.buffers())
@@ -492,7 +485,7 @@ def test_units_hold_every_tensor_once_in_its_own_layout():
     assert len(order) > len(units) - 1  # levels that repeat
     for unit in units:
         memory = torch.empty(unit.size, dtype=torch.uint8)
-        unit.read(memory)
+        unit.read_bytes(memory)
         for tensor, view in zip(unit.tensors, unit.views(memory), strict=True):
             assert torch.equal(tensor, view)
             assert tensor.stride() == view.stride()
@@ -500,7 +493,7 @@ def test_units_hold_every_tensor_once_in_its_own_layout():
 
 def test_query_key_and_value_lie_side_by_side():
     net, _ = network("stage_c")
-    Pool(MainMemory(2 * size_of(net)), UNIT).run(net, lambda _: None)
+    DeviceMemory(SimulatedDevice(2 * size_of(net)), UNIT).run(net, lambda _: None)
     attention: Any = net.get_submodule("down_blocks.0.2.attention.attn")
     q, k, v = (layer.weight for layer in (attention.to_q, attention.to_k, attention.to_v))
     assert k.data_ptr() - q.data_ptr() == v.data_ptr() - k.data_ptr() == q.nbytes

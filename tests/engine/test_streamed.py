@@ -11,9 +11,7 @@ from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.engine import Engine
 from cascade_nodes.cascade_core.engine import engine as engine_module
-from cascade_nodes.cascade_core.engine.graphs import Pool as GraphPool
-from cascade_nodes.cascade_core.placement import Pool, is_resident, when_leaving
-from cascade_nodes.cascade_core.placement.reserve import reserved
+from cascade_nodes.cascade_core.placement import DeviceMemory
 from cascade_nodes.tests.core.placements import Counting, Late
 from cascade_nodes.tests.engine.test_engine import (
     STAGE_B,
@@ -45,7 +43,9 @@ def wanted(network, calls: list[tuple[Any, dict, float]]) -> list[Any]:
         return [network(x, torch.full((len(x),), r), **conditions) for x, conditions, r in calls]
 
 
-def given(pool: Pool, engine: Engine, calls: list[tuple[Any, dict, float]], **options: Any) -> list[Any]:
+def given(
+    pool: DeviceMemory, engine: Engine, calls: list[tuple[Any, dict, float]], **options: Any
+) -> list[Any]:
     """What the engine gives in one run, in which the network itself is never called."""
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -58,6 +58,7 @@ def given(pool: Pool, engine: Engine, calls: list[tuple[Any, dict, float]], **op
             return pool.run(
                 network,
                 lambda _: [engine(x, torch.full((len(x),), r), **conditions) for x, conditions, r in calls],
+                consumer=engine,
                 **options,
             )
     finally:
@@ -87,10 +88,10 @@ def test_as_the_network(network_class, config, inputs, unit, share, device_class
         (*inputs(config, batch=1), 0.1),
     ]
     expected = wanted(network, calls)
-    pool = Pool(device_class(int(share * size_of(network))), unit)
+    pool = DeviceMemory(device_class(int(share * size_of(network))), unit)
     for _ in range(2):
         assert_close(given(pool, engine, calls), expected)
-        assert not is_resident(network)
+        assert pool.resident_share(network) < 1
     assert_same(network, engine, *first)  # where it lies now, in main memory
 
 
@@ -105,7 +106,7 @@ def test_controlnets_and_further_conditions(device_class):
         (x, {**conditions, **more}, 0.7),
         (x, conditions, 0.7),
     ]
-    pool = Pool(device_class(int(0.6 * size_of(network))), 1)
+    pool = DeviceMemory(device_class(int(0.6 * size_of(network))), 1)
     assert_close(given(pool, Engine(network), calls), wanted(network, calls))
 
 
@@ -123,7 +124,7 @@ def test_loras(device_class, share):
     plain = wanted(network, calls)
     with patched(network, [patch]):
         changed = wanted(network, calls)
-    pool = Pool(device_class(int(share * size_of(network))), 1)
+    pool = DeviceMemory(device_class(int(share * size_of(network))), 1)
     for patches, expected in (([], plain), ([patch], changed), ([patch], changed), ([], plain)):
         assert_close(given(pool, engine, calls, patches=patches), expected)
 
@@ -132,7 +133,7 @@ def test_a_forward_that_is_broken_off_leaves_nothing_half_made(monkeypatch):
     network = build(StageC, STAGE_C)
     engine, calls = Engine(network), [(*stage_c_inputs(STAGE_C), 0.7)]
     expected = wanted(network, calls)
-    pool = Pool(Late(int(0.6 * size_of(network))), 1)
+    pool = DeviceMemory(Late(int(0.6 * size_of(network))), 1)
     real, left = engine_module.operations.attention, [3]
 
     def attention(*arguments: Any) -> Any:
@@ -149,22 +150,26 @@ def test_a_forward_that_is_broken_off_leaves_nothing_half_made(monkeypatch):
             engine(x, torch.full((len(x),), r), **conditions)
         return [engine(x, torch.full((len(x),), r), **conditions) for _ in range(2)]
 
-    assert_close(pool.run(network, body), expected * 2)
+    assert_close(pool.run(network, body, consumer=engine), expected * 2)
 
 
 def test_what_it_cannot_do_streamed_the_network_does():
     network = build(StageC, STAGE_C)
     x, conditions = stage_c_inputs(STAGE_C)
     noise = torch.tensor([0.2, 0.8])  # another for each image
-    engine, pool = Engine(network), Pool(Late(int(0.6 * size_of(network))), 1)
+    engine, pool = Engine(network), DeviceMemory(Late(int(0.6 * size_of(network))), 1)
     with torch.inference_mode():
         expected = network(x, noise, **conditions)
-        assert torch.equal(pool.run(network, lambda _: engine(x, noise, **conditions)), expected)
+        assert torch.equal(
+            pool.run(network, lambda _: engine(x, noise, **conditions), consumer=engine), expected
+        )
         block = network.down_blocks[0][0]
         hook = block.register_forward_hook(lambda module, args, out: out * 2)
         noise = torch.full((2,), 0.5)
         expected = network(x, noise, **conditions)
-        assert torch.equal(pool.run(network, lambda _: engine(x, noise, **conditions)), expected)
+        assert torch.equal(
+            pool.run(network, lambda _: engine(x, noise, **conditions), consumer=engine), expected
+        )
         hook.remove()
 
 
@@ -176,13 +181,12 @@ def test_weights_that_come_back_are_recognised(monkeypatch):
     real = engine_module.BoundUNet
     monkeypatch.setattr(engine_module, "BoundUNet", lambda *arguments: made.append(1) or real(*arguments))
     device = Counting(int(1.05 * size_of(network)))
-    pool, engine = Pool(device, 1), Engine(network)
+    pool, engine = DeviceMemory(device, 1), Engine(network)
     for _ in range(3):
         for device.size in (int(1.05 * size_of(network)), int(0.6 * size_of(network))):
             assert_close(given(pool, engine, calls), expected)
-            when_leaving(network, engine.leave)
             pool.run(other, lambda _: None)
-            assert not is_resident(network)
+            assert pool.resident_share(network) < 1
     assert made == [1]
     assert_same(network, engine, *calls[0][:2])
 
@@ -220,11 +224,10 @@ def test_graphs_are_recorded_anew_where_weights_come_back_to(graphs):
     network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
     expected = wanted(network, calls)
-    pool, engine = Pool(Counting(int(1.05 * size_of(network))), 1), Engine(network)
+    pool, engine = DeviceMemory(Counting(int(1.05 * size_of(network))), 1), Engine(network)
     for runs in (1, 2):
         assert_close(given(pool, engine, calls), expected)
         assert recorded(graphs) == [2] * runs  # the first forward makes ready for it
-        when_leaving(network, engine.leave)
         pool.run(other, lambda _: None)
     pool.device.size = int(0.6 * size_of(network))  # pyright: ignore[reportAttributeAccessIssue]
     assert_close(given(pool, engine, calls), expected)
@@ -236,7 +239,9 @@ def test_without_a_graph_where_it_does_not_fit(graphs, monkeypatch):
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
     monkeypatch.setattr(Recorded, "full", True)
     told: list[str] = []
-    results = given(Pool(Counting(2 * size_of(network)), 1), Engine(network), calls, tell=told.append)
+    results = given(
+        DeviceMemory(Counting(2 * size_of(network)), 1), Engine(network), calls, notify=told.append
+    )
     assert_close(results, wanted(network, calls))
     assert (len(graphs), told) == (1, [])
 
@@ -245,15 +250,13 @@ def test_memory_of_graphs_is_counted_while_they_live(monkeypatch):
     device, taken = torch.device("cuda", 0), [100]
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: taken[0])
-    network, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    reserve = GraphPool(network)
-    before = reserved(device)
-    with reserve.growing(device):
+    engine, other = Engine(build(StageC, STAGE_C)), Engine(build(StageB, STAGE_B))
+    graphs = engine._pool
+    with graphs.growing(device):
         taken[0] += 50
-    with suppress(torch.OutOfMemoryError), reserve.growing(device):
+    with suppress(torch.OutOfMemoryError), graphs.growing(device):
         taken[0] += 20
         raise torch.OutOfMemoryError
-    assert reserved(device) == before + 50
-    assert [reserved(device, each) for each in (network, other)] == [50, 0]
-    del reserve
-    assert reserved(device) == before
+    assert [each.graph_bytes(device) for each in (engine, other)] == [50, 0]
+    engine.offload()
+    assert engine.graph_bytes(device) == 0

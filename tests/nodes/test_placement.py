@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core.errors import Interrupted
-from cascade_nodes.cascade_core.placement import Pool
+from cascade_nodes.cascade_core.placement import DeviceMemory
 from cascade_nodes.nodes.hosts import reporting
 from cascade_nodes.nodes.hosts.headless import device as host_device
 from cascade_nodes.nodes.hosts.headless import sampling as host_sampling
@@ -54,7 +54,7 @@ def on(monkeypatch):
     """on(device): the host's device from here on."""
 
     def use(device):
-        pool = Pool(device, unit_bytes=8_000)
+        pool = DeviceMemory(device, unit_bytes=8_000)
         monkeypatch.setattr(host_device, "pool", lambda: pool)
         monkeypatch.setattr(host_sampling, "_working", lambda run: WORKING)
         return pool
@@ -131,7 +131,7 @@ def test_stage_a_takes_tiles_where_the_whole_is_too_large(sockets, on, monkeypat
     assert (decode_latent(vae, latent, 0) - whole[0]).abs().max() <= 1e-5
     assert (encode_pixels(vae, image) - whole[1]).abs().max() <= 1e-5
     assert all(0 < tile < 60 for tile in seen)
-    assert pool.room(vae.decoder) < 1_400_000
+    assert pool.free_bytes(vae.decoder) < 1_400_000
 
 
 def test_stage_a_takes_smaller_tiles_when_out_of_memory(sockets, on, monkeypatch):

@@ -21,7 +21,6 @@ from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, hold_stream
 from ....cascade_core.networks.stage_c import StageC
 from ....cascade_core.networks.unet import UNet
-from ....cascade_core.placement.reserve import reserved
 from ..run import Network, least_side
 from .hosted import Hosted, WholeLayers
 from .weights import remember_file
@@ -104,7 +103,7 @@ class StageCModel(comfy.model_base.StableCascade_C):
         tokens = max(texts) + config.c_clip_seq * (1 + max(images))
         height, width = input_shape[-2:]
         values = activations.stage_c(config, batch, height, width, tokens)
-        return forward_bytes(value_bytes(self) * values, self.diffusion_model.network)
+        return forward_bytes(value_bytes(self) * values, self.diffusion_model)
 
     def extra_conds_shapes(self, **kwargs) -> dict[str, list[int]]:
         """What `memory_required` needs to know before the run."""
@@ -143,16 +142,25 @@ class StageBModel(comfy.model_base.StableCascade_B):
         config, batch = self.diffusion_model.network.config, input_shape[0]
         height, width = input_shape[-2:]
         values = activations.stage_b(config, batch, height, width)
-        return forward_bytes(value_bytes(self) * values, self.diffusion_model.network)
+        return forward_bytes(value_bytes(self) * values, self.diffusion_model)
 
 
-def forward_bytes(values: int, network: Any) -> int:
-    """What a forward needs whose values take so many bytes, and what graphs of any network hold, which the host takes
-    for free memory. Its own are what it works in.
+def forward_bytes(values: int, network: HostedNetwork) -> int:
+    """Bytes of a forward whose values take so many, and of all networks' CUDA graphs, which the host takes for free
+    memory. The network's own graphs already hold what its forward needs.
     """
     device = comfy.model_management.get_torch_device()
     needed = values + min(WORKSPACE, values // 2)
-    return max(needed - reserved(device, network), 0) + reserved(device)
+    graph_bytes = sum(hosted.engine.graph_bytes(device) for hosted in {network, *loaded_networks()})
+    return max(needed - network.engine.graph_bytes(device), 0) + graph_bytes
+
+
+def loaded_networks() -> set[HostedNetwork]:
+    """Those of our networks that the host has loaded. One that it unloads loses its graphs (`HostedNetwork._apply`)."""
+    references = [loaded.real_model for loaded in comfy.model_management.current_loaded_models]
+    models = [reference() for reference in references if reference is not None]
+    networks = [getattr(model, "diffusion_model", None) for model in models]
+    return {network for network in networks if isinstance(network, HostedNetwork)}
 
 
 def value_bytes(model: Any) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from ....cascade_core.adapters.apply import Patch, patched
 from ....cascade_core.engine import Precision, operations_on
 from ....cascade_core.errors import CascadeError
-from ....cascade_core.placement import Cuda, Pool, parse_bytes
+from ....cascade_core.placement import CudaDevice, DeviceMemory, WeightConsumer, parse_bytes
 from ..reporting import tell
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def _card_has_bf16() -> bool:
 
 
 @cache
-def pool() -> Pool | None:
+def pool() -> DeviceMemory | None:
     """What the device's memory is shared by; None on the CPU, where weights are where they are used.
 
     `$CASCADE_MEMORY` (6GB) caps it.
@@ -65,9 +65,8 @@ def pool() -> Pool | None:
     if device.type == "cpu":
         return None
     limit = os.environ.get("CASCADE_MEMORY")
-    return Pool(
-        Cuda(torch.device("cuda", torch.cuda.current_device()), parse_bytes(limit) if limit else None)
-    )
+    device = torch.device("cuda", torch.cuda.current_device())
+    return DeviceMemory(CudaDevice(device, parse_bytes(limit) if limit else None))
 
 
 def on_device(
@@ -76,15 +75,17 @@ def on_device(
     working: int = 0,
     patches: Sequence[Patch] = (),
     once: bool = False,
+    consumer: WeightConsumer | None = None,
 ) -> T:
     """body(device), with the network there and patched.
 
     working: bytes that the body takes beside the weights. Out of memory, it is run again from its beginning in a
-    smaller placement, and the user is told. once: the body runs the network once.
+    smaller placement, and the user is told. once: the body runs the network once. consumer: the
+    engine that the body calls in the network's place.
     """
     shared = pool()
     if shared is not None:
-        return shared.run(network, body, working, patches, tell, once)
+        return shared.run(network, body, working, patches, tell, once, consumer)
     with patched(network, patches):
         return body(compute_device())
 

@@ -14,7 +14,6 @@ from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.stage_b import StageB
 from ....cascade_core.networks.tiles import predict_in_tiles
-from ....cascade_core.placement import when_leaving
 from ..reporting import check_interrupted, report
 from ..run import Run, Sampled, Watch, mask_like
 from .control import RunControls
@@ -29,13 +28,16 @@ SOCKET_UNITS = {"stage_c": 1.0, "stage_b": SCALE_FACTOR}
 def sample(run: Run) -> Sampled:
     guiders = Guiders(run)
     return on_device(
-        run.model.network, lambda device: _sampled(run, guiders, device), _working(run), run.model.patches
+        run.model.network,
+        lambda device: _sampled(run, guiders, device),
+        _working(run),
+        run.model.patches,
+        consumer=run.model.engine,
     )
 
 
 def _sampled(run: Run, guiders: "Guiders", device: torch.device) -> Sampled:
     """From the noise on: run anew in a smaller placement, it gives the same."""
-    when_leaving(run.model.network, run.model.engine.leave)
     units = SOCKET_UNITS[run.kind]
     watch = Watch(device)
     latent = run.samples.to(device, torch.float32) / units
@@ -69,7 +71,7 @@ def _working(run: Run) -> int:
         side = run.tile or max(height, width)
         values = activations.stage_b(network.config, batch, min(height, side), min(width, side))
     working = values * next(network.parameters()).dtype.itemsize
-    # A CUDA graph is recorded when the runs before it are over, and counted from then on (placement/reserve.py).
+    # A CUDA graph is recorded when the runs before it are over, and counted from then on (engine/graphs.py).
     return working + run.model.engine.beside(batch * tokens) if run.engine else working
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ....cascade_core.networks.tiles import fitting_tile, join_tiles
-from ....cascade_core.placement import out_of_memory
+from ....cascade_core.placement import WeightConsumer, out_of_memory
 from ..reporting import check_interrupted, tell
 from . import device as host_device
 from .device import on_device
@@ -24,6 +24,7 @@ class Tiled:
 
     estimate  of `activations`: values alive for (config, batch, height, width) in positions
     down, up  what a position is in what goes in and in what comes out, in values a side
+    consumer  the engine that `function` calls in the network's place
     """
 
     network: Any
@@ -32,6 +33,7 @@ class Tiled:
     estimate: Callable[..., int]
     down: int = 1
     up: int = 1
+    consumer: WeightConsumer | None = None
 
     def __call__(self, x: Tensor, tile: int) -> Tensor:
         """x: (B, C, h · down, w · down) -> (B, C', h · up, w · up) float32 in main memory.
@@ -61,7 +63,7 @@ class Tiled:
 
             return join_tiles(part, x, tile, self.halo, self.down, self.up)
 
-        return on_device(self.network, run, self._bytes(x, self._area(x, tile)))
+        return on_device(self.network, run, self._bytes(x, self._area(x, tile)), consumer=self.consumer)
 
     def _positions(self, x: Tensor) -> tuple[int, int]:
         return x.shape[-2] // self.down, x.shape[-1] // self.down
@@ -81,9 +83,9 @@ class Tiled:
         if shared is None:
             return 0
         network: nn.Module = self.network
-        room = max(shared.room(network, beside=True), min(shared.room(network), LEAST))
-        room = min(room, MOST)
-        return fitting_tile(*self._positions(x), self.halo, lambda area: self._bytes(x, area) <= room)
+        free = max(shared.free_bytes(network, keep_others=True), min(shared.free_bytes(network), LEAST))
+        free = min(free, MOST)
+        return fitting_tile(*self._positions(x), self.halo, lambda area: self._bytes(x, area) <= free)
 
     def _half(self, x: Tensor, tile: int) -> int:
         """The next smaller tile: it sees half as much."""

@@ -12,7 +12,6 @@ from ....cascade_core.engine.vqgan import DecoderEngine
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo
-from ....cascade_core.placement import when_leaving
 from .device import on_device, picture_dtype
 from .tiled import Tiled
 
@@ -80,10 +79,9 @@ def decode_latent(vae: HeadlessVAE, latent: Tensor, tile: int) -> Tensor:
         def run(part: Tensor) -> Tensor:
             if not part.is_cuda:  # the engine would gain a hundredth of a picture's time, and round otherwise
                 return network.decode(part)
-            when_leaving(network, vae.engine.forget)  # before its weights do, its graphs go
             return vae.engine(part)
 
-        decode = Tiled(network, run, halo, activations.stage_a, up=side)
+        decode = Tiled(network, run, halo, activations.stage_a, up=side, consumer=vae.engine)
     else:
         side = PREVIEWER_SIDE
         decode = Tiled(network, network, PREVIEWER_HALO, activations.previewer, up=side)
