@@ -1,10 +1,13 @@
-# make demo   one picture from the bundled weights, on a machine that has Python and nothing else
-# make test   everything that must hold before a change lands
-# make clean  back to a fresh checkout
+# make demo     one picture from the bundled weights, on a machine that has Python and nothing else
+# make check    what needs no ComfyUI, in minutes: while a change is made
+# make test     everything that must hold before a change lands
+# make nightly  the same with the long tests: before an issue is called resolved
+# make clean    back to a fresh checkout
 
 PYTHON ?= python3
 BIN    := .venv/bin
 GRAPH  := example_workflows/api/text_to_image.json
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 25
 
 # Neither pip nor pyright shall ask the network for a newer self.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -12,17 +15,25 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # Threads that spin while they wait make sampling on a busy machine many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test clean
+.PHONY: demo check test nightly lint clean
 
 demo: .venv/.installed
 	$(BIN)/cascade run $(GRAPH)
 
-test: .venv/.installed-dev
+check: lint
+	$(PYTEST) --ignore tests/comfyui
+
+test: lint
+	$(PYTEST)
+
+nightly: lint
+	$(PYTEST) --nightly
+
+lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --project pyproject.toml
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 clean:
 	rm -rf .venv build dist output *.egg-info .pytest_cache .ruff_cache .import_linter_cache
@@ -35,7 +46,7 @@ clean:
 	touch $@
 
 # setuptools is itself in the lock (torch needs it), so the build takes nothing that is not pinned.
-.venv/.installed: .venv/.python requirements.lock pyproject.toml
+.venv/.installed: .venv/.python requirements.lock pyproject.toml setup.py
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

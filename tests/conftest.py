@@ -1,8 +1,16 @@
-"""Which tests share a process (`pytest --numprocesses 2 --dist loadgroup`), and a word on those that did not run."""
+"""What every test runs under: one thread, who shares a process, what is left to `make nightly`; and a word on all that
+did not run.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from datetime import date
+
+# Before anything imports torch, here and in the programs that tests start: most networks are so small that two threads
+# take longer than one, and several processes with as many threads as cores many times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -11,28 +19,79 @@ LOUD = {  # of two that fit, the first
     "tests/comfyui/": "NOT TESTED IN COMFYUI",
     "tests/gpu/": "NOT TESTED ON A GPU",
 }
+NIGHTLY = "left to make nightly"
+
+# The files that take longest, longest first: with several processes a long one that begins last is waited for.
+LONGEST = (
+    "demo/test_cascade.py",
+    "demo/test_tasks.py",
+    "core/test_training_tasks.py",
+    "core/test_training_ranks.py",
+    "core/test_training_resume.py",
+    "test_install.py",
+    "engine/test_fp8.py",
+    "notebooks/test_notebook.py",
+    "core/test_half.py",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="run what is marked `nightly`, too")
+    seed = "of what is tried at random, default: the day's date"
+    parser.addoption("--seed", type=int, default=int(date.today().strftime("%Y%m%d")), help=seed)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"what is tried at random: --seed {config.getoption('seed')}"
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of what is tried at random: another one every day; the head of the report says which."""
+    return int(request.config.option.seed)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those of one file, unless it has said otherwise, so that what they share is made once."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Those of one file, unless it has said otherwise, so that what they share is made once; the longest files first.
+
+    What is marked `nightly` is skipped, not left out: of what is left out the reporting process hears nothing.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name} {item.path.stem}"))
+        if item.get_closest_marker("nightly") and not config.option.nightly:
+            item.add_marker(pytest.mark.skip(reason=NIGHTLY))
+    items.sort(key=place)
+
+
+def place(item: pytest.Item) -> int:
+    """Of a test's file among the longest; those in ComfyUI, which have an order of their own, come before them."""
+    if "comfyui" in item.path.parts:
+        return -1
+    return next((i for i, name in enumerate(LONGEST) if item.path.match(f"tests/{name}")), len(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Nobody shall think that tests passed where they did not run.
+    """Make skipped suites loud.
 
     Here and not beside them: where there are several processes, the one that reports loads no conftest below this one.
     """
     reasons: dict[str, Counter[str]] = {folder: Counter() for folder in LOUD}
+    nightly: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ").removesuffix(".")
         folder = next((folder for folder in LOUD if report.nodeid.startswith(folder)), None)
-        if folder is not None:
-            reasons[folder][report.longrepr[2].removeprefix("Skipped: ").removesuffix(".")] += 1
-    for folder, found in reasons.items():
-        if found:
+        if reason == NIGHTLY:
+            nightly[report.nodeid.partition("::")[0]] += 1
+        elif folder is not None:
+            reasons[folder][reason] += 1
+    for folder, counts in reasons.items():
+        if counts:
             terminalreporter.section(LOUD[folder], sep="!", red=True)
-        for reason, count in found.items():
+        for reason, count in counts.items():
             terminalreporter.line(f"{count} tests in {folder} were skipped: {reason}.")
+    if nightly:
+        terminalreporter.section(f"{nightly.total()} TESTS ARE {NIGHTLY.upper()}", sep="!", yellow=True)
+        for file, count in nightly.items():
+            terminalreporter.line(f"{count} of {file}")
