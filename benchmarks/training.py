@@ -32,11 +32,12 @@ from cascade_nodes.cascade_core.diffusion.forward_process import diffuse, random
 from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.text.encoder import TextStates
-from cascade_nodes.cascade_core.training.data.batches import Batch, DataSettings
+from cascade_nodes.cascade_core.training.data.batches import Batch
 from cascade_nodes.cascade_core.training.loop import Loop, Progress, build_accelerator
-from cascade_nodes.cascade_core.training.run import compute_dtype, ready_blocks
+from cascade_nodes.cascade_core.training.run import compute_dtype, prepare_blocks
 from cascade_nodes.cascade_core.training.settings import (
     ControlNetSettings,
+    DataSettings,
     LoRASettings,
     ObjectiveSettings,
     OutputSettings,
@@ -129,7 +130,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
             task = ControlNetTask(
                 stage_c, text, ControlNetSettings(start="random"), ObjectiveSettings(), dtype
             )
-        ready_blocks(task, settings.train)
+        prepare_blocks(task, settings.train)
         marks: list[tuple[int, float]] = []
         losses: list[float] = []  # the same to the bit with CUDA graphs and without
 

@@ -1,4 +1,4 @@
-"""Kernels that give the same bits each time, so that a resumed run equals one that was never stopped."""
+"""Deterministic kernels, so that a resumed run equals, bit for bit, one that was never stopped."""
 
 import os
 from collections.abc import Iterator
@@ -11,23 +11,23 @@ from ..errors import CascadeError
 
 
 @contextmanager
-def repeatable(wanted: bool) -> Iterator[None]:
-    """Inside the block, kernels that give the same bits each time."""
-    if not wanted:
+def deterministic_kernels(enabled: bool) -> Iterator[None]:
+    """Choose kernels that give the same bits each time, inside the block, if `enabled`."""
+    if not enabled:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # a search for memory that is read before it is written
+    memory.fill_uninitialized_memory = False  # a debugging aid that fills every new tensor
     try:
         yield
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
         raise CascadeError(
-            f"This computation has no form that gives the same bits each time ({str(error).split('.')[0]}); set "
+            f"This operation has no deterministic implementation ({str(error).split('.')[0]}); set "
             "train.deterministic to false."
         ) from error
     finally:

@@ -1,6 +1,6 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): blocks are computed again in the backward pass.
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): activations are recomputed in the backward pass.
 
-Of each block only its input is kept, a tenth of what its backward pass needs, for a third more time.
+Each block stores its input alone, a tenth of what its backward pass needs, for a third more time.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,28 @@ from torch.utils.checkpoint import checkpoint
 
 from ..networks.layers import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
 
-LARGE = 300_000_000  # parameters from which Stage C's blocks are computed again rather than kept
-BLOCKS = (AttnBlock, FeedForwardBlock, ResBlock)
+LARGE_NETWORK = 300_000_000  # parameters from which Stage C's blocks are checkpointed by default
+CHECKPOINTED = (AttnBlock, FeedForwardBlock, ResBlock)
 
 
-def recompute_blocks(network: nn.Module, around: Callable[[], AbstractContextManager] = nullcontext) -> None:
-    """From now on the network's blocks keep no more than their input for the backward pass.
+def checkpoint_blocks(
+    network: nn.Module, recompute_context: Callable[[], AbstractContextManager] = nullcontext
+) -> None:
+    """Checkpoint the network's blocks, in place.
 
-    around: called with each block, gives the context in which the block shall be computed again.
+    recompute_context: called in each block's forward pass; returns the context in which it is recomputed.
     """
-    for block in blocks(network, BLOCKS):
-        block.forward = _recomputed(block, block.forward, around)
+    for block in blocks_of(network, CHECKPOINTED):
+        block.forward = _checkpointed(block, block.forward, recompute_context)
 
 
-def blocks(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Any]:
+def blocks_of(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Any]:
     return [block for block in network.modules() if isinstance(block, kinds)]
 
 
-def _recomputed(block: nn.Module, forward: Callable[..., Any], around: Callable[[], AbstractContextManager]):
+def _checkpointed(
+    block: nn.Module, forward: Callable[..., Any], recompute_context: Callable[[], AbstractContextManager]
+) -> Callable[..., Any]:
     @wraps(forward)
     def run(*inputs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -40,15 +44,15 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], around: Callable[
             forward,
             *inputs,
             use_reentrant=False,
-            preserve_rng_state=block.training,  # for dropout; costs a wait for the accelerator
-            context_fn=lambda: (nullcontext(), around()),
+            preserve_rng_state=block.training,  # for dropout; costs a synchronisation with the accelerator
+            context_fn=lambda: (nullcontext(), recompute_context()),
         )
 
     return run
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Each kind of block is compiled once, at its first use: a whole network takes minutes."""
+    """Compile each kind of block once, at its first use: compiling a whole network takes minutes."""
     torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, times widths and sizes
-    for block in blocks(network, (*BLOCKS, TimestepBlock)):
+    for block in blocks_of(network, (*CHECKPOINTED, TimestepBlock)):
         block.forward = torch.compile(block.forward)

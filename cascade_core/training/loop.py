@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import CascadeError
 from .data.batches import Batch
-from .determinism import repeatable
+from .determinism import deterministic_kernels
 from .ema import Average
 from .log import CURVE, Log, draw_curve
 from .optimisers import build_optimiser, learning_rate
@@ -122,7 +122,7 @@ class Loop:
             self.log = Log(self.folder, self.step)
         window = _Window(self.task.device)
         drawn = time.monotonic()
-        with repeatable(train.deterministic), self._prepared() as prepared:
+        with deterministic_kernels(train.deterministic), self._prepared() as prepared:
             while self.step < train.steps and not stopped:
                 window.add(self._update(prepared))
                 if self.step % output.log_every == 0 or self.step == train.steps:
@@ -202,8 +202,8 @@ class Loop:
                 value = value.detach() / train.accumulate
                 total[name] = total[name] + value if name in total else value
         self._share_gradients()
-        if train.clip_norm:
-            nn.utils.clip_grad_norm_(self.parameters, train.clip_norm)
+        if train.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self._share_statistics()

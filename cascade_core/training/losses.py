@@ -34,96 +34,99 @@ def stage_a_loss(model: StageA, image: Tensor, noise: float = 0.05) -> dict[str,
 def diffusion_loss(
     predict: Callable[[Tensor, Tensor], Tensor],
     x0: Tensor,
-    largest_weight: float | None = 16.0,
-    share_at_start: float = 0.05,
+    max_loss_weight: float | None = 16.0,
+    pure_noise_share: float = 0.05,
     loss_weight: Callable[..., Tensor] = debiased,
     shift: float = 1.0,
 ) -> dict[str, Tensor]:
     """Weighted error of the predicted noise: predict(noised, noise_cond) against epsilon.
 
     Every run starts from pure noise, where an error in epsilon is an error in x0 a hundred times as large; so the
-    default weight is the debiased one, cut at `largest_weight`, and a share of the batch is taken at t = 1 itself. The
-    published training has neither: p2, no cut, no share. An AdaptiveLossWeight is told the errors.
+    default weight is the debiased one, clamped to `max_loss_weight`, and `pure_noise_share` of the batch is taken at
+    t = 1 itself. The published training has neither: p2, no clamp, no share. An AdaptiveLossWeight is updated with the
+    errors.
     """
     t = random_t(len(x0)).to(x0.device)
-    t[: int(share_at_start * len(x0))] = 1.0
+    t[: int(pure_noise_share * len(x0))] = 1.0
     diffused = diffuse(x0, torch.randn_like(x0), t, shift, loss_weight)
     prediction = predict(diffused.noised, diffused.noise_cond).float()
     error = (prediction - diffused.target).square().mean(dim=(1, 2, 3))  # (B,)
     if isinstance(loss_weight, AdaptiveLossWeight):
         loss_weight.update_buckets(diffused.log_snr, error.detach())
-    return {"loss": (error * _cut(diffused.loss_weight, largest_weight)).mean(), "epsilon": error.mean()}
+    return {"loss": (error * _clamp(diffused.loss_weight, max_loss_weight)).mean(), "epsilon": error.mean()}
 
 
 def consistency_loss(
     predict: Callable[[Tensor, Tensor], Tensor],
     teacher: Callable[[Tensor, Tensor], Tensor],
     x0: Tensor,
-    steps: int = 50,
-    largest_weight: float | None = 16.0,
-    share_at_start: float = 0.05,
+    solver_steps: int = 50,
+    max_loss_weight: float | None = 16.0,
+    pure_noise_share: float = 0.05,
     loss_weight: Callable[..., Tensor] = debiased,
     shift: float = 1.0,
-    places: int | None = None,
-    own: float = 0.0,
+    student_steps: int | None = None,
+    on_policy_share: float = 0.0,
 ) -> dict[str, Tensor]:
     """Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378 and 2311.05556).
 
-    The teacher's path is cut into `steps`. Wherever it stands at the end of one, the student shall see the end that it
-    sees one step further on; with `places`, it stands where as many steps of the `lcm` sampler do, and nowhere else
-    (Heek et al. 2024, arXiv 2403.06807): fewer things to learn, and what it says of pure noise is handed on from the
-    teacher in `places` jumps instead of `steps`.
+    The teacher's path is cut into `solver_steps`. At the start of each step the student learns to predict the end of
+    the path that it predicts one step further on. With `student_steps`, it is trained at the times of so many steps
+    of the `lcm` sampler alone (Heek et al. 2024, arXiv 2403.06807): fewer things to learn, and the prediction at pure
+    noise is bootstrapped from the teacher in `student_steps` jumps instead of `solver_steps`.
+
     teacher: the guided prediction, (noised, noise_cond) -> epsilon. The student's x0 is what `lcm` takes from it, with
-    no skip connection, so that at the end of the path it is the teacher's own. The target comes from the student as it
-    is, without gradient (Song & Dhariwal 2023, arXiv 2310.14189, section 3.2).
+    no skip connection, so that at the end of the path it is the teacher's own. The target comes from the student's
+    current weights, without gradient (Song & Dhariwal 2023, arXiv 2310.14189, section 3.2).
     The error is weighed as in `diffusion_loss`, as an error in epsilon.
-    own: the share of the batch that stands where the student's own step of `lcm` leads, from one place back, instead of
-    on the way from a picture (Kohler et al. 2024, arXiv 2405.05224): it then learns to mend what it does itself.
+    on_policy_share: the share of the batch whose x0 is the student's own, after one step of `lcm` from one time back,
+    instead of the picture's (Kohler et al. 2024, arXiv 2405.05224): the student then learns to correct its own errors.
     """
-    places = places or steps
-    number = torch.randint(1, places + 1, (len(x0),))
-    number[: int(share_at_start * len(x0))] = places
-    if own:
-        x0 = _own_view(predict, x0, number, places, own, shift)
-    within = steps // places  # steps of a jump
-    times = [(number - i / within) / places for i in range(within)] + [(number - 1) / places]
+    student_steps = student_steps or solver_steps
+    step = torch.randint(1, student_steps + 1, (len(x0),))
+    step[: int(pure_noise_share * len(x0))] = student_steps
+    if on_policy_share:
+        x0 = _on_policy(predict, x0, step, student_steps, on_policy_share, shift)
+    jump = solver_steps // student_steps  # the teacher's steps in one of the student's
+    times = [(step - i / jump) / student_steps for i in range(jump)] + [(step - 1) / student_steps]
     levels = [log_snr(time, shift).to(x0.device) for time in times]
     here, there = levels[0], levels[-1]
     a, b = (per_image(value, x0) for value in alpha_sigma(here))
     x = a * x0 + b * torch.randn_like(x0)
     with torch.no_grad():
         x_next, end = along_path(teacher, x, levels)
-        seen = undiffuse(x_next, there, predict(x_next, noise_cond(there)).float())
-        end = torch.where(per_image(number == 1, x0).to(x0.device), end, seen)
+        predicted = undiffuse(x_next, there, predict(x_next, noise_cond(there)).float())
+        end = torch.where(per_image(step == 1, x0).to(x0.device), end, predicted)
         target = (x - a * end) / b
     error = (predict(x, noise_cond(here)).float() - target).square().mean(dim=(1, 2, 3))  # (B,)
-    return {"loss": (error * _cut(loss_weight(here), largest_weight)).mean(), "epsilon": error.mean()}
+    return {"loss": (error * _clamp(loss_weight(here), max_loss_weight)).mean(), "epsilon": error.mean()}
 
 
 @torch.no_grad()
-def _own_view(
+def _on_policy(
     predict: Callable[[Tensor, Tensor], Tensor],
     x0: Tensor,
-    number: Tensor,
-    places: int,
+    step: Tensor,
+    student_steps: int,
     share: float,
     shift: float,
 ) -> Tensor:
-    """x0, of the batch's last share what the student sees of it one place nearer to the noise, where there is one."""
-    level = log_snr((number + 1).clamp(max=places) / places, shift).to(x0.device)
+    """x0; in the batch's last `share`, the student's x0 from one step nearer to the noise, if there is one."""
+    level = log_snr((step + 1).clamp(max=student_steps) / student_steps, shift).to(x0.device)
     a, b = (per_image(value, x0) for value in alpha_sigma(level))
     x = a * x0 + b * torch.randn_like(x0)
-    seen = undiffuse(x, level, predict(x, noise_cond(level)).float())
-    chosen = (torch.arange(len(x0)) >= (1 - share) * len(x0)) & (number < places)
-    return torch.where(per_image(chosen, x0).to(x0.device), seen, x0)
+    predicted = undiffuse(x, level, predict(x, noise_cond(level)).float())
+    on_policy = (torch.arange(len(x0)) >= (1 - share) * len(x0)) & (step < student_steps)
+    return torch.where(per_image(on_policy, x0).to(x0.device), predicted, x0)
 
 
 def along_path(
     teacher: Callable[[Tensor, Tensor], Tensor], x: Tensor, levels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Where the teacher's path from x leads, and the x0 that its last step saw; each image has levels (B,) of its own.
+    """Follow the teacher's path from x; returns its end, and the x0 predicted in its last step.
 
-    The steps of the `dpmpp_2m` sampler: the first, and one that ends in the clean picture, are of first order.
+    levels: log-SNRs (B,), one more than there are steps. The steps are those of the `dpmpp_2m` sampler: the first, and
+    one that ends in the clean picture, are of first order.
     """
     clean = log_snr_limits()[1]
     x0 = before = x  # replaced in the first step
@@ -138,8 +141,8 @@ def along_path(
     return x, x0
 
 
-def _cut(weight: Tensor, largest: float | None) -> Tensor:
-    return weight if largest is None else weight.clamp(max=largest)
+def _clamp(weight: Tensor, maximum: float | None) -> Tensor:
+    return weight if maximum is None else weight.clamp(max=maximum)
 
 
 def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, log_scale: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from .data.cache import fingerprint
 from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
 from .data.text_cache import TextCache
-from .gradient_checkpointing import LARGE, compile_blocks, recompute_blocks
+from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
 from .log import duration
 from .loop import Loop, Outcome, Progress, build_accelerator
 from .samples import Samples
@@ -85,7 +85,7 @@ def interrupted(settings: Settings) -> bool:
     if not path.exists():
         return False
     _, metadata = read_state(path)
-    return metadata.get("settings") == settings.as_json() and int(metadata["step"]) < settings.train.steps
+    return settings.equals_json(metadata.get("settings", "")) and int(metadata["step"]) < settings.train.steps
 
 
 def prepare(
@@ -146,7 +146,7 @@ def prepare(
             f"{stage_c.config.c_clip_img}; choose the image encoder that belongs to it."
         )
     task = build_task(settings, stage_c, text, dtype, compressor, held, data.captions, find_faces)
-    ready_blocks(task, settings.train)
+    prepare_blocks(task, settings.train)
     return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device))
 
 
@@ -159,16 +159,16 @@ def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> Im
     return ImagePrompts(encoder, cache)
 
 
-def ready_blocks(task: Task, settings: TrainSettings) -> None:
+def prepare_blocks(task: Task, settings: TrainSettings) -> None:
     """Stage C's blocks compiled, computed again in the backward pass, and recorded, as the settings have it."""
     stage_c = task.stage_c
     if settings.compile:
         compile_blocks(stage_c)
     recompute = settings.gradient_checkpointing
     if recompute is None:
-        recompute = sum(parameter.numel() for parameter in stage_c.parameters()) > LARGE
+        recompute = sum(parameter.numel() for parameter in stage_c.parameters()) > LARGE_NETWORK
     if recompute:
-        recompute_blocks(stage_c, task.changes.as_now if isinstance(task, LoRATask) else nullcontext)
+        checkpoint_blocks(stage_c, task.changes.as_now if isinstance(task, LoRATask) else nullcontext)
     if settings.cuda_graphs and can_record(task.device):
         task.record()
 

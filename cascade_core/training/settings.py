@@ -9,6 +9,7 @@ is a whole file. Paths are relative to it; networks go by the names that the loa
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import CascadeError
-from .data.batches import DataSettings
 from .typed_yaml import build, read_yaml
+
+logger = logging.getLogger(__name__)
 
 TaskName = Literal["lora", "controlnet", "finetune", "tokens"]
 Reads = Literal["small", "enlarged"]
@@ -29,13 +31,44 @@ Weighting = Literal[
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Networks by file name. The previewer is for samples alone, the image encoder for image prompts."""
+    """Networks by file name. `previewer` decodes samples; `image_encoder` encodes image prompts."""
 
     stage_c: str = "stage_c_bf16.safetensors"
     text_encoder: str = "stable_cascade_text_encoder.safetensors"
     compressor: str = "effnet_encoder.safetensors"
     previewer: str | None = None
     image_encoder: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where pictures come from and what becomes of them."""
+
+    folder: str | None = None  # of pictures with captions, subfolders too
+    tars: tuple[str, ...] = ()  # webdataset tars: paths or patterns
+    size: int = 1024  # pixels as generated: a picture's area is at most size²; 1024 gives latents of 24 × 24
+    bucket_step: int = 64  # pixels; sides of the buckets are multiples of it
+    caption_dropout: float = 0.05  # the share of rows that are trained without words
+    image_prompt_dropout: float = 0.05  # the same without their image prompts, chosen apart from the words
+    flip: bool = False  # half of the rows are mirrored
+    cache: str | None = None  # folder where latents are kept between runs
+    repeat: int = 1  # how often an epoch shows each picture
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tars", (self.tars,) if isinstance(self.tars, str) else tuple(self.tars))
+        if self.folder is None and not self.tars:
+            raise CascadeError("The training data has neither a folder nor tars; name one of them.")
+        if not 64 <= self.size <= 4096:
+            raise CascadeError(f"The data's size is {self.size}; it must lie within 64 and 4096 pixels.")
+        if not 8 <= self.bucket_step <= self.size:
+            raise CascadeError(
+                f"The data's bucket_step is {self.bucket_step}; it must lie within 8 and the size, {self.size}."
+            )
+        for name in ("caption_dropout", "image_prompt_dropout"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise CascadeError(f"{name} is {share}; it is a share, from 0 to 1.")
+        if self.repeat < 1:
+            raise CascadeError(f"The data's repeat is {self.repeat}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -51,7 +84,7 @@ class TrainSettings:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: float = 0.01
     betas: tuple[float, ...] = (0.9, 0.99)
-    clip_norm: float = 1.0  # of the gradient; 0 is none
+    max_grad_norm: float = 1.0  # of the gradient; 0 is none
     ema: float = 0.999  # of the average that is written; 0 writes the last weights
     seed: int = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on an accelerator
@@ -88,8 +121,8 @@ class ObjectiveSettings:
 
     kind: Literal["diffusion", "consistency"] = "diffusion"
     weighting: Weighting | None = None  # null: p2; for consistency, which begins at pure noise, debiased
-    largest_weight: float | None = None
-    share_at_start: float = 0.0  # of a batch that is taken at pure noise
+    max_loss_weight: float | None = None
+    pure_noise_share: float = 0.0  # of a batch that is taken at pure noise
     shift: float = 1.0  # of the schedule that times are drawn from; above 1 is more noise
     guidance: tuple[float, ...] = (
         4.0,
@@ -97,15 +130,17 @@ class ObjectiveSettings:
     cfg_rescale: float = 0.7
     solver_steps: int = 50  # consistency: into how many steps the teacher's path is cut
     sampling_steps: int | None = None  # consistency: learn so many steps of `lcm` alone; null: any number
-    own_path: float = 0.0  # consistency: the share of a batch that comes from its own step before
+    on_policy_share: float = 0.0  # consistency: the share of a batch that comes from its own step before
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share_at_start <= 1:
+        if not 0 <= self.pure_noise_share <= 1:
             raise CascadeError(
-                f"objective.share_at_start is {self.share_at_start}; it is a share, from 0 to 1."
+                f"objective.pure_noise_share is {self.pure_noise_share}; it is a share, from 0 to 1."
             )
-        if not 0 <= self.own_path <= 1:
-            raise CascadeError(f"objective.own_path is {self.own_path}; it is a share, from 0 to 1.")
+        if not 0 <= self.on_policy_share <= 1:
+            raise CascadeError(
+                f"objective.on_policy_share is {self.on_policy_share}; it is a share, from 0 to 1."
+            )
         if not (math.isfinite(self.shift) and self.shift > 0):
             raise CascadeError(
                 f"objective.shift is {self.shift}; it must be above 0 (1 is the published one)."
@@ -116,10 +151,10 @@ class ObjectiveSettings:
             )
         if self.solver_steps < 2:
             raise CascadeError(f"objective.solver_steps is {self.solver_steps}; it must be at least 2.")
-        places = self.sampling_steps
-        if places is not None and not (1 <= places <= self.solver_steps and self.solver_steps % places == 0):
+        steps = self.sampling_steps
+        if steps is not None and not (1 <= steps <= self.solver_steps and self.solver_steps % steps == 0):
             raise CascadeError(
-                f"objective.sampling_steps is {places}; solver_steps ({self.solver_steps}) must be a multiple of it."
+                f"objective.sampling_steps is {steps}; solver_steps ({self.solver_steps}) must be a multiple of it."
             )
 
     @property
@@ -233,19 +268,41 @@ class Settings:
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
+    def equals_json(self, text: str) -> bool:
+        """Whether `text` is these settings as `as_json` gives them, or gave them under their former names."""
+        try:
+            values, _ = with_current_names(json.loads(text))
+            return build(Settings, values).as_json() == self.as_json()
+        except (ValueError, TypeError, CascadeError):
+            return False
+
 
 ROLES = {"image_encoder": "vision"}  # as the loaders call what `models` names otherwise
 SECTIONS = ("lora", "controlnet", "finetune", "tokens")  # each is of the task of its name
+FORMER_NAMES = {  # of keys, by section: still read
+    "train": {"clip_norm": "max_grad_norm"},
+    "objective": {
+        "largest_weight": "max_loss_weight",
+        "share_at_start": "pure_noise_share",
+        "own_path": "on_policy_share",
+    },
+}
 
 
 def read_settings(path: Path, task: TaskName) -> Settings:
-    """The settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it."""
+    """Read the settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it."""
     return settings_of(read_yaml(path), task, str(path))
 
 
 def settings_of(values: Mapping[str, Any], task: TaskName, where: str) -> Settings:
-    """The same of what stands in a file. where: its name, for messages."""
+    """Build settings from a file's values. where: the file's name, for messages.
+
+    Keys under their former names are read; one line of warning is logged for all of them.
+    """
     try:
+        values, renamed = with_current_names(values)
+        if renamed:
+            logger.warning("%s: %s. The former names are still read.", where, "; ".join(renamed))
         for section in SECTIONS:
             if section in values and section != task and (section, task) != ("tokens", "lora"):
                 raise CascadeError(f"{section} does not belong to `cascade train {task}`; remove it.")
@@ -256,8 +313,29 @@ def settings_of(values: Mapping[str, Any], task: TaskName, where: str) -> Settin
         raise CascadeError(f"{where}: {error}") from None
 
 
+def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(values by the keys' current names, a phrase for each key that was renamed).
+
+    Raises CascadeError where a key stands under both names.
+    """
+    current, renamed = dict(values), []
+    for section, names in FORMER_NAMES.items():
+        keys = current.get(section)
+        if not isinstance(keys, Mapping):
+            continue
+        for former in names.keys() & keys.keys():
+            name = names[former]
+            if name in keys:
+                raise CascadeError(
+                    f"{section} holds both {name} and {former}, which is its former name; remove {former}."
+                )
+        current[section] = {names.get(key, key): value for key, value in keys.items()}
+        renamed += [f"{section}.{key} is now called {section}.{names[key]}" for key in keys if key in names]
+    return current, renamed
+
+
 def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], Path]) -> Settings:
-    """The same with absolute paths: files and folders from `folder`, networks by find_model(role, name)."""
+    """Make paths absolute: files and folders relative to `folder`, networks by find_model(role, name)."""
 
     def at(path: str) -> str:
         return str((folder / Path(path).expanduser()).resolve())
@@ -275,8 +353,8 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     def model(role: str, name: str | None) -> str | None:
         return None if name is None else str(find_model(role, name).resolve())
 
-    given = dataclasses.asdict(settings.models)
-    files = {key: model(ROLES.get(key, key), name) for key, name in given.items()}
+    names = dataclasses.asdict(settings.models)
+    files = {key: model(ROLES.get(key, key), name) for key, name in names.items()}
     control = settings.controlnet
     if settings.task == "controlnet" and control.start not in ("compressor", "random"):
         control = dataclasses.replace(control, start=model("controlnet", control.start))

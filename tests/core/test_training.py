@@ -118,7 +118,7 @@ def test_diffusion_loss_weighs_the_error_in_epsilon():
         seen["noised"], seen["r"] = noised, noise_cond
         return torch.zeros_like(noised)
 
-    terms = diffusion_loss(nothing, x0, largest_weight=5.0, share_at_start=0.1)
+    terms = diffusion_loss(nothing, x0, max_loss_weight=5.0, pure_noise_share=0.1)
     torch.manual_seed(3)
     t = (1 - torch.rand(40)).add(0.001).clamp(0.001, 1.0)
     t[:4] = 1.0

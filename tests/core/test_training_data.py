@@ -14,10 +14,11 @@ from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor
 from cascade_nodes.cascade_core.training.data import batches as data_module
 from cascade_nodes.cascade_core.training.data import decoding
 from cascade_nodes.cascade_core.training.data import latents as latents_module
-from cascade_nodes.cascade_core.training.data.batches import DataSettings, TrainingData, fill_cache
+from cascade_nodes.cascade_core.training.data.batches import TrainingData, fill_cache
 from cascade_nodes.cascade_core.training.data.buckets import Bucket
 from cascade_nodes.cascade_core.training.data.cache import fingerprint
 from cascade_nodes.cascade_core.training.data.pictures import read_picture
+from cascade_nodes.cascade_core.training.settings import DataSettings
 from cascade_nodes.tests.core.training_sets import MeanColours, blocks, write_set, write_tar
 
 
@@ -180,11 +181,11 @@ def test_pictures_that_fit_in_memory_are_decoded_once(tmp_path):
 
 
 def test_pictures_beyond_the_memory_are_decoded_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "HELD", 2 * 3 * 192 * 192)
+    monkeypatch.setattr(decoding, "CACHE_BYTES", 2 * 3 * 192 * 192)
     data = open_data(write_set(tmp_path, [(64, 64)] * 4), with_images=True)
     before = [data.batch(step, 2) for step in range(data.steps_per_epoch(2))]
     assert data._decoder is not None
-    assert len(data._decoder.held) == 2
+    assert len(data._decoder.cached) == 2
     for path in tmp_path.rglob("*.png"):
         path.unlink()
     with pytest.raises(CascadeError, match="no longer"):
@@ -265,8 +266,9 @@ def test_an_interrupted_run_keeps_what_it_made(tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from cascade_nodes.cascade_core.training import latents
-from cascade_nodes.cascade_core.training.data.batches import DataSettings, TrainingData
+from cascade_nodes.cascade_core.training.data import latents
+from cascade_nodes.cascade_core.training.data.batches import TrainingData
+from cascade_nodes.cascade_core.training.settings import DataSettings
 from cascade_nodes.tests.core.training_sets import MeanColours
 latents.ENCODED_AT_ONCE, latents.FILE_BYTES = 2 * 192 * 192, 2 * 16 * 6 * 6 * 4
 encode = MeanColours()
@@ -304,7 +306,7 @@ def test_a_damaged_file_of_the_cache_is_made_anew(tmp_path):
 
 def test_sets_beyond_memory_give_the_same_batches(folder, tmp_path, monkeypatch):
     whole = open_data(folder, flip=True)
-    monkeypatch.setattr(data_module, "IN_MEMORY", 0)
+    monkeypatch.setattr(data_module, "MAX_BYTES_IN_MEMORY", 0)
     mapped = open_data(folder, flip=True, cache=str(tmp_path))
     assert all(same_batch(a, b) for a, b in zip(epoch(whole), epoch(mapped), strict=True))
     for a, b in zip(whole.as_tensors(), mapped.as_tensors(), strict=True):
@@ -346,11 +348,11 @@ def test_a_tar_trains_as_its_folder_does(folder, tmp_path):
     latents = {
         f"set.tar/{name}": rows
         for tensors, rows_of in zip(single.as_tensors(), single._buckets, strict=True)
-        for name, rows in zip([each.picture.name for each in rows_of.placed], tensors.latents, strict=True)
+        for name, rows in zip([each.picture.name for each in rows_of.pictures], tensors.latents, strict=True)
     }
     assert len(latents) == 14
     for tensors, rows_of in zip(packed.as_tensors(), packed._buckets, strict=True):
-        for each, rows in zip(rows_of.placed, tensors.latents, strict=True):
+        for each, rows in zip(rows_of.pictures, tensors.latents, strict=True):
             assert torch.equal(rows, latents[each.picture.name])
     assert set(packed.captions) == set(single.captions)
     encode = MeanColours()

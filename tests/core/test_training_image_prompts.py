@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.training.data.batches import DataSettings, TrainingData
+from cascade_nodes.cascade_core.training.data.batches import TrainingData
 from cascade_nodes.cascade_core.training.data.image_prompts import ImagePrompts
 from cascade_nodes.cascade_core.training.data.pictures import ORIENTATION, read_whole
 from cascade_nodes.cascade_core.training.data.sources import find_pictures
 from cascade_nodes.cascade_core.training.run import prepare
-from cascade_nodes.cascade_core.training.settings import resolve, settings_of
+from cascade_nodes.cascade_core.training.settings import DataSettings, resolve, settings_of
 from cascade_nodes.cascade_core.vision import ImageEncoder, build_vision_model
 from cascade_nodes.tests.core import training_runs
 from cascade_nodes.tests.core.training_sets import MeanColours, blocks, write_set, write_tar

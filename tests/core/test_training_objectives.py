@@ -43,10 +43,10 @@ def distilled(student, teacher=ideal, **options):
 
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 def test_the_end_of_the_path_is_what_distillation_asks_for(shift):
-    right, wrong = (distilled(f, steps=100, shift=shift) for f in (end_of_path, ideal))
+    right, wrong = (distilled(f, solver_steps=100, shift=shift) for f in (end_of_path, ideal))
     assert right < 1e-4
     assert wrong > 10 * right
-    coarse = distilled(end_of_path, steps=10, shift=shift)
+    coarse = distilled(end_of_path, solver_steps=10, shift=shift)
     assert coarse > 10 * right  # DDIM's error, which finer steps do away with
 
 
@@ -57,14 +57,14 @@ def test_what_is_learned_for_four_steps_stands_where_their_sampler_does():
         seen.update(round(value, 2) for value in r.tolist())
         return end_of_path(x, r)
 
-    right = distilled(student, steps=20, places=4)
+    right = distilled(student, solver_steps=20, student_steps=4)
     # What the network is told of t = 1 and t = 0 is within the schedule's limits; the last is asked for and not used.
     assert seen == {0.99, 0.75, 0.5, 0.25, 0.0}
-    wrong = distilled(ideal, steps=20, places=4)
+    wrong = distilled(ideal, solver_steps=20, student_steps=4)
     assert right < 1e-3
     assert wrong > 30 * right
     assert right < 0.2 * distilled(
-        end_of_path, steps=4
+        end_of_path, solver_steps=4
     )  # which follows the teacher in one step of first order
 
 
@@ -76,7 +76,7 @@ def test_a_share_of_the_batch_comes_from_the_students_own_step():
         return x / next(b for _, b in [level(r)])
 
     seen = []
-    distilled(blank, steps=20, places=4, own=0.5)
+    distilled(blank, solver_steps=20, student_steps=4, on_policy_share=0.5)
     spread, (a, b) = seen[-1]
     a, b = a.flatten(), b.flatten()
     later = a > alpha_sigma(log_snr(torch.tensor(0.9)))[0]  # not the first step, which has none before it
@@ -124,7 +124,7 @@ def test_distillation_learns_by_gradient():
     torch.manual_seed(2)
     for _ in range(600):
         optimiser.zero_grad()
-        consistency_loss(student, ideal, SIGMA * torch.randn(64, 1, 2, 2), steps=20)["loss"].backward()
+        consistency_loss(student, ideal, SIGMA * torch.randn(64, 1, 2, 2), solver_steps=20)["loss"].backward()
         optimiser.step()
     noise = torch.randn(2000, 1, 2, 2)
     options = {"shift": 1.0, "noise": lambda: torch.randn(2000, 1, 2, 2)}
@@ -150,7 +150,9 @@ def test_a_guided_teacher_moves_the_path():
         x0 = 2.0 + (x - 2.0 * a) * SIGMA / (a**2 * SIGMA**2 + b**2).sqrt()
         return (x - a * x0) / b
 
-    assert distilled(student, teacher, steps=100) < 0.1 * distilled(end_of_path, teacher, steps=100)
+    assert distilled(student, teacher, solver_steps=100) < 0.1 * distilled(
+        end_of_path, teacher, solver_steps=100
+    )
 
 
 def test_the_published_objective():

@@ -15,7 +15,7 @@ from cascade_nodes.cascade_core.training.data.masks import (
     random_masks,
     training_masks,
 )
-from cascade_nodes.cascade_core.training.gradient_checkpointing import recompute_blocks
+from cascade_nodes.cascade_core.training.gradient_checkpointing import checkpoint_blocks
 from cascade_nodes.cascade_core.training.tasks import controlnet as control
 from cascade_nodes.cascade_core.training.tasks import lora
 from cascade_nodes.cascade_core.training.tasks.finetune import select_parameters
@@ -316,7 +316,7 @@ def test_blocks_computed_again_keep_only_their_input():
         return total
 
     before = kept()
-    recompute_blocks(network)
+    checkpoint_blocks(network)
     assert kept() < before / 5
 
 

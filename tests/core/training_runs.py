@@ -41,7 +41,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "train": {"learning_rate": 1e-2},
     },
     "lora for few steps": {"objective": {"kind": "consistency", "guidance": [2, 4], "solver_steps": 10}},
-    "lora, adaptive": {"objective": {"weighting": "adaptive"}, "train": {"accumulate": 2, "clip_norm": 0.5}},
+    "lora, adaptive": {
+        "objective": {"weighting": "adaptive"},
+        "train": {"accumulate": 2, "max_grad_norm": 0.5},
+    },
     "lora with image prompts": {"data": {"image_prompt_dropout": 0.2}},
     "lora for few steps with image prompts": {"objective": {"kind": "consistency", "solver_steps": 10}},
     "controlnet": {"train": {"learning_rate": 1e-2}},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cascade_nodes.cascade_core.training import settings
-from cascade_nodes.cascade_core.training.data.batches import DataSettings
+from cascade_nodes.cascade_core.training.settings import DataSettings
 from cascade_nodes.cascade_core.training.typed_yaml import parse_yaml
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks" / "training.md").read_text(encoding="utf-8")

@@ -87,13 +87,68 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_numbers_as_people_write_them(tmp_path):
     (tmp_path / "config.yaml").write_text(
-        f"{MINIMAL}objective: {{guidance: 3, share_at_start: 5e-2, largest_weight: 16}}\nlora: {{targets: attention}}\n"
+        f"{MINIMAL}objective: {{guidance: 3, pure_noise_share: 5e-2, max_loss_weight: 16}}\n"
+        "lora: {targets: attention}\n"
     )
     settings = read_settings(tmp_path / "config.yaml", "lora")
     assert settings.objective.guidance == (3.0,)
-    assert settings.objective.share_at_start == 0.05
-    assert settings.objective.largest_weight == 16.0
+    assert settings.objective.pure_noise_share == 0.05
+    assert settings.objective.max_loss_weight == 16.0
     assert settings.lora.targets == ("attention",)
+
+
+FORMER = (
+    "data: {folder: x}\noutput: {file: x}\ntrain: {clip_norm: 0.5}\n"
+    "objective: {largest_weight: 16, share_at_start: 0.1, own_path: 0.2}\n"
+)
+CURRENT = (
+    "data: {folder: x}\noutput: {file: x}\ntrain: {max_grad_norm: 0.5}\n"
+    "objective: {max_loss_weight: 16, pure_noise_share: 0.1, on_policy_share: 0.2}\n"
+)
+
+
+def test_former_names_are_read_with_one_line_of_notice(tmp_path, caplog):
+    path = tmp_path / "config.yaml"
+    path.write_text(CURRENT)
+    current = read_settings(path, "lora")
+    assert caplog.records == []
+    path.write_text(FORMER)
+    assert read_settings(path, "lora") == current
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        f"{path}: train.clip_norm is now called train.max_grad_norm; "
+        "objective.largest_weight is now called objective.max_loss_weight; "
+        "objective.share_at_start is now called objective.pure_noise_share; "
+        "objective.own_path is now called objective.on_policy_share. The former names are still read."
+    )
+
+
+def test_a_key_under_both_names_is_refused(tmp_path):
+    sentence = refusal(tmp_path, f"{MINIMAL}objective: {{own_path: 0.1, on_policy_share: 0.1}}\n")
+    assert sentence == (
+        "objective holds both on_policy_share and own_path, which is its former name; remove own_path."
+    )
+
+
+def test_settings_that_a_state_was_written_with_are_known_under_their_former_names(tmp_path):
+    (tmp_path / "config.yaml").write_text(CURRENT)
+    settings = read_settings(tmp_path / "config.yaml", "lora")
+    written = settings.as_json()
+    assert settings.equals_json(written)
+    former = {
+        "max_grad_norm": "clip_norm",
+        "max_loss_weight": "largest_weight",
+        "pure_noise_share": "share_at_start",
+        "on_policy_share": "own_path",
+    }
+    for name, before in former.items():
+        assert f'"{name}"' in written
+        written = written.replace(f'"{name}"', f'"{before}"')
+    assert settings.equals_json(written)
+    assert not settings.equals_json(written.replace('"own_path": 0.2', '"own_path": 0.3'))
+    assert not settings.equals_json(written.replace('"own_path"', '"their_path"'))
+    assert not settings.equals_json("")
 
 
 def test_paths_are_relative_to_the_file_and_networks_are_looked_up(tmp_path):

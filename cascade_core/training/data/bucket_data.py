@@ -5,57 +5,66 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .bucketing import Placed
-from .latents import Encoder
+from .bucketing import BucketedPicture
+from .latents import LatentEncoder
 
 
-class Rows:
-    """placed: the pictures, with `prompts` image prompts each.
+class BucketData:
+    """Rows of one bucket, all with the same number of image prompts.
 
-    caption_ids: (N, K), -1 beyond a picture's own; caption_counts: (N,).
+    caption_ids: (N, K) int64, indices of captions, -1 beyond a picture's own; caption_counts: (N,).
     """
 
-    def __init__(self, placed: list[Placed], encoder: Encoder, ids: Mapping[str, int], prompts: int = 0):
-        self.placed, self.encoder, self.bucket, self.prompts = placed, encoder, placed[0].bucket, prompts
-        captions = [[ids[text] for text in each.picture.captions] for each in placed]
-        most = max(map(len, captions))
+    def __init__(
+        self,
+        pictures: list[BucketedPicture],
+        encoder: LatentEncoder,
+        ids: Mapping[str, int],
+        image_prompts: int = 0,
+    ):
+        """ids: each caption's index; image_prompts: how many each picture has."""
+        self.pictures, self.encoder, self.image_prompts = pictures, encoder, image_prompts
+        self.bucket = pictures[0].bucket
+        captions = [[ids[text] for text in each.picture.captions] for each in pictures]
+        longest = max(map(len, captions))
         self.caption_counts = torch.tensor([len(each) for each in captions])
-        self.caption_ids = torch.tensor([each + [-1] * (most - len(each)) for each in captions])
-        self.together: Tensor | None = None  # (N, F, 16, h, w)
+        self.caption_ids = torch.tensor([each + [-1] * (longest - len(each)) for each in captions])
+        self.in_memory: Tensor | None = None  # (N, F, 16, h, w)
 
     def __len__(self) -> int:
-        return len(self.placed)
+        return len(self.pictures)
 
     def __str__(self) -> str:
-        prompted = f" with {self.prompts} image prompt{'s' * (self.prompts > 1)}" * (self.prompts > 0)
-        return f"{len(self)} of {self.bucket}{prompted}"
+        count = self.image_prompts
+        prompts = f" with {count} image prompt{'s' * (count > 1)}" * (count > 0)
+        return f"{len(self)} of {self.bucket}{prompts}"
 
     @property
     def nbytes(self) -> int:
-        one = self.encoder.cache.rows[self.placed[0].key(False)]
-        return one.nbytes * len(self.placed) * len(self.encoder.variants)
+        latent = self.encoder.cache.rows[self.pictures[0].key(False)]
+        return latent.nbytes * len(self.pictures) * len(self.encoder.variants)
 
     def all_latents(self) -> Tensor:
         """(N, F, 16, h, w) float32; F is 2 where pictures are mirrored: as they are, mirrored."""
-        if self.together is not None:
-            return self.together
+        if self.in_memory is not None:
+            return self.in_memory
         variants = [
-            self.encoder.cache.stack(each.key(mirrored) for each in self.placed)
+            self.encoder.cache.stack(picture.key(mirrored) for picture in self.pictures)
             for mirrored in self.encoder.variants
         ]
         return torch.stack(variants, dim=1)
 
-    def bring_together(self) -> None:
-        """One tensor in memory in place of single rows: a batch is then one indexing."""
-        self.together = self.all_latents()
+    def load_to_memory(self) -> None:
+        """Gather all rows in one tensor, so that a batch is one indexing operation."""
+        self.in_memory = self.all_latents()
 
     def latents(self, rows: Tensor, mirrored: Tensor) -> Tensor:
-        """(B, 16, h, w) of these rows, from memory or from the mapped files."""
-        if self.together is not None:
-            return self.together[rows, mirrored]
-        chosen = zip(rows.tolist(), mirrored.tolist(), strict=True)
-        return self.encoder.cache.stack(self.placed[row].key(bool(turned)) for row, turned in chosen)
+        """(B, 16, h, w) of these rows (B,), from memory or from the mapped files; mirrored: (B,) 0 or 1."""
+        if self.in_memory is not None:
+            return self.in_memory[rows, mirrored]
+        variants = zip(rows.tolist(), mirrored.tolist(), strict=True)
+        return self.encoder.cache.stack(self.pictures[row].key(bool(flipped)) for row, flipped in variants)
 
     def captions(self, rows: Tensor, chance: Tensor) -> Tensor:
-        """A caption of each row, by chance (B,) in [0, 1): its place, (B,)."""
+        """Draw a caption of each row, by chance (B,) in [0, 1): its id, (B,)."""
         return self.caption_ids[rows, (chance * self.caption_counts[rows]).long()]

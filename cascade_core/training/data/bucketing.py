@@ -1,4 +1,4 @@
-"""Which bucket each picture goes into."""
+"""Bucketing by aspect ratio: which bucket each picture goes into."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,22 +8,22 @@ from torch import Tensor
 
 from .buckets import Bucket, nearest
 from .cache import Cache, Key, key_of
-from .decoding import in_threads
-from .pictures import Picture, PictureError, Skipped, picture_size, read_picture
+from .pictures import PictureError, Skipped, TrainingPicture, picture_size, read_picture
+from .threads import map_in_threads
 
-HEADER = 65_536  # bytes; most pictures say their size within them
+HEADER_BYTES = 65_536  # most pictures state their size within them
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """A picture in its bucket."""
+class BucketedPicture:
+    """A picture in its bucket. scale: by which it is resized to the bucket's size"""
 
-    picture: Picture
+    picture: TrainingPicture
     bucket: Bucket
-    scale: float  # by which it is resized to the bucket's size
+    scale: float
 
     def key(self, mirrored: bool) -> Key:
-        """Of its latent in a cache."""
+        """Key of its latent in a cache."""
         return key_of(self.picture.identity, *self.bucket, mirrored)
 
     def pixels(self, size: tuple[int, int]) -> Tensor:
@@ -35,35 +35,40 @@ class Placed:
         return read_picture(data, self.bucket, size)
 
 
-def place(
-    pictures: Sequence[Picture], sizes: tuple[Bucket, ...], known: Cache
-) -> tuple[list[Placed], list[Skipped]]:
-    """Each picture's bucket. known: sizes in pixels that were read before, (2,) int32 by picture."""
+def assign_buckets(
+    pictures: Sequence[TrainingPicture], buckets: tuple[Bucket, ...], sizes: Cache
+) -> tuple[list[BucketedPicture], list[Skipped]]:
+    """Assign each picture to the bucket nearest to its aspect ratio; pictures that cannot be read are skipped.
+
+    sizes: (height, width) in pixels of pictures that were read before, (2,) int32 each; new ones are added.
+    """
     keys = [key_of(picture.identity) for picture in pictures]
-    new = [(key, picture) for key, picture in zip(keys, pictures, strict=True) if key not in known]
-    skipped, read = [], {}
-    for (key, picture), size in in_threads(lambda item: _size(item[1]), new, ahead=1000):
+    new = [(key, picture) for key, picture in zip(keys, pictures, strict=True) if key not in sizes]
+    skipped, new_sizes = [], {}
+    for (key, picture), size in map_in_threads(lambda item: _size(item[1]), new, ahead=1000):
         if isinstance(size, PictureError):
             skipped.append(Skipped(picture.name, str(size)))
         else:
-            read[key] = size
-    if read:
-        known.add(list(read), torch.tensor(list(read.values()), dtype=torch.int32))
-    placed = []
+            new_sizes[key] = size
+    if new_sizes:
+        sizes.add(list(new_sizes), torch.tensor(list(new_sizes.values()), dtype=torch.int32))
+    bucketed = []
     for key, picture in zip(keys, pictures, strict=True):
-        if key in known:
-            height, width = known.rows[key].tolist()
-            bucket = nearest(sizes, height, width)
-            placed.append(Placed(picture, bucket, max(bucket.height / height, bucket.width / width)))
-    return placed, skipped
+        if key in sizes:
+            height, width = sizes.rows[key].tolist()
+            bucket = nearest(buckets, height, width)
+            scale = max(bucket.height / height, bucket.width / width)
+            bucketed.append(BucketedPicture(picture, bucket, scale))
+    return bucketed, skipped
 
 
-def _size(picture: Picture) -> tuple[int, int]:
+def _size(picture: TrainingPicture) -> tuple[int, int]:
+    """(height, width) in pixels, from the file's header where that suffices."""
     try:
         try:
-            return picture_size(picture.read(HEADER))
+            return picture_size(picture.read(HEADER_BYTES))
         except PictureError:
-            if picture.length <= HEADER:
+            if picture.length <= HEADER_BYTES:
                 raise
             return picture_size(picture.read())
     except OSError as error:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ...errors import CascadeError
 from .captions import SUFFIXES, caption_lines, caption_values
-from .pictures import IMAGE_PROMPT, PICTURES, Found, Picture, Skipped, Stored
+from .pictures import IMAGE_PROMPT, PICTURES, Listing, PictureFile, Skipped, TrainingPicture
 
 METADATA = "metadata.jsonl"
 
 
-def folder_pictures(folder: Path) -> Found:
+def folder_pictures(folder: Path) -> Listing:
     """A folder's pictures; what is hidden (begins with a dot) is left alone."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -26,7 +26,7 @@ def folder_pictures(folder: Path) -> Found:
         yield from _pictures_in(place, folder, sorted(names), told)
 
 
-def _pictures_in(place: str, folder: Path, names: list[str], told: Mapping[str, tuple[str, ...]]) -> Found:
+def _pictures_in(place: str, folder: Path, names: list[str], told: Mapping[str, tuple[str, ...]]) -> Listing:
     known = set(names)
     pictures = [name for name in names if Path(name).suffix.lower() in PICTURES and not name.startswith(".")]
     prompts = _image_prompts(pictures)
@@ -40,13 +40,13 @@ def _pictures_in(place: str, folder: Path, names: list[str], told: Mapping[str, 
             captions = told.get(str(path)) or _captions_beside(path, path.stem, known)
             where = _where(path, folder)
             shown_with = tuple(
-                Stored(*_where(Path(place, each), folder)) for each in prompts.get(path.stem, ())
+                PictureFile(*_where(Path(place, each), folder)) for each in prompts.get(path.stem, ())
             )
         except (OSError, UnicodeDecodeError) as error:
             yield Skipped(shown, f"it or its caption cannot be read: {error}")
             continue
         if captions:
-            yield Picture(*where, captions, shown_with)
+            yield TrainingPicture(*where, captions, shown_with)
         else:
             yield Skipped(shown, "no caption")
 
@@ -63,7 +63,7 @@ def _image_prompts(pictures: list[str]) -> dict[str, list[str]]:
 
 
 def _where(path: Path, folder: Path) -> tuple[str, Path, int, int, int]:
-    """What `Stored` says of a file of its own."""
+    """What `PictureFile` says of a file of its own."""
     status = path.stat()
     return path.relative_to(folder).as_posix(), path, 0, status.st_size, status.st_mtime_ns
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from ...errors import CascadeError
 from ...vision import ImageEncoder, preprocess_images
 from .cache import Cache, Key, fingerprint, key_of
-from .decoding import in_threads
-from .pictures import Picture, PictureError, Stored, read_whole
+from .pictures import PictureError, PictureFile, TrainingPicture, read_whole
+from .threads import map_in_threads
 
 ENCODED_AT_ONCE = 256  # pictures
 IN_A_FILE = 4096  # embeddings, of the cache
@@ -26,15 +26,15 @@ class ImagePrompts:
         self.cache = Cache(below, fingerprint(encoder.model) if below else "")
 
     def fill(
-        self, pictures: Sequence[Picture], report: Callable[[int, int], None] | None = None
-    ) -> dict[Picture, str]:
+        self, pictures: Sequence[TrainingPicture], report: Callable[[int, int], None] | None = None
+    ) -> dict[TrainingPicture, str]:
         """Encodes the prompts that are not there yet; gives the pictures that have a damaged one, and how.
 
         report: called with how many prompts are done and how many there are to do.
         """
         wanted = {_key(prompt): prompt for picture in pictures for prompt in picture.image_prompts}
         missing = [prompt for key, prompt in wanted.items() if key not in self.cache]
-        damaged: dict[Stored, str] = {}
+        damaged: dict[PictureFile, str] = {}
         for start in range(0, len(missing), IN_A_FILE):
             damaged |= self._encode(missing[start : start + IN_A_FILE])
             if report is not None:
@@ -48,7 +48,7 @@ class ImagePrompts:
             if prompt is not None
         }
 
-    def _encode(self, prompts: Sequence[Stored]) -> dict[Stored, str]:
+    def _encode(self, prompts: Sequence[PictureFile]) -> dict[PictureFile, str]:
         """A file of the cache; gives the damaged ones."""
         encoder = self.encoder
         if encoder is None:
@@ -58,18 +58,18 @@ class ImagePrompts:
             )
         side = encoder.image_size
 
-        def prepared(prompt: Stored) -> Tensor:
+        def prepared(prompt: PictureFile) -> Tensor:
             try:
                 data = prompt.read()
             except OSError as error:
                 raise PictureError(error.strerror or str(error)) from None
             return preprocess_images(read_whole(data, side).movedim(0, -1)[None] / 255, side)
 
-        damaged: dict[Stored, str] = {}
+        damaged: dict[PictureFile, str] = {}
         keys: list[Key] = []
         rows: list[Tensor] = []
         waiting: list[Tensor] = []
-        for prompt, pixels in in_threads(prepared, prompts, ahead=ENCODED_AT_ONCE):
+        for prompt, pixels in map_in_threads(prepared, prompts, ahead=ENCODED_AT_ONCE):
             if isinstance(pixels, PictureError):
                 damaged[prompt] = str(pixels)
             else:
@@ -86,12 +86,12 @@ class ImagePrompts:
         """Lets the encoder go."""
         self.encoder = None
 
-    def embeddings(self, pictures: Sequence[Picture]) -> Tensor:
+    def embeddings(self, pictures: Sequence[TrainingPicture]) -> Tensor:
         """(B, n, E) float32 on the CPU, of pictures with n prompts each."""
         count = len(pictures[0].image_prompts)
         held = self.cache.stack(_key(prompt) for picture in pictures for prompt in picture.image_prompts)
         return held.unflatten(0, (len(pictures), count))
 
 
-def _key(prompt: Stored) -> Key:
+def _key(prompt: PictureFile) -> Key:
     return key_of(prompt.identity)

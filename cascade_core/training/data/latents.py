@@ -1,4 +1,4 @@
-"""Pictures -> Stage C latents by the semantic compressor, each made once and kept."""
+"""Stage C latents of pictures by the semantic compressor, each encoded once and cached."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,19 +7,23 @@ import torch
 from torch import Tensor
 
 from ...errors import CascadeError
-from .bucketing import Placed
+from .bucketing import BucketedPicture
 from .buckets import Bucket
 from .cache import Cache, Key
-from .decoding import in_threads
 from .pictures import PictureError
+from .threads import map_in_threads
 
 ENCODED_AT_ONCE = 16 * 768 * 768  # pixels
 FILE_BYTES = 32_000_000  # of latents in a file of the cache
-FILE_SECONDS = 30.0  # or as many as come in this time: what a killed run has to make again
+FILE_SECONDS = 30.0  # or as many as come in this time: what a killed run has to encode again
 
 
-class Encoder:
-    """Fills a cache with latents."""
+class LatentEncoder:
+    """Fills a cache with latents.
+
+    encode: (B, 3, H, W) float32 in [0, 1] -> (B, 16, h, w); flip: mirrored pictures as well;
+    report: called with how many pictures are encoded and how many there are to encode.
+    """
 
     def __init__(
         self,
@@ -32,46 +36,48 @@ class Encoder:
         self.variants = (False, True) if flip else (False,)
         self.done = self.total = 0
 
-    def fill(self, placed: Sequence[Placed]) -> dict[Placed, str]:
-        """Makes the latents that are not there yet; gives the pictures that turn out to be damaged, and how."""
-        missing: dict[Bucket, list[Placed]] = {}
-        for each in placed:
-            if not all(each.key(mirrored) in self.cache for mirrored in self.variants):
-                missing.setdefault(each.bucket, []).append(each)
+    def fill(self, pictures: Sequence[BucketedPicture]) -> dict[BucketedPicture, str]:
+        """Encode the latents that are not cached yet; returns the damaged pictures, and what is wrong with each."""
+        missing: dict[Bucket, list[BucketedPicture]] = {}
+        for picture in pictures:
+            if not all(picture.key(mirrored) in self.cache for mirrored in self.variants):
+                missing.setdefault(picture.bucket, []).append(picture)
         self.done, self.total = 0, sum(map(len, missing.values()))
-        damaged: dict[Placed, str] = {}
+        damaged: dict[BucketedPicture, str] = {}
         for bucket in sorted(missing):
-            file = _File(self.cache)
+            file = _CacheFile(self.cache)
             try:
                 damaged |= self._fill_bucket(bucket, missing[bucket], file)
-            finally:  # interrupted: what was made is kept
+            finally:  # also where it is interrupted: what is encoded is kept
                 file.close()
         return damaged
 
-    def _fill_bucket(self, bucket: Bucket, placed: list[Placed], file: "_File") -> dict[Placed, str]:
+    def _fill_bucket(
+        self, bucket: Bucket, pictures: list[BucketedPicture], file: "_CacheFile"
+    ) -> dict[BucketedPicture, str]:
         size = bucket.compressor
         at_once = max(ENCODED_AT_ONCE // (size[0] * size[1]), 1)
-        damaged: dict[Placed, str] = {}
+        damaged: dict[BucketedPicture, str] = {}
         keys: list[Key] = []
         images: list[Tensor] = []
-        for each, pixels in in_threads(lambda each: each.pixels(size), placed, ahead=2 * at_once):
+        for picture, pixels in map_in_threads(lambda each: each.pixels(size), pictures, ahead=2 * at_once):
             self.done += 1
             if isinstance(pixels, PictureError):
-                damaged[each] = str(pixels)
+                damaged[picture] = str(pixels)
             else:
                 for mirrored in self.variants:
-                    if (key := each.key(mirrored)) not in self.cache:
+                    if (key := picture.key(mirrored)) not in self.cache:
                         keys.append(key)
                         images.append(pixels.flip(-1) if mirrored else pixels)
-            if images and (len(images) >= at_once or each is placed[-1]):
-                file.add(keys, self._encoded(images, bucket))
+            if images and (len(images) >= at_once or picture is pictures[-1]):
+                file.add(keys, self._encode(images, bucket))
                 keys, images = [], []
                 if self.report is not None:
                     self.report(self.done, self.total)
         return damaged
 
     @torch.no_grad()
-    def _encoded(self, images: list[Tensor], bucket: Bucket) -> Tensor:
+    def _encode(self, images: list[Tensor], bucket: Bucket) -> Tensor:
         latents = self.encode(torch.stack(images).float() / 255).float().cpu()
         if latents.shape[0] != len(images) or latents.shape[-2:] != bucket.latent:
             raise CascadeError(
@@ -85,7 +91,7 @@ class Encoder:
         return latents
 
 
-class _File:
+class _CacheFile:
     """Rows gathered until they are worth a file."""
 
     def __init__(self, cache: Cache):

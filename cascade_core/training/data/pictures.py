@@ -31,7 +31,7 @@ LYING = (5, 6, 7, 8)  # stored with width and height exchanged
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class PictureFile:
     """A picture's bytes within a file."""
 
     name: str  # for people: its path within the folder, or the tar's and its own
@@ -52,11 +52,11 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture(Stored):
+class TrainingPicture(PictureFile):
     """A picture to train on, and what prompts for it."""
 
     captions: tuple[str, ...]  # at least one
-    image_prompts: tuple[Stored, ...] = ()
+    image_prompts: tuple[PictureFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Skipped:
         return f"{self.name} ({self.reason})"
 
 
-Found = Iterator[Picture | Skipped]
+Listing = Iterator[TrainingPicture | Skipped]
 
 
 class PictureError(ValueError):

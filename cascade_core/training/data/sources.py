@@ -5,21 +5,23 @@ from pathlib import Path
 
 from ...errors import CascadeError
 from .folders import METADATA, folder_pictures
-from .pictures import PICTURES, Picture, Skipped
+from .pictures import PICTURES, Skipped, TrainingPicture
 from .tars import expand, tar_pictures
 
 
-def find_pictures(folder: str | Path | None, tars: Sequence[str]) -> tuple[list[Picture], list[Skipped]]:
+def find_pictures(
+    folder: str | Path | None, tars: Sequence[str]
+) -> tuple[list[TrainingPicture], list[Skipped]]:
     """Every picture with a caption in the folder and its subfolders, by name, and then in the tars, in their order.
 
     tars: paths or patterns such as `data/*.tar`. Raises CascadeError where nothing can be trained on.
     """
-    found: list[Picture | Skipped] = []
+    found: list[TrainingPicture | Skipped] = []
     if folder is not None:
         found += folder_pictures(Path(folder))
     for path in expand(tars):
         found += tar_pictures(path)
-    pictures = [each for each in found if isinstance(each, Picture)]
+    pictures = [each for each in found if isinstance(each, TrainingPicture)]
     skipped = [each for each in found if isinstance(each, Skipped)]
     if not pictures:
         raise _nothing(" and ".join(str(place) for place in (folder, *tars) if place), skipped)

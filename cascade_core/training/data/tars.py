@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from ...errors import CascadeError
 from .captions import SUFFIXES, caption_lines, caption_values
-from .pictures import IMAGE_PROMPT, PICTURES, Found, Picture, Skipped, Stored
+from .pictures import IMAGE_PROMPT, PICTURES, Listing, PictureFile, Skipped, TrainingPicture
 
 MAX_CAPTION = 1_000_000  # bytes; more is no caption
 
@@ -42,7 +42,7 @@ def _braces(pattern: str) -> list[str]:
     return [whole for number in numbers for whole in _braces(head + number + tail)]
 
 
-def tar_pictures(path: Path) -> Found:
+def tar_pictures(path: Path) -> Listing:
     """A tar's pictures, in their order."""
     path = path.resolve()
     try:
@@ -62,13 +62,13 @@ def tar_pictures(path: Path) -> Found:
                     continue
                 if captions:
                     prompts = [
-                        Stored(
+                        PictureFile(
                             f"{path.name}/{key}{of}", path, each.offset_data, each.size, status.st_mtime_ns
                         )
                         for of, each in _image_prompts(members)
                     ]
                     place = member.offset_data, member.size, status.st_mtime_ns
-                    yield Picture(name, path, *place, captions, tuple(prompts))
+                    yield TrainingPicture(name, path, *place, captions, tuple(prompts))
                 else:
                     yield Skipped(name, "no caption")
     except OSError as error:

@@ -17,7 +17,7 @@ from ..data.batches import Batch
 from ..losses import diffusion_loss
 from ..settings import ObjectiveSettings
 from .conditions import CachedText, Conditions
-from .trainable_text import LiveText
+from .trainable_text import TrainableText
 
 State = Mapping[str, Tensor]  # of the trained module, or of its average
 
@@ -58,7 +58,7 @@ class Task:
 
     trained: nn.Module
     with_images = False
-    live: LiveText | None = None
+    live: TrainableText | None = None
 
     def __init__(self, stage_c: StageC, text: CachedText, objective: ObjectiveSettings, dtype: torch.dtype):
         self.stage_c, self.text, self.objective, self.dtype = stage_c, text, objective, dtype
@@ -116,7 +116,7 @@ class Task:
 
     def diffusion_loss(self, predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> dict[str, Tensor]:
         o = self.objective
-        return diffusion_loss(predict, x0, o.largest_weight, o.share_at_start, self.weight, o.shift)
+        return diffusion_loss(predict, x0, o.max_loss_weight, o.pure_noise_share, self.weight, o.shift)
 
     def buffers(self) -> dict[str, Tensor]:
         """What else must be kept for resuming: the adaptive weight's buckets."""

@@ -19,7 +19,7 @@ from .base import DTYPES, Inputs, State, Task
 from .conditions import CachedText, Conditions
 from .low_rank import LowRankChanges, select_layers
 from .textual_inversion import LearnedTokens
-from .trainable_text import LiveText
+from .trainable_text import TrainableText
 
 
 class LoRATask(Task):
@@ -52,7 +52,7 @@ class LoRATask(Task):
             changes = LowRankChanges(layers, settings.rank, settings.alpha, generator=generator)
             self.trained["text"] = self.text_changes = changes.to(self.device)
         if encoder is not None:
-            self.live = LiveText(encoder, captions)
+            self.live = TrainableText(encoder, captions)
             if tokens:
                 self.learned = LearnedTokens(tokens, encoder, captions).to(self.device)
                 self.trained["tokens"] = self.learned
@@ -104,9 +104,9 @@ class LoRATask(Task):
             parts = zip(cond.chunk(len(cfgs)), uncond.chunk(len(cfgs)), cfgs, strict=True)
             return torch.cat([guide(c, u, cfg, o.cfg_rescale) for c, u, cfg in parts])
 
-        weighing = o.largest_weight, o.share_at_start, self.weight
+        weighing = o.max_loss_weight, o.pure_noise_share, self.weight
         return consistency_loss(
-            predict, teacher, x0, o.solver_steps, *weighing, o.shift, o.sampling_steps, o.own_path
+            predict, teacher, x0, o.solver_steps, *weighing, o.shift, o.sampling_steps, o.on_policy_share
         )
 
     @contextmanager

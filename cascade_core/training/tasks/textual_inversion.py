@@ -17,7 +17,7 @@ from ..cuda_graphs import GraphedFunction
 from ..settings import ObjectiveSettings, TokenSettings
 from .base import Inputs, State, Task
 from .conditions import CachedText
-from .trainable_text import LiveText
+from .trainable_text import TrainableText
 
 
 class LearnedTokens(nn.Module):
@@ -42,8 +42,8 @@ class LearnedTokens(nn.Module):
         vectors = self.vectors if self._held is None else self._held
         return TokenTable(self.tokens(vectors), self.first, self.width)
 
-    def live(self, encoder: TextEncoder, captions: Sequence[str]) -> LiveText:
-        return LiveText(encoder, captions, self.table().ids, self.table)
+    def live(self, encoder: TextEncoder, captions: Sequence[str]) -> TrainableText:
+        return TrainableText(encoder, captions, self.table().ids, self.table)
 
     @contextmanager
     def holding(self, vectors: Tensor) -> Iterator[None]:

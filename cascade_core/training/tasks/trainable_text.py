@@ -11,7 +11,7 @@ from ...text.encoder import TextEncoder, encode_tokens
 Names = Mapping[str, Sequence[int]]
 
 
-class LiveText:
+class TrainableText:
     """Captions by their places, tokenised once; of a long one its first chunk counts, and weights do not.
 
     encoder    on its device
