@@ -29,7 +29,7 @@ class KeptMessages:
     def step(self, step: int, total: int, preview: Any) -> None:
         pass
 
-    def tell(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self.said.append(text)
 
     def interrupted(self) -> bool:

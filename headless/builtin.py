@@ -1,4 +1,4 @@
-"""The four of ComfyUI's own nodes that graphs of ours need, under their ids and inputs."""
+"""ComfyUI's own four nodes that our graphs need, under their ids and inputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _is_there(name: object) -> bool | str:
 
 
 class LoadImage(io.ComfyNode):
-    """A picture file as IMAGE and MASK."""
+    """Loads a picture file as IMAGE and MASK."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -67,7 +67,7 @@ class LoadImage(io.ComfyNode):
 
 
 class LoadImageMask(io.ComfyNode):
-    """One channel of a picture file as MASK."""
+    """Loads one channel of a picture file as MASK."""
 
     CHANNELS = ("alpha", "red", "green", "blue")
 
@@ -126,7 +126,7 @@ def _save_batch(images: Tensor, prefix: str, kind: str, hidden: Any) -> dict[str
 
 
 class SaveImage(io.ComfyNode):
-    """Pictures as PNG files that hold the graph which made them."""
+    """Saves pictures as PNG files that contain the graph."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -156,7 +156,7 @@ class SaveImage(io.ComfyNode):
 
 
 class PreviewImage(io.ComfyNode):
-    """Pictures to look at once, in the output folder's `temp`."""
+    """Saves pictures in `temp` inside the output folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

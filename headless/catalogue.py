@@ -1,4 +1,4 @@
-"""The published files: where each comes from, where it belongs, how it is recognised, and what takes which.
+"""Catalogue of the published files: source, folder, how each is recognised, and the workflows that need it.
 
 Paths, names and sizes are those that the file lists of the repositories show on the hub:
 https://huggingface.co/stabilityai/stable-cascade/tree/main (commit a89f66d) with its folders `text_encoder`,
@@ -20,7 +20,7 @@ GB, MB = 10**9, 10**6
 
 @dataclass(frozen=True)
 class Licence:
-    """What may be done with a file, in a few words, and where to read it."""
+    """Licence of a file: its terms in a few words, and its address."""
 
     name: str
     terms: str
@@ -45,16 +45,16 @@ HALF = ("BF16", "F16", "F8_E4M3", "F8_E5M2")  # a conversion to fp16 or fp8 does
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One file of the hub.
+    """File on the hub.
 
-    name: what `cascade fetch` calls it; path: inside `repo`; folder and saved_as: where under `models` it goes,
-    under a telling name; size: bytes, as rounded by the hub's list; role: of `nodes/hosts/roles.py`, whose folders
-    are looked in; traits and precisions: part of the configuration read back from a file, and the safetensors dtypes,
-    by which the same network is recognised under another name (no precisions: any).
+    name: its name for `cascade fetch`; path: inside `repo`; folder and saved_as: its place under `models`, and a
+    descriptive name there; size: bytes, as rounded by the hub's list; role: of `nodes/hosts/roles.py`, whose folders
+    are searched; traits and precisions: part of the configuration read back from a file, and the safetensors dtypes,
+    by which the same network is recognised under another name (empty precisions: any).
     """
 
     name: str
-    what: str
+    description: str
     size: int
     path: str
     folder: str
@@ -68,10 +68,10 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Workflow:
-    """A task and its needs: for each the names of files that serve, the one to fetch first."""
+    """Task and its needs: for each the names of files that serve, the one to fetch first."""
 
     name: str
-    what: str
+    description: str
     needs: tuple[tuple[str, ...], ...]
 
 
@@ -79,24 +79,28 @@ _STAGE_C = {"full": {"c_hidden": [2048, 2048]}, "lite": {"c_hidden": [1536, 1536
 _STAGE_B = {"full": {"c_hidden": [320, 640, 1280, 1280]}, "lite": {"c_hidden": [320, 576, 1152, 1152]}}
 
 
-def _stage(name: str, what: str, size: int, traits: Mapping[str, Any]) -> PublishedFile:
+def _stage(name: str, description: str, size: int, traits: Mapping[str, Any]) -> PublishedFile:
     file_name, role = f"{name}.safetensors", name[: len("stage_c")]
     precisions = HALF if name.endswith("_bf16") else WHOLE
-    return PublishedFile(name, what, size, file_name, "diffusion_models", file_name, role, traits, precisions)
+    return PublishedFile(
+        name, description, size, file_name, "diffusion_models", file_name, role, traits, precisions
+    )
 
 
-def _controlnet(task: str, what: str, size: int, traits: Mapping[str, Any]) -> PublishedFile:
+def _controlnet(task: str, description: str, size: int, traits: Mapping[str, Any]) -> PublishedFile:
     # ComfyUI's own examples put `stable_cascade_` before these names too.
     path, saved_as = f"controlnet/{task}.safetensors", f"stable_cascade_{task}.safetensors"
-    return PublishedFile(f"controlnet_{task}", what, size, path, "controlnet", saved_as, "controlnet", traits)
+    return PublishedFile(
+        f"controlnet_{task}", description, size, path, "controlnet", saved_as, "controlnet", traits
+    )
 
 
-def _all_in_one(stage: str, what: str, size: int) -> PublishedFile:
+def _all_in_one(stage: str, description: str, size: int) -> PublishedFile:
     saved_as = f"stable_cascade_{stage}.safetensors"
     traits = {"holds": stage, **(_STAGE_C if stage == "stage_c" else _STAGE_B)["full"]}
     return PublishedFile(
         f"comfyui_{stage}",
-        what,
+        description,
         size,
         f"comfyui_checkpoints/{saved_as}",
         "checkpoints",
@@ -221,16 +225,16 @@ WORKFLOWS: dict[str, Workflow] = {workflow.name: workflow for workflow in _WORKF
 
 def check_name(name: str) -> None:
     """Raises CascadeError, with the nearest names, unless it is a file's or a workflow's."""
-    known = [*FILES, *WORKFLOWS]
-    if name in known:
+    names = [*FILES, *WORKFLOWS]
+    if name in names:
         return
-    close = get_close_matches(name.lower().removesuffix(".safetensors"), known, n=3, cutoff=0.5)
+    close = get_close_matches(name.lower().removesuffix(".safetensors"), names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else "`cascade models` lists what there is."
     raise CascadeError(f"There is no published file or workflow {name!r}; {hint}")
 
 
 def notice(names: Iterable[str]) -> str:
-    """What is said before files are fetched: what comes from where, how large it is, and under which licence."""
+    """Notice before files are fetched: their source, size and licence."""
     by_repo: dict[tuple[str, Licence], list[PublishedFile]] = {}
     for name in dict.fromkeys(names):
         file = FILES[name]

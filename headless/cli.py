@@ -36,7 +36,7 @@ _EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    """Runs one command. Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     # Before torch starts its threads: on a shared machine, threads that spin while they wait are many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -51,19 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("Stopped.")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone; leave it at that
+    except BrokenPipeError:  # the reader of our output has gone
         _close_output()
         return 1
     except OSError as error:
-        what = f"{error.filename} cannot be used" if error.filename else "the output cannot be written to"
-        _complain(f"error: {what} ({error.strerror or error}).")
+        message = f"{error.filename} cannot be used" if error.filename else "the output cannot be written to"
+        _complain(f"error: {message} ({error.strerror or error}).")
         _close_output()
         return 1
     except Exception as error:  # a fault of ours: still one line
         if options.traceback:
             traceback.print_exception(error)
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        _complain(f"error: {what} (--traceback shows where; please report this).")
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        _complain(f"error: {message} (--traceback shows where; please report this).")
         return 1
 
 
@@ -120,8 +120,8 @@ def _add_model_commands(commands: Any) -> None:
         help="download published files",
         description="Downloads published files from the Hugging Face hub into their folders, and verifies them.",
     )
-    what = "a file or a workflow as `cascade models` lists them; of a workflow, what is missing"
-    fetch.add_argument("names", nargs="+", metavar="NAME", help=what)
+    names_help = "a file or a workflow as `cascade models` lists them; of a workflow, what is missing"
+    fetch.add_argument("names", nargs="+", metavar="NAME", help=names_help)
     root = "in place of ComfyUI's models folder, default: the first of $CASCADE_MODELS, ComfyUI's, ./models"
     fetch.add_argument("--to", type=Path, metavar="DIR", help=root)
     fetch.add_argument("--endpoint", metavar="URL", help="a mirror of the hub, default: $HF_ENDPOINT")
@@ -147,7 +147,7 @@ def _add_train_command(commands: Any) -> None:
 
 
 def _close_output() -> None:
-    """What is still to be written to standard output goes nowhere, so that Python does not try at its end."""
+    """Redirects standard output to the null device, so that Python does not fail to flush it at exit."""
     with open(os.devnull, "wb") as nowhere, suppress(OSError):
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
@@ -221,11 +221,11 @@ def _fetch(options: argparse.Namespace) -> int:
         check_name(name)
     from ..nodes.hosts.headless.folders import roots
     from .fetch import fetch
-    from .models import missing, new_files_root
+    from .models import missing_files, new_files_root
     from .progress import TransferProgress
 
     root = options.to or new_files_root()
-    names = missing(options.names, root)
+    names = missing_files(options.names, root)
     if not names:
         _complain("Nothing is missing; `cascade models` lists what is found where.")
         return 0
@@ -239,7 +239,7 @@ def _fetch(options: argparse.Namespace) -> int:
         raise
     finally:
         progress.close()
-    if root.resolve() not in [other.resolve() for other in roots()]:
+    if root.resolve() not in [searched.resolve() for searched in roots()]:
         _complain(f"The loaders look there with CASCADE_MODELS={root}.")
     return 0
 

@@ -1,4 +1,4 @@
-"""The same graph on a running ComfyUI, through its HTTP API: queue it, wait, download the pictures."""
+"""Client of a running ComfyUI's HTTP API: queues a graph, waits, and downloads the pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 from ..cascade_core.errors import CascadeError
 from .folders import Folders
 from .graph import Graph
-from .results import Observer, Picture, Result
+from .results import Observer, Result, SavedPicture
 from .saving import save_new
 from .sentences import GraphError
 
@@ -22,7 +22,7 @@ _PAUSES = (0.1, 0.2, 0.5, 1.0)  # seconds between two looks at the history; the 
 
 
 class Server:
-    """A ComfyUI at a URL such as http://127.0.0.1:8188. All methods raise CascadeError that names it."""
+    """ComfyUI at a URL such as http://127.0.0.1:8188. All methods raise CascadeError that names it."""
 
     def __init__(self, url: str):
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
@@ -30,20 +30,20 @@ class Server:
             raise CascadeError(f"--server {url!r} is no address like http://127.0.0.1:8188.")
 
     def get(self, path: str) -> Any:
-        """The JSON at a path."""
+        """Returns the JSON at a path."""
         return self._json(path, self._request(path))
 
     def download(self, path: str) -> bytes:
-        """The bytes at a path."""
+        """Returns the bytes at a path."""
         return self._request(path)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The JSON answer to a JSON body, None where it is empty. GraphError for a refused graph."""
+        """Returns the JSON answer to a JSON body, None where it is empty. Raises GraphError for a refused graph."""
         answer = self._request(path, json.dumps(body).encode())
         return self._json(path, answer) if answer.strip() else None
 
     def input_types(self, class_type: str) -> dict[str, str] | None:
-        """The inputs of a node that the server has, with their types; None where it has no such node."""
+        """Returns {input: type} of one of the server's nodes, None for an unknown one."""
         info = self.get(f"/object_info/{quote(class_type, safe='')}").get(class_type)
         if info is None:
             return None
@@ -71,7 +71,7 @@ class Server:
 
 
 def _refusal(content: bytes) -> GraphError | None:
-    """The validation errors in the body of a 400, if that is what it holds."""
+    """Returns the validation errors in the body of a 400, or None for another body."""
     try:
         answer = json.loads(content)
     except ValueError:
@@ -82,10 +82,10 @@ def _refusal(content: bytes) -> GraphError | None:
 
 
 def run_on_server(server: Server, graph: Graph, folders: Folders, observer: Observer | None = None) -> Result:
-    """Run a graph on a server and download what it saved into `folders.output`.
+    """Runs a graph on a server and downloads the saved pictures into `folders.output`.
 
-    Outputs that the server found invalid are in `Result.node_errors`. When interrupted, the graph is taken
-    off the server first. Raises CascadeError: the server cannot be reached, refuses the graph (GraphError),
+    Outputs that the server found invalid are in `Result.node_errors`. When interrupted, the graph is removed
+    from the server first. Raises CascadeError where the server cannot be reached, refuses the graph (GraphError),
     fails while executing it or loses it.
     """
     observer = observer or Observer()
@@ -103,7 +103,7 @@ def run_on_server(server: Server, graph: Graph, folders: Folders, observer: Obse
     for node_id, ui in history["outputs"].items():
         for entry in ui.get("images", ()):
             path = _download(server, entry, folders)
-            picture = Picture(path, node_id, time.perf_counter() - started)
+            picture = SavedPicture(path, node_id, time.perf_counter() - started)
             result.pictures.append(picture)
             observer.picture_saved(picture)
     result.seconds = time.perf_counter() - started
@@ -111,18 +111,18 @@ def run_on_server(server: Server, graph: Graph, folders: Folders, observer: Obse
 
 
 def _wait(server: Server, prompt_id: str, observer: Observer) -> dict[str, Any]:
-    """The history entry of a prompt, once it has one."""
+    """Polls until a prompt has a history entry, and returns it."""
     looks = 0
     started = time.monotonic()
     while True:
-        queue = server.get("/queue")  # before the history: what leaves the one is in the other
+        queue = server.get("/queue")  # before the history: a prompt that leaves the queue enters the history
         history = server.get(f"/history/{prompt_id}")
         if prompt_id in history:
             return history[prompt_id]
         running, pending = ([item[1] for item in queue[f"queue_{kind}"]] for kind in ("running", "pending"))
         if prompt_id not in running + pending:
             raise CascadeError(f"{server.url} lost the graph: it was taken off the queue, or it restarted.")
-        ahead = len(running) + sum(other != prompt_id for other in pending)
+        ahead = len(running) + sum(queued != prompt_id for queued in pending)
         state = "running" if prompt_id in running else f"waiting behind {ahead} in the queue"
         observer.status(f"{server.url}: {state}, {time.monotonic() - started:.0f} s")
         time.sleep(_PAUSES[min(looks, len(_PAUSES) - 1)])
@@ -136,15 +136,15 @@ def _raise_if_failed(history: dict[str, Any], server: Server) -> None:
     for name, data in status.get("messages") or []:
         if name == "execution_error":
             node = f"{data['node_id']} ({data['node_type']})"
-            what = f"{data['exception_type']}: {str(data['exception_message']).strip()}"
-            raise CascadeError(f"Node {node} failed on {server.url} with {what}")
+            failure = f"{data['exception_type']}: {str(data['exception_message']).strip()}"
+            raise CascadeError(f"Node {node} failed on {server.url} with {failure}")
         if name == "execution_interrupted":
             raise CascadeError(f"The run was interrupted on {server.url}.")
     raise CascadeError(f"The run failed on {server.url}, which does not say why; see its log.")
 
 
 def _download(server: Server, entry: dict[str, str], folders: Folders) -> Path:
-    """Save one picture under its name, or the next free one: nothing is overwritten."""
+    """Saves one picture under its name, or the next free one: nothing is overwritten."""
     kind, name, subfolder = entry.get("type", "output"), entry["filename"], entry.get("subfolder", "")
     place = PurePosixPath(subfolder.replace("\\", "/"))
     if place.is_absolute() or ".." in place.parts or PurePosixPath(name.replace("\\", "/")).name != name:

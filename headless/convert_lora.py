@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from ..cascade_core.adapters import Adapter
     from ..cascade_core.networks.config import StageCConfig
 
-PARTS = {"stage_c": {}, "text": {}, "tokens": ()}  # what can be left out, and what is left of it
+PARTS = {"stage_c": {}, "text": {}, "tokens": ()}  # part that can be left out: its empty value
 
 
 class _Help(argparse.Action):
-    """Help with the dialects below it, which take torch to list."""
+    """Help action that lists the dialects, which needs torch."""
 
     def __init__(self, option_strings: list[str], dest: str, **_: Any):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show this help message and exit")
@@ -73,7 +73,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def list_dialects() -> str:
-    """A line for each dialect."""
+    """Lists the dialects, one a line."""
     from ..cascade_core.adapters import DIALECTS
 
     width = max(map(len, DIALECTS))
@@ -89,7 +89,7 @@ def convert_lora(
     partial: bool = False,
     force: bool = False,
 ) -> list[str]:
-    """Writes `target` and returns what there is to say. Raises CascadeError, and writes nothing, where that fails."""
+    """Writes `target` and returns the lines of its report. Raises CascadeError, and writes nothing, on failure."""
     from ..cascade_core.adapters import describe_adapter, parse_adapter, write_adapter
     from ..cascade_core.adapters.peft import stated_alpha
     from ..cascade_core.checkpoints import read_safetensors
@@ -99,15 +99,15 @@ def convert_lora(
     config = None if model is None else _stage_c_config(model)
     tensors, metadata = read_safetensors(source)
     adapter = parse_adapter(tensors, metadata, source.name, config, stated_alpha(source))
-    found = [describe_adapter(adapter)]
-    found += _check_whole(adapter, config, partial)
+    lines = [describe_adapter(adapter)]
+    lines += _check_whole(adapter, config, partial)
     if without:
-        found.append(f"Left out: {', '.join(without)}")
-    kept = replace(adapter, **{part: PARTS[part] for part in without})
-    if not (kept.stage_c or kept.text or kept.tokens):
+        lines.append(f"Left out: {', '.join(without)}")
+    converted = replace(adapter, **{part: PARTS[part] for part in without})
+    if not (converted.stage_c or converted.text or converted.tokens):
         raise CascadeError(f"Nothing of {source.name} is left to write; leave out less (--without).")
-    write_adapter(target, kept, dialect, config, metadata=metadata)
-    return [*found, f"Written: {target} ({dialect})"]
+    write_adapter(target, converted, dialect, config, metadata=metadata)
+    return [*lines, f"Written: {target} ({dialect})"]
 
 
 def _check_dialect(dialect: str) -> None:
@@ -127,7 +127,7 @@ def _check_target(target: Path, force: bool) -> None:
 
 
 def _check_whole(adapter: Adapter, config: StageCConfig | None, partial: bool) -> list[str]:
-    """What is left out of a file that is known in part. Raises CascadeError for layers that the model lacks."""
+    """Reports unknown tensors that are left out. Raises CascadeError for layers that the model lacks."""
     from ..cascade_core.adapters import check_fits, describe_unknown
 
     if config is not None:
@@ -141,7 +141,7 @@ def _check_whole(adapter: Adapter, config: StageCConfig | None, partial: bool) -
 
 
 def _stage_c_config(model: Path) -> StageCConfig:
-    """Read from the file's names and shapes alone."""
+    """Reads Stage C's configuration from the file's names and shapes alone."""
     from ..cascade_core.checkpoints import identify, read_weights
     from ..cascade_core.networks.config import StageCConfig
 

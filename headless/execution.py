@@ -1,4 +1,4 @@
-"""Execution of a validated graph, node by node, with outputs kept by inputs."""
+"""Execution of a validated graph, node by node, with outputs cached by inputs."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from ..nodes.hosts.reporting import reporting_to
 from .folders import current_folders
 from .graph import execution_order, is_link, linked_inputs, name_of
 from .registry import NodeClass, NodeInfo
-from .results import Observer, Picture, Result
+from .results import Observer, Result, SavedPicture
 from .validation import Validation, sources_of
 
 
 class NodeError(CascadeError):
-    """A node could not do its work; the message names it."""
+    """Failure of a node; the message names it."""
 
 
 @dataclass
-class _Kept:
-    """What a node gave. `values` is None once no node needs them any more."""
+class _CachedOutput:
+    """Output of a node. `values` is None once no node needs them any more."""
 
     values: tuple[Any, ...] | None
     ui: dict[str, Any] | None
 
 
-class _Locked(ABCMeta):
-    """Node classes hold no state, here as in ComfyUI: setting an attribute on one is an error."""
+class _LockedNodeClass(ABCMeta):
+    """Metaclass that forbids setting attributes: node classes are stateless, as in ComfyUI."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if name not in ("__abstractmethods__", "_abc_impl"):  # ABCMeta's own
@@ -45,37 +45,37 @@ class _Locked(ABCMeta):
 
 
 class Executor:
-    """Runs graphs. With `keep`, a later run reuses what nodes of the last one gave for the same inputs.
+    """Runs graphs. With `keep`, a later run reuses the outputs that nodes of the last one gave for the same inputs.
 
-    Without it each node's outputs are let go as soon as the last node that takes them has run, so that one
+    Without it each node's outputs are released as soon as the last node that takes them has run, so that one
     model leaves the memory before the next is loaded. Within a run no node runs twice on the same inputs.
     """
 
     def __init__(self, observer: Observer | None = None, keep: bool = True):
         self.observer = observer or Observer()
         self.keep = keep
-        self.kept: dict[str, _Kept] = {}
+        self.cache: dict[str, _CachedOutput] = {}
 
     def run(self, validation: Validation, extra_pnginfo: dict[str, Any] | None = None) -> Result:
-        """Execute the outputs of a validated graph. Raises CascadeError (NodeError for a node's own)."""
+        """Executes the outputs of a validated graph. Raises CascadeError (NodeError for a node's own)."""
         run = _Run(self, validation, extra_pnginfo)
         try:
             result = run.execute()
-            wanted = set(run.keys.values())
-            self.kept = {key: kept for key, kept in self.kept.items() if key in wanted}
+            current_keys = set(run.keys.values())
+            self.cache = {key: output for key, output in self.cache.items() if key in current_keys}
             return result
         finally:
             if not self.keep:
-                self.kept = {}
+                self.cache = {}
 
 
 class _Run:
-    """One run of one graph."""
+    """Run of one graph."""
 
     def __init__(self, executor: Executor, validation: Validation, extra_pnginfo: dict[str, Any] | None):
         self.observer = executor.observer
-        self.release = not executor.keep
-        self.kept = executor.kept
+        self.releasing = not executor.keep
+        self.cache = executor.cache
         self.graph = validation.graph
         self.validation = validation
         self.extra_pnginfo = extra_pnginfo
@@ -92,16 +92,16 @@ class _Run:
         needed = self._needed()
         for index, node_id in enumerate(needed, 1):
             name = name_of(self.graph, node_id)
-            if self.keys[node_id] in self.kept:
+            if self.keys[node_id] in self.cache:
                 self.observer.node_reused(index, len(needed), name)
             else:
                 self.observer.node_started(index, len(needed), name)
                 begun = time.perf_counter()
-                self.kept[self.keys[node_id]] = self._execute_node(node_id)
+                self.cache[self.keys[node_id]] = self._execute_node(node_id)
                 self.result.timings[node_id] = time.perf_counter() - begun
                 self.observer.node_finished(self.result.timings[node_id])
-                self._let_go(node_id)
-            self._note_output(node_id, time.perf_counter() - started)
+                self._release(node_id)
+            self._record_output(node_id, time.perf_counter() - started)
         self.result.seconds = time.perf_counter() - started
         return self.result
 
@@ -109,7 +109,7 @@ class _Run:
         return self.validation.nodes[self.graph[node_id]["class_type"]]
 
     def _key(self, node_id: str) -> str:
-        """Names what a node will give: its class, fingerprint and inputs, and so on upstream."""
+        """Cache key of a node's outputs: its class, fingerprint and inputs, and those upstream."""
         node, info = self.graph[node_id], self._info(node_id)
         signature: list[Any] = [node["class_type"], self._fingerprint(node_id)]
         if info.tied_to_id:
@@ -124,61 +124,61 @@ class _Run:
         info = self._info(node_id)
         if info.fingerprint is None:
             return ""
-        given = self._given(node_id)
-        constants = {name: None if is_link(value) else value for name, value in given.items()}
+        inputs = self._known_inputs(node_id)
+        constants = {name: None if is_link(value) else value for name, value in inputs.items()}
         value = self._guard(node_id, info.fingerprint, constants)
         if isinstance(value, float) and value != value:  # NaN, the host's word for "always run"
             value = uuid.uuid4()
         return repr(value)
 
-    def _given(self, node_id: str) -> dict[str, Any]:
-        known = self._info(node_id).inputs
-        return {name: value for name, value in self.graph[node_id]["inputs"].items() if name in known}
+    def _known_inputs(self, node_id: str) -> dict[str, Any]:
+        declared = self._info(node_id).inputs
+        return {name: value for name, value in self.graph[node_id]["inputs"].items() if name in declared}
 
     def _needed(self) -> list[str]:
-        """The nodes to visit: the outputs, and upstream of them what is not kept from an earlier run."""
+        """Nodes to visit: the outputs, and the nodes upstream of them that are not cached by an earlier run."""
         needed = set(self.validation.outputs)
         computed: set[str] = set()
         for node_id in reversed(self.order):
-            if node_id in needed and self.keys[node_id] not in self.kept:
+            if node_id in needed and self.keys[node_id] not in self.cache:
                 needed.update(self.sources[node_id])
         order = [node_id for node_id in self.order if node_id in needed]
         for node_id in order:  # of nodes with one key the first is executed
             key = self.keys[node_id]
-            if key not in self.kept and key not in computed:
+            if key not in self.cache and key not in computed:
                 computed.add(key)
                 self.uses.update(self.keys[source] for source in self.sources[node_id])
         return order
 
-    def _execute_node(self, node_id: str) -> _Kept:
+    def _execute_node(self, node_id: str) -> _CachedOutput:
         info = self._info(node_id)
-        inputs = self._given(node_id)
+        inputs = self._known_inputs(node_id)
         for name, source, slot in linked_inputs(self.graph[node_id], inputs):
-            values = self.kept[self.keys[source]].values
+            values = self.cache[self.keys[source]].values
             assert values is not None
             inputs[name] = values[slot]
         cls = self._bind(info, node_id)
-        with torch.inference_mode(), reporting_to(_Steps(self.observer)):
+        with torch.inference_mode(), reporting_to(_ObserverSink(self.observer)):
             output = self._guard(node_id, cls.execute, inputs)
         values, ui = _unpack(output)
         if len(values) < len(info.outputs):
             counts = f"gave {len(values)} outputs, but its schema has {len(info.outputs)}"
             raise NodeError(f"Node {name_of(self.graph, node_id)} {counts}; this is a fault of the node.")
-        return _Kept(values, ui)
+        return _CachedOutput(values, ui)
 
     def _bind(self, info: NodeInfo, node_id: str) -> NodeClass:
-        """The node class with its hidden values, locked."""
-        have = {
+        """Returns the node class with its hidden values, locked."""
+        values = {
             io.Hidden.unique_id: node_id,
             io.Hidden.prompt: self.graph,
             io.Hidden.extra_pnginfo: self.extra_pnginfo,
         }
-        hidden = io.HiddenHolder.from_dict({name: have[name] for name in info.hidden if name in have})
-        bound: Any = _Locked(info.cls.__name__, (info.cls,), {"hidden": hidden})
+        hidden = io.HiddenHolder.from_dict({name: values[name] for name in info.hidden if name in values})
+        bound: Any = _LockedNodeClass(info.cls.__name__, (info.cls,), {"hidden": hidden})
         return bound
 
     def _guard(self, node_id: str, function: Any, inputs: dict[str, Any]) -> Any:
-        """Call into a node; whatever goes wrong there becomes one sentence that names it."""
+        """Calls into a node and turns any error into one sentence that names it."""
         name = name_of(self.graph, node_id)
         try:
             return function(**inputs)
@@ -187,40 +187,40 @@ class _Run:
         except CascadeError as error:
             raise NodeError(f"Node {name}: {_one_line(error)}") from error
         except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             advice = "check that it exists and that you may use it"
-            raise NodeError(f"Node {name} cannot use {what}; {advice}.") from error
+            raise NodeError(f"Node {name} cannot use {failure}; {advice}.") from error
         except Exception as error:
             if _out_of_memory(error):
                 advice = "try a smaller size or batch, or a smaller dtype"
                 raise NodeError(f"Node {name} ran out of memory; {advice}.") from error
-            what = f"{type(error).__name__}: {_one_line(error)}"
-            raise NodeError(f"Node {name} failed with {what} (--traceback shows where).") from error
+            failure = f"{type(error).__name__}: {_one_line(error)}"
+            raise NodeError(f"Node {name} failed with {failure} (--traceback shows where).") from error
 
-    def _let_go(self, node_id: str) -> None:
-        """Forget the values that no node still to be executed takes."""
-        if not self.release:
+    def _release(self, node_id: str) -> None:
+        """Releases the values that no later node takes."""
+        if not self.releasing:
             return
         keys = [self.keys[source] for source in self.sources[node_id]]
         self.uses.subtract(keys)
         for key in [*keys, self.keys[node_id]]:
             if self.uses[key] <= 0:
-                self.kept[key].values = None
+                self.cache[key].values = None
 
-    def _note_output(self, node_id: str, seconds: float) -> None:
-        ui = self.kept[self.keys[node_id]].ui
+    def _record_output(self, node_id: str, seconds: float) -> None:
+        ui = self.cache[self.keys[node_id]].ui
         if node_id not in self.validation.outputs or ui is None:
             return
         self.result.outputs[node_id] = ui
         for entry in ui.get("images", ()):
             path = current_folders().of_kind(entry["type"]) / entry["subfolder"] / entry["filename"]
-            picture = Picture(path, node_id, seconds)
+            picture = SavedPicture(path, node_id, seconds)
             self.result.pictures.append(picture)
             self.observer.picture_saved(picture)
 
 
-class _Steps:
-    """Passes a node's reports on to the observer of the run."""
+class _ObserverSink:
+    """Sink that passes a node's reports on to the observer of the run."""
 
     def __init__(self, observer: Observer):
         self.observer = observer
@@ -228,8 +228,8 @@ class _Steps:
     def step(self, step: int, total: int, preview: Any) -> None:
         self.observer.node_step(step, total, preview)
 
-    def tell(self, text: str) -> None:
-        self.observer.node_told(text)
+    def notify(self, text: str) -> None:
+        self.observer.node_notified(text)
 
     def interrupted(self) -> bool:
         return self.observer.interrupted()
@@ -241,12 +241,12 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """An error's text, whose lines a library may have broken."""
+    """Joins the lines of an error's text."""
     return " ".join(line.strip() for line in str(error).splitlines())
 
 
 def _unpack(output: Any) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
-    """The values and the ui dictionary of whatever a node may return: a NodeOutput, a tuple or nothing."""
+    """Values and ui dictionary of a node's return value: a NodeOutput, a tuple or None."""
     if output is None:
         return (), None
     if isinstance(output, tuple):

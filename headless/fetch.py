@@ -1,8 +1,8 @@
-"""`cascade fetch`: a published file from the hub into its folder, whole and verified or not at all.
+"""`cascade fetch`: downloads a published file from the hub into its folder, whole and verified or not at all.
 
-The bytes go to a part file beside the final name. A transfer that ends early leaves the part, and the next one goes on
-where it ended; only a part whose size and sha256 are what the hub states gets the final name. huggingface_hub asks for
-the metadata and moves the bytes over HTTP; its cache, its xet transfer and its telemetry are not used.
+The bytes go to a part file beside the final name. A transfer that ends early leaves the part, and the next one resumes
+it; only a part whose size and sha256 match the hub's gets the final name. huggingface_hub requests the metadata and
+transfers the bytes over HTTP; its cache, its xet transfer and its telemetry are not used.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ except ImportError:  # Windows: nothing keeps two fetches of one file apart ther
     fcntl = None
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_KEPT = "what has arrived is kept, and the same command goes on from there"
+_RESUMABLE = "what has arrived is kept, and the same command goes on from there"
 
 
 @dataclass(frozen=True)
-class Remote:
-    """What the hub states of a file, and where that very version is."""
+class RemoteFile:
+    """Size and sha256 that the hub states for a file, and the URL of that version."""
 
     url: str
     size: int
@@ -44,10 +44,10 @@ class Remote:
 
 
 def fetch(names: Iterable[str], root: Path, endpoint: str | None, progress: TransferProgress) -> list[Path]:
-    """The paths of the published files with these names of the catalogue, fetched where they are missing.
+    """Downloads published files by their names in the catalogue where they are missing, and returns their paths.
 
-    root: plays the part of ComfyUI's `models`; endpoint: another address of the hub's, such as a mirror.
-    Raises CascadeError at the first file that cannot be had; those before it stay.
+    root: folder in place of ComfyUI's `models`; endpoint: another address of the hub, such as a mirror.
+    Raises CascadeError at the first file that is not available; those before it stay.
     """
     files = [FILES[name] for name in dict.fromkeys(names)]
     paths = []
@@ -58,12 +58,12 @@ def fetch(names: Iterable[str], root: Path, endpoint: str | None, progress: Tran
 
 
 def target_path(file: PublishedFile, root: Path) -> Path:
-    """Where a published file is saved under a `models` folder."""
+    """Path of a published file under a `models` folder."""
     return root / file.folder / file.saved_as
 
 
-def parts_of(target: Path) -> list[Path]:
-    """The parts of a file that wait for the rest."""
+def partial_files(target: Path) -> list[Path]:
+    """Part files of interrupted transfers of a file."""
     return sorted(target.parent.glob(f".{target.name}.*.part"))
 
 
@@ -75,70 +75,71 @@ def _fetch_file(file: PublishedFile, root: Path, endpoint: str | None, progress:
         _check_same(target, file, remote)
         progress.file_kept(target)
         return target
-    part = target.with_name(f".{target.name}.{remote.sha256[:16]}.part")
+    partial = target.with_name(f".{target.name}.{remote.sha256[:16]}.part")
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        stream = _Part(part, progress.bytes_arrived, remote.size)
+        stream = _PartialFile(partial, progress.bytes_arrived, remote.size)
     with stream:
         stream.lock()
         try:
             stream.begin()
             _transfer(file, remote, stream)
             progress.status(f"{progress.head}  verifying")
-            _verify(part, file, remote)
+            _verify(partial, file, remote)
             with _writing(target):
                 os.fsync(stream.fileno())
-                os.replace(part, target)
+                os.replace(partial, target)
         finally:
             if stream.tell() == 0:
-                part.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
     progress.file_arrived(target, time.monotonic() - begun)
     return target
 
 
-class _Part(io.FileIO):
-    """The part file, at whose end bytes are written; says after each write how many there are."""
+class _PartialFile(io.FileIO):
+    """Part file that is appended to and reports its size after each write."""
 
     def __init__(self, path: Path, arrived: Callable[[int, int], None], size: int):
         super().__init__(path, "ab")
         self.path, self.arrived, self.size = path, arrived, size
 
     def lock(self) -> None:
-        """Until it is closed, keeps another fetch of the same file out."""
+        """Locks the file against another fetch until it is closed."""
         if fcntl is None:
             return
         try:
             fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(self.fileno()), self.path.stat())  # else it was just finished
+            # False where another fetch has just finished and moved the file.
+            is_same_file = os.path.samestat(os.fstat(self.fileno()), self.path.stat())
         except OSError:
-            same = False
-        if not same:
+            is_same_file = False
+        if not is_same_file:
             raise CascadeError(f"{self.path} is being fetched by another process; wait until it is done.")
 
     def begin(self) -> None:
-        """Checks that what is missing has room on the disk; a part that is too long starts anew."""
+        """Checks that the disk has room for the remaining bytes; a part that is too long starts anew."""
         if self.tell() > self.size:
             self.seek(0)
             self.truncate()
-        missing, free = self.size - self.tell(), shutil.disk_usage(self.path.parent).free
-        if missing > free:
+        remaining, free = self.size - self.tell(), shutil.disk_usage(self.path.parent).free
+        if remaining > free:
             raise CascadeError(
-                f"{self.path.parent} has {in_words(free)} free, but {in_words(missing)} are still to come; "
+                f"{self.path.parent} has {in_words(free)} free, but {in_words(remaining)} are still to come; "
                 "free some space, or choose another folder (--to)."
             )
         self.arrived(self.tell(), self.size)
 
     def write(self, data: Any, /) -> int:
-        with _writing(self.path, _KEPT):
-            rest = memoryview(data)
-            while rest:
-                rest = rest[super().write(rest) :]
+        with _writing(self.path, _RESUMABLE):
+            unwritten = memoryview(data)
+            while unwritten:
+                unwritten = unwritten[super().write(unwritten) :]
         self.arrived(self.tell(), self.size)
         return len(data)
 
 
-def _look_up(file: PublishedFile, endpoint: str | None) -> Remote:
-    """What the hub states of a file now; CascadeError where it cannot be had or cannot be verified."""
+def _look_up(file: PublishedFile, endpoint: str | None) -> RemoteFile:
+    """Looks up a file on the hub. Raises CascadeError where it is not available or cannot be verified."""
     hub = _quiet_hub()
     endpoint = endpoint.rstrip("/") if endpoint else None
     url = hub.hf_hub_url(file.repo, file.path, endpoint=endpoint)
@@ -151,32 +152,32 @@ def _look_up(file: PublishedFile, endpoint: str | None) -> Remote:
             "verified; give the address of the hub or of a whole mirror (--endpoint, HF_ENDPOINT)."
         )
     at_commit = hub.hf_hub_url(file.repo, file.path, revision=stated.commit_hash, endpoint=endpoint)
-    return Remote(at_commit, stated.size, sha256)
+    return RemoteFile(at_commit, stated.size, sha256)
 
 
-def _transfer(file: PublishedFile, remote: Remote, stream: _Part) -> None:
-    """What is still missing, to the end of the part; asked for again as long as anything comes."""
+def _transfer(file: PublishedFile, remote: RemoteFile, stream: _PartialFile) -> None:
+    """Appends the missing bytes to the part; retries as long as some arrive."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    while (there := stream.tell()) < remote.size:
-        with _asking(file, remote.url, _KEPT):
+    while (arrived := stream.tell()) < remote.size:
+        with _asking(file, remote.url, _RESUMABLE):
             try:
                 # Not hf_hub_download: it keeps no part of a transfer that ended early. The size that we expect is for
                 # `_verify` to compare: http_get would only call another one a network issue.
                 headers = build_hf_headers(**_caller())
-                http_get(remote.url, stream, resume_size=there, headers=headers)  # type: ignore[arg-type]
+                http_get(remote.url, stream, resume_size=arrived, headers=headers)  # type: ignore[arg-type]
                 return
             except (CascadeError, HfHubHTTPError):
                 raise
             except Exception:  # the connection ended
-                if stream.tell() <= there:
+                if stream.tell() <= arrived:
                     raise
 
 
 def _quiet_hub() -> Any:
-    """huggingface_hub, saying nothing itself and telling the hub no more than a name and versions."""
+    """huggingface_hub without output, telemetry and xet."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -197,8 +198,8 @@ def _caller() -> dict[str, Any]:
         return {"library_name": "cascade-nodes", "library_version": "unknown"}
 
 
-def _check_same(target: Path, file: PublishedFile, remote: Remote) -> None:
-    """Raises CascadeError unless what lies under the final name is the published file."""
+def _check_same(target: Path, file: PublishedFile, remote: RemoteFile) -> None:
+    """Raises CascadeError unless the file under the final name is the published one."""
     with _writing(target):
         size = target.stat().st_size
         if size == remote.size and _sha256(target) == remote.sha256:
@@ -210,13 +211,13 @@ def _check_same(target: Path, file: PublishedFile, remote: Remote) -> None:
     )
 
 
-def _verify(part: Path, file: PublishedFile, remote: Remote) -> None:
-    """Raises CascadeError, and removes the part, unless its bytes are what the hub states."""
-    with _writing(part):
-        size, sha256 = part.stat().st_size, _sha256(part)
+def _verify(partial: Path, file: PublishedFile, remote: RemoteFile) -> None:
+    """Raises CascadeError, and removes the part, unless its size and sha256 are the hub's."""
+    with _writing(partial):
+        size, sha256 = partial.stat().st_size, _sha256(partial)
     if (size, sha256) == (remote.size, remote.sha256):
         return
-    part.unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
     raise CascadeError(
         f"{file.name} arrived damaged (sha256 {sha256[:16]}… of {size} bytes, but the hub states "
         f"{remote.sha256[:16]}… of {remote.size}) and was removed; fetch it again, if need be from another network."
@@ -229,20 +230,20 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _writing(path: Path, kept: str = "") -> Iterator[None]:
-    """Turns what stands in the way of a file into a sentence that names it."""
+def _writing(path: Path, hint: str = "") -> Iterator[None]:
+    """Turns an OSError into a CascadeError that names the file."""
     try:
         yield
     except OSError as error:
         full = error.errno in _NO_SPACE
         advice = "free some space" if full else "choose a folder that can be read and written to (--to)"
-        advice = f"{advice}; {kept}" if kept else advice
+        advice = f"{advice}; {hint}" if hint else advice
         raise CascadeError(f"{path} cannot be used ({error.strerror or error}); {advice}.") from error
 
 
 @contextmanager
-def _asking(file: PublishedFile, url: str, kept: str = "") -> Iterator[None]:
-    """Turns what goes wrong with the hub into a sentence that names the file, the address and the way out."""
+def _asking(file: PublishedFile, url: str, hint: str = "") -> Iterator[None]:
+    """Turns a failed request to the hub into a CascadeError that names the file, the address and what to do."""
     from huggingface_hub import errors
 
     try:
@@ -250,10 +251,10 @@ def _asking(file: PublishedFile, url: str, kept: str = "") -> Iterator[None]:
     except CascadeError:
         raise
     except errors.HfHubHTTPError as error:
-        raise CascadeError(f"{_refusal(file, url, error)}{f'; {kept}' if kept else ''}.") from error
+        raise CascadeError(f"{_refusal(file, url, error)}{f'; {hint}' if hint else ''}.") from error
     except Exception as error:  # requests, httpx and the hub each have exceptions of their own
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        advice = kept or "look at the connection, or name a mirror (--endpoint, HF_ENDPOINT)"
+        advice = hint or "look at the connection, or name a mirror (--endpoint, HF_ENDPOINT)"
         raise CascadeError(f"{file.name} did not come from {url} ({reason}); {advice}.") from error
 
 

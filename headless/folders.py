@@ -1,4 +1,4 @@
-"""Where the pictures of a run come from and go to."""
+"""Folders that the pictures of a run are read from and saved in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ANNOTATION = re.compile(r"^(?P<name>.*) \[(?P<kind>input|output|temp)\]$")
 
 @dataclass(frozen=True)
 class Folders:
-    """`input` for LoadImage; `graph`, the folder of the graph, where it also looks; `output` for SaveImage."""
+    """Folders of a run: `input` for LoadImage; `graph`, the graph's folder, also searched; `output` for SaveImage."""
 
     input: Path = Path("input")
     output: Path = Path("output")
@@ -26,17 +26,17 @@ class Folders:
 
     @property
     def temp(self) -> Path:
-        """Where PreviewImage writes."""
+        """Folder of PreviewImage."""
         return self.output / "temp"
 
     def of_kind(self, kind: str) -> Path:
-        """The folder that ComfyUI calls `input`, `output` or `temp`."""
+        """Returns the folder that ComfyUI calls `input`, `output` or `temp`."""
         return {"input": self.input, "output": self.output, "temp": self.temp}[kind]
 
     def candidates(self, name: str) -> list[Path]:
-        """Where a picture of this name may lie. `name [output]` means the output folder, as in ComfyUI.
+        """Paths where a picture of this name may lie. `name [output]` means the output folder, as in ComfyUI.
 
-        Graphs that are shipped with their pictures have them in a folder `input` beside their own, as the examples.
+        Graphs shipped with their pictures, such as the examples, have them in a folder `input` beside their own.
         """
         annotated = _ANNOTATION.match(name)
         if annotated:
@@ -45,7 +45,7 @@ class Folders:
         return list(dict.fromkeys([self.input / name, self.graph / name, *shipped, Path(name)]))
 
     def find_picture(self, name: str) -> Path:
-        """The picture of this name; CascadeError that says where it was looked for."""
+        """Returns the picture of this name. Raises CascadeError that names the paths searched."""
         candidates = self.candidates(name)
         for candidate in candidates:
             if name and os.path.isfile(candidate):  # unlike Path.is_file, False for a name that is too long
@@ -54,7 +54,7 @@ class Folders:
         raise CascadeError(f"There is no picture {name!r} (looked for {places}); give the name of a file.")
 
     def pictures(self) -> list[str]:
-        """The names of the pictures in the input folder."""
+        """Names of the pictures in the input folder."""
         if not self.input.is_dir():
             return []
         return sorted(path.name for path in self.input.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
@@ -64,13 +64,13 @@ _folders: ContextVar[Folders | None] = ContextVar("cascade_folders", default=Non
 
 
 def current_folders() -> Folders:
-    """The folders of the run that is going on, or ./input and ./output outside one."""
+    """Folders of the current run, or ./input and ./output outside one."""
     return _folders.get() or Folders()
 
 
 @contextmanager
 def using_folders(folders: Folders) -> Iterator[None]:
-    """Let the nodes executed inside this block read from and write to `folders`."""
+    """Makes nodes executed inside the block read from and write to `folders`."""
     token = _folders.set(folders)
     try:
         yield

@@ -13,9 +13,9 @@ Graph = dict[str, dict[str, Any]]
 
 
 def read_graph(path: Path) -> Graph:
-    """The graph in a JSON file. What each node holds is left to the validation.
+    """Reads the graph in a JSON file. The nodes themselves are checked by the validation.
 
-    Raises CascadeError: no file, not text, not JSON (with the line), not a graph in API format.
+    Raises CascadeError where the file is missing, not text, not JSON (with the line) or not a graph in API format.
     """
     try:
         graph = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -24,9 +24,9 @@ def read_graph(path: Path) -> Graph:
     except UnicodeDecodeError as error:
         raise CascadeError(f"{path} is not a text file; a graph in API format is JSON.") from error
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise CascadeError(f"{path} is not valid JSON: {error.msg} at {where}.") from error
-    except ValueError as error:  # a name that no file can have, or a number of thousands of digits
+        position = f"line {error.lineno}, column {error.colno}"
+        raise CascadeError(f"{path} is not valid JSON: {error.msg} at {position}.") from error
+    except ValueError as error:  # an invalid file name, or a number of thousands of digits
         raise CascadeError(f"Cannot read the graph {str(path)!r}: {error}.") from error
     except RecursionError as error:
         raise CascadeError(f"{path} is nested too deeply to be a graph.") from error
@@ -35,7 +35,7 @@ def read_graph(path: Path) -> Graph:
 
 
 def check_shape(graph: object, name: str) -> None:
-    """Raise CascadeError unless this can be a graph in API format."""
+    """Raises CascadeError unless this can be a graph in API format."""
     if not isinstance(graph, dict):
         raise CascadeError(f"{name} holds {_json_kind(graph)}, but a graph is an object of nodes by id.")
     if isinstance(graph.get("nodes"), list):
@@ -65,7 +65,7 @@ def is_link(value: object) -> bool:
 
 
 def linked_inputs(node: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str, int]]:
-    """(input, source node, output index) for each of these inputs that is connected."""
+    """Yields (input, source node, output index) for each of these inputs that is connected."""
     for name in names:
         value = node["inputs"].get(name)
         if is_link(value):
@@ -73,10 +73,10 @@ def linked_inputs(node: Mapping[str, Any], names: Iterable[str]) -> Iterator[tup
 
 
 def execution_order(sources: Mapping[str, list[str]], outputs: Iterable[str]) -> list[str]:
-    """Every node that the outputs need, each after the nodes it takes from.
+    """Sorts the nodes that the outputs need topologically.
 
     A node's longest branch comes first, so that a loader runs just before its first use and not everything is
-    in memory at once. `sources` gives the nodes that each node takes from, without cycles.
+    in memory at once. `sources`: {node: nodes that it takes from}, without cycles.
     """
     outputs = list(outputs)
     depth: dict[str, int] = {}
@@ -105,5 +105,5 @@ def _depth_first(sources: Mapping[str, list[str]], outputs: list[str]) -> list[s
 
 
 def name_of(graph: Graph, node_id: str) -> str:
-    """How messages call a node: `3 (CascadePriorSampler)`."""
+    """Name of a node in messages: `3 (CascadePriorSampler)`."""
     return f"{node_id} ({graph[node_id].get('class_type', '?')})"

@@ -1,4 +1,4 @@
-"""What `cascade nodes` says of each node."""
+"""Text and JSON of `cascade nodes`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from difflib import get_close_matches
 from ..cascade_core.errors import CascadeError
 from .registry import InputInfo, NodeClass, available_nodes, describe
 
-_LONGEST_LIST = 12  # options of a Combo that are written out
+_LONGEST_LIST = 12  # options of a Combo; longer lists are shortened
 
 
 def list_nodes(ids: Sequence[str] = (), as_json: bool = False) -> str:
-    """All nodes, or those with these ids: inputs with types, defaults and limits, and outputs."""
+    """Lists all nodes, or those with these ids: inputs with types, defaults and limits, and outputs."""
     nodes = available_nodes()
     for node_id in ids:
         if node_id not in nodes:
@@ -34,24 +34,24 @@ def _describe_node(cls: NodeClass) -> str:
     width = max((len(name) for name in info.inputs), default=0)
     lines += [f"    in   {name:{width}}  {_describe_input(entry)}" for name, entry in info.inputs.items()]
     for index, output in enumerate(schema.outputs or []):
-        named = f"  {output.display_name}" if output.display_name else ""
-        lines.append(f"    out  {index}: {output.io_type}{named}")
+        label = f"  {output.display_name}" if output.display_name else ""
+        lines.append(f"    out  {index}: {output.io_type}{label}")
     return "\n".join(lines)
 
 
 def _describe_input(entry: InputInfo) -> str:
     options = entry.options
-    parts = [entry.type]
+    texts = [entry.type]
     choices = options.get("options")
     if choices is not None:
-        more = f", … ({len(choices)} in all)" if len(choices) > _LONGEST_LIST else ""
-        parts.append("one of " + (", ".join(map(str, choices[:_LONGEST_LIST])) or "(none found)") + more)
+        count = f", … ({len(choices)} in all)" if len(choices) > _LONGEST_LIST else ""
+        texts.append("one of " + (", ".join(map(str, choices[:_LONGEST_LIST])) or "(none found)") + count)
     if "default" in options:
-        parts.append(f"default {options['default']!r}")
+        texts.append(f"default {options['default']!r}")
     if "min" in options or "max" in options:
-        parts.append(f"{options.get('min', '')} to {options.get('max', '')}")
+        texts.append(f"{options.get('min', '')} to {options.get('max', '')}")
     if "step" in options:
-        parts.append(f"step {options['step']}")
+        texts.append(f"step {options['step']}")
     if not entry.required:
-        parts.append("optional")
-    return ", ".join(parts)
+        texts.append("optional")
+    return ", ".join(texts)

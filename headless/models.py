@@ -1,4 +1,4 @@
-"""`cascade models`: which published files are there, under whatever name, and what each workflow still lacks.
+"""`cascade models`: lists the published files that are present, under any name, and what each workflow lacks.
 
 A file is recognised by the names and shapes of its tensors; of each only the header is read.
 """
@@ -24,11 +24,11 @@ from ..cascade_core.text.clip import infer_text_config, infer_vision_config
 from ..nodes.hosts import roles
 from ..nodes.hosts.headless import folders
 from .catalogue import FILES, WORKFLOWS, PublishedFile, Workflow, in_words
-from .fetch import parts_of, target_path
+from .fetch import partial_files, target_path
 
-# CLIP's halves: their roles here, and how their configurations are read back.
+# CLIP's encoders: their roles, and the functions that infer their configurations.
 _ENCODERS = {"text": ("text_encoder", infer_text_config), "vision": ("vision", infer_vision_config)}
-# safetensors' names of what files of networks are made of.
+# safetensors' names of dtypes.
 _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -42,15 +42,15 @@ _DTYPES = {
 _ARTICLES = {"text_encoder": "a", "vision": "an"}
 
 
-class Content(NamedTuple):
-    """One network of a file: its role, its configuration, the safetensors dtype of most of it."""
+class FileNetwork(NamedTuple):
+    """Network in a file: its role, its configuration, the safetensors dtype of most of its bytes."""
 
     role: str
     config: Mapping[str, Any]
     precision: str
 
     def is_published(self, file: PublishedFile) -> bool:
-        """Whether this is the network of a published file, in a precision that does the same."""
+        """Whether this is the network of a published file, in an equivalent precision."""
         return (
             self.role == file.role
             and all(self.config.get(name) == value for name, value in file.traits.items())
@@ -60,33 +60,33 @@ class Content(NamedTuple):
 
 @dataclass
 class Survey:
-    """What the model folders hold.
+    """Contents of the model folders.
 
-    found   {name in the catalogue: paths} of recognised files, in the order in which loaders look
-    others  {path: what it is} of everything else that lies there
+    files         {name in the catalogue: paths} of recognised files, in the order in which loaders look
+    unrecognised  {path: description} of all other files
     """
 
     roots: list[Path]
-    found: dict[str, list[Path]] = field(default_factory=dict)
-    others: dict[Path, str] = field(default_factory=dict)
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    unrecognised: dict[Path, str] = field(default_factory=dict)
 
     def lacking(self, workflow: Workflow) -> list[str]:
-        """The files to fetch for a workflow: for each need that nothing serves, the first that would."""
-        return [need[0] for need in workflow.needs if not any(name in self.found for name in need)]
+        """Files to fetch for a workflow: for each unmet need the first one that serves it."""
+        return [need[0] for need in workflow.needs if not any(name in self.files for name in need)]
 
     @cached_property
     def ready(self) -> list[str]:
-        """The workflows that lack nothing."""
+        """Names of the workflows that lack nothing."""
         return [name for name, workflow in WORKFLOWS.items() if not self.lacking(workflow)]
 
 
 def new_files_root() -> Path:
-    """The `models` folder that fetched files go to."""
+    """`models` folder that files are fetched into."""
     return folders.roots()[0]
 
 
-def missing(names: Iterable[str], root: Path) -> list[str]:
-    """Names of files and workflows -> of files: the files themselves, and what the workflows lack."""
+def missing_files(names: Iterable[str], root: Path) -> list[str]:
+    """Resolves names of files and workflows into names of files: those, and the ones that the workflows lack."""
     survey: Survey | None = None
     files: dict[str, None] = {}
     for name in names:
@@ -99,30 +99,34 @@ def missing(names: Iterable[str], root: Path) -> list[str]:
 
 
 def take_survey(*further: Path) -> Survey:
-    """Looks through the folders of every role, under the usual roots and `further` ones."""
+    """Searches the folders of every role, under the usual roots and `further` ones."""
     survey = Survey(list(dict.fromkeys([*folders.roots(), *further])))
-    seen: dict[Path, list[Content]] = {}
+    contents: dict[Path, list[FileNetwork]] = {}
     for role, categories in roles.FOLDERS.items():
         for path in _files_in(survey.roots, categories) if role not in ("lora", "embedding") else ():
-            if path not in seen:
-                seen[path] = _contents(path, survey.others)
-            whole = role == "checkpoint" and _is_loaded_whole(path, seen[path])
+            if path not in contents:
+                contents[path] = _contents(path, survey.unrecognised)
+            loaded_whole = role == "checkpoint" and _is_loaded_whole(path, contents[path])
             for file in FILES.values():
-                found = survey.found.get(file.name, [])
-                if (file.role == role or whole) and path not in found and _hold(seen[path], file):
-                    survey.found[file.name] = [*found, path]
-    recognised = {path for paths in survey.found.values() for path in paths}
-    for path in seen.keys() - recognised:
-        survey.others.setdefault(path, _describe(path, seen[path]))
+                known_paths = survey.files.get(file.name, [])
+                if (
+                    (file.role == role or loaded_whole)
+                    and path not in known_paths
+                    and _hold(contents[path], file)
+                ):
+                    survey.files[file.name] = [*known_paths, path]
+    recognised = {path for paths in survey.files.values() for path in paths}
+    for path in contents.keys() - recognised:
+        survey.unrecognised.setdefault(path, _describe(path, contents[path]))
     return survey
 
 
-def _hold(contents: list[Content], file: PublishedFile) -> bool:
+def _hold(contents: list[FileNetwork], file: PublishedFile) -> bool:
     return any(content.is_published(file) for content in contents)
 
 
-def _is_loaded_whole(path: Path, contents: list[Content]) -> bool:
-    """Whether the checkpoint loader gives all that is here: an all-in-one file, or one of a diffusers folder."""
+def _is_loaded_whole(path: Path, contents: list[FileNetwork]) -> bool:
+    """Whether the checkpoint loader loads the whole file: an all-in-one file, or one of a diffusers folder."""
     all_in_one = any(content.role == "checkpoint" for content in contents)
     return all_in_one or (path.parent.parent / "model_index.json").is_file()
 
@@ -137,23 +141,24 @@ def _files_in(roots: Iterable[Path], categories: Iterable[str]) -> list[Path]:
     return [place / name for place in places for name in roles.names_in(place, "")]
 
 
-def _contents(path: Path, others: dict[Path, str]) -> list[Content]:
-    """The networks of a file, in whatever layout; where there are none, says in `others` what is wrong."""
+def _contents(path: Path, unrecognised: dict[Path, str]) -> list[FileNetwork]:
+    """Networks of a file, in any layout; without any, writes the reason into `unrecognised`."""
     try:
         tensors, metadata, precision = _read_header(path)
-        found = parts_in(tensors)
-        if not found:
-            identify(path, tensors, metadata)  # says what it is instead
-        own = metadata if len(found) == 1 else {}  # a config in the metadata is the file's only network's
+        layouts = parts_in(tensors)
+        if not layouts:
+            identify(path, tensors, metadata)  # raises, naming what it is instead
+        # A config in the metadata belongs to the only network of its file.
+        network_metadata = metadata if len(layouts) == 1 else {}
         contents = []
-        for part, layout in found.items():
-            role, config = _inferred(path, part, layout.to_published(tensors), own)
-            contents.append(Content(role, config, precision))
+        for part, layout in layouts.items():
+            role, config = _inferred(path, part, layout.to_published(tensors), network_metadata)
+            contents.append(FileNetwork(role, config, precision))
             if layout.name == ALL_IN_ONE and role in ("stage_c", "stage_b"):
-                contents.append(Content("checkpoint", {**config, "holds": role}, precision))
+                contents.append(FileNetwork("checkpoint", {**config, "holds": role}, precision))
         return contents
     except CascadeError as error:
-        others[path] = str(error)
+        unrecognised[path] = str(error)
         return []
 
 
@@ -167,13 +172,13 @@ def _inferred(
 
 
 def _read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """(tensors on the meta device, metadata, the dtype of most bytes). Raises CascadeError for a broken file."""
+    """Reads (tensors on the meta device, metadata, dtype of most bytes). Raises CascadeError for a broken file."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (OSError, SafetensorError):
-        read_safetensors(path)  # says what is wrong
+        read_safetensors(path)  # raises, naming what is wrong
         raise
     tensors, sizes = {}, Counter()
     for name, entry in slices.items():
@@ -183,23 +188,23 @@ def _read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
     return tensors, metadata, sizes.most_common(1)[0][0] if sizes else "none"
 
 
-def _describe(path: Path, contents: list[Content]) -> str:
+def _describe(path: Path, contents: list[FileNetwork]) -> str:
     for file in FILES.values():
         if _hold(contents, file):
-            return f"{path.name} is {file.what}, but its loader looks in {file.folder}; move it there."
+            return f"{path.name} is {file.description}, but its loader looks in {file.folder}; move it there."
     networks = [content for content in contents if content.role != "checkpoint"]
     return f"{' and '.join(_describe_content(path, content) for content in networks)}."
 
 
-def _describe_content(path: Path, content: Content) -> str:
+def _describe_content(path: Path, content: FileNetwork) -> str:
     if content.role in _ARTICLES:
-        what = f"{_ARTICLES[content.role]} {roles.ROLE_WORDS[content.role]}"
-        return f"{path.name} is {what} (width {content.config['hidden_size']})"
+        network = f"{_ARTICLES[content.role]} {roles.ROLE_WORDS[content.role]}"
+        return f"{path.name} is {network} (width {content.config['hidden_size']})"
     return describe(path, content.role, content.config)
 
 
 def list_models(as_json: bool = False) -> str:
-    """All of it, for reading or as JSON."""
+    """Lists workflows, published files and other files as text or JSON."""
     survey = take_survey()
     return json.dumps(_as_data(survey), indent=2) if as_json else _as_text(survey)
 
@@ -209,27 +214,27 @@ def _has_demo() -> bool:
 
 
 def _arrived(file: PublishedFile) -> int:
-    """Bytes of a transfer that ended early."""
-    parts = parts_of(target_path(file, new_files_root()))
-    return max((part.stat().st_size for part in parts), default=0)
+    """Bytes that an interrupted transfer has left."""
+    partials = partial_files(target_path(file, new_files_root()))
+    return max((partial.stat().st_size for partial in partials), default=0)
 
 
 def _as_data(survey: Survey) -> dict[str, Any]:
     files = {
         name: {
-            "what": file.what,
+            "what": file.description,
             "size": file.size,
             "source": f"https://huggingface.co/{file.repo}/blob/main/{file.path}",
             "licence": {"name": file.licence.name, "url": file.licence.url},
             "fetched_to": str(target_path(file, new_files_root())),
             "arrived": _arrived(file),
-            "found": [str(path) for path in survey.found.get(name, [])],
+            "found": [str(path) for path in survey.files.get(name, [])],
         }
         for name, file in FILES.items()
     }
     workflows = {
         name: {
-            "what": workflow.what,
+            "what": workflow.description,
             "ready": name in survey.ready,
             "needs": [list(need) for need in workflow.needs],
             "missing": survey.lacking(workflow),
@@ -237,13 +242,13 @@ def _as_data(survey: Survey) -> dict[str, Any]:
         }
         for name, workflow in WORKFLOWS.items()
     }
-    others = {str(path): what for path, what in survey.others.items()}
+    unrecognised = {str(path): description for path, description in survey.unrecognised.items()}
     return {
         "roots": [str(root) for root in survey.roots],
         "demo": _has_demo(),
         "files": files,
         "workflows": workflows,
-        "others": others,
+        "others": unrecognised,
     }
 
 
@@ -251,7 +256,9 @@ def _as_text(survey: Survey) -> str:
     sections = {
         "Workflows": [_demo_line(), *(_workflow_line(workflow, survey) for workflow in WORKFLOWS.values())],
         "Published files": [line for file in FILES.values() for line in _file_lines(file, survey)],
-        "Other files": [f"{path}: {what}" for path, what in sorted(survey.others.items())],
+        "Other files": [
+            f"{path}: {description}" for path, description in sorted(survey.unrecognised.items())
+        ],
         "Looked in": [str(root) for root in survey.roots],
     }
     return "\n\n".join(
@@ -271,14 +278,14 @@ def _workflow_line(workflow: Workflow, survey: Survey) -> str:
     names = survey.lacking(workflow)
     size = in_words(sum(FILES[name].size for name in names))
     state = f"missing {', '.join(names)} ({size})" if names else "ready"
-    return f"{workflow.name:{_WIDTH}}  {workflow.what}: {state}"
+    return f"{workflow.name:{_WIDTH}}  {workflow.description}: {state}"
 
 
 def _file_lines(file: PublishedFile, survey: Survey) -> list[str]:
     head = f"{file.name:{_WIDTH}}  {in_words(file.size):>7}  "
-    paths = survey.found.get(file.name, [])
+    paths = survey.files.get(file.name, [])
     if paths:
         return [f"{head if index == 0 else ' ' * len(head)}{path}" for index, path in enumerate(paths)]
     arrived = _arrived(file)
-    kept = f"; {in_words(arrived)} have arrived, `cascade fetch {file.name}` goes on" if arrived else ""
-    return [f"{head}missing, {file.what} ({file.repo}/{file.path}{kept})"]
+    hint = f"; {in_words(arrived)} have arrived, `cascade fetch {file.name}` goes on" if arrived else ""
+    return [f"{head}missing, {file.description} ({file.repo}/{file.path}{hint})"]

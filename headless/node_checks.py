@@ -1,4 +1,4 @@
-"""The checks of one node's inputs, in ComfyUI's order and words.
+"""Checks of one node's inputs, in ComfyUI's order and words.
 
 https://github.com/comfyanonymous/ComfyUI, `execution.py`, `validate_inputs` (version 0.33).
 """
@@ -17,23 +17,23 @@ _LONGEST_LIST = 20  # longer lists of options are counted in messages, not writt
 
 
 @dataclass(frozen=True)
-class Checked:
-    """The errors of one node itself, and where its well-formed links lead: (input, node)."""
+class NodeCheck:
+    """Errors of one node itself, and the targets of its well-formed links: (input, node)."""
 
     errors: list[dict[str, Any]]
     sources: list[tuple[str, str]]
 
 
-class _Rejected(Exception):  # noqa: N818 (carries an error, is none)
-    """One input is wrong; holds ComfyUI's error dictionary."""
+class _Rejected(Exception):  # noqa: N818 (carries an error and is not one)
+    """Rejection of one input, with ComfyUI's error dictionary."""
 
     def __init__(self, kind: str, message: str, details: str, **extra: Any):
         super().__init__(message)
         self.error = {"type": kind, "message": message, "details": details, "extra_info": extra}
 
 
-def check_node(node_id: str, graph: Graph, nodes: dict[str, NodeInfo]) -> Checked:
-    """Check one node, converting its values in place (as ComfyUI does)."""
+def check_node(node_id: str, graph: Graph, nodes: dict[str, NodeInfo]) -> NodeCheck:
+    """Checks one node and converts its values in place, as ComfyUI does."""
     inputs = graph[node_id]["inputs"]
     info = nodes[graph[node_id]["class_type"]]
     names, any_name = parameters_of(info.checks) if info.checks else (set(), False)
@@ -59,7 +59,7 @@ def check_node(node_id: str, graph: Graph, nodes: dict[str, NodeInfo]) -> Checke
     if info.checks is not None:
         wrong = {error["extra_info"]["input_name"] for error in errors}
         errors += _custom_errors(info, inputs, received_types, wrong)
-    return Checked(errors, sources)
+    return NodeCheck(errors, sources)
 
 
 def _config(entry: InputInfo) -> tuple[str, dict[str, Any]]:
@@ -69,7 +69,7 @@ def _config(entry: InputInfo) -> tuple[str, dict[str, Any]]:
 def _resolve_link(
     name: str, entry: InputInfo, link: list[Any], graph: Graph, nodes: dict[str, NodeInfo]
 ) -> tuple[str, str]:
-    """The node that a link leads to, and the type that arrives."""
+    """Node that a link leads to, and the type of that output."""
     extra = {"input_name": name, "input_config": _config(entry), "received_value": link}
     expected = "Bad linked input, must be a length-2 list of [node_id, slot_index]"
     if len(link) != 2:
@@ -109,7 +109,7 @@ def _compatible(received: str, expected: str) -> bool:
 
 
 def _convert(name: str, entry: InputInfo, value: Any) -> Any:
-    """The value as its input's type; NaN and infinity are no numbers to a node."""
+    """Converts a value to its input's type; rejects NaN and infinity."""
     if isinstance(value, dict) and "__value__" in value:  # how a list is given as a value, not as a link
         value = value["__value__"]
     convert = _CONVERSIONS.get(entry.type)
@@ -162,21 +162,21 @@ def _check_options(name: str, entry: InputInfo, value: Any) -> None:
 def _custom_errors(
     info: NodeInfo, inputs: dict[str, Any], received_types: dict[str, str], wrong: set[str]
 ) -> list[dict[str, Any]]:
-    """The node's own `validate_inputs`: connected inputs arrive as None; one error per input it looks at.
+    """Calls the node's own `validate_inputs`: connected inputs arrive as None; one error per input it looks at.
 
-    It is not asked where an input that it looks at is missing or already known to be wrong.
+    It is not called where an input that it looks at is missing or already wrong.
     """
     assert info.checks is not None
     names, any_name = parameters_of(info.checks)
     if wrong & (set(info.inputs) if any_name else names):
         return []
-    seen = {
+    values = {
         name: None if is_link(value) else value
         for name, value in inputs.items()
         if name in info.inputs and (name in names or any_name)
     }
     extra = {"input_types": received_types} if "input_types" in names else {}
-    answer = info.checks(**seen, **extra)
+    answer = info.checks(**values, **extra)
     if answer is True:
         return []
     reason = "" if answer is False else f" - {answer}"
@@ -187,5 +187,5 @@ def _custom_errors(
             "details": f"{name}{reason}",
             "extra_info": {"input_name": name},
         }
-        for name in [*seen, *extra]
+        for name in [*values, *extra]
     ]

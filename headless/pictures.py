@@ -20,9 +20,9 @@ _NO_MASK = (64, 64)  # ComfyUI's size for the mask of a picture without transpar
 
 
 def open_frames(path: Path) -> list[Image.Image]:
-    """The frames of a picture, turned upright as its EXIF says; only those of the first one's size.
+    """Reads the frames of a picture, turned upright by its EXIF; only those of the first one's size.
 
-    Raises CascadeError: unreadable, not a picture, truncated, too large to be one.
+    Raises CascadeError for an unreadable, truncated or implausibly large file, or one that is not a picture.
     """
     try:
         with Image.open(path) as picture:
@@ -39,7 +39,7 @@ def open_frames(path: Path) -> list[Image.Image]:
 
 
 def _as_8_bit(frame: Image.Image) -> Image.Image:
-    """16-bit greyscale as 8-bit, which Pillow would clip rather than scale."""
+    """Scales 16-bit greyscale to 8-bit, which Pillow would clip."""
     if frame.mode.startswith("I"):
         return Image.fromarray((np.asarray(frame, dtype=np.int64) // 257).clip(0, 255).astype(np.uint8))
     return frame
@@ -50,7 +50,7 @@ def _has_alpha(frame: Image.Image) -> bool:
 
 
 def channel(frame: Image.Image, index: int) -> Tensor:
-    """One of the channels R, G, B, A of a frame: (H, W) in [0, 1]."""
+    """Channel R, G, B or A of a frame: (H, W) in [0, 1]."""
     values = np.asarray(frame.convert("RGBA"), dtype=np.float32)[..., index] / 255.0
     return torch.from_numpy(values)
 
@@ -72,7 +72,7 @@ def read_mask(path: Path, name: str) -> Tensor:
 
 
 def encode_png(image: Tensor, texts: Mapping[str, Any], compress_level: int = 4) -> bytes:
-    """A PNG file of one image (H, W, C), C = 1, 3 or 4, clipped to [0, 1]; `texts` as JSON in text chunks."""
+    """Encodes one image (H, W, C), C = 1, 3 or 4, clipped to [0, 1], as PNG; `texts` as JSON in text chunks."""
     values = (255.0 * image.detach().float().cpu().numpy()).clip(0, 255).astype(np.uint8)
     picture = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
     chunks = PngInfo()

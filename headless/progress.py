@@ -1,4 +1,4 @@
-"""Progress on the terminal: one line for each node or file, with a bar for those that go in steps."""
+"""Progress on the terminal: one line for each node or file, with a bar for those that have steps."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from .results import Observer, Picture
+from .results import Observer, SavedPicture
 
 _WIDTH = 24
 
 
 class ConsoleProgress(Observer):
-    """Writes to `stream`. On a terminal a node's line is redrawn as it runs; elsewhere it comes when done.
+    """Observer that writes to `stream`. On a terminal a node's line is redrawn as it runs; else written when done.
 
     The paths of saved pictures, with the seconds since the run began, go to `results` (standard output).
     """
@@ -37,7 +37,7 @@ class ConsoleProgress(Observer):
         self.bar = f"  {self.full * done}{self.empty * (_WIDTH - done)} {step}/{total}"
         self._draw(f"{self.head}{self.bar}  {time.monotonic() - self.begun:.1f} s")
 
-    def node_told(self, text: str) -> None:
+    def node_notified(self, text: str) -> None:
         self._finish(f"{self.head}: {text}")
 
     def node_finished(self, seconds: float) -> None:
@@ -46,7 +46,7 @@ class ConsoleProgress(Observer):
     def node_reused(self, index: int, total: int, name: str) -> None:
         self._finish(f"[{index}/{total}] {name}  reused")
 
-    def picture_saved(self, picture: Picture) -> None:
+    def picture_saved(self, picture: SavedPicture) -> None:
         self.close()
         print(f"{picture.path}  ({picture.seconds:.1f} s)", file=self.results, flush=True)
 
@@ -72,29 +72,29 @@ class ConsoleProgress(Observer):
 
 
 class TransferProgress(ConsoleProgress):
-    """The same for files that arrive: `node_started` begins one, its name is the file's."""
+    """Progress of downloads: `node_started` begins a file, with its name."""
 
     def node_started(self, index: int, total: int, name: str) -> None:
         super().node_started(index, total, name)
         self.first: int | None = None
 
-    def bytes_arrived(self, there: int, total: int) -> None:
-        """`there` of `total` bytes are on the disk; those of an earlier transfer do not count for the speed."""
-        self.first = there if self.first is None else min(self.first, there)
-        done, seconds = _WIDTH * there // max(total, 1), time.monotonic() - self.begun
+    def bytes_arrived(self, arrived: int, total: int) -> None:
+        """Shows that `arrived` of `total` bytes are on the disk; an earlier transfer's do not count for speed."""
+        self.first = arrived if self.first is None else min(self.first, arrived)
+        done, seconds = _WIDTH * arrived // max(total, 1), time.monotonic() - self.begun
         self.bar = (
-            f"  {self.full * done}{self.empty * (_WIDTH - done)} {there / 1e6:.0f}/{total / 1e6:.0f} MB"
+            f"  {self.full * done}{self.empty * (_WIDTH - done)} {arrived / 1e6:.0f}/{total / 1e6:.0f} MB"
         )
-        speed = (there - self.first) / 1e6 / max(seconds, 1e-3)
+        speed = (arrived - self.first) / 1e6 / max(seconds, 1e-3)
         self._draw(f"{self.head}{self.bar}  {speed:.1f} MB/s")
 
     def file_arrived(self, path: Path, seconds: float) -> None:
-        """The file is whole, verified and in its place."""
+        """Reports that the file is whole, verified and in its place."""
         self.node_finished(seconds)
         print(path, file=self.results, flush=True)
 
     def file_kept(self, path: Path) -> None:
-        """The file was there already."""
+        """Reports that the file existed already."""
         self._finish(f"{self.head}  already there, whole")
         print(path, file=self.results, flush=True)
 

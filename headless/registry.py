@@ -1,4 +1,4 @@
-"""Which nodes there are, and what the host needs to know of each."""
+"""Registry of the nodes, and what the host needs to know of each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NodeClass = type[io.ComfyNode]
 
 @dataclass(frozen=True)
 class InputInfo:
-    """One input: its type, whether it must be given, and its options as in ComfyUI's `/object_info`."""
+    """Input of a node: type, whether it is required, and its options as in ComfyUI's `/object_info`."""
 
     type: str
     required: bool
@@ -25,7 +25,7 @@ class InputInfo:
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """One node class as validation and execution see it. `checks` is its `validate_inputs`, if it has one."""
+    """Node class as validation and execution see it. `checks` is its `validate_inputs`, if it has one."""
 
     cls: NodeClass
     inputs: dict[str, InputInfo]
@@ -38,7 +38,7 @@ class NodeInfo:
 
 
 def describe(cls: NodeClass) -> NodeInfo:
-    """Read a class's schema now: lists of files may differ from one run to the next."""
+    """Reads a class's schema, anew for each run because lists of files may differ."""
     schema = cls.GET_SCHEMA()
     inputs = {}
     for entry in schema.inputs or []:
@@ -59,7 +59,7 @@ def describe(cls: NodeClass) -> NodeInfo:
 
 
 def _override(cls: NodeClass, name: str) -> Callable[..., Any] | None:
-    """A class method that the node itself defines; ComfyUI's base class has placeholders of the same name."""
+    """Class method that the node itself defines; ComfyUI's base class has placeholders of the same name."""
     method = getattr(cls, name, None)
     placeholder = getattr(io.ComfyNode, name, None)
     if method is None or getattr(method, "__func__", method) is getattr(placeholder, "__func__", placeholder):
@@ -68,14 +68,14 @@ def _override(cls: NodeClass, name: str) -> Callable[..., Any] | None:
 
 
 def parameters_of(function: Callable[..., Any]) -> tuple[set[str], bool]:
-    """The names of a function's parameters, and whether it takes any other keyword as well."""
+    """Names of a function's parameters, and whether it takes any other keyword as well."""
     parameters = inspect.signature(function).parameters.values()
     any_name = any(entry.kind is entry.VAR_KEYWORD for entry in parameters)
     return {entry.name for entry in parameters if entry.kind is not entry.VAR_KEYWORD}, any_name
 
 
 def available_nodes() -> dict[str, NodeClass]:
-    """Our nodes, through the extension that ComfyUI loads too, and the few of its own that graphs need."""
+    """Returns our nodes, through the extension that ComfyUI loads too, and ComfyUI's own that graphs need."""
     from ..nodes.extension import CascadeExtension
     from .builtin import BUILTIN_NODES
 
@@ -83,7 +83,7 @@ def available_nodes() -> dict[str, NodeClass]:
 
 
 def by_id(classes: list[NodeClass]) -> dict[str, NodeClass]:
-    """Node classes under their ids, which must differ."""
+    """Maps node classes by their ids, which must differ."""
     nodes: dict[str, NodeClass] = {}
     for cls in classes:
         node_id = cls.GET_SCHEMA().node_id
@@ -95,6 +95,6 @@ def by_id(classes: list[NodeClass]) -> dict[str, NodeClass]:
 
 
 def finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine, also where an event loop is already running (a notebook)."""
+    """Runs a coroutine, also where an event loop is already running (a notebook)."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, coroutine).result()

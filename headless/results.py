@@ -1,4 +1,4 @@
-"""What a run gives, and who may watch it."""
+"""Result of a run, and the observer that watches it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that a run saved, and the seconds from the start of the run until it was there."""
+class SavedPicture:
+    """Picture that a run saved, and the seconds from the start of the run until it was written."""
 
     path: Path
     node_id: str
@@ -18,7 +18,7 @@ class Picture:
 
 @dataclass
 class Result:
-    """What a run gave.
+    """Result of a run.
 
     outputs      {node id: ui dictionary} of the output nodes, as ComfyUI's history has them
     timings      {node id: seconds} of the nodes that were executed, not of those whose outputs were reused
@@ -29,13 +29,13 @@ class Result:
 
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[SavedPicture] = field(default_factory=list)
     seconds: float = 0.0
     node_errors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Observer:
-    """Watches a run. All methods may be left as they are."""
+    """Observer of a run. All methods are optional."""
 
     def node_started(self, index: int, total: int, name: str) -> None:
         """Node `index` (from 1) of `total` begins; `name` is like `3 (CascadePriorSampler)`."""
@@ -43,8 +43,8 @@ class Observer:
     def node_step(self, step: int, total: int, preview: Any) -> None:
         """The node is at `step` of `total`; `preview` is an (H, W, 3) image in [0, 1], or None."""
 
-    def node_told(self, text: str) -> None:
-        """The node says something that the user should know."""
+    def node_notified(self, text: str) -> None:
+        """The node has a message for the user."""
 
     def node_finished(self, seconds: float) -> None:
         """The node that began last is done."""
@@ -52,15 +52,15 @@ class Observer:
     def node_reused(self, index: int, total: int, name: str) -> None:
         """Node `index` gave the same outputs in an earlier run or place; it is not executed."""
 
-    def picture_saved(self, picture: Picture) -> None:
-        """A picture is there, whatever may still go wrong with others."""
+    def picture_saved(self, picture: SavedPicture) -> None:
+        """A picture was saved, even if others fail later."""
 
     def status(self, text: str) -> None:
-        """Something worth saying while waiting."""
+        """The state of a wait changed."""
 
     def interrupted(self) -> bool:
-        """Whether the run should stop; asked at every step of a sampler."""
+        """Whether the run should stop; called at every step of a sampler."""
         return False
 
     def close(self) -> None:
-        """The run is over, well or not."""
+        """The run has ended, with success or not."""

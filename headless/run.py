@@ -1,4 +1,4 @@
-"""A graph from start to end: read, assign, validate, execute."""
+"""Run of a graph from start to end: read, assign, validate, execute."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def run_graph(
     extra_pnginfo: dict[str, Any] | None = None,
     partial: bool = False,
 ) -> Result:
-    """Execute a graph in API format in this process.
+    """Executes a graph in API format in this process.
 
     graph        the graph, or a JSON file that holds it
     assignments  `NODE.INPUT=VALUE` texts, as with `cascade run --set`
     nodes        {node id: class}; by default all of ours, LoadImage, LoadImageMask, SaveImage, PreviewImage
-    executor     keeps outputs from run to run when given, so that nodes with the same inputs do not run again
+    executor     caches outputs from run to run when given, so that nodes with the same inputs do not run again
     partial      run the valid outputs when others are not (`Result.node_errors` has those), as ComfyUI does
 
     Raises CascadeError: GraphError for an invalid graph, NodeError for a node that failed.

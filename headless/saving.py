@@ -1,4 +1,4 @@
-"""Writing files so that a failure leaves nothing half-written and nothing overwritten."""
+"""Atomic writing of files: a failure leaves nothing half-written and nothing overwritten."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ADVICE = {
 
 
 def check_folder(folder: Path) -> None:
-    """Raise CascadeError unless files can be made in `folder`, or it can be made; leaves nothing there.
+    """Raises CascadeError unless files can be made in `folder`, or it can be made; leaves nothing behind.
 
-    For before the work: a picture that cannot be saved when it is done is lost.
+    Called before the work, because a picture that cannot be saved afterwards is lost.
     """
-    existing = next((place for place in (folder, *folder.parents) if os.path.exists(place)), Path())
+    ancestor = next((parent for parent in (folder, *folder.parents) if os.path.exists(parent)), Path())
     try:
-        tempfile.TemporaryFile(dir=existing).close()
+        tempfile.TemporaryFile(dir=ancestor).close()
     except OSError as error:
         raise _cannot_save(folder, error) from error
 
@@ -38,7 +38,7 @@ def _cannot_save(path: Path, error: OSError) -> CascadeError:
 
 
 def resolve_prefix(prefix: str, folder: Path, width: int, height: int) -> tuple[Path, str]:
-    """(folder, start of the name) for a `filename_prefix` such as `stars/red_%width%`.
+    """Resolves a `filename_prefix` such as `stars/red_%width%` into (folder, start of the name).
 
     %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and %second% are filled in.
     Raises CascadeError for a prefix that leads out of the folder or names no file.
@@ -56,17 +56,17 @@ def resolve_prefix(prefix: str, folder: Path, width: int, height: int) -> tuple[
 
 
 def next_counter(folder: Path, start: str) -> int:
-    """One more than the highest number among the folder's files named `START_00001_…`."""
+    """Next free number among the folder's files named `START_00001_…`."""
     pattern = re.compile(re.escape(start) + r"_(\d+)_?\.", re.IGNORECASE)
-    found = (pattern.match(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-    return 1 + max((int(match[1]) for match in found if match), default=0)
+    matches = (pattern.match(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return 1 + max((int(match[1]) for match in matches if match), default=0)
 
 
 def save_new(folder: Path, name_of: Callable[[int], str], counter: int, data: bytes) -> Path:
-    """Write `data` to the first free name from `name_of(counter)` on; returns the path.
+    """Writes `data` to the first free name from `name_of(counter)` on; returns the path.
 
     The bytes go to a temporary file first; a file appears under its final name whole or not at all.
-    Raises CascadeError naming the path: not a folder, no permission, disk full.
+    Raises CascadeError that names the path where the folder is a file, not writable or full.
     """
     target = folder / name_of(counter)
     temporary = folder / f".{target.name}.{os.getpid()}.part"
@@ -92,7 +92,7 @@ def save_new(folder: Path, name_of: Callable[[int], str], counter: int, data: by
 
 
 def _reserve(target: Path) -> bool:
-    """Take a name for the file that is about to be moved there, unless someone has it already."""
+    """Reserves a name for the file that is about to be moved there; False where it is taken."""
     try:
         target.open("xb").close()
     except FileExistsError:

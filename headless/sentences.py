@@ -12,47 +12,49 @@ Error = dict[str, Any]
 
 
 class GraphError(CascadeError):
-    """A graph that cannot be executed: one line for each thing that is wrong.
+    """Graph that cannot be executed: one line for each fault.
 
     `error` and `node_errors` are ComfyUI's.
     """
 
-    def __init__(self, error: Error | None, node_errors: dict[str, Error], known: Iterable[str] = ()):
-        super().__init__("\n".join(sentences(error, node_errors, known)))
+    def __init__(self, error: Error | None, node_errors: dict[str, Error], node_types: Iterable[str] = ()):
+        super().__init__("\n".join(sentences(error, node_errors, node_types)))
         self.error = error
         self.node_errors = node_errors
 
 
-def sentences(error: Error | None, node_errors: dict[str, Error], known: Iterable[str] = ()) -> list[str]:
-    """One sentence for each thing that is wrong, each said once. `known`: the node types there are."""
+def sentences(
+    error: Error | None, node_errors: dict[str, Error], node_types: Iterable[str] = ()
+) -> list[str]:
+    """One sentence for each fault, without repetitions. `node_types`: the known ones, for hints."""
     lines = [
         _sentence(node_id, entry["class_type"], reason)
         for node_id, entry in node_errors.items()
         for reason in _joined(entry["errors"])
     ]
     if error is not None and not lines:
-        lines = [_whole_graph(error, list(known))]
+        lines = [_whole_graph(error, list(node_types))]
     return list(dict.fromkeys(lines))
 
 
 def _joined(reasons: list[Error]) -> list[Error]:
-    """A node's own objection, which ComfyUI repeats for every input that the node looked at, made one."""
+    """Merges a node's own objection, which ComfyUI repeats for every input that the node looked at."""
     joined: list[Error] = []
     objections: dict[str, list[str]] = {}
     for reason in reasons:
         if reason["type"] != "custom_validation_failed":
             joined.append(reason)
             continue
-        name, _, why = reason["details"].partition(" - ")
-        if why not in objections:
-            objections[why] = []
-            extra = {"input_names": objections[why], "why": why}
+        name, _, objection = reason["details"].partition(" - ")
+        if objection not in objections:
+            objections[objection] = []
+            extra = {"input_names": objections[objection], "objection": objection}
             joined.append({**reason, "extra_info": extra})
-        objections[why].append(name)
+        objections[objection].append(name)
     return joined
 
 
-def _whole_graph(error: Error, known: list[str]) -> str:
+def _whole_graph(error: Error, node_types: list[str]) -> str:
     extra = error.get("extra_info") or {}
     node_id, class_type = extra.get("node_id"), str(extra.get("class_type") or "")
     if error["type"] == "prompt_no_outputs":
@@ -60,7 +62,7 @@ def _whole_graph(error: Error, known: list[str]) -> str:
     if error["type"] == "missing_node_type" and not class_type:
         return f"Node {node_id} has no class_type, which must name a node (`cascade nodes` lists them)."
     if error["type"] == "missing_node_type":
-        close = get_close_matches(class_type, known, n=1)
+        close = get_close_matches(class_type, node_types, n=1)
         hint = f"did you mean {close[0]}?" if close else "`cascade nodes` lists those there are."
         return f"Node {node_id}: there is no node {class_type!r}; {hint}"
     details = f" ({error['details']})" if error.get("details") else ""
@@ -80,7 +82,7 @@ def _sentence(node_id: str, class_type: str, reason: Error) -> str:
 
 
 def _options(extra: Error) -> tuple[str | list[Any], dict[str, Any]]:
-    """The type and the options of the input that an error is about."""
+    """Type and options of the input that an error is about."""
     config = extra.get("input_config") or ["", {}]
     return config[0], config[1]
 
@@ -90,9 +92,9 @@ def _missing(reason: Error, extra: Error) -> str:
 
 
 def _bad_link(reason: Error, extra: Error) -> str:
-    _, _, why = reason["details"].partition(": ")
+    _, _, reason_text = reason["details"].partition(": ")
     text = f"input {extra['input_name']!r} is connected to {extra['received_value']!r}"
-    return f"{text}, but {why or 'a link is [node id, output index]'}."
+    return f"{text}, but {reason_text or 'a link is [node id, output index]'}."
 
 
 def _mismatch(reason: Error, extra: Error) -> str:
@@ -128,7 +130,7 @@ def _not_in_list(reason: Error, extra: Error) -> str:
 
 def _custom(reason: Error, extra: Error) -> str:
     names = ", ".join(map(repr, extra["input_names"]))
-    text = extra["why"] or "the node does not accept this"
+    text = extra["objection"] or "the node does not accept this"
     plural = "s" if len(extra["input_names"]) > 1 else ""
     return f"input{plural} {names}: {text}{'' if text.endswith(('.', '!', '?')) else '.'}"
 

@@ -1,8 +1,8 @@
 """Validation of a graph as ComfyUI does it on `POST /prompt`: same checks, same errors, same conversions.
 
 The errors have ComfyUI 0.33's `error` and `node_errors` shape. Where ComfyUI stops with a KeyError of its own
-(a link to a node or output that is not there) there is a proper error here. The checks of a node
-are local to it (`node_checks`); what is invalid because something upstream is follows from a walk over links.
+(a link to a missing node or output) there is a proper error here. The checks of a node are local to it
+(`node_checks`); errors that follow from others upstream are found by a traversal of the links.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from .graph import Graph, check_shape, linked_inputs, name_of
-from .node_checks import Checked, check_node
+from .node_checks import NodeCheck, check_node
 from .registry import NodeClass, NodeInfo, describe
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What validation found.
+    """Outcome of a validation.
 
     graph        a copy, with values converted to their inputs' types ("20" -> 20 for an INT)
     nodes        the description of every node class in the graph
     outputs      the output nodes that can be executed
     error        the reason why nothing can be executed, as ComfyUI's `error`, or None
-    node_errors  what is wrong, by node id, as ComfyUI's `node_errors`; may be non-empty beside good outputs
+    node_errors  the faults by node id, as ComfyUI's `node_errors`; may be non-empty beside good outputs
     """
 
     graph: Graph
@@ -37,7 +37,7 @@ class Validation:
 
 
 def validate(graph: Graph, classes: Mapping[str, NodeClass]) -> Validation:
-    """Check a graph against the node classes. CascadeError only for what is no graph at all."""
+    """Checks a graph against the node classes. Raises CascadeError only for what is not a graph at all."""
     check_shape(graph, "The graph")
     graph = copy.deepcopy(graph)
     error = _first_unknown(graph, classes)
@@ -48,11 +48,11 @@ def validate(graph: Graph, classes: Mapping[str, NodeClass]) -> Validation:
     outputs = [node_id for node_id, node in graph.items() if nodes[node["class_type"]].is_output]
     if not outputs:
         return Validation(graph, nodes, [], _error("prompt_no_outputs", "Prompt has no outputs", ""), {})
-    return _Walk(graph, nodes).validate(outputs)
+    return _LinkTraversal(graph, nodes).validate(outputs)
 
 
 def sources_of(validation: Validation) -> dict[str, list[str]]:
-    """For each node the nodes that it takes from, over the inputs it knows."""
+    """{node: nodes that it takes from} over the declared inputs."""
     return {
         node_id: [source for _, source, _ in linked_inputs(node, validation.nodes[node["class_type"]].inputs)]
         for node_id, node in validation.graph.items()
@@ -64,30 +64,30 @@ def _error(kind: str, message: str, details: str, **extra: Any) -> dict[str, Any
 
 
 def _first_unknown(graph: Graph, classes: Mapping[str, NodeClass]) -> dict[str, Any] | None:
-    """The error of the first node whose class is missing or unknown."""
+    """Error of the first node whose class is missing or unknown."""
     for node_id, node in graph.items():
         details = f"Node ID '#{node_id}'"
         class_type = node.get("class_type")
         meta = node.get("_meta")
         title = meta.get("title") if isinstance(meta, dict) else None
-        named = {"node_id": node_id, "class_type": class_type, "node_title": title or class_type}
+        node_info = {"node_id": node_id, "class_type": class_type, "node_title": title or class_type}
         if not isinstance(class_type, str):
             message = f"Node '{title or f'ID #{node_id}'}' has no class_type."
             message += " The workflow may be corrupted or a custom node is missing."
-            return _error("missing_node_type", message, details, **named)
+            return _error("missing_node_type", message, details, **node_info)
         if class_type not in classes:
             message = f"Node '{title or class_type}' not found. The custom node may not be installed."
-            return _error("missing_node_type", message, details, **named)
+            return _error("missing_node_type", message, details, **node_info)
     return None
 
 
-class _Walk:
-    """One validation of a graph whose nodes are all known."""
+class _LinkTraversal:
+    """Traversal of the links of a graph whose node classes are all known."""
 
     def __init__(self, graph: Graph, nodes: dict[str, NodeInfo]):
         self.graph = graph
         self.nodes = nodes
-        self.checked: dict[str, Checked] = {}
+        self.checked: dict[str, NodeCheck] = {}
         self.cycle_errors: dict[str, dict[str, Any]] = {}
 
     def validate(self, outputs: list[str]) -> Validation:
@@ -113,13 +113,13 @@ class _Walk:
         cycle = self.cycle_errors.get(node_id)
         return ([cycle] if cycle else []) + self.checked[node_id].errors
 
-    def _check(self, node_id: str, consumer: str = "", via: str = "") -> Checked:
-        """The checks of a node, made once; it was first reached over the input `via` of `consumer`."""
+    def _check(self, node_id: str, consumer: str = "", via: str = "") -> NodeCheck:
+        """Checks a node once; it was first reached over the input `via` of `consumer`."""
         if node_id not in self.checked:
             try:
                 self.checked[node_id] = check_node(node_id, self.graph, self.nodes)
             except Exception as error:  # a fault in a node's own validate_inputs is reported, as ComfyUI does
-                self.checked[node_id] = Checked([self._exception(error, consumer, via)], [])
+                self.checked[node_id] = NodeCheck([self._exception(error, consumer, via)], [])
         return self.checked[node_id]
 
     def _exception(self, error: Exception, consumer: str, via: str) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class _Walk:
         return _error("exception_during_inner_validation", message, str(error), **extra)
 
     def _upstream(self, output: str) -> set[str]:
-        """The output and every node it needs over links that are well-formed; notes the cycles on the way."""
+        """The output and all nodes that it needs over well-formed links; records cycles on the way."""
         seen = {output}
         path = [output]
         branches = [iter(self._check(output).sources)]

@@ -98,7 +98,7 @@ class CascadeLoRAApply(io.ComfyNode):
             notes += text_notes(adapter, clip, new)
         patched = host().with_adapter(model, clip, adapter, strength_model, strength_clip, new)
         if notes:
-            host().tell(" ".join(notes))
+            host().notify(" ".join(notes))
         return io.NodeOutput(*patched, ui={"text": [describe_adapter(adapter), *notes]})
 
 

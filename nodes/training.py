@@ -117,7 +117,7 @@ def train_file(task: Any, role: str, given: dict[str, Any], own: dict[str, Any])
         try:
             train(
                 resolved,
-                host().tell,
+                host().notify,
                 lambda progress: report(progress.step, progress.steps),
                 report,
                 stop,

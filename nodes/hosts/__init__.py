@@ -125,8 +125,8 @@ class Host(Protocol):
         """
         ...
 
-    def tell(self, text: str) -> None:
-        """Says something about the node that is running, beside its progress."""
+    def notify(self, text: str) -> None:
+        """Sends the user a message about the running node, beside its progress."""
         ...
 
     def picture_folder(self, name: str) -> Path:

@@ -1,7 +1,7 @@
-"""How a running node tells the embedded host how far it is, and learns that it should stop.
+"""Progress, messages and interruption between a running node and the embedded host.
 
 The host sets a sink for the node that it is executing (`reporting_to`); samplers call `report` and
-`check_interrupted` once a step. Outside a run both do nothing, so that a node called from Python just works.
+`check_interrupted` once a step. Outside a run both do nothing, so that nodes can be called from Python.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ...cascade_core.errors import Interrupted
 
 
 class Sink(Protocol):
-    """Where the steps of one node go."""
+    """Receiver of one node's progress."""
 
     def step(self, step: int, total: int, preview: Any) -> None:
-        """`step` of `total` steps are done; `preview` is an (H, W, 3) image in [0, 1], or None."""
+        """Receives that `step` of `total` steps are done; `preview` is an (H, W, 3) image in [0, 1], or None."""
         ...
 
-    def tell(self, text: str) -> None:
-        """Something that the user should know of this node, in a sentence."""
+    def notify(self, text: str) -> None:
+        """Receives a message for the user about this node, in a sentence."""
         ...
 
     def interrupted(self) -> bool:
@@ -34,21 +34,21 @@ _sink: ContextVar[Sink | None] = ContextVar("cascade_sink", default=None)
 
 
 def report(step: int, total: int, preview: Any = None) -> None:
-    """Say that `step` of `total` steps are done. `preview`: an (H, W, 3) image in [0, 1], or None."""
+    """Reports that `step` of `total` steps are done. `preview`: an (H, W, 3) image in [0, 1], or None."""
     sink = _sink.get()
     if sink is not None:
         sink.step(step, total, preview)
 
 
-def tell(text: str) -> None:
-    """Say something that the user should know of the node that is running."""
+def notify(text: str) -> None:
+    """Sends the user a message about the running node."""
     sink = _sink.get()
     if sink is not None:
-        sink.tell(text)
+        sink.notify(text)
 
 
 def check_interrupted() -> None:
-    """Raise `Interrupted` if the run was asked to stop."""
+    """Raises `Interrupted` if the run was asked to stop."""
     sink = _sink.get()
     if sink is not None and sink.interrupted():
         raise Interrupted("The run was stopped.")
@@ -56,7 +56,7 @@ def check_interrupted() -> None:
 
 @contextmanager
 def reporting_to(sink: Sink | None) -> Iterator[None]:
-    """Send the reports made inside this block to `sink`."""
+    """Sends the reports made inside the block to `sink`."""
     token = _sink.set(sink)
     try:
         yield

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from .sockets import (
+from .socket_types import (
     Boolean,
     Clip,
     ClipVision,

@@ -2,7 +2,7 @@ import io
 from pathlib import Path
 
 from cascade_nodes.headless.progress import ConsoleProgress, TransferProgress
-from cascade_nodes.headless.results import Picture
+from cascade_nodes.headless.results import SavedPicture
 
 
 class Terminal(io.TextIOWrapper):
@@ -38,7 +38,7 @@ def test_what_a_node_tells_is_a_line_of_its_own():
     stream = io.StringIO()
     progress = ConsoleProgress(stream)
     progress.node_started(1, 2, "3 (CascadeLoRAApply)")
-    progress.node_told("x.safetensors teaches [sun].")
+    progress.node_notified("x.safetensors teaches [sun].")
     progress.node_finished(1.25)
     assert stream.getvalue() == (
         "[1/2] 3 (CascadeLoRAApply): x.safetensors teaches [sun].\n[1/2] 3 (CascadeLoRAApply)  1.2 s\n"
@@ -66,7 +66,7 @@ def test_a_saved_picture_has_a_line_of_its_own():
     stream, results = Terminal(), io.StringIO()
     progress = ConsoleProgress(stream, results)
     progress.status("waiting")
-    progress.picture_saved(Picture(Path("output/a.png"), "1", 2.04))
+    progress.picture_saved(SavedPicture(Path("output/a.png"), "1", 2.04))
     assert stream.written() == "\rwaiting\x1b[K\n"
     assert results.getvalue() == "output/a.png  (2.0 s)\n"
 

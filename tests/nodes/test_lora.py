@@ -258,7 +258,7 @@ class Listener:
     def __init__(self):
         self.said: list[str] = []
 
-    def tell(self, text):
+    def notify(self, text):
         self.said.append(text)
 
     def step(self, step, total, preview):
@@ -341,7 +341,7 @@ def test_in_a_graph(loras, models, tmp_path, monkeypatch):
     write(loras / "changing.safetensors", "kohya", stage_c_changes(1))
     observer = Observer()
     told: list[str] = []
-    monkeypatch.setattr(observer, "node_told", told.append)
+    monkeypatch.setattr(observer, "node_notified", told.append)
     executor = Executor(observer)
 
     def executed() -> set[str]:

@@ -30,7 +30,7 @@ class Told(reporting.Sink):
     def step(self, step, total, preview):
         pass
 
-    def tell(self, text):
+    def notify(self, text):
         self.said.append(text)
 
     def interrupted(self):

@@ -126,7 +126,7 @@ class Watcher:
     def step(self, step, total, preview):
         self.steps.append((step, total))
 
-    def tell(self, text):
+    def notify(self, text):
         raise AssertionError("these nodes have nothing to tell")
 
     def interrupted(self):

@@ -85,7 +85,7 @@ def test_a_run_stops_between_tiles(sockets):
         def step(self, step, total, preview):
             raise AssertionError("no step was finished")
 
-        def tell(self, text):
+        def notify(self, text):
             raise AssertionError("the sampler has nothing to tell")
 
         def interrupted(self):

@@ -54,7 +54,7 @@ class Watcher:
     def step(self, step, total, preview):
         self.steps.append((step, total))
 
-    def tell(self, text):
+    def notify(self, text):
         self.told.append(text)
 
     def interrupted(self):

@@ -9,7 +9,7 @@ from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, list_files
 from .model import describe_network, load_network
-from .progress import tell
+from .progress import notify
 from .sampling import sample, with_guidance
 from .training import new_file, picture_folder, run_folder, training
 from .vae import decode_latent, describe_vae, encode_pixels, load_compressor, load_stage_a
@@ -35,11 +35,11 @@ __all__ = [
     "load_text_encoder",
     "load_vision",
     "new_file",
+    "notify",
     "picture_folder",
     "run_folder",
     "sample",
     "stage_c_config",
-    "tell",
     "text_network",
     "training",
     "with_adapter",

@@ -26,8 +26,8 @@ LEARNED = (LatentPreviewMethod.Auto, LatentPreviewMethod.TAESD)
 PREVIEWERS = {"stage_c": ("previewer", "c_in"), "stage_b": ("stage_a", "c_latent")}
 
 
-def tell(text: str) -> None:
-    """In the log, and in the node that is running where somebody looks at it."""
+def notify(text: str) -> None:
+    """Writes a message to the log, and into the running node where a browser shows it."""
     logging.info(text)
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     node = getattr(server, "last_node_id", None)

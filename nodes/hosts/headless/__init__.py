@@ -3,7 +3,7 @@
 Weights stay on the device between nodes as its memory allows; what it does not, leaves or is streamed (`device.py`).
 """
 
-from ..reporting import tell
+from ..reporting import notify
 from .adapters import stage_c_config, text_network, with_adapter
 from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
@@ -34,11 +34,11 @@ __all__ = [
     "load_text_encoder",
     "load_vision",
     "new_file",
+    "notify",
     "picture_folder",
     "run_folder",
     "sample",
     "stage_c_config",
-    "tell",
     "text_network",
     "training",
     "with_adapter",

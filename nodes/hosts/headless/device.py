@@ -12,7 +12,7 @@ from ....cascade_core.adapters.apply import Patch, patched
 from ....cascade_core.engine import Precision, operations_on
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.placement import CudaDevice, DeviceMemory, WeightConsumer, parse_bytes
-from ..reporting import tell
+from ..reporting import notify
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ def on_device(
     """
     shared = pool()
     if shared is not None:
-        return shared.run(network, body, working, patches, tell, once, consumer)
+        return shared.run(network, body, working, patches, notify, once, consumer)
     with patched(network, patches):
         return body(compute_device())
 

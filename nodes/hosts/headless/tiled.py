@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ....cascade_core.networks.tiles import fitting_tile, join_tiles
 from ....cascade_core.placement import WeightConsumer, out_of_memory
-from ..reporting import check_interrupted, tell
+from ..reporting import check_interrupted, notify
 from . import device as host_device
 from .device import on_device
 
@@ -51,7 +51,7 @@ class Tiled:
                 if not automatic or not out_of_memory(error) or smaller < LEAST_TILE:
                     raise
             tile = smaller
-            tell(f"out of memory; trying again in tiles of {tile * max(self.down, self.up)} pixels.")
+            notify(f"out of memory; trying again in tiles of {tile * max(self.down, self.up)} pixels.")
 
     def _in_tiles(self, x: Tensor, tile: int) -> Tensor:
         dtype = next(self.network.parameters()).dtype
