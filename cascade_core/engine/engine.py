@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import CascadeError
+from ..networks.fp16 import stream_scale
 from ..networks.layers import AttnBlock
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
@@ -38,7 +39,7 @@ class Engine(WeightConsumer):
 
     Made once per network and kept; it follows the network where its weights are changed or moved. Where placement
     streams them, it runs each block as its weights are there, without graphs. What it cannot do the network does
-    itself: another convolution than 3 × 3, a residual stream held for fp16 (half.py), noise conditions that differ
+    itself: another convolution than 3 × 3, a residual stream held for fp16 (fp16.py), noise conditions that differ
     within the batch, and weights that lie elsewhere than x, stand in another precision, or are changed as they are
     used.
     """
@@ -96,7 +97,7 @@ class Engine(WeightConsumer):
         extra = {name: value for name, value in (("sca", sca), ("crp", crp)) if value is not None}
         noise = _numbers({"r": r, **extra})
         arrivals = self._follow()
-        plain = self.network.stream_scale == 1 and self._weights.plain(x, arrivals)
+        plain = stream_scale(self.network) == 1 and self._weights.plain(x, arrivals)
         if noise is None or self.config.kernel_size != 3 or not plain:
             extra = {**extra, **({} if control is None else {"control": control})}
             return self.network(x, r.to(x.device), **conditions, **extra)

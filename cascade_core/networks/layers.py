@@ -6,8 +6,6 @@ Shapes: B batch, C channels, H × W positions, T conditioning tokens, R timestep
 `operations` is the namespace that Linear, Conv2d, ConvTranspose2d and LayerNorm are taken from: `torch.nn`, or a
 host's casting layers. Parameters that no such layer holds are cast where they are used.
 
-`stream_scale` is 1 unless the residual stream is held as x / stream_scale, for fp16; half.py says how.
-
 Source: Würstchen (arXiv 2306.00637), appendix on architecture; ConvNeXt V2 (arXiv 2301.00808) for the
 residual block and its global response normalisation.
 """
@@ -18,8 +16,6 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from .fp16 import over, scaled
 
 
 def timestep_embedding(r: Tensor, width: int, max_positions: int = 10_000) -> Tensor:
@@ -60,7 +56,7 @@ def layer_norm_2d(channels: int, operations, affine: bool = False, eps: float = 
 class GlobalResponseNorm(nn.Module):
     """Scales each channel by its share of the response over all positions (ConvNeXt V2, section 3.2).
 
-    x: (B, H, W, C) over `scale` -> (B, H, W, C) over `out_scale`
+    x: (B, H, W, C) -> (B, H, W, C)
     """
 
     def __init__(self, channels: int):
@@ -68,28 +64,18 @@ class GlobalResponseNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
-    def forward(self, x: Tensor, scale: float = 1.0, out_scale: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         # In float32: over all positions the squares of fp16 add up past its end.
         wide = torch.promote_types(x.dtype, torch.float32)
         response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (B, 1, 1, C)
-        response = over(response, 1 / scale)
         share = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
-        gain = over(1 + self.gamma.to(share) * share, out_scale / scale)
+        gain = 1 + self.gamma.to(share) * share
         # gamma · (x · share) + beta + x, in one pass over x
-        return torch.addcmul(over(self.beta.to(x), out_scale), x, gain.to(x))
-
-
-def gelu_(x: Tensor, scale: float) -> Tensor:
-    """GELU(scale · x) / scale in place, also where scale · x is past the end of x's dtype.  x: (B, H, W, C)"""
-    for rows in x.chunk(8, dim=1):  # a few at a time, for the memory that float32 takes
-        rows.copy_(over(F.gelu(rows.float() * scale), scale))
-    return x
+        return torch.addcmul(self.beta.to(x), x, gain.to(x))
 
 
 class ChannelMLP(nn.Sequential):
-    """Position-wise MLP with a fourfold hidden width.  (B, H, W, c_in) over `scale` -> (B, H, W, c_out)"""
-
-    stream_scale = 1.0
+    """Position-wise MLP with a fourfold hidden width.  (B, H, W, c_in) -> (B, H, W, c_out)"""
 
     def __init__(self, c_in: int, c_out: int, dropout: float, operations):
         super().__init__(
@@ -100,18 +86,9 @@ class ChannelMLP(nn.Sequential):
             operations.Linear(c_out * 4, c_out),
         )
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        expand, gelu, response_norm, dropout, contract = self
-        h = scaled(expand, x, scale)  # (B, H, W, 4 · c_out)
-        h = gelu(h) if scale == 1 else gelu_(h, scale)
-        h = dropout(response_norm(h, scale, self.stream_scale))
-        return scaled(contract, h, self.stream_scale)
-
 
 class ResBlock(nn.Module):
     """ConvNeXt block with global response normalisation.  x: (B, C, H, W), skip: (B, C_skip, H, W) -> (B, C, H, W)"""
-
-    stream_scale = 1.0
 
     def __init__(self, c: int, c_skip: int = 0, kernel_size: int = 3, dropout: float = 0.0, operations=nn):
         super().__init__()
@@ -120,12 +97,10 @@ class ResBlock(nn.Module):
         self.channelwise = ChannelMLP(c + c_skip, c, dropout, operations)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        h = self.norm(scaled(self.depthwise, x, self.stream_scale))  # (B, C, H, W)
-        scale = 1.0
-        if skip is not None:  # held as the stream is
-            scale = self.stream_scale
-            h = torch.cat([over(h, scale), skip], dim=1)  # (B, C + C_skip, H, W)
-        h = self.channelwise(h.permute(0, 2, 3, 1), scale)  # (B, H, W, C)
+        h = self.norm(self.depthwise(x))  # (B, C, H, W)
+        if skip is not None:
+            h = torch.cat([h, skip], dim=1)  # (B, C + C_skip, H, W)
+        h = self.channelwise(h.permute(0, 2, 3, 1))  # (B, H, W, C)
         return x + h.permute(0, 3, 1, 2)
 
 
@@ -147,8 +122,6 @@ class Attention(nn.Module):
     The published fused `in_proj` is kept as three layers, under the names that hosts and LoRA files use.
     """
 
-    stream_scale = 1.0
-
     def __init__(self, c: int, heads: int, dropout: float = 0.0, operations=nn):
         super().__init__()
         self.heads = heads
@@ -164,7 +137,11 @@ class Attention(nn.Module):
             for projection in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         h = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return scaled(self.out_proj, over(h.transpose(1, 2).flatten(2), self.stream_scale), self.stream_scale)
+        return self.project(h.transpose(1, 2).flatten(2))
+
+    def project(self, h: Tensor) -> Tensor:
+        """What is added to the residual stream.  (B, N, C) -> (B, N, C)"""
+        return self.out_proj(h)
 
 
 class Attention2D(nn.Module):
@@ -208,8 +185,6 @@ class TimestepBlock(nn.Module):
     x: (B, C, H, W), embeddings: (B, R · (1 + len(conds))) -> (B, C, H, W)
     """
 
-    stream_scale = 1.0
-
     def __init__(self, c: int, c_timestep: int, conds: tuple[str, ...] = ("sca",), operations=nn):
         super().__init__()
         self.conds = tuple(conds)
@@ -218,10 +193,14 @@ class TimestepBlock(nn.Module):
             setattr(self, f"mapper_{name}", operations.Linear(c_timestep, c * 2))
 
     def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
-        s = self.stream_scale
-        first, *others = over(embeddings, s).chunk(len(self.conds) + 1, dim=1)
-        modulation = scaled(self.mapper, first, s)  # (B, 2C)
+        scale, shift = self.modulation(embeddings)
+        return torch.addcmul(shift, x, 1 + scale)
+
+    def modulation(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, shift), each (B, C, 1, 1): the sum over all conditions."""
+        first, *others = embeddings.chunk(len(self.conds) + 1, dim=1)
+        modulation = self.mapper(first)  # (B, 2C)
         for name, embedding in zip(self.conds, others, strict=True):
-            modulation = modulation + scaled(getattr(self, f"mapper_{name}"), embedding, s)
+            modulation = modulation + getattr(self, f"mapper_{name}")(embedding)
         scale, shift = modulation[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(shift, x, 1 + over(scale, 1 / s))
+        return scale, shift

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .config import UNetConfig
-from .fp16 import over, scaled
 from .layers import (
     AttnBlock,
     FeedForwardBlock,
@@ -25,8 +24,6 @@ from .layers import (
 
 class UNet(nn.Module):
     """Builds the levels and walks them; the stages add what goes in, what conditions, and what comes out."""
-
-    stream_scale = 1.0  # the feature map that `walk` carries is x / stream_scale, see half.py
 
     def __init__(self, config: UNetConfig, operations=nn):
         super().__init__()
@@ -108,7 +105,6 @@ class UNet(nn.Module):
         x: (B, c_hidden[0], H, W), timesteps: (B, R · n), tokens: (B, T, c_cond) -> (B, c_hidden[0], H, W);
         control[i] is added before the i-th ResBlock that runs, resized to its positions.
         """
-        x = over(x, self.stream_scale)
         residuals = iter(control)
         skips: list[Tensor] = []
         for downscaler, blocks, mappers in zip(
@@ -128,11 +124,16 @@ class UNet(nn.Module):
         return x
 
     def _resampled(self, x: Tensor, resampler: Any) -> Tensor:
-        """From one level to the next, or x itself where there is none."""
-        if isinstance(resampler, nn.Identity):
-            return x
-        norm, mapping = resampler
-        return scaled(mapping, over(norm(x), self.stream_scale), self.stream_scale)
+        """From one level to the next; x itself at the outermost one."""
+        return resampler(x)
+
+    def _mapped(self, x: Tensor, mapper: nn.Module) -> Tensor:
+        """Between two repeats of a level."""
+        return mapper(x)
+
+    def _controlled(self, x: Tensor, residual: Tensor) -> Tensor:
+        """With a ControlNet's residual (B, C, h, w) added."""
+        return x + resize(residual, x.shape[-2:]).to(x)
 
     def levels(self) -> list[tuple[list[nn.Module], int]]:
         """Each level's blocks with how often a forward runs them, in the order of a forward."""
@@ -145,16 +146,6 @@ class UNet(nn.Module):
             for direction in directions
             for blocks, mappers in zip(*direction, strict=True)
         ]
-
-    def stream_norms(self) -> Iterator[Any]:
-        """The LayerNorms that read the residual stream."""
-        for block in self.modules():
-            if isinstance(block, (ResBlock, AttnBlock, FeedForwardBlock)):
-                yield block.norm
-        for resampler in (*self.down_downscalers, *self.up_upscalers):
-            if isinstance(resampler, nn.Sequential):
-                yield resampler[0]
-        yield self.clf[0]
 
     def _run(
         self,
@@ -175,7 +166,7 @@ class UNet(nn.Module):
                         x = resize(x, first_skip.shape[-2:])
                     residual = next(residuals, None)
                     if residual is not None:
-                        x = x + over(resize(residual, x.shape[-2:]), self.stream_scale).to(x)
+                        x = self._controlled(x, residual)
                     x = block(x, first_skip)
                 elif isinstance(block, AttnBlock):
                     x = block(x, tokens)
@@ -184,5 +175,5 @@ class UNet(nn.Module):
                 else:
                     x = block(x)
             if repeat < len(mappers):
-                x = scaled(mappers[repeat], x, self.stream_scale)
+                x = self._mapped(x, mappers[repeat])
         return x

@@ -24,7 +24,7 @@ from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
 from cascade_nodes.cascade_core.engine import Engine, graphs, operations, operations_on
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.errors import CascadeError
-from cascade_nodes.cascade_core.networks.fp16 import hold_stream
+from cascade_nodes.cascade_core.networks.fp16 import scale_residual_stream
 from cascade_nodes.tests.engine.test_engine import UNUSUAL
 from cascade_nodes.tests.gpu.compared import (
     LEVELS,
@@ -579,10 +579,10 @@ def test_a_stream_held_for_fp16_is_the_networks(device: torch.device, replays: R
     network = network_of(SHALLOW_C, torch.float16, device)
     engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
-    hold_stream(network)
+    scale_residual_stream(network)
     assert same_bits(runs(engine, x, given), runs(network, x, given))
     assert replays.count == 0
-    hold_stream(network, 1)
+    scale_residual_stream(network, 1)
     assert_near(network, engine, x, given)
 
 

@@ -18,7 +18,7 @@ from ....cascade_core import checkpoints
 from ....cascade_core.engine import Engine
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks import activations
-from ....cascade_core.networks.fp16 import STREAM_SCALE, hold_stream
+from ....cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream, stream_scale
 from ....cascade_core.networks.stage_c import StageC
 from ....cascade_core.networks.unet import UNet
 from ..run import Network, least_side
@@ -66,8 +66,8 @@ class HostedNetwork(Hosted):
                 conditions["control"] = list(reversed(control.get("input", [])))
             # Here, because the host's nodes may change the precision of a MODEL that is loaded.
             scale = STREAM_SCALE if x.dtype == torch.float16 else 1.0
-            if self.network.stream_scale != scale:
-                hold_stream(self.network, scale)
+            if stream_scale(self.network) != scale:
+                scale_residual_stream(self.network, scale)
         enabled = (transformer_options or {}).get(ENGINE, True)
         return (self.engine if enabled else self.network)(x, r, **conditions)
 

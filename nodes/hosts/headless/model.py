@@ -11,7 +11,7 @@ from ....cascade_core import checkpoints
 from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.engine import Engine
 from ....cascade_core.geometry import LATENT_CHANNELS
-from ....cascade_core.networks.fp16 import hold_stream
+from ....cascade_core.networks.fp16 import scale_residual_stream
 from ..run import Network, least_side
 from .device import engine_precision, read_ahead, weight_dtype
 
@@ -49,7 +49,7 @@ def load_network(kind: str, path: Path, dtype: str) -> HeadlessModel:
     network: Any  # StageB or StageC
     network, kind, _ = checkpoints.load_model(path, expect=kind, dtype=precision, read_ahead=read_ahead())
     if kind == "stage_c" and precision == torch.float16:
-        hold_stream(network)
+        scale_residual_stream(network)
     engine = Engine(network, join=True, precision=engine_precision(dtype))
     return HeadlessModel(kind, path.name, network, engine)
 

@@ -14,8 +14,16 @@ from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.samplers import sample
 from cascade_nodes.cascade_core.networks import activations
-from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, hold_stream, scaled
-from cascade_nodes.cascade_core.networks.layers import GlobalResponseNorm, ResBlock, gelu_
+from cascade_nodes.cascade_core.networks.fp16 import (
+    STREAM_SCALE,
+    ScaledResponseNorm,
+    divided_bias,
+    divided_gelu_,
+    scale_residual_stream,
+    stream_norms,
+    stream_scale,
+)
+from cascade_nodes.cascade_core.networks.layers import GlobalResponseNorm, ResBlock
 from cascade_nodes.cascade_core.networks.unet import UNet
 from cascade_nodes.tests.core.live_bytes import LiveBytes
 from cascade_nodes.tests.core.overflowing import GROWTH, STAGE_B, STAGE_C, Largest, overflowing
@@ -44,7 +52,7 @@ def stage_b() -> StageB:
 
 def in_fp16(network: UNet, scale: float) -> Any:
     half = deepcopy(network).half()
-    hold_stream(half, scale)
+    scale_residual_stream(half, scale)
     return half
 
 
@@ -134,19 +142,45 @@ def test_a_trajectory_in_fp16(stage_c, changed):
 def test_in_float32_it_changes_nothing(stage_c, scale):
     reference = trajectory(stage_c, residuals(stage_c))
     held = deepcopy(stage_c)
-    hold_stream(held, scale)
-    assert relative_error(trajectory(held, residuals(stage_c)), reference) <= 1e-6
+    scale_residual_stream(held, scale)
+    assert torch.equal(trajectory(held, residuals(stage_c)), reference)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_scaled_forward_is_its_plain_one_at_scale_1(stage_c, stage_b, dtype):
+    """fp16.py says each such forward a second time; at scale 1 both are the same operations."""
+    inputs: list[tuple[Any, tuple, dict]] = [
+        (stage_c, (randn(2, 16, 7, 10), torch.rand(2)), {**prompt(1), "control": residuals(stage_c)}),
+        (stage_b, (randn(2, 4, 18, 22), torch.rand(2), randn(2, 16, 3, 3), randn(2, 1, 64)), {}),
+    ]
+    for network, positional, named in inputs:
+        network = deepcopy(network).to(dtype)
+        values = [value.to(dtype) for value in positional]
+        conditions = {
+            name: value.expand(2, -1, -1).to(dtype) if isinstance(value, Tensor) else value
+            for name, value in named.items()
+        }
+        reference = network(*values, **conditions)
+        scale_residual_stream(network, 2)
+        for module in network.modules():
+            if hasattr(module, "stream_scale"):
+                module.stream_scale = 1.0
+        for norm in stream_norms(network):
+            norm.eps *= 4
+        assert stream_scale(network) == 1
+        assert torch.equal(network(*values, **conditions), reference)
 
 
 def test_with_the_published_eps_it_is_exact_where_the_stream_is_small():
     """The norms' eps counts there: left as it was, it would be `scale`² times as much."""
     network = overflowing(StageC.from_config(STAGE_C), growth=1e-3)
-    for norm in network.stream_norms():
+    for norm in stream_norms(network):
         norm.eps = 1e-2
     reference = trajectory(network)
-    hold_stream(network, STREAM_SCALE)
+    scale_residual_stream(network, STREAM_SCALE)
     assert relative_error(trajectory(network), reference) <= 1e-6
-    for norm in network.stream_norms():
+    for norm in stream_norms(network):
         norm.eps *= STREAM_SCALE**2
     assert relative_error(trajectory(network), reference) > 0.1
 
@@ -162,25 +196,28 @@ def test_a_network_without_growth_loses_nothing():
 def test_weights_stay_and_it_can_be_undone(stage_c):
     network = deepcopy(stage_c)
     before = {name: (weight, weight.clone()) for name, weight in network.state_dict(keep_vars=True).items()}
-    eps = [norm.eps for norm in network.stream_norms()]
+    eps = [norm.eps for norm in stream_norms(network)]
+    classes = [type(module) for module in network.modules()]
     reference = trajectory(network)
-    hold_stream(network, 64)
-    hold_stream(network)
+    scale_residual_stream(network, 64)
+    scale_residual_stream(network)
     after = network.state_dict(keep_vars=True)
     assert list(after) == list(before)
     assert all(
         after[name] is weight and torch.equal(weight, value) for name, (weight, value) in before.items()
     )
-    assert [norm.eps for norm in network.stream_norms()] == [e / STREAM_SCALE**2 for e in eps]
+    assert [norm.eps for norm in stream_norms(network)] == [e / STREAM_SCALE**2 for e in eps]
     assert {getattr(module, "stream_scale", STREAM_SCALE) for module in network.modules()} == {STREAM_SCALE}
-    hold_stream(network, 1)
+    scale_residual_stream(network, 1)
+    assert [type(module) for module in network.modules()] == classes
+    assert not any(hasattr(module, "stream_scale") for module in network.modules())
     assert torch.equal(trajectory(network), reference)
 
 
 def test_every_norm_that_reads_the_stream_is_known(stage_c, stage_b):
     for network in (stage_c, stage_b):
         norms = {name for name, module in network.named_modules() if isinstance(module, nn.LayerNorm)}
-        known = set(map(id, network.stream_norms()))
+        known = set(map(id, stream_norms(network)))
         others = {name for name in norms if id(network.get_submodule(name)) not in known}
         assert others <= {"embedding.2", "clip_norm", "effnet_mapper.3", "pixels_mapper.3"}
 
@@ -190,7 +227,7 @@ def test_stage_b(stage_b):
     inputs = randn(1, 4, 18, 22), torch.tensor([0.4]), randn(1, 16, 3, 3, seed=1), randn(1, 1, 64, seed=2)
     reference = stage_b(*inputs)
     held = deepcopy(stage_b)
-    hold_stream(held)
+    scale_residual_stream(held)
     assert relative_error(held(*inputs), reference) <= 1e-6
     x, r, *conditions = inputs
     halves = x.half(), r, *(condition.half() for condition in conditions)
@@ -206,14 +243,16 @@ def test_the_response_is_summed_in_float32():
     norm.beta.copy_(randn(1, 1, 1, 8, seed=1))
     x = 2000 + randn(1, 64, 64, 8, seed=2)
     assert relative_error(deepcopy(norm).half()(x.half()).float(), norm(x)) <= 2e-3
-    held = norm(x / 16, 16, 64) * 64
-    assert relative_error(held, norm(x)) <= 1e-6
+    scaled_norm = ScaledResponseNorm(8)
+    scaled_norm.load_state_dict(norm.state_dict())
+    scaled_norm.stream_scale = 64.0
+    assert relative_error(scaled_norm(x / 16, 16) * 64, norm(x)) <= 1e-6
 
 
 def test_gelu_of_a_fraction():
     x = torch.linspace(-9, 9, 901).reshape(1, 17, 53, 1)
-    assert relative_error(gelu_(x.clone() / 4, 4) * 4, F.gelu(x)) <= 1e-6
-    beyond = gelu_(torch.tensor([[[[-400.0]], [[500.0]]]]).half(), 1024)
+    assert relative_error(divided_gelu_(x.clone() / 4, 4) * 4, F.gelu(x)) <= 1e-6
+    beyond = divided_gelu_(torch.tensor([[[[-400.0]], [[500.0]]]]).half(), 1024)
     assert beyond.flatten().tolist() == [0, 500]
 
 
@@ -223,7 +262,7 @@ def test_a_layer_that_bypasses_pytorch_is_refused():
             return x @ self.weight.T + self.bias
 
     with pytest.raises(CascadeError, match=r"Elsewhere is not computed by PyTorch here.*choose dtype bf16"):
-        scaled(Elsewhere(4, 4), torch.zeros(1, 4), 2)
+        divided_bias(Elsewhere(4, 4), torch.zeros(1, 4), 2)
 
 
 def test_memory_of_a_forward(stage_c):

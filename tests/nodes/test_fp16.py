@@ -9,7 +9,7 @@ import torch
 
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
-from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE
+from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, stream_scale
 from cascade_nodes.nodes.hosts.headless import device
 from cascade_nodes.nodes.hosts.headless.device import weight_dtype
 from cascade_nodes.nodes.hosts.headless.model import load_network
@@ -45,9 +45,9 @@ def test_stage_c_in_fp16(tmp_path):
 def test_only_stage_c_in_fp16_is_held(tmp_path, dtype):
     stage_c = write(tmp_path, "stage_c", StageC.from_config(STAGE_C), STAGE_C)
     stage_b = write(tmp_path, "stage_b", StageB.from_config(STAGE_B), STAGE_B)
-    held = load_network("stage_c", stage_c, dtype).network.stream_scale
+    held = stream_scale(load_network("stage_c", stage_c, dtype).network)
     assert held == (STREAM_SCALE if dtype == "fp16" else 1)
-    assert load_network("stage_b", stage_b, dtype).network.stream_scale == 1
+    assert stream_scale(load_network("stage_b", stage_b, dtype).network) == 1
 
 
 def test_fp8_is_bf16_with_products_in_fp8(tmp_path, monkeypatch):
