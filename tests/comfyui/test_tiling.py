@@ -22,6 +22,15 @@ def test_memory_is_planned_and_used_for_a_tile(measured):
     assert max(max(shape[2:]) for shape in seen["run"]) == 32
 
 
+def test_memory_of_all_loaded_networks_graphs_is_planned_for(measured):
+    assert measured["graph memory"] == {
+        "its own, less than a forward": 0,
+        "its own, more than a forward": 5_000_000,
+        "those of another network too": 10_000_000,
+        "unloaded": 0,
+    }
+
+
 def test_the_wrapper_of_another_node_is_called_with_the_whole(measured):
     assert {tuple(shape[2:]) for shape in measured["seen"]["wrapped"]} == {(50, 66)}
 

@@ -17,6 +17,8 @@ from cascade_nodes.nodes.latents import CascadeDecode
 SIDES = 50, 66  # latent positions: 200 × 264 pixels
 TILE = 32
 STAGE_A, STAGE_B = WEIGHTS / "demo_stage_a.safetensors", WEIGHTS / "demo_stage_b.safetensors"
+NETWORKS = {"stage_b": STAGE_B, "stage_c": WEIGHTS / "demo_stage_c.safetensors"}
+GRAPHS = 5_000_000  # bytes
 
 
 def stage_a() -> dict[str, float]:
@@ -125,6 +127,34 @@ def interrupted() -> int:
     raise AssertionError("the run was not interrupted")
 
 
+def graph_memory() -> dict[str, int]:
+    """By how many bytes the estimate of Stage B's forward grows with CUDA graphs that are said to take so many."""
+    management = comfy.model_management
+    device = management.get_torch_device()
+    model, other = (comfyui.load_network(kind, path, "fp32") for kind, path in NETWORKS.items())
+    management.load_models_gpu([model, other])
+    sizes, other_sizes = (loaded.model.diffusion_model.engine._pool.sizes for loaded in (model, other))
+
+    def estimate() -> int:
+        return model.model.memory_required([2, 4, *SIDES])
+
+    bare = estimate()
+    sizes[device] = bare // 2
+    growth = {"its own, less than a forward": estimate() - bare}
+    sizes[device] = bare + GRAPHS
+    growth["its own, more than a forward"] = estimate() - bare
+    other_sizes[device] = GRAPHS
+    growth["those of another network too"] = estimate() - bare
+    management.unload_all_models()
+    growth["unloaded"] = estimate() - bare
+    return growth
+
+
 def measure() -> dict[str, Any]:
     differences = {**stage_a(), **previewer(), **stage_b()}
-    return {"differences": differences, "seen": seen(), "tiles after Interrupt": interrupted()}
+    return {
+        "differences": differences,
+        "seen": seen(),
+        "tiles after Interrupt": interrupted(),
+        "graph memory": graph_memory(),
+    }
