@@ -1,4 +1,4 @@
-"""Main memory as a device that counts what it gives out, runs out of it, and copies as late as it may."""
+"""Simulated devices that count what they allocate, run out of memory, and copy as late as they may."""
 
 import threading
 import weakref
@@ -11,9 +11,9 @@ from cascade_nodes.cascade_core.placement import SimulatedDevice
 
 
 class Counting(SimulatedDevice):
-    """Counts the bytes that it has given out, NaN until they are written; of more than `size` it has none.
+    """Counts the bytes that are allocated on it, NaN until they are written; runs out of memory beyond `size`.
 
-    failing: which of the next allocations fail all the same, counted from 0.
+    failing: which of the next allocations fail nevertheless, counted from 0.
     """
 
     def __init__(self, size: int):
@@ -42,7 +42,7 @@ class Counting(SimulatedDevice):
 
 
 class Late(Counting):
-    """Copies no sooner than their event is waited for: who forgets to wait finds what was there before."""
+    """Copies only when their event is waited for: code that forgets to wait reads what was there before."""
 
     def __init__(self, size: int):
         super().__init__(size)

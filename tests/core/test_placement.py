@@ -47,14 +47,14 @@ def network(kind: str) -> tuple[nn.Module, Forward]:
     shake(unet)
     x, r = torch.randn(2, unet.config.c_in, 16, 16), torch.rand(2)
     if kind == "stage_b":
-        given = {"effnet": torch.randn(2, 16, 4, 4), "clip": torch.randn(2, 1, TEXT_WIDTH)}
+        conditions = {"effnet": torch.randn(2, 16, 4, 4), "clip": torch.randn(2, 1, TEXT_WIDTH)}
     else:
-        given = {
+        conditions = {
             "clip_text": torch.randn(2, 7, TEXT_WIDTH),
             "clip_text_pooled": torch.randn(2, 1, TEXT_WIDTH),
         }
-        given["clip_img"] = torch.randn(2, 1, 48)
-    return unet, lambda: unet(x, r, **given)
+        conditions["clip_img"] = torch.randn(2, 1, 48)
+    return unet, lambda: unet(x, r, **conditions)
 
 
 def size_of(net: nn.Module) -> int:
@@ -90,17 +90,17 @@ def lora(net: nn.Module) -> Patch:
 @torch.inference_mode()
 def test_bit_for_bit_in_no_more_memory_than_there_is(kind, share, device_class):
     net, forward = network(kind)
-    wanted, before = forward(), values(net)
+    expected, before = forward(), values(net)
     device = device_class(int(share * size_of(net)))
-    pool = DeviceMemory(device, UNIT)
+    memory = DeviceMemory(device, UNIT)
     for _ in range(2):  # from where it was loaded; from where the first run has left it
-        results = pool.run(net, lambda _: [forward() for _ in range(3)])
-        assert all(torch.equal(result, wanted) for result in results)
-    assert (pool.resident_share(net) == 1) == (share > 1)
+        results = memory.run(net, lambda _: [forward() for _ in range(3)])
+        assert all(torch.equal(result, expected) for result in results)
+    assert (memory.resident_share(net) == 1) == (share > 1)
     assert device.peak <= device.size
     largest = max(unit.size for unit in split_into_units(net, UNIT)[0])
     assert device.peak > min(device.size, size_of(net)) - largest  # and uses what there is
-    pool.release()
+    memory.release()
     assert device.now == 0
     assert same(net, before)
 
@@ -141,19 +141,19 @@ def test_no_copy_comes_into_memory_that_is_in_use(kind):
     net, forward = network(kind)
     device = Watched(int(0.6 * size_of(net)))
     device.watch(net)
-    pool = DeviceMemory(device, UNIT)
+    memory = DeviceMemory(device, UNIT)
     for _ in range(2):
-        pool.run(net, lambda _: [forward(), forward()])
+        memory.run(net, lambda _: [forward(), forward()])
     assert device.checked > 20
 
 
 def test_what_stays_is_not_copied_again():
     net, forward = network("stage_c")
     device = Counting(2 * size_of(net))
-    pool = DeviceMemory(device, UNIT)
-    pool.run(net, lambda _: forward())
+    memory = DeviceMemory(device, UNIT)
+    memory.run(net, lambda _: forward())
     first, addresses = device.copied, [p.data_ptr() for p in net.parameters()]
-    pool.run(net, lambda _: forward())
+    memory.run(net, lambda _: forward())
     assert device.copied == first == size_of(net)
     assert [p.data_ptr() for p in net.parameters()] == addresses
 
@@ -165,10 +165,10 @@ def test_only_what_does_not_fit_is_streamed():
     previous = 0
     for missing in (0.1, 0.3, 0.5, 0.7):
         device = Counting(int((1 - missing) * total))
-        pool = DeviceMemory(device, UNIT)
-        pool.run(net, lambda _: forward())
+        memory = DeviceMemory(device, UNIT)
+        memory.run(net, lambda _: forward())
         here = device.copied
-        pool.run(net, lambda _: [forward() for _ in range(10)])
+        memory.run(net, lambda _: [forward() for _ in range(10)])
         streamed = (device.copied - here) / 10
         assert missing * total + slot <= streamed <= missing * total + 4 * slot
         assert streamed > previous
@@ -178,21 +178,21 @@ def test_only_what_does_not_fit_is_streamed():
 def test_streamed_units_are_spread_and_repeated_ones_stay():
     units = [Unit([nn.Linear(32, 32)], [torch.zeros(1024)]) for _ in range(12)]
     rest = Unit([], [torch.zeros(64)])
-    found = plan_streaming([rest, *units], units, free_bytes=rest.size + 8 * 4096)
-    assert (found.slots, found.slot_bytes) == (2, 4096)
-    assert [unit in found.streamed for unit in units] == [False, True] * 6  # four do not fit, two are slots
+    plan = plan_streaming([rest, *units], units, free_bytes=rest.size + 8 * 4096)
+    assert (plan.slots, plan.slot_bytes) == (2, 4096)
+    assert [unit in plan.streamed for unit in units] == [False, True] * 6  # four do not fit, two are slots
     repeated = [*units[:6] * 3, *units[6:]]
-    found = plan_streaming([rest, *units], repeated, free_bytes=rest.size + 8 * 4096)
-    assert found.streamed == set(units[6:])
+    plan = plan_streaming([rest, *units], repeated, free_bytes=rest.size + 8 * 4096)
+    assert plan.streamed == set(units[6:])
     assert plan_streaming([rest, *units], units, free_bytes=rest.size + 12 * 4096).streamed == frozenset()
     assert plan_streaming([rest, *units], units, free_bytes=0).streamed == set(units)
     large = Unit([nn.Linear(32, 32)], [torch.zeros(2048)])
-    found = plan_streaming(
+    plan = plan_streaming(
         [rest, *units, large], [*units[:6], large, *units[6:]], free_bytes=rest.size + 8 * 4096
     )
-    assert (found.slot_bytes, large in found.streamed) == (4096, False)
-    found = plan_streaming([rest, *units, large], [*units[:6], large, *units[6:]], free_bytes=rest.size)
-    assert (found.slot_bytes, large in found.streamed) == (8192, True)
+    assert (plan.slot_bytes, large in plan.streamed) == (4096, False)
+    plan = plan_streaming([rest, *units, large], [*units[:6], large, *units[6:]], free_bytes=rest.size)
+    assert (plan.slot_bytes, large in plan.streamed) == (8192, True)
 
 
 @pytest.mark.parametrize("share", [1.5, 0.5])
@@ -201,22 +201,22 @@ def test_lora_in_every_placement(share):
     net, forward = network("stage_c")
     plain, before, patch = forward(), values(net), lora(net)
     with patched(net, [patch]):
-        wanted = forward()
-    assert not torch.equal(wanted, plain)
+        changed = forward()
+    assert not torch.equal(changed, plain)
     device = Late(int(share * size_of(net)))
-    pool = DeviceMemory(device, UNIT)
+    memory = DeviceMemory(device, UNIT)
     parameters = dict(net.named_parameters())
-    for patches, expected in (
+    for patches, right in (
         ([], plain),
-        ([patch], wanted),
-        ([patch], wanted),
+        ([patch], changed),
+        ([patch], changed),
         ([], plain),
-        ([patch], wanted),
+        ([patch], changed),
     ):
-        results = pool.run(net, lambda _: [forward(), forward()], patches=patches)
-        assert all(torch.equal(result, expected) for result in results)
+        results = memory.run(net, lambda _: [forward(), forward()], patches=patches)
+        assert all(torch.equal(result, right) for result in results)
         assert device.peak <= device.size  # no second copy of what is patched
-    pool.release()
+    memory.release()
     assert same(net, before)
     assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
 
@@ -224,10 +224,10 @@ def test_lora_in_every_placement(share):
 def test_patched_weights_stay_patched_for_the_next_run():
     net, forward = network("stage_c")
     device = Counting(2 * size_of(net))
-    pool, patch = DeviceMemory(device, UNIT), lora(net)
-    pool.run(net, lambda _: forward(), patches=[patch])
+    memory, patch = DeviceMemory(device, UNIT), lora(net)
+    memory.run(net, lambda _: forward(), patches=[patch])
     copied = device.copied
-    pool.run(net, lambda _: forward(), patches=[patch])
+    memory.run(net, lambda _: forward(), patches=[patch])
     assert device.copied == copied
 
 
@@ -244,8 +244,8 @@ def test_a_lora_of_another_network_is_refused_before_anything_moves():
 @torch.inference_mode()
 def test_a_run_that_is_broken_off(share):
     net, forward = network("stage_b")
-    wanted, before = forward(), values(net)
-    pool = DeviceMemory(Late(int(share * size_of(net))), UNIT)
+    expected, before = forward(), values(net)
+    memory = DeviceMemory(Late(int(share * size_of(net))), UNIT)
     unit_blocks = split_into_units(net, UNIT)[1][-4].blocks
 
     def stop(*_):
@@ -260,7 +260,7 @@ def test_a_run_that_is_broken_off(share):
             hook.remove()
 
     with pytest.raises(KeyboardInterrupt):
-        pool.run(net, broken)
+        memory.run(net, broken)
     assert same(net, before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
@@ -269,49 +269,51 @@ def test_a_run_that_is_broken_off(share):
             broken(device)
         return [forward(), forward()]
 
-    assert all(torch.equal(result, wanted) for result in pool.run(net, begun_anew))
+    assert all(torch.equal(result, expected) for result in memory.run(net, begun_anew))
     assert same(net, before)
 
 
 @torch.inference_mode()
 def test_out_of_memory_is_tried_again_in_smaller_placements():
     net, forward = network("stage_c")
-    other, _ = network("text")
-    wanted = forward()
-    device = Late(size_of(net) + size_of(other))
-    pool = DeviceMemory(device, UNIT)
-    pool.run(other, lambda _: None)
-    told, held = [], []
+    text_model, _ = network("text")
+    expected = forward()
+    device = Late(size_of(net) + size_of(text_model))
+    memory = DeviceMemory(device, UNIT)
+    memory.run(text_model, lambda _: None)
+    messages, used_bytes = [], []
 
     def body(_):
         result = forward()
-        held.append(device.now)
-        if len(held) < 4:
+        used_bytes.append(device.now)
+        if len(used_bytes) < 4:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return result
 
-    assert torch.equal(pool.run(net, body, notify=told.append), wanted)
-    assert told == [
+    assert torch.equal(memory.run(net, body, notify=messages.append), expected)
+    assert messages == [
         "out of memory; trying again with the other stages off the device.",
         "out of memory; trying again with half of the weights streamed from main memory.",
         "out of memory; trying again with all blocks streamed.",
     ]
-    assert held == sorted(held, reverse=True)
-    assert held[-1] < 0.35 * size_of(net)
-    assert pool.resident_share(other) < 1
+    assert used_bytes == sorted(used_bytes, reverse=True)
+    assert used_bytes[-1] < 0.35 * size_of(net)
+    assert memory.resident_share(text_model) < 1
     with pytest.raises(torch.OutOfMemoryError):  # no placement is small enough
-        pool.run(net, lambda _: device.empty(2 * device.size))
+        memory.run(net, lambda _: device.empty(2 * device.size))
     assert device.now <= device.size
 
 
 @pytest.mark.parametrize("failing", [0, 3, 20])
 def test_an_allocation_that_fails_while_a_network_is_placed(failing):
     net, forward = network("stage_c")
-    wanted, told = forward(), []
+    expected, messages = forward(), []
     device = Counting(2 * size_of(net))
     device.failing = {failing}
-    assert torch.equal(DeviceMemory(device, UNIT).run(net, lambda _: forward(), notify=told.append), wanted)
-    assert len(told) == 1
+    assert torch.equal(
+        DeviceMemory(device, UNIT).run(net, lambda _: forward(), notify=messages.append), expected
+    )
+    assert len(messages) == 1
 
 
 def test_what_counts_as_out_of_memory():
@@ -326,45 +328,45 @@ def test_what_counts_as_out_of_memory():
 def test_stages_leave_as_little_as_need_be():
     stages = [network(kind) for kind in ("text", "stage_c", "stage_b")]
     total = sum(size_of(net) for net, _ in stages)
-    wanted = [forward() for _, forward in stages]
+    expected = [forward() for _, forward in stages]
     device = Counting(int(0.8 * total))
-    pool = DeviceMemory(device, UNIT)
+    memory = DeviceMemory(device, UNIT)
 
     def picture():
-        return [pool.run(net, lambda _, forward=forward: forward()) for net, forward in stages]
+        return [memory.run(net, lambda _, forward=forward: forward()) for net, forward in stages]
 
     for _ in range(3):
         copied = device.copied
-        assert all(torch.equal(result, right) for result, right in zip(picture(), wanted, strict=True))
+        assert all(torch.equal(result, right) for result, right in zip(picture(), expected, strict=True))
     assert device.peak <= device.size
     assert device.copied - copied < 0.55 * total  # a fifth too much leaves and comes back, not everything
-    assert pool.free_bytes(stages[0][0]) == device.size - size_of(stages[0][0])
-    assert pool.free_bytes(stages[0][0], keep_others=True) < pool.free_bytes(stages[0][0])
+    assert memory.free_bytes(stages[0][0]) == device.size - size_of(stages[0][0])
+    assert memory.free_bytes(stages[0][0], keep_others=True) < memory.free_bytes(stages[0][0])
 
 
 def test_a_network_that_runs_once_is_streamed_rather_than_that_others_leave():
     (text, encode), (prior, forward) = network("text"), network("stage_c")
-    wanted = encode()
+    expected = encode()
     device = Counting(int(size_of(prior) + 0.6 * size_of(text)))
-    pool = DeviceMemory(device, UNIT)
-    pool.run(prior, lambda _: forward())
-    assert torch.equal(pool.run(text, lambda _: encode(), single_use=True), wanted)
-    assert pool.resident_share(prior) == 1
-    assert 0.2 < pool.resident_share(text) < 0.6
-    pool.run(text, lambda _: encode())
-    assert pool.resident_share(text) == 1
-    assert pool.resident_share(prior) < 1
+    memory = DeviceMemory(device, UNIT)
+    memory.run(prior, lambda _: forward())
+    assert torch.equal(memory.run(text, lambda _: encode(), single_use=True), expected)
+    assert memory.resident_share(prior) == 1
+    assert 0.2 < memory.resident_share(text) < 0.6
+    memory.run(text, lambda _: encode())
+    assert memory.resident_share(text) == 1
+    assert memory.resident_share(prior) < 1
 
 
 def test_what_nothing_was_made_from_leaves_first():
     stages = {kind: network(kind)[0] for kind in ("stage_c", "text", "stage_b")}
     device = Counting(size_of(stages["stage_c"]) + size_of(stages["text"]) + 60_000)
-    pool, derived = DeviceMemory(device, UNIT), Derived(device)
-    pool.run(stages["text"], lambda _: None)
-    pool.run(stages["stage_c"], lambda _: None, consumer=derived)
-    pool.run(stages["stage_b"], lambda _: None)
-    assert pool.resident_share(stages["stage_c"]) == 1
-    assert pool.resident_share(stages["text"]) < 1
+    memory, derived = DeviceMemory(device, UNIT), Derived(device)
+    memory.run(stages["text"], lambda _: None)
+    memory.run(stages["stage_c"], lambda _: None, consumer=derived)
+    memory.run(stages["stage_b"], lambda _: None)
+    assert memory.resident_share(stages["stage_c"]) == 1
+    assert memory.resident_share(stages["text"]) < 1
 
 
 class Derived(WeightConsumer):
@@ -381,11 +383,11 @@ class Derived(WeightConsumer):
 def test_what_was_made_from_weights_hears_that_they_leave():
     net, _ = network("stage_c")
     device = Counting(2 * size_of(net))
-    pool, derived = DeviceMemory(device, UNIT), Derived(device)
+    memory, derived = DeviceMemory(device, UNIT), Derived(device)
     for _ in range(2):
-        pool.run(net, lambda _: None, consumer=derived)
-    assert derived.placement is pool.placements[net]
-    pool.release()
+        memory.run(net, lambda _: None, consumer=derived)
+    assert derived.placement is memory.placements[net]
+    memory.release()
     assert derived.offloaded == [size_of(net)]  # once, and before
 
 
@@ -406,31 +408,31 @@ def test_what_graphs_hold_is_no_room_until_they_leave_with_weights():
     (prior, forward), (decoder, decode) = network("stage_c"), network("stage_b")
     workspace_bytes = 100_000
     device = Counting(size_of(prior) + size_of(decoder) + workspace_bytes)
-    pool = DeviceMemory(device, UNIT)
+    memory = DeviceMemory(device, UNIT)
     prior_graphs, decoder_graphs = Graphs(0), Graphs(0)
-    pool.run(prior, lambda _: forward(), workspace_bytes, consumer=prior_graphs)
+    memory.run(prior, lambda _: forward(), workspace_bytes, consumer=prior_graphs)
     prior_graphs.size = workspace_bytes
-    pool.run(decoder, lambda _: decode())
-    assert pool.resident_share(prior) == 1  # its graphs are counted once
-    pool.run(prior, lambda _: forward(), workspace_bytes)
-    assert pool.resident_share(decoder) == 1
-    pool.run(
+    memory.run(decoder, lambda _: decode())
+    assert memory.resident_share(prior) == 1  # its graphs are counted once
+    memory.run(prior, lambda _: forward(), workspace_bytes)
+    assert memory.resident_share(decoder) == 1
+    memory.run(
         decoder, lambda _: decode(), workspace_bytes, consumer=decoder_graphs
     )  # there is not as much beside the graphs
-    assert pool.resident_share(prior) < 1
+    assert memory.resident_share(prior) < 1
     assert not prior_graphs.size
     decoder_graphs.size = size_of(decoder)
     device.size = size_of(prior) + workspace_bytes
-    pool.run(prior, lambda _: forward(), workspace_bytes)  # whole, since both can leave
-    assert pool.resident_share(prior) == 1
+    memory.run(prior, lambda _: forward(), workspace_bytes)  # whole, since both can leave
+    assert memory.resident_share(prior) == 1
     assert not decoder_graphs.size
 
 
 def test_a_network_that_nobody_uses_any_more_leaves():
     net, forward = network("stage_c")
     device = Counting(2 * size_of(net))
-    pool = DeviceMemory(device, UNIT)
-    pool.run(net, lambda _, forward=forward: forward())
+    memory = DeviceMemory(device, UNIT)
+    memory.run(net, lambda _, forward=forward: forward())
     assert device.now == size_of(net)
     del net, forward
     gc.collect()
@@ -445,17 +447,17 @@ def test_from_a_file_through_pinned_memory(tmp_path, dtype):
     loaded, _, _ = load_model(path, expect="stage_c", dtype=dtype, read_ahead=False)
     before = values(loaded)
     device = Late(int(0.5 * size_of(loaded)))
-    pool = DeviceMemory(device, UNIT)
-    pool.run(loaded, lambda _: None)
+    memory = DeviceMemory(device, UNIT)
+    memory.run(loaded, lambda _: None)
     path.unlink()  # what was mapped is there all the same
-    pool.run(loaded, lambda _: None)
-    pool.release()
+    memory.run(loaded, lambda _: None)
+    memory.release()
     assert same(loaded, before)
-    units = [unit for placement in pool.placements.values() for unit in placement.units]
+    units = [unit for placement in memory.placements.values() for unit in placement.units]
     pinned = [(unit.pinned, unit.tensors) for unit in units if unit.pinned is not None]
     assert pinned
-    for memory, tensors in pinned:  # the pinned bytes are the weights' only ones in main memory
-        assert all(t.untyped_storage().data_ptr() == memory.data_ptr() for t in tensors)
+    for pinned_bytes, tensors in pinned:  # the pinned bytes are the weights' only ones in main memory
+        assert all(t.untyped_storage().data_ptr() == pinned_bytes.data_ptr() for t in tensors)
 
 
 def test_slots_are_small_where_small_units_are_enough():
@@ -464,11 +466,11 @@ def test_slots_are_small_where_small_units_are_enough():
     large = [Unit([nn.Linear(32, 32)], [torch.zeros(2048)]) for _ in range(8)]
     units = [unit for pair in zip(large, small, strict=True) for unit in pair]
     total = sum(unit.size for unit in units)
-    found = plan_streaming(units, units, total - 4096)
-    assert (found.slots, found.slot_bytes, len(found.streamed)) == (2, 4096, 3)
-    assert found.streamed < set(small)
-    found = plan_streaming(units, units, total - 8 * 4096)
-    assert found.slot_bytes == 8192
+    plan = plan_streaming(units, units, total - 4096)
+    assert (plan.slots, plan.slot_bytes, len(plan.streamed)) == (2, 4096, 3)
+    assert plan.streamed < set(small)
+    plan = plan_streaming(units, units, total - 8 * 4096)
+    assert plan.slot_bytes == 8192
 
 
 def test_units_hold_every_tensor_once_in_its_own_layout():
@@ -484,9 +486,9 @@ def test_units_hold_every_tensor_once_in_its_own_layout():
     assert len(tensors) == len({id(tensor) for tensor in tensors})
     assert len(order) > len(units) - 1  # levels that repeat
     for unit in units:
-        memory = torch.empty(unit.size, dtype=torch.uint8)
-        unit.read_bytes(memory)
-        for tensor, view in zip(unit.tensors, unit.views(memory), strict=True):
+        unit_bytes = torch.empty(unit.size, dtype=torch.uint8)
+        unit.read_bytes(unit_bytes)
+        for tensor, view in zip(unit.tensors, unit.views(unit_bytes), strict=True):
             assert torch.equal(tensor, view)
             assert tensor.stride() == view.stride()
 
