@@ -2,11 +2,10 @@
 
 Kernels run on random bfloat16 tensors, at the sizes of a 1024 × 1024 picture and at sizes that fill no tile. The error
 is |value − expected| / |expected| over all numbers, against float32 arithmetic on the same inputs: above the bound
-the program says so and ends with 1. Times are medians, `cold` with nothing of the tensors in the L2 cache (it is
-overwritten before each call), `warm` as one of many calls in a CUDA graph, with what fits in the cache, as in a
-network. Beside stands, cold, a copy of as many bytes as the kernel has to read and write at least; for attention,
-PyTorch's on keys that have been put together beforehand; for a product, PyTorch's with the kernels that it needs
-around it.
+the program says so and exits with 1. Times are medians, `cold` with a flushed L2 cache, `warm` as one of many calls in
+a CUDA graph, as in a network. The column `beside` is the cold time of a reference: a copy of the bytes that the kernel
+has to read and write at least; for attention, PyTorch's on concatenated keys; for a product, PyTorch's followed by
+separate kernels.
 
     python benchmarks/kernels.py [--only NAME] [--sweep] [--json FILE]
 """
@@ -31,7 +30,7 @@ from product_cases import cases as product_cases
 from timing import relative_error
 
 BOUND = 4e-3  # bfloat16 rounds with 1.7e-3; some kernels round twice
-WHOLE = 1 << 30  # bytes of the copy that is the ceiling
+COPY_BYTES = 1 << 30  # of the copy that is the ceiling
 
 
 def microseconds(call: Callable[[], Any]) -> dict[str, float]:
@@ -63,14 +62,14 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def measure_product(case: Any) -> dict[str, Any]:
-    """As the engine's table has it computed; warm alone: weights are never in the cache."""
+    """The way that the engine chooses, with cold weights: in a network they are never in the cache."""
     operands = Operands(case)
     config = products.choose(case.op, case.m, case.n, case.k, "cuda")
-    call = operands.fused(config) if config else operands.apart()
+    call = operands.fused(config) if config else operands.single_launch() or operands.separate()
     row = {"kernel": case.op, "size": case.size, "error": operands.error(call)}
     row["cold"] = row["warm"] = operands.microseconds(call)
     row["tflops"] = 2 * case.m * case.n * case.k / row["cold"] / 1e6
-    return {**row, "beside": operands.microseconds(operands.apart())}
+    return {**row, "beside": operands.microseconds(operands.separate())}
 
 
 def run(only: str, swept: bool) -> dict[str, Any]:
@@ -81,18 +80,18 @@ def run(only: str, swept: bool) -> dict[str, Any]:
         if only in case.kernel:
             try:
                 rows.append(measure(case))
-            except OutOfResources:  # of the ways to cut a kernel up, some need more than the card has
+            except OutOfResources:  # some configurations need more than the card has
                 if not swept:
                     raise
         del case  # its tensors
         gc.collect()
-    for case in () if swept else product_cases(quantised=False):
+    for case in () if swept else product_cases():
         if only in case.op:
             rows.append(measure_product(case))
     return {
         "machine": describe_machine(),
         "device": torch.cuda.get_device_name(),
-        "copy_gb_s": WHOLE / copy_microseconds(WHOLE) / 1000,
+        "copy_gb_s": COPY_BYTES / copy_microseconds(COPY_BYTES) / 1000,
         "rows": rows,
     }
 
@@ -121,8 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="kernels whose name has this in it")
-    parser.add_argument("--sweep", action="store_true", help="ways to cut up attention and depthwise_norm")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--sweep", action="store_true", help="all configurations of attention and depthwise")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     results = run(arguments.only, arguments.sweep)

@@ -1,4 +1,4 @@
-"""The matrix products of the three stages at 1024 × 1024, and both ways to compute each: apart and fused."""
+"""The matrix products with fused kernels at 1024 × 1024, and every way to compute each of them."""
 
 import statistics
 from collections.abc import Callable
@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.engine.kernels import fp8, products, resident, response, vqgan
+from cascade_nodes.cascade_core.engine.kernels import products, resident, response, vqgan
 from cascade_nodes.cascade_core.engine.kernels.products import Config
 from timing import relative_error
 
 BATCH = 2
-LEVELS = {  # (positions, channels, residual blocks, attention blocks) of a forward
-    "C": (576, 2048, 64, 64),
-    "B0": (16384, 320, 6, 0),
-    "B1": (4096, 640, 18, 0),
-    "B2": (1024, 1280, 112, 112),
-    "B3": (256, 1280, 24, 24),
+LEVELS = {  # (positions, channels, residual blocks) of a forward
+    "C": (576, 2048, 64),
+    "B0": (16384, 320, 6),
+    "B1": (4096, 640, 18),
+    "B2": (1024, 1280, 112),
+    "B3": (256, 1280, 24),
 }
-STAGE_A = {  # (positions at a time, channels, times a picture)
+STAGE_A = {  # (positions at a time, channels, products per picture)
     "A1": (65536, 384, 12),
     "A0": (131072, 192, 2),
 }
-CACHE = 100e6  # bytes of weights that a graph's calls go through: more than a card's cache
+CACHE = 100e6  # bytes of weights that a graph's calls cycle through: more than a card's L2 cache
 CALLS, REPLAYS = 16, 5
 
 
 @dataclass
 class Case:
-    """One product: x (m, k), w (n, k), `rows` of x an image, `count` times a forward."""
+    """One product: x (m, k), w (n, k), computed `count` times in a forward."""
 
     op: str
     m: int
@@ -45,164 +45,98 @@ class Case:
 
     @property
     def rows(self) -> int:
+        """Rows of x per image."""
         return self.m // BATCH
 
-    @property
-    def quantised(self) -> bool:
-        return self.op.endswith("_fp8")
-
-    @property
-    def function(self) -> str:
-        return self.op.removesuffix("_fp8")
-
     def kernel(self, config: Config) -> tuple:
-        """Equal where one compiled kernel serves."""
+        """Equal for products that one compiled kernel serves."""
         return self.op, config, self.rows % config.block_m, self.k % config.block_k
 
 
-def cases(quantised: bool) -> list[Case]:
-    """Every product of a forward of Stage C and one of Stage B, and of Stage A those that kernels of ours fuse."""
-    found, suffix = [], "_fp8" if quantised else ""
-    contract = "linear_add_fp8" if quantised else "scaled_linear_add"
-    for positions, c, residual, attention in LEVELS.values():
-        m = BATCH * positions
-        found += [
-            Case("linear_gelu_response" + suffix, m, 4 * c, c, residual),
-            Case(contract, m, c, 4 * c, residual),
-        ]
-        if attention:
-            found += [
-                Case("linear" + suffix, m, 3 * c, c, attention),
-                Case("linear_add" + suffix, m, c, c, attention),
-            ]
-    if not quantised:
-        found += [Case("linear_gelu", m, 4 * c, c, times) for m, c, times in STAGE_A.values()]
-    return found
+def cases() -> list[Case]:
+    """The products of a forward of Stage C, Stage B and Stage A that the engine has fused kernels for."""
+    response = [
+        Case("linear_gelu_response", BATCH * positions, 4 * c, c, count)
+        for positions, c, count in LEVELS.values()
+    ]
+    gelu = [Case("linear_gelu", m, 4 * c, c, count) for m, c, count in STAGE_A.values()]
+    return [*response, *gelu]
 
 
 class Operands:
-    """Random tensors of a case, and both ways to compute it with the weights number i."""
+    """Random tensors of a case; each way of computing it takes the index of the weights to use."""
 
     def __init__(self, case: Case, copies: int | None = None, device: str = "cuda"):
         self.case = case
         generator = torch.Generator(device).manual_seed(0)
 
-        def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device).mul_(std).to(dtype)
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device).mul_(std).to(torch.bfloat16)
 
         m, n, k = case.m, case.n, case.k
         self.copies = copies or max(2, min(CALLS, int(CACHE / (n * k * 2))))
-        self.x = normal(m, k)
-        self.bias = None if case.function == "linear_add" else normal(n)  # the network adds that elsewhere
+        self.x, self.bias, self.gamma, self.out = normal(m, k), normal(n), normal(n), normal(m, n)
         self.weights = [normal(n, k, std=k**-0.5) for _ in range(self.copies)]
-        self.out, self.spare = normal(m, n), normal(m, n)
-        self.scale = 1 + normal(BATCH, k, std=0.01, dtype=torch.float32)
-        self.gamma, self.shares = normal(n), self.scale.new_empty(BATCH, n)
-        self.quantised: list[tuple[Tensor, Tensor]] = []
-        if case.quantised:
-            self.quantised = [fp8.quantise_weight(w) for w in self.weights]
-            self.x8, self.row_scale = fp8.quantise_rows(self.x)
-
-    def partial(self, chunks: int) -> Tensor:
-        return self.scale.new_empty(BATCH, chunks, self.case.n)
+        self.images = self.out.view(BATCH, case.rows, n)
+        self.scale = self.out.new_empty(BATCH, n, dtype=torch.float32)
 
     def fused(self, config: Config) -> Callable[[int], Any]:
-        case, rows, out = self.case, self.case.rows, self.out
-        x, weights, scales = self.x, self.weights, [{}] * self.copies
-        if case.quantised:
-            x, weights = self.x8, [w8 for w8, _ in self.quantised]
-            scales = [{"row_scale": self.row_scale, "column_scale": s} for _, s in self.quantised]
-        if case.function == "linear":
-            return lambda i: products.linear(x, weights[i], self.bias, out, config, **scales[i])
-        if case.function == "linear_add":
-            return lambda i: products.linear_add(x, weights[i], self.bias, out, config, **scales[i])
-        if case.function == "linear_gelu":
-            return lambda i: products.linear_gelu(x, weights[i], self.bias, out, config)
-        if case.function == "scaled_linear_add":
-            return lambda i: products.scaled_linear_add(x, self.scale, weights[i], None, rows, out, config)
-        partial = self.partial(products.response_chunks(rows, config))
+        """One kernel for the product and GELU, with the sums that the response norm needs."""
+        x, weights, bias, out = self.x, self.weights, self.bias, self.out
+        if self.case.op == "linear_gelu":
+            return lambda i: products.linear_gelu(x, weights[i], bias, out, config)
+        partial = self._partial(products.response_chunks(self.case.rows, config))
 
-        def gelu(i: int) -> None:
-            products.linear_gelu_response(x, weights[i], self.bias, rows, out, partial, config, **scales[i])
-            response.response_scale(partial, self.gamma, self.shares)
+        def call(i: int) -> None:
+            products.linear_gelu_response(x, weights[i], bias, self.case.rows, out, partial, config)
+            self._normalise(partial)
 
-        return gelu
+        return call
 
-    def product(self, i: int, target: Tensor) -> Tensor:
-        """PyTorch's, with the bias, or in its place with what `target` holds."""
-        if self.case.quantised:
-            w8, s = self.quantised[i]
-            return fp8.quantised_linear(self.x8, self.row_scale, w8, s, self.bias, target)
-        bias = target if self.bias is None else self.bias
-        return torch.addmm(bias, self.x, self.weights[i].T, out=target)
+    def separate(self) -> Callable[[int], Any]:
+        """PyTorch's product, followed by separate kernels."""
+        if self.case.op == "linear_gelu":
+            return lambda i: vqgan.gelu(self._product(i))
+        partial = self._partial(response.response_chunks(self.case.rows, self.case.n))
 
-    def apart(self) -> Callable[[int], Any]:
-        """PyTorch's product and the kernels around it."""
-        case, out, images = self.case, self.out, (BATCH, self.case.rows, -1)
+        def call(i: int) -> None:
+            self._product(i)
+            response.gelu_response(self.images, partial)
+            self._normalise(partial)
 
-        if case.function == "linear":
-            return lambda i: self.product(i, out)
-        if case.function == "linear_add" and case.quantised:
-            return lambda i: out.add_(self.product(i, self.spare))
-        if case.function == "linear_add":
-            return lambda i: self.product(i, out)
-        if case.function == "linear_gelu":
-            return lambda i: vqgan.gelu(self.product(i, out))
-        if case.function == "scaled_linear_add":
-            x = self.x.clone()
+        return call
 
-            def scaled(i: int) -> None:
-                response.apply_response(x.view(images), self.scale)
-                out.addmm_(x, self.weights[i].T)
-
-            return scaled
-        partial = self.partial(response.response_chunks(case.rows, case.n))
-
-        def gelu(i: int) -> None:
-            response.gelu_response(self.product(i, out).view(images), partial)
-            response.response_scale(partial, self.gamma, self.shares)
-
-        return gelu
-
-    def around_resident(self) -> Callable[[int], Any] | None:
-        """With the whole norm in one launch between two products: the first with it, the second without a scale."""
-        case, out = self.case, self.out
-        h = out.view(BATCH, case.rows, -1)
-        if case.op == "scaled_linear_add":
-            return lambda i: out.addmm_(self.x, self.weights[i].T)
-        if case.op != "linear_gelu_response" or not resident.fits(h):
+    def single_launch(self) -> Callable[[int], Any] | None:
+        """PyTorch's product, followed by GELU and response norm in one launch; None where it does not fit."""
+        if self.case.op == "linear_gelu" or not resident.fits(self.images):
             return None
-        workspace = resident.response_workspace(BATCH, case.n, out.device)
+        workspace = resident.response_workspace(BATCH, self.case.n, self.out.device)
 
-        def gelu(i: int) -> None:
-            self.product(i, out)
-            resident.gelu_response_norm(h, self.gamma, workspace)
+        def call(i: int) -> None:
+            self._product(i)
+            resident.gelu_response_norm(self.images, self.gamma, workspace)
 
-        return gelu
+        return call
+
+    def _partial(self, chunks: int) -> Tensor:
+        return self.scale.new_empty(BATCH, chunks, self.case.n)
+
+    def _product(self, i: int) -> Tensor:
+        return torch.addmm(self.bias, self.x, self.weights[i].T, out=self.out)
+
+    def _normalise(self, partial: Tensor) -> None:
+        response.response_scale(partial, self.gamma, self.scale)
+        response.apply_response(self.images, self.scale)
 
     def error(self, call: Callable[[int], Any]) -> float:
-        """Of the first weights' result, relative to float32 on the same operands."""
-        case = self.case
-        start = self.out.normal_().clone()
+        """Relative to float32 on the same operands, with the first weights."""
         call(0)
-        x, w = self.x.float(), self.weights[0].float()
-        if case.quantised:
-            w8, s = self.quantised[0]
-            x, w = self.x8.float() * self.row_scale[:, None], w8.float() * s[:, None]
-        if case.function == "scaled_linear_add":
-            x = (x.view(BATCH, case.rows, -1) * self.scale[:, None]).flatten(0, 1)
-            return relative_error(self.out, start + x @ w.T)
-        expected = F.linear(x, w, None if self.bias is None else self.bias.float())
-        if case.function == "linear_add":
-            return relative_error(self.out, start + expected)
-        if case.function == "linear":
-            return relative_error(self.out, expected)
-        h = F.gelu(expected)
-        if case.function == "linear_gelu":
-            return relative_error(self.out, h)
-        r = torch.linalg.vector_norm(h.view(BATCH, case.rows, -1), dim=1)
-        share = 1 + self.gamma.float() * r / (r.mean(dim=1, keepdim=True) + response.EPS)
-        return max(relative_error(self.out, h), relative_error(self.shares, share))
+        h = F.gelu(F.linear(self.x.float(), self.weights[0].float(), self.bias.float()))
+        if self.case.op == "linear_gelu_response":
+            h = h.view_as(self.images)
+            r = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+            h = h * (1 + self.gamma.float() * r / (r.mean(dim=2, keepdim=True) + response.EPS))
+        return relative_error(self.out.view_as(h), h)
 
     def microseconds(self, call: Callable[[int], Any]) -> float:
         call(0)

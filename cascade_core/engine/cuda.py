@@ -1,4 +1,4 @@
-"""`operations.py` as fused kernels: the same functions, for CUDA."""
+"""The operations of `operations.py` as fused kernels, for CUDA."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ __all__ = [
     "project",
 ]
 
-HEAD_WIDTHS = (16, 32, 64, 128)  # that the kernel knows
-LARGEST_BATCH, LARGEST_HIDDEN = 64, 8192  # of what can be held by the device's registers
-# Of many positions, five programs of attention run on a multiprocessor of Hopper's instead of four.
-MANY = 512
-FIVE = {"num_stages": 2, "tma": True, "registers": 96}
+HEAD_WIDTHS = (16, 32, 64, 128)  # supported by the attention kernel
+MAX_BATCH, MAX_HIDDEN = 64, 8192  # of a feature map that fits the device's registers
+LONG_SEQUENCE = 512  # positions from which HOPPER_ATTENTION is faster
+HOPPER_ATTENTION = {
+    "num_stages": 2,
+    "tma": True,
+    "registers": 96,
+}  # five programs per multiprocessor, not four
 
 
 def norm(x: Tensor, eps: float = EPS) -> Tensor:
@@ -44,48 +47,54 @@ def depthwise_norm(
 
 
 def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor) -> None:
-    batch, positions, channels = x.shape
-    rows, hidden = batch * positions, len(expand)
-    first = products.choose("linear_gelu_response", rows, hidden, h.shape[-1], x.device)
-    second = products.choose("scaled_linear_add", rows, channels, hidden, x.device)
-    if first is None:
+    batch, positions, _ = x.shape
+    hidden, width = expand.shape
+    config = products.choose("linear_gelu_response", batch * positions, hidden, width, x.device)
+    if config is None:
         h = linear(h, expand, bias)
-        if second is None and x.is_cuda and resident.fits(h):
-            add_linear_(x, resident.gelu_response_norm(h, gamma, waiting_room(x.device)), contract)
-            return
-        scale = gelu_scale_(h, gamma)
+        if fits_registers(h):
+            h = gelu_response_norm_(h, gamma)
+        else:
+            h = response.apply_response(h, gelu_response_scale_(h, gamma))
     else:
-        partial = x.new_empty(batch, products.response_chunks(positions, first), hidden, dtype=torch.float32)
+        partial = x.new_empty(batch, products.response_chunks(positions, config), hidden, dtype=torch.float32)
         out = x.new_empty(batch, positions, hidden)
         products.linear_gelu_response(
-            h.flatten(0, 1), expand, bias, positions, out.flatten(0, 1), partial, first
+            h.flatten(0, 1), expand, bias, positions, out.flatten(0, 1), partial, config
         )
-        h, scale = out, _scale(partial, gamma)
-    if second is None:
-        add_linear_(x, response.apply_response(h, scale), contract)
-    else:
-        products.scaled_linear_add(h.flatten(0, 1), scale, contract, None, positions, x.flatten(0, 1), second)
+        h = response.apply_response(out, _response_scale(partial, gamma))
+    add_linear_(x, h, contract)
 
 
-def gelu_scale_(h: Tensor, gamma: Tensor) -> Tensor:
-    """h = GELU(h); returns what the response norm multiplies it by.  h: (B, N, K) -> (B, K) float32"""
+def fits_registers(h: Tensor) -> bool:
+    """Whether `gelu_response_norm_` takes h (B, N, K)."""
+    return h.is_cuda and resident.fits(h)
+
+
+def gelu_response_norm_(h: Tensor, gamma: Tensor) -> Tensor:
+    """h = response_norm(GELU(h)) in one launch.  h: (B, N, K), gamma: (K,)"""
+    return resident.gelu_response_norm(h, gamma, reduction_workspace(h.device))
+
+
+def gelu_response_scale_(h: Tensor, gamma: Tensor) -> Tensor:
+    """h = GELU(h); returns the factors of its response norm.  h: (B, N, K), gamma: (K,) -> (B, K) float32"""
     batch, positions, hidden = h.shape
     chunks = response.response_chunks(positions, hidden)
     partial = h.new_empty(batch, chunks, hidden, dtype=torch.float32)
     response.gelu_response(h, partial)
-    return _scale(partial, gamma)
+    return _response_scale(partial, gamma)
 
 
-def _scale(partial: Tensor, gamma: Tensor) -> Tensor:
-    """Of partial sums of squares (B, chunks, K) -> (B, K)"""
+def _response_scale(partial: Tensor, gamma: Tensor) -> Tensor:
+    """The factors (B, K) of the response norm, from partial sums of squares (B, chunks, K)."""
     batch, _, hidden = partial.shape
     return response.response_scale(partial, gamma, partial.new_empty(batch, hidden))
 
 
 @cache
-def waiting_room(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the programs of `gelu_response_norm` leave their sums: one for the device, of any size it can have."""
-    return resident.response_workspace(LARGEST_BATCH, LARGEST_HIDDEN, device)
+def reduction_workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Per-device workspace for the grid-wide reduction of `resident.gelu_response_norm`."""
+    return resident.response_workspace(MAX_BATCH, MAX_HIDDEN, device)
 
 
 def modulate_(x: Tensor, scale_shift: Tensor) -> None:
@@ -98,14 +107,16 @@ def modulate_norm_(x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float = EP
 
 def attention(qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool) -> Tensor:
     batch, positions, width = qkv.shape
-    if width // 3 // heads not in HEAD_WIDTHS:
+    channels = width // 3
+    head_width = channels // heads
+    if head_width not in HEAD_WIDTHS:
         return operations.attention(qkv, key, value, heads, self_attn)
-    out = qkv.new_empty(batch, positions, width // 3)
-    five = positions >= MANY and width // 3 // heads == 64 and _has_tma(qkv.device)
-    return attention_kernel.attention(qkv, key, value, heads, out, self_attn, **(FIVE if five else {}))
+    out = qkv.new_empty(batch, positions, channels)
+    hopper = positions >= LONG_SEQUENCE and head_width == 64 and _is_hopper(qkv.device)
+    options = HOPPER_ATTENTION if hopper else {}
+    return attention_kernel.attention(qkv, key, value, heads, out, self_attn, **options)
 
 
 @cache
-def _has_tma(device: torch.device) -> bool:
-    """The tensor memory accelerator."""
+def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -140,7 +140,7 @@ def test_it_follows_the_weights():
 def test_repeats_share_their_weights():
     network, made = build(StageB, STAGE_B), []
 
-    def operand(weight: Tensor | list[Tensor]) -> fp8.Quantised:
+    def operand(weight: Tensor | list[Tensor]) -> fp8.QuantisedWeight:
         made.append(fp8.operand(weight))
         return made[-1]
 

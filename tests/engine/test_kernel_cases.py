@@ -2,8 +2,10 @@
 
 import importlib
 
+import pytest
 import torch
 
+from cascade_nodes.cascade_core.engine.kernels.tuned import Config
 from cascade_nodes.tests.benchmarks.conftest import BENCHMARKS
 
 
@@ -20,3 +22,13 @@ def test_every_case_expects_what_its_kernel_computes(monkeypatch):
         assert case.traffic > 0
     assert len(found) == 10
     assert max(found.values()) < 4e-3, found
+
+
+@pytest.mark.parametrize("op", ["linear_gelu", "linear_gelu_response"])
+def test_every_way_of_a_product_computes_the_same(monkeypatch, op):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    product_cases = importlib.import_module("product_cases")
+    operands = product_cases.Operands(product_cases.Case(op, 2 * 36, 80, 40, 1), copies=1, device="cpu")
+    for call in (operands.fused(Config(32, 32, 16)), operands.separate()):
+        operands.out.zero_()
+        assert operands.error(call) < 4e-3

@@ -129,7 +129,7 @@ def three_launches(patches: pytest.MonkeyPatch, capability: tuple[int, int]) -> 
 
 
 def fused(schedule: str, tma: bool = False) -> Callable[..., None]:
-    """Both products with what stands beside them in one kernel each."""
+    """The first product fused with GELU and the sums of the response norm."""
 
     def use(patches: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
         if tma and capability < (9, 0):

@@ -1,7 +1,7 @@
 """Flash attention (arXiv 2307.08691) of tokens to themselves and to the conditioning, whose keys and values are cached.
 
-Softmax runs online in float32, on logits in units of log 2. Keys come in full blocks without masks; what is left of
-each of the two sources is one last, smaller block with a mask.
+Softmax is online, in float32, on logits in units of log 2. Each of the two sources of keys is read in full blocks
+without masks; its remainder is one smaller block with a mask.
 """
 
 import math
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import described, launch
+from .launch import launch, tensor_descriptor
 
-SMALLEST = 16  # keys that a product takes at least
+MIN_KEYS = 16  # in a block: the smallest dimension of tl.dot
 
 
 def attention(
@@ -35,27 +35,27 @@ def attention(
     qkv: (B, N, 3C), queries, keys and values side by side, each with its heads side by side; k_cond, v_cond:
     (B, T, C), of the same strides, channels contiguous; out: (B, N, C). Head width d = C / heads: 16, 32, 64 or 128
 
-    tma: the tokens' keys and values are loaded by the tensor memory accelerator (compute capability 9 and up).
-    registers: of a thread at most, so that more programs run beside each other.
+    tma: load the tokens' keys and values with the tensor memory accelerator (compute capability 9 and up).
+    registers: the limit per thread, which raises occupancy.
     """
     batch, n, channels = out.shape
     width = channels // heads
-    if qkv.dtype == torch.float32:  # for comparisons: what fits a multiprocessor's memory, not what is fast
+    if qkv.dtype == torch.float32:  # only for comparisons: fits shared memory, is not tuned
         block_m, block_n, num_stages = 32, 32, 2
-    elif width > 64:  # so that keys and values under way fit
+    elif width > 64:  # keys and values in flight have to fit shared memory
         num_stages = min(num_stages, 2)
-    own, cached = n if self_attn else 0, k_cond.shape[1]
+    self_keys, cond_keys = n if self_attn else 0, k_cond.shape[1]
     grid = (triton.cdiv(n, block_m), heads, batch)
     options = {"maxnreg": registers} if registers else {}
     launch(_attention, grid)(
         qkv,
-        described(qkv.flatten(0, 1), block_n, width) if tma else None,
+        tensor_descriptor(qkv.flatten(0, 1), block_n, width) if tma else None,
         k_cond,
         v_cond,
         out,
         n,
-        own,
-        cached,
+        self_keys,
+        cond_keys,
         k_cond.stride(0),
         k_cond.stride(1),
         math.log2(math.e) / math.sqrt(width),
@@ -63,8 +63,8 @@ def attention(
         width,
         block_m,
         block_n,
-        _last_block(own, block_n),
-        _last_block(cached, block_n),
+        _last_block(self_keys, block_n),
+        _last_block(cond_keys, block_n),
         "ieee",
         num_warps=num_warps,
         num_stages=num_stages,
@@ -74,9 +74,9 @@ def attention(
 
 
 def _last_block(keys: int, block: int) -> int:
-    """Size of the block for what full blocks leave of the keys; 0: nothing is left."""
+    """Size of the masked block for the keys that full blocks leave over, or 0."""
     rest = keys % block
-    return max(SMALLEST, triton.next_power_of_2(rest)) if rest else 0
+    return max(MIN_KEYS, triton.next_power_of_2(rest)) if rest else 0
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def load_block(
 ):
     """Keys (D, BLOCK_N) and values (BLOCK_N, D) from `first` on, zeros beyond `count` where MASKED.
 
-    keys, values point to one head of (count, ·) rows.
+    keys, values: pointers to one head of (count, ·) rows
     """
     key, d = first + tl.arange(0, BLOCK_N), tl.arange(0, D)
     if MASKED:
@@ -101,9 +101,9 @@ def load_block(
 def attend(
     state, q, k, v, scale, count, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """The state after a block of keys, the first `count` of them where MASKED.
+    """The state after a block of keys, of which only the first `count` count where MASKED.
 
-    state: values' sum (BLOCK_M, D), highest logit and sum of weights (BLOCK_M,) so far
+    state: weighted sum of values (BLOCK_M, D), highest logit and sum of weights (BLOCK_M,) so far
     """
     total, peak, weight = state
     logits = tl.dot(q, k, input_precision=PRECISION)
@@ -126,7 +126,7 @@ def attend_all(
     count,
     stride,
     scale,
-    described,
+    descriptor,
     top,
     left,
     channels: tl.constexpr,
@@ -135,16 +135,16 @@ def attend_all(
     D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state after all keys of one source, the last LAST of them (0: none) in a block of their own.
+    """The state after all keys of one source. LAST: size of the masked last block, 0 for none.
 
-    described: the descriptor of a matrix that has the keys from (top, left) on and the values `channels` further, or
-    None
+    descriptor: None, or the TMA descriptor of a matrix with the keys from (top, left) on and the values `channels`
+    columns further
     """
     full = count // BLOCK_N * BLOCK_N
     for first in range(0, full, BLOCK_N):
-        if described is not None:
-            k = described.load([top + first, left]).T
-            v = described.load([top + first, left + channels])
+        if descriptor is not None:
+            k = descriptor.load([top + first, left]).T
+            v = descriptor.load([top + first, left + channels])
         else:
             k, v = load_block(keys, values, first, count, stride, BLOCK_N, False, D)
         state = attend(state, q, k, v, scale, BLOCK_N, BLOCK_N, False, PRECISION)
@@ -154,16 +154,16 @@ def attend_all(
     return state
 
 
-@triton.jit(do_not_specialize=["n", "own", "cached"])
+@triton.jit(do_not_specialize=["n", "self_keys", "cond_keys"])
 def _attention(
     qkv,
-    described,
+    descriptor,
     k_cond,
     v_cond,
     out,
     n,
-    own,
-    cached,
+    self_keys,
+    cond_keys,
     cond_image,
     cond_row,
     scale,
@@ -171,8 +171,8 @@ def _attention(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    OWN_LAST: tl.constexpr,
-    CACHED_LAST: tl.constexpr,
+    SELF_LAST: tl.constexpr,
+    COND_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     head, image = tl.program_id(1) * D, tl.program_id(2).to(tl.int64)
@@ -185,15 +185,15 @@ def _attention(
     weight = tl.zeros((BLOCK_M,), tl.float32)
     state = (total, peak, weight)
     state = attend_all(
-        state, q, qkv + channels, qkv + 2 * channels, own, 3 * channels, scale,
-        described, tl.program_id(2) * n, channels + head, channels, BLOCK_N, OWN_LAST, D, PRECISION,
+        state, q, qkv + channels, qkv + 2 * channels, self_keys, 3 * channels, scale,
+        descriptor, tl.program_id(2) * n, channels + head, channels, BLOCK_N, SELF_LAST, D, PRECISION,
     )  # fmt: skip
     keys, values = k_cond + image * cond_image + head, v_cond + image * cond_image + head
     state = attend_all(
-        state, q, keys, values, cached, cond_row, scale,
-        None, 0, 0, channels, BLOCK_N, CACHED_LAST, D, PRECISION,
+        state, q, keys, values, cond_keys, cond_row, scale,
+        None, 0, 0, channels, BLOCK_N, COND_LAST, D, PRECISION,
     )  # fmt: skip
     total, peak, weight = state
     total = total / weight[:, None]
-    here = out + (image * n + row[:, None]) * channels + head + d[None, :]
-    tl.store(here, total.to(out.dtype.element_ty), mask=present)
+    pointers = out + (image * n + row[:, None]) * channels + head + d[None, :]
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=present)

@@ -1,6 +1,6 @@
 """3×3 depthwise convolution over tokens, with what follows it in a residual block.
 
-A program convolves a small rectangle of positions, so that its nine taps mostly find their rows in the L1 cache.
+A program convolves a small rectangle of positions, so that most of its nine taps hit the L1 cache.
 """
 
 import triton
@@ -27,8 +27,8 @@ def depthwise_norm(
     x, out: (B, height · width, C), weight: (9, C) taps from top left to bottom right, bias: (C,)
     """
     batch, _, channels = x.shape
-    best = norm_tile(channels)
-    elements, num_warps = elements or best[0], num_warps or best[1]
+    tuned_elements, tuned_warps = norm_tile(channels)
+    elements, num_warps = elements or tuned_elements, num_warps or tuned_warps
     block = triton.next_power_of_2(channels)
     tile_h, tile_w = rectangle(max(1, elements // block))
     grid = (triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w), batch)
@@ -52,7 +52,7 @@ def depthwise_gate_norm(
     bias: Tensor,
     gate: Tensor,
     x: Tensor,
-    after: Tensor,
+    next_bias: Tensor,
     scale: Tensor,
     shift: Tensor,
     out: Tensor,
@@ -64,19 +64,19 @@ def depthwise_gate_norm(
     num_warps: int | None = None,
 ) -> Tensor:
     """x += gate · (the convolution of h with its border repeated, + bias); out = LayerNorm(x) · (1 + scale) + shift;
-    x += after, the bias of the product that will add to x. Of the image's lines from `top` on, as many as x has.
+    x += next_bias, the bias of the product that will be added to x. x holds the image's lines from `top` on.
 
-    h: (height · width, C), x, out: (lines · width, C), weight: (9, C), bias, after: (C,), gate, scale, shift: scalars
-    on the device
+    h: (height · width, C), x, out: (lines · width, C), weight: (9, C), bias, next_bias: (C,), gate, scale, shift:
+    scalars on the device
     """
     positions, channels = x.shape
-    best = gate_norm_tile(channels)
-    elements, num_warps = elements or best[0], num_warps or best[1]
+    tuned_elements, tuned_warps = gate_norm_tile(channels)
+    elements, num_warps = elements or tuned_elements, num_warps or tuned_warps
     lines, block = positions // width, triton.next_power_of_2(channels)
     tile_h, tile_w = rectangle(max(1, elements // block))
     grid = (triton.cdiv(lines, tile_h) * triton.cdiv(width, tile_w),)
     launch(_depthwise_gate_norm, grid)(
-        h, weight, bias, gate, x, after, scale, shift, out, top, lines, height, width, eps,
+        h, weight, bias, gate, x, next_bias, scale, shift, out, top, lines, height, width, eps,
         channels, block, tile_h, tile_w, num_warps=num_warps,
     )  # fmt: skip
     return out
@@ -95,11 +95,11 @@ def rectangle(positions: int) -> tuple[int, int]:
 
 @triton.jit
 def tile_positions(height, width, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """y and x of the program's rectangle: (TILE_H · TILE_W, 1) each, some beyond the image."""
+    """y and x of the positions of the program's rectangle: (TILE_H · TILE_W, 1) each, some beyond the image."""
     tiles = tl.cdiv(width, TILE_W)
-    place = tl.arange(0, TILE_H * TILE_W)[:, None]
-    y = tl.program_id(0) // tiles * TILE_H + place // TILE_W
-    x = tl.program_id(0) % tiles * TILE_W + place % TILE_W
+    position = tl.arange(0, TILE_H * TILE_W)[:, None]
+    y = tl.program_id(0) // tiles * TILE_H + position // TILE_W
+    x = tl.program_id(0) % tiles * TILE_W + position % TILE_W
     return y, x
 
 
@@ -112,7 +112,7 @@ def convolved(
     total = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32) + tl.zeros_like(y).to(tl.float32)
     for up in tl.range(
         3, loop_unroll_factor=1
-    ):  # unrolled, all 9 loads wait at once, for 200 registers a thread
+    ):  # unrolled, all 9 loads are in flight at once and take 200 registers a thread
         row = y + (up - 1)
         for left in tl.static_range(3):
             column = x + (left - 1)
@@ -164,7 +164,7 @@ def _depthwise_gate_norm(
     bias,
     gate,
     x,
-    after,
+    next_bias,
     scale,
     shift,
     out,
@@ -188,5 +188,5 @@ def _depthwise_gate_norm(
     normal = normalised(value, c < channels, channels, eps)
     normal = normal * (1.0 + tl.load(scale).to(tl.float32)) + tl.load(shift).to(tl.float32)
     tl.store(out + offsets, normal.to(out.dtype.element_ty), mask=present)
-    value += tl.load(after + c, mask=c < channels, other=0.0).to(tl.float32)
+    value += tl.load(next_bias + c, mask=c < channels, other=0.0).to(tl.float32)
     tl.store(x + offsets, value.to(x.dtype.element_ty), mask=present)

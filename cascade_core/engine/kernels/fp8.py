@@ -1,7 +1,7 @@
 """Quantised operands: e4m3 for rows and weights on cards that multiply it, int8 for weights where memory is short.
 
-Each row (token, or output channel of a weight) has a scale that brings its largest value to the largest of the format.
-e4m3 then holds every value within 1/16 of itself or, near zero, 2⁻¹⁰ scales; int8 within half a scale.
+Each row (a token, or a weight's output channel) has a scale that maps its largest value to the largest of the format.
+The rounding error is then at most 1/16 of a value or, near zero, 2⁻¹⁰ scales in e4m3, and half a scale in int8.
 """
 
 import torch
@@ -15,26 +15,26 @@ from .products import Config
 from .rows import row_tile
 
 E4M3 = torch.float8_e4m3fn
-LARGEST: tl.constexpr = tl.constexpr(448.0)  # of e4m3
+E4M3_MAX: tl.constexpr = tl.constexpr(448.0)  # of e4m3
 ELEMENTS = 8192  # of a tile, by eight warps
 WARPS = 8
 
 
 def quantise_weight(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w: (out, K) -> e4m3 (out, K), scales (out,) float32: w is about the product."""
-    scale = _scale(w, LARGEST.value)
+    """w: (out, K) -> e4m3 (out, K), scales (out,) float32, with w ≈ e4m3 · scale"""
+    scale = _scale(w, E4M3_MAX.value)
     return (w / scale[:, None]).to(E4M3), scale
 
 
 def quantise_weight_int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w: (out, K) -> int8 (out, K), scales (out,) float32: w is about the product."""
+    """w: (out, K) -> int8 (out, K), scales (out,) float32, with w ≈ int8 · scale"""
     scale = _scale(w, 127.0)
     return (w / scale[:, None]).round_().to(torch.int8), scale
 
 
-def _scale(w: Tensor, largest: float) -> Tensor:
+def _scale(w: Tensor, format_max: float) -> Tensor:
     peak = w.abs().amax(dim=1).float()
-    return torch.where(peak > 0, peak / largest, 1.0)
+    return torch.where(peak > 0, peak / format_max, 1.0)
 
 
 def quantise_rows(x: Tensor, x8: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def quantise_rows(x: Tensor, x8: Tensor | None = None, scale: Tensor | None = No
 def apply_response_quantise(
     h: Tensor, scale: Tensor, h8: Tensor | None = None, row_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """h · scale, that of its image, as `quantise_rows` gives it.  h: (B, N, K), scale: (B, K) float32
+    """Quantises h · scale, each image by its own, as `quantise_rows`.  h: (B, N, K), scale: (B, K) float32
 
     -> e4m3 (B · N, K), scales (B · N,) float32
     """
@@ -55,7 +55,7 @@ def apply_response_quantise(
 def quantised_linear(
     x8: Tensor, row_scale: Tensor, w8: Tensor, column_scale: Tensor, bias: Tensor | None, out: Tensor
 ) -> Tensor:
-    """out = x wᵀ + bias, of what `quantise_rows` and `quantise_weight` gave: by cuBLAS or CUTLASS where they can."""
+    """out = x wᵀ + bias of operands from `quantise_rows` and `quantise_weight`: cuBLAS or CUTLASS where possible."""
     if out.dtype != torch.bfloat16 or w8.shape[0] % 16 or w8.shape[1] % 16:
         return scaled_product(x8, row_scale, w8, column_scale, bias, out)
     scales = row_scale[:, None], column_scale[None, :]
@@ -71,14 +71,14 @@ def scaled_product(
     out: Tensor,
     config: Config | None = None,
 ) -> Tensor:
-    """The same as a Triton kernel, for any size and dtype of `out`."""
+    """`quantised_linear` as a Triton kernel, for any size and dtype of `out`."""
     return products.linear(x8, w8, bias, out, config, row_scale=row_scale, column_scale=column_scale)
 
 
 def linear_int8(
     x: Tensor, w8: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, config: Config | None = None
 ) -> Tensor:
-    """out = x wᵀ + bias with w = w8 · scale, which becomes x's dtype as it is loaded: no second copy in memory."""
+    """out = x wᵀ + bias with w = w8 · scale, converted to x's dtype as it is loaded, without a copy in memory."""
     return products.linear(x, w8, bias, out, config, column_scale=scale)
 
 
@@ -103,11 +103,11 @@ def _quantise_rows(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     present = (row < m) & (c < k)
-    here = row.to(tl.int64) * k + c
-    value = tl.load(x + here, mask=present, other=0.0).to(tl.float32)
+    offsets = row.to(tl.int64) * k + c
+    value = tl.load(x + offsets, mask=present, other=0.0).to(tl.float32)
     if channel_scale is not None:
         value *= tl.load(channel_scale + row // rows_per_image * k + c, mask=present, other=0.0)
     peak = tl.max(tl.abs(value), axis=1, keep_dims=True)
-    peak = tl.where(peak > 0.0, peak, LARGEST)
-    tl.store(x8 + here, (value * (LARGEST / peak)).to(x8.dtype.element_ty), mask=present)
-    tl.store(scale + row, peak / LARGEST, mask=row < m)
+    peak = tl.where(peak > 0.0, peak, E4M3_MAX)
+    tl.store(x8 + offsets, (value * (E4M3_MAX / peak)).to(x8.dtype.element_ty), mask=present)
+    tl.store(scale + row, peak / E4M3_MAX, mask=row < m)

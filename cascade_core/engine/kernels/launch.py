@@ -1,4 +1,4 @@
-"""Launches of kernels, and compiling them ahead of their first: all that a forward needs at once, on all cores."""
+"""Kernel launches, and ahead-of-time compilation of all kernels of a forward at once, on all cores."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _compiled: ContextVar[set[Hashable] | None] = ContextVar("compiled_ahead", defau
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
-    """`launch(kernel, grid)(…)` is `kernel[grid](…)`; within `compile_ahead` it only compiles the kernel."""
+    """`launch(kernel, grid)(…)` is `kernel[grid](…)`, but inside `compile_ahead` it only compiles the kernel."""
     compiled = _compiled.get()
     if compiled is None:
         return kernel[grid]
 
     def compile_once(*arguments: Any, **options: Any) -> None:
         values = (*arguments, *options.values())
-        # The compiler would ask its cache for each of a thousand launches, which takes a second.
-        key = kernel, *options, *map(_kind, values)
+        # Without this set the compiler would look in its own cache for each of a thousand launches: a second.
+        key = kernel, *options, *map(_specialisation, values)
         if key not in compiled:
             compiled.add(key)
             kernel.warmup(*arguments, grid=grid, **options)
@@ -30,8 +30,8 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     return compile_once
 
 
-def _kind(value: Any) -> Hashable:
-    """What a kernel may be compiled anew for."""
+def _specialisation(value: Any) -> Hashable:
+    """The part of an argument that a kernel is compiled for."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if hasattr(value, "block_shape"):  # a TensorDescriptor
@@ -39,20 +39,22 @@ def _kind(value: Any) -> Hashable:
     return value
 
 
-def described(matrix: Tensor, rows: int, columns: int) -> Any:
-    """For the tensor memory accelerator, tile by tile."""
+def tensor_descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+    """The matrix as the tensor memory accelerator (TMA) loads it, in tiles of rows × columns."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
 def compile_ahead(forward: Callable[[], object]) -> None:
-    """Compiles all that `forward` launches, and leaves results as they are: it computes any numbers.
+    """Compiles every kernel that `forward` launches, in parallel. Its kernels do not run: its result is meaningless.
 
-    One kernel takes the compiler a second or so, mostly outside Python.
+    The compiler needs about a second per kernel, mostly outside Python.
     """
-    if hasattr(triton, "AsyncCompileMode"):  # since Triton 3.5; before, each is compiled at its first launch
-        copy_context().run(_compile, forward)  # whatever comes of it, nothing stays switched on
+    if hasattr(
+        triton, "AsyncCompileMode"
+    ):  # since Triton 3.5; older versions compile each kernel at its first launch
+        copy_context().run(_compile, forward)  # the mode ends with the context, also after an error
 
 
 def _compile(forward: Callable[[], object]) -> None:

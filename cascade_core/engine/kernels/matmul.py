@@ -1,18 +1,17 @@
-"""One Triton matrix product, with what the networks do right before and after it as options.
+"""One Triton matrix product, with what the networks do right after it as options.
 
-    out = epilogue(prologue(x) · wᵀ + bias)        x: (M, K), w: (N, K), out: (M, N); float32 accumulators
+    out = epilogue(x · wᵀ + bias)        x: (M, K), w: (N, K), out: (M, N); float32 accumulators
 
-Prologue: each channel of x times the scale that its image has for it; integer weights to x's type. Epilogue: scales
-of the rows of x and of w, where these are quantised; GELU and the sums of squares that the global response norm
-needs, or the sum with what `out` holds.
+Integer weights are converted to x's type as they are loaded. Epilogue: the scales of quantised rows of x and w; GELU
+and the sums of squares that the global response norm needs.
 
-Rows are tokens; every image has `rows` of them. Sums of squares are per chunk of CHUNK rows of one image, where a
-tile is one chunk or several. Where CHUNK does not divide `rows`, each image is padded to whole chunks (`padded` rows)
-and tiles run over these, so that a tile may span images but a chunk never does.
+Rows are tokens; every image has `rows` of them. Sums of squares are per chunk of CHUNK rows of one image; a tile
+covers one chunk or several. Where CHUNK does not divide `rows`, each image is padded to whole chunks (`padded` rows)
+and tiles run over the padded rows, so that a tile may span images but a chunk never does.
 
-A schedule says which program computes what:
-`tile`  one program, one tile.
-`loop`  as many programs as fit at once, each taking every n-th tile, so that loads run on while a tile ends.
+A schedule assigns tiles to programs:
+`tile`  one program per tile.
+`loop`  persistent: as many programs as fit at once, each taking every n-th tile, so that loads overlap a tile's end.
 """
 
 import triton
@@ -42,7 +41,7 @@ def gelu(x):
 
 @triton.jit
 def _position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles at a time, so that programs that run together share operands."""
+    """Row and column of a tile: GROUP rows of tiles at a time, so that concurrent programs share operands in L2."""
     per_group = GROUP * tiles_n
     first = (tile // per_group) * GROUP
     size = tl.minimum(tiles_m - first, GROUP)
@@ -51,7 +50,7 @@ def _position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _rows(tile_m, m, rows, padded, BLOCK_M: tl.constexpr, PADDED: tl.constexpr):
-    """The rows of x that a tile holds, and which of them exist."""
+    """The rows of x in a tile, and which of them exist."""
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if PADDED:
         image = row // padded
@@ -63,26 +62,21 @@ def _rows(tile_m, m, rows, padded, BLOCK_M: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    x, w, scale, row, tile_m, tile_n, m, n, k, rows,
-    SPANS: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, w, row, tile_m, tile_n, m, n, k,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums of one tile.
-
-    SPANS: of how many images a tile's rows may be: 0 without scale, 1, 2, or 3 for any number.
-    """
+    """x · wᵀ of one tile: (BLOCK_M, BLOCK_N) float32"""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     depth = tl.arange(0, BLOCK_K)
-    row = tl.minimum(row, m - 1)  # what does not exist is computed from the last row and not stored
     if not TMA:
+        row = tl.minimum(row, m - 1)  # rows beyond the last are computed from it and never stored
         column = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), n - 1)
         x_at = x + row.to(tl.int64)[:, None] * k + depth[None, :]
         w_at = w + column.to(tl.int64)[None, :] * k + depth[:, None]
-    image = row // rows
-    lowest = tl.minimum(tile_m * BLOCK_M, m - 1) // rows
-    highest = (tl.minimum(tile_m * BLOCK_M + BLOCK_M, m) - 1) // rows
-    for step in range(tl.maximum(tl.cdiv(k, BLOCK_K), 1)):  # which tells the compiler that it runs
+    for step in range(
+        tl.maximum(tl.cdiv(k, BLOCK_K), 1)
+    ):  # the maximum tells the compiler that the loop runs
         at = step * BLOCK_K
         if TMA:
             a = x.load([tile_m * BLOCK_M, at])
@@ -93,17 +87,6 @@ def _accumulate(
         else:
             a = tl.load(x_at, mask=(at + depth)[None, :] < k, other=0.0)
             b = tl.load(w_at, mask=(at + depth)[:, None] < k, other=0.0)
-        if SPANS > 0:
-            s_at = scale + at + depth
-            inside = at + depth < (at + BLOCK_K if EVEN_K else k)
-            if SPANS == 3:
-                s = tl.load(s_at[None, :] + image[:, None] * k, mask=inside[None, :], other=0.0)
-            else:
-                s = tl.load(s_at + lowest * k, mask=inside, other=0.0)[None, :]
-                if SPANS == 2:
-                    other = tl.load(s_at + highest * k, mask=inside, other=0.0)[None, :]
-                    s = tl.where((image == lowest)[:, None], s, other)
-            a = (a.to(tl.float32) * s).to(a.dtype)
         if b.dtype != a.dtype:
             b = b.to(tl.float32).to(a.dtype)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -116,10 +99,10 @@ def _accumulate(
 @triton.jit
 def _finish(
     acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
-    GELU: tl.constexpr, RESPONSE: tl.constexpr, ADD: tl.constexpr,
+    GELU: tl.constexpr, RESPONSE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of one tile: acc (BLOCK_M, BLOCK_N) goes to `out`, its sums of squares to `partial`."""
+    """The epilogue of one tile: stores acc (BLOCK_M, BLOCK_N) in `out`, its sums of squares in `partial`."""
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if row_scale is not None:
         acc *= tl.load(row_scale + row, mask=valid, other=0.0)[:, None]
@@ -131,10 +114,8 @@ def _finish(
         acc = gelu(acc)
     at = out + row.to(tl.int64)[:, None] * n + column[None, :]
     inside = valid[:, None] & (column < n)[None, :]
-    if ADD:
-        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     y = acc.to(out.dtype.element_ty)
-    if RESPONSE:  # of what is stored, as a kernel that reads it back would sum it
+    if RESPONSE:  # of the rounded values, as a kernel that reads them back would sum them
         square = y.to(tl.float32)
         square = tl.where(valid[:, None], square * square, 0.0)
         square = tl.sum(tl.reshape(square, (BLOCK_M // CHUNK, CHUNK, BLOCK_N)), axis=1)
@@ -144,39 +125,46 @@ def _finish(
     tl.store(at, y, mask=inside)
 
 
+@triton.jit
+def _tile(
+    tile, x, w, row_scale, column_scale, bias, out, partial,
+    m, n, k, rows, padded, chunks, tiles_m, tiles_n,
+    GELU: tl.constexpr, RESPONSE: tl.constexpr, PADDED: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result, the `tile`-th."""
+    tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
+    row, valid = _rows(tile_m, m, rows, padded, BLOCK_M, PADDED)
+    acc = _accumulate(x, w, row, tile_m, tile_n, m, n, k, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+    _finish(
+        acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
+        GELU, RESPONSE, CHUNK, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["m", "rows", "padded", "chunks", "tiles_m", "tiles_n", "programs"])
 def product(
-    x, w, scale, row_scale, column_scale, bias, out, partial,
+    x, w, row_scale, column_scale, bias, out, partial,
     m, n, k, rows, padded, chunks, tiles_m, tiles_n, programs,
-    SPANS: tl.constexpr, GELU: tl.constexpr, RESPONSE: tl.constexpr, ADD: tl.constexpr, PADDED: tl.constexpr,
+    GELU: tl.constexpr, RESPONSE: tl.constexpr, PADDED: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SCHEDULE: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """x: (m, k) and w: (n, k), or their descriptors; scale: (m / rows, k) float32; row_scale: (m,),
-    column_scale: (n,) float32; bias: (n,); out: (m, n); partial: (chunks, n) float32, `chunks` of all images together.
-    What is not asked for is None.
+    """x: (m, k) and w: (n, k), or their TMA descriptors; row_scale: (m,), column_scale: (n,) float32; bias: (n,);
+    out: (m, n); partial: (chunks, n) float32, `chunks` of all images together. Unused tensors are None.
     """
     program = tl.program_id(0)
     if SCHEDULE == TILE:
-        tile_m, tile_n = _position(program, tiles_m, tiles_n, GROUP)
-        row, valid = _rows(tile_m, m, rows, padded, BLOCK_M, PADDED)
-        acc = _accumulate(
-            x, w, scale, row, tile_m, tile_n, m, n, k, rows,
-            SPANS, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        _tile(
+            program, x, w, row_scale, column_scale, bias, out, partial,
+            m, n, k, rows, padded, chunks, tiles_m, tiles_n,
+            GELU, RESPONSE, PADDED, EVEN_K, PRECISION, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
         )  # fmt: skip
-        _finish(
-            acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
-            GELU, RESPONSE, ADD, CHUNK, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        return
-    for tile in tl.range(program, tiles_m * tiles_n, programs, flatten=SPANS == 0):
-        tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
-        row, valid = _rows(tile_m, m, rows, padded, BLOCK_M, PADDED)
-        acc = _accumulate(
-            x, w, scale, row, tile_m, tile_n, m, n, k, rows,
-            SPANS, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-        )  # fmt: skip
-        _finish(
-            acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
-            GELU, RESPONSE, ADD, CHUNK, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    else:
+        for tile in tl.range(program, tiles_m * tiles_n, programs, flatten=True):
+            _tile(
+                tile, x, w, row_scale, column_scale, bias, out, partial,
+                m, n, k, rows, padded, chunks, tiles_m, tiles_n,
+                GELU, RESPONSE, PADDED, EVEN_K, PRECISION, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+            )  # fmt: skip

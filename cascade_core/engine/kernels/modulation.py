@@ -9,27 +9,23 @@ from .rows import WARPS, normalised, row_tile
 
 
 def modulate(x: Tensor, scale_shift: Tensor) -> Tensor:
-    """x = x · (1 + scale) + shift.  x: (B, N, C), scale_shift: (2C,) or (B, 2C), scales first"""
+    """x = x · (1 + scale) + shift.  x: (B, N, C), scale_shift: (2C,), scales first"""
     batch, n, channels = x.shape
     rows, block = row_tile(channels)
     grid = (triton.cdiv(n, rows), batch)
-    stride = _stride(scale_shift)
-    launch(_modulate, grid)(x, scale_shift, stride, n, channels, rows, block, num_warps=WARPS)
+    launch(_modulate, grid)(x, scale_shift, n, channels, rows, block, num_warps=WARPS)
     return x
 
 
 def modulate_norm(x: Tensor, scale_shift: Tensor, bias: Tensor | None, out: Tensor, eps: float) -> Tensor:
     """x' = x · (1 + scale) + shift; out = LayerNorm(x'); x = x' + bias.
 
-    x, out: (B, N, C), scale_shift: (2C,) or (B, 2C), scales first, bias: (C,)
+    x, out: (B, N, C), scale_shift: (2C,), scales first, bias: (C,)
     """
     batch, n, channels = x.shape
     rows, block = row_tile(channels)
     grid = (triton.cdiv(n, rows), batch)
-    stride = _stride(scale_shift)
-    launch(_modulate_norm, grid)(
-        x, scale_shift, bias, out, stride, n, eps, channels, rows, block, num_warps=WARPS
-    )
+    launch(_modulate_norm, grid)(x, scale_shift, bias, out, n, eps, channels, rows, block, num_warps=WARPS)
     return out
 
 
@@ -42,14 +38,9 @@ def norm(x: Tensor, out: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _stride(scale_shift: Tensor) -> int:
-    """From one image's scales to the next one's: none where they share theirs."""
-    return scale_shift.stride(0) if scale_shift.ndim == 2 else 0
-
-
 @triton.jit
 def modulated(x, scale_shift, c, inside, channels: tl.constexpr):
-    """x: (ROWS, BLOCK) float32 -> same; scale_shift points to one image's (2C,)"""
+    """x · (1 + scale) + shift.  x: (ROWS, BLOCK) float32 -> same; scale_shift points to (2C,)"""
     scale = tl.load(scale_shift + c, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(scale_shift + channels + c, mask=inside, other=0.0).to(tl.float32)
     return x * (1.0 + scale) + shift
@@ -59,7 +50,6 @@ def modulated(x, scale_shift, c, inside, channels: tl.constexpr):
 def _modulate(
     x,
     scale_shift,
-    stride,
     n,
     channels: tl.constexpr,
     ROWS: tl.constexpr,
@@ -70,10 +60,10 @@ def _modulate(
     c = tl.arange(0, BLOCK)[None, :]
     inside = c < channels
     present = (row < n) & inside
-    here = x + (image.to(tl.int64) * n + row) * channels + c
-    value = tl.load(here, mask=present, other=0.0).to(tl.float32)
-    value = modulated(value, scale_shift + image * stride, c, inside, channels)
-    tl.store(here, value.to(x.dtype.element_ty), mask=present)
+    pointers = x + (image.to(tl.int64) * n + row) * channels + c
+    value = tl.load(pointers, mask=present, other=0.0).to(tl.float32)
+    value = modulated(value, scale_shift, c, inside, channels)
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=present)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -82,7 +72,6 @@ def _modulate_norm(
     scale_shift,
     bias,
     out,
-    stride,
     n,
     eps,
     channels: tl.constexpr,
@@ -96,7 +85,7 @@ def _modulate_norm(
     present = (row < n) & inside
     offsets = (image.to(tl.int64) * n + row) * channels + c
     value = tl.load(x + offsets, mask=present, other=0.0).to(tl.float32)
-    value = modulated(value, scale_shift + image * stride, c, inside, channels)
+    value = modulated(value, scale_shift, c, inside, channels)
     h = normalised(value, inside, channels, eps)
     tl.store(out + offsets, h.to(out.dtype.element_ty), mask=present)
     if bias is not None:

@@ -1,8 +1,7 @@
-"""Matrix products with what stands next to them in a residual block, in one kernel each.
+"""Matrix products fused with the operations that follow them in a residual block.
 
 x: (B · N, K), N rows an image; w: (out, K) as nn.Linear has it; all contiguous, in bfloat16, float16 or float32.
-Sums are in float32 and rounded once. Operands may be quantised (`fp8.py`): then `row_scale` (B · N,) and
-`column_scale` (out,), float32, are what the rows of x and of w have been divided by.
+Accumulators are float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -12,22 +11,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .launch import described, launch
+from .launch import launch, tensor_descriptor
 from .matmul import SCHEDULES, product
-from .tuned import ANYWHERE, Config, choose
+from .tuned import PORTABLE, Config, choose
 
 __all__ = [
     "Config",
     "choose",
     "linear",
-    "linear_add",
     "linear_gelu",
     "linear_gelu_response",
     "response_chunks",
-    "scaled_linear_add",
 ]
 
-CHUNK = 64  # rows of a sum of squares where a tile's rows do not divide an image's
+CHUNK = 64  # rows per sum of squares where a tile's rows do not divide an image's
 
 
 def linear(
@@ -39,21 +36,11 @@ def linear(
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
 ) -> Tensor:
-    """out = x wᵀ + bias.  out: (B · N, out)"""
+    """out = x wᵀ + bias.  out: (B · N, out)
+
+    row_scale (B · N,), column_scale (out,): float32 scales of quantised rows of x and of w (`fp8.py`)
+    """
     return _multiply(x, w, bias, out, config, row_scale=row_scale, column_scale=column_scale)
-
-
-def linear_add(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    config: Config | None = None,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-) -> Tensor:
-    """out = out + x wᵀ + bias.  out: (B · N, out)"""
-    return _multiply(x, w, bias, out, config, row_scale=row_scale, column_scale=column_scale, add=True)
 
 
 def linear_gelu(
@@ -71,45 +58,24 @@ def linear_gelu_response(
     out: Tensor,
     partial: Tensor,
     config: Config | None = None,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
 ) -> Tensor:
     """out = GELU(x wᵀ + bias); partial = sums of the squares of out, as rounded, over chunks of an image's rows.
 
     partial: (B, response_chunks(rows_per_image, config), out) float32, as `response_scale` takes it
     """
-    return _multiply(
-        x, w, bias, out, config,
-        rows=rows_per_image, partial=partial, row_scale=row_scale, column_scale=column_scale, gelu=True,
-    )  # fmt: skip
-
-
-def scaled_linear_add(
-    h: Tensor,
-    scale: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    rows_per_image: int,
-    x: Tensor,
-    config: Config | None = None,
-) -> Tensor:
-    """x = x + (h · scale) wᵀ + bias; h · scale is rounded to h's dtype, as if it had been stored.
-
-    h: (B · N, K), scale: (B, K) float32, x: (B · N, out)
-    """
-    return _multiply(h, w, bias, x, config, rows=rows_per_image, scale=scale, add=True)
+    return _multiply(x, w, bias, out, config, rows=rows_per_image, partial=partial, gelu=True)
 
 
 def response_chunks(rows_per_image: int, config: Config | None = None) -> int:
-    """How many chunks of an image `linear_gelu_response` sums up on their own."""
-    return _count(rows_per_image, _chunk(rows_per_image, config or ANYWHERE))
+    """The number of chunks per image for which `linear_gelu_response` keeps a sum each."""
+    return _ceil_div(rows_per_image, _chunk(rows_per_image, config or PORTABLE))
 
 
 def _chunk(rows: int, config: Config) -> int:
     return config.block_m if rows % config.block_m == 0 else min(CHUNK, config.block_m)
 
 
-def _count(whole: int, part: int) -> int:
+def _ceil_div(whole: int, part: int) -> int:
     return -(-whole // part)
 
 
@@ -121,32 +87,28 @@ def _multiply(
     config: Config | None,
     *,
     rows: int | None = None,
-    scale: Tensor | None = None,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
     partial: Tensor | None = None,
     gelu: bool = False,
-    add: bool = False,
 ) -> Tensor:
-    """What all of these are: `matmul.product`.  partial: for sums of squares of the results"""
-    config = config or ANYWHERE
+    """Launches `matmul.product`.  rows: of one image; partial: takes the sums of squares of the results"""
+    config = config or PORTABLE
     (m, k), n = x.shape, len(w)
     rows = rows or m
     chunk = _chunk(rows, config)
-    chunks = _count(rows, chunk)
+    chunks = _ceil_div(rows, chunk)
     padded = rows if partial is None else chunks * chunk
-    tiles_m, tiles_n = _count(m // rows * padded, config.block_m), _count(n, config.block_n)
+    tiles_m, tiles_n = _ceil_div(m // rows * padded, config.block_m), _ceil_div(n, config.block_n)
     programs = _programs(config, tiles_m * tiles_n, x.device)
     tma = config.tma and padded == rows and all(k * t.element_size() % 16 == 0 for t in (x, w))
     launch(product, (programs,))(
-        described(x, config.block_m, config.block_k) if tma else x,
-        described(w, config.block_n, config.block_k) if tma else w,
-        scale, row_scale, column_scale, bias, out, partial,
+        tensor_descriptor(x, config.block_m, config.block_k) if tma else x,
+        tensor_descriptor(w, config.block_n, config.block_k) if tma else w,
+        row_scale, column_scale, bias, out, partial,
         m, n, k, rows, padded, m // rows * chunks, tiles_m, tiles_n, programs,
-        SPANS=0 if scale is None else _spans(rows, config.block_m),
         GELU=gelu,
         RESPONSE=partial is not None,
-        ADD=add,
         PADDED=padded != rows,
         EVEN_K=k % config.block_k == 0,
         PRECISION="ieee",
@@ -161,13 +123,6 @@ def _multiply(
         num_stages=config.stages,
     )  # fmt: skip
     return out
-
-
-def _spans(rows: int, block_m: int) -> int:
-    """Of how many images a tile's rows may be; 3 is any number."""
-    if rows % block_m == 0:
-        return 1
-    return 2 if rows >= block_m else 3
 
 
 def _programs(config: Config, tiles: int, device: torch.device) -> int:

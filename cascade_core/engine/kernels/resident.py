@@ -1,12 +1,12 @@
 """GELU and global response norm in one launch, for feature maps that fit the registers of the whole device.
 
-A program takes all positions of one image for a stripe of channels and holds them, two 16-bit values to a register,
-so that h is read once and written once. A stripe is a main part and perhaps a rest, powers of two both, so that stripes
-come in more widths. The norm of a channel is then its own business; of the others it needs only
-the mean of all norms. So each program leaves its sum where the others find it, and waits for them.
+A program keeps all positions of one image for a stripe of channels in registers, two 16-bit values in each, so that h
+is read once and written once. A stripe consists of a main part and optionally a rest, both powers of two, which allows
+more widths. Every channel's norm is then local to one program; only the mean of all norms needs a reduction over the
+grid: each program stores its partial sum in a workspace and waits until all have done so.
 
-Waiting needs all programs on the device at once: `plan` counts registers, and a cooperative launch fails, rather than
-hangs, where they do not fit. No other kernel that waits may run beside it.
+Waiting requires all programs to be resident at once: `plan` counts registers, and a cooperative launch fails, rather
+than hangs, where they do not fit. No other kernel with a grid-wide barrier may run at the same time.
 """
 
 from functools import lru_cache
@@ -31,19 +31,19 @@ STRIPES = (
 )  # channels of the main part and of the rest
 WARPS = (16, 8, 4)
 REGISTERS = 65536  # of a multiprocessor
-THREADS = 2048  # that it holds at most
-ROWS = 64  # positions of a tile of the main part; the rest's tiles are as large
-FREE = 48  # registers a thread needs beside what it holds
-LAP = tl.constexpr(1 << 16)  # what the arrivals of one launch add up to
+THREADS = 2048  # resident on a multiprocessor at most
+ROWS = 64  # positions of a tile of the main part; a tile of the rest has as many elements
+OVERHEAD = 48  # registers a thread needs beside the feature map
+ROUND = tl.constexpr(1 << 16)  # by which each launch advances the arrival counters
 
 
 class Plan(NamedTuple):
-    """How one launch is divided."""
+    """The division of one launch into programs."""
 
     main: int  # channels of a stripe
-    rest: int  # the others, if any
+    rest: int  # channels of the rest, or 0
     num_warps: int
-    registers: int  # a thread may use, so that all programs find room
+    registers: int  # limit per thread with which all programs are resident
 
     @property
     def channels(self) -> int:
@@ -57,15 +57,15 @@ class Plan(NamedTuple):
         """Of the main part and of the rest, for n positions."""
         return triton.cdiv(n, ROWS), triton.cdiv(n, self.rest_rows()) if self.rest else 0
 
-    def held(self, n: int) -> int:
-        """Registers of a thread."""
+    def data_registers(self, n: int) -> int:
+        """Registers per thread that hold the feature map of n positions."""
         return triton.cdiv(sum(self.tiles(n)) * ROWS * self.main // 2, 32 * self.num_warps)
 
 
 @lru_cache
 def plan(batch: int, n: int, k: int, multiprocessors: int) -> Plan | None:
-    """The division that keeps most multiprocessors busy for h (batch, n, k); None: h does not fit."""
-    best, most = None, 0.0
+    """The division of h (batch, n, k) that keeps most multiprocessors busy, or None where h does not fit."""
+    best, best_busy = None, 0.0
     for main, rest in STRIPES:
         share = triton.cdiv(batch * triton.cdiv(k, main + rest), multiprocessors)
         busy = batch * k / ((main + rest) * share * multiprocessors)
@@ -73,8 +73,12 @@ def plan(batch: int, n: int, k: int, multiprocessors: int) -> Plan | None:
             threads = 32 * warps
             limit = min(248, REGISTERS // (share * threads) // 8 * 8)
             division = Plan(main, rest, warps, limit)
-            if share * threads <= THREADS and division.held(n) + FREE <= limit and busy > most:
-                best, most = division, busy
+            if (
+                share * threads <= THREADS
+                and division.data_registers(n) + OVERHEAD <= limit
+                and busy > best_busy
+            ):
+                best, best_busy = division, busy
     return best
 
 
@@ -84,7 +88,7 @@ def fits(h: Tensor) -> bool:
 
 
 def response_workspace(batch: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sums and arrivals for up to `batch` images of up to k channels: made once, used by every launch."""
+    """Partial sums and arrival counters for up to `batch` images of k channels; every launch may share them."""
     sums = torch.empty(batch, triton.cdiv(k, min(map(sum, STRIPES))), dtype=torch.float32, device=device)
     return sums, torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -95,10 +99,10 @@ def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor
     h: (B, N, K) for which `fits`, gamma: (K,), workspace: `response_workspace` of this device, on one stream at a time
     """
     batch, n, k = h.shape
-    chosen = _plan_of(h)
-    assert chosen is not None, "gelu_response_norm was called with what does not fit."
+    division = _plan_of(h)
+    assert division is not None, "gelu_response_norm was called with a feature map that does not fit."
     sums, arrivals = workspace
-    stripes = triton.cdiv(k, chosen.channels)
+    stripes = triton.cdiv(k, division.channels)
     launch(_gelu_response_norm, (stripes, batch))(
         h.view(torch.int32),
         gamma,
@@ -107,16 +111,16 @@ def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor
         n,
         EPS,
         k,
-        chosen.main // 2,
-        chosen.rest // 2,
+        division.main // 2,
+        division.rest // 2,
         ROWS,
-        chosen.rest_rows(),
-        *chosen.tiles(n),
+        division.rest_rows(),
+        *division.tiles(n),
         triton.next_power_of_2(stripes),
         tl.bfloat16 if h.dtype == torch.bfloat16 else tl.float16,
         triton.knobs.runtime.interpret,
-        num_warps=chosen.num_warps,
-        maxnreg=chosen.registers,
+        num_warps=division.num_warps,
+        maxnreg=division.registers,
         launch_cooperative_grid=True,
     )
     return h
@@ -133,8 +137,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def halves(pair, DTYPE: tl.constexpr):
-    """Two 16-bit values from int32, as float32; the first lies in the lower bits."""
+def unpack(pair, DTYPE: tl.constexpr):
+    """Two 16-bit values from int32, as float32; the first is in the lower bits."""
     low = (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
     high = (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
     return low.to(tl.float32), high.to(tl.float32)
@@ -142,15 +146,15 @@ def halves(pair, DTYPE: tl.constexpr):
 
 @triton.jit
 def opaque(pair, INTERPRETED: tl.constexpr):
-    """The same. The compiler cannot tell, and holds one register in place of the two halves that it knows already."""
+    """The identity, hidden from the compiler: so it keeps one register instead of the two halves it knows already."""
     if not INTERPRETED:
         pair = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [pair], tl.int32, is_pure=False, pack=1)
     return pair
 
 
 @triton.jit
-def joined(low, high, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The way back, rounded to DTYPE, in one instruction."""
+def pack(low, high, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Two float32 values as one int32, rounded to DTYPE, in one instruction."""
     if INTERPRETED:
         low_bits = low.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
         high_bits = high.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
@@ -167,26 +171,26 @@ def joined(low, high, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def sum_of_all(own, sums, arrivals, SLOTS: tl.constexpr):
-    """The sum of `own` over the programs of grid axis 0, added in the same order by each of them.
+def grid_sum(value, sums, arrivals, SLOTS: tl.constexpr):
+    """The sum of `value` over the programs of grid axis 0, added in the same order by each of them.
 
-    Every launch adds LAP to `arrivals`, however many programs it has: a count needs no reset between launches.
+    Every launch adds ROUND to `arrivals`, whatever its number of programs, so the counter needs no reset.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    tl.store(sums + program, own)
+    tl.store(sums + program, value)
     tl.debug_barrier()
-    step = tl.where(program == 0, LAP - programs + 1, 1).to(tl.int64)
+    step = tl.where(program == 0, ROUND - programs + 1, 1).to(tl.int64)
     arrived = tl.atomic_add(arrivals, step, sem="acq_rel", scope="gpu")
-    goal = (arrived // LAP + 1) * LAP
+    goal = (arrived // ROUND + 1) * ROUND
     arrived += step
     while arrived < goal:
         arrived = tl.atomic_add(arrivals, tl.zeros_like(step), sem="acquire", scope="gpu")
-    place = tl.arange(0, SLOTS)
-    return tl.sum(tl.load(sums + place, mask=place < programs, other=0.0, cache_modifier=".cg"))
+    slot = tl.arange(0, SLOTS)
+    return tl.sum(tl.load(sums + slot, mask=slot < programs, other=0.0, cache_modifier=".cg"))
 
 
 @triton.jit
-def hold(
+def load_activated(
     h,
     n,
     pair,
@@ -197,35 +201,35 @@ def hold(
     DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """GELU of one image h (n, k / 2), in the columns `pair` (1, PAIRS) -> its tiles; norms of both halves, as `pair`"""
+    """GELU of columns `pair` (1, PAIRS) of an image h (n, k / 2) -> its tiles, and both halves' norms (1, PAIRS)"""
     row = tl.arange(0, ROWS)[:, None]
     inside = pair < k // 2
-    here = h + (row * (k // 2) + pair)
-    held = ()
+    pointers = h + (row * (k // 2) + pair)
+    tiles = ()
     low_sum = tl.zeros((ROWS, PAIRS), tl.float32)
     high_sum = tl.zeros((ROWS, PAIRS), tl.float32)
     for tile in tl.static_range(TILES):
         pairs = tl.zeros((ROWS, PAIRS), tl.int32)
-        # Always so, but the compiler cannot tell: it finishes tile by tile, and does not leave all roundings for
-        # last, for which registers run out.
+        # Always true, which the compiler cannot know: it finishes tile by tile instead of leaving all roundings for
+        # the end, where registers run out.
         if tile * ROWS < n:
-            # Only the last tile may be short. Addresses are one base and constants: others would be held as well.
+            # Only the last tile may be short. Addresses are one base plus constants, to save registers.
             present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
-            low, high = halves(tl.load(here + tile * ROWS * (k // 2), mask=present, other=0), DTYPE)
-            pairs = joined(gelu(low), gelu(high), DTYPE, INTERPRETED)
-            low, high = halves(pairs, DTYPE)
+            low, high = unpack(tl.load(pointers + tile * ROWS * (k // 2), mask=present, other=0), DTYPE)
+            pairs = pack(gelu(low), gelu(high), DTYPE, INTERPRETED)
+            low, high = unpack(pairs, DTYPE)
             low_sum += low * low
             high_sum += high * high
-        held = held + (opaque(pairs, INTERPRETED),)  # noqa: RUF005
+        tiles = tiles + (opaque(pairs, INTERPRETED),)  # noqa: RUF005
     low_r = tl.sqrt(tl.sum(low_sum, axis=0, keep_dims=True))
     high_r = tl.sqrt(tl.sum(high_sum, axis=0, keep_dims=True))
-    return held, low_r, high_r
+    return tiles, low_r, high_r
 
 
 @triton.jit
-def release(
+def store_normalised(
     h,
-    held,
+    tiles,
     low_r,
     high_r,
     gamma,
@@ -239,19 +243,19 @@ def release(
     DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Stores what `hold` held, scaled."""
+    """Stores the tiles of `load_activated` times their response norm."""
     row = tl.arange(0, ROWS)[:, None]
     inside = pair < k // 2
-    here = h + (row * (k // 2) + pair)
+    pointers = h + (row * (k // 2) + pair)
     low_gamma = tl.load(gamma + 2 * pair, mask=inside, other=0.0).to(tl.float32)
     high_gamma = tl.load(gamma + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
     low_share = response_share(low_r, low_gamma, mean, eps)
     high_share = response_share(high_r, high_gamma, mean, eps)
     for tile in tl.static_range(TILES):
         present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
-        low, high = halves(held[tile], DTYPE)
-        pairs = joined(low * low_share, high * high_share, DTYPE, INTERPRETED)
-        tl.store(here + tile * ROWS * (k // 2), pairs, mask=present)
+        low, high = unpack(tiles[tile], DTYPE)
+        pairs = pack(low * low_share, high * high_share, DTYPE, INTERPRETED)
+        tl.store(pointers + tile * ROWS * (k // 2), pairs, mask=present)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -277,17 +281,19 @@ def _gelu_response_norm(
     h += image.to(tl.int64) * n * (k // 2)
     first = tl.program_id(0) * (MAIN + REST)
     pair = first + tl.arange(0, MAIN)[None, :]
-    held, low_r, high_r = hold(h, n, pair, k, MAIN, ROWS, TILES, DTYPE, INTERPRETED)
-    own = tl.sum(low_r + high_r)
+    tiles, low_r, high_r = load_activated(h, n, pair, k, MAIN, ROWS, TILES, DTYPE, INTERPRETED)
+    norms = tl.sum(low_r + high_r)
     if REST > 0:
         rest_pair = first + MAIN + tl.arange(0, REST)[None, :]
-        rest, low_rest, high_rest = hold(h, n, rest_pair, k, REST, REST_ROWS, REST_TILES, DTYPE, INTERPRETED)
-        own += tl.sum(low_rest + high_rest)
+        rest_tiles, low_rest, high_rest = load_activated(
+            h, n, rest_pair, k, REST, REST_ROWS, REST_TILES, DTYPE, INTERPRETED
+        )
+        norms += tl.sum(low_rest + high_rest)
 
-    mean = sum_of_all(own, sums + image * tl.num_programs(0), arrivals + image, SLOTS) / k
-    release(h, held, low_r, high_r, gamma, mean, eps, n, pair, k, ROWS, TILES, DTYPE, INTERPRETED)
+    mean = grid_sum(norms, sums + image * tl.num_programs(0), arrivals + image, SLOTS) / k
+    store_normalised(h, tiles, low_r, high_r, gamma, mean, eps, n, pair, k, ROWS, TILES, DTYPE, INTERPRETED)
     if REST > 0:
-        release(
-            h, rest, low_rest, high_rest, gamma, mean, eps, n, rest_pair,
+        store_normalised(
+            h, rest_tiles, low_rest, high_rest, gamma, mean, eps, n, rest_pair,
             k, REST_ROWS, REST_TILES, DTYPE, INTERPRETED,
         )  # fmt: skip

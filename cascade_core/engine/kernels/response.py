@@ -1,10 +1,10 @@
 """GELU and global response norm (ConvNeXt V2, section 3.2) over the hidden width of a residual block's MLP.
 
-h · (1 + gamma · r / (mean_K(r) + ε)), r: the norm of each channel over the positions of one image. The additive beta
-is no business of these kernels: it passes linearly into the next product's bias.
+h · (1 + gamma · r / (mean_K(r) + ε)), r: the norm of each channel over the positions of one image. beta is folded into
+the next layer's bias.
 
-In three launches for any size, or in one where h fits the registers of the whole device (`resident.py`). Sums run in a
-fixed order: results are the same from run to run.
+Three launches for any size, or one where h fits the registers of the whole device (`resident.py`). Sums are added in a
+fixed order, so results are deterministic.
 """
 
 import triton
@@ -15,14 +15,14 @@ from .launch import launch
 from .matmul import gelu
 
 EPS = 1e-6
-BLOCK_K = 256  # channels a program
-BLOCK_N = 16  # positions it takes at a time
-PROGRAMS = 256  # for each image at least: with two images about four on every multiprocessor
+BLOCK_K = 256  # channels of a program
+BLOCK_N = 16  # positions per step of a program
+PROGRAMS = 256  # per image at least: with two images about four on every multiprocessor
 SCALE_ELEMENTS = 32768  # partial sums that a program of `response_scale` adds at a time
 
 
 def response_chunks(n: int, k: int) -> int:
-    """Into how many chunks `gelu_response` divides n positions of k channels: what `partial` has to hold."""
+    """The number of chunks into which `gelu_response` divides n positions of k channels: the size of `partial`."""
     wanted = triton.cdiv(PROGRAMS, triton.cdiv(k, BLOCK_K))
     return triton.cdiv(n, _rows_per_chunk(n, wanted))
 
@@ -57,7 +57,7 @@ def response_scale(partial: Tensor, gamma: Tensor, scale: Tensor) -> Tensor:
 
 
 def apply_response(h: Tensor, scale: Tensor) -> Tensor:
-    """h = h · scale, that of its image.  h: (B, N, K), scale: (B, K) float32"""
+    """h = h · scale, each image by its own.  h: (B, N, K), scale: (B, K) float32"""
     batch, n, k = h.shape
     grid = (triton.cdiv(k, BLOCK_K), triton.cdiv(n, 2 * BLOCK_N), batch)
     launch(_apply_response, grid)(h, scale, n, k, 2 * BLOCK_N, BLOCK_K)
@@ -66,7 +66,7 @@ def apply_response(h: Tensor, scale: Tensor) -> Tensor:
 
 @triton.jit
 def response_share(r, gamma, mean, eps):
-    """What a channel of norm r is scaled by, where the norms' mean is `mean`."""
+    """The factor of a channel with norm r, where the mean of all norms is `mean`."""
     return 1.0 + gamma * r / (mean + eps)
 
 
@@ -88,9 +88,9 @@ def _gelu_response(
     for first in range(start, end, BLOCK_N):
         row = first + tl.arange(0, BLOCK_N)[:, None]
         present = (row < end) & (c < k)
-        here = h + row.to(tl.int64) * k + c
-        value = gelu(tl.load(here, mask=present, other=0.0).to(tl.float32))
-        tl.store(here, value.to(h.dtype.element_ty), mask=present)
+        pointers = h + row.to(tl.int64) * k + c
+        value = gelu(tl.load(pointers, mask=present, other=0.0).to(tl.float32))
+        tl.store(pointers, value.to(h.dtype.element_ty), mask=present)
         total += value * value
     sums = tl.sum(total, axis=0, keep_dims=True)
     tl.store(partial + (image * tl.num_programs(1) + chunk) * k + c, sums, mask=c < k)
@@ -133,7 +133,7 @@ def _apply_response(
     c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     present = (row < n) & (c < k)
-    here = h + image.to(tl.int64) * n * k + row.to(tl.int64) * k + c
+    pointers = h + image.to(tl.int64) * n * k + row.to(tl.int64) * k + c
     share = tl.load(scale + image * k + c, mask=c < k, other=0.0)
-    value = tl.load(here, mask=present, other=0.0).to(tl.float32) * share
-    tl.store(here, value.to(h.dtype.element_ty), mask=present)
+    value = tl.load(pointers, mask=present, other=0.0).to(tl.float32) * share
+    tl.store(pointers, value.to(h.dtype.element_ty), mask=present)

@@ -1,14 +1,14 @@
-"""Tiles that hold whole rows of (B, N, C), and LayerNorm over them."""
+"""Tiles of whole rows of (B, N, C), and LayerNorm over them."""
 
 import triton
 import triton.language as tl
 
-ELEMENTS = 2048  # of a tile: 16 float32 registers for each thread of four warps; measured on an H100
+ELEMENTS = 2048  # of a tile: 16 float32 registers per thread of four warps; measured on an H100
 WARPS = 4
 
 
 def row_tile(channels: int, elements: int = ELEMENTS) -> tuple[int, int]:
-    """(rows, channels rounded up to a power of two) of a tile of about that many elements."""
+    """(rows, channels rounded up to a power of two) of a tile of about `elements` elements."""
     block = triton.next_power_of_2(channels)
     return max(1, elements // block), block
 

@@ -1,8 +1,8 @@
-"""How matrix products are cut up, and which way has been measured to be fastest.
+"""Tile configurations of fused matrix products, and the table of the fastest measured ones.
 
-`benchmarks/tune_products.py` writes `tuned.json`: by device, function of products.py and size "M×N×K" (with x for ×),
-the fields of a Config, or "cublas" where PyTorch's own product with kernels around it is faster. A device that is not
-in it goes by one of the same compute capability (an H200 by the H100).
+`benchmarks/tune_products.py` writes `tuned.json`: by device, function of products.py and size "MxNxK", the fields of a
+Config, or "cublas" where PyTorch's own product followed by separate kernels is faster. A device without an entry uses
+that of a device of the same compute capability (an H200 the H100's).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 
 TABLE = Path(__file__).parents[1] / "tuned.json"
 CUBLAS = "cublas"
-NEAR = 2.0  # a product that is not in the table is computed as the one with at most so many times more or fewer rows
+MAX_ROW_RATIO = 2.0  # between a product that is not in the table and the entry used for it
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a product is cut up.
+    """Tile configuration of a product.
 
-    A tile has block_m × block_n results, computed block_k of K at a time by `warps` warps, with `stages` - 1 loads
-    under way; `group` rows of tiles are computed together. `schedule`: see matmul.py. `tma`: operands are loaded by
-    the tensor memory accelerator (compute capability 9 and up). `per_sm`: programs at a time on a multiprocessor,
-    for the schedule `loop`.
+    A tile has block_m × block_n results, computed block_k of K at a time by `warps` warps, with `stages` - 1 loads in
+    flight; `group` rows of tiles are computed together. schedule: see matmul.py. tma: load operands with the tensor
+    memory accelerator (compute capability 9 and up). per_sm: resident programs per multiprocessor, for the schedule
+    `loop`.
     """
 
     block_m: int
@@ -41,11 +41,11 @@ class Config:
     per_sm: int = 1
 
 
-ANYWHERE = Config(64, 64, 32, warps=4, stages=2)  # within every card's shared memory
+PORTABLE = Config(64, 64, 32, warps=4, stages=2)  # fits every card's shared memory
 
 
 def choose(op: str, m: int, n: int, k: int, device: torch.device | str) -> Config | None:
-    """The fastest way known to compute `op`, a function of products.py, with x: (m, k), w: (n, k). None: cuBLAS."""
+    """The fastest known Config of `op`, a function of products.py, for x: (m, k), w: (n, k); None for cuBLAS."""
     return _choose(op, m, n, k, torch.device(device))
 
 
@@ -64,20 +64,21 @@ def device_key(device: torch.device) -> str:
 
 
 def for_device(table: dict[str, Any], key: str) -> dict[str, Any]:
-    """What was measured on that device, or else on the first of its compute capability; {}: nothing."""
+    """The entry of a device, or of the first one with its compute capability, or {}."""
     capability, _, _ = key.partition(" ")
-    return table.get(key) or next((of for other, of in table.items() if other.split()[0] == capability), {})
+    same = (entry for name, entry in table.items() if name.split()[0] == capability)
+    return table.get(key) or next(same, {})
 
 
 def nearest(winners: dict[str, Any], m: int, n: int, k: int) -> dict[str, Any] | str:
-    """The winner for the same weights and as many rows, or about as many."""
-    distances = {}
+    """The winner for the same weights and the nearest number of rows."""
+    ratios = {}
     for size, winner in winners.items():
         rows, *weights = map(int, size.split("x"))
-        distance = max(m / rows, rows / m)
-        if weights == [n, k] and distance <= NEAR:
-            distances[distance] = winner
-    return distances[min(distances)] if distances else CUBLAS
+        ratio = max(m / rows, rows / m)
+        if weights == [n, k] and ratio <= MAX_ROW_RATIO:
+            ratios[ratio] = winner
+    return ratios[min(ratios)] if ratios else CUBLAS
 
 
 @cache

@@ -1,7 +1,7 @@
-"""What Stage A's residual blocks are made of besides products.
+"""Kernels of Stage A's residual blocks, beside the products.
 
-The gammas of a block scale, shift and gate whole feature maps: scalars, read on the device so that nothing waits for
-them. Its depthwise convolution, which repeats the border, is `depthwise.depthwise_gate_norm`.
+The gammas of a block scale, shift and gate whole feature maps: scalars, read on the device to avoid synchronisation.
+The depthwise convolution with replicated border is `depthwise.depthwise_gate_norm`.
 """
 
 import triton
@@ -12,7 +12,7 @@ from .launch import launch
 from .matmul import gelu as gelu_of
 from .rows import WARPS, normalised, row_tile
 
-ELEMENTS = 4096  # a program, where rows do not matter
+ELEMENTS = 4096  # per program of element-wise kernels
 
 
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, eps: float = 1e-6) -> Tensor:
@@ -55,6 +55,6 @@ def _norm_modulate(
 
 @triton.jit
 def _gelu(h, size, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(h + place, mask=place < size, other=0.0).to(tl.float32)
-    tl.store(h + place, gelu_of(value).to(h.dtype.element_ty), mask=place < size)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(h + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    tl.store(h + offsets, gelu_of(value).to(h.dtype.element_ty), mask=offsets < size)
