@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.hints.kinds import KINDS, ControlNetKind
 
 GB, MB = 10**9, 10**6
 
@@ -87,11 +88,12 @@ def _stage(name: str, description: str, size: int, traits: Mapping[str, Any]) ->
     )
 
 
-def _controlnet(task: str, description: str, size: int, traits: Mapping[str, Any]) -> PublishedFile:
+def _controlnet(kind: ControlNetKind, description: str, size: int) -> PublishedFile:
     # ComfyUI's own examples put `stable_cascade_` before these names too.
-    path, saved_as = f"controlnet/{task}.safetensors", f"stable_cascade_{task}.safetensors"
+    path, saved_as = f"controlnet/{kind.name}.safetensors", f"stable_cascade_{kind.name}.safetensors"
+    traits = {"bottleneck_mode": kind.backbone, "c_in": kind.channels}
     return PublishedFile(
-        f"controlnet_{task}", description, size, path, "controlnet", saved_as, "controlnet", traits
+        f"controlnet_{kind.name}", description, size, path, "controlnet", saved_as, "controlnet", traits
     )
 
 
@@ -171,13 +173,9 @@ _FILES = (
         repo="openai/clip-vit-large-patch14",
         licence=OPENAI,
     ),
-    _controlnet("canny", "ControlNet for edges", 218 * MB, {"bottleneck_mode": "effnet", "c_in": 1}),
-    _controlnet(
-        "inpainting", "ControlNet for inpainting", 218 * MB, {"bottleneck_mode": "effnet", "c_in": 4}
-    ),
-    _controlnet(
-        "super_resolution", "ControlNet for super resolution", 814 * MB, {"bottleneck_mode": "large"}
-    ),
+    _controlnet(KINDS["canny"], "ControlNet for edges", 218 * MB),
+    _controlnet(KINDS["inpainting"], "ControlNet for inpainting", 218 * MB),
+    _controlnet(KINDS["super_resolution"], "ControlNet for super resolution", 814 * MB),
     _all_in_one("stage_c", "Stage C with encoders, compressor and previewer in one, for ComfyUI", 9_220 * MB),
     _all_in_one("stage_b", "Stage B with text encoder and Stage A in one, for ComfyUI", 4_550 * MB),
 )

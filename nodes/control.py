@@ -6,11 +6,11 @@ from torch import Tensor
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.geometry import COMPRESSOR_STRIDE, stage_c_size, whole_size
 from ..cascade_core.hints.canny import canny_hint
+from ..cascade_core.hints.control import check_hint
 from ..cascade_core.hints.filters import identity_map, inpaint_hint, super_resolution_hint
 from .api import io
 from .faces import find_faces
 from .hosts import host
-from .hosts.control import check_hint
 from .sizes import compression_input, empty_stage_b, empty_stage_c, resized
 from .sockets import check_finite, check_picture, check_vae
 

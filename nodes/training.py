@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.hints.kinds import KINDS
 from .api import io
 from .files import check, file_input, find, stamp
 from .hosts import host
@@ -215,7 +216,7 @@ class CascadeTrainControlNet(TrainingNode):
                 *common_inputs("controlnet"),
                 io.Combo.Input(
                     "hint",
-                    options=["canny", "inpainting", "super_resolution"],
+                    options=[name for name in KINDS if name != "identity"],  # needs a network for faces
                     default="canny",
                     tooltip="What the ControlNet learns to follow: edges, a picture with a hole, or a small picture.",
                 ),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import CascadeError
+from ..hints.kinds import KindName
 from .typed_yaml import build, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class ControlNetSettings:
     `config` gives what differs from the published one: proj_blocks, bottleneck_mode, stem, stages, c_last, …
     """
 
-    hint: Literal["canny", "inpainting", "super_resolution", "identity"] = "canny"
+    hint: KindName = "canny"
     start: str = "compressor"
     config: dict[str, Any] = field(default_factory=dict)
     scale: float = 2.0  # super_resolution: how many times smaller the small picture is, a side

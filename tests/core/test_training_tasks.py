@@ -8,8 +8,9 @@ from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.diffusion.guidance import guide
+from cascade_nodes.cascade_core.hints.kinds import KINDS
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
-from cascade_nodes.cascade_core.training.data.hints import HINTS, Tools
+from cascade_nodes.cascade_core.training.data.hints import MAKERS, Tools
 from cascade_nodes.cascade_core.training.data.masks import (
     masks_around_things,
     random_masks,
@@ -179,7 +180,7 @@ def test_a_controlnet_file_gives_the_trained_residuals(world, tmp_path, x, name)
     loop.task.write(loop.state, path, {})
     network, _, config = load_model(path, "controlnet", torch.float32)
     assert config["proj_blocks"] == [0, 1, 2, 3]
-    hint = torch.rand(2, HINTS[settings.controlnet.hint].channels, 128, 96)
+    hint = torch.rand(2, KINDS[settings.controlnet.hint].channels, 128, 96)
     stage_c = stage_c_of(settings)
     with loop.task.using(loop.state) as trained:
         wanted = trained(**x, hint=hint)
@@ -420,7 +421,7 @@ def test_the_identity_hint_maps_faces_where_they_are():
     found = [(faces[:1], boxes[:1])] * 50 + [(faces, boxes), (faces[:0], boxes[:0])]
     images = torch.rand(len(found), 3, 128, 128)
     tools = Tools(find_faces=lambda given: found if given is images else [])
-    maps = HINTS["identity"].make(images, torch.Generator().manual_seed(1), tools)
+    maps = MAKERS["identity"](images, torch.Generator().manual_seed(1), tools)
     assert maps.shape == (52, 512, 4, 4)
     quarter = torch.zeros(512, 4, 4)
     quarter[:, :2, :2] = faces[0, :, None, None]

@@ -7,6 +7,7 @@ import torch
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.hints.canny import canny_hint
+from cascade_nodes.cascade_core.hints.control import fit_hint
 from cascade_nodes.cascade_core.hints.filters import inpaint_hint
 from cascade_nodes.cascade_core.networks.config import ControlNetConfig
 from cascade_nodes.nodes import faces
@@ -16,7 +17,6 @@ from cascade_nodes.nodes.control import (
     CascadeInpaintHint,
     CascadeSuperResolutionHint,
 )
-from cascade_nodes.nodes.hosts.control import fit_hint
 from cascade_nodes.nodes.loaders import CascadeCompressorLoader, StageAVAE
 
 GREY = ControlNetConfig(c_in=1, proj_blocks=(0,))

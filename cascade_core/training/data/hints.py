@@ -1,7 +1,7 @@
 """The hint of each kind of ControlNet, made from a training picture; what is random in it comes from a generator."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ from ...errors import CascadeError
 from ...geometry import COMPRESSOR_STRIDE, STAGE_C_COMPRESSION
 from ...hints.canny import canny
 from ...hints.filters import identity_map, inpaint_hint, shrink, super_resolution_hint
+from ...hints.kinds import KindName
 from ..settings import ControlNetSettings, Reads
 from .masks import training_masks
 
@@ -30,13 +31,8 @@ class Tools:
     find_faces: FindFaces | None = None
 
 
-@dataclass(frozen=True)
-class Hint:
-    """make(images (B, 3, H, W) in [0, 1], generator, tools) -> (B, channels, …); backbone: the published one."""
-
-    make: Callable[[Tensor, torch.Generator, Tools], Tensor]
-    channels: int
-    backbone: str = "effnet"
+# (images (B, 3, H, W) in [0, 1], generator, tools) -> (B, C, …)
+MakeHint = Callable[[Tensor, torch.Generator, Tools], Tensor]
 
 
 def _canny(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
@@ -102,17 +98,16 @@ def _identity(images: Tensor, generator: torch.Generator, tools: Tools) -> Tenso
     return torch.cat(maps).to(images.device)
 
 
-def hint_of(settings: ControlNetSettings) -> Hint:
-    """The hint that a run's settings ask for."""
-    hint = HINTS[settings.hint]
-    if settings.hint != "super_resolution":
-        return hint
-    return replace(hint, make=partial(_super_resolution, scale=settings.scale, reads=settings.reads))
+def hint_maker(settings: ControlNetSettings) -> MakeHint:
+    """What makes the hint that a run's settings ask for."""
+    if settings.hint == "super_resolution":
+        return partial(_super_resolution, scale=settings.scale, reads=settings.reads)
+    return MAKERS[settings.hint]
 
 
-HINTS: dict[str, Hint] = {
-    "canny": Hint(_canny, 1),
-    "inpainting": Hint(_inpainting, 4),
-    "super_resolution": Hint(_super_resolution, 16, "large"),
-    "identity": Hint(_identity, 512, "simple"),
+MAKERS: dict[KindName, MakeHint] = {
+    "canny": _canny,
+    "inpainting": _inpainting,
+    "super_resolution": _super_resolution,
+    "identity": _identity,
 }

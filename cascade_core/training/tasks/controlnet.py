@@ -13,13 +13,14 @@ from torch.func import functional_call
 
 from ...checkpoints import load_model, write_safetensors
 from ...errors import CascadeError
+from ...hints.kinds import KINDS
 from ...networks.compressor import SemanticCompressor
 from ...networks.config import PUBLISHED_BLOCKS
 from ...networks.controlnet import ControlNet
 from ...networks.stage_c import StageC
 from ..cuda_graphs import GraphedFunction
 from ..data.batches import Batch
-from ..data.hints import HINTS, FindFaces, Tools, hint_of
+from ..data.hints import FindFaces, Tools, hint_maker
 from ..settings import ControlNetSettings, ObjectiveSettings
 from .base import Inputs, State, Task
 from .conditions import CachedText, Conditions
@@ -48,7 +49,7 @@ class ControlNetTask(Task):
     ):
         """compressor: on its device, where the backbone or the hint needs it."""
         super().__init__(stage_c, text, objective, dtype)
-        self.hint = hint_of(settings)
+        self.make_hint = hint_maker(settings)
         self.tools = Tools(compressor if settings.hint == "super_resolution" else None, find_faces)
         torch.manual_seed(seed)
         network = build_controlnet(settings, stage_c, compressor)
@@ -60,7 +61,7 @@ class ControlNetTask(Task):
     def prepare(self, batch: Batch, generator: torch.Generator) -> Inputs:
         assert batch.images is not None
         images = batch.images.to(self.device).float() / 255
-        hint = self.hint.make(images, generator, self.tools)
+        hint = self.make_hint(images, generator, self.tools)
         return self.inputs(batch, hint)
 
     def record(self) -> None:
@@ -123,14 +124,14 @@ def build_controlnet(
         assert isinstance(network, ControlNet)
         _check_width(network, stage_c, settings.start)
         return network
-    hint = HINTS[settings.hint]
+    kind = KINDS[settings.hint]
     defaults: dict[str, Any] = {
-        "c_in": hint.channels,
+        "c_in": kind.channels,
         "c_proj": stage_c.config.c_hidden[0],
         "proj_blocks": published_blocks(stage_c),
-        "bottleneck_mode": hint.backbone,
+        "bottleneck_mode": kind.backbone,
     }
-    from_compressor = settings.start == "compressor" and hint.backbone == "effnet"
+    from_compressor = settings.start == "compressor" and kind.backbone == "effnet"
     if from_compressor and compressor is not None:
         config = compressor.config
         defaults |= {"stem": config.stem, "stages": config.stages, "c_last": config.c_last}

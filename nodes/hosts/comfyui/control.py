@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ....cascade_core import checkpoints
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.hints import control as controlnets
 from ....cascade_core.networks import activations
-from .. import control as shared
+from ..control import Control
 from .hosted import WholeLayers
 
 
@@ -45,7 +46,7 @@ class CascadeControl(comfy.controlnet.ControlBase):
         super().__init__()
         self.patcher = patcher
         self.blocks = 0  # residual blocks of the MODEL that is being sampled
-        self.residuals: shared.Residuals | None = None
+        self.residuals: controlnets.Residuals | None = None
         self.size: tuple[int, int] | None = None  # of the latent that the residuals are for
 
     @property
@@ -61,9 +62,9 @@ class CascadeControl(comfy.controlnet.ControlBase):
                 f"{self.control.name} is a Stable Cascade ControlNet, but the MODEL is a "
                 f"{type(model).__name__}; connect Stage C, or another ControlNet."
             )
-        widths = shared.residual_blocks(model.diffusion_model)
+        widths = controlnets.residual_blocks(model.diffusion_model)
         self.blocks = len(widths)
-        shared.check_blocks(self.control.network.config, self.control.name, widths)
+        controlnets.check_blocks(self.control.network.config, self.control.name, widths)
 
     def get_control(
         self,
@@ -76,30 +77,32 @@ class CascadeControl(comfy.controlnet.ControlBase):
         """{"input": residuals, the last block's first}, with the earlier ControlNets' added to them."""
         previous = self.previous_controlnet
         before = previous and previous.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        if self.timestep_range is not None and not shared.is_on(t[0], *self.timestep_range):
+        if self.timestep_range is not None and not controlnets.is_on(t[0], *self.timestep_range):
             return before
-        merged: shared.Residuals = list(reversed(before["input"])) if before else []
+        merged: controlnets.Residuals = list(reversed(before["input"])) if before else []
         merged += [None] * (self.blocks - len(merged))
         mine = [
-            None if one is None else shared.for_batch(one, len(x_noisy), batched_number).to(x_noisy.dtype)
+            None
+            if one is None
+            else controlnets.for_batch(one, len(x_noisy), batched_number).to(x_noisy.dtype)
             for one in self._residuals(x_noisy)
         ]
-        shared.add_residuals(merged, mine, self.strength)
+        controlnets.add_residuals(merged, mine, self.strength)
         return {"input": merged[::-1], "middle": [], "output": []}
 
-    def _residuals(self, x_noisy: Tensor) -> shared.Residuals:
+    def _residuals(self, x_noisy: Tensor) -> controlnets.Residuals:
         """For the hint's images; computed once for each size of latent."""
         size = (x_noisy.shape[-2], x_noisy.shape[-1])
         residuals = self.residuals
         if residuals is None or self.size != size:
             config, hint = self.control.network.config, self.cond_hint_original
-            shared.check_hint(config, self.control.name, hint.shape[1])
-            residuals = self.control(shared.fit_hint(hint, config, size).to(x_noisy.device))
+            controlnets.check_hint(config, self.control.name, hint.shape[1])
+            residuals = self.control(controlnets.fit_hint(hint, config, size).to(x_noisy.device))
             self.residuals, self.size = residuals, size
         return residuals
 
     def copy(self) -> "CascadeControl":
-        """As the host's apply nodes make one for each use; the weights are shared."""
+        """As the host's apply nodes make one for each use; the weights are controlnets."""
         other = CascadeControl(self.patcher)
         self.copy_to(other)
         return other
@@ -159,11 +162,11 @@ def apply_controlnet(
     return applied(positive), applied(negative)
 
 
-def describe_controlnet(control_net: Any) -> shared.Control:
+def describe_controlnet(control_net: Any) -> Control:
     """Ours, the host's own Cascade ControlNets, or other models' by their class."""
     if isinstance(control_net, CascadeControl):
-        return shared.Control(control_net.control.name, True, control_net.control.network.config)
+        return Control(control_net.control.name, True, control_net.control.network.config)
     # The host has its own in the class of T2I adapters.
     network = getattr(control_net, "t2i_model", None)
     cascade = isinstance(network, comfy.ldm.cascade.controlnet.ControlNet)
-    return shared.Control(f"a {type(control_net).__name__}", cascade, None)
+    return Control(f"a {type(control_net).__name__}", cascade, None)

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from ....cascade_core import checkpoints
 from ....cascade_core.diffusion.schedule import log_snr as schedule
-from ....cascade_core.networks import activations
-from ..control import (
-    Control,
+from ....cascade_core.hints.control import (
     Residuals,
     add_residuals,
     check_blocks,
@@ -25,6 +23,8 @@ from ..control import (
     range_of,
     residual_blocks,
 )
+from ....cascade_core.networks import activations
+from ..control import Control
 from ..reporting import check_interrupted
 from ..run import Run
 from .device import on_device

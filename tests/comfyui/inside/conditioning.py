@@ -17,9 +17,9 @@ from torch import Tensor
 import nodes
 from cascade_nodes.cascade_core import checkpoints
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.cascade_core.hints.control import residual_blocks
 from cascade_nodes.demo.pipeline import WEIGHTS
 from cascade_nodes.nodes.hosts import comfyui
-from cascade_nodes.nodes.hosts.control import residual_blocks
 
 STEPS = 4
 
