@@ -60,6 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if names and isinstance(item, pytest.Function):
             version = getattr(item.callspec.params["checkout"], "version", "none")
             item.add_marker(pytest.mark.xdist_group(GROUPS[names[0]].format(version)))
+            if names[0] == "published" and version not in ("none", CHECKOUTS[-1].version):
+                item.add_marker(pytest.mark.nightly)  # minutes and gigabytes: the newest alone by day
 
 
 def prepare(base: Path) -> Path:
@@ -120,7 +122,7 @@ def script_of(test_file: Path) -> str:
     return test_file.stem.removeprefix("test_")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def server(checkout: Checkout, servers: Callable[[Checkout], Server]) -> Server:
     """A ComfyUI that is running, shared by the tests of its version."""
     return servers(checkout)

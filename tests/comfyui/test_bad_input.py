@@ -1,4 +1,7 @@
-"""Bad values, files and folders in ComfyUI: the node says what is wrong, and the next prompt works."""
+"""Bad values, files and folders in ComfyUI: the node says what is wrong, and the next prompt works.
+
+What only one prompt is needed for is queued together, with one good prompt after all of them.
+"""
 
 import itertools
 import json
@@ -11,11 +14,147 @@ import torch
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
 from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.nodes.hosts import roles
+from cascade_nodes.tests.comfyui.client import Client
 from cascade_nodes.tests.comfyui.graphs import DECODER, PRIOR, compress, demo, tiny
 from cascade_nodes.tests.headless.record_comfyui import node
 from cascade_nodes.tests.nodes.tiny import TRANSFORMER
 
 SEEDS = itertools.count(1000)
+
+
+def other_model(name):
+    return node("OtherModel", name=name)
+
+
+OTHER_MODELS = [
+    (
+        {"20": other_model("SDXL"), "7.model": ["20", 0]},
+        PRIOR,
+        "The MODEL connected to Cascade Prior Sampler is a SDXL model, but Stage C is expected; connect Load Stage "
+        "C.",
+    ),
+    (
+        {"20": other_model("SD 1.5"), "8.model": ["20", 0]},
+        DECODER,
+        "The MODEL connected to Cascade Decoder Sampler is a BaseModel model, but Stage B is expected; connect "
+        "Load Stage B.",
+    ),
+    (
+        {"20": other_model("none"), "7.model": ["20", 0]},
+        PRIOR,
+        "Cascade Prior Sampler got no MODEL; connect Load Stage C.",
+    ),
+    (
+        {"7.model": ["2", 0]},
+        PRIOR,
+        "The MODEL connected to Cascade Prior Sampler is tiny_stage_b.safetensors (Stage B), but Stage C is "
+        "expected; connect Load Stage C.",
+    ),
+    (
+        {"8.model": ["1", 0]},
+        DECODER,
+        "The MODEL connected to Cascade Decoder Sampler is tiny_stage_c.safetensors (Stage C), but Stage B is "
+        "expected; connect Load Stage B.",
+    ),
+    (
+        {"20": node("CascadeGuidance", model=["21", 0], cfg_rescale=0.7, shift=2.0), "21": other_model("SDXL"),
+         "7.model": ["20", 0]},
+        "20",
+        "The MODEL connected to Cascade Guidance is a SDXL model, but Stage B or C is expected; connect Load Stage "
+        "C or Load Stage B.",
+    ),
+]  # fmt: skip
+OTHER_WIDTHS = [
+    (
+        {"4.file": roles.DEMO_NAMES["text_encoder"]},
+        PRIOR,
+        "positive: text states of width 192 do not fit tiny_stage_c.safetensors (Stage C), which takes 64; load "
+        "the text encoder that belongs to this model.",
+    ),
+    (
+        {"20": node("OtherConditioning", width=768, pooled=768), "7.positive": ["20", 0]},
+        PRIOR,
+        "positive: text states of width 768 do not fit tiny_stage_c.safetensors (Stage C), which takes 64; load "
+        "the text encoder that belongs to this model.",
+    ),
+    (
+        {"20": node("OtherConditioning", width=64, pooled=1280), "7.negative": ["20", 0]},
+        PRIOR,
+        "negative: the pooled text vector of width 1280 do not fit tiny_stage_c.safetensors (Stage C), which takes "
+        "64; load the text encoder that belongs to this model.",
+    ),
+    (
+        {"20": node("OtherConditioning", width=64, pooled=1280), "8.positive": ["20", 0]},
+        DECODER,
+        "positive: the pooled text vector of width 1280 do not fit tiny_stage_b.safetensors (Stage B), which takes "
+        "64; load the text encoder that belongs to this model.",
+    ),
+    (
+        {"20": node("OtherConditioning", width=64, pooled=0), "7.positive": ["20", 0]},
+        PRIOR,
+        "positive has no pooled text vector, which tiny_stage_c.safetensors (Stage C) needs; connect Cascade Text "
+        "Encode with the text encoder of this model.",
+    ),
+    (
+        {"1.file": roles.DEMO_NAMES["stage_c"]},
+        PRIOR,
+        "positive: text states of width 64 do not fit demo_stage_c.safetensors (Stage C), which takes 192; load "
+        "the text encoder that belongs to this model.",
+    ),
+]  # fmt: skip
+OTHER_LATENTS = [
+    (
+        {"7.latent": ["6", 1]},
+        PRIOR,
+        "latent has the shape (1, 4, 16, 16), but tiny_stage_c.safetensors (Stage C) samples latents of 16 "
+        "channels; connect the stage_c output of Cascade Empty Latent or Cascade Encode.",
+    ),
+    (
+        {"8.latent": ["6", 0]},
+        DECODER,
+        "latent has the shape (1, 16, 2, 2), but tiny_stage_b.safetensors (Stage B) samples latents of 4 channels; "
+        "connect the stage_b output of Cascade Empty Latent or Cascade Encode.",
+    ),
+    (
+        {"20": node("OtherLatent", channels=8, side=2), "8.stage_c": ["20", 0]},
+        DECODER,
+        "stage_c of Cascade Decoder Sampler has the shape (1, 8, 2, 2), but Stage C's latent has 16 channels; "
+        "connect Cascade Prior Sampler.",
+    ),
+    (
+        {"9.samples": ["7", 0]},
+        "9",
+        "Cascade Decode got a latent of 16 channels, but Stage A decodes the 4 channels of Stage B's; connect "
+        "Cascade Decoder Sampler, or the compressor to see Stage C's latent.",
+    ),
+    (
+        {"6.width": 8},
+        DECODER,
+        "The picture is 8 × 64 pixels, but tiny_stage_b.safetensors (Stage B) makes none with a side under 16; "
+        "choose a larger width and height.",
+    ),
+]
+TOO_LARGE = [
+    {"6.width": 16384, "6.height": 16384, "6.batch_size": 4096, **more}
+    for more in ({}, {"6.compression": 4.0})
+]
+BAD = [changes for changes, *_ in (*OTHER_MODELS, *OTHER_WIDTHS, *OTHER_LATENTS)] + TOO_LARGE
+
+
+def check_next(client, right_picture):
+    """The next prompt works."""
+    good = tiny({"7.seed": next(SEEDS)})
+    execution = client.run(good)
+    assert execution.error is None
+    (picture,) = client.pictures(execution)
+    assert np.abs(picture.astype(int) - right_picture(good)).max() <= 1
+
+
+def failure(execution):
+    """(node, what it said)"""
+    (error,) = execution.of("execution_error")
+    assert error["exception_type"].endswith("CascadeError"), error["exception_message"]
+    return error["node_id"], error["exception_message"].strip()
 
 
 @pytest.fixture
@@ -24,110 +163,34 @@ def fails(client, right_picture):
 
     def run(graph):
         execution = client.run(graph)
-        (error,) = execution.of("execution_error")
-        good = tiny({"7.seed": next(SEEDS)})
-        following = client.run(good)
-        assert following.error is None
-        (picture,) = client.pictures(following)
-        assert np.abs(picture.astype(int) - right_picture(good)).max() <= 1
-        assert error["exception_type"].endswith("CascadeError"), error["exception_message"]
-        return error["node_id"], error["exception_message"].strip()
+        check_next(client, right_picture)
+        return failure(execution)
 
     return run
 
 
-def other_model(name):
-    return node("OtherModel", name=name)
+def key(changes):
+    return json.dumps(changes, sort_keys=True)
 
 
-@pytest.mark.parametrize(
-    ("changes", "at", "said"),
-    [
-        (
-            {"20": other_model("SDXL"), "7.model": ["20", 0]},
-            PRIOR,
-            "The MODEL connected to Cascade Prior Sampler is a SDXL model, but Stage C is expected; connect Load Stage "
-            "C.",
-        ),
-        (
-            {"20": other_model("SD 1.5"), "8.model": ["20", 0]},
-            DECODER,
-            "The MODEL connected to Cascade Decoder Sampler is a BaseModel model, but Stage B is expected; connect "
-            "Load Stage B.",
-        ),
-        (
-            {"20": other_model("none"), "7.model": ["20", 0]},
-            PRIOR,
-            "Cascade Prior Sampler got no MODEL; connect Load Stage C.",
-        ),
-        (
-            {"7.model": ["2", 0]},
-            PRIOR,
-            "The MODEL connected to Cascade Prior Sampler is tiny_stage_b.safetensors (Stage B), but Stage C is "
-            "expected; connect Load Stage C.",
-        ),
-        (
-            {"8.model": ["1", 0]},
-            DECODER,
-            "The MODEL connected to Cascade Decoder Sampler is tiny_stage_c.safetensors (Stage C), but Stage B is "
-            "expected; connect Load Stage B.",
-        ),
-        (
-            {"20": node("CascadeGuidance", model=["21", 0], cfg_rescale=0.7, shift=2.0), "21": other_model("SDXL"),
-             "7.model": ["20", 0]},
-            "20",
-            "The MODEL connected to Cascade Guidance is a SDXL model, but Stage B or C is expected; connect Load Stage "
-            "C or Load Stage B.",
-        ),
-    ],
-)  # fmt: skip
-def test_a_model_of_another_kind(fails, changes, at, said):
-    assert fails(tiny(changes)) == (at, said)
+@pytest.fixture(scope="module")
+def executions(server, right_picture):
+    """What came of the tiny graph with each of BAD, all queued at once. Then the next prompt works."""
+    with Client(server) as client:
+        prompts = {key(changes): client.queue(tiny(changes)) for changes in BAD}
+        executions = {name: client.follow(prompt) for name, prompt in prompts.items()}
+        check_next(client, right_picture)
+    return executions
 
 
-@pytest.mark.parametrize(
-    ("changes", "at", "said"),
-    [
-        (
-            {"4.file": roles.DEMO_NAMES["text_encoder"]},
-            PRIOR,
-            "positive: text states of width 192 do not fit tiny_stage_c.safetensors (Stage C), which takes 64; load "
-            "the text encoder that belongs to this model.",
-        ),
-        (
-            {"20": node("OtherConditioning", width=768, pooled=768), "7.positive": ["20", 0]},
-            PRIOR,
-            "positive: text states of width 768 do not fit tiny_stage_c.safetensors (Stage C), which takes 64; load "
-            "the text encoder that belongs to this model.",
-        ),
-        (
-            {"20": node("OtherConditioning", width=64, pooled=1280), "7.negative": ["20", 0]},
-            PRIOR,
-            "negative: the pooled text vector of width 1280 do not fit tiny_stage_c.safetensors (Stage C), which takes "
-            "64; load the text encoder that belongs to this model.",
-        ),
-        (
-            {"20": node("OtherConditioning", width=64, pooled=1280), "8.positive": ["20", 0]},
-            DECODER,
-            "positive: the pooled text vector of width 1280 do not fit tiny_stage_b.safetensors (Stage B), which takes "
-            "64; load the text encoder that belongs to this model.",
-        ),
-        (
-            {"20": node("OtherConditioning", width=64, pooled=0), "7.positive": ["20", 0]},
-            PRIOR,
-            "positive has no pooled text vector, which tiny_stage_c.safetensors (Stage C) needs; connect Cascade Text "
-            "Encode with the text encoder of this model.",
-        ),
-        (
-            {"1.file": roles.DEMO_NAMES["stage_c"]},
-            PRIOR,
-            "positive: text states of width 64 do not fit demo_stage_c.safetensors (Stage C), which takes 192; load "
-            "the text encoder that belongs to this model.",
-        ),
-    ],
-)  # fmt: skip
-def test_widths_that_do_not_fit(fails, changes, at, said):
-    assert fails(tiny(changes)) == (at, said)
+@pytest.mark.parametrize(("changes", "at", "said"), OTHER_MODELS)
+def test_a_model_of_another_kind(executions, changes, at, said):
+    assert failure(executions[key(changes)]) == (at, said)
+
+
+@pytest.mark.parametrize(("changes", "at", "said"), OTHER_WIDTHS)
+def test_widths_that_do_not_fit(executions, changes, at, said):
+    assert failure(executions[key(changes)]) == (at, said)
 
 
 def test_the_text_encoder_of_another_model(fails, server):
@@ -145,43 +208,9 @@ def test_the_text_encoder_of_another_model(fails, server):
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "at", "said"),
-    [
-        (
-            {"7.latent": ["6", 1]},
-            PRIOR,
-            "latent has the shape (1, 4, 16, 16), but tiny_stage_c.safetensors (Stage C) samples latents of 16 "
-            "channels; connect the stage_c output of Cascade Empty Latent or Cascade Encode.",
-        ),
-        (
-            {"8.latent": ["6", 0]},
-            DECODER,
-            "latent has the shape (1, 16, 2, 2), but tiny_stage_b.safetensors (Stage B) samples latents of 4 channels; "
-            "connect the stage_b output of Cascade Empty Latent or Cascade Encode.",
-        ),
-        (
-            {"20": node("OtherLatent", channels=8, side=2), "8.stage_c": ["20", 0]},
-            DECODER,
-            "stage_c of Cascade Decoder Sampler has the shape (1, 8, 2, 2), but Stage C's latent has 16 channels; "
-            "connect Cascade Prior Sampler.",
-        ),
-        (
-            {"9.samples": ["7", 0]},
-            "9",
-            "Cascade Decode got a latent of 16 channels, but Stage A decodes the 4 channels of Stage B's; connect "
-            "Cascade Decoder Sampler, or the compressor to see Stage C's latent.",
-        ),
-        (
-            {"6.width": 8},
-            DECODER,
-            "The picture is 8 × 64 pixels, but tiny_stage_b.safetensors (Stage B) makes none with a side under 16; "
-            "choose a larger width and height.",
-        ),
-    ],
-)
-def test_latents_that_do_not_fit(fails, changes, at, said):
-    assert fails(tiny(changes)) == (at, said)
+@pytest.mark.parametrize(("changes", "at", "said"), OTHER_LATENTS)
+def test_latents_that_do_not_fit(executions, changes, at, said):
+    assert failure(executions[key(changes)]) == (at, said)
 
 
 def test_a_vae_of_another_kind(fails):
@@ -192,9 +221,9 @@ def test_a_vae_of_another_kind(fails):
     )
 
 
-@pytest.mark.parametrize("changes", [{"6.batch_size": 4096}, {"6.batch_size": 4096, "6.compression": 4.0}])
-def test_more_pictures_than_fit_into_memory(fails, changes):
-    at, said = fails(tiny({"6.width": 16384, "6.height": 16384, **changes}))
+@pytest.mark.parametrize("changes", TOO_LARGE)
+def test_more_pictures_than_fit_into_memory(executions, changes):
+    at, said = failure(executions[key(changes)])
     assert at == "6"
     assert said == (
         "4096 latents for pictures of 16384 × 16384 pixels do not fit into memory; choose a smaller size or batch_size."

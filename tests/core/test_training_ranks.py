@@ -9,19 +9,16 @@ import pytest
 
 from cascade_nodes.tests.core.training_runs import write_world
 
+TASKS = ["lora", "controlnet from nothing"]
 
-@pytest.mark.parametrize("name", ["lora", "controlnet from nothing"])
-def test_two_processes_agree_and_resume_bit_for_bit(tmp_path, name):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What came of each of TASKS, trained one after the other by the same two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    world = write_world(tmp_path_factory.mktemp("world"))
     finished = subprocess.run(
-        [
-            sys.executable,
-            *command,
-            "-m",
-            "cascade_nodes.tests.core.training_ranks",
-            str(write_world(tmp_path)),
-            name,
-        ],
+        [*command, "-m", "cascade_nodes.tests.core.training_ranks", str(world), *TASKS],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -29,9 +26,15 @@ def test_two_processes_agree_and_resume_bit_for_bit(tmp_path, name):
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    found = json.loads(finished.stdout.splitlines()[-1])
-    assert found["processes"] == 2
-    assert found["moved"] > 1e-3
-    assert found["between_processes"] == 0
-    assert found["after_resuming"] == 0
-    assert found["logged"] == [2, 4, 6, 8]
+    lines = finished.stdout.splitlines()[-len(TASKS) :]
+    return {name: json.loads(line) for name, line in zip(TASKS, lines, strict=True)}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_two_processes_agree_and_resume_bit_for_bit(outcomes, name):
+    outcome = outcomes[name]
+    assert outcome["processes"] == 2
+    assert outcome["moved"] > 1e-3
+    assert outcome["between_processes"] == 0
+    assert outcome["after_resuming"] == 0
+    assert outcome["logged"] == [2, 4, 6, 8]

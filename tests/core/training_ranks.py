@@ -1,4 +1,4 @@
-"""One of several processes that train together, for `torchrun`: prints what came of it."""
+"""One of several processes that train together, for `torchrun`: prints what came of each run, a line for each."""
 
 import json
 import sys
@@ -17,9 +17,9 @@ def state_of(loop: Loop) -> Tensor:
     return torch.cat([value.double().flatten() for value in loop.task.trained.state_dict().values()])
 
 
-def main(world: Path, name: str) -> None:
+def train(world: Path, name: str) -> None:
     def fresh(run: str) -> Loop:
-        return loop_of(settings_of(world, name, world / f"ranks {run}"))
+        return loop_of(settings_of(world, name, world / f"{name} {run}"))
 
     whole = fresh("whole")
     began = state_of(whole).clone()
@@ -47,4 +47,5 @@ def main(world: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    for task in sys.argv[2:]:
+        train(Path(sys.argv[1]), task)
