@@ -6,7 +6,8 @@ were not can point to either.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,10 @@ class Device(Protocol):
     """A device on which one stream computes and another copies. An event is a point in either stream."""
 
     device: torch.device
+
+    def limited(self) -> AbstractContextManager[None]:
+        """Inside the block this process gets no more of the device than the limit that it was made with."""
+        ...
 
     def budget(self, resident_bytes: int) -> int:
         """Bytes for weights, CUDA graphs and runs. resident_bytes: of weights that are there already, counted in it."""
@@ -62,15 +67,29 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """A CUDA device. limit: bytes that this process may take of it at most; None: all."""
+    """A CUDA device. limit: bytes that this process may take of it at most during a run; None: all."""
 
     def __init__(self, device: torch.device, limit: int | None = None):
         self.device = device
         self.copies = torch.cuda.Stream(device)
-        if limit is not None:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(limit / total, self._memory_fraction()), device)
         self.limit = limit
+        self._is_limited = False
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        if self.limit is None or self._is_limited:
+            yield
+            return
+        # Only during a run, so that others in this process keep their own limits.
+        fraction = self._memory_fraction()
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(self.limit / total, fraction), self.device)
+        self._is_limited = True
+        try:
+            yield
+        finally:
+            self._is_limited = False
+            torch.cuda.set_per_process_memory_fraction(fraction, self.device)
 
     def _memory_fraction(self) -> float:
         query = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch ≥ 2.8
@@ -101,9 +120,8 @@ class CudaDevice:
                 return True
         except (TypeError, ValueError):  # an error code that torch does not know
             pass
-        with suppress(
-            RuntimeError
-        ):  # clears CUDA's last error, which the next kernel would report as its own
+        # Clears CUDA's last error, which the next kernel would report as its own.
+        with suppress(RuntimeError):
             torch.zeros(1, device=self.device)
         return False
 
@@ -143,6 +161,9 @@ class SimulatedDevice:
     def __init__(self, size: int):
         self.device = torch.device("cpu")
         self.size = size
+
+    def limited(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def budget(self, resident_bytes: int) -> int:
         return self.size

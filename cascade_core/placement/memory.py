@@ -67,25 +67,28 @@ class DeviceMemory:
             consumer.placement = placement
             placement.consumers.add(consumer)
         workspace_bytes = max(workspace_bytes - self._graph_bytes(placement), 0)
-        plan = self._plan(placement, workspace_bytes, single_use)
-        while True:
-            try:
-                with self._onloaded(placement, plan, workspace_bytes, tuple(patches), changes):
-                    return body(self.device.device)
-            except Exception as error:
-                smaller = self._smaller_plan(placement, plan) if out_of_memory(error) else None
-                if smaller is None:
-                    raise
-            # Only here are the frames gone that referred to the run's tensors.
-            plan, description = smaller
-            self.device.trim()
-            notify(f"out of memory; trying again {description}.")
+        with self.device.limited():
+            plan = self._plan(placement, workspace_bytes, single_use)
+            while True:
+                try:
+                    with self._onloaded(placement, plan, workspace_bytes, tuple(patches), changes):
+                        return body(self.device.device)
+                except Exception as error:
+                    smaller = self._smaller_plan(placement, plan) if out_of_memory(error) else None
+                    if smaller is None:
+                        raise
+                # Only here are the frames gone that referred to the run's tensors.
+                plan, description = smaller
+                self.device.trim()
+                notify(f"out of memory; trying again {description}.")
 
     def free_bytes(self, network: nn.Module, keep_others: bool = False) -> int:
         """Bytes that a run has next to the network's weights, if the others are evicted or (keep_others) are not."""
         placement = self._placement(network)
         others = (
-            sum(self._resident_bytes(other) for other in self._evictable(placement)) if keep_others else 0
+            sum(self._resident_bytes(candidate) for candidate in self._evictable(placement))
+            if keep_others
+            else 0
         )
         return self._budget(placement, keep_others) - self._footprint(placement.units) - others
 
@@ -114,13 +117,13 @@ class DeviceMemory:
         Stages run in turn, so the one that ran last is needed last. Before it come those that no run needs any more,
         and those without consumers: what a consumer has derived would have to be made again.
         """
-        others = [other for other in self.placements.values() if other is not placement and not other.in_use]
+        idle = [each for each in self.placements.values() if each is not placement and not each.in_use]
         return sorted(
-            others,
-            key=lambda other: (
-                self.runs - other.last_run < STALE_RUNS,
-                bool(other.consumers),
-                -other.last_run,
+            idle,
+            key=lambda candidate: (
+                self.runs - candidate.last_run < STALE_RUNS,
+                bool(candidate.consumers),
+                -candidate.last_run,
             ),
         )
 
@@ -138,7 +141,7 @@ class DeviceMemory:
     def _budget(self, placement: Placement, keep_others: bool) -> int:
         """Bytes for weights and this network's runs, if graphs of the others go with them or (keep_others) stay."""
         evicted = [] if keep_others else self._evictable(placement)
-        return self._device_budget() + sum(self._graph_bytes(other) for other in evicted)
+        return self._device_budget() + sum(self._graph_bytes(candidate) for candidate in evicted)
 
     def _device_budget(self) -> int:
         """Bytes for weights and runs, next to all graphs that there are."""
@@ -151,12 +154,12 @@ class DeviceMemory:
     def _plan(self, placement: Placement, workspace_bytes: int, single_use: bool) -> StreamingPlan:
         free_bytes = self._budget(placement, single_use) - workspace_bytes
         free_bytes -= sum(
-            self._resident_bytes(other)
-            for other in self.placements.values()
-            if other.in_use and other is not placement
+            self._resident_bytes(each)
+            for each in self.placements.values()
+            if each.in_use and each is not placement
         )
         if single_use:
-            free_bytes -= sum(self._resident_bytes(other) for other in self._evictable(placement))
+            free_bytes -= sum(self._resident_bytes(candidate) for candidate in self._evictable(placement))
         return plan_streaming(placement.units, placement.order, free_bytes, self.device.footprint)
 
     def _slots_footprint(self, plan: StreamingPlan) -> int:
@@ -164,10 +167,10 @@ class DeviceMemory:
 
     def _smaller_plan(self, placement: Placement, plan: StreamingPlan) -> tuple[StreamingPlan, str] | None:
         """The next smaller placement, with its description; None after the smallest."""
-        others = self._evictable(placement)
-        if any(other.resident for other in others):
-            for other in others:
-                other.offload(other.resident)
+        candidates = self._evictable(placement)
+        if any(candidate.resident for candidate in candidates):
+            for candidate in candidates:
+                candidate.offload(candidate.resident)
             return plan, "with the other stages off the device"
         blocks = self._footprint(
             [unit for unit in dict.fromkeys(placement.order) if unit not in plan.streamed]
@@ -185,16 +188,16 @@ class DeviceMemory:
     def _evict(self, placement: Placement, needed_bytes: int) -> None:
         """Offloads units of others, from their last on, until `needed_bytes` fit next to what is resident."""
         evicted = False
-        for other in self._evictable(placement):
+        for candidate in self._evictable(placement):
             # The budget grows as well: graphs go with weights.
             excess = self._all_resident_bytes() + needed_bytes - self._device_budget()
             units = []
-            for unit in reversed(other.resident):
+            for unit in reversed(candidate.resident):
                 if excess <= 0:
                     break
                 units.append(unit)
                 excess -= self.device.footprint(unit.size)
-            other.offload(units)
+            candidate.offload(units)
             evicted = evicted or bool(units)
         if evicted:
             self.device.trim()

@@ -2,6 +2,8 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
 from cascade_nodes.cascade_core.placement import (
+    CudaDevice,
     DeviceMemory,
     SimulatedDevice,
     WeightConsumer,
@@ -314,6 +317,27 @@ def test_an_allocation_that_fails_while_a_network_is_placed(failing):
         DeviceMemory(device, UNIT).run(net, lambda _: forward(), notify=messages.append), expected
     )
     assert len(messages) == 1
+
+
+def test_a_limit_holds_during_runs_alone(monkeypatch):
+    fractions = [1.0]
+    card = SimpleNamespace(total_memory=16_000)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda d: fractions[-1], raising=False)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, device: fractions.append(f))
+    small, large, whole = (CudaDevice(torch.device("cuda", 0), limit) for limit in (4_000, 8_000, None))
+    with suppress(KeyError), small.limited(), small.limited():
+        assert fractions[-1] == 0.25
+        raise KeyError
+    assert fractions[-1] == 1.0
+    with large.limited():
+        assert fractions[-1] == 0.5
+        with small.limited(), large.limited():
+            assert fractions[-1] == 0.25
+        assert fractions[-1] == 0.5
+    with whole.limited():
+        assert fractions[-1] == 1.0
 
 
 def test_what_counts_as_out_of_memory():
