@@ -191,7 +191,7 @@ PUBLISHED_LAST = 1280
 
 
 def stage_table(rows: Sequence[Sequence[Any]]) -> tuple[EfficientNetStage, ...]:
-    """Rows `(kind, expand, kernel, stride, c_out, layers)`, or five values where the kernel is 3, as stages.
+    """Convert rows `(kind, expand, kernel, stride, c_out, layers)`, or five values where the kernel is 3, to stages.
 
     Raises CascadeError for a row that describes no stage.
     """

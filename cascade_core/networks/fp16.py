@@ -150,21 +150,21 @@ class ScaledUNet(UNet):
 
     stream_scale: float
 
-    def walk(
+    def run_levels(
         self, x: Tensor, timesteps: Tensor, tokens: Tensor, control: Sequence[Tensor | None] = ()
     ) -> Tensor:
-        return super().walk(divide(x, self.stream_scale), timesteps, tokens, control)
+        return super().run_levels(divide(x, self.stream_scale), timesteps, tokens, control)
 
-    def _resampled(self, x: Tensor, resampler: Any) -> Tensor:
+    def _apply_resampler(self, x: Tensor, resampler: Any) -> Tensor:
         if isinstance(resampler, nn.Identity):
             return x
         norm, mapping = resampler
         return divided_bias(mapping, divide(norm(x), self.stream_scale), self.stream_scale)
 
-    def _mapped(self, x: Tensor, mapper: nn.Module) -> Tensor:
+    def _apply_mapper(self, x: Tensor, mapper: nn.Module) -> Tensor:
         return divided_bias(mapper, x, self.stream_scale)
 
-    def _controlled(self, x: Tensor, residual: Tensor) -> Tensor:
+    def _add_control(self, x: Tensor, residual: Tensor) -> Tensor:
         return x + divide(resize(residual, x.shape[-2:]), self.stream_scale).to(x)
 
 

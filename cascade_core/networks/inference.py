@@ -27,11 +27,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 def infer_config(
     state_dict: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """The kind and the configuration of a checkpoint in published (or split-attention) names.
+    """Read the kind and the configuration of a checkpoint back from its names and shapes.
 
-    state_dict: anything whose values have a `shape`; metadata: the safetensors header's, whose JSON `config` wins
-    over what shapes can tell. Kinds: stage_a stage_b stage_c compressor previewer controlnet.
-    Raises CascadeError where the names are of none of them.
+    state_dict: published (or split-attention) names, to anything that has a `shape`; metadata: of the safetensors
+    header, whose JSON `config` takes precedence over the shapes.
+    Kinds: stage_a stage_b stage_c compressor previewer controlnet. Raises CascadeError for any other checkpoint.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     for kind, infer in (
@@ -79,7 +79,7 @@ _BLOCK_SIGNATURES = (
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many numbered children `prefix` has."""
+    """Number of numbered children of `prefix`."""
     return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
@@ -131,7 +131,7 @@ def _infer_unet(shapes: Shapes, patch_size: int) -> dict[str, Any]:
 
 
 def infer_stage_c(shapes: Shapes) -> dict[str, Any] | None:
-    """Stage C has one mapper for the text states, which Stage B lacks."""
+    """Infer Stage C, which has one mapper for the text states that Stage B lacks."""
     if (
         not {"clip_txt_mapper.weight", "clip_img_mapper.weight", "embedding.1.weight", "clf.1.weight"}
         <= shapes.keys()
@@ -152,7 +152,7 @@ def infer_stage_c(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def infer_stage_b(shapes: Shapes) -> dict[str, Any] | None:
-    """Stage B maps Stage C's latent (`effnet_mapper`)."""
+    """Infer Stage B, which maps Stage C's latent (`effnet_mapper`)."""
     if (
         not {"effnet_mapper.0.weight", "clip_mapper.weight", "embedding.1.weight", "clf.1.weight"}
         <= shapes.keys()
@@ -173,7 +173,7 @@ def infer_stage_b(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def infer_stage_a(shapes: Shapes) -> dict[str, Any] | None:
-    """Stage A is the network with a codebook."""
+    """Infer Stage A, the network with a codebook."""
     if not {"vquantizer.codebook.weight", "in_block.1.weight", "up_blocks.0.0.weight"} <= shapes.keys():
         return None
     codebook_size, c_latent = shapes["vquantizer.codebook.weight"]
@@ -191,7 +191,7 @@ def infer_stage_a(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def infer_previewer(shapes: Shapes) -> dict[str, Any] | None:
-    """The previewer is one sequence of convolutions that ends at number 24."""
+    """Infer the previewer, one sequence of convolutions that ends at number 24."""
     if not {"blocks.0.weight", "blocks.2.running_mean", "blocks.24.weight"} <= shapes.keys():
         return None
     c_hidden, c_in = shapes["blocks.0.weight"][:2]
@@ -201,7 +201,7 @@ def infer_previewer(shapes: Shapes) -> dict[str, Any] | None:
 def infer_compressor(shapes: Shapes) -> dict[str, Any] | None:
     """Config of the compressor whose state dict has these keys and shapes, or None where it is not one.
 
-    The published backbone is left out, so that its file gives `{"c_latent": 16}`; another is given whole.
+    The published backbone is left out, so that its file gives `{"c_latent": 16}`; another is returned whole.
     """
     mapper = shapes.get("mapper.0.weight")
     if mapper is None or len(mapper) != 4 or "mapper.1.running_mean" not in shapes:
@@ -225,7 +225,7 @@ def _unpublished(backbone: Mapping[str, Any]) -> dict[str, Any]:
 def infer_controlnet(shapes: Shapes) -> dict[str, Any] | None:
     """Config of the ControlNet whose state dict has these keys and shapes, or None where it is not one.
 
-    The widths of a published backbone are left out, those of another are given whole. Which blocks the
+    The widths of a published backbone are left out, those of another are returned whole. Which blocks the
     projections are for is not in the shapes: 8 and 64 of them mean the published lists, another number the
     first so many blocks.
     """

@@ -4,7 +4,7 @@ Shapes: B batch, C channels, H × W positions, T conditioning tokens, R timestep
 (B, C, H, W) in channels-last memory, so that the permutes around LayerNorm and Linear are views, not copies.
 
 `operations` is the namespace that Linear, Conv2d, ConvTranspose2d and LayerNorm are taken from: `torch.nn`, or a
-host's casting layers. Parameters that no such layer holds are cast where they are used.
+host's casting layers. Parameters outside such layers are cast where they are used.
 
 Source: Würstchen (arXiv 2306.00637), appendix on architecture; ConvNeXt V2 (arXiv 2301.00808) for the
 residual block and its global response normalisation.
@@ -32,7 +32,7 @@ def timestep_embedding(r: Tensor, width: int, max_positions: int = 10_000) -> Te
 
 
 def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear resize with aligned corners, the only one the networks use.  (B, C, h, w) -> (B, C, *size)"""
+    """Bilinear resize with aligned corners, the only resize in the networks.  (B, C, h, w) -> (B, C, *size)"""
     if x.shape[-2:] == torch.Size(size):
         return x
     # In float32: half-precision bilinear weights shift the picture by a visible fraction of a position.

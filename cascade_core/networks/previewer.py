@@ -8,7 +8,10 @@ from .efficientnet import BatchNorm2d
 
 
 class Previewer(nn.Module):
-    """latent: (B, c_in, h, w) -> image: (B, c_out, 8h, 8w), about [0, 1]"""
+    """Decoder of Stage C's latent.
+
+    latent: (B, c_in, h, w) -> image: (B, c_out, 8h, 8w), about [0, 1]
+    """
 
     def __init__(self, config: PreviewerConfig, operations=nn):
         super().__init__()
@@ -18,17 +21,14 @@ class Previewer(nn.Module):
         for layer, width in (
             (operations.Conv2d(config.c_in, c, kernel_size=1), c),
             (operations.Conv2d(c, c, kernel_size=3, padding=1), c),
-            (operations.ConvTranspose2d(c, half, kernel_size=2, stride=2), half),  # (B, c / 2, 2h, 2w)
+            # (B, c / 2, 2h, 2w)
+            (operations.ConvTranspose2d(c, half, kernel_size=2, stride=2), half),
             (operations.Conv2d(half, half, kernel_size=3, padding=1), half),
-            (
-                operations.ConvTranspose2d(half, quarter, kernel_size=2, stride=2),
-                quarter,
-            ),  # (B, c / 4, 4h, 4w)
+            # (B, c / 4, 4h, 4w)
+            (operations.ConvTranspose2d(half, quarter, kernel_size=2, stride=2), quarter),
             (operations.Conv2d(quarter, quarter, kernel_size=3, padding=1), quarter),
-            (
-                operations.ConvTranspose2d(quarter, quarter, kernel_size=2, stride=2),
-                quarter,
-            ),  # (B, c / 4, 8h, 8w)
+            # (B, c / 4, 8h, 8w)
+            (operations.ConvTranspose2d(quarter, quarter, kernel_size=2, stride=2), quarter),
             (operations.Conv2d(quarter, quarter, kernel_size=3, padding=1), quarter),
         ):
             layers += [layer, nn.GELU(), BatchNorm2d(width)]
@@ -36,7 +36,7 @@ class Previewer(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "Previewer":
-        """Built from the published constructor's argument names."""
+        """Build it from the published constructor's argument names."""
         return cls(PreviewerConfig.from_dict(config), operations)
 
     def forward(self, latent: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ class MixingResidualBlock(nn.Module):
         return torch.addcmul(x, self._mlp(h).permute(0, 3, 1, 2), gate2)
 
     def _mlp(self, h: Tensor) -> Tensor:
-        """Position by position, so of a large picture a few rows at a time: its hidden values are most of the memory.
+        """Run the MLP on a few rows at a time where the picture is large: its hidden values are most of the memory.
 
-        h: (B, H, W, C) -> the same
+        h: (B, H, W, C) -> (B, H, W, C)
         """
         rows = max(HIDDEN_VALUES // (self.c_hidden * h.shape[0] * h.shape[2]), 1)
         if rows >= h.shape[1] or torch.is_grad_enabled():
@@ -66,7 +66,7 @@ class Codebook(nn.Module):
 
 
 class StageA(nn.Module):
-    """encode, quantize and decode; each level halves the size, the first by pixel unshuffling."""
+    """VQGAN with encode, quantize and decode. Each level halves the size, the first by pixel unshuffling."""
 
     def __init__(self, config: StageAConfig, operations=nn):
         super().__init__()
@@ -100,7 +100,7 @@ class StageA(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "StageA":
-        """Built from the published constructor's argument names."""
+        """Build it from the published constructor's argument names."""
         return cls(StageAConfig.from_dict(config), operations)
 
     def encode(self, image: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class StageB(UNet):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "StageB":
-        """Built from the published constructor's argument names."""
+        """Build it from the published constructor's argument names."""
         return cls(StageBConfig.from_dict(config), operations)
 
     def _map(self, c_in: int, operations) -> nn.Sequential:
@@ -34,19 +34,22 @@ class StageB(UNet):
             layer_norm_2d(c, operations),
         )
 
-    def _resample(self, c_in: int, c_out: int, direction: str, boundary: int, operations) -> nn.Module:
+    def _resampler(self, c_in: int, c_out: int, direction: str, boundary: int, operations) -> nn.Module:
         conv = operations.Conv2d if direction == "down" else operations.ConvTranspose2d
         return nn.Sequential(layer_norm_2d(c_in, operations), conv(c_in, c_out, kernel_size=2, stride=2))
 
     def embed_conditions(self, clip: Tensor) -> Tensor:
-        """Pooled text as tokens.  clip: (B, 1, c_clip) or (B, c_clip) -> (B, c_clip_seq, c_cond)"""
+        """Map the pooled text to tokens.  clip: (B, 1, c_clip) or (B, c_clip) -> (B, c_clip_seq, c_cond)"""
         clip = clip[:, None] if clip.ndim == 2 else clip
         return self.clip_norm(
             self.clip_mapper(clip).unflatten(-1, (self.config.c_clip_seq, -1)).flatten(1, 2)
         )
 
     def map_conditions(self, x: Tensor, effnet: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is added to the embedded x (B, c_in, H, W): (B, c_hidden[0], H / patch, W / patch) each."""
+        """Map effnet and pixels to the positions of the embedded x.
+
+        x: (B, c_in, H, W) -> (B, c_hidden[0], H / patch, W / patch) each, added to the embedding of x
+        """
         if pixels is None:  # zeros are mapped too: their bias is part of what Stage B was trained with
             pixels = x.new_zeros(x.shape[0], self.config.c_pixels, 8, 8)
         size = (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size)
@@ -64,7 +67,7 @@ class StageB(UNet):
         pixels: Tensor | None = None,
         sca: Tensor | None = None,
     ) -> Tensor:
-        """The noise in x.
+        """Predict the noise in x.
 
         x: (B, c_in, H, W), r: (B,) noise condition in [0, 1], on any device, effnet: (B, c_effnet, h, w) of any size,
         pixels: (B, c_pixels, h, w), absent: zeros -> (B, c_out, H, W)
@@ -74,4 +77,4 @@ class StageB(UNet):
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))
         for mapped in self.map_conditions(x, effnet, pixels):
             h = h + mapped
-        return self.clf(self.walk(h, timesteps, tokens))
+        return self.clf(self.run_levels(h, timesteps, tokens))

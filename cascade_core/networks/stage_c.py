@@ -46,17 +46,17 @@ class StageC(UNet):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "StageC":
-        """Built from the published constructor's argument names."""
+        """Build it from the published constructor's argument names."""
         return cls(StageCConfig.from_dict(config), operations)
 
-    def _resample(self, c_in: int, c_out: int, direction: str, boundary: int, operations) -> nn.Module:
+    def _resampler(self, c_in: int, c_out: int, direction: str, boundary: int, operations) -> nn.Module:
         enabled = self.config.switch_level[boundary]
         return nn.Sequential(
             layer_norm_2d(c_in, operations), Resample(c_in, c_out, direction, enabled, operations)
         )
 
     def embed_conditions(self, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor) -> Tensor:
-        """All conditioning as tokens.
+        """Map all conditions to tokens.
 
         clip_text: (B, T, c_clip_text), pooled: (B, 1, c_clip_text_pooled) or (B, …), img: (B, N, c_clip_img)
         -> (B, T + c_clip_seq · (1 + N), c_cond)
@@ -81,7 +81,7 @@ class StageC(UNet):
         crp: Tensor | None = None,
         control: list[Tensor | None] | None = None,
     ) -> Tensor:
-        """The noise in x.
+        """Predict the noise in x.
 
         x: (B, c_in, H, W), r: (B,) noise condition in [0, 1], on any device -> (B, c_out, H, W);
         control: one residual (B, c_hidden, h, w) or None for each residual block, in the order they run.
@@ -89,4 +89,4 @@ class StageC(UNet):
         timesteps = self.embed_timesteps(r, {"sca": sca, "crp": crp}).to(x)
         tokens = self.embed_conditions(clip_text, clip_text_pooled, clip_img)
         h = self.embedding(x.contiguous(memory_format=torch.channels_last))
-        return self.clf(self.walk(h, timesteps, tokens, control or ()))
+        return self.clf(self.run_levels(h, timesteps, tokens, control or ()))

@@ -25,8 +25,8 @@ Area = tuple[slice, slice]  # rows, columns
 
 
 def decode_halo(config: StageAConfig) -> int:
-    """How far Stage A's decoder looks from a position of the latent: one for each 3 × 3 convolution at its level."""
-    reach = 1  # of the residual block at the finest level
+    """Receptive field of Stage A's decoder, in positions of the latent on each side."""
+    reach = 1  # of the 3 × 3 convolution in the residual block at the finest level
     for _ in range(config.levels - 1):
         reach = reach // 2 + 1  # the transposed convolution, in positions of the level below
         reach += 1
@@ -34,8 +34,8 @@ def decode_halo(config: StageAConfig) -> int:
 
 
 def encode_halo(config: StageAConfig) -> int:
-    """How far Stage A's encoder looks from a position of the latent, in whole positions."""
-    reach = 1  # of the residual block at the coarsest level
+    """Receptive field of Stage A's encoder, in whole positions of the latent on each side."""
+    reach = 1  # of the 3 × 3 convolution in the residual block at the coarsest level
     for _ in range(config.levels - 1):
         reach = 2 * reach + 1 + 1  # the strided convolution, and the next residual block
     return -(-reach // 2 ** (config.levels - 1))
@@ -51,7 +51,7 @@ def join_tiles(
 ) -> Tensor:
     """function(x), computed on tiles of `tile_positions` a side that see `halo` more on each side.
 
-    down, up: what a position is in x and in the result, in values a side.
+    down, up: values a side of one position, in x and in the result.
     x: (B, C, h · down, w · down) -> (B, C', h · up, w · up)
     """
     height, width = (side // down for side in x.shape[-2:])
@@ -71,7 +71,7 @@ def join_tiles(
 
 
 def fitting_tile(height: int, width: int, halo: int, fits: Callable[[int], bool]) -> int:
-    """The side of the largest even tiles for which `fits(positions that one sees)`; 0 where the whole does.
+    """Side of the largest even tiles for which `fits(positions with their halo)`; 0 where the whole does.
 
     At least 1, whatever fits.
     """

@@ -23,7 +23,7 @@ from .layers import (
 
 
 class UNet(nn.Module):
-    """Builds the levels and walks them; the stages add what goes in, what conditions, and what comes out."""
+    """Builds the levels and runs them; the stages add the input, the conditions and the output."""
 
     def __init__(self, config: UNetConfig, operations=nn):
         super().__init__()
@@ -36,7 +36,7 @@ class UNet(nn.Module):
             layer_norm_2d(widths[0], operations),
         )
         self.down_downscalers = nn.ModuleList(
-            self._resample(widths[i - 1], widths[i], "down", i - 1, operations) if i else nn.Identity()
+            self._resampler(widths[i - 1], widths[i], "down", i - 1, operations) if i else nn.Identity()
             for i in levels
         )
         self.down_blocks = nn.ModuleList(
@@ -46,9 +46,8 @@ class UNet(nn.Module):
             self._mappers(i, config.block_repeat[0][i], operations) for i in levels
         )
 
-        upward = levels[
-            ::-1
-        ]  # `blocks[1]` and `block_repeat[1]` are listed from the innermost level outwards
+        # `blocks[1]` and `block_repeat[1]` are listed from the innermost level outwards.
+        upward = levels[::-1]
         self.up_blocks = nn.ModuleList(
             self._level(i, config.blocks[1][-1 - i], i < len(widths) - 1, operations) for i in upward
         )
@@ -56,7 +55,7 @@ class UNet(nn.Module):
             self._mappers(i, config.block_repeat[1][-1 - i], operations) for i in upward
         )
         self.up_upscalers = nn.ModuleList(
-            self._resample(widths[i], widths[i - 1], "up", i - 1, operations) if i else nn.Identity()
+            self._resampler(widths[i], widths[i - 1], "up", i - 1, operations) if i else nn.Identity()
             for i in upward
         )
         self.clf = nn.Sequential(
@@ -65,8 +64,8 @@ class UNet(nn.Module):
             nn.PixelShuffle(config.patch_size),
         )
 
-    def _resample(self, c_in: int, c_out: int, direction: str, boundary: int, operations) -> nn.Module:
-        """Between level `boundary` and the next: (B, c_in, …) -> (B, c_out, …)."""
+    def _resampler(self, c_in: int, c_out: int, direction: str, boundary: int, operations) -> nn.Module:
+        """Build the layers between level `boundary` and the next: (B, c_in, …) -> (B, c_out, …)."""
         raise NotImplementedError
 
     def _block(self, kind: str, level: int, c_skip: int, operations) -> nn.Module:
@@ -93,14 +92,16 @@ class UNet(nn.Module):
 
     def embed_timesteps(self, r: Tensor, extra: dict[str, Tensor | None]) -> Tensor:
         """r and each of `t_conds` (zero where absent): (B,) -> (B, c_r · (1 + len(t_conds))) float32"""
-        given = [extra.get(name) for name in self.config.t_conds]
-        values = [r, *(torch.zeros_like(r) if value is None else value.to(r.device) for value in given)]
-        return torch.cat([timestep_embedding(value, self.config.c_r) for value in values], dim=1)
+        conditions = [r]
+        for name in self.config.t_conds:
+            condition = extra.get(name)
+            conditions.append(torch.zeros_like(r) if condition is None else condition.to(r.device))
+        return torch.cat([timestep_embedding(condition, self.config.c_r) for condition in conditions], dim=1)
 
-    def walk(
+    def run_levels(
         self, x: Tensor, timesteps: Tensor, tokens: Tensor, control: Sequence[Tensor | None] = ()
     ) -> Tensor:
-        """All levels down and up.
+        """Run all levels down and up.
 
         x: (B, c_hidden[0], H, W), timesteps: (B, R · n), tokens: (B, T, c_cond) -> (B, c_hidden[0], H, W);
         control[i] is added before the i-th ResBlock that runs, resized to its positions.
@@ -110,29 +111,29 @@ class UNet(nn.Module):
         for downscaler, blocks, mappers in zip(
             self.down_downscalers, self.down_blocks, self.down_repeat_mappers, strict=True
         ):
-            x = self._resampled(x, downscaler)
-            x = self._run(x, blocks, mappers, timesteps, tokens, None, residuals)
+            x = self._apply_resampler(x, downscaler)
+            x = self._run_level(x, blocks, mappers, timesteps, tokens, None, residuals)
             skips.append(x)
         skip = None
         skips.pop()  # the innermost level goes straight up
         for blocks, mappers, upscaler in zip(
             self.up_blocks, self.up_repeat_mappers, self.up_upscalers, strict=True
         ):
-            x = self._run(x, blocks, mappers, timesteps, tokens, skip, residuals)
-            x = self._resampled(x, upscaler)
+            x = self._run_level(x, blocks, mappers, timesteps, tokens, skip, residuals)
+            x = self._apply_resampler(x, upscaler)
             skip = skips.pop() if skips else None
         return x
 
-    def _resampled(self, x: Tensor, resampler: Any) -> Tensor:
-        """From one level to the next; x itself at the outermost one."""
+    def _apply_resampler(self, x: Tensor, resampler: Any) -> Tensor:
+        """Take x from one level to the next; into the outermost level nothing changes."""
         return resampler(x)
 
-    def _mapped(self, x: Tensor, mapper: nn.Module) -> Tensor:
-        """Between two repeats of a level."""
+    def _apply_mapper(self, x: Tensor, mapper: nn.Module) -> Tensor:
+        """Map x between two repeats of a level."""
         return mapper(x)
 
-    def _controlled(self, x: Tensor, residual: Tensor) -> Tensor:
-        """With a ControlNet's residual (B, C, h, w) added."""
+    def _add_control(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Add a ControlNet's residual (B, C, h, w), resized to the positions of x."""
         return x + resize(residual, x.shape[-2:]).to(x)
 
     def levels(self) -> list[tuple[list[nn.Module], int]]:
@@ -147,7 +148,7 @@ class UNet(nn.Module):
             for blocks, mappers in zip(*direction, strict=True)
         ]
 
-    def _run(
+    def _run_level(
         self,
         x: Tensor,
         blocks,
@@ -157,17 +158,17 @@ class UNet(nn.Module):
         skip: Tensor | None,
         residuals: Iterator,
     ) -> Tensor:
-        """One level, as often as it repeats."""
+        """Run one level, as often as it repeats."""
         for repeat in range(len(mappers) + 1):
             for i, block in enumerate(blocks):
                 if isinstance(block, ResBlock):
-                    first_skip = skip if i == 0 else None
-                    if first_skip is not None:  # sizes differ where a level does not divide the one above
-                        x = resize(x, first_skip.shape[-2:])
+                    block_skip = skip if i == 0 else None
+                    if block_skip is not None:  # sizes differ where a level does not divide the one above
+                        x = resize(x, block_skip.shape[-2:])
                     residual = next(residuals, None)
                     if residual is not None:
-                        x = self._controlled(x, residual)
-                    x = block(x, first_skip)
+                        x = self._add_control(x, residual)
+                    x = block(x, block_skip)
                 elif isinstance(block, AttnBlock):
                     x = block(x, tokens)
                 elif isinstance(block, TimestepBlock):
@@ -175,5 +176,5 @@ class UNet(nn.Module):
                 else:
                     x = block(x)
             if repeat < len(mappers):
-                x = self._mapped(x, mappers[repeat])
+                x = self._apply_mapper(x, mappers[repeat])
         return x
