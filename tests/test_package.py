@@ -1,15 +1,19 @@
 """The folder as a package: one identity, no heavy import at the door, arrows that only point one way."""
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+CORE = ROOT / "cascade_core"
 
 IMPORT_EVERYTHING = """
 import asyncio, collections, importlib.util, pathlib, pkgutil, sys
@@ -98,6 +102,42 @@ def test_arrows_point_one_way():
         [BIN / "lint-imports", "--no-logo"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, ...]]:
+    """What a file of the core imports of it, as paths below it, at any depth of the code and for types alone."""
+    package = path.relative_to(CORE).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = package[: len(package) - node.level + 1]
+            module = (*start, *(node.module.split(".") if node.module else ()))
+            yield from ((*module, alias.name) for alias in node.names)
+
+
+def file_of(name: tuple[str, ...]) -> Path | None:
+    """The file of a module, or of the one that holds the name."""
+    for parts in (name, name[:-1]):
+        for path in (CORE.joinpath(*parts).with_suffix(".py"), CORE.joinpath(*parts, "__init__.py")):
+            if path.is_file() and path != CORE / "__init__.py":
+                return path
+    return None
+
+
+def test_no_import_of_the_core_leads_back():
+    """Neither from file to file nor from room to room; imports within functions count."""
+    files: dict[Path, set[Path]] = {}
+    rooms: dict[str, set[str]] = {}
+    for path in CORE.rglob("*.py"):
+        targets = {target for name in imports_of(path) if (target := file_of(name)) is not None} - {path}
+        files[path] = targets
+        if path.parent == CORE and path.name == "__init__.py":
+            continue
+        room = path.relative_to(CORE).parts[0].removesuffix(".py")
+        reached = {target.relative_to(CORE).parts[0].removesuffix(".py") for target in targets}
+        rooms.setdefault(room, set()).update(reached - {room})
+    assert sum(map(len, files.values())) > 100
+    for graph in (files, rooms):
+        TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_the_registry_gets_what_users_need():

@@ -1,6 +1,7 @@
 """LoRA files of every dialect, learned tokens, and how they change a network."""
 
-from .adapter import Adapter, LearnedToken, LowRank
+from ..text.learned_tokens import LearnedToken
+from .adapter import Adapter, LowRank
 from .dialects import DIALECTS
 from .fit import check_fits, describe_adapter, describe_unknown
 from .read import parse_adapter, read_adapter

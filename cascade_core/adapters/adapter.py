@@ -13,6 +13,8 @@ from math import prod
 
 from torch import Tensor
 
+from ..text.learned_tokens import LearnedToken
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -61,23 +63,6 @@ def belong_together(down: Tensor, up: Tensor) -> bool:
     """Whether two tensors of a file make a change."""
     known = {down.ndim, up.ndim} <= {2, 4} and down.numel() > 0 and up.numel() > 0
     return known and up[0].numel() == len(down) and down.is_floating_point() and up.is_floating_point()
-
-
-@dataclass(frozen=True)
-class LearnedToken:
-    """What a file teaches about one token.
-
-    name      in the prompt, such as "[fernando]"; "" for a change of a token that the vocabulary has
-    vectors   (V, C) float32: one or more rows, which stand in the prompt one after the other
-    index     the vocabulary's token that `vectors` (one row) is added to; None for a token of its own
-    output    whether the rows stand in place of the encoder's states at the token's positions (OneTrainer's "output
-              embedding") instead of its input's
-    """
-
-    name: str
-    vectors: Tensor
-    index: int | None = None
-    output: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..errors import CascadeError
 from ..networks.config import StageCConfig
-from .adapter import Adapter, LearnedToken, LowRank, belong_together
+from ..text.learned_tokens import LearnedToken
+from .adapter import Adapter, LowRank, belong_together
 from .fused import fuse, scaled, split
 from .names import FUSED, QKV, is_convolution, published_layers, published_parameter
 from .order import FILTERS, kind, layer_order

@@ -20,7 +20,8 @@ from ..checkpoints.load import PART_NAMES
 from ..errors import CascadeError
 from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
-from .adapter import Adapter, LearnedToken, LowRank, belong_together
+from ..text.learned_tokens import LearnedToken
+from .adapter import Adapter, LowRank, belong_together
 from .dialects import DIALECTS, STAGE_C_PREFIXES, TEXT_PREFIXES, Dialect
 from .fit import listed
 from .foreign import foreign_model, other_algorithms

@@ -1,7 +1,4 @@
-"""Learned tokens: rows that stand in a prompt for a name, and changes of tokens that the vocabulary has.
-
-The text encoder's embedding matrix is neither copied nor written to: learned rows are numbered behind its own.
-"""
+"""What adapters teach a text encoder: learned tokens, by the names that prompts call them by."""
 
 from __future__ import annotations
 
@@ -12,68 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import CascadeError
-from .adapter import Adapter, LearnedToken
-
-
-class TokenTable:
-    """Learned tokens numbered from `first` on, the size of a vocabulary of `width` columns.
-
-    ids  {name: its tokens}, for `Tokenizer.chunks`. Of two tokens of one name the later counts; what one learned at the
-         encoder's input and another at its output go together.
-
-    Changes of one token add up. Differentiable in the tokens' vectors.
-    """
-
-    def __init__(self, tokens: Sequence[LearnedToken], first: int, width: int):
-        self.first = first
-        self.changes: dict[int, Tensor] = {}
-        named: dict[str, dict[bool, Tensor]] = {}  # at the output or not -> rows
-        for token in tokens:
-            if token.index is None:
-                named.setdefault(token.name, {})[token.output] = token.vectors
-            else:
-                self.changes[token.index] = self.changes.get(token.index, 0) + token.vectors[0]  # (C,)
-        self.ids: dict[str, range] = {}
-        for name, rows in named.items():
-            count = max(map(len, rows.values()))
-            self.ids[name] = range(first, first + count)
-            first += count
-        self.inputs = self._rows(named, False, 0.0, width)
-        self.outputs = self._rows(named, True, torch.nan, width)
-
-    def _rows(
-        self, named: Mapping[str, Mapping[bool, Tensor]], output: bool, absent: float, width: int
-    ) -> Tensor:
-        """(K, C): those learned at the one end, `absent` for the others."""
-        rows = [torch.empty(0, width)]
-        for name, ends in named.items():
-            there = ends.get(output, next(iter(ends.values()))[:0])
-            rows.append(F.pad(there, (0, 0, 0, len(self.ids[name]) - len(there)), value=absent))
-        return torch.cat(rows[1:] or rows)
-
-    def known(self, tokens: Tensor) -> Tensor:
-        """(N, T), the learned ones replaced by one that the vocabulary has."""
-        return tokens.where(tokens < self.first, 0)
-
-    def embed(self, tokens: Tensor, embedded: Tensor) -> Tensor:
-        """What the encoder begins with, (N, T, C): tokens (N, T), and what its matrix gives for `known(tokens)`."""
-        for token, change in self.changes.items():
-            embedded = embedded + (tokens == token).unsqueeze(-1) * change.to(embedded)
-        return self._put(tokens, self.inputs, embedded)
-
-    def output(self, tokens: Tensor, states: Tensor) -> Tensor:
-        """The encoder's states (N, T, C) with the rows that were learned there."""
-        return states if self.outputs.isnan().all() else self._put(tokens, self.outputs, states)
-
-    def _put(self, tokens: Tensor, rows: Tensor, into: Tensor) -> Tensor:
-        """Each learned token's row, but for NaN, in its places of (N, T, C)."""
-        if not len(rows):
-            return into
-        learned = rows.to(into)[(tokens - self.first).clamp(min=0)]
-        return learned.where((tokens >= self.first).unsqueeze(-1) & ~learned.isnan(), into)
+from ..text.learned_tokens import LearnedToken
+from .adapter import Adapter
 
 
 class NewToken(NamedTuple):

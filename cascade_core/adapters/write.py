@@ -13,7 +13,8 @@ from ..errors import CascadeError
 from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
 from ..text.clip import CLIP_TOKENS
-from .adapter import Adapter, LearnedToken, LowRank
+from ..text.learned_tokens import LearnedToken
+from .adapter import Adapter, LowRank
 from .dialects import DIALECTS, Dialect
 from .fit import check_fits
 from .fused import scaled

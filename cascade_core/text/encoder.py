@@ -16,13 +16,11 @@ from torch import Tensor
 
 from ..errors import CascadeError
 from .clip import CLIP_TOKENS, CONFIG_KEYS, explain_non_finite, in_model_folder, infer_text_config, load_clip
+from .learned_tokens import LearnedToken, TokenTable
 from .tokenizer import Chunk, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
-
-    from ..adapters import LearnedToken
-    from ..adapters.tokens import TokenTable
 
 __all__ = [
     "TextEncoder",
@@ -155,8 +153,6 @@ class TextEncoder:
         return TextStates(states.flatten(1, 2), pooled[places[:, 0]])
 
     def _table(self, learned: Sequence[LearnedToken]) -> TokenTable:
-        from ..adapters.tokens import TokenTable
-
         config = self.model.config
         return TokenTable(learned, config.vocab_size, config.hidden_size)
 

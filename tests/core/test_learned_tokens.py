@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import Adapter, LearnedToken
 from cascade_nodes.cascade_core.adapters.embeddings import embedding_names, read_embedding
-from cascade_nodes.cascade_core.adapters.tokens import NewToken, TokenTable, parse_new_tokens, taught_tokens
+from cascade_nodes.cascade_core.adapters.tokens import NewToken, parse_new_tokens, taught_tokens
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model, encode_tokens
+from cascade_nodes.cascade_core.text.learned_tokens import TokenTable
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary
 from cascade_nodes.tests.golden_weights import read_golden, relative_error
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters import Adapter, LearnedToken, write_adapter
-from ...adapters.tokens import TokenTable, name_in_prompt
+from ...adapters.tokens import name_in_prompt
 from ...errors import CascadeError
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
+from ...text.learned_tokens import TokenTable
 from ..cuda_graphs import GraphedFunction
 from ..settings import ObjectiveSettings, TokenSettings
 from .base import Inputs, State, Task

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...adapters.tokens import TokenTable
 from ...text.encoder import TextEncoder, encode_tokens
+from ...text.learned_tokens import TokenTable
 
 Names = Mapping[str, Sequence[int]]
 
