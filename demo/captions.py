@@ -1,4 +1,4 @@
-"""What to say of a scene: truthfully (`caption`, `canonical`), or wrongly on purpose (`hard_negatives`)."""
+"""Captions of scenes: true ones (`caption`, `canonical`), and false ones on purpose (`hard_negatives`)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +42,7 @@ __all__ = [
     "vocabulary",
 ]
 
-FRAGMENTS, TAGS = 0.12, 0.08  # shares of the captions that are no sentence
+FRAGMENTS, TAGS = 0.12, 0.08  # shares of the captions that are not sentences
 FULL = 0.25  # share of the sentences that leave nothing out
 ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
 # Where the thirds of the frame begin and end; between them is neither, so that a caption's place is certain.
@@ -50,24 +50,24 @@ NEAR, MIDDLE, FAR = 0.39, (0.43, 0.57), 0.61
 
 
 def caption(scene: Scene, rng: Random) -> str:
-    """A random true description: a sentence, tags or a fragment, with random things left out."""
+    """Random true description: a sentence, tags or a fragment, with random omissions."""
     return verbalise(_choose(scene, rng), rng)
 
 
 def canonical(scene: Scene) -> str:
-    """Everything, plainly: "a large red star to the left of a small blue ring on a sand background"."""
+    """Full plain description: "a large red star to the left of a small blue ring on a sand background"."""
     phrases = [f"a {o.size} {o.colour} {o.shape}" for o in scene.objects]
     joint = f" {RELATION_WORDS[scene.relation][0]} " if scene.relation else ""
     return f"{joint.join(phrases)} on a {BACKGROUND_NOUNS[scene.background][0]} background"
 
 
 def full_spec(scene: Scene) -> Spec:
-    """Everything that a caption can say of the scene, places apart."""
+    """Spec of everything that a caption can state about the scene, except places."""
     return Spec(tuple(_object_spec(o) for o in scene.objects), scene.relation, scene.background, exact=True)
 
 
 def holds(spec: Spec, scene: Scene) -> bool:
-    """Whether what the spec states is true of the scene."""
+    """Whether the spec is true of the scene."""
     if spec.background not in (None, scene.background):
         return False
     if len(spec.objects) > len(scene.objects) or (spec.exact and len(spec.objects) != len(scene.objects)):
@@ -83,7 +83,7 @@ def holds(spec: Spec, scene: Scene) -> bool:
 
 def _describes(spec: ObjectSpec, o: SceneObject) -> bool:
     stated = ((spec.shape, o.shape), (spec.colour, o.colour), (spec.size, o.size))
-    return all(want in (None, have) for want, have in stated) and (
+    return all(stated_value in (None, value) for stated_value, value in stated) and (
         spec.place is None or stands_at(o.x, o.y, spec.place)
     )
 
@@ -102,11 +102,11 @@ def stands_at(x: float, y: float, place: str, slack: float = 0.0) -> bool:
 
 
 def place_of(x: float, y: float) -> str | None:
-    """The ninth of the frame where the point certainly is, else None."""
+    """Ninth of the frame where the point certainly is, else None."""
     return next((place for place in PLACES if stands_at(x, y, place)), None)
 
 
-# What to say
+# Choosing what to state
 
 
 def _object_spec(o: SceneObject) -> ObjectSpec:
@@ -114,7 +114,7 @@ def _object_spec(o: SceneObject) -> ObjectSpec:
 
 
 def _turned(spec: Spec) -> Spec:
-    """The same, told from the other object."""
+    """The same spec, with the objects in the other order."""
     return replace(spec, objects=spec.objects[::-1], relation=INVERSE.get(spec.relation or ""))
 
 
@@ -127,13 +127,13 @@ def _choose(scene: Scene, rng: Random) -> Spec:
         return _fragment(spec, rng)
     if style < FRAGMENTS + TAGS:
         objects = tuple(replace(_thinned(o, rng), shape=o.shape) for o in spec.objects)
-        kept = spec.relation if rng.random() < 0.5 else None
-        return Spec(objects, kept, spec.background if rng.random() < 0.5 else None)
+        relation = spec.relation if rng.random() < 0.5 else None
+        return Spec(objects, relation, spec.background if rng.random() < 0.5 else None)
     return _sentence(spec, scene, rng)
 
 
 def _thinned(o: ObjectSpec, rng: Random) -> ObjectSpec:
-    """With things left out: the size often, the colour and the shape seldom."""
+    """Omits attributes: the size often, the colour and the shape seldom."""
     return ObjectSpec(
         o.shape if rng.random() < 0.94 else None,
         o.colour if rng.random() < 0.88 else None,
@@ -155,7 +155,7 @@ def _sentence(spec: Spec, scene: Scene, rng: Random) -> Spec:
 
 
 def _fragment(spec: Spec, rng: Random) -> Spec:
-    """One thing alone, so that each word is understood by itself."""
+    """States one attribute alone, so that each word is learned by itself."""
     o = spec.objects[0]
     kind = rng.random()
     if kind < 0.30:
@@ -183,12 +183,11 @@ def _counted(spec: Spec, rng: Random) -> Spec:
     return Spec((ObjectSpec(**common),) * len(spec.objects), exact=True)
 
 
-# What would be wrong
+# False captions
 
 
 def hard_negatives(scene: Scene, rng: Random, n: int) -> list[str]:
-    """n captions that are false of the scene by one thing: relation, colours, shapes or sizes swapped, or one
-    attribute replaced."""
+    """n captions that are false in one thing: relation, colours, shapes or sizes swapped, or one attribute replaced."""
     spec = full_spec(scene)
     negatives = []
     while len(negatives) < n:
@@ -198,36 +197,39 @@ def hard_negatives(scene: Scene, rng: Random, n: int) -> list[str]:
 
 
 def contrast(scene: Scene, rng: Random, n: int) -> tuple[str, list[str]]:
-    """A caption and n hard negatives of it that keep its wording wherever they can."""
+    """Caption and n hard negatives of it that keep its wording where possible."""
     spec, seed = _choose(scene, rng), rng.getrandbits(32)
     negatives = _falsehoods(spec, scene, rng, n, seed)
     return verbalise(spec, Random(seed)), negatives + hard_negatives(scene, rng, n - len(negatives))
 
 
 def _falsehoods(spec: Spec, scene: Scene, rng: Random, n: int, seed: int) -> list[str]:
-    """Up to n of them, all different in what they state, said with the same random choices of words."""
-    wrong: list[Spec] = []
+    """Up to n false captions with different specs, verbalised with the same random choices of words."""
+    negatives: list[Spec] = []
     for _ in range(3 * n):
         candidate = (_swap if len(spec.objects) == 2 and rng.random() < 0.6 else _replace)(spec, rng)
-        if candidate not in wrong and not holds(candidate, scene):
-            wrong.append(candidate)
-            if len(wrong) == n:
+        if candidate not in negatives and not holds(candidate, scene):
+            negatives.append(candidate)
+            if len(negatives) == n:
                 break
-    return [verbalise(candidate, Random(seed)) for candidate in wrong]
+    return [verbalise(candidate, Random(seed)) for candidate in negatives]
 
 
 def _swap(spec: Spec, rng: Random) -> Spec:
-    """The same words, exchanged between the two objects, or the relation turned round."""
-    what = rng.choice(("relation", "relation", "shape", "colour", "size"))
-    if what == "relation":
+    """Swaps an attribute between the two objects, or inverts the relation."""
+    attribute = rng.choice(("relation", "relation", "shape", "colour", "size"))
+    if attribute == "relation":
         return replace(spec, relation=INVERSE.get(spec.relation or ""))
     a, b = spec.objects
-    swapped = (replace(a, **{what: getattr(b, what)}), replace(b, **{what: getattr(a, what)}))
+    swapped = (
+        replace(a, **{attribute: getattr(b, attribute)}),
+        replace(b, **{attribute: getattr(a, attribute)}),
+    )
     return replace(spec, objects=swapped)
 
 
 def _replace(spec: Spec, rng: Random) -> Spec:
-    """One stated thing replaced by another."""
+    """Replaces one stated attribute by another."""
     choices: list[Callable[[], Spec]] = []
     for index, o in enumerate(spec.objects):
         for name in ("shape", "colour", "size"):

@@ -1,4 +1,4 @@
-"""Measures what guides Stage C besides words: masks and ControlNets."""
+"""Measures masks and ControlNets, which guide Stage C besides words."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,12 +37,12 @@ def guided(
     hints: Tensor,
     prompts: Sequence[str],
     strength: float = 1.0,
-    **how: Any,
+    **options: Any,
 ) -> Tensor:
-    """Stage C's latents with a ControlNet; hints: (B, C, H, W), one for each prompt."""
+    """Samples Stage C's latents with a ControlNet; hints: (B, C, H, W), one for each prompt."""
     residuals = network(hints.to(cascade.device))
     control = [None if r is None else strength * r for r in residuals]
-    return cascade.prior(prompts, control=control if strength else None, **how)
+    return cascade.prior(prompts, control=control if strength else None, **options)
 
 
 def edges(images: Tensor) -> Tensor:
@@ -51,52 +51,54 @@ def edges(images: Tensor) -> Tensor:
     return F.max_pool2d(canny(pixels, 100, 200).float(), 3, 1, 1) > 0
 
 
-def overlap(one: Tensor, other: Tensor) -> float:
+def overlap(mask: Tensor, reference: Tensor) -> float:
     """Mean intersection over union of masks (N, 1, H, W)."""
-    both, either = (one & other).sum((1, 2, 3)), (one | other).sum((1, 2, 3))
-    return (both / either.clamp_min(1)).mean().item()
+    intersection, union = (mask & reference).sum((1, 2, 3)), (mask | reference).sum((1, 2, 3))
+    return (intersection / union.clamp_min(1)).mean().item()
 
 
 def controlnet_canny(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Pictures follow the edges of a held-out scene; how much of them would be there by words alone."""
+    """Measures how closely pictures follow the edges of a held-out scene, against words alone."""
     scenes = sample_scenes(count, SEED + 20, "held_out")
     prompts, specs = prompts_of(scenes)
     sources = as_float(pictures(scenes, cascade.device))
     hints = canny_hint(resized(sources, COMPRESSED))
     network = controlnet(cascade, "canny")
 
-    def made(strength: float) -> Tensor:
-        def some(part: slice) -> Tensor:
-            seed = SEED + part.start
-            latents = guided(cascade, network, hints[part], prompts[part], strength, seed=seed)
-            return cascade.decode(latents, prompts[part], seed)
+    def sample_at(strength: float) -> Tensor:
+        def sample_batch(rows: slice) -> Tensor:
+            seed = SEED + rows.start
+            latents = guided(cascade, network, hints[rows], prompts[rows], strength, seed=seed)
+            return cascade.decode(latents, prompts[rows], seed)
 
-        return in_batches(some, count)
+        return in_batches(sample_batch, count)
 
     sources = sources.cpu()
-    without, half, full = made(0.0), made(0.5), made(1.0)
-    wanted = edges(sources)
-    found = {name: overlap(edges(images), wanted) for name, images in (("without", without), ("with", full))}
+    without, half, full = sample_at(0.0), sample_at(0.5), sample_at(1.0)
+    source_edges = edges(sources)
+    ious = {
+        name: overlap(edges(images), source_edges) for name, images in (("without", without), ("with", full))
+    }
     return {
-        "edge_iou": found["with"],
-        "edge_iou_without": found["without"],
-        "edge_iou_ratio": found["with"] / found["without"],
-        "edge_iou_at_half_strength": overlap(edges(half), wanted),
+        "edge_iou": ious["with"],
+        "edge_iou_without": ious["without"],
+        "edge_iou_ratio": ious["with"] / ious["without"],
+        "edge_iou_at_half_strength": overlap(edges(half), source_edges),
         "right": rates(full, specs)["all_right"],
     }, torch.stack([sources, without, half, full], dim=1).flatten(0, 1)
 
 
 def edited(scene: Scene, rng: Random) -> tuple[Scene, Tensor]:
-    """The scene with its last object another one, and the mask (1, 256, 256) of where that one stands."""
-    *kept, old = scene.objects
+    """Replaces the last object of a scene; returns the new scene and the mask (1, 256, 256) of the old object."""
+    *unchanged, replaced = scene.objects
     while True:
-        new = replace(old, shape=rng.choice(SHAPES), colour=rng.choice(COLOURS))
-        if new.shape != old.shape and new.colour not in [o.colour for o in scene.objects]:
+        substitute = replace(replaced, shape=rng.choice(SHAPES), colour=rng.choice(COLOURS))
+        if substitute.shape != replaced.shape and substitute.colour not in [o.colour for o in scene.objects]:
             break
-    after = replace(scene, objects=(*kept, new))
-    reach = old.radius + 0.035
+    after = replace(scene, objects=(*unchanged, substitute))
+    reach = replaced.radius + 0.035
     y = x = (torch.arange(PICTURE) + 0.5) / PICTURE
-    mask = ((y[:, None] - old.y).abs() < reach) & ((x[None, :] - old.x).abs() < reach)
+    mask = ((y[:, None] - replaced.y).abs() < reach) & ((x[None, :] - replaced.x).abs() < reach)
     return after, mask[None].float()
 
 
@@ -111,7 +113,7 @@ def painted(
     strength: float = 1.0,
     grow: int = 0,
 ) -> Tensor:
-    """Pictures (B, 3, 256, 256) made anew where the masks (B, 256, 256) are 1, by both stages; not yet composited.
+    """Inpaints pictures (B, 3, 256, 256) where the masks (B, 256, 256) are 1, by both stages, without compositing.
 
     grow: positions by which Stage C's mask is wider.
     """
@@ -125,7 +127,7 @@ def painted(
 
 
 def inpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """One object is painted over by another that the prompt names; the rest stays."""
+    """Measures inpainting: one object is replaced by another that the prompt names; the rest stays."""
     rng = Random(SEED)
     scenes = sample_scenes(count, SEED + 21, "held_out")
     edits = [edited(scene, rng) for scene in scenes]
@@ -135,19 +137,20 @@ def inpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     sources = pictures(scenes, cascade.device)
     network = controlnet(cascade, "inpainting")
 
-    def made(strength: float) -> tuple[Tensor, Tensor]:
-        def some(part: slice) -> Tensor:
-            images = as_float(sources[part])
-            seed, grow = SEED + part.start, 1 if strength else 0  # by words alone a grown mask does harm
-            return painted(cascade, network, images, masks[part], prompts[part], seed, strength, grow)
+    def inpaint_at(strength: float) -> tuple[Tensor, Tensor]:
+        def sample_batch(rows: slice) -> Tensor:
+            images = as_float(sources[rows])
+            grow = 1 if strength else 0  # without the ControlNet a grown mask does harm
+            seed = SEED + rows.start
+            return painted(cascade, network, images, masks[rows], prompts[rows], seed, strength, grow)
 
-        raw = in_batches(some, count)
+        raw = in_batches(sample_batch, count)
         return raw, composite(raw, as_float(sources).cpu(), masks[:, None], FEATHER)
 
     truth = as_float(sources).cpu()
     outside = masks[:, None] == 0
-    raw, done = made(1.0)
-    _, plain = made(0.0)
+    raw, done = inpaint_at(1.0)
+    _, plain = inpaint_at(0.0)
 
     objects = [Spec((spec.objects[-1],)) for spec in specs]
     return {
@@ -160,13 +163,13 @@ def inpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
 
 def full(scene: Scene) -> Spec:
-    """What a prompt for inpainting states: everything but the sizes."""
+    """Spec of a prompt for inpainting: everything but the sizes."""
     objects = tuple(ObjectSpec(o.shape, o.colour) for o in scene.objects)
     return Spec(objects, scene.relation, scene.background, exact=True)
 
 
 def outpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """The outer half of a picture of one object is made anew, with a second object that the prompt names."""
+    """Measures outpainting: half of a picture of one object is made anew, with a second object in the prompt."""
     scenes = [
         scene
         for scene in sample_scenes(12 * count, SEED + 23, "held_out")
@@ -179,15 +182,15 @@ def outpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     masks = torch.stack([_half(scene) for scene in scenes])
     network = controlnet(cascade, "inpainting")
 
-    def some(part: slice) -> Tensor:
-        images = torch.where(masks[part, None].to(cascade.device) > 0, 0.5, as_float(sources[part]))
-        return painted(cascade, network, images, masks[part], prompts[part], SEED + part.start)
+    def sample_batch(rows: slice) -> Tensor:
+        images = torch.where(masks[rows, None].to(cascade.device) > 0, 0.5, as_float(sources[rows]))
+        return painted(cascade, network, images, masks[rows], prompts[rows], SEED + rows.start)
 
     truth = as_float(sources).cpu()
-    done = composite(in_batches(some, len(scenes)), truth, masks[:, None], FEATHER)
-    made = [Spec((spec.objects[1],)) for spec in specs]
+    done = composite(in_batches(sample_batch, len(scenes)), truth, masks[:, None], FEATHER)
+    added_objects = [Spec((spec.objects[1],)) for spec in specs]
     return {
-        "new_object_right": rates(done, made)["all_right"],
+        "new_object_right": rates(done, added_objects)["all_right"],
         "right_in_everything": rates(done, specs)["all_right"],
     }, torch.stack([torch.where(masks[:, None] > 0, torch.ones(()), truth), done], dim=1).flatten(0, 1)
 
@@ -201,7 +204,7 @@ def _splits(scene: Scene) -> bool:
 
 
 def _half(scene: Scene) -> Tensor:
-    """The half (256, 256) of the picture in which the second object stands."""
+    """Mask (256, 256) of the half of the picture in which the second object stands."""
     position = (torch.arange(PICTURE) + 0.5) / PICTURE
     upper = scene.relation in ("right", "below")  # the second object is left of or above the first
     line = (position < 0.5 if upper else position > 0.5).float()
@@ -213,9 +216,9 @@ def _half(scene: Scene) -> Tensor:
 
 
 def super_resolution(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Pictures of 16 pixels at 256, against bicubic ones: everywhere, and where the outlines are.
+    """Measures super resolution from 16 to 256 pixels against bicubic: everywhere, and at the outlines.
 
-    What the cascade gives back of the true picture's own latents is the most that a ControlNet can reach.
+    The cascade's reconstruction from the true picture's own latents is the upper bound for a ControlNet.
     """
     scenes = sample_scenes(count, SEED + 22, "held_out")
     prompts, specs = prompts_of(scenes)
@@ -227,17 +230,17 @@ def super_resolution(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]
     with torch.no_grad():
         hints = super_resolution_hint(cascade.compressor, resized(small, COMPRESSED), (6, 6))
 
-    def made(texts: Sequence[str]) -> Tensor:
-        def some(part: slice) -> Tensor:
-            seed = SEED + part.start
-            latents = guided(cascade, network, hints[part], texts[part], seed=seed)
-            return cascade.decode(latents, texts[part], seed)
+    def upscale(texts: Sequence[str]) -> Tensor:
+        def sample_batch(rows: slice) -> Tensor:
+            seed = SEED + rows.start
+            latents = guided(cascade, network, hints[rows], texts[rows], seed=seed)
+            return cascade.decode(latents, texts[rows], seed)
 
-        return in_batches(some, count)
+        return in_batches(sample_batch, count)
 
     truth, enlarged = images.cpu(), enlarged.cpu()
-    done, untold = made(prompts), made([""] * count)
-    best = in_batches(lambda part: cascade.reconstruct(sources[part], SEED + part.start), count)
+    done, untold = upscale(prompts), upscale([""] * count)
+    best = in_batches(lambda rows: cascade.reconstruct(sources[rows], SEED + rows.start), count)
     outline = edges(truth).float()
     outline = F.interpolate(outline, (PICTURE, PICTURE), mode="nearest") > 0
 
@@ -256,14 +259,14 @@ def super_resolution(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]
     }, torch.stack([truth, enlarged, untold, done], dim=1).flatten(0, 1)
 
 
-def sharpness(images: Tensor, where: Tensor) -> Tensor:
-    """How much neighbouring pixels differ, their mean square in decibels, within a mask: (N,).
+def sharpness(images: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels within a mask, in decibels: (N,).
 
-    images: (N, 3, H, W); where: (N, 1, H, W).
+    images: (N, 3, H, W); mask: (N, 1, H, W).
     """
     down, across = images.diff(dim=2).square()[..., 1:], images.diff(dim=3).square()[..., 1:, :]
     slope = (down + across).mean(1, keepdim=True)  # (N, 1, H - 1, W - 1)
-    inside = where[..., 1:, 1:]
+    inside = mask[..., 1:, 1:]
     mean = (slope * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3)).clamp_min(1)
     return 10 * mean.clamp_min(1e-10).log10()
 

@@ -20,12 +20,12 @@ from cascade_nodes.demo.world import Scene, pack, render
 def pictures(
     scenes: Sequence[Scene], device: torch.device, size: int = PICTURE, smaller: int | None = None
 ) -> Tensor:
-    """The scenes drawn: uint8 (N, 3, size, size), or resized to `smaller` after drawing."""
-    drawn = []
+    """Renders scenes: uint8 (N, 3, size, size), or resized to `smaller` after drawing."""
+    batches = []
     for start in range(0, len(scenes), 4096):
         images = render(pack(scenes[start : start + 4096]), size, device)
-        drawn.append(images if smaller is None else to_uint8(resized(as_float(images), smaller)))
-    return torch.cat(drawn).contiguous(memory_format=torch.channels_last)
+        batches.append(images if smaller is None else to_uint8(resized(as_float(images), smaller)))
+    return torch.cat(batches).contiguous(memory_format=torch.channels_last)
 
 
 def as_float(images: Tensor) -> Tensor:
@@ -45,47 +45,47 @@ def resized(images: Tensor, size: int | Sequence[int]) -> Tensor:
 
 
 def for_compressor(images: Tensor) -> Tensor:
-    """uint8 pictures -> what the compressor reads."""
+    """uint8 pictures -> float (N, 3, side, side) at the compressor's size."""
     return resized(as_float(images), COMPRESSED)
 
 
-def _caption_some(numbered: tuple[int, Sequence[Scene]], each: int) -> list[str]:
+def _caption_scenes(numbered: tuple[int, Sequence[Scene]], count: int) -> list[str]:
     number, scenes = numbered
     rng = Random(number)
-    return [caption(scene, rng) for scene in scenes for _ in range(each)]
+    return [caption(scene, rng) for scene in scenes for _ in range(count)]
 
 
-def _contrast_some(numbered: tuple[int, Sequence[Scene]], each: int) -> list[str]:
+def _contrast_scenes(numbered: tuple[int, Sequence[Scene]], count: int) -> list[str]:
     number, scenes = numbered
     rng = Random(number)
     texts = []
     for scene in scenes:
-        right, wrong = contrast(scene, rng, each)
+        right, wrong = contrast(scene, rng, count)
         texts += [right, *wrong]
     return texts
 
 
 def _in_parallel(work, scenes: Sequence[Scene], seed: int) -> list[str]:
-    """work((seed, some scenes)) over all scenes, in order, on every core; the same whatever the number of cores."""
-    parts = [(seed + start, scenes[start : start + 5000]) for start in range(0, len(scenes), 5000)]
-    with ProcessPoolExecutor(min(cpu_count() or 1, len(parts))) as pool:
-        return [text for part in pool.map(work, parts) for text in part]
+    """Runs work((seed, some scenes)) over all scenes, in order, on every core; the number of cores does not matter."""
+    jobs = [(seed + start, scenes[start : start + 5000]) for start in range(0, len(scenes), 5000)]
+    with ProcessPoolExecutor(min(cpu_count() or 1, len(jobs))) as pool:
+        return [text for texts in pool.map(work, jobs) for text in texts]
 
 
-def captions(scenes: Sequence[Scene], each: int, tokenizer: Tokenizer, seed: int) -> Tensor:
-    """`each` random captions of every scene, as tokens: int16 (N, each, 77)."""
-    texts = _in_parallel(partial(_caption_some, each=each), scenes, seed)
-    return tokenise(texts, tokenizer).view(len(scenes), each, CHUNK_LENGTH)
+def captions(scenes: Sequence[Scene], count: int, tokenizer: Tokenizer, seed: int) -> Tensor:
+    """`count` random captions of every scene, as tokens: int16 (N, count, 77)."""
+    texts = _in_parallel(partial(_caption_scenes, count=count), scenes, seed)
+    return tokenise(texts, tokenizer).view(len(scenes), count, CHUNK_LENGTH)
 
 
-def contrasts(scenes: Sequence[Scene], wrong: int, tokenizer: Tokenizer, seed: int) -> Tensor:
-    """A caption of every scene and then `wrong` false ones in like words: int16 (N, 1 + wrong, 77)."""
-    texts = _in_parallel(partial(_contrast_some, each=wrong), scenes, seed)
-    return tokenise(texts, tokenizer).view(len(scenes), 1 + wrong, CHUNK_LENGTH)
+def contrasts(scenes: Sequence[Scene], negatives: int, tokenizer: Tokenizer, seed: int) -> Tensor:
+    """A caption of every scene and `negatives` false ones in similar words: int16 (N, 1 + negatives, 77)."""
+    texts = _in_parallel(partial(_contrast_scenes, count=negatives), scenes, seed)
+    return tokenise(texts, tokenizer).view(len(scenes), 1 + negatives, CHUNK_LENGTH)
 
 
 def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
-    """Plain texts, no longer than a chunk, without weights -> int16 (N, 77), padded with the end token."""
+    """Tokenises plain texts, no longer than a chunk, without weights: int16 (N, 77), padded with the end token."""
     rows = np.full((len(texts), CHUNK_LENGTH), tokenizer.end_token, dtype=np.int16)
     rows[:, 0] = tokenizer.start_token
     for start in range(0, len(texts), 100_000):

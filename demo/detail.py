@@ -1,4 +1,4 @@
-"""A decoder that only exists while the compressor is trained: it makes the latent keep what Stage B must redraw."""
+"""Auxiliary decoder for the compressor's training: makes the latent keep what Stage B must redraw."""
 
 from torch import Tensor, nn
 

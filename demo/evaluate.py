@@ -1,4 +1,4 @@
-"""Measures the demo cascade on what it never saw: `python -m cascade_nodes.demo.evaluate`.
+"""Measures the demo cascade on held-out scenes: `python -m cascade_nodes.demo.evaluate`.
 
 Prompts are of scenes with a held-out (shape, colour) pair or (object, relation, object) triple; the judge reads the
 pictures. Prints a table, and with --json FILE writes the figures.
@@ -24,11 +24,11 @@ from cascade_nodes.demo.pipeline import DECODER, PRIOR, WEIGHTS, DemoCascade, Sa
 from cascade_nodes.demo.world import BACKGROUNDS, SHAPES, Scene, sample_scenes
 
 SEED = 20_000
-PARTS = ("adherence", "unguided", "negative", "reconstruction", "judge")
+MEASUREMENTS = ("adherence", "unguided", "negative", "reconstruction", "judge")
 
 
 def prompts_of(scenes: Sequence[Scene]) -> tuple[list[str], list[Spec]]:
-    """A prompt that states everything, in random words, and what it states."""
+    """Prompts that state everything, in random words, and their specs."""
     rng = Random(SEED)
     specs = [full_spec(scene) for scene in scenes]
     return [verbalise(spec, rng) for spec in specs], specs
@@ -37,7 +37,7 @@ def prompts_of(scenes: Sequence[Scene]) -> tuple[list[str], list[Spec]]:
 def adherence(
     cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling
 ) -> tuple[dict[str, float], Tensor]:
-    """Rates of what `count` held-out prompts state, and the pictures."""
+    """Adherence rates of `count` held-out prompts, and the pictures."""
     prompts, specs = prompts_of(sample_scenes(count, SEED, "held_out"))
     images = cascade.pictures(prompts, SEED, prior, decoder)
     scores = [score(reading, spec) for reading, spec in zip(read(images), specs, strict=True)]
@@ -49,9 +49,9 @@ def reconstruction(cascade: DemoCascade, count: int, decoder: Sampling) -> float
     images = pictures(sample_scenes(count, SEED + 1, "held_out"), cascade.device)
     psnr = []
     for start in range(0, count, 50):
-        part = images[start : start + 50]
+        batch = images[start : start + 50]
         error = (
-            (cascade.reconstruct(part, SEED + start, decoder) - as_float(part).cpu())
+            (cascade.reconstruct(batch, SEED + start, decoder) - as_float(batch).cpu())
             .square()
             .mean(dim=(1, 2, 3))
         )
@@ -60,7 +60,7 @@ def reconstruction(cascade: DemoCascade, count: int, decoder: Sampling) -> float
 
 
 def red_objects(cascade: DemoCascade, count: int, negative: str, prior: Sampling, decoder: Sampling) -> int:
-    """How many red objects `count` prompts that name no colour give."""
+    """Number of red objects in pictures of `count` prompts without a colour."""
     rng = Random(SEED)
     specs = [
         Spec((ObjectSpec(shape=rng.choice(SHAPES)),), background=rng.choice(BACKGROUNDS), exact=True)
@@ -68,7 +68,7 @@ def red_objects(cascade: DemoCascade, count: int, negative: str, prior: Sampling
     ]
     prompts = [verbalise(spec, rng) for spec in specs]
     readings = read(cascade.pictures(prompts, SEED, prior, decoder, negative))
-    return sum(found.colour == "red" for reading in readings for found in reading.objects)
+    return sum(o.colour == "red" for reading in readings for o in reading.objects)
 
 
 def judge_on_renders(count: int, device: torch.device) -> float:
@@ -88,12 +88,12 @@ def contact_sheet(images: Tensor, columns: int = 8) -> Tensor:
 
 
 def machine_name(device: str) -> str:
-    """What figures were measured on."""
+    """Name of the device that figures were measured on."""
     return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
 
 
 def write_sheet(images: Tensor, path: Path, count: int = 48) -> None:
-    """The first pictures (N, 3, H, W) in [0, 1], in rows of eight."""
+    """Writes a contact sheet of the first pictures (N, 3, H, W) in [0, 1], in rows of eight."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,26 +101,26 @@ def write_sheet(images: Tensor, path: Path, count: int = 48) -> None:
 
 
 def evaluate(
-    cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling, parts: Sequence[str] = ()
+    cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling, measurements: Sequence[str] = ()
 ) -> tuple[dict[str, float], Tensor | None]:
-    """The figures of `parts` (all where none is named), and the pictures of the held-out prompts.
+    """Figures of `measurements` (empty: all), and the pictures of the held-out prompts.
 
-    Adherence takes `count` prompts, what it is compared with half as many.
+    Adherence takes `count` prompts, the comparisons half as many.
     """
     figures: dict[str, float] = {}
     images = None
-    wanted = set(parts or PARTS)
-    if "adherence" in wanted:
+    chosen = set(measurements or MEASUREMENTS)
+    if "adherence" in chosen:
         figures, images = adherence(cascade, count, prior, decoder)
-    if "unguided" in wanted:
+    if "unguided" in chosen:
         rates, _ = adherence(cascade, count // 2, replace(prior, cfg=1.0), decoder)
         figures |= {f"{name}_at_guidance_1": rates[name] for name in ("objects_shape", "all_right")}
-    if "negative" in wanted:
+    if "negative" in chosen:
         figures["red_objects"] = red_objects(cascade, count // 2, "", prior, decoder)
         figures["red_objects_with_negative_red"] = red_objects(cascade, count // 2, "red", prior, decoder)
-    if "reconstruction" in wanted:
+    if "reconstruction" in chosen:
         figures["reconstruction_psnr_db"] = reconstruction(cascade, min(count, 200), decoder)
-    if "judge" in wanted:
+    if "judge" in chosen:
         figures["judge_on_renders"] = judge_on_renders(4 * count, cascade.device)
     return figures, images
 
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--count", type=int, default=500, help="held-out prompts (default: 500)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=(), help="only these figures")
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=(), help="only these figures")
     parser.add_argument("--cfg", type=float, default=PRIOR.cfg)
     parser.add_argument("--cfg-rescale", type=float, default=PRIOR.cfg_rescale)
     parser.add_argument("--shift", type=float, default=PRIOR.shift)
@@ -147,12 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cascade, options.count, prior, replace(DECODER, cfg=options.decoder_cfg), options.only
     )
     machine = machine_name(options.device)
-    about = {"count": options.count, "machine": machine, "date": date.today().isoformat()}
+    context = {"count": options.count, "machine": machine, "date": date.today().isoformat()}
     for name, value in figures.items():
         print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
     print(f"{options.count} prompts on {machine}, {time.monotonic() - started:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps(about | figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(context | figures, indent=2) + "\n")
     if options.sheet and images is not None:
         write_sheet(images, options.sheet)
 

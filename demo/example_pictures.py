@@ -1,4 +1,4 @@
-"""The pictures that the example graphs start from: `python -m cascade_nodes.demo.example_pictures [FOLDER]`.
+"""Input pictures of the example graphs: `python -m cascade_nodes.demo.example_pictures [FOLDER]`.
 
 Scenes of the toy world as PNG files, by default into `example_workflows/input`.
 """
@@ -51,12 +51,12 @@ CROSS_AND_CIRCLE = Scene(
 
 
 def pixels(scene: Scene) -> Tensor:
-    """A scene's picture, uint8 (256, 256, 3)."""
+    """Picture of a scene, uint8 (256, 256, 3)."""
     return render([scene], PICTURE)[0].permute(1, 2, 0)
 
 
 def shrunk(picture: Tensor, size: int) -> Tensor:
-    """uint8 (H, W, 3) -> (size, size, 3), as any program makes a picture smaller."""
+    """uint8 (H, W, 3) -> (size, size, 3), bicubic with antialiasing."""
     smaller = F.interpolate(
         picture.movedim(-1, 0)[None].float(), (size, size), mode="bicubic", antialias=True
     )

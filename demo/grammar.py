@@ -1,4 +1,4 @@
-"""The language of the toy world: says what a spec states (`verbalise`) and reads it back (`parse`).
+"""Language of the toy world: verbalises a spec (`verbalise`) and parses it back (`parse`).
 
 `parse(verbalise(spec, rng)) == spec` for every spec that a caption states.
 """
@@ -27,16 +27,16 @@ from cascade_nodes.demo.words import (
     plural,
 )
 
-# Saying
+# Verbalising
 
 
 def verbalise(spec: Spec, rng: Random) -> str:
-    """One of the many ways to say the spec; "" for an empty one."""
+    """Verbalises the spec in one of many ways; "" for an empty one."""
     return _sentence(spec, rng) if spec.exact and spec.objects else _fragment(spec, rng)
 
 
 def _bits(o: ObjectSpec, rng: Random) -> list[str]:
-    """The adjectives."""
+    """Adjectives of an object."""
     bits = []
     if o.size:
         bits.append(_some(SIZE_WORDS[o.size], rng))
@@ -46,7 +46,7 @@ def _bits(o: ObjectSpec, rng: Random) -> list[str]:
 
 
 def _some(words: tuple[str, ...], rng: Random) -> str:
-    """The plain word half of the time, else any of them."""
+    """Draws the plain word half of the time, else any of them."""
     chance = 2 * rng.random() - 1  # always one draw, so that one seed words two specs alike
     return words[0] if chance < 0 else words[int(chance * len(words))]
 
@@ -66,13 +66,13 @@ def _with_article(words: str, rng: Random) -> str:
 
 
 def _object(o: ObjectSpec, rng: Random) -> str:
-    """A noun phrase with its article, such as "a small red star"."""
+    """Noun phrase with its article, such as "a small red star"."""
     phrase = _with_article(" ".join([*_bits(o, rng), _noun(o, rng)]), rng)
     return f"{phrase} {_some(PLACES[o.place], rng)}" if o.place else phrase
 
 
 def _background(background: str, rng: Random) -> str:
-    """Such as "sand" or "a sandy backdrop"."""
+    """Phrase for a background, such as "sand" or "a sandy backdrop"."""
     nouns = BACKGROUND_NOUNS[background]
     if rng.random() < 0.25:
         return _some(nouns, rng)
@@ -107,14 +107,14 @@ def _unrelated(a: ObjectSpec, b: ObjectSpec, rng: Random) -> str:
 
 def _related(a: ObjectSpec, b: ObjectSpec, relation: str, may_say_is: bool, rng: Random) -> str:
     if rng.random() < 0.15:  # "a red star on the left and a blue ring on the right"
-        here, there = RELATION_PLACES[relation]
-        return _unrelated(replace(a, place=here), replace(b, place=there), rng)
+        first_place, second_place = RELATION_PLACES[relation]
+        return _unrelated(replace(a, place=first_place), replace(b, place=second_place), rng)
     verb = "is " if may_say_is and rng.random() < 0.15 else ""
     return f"{_object(a, rng)} {verb}{_some(RELATION_WORDS[relation], rng)} {_object(b, rng)}"
 
 
 def _fragment(spec: Spec, rng: Random) -> str:
-    """Without articles: "red", "something red", "red star, small, sand", "red star left of blue ring"."""
+    """Tags without articles: "red", "something red", "red star, small, sand", "red star left of blue ring"."""
     tags = []
     if len(spec.objects) == 1:
         tags = _tags(spec.objects[0], rng)
@@ -146,11 +146,11 @@ def _tags(o: ObjectSpec, rng: Random) -> list[str]:
     return bits
 
 
-# Reading
+# Parsing
 
 
 def _lexicon() -> dict[str, tuple[str, str]]:
-    """Every phrase: its kind and what it means."""
+    """{phrase: (kind, meaning)}"""
     lexicon = {
         "a": ("article", ""),
         "an": ("article", ""),
@@ -187,12 +187,12 @@ _ATTRIBUTES = ("size", "colour", "shape")
 
 
 def vocabulary() -> set[str]:
-    """Every word that a caption can contain (the comma is the only other sign)."""
+    """Set of all words that a caption can contain (the comma is the only other sign)."""
     return {word for phrase in _LEXICON for word in phrase.split() if word != ","}
 
 
 def parse(prompt: str) -> Spec:
-    """What the prompt states.
+    """Parses a prompt into its spec.
 
     Raises CascadeError for a word outside the vocabulary, more than one relation, or more than two objects.
     """
@@ -216,37 +216,37 @@ def parse(prompt: str) -> Spec:
 def _read(tokens: list[tuple[str, str]], prompt: str) -> Spec:
     objects: list[dict[str, str]] = []
     relation = background = None
-    new, counted, exact, twice = True, False, False, False
+    starts_object, counted, exact, twice = True, False, False, False
     for position, (kind, value) in enumerate(tokens):
         if kind in _ATTRIBUTES or kind == "noun":
-            if new or (kind in _ATTRIBUTES and kind in objects[-1]):
+            if starts_object or (kind in _ATTRIBUTES and kind in objects[-1]):
                 objects.append({})
                 exact |= counted
-            new = counted = False
+            starts_object = counted = False
             if kind in _ATTRIBUTES:
                 objects[-1][kind] = value
         elif kind == "comma":
-            new |= not objects or not _continues(objects[-1], tokens[position + 1 :])
+            starts_object |= not objects or not _continues(objects[-1], tokens[position + 1 :])
         elif kind == "relation":
             if relation:
                 raise CascadeError(
                     f"The prompt {prompt!r} has two relations; the toy world has one: remove one."
                 )
-            relation, new = value, True
+            relation, starts_object = value, True
         elif kind == "place" and objects:
             objects[-1]["place"] = value
         elif kind == "background":
-            background, new, counted = value, True, False
+            background, starts_object, counted = value, True, False
         elif kind in ("article", "two", "new"):
             twice |= kind == "two"
-            new, counted = True, kind != "new"
+            starts_object, counted = True, kind != "new"
     specs = tuple(ObjectSpec(**o) for o in (objects * 2 if twice and len(objects) == 1 else objects))
     return _places_as_relation(Spec(specs, relation, background, exact))
 
 
-def _continues(current: dict[str, str], rest: list[tuple[str, str]]) -> bool:
+def _continues(current: dict[str, str], following: list[tuple[str, str]]) -> bool:
     """Whether the tag after a comma is about the current object: "red star, small", not "red star, ring"."""
-    for kind, _ in rest:
+    for kind, _ in following:
         if kind not in _ATTRIBUTES:
             return kind == "comma"
         if kind in current:
@@ -255,7 +255,7 @@ def _continues(current: dict[str, str], rest: list[tuple[str, str]]) -> bool:
 
 
 def _places_as_relation(spec: Spec) -> Spec:
-    """ "One on the left and one on the right" is a relation."""
+    """Turns "one on the left and one on the right" into a relation."""
     if len(spec.objects) == 2 and spec.relation is None:
         first, second = spec.objects
         for relation, places in RELATION_PLACES.items():

@@ -33,33 +33,33 @@ def two_passes(
     prompts: Sequence[str],
     scale: int,
     way: str,
-    tile: int = 0,
+    tile_pixels: int = 0,
     denoise: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pictures of the first and of the second pass, on the CPU.
 
     way: enlarged, from the first pass's picture, one doubling after the other; or unfolded, from its Stage C latent
-    alone, which Stage B unfolds at the larger size.
+    alone, which Stage B decodes at the larger size. tile_pixels: side of Stage B's tiles, 0: none.
     """
-    how = SECOND_PASS if denoise is None else replace(SECOND_PASS, denoise=denoise)
+    second_pass = SECOND_PASS if denoise is None else replace(SECOND_PASS, denoise=denoise)
     first, second = [], []
     for start in range(0, len(prompts), BATCH):
-        some, seed = prompts[start : start + BATCH], SEED + start
-        latents = cascade.prior(some, seed)
-        images = cascade.decode(latents, some, seed).cpu()
+        batch, seed = prompts[start : start + BATCH], SEED + start
+        latents = cascade.prior(batch, seed)
+        images = cascade.decode(latents, batch, seed).cpu()
         first.append(images)
         if way == "unfolded":
             images = cascade.decode(
-                latents, some, seed, DECODER, (scale * PICTURE, scale * PICTURE), tile=tile
+                latents, batch, seed, DECODER, (scale * PICTURE, scale * PICTURE), tile=tile_pixels
             ).cpu()
         while images.shape[-1] < scale * PICTURE:
-            images = cascade.enlarge(images, some, seed, how=how, tile=tile)
+            images = cascade.enlarge(images, batch, seed, how=second_pass, tile=tile_pixels)
         second.append(images)
     return torch.cat(first), torch.cat(second)
 
 
 def rates(images: Tensor, specs: Sequence[Spec]) -> dict[str, float]:
-    """The judge's rates; with_more and with_fewer: pictures with objects that the prompt does not state, or without."""
+    """Rates by the judge; with_more and with_fewer: pictures with more or fewer objects than the prompt states."""
     readings = read(images)
     differences = [len(r.objects) - len(s.objects) for r, s in zip(readings, specs, strict=True)]
     return {
@@ -70,23 +70,23 @@ def rates(images: Tensor, specs: Sequence[Spec]) -> dict[str, float]:
 
 
 def detail(images: Tensor) -> float:
-    """What pictures in [0, 1] lose when they are halved and doubled: root mean square."""
+    """Root mean square that pictures in [0, 1] lose when they are halved and doubled."""
     halved = F.avg_pool2d(images, 2)
     doubled = F.interpolate(halved, scale_factor=2, mode="bilinear", align_corners=False)
     return (images - doubled).square().mean().sqrt().item()
 
 
 def high_resolution(
-    cascade: DemoCascade, count: int, scale: int, way: str, tile: int = 0, denoise: float | None = None
+    cascade: DemoCascade, count: int, scale: int, way: str, tile_pixels: int = 0, denoise: float | None = None
 ) -> tuple[dict[str, float], Tensor]:
-    """The figures of both passes over `count` held-out prompts, and the pictures of the second.
+    """Figures of both passes over `count` held-out prompts, and the pictures of the second.
 
     kept: share of the first pass's adherence (right in everything) that the second has; detail: its finest detail,
     as a share of that of rendered scenes of that size.
     """
     scenes = sample_scenes(count, SEED, "held_out")
     prompts, specs = prompts_of(scenes)
-    first, second = two_passes(cascade, prompts, scale, way, tile, denoise)
+    first, second = two_passes(cascade, prompts, scale, way, tile_pixels, denoise)
     before, after = rates(first, specs), rates(second, specs)
     rendered = as_float(pictures(scenes, torch.device("cpu"), scale * PICTURE))
     figures = {f"{name}_at_1x": value for name, value in before.items()}
@@ -97,7 +97,7 @@ def high_resolution(
 
 
 def at_size(cascade: DemoCascade, count: int, size: Size) -> tuple[dict[str, float], Tensor]:
-    """The figures of text to image in one pass at a size (height, width), and the pictures."""
+    """Figures of text to image in one pass at a size (height, width), and the pictures."""
     prompts, specs = prompts_of(sample_scenes(count, SEED, "held_out"))
     images = cascade.pictures(prompts, SEED, batch=BATCH, size=size)
     specs = [placeless(spec) for spec in specs]
@@ -105,12 +105,12 @@ def at_size(cascade: DemoCascade, count: int, size: Size) -> tuple[dict[str, flo
 
 
 def placeless(spec: Spec) -> Spec:
-    """Without the words for sizes and places."""
+    """Removes sizes and places from a spec."""
     return replace(spec, objects=tuple(replace(o, size=None, place=None) for o in spec.objects))
 
 
 def squared(images: Tensor) -> Tensor:
-    """(N, 3, H, W) as squares: the shorter side is continued as its edges are, so that shapes keep theirs."""
+    """Pads (N, 3, H, W) to squares by replicating the edges, so that shapes keep their proportions."""
     height, width = images.shape[-2:]
     side = max(height, width)
     left, top = (side - width) // 2, (side - height) // 2
@@ -144,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures: dict[str, float] = {}
     if options.sizes:
         for size in options.sizes:
-            found, images = at_size(cascade, options.count, size)
-            figures |= {f"{name}_at_{size[1]}x{size[0]}": value for name, value in found.items()}
+            size_figures, images = at_size(cascade, options.count, size)
+            figures |= {f"{name}_at_{size[1]}x{size[0]}": value for name, value in size_figures.items()}
     else:
         figures, images = high_resolution(
             cascade, options.count, options.scale, options.way, options.tile, options.denoise

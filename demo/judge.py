@@ -14,7 +14,7 @@ PLACE_SLACK = 0.05  # how far beyond its ninth of the frame an object may stand
 
 @dataclass(frozen=True, slots=True)
 class ObjectScore:
-    """Whether each thing that the prompt states of one object is so; None where it states nothing."""
+    """Verdict on each stated attribute of one object; None where the prompt states nothing."""
 
     colour: bool | None
     shape: bool | None
@@ -24,7 +24,7 @@ class ObjectScore:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Whether each thing that the prompt states is so in the picture; None where it states nothing."""
+    """Verdict on everything that the prompt states; None where it states nothing."""
 
     objects: tuple[ObjectScore, ...]
     relation: bool | None
@@ -33,42 +33,43 @@ class Score:
 
     @property
     def all_right(self) -> bool:
-        parts = [self.relation, self.background, self.count]
-        parts += [value for o in self.objects for value in (o.colour, o.shape, o.size, o.place)]
-        return False not in parts
+        verdicts = [self.relation, self.background, self.count]
+        verdicts += [value for o in self.objects for value in (o.colour, o.shape, o.size, o.place)]
+        return False not in verdicts
 
 
 def score(reading: Reading, spec: Spec) -> Score:
-    """How the picture answers the prompt. The prompt's objects are taken for those of the picture that agree
-    best in their attributes; only between equal agreements does the relation decide. A relation counts only
+    """Scores a picture against its prompt. The prompt's objects are matched with those of the picture that agree
+    best in their attributes; the relation decides only between equal agreements. A relation counts only
     between objects of which the stated shape or colour is right.
     """
-    wanted, found = spec.objects, reading.objects
-    choices = permutations([*found, *[None] * len(wanted)], len(wanted))  # None: the object is missing
+    stated, objects_found = spec.objects, reading.objects
+    # None: the object is missing.
+    choices = permutations([*objects_found, *[None] * len(stated)], len(stated))
     scored = [
-        (_object_scores(wanted, choice), _relation(wanted, choice, spec.relation)) for choice in choices
+        (_object_scores(stated, choice), _relation(stated, choice, spec.relation)) for choice in choices
     ]
     objects, relation = max(scored, key=lambda pair: (_agreement(pair[0]), pair[1] is True))
     background = None if spec.background is None else reading.background == spec.background
-    right_count = len(found) == len(wanted) if spec.exact else len(found) >= len(wanted)
-    return Score(objects, relation, background, right_count if wanted else None)
+    right_count = len(objects_found) == len(stated) if spec.exact else len(objects_found) >= len(stated)
+    return Score(objects, relation, background, right_count if stated else None)
 
 
 def _object_scores(
-    wanted: tuple[ObjectSpec, ...], choice: tuple[FoundObject | None, ...]
+    stated: tuple[ObjectSpec, ...], choice: tuple[FoundObject | None, ...]
 ) -> tuple[ObjectScore, ...]:
-    return tuple(_object_score(want, have) for want, have in zip(wanted, choice, strict=True))
+    return tuple(_object_score(spec, found_object) for spec, found_object in zip(stated, choice, strict=True))
 
 
-def _object_score(want: ObjectSpec, have: FoundObject | None) -> ObjectScore:
-    if have is None:
-        stated = (want.colour, want.shape, want.size, want.place)
-        return ObjectScore(*(None if value is None else False for value in stated))
+def _object_score(spec: ObjectSpec, found_object: FoundObject | None) -> ObjectScore:
+    if found_object is None:
+        stated_values = (spec.colour, spec.shape, spec.size, spec.place)
+        return ObjectScore(*(None if value is None else False for value in stated_values))
     return ObjectScore(
-        None if want.colour is None else have.colour == want.colour,
-        None if want.shape is None else have.shape == want.shape,
-        None if want.size is None else have.size == want.size,
-        None if want.place is None else stands_at(have.x, have.y, want.place, PLACE_SLACK),
+        None if spec.colour is None else found_object.colour == spec.colour,
+        None if spec.shape is None else found_object.shape == spec.shape,
+        None if spec.size is None else found_object.size == spec.size,
+        None if spec.place is None else stands_at(found_object.x, found_object.y, spec.place, PLACE_SLACK),
     )
 
 
@@ -77,15 +78,15 @@ def _agreement(objects: tuple[ObjectScore, ...]) -> int:
 
 
 def _relation(
-    wanted: tuple[ObjectSpec, ...], choice: tuple[FoundObject | None, ...], relation: str | None
+    specs: tuple[ObjectSpec, ...], choice: tuple[FoundObject | None, ...], relation: str | None
 ) -> bool | None:
     if relation is None:
         return None
     first, second = choice
     if first is None or second is None:
         return False
-    for want, have in zip(wanted, (first, second), strict=True):
-        stated = _object_score(want, have)
+    for spec, found_object in zip(specs, (first, second), strict=True):
+        stated = _object_score(spec, found_object)
         if True not in (stated.shape, stated.colour) and False in (stated.shape, stated.colour):
             return False
     dx, dy = second.x - first.x, second.y - first.y

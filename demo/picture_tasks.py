@@ -18,30 +18,30 @@ from cascade_nodes.demo.taught_tasks import adapter
 
 # Chosen by other pictures than those that are measured: 86 % of 1,000, where the demo graph's own settings give 84 %.
 VARIATION = replace(PRIOR, sampler="ddpm", cfg_rescale=0.5)
-SPLITS = {"train": "", "held_out": "_of_what_was_never_trained"}  # what a figure of each is called
+SPLITS = {"train": "", "held_out": "_of_what_was_never_trained"}  # suffix of a figure's name
 
 
 def things(scene: Scene) -> Spec:
-    """The shapes and colours of a scene, and nothing else."""
+    """Spec of a scene's shapes and colours alone."""
     return Spec(tuple(ObjectSpec(shape=o.shape, colour=o.colour) for o in scene.objects), exact=True)
 
 
-def prompted(cascade: DemoCascade, embedded: Tensor, seed: int, how: Sampling) -> Tensor:
-    """Pictures of image prompts (N, n, E) without words: (N, 3, H, W) in [0, 1] on the CPU"""
+def prompted(cascade: DemoCascade, embedded: Tensor, seed: int, sampling: Sampling) -> Tensor:
+    """Samples pictures of image prompts (N, n, E) without words: (N, 3, H, W) in [0, 1] on the CPU."""
 
-    def some(part: slice) -> Tensor:
-        prompts = [""] * (part.stop - part.start)
-        latents = cascade.prior(prompts, seed + part.start, how, images=embedded[part])
-        return cascade.decode(latents, prompts, seed + part.start)
+    def sample_batch(rows: slice) -> Tensor:
+        prompts = [""] * (rows.stop - rows.start)
+        latents = cascade.prior(prompts, seed + rows.start, sampling, images=embedded[rows])
+        return cascade.decode(latents, prompts, seed + rows.start)
 
-    return in_batches(some, len(embedded))
+    return in_batches(sample_batch, len(embedded))
 
 
 def variation(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Pictures as prompts without words: the same shapes and colours come back, differently for another seed.
+    """Measures image prompts without words: shapes and colours are kept, and another seed gives another picture.
 
-    The pictures are new; in half of the measurement so is what they show, a pair of shape and colour or a triple that
-    was never trained on.
+    The pictures are new; in half of the measurement their content is too: a pair of shape and colour, or a triple,
+    that was never trained on.
     """
     figures: Figures = {}
     sheets = []
@@ -57,45 +57,45 @@ def variation(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
 
 def mixing(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Two pictures of one object each as one prompt: with the LoRA that teaches it both objects are there.
+    """Measures two pictures of one object each as one prompt, with the LoRA that teaches it.
 
-    Beside it, what the LoRA does to variations of one picture.
+    Also measures the LoRA's effect on variations of one picture.
     """
     changes = adapter(cascade, "demo_lora_two_pictures.safetensors").stage_c
 
-    def made(embedded: Tensor, strength: float) -> Tensor:
+    def mix_at(embedded: Tensor, strength: float) -> Tensor:
         with patched(cascade.stage_c, [Patch("two pictures", changes, strength)]):
             return prompted(cascade, embedded, SEED, PRIOR)
 
     figures: Figures = {}
     sheets = []
-    two = Spec((ObjectSpec(),) * 2, exact=True)
+    two_objects = Spec((ObjectSpec(),) * 2, exact=True)
     for split, name in SPLITS.items():
         scenes = [s for s in sample_scenes(2 * count + 20, SEED + 11, split) if len(s.objects) == 2][:count]
         sources = [pictures(alone(scenes, slot, SEED), cascade.device) for slot in (0, 1)]
         embedded = torch.stack([cascade.embed(images) for images in sources], dim=1)  # (N, 2, E)
-        images, without = made(embedded, 1.0), made(embedded, 0.0)
-        found = rates(images, [things(scene) for scene in scenes])
-        figures[f"both_right{name}"] = found["all_right"]
+        images, without = mix_at(embedded, 1.0), mix_at(embedded, 0.0)
+        adherence = rates(images, [things(scene) for scene in scenes])
+        figures[f"both_right{name}"] = adherence["all_right"]
         figures[f"both_right_without_lora{name}"] = rates(without, [things(scene) for scene in scenes])[
             "all_right"
         ]
         figures[f"colours{name}"], figures[f"shapes{name}"] = (
-            found["objects_colour"],
-            found["objects_shape"],
+            adherence["objects_colour"],
+            adherence["objects_shape"],
         )
-        figures[f"two_objects{name}"] = rates(images, [two] * len(scenes))["counts"]
+        figures[f"two_objects{name}"] = rates(images, [two_objects] * len(scenes))["counts"]
         sheets.append(torch.stack([*(as_float(s).cpu() for s in sources), without, images], 1).flatten(0, 1))
 
         single = sample_scenes(count, SEED + 10, split)
         embedded = cascade.embed(pictures(single, cascade.device))[:, None]  # (N, 1, E)
-        found = rates(made(embedded, 1.0), [things(scene) for scene in single])
-        figures[f"one_picture_right{name}"] = found["all_right"]
+        adherence = rates(mix_at(embedded, 1.0), [things(scene) for scene in single])
+        figures[f"one_picture_right{name}"] = adherence["all_right"]
     return figures, torch.cat([sheet[:24] for sheet in sheets])
 
 
 def image_to_image(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """The smaller `denoise`, the nearer to the source; another background is taken at 0.8."""
+    """Measures the distance to the source by `denoise`, and the change to another background at 0.8."""
     scenes = sample_scenes(count, SEED + 12, "held_out")
     prompts, specs = prompts_of(scenes)
     sources = pictures(scenes, cascade.device)
@@ -104,23 +104,23 @@ def image_to_image(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     changed = [replace(spec, background=ground) for spec, ground in zip(specs, grounds, strict=True)]
     new_prompts = [verbalise(spec, rng) for spec in changed]
 
-    def made(texts: Sequence[str], denoise: float) -> Tensor:
-        def some(part: slice) -> Tensor:
-            start = cascade.compress(sources[part])
-            how = replace(PRIOR, denoise=denoise)
-            latents = cascade.prior(texts[part], SEED + part.start, how, start=start)
-            return cascade.decode(latents, texts[part], SEED + part.start)
+    def transform(texts: Sequence[str], denoise: float) -> Tensor:
+        def sample_batch(rows: slice) -> Tensor:
+            start = cascade.compress(sources[rows])
+            sampling = replace(PRIOR, denoise=denoise)
+            latents = cascade.prior(texts[rows], SEED + rows.start, sampling, start=start)
+            return cascade.decode(latents, texts[rows], SEED + rows.start)
 
-        return in_batches(some, count)
+        return in_batches(sample_batch, count)
 
     truth = as_float(sources).cpu()
-    same = {denoise: made(prompts, denoise) for denoise in (0.2, 0.5, 0.8)}
-    other = made(new_prompts, 0.8)
+    same_prompt = {denoise: transform(prompts, denoise) for denoise in (0.2, 0.5, 0.8)}
+    new_background = transform(new_prompts, 0.8)
     return {
-        **{f"psnr_at_{d}_db": psnr(images, truth).mean().item() for d, images in same.items()},
-        "change_of_background_taken_at_0.8": rates(other, changed)["backgrounds"],
-        "right_after_the_change": rates(other, changed)["all_right"],
-    }, torch.stack([truth, *same.values(), other], dim=1).flatten(0, 1)
+        **{f"psnr_at_{d}_db": psnr(images, truth).mean().item() for d, images in same_prompt.items()},
+        "change_of_background_taken_at_0.8": rates(new_background, changed)["backgrounds"],
+        "right_after_the_change": rates(new_background, changed)["all_right"],
+    }, torch.stack([truth, *same_prompt.values(), new_background], dim=1).flatten(0, 1)
 
 
 PICTURE_TASKS: dict[str, Callable[[DemoCascade, int], tuple[Figures, Tensor]]] = {

@@ -1,12 +1,12 @@
-"""Reads a toy-world picture back: its objects and its background. Analytic: nothing here is learned.
+"""Reads a toy-world picture back: its objects and its background, by analysis without a learned model.
 
 A picture is read in four steps:
-1. the background: the gradient nearest to the picture's border, corrected by what the border still differs;
+1. the background: the gradient nearest to the picture's border, corrected by the border's remaining difference;
 2. the objects: connected regions that are neither background nor shaded background;
 3. colour: a vote of the pixels inside, each for the nearest palette colour in light, shade or highlight;
 4. shape: the region, moved to its centroid and scaled to unit area, against the eight shapes treated likewise
    (intersection over union). Size and centre follow from the shape that fits best.
-What fits nothing is None, so that a blot is not mistaken for an object.
+An attribute that fits nothing is None, so that a blot is not mistaken for an object.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ SHAPE_FIT = {
     "ring": 0.70,
     "cross": 0.70,
     "diamond": 0.76,
-    "house": 0.82,  # more than any of the others has of it
+    "house": 0.82,  # above the overlap of any other shape with it
 }
 RADII = (0.06, 0.30)  # in frames; what is smaller or larger has no shape, for the frame itself is a square
 LARGE = 0.145  # radius, in frames, from which an object is large
@@ -53,7 +53,7 @@ LIGHTS, HIGHLIGHTS = (0.72, 0.86, 1.0, 1.1), (0.2, 0.38)
 
 @dataclass(frozen=True, slots=True)
 class FoundObject:
-    """One region; centre and radius in frames; shape_fit: intersection over union; colour_share: of votes."""
+    """Region of a picture; centre and radius in frames; shape_fit: intersection over union; colour_share: of votes."""
 
     shape: str | None
     colour: str | None
@@ -71,7 +71,7 @@ class FoundObject:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a picture shows, the largest object first."""
+    """Content of a picture, the largest object first."""
 
     objects: tuple[FoundObject, ...]
     background: str | None
@@ -79,19 +79,19 @@ class Reading:
 
 @torch.no_grad()
 def read(images: Tensor, chunk: int = 64, taught: bool = False) -> list[Reading]:
-    """Pictures (N, 3, H, W), uint8 or float in [0, 1], on any device, to what each shows.
+    """Reads pictures (N, 3, H, W), uint8 or float in [0, 1], on any device.
 
-    taught: also look for the shapes that are no part of the world that the demo was trained on.
+    taught: also look for shapes that the demo was not trained on.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise CascadeError(f"read expects pictures (N, 3, H, W); it was given {tuple(images.shape)}.")
     readings = []
-    for part in images.split(chunk):
-        part = part.float() / 255 if part.dtype == torch.uint8 else part.float()
-        part = torch.nan_to_num(part).clamp(0, 1)
-        if part.shape[-2:] != (SIZE, SIZE):
-            part = F.interpolate(part, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
-        readings += _read(part, (*SHAPES, *TAUGHT_SHAPES) if taught else SHAPES)
+    for batch in images.split(chunk):
+        batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
+        batch = torch.nan_to_num(batch).clamp(0, 1)
+        if batch.shape[-2:] != (SIZE, SIZE):
+            batch = F.interpolate(batch, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+        readings += _read(batch, (*SHAPES, *TAUGHT_SHAPES) if taught else SHAPES)
     return readings
 
 
@@ -101,16 +101,19 @@ def _read(images: Tensor, names: tuple[str, ...]) -> list[Reading]:
     objects: list[list[FoundObject]] = [[] for _ in kinds]
     if len(picture):
         colours, shares = _colours(images[picture], regions)
-        for index, found in zip(picture.tolist(), _shapes(regions, colours, shares, names), strict=True):
-            objects[index].append(found)
-    return [Reading(tuple(found), kind) for found, kind in zip(objects, kinds, strict=True)]
+        shapes = _shapes(regions, colours, shares, names)
+        for index, found_object in zip(picture.tolist(), shapes, strict=True):
+            objects[index].append(found_object)
+    return [
+        Reading(tuple(picture_objects), kind) for picture_objects, kind in zip(objects, kinds, strict=True)
+    ]
 
 
 # 1. Background
 
 
 def _background(images: Tensor) -> tuple[Tensor, list[str | None]]:
-    """The empty background behind each picture, (N, 3, H, W), and its name."""
+    """Empty background of each picture, (N, 3, H, W), and its name."""
     gradients = torch.from_numpy(BACKGROUND_RGB).to(images)  # (5, 2, 3)
     down = torch.linspace(0, 1, SIZE, device=images.device)
     candidates = torch.lerp(gradients[:, 0, :, None], gradients[:, 1, :, None], down)  # (5, 3, H)
@@ -119,22 +122,22 @@ def _background(images: Tensor) -> tuple[Tensor, list[str | None]]:
     rows, columns = frame.nonzero(as_tuple=True)
     border = images[:, None, :, rows, columns] - candidates[:, :, rows]  # (N, 5, 3, pixels)
     error = border.abs().mean(2).median(-1).values  # (N, 5)
-    least, kind = error.min(1)
-    left = border[torch.arange(len(images), device=images.device), kind]  # (N, 3, pixels)
+    smallest, kind = error.min(1)
+    residual = border[torch.arange(len(images), device=images.device), kind]  # (N, 3, pixels)
     upper = rows < SIZE // 2
-    top, bottom = left[..., upper].median(-1).values, left[..., ~upper].median(-1).values
+    top, bottom = residual[..., upper].median(-1).values, residual[..., ~upper].median(-1).values
     # The medians stand for the middles of the two halves.
     correction = top[..., None] + (bottom - top)[..., None] * (2 * down - 0.5)  # (N, 3, H)
     ground = (candidates[kind] + correction)[..., None].expand(-1, -1, -1, SIZE)
-    known = (least < BACKGROUND_LIMIT).tolist()
-    return ground, [BACKGROUNDS[k] if ok else None for k, ok in zip(kind.tolist(), known, strict=True)]
+    recognised = (smallest < BACKGROUND_LIMIT).tolist()
+    return ground, [BACKGROUNDS[k] if ok else None for k, ok in zip(kind.tolist(), recognised, strict=True)]
 
 
 # 2. Objects
 
 
 def _difference(images: Tensor, ground: Tensor) -> Tensor:
-    """(N, H, W): how far each pixel is from the background and its shadow, in RGB."""
+    """Distance (N, H, W) of each pixel from the background and its shadow, in RGB."""
     shade = ((images * ground).sum(1) / ground.square().sum(1).clamp_min(1e-4)).clamp(*SHADE)
     return (images - shade[:, None] * ground).square().sum(1).sqrt()
 
@@ -177,7 +180,7 @@ def _label(mask: Tensor) -> Tensor:
 
 @cache
 def _palette() -> tuple[Tensor, Tensor]:
-    """Every colour in light, shade and highlight: (K, 3), and the colour's index (K,)."""
+    """All colours in light, shade and highlight: (K, 3), and the colour's index (K,)."""
     colours = torch.from_numpy(COLOUR_RGB)
     shades = [colours * light for light in LIGHTS] + [
         torch.lerp(colours, torch.ones(3), h) for h in HIGHLIGHTS
@@ -186,7 +189,7 @@ def _palette() -> tuple[Tensor, Tensor]:
 
 
 def _colours(images: Tensor, regions: Tensor) -> tuple[list[str | None], list[float]]:
-    """images (M, 3, H, W), regions (M, H, W) -> the colour most pixels inside vote for, and their share"""
+    """images (M, 3, H, W), regions (M, H, W) -> the colour that most pixels inside vote for, and their share."""
     shades, owner = (tensor.to(images.device) for tensor in _palette())
     inside = -F.max_pool2d(-regions[:, None].float(), 5, 1, 2)[:, 0] > 0
     inside = torch.where(inside.any(2).any(1)[:, None, None], inside, regions)
@@ -206,7 +209,7 @@ def _colours(images: Tensor, regions: Tensor) -> tuple[list[str | None], list[fl
 
 @cache
 def _templates(names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The shapes at unit area about their centroids (K, WINDOW, WINDOW); area and centroid at radius 1."""
+    """Templates of the shapes at unit area about their centroids (K, WINDOW, WINDOW); area and centroid at radius 1."""
     distances = SHAPE_DISTANCES | TAUGHT_SHAPES
     axis = (torch.arange(800) + 0.5) / 400 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")

@@ -1,6 +1,6 @@
 """Toy-world pictures with captions as files, for `cascade train`: `python -m cascade_nodes.demo.render_folder OUT`.
 
-PNG files with a text file each (one caption a line), or webdataset tars. The same whatever the number of cores.
+PNG files with a text file each (one caption a line), or webdataset tars. The number of cores does not matter.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from cascade_nodes.demo.world import Scene, render, sample_scenes
 
 TOGETHER = 250  # pictures that a process draws and writes before it takes the next ones
 T = TypeVar("T")
-TRIES = 10  # for each caption that is to be another than those before
+TRIES = 10  # draws for each caption that differs from those before
 
 
 class Captioned(NamedTuple):
-    """A scene with its captions, and the scenes whose pictures prompt for it."""
+    """Scene with its captions, and the scenes whose pictures prompt for it."""
 
     scene: Scene
     captions: Sequence[str]
@@ -49,17 +49,17 @@ def captions_of(scene: Scene, count: int, rng: Random) -> list[str]:
 def samples(
     scenes: Sequence[Scene], start: int, captions: int, seed: int, size: int
 ) -> Iterator[tuple[str, bytes, str]]:
-    """(name, PNG, captions in lines) of scenes that are numbered from `start`."""
+    """Yields (name, PNG, captions in lines) of scenes that are numbered from `start`."""
     for begin in range(0, len(scenes), TOGETHER):
-        part = scenes[begin : begin + TOGETHER]
-        drawn = render(part, size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy()  # (n, H, W, 3) uint8
-        for number, (scene, pixels) in enumerate(zip(part, drawn, strict=True), start + begin):
+        batch = scenes[begin : begin + TOGETHER]
+        images = render(batch, size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy()  # (n, H, W, 3) uint8
+        for number, (scene, pixels) in enumerate(zip(batch, images, strict=True), start + begin):
             lines = captions_of(scene, captions, Random(f"{seed} {number}"))
             yield f"{number:07}", _png(pixels), "".join(f"{line}\n" for line in lines)
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 -> a PNG, lightly packed, which is quicker."""
+    """(H, W, 3) uint8 -> a PNG, lightly compressed for speed."""
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
@@ -74,7 +74,7 @@ def _write(path: Path, data: bytes) -> None:
 def _write_files(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> int:
     start, scenes = job
     for name, picture, lines in samples(scenes, start, **choices):
-        _write(out / f"{name}.txt", lines.encode())  # first, so that no picture is ever without
+        _write(out / f"{name}.txt", lines.encode())  # first, so that no picture lacks its text
         _write(out / f"{name}.png", picture)
     return len(scenes)
 
@@ -93,7 +93,7 @@ def _write_tar(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> i
 
 
 def write_captioned(out: Path, captioned: Sequence[Captioned], size: int = PICTURE) -> int:
-    """Writes scenes with their own captions (one a line) and image prompts into the folder; gives their number."""
+    """Writes scenes with their own captions (one a line) and image prompts into the folder; returns their number."""
     out.mkdir(parents=True, exist_ok=True)
     jobs = [(start, captioned[start : start + TOGETHER]) for start in range(0, len(captioned), TOGETHER)]
     return sum(_in_processes(partial(_write_captioned, out=out, size=size), jobs))
@@ -101,18 +101,18 @@ def write_captioned(out: Path, captioned: Sequence[Captioned], size: int = PICTU
 
 def _write_captioned(job: tuple[int, Sequence[Captioned]], out: Path, size: int) -> int:
     start, captioned = job
-    scenes = [scene for each in captioned for scene in (each.scene, *each.prompts)]
-    drawn = iter(render(scenes, size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy())
-    for number, each in enumerate(captioned, start):
-        _write(out / f"{number:07}.txt", "".join(f"{line}\n" for line in each.captions).encode())
-        _write(out / f"{number:07}.png", _png(next(drawn)))
-        for i in range(len(each.prompts)):
-            _write(out / f"{number:07}.prompt{i}.png", _png(next(drawn)))
+    scenes = [scene for item in captioned for scene in (item.scene, *item.prompts)]
+    images = iter(render(scenes, size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy())
+    for number, item in enumerate(captioned, start):
+        _write(out / f"{number:07}.txt", "".join(f"{line}\n" for line in item.captions).encode())
+        _write(out / f"{number:07}.png", _png(next(images)))
+        for i in range(len(item.prompts)):
+            _write(out / f"{number:07}.prompt{i}.png", _png(next(images)))
     return len(captioned)
 
 
 def _in_processes(work: Callable[[T], int], jobs: Sequence[T]) -> Iterator[int]:
-    """work(job) of each, in order, on all cores."""
+    """Runs work(job) for each job, in order, on all cores."""
     cores = min(os.cpu_count() or 1, max(len(jobs), 1))
     with ProcessPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(work, jobs)
@@ -126,15 +126,15 @@ def render_folder(
     tars: int | None = None,
     size: int = PICTURE,
 ) -> Iterator[int]:
-    """Writes the scenes' pictures into the folder `out`; gives how many are written, as it goes on.
+    """Writes the scenes' pictures into the folder `out`; yields the number written so far.
 
     captions: at most so many of each scene. tars: pictures in each tar; None writes single files.
     """
     if tars is not None and tars < 1:
         raise CascadeError(f"--tars is {tars}; at least one picture goes into a tar.")
     out.mkdir(parents=True, exist_ok=True)
-    each = tars or TOGETHER
-    jobs = [(start, scenes[start : start + each]) for start in range(0, len(scenes), each)]
+    per_job = tars or TOGETHER
+    jobs = [(start, scenes[start : start + per_job]) for start in range(0, len(scenes), per_job)]
     work = partial(_write_tar if tars else _write_files, out=out, captions=captions, seed=seed, size=size)
     done = 0
     for count in _in_processes(work, jobs):
@@ -155,11 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--tars", type=int, metavar="N", help="write tars of N pictures instead of single files"
     )
     parser.add_argument("--size", type=int, default=PICTURE, help=f"pixels a side ({PICTURE})")
-    chosen = parser.parse_args(arguments)
-    scenes = sample_scenes(chosen.count, chosen.seed, chosen.split)
-    written = render_folder(chosen.out, scenes, chosen.seed, chosen.captions, chosen.tars, chosen.size)
+    options = parser.parse_args(arguments)
+    scenes = sample_scenes(options.count, options.seed, options.split)
+    written = render_folder(options.out, scenes, options.seed, options.captions, options.tars, options.size)
     for done in written:
-        print(f"\r{done} of {chosen.count} pictures", end="", flush=True)
+        print(f"\r{done} of {options.count} pictures", end="", flush=True)
     print()
 
 

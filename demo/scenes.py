@@ -29,7 +29,7 @@ HELD_OUT_TRIPLES = 10  # one (object, relation, object) triple in ten
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One object; its shape lies within `radius` of the centre (x, y) along both axes."""
+    """Object of a scene; its shape lies within `radius` of the centre (x, y) along both axes."""
 
     shape: str
     colour: str
@@ -41,14 +41,14 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One object, or two, of which `relation` says where the first stands from the second: "left" of it, …"""
+    """Scene of one object, or two; `relation`: position of the first from the second, such as "left"."""
 
     objects: tuple[SceneObject, ...]
     background: str
     relation: str | None = None
 
 
-# What is held out. An object's kind is shape * 8 + colour.
+# Held-out combinations. An object's kind is shape * 8 + colour.
 
 
 def is_held_out_pair(kind: np.ndarray) -> np.ndarray:
@@ -129,7 +129,7 @@ def _accepted(n: int, rng: np.random.Generator, want: str, single: bool) -> tupl
 
 
 def _build(kinds: np.ndarray, relation: np.ndarray, rng: np.random.Generator) -> list[Scene]:
-    """Gives the kinds sizes, places and a background."""
+    """Draws sizes, places and backgrounds for the kinds."""
     n = len(kinds)
     size = rng.integers(0, 2, (n, 2))
     radius, centre = _place(size, relation, rng)

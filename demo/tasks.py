@@ -1,4 +1,4 @@
-"""Measures what the demo does besides text to image: `python -m cascade_nodes.demo.tasks [TASK …]`.
+"""Measures the demo's tasks besides text to image: `python -m cascade_nodes.demo.tasks [TASK …]`.
 
 Every figure is of scenes that were never trained on; the judge reads the pictures.
 """

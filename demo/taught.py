@@ -1,5 +1,5 @@
-"""What the demo is taught after its training: by LoRAs a new shape, and two pictures as one prompt; by a token a name
-for a held-out object.
+"""Training data for what the demo learns later: a new shape and prompts of two pictures by LoRAs; a name for a held-out
+object by a token.
 
 `python -m cascade_nodes.demo.taught house OUT` (or loop, mixing) writes pictures with captions for `cascade train`.
 """
@@ -23,15 +23,15 @@ ORDINARY = 4  # of so many pictures for the LoRA one is without a house, so that
 
 
 def with_house(count: int, seed: int) -> list[tuple[Scene, Scene]]:
-    """Scenes whose first object is a house, and those whose words theirs are: there its shape is another."""
+    """Pairs of a scene whose first object is a house, and the scene with another shape that gives its words."""
     rng = Random(seed)
-    found = []
+    pairs = []
     for scene in sample_scenes(2 * count, seed):
         slot = rng.randrange(len(scene.objects))
         if len({o.shape for o in scene.objects}) == len(scene.objects):
             worded = scene if slot == 0 else turned(scene)
-            found.append((_changed(worded, 0, shape="house"), worded))
-    return found[:count]
+            pairs.append((_changed(worded, 0, shape="house"), worded))
+    return pairs[:count]
 
 
 def with_loop(count: int, seed: int) -> list[Scene]:
@@ -41,8 +41,8 @@ def with_loop(count: int, seed: int) -> list[Scene]:
     scenes = []
     for scene in sample_scenes(2 * count, seed):
         slot = rng.randrange(len(scene.objects))
-        others = [o for i, o in enumerate(scene.objects) if i != slot]
-        if all(o.shape != shape and o.colour != colour for o in others):
+        other_objects = [o for i, o in enumerate(scene.objects) if i != slot]
+        if all(o.shape != shape and o.colour != colour for o in other_objects):
             scenes.append(_changed(scene, slot, shape=shape, colour=colour))
     return scenes[:count]
 
@@ -53,28 +53,28 @@ def _changed(scene: Scene, slot: int, **values: str) -> Scene:
 
 
 def turned(scene: Scene) -> Scene:
-    """The same scene of two objects, told from the second one."""
+    """The same scene of two objects, with the second one first."""
     assert scene.relation is not None
     return replace(scene, objects=scene.objects[::-1], relation=INVERSE[scene.relation])
 
 
 def say_house(text: str, shape: str) -> str:
-    """The text with "house" for every word of that shape."""
+    """Replaces every word of that shape by "house"."""
     words = "|".join(SHAPE_WORDS[shape])
     return re.sub(rf"\b({words})(s?)\b", r"house\2", text)
 
 
 def say_loop(text: str) -> str | None:
-    """The text with the token for the green ring; None where the words do not stand together."""
+    """Replaces the green ring by the token; None where the words do not stand together."""
     shape, colour = LOOP
     words = "|".join(SHAPE_WORDS[shape])
-    said, count = re.subn(rf"\b{colour} ({words})\b", LOOP_NAME, text)
-    said = re.sub(rf"\ban (\{LOOP_NAME})", r"a \1", said)
-    return said if count == 1 and colour not in said else None
+    replaced, count = re.subn(rf"\b{colour} ({words})\b", LOOP_NAME, text)
+    replaced = re.sub(rf"\ban (\{LOOP_NAME})", r"a \1", replaced)
+    return replaced if count == 1 and colour not in replaced else None
 
 
 def house_prompts(count: int, seed: int) -> tuple[list[str], list[Spec]]:
-    """Prompts that state everything, a house among it, and what they state."""
+    """Prompts that state everything, including a house, and their specs."""
     rng = Random(seed)
     prompts, specs = [], []
     for scene, worded in with_house(count, seed):
@@ -84,42 +84,42 @@ def house_prompts(count: int, seed: int) -> tuple[list[str], list[Spec]]:
 
 
 def loop_prompts(count: int, seed: int) -> tuple[list[str], list[str], list[Spec]]:
-    """Prompts with the token, the same in words, and what they state."""
+    """Prompts with the token, the same in words, and their specs."""
     rng = Random(seed)
-    named, plain, specs = [], [], []
+    with_token, in_words, specs = [], [], []
     for scene in with_loop(2 * count, seed):
         text = verbalise(full_spec(scene), rng)
-        said = say_loop(text)
-        if said is not None:
-            named.append(said)
-            plain.append(text)
+        token_text = say_loop(text)
+        if token_text is not None:
+            with_token.append(token_text)
+            in_words.append(text)
             specs.append(full_spec(scene))
-    return named[:count], plain[:count], specs[:count]
+    return with_token[:count], in_words[:count], specs[:count]
 
 
-def house_captions(count: int, seed: int, each: int = 4) -> Iterator[Captioned]:
-    """Training pictures of houses, and now and then of what the demo knows."""
+def house_captions(count: int, seed: int, per_scene: int = 4) -> Iterator[Captioned]:
+    """Training pictures of houses, mixed with ordinary ones."""
     rng = Random(seed)
     ordinary = iter(sample_scenes(count, seed + 1))
     for number, (scene, worded) in enumerate(with_house(count, seed)):
         if number % ORDINARY == 0:
-            known = next(ordinary)
-            yield Captioned(known, [caption(known, rng) for _ in range(each)])
+            ordinary_scene = next(ordinary)
+            yield Captioned(ordinary_scene, [caption(ordinary_scene, rng) for _ in range(per_scene)])
         else:
             shape = worded.objects[0].shape
-            yield Captioned(scene, [say_house(caption(worded, rng), shape) for _ in range(each)])
+            yield Captioned(scene, [say_house(caption(worded, rng), shape) for _ in range(per_scene)])
 
 
-def loop_captions(count: int, seed: int, each: int = 4) -> Iterator[Captioned]:
+def loop_captions(count: int, seed: int, per_scene: int = 4) -> Iterator[Captioned]:
     rng = Random(seed)
     for scene in with_loop(count, seed):
-        texts = [say_loop(verbalise(full_spec(scene), rng)) for _ in range(6 * each)]
-        kept = [text for text in texts if text is not None][:each]
-        if kept:
-            yield Captioned(scene, kept)
+        texts = [say_loop(verbalise(full_spec(scene), rng)) for _ in range(6 * per_scene)]
+        captions = [text for text in texts if text is not None][:per_scene]
+        if captions:
+            yield Captioned(scene, captions)
 
 
-def mixing_captions(count: int, seed: int, each: int = 2) -> Iterator[Captioned]:
+def mixing_captions(count: int, seed: int, per_scene: int = 2) -> Iterator[Captioned]:
     """Scenes that two pictures prompt for, one of each object, and scenes that one picture of the same prompts for.
 
     In the prompts the objects stand elsewhere. Of two, in any order, either has the scene's background; the other has
@@ -127,15 +127,15 @@ def mixing_captions(count: int, seed: int, each: int = 2) -> Iterator[Captioned]
     """
     rng = Random(seed)
     scenes = sample_scenes(count, seed)
-    others = zip(scenes, moved(scenes, seed), alone(scenes, 0, seed), alone(scenes, 1, seed), strict=True)
-    for scene, same, *objects in others:
-        prompts = [same]
+    rows = zip(scenes, moved(scenes, seed), alone(scenes, 0, seed), alone(scenes, 1, seed), strict=True)
+    for scene, same_objects, *objects in rows:
+        prompts = [same_objects]
         if len(scene.objects) == 2 and rng.random() < PAIRS:
             rng.shuffle(objects)
             ground = rng.choice((scene.background, rng.choice(BACKGROUNDS)))
             prompts = [objects[0], replace(objects[1], background=ground)]
             rng.shuffle(prompts)
-        yield Captioned(scene, captions_of(scene, each, rng), prompts)
+        yield Captioned(scene, captions_of(scene, per_scene, rng), prompts)
 
 
 TAUGHT: dict[str, Callable[..., Iterator[Captioned]]] = {
@@ -151,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="the folder to write into")
     parser.add_argument("--count", type=int, default=2000, help="pictures, about (2000)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (0)")
-    chosen = parser.parse_args(arguments)
-    count = write_captioned(chosen.out, list(TAUGHT[chosen.what](chosen.count, chosen.seed)))
-    print(f"{count} pictures in {chosen.out}")
+    options = parser.parse_args(arguments)
+    count = write_captioned(options.out, list(TAUGHT[options.what](options.count, options.seed)))
+    print(f"{count} pictures in {options.out}")
 
 
 if __name__ == "__main__":

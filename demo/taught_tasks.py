@@ -1,4 +1,4 @@
-"""Measures what was taught later: the LoRA's new shape, the token's object, four steps in place of twenty."""
+"""Measures the LoRA's new shape, the token's object, and four steps in place of twenty."""
 
 from collections.abc import Callable
 
@@ -24,12 +24,12 @@ def adapter(cascade: DemoCascade, name: str) -> Adapter:
 
 
 def lora(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Houses, which the demo never saw, with and without the LoRA; afterwards Stage C is what it was."""
+    """Measures houses, which the demo never saw, with and without the LoRA, and that Stage C is restored afterwards."""
     prompts, specs = house_prompts(count, SEED + 30)
     before = {name: value.clone() for name, value in cascade.stage_c.state_dict().items()}
     changes = adapter(cascade, "demo_lora_house.safetensors").stage_c
 
-    def made(strength: float) -> Tensor:
+    def sample_at(strength: float) -> Tensor:
         with patched(cascade.stage_c, [Patch("house", changes, strength)]):
             return cascade.pictures(prompts, SEED)
 
@@ -37,33 +37,33 @@ def lora(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
         readings = read(images, taught=True)
         return summary(score(r, s) for r, s in zip(readings, names, strict=True))["all_right"]
 
-    with_lora, without = made(1.0), made(0.0)
+    with_lora, without = sample_at(1.0), sample_at(0.0)
     only = [Spec((spec.objects[0],)) for spec in specs]
     ordinary, ordinary_specs = prompts_of(sample_scenes(count, SEED + 31, "held_out"))
     with patched(cascade.stage_c, [Patch("house", changes, 1.0)]):
-        others = cascade.pictures(ordinary, SEED)
+        ordinary_images = cascade.pictures(ordinary, SEED)
     after = cascade.stage_c.state_dict()
     return {
         "houses_right": houses(with_lora, only),
         "houses_right_without": houses(without, only),
         "right_in_everything": houses(with_lora, specs),
-        "ordinary_prompts_right_with_it": houses(others, ordinary_specs),
+        "ordinary_prompts_right_with_it": houses(ordinary_images, ordinary_specs),
         "bit_identical_afterwards": float(all(value.equal(after[name]) for name, value in before.items())),
     }, torch.stack([without, with_lora], dim=1).flatten(0, 1)
 
 
 def token(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """A name for the green ring, which the demo never saw, against the two words."""
-    named, plain, specs = loop_prompts(count, SEED + 32)
+    """Measures a token for the green ring, which the demo never saw, against the two words."""
+    with_token, plain, specs = loop_prompts(count, SEED + 32)
     rows = cascade.text.model.text_model.embeddings.token_embedding.weight
     file = adapter(cascade, "demo_token_loop.safetensors")
     learned = taught_tokens(file, 1.0, cascade.text.tokenizer.backend.get_vocab(), rows)
-    images = cascade.pictures(named, SEED, learned=learned)
+    images = cascade.pictures(with_token, SEED, learned=learned)
     in_words = cascade.pictures(plain, SEED)
     objects = [Spec(tuple(o for o in s.objects if (o.shape, o.colour) == LOOP)) for s in specs]
 
-    def right(images: Tensor, wanted: list[Spec]) -> float:
-        return summary(score(r, s) for r, s in zip(read(images), wanted, strict=True))["all_right"]
+    def right(images: Tensor, stated: list[Spec]) -> float:
+        return summary(score(r, s) for r, s in zip(read(images), stated, strict=True))["all_right"]
 
     return {
         "object_right": right(images, objects),
@@ -74,7 +74,7 @@ def token(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
 
 def few_steps(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Four steps of lcm with the distilled LoRA against twenty of dpmpp_2m without it."""
+    """Measures four steps of lcm with the distilled LoRA against twenty of dpmpp_2m without it."""
     prompts, specs = prompts_of(sample_scenes(count, SEED, "held_out"))
     changes = adapter(cascade, "demo_lora_few_steps.safetensors").stage_c
 
@@ -83,13 +83,13 @@ def few_steps(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
     usual = cascade.pictures(prompts, SEED)
     with patched(cascade.stage_c, [Patch("few steps", changes, 1.0)]):
-        few = cascade.pictures(prompts, SEED, FEW)
+        few_step_images = cascade.pictures(prompts, SEED, FEW)
     plain = cascade.pictures(prompts, SEED, Sampling(4, PRIOR.cfg, sampler=PRIOR.sampler))
     return {
         "right_at_20_steps": right(usual),
-        "right_at_4_steps": right(few),
+        "right_at_4_steps": right(few_step_images),
         "right_at_4_steps_without_lora": right(plain),
-    }, torch.stack([usual, plain, few], dim=1).flatten(0, 1)
+    }, torch.stack([usual, plain, few_step_images], dim=1).flatten(0, 1)
 
 
 TAUGHT_TASKS: dict[str, Callable[[DemoCascade, int], tuple[Figures, Tensor]]] = {

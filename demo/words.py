@@ -1,4 +1,4 @@
-"""What a prompt states (`Spec`), and the words of the toy world; each means one thing wherever it stands."""
+"""Spec of a prompt, and the words of the toy world, each with one meaning."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from cascade_nodes.demo.scenes import COLOURS, SHAPES
 
 @dataclass(frozen=True, slots=True)
 class ObjectSpec:
-    """What is said of one object; None is left open. `place` is one of PLACES."""
+    """Stated attributes of one object; None is left open. `place` is one of PLACES."""
 
     shape: str | None = None
     colour: str | None = None
@@ -17,7 +17,7 @@ class ObjectSpec:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a prompt states. `relation`: where the first object stands from the second. `exact`: these objects
+    """Content of a prompt. `relation`: position of the first object from the second. `exact`: these objects
     and no others, as in a full sentence; a fragment such as "red" is true wherever something is red.
     """
 

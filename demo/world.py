@@ -79,7 +79,7 @@ SHADOW_OFFSET, SHADOW_BLUR = (0.010, 0.018), 0.022  # fractions of the frame
 SHADOW_DEPTH = 0.30  # share of the light
 BEVEL = 0.40  # how far the rounding of an edge reaches inwards, in radii
 HIGHLIGHT = (-0.30, -0.36, 0.24, 0.38)  # centre x, y and width in radii; strength
-FAR = 9.0  # the distance of an object that is not there
+FAR = 9.0  # the distance of a missing object
 
 _DRAWN = {**SHAPE_DISTANCES, **TAUGHT_SHAPES}
 _SHAPE_INDEX = {name: index for index, name in enumerate(_DRAWN)}
@@ -97,7 +97,7 @@ class Packed(NamedTuple):
 
 
 def pack(scenes: Sequence[Scene]) -> Packed:
-    """The scenes as CPU tensors, for `render`."""
+    """Packs scenes into CPU tensors, for `render`."""
     n = len(scenes)
     shape, colour = np.full((n, 2), -1, np.int64), np.zeros((n, 2), np.int64)
     pose = np.full((n, 2, 3), 0.5, np.float32)
@@ -122,8 +122,8 @@ def render(
     packed = scenes if isinstance(scenes, Packed) else pack(scenes)
     pictures = torch.empty(len(packed.shape), 3, size, size, dtype=torch.uint8, device=device)
     for start in range(0, len(pictures), chunk):
-        part = Packed(*(tensor[start : start + chunk].to(device) for tensor in packed))
-        pictures[start : start + chunk] = _draw(part, size)
+        batch = Packed(*(tensor[start : start + chunk].to(device) for tensor in packed))
+        pictures[start : start + chunk] = _draw(batch, size)
     return pictures
 
 

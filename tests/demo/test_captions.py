@@ -87,15 +87,15 @@ def test_hard_negatives_swap_as_well_as_replace():
 
 def test_captions_use_the_vocabulary_and_all_of_it():
     rng = Random(6)
-    seen = {word for _ in range(6) for scene in SCENES for word in words(caption(scene, rng))}
-    assert seen <= vocabulary()
+    used_words = {word for _ in range(6) for scene in SCENES for word in words(caption(scene, rng))}
+    assert used_words <= vocabulary()
     # Plurals are rare: two objects of one shape.
-    assert {word for word in vocabulary() - seen if not word.endswith("s")} == set()
+    assert {word for word in vocabulary() - used_words if not word.endswith("s")} == set()
 
 
 def test_each_attribute_is_said_alone():
     rng = Random(7)
-    alone = {caption(scene, rng) for _ in range(4) for scene in SCENES}
+    single_captions = {caption(scene, rng) for _ in range(4) for scene in SCENES}
     assert {
         "red",
         "white",
@@ -106,7 +106,7 @@ def test_each_attribute_is_said_alone():
         "something red",
         "two objects",
         "red star",
-    } <= alone
+    } <= single_captions
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ DRAWN = example_pictures()
 
 def test_the_graphs_need_just_these():
     graphs = [json.loads(path.read_text(encoding="utf-8")) for path in (FOLDER.parent / "api").glob("*.json")]
-    needed = {
+    used_names = {
         node["inputs"]["image"]
         for graph in graphs
         for node in graph.values()
         if node["class_type"].startswith("LoadImage")
     }
-    assert needed == set(DRAWN) == {path.name for path in FOLDER.iterdir()}
+    assert used_names == set(DRAWN) == {path.name for path in FOLDER.iterdir()}
 
 
 @pytest.mark.parametrize("name", DRAWN)

@@ -16,7 +16,7 @@ def cascade() -> DemoCascade:
 
 
 def test_a_second_pass_keeps_what_the_first_shows_and_adds_detail(cascade):
-    figures, images = high_resolution(cascade, 4, scale=2, way="enlarged", tile=256)
+    figures, images = high_resolution(cascade, 4, scale=2, way="enlarged", tile_pixels=256)
     assert images.shape == (4, 3, 512, 512)
     assert figures["with_more_at_2x"] == figures["with_fewer_at_2x"] == 0
     for name in ("objects_colour", "relations", "backgrounds", "counts"):

@@ -43,9 +43,9 @@ def answer(prompt, scene=PAIR):
 
 
 def test_every_picture_is_read_right(pictures):
-    found = rates(pictures)
-    assert found == dict.fromkeys(found, 1.0)
-    assert set(found) == {
+    figures = rates(pictures)
+    assert figures == dict.fromkeys(figures, 1.0)
+    assert set(figures) == {
         "objects_colour", "objects_shape", "objects_size", "relations", "backgrounds", "counts", "all_right",
     }  # fmt: skip
 
@@ -104,9 +104,9 @@ def test_a_wobbly_picture_is_not_right(pictures):
     )
     axis = torch.linspace(-1, 1, 256)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1) + 0.1 * wobble.permute(0, 2, 3, 1)
-    found = rates(F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False))
-    assert found["all_right"] < 0.05
-    assert found["objects_colour"] > 0.9
+    figures = rates(F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False))
+    assert figures["all_right"] < 0.05
+    assert figures["objects_colour"] > 0.9
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -17,12 +17,12 @@ def test_pictures_are_the_scenes_and_captions_are_true(tmp_path):
     scenes = sample_scenes(12, 5)
     pictures, skipped = find_pictures(tmp_path, ())
     assert skipped == []
-    assert [each.name for each in pictures] == [f"{number:07}.png" for number in range(12)]
-    pixels = [np.array(Image.open(BytesIO(each.read()))) for each in pictures]
+    assert [picture.name for picture in pictures] == [f"{number:07}.png" for number in range(12)]
+    pixels = [np.array(Image.open(BytesIO(picture.read()))) for picture in pictures]
     assert torch.equal(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), render(scenes))
-    for scene, each in zip(scenes, pictures, strict=True):
-        assert len(each.captions) == len(set(each.captions)) == 3
-        assert all(holds(parse(text), scene) for text in each.captions)
+    for scene, picture in zip(scenes, pictures, strict=True):
+        assert len(picture.captions) == len(set(picture.captions)) == 3
+        assert all(holds(parse(text), scene) for text in picture.captions)
 
 
 def test_tars_hold_the_same(tmp_path):
@@ -33,20 +33,20 @@ def test_tars_hold_the_same(tmp_path):
     ]  # fmt: skip
     single, _ = find_pictures(tmp_path / "files", ())
     packed, _ = find_pictures(None, (str(tmp_path / "tars" / "*.tar"),))
-    assert [(each.read(), each.captions) for each in packed] == [
-        (each.read(), each.captions) for each in single
+    assert [(picture.read(), picture.captions) for picture in packed] == [
+        (picture.read(), picture.captions) for picture in single
     ]
 
 
 def test_other_seeds_and_splits_are_other_scenes(tmp_path):
-    for name, more in (("a", ["--seed", "1"]), ("b", ["--seed", "2"]), ("c", ["--split", "held_out"])):
-        main([str(tmp_path / name), "--count", "4", "--size", "64", *more])
+    for name, options in (("a", ["--seed", "1"]), ("b", ["--seed", "2"]), ("c", ["--split", "held_out"])):
+        main([str(tmp_path / name), "--count", "4", "--size", "64", *options])
     contents = {
         name: [path.read_bytes() for path in sorted((tmp_path / name).glob("*.png"))] for name in "abc"
     }
     assert contents["a"] != contents["b"]
     assert all(held_out_reason(scene) for scene in sample_scenes(4, 0, "held_out"))
-    drawn = np.array(Image.open(BytesIO(contents["c"][3])))
+    last_image = np.array(Image.open(BytesIO(contents["c"][3])))
     assert torch.equal(
-        torch.from_numpy(drawn).permute(2, 0, 1), render(sample_scenes(4, 0, "held_out"), 64)[3]
+        torch.from_numpy(last_image).permute(2, 0, 1), render(sample_scenes(4, 0, "held_out"), 64)[3]
     )

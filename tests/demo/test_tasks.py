@@ -78,13 +78,13 @@ def test_small_pictures_become_large_and_sharp(cascade):
 
 def test_sharpness_is_what_a_blur_takes():
     images = torch.rand(2, 3, 32, 32)
-    where = torch.ones(2, 1, 32, 32, dtype=torch.bool)
+    mask = torch.ones(2, 1, 32, 32, dtype=torch.bool)
     soft = torch.nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    assert (sharpness(soft, where) < sharpness(images, where) - 5).all()
-    assert (sharpness(2 * images, where) - sharpness(images, where)).mean() == pytest.approx(6.02, abs=0.01)
-    where[..., :16] = False
+    assert (sharpness(soft, mask) < sharpness(images, mask) - 5).all()
+    assert (sharpness(2 * images, mask) - sharpness(images, mask)).mean() == pytest.approx(6.02, abs=0.01)
+    mask[..., :16] = False
     half = torch.cat([torch.zeros(2, 3, 32, 16), images[..., 16:]], dim=3)
-    assert (sharpness(half, where) - sharpness(images, where)).abs().max() < 0.5  # other pixels do not count
+    assert (sharpness(half, mask) - sharpness(images, mask)).abs().max() < 0.5  # other pixels do not count
 
 
 def test_a_lora_teaches_a_shape_and_leaves_no_trace(cascade):

@@ -22,22 +22,26 @@ def kinds(scene):
 
 
 def test_two_pictures_prompt_for_a_scene_of_both_their_objects():
-    pairs = [each for each in mixing_captions(300, 4) if len(each.prompts) == 2]
+    pairs = [item for item in mixing_captions(300, 4) if len(item.prompts) == 2]
     assert 75 <= len(pairs) <= 125  # half of two thirds
     swapped = 0
-    for scene, captions, (one, other) in pairs:
-        assert kinds(scene) == sorted(kinds(one) + kinds(other))
-        assert scene.background in (one.background, other.background)
-        assert not {(o.x, o.y) for o in scene.objects} & {(o.x, o.y) for o in (*one.objects, *other.objects)}
+    for scene, captions, (first, second) in pairs:
+        assert kinds(scene) == sorted(kinds(first) + kinds(second))
+        assert scene.background in (first.background, second.background)
+        assert not {(o.x, o.y) for o in scene.objects} & {
+            (o.x, o.y) for o in (*first.objects, *second.objects)
+        }
         assert all(holds(parse(text), scene) for text in captions)
         assert held_out_reason(scene) is None
-        swapped += kinds(one)[0][:2] != (scene.objects[0].shape, scene.objects[0].colour)
+        swapped += kinds(first)[0][:2] != (scene.objects[0].shape, scene.objects[0].colour)
     assert 0.3 < swapped / len(pairs) < 0.7
-    assert 0.2 < sum(one.background != other.background for _, _, (one, other) in pairs) / len(pairs) < 0.6
+    assert (
+        0.2 < sum(first.background != second.background for _, _, (first, second) in pairs) / len(pairs) < 0.6
+    )
 
 
 def test_one_picture_prompts_for_the_same_scene_elsewhere():
-    singles = [each for each in mixing_captions(300, 4) if len(each.prompts) == 1]
+    singles = [item for item in mixing_captions(300, 4) if len(item.prompts) == 1]
     assert {len(scene.objects) for scene, _, _ in singles} == {1, 2}
     for scene, _, (prompt,) in singles:
         assert (kinds(scene), scene.background, scene.relation) == (
@@ -50,18 +54,18 @@ def test_they_are_written_as_training_reads_them(tmp_path):
     main(["mixing", str(tmp_path), "--count", "12", "--seed", "3"])
     pictures, skipped = find_pictures(tmp_path, ())
     assert skipped == []
-    drawn = list(mixing_captions(12, 3))
-    for each, written in zip(drawn, pictures, strict=True):
-        assert written.captions == tuple(each.captions)
-        pixels = [np.array(Image.open(BytesIO(p.read()))) for p in (written, *written.image_prompts)]
-        expected = render([each.scene, *each.prompts])
+    items = list(mixing_captions(12, 3))
+    for item, picture in zip(items, pictures, strict=True):
+        assert picture.captions == tuple(item.captions)
+        pixels = [np.array(Image.open(BytesIO(p.read()))) for p in (picture, *picture.image_prompts)]
+        expected = render([item.scene, *item.prompts])
         assert torch.equal(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), expected)
 
 
 def test_the_new_shape_is_said_and_read():
-    drawn = with_house(80, 6)
-    specs = [full_spec(scene) for scene, _ in drawn]
-    readings = read(render([scene for scene, _ in drawn]), taught=True)
+    scenes = with_house(80, 6)
+    specs = [full_spec(scene) for scene, _ in scenes]
+    readings = read(render([scene for scene, _ in scenes]), taught=True)
     assert all(score(r, s).all_right for r, s in zip(readings, specs, strict=True))
     assert all(min(o.shape_fit for o in r.objects) > 0.85 for r in readings)
     prompts, stated = house_prompts(80, 6)
@@ -71,10 +75,10 @@ def test_the_new_shape_is_said_and_read():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_other_shape_is_taken_for_the_new_one(shape):
-    drawn = render(
+    images = render(
         [Scene((SceneObject(shape, "red", "any", 0.5, 0.5, r),), "grey") for r in (0.1, 0.15, 0.2)]
     )
-    assert read(drawn, taught=True) == read(drawn)
+    assert read(images, taught=True) == read(images)
 
 
 def test_the_new_shape_is_measured_exactly():

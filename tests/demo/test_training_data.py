@@ -36,22 +36,22 @@ def test_captions_are_of_their_scene_and_repeatable():
     from random import Random
 
     tokenizer, scenes = small_tokenizer(), sample_scenes(6, 3)
-    first, again = (captions(scenes, 2, tokenizer, 9) for _ in range(2))
+    first, repeated = (captions(scenes, 2, tokenizer, 9) for _ in range(2))
     assert first.shape == (6, 2, 77)
-    assert torch.equal(first, again)
+    assert torch.equal(first, repeated)
     assert not torch.equal(first, captions(scenes, 2, tokenizer, 10))
     right, wrong = contrast(scenes[0], Random(4), 3)
-    told = contrasts(scenes, 3, tokenizer, 4)
-    assert told.shape == (6, 4, 77)
-    assert torch.equal(told[0], tokenise([right, *wrong], tokenizer))
+    token_rows = contrasts(scenes, 3, tokenizer, 4)
+    assert token_rows.shape == (6, 4, 77)
+    assert torch.equal(token_rows[0], tokenise([right, *wrong], tokenizer))
 
 
 def test_pictures_are_drawn_and_resized():
     scenes = sample_scenes(3, 1)
-    drawn = render(scenes, 256)
-    assert torch.equal(pictures(scenes, torch.device("cpu")), drawn)
+    images = render(scenes, 256)
+    assert torch.equal(pictures(scenes, torch.device("cpu")), images)
     small = pictures(scenes, torch.device("cpu"), smaller=96)
-    assert torch.equal(small, to_uint8(resized(as_float(drawn), 96)))
+    assert torch.equal(small, to_uint8(resized(as_float(images), 96)))
 
 
 def test_stage_a_trains_stops_and_goes_on(tmp_path, monkeypatch):
@@ -70,5 +70,5 @@ def test_stage_a_trains_stops_and_goes_on(tmp_path, monkeypatch):
     assert json.loads(metadata["config"]) == recipe.STAGE_A
     model, kind, _ = load_model(tmp_path / "demo_stage_a.safetensors", "stage_a", torch.float32)
     assert kind == "stage_a"
-    held = model.get_parameter("down_blocks.3.1.weight")
-    assert held.tolist() == [torch.tensor(0.43).half().item()] * 4  # held, so that latents keep their scale
+    weight = model.get_parameter("down_blocks.3.1.weight")
+    assert weight.tolist() == [torch.tensor(0.43).half().item()] * 4  # held, so that latents keep their scale

@@ -47,8 +47,8 @@ def test_held_out_triples_are_a_tenth_and_the_same_from_either_side():
 
 
 def test_the_choice_of_triples_never_changes():
-    every = torch.cartesian_prod(torch.arange(64), torch.arange(4), torch.arange(64)).numpy().T
-    held_out = is_held_out_triple(*every)
+    all_triples = torch.cartesian_prod(torch.arange(64), torch.arange(4), torch.arange(64)).numpy().T
+    held_out = is_held_out_triple(*all_triples)
     assert held_out.sum() == 1684
     assert held_out.nonzero()[0][:5].tolist() == [3, 11, 19, 20, 32]
 
