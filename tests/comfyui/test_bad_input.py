@@ -173,7 +173,7 @@ def key(changes):
     return json.dumps(changes, sort_keys=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def executions(server, right_picture):
     """What came of the tiny graph with each of BAD, all queued at once. Then the next prompt works."""
     with Client(server) as client:

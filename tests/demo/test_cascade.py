@@ -41,6 +41,7 @@ def test_weights_are_small_half_precision_safetensors():
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
 
 
+@pytest.mark.nightly
 def test_held_out_prompts_are_followed(cascade):
     scenes = sample_scenes(12, 20_000, "held_out")
     specs = [full_spec(scene) for scene in scenes]

@@ -15,6 +15,7 @@ def cascade() -> DemoCascade:
     return DemoCascade.load()
 
 
+@pytest.mark.nightly
 def test_a_second_pass_keeps_what_the_first_shows_and_adds_detail(cascade):
     figures, images = high_resolution(cascade, 4, scale=2, way="enlarged", tile_pixels=256)
     assert images.shape == (4, 3, 512, 512)

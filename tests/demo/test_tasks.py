@@ -1,7 +1,7 @@
 """What the demo does besides text to image, measured as `demo.tasks` does it, on a few pictures each.
 
 A few pictures are not the figure (demo/tasks.py takes 200): what is exact is asserted as such, and rates by floors that
-leave room for a picture or two.
+leave room for a picture or two. Nightly are the tasks whose pictures the notebook's test judges too.
 """
 
 import pytest
@@ -36,6 +36,7 @@ def test_a_controlnet_of_no_strength_is_none(cascade):
     assert (on - none).square().mean().sqrt() > 0.1
 
 
+@pytest.mark.nightly
 def test_image_to_image_is_the_nearer_the_less_it_may_change(cascade):
     figures, _ = TASKS["image_to_image"](cascade, 2)
     assert figures["psnr_at_0.2_db"] > figures["psnr_at_0.5_db"] > figures["psnr_at_0.8_db"] > 15
@@ -43,12 +44,14 @@ def test_image_to_image_is_the_nearer_the_less_it_may_change(cascade):
     assert figures["change_of_background_taken_at_0.8"] >= 0.5
 
 
+@pytest.mark.nightly
 def test_variations_show_the_same_and_differ_by_seed(cascade):
     figures, _ = TASKS["variation"](cascade, 2)
     assert figures["right"] >= 0.5
     assert 15 < figures["right_psnr_between_seeds_db"] < 45
 
 
+@pytest.mark.nightly
 def test_pictures_follow_the_edges_of_a_hint(cascade):
     figures, _ = TASKS["controlnet_canny"](cascade, 3)
     assert figures["edge_iou_ratio"] >= 3
@@ -87,6 +90,7 @@ def test_sharpness_is_what_a_blur_takes():
     assert (sharpness(half, mask) - sharpness(images, mask)).abs().max() < 0.5  # other pixels do not count
 
 
+@pytest.mark.nightly
 def test_a_lora_teaches_a_shape_and_leaves_no_trace(cascade):
     figures, _ = TASKS["lora"](cascade, 3)
     assert figures["bit_identical_afterwards"] == 1
