@@ -18,7 +18,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, models, monkeypatch):
+def working_folder(tmp_path, models, monkeypatch):
     """The current folder, with the graphs and a picture for them; the tiny networks are found."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CASCADE_MODELS", str(models))
@@ -29,22 +29,22 @@ def here(tmp_path, models, monkeypatch):
 
 
 @pytest.fixture
-def refused(here, capsys):
+def refused(working_folder, capsys):
     """Runs a graph that must fail; gives the one sentence that was said."""
 
     def run(
         *assignments: str, graph: Path | str = GRAPH, output: str = "output", begun: bool | None = None
     ) -> str:
-        before = sorted(here.rglob("*"))
+        before = sorted(working_folder.rglob("*"))
         assert main(command(graph, *assignments, output=output)) == 1
         out, err = capsys.readouterr()
         progress = [line for line in err.splitlines() if line.startswith("[")]
-        (said,) = (line for line in err.splitlines() if line not in progress)
+        (error_line,) = (line for line in err.splitlines() if line not in progress)
         assert out == ""
-        assert sorted(here.rglob("*")) == before, "nothing was left behind"
+        assert sorted(working_folder.rglob("*")) == before, "nothing was left behind"
         assert begun is None or begun == bool(progress)
-        assert said.startswith("error: ")
-        assert said.endswith(".")
-        return said.removeprefix("error: ")
+        assert error_line.startswith("error: ")
+        assert error_line.endswith(".")
+        return error_line.removeprefix("error: ")
 
     return run

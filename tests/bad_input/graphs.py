@@ -57,5 +57,11 @@ def graphs() -> dict[str, dict[str, Any]]:
 
 def command(graph: Path | str, *assignments: str, output: str = "output") -> list[str]:
     """`cascade run` with these assignments, and with the tiny networks in the shipped graph."""
-    given = [*assignments] if graph == "compress.json" else [*TINY, *assignments]
-    return ["run", str(graph), "--output", output, *(option for text in given for option in ("--set", text))]
+    options = [*assignments] if graph == "compress.json" else [*TINY, *assignments]
+    return [
+        "run",
+        str(graph),
+        "--output",
+        output,
+        *(option for text in options for option in ("--set", text)),
+    ]

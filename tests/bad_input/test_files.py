@@ -38,37 +38,37 @@ BAD = {
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_file_in_every_loader(kind, bad, here, models, refused):
+def test_a_bad_file_in_every_loader(kind, bad, working_folder, models, refused):
     loader, graph = LOADERS[kind]
-    spoil(models / TINY_FILES[kind], here / "bad.safetensors", bad)
-    said = refused(f"{loader}=bad.safetensors", graph=graph)
-    assert said.startswith(f"Node {loader.split('.')[0]} (")
-    assert "bad.safetensors" in said
-    assert BAD[bad] in said
+    spoil(models / TINY_FILES[kind], working_folder / "bad.safetensors", bad)
+    error_line = refused(f"{loader}=bad.safetensors", graph=graph)
+    assert error_line.startswith(f"Node {loader.split('.')[0]} (")
+    assert "bad.safetensors" in error_line
+    assert BAD[bad] in error_line
 
 
 @pytest.mark.parametrize("kind", LOADERS)
 def test_a_missing_file_in_every_loader(kind, refused):
     loader, graph = LOADERS[kind]
-    said = refused(f"{loader}=gone.safetensors", graph=graph, begun=False)
-    assert f"No {kind} file 'gone.safetensors' was found under " in said
-    assert said.endswith("put it there, set CASCADE_MODELS, or give its path.")
+    error_line = refused(f"{loader}=gone.safetensors", graph=graph, begun=False)
+    assert f"No {kind} file 'gone.safetensors' was found under " in error_line
+    assert error_line.endswith("put it there, set CASCADE_MODELS, or give its path.")
 
 
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("other", TINY_FILES)
-def test_a_file_of_another_kind_in_every_loader(kind, other, models, refused):
-    if kind == other:
+def test_a_file_of_another_kind_in_every_loader(kind, other_kind, models, refused):
+    if kind == other_kind:
         return
     loader, graph = LOADERS[kind]
-    file = models / TINY_FILES[other]
-    said = refused(f"{loader}={file}", graph=graph)
-    assert f"{file.name} is a " in said
-    assert other in said
-    assert f"{kind} is expected here; choose " in said
+    file = models / TINY_FILES[other_kind]
+    error_line = refused(f"{loader}={file}", graph=graph)
+    assert f"{file.name} is a " in error_line
+    assert other_kind in error_line
+    assert f"{kind} is expected here; choose " in error_line
 
 
-def test_text_states_too_wide_for_the_demo(here, models, refused):
+def test_text_states_too_wide_for_the_demo(working_folder, models, refused):
     """The published text encoder's width before the demo's own Stage C."""
     demo = roles.DEMO_FOLDER / roles.DEMO_NAMES["text_encoder"]
     wide = {**TRANSFORMER, "hidden_size": 1280, "intermediate_size": 64, "projection_dim": 1280}
@@ -99,23 +99,25 @@ NAN = {
 
 
 @pytest.mark.parametrize("kind", NAN)
-def test_nan_in_a_file_is_named_with_the_file(kind, here, models, refused):
+def test_nan_in_a_file_is_named_with_the_file(kind, working_folder, models, refused):
     loader, graph = LOADERS[kind]
-    weight, where = NAN[kind]
-    shutil.copytree((models / TINY_FILES[kind]).parent, here / "folder")  # a text encoder has a vocabulary
-    file = here / "folder" / Path(TINY_FILES[kind]).name
+    weight, description = NAN[kind]
+    shutil.copytree(
+        (models / TINY_FILES[kind]).parent, working_folder / "folder"
+    )  # a text encoder has a vocabulary
+    file = working_folder / "folder" / Path(TINY_FILES[kind]).name
     tensors, metadata = read_safetensors(file)
     tensors[weight] = tensors[weight].clone()
     tensors[weight].view(-1)[0] = torch.nan
     write_safetensors(file, tensors, metadata)
-    said = refused(f"{loader}={file}", graph=graph)
-    assert said.startswith(f"Node {where}: The weight {weight} of {file.name}")
-    assert said.endswith(" holds NaN or infinity; download the file again.")
+    error_line = refused(f"{loader}={file}", graph=graph)
+    assert error_line.startswith(f"Node {description}: The weight {weight} of {file.name}")
+    assert error_line.endswith(" holds NaN or infinity; download the file again.")
 
 
-def test_as_a_program_a_bad_file_gives_one_line(here):
-    (here / "bad.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
-    with start("run", str(GRAPH), "--set", "4.file=bad.safetensors", cwd=here) as process:
+def test_as_a_program_a_bad_file_gives_one_line(working_folder):
+    (working_folder / "bad.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    with start("run", str(GRAPH), "--set", "4.file=bad.safetensors", cwd=working_folder) as process:
         out, err = process.communicate()
     assert process.returncode == 1
     assert out == ""
@@ -123,4 +125,4 @@ def test_as_a_program_a_bad_file_gives_one_line(here):
         "error: Node 4 (CascadeTextEncoderLoader): bad.safetensors is a pickle (.ckpt, .pt), which can run "
         "code when opened, and only safetensors files are loaded; convert it on a machine you can spare.\n"
     )
-    assert not (here / "output").exists()
+    assert not (working_folder / "output").exists()

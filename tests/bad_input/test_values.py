@@ -18,10 +18,10 @@ from cascade_nodes.tests.obstacles import permissions_respected
 
 
 @pytest.mark.parametrize("graph", [GRAPH, "picture.json", "compress.json"])
-def test_the_graphs_are_good_where_nothing_is_bad(graph, here, capsys):
+def test_the_graphs_are_good_where_nothing_is_bad(graph, working_folder, capsys):
     assert main(command(graph)) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert (here / line.split("  ")[0]).is_file()
+    assert (working_folder / line.split("  ")[0]).is_file()
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,13 @@ def test_values_that_are_refused_before_anything_runs(assignment, sentence, refu
         ),
     ],
 )
-def test_graphs_that_are_refused_before_anything_runs(change, sentence, here, capsys):
+def test_graphs_that_are_refused_before_anything_runs(change, sentence, working_folder, capsys):
     graph = json.loads(GRAPH.read_text(encoding="utf-8"))
     change(graph)
-    (here / "graph.json").write_text(json.dumps(graph))
+    (working_folder / "graph.json").write_text(json.dumps(graph))
     assert main(["run", "graph.json"]) == 1
     assert capsys.readouterr() == ("", f"error: {sentence}\n")
-    assert not (here / "output").exists()
+    assert not (working_folder / "output").exists()
 
 
 def test_a_picture_too_small_for_stage_b(refused):
@@ -118,7 +118,7 @@ def test_a_picture_too_small_for_stage_b(refused):
 @pytest.mark.parametrize(
     "prompt", ["", " ".join(f"star{number}" for number in range(10_000))], ids=["empty", "10,000 words"]
 )
-def test_prompts_that_are_allowed(prompt, here, capsys):
+def test_prompts_that_are_allowed(prompt, working_folder, capsys):
     assert main(command(GRAPH, f"5.positive={prompt}")) == 0
     (line,) = capsys.readouterr().out.splitlines()
     with Image.open(line.split("  ")[0]) as picture:
@@ -140,9 +140,9 @@ def test_weights_in_a_prompt_too_large_for_floats(refused):
     )
 
 
-def test_a_folder_that_must_not_be_written_to_is_found_before_the_work(here, refused):
-    (here / "locked").mkdir(mode=0o555)
-    (here / "file").write_bytes(b"")
+def test_a_folder_that_must_not_be_written_to_is_found_before_the_work(working_folder, refused):
+    (working_folder / "locked").mkdir(mode=0o555)
+    (working_folder / "file").write_bytes(b"")
     with permissions_respected():
         for folder, reason in (
             ("locked", "Permission denied"),
@@ -154,13 +154,13 @@ def test_a_folder_that_must_not_be_written_to_is_found_before_the_work(here, ref
             )
 
 
-def test_files_and_folders_that_must_not_be_read(here, models, refused, monkeypatch):
-    shutil.copytree(models / "text_encoders" / "tiny_text_encoder", here / "encoder")
-    shutil.copy(models / TINY_FILES["Stage C"], here / "c.safetensors")
-    (here / "c.safetensors").chmod(0)
-    (here / "closed").mkdir(mode=0)
-    (here / "encoder" / "merges.txt").chmod(0)
-    monkeypatch.setenv("CASCADE_MODELS", f"{here / 'closed'}{os.pathsep}{models}")
+def test_files_and_folders_that_must_not_be_read(working_folder, models, refused, monkeypatch):
+    shutil.copytree(models / "text_encoders" / "tiny_text_encoder", working_folder / "encoder")
+    shutil.copy(models / TINY_FILES["Stage C"], working_folder / "c.safetensors")
+    (working_folder / "c.safetensors").chmod(0)
+    (working_folder / "closed").mkdir(mode=0)
+    (working_folder / "encoder" / "merges.txt").chmod(0)
+    monkeypatch.setenv("CASCADE_MODELS", f"{working_folder / 'closed'}{os.pathsep}{models}")
     with permissions_respected():
         assert refused("1.file=c.safetensors") == (
             "Node 1 (StageCLoader): c.safetensors cannot be read (Permission denied); make it readable or "
@@ -171,11 +171,11 @@ def test_files_and_folders_that_must_not_be_read(here, models, refused, monkeypa
             "Node 4 (CascadeTextEncoderLoader) cannot use encoder/merges.txt: Permission denied; check that "
             "it exists and that you may use it."
         )
-    (here / "closed").chmod(0o755)
+    (working_folder / "closed").chmod(0o755)
 
 
-def test_as_a_program_whose_output_goes_to_a_full_disk(here):
-    (here / "graph.json").write_text(
+def test_as_a_program_whose_output_goes_to_a_full_disk(working_folder):
+    (working_folder / "graph.json").write_text(
         json.dumps(
             {
                 "1": node("LoadImage", image="in.png"),
@@ -183,8 +183,13 @@ def test_as_a_program_whose_output_goes_to_a_full_disk(here):
             }
         )
     )
-    with open("/dev/full", "wb") as full, start("run", "graph.json", cwd=here, stdout=full) as process:
+    with (
+        open("/dev/full", "wb") as full,
+        start("run", "graph.json", cwd=working_folder, stdout=full) as process,
+    ):
         _, err = process.communicate()
     assert process.returncode == 1
     assert err.splitlines()[2:] == ["error: the output cannot be written to (No space left on device)."]
-    assert [path.name for path in (here / "output").iterdir()] == ["a_00001_.png"], "the picture is there"
+    assert [path.name for path in (working_folder / "output").iterdir()] == ["a_00001_.png"], (
+        "the picture is there"
+    )

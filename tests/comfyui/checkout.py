@@ -59,8 +59,8 @@ class Checkout:
     def version(self) -> str:
         """Such as 0.3.64."""
         text = (self.path / "comfyui_version.py").read_text(encoding="utf-8")
-        found = re.search(r'__version__ = "([^"]+)"', text)
-        return found.group(1) if found else "unknown"
+        match = re.search(r'__version__ = "([^"]+)"', text)
+        return match.group(1) if match else "unknown"
 
     def inside(self, *names: str, flags: Sequence[str] = (), timeout: float = 1200) -> dict[str, Outcome]:
         """Measures with ComfyUI's own modules at hand: what came of each `inside/<name>.py`, run in one process.
@@ -79,7 +79,9 @@ class Checkout:
         if finished.returncode:
             error = f"{', '.join(names)} in {self.path} failed:\n{finished.stderr[-6000:]}"
             return dict.fromkeys(names, Outcome({}, error))
-        return {name: Outcome(*found) for name, found in json.loads(finished.stdout.splitlines()[-1]).items()}
+        return {
+            name: Outcome(*outcome) for name, outcome in json.loads(finished.stdout.splitlines()[-1]).items()
+        }
 
     def _search_path(self) -> list[str]:
         """ComfyUI's own modules first, then what is named already."""

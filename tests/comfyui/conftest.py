@@ -29,9 +29,9 @@ MISSING = "no ComfyUI to test against: set COMFYUI_PATH, or see docs/testing.md"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs every test that takes `checkout` once for each version, all tests of one version together."""
     if "checkout" in metafunc.fixturenames:
-        found = CHECKOUTS or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=MISSING))]
+        checkouts = CHECKOUTS or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=MISSING))]
         ids = [one.version for one in CHECKOUTS] or None
-        metafunc.parametrize("checkout", found, ids=ids, scope="session")
+        metafunc.parametrize("checkout", checkouts, ids=ids, scope="session")
 
 
 # What a test with one of these fixtures shares with others; the first ones are started first, as they take longest.
@@ -135,17 +135,19 @@ def right_pictures(
     """The pictures that a graph saves without ComfyUI, (H, W, 3) uint8; each graph runs once."""
     models = tmp_path_factory.mktemp("models")
     write_cascade(models)
-    made: dict[str, list[np.ndarray]] = {}
+    pictures_by_name: dict[str, list[np.ndarray]] = {}
 
     def pictures(graph: dict[str, Any]) -> list[np.ndarray]:
         key = json.dumps(graph, sort_keys=True)
-        if key not in made:
+        if key not in pictures_by_name:
             folder = tmp_path_factory.mktemp("headless")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("CASCADE_MODELS", str(models))
                 run_graph(graph, input_folder=EXAMPLE_PICTURES, output_folder=folder)
-            made[key] = [np.asarray(Image.open(file).convert("RGB")) for file in sorted(folder.glob("*.png"))]
-        return made[key]
+            pictures_by_name[key] = [
+                np.asarray(Image.open(file).convert("RGB")) for file in sorted(folder.glob("*.png"))
+            ]
+        return pictures_by_name[key]
 
     return pictures
 

@@ -33,10 +33,10 @@ def main() -> None:
     measured = [one.inside(*scripts, timeout=3600) for one in CHECKOUTS]
     print(f"| what | {' | '.join(one.version for one in CHECKOUTS)} |")
     print(f"|---|{'---|' * len(CHECKOUTS)}")
-    for what, script, words in ROWS:
+    for key, script, words in ROWS:
         worst = [_worst(results[script].numbers, words) for results in measured]
         cells = [f"{value:.1e}" if value else "0" for value in worst]
-        print(f"| {what} | {' | '.join(cells)} |")
+        print(f"| {key} | {' | '.join(cells)} |")
 
 
 def _worst(results: dict[str, float], words: str) -> float:

@@ -73,9 +73,9 @@ class Card:
             lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
         except (OSError, subprocess.CalledProcessError):
             return None
-        used = dict(line.split(", ") for line in lines if ", " in line)
-        found = used.get(str(self.server.process.pid), "")
-        return int(found) if found.isdigit() else None
+        memory_by_process = dict(line.split(", ") for line in lines if ", " in line)
+        memory = memory_by_process.get(str(self.server.process.pid), "")
+        return int(memory) if memory.isdigit() else None
 
 
 def sequences(checkout: Checkout, flags: list[str], further: list[str]) -> dict[str, Any]:
@@ -103,13 +103,13 @@ def sequences(checkout: Checkout, flags: list[str], further: list[str]) -> dict[
                 play(-1 - number)
             free(client)
             freed = [card.process()]
-            held = [play(number) for number in range(SEQUENCES)]
+            outcomes = [play(number) for number in range(SEQUENCES)]
             free(client)
             freed.append(card.process())
             return {
-                "held_mib": [round(value / 2**20, 2) for value in held],
+                "held_mib": [round(value / 2**20, 2) for value in outcomes],
                 # What is never given back; for a moment a server may hold its last picture too.
-                "growth_mib": (min(held[-WARM_UP:]) - min(held[:WARM_UP])) / 2**20,
+                "growth_mib": (min(outcomes[-WARM_UP:]) - min(outcomes[:WARM_UP])) / 2**20,
                 "freed_process_mib": freed,
                 "pixels": worst,
                 "log": [line for line in server.log.splitlines() if "vram" in line.lower()][:5],
@@ -157,10 +157,10 @@ def failures(results: dict[str, Any]) -> list[str]:
     """What is outside its bound, in words."""
     checks = {"servers": of_sequences, "card": of_card}
     return [
-        f"{name}: {what}"
+        f"{name}: {failure}"
         for group, check in checks.items()
-        for name, found in results[group].items()
-        for what in ([found["error"]] if "error" in found else check(found))
+        for name, result in results[group].items()
+        for failure in ([result["error"]] if "error" in result else check(result))
     ]
 
 
@@ -179,22 +179,22 @@ def of_sequences(server: dict[str, Any]) -> list[str]:
 
 def of_card(card: dict[str, Any]) -> list[str]:
     failed = []
-    for what, value in card["in part"].items():
-        if "against" in what and not value <= IN_PART:
-            failed.append(f"{what}: {value:.2g}")
-        if "share" in what:
-            least, most = (0.95, 1.05) if "whole" in what else (0.05, 0.95)
+    for name, value in card["in part"].items():
+        if "against" in name and not value <= IN_PART:
+            failed.append(f"{name}: {value:.2g}")
+        if "share" in name:
+            least, most = (0.95, 1.05) if "whole" in name else (0.05, 0.95)
             if not least < value < most:
-                failed.append(f"{what}: {value:.2f}")
-    for what, value in card["engine"].items():
-        if "against" in what and not value <= ENGINE:
-            failed.append(f"{what}: {value:.2g}")
-        if "used" in what and not value:
-            failed.append(f"{what}: no")
+                failed.append(f"{name}: {value:.2f}")
+    for name, value in card["engine"].items():
+        if "against" in name and not value <= ENGINE:
+            failed.append(f"{name}: {value:.2g}")
+        if "used" in name and not value:
+            failed.append(f"{name}: no")
     low, high = ESTIMATE_OVER_PEAK
-    for what, figures in card["estimates"].items():
+    for name, figures in card["estimates"].items():
         if not low <= figures["estimate_over_peak"] <= high:
-            failed.append(f"{what}: the estimate is {figures['estimate_over_peak']:.2f} of the peak")
+            failed.append(f"{name}: the estimate is {figures['estimate_over_peak']:.2f} of the peak")
     return failed
 
 

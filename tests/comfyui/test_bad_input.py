@@ -223,9 +223,9 @@ def test_a_vae_of_another_kind(fails):
 
 @pytest.mark.parametrize("changes", TOO_LARGE)
 def test_more_pictures_than_fit_into_memory(executions, changes):
-    at, said = failure(executions[key(changes)])
+    at, message = failure(executions[key(changes)])
     assert at == "6"
-    assert said == (
+    assert message == (
         "4096 latents for pictures of 16384 × 16384 pixels do not fit into memory; choose a smaller size or batch_size."
     )
 
@@ -235,19 +235,19 @@ def test_a_file_replaced_by_a_bad_one_while_it_is_loaded(client, fails, server, 
     """Put in place as a download does it, and put back."""
     client.run(tiny({"7.seed": next(SEEDS)}))
     file = server.base / "models" / "diffusion_models" / "tiny_stage_c.safetensors"
-    kept, new = file.with_name("kept"), file.with_name("new")
-    os.link(file, kept)
+    backup, replacement = file.with_name("kept"), file.with_name("new")
+    os.link(file, backup)
     if bad == "truncated":
-        new.write_bytes(file.read_bytes()[:-100])
+        replacement.write_bytes(file.read_bytes()[:-100])
     elif bad == "pickle":
-        torch.save({"weight": torch.zeros(3)}, new)
+        torch.save({"weight": torch.zeros(3)}, replacement)
     elif bad == "empty":
-        new.write_bytes(b"")
+        replacement.write_bytes(b"")
     else:
-        new.write_bytes((server.base / "models" / "unet" / "tiny_stage_b.safetensors").read_bytes())
-    os.replace(new, file)
+        replacement.write_bytes((server.base / "models" / "unet" / "tiny_stage_b.safetensors").read_bytes())
+    os.replace(replacement, file)
     execution = client.run(tiny({"7.seed": next(SEEDS)}))
-    os.replace(kept, file)
+    os.replace(backup, file)
     (error,) = execution.of("execution_error")
     assert error["node_id"] == "1"
     assert error["exception_type"].endswith("CascadeError"), error["exception_message"]

@@ -33,8 +33,8 @@ def test_a_replaced_file_runs_again(client, server, right_picture):
     graph = tiny({"7.seed": 102})
     (before,) = client.pictures(client.run(graph))
     file = server.base / "models" / "diffusion_models" / "tiny_stage_c.safetensors"
-    kept = file.with_name("kept")
-    shutil.copy(file, kept)
+    backup = file.with_name("kept")
+    shutil.copy(file, backup)
     tensors, metadata = read_safetensors(file)
     changed = {name: tensor * 1.5 if name.endswith("weight") else tensor for name, tensor in tensors.items()}
     write_safetensors(file, changed, metadata)
@@ -43,11 +43,11 @@ def test_a_replaced_file_runs_again(client, server, right_picture):
     assert sorted(execution.executed) == ["1", "10", "7", "8", "9"]
     (after,) = client.pictures(execution)
     assert np.abs(after.astype(int) - before).max() > 1
-    os.replace(kept, file)
+    os.replace(backup, file)
     execution = client.run(graph)
     assert "7" in execution.executed
-    (back,) = client.pictures(execution)
-    assert np.abs(back.astype(int) - right_picture(graph)).max() <= 1
+    (restored_picture,) = client.pictures(execution)
+    assert np.abs(restored_picture.astype(int) - right_picture(graph)).max() <= 1
 
 
 def test_progress_and_previews_arrive(client):
@@ -59,10 +59,10 @@ def test_progress_and_previews_arrive(client):
         assert {data["max"] for data in execution.of("progress") if data["node"] == sampler} == {steps}
     assert len(execution.previews) >= 6 + 5
     for sampler, steps in ((PRIOR, 6), (DECODER, 5)):
-        (shown,) = [
+        (preview,) = [
             data["output"]["cascade_run"] for data in execution.of("executed") if data["node"] == sampler
         ]
-        assert shown[0]["steps"] == steps
+        assert preview[0]["steps"] == steps
 
 
 @pytest.mark.parametrize("sampler", [PRIOR, DECODER])

@@ -14,6 +14,6 @@ def test_each_way_has_its_effect(measured):
 
 
 def test_it_makes_what_comfyuis_own_node_makes(measured):
-    found = measured["native node"]
-    assert found.pop("pictures") == 0
-    assert found == {"structure": True, "strength 0 returns the prompts": True}
+    differences = measured["native node"]
+    assert differences.pop("pictures") == 0
+    assert differences == {"structure": True, "strength 0 returns the prompts": True}

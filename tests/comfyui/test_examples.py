@@ -43,8 +43,8 @@ def test_same_pictures_as_without_comfyui(client, right_pictures, name):
         if node["class_type"] == "CascadePriorSampler":
             previews.append((execution.previews[node["inputs"]["steps"] - 1], 8))
     for preview, difference in previews:
-        shown = Image.fromarray(preview).resize((pictures[0].shape[1], pictures[0].shape[0]))
-        assert np.abs(np.asarray(shown).astype(int) - pictures[0]).mean() <= difference
+        preview_image = Image.fromarray(preview).resize((pictures[0].shape[1], pictures[0].shape[0]))
+        assert np.abs(np.asarray(preview_image).astype(int) - pictures[0]).mean() <= difference
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not uses_the_demo(name)])

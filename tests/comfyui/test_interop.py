@@ -4,15 +4,15 @@ import pytest
 
 
 def chosen(measured, words):
-    found = {name: value for name, value in measured.items() if words in name}
-    assert found
-    return found
+    matches = {name: value for name, value in measured.items() if words in name}
+    assert matches
+    return matches
 
 
 def test_our_samplers_on_our_model_and_on_the_native_one(measured):
-    found = chosen(measured, "on either")
-    assert len(found) == 8
-    assert {name: value for name, value in found.items() if not value <= 1e-4} == {}
+    differences = chosen(measured, "on either")
+    assert len(differences) == 8
+    assert {name: value for name, value in differences.items() if not value <= 1e-4} == {}
 
 
 @pytest.mark.parametrize("words", ["KSampler", "SamplerCustomAdvanced"])
@@ -21,12 +21,12 @@ def test_our_ddim_and_the_native_one(measured, words):
 
 
 def test_every_combination_of_loaders_text_samplers_and_decoders(measured):
-    found = chosen(measured, "matrix")
-    assert len(found) == 4
-    assert {name: value for name, value in found.items() if not value <= 1e-3} == {}
+    differences = chosen(measured, "matrix")
+    assert len(differences) == 4
+    assert {name: value for name, value in differences.items() if not value <= 1e-3} == {}
 
 
 def test_our_samplers_on_native_latents(measured):
-    found = chosen(measured, "on the native latent")
-    assert len(found) == 2
-    assert set(found.values()) == {0.0}
+    differences = chosen(measured, "on the native latent")
+    assert len(differences) == 2
+    assert set(differences.values()) == {0.0}

@@ -13,21 +13,21 @@ LORA, FILE = "20", "tiny.safetensors"
 
 
 def test_what_must_make_no_difference(measured):
-    found = {name: value for name, value in measured.items() if name.startswith("same")}
-    assert len(found) == 43
-    assert {name: value for name, value in found.items() if not value <= 1e-4} == {}
+    differences = {name: value for name, value in measured.items() if name.startswith("same")}
+    assert len(differences) == 43
+    assert {name: value for name, value in differences.items() if not value <= 1e-4} == {}
 
 
 def test_what_must_make_one(measured):
-    found = {name: value for name, value in measured.items() if name.startswith("other")}
-    assert len(found) == 8
-    assert {name: value for name, value in found.items() if not value >= 1e-2} == {}
+    differences = {name: value for name, value in measured.items() if name.startswith("other")}
+    assert len(differences) == 8
+    assert {name: value for name, value in differences.items() if not value >= 1e-2} == {}
 
 
 def test_what_must_leave_no_trace(measured):
-    found = {name: value for name, value in measured.items() if name.startswith("none")}
-    assert len(found) == 3
-    assert set(found.values()) == {0.0}
+    differences = {name: value for name, value in measured.items() if name.startswith("none")}
+    assert len(differences) == 3
+    assert set(differences.values()) == {0.0}
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def test_same_picture_as_without_comfyui(client, right_picture, lora):
     assert execution.error is None
     (picture,) = client.pictures(execution)
     assert np.abs(picture.astype(int) - right_picture(graph_with(str(lora)))).max() <= 1
-    (shown,) = [data["output"]["text"] for data in execution.of("executed") if data["node"] == LORA]
+    (texts,) = [data["output"]["text"] for data in execution.of("executed") if data["node"] == LORA]
     note = f"{FILE} teaches [sun], to be written so in the prompt."
-    assert shown == [f"{FILE} (onetrainer): 4 layers of Stage C, rank 2, 1 learned token ([sun])", note]
+    assert texts == [f"{FILE} (onetrainer): 4 layers of Stage C, rank 2, 1 learned token ([sun])", note]
     assert execution.texts == [(LORA, note)]
     without = tiny({"5.positive": "a (red:1.2) [sun] star"})
     (plain,) = client.pictures(client.run(without))

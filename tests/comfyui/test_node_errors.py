@@ -49,11 +49,11 @@ def test_same_node_errors_as_without_comfyui(client, server, monkeypatch, name):
     monkeypatch.setenv("CASCADE_MODELS", str(server.base / "models"))
     graph = GRAPHS[name]
     status, answer = client.post("/prompt", {"prompt": graph, "client_id": client.id})
-    found = validate(graph, by_id([*NODES, *BUILTIN_NODES]))
-    expected = canonical({"error": found.error, "outputs": [], "node_errors": found.node_errors})
-    given = canonical({"error": answer.get("error"), "outputs": [], "node_errors": answer["node_errors"]})
-    assert status == (400 if found.error else 200)
-    assert json.loads(json.dumps(given)) == json.loads(json.dumps(expected))
+    validation = validate(graph, by_id([*NODES, *BUILTIN_NODES]))
+    expected = canonical({"error": validation.error, "outputs": [], "node_errors": validation.node_errors})
+    answered = canonical({"error": answer.get("error"), "outputs": [], "node_errors": answer["node_errors"]})
+    assert status == (400 if validation.error else 200)
+    assert json.loads(json.dumps(answered)) == json.loads(json.dumps(expected))
     if status == 200:
         client.follow(answer["prompt_id"])
 

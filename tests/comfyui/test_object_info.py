@@ -8,9 +8,9 @@ FROZEN = json.loads(RECORD.read_text(encoding="utf-8"))
 
 
 def test_object_info_equals_the_frozen_schema(server):
-    found = told(server)
-    assert found.keys() == FROZEN.keys()
-    for name, info in found.items():
+    record = told(server)
+    assert record.keys() == FROZEN.keys()
+    for name, info in record.items():
         assert info == FROZEN[name], f"{name}: if that is meant, run record_object_info.py"
 
 

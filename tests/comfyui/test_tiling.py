@@ -2,17 +2,17 @@
 
 
 def test_stage_a_and_the_previewer_in_tiles_are_seamless(measured):
-    found = {
+    differences = {
         name: value for name, value in measured["differences"].items() if "coded" in name or "viewed" in name
     }
-    assert len(found) == 9
-    assert {name: value for name, value in found.items() if not value <= 1e-5} == {}
+    assert len(differences) == 9
+    assert {name: value for name, value in differences.items() if not value <= 1e-5} == {}
 
 
 def test_stage_b_in_tiles_is_that_of_the_other_host(measured):
-    found = {name: value for name, value in measured["differences"].items() if "sampled" in name}
-    assert len(found) == 4
-    assert {name: value for name, value in found.items() if not value <= 1e-4} == {}
+    differences = {name: value for name, value in measured["differences"].items() if "sampled" in name}
+    assert len(differences) == 4
+    assert {name: value for name, value in differences.items() if not value <= 1e-4} == {}
 
 
 def test_memory_is_planned_and_used_for_a_tile(measured):

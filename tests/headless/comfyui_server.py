@@ -36,8 +36,8 @@ class Handler(BaseHTTPRequestHandler):
             server.looks += 1
             if server.looks >= server.patience:
                 server.finish_all()
-            found = server.history.get(parts[1])
-            self.answer({parts[1]: found} if found else {})
+            entry = server.history.get(parts[1])
+            self.answer({parts[1]: entry} if entry else {})
         elif parts[0] == "object_info":
             info = {parts[1]: NODES[parts[1]].GET_NODE_INFO_V1()} if parts[1] in NODES else {}
             self.answer(info)

@@ -56,16 +56,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_bytes(self, content: bytes) -> None:
         hub, start, status = self.server, 0, 200
-        if hub.knows_range and (wanted := self.headers.get("Range")):
-            start, status = int(wanted.removeprefix("bytes=").rstrip("-")), 206
-        rest = content[start:]
+        if hub.knows_range and (byte_range := self.headers.get("Range")):
+            start, status = int(byte_range.removeprefix("bytes=").rstrip("-")), 206
+        remaining = content[start:]
         self.send_response(status)
-        self.send_header("Content-Length", str(len(rest)))
+        self.send_header("Content-Length", str(len(remaining)))
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if hub.cuts:
-            self.wfile.write(rest[: hub.cuts.pop(0)])
+            self.wfile.write(remaining[: hub.cuts.pop(0)])
             if hub.after_cut is not None:
                 hub.refusal, hub.after_cut = hub.after_cut, None
             hub.cut.set()
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
                 hub.released.wait()
             self.close_connection = True
         else:
-            self.wfile.write(rest)
+            self.wfile.write(remaining)
 
     def end(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)

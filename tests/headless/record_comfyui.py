@@ -123,10 +123,10 @@ GRAPHS: dict[str, dict[str, Any]] = {
 
 def canonical(entry: dict[str, Any]) -> dict[str, Any]:
     """ComfyUI walks over sets, so the order of errors and outputs is chance; traces hold paths."""
-    for found in entry["node_errors"].values():
-        found["errors"].sort(key=lambda error: (error["type"], error["details"]))
-        found["dependent_outputs"] = sorted(set(found["dependent_outputs"]))
-        for error in found["errors"]:
+    for node_error in entry["node_errors"].values():
+        node_error["errors"].sort(key=lambda error: (error["type"], error["details"]))
+        node_error["dependent_outputs"] = sorted(set(node_error["dependent_outputs"]))
+        for error in node_error["errors"]:
             error["extra_info"].pop("traceback", None)
     if entry["error"]:
         entry["error"]["details"] = "\n".join(sorted(entry["error"]["details"].split("\n")))
@@ -140,7 +140,7 @@ def record_validation(execution: Any) -> dict[str, Any]:
         checked = copy.deepcopy(graph)
         _, error, outputs, node_errors = asyncio.run(execution.validate_prompt("prompt", checked, None))
         entry = {"error": error, "outputs": outputs, "node_errors": node_errors}
-        converted = {node_id: found["inputs"] for node_id, found in checked.items()}
+        converted = {node_id: node["inputs"] for node_id, node in checked.items()}
         record[name] = {"graph": graph, "converted": converted, **canonical(json.loads(json.dumps(entry)))}
     return record
 

@@ -26,11 +26,11 @@ def assigned(*assignments):
     return {
         node_id: {
             name: value
-            for name, value in found["inputs"].items()
+            for name, value in node["inputs"].items()
             if GRAPH[node_id]["inputs"].get(name) != value
         }
-        for node_id, found in graph.items()
-        if found != GRAPH[node_id]
+        for node_id, node in graph.items()
+        if node != GRAPH[node_id]
     }
 
 

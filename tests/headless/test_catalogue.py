@@ -21,7 +21,7 @@ def test_names_of_files_and_workflows_differ_and_needs_exist():
 
 def test_the_examples_offer_the_same_files():
     """ComfyUI's dialog for missing models downloads what a loader's `models` names."""
-    known = {file.saved_as: file for file in FILES.values()}
+    files_by_name = {file.saved_as: file for file in FILES.values()}
     offered = [
         entry
         for path in sorted(EXAMPLES.glob("*.json"))
@@ -30,7 +30,7 @@ def test_the_examples_offer_the_same_files():
     ]
     assert len(offered) >= 4
     for entry in offered:
-        file = known[entry["name"]]
+        file = files_by_name[entry["name"]]
         assert entry["url"] == f"https://huggingface.co/{file.repo}/resolve/main/{file.path}"
         assert entry["directory"] == file.folder
 

@@ -128,9 +128,9 @@ def test_bad_graphs(folder, capsys, graph, message):
 
 def test_a_number_of_more_digits_than_python_reads(folder, capsys):
     (folder / "graph.json").write_text(f'{{"1": {"1" * 5000}}}')
-    told = failing("run", "graph.json", capsys=capsys)
-    assert told.startswith("error: Cannot read the graph 'graph.json': Exceeds the limit")
-    assert told.count("\n") == 1
+    error_text = failing("run", "graph.json", capsys=capsys)
+    assert error_text.startswith("error: Cannot read the graph 'graph.json': Exceeds the limit")
+    assert error_text.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_a_traceback_only_when_asked(folder, capsys):
     (folder / "in.png").write_text("hello")
     message = "error: Node 1 (LoadImage): in.png is not a picture; PNG, JPEG or WebP was expected.\n"
     assert failing("run", "graph.json", capsys=capsys) == message
-    told = failing("run", "graph.json", "--traceback", capsys=capsys)
-    assert "Traceback (most recent call last)" in told
-    assert "UnidentifiedImageError" in told
-    assert told.endswith(message)
+    error_text = failing("run", "graph.json", "--traceback", capsys=capsys)
+    assert "Traceback (most recent call last)" in error_text
+    assert "UnidentifiedImageError" in error_text
+    assert error_text.endswith(message)
 
 
 def test_nodes_are_listed(capsys):
@@ -264,8 +264,8 @@ def test_a_prompt_becomes_a_picture(folder, models, monkeypatch, capsys):
 def test_a_cycle_runs_nothing(folder, models, monkeypatch, capsys):
     monkeypatch.setenv("CASCADE_MODELS", str(models))
     write(text_to_image(3))
-    told = failing("run", "graph.json", "--set", '6.latent=["7", 0]', capsys=capsys)
-    assert told == (
+    error_text = failing("run", "graph.json", "--set", '6.latent=["7", 0]', capsys=capsys)
+    assert error_text == (
         "error: The graph runs in a circle, 7 (CascadeDecoderSampler) -> 6 (CascadePriorSampler) -> "
         "7 (CascadeDecoderSampler); take out one of these connections.\n"
     )

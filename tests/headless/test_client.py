@@ -38,7 +38,7 @@ def comfyui(tmp_path):
 
 
 @pytest.fixture
-def here(tmp_path):
+def folders(tmp_path):
     return Folders(tmp_path / "input", tmp_path / "here")
 
 
@@ -50,12 +50,12 @@ class Listener(Observer):
         self.heard.append(text)
 
 
-def test_pictures_come_back(comfyui, here):
+def test_pictures_come_back(comfyui, folders):
     listener = Listener()
-    result = run_on_server(Server(comfyui.url), COPY, here, listener)
+    result = run_on_server(Server(comfyui.url), COPY, folders, listener)
     saved, preview = (picture.path for picture in result.pictures)
-    assert saved == here.output / "sub" / "out_00001_.png"
-    assert preview.parent == here.output / "temp"
+    assert saved == folders.output / "sub" / "out_00001_.png"
+    assert preview.parent == folders.output / "temp"
     for path in (saved, preview):
         assert np.array_equal(np.asarray(Image.open(path)), PICTURE)
     assert result.outputs["2"]["images"][0]["filename"] == "out_00001_.png"
@@ -64,65 +64,65 @@ def test_pictures_come_back(comfyui, here):
     assert comfyui.posts == [("/prompt", {"prompt": COPY})]
 
 
-def test_a_file_that_is_here_already_is_not_overwritten(comfyui, here):
-    mine = here.output / "sub" / "out_00001_.png"
-    mine.parent.mkdir(parents=True)
-    mine.write_bytes(b"mine")
-    result = run_on_server(Server(comfyui.url), COPY, here)
+def test_a_file_that_is_here_already_is_not_overwritten(comfyui, folders):
+    existing_path = folders.output / "sub" / "out_00001_.png"
+    existing_path.parent.mkdir(parents=True)
+    existing_path.write_bytes(b"mine")
+    result = run_on_server(Server(comfyui.url), COPY, folders)
     assert result.pictures[0].path.name == "out_00001__1.png"
-    assert mine.read_bytes() == b"mine"
+    assert existing_path.read_bytes() == b"mine"
 
 
-def test_the_servers_validation_errors_are_said_as_our_own(comfyui, here):
+def test_the_servers_validation_errors_are_said_as_our_own(comfyui, folders):
     with pytest.raises(GraphError) as caught:
-        run_on_server(Server(comfyui.url), number(value=101), here)
+        run_on_server(Server(comfyui.url), number(value=101), folders)
     assert str(caught.value) == "Node 1 (ToyNumber): input 'value' is 101, but it must be between 0 and 100."
     assert caught.value.node_errors["1"]["dependent_outputs"] == ["2"]
     with pytest.raises(GraphError, match="Node 1: there is no node 'Gone'"):
-        run_on_server(Server(comfyui.url), {"1": node("Gone")}, here)
+        run_on_server(Server(comfyui.url), {"1": node("Gone")}, folders)
 
 
-def test_outputs_that_the_server_leaves_out_are_reported(comfyui, here):
-    result = run_on_server(Server(comfyui.url), number(value=1) | {"3": show(["1"])}, here)
+def test_outputs_that_the_server_leaves_out_are_reported(comfyui, folders):
+    result = run_on_server(Server(comfyui.url), number(value=1) | {"3": show(["1"])}, folders)
     assert list(result.outputs) == ["2"]
     assert result.node_errors["3"]["errors"][0]["type"] == "bad_linked_input"
 
 
-def test_a_failure_on_the_server(comfyui, here):
+def test_a_failure_on_the_server(comfyui, folders):
     (comfyui.folders.input / "in.png").write_text("hello")
     with pytest.raises(CascadeError) as caught:
-        run_on_server(Server(comfyui.url), COPY, here)
+        run_on_server(Server(comfyui.url), COPY, folders)
     message = str(caught.value)
     assert message.startswith(f"Node 1 (LoadImage) failed on {comfyui.url} with CascadeError: ")
     assert message.endswith("in.png is not a picture; PNG, JPEG or WebP was expected.")
 
 
-def test_a_place_in_the_queue_is_told(comfyui, here):
+def test_a_place_in_the_queue_is_told(comfyui, folders):
     listener = Listener()
     comfyui.started = False
     comfyui.pending["another"] = comfyui.pending["one more"] = None
     server = Server(comfyui.url)
     comfyui.finish_all = lambda: comfyui.pending.clear()
     with pytest.raises(CascadeError, match="lost the graph: it was taken off the queue, or it restarted"):
-        run_on_server(server, COPY, here, listener)
+        run_on_server(server, COPY, folders, listener)
     assert listener.heard[0] == f"{comfyui.url}: waiting behind 2 in the queue, 0 s"
 
 
-def test_a_server_cannot_write_outside_the_output_folder(comfyui, here):
+def test_a_server_cannot_write_outside_the_output_folder(comfyui, folders):
     server = Server(comfyui.url)
     for entry in ({"filename": "../a.png"}, {"filename": "a.png", "subfolder": "../.."}):
         status = {"status_str": "success"}
         history = {"outputs": {"2": {"images": [{"type": "output", **entry}]}}, "status": status}
         comfyui._execute = lambda validation, history=history: history
         with pytest.raises(CascadeError, match="names a picture outside the output folder"):
-            run_on_server(server, COPY, here)
-    assert not here.output.exists()
+            run_on_server(server, COPY, folders)
+    assert not folders.output.exists()
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1:9"])
-def test_nobody_there(url, here):
+def test_nobody_there(url, folders):
     with pytest.raises(CascadeError) as caught:
-        run_on_server(Server(url), COPY, here)
+        run_on_server(Server(url), COPY, folders)
     message = str(caught.value)
     assert message.startswith("No ComfyUI answers at http://127.0.0.1:9 (")
     assert message.endswith("refused); start ComfyUI, correct --server, or leave it out to run here.")
@@ -133,7 +133,7 @@ def test_not_an_address():
         Server("ftp://a")
 
 
-def test_something_else_there(here):
+def test_something_else_there(folders):
     class Other(BaseHTTPRequestHandler):
         def do_POST(self):
             self.send_response(200 if self.path == "/prompt" else 405)
@@ -147,7 +147,7 @@ def test_something_else_there(here):
         Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         client = Server(f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(CascadeError, match=r"/prompt did not answer with JSON; is it a ComfyUI\?"):
-            run_on_server(client, COPY, here)
+            run_on_server(client, COPY, folders)
         with pytest.raises(CascadeError, match="/other answered 405 Method Not Allowed"):
             client.post("/other", {})
         server.shutdown()

@@ -65,10 +65,10 @@ def left(target):
 def cut_short(hub, capsys, at=CHUNK + 5000):
     """A fetch whose connection ends after `at` bytes and whose hub is then down: the part that stays."""
     hub.cuts, hub.after_cut = [at], (503, "")
-    told = failing(hub, capsys)
+    error_text = failing(hub, capsys)
     hub.refusal = None
     hub.asked.clear()
-    return told
+    return error_text
 
 
 def test_a_file_comes_whole_under_its_name(hub, target, capsys):
@@ -126,9 +126,9 @@ def test_a_cut_is_resumed_within_the_same_fetch(hub, target):
 
 
 def test_a_cut_leaves_a_part_and_the_next_fetch_goes_on_there(hub, target, capsys):
-    told = cut_short(hub, capsys)
-    assert "The hub answered 503" in told
-    assert told.endswith("; what has arrived is kept, and the same command goes on from there.")
+    error_text = cut_short(hub, capsys)
+    assert "The hub answered 503" in error_text
+    assert error_text.endswith("; what has arrived is kept, and the same command goes on from there.")
     (part,) = left(target)
     assert part == f".stage_a.safetensors.{SHA256[:16]}.part"
     assert (target.parent / part).read_bytes() == CONTENT[:CHUNK]
@@ -141,11 +141,11 @@ def test_a_cut_leaves_a_part_and_the_next_fetch_goes_on_there(hub, target, capsy
 
 def test_a_connection_that_gives_nothing_any_more_is_given_up(hub, target, capsys):
     hub.cuts = [CHUNK + 5000] + [0] * 20
-    told = failing(hub, capsys)
-    assert told.startswith(
+    error_text = failing(hub, capsys)
+    assert error_text.startswith(
         f"stage_a did not come from {hub.url}/{REPO}/resolve/{COMMIT}/stage_a.safetensors ("
     )
-    assert told.endswith("; what has arrived is kept, and the same command goes on from there.")
+    assert error_text.endswith("; what has arrived is kept, and the same command goes on from there.")
     (part,) = left(target)
     assert (target.parent / part).read_bytes() == CONTENT[:CHUNK]
 
@@ -195,9 +195,9 @@ def test_a_server_that_cannot_begin_in_the_middle(hub, target, capsys):
 
 def test_a_damaged_file_is_refused_and_removed(hub, target, capsys):
     hub.storage[SHA256] = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
-    told = failing(hub, capsys)
-    assert told.startswith("stage_a arrived damaged (sha256 ")
-    assert f"but the hub states {SHA256[:16]}… of {len(CONTENT)})" in told
+    error_text = failing(hub, capsys)
+    assert error_text.startswith("stage_a arrived damaged (sha256 ")
+    assert f"but the hub states {SHA256[:16]}… of {len(CONTENT)})" in error_text
     assert left(target) == []
 
 
@@ -213,8 +213,11 @@ def test_a_damaged_part_is_refused_and_removed(hub, target, capsys):
 @pytest.mark.parametrize("size", [5, len(CONTENT) + 5])
 def test_a_file_of_another_size_is_refused(hub, target, capsys, size):
     hub.storage[SHA256] = (CONTENT + CONTENT)[:size]
-    told = failing(hub, capsys)
-    assert f" of {size} bytes, but the hub states {SHA256[:16]}… of {len(CONTENT)}) and was removed" in told
+    error_text = failing(hub, capsys)
+    assert (
+        f" of {size} bytes, but the hub states {SHA256[:16]}… of {len(CONTENT)}) and was removed"
+        in error_text
+    )
     assert left(target) == []
 
 
@@ -260,18 +263,20 @@ def test_a_file_that_is_gone(hub, target, capsys):
 )
 def test_a_file_that_is_not_for_everyone(hub, target, capsys, refusal):
     hub.refusal = refusal
-    told = failing(hub, capsys)
-    assert told.startswith(f"The hub does not give stage_a to everyone ({refusal[0]} for {hub.url}/")
-    assert f"https://huggingface.co/{REPO}" in told
-    assert "hf auth login" in told
+    error_text = failing(hub, capsys)
+    assert error_text.startswith(f"The hub does not give stage_a to everyone ({refusal[0]} for {hub.url}/")
+    assert f"https://huggingface.co/{REPO}" in error_text
+    assert "hf auth login" in error_text
     assert left(target) == []
 
 
 def test_a_hub_that_cannot_be_reached(hub, target, capsys):
     hub.stop()
-    told = failing(hub, capsys)
-    assert told.startswith(f"stage_a did not come from {hub.url}/{REPO}/resolve/main/stage_a.safetensors (")
-    assert told.endswith("; look at the connection, or name a mirror (--endpoint, HF_ENDPOINT).")
+    error_text = failing(hub, capsys)
+    assert error_text.startswith(
+        f"stage_a did not come from {hub.url}/{REPO}/resolve/main/stage_a.safetensors ("
+    )
+    assert error_text.endswith("; look at the connection, or name a mirror (--endpoint, HF_ENDPOINT).")
     assert left(target) == []
 
 
@@ -285,9 +290,9 @@ def test_what_cannot_be_verified_is_not_fetched(hub, target, capsys, header):
 
 def test_a_full_disk_keeps_the_part(hub, target, capsys):
     with files_limited_to(CHUNK + 4096):
-        told = failing(hub, capsys)
+        error_text = failing(hub, capsys)
     (part,) = left(target)
-    assert told == (
+    assert error_text == (
         f"models/vae/{part} cannot be used (File too large); free some space; what has arrived is kept, and the same "
         "command goes on from there."
     )
@@ -300,9 +305,9 @@ def test_a_full_disk_keeps_the_part(hub, target, capsys):
 def test_a_disk_that_is_too_small_is_known_beforehand(hub, target, capsys):
     """The hub states a size that no disk has."""
     hub.stated_size = 10**18
-    told = failing(hub, capsys)
-    assert told.startswith("models/vae has ")
-    assert told.endswith(
+    error_text = failing(hub, capsys)
+    assert error_text.startswith("models/vae has ")
+    assert error_text.endswith(
         " free, but 1000000000 GB are still to come; free some space, or choose another folder (--to)."
     )
     assert hub.ranges() == []
@@ -314,10 +319,10 @@ def test_no_permission(hub, target, capsys):
     target.parent.chmod(0o500)
     try:
         with permissions_respected():
-            told = failing(hub, capsys)
+            error_text = failing(hub, capsys)
     finally:
         target.parent.chmod(0o700)
-    assert told == (
+    assert error_text == (
         "models/vae/stage_a.safetensors cannot be used (Permission denied); choose a folder that can be read and "
         "written to (--to)."
     )
@@ -341,9 +346,9 @@ def test_a_file_where_the_folder_should_be(hub, target, tmp_path, capsys):
 )
 def test_an_unknown_name(hub, capsys, name, hint):
     assert main(["fetch", name, "--endpoint", hub.url]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: There is no published file or workflow {name!r}; {hint}")
-    assert told.count("\n") == 1
+    error_text = capsys.readouterr().err
+    assert error_text.startswith(f"error: There is no published file or workflow {name!r}; {hint}")
+    assert error_text.count("\n") == 1
     assert hub.asked == []
 
 

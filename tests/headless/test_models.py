@@ -45,10 +45,12 @@ def test_every_published_file_is_recognised_under_another_name(root, name, capsy
     path = root / FILES[name].folder / "sub" / "mine.SAFETENSORS"
     write_published(path, name)
     data = listed(capsys)
-    found = {other: entry["found"] for other, entry in data["files"].items() if entry["found"]}
+    paths_by_name = {
+        recognised_name: entry["found"] for recognised_name, entry in data["files"].items() if entry["found"]
+    }
     stage = name.removeprefix("comfyui_")
     names = [name] if stage == name else [name, f"{stage}_bf16"]  # the stages' loaders take such files too
-    assert found == {each: [str(path.relative_to(root.parent))] for each in names}
+    assert paths_by_name == {each: [str(path.relative_to(root.parent))] for each in names}
     assert data["others"] == {}
 
 
@@ -190,12 +192,14 @@ def test_other_networks_are_said_for_what_they_are(root, capsys):
     write_cascade(root)
     data = listed(capsys)
     assert not any(entry["found"] for entry in data["files"].values())
-    others = {os.path.basename(path): what for path, what in data["others"].items()}
-    assert others["tiny_stage_c.safetensors"] == (
+    descriptions = {os.path.basename(path): description for path, description in data["others"].items()}
+    assert descriptions["tiny_stage_c.safetensors"] == (
         "tiny_stage_c.safetensors is a Stage C checkpoint (width 32)."
     )
-    assert others["model.safetensors"] == "model.safetensors is a text encoder (width 64)."
-    assert others["tiny_vision.safetensors"] == "tiny_vision.safetensors is an image encoder (width 64)."
+    assert descriptions["model.safetensors"] == "model.safetensors is a text encoder (width 64)."
+    assert (
+        descriptions["tiny_vision.safetensors"] == "tiny_vision.safetensors is an image encoder (width 64)."
+    )
 
 
 def test_what_is_no_network_of_ours_or_broken_says_why(root, capsys):
@@ -206,14 +210,14 @@ def test_what_is_no_network_of_ours_or_broken_says_why(root, capsys):
     (root / "vae").mkdir()
     (root / "vae" / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (root / "vae" / "pickle.ckpt").write_bytes(b"\x80\x02")
-    others = listed(capsys)["others"]
-    assert sorted(others) == [
+    descriptions = listed(capsys)["others"]
+    assert sorted(descriptions) == [
         "models/unet/flux.safetensors",
         "models/unet/half.safetensors",
         "models/vae/pointer.safetensors",
     ]
-    assert "is truncated: 1000000000 of " in others["models/unet/half.safetensors"]
-    assert "Git LFS's pointer" in others["models/vae/pointer.safetensors"]
+    assert "is truncated: 1000000000 of " in descriptions["models/unet/half.safetensors"]
+    assert "Git LFS's pointer" in descriptions["models/vae/pointer.safetensors"]
     assert main(["models"]) == 0
     assert "  models/unet/half.safetensors: models/unet/half.safetensors is truncated" in (
         capsys.readouterr().out
@@ -255,11 +259,11 @@ def test_of_a_workflow_only_what_is_missing_is_fetched(root, capsys):
         assert err.startswith("stage_a (73.7 MB) of ")
         saved = hashlib.sha256((root / "vae" / "stage_a.safetensors").read_bytes())
         assert saved.hexdigest() == hashlib.sha256(content).hexdigest()
-        asked = len(hub.asked)
+        requests = len(hub.asked)
         assert main(["fetch", "text_to_image_lite_bf16", "--endpoint", hub.url]) == 0
         out, err = capsys.readouterr()
         assert (out, err) == ("", "Nothing is missing; `cascade models` lists what is found where.\n")
-        assert len(hub.asked) == asked
+        assert len(hub.asked) == requests
     finally:
         hub.stop()
 

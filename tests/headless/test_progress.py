@@ -82,8 +82,8 @@ def test_an_open_line_is_ended_once():
 
 def transfer(progress):
     progress.node_started(1, 1, "stage_a")
-    for there in (25_000_000, 50_000_000, 100_000_000):
-        progress.bytes_arrived(there, 100_000_000)
+    for arrived in (25_000_000, 50_000_000, 100_000_000):
+        progress.bytes_arrived(arrived, 100_000_000)
     progress.file_arrived(Path("models/vae/stage_a.safetensors"), 2.5)
 
 

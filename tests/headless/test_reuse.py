@@ -144,9 +144,9 @@ def test_a_single_run_lets_go_of_a_model_after_its_last_use():
 
 def test_a_model_that_is_used_again_later_stays():
     graph, nodes = chain_with_a_model()
-    both = define("ToyBoth", lambda cls, a, b: io.NodeOutput(isinstance(a, Model)), inputs=2)
+    two_inputs = define("ToyBoth", lambda cls, a, b: io.NodeOutput(isinstance(a, Model)), inputs=2)
     graph |= {"5": node("ToyBoth", a=["1", 0], b=["3", 0]), "6": show(["5", 0])}
-    result = run(graph, both=both, **nodes)
+    result = run(graph, both=two_inputs, **nodes)
     assert result.outputs["4"]["text"] == ["True"]
     assert result.outputs["6"]["text"] == ["True"]
 

@@ -16,16 +16,16 @@ RECORD = json.loads((Path(__file__).parent / "comfyui.json").read_text())["valid
 
 def errors_of(graph):
     """The errors of a graph by node, as (type, input)."""
-    found = validate(graph, TOYS).node_errors
+    node_errors = validate(graph, TOYS).node_errors
     return {
         node_id: [(error["type"], error["extra_info"].get("input_name")) for error in entry["errors"]]
-        for node_id, entry in found.items()
+        for node_id, entry in node_errors.items()
     }
 
 
 def said(graph):
-    found = validate(graph, TOYS)
-    return str(GraphError(found.error, found.node_errors, TOYS)).splitlines()
+    validation = validate(graph, TOYS)
+    return str(GraphError(validation.error, validation.node_errors, TOYS)).splitlines()
 
 
 def test_the_record_covers_every_graph_and_every_error_type():
@@ -33,8 +33,8 @@ def test_the_record_covers_every_graph_and_every_error_type():
     types = {
         error["type"]
         for entry in RECORD.values()
-        for found in entry["node_errors"].values()
-        for error in found["errors"]
+        for node_error in entry["node_errors"].values()
+        for error in node_error["errors"]
     }
     types |= {entry["error"]["type"] for entry in RECORD.values() if entry["error"]}
     assert types == {
@@ -50,13 +50,13 @@ def test_same_verdict_as_comfyui(name):
     record = RECORD[name]
     graph = json.loads(json.dumps(GRAPHS[name]))
     assert graph == record["graph"]
-    found = validate(graph, TOYS)
-    entry = {"error": found.error, "outputs": found.outputs, "node_errors": found.node_errors}
+    validation = validate(graph, TOYS)
+    entry = {"error": validation.error, "outputs": validation.outputs, "node_errors": validation.node_errors}
     entry = canonical(json.loads(json.dumps(entry)))
     assert entry == {key: record[key] for key in entry}
     assert graph == record["graph"], "the caller's graph is left as it was"
-    if not found.node_errors and not found.error:
-        assert {node_id: node["inputs"] for node_id, node in found.graph.items()} == record["converted"]
+    if not validation.node_errors and not validation.error:
+        assert {node_id: node["inputs"] for node_id, node in validation.graph.items()} == record["converted"]
 
 
 def test_an_error_of_an_output_node_itself_names_the_exception_plainly():
@@ -65,11 +65,11 @@ def test_an_error_of_an_output_node_itself_names_the_exception_plainly():
         def validate_inputs(cls, toy):
             raise RuntimeError("no")
 
-    found = validate(number(value=1), {**TOYS, "ToyShow": Touchy})
-    (error,) = found.node_errors["2"]["errors"]
+    validation = validate(number(value=1), {**TOYS, "ToyShow": Touchy})
+    (error,) = validation.node_errors["2"]["errors"]
     assert (error["type"], error["details"]) == ("exception_during_validation", "no")
     assert error["extra_info"]["exception_type"] == "RuntimeError"
-    assert sentences(found.error, found.node_errors) == [
+    assert sentences(validation.error, validation.node_errors) == [
         "Node 2 (ToyShow): checking its inputs failed with RuntimeError: no."
     ]
 
@@ -92,10 +92,10 @@ def test_infinity_is_no_whole_number():
 
 def test_outputs_that_depend_on_an_error_are_named_and_the_others_run():
     graph = number(value=101) | {"3": node("ToyNumber", value=1), "4": show(["3", 0]), "5": show(["1", 0])}
-    found = validate(graph, TOYS)
-    assert found.error is None
-    assert found.outputs == ["4"]
-    assert found.node_errors["1"]["dependent_outputs"] == ["2", "5"]
+    validation = validate(graph, TOYS)
+    assert validation.error is None
+    assert validation.outputs == ["4"]
+    assert validation.node_errors["1"]["dependent_outputs"] == ["2", "5"]
 
 
 def test_two_cycles_are_both_found():

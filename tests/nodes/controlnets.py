@@ -48,5 +48,5 @@ def hint(kind: str, batch: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(batch)
     channels = CONFIGS[kind]["c_in"]
     height, width = (96, 128) if channels < 16 else (3, 4)
-    shown = max(channels, 3) if channels == 1 else channels  # grey comes as RGB
-    return torch.rand(batch, height, width, shown, generator=generator)
+    image_channels = max(channels, 3) if channels == 1 else channels  # grey comes as RGB
+    return torch.rand(batch, height, width, image_channels, generator=generator)

@@ -94,18 +94,18 @@ def reference(stage_c, prompts, control_at, sides=("positive", "negative")):
     return samplers.sample(model, noise.draw(), steps=STEPS, shift=SHIFT, sampler="ddim", noise=noise.draw)
 
 
-def close(found, expected):
-    return torch.allclose(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+def close(latent, expected):
+    return torch.allclose(latent, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stage_c_gets_what_the_network_makes_of_its_hint(kind, stage_c, prompts, load):
     net, hint = load(kind), controlnets.hint(kind)
-    made = residuals(net, hint)
-    found = sample(stage_c, apply(prompts, net, hint))
-    assert close(found, reference(stage_c, prompts, lambda step: made))
-    assert not close(found, sample(stage_c, prompts))
-    half = [None if one is None else one / 2 for one in made]
+    network_residuals = residuals(net, hint)
+    received = sample(stage_c, apply(prompts, net, hint))
+    assert close(received, reference(stage_c, prompts, lambda step: network_residuals))
+    assert not close(received, sample(stage_c, prompts))
+    half = [None if one is None else one / 2 for one in network_residuals]
     assert close(sample(stage_c, apply(prompts, net, hint, 0.5)), reference(stage_c, prompts, lambda s: half))
 
 
@@ -134,8 +134,8 @@ def test_several_add_up_block_by_block(stage_c, prompts, load):
         for block, residual in enumerate(residuals(net, hint)):
             if residual is not None:
                 total[block] = total[block] + strength * residual
-    found = sample(stage_c, applied)
-    assert close(found, reference(stage_c, prompts, lambda step: total))
+    received = sample(stage_c, applied)
+    assert close(received, reference(stage_c, prompts, lambda step: total))
 
 
 @pytest.mark.parametrize(
@@ -152,19 +152,23 @@ def test_several_add_up_block_by_block(stage_c, prompts, load):
 )
 def test_only_in_a_share_of_the_steps(start, end, steps, stage_c, prompts, load):
     net, hint = load("canny"), controlnets.hint("canny")
-    made = residuals(net, hint)
-    found = sample(stage_c, apply(prompts, net, hint, 1.0, start, end))
-    assert close(found, reference(stage_c, prompts, lambda step: made if step in steps else None))
+    network_residuals = residuals(net, hint)
+    received = sample(stage_c, apply(prompts, net, hint, 1.0, start, end))
+    assert close(
+        received, reference(stage_c, prompts, lambda step: network_residuals if step in steps else None)
+    )
     if not steps:
-        assert torch.equal(found, sample(stage_c, prompts))
+        assert torch.equal(received, sample(stage_c, prompts))
 
 
 def test_one_after_the_other(stage_c, prompts, load):
     nets = [load("canny"), load("canny", proj_blocks=[1])]
     hint = controlnets.hint("canny")
     applied = apply(apply(prompts, nets[0], hint, 1.0, 0.0, 0.3), nets[1], hint, 1.0, 0.4, 1.0)
-    made = [residuals(net, hint) for net in nets]
-    assert close(sample(stage_c, applied), reference(stage_c, prompts, lambda step: made[step > 1]))
+    network_residuals = [residuals(net, hint) for net in nets]
+    assert close(
+        sample(stage_c, applied), reference(stage_c, prompts, lambda step: network_residuals[step > 1])
+    )
 
 
 def test_a_network_that_is_never_on_is_not_run(stage_c, prompts, load):
@@ -180,12 +184,12 @@ def test_a_network_that_is_never_on_is_not_run(stage_c, prompts, load):
 @pytest.mark.parametrize("side", ["positive", "negative"])
 def test_on_one_prompt_alone(side, stage_c, prompts, load):
     net, hint = load("inpaint"), controlnets.hint("inpaint")
-    made = residuals(net, hint)
+    network_residuals = residuals(net, hint)
     applied = list(prompts)
     index = int(side == "negative")
     applied[index] = apply(prompts, net, hint)[index]
-    found = sample(stage_c, applied)
-    assert close(found, reference(stage_c, prompts, lambda step: made, sides=(side,)))
+    received = sample(stage_c, applied)
+    assert close(received, reference(stage_c, prompts, lambda step: network_residuals, sides=(side,)))
     without_guidance = sample(stage_c, applied, cfg=1.0)
     assert torch.equal(without_guidance, sample(stage_c, prompts, cfg=1.0)) == (side == "negative")
 
@@ -202,13 +206,13 @@ def test_stage_b_takes_no_notice(stage_c, prompts, load):
     applied = apply(prompts, load("canny"), controlnets.hint("canny"))
     semantic, latent = {"samples": torch.randn(1, 16, *SIZE)}, {"samples": torch.zeros(1, 4, 24, 32)}
     settings = {**SETTINGS, "shift": 1.0}
-    found, plain = (
+    controlled, plain = (
         CascadeDecoderSampler.execute(stage_c["stage_b"], positive, negative, semantic, latent, **settings)[
             0
         ]["samples"]
         for positive, negative in (applied, prompts)
     )
-    assert torch.equal(found, plain)
+    assert torch.equal(controlled, plain)
 
 
 def test_a_network_for_another_stage_c_is_refused_before_it_runs(stage_c, prompts, load):
@@ -233,11 +237,11 @@ def test_a_hint_of_another_network_is_named_by_the_node_that_makes_the_right_one
         apply(prompts, load("inpaint"), controlnets.hint("canny"))
     with pytest.raises(CascadeError, match=r"takes a hint of 512 channels.*connect Cascade Identity Hint"):
         apply(prompts, load("identity"), controlnets.hint("inpaint"))
-    other = load("inpaint", c_in=7)
+    control_net = load("inpaint", c_in=7)
     with pytest.raises(
         CascadeError, match=r"takes a hint of 7 channels.*connect the hint that this ControlNet"
     ):
-        apply(prompts, other, controlnets.hint("canny"))
+        apply(prompts, control_net, controlnets.hint("canny"))
 
 
 def test_other_values_are_refused(stage_c, prompts, load):

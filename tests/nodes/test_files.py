@@ -78,8 +78,8 @@ def test_what_is_not_there(tiny, elsewhere):
 
 def test_the_previewer_may_be_left_out(tiny, elsewhere):
     assert CascadeCompressorLoader.validate_inputs("tiny_compressor.safetensors", "none") is True
-    gone = CascadeCompressorLoader.validate_inputs("tiny_compressor.safetensors", "gone")
-    assert "No previewer file" in str(gone)
+    message = CascadeCompressorLoader.validate_inputs("tiny_compressor.safetensors", "gone")
+    assert "No previewer file" in str(message)
 
 
 def test_a_changed_file_changes_the_fingerprint(tiny, elsewhere):

@@ -30,10 +30,10 @@ def test_edges_are_shown_in_grey_and_kept_by_the_network():
     assert edges.max() > 0.5
     assert hint.shape == (2, 96, 80, 3)
     assert torch.equal(hint.movedim(-1, 1), edges.expand(-1, 3, -1, -1))
-    seen = fit_hint(hint.movedim(-1, 1), GREY, (3, 3))
-    assert seen.shape == (2, 1, 96, 96)
+    fitted = fit_hint(hint.movedim(-1, 1), GREY, (3, 3))
+    assert fitted.shape == (2, 1, 96, 96)
     assert torch.allclose(
-        seen[:, :, :, 40], torch.nn.functional.interpolate(edges, (96, 96), mode="bilinear")[..., 40]
+        fitted[:, :, :, 40], torch.nn.functional.interpolate(edges, (96, 96), mode="bilinear")[..., 40]
     )
 
 
@@ -106,10 +106,10 @@ def test_its_networks_are_looked_up_like_any_model_then_where_insightface_keeps_
     monkeypatch.setattr(faces, "OWN_FOLDER", tmp_path)
     with pytest.raises(CascadeError, match=r"No InsightFace file 'models/buffalo_l/det_10g\.onnx' was found"):
         faces.network_file(faces.DETECTOR)
-    own = tmp_path / faces.DETECTOR
-    own.parent.mkdir(parents=True)
-    own.touch()
-    assert faces.network_file(faces.DETECTOR) == own
+    insightface_path = tmp_path / faces.DETECTOR
+    insightface_path.parent.mkdir(parents=True)
+    insightface_path.touch()
+    assert faces.network_file(faces.DETECTOR) == insightface_path
     among_models = tiny / "insightface" / faces.DETECTOR
     among_models.parent.mkdir(parents=True)
     among_models.touch()
@@ -128,11 +128,11 @@ def test_a_hint_of_the_pictures_proportions_is_seen_whole(size, latent):
     columns = torch.linspace(0, 1, size[1]).expand(1, 1, *size)
     rows = torch.linspace(0, 1, size[0])[:, None].expand(1, 1, *size)
     for ramp, side in ((columns, -1), (rows, -2)):
-        seen = fit_hint(ramp, GREY, latent)
-        assert seen.shape == (1, 1, latent[0] * 32, latent[1] * 32)
-        assert seen.amin() < 0.01
-        assert seen.amax() > 0.99
-        assert seen.amax(side).sub(1).abs().max() < 0.01
+        fitted = fit_hint(ramp, GREY, latent)
+        assert fitted.shape == (1, 1, latent[0] * 32, latent[1] * 32)
+        assert fitted.amin() < 0.01
+        assert fitted.amax() > 0.99
+        assert fitted.amax(side).sub(1).abs().max() < 0.01
 
 
 def test_of_a_hint_of_other_proportions_the_middle_is_seen():

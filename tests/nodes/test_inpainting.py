@@ -74,11 +74,11 @@ def test_both_samplers_keep_what_is_outside_the_mask(tiny, compressor, stage_a):
     stage_b = CascadeDecoderSampler.execute(
         sockets["stage_b"], positive, negative, stage_c, latents[1], seed=1, **graph.DECODER
     )[0]
-    for sampled, given in zip((stage_c, stage_b), latents, strict=True):
-        half = given["samples"].shape[-1] // 2
-        assert torch.equal(sampled["samples"][..., half:], given["samples"][..., half:])
+    for sampled, latent in zip((stage_c, stage_b), latents, strict=True):
+        half = latent["samples"].shape[-1] // 2
+        assert torch.equal(sampled["samples"][..., half:], latent["samples"][..., half:])
         assert (
-            not torch.isclose(sampled["samples"][..., :half], given["samples"][..., :half]).any(dim=1).all()
+            not torch.isclose(sampled["samples"][..., :half], latent["samples"][..., :half]).any(dim=1).all()
         )
 
 
@@ -94,9 +94,9 @@ def test_room_is_added_to_every_picture_of_a_batch():
 
 def test_a_painted_picture_of_another_size_goes_into_the_source():
     source, painted, mask = torch.rand(1, 63, 126, 3), torch.rand(2, 56, 120, 3), left_half(1, 63, 126)
-    made = CascadeInpaintComposite.execute(painted, source, mask, 8)[0]
-    assert made.shape == (2, 63, 126, 3)
-    assert torch.equal(made[:, :, 63:], source[:, :, 63:].expand(2, -1, -1, -1))
+    composited = CascadeInpaintComposite.execute(painted, source, mask, 8)[0]
+    assert composited.shape == (2, 63, 126, 3)
+    assert torch.equal(composited[:, :, 63:], source[:, :, 63:].expand(2, -1, -1, -1))
     with pytest.raises(CascadeError, match="feather is -1"):
         CascadeInpaintComposite.execute(painted, source, mask, -1)
 
@@ -145,10 +145,10 @@ def test_inpainting_as_a_graph(source, tiny, pictures):
         for place in ("9", "11", "15"):
             inputs = {**changed[place]["inputs"], "mask": ["17", 0]}
             changed[place] = node(changed[place]["class_type"], **inputs)
-    (made,) = run_graph(changed, input_folder=folder, output_folder=folder / "out").pictures
-    found = np.asarray(Image.open(made.path).convert("RGB"))
-    assert np.array_equal(found[:, 64:], colours[:, 64:])
-    assert (found[:, :60] != colours[:, :60]).mean() > 0.9
+    (picture,) = run_graph(changed, input_folder=folder, output_folder=folder / "out").pictures
+    pixels = np.asarray(Image.open(picture.path).convert("RGB"))
+    assert np.array_equal(pixels[:, 64:], colours[:, 64:])
+    assert (pixels[:, :60] != colours[:, :60]).mean() > 0.9
 
 
 def test_outpainting_as_a_graph(tiny, pictures):
@@ -161,11 +161,11 @@ def test_outpainting_as_a_graph(tiny, pictures):
         inputs = dict(changed[place]["inputs"])
         inputs |= {"source" if place == "15" else "image": ["17", 0], "mask": ["17", 1]}
         changed[place] = node(changed[place]["class_type"], **inputs)
-    (made,) = run_graph(changed, input_folder=folder, output_folder=folder / "out").pictures
-    found = np.asarray(Image.open(made.path).convert("RGB"))
-    assert found.shape == (96, 192, 3)
-    assert np.array_equal(found[32:, :128], colours)
-    assert found[:, 160:].std() > 0
+    (picture,) = run_graph(changed, input_folder=folder, output_folder=folder / "out").pictures
+    pixels = np.asarray(Image.open(picture.path).convert("RGB"))
+    assert pixels.shape == (96, 192, 3)
+    assert np.array_equal(pixels[32:, :128], colours)
+    assert pixels[:, 160:].std() > 0
 
 
 def test_decoded_pictures_are_sized_as_the_latent(compressor, stage_a):

@@ -102,8 +102,8 @@ def weights(sockets):
     }
 
 
-def far(one, other) -> bool:
-    return (one - other).abs().max() > 1e-2 * other.abs().max()
+def far(image, reference) -> bool:
+    return (image - reference).abs().max() > 1e-2 * reference.abs().max()
 
 
 def test_strengths_for_model_and_text_are_apart(sockets):
@@ -114,9 +114,9 @@ def test_strengths_for_model_and_text_are_apart(sockets):
     text_alone, _ = apply(sockets, "both", 0.0, 0.7)
     assert far(states(text_alone), text)
     assert far(latent(text_alone), plain)
-    both, _ = apply(sockets, "both", 0.7, 0.7)
-    assert torch.equal(states(both), states(text_alone))
-    assert far(latent(both), latent(text_alone))
+    patched, _ = apply(sockets, "both", 0.7, 0.7)
+    assert torch.equal(states(patched), states(text_alone))
+    assert far(latent(patched), latent(text_alone))
 
 
 def test_the_weights_are_the_merged_ones(sockets, models):
@@ -139,25 +139,25 @@ def load_stage_c(name):
 
 
 def test_removed_again_everything_is_bit_identical(sockets):
-    held = {name: (weight.data_ptr(), weight.clone()) for name, weight in weights(sockets).items()}
+    originals = {name: (weight.data_ptr(), weight.clone()) for name, weight in weights(sockets).items()}
     picture = text_to_image(sockets, prompt="a red star")["image"]
     patched, _ = apply(sockets, "both", 1.3, -0.8)
     patched, _ = apply(patched, "tokens", 0.4, 0.4)
     assert not torch.equal(text_to_image(patched, prompt="a red [sun]")["image"], picture)
     assert torch.equal(text_to_image(sockets, prompt="a red star")["image"], picture)
     for name, weight in weights(sockets).items():
-        assert weight.data_ptr() == held[name][0], name
-        assert torch.equal(weight, held[name][1]), name
+        assert weight.data_ptr() == originals[name][0], name
+        assert torch.equal(weight, originals[name][1]), name
 
 
 def test_several_add_up_in_any_order(sockets):
-    one, _ = apply(sockets, "both", 0.5, 0.5)
-    one_then_other, _ = apply(one, "model", -0.3, 1.0)
-    other, _ = apply(sockets, "model", -0.3, 1.0)
-    other_then_one, _ = apply(other, "both", 0.5, 0.5)
+    first, _ = apply(sockets, "both", 0.5, 0.5)
+    one_then_other, _ = apply(first, "model", -0.3, 1.0)
+    second, _ = apply(sockets, "model", -0.3, 1.0)
+    other_then_one, _ = apply(second, "both", 0.5, 0.5)
     torch.testing.assert_close(latent(one_then_other), latent(other_then_one), rtol=1e-4, atol=1e-5)
-    assert far(latent(one_then_other), latent(one))
-    assert far(latent(one_then_other), latent(other))
+    assert far(latent(one_then_other), latent(first))
+    assert far(latent(one_then_other), latent(second))
 
 
 def test_a_negative_strength_takes_it_back(sockets):
@@ -188,20 +188,20 @@ def test_without_clip(sockets):
     )
     with_clip, _ = apply(sockets, "both", 1.0, 0.0)
     assert torch.equal(latent({**sockets, "stage_c": output[0]}), latent(with_clip))
-    said = CascadeLoRAApply.execute(sockets["stage_c"], "model.safetensors", 1.0, 1.0).ui
-    assert said is not None
-    assert len(said["text"]) == 1  # nothing is missing
+    shown_ui = CascadeLoRAApply.execute(sockets["stage_c"], "model.safetensors", 1.0, 1.0).ui
+    assert shown_ui is not None
+    assert len(shown_ui["text"]) == 1  # nothing is missing
 
 
 def test_a_lora_for_the_text_alone(sockets):
-    patched, shown = apply(sockets, "text")
-    assert shown == ["text.safetensors (kohya): 2 layers of the text encoder, rank 3"]
+    patched, ui = apply(sockets, "text")
+    assert ui == ["text.safetensors (kohya): 2 layers of the text encoder, rank 3"]
     assert far(states(patched), states(sockets))
 
 
 def test_tokens_of_a_lora(sockets):
-    patched, shown = apply(sockets, "tokens", 0.0, 0.5)
-    assert shown[1] == "tokens.safetensors teaches [sun], to be written so in the prompt."
+    patched, ui = apply(sockets, "tokens", 0.0, 0.5)
+    assert ui[1] == "tokens.safetensors teaches [sun], to be written so in the prompt."
     assert far(states(patched, "a [sun]"), states(sockets, "a [sun]"))
     assert torch.equal(states(patched, "a red star"), states(sockets, "a red star"))
     without, _ = apply(sockets, "tokens", 1.0, 0.0)
@@ -209,8 +209,8 @@ def test_tokens_of_a_lora(sockets):
 
 
 def test_an_embedding_is_a_token_of_its_files_name(sockets):
-    patched, shown = apply(sockets, "embedding")
-    assert "teaches [embedding], to be written so" in shown[1]
+    patched, ui = apply(sockets, "embedding")
+    assert "teaches [embedding], to be written so" in ui[1]
     from_lora, _ = apply(sockets, "tokens")
     assert torch.equal(states(patched, "a [Embedding] star"), states(from_lora, "a [sun] star"))
 
@@ -239,12 +239,12 @@ def test_new_tokens_are_named_by_the_user(sockets, loras):
     rows, indices = randn(2, TEXT_WIDTH, seed=8), torch.tensor([size, size + 1])
     tensors = {"embeddings.embeddings": rows, "embeddings.indices": indices}
     write_safetensors(loras / "new.safetensors", tensors, {})
-    _, shown = apply(sockets, "new")
-    assert shown[1].startswith(
+    _, ui = apply(sockets, "new")
+    assert ui[1].startswith(
         "new.safetensors teaches 2 new tokens that it does not name, and they are left out"
     )
-    patched, shown = apply(sockets, "new", new_tokens="[sun] ^star</w>; <moon>")
-    assert shown[1:] == ["new.safetensors teaches [sun], <moon>, to be written so in the prompt."]
+    patched, ui = apply(sockets, "new", new_tokens="[sun] ^star</w>; <moon>")
+    assert ui[1:] == ["new.safetensors teaches [sun], <moon>, to be written so in the prompt."]
     star = sockets["clip"].encoder.tokenizer.tokens("star")
     row = sockets["clip"].encoder.model.text_model.embeddings.token_embedding.weight[star] + rows[:1]
     write_safetensors(loras / "row.safetensors", {"clip_g": row.contiguous()}, {})
@@ -275,11 +275,11 @@ def test_what_matches_in_part_is_said_and_not_refused(sockets, loras):
     )
     listener = Listener()
     with reporting.reporting_to(listener):
-        patched, shown = apply(sockets, "partial", 0.7, 0.7)
-    assert shown[1].startswith(
+        patched, ui = apply(sockets, "partial", 0.7, 0.7)
+    assert ui[1].startswith(
         "partial.safetensors holds 1 tensor that no layer or token of Stable Cascade is known by"
     )
-    assert listener.said == [" ".join(shown[1:])]
+    assert listener.said == [" ".join(ui[1:])]
     assert torch.equal(latent(patched), latent(apply(sockets, "both", 0.7, 0.7)[0]))
 
 
@@ -340,15 +340,15 @@ def test_in_a_graph(loras, models, tmp_path, monkeypatch):
     )  # fmt: skip
     write(loras / "changing.safetensors", "kohya", stage_c_changes(1))
     observer = Observer()
-    told: list[str] = []
-    monkeypatch.setattr(observer, "node_notified", told.append)
+    messages: list[str] = []
+    monkeypatch.setattr(observer, "node_notified", messages.append)
     executor = Executor(observer)
 
     def executed() -> set[str]:
         return set(run_graph(graph, output_folder=tmp_path, executor=executor).timings)
 
     assert executed() == set(graph)
-    assert told == ["tokens.safetensors teaches [sun], to be written so in the prompt."]
+    assert messages == ["tokens.safetensors teaches [sun], to be written so in the prompt."]
     assert executed() == set()
     write(loras / "changing.safetensors", "kohya", stage_c_changes(2))
     assert executed() == {"21", "7", "8", "9", "10"}

@@ -19,12 +19,12 @@ def frozen_form(info):
     inputs = {}
     for kind in ("required", "optional"):
         for name, (socket, options) in info["input"].get(kind, {}).items():
-            kept = {key: options[key] for key in ("default", "min", "max") if key in options}
+            limits = {key: options[key] for key in ("default", "min", "max") if key in options}
             if socket == "COMBO" and name not in FILE_INPUTS:
-                kept["options"] = options["options"]
+                limits["options"] = options["options"]
             if socket == "COMBO" and name in FILE_INPUTS:
-                kept.pop("default", None)
-            inputs[name] = [socket, kind, kept]
+                limits.pop("default", None)
+            inputs[name] = [socket, kind, limits]
     return {
         "inputs": inputs,
         "outputs": [list(pair) for pair in zip(info["output"], info["output_name"], strict=True)],
@@ -51,9 +51,11 @@ def test_everything_is_explained(name):
 def test_execute_takes_what_the_schema_gives(node):
     ids = [entry.id for entry in node.GET_SCHEMA().inputs]
     code = node.execute.__func__.__code__
-    named = code.co_varnames[1 : code.co_argcount]
+    parameter_names = code.co_varnames[1 : code.co_argcount]
     takes_more = bool(code.co_flags & 0x08)
-    assert list(named) == ids[: len(named)] if takes_more else list(named) == ids
+    assert (
+        list(parameter_names) == ids[: len(parameter_names)] if takes_more else list(parameter_names) == ids
+    )
 
 
 def test_every_role_names_its_folders():
@@ -70,10 +72,10 @@ def test_the_examples_fit_the_schemas(path):
         if node["class_type"] not in INFO:  # one of ComfyUI's own
             continue
         inputs = INFO[node["class_type"]]["input"]
-        known = {**inputs["required"], **inputs.get("optional", {})}
-        assert inputs["required"].keys() <= node["inputs"].keys() <= known.keys()
+        declared = {**inputs["required"], **inputs.get("optional", {})}
+        assert inputs["required"].keys() <= node["inputs"].keys() <= declared.keys()
         for input_id, value in node["inputs"].items():
-            socket = known[input_id][0]
+            socket = declared[input_id][0]
             if isinstance(value, list) and graph[value[0]]["class_type"] in INFO:
                 source = INFO[graph[value[0]]["class_type"]]
                 assert source["output"][value[1]] == socket

@@ -87,12 +87,14 @@ def test_no_pooled_vector(sockets):
 
 def test_batches_that_do_not_match(sockets, prompts):
     positive, negative = prompts
-    two, _ = latents(2)
+    pair_latent, _ = latents(2)
     _, three = latents(3)
     with pytest.raises(CascadeError, match="Sampler holds 2 latents, but latent holds 3"):
-        CascadeDecoderSampler.execute(sockets["stage_b"], positive, negative, two, three, seed=0, **DECODER)
+        CascadeDecoderSampler.execute(
+            sockets["stage_b"], positive, negative, pair_latent, three, seed=0, **DECODER
+        )
     with pytest.raises(CascadeError, match="holds 2 latents but 1 batch indices"):
-        prior(sockets["stage_c"], prompts, {**two, "batch_index": [0]})
+        prior(sockets["stage_c"], prompts, {**pair_latent, "batch_index": [0]})
 
 
 @pytest.mark.parametrize(

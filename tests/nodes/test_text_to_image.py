@@ -83,36 +83,36 @@ def test_empty_prompt(sockets):
 def test_inputs_are_not_written_to(sockets):
     positive, negative = CascadeTextEncode.execute(sockets["clip"], "a star", "").args
     latent = {"samples": torch.randn(2, 16, 2, 3), "noise_mask": torch.rand(1, 64, 96)}
-    held = [latent["samples"].clone(), latent["noise_mask"].clone(), positive[0][0].clone()]
+    originals = [latent["samples"].clone(), latent["noise_mask"].clone(), positive[0][0].clone()]
     keys = set(positive[0][1])
     CascadePriorSampler.execute(sockets["stage_c"], positive, negative, latent, seed=1, **PRIOR)
-    for tensor, before in zip([*latent.values(), positive[0][0]], held, strict=True):
+    for tensor, before in zip([*latent.values(), positive[0][0]], originals, strict=True):
         assert torch.equal(tensor, before)
     assert set(positive[0][1]) == keys
 
 
 def test_denoise_keeps_more_of_the_latent_the_lower_it_is(sockets):
     positive, negative = CascadeTextEncode.execute(sockets["clip"], "a star", "").args
-    given = {"samples": torch.randn(1, 16, 2, 3, generator=torch.Generator().manual_seed(3))}
+    start_latent = {"samples": torch.randn(1, 16, 2, 3, generator=torch.Generator().manual_seed(3))}
     distances = []
     for denoise in (0.0, 0.1, 0.5, 1.0):
         result = CascadePriorSampler.execute(
-            sockets["stage_c"], positive, negative, given, seed=1, **{**PRIOR, "denoise": denoise}
+            sockets["stage_c"], positive, negative, start_latent, seed=1, **{**PRIOR, "denoise": denoise}
         )[0]
-        distances.append((result["samples"] - given["samples"]).norm().item())
+        distances.append((result["samples"] - start_latent["samples"]).norm().item())
     assert distances[0] == 0
     assert distances == sorted(distances)
 
 
 def test_outside_the_mask_nothing_changes(sockets):
     positive, negative = CascadeTextEncode.execute(sockets["clip"], "a star", "").args
-    given = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(3))
+    samples = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(1, 4, 4)
     mask[:, :, 2:] = 1
-    latent = {"samples": given, "noise_mask": mask}
+    latent = {"samples": samples, "noise_mask": mask}
     result = CascadePriorSampler.execute(sockets["stage_c"], positive, negative, latent, seed=1, **PRIOR)[0]
-    assert torch.equal(result["samples"][..., :2], given[..., :2])
-    assert (result["samples"][..., 2:] - given[..., 2:]).abs().mean() > 0.1
+    assert torch.equal(result["samples"][..., :2], samples[..., :2])
+    assert (result["samples"][..., 2:] - samples[..., 2:]).abs().mean() > 0.1
     assert torch.equal(result["noise_mask"], mask)
 
 

@@ -41,18 +41,18 @@ def test_no_tiles_and_one_tile_are_the_whole(sockets):
 
 
 def test_every_forward_pass_is_as_large_as_a_tile(sockets):
-    seen = []
+    shapes = []
     network = sockets["stage_b"].network
-    hook = network.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
+    hook = network.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
     try:
         tiled = decode(sockets, tile_size=128, steps=2, cfg=2.0)
     finally:
         hook.remove()
     assert tiled.shape == (1, 4, 50, 66)
-    assert max(shape[2] for shape in seen) == max(shape[3] for shape in seen) == 32
-    assert {shape[0] for shape in seen} == {2}  # both prompts at once
+    assert max(shape[2] for shape in shapes) == max(shape[3] for shape in shapes) == 32
+    assert {shape[0] for shape in shapes} == {2}  # both prompts at once
     rows, columns = (50 - 32 + 15) // 16 + 1, (66 - 32 + 15) // 16 + 1
-    assert len(seen) == 2 * rows * columns  # in each of two steps
+    assert len(shapes) == 2 * rows * columns  # in each of two steps
 
 
 def test_tiles_agree_about_the_picture(sockets):
@@ -70,17 +70,17 @@ def test_an_image_in_tiles_does_not_depend_on_its_batch(sockets):
 
 
 def test_outside_a_mask_tiles_keep_the_latent(sockets):
-    given = torch.randn(1, 4, HEIGHT // 4, WIDTH // 4)
+    samples = torch.randn(1, 4, HEIGHT // 4, WIDTH // 4)
     mask = torch.zeros(1, HEIGHT // 4, WIDTH // 4)
     mask[..., 20:] = 1
-    sampled = decode(sockets, samples=given, noise_mask=mask, denoise=0.6, tile_size=128)
-    torch.testing.assert_close(sampled[..., :20], given[..., :20], rtol=0, atol=1e-6)
-    assert (sampled[..., 20:] - given[..., 20:]).abs().mean() > 0.1
+    sampled = decode(sockets, samples=samples, noise_mask=mask, denoise=0.6, tile_size=128)
+    torch.testing.assert_close(sampled[..., :20], samples[..., :20], rtol=0, atol=1e-6)
+    assert (sampled[..., 20:] - samples[..., 20:]).abs().mean() > 0.1
 
 
 def test_a_run_stops_between_tiles(sockets):
     class Impatient:
-        asked = 0
+        calls = 0
 
         def step(self, step, total, preview):
             raise AssertionError("no step was finished")
@@ -89,13 +89,13 @@ def test_a_run_stops_between_tiles(sockets):
             raise AssertionError("the sampler has nothing to tell")
 
         def interrupted(self):
-            self.asked += 1
-            return self.asked > 3  # before the step, and before each of its tiles
+            self.calls += 1
+            return self.calls > 3  # before the step, and before each of its tiles
 
     sink = Impatient()
     with reporting_to(sink), pytest.raises(Interrupted):
         decode(sockets, tile_size=128)
-    assert sink.asked == 4
+    assert sink.calls == 4
 
 
 def test_a_tile_too_small_is_refused(sockets):

@@ -31,17 +31,19 @@ GIVEN = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def trained_world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
-def world(made, tmp_path, monkeypatch):
+def world(trained_world, tmp_path, monkeypatch):
     """The tiny cascade is found; new files go to a folder of the test's own, which is the current one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "input").mkdir()
-    (tmp_path / "input" / "pictures").symlink_to(made / "pictures")
-    monkeypatch.setenv("CASCADE_MODELS", os.pathsep.join([str(tmp_path / "models"), str(made / "models")]))
+    (tmp_path / "input" / "pictures").symlink_to(trained_world / "pictures")
+    monkeypatch.setenv(
+        "CASCADE_MODELS", os.pathsep.join([str(tmp_path / "models"), str(trained_world / "models")])
+    )
     return tmp_path
 
 
@@ -89,10 +91,10 @@ def test_an_interrupted_run_goes_on(world):
     watcher = Watcher()
     execute(CascadeTrainLoRA, watcher, rank=4)
     assert [step for step in watcher.steps if step[1] == 5] == [(4, 5), (5, 5)]
-    whole, again = (
+    uninterrupted, resumed = (
         read_safetensors(world / "models" / "loras" / f"{name}.safetensors")[0] for name in ("whole", "style")
     )
-    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert all(torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
 
     watcher = Watcher()  # other settings begin anew
     execute(CascadeTrainLoRA, watcher, rank=2)
@@ -134,7 +136,7 @@ def test_files_are_checked_before_the_graph_runs(world):
     assert "No text encoder file 'x'" in str(CascadeTrainTokens.validate_inputs(text_encoder="x"))
 
 
-def test_a_new_caption_is_a_new_run(world, made):
+def test_a_new_caption_is_a_new_run(world, trained_world):
     folder = world / "input" / "others"
     folder.mkdir()
     (folder / "a.txt").write_text("a star")

@@ -79,7 +79,7 @@ def layout_of(ui: Graph) -> Graph:
 def to_ui(prompt: Graph, nodes: dict[str, NodeInfo], layout: Graph) -> Graph:
     """The graph of a prompt, laid out as given."""
     links: list[list[Any]] = []
-    made = {}
+    ui_nodes = {}
     for key, node in prompt.items():
         info = nodes[node["class_type"]]
         ordered = sorted(info.inputs, key=lambda name: is_widget(info.inputs[name]))  # sockets come first
@@ -100,7 +100,7 @@ def to_ui(prompt: Graph, nodes: dict[str, NodeInfo], layout: Graph) -> Graph:
             {"name": output.display_name or output.io_type, "type": output.io_type, "links": []}
             for output in info.cls.GET_SCHEMA().outputs
         ]
-        made[key] = {
+        ui_nodes[key] = {
             "id": int(key),
             "type": node["class_type"],
             "inputs": sockets,
@@ -109,8 +109,8 @@ def to_ui(prompt: Graph, nodes: dict[str, NodeInfo], layout: Graph) -> Graph:
             **layout["nodes"].get(key, {}),
         }
     for number, source, slot, *_ in links:
-        made[str(source)]["outputs"][slot]["links"].append(number)
-    return {**layout["rest"], "nodes": [*made.values(), *layout["notes"]], "links": links}
+        ui_nodes[str(source)]["outputs"][slot]["links"].append(number)
+    return {**layout["rest"], "nodes": [*ui_nodes.values(), *layout["notes"]], "links": links}
 
 
 def widget_values(inputs: Graph, info: NodeInfo):

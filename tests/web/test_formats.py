@@ -62,12 +62,12 @@ def test_nodes_lie_in_groups_and_on_no_other(name):
     groups = [
         (x, y, x + width, y + height) for x, y, width, height in (g["bounding"] for g in graph["groups"])
     ]
-    for one, (left, top, right, bottom) in boxes.items():
+    for box_node, (left, top, right, bottom) in boxes.items():
         inside = [g for g in groups if g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3]]
-        assert len(inside) == 1, f"node {one} lies in {len(inside)} groups"
-        for other, (x0, y0, x1, y1) in boxes.items():
+        assert len(inside) == 1, f"node {box_node} lies in {len(inside)} groups"
+        for other_node, (x0, y0, x1, y1) in boxes.items():
             apart = right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
-            assert one == other or apart, f"nodes {one} and {other} overlap"
+            assert box_node == other_node or apart, f"nodes {box_node} and {other_node} overlap"
 
 
 @pytest.mark.parametrize("name", NAMES)

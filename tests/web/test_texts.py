@@ -93,18 +93,20 @@ def test_panels_fill_the_same_places(language):
 
 def test_panels_say_only_what_the_locales_have():
     scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web").glob("*.js"))
-    used = set(re.findall(r'"((?:size|run)\.\w+)"', scripts))
+    used_keys = set(re.findall(r'"((?:size|run)\.\w+)"', scripts))
     verdicts = re.search(r'@typedef \{("trained".+?)\} Verdict', scripts)
     assert verdicts
-    used |= {f"size.{name}" for name in re.findall(r'"(\w+)"', verdicts.group(1))}
-    there = {f"{group}.{name}" for group, texts in MAIN["en"]["cascadeNodes"].items() for name in texts}
-    assert used == there
+    used_keys |= {f"size.{name}" for name in re.findall(r'"(\w+)"', verdicts.group(1))}
+    locale_keys = {f"{group}.{name}" for group, texts in MAIN["en"]["cascadeNodes"].items() for name in texts}
+    assert used_keys == locale_keys
 
 
 def test_help_is_there_for_every_node_and_no_other():
     assert {path.name for path in DOCS.iterdir()} == set(INFO)
     for name in INFO:
-        assert {path.name for path in (DOCS / name).iterdir()} == {f"{one}.md" for one in HELP_LANGUAGES}
+        assert {path.name for path in (DOCS / name).iterdir()} == {
+            f"{language}.md" for language in HELP_LANGUAGES
+        }
 
 
 @pytest.mark.parametrize("language", HELP_LANGUAGES)

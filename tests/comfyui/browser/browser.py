@@ -32,7 +32,7 @@ def missing() -> str | None:
         "chromium (or CHROMIUM)": find_chromium(),
         "playwright-core in NODE_PATH or ~/browser/node_modules": find_modules(),
     }
-    names = [name for name, found in lacking.items() if not found]
+    names = [name for name, present in lacking.items() if not present]
     return f"the interface is not tested for lack of {', '.join(names)}" if names else None
 
 
@@ -43,10 +43,10 @@ def environment() -> dict[str, str]:
 
 def play(url: str, *, nodes2: bool, **settings: Any) -> dict[str, Any]:
     """What each scenario saw in the interface at an address. RuntimeError where the page did not open."""
-    given = {"url": url, "nodes2": nodes2, "chromium": find_chromium(), **settings}
+    job = {"url": url, "nodes2": nodes2, "chromium": find_chromium(), **settings}
     finished = subprocess.run(
         ["node", PLAYER],
-        input=json.dumps(given),
+        input=json.dumps(job),
         env=environment(),
         capture_output=True,
         text=True,

@@ -54,9 +54,9 @@ def draw(server: Server, path: Path) -> None:
     (save,) = of_type(graph, "SaveImage")
     shoot(server.url, graph, picture, save["id"] if runs else None)
     if runs:
-        made = sorted(set((server.base / "output").glob("*.png")) - before)
+        pictures = sorted(set((server.base / "output").glob("*.png")) - before)
         sources = [INPUT / node["widgets_values"][0] for node in of_type(graph, "LoadImage")]
-        small = thumbnail([Image.open(file) for file in sources], [Image.open(file) for file in made])
+        small = thumbnail([Image.open(file) for file in sources], [Image.open(file) for file in pictures])
     else:
         small = Image.open(picture).convert("RGB")
         small.thumbnail((2 * SIDE, 2 * SIDE))
@@ -77,10 +77,10 @@ def shoot(url: str, graph: dict[str, Any], picture: Path, run: int | None) -> No
     )
 
 
-def thumbnail(sources: Sequence[Image.Image], made: Sequence[Image.Image]) -> Image.Image:
+def thumbnail(sources: Sequence[Image.Image], results: Sequence[Image.Image]) -> Image.Image:
     """What a graph starts from, and to its right what it makes, of several pictures a square of small ones."""
-    columns = ceil(sqrt(len(made)))
-    rows = [made[start : start + columns] for start in range(0, len(made), columns)]
+    columns = ceil(sqrt(len(results)))
+    rows = [results[start : start + columns] for start in range(0, len(results), columns)]
     result = joined([joined([opaque(one) for one in row], across=True) for row in rows], across=False)
     parts = [*map(opaque, sources), result]
     if len(parts) == 1:

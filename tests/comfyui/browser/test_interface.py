@@ -76,11 +76,11 @@ def last(panel: dict[str, Any], lines: int) -> list[str]:
 
 
 def test_every_node_is_found_by_search_and_dropped(seen, server, request):
-    found = told(seen, "search")
+    facts = told(seen, "search")
     types = {info["display_name"]: name for name, info in our_nodes(server).items()}
-    names = [name for name in found if name not in ("seconds", "errors")]
+    names = [name for name in facts if name not in ("seconds", "errors")]
     assert names == searched(server, request.node.callspec.params["seen"])
-    assert {name: found[name] for name in names} == {name: [types[name]] for name in names}
+    assert {name: facts[name] for name in names} == {name: [types[name]] for name in names}
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -125,7 +125,7 @@ def test_the_samplers_show_what_the_run_took(seen):
 def steps_of(facts: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """What a size helper showed after each step, and of that its judgement."""
     steps = {step["what"]: step for step in facts["steps"]}
-    return steps, {what: step["lines"][step["lines"].index("⇄") + 2] for what, step in steps.items()}
+    return steps, {name: step["lines"][step["lines"].index("⇄") + 2] for name, step in steps.items()}
 
 
 def read_out(width: int, height: int, compression: float) -> str:
@@ -145,8 +145,8 @@ def test_the_size_helper(seen):
     facts = told(seen, "sizes")
     steps, judgement = steps_of(facts)
 
-    def size(what):
-        return steps[what]["widgets"]["width"], steps[what]["widgets"]["height"]
+    def size(name):
+        return steps[name]["widgets"]["width"], steps[name]["widgets"]["height"]
 
     assert size("new") == (1024, 1024)
     assert size("16:9") == (1344, 768)
@@ -171,10 +171,10 @@ def test_the_size_helper_is_in_no_saved_workflow(seen):
 
 def test_the_size_helper_of_a_second_pass(seen):
     steps, judgement = steps_of(told(seen, "enlarge"))
-    found = {what: (step["widgets"]["width"], step["widgets"]["height"]) for what, step in steps.items()}
-    assert found["new"] == (2048, 2048)
-    assert found["3:2"] == (2496, 1664)  # four megapixels, as before
-    assert found["8 megapixels"] == (3584, 2368)
+    sizes = {name: (step["widgets"]["width"], step["widgets"]["height"]) for name, step in steps.items()}
+    assert sizes["new"] == (2048, 2048)
+    assert sizes["3:2"] == (2496, 1664)  # four megapixels, as before
+    assert sizes["8 megapixels"] == (3584, 2368)
     for step in steps.values():
         check_read_out(step)
     assert judgement["new"] == judgement["3:2"] == judgement["fitted"]

@@ -149,8 +149,8 @@ def of_vaes(files: dict[str, Path], device: torch.device, side: int) -> dict[str
 def taken(leave: float, device: torch.device) -> Tensor:
     """A tensor that leaves that many bytes of the device."""
     comfy.model_management.soft_empty_cache()
-    there, _ = torch.cuda.mem_get_info(device)
-    return torch.empty(max(int(there - leave), 0), dtype=torch.uint8, device=device)
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return torch.empty(max(int(free_bytes - leave), 0), dtype=torch.uint8, device=device)
 
 
 def knows_dynamic() -> bool:

@@ -3,9 +3,9 @@
 import torch
 
 
-def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     """max |found - reference| / max |reference|"""
-    return ((found - reference).abs().max() / reference.abs().max()).item()
+    return ((value - reference).abs().max() / reference.abs().max()).item()
 
 
 def randomise(module: torch.nn.Module, spread: float = 0.05) -> dict[str, torch.Tensor]:

@@ -29,18 +29,20 @@ def sample(model: Any, positive: Any, negative: Any, **changed: Any) -> Tensor:
     return comfyui.sample(make_run("stage_c", model, (positive, negative), **settings)).samples
 
 
-def masks_and_ranges(model: Any, prompts: Any, other: Any) -> dict[str, float]:
+def masks_and_ranges(model: Any, prompts: Any, other_prompt: Any) -> dict[str, float]:
     """Differences from the plain prompt that must be nothing, and such that must not."""
     positive, negative = prompts
     plain = sample(model, positive, negative)
     area, between = nodes.ConditioningSetArea(), nodes.ConditioningSetTimestepRange()
     combined = only(nodes.ConditioningCombine().combine(positive, positive))
-    mixed = only(nodes.ConditioningCombine().combine(positive, other))
+    mixed = only(nodes.ConditioningCombine().combine(positive, other_prompt))
     whole = only(area.append(positive, 48, 48, 0, 0, 1.0))
-    half = only(nodes.ConditioningCombine().combine(positive, only(area.append(other, 24, 48, 0, 0, 1.0))))
+    half = only(
+        nodes.ConditioningCombine().combine(positive, only(area.append(other_prompt, 24, 48, 0, 0, 1.0)))
+    )
     always = only(between.set_range(positive, 0.0, 1.0))
     early = only(between.set_range(positive, 0.0, 0.5))
-    late = only(nodes.ConditioningCombine().combine(early, only(between.set_range(other, 0.5, 1.0))))
+    late = only(nodes.ConditioningCombine().combine(early, only(between.set_range(other_prompt, 0.5, 1.0))))
     return {
         "same: combined with itself": relative(sample(model, combined, negative), plain),
         "same: an area of the whole": relative(sample(model, whole, negative), plain),
@@ -74,11 +76,11 @@ def control(folder: Path, models: dict[str, Any], prompts: Any) -> dict[str, flo
     positive, negative = prompts
 
     def run(
-        model: str, control_net: Any, strength: float = 1.0, end: float = 1.0, then: Any = None
+        model: str, control_net: Any, strength: float = 1.0, end: float = 1.0, next_control: Any = None
     ) -> Tensor:
         conditioned = advanced.apply_controlnet(positive, negative, control_net, hint, strength, 0.0, end)
-        if then is not None:
-            conditioned = advanced.apply_controlnet(*conditioned, then, hint, 0.5, 0.0, 1.0)
+        if next_control is not None:
+            conditioned = advanced.apply_controlnet(*conditioned, next_control, hint, 0.5, 0.0, 1.0)
         return sample(models[model], *conditioned)
 
     def simple(model: str, control_net: Any) -> Tensor:
@@ -102,18 +104,18 @@ def control(folder: Path, models: dict[str, Any], prompts: Any) -> dict[str, flo
         "same: ControlNetApply": relative(simple("ours", ours), simple("native", theirs)),
         "same: without steps": relative(run("ours", ours, end=0.0), plain["ours"]),
         "same: ours after native": relative(
-            run("ours", theirs, then=few), run("native", theirs, then=few)
+            run("ours", theirs, next_control=few), run("native", theirs, next_control=few)
         ),
         "same: native after ours": relative(
-            run("ours", few, then=theirs), run("native", few, then=ours)
+            run("ours", few, next_control=theirs), run("native", few, next_control=ours)
         ),
         "same: order of two": relative(
-            run("ours", theirs, 0.5, then=few), run("ours", few, 0.5, then=ours)
+            run("ours", theirs, 0.5, next_control=few), run("ours", few, 0.5, next_control=ours)
         ),
         "other: with ControlNet": relative(reference, plain["native"]),
         "other: half the strength": relative(run("ours", ours, 0.5), reference),
         "other: half the steps": relative(run("ours", ours, end=0.5), reference),
-        "other: a second one": relative(run("ours", ours, then=few), reference),
+        "other: a second one": relative(run("ours", ours, next_control=few), reference),
     }  # fmt: skip
     far, _ = control_nets(folder, widths[0], [0, last + 1])
     wide, _ = control_nets(folder, widths[0] + 64, [0])
@@ -129,7 +131,7 @@ def control(folder: Path, models: dict[str, Any], prompts: Any) -> dict[str, flo
 def measure() -> dict[str, float]:
     clip = comfyui.load_text_encoder(WEIGHTS / "demo_text_encoder")
     prompts = encode("ours", clip)
-    other = only(nodes.CLIPTextEncode().encode(clip, "a small green circle on sky"))
+    other_prompt = only(nodes.CLIPTextEncode().encode(clip, "a small green circle on sky"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = native.wide_stage_c(folder)
@@ -137,4 +139,4 @@ def measure() -> dict[str, float]:
             "ours": comfyui.load_network("stage_c", path, "fp32"),
             "native": native.model("stage_c", path),
         }
-        return {**masks_and_ranges(models["ours"], prompts, other), **control(folder, models, prompts)}
+        return {**masks_and_ranges(models["ours"], prompts, other_prompt), **control(folder, models, prompts)}

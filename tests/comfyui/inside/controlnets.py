@@ -50,22 +50,22 @@ class Loaded:
 
 def ways(one: Loaded, prompts: Any) -> dict[str, Tensor]:
     """What comes of the same applications in one host."""
-    made = {kind: one.sample(one.apply(prompts, kind)) for kind in controlnets.CONFIGS}
+    latents = {kind: one.sample(one.apply(prompts, kind)) for kind in controlnets.CONFIGS}
     for start, end in ((0.0, 0.5), (0.5, 1.0), (0.25, 0.25), (0.3, 0.45), (0.0, 0.0)):
-        made[f"{start} to {end}"] = one.sample(one.apply(prompts, "canny", 1.0, start, end))
+        latents[f"{start} to {end}"] = one.sample(one.apply(prompts, "canny", 1.0, start, end))
     several = prompts
     for kind, strength in (("canny", 0.8), ("inpaint", 0.5), ("super_resolution", 1.0), ("identity", 2.0)):
         several = one.apply(several, kind, strength, 0.0, 0.6 if kind == "inpaint" else 1.0)
-    made["several"] = one.sample(several)
+    latents["several"] = one.sample(several)
     with_it = one.apply(prompts, "inpaint")
-    made["positive alone"] = one.sample((with_it[0], prompts[1]))
-    made["negative alone"] = one.sample((prompts[0], with_it[1]))
-    other = one.apply(prompts, "identity")
-    made["each its own"] = one.sample((with_it[0], other[1]))
-    made["wider than the hint"] = one.sample(with_it, **wide())
-    made["masked"] = one.sample(with_it, **masked())
-    made["none"] = one.sample(prompts)
-    return made
+    latents["positive alone"] = one.sample((with_it[0], prompts[1]))
+    latents["negative alone"] = one.sample((prompts[0], with_it[1]))
+    other_prompts = one.apply(prompts, "identity")
+    latents["each its own"] = one.sample((with_it[0], other_prompts[1]))
+    latents["wider than the hint"] = one.sample(with_it, **wide())
+    latents["masked"] = one.sample(with_it, **masked())
+    latents["none"] = one.sample(prompts)
+    return latents
 
 
 def wide() -> dict[str, Any]:
@@ -82,30 +82,34 @@ def masked() -> dict[str, Any]:
 def same_structure(ours: Any, theirs: Any) -> bool:
     """Two CONDITIONINGs hold the same, and their chains of ControlNets the same settings."""
     for (tokens, values), (their_tokens, their_values) in zip(ours, theirs, strict=True):
-        one, other = chain(values), chain(their_values)
-        rest = [{**held, "control": None} for held in (values, their_values)]
-        if tokens is not their_tokens or rest[0] != rest[1] or len(one) != len(other):
+        own_chain, other_chain = chain(values), chain(their_values)
+        other_values = [{**prompt_values, "control": None} for prompt_values in (values, their_values)]
+        if (
+            tokens is not their_tokens
+            or other_values[0] != other_values[1]
+            or len(own_chain) != len(other_chain)
+        ):
             return False
-        if not all(map(same_settings, one, other)):
+        if not all(map(same_settings, own_chain, other_chain)):
             return False
     return True
 
 
 def chain(values: dict[str, Any]) -> list[Any]:
     """A prompt's ControlNets, the last one first."""
-    found, one = [], values["control"]
+    controls, one = [], values["control"]
     while one is not None:
-        found.append(one)
+        controls.append(one)
         one = one.previous_controlnet
-    return found
+    return controls
 
 
-def same_settings(one: Any, other: Any) -> bool:
+def same_settings(control: Any, reference: Any) -> bool:
     names = ("patcher", "strength", "timestep_percent_range", "extra_concat_orig")
     return (
-        type(one) is type(other)
-        and all(getattr(one, name) == getattr(other, name) for name in names)
-        and torch.equal(one.cond_hint_original, other.cond_hint_original)
+        type(control) is type(reference)
+        and all(getattr(control, name) == getattr(reference, name) for name in names)
+        and torch.equal(control.cond_hint_original, reference.cond_hint_original)
     )
 
 
@@ -148,13 +152,15 @@ def measure() -> dict[str, Any]:
         tiny.save(folder / "tiny_stage_c.safetensors", network, {})
         files = {kind: controlnets.write_controlnet(folder, kind) for kind in controlnets.CONFIGS}
         loaded = {name: Loaded(name, folder, files) for name in HOSTS}
-    made = {name: ways(one, prompts) for name, one in loaded.items()}
-    plain = made["headless"]["none"]
+    latents = {name: ways(one, prompts) for name, one in loaded.items()}
+    plain = latents["headless"]["none"]
     return {
-        "hosts": {way: relative(made["comfyui"][way], made["headless"][way]) for way in made["headless"]},
+        "hosts": {
+            way: relative(latents["comfyui"][way], latents["headless"][way]) for way in latents["headless"]
+        },
         "effect": {
             way: relative(value, plain)
-            for way, value in made["headless"].items()
+            for way, value in latents["headless"].items()
             if value.shape == plain.shape and way not in ("none", "masked")
         },
         "native node": against_native_node(loaded["comfyui"], prompts),

@@ -57,12 +57,12 @@ def lora(folder: Path, weights: dict[str, Tensor]) -> Path:
 
 def precisions(path: Path) -> dict[str, str]:
     """What each choice of dtype is kept and computed in, on such a card."""
-    found = {}
+    values = {}
     for dtype in ("auto", "bf16", "fp8", "fp16", "fp32"):
         with card_without_bf16():
             model = comfyui.load_network("stage_c", path, dtype).model
-        found[dtype] = f"{model.get_dtype()}, {model.manual_cast_dtype}".replace("torch.", "")
-    return found
+        values[dtype] = f"{model.get_dtype()}, {model.manual_cast_dtype}".replace("torch.", "")
+    return values
 
 
 def measure() -> dict[str, Any]:
@@ -76,7 +76,7 @@ def measure() -> dict[str, Any]:
         with card_without_bf16():
             half = comfyui.load_network("stage_c", path, "fp16")
         adapter = checkpoints.read_safetensors(lora(Path(name), weights))[0]
-        found = precisions(path)
+        values = precisions(path)
     assert half.model.manual_cast_dtype is None
 
     def sampled(model: Any) -> Tensor:
@@ -97,5 +97,5 @@ def measure() -> dict[str, Any]:
         "after the LoRA": relative(sampled(half), plain),
         "the LoRA's own effect": relative(changed, plain),
         "weights as in the file": all(torch.equal(state[name], weights[name].half()) for name in weights),
-        "precisions": found,
+        "precisions": values,
     }

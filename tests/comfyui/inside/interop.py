@@ -46,8 +46,8 @@ def load(stage_c: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def encode(who: str, clip: Any) -> tuple[Any, Any]:
-    if who == OURS:
+def encode(program: str, clip: Any) -> tuple[Any, Any]:
+    if program == OURS:
         output = conditioning.CascadeTextEncode.execute(clip, PROMPT, NEGATIVE)
         return only(output), only(output, 1)
     encoder = nodes.CLIPTextEncode()
@@ -57,8 +57,8 @@ def encode(who: str, clip: Any) -> tuple[Any, Any]:
 SETTINGS = {"seed": SEED, "steps": STEPS, "cfg": 2.0, "cfg_rescale": 0.0, "sampler": "ddim", "denoise": 1.0}
 
 
-def prior(who: str, model: Any, positive: Any, negative: Any, latent: Any) -> Any:
-    if who == OURS:
+def prior(program: str, model: Any, positive: Any, negative: Any, latent: Any) -> Any:
+    if program == OURS:
         settings = {**SETTINGS, "shift": 1.0}
         return only(sampling.CascadePriorSampler.execute(model, positive, negative, latent, **settings))
     return only(nodes.KSampler().sample(
@@ -66,8 +66,8 @@ def prior(who: str, model: Any, positive: Any, negative: Any, latent: Any) -> An
     ))  # fmt: skip
 
 
-def decoder(who: str, model: Any, positive: Any, negative: Any, stage_c: Any, latent: Any) -> Any:
-    if who == OURS:
+def decoder(program: str, model: Any, positive: Any, negative: Any, stage_c: Any, latent: Any) -> Any:
+    if program == OURS:
         settings = {**SETTINGS, "shift": 1.0}
         return only(
             sampling.CascadeDecoderSampler.execute(model, positive, negative, stage_c, latent, **settings)
@@ -80,8 +80,8 @@ def decoder(who: str, model: Any, positive: Any, negative: Any, stage_c: Any, la
     ))  # fmt: skip
 
 
-def decode(who: str, vae: Any, latent: Any) -> Tensor:
-    if who == OURS:
+def decode(program: str, vae: Any, latent: Any) -> Tensor:
+    if program == OURS:
         return only(latents.CascadeDecode.execute(vae, latent, 0))
     return only(nodes.VAEDecode().decode(vae, latent)).clamp(0, 1)  # as ComfyUI does when it saves
 
@@ -99,12 +99,12 @@ def matrix(loaded: dict[str, dict[str, Any]], clip: Any) -> dict[str, float]:
             decoded = [decode(last, stages["stage_a"], stage_b) for last in WHO]
             pictures.setdefault((first, second), []).extend(decoded)
     assert sum(map(len, pictures.values())) == 32
-    assert all(tuple(one.shape) == (1, SIDE, SIDE, 3) for some in pictures.values() for one in some)
+    assert all(tuple(one.shape) == (1, SIDE, SIDE, 3) for images in pictures.values() for one in images)
     return {
         f"matrix, prior sampler {first}, decoder sampler {second}": max(
-            (one - some[0]).abs().max().item() for one in some
+            (one - images[0]).abs().max().item() for one in images
         )
-        for (first, second), some in pictures.items()
+        for (first, second), images in pictures.items()
     }
 
 
@@ -114,9 +114,10 @@ def native_latents(stages: dict[str, Any], prompts: tuple[Any, Any]) -> dict[str
         OURS: latents.CascadeEmptyLatent.execute(SIDE, SIDE, 2, 42.67),
         NATIVE: nodes_stable_cascade.StableCascade_EmptyLatentImage.execute(SIDE, SIDE, 42, 2),
     }
-    stage_c = {who: prior(OURS, stages["stage_c"], *prompts, only(empty[who])) for who in WHO}
+    stage_c = {program: prior(OURS, stages["stage_c"], *prompts, only(empty[program])) for program in WHO}
     stage_b = {
-        who: decoder(OURS, stages["stage_b"], *prompts, stage_c[who], only(empty[who], 1)) for who in WHO
+        program: decoder(OURS, stages["stage_b"], *prompts, stage_c[program], only(empty[program], 1))
+        for program in WHO
     }
     return {
         f"{name} on the native latent": relative(made[NATIVE]["samples"], made[OURS]["samples"])
@@ -150,10 +151,10 @@ def samplers(loaded: dict[str, dict[str, Any]], prompts: dict[str, tuple[Any, An
             *(
                 comfyui.sample(
                     make_run(
-                        kind, loaded[who][kind], prompts[kind], sampler=sampler, steps=10, cfg_rescale=0.7
+                        kind, loaded[program][kind], prompts[kind], sampler=sampler, steps=10, cfg_rescale=0.7
                     )
                 ).samples
-                for who in WHO
+                for program in WHO
             )
         )
         for kind in ("stage_c", "stage_b")
@@ -203,9 +204,9 @@ def measure() -> dict[str, float]:
     return {
         **samplers(loaded, prompts),
         **{
-            f"{name}, MODEL {who}": value
-            for who in WHO
-            for name, value in against_native_sampling(loaded[who]["stage_c"], prompts["stage_c"]).items()
+            f"{name}, MODEL {program}": value
+            for program in WHO
+            for name, value in against_native_sampling(loaded[program]["stage_c"], prompts["stage_c"]).items()
         },
         **native_latents(loaded[OURS], prompts["stage_c"]),
         **matrix(loaded, clip),

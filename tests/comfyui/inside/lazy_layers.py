@@ -23,8 +23,8 @@ SIDE = 64
 @contextmanager
 def lazily(lazy: bool) -> Iterator[None]:
     """Layers are made as that version makes them with dynamic VRAM, or without."""
-    known = find_spec("comfy.memory_management")
-    memory: Any = import_module("comfy.memory_management") if known else None
+    spec = find_spec("comfy.memory_management")
+    memory: Any = import_module("comfy.memory_management") if spec else None
     if not hasattr(memory, "aimdo_enabled"):
         yield
         return
@@ -51,11 +51,11 @@ def results(lazy: bool) -> dict[str, torch.Tensor]:
     image = torch.rand(1, SIDE, SIDE, 3, generator=generator)
     output = conditioning.CascadeTextEncode.execute(clip, PROMPT, "")
     prompts = only(output), only(output, 1)
-    held = comfyui.apply_controlnet(*prompts, control, image, 1.0, 0.0, 1.0)
+    controlled = comfyui.apply_controlnet(*prompts, control, image, 1.0, 0.0, 1.0)
     return {
         "text": prompts[0][0][0],
         "stage_c": comfyui.sample(make_run("stage_c", stage_c, prompts)).samples,
-        "stage_c with a ControlNet": comfyui.sample(make_run("stage_c", stage_c, held)).samples,
+        "stage_c with a ControlNet": comfyui.sample(make_run("stage_c", stage_c, controlled)).samples,
         "stage_b": comfyui.sample(make_run("stage_b", stage_b, prompts)).samples,
         "stage_a": stage_a.encode(image),
         "compressor": coder.encode(image),

@@ -111,16 +111,16 @@ def sample(model: Any, prompts: Any, host: Any = comfyui) -> Tensor:
 def against_lora_loader(sockets: dict[str, dict[str, Any]], prompts: Any) -> dict[str, float]:
     """The same kohya file through our node and through LoraLoader, on our MODEL and on ComfyUI's own."""
     results = {}
-    for who, value in sockets.items():
+    for program, value in sockets.items():
         for file in ("plain", "column"):
             ours = apply(value, file, 0.7, -0.6)
             theirs = nodes.LoraLoader().load_lora(
                 value["model"], value["clip"], f"{file}.safetensors", 0.7, -0.6
             )
-            results[f"same: {file}, our node and LoraLoader, MODEL {who}"] = relative(
+            results[f"same: {file}, our node and LoraLoader, MODEL {program}"] = relative(
                 sample(ours["model"], prompts), sample(theirs[0], prompts)
             )
-            results[f"other: {file}, MODEL {who}"] = relative(
+            results[f"other: {file}, MODEL {program}"] = relative(
                 sample(ours["model"], prompts), sample(value["model"], prompts)
             )
     ours = apply(sockets["ours"], "plain", 0.7, -0.6)["clip"]
@@ -136,11 +136,11 @@ def chains(value: dict[str, Any], prompts: Any) -> dict[str, float]:
     """Several, one taken back, and none left."""
     before, text = sample(value["model"], prompts), states(value["clip"], PROMPT)
     twice = apply(apply(value, "plain", 0.8, 0.8), "row", -0.4)
-    back = apply(apply(value, "plain", 0.8, 0.8), "plain", -0.8, -0.8)
+    restored = apply(apply(value, "plain", 0.8, 0.8), "plain", -0.8, -0.8)
     results = {
         "other: two in a row": relative(sample(twice["model"], prompts), before),
-        "same: one and its opposite": relative(sample(back["model"], prompts), before),
-        "same: one and its opposite, CLIP": relative(states(back["clip"], PROMPT), text),
+        "same: one and its opposite": relative(sample(restored["model"], prompts), before),
+        "same: one and its opposite, CLIP": relative(states(restored["clip"], PROMPT), text),
     }
     whole = sample(twice["model"], prompts)
     twice["model"].unpatch_model(torch.device("cpu"))
@@ -156,14 +156,15 @@ def chains(value: dict[str, Any], prompts: Any) -> dict[str, float]:
 
 def against_headless(value: dict[str, Any], prompts: Any) -> dict[str, float]:
     """The two hosts' answers to the same file."""
-    other = {
+    headless_sockets = {
         "model": headless.load_network("stage_c", WEIGHTS / "demo_stage_c.safetensors", "fp32"),
         "clip": headless.load_text_encoder(WEIGHTS / "demo_text_encoder"),
     }
     results = {}
     for file in ("plain", "column", "row", "tokens", "rows"):
         ours, theirs = (
-            with_file(host, sockets, file) for host, sockets in ((comfyui, value), (headless, other))
+            with_file(host, sockets, file)
+            for host, sockets in ((comfyui, value), (headless, headless_sockets))
         )
         latents = sample(ours["model"], prompts), sample(theirs["model"], prompts, headless)
         results[f"same: {file}, with and without ComfyUI"] = relative(*latents)
@@ -171,8 +172,8 @@ def against_headless(value: dict[str, Any], prompts: Any) -> dict[str, float]:
             texts = states(ours["clip"], prompt), states(theirs["clip"], prompt, headless)
             results[f"same: {file}, prompt {number} with and without ComfyUI"] = relative(*texts)
     for number, prompt in enumerate(TOKEN_PROMPTS):
-        named = prompt.lower().replace("[sun]", " embedding:sun ")
-        texts = states(value["clip"], named), states(other["clip"], named, headless)
+        prompt_text = prompt.lower().replace("[sun]", " embedding:sun ")
+        texts = states(value["clip"], prompt_text), states(headless_sockets["clip"], prompt_text, headless)
         results[f"same: embedding, prompt {number} with and without ComfyUI"] = relative(*texts)
     return results
 
@@ -244,8 +245,8 @@ def tokens_in_native_clip(folder: Path, model: Any) -> dict[str, float]:
     results["other: a changed row"] = relative(states(taught, "a cat"), before)
     results["other: a name"] = relative(states(taught, "[moon]"), states(clip, "[moon]"))
     results["none: tokens taken off, CLIP"] = relative(states(clip, "a cat"), before)
-    pieces = taught.tokenize("a [moon] hill", return_word_ids=True)["g"][0]
-    assert [len(piece) for piece in pieces] == [3] * 77
+    tokens = taught.tokenize("a [moon] hill", return_word_ids=True)["g"][0]
+    assert [len(token) for token in tokens] == [3] * 77
     assert type(clip.tokenizer.clip_g) is comfy.sd1_clip.SDTokenizer  # the given CLIP keeps its own
     return results
 

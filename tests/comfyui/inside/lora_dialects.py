@@ -16,20 +16,20 @@ from cascade_nodes.nodes.hosts import comfyui
 STRENGTH = 0.75
 
 
-def changes(weights: dict[str, torch.Tensor], prefix: str, wanted: str) -> dict[str, LowRank]:
+def changes(weights: dict[str, torch.Tensor], prefix: str, pattern: str) -> dict[str, LowRank]:
     """A change of every layer of a host's weights, every third with a magnitude for each column."""
-    found = {}
+    changed = {}
     for i, (key, weight) in enumerate(sorted(weights.items())):
         name = key.removeprefix(prefix).removesuffix(".weight")
         if weight.ndim < 2 or not (
-            key.endswith(".weight") and key.startswith(prefix) and re.search(wanted, name)
+            key.endswith(".weight") and key.startswith(prefix) and re.search(pattern, name)
         ):
             continue
         down, up = torch.randn(2, *weight.shape[1:]), torch.randn(len(weight), 2, *[1] * (weight.ndim - 2))
-        found[name] = LowRank(
+        changed[name] = LowRank(
             down, up * 0.1, 1.0, torch.rand(1, weight.shape[1]) + 0.5 if i % 3 == 0 else None
         )
-    return found
+    return changed
 
 
 def measure() -> dict[str, Any]:
@@ -46,10 +46,12 @@ def measure() -> dict[str, Any]:
     for name, dialect in DIALECTS.items():
         if dialect.kind != "named":
             continue
-        held = adapter if dialect.text is not None else replace(adapter, text={})
+        writable = adapter if dialect.text is not None else replace(adapter, text={})
         if dialect.column_magnitude is None:
-            held = replace(held, stage_c={layer: replace(c, magnitude=None) for layer, c in stage_c.items()})
-        patches = comfy.lora.load_lora(to_dialect(held, name)[0], keys, log_missing=False)
+            writable = replace(
+                writable, stage_c={layer: replace(c, magnitude=None) for layer, c in stage_c.items()}
+            )
+        patches = comfy.lora.load_lora(to_dialect(writable, name)[0], keys, log_missing=False)
         errors = []
         for key, patch in patches.items():
             weight = (of_model.get(key) if key in of_model else of_clip[key]).float()
@@ -58,12 +60,12 @@ def measure() -> dict[str, Any]:
                 .removeprefix("clip_g.transformer.")
                 .removesuffix(".weight")
             )
-            expected = changed_weight(weight, (held.stage_c | held.text)[layer], STRENGTH)
+            expected = changed_weight(weight, (writable.stage_c | writable.text)[layer], STRENGTH)
             changed = patch.calculate_weight(weight.clone(), key, STRENGTH, 1.0, None, lambda x: x)
             errors.append(relative(changed, expected))
         results[name] = {
-            "stage_c": sum(key in of_model for key in patches) / len(held.stage_c),
-            "text": sum(key in of_clip for key in patches) / len(held.text) if held.text else None,
+            "stage_c": sum(key in of_model for key in patches) / len(writable.stage_c),
+            "text": sum(key in of_clip for key in patches) / len(writable.text) if writable.text else None,
             "error": max(errors, default=0.0),
         }
     return results

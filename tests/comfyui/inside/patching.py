@@ -87,21 +87,21 @@ def schedule_of_its_own() -> dict[str, float]:
     As where weights are paged: a model's buffers are kept by name, and set again once another patch is there.
     """
     model = comfyui.load_network("stage_c", WEIGHTS / "demo_stage_c.safetensors", "fp32")
-    own = model.get_model_object("model_sampling")
-    sigmas = own.sigmas.clone()
-    other = with_shift(model, own.shift + 2).get_model_object("model_sampling")
-    shifted = other.sigmas.clone()
-    for before, after in ((own, other), (other, own)):
+    schedule = model.get_model_object("model_sampling")
+    sigmas = schedule.sigmas.clone()
+    other_schedule = with_shift(model, schedule.shift + 2).get_model_object("model_sampling")
+    shifted = other_schedule.sigmas.clone()
+    for before, after in ((schedule, other_schedule), (other_schedule, schedule)):
         model.model.model_sampling = before
-        kept = dict(model.model.named_buffers())
+        buffers = dict(model.model.named_buffers())
         model.model.model_sampling = after
-        for name, buffer in kept.items():
-            where, _, attribute = name.rpartition(".")
-            model.model.get_submodule(where).register_buffer(attribute, buffer)
+        for name, buffer in buffers.items():
+            module_name, _, attribute = name.rpartition(".")
+            model.model.get_submodule(module_name).register_buffer(attribute, buffer)
     return {
-        "the model's own schedule, after another": relative(own.sigmas, sigmas),
-        "the other schedule, after the model's own": relative(other.sigmas, shifted),
-        "the other schedule's effect": relative(other.sigmas, own.sigmas),
+        "the model's own schedule, after another": relative(schedule.sigmas, sigmas),
+        "the other schedule, after the model's own": relative(other_schedule.sigmas, shifted),
+        "the other schedule's effect": relative(other_schedule.sigmas, schedule.sigmas),
     }
 
 
@@ -183,11 +183,11 @@ def vision(clip: Any) -> dict[str, float]:
     encoded = only(nodes.CLIPVisionEncode().encode(ours, image, "center"))
     positive, negative = encode("ours", clip)
     prompt = only(nodes.unCLIPConditioning().apply_adm(positive, encoded, 0.8, 0.0))
-    mine = only(CascadeImagePrompt.execute(positive, ours, image, 0.8))
+    our_prompt = only(CascadeImagePrompt.execute(positive, ours, image, 0.8))
     model = comfyui.load_network("stage_c", WEIGHTS / "demo_stage_c.safetensors", "fp32")
     with_native, with_ours, without = (
         comfyui.sample(make_run("stage_c", model, (one, negative), steps=4)).samples
-        for one in (prompt, mine, positive)
+        for one in (prompt, our_prompt, positive)
     )
     return {
         "unCLIPConditioning against CascadeImagePrompt": relative(with_native, with_ours),

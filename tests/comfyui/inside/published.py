@@ -59,8 +59,8 @@ def random_weights(manifest: str) -> dict[str, Tensor]:
 @contextmanager
 def files() -> Iterator[None]:
     """In ComfyUI's folders of checkpoints and diffusion models; those of an earlier version serve as well."""
-    kept = os.environ.get("CASCADE_PUBLISHED")
-    with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as name:
+    folder_name = os.environ.get("CASCADE_PUBLISHED")
+    with nullcontext(folder_name) if folder_name else tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not (folder / STAGE_B).exists():
             write_files(folder)
@@ -86,16 +86,16 @@ def sample(kind: str, model: Any, prompts: Any) -> Tensor:
     return comfyui.sample(run).samples
 
 
-def stage_c(who: str, image: Tensor, prompts: Any = None) -> tuple[dict[str, Tensor], Any]:
+def stage_c(program: str, image: Tensor, prompts: Any = None) -> tuple[dict[str, Tensor], Any]:
     """What comes of the all-in-one by one side's loader, with the native prompts; and the prompts of this side."""
-    if who == "native":
+    if program == "native":
         model, clip, vae, *_ = nodes.CheckpointLoaderSimple().load_checkpoint(AIO)
     else:
         output: Any = loaders.CascadeCheckpointLoader.execute(AIO, "auto")
         model, clip, vae, vision = output.result
         embeds = only(nodes.CLIPVisionEncode().encode(vision, image, "center")).image_embeds
         assert embeds.shape == (1, 768), embeds.shape
-    encoded = encode(who, clip)
+    encoded = encode(program, clip)
     prompts = prompts or encoded
     states, extra = encoded[0][0]
     latent = only(nodes_stable_cascade.StableCascade_StageC_VAEEncode.execute(image, vae, 42))["samples"]
@@ -110,9 +110,9 @@ def stage_c(who: str, image: Tensor, prompts: Any = None) -> tuple[dict[str, Ten
     }, encoded
 
 
-def stage_b(who: str, prompts: Any) -> dict[str, Tensor]:
+def stage_b(program: str, prompts: Any) -> dict[str, Tensor]:
     """The same of Stage B by UNETLoader or by ours."""
-    if who == "native":
+    if program == "native":
         model = only(nodes.UNETLoader().load_unet(STAGE_B, "default"))
     else:
         model = only(loaders.StageBLoader.execute(STAGE_B, "auto"))

@@ -69,9 +69,9 @@ def make_run(model: Any, **changed: Any) -> Run:
 
 def stage_b() -> dict[str, Any]:
     ours, theirs = comfyui.load_network("stage_b", STAGE_B, "fp32"), native.model("stage_b", STAGE_B)
-    other = headless.load_network("stage_b", STAGE_B, "fp32")
+    headless_model = headless.load_network("stage_b", STAGE_B, "fp32")
     tiled = comfyui.sample(make_run(ours)).samples
-    expected = headless.sample(make_run(other)).samples
+    expected = headless.sample(make_run(headless_model)).samples
     whole = comfyui.sample(make_run(ours, tile=0)).samples
     one_tile = comfyui.sample(make_run(ours, tile=80)).samples
     return {
@@ -92,7 +92,7 @@ def seen() -> dict[str, Any]:
         estimate(shape, **more),
     )[1]
     hook = model.model.diffusion_model.register_forward_pre_hook(
-        lambda module, given: run.append(list(given[0].shape))
+        lambda module, inputs: run.append(list(inputs[0].shape))
     )
 
     def wrapper(apply_model, values):
@@ -111,7 +111,7 @@ def interrupted() -> int:
     model = comfyui.load_network("stage_b", STAGE_B, "fp32")
     tiles = 0
 
-    def press(module, given):
+    def press(module, inputs):
         nonlocal tiles
         tiles += 1
         if tiles == 2:
@@ -131,9 +131,9 @@ def graph_memory() -> dict[str, int]:
     """By how many bytes the estimate of Stage B's forward grows with CUDA graphs that are said to take so many."""
     management = comfy.model_management
     device = management.get_torch_device()
-    model, other = (comfyui.load_network(kind, path, "fp32") for kind, path in NETWORKS.items())
-    management.load_models_gpu([model, other])
-    sizes, other_sizes = (loaded.model.diffusion_model.engine._pool.sizes for loaded in (model, other))
+    model, other_model = (comfyui.load_network(kind, path, "fp32") for kind, path in NETWORKS.items())
+    management.load_models_gpu([model, other_model])
+    sizes, other_sizes = (loaded.model.diffusion_model.engine._pool.sizes for loaded in (model, other_model))
 
     def estimate() -> int:
         return model.model.memory_required([2, 4, *SIDES])
