@@ -35,9 +35,9 @@ def build_vision_model(
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    known = {key: config[key] for key in CONFIG_KEYS["vision"] if key in config}
+    stated = {key: config[key] for key in CONFIG_KEYS["vision"] if key in config}
     with torch.device(device or torch.get_default_device()):
-        return CLIPVisionModelWithProjection(CLIPVisionConfig(**{"attn_implementation": "sdpa", **known}))
+        return CLIPVisionModelWithProjection(CLIPVisionConfig(**{"attn_implementation": "sdpa", **stated}))
 
 
 def preprocess_images(images: Tensor, size: int) -> Tensor:

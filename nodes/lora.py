@@ -3,8 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..cascade_core.adapters import Adapter, check_fits, describe_adapter, describe_unknown, read_adapter
-from ..cascade_core.adapters.apply import check_finite
+from ..cascade_core.adapters import (
+    Adapter,
+    check_finite_changes,
+    check_fits,
+    describe_adapter,
+    describe_unknown,
+    read_adapter,
+)
 from ..cascade_core.adapters.tokens import NewToken, name_in_prompt, parse_new_tokens
 from .api import io
 from .files import check, file_input, find, fingerprint
@@ -91,7 +97,7 @@ class CascadeLoRAApply(io.ComfyNode):
         new = parse_new_tokens(new_tokens)
         if strength_model:
             check_fits(adapter, config)
-            check_finite(adapter.stage_c, adapter.name)
+            check_finite_changes(adapter.stage_c, adapter.name)
         unknown = describe_unknown(adapter)
         notes = [unknown] if unknown else []
         if strength_clip:
@@ -111,7 +117,7 @@ def text_notes(adapter: Adapter, clip: Any, new: Sequence[NewToken]) -> list[str
         )
     network: Any = host().text_network(clip)
     check_fits(adapter, network, "text")
-    check_finite(adapter.text, adapter.name)
+    check_finite_changes(adapter.text, adapter.name)
     size = len(network.get_input_embeddings().weight)
     beyond = sorted({t.index - size for t in adapter.tokens if t.index is not None and t.index >= size})
     unnamed = [number for number in beyond if number >= len(new)]

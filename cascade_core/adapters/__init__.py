@@ -2,8 +2,8 @@
 
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter, LowRank
+from .compatibility import check_finite_changes, check_fits, describe_adapter, describe_unknown
 from .dialects import DIALECTS
-from .fit import check_fits, describe_adapter, describe_unknown
 from .read import parse_adapter, read_adapter
 from .write import to_dialect, write_adapter
 
@@ -12,6 +12,7 @@ __all__ = [
     "Adapter",
     "LearnedToken",
     "LowRank",
+    "check_finite_changes",
     "check_fits",
     "describe_adapter",
     "describe_unknown",

@@ -1,4 +1,4 @@
-"""What a LoRA file holds, whatever dialect it was written in.
+"""The contents of a LoRA file, whatever dialect it was written in.
 
 Modules go by our own names, which are the published ones with the attention input split: Stage C's
 ("down_blocks.0.2.attention.attn.to_q") and, for the text encoder, transformers' ("text_model.encoder.layers.0.mlp.fc1",
@@ -48,10 +48,10 @@ class LowRank:
         return (len(self.up), *self.down.shape[1:])
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it can change a weight of this shape."""
+        """Whether this can change a weight of that shape."""
         rows, columns = self.up.shape[0], self.down[0].numel()
-        wanted = (shape[0], prod(shape[1:]))
-        return (rows, columns) == wanted or (rows, self.down.shape[1], columns) == (1, shape[0], prod(shape))
+        matrix = (shape[0], prod(shape[1:]))
+        return (rows, columns) == matrix or (rows, self.down.shape[1], columns) == (1, shape[0], prod(shape))
 
     def delta(self, shape: Sequence[int] | None = None) -> Tensor:
         """ΔW in float32, of the weight's shape, or else of `delta_shape`."""
@@ -60,9 +60,9 @@ class LowRank:
 
 
 def belong_together(down: Tensor, up: Tensor) -> bool:
-    """Whether two tensors of a file make a change."""
-    known = {down.ndim, up.ndim} <= {2, 4} and down.numel() > 0 and up.numel() > 0
-    return known and up[0].numel() == len(down) and down.is_floating_point() and up.is_floating_point()
+    """Whether two tensors of a file have the shapes and types of one low-rank change."""
+    shaped = {down.ndim, up.ndim} <= {2, 4} and down.numel() > 0 and up.numel() > 0
+    return shaped and up[0].numel() == len(down) and down.is_floating_point() and up.is_floating_point()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A network with adapters applied, for as long as it is used that way."""
+"""Applies adapters to a network: for a while, by patching its weights, or weight by weight."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def changed_weight(weight: Tensor, change: LowRank, strength: float) -> Tensor:
     (Liu et al. 2024, arXiv 2402.09353) has its own magnitudes, so that strength moves between W and it, as in ComfyUI.
     """
     weight = weight.float()
-    there = replace(change, up=change.up.to(weight.device), down=change.down.to(weight.device))
-    delta = there.delta(weight.shape)
+    change = replace(change, up=change.up.to(weight.device), down=change.down.to(weight.device))
+    delta = change.delta(weight.shape)
     if change.magnitude is None:
         return torch.add(weight, delta, alpha=strength)
     return torch.lerp(weight, decomposed(weight + delta, change.magnitude), strength)
 
 
 def decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA's magnitude · weight / ‖weight‖, the norm over each row or each column, as the magnitude's shape says."""
-    kept = 0 if _by_row(weight, magnitude) else 1  # the dimension that the magnitudes go along
-    others = [dim for dim in range(weight.ndim) if dim != kept]
-    norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    """DoRA's magnitude · weight / ‖weight‖, normed over each row or each column, by the magnitude's shape."""
+    axis = 0 if _by_row(weight, magnitude) else 1  # the dimension that the magnitudes go along
+    normed = [dim for dim in range(weight.ndim) if dim != axis]
+    norm = torch.linalg.vector_norm(weight, dim=normed, keepdim=True)
     magnitude = magnitude.to(weight.device, torch.float32).view(norm.shape)
     return weight * (magnitude / norm.clamp_min(torch.finfo(torch.float32).eps))
 
@@ -58,11 +58,11 @@ def _by_row(weight: Tensor, magnitude: Tensor) -> bool:
 def patched(
     network: nn.Module, patches: Sequence[Patch], device: torch.device | None = None
 ) -> Iterator[None]:
-    """Inside the block the network's weights are the patched ones; after it they are the very same tensors as before.
+    """Applies patches to a network's weights inside the block; restores the very same tensors after it.
 
-    Patches are applied one after the other, which matters to DoRA alone. Each changed weight is computed in float32,
-    cast to the weight's own dtype, and lies on `device` (None: where the weight lies). Nothing else is copied. One
-    thread at a time: the network itself is changed.
+    Patches are applied one after the other; their order matters to DoRA alone. Each changed weight is computed in
+    float32, cast to the weight's own dtype and placed on `device` (None: that of the weight). Nothing else is copied.
+    Not thread-safe: the network itself is changed.
 
     Raises CascadeError for a change that the network has no layer for, or one of another shape.
     """
@@ -70,8 +70,8 @@ def patched(
     try:
         for name, steps in changes_by_layer(patches).items():
             layer, original = layer_of(network, name, steps[0][0])
-            check_fit(original.shape, name, steps)
-            weight = stepped(original.detach().to(device or original.device), steps)
+            check_shape(original.shape, name, steps)
+            weight = apply_steps(original.detach().to(device or original.device), steps)
             originals.append((layer, original))
             layer.weight = nn.Parameter(weight.to(original.dtype), requires_grad=False)
         yield
@@ -84,7 +84,7 @@ Steps = list[tuple[Patch, LowRank]]  # what patches do to one layer, in their or
 
 
 def changes_by_layer(patches: Sequence[Patch]) -> dict[str, Steps]:
-    """The layers that patches change, by name."""
+    """Groups the changes of all patches by the layer that they change; patches of strength 0 are left out."""
     layers: dict[str, Steps] = {}
     for patch in patches:
         if patch.strength != 0:
@@ -93,8 +93,8 @@ def changes_by_layer(patches: Sequence[Patch]) -> dict[str, Steps]:
     return layers
 
 
-def check_fit(shape: Sequence[int], name: str, steps: Steps) -> None:
-    """Raises CascadeError, naming the patch, where a layer's weight is of another shape than a change."""
+def check_shape(shape: Sequence[int], name: str, steps: Steps) -> None:
+    """Raises CascadeError, naming the patch, where a change does not have the shape of the layer's weight."""
     for patch, change in steps:
         if not change.fits(torch.Size(shape)):
             raise CascadeError(
@@ -104,25 +104,15 @@ def check_fit(shape: Sequence[int], name: str, steps: Steps) -> None:
 
 
 @torch.no_grad()
-def stepped(weight: Tensor, steps: Steps) -> Tensor:
-    """A layer's weight after all steps, in float32."""
+def apply_steps(weight: Tensor, steps: Steps) -> Tensor:
+    """A layer's weight with all its changes applied, in float32."""
     for patch, change in steps:
         weight = changed_weight(weight, change, patch.strength)
     return weight
 
 
-def check_finite(changes: Mapping[str, LowRank], adapter: str) -> None:
-    """Raises CascadeError, naming the adapter, where a change holds NaN or infinity. Reads all of it."""
-    for layer, change in changes.items():
-        for part, tensor in {"down": change.down, "up": change.up, "magnitude": change.magnitude}.items():
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise CascadeError(
-                    f"{adapter} holds NaN or infinity in {part} of {layer}; download it again."
-                )
-
-
 def layer_of(network: nn.Module, name: str, patch: Patch) -> tuple[nn.Module, nn.Parameter]:
-    """The layer of that name, with its weight. Raises CascadeError, naming the patch, where there is none."""
+    """The layer of that name and its weight. Raises CascadeError, naming the patch, if the network has none."""
     try:
         layer = network.get_submodule(name)
     except AttributeError:

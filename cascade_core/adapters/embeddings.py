@@ -17,10 +17,10 @@ PREFIX = "embedding:"
 
 
 def embedding_names(prompt: str) -> list[str]:
-    """The files that a prompt asks for by `embedding:name`, each once; found where ComfyUI finds them."""
+    """The names that a prompt asks for by `embedding:name`, each once, as ComfyUI reads them."""
     pattern = rf"(?:^|(?<=\s)){PREFIX}([^\s<\[]+)"
-    found = [name for text, _ in parse_weights(prompt) for name in re.findall(pattern, text)]
-    return list(dict.fromkeys(found))
+    names = [name for text, _ in parse_weights(prompt) for name in re.findall(pattern, text)]
+    return list(dict.fromkeys(names))
 
 
 # What the vectors are called in a file, the first that is there: ComfyUI's and OneTrainer's own, those bundled with a
@@ -37,21 +37,21 @@ EMBEDDING_KEYS = (
 def read_embedding(path: Path, width: int) -> Tensor:
     """The vectors (V, C) of an embedding's file. Raises CascadeError for another file, or another width."""
     tensors, _ = read_safetensors(path)
-    found = next((rows for key in EMBEDDING_KEYS if (rows := _matching(tensors, key))), None)
-    if found is None and len(tensors) == 1:
-        found = list(tensors.values())
-    if found is None or any(rows.ndim not in (1, 2) for rows in found):
+    rows = next((rows for key in EMBEDDING_KEYS if (rows := _matching(tensors, key))), None)
+    if rows is None and len(tensors) == 1:
+        rows = list(tensors.values())
+    if rows is None or any(tensor.ndim not in (1, 2) for tensor in rows):
         raise CascadeError(
             f"{path.name} holds {len(tensors)} tensors (first: {next(iter(tensors), 'none')}), but an embedding is "
             "expected, such as clip_g or emb_params; choose one, or load a LoRA with Cascade LoRA Apply."
         )
-    wide = found[0].shape[-1]
-    if wide != width:
+    columns = rows[0].shape[-1]
+    if columns != width:
         raise CascadeError(
-            f"{path.name} holds vectors {wide} wide, but the text encoder's are {width}; choose an embedding that was "
-            "trained with this text encoder."
+            f"{path.name} holds vectors {columns} wide, but the text encoder's are {width}; choose an embedding that "
+            "was trained with this text encoder."
         )
-    vectors = torch.cat([rows.float().reshape(-1, width) for rows in found])
+    vectors = torch.cat([tensor.float().reshape(-1, width) for tensor in rows])
     if not torch.isfinite(vectors).all():
         raise CascadeError(f"{path.name} holds NaN or infinity; download it again.")
     return vectors

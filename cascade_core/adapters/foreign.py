@@ -1,4 +1,4 @@
-"""What a LoRA file is for, where it is none of Stable Cascade's, and which of its changes are no low-rank ones."""
+"""Recognises LoRA files of other models, and changes that are not low-rank."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ALGORITHMS = (
 
 
 def foreign_model(tensors: Mapping[str, Tensor]) -> str | None:
-    """Such as "Stable Diffusion XL", or None for what is not known. tensors: those that are not Stable Cascade's."""
+    """The model's name, such as "Stable Diffusion XL", or None. tensors: those that are not Stable Cascade's."""
     for name, tensor in tensors.items():
         if _CROSS_ATTENTION.search(name) and tensor.ndim == 2 and tensor.shape[1] in _UNETS:
             return _UNETS[tensor.shape[1]]
@@ -50,11 +50,11 @@ def foreign_model(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def other_algorithms(names: Iterable[str]) -> dict[str, list[str]]:
-    """{algorithm: the file's names of it}."""
-    found: dict[str, list[str]] = {}
+    """Groups a file's names by the algorithm, other than LoRA, that writes such: {algorithm: names}."""
+    algorithms: dict[str, list[str]] = {}
     for name in names:
         for part, algorithm in _ALGORITHMS:
             if part in name:
-                found.setdefault(algorithm, []).append(name)
+                algorithms.setdefault(algorithm, []).append(name)
                 break
-    return found
+    return algorithms

@@ -1,4 +1,4 @@
-"""The published attention input is one layer, ours are three: low-rank changes of one as changes of the other."""
+"""Splits low-rank changes of the published attention input, one layer, into those of ours, three; and fuses them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .names import QKV
 
 
 def split(change: LowRank, layer: str) -> dict[str, LowRank]:
-    """{attn.to_q, attn.to_k, attn.to_v}: each has its third of `up`'s rows (3C) and all of `down`."""
+    """Splits a change of the fused input into {attn.to_q, attn.to_k, attn.to_v}: a third of `up`'s rows (3C) each."""
     if len(change.up) % 3 or (change.magnitude is not None and len(change.magnitude) == 1):
-        what = (
+        reason = (
             "one magnitude for q, k and v together" if len(change.up) % 3 == 0 else f"{len(change.up)} rows"
         )
         raise CascadeError(
-            f"{layer} has {what}, which cannot be split into the three layers that Stage C has; train it with "
+            f"{layer} has {reason}, which cannot be split into the three layers that Stage C has; train it with "
             "separate layers, or with a magnitude for each row."
         )
     magnitudes = (None,) * 3 if change.magnitude is None else change.magnitude.chunk(3)
@@ -30,9 +30,9 @@ def split(change: LowRank, layer: str) -> dict[str, LowRank]:
 
 
 def fuse(parts: Mapping[str, LowRank], rows: int) -> LowRank:
-    """One change of the 3·`rows` rows from those of `attn.to_q/to_k/to_v`, of which some may be missing.
+    """Fuses the changes of `attn.to_q/to_k/to_v`, of which some may be missing, into one of 3·`rows` rows.
 
-    Exact: of the same rank where all share one `down`, else with all the downs one below the other.
+    The result is exact: of the same rank if all share one `down`, else with all `down`s stacked.
     """
     changes = [parts.get(name) for name in QKV]
     present = [change for change in changes if change is not None]
@@ -43,7 +43,8 @@ def fuse(parts: Mapping[str, LowRank], rows: int) -> LowRank:
             first.down, torch.cat([change.up if change else zeros for change in changes]), first.alpha
         )
     blocks = [
-        scaled(change.up, change.scale) if change else first.up.new_zeros(rows, 0) for change in changes
+        exact_product(change.up, change.scale) if change else first.up.new_zeros(rows, 0)
+        for change in changes
     ]
     return LowRank(torch.cat([change.down for change in present]), torch.block_diag(*blocks))
 
@@ -53,8 +54,8 @@ def _share(first: LowRank, second: LowRank) -> bool:
     return same and first.scale == second.scale
 
 
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """tensor · factor in the tensor's dtype where that is exact, else in float32."""
+def exact_product(tensor: Tensor, factor: float) -> Tensor:
+    """tensor · factor, in the tensor's dtype if that is exact, else in float32."""
     if factor == 1:
         return tensor
     product = tensor.float() * factor

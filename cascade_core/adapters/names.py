@@ -68,8 +68,8 @@ _CONVOLUTION_PATTERNS = _compiled(_CONVOLUTIONS)
 
 
 def _dotted(patterns: list[re.Pattern[str]], name: str) -> str | None:
-    found = next((match for pattern in patterns if (match := pattern.fullmatch(name))), None)
-    return None if found is None else ".".join(found.groups())
+    match = next((match for pattern in patterns if (match := pattern.fullmatch(name))), None)
+    return None if match is None else ".".join(match.groups())
 
 
 def stage_c_layer(name: str) -> str | None:

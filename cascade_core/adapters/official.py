@@ -19,7 +19,7 @@ from ..errors import CascadeError
 from ..networks.config import StageCConfig
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter, LowRank, belong_together
-from .fused import fuse, scaled, split
+from .fused import exact_product, fuse, split
 from .names import FUSED, QKV, is_convolution, published_layers, published_parameter
 from .order import FILTERS, kind, layer_order
 
@@ -53,13 +53,13 @@ def read_official(
             stage_c |= {block + part: third for part, third in split(change, layer).items()}
         else:
             stage_c[layer] = change
-    known = {*_TOKENS, *(f"weights.{i}.lora_{part}" for i in range(len(pairs)) for part in ("down", "up"))}
-    unknown = tuple(key for key in tensors if key not in known)
+    read = {*_TOKENS, *(f"weights.{i}.lora_{part}" for i in range(len(pairs)) for part in ("down", "up"))}
+    unknown = tuple(key for key in tensors if key not in read)
     return Adapter(name, "official", stage_c, {}, _tokens(tensors, metadata, name), unknown)
 
 
 def _pairs(tensors: Mapping[str, Tensor], name: str) -> list[Pair]:
-    numbers = {int(found[1]) for key in tensors if (found := _NUMBERED.fullmatch(key))}
+    numbers = {int(match[1]) for key in tensors if (match := _NUMBERED.fullmatch(key))}
     pairs = []
     for i in range(max(numbers, default=-1) + 1):
         down, up = (tensors.get(f"weights.{i}.lora_{part}") for part in ("down", "up"))
@@ -84,7 +84,7 @@ def _layer_change(layer: str, down: Tensor, up: Tensor, kernel: int) -> LowRank:
 def _tokens(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str
 ) -> tuple[LearnedToken, ...]:
-    """One for each row. Only our own files name new tokens and hold all of their rows (metadata `train_tokens`)."""
+    """A learned token for each row. Only our files name new tokens, in `train_tokens`, and hold all of their rows."""
     if not tensors.keys() & set(_TOKENS):
         return ()
     embeddings, indices = (tensors.get(key, torch.empty(())) for key in _TOKENS)
@@ -121,10 +121,10 @@ def _train_tokens(text: str) -> list[tuple[str, Any]]:
 
 
 def joined_tokens(old: str, new: str) -> str:
-    """The setting of a file whose own tokens are numbered behind those that it had."""
-    own = _train_tokens(new)
-    names = {name for name, _ in own}
-    return json.dumps([entry for entry in _train_tokens(old) if entry[0] not in names] + own)
+    """The setting `train_tokens` with new tokens after the old ones; of one name, the new one counts."""
+    added = _train_tokens(new)
+    names = {name for name, _ in added}
+    return json.dumps([entry for entry in _train_tokens(old) if entry[0] not in names] + added)
 
 
 def is_new(name: str) -> bool:
@@ -196,7 +196,7 @@ def _numbered(change: LowRank, layer: str, rank: int) -> dict[str, Tensor]:
                 "choose another dialect."
             )
         down = down[..., 0, 0]
-    down, up = down.flatten(1), scaled(up.flatten(1), change.scale * rank)
+    down, up = down.flatten(1), exact_product(up.flatten(1), change.scale * rank)
     missing = rank - change.rank
     if missing:
         down = torch.cat([down, down.new_zeros(missing, down.shape[1])])

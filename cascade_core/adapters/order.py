@@ -1,4 +1,4 @@
-"""Which layer each number of an official LoRA file is.
+"""The layer behind each number of an official LoRA file.
 
 The published trainer numbers the layers whose names contain one of its `module_filters` (by default ".attn"), in the
 network's own order. Its files hold neither, so both are found by the shapes.
@@ -45,25 +45,25 @@ def layer_order(
         return _stated_order(metadata["order"], len(shapes), name)
     if not shapes:
         return []
-    sizes = SIZES if config is None else {"given": config}
-    found = [order for size in sizes.values() for order in _orders(shapes, size)]
-    if len(found) == 1:
-        return found[0]
-    what = f"{name} is an official LoRA of {len(shapes)} numbered layers (the first {shapes[0][0]} × {shapes[0][1]})"
-    if found:
+    configs = SIZES.values() if config is None else [config]
+    orders = [order for each in configs for order in _orders(shapes, each)]
+    if len(orders) == 1:
+        return orders[0]
+    file = f"{name} is an official LoRA of {len(shapes)} numbered layers (the first {shapes[0][0]} × {shapes[0][1]})"
+    if orders:
         raise CascadeError(
-            f"{what}, which could be of different kinds; state their names in its metadata (order, a JSON list), or "
+            f"{file}, which could be of different kinds; state their names in its metadata (order, a JSON list), or "
             "convert it where it was made."
         )
-    fitting = [size for size, other in SIZES.items() if config is not None and _orders(shapes, other)]
+    fitting = [name for name, size in SIZES.items() if config is not None and _orders(shapes, size)]
     if config is None:
         raise CascadeError(
-            f"{what}, which are none of the published Stage Cs' ({', '.join(SIZES)}); give the Stage C that it was "
+            f"{file}, which are none of the published Stage Cs' ({', '.join(SIZES)}); give the Stage C that it was "
             "made for."
         )
     advice = f"it is for the {fitting[0]} one" if fitting else "choose the one that it was made for"
     widths = ", ".join(map(str, config.c_hidden))
-    raise CascadeError(f"{what}, which are not this Stage C's ({widths} wide); {advice}.")
+    raise CascadeError(f"{file}, which are not this Stage C's ({widths} wide); {advice}.")
 
 
 def _stated_order(text: str, count: int, name: str) -> list[str]:
@@ -71,25 +71,25 @@ def _stated_order(text: str, count: int, name: str) -> list[str]:
         layers = [stage_c_layer(re.sub(r"[._]weight$", "", entry)) for entry in json.loads(text)]
     except (ValueError, TypeError, RecursionError):
         layers = []
-    known = [layer for layer in layers if layer is not None]
-    if len(known) != count or len(layers) != count:
+    named = [layer for layer in layers if layer is not None]
+    if len(named) != count or len(layers) != count:
         raise CascadeError(
             f"{name}: the order in its metadata is no JSON list of the {count} layers that it changes; download it "
             "again."
         )
-    return known
+    return named
 
 
 def _orders(shapes: Shapes, config: StageCConfig) -> list[list[str]]:
     """All choices of kinds of layers whose shapes, in order, are these."""
     layers = published_layers(config)
     counts = Counter(map(kind, layers))
-    found = []
+    orders = []
     for size in range(1, len(counts) + 1):
         for chosen in combinations((part for part in FILTERS if part in counts), size):
             if sum(counts[part] for part in chosen) != len(shapes):
                 continue
             order = [layer for layer in layers if kind(layer) in chosen]
             if all(layers[layer][:2] == shape for layer, shape in zip(order, shapes, strict=True)):
-                found.append(order)
-    return found
+                orders.append(order)
+    return orders

@@ -16,7 +16,7 @@ AlphaOf = Callable[[str, int], float | None]  # a layer by the file's name of it
 
 
 def stated_alpha(path: Path) -> AlphaOf | None:
-    """What PEFT's adapter_config.json says for the LoRA at `path`; None where there is none beside it.
+    """Reads the alphas of the LoRA at `path` from PEFT's adapter_config.json; None if there is none beside it.
 
     rsLoRA (arXiv 2312.03732) divides alpha by the root of the rank.
     """
@@ -38,8 +38,8 @@ def _alpha_of(path: Path) -> AlphaOf:
 
     def alpha_of(layer: str, rank: int) -> float:
         name = layer.removeprefix("base_model.model.")
-        own = next((value for pattern, value in patterns.items() if _ends_with(pattern, name)), alpha)
-        return own * math.sqrt(rank) if root else own
+        alpha_here = next((value for pattern, value in patterns.items() if _ends_with(pattern, name)), alpha)
+        return alpha_here * math.sqrt(rank) if root else alpha_here
 
     return alpha_of
 

@@ -22,8 +22,8 @@ from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter, LowRank, belong_together
+from .compatibility import listed
 from .dialects import DIALECTS, STAGE_C_PREFIXES, TEXT_PREFIXES, Dialect
-from .fit import listed
 from .foreign import foreign_model, other_algorithms
 from .fused import split
 from .names import FUSED, is_convolution, stage_c_layer, text_layer
@@ -89,7 +89,7 @@ def _check_types(tensors: Mapping[str, Tensor], name: str) -> None:
 
 
 def _embedding(tensors: Mapping[str, Tensor], name: str) -> Adapter:
-    """A token of its own, called as its file; it may stand at the input, the output, or both."""
+    """An embedding file: a new token with the file's name, for the encoder's input, its output, or both."""
     stem = name.rpartition(".")[0] or name
     tokens = [_token(stem, tensors[key], key, name) for key in _EMBEDDING if key in tensors]
     unknown = tuple(key for key in tensors if key not in _EMBEDDING)
@@ -113,9 +113,9 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha_of: AlphaOf) -> Adapt
     for key, tensor in tensors.items():
         if bundled := _BUNDLED.fullmatch(key):
             tokens.append(_token(bundled[1], tensor, key, name))
-        elif found := _KEY.fullmatch(key):
-            layers.setdefault(found[1], {})[ENDINGS[found[2]]] = tensor
-            keys.setdefault(found[1], []).append(key)
+        elif match := _KEY.fullmatch(key):
+            layers.setdefault(match[1], {})[ENDINGS[match[2]]] = tensor
+            keys.setdefault(match[1], []).append(key)
         else:
             unknown.append(key)
     changes: dict[str, dict[str, LowRank]] = {"stage_c": {}, "text": {}}
@@ -161,7 +161,7 @@ def _change(layer: str, theirs: str, parts: Mapping[str, Tensor], alpha_of: Alph
 
 
 def _as_kernels(layer: str, down: Tensor) -> Tensor:
-    """Such as ComfyUI's trainer writes as matrices, (rank, c_in · k²)."""
+    """Reshapes kernels that ComfyUI's trainer writes as matrices, (rank, c_in · k²)."""
     size = math.isqrt(down.shape[1]) if layer.endswith("depthwise") else 1
     return down.view(len(down), -1, size, size) if down.ndim == 2 and down.shape[1] % size**2 == 0 else down
 
@@ -214,12 +214,12 @@ def _put(changes: dict[str, LowRank], layer: str, change: LowRank, name: str) ->
 def _check_known(
     tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor], for_stage_c: bool, matched: bool, name: str
 ) -> None:
-    """Raises CascadeError for what is of another model or no low-rank change, as far as the unread tensors tell."""
-    others = other_algorithms(unread)
-    if others:
-        held = "; ".join(f"{algorithm} ({listed(names, 1)})" for algorithm, names in others.items())
+    """Raises CascadeError for files of another model and for changes that are not low-rank, by the unread tensors."""
+    algorithms = other_algorithms(unread)
+    if algorithms:
+        contents = "; ".join(f"{algorithm} ({listed(names, 1)})" for algorithm, names in algorithms.items())
         raise CascadeError(
-            f"{name} holds {held}, but only LoRA and DoRA are read; merge it into its model where it was made, or "
+            f"{name} holds {contents}, but only LoRA and DoRA are read; merge it into its model where it was made, or "
             "train it as a LoRA."
         )
     weights = None if matched else _whole_weights(tensors)
@@ -239,10 +239,10 @@ def _check_known(
 
 
 def _whole_weights(tensors: Mapping[str, Tensor]) -> str | None:
-    """Which networks' own weights a file holds, where its names tell."""
+    """Names the networks whose whole weights a file holds, or None."""
     inside = [PART_NAMES[part] for part in parts_in(tensors)]
-    other = foreign_name(tensors)
-    return ", ".join(inside) or (f"a {other}" if other not in (None, "LoRA") else None)
+    model = foreign_name(tensors)
+    return ", ".join(inside) or (f"a {model}" if model not in (None, "LoRA") else None)
 
 
 def _dialect(spelled: list[tuple[str, str, str]], tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""What adapters teach a text encoder: learned tokens, by the names that prompts call them by."""
+"""Learned tokens of adapters for a given text encoder, under the names that prompts call them by."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parse_new_tokens(text: str) -> tuple[NewToken, ...]:
 
 
 def name_in_prompt(name: str) -> str:
-    """A name in brackets, its own or square ones: a token that is called as a word must not take the word's place."""
+    """The name in brackets, its own or square ones, so that a token named like a word does not replace the word."""
     return name if name[:1] + name[-1:] in ("[]", "<>") else f"[{name}]"
 
 
@@ -43,11 +43,11 @@ def taught_tokens(
     embedding: Tensor,
     new: Sequence[NewToken] = (),
 ) -> tuple[LearnedToken, ...]:
-    """What an adapter teaches a text encoder, at a strength: what it adds to rows is multiplied by it.
+    """The tokens that an adapter teaches a text encoder; changes of rows are multiplied by `strength`.
 
     vocabulary  {spelling: token}
     embedding   (tokens, C), the encoder's own
-    new         the adapter's tokens behind the vocabulary; such as are not named here are left out
+    new         names of the adapter's tokens behind the vocabulary; those without one are left out
 
     Raises CascadeError for rows of another width.
     """
@@ -76,14 +76,14 @@ def _mean_row(name: str, pattern: str | None, vocabulary: Mapping[str, int], emb
     if pattern is None:
         return torch.zeros(1, embedding.shape[1])
     try:
-        found = [token for spelling, token in vocabulary.items() if re.search(pattern, spelling)]
+        tokens = [token for spelling, token in vocabulary.items() if re.search(pattern, spelling)]
     except re.error as error:
         raise CascadeError(
             f"The pattern {pattern!r} of {name} is no regular expression ({error}); write one such as ^dog</w>."
         ) from None
-    if not found:
+    if not tokens:
         raise CascadeError(
             f"No token of the vocabulary matches {pattern!r} of {name}; write the pattern that it was trained with, "
             "such as ^dog</w>."
         )
-    return embedding[found].float().cpu().mean(dim=0, keepdim=True)
+    return embedding[tokens].float().cpu().mean(dim=0, keepdim=True)

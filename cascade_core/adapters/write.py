@@ -15,9 +15,9 @@ from ..networks.stage_c import StageC
 from ..text.clip import CLIP_TOKENS
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter, LowRank
+from .compatibility import check_fits
 from .dialects import DIALECTS, Dialect
-from .fit import check_fits
-from .fused import scaled
+from .fused import exact_product
 from .official import HEADER, is_new, joined_tokens, write_official
 from .order import SIZES
 
@@ -30,16 +30,17 @@ def write_adapter(
     vocabulary: int = CLIP_TOKENS,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """The file that the dialect's program would read, whole or not at all.
+    """Writes the file as the dialect's program would, whole or not at all.
 
-    metadata: the header of the file that it comes from, which is kept but for what another dialect says of itself; the
-    rest is as in `to_dialect`.
+    metadata: the header of the file that the adapter comes from, kept but for the entries of another dialect; the
+    other arguments are those of `to_dialect`.
     """
-    tensors, own = to_dialect(adapter, dialect, stage_c, vocabulary)
-    others = {key: text for key, text in (metadata or {}).items() if key not in HEADER}
-    if "train_tokens" in own:
-        own["train_tokens"] = joined_tokens((metadata or {}).get("train_tokens", "[]"), own["train_tokens"])
-    write_safetensors(path, tensors, {**others, **own})
+    tensors, header = to_dialect(adapter, dialect, stage_c, vocabulary)
+    rest = {key: text for key, text in (metadata or {}).items() if key not in HEADER}
+    if "train_tokens" in header:
+        before = (metadata or {}).get("train_tokens", "[]")
+        header["train_tokens"] = joined_tokens(before, header["train_tokens"])
+    write_safetensors(path, tensors, {**rest, **header})
 
 
 def to_dialect(
@@ -76,29 +77,29 @@ def to_dialect(
 
 
 def obstacles(adapter: Adapter, dialect: str) -> list[str]:
-    """What of an adapter a dialect cannot hold, in words; empty where it can hold all."""
+    """Lists what a dialect cannot hold of an adapter, in words; empty if it can hold everything."""
     spoken = DIALECTS[dialect]
     changes = [*adapter.stage_c.values(), *adapter.text.values()]
     magnitudes = [change.magnitude for change in changes if change.magnitude is not None]
     by_column = sum(len(magnitude) == 1 for magnitude in magnitudes)
-    own = [token for token in adapter.tokens if token.index is None]
+    new = [token for token in adapter.tokens if token.index is None]
     numbered = spoken.kind == "numbered"
-    names = {token.name for token in own}
+    names = {token.name for token in new}
     counts = {
         "layers of Stage C": len(adapter.stage_c) if spoken.stage_c is None else 0,
         "layers of the text encoder": len(adapter.text) if spoken.text is None else 0,
         "DoRA magnitudes of rows": len(magnitudes) - by_column if spoken.row_magnitude is None else 0,
         "DoRA magnitudes of columns": by_column if spoken.column_magnitude is None else 0,
         "learned tokens": len(names) if spoken.tokens is None else 0,
-        "changes of the vocabulary's tokens": 0 if numbered else len(adapter.tokens) - len(own),
+        "changes of the vocabulary's tokens": 0 if numbered else len(adapter.tokens) - len(new),
         "tokens with several rows or at the encoder's output": sum(
-            numbered and (token.output or len(token.vectors) > 1) for token in own
+            numbered and (token.output or len(token.vectors) > 1) for token in new
         ),
-        "tokens whose names are in no brackets": sum(numbered and not is_new(token.name) for token in own),
-        "tokens of one name": len(own) - len({(token.name, token.output) for token in own}),
+        "tokens whose names are in no brackets": sum(numbered and not is_new(token.name) for token in new),
+        "tokens of one name": len(new) - len({(token.name, token.output) for token in new}),
         "several tokens": len(names) if spoken.kind == "embedding" and len(names) > 1 else 0,
     }
-    return [f"{count} {what}" for what, count in counts.items() if count]
+    return [f"{count} {things}" for things, count in counts.items() if count]
 
 
 def _config(adapter: Adapter, stage_c: StageC | StageCConfig | None) -> StageCConfig:
@@ -127,13 +128,13 @@ def _named(adapter: Adapter, dialect: Dialect) -> dict[str, Tensor]:
         tensors |= _change_tensors(dialect.text_name(layer), change, dialect)
     if dialect.tokens is not None:
         for name in dict.fromkeys(token.name for token in adapter.tokens):
-            own = [token for token in adapter.tokens if token.name == name]
-            tensors |= _token_tensors(own, dialect.tokens, f"{name}.")
+            rows = [token for token in adapter.tokens if token.name == name]
+            tensors |= _token_tensors(rows, dialect.tokens, f"{name}.")
     return tensors
 
 
 def _change_tensors(name: str, change: LowRank, dialect: Dialect) -> dict[str, Tensor]:
-    up = change.up if dialect.alpha is not None else scaled(change.up, change.scale)
+    up = change.up if dialect.alpha is not None else exact_product(change.up, change.scale)
     tensors = {name + dialect.down: change.down, name + dialect.up: up}
     if dialect.alpha is not None:
         alpha = float(change.rank) if change.alpha is None else change.alpha

@@ -39,6 +39,6 @@ def fuse_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if part:
             rows = [state_dict[f"{stem}{part}.{leaf}"] for part in _PARTS]
             fused[f"{stem}in_proj_{leaf}"] = torch.cat(rows, dim=0)
-        elif not any(f".attn.{other}." in f".{name}" for other in _PARTS[1:]):
+        elif not any(f".attn.{part}." in f".{name}" for part in _PARTS[1:]):
             fused[name] = tensor
     return fused

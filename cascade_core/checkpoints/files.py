@@ -51,12 +51,12 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def _check_header(path: Path) -> None:
-    """Says what is wrong with a file before the parser does, in words that help."""
+    """Raises CascadeError with a helpful sentence for a file that the parser would refuse with a bare one."""
     if not path.exists():
         raise CascadeError(f"{path} does not exist; expected a safetensors file there.")
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no ordinary file"
-        raise CascadeError(f"{path} is {what}, but a safetensors file is expected; give the file itself.")
+        kind = "a folder" if path.is_dir() else "no ordinary file"
+        raise CascadeError(f"{path} is {kind}, but a safetensors file is expected; give the file itself.")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = _header_length(path, file, size)
@@ -75,9 +75,9 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
     """The header's length in bytes; leaves the file at its start. Every header begins with a brace."""
     start = file.read(32)
     if start[8:9] != b"{":
-        for beginnings, what in _FOREIGN:
+        for beginnings, complaint in _FOREIGN:
             if start.startswith(beginnings):
-                raise CascadeError(f"{path} {what}.")
+                raise CascadeError(f"{path} {complaint}.")
         if len(start) < 9:
             raise CascadeError(f"{path} holds {size} bytes, which is no safetensors file; download it again.")
         raise CascadeError(
@@ -100,7 +100,7 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
 
 
 def _last_offset(header: Any) -> int:
-    """Where the last tensor ends, from the end of the header; 0 for a header that the parser will refuse."""
+    """The end of the last tensor, in bytes from the end of the header; 0 for a header that the parser refuses."""
     try:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         return max((end for end in ends if isinstance(end, int)), default=0)
@@ -109,9 +109,9 @@ def _last_offset(header: Any) -> int:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes under a temporary name beside `path`, then renames: a half file never has the final name.
+    """Writes a file atomically: under a temporary name beside `path`, renamed at the end.
 
-    Raises CascadeError where that fails (no permission, disk full); what was at `path` is still there then.
+    Raises CascadeError if that fails (no permission, disk full); a file that was at `path` is then unchanged.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")

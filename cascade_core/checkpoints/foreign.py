@@ -1,10 +1,10 @@
-"""What a file holds that is none of Stable Cascade's, where its names tell."""
+"""Recognises files of other models by the names of their tensors."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-# The beginning of a telling name, after a prefix or none, and what has it; the first that is found counts.
+# The beginning of a characteristic name, after one of the prefixes, and its model; the first match counts.
 _PREFIXES = ("", "model.diffusion_model.", "model.")
 _NAMES = (
     ("double_blocks.0.img_attn.qkv.weight", "Flux model"),
@@ -41,13 +41,13 @@ _UNET_KEYS = ("input_blocks.", "down_blocks.0.attentions.", "down_blocks.1.atten
 
 
 def foreign_name(tensors: Mapping[str, Tensor]) -> str | None:
-    """Such as "Stable Diffusion XL checkpoint", or None for what is not known."""
+    """The kind of file, such as "Stable Diffusion XL checkpoint", or None if it is not recognised."""
     if any(name.endswith(_LORA_ENDINGS) for name in tensors):
         return "LoRA"
     for name, tensor in tensors.items():
         if any(key in name for key in _UNET_KEYS) and name.endswith("attn2.to_k.weight") and tensor.ndim == 2:
             return f"{_UNETS.get(tensor.shape[1], 'Stable Diffusion')} checkpoint"
-    for beginning, what in _NAMES:
+    for beginning, model in _NAMES:
         if any(name.startswith(prefix + beginning) for prefix in _PREFIXES for name in tensors):
-            return what
+            return model
     return None

@@ -1,4 +1,4 @@
-"""How other programs name the tensors of the published networks, one small two-way table per layout.
+"""Layouts: other programs' names for the tensors of the published networks, one small two-way table each.
 
 A file is recognised by its names alone. Published names, with the attention input split or fused, pass unchanged.
 """
@@ -52,22 +52,22 @@ class Layout:
 
     def to_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors of this network under published names, as views."""
-        found = {}
+        renamed = {}
         for name, tensor in tensors.items():
             published = self.published_name(name)
             if published is not None:
-                found[published] = tensor.T if published in self.transposed else tensor
-        return found
+                renamed[published] = tensor.T if published in self.transposed else tensor
+        return renamed
 
     def from_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The way back, with the attention input split."""
-        found = {}
+        renamed = {}
         for published, tensor in split_attention(tensors).items():
             name = published
             for theirs, ours in reversed(self.renamed):
                 name = name.replace(ours, theirs)
-            found[self.prefix + name] = tensor.T if published in self.transposed else tensor
-        return found
+            renamed[self.prefix + name] = tensor.T if published in self.transposed else tensor
+        return renamed
 
     def holds(self, part: str, names: Iterable[str]) -> bool:
         """Whether names are of this layout and hold that part."""
@@ -146,11 +146,11 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 
 def parts_in(names: Iterable[str]) -> dict[str, Layout]:
-    """Which networks a file with these names holds, and in which layout."""
+    """The networks that a file with these names holds, each with its layout."""
     names = list(names)
-    found = {}
+    parts = {}
     for part, layouts in LAYOUTS.items():
         layout = next((layout for layout in layouts if layout.holds(part, names)), None)
         if layout is not None:
-            found[part] = layout
-    return found
+            parts[part] = layout
+    return parts

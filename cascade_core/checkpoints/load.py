@@ -54,25 +54,25 @@ def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Raises CascadeError with the first missing, unexpected, misshapen and mistyped names.
     """
     weights = split_attention(state_dict)
-    own = model.state_dict()
-    both = [(name, tensor, own[name]) for name, tensor in weights.items() if name in own]
+    parameters = model.state_dict()
+    pairs = [(name, tensor, parameters[name]) for name, tensor in weights.items() if name in parameters]
     problems = {
-        "missing": [name for name in own if name not in weights],
-        "unexpected": [name for name in weights if name not in own],
+        "missing": [name for name in parameters if name not in weights],
+        "unexpected": [name for name in weights if name not in parameters],
         "of another shape": [
-            f"{name} {tuple(tensor.shape)} instead of {tuple(mine.shape)}"
-            for name, tensor, mine in both
-            if tensor.shape != mine.shape
+            f"{name} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}"
+            for name, tensor, parameter in pairs
+            if tensor.shape != parameter.shape
         ],
         "of another type": [
             f"{name} {tensor.dtype} instead of floating point"
-            for name, tensor, mine in both
-            if mine.is_floating_point() and not tensor.is_floating_point()
+            for name, tensor, parameter in pairs
+            if parameter.is_floating_point() and not tensor.is_floating_point()
         ],
     }
     listed = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for what, names in problems.items()
+        f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for problem, names in problems.items()
         if names
     ]
     if listed:
@@ -80,7 +80,7 @@ def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
             f"The weights do not fit {type(model).__name__}: {'; '.join(listed)}; choose a whole file of "
             "this network and size."
         )
-    on_meta = any(tensor.is_meta for tensor in own.values())
+    on_meta = any(tensor.is_meta for tensor in parameters.values())
     model.load_state_dict(weights, strict=True, assign=on_meta)
     return model
 
@@ -117,9 +117,9 @@ def load_model(
 def converted(
     weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Floating-point weights in `dtype` (None: their own), all on `device`; what is so already is not copied.
+    """Casts floating-point weights to `dtype` (None: unchanged) and moves all to `device`; copies only if needed.
 
-    A file's pages leave the memory as their tensors have been copied, so that there are never two of all.
+    Pages of a mapped file are dropped as soon as their tensor is copied, so that memory never holds everything twice.
     """
     files = mapped_files()
 
@@ -133,9 +133,9 @@ def converted(
 
 
 def _read_ahead(weights: Iterable[Tensor]) -> None:
-    """Brings mapped weights into memory by several readers at once, to whom most disks give more than to one.
+    """Prefetches mapped weights with several readers at once, which most disks serve faster than one.
 
-    Weights that take over half of the machine's memory are left to be read as they are used.
+    Weights of more than half of the machine's memory are left to be read on first use.
     """
     weights = list(weights)
     if sum(tensor.nbytes for tensor in weights) > _memory() / 2:
@@ -145,7 +145,7 @@ def _read_ahead(weights: Iterable[Tensor]) -> None:
 
 
 def _touch(tensor: Tensor) -> None:
-    """Reads a byte of every page, so that the system fetches them all."""
+    """Reads one byte of every page, so that the system loads the whole tensor."""
     storage = tensor.untyped_storage()
     start = tensor.data_ptr() - storage.data_ptr()
     size = min(tensor.nbytes, storage.nbytes() - start)
@@ -165,7 +165,7 @@ def identify(
 ) -> tuple[str, dict[str, Any]]:
     """The kind and the configuration of a file's tensors.
 
-    Raises CascadeError, naming the file, where they are of no network of ours or not of the kind `expect`.
+    Raises CascadeError, naming the file, if they belong to none of the networks or not to the kind `expect`.
     """
     try:
         kind, config = infer_config(weights, metadata)
@@ -174,15 +174,15 @@ def identify(
             raise CascadeError(f"{Path(path).name}: {error}") from None
         expected = KIND_NAMES[expect]
         inside = [PART_NAMES[part] for part in parts_in(weights)]
-        other = foreign_name(weights)
+        model = foreign_name(weights)
         if len(inside) > 1:
-            found = f"holds {', '.join(inside)}"
-        elif other is not None:
-            found = f"is a {other}"
+            contents = f"holds {', '.join(inside)}"
+        elif model is not None:
+            contents = f"is a {model}"
         else:
             raise CascadeError(f"{Path(path).name}: {error}") from None
         raise CascadeError(
-            f"{Path(path).name} {found}, but {expected} is expected here; choose a {expected} file."
+            f"{Path(path).name} {contents}, but {expected} is expected here; choose a {expected} file."
         ) from None
     if expect is not None and kind != expect:
         raise CascadeError(
@@ -215,18 +215,18 @@ def _build_on_meta(kind: str, config: Mapping[str, Any], operations: Any) -> nn.
 
 
 def describe(path: str | Path, kind: str, config: Mapping[str, Any]) -> str:
-    """A file in a few words, such as "x.safetensors is a Stage C checkpoint (width 1536)"."""
+    """Describes a file, such as "x.safetensors is a Stage C checkpoint (width 1536)"."""
     stated = config.get("c_hidden")
     widths = stated if isinstance(stated, list | tuple) else [stated]
-    known = [width for width in widths if isinstance(width, int)]  # a stated config may hold anything
-    detail = f" (width {max(known)})" if known else ""
+    numbers = [width for width in widths if isinstance(width, int)]  # a stated config may hold anything
+    detail = f" (width {max(numbers)})" if numbers else ""
     return f"{Path(path).name} is a {KIND_NAMES[kind]} checkpoint{detail}"
 
 
 def first_non_finite(model: nn.Module) -> str | None:
     """The name of the first tensor that holds NaN or infinity, or None.
 
-    Reads every weight: for explaining a failure.
+    Reads every weight, so call it only to explain a failure.
     """
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():

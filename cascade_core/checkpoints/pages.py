@@ -1,4 +1,4 @@
-"""The memory of mapped files: pages that the system can read again, and so need not be kept."""
+"""Memory of mapped files: clean pages, which the system can read again, need not be kept."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor
 
 
 def mapped_files() -> list[tuple[int, int]]:
-    """(start, end) of every file mapped into this process of which no page was changed; Linux only, else none.
+    """(start, end) of every file mapped into this process without a changed page; empty on systems but Linux.
 
-    What was written to a private mapping lies in the process alone, and would be lost with its page.
+    Writes to a private mapping exist in the process alone and would be lost with their page.
     """
     try:
         lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    found: list[tuple[int, int]] = []
+    files: list[tuple[int, int]] = []
     for line in lines:
         first, *rest = line.split(maxsplit=5)
         if not first.endswith(":"):
             start, _, end = first.partition("-")
             if len(rest) == 5 and rest[3] != "0" and rest[0].endswith("p"):  # an inode; private
-                found.append((int(start, 16), int(end, 16)))
+                files.append((int(start, 16), int(end, 16)))
                 begun = True
             else:
                 begun = False
         elif first == "Anonymous:" and begun and rest[0] != "0":
-            found.pop()
-    return found
+            files.pop()
+    return files
 
 
 def forget_pages(tensors: Iterable[Tensor], files: Iterable[tuple[int, int]]) -> None:
-    """Gives back the memory of mapped tensors: they stay as they are and are read from their file when next used.
+    """Frees the memory of mapped tensors, which are read from their file again when next used.
 
-    files: `mapped_files()`; tensors that lie in none of them are left alone.
+    files: `mapped_files()`; tensors outside of them are left alone.
     """
     files = list(files)
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""The tensors of one network, wherever they lie: a file of any layout, a shard's companions, a folder of diffusers."""
+"""Reads the tensors of one network from a file of any layout, from shards, or from a folder of diffusers."""
 
 import json
 import re
@@ -29,17 +29,16 @@ def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[s
     """(tensors, metadata) of one network, under published names, as views of mapped files.
 
     path: a safetensors file, a shard or an index of shards, or a folder of diffusers; part: of `layouts.SIGNATURES`.
-    What holds no such network is returned as it is, for the caller to say what it holds instead.
+    A file without such a network is returned unchanged, so that the caller can say what it holds instead.
     Raises CascadeError where files are missing or damaged.
     """
     tensors, metadata = read_tensors(locate(path, part))
-    found = parts_in(tensors)
-    if part not in found:
+    parts = parts_in(tensors)
+    if part not in parts:
         return tensors, metadata
-    layout = found[part]
-    # A config in the metadata is the file's only network's.
-    own = metadata if len(found) == 1 else {name: text for name, text in metadata.items() if name != "config"}
-    return _unscaled(layout.to_published(tensors)), own
+    if len(parts) > 1:  # a config in the metadata would be of the file's only network
+        metadata = {name: text for name, text in metadata.items() if name != "config"}
+    return _unscaled(parts[part].to_published(tensors)), metadata
 
 
 def networks_in(path: str | Path) -> set[str]:
@@ -57,19 +56,19 @@ def _holds(path: Path, part: str) -> bool:
 
 
 def locate(path: str | Path, part: str) -> Path:
-    """The file that a path means for a part: itself; or in a folder, or its subfolder for the part, the only weights.
+    """The file of a part: the path itself, or the only weights in that folder or in its subfolder for the part.
 
-    Of several precisions in a folder the fullest is taken: the one without a variant in its name. A path in which
-    nothing is found is returned as it is.
+    Of several precisions in a folder the full one is taken, without a variant in its name. A folder without weights
+    is returned unchanged.
     """
     path = Path(path)
     if not path.is_dir():
         return path
     for folder in (*(path / name for name in SUBFOLDERS.get(part, ())), path):
         if folder.is_dir():
-            found = _weights_in(folder)
-            if found is not None:
-                return found
+            weights = _weights_in(folder)
+            if weights is not None:
+                return weights
     return path
 
 
@@ -125,13 +124,13 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _unscaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """fp8 weights that are stored over a scale (`….scale_weight`), multiplied out to bf16; all else as it is."""
+    """Multiplies fp8 weights by their scale (`….scale_weight`), to bf16; leaves everything else unchanged."""
     scales = {name.removesuffix("scale_weight"): tensor for name, tensor in tensors.items()
               if name.endswith(".scale_weight")}  # fmt: skip
-    kept = {}
+    unscaled = {}
     for name, tensor in tensors.items():
         if name.endswith((".scale_weight", ".scale_input")) or name == "scaled_fp8":
             continue
         scale = scales.get(name.removesuffix("weight")) if name.endswith(".weight") else None
-        kept[name] = tensor if scale is None else (tensor.float() * scale.float()).to(torch.bfloat16)
-    return kept
+        unscaled[name] = tensor if scale is None else (tensor.float() * scale.float()).to(torch.bfloat16)
+    return unscaled

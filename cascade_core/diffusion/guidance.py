@@ -62,12 +62,12 @@ class Guider:
         self.dtype = dtype or _weights_dtype(model)
         self.positive = positive
         self.negative = None if cfg == 1 else negative
-        self._like: tuple[int, torch.device] | None = None  # what `_conditions` were made for
+        self._prepared_for: tuple[int, torch.device] | None = None  # batch and device of `_conditions`
         self._conditions: list[dict[str, Any]] = []  # of each forward in a step
 
     def __call__(self, x: Tensor, noise_cond: Tensor) -> Tensor:
-        if self._like != (len(x), x.device):
-            self._like, self._conditions = (len(x), x.device), self._prepare(x)
+        if self._prepared_for != (len(x), x.device):
+            self._prepared_for, self._conditions = (len(x), x.device), self._prepare(x)
         if self.negative is None:
             return self._predict(x, noise_cond, self._conditions[0])
         if len(self._conditions) == 1:

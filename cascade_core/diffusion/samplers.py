@@ -154,7 +154,7 @@ def log_snr_range(steps: int, shift: float, t_start: float = 1.0, t_end: float =
 
 
 def add_noise(latent: Tensor, noise: Tensor, t_start: float, shift: float) -> Tensor:
-    """The latent (B, C, H, W) noised to `t_start`, from which `sample` goes on (image to image).
+    """Noises a latent (B, C, H, W) to `t_start`, from which `sample` goes on (image to image).
 
     At t_start = 1 the noise comes in at full strength, not at its weight b = 0.99995, so that an empty latent
     (zeros) gives the published start of text to image: the noise itself.
@@ -169,7 +169,7 @@ def add_noise(latent: Tensor, noise: Tensor, t_start: float, shift: float) -> Te
 
 
 def masked_denoise(mask: Tensor, latent: Tensor, noise: Tensor, denoise: Denoise) -> Denoise:
-    """Inpainting: outside the mask the network sees the given latent, noised, and predicts it.
+    """Wraps `denoise` for inpainting: outside the mask the network sees, and predicts, the original latent.
 
     mask: (B, 1, h, w), 1 where the picture may change; latent, noise: (B, C, h, w).
     """
@@ -177,8 +177,8 @@ def masked_denoise(mask: Tensor, latent: Tensor, noise: Tensor, denoise: Denoise
     def blended(x: Tensor, log_snr: Tensor) -> Tensor:
         level = log_snr.to(x.device)
         a, b = (per_image(value, x) for value in alpha_sigma(level))
-        seen = torch.lerp(a * latent + b * noise, x, mask)
-        x0 = torch.lerp(latent, undiffuse(seen, level, denoise(seen, log_snr)), mask)
+        visible = torch.lerp(a * latent + b * noise, x, mask)
+        x0 = torch.lerp(latent, undiffuse(visible, level, denoise(visible, log_snr)), mask)
         return (x - a * x0) / b  # the epsilon that leads from the sampler's own x to this x0
 
     return blended
@@ -197,7 +197,7 @@ def _begin(x: Tensor, log_snrs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _predict(denoise: Denoise, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """(x0, epsilon), like x, that the model sees at this level."""
+    """(x0, epsilon), each like x, predicted by the model at this level."""
     epsilon = denoise(x, level.expand(len(x))).to(x.dtype)
     return undiffuse(x, level, epsilon), epsilon
 

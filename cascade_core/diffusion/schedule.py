@@ -43,7 +43,7 @@ def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def noise_cond(log_snr: Tensor, shift: float = 1.0) -> Tensor:
-    """The time that the network is told: the t of the unshifted cosine schedule with this log-SNR, in [0, 1].
+    """The network's noise condition: the t in [0, 1] at which the unshifted cosine schedule has this log-SNR.
 
     A log-SNR from a shifted schedule is passed as it is; `shift` here undoes a shift first.
     """
@@ -69,13 +69,13 @@ def _cosine_constants(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def undiffuse(x: Tensor, log_snr: Tensor, epsilon: Tensor) -> Tensor:
-    """The clean latent x0 that a predicted epsilon means.  x, epsilon: (B, C, H, W); log_snr: (B,) or ()"""
+    """The clean latent x0 that follows from a predicted epsilon.  x, epsilon: (B, C, H, W); log_snr: (B,) or ()"""
     a, b = (per_image(value, x) for value in alpha_sigma(log_snr))
     return (at_least_float32(x) - at_least_float32(epsilon) * b) / a
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """The same values in float32, or in float64 where they are already."""
+    """Casts to float32; float64 stays."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

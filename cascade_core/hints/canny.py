@@ -61,9 +61,9 @@ def _strongest_gradient(pixels: Tensor) -> tuple[Tensor, Tensor]:
     dy = across[..., 2:, :] - across[..., :-2, :]
     best_dx, best_dy = dx[:, :1], dy[:, :1]
     for c in range(1, pixels.shape[1]):
-        other_dx, other_dy = dx[:, c : c + 1], dy[:, c : c + 1]
-        larger = other_dx.abs() + other_dy.abs() > best_dx.abs() + best_dy.abs()
-        best_dx, best_dy = torch.where(larger, other_dx, best_dx), torch.where(larger, other_dy, best_dy)
+        channel_dx, channel_dy = dx[:, c : c + 1], dy[:, c : c + 1]
+        larger = channel_dx.abs() + channel_dy.abs() > best_dx.abs() + best_dy.abs()
+        best_dx, best_dy = torch.where(larger, channel_dx, best_dx), torch.where(larger, channel_dy, best_dy)
     return best_dx, best_dy
 
 

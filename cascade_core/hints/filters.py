@@ -102,9 +102,9 @@ def identity_map(
     return result
 
 
-def _check_pictures(images: Tensor, what: str) -> None:
+def _check_pictures(images: Tensor, hint: str) -> None:
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise CascadeError(
-            f"{what} got images of shape {tuple(images.shape)}, {images.dtype}, but expects RGB images (B, 3, H, W) "
+            f"{hint} got images of shape {tuple(images.shape)}, {images.dtype}, but expects RGB images (B, 3, H, W) "
             "as floats in [0, 1]; convert them first."
         )

@@ -1,4 +1,4 @@
-"""Where a picture may change: masks at a latent's size, soft edges, room around a picture, and back together."""
+"""Masks for inpainting: at a latent's size, with soft edges, of room around a picture; and compositing."""
 
 from collections.abc import Sequence
 
@@ -13,20 +13,20 @@ from .filters import mask_of
 def latent_mask(mask: Tensor, batch: int, size: Sequence[int], grow: int = 0) -> Tensor:
     """A mask (B or 1, H, W) for a latent of h × w positions, (batch, 1, h, w): 0 or 1.
 
-    A position may change where half of it is masked, or, of a mask finer than the positions, half as much as of the
-    most masked one, and where it lies within `grow` positions of such a one.  By words alone, what is painted would
-    stray out of a grown mask and be cut off; where a ControlNet shows the hole, it stays there and needs the room.
+    A position may change if it is masked more than half as much as the most masked one, or lies within `grow`
+    positions of such a one.  Grow the mask only with the inpainting ControlNet; without it, content spills into the
+    grown area and is cut off.
     """
     mask = mask_of(mask, batch, (mask.shape[-2], mask.shape[-1])).clamp(0, 1)
     share = F.adaptive_avg_pool2d(mask, (size[0], size[1]))
-    found = (share > share.amax(dim=(1, 2, 3), keepdim=True) / 2).float()
-    return F.max_pool2d(found, 2 * grow + 1, stride=1, padding=grow)
+    changeable = (share > share.amax(dim=(1, 2, 3), keepdim=True) / 2).float()
+    return F.max_pool2d(changeable, 2 * grow + 1, stride=1, padding=grow)
 
 
 def expand(
     images: Tensor, left: int, top: int, right: int, bottom: int, feather: int
 ) -> tuple[Tensor, Tensor]:
-    """A picture with room around it, and the mask of what is to be painted.
+    """Adds room around a picture, and gives the mask of what is to be painted.
 
     images: (B, C, H, W) -> (B, C, top + H + bottom, left + W + right), its borders drawn out, and a mask (1, H', W'):
     1 in the new part, falling to 0 over `feather` pixels of the old one.
@@ -42,7 +42,7 @@ def expand(
 
 
 def _distances(length: int, before: int, after: int, feather: int) -> Tensor:
-    """0 in the room before and after, rising to 1 within `feather` of it; sides without room do not count."""
+    """Ramp over a side: 0 in the room, rising to 1 within `feather` of it; ends without room do not count."""
     position = torch.arange(length) + 0.5
     inside = torch.ones(length)
     for room, distance in ((before, position), (after, length - position)):
@@ -52,9 +52,9 @@ def _distances(length: int, before: int, after: int, feather: int) -> Tensor:
 
 
 def fade_inwards(mask: Tensor, width: int) -> Tensor:
-    """A mask (B, 1, H, W) that rises from 0 at its edge to its own value `width` pixels inside; never outside it.
+    """Softens a mask (B, 1, H, W) inwards: from 0 at its edge to its own value `width` pixels inside.
 
-    The picture's own border is no edge.
+    The picture's border is not an edge.
     """
     outside = 1 - mask.clamp(0, 1)
     total = outside.clone()
@@ -65,7 +65,7 @@ def fade_inwards(mask: Tensor, width: int) -> Tensor:
 
 
 def composite(result: Tensor, source: Tensor, mask: Tensor, feather: int) -> Tensor:
-    """The result inside the mask, the source itself, bit for bit, wherever the mask is 0.
+    """Blends the result into the source by a mask; where it is 0, the source stays bit for bit.
 
     result: (B, C, h, w), resized to the source; source: (B or 1, C, H, W); mask: (B or 1, h, w); feather: pixels
     inside the mask over which the one becomes the other -> (B, C, H, W).

@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ..adapters.apply import Patch, Steps, changes_by_layer, check_fit, layer_of, stepped
+from ..adapters.apply import Patch, Steps, apply_steps, changes_by_layer, check_shape, layer_of
 from .stream import WeightStream
 from .units import UNIT_BYTES, Unit, split_into_units
 
@@ -86,7 +86,7 @@ class Placement:
         changes: dict[Unit, dict[int, LayerChange]] = {}
         for name, steps in changes_by_layer(patches).items():
             layer, weight = layer_of(network, name, steps[0][0])
-            check_fit(weight.shape, name, steps)
+            check_shape(weight.shape, name, steps)
             unit, index = self._weights[layer]
             changes.setdefault(unit, {})[index] = LayerChange(layer, steps)
         return changes
@@ -102,4 +102,4 @@ def swap_parameters(unit: Unit, changes: UnitChanges | None) -> None:
 def patch_unit(weights: Sequence[Tensor], changes: UnitChanges | None) -> None:
     """Patches a unit's weights in place, computed in float32 as `patched` does."""
     for index, change in (changes or {}).items():
-        weights[index].copy_(stepped(weights[index], change.steps))
+        weights[index].copy_(apply_steps(weights[index], change.steps))

@@ -1,4 +1,4 @@
-"""What CLIP's text and image encoders share: their configuration, and how their files are read.
+"""Configuration and files of CLIP's text and image encoders.
 
 State-dict names are Hugging Face's (`text_model.*`, `vision_model.*`), as in the published files.
 """
@@ -102,29 +102,29 @@ def load_clip(
     """
     file = weights_file(path, part)
     tensors, metadata = read_weights(file, part)
-    own = {
+    weights = {
         name: tensor
         for name, tensor in tensors.items()
         if name.startswith((f"{part}_model.", f"{PROJECTION[part]}."))
         and not name.endswith(".position_ids")  # a constant that old files carry
     }
-    if not own:
+    if not weights:
         raise CascadeError(
             f"{_describe(file, tensors, metadata)}, but a {ENCODER_NAME[part]} is expected here; choose one."
         )
     try:
         beside = file.with_name("config.json") if in_model_folder(path) else None
         config = _stated_config(metadata, beside, part)
-        config = {**_inferred_config(own, part, optional=bool(config)), **config}
-        return fill_clip(_build_on_meta(build, config), converted(own, dtype))
+        config = {**_inferred_config(weights, part, optional=bool(config)), **config}
+        return fill_clip(_build_on_meta(build, config), converted(weights, dtype))
     except CascadeError as error:
         raise CascadeError(f"{file}: {error}") from None
 
 
 def fill_clip(model: Model, tensors: Mapping[str, Tensor]) -> Model:
-    """Give a model built on the meta device these tensors as its own, with no copy; for inference.
+    """Fills a model on the meta device with these tensors, without a copy; for inference.
 
-    Raises CascadeError where names or shapes differ.
+    Raises CascadeError if names or shapes differ.
     """
     load_published_state_dict(model, tensors)
     for module in model.modules():
@@ -140,9 +140,9 @@ def weights_file(path: str | Path, part: str) -> Path:
     located = locate(path, part)
     if not located.is_dir():
         return located  # whether it exists and what it is, its reader says
-    found = ", ".join(file.name for file in sorted(located.glob("*.safetensors"))) or "none"
+    files = ", ".join(file.name for file in sorted(located.glob("*.safetensors"))) or "none"
     raise CascadeError(
-        f"{path} holds no model.safetensors and not exactly one other safetensors file (found: {found}); "
+        f"{path} holds no model.safetensors and not exactly one other safetensors file (found: {files}); "
         "name the file itself."
     )
 
@@ -156,14 +156,16 @@ def in_model_folder(path: str | Path) -> bool:
     return path.is_dir() or path.name.startswith("model")
 
 
-def explain_non_finite(model: nn.Module, output: Tensor, what: str) -> None:
-    """Raise CascadeError, with the tensor at fault, where an encoder's output holds NaN or infinity."""
+def explain_non_finite(model: nn.Module, output: Tensor, encoder: str) -> None:
+    """Raises CascadeError, naming the tensor at fault, if an encoder's output holds NaN or infinity."""
     if torch.isfinite(output).all():
         return
     name = first_non_finite(model)
     if name is not None:
-        raise CascadeError(f"The {what}'s tensor {name} holds NaN or infinity; download its file again.")
-    raise CascadeError(f"The {what} overflows in {next(model.parameters()).dtype}; load it in bf16 or fp32.")
+        raise CascadeError(f"The {encoder}'s tensor {name} holds NaN or infinity; download its file again.")
+    raise CascadeError(
+        f"The {encoder} overflows in {next(model.parameters()).dtype}; load it in bf16 or fp32."
+    )
 
 
 def _infer_transformer(shapes: Shapes, part: str) -> dict[str, Any]:
@@ -188,9 +190,9 @@ def _infer_transformer(shapes: Shapes, part: str) -> dict[str, Any]:
 def _shape(shapes: Shapes, part: str, name: str, dimensions: int) -> Sequence[int]:
     if name in shapes and len(shapes[name]) == dimensions:
         return shapes[name]
-    found = f"{name} has the shape {tuple(shapes[name])}" if name in shapes else f"it lacks {name}"
+    problem = f"{name} has the shape {tuple(shapes[name])}" if name in shapes else f"it lacks {name}"
     raise CascadeError(
-        f"not a {ENCODER_NAME[part]} with its projection, under Hugging Face's names: {found}."
+        f"not a {ENCODER_NAME[part]} with its projection, under Hugging Face's names: {problem}."
     )
 
 

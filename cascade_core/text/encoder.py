@@ -55,17 +55,17 @@ def build_text_model(
 
     end = config["vocab_size"] - 1
     tokens = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
-    known = {key: config[key] for key in CONFIG_KEYS["text"] if key in config}
+    stated = {key: config[key] for key in CONFIG_KEYS["text"] if key in config}
     with torch.device(device or torch.get_default_device()):
         return CLIPTextModelWithProjection(
-            CLIPTextConfig(**{"attn_implementation": "sdpa", **tokens, **known})
+            CLIPTextConfig(**{"attn_implementation": "sdpa", **tokens, **stated})
         )
 
 
 def encode_tokens(
     model: CLIPTextModelWithProjection, tokens: Tensor, end_token: int, learned: TokenTable | None = None
 ) -> TextStates:
-    """Run the encoder on chunks of tokens; differentiable, for training too. One thread at a time.
+    """Runs the encoder on chunks of tokens; differentiable, for training too.  Not thread-safe.
 
     tokens: (N, T) ids, an end token in every row -> states (N, T, C) before the final norm, pooled (N, P).
     """
@@ -76,12 +76,12 @@ def encode_tokens(
     before_norm: list[Tensor] = []
     final_norm = model.text_model.final_layer_norm
     hooks = [final_norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))]
-    known = tokens
+    input_ids = tokens
     if learned is not None:
-        known, embedding = learned.known(tokens), model.text_model.embeddings.token_embedding
+        input_ids, embedding = learned.in_vocabulary(tokens), model.text_model.embeddings.token_embedding
         hooks.append(embedding.register_forward_hook(lambda _, __, embedded: learned.embed(tokens, embedded)))
     try:
-        model.text_model(input_ids=known, attention_mask=mask.long())
+        model.text_model(input_ids=input_ids, attention_mask=mask.long())
     finally:
         for hook in hooks:
             hook.remove()
@@ -120,9 +120,9 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], learned: Sequence[LearnedToken] = ()) -> TextStates:
-        """Encode prompts together, each distinct chunk once, on the model's device.
+        """Encodes prompts together, each distinct chunk once, on the model's device.
 
-        learned: tokens beside the vocabulary's, and changes of those.
+        learned: tokens outside the vocabulary, and changes of tokens in it.
 
         A prompt's chunks are joined along the positions. A prompt of fewer chunks than the longest is
         followed by chunks of the empty prompt; its own positions hold what it gives alone. A token's weight

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class LearnedToken:
-    """What a file teaches about one token.
+    """A token as an adapter or an embedding file defines it.
 
     name      in the prompt, such as "[fernando]"; "" for a change of a token that the vocabulary has
     vectors   (V, C) float32: one or more rows, which stand in the prompt one after the other
@@ -62,16 +62,19 @@ class TokenTable:
         """(K, C): those learned at the one end, `absent` for the others."""
         rows = [torch.empty(0, width)]
         for name, ends in named.items():
-            there = ends.get(output, next(iter(ends.values()))[:0])
-            rows.append(F.pad(there, (0, 0, 0, len(self.ids[name]) - len(there)), value=absent))
+            learned = ends.get(output, next(iter(ends.values()))[:0])
+            rows.append(F.pad(learned, (0, 0, 0, len(self.ids[name]) - len(learned)), value=absent))
         return torch.cat(rows[1:] or rows)
 
-    def known(self, tokens: Tensor) -> Tensor:
-        """(N, T), the learned ones replaced by one that the vocabulary has."""
+    def in_vocabulary(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, T) with the learned ones replaced by one that the vocabulary has."""
         return tokens.where(tokens < self.first, 0)
 
     def embed(self, tokens: Tensor, embedded: Tensor) -> Tensor:
-        """What the encoder begins with, (N, T, C): tokens (N, T), and what its matrix gives for `known(tokens)`."""
+        """Input embeddings (N, T, C) with changed and learned rows.
+
+        tokens: (N, T); embedded: (N, T, C), the matrix's rows for `in_vocabulary(tokens)`.
+        """
         for token, change in self.changes.items():
             embedded = embedded + (tokens == token).unsqueeze(-1) * change.to(embedded)
         return self._put(tokens, self.inputs, embedded)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from cascade_nodes.cascade_core import CascadeError, StageC, load_published_state_dict
 from cascade_nodes.cascade_core.adapters import LowRank
-from cascade_nodes.cascade_core.adapters.apply import Patch, changed_weight, check_finite, patched
+from cascade_nodes.cascade_core.adapters.apply import Patch, changed_weight, patched
+from cascade_nodes.cascade_core.adapters.compatibility import check_finite_changes
 from cascade_nodes.tests.golden_weights import read_golden, relative_error
 
 LORA, ABOUT = read_golden("stage_c_lora")
@@ -220,7 +221,7 @@ def test_what_does_not_fit_is_named(stage_c, layer, change, words):
 @pytest.mark.parametrize("part", ["down", "up", "magnitude"])
 def test_nan_is_named(part):
     whole = LowRank(randn(2, 6), randn(8, 2), magnitude=torch.ones(8, 1))
-    check_finite({"a.b": whole}, "a.safetensors")
+    check_finite_changes({"a.b": whole}, "a.safetensors")
     broken = replace(whole, **{part: torch.tensor([[torch.nan]])})
     with pytest.raises(CascadeError, match=rf"a.safetensors holds NaN or infinity in {part} of a\.b"):
-        check_finite({"a.b": broken}, "a.safetensors")
+        check_finite_changes({"a.b": broken}, "a.safetensors")

@@ -1,9 +1,10 @@
-"""Whether an adapter fits a network, and what its file holds, in words."""
+"""Compatibility of an adapter with a network, and the contents of its file in words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from ..errors import CascadeError
@@ -15,9 +16,9 @@ _NETWORKS = {"stage_c": "Stage C", "text": "text encoder"}
 
 
 def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = "stage_c") -> None:
-    """Raises CascadeError, with counts and sizes, where the adapter changes what this network does not have.
+    """Raises CascadeError, with counts and sizes, unless the network has every layer that the adapter changes.
 
-    part: "stage_c" or "text", whose changes they are.
+    part: "stage_c" or "text", which of the adapter's changes are meant.
     """
     shapes = stage_c_shapes(network) if isinstance(network, StageCConfig) else weight_shapes(network)
     changes: Mapping[str, LowRank] = getattr(adapter, part)
@@ -27,37 +28,45 @@ def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = 
     ]
     if not missing and not misshapen:
         return
-    what = _NETWORKS[part]
+    network_name = _NETWORKS[part]
     problems = []
     if missing:
         problems.append(f"{len(missing)} do not exist in it ({listed(missing)})")
     if misshapen:
         first, change = misshapen[0], changes[misshapen[0]]
-        sizes = f"{_by(change.delta_shape)} instead of {_by(shapes[first])}"
+        sizes = f"{_product(change.delta_shape)} instead of {_product(shapes[first])}"
         problems.append(f"{len(misshapen)} have another size ({first}: {sizes})")
     raise CascadeError(
-        f"{adapter.name} is a LoRA for another {what}: of the {len(changes)} layers that it changes "
-        f"{' and '.join(problems)}; use it with the {what} that it was made for, or choose another LoRA."
+        f"{adapter.name} is a LoRA for another {network_name}: of the {len(changes)} layers that it changes "
+        f"{' and '.join(problems)}; use it with the {network_name} that it was made for, or choose another LoRA."
     )
 
 
-def _by(shape: Iterable[int]) -> str:
+def check_finite_changes(changes: Mapping[str, LowRank], name: str) -> None:
+    """Raises CascadeError, naming the adapter, where a change holds NaN or infinity. Reads every tensor."""
+    for layer, change in changes.items():
+        for part, tensor in {"down": change.down, "up": change.up, "magnitude": change.magnitude}.items():
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise CascadeError(f"{name} holds NaN or infinity in {part} of {layer}; download it again.")
+
+
+def _product(shape: Iterable[int]) -> str:
     return " × ".join(map(str, shape))
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first few names, and a sign that there are more."""
+    """Joins the first few names, with an ellipsis if there are more."""
     names = list(names)
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def describe_adapter(adapter: Adapter) -> str:
-    """Such as "x.safetensors (kohya): 128 layers of Stage C, 24 of the text encoder, rank 4, 1 token ([star])"."""
+    """Describes an adapter: "x.safetensors (kohya): 128 layers of Stage C, rank 4, 1 learned token ([star])"."""
     changes = [*adapter.stage_c.values(), *adapter.text.values()]
     ranks = sorted({change.rank for change in changes})
     decomposed = sum(change.magnitude is not None for change in changes)
     names = dict.fromkeys(token.name or f"vocabulary's {token.index}" for token in adapter.tokens)
-    held = [
+    contents = [
         (len(adapter.stage_c), f"{len(adapter.stage_c)} layers of Stage C"),
         (len(adapter.text), f"{len(adapter.text)} layers of the text encoder"),
         (
@@ -67,11 +76,11 @@ def describe_adapter(adapter: Adapter) -> str:
         (decomposed, f"DoRA magnitudes of {decomposed}"),
         (len(names), f"{len(names)} learned token{'s' * (len(names) > 1)} ({listed(names)})"),
     ]
-    return f"{adapter.name} ({adapter.dialect}): {', '.join(text for count, text in held if count)}"
+    return f"{adapter.name} ({adapter.dialect}): {', '.join(text for count, text in contents if count)}"
 
 
 def describe_unknown(adapter: Adapter) -> str | None:
-    """What of the file is left out, in a sentence; None where all of it is known."""
+    """Names the tensors of the file that are left out, in a sentence; None if there are none."""
     if not adapter.unknown:
         return None
     count = len(adapter.unknown)
