@@ -44,10 +44,10 @@ from cascade_nodes.cascade_core.training.settings import (
     Settings,
     TrainSettings,
 )
-from cascade_nodes.cascade_core.training.tasks.base import Task
 from cascade_nodes.cascade_core.training.tasks.conditions import CachedText
 from cascade_nodes.cascade_core.training.tasks.controlnet import ControlNetTask, published_blocks
 from cascade_nodes.cascade_core.training.tasks.lora import LoRATask
+from cascade_nodes.cascade_core.training.tasks.stage_c import StageCTask
 from machine import describe_machine, print_table
 
 CAPTIONS = [f"caption {number}" for number in range(64)]
@@ -123,7 +123,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         torch.manual_seed(0)
         stage_c = random_stage_c(options.size, dtype, device)
         text = CachedText(cast(Any, RandomText(stage_c.config)), CAPTIONS, device)
-        task: Task
+        task: StageCTask
         if name == "lora":
             task = LoRATask(stage_c, text, LoRASettings(rank=options.rank), ObjectiveSettings(), dtype)
         else:

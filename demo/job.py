@@ -14,20 +14,23 @@ from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
 from cascade_nodes.cascade_core.networks.layers import AttnBlock, ResBlock, TimestepBlock
 from cascade_nodes.cascade_core.networks.stage_a import MixingResidualBlock
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
-from cascade_nodes.cascade_core.training.trainer import Settings, Trainer
+from cascade_nodes.cascade_core.training.loop import Loop, Progress, build_accelerator
+from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
 from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.dataset import for_compressor, pictures
+from cascade_nodes.demo.network_task import NetworkTask, RandomRows, RunSettings
 from cascade_nodes.demo.world import Scene, sample_scenes
 
 COMPILED = (ResBlock, AttnBlock, TimestepBlock, MixingResidualBlock)
 PART = 8192  # scenes that are drawn at a time
+LOG_EVERY, CHECKPOINT_EVERY = 50, 1000  # steps
 
 
 @dataclass
 class Job:
     """One run: where it reads and writes, on what, for how long."""
 
-    settings: Settings
+    settings: TrainSettings
     folder: Path  # checkpoint and log
     weights: Path  # what was trained before
     out: Path  # what this run gives
@@ -49,32 +52,58 @@ class Job:
                     block.compile()
         return network
 
-    def batch(self, data: Tensor) -> Tensor:
-        """Random row numbers of `data`; the trainer seeds each step."""
-        return torch.randint(len(data), (self.settings.batch_size,)).to(data.device)
-
     def train(
-        self, networks: dict[str, nn.Module], loss: Callable, groups: dict[str, float] | None = None
-    ) -> nn.ModuleDict:
-        """Runs the trainer and gives the averaged networks."""
-        trainer = Trainer(networks, self.settings, self.folder, groups)
-        trainer.resume()
-        if self.fit is not None and trainer.step < self.settings.warmup:
-            self._fit(trainer, loss)
-        trainer.run(loss, minutes=self.minutes)
-        return trainer.average
+        self,
+        networks: dict[str, nn.Module],
+        loss: Callable[[Tensor], dict[str, Tensor]],
+        rows: int,
+        learning_rates: dict[str, float] | None = None,
+    ) -> dict[str, nn.Module]:
+        """Train by loss(random indices of so many rows); returns the networks with their averaged weights."""
+        task = NetworkTask(networks, loss, self.settings.precision == "bf16", learning_rates)
+        settings = RunSettings(self.settings, self._output())
+        data = RandomRows(rows, self.settings.seed)
+        loop = Loop(task, data, settings, build_accelerator(), self._print_progress)
+        loop.resume()
+        if self.fit is not None and loop.step < self.settings.warmup:
+            self._fit(loop)
+        if self.minutes is not None:
+            deadline = time.monotonic() + self.minutes * 60
+            loop.stop = lambda: time.monotonic() >= deadline
+        if loop.stop():
+            loop.save()
+        else:
+            loop.run()
+        task.trained.load_state_dict(loop.state)
+        task.trained.eval()
+        return networks
 
-    def _fit(self, trainer: Trainer, loss: Callable) -> None:
-        """Sets the number of steps so that training takes about `fit` minutes; the warm-up does not depend on it."""
+    def _output(self) -> OutputSettings:
+        return OutputSettings(str(self.out), str(self.folder), LOG_EVERY, CHECKPOINT_EVERY)
+
+    def _print_progress(self, progress: Progress) -> None:
+        terms = " ".join(f"{name} {value:.4g}" for name, value in progress.terms.items())
+        speed = f"{progress.steps_per_second:.3g} steps/s"
+        print(f"{self.folder.name} {progress.step}/{progress.steps} {speed} {terms}", flush=True)
+
+    def _fit(self, loop: Loop) -> None:
+        """Set the number of steps so that training takes about `fit` minutes; the warm-up does not depend on it."""
         assert self.fit is not None
         began = time.monotonic()
-        trainer.run(loss, until=60)  # compiles
+        self._run_to(loop, 60)  # compiles
         warm = time.monotonic()
-        trainer.run(loss, until=160)
+        self._run_to(loop, 160)
         left = self.fit * 60 - (time.monotonic() - began)
-        steps = 160 + int(left / (time.monotonic() - warm) * 100)
-        trainer.settings = replace(self.settings, steps=max(steps, 200))
-        print(f"{self.folder.name}: {trainer.settings.steps} steps in {self.fit} minutes", flush=True)
+        steps = max(160 + int(left / (time.monotonic() - warm) * 100), 200)
+        loop.settings = self._with_steps(steps)
+        print(f"{self.folder.name}: {steps} steps in {self.fit} minutes", flush=True)
+
+    def _run_to(self, loop: Loop, step: int) -> None:
+        loop.settings = self._with_steps(step)
+        loop.run()
+
+    def _with_steps(self, steps: int) -> RunSettings:
+        return RunSettings(replace(self.settings, steps=steps), self._output())
 
     def load(self, name: str) -> Any:
         path = self.weights / f"demo_{name}.safetensors"

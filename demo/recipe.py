@@ -1,6 +1,8 @@
 """The demo cascade in numbers: each network's configuration and how it is trained."""
 
-from cascade_nodes.cascade_core.training.trainer import Settings
+from typing import Any
+
+from cascade_nodes.cascade_core.training.settings import TrainSettings
 
 PICTURE = 256  # pixels
 COMPRESSED = 192  # what the compressor sees: 32 times the latent's 6 × 6
@@ -49,10 +51,16 @@ STAGE_B = {
     "kernel_size": 3, "dropout": [0, 0, 0], "self_attn": True, "t_conds": ["sca"],
 }  # fmt: skip
 
+# In bf16 but for Stage A; kernels are the fastest ones, not the deterministic ones.
+TRAINED: dict[str, Any] = {
+    "warmup": 200, "final_learning_rate": 0.02, "precision": "bf16", "deterministic": False,
+}  # fmt: skip
 SETTINGS = {
-    "stage_a": Settings(steps=1_962, learning_rate=2e-3, batch_size=64, weight_decay=0.0, bf16=False),
-    "compressor": Settings(steps=3_067, learning_rate=2e-3, batch_size=256),
-    "clip": Settings(steps=4_599, learning_rate=1e-3, batch_size=1024, weight_decay=0.05),
-    "stage_b": Settings(steps=6_253, learning_rate=1e-3, batch_size=256, ema=0.9995),
-    "stage_c": Settings(steps=8_819, learning_rate=1e-3, batch_size=1024, ema=0.9995),
+    "stage_a": TrainSettings(
+        steps=1_962, learning_rate=2e-3, batch_size=64, weight_decay=0.0, **{**TRAINED, "precision": "fp32"}
+    ),
+    "compressor": TrainSettings(steps=3_067, learning_rate=2e-3, batch_size=256, **TRAINED),
+    "clip": TrainSettings(steps=4_599, learning_rate=1e-3, batch_size=1024, weight_decay=0.05, **TRAINED),
+    "stage_b": TrainSettings(steps=6_253, learning_rate=1e-3, batch_size=256, ema=0.9995, **TRAINED),
+    "stage_c": TrainSettings(steps=8_819, learning_rate=1e-3, batch_size=1024, ema=0.9995, **TRAINED),
 }

@@ -21,14 +21,15 @@ from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model, encode_tokens
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary
-from cascade_nodes.cascade_core.training.initialise import initialise_stage_a, initialise_unet
-from cascade_nodes.cascade_core.training.losses import contrastive_loss, diffusion_loss, stage_a_loss
+from cascade_nodes.cascade_core.training.losses import diffusion_loss
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder, build_vision_model
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.dataset import as_float, captions, contrasts, for_compressor, pictures, resized
 from cascade_nodes.demo.detail import DetailDecoder
+from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet
 from cascade_nodes.demo.job import PART, Job, export_text_encoder, in_parts, semantic_latents
+from cascade_nodes.demo.losses import contrastive_loss, stage_a_loss
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -42,7 +43,7 @@ def train_stage_a(job: Job) -> None:
     nn.init.constant_(norm.requires_grad_(False).get_parameter("weight"), recipe.STAGE_A["scale_factor"])
     job.compile(model)
     average = job.train(
-        {"stage_a": model}, lambda step: stage_a_loss(model, as_float(images[job.batch(images)]))
+        {"stage_a": model}, lambda rows: stage_a_loss(model, as_float(images[rows])), len(images)
     )
     job.export("demo_stage_a.safetensors", "stage_a", average["stage_a"], recipe.STAGE_A)
 
@@ -60,8 +61,8 @@ def train_compressor(job: Job) -> None:
     }
     compressor, previewer, detail = (job.compile(network) for network in networks.values())
 
-    def loss(step: int) -> dict[str, Tensor]:
-        batch = images[job.batch(images)]
+    def loss(rows: Tensor) -> dict[str, Tensor]:
+        batch = images[rows]
         latent = compressor(for_compressor(batch))  # (B, 16, 6, 6)
         # Noise makes near latents mean near pictures, which Stage C can then hit.
         latent = latent + 0.15 * torch.randn_like(latent)
@@ -79,7 +80,7 @@ def train_compressor(job: Job) -> None:
             "detail": detail_loss,
         }
 
-    average = job.train(networks, loss)
+    average = job.train(networks, loss, len(images))
     job.export("demo_compressor.safetensors", "compressor", average["compressor"], recipe.COMPRESSOR)
     job.export("demo_previewer.safetensors", "previewer", average["previewer"], recipe.PREVIEWER)
 
@@ -101,15 +102,14 @@ def train_clip(job: Job) -> None:
     }
     text_model, image_model, scale = networks.values()
 
-    def loss(step: int) -> dict[str, Tensor]:
-        rows = job.batch(images)
+    def loss(rows: Tensor) -> dict[str, Tensor]:
         image = image_model(pixel_values=(as_float(images[rows]) - mean) / std).image_embeds  # (B, E)
         tokens = texts[rows].long()  # (B, 1 + N, T)
         pooled = encode_tokens(text_model, tokens.flatten(0, 1), tokenizer.end_token).pooled
         pooled = pooled.unflatten(0, tokens.shape[:2])  # (B, 1 + N, E)
         return contrastive_loss(image, pooled[:, 0], pooled[:, 1:], scale[0])
 
-    average = job.train(networks, loss)
+    average = job.train(networks, loss, len(images))
     job.export("demo_image_encoder.safetensors", "image_encoder", average["image"], vision_config)
     export_text_encoder(job, average["text"], text_config, tokenizer)
 
@@ -139,10 +139,8 @@ def train_stage_c(job: Job) -> None:
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network = job.compile(model)
 
-    def loss(step: int) -> dict[str, Tensor]:
-        rows = job.batch(latents)
-        count = len(rows)
-        chance = torch.rand(3, count, device=job.device)
+    def loss(rows: Tensor) -> dict[str, Tensor]:
+        chance = torch.rand(3, len(rows), device=job.device)
         with_image = chance[0] < 0.3
         without_text = torch.where(with_image, chance[1] < 0.5, chance[1] < 0.1)
         pick = (chance[2] * texts.shape[1]).long()
@@ -155,7 +153,7 @@ def train_stage_c(job: Job) -> None:
 
         return diffusion_loss(predict, latents[rows])
 
-    average = job.train({"stage_c": model, "text": text_model}, loss, groups={"text": 0.5})
+    average = job.train({"stage_c": model, "text": text_model}, loss, len(latents), {"text": 0.5})
     job.export("demo_stage_c.safetensors", "stage_c", average["stage_c"], recipe.STAGE_C)
     export_text_encoder(job, average["text"], {**recipe.TEXT, "vocab_size": len(tokenizer)}, tokenizer)
 
@@ -184,8 +182,7 @@ def train_stage_b(job: Job) -> None:
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network = job.compile(model)
 
-    def loss(step: int) -> dict[str, Tensor]:
-        rows = job.batch(latents)
+    def loss(rows: Tensor) -> dict[str, Tensor]:
         chance = torch.rand(3, len(rows), 1, device=job.device)
         clip = pooled[torch.where(chance[0, :, 0] < 0.25, rows.roll(1), rows)] * (chance[1] < 0.5)
         effnet = conditions[rows]
@@ -196,7 +193,7 @@ def train_stage_b(job: Job) -> None:
             lambda noised, r: network(noised, r, effnet, clip[:, None]), latents[rows].float()
         )
 
-    average = job.train({"stage_b": model}, loss)
+    average = job.train({"stage_b": model}, loss, len(latents))
     job.export("demo_stage_b.safetensors", "stage_b", average["stage_b"], recipe.STAGE_B)
 
 

@@ -115,18 +115,14 @@ def train_file(task: Any, role: str, given: dict[str, Any], own: dict[str, Any])
         values[section] = {**values[section], **more} if mixed else more
     resolved = resolve(settings_of(values, task, "settings"), Path.cwd(), find)
     with host().training() as (report, stop):
-        try:
-            train(
-                resolved,
-                host().notify,
-                lambda progress: report(progress.step, progress.steps),
-                report,
-                stop,
-                fresh=not interrupted(resolved),
-            )
-        except KeyboardInterrupt:  # while latents were cached
-            if not stop():
-                raise
+        train(
+            resolved,
+            host().notify,
+            lambda progress: report(progress.step, progress.steps),
+            report,
+            stop,
+            fresh=not interrupted(resolved),
+        )
     return io.NodeOutput(name)
 
 

@@ -1,9 +1,9 @@
 """Exponential moving average of weights, with a warm-up so that short runs are not held back by their first steps."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def ema_decay(step: int, decay: float) -> float:
@@ -11,27 +11,20 @@ def ema_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-@torch.no_grad()
-def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Moves `average` towards `model`; buffers (BatchNorm's statistics) are copied."""
-    mine: list[torch.Tensor] = list(average.parameters())
-    theirs: list[torch.Tensor] = list(model.parameters())
-    torch._foreach_lerp_(mine, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-    for buffer, new in zip(average.buffers(), model.buffers(), strict=True):
-        buffer.copy_(new)
+class EMA:
+    """The average of a state's tensors. copied: names that are copied instead, as is what is not floating point."""
 
-
-class Average:
-    """The average of a state's tensors; what is not floating point is copied."""
-
-    def __init__(self, state: Mapping[str, Tensor], decay: float):
-        self.decay = decay
+    def __init__(self, state: Mapping[str, Tensor], decay: float, copied: Collection[str] = ()):
+        self.decay, self.copied = decay, frozenset(copied)
         self.tensors = {name: value.detach().clone() for name, value in state.items()}
 
     @torch.no_grad()
     def update(self, state: Mapping[str, Tensor], step: int) -> None:
-        moving = [name for name, value in state.items() if value.is_floating_point()]
-        mine, theirs = [self.tensors[name] for name in moving], [state[name] for name in moving]
-        torch._foreach_lerp_(mine, theirs, 1 - ema_decay(step, self.decay))  # pyright: ignore[reportPrivateImportUsage]
-        if still := sorted(state.keys() - set(moving)):
-            torch._foreach_copy_([self.tensors[name] for name in still], [state[name] for name in still])  # pyright: ignore[reportPrivateImportUsage]
+        """Move the average towards the state after `step`, counted from 0."""
+        averaged = [
+            name for name, value in state.items() if value.is_floating_point() and name not in self.copied
+        ]
+        averages, values = [self.tensors[name] for name in averaged], [state[name] for name in averaged]
+        torch._foreach_lerp_(averages, values, 1 - ema_decay(step, self.decay))  # pyright: ignore[reportPrivateImportUsage]
+        if copied := sorted(state.keys() - set(averaged)):
+            torch._foreach_copy_([self.tensors[name] for name in copied], [state[name] for name in copied])  # pyright: ignore[reportPrivateImportUsage]

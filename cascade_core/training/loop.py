@@ -13,47 +13,60 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CascadeError
-from .data.batches import Batch
 from .determinism import deterministic_kernels
-from .ema import Average
+from .ema import EMA
 from .log import CURVE, Log, draw_curve
 from .optimisers import build_optimiser, learning_rate
-from .settings import Settings
-from .state import STATE, fill, load_optimiser, optimiser_tensors, read_state, write_state
+from .settings import OutputSettings, TrainSettings
+from .state import STATE, copy_into, load_optimiser, optimiser_tensors, read_state, write_state
 from .tasks.base import Inputs, State, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Made = tuple[Inputs, "torch.cuda.Event | None"]  # a batch, and when it is there
+AnyTask = TypeVar("AnyTask", bound=Task)
+Prepared = tuple[
+    Inputs, "torch.cuda.Event | None"
+]  # a batch on the accelerator, and the event after its copies
 
-AHEAD = 3  # batches that are prepared while a step runs
+PREFETCHED = 3  # batches that are prepared while a step runs
 CURVE_SECONDS = 20.0  # between two drawings of the curve
 
 
 class Batches(Protocol):
     """Where batches come from: `TrainingData`, or anything that gives the same batch for the same arguments."""
 
-    def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Batch: ...
+    def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Any: ...
+
+
+class LoopSettings(Protocol):
+    """The part of `Settings` that the loop reads."""
+
+    @property
+    def train(self) -> TrainSettings: ...
+    @property
+    def output(self) -> OutputSettings: ...
+    def as_json(self) -> str: ...
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Said once in `log_every` steps. seconds_left: None where it is not known yet."""
+    """Reported once in `log_every` steps. seconds_left: None where it is not known yet; terms: of the loss, by name."""
 
     step: int
     steps: int
     loss: float
     steps_per_second: float
     seconds_left: float | None
+    terms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def build_accelerator(accumulate: int = 1) -> Accelerator:
     return Accelerator(gradient_accumulation_steps=accumulate)
 
 
-class Loop:
+class Loop(Generic[AnyTask]):
     """Trains a task to the end of its settings, or until it is stopped.
 
     report   called with the progress
@@ -91,9 +104,9 @@ class Loop:
 
     def __init__(
         self,
-        task: Task,
+        task: AnyTask,
         data: Batches,
-        settings: Settings,
+        settings: LoopSettings,
         accelerator: Accelerator,
         report: Callable[[Progress], None] = lambda progress: None,
         stop: Callable[[], bool] = lambda: False,
@@ -106,27 +119,28 @@ class Loop:
         self.step = 0
         self.optimiser = build_optimiser(task.groups(), settings.train)
         self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        copied = () if task.average_buffers else dict(task.trained.named_buffers())
         ema = settings.train.ema
-        self.average = Average(task.trained.state_dict(), ema) if ema else None
+        self.average = EMA(task.trained.state_dict(), ema, copied) if ema else None
 
     @property
     def state(self) -> State:
-        """What the run is for: the average where one is kept."""
+        """The result of the run: the average where one is kept, else the weights themselves."""
         return self.average.tensors if self.average else self.task.trained.state_dict()
 
     def run(self) -> Outcome:
-        """Goes on from the folder's checkpoint where there is one."""
+        """Train from the present step on, then write a checkpoint."""
         train, output = self.settings.train, self.settings.output
-        began, first, stopped = time.monotonic(), self.step, False
+        started, first_step, stopped = time.monotonic(), self.step, False
         if self.accelerator.is_main_process:
             self.log = Log(self.folder, self.step)
-        window = _Window(self.task.device)
+        means = _RunningMeans()
         drawn = time.monotonic()
-        with deterministic_kernels(train.deterministic), self._prepared() as prepared:
+        with deterministic_kernels(train.deterministic), self._prefetching() as next_inputs:
             while self.step < train.steps and not stopped:
-                window.add(self._update(prepared))
+                means.add(self._update(next_inputs))
                 if self.step % output.log_every == 0 or self.step == train.steps:
-                    self._tell(window.take(self._mean), began, first)
+                    self._report(means.take(self._mean), started, first_step)
                     if time.monotonic() - drawn > CURVE_SECONDS:
                         drawn = time.monotonic()
                         self._draw()
@@ -139,47 +153,50 @@ class Loop:
         self._draw()
         cuda = self.task.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.task.device) if cuda else 0
-        return Outcome(self.step, self.step >= train.steps, time.monotonic() - began, peak)
+        return Outcome(self.step, self.step >= train.steps, time.monotonic() - started, peak)
 
     @contextmanager
-    def _prepared(self) -> Iterator[Callable[[], Inputs]]:
-        """Gives the next batch, on the accelerator; the ones after it are made in a thread of their own.
+    def _prefetching(self) -> Iterator[Callable[[], Inputs]]:
+        """Yield a function that returns the next batch, on the accelerator; a thread prepares the ones after it.
 
-        On CUDA in a stream of their own too: a copy from main memory would wait for the step before, and the next step
-        for the copy.
+        On CUDA that thread has a stream of its own: in the step's stream a copy from main memory would wait for the
+        step before, and the next step for the copy.
         """
         train, accelerator = self.settings.train, self.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes
-        number, last = self.step * train.accumulate, train.steps * train.accumulate
-        pool, waiting = ThreadPoolExecutor(1, initializer=self._enter_thread), deque[Future[Made]]()
+        index, end = self.step * train.accumulate, train.steps * train.accumulate
+        pool, pending = ThreadPoolExecutor(1, initializer=self._enter_thread), deque[Future[Prepared]]()
         stream = torch.cuda.Stream(self.task.device) if self.task.device.type == "cuda" else None
-        if stream is not None:  # what is read there has been written
+        if stream is not None:  # what the thread reads may still be being written
             stream.wait_stream(torch.cuda.current_stream(self.task.device))
 
         @torch.no_grad()
-        def prepare(number: int) -> Made:
-            generator = torch.Generator().manual_seed(step_seed(train.seed, number, rank, 1))
+        def prepare(index: int) -> Prepared:
+            generator = torch.Generator().manual_seed(step_seed(train.seed, index, rank, 1))
             with torch.cuda.stream(stream):
-                batch = self.data.batch(number, train.batch_size, rank, ranks)
+                batch = self.data.batch(index, train.batch_size, rank, ranks)
                 inputs = self.task.prepare(batch, generator)
                 if stream is None:
                     return inputs, None
-                made = torch.cuda.Event()
-                made.record(stream)
-                return inputs, made
+                ready = torch.cuda.Event()
+                ready.record(stream)
+                return inputs, ready
 
-        def following() -> Inputs:
-            nonlocal number
-            while len(waiting) <= AHEAD and number < last:
-                waiting.append(pool.submit(prepare, number))
-                number += 1
-            inputs, made = waiting.popleft().result()
-            if made is not None:
-                inputs.enter(torch.cuda.current_stream(self.task.device), made)
+        def next_inputs() -> Inputs:
+            nonlocal index
+            while len(pending) <= PREFETCHED and index < end:
+                pending.append(pool.submit(prepare, index))
+                index += 1
+            inputs, ready = pending.popleft().result()
+            if ready is not None:
+                stream = torch.cuda.current_stream(self.task.device)
+                stream.wait_event(ready)
+                for tensor in inputs.tensors():
+                    tensor.record_stream(stream)  # or its memory would be reused while it is read
             return inputs
 
         try:
-            yield following
+            yield next_inputs
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -187,14 +204,15 @@ class Loop:
         if self.task.device.index is not None:  # a new thread would use the first accelerator
             torch.cuda.set_device(self.task.device)
 
-    def _update(self, prepared: Callable[[], Inputs]) -> dict[str, Tensor]:
+    def _update(self, next_inputs: Callable[[], Inputs]) -> dict[str, Tensor]:
+        """One step of the optimiser. Returns the terms of the loss, on the accelerator."""
         train = self.settings.train
         rate = learning_rate(self.step, train)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["share"]
         total: dict[str, Tensor] = {}
         for part in range(train.accumulate):
-            inputs = prepared()
+            inputs = next_inputs()
             torch.manual_seed(step_seed(train.seed, self.step, part, self.accelerator.process_index))
             terms = self.task.loss(inputs)
             self.accelerator.backward(terms["loss"])  # divides by `accumulate`
@@ -216,12 +234,12 @@ class Loop:
         self._share([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def _share_statistics(self) -> None:
-        """The same for what is no parameter: batch norms' statistics, where they are learned."""
+        """Average batch norms' statistics over all processes, where they are learned."""
         if self.task.trained.training:
             self._share([buffer for buffer in self.task.trained.buffers() if buffer.is_floating_point()])
 
     def _share(self, tensors: list[Tensor]) -> None:
-        """Each becomes its mean over all processes, in one exchange."""
+        """Replace each tensor by its mean over all processes, in one exchange."""
         if self.accelerator.num_processes == 1 or not tensors:
             return
         flat = self._mean(torch.cat([tensor.flatten() for tensor in tensors]))
@@ -244,7 +262,7 @@ class Loop:
             return False
         return self._mean(torch.tensor(float(self.stop()), device=self.task.device)).item() > 0
 
-    def _tell(self, terms: dict[str, float], began: float, first: int) -> None:
+    def _report(self, terms: dict[str, float], started: float, first_step: int) -> None:
         train = self.settings.train
         if not math.isfinite(terms["loss"]):
             raise CascadeError(
@@ -253,12 +271,12 @@ class Loop:
             )
         if not self.accelerator.is_main_process:
             return
-        seconds = time.monotonic() - began
-        speed = (self.step - first) / seconds
+        seconds = time.monotonic() - started
+        speed = (self.step - first_step) / seconds
         rate = learning_rate(self.step - 1, train)
         self.log.add({"step": self.step, "seconds": round(seconds, 1), "learning_rate": rate, **terms})
         left = (train.steps - self.step) / speed
-        self.report(Progress(self.step, train.steps, terms["loss"], speed, left))
+        self.report(Progress(self.step, train.steps, terms["loss"], speed, left, terms))
 
     def _draw(self) -> None:
         if self.accelerator.is_main_process:
@@ -272,7 +290,7 @@ class Loop:
         write_picture(self.folder / "samples" / f"{self.step:06}.png", self.sample(self.step, self.state))
 
     def save(self) -> None:
-        """Writes everything that resuming needs, whole or not at all."""
+        """Write everything that resuming needs, whole or not at all."""
         if self.accelerator.is_main_process:
             parts = {
                 "trained": self.task.trained.state_dict(),
@@ -285,35 +303,35 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Goes on from the folder's checkpoint where there is one; says whether there was."""
+        """Load the folder's checkpoint if there is one; returns whether there is."""
         path = self.folder / STATE
         if not path.exists():
             return False
         parts, metadata = read_state(path)
-        fill(self.task.trained.state_dict(), parts["trained"], path)
-        fill(self.task.buffers(), parts["buffers"], path)
+        copy_into(self.task.trained.state_dict(), parts["trained"], path)
+        copy_into(self.task.buffers(), parts["buffers"], path)
         if self.average:
             # A run that had no average begins one with its weights.
-            fill(self.average.tensors, parts["average"] or parts["trained"], path)
+            copy_into(self.average.tensors, parts["average"] or parts["trained"], path)
         load_optimiser(self.optimiser, parts["optimiser"])
         self.step = int(metadata.get("step", 0))
         return True
 
 
-class _Window:
-    """The means of the terms since they were taken last, kept on the accelerator so that no step waits for them."""
+class _RunningMeans:
+    """Means of the terms since they were last taken, kept on the accelerator so that no step waits for them."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.terms, self.count = device, dict[str, Tensor](), 0
+    def __init__(self) -> None:
+        self.sums, self.count = dict[str, Tensor](), 0
 
     def add(self, terms: dict[str, Tensor]) -> None:
         self.count += 1
         for name, value in terms.items():
-            self.terms[name] = self.terms[name] + value if name in self.terms else value
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def take(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """mean: over all processes."""
-        values = mean(torch.stack(list(self.terms.values())) / self.count).tolist()
-        means = dict(zip(self.terms, values, strict=True))
-        self.terms, self.count = {}, 0
+        """The means, over all processes by `mean`; begins anew."""
+        values = mean(torch.stack(list(self.sums.values())) / self.count).tolist()
+        means = dict(zip(self.sums, values, strict=True))
+        self.sums, self.count = {}, 0
         return means

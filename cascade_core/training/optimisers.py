@@ -32,10 +32,11 @@ def build_optimiser(groups: Iterable[dict[str, Any]], settings: TrainSettings) -
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then constant, or half a cosine down to nothing."""
+    """Linear warm-up, then constant, or half a cosine down to `final_learning_rate`, a share of the peak."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     if settings.schedule == "constant":
         return settings.learning_rate
     progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    floor = settings.final_learning_rate
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,4 +1,4 @@
-"""A whole run: networks and data of the settings, latents and text states cached, trained, and the file written."""
+"""A whole training run: networks and data loaded, latents and text states cached, a task trained, its file written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints import load_model
 from ..engine.graphs import can_record
-from ..errors import CascadeError
+from ..errors import CascadeError, Interrupted
 from ..networks.compressor import SemanticCompressor
 from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
@@ -29,53 +29,63 @@ from .loop import Loop, Outcome, Progress, build_accelerator
 from .samples import Samples
 from .settings import Settings, TrainSettings
 from .state import STATE, read_state
-from .tasks.base import Task
 from .tasks.conditions import CachedText
 from .tasks.controlnet import ControlNetTask
 from .tasks.finetune import FinetuneTask
 from .tasks.lora import LoRATask
+from .tasks.stage_c import StageCTask
 from .tasks.textual_inversion import TokensTask
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]  # takes sentences for people
 
 
 def train(
     settings: Settings,
-    tell: Tell = lambda line: None,
+    notify: Notify = lambda sentence: None,
     report: Callable[[Progress], None] = lambda progress: None,
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     fresh: bool = False,
     find_faces: FindFaces | None = None,
 ) -> Outcome:
-    """Trains by resolved settings and writes `output.file`; goes on from its checkpoint unless `fresh`.
+    """Train by resolved settings and write `output.file`; resume from the run's checkpoint unless `fresh`.
 
-    tell: takes sentences for people; report: the progress; caching: latents done and how many there will be;
-    stop: asked after each step; find_faces: for the identity hint.
+    notify: called with sentences for people; report: with the progress; caching: with how many latents are encoded and
+    how many there are to encode; stop: asked after each step; find_faces: for the identity hint.
     """
     accelerator = build_accelerator(settings.train.accumulate)
     if not accelerator.is_main_process:
-        tell, report, caching = (lambda line: None), (lambda progress: None), None
-    loop = prepare(settings, accelerator, tell, report, caching, stop, find_faces)
+        notify, report, caching = (lambda sentence: None), (lambda progress: None), None
+    try:
+        loop = prepare(settings, accelerator, notify, report, caching, stop, find_faces)
+    except Interrupted:
+        outcome = Outcome(step=0, finished=False, seconds=0.0, peak_bytes=0)
+    else:
+        outcome = _run(loop, settings, accelerator, notify, fresh)
+    if not outcome.finished:
+        notify("Stopped; the same command goes on from here.")
+    return outcome
+
+
+def _run(
+    loop: Loop[StageCTask], settings: Settings, accelerator: Accelerator, notify: Notify, fresh: bool
+) -> Outcome:
     if fresh and accelerator.is_main_process:
         (loop.folder / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     if loop.resume():
-        tell(f"Going on from step {loop.step} of {loop.folder / STATE}.")
+        notify(f"Going on from step {loop.step} of {loop.folder / STATE}.")
     outcome = loop.run()
-    gigabytes = (
-        f", at most {outcome.peak_bytes / 1e9:.1f} GB of the accelerator" if outcome.peak_bytes else ""
-    )
-    tell(f"{outcome.step} steps, {duration(outcome.seconds)} this time{gigabytes}.")
+    peak = outcome.peak_bytes / 1e9
+    memory = f", at most {peak:.1f} GB of the accelerator" if peak else ""
+    notify(f"{outcome.step} steps, {duration(outcome.seconds)} this time{memory}.")
     if outcome.finished and accelerator.is_main_process:
         path = Path(settings.output.file)
         loop.task.write(loop.state, path, {"trained_steps": str(loop.step)})
-        tell(f"Wrote {path}.")
-    elif not outcome.finished:
-        tell("Stopped; the same command goes on from here.")
+        notify(f"Wrote {path}.")
     return outcome
 
 
@@ -91,13 +101,13 @@ def interrupted(settings: Settings) -> bool:
 def prepare(
     settings: Settings,
     accelerator: Accelerator,
-    tell: Tell = lambda line: None,
+    notify: Notify = lambda sentence: None,
     report: Callable[[Progress], None] = lambda progress: None,
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     find_faces: FindFaces | None = None,
-) -> Loop:
-    """Everything up to the first step."""
+) -> Loop[StageCTask]:
+    """Everything up to the first step. Raises Interrupted where `stop` says so while latents are encoded."""
     device = accelerator.device
     dtype = compute_dtype(settings.train.precision, device)
     cache = settings.data.cache or f"{settings.output.folder}/cache"
@@ -108,31 +118,38 @@ def prepare(
     def encode(pixels: Tensor) -> Tensor:
         return compressor(pixels.to(device))
 
-    def cached(done: int, total: int) -> None:
+    def report_caching(done: int, total: int) -> None:
         if caching is not None:
             caching(done, total)
-        if stop():  # what is made so far is kept
-            raise KeyboardInterrupt
+        if stop():
+            raise Interrupted("The run was stopped; the latents encoded so far are kept.")
 
-    data_settings, mark = replace(settings.data, cache=cache), fingerprint(compressor)
+    data_settings, compressor_digest = replace(settings.data, cache=cache), fingerprint(compressor)
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    if ranks > 1:  # each makes its share of the latents
-        fill_cache(data_settings, encode, mark, rank, ranks, cached)
+    if ranks > 1:  # each encodes its share of the latents
+        fill_cache(data_settings, encode, compressor_digest, rank, ranks, report_caching)
         accelerator.wait_for_everyone()
     with accelerator.main_process_first():  # the others then find the text states in the cache
-        with_images = settings.task == "controlnet"
-        prompts = image_prompts_of(settings, cache, device)
-        data = TrainingData(data_settings, encode, mark, settings.train.seed, with_images, cached, prompts)
-        tell(data.summary())
+        image_prompts = image_prompts_of(settings, cache, device)
+        data = TrainingData(
+            data_settings,
+            encode,
+            compressor_digest,
+            settings.train.seed,
+            with_images=settings.task == "controlnet",
+            report=report_caching,
+            image_prompts=image_prompts,
+        )
+        notify(data.summary())
         encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
         encoder.model.to(device)
         texts = TextCache(encoder, cache)
-        live = bool(settings.tokens) or (settings.task == "lora" and settings.lora.text_encoder)
-        texts.fill([] if live else [*data.captions, *settings.output.prompts])
-    text = CachedText(texts, [""] if live else data.captions, device)
+        text_is_trained = bool(settings.tokens) or (settings.task == "lora" and settings.lora.text_encoder)
+        texts.fill([] if text_is_trained else [*data.captions, *settings.output.prompts])
+    text = CachedText(texts, [""] if text_is_trained else data.captions, device)
     texts.release()
-    held = encoder if live else None
-    del encoder  # before Stage C comes
+    trained_encoder = encoder if text_is_trained else None
+    del encoder  # frees its memory before Stage C is loaded
     stage_c = load_network(
         settings.models.stage_c,
         "stage_c",
@@ -140,18 +157,18 @@ def prepare(
         device,
         StageC,
     )
-    if prompts is not None and prompts.width != stage_c.config.c_clip_img:
+    if image_prompts is not None and image_prompts.width != stage_c.config.c_clip_img:
         raise CascadeError(
-            f"models.image_encoder gives vectors of {prompts.width}, but this Stage C takes "
+            f"models.image_encoder gives vectors of {image_prompts.width}, but this Stage C takes "
             f"{stage_c.config.c_clip_img}; choose the image encoder that belongs to it."
         )
-    task = build_task(settings, stage_c, text, dtype, compressor, held, data.captions, find_faces)
+    task = build_task(settings, stage_c, text, dtype, compressor, trained_encoder, data.captions, find_faces)
     prepare_blocks(task, settings.train)
     return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device))
 
 
 def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> ImagePrompts | None:
-    """For the image encoder of the settings, where there is one."""
+    """Image prompts by the settings' image encoder, if there is one."""
     if settings.models.image_encoder is None:
         return None
     encoder = ImageEncoder.load(settings.models.image_encoder, dtype=torch.float32)
@@ -159,18 +176,18 @@ def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> Im
     return ImagePrompts(encoder, cache)
 
 
-def prepare_blocks(task: Task, settings: TrainSettings) -> None:
-    """Stage C's blocks compiled, computed again in the backward pass, and recorded, as the settings have it."""
+def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
+    """Compile and checkpoint Stage C's blocks, and use CUDA graphs, as the settings say."""
     stage_c = task.stage_c
     if settings.compile:
         compile_blocks(stage_c)
-    recompute = settings.gradient_checkpointing
-    if recompute is None:
-        recompute = sum(parameter.numel() for parameter in stage_c.parameters()) > LARGE_NETWORK
-    if recompute:
-        checkpoint_blocks(stage_c, task.changes.as_now if isinstance(task, LoRATask) else nullcontext)
+    checkpointing = settings.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = sum(parameter.numel() for parameter in stage_c.parameters()) > LARGE_NETWORK
+    if checkpointing:
+        checkpoint_blocks(stage_c, task.changes.current if isinstance(task, LoRATask) else nullcontext)
     if settings.cuda_graphs and can_record(task.device):
-        task.record()
+        task.use_cuda_graphs()
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -194,7 +211,7 @@ def build_task(
     encoder: TextEncoder | None,
     captions: list[str],
     find_faces: FindFaces | None,
-) -> Task:
+) -> StageCTask:
     objective, seed = settings.objective, settings.train.seed
     if settings.task == "lora":
         return LoRATask(
@@ -210,7 +227,9 @@ def build_task(
     return TokensTask(stage_c, text, settings.tokens, objective, dtype, encoder, captions)
 
 
-def _samples(settings: Settings, task: Task, data: TrainingData, device: torch.device) -> Samples | None:
+def _samples(
+    settings: Settings, task: StageCTask, data: TrainingData, device: torch.device
+) -> Samples | None:
     output, models = settings.output, settings.models
     if not output.sample_every:
         return None
@@ -221,11 +240,11 @@ def _samples(settings: Settings, task: Task, data: TrainingData, device: torch.d
     from ..networks.previewer import Previewer
 
     previewer = load_network(models.previewer, "previewer", torch.float32, device, Previewer)
-    first = data.batch(0, len(output.prompts))
-    more = {}
+    batch = data.batch(0, len(output.prompts))
+    hints = {}
     if settings.task == "controlnet":
-        if len(first.keys) < len(output.prompts):
+        if len(batch.keys) < len(output.prompts):
             raise CascadeError("output.prompts has more entries than a bucket has pictures; give fewer.")
-        more["hint"] = task.prepare(first, torch.Generator().manual_seed(0)).hint
-    height, width = first.latents.shape[-2:]
-    return Samples(task, output, (height, width), previewer, settings.train.seed, more)
+        hints["hint"] = task.prepare(batch, torch.Generator().manual_seed(0)).hint
+    height, width = batch.latents.shape[-2:]
+    return Samples(task, output, (height, width), previewer, settings.train.seed, hints)

@@ -12,8 +12,9 @@ from ..diffusion.guidance import Guider
 from ..diffusion.noise import NoiseSource
 from ..diffusion.samplers import sample
 from .settings import OutputSettings
-from .tasks.base import State, Task
+from .tasks.base import State
 from .tasks.conditions import Conditions
+from .tasks.stage_c import StageCTask
 
 Decode = Callable[[Tensor], Tensor]  # Stage C's latents (N, 16, h, w) -> pictures (N, 3, H, W) in [0, 1]
 
@@ -23,7 +24,7 @@ class Samples:
 
     def __init__(
         self,
-        task: Task,
+        task: StageCTask,
         output: OutputSettings,
         size: tuple[int, int],
         decode: Decode,

@@ -81,6 +81,7 @@ class TrainSettings:
     accumulate: int = 1
     learning_rate: float = 1e-4
     schedule: Literal["constant", "cosine"] = "cosine"
+    final_learning_rate: float = 0.0  # where the cosine ends, as a share of the learning rate
     warmup: int = 50  # steps
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: float = 0.01
@@ -101,6 +102,10 @@ class TrainSettings:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise CascadeError(
                 f"train.learning_rate is {self.learning_rate}; it must be above 0, such as 1e-4."
+            )
+        if not 0 <= self.final_learning_rate <= 1:
+            raise CascadeError(
+                f"train.final_learning_rate is {self.final_learning_rate}; it is a share, from 0 to 1."
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise CascadeError(

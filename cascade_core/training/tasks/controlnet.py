@@ -22,13 +22,14 @@ from ..cuda_graphs import GraphedFunction
 from ..data.batches import Batch
 from ..data.hints import FindFaces, Tools, hint_maker
 from ..settings import ControlNetSettings, ObjectiveSettings
-from .base import Inputs, State, Task
+from .base import State
 from .conditions import CachedText, Conditions
+from .stage_c import StageCInputs, StageCTask
 
 CONDITIONS = len(Conditions._fields)
 
 
-class ControlNetTask(Task):
+class ControlNetTask(StageCTask):
     """The ControlNet in float32, its products in `dtype`; Stage C frozen, wholly in `dtype`.
 
     Batch norms keep the statistics that they came with, as published, unless the backbone starts at random.
@@ -58,18 +59,18 @@ class ControlNetTask(Task):
         self.trained.train(settings.start == "random")
         self.controlled: Callable[..., Tensor] = self._controlled
 
-    def prepare(self, batch: Batch, generator: torch.Generator) -> Inputs:
+    def prepare(self, batch: Batch, generator: torch.Generator) -> StageCInputs:
         assert batch.images is not None
         images = batch.images.to(self.device).float() / 255
         hint = self.make_hint(images, generator, self.tools)
         return self.inputs(batch, hint)
 
-    def record(self) -> None:
+    def use_cuda_graphs(self) -> None:
         config: Any = self.trained.config
         if not (self.trained.training and config.drop_path):  # it would drop the same blocks each time
             self.controlled = GraphedFunction(self.controlled)
 
-    def loss(self, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         assert inputs.hint is not None
         others = inputs.hint, *self.conditions(self.text_of(inputs), inputs.image_prompts)
 

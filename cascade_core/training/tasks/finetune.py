@@ -15,11 +15,12 @@ from ...checkpoints import fuse_attention, write_safetensors
 from ...errors import CascadeError
 from ...networks.stage_c import StageC
 from ..settings import FinetuneSettings, ObjectiveSettings
-from .base import DTYPES, Inputs, State, Task
+from .base import State
 from .conditions import CachedText
+from .stage_c import DTYPES, StageCInputs, StageCTask
 
 
-class FinetuneTask(Task):
+class FinetuneTask(StageCTask):
     """What is trained is in float32, the rest in `dtype`, and so are all products."""
 
     def __init__(
@@ -40,7 +41,7 @@ class FinetuneTask(Task):
         stage_c.train()  # with dropout, as published
         self.trained = _Some(stage_c, self.names)
 
-    def loss(self, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         with self._autocast():
             return self.diffusion_loss(lambda x, r: self.stage_c(x, r, *conditions), inputs.latents)

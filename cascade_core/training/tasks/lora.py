@@ -15,14 +15,15 @@ from ...text.encoder import TextEncoder
 from ..cuda_graphs import GraphedFunction
 from ..losses import consistency_loss
 from ..settings import LoRASettings, ObjectiveSettings, TokenSettings
-from .base import DTYPES, Inputs, State, Task
+from .base import State
 from .conditions import CachedText, Conditions
 from .low_rank import LowRankChanges, select_layers
+from .stage_c import DTYPES, StageCInputs, StageCTask
 from .textual_inversion import LearnedTokens
 from .trainable_text import TrainableText
 
 
-class LoRATask(Task):
+class LoRATask(StageCTask):
     """Low-rank changes in float32 of a frozen Stage C in `dtype`."""
 
     def __init__(
@@ -52,11 +53,11 @@ class LoRATask(Task):
             changes = LowRankChanges(layers, settings.rank, settings.alpha, generator=generator)
             self.trained["text"] = self.text_changes = changes.to(self.device)
         if encoder is not None:
-            self.live = TrainableText(encoder, captions)
+            self.trainable_text = TrainableText(encoder, captions)
             if tokens:
                 self.learned = LearnedTokens(tokens, encoder, captions).to(self.device)
                 self.trained["tokens"] = self.learned
-                self.live = self.learned.live(encoder, captions)
+                self.trainable_text = self.learned.trainable_text(encoder, captions)
         # What the dialect cannot say is said now and not after the run.
         to_dialect(self.adapter(self.trained.state_dict(), "the LoRA"), settings.dialect, stage_c)
 
@@ -68,7 +69,7 @@ class LoRATask(Task):
             groups.append(self.learned.group(self.settings.token_learning_rate))
         return groups
 
-    def record(self) -> None:
+    def use_cuda_graphs(self) -> None:
         self.student = GraphedFunction(self.student)
         self.teacher = GraphedFunction(self.teacher)
 
@@ -76,7 +77,7 @@ class LoRATask(Task):
         with self.changes.applied(vector):
             return self.stage_c(x, r, *conditions)
 
-    def loss(self, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         if self.objective.kind == "consistency":
             return self._consistency(inputs)
         with self.text_changes.applied() if self.text_changes is not None else nullcontext():
@@ -85,7 +86,7 @@ class LoRATask(Task):
             lambda x, r: self.student(self.changes.vector, x.to(self.dtype), r, *conditions), inputs.latents
         )
 
-    def _consistency(self, inputs: Inputs) -> dict[str, Tensor]:
+    def _consistency(self, inputs: StageCInputs) -> dict[str, Tensor]:
         """The teacher is the same Stage C without the changes, guided."""
         o, x0 = self.objective, inputs.latents
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
@@ -104,7 +105,7 @@ class LoRATask(Task):
             parts = zip(cond.chunk(len(cfgs)), uncond.chunk(len(cfgs)), cfgs, strict=True)
             return torch.cat([guide(c, u, cfg, o.cfg_rescale) for c, u, cfg in parts])
 
-        weighing = o.max_loss_weight, o.pure_noise_share, self.weight
+        weighing = o.max_loss_weight, o.pure_noise_share, self.loss_weight
         return consistency_loss(
             predict, teacher, x0, o.solver_steps, *weighing, o.shift, o.sampling_steps, o.on_policy_share
         )

@@ -113,13 +113,13 @@ class LowRankChanges(nn.Module):
         with self._as(self.factors(vector)):
             yield
 
-    def as_now(self):
-        """A block like the present one, for what is computed anew in the backward pass."""
-        return self._as(self._now)
+    def current(self):
+        """A context with the changes as they are now, for what is recomputed in the backward pass."""
+        return self._as(self._current)
 
     @contextmanager
     def _as(self, factors: Factors | None) -> Iterator[None]:
-        before = self._now
+        before = self._current
         self._set(factors)
         try:
             yield
@@ -127,7 +127,7 @@ class LowRankChanges(nn.Module):
             self._set(before)
 
     def _set(self, factors: Factors | None) -> None:
-        self._now = factors
+        self._current = factors
         for layer, pair in zip(self.layers.values(), factors or [None] * len(self.layers), strict=True):
             layer.__dict__["low_rank"] = pair  # nn.Module's own way takes ten times as long
 

@@ -16,8 +16,9 @@ from ...text.encoder import TextEncoder
 from ...text.learned_tokens import TokenTable
 from ..cuda_graphs import GraphedFunction
 from ..settings import ObjectiveSettings, TokenSettings
-from .base import Inputs, State, Task
+from .base import State
 from .conditions import CachedText
+from .stage_c import StageCInputs, StageCTask
 from .trainable_text import TrainableText
 
 
@@ -43,7 +44,7 @@ class LearnedTokens(nn.Module):
         vectors = self.vectors if self._held is None else self._held
         return TokenTable(self.tokens(vectors), self.first, self.width)
 
-    def live(self, encoder: TextEncoder, captions: Sequence[str]) -> TrainableText:
+    def trainable_text(self, encoder: TextEncoder, captions: Sequence[str]) -> TrainableText:
         return TrainableText(encoder, captions, self.table().ids, self.table)
 
     @contextmanager
@@ -60,7 +61,7 @@ class LearnedTokens(nn.Module):
         return {"params": [self.vectors], "share": share, "weight_decay": 0.0}
 
 
-class TokensTask(Task):
+class TokensTask(StageCTask):
     """Nothing but the vectors changes; the text encoder is in float32, Stage C in `dtype`."""
 
     trained: LearnedTokens
@@ -78,16 +79,16 @@ class TokensTask(Task):
         """encoder: on its device; captions: those of the data, by place."""
         super().__init__(stage_c, text, objective, dtype)
         self.trained = LearnedTokens(tokens, encoder, captions).to(self.device)
-        self.live = self.trained.live(encoder, captions)
+        self.trainable_text = self.trained.trainable_text(encoder, captions)
         self.frozen: Callable[..., Tensor] = stage_c
 
-    def record(self) -> None:
+    def use_cuda_graphs(self) -> None:
         self.frozen = GraphedFunction(self.frozen)
 
     def groups(self) -> list[dict[str, Any]]:
         return [self.trained.group()]
 
-    def loss(self, inputs: Inputs) -> dict[str, Tensor]:
+    def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         return self.diffusion_loss(lambda x, r: self.frozen(x.to(self.dtype), r, *conditions), inputs.latents)
 

@@ -4,9 +4,9 @@ from math import sqrt
 
 from torch import nn
 
-from ..networks.layers import FeedForwardBlock, ResBlock, TimestepBlock
-from ..networks.stage_a import MixingResidualBlock, StageA
-from ..networks.unet import UNet
+from cascade_nodes.cascade_core.networks.layers import FeedForwardBlock, ResBlock, TimestepBlock
+from cascade_nodes.cascade_core.networks.stage_a import MixingResidualBlock, StageA
+from cascade_nodes.cascade_core.networks.unet import UNet
 
 _CONDITION_MAPPERS = ("clip_txt_mapper", "clip_txt_pooled_mapper", "clip_img_mapper", "clip_mapper")
 _MAP_MAPPERS = ("effnet_mapper", "pixels_mapper")

@@ -1,0 +1,126 @@
+"""What the four tasks share: a Stage C that predicts noise, with text, image prompts and hints as its conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...diffusion import loss_weights
+from ...networks.stage_c import StageC
+from ..data.batches import Batch
+from ..losses import diffusion_loss
+from ..settings import ObjectiveSettings
+from .base import State, Task
+from .conditions import CachedText, Conditions
+from .trainable_text import TrainableText
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}  # of files, as settings name them
+
+
+@dataclass(frozen=True)
+class StageCInputs:
+    """A batch on the accelerator. latents: (B, 16, h, w) float32; hint: (B, C, H, W); image_prompts: (B, n, E)"""
+
+    latents: Tensor
+    caption_ids: Tensor  # (B,) int64, on the CPU
+    text: tuple[Tensor, Tensor] | None = None  # states, pooled
+    hint: Tensor | None = None
+    image_prompts: Tensor | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        values = (self.latents, *(self.text or ()), self.hint, self.image_prompts)
+        return (value for value in values if value is not None)
+
+
+class StageCTask(Task):
+    """Base of the four tasks.
+
+    stage_c          the network, on its device
+    text             the captions' cached states
+    trainable_text   computes them in each step instead, for a text encoder or tokens that are trained
+    dtype            what Stage C computes in
+    """
+
+    with_images = False
+    trainable_text: TrainableText | None = None
+
+    def __init__(self, stage_c: StageC, text: CachedText, objective: ObjectiveSettings, dtype: torch.dtype):
+        self.stage_c, self.text, self.objective, self.dtype = stage_c, text, objective, dtype
+        self.device = next(stage_c.parameters()).device
+        self.loss_weight = _loss_weight(objective).to(self.device)
+
+    def prepare(self, batch: Batch, generator: torch.Generator) -> StageCInputs:
+        return self.inputs(batch)
+
+    def inputs(self, batch: Batch, hint: Tensor | None = None) -> StageCInputs:
+        prompts = batch.image_prompts
+        return StageCInputs(
+            batch.latents.to(self.device),
+            batch.caption_ids,
+            None if self.trainable_text else self.text(batch.caption_ids),
+            hint,
+            prompts.to(self.device) if prompts is not None else None,
+        )
+
+    def text_of(self, inputs: StageCInputs) -> tuple[Tensor, Tensor]:
+        """The batch's text states (B, T, C) and pooled states (B, P)."""
+        if self.trainable_text is not None:
+            return self.trainable_text(inputs.caption_ids)
+        assert inputs.text is not None
+        return inputs.text
+
+    def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def use_cuda_graphs(self) -> None:
+        """Replay the networks' passes from CUDA graphs from now on, where they are the same in each step."""
+
+    def using(self, state: State) -> AbstractContextManager[Callable[..., Tensor]]:
+        """Inside the block: Stage C with this state, for samples."""
+        raise NotImplementedError
+
+    def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write the file that the run is for."""
+        raise NotImplementedError
+
+    def prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Text states of prompts, inside a block of `using`; they must be among those that were cached."""
+        text = self.text if self.trainable_text is None else self.trainable_text
+        return text.of(prompts)
+
+    def conditions(self, text: tuple[Tensor, Tensor], image_prompts: Tensor | None = None) -> Conditions:
+        return Conditions.of(*text, self.stage_c.config.c_clip_img, self.dtype, image_prompts)
+
+    def diffusion_loss(self, predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> dict[str, Tensor]:
+        o = self.objective
+        return diffusion_loss(predict, x0, o.max_loss_weight, o.pure_noise_share, self.loss_weight, o.shift)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The adaptive loss weight's buckets."""
+        return dict(self.loss_weight.state_dict())
+
+
+class _StatelessWeight(nn.Module):
+    """A loss weight without state, as a module."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, log_snr: Tensor, shift: float = 1.0) -> Tensor:
+        return self.function(log_snr, shift=shift)
+
+
+def _loss_weight(objective: ObjectiveSettings) -> nn.Module:
+    if objective.loss_weight == "adaptive":
+        return loss_weights.AdaptiveLossWeight()
+    return _StatelessWeight(getattr(loss_weights, objective.loss_weight))
