@@ -214,6 +214,19 @@ def test_weights_stay_and_it_can_be_undone(stage_c):
     assert torch.equal(trajectory(network), reference)
 
 
+@torch.no_grad()
+def test_copies_of_a_scaled_network(stage_c):
+    scaled = in_fp16(stage_c, STREAM_SCALE)
+    inputs = randn(1, 16, 7, 10).half(), torch.rand(1)
+    conditions = {name: value.half() for name, value in prompt(1).items()}
+    loaded = StageC.from_config(STAGE_C).half().eval()
+    scale_residual_stream(loaded)
+    loaded.load_state_dict(scaled.state_dict())
+    reference = scaled(*inputs, **conditions)
+    assert torch.equal(deepcopy(scaled)(*inputs, **conditions), reference)
+    assert torch.equal(loaded(*inputs, **conditions), reference)
+
+
 def test_every_norm_that_reads_the_stream_is_known(stage_c, stage_b):
     for network in (stage_c, stage_b):
         norms = {name for name, module in network.named_modules() if isinstance(module, nn.LayerNorm)}
