@@ -27,7 +27,7 @@ class Server:
     def __init__(self, url: str):
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         if not self.url.startswith(("http://", "https://")):
-            raise CascadeError(f"--server {url!r} is no address like http://127.0.0.1:8188.")
+            raise CascadeError(f"--server {url!r} is not an address like http://127.0.0.1:8188.")
 
     def get(self, path: str) -> Any:
         """Returns the JSON at a path."""

@@ -78,7 +78,7 @@ def find_faces(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each picture (3, H, W): embeddings and boxes of its faces, by InsightFace."""
     from ..nodes.faces import find_faces
 
-    for faces in find_faces(images.movedim(1, -1), most=FACES):
+    for faces in find_faces(images.movedim(1, -1), max_faces=FACES):
         yield faces.embeddings, faces.boxes
 
 

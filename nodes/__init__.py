@@ -1,1 +1,1 @@
-"""The nodes: one file per family, each node thin, everything host-specific behind `hosts`."""
+"""Nodes of the pack: one file per family, each node thin, everything host-specific behind `hosts`."""

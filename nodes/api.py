@@ -1,4 +1,4 @@
-"""The node API: ComfyUI's own inside ComfyUI, our subset of it everywhere else.
+"""Node API: ComfyUI's own inside ComfyUI, our subset of it everywhere else.
 
 A ComfyUI that is merely installed does not count, as in `hosts.host`: importing its API would load its model
 management, and with it its command line and its choice of device.

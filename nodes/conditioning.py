@@ -19,7 +19,7 @@ def check_text(socket: str, prompt: str) -> None:
 
 
 class CascadeTextEncode(io.ComfyNode):
-    """Both prompts at once."""
+    """Encodes both prompts."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -70,7 +70,7 @@ class CascadeTextEncode(io.ComfyNode):
 
 
 class CascadeImagePrompt(io.ComfyNode):
-    """A picture beside the words."""
+    """Adds a picture to a prompt."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -184,7 +184,7 @@ class CascadeInpaintHint(io.ComfyNode):
 
 
 class CascadeSuperResolutionHint(io.ComfyNode):
-    """A small picture for the super-resolution ControlNet."""
+    """Makes the super-resolution ControlNet's hint from a small picture."""
 
     READS = ("small", "enlarged")
 
@@ -245,10 +245,9 @@ class CascadeSuperResolutionHint(io.ComfyNode):
         height, width = whole_size(*(round(side * scale) for side in sides))
         size = stage_c_size(height, width, compression)
         shrunk = scale if reads == "small" else 1
-        seen = [
-            max(round(side / shrunk), 1) * COMPRESSOR_STRIDE for side in size
-        ]  # pixels that the compressor gets
-        small = resized(image, seen).movedim(-1, 1)
+        # Pixels of the compressor's input.
+        input_pixels = [max(round(side / shrunk), 1) * COMPRESSOR_STRIDE for side in size]
+        small = resized(image, input_pixels).movedim(-1, 1)
 
         def compress(pictures: Tensor) -> Tensor:
             return host().encode_pixels(vae, pictures.movedim(1, -1))
@@ -263,7 +262,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
 
 
 class CascadeIdentityHint(io.ComfyNode):
-    """Faces for the identity ControlNet."""
+    """Makes the identity ControlNet's hint from faces."""
 
     PLACES = ("where it is", "everywhere")
 
@@ -310,17 +309,17 @@ class CascadeIdentityHint(io.ComfyNode):
         height, width = image.shape[1:3]
         size = stage_c_size(height, width, compression)
         maps = []
-        for index, found in enumerate(find_faces(image[..., :3], faces)):
-            if not len(found.boxes):
+        for index, picture_faces in enumerate(find_faces(image[..., :3], faces)):
+            if not len(picture_faces.boxes):
                 raise CascadeError(
                     f"No face was found in picture {index}; choose one that shows a face clearly."
                 )
-            boxes = found.boxes
+            boxes = picture_faces.boxes
             if place == "everywhere":
                 if len(boxes) > 1:
                     raise CascadeError(
                         f"Picture {index} shows {len(boxes)} faces, but only one can be everywhere; set faces to 1."
                     )
                 boxes = torch.tensor([[0.0, 0.0, width, height]])
-            maps.append(identity_map(found.embeddings, boxes, (height, width), size))
+            maps.append(identity_map(picture_faces.embeddings, boxes, (height, width), size))
         return io.NodeOutput(torch.cat(maps).movedim(1, -1))

@@ -1,4 +1,4 @@
-"""The list of nodes that ComfyUI and the embedded host register."""
+"""List of the nodes that ComfyUI and the embedded host register."""
 
 from .api import ComfyExtension, io
 from .conditioning import CascadeImagePrompt, CascadeTextEncode
@@ -60,7 +60,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class CascadeExtension(ComfyExtension):
-    """Stable Cascade for ComfyUI."""
+    """Extension that registers the nodes of Stable Cascade."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return list(NODES)

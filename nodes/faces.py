@@ -1,7 +1,7 @@
-"""Faces and who they are, by InsightFace: an optional package, imported when a face is first looked for.
+"""Face detection and ArcFace embeddings by InsightFace, an optional package that is imported on first use.
 
-Its two networks are looked up like any model file (`models/insightface/models/buffalo_l`), then where InsightFace
-itself keeps them; nothing is downloaded.
+Its two networks are looked up like any model file (`models/insightface/models/buffalo_l`), then in InsightFace's own
+folder; nothing is downloaded.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ INSTALL = "python -m pip install insightface onnxruntime"
 
 @dataclass(frozen=True)
 class Faces:
-    """The faces of one picture.
+    """Faces of one picture.
 
     embeddings: (N, 512) ArcFace's, of any length; boxes: (N, 4), left, top, right and bottom in pixels.
     """
@@ -35,14 +35,14 @@ class Faces:
     boxes: Tensor
 
 
-def find_faces(images: Tensor, most: int) -> Iterator[Faces]:
-    """The faces of each picture, at most `most`: the largest in the middle first.  images: (B, H, W, 3) in [0, 1]"""
+def find_faces(images: Tensor, max_faces: int) -> Iterator[Faces]:
+    """Faces of each picture, at most `max_faces`: large ones near the middle first.  images: (B, H, W, 3) in [0, 1]"""
     face_class, load = _insightface()
     detector, recogniser = (load(network_file(name)) for name in (DETECTOR, RECOGNISER))
     detector.prepare(ctx_id=-1, input_size=DETECTION_SIZE)
     for image in images:
         pixels = image.mul(255).clamp(0, 255).to("cpu", torch.uint8).flip(-1).contiguous().numpy()  # BGR
-        boxes, landmarks = detector.detect(pixels, max_num=most)
+        boxes, landmarks = detector.detect(pixels, max_num=max_faces)
         faces = [
             face_class(bbox=box[:4], kps=points, det_score=box[4])
             for box, points in zip(boxes, landmarks, strict=True)
@@ -55,7 +55,7 @@ def find_faces(images: Tensor, most: int) -> Iterator[Faces]:
 
 
 def _insightface() -> tuple[Any, Any]:
-    """The class of a face, and what loads a network from a file."""
+    """InsightFace's class of a face, and a function that loads a network from a file."""
     try:
         from insightface.app.common import Face  # pyright: ignore[reportMissingImports]
         from insightface.model_zoo.model_zoo import get_model  # pyright: ignore[reportMissingImports]
@@ -73,11 +73,11 @@ def _insightface() -> tuple[Any, Any]:
 
 
 def network_file(name: str) -> Path:
-    """A file of PACK among the models, or in InsightFace's own folder; CascadeError where it is in neither."""
+    """Finds a file of PACK among the models or in InsightFace's own folder. Raises CascadeError if it is in neither."""
     try:
         return host().find_file("face", name)
     except CascadeError:
-        own = OWN_FOLDER.expanduser() / name
-        if own.is_file():
-            return own
+        path = OWN_FOLDER.expanduser() / name
+        if path.is_file():
+            return path
         raise

@@ -1,4 +1,4 @@
-"""Inputs that name a model file: the list that is offered, the file behind a name, and when it has changed."""
+"""Inputs that name a model file: the list of options, the path behind a name, and its fingerprint."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,14 +13,14 @@ NO_FILE = "none"
 
 
 def file_input(input_id: str, role: str, tooltip: str, optional_file: bool = False) -> Any:
-    """A combo of the files that the host finds for a role, listed anew each time the schema is asked for."""
+    """Combo of the files that the host finds for a role, listed anew for each schema."""
     names = ([NO_FILE] if optional_file else []) + host().list_files(role)
     default = DEMO_NAMES.get(role) if DEMO_NAMES.get(role) in names else None
     return io.Combo.Input(input_id, options=names, default=default, tooltip=tooltip)
 
 
 def find(role: str, name: str) -> Path:
-    """The file behind a combo's value.
+    """Finds the file behind a combo's value.
 
     Values are checked here and not against the list: 0.3.64 does not check V3 combos, and the embedded host
     also takes paths.
@@ -31,7 +31,7 @@ def find(role: str, name: str) -> Path:
 
 
 def check(role: str, name: str | None) -> bool | str:
-    """True, or what is wrong with the value, for `validate_inputs`. None: it comes over a link, and later."""
+    """True, or an error message, for `validate_inputs`. None: the value comes over a link, and is checked later."""
     if name is None:
         return True
     try:
@@ -42,7 +42,7 @@ def check(role: str, name: str | None) -> bool | str:
 
 
 def fingerprint(role: str, name: str) -> str:
-    """Changes when the file does, so that a replaced file is loaded anew."""
+    """Fingerprint that changes with the file, so that a replaced file is loaded anew."""
     try:
         path = find(role, name)
     except CascadeError:
@@ -52,6 +52,6 @@ def fingerprint(role: str, name: str) -> str:
 
 
 def stamp(files: Iterable[Path]) -> str:
-    """Names, sizes, times and places of the files among these paths; another once one is changed or replaced."""
+    """Names, sizes, times and inodes of the files among these paths, which change when one is changed or replaced."""
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
     return " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for name, stat in stats)

@@ -1,4 +1,4 @@
-"""Before and after inpainting: room around a picture, and the source back where nothing was painted."""
+"""Outpainting's padding before sampling, and compositing with the source after inpainting."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ CATEGORY = "Stable Cascade/inpainting"
 
 
 class CascadeOutpaint(io.ComfyNode):
-    """Room to paint around a picture."""
+    """Pads a picture for outpainting."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -63,7 +63,7 @@ class CascadeOutpaint(io.ComfyNode):
 
 
 class CascadeInpaintComposite(io.ComfyNode):
-    """The source back where nothing was painted."""
+    """Composites the painted picture into the source."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""Latents: empty ones, a picture's, and back to a picture."""
+"""Nodes for latents: empty ones, encoding, upscaling and decoding."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ MAX_GROW = 16  # positions of Stage C, of which 1024 pixels have 24
 
 
 class CascadeEmptyLatent(io.ComfyNode):
-    """Where text to image starts."""
+    """Makes the empty latents of both stages, for text to image."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -52,8 +52,8 @@ class CascadeEmptyLatent(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, width=None, height=None) -> bool | str:
-        """Before anything runs: the host checks least and greatest values, but not multiples."""
-        # None comes over a link; what is no number is for the host to refuse, and ComfyUI asks all the same.
+        """Checks multiples before anything runs; the host checks minimum and maximum."""
+        # None comes over a link; the host refuses what is not a number, but ComfyUI still calls this.
         sides = [side if isinstance(side, int) else None for side in (width, height)]
         try:
             check_size(*sides)
@@ -70,8 +70,8 @@ class CascadeEmptyLatent(io.ComfyNode):
         return io.NodeOutput(stage_c, empty_stage_b(batch_size, height, width))
 
 
-def resize_input(side: str, other: str) -> Any:
-    """A side of a picture that is resized before it is encoded."""
+def resize_input(side: str, other_side: str) -> Any:
+    """Input for a side of a picture that is resized before it is encoded."""
     return io.Int.Input(
         side,
         default=0,
@@ -81,13 +81,13 @@ def resize_input(side: str, other: str) -> Any:
         optional=True,
         tooltip=(
             f"The {side} in pixels to which the picture is resized first, such as for a second, larger pass. 0 keeps "
-            f"its own, or follows the {other}."
+            f"its own, or follows the {other_side}."
         ),
     )
 
 
 class CascadeEncode(io.ComfyNode):
-    """Where image to image and inpainting start."""
+    """Encodes a picture for image to image and inpainting."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -162,11 +162,11 @@ class CascadeEncode(io.ComfyNode):
         pixels = resized(image, compressor_size(height, width, compression))
         stage_c = {"samples": host().encode_pixels(vae, pixels)}
         check_finite(stage_c.values(), vae, "The compressor's latent")
-        whole = whole_size(height, width)
-        stage_b = empty_stage_b(batch, *whole)
+        picture_size = whole_size(height, width)
+        stage_b = empty_stage_b(batch, *picture_size)
         if stage_a is not None:
             check_vae(stage_a, "stage_a", "Cascade Encode's stage_a", "Load Stage A VAE")
-            stage_b = {"samples": host().encode_pixels(stage_a, resized(image, whole), tile_size)}
+            stage_b = {"samples": host().encode_pixels(stage_a, resized(image, picture_size), tile_size)}
             check_finite(stage_b.values(), stage_a, "Stage A's latent")
         if mask is not None:
             stage_c["noise_mask"] = latent_mask(mask, batch, size, grow)
@@ -176,7 +176,7 @@ class CascadeEncode(io.ComfyNode):
 
 
 class CascadeUpscaleLatent(io.ComfyNode):
-    """Between two passes: what the first one composed, at the size of the second."""
+    """Upscales a Stage C latent between two passes."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -235,7 +235,7 @@ class CascadeUpscaleLatent(io.ComfyNode):
 
 
 class CascadeDecode(io.ComfyNode):
-    """Latent to picture."""
+    """Decodes a latent into a picture."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

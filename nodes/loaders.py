@@ -1,4 +1,4 @@
-"""Loaders: a file becomes a MODEL, VAE, CLIP, CLIP_VISION or CONTROL_NET of the host."""
+"""Loaders of files as MODEL, VAE, CLIP, CLIP_VISION or CONTROL_NET of the host."""
 
 from ..cascade_core.checkpoints import PART_NAMES, networks_in
 from ..cascade_core.errors import CascadeError
@@ -17,7 +17,7 @@ DTYPE_TOOLTIP = (
 
 
 class StageCLoader(io.ComfyNode):
-    """A Stage C file as MODEL."""
+    """Loads a Stage C file as MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -47,7 +47,7 @@ class StageCLoader(io.ComfyNode):
 
 
 class StageBLoader(io.ComfyNode):
-    """A Stage B file as MODEL."""
+    """Loads a Stage B file as MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -79,7 +79,7 @@ class StageBLoader(io.ComfyNode):
 
 
 class StageAVAE(io.ComfyNode):
-    """A Stage A file as VAE."""
+    """Loads a Stage A file as VAE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -106,7 +106,7 @@ class StageAVAE(io.ComfyNode):
 
 
 class CascadeCompressorLoader(io.ComfyNode):
-    """The semantic compressor, with the previewer as its decoder, as VAE."""
+    """Loads the semantic compressor, with the previewer as its decoder, as VAE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -138,8 +138,8 @@ class CascadeCompressorLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None, previewer=None) -> bool | str:
-        found = check("compressor", file)
-        return found if found is not True or previewer == NO_FILE else check("previewer", previewer)
+        verdict = check("compressor", file)
+        return verdict if verdict is not True or previewer == NO_FILE else check("previewer", previewer)
 
     @classmethod
     def fingerprint_inputs(cls, file, previewer) -> str:
@@ -152,7 +152,7 @@ class CascadeCompressorLoader(io.ComfyNode):
 
 
 class CascadeTextEncoderLoader(io.ComfyNode):
-    """A CLIP text encoder, from a file or a folder, as CLIP."""
+    """Loads a CLIP text encoder, from a file or a folder, as CLIP."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -188,7 +188,7 @@ class CascadeTextEncoderLoader(io.ComfyNode):
 
 
 class CascadeVisionLoader(io.ComfyNode):
-    """A CLIP image encoder as CLIP_VISION."""
+    """Loads a CLIP image encoder as CLIP_VISION."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -217,7 +217,7 @@ class CascadeVisionLoader(io.ComfyNode):
 
 
 class CascadeControlNetLoader(io.ComfyNode):
-    """A Stable Cascade ControlNet file as CONTROL_NET."""
+    """Loads a Stable Cascade ControlNet file as CONTROL_NET."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -251,7 +251,7 @@ class CascadeControlNetLoader(io.ComfyNode):
 
 
 class CascadeCheckpointLoader(io.ComfyNode):
-    """All that one file or folder holds."""
+    """Loads all networks of one file or folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -290,22 +290,22 @@ class CascadeCheckpointLoader(io.ComfyNode):
     @classmethod
     def execute(cls, file, dtype) -> io.NodeOutput:
         path = find("checkpoint", file)
-        parts = networks_in(path)
-        kind = next((kind for kind in ("stage_c", "stage_b") if kind in parts), None)
+        networks = networks_in(path)
+        kind = next((kind for kind in ("stage_c", "stage_b") if kind in networks), None)
         if kind is None:
-            found = ", ".join(sorted(PART_NAMES[part] for part in parts)) or "nothing of Stable Cascade"
+            contents = ", ".join(sorted(PART_NAMES[part] for part in networks)) or "nothing of Stable Cascade"
             raise CascadeError(
-                f"{path.name} holds {found}, but an all-in-one checkpoint with Stage C or B is expected; choose one, "
-                "or the loader of what it holds."
+                f"{path.name} holds {contents}, but an all-in-one checkpoint with Stage C or B is expected; choose "
+                "one, or the loader of what it holds."
             )
         vae = None
-        if "stage_a" in parts:
+        if "stage_a" in networks:
             vae = host().load_stage_a(path)
-        elif "compressor" in parts:
-            vae = host().load_compressor(path, path if "previewer" in parts else None)
+        elif "compressor" in networks:
+            vae = host().load_compressor(path, path if "previewer" in networks else None)
         return io.NodeOutput(
             host().load_network(kind, path, dtype),
-            host().load_text_encoder(path) if "text" in parts else None,
+            host().load_text_encoder(path) if "text" in networks else None,
             vae,
-            host().load_vision(path) if "vision" in parts else None,
+            host().load_vision(path) if "vision" in networks else None,
         )

@@ -1,4 +1,4 @@
-"""LoRAs, and tokens learned with them or by themselves."""
+"""Node for LoRAs, and for tokens learned with them or by themselves."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +21,12 @@ CATEGORY = "Stable Cascade/LoRA"
 
 
 def strength_input(input_id: str, tooltip: str) -> Any:
-    """How much of a LoRA is applied."""
+    """Input for the strength of a LoRA."""
     return io.Float.Input(input_id, default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
 
 
 class CascadeLoRAApply(io.ComfyNode):
-    """A LoRA on Stage C and its text encoder."""
+    """Applies a LoRA to Stage C and its text encoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""The two samplers."""
+"""Sampler nodes of Stage C and Stage B."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ LEAST_TILE = 128  # pixels
 
 
 def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
-    """The inputs that both samplers share, with a stage's own defaults."""
+    """Inputs that both samplers share, with a stage's own defaults."""
     return [
         io.Int.Input(
             "seed",
@@ -100,7 +100,7 @@ def engine_input() -> Any:
 
 
 class CascadePriorSampler(io.ComfyNode):
-    """Stage C: from a prompt to the semantic latent."""
+    """Samples Stage C: from a prompt to the semantic latent."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -132,7 +132,7 @@ class CascadePriorSampler(io.ComfyNode):
 
 
 class CascadeDecoderSampler(io.ComfyNode):
-    """Stage B: from the semantic latent to the picture's own."""
+    """Samples Stage B: from the semantic latent to the picture's own."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""The published schedule and guidance for ComfyUI's own samplers."""
+"""Nodes that give ComfyUI's own samplers the published schedule and guidance."""
 
 import torch
 
@@ -11,7 +11,7 @@ CATEGORY = "Stable Cascade/sampling"
 
 
 class CascadeScheduler(io.ComfyNode):
-    """The published noise levels as SIGMAS."""
+    """Makes SIGMAS of the published noise levels."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -64,7 +64,7 @@ class CascadeScheduler(io.ComfyNode):
 
 
 class CascadeGuidance(io.ComfyNode):
-    """The published guidance and schedule in a MODEL."""
+    """Sets the published guidance and schedule in a MODEL."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

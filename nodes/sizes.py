@@ -19,7 +19,7 @@ from .api import io
 
 
 def compression_input() -> Any:
-    """The same for every node that makes a Stage C latent."""
+    """Compression input, shared by all nodes that make a Stage C latent."""
     return io.Float.Input(
         "compression",
         default=STAGE_C_COMPRESSION,
@@ -34,19 +34,19 @@ def compression_input() -> Any:
 
 
 def empty_stage_c(batch: int, height: int, width: int, compression: float) -> dict[str, Tensor]:
-    """The Stage C latent, zeros, of pictures of that many pixels."""
+    """Zero Stage C latent of pictures of height × width pixels."""
     shape = (batch, LATENT_CHANNELS["stage_c"], *stage_c_size(height, width, compression))
     return {"samples": zeros(shape, f"{width} × {height}")}
 
 
 def empty_stage_b(batch: int, height: int, width: int) -> dict[str, Tensor]:
-    """The Stage B latent, zeros, of pictures of that many pixels."""
+    """Zero Stage B latent of pictures of height × width pixels."""
     shape = (batch, LATENT_CHANNELS["stage_b"], *stage_b_size(height, width))
     return {"samples": zeros(shape, f"{width} × {height}")}
 
 
 def zeros(shape: tuple[int, ...], size: str) -> Tensor:
-    """An empty latent. size: of the picture, for the message where memory does not suffice."""
+    """Zero latent. size: of the picture, for the message where memory does not suffice."""
     try:
         return torch.zeros(shape)
     except RuntimeError as error:  # torch has no class of its own for this on the CPU
@@ -56,11 +56,14 @@ def zeros(shape: tuple[int, ...], size: str) -> Tensor:
         ) from error
 
 
-def chosen_size(own: Sequence[int], height: int, width: int) -> tuple[int, int]:
-    """(height, width) that a picture of its `own` is to have: as given, and where one is 0, of its own proportions."""
+def chosen_size(picture_size: Sequence[int], height: int, width: int) -> tuple[int, int]:
+    """Target (height, width) of a picture of `picture_size`; a side of 0 follows from its proportions."""
     if not height and not width:
-        return own[0], own[1]
-    sides = height or round(own[0] * width / own[1]), width or round(own[1] * height / own[0])
+        return picture_size[0], picture_size[1]
+    sides = (
+        height or round(picture_size[0] * width / picture_size[1]),
+        width or round(picture_size[1] * height / picture_size[0]),
+    )
     return whole_size(*sides)
 
 

@@ -1,4 +1,4 @@
-"""What is checked about the values on the sockets, before and after a network runs."""
+"""Checks of the values on sockets, before and after a network runs."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -29,18 +29,18 @@ def check_network(model: Any, kind: str, node: str, loader: str) -> Network:
 
 
 def check_vae(vae, kind: str, node: str, loader: str) -> None:
-    """Refuses a VAE of another kind by name."""
-    found = host().describe_vae(vae) if vae is not None else "nothing"
-    if found != kind:
+    """Raises CascadeError for a VAE of another kind, by name."""
+    vae_kind = host().describe_vae(vae) if vae is not None else "nothing"
+    if vae_kind != kind:
         raise CascadeError(
-            f"The VAE connected to {node} is {VAE_WORDS.get(found, found)}, but {VAE_WORDS[kind]} is "
+            f"The VAE connected to {node} is {VAE_WORDS.get(vae_kind, vae_kind)}, but {VAE_WORDS[kind]} is "
             "expected; "
             f"connect {loader}."
         )
 
 
 def check_picture(image: Tensor, socket: str) -> None:
-    """An IMAGE is (B, H, W, C), none of which is 0, of finite numbers."""
+    """Raises CascadeError unless an IMAGE is (B, H, W, C), none of which is 0, of finite numbers."""
     shape = tuple(image.shape)
     if len(shape) != 4 or 0 in shape:
         raise CascadeError(
@@ -114,7 +114,7 @@ def _check_widths(found: dict[str, int], network: Network, socket: str) -> None:
 
 
 def check_finite(
-    tensors: Iterable[Tensor | None], model: Any, what: str, advice: str = "load it in bf16 or fp32"
+    tensors: Iterable[Tensor | None], model: Any, subject: str, advice: str = "load it in bf16 or fp32"
 ) -> None:
     """What a MODEL, CLIP, VAE or CLIP_VISION gave holds neither NaN nor infinity.
 
@@ -125,16 +125,17 @@ def check_finite(
     weight = host().first_non_finite(model)
     if weight is not None:
         raise CascadeError(NON_FINITE_WEIGHT.format(weight=weight))
-    raise CascadeError(f"{what} holds NaN or infinity, though none of the weights does; {advice}.")
+    raise CascadeError(f"{subject} holds NaN or infinity, though none of the weights does; {advice}.")
 
 
 def with_values(conditioning: list, **values: Any) -> list:
-    """A copy of the conditioning in which every prompt has these values as well."""
-    return [[tokens, {**held, **values}] for tokens, held in conditioning]
+    """Copies the conditioning and adds these values to every prompt."""
+    return [[tokens, {**prompt_values, **values}] for tokens, prompt_values in conditioning]
 
 
 def without_values(conditioning: list, *names: str) -> list:
-    """A copy of the conditioning in which no prompt has these values."""
+    """Copies the conditioning and removes these values from every prompt."""
     return [
-        [tokens, {name: held[name] for name in held if name not in names}] for tokens, held in conditioning
+        [tokens, {name: prompt_values[name] for name in prompt_values if name not in names}]
+        for tokens, prompt_values in conditioning
     ]

@@ -1,4 +1,4 @@
-"""The only place that knows which program the nodes run in.
+"""Hosts: the only package that knows which program the nodes run in.
 
 Both hosts are packages with the same functions, listed in `Host`: `comfyui` wraps our networks in ComfyUI's
 own classes, `headless` does the same job with nothing but torch.
@@ -20,46 +20,46 @@ from .run import Network, Run, Sampled
 
 
 class Host(Protocol):
-    """What the nodes ask of a host. MODEL, CLIP, VAE and the like are the host's own values (`Any` here)."""
+    """Functions that the nodes call. MODEL, CLIP, VAE and the like are the host's own values (`Any` here)."""
 
     def list_files(self, role: str) -> list[str]:
-        """The names that a loader of this role (`roles.FOLDERS`) offers."""
+        """Names that a loader of this role (`roles.FOLDERS`) offers."""
         ...
 
     def find_file(self, role: str, name: str) -> Path:
-        """Where a name from `list_files` lies; CascadeError where there is none."""
+        """Path of a name from `list_files`. Raises CascadeError for an unknown name."""
         ...
 
     def load_network(self, kind: str, path: Path, dtype: str) -> Any:
-        """Stage C or Stage B (`kind` stage_c, stage_b) as a MODEL. dtype: a name of `roles.DTYPES`."""
+        """Loads Stage C or Stage B (`kind` stage_c, stage_b) as a MODEL. dtype: a name of `roles.DTYPES`."""
         ...
 
     def load_stage_a(self, path: Path) -> Any:
-        """Stage A as a VAE, whose latents are in the codebook's units."""
+        """Loads Stage A as a VAE, whose latents are in the codebook's units."""
         ...
 
     def load_compressor(self, compressor: Path, previewer: Path | None) -> Any:
-        """The compressor, and the previewer as its decoder, as one VAE."""
+        """Loads the compressor, and the previewer as its decoder, as one VAE."""
         ...
 
     def load_controlnet(self, path: Path) -> Any:
-        """A ControlNet as CONTROL_NET."""
+        """Loads a ControlNet as CONTROL_NET."""
         ...
 
     def load_text_encoder(self, path: Path) -> Any:
-        """A CLIP from a file or a folder."""
+        """Loads a CLIP from a file or a folder."""
         ...
 
     def load_vision(self, path: Path) -> Any:
-        """A CLIP_VISION from a file or a folder."""
+        """Loads a CLIP_VISION from a file or a folder."""
         ...
 
     def encode_text(self, clip: Any, prompt: str) -> list:
-        """CONDITIONING of one prompt."""
+        """Encodes one prompt as CONDITIONING."""
         ...
 
     def encode_image(self, vision: Any, image: Tensor) -> Any:
-        """CLIP_VISION_OUTPUT of images (B, H, W, 3): `.image_embeds` is (B, E)."""
+        """Encodes images (B, H, W, 3) as CLIP_VISION_OUTPUT: `.image_embeds` is (B, E)."""
         ...
 
     def describe_network(self, model: Any) -> Network:
@@ -67,14 +67,14 @@ class Host(Protocol):
         ...
 
     def first_non_finite(self, model: Any) -> str | None:
-        """The first weight of a MODEL, CLIP, VAE or CLIP_VISION that holds NaN or infinity, or None.
+        """First weight of a MODEL, CLIP, VAE or CLIP_VISION that holds NaN or infinity, or None.
 
-        Such as "clf.1.weight of stage_c.safetensors (Stage C)".
+        For example "clf.1.weight of stage_c.safetensors (Stage C)".
         """
         ...
 
     def describe_vae(self, vae: Any) -> str:
-        """stage_a, compressor, or the name of what else it is."""
+        """Kind of a VAE: stage_a, compressor, or a description of any other."""
         ...
 
     def encode_pixels(self, vae: Any, image: Tensor, tile: int = 0) -> Tensor:
@@ -86,7 +86,7 @@ class Host(Protocol):
         ...
 
     def describe_controlnet(self, control_net: Any) -> Control:
-        """What a CONTROL_NET is and what it takes."""
+        """Describes a CONTROL_NET and its hint."""
         ...
 
     def apply_controlnet(
@@ -99,15 +99,15 @@ class Host(Protocol):
         start: float,
         end: float,
     ) -> tuple[list, list]:
-        """Both prompts with a ControlNet more; hint: (B, H, W, C), start and end: shares of the schedule."""
+        """Adds a ControlNet to both prompts; hint: (B, H, W, C), start and end: shares of the schedule."""
         ...
 
     def stage_c_config(self, model: Any) -> StageCConfig:
-        """The size of a Stage C MODEL."""
+        """Configuration of a Stage C MODEL."""
         ...
 
     def text_network(self, clip: Any) -> nn.Module:
-        """The network of a CLIP, whose layers have transformers' names; CascadeError for another CLIP."""
+        """Network of a CLIP, whose layers have transformers' names. Raises CascadeError for another CLIP."""
         ...
 
     def with_adapter(
@@ -117,11 +117,11 @@ class Host(Protocol):
         adapter: Adapter,
         strength_model: float,
         strength_clip: float,
-        new: Sequence[NewToken],
+        new_tokens: Sequence[NewToken],
     ) -> tuple[Any, Any]:
-        """A Stage C MODEL and a CLIP (or None) with a LoRA more, which fits both; the given ones stay as they are.
+        """Adds a LoRA, which fits both, to copies of a Stage C MODEL and a CLIP (or None).
 
-        new: names of the adapter's tokens behind the vocabulary.
+        new_tokens: names of the adapter's tokens behind the vocabulary.
         """
         ...
 
@@ -130,21 +130,21 @@ class Host(Protocol):
         ...
 
     def picture_folder(self, name: str) -> Path:
-        """A folder of training pictures, by its name in the input folder or by path."""
+        """Folder of training pictures, by its name in the input folder or by path."""
         ...
 
     def new_file(self, role: str, name: str) -> Path:
-        """Where a new file of that role goes, to be found by its loader under its name."""
+        """Path of a new file of that role, which its loader finds under its name."""
         ...
 
     def run_folder(self, name: str) -> Path:
-        """Where a training run keeps its checkpoint, log and samples."""
+        """Folder of a training run's checkpoint, log and samples."""
         ...
 
     def training(self) -> AbstractContextManager[tuple[Callable[[int, int], None], Callable[[], bool]]]:
-        """(report, stop) of a run: report(step, steps) moves the node's bar, stop() says whether it should end.
+        """Yields (report, stop) of a run: report(step, steps) moves the node's bar, stop() is whether it should end.
 
-        Inside the block gradients are computed. A run that was asked to end ends the graph after the block.
+        Gradients are enabled inside the block. A run that was asked to end ends the graph after the block.
         """
         ...
 
@@ -153,12 +153,12 @@ class Host(Protocol):
         ...
 
     def with_guidance(self, model: Any, cfg_rescale: float, shift: float) -> Any:
-        """The MODEL with the published guidance and schedule for the host's own samplers."""
+        """Returns the MODEL with the published guidance and schedule for the host's own samplers."""
         ...
 
 
 def host() -> Host:
-    """ComfyUI where this process is one, else the headless host.
+    """Returns ComfyUI's host where this process is ComfyUI, else the headless host.
 
     A ComfyUI that is merely installed does not count: its modules are loaded before any pack's.
     """

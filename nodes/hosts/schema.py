@@ -1,4 +1,4 @@
-"""The subset of ComfyUI's V3 node API (`comfy_api.latest`) that our nodes use, for machines without ComfyUI.
+"""Subset of ComfyUI's V3 node API (`comfy_api.latest`) that our nodes use, for machines without ComfyUI.
 
 Names, keywords and dictionaries are those of ComfyUI 0.3.64, so that a node which runs here registers there
 too: a keyword that 0.3.64 does not know is a TypeError here as well. What the embedded host cannot execute
@@ -43,7 +43,7 @@ from .socket_types import (
 
 
 class Hidden(StrEnum):
-    """What a node may ask of its host without a socket; read as `cls.hidden.<name>` inside `execute`."""
+    """Values that a node gets from its host without a socket, as `cls.hidden.<name>` inside `execute`."""
 
     unique_id = "UNIQUE_ID"
     prompt = "PROMPT"
@@ -52,7 +52,7 @@ class Hidden(StrEnum):
 
 @dataclass(frozen=True)
 class HiddenHolder:
-    """The hidden values of one execution; None where it did not ask, or there is nothing to give."""
+    """Hidden values of one execution; None for those that are not requested or not available."""
 
     unique_id: str | None = None
     prompt: dict[str, Any] | None = None
@@ -60,13 +60,13 @@ class HiddenHolder:
 
     @classmethod
     def from_dict(cls, values: dict[Hidden, Any]) -> HiddenHolder:
-        """From `{Hidden member: value}`."""
+        """Builds the values from `{Hidden member: value}`."""
         return cls(**{Hidden(key).name: value for key, value in values.items()})
 
 
 @dataclass
 class Schema:
-    """What a node is called, takes and gives."""
+    """Names, inputs and outputs of a node."""
 
     node_id: str
     display_name: str | None = None
@@ -81,16 +81,16 @@ class Schema:
     not_idempotent: bool = False
 
     def finalize(self) -> None:
-        """Name the unnamed outputs, and give output nodes the graph to write into their files."""
+        """Names the unnamed outputs, and gives output nodes the graph to write into their files."""
         if self.is_output_node:
-            wanted = (Hidden.prompt, Hidden.extra_pnginfo)
-            self.hidden = self.hidden + [hidden for hidden in wanted if hidden not in self.hidden]
+            graph_values = (Hidden.prompt, Hidden.extra_pnginfo)
+            self.hidden = self.hidden + [hidden for hidden in graph_values if hidden not in self.hidden]
         for index, output in enumerate(self.outputs):
             if output.id is None:
                 output.id = f"_{index}_{output.io_type}_"
 
     def validate(self) -> None:
-        """Raise ValueError unless every input and output has an id of its own."""
+        """Raises ValueError unless every input and output has an id of its own."""
         counts = Counter([entry.id for entry in self.inputs] + [entry.id for entry in self.outputs])
         repeated = [name for name, count in counts.items() if count > 1]
         if repeated:
@@ -109,7 +109,7 @@ class Schema:
 
 
 class NodeOutput:
-    """What `execute` returns: one value for each output, and `ui`, what the node has to show."""
+    """Result of `execute`: one value for each output, and `ui`, the data that the node shows."""
 
     def __init__(self, *args: Any, ui: dict[str, Any] | None = None):
         self.args = args
@@ -117,7 +117,7 @@ class NodeOutput:
 
     @property
     def result(self) -> tuple | None:
-        """The outputs, or None where there are none."""
+        """Outputs, or None without any."""
         return self.args or None
 
     def __getitem__(self, index: int) -> Any:
@@ -137,11 +137,11 @@ class ComfyNode(ABC):
     @classmethod
     @abstractmethod
     def define_schema(cls) -> Schema:
-        """The node's schema, made anew for each call: lists of files may have changed."""
+        """Builds the node's schema, anew for each call because lists of files may have changed."""
 
     @classmethod
     def GET_SCHEMA(cls) -> Schema:  # noqa: N802 (the host's name)
-        """The schema, completed and checked."""
+        """Returns the schema, completed and checked."""
         schema = cls.define_schema()
         schema.finalize()
         schema.validate()
@@ -149,12 +149,12 @@ class ComfyNode(ABC):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, tuple]]:  # noqa: N802 (the host's name)
-        """The inputs as the host's validation reads them."""
+        """Inputs as the host's validation reads them."""
         return cls.GET_SCHEMA().input_types()
 
     @classmethod
     def GET_NODE_INFO_V1(cls) -> dict[str, Any]:  # noqa: N802 (the host's name)
-        """The entry of this node in ComfyUI's `/object_info`."""
+        """Entry of this node in ComfyUI's `/object_info`."""
         schema = cls.GET_SCHEMA()
         inputs = schema.input_types()
         return {
@@ -177,14 +177,14 @@ class ComfyNode(ABC):
 
 
 class ComfyExtension(ABC):
-    """A pack of nodes."""
+    """Pack of nodes."""
 
     async def on_load(self) -> None:  # noqa: B027 (packs may leave it)
-        """Called once by hosts that know it (ComfyUI 0.3.64 does not)."""
+        """Hook that newer hosts call once (ComfyUI 0.3.64 does not)."""
 
     @abstractmethod
     async def get_node_list(self) -> list[type[ComfyNode]]:
-        """The node classes of this pack."""
+        """Returns the node classes of this pack."""
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The socket types of the V3 node API that our nodes use, with the keywords of ComfyUI 0.3.64.
+"""Socket types of the V3 node API that our nodes use, with the keywords of ComfyUI 0.3.64.
 
 All keywords but an input's id (and a Combo's options) must be named, since their order differs between hosts.
 """
@@ -12,20 +12,20 @@ from typing import Any, ClassVar
 
 
 class NumberDisplay(StrEnum):
-    """How a number is shown on the canvas."""
+    """Widget of a number on the canvas."""
 
     number = "number"
     slider = "slider"
 
 
 class UploadType(StrEnum):
-    """What a Combo lets the user upload."""
+    """Kind of file that a Combo lets the user upload."""
 
     image = "image_upload"
 
 
 class FolderType(StrEnum):
-    """The host's folders for pictures."""
+    """Host's folders for pictures."""
 
     input = "input"
     output = "output"
@@ -38,7 +38,7 @@ _NAMES = {"force_input": "forceInput", "dynamic_prompts": "dynamicPrompts", "dis
 
 @dataclass(eq=False, kw_only=True)
 class Input:
-    """One input of a node. `io_type` is the name that travels along the edge."""
+    """Input of a node. `io_type` is the type name of its link."""
 
     io_type: ClassVar[str] = "*"
     id: str = field(kw_only=False)
@@ -47,7 +47,7 @@ class Input:
     tooltip: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The options of this input as ComfyUI's `/object_info` gives them; what is None is left out."""
+        """Options of this input as in ComfyUI's `/object_info`, without those that are None."""
         options = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -57,13 +57,13 @@ class Input:
         return options
 
     def get_io_type(self) -> str:
-        """The name that an output must have to be connected here."""
+        """Type that an output must have to be connected here."""
         return self.io_type
 
 
 @dataclass(eq=False, kw_only=True)
 class WidgetInput(Input):
-    """An input whose value is typed into the node unless something is connected."""
+    """Input with a widget for its value unless something is connected."""
 
     default: Any = None
     socketless: bool | None = None
@@ -72,7 +72,7 @@ class WidgetInput(Input):
 
 @dataclass(eq=False, kw_only=True)
 class Output:
-    """One output of a node."""
+    """Output of a node."""
 
     io_type: ClassVar[str] = "*"
     id: str | None = field(default=None, kw_only=False)
@@ -81,7 +81,7 @@ class Output:
 
 
 class SocketType:
-    """A socket type: its name (`io_type`), its `Input` and its `Output`, both bound to that name."""
+    """Socket type: its name (`io_type`), its `Input` and its `Output`, both bound to that name."""
 
     io_type: ClassVar[str] = "*"
     Input = Input
@@ -89,12 +89,12 @@ class SocketType:
 
     def __init_subclass__(cls, io_type: str) -> None:
         cls.io_type = io_type
-        for part in ("Input", "Output"):
-            setattr(cls, part, type(part, (getattr(cls, part),), {"io_type": io_type}))
+        for name in ("Input", "Output"):
+            setattr(cls, name, type(name, (getattr(cls, name),), {"io_type": io_type}))
 
 
 def Custom(io_type: str) -> type[SocketType]:  # noqa: N802 (the host's name)
-    """A socket type with no widget, known by its name alone."""
+    """Makes a socket type without a widget, identified by its name."""
     return new_class(io_type, (SocketType,), {"io_type": io_type})
 
 
@@ -113,7 +113,7 @@ Sigmas = Custom("SIGMAS")
 
 
 class Int(SocketType, io_type="INT"):
-    """An integer. The host checks `min` and `max`; `step` is only a hint for the widget."""
+    """Integer. The host checks `min` and `max`; `step` is only a hint for the widget."""
 
     @dataclass(eq=False, kw_only=True)
     class Input(WidgetInput):
@@ -126,7 +126,7 @@ class Int(SocketType, io_type="INT"):
 
 
 class Float(SocketType, io_type="FLOAT"):
-    """A real number. The host checks `min` and `max`; `step` and `round` are only hints for the widget."""
+    """Real number. The host checks `min` and `max`; `step` and `round` are only hints for the widget."""
 
     @dataclass(eq=False, kw_only=True)
     class Input(WidgetInput):
@@ -150,7 +150,7 @@ class String(SocketType, io_type="STRING"):
 
 
 class Boolean(SocketType, io_type="BOOLEAN"):
-    """Yes or no."""
+    """Boolean switch."""
 
     @dataclass(eq=False, kw_only=True)
     class Input(WidgetInput):
@@ -160,7 +160,7 @@ class Boolean(SocketType, io_type="BOOLEAN"):
 
 
 class Combo(SocketType, io_type="COMBO"):
-    """One of a list of options."""
+    """Choice from a list of options."""
 
     @dataclass(eq=False, kw_only=True)
     class Input(WidgetInput):

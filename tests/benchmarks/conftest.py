@@ -1,4 +1,4 @@
-"""The benchmarks' own modules, which are no package: they find each other as files beside the program that is run."""
+"""Access to the benchmarks' modules, which are not a package: each finds the others as files beside it."""
 
 import importlib
 from collections.abc import Callable

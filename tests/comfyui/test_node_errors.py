@@ -66,8 +66,8 @@ def test_same_node_errors_as_without_comfyui(client, server, monkeypatch, name):
         ("3.file", "gone.safetensors", "No Stage A file 'gone.safetensors' was found in "),
         ("4.file", "gone", "No text encoder file 'gone' was found in "),
         ("1.file", "", "No Stage C file is chosen; choose one in the loader."),
-        ("1.file", "../secret.safetensors", "'../secret.safetensors' is no name of a model file; "),
-        ("1.file", "/etc/passwd", "'/etc/passwd' is no name of a model file; "),
+        ("1.file", "../secret.safetensors", "'../secret.safetensors' is not the name of a model file; "),
+        ("1.file", "/etc/passwd", "'/etc/passwd' is not the name of a model file; "),
     ],
 )
 def test_a_file_that_is_not_there_is_refused_before_anything_runs(client, place, name, said):

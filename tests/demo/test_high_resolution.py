@@ -36,7 +36,7 @@ def test_the_finest_detail_of_a_picture():
 def test_the_judge_reads_pictures_of_other_proportions(cascade):
     figures, images = at_size(cascade, 2, (192, 320))
     assert images.shape == (2, 3, 192, 320)
-    assert "objects_size" not in figures  # what is large in a frame that is no square?
+    assert "objects_size" not in figures  # what is large in a frame that is not square?
     assert figures["backgrounds"] >= 0.5
 
 

@@ -129,7 +129,7 @@ def test_nobody_there(url, folders):
 
 
 def test_not_an_address():
-    with pytest.raises(CascadeError, match="'ftp://a' is no address like http"):
+    with pytest.raises(CascadeError, match="'ftp://a' is not an address like http"):
         Server("ftp://a")
 
 

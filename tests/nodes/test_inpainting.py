@@ -169,6 +169,6 @@ def test_outpainting_as_a_graph(tiny, pictures):
 
 
 def test_decoded_pictures_are_sized_as_the_latent(compressor, stage_a):
-    """Of a picture whose sides are no multiples of 8, the samplers see one a little smaller."""
+    """Of a picture whose sides are not multiples of 8, the samplers see one a little smaller."""
     _, stage_b = CascadeEncode.execute(compressor, torch.rand(1, 63, 126, 3), 32.0, None, stage_a).args
     assert CascadeDecode.execute(stage_a, stage_b, 0)[0].shape == (1, 56, 120, 3)

@@ -1,7 +1,7 @@
 """ComfyUI as host: its own classes around our networks, one file per socket family.
 
 Only this package imports `comfy`, `folder_paths` and the like. Written for 0.3.64 and later; where later
-versions differ, the code asks what is there, not which version it is.
+versions differ, the code tests for features, not for version numbers.
 """
 
 from .adapters import stage_c_config, text_network, with_adapter

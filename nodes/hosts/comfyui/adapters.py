@@ -22,9 +22,9 @@ EMBEDDING = f"{TEXT}text_model.embeddings.token_embedding.weight"
 
 
 class DoraAdapter(comfy.weight_adapter.LoRAAdapter):
-    """The host's, but the norm of a row is that of W + ΔW, as in the paper and in PEFT, where the host takes W's."""
+    """DoRA with the row norms of W + ΔW, as in the paper and in PEFT; the host's own takes those of W."""
 
-    def calculate_weight(self, weight, key, strength, *others, **more):
+    def calculate_weight(self, weight, key, strength, *arguments, **options):
         up, down, alpha, _, magnitude, _ = self.weights
         return weight.copy_(changed_weight(weight, LowRank(down, up, alpha, magnitude), strength))
 
@@ -38,8 +38,8 @@ class RowsAdapter(comfy.weight_adapter.WeightAdapterBase):
         self.loaded_keys = loaded_keys
         self.weights = weights
 
-    def calculate_weight(self, weight, key, strength, *others, **more):
-        tokens, rows = (part.to(weight.device) for part in self.weights)
+    def calculate_weight(self, weight, key, strength, *arguments, **options):
+        tokens, rows = (tensor.to(weight.device) for tensor in self.weights)
         return weight.index_add_(0, tokens, (strength * rows).to(weight.dtype))
 
 
@@ -53,8 +53,10 @@ def stage_c_config(model: Any) -> StageCConfig:
 def text_network(clip: Any) -> nn.Module:
     encoder = getattr(getattr(clip, "cond_stage_model", None), "clip_g", None)
     if encoder is None:
-        what = type(getattr(clip, "cond_stage_model", clip)).__name__
-        raise CascadeError(f"The CLIP is a {what}, not Stable Cascade's; connect Load Cascade Text Encoder.")
+        class_name = type(getattr(clip, "cond_stage_model", clip)).__name__
+        raise CascadeError(
+            f"The CLIP is a {class_name}, not Stable Cascade's; connect Load Cascade Text Encoder."
+        )
     return encoder.transformer
 
 
@@ -64,21 +66,21 @@ def with_adapter(
     adapter: Adapter,
     strength_model: float,
     strength_clip: float,
-    new: Sequence[NewToken],
+    new_tokens: Sequence[NewToken],
 ) -> tuple[Any, Any]:
     if strength_model and adapter.stage_c:
         model = model.clone()
         model.add_patches(weight_patches(adapter.stage_c, STAGE_C), strength_model)
     if clip is not None and strength_clip:
-        clip = with_text(clip, adapter, strength_clip, new)
+        clip = with_text(clip, adapter, strength_clip, new_tokens)
     return model, clip
 
 
-def with_text(clip: Any, adapter: Adapter, strength: float, new: Sequence[NewToken]) -> Any:
+def with_text(clip: Any, adapter: Adapter, strength: float, new_tokens: Sequence[NewToken]) -> Any:
     clip = clip.clone()
     clip.add_patches(weight_patches(adapter.text, TEXT), strength)
     vocabulary = clip.tokenizer.clip_g.tokenizer.get_vocab()
-    taught = taught_tokens(adapter, strength, vocabulary, unpatched(clip, EMBEDDING), new)
+    taught = taught_tokens(adapter, strength, vocabulary, unpatched(clip, EMBEDDING), new_tokens)
     changes = [token for token in taught if token.index is not None]
     if changes:
         rows = (
@@ -86,29 +88,29 @@ def with_text(clip: Any, adapter: Adapter, strength: float, new: Sequence[NewTok
             torch.cat([token.vectors for token in changes]),
         )
         clip.add_patches({EMBEDDING: RowsAdapter(set(), rows)})
-    own = [token for token in taught if token.index is None]
-    if any(token.output for token in own):
+    learned_tokens = [token for token in taught if token.index is None]
+    if any(token.output for token in learned_tokens):
         raise CascadeError(
             f"{adapter.name} teaches tokens at the text encoder's output, which ComfyUI's text encoders do not offer; "
             "set strength_clip to 0 to use the rest of it."
         )
-    if own:
-        clip.tokenizer = with_learned(clip.tokenizer, {token.name: token.vectors for token in own})
+    if learned_tokens:
+        clip.tokenizer = with_learned(clip.tokenizer, {token.name: token.vectors for token in learned_tokens})
     return clip
 
 
 def weight_patches(changes: Mapping[str, LowRank], prefix: str) -> dict[str, Any]:
-    """{the host's weight: what changes it}"""
+    """{the host's weight: its adapter}"""
     return {f"{prefix}{layer}.weight": weight_adapter(change) for layer, change in changes.items()}
 
 
 def weight_adapter(change: LowRank) -> Any:
-    """A change as the host's weight adapter; its tuple is (up, down, alpha, mid, magnitude, reshape)."""
+    """Wraps a change as the host's weight adapter; its tuple is (up, down, alpha, mid, magnitude, reshape)."""
     kind = comfy.weight_adapter.LoRAAdapter if change.magnitude is None else DoraAdapter
     return kind(set(), (change.up, change.down, change.alpha, None, change.magnitude, None))
 
 
 def unpatched(value: Any, key: str) -> Tensor:
-    """A weight as it was loaded, whatever patches are on it now."""
+    """Weight as loaded, without the patches on it."""
     weight, _ = value.patcher.get_key_patches(key.removesuffix(".weight"))[key][0]
     return weight

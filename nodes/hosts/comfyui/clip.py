@@ -20,7 +20,7 @@ from .weights import remember_file
 
 
 class TextModel(comfy.clip_model.CLIPTextModel):
-    """The host's text transformer with a vocabulary and a projection of any size."""
+    """Host's text transformer with a vocabulary and a projection of any size."""
 
     def __init__(self, config_dict, dtype, device, operations):
         super().__init__(config_dict, dtype, device, operations)
@@ -32,7 +32,7 @@ class TextModel(comfy.clip_model.CLIPTextModel):
 
 
 class TextEncoder(comfy.sd1_clip.SDClipModel):
-    """States before the final norm and the projected pooled vector, as Stable Cascade takes them."""
+    """Host's text encoder with Stable Cascade's outputs: states before the final norm, projected pooled vector."""
 
     def __init__(self, config: dict[str, Any], device="cpu", dtype=None, model_options=None):
         super().__init__(
@@ -55,13 +55,13 @@ class TextEncoder(comfy.sd1_clip.SDClipModel):
 
 
 class BackendAdapter:
-    """Our tokenizer where the host's chunking expects one of transformers'."""
+    """Adapter of our tokenizer to transformers' interface, which the host's chunking expects."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
     def from_pretrained(self, path: str, **_: Any) -> "BackendAdapter":
-        """The host makes its tokenizer from a folder; this one is made already."""
+        """Returns this tokenizer, where the host would build one from a folder."""
         return self
 
     def __call__(self, text: str) -> dict[str, list[int]]:

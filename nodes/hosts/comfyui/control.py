@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false
 """CONTROL_NET in ComfyUI: its ControlBase around a ControlNet of ours.
 
-The host hands residuals on as a list that Stage C pops from its end, one for each of its residual blocks. Lists of
+The host passes residuals as a list that Stage C pops from its end, one for each of its residual blocks. Lists of
 networks that drive different blocks are merged here by the block's number.
 """
 
@@ -26,7 +26,7 @@ from .hosted import WholeLayers
 
 
 class HostedControl(nn.Module):
-    """Computes in the precision of its weights; gives float32."""
+    """Wrapper that computes in the precision of the network's weights and returns float32."""
 
     def __init__(self, network: nn.Module, name: str):
         super().__init__()
@@ -40,7 +40,7 @@ class HostedControl(nn.Module):
 
 
 class CascadeControl(comfy.controlnet.ControlBase):
-    """A ControlNet of ours with its hint, strength and range of steps, as the host's apply nodes set them."""
+    """ControlNet of ours with its hint, strength and range of steps, as the host's apply nodes set them."""
 
     def __init__(self, patcher: Any):
         super().__init__()
@@ -51,11 +51,11 @@ class CascadeControl(comfy.controlnet.ControlBase):
 
     @property
     def control(self) -> HostedControl:
-        """The network and the name of its file."""
+        """Network with the name of its file."""
         return self.patcher.model
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
-        """Before the first step: refuses a MODEL that has no place for what this network gives."""
+        """Raises CascadeError before the first step for a MODEL that cannot take this network's residuals."""
         super().pre_run(model, percent_to_timestep_function)
         if not isinstance(model, comfy.model_base.StableCascade_C):
             raise CascadeError(
@@ -81,17 +81,17 @@ class CascadeControl(comfy.controlnet.ControlBase):
             return before
         merged: controlnets.Residuals = list(reversed(before["input"])) if before else []
         merged += [None] * (self.blocks - len(merged))
-        mine = [
+        own_residuals = [
             None
-            if one is None
-            else controlnets.for_batch(one, len(x_noisy), batched_number).to(x_noisy.dtype)
-            for one in self._residuals(x_noisy)
+            if residual is None
+            else controlnets.for_batch(residual, len(x_noisy), batched_number).to(x_noisy.dtype)
+            for residual in self._residuals(x_noisy)
         ]
-        controlnets.add_residuals(merged, mine, self.strength)
+        controlnets.add_residuals(merged, own_residuals, self.strength)
         return {"input": merged[::-1], "middle": [], "output": []}
 
     def _residuals(self, x_noisy: Tensor) -> controlnets.Residuals:
-        """For the hint's images; computed once for each size of latent."""
+        """Residuals of the hint's images, computed once for each size of latent."""
         size = (x_noisy.shape[-2], x_noisy.shape[-1])
         residuals = self.residuals
         if residuals is None or self.size != size:
@@ -103,26 +103,26 @@ class CascadeControl(comfy.controlnet.ControlBase):
 
     def copy(self) -> "CascadeControl":
         """As the host's apply nodes make one for each use; the weights are controlnets."""
-        other = CascadeControl(self.patcher)
-        self.copy_to(other)
-        return other
+        copied = CascadeControl(self.patcher)
+        self.copy_to(copied)
+        return copied
 
     def get_models(self) -> list[Any]:
-        """What the host's memory manager must load for a run."""
+        """Patchers that the host's memory manager must load for a run."""
         return [*super().get_models(), self.patcher]
 
     def get_models_only_self(self) -> list[Any]:
-        """The same without the earlier ControlNets."""
+        """This ControlNet's patcher, without the earlier ones."""
         return [self.patcher]
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        """Bytes that computing the residuals takes beside the weights, in float32."""
+        """Bytes of working memory for the residuals, in float32."""
         batch, _, height, width = self.cond_hint_original.shape
         values = activations.controlnet(self.control.network.config, batch, height, width)
         return 4 * values + super().inference_memory_requirements(dtype)
 
     def cleanup(self) -> None:
-        """After a run."""
+        """Drops the residuals after a run."""
         super().cleanup()
         self.residuals = self.size = None
 
@@ -143,7 +143,7 @@ def load_controlnet(path: Path) -> CascadeControl:
 def apply_controlnet(
     positive: list, negative: list, control_net: Any, hint: Tensor, strength: float, start: float, end: float
 ) -> tuple[list, list]:
-    """What the host's own node for this gives: each prompt's earlier ControlNets stay, chained before this one."""
+    """Applies a ControlNet as the host's own node does: each prompt's earlier ControlNets stay chained before it."""
     chained: dict[Any, Any] = {}  # the prompts that share their earlier ControlNets share this one as well
 
     def applied(conditioning: list) -> list:
@@ -155,15 +155,15 @@ def apply_controlnet(
                     hint.movedim(-1, 1), strength, (start, end)
                 )
                 chained[before].set_previous_controlnet(before)
-            more = {"control": chained[before], "control_apply_to_uncond": False}
-            prompts.append([tokens, {**values, **more}])
+            control_values = {"control": chained[before], "control_apply_to_uncond": False}
+            prompts.append([tokens, {**values, **control_values}])
         return prompts
 
     return applied(positive), applied(negative)
 
 
 def describe_controlnet(control_net: Any) -> Control:
-    """Ours, the host's own Cascade ControlNets, or other models' by their class."""
+    """Describes our ControlNets, the host's own for Cascade, and other models' by their class."""
     if isinstance(control_net, CascadeControl):
         return Control(control_net.control.name, True, control_net.control.network.config)
     # The host has its own in the class of T2I adapters.

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Where ComfyUI keeps model files: its categories, `models/stable_cascade`, and the demo weights."""
+"""Model files in ComfyUI: its categories, `models/stable_cascade`, and the demo weights."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ OWN_CATEGORIES = ("stable_cascade", "insightface")  # the second is shared with 
 
 
 def register() -> None:
-    """Tells ComfyUI of categories that it lacks; `extra_model_paths.yaml` may name them too."""
+    """Registers categories that ComfyUI lacks; `extra_model_paths.yaml` may name them too."""
     for category in OWN_CATEGORIES:
         folder_paths.add_model_folder_path(category, os.path.join(folder_paths.models_dir, category))
     folder_paths.add_model_folder_path(DEMO_CATEGORY, str(roles.DEMO_FOLDER))
@@ -24,31 +24,31 @@ register()  # before the first schema asks for a list
 
 
 def list_files(role: str) -> list[str]:
-    """Names that `find_file` knows, the demo's first."""
-    found: set[str] = set()
+    """Names that `find_file` finds, the demo's first."""
+    file_names: set[str] = set()
     for category in roles.FOLDERS[role]:
-        names = folder_paths.get_filename_list(category)
-        found.update(name for name in names if name.lower().endswith(roles.SUFFIXES))
+        category_names = folder_paths.get_filename_list(category)
+        file_names.update(name for name in category_names if name.lower().endswith(roles.SUFFIXES))
     if role == "text_encoder":
-        parents = {os.path.dirname(name) for name in found} - {""}
-        found.update(name for name in parents if _find_folder(role, name))
+        parents = {os.path.dirname(name) for name in file_names} - {""}
+        file_names.update(name for name in parents if _find_folder(role, name))
     if role == "checkpoint":  # ComfyUI does not list the folders of diffusers
-        places = [
+        folders = [
             Path(folder) for name in roles.FOLDERS[role] for folder in folder_paths.get_folder_paths(name)
         ]
-        found.update(
-            index.parent.relative_to(place).as_posix()
-            for place in places
-            for index in place.glob("*/model_index.json")
+        file_names.update(
+            index.parent.relative_to(root).as_posix()
+            for root in folders
+            for index in root.glob("*/model_index.json")
         )
     demo = roles.demo_names(role)
-    return demo + sorted(found - set(demo))
+    return demo + sorted(file_names - set(demo))
 
 
 def find_file(role: str, name: str) -> Path:
-    """The file or folder of that name, inside the folders of its role and nowhere else."""
+    """Finds the file or folder of that name inside the folders of its role alone."""
     if roles.leaves_folder(name):
-        raise CascadeError(f"{name!r} is no name of a model file; choose one that the loader lists.")
+        raise CascadeError(f"{name!r} is not the name of a model file; choose one that the loader lists.")
     for category in roles.FOLDERS[role]:
         path = folder_paths.get_full_path(category, name)
         if path is not None:

@@ -1,4 +1,4 @@
-"""A network of ours as ComfyUI holds it."""
+"""Wrappers of our networks for ComfyUI."""
 
 from functools import cache
 from typing import Any
@@ -7,8 +7,8 @@ from torch import nn
 
 
 class Hosted(nn.Module):
-    """Shares a network's children under their own names, so that the host finds the published names in its
-    state dict (weight patches and LoRA go by them), while the network itself stays out of the way.
+    """Wrapper that shares a network's children under their own names, so that the host finds the published names in
+    its state dict, which weight patches and LoRAs use.
 
     Subclasses add the calls that the host makes.
     """
@@ -28,10 +28,10 @@ class Hosted(nn.Module):
 
 
 class WholeLayers:
-    """The host's layers, with their weights from the start.
+    """Host's layers that own their weights from construction.
 
     Under dynamic VRAM (newer versions) its Linear and Embedding have none until a state dict is loaded, while ours are
-    compared with the file before. It leaves a subclass alone that loads its state dict by itself.
+    compared with the file before. The host does not change a subclass that loads its state dict itself.
     """
 
     def __init__(self, operations: Any):

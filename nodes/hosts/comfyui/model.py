@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""MODEL in ComfyUI: a patcher around a subclass of its own Stable Cascade models, around our network."""
+"""MODEL in ComfyUI: a patcher with a subclass of its own Stable Cascade models, which wraps our network."""
 
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class HostedNetwork(Hosted):
 
 
 class StageCModel(comfy.model_base.StableCascade_C):
-    """The host's Stage C, with our network and its widths."""
+    """Host's Stage C with our network and its widths."""
 
     def __init__(self, model_config, build, device=None):
         stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
@@ -106,7 +106,7 @@ class StageCModel(comfy.model_base.StableCascade_C):
         return forward_bytes(value_bytes(self) * values, self.diffusion_model)
 
     def extra_conds_shapes(self, **kwargs) -> dict[str, list[int]]:
-        """What `memory_required` needs to know before the run."""
+        """Shapes that `memory_required` needs before the run."""
         shapes = {}
         if kwargs.get("cross_attn") is not None:
             shapes["clip_text"] = list(kwargs["cross_attn"].shape)
@@ -118,7 +118,7 @@ class StageCModel(comfy.model_base.StableCascade_C):
 
 
 class StageBModel(comfy.model_base.StableCascade_B):
-    """The host's Stage B, with our network."""
+    """Host's Stage B with our network."""
 
     def __init__(self, model_config, build, device=None):
         stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
@@ -150,9 +150,9 @@ def forward_bytes(values: int, network: HostedNetwork) -> int:
     memory. The network's own graphs already hold what its forward needs.
     """
     device = comfy.model_management.get_torch_device()
-    needed = values + min(WORKSPACE, values // 2)
+    forward_need = values + min(WORKSPACE, values // 2)
     graph_bytes = sum(hosted.engine.graph_bytes(device) for hosted in {network, *loaded_networks()})
-    return max(needed - network.engine.graph_bytes(device), 0) + graph_bytes
+    return max(forward_need - network.engine.graph_bytes(device), 0) + graph_bytes
 
 
 def loaded_networks() -> set[HostedNetwork]:
@@ -177,7 +177,7 @@ TRAINED = {"stage_c": (16, 24, 24), "stage_b": (4, 256, 256)}  # latents of a pi
 
 
 def image_tokens(prompts: list[dict], width: int) -> Tensor:
-    """Image embeddings, each times its strength, side by side: (1, images, width); zeros without any."""
+    """Image embeddings times their strengths, concatenated: (1, images, width); zeros without any."""
     if not prompts:
         return torch.zeros(1, 1, width)
     embeds = [
@@ -193,7 +193,7 @@ def load_network(kind: str, path: Path, dtype: str) -> Any:
 
 
 def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False) -> Any:
-    """The patcher of a file. The host calls this again, by `cached_patcher_init`, for a second copy."""
+    """Builds the patcher of a file. The host calls this again, by `cached_patcher_init`, for a second copy."""
     tensors, metadata = checkpoints.read_weights(path, kind)
     checkpoints.identify(path, tensors, metadata, kind)  # before anything is chosen for it
     model_class, config_class = HOST_CLASSES[kind]
@@ -225,19 +225,21 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
 
 
 def fits_whole(kind: str, model: Any, device: torch.device) -> bool:
-    """Whether a device as large as this one holds the weights and what one picture of 1024 × 1024 takes.
+    """Whether the device's total memory holds the weights and the working memory of one picture of 1024 × 1024.
 
-    Then they are loaded before a run and lie there, as in every version: where newer ones page weights in as layers ask
-    for them (dynamic VRAM), the engine cannot read them.
+    Then they are loaded before a run and stay resident, as in every version: where newer ones page weights in layer by
+    layer (dynamic VRAM), the engine cannot read them.
     """
     management = comfy.model_management
     forward = model.memory_required([2, *TRAINED[kind]])
-    needed = management.module_size(model.diffusion_model) + forward + management.minimum_inference_memory()
-    return needed < management.get_total_memory(device)
+    total_need = (
+        management.module_size(model.diffusion_model) + forward + management.minimum_inference_memory()
+    )
+    return total_need < management.get_total_memory(device)
 
 
 def _computed_in(kind: str, config: Any, device: torch.device) -> list[torch.dtype]:
-    """The precisions that the host may compute a network in, the best first.
+    """Precisions that the host may compute a network in, the best first.
 
     The host keeps Stage C out of fp16, where its own overflows. Ours does not: it is for cards without bf16, and for
     --force-fp16.
@@ -251,7 +253,7 @@ def _computed_in(kind: str, config: Any, device: torch.device) -> list[torch.dty
 
 
 def _weight_dtype(tensors: dict[str, Tensor], name: str, supported: list[torch.dtype]) -> torch.dtype:
-    """What the weights are kept in: what was asked for, or the host's own choice for such a file."""
+    """Dtype of the weights: the chosen one, or for "auto" the host's own choice for such a file."""
     if name != "auto":
         return DTYPES[name]
     return comfy.model_management.unet_dtype(
@@ -261,7 +263,7 @@ def _weight_dtype(tensors: dict[str, Tensor], name: str, supported: list[torch.d
     )
 
 
-# The layers whose input width tells what a network takes; the same names in our networks and the host's.
+# Layers whose input widths are the network's; the same names in our networks and the host's.
 WIDTH_LAYERS = {
     "stage_c": {"text": "clip_txt_mapper", "pooled": "clip_txt_pooled_mapper", "image": "clip_img_mapper"},
     "stage_b": {"pooled": "clip_mapper"},

@@ -20,9 +20,9 @@ from ....cascade_core.errors import CascadeError
 from .. import roles
 from . import folders
 
-# Of ComfyUI's methods, those that leave room for a learned previewer.
+# ComfyUI's preview methods that a learned previewer may replace.
 LEARNED = (LatentPreviewMethod.Auto, LatentPreviewMethod.TAESD)
-# What shows each stage's latents, and its configuration's word for their channels.
+# Previewer of each stage's latents, and its configuration's name for their channels.
 PREVIEWERS = {"stage_c": ("previewer", "c_in"), "stage_b": ("stage_a", "c_latent")}
 
 
@@ -36,7 +36,7 @@ def notify(text: str) -> None:
 
 
 class LearnedPreviewer(latent_preview.LatentPreviewer):
-    """Stage C's latent through the previewer network, or Stage B's through Stage A."""
+    """Previewer that decodes Stage C's latent with the previewer network, or Stage B's with Stage A."""
 
     def __init__(self, network: nn.Module):
         self.network = network
@@ -50,9 +50,9 @@ class LearnedPreviewer(latent_preview.LatentPreviewer):
 
 
 def step_callback(patcher: Any, steps: int, kind: str) -> Callable[..., None]:
-    """Called as (step, x0, x, steps) after each step: moves the node's bar, shows a preview of x0.
+    """Callback (step, x0, x, steps) for each step that moves the node's bar and shows a preview of x0.
 
-    The preview is a learned one where there is a file for it, else ComfyUI's approximation.
+    The preview is a learned one where its file exists, else ComfyUI's approximation.
     """
     previewer = learned_previewer(patcher, kind) if args.preview_method in LEARNED else None
     if previewer is None:
@@ -66,9 +66,9 @@ def step_callback(patcher: Any, steps: int, kind: str) -> Callable[..., None]:
 
 
 def learned_previewer(patcher: Any, kind: str) -> LearnedPreviewer | None:
-    """Of the MODEL's own family. Stage B has one in the demo alone: its Stage A, which is as quick as an approximation.
+    """Learned previewer of the MODEL's own family. Stage B has one in the demo alone: its Stage A, which is fast.
 
-    ComfyUI's approximation of Stage B's latents holds for the published Stage A, which is not quick.
+    ComfyUI's approximation of Stage B's latents fits the published Stage A, which is slow.
     """
     file = getattr(patcher.model.diffusion_model, "name", "")
     role, channels = PREVIEWERS[kind]
@@ -87,7 +87,7 @@ def learned_previewer(patcher: Any, kind: str) -> LearnedPreviewer | None:
 
 
 def published_previewer() -> Path | None:
-    """Found by what is in the files."""
+    """Finds the published previewer by the contents of the files."""
     demo = roles.demo_file("previewer")
     for name in folders.list_files("previewer"):
         path = folders.find_file("previewer", name)

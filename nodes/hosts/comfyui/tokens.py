@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false
-"""Names in a prompt that stand for learned vectors, in ComfyUI's own tokenizer.
+"""Learned tokens in ComfyUI's own tokenizer.
 
-ComfyUI knows embeddings, files that a prompt names by `embedding:`. The vectors become such files, in a folder that
-lives as long as the tokenizer, and the names such words; so weights, chunks and other embeddings are the host's.
+ComfyUI has embeddings, files that a prompt names by `embedding:`. The vectors become such files, in a temporary folder
+of the tokenizer, and their names such words; so weights, chunks and other embeddings are handled by the host.
 """
 
 import copy
@@ -22,9 +22,9 @@ KEY = "clip_g"
 
 
 class LearnedTokenizer:
-    """A tokenizer of one text encoder, of the host's class or like it, to which names are embeddings.
+    """Tokenizer, of the host's class or like it, that replaces names by embeddings.
 
-    vectors: {name: (V, C)}; base: the tokenizer without them, which is left as it is
+    vectors: {name: (V, C)}; base: the tokenizer without them, which is not changed
     """
 
     def __init__(self, base: Any, vectors: Mapping[str, Tensor]):
@@ -43,9 +43,9 @@ class LearnedTokenizer:
         ]
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> Any:
-        """As the host's, which this calls with the names replaced."""
+        """Calls the host's method with the names replaced."""
         files = {name.lower(): file for name, file in self.files.items()}
-        text = self.pattern.sub(lambda found: f" {PREFIX}{files[found[0].lower()]} ", text)
+        text = self.pattern.sub(lambda match: f" {PREFIX}{files[match[0].lower()]} ", text)
         return self.inner.tokenize_with_weights(text, return_word_ids, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -55,7 +55,7 @@ class LearnedTokenizer:
 
 
 def with_learned(tokenizer: Any, vectors: Mapping[str, Tensor]) -> Any:
-    """A CLIP's tokenizer with names more; of one name the later vectors count."""
+    """Adds names to a CLIP's tokenizer; of one name the later vectors count."""
     base = getattr(tokenizer, KEY)
     if isinstance(base, LearnedTokenizer):
         base, vectors = base.base, {**base.vectors, **vectors}

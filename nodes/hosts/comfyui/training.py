@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Where training reads and writes in ComfyUI, and how it is watched."""
+"""Training in ComfyUI: its folders, progress and memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,24 +14,24 @@ from .. import roles
 
 
 def picture_folder(name: str) -> Path:
-    """A folder of training pictures: in ComfyUI's input folder, or any path."""
+    """Folder of training pictures: in ComfyUI's input folder, or any path."""
     inside = Path(folder_paths.get_input_directory()) / name
     return inside if inside.is_dir() else Path(name)
 
 
 def new_file(role: str, name: str) -> Path:
-    """Where a new file of that role goes, to be found by its loader under its name."""
+    """Path of a new file of that role, which its loader finds under its name."""
     return Path(folder_paths.get_folder_paths(roles.FOLDERS[role][0])[0]) / name
 
 
 def run_folder(name: str) -> Path:
-    """Where a run keeps its checkpoint, log and samples."""
+    """Folder of a run's checkpoint, log and samples."""
     return Path(folder_paths.get_output_directory()) / "training" / name
 
 
 @contextmanager
 def training() -> Iterator[tuple[Callable[[int, int], None], Callable[[], bool]]]:
-    """(report, stop) of a run, with the accelerator's memory free of ComfyUI's models."""
+    """Yields (report, stop) of a run, after ComfyUI's models have left the accelerator's memory."""
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     bars: dict[int, comfy.utils.ProgressBar] = {}

@@ -32,7 +32,7 @@ from .weights import remember_file
 
 
 class HostedStageA(Hosted):
-    """Stage A with latents in the codebook's units, as the host's own has them."""
+    """Stage A with latents in the codebook's units, as in the host's own."""
 
     def encode(self, image: Tensor) -> Tensor:
         return self.network.encode(image) * self.network.config.scale_factor
@@ -42,7 +42,7 @@ class HostedStageA(Hosted):
 
 
 class HostedCoder(nn.Module):
-    """The compressor encodes, the previewer decodes; under the names of the host's own pair."""
+    """Compressor as encoder and previewer as decoder, under the names of the host's own pair."""
 
     def __init__(self, encoder: nn.Module, previewer: nn.Module | None):
         super().__init__()
@@ -61,7 +61,7 @@ class HostedCoder(nn.Module):
 
 
 class CascadeVAE(comfy.sd.VAE):
-    """The host's VAE around a network of ours, whose pictures are in [0, 1] at both ends."""
+    """Host's VAE with a network of ours, whose pictures are in [0, 1] at both ends."""
 
     def __init__(self, network: nn.Module):
         with _quiet():
@@ -85,7 +85,7 @@ class CascadeVAE(comfy.sd.VAE):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the host's warning that an empty state dict holds no VAE."""
+    """Suppresses the host's warning that an empty state dict holds no VAE."""
     logger = logging.getLogger()
     logger.addFilter(_not_about_empty_vae)
     try:
@@ -143,7 +143,7 @@ def load_compressor(compressor: Path, previewer: Path | None) -> CascadeVAE:
 
 
 def describe_vae(vae: Any) -> str:
-    """Ours or the host's own, by what is inside."""
+    """Kind of our VAEs and the host's own, by their networks."""
     network = getattr(vae, "first_stage_model", None)
     if isinstance(network, HostedStageA | comfy.ldm.cascade.stage_a.StageA):
         return "stage_a"
@@ -152,9 +152,11 @@ def describe_vae(vae: Any) -> str:
     return f"a {type(network).__name__} VAE"
 
 
-def encode_pixels(vae: Any, image: Tensor, tile: int = 0) -> Tensor:
+def encode_pixels(vae: Any, image: Tensor, tile_pixels: int = 0) -> Tensor:
     image = image[..., :3]
-    if not tile or describe_vae(vae) != "stage_a":  # the compressor weighs its channels by the whole picture
+    if (
+        not tile_pixels or describe_vae(vae) != "stage_a"
+    ):  # the compressor weighs its channels by the whole picture
         return vae.encode(image).float()
     config = stage_a_config(vae)
     side = 2**config.levels  # pixels of a latent position
@@ -163,11 +165,11 @@ def encode_pixels(vae: Any, image: Tensor, tile: int = 0) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         return vae.encode(pixels.movedim(1, -1)).float()
 
-    return join_tiles(encode, image.movedim(-1, 1), tile // side, encode_halo(config), down=side)
+    return join_tiles(encode, image.movedim(-1, 1), tile_pixels // side, encode_halo(config), down=side)
 
 
-def decode_latent(vae: Any, latent: Tensor, tile: int) -> Tensor:
-    if not tile:
+def decode_latent(vae: Any, latent: Tensor, tile_pixels: int) -> Tensor:
+    if not tile_pixels:
         return vae.decode(latent).float().clamp(0.0, 1.0)
     if describe_vae(vae) == "stage_a":
         config = stage_a_config(vae)
@@ -175,15 +177,15 @@ def decode_latent(vae: Any, latent: Tensor, tile: int) -> Tensor:
     else:
         side, halo = PREVIEWER_SIDE, PREVIEWER_HALO
 
-    def decode(part: Tensor) -> Tensor:  # with the host's memory management, for a tile's memory
+    def decode(latent_tile: Tensor) -> Tensor:  # with the host's memory management, for a tile's memory
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return vae.decode(part).float().clamp(0.0, 1.0).movedim(-1, 1)
+        return vae.decode(latent_tile).float().clamp(0.0, 1.0).movedim(-1, 1)
 
-    return join_tiles(decode, latent, tile // side, halo, up=side).movedim(1, -1)
+    return join_tiles(decode, latent, tile_pixels // side, halo, up=side).movedim(1, -1)
 
 
 def stage_a_config(vae: Any) -> StageAConfig:
-    """Of ours, or of the host's own Stage A, read from its weights."""
+    """Configuration of our Stage A, or of the host's own, inferred from its weights."""
     network = vae.first_stage_model
     if isinstance(network, HostedStageA):
         return network.network.config

@@ -19,13 +19,13 @@ def load_vision(path: Path) -> comfy.clip_vision.ClipVisionModel:
     core = ImageEncoder.load(path)
     config = {**core.model.config.to_dict(), "model_type": "clip_vision_model"}
     with tempfile.TemporaryDirectory() as folder:  # the host takes its configuration from a file
-        written = Path(folder) / "config.json"
-        written.write_text(json.dumps(config, default=str), encoding="utf-8")
-        vision = comfy.clip_vision.ClipVisionModel(str(written))
-    missing, _ = vision.load_sd(core.model.state_dict())
-    if missing:
+        config_path = Path(folder) / "config.json"
+        config_path.write_text(json.dumps(config, default=str), encoding="utf-8")
+        vision = comfy.clip_vision.ClipVisionModel(str(config_path))
+    missing_keys, _ = vision.load_sd(core.model.state_dict())
+    if missing_keys:
         raise CascadeError(
-            f"{path.name} lacks {missing[0]}; choose a CLIP image encoder with its projection."
+            f"{path.name} lacks {missing_keys[0]}; choose a CLIP image encoder with its projection."
         )
     remember_file(vision, path.name)
     return vision

@@ -1,4 +1,4 @@
-"""Which weight of a MODEL, CLIP, VAE or CLIP_VISION is at fault."""
+"""Search for non-finite weights of a MODEL, CLIP, VAE or CLIP_VISION."""
 
 from operator import attrgetter
 from typing import Any
@@ -7,13 +7,13 @@ from torch import nn
 
 from ....cascade_core import checkpoints
 
-# Where the host keeps the network of each kind of value, the most specific first.
-_PLACES = ("model.diffusion_model", "first_stage_model", "cond_stage_model", "model")
+# Attribute paths of the network in each kind of value, the most specific first.
+_NETWORK_PATHS = ("model.diffusion_model", "first_stage_model", "cond_stage_model", "model")
 _FILE = "cascade_file"
 
 
 def remember_file(value: Any, name: str) -> None:
-    """Note the file that a value's network came from; copies of the value share the network."""
+    """Records the file that a value's network came from; copies of the value share the network."""
     setattr(_network(value), _FILE, name)
 
 
@@ -25,9 +25,9 @@ def first_non_finite(value: Any) -> str | None:
 
 
 def _network(value: Any) -> nn.Module:
-    for place in _PLACES:
+    for path in _NETWORK_PATHS:
         try:
-            network = attrgetter(place)(value)
+            network = attrgetter(path)(value)
         except AttributeError:
             continue
         if isinstance(network, nn.Module):
