@@ -18,7 +18,7 @@ from ..text.learned_tokens import LearnedToken
 
 @dataclass(frozen=True)
 class LowRank:
-    """One layer's change: ΔW = (alpha / rank) · up @ down (Hu et al. 2021, arXiv 2106.09685).
+    """Low-rank change of one layer: ΔW = (alpha / rank) · up @ down (Hu et al. 2021, arXiv 2106.09685).
 
     down: (rank, c_in) or (rank, c_in, k, k); up: (c_out, rank) or (c_out, rank, 1, 1)
     alpha None: the rank, so ΔW = up @ down

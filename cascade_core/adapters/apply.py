@@ -15,7 +15,7 @@ from .adapter import LowRank
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One adapter's changes of one network.
+    """Changes of one network by one adapter.
 
     name      of its file, for messages
     changes   by module name
@@ -28,7 +28,7 @@ class Patch:
 
 
 def changed_weight(weight: Tensor, change: LowRank, strength: float) -> Tensor:
-    """W + strength · (W' − W) in float32, W' the weight with the change at its full strength.
+    """Applies one change: W + strength · (W' − W) in float32, W' being the weight with the change at full strength.
 
     weight: (c_out, c_in) or (c_out, c_in, k, k), of any dtype. For a plain LoRA this is W + strength · ΔW. DoRA's W'
     (Liu et al. 2024, arXiv 2402.09353) has its own magnitudes, so that strength moves between W and it, as in ComfyUI.

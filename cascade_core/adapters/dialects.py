@@ -1,4 +1,4 @@
-"""How each program spells a LoRA of Stable Cascade, one row per dialect.
+"""Dialects: each program's spelling of a LoRA of Stable Cascade, one row each.
 
 Sources: Stability-AI/StableCascade `modules/lora.py`, `train/train_c_lora.py`; kohya-ss/sd-scripts, branch
 stable-cascade, `networks/lora.py`; Nerogar/OneTrainer `modules/modelSaver/wuerstchen`, before and after pull request
@@ -27,7 +27,7 @@ IN_PROJ = _spelling("attn.in_proj.0", "attn.in_proj.1", "attn.in_proj.2", "attn.
 
 @dataclass(frozen=True)
 class Dialect:
-    """One program's keys.
+    """Keys of one program's files.
 
     about             for users: which program, when
     kind              "named"; "numbered", the official file; "embedding", a learned token and nothing else

@@ -1,4 +1,4 @@
-"""Embeddings in files of their own, which a prompt asks for by `embedding:name`, as in ComfyUI."""
+"""Embedding files, which a prompt asks for by `embedding:name`, as in ComfyUI."""
 
 from __future__ import annotations
 

@@ -130,5 +130,5 @@ def published_layers(config: StageCConfig) -> dict[str, tuple[int, ...]]:
 
 
 def published_parameter(layer: str) -> str:
-    """The published name of a layer's weight: the fused attention input's is no `.weight`."""
+    """The published name of a layer's weight: that of the fused attention input does not end in `.weight`."""
     return f"{layer}_weight" if layer.endswith(FUSED) else f"{layer}.weight"

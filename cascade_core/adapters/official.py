@@ -73,7 +73,7 @@ def _pairs(tensors: Mapping[str, Tensor], name: str) -> list[Pair]:
 
 
 def _layer_change(layer: str, down: Tensor, up: Tensor, kernel: int) -> LowRank:
-    """One pair as a change of the layer. The trainer adds the same to every position of a depthwise kernel."""
+    """Converts a pair to a change of the layer. The trainer adds the same to every position of a depthwise kernel."""
     if is_convolution(layer):
         size = kernel if layer.endswith("depthwise") else 1
         down = down[:, :, None, None].expand(-1, -1, size, size)
@@ -128,7 +128,7 @@ def joined_tokens(old: str, new: str) -> str:
 
 
 def is_new(name: str) -> bool:
-    """Whether the published trainer takes an entry of `train_tokens` for a new token."""
+    """Whether an entry of `train_tokens` is a new token to the published trainer: its name is in brackets."""
     return name[:1] + name[-1:] in ("[]", "<>")
 
 
@@ -165,7 +165,7 @@ def write_official(
 
 
 def _token_tensors(tokens: Sequence[LearnedToken], width: int, vocabulary: int) -> dict[str, Tensor]:
-    """Tokens of their own are numbered behind all others."""
+    """Numbers new tokens behind all others."""
     rows = torch.cat([token.vectors for token in tokens] or [torch.zeros(0, width)])
     indices = [token.index for token in tokens]
     new = count(max([vocabulary, *(index + 1 for index in indices if index is not None)]))

@@ -81,7 +81,7 @@ def _stated_order(text: str, count: int, name: str) -> list[str]:
 
 
 def _orders(shapes: Shapes, config: StageCConfig) -> list[list[str]]:
-    """All choices of kinds of layers whose shapes, in order, are these."""
+    """Lists every choice of kinds of layers whose shapes, in order, equal `shapes`."""
     layers = published_layers(config)
     counts = Counter(map(kind, layers))
     orders = []

@@ -47,7 +47,7 @@ _EMBEDDING = ("clip_g", "clip_g_out", "emb_params", "string_to_param.*")
 
 
 def read_adapter(path: str | Path, stage_c: StageC | StageCConfig | None = None) -> Adapter:
-    """A LoRA or embedding file; the tensors are views of the mapped file.
+    """Reads a LoRA or embedding file; the tensors are views of the mapped file.
 
     stage_c: the network it is for. Only the official dialect, which numbers its layers, asks for it, and not for the
     published sizes. Raises CascadeError where the file cannot be read or is of something else.
@@ -64,7 +64,7 @@ def parse_adapter(
     stage_c: StageC | StageCConfig | None = None,
     alpha_of: AlphaOf | None = None,
 ) -> Adapter:
-    """A file's tensors as an adapter, under the file's name.
+    """Parses a file's tensors into an adapter; name: of the file.
 
     stage_c: as in `read_adapter`; alpha_of: says the alpha of layers that have none of their own (None: the rank).
     Raises CascadeError where they are of another model, of another kind of change, or not whole.

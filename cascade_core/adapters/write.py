@@ -166,7 +166,7 @@ def _token_tensors(tokens: Sequence[LearnedToken], prefix: str, name: str) -> di
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor in its own memory, as the file format asks: q, k and v may share a `down`."""
+    """Gives each tensor memory of its own, which the file format requires; q, k and v may share a `down`."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():

@@ -32,7 +32,7 @@ def split_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fuse_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: `attn.to_q/to_k/to_v` -> the published `attn.in_proj_*`."""
+    """Inverse of `split_attention`: `attn.to_q/to_k/to_v` -> the published `attn.in_proj_*`."""
     fused: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         stem, part, leaf = name.rpartition("to_q.")

@@ -25,7 +25,7 @@ SIGNATURES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """One program's names for the tensors of one network.
+    """Names of one program for the tensors of one network.
 
     prefix      before every name
     renamed     pairs of parts of names: theirs, published
@@ -60,7 +60,7 @@ class Layout:
         return renamed
 
     def from_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The way back, with the attention input split."""
+        """Inverse of `to_published`, with the attention input split."""
         renamed = {}
         for published, tensor in split_attention(tensors).items():
             name = published

@@ -93,7 +93,7 @@ def load_model(
     operations: Any = nn,
     read_ahead: bool = True,
 ) -> tuple[nn.Module, str, dict[str, Any]]:
-    """A network in evaluation mode from a file of any layout, or a folder of diffusers: (module, kind, config).
+    """Loads a network in evaluation mode from a file of any layout or a folder of diffusers: (module, kind, config).
 
     expect: the kind to load, where the file may hold several or another.
     The weights are the file's own pages, mapped, unless `dtype` or `device` ask for others.

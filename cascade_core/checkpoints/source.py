@@ -84,7 +84,7 @@ def _weights_in(folder: Path) -> Path | None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file, or of all the shards that belong to it."""
+    """Reads all tensors of a file, or of all shards of a sharded checkpoint."""
     index = _index_of(path)
     return read_safetensors(path) if index is None else _read_shards(index)
 

@@ -11,7 +11,7 @@ from .schedule import alpha_sigma, at_least_float32, log_snr, noise_cond, per_im
 
 
 class Diffused(NamedTuple):
-    """What `diffuse` returns.  Latents are (B, C, H, W), the rest (B,)."""
+    """Result of `diffuse`.  Latents are (B, C, H, W), the rest (B,)."""
 
     noised: Tensor
     epsilon: Tensor

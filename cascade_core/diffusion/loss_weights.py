@@ -69,7 +69,7 @@ def _unshift(log_snr: Tensor, shift: float) -> Tensor:
 
 
 class AdaptiveLossWeight(nn.Module):
-    """One over the running loss at this log-SNR, kept in buckets.
+    """Reciprocal of the running loss at this log-SNR, kept in buckets.
 
     The buckets are buffers, so that a resumed run goes on with them.
     """

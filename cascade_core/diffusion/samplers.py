@@ -1,12 +1,12 @@
 """Samplers as free functions over a list of log-SNRs, and `sample`, which builds that list.
 
-Every sampler takes
+Arguments of every sampler:
     denoise    (x, log_snr (B,) on the CPU, where reading it needs no device sync) -> predicted epsilon like x
     x          (B, C, H, W), the noised latent at log_snrs[0]; never written to
     log_snrs   (steps + 1,), where the latent is before the first step and after each one
     noise      () -> fresh noise like x; called once a step by ddpm and lcm, never by ddim and dpmpp_2m
     callback   called with a SamplerStep after each step; what it raises ends the run
-and returns the latent at log_snrs[-1].  The latent is float32 (float64 where x is) whatever the model is.
+A sampler returns the latent at log_snrs[-1].  The latent is float32 (float64 where x is) whatever the model is.
 Neighbouring log-SNRs may be equal: the schedule's limits cut off both ends of a long or shifted run.
 """
 

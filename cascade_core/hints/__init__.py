@@ -1,1 +1,1 @@
-"""What ControlNets read: hints made from pictures, and masks."""
+"""Hints for ControlNets, made from pictures, and masks."""

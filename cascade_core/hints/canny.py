@@ -68,7 +68,7 @@ def _strongest_gradient(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_ridge(gradient: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
-    """Where the gradient is the largest along its own direction, out of four; bool (B, 1, H, W).
+    """Non-maximum suppression: where the gradient is largest along its direction, one of four; bool (B, 1, H, W).
 
     Of two equal neighbours along an axis, the left or upper one is kept; on a diagonal neither is.  Outside
     the image the gradient is 0.

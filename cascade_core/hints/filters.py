@@ -69,7 +69,7 @@ def shrink(images: Tensor, scale: int = SR_SCALE) -> Tensor:
 def identity_map(
     embeddings: Tensor, boxes: Tensor, picture: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """Each face's embedding, of length 1, wherever its box lies; zero elsewhere (published `IdentityFilter`).
+    """Map of each face's embedding, of length 1, inside its box; zero elsewhere (published `IdentityFilter`).
 
     embeddings: (N, C), C = 512 for ArcFace's; boxes: (N, 4), left, top, right, bottom in pixels of a picture of
     (height, width) = `picture`; size: (h, w) of Stage C's latent -> (1, C, h, w) float32.  A box covers at least

@@ -11,7 +11,7 @@ from .filters import mask_of
 
 
 def latent_mask(mask: Tensor, batch: int, size: Sequence[int], grow: int = 0) -> Tensor:
-    """A mask (B or 1, H, W) for a latent of h × w positions, (batch, 1, h, w): 0 or 1.
+    """Resizes a mask (B or 1, H, W) to a latent of h × w positions: (batch, 1, h, w), 0 or 1.
 
     A position may change if it is masked more than half as much as the most masked one, or lies within `grow`
     positions of such a one.  Grow the mask only with the inpainting ControlNet; without it, content spills into the

@@ -93,7 +93,7 @@ def infer_vision_config(shapes: Shapes) -> dict[str, Any]:
 def load_clip(
     path: str | Path, part: str, build: Callable[..., Model], dtype: torch.dtype | None = None
 ) -> Model:
-    """One encoder ("text" or "vision") of a safetensors file or a model folder, for inference.
+    """Loads one encoder ("text" or "vision") from a safetensors file or a model folder, for inference.
 
     build: its constructor, `build(config, device)`. The weights are the file's own pages, mapped, unless
     `dtype` asks for another. The config is the file's own (metadata `config`), or the model folder's
@@ -148,9 +148,9 @@ def weights_file(path: str | Path, part: str) -> Path:
 
 
 def in_model_folder(path: str | Path) -> bool:
-    """Whether what lies beside a weights file belongs to it: the path is a folder's, or `model….safetensors`.
+    """Whether files beside the weights belong to them: the path is a folder, or a file `model….safetensors`.
 
-    A file of any other name may lie in a folder of many models.
+    A file of any other name may be in a folder of many models.
     """
     path = Path(path)
     return path.is_dir() or path.name.startswith("model")

@@ -84,7 +84,7 @@ class TokenTable:
         return states if self.outputs.isnan().all() else self._put(tokens, self.outputs, states)
 
     def _put(self, tokens: Tensor, rows: Tensor, into: Tensor) -> Tensor:
-        """Each learned token's row, but for NaN, in its places of (N, T, C)."""
+        """Puts each learned token's row, except where it is NaN, at its positions of (N, T, C)."""
         if not len(rows):
             return into
         learned = rows.to(into)[(tokens - self.first).clamp(min=0)]

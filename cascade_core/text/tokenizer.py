@@ -86,7 +86,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def names(self, tokens: Iterable[int]) -> list[str | None]:
-        """How the vocabulary writes tokens: `[320, 2368] -> ["a</w>", "cat</w>"]`; None for one not in it."""
+        """Spelling of tokens in the vocabulary: `[320, 2368] -> ["a</w>", "cat</w>"]`; None for one not in it."""
         return [self.backend.id_to_token(token) for token in tokens]
 
     def empty_chunk(self) -> Chunk:
