@@ -103,5 +103,15 @@ def _connected(strong: Tensor, weak: Tensor) -> Tensor:
     while (now := int(edges.sum())) != count:
         count = now
         for _ in range(further):
-            edges = (F.max_pool2d(edges.float(), 3, stride=1, padding=1) > 0) & weak
+            edges = _dilated(edges) & weak
     return edges
+
+
+def _dilated(mask: Tensor) -> Tensor:
+    """`mask` (B, 1, H, W), bool, grown by a pixel to all 8 neighbours. In bytes, many times as fast as a maximum
+    of floats.
+    """
+    padded = F.pad(mask, (0, 0, 1, 1))
+    rows = padded[:, :, :-2] | mask | padded[:, :, 2:]
+    padded = F.pad(rows, (1, 1))
+    return padded[..., :-2] | rows | padded[..., 2:]
