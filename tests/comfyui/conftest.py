@@ -36,9 +36,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 # What a test with one of these fixtures shares with others; the first ones are started first, as they take longest.
 GROUPS = {
-    "published": "published files",
-    "measured": "inside {}",
     "server": "server {}",
+    "measured": "inside {}",
+    "published": "published files",
     "checkout": "ComfyUI {}",
 }
 

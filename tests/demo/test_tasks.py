@@ -1,7 +1,7 @@
 """What the demo does besides text to image, measured as `demo.tasks` does it, on a few pictures each.
 
 A few pictures are not the figure (demo/tasks.py takes 200): what is exact is asserted as such, and rates by floors that
-leave room for a picture or two. Nightly are the tasks whose pictures the notebook's test judges too.
+leave room for a picture or two. Those whose pictures other tests judge by day are nightly (docs/testing.md).
 """
 
 import pytest
@@ -103,6 +103,7 @@ def test_a_learned_name_gives_its_object(cascade):
     assert figures["object_right"] >= 0.5
 
 
+@pytest.mark.nightly
 def test_four_steps_by_the_distilled_lora(cascade):
     figures, _ = TASKS["few_steps"](cascade, 3)
     assert figures["right_at_4_steps"] >= 1 / 3
