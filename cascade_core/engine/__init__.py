@@ -1,14 +1,18 @@
-"""The fast path: a network's own weights, walked with less work. Equal to the readable one within rounding.
+"""The engine: computes what a network computes, from its own weights, with less work. Equal within rounding.
 
-engine.py      called like the network; caches everything constant across sampling steps
-lru.py         the caches themselves
+engine.py      `Engine`, called like the network; caches everything constant across sampling steps
+shapes.py      what is cached for one shape of inputs; lru.py: the cache
+weights.py     whether the weights changed or moved since
 unet.py        Stage B and C as a flat program over tokens
-blocks.py      each block with what can be computed when it is bound
-operations.py  what the program computes with, in plain PyTorch; cuda.py, in fused kernels; fp8.py, its products in e4m3
+blocks.py      the bound blocks of the program; state.py: what they read and change
+vqgan.py       Stage A's decoder
+operations.py  the operations of the program, in plain PyTorch; cuda.py: fused kernels; fp8.py: products in e4m3
+backend.py     which operations run on a device
 graphs.py      CUDA graphs
-kernels/       the same operations fused, in Triton
+kernels/       the fused kernels, in Triton
 """
 
-from .engine import Engine, Precision, operations_on
+from .backend import Precision, operations_on
+from .engine import Engine
 
 __all__ = ["Engine", "Precision", "operations_on"]

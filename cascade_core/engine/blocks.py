@@ -1,113 +1,140 @@
-"""The blocks of a network bound for speed: what does not change between steps is computed once.
+"""The blocks of a network, bound to their weights, with everything that is constant across steps precomputed.
 
-A bound block changes the feature map x (B, N, C) in place. It leaves its last bias to the block after it (`after`): a
-TimestepBlock takes it into its shift, which costs nothing, so that the product before can add straight to x.
+A bound block changes the feature map x (B, N, C) in place. It leaves out its last bias (`deferred_bias`), so that its
+last product can add straight to x; a TimestepBlock after it adds that bias with its shift, at no cost.
 
-Weights may lie elsewhere at every call, and be there only while their block runs. So a block reads them where they lie
-when it runs, and what it keeps is small and its own: `prepare` makes it, the first time that the weights are there.
+Weights may be at another address at every call, and available only while their block runs. So a block reads them where
+they are when it runs; values derived from them are small copies, made by `prepare` when the weights are first there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..networks.layers import ResBlock
+from ..networks.layers import resize
+from .state import ForwardState, RunCache
 
-Make = Callable[[Any], Any]  # `operand` of operations that multiply by something else than the weights
+Pack = Callable[[Any], Any]  # of operations that multiply by another form of the weights: `Operations.pack`
 
 
-class Operand:
-    """What a product takes for the weights of layers side by side: themselves, or what was made of them."""
+class PackedWeight:
+    """The weights of layers side by side as a product takes them: themselves, or what `pack` makes of them."""
 
-    def __init__(self, layers: Sequence[Any], make: Make | None):
+    def __init__(self, layers: Sequence[Any], pack: Pack | None):
         self.layers = layers
-        self.made = None if make is None else make(self._weights())
+        self.packed = None if pack is None else pack(self._weights())
 
     def _weights(self) -> Tensor | list[Tensor]:
         # A 1×1 convolution's too, as (C_out, C_in).
-        return joined([layer.weight.flatten(1) for layer in self.layers])
+        return side_by_side([layer.weight.flatten(1) for layer in self.layers])
 
     def __call__(self) -> Any:
-        return self._weights() if self.made is None else self.made
+        return self._weights() if self.packed is None else self.packed
 
 
-@dataclass
-class Missing:
-    """What of a run has yet to be made from the blocks' weights, and where it goes.
+class BoundBlock:
+    """One step of a network's program.
 
-    embedding     (1, R · (1 + conds)) of the noise condition, unless `table` is known
-    tokens        SiLU of the conditioning (B, T, C_cond), unless `keys` and `values` are
-    table         (Σ 2C,) float32: scale and shift of every TimestepBlock
-    keys, values  one (B, T, C) for each attention block, which stay at their addresses, or None yet
+    block: the network's block whose weights it reads, or None if it reads none that can be streamed
     """
 
-    embedding: Tensor | None
-    tokens: Tensor | None
-    table: Tensor
-    keys: list[Any]
-    values: list[Any]
+    block: Any = None
+
+    def prepare(self, cache: RunCache) -> None:
+        """Computes the cache entries of this block that are missing. Reads its weights."""
+
+    def run(self, state: ForwardState) -> None:
+        raise NotImplementedError
 
 
-class BoundMLP:
-    """A ResBlock, or a FeedForwardBlock, which has no convolution."""
+class BoundFeedForward(BoundBlock):
+    """A FeedForwardBlock."""
 
-    after: Tensor  # (C,) float32
+    deferred_bias: Tensor  # (C,) float32
 
-    def __init__(self, block: Any, make: Make | None):
+    def __init__(self, block: Any, pack: Pack | None):
         self.block, self.eps = block, block.norm.eps
-        self.convolves = isinstance(block, ResBlock)
         expand, contract = block.channelwise[0], block.channelwise[4]
-        self.expand, self.contract = Operand([expand], make), Operand([contract], make)
+        self.expand, self.contract = PackedWeight([expand], pack), PackedWeight([contract], pack)
         self.prepared = False
 
-    def prepare(self, missing: Missing) -> None:
-        if self.prepared:
-            return
+    def prepare(self, cache: RunCache) -> None:
+        if not self.prepared:
+            self.derive()
+            self.prepared = True
+
+    def derive(self) -> None:
+        """Copies and folds the block's small weights."""
         _, _, response, _, contract = self.block.channelwise
-        if self.convolves:
-            self.taps = taps_of(self.block.depthwise)
-        self.gamma = own(response.gamma.flatten())
+        self.gamma = float32_copy(response.gamma.flatten())
         # W·(h + beta) + b = W·h + (W·beta + b)
         beta = response.beta.flatten().to(contract.weight.dtype)
-        self.after = contract.weight.mv(beta).float() + contract.bias.float()
-        self.prepared = True
+        self.deferred_bias = contract.weight.mv(beta).float() + contract.bias.float()
 
-    def __call__(self, ops: Any, x: Tensor, size: tuple[int, int], skip: Tensor | None = None) -> None:
-        if self.convolves:
-            h = ops.depthwise_norm(x, size, self.taps, self.block.depthwise.bias, self.eps)
-        else:
-            h = ops.norm(x, self.eps)
-        if skip is not None:
-            h = torch.cat([h, skip], dim=-1)
+    def run(self, state: ForwardState) -> None:
+        self.add_mlp(state, state.ops.norm(state.x, self.eps))
+
+    def add_mlp(self, state: ForwardState, h: Tensor) -> None:
+        """x += MLP(h), without its last bias.  h: (B, N, C or C + C_skip)"""
         expand_bias = self.block.channelwise[0].bias
-        ops.channelwise_(x, h, self.expand(), expand_bias, self.gamma, self.contract())
+        state.ops.channelwise_(state.x, h, self.expand(), expand_bias, self.gamma, self.contract())
 
 
-def own(value: Tensor) -> Tensor:
-    """In float32, in memory of its own."""
-    return value.to(torch.float32, copy=True)
+class BoundResBlock(BoundFeedForward):
+    """A ResBlock, which may also take a skip and a ControlNet's residual."""
+
+    def __init__(self, block: Any, pack: Pack | None, with_skip: bool):
+        super().__init__(block, pack)
+        self.with_skip = with_skip
+
+    def derive(self) -> None:
+        super().derive()
+        self.taps = taps_of(self.block.depthwise)
+
+    def run(self, state: ForwardState) -> None:
+        skip = None
+        if self.with_skip:
+            skip, size = state.skips[-1]
+            if state.size != size:  # where a level does not divide the one above
+                state.x = as_tokens(resize(as_image(state.x, state.size), size))
+                state.size = size
+        control = state.cache.control
+        residual = control[state.resblocks] if state.resblocks < len(control) else None
+        if residual is not None:
+            state.x.add_(as_tokens(resize(residual, state.size).to(state.x)))
+        state.resblocks += 1
+        h = state.ops.depthwise_norm(state.x, state.size, self.taps, self.block.depthwise.bias, self.eps)
+        self.add_mlp(state, h if skip is None else torch.cat([h, skip], dim=-1))
 
 
-def taps_of(convolution: Any) -> Tensor:
-    """A depthwise 3×3 convolution's weight (C, 1, 3, 3) as the kernels read it, (9, C)."""
-    return convolution.weight.flatten(1).T.contiguous()
+class AddDeferredBias(BoundBlock):
+    """The last bias of an MLP, where no TimestepBlock follows that could add it."""
+
+    def __init__(self, mlp: BoundFeedForward):
+        self.mlp = mlp
+
+    def run(self, state: ForwardState) -> None:
+        state.x.add_(self.mlp.deferred_bias.to(state.x.dtype))
 
 
-class BoundTimestep:
-    """A TimestepBlock. Its scale and shift stand in a table of the run, with the bias that the block before left."""
+class BoundTimestep(BoundBlock):
+    """A TimestepBlock. Its scale and shift are in the run's table, with the deferred bias of the MLP before it.
 
-    def __init__(self, block: Any, before: BoundMLP | None, start: int):
-        self.block, self.before = block, before
-        self.where = slice(start, start + block.mapper.out_features)
+    fused: the attention block after it modulates x
+    """
 
-    def prepare(self, missing: Missing) -> None:
-        if missing.embedding is not None:
-            missing.table[self.where] = self.scale_shift(missing.embedding)
+    def __init__(self, block: Any, mlp: BoundFeedForward | None, start: int):
+        self.block, self.mlp = block, mlp
+        self.columns = slice(start, start + block.mapper.out_features)
+        self.fused = False
+
+    def prepare(self, cache: RunCache) -> None:
+        if cache.noise_embedding is not None:
+            cache.table[self.columns] = self.scale_shift(cache.noise_embedding)
 
     def scale_shift(self, embedding: Tensor) -> Tensor:
         """Of one noise condition.  embedding: (1, R · (1 + conds)) -> (2C,) float32"""
@@ -116,73 +143,97 @@ class BoundTimestep:
         for name, part in zip(self.block.conds, others, strict=True):
             modulation = modulation + getattr(self.block, f"mapper_{name}")(part).float()
         scale, shift = modulation[0].chunk(2)
-        if self.before is not None:
-            shift = torch.addcmul(shift, self.before.after, 1 + scale)
+        if self.mlp is not None:
+            shift = torch.addcmul(shift, self.mlp.deferred_bias, 1 + scale)
         return torch.cat([scale, shift])
 
-    def __call__(self, ops: Any, x: Tensor, table: Tensor) -> None:
-        ops.modulate_(x, table[self.where])
+    def run(self, state: ForwardState) -> None:
+        if not self.fused:
+            state.ops.modulate_(state.x, state.cache.table[self.columns])
 
 
-class BoundAttention:
-    """An AttnBlock, with the TimestepBlock before it where there is one."""
+class BoundAttention(BoundBlock):
+    """An AttnBlock, fused with the TimestepBlock before it where there is one."""
 
-    def __init__(self, block: Any, timestep: BoundTimestep | None, index: int, make: Make | None):
+    def __init__(self, block: Any, timestep: BoundTimestep | None, index: int, pack: Pack | None):
         attention = block.attention.attn
         self.block, self.timestep, self.index = block, timestep, index
         self.eps, self.heads, self.self_attn = block.norm.eps, attention.heads, block.self_attn
         self.projections = [attention.to_q, attention.to_k, attention.to_v]
-        self.qkv, self.out = Operand(self.projections, make), Operand([attention.out_proj], make)
+        self.qkv, self.out = PackedWeight(self.projections, pack), PackedWeight([attention.out_proj], pack)
         self.prepared = False
+        if timestep is not None:
+            timestep.fused = True
 
-    def prepare(self, missing: Missing) -> None:
+    def prepare(self, cache: RunCache) -> None:
         if not self.prepared:
             self.qkv_bias = torch.cat([layer.bias for layer in self.projections])
-            self.out_bias = own(self.block.attention.attn.out_proj.bias)
+            self.out_bias = float32_copy(self.block.attention.attn.out_proj.bias)
             self.prepared = True
-        if missing.tokens is not None:
-            made = self.condition(missing.tokens)
-            for kept, new in zip((missing.keys, missing.values), made, strict=True):
-                before = kept[self.index]
-                kept[self.index] = new if before is None else before.copy_(new)
+        if cache.cond_tokens is not None:
+            keys_values = self.condition(cache.cond_tokens)
+            for entries, computed in zip((cache.keys, cache.values), keys_values, strict=True):
+                entry = entries[self.index]
+                entries[self.index] = computed if entry is None else entry.copy_(computed)
 
     def condition(self, activated: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the conditioning, the same at every step.  SiLU(tokens): (B, T, C_cond) -> (B, T, C)"""
+        """Keys and values of the conditioning.  SiLU(tokens): (B, T, C_cond) -> (B, T, C) each"""
         mapped = self.block.kv_mapper[1](activated)
         _, to_k, to_v = self.projections
         return to_k(mapped), to_v(mapped)
 
-    def __call__(self, ops: Any, x: Tensor, table: Tensor, key: Tensor, value: Tensor) -> None:
+    def run(self, state: ForwardState) -> None:
+        ops, cache, x = state.ops, state.cache, state.x
         if self.timestep is None:
             h = ops.norm(x, self.eps)
             x.add_(self.out_bias.to(x.dtype))
         else:
-            h = ops.modulate_norm_(x, table[self.timestep.where], self.out_bias, self.eps)
+            h = ops.modulate_norm_(x, cache.table[self.timestep.columns], self.out_bias, self.eps)
         qkv = ops.project(h, self.qkv(), self.qkv_bias)
+        key, value = cache.keys[self.index], cache.values[self.index]
         ops.add_linear_(x, ops.attention(qkv, key, value, self.heads, self.self_attn), self.out())
 
 
-def joined(weights: list[Tensor]) -> Tensor | list[Tensor]:
-    """Weights (C_i, K) that lie one after the other in memory as one (Σ C_i, K), without a copy; else as they are."""
+def float32_copy(value: Tensor) -> Tensor:
+    return value.to(torch.float32, copy=True)
+
+
+def taps_of(convolution: Any) -> Tensor:
+    """A depthwise 3×3 convolution's weight (C, 1, 3, 3) as the kernels read it, (9, C)."""
+    return convolution.weight.flatten(1).T.contiguous()
+
+
+def as_tokens(image: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H·W, C) contiguous; a view of channels-last memory"""
+    return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def as_image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, H·W, C) -> (B, C, H, W) in channels-last memory, a view"""
+    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def side_by_side(weights: list[Tensor]) -> Tensor | list[Tensor]:
+    """Weights (C_i, K) that are adjacent in memory as one view (Σ C_i, K); other weights as they are."""
     first, end = weights[0], weights[0].storage_offset()
     if len(weights) == 1:
         return first
     for weight in weights:
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (same and weight.is_contiguous() and weight.storage_offset() == end):
+        same_storage = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same_storage and weight.is_contiguous() and weight.storage_offset() == end):
             return weights
         end += weight.numel()
     return first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), first.stride())
 
 
 def join_(block: Any) -> None:
-    """Lay an AttnBlock's weights of to_q, to_k and to_v one after the other, so that one product serves all three."""
+    """Moves an AttnBlock's weights of to_q, to_k and to_v next to each other, so that one product serves all three."""
     attention = block.attention.attn
     layers = [attention.to_q, attention.to_k, attention.to_v]
-    if isinstance(joined([layer.weight for layer in layers]), Tensor):
+    if isinstance(side_by_side([layer.weight for layer in layers]), Tensor):
         return
-    # A parameter can take only what is made in the mode that it was made in itself.
+    # A parameter can take only data made in the mode, inference or not, that it was made in itself.
     with torch.inference_mode(layers[0].weight.is_inference()), torch.no_grad():
-        together = torch.cat([layer.weight.detach() for layer in layers])
-        for layer, part in zip(layers, together.split([len(layer.weight) for layer in layers]), strict=True):
+        joined = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, part in zip(layers, joined.split([len(layer.weight) for layer in layers]), strict=True):
             layer.weight.data = part

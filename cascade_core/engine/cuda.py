@@ -11,7 +11,7 @@ from . import operations
 from .kernels import attention as attention_kernel
 from .kernels import depthwise, modulation, products, resident, response
 from .kernels.launch import compile_ahead
-from .operations import EPS, add_linear_, linear, project
+from .operations import EPS, add_linear_, linear, pack, project
 
 __all__ = [
     "add_linear_",
@@ -23,6 +23,7 @@ __all__ = [
     "modulate_",
     "modulate_norm_",
     "norm",
+    "pack",
     "project",
 ]
 

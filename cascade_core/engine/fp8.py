@@ -35,7 +35,7 @@ __all__ = [
     "modulate_",
     "modulate_norm_",
     "norm",
-    "operand",
+    "pack",
     "project",
 ]
 
@@ -49,7 +49,7 @@ class QuantisedWeight(NamedTuple):
     scale: Tensor
 
 
-def operand(weight: Tensor | list[Tensor]) -> QuantisedWeight:
+def pack(weight: Tensor | list[Tensor]) -> QuantisedWeight:
     """An e4m3 copy of the weight, half the size of bf16; several weights are concatenated."""
     return QuantisedWeight(*quantise_weight(weight if isinstance(weight, Tensor) else torch.cat(weight)))
 

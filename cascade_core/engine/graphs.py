@@ -1,4 +1,4 @@
-"""CUDA graphs: the launches of a forward recorded once and replayed, so that the GPU never waits for Python."""
+"""CUDA graphs: the launches of a forward, captured once and replayed, so that the GPU never waits for Python."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import torch
 from torch import Tensor
 
 
-def can_record(device: torch.device) -> bool:
-    """Whether graphs can be trusted: not where memory comes from cudaMallocAsync, as ComfyUI sets it up by default."""
+def can_capture(device: torch.device) -> bool:
+    """Whether graphs are safe: not with the allocator cudaMallocAsync, ComfyUI's default."""
     return device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
 
 
 @contextmanager
 def capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
-    """What is launched inside the block goes into the graph, in memory of the pool."""
-    own = torch.cuda.stream(torch.cuda.current_stream(device))  # to be back on, also where recording fails
-    collects = gc.isenabled()
-    gc.disable()  # an old graph that was collected inside the block would end the recording
+    """Captures the launches inside the block, with memory of the pool."""
+    current = torch.cuda.stream(torch.cuda.current_stream(device))  # restores it, also where capture fails
+    gc_enabled = gc.isenabled()
+    gc.disable()  # collecting an old graph inside the block would end the capture
     try:
-        # Other threads of a host may ask the device something meanwhile.
-        with own, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # Other threads of a host may call the CUDA API meanwhile.
+        with current, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             yield
     finally:
-        if collects:
+        if gc_enabled:
             gc.enable()
 
 
-class Pool:
-    """Memory that a network's graphs share: only one of them runs at a time, and none keeps anything but its output.
+class GraphPool:
+    """Memory that a network's graphs share: only one of them runs at a time, and only its output outlives a replay.
 
-    sizes: bytes by device that the allocator keeps for it, neither in use nor free for anything else.
+    sizes: bytes by device that the allocator keeps for the pool, neither in use nor free for other tensors
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Pool:
 
     @contextmanager
     def growing(self, device: torch.device) -> Iterator[None]:
-        """Counts what the allocator takes inside the block, unless the block fails."""
+        """Counts the memory that the allocator takes inside the block, unless the block fails."""
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         yield
@@ -55,30 +55,40 @@ class Pool:
         self.sizes[device] = self.sizes.get(device, 0) + max(grown, 0)
 
 
-class Graph:
-    """`graph(forward, x)` is `forward(x)`, recorded on the first call and replayed on the others.
+class Graphed:
+    """Runs a function eagerly the first time, captures it the second time, and replays it from then on.
 
-    Everything that `forward` reads beside x must lie at the same addresses at every call. It must have run on this
-    shape before, so that kernels are compiled and workspaces allocated.
+    The eager run compiles kernels and allocates workspaces, which is impossible during capture.
+
+    capture(function, *inputs): returns a function of the inputs that replays what it captured
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor, Tensor] | None = None
+    def __init__(self, capture: Callable[..., Callable[..., Tensor]]):
+        self._capture = capture
+        self._replay: Callable[..., Tensor] | None = None
+        self.warm = False
 
-    def __call__(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self._recorded is None:
-            self._recorded = self._record(forward, x)
-        graph, still, out = self._recorded
-        still.copy_(x)
-        graph.replay()
-        return out.clone()
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if not self.warm:
+            return self.run_eagerly(function, *inputs)
+        if self._replay is None:
+            self._replay = self._capture(function, *inputs)
+        return self._replay(*inputs)
 
-    def _record(
-        self, forward: Callable[[Tensor], Tensor], x: Tensor
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        still = x.clone()
-        graph = torch.cuda.CUDAGraph()
-        with self._pool.growing(x.device), capture(graph, self._pool.handle, x.device):
-            out = forward(still)
-        return graph, still, out
+    def run_eagerly(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        self.warm = True
+        return function(*inputs)
+
+
+class CapturedForward:
+    """`forward(x)`, captured. Everything else that it reads must stay at the same addresses."""
+
+    def __init__(self, pool: GraphPool, forward: Callable[[Tensor], Tensor], x: Tensor):
+        self.graph, self.static_input = torch.cuda.CUDAGraph(), x.clone()
+        with pool.growing(x.device), capture(self.graph, pool.handle, x.device):
+            self.static_output = forward(self.static_input)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.static_input.copy_(x)
+        self.graph.replay()
+        return self.static_output.clone()

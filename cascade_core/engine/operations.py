@@ -1,10 +1,13 @@
-"""What the engine computes with, in plain PyTorch; `cuda.py` offers the same functions as fused kernels.
+"""The operations of the engine, in plain PyTorch; `cuda.py` implements the same protocol in fused kernels.
 
 Feature maps are tokens: (B, N, C) contiguous, N = height · width. A trailing underscore: the first argument is changed
 in place.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,16 +17,55 @@ EPS = 1e-6  # of every LayerNorm in the networks
 RESPONSE_EPS = 1e-6
 
 
+class Operations(Protocol):
+    """What a module of operations offers; the functions below say what each computes.
+
+    A weight is a Tensor, several side by side as a list, or where there is a `pack`, what it returned for them.
+    """
+
+    @property
+    def pack(self) -> Callable[[Any], Any] | None:
+        """Another form of a weight, made once when a network is bound; None: products read the weights themselves."""
+        ...
+
+    def compile_ahead(self, forward: Callable[[], object]) -> None: ...
+
+    def norm(self, x: Tensor, eps: float) -> Tensor: ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def depthwise_norm(
+        self, x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor: ...
+
+    def project(self, x: Tensor, weight: Any, bias: Tensor) -> Tensor: ...
+
+    def channelwise_(
+        self, x: Tensor, h: Tensor, expand: Any, bias: Tensor, gamma: Tensor, contract: Any
+    ) -> None: ...
+
+    def add_linear_(self, x: Tensor, h: Tensor, weight: Any) -> None: ...
+
+    def modulate_(self, x: Tensor, scale_shift: Tensor) -> None: ...
+
+    def modulate_norm_(self, x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float) -> Tensor: ...
+
+    def attention(self, qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool) -> Tensor: ...
+
+
+pack = None
+
+
 def compile_ahead(forward: Callable[[], object]) -> None:
-    """Nothing is to be compiled."""
+    """Compiles the kernels of a forward: here there are none."""
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for what comes next, in blocks of up to 31 MB.
+    """Makes the C library reuse freed memory, in blocks of up to 31 MB.
 
-    It would return a feature map's memory to the system, which clears it page by page for the next one: up to half of
-    a block's time. glibc takes its measure from the largest block of up to 32 MB that was freed so far (mallopt(3),
-    M_MMAP_THRESHOLD), so one is, that nothing is written to.
+    By default it returns a feature map's memory to the system, which zeroes the pages of the next one: up to half of a
+    block's time. glibc's threshold is the largest block of up to 32 MB freed so far (mallopt(3), M_MMAP_THRESHOLD), so
+    one is allocated and freed here, without writing to it.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
@@ -54,15 +96,11 @@ def project(x: Tensor, weight: Tensor | list[Tensor], bias: Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
     out = x.new_empty(*x.shape[:-1], len(bias))
-    for part, rows, offset in zip(
-        out.split([len(w) for w in weight], dim=-1), weight, _offsets(weight), strict=True
-    ):
-        part.copy_(F.linear(x, rows, bias[offset : offset + len(rows)]))
+    widths = [len(rows) for rows in weight]
+    parts = zip(out.split(widths, dim=-1), weight, bias.split(widths), strict=True)
+    for part, rows, part_bias in parts:
+        part.copy_(F.linear(x, rows, part_bias))
     return out
-
-
-def _offsets(weights: list[Tensor]) -> list[int]:
-    return [sum(len(before) for before in weights[:i]) for i in range(len(weights))]
 
 
 def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor) -> None:
@@ -70,19 +108,15 @@ def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tens
 
     x: (B, N, C), h: (B, N, C or C + C_skip), expand: (4C, …), gamma: (4C,), contract: (C, 4C)
     """
-    h = torch.ops.aten.gelu_(
-        F.linear(h, expand, bias)
-    )  # in place: a processor waits for memory more than for sums
-    response = _length(h)
+    h = torch.ops.aten.gelu_(F.linear(h, expand, bias))  # in place: on a CPU memory is the bottleneck
+    response = _channel_norm(h)
     share = response / (response.mean(dim=-1, keepdim=True) + RESPONSE_EPS)
     add_linear_(x, h.mul_((1 + gamma * share).to(h.dtype)), contract)
 
 
-def _length(h: Tensor) -> Tensor:
-    """Of each channel over all positions.  (B, N, C) -> (B, 1, C) float32"""
-    if (
-        h.device.type == "cpu"
-    ):  # where PyTorch's own norm takes six times as long, except along the last dimension
+def _channel_norm(h: Tensor) -> Tensor:
+    """L2 norm of each channel over all positions.  (B, N, C) -> (B, 1, C) float32"""
+    if h.device.type == "cpu":  # vector_norm takes six times as long there, except along the last dimension
         squares = h.square() if h.dtype == torch.float32 else h.float().square_()
         return squares.sum(dim=1, keepdim=True).sqrt_()
     return torch.linalg.vector_norm(h, dim=1, keepdim=True, dtype=torch.float32)

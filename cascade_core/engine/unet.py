@@ -1,74 +1,39 @@
-"""Stage B and Stage C bound for speed: the same weights, walked as a flat program over tokens."""
+"""Stage B and Stage C as a flat program of bound blocks over tokens (B, N, C)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..networks.layers import AttnBlock, TimestepBlock, resize
+from ..networks.layers import AttnBlock, ResBlock, TimestepBlock
 from ..networks.unet import UNet
-from .blocks import BoundAttention, BoundMLP, BoundTimestep, Make, Missing, Operand, join_
-
-
-@dataclass
-class Given:
-    """What a forward needs beside x, in the network's dtype on its device.
-
-    table       (Σ 2C,) float32: scale and shift of every TimestepBlock
-    keys        one (B, T, C) for each attention block, as `values`; None until they are made
-    conditions  (B, N, C) that is added to the embedded x, or None (Stage C has none)
-    control     a residual (B, C, h, w) or None for each ResBlock
-    """
-
-    table: Tensor
-    keys: list[Any]
-    values: list[Any]
-    conditions: Tensor | None = None
-    control: Sequence[Tensor | None] = ()
-
-
-@dataclass
-class Walk:
-    """Where a forward is."""
-
-    x: Tensor
-    size: tuple[int, int]
-    given: Given
-    ops: Any
-    skips: list[tuple[Tensor, tuple[int, int]]] = field(default_factory=list)
-    blocks: int = 0  # residual blocks so far: which control comes next
-
-
-Step = Callable[[Walk], None]
-
-
-class Part(NamedTuple):
-    """Steps that read the weights of one block, or of none that is ever streamed. `bound`: that block."""
-
-    steps: list[Step]
-    bound: BoundMLP | BoundTimestep | BoundAttention | None = None
-
-
-class Arrivals(Protocol):
-    """Blocks whose weights are there from `pre_forward` to `post_forward` alone, as in placement/stream.py."""
-
-    def pre_forward(self, block: nn.Module) -> None: ...
-
-    def post_forward(self, block: nn.Module) -> None: ...
+from ..placement.stream import WeightStream
+from .blocks import (
+    AddDeferredBias,
+    BoundAttention,
+    BoundBlock,
+    BoundFeedForward,
+    BoundResBlock,
+    BoundTimestep,
+    Pack,
+    PackedWeight,
+    as_image,
+    as_tokens,
+    join_,
+)
+from .operations import Operations
+from .state import ForwardState, RunCache
 
 
 class BoundUNet:
-    """A network's program. What was derived from weights holds for as long as they have the same values."""
+    """A network's program. Valid while the weights keep their values, wherever they are."""
 
-    def __init__(self, network: UNet, join: bool = False, operand: Make | None = None):
-        """`join`: lay the attention's input weights side by side, which moves them (to where they are read faster).
+    def __init__(self, network: UNet, join: bool = False, pack: Pack | None = None):
+        """join: move the attention's input weights next to each other in memory, which makes reading them faster.
 
-        operand: of the operations with which it will be called, where they multiply by something else than the
-        weights.
+        pack: `Operations.pack` of the operations that the program will be run with
         """
         self.network: Any = network  # its modules are attributes of any type
         self.attentions = self.table_size = 0
@@ -76,205 +41,149 @@ class BoundUNet:
             for module in network.modules():
                 if isinstance(module, AttnBlock):
                     join_(module)
-        self._make = None if operand is None else _once(operand)
+        self._pack = None if pack is None else _pack_once(pack)
         self.program = self._compile()
 
-    # What is computed once per run
-
-    def embedding(self, r: float, extra: dict[str, float]) -> Tensor:
-        """Of one noise condition, that TimestepBlocks read.  -> (1, R · (1 + conds))"""
+    def embed_noise(self, r: float, extra: dict[str, float]) -> Tensor:
+        """The embedding of one noise condition that TimestepBlocks read.  -> (1, R · (1 + conds))"""
         weight = self.network.embedding[1].weight
         values = {name: torch.tensor([value], device=weight.device) for name, value in extra.items()}
         return self.network.embed_timesteps(torch.tensor([r], device=weight.device), values).to(weight.dtype)
 
-    def prepare(self, missing: Missing) -> None:
-        """All that is missing, where all weights are there."""
-        for part in self.program:
-            if part.bound is not None:
-                part.bound.prepare(missing)
+    def prepare(self, cache: RunCache) -> None:
+        """Computes all cache entries that are missing. All weights are available."""
+        for block in self.program:
+            block.prepare(cache)
 
-    # A forward
+    def run(self, ops: Operations, x: Tensor, cache: RunCache) -> Tensor:
+        """x: (B, c_in, H, W) -> the noise in it, (B, c_out, H, W); the cache is complete"""
+        state = self._embed(ops, x, cache)
+        for block in self.program:
+            block.run(state)
+        return self._output(state)
 
-    def __call__(self, ops: Any, x: Tensor, given: Given) -> Tensor:
-        """x: (B, c_in, H, W) -> the noise in it, (B, c_out, H, W); all was prepared"""
-        walk = self._enter(ops, x, given)
-        for part in self.program:
-            for step in part.steps:
-                step(walk)
-        return self._leave(walk)
+    def run_streamed(self, ops: Operations, x: Tensor, cache: RunCache, stream: WeightStream) -> Tensor:
+        """`prepare` and `run`, block by block, each while its weights are available."""
+        state = self._embed(ops, x, cache)
+        for block in self.program:
+            if block.block is None:
+                block.run(state)
+            else:
+                stream.pre_forward(block.block)
+                block.prepare(cache)
+                block.run(state)
+                stream.post_forward(block.block)
+        return self._output(state)
 
-    def streamed(self, ops: Any, x: Tensor, given: Given, arrivals: Arrivals, missing: Missing) -> Tensor:
-        """The same, with blocks whose weights come and go. What is missing is made of each as it is there."""
-        walk = self._enter(ops, x, given)
-        for steps, bound in self.program:
-            if bound is not None:
-                arrivals.pre_forward(bound.block)
-                bound.prepare(missing)
-            for step in steps:
-                step(walk)
-            if bound is not None:
-                arrivals.post_forward(bound.block)
-        return self._leave(walk)
-
-    def _enter(self, ops: Any, x: Tensor, given: Given) -> Walk:
+    def _embed(self, ops: Operations, x: Tensor, cache: RunCache) -> ForwardState:
         h = self.network.embedding[0](x)  # pixels to channels
         size = (h.shape[-2], h.shape[-1])
         embed, eps = self.network.embedding[1], self.network.embedding[2].eps
         tokens = ops.norm(ops.linear(as_tokens(h), embed.weight.flatten(1), embed.bias), eps)
-        if given.conditions is not None:
-            tokens = tokens.add_(given.conditions)
-        return Walk(tokens, size, given, ops)
+        if cache.conditions is not None:
+            tokens = tokens.add_(cache.conditions)
+        return ForwardState(ops, cache, tokens, size)
 
-    def _leave(self, walk: Walk) -> Tensor:
-        ops = walk.ops
+    def _output(self, state: ForwardState) -> Tensor:
+        ops = state.ops
         project, eps = self.network.clf[1], self.network.clf[0].eps
-        out = ops.linear(ops.norm(walk.x, eps), project.weight.flatten(1), project.bias)
-        return self.network.clf[2](as_image(out, walk.size))
+        out = ops.linear(ops.norm(state.x, eps), project.weight.flatten(1), project.bias)
+        return self.network.clf[2](as_image(out, state.size))
 
-    # The program
-
-    def _compile(self) -> list[Part]:
+    def _compile(self) -> list[BoundBlock]:
         network, program = self.network, []
         levels = zip(network.down_downscalers, network.down_blocks, network.down_repeat_mappers, strict=True)
         for i, (downscaler, blocks, mappers) in enumerate(levels):
             if i:
-                program.append(Part([_keep, _module(downscaler)]))
+                program += [PushSkip(), Resample(downscaler)]
             program += self._level(blocks, mappers, with_skip=False)
         ups = zip(network.up_blocks, network.up_repeat_mappers, network.up_upscalers, strict=True)
         for i, (blocks, mappers, upscaler) in enumerate(ups):
             program += self._level(blocks, mappers, with_skip=i > 0)
+            if i:
+                program.append(PopSkip())
             if i < len(network.up_blocks) - 1:
-                program.append(Part([_drop, _module(upscaler)] if i else [_module(upscaler)]))
+                program.append(Resample(upscaler))
         return program
 
-    def _level(self, blocks: Any, mappers: Any, with_skip: bool) -> list[Part]:
-        """One level, as often as it repeats; no bias is left over at the end of a repeat."""
-        program: list[Part] = []
+    def _level(self, blocks: Any, mappers: Any, with_skip: bool) -> list[BoundBlock]:
+        """One level, as often as it repeats. No bias is deferred past the end of a repeat."""
+        program: list[BoundBlock] = []
         for repeat in range(len(mappers) + 1):
-            before: BoundMLP | None = None  # whose last bias is left
-            waiting: BoundTimestep | None = None  # a TimestepBlock that an AttnBlock may take along
+            last: BoundBlock | None = None
             for i, block in enumerate(blocks):
+                mlp = last if isinstance(last, BoundFeedForward) else None
                 if isinstance(block, TimestepBlock):
-                    steps, bound = _modulate(waiting), self._timestep(block, before)
-                    waiting, before = bound, None
-                elif isinstance(block, AttnBlock):
-                    bound = BoundAttention(block, waiting, self.attentions, self._make)
-                    self.attentions += 1
-                    steps = [*_add(before), _attend(bound)]
-                    waiting = before = None
+                    last = self._timestep(block, mlp)
                 else:
-                    bound = BoundMLP(block, self._make)
-                    steps = [*_modulate(waiting), *_add(before), _residual(bound, with_skip and i == 0)]
-                    waiting, before = None, bound
-                program.append(Part(steps, bound))
-            program.append(Part([*_modulate(waiting), *_add(before)]))
+                    if mlp is not None:
+                        program.append(AddDeferredBias(mlp))
+                    if isinstance(block, AttnBlock):
+                        last = self._attention(block, last if isinstance(last, BoundTimestep) else None)
+                    elif isinstance(block, ResBlock):
+                        last = BoundResBlock(block, self._pack, with_skip and i == 0)
+                    else:
+                        last = BoundFeedForward(block, self._pack)
+                program.append(last)
+            if isinstance(last, BoundFeedForward):
+                program.append(AddDeferredBias(last))
             if repeat < len(mappers):
-                program.append(Part([_mapper(mappers[repeat], self._make)]))
+                program.append(RepeatMapper(mappers[repeat], self._pack))
         return program
 
-    def _timestep(self, block: TimestepBlock, before: BoundMLP | None) -> BoundTimestep:
-        bound = BoundTimestep(block, before, self.table_size)
-        self.table_size = bound.where.stop
+    def _timestep(self, block: TimestepBlock, mlp: BoundFeedForward | None) -> BoundTimestep:
+        bound = BoundTimestep(block, mlp, self.table_size)
+        self.table_size = bound.columns.stop
+        return bound
+
+    def _attention(self, block: AttnBlock, timestep: BoundTimestep | None) -> BoundAttention:
+        bound = BoundAttention(block, timestep, self.attentions, self._pack)
+        self.attentions += 1
         return bound
 
 
-def _once(operand: Make) -> Make:
-    """The same for each repeat of a level, whose blocks are bound anew but have the same weights."""
-    made: dict[tuple[int, ...], Any] = {}
+class PushSkip(BoundBlock):
+    """Keeps the level's feature map for the way up. The next block makes a new one."""
 
-    def once(weight: Tensor | list[Tensor]) -> Any:
-        where = tuple(part.data_ptr() for part in ([weight] if isinstance(weight, Tensor) else weight))
-        if where not in made:
-            made[where] = operand(weight)
-        return made[where]
-
-    return once
+    def run(self, state: ForwardState) -> None:
+        state.skips.append((state.x, state.size))
 
 
-def _keep(walk: Walk) -> None:
-    """The level's feature map, for the way up. What follows makes a new one."""
-    walk.skips.append((walk.x, walk.size))
+class PopSkip(BoundBlock):
+    def run(self, state: ForwardState) -> None:
+        state.skips.pop()
 
 
-def _drop(walk: Walk) -> None:
-    walk.skips.pop()
+class Resample(BoundBlock):
+    """The network's own downscaler or upscaler."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def run(self, state: ForwardState) -> None:
+        h = self.module(as_image(state.x, state.size))
+        state.size = (h.shape[-2], h.shape[-1])
+        state.x = as_tokens(h)
 
 
-def _module(module: Any) -> Step:
-    """A downscaler or upscaler, as the network has it."""
+class RepeatMapper(BoundBlock):
+    """The 1×1 convolution between two repeats of a level."""
 
-    def run(walk: Walk) -> None:
-        h = module(as_image(walk.x, walk.size))
-        walk.size = (h.shape[-2], h.shape[-1])
-        walk.x = as_tokens(h)
+    def __init__(self, convolution: Any, pack: Pack | None):
+        self.convolution, self.weight = convolution, PackedWeight([convolution], pack)
 
-    return run
-
-
-def _mapper(conv: Any, make: Make | None) -> Step:
-    weight = Operand([conv], make)
-
-    def run(walk: Walk) -> None:
-        walk.x = walk.ops.project(walk.x, weight(), conv.bias)
-
-    return run
+    def run(self, state: ForwardState) -> None:
+        state.x = state.ops.project(state.x, self.weight(), self.convolution.bias)
 
 
-def _add(block: BoundMLP | None) -> list[Step]:
-    """The bias that the block left, where nothing takes it along."""
-    if block is None:
-        return []
+def _pack_once(pack: Pack) -> Pack:
+    """The same packed weight for each repeat of a level, whose blocks are bound once per repeat."""
+    packed: dict[tuple[int, ...], Any] = {}
 
-    def run(walk: Walk) -> None:
-        walk.x.add_(block.after.to(walk.x.dtype))
+    def pack_once(weight: Tensor | list[Tensor]) -> Any:
+        addresses = tuple(part.data_ptr() for part in ([weight] if isinstance(weight, Tensor) else weight))
+        if addresses not in packed:
+            packed[addresses] = pack(weight)
+        return packed[addresses]
 
-    return [run]
-
-
-def _modulate(block: BoundTimestep | None) -> list[Step]:
-    if block is None:
-        return []
-
-    def run(walk: Walk) -> None:
-        block(walk.ops, walk.x, walk.given.table)
-
-    return [run]
-
-
-def _attend(block: BoundAttention) -> Step:
-    def run(walk: Walk) -> None:
-        given = walk.given
-        block(walk.ops, walk.x, given.table, given.keys[block.index], given.values[block.index])
-
-    return run
-
-
-def _residual(block: BoundMLP, with_skip: bool) -> Step:
-    """Only a block that convolves takes a skip or a ControlNet's residual."""
-
-    def run(walk: Walk) -> None:
-        skip = None
-        if with_skip and block.convolves:
-            skip, size = walk.skips[-1]
-            if walk.size != size:  # where a level does not divide the one above
-                walk.x = as_tokens(resize(as_image(walk.x, walk.size), size))
-                walk.size = size
-        if block.convolves:
-            control = walk.given.control
-            residual = control[walk.blocks] if walk.blocks < len(control) else None
-            if residual is not None:
-                walk.x.add_(as_tokens(resize(residual, walk.size).to(walk.x)))
-            walk.blocks += 1
-        block(walk.ops, walk.x, walk.size, skip)
-
-    return run
-
-
-def as_tokens(image: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H·W, C) contiguous; a view of channels-last memory"""
-    return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-
-
-def as_image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H·W, C) -> (B, C, H, W) in channels-last memory, a view"""
-    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+    return pack_once

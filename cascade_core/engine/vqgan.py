@@ -1,9 +1,9 @@
-"""Stage A's decoder bound for speed: tokens, and on CUDA fused kernels and a graph for each size of latent."""
+"""Stage A's decoder over tokens, on CUDA with fused kernels and a CUDA graph for each size of latent."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,21 +12,21 @@ from torch.nn import functional as F
 
 from ..networks.stage_a import MixingResidualBlock, StageA
 from ..placement import WeightConsumer
-from .blocks import taps_of
-from .graphs import Graph, Pool, can_record
-from .unet import as_image, as_tokens
-from .weights import Weights
+from .blocks import as_image, as_tokens, taps_of
+from .graphs import CapturedForward, Graphed, GraphPool, can_capture
+from .lru import LRU
+from .weights import WeightSnapshot
 
-HIDDEN_BYTES = 2**28  # of hidden values at once: those of 1024 × 1024 pixels at 384 channels are fewer
-CACHED_BYTES = 2**21  # the same on the CPU: what stays in its cache until it is read again
+HIDDEN_BYTES = 2**28  # of hidden values at a time: more than those of 1024 × 1024 pixels at 384 channels
+CACHED_BYTES = 2**21  # the same on the CPU: they stay in its cache until they are read again
 GRAPHS = 2  # sizes of latent whose graphs are kept
-LARGEST = 2**18  # positions of all latents up to which a graph is recorded: 2048 × 2048 pixels
+MAX_GRAPH_POSITIONS = 2**18  # of all latents of a batch: 2048 × 2048 pixels
 
 
 class DecoderEngine(WeightConsumer):
     """`engine(latent)` as `stage_a.decode(latent)`, on CUDA in half precision, on the CPU in bf16 or float32.
 
-    Everything else Stage A does itself.
+    In any other precision it calls Stage A itself.
 
     latent: (B, c_latent, h, w) in the weights' precision -> (B, 3, 4h, 4w)
     """
@@ -36,17 +36,17 @@ class DecoderEngine(WeightConsumer):
         self.forget()
 
     def forget(self) -> None:
-        """Free everything derived from the weights, with the graphs' memory."""
-        self._weights = Weights(self.stage_a)
+        """Frees everything derived from the weights, with the graphs' memory."""
+        self._weights = WeightSnapshot(self.stage_a)
         self._blocks: list[Any] | None = None
-        self._graphs: OrderedDict[tuple[int, ...], Graph | None] = OrderedDict()
-        self._pool = Pool()
+        self._graphs: LRU[Graphed] = LRU(GRAPHS)
+        self._pool = GraphPool()
 
     def offload(self) -> None:
         self.forget()
 
     def graph_bytes(self, device: torch.device) -> int:
-        """Bytes on the device that the allocator keeps for its CUDA graphs."""
+        """Bytes on the device that the allocator keeps for the CUDA graphs."""
         return self._pool.sizes.get(device, 0)
 
     @torch.inference_mode()
@@ -54,31 +54,30 @@ class DecoderEngine(WeightConsumer):
         if not self._weights.unchanged():
             self.forget()
         device = latent.device.type
-        bound = BOUND.get(device)
-        if bound is None or latent.dtype == SLOW[device] or not self._weights.plain(latent):
+        bindings = BINDINGS.get(device)
+        if (
+            bindings is None
+            or latent.dtype == UNSUPPORTED_DTYPES[device]
+            or not self._weights.readable(latent)
+        ):
             return self.stage_a.decode(latent)
         if self._blocks is None:
-            self._blocks = [bind(module, bound) for module in self._modules()]
+            self._blocks = [bind(module, bindings) for module in self._modules()]
             if latent.is_cuda:
                 from .kernels.launch import compile_ahead
 
                 compile_ahead(lambda: self._decode(latent))
-        run = self._graph_of(tuple(latent.shape)) if latent.is_cuda else _directly
-        return run(self._decode, latent)
-
-    def _graph_of(self, shape: tuple[int, ...]) -> Callable[..., Tensor]:
-        """Of a size that comes again: what comes once, such as a tile, is not worth recording."""
-        if shape[0] * shape[2] * shape[3] > LARGEST or not can_record(next(self.stage_a.parameters()).device):
-            return _directly
-        known = shape in self._graphs
-        graph = self._graphs.pop(shape, None) or (Graph(self._pool) if known else None)
-        self._graphs[shape] = graph
-        while len(self._graphs) > GRAPHS:
-            self._graphs.popitem(last=False)
-        return graph or _directly
+        batch, _, height, width = latent.shape
+        if batch * height * width > MAX_GRAPH_POSITIONS or not can_capture(latent.device):
+            return self._decode(latent)
+        # A size that does not come again, such as a tile's, is not captured.
+        graphed = self._graphs.get_or_create(
+            tuple(latent.shape), lambda: Graphed(partial(CapturedForward, self._pool))
+        )
+        return graphed(self._decode, latent)
 
     def _modules(self) -> Iterator[nn.Module]:
-        """Of the decoder, one after the other."""
+        """The decoder's, in the order in which they run."""
         for block in (*self.stage_a.up_blocks, self.stage_a.out_block):
             yield from block if isinstance(block, nn.Sequential) else (block,)
 
@@ -90,12 +89,8 @@ class DecoderEngine(WeightConsumer):
         return x
 
 
-def _directly(decode: Callable[[Tensor], Tensor], latent: Tensor) -> Tensor:
-    return decode(latent)
-
-
-class Bound:
-    """A residual block of Stage A, which changes the image in place."""
+class BoundResBlock:
+    """A residual block of Stage A. Changes the image in place."""
 
     def __init__(self, block: Any):
         expand, _, contract = block.channelwise
@@ -116,13 +111,13 @@ class Bound:
         """x: (B, H·W, C), changed in place"""
         raise NotImplementedError
 
-    def at_once(self, limit: int) -> int:
-        """Positions whose hidden values take up to `limit` bytes."""
+    def positions_in(self, limit: int) -> int:
+        """The number of positions whose hidden values take up to `limit` bytes."""
         return max(1, limit // (len(self.expand) * self.expand.element_size()))
 
 
-class BoundFused(Bound):
-    """In fused kernels, of a large image some lines at a time: its hidden values are most of the memory."""
+class FusedResBlock(BoundResBlock):
+    """With fused kernels, a large image some lines at a time: its hidden values take most of the memory."""
 
     hidden_bytes = HIDDEN_BYTES
 
@@ -137,15 +132,15 @@ class BoundFused(Bound):
         height, width = size
         scale1, shift1, gate1, scale2, shift2, _ = self.gammas
         h = vqgan.norm_modulate(x, scale1, shift1, torch.empty_like(x), self.eps)
-        lines = equal_parts(height, self.at_once(self.hidden_bytes) // width)
-        for image, around in zip(x, h, strict=True):
+        lines = lines_per_part(height, self.positions_in(self.hidden_bytes) // width)
+        for image, normal in zip(x, h, strict=True):
             for top in range(0, height, lines):
                 part = image[top * width : (top + lines) * width]
-                normal = depthwise.depthwise_gate_norm(
-                    around, self.taps, self.taps_bias, gate1, part, self.contract_bias, scale2, shift2,
+                hidden_input = depthwise.depthwise_gate_norm(
+                    normal, self.taps, self.taps_bias, gate1, part, self.contract_bias, scale2, shift2,
                     torch.empty_like(part), top, height, width, self.eps,
                 )  # fmt: skip
-                part.addmm_(self._hidden(normal), self.contract.T)
+                part.addmm_(self._hidden(hidden_input), self.contract.T)
 
     def _hidden(self, h: Tensor) -> Tensor:
         """GELU of the MLP's first product.  h: (M, C) -> (M, hidden)"""
@@ -158,14 +153,14 @@ class BoundFused(Bound):
         return products.linear_gelu(h, self.expand, self.expand_bias, h.new_empty(m, n), config)
 
 
-def equal_parts(lines: int, most: int) -> int:
-    """Lines of each part, up to `most`, such that the last has about as many: products of like sizes."""
-    parts = -(-lines // max(most, 1))
+def lines_per_part(lines: int, limit: int) -> int:
+    """Lines of each part, up to `limit`, such that the last has about as many: products of similar sizes."""
+    parts = -(-lines // max(limit, 1))
     return -(-lines // parts)
 
 
-class BoundPointwise:
-    """A 1×1 convolution as the product of tokens that it is: faster on CUDA than as a convolution."""
+class PointwiseConv:
+    """A 1×1 convolution as a product of tokens, which is faster on CUDA."""
 
     def __init__(self, convolution: Any):
         self.weight, self.bias = convolution.weight.flatten(1), convolution.bias  # (C_out, C_in), (C_out,)
@@ -175,8 +170,8 @@ class BoundPointwise:
         return as_image(tokens, (image.shape[-2], image.shape[-1]))
 
 
-class BoundPlain(Bound):
-    """In plain PyTorch, for the CPU: the gammas stand in the weights of the operations beside them."""
+class PlainResBlock(BoundResBlock):
+    """In plain PyTorch, for the CPU, with the gammas folded into the weights of the operations next to them."""
 
     hidden_bytes = CACHED_BYTES
 
@@ -197,19 +192,19 @@ class BoundPlain(Bound):
         bordered = F.pad(h, (1, 1, 1, 1), mode="replicate")
         x.add_(as_tokens(F.conv2d(bordered, self.kernel, self.kernel_bias, groups=len(self.kernel))))
         h = F.layer_norm(x, channels, *self.norms[1], self.eps)
-        at_once = self.at_once(self.hidden_bytes)
-        for part, rows in zip(x.flatten(0, 1).split(at_once), h.flatten(0, 1).split(at_once), strict=True):
+        count = self.positions_in(self.hidden_bytes)
+        for part, rows in zip(x.flatten(0, 1).split(count), h.flatten(0, 1).split(count), strict=True):
             hidden = torch.ops.aten.gelu_(F.linear(rows, self.expand, self.expand_bias))
             part.add_(self.contract_bias).addmm_(hidden, self.contract.T)
 
 
-def bind(module: nn.Module, bound: dict[type[nn.Module], Any]) -> Any:
-    """The module bound as its kind is, or itself.  Either takes and returns (B, C, H, W)."""
-    return next((made(module) for kind, made in bound.items() if isinstance(module, kind)), module)
+def bind(module: nn.Module, bindings: dict[type[nn.Module], Any]) -> Any:
+    """The module bound by its type's binding, or the module itself.  (B, C, H, W) -> (B, C, H, W)"""
+    return next((bound(module) for kind, bound in bindings.items() if isinstance(module, kind)), module)
 
 
-BOUND: dict[str, dict[type[nn.Module], Any]] = {
-    "cuda": {MixingResidualBlock: BoundFused, nn.Conv2d: BoundPointwise},
-    "cpu": {MixingResidualBlock: BoundPlain},
+BINDINGS: dict[str, dict[type[nn.Module], Any]] = {
+    "cuda": {MixingResidualBlock: FusedResBlock, nn.Conv2d: PointwiseConv},
+    "cpu": {MixingResidualBlock: PlainResBlock},
 }
-SLOW = {"cuda": torch.float32, "cpu": torch.float16}  # the precision that is Stage A's own affair
+UNSUPPORTED_DTYPES = {"cuda": torch.float32, "cpu": torch.float16}  # left to Stage A itself

@@ -1,6 +1,6 @@
-"""CUDA graphs of a network's forward and backward passes: a step then waits for the accelerator and not for Python.
+"""CUDA graphs of a network's forward and backward passes, so that a training step never waits for Python.
 
-A step on the published Stage C launches thousands of kernels, most of them shorter than it takes to launch them.
+A step on the published Stage C launches thousands of kernels, most of them shorter than their launch takes on the CPU.
 """
 
 from __future__ import annotations
@@ -12,95 +12,98 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..engine.graphs import capture
+from ..engine.graphs import Graphed, capture
 from ..engine.lru import LRU
 
-MOST = 12  # shapes whose passes are kept; a bucket of another aspect ratio is another shape
+SHAPES = 12  # whose graphs are kept; a bucket of another aspect ratio is another shape
 
 
 class GraphedFunction:
-    """`function` of tensors, its passes recorded the second time that a shape is seen, and replayed from then on.
+    """`function` of tensors: eager the first time that a shape is seen, captured the second time, then replayed.
 
-    It gives one tensor, reads nothing that changes but its arguments, and draws nothing at random. Parameters among
-    them are read where they lie; of anything else there is a copy.
+    It returns one tensor, reads nothing that changes but its arguments, and draws no random numbers. Parameters among
+    the arguments are read where they are; other arguments are copied.
 
-    All shapes share the memory of the largest, so no pass may begin between another and its way back: such a one runs
-    as it is.
+    All shapes share the memory of the largest. A forward must not be replayed between another forward and its
+    backward; such calls run eagerly.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function
-        self.passes: LRU[list[Passes]] = LRU(MOST)  # none the first time
-        self.pool: Any = None
-        self.returning = False
+        self.awaits_backward = False
+        self._graphs: LRU[Graphed] = LRU(SHAPES)
+        self._pool: Any = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         gradients = torch.is_grad_enabled()
         key = gradients, *((tuple(value.shape), value.dtype, value.requires_grad) for value in inputs)
-        seen = key in self.passes
-        kept = self.passes.get_or_create(key, list)
-        if not seen or self.returning:  # kernels are compiled and workspaces allocated the first time
-            return self.function(*inputs)
-        if not kept:
-            kept.append(self._record(inputs, gradients))
-        return _Replay.apply(self, kept[0], *inputs)  # type: ignore[return-value]
+        graphed = self._graphs.get_or_create(key, lambda: Graphed(self._capture))
+        run = graphed.run_eagerly if self.awaits_backward else graphed
+        return run(self.function, *inputs)
 
-    def _record(self, inputs: Sequence[Tensor], gradients: bool) -> Passes:
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # what the pass took that was not recorded
-        return Passes(self.function, inputs, self.pool, gradients)
+    def _capture(self, function: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # the memory of the eager pass
+        passes = CapturedPasses(function, inputs, self._pool)
+        return lambda *inputs: _Replay.apply(self, passes, *inputs)  # type: ignore[return-value]
 
 
-class Passes:
-    """One shape's passes. Their arguments and results lie at fixed addresses."""
+class CapturedPasses:
+    """One shape's forward and backward. Their arguments and results are at fixed addresses."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any, gradients: bool):
-        # Not the parameters themselves: autograd would bring their gradients to the stream of passes before.
-        self.inputs = [_still(value).requires_grad_(value.requires_grad) for value in inputs]
-        device = self.inputs[0].device
-        self.wanted = [gradients and value.requires_grad for value in inputs]
-        self.forward, self.backward = torch.cuda.CUDAGraph(), None
-        with torch.set_grad_enabled(gradients), capture(self.forward, pool, device):
-            output = function(*self.inputs)
-        self.output, self.gradients = output.detach(), ()
-        if any(self.wanted):
-            self.backward, self.incoming = torch.cuda.CUDAGraph(), torch.empty_like(self.output)
-            sources = [value for value, wanted in zip(self.inputs, self.wanted, strict=True) if wanted]
-            with capture(self.backward, pool, device):
-                self.gradients = torch.autograd.grad(output, sources, self.incoming, allow_unused=True)
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any):
+        gradients = torch.is_grad_enabled()
+        # Not the parameters themselves: autograd would accumulate their gradients on the stream of eager passes.
+        self.static_inputs = [_static_input(value).requires_grad_(value.requires_grad) for value in inputs]
+        device = self.static_inputs[0].device
+        self.needs_gradient = [gradients and value.requires_grad for value in inputs]
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), None
+        with torch.set_grad_enabled(gradients), capture(self.forward_graph, pool, device):
+            output = function(*self.static_inputs)
+        self.static_output, self.static_gradients = output.detach(), ()
+        if any(self.needs_gradient):
+            self.backward_graph = torch.cuda.CUDAGraph()
+            self.static_output_gradient = torch.empty_like(self.static_output)
+            pairs = zip(self.static_inputs, self.needs_gradient, strict=True)
+            sources = [value for value, needed in pairs if needed]
+            with capture(self.backward_graph, pool, device):
+                self.static_gradients = torch.autograd.grad(
+                    output, sources, self.static_output_gradient, allow_unused=True
+                )
 
-    def forwards(self, inputs: Sequence[Tensor]) -> Tensor:
-        for kept, value in zip(self.inputs, inputs, strict=True):
-            if kept.data_ptr() != value.data_ptr():  # a parameter lies where it lay
-                kept.detach().copy_(value)
-        self.forward.replay()
-        return self.output.clone()
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        for static, value in zip(self.static_inputs, inputs, strict=True):
+            if static.data_ptr() != value.data_ptr():  # a parameter is its own static input
+                static.detach().copy_(value)
+        self.forward_graph.replay()
+        return self.static_output.clone()
 
-    def backwards(self, incoming: Tensor) -> list[Tensor | None]:
-        assert self.backward is not None
-        self.incoming.copy_(incoming)
-        self.backward.replay()
-        given = iter(self.gradients)
-        found = [next(given) if wanted else None for wanted in self.wanted]
-        return [None if gradient is None else gradient.clone() for gradient in found]
+    def backward(self, output_gradient: Tensor) -> list[Tensor | None]:
+        """The gradients of the inputs; None for those that need none."""
+        assert self.backward_graph is not None
+        self.static_output_gradient.copy_(output_gradient)
+        self.backward_graph.replay()
+        static = iter(self.static_gradients)
+        gradients = [next(static) if needed else None for needed in self.needs_gradient]
+        return [None if gradient is None else gradient.clone() for gradient in gradients]
 
 
-def _still(value: Tensor) -> Tensor:
+def _static_input(value: Tensor) -> Tensor:
     return value.detach() if isinstance(value, nn.Parameter) else value.detach().clone()
 
 
 class _Replay(torch.autograd.Function):
-    """The passes as one operation of autograd's."""
+    """Captured passes as one operation of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, recorded: GraphedFunction, passes: Passes, *tensors: Tensor) -> Tensor:
-        ctx.recorded, ctx.passes = recorded, passes
-        recorded.returning = passes.backward is not None
-        return passes.forwards(tensors)
+    def forward(ctx: Any, function: GraphedFunction, passes: CapturedPasses, *inputs: Tensor) -> Tensor:
+        ctx.function, ctx.passes = function, passes
+        function.awaits_backward = passes.backward_graph is not None
+        return passes.forward(inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *incoming: Tensor):
-        ctx.recorded.returning = False
-        return None, None, *ctx.passes.backwards(incoming[0])
+    def backward(ctx: Any, *output_gradients: Tensor):
+        ctx.function.awaits_backward = False
+        return None, None, *ctx.passes.backward(output_gradients[0])

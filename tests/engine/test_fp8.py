@@ -9,7 +9,7 @@ from torch import Tensor
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
-from cascade_nodes.cascade_core.engine import Engine, fp8, operations
+from cascade_nodes.cascade_core.engine import Engine, backend, fp8, operations
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.engine.unet import BoundUNet
 from cascade_nodes.cascade_core.errors import CascadeError
@@ -43,7 +43,7 @@ class Reference:
     def __getattr__(self, name: str):
         return getattr(operations, name)
 
-    def operand(self, weight: Tensor | list[Tensor]) -> Tensor:
+    def pack(self, weight: Tensor | list[Tensor]) -> Tensor:
         return rounded(weight if isinstance(weight, Tensor) else torch.cat(weight))
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class Compared:
 
     compile_ahead = staticmethod(operations.compile_ahead)
 
-    def operand(self, weight: Tensor | list[Tensor]) -> dict[str, Any]:
-        return {"computed": fp8.operand(weight), "expected": self.reference.operand(weight)}
+    def pack(self, weight: Tensor | list[Tensor]) -> dict[str, Any]:
+        return {"computed": fp8.pack(weight), "expected": self.reference.pack(weight)}
 
     def __getattr__(self, name: str):
         def run(*arguments):
@@ -138,15 +138,15 @@ def test_it_follows_the_weights():
 
 
 def test_repeats_share_their_weights():
-    network, made = build(StageB, STAGE_B), []
+    network, packed = build(StageB, STAGE_B), []
 
-    def operand(weight: Tensor | list[Tensor]) -> fp8.QuantisedWeight:
-        made.append(fp8.operand(weight))
-        return made[-1]
+    def pack(weight: Tensor | list[Tensor]) -> fp8.QuantisedWeight:
+        packed.append(fp8.pack(weight))
+        return packed[-1]
 
-    BoundUNet(network, operand=operand)
-    assert 0 < sum(weight8.nbytes for weight8, _ in made) < Engine(network, precision="fp8").beside()
-    assert Engine(network).beside() == 0
+    BoundUNet(network, pack=pack)
+    assert 0 < sum(weight8.nbytes for weight8, _ in packed) < Engine(network, precision="fp8").extra_bytes()
+    assert Engine(network).extra_bytes() == 0
 
 
 def test_where_it_cannot_be():
@@ -161,7 +161,7 @@ def test_where_it_cannot_be():
 def test_which_cards_have_it(monkeypatch, capability, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3060")
-    choose = engine_module.operations_on.__wrapped__
+    choose = backend.operations_on.__wrapped__
     if chosen:
         assert choose(torch.device("cuda"), "fp8") is fp8
     else:

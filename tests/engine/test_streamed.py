@@ -9,7 +9,7 @@ import torch
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
-from cascade_nodes.cascade_core.engine import Engine
+from cascade_nodes.cascade_core.engine import Engine, operations, shapes
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.placement import DeviceMemory
 from cascade_nodes.tests.core.placements import Counting, Late
@@ -134,7 +134,7 @@ def test_a_forward_that_is_broken_off_leaves_nothing_half_made(monkeypatch):
     engine, calls = Engine(network), [(*stage_c_inputs(STAGE_C), 0.7)]
     expected = wanted(network, calls)
     pool = DeviceMemory(Late(int(0.6 * size_of(network))), 1)
-    real, left = engine_module.operations.attention, [3]
+    real, left = operations.attention, [3]
 
     def attention(*arguments: Any) -> Any:
         left[0] -= 1
@@ -142,7 +142,7 @@ def test_a_forward_that_is_broken_off_leaves_nothing_half_made(monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(engine_module.operations, "attention", attention)
+    monkeypatch.setattr(operations, "attention", attention)
 
     def body(_: Any) -> list[Any]:
         ((x, conditions, r),) = calls
@@ -191,53 +191,53 @@ def test_weights_that_come_back_are_recognised(monkeypatch):
     assert_same(network, engine, *calls[0][:2])
 
 
-class Recorded:
-    """In a CUDA graph's place: notes at which addresses a forward is recorded, or runs out of memory."""
+class Captured:
+    """Stands in for a captured CUDA graph: counts its replays, or runs out of memory as it is captured."""
 
-    made: list[Any]
-    full = False
+    captures: list[Any]
+    out_of_memory = False
 
-    def __init__(self, pool: Any):
-        self.made.append(self)
-        self.calls = 0
-
-    def __call__(self, forward: Any, x: Any) -> Any:
-        if self.full:
+    def __init__(self, pool: Any, forward: Any, x: Any):
+        self.captures.append(self)
+        if self.out_of_memory:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        self.calls += 1
-        return forward(x)
+        self.forward, self.replays = forward, 0
+
+    def __call__(self, x: Any) -> Any:
+        self.replays += 1
+        return self.forward(x)
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setattr(engine_module, "can_record", lambda device: True)
-    monkeypatch.setattr(engine_module, "Graph", Recorded)
-    monkeypatch.setattr(Recorded, "made", [], raising=False)
-    return Recorded.made
+    monkeypatch.setattr(engine_module, "can_capture", lambda device: True)
+    monkeypatch.setattr(shapes, "CapturedForward", Captured)
+    monkeypatch.setattr(Captured, "captures", [], raising=False)
+    return Captured.captures
 
 
-def recorded(graphs: list[Recorded]) -> list[int]:
-    return [graph.calls for graph in graphs if graph.calls]
+def replays(graphs: list[Captured]) -> list[int]:
+    return [graph.replays for graph in graphs]
 
 
-def test_graphs_are_recorded_anew_where_weights_come_back_to(graphs):
+def test_graphs_are_captured_anew_where_weights_come_back_to(graphs):
     network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
     expected = wanted(network, calls)
     pool, engine = DeviceMemory(Counting(int(1.05 * size_of(network))), 1), Engine(network)
     for runs in (1, 2):
         assert_close(given(pool, engine, calls), expected)
-        assert recorded(graphs) == [2] * runs  # the first forward makes ready for it
+        assert replays(graphs) == [2] * runs  # the first forward is eager
         pool.run(other, lambda _: None)
     pool.device.size = int(0.6 * size_of(network))  # pyright: ignore[reportAttributeAccessIssue]
     assert_close(given(pool, engine, calls), expected)
-    assert recorded(graphs) == [2, 2]  # none where weights are streamed
+    assert replays(graphs) == [2, 2]  # none where weights are streamed
 
 
 def test_without_a_graph_where_it_does_not_fit(graphs, monkeypatch):
     network = build(StageC, STAGE_C)
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
-    monkeypatch.setattr(Recorded, "full", True)
+    monkeypatch.setattr(Captured, "out_of_memory", True)
     told: list[str] = []
     results = given(
         DeviceMemory(Counting(2 * size_of(network)), 1), Engine(network), calls, notify=told.append

@@ -39,7 +39,7 @@ def assert_same(stage_a, engine, latent):
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (16, 12)])
 def test_it_decodes_as_stage_a(stage_a, size, monkeypatch):
-    monkeypatch.setattr(vqgan.BoundPlain, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
+    monkeypatch.setattr(vqgan.PlainResBlock, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
     engine = vqgan.DecoderEngine(stage_a)
     for batch in (1, 3):
         assert_same(stage_a, engine, torch.randn(batch, 4, *size))
@@ -48,15 +48,15 @@ def test_it_decodes_as_stage_a(stage_a, size, monkeypatch):
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (13, 6)])
 def test_its_kernels_decode_as_stage_a(stage_a, size, way, monkeypatch):
-    monkeypatch.setitem(vqgan.BOUND, "cpu", vqgan.BOUND["cuda"])
+    monkeypatch.setitem(vqgan.BINDINGS, "cpu", vqgan.BINDINGS["cuda"])
     monkeypatch.setattr(products, "choose", lambda op, *_: way.get(op))
-    monkeypatch.setattr(vqgan.BoundFused, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
+    monkeypatch.setattr(vqgan.FusedResBlock, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
     assert_same(stage_a, vqgan.DecoderEngine(stage_a), torch.randn(2, 4, *size))
 
 
-@pytest.mark.parametrize(("lines", "most", "part"), [(256, 43, 43), (64, 43, 32), (5, 9, 5), (5, 0, 1)])
-def test_parts_are_equal(lines, most, part):
-    assert vqgan.equal_parts(lines, most) == part
+@pytest.mark.parametrize(("lines", "limit", "part"), [(256, 43, 43), (64, 43, 32), (5, 9, 5), (5, 0, 1)])
+def test_parts_are_equal(lines, limit, part):
+    assert vqgan.lines_per_part(lines, limit) == part
 
 
 def test_it_follows_the_weights(stage_a):

@@ -66,12 +66,12 @@ def kernels(device: torch.device, capability: tuple[int, int]) -> ModuleType:
     if capability < (8, 0):
         pytest.skip(f"the kernels need compute capability 8.0, and this card has {capability}")
     assert find_spec("triton") is not None, "Triton is not installed, so that the engine has no kernels."
-    assert graphs.can_record(device), (
+    assert graphs.can_capture(device), (
         "Memory comes from cudaMallocAsync, so that the engine records no graphs."
     )
-    found = operations_on(device)
-    assert found.__name__.endswith(".engine.cuda")
-    return found
+    cuda = import_module("cascade_nodes.cascade_core.engine.cuda")
+    assert operations_on(device) is cuda
+    return cuda
 
 
 # Every configuration, at sizes that fill tiles and such that do not
@@ -514,7 +514,7 @@ def test_shapes_take_turns(device: torch.device, replays: Replays):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     engine = Engine(network)
     sizes = [(1, (9, 11)), (2, (9, 11)), (1, (5, 7)), (3, (5, 7)), (1, (16, 16)), (2, (2, 1))]
-    assert len(sizes) > engine_module.SESSIONS
+    assert len(sizes) > engine_module.SHAPES
     calls = [inputs(SHALLOW_C, network, batch, size) for batch, size in sizes]
     kept = [runs(engine, *call)[-1] for call in calls]
     few = list(zip(calls, kept, strict=True))[-3:]
@@ -530,7 +530,7 @@ def test_shapes_take_turns(device: torch.device, replays: Replays):
 
 def test_without_graphs(device: torch.device, replays: Replays, monkeypatch: pytest.MonkeyPatch):
     """As where memory comes from cudaMallocAsync."""
-    monkeypatch.setattr(engine_module, "can_record", lambda device: False)
+    monkeypatch.setattr(engine_module, "can_capture", lambda device: False)
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     engine = Engine(network)
     x, given = inputs(SHALLOW_C, network)
@@ -544,7 +544,7 @@ def test_without_memory_for_a_graph(device: torch.device, replays: Replays, monk
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(graphs.Graph, "_record", fail)
+    monkeypatch.setattr(graphs.CapturedForward, "__init__", fail)
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     assert_near(network, Engine(network), *inputs(SHALLOW_C, network))
     assert replays.count == 0

@@ -67,7 +67,7 @@ def test_some_lines_at_a_time(
     way: str, dtype: torch.dtype, device: torch.device, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """As a picture whose hidden values are too many, in parts that do not divide it."""
-    monkeypatch.setattr(vqgan.BoundFused, "hidden_bytes", 100 * 4 * 96 * 2)  # 100 positions, or 200
+    monkeypatch.setattr(vqgan.FusedResBlock, "hidden_bytes", 100 * 4 * 96 * 2)  # 100 positions, or 200
     if way != WAYS[0]:
         monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Config(32, 32, 16))
     stage_a = network_of(STAGE_A, dtype, device)
@@ -77,7 +77,7 @@ def test_some_lines_at_a_time(
 def test_what_is_too_large_for_a_graph(
     device: torch.device, replays: Replays, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(vqgan, "LARGEST", 2 * 17 * 23 - 1)
+    monkeypatch.setattr(vqgan, "MAX_GRAPH_POSITIONS", 2 * 17 * 23 - 1)
     stage_a = network_of(STAGE_A, torch.bfloat16, device)
     engine = vqgan.DecoderEngine(stage_a)
     assert_small(errors(stage_a, engine, (2, 4, 17, 23)), torch.bfloat16)

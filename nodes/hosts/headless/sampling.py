@@ -72,7 +72,7 @@ def _working(run: Run) -> int:
         values = activations.stage_b(network.config, batch, min(height, side), min(width, side))
     working = values * next(network.parameters()).dtype.itemsize
     # A CUDA graph is recorded when the runs before it are over, and counted from then on (engine/graphs.py).
-    return working + run.model.engine.beside(batch * tokens) if run.engine else working
+    return working + run.model.engine.extra_bytes(batch * tokens) if run.engine else working
 
 
 class Guiders:

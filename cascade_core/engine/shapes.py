@@ -1,0 +1,137 @@
+"""What is cached for forwards of one shape: the run's constant values, and the CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..networks.stage_b import StageB
+from ..networks.stage_c import StageC
+from ..networks.unet import UNet
+from ..placement import out_of_memory
+from .blocks import as_tokens
+from .graphs import CapturedForward, Graphed, GraphPool
+from .operations import Operations
+from .state import RunCache
+from .unet import BoundUNet
+
+Conditions = Mapping[str, Tensor | None]
+Versioned = tuple[Tensor | None, int]  # with the tensor's version, which counts writes to it
+
+
+class ShapeCache:
+    """For one shape of x and all conditions: the run's constant values, and the CUDA graph of a forward."""
+
+    def __init__(self, network: UNet, pool: GraphPool, graphs: bool):
+        self.network, self.graphs = network, graphs
+        self._compiled = False
+        self.clear(pool)
+
+    def clear(self, pool: GraphPool) -> None:
+        """Drops everything but the compiled kernels. Graphs use the memory of `pool` from now on."""
+        self._graphed = Graphed(partial(CapturedForward, pool)) if self.graphs else None
+        self._cache: RunCache | None = None
+        self._conditions: dict[str, Versioned] | None = None  # of the cache; None while it is incomplete
+        self._control: list[Versioned] = []
+
+    def prepare(
+        self, bound: BoundUNet, x: Tensor, conditions: Conditions, control: Sequence[Tensor | None]
+    ) -> RunCache:
+        """The cache of a forward with these conditions, but for its table.
+
+        Unless the conditions are those of the last call, its keys and values are to be computed from `cond_tokens`.
+        """
+        cache = self._cache
+        if cache is None or self._conditions is None or not _same_values(conditions, self._conditions):
+            self._conditions = None
+            tokens, added = EMBED_CONDITIONS[type(self.network)](self.network, x, **conditions)
+            if cache is None:
+                cache = self._cache = _empty_cache(bound, x, added, control)
+            else:
+                _copy([cache.conditions], [added])
+            cache.cond_tokens = F.silu(tokens)
+        if len(control) != len(self._control) or not all(map(_is_unchanged, control, self._control)):
+            _copy(cache.control, control)
+            self._control = [_versioned(residual) for residual in control]
+        return cache
+
+    def complete(self, conditions: Conditions) -> None:
+        """Marks the cache as complete: a forward with these conditions has been run."""
+        assert self._cache is not None
+        self._cache.noise_embedding = self._cache.cond_tokens = None
+        self._conditions = {name: _versioned(value) for name, value in conditions.items()}
+
+    def run(self, bound: BoundUNet, ops: Operations, x: Tensor, cache: RunCache) -> Tensor:
+        def forward(x: Tensor) -> Tensor:
+            return bound.run(ops, x, cache)
+
+        if not self._compiled:
+            ops.compile_ahead(lambda: forward(x))
+            self._compiled = True
+        if self._graphed is not None and self._graphed.warm:
+            try:
+                return self._graphed(forward, x)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                self._graphed = None  # eager forwards are only a little slower
+        return forward(x) if self._graphed is None else self._graphed(forward, x)
+
+
+def _empty_cache(
+    bound: BoundUNet, x: Tensor, conditions: Tensor | None, control: Sequence[Tensor | None]
+) -> RunCache:
+    table = x.new_empty(bound.table_size, dtype=torch.float32)
+    keys, values = ([None] * bound.attentions for _ in range(2))
+    residuals = [None if residual is None else torch.empty_like(residual) for residual in control]
+    return RunCache(table, keys, values, conditions, residuals)
+
+
+def _embed_stage_c(
+    network: StageC, x: Tensor, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor
+) -> tuple[Tensor, None]:
+    return network.embed_conditions(clip_text, clip_text_pooled, clip_img), None
+
+
+def _embed_stage_b(
+    network: StageB, x: Tensor, clip: Tensor, effnet: Tensor, pixels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    from_effnet, from_pixels = network.map_conditions(x, effnet, pixels)
+    return network.embed_conditions(clip), as_tokens(from_effnet + from_pixels)
+
+
+# (network, x, **conditions) -> conditioning tokens (B, T, C_cond), and (B, N, C) to add to the embedded x, or None
+EMBED_CONDITIONS: dict[type, Any] = {StageC: _embed_stage_c, StageB: _embed_stage_b}
+
+
+def _versioned(value: Tensor | None) -> Versioned:
+    """With its version; tensors made in inference mode have none."""
+    return value, 0 if value is None or value.is_inference() else value._version
+
+
+def _is_unchanged(value: Tensor | None, before: Versioned) -> bool:
+    """Whether it is the same tensor, and was not written to since."""
+    return value is before[0] and _versioned(value)[1] == before[1]
+
+
+def _same_values(conditions: Conditions, before: dict[str, Versioned]) -> bool:
+    """Whether the tensors are the same, or equal: a host may concatenate its prompts anew at each step."""
+    for name, value in conditions.items():
+        versioned = before.get(name, (None, 0))
+        if _is_unchanged(value, versioned):
+            continue
+        old = versioned[0]
+        if value is old or value is None or old is None or not torch.equal(value, old):
+            return False
+    return True
+
+
+def _copy(targets: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        if target is not None and source is not None:
+            target.copy_(source)
