@@ -1,6 +1,6 @@
-"""The engine's kernels around the products, at the sizes of Stage C, B and A at 1024 × 1024 and at odd ones.
+"""Cases of the engine's kernels beside the products, at the sizes of Stage C, B and A at 1024 × 1024 and at odd ones.
 
-A new kernel is a function here that makes a `Case` of a level, and a line in `cases`.
+To add a kernel, add a function that makes a `Case` of a level, and name it in `cases`.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +21,11 @@ from cascade_nodes.cascade_core.engine.kernels import (
 )
 
 EPS = 1e-6
-Pairs = list[tuple[Tensor, Tensor]]  # values and what was expected of them
+Pairs = list[tuple[Tensor, Tensor]]  # computed and expected values
 
 
 class Level(NamedTuple):
-    """A feature map, and the attention to it where there is any."""
+    """A feature map, and its attention block if it has one."""
 
     name: str
     batch: int
@@ -53,19 +53,19 @@ VQGAN = [Level("A1", 1, 256, 256, 384), Level("A0", 1, 512, 512, 192), Level("od
 
 @dataclass
 class Case:
-    """One kernel, or those that do one thing together."""
+    """One kernel, or several that together compute one operation."""
 
     kernel: str
     level: Level
-    call: Callable[[], Any]  # over and over on the same tensors, whatever becomes of their values
-    check: Callable[[], Pairs]  # once, on new ones
-    traffic: int = 0  # bytes to be read and written at least
+    call: Callable[[], Any]  # repeatedly on the same tensors, whatever their values become
+    check: Callable[[], Pairs]  # once, on new tensors
+    traffic: int = 0  # bytes that have to be read and written at least
     operations: int = 0  # floating-point, of products
-    rival: Callable[[], Any] | None = None  # PyTorch's way
+    rival: Callable[[], Any] | None = None  # the same in PyTorch
 
 
 class Draw:
-    """Normal numbers, always the same."""
+    """Draws normal numbers, the same in each run."""
 
     def __init__(self, device: str, dtype: torch.dtype):
         self.generator, self.device, self.dtype = torch.Generator(device).manual_seed(0), device, dtype
@@ -188,7 +188,9 @@ def response_scale(draw: Draw, level: Level) -> Case:
 
 def response_in_one(draw: Draw, level: Level) -> Case | None:
     h, gamma = tokens(draw, level, 4), draw(4 * level.channels)
-    if h.device.type != "cuda" or not resident.fits(h):  # it waits, which the interpreter cannot
+    if h.device.type != "cuda" or not resident.fits(
+        h
+    ):  # its programs wait for each other, which the interpreter cannot do
         return None
     workspace = resident.response_workspace(level.batch, h.shape[2], h.device)
 
@@ -210,10 +212,10 @@ def attend(draw: Draw, level: Level, label: str = "", **options: Any) -> Case:
     qkv = tokens(draw, level, 3)
     key, value = (draw(level.batch, level.cached, level.channels) for _ in range(2))
     out = torch.empty_like(qkv[..., : level.channels]).contiguous()
-    own_query, own_key, own_value = qkv.chunk(3, dim=-1)
+    query, self_key, self_value = qkv.chunk(3, dim=-1)
     q, k, v = (
         t.unflatten(-1, (level.heads, -1)).transpose(1, 2).contiguous()
-        for t in (own_query, torch.cat([own_key, key], 1), torch.cat([own_value, value], 1))
+        for t in (query, torch.cat([self_key, key], 1), torch.cat([self_value, value], 1))
     )
 
     def call() -> Tensor:
@@ -245,14 +247,14 @@ def norm_modulate(draw: Draw, level: Level) -> Case:
 
 def depthwise_gate_norm(draw: Draw, level: Level, label: str = "", **options: int) -> Case:
     h, x = tokens(draw, level), tokens(draw, level)
-    weight, (bias, after) = draw(9, level.channels), draw(2, level.channels)
+    weight, (bias, next_bias) = draw(9, level.channels), draw(2, level.channels)
     gate, scale, shift = draw(6)[2:5]
     out = torch.empty_like(x)
 
     def run(x: Tensor) -> None:
-        for around, image, normal in zip(h, x, out, strict=True):
+        for source, image, normal in zip(h, x, out, strict=True):
             depthwise.depthwise_gate_norm(
-                around, weight, bias, gate, image, after, scale, shift, normal,
+                source, weight, bias, gate, image, next_bias, scale, shift, normal,
                 0, level.height, level.width, EPS, **options,
             )  # fmt: skip
 
@@ -261,7 +263,7 @@ def depthwise_gate_norm(draw: Draw, level: Level, label: str = "", **options: in
         run(changed)
         expected = x.float() + gate.float() * convolved(h, weight, bias, level, "replicate")
         normal = layer_norm(expected) * (1 + scale.float()) + shift.float()
-        return [(out, normal), (changed, expected + after.float())]
+        return [(out, normal), (changed, expected + next_bias.float())]
 
     return Case("depthwise_gate_norm" + label, level, lambda: run(x), check, 4 * x.nbytes)
 
@@ -276,7 +278,7 @@ def gelu(draw: Draw, level: Level) -> Case:
 
 
 def cases(draw: Draw, stages: list[Level] = STAGES, vqgan_levels: list[Level] = VQGAN) -> Iterator[Case]:
-    """One after the other, so that one's tensors are gone before the next one's are made."""
+    """One at a time, so that a case's tensors are freed before the next one's are made."""
     for level in stages:
         for make in (depthwise_norm, norm, modulate, modulate_norm, response_in_three, response_scale):
             yield make(draw, level)
@@ -291,7 +293,7 @@ def cases(draw: Draw, stages: list[Level] = STAGES, vqgan_levels: list[Level] = 
 
 
 def sweep(draw: Draw) -> Iterator[Case]:
-    """Kernels that can be cut up in several ways, each of them."""
+    """All configurations of the kernels that have several."""
     for level in VQGAN[:2]:
         for elements in (2048, 4096, 8192, 16384):
             for warps in (2, 4, 8, 16):

@@ -89,8 +89,8 @@ class DecoderEngine(WeightConsumer):
         return x
 
 
-class BoundResBlock:
-    """A residual block of Stage A. Changes the image in place."""
+class BoundMixingBlock:
+    """A MixingResidualBlock. Changes the image in place."""
 
     def __init__(self, block: Any):
         expand, _, contract = block.channelwise
@@ -116,7 +116,7 @@ class BoundResBlock:
         return max(1, limit // (len(self.expand) * self.expand.element_size()))
 
 
-class FusedResBlock(BoundResBlock):
+class FusedMixingBlock(BoundMixingBlock):
     """With fused kernels, a large image some lines at a time: its hidden values take most of the memory."""
 
     hidden_bytes = HIDDEN_BYTES
@@ -170,7 +170,7 @@ class PointwiseConv:
         return as_image(tokens, (image.shape[-2], image.shape[-1]))
 
 
-class PlainResBlock(BoundResBlock):
+class PlainMixingBlock(BoundMixingBlock):
     """In plain PyTorch, for the CPU, with the gammas folded into the weights of the operations next to them."""
 
     hidden_bytes = CACHED_BYTES
@@ -204,7 +204,7 @@ def bind(module: nn.Module, bindings: dict[type[nn.Module], Any]) -> Any:
 
 
 BINDINGS: dict[str, dict[type[nn.Module], Any]] = {
-    "cuda": {MixingResidualBlock: FusedResBlock, nn.Conv2d: PointwiseConv},
-    "cpu": {MixingResidualBlock: PlainResBlock},
+    "cuda": {MixingResidualBlock: FusedMixingBlock, nn.Conv2d: PointwiseConv},
+    "cpu": {MixingResidualBlock: PlainMixingBlock},
 }
 UNSUPPORTED_DTYPES = {"cuda": torch.float32, "cpu": torch.float16}  # left to Stage A itself

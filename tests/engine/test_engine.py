@@ -71,9 +71,9 @@ def assert_same(network, engine, x, conditions, r: float = 0.7) -> None:
     noise = torch.full((len(x),), r)
     with torch.inference_mode():
         expected = network(x, noise, **conditions)
-        given = engine(x, noise, **conditions)
-    assert given.shape == expected.shape
-    assert (given - expected).abs().max() <= TOLERANCE * expected.abs().max()
+        computed = engine(x, noise, **conditions)
+    assert computed.shape == expected.shape
+    assert (computed - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.usefixtures("operations")
@@ -100,15 +100,19 @@ def test_nothing_of_the_last_call_stays():
     network = build(StageC, STAGE_C)
     engine = Engine(network)
     x, conditions = stage_c_inputs(STAGE_C)
-    other_x, other = stage_c_inputs(STAGE_C)
+    other_x, other_conditions = stage_c_inputs(STAGE_C)
     control = [torch.randn(2, 64, 4, 5), None, torch.randn(2, 64, 2, 2)]
     assert_same(network, engine, x, conditions)
     assert_same(network, engine, other_x, conditions, r=0.2)
-    assert_same(network, engine, x, other)
-    assert_same(network, engine, x, {**other, "sca": torch.full((2,), 0.3), "crp": torch.full((2,), 0.9)})
-    assert_same(network, engine, x, {**other, "control": control})
-    assert_same(network, engine, x, {**other, "control": [torch.randn_like(control[0]), None, control[2]]})
-    assert_same(network, engine, x, other)
+    assert_same(network, engine, x, other_conditions)
+    assert_same(
+        network, engine, x, {**other_conditions, "sca": torch.full((2,), 0.3), "crp": torch.full((2,), 0.9)}
+    )
+    assert_same(network, engine, x, {**other_conditions, "control": control})
+    assert_same(
+        network, engine, x, {**other_conditions, "control": [torch.randn_like(control[0]), None, control[2]]}
+    )
+    assert_same(network, engine, x, other_conditions)
     assert_same(network, engine, *stage_c_inputs(STAGE_C, batch=1))
     assert_same(network, engine, x, conditions)
     conditions["clip_text"].mul_(0.5)  # as a host may write into what it gave before

@@ -105,10 +105,10 @@ def forward(model, x: Tensor, conditions: dict[str, Tensor], dtype: torch.dtype 
 
 @STAGES
 def test_each_operation_is_the_arithmetic_it_says(use_operations, network_class, config, inputs):
-    network, given = build(network_class, config), inputs(config)
+    network, call = build(network_class, config), inputs(config)
     compared = Compared()
     use_operations(compared)
-    forward(Engine(network, precision="fp8"), *given)
+    forward(Engine(network, precision="fp8"), *call)
     assert {"project", "add_linear_", "channelwise_", "depthwise_norm", "attention"} <= set(compared.errors)
     assert max(compared.errors.values()) < FLIPS
 
@@ -116,25 +116,25 @@ def test_each_operation_is_the_arithmetic_it_says(use_operations, network_class,
 @STAGES
 @pytest.mark.usefixtures("use_operations")
 def test_its_error(network_class, config, inputs):
-    network, given = build(network_class, config), inputs(config)
-    expected = forward(network, *given)
+    network, call = build(network_class, config), inputs(config)
+    expected = forward(network, *call)
     network.bfloat16()
     engine = Engine(network, precision="fp8")
-    in_bf16 = relative_error(forward(network, *given, dtype=torch.bfloat16), expected)
-    in_fp8 = relative_error(forward(engine, *given, dtype=torch.bfloat16), expected)
+    in_bf16 = relative_error(forward(network, *call, dtype=torch.bfloat16), expected)
+    in_fp8 = relative_error(forward(engine, *call, dtype=torch.bfloat16), expected)
     assert in_bf16 < in_fp8 < OVER_BF16 * in_bf16
 
 
 @pytest.mark.usefixtures("use_operations")
 def test_it_follows_the_weights():
-    network, given = build(StageC, STAGE_C), stage_c_inputs(STAGE_C)
+    network, call = build(StageC, STAGE_C), stage_c_inputs(STAGE_C)
     engine = Engine(network, precision="fp8")
-    before = forward(engine, *given)
+    before = forward(engine, *call)
     change = LowRank(torch.randn(4, 64), torch.randn(256, 4))
     with patched(network, [Patch("a LoRA", {"down_blocks.1.0.channelwise.0": change}, 1.0)]):
-        with_lora = forward(network, *given)
-        assert relative_error(forward(engine, *given), with_lora) < 0.5 * relative_error(before, with_lora)
-    assert torch.equal(forward(engine, *given), before)
+        with_lora = forward(network, *call)
+        assert relative_error(forward(engine, *call), with_lora) < 0.5 * relative_error(before, with_lora)
+    assert torch.equal(forward(engine, *call), before)
 
 
 def test_repeats_share_their_weights():
@@ -150,9 +150,9 @@ def test_repeats_share_their_weights():
 
 
 def test_where_it_cannot_be():
-    network, given = build(StageC, STAGE_C), stage_c_inputs(STAGE_C)
+    network, call = build(StageC, STAGE_C), stage_c_inputs(STAGE_C)
     with pytest.raises(CascadeError, match=r"fp8 needs an NVIDIA card .* the processor is not one"):
-        forward(Engine(network, precision="fp8"), *given)
+        forward(Engine(network, precision="fp8"), *call)
     with pytest.raises(CascadeError, match="precision 'int8' is not known; choose exact or fp8"):
         Engine(network, precision="int8")  # pyright: ignore[reportArgumentType]
 

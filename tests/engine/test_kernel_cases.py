@@ -13,15 +13,15 @@ def test_every_case_expects_what_its_kernel_computes(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     kernel_cases = importlib.import_module("kernel_cases")
     stages = [kernel_cases.Level("C", 2, 3, 5, 48, 3, 5), kernel_cases.Level("B", 1, 4, 4, 64)]
-    found = {}
+    errors = {}
     for case in kernel_cases.cases(kernel_cases.Draw("cpu", torch.bfloat16), stages, stages[:1]):
         for value, expected in case.check():
             error = (value.double() - expected).norm() / expected.double().norm()
-            found[case.kernel] = max(found.get(case.kernel, 0), float(error))
+            errors[case.kernel] = max(errors.get(case.kernel, 0), float(error))
         case.call()
         assert case.traffic > 0
-    assert len(found) == 10
-    assert max(found.values()) < 4e-3, found
+    assert len(errors) == 10
+    assert max(errors.values()) < 4e-3, errors
 
 
 @pytest.mark.parametrize("op", ["linear_gelu", "linear_gelu_response"])

@@ -197,10 +197,10 @@ def test_attention(size, dtype, self_attn, tma):
     attention.attention(qkv, key, value, heads, out, self_attn, block_m=32, block_n=32, tma=tma)
 
     module = layers.Attention(channels, heads).double()
-    q, own_key, own_value = qkv.double().chunk(3, dim=-1)
+    q, self_key, self_value = qkv.double().chunk(3, dim=-1)
     keys, values = key.double(), value.double()
     if self_attn:
-        keys, values = torch.cat([own_key, keys], dim=1), torch.cat([own_value, values], dim=1)
+        keys, values = torch.cat([self_key, keys], dim=1), torch.cat([self_value, values], dim=1)
     module.to_q, module.to_k, module.to_v = nn.Identity(), Fixed(keys), Fixed(values)
     module.out_proj = nn.Identity()
     expected = module(q, keys)
@@ -236,10 +236,10 @@ def test_residual_block_of_stage_a(size, dtype):
     h = vqgan.norm_modulate(x, gammas[0], gammas[1], torch.empty_like(x))
     weight, bias = taps(block.get_submodule("depthwise.1"), dtype)
     first, second = block.get_submodule("channelwise.0"), block.get_submodule("channelwise.2")
-    after, normal_x = second.get_parameter("bias") * gammas[5], torch.empty_like(x)
+    next_bias, normal_x = second.get_parameter("bias") * gammas[5], torch.empty_like(x)
     for around, part, out in zip(h, x, normal_x, strict=True):
         depthwise.depthwise_gate_norm(
-            around, weight, bias, gammas[2], part, after, gammas[3], gammas[4], out, 0, height, width, EPS
+            around, weight, bias, gammas[2], part, next_bias, gammas[3], gammas[4], out, 0, height, width, EPS
         )
     h = F.linear(normal_x.double(), first.get_parameter("weight"), first.get_parameter("bias")).to(dtype)
     assert_near(vqgan.gelu(h.clone()), F.gelu(h.double()), dtype)

@@ -1,4 +1,4 @@
-"""The engine where placement moves the weights: streamed block by block, away and back, changed by LoRAs on the way."""
+"""The engine with weights that placement moves: streamed block by block, offloaded and back, changed by LoRAs."""
 
 from contextlib import suppress
 from typing import Any
@@ -38,15 +38,15 @@ def size_of(network) -> int:
     return sum(parameter.nbytes for parameter in network.parameters())
 
 
-def wanted(network, calls: list[tuple[Any, dict, float]]) -> list[Any]:
+def network_outputs(network, calls: list[tuple[Any, dict, float]]) -> list[Any]:
     with torch.inference_mode():
         return [network(x, torch.full((len(x),), r), **conditions) for x, conditions, r in calls]
 
 
-def given(
+def engine_outputs(
     pool: DeviceMemory, engine: Engine, calls: list[tuple[Any, dict, float]], **options: Any
 ) -> list[Any]:
-    """What the engine gives in one run, in which the network itself is never called."""
+    """The engine's outputs in one run, in which the network itself must not be called."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("The network was called instead of the engine.")
@@ -87,10 +87,10 @@ def test_as_the_network(network_class, config, inputs, unit, share, device_class
         (*first, 0.7),
         (*inputs(config, batch=1), 0.1),
     ]
-    expected = wanted(network, calls)
+    expected = network_outputs(network, calls)
     pool = DeviceMemory(device_class(int(share * size_of(network))), unit)
     for _ in range(2):
-        assert_close(given(pool, engine, calls), expected)
+        assert_close(engine_outputs(pool, engine, calls), expected)
         assert pool.resident_share(network) < 1
     assert_same(network, engine, *first)  # where it lies now, in main memory
 
@@ -107,7 +107,7 @@ def test_controlnets_and_further_conditions(device_class):
         (x, conditions, 0.7),
     ]
     pool = DeviceMemory(device_class(int(0.6 * size_of(network))), 1)
-    assert_close(given(pool, Engine(network), calls), wanted(network, calls))
+    assert_close(engine_outputs(pool, Engine(network), calls), network_outputs(network, calls))
 
 
 @DEVICES
@@ -121,18 +121,18 @@ def test_loras(device_class, share):
         rows, columns = network.get_submodule(name).weight.shape
         changes[name] = LowRank(torch.randn(2, columns), torch.randn(rows, 2))
     patch = Patch("a LoRA", changes, 0.3)
-    plain = wanted(network, calls)
+    plain = network_outputs(network, calls)
     with patched(network, [patch]):
-        changed = wanted(network, calls)
+        changed = network_outputs(network, calls)
     pool = DeviceMemory(device_class(int(share * size_of(network))), 1)
     for patches, expected in (([], plain), ([patch], changed), ([patch], changed), ([], plain)):
-        assert_close(given(pool, engine, calls, patches=patches), expected)
+        assert_close(engine_outputs(pool, engine, calls, patches=patches), expected)
 
 
 def test_a_forward_that_is_broken_off_leaves_nothing_half_made(monkeypatch):
     network = build(StageC, STAGE_C)
     engine, calls = Engine(network), [(*stage_c_inputs(STAGE_C), 0.7)]
-    expected = wanted(network, calls)
+    expected = network_outputs(network, calls)
     pool = DeviceMemory(Late(int(0.6 * size_of(network))), 1)
     real, left = operations.attention, [3]
 
@@ -177,17 +177,17 @@ def test_weights_that_come_back_are_recognised(monkeypatch):
     """Nothing is derived anew from the same values, wherever they lie."""
     network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
     calls = [(*stage_c_inputs(STAGE_C), 0.7)]
-    expected, made = wanted(network, calls), []
+    expected, bindings = network_outputs(network, calls), []
     real = engine_module.BoundUNet
-    monkeypatch.setattr(engine_module, "BoundUNet", lambda *arguments: made.append(1) or real(*arguments))
+    monkeypatch.setattr(engine_module, "BoundUNet", lambda *arguments: bindings.append(1) or real(*arguments))
     device = Counting(int(1.05 * size_of(network)))
     pool, engine = DeviceMemory(device, 1), Engine(network)
     for _ in range(3):
         for device.size in (int(1.05 * size_of(network)), int(0.6 * size_of(network))):
-            assert_close(given(pool, engine, calls), expected)
+            assert_close(engine_outputs(pool, engine, calls), expected)
             pool.run(other, lambda _: None)
             assert pool.resident_share(network) < 1
-    assert made == [1]
+    assert bindings == [1]
     assert_same(network, engine, *calls[0][:2])
 
 
@@ -223,14 +223,14 @@ def replays(graphs: list[Captured]) -> list[int]:
 def test_graphs_are_captured_anew_where_weights_come_back_to(graphs):
     network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
-    expected = wanted(network, calls)
+    expected = network_outputs(network, calls)
     pool, engine = DeviceMemory(Counting(int(1.05 * size_of(network))), 1), Engine(network)
     for runs in (1, 2):
-        assert_close(given(pool, engine, calls), expected)
+        assert_close(engine_outputs(pool, engine, calls), expected)
         assert replays(graphs) == [2] * runs  # the first forward is eager
         pool.run(other, lambda _: None)
     pool.device.size = int(0.6 * size_of(network))  # pyright: ignore[reportAttributeAccessIssue]
-    assert_close(given(pool, engine, calls), expected)
+    assert_close(engine_outputs(pool, engine, calls), expected)
     assert replays(graphs) == [2, 2]  # none where weights are streamed
 
 
@@ -238,12 +238,12 @@ def test_without_a_graph_where_it_does_not_fit(graphs, monkeypatch):
     network = build(StageC, STAGE_C)
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
     monkeypatch.setattr(Captured, "out_of_memory", True)
-    told: list[str] = []
-    results = given(
-        DeviceMemory(Counting(2 * size_of(network)), 1), Engine(network), calls, notify=told.append
+    messages: list[str] = []
+    results = engine_outputs(
+        DeviceMemory(Counting(2 * size_of(network)), 1), Engine(network), calls, notify=messages.append
     )
-    assert_close(results, wanted(network, calls))
-    assert (len(graphs), told) == (1, [])
+    assert_close(results, network_outputs(network, calls))
+    assert (len(graphs), messages) == (1, [])
 
 
 def test_memory_of_graphs_is_counted_while_they_live(monkeypatch):

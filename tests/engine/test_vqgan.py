@@ -39,7 +39,7 @@ def assert_same(stage_a, engine, latent):
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (16, 12)])
 def test_it_decodes_as_stage_a(stage_a, size, monkeypatch):
-    monkeypatch.setattr(vqgan.PlainResBlock, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
+    monkeypatch.setattr(vqgan.PlainMixingBlock, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
     engine = vqgan.DecoderEngine(stage_a)
     for batch in (1, 3):
         assert_same(stage_a, engine, torch.randn(batch, 4, *size))
@@ -50,7 +50,7 @@ def test_it_decodes_as_stage_a(stage_a, size, monkeypatch):
 def test_its_kernels_decode_as_stage_a(stage_a, size, way, monkeypatch):
     monkeypatch.setitem(vqgan.BINDINGS, "cpu", vqgan.BINDINGS["cuda"])
     monkeypatch.setattr(products, "choose", lambda op, *_: way.get(op))
-    monkeypatch.setattr(vqgan.FusedResBlock, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
+    monkeypatch.setattr(vqgan.FusedMixingBlock, "hidden_bytes", 40 * 96 * 4)  # 40 positions, or 80, at once
     assert_same(stage_a, vqgan.DecoderEngine(stage_a), torch.randn(2, 4, *size))
 
 
@@ -101,10 +101,10 @@ def assert_near(value, expected, rounding):
 @dtypes
 @pytest.mark.parametrize("size", [(5, 7, 24), (9, 16, 48), (1, 1, 20)])
 def test_depthwise_gate_norm(size, dtype):
-    """In three parts of the image, whose borders are no borders of it."""
+    """In three parts of the image, whose borders are not the image's."""
     height, width, channels = size
     h, x = (normal(height * width, channels, dtype=dtype, seed=i) for i in range(2))
-    weight, (bias, after) = (
+    weight, (bias, next_bias) = (
         normal(9, channels, dtype=dtype, seed=2),
         normal(2, channels, dtype=dtype, seed=3),
     )
@@ -120,7 +120,7 @@ def test_depthwise_gate_norm(size, dtype):
     for top in range(0, height, lines):
         part = slice(top * width, (top + lines) * width)
         depthwise.depthwise_gate_norm(
-            h, weight, bias, gate, x[part], after, scale, shift, out[part], top, height, width, 1e-6, 256
+            h, weight, bias, gate, x[part], next_bias, scale, shift, out[part], top, height, width, 1e-6, 256
         )
-    assert_near(x, expected + after.double(), HALF_STEP[dtype])
+    assert_near(x, expected + next_bias.double(), HALF_STEP[dtype])
     assert_near(out, expected_normal, HALF_STEP[dtype])

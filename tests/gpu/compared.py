@@ -1,7 +1,7 @@
-"""Narrow networks of the published layouts, what they are given, and how far two ways to compute them are from exact.
+"""Narrow networks of the published layouts, their inputs, and the errors of eager PyTorch and the engine.
 
 Exact is float64, from the same weights and inputs after these were rounded to half precision. An error is relative,
-|Δ| / |exact| over all numbers, as in benchmarks/gpu.py; the engine's is held against that of the network itself.
+|Δ| / |exact| over all numbers, as in benchmarks/gpu.py; the engine's is compared to that of the network itself.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ GAIN, MODULATION_GAIN, SPREAD = 0.5, 0.1, 0.1  # such that fp16 holds the deepes
 MODULATING = re.compile(r"\.mapper(_\w+)?\.weight$")  # a TimestepBlock's
 
 LEVELS = (0.98, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.03)  # of noise
-OVER_EAGER = 1.2  # the engine's error in half precision over the network's own: of few numbers, chance is a tenth of it
-SENSIBLE = 0.05  # that one's own: above, two networks would be compared that compute nothing
+OVER_EAGER = 1.2  # the engine's error in half precision over the network's: of few numbers, a tenth is chance
+SENSIBLE = 0.05  # the network's own error: above it, the comparison would mean nothing
 FLOAT32 = 1e-5  # the engine's error in float32: the deepest network's is 6e-7, GELU is off by up to 7e-7
 
 
@@ -95,10 +95,10 @@ def inputs(
             "clip_text_pooled": some(3, 1, config.c_clip_text_pooled),
             "clip_img": some(4, images, config.c_clip_img),
         }
-    given = {"effnet": some(2, config.c_effnet, *effnet), "clip": some(3, 1, config.c_clip)}
+    conditions = {"effnet": some(2, config.c_effnet, *effnet), "clip": some(3, 1, config.c_clip)}
     if pixels is not None:
-        given["pixels"] = some(4, config.c_pixels, *pixels)
-    return some(1, config.c_in, *size), given
+        conditions["pixels"] = some(4, config.c_pixels, *pixels)
+    return some(1, config.c_in, *size), conditions
 
 
 def noise(x: Tensor, level: float) -> Tensor:
@@ -109,7 +109,7 @@ def noise(x: Tensor, level: float) -> Tensor:
 class Errors(NamedTuple):
     """Relative to exact: of the network in its own precision, and of the engine."""
 
-    own: float
+    eager: float
     engine: float
 
 
@@ -118,32 +118,32 @@ def errors(
     network: Any,
     engine: Any,
     x: Tensor,
-    given: dict[str, Any],
+    conditions: dict[str, Any],
     levels: Sequence[float] = LEVELS,
-    own_attention: bool = True,
+    kernel_attention: bool = True,
 ) -> Errors:
-    """Of forwards at these levels together, each of another latent such as x; the engine on its own, as `alone`."""
+    """Of forwards at these noise levels together, each of another latent of x's shape; the engine `alone`."""
     exact = copy.deepcopy(network).double()
-    given_exactly = {name: _doubled(value) for name, value in given.items()}
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    exact_conditions = {name: _doubled(value) for name, value in conditions.items()}
+    outputs: list[tuple[Tensor, Tensor, Tensor]] = []
     for number, level in enumerate(levels):
         latent, at = draw(x.shape, x, 7 + number), noise(x, level)
-        own = network(latent, at, **given)
-        with alone(network, own_attention):
-            computed = engine(latent, at, **given)
-        found.append((exact(latent.double(), at, **given_exactly), own, computed))
-    return errors_of(found)
+        eager = network(latent, at, **conditions)
+        with alone(network, kernel_attention):
+            computed = engine(latent, at, **conditions)
+        outputs.append((exact(latent.double(), at, **exact_conditions), eager, computed))
+    return errors_of(outputs)
 
 
-def errors_of(found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Errors:
-    """Of (exact, own, the engine's) together."""
-    for exact, own, computed in found:
+def errors_of(outputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Errors:
+    """Of (exact, eager, engine) outputs, over all of them together."""
+    for exact, eager, computed in outputs:
         assert exact.dtype == torch.float64
-        assert (computed.shape, computed.dtype, computed.device) == (own.shape, own.dtype, own.device)
+        assert (computed.shape, computed.dtype, computed.device) == (eager.shape, eager.dtype, eager.device)
         assert computed.isfinite().all()
-    whole = sum(float(exact.square().sum()) for exact, _, _ in found)
+    whole = sum(float(exact.square().sum()) for exact, _, _ in outputs)
     off = [
-        sum(float((values[which].double() - values[0]).square().sum()) for values in found)
+        sum(float((values[which].double() - values[0]).square().sum()) for values in outputs)
         for which in (1, 2)
     ]
     return Errors(*(math.sqrt(value / whole) for value in off))
@@ -153,36 +153,36 @@ def assert_near(
     network: Any,
     engine: Any,
     x: Tensor,
-    given: dict[str, Any],
+    conditions: dict[str, Any],
     levels: Sequence[float] = LEVELS,
 ) -> None:
-    """The engine, on its own, is as near to exact as the network itself."""
-    assert_small(errors(network, engine, x, given, levels), x.dtype)
+    """Asserts that the engine is as near to exact as the network itself."""
+    assert_small(errors(network, engine, x, conditions, levels), x.dtype)
 
 
-def assert_small(found: Errors, dtype: torch.dtype, over_eager: float = OVER_EAGER) -> None:
+def assert_small(measured: Errors, dtype: torch.dtype, over_eager: float = OVER_EAGER) -> None:
     if dtype == torch.float32:
-        assert found.engine <= FLOAT32, found
+        assert measured.engine <= FLOAT32, measured
     else:
-        assert found.engine <= over_eager * found.own, found
-        assert found.own <= SENSIBLE, found
+        assert measured.engine <= over_eager * measured.eager, measured
+        assert measured.eager <= SENSIBLE, measured
 
 
 @contextmanager
-def alone(network: nn.Module, own_attention: bool = True) -> Iterator[None]:
-    """In the block neither the network nor (with own_attention) PyTorch's attention may do what the engine should."""
+def alone(network: nn.Module, kernel_attention: bool = True) -> Iterator[None]:
+    """Forbids the network's own forward and (with kernel_attention) PyTorch's attention inside the block."""
     error = AssertionError("The engine was not used.")
     with ExitStack() as stack:
         stack.enter_context(patch.object(network, "forward", side_effect=error))
-        if own_attention:
+        if kernel_attention:
             stack.enter_context(patch.object(operations, "attention", side_effect=error))
         yield
 
 
 @torch.inference_mode()
-def runs(model: Callable[..., Tensor], x: Tensor, given: dict[str, Any], count: int = 3) -> list[Tensor]:
-    """Of the same call. The engine's first is direct, its second is recorded as a graph and replayed, its third too."""
-    return [model(x, noise(x, 0.7), **given) for _ in range(count)]
+def runs(model: Callable[..., Tensor], x: Tensor, conditions: dict[str, Any], count: int = 3) -> list[Tensor]:
+    """Outputs of equal calls. The engine's first is eager, its second captured and replayed, its third replayed."""
+    return [model(x, noise(x, 0.7), **conditions) for _ in range(count)]
 
 
 def same_bits(values: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

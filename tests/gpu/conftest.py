@@ -1,4 +1,4 @@
-"""A real NVIDIA card: kernels are compiled, CUDA graphs recorded. In a process of its own: `pytest tests/gpu`."""
+"""A real NVIDIA card: kernels are compiled, CUDA graphs captured. In a process of its own: `pytest tests/gpu`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine on a card, its kernels compiled and its graphs recorded, against the networks themselves."""
+"""The engine on a card, its kernels compiled and its graphs captured, against the networks themselves."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ strict_and_usual = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat
 
 @pytest.fixture(scope="module")
 def kernels(device: torch.device, capability: tuple[int, int]) -> ModuleType:
-    """What the engine computes with on this card; it is what is meant to be tested."""
+    """The kernels, which the engine has to use on this card."""
     if capability < (8, 0):
         pytest.skip(f"the kernels need compute capability 8.0, and this card has {capability}")
     assert find_spec("triton") is not None, "Triton is not installed, so that the engine has no kernels."
     assert graphs.can_capture(device), (
-        "Memory comes from cudaMallocAsync, so that the engine records no graphs."
+        "Memory comes from cudaMallocAsync, so that the engine captures no graphs."
     )
     cuda = import_module("cascade_nodes.cascade_core.engine.cuda")
     assert operations_on(device) is cuda
@@ -81,7 +81,7 @@ class Forward(NamedTuple):
     config: Any
     batch: int
     size: tuple[int, int]
-    given: dict[str, Any]
+    input_options: dict[str, Any]
     join: bool = False
     levels: tuple[float, ...] = LEVELS
 
@@ -106,9 +106,9 @@ FORWARDS = {
 @pytest.mark.parametrize("case", FORWARDS.values(), ids=FORWARDS.keys())
 def test_a_forward(case: Forward, dtype: torch.dtype, device: torch.device, replays: Replays):
     network = network_of(case.config, dtype, device)
-    x, given = inputs(case.config, network, case.batch, case.size, **case.given)
+    x, conditions = inputs(case.config, network, case.batch, case.size, **case.input_options)
     engine = Engine(network, join=case.join)
-    assert_near(network, engine, x, given, case.levels)
+    assert_near(network, engine, x, conditions, case.levels)
     assert replays.count == len(case.levels) - 1
 
 
@@ -195,36 +195,36 @@ FP8 = {
 @pytest.mark.parametrize("case", FP8.values(), ids=FP8.keys())
 def test_fp8(case: Forward, dtype: torch.dtype, device: torch.device, replays: Replays):
     network = network_of(case.config, torch.bfloat16, device)
-    x, given = inputs(case.config, network, case.batch, case.size, **case.given)
-    in_bf16 = errors(network, Engine(network), x, given)
+    x, conditions = inputs(case.config, network, case.batch, case.size, **case.input_options)
+    in_bf16 = errors(network, Engine(network), x, conditions)
     network.to(dtype)
     before = replays.count
-    x, given = inputs(case.config, network, case.batch, case.size, **case.given)
-    in_fp8 = errors(network, Engine(network, precision="fp8"), x, given)
+    x, conditions = inputs(case.config, network, case.batch, case.size, **case.input_options)
+    in_fp8 = errors(network, Engine(network, precision="fp8"), x, conditions)
     assert replays.since(before) == len(LEVELS) - 1
-    assert in_bf16.own < in_fp8.engine < OVER_BF16 * in_bf16.own
+    assert in_bf16.eager < in_fp8.engine < OVER_BF16 * in_bf16.eager
 
 
 @pytest.mark.usefixtures("ada")
 def test_fp8_follows_a_lora(device: torch.device):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
-    x, given = inputs(SHALLOW_C, network)
+    x, conditions = inputs(SHALLOW_C, network)
     engine = Engine(network, precision="fp8")
-    before = runs(engine, x, given)
+    before = runs(engine, x, conditions)
     with patched(network, [Patch("a LoRA", {LORA[0]: low_rank(network, LORA[0])}, 1.0)]):
-        (expected,) = runs(network, x, given, 1)
-        for after, without in zip(runs(engine, x, given), before, strict=True):
+        (expected,) = runs(network, x, conditions, 1)
+        for after, without in zip(runs(engine, x, conditions), before, strict=True):
             assert (after - expected).norm() < 0.5 * (without - expected).norm()
-    assert same_bits(runs(engine, x, given), before)
+    assert same_bits(runs(engine, x, conditions), before)
 
 
 def test_fp8_where_it_cannot_be(device: torch.device, capability: tuple[int, int]):
     if capability >= (8, 9):
         device = torch.device("cpu")
     network = network_of(SHALLOW_C, torch.bfloat16, device)
-    x, given = inputs(SHALLOW_C, network)
+    x, conditions = inputs(SHALLOW_C, network)
     with pytest.raises(CascadeError, match="fp8 needs an NVIDIA card"):
-        Engine(network, precision="fp8")(x, noise(x, 0.7), **given)
+        Engine(network, precision="fp8")(x, noise(x, 0.7), **conditions)
 
 
 # What changes between calls
@@ -232,16 +232,16 @@ def test_fp8_where_it_cannot_be(device: torch.device, capability: tuple[int, int
 
 @strict_and_usual
 def test_nothing_of_the_last_call_stays(dtype: torch.dtype, device: torch.device):
-    """Each call with something else, on graphs that were recorded with what came before."""
+    """Each call with something else, on graphs that were captured with the inputs before."""
     network = network_of(SHALLOW_C, dtype, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_C, network)
+    x, conditions = inputs(SHALLOW_C, network)
     _, other = inputs(SHALLOW_C, network, seed=1)
     numbers = {"sca": torch.full((2,), 0.3, device=device), "crp": torch.full((2,), 0.9, device=device)}
-    assert_near(network, engine, x, given)
+    assert_near(network, engine, x, conditions)
     assert_near(network, engine, x, other)
     assert_near(network, engine, x, {**other, **numbers})
-    assert_near(network, engine, x, {**given, "clip_img": other["clip_img"]})
+    assert_near(network, engine, x, {**conditions, "clip_img": other["clip_img"]})
     for shapes in (
         inputs(SHALLOW_C, network, tokens=3 * 77),
         inputs(SHALLOW_C, network, images=5),
@@ -249,24 +249,24 @@ def test_nothing_of_the_last_call_stays(dtype: torch.dtype, device: torch.device
         inputs(SHALLOW_C, network, size=(11, 9)),
     ):
         assert_near(network, engine, *shapes)
-    assert_near(network, engine, x, given)
-    given["clip_text"].mul_(0.5)  # as a host may write into what it gave before
-    assert_near(network, engine, x, given)
+    assert_near(network, engine, x, conditions)
+    conditions["clip_text"].mul_(0.5)  # as a host may write into what it gave before
+    assert_near(network, engine, x, conditions)
 
 
 @strict_and_usual
 def test_conditions_of_stage_b_change(dtype: torch.dtype, device: torch.device):
     network = network_of(SHALLOW_B, dtype, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_B, network, 2, (34, 50))
+    x, conditions = inputs(SHALLOW_B, network, 2, (34, 50))
     _, other = inputs(SHALLOW_B, network, 2, (34, 50), pixels=(8, 8), seed=1)
-    assert_near(network, engine, x, given)
-    assert_near(network, engine, x, {**given, "effnet": other["effnet"]})
-    assert_near(network, engine, x, {**given, "clip": other["clip"]})
+    assert_near(network, engine, x, conditions)
+    assert_near(network, engine, x, {**conditions, "effnet": other["effnet"]})
+    assert_near(network, engine, x, {**conditions, "clip": other["clip"]})
     assert_near(network, engine, x, other)
-    assert_near(network, engine, x, {**other, "pixels": given["effnet"][:, :3]})
-    assert_near(network, engine, x, {**given, "sca": torch.full((2,), 0.2, device=device)})
-    assert_near(network, engine, x, given)
+    assert_near(network, engine, x, {**other, "pixels": conditions["effnet"][:, :3]})
+    assert_near(network, engine, x, {**conditions, "sca": torch.full((2,), 0.2, device=device)})
+    assert_near(network, engine, x, conditions)
 
 
 @strict_and_usual
@@ -274,7 +274,7 @@ def test_controlnets_come_change_and_go(dtype: torch.dtype, device: torch.device
     """Residuals of each block's own size and of others, for some blocks, for all, for more than there are."""
     network = network_of(SHALLOW_C, dtype, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_C, network)
+    x, conditions = inputs(SHALLOW_C, network)
     like = next(network.parameters())
     count = itertools.count(50)
 
@@ -282,7 +282,7 @@ def test_controlnets_come_change_and_go(dtype: torch.dtype, device: torch.device
         return draw((2, 128, height, width), like, next(count))
 
     first = [residual(), None, residual(4, 5)]
-    without = runs(engine, x, given)
+    without = runs(engine, x, conditions)
     for control in (
         first,
         [residual(), None, residual(4, 5)],  # the same shapes, on the same graph
@@ -292,20 +292,20 @@ def test_controlnets_come_change_and_go(dtype: torch.dtype, device: torch.device
         [],
         first,
     ):
-        assert_near(network, engine, x, {**given, "control": control})
-    assert_near(network, engine, x, {**given, "control": None})
+        assert_near(network, engine, x, {**conditions, "control": control})
+    assert_near(network, engine, x, {**conditions, "control": None})
     # It is the graph of before, of which the first of these calls is not the first.
-    assert same_bits(runs(engine, x, given), 3 * [without[-1]])
+    assert same_bits(runs(engine, x, conditions), 3 * [without[-1]])
 
 
 def test_a_residual_may_be_written_to(device: torch.device):
     """As conditions may."""
     network = network_of(SHALLOW_C, torch.float32, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_C, network)
+    x, conditions = inputs(SHALLOW_C, network)
     residual = draw((2, 128, 9, 11), x, 50)
     for _ in range(3):
-        assert_near(network, engine, x, {**given, "control": [residual]})
+        assert_near(network, engine, x, {**conditions, "control": [residual]})
         residual.mul_(-2)
 
 
@@ -339,26 +339,26 @@ def low_rank(network: Any, name: str) -> LowRank:
 def test_loras_come_change_and_go(join: bool, dtype: torch.dtype, device: torch.device):
     network = network_of(SHALLOW_C, dtype, device)
     engine = Engine(network, join=join)
-    x, given = inputs(SHALLOW_C, network)
-    before = runs(engine, x, given)
+    x, conditions = inputs(SHALLOW_C, network)
+    before = runs(engine, x, conditions)
     patches = [
         Patch(name, {name: low_rank(network, name)}, strength) for name in LORA for strength in (1, -0.5)
     ]
     sets = [*([patch] for patch in patches), patches[:4], patches[::2]]
     for several in sets:
         with patched(network, several):
-            assert_near(network, engine, x, given)
-            (with_lora,) = runs(engine, x, given, 1)
+            assert_near(network, engine, x, conditions)
+            (with_lora,) = runs(engine, x, conditions, 1)
             assert not torch.equal(with_lora, before[-1])
-    assert same_bits(runs(engine, x, given), before)
+    assert same_bits(runs(engine, x, conditions), before)
 
 
 def test_a_lora_of_stage_b(device: torch.device):
     """In levels that repeat."""
     network = network_of(SHALLOW_B, torch.bfloat16, device)
     engine = Engine(network, join=True)
-    x, given = inputs(SHALLOW_B, network, 2, (34, 50))
-    before = runs(engine, x, given)
+    x, conditions = inputs(SHALLOW_B, network, 2, (34, 50))
+    before = runs(engine, x, conditions)
     names = [
         "up_blocks.0.2.attention.attn.to_k",
         "up_repeat_mappers.1.0",
@@ -368,56 +368,56 @@ def test_a_lora_of_stage_b(device: torch.device):
     changes = {name: low_rank(network, name) for name in names}
     for strength in (1.0, -1.0):
         with patched(network, [Patch("a LoRA", changes, strength)]):
-            assert_near(network, engine, x, given)
-    assert same_bits(runs(engine, x, given), before)
+            assert_near(network, engine, x, conditions)
+    assert same_bits(runs(engine, x, conditions), before)
 
 
 @strict_and_usual
 def test_it_follows_the_weights(dtype: torch.dtype, device: torch.device):
     network = network_of(SHALLOW_C, dtype, device)
     engine = Engine(network, join=True)
-    x, given = inputs(SHALLOW_C, network)
-    before = runs(engine, x, given)
+    x, conditions = inputs(SHALLOW_C, network)
+    before = runs(engine, x, conditions)
     weight = network.down_blocks[0][0].channelwise[4].weight
     values = weight.clone()
     weight.mul_(1.5)  # in place
-    assert_near(network, engine, x, given)
+    assert_near(network, engine, x, conditions)
     weight.copy_(values)
-    assert same_bits(runs(engine, x, given), before)
+    assert same_bits(runs(engine, x, conditions), before)
     layer = network.up_blocks[0][2].attention.attn.to_k
-    kept = layer.weight
-    layer.weight = torch.nn.Parameter(-kept, requires_grad=False)  # another tensor
-    assert_near(network, engine, x, given)
-    layer.weight = kept
+    weight = layer.weight
+    layer.weight = torch.nn.Parameter(-weight, requires_grad=False)  # another tensor
+    assert_near(network, engine, x, conditions)
+    layer.weight = weight
     network.cpu().to(device)
-    assert same_bits(runs(engine, x, given), before)
+    assert same_bits(runs(engine, x, conditions), before)
     engine.forget()
-    assert same_bits(runs(engine, x, given), before)
+    assert same_bits(runs(engine, x, conditions), before)
 
 
 def test_it_follows_the_network_to_the_processor_and_back(device: torch.device):
     """At the same shape, for which it has a graph on the card."""
     network = network_of(SHALLOW_C, torch.float32, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_C, network)
-    before = runs(engine, x, given)
+    x, conditions = inputs(SHALLOW_C, network)
+    before = runs(engine, x, conditions)
     network.cpu()
-    there = {name: value.cpu() for name, value in given.items()}
+    there = {name: value.cpu() for name, value in conditions.items()}
     for computed, expected in zip(runs(engine, x.cpu(), there), runs(network, x.cpu(), there), strict=True):
         torch.testing.assert_close(computed, expected, rtol=1e-4, atol=1e-5)
     network.to(device)
-    assert same_bits(runs(engine, x, given), before)
+    assert same_bits(runs(engine, x, conditions), before)
 
 
 def test_the_network_is_left_as_it_is(device: torch.device):
     """Who switches the engine off gets what there was before it."""
     network, untouched = (network_of(SHALLOW_C, torch.bfloat16, device) for _ in range(2))
-    x, given = inputs(SHALLOW_C, network)
-    before = runs(network, x, given, 1)
+    x, conditions = inputs(SHALLOW_C, network)
+    before = runs(network, x, conditions, 1)
     engine = Engine(network, join=True)
-    runs(engine, x, given)
+    runs(engine, x, conditions)
     assert all(itertools.starmap(torch.equal, zip(network.parameters(), untouched.parameters(), strict=True)))
-    assert same_bits(runs(network, x, given, 1), before)
+    assert same_bits(runs(network, x, conditions, 1), before)
 
 
 # Runs
@@ -432,8 +432,8 @@ class OnDevice:
     def parameters(self) -> Any:
         return self.network.parameters()
 
-    def __call__(self, x: Tensor, r: Tensor, **given: Any) -> Tensor:
-        return self.network(x, r.to(x.device), **given)
+    def __call__(self, x: Tensor, r: Tensor, **conditions: Any) -> Tensor:
+        return self.network(x, r.to(x.device), **conditions)
 
 
 def run(model: Any, start: Tensor, prompts: tuple[dict, dict], sampler: str, cfg: float) -> Tensor:
@@ -451,17 +451,17 @@ def assert_a_run_is_near(
     start = draw(shape, seed=3).to(weight.device)
     exact = OnDevice(copy.deepcopy(network).double())
     expected = run(exact, start.double(), prompts, sampler, cfg)
-    own = run(OnDevice(network), start, prompts, sampler, cfg)
+    eager = run(OnDevice(network), start, prompts, sampler, cfg)
     engine = Engine(network)
     with alone(network):
         first, second, third = (run(engine, start, prompts, sampler, cfg) for _ in range(3))
     assert torch.equal(second, third)
     for latent in (first, second):
-        found = errors_of([(expected, own, latent)])
+        measured = errors_of([(expected, eager, latent)])
         if weight.dtype == torch.float32:
-            assert found.engine <= RUN_IN_FLOAT32
+            assert measured.engine <= RUN_IN_FLOAT32
         else:
-            assert_small(found, weight.dtype, OVER_EAGER_RUN)
+            assert_small(measured, weight.dtype, OVER_EAGER_RUN)
 
 
 @strict_and_usual
@@ -487,43 +487,43 @@ def test_a_run_of_stage_b(dtype: torch.dtype, device: torch.device):
 def test_a_call_again_gives_the_same_bits(device: torch.device, replays: Replays):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_C, network)
-    first, *others = runs(engine, x, given, 6)
+    x, conditions = inputs(SHALLOW_C, network)
+    first, *others = runs(engine, x, conditions, 6)
     assert replays.count == 5
     assert same_bits(others, 5 * others[:1])
     assert (first - others[0]).norm() <= 0.02 * first.norm()  # two ways to run the same kernels
-    elsewhere = {name: value.clone() for name, value in given.items()}
+    elsewhere = {name: value.clone() for name, value in conditions.items()}
     assert same_bits(runs(engine, x.clone(), elsewhere), 3 * others[:1])
     channels_last = x.to(memory_format=torch.channels_last)
-    assert same_bits(runs(engine, channels_last, given), 3 * others[:1])
+    assert same_bits(runs(engine, channels_last, conditions), 3 * others[:1])
     assert replays.count == 11
 
 
 def test_a_result_outlives_the_next_call(device: torch.device):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_C, network)
-    *_, result = runs(engine, x, given)
-    kept = result.clone()
-    runs(engine, -x, given)
-    assert torch.equal(result, kept)
+    x, conditions = inputs(SHALLOW_C, network)
+    *_, result = runs(engine, x, conditions)
+    copy_of_result = result.clone()
+    runs(engine, -x, conditions)
+    assert torch.equal(result, copy_of_result)
 
 
 def test_shapes_take_turns(device: torch.device, replays: Replays):
-    """Of more shapes than are kept, so that graphs are thrown away and recorded anew in the memory of others."""
+    """Of more shapes than are kept, so that graphs are dropped and captured anew in the memory of others."""
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     engine = Engine(network)
     sizes = [(1, (9, 11)), (2, (9, 11)), (1, (5, 7)), (3, (5, 7)), (1, (16, 16)), (2, (2, 1))]
     assert len(sizes) > engine_module.SHAPES
     calls = [inputs(SHALLOW_C, network, batch, size) for batch, size in sizes]
-    kept = [runs(engine, *call)[-1] for call in calls]
-    few = list(zip(calls, kept, strict=True))[-3:]
+    results = [runs(engine, *call)[-1] for call in calls]
+    few = list(zip(calls, results, strict=True))[-3:]
     before = replays.count
     for _ in range(3):
         for call, expected in few:
             assert same_bits(runs(engine, *call, 1), [expected])
     assert replays.since(before) == 9
-    for call, expected in zip(calls, kept, strict=True):
+    for call, expected in zip(calls, results, strict=True):
         assert same_bits(runs(engine, *call)[1:], 2 * [expected])
         assert_near(network, engine, *call, 4 * LEVELS)
 
@@ -533,9 +533,9 @@ def test_without_graphs(device: torch.device, replays: Replays, monkeypatch: pyt
     monkeypatch.setattr(engine_module, "can_capture", lambda device: False)
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_C, network)
-    assert_near(network, engine, x, given)
-    first, *others = runs(engine, x, given)
+    x, conditions = inputs(SHALLOW_C, network)
+    assert_near(network, engine, x, conditions)
+    first, *others = runs(engine, x, conditions)
     assert same_bits(others, [first, first])
     assert replays.count == 0
 
@@ -556,42 +556,42 @@ def test_without_memory_for_a_graph(device: torch.device, replays: Replays, monk
 def test_what_it_cannot_do_the_network_does(device: torch.device, replays: Replays):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_C, network)
+    x, conditions = inputs(SHALLOW_C, network)
     with torch.inference_mode():
         two = torch.tensor([0.2, 0.8], device=device)  # another noise condition for each image
-        assert torch.equal(engine(x, two, **given), network(x, two, **given))
+        assert torch.equal(engine(x, two, **conditions), network(x, two, **conditions))
     hook = network.down_blocks[0][0].register_forward_hook(lambda module, args, out: out * 2)
-    assert same_bits(runs(engine, x, given), runs(network, x, given))
+    assert same_bits(runs(engine, x, conditions), runs(network, x, conditions))
     hook.remove()
     assert replays.count == 0
-    assert_near(network, engine, x, given)  # and from now on the engine again
+    assert_near(network, engine, x, conditions)  # and from now on the engine again
 
 
 def test_another_convolution_is_the_networks(device: torch.device, replays: Replays):
     config = replace(SHALLOW_C, kernel_size=5)
     network = network_of(config, torch.bfloat16, device)
-    x, given = inputs(config, network)
-    assert same_bits(runs(Engine(network), x, given), runs(network, x, given))
+    x, conditions = inputs(config, network)
+    assert same_bits(runs(Engine(network), x, conditions), runs(network, x, conditions))
     assert replays.count == 0
 
 
 def test_a_stream_held_for_fp16_is_the_networks(device: torch.device, replays: Replays):
     network = network_of(SHALLOW_C, torch.float16, device)
     engine = Engine(network)
-    x, given = inputs(SHALLOW_C, network)
+    x, conditions = inputs(SHALLOW_C, network)
     scale_residual_stream(network)
-    assert same_bits(runs(engine, x, given), runs(network, x, given))
+    assert same_bits(runs(engine, x, conditions), runs(network, x, conditions))
     assert replays.count == 0
     scale_residual_stream(network, 1)
-    assert_near(network, engine, x, given)
+    assert_near(network, engine, x, conditions)
 
 
 def test_heads_that_the_kernel_does_not_know(device: torch.device, monkeypatch: pytest.MonkeyPatch):
     """Of a width of 24: attention is PyTorch's, the rest still the engine's."""
     config = replace(SHALLOW_C, c_hidden=(96, 96), nhead=(4, 4))
     network = network_of(config, torch.bfloat16, device)
-    x, given = inputs(config, network)
+    x, conditions = inputs(config, network)
     asked = Mock(side_effect=operations.attention)
     monkeypatch.setattr(operations, "attention", asked)
-    assert_small(errors(network, Engine(network), x, given, own_attention=False), x.dtype)
+    assert_small(errors(network, Engine(network), x, conditions, kernel_attention=False), x.dtype)
     assert asked.called

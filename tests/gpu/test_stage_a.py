@@ -1,4 +1,4 @@
-"""Stage A's decoder on a card, against Stage A itself. The engine has no other part of it: encoding is its own."""
+"""Stage A's decoder on a card, against Stage A itself. The engine only decodes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cascade_nodes.tests.gpu.conftest import Replays
 
 pytestmark = pytest.mark.usefixtures("exact_arithmetic")
 
-ROUNDS = 4  # the first decodes directly, the second records a graph, the others replay it
+ROUNDS = 4  # the first is eager, the second captures a graph, the others replay it
 WAYS = ["products", "gelu in the product"]  # of computing a block's MLP
 
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -39,16 +39,16 @@ def kernels(capability: tuple[int, int]) -> Any:
 
 @torch.inference_mode()
 def errors(stage_a: Any, engine: vqgan.DecoderEngine, shape: tuple[int, ...], rounds: int = ROUNDS) -> Errors:
-    """Of so many decodings together, each of another latent; the engine on its own."""
+    """Of `rounds` decodings together, each of another latent; the engine without Stage A's own decoder."""
     exact, like = copy.deepcopy(stage_a).double(), next(stage_a.parameters())
-    found = []
+    outputs = []
     for seed in range(rounds):
         latent = draw(shape, like, seed)
-        own = stage_a.decode(latent)
+        eager = stage_a.decode(latent)
         with patch.object(stage_a, "decode", side_effect=AssertionError("The engine was not used.")):
             computed = engine(latent)
-        found.append((exact.decode(latent.double()), own, computed))
-    return errors_of(found)
+        outputs.append((exact.decode(latent.double()), eager, computed))
+    return errors_of(outputs)
 
 
 @halves
@@ -67,7 +67,7 @@ def test_some_lines_at_a_time(
     way: str, dtype: torch.dtype, device: torch.device, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """As a picture whose hidden values are too many, in parts that do not divide it."""
-    monkeypatch.setattr(vqgan.FusedResBlock, "hidden_bytes", 100 * 4 * 96 * 2)  # 100 positions, or 200
+    monkeypatch.setattr(vqgan.FusedMixingBlock, "hidden_bytes", 100 * 4 * 96 * 2)  # 100 positions, or 200
     if way != WAYS[0]:
         monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Config(32, 32, 16))
     stage_a = network_of(STAGE_A, dtype, device)
@@ -93,8 +93,8 @@ def test_sizes_take_turns(device: torch.device):
     sizes = [(8, 8), (9, 7), (5, 12)]
     assert len(sizes) > vqgan.GRAPHS
     latents = [draw((1, 4, *size), next(stage_a.parameters())) for size in sizes]
-    kept = [[engine(latent) for _ in range(3)] for latent in latents]
-    for latent, before in zip(latents, kept, strict=True):
+    results = [[engine(latent) for _ in range(3)] for latent in latents]
+    for latent, before in zip(latents, results, strict=True):
         assert torch.equal(before[1], before[2])
         assert same_bits([engine(latent) for _ in range(3)], before)
 

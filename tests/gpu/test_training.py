@@ -26,8 +26,8 @@ def test_with_graphs_and_without(world, tmp_path, replays: Replays, name):
         train = {**steps(name), "cuda_graphs": graphs}
         loops.append(loop_of(settings_of(world, name, tmp_path / str(graphs), train=train)))
         assert loops[-1].run().finished
-        recorded = graphs and not name.startswith("finetune")  # whose dropout draws anew in each step
-        assert (replays.count > 0) == recorded
+        captured = graphs and not name.startswith("finetune")  # whose dropout draws anew in each step
+        assert (replays.count > 0) == captured
     assert same(*map(everything, loops))
 
 
