@@ -95,7 +95,7 @@ class BoundUNet:
         levels = zip(network.down_downscalers, network.down_blocks, network.down_repeat_mappers, strict=True)
         for i, (downscaler, blocks, mappers) in enumerate(levels):
             if i:
-                program += [PushSkip(), Resample(downscaler)]
+                program += [PushSkip(), BoundResample(downscaler)]
             program += self._level(blocks, mappers, with_skip=False)
         ups = zip(network.up_blocks, network.up_repeat_mappers, network.up_upscalers, strict=True)
         for i, (blocks, mappers, upscaler) in enumerate(ups):
@@ -103,7 +103,7 @@ class BoundUNet:
             if i:
                 program.append(PopSkip())
             if i < len(network.up_blocks) - 1:
-                program.append(Resample(upscaler))
+                program.append(BoundResample(upscaler))
         return program
 
     def _level(self, blocks: Any, mappers: Any, with_skip: bool) -> list[BoundBlock]:
@@ -128,7 +128,7 @@ class BoundUNet:
             if isinstance(last, BoundFeedForward):
                 program.append(AddDeferredBias(last))
             if repeat < len(mappers):
-                program.append(RepeatMapper(mappers[repeat], self._pack))
+                program.append(BoundRepeatMapper(mappers[repeat], self._pack))
         return program
 
     def _timestep(self, block: TimestepBlock, mlp: BoundFeedForward | None) -> BoundTimestep:
@@ -154,7 +154,7 @@ class PopSkip(BoundBlock):
         state.skips.pop()
 
 
-class Resample(BoundBlock):
+class BoundResample(BoundBlock):
     """The network's own downscaler or upscaler."""
 
     def __init__(self, module: Any):
@@ -166,7 +166,7 @@ class Resample(BoundBlock):
         state.x = as_tokens(h)
 
 
-class RepeatMapper(BoundBlock):
+class BoundRepeatMapper(BoundBlock):
     """The 1×1 convolution between two repeats of a level."""
 
     def __init__(self, convolution: Any, pack: Pack | None):
