@@ -74,7 +74,7 @@ def time_command(graph: Path, output: Path) -> float:
 
 
 class TimedProgram:
-    """One of PROGRAMS, with its loaded models and the times of its pictures."""
+    """Program of PROGRAMS, with its loaded models and the times of its pictures."""
 
     def __init__(self, name: str, graph: Path, output: Path):
         self.name, self.graph, self.output = name, graph, output
@@ -120,7 +120,7 @@ def _part(class_type: str) -> str:
 
 
 def difference(pictures: list[np.ndarray], references: list[np.ndarray]) -> dict[str, float]:
-    """The worst picture's peak signal-to-noise ratio in dB, and the farthest value in 255ths."""
+    """PSNR of the worst picture in dB, and the largest difference in 255ths."""
     pairs = list(zip(pictures, references, strict=True))
     squares = max(float(np.mean((a - b) ** 2)) for a, b in pairs)
     return {

@@ -1,4 +1,4 @@
-"""How fast pictures are made on a graphics card, against what the card could do, and beside other programs.
+"""Speed of pictures on a graphics card, against the card's limit, and beside other programs.
 
 Full size with random weights, 1024 × 1024, 20 + 10 steps, guidance in both stages, bf16. Other programs run in the same
 process on the same weights, after ours: ComfyUI from a checkout, diffusers where it can be imported.

@@ -24,20 +24,20 @@ class KeptMessages:
     """Progress sink that stores the host's messages: out of memory, and how it goes on."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def step(self, step: int, total: int, preview: Any) -> None:
         pass
 
     def notify(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
     def interrupted(self) -> bool:
         return False
 
 
 class Cascade:
-    """All four networks, loaded as the nodes load them."""
+    """Cascade of all four networks, loaded as the nodes load them."""
 
     def __init__(self, folder: Path, side: int, steps: tuple[int, int]):
         self.side, self.steps = side, steps
@@ -98,7 +98,7 @@ def measure_pictures(
             "staying": cascade.staying(),
         }
         decode = [measure_decoding(cascade, device, side) for side in decoded]
-    return {**result, "decode": decode, "told": messages.said}
+    return {**result, "decode": decode, "told": messages.messages}
 
 
 def measure_decoding(cascade: Cascade, device: torch.device, side: int) -> dict[str, float]:

@@ -131,7 +131,7 @@ def measure_load(path: Path) -> dict[str, float]:
 
 
 def _proc_value(path: Path, key: str) -> int:
-    """The number after `key:` in one of the kernel's status files."""
+    """Number after `key:` in one of the kernel's status files."""
     for line in path.read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if name == key:
@@ -140,7 +140,7 @@ def _proc_value(path: Path, key: str) -> int:
 
 
 def run(folder: Path, preset: str, runs: int) -> dict[str, Any]:
-    """All measurements on one file, which is removed afterwards."""
+    """Runs all measurements on one file, which is removed afterwards."""
     place = Path(tempfile.mkdtemp(prefix="cascade_load_", dir=folder))
     try:
         path = place / f"{preset}_random.safetensors"
@@ -167,7 +167,7 @@ def run(folder: Path, preset: str, runs: int) -> dict[str, Any]:
 
 
 def summarise(results: dict[str, Any]) -> dict[str, float]:
-    """The promised figures: peak over size (worst run), cold load over the disk read before it (median)."""
+    """Promised figures: peak over size (worst run), cold load over the disk read before it (median)."""
     size, disk, cold = results["size"], results["disk"], results["cold"]
     ratios = [size / load["resident"] / speed for load, speed in zip(cold, disk, strict=True)]
     return {

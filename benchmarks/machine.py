@@ -16,7 +16,7 @@ def describe_machine() -> str:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A Markdown table, padded to read well in a terminal too: a column of text, then columns of numbers."""
+    """Prints a Markdown table, padded for the terminal: a column of text, then columns of numbers."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     for row in (head, rule, *rows):

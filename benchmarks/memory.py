@@ -1,4 +1,4 @@
-"""One picture in ever less memory: how long it takes by how much of a graphics card this project may have.
+"""Time of a picture by the amount of a graphics card's memory that this project may use.
 
 The whole cascade with random weights (Stage C 3.6 B, Stage B 1.5 B, Stage A, CLIP's bigG), 1024 × 1024, 20 and 10 steps
 with guidance in both, text encoding and decoding included, by the nodes as `cascade run` calls them. Each limit is a
@@ -116,7 +116,7 @@ def start_child(
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All measurements, on files that are removed afterwards."""
+    """Runs all measurements, on files that are removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="cascade_memory_", dir=options.folder))
     try:
         sizes = write_all(folder, options.toy)

@@ -47,7 +47,7 @@ def _faster_than(program: str) -> Callable[[Results], float]:
 
 
 def _error_over_eager(kind: str, quantity: str, program: str = ENGINE) -> Callable[[Results], float]:
-    """To two decimals: the two differ by rounding, up and down."""
+    """Error over eager's, to two decimals because both differ by rounding, up and down."""
 
     def read(results: Results) -> float:
         programs = results["error"][kind]
@@ -67,9 +67,9 @@ TARGETS = [
     Target("faster than ComfyUI's modules in our loop", "×", BETTER_BY, _faster_than(MODULES), at_least=True),
     Target("faster than diffusers", "×", BETTER_BY, _faster_than(DIFFUSERS), at_least=True),
     *(
-        Target(f"Stage {kind[-1].upper()}, {name}: error over eager's", "", 1, _error_over_eager(kind, what))
+        Target(f"Stage {kind[-1].upper()}, {name}: error over eager's", "", 1, _error_over_eager(kind, name))
         for kind in ("stage_c", "stage_b")
-        for what, name in (("forward", "forward"), ("latent", "latent"))
+        for name in ("forward", "latent")
     ),
     Target("first picture, nothing compiled", "s", 12, lambda results: results["first"]["cold"]["first"]),
     Target("first picture, kernels compiled", "s", 3, lambda results: results["first"]["warm"]["first"]),

@@ -1,4 +1,4 @@
-"""How fast Stage C is trained, and in how much memory: random weights of the published size, synthetic latents.
+"""Speed and memory of Stage C's training: random weights of the published size, synthetic latents.
 
 A LoRA of all linear layers and a ControlNet, by the loop that `cascade train` runs; what is cached there (latents, text
 states) is random here. With --published, a checkout of Stability AI's StableCascade, the same by its own network,
@@ -159,7 +159,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 @contextmanager
 def published_modules(path: Path):
-    """Its `stage_c` and `lora` modules without the imports of the others (torchvision, kornia, insightface, …)."""
+    """Imports its `stage_c` and `lora` without the imports of the others (torchvision, kornia, insightface, …)."""
     package = types.ModuleType("published")
     package.__path__ = [str(path / "modules")]
     control = types.ModuleType("published.controlnet")

@@ -1,1 +1,1 @@
-"""The bundled demo: a toy world, its captions, its judge, and the small cascade trained on it."""
+"""Bundled demo: a toy world, its captions, its judge, and the small cascade trained on it."""

@@ -114,7 +114,7 @@ def _object_spec(o: SceneObject) -> ObjectSpec:
 
 
 def _turned(spec: Spec) -> Spec:
-    """The same spec, with the objects in the other order."""
+    """Swaps the two objects of a spec and inverts the relation."""
     return replace(spec, objects=spec.objects[::-1], relation=INVERSE.get(spec.relation or ""))
 
 
@@ -174,7 +174,7 @@ def _fragment(spec: Spec, rng: Random) -> Spec:
 
 
 def _counted(spec: Spec, rng: Random) -> Spec:
-    """ "An object", "two objects", or with some of what they have in common, "two red stars"."""
+    """Counts objects: "an object", "two objects", or with shared attributes, "two red stars"."""
     common = {}
     for name in ATTRIBUTES:
         values = {getattr(o, name) for o in spec.objects}

@@ -79,7 +79,7 @@ def captions(scenes: Sequence[Scene], count: int, tokenizer: Tokenizer, seed: in
 
 
 def contrasts(scenes: Sequence[Scene], negatives: int, tokenizer: Tokenizer, seed: int) -> Tensor:
-    """A caption of every scene and `negatives` false ones in similar words: int16 (N, 1 + negatives, 77)."""
+    """Captions of every scene and `negatives` false ones in similar words: int16 (N, 1 + negatives, 77)."""
     texts = _in_parallel(partial(_contrast_scenes, count=negatives), scenes, seed)
     return tokenise(texts, tokenizer).view(len(scenes), 1 + negatives, CHUNK_LENGTH)
 

@@ -180,7 +180,7 @@ def _label(mask: Tensor) -> Tensor:
 
 @cache
 def _palette() -> tuple[Tensor, Tensor]:
-    """All colours in light, shade and highlight: (K, 3), and the colour's index (K,)."""
+    """Palette of all colours in light, shade and highlight: (K, 3), and the colour's index (K,)."""
     colours = torch.from_numpy(COLOUR_RGB)
     shades = [colours * light for light in LIGHTS] + [
         torch.lerp(colours, torch.ones(3), h) for h in HIGHLIGHTS

@@ -184,7 +184,7 @@ def _assemble(
 
 
 def alone(scenes: Sequence[Scene], slot: int, seed: int) -> list[Scene]:
-    """One object of each scene (slot 0, or 1 where there are two) by itself, anywhere on the same background."""
+    """Places one object of each scene (slot 0, or 1 where there are two) alone, anywhere on the same background."""
     rng = np.random.default_rng([seed, 3 + slot])
     kinds, _, size, background = _arrays(scenes)
     kinds, size = np.roll(kinds, -slot, 1), np.roll(size, -slot, 1)
@@ -193,7 +193,7 @@ def alone(scenes: Sequence[Scene], slot: int, seed: int) -> list[Scene]:
 
 
 def moved(scenes: Sequence[Scene], seed: int) -> list[Scene]:
-    """The same scenes with their objects elsewhere, standing to each other as before."""
+    """Moves the objects of the scenes and keeps their relations."""
     rng = np.random.default_rng([seed, 5])
     kinds, relation, size, background = _arrays(scenes)
     return _assemble(kinds, relation, size, *_place(size, relation, rng), background)

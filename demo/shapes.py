@@ -81,7 +81,7 @@ def star(x: Tensor, y: Tensor) -> Tensor:
 
 
 def heart(x: Tensor, y: Tensor) -> Tensor:
-    """A square standing on its corner, with half a disc on each of its upper sides."""
+    """Square standing on its corner, with half a disc on each of its upper sides."""
     x, y = x.abs(), y - HEART_CENTRE
     standing = _box((x + y) * 0.5**0.5, (x - y) * 0.5**0.5, HEART_SIDE / 2, HEART_SIDE / 2)
     lobe = HEART_SIDE / 8**0.5
@@ -89,7 +89,7 @@ def heart(x: Tensor, y: Tensor) -> Tensor:
 
 
 def house(x: Tensor, y: Tensor) -> Tensor:
-    """A roof on walls: of the corners of triangles and squares, which Stage B can draw at any size."""
+    """Roof on walls, with the corners of triangles and squares, which Stage B can draw at any size."""
     x = x.abs()
     roof = _edge(x, y, (HOUSE_HALF, HOUSE_EAVES), (0.0, HOUSE_TOP))
     wall = _edge(x, y, (HOUSE_HALF, HOUSE_BASE), (HOUSE_HALF, HOUSE_EAVES))

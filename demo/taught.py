@@ -53,7 +53,7 @@ def _changed(scene: Scene, slot: int, **values: str) -> Scene:
 
 
 def turned(scene: Scene) -> Scene:
-    """The same scene of two objects, with the second one first."""
+    """Swaps the two objects of a scene and inverts the relation."""
     assert scene.relation is not None
     return replace(scene, objects=scene.objects[::-1], relation=INVERSE[scene.relation])
 

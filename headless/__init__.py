@@ -1,4 +1,4 @@
-"""The embedded graph host: runs ComfyUI's API-format graphs of our nodes without ComfyUI.
+"""Embedded graph host: runs ComfyUI's API-format graphs of our nodes without ComfyUI.
 
     from cascade_nodes.headless import run_graph
     result = run_graph("graph.json", assignments=["6.positive=a red star"], output_folder="pictures")

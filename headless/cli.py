@@ -1,4 +1,4 @@
-"""The command line: `cascade run GRAPH.json`, `cascade train TASK CONFIG.yaml`, `cascade nodes`, `models`, `fetch`.
+"""Command line: `cascade run GRAPH.json`, `cascade train TASK CONFIG.yaml`, `cascade nodes`, `models`, `fetch`.
 
 Nothing heavy is imported before it is needed, so that `cascade --help` answers at once.
 """

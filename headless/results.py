@@ -38,29 +38,29 @@ class Observer:
     """Observer of a run. All methods are optional."""
 
     def node_started(self, index: int, total: int, name: str) -> None:
-        """Node `index` (from 1) of `total` begins; `name` is like `3 (CascadePriorSampler)`."""
+        """Called when node `index` (from 1) of `total` begins; `name` is like `3 (CascadePriorSampler)`."""
 
     def node_step(self, step: int, total: int, preview: Any) -> None:
-        """The node is at `step` of `total`; `preview` is an (H, W, 3) image in [0, 1], or None."""
+        """Called when the node is at `step` of `total`; `preview` is an (H, W, 3) image in [0, 1], or None."""
 
     def node_notified(self, text: str) -> None:
-        """The node has a message for the user."""
+        """Called with a node's message for the user."""
 
     def node_finished(self, seconds: float) -> None:
-        """The node that began last is done."""
+        """Called when the node that began last is done."""
 
     def node_reused(self, index: int, total: int, name: str) -> None:
-        """Node `index` gave the same outputs in an earlier run or place; it is not executed."""
+        """Called for node `index`, whose outputs are cached, so that it is not executed."""
 
     def picture_saved(self, picture: SavedPicture) -> None:
-        """A picture was saved, even if others fail later."""
+        """Called when a picture was saved, even if others fail later."""
 
     def status(self, text: str) -> None:
-        """The state of a wait changed."""
+        """Called when the state of a wait changed."""
 
     def interrupted(self) -> bool:
         """Whether the run should stop; called at every step of a sampler."""
         return False
 
     def close(self) -> None:
-        """The run has ended, with success or not."""
+        """Called when the run has ended, with success or not."""

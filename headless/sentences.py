@@ -26,7 +26,7 @@ class GraphError(CascadeError):
 def sentences(
     error: Error | None, node_errors: dict[str, Error], node_types: Iterable[str] = ()
 ) -> list[str]:
-    """One sentence for each fault, without repetitions. `node_types`: the known ones, for hints."""
+    """Sentences for all faults, without repetitions. `node_types`: the known ones, for hints."""
     lines = [
         _sentence(node_id, entry["class_type"], reason)
         for node_id, entry in node_errors.items()

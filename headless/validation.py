@@ -144,7 +144,7 @@ class _LinkTraversal:
         return _error("exception_during_inner_validation", message, str(error), **extra)
 
     def _upstream(self, output: str) -> set[str]:
-        """The output and all nodes that it needs over well-formed links; records cycles on the way."""
+        """Collects the output and all nodes that it needs over well-formed links; records cycles on the way."""
         seen = {output}
         path = [output]
         branches = [iter(self._check(output).sources)]

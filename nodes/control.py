@@ -19,7 +19,7 @@ NO_CONTROLNET = "Cascade ControlNet Apply got no CONTROL_NET; connect Load Casca
 
 
 class CascadeControlNetApply(io.ComfyNode):
-    """A hint beside the words."""
+    """Applies a ControlNet with its hint to the prompts."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -148,7 +148,7 @@ class CascadeCanny(io.ComfyNode):
 
 
 class CascadeInpaintHint(io.ComfyNode):
-    """A picture with a hole for the inpainting ControlNet."""
+    """Makes the inpainting ControlNet's hint from a picture and a mask."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -1,4 +1,4 @@
-"""The device's own speed, the reference for all other measurements."""
+"""Ceilings of the device, the reference for all other measurements."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The first picture of a process whose weights are loaded: with no kernel compiled yet, and with all of them."""
+"""First picture of a process whose weights are loaded: before any kernel is compiled, and with all compiled."""
 
 import json
 import os

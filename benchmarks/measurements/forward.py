@@ -1,4 +1,4 @@
-"""One forward of each stage for one picture with guidance (two rows), by every program."""
+"""Forward of each stage for one picture with guidance (two rows), by every program."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,1 +1,1 @@
-"""The programs that are compared: ours, and others where they are installed."""
+"""Programs that are compared: ours, and others where they are installed."""

@@ -1,4 +1,4 @@
-"""This project's programs: the readable networks, the engine, and the engine with 8-bit products."""
+"""Programs of this project: the readable networks, the engine, and the engine with 8-bit products."""
 
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ EAGER, ENGINE, FP8 = "eager", "engine", "engine, fp8"
 
 
 class Ours:
-    """One set of weights; all other programs share it."""
+    """Owner of the weights, which all other programs share."""
 
     def __init__(self, setup: Setup):
         self.setup = setup

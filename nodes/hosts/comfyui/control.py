@@ -102,7 +102,7 @@ class CascadeControl(comfy.controlnet.ControlBase):
         return residuals
 
     def copy(self) -> "CascadeControl":
-        """As the host's apply nodes make one for each use; the weights are controlnets."""
+        """Copies the settings, as the host's apply nodes do for each use; the weights are shared."""
         copied = CascadeControl(self.patcher)
         self.copy_to(copied)
         return copied
@@ -112,7 +112,7 @@ class CascadeControl(comfy.controlnet.ControlBase):
         return [*super().get_models(), self.patcher]
 
     def get_models_only_self(self) -> list[Any]:
-        """This ControlNet's patcher, without the earlier ones."""
+        """Patcher of this ControlNet, without the earlier ones."""
         return [self.patcher]
 
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:

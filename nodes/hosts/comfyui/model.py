@@ -46,7 +46,7 @@ class HostedNetwork(Hosted):
         self.engine = Engine(network)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Where the host moves the weights as a whole, what was derived from them goes too."""
+        """Drops the engine's derived weights where the host moves the network as a whole."""
         self.engine.forget()
         return super()._apply(fn, recurse)
 
