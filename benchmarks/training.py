@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import StageC
 from cascade_nodes.cascade_core.diffusion.forward_process import diffuse, random_t
+from cascade_nodes.cascade_core.geometry import COMPRESSOR_STRIDE, LATENT_CHANNELS
 from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.text.encoder import TextStates
@@ -78,8 +79,10 @@ class RandomBatches:
     def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Batch:
         generator = torch.Generator().manual_seed(step * ranks + rank)
         ids = torch.randint(len(CAPTIONS), (batch_size,), generator=generator)
-        latents = torch.randn(batch_size, 16, self.side, self.side, generator=generator)
-        size = (batch_size, 3, 32 * self.side, 32 * self.side)
+        latents = torch.randn(
+            batch_size, LATENT_CHANNELS["stage_c"], self.side, self.side, generator=generator
+        )
+        size = (batch_size, 3, COMPRESSOR_STRIDE * self.side, COMPRESSOR_STRIDE * self.side)
         images = torch.rand(size, generator=generator) if self.with_images else None
         return Batch([""] * batch_size, [CAPTIONS[i] for i in ids], latents, images, ids)
 
@@ -229,12 +232,14 @@ def _published_step(
     sizes = {"clip_text": (77, states), "clip_text_pooled": (1, pooled), "clip_img": (1, image)}
 
     def step() -> None:
-        latents = torch.randn(batch, 16, side, side, device=device)
+        latents = torch.randn(batch, LATENT_CHANNELS["stage_c"], side, side, device=device)
         conditions: dict[str, Any] = {
             n: torch.randn(batch, *cast(Any, s), device=device) for n, s in sizes.items()
         }
         if control is not None:
-            conditions["cnet"] = control(torch.rand(batch, 1, 32 * side, 32 * side, device=device))
+            conditions["cnet"] = control(
+                torch.rand(batch, 1, COMPRESSOR_STRIDE * side, COMPRESSOR_STRIDE * side, device=device)
+            )
         noised = diffuse(latents, torch.randn_like(latents), random_t(batch).to(device))
         with torch.autocast(device.type, torch.bfloat16):
             predicted = generator(noised.noised, noised.noise_cond, **conditions)

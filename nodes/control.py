@@ -8,6 +8,7 @@ from ..cascade_core.geometry import COMPRESSOR_STRIDE, stage_c_size, whole_size
 from ..cascade_core.hints.canny import canny_hint
 from ..cascade_core.hints.control import check_hint
 from ..cascade_core.hints.filters import identity_map, inpaint_hint, super_resolution_hint
+from ..cascade_core.hints.kinds import KINDS
 from .api import io
 from .faces import find_faces
 from .hosts import host
@@ -102,7 +103,7 @@ class CascadeCanny(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CascadeCanny",
-            display_name="Cascade Canny",
+            display_name=KINDS["canny"].node,
             category=CATEGORY,
             description="The edges of a picture, as the published canny ControlNet was trained on them.",
             inputs=[
@@ -154,7 +155,7 @@ class CascadeInpaintHint(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CascadeInpaintHint",
-            display_name="Cascade Inpaint Hint",
+            display_name=KINDS["inpainting"].node,
             category=CATEGORY,
             description="A picture with its masked part white, and the mask, for the inpainting ControlNet.",
             inputs=[
@@ -192,7 +193,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CascadeSuperResolutionHint",
-            display_name="Cascade Super Resolution Hint",
+            display_name=KINDS["super_resolution"].node,
             category=CATEGORY,
             description=(
                 "A small picture as the super-resolution ControlNet reads it, and the empty latents of the large one."
@@ -235,7 +236,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, image, scale, compression, reads="small") -> io.NodeOutput:
-        check_vae(vae, "compressor", "Cascade Super Resolution Hint", "Load Cascade Compressor")
+        check_vae(vae, "compressor", KINDS["super_resolution"].node, "Load Cascade Compressor")
         check_picture(image, "image")
         if not 1 <= scale <= 16:
             raise CascadeError(f"scale is {scale}; it must lie within 1 and 16 (2 is usual).")
@@ -270,7 +271,7 @@ class CascadeIdentityHint(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CascadeIdentityHint",
-            display_name="Cascade Identity Hint",
+            display_name=KINDS["identity"].node,
             category=CATEGORY,
             description=(
                 "Whose face is where in a picture, for an identity ControlNet. Needs the package insightface and its "

@@ -40,7 +40,7 @@ class Guider:
 
     `positive` and `negative` hold the model's arguments by name.  A value is a tensor with B rows, or with
     one row that serves every image, a list of such tensors (ControlNet residuals), or None.  A value that one
-    side lacks becomes zeros, which the networks treat as None.  Both run in one batch of 2B, or one
+    side lacks becomes zeros, which None means to the networks.  Both run in one batch of 2B, or one
     after the other where their shapes differ (prompts of different length).  Without `negative`, or with cfg
     1, only `positive` runs, in a batch of B.
 

@@ -1,11 +1,15 @@
 """ControlNet: parity with the published networks, other sizes, inference from shapes, training."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.cascade_core.hints.kinds import KINDS, Backbone, KindName, kind_of
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.networks.inference import infer_controlnet
+from cascade_nodes.cascade_core.training.data.hints import MAKERS
 from cascade_nodes.tests.golden_weights import (
     fill_hashed,
     manifest_shapes,
@@ -57,6 +61,20 @@ def test_published_files_are_recognised_and_load_strictly(name):
     with torch.device("meta"):
         model = ControlNet.from_config(config)
     assert list(module_shapes(model).items()) == list(shapes.items())  # in the published order, too
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_table_of_kinds_states_the_published_networks(kind):
+    config = infer_controlnet(manifest_shapes(f"controlnet_{kind.name}"))
+    assert config is not None
+    assert (config["c_in"], config["bottleneck_mode"]) == (kind.channels, kind.backbone)
+    assert kind_of(kind.channels) is kind
+
+
+def test_the_table_of_kinds_is_whole():
+    assert set(get_args(KindName)) == KINDS.keys() == MAKERS.keys()
+    assert {kind.backbone for kind in KINDS.values()} == set(get_args(Backbone))
+    assert kind_of(7) is None
 
 
 def test_other_files_are_not_controlnets():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CascadeError
+from ...geometry import LATENT_CHANNELS
 from .bucketing import BucketedPicture
 from .buckets import Bucket
 from .cache import Cache, Key
@@ -82,7 +83,7 @@ class LatentEncoder:
         if latents.shape[0] != len(images) or latents.shape[-2:] != bucket.latent:
             raise CascadeError(
                 f"The compressor made latents of shape {tuple(latents.shape)} from {len(images)} pictures of {bucket}; "
-                f"expected {(len(images), 16, *bucket.latent)}. Is it the semantic compressor?"
+                f"expected {(len(images), LATENT_CHANNELS['stage_c'], *bucket.latent)}. Is it the semantic compressor?"
             )
         if not latents.isfinite().all():
             raise CascadeError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from ....cascade_core import checkpoints
 from ....cascade_core.engine import Engine
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.geometry import LATENT_CHANNELS, stage_b_size, stage_c_size
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream, stream_scale
 from ....cascade_core.networks.stage_c import StageC
@@ -173,7 +174,11 @@ HOST_CLASSES = {
     "stage_b": (StageBModel, comfy.supported_models.Stable_Cascade_B),
 }
 
-TRAINED = {"stage_c": (16, 24, 24), "stage_b": (4, 256, 256)}  # latents of a picture of 1024 × 1024
+# Latents (C, h, w) of a picture of the trained size.
+TRAINED = {
+    "stage_c": (LATENT_CHANNELS["stage_c"], *stage_c_size(1024, 1024)),
+    "stage_b": (LATENT_CHANNELS["stage_b"], *stage_b_size(1024, 1024)),
+}
 
 
 def image_tokens(prompts: list[dict], width: int) -> Tensor:
