@@ -227,8 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)
-    given = {"steps": options.steps, "batch_size": options.batch_size, "learning_rate": options.learning_rate}
-    settings = replace(recipe.SETTINGS[options.network], **{k: v for k, v in given.items() if v is not None})
+    changes = {
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+    }
+    settings = replace(
+        recipe.SETTINGS[options.network], **{k: v for k, v in changes.items() if v is not None}
+    )
     device = torch.device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     compiled = device.type == "cuda" and not options.no_compile

@@ -1,4 +1,4 @@
-"""`cascade train TASK CONFIG.yaml`: the settings read, networks looked up as the loaders do, progress on one line."""
+"""`cascade train TASK CONFIG.yaml`: settings read, networks found as the loaders do, progress on one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECOND_CTRL_C = 2.0  # seconds; a launcher of many processes sends its own after
 
 
 def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
-    """Trains, and says what comes of it. Exit status: 0, or 130 where Ctrl-C stopped it."""
+    """Train, with progress on standard error. Returns the exit status: 0, or 130 where Ctrl-C stopped the run."""
     # Before torch: a workspace of its own makes cuBLAS give the same bits each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
@@ -41,12 +41,12 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
     line = ProgressLine()
     with stopping_on_signal() as stop:
-        outcome = train(settings, line.tell, line.progress, line.caching, stop, fresh, find_faces)
+        outcome = train(settings, line.notify, line.progress, line.caching, stop, fresh, find_faces)
     return 0 if outcome.finished else INTERRUPTED
 
 
 def finder(folder: Path) -> Callable[[str, str], Path]:
-    """Networks by name: beside the settings file, or where the loaders find them."""
+    """Find networks by name: beside the settings file, or where the loaders find them."""
     from ..nodes.hosts.headless.folders import find_file
 
     def find(role: str, name: str) -> Path:
@@ -58,24 +58,24 @@ def finder(folder: Path) -> Callable[[str, str], Path]:
 
 @contextmanager
 def stopping_on_signal() -> Iterator[Any]:
-    """Ctrl-C (or a scheduler's SIGTERM) is noted, for the run to end after its step; a second one ends it at once."""
-    asked: list[float] = []
+    """Yield a function that says whether Ctrl-C (or a scheduler's SIGTERM) came; a second one ends the run at once."""
+    signals: list[float] = []  # when they came
 
-    def note(number: int, frame: Any) -> None:
-        if asked and time.monotonic() - asked[0] > SECOND_CTRL_C:
+    def record(number: int, frame: Any) -> None:
+        if signals and time.monotonic() - signals[0] > SECOND_CTRL_C:
             raise KeyboardInterrupt
-        asked.append(time.monotonic())
+        signals.append(time.monotonic())
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def find_faces(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each picture (3, H, W): embeddings and boxes of its faces, by InsightFace."""
+    """Find each picture's (3, H, W) faces by InsightFace: yields their embeddings and boxes."""
     from ..nodes.faces import find_faces
 
     for faces in find_faces(images.movedim(1, -1), max_faces=FACES):
@@ -83,13 +83,13 @@ def find_faces(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class ProgressLine:
-    """One line on standard error that is written over, or whole lines where that is no terminal."""
+    """One line on standard error that is overwritten; whole lines where that is not a terminal."""
 
     def __init__(self) -> None:
         self.live = sys.stderr.isatty()
         self.width = 0
 
-    def tell(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         self.close()
         print(text, file=sys.stderr, flush=True)
 
@@ -114,7 +114,7 @@ class ProgressLine:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Ends the line that is written over."""
+        """End the line that is overwritten."""
         if self.width:
             print(file=sys.stderr)
             self.width = 0

@@ -15,12 +15,12 @@ SUFFIX = ".safetensors"
 MODELS = ("stage_c", "text_encoder", "compressor")
 
 
-def common_inputs(what: str) -> list[Any]:
-    """What every kind of training asks for."""
+def common_inputs(kind: str) -> list[Any]:
+    """The inputs of every kind of training."""
     return [
         io.String.Input(
             "name",
-            default=f"my_{what}",
+            default=f"my_{kind}",
             tooltip="Name of the new file in the models folder, without its ending.",
         ),
         io.String.Input(
@@ -89,28 +89,28 @@ def settings_input() -> Any:
     )
 
 
-def file_output(what: str, node: str) -> list[Any]:
+def file_output(kind: str, node: str) -> list[Any]:
     """The name of what was trained. node: the one that lists it."""
     return [
-        io.String.Output(display_name="file", tooltip=f"The name of the {what}'s file, to choose in {node}.")
+        io.String.Output(display_name="file", tooltip=f"The name of the {kind}'s file, to choose in {node}.")
     ]
 
 
-def train_file(task: Any, role: str, given: dict[str, Any], own: dict[str, Any]) -> io.NodeOutput:
-    """Runs the training, or goes on with it where it was interrupted; gives the file's name."""
+def train_file(task: Any, role: str, inputs: dict[str, Any], sections: dict[str, Any]) -> io.NodeOutput:
+    """Train, or resume where the run was interrupted; returns the file's name. sections: the task's own settings."""
     from ..cascade_core.training.run import interrupted, train
     from ..cascade_core.training.settings import resolve, settings_of
 
-    name = checked_name(given["name"])
+    name = checked_name(inputs["name"])
     run = host().run_folder(f"{task}_{Path(name).stem}")
     values: dict[str, Any] = {
-        "models": {model: given[model] for model in MODELS},
-        "data": {"folder": str(host().picture_folder(given["pictures"]).resolve()), "size": given["size"]},
-        "train": {key: given[key] for key in ("steps", "batch_size", "learning_rate", "seed")},
+        "models": {model: inputs[model] for model in MODELS},
+        "data": {"folder": str(host().picture_folder(inputs["pictures"]).resolve()), "size": inputs["size"]},
+        "train": {key: inputs[key] for key in ("steps", "batch_size", "learning_rate", "seed")},
         "output": {"file": str(host().new_file(role, name).resolve()), "folder": str(run)},
-        **own,
+        **sections,
     }
-    for section, more in checked_settings(given.get("settings", "")).items():
+    for section, more in checked_settings(inputs.get("settings", "")).items():
         mixed = isinstance(more, dict) and isinstance(values.get(section), dict)
         values[section] = {**values[section], **more} if mixed else more
     resolved = resolve(settings_of(values, task, "settings"), Path.cwd(), find)
@@ -131,7 +131,7 @@ _FIXED = (("output", "file"), ("output", "folder"), ("data", "folder"), ("data",
 
 
 def checked_settings(text: str) -> dict[str, Any]:
-    """The settings' sections. Raises CascadeError for those that are not theirs to decide."""
+    """Read the settings' sections. Raises CascadeError for keys that other inputs decide."""
     from ..cascade_core.training.typed_yaml import parse_yaml
 
     values = parse_yaml(text, "settings")
@@ -142,7 +142,7 @@ def checked_settings(text: str) -> dict[str, Any]:
 
 
 def checked_name(name: str) -> str:
-    """With its suffix; CascadeError for one that would leave the folder."""
+    """The name with its suffix. Raises CascadeError for one that would leave the folder."""
     if leaves_folder(name) or not Path(name).name.strip():
         raise CascadeError(
             f"name is {name!r}, which names no file inside the models folder; give one such as my_style."
@@ -151,7 +151,7 @@ def checked_name(name: str) -> str:
 
 
 class TrainingNode(io.ComfyNode):
-    """What the three have in common."""
+    """Base of the three nodes."""
 
     @classmethod
     def validate_inputs(cls, stage_c=None, text_encoder=None, compressor=None) -> bool | str:
@@ -161,7 +161,7 @@ class TrainingNode(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, pictures: str, **others: Any) -> str:
-        """Changes when pictures or captions do."""
+        """A text that changes when pictures or captions do."""
         return stamp(sorted(host().picture_folder(pictures).rglob("*")))
 
 
@@ -191,8 +191,8 @@ class CascadeTrainLoRA(TrainingNode):
         )
 
     @classmethod
-    def execute(cls, **given: Any) -> io.NodeOutput:
-        return train_file("lora", "lora", given, {"lora": {"rank": given["rank"]}})
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return train_file("lora", "lora", inputs, {"lora": {"rank": inputs["rank"]}})
 
 
 class CascadeTrainControlNet(TrainingNode):
@@ -223,8 +223,8 @@ class CascadeTrainControlNet(TrainingNode):
         )
 
     @classmethod
-    def execute(cls, **given: Any) -> io.NodeOutput:
-        return train_file("controlnet", "controlnet", given, {"controlnet": {"hint": given["hint"]}})
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return train_file("controlnet", "controlnet", inputs, {"controlnet": {"hint": inputs["hint"]}})
 
 
 class CascadeTrainTokens(TrainingNode):
@@ -266,6 +266,6 @@ class CascadeTrainTokens(TrainingNode):
         )
 
     @classmethod
-    def execute(cls, **given: Any) -> io.NodeOutput:
-        token = {"name": given["token"], "initial": given["initial"], "vectors": given["vectors"]}
-        return train_file("tokens", "lora", given, {"tokens": [token]})
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        token = {"name": inputs["token"], "initial": inputs["initial"], "vectors": inputs["vectors"]}
+        return train_file("tokens", "lora", inputs, {"tokens": [token]})

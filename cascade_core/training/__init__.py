@@ -1,1 +1,1 @@
-"""Training: objectives, weight averaging, and a loop that resumes where it was killed."""
+"""Training of LoRAs, ControlNets, tokens and Stage C: data, tasks, losses, and a loop that can be resumed."""

@@ -1,4 +1,4 @@
-"""How a run is going: JSON lines, a curve of the loss, and a line for people."""
+"""A run's log: JSON lines, and a curve of the loss."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def draw_curve(rows: list[Row], steps: int, path: Path, size: tuple[int, int] = (720, 400)) -> None:
-    """The loss over steps on a logarithmic scale, as logged and smoothed over a twentieth of the run."""
+    """Draw the loss over steps on a logarithmic scale, as logged and smoothed over a twentieth of the run."""
     from PIL import Image, ImageDraw
 
     points = [(row["step"], row["loss"]) for row in rows if row.get("loss", 0) > 0]
@@ -56,9 +56,10 @@ def draw_curve(rows: list[Row], steps: int, path: Path, size: tuple[int, int] = 
         return
     width, height = size
     left, top, right, bottom = 64, 16, width - 16, height - 32
-    low, high = (round_out(f(value for _, value in points), f is max) for f in (min, max))
+    losses = [loss for _, loss in points]
+    low, high = round_out(min(losses), up=False), round_out(max(losses), up=True)
 
-    def place(step: float, value: float) -> tuple[float, float]:
+    def position(step: float, value: float) -> tuple[float, float]:
         x = left + (right - left) * step / steps
         return x, bottom - (bottom - top) * (math.log(value) - math.log(low)) / (
             math.log(high) - math.log(low)
@@ -67,22 +68,22 @@ def draw_curve(rows: list[Row], steps: int, path: Path, size: tuple[int, int] = 
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for value in _ticks(low, high):
-        y = place(0, value)[1]
+        y = position(0, value)[1]
         draw.line([(left, y), (right, y)], fill="#dddddd")
         draw.text((left - 6, y), f"{value:.3g}", fill="#555555", anchor="rm")
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x = place(steps * share, low)[0]
+        x = position(steps * share, low)[0]
         draw.line([(x, top), (x, bottom)], fill="#dddddd")
         draw.text((x, bottom + 6), f"{round(steps * share)}", fill="#555555", anchor="mt")
-    draw.line([place(*point) for point in points], fill="#a9c4e6", width=1)
-    draw.line([place(*point) for point in _smoothed(points)], fill="#1f5fbf", width=2)
+    draw.line([position(*point) for point in points], fill="#a9c4e6", width=1)
+    draw.line([position(*point) for point in _smoothed(points)], fill="#1f5fbf", width=2)
     partial = path.with_name(f".{path.name}.part")
     image.save(partial, "PNG")
     os.replace(partial, path)
 
 
 def round_out(value: float, up: bool) -> float:
-    """To one or two leading digits, away from the data, so that the curve has room."""
+    """Round to one or two leading digits, away from the data, so that the curve has room."""
     step = 10.0 ** math.floor(math.log10(value)) / 2
     return (
         (math.floor(value / step) + 1) * step if up else max((math.ceil(value / step) - 1) * step, step / 2)
@@ -95,9 +96,9 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _smoothed(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    keep = 1 - 1 / max(len(points) / 20, 1)
+    decay = 1 - 1 / max(len(points) / 20, 1)
     value, smoothed = points[0][1], []
     for step, loss in points:
-        value = keep * value + (1 - keep) * loss
+        value = decay * value + (1 - decay) * loss
         smoothed.append((step, value))
     return smoothed

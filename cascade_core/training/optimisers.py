@@ -11,7 +11,7 @@ from .settings import TrainSettings
 
 
 def build_optimiser(groups: Iterable[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
-    """groups: `params`, and optionally `share` of the learning rate (1) and other options of AdamW."""
+    """Build AdamW. groups: `params`, and optionally `share` of the learning rate (1) and other options of AdamW."""
     groups = [{"share": 1.0, **group} for group in groups]
     options = {
         "lr": settings.learning_rate,

@@ -1,4 +1,4 @@
-"""What a training run is told: one YAML file, read into frozen dataclasses. This page is the list of all keys.
+"""The settings of a training run: one YAML file, read into frozen dataclasses. This file lists all keys.
 
     data: {folder: pictures}
     train: {steps: 2000}
@@ -43,7 +43,7 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where pictures come from and what becomes of them."""
+    """Where pictures come from, and how they are shown."""
 
     folder: str | None = None  # of pictures with captions, subfolders too
     tars: tuple[str, ...] = ()  # webdataset tars: paths or patterns
@@ -128,15 +128,17 @@ class ObjectiveSettings:
     kind: Literal["diffusion", "consistency"] = "diffusion"
     weighting: Weighting | None = None  # null: p2; for consistency, which begins at pure noise, debiased
     max_loss_weight: float | None = None
-    pure_noise_share: float = 0.0  # of a batch that is taken at pure noise
+    pure_noise_share: float = 0.0  # of a batch that is trained at pure noise
     shift: float = 1.0  # of the schedule that times are drawn from; above 1 is more noise
     guidance: tuple[float, ...] = (
         4.0,
     )  # consistency: the teacher's cfg; of two bounds, another for each picture
     cfg_rescale: float = 0.7
     solver_steps: int = 50  # consistency: into how many steps the teacher's path is cut
-    sampling_steps: int | None = None  # consistency: learn so many steps of `lcm` alone; null: any number
-    on_policy_share: float = 0.0  # consistency: the share of a batch that comes from its own step before
+    sampling_steps: int | None = None  # consistency: for so many steps of `lcm` alone; null: for any number
+    on_policy_share: float = (
+        0.0  # consistency: the share of a batch that begins from the student's own last step
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.pure_noise_share <= 1:

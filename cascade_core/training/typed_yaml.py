@@ -1,4 +1,4 @@
-"""YAML into frozen dataclasses, strictly: an unknown key or a value of another type is an error that names it."""
+"""Typed YAML, read into frozen dataclasses: an unknown key or a value of another type is an error that names it."""
 
 import dataclasses
 import types
@@ -9,13 +9,13 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from ..errors import CascadeError
 
-Settings = TypeVar("Settings")
+T = TypeVar("T")
 
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A file's mapping, as plain values. Raises CascadeError for any other file, and for a key that comes twice."""
+    """Read a file's mapping, as plain values. Raises CascadeError for any other file, and for a repeated key."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -28,7 +28,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """The same of a text; nothing in it is nothing set."""
+    """Read a text's mapping; an empty text is an empty mapping."""
     try:
         import yaml
     except ImportError:
@@ -52,40 +52,40 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise CascadeError(
-            f"{where} holds {_shown(value)}, but settings are names with values, as `train: …`."
+            f"{where} holds {_quoted(value)}, but settings are names with values, as `train: …`."
         )
     return value
 
 
-def build(cls: type[Settings], values: Any, where: str = "") -> Settings:
-    """The dataclass with these values; the others keep their defaults. where: the section, for messages."""
+def build(cls: type[T], values: Any, where: str = "") -> T:
+    """Build a dataclass of these values; the other fields keep their defaults. where: the section, for messages."""
     if not isinstance(values, Mapping):
-        raise CascadeError(f"{where} is {_shown(values)}, but names with values are expected there.")
+        raise CascadeError(f"{where} is {_quoted(values)}, but names with values are expected there.")
     kinds = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
             raise CascadeError(
-                _unknown(f"{where + ': ' if where else ''}{name!r} is not a setting", name, fields)
+                _unknown_name(f"{where + ': ' if where else ''}{name!r} is not a setting", name, fields)
             )
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise CascadeError(f"{_joined(where, name)} is missing; it has no default.")
-    given = {name: _value(kinds[name], value, _joined(where, name)) for name, value in values.items()}
-    return cls(**given)
+    arguments = {name: _value(kinds[name], value, _joined(where, name)) for name, value in values.items()}
+    return cls(**arguments)
 
 
 def _joined(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def _unknown(sentence: str, name: Any, known: Mapping[str, Any] | tuple) -> str:
-    near = get_close_matches(str(name), [str(each) for each in known], n=1)
+def _unknown_name(sentence: str, name: Any, names: Mapping[str, Any] | tuple) -> str:
+    close = get_close_matches(str(name), [str(each) for each in names], n=1)
     return (
-        f"{sentence}; did you mean {near[0]}?"
-        if near
-        else f"{sentence}; known: {', '.join(map(str, known))}."
+        f"{sentence}; did you mean {close[0]}?"
+        if close
+        else f"{sentence}; known: {', '.join(map(str, names))}."
     )
 
 
@@ -95,7 +95,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _one_of(arguments, value, where)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise CascadeError(_unknown(f"{where} is {_shown(value)}", value, arguments))
+            raise CascadeError(_unknown_name(f"{where} is {_quoted(value)}", value, arguments))
         return value
     if origin is tuple:
         listed = value if isinstance(value, list) else [value]  # one value stands for a list of one
@@ -128,9 +128,9 @@ def _plain(kind: type, value: Any, where: str) -> Any:
             pass
     elif type(value) is kind:
         return value
-    raise CascadeError(f"{where} is {_shown(value)}, but {_WORDS.get(kind, kind.__name__)} is expected.")
+    raise CascadeError(f"{where} is {_quoted(value)}, but {_WORDS.get(kind, kind.__name__)} is expected.")
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

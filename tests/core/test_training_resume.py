@@ -1,6 +1,7 @@
 """Runs that are killed, stopped or disturbed go on as if nothing had been."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from PIL import Image
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import files, read_safetensors
+from cascade_nodes.cascade_core.training.data import latents
 from cascade_nodes.cascade_core.training.log import CURVE, LOG, draw_curve
 from cascade_nodes.cascade_core.training.optimisers import build_optimiser
+from cascade_nodes.cascade_core.training.run import train
 from cascade_nodes.cascade_core.training.state import (
     STATE,
     load_optimiser,
@@ -96,6 +99,21 @@ def test_a_run_that_is_stopped_keeps_its_last_step(world, tmp_path, whole_lora):
     assert resumed.step == 4
     resumed.run()
     assert same(whole_lora, everything(resumed))
+
+
+def test_a_run_that_is_stopped_while_latents_are_encoded_goes_on(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "ENCODED_AT_ONCE", 1)
+    cache = {"cache": str(tmp_path / "cache")}
+    settings = settings_of(world, "lora", tmp_path / "run")
+    settings = replace(settings, data=replace(settings.data, **cache))
+    told, encoded = [], []
+    outcome = train(settings, told.append, caching=lambda *counts: encoded.append(counts), stop=lambda: True)
+    assert (outcome.step, outcome.finished) == (0, False)
+    assert told == ["Stopped; the same command goes on from here."]
+    assert encoded == [(1, 10)]
+    encoded.clear()
+    assert train(settings, caching=lambda *counts: encoded.append(counts)).finished
+    assert encoded[-1] == (9, 9)
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(world, tmp_path, monkeypatch):

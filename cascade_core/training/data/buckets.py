@@ -31,16 +31,16 @@ class Bucket(NamedTuple):
 
 def buckets(size: int, step: int) -> tuple[Bucket, ...]:
     """The square of that side, and every rectangle of no more area whose sides are multiples of `step`."""
-    found = {Bucket(size, size)}
+    sizes = {Bucket(size, size)}
     for long in range(-(-size // step) * step, int(size * math.sqrt(MAX_ASPECT)) + 1, step):
         short = int(size * size / long) // step * step
         if short and long / short <= MAX_ASPECT:
-            found |= {Bucket(short, long), Bucket(long, short)}
-    return tuple(sorted(found))
+            sizes |= {Bucket(short, long), Bucket(long, short)}
+    return tuple(sorted(sizes))
 
 
 @lru_cache(maxsize=100_000)
 def nearest(sizes: tuple[Bucket, ...], height: int, width: int) -> Bucket:
-    """The bucket whose aspect ratio is nearest to the picture's; of equals the larger."""
+    """The bucket whose aspect ratio is nearest to the picture's; the larger of two that are equally near."""
     aspect = math.log(width / height)
     return min(sizes, key=lambda b: (abs(math.log(b.width / b.height) - aspect), -b.height * b.width))

@@ -1,4 +1,4 @@
-"""Latents that were encoded before, in safetensors files that are written whole or not at all.
+"""A cache of rows (latents, text states, …) in safetensors files that are written whole or not at all.
 
 A cache is a folder with one subfolder for each network that encodes. A file in it holds some rows of one shape and
 their keys; a key is the digest of what the row was made from, so that a row of a changed picture is never found.
@@ -53,14 +53,16 @@ class Cache:
         return key in self.rows
 
     def add(self, keys: Sequence[Key], rows: Tensor) -> None:
-        """Rows of one shape, on disk before it returns."""
+        """Add rows of one shape; they are on disk when it returns."""
         rows = rows.detach().cpu().contiguous()
         if self.folder is not None:
-            held = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), KEY_BYTES)
+            key_bytes = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(
+                len(keys), KEY_BYTES
+            )
             name = key_of(*keys).hex()
-            write_safetensors(self.folder / f"{name}.safetensors", {"keys": held, "rows": rows}, {})
+            write_safetensors(self.folder / f"{name}.safetensors", {"keys": key_bytes, "rows": rows}, {})
         self.rows |= zip(keys, rows.unbind(), strict=True)
 
     def stack(self, keys: Iterable[Key]) -> Tensor:
-        """Their rows as one tensor in memory."""
+        """The keys' rows as one tensor in memory."""
         return torch.stack([self.rows[key] for key in keys])

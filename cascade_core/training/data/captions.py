@@ -13,7 +13,7 @@ def caption_lines(text: str) -> tuple[str, ...]:
 
 
 def caption_values(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The captions of a row of metadata; none where it holds none."""
+    """The captions of a row of metadata; empty where it has none."""
     for key in KEYS:
         value = row.get(key)
         if isinstance(value, str):

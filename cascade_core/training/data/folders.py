@@ -13,40 +13,42 @@ METADATA = "metadata.jsonl"
 
 
 def folder_pictures(folder: Path) -> Listing:
-    """A folder's pictures; what is hidden (begins with a dot) is left alone."""
+    """List a folder's pictures; hidden files and folders, which begin with a dot, are left out."""
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise CascadeError(f"The folder of training pictures {folder} {what}; give a folder of pictures.")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise CascadeError(f"The folder of training pictures {folder} {problem}; give a folder of pictures.")
     folder = folder.resolve()
-    told: dict[str, tuple[str, ...]] = {}  # by path, from every metadata.jsonl on the way down
+    metadata: dict[str, tuple[str, ...]] = {}  # by path, from every metadata.jsonl on the way down
     for place, below, names in os.walk(folder, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
         if METADATA in names:
-            told |= _read_metadata(Path(place, METADATA))
-        yield from _pictures_in(place, folder, sorted(names), told)
+            metadata |= _read_metadata(Path(place, METADATA))
+        yield from _pictures_in(place, folder, sorted(names), metadata)
 
 
-def _pictures_in(place: str, folder: Path, names: list[str], told: Mapping[str, tuple[str, ...]]) -> Listing:
-    known = set(names)
+def _pictures_in(
+    place: str, folder: Path, names: list[str], metadata: Mapping[str, tuple[str, ...]]
+) -> Listing:
+    beside = set(names)
     pictures = [name for name in names if Path(name).suffix.lower() in PICTURES and not name.startswith(".")]
     prompts = _image_prompts(pictures)
-    prompting = {name for of_one in prompts.values() for name in of_one}
+    prompt_names = {name for names in prompts.values() for name in names}
     for name in pictures:
-        if name in prompting:
+        if name in prompt_names:
             continue
         path = Path(place, name)
         shown = path.relative_to(folder).as_posix()
         try:
-            captions = told.get(str(path)) or _captions_beside(path, path.stem, known)
-            where = _where(path, folder)
-            shown_with = tuple(
-                PictureFile(*_where(Path(place, each), folder)) for each in prompts.get(path.stem, ())
+            captions = metadata.get(str(path)) or _captions_beside(path, path.stem, beside)
+            file = _file_fields(path, folder)
+            image_prompts = tuple(
+                PictureFile(*_file_fields(Path(place, each), folder)) for each in prompts.get(path.stem, ())
             )
         except (OSError, UnicodeDecodeError) as error:
             yield Skipped(shown, f"it or its caption cannot be read: {error}")
             continue
         if captions:
-            yield TrainingPicture(*where, captions, shown_with)
+            yield TrainingPicture(*file, captions, image_prompts)
         else:
             yield Skipped(shown, "no caption")
 
@@ -56,27 +58,27 @@ def _image_prompts(pictures: list[str]) -> dict[str, list[str]]:
     stems = {Path(name).stem for name in pictures}
     numbered: dict[str, list[tuple[int, str]]] = {}
     for name in pictures:
-        of = IMAGE_PROMPT.fullmatch(Path(name).stem)
-        if of is not None and of[1] in stems:
-            numbered.setdefault(of[1], []).append((int(of[2]), name))
-    return {stem: [name for _, name in sorted(found)] for stem, found in numbered.items()}
+        match = IMAGE_PROMPT.fullmatch(Path(name).stem)
+        if match is not None and match[1] in stems:
+            numbered.setdefault(match[1], []).append((int(match[2]), name))
+    return {stem: [name for _, name in sorted(prompts)] for stem, prompts in numbered.items()}
 
 
-def _where(path: Path, folder: Path) -> tuple[str, Path, int, int, int]:
-    """What `PictureFile` says of a file of its own."""
+def _file_fields(path: Path, folder: Path) -> tuple[str, Path, int, int, int]:
+    """The fields of `PictureFile` for a whole file."""
     status = path.stat()
     return path.relative_to(folder).as_posix(), path, 0, status.st_size, status.st_mtime_ns
 
 
-def _captions_beside(picture: Path, stem: str, known: set[str]) -> tuple[str, ...]:
+def _captions_beside(picture: Path, stem: str, names: set[str]) -> tuple[str, ...]:
     for suffix in SUFFIXES:
-        if stem + suffix in known:
+        if stem + suffix in names:
             return caption_lines(picture.with_name(stem + suffix).read_text(encoding="utf-8-sig"))
     return ()
 
 
 def _read_metadata(path: Path) -> dict[str, tuple[str, ...]]:
-    """path -> captions, as Hugging Face's image folders have it: `file_name` is relative to the file's folder."""
+    """Read path -> captions, as Hugging Face's image folders have it: `file_name` is relative to the file's folder."""
     captions = {}
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

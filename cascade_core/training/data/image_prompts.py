@@ -1,4 +1,4 @@
-"""Image prompts: the embeddings of pictures that prompt for a training picture, each made once and kept."""
+"""Image prompts: the embeddings of pictures that prompt for a training picture, each encoded once and cached."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +28,12 @@ class ImagePrompts:
     def fill(
         self, pictures: Sequence[TrainingPicture], report: Callable[[int, int], None] | None = None
     ) -> dict[TrainingPicture, str]:
-        """Encodes the prompts that are not there yet; gives the pictures that have a damaged one, and how.
+        """Encode the prompts that are not cached yet; returns the pictures with a damaged one, and what it is.
 
-        report: called with how many prompts are done and how many there are to do.
+        report: called with how many prompts are encoded and how many there are to encode.
         """
-        wanted = {_key(prompt): prompt for picture in pictures for prompt in picture.image_prompts}
-        missing = [prompt for key, prompt in wanted.items() if key not in self.cache]
+        prompts = {_key(prompt): prompt for picture in pictures for prompt in picture.image_prompts}
+        missing = [prompt for key, prompt in prompts.items() if key not in self.cache]
         damaged: dict[PictureFile, str] = {}
         for start in range(0, len(missing), IN_A_FILE):
             damaged |= self._encode(missing[start : start + IN_A_FILE])
@@ -49,7 +49,7 @@ class ImagePrompts:
         }
 
     def _encode(self, prompts: Sequence[PictureFile]) -> dict[PictureFile, str]:
-        """A file of the cache; gives the damaged ones."""
+        """Encode prompts into one file of the cache; returns the damaged ones."""
         encoder = self.encoder
         if encoder is None:
             raise CascadeError(
@@ -83,14 +83,14 @@ class ImagePrompts:
         return damaged
 
     def release(self) -> None:
-        """Lets the encoder go."""
+        """Release the encoder's memory."""
         self.encoder = None
 
     def embeddings(self, pictures: Sequence[TrainingPicture]) -> Tensor:
         """(B, n, E) float32 on the CPU, of pictures with n prompts each."""
         count = len(pictures[0].image_prompts)
-        held = self.cache.stack(_key(prompt) for picture in pictures for prompt in picture.image_prompts)
-        return held.unflatten(0, (len(pictures), count))
+        rows = self.cache.stack(_key(prompt) for picture in pictures for prompt in picture.image_prompts)
+        return rows.unflatten(0, (len(pictures), count))
 
 
 def _key(prompt: PictureFile) -> Key:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GRID = 48  # cells a side, on which things are looked for
-AROUND_THINGS = 0.5  # the share of masks that surround a thing, where one is found
+AROUND_THINGS = 0.5  # the share of masks that surround a thing, where there is one
 MARGIN = 0.1  # at most, to each side of a thing, of the picture's side
 SMALLEST, LARGEST = 0.002, 0.5  # of a thing, of the picture's area
 
@@ -18,9 +18,9 @@ def training_masks(images: Tensor, generator: torch.Generator) -> Tensor:
     what a saliency network finds.
     """
     anywhere = random_masks(len(images), images.shape[-2:], generator, images.device)
-    around, found = masks_around_things(images, generator)
+    around, has_thing = masks_around_things(images, generator)
     chosen = torch.rand(len(images), generator=generator).to(images.device) < AROUND_THINGS
-    return torch.where((chosen & found).view(-1, 1, 1), around, anywhere)
+    return torch.where((chosen & has_thing).view(-1, 1, 1), around, anywhere)
 
 
 def random_masks(
@@ -71,8 +71,8 @@ def masks_around_things(images: Tensor, generator: torch.Generator) -> tuple[Ten
     rows = _within(thing.amax(3)[:, 0], height, room[0], room[1])
     columns = _within(thing.amax(2)[:, 0], width, room[2], room[3])
     area = thing.mean((1, 2, 3))
-    found = (area >= SMALLEST) & (area <= LARGEST)
-    return (rows[:, :, None] & columns[:, None, :]).float(), found
+    has_thing = (area >= SMALLEST) & (area <= LARGEST)
+    return (rows[:, :, None] & columns[:, None, :]).float(), has_thing
 
 
 def _within(taken: Tensor, length: int, before: Tensor, after: Tensor) -> Tensor:

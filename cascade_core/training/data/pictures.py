@@ -42,7 +42,7 @@ class PictureFile:
 
     @property
     def identity(self) -> str:
-        """Changes where the picture may have changed."""
+        """A text that changes where the picture may have changed."""
         return f"{self.path}\n{self.offset}\n{self.length}\n{self.stamp}"
 
     def read(self, at_most: int | None = None) -> bytes:
@@ -74,12 +74,12 @@ Listing = Iterator[TrainingPicture | Skipped]
 
 
 class PictureError(ValueError):
-    """Says in a few words what is wrong with one picture; training goes on without it."""
+    """What is wrong with one picture, in a few words; training goes on without it."""
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The picture; whatever goes wrong with it inside the block is a PictureError."""
+    """Open a picture; whatever goes wrong with it inside the block is a PictureError."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             yield picture
@@ -117,7 +117,7 @@ def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
 
 
 def read_whole(data: bytes, side: int) -> Tensor:
-    """All of a picture, upright: uint8 (3, H, W). side: below twice this nothing is given away for speed."""
+    """All of a picture, upright: uint8 (3, H, W). side: a JPEG is decoded at no less than twice this."""
     with _opened(data) as picture:
         orientation = _orientation(picture)
         picture.draft(None, (2 * side, 2 * side))

@@ -12,23 +12,23 @@ from .tars import expand, tar_pictures
 def find_pictures(
     folder: str | Path | None, tars: Sequence[str]
 ) -> tuple[list[TrainingPicture], list[Skipped]]:
-    """Every picture with a caption in the folder and its subfolders, by name, and then in the tars, in their order.
+    """List every picture with a caption: in the folder and its subfolders by name, then in the tars in their order.
 
     tars: paths or patterns such as `data/*.tar`. Raises CascadeError where nothing can be trained on.
     """
-    found: list[TrainingPicture | Skipped] = []
+    listing: list[TrainingPicture | Skipped] = []
     if folder is not None:
-        found += folder_pictures(Path(folder))
+        listing += folder_pictures(Path(folder))
     for path in expand(tars):
-        found += tar_pictures(path)
-    pictures = [each for each in found if isinstance(each, TrainingPicture)]
-    skipped = [each for each in found if isinstance(each, Skipped)]
+        listing += tar_pictures(path)
+    pictures = [each for each in listing if isinstance(each, TrainingPicture)]
+    skipped = [each for each in listing if isinstance(each, Skipped)]
     if not pictures:
-        raise _nothing(" and ".join(str(place) for place in (folder, *tars) if place), skipped)
+        raise _no_pictures(" and ".join(str(place) for place in (folder, *tars) if place), skipped)
     return pictures, skipped
 
 
-def _nothing(places: str, skipped: list[Skipped]) -> CascadeError:
+def _no_pictures(places: str, skipped: list[Skipped]) -> CascadeError:
     if not skipped:
         return CascadeError(
             f"{places} holds no pictures; {', '.join(PICTURES)} with captions beside them are expected."

@@ -1,6 +1,6 @@
 """Webdataset tars, read in place: members of one basename belong together (`0001.jpg`, `0001.txt`).
 
-Nothing is extracted: the archive's headers say where each picture's bytes lie, and these are read when wanted.
+Nothing is extracted: the archive's headers say where each picture's bytes lie, and these are read when they are needed.
 """
 
 import glob
@@ -14,7 +14,7 @@ from ...errors import CascadeError
 from .captions import SUFFIXES, caption_lines, caption_values
 from .pictures import IMAGE_PROMPT, PICTURES, Listing, PictureFile, Skipped, TrainingPicture
 
-MAX_CAPTION = 1_000_000  # bytes; more is no caption
+MAX_CAPTION = 1_000_000  # bytes; more is not a caption
 
 
 def expand(patterns: Iterable[str]) -> list[Path]:
@@ -23,12 +23,12 @@ def expand(patterns: Iterable[str]) -> list[Path]:
     for pattern in patterns:
         for plain in _braces(pattern):
             exact = Path(plain).expanduser()
-            found = [exact] if exact.exists() else sorted(map(Path, glob.glob(str(exact))))
-            if not found:
+            matches = [exact] if exact.exists() else sorted(map(Path, glob.glob(str(exact))))
+            if not matches:
                 raise CascadeError(
                     f"There is no tar {plain}; give webdataset tars by path or pattern, as data/*.tar."
                 )
-            paths += found
+            paths += matches
     return paths
 
 
@@ -43,7 +43,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def tar_pictures(path: Path) -> Listing:
-    """A tar's pictures, in their order."""
+    """List a tar's pictures, in their order."""
     path = path.resolve()
     try:
         status = path.stat()
@@ -63,9 +63,13 @@ def tar_pictures(path: Path) -> Listing:
                 if captions:
                     prompts = [
                         PictureFile(
-                            f"{path.name}/{key}{of}", path, each.offset_data, each.size, status.st_mtime_ns
+                            f"{path.name}/{key}{suffix}",
+                            path,
+                            each.offset_data,
+                            each.size,
+                            status.st_mtime_ns,
                         )
-                        for of, each in _image_prompts(members)
+                        for suffix, each in _image_prompts(members)
                     ]
                     place = member.offset_data, member.size, status.st_mtime_ns
                     yield TrainingPicture(name, path, *place, captions, tuple(prompts))
@@ -111,17 +115,17 @@ def _members(path: Path, size: int) -> tuple[dict[str, dict[str, tarfile.TarInfo
 
 def _image_prompts(members: dict[str, tarfile.TarInfo]) -> list[tuple[str, tarfile.TarInfo]]:
     """Those of one basename's members that prompt for its picture (`.prompt0.png`), in the order of their numbers."""
-    found = []
+    prompts = []
     for suffix, member in members.items():
         stem, dot, ending = suffix.rpartition(".")
-        of = IMAGE_PROMPT.fullmatch(stem)
-        if of is not None and not of[1] and dot + ending in PICTURES:
-            found.append((int(of[2]), suffix, member))
-    return [(suffix, member) for _, suffix, member in sorted(found, key=lambda each: each[:2])]
+        match = IMAGE_PROMPT.fullmatch(stem)
+        if match is not None and not match[1] and dot + ending in PICTURES:
+            prompts.append((int(match[2]), suffix, member))
+    return [(suffix, member) for _, suffix, member in sorted(prompts, key=lambda each: each[:2])]
 
 
 def _captions(file, members: dict[str, tarfile.TarInfo]) -> tuple[str, ...]:
-    """Raises ValueError where a caption is no text, or is far too long."""
+    """The captions of one basename's members. Raises ValueError where a caption is not text, or is far too long."""
     for suffix in (*SUFFIXES, ".json"):
         member = members.get(suffix)
         if member is None:

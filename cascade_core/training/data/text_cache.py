@@ -1,4 +1,4 @@
-"""Captions' states, each distinct caption encoded once; afterwards the text encoder can be let go."""
+"""Captions' states, each distinct caption encoded once; afterwards the text encoder can be released."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ class TextCache:
         self.fill([""])  # what shorter captions are followed by
 
     def fill(self, captions: Sequence[str], report: Callable[[int, int], None] | None = None) -> None:
-        """Encodes those that are not there yet; report: called with how many are done and how many there are to do."""
+        """Encode captions that are not cached yet; report: called with how many are encoded and how many there are."""
         missing = [text for text in dict.fromkeys(captions) if text not in self]
         if missing and self.encoder is None:
             raise CascadeError(
@@ -55,7 +55,7 @@ class TextCache:
                 self.cache.add([key_of(part, text) for text in texts], rows.half())
 
     def release(self) -> None:
-        """Lets the encoder go."""
+        """Release the encoder's memory."""
         self.encoder = None
 
     def states(self, captions: Sequence[str]) -> TextStates:

@@ -1,4 +1,4 @@
-"""What Stage C is told besides the noised latent, on the accelerator: text states, and image prompts or none."""
+"""Stage C's conditions, on the accelerator: text states, and image prompts or none."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..data.text_cache import TextCache
 
-RESIDENT = 6_000_000_000  # bytes of text states that are kept on the accelerator
+MAX_BYTES_ON_ACCELERATOR = 6_000_000_000  # bytes of text states that are kept on the accelerator
 AT_ONCE = 1024  # captions, on their way there
 
 
@@ -28,26 +28,32 @@ class Conditions(NamedTuple):
         dtype: torch.dtype,
         image_prompts: Tensor | None = None,
     ) -> "Conditions":
-        """image_prompts: (B, n, E); none is one of zeros."""
+        """image_prompts: (B, n, E); None stands for one of zeros."""
         if image_prompts is None:
             image_prompts = states.new_zeros(1, 1, c_image).expand(len(states), -1, -1)
         return cls(states.to(dtype), pooled.to(dtype)[:, None], image_prompts.to(dtype))
 
 
 class CachedText:
-    """The states of `captions` by their places; on the accelerator once and for all where they fit."""
+    """The states of `captions` by their ids, which are their indices; all on the accelerator where they fit."""
 
-    def __init__(self, cache: TextCache, captions: list[str], device: torch.device, resident: int = RESIDENT):
+    def __init__(
+        self,
+        cache: TextCache,
+        captions: list[str],
+        device: torch.device,
+        max_bytes: int = MAX_BYTES_ON_ACCELERATOR,
+    ):
         cache.fill(captions)
         self.cache, self.captions, self.device = cache, captions, device
         self.table = None
         if device.type != "cpu":
-            self.table = self._table(resident)
+            self.table = self._table(max_bytes)
 
-    def _table(self, resident: int) -> tuple[Tensor, Tensor] | None:
+    def _table(self, max_bytes: int) -> tuple[Tensor, Tensor] | None:
         """(states (N, T, C), pooled (N, P)) in half precision, as they are cached; None where they do not fit."""
         states, pooled = self.cache.states([""])
-        if len(self.captions) * 2 * (states.numel() + pooled.numel()) > resident:
+        if len(self.captions) * 2 * (states.numel() + pooled.numel()) > max_bytes:
             return None
         count = len(self.captions)
         table = tuple(
@@ -73,6 +79,6 @@ class CachedText:
         return states.to(self.device), pooled.to(self.device)
 
     def of(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The same for texts that were cached besides."""
+        """States and pooled states of texts that were cached besides."""
         states, pooled = self.cache.states(texts)
         return states.to(self.device), pooled.to(self.device)

@@ -89,7 +89,7 @@ class ControlNetTask(StageCTask):
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
-        """Takes a `hint` besides Stage C's own arguments."""
+        """Inside the block: Stage C with the ControlNet, called with a `hint` besides its own arguments."""
 
         def predict(x: Tensor, r: Tensor, hint: Tensor, **conditions: Tensor) -> Tensor:
             return self.stage_c(x, r, **conditions, control=functional_call(self.trained, dict(state), hint))
@@ -109,7 +109,7 @@ class ControlNetTask(StageCTask):
 
 
 def _half(value: Tensor) -> Tensor:
-    """In half precision where that holds it: a batch norm's variance may be beyond it."""
+    """In half precision, unless a value exceeds its range, as a batch norm's variance may."""
     if not value.is_floating_point():
         return value
     half = value.half()
@@ -119,7 +119,7 @@ def _half(value: Tensor) -> Tensor:
 def build_controlnet(
     settings: ControlNetSettings, stage_c: StageC, compressor: SemanticCompressor | None
 ) -> ControlNet:
-    """By the settings, of Stage C's width, with an output of zero; or the one of a file."""
+    """Build a ControlNet by the settings, of Stage C's width, whose output is zero; or load the one of a file."""
     if settings.start not in ("compressor", "random"):
         network, _, _ = load_model(settings.start, expect="controlnet", dtype=torch.float32)
         assert isinstance(network, ControlNet)
@@ -153,26 +153,28 @@ def published_blocks(stage_c: StageC) -> list[int]:
 
 
 def copy_backbone(network: ControlNet, compressor: SemanticCompressor) -> None:
-    """The compressor's weights where shapes agree; its first layer's, over the colours' sum, for other channels.
+    """Copy the compressor's weights where shapes agree; its first layer's, over the colours' sum, for other channels.
 
     Raises CascadeError where the config makes another network of it.
     """
-    own, given = network.backbone.state_dict(), compressor.backbone.state_dict()
+    target, source = network.backbone.state_dict(), compressor.backbone.state_dict()
     first = "0.0.weight"  # (C, c_in, 3, 3)
-    other = [name for name, value in given.items() if name != first and own[name].shape != value.shape]
-    if other or own.keys() != given.keys():
+    differing = [
+        name for name, value in source.items() if name != first and target[name].shape != value.shape
+    ]
+    if differing or target.keys() != source.keys():
         raise CascadeError(
-            f"controlnet.config makes a backbone of other sizes than the compressor's ({', '.join(other[:3])}); leave "
-            "stem, stages and c_last out, or begin with `start: random`."
+            f"controlnet.config makes a backbone of other sizes than the compressor's ({', '.join(differing[:3])}); "
+            "leave stem, stages and c_last out, or begin with `start: random`."
         )
-    channels = own[first].shape[1]
+    channels = target[first].shape[1]
     if channels != 3:
-        weight = torch.zeros_like(own[first])
-        weight[:, : min(channels, 3)] = given[first][:, : min(channels, 3)]
+        weight = torch.zeros_like(target[first])
+        weight[:, : min(channels, 3)] = source[first][:, : min(channels, 3)]
         if channels == 1:
-            weight = given[first].sum(1, keepdim=True).to(weight)  # grey is all three colours alike
-        given = {**given, first: weight}
-    network.backbone.load_state_dict(given)
+            weight = source[first].sum(1, keepdim=True).to(weight)  # grey is all three colours alike
+        source = {**source, first: weight}
+    network.backbone.load_state_dict(source)
 
 
 def _check_width(network: nn.Module, stage_c: StageC, where: str) -> None:

@@ -21,7 +21,7 @@ from .stage_c import DTYPES, StageCInputs, StageCTask
 
 
 class FinetuneTask(StageCTask):
-    """What is trained is in float32, the rest in `dtype`, and so are all products."""
+    """Stage C, its trained parameters in float32, the others and all products in `dtype`."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class FinetuneTask(StageCTask):
             parameter.data = parameter.data.to(torch.float32 if chosen else dtype)
             parameter.requires_grad_(chosen)
         stage_c.train()  # with dropout, as published
-        self.trained = _Some(stage_c, self.names)
+        self.trained = _ParameterSubset(stage_c, self.names)
 
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
@@ -62,7 +62,7 @@ class FinetuneTask(StageCTask):
             self.stage_c.train()
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        """The whole network under its published names."""
+        """Write the whole network under its published names."""
         dtype = DTYPES[self.settings.dtype]
         whole = {
             name: state.get(name, value).to("cpu", dtype) for name, value in self.stage_c.state_dict().items()
@@ -76,13 +76,13 @@ def select_parameters(network: nn.Module, patterns: Sequence[str]) -> set[str]:
     names = [name for name, _ in network.named_parameters()]
     chosen: set[str] = set()
     for pattern in patterns:
-        found = names if pattern == "all" else [n for n in names if _inside(n, pattern)]
-        if not found:
+        matches = names if pattern == "all" else [n for n in names if _inside(n, pattern)]
+        if not matches:
             raise CascadeError(
                 f"finetune.modules: {pattern!r} matches no module of {type(network).__name__}; give all, or "
                 f"patterns of names such as {names[len(names) // 2].rpartition('.')[0]}."
             )
-        chosen |= set(found)
+        chosen |= set(matches)
     return chosen
 
 
@@ -91,20 +91,20 @@ def _inside(parameter: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
-class _Some(nn.Module):
+class _ParameterSubset(nn.Module):
     """Some of a network's parameters under their own names."""
 
     def __init__(self, network: nn.Module, names: set[str]):
         super().__init__()
-        self.own = {name: p for name, p in network.named_parameters() if name in names}
+        self.chosen = {name: p for name, p in network.named_parameters() if name in names}
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        return iter(self.own.values())
+        return iter(self.chosen.values())
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.own.items()}
+        return {name: parameter.detach() for name, parameter in self.chosen.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         with torch.no_grad():
-            for name, parameter in self.own.items():
+            for name, parameter in self.chosen.items():
                 parameter.copy_(state_dict[name])

@@ -38,7 +38,7 @@ class LoRATask(StageCTask):
         captions: Sequence[str] = (),
         tokens: Sequence[TokenSettings] = (),
     ):
-        """encoder: the text encoder on its device, where it or tokens are trained; captions: the data's, by place."""
+        """encoder: the text encoder on its device, where it or tokens are trained; captions: the data's, by id."""
         super().__init__(stage_c, text, objective, dtype)
         self.settings = settings
         generator = torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ class LoRATask(StageCTask):
                 self.learned = LearnedTokens(tokens, encoder, captions).to(self.device)
                 self.trained["tokens"] = self.learned
                 self.trainable_text = self.learned.trainable_text(encoder, captions)
-        # What the dialect cannot say is said now and not after the run.
+        # Raises CascadeError now rather than after the run, where the dialect cannot hold the LoRA.
         to_dialect(self.adapter(self.trained.state_dict(), "the LoRA"), settings.dialect, stage_c)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -87,13 +87,15 @@ class LoRATask(StageCTask):
         )
 
     def _consistency(self, inputs: StageCInputs) -> dict[str, Tensor]:
-        """The teacher is the same Stage C without the changes, guided."""
+        """Consistency distillation; the teacher is the same Stage C without the changes, guided."""
         o, x0 = self.objective, inputs.latents
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
-        nothing = self.conditions(
+        without_words = self.conditions(
             self.text(torch.zeros(len(x0), dtype=torch.long))
-        )  # place 0 is the empty caption
-        both = Conditions(*(torch.cat(_same_length(pair)) for pair in zip(conditions, nothing, strict=True)))
+        )  # id 0 is the empty caption
+        both = Conditions(
+            *(torch.cat(_same_length(pair)) for pair in zip(conditions, without_words, strict=True))
+        )
         low, high = o.guidance[0], o.guidance[-1]
         cfgs = (low + (high - low) * torch.rand(len(x0))).tolist() if low != high else [low]
 
@@ -105,9 +107,9 @@ class LoRATask(StageCTask):
             parts = zip(cond.chunk(len(cfgs)), uncond.chunk(len(cfgs)), cfgs, strict=True)
             return torch.cat([guide(c, u, cfg, o.cfg_rescale) for c, u, cfg in parts])
 
-        weighing = o.max_loss_weight, o.pure_noise_share, self.loss_weight
+        weights = o.max_loss_weight, o.pure_noise_share, self.loss_weight
         return consistency_loss(
-            predict, teacher, x0, o.solver_steps, *weighing, o.shift, o.sampling_steps, o.on_policy_share
+            predict, teacher, x0, o.solver_steps, *weights, o.shift, o.sampling_steps, o.on_policy_share
         )
 
     @contextmanager
@@ -117,7 +119,7 @@ class LoRATask(StageCTask):
             if self.text_changes is not None:
                 stack.enter_context(self.text_changes.applied(state["text.vector"]))
             if self.learned is not None:
-                stack.enter_context(self.learned.holding(state["tokens.vectors"]))
+                stack.enter_context(self.learned.replaced(state["tokens.vectors"]))
             yield self.stage_c
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
@@ -137,7 +139,7 @@ class LoRATask(StageCTask):
 
 
 def _text_targets(targets: Sequence[str]) -> Sequence[str]:
-    """Patterns are of Stage C's names; in the text encoder they mean all layers."""
+    """The text encoder's targets: all layers, where patterns of Stage C's names are given."""
     return targets if set(targets) <= {"all", "attention"} else ("all",)
 
 

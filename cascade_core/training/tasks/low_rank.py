@@ -23,7 +23,7 @@ Factors = list[tuple[Tensor, Tensor]]
 
 
 def is_target(layer: nn.Module) -> bool:
-    """Whether a layer can have a low-rank change: linear, or a 1×1 convolution over all channels."""
+    """Whether a layer can have a low-rank change: it is linear, or a 1×1 convolution over all channels."""
     if isinstance(layer, nn.Conv2d):
         return layer.kernel_size == (1, 1) and layer.groups == 1
     return isinstance(layer, nn.Linear)
@@ -41,21 +41,21 @@ def select_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
     chosen: dict[str, nn.Module] = {}
     for pattern in patterns:
         if pattern == "all":
-            found = layers
+            matches = layers
         elif pattern == "attention":
-            found = {name: layer for name, layer in layers.items() if id(layer) in inside}
+            matches = {name: layer for name, layer in layers.items() if id(layer) in inside}
         else:
-            found = {
+            matches = {
                 name: layer
                 for name, layer in layers.items()
                 if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
             }
-        if not found:
+        if not matches:
             raise CascadeError(
                 f"{pattern!r} matches none of the {len(layers)} layers of {type(network).__name__} that can be "
                 f"changed, such as {', '.join(list(layers)[:3])}; give all, attention, or a pattern of such names."
             )
-        chosen |= found
+        chosen |= matches
     return {name: layer for name, layer in layers.items() if name in chosen}  # in the network's order
 
 
@@ -109,16 +109,16 @@ class LowRankChanges(nn.Module):
 
     @contextmanager
     def applied(self, vector: Tensor | None = None) -> Iterator[None]:
-        """The changes are added inside the block. vector: another of the same meaning, such as an average."""
-        with self._as(self.factors(vector)):
+        """Add the changes inside the block. vector: other values for them, such as their average."""
+        with self._with(self.factors(vector)):
             yield
 
     def current(self):
         """A context with the changes as they are now, for what is recomputed in the backward pass."""
-        return self._as(self._current)
+        return self._with(self._current)
 
     @contextmanager
-    def _as(self, factors: Factors | None) -> Iterator[None]:
+    def _with(self, factors: Factors | None) -> Iterator[None]:
         before = self._current
         self._set(factors)
         try:
@@ -132,7 +132,7 @@ class LowRankChanges(nn.Module):
             layer.__dict__["low_rank"] = pair  # nn.Module's own way takes ten times as long
 
     def remove(self) -> None:
-        """Leaves the network as it was before."""
+        """Leave the network as it was before."""
         for hook in self._hooks:
             hook.remove()
         for layer in self.layers.values():

@@ -32,37 +32,37 @@ class LearnedTokens(nn.Module):
         config = encoder.model.config
         self.first, self.width = config.vocab_size, config.hidden_size
         self.vectors = nn.Parameter(torch.cat([initial_vectors(encoder, token) for token in tokens]))
-        self._held: Tensor | None = None
+        self._override: Tensor | None = None
 
     def tokens(self, vectors: Tensor) -> tuple[LearnedToken, ...]:
-        """As in a file; vectors: of the same shape as those here."""
+        """Tokens as in a file, of vectors (V, C)."""
         parts = vectors.split(list(self.counts.values()))
         return tuple(LearnedToken(name, part) for name, part in zip(self.counts, parts, strict=True))
 
     def table(self) -> TokenTable:
-        """What the text encoder takes in place of the names, as it is now."""
-        vectors = self.vectors if self._held is None else self._held
+        """The vectors that stand for the names in the text encoder, as they are now."""
+        vectors = self.vectors if self._override is None else self._override
         return TokenTable(self.tokens(vectors), self.first, self.width)
 
     def trainable_text(self, encoder: TextEncoder, captions: Sequence[str]) -> TrainableText:
         return TrainableText(encoder, captions, self.table().ids, self.table)
 
     @contextmanager
-    def holding(self, vectors: Tensor) -> Iterator[None]:
-        """Inside the block other vectors stand for the tokens, such as an average."""
-        self._held = vectors
+    def replaced(self, vectors: Tensor) -> Iterator[None]:
+        """Use other vectors for the tokens inside the block, such as their average."""
+        self._override = vectors
         try:
             yield
         finally:
-            self._held = None
+            self._override = None
 
     def group(self, share: float = 1.0) -> dict[str, Any]:
-        # weight decay would draw the vectors to zero, which is no word's place
+        # weight decay would draw the vectors to zero, where no word lies
         return {"params": [self.vectors], "share": share, "weight_decay": 0.0}
 
 
 class TokensTask(StageCTask):
-    """Nothing but the vectors changes; the text encoder is in float32, Stage C in `dtype`."""
+    """Tokens' vectors in float32, of a frozen text encoder in float32 and a frozen Stage C in `dtype`."""
 
     trained: LearnedTokens
 
@@ -76,7 +76,7 @@ class TokensTask(StageCTask):
         encoder: TextEncoder,
         captions: Sequence[str],
     ):
-        """encoder: on its device; captions: those of the data, by place."""
+        """encoder: on its device; captions: those of the data, by id."""
         super().__init__(stage_c, text, objective, dtype)
         self.trained = LearnedTokens(tokens, encoder, captions).to(self.device)
         self.trainable_text = self.trained.trainable_text(encoder, captions)
@@ -94,7 +94,7 @@ class TokensTask(StageCTask):
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
-        with self.trained.holding(state["vectors"]), torch.no_grad():
+        with self.trained.replaced(state["vectors"]), torch.no_grad():
             yield self.stage_c
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
@@ -103,7 +103,7 @@ class TokensTask(StageCTask):
 
 
 def check_names(counts: Mapping[str, int], captions: Sequence[str]) -> None:
-    """Raises CascadeError for a token that no caption has. counts: vectors by name in prompts."""
+    """Raise CascadeError for a token that no caption has. counts: vectors by name in prompts."""
     for name, count in counts.items():
         if count < 1:
             raise CascadeError(f"The token {name} has {count} vectors; give at least one.")

@@ -12,11 +12,11 @@ Names = Mapping[str, Sequence[int]]
 
 
 class TrainableText:
-    """Captions by their places, tokenised once; of a long one its first chunk counts, and weights do not.
+    """Captions by their ids, tokenised once; only the first chunk of a long one counts, and prompt weights do not.
 
     encoder    on its device
-    names      what stands in captions for learned tokens
-    table      the learned tokens as they are now
+    names      of learned tokens, as captions have them, with the ids of their vectors
+    table      returns the learned tokens' present vectors
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class TrainableText:
         return self._encode(self.tokens[caption_ids])
 
     def of(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The same for other texts."""
+        """States and pooled states of other texts."""
         return self._encode(self._rows(texts))
 
     def _rows(self, texts: Sequence[str]) -> Tensor:
@@ -43,5 +43,5 @@ class TrainableText:
 
     def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         model = self.encoder.model
-        learned = self.table() if self.table is not None else None
-        return encode_tokens(model, rows.to(model.device), self.encoder.tokenizer.end_token, learned)
+        tokens = self.table() if self.table is not None else None
+        return encode_tokens(model, rows.to(model.device), self.encoder.tokenizer.end_token, tokens)
