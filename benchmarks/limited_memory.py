@@ -10,7 +10,6 @@ import torch
 
 from cascade_nodes.nodes.conditioning import CascadeTextEncode
 from cascade_nodes.nodes.hosts import headless, reporting
-from cascade_nodes.nodes.hosts.headless import device as host_device
 from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent
 from cascade_nodes.nodes.sampling import CascadeDecoderSampler, CascadePriorSampler
 from load import STATUS, _proc_value
@@ -62,7 +61,7 @@ class Cascade:
 
     def staying(self) -> dict[str, float]:
         """Share of each network that is on the device now."""
-        pool = host_device.pool()
+        pool = self.stage_c.device.pool
         networks = {"text": self.clip.encoder.model, "stage_c": self.stage_c.network}
         networks |= {"stage_b": self.stage_b.network, "stage_a": self.stage_a.decoder}
         return (

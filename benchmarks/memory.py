@@ -19,15 +19,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from cascade_nodes.cascade_core.placement import DeviceMemory, SimulatedDevice
-from cascade_nodes.nodes.hosts.headless import device as host_device
+from cascade_nodes.nodes.hosts.headless.device import compute_device
 from limited_memory import measure_loading, measure_pictures
 from load import drop_from_cache, read_sequentially
 from machine import describe_machine, print_table
@@ -73,20 +71,18 @@ def write_all(folder: Path, toy: bool) -> dict[str, int]:
 
 def run_child(options: argparse.Namespace) -> None:
     device = torch.device("cpu" if options.toy else "cuda")
-    toy_pool = None
     if options.toy:
         simulated = SimulatedDevice(int((options.limit or 1000) * GB * options.scale))
-        toy_pool = DeviceMemory(simulated, unit_bytes=50_000)
+        compute_device().pool = DeviceMemory(simulated, unit_bytes=50_000)
     elif options.limit is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options.limit * GB / total)
-    with patch.object(host_device, "pool", lambda: toy_pool) if options.toy else nullcontext():
-        if options.child == "loading":
-            measured = measure_loading(options.folder, device)
-        else:
-            size = (64, (2, 2)) if options.toy else (1024, (20, 10))
-            sides = [side // (64 if options.toy else 1) for side in DECODED] if options.limit is None else []
-            measured = measure_pictures(options.folder, device, size, options.runs, sides)
+    if options.child == "loading":
+        measured = measure_loading(options.folder, device)
+    else:
+        size = (64, (2, 2)) if options.toy else (1024, (20, 10))
+        sides = [side // (64 if options.toy else 1) for side in DECODED] if options.limit is None else []
+        measured = measure_pictures(options.folder, device, size, options.runs, sides)
     print(json.dumps({"gb": options.limit, **measured}))
 
 

@@ -1,21 +1,12 @@
 """Conditioning: prompts and image prompts."""
 
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.stages.prompt import check_text
 from .api import io
 from .hosts import host
 from .sockets import check_finite
 
 CATEGORY = "Stable Cascade/conditioning"
-
-
-def check_text(socket: str, prompt: str) -> None:
-    """A prompt is Unicode text; half a surrogate pair, as from bytes that are no UTF-8, is not."""
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CascadeError(
-            f"{socket} holds {prompt[error.start]!r}, which is no character; write the prompt in UTF-8."
-        ) from None
 
 
 class CascadeTextEncode(io.ComfyNode):

@@ -9,10 +9,11 @@ from ..cascade_core.hints.canny import canny_hint
 from ..cascade_core.hints.control import check_hint
 from ..cascade_core.hints.filters import identity_map, inpaint_hint, super_resolution_hint
 from ..cascade_core.hints.kinds import KINDS
+from ..cascade_core.pictures import resized
 from .api import io
 from .faces import find_faces
 from .hosts import host
-from .sizes import compression_input, empty_stage_b, empty_stage_c, resized
+from .sizes import compression_input, empty_stage_b, empty_stage_c
 from .sockets import check_finite, check_picture, check_vae
 
 CATEGORY = "Stable Cascade/ControlNet"

@@ -16,9 +16,10 @@ from ..cascade_core.geometry import (
     whole_size,
 )
 from ..cascade_core.hints.masks import latent_mask
+from ..cascade_core.pictures import resized
 from .api import io
 from .hosts import host
-from .sizes import chosen_size, compression_input, empty_stage_b, empty_stage_c, resized
+from .sizes import chosen_size, compression_input, empty_stage_b, empty_stage_c
 from .sockets import VAE_WORDS, check_finite, check_picture, check_vae
 
 CATEGORY = "Stable Cascade/latent"

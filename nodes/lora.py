@@ -11,7 +11,8 @@ from ..cascade_core.adapters import (
     describe_unknown,
     read_adapter,
 )
-from ..cascade_core.adapters.tokens import NewToken, name_in_prompt, parse_new_tokens
+from ..cascade_core.adapters.text_changes import check_text_changes
+from ..cascade_core.adapters.tokens import NewToken, parse_new_tokens
 from .api import io
 from .files import check, file_input, find, fingerprint
 from .hosts import host
@@ -101,35 +102,18 @@ class CascadeLoRAApply(io.ComfyNode):
         unknown = describe_unknown(adapter)
         notes = [unknown] if unknown else []
         if strength_clip:
-            notes += text_notes(adapter, clip, new)
+            notes += _text_notes(adapter, clip, new)
         patched = host().with_adapter(model, clip, adapter, strength_model, strength_clip, new)
         if notes:
             host().notify(" ".join(notes))
         return io.NodeOutput(*patched, ui={"text": [describe_adapter(adapter), *notes]})
 
 
-def text_notes(adapter: Adapter, clip: Any, new: Sequence[NewToken]) -> list[str]:
+def _text_notes(adapter: Adapter, clip: Any, new: Sequence[NewToken]) -> list[str]:
     """What the user should know of an adapter's part for the text encoder, which is checked to fit."""
     if clip is None:
         unused = bool(adapter.text or adapter.tokens)
         return (
             [f"{adapter.name} also changes the text encoder; connect clip so that it does."] if unused else []
         )
-    network: Any = host().text_network(clip)
-    check_fits(adapter, network, "text")
-    check_finite_changes(adapter.text, adapter.name)
-    size = len(network.get_input_embeddings().weight)
-    beyond = sorted({t.index - size for t in adapter.tokens if t.index is not None and t.index >= size})
-    unnamed = [number for number in beyond if number >= len(new)]
-    names = [token.name for token in adapter.tokens if token.index is None]
-    names += [new[number].name for number in beyond if number < len(new)]
-    notes = []
-    if names:
-        written = ", ".join(dict.fromkeys(map(name_in_prompt, names)))
-        notes.append(f"{adapter.name} teaches {written}, to be written so in the prompt.")
-    if unnamed:
-        notes.append(
-            f"{adapter.name} teaches {len(unnamed)} new tokens that it does not name, and they are left out; give "
-            "their names in new_tokens."
-        )
-    return notes
+    return check_text_changes(adapter, host().text_network(clip), new)

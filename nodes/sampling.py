@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..cascade_core.diffusion.samplers import SAMPLERS
 from ..cascade_core.errors import CascadeError
-from ..cascade_core.geometry import MAX_SIZE, STAGE_B_COMPRESSION
-from ..cascade_core.networks.tiles import ALIGNMENT
+from ..cascade_core.geometry import MAX_SIZE
+from ..cascade_core.run import SamplingRun, check_sampler
+from ..cascade_core.stages.diffusion import stage_b_tile
 from .api import io
 from .hosts import host
-from .hosts.run import Run
+from .hosts.run import SamplingRequest
 from .sockets import (
     check_conditioning,
     check_finite,
@@ -24,7 +25,6 @@ from .sockets import (
 
 CATEGORY = "Stable Cascade/sampling"
 STAGE_C_CHANNELS = 16
-LEAST_TILE = 128  # pixels
 
 
 def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
@@ -185,17 +185,8 @@ class CascadeDecoderSampler(io.ComfyNode):
         positive, negative = (without_values(prompt, "control") for prompt in (positive, negative))
         positive = with_values(positive, stable_cascade_prior=semantic)
         negative = with_values(negative, stable_cascade_prior=torch.zeros_like(semantic))
-        tile = tile_positions(tile_size)
-        return run_sampler("stage_b", model, positive, negative, latent, tile=tile, **settings)
-
-
-def tile_positions(tile_size: int) -> int:
-    """The side of Stage B's tiles in latent positions, 0: whole. Tiles begin and end where its levels do."""
-    if tile_size == 0:
-        return 0
-    if tile_size < LEAST_TILE:
-        raise CascadeError(f"tile_size is {tile_size}; give 0 for no tiles, or {LEAST_TILE} or more.")
-    return tile_size // STAGE_B_COMPRESSION // ALIGNMENT * ALIGNMENT
+        positions = stage_b_tile(tile_size)
+        return run_sampler("stage_b", model, positive, negative, latent, tile_positions=positions, **settings)
 
 
 def semantic_latent(stage_c: dict, batch: int) -> Tensor:
@@ -229,42 +220,34 @@ def run_sampler(
     shift: float,
     sampler: str,
     denoise: float,
-    tile: int = 0,
+    tile_positions: int = 0,
     engine: bool = True,
 ) -> io.NodeOutput:
     """A new LATENT with the sampled latent, and all else that the given one holds; shows what the run took."""
-    if sampler not in SAMPLERS:
-        raise CascadeError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+    check_sampler(sampler)
     if not 0 <= denoise <= 1:
         raise CascadeError(f"denoise is {denoise}; it must lie within 0 and 1.")
     if denoise == 0:
         return io.NodeOutput(dict(latent))
-    run = Run(
-        kind=kind,
-        model=model,
-        positive=positive,
-        negative=negative,
-        samples=latent["samples"],
-        noise_mask=latent.get("noise_mask"),
-        batch_index=latent.get("batch_index"),
-        seed=seed,
-        steps=steps,
-        cfg=cfg,
-        cfg_rescale=cfg_rescale,
-        shift=shift,
-        sampler=sampler,
-        denoise=denoise,
-        tile=tile,
-        engine=engine,
+    run = SamplingRun(
+        latent["samples"],
+        seed,
+        steps,
+        shift,
+        sampler,
+        denoise,
+        latent.get("noise_mask"),
+        latent.get("batch_index"),
     )
-    sampled = host().sample(run)
+    request = SamplingRequest(kind, model, positive, negative, run, cfg, cfg_rescale, tile_positions, engine)
+    result = host().sample(request)
     what = f"The latent that {host().describe_network(model).name} sampled"
     advice = "lower cfg and the weights in the prompt, or choose dtype bf16 or fp32 in its loader"
-    check_finite([sampled.samples], model, what, advice)
+    check_finite([result.latent], model, what, advice)
     took = {
         "steps": steps,
-        "seconds": sampled.seconds,
-        "peak_bytes": sampled.peak_bytes,
-        "device": sampled.device,
+        "seconds": result.seconds,
+        "peak_bytes": result.peak_bytes,
+        "device": result.device,
     }
-    return io.NodeOutput({**latent, "samples": sampled.samples}, ui={"cascade_run": [took]})
+    return io.NodeOutput({**latent, "samples": result.latent}, ui={"cascade_run": [took]})

@@ -1,11 +1,10 @@
-"""What nodes do with sizes: the input for the compression, empty latents, resized pictures."""
+"""What nodes do with sizes: the input for the compression, and empty latents."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.geometry import (
@@ -65,12 +64,3 @@ def chosen_size(picture_size: Sequence[int], height: int, width: int) -> tuple[i
         width or round(picture_size[1] * height / picture_size[0]),
     )
     return whole_size(*sides)
-
-
-def resized(image: Tensor, size: Sequence[int]) -> Tensor:
-    """A picture (B, H, W, C) as RGB of that (height, width), in [0, 1]; of its own size it stays as it is."""
-    if tuple(image.shape[1:3]) == tuple(size):
-        return image[..., :3]
-    pixels = image[..., :3].movedim(-1, 1)
-    pixels = F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True)
-    return pixels.clamp(0, 1).movedim(1, -1)

@@ -9,13 +9,14 @@ from torch import Tensor
 from ..cascade_core.checkpoints import KIND_NAMES
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.geometry import STAGE_B_COMPRESSION
+from ..cascade_core.stages.weights import NON_FINITE_WEIGHT
 from .hosts import host
-from .hosts.run import NON_FINITE_WEIGHT, Network
+from .hosts.run import NetworkDescription
 
 VAE_WORDS = {"stage_a": "Stage A", "compressor": "the semantic compressor"}
 
 
-def check_network(model: Any, kind: str, node: str, loader: str) -> Network:
+def check_network(model: Any, kind: str, node: str, loader: str) -> NetworkDescription:
     """The MODEL's description; refuses another kind by name."""
     if model is None:
         raise CascadeError(f"{node} got no MODEL; connect {loader}.")
@@ -50,7 +51,7 @@ def check_picture(image: Tensor, socket: str) -> None:
         raise CascadeError(f"{socket} holds NaN or infinity; make the picture anew.")
 
 
-def check_latent(latent: dict, network: Network, socket: str, source: str) -> None:
+def check_latent(latent: dict, network: NetworkDescription, socket: str, source: str) -> None:
     """A LATENT is (B, C, h, w), with the network's channels, and one index for each row where it has any."""
     shape = tuple(latent["samples"].shape)
     if len(shape) != 4 or shape[1] != network.channels or 0 in shape:
@@ -66,18 +67,18 @@ def check_latent(latent: dict, network: Network, socket: str, source: str) -> No
         )
 
 
-def check_least(latent: dict, network: Network) -> None:
+def check_least(latent: dict, network: NetworkDescription) -> None:
     """A Stage B latent is not so small that nothing is left of it at the network's innermost level."""
     height, width = latent["samples"].shape[-2:]
-    if min(height, width) < network.least:
-        least = network.least * STAGE_B_COMPRESSION
+    if min(height, width) < network.min_latent_side:
+        least = network.min_latent_side * STAGE_B_COMPRESSION
         raise CascadeError(
             f"The picture is {width * STAGE_B_COMPRESSION} × {height * STAGE_B_COMPRESSION} pixels, but "
             f"{network.name} makes none with a side under {least}; choose a larger width and height."
         )
 
 
-def check_conditioning(conditioning: list, network: Network, socket: str) -> None:
+def check_conditioning(conditioning: list, network: NetworkDescription, socket: str) -> None:
     """Every prompt's vectors are as wide as the network takes them."""
     if not conditioning:
         raise CascadeError(f"{socket} holds no prompt; connect Cascade Text Encode.")
@@ -102,7 +103,7 @@ WIDTH_WORDS = {
 }
 
 
-def _check_widths(found: dict[str, int], network: Network, socket: str) -> None:
+def _check_widths(found: dict[str, int], network: NetworkDescription, socket: str) -> None:
     for what, expected in network.widths.items():
         if what in found and found[what] != expected:
             words, encoder = WIDTH_WORDS[what]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoints import read_safetensors
 from ..errors import CascadeError
 from ..text.prompt_weights import parse_weights
+from .adapter import LearnedToken
 
 PREFIX = "embedding:"
 
@@ -21,6 +22,28 @@ def embedding_names(prompt: str) -> list[str]:
     pattern = rf"(?:^|(?<=\s)){PREFIX}([^\s<\[]+)"
     names = [name for text, _ in parse_weights(prompt) for name in re.findall(pattern, text)]
     return list(dict.fromkeys(names))
+
+
+def embedding_tokens(
+    prompt: str, width: int, find: Callable[[str], Path | None], places: str
+) -> list[LearnedToken]:
+    """The tokens of every embedding that a prompt asks for.
+
+    width: of the text encoder's vectors; find(name): its file or None; places: where was looked, for the message.
+    Raises CascadeError where a file is missing or is not an embedding.
+    """
+    tokens = []
+    for written in embedding_names(prompt):
+        # As in ComfyUI, a comma at the end of a name may belong to the name or to the sentence.
+        names = dict.fromkeys((written, written.strip(",")))
+        name, path = next(((name, path) for name in names if (path := find(name)) is not None), ("", None))
+        if path is None:
+            raise CascadeError(
+                f"The prompt asks for {PREFIX}{written}, but no such safetensors file is in {places}; put it there, "
+                "or take it out of the prompt."
+            )
+        tokens.append(LearnedToken(PREFIX + name, read_embedding(path, width)))
+    return tokens
 
 
 # What the vectors are called in a file, the first that is there: ComfyUI's and OneTrainer's own, those bundled with a

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ...cascade_core.adapters import Adapter
 from ...cascade_core.adapters.tokens import NewToken
 from ...cascade_core.networks.config import StageCConfig
+from ...cascade_core.run import SamplingResult
 from .control import Control
-from .run import Network, Run, Sampled
+from .run import NetworkDescription, SamplingRequest
 
 
 class Host(Protocol):
@@ -62,7 +63,7 @@ class Host(Protocol):
         """Encodes images (B, H, W, 3) as CLIP_VISION_OUTPUT: `.image_embeds` is (B, E)."""
         ...
 
-    def describe_network(self, model: Any) -> Network:
+    def describe_network(self, model: Any) -> NetworkDescription:
         """What a MODEL is and how wide its inputs are."""
         ...
 
@@ -77,12 +78,12 @@ class Host(Protocol):
         """Kind of a VAE: stage_a, compressor, or a description of any other."""
         ...
 
-    def encode_pixels(self, vae: Any, image: Tensor, tile: int = 0) -> Tensor:
-        """(B, H, W, 3) in [0, 1] -> a latent in socket units; `tile`: as in decode_latent, of Stage A alone."""
+    def encode_pixels(self, vae: Any, image: Tensor, tile_pixels: int = 0) -> Tensor:
+        """(B, H, W, 3) in [0, 1] -> a latent in socket units; `tile_pixels`: as in decode_latent, of Stage A alone."""
         ...
 
-    def decode_latent(self, vae: Any, latent: Tensor, tile: int) -> Tensor:
-        """A latent in socket units -> (B, H, W, 3) in [0, 1]; `tile`: pixels a side, 0: no tiles."""
+    def decode_latent(self, vae: Any, latent: Tensor, tile_pixels: int) -> Tensor:
+        """A latent in socket units -> (B, H, W, 3) in [0, 1]; `tile_pixels`: a tile's side, 0: no tiles."""
         ...
 
     def describe_controlnet(self, control_net: Any) -> Control:
@@ -148,8 +149,8 @@ class Host(Protocol):
         """
         ...
 
-    def sample(self, run: Run) -> Sampled:
-        """The sampled latent, and what the run took."""
+    def sample(self, request: SamplingRequest) -> SamplingResult:
+        """The sampled latent in the units of sockets, and what the run took."""
         ...
 
     def with_guidance(self, model: Any, cfg_rescale: float, shift: float) -> Any:

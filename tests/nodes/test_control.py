@@ -248,7 +248,7 @@ def test_other_values_are_refused(stage_c, prompts, load):
     net, hint = load("canny"), controlnets.hint("canny")
     with pytest.raises(CascadeError, match="got no CONTROL_NET; connect Load Cascade ControlNet"):
         apply(prompts, None, hint)
-    with pytest.raises(CascadeError, match="is a HeadlessModel, which is for another model"):
+    with pytest.raises(CascadeError, match="is a MODEL, which is for another model"):
         apply(prompts, stage_c["stage_c"], hint)
     with pytest.raises(CascadeError, match=r"start is 0.7 and end 0.2"):
         apply(prompts, net, hint, 1.0, 0.7, 0.2)

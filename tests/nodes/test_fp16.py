@@ -10,8 +10,8 @@ import torch
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
 from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, stream_scale
-from cascade_nodes.nodes.hosts.headless import device
-from cascade_nodes.nodes.hosts.headless.device import weight_dtype
+from cascade_nodes.cascade_core.stages import device
+from cascade_nodes.cascade_core.stages.device import ComputeDevice
 from cascade_nodes.nodes.hosts.headless.model import load_network
 from cascade_nodes.tests.core.overflowing import STAGE_B, STAGE_C, overflowing
 from cascade_nodes.tests.golden_weights import relative_error
@@ -61,7 +61,8 @@ def test_fp8_is_bf16_with_products_in_fp8(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_on_a_card(monkeypatch, has_bf16, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = ComputeDevice("cpu")
+    card.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
-    assert weight_dtype("auto") == expected
-    assert weight_dtype("bf16") == torch.bfloat16
+    assert card.weight_dtype("auto") == expected
+    assert card.weight_dtype("bf16") == torch.bfloat16

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.pictures import resized
 from cascade_nodes.nodes.hosts import host
 from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode
 from cascade_nodes.nodes.loaders import CascadeCompressorLoader, StageAVAE
-from cascade_nodes.nodes.sizes import resized
 
 
 @pytest.mark.parametrize(

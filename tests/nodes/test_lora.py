@@ -306,7 +306,7 @@ def test_refusals(sockets, loras):
         CascadeError, match=r"MODEL connected to Cascade LoRA Apply is .*, but Stage C is expected"
     ):
         CascadeLoRAApply.execute(sockets["stage_b"], "both.safetensors", 1.0, 1.0)
-    with pytest.raises(CascadeError, match="The CLIP is a HeadlessVAE; connect Load Cascade Text Encoder"):
+    with pytest.raises(CascadeError, match="The CLIP is a VAE; connect Load Cascade Text Encoder"):
         CascadeLoRAApply.execute(sockets["stage_c"], "both.safetensors", 1.0, 1.0, sockets["stage_a"])
 
 

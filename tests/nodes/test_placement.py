@@ -9,10 +9,10 @@ import torch
 
 from cascade_nodes.cascade_core.errors import Interrupted
 from cascade_nodes.cascade_core.placement import DeviceMemory
+from cascade_nodes.cascade_core.stages import tiled
+from cascade_nodes.cascade_core.stages.diffusion import DiffusionStage
 from cascade_nodes.nodes.hosts import reporting
-from cascade_nodes.nodes.hosts.headless import device as host_device
-from cascade_nodes.nodes.hosts.headless import sampling as host_sampling
-from cascade_nodes.nodes.hosts.headless import tiled as host_tiled
+from cascade_nodes.nodes.hosts.headless.device import compute_device
 from cascade_nodes.nodes.hosts.headless.vae import decode_latent, encode_pixels
 from cascade_nodes.tests.core.placements import Counting, Late
 from cascade_nodes.tests.nodes.graph import load, text_to_image
@@ -55,8 +55,8 @@ def on(monkeypatch):
 
     def use(device):
         pool = DeviceMemory(device, unit_bytes=8_000)
-        monkeypatch.setattr(host_device, "pool", lambda: pool)
-        monkeypatch.setattr(host_sampling, "_working", lambda run: WORKING)
+        monkeypatch.setattr(compute_device(), "pool", pool)
+        monkeypatch.setattr(DiffusionStage, "_workspace_bytes", lambda *_: WORKING)
         return pool
 
     return use
@@ -121,12 +121,12 @@ def test_stage_a_takes_tiles_where_the_whole_is_too_large(sockets, on, monkeypat
     vae = sockets["stage_a"]
     latent, image = torch.randn(1, 4, 80, 60), torch.rand(1, 160, 320, 3)
     whole = decode_latent(vae, latent, 0), encode_pixels(vae, image)
-    monkeypatch.setattr(host_tiled, "LEAST", 0)
+    monkeypatch.setattr(tiled, "LEAST", 0)
     pool = on(Counting(1_400_000))
     seen = []
-    real = host_tiled.join_tiles
+    real = tiled.join_tiles
     monkeypatch.setattr(
-        host_tiled, "join_tiles", lambda f, x, tile, *more: seen.append(tile) or real(f, x, tile, *more)
+        tiled, "join_tiles", lambda f, x, tile, *more: seen.append(tile) or real(f, x, tile, *more)
     )
     assert (decode_latent(vae, latent, 0) - whole[0]).abs().max() <= 1e-5
     assert (encode_pixels(vae, image) - whole[1]).abs().max() <= 1e-5

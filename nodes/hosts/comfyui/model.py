@@ -22,7 +22,7 @@ from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream, stream_scale
 from ....cascade_core.networks.stage_c import StageC
 from ....cascade_core.networks.unet import UNet
-from ..run import Network, least_side
+from ..run import NetworkDescription, min_latent_side
 from .hosted import Hosted, WholeLayers
 from .weights import remember_file
 
@@ -275,7 +275,7 @@ WIDTH_LAYERS = {
 }
 
 
-def describe_network(model: Any) -> Network:
+def describe_network(model: Any) -> NetworkDescription:
     """Ours or the host's own Stage B and C; anything else by its class."""
     base = getattr(model, "model", None)
     kind = None
@@ -284,11 +284,11 @@ def describe_network(model: Any) -> Network:
     elif isinstance(base, comfy.model_base.StableCascade_B):
         kind = "stage_b"
     if base is None or kind is None:
-        return Network(None, f"a {type(base if base is not None else model).__name__} model", {})
+        return NetworkDescription(None, f"a {type(base if base is not None else model).__name__} model", {})
     network = base.diffusion_model
     widths = {what: getattr(network, layer).in_features for what, layer in WIDTH_LAYERS[kind].items()}
     words = checkpoints.KIND_NAMES[kind]
     name, least = f"the {words} MODEL", 1
     if isinstance(network, HostedNetwork):
-        name, least = f"{network.name} ({words})", least_side(kind, network.network.config)
-    return Network(kind, name, widths, base.latent_format.latent_channels, least)
+        name, least = f"{network.name} ({words})", min_latent_side(kind, network.network.config)
+    return NetworkDescription(kind, name, widths, base.latent_format.latent_channels, least)

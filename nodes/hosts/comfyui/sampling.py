@@ -7,6 +7,8 @@ samplers work with a·x0 + b·epsilon and predict epsilon.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import comfy.model_base
@@ -17,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ....cascade_core.diffusion.guidance import guide
-from ....cascade_core.diffusion.noise import NoiseSource
-from ....cascade_core.diffusion.samplers import SAMPLERS, SamplerStep, add_noise
+from ....cascade_core.diffusion.samplers import SamplerStep
 from ....cascade_core.diffusion.schedule import alpha_sigma, per_image
-from ..run import Run, Sampled, Watch
+from ....cascade_core.run import SamplingResult, SamplingRun, Stopwatch
+from ....cascade_core.run import sample as sample_run
+from ..run import SamplingRequest
 from .model import ENGINE
 from .progress import step_callback
 from .tiling import in_tiles
@@ -55,12 +58,12 @@ def rescaled(cfg_rescale: float) -> Callable[[dict[str, Any]], Tensor]:
 
 
 class CascadeSampler(comfy.samplers.Sampler):
-    """One of our samplers as the host's SAMPLER, over the levels of one run. Starts `watch` once all is loaded."""
+    """One of our samplers as the host's SAMPLER, over the levels of one run. Starts a stopwatch once all is loaded."""
 
-    def __init__(self, run: Run, source: NoiseSource):
+    def __init__(self, run: SamplingRun, later_noise: Callable[[], Tensor]):
         self.run = run
-        self.source = source
-        self.watch: Watch | None = None
+        self.later_noise = later_noise
+        self.stopwatch: Stopwatch | None = None
 
     def sample(
         self,
@@ -73,12 +76,12 @@ class CascadeSampler(comfy.samplers.Sampler):
         denoise_mask=None,
         disable_pbar=False,
     ) -> Tensor:
-        self.watch = Watch(noise.device)
+        self.stopwatch = Stopwatch(noise.device)
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         model.latent_image, model.noise = latent_image, noise  # what it keeps outside the mask
         steps = self.run.steps
 
-        def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
+        def predict(x: Tensor, log_snr: Tensor) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
             log_snr = log_snr.to(x.device, non_blocking=x.is_cuda)
             a, b = (per_image(value, x) for value in alpha_sigma(log_snr))
@@ -90,34 +93,36 @@ class CascadeSampler(comfy.samplers.Sampler):
             if callback is not None:
                 callback(step.index, step.x0, step.x, steps)
 
+        draws = chain([noise], iter(self.later_noise, None))
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
-        start = add_noise(latent, noise, self.run.denoise, self.run.shift)
-        sampled = SAMPLERS[self.run.sampler](denoise, start, self.run.log_snrs(), self.source.draw, report)
+        # The mask is the host's to apply at each step, so that its nodes may change it.
+        sampled = sample_run(replace(self.run, latent=latent, mask=None), predict, report, draws.__next__)
         return sampled if denoise_mask is None else torch.lerp(latent, sampled, denoise_mask)
 
 
-def sample(run: Run) -> Sampled:
-    patcher = with_shift(run.model, run.shift)
-    if run.tile:
-        patcher = in_tiles(patcher, run.tile)
-    if not run.engine:
+def sample(request: SamplingRequest) -> SamplingResult:
+    run = request.run
+    patcher = with_shift(request.model, run.shift)
+    if request.tile_positions:
+        patcher = in_tiles(patcher, request.tile_positions)
+    if not request.engine:
         patcher = patcher.clone()
         patcher.model_options["transformer_options"][ENGINE] = False
     source = run.noise()
-    guider = CascadeGuider(patcher, run.cfg, run.cfg_rescale)
-    guider.set_conds(run.positive, run.negative)
-    sampler = CascadeSampler(run, source)
+    guider = CascadeGuider(patcher, request.cfg, request.cfg_rescale)
+    guider.set_conds(request.positive, request.negative)
+    sampler = CascadeSampler(run, source.draw)
     sampled = guider.sample(
         source.draw(),
-        run.samples,
+        run.latent,
         sampler,
         (run.log_snrs() / -2).exp(),
-        denoise_mask=run.noise_mask,
-        callback=step_callback(patcher, run.steps, run.kind),
+        denoise_mask=run.mask,
+        callback=step_callback(patcher, run.steps, request.kind),
         seed=run.seed,
     )
-    watch = sampler.watch or Watch(patcher.load_device)
-    return watch.stop(sampled.to(comfy.model_management.intermediate_device(), torch.float32))
+    stopwatch = sampler.stopwatch or Stopwatch(patcher.load_device)
+    return stopwatch.stop(sampled.to(comfy.model_management.intermediate_device(), torch.float32))
 
 
 def with_guidance(patcher: Any, cfg_rescale: float, shift: float) -> Any:

@@ -2,31 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....cascade_core.errors import CascadeError
-from ....cascade_core.networks import activations
-from .clip import encoder_dtype
-from .device import on_device
-from .weights import naming_non_finite
-
-if TYPE_CHECKING:
-    from ....cascade_core.vision import ImageEncoder
-
-
-@dataclass(frozen=True)
-class HeadlessVision:
-    """An image encoder."""
-
-    encoder: "ImageEncoder"
-    file: str
-
-    def networks(self) -> list[tuple[nn.Module, str]]:
-        """The network with the name of its file."""
-        return [(self.encoder.model, self.file)]
+from ....cascade_core.stages.prompt import VisionStage, load_image_encoder
+from .device import compute_device
+from .values import words_for
 
 
 @dataclass(frozen=True)
@@ -36,24 +19,11 @@ class HeadlessVisionOutput:
     image_embeds: Tensor
 
 
-def load_vision(path: Path) -> HeadlessVision:
-    from ....cascade_core.vision import ImageEncoder  # transformers takes seconds to import
-
-    return HeadlessVision(ImageEncoder.load(path, dtype=encoder_dtype()), path.name)
+def load_vision(path: Path) -> VisionStage:
+    return load_image_encoder(path, compute_device())
 
 
-@torch.inference_mode()
-def encode_image(vision: HeadlessVision, image: Tensor) -> HeadlessVisionOutput:
-    if not isinstance(vision, HeadlessVision):
-        raise CascadeError(
-            f"The CLIP_VISION is a {type(vision).__name__}; connect Load Cascade Image Encoder."
-        )
-    from ....cascade_core.vision import IMAGES_AT_ONCE
-
-    model, batch = vision.encoder.model, min(len(image), IMAGES_AT_ONCE)
-    positions = (model.config.image_size // model.config.patch_size) ** 2 + 1
-    working = activations.clip_encoder(model.config, batch, positions) * model.dtype.itemsize
-    working += 8 * image[:batch].numel()  # the pictures, in float32, and one more while they are resized
-    with naming_non_finite(vision):
-        embeds = on_device(model, lambda _: vision.encoder.encode(image).cpu(), working, once=True)
-    return HeadlessVisionOutput(embeds)
+def encode_image(vision: Any, image: Tensor) -> HeadlessVisionOutput:
+    if not isinstance(vision, VisionStage):
+        raise CascadeError(f"The CLIP_VISION is {words_for(vision)}; connect Load Cascade Image Encoder.")
+    return HeadlessVisionOutput(vision.encode(image))

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....cascade_core.networks.tiles import fitting_tile, join_tiles
-from ....cascade_core.placement import WeightConsumer, out_of_memory
-from ..reporting import check_interrupted, notify
-from . import device as host_device
-from .device import on_device
+from ..networks.tiles import fitting_tile, join_tiles
+from ..placement import WeightConsumer, out_of_memory
+from .device import ComputeDevice
 
 MOST = 2_500_000_000  # bytes beside the weights: beyond it larger tiles are hardly faster
 LEAST = 500_000_000  # bytes for which other networks leave the device rather than that tiles get smaller
@@ -22,11 +20,13 @@ LEAST_TILE = 16  # positions a side
 class Tiled:
     """function, a method of the network's, on tiles that see `halo` positions more.
 
+    device    where it runs
     estimate  of `activations`: values alive for (config, batch, height, width) in positions
     down, up  what a position is in what goes in and in what comes out, in values a side
     consumer  the engine that `function` calls in the network's place
     """
 
+    device: ComputeDevice
     network: Any
     function: Callable[[Tensor], Tensor]
     halo: int
@@ -51,19 +51,22 @@ class Tiled:
                 if not automatic or not out_of_memory(error) or smaller < LEAST_TILE:
                     raise
             tile = smaller
-            notify(f"out of memory; trying again in tiles of {tile * max(self.down, self.up)} pixels.")
+            self.device.observer.notify(
+                f"out of memory; trying again in tiles of {tile * max(self.down, self.up)} pixels."
+            )
 
     def _in_tiles(self, x: Tensor, tile: int) -> Tensor:
         dtype = next(self.network.parameters()).dtype
 
         def run(device: torch.device) -> Tensor:
             def part(seen: Tensor) -> Tensor:
-                check_interrupted()
+                self.device.observer.check_interrupted()
                 return self.function(seen.to(device, dtype)).float().cpu()
 
             return join_tiles(part, x, tile, self.halo, self.down, self.up)
 
-        return on_device(self.network, run, self._bytes(x, self._area(x, tile)), consumer=self.consumer)
+        workspace = self._bytes(x, self._area(x, tile))
+        return self.device.run(self.network, run, workspace, consumer=self.consumer)
 
     def _positions(self, x: Tensor) -> tuple[int, int]:
         return x.shape[-2] // self.down, x.shape[-1] // self.down
@@ -79,11 +82,11 @@ class Tiled:
         return self.estimate(self.network.config, len(x), area, 1) * dtype.itemsize
 
     def _fitting(self, x: Tensor) -> int:
-        shared = host_device.pool()
-        if shared is None:
+        pool = self.device.pool
+        if pool is None:
             return 0
         network: nn.Module = self.network
-        free = max(shared.free_bytes(network, keep_others=True), min(shared.free_bytes(network), LEAST))
+        free = max(pool.free_bytes(network, keep_others=True), min(pool.free_bytes(network), LEAST))
         free = min(free, MOST)
         return fitting_tile(*self._positions(x), self.halo, lambda area: self._bytes(x, area) <= free)
 

@@ -1,0 +1,246 @@
+"""Model files by role: the folders that ComfyUI keeps them in, and which file of a folder serves which network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoints import locate, parts_in
+from .checkpoints.source import read_tensors
+from .errors import CascadeError
+
+# Names are ComfyUI's categories; `SUBFOLDERS` gives their folders. All but embeddings, which ComfyUI itself looks for,
+# are looked for in `stable_cascade` too.
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "stage_c": ("diffusion_models", "checkpoints", "stable_cascade"),
+    "stage_b": ("diffusion_models", "checkpoints", "stable_cascade"),
+    "stage_a": ("vae", "stable_cascade"),
+    "compressor": ("vae", "stable_cascade"),
+    "previewer": ("vae", "stable_cascade"),
+    "text_encoder": ("text_encoders", "stable_cascade"),
+    "vision": ("clip_vision", "stable_cascade"),
+    "controlnet": ("controlnet", "stable_cascade"),
+    "lora": ("loras", "stable_cascade"),
+    "embedding": ("embeddings",),
+    "checkpoint": ("checkpoints", "diffusers", "stable_cascade"),
+    "face": ("insightface", "stable_cascade"),
+}
+
+SUBFOLDERS: dict[str, tuple[str, ...]] = {
+    "diffusion_models": ("diffusion_models", "unet"),
+    "text_encoders": ("text_encoders", "clip"),
+}
+
+ROLE_WORDS: dict[str, str] = {
+    "stage_c": "Stage C",
+    "stage_b": "Stage B",
+    "stage_a": "Stage A",
+    "compressor": "semantic compressor",
+    "previewer": "previewer",
+    "text_encoder": "text encoder",
+    "vision": "image encoder",
+    "controlnet": "ControlNet",
+    "lora": "LoRA",
+    "embedding": "embedding",
+    "checkpoint": "checkpoint",
+    "face": "InsightFace",
+}
+
+SUFFIXES = (".safetensors", ".sft")
+# The roles of a whole cascade, by the part that `checkpoints.parts_in` names.
+PARTS = {
+    "stage_c": "stage_c",
+    "stage_b": "stage_b",
+    "stage_a": "stage_a",
+    "compressor": "compressor",
+    "previewer": "previewer",
+    "text_encoder": "text",
+    "vision": "vision",
+}
+PREFERENCES = ("full", "lite")
+
+
+def subfolders(category: str) -> tuple[str, ...]:
+    """The folders under `models` that belong to a category."""
+    return SUBFOLDERS.get(category, (category,))
+
+
+def names_in(folder: Path, role: str) -> list[str]:
+    """Safetensors files under `folder`, relative to it; of text encoders also their folders."""
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for one that must not be looked into
+        return []
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and os.path.isfile(path)]
+    names = {path.relative_to(folder).as_posix() for path in files}
+    if role == "text_encoder":
+        names |= {
+            path.parent.relative_to(folder).as_posix() for path in files if is_encoder_folder(path.parent)
+        }
+    if role == "checkpoint":
+        names |= {path.parent.relative_to(folder).as_posix() for path in folder.rglob("model_index.json")}
+    names.discard(".")
+    return sorted(names)
+
+
+def is_encoder_folder(folder: Path) -> bool:
+    """Whether a folder holds a text encoder as Hugging Face saves one: weights beside its vocabulary."""
+    has_vocabulary = any(os.path.isfile(folder / name) for name in ("vocab.json", "tokenizer.json"))
+    return has_vocabulary and os.path.isfile(folder / "model.safetensors")
+
+
+def is_pipeline_folder(folder: Path) -> bool:
+    """Whether a folder is a whole pipeline as diffusers saves one."""
+    return os.path.isfile(folder / "model_index.json")
+
+
+# The roles whose value may be a folder, and how one is known.
+FOLDER_TESTS = {"text_encoder": is_encoder_folder, "checkpoint": is_pipeline_folder}
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a file name could point out of the folder it is looked up in."""
+    path = Path(name)
+    return not name or path.is_absolute() or ".." in path.parts or bool(path.drive)
+
+
+def embedding_in(folders: Iterable[Path], name: str) -> Path | None:
+    """The embedding of that name, with or without its ending, in the folders or in folders within."""
+    if leaves_folder(name):
+        return None
+    endings = tuple(f"/{name}{suffix}" for suffix in ("", *SUFFIXES))
+    for folder in folders:
+        for listed in names_in(folder, "embedding"):
+            if f"/{listed}".endswith(endings):
+                return folder / listed
+    return None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A file or folder that holds a network.  values: how many numbers its weights are; half: in 16 bits or fewer"""
+
+    path: Path
+    values: int
+    half: bool
+
+
+class ModelFiles:
+    """The files of one cascade: of a `models` folder as ComfyUI's, of any folder of files, or of diffusers' folders.
+
+    folder   where to look
+    chosen   {role: a path, or a name inside the folder}, for roles whose file is chosen by hand
+    prefer   "full": of several networks for a role the largest is taken; "lite": the smallest
+    full_precision  of one network in several files, the one in float32 is taken, else the one in 16 bits
+
+    Ties go by name. Files are recognised by what is in them, whatever their names; only headers are read.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        chosen: Mapping[str, str | Path] | None = None,
+        prefer: str = "full",
+        full_precision: bool = False,
+    ):
+        self.folder = Path(folder)
+        self.chosen = dict(chosen or {})
+        self.prefer, self.full_precision = prefer, full_precision
+        unknown = sorted(set(self.chosen) - set(PARTS))
+        if unknown:
+            raise CascadeError(f"{', '.join(unknown)} is not a role; choose among {', '.join(PARTS)}.")
+        if prefer not in PREFERENCES:
+            raise CascadeError(f"prefer is {prefer!r}; choose {' or '.join(PREFERENCES)}.")
+        if not self.folder.is_dir():
+            raise CascadeError(
+                f"{self.folder} is not a folder; give the folder that holds the model files, such as models."
+            )
+        self._paths: dict[str, Path | None] = {}
+
+    def find(self, role: str) -> Path:
+        """The file for a role of PARTS. Raises CascadeError where there is none."""
+        path = self.find_optional(role)
+        if path is None:
+            raise CascadeError(
+                f"No {ROLE_WORDS[role]} was found in {self.folder} (looked in it and in its folders "
+                f"{', '.join(FOLDERS[role])}); put its file there, or name it: load(…, {role}=path). "
+                "`cascade fetch` gets the published ones."
+            )
+        return path
+
+    def find_optional(self, role: str) -> Path | None:
+        """The file for a role, or None."""
+        if role not in self._paths:
+            if role in self.chosen:
+                self._paths[role] = self.named(role, self.chosen[role])
+            else:
+                self._paths[role] = self._best(role)
+        return self._paths[role]
+
+    def named(self, role: str, name: str | Path) -> Path:
+        """A file of any role by its name inside the folder, or by its path. Raises CascadeError where there is none."""
+        places = [*self._places(role), self.folder]
+        for path in (*(place / name for place in places), Path(name)):
+            if str(name) and os.path.exists(path):
+                return path
+        raise CascadeError(
+            f"No {ROLE_WORDS[role]} file {str(name)!r} was found in {self.folder} (in "
+            f"{', '.join(FOLDERS[role])}); put it there, or give its path."
+        )
+
+    def embedding(self, name: str) -> Path | None:
+        """The file of `embedding:name`, with or without its ending, in the folder's `embeddings` or within."""
+        return embedding_in(self._places("embedding"), name)
+
+    def _places(self, role: str) -> list[Path]:
+        return [self.folder / subfolder for category in FOLDERS[role] for subfolder in subfolders(category)]
+
+    def _best(self, role: str) -> Path | None:
+        candidates = list(self._candidates(role))
+        if not candidates:
+            return None
+        sign = -1 if self.prefer == "full" else 1
+
+        def order(candidate: _Candidate) -> tuple:
+            return sign * candidate.values, candidate.half == self.full_precision, str(candidate.path)
+
+        return min(candidates, key=order).path
+
+    def _candidates(self, role: str) -> Iterator[_Candidate]:
+        """What holds the role's network: first in the role's folders, then anywhere in the folder."""
+        places = [*self._places(role), *self._places("checkpoint")]
+        for group in (dict.fromkeys(places), (self.folder,)):
+            paths = dict.fromkeys(path for place in group for path in self._paths_in(place, role))
+            candidates = [one for path in paths if (one := _candidate(path, PARTS[role])) is not None]
+            if candidates:
+                yield from candidates
+                return
+
+    @staticmethod
+    def _paths_in(place: Path, role: str) -> list[Path]:
+        pipelines = [place] if is_pipeline_folder(place) else []
+        pipelines += [
+            place / name for name in names_in(place, "checkpoint") if is_pipeline_folder(place / name)
+        ]
+        return [*pipelines, *(place / name for name in names_in(place, role))]
+
+
+def _candidate(path: Path, part: str) -> _Candidate | None:
+    """The part's network in a file or folder; None where it holds none or cannot be read."""
+    try:
+        located = locate(path, part)
+        if not located.is_file():
+            return None
+        tensors, _ = read_tensors(located)
+    except (CascadeError, OSError):
+        return None
+    layout = parts_in(tensors).get(part)
+    if layout is None:
+        return None
+    weights = [tensor for tensor in layout.to_published(tensors).values() if tensor.is_floating_point()]
+    sizes = {True: 0, False: 0}
+    for tensor in weights:
+        sizes[tensor.dtype.itemsize < torch.float32.itemsize] += tensor.numel()
+    return _Candidate(path, sum(sizes.values()), sizes[True] >= sizes[False])

@@ -1,0 +1,813 @@
+"""The front door: a whole cascade as one object, prompts in and pictures out.
+
+    cascade = StableCascade.load("models", memory="8GB")
+    cascade.add_lora("my_style.safetensors", 0.8)
+    picture = cascade("a lighthouse in a storm", negative="blurry", size=(1024, 1024), seed=7)[0]
+
+Words and units are those of the nodes: a picture made here, by the nodes and by `cascade run` is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from .adapters import (
+    Adapter,
+    LearnedToken,
+    check_finite_changes,
+    check_fits,
+    describe_unknown,
+    read_adapter,
+)
+from .adapters.apply import Patch
+from .adapters.embeddings import embedding_tokens
+from .adapters.text_changes import check_text_changes
+from .adapters.tokens import NewToken, parse_new_tokens
+from .diffusion.samplers import Callback, SamplerStep
+from .errors import CascadeError, Interrupted
+from .geometry import (
+    LATENT_CHANNELS,
+    check_size,
+    compressor_size,
+    stage_b_size,
+    stage_c_size,
+    whole_size,
+)
+from .hints.masks import composite, expand, latent_mask
+from .model_files import ModelFiles
+from .pictures import Picture, as_image, as_mask, resized, to_pil
+from .run import Observer, SamplingRun, check_sampler
+from .stages.codec import Codec, load_compressor, load_stage_a
+from .stages.control import AppliedControlNet, ControlNetStage, load_controlnet
+from .stages.device import ComputeDevice
+from .stages.diffusion import (
+    SCALE_FACTOR,
+    DiffusionStage,
+    Guidance,
+    check_semantic,
+    check_widths,
+    load_stage,
+    stage_b_tile,
+)
+from .stages.hint import Control, make_hint
+from .stages.prompt import (
+    PicturePrompt,
+    Prompt,
+    TextStage,
+    VisionStage,
+    check_text,
+    load_image_encoder,
+    load_text_encoder,
+)
+from .stages.weights import check_stage_finite
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Output = Literal["pil", "tensor"]
+Size = tuple[int, int]  # (width, height) in pixels
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How one stage is sampled: its node's inputs of the same names."""
+
+    steps: int
+    cfg: float
+    cfg_rescale: float = 0.7
+    shift: float = 1.0
+    sampler: str = "ddpm"
+
+
+PRIOR = StageSettings(steps=20, cfg=4.0, shift=2.0)  # published, for Stage C
+DECODER = StageSettings(steps=10, cfg=1.1)  # and for Stage B
+SECOND_PASS = StageSettings(steps=5, cfg=1.0, cfg_rescale=0.0)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A finished step of one stage.
+
+    stage   stage_c or stage_b
+    step    1 … steps
+    latent  (B, C, h, w), the clean latent that this step predicted, in the network's units
+    """
+
+    stage: str
+    step: int
+    steps: int
+    latent: Tensor
+    _preview: Callable[[Tensor], Image | None]
+
+    def preview(self) -> Image | None:
+        """The first picture so far, by the previewer or by Stage A; None where the previewer's file is missing."""
+        return self._preview(self.latent)
+
+
+ProgressCallback = Callable[[Progress], object]
+
+
+class EncodedPicture(NamedTuple):
+    """stage_c: (B, 16, h, w); stage_b: (B, 4, H / 4, W / 4), zeros where Stage A was not asked for"""
+
+    stage_c: Tensor
+    stage_b: Tensor
+
+
+@dataclass(frozen=True)
+class _AppliedLoRA:
+    adapter: Adapter
+    strength: float
+    text_strength: float
+    new_tokens: tuple[NewToken, ...]
+
+
+class StableCascade:
+    """A cascade's networks, loaded as they are first needed.
+
+    One call runs at a time: a second thread's waits. `close`, or leaving a `with` block, gives the memory back.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        device: ComputeDevice,
+        dtype: str = "auto",
+        prior: StageSettings = PRIOR,
+        decoder: StageSettings = DECODER,
+        size: Size = (1024, 1024),
+    ):
+        device.weight_dtype(dtype)  # refuses a wrong one before a file is read
+        self.files, self.device, self.dtype = files, device, dtype
+        self.prior_settings, self.decoder_settings, self.size = prior, decoder, size
+        self._loaded: dict[tuple[str, Path], Any] = {}
+        self._loras: dict[str, _AppliedLoRA] = {}
+        self._lock = threading.RLock()
+        self._cancelled = threading.Event()
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        memory: int | str | None = None,
+        prefer: str = "full",
+        prior: StageSettings = PRIOR,
+        decoder: StageSettings = DECODER,
+        size: Size = (1024, 1024),
+        **files: str | Path,
+    ) -> Self:
+        """A cascade from a folder: ComfyUI's `models`, any folder of safetensors files, or diffusers' folders.
+
+        dtype    of Stage B and C: auto, bf16, fp16, fp32 or fp8
+        device   auto, cpu, cuda or cuda:N
+        memory   how much of a card to take, in bytes or as "8GB"; None: what is free
+        prefer   "full": the largest of several networks for a stage is taken; "lite": the smallest
+        files    a file by its role, as a path or a name inside the folder: stage_c, stage_b, stage_a, compressor,
+                 previewer, text_encoder, vision
+        prior, decoder, size  what a call takes where it does not say otherwise
+
+        No network is loaded before it is needed. Raises CascadeError for a folder, device, dtype, memory or role that
+        does not exist; for a missing file when it is needed.
+        """
+        observer = Observer(logger.warning, lambda: None)
+        full_precision = dtype == "fp32"
+        cascade = cls(
+            ModelFiles(folder, files, prefer, full_precision),
+            ComputeDevice(device, memory, observer),
+            dtype,
+            prior,
+            decoder,
+            size,
+        )
+        cascade.device.observer = replace(observer, check_interrupted=cascade._check_cancelled)
+        return cascade
+
+    # Pictures
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str = "",
+        size: Size | None = None,
+        seed: int = 0,
+        batch: int | None = None,
+        steps: int | None = None,
+        cfg: float | None = None,
+        cfg_rescale: float | None = None,
+        shift: float | None = None,
+        sampler: str | None = None,
+        decoder: StageSettings | None = None,
+        image: Picture | None = None,
+        denoise: float = 1.0,
+        mask: Picture | None = None,
+        room: tuple[int, int, int, int] | None = None,
+        grow: int = 0,
+        feather: int | None = None,
+        image_prompts: Sequence[Picture | tuple[Picture, float]] = (),
+        controls: Sequence[Control] = (),
+        tile_size: int = 0,
+        engine: bool = True,
+        output: Output = "pil",
+        callback: ProgressCallback | None = None,
+    ) -> list[Image] | Tensor:
+        """Pictures of a prompt: a list of PIL images, or (B, H, W, 3) float32 in [0, 1] with output="tensor".
+
+        prompt         one for all pictures, or a sequence, one for each
+        size           (width, height) in pixels, multiples of 8; of `image` where one is given
+        seed           of the first picture; picture i is drawn from seed + i
+        batch          how many pictures; by default one, or as many as there are prompts or images
+        steps … sampler  of Stage C; `decoder` holds Stage B's
+        image          the picture to start from, as a PIL image, a path, or a tensor (B, H, W, 3) in [0, 1]
+        denoise        how much of it is made anew: 1 starts from noise alone
+        mask           inpainting: white where the picture may change; the source is put back everywhere else
+        room           outpainting: (left, top, right, bottom), pixels to add around `image`
+        grow           Stage C positions by which its mask is wider; 1 with the inpainting ControlNet
+        feather        pixels inside the mask over which the new part begins; by default 8, or 24 with `room`
+        image_prompts  pictures beside the words, each with its strength (1 by default)
+        controls       ControlNets with their pictures
+        tile_size      side in pixels of Stage B's and Stage A's tiles, for large pictures; 0: whole
+        engine         False: plain PyTorch
+        callback       called with a Progress after each step; returning False cancels the run
+
+        Raises CascadeError for what does not fit, Interrupted where the run was cancelled.
+        """
+        with self._running():
+            source = None if image is None else as_image(image)
+            hole = None if mask is None else as_mask(mask)
+            if room is not None:
+                source, hole = self._expanded(source, hole, room)
+            if hole is not None and source is None:
+                raise CascadeError("mask was given without image; give the picture that it belongs to.")
+            prompts = self._encode_text(prompt, negative)
+            latent = self._sample_prior(
+                prompts,
+                self._size(size, source),
+                self._batch(batch, prompts[0], source),
+                _chosen(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler),
+                seed=seed,
+                source=source,
+                denoise=denoise,
+                mask=hole,
+                grow=grow,
+                image_prompts=image_prompts,
+                controls=controls,
+                engine=engine,
+                callback=callback,
+            )
+            pictures = self._sample_decoder(
+                latent,
+                prompts,
+                self._size(size, source),
+                decoder or self.decoder_settings,
+                seed=seed,
+                source=source if hole is not None else None,
+                denoise=1.0,
+                mask=hole,
+                tile_size=tile_size,
+                engine=engine,
+                callback=callback,
+            )
+            if hole is not None and source is not None:
+                edge = feather if feather is not None else (24 if room is not None else 8)
+                pictures = composite(pictures.movedim(-1, 1), source.movedim(-1, 1), hole, edge).movedim(
+                    1, -1
+                )
+            return _as_output(pictures, output)
+
+    def prior(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        negative: str = "",
+        size: Size | None = None,
+        seed: int = 0,
+        batch: int | None = None,
+        steps: int | None = None,
+        cfg: float | None = None,
+        cfg_rescale: float | None = None,
+        shift: float | None = None,
+        sampler: str | None = None,
+        image: Picture | None = None,
+        latent: Tensor | None = None,
+        denoise: float = 1.0,
+        mask: Picture | None = None,
+        grow: int = 0,
+        image_prompts: Sequence[Picture | tuple[Picture, float]] = (),
+        controls: Sequence[Control] = (),
+        engine: bool = True,
+        callback: ProgressCallback | None = None,
+    ) -> Tensor:
+        """Stage C alone: (B, 16, h, w) float32 on the CPU, h and w being ceil(pixels / 42.67).
+
+        latent: a Stage C latent to start from, in place of `image`. All else as in a call.
+        """
+        with self._running():
+            source = None if image is None else as_image(image)
+            prompts = self._encode_text(prompt, negative)
+            return self._sample_prior(
+                prompts,
+                self._size(size, source),
+                self._batch(batch, prompts[0], source if latent is None else latent),
+                _chosen(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler),
+                seed=seed,
+                source=source,
+                latent=latent,
+                denoise=denoise,
+                mask=None if mask is None else as_mask(mask),
+                grow=grow,
+                image_prompts=image_prompts,
+                controls=controls,
+                engine=engine,
+                callback=callback,
+            )
+
+    def decode(
+        self,
+        latent: Tensor,
+        prompt: str | Sequence[str] = "",
+        *,
+        negative: str = "",
+        size: Size | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        cfg: float | None = None,
+        cfg_rescale: float | None = None,
+        shift: float | None = None,
+        sampler: str | None = None,
+        image: Picture | None = None,
+        denoise: float = 1.0,
+        mask: Picture | None = None,
+        tile_size: int = 0,
+        engine: bool = True,
+        output: Output = "pil",
+        callback: ProgressCallback | None = None,
+    ) -> list[Image] | Tensor:
+        """Stage B and Stage A: Stage C's latent (B, 16, h, w) to pictures.
+
+        steps … sampler: of Stage B. image: the picture that Stage B starts from where denoise is below 1, or that stays
+        outside `mask`. All else as in a call.
+        """
+        with self._running():
+            source = None if image is None else as_image(image)
+            pictures = self._sample_decoder(
+                latent,
+                self._encode_text(prompt, negative),
+                self._size(size, source),
+                _chosen(self.decoder_settings, steps, cfg, cfg_rescale, shift, sampler),
+                seed=seed,
+                source=source,
+                denoise=denoise,
+                mask=None if mask is None else as_mask(mask),
+                tile_size=tile_size,
+                engine=engine,
+                callback=callback,
+            )
+            return _as_output(pictures, output)
+
+    def encode(
+        self, image: Picture, *, size: Size | None = None, stage_a: bool = False, tile_size: int = 0
+    ) -> EncodedPicture:
+        """A picture's latents: Stage C's by the semantic compressor, and with `stage_a` Stage B's.
+
+        size: (width, height) to which the picture is resized first.
+        """
+        with self._running():
+            source = as_image(image)
+            return self._encode_picture(source, self._size(size, source), stage_a, tile_size)
+
+    def second_pass(
+        self,
+        image: Picture,
+        prompt: str | Sequence[str] = "",
+        *,
+        negative: str = "",
+        size: Size | None = None,
+        seed: int = 0,
+        denoise: float = 0.3,
+        settings: StageSettings = SECOND_PASS,
+        tile_size: int = 0,
+        engine: bool = True,
+        output: Output = "pil",
+        callback: ProgressCallback | None = None,
+    ) -> list[Image] | Tensor:
+        """Pictures made anew at a larger size, by default twice theirs: Stage B starts from the enlarged picture."""
+        with self._running():
+            source = as_image(image)
+            height, width = source.shape[1:3]
+            size = size or (2 * width, 2 * height)
+            encoded = self._encode_picture(source, size, False, tile_size)
+            pictures = self._sample_decoder(
+                encoded.stage_c,
+                self._encode_text(prompt, negative),
+                size,
+                settings,
+                seed=seed,
+                source=source,
+                denoise=denoise,
+                mask=None,
+                tile_size=tile_size,
+                engine=engine,
+                callback=callback,
+            )
+            return _as_output(pictures, output)
+
+    # LoRAs and learned tokens
+
+    def add_lora(
+        self,
+        file: str | Path,
+        strength: float = 1.0,
+        text_strength: float | None = None,
+        new_tokens: str = "",
+    ) -> str:
+        """Applies a LoRA of any dialect, or a learned token, from here on; returns the name to remove it by.
+
+        file           a path, or a name in the folder's `loras`
+        strength       of what changes Stage C: 0 not at all, 1 as trained
+        text_strength  of what changes the text encoder, tokens included; by default the same
+        new_tokens     names for the tokens of official LoRAs, which do not hold them: `[fernando] ^dog</w>; …`
+
+        A token that the file teaches is written as [name] in prompts. Raises CascadeError for a file that does not fit.
+        """
+        with self._running():
+            path = self.files.named("lora", file)
+            adapter = read_adapter(path, self._stage("stage_c").network.config)
+            text_strength = strength if text_strength is None else text_strength
+            named = tuple(parse_new_tokens(new_tokens))
+            if strength:
+                check_fits(adapter, self._stage("stage_c").network.config)
+                check_finite_changes(adapter.stage_c, adapter.name)
+            notes = [note for note in [describe_unknown(adapter)] if note]
+            if text_strength and (adapter.text or adapter.tokens):
+                notes += check_text_changes(adapter, self._text().encoder.model, named)
+            for note in notes:
+                logger.info(note)
+            name = _free_name(path.name, self._loras)
+            self._loras[name] = _AppliedLoRA(adapter, strength, text_strength, named)
+            return name
+
+    def remove_lora(self, name: str) -> None:
+        """Takes a LoRA or learned token back. Raises CascadeError for one that is not there."""
+        with self._running():
+            if name not in self._loras:
+                applied = ", ".join(self._loras) or "none is"
+                raise CascadeError(
+                    f"No LoRA {name!r} is applied ({applied}); give the name that add_lora gave."
+                )
+            del self._loras[name]
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """The names of the LoRAs and learned tokens that are applied."""
+        return tuple(self._loras)
+
+    # Life
+
+    def cancel(self) -> None:
+        """Ends the call that is running in another thread, which raises Interrupted there."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """Gives the memory back. The object cannot be used any more."""
+        with self._lock:
+            self._loaded.clear()
+            self._loras.clear()
+            self.device.close()
+            self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """One call at a time."""
+        with self._lock:
+            if self._closed:
+                raise CascadeError("This StableCascade was closed; load it again.")
+            self._cancelled.clear()
+            with torch.inference_mode():
+                yield
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise Interrupted("The run was cancelled.")
+
+    # Networks, loaded when they are first needed
+
+    def _load(self, role: str, path: Path, load: Callable[[Path], T]) -> T:
+        if (role, path) not in self._loaded:
+            self._loaded[role, path] = load(path)
+        return self._loaded[role, path]
+
+    def _stage(self, kind: str) -> DiffusionStage:
+        path = self.files.find(kind)
+        return self._load(kind, path, lambda path: load_stage(kind, path, self.dtype, self.device))
+
+    def _text(self) -> TextStage:
+        path = self.files.find("text_encoder")
+        return self._load("text_encoder", path, lambda path: load_text_encoder(path, self.device))
+
+    def _vision(self) -> VisionStage:
+        path = self.files.find("vision")
+        return self._load("vision", path, lambda path: load_image_encoder(path, self.device))
+
+    def _stage_a(self) -> Codec:
+        path = self.files.find("stage_a")
+        return self._load("stage_a", path, lambda path: load_stage_a(path, self.device))
+
+    def _compressor(self) -> Codec:
+        path, previewer = self.files.find("compressor"), self.files.find_optional("previewer")
+        return self._load("compressor", path, lambda path: load_compressor(path, previewer, self.device))
+
+    def _controlnet(self, file: str | Path) -> ControlNetStage:
+        path = self.files.named("controlnet", file)
+        return self._load("controlnet", path, lambda path: load_controlnet(path, self.device))
+
+    def _prior_with_loras(self) -> DiffusionStage:
+        stage = self._stage("stage_c")
+        patches = tuple(
+            Patch(lora.adapter.name, lora.adapter.stage_c, lora.strength)
+            for lora in self._loras.values()
+            if lora.strength
+        )
+        return replace(stage, patches=patches)
+
+    def _text_with_loras(self) -> TextStage:
+        text = self._text()
+        for lora in self._loras.values():
+            if lora.text_strength:
+                text = text.with_adapter(lora.adapter, lora.text_strength, lora.new_tokens)
+        return text
+
+    # The stages of a picture
+
+    def _encode_text(self, prompt: str | Sequence[str], negative: str) -> tuple[Prompt, Prompt]:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise CascadeError("prompt is an empty sequence; give at least one prompt.")
+        text = self._text_with_loras()
+        encoded = []
+        for name, texts in (("prompt", prompts), ("negative", [negative])):
+            for written in texts:
+                check_text(name, written)
+            encoded.append(text.encode(texts, self._embeddings))
+            result = [encoded[-1].states, encoded[-1].pooled]
+            check_stage_finite(
+                result, text, f"What the text encoder gives for {name}", "lower the weights in the prompt"
+            )
+        return encoded[0], encoded[1]
+
+    def _embeddings(self, prompt: str, width: int) -> list[LearnedToken]:
+        """The tokens of files that a prompt asks for by `embedding:name`."""
+        return embedding_tokens(prompt, width, self.files.embedding, str(self.files.folder / "embeddings"))
+
+    def _encode_picture(self, source: Tensor, size: Size, stage_a: bool, tile_size: int) -> EncodedPicture:
+        width, height = size
+        compressor = self._compressor()
+        stage_c = compressor.encode(resized(source, compressor_size(height, width)))
+        check_stage_finite([stage_c], compressor, "The compressor's latent")
+        whole = whole_size(height, width)
+        if not stage_a:
+            return EncodedPicture(stage_c, self._empty("stage_b", len(source), whole))
+        codec = self._stage_a()
+        stage_b = codec.encode(resized(source, whole), tile_size)
+        check_stage_finite([stage_b], codec, "Stage A's latent")
+        return EncodedPicture(stage_c, stage_b)
+
+    @staticmethod
+    def _empty(kind: str, batch: int, size: tuple[int, int]) -> Tensor:
+        positions = stage_c_size(*size) if kind == "stage_c" else stage_b_size(*size)
+        return torch.zeros(batch, LATENT_CHANNELS[kind], *positions)
+
+    def _sample_prior(
+        self,
+        prompts: tuple[Prompt, Prompt],
+        size: Size,
+        batch: int,
+        settings: StageSettings,
+        *,
+        seed: int,
+        source: Tensor | None = None,
+        latent: Tensor | None = None,
+        denoise: float,
+        mask: Tensor | None,
+        grow: int,
+        image_prompts: Sequence[Any],
+        controls: Sequence[Control],
+        engine: bool,
+        callback: ProgressCallback | None,
+    ) -> Tensor:
+        width, height = size
+        _check_settings(settings, denoise, "")
+        stage = self._prior_with_loras()
+        check_widths(prompts[0], stage)
+        if latent is None and source is not None and (denoise < 1 or mask is not None):
+            latent = self._encode_picture(source, size, False, 0).stage_c
+        if latent is None:
+            latent = self._empty("stage_c", batch, (height, width))
+        if denoise == 0:
+            return latent
+        latent = _repeated(latent, batch)
+        noise_mask = None if mask is None else latent_mask(mask, batch, tuple(latent.shape[-2:]), grow)
+        positive, negative = prompts
+        positive = replace(positive, pictures=self._picture_prompts(image_prompts))
+        applied = tuple(
+            self._applied(control, size, source, mask) for control in controls if control.strength
+        )
+        positive, negative = (replace(prompt, controlnets=applied) for prompt in (positive, negative))
+        run = SamplingRun(latent, seed, settings.steps, settings.shift, settings.sampler, denoise, noise_mask)
+        return self._sample(stage, run, positive, negative, settings, 0, engine, callback)
+
+    def _sample_decoder(
+        self,
+        semantic: Tensor,
+        prompts: tuple[Prompt, Prompt],
+        size: Size,
+        settings: StageSettings,
+        *,
+        seed: int,
+        source: Tensor | None,
+        denoise: float,
+        mask: Tensor | None,
+        tile_size: int,
+        engine: bool,
+        callback: ProgressCallback | None,
+    ) -> Tensor:
+        width, height = size
+        _check_settings(settings, denoise, "decoder's ")
+        stage, codec = self._stage("stage_b"), self._stage_a()
+        check_semantic(semantic, stage)
+        stage.check_picture_size(width, height)
+        batch = len(semantic)
+        latent = self._empty("stage_b", batch, whole_size(height, width))
+        if source is not None and (denoise < 1 or mask is not None):
+            encoded = codec.encode(resized(source, whole_size(height, width)), tile_size)
+            check_stage_finite([encoded], codec, "Stage A's latent")
+            latent = _repeated(encoded, batch)
+        noise_mask = None if mask is None else latent_mask(mask, batch, tuple(latent.shape[-2:]))
+        if denoise:
+            positive, negative = prompts
+            positive = replace(positive, effnet=semantic)
+            negative = replace(negative, effnet=torch.zeros_like(semantic))
+            run = SamplingRun(
+                latent, seed, settings.steps, settings.shift, settings.sampler, denoise, noise_mask
+            )
+            tile = stage_b_tile(tile_size)
+            latent = self._sample(stage, run, positive, negative, settings, tile, engine, callback)
+        self.device.observer.check_interrupted()
+        pictures = codec.decode(latent, tile_size)
+        check_stage_finite([pictures], codec, "The decoded picture")
+        return pictures
+
+    def _sample(
+        self,
+        stage: DiffusionStage,
+        run: SamplingRun,
+        positive: Prompt,
+        negative: Prompt,
+        settings: StageSettings,
+        tile_positions: int,
+        engine: bool,
+        callback: ProgressCallback | None,
+    ) -> Tensor:
+        guidance = Guidance(settings.cfg, settings.cfg_rescale)
+        steps = self._callback(stage.kind, callback)
+        result = stage.sample(run, positive, negative, guidance, tile_positions, engine, steps)
+        advice = "lower cfg and the weights in the prompt, or choose dtype bf16 or fp32"
+        check_stage_finite([result.latent], stage, f"The latent that {stage.described} sampled", advice)
+        logger.debug("%s: %.2f s, %d bytes", stage.described, result.seconds, result.peak_bytes)
+        return result.latent
+
+    def _callback(self, kind: str, callback: ProgressCallback | None) -> Callback | None:
+        if callback is None:
+            return None
+
+        def report(step: SamplerStep) -> None:
+            preview = self._preview_prior if kind == "stage_c" else self._preview_decoder
+            if callback(Progress(kind, step.index + 1, step.steps, step.x0, preview)) is False:
+                raise Interrupted("The run was cancelled.")
+
+        return report
+
+    def _preview_prior(self, latent: Tensor) -> Image | None:
+        if self.files.find_optional("compressor") is None or self.files.find_optional("previewer") is None:
+            return None
+        return to_pil(self._compressor().decode(latent[:1].cpu()))[0]
+
+    def _preview_decoder(self, latent: Tensor) -> Image | None:
+        return to_pil(self._stage_a().decode(latent[:1].cpu() * SCALE_FACTOR))[0]
+
+    def _picture_prompts(self, image_prompts: Sequence[Any]) -> tuple[PicturePrompt, ...]:
+        prompts = []
+        for entry in image_prompts:
+            picture, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
+            if strength == 0:
+                continue
+            vision = self._vision()
+            embeds = vision.encode(as_image(picture))
+            check_stage_finite([embeds], vision, "What the image encoder gives")
+            prompts.append(PicturePrompt(embeds, strength))
+        return tuple(prompts)
+
+    def _applied(
+        self, control: Control, size: Size, source: Tensor | None, mask: Tensor | None
+    ) -> AppliedControlNet:
+        stage = self._controlnet(control.file)
+        hint = make_hint(control, stage, size, source, mask, self._compressor)
+        return AppliedControlNet(stage, hint, control.strength, control.start, control.end)
+
+    # What a call stands for
+
+    def _size(self, size: Size | None, source: Tensor | None) -> Size:
+        if size is None and source is not None:
+            return source.shape[2], source.shape[1]
+        size = size or self.size
+        check_size(*size)
+        return size
+
+    @staticmethod
+    def _batch(batch: int | None, prompt: Prompt, source: Tensor | None) -> int:
+        counts = {len(prompt.states), len(source) if source is not None else 1} - {1}
+        most = max(counts, default=1)
+        if batch is None:
+            batch = most
+        if batch < 1 or len(counts) > 1 or most not in (1, batch):
+            raise CascadeError(
+                f"batch is {batch}, with {len(prompt.states)} prompts and "
+                f"{len(source) if source is not None else 0} images; give one of each, or as many as the batch."
+            )
+        return batch
+
+    @staticmethod
+    def _expanded(
+        source: Tensor | None, mask: Tensor | None, room: tuple[int, int, int, int]
+    ) -> tuple[Tensor, Tensor]:
+        if source is None or mask is not None:
+            raise CascadeError(
+                "room is for an image without a mask: it makes the mask; give one or the other."
+            )
+        larger, hole = expand(source.movedim(-1, 1), *room, feather=32)
+        return larger.movedim(1, -1), hole
+
+
+def _chosen(
+    settings: StageSettings,
+    steps: int | None,
+    cfg: float | None,
+    cfg_rescale: float | None,
+    shift: float | None,
+    sampler: str | None,
+) -> StageSettings:
+    """A stage's settings with those of a call in their place."""
+    stated = {"steps": steps, "cfg": cfg, "cfg_rescale": cfg_rescale, "shift": shift, "sampler": sampler}
+    return replace(settings, **{name: value for name, value in stated.items() if value is not None})
+
+
+def _check_settings(settings: StageSettings, denoise: float, owner: str) -> None:
+    check_sampler(settings.sampler)
+    if not 0 <= denoise <= 1:
+        raise CascadeError(f"{owner}denoise is {denoise}; it must lie within 0 and 1.")
+
+
+def _repeated(latent: Tensor, batch: int) -> Tensor:
+    """A latent for each image of the batch."""
+    if len(latent) not in (1, batch):
+        raise CascadeError(
+            f"{len(latent)} latents were given for a batch of {batch}; give one, or one for each."
+        )
+    return latent if len(latent) == batch else latent.repeat(batch, 1, 1, 1)
+
+
+def _as_output(pictures: Tensor, output: Output) -> list[Image] | Tensor:
+    if output not in ("pil", "tensor"):
+        raise CascadeError(f"output is {output!r}; choose 'pil' or 'tensor'.")
+    return pictures.clone() if output == "tensor" else to_pil(pictures)
+
+
+def _free_name(name: str, taken: Mapping[str, object]) -> str:
+    """The name, with a number behind it where it is taken."""
+    number = 2
+    free = name
+    while free in taken:
+        free = f"{name} ({number})"
+        number += 1
+    return free

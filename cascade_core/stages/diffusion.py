@@ -1,0 +1,255 @@
+"""Stage C and Stage B, loaded: a sampling run with guidance, ControlNets and tiles, by the engine where it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.apply import Patch
+from ..checkpoints import KIND_NAMES, load_model
+from ..diffusion.guidance import Guider
+from ..diffusion.samplers import Callback
+from ..diffusion.schedule import noise_cond
+from ..engine import Engine
+from ..errors import CascadeError
+from ..geometry import STAGE_B_COMPRESSION
+from ..networks import activations
+from ..networks.fp16 import scale_residual_stream
+from ..networks.stage_b import StageB
+from ..networks.tiles import ALIGNMENT, predict_in_tiles
+from ..run import SamplingResult, SamplingRun, Stopwatch, sample
+from .control import RunControls
+from .device import ComputeDevice, engine_precision
+from .prompt import Prompt
+
+SCALE_FACTOR = 0.43  # latents of Stage B are in the codebook's units: this times what the network diffuses
+LEAST_TILE = 128  # pixels
+LATENT_UNITS = {"stage_c": 1.0, "stage_b": SCALE_FACTOR}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly the prompt pulls.  cfg: 1 runs without the negative prompt; cfg_rescale: 0 off, 1 full"""
+
+    cfg: float
+    cfg_rescale: float = 0.7
+
+
+@dataclass(frozen=True)
+class DiffusionStage:
+    """Stage C or Stage B in evaluation mode. What LoRAs change of it is kept beside it: others share the network."""
+
+    kind: str  # stage_c or stage_b
+    file: str
+    network: Any  # StageC or StageB
+    engine: Engine  # called in the network's place
+    device: ComputeDevice
+    patches: tuple[Patch, ...] = ()
+
+    def networks(self) -> list[tuple[nn.Module, str]]:
+        """The network with its file and what that holds."""
+        return [(self.network, self.described)]
+
+    @property
+    def described(self) -> str:
+        """The file and what it holds, in words."""
+        return f"{self.file} ({KIND_NAMES[self.kind]})"
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        run: SamplingRun,
+        positive: Prompt,
+        negative: Prompt,
+        guidance: Guidance,
+        tile_positions: int = 0,
+        with_engine: bool = True,
+        callback: Callback | None = None,
+    ) -> SamplingResult:
+        """A latent in the units of `run.latent`: Stage C's own, or the codebook's for Stage B.
+
+        tile_positions  side of Stage B's tiles; 0: whole
+        with_engine     whether the engine is called in the network's place
+        callback        called after each step; called anew where the run begins again in less memory
+
+        Raises CascadeError for ControlNets that do not fit, Interrupted where the observer says so.
+        """
+        guiders = StepGuiders(self, run, positive, negative, guidance, tile_positions, with_engine)
+        units = LATENT_UNITS[self.kind]
+
+        def body(device: torch.device) -> SamplingResult:
+            """From the noise on: run anew in a smaller placement, it gives the same."""
+            stopwatch = Stopwatch(device)
+            latent = run.latent.to(device, torch.float32) / units
+
+            def predict(x: Tensor, log_snr: Tensor) -> Tensor:
+                self.device.observer.check_interrupted()
+                return guiders.at(log_snr)(x, noise_cond(log_snr))
+
+            sampled = sample(replace(run, latent=latent), predict, callback)
+            return stopwatch.stop((sampled * units).float().cpu())
+
+        workspace = self._workspace_bytes(run, positive, guidance, tile_positions, with_engine)
+        return self.device.run(self.network, body, workspace, self.patches, consumer=self.engine)
+
+    def check_picture_size(self, width: int, height: int) -> None:
+        """Raises CascadeError for a picture so small that nothing is left of it at Stage B's innermost level."""
+        config = self.network.config
+        least = config.patch_size * 2 ** (len(config.c_hidden) - 1) * STAGE_B_COMPRESSION
+        if min(width, height) < least:
+            raise CascadeError(
+                f"The picture is {width} × {height} pixels, but {self.described} makes none with a side under "
+                f"{least}; choose a larger width and height."
+            )
+
+    def _workspace_bytes(
+        self, run: SamplingRun, positive: Prompt, guidance: Guidance, tile_positions: int, with_engine: bool
+    ) -> int:
+        """Bytes that a forward takes beside the weights."""
+        config, batch = self.network.config, len(run.latent) * (1 if guidance.cfg == 1 else 2)
+        height, width = run.latent.shape[-2:]
+        tokens = config.c_clip_seq
+        if self.kind == "stage_c":
+            tokens = positive.states.shape[1] + tokens * (1 + max(len(positive.pictures), 1))
+            values = activations.stage_c(config, batch, height, width, tokens)
+        else:
+            side = tile_positions or max(height, width)
+            values = activations.stage_b(config, batch, min(height, side), min(width, side))
+        workspace = values * next(self.network.parameters()).dtype.itemsize
+        # A CUDA graph is recorded when the runs before it are over, and counted from then on (engine/graphs.py).
+        return workspace + self.engine.extra_bytes(batch * tokens) if with_engine else workspace
+
+
+class StepGuiders:
+    """The Guider of each step of a run: another one where other ControlNets are on."""
+
+    def __init__(
+        self,
+        stage: DiffusionStage,
+        run: SamplingRun,
+        positive: Prompt,
+        negative: Prompt,
+        guidance: Guidance,
+        tile_positions: int,
+        with_engine: bool,
+    ):
+        conditions = CONDITIONS[stage.kind]
+        self.stage, self.guidance = stage, guidance
+        self.tile_positions, self.with_engine = tile_positions, with_engine
+        self.prompts = positive, negative
+        self.conditions = [conditions(prompt, stage.network.config) for prompt in self.prompts]
+        self.controls: RunControls | None = None
+        if stage.kind == "stage_c":
+            asked = self.prompts[:1] if guidance.cfg == 1 else self.prompts
+            applied = [one for prompt in asked for one in prompt.controlnets]
+            self.controls = RunControls(stage.network, run, applied, stage.device.observer)
+        self.active: frozenset | None = None  # ControlNets that `guider` was made for
+        self.guider: Guider | None = None
+
+    def at(self, log_snr: Tensor) -> Guider:
+        """For a level of noise, the same for each image (B,)."""
+        controls = self.controls
+        active = controls.active_at(log_snr[0]) if controls and controls.residuals else frozenset()
+        if self.guider is None or active != self.active:
+            self.active, self.guider = active, self._make(active)
+        return self.guider
+
+    def _make(self, active: frozenset) -> Guider:
+        sides = self.conditions
+        if self.controls is not None:
+            sides = [
+                {**side, "control": self.controls.merged(prompt.controlnets, active)}
+                for side, prompt in zip(sides, self.prompts, strict=True)
+            ]
+        model: Any = self.stage.engine if self.with_engine else self.stage.network
+        dtype = next(model.parameters()).dtype
+        if self.tile_positions:
+            model = in_tiles(model, self.tile_positions, self.stage.device.observer.check_interrupted)
+        positive, negative = sides
+        return Guider(model, positive, negative, self.guidance.cfg, self.guidance.cfg_rescale, dtype)
+
+
+def in_tiles(
+    network: StageB | Engine, tile_positions: int, check_interrupted: Callable[[], object]
+) -> Callable[..., Tensor]:
+    """Stage B predicting in tiles of so many positions a side; can be stopped between them."""
+
+    def whole(x: Tensor, r: Tensor, effnet: Tensor, **conditions: Any) -> Tensor:
+        def predict(part: Tensor, seen: Tensor) -> Tensor:
+            check_interrupted()
+            return network(part, r, effnet=seen, **conditions)
+
+        return predict_in_tiles(predict, x, effnet, tile_positions, network.config.patch_size)
+
+    return whole
+
+
+def _stage_c_conditions(prompt: Prompt, config: Any) -> dict[str, Tensor]:
+    return {
+        "clip_text": prompt.states,
+        "clip_text_pooled": prompt.pooled[:, None],
+        "clip_img": prompt.image_tokens(config.c_clip_img),
+    }
+
+
+def _stage_b_conditions(prompt: Prompt, config: Any) -> dict[str, Tensor]:
+    if prompt.effnet is None:
+        raise CascadeError("Stage B was given no latent of Stage C; sample or encode one first.")
+    return {"clip": prompt.pooled[:, None], "effnet": prompt.effnet}
+
+
+CONDITIONS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "stage_c": _stage_c_conditions,
+    "stage_b": _stage_b_conditions,
+}
+
+
+def load_stage(kind: str, path: Path, dtype: str, device: ComputeDevice) -> DiffusionStage:
+    """Stage C or Stage B (`kind` stage_c, stage_b) from a file of any layout. dtype: one of DTYPES."""
+    precision = device.weight_dtype(dtype)
+    network: Any
+    network, kind, _ = load_model(path, expect=kind, dtype=precision, read_ahead=device.read_ahead)
+    if kind == "stage_c" and precision == torch.float16:
+        scale_residual_stream(network)
+    engine = Engine(network, join=True, precision=engine_precision(dtype))
+    return DiffusionStage(kind, path.name, network, engine, device)
+
+
+def stage_b_tile(tile_size: int) -> int:
+    """The side in latent positions of Stage B's tiles of so many pixels, 0: whole. Tiles lie where its levels do.
+
+    Raises CascadeError for tiles that are too small.
+    """
+    if tile_size == 0:
+        return 0
+    if tile_size < LEAST_TILE:
+        raise CascadeError(f"tile_size is {tile_size}; give 0 for no tiles, or {LEAST_TILE} or more.")
+    return tile_size // STAGE_B_COMPRESSION // ALIGNMENT * ALIGNMENT
+
+
+def check_semantic(latent: Tensor, stage: DiffusionStage) -> None:
+    """Raises CascadeError for a latent that Stage B cannot be conditioned on: (B, 16, h, w) of finite numbers."""
+    channels = stage.network.config.c_effnet
+    if latent.ndim != 4 or latent.shape[1] != channels or 0 in latent.shape:
+        raise CascadeError(
+            f"The latent has the shape {tuple(latent.shape)}, but Stage C's is (batch, {channels}, h, w); give what "
+            "prior or encode gave."
+        )
+    if not torch.isfinite(latent).all():
+        raise CascadeError("The latent holds NaN or infinity; sample it anew.")
+
+
+def check_widths(prompt: Prompt, stage: DiffusionStage) -> None:
+    """Raises CascadeError where a text encoder's vectors are not as wide as Stage C takes them."""
+    config = stage.network.config
+    for vectors, width in ((prompt.states, config.c_clip_text), (prompt.pooled, config.c_clip_text_pooled)):
+        if vectors.shape[-1] != width:
+            raise CascadeError(
+                f"The text encoder gives vectors of width {vectors.shape[-1]}, but {stage.described} takes {width}; "
+                "load the text encoder that belongs to it."
+            )

@@ -1,0 +1,161 @@
+"""Prompts and picture prompts, encoded by CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter, LearnedToken
+from ..adapters.apply import Patch
+from ..adapters.tokens import NewToken, taught_tokens
+from ..errors import CascadeError
+from ..networks import activations
+from .device import ComputeDevice
+from .weights import naming_non_finite
+
+if TYPE_CHECKING:
+    from ..text.encoder import TextEncoder
+    from ..vision import ImageEncoder
+    from .control import AppliedControlNet
+
+
+class PicturePrompt(NamedTuple):
+    """Pictures beside the words.  embeds: (N, E), each of which is added, or (B, N, E), a row for each image"""
+
+    embeds: Tensor
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the stages are conditioned on.
+
+    states       (1 or B, T, C), the text encoder's states; for Stage C
+    pooled       (1 or B, P), its pooled vector
+    pictures     picture prompts; for Stage C
+    controlnets  ControlNets with their hints; for Stage C
+    effnet       (1 or B, 16, h, w), Stage C's latent; for Stage B
+    """
+
+    states: Tensor
+    pooled: Tensor
+    pictures: tuple[PicturePrompt, ...] = ()
+    controlnets: tuple[AppliedControlNet, ...] = ()
+    effnet: Tensor | None = None
+
+    def image_tokens(self, width: int) -> Tensor:
+        """Picture embeddings, each times its strength, side by side: (1 or B, N, width); zeros without any."""
+        if not self.pictures:
+            return torch.zeros(1, 1, width)
+        rows = [
+            (embeds[None] if embeds.ndim == 2 else embeds) * strength for embeds, strength in self.pictures
+        ]
+        return torch.cat(rows, dim=1)
+
+
+@dataclass(frozen=True)
+class TextStage:
+    """A text encoder with its tokenizer. What LoRAs change of it is kept beside it: others share the encoder."""
+
+    encoder: TextEncoder
+    file: str
+    device: ComputeDevice
+    patches: tuple[Patch, ...] = ()
+    learned: tuple[LearnedToken, ...] = ()
+
+    def networks(self) -> list[tuple[nn.Module, str]]:
+        """The network with the name of its file."""
+        return [(self.encoder.model, self.file)]
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        embeddings: Callable[[str, int], Sequence[LearnedToken]] = lambda prompt, width: (),
+    ) -> Prompt:
+        """Prompts together, on the CPU in float32.
+
+        embeddings(prompt, width) gives the tokens of files that a prompt asks for by `embedding:name`.
+        """
+        model = self.encoder.model
+        files = [token for prompt in prompts for token in embeddings(prompt, model.config.hidden_size)]
+        learned = [*self.learned, *files]
+        # Each prompt's chunks, and the empty one that weights need.
+        rows = sum(len(self.encoder.tokenizer.chunks(prompt)) for prompt in prompts) + 1
+        values = activations.clip_encoder(model.config, rows, self.encoder.tokenizer.length)
+
+        def encode(_: torch.device) -> Prompt:
+            states, pooled = self.encoder.encode(prompts, learned)
+            return Prompt(states.cpu(), pooled.cpu())
+
+        with naming_non_finite(self):
+            return self.device.run(
+                model, encode, values * model.dtype.itemsize, self.patches, single_use=True
+            )
+
+    def with_adapter(self, adapter: Adapter, strength: float, new_tokens: Sequence[NewToken] = ()) -> Self:
+        """The encoder with a LoRA or learned tokens more, which fit it (`adapters.text_changes`)."""
+        network: Any = self.encoder.model
+        vocabulary = self.encoder.tokenizer.backend.get_vocab()
+        embedding = network.get_input_embeddings().weight
+        taught = taught_tokens(adapter, strength, vocabulary, embedding, new_tokens)
+        patch = Patch(adapter.name, adapter.text, strength)
+        return replace(self, patches=(*self.patches, patch), learned=(*self.learned, *taught))
+
+
+@dataclass(frozen=True)
+class VisionStage:
+    """An image encoder."""
+
+    encoder: ImageEncoder
+    file: str
+    device: ComputeDevice
+
+    def networks(self) -> list[tuple[nn.Module, str]]:
+        """The network with the name of its file."""
+        return [(self.encoder.model, self.file)]
+
+    @torch.inference_mode()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """(B, H, W, 3) in [0, 1] -> (B, E) float32 on the CPU."""
+        from ..vision import IMAGES_AT_ONCE
+
+        model, batch = self.encoder.model, min(len(pictures), IMAGES_AT_ONCE)
+        positions = (model.config.image_size // model.config.patch_size) ** 2 + 1
+        workspace = activations.clip_encoder(model.config, batch, positions) * model.dtype.itemsize
+        workspace += (
+            8 * pictures[:batch].numel()
+        )  # the pictures in float32, and once more while they are resized
+        with naming_non_finite(self):
+            return self.device.run(
+                model, lambda _: self.encoder.encode(pictures).cpu(), workspace, single_use=True
+            )
+
+
+def load_text_encoder(path: Path, device: ComputeDevice) -> TextStage:
+    """A text encoder from a file or a folder."""
+    from ..text.encoder import TextEncoder  # transformers takes seconds to import
+
+    return TextStage(TextEncoder.load(path, dtype=device.encoder_dtype()), path.name, device)
+
+
+def load_image_encoder(path: Path, device: ComputeDevice) -> VisionStage:
+    """An image encoder from a file or a folder."""
+    from ..vision import ImageEncoder  # transformers takes seconds to import
+
+    return VisionStage(ImageEncoder.load(path, dtype=device.encoder_dtype()), path.name, device)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises CascadeError for half a surrogate pair, as from bytes that are not UTF-8. name: of the input."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CascadeError(
+            f"{name} holds {text[error.start]!r}, which is not a character; write the prompt in UTF-8."
+        ) from None

@@ -1,0 +1,54 @@
+"""Which weight is at fault where a network gives NaN or infinity."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import first_non_finite
+from ..errors import CascadeError
+
+NON_FINITE_WEIGHT = "The weight {weight} holds NaN or infinity; download the file again."
+
+
+class Stage(Protocol):
+    """Loaded networks that a file name is known of."""
+
+    def networks(self) -> list[tuple[nn.Module, str]]:
+        """Each network with the name of its file, and what it is."""
+        ...
+
+
+def non_finite_weight(stage: Stage) -> str | None:
+    """The first weight that holds NaN or infinity, with its file, or None. Reads every weight."""
+    for network, file in stage.networks():
+        weight = first_non_finite(network)
+        if weight is not None:
+            return f"{weight} of {file}"
+    return None
+
+
+@contextmanager
+def naming_non_finite(stage: Stage) -> Iterator[None]:
+    """Names the file where an encoder of the core, which does not know it, refuses NaN."""
+    try:
+        yield
+    except CascadeError:
+        weight = non_finite_weight(stage)
+        if weight is None:
+            raise
+        raise CascadeError(NON_FINITE_WEIGHT.format(weight=weight)) from None
+
+
+def check_stage_finite(
+    tensors: Iterable[Tensor], stage: Stage, subject: str, advice: str = "load it in bf16 or fp32"
+) -> None:
+    """Raises CascadeError where what a stage gave holds NaN or infinity: names the weight at fault, else `advice`."""
+    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        return
+    weight = non_finite_weight(stage)
+    if weight is not None:
+        raise CascadeError(NON_FINITE_WEIGHT.format(weight=weight))
+    raise CascadeError(f"{subject} holds NaN or infinity, though none of the weights does; {advice}.")
