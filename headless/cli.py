@@ -188,8 +188,7 @@ def _execute(options: argparse.Namespace, progress: ConsoleProgress) -> Result:
     if options.memory is not None:
         from ..cascade_core.placement import parse_bytes
 
-        parse_bytes(options.memory)  # here, where an error is the command line's
-        os.environ["CASCADE_MEMORY"] = options.memory
+        parse_bytes(options.memory)  # before the graph is read, since the error is the command line's
     return run_graph(
         options.graph,
         assignments=options.assignments,
@@ -197,6 +196,7 @@ def _execute(options: argparse.Namespace, progress: ConsoleProgress) -> Result:
         output_folder=options.output,
         executor=Executor(progress, keep=False),
         partial=True,
+        memory=options.memory,
     )
 
 

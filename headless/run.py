@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..nodes.hosts.headless.device import computing_with
 from .assignments import assign
 from .execution import Executor
 from .folders import Folders, using_folders
@@ -26,6 +28,7 @@ def run_graph(
     executor: Executor | None = None,
     extra_pnginfo: dict[str, Any] | None = None,
     partial: bool = False,
+    memory: str | None = None,
 ) -> Result:
     """Executes a graph in API format in this process.
 
@@ -34,6 +37,7 @@ def run_graph(
     nodes        {node id: class}; by default all of ours, LoadImage, LoadImageMask, SaveImage, PreviewImage
     executor     caches outputs from run to run when given, so that nodes with the same inputs do not run again
     partial      run the valid outputs when others are not (`Result.node_errors` has those), as ComfyUI does
+    memory       limit of the GPU's memory, such as "6GB"; by default $CASCADE_MEMORY, else what is free
 
     Raises CascadeError: GraphError for an invalid graph, NodeError for a node that failed.
     """
@@ -50,7 +54,7 @@ def run_graph(
         return {name: entry.type for name, entry in describe(classes[class_type]).inputs.items()}
 
     folders = Folders(Path(input_folder), Path(output_folder), folder)
-    with using_folders(folders):
+    with using_folders(folders), computing_with(memory) if memory else nullcontext():
         validation = validate(assign(graph, assignments, input_types), classes)
         if validation.error is not None or (validation.node_errors and not partial):
             raise GraphError(validation.error, validation.node_errors, classes)

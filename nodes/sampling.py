@@ -17,7 +17,7 @@ from .sockets import (
     check_conditioning,
     check_finite,
     check_latent,
-    check_least,
+    check_min_side,
     check_network,
     with_values,
     without_values,
@@ -177,7 +177,7 @@ class CascadeDecoderSampler(io.ComfyNode):
         check_latent(
             latent, network, "latent", "the stage_b output of Cascade Empty Latent or Cascade Encode"
         )
-        check_least(latent, network)
+        check_min_side(latent, network)
         semantic = semantic_latent(stage_c, len(latent["samples"]))
         for socket, prompt in (("positive", positive), ("negative", negative)):
             check_conditioning(prompt, network, socket)

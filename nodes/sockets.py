@@ -17,7 +17,7 @@ VAE_WORDS = {"stage_a": "Stage A", "compressor": "the semantic compressor"}
 
 
 def check_network(model: Any, kind: str, node: str, loader: str) -> NetworkDescription:
-    """The MODEL's description; refuses another kind by name."""
+    """Returns the MODEL's description. Raises CascadeError for another kind, by name."""
     if model is None:
         raise CascadeError(f"{node} got no MODEL; connect {loader}.")
     network = host().describe_network(model)
@@ -52,7 +52,7 @@ def check_picture(image: Tensor, socket: str) -> None:
 
 
 def check_latent(latent: dict, network: NetworkDescription, socket: str, source: str) -> None:
-    """A LATENT is (B, C, h, w), with the network's channels, and one index for each row where it has any."""
+    """Raises CascadeError unless a LATENT is (B, C, h, w), with the network's channels and one index for each row."""
     shape = tuple(latent["samples"].shape)
     if len(shape) != 4 or shape[1] != network.channels or 0 in shape:
         raise CascadeError(
@@ -67,19 +67,19 @@ def check_latent(latent: dict, network: NetworkDescription, socket: str, source:
         )
 
 
-def check_least(latent: dict, network: NetworkDescription) -> None:
-    """A Stage B latent is not so small that nothing is left of it at the network's innermost level."""
+def check_min_side(latent: dict, network: NetworkDescription) -> None:
+    """Raises CascadeError for a Stage B latent that would vanish at the network's innermost level."""
     height, width = latent["samples"].shape[-2:]
     if min(height, width) < network.min_latent_side:
-        least = network.min_latent_side * STAGE_B_COMPRESSION
+        min_pixels = network.min_latent_side * STAGE_B_COMPRESSION
         raise CascadeError(
             f"The picture is {width * STAGE_B_COMPRESSION} × {height * STAGE_B_COMPRESSION} pixels, but "
-            f"{network.name} makes none with a side under {least}; choose a larger width and height."
+            f"{network.name} makes none with a side under {min_pixels}; choose a larger width and height."
         )
 
 
 def check_conditioning(conditioning: list, network: NetworkDescription, socket: str) -> None:
-    """Every prompt's vectors are as wide as the network takes them."""
+    """Raises CascadeError unless every prompt's vectors have the network's widths."""
     if not conditioning:
         raise CascadeError(f"{socket} holds no prompt; connect Cascade Text Encode.")
     for tokens, values in conditioning:
@@ -90,10 +90,10 @@ def check_conditioning(conditioning: list, network: NetworkDescription, socket: 
                 "Encode with the "
                 "text encoder of this model."
             )
-        found = {"text": tokens.shape[-1], "pooled": pooled.shape[-1]}
+        widths = {"text": tokens.shape[-1], "pooled": pooled.shape[-1]}
         for prompt in values.get("unclip_conditioning") or []:
-            found["image"] = prompt["clip_vision_output"].image_embeds.shape[-1]
-        _check_widths(found, network, socket)
+            widths["image"] = prompt["clip_vision_output"].image_embeds.shape[-1]
+        _check_widths(widths, network, socket)
 
 
 WIDTH_WORDS = {
@@ -103,12 +103,12 @@ WIDTH_WORDS = {
 }
 
 
-def _check_widths(found: dict[str, int], network: NetworkDescription, socket: str) -> None:
-    for what, expected in network.widths.items():
-        if what in found and found[what] != expected:
-            words, encoder = WIDTH_WORDS[what]
+def _check_widths(widths: dict[str, int], network: NetworkDescription, socket: str) -> None:
+    for name, expected in network.widths.items():
+        if name in widths and widths[name] != expected:
+            words, encoder = WIDTH_WORDS[name]
             raise CascadeError(
-                f"{socket}: {words} of width {found[what]} do not fit {network.name}, which takes "
+                f"{socket}: {words} of width {widths[name]} do not fit {network.name}, which takes "
                 f"{expected}; "
                 f"load the {encoder} that belongs to this model."
             )
@@ -117,7 +117,7 @@ def _check_widths(found: dict[str, int], network: NetworkDescription, socket: st
 def check_finite(
     tensors: Iterable[Tensor | None], model: Any, subject: str, advice: str = "load it in bf16 or fp32"
 ) -> None:
-    """What a MODEL, CLIP, VAE or CLIP_VISION gave holds neither NaN nor infinity.
+    """Raises CascadeError where the output of a MODEL, CLIP, VAE or CLIP_VISION holds NaN or infinity.
 
     Otherwise names the weight at fault, or gives `advice` where every weight is finite.
     """

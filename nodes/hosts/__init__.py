@@ -16,7 +16,7 @@ from ...cascade_core.adapters import Adapter
 from ...cascade_core.adapters.tokens import NewToken
 from ...cascade_core.networks.config import StageCConfig
 from ...cascade_core.run import SamplingResult
-from .control import Control
+from .control import ControlNetDescription
 from .run import NetworkDescription, SamplingRequest
 
 
@@ -64,7 +64,7 @@ class Host(Protocol):
         ...
 
     def describe_network(self, model: Any) -> NetworkDescription:
-        """What a MODEL is and how wide its inputs are."""
+        """Describes a MODEL and the widths of its inputs."""
         ...
 
     def first_non_finite(self, model: Any) -> str | None:
@@ -86,7 +86,7 @@ class Host(Protocol):
         """A latent in socket units -> (B, H, W, 3) in [0, 1]; `tile_pixels`: a tile's side, 0: no tiles."""
         ...
 
-    def describe_controlnet(self, control_net: Any) -> Control:
+    def describe_controlnet(self, control_net: Any) -> ControlNetDescription:
         """Describes a CONTROL_NET and its hint."""
         ...
 

@@ -1,4 +1,4 @@
-"""What the nodes ask of a CONTROL_NET, whichever host made it."""
+"""Description of a CONTROL_NET, the same for both hosts."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ from ...cascade_core.networks.config import ControlNetConfig
 
 
 @dataclass(frozen=True)
-class Control:
-    """What a CONTROL_NET holds.
+class ControlNetDescription:
+    """Contents of a CONTROL_NET.
 
     name     of its file, or in words
     cascade  whether it is for Stage C

@@ -21,7 +21,7 @@ from ....cascade_core import checkpoints
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.hints import control as controlnets
 from ....cascade_core.networks import activations
-from ..control import Control
+from ..control import ControlNetDescription
 from .hosted import WholeLayers
 
 
@@ -162,11 +162,11 @@ def apply_controlnet(
     return applied(positive), applied(negative)
 
 
-def describe_controlnet(control_net: Any) -> Control:
+def describe_controlnet(control_net: Any) -> ControlNetDescription:
     """Describes our ControlNets, the host's own for Cascade, and other models' by their class."""
     if isinstance(control_net, CascadeControl):
-        return Control(control_net.control.name, True, control_net.control.network.config)
+        return ControlNetDescription(control_net.control.name, True, control_net.control.network.config)
     # The host has its own in the class of T2I adapters.
     network = getattr(control_net, "t2i_model", None)
     cascade = isinstance(network, comfy.ldm.cascade.controlnet.ControlNet)
-    return Control(f"a {type(control_net).__name__}", cascade, None)
+    return ControlNetDescription(f"a {type(control_net).__name__}", cascade, None)

@@ -276,7 +276,7 @@ WIDTH_LAYERS = {
 
 
 def describe_network(model: Any) -> NetworkDescription:
-    """Ours or the host's own Stage B and C; anything else by its class."""
+    """Describes our and the host's own Stage B and C; anything else by its class."""
     base = getattr(model, "model", None)
     kind = None
     if isinstance(base, comfy.model_base.StableCascade_C):
@@ -286,9 +286,11 @@ def describe_network(model: Any) -> NetworkDescription:
     if base is None or kind is None:
         return NetworkDescription(None, f"a {type(base if base is not None else model).__name__} model", {})
     network = base.diffusion_model
-    widths = {what: getattr(network, layer).in_features for what, layer in WIDTH_LAYERS[kind].items()}
+    widths = {
+        width_name: getattr(network, layer).in_features for width_name, layer in WIDTH_LAYERS[kind].items()
+    }
     words = checkpoints.KIND_NAMES[kind]
-    name, least = f"the {words} MODEL", 1
+    name, min_side = f"the {words} MODEL", 1
     if isinstance(network, HostedNetwork):
-        name, least = f"{network.name} ({words})", min_latent_side(kind, network.network.config)
-    return NetworkDescription(kind, name, widths, base.latent_format.latent_channels, least)
+        name, min_side = f"{network.name} ({words})", min_latent_side(kind, network.network.config)
+    return NetworkDescription(kind, name, widths, base.latent_format.latent_channels, min_side)

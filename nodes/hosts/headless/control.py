@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....cascade_core.stages import control
 from ....cascade_core.stages.control import AppliedControlNet, ControlNetStage
-from ..control import Control
+from ..control import ControlNetDescription
 from .device import compute_device
 from .values import words_for
 
@@ -19,10 +19,10 @@ def load_controlnet(path: Path) -> ControlNetStage:
     return control.load_controlnet(path, compute_device())
 
 
-def describe_controlnet(control_net: Any) -> Control:
+def describe_controlnet(control_net: Any) -> ControlNetDescription:
     if not isinstance(control_net, ControlNetStage):
-        return Control(words_for(control_net), False, None)
-    return Control(control_net.file, True, control_net.network.config)
+        return ControlNetDescription(words_for(control_net), False, None)
+    return ControlNetDescription(control_net.file, True, control_net.network.config)
 
 
 def apply_controlnet(

@@ -20,7 +20,7 @@ def compute_device() -> ComputeDevice:
 
 @contextmanager
 def computing_with(memory: str | None) -> Iterator[ComputeDevice]:
-    """Nodes that run inside compute in so much of the card's memory ("6GB"); None: what is free."""
+    """Limits nodes that run inside the block to so much of the card's memory ("6GB"); None: what is free."""
     token = _running.set(ComputeDevice(memory=memory, observer=Observer(notify, check_interrupted)))
     try:
         yield compute_device()
