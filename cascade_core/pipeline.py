@@ -96,7 +96,7 @@ SECOND_PASS = StageSettings(steps=5, cfg=1.0, cfg_rescale=0.0)
 
 
 @dataclass(frozen=True)
-class Progress:
+class StageProgress:
     """A finished step of one stage.
 
     stage   stage_c or stage_b
@@ -115,7 +115,7 @@ class Progress:
         return self._preview(self.latent)
 
 
-ProgressCallback = Callable[[Progress], object]
+ProgressCallback = Callable[[StageProgress], object]
 
 
 class EncodedPicture(NamedTuple):
@@ -243,7 +243,7 @@ class StableCascade:
         controls       ControlNets with their pictures
         tile_size      side in pixels of Stage B's and Stage A's tiles, for large pictures; 0: whole
         engine         False: plain PyTorch
-        callback       called with a Progress after each step; returning False cancels the run
+        callback       called with a StageProgress after each step; returning False cancels the run
 
         Raises CascadeError for what does not fit, Interrupted where the run was cancelled.
         """
@@ -703,7 +703,7 @@ class StableCascade:
 
         def report(step: SamplerStep) -> None:
             preview = self._preview_prior if kind == "stage_c" else self._preview_decoder
-            if callback(Progress(kind, step.index + 1, step.steps, step.x0, preview)) is False:
+            if callback(StageProgress(kind, step.index + 1, step.steps, step.x0, preview)) is False:
                 raise Interrupted("The run was cancelled.")
 
         return report

@@ -31,7 +31,7 @@ Weighting = Literal[
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class ModelSettings:
     """Networks by file name. `previewer` decodes samples; `image_encoder` encodes image prompts."""
 
     stage_c: str = "stage_c_bf16.safetensors"
@@ -253,7 +253,7 @@ class Settings:
     task: TaskName
     data: DataSettings
     output: OutputSettings
-    models: ModelFiles = field(default_factory=ModelFiles)
+    models: ModelSettings = field(default_factory=ModelSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     lora: LoRASettings = field(default_factory=LoRASettings)
@@ -371,5 +371,5 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
         data=data,
         output=output,
         controlnet=control,
-        models=ModelFiles(**files),  # type: ignore[arg-type]
+        models=ModelSettings(**files),  # type: ignore[arg-type]
     )

@@ -13,7 +13,7 @@ from cascade_nodes.cascade_core.training.typed_yaml import parse_yaml
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks" / "training.md").read_text(encoding="utf-8")
 FILES = re.findall(r"```yaml\n# cascade train (\w+) \S+\n(.*?)```", PAGE, re.DOTALL)
 SECTIONS = [
-    settings.ModelFiles,
+    settings.ModelSettings,
     DataSettings,
     settings.TrainSettings,
     settings.ObjectiveSettings,
