@@ -12,6 +12,7 @@ from ..errors import CascadeError
 from ..geometry import COMPRESSOR_STRIDE, stage_c_size
 from ..hints.canny import canny_hint
 from ..hints.filters import inpaint_hint, super_resolution_hint
+from ..hints.kinds import kind_of
 from ..pictures import Picture, as_image, as_mask, resized
 from .codec import Codec
 from .control import ControlNetStage
@@ -70,16 +71,18 @@ def make_hint(
     if image is None:
         raise CascadeError(f"{stage.file} was given no picture; give Control(…, image=…).")
     channels = stage.network.config.c_in
+    kind = kind_of(channels)
+    name = None if kind is None else kind.name
     pictures = image.movedim(-1, 1)  # (B, 3, H, W)
-    if channels == 1:
+    if name == "canny":
         edges = canny_hint(pictures, control.low, control.high)
         return edges.repeat(1, 3, 1, 1)
-    if channels == 4:
+    if name == "inpainting":
         mask = source_mask if control.mask is None else as_mask(control.mask)
         if mask is None:
             raise CascadeError(f"{stage.file} paints into a hole, but no mask was given; give mask.")
         return inpaint_hint(pictures, mask)
-    if channels == 16:
+    if name == "super_resolution":
         return _super_resolution(control, image, size, compressor())
     raise CascadeError(
         f"{stage.file} takes a hint of {channels} channels, which no picture gives; give Control(…, hint=…)."
