@@ -34,7 +34,7 @@ from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.text.encoder import TextStates
 from cascade_nodes.cascade_core.training.data.batches import Batch
-from cascade_nodes.cascade_core.training.loop import Loop, Progress, build_accelerator
+from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress, build_accelerator
 from cascade_nodes.cascade_core.training.run import compute_dtype, prepare_blocks
 from cascade_nodes.cascade_core.training.settings import (
     ControlNetSettings,
@@ -137,7 +137,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         marks: list[tuple[int, float]] = []
         losses: list[float] = []  # the same to the bit with CUDA graphs and without
 
-        def mark(progress: Progress) -> None:
+        def mark(progress: TrainingProgress) -> None:
             marks.append((progress.step, time.perf_counter()))
             losses.append(progress.loss)
 

@@ -14,7 +14,7 @@ from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
 from cascade_nodes.cascade_core.networks.layers import AttnBlock, ResBlock, TimestepBlock
 from cascade_nodes.cascade_core.networks.stage_a import MixingResidualBlock
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
-from cascade_nodes.cascade_core.training.loop import Loop, Progress, build_accelerator
+from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress, build_accelerator
 from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
 from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.dataset import for_compressor, pictures
@@ -81,7 +81,7 @@ class Job:
     def _output(self) -> OutputSettings:
         return OutputSettings(str(self.out), str(self.folder), LOG_EVERY, CHECKPOINT_EVERY)
 
-    def _print_progress(self, progress: Progress) -> None:
+    def _print_progress(self, progress: TrainingProgress) -> None:
         terms = " ".join(f"{name} {value:.4g}" for name, value in progress.terms.items())
         speed = f"{progress.steps_per_second:.3g} steps/s"
         print(f"{self.folder.name} {progress.step}/{progress.steps} {speed} {terms}", flush=True)

@@ -16,7 +16,7 @@ from ..cascade_core.errors import CascadeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..cascade_core.training.loop import Progress
+    from ..cascade_core.training.loop import TrainingProgress
     from ..cascade_core.training.settings import TaskName
 
 INTERRUPTED = 130
@@ -97,7 +97,7 @@ class ProgressLine:
         if self.live or done == total:
             self._show(f"encoded {done}/{total}")
 
-    def progress(self, progress: Progress) -> None:
+    def progress(self, progress: TrainingProgress) -> None:
         from ..cascade_core.training.log import duration
 
         p = progress

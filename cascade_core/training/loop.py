@@ -58,7 +58,7 @@ class LoopSettings(Protocol):
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Reported once in `log_every` steps. seconds_left: None where it is not known yet; terms: of the loss, by name."""
 
     step: int
@@ -108,7 +108,7 @@ class Loop(Generic[AnyTask]):
         data: Batches,
         settings: LoopSettings,
         accelerator: Accelerator,
-        report: Callable[[Progress], None] = lambda progress: None,
+        report: Callable[[TrainingProgress], None] = lambda progress: None,
         stop: Callable[[], bool] = lambda: False,
         sample: Callable[[int, State], Tensor] | None = None,
     ):
@@ -276,7 +276,7 @@ class Loop(Generic[AnyTask]):
         rate = learning_rate(self.step - 1, train)
         self.log.add({"step": self.step, "seconds": round(seconds, 1), "learning_rate": rate, **terms})
         left = (train.steps - self.step) / speed
-        self.report(Progress(self.step, train.steps, terms["loss"], speed, left, terms))
+        self.report(TrainingProgress(self.step, train.steps, terms["loss"], speed, left, terms))
 
     def _draw(self) -> None:
         if self.accelerator.is_main_process:

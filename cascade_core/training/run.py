@@ -25,7 +25,7 @@ from .data.image_prompts import ImagePrompts
 from .data.text_cache import TextCache
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
 from .log import duration
-from .loop import Loop, Outcome, Progress, build_accelerator
+from .loop import Loop, Outcome, TrainingProgress, build_accelerator
 from .samples import Samples
 from .settings import Settings, TrainSettings
 from .state import STATE, read_state
@@ -45,7 +45,7 @@ Notify = Callable[[str], None]  # takes sentences for people
 def train(
     settings: Settings,
     notify: Notify = lambda sentence: None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[TrainingProgress], None] = lambda progress: None,
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     fresh: bool = False,
@@ -102,7 +102,7 @@ def prepare(
     settings: Settings,
     accelerator: Accelerator,
     notify: Notify = lambda sentence: None,
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[TrainingProgress], None] = lambda progress: None,
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     find_faces: FindFaces | None = None,
