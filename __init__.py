@@ -1,6 +1,17 @@
-"""Entry point for ComfyUI. Outside ComfyUI this same folder is the package `cascade_nodes`."""
+"""Entry point for ComfyUI, and the front door: `from cascade_nodes import StableCascade`.
 
-from typing import Any
+Outside ComfyUI this same folder is the package `cascade_nodes`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cascade_core.errors import CascadeError as CascadeError
+    from .cascade_core.errors import Interrupted as Interrupted
+    from .cascade_core.pipeline import StageProgress as StageProgress
+    from .cascade_core.pipeline import StageSettings as StageSettings
+    from .cascade_core.stages.hint import Control as Control
+    from .demo.door import StableCascade as StableCascade
 
 WEB_DIRECTORY = "./web"
 
@@ -14,11 +25,25 @@ async def comfy_entrypoint():
     return CascadeExtension()
 
 
+_HOME = {
+    "CascadeError": "cascade_core.errors",
+    "Control": "cascade_core.stages.hint",
+    "Interrupted": "cascade_core.errors",
+    "StageProgress": "cascade_core.pipeline",
+    "StableCascade": "demo.door",
+    "StageSettings": "cascade_core.pipeline",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """`__version__`, read where it is asked for, so that the import stays light."""
-    if name != "__version__":
+    """The front door and `__version__`, each found when it is asked for, so that the import stays light."""
+    if name == "__version__":
+        return _read_version()
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _read_version()
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 
 def _read_version() -> str:

@@ -1,4 +1,5 @@
-"""Stable Cascade in pure PyTorch: the networks, their checkpoints, diffusion and sampling, text and vision.
+"""Stable Cascade in pure PyTorch. `StableCascade` is the front door; behind it lie the networks, their checkpoints,
+diffusion and sampling, text and vision.
 
 Names are imported when they are first used, so that a command line that only wants `CascadeError` starts without
 torch.
@@ -7,7 +8,7 @@ torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import CascadeError
+from .errors import CascadeError, Interrupted
 
 if TYPE_CHECKING:
     from .checkpoints import load_model, load_published_state_dict
@@ -18,18 +19,24 @@ if TYPE_CHECKING:
     from .networks.stage_a import StageA
     from .networks.stage_b import StageB
     from .networks.stage_c import StageC
+    from .pipeline import StableCascade, StageProgress, StageSettings
+    from .stages.hint import Control
     from .text.encoder import TextEncoder
     from .text.tokenizer import Tokenizer
     from .vision import ImageEncoder
 
 _HOME = {
+    "Control": "stages.hint",
     "ControlNet": "networks.controlnet",
     "ImageEncoder": "vision",
     "Previewer": "networks.previewer",
+    "StageProgress": "pipeline",
     "SemanticCompressor": "networks.compressor",
+    "StableCascade": "pipeline",
     "StageA": "networks.stage_a",
     "StageB": "networks.stage_b",
     "StageC": "networks.stage_c",
+    "StageSettings": "pipeline",
     "TextEncoder": "text.encoder",
     "Tokenizer": "text.tokenizer",
     "infer_config": "networks.inference",
@@ -39,13 +46,18 @@ _HOME = {
 
 __all__ = [
     "CascadeError",
+    "Control",
     "ControlNet",
     "ImageEncoder",
+    "Interrupted",
     "Previewer",
     "SemanticCompressor",
+    "StableCascade",
     "StageA",
     "StageB",
     "StageC",
+    "StageProgress",
+    "StageSettings",
     "TextEncoder",
     "Tokenizer",
     "infer_config",
