@@ -67,8 +67,8 @@ def make_prompts() -> dict[str, Any]:
 
 
 def sample(kind: str, model: Any, prompts: Any, shape: tuple[int, ...]) -> Tensor:
-    run = make_run(kind, model, prompts, steps=STEPS, samples=torch.zeros(shape), cfg_rescale=0.7)
-    return comfyui.sample(run).samples
+    run = make_run(kind, model, prompts, steps=STEPS, latent=torch.zeros(shape), cfg_rescale=0.7)
+    return comfyui.sample(run).latent
 
 
 def run_ksampler(kind: str, model: Any, prompts: Any, shape: tuple[int, ...], steps: int) -> Tensor:

@@ -26,7 +26,7 @@ STEPS = 4
 
 def sample(model: Any, positive: Any, negative: Any, **changed: Any) -> Tensor:
     settings = {"steps": STEPS, "shift": 2.0, **changed}
-    return comfyui.sample(make_run("stage_c", model, (positive, negative), **settings)).samples
+    return comfyui.sample(make_run("stage_c", model, (positive, negative), **settings)).latent
 
 
 def masks_and_ranges(model: Any, prompts: Any, other_prompt: Any) -> dict[str, float]:

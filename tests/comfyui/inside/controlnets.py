@@ -35,10 +35,10 @@ class Loaded:
             "shift": 2.0,
             "cfg": 3.0,
             "cfg_rescale": 0.7,
-            "samples": torch.zeros(2, 16, *SIZE),
+            "latent": torch.zeros(2, 16, *SIZE),
         }
         run = make_run("stage_c", self.model, prompts, **{**settings, **changed})
-        return self.host.sample(run).samples
+        return self.host.sample(run).latent
 
     def apply(self, prompts: Any, kind: str, *settings: float) -> tuple[list, list]:
         positive, negative = prompts
@@ -69,14 +69,14 @@ def ways(one: Loaded, prompts: Any) -> dict[str, Tensor]:
 
 
 def wide() -> dict[str, Any]:
-    return {"samples": torch.zeros(2, 16, 3, 9)}
+    return {"latent": torch.zeros(2, 16, 3, 9)}
 
 
 def masked() -> dict[str, Any]:
     mask = torch.zeros(2, 1, *SIZE)
     mask[..., 2:] = 1
     generator = torch.Generator().manual_seed(4)
-    return {"samples": torch.randn(2, 16, *SIZE, generator=generator), "noise_mask": mask}
+    return {"latent": torch.randn(2, 16, *SIZE, generator=generator), "mask": mask}
 
 
 def same_structure(ours: Any, theirs: Any) -> bool:

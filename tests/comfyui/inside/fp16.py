@@ -81,10 +81,10 @@ def measure() -> dict[str, Any]:
 
     def sampled(model: Any) -> Tensor:
         run = make_run(
-            "stage_c", model, (positive, negative), samples=torch.zeros(1, 16, 7, 10), steps=20, sampler="ddpm",
+            "stage_c", model, (positive, negative), latent=torch.zeros(1, 16, 7, 10), steps=20, sampler="ddpm",
             cfg=4.0, cfg_rescale=0.7, shift=2.0,
         )  # fmt: skip
-        return comfyui.sample(run).samples
+        return comfyui.sample(run).latent
 
     def with_lora(model: Any) -> Any:
         return comfy.sd.load_lora_for_models(model, None, adapter, 1.0, 1.0)[0]

@@ -13,10 +13,11 @@ from comparing import relative
 from torch import Tensor
 
 import nodes
+from cascade_nodes.cascade_core.run import SamplingRun
 from cascade_nodes.demo.pipeline import WEIGHTS
 from cascade_nodes.nodes import conditioning, latents, sampling, scheduling
 from cascade_nodes.nodes.hosts import comfyui
-from cascade_nodes.nodes.hosts.run import Run
+from cascade_nodes.nodes.hosts.run import SamplingRequest
 
 PROMPT, NEGATIVE = "a large red star on sand", "blue"
 SIDE, STEPS, SEED = 128, 3, 5
@@ -125,7 +126,7 @@ def native_latents(stages: dict[str, Any], prompts: tuple[Any, Any]) -> dict[str
     }
 
 
-class RunToZero(Run):
+class RunToZero(SamplingRun):
     """A run whose last level is free of noise, as ComfyUI's schedules end."""
 
     def log_snrs(self) -> Tensor:
@@ -134,14 +135,17 @@ class RunToZero(Run):
         return levels
 
 
-def make_run(kind: str, model: Any, prompts: tuple[Any, Any], of: type[Run] = Run, **changed: Any) -> Run:
+REQUEST = ("cfg", "cfg_rescale", "tile_positions", "engine")  # settings of the request, all others of its run
+
+
+def make_run(
+    kind: str, model: Any, prompts: tuple[Any, Any], of: type[SamplingRun] = SamplingRun, **changed: Any
+) -> SamplingRequest:
+    """Request of a run of that class; `changed` are settings of either."""
     sizes = {"stage_c": (1, 16, 6, 6), "stage_b": (1, 4, 32, 32)}
-    values: dict[str, Any] = {
-        "kind": kind, "model": model, "positive": prompts[0], "negative": prompts[1],
-        "samples": torch.zeros(sizes[kind]), "noise_mask": None, "batch_index": None, "shift": 1.0, **SETTINGS,
-        **changed,
-    }  # fmt: skip
-    return of(**values)
+    values: dict[str, Any] = {"latent": torch.zeros(sizes[kind]), "shift": 1.0, **SETTINGS, **changed}
+    request = {name: values.pop(name) for name in REQUEST if name in values}
+    return SamplingRequest(kind, model, *prompts, of(**values), **request)
 
 
 def samplers(loaded: dict[str, dict[str, Any]], prompts: dict[str, tuple[Any, Any]]) -> dict[str, float]:
@@ -153,7 +157,7 @@ def samplers(loaded: dict[str, dict[str, Any]], prompts: dict[str, tuple[Any, An
                     make_run(
                         kind, loaded[program][kind], prompts[kind], sampler=sampler, steps=10, cfg_rescale=0.7
                     )
-                ).samples
+                ).latent
                 for program in WHO
             )
         )
@@ -167,12 +171,12 @@ def against_native_sampling(model: Any, prompts: tuple[Any, Any]) -> dict[str, f
     latent = {"samples": torch.zeros(1, 16, 6, 6)}
     steps, cfg = 10, SETTINGS["cfg"]
     plain = {"steps": steps, "shift": 2.0}  # the shift of ComfyUI's own Stage C
-    mine = comfyui.sample(make_run("stage_c", model, prompts, RunToZero, **plain)).samples
+    mine = comfyui.sample(make_run("stage_c", model, prompts, RunToZero, **plain)).latent
     theirs = only(nodes.KSampler().sample(model, SEED, steps, cfg, "ddim", "simple", *prompts, latent))
     results = {"ddim against KSampler": relative(theirs["samples"], mine)}
 
     rescaled = {**plain, "cfg_rescale": 0.7}
-    mine = comfyui.sample(make_run("stage_c", model, prompts, RunToZero, **rescaled)).samples
+    mine = comfyui.sample(make_run("stage_c", model, prompts, RunToZero, **rescaled)).latent
     guided = only(scheduling.CascadeGuidance.execute(model, 0.7, 2.0))
     theirs = only(nodes.KSampler().sample(guided, SEED, steps, cfg, "ddim", "simple", *prompts, latent))
     results["CascadeGuidance in KSampler"] = relative(theirs["samples"], mine)

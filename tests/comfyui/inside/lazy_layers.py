@@ -54,9 +54,9 @@ def results(lazy: bool) -> dict[str, torch.Tensor]:
     controlled = comfyui.apply_controlnet(*prompts, control, image, 1.0, 0.0, 1.0)
     return {
         "text": prompts[0][0][0],
-        "stage_c": comfyui.sample(make_run("stage_c", stage_c, prompts)).samples,
-        "stage_c with a ControlNet": comfyui.sample(make_run("stage_c", stage_c, controlled)).samples,
-        "stage_b": comfyui.sample(make_run("stage_b", stage_b, prompts)).samples,
+        "stage_c": comfyui.sample(make_run("stage_c", stage_c, prompts)).latent,
+        "stage_c with a ControlNet": comfyui.sample(make_run("stage_c", stage_c, controlled)).latent,
+        "stage_b": comfyui.sample(make_run("stage_b", stage_b, prompts)).latent,
         "stage_a": stage_a.encode(image),
         "compressor": coder.encode(image),
         "image encoder": comfyui.encode_image(vision, image).image_embeds,

@@ -105,7 +105,7 @@ def states(clip: Any, prompt: str, host: Any = comfyui) -> Tensor:
 
 
 def sample(model: Any, prompts: Any, host: Any = comfyui) -> Tensor:
-    return host.sample(make_run("stage_c", model, prompts, steps=STEPS)).samples
+    return host.sample(make_run("stage_c", model, prompts, steps=STEPS)).latent
 
 
 def against_lora_loader(sockets: dict[str, dict[str, Any]], prompts: Any) -> dict[str, float]:

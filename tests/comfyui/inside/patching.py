@@ -50,7 +50,7 @@ def stage_c_lora(folder: Path, prompts: Any) -> dict[str, float]:
     model = comfyui.load_network("stage_c", plain_file, "fp32")
 
     def sampled(of: Any) -> torch.Tensor:
-        return comfyui.sample(make_run("stage_c", of, prompts, steps=4)).samples
+        return comfyui.sample(make_run("stage_c", of, prompts, steps=4)).latent
 
     before = sampled(model)
     patched = sampled(with_lora(path, model, None)[0])
@@ -114,7 +114,7 @@ def precision_and_placement(prompts: Any) -> dict[str, float]:
     }
 
     def predicted(of: Any, engine: bool = True) -> torch.Tensor:
-        return comfyui.sample(make_run("stage_c", of, prompts, steps=4, denoise=0.5, engine=engine)).samples
+        return comfyui.sample(make_run("stage_c", of, prompts, steps=4, denoise=0.5, engine=engine)).latent
 
     reference, plain = predicted(models["fp32"]), predicted(models["fp32"], engine=False)
     results = {
@@ -186,7 +186,7 @@ def vision(clip: Any) -> dict[str, float]:
     our_prompt = only(CascadeImagePrompt.execute(positive, ours, image, 0.8))
     model = comfyui.load_network("stage_c", WEIGHTS / "demo_stage_c.safetensors", "fp32")
     with_native, with_ours, without = (
-        comfyui.sample(make_run("stage_c", model, (one, negative), steps=4)).samples
+        comfyui.sample(make_run("stage_c", model, (one, negative), steps=4)).latent
         for one in (prompt, our_prompt, positive)
     )
     return {

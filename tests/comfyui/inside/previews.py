@@ -27,7 +27,7 @@ def shown(kind: str, model: Any, prompts: Any) -> tuple[list[Image.Image], torch
     comfy.utils.set_progress_bar_global_hook(
         lambda value, total, preview, **rest: previews.append(preview[1]) if preview else None
     )
-    sampled = comfyui.sample(make_run(kind, model, prompts, steps=STEPS)).samples
+    sampled = comfyui.sample(make_run(kind, model, prompts, steps=STEPS)).latent
     comfy.utils.set_progress_bar_global_hook(None)
     return previews, sampled
 

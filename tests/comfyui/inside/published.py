@@ -82,8 +82,8 @@ LATENTS = {"stage_c": torch.zeros(1, 16, 6, 6), "stage_b": torch.zeros(1, 4, 64,
 
 
 def sample(kind: str, model: Any, prompts: Any) -> Tensor:
-    run = make_run(kind, model, prompts, steps=STEPS, samples=LATENTS[kind], cfg_rescale=0.7)
-    return comfyui.sample(run).samples
+    run = make_run(kind, model, prompts, steps=STEPS, latent=LATENTS[kind], cfg_rescale=0.7)
+    return comfyui.sample(run).latent
 
 
 def stage_c(program: str, image: Tensor, prompts: Any = None) -> tuple[dict[str, Tensor], Any]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import comfy.model_management
+import interop
 import native
 import torch
 from comparing import relative
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cascade_nodes.demo.pipeline import WEIGHTS
 from cascade_nodes.nodes.hosts import comfyui, headless
-from cascade_nodes.nodes.hosts.run import Run
+from cascade_nodes.nodes.hosts.run import SamplingRequest
 from cascade_nodes.nodes.latents import CascadeDecode
 
 SIDES = 50, 66  # latent positions: 200 × 264 pixels
@@ -50,7 +51,7 @@ def previewer() -> dict[str, float]:
     return {"previewed in tiles and whole": (whole - tiled).abs().max().item()}
 
 
-def make_run(model: Any, **changed: Any) -> Run:
+def make_run(model: Any, **changed: Any) -> SamplingRequest:
     """Of Stage B, with two prompts and a Stage C latent of numbers alone."""
     generator = torch.Generator().manual_seed(2)
 
@@ -59,26 +60,25 @@ def make_run(model: Any, **changed: Any) -> Run:
         prior = torch.randn(1, 16, 5, 7, generator=generator) * strength
         return [[torch.zeros(1, 77, 192), {"pooled_output": pooled, "stable_cascade_prior": prior}]]
 
-    values: dict[str, Any] = {
-        "kind": "stage_b", "model": model, "positive": prompt(1.0), "negative": prompt(0.0),
-        "samples": torch.zeros(1, 4, *SIDES), "noise_mask": None, "batch_index": None, "seed": 3, "steps": 3,
-        "cfg": 1.5, "cfg_rescale": 0.5, "shift": 1.0, "sampler": "ddpm", "denoise": 1.0, "tile": TILE,
+    settings: dict[str, Any] = {
+        "latent": torch.zeros(1, 4, *SIDES), "seed": 3, "steps": 3, "cfg": 1.5, "cfg_rescale": 0.5,
+        "tile_positions": TILE, **changed,
     }  # fmt: skip
-    return Run(**{**values, **changed})
+    return interop.make_run("stage_b", model, (prompt(1.0), prompt(0.0)), **{"sampler": "ddpm", **settings})
 
 
 def stage_b() -> dict[str, Any]:
     ours, theirs = comfyui.load_network("stage_b", STAGE_B, "fp32"), native.model("stage_b", STAGE_B)
     headless_model = headless.load_network("stage_b", STAGE_B, "fp32")
-    tiled = comfyui.sample(make_run(ours)).samples
-    expected = headless.sample(make_run(headless_model)).samples
-    whole = comfyui.sample(make_run(ours, tile=0)).samples
-    one_tile = comfyui.sample(make_run(ours, tile=80)).samples
+    tiled = comfyui.sample(make_run(ours)).latent
+    expected = headless.sample(make_run(headless_model)).latent
+    whole = comfyui.sample(make_run(ours, tile_positions=0)).latent
+    one_tile = comfyui.sample(make_run(ours, tile_positions=80)).latent
     return {
         "sampled in tiles, ours and headless": relative(tiled, expected),
-        "sampled in tiles, native and headless": relative(comfyui.sample(make_run(theirs)).samples, expected),
+        "sampled in tiles, native and headless": relative(comfyui.sample(make_run(theirs)).latent, expected),
         "sampled whole and in one tile": relative(one_tile, whole),
-        "sampled after tiles": relative(comfyui.sample(make_run(ours, tile=0)).samples, whole),
+        "sampled after tiles": relative(comfyui.sample(make_run(ours, tile_positions=0)).latent, whole),
     }
 
 
