@@ -114,9 +114,10 @@ def _fan_in(layer: Any) -> float:
 
 
 def latent_shape(kind: str, side: int) -> tuple[int, int, int]:
-    """(C, H, W) of the latent of one picture of side × side pixels."""
-    height, width = (stage_c_size if kind == "stage_c" else stage_b_size)(side, side)
-    return LATENT_CHANNELS[kind], height, width
+    """(C, H, W) of the latent of one picture of side × side pixels; Stage A decodes Stage B's."""
+    if kind == "stage_c":
+        return LATENT_CHANNELS[kind], *stage_c_size(side, side)
+    return LATENT_CHANNELS["stage_b"], *stage_b_size(side, side)
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,12 @@ def test_the_package_works_when_installed(installed, tmp_path):
     code = """
 import pathlib
 import cascade_nodes
-from cascade_nodes import cascade_core
-from cascade_nodes.demo import pipeline
-print(cascade_nodes.__version__, pathlib.Path(pipeline.__file__).parents[1])
+from cascade_nodes.cascade_core import StableCascade
+folder = pathlib.Path(cascade_nodes.__file__).parent
+with StableCascade.load(folder / "demo" / "weights") as cascade:
+    image = cascade("a red star", size=(64, 64), steps=1, seed=7)[0]
+assert image.size == (64, 64)
+print(cascade_nodes.__version__, folder)
 """
     version, folder = output_of([installed / "python", "-c", code], tmp_path).split()
     assert version == VERSION

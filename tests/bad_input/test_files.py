@@ -56,7 +56,7 @@ def test_a_missing_file_in_every_loader(kind, refused):
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("other", TINY_FILES)
+@pytest.mark.parametrize("other_kind", TINY_FILES)
 def test_a_file_of_another_kind_in_every_loader(kind, other_kind, models, refused):
     if kind == other_kind:
         return
