@@ -121,7 +121,7 @@ def test_the_package_works_when_installed(installed, tmp_path):
     code = """
 import pathlib
 import cascade_nodes
-from cascade_nodes.cascade_core import StableCascade
+from cascade_nodes.cascade_core.pipeline import StableCascade
 folder = pathlib.Path(cascade_nodes.__file__).parent
 with StableCascade.load(folder / "demo" / "weights") as cascade:
     image = cascade("a red star", size=(64, 64), steps=1, seed=7)[0]
