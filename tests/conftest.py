@@ -23,7 +23,6 @@ NIGHTLY = "left to make nightly"
 
 # The files that take longest, longest first: with several processes a long one that begins last is waited for.
 LONGEST = (
-    "demo/test_tasks.py",
     "notebooks/test_notebook.py",
     "core/test_training_tasks.py",
     "core/test_training_resume.py",
@@ -31,8 +30,9 @@ LONGEST = (
     "docs/test_from_diffusers.py",
     "core/test_training_ranks.py",
     "engine/test_fp8.py",
+    "demo/test_tasks.py",
     "demo/test_judge.py",
-    "core/test_half.py",
+    "core/test_fp16.py",
     "demo/test_cascade.py",
     "headless/test_models.py",
     "bad_input/test_files.py",

@@ -1,7 +1,7 @@
 """What the demo does besides text to image, measured as `demo.tasks` does it, on a few pictures each.
 
 A few pictures are not the figure (demo/tasks.py takes 200): what is exact is asserted as such, and rates by floors that
-leave room for a picture or two. Those whose pictures other tests judge by day are nightly (docs/testing.md).
+leave room for a picture or two. docs/testing.md says which are nightly, and why.
 """
 
 import pytest
@@ -59,6 +59,7 @@ def test_pictures_follow_the_edges_of_a_hint(cascade):
     assert figures["edge_iou_without"] < figures["edge_iou_at_half_strength"] < figures["edge_iou"] + 0.1
 
 
+@pytest.mark.nightly
 def test_an_object_is_painted_over_and_nothing_else(cascade):
     figures, _ = TASKS["inpaint"](cascade, 3)
     assert figures["outside_psnr_db"] == pytest.approx(EXACT)
@@ -71,6 +72,7 @@ def test_an_object_is_drawn_beyond_the_edge(cascade):
     assert figures["new_object_right"] >= 0.5
 
 
+@pytest.mark.nightly
 def test_small_pictures_become_large_and_sharp(cascade):
     figures, _ = TASKS["super_resolution"](cascade, 2)
     assert figures["sharpness_db"] >= figures["sharpness_db_bicubic"] + 2
