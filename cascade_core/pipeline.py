@@ -320,7 +320,7 @@ class StableCascade:
         with self._running():
             source = None if image is None else as_image(image)
             prompts = self._encode_text(prompt, negative)
-            return self._sample_prior(
+            latent = self._sample_prior(
                 prompts,
                 self._size(size, source),
                 self._batch(batch, prompts[0], source if latent is None else latent),
@@ -336,6 +336,7 @@ class StableCascade:
                 engine=engine,
                 callback=callback,
             )
+            return _owned(latent)
 
     def decode(
         self,
@@ -389,7 +390,8 @@ class StableCascade:
         """
         with self._running():
             source = as_image(image)
-            return self._encode_picture(source, self._size(size, source), stage_a, tile_size)
+            encoded = self._encode_picture(source, self._size(size, source), stage_a, tile_size)
+            return EncodedPicture(*map(_owned, encoded))
 
     def second_pass(
         self,
@@ -800,7 +802,13 @@ def _repeated(latent: Tensor, batch: int) -> Tensor:
 def _as_output(pictures: Tensor, output: Output) -> list[Image] | Tensor:
     if output not in ("pil", "tensor"):
         raise CascadeError(f"output is {output!r}; choose 'pil' or 'tensor'.")
-    return pictures.clone() if output == "tensor" else to_pil(pictures)
+    return _owned(pictures) if output == "tensor" else to_pil(pictures)
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """A copy that the caller may change in place, which PyTorch refuses for a tensor made in inference mode."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
 
 
 def _free_name(name: str, taken: Mapping[str, object]) -> str:
