@@ -8,31 +8,29 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "from-diffusers.md"
 DEMO = {
-    "stage_c_bf16.safetensors": "demo_stage_c.safetensors",
-    "stage_b_bf16.safetensors": "demo_stage_b.safetensors",
-    "stage_a.safetensors": "demo_stage_a.safetensors",
-    "stable_cascade_text_encoder.safetensors": "demo_text_encoder",
-    "clip_vit_large_patch14.safetensors": "demo_image_encoder.safetensors",
+    '"models"': repr(str(ROOT / "demo" / "weights")) + ", size=(256, 256)",
     "my_style.safetensors": "demo_lora_house.safetensors",
-    "example_workflows/api/text_to_image_published.json": str(
-        ROOT / "example_workflows" / "api" / "text_to_image.json"
-    ),
     "1024": "256",
 }
 WHAT_CAME_OF_IT = """
+from cascade_nodes.cascade_core.pictures import as_image
 from cascade_nodes.demo.judge import read
 
-assert tensor.shape == (1, 3, 256, 256) and image.size == (256, 256) and array.shape == (256, 256, 3)
+
+def objects(picture):
+    return [(o.colour, o.shape) for o in read(as_image(picture).movedim(-1, 1))[0].objects]
+
+
+assert tensor.shape == (1, 3, 256, 256) and image.size == (256, 256) and array.shape == (1, 256, 256, 3)
 assert latents.shape == latent.shape == (1, 16, 6, 6) and prompt_embeds.shape[1] == 77
-assert [[len(read(one.movedim(-1, 0)[None])[0].objects) > 0 for one in batch] for batch in both] == [[True] * 2] * 2
-(found,) = read(tensor)[0].objects
-assert (found.colour, found.shape) == ("red", "star")
+assert len(one_each) == 2 and len(two_each) == 4 and all(objects(picture) for picture in [*one_each, *two_each])
+assert objects(pictures[0]) == objects(image) == [("red", "star")]
+assert as_image(pictures[0]).sub(images).abs().max() < 1 / 254
 assert [step.index for step in seen] == list(range(len(times) - 1))
-assert not torch.equal(variations["samples"], embeddings["samples"])
-assert Image.open(path).size == (256, 256)
-own = CascadePriorSampler.execute(changed, positive, negative, latent_c, seed=7, **PRIOR)[0]
-assert not torch.equal(own["samples"], CascadePriorSampler.execute(
-    stage_c, positive, negative, latent_c, seed=7, **PRIOR)[0]["samples"])
+assert len(variations) == 2 and variations[0].tobytes() != pictures[0].tobytes() != mixed[0].tobytes()
+assert not torch.equal(changed, embeddings)
+assert not torch.equal(styled, embeddings)
+assert torch.equal(cascade.prior(prompt, size=(256, 256), seed=7), embeddings)
 """
 
 
@@ -50,4 +48,4 @@ def test_its_code_runs_on_the_demo(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("step 1 of 20\n")
+    assert run.stdout.startswith("stage_c: step 1 of 20\n")
