@@ -9,6 +9,7 @@ import subprocess
 import sys
 from math import hypot
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import numpy as np
@@ -18,25 +19,60 @@ from nbclient import NotebookClient
 from PIL import Image
 from torch import Tensor
 
+from cascade_nodes.cascade_core.checkpoints.layouts import SIGNATURES
+from cascade_nodes.cascade_core.model_files import PARTS
 from cascade_nodes.demo.high_resolution import squared
 from cascade_nodes.demo.judge import read
 from cascade_nodes.headless.catalogue import FILES
-from cascade_nodes.headless.registry import describe
-from cascade_nodes.nodes.extension import NODES
+from cascade_nodes.tests.headless.published import write_sparse
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "stable_cascade_colab.ipynb"
 STAR_AND_RING = [("red", "star"), ("blue", "ring")]
 
 
+# Run before and after the notebook's own cells: which files are loaded, each as often as it is.
+COUNTING = """
+from pathlib import Path
+from cascade_nodes.cascade_core import pipeline
+
+loaded = []
+
+def counted(load):
+    def counting(*arguments):
+        loaded.append(next(argument.name for argument in arguments if isinstance(argument, Path)))
+        return load(*arguments)
+    return counting
+
+for name in [name for name in vars(pipeline) if name.startswith("load_")]:
+    setattr(pipeline, name, counted(getattr(pipeline, name)))
+"""
+COUNTED = "import json; print(json.dumps(loaded))"
+
+
+class Shown(NamedTuple):
+    """pictures: {cell: those below it, each (3, H, W) in [0, 1]}; loaded: names of files in the order of loading"""
+
+    pictures: dict[str, list[Tensor]]
+    loaded: list[str]
+
+
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory) -> dict[str, list[Tensor]]:
-    """{cell: the pictures below it, each (3, H, W) in [0, 1]}"""
+def executed(tmp_path_factory) -> Shown:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cells = list(notebook.cells)
+    counting, counted = (nbformat.v4.new_code_cell(code) for code in (COUNTING, COUNTED))
+    notebook.cells = [counting, *cells, counted]
     folder = tmp_path_factory.mktemp("notebook")
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute(env={**os.environ, "IPYTHONDIR": str(folder / "ipython")})
-    return {cell["id"]: pictures_of(cell) for cell in notebook.cells if cell.cell_type == "code"}
+    pictures = {cell["id"]: pictures_of(cell) for cell in cells if cell.cell_type == "code"}
+    return Shown(pictures, json.loads(counted.outputs[0].text))
+
+
+@pytest.fixture(scope="module")
+def shown(executed) -> dict[str, list[Tensor]]:
+    return executed.pictures
 
 
 def pictures_of(cell) -> list[Tensor]:
@@ -73,35 +109,50 @@ def test_it_is_kept_without_what_it_shows():
     assert "REAL = False" in code[0].source
 
 
-def test_the_switch_takes_the_published_files():
-    """What the setup cell fetches is what the graphs then name."""
-    setup, graph = (
-        cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.id in ("setup", "graph")
+def test_each_network_is_loaded_once(executed):
+    networks = ("stage_c", "stage_b", "stage_a", "image_encoder", "compressor", "controlnet_canny")
+    files = ["demo_text_encoder", *(f"demo_{name}.safetensors" for name in networks)]
+    assert sorted(executed.loaded) == sorted(files)
+
+
+def test_the_switch_takes_the_published_files(tmp_path):
+    """What the setup cell fetches is what the cascade then finds, sampled as the published graph samples."""
+    setup, load = (
+        cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.id in ("setup", "load")
     )
-    fetched = [FILES[name] for line in re.findall(r"!cascade fetch (.*)", setup) for name in line.split()]
-    code = f"REAL = True\n{graph}\nimport json\nprint(json.dumps([FILE, text_to_image('')]))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    named, nodes = json.loads(run.stdout)
-    assert named.pop("lora") is None  # none was published
-    assert sorted(named.values()) == sorted(file.saved_as for file in fetched)
+    lines = re.findall(r"!cascade fetch --to models (.*)", setup)
+    fetched = {file.role: file for line in lines for file in map(FILES.__getitem__, line.split())}
+    for role, file in fetched.items():
+        signature = SIGNATURES[PARTS.get(role, role)]
+        write_sparse(tmp_path / "models" / file.folder / file.saved_as, {signature: (1, 1)}, "BF16")
+    code = f"""REAL = True
+{load}
+import json
+from dataclasses import asdict
+files = {{role: cascade.files.find(role).name for role in {sorted(fetched.keys() - {"controlnet"})!r}}}
+print(json.dumps([files, CANNY, LORA, asdict(cascade.prior_settings), asdict(cascade.decoder_settings), cascade.size]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    files, canny, lora, prior, decoder, size = json.loads(run.stdout)
+    assert {**files, "controlnet": canny} == {role: file.saved_as for role, file in fetched.items()}
+    assert lora is None  # none was published
     published = json.loads((ROOT / "example_workflows" / "api" / "text_to_image_published.json").read_text())
-    for node in ("prior", "decoder"):
-        (example,) = (n["inputs"] for n in published.values() if n["class_type"] == nodes[node]["class_type"])
-        given = optional_values(nodes[node]["class_type"]) | nodes[node]["inputs"]
-        assert {k: v for k, v in given.items() if not isinstance(v, list)} == {
-            k: v for k, v in example.items() if not isinstance(v, list)
-        }
+    inputs = {node["class_type"]: node["inputs"] for node in published.values()}
+    for settings, node in ((prior, "CascadePriorSampler"), (decoder, "CascadeDecoderSampler")):
+        assert settings == {name: inputs[node][name] for name in settings}
+    assert size == [inputs["CascadeEmptyLatent"][side] for side in ("width", "height")]
 
 
-def optional_values(class_type: str) -> dict[str, object]:
-    """What a node takes for inputs that a graph leaves out."""
-    (cls,) = (node for node in NODES if node.GET_SCHEMA().node_id == class_type)
-    return {name: info.options["default"] for name, info in describe(cls).inputs.items() if not info.required}
+def test_no_owner_is_made_up():
+    """The repository's address is for the reader to set."""
+    assert 'REPOSITORY = ""' in NOTEBOOK.read_text(encoding="utf-8").replace('\\"', '"')
 
 
 def test_every_picture_has_its_size_and_shows_something(shown):
     sizes = {name: {tuple(picture.shape[1:]) for picture in pictures} for name, pictures in shown.items()}
-    without = {"setup", "graph"}
+    without = {"setup", "load"}
     assert {name for name in sizes if not sizes[name]} == without
     assert all(sizes[name] == {(256, 256)} for name in sizes.keys() - without - {"landscape"})
     assert sizes["landscape"] == {(256, 384)}
