@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
-from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
-from cascade_nodes.cascade_core.diffusion.samplers import sample
+from cascade_nodes.cascade_core.run import SamplingRun, by_log_snr, sample
 from networks import Setup, conditions, latent_shape, random_prompts
 from timing import seconds
 
@@ -86,8 +85,6 @@ class BenchmarkPicture:
         ):
             sides.append(conditions(kind, prompt, latents))
         guider = Guider(model, *sides, cfg=setup.cfg[i], dtype=dtype or setup.dtype)
-        noise = NoiseSource(0, self.batch, latent_shape(kind, self.side))
-        start = noise.draw().to(setup.device)
-        return sample(
-            guider, start, steps=setup.steps[i], shift=setup.shift[i], sampler="ddpm", noise=noise.draw
-        )
+        latent = torch.zeros(self.batch, *latent_shape(kind, self.side), device=setup.device)
+        run = SamplingRun(latent, steps=setup.steps[i], shift=setup.shift[i])
+        return sample(run, by_log_snr(guider))

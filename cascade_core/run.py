@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .diffusion.noise import NoiseSource
 from .diffusion.samplers import SAMPLERS, Callback, Denoise, Noise, add_noise, log_snr_range, masked_denoise
-from .diffusion.schedule import at_least_float32
+from .diffusion.schedule import at_least_float32, noise_cond
 from .errors import CascadeError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def sample(
 ) -> Tensor:
     """The sampled latent (B, C, h, w) in float32, on the device of `run.latent`.
 
-    predict(x, log_snr (B,)) gives epsilon like x: a Guider behind `noise_cond`, or a host's own model.
+    predict(x, log_snr (B,)) gives epsilon like x: a Guider (`by_log_snr`), or a host's own model.
     noise() gives fresh noise like the latent, first for the start; by default the run's own.
     callback is called after each step; what it raises ends the run.
     Raises CascadeError on settings out of range.
@@ -76,6 +76,11 @@ def sample(
         masked_denoise(mask, latent, first, predict), start, levels, draw, callback
     )
     return torch.lerp(latent, sampled, mask)
+
+
+def by_log_snr(model: Denoise) -> Denoise:
+    """A network or Guider, called as (x, noise_cond), for samplers, which call with (x, log_snr)."""
+    return lambda x, log_snr: model(x, noise_cond(log_snr))
 
 
 def check_sampler(name: str) -> None:

@@ -12,15 +12,6 @@ from cascade_nodes.cascade_core import SemanticCompressor, StageA, StageB, Stage
 from cascade_nodes.cascade_core.adapters import LearnedToken
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
-from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
-from cascade_nodes.cascade_core.diffusion.samplers import (
-    SAMPLERS,
-    Denoise,
-    add_noise,
-    log_snr_range,
-    masked_denoise,
-)
-from cascade_nodes.cascade_core.diffusion.schedule import noise_cond
 from cascade_nodes.cascade_core.geometry import (
     STAGE_B_COMPRESSION,
     compressor_size,
@@ -28,12 +19,13 @@ from cascade_nodes.cascade_core.geometry import (
     stage_c_size,
 )
 from cascade_nodes.cascade_core.networks.tiles import predict_in_tiles
+from cascade_nodes.cascade_core.run import SamplingRun, by_log_snr, sample
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.vision import ImageEncoder
 from cascade_nodes.demo.dataset import as_float, for_compressor, resized
+from cascade_nodes.demo.door import WEIGHTS
 from cascade_nodes.demo.recipe import LATENT, PICTURE, STAGE_B_LATENT
 
-WEIGHTS = Path(__file__).parent / "weights"
 Size = tuple[int, int]  # height and width in pixels
 SIZE: Size = (PICTURE, PICTURE)
 Control = Sequence[Tensor | None] | None
@@ -107,8 +99,7 @@ class DemoCascade:
         stay outside `mask` (B, 1, h, w); control: a ControlNet's residuals, by Stage C's residual block;
         learned: tokens that a prompt may name.
         """
-        count = len(prompts)
-        noise = NoiseSource(seed, count, (LATENT[0], *stage_c_size(*size)))
+        empty = torch.zeros(len(prompts), LATENT[0], *stage_c_size(*size))
         no_image = torch.zeros(1, 1 if images is None else images.shape[1], self.stage_c.config.c_clip_img)
         sides = []
         for texts, shown in ((list(prompts), images), ([negative], None)):
@@ -118,7 +109,7 @@ class DemoCascade:
             if control is not None:
                 sides[-1]["control"] = control
         guider = Guider(self.stage_c, *sides, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
-        return self._sample(guider, noise, how, start, mask)
+        return self._sample(guider, empty if start is None else start, seed, how, mask)
 
     @torch.no_grad()
     def decode(
@@ -131,15 +122,16 @@ class DemoCascade:
         (B, 1, h / 4, w / 4); tile: pixels a side of Stage
         B's tiles, 0: whole.
         """
-        shape = (STAGE_B_LATENT[0], *stage_b_size(*size))
-        noise = NoiseSource(seed, len(latents), shape)
         pooled, no_text = (self.text.encode(texts).pooled[:, None] for texts in (list(prompts), [""]))
         positive = {"effnet": latents, "clip": pooled}
         negative = {"effnet": torch.zeros_like(latents), "clip": no_text}
         model = self._stage_b_in_tiles(tile // STAGE_B_COMPRESSION) if tile else self.stage_b
         guider = Guider(model, positive, negative, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
-        source_latent = None if source is None else self.stage_a.encode(source.to(self.device))
-        return self.stage_a.decode(self._sample(guider, noise, how, source_latent, mask)).clamp(0, 1)
+        if source is None:
+            start = torch.zeros(len(latents), STAGE_B_LATENT[0], *stage_b_size(*size))
+        else:
+            start = self.stage_a.encode(source.to(self.device))
+        return self.stage_a.decode(self._sample(guider, start, seed, how, mask)).clamp(0, 1)
 
     def _stage_b_in_tiles(self, tile: int) -> Callable[..., Tensor]:
         def predict(x: Tensor, r: Tensor, effnet: Tensor, clip: Tensor) -> Tensor:
@@ -154,22 +146,11 @@ class DemoCascade:
         return predict
 
     def _sample(
-        self, guider: Guider, noise: NoiseSource, how: Sampling, source: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        fresh = noise.draw().to(self.device)
-        start = fresh if source is None else add_noise(source, fresh, how.denoise, how.shift)
-
-        def predict(x: Tensor, log_snr: Tensor) -> Tensor:
-            return guider(x, noise_cond(log_snr))
-
-        denoise: Denoise = predict
-        if mask is not None and source is not None:
-            mask = mask.to(self.device)
-            denoise = masked_denoise(mask, source, fresh, predict)
-        levels = log_snr_range(how.steps, how.shift, how.denoise)
-        sampled = SAMPLERS[how.sampler](denoise, start, levels, lambda: noise.draw().to(self.device), None)
-        return sampled if mask is None or source is None else torch.lerp(source, sampled, mask)
+        self, guider: Guider, latent: Tensor, seed: int, how: Sampling, mask: Tensor | None
+    ) -> Tensor:
+        """latent: (B, C, h, w) to start from, zeros for noise alone."""
+        run = SamplingRun(latent.to(self.device), seed, how.steps, how.shift, how.sampler, how.denoise, mask)
+        return sample(run, by_log_snr(guider))
 
     def pictures(
         self, prompts: Sequence[str], seed: int = 0, prior: Sampling = PRIOR, decoder: Sampling = DECODER,

@@ -1,4 +1,4 @@
-"""Samplers as free functions over a list of log-SNRs, and `sample`, which builds that list.
+"""Samplers as free functions over a list of log-SNRs, and `log_snr_range`, which builds that list.
 
 Arguments of every sampler:
     denoise    (x, log_snr (B,) on the CPU, where reading it needs no device sync) -> predicted epsilon like x
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CascadeError
-from .schedule import alpha_sigma, at_least_float32, noise_cond, per_image, undiffuse
+from .schedule import alpha_sigma, at_least_float32, per_image, undiffuse
 from .schedule import log_snr as schedule
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -116,33 +116,6 @@ Sampler = Callable[[Denoise, Tensor, Tensor, Noise, Callback | None], Tensor]
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "lcm": lcm, "dpmpp_2m": dpmpp_2m}
 
 
-@torch.no_grad()
-def sample(
-    model_fn: Denoise,
-    start: Tensor,
-    *,
-    steps: int,
-    shift: float,
-    sampler: str,
-    noise: Noise,
-    t_start: float = 1.0,
-    t_end: float = 0.0,
-    callback: Callback | None = None,
-) -> Tensor:
-    """Denoise `start` (B, C, H, W), a latent at time `t_start`, to `t_end` in `steps` even steps of time.
-
-    `model_fn(x, noise_cond (B,)) -> epsilon` is a Guider or the like; `noise` gives fresh noise like `start`
-    (NoiseSource.draw).  `sampler` is a key of SAMPLERS.  Raises CascadeError on arguments out of range.
-    """
-    if sampler not in SAMPLERS:
-        raise CascadeError(f"sampler '{sampler}' is not known; choose one of {', '.join(SAMPLERS)}.")
-
-    def denoise(x: Tensor, log_snr: Tensor) -> Tensor:
-        return model_fn(x, noise_cond(log_snr))
-
-    return SAMPLERS[sampler](denoise, start, log_snr_range(steps, shift, t_start, t_end), noise, callback)
-
-
 def log_snr_range(steps: int, shift: float, t_start: float = 1.0, t_end: float = 0.0) -> Tensor:
     """The log-SNRs (steps + 1,) of even steps of time from `t_start` to `t_end`, in float32 on the CPU."""
     if steps < 1:
@@ -154,7 +127,7 @@ def log_snr_range(steps: int, shift: float, t_start: float = 1.0, t_end: float =
 
 
 def add_noise(latent: Tensor, noise: Tensor, t_start: float, shift: float) -> Tensor:
-    """Noises a latent (B, C, H, W) to `t_start`, from which `sample` goes on (image to image).
+    """Noises a latent (B, C, H, W) to `t_start`, from which a sampler goes on (image to image).
 
     At t_start = 1 the noise comes in at full strength, not at its weight b = 0.99995, so that an empty latent
     (zeros) gives the published start of text to image: the noise itself.

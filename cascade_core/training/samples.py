@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.guidance import Guider
-from ..diffusion.noise import NoiseSource
-from ..diffusion.samplers import sample
+from ..run import SamplingRun, by_log_snr, sample
 from .settings import OutputSettings
 from .tasks.base import State
 from .tasks.conditions import Conditions
@@ -38,22 +37,15 @@ class Samples:
     def __call__(self, step: int, state: State) -> Tensor:
         """All prompts' pictures as one: (3, H, W) in [0, 1] on the CPU"""
         task, output = self.task, self.output
-        latent = (task.stage_c.config.c_in, *self.size)
-        noise = NoiseSource(self.seed, len(output.prompts), latent)
+        latent = torch.zeros(len(output.prompts), task.stage_c.config.c_in, *self.size, device=task.device)
+        run = SamplingRun(latent, self.seed, output.sample_steps, output.sample_shift, output.sample_sampler)
         with task.using(state) as network:
             sides = [
                 {**Conditions.of(*text, task.stage_c.config.c_clip_img, task.dtype)._asdict(), **self.more}
                 for text in (task.prompts(output.prompts), task.prompts([""]))
             ]
             guider = Guider(network, *sides, cfg=output.sample_cfg, dtype=task.dtype)
-            latents = sample(
-                guider,
-                noise.draw().to(task.device),
-                steps=output.sample_steps,
-                shift=output.sample_shift,
-                sampler=output.sample_sampler,
-                noise=lambda: noise.draw().to(task.device),
-            )
+            latents = sample(run, by_log_snr(guider))
         return grid(self.decode(latents).float().clamp(0, 1).cpu())
 
 

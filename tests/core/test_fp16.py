@@ -12,7 +12,6 @@ from cascade_nodes.cascade_core import CascadeError, StageB, StageC
 from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
-from cascade_nodes.cascade_core.diffusion.samplers import sample
 from cascade_nodes.cascade_core.networks import activations
 from cascade_nodes.cascade_core.networks.fp16 import (
     STREAM_SCALE,
@@ -27,6 +26,7 @@ from cascade_nodes.cascade_core.networks.layers import GlobalResponseNorm, ResBl
 from cascade_nodes.cascade_core.networks.unet import UNet
 from cascade_nodes.tests.core.live_bytes import LiveBytes
 from cascade_nodes.tests.core.overflowing import GROWTH, STAGE_B, STAGE_C, Largest, overflowing
+from cascade_nodes.tests.core.sampling import sample_from
 from cascade_nodes.tests.golden_weights import relative_error
 
 TRAJECTORY = 2e-2  # of the latent after 20 steps, against float32
@@ -79,7 +79,7 @@ def trajectory(network: nn.Module, control: list[Tensor | None] | None = None, s
     def noise() -> Tensor:
         return torch.randn(2, 16, 7, 10, generator=generator)
 
-    return sample(
+    return sample_from(
         Guider(network, positive, prompt(5), 4.0, 0.7),
         noise(),
         steps=20,

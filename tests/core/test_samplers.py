@@ -14,9 +14,9 @@ from cascade_nodes.cascade_core.diffusion.samplers import (
     SamplerStep,
     add_noise,
     log_snr_range,
-    sample,
 )
 from cascade_nodes.cascade_core.diffusion.schedule import alpha_sigma, log_snr, noise_cond
+from cascade_nodes.tests.core.sampling import sample_from
 
 SHAPE = (16, 6, 8)
 
@@ -129,7 +129,7 @@ def test_a_true_epsilon_leads_back_to_the_latent(sampler):
     start = add_noise(latent, noise, 0.7, 2.0)
     fresh = NoiseSource(0, 1, SHAPE)
     steps: list[SamplerStep] = []
-    sample(
+    sample_from(
         true_epsilon,
         start,
         steps=8,
@@ -244,7 +244,7 @@ def test_raising_in_the_callback_ends_the_run(sampler):
             raise InterruptedRunError
 
     with pytest.raises(InterruptedRunError):
-        sample(
+        sample_from(
             lambda x, r: x, start, steps=5, shift=1.0, sampler=sampler, noise=noise.draw, callback=interrupt
         )
     assert seen == [0, 1]
@@ -260,7 +260,7 @@ def test_raising_in_the_callback_ends_the_run(sampler):
     [
         ({"steps": 0}, "steps is 0; at least 1"),
         ({"steps": -3}, "steps is -3"),
-        ({"sampler": "euler"}, "'euler' is not known; choose one of ddpm, ddim, lcm, dpmpp_2m"),
+        ({"sampler": "euler"}, "sampler is 'euler'; choose one of ddpm, ddim, lcm, dpmpp_2m"),
         ({"t_start": 0.0}, "t_start is 0.0; it must be above 0 and at most 1"),
         ({"t_start": 1.01}, "t_start is 1.01"),
         ({"t_start": math.nan}, "t_start is nan"),
@@ -274,12 +274,14 @@ def test_bad_arguments_are_refused(changes, message):
     noise = NoiseSource(0, 1, SHAPE)
     arguments = {"steps": 2, "shift": 1.0, "sampler": "ddpm", "noise": noise.draw} | changes
     with pytest.raises(CascadeError, match=message):
-        sample(lambda x, r: x, noise.draw(), **arguments)
+        sample_from(lambda x, r: x, noise.draw(), **arguments)
 
 
 def test_noise_of_another_shape_is_refused():
     noise = NoiseSource(0, 1, SHAPE)  # would broadcast over a batch of two
     with pytest.raises(CascadeError, match=r"noise has shape \(1, 16, 6, 8\).*\(2, 16, 6, 8\)"):
-        sample(lambda x, r: x, torch.zeros(2, *SHAPE), steps=2, shift=1.0, sampler="lcm", noise=noise.draw)
+        sample_from(
+            lambda x, r: x, torch.zeros(2, *SHAPE), steps=2, shift=1.0, sampler="lcm", noise=noise.draw
+        )
     with pytest.raises(CascadeError, match="noise has shape"):
         add_noise(torch.zeros(2, *SHAPE), noise.draw(), 0.5, 1.0)

@@ -7,9 +7,10 @@ import torch
 
 from cascade_nodes.cascade_core.diffusion.guidance import guide
 from cascade_nodes.cascade_core.diffusion.loss_weights import AdaptiveLossWeight, p2
-from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS
 from cascade_nodes.cascade_core.diffusion.schedule import alpha_sigma, log_snr, noise_cond, undiffuse
 from cascade_nodes.cascade_core.training.losses import along_path, consistency_loss, diffusion_loss
+from cascade_nodes.tests.core.sampling import sample_from
 
 SIGMA = 0.5  # of data whose every value is drawn from a normal distribution
 
@@ -104,8 +105,8 @@ def test_a_student_that_is_asked_for_its_end_draws_the_data_in_one_step():
     torch.manual_seed(1)
     noise = torch.randn(2000, 1, 2, 2)
     options = {"steps": 1, "shift": 1.0, "sampler": "lcm", "noise": lambda: torch.randn(2000, 1, 2, 2)}
-    assert sample(end_of_path, noise, **options).std().item() == pytest.approx(SIGMA, rel=0.05)
-    assert sample(ideal, noise, **options).std().item() < 0.1  # one step of the teacher gives the mean
+    assert sample_from(end_of_path, noise, **options).std().item() == pytest.approx(SIGMA, rel=0.05)
+    assert sample_from(ideal, noise, **options).std().item() < 0.1  # one step of the teacher gives the mean
 
 
 def test_distillation_learns_by_gradient():
@@ -128,8 +129,8 @@ def test_distillation_learns_by_gradient():
         optimiser.step()
     noise = torch.randn(2000, 1, 2, 2)
     options = {"shift": 1.0, "noise": lambda: torch.randn(2000, 1, 2, 2)}
-    one = sample(student, noise, steps=1, sampler="lcm", **options)
-    twenty = sample(ideal, noise, steps=20, sampler="ddim", **options)
+    one = sample_from(student, noise, steps=1, sampler="lcm", **options)
+    twenty = sample_from(ideal, noise, steps=20, sampler="ddim", **options)
     assert one.std().item() == pytest.approx(twenty.std().item(), rel=0.1)
     assert (one - twenty).abs().mean() < 0.1 * twenty.abs().mean()
 

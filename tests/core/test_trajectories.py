@@ -10,7 +10,8 @@ from safetensors import safe_open
 from cascade_nodes.cascade_core import StageB, StageC, load_published_state_dict
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
-from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, SamplerStep, sample
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, SamplerStep
+from cascade_nodes.tests.core.sampling import sample_from
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NETWORKS = {"stage_c": StageC, "stage_b": StageB}
@@ -71,7 +72,7 @@ def test_trajectory_as_published(networks, name, run):
     )
     noise = iter(tensors[f"{run}.in.noise"])
     steps: list[SamplerStep] = []
-    final = sample(
+    final = sample_from(
         guider,
         tensors[f"{run}.in.start"],
         steps=settings["steps"],
@@ -92,7 +93,7 @@ def test_t_end_stops_early(guider):
     tensors, _ = read("sampling_stage_c")
     noise = iter(tensors["ddpm.in.noise"])
     start, reference = tensors["ddpm.in.start"], tensors["ddpm.out.steps"]
-    half = sample(
+    half = sample_from(
         guider, start, steps=3, shift=2.0, sampler="ddpm", noise=lambda: next(noise), t_start=1.0, t_end=0.5
     )
     assert relative(half, reference[2]) <= 1e-4
@@ -102,7 +103,7 @@ def test_t_end_stops_early(guider):
 def test_a_batch_equals_its_single_runs(guider, sampler):
     def run(indices: list[int]) -> torch.Tensor:
         noise = NoiseSource(42, indices, SHAPE)
-        return sample(guider, noise.draw(), steps=5, shift=2.0, sampler=sampler, noise=noise.draw)
+        return sample_from(guider, noise.draw(), steps=5, shift=2.0, sampler=sampler, noise=noise.draw)
 
     batch = run([0, 1, 2])
     for index in range(3):

@@ -11,10 +11,11 @@ from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
-from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS
 from cascade_nodes.cascade_core.engine import Engine
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.networks.config import StageBConfig, StageCConfig
+from cascade_nodes.tests.core.sampling import sample_from
 
 TOLERANCE = 3e-6  # of the largest value, in float32: other orders of summation
 
@@ -198,5 +199,5 @@ def test_a_run_with_guidance(sampler):
     for model in (network, Engine(network)):
         noise = NoiseSource(1, 1, tuple(x.shape[1:]))
         guider = Guider(model, positive, negative, cfg=3.0)
-        ends.append(sample(guider, x, steps=4, shift=2.0, sampler=sampler, noise=noise.draw))
+        ends.append(sample_from(guider, x, steps=4, shift=2.0, sampler=sampler, noise=noise.draw))
     assert (ends[0] - ends[1]).abs().max() <= 1e-5 * ends[0].abs().max()

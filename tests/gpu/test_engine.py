@@ -20,11 +20,12 @@ from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
-from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS, sample
+from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS
 from cascade_nodes.cascade_core.engine import Engine, graphs, operations, operations_on
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.networks.fp16 import scale_residual_stream
+from cascade_nodes.tests.core.sampling import sample_from
 from cascade_nodes.tests.engine.test_engine import UNUSUAL
 from cascade_nodes.tests.gpu.compared import (
     LEVELS,
@@ -440,7 +441,7 @@ def run(model: Any, start: Tensor, prompts: tuple[dict, dict], sampler: str, cfg
     positive, negative = prompts
     source = NoiseSource(1, len(start), tuple(start.shape[1:]))
     guider = Guider(model, positive, negative, cfg=cfg)
-    return sample(guider, start, steps=4, shift=2.0, sampler=sampler, noise=source.draw)
+    return sample_from(guider, start, steps=4, shift=2.0, sampler=sampler, noise=source.draw)
 
 
 def assert_a_run_is_near(

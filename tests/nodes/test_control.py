@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.diffusion import samplers
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
 from cascade_nodes.nodes.conditioning import CascadeTextEncode
 from cascade_nodes.nodes.control import CascadeControlNetApply
 from cascade_nodes.nodes.loaders import CascadeControlNetLoader
 from cascade_nodes.nodes.sampling import CascadeDecoderSampler, CascadePriorSampler
+from cascade_nodes.tests.core.sampling import sample_from
 from cascade_nodes.tests.nodes import controlnets, graph
 
 SIZE = (3, 4)
@@ -91,7 +91,7 @@ def reference(stage_c, prompts, control_at, sides=("positive", "negative")):
         return Guider(network, positive, negative, CFG, 0.7)(x, noise_cond)
 
     noise = NoiseSource(SEED, 1, (16, *SIZE))
-    return samplers.sample(model, noise.draw(), steps=STEPS, shift=SHIFT, sampler="ddim", noise=noise.draw)
+    return sample_from(model, noise.draw(), steps=STEPS, shift=SHIFT, sampler="ddim", noise=noise.draw)
 
 
 def close(latent, expected):
