@@ -145,7 +145,7 @@ class ModelFiles:
         prefer: str = "full",
         full_precision: bool = False,
     ):
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # files are looked for later, perhaps from another directory
         self.chosen = dict(chosen or {})
         self.prefer, self.full_precision = prefer, full_precision
         unknown = sorted(set(self.chosen) - set(PARTS))

@@ -254,6 +254,7 @@ class StableCascade:
                 source, hole = self._expanded(source, hole, room)
             if hole is not None and source is None:
                 raise CascadeError("mask was given without image; give the picture that it belongs to.")
+            _check_decoding(decoder or self.decoder_settings, 1.0, tile_size, output)
             prompts = self._encode_text(prompt, negative)
             latent = self._sample_prior(
                 prompts,
@@ -366,11 +367,13 @@ class StableCascade:
         """
         with self._running():
             source = None if image is None else as_image(image)
+            settings = _chosen(self.decoder_settings, steps, cfg, cfg_rescale, shift, sampler)
+            _check_decoding(settings, denoise, tile_size, output)
             pictures = self._sample_decoder(
                 latent,
                 self._encode_text(prompt, negative),
                 self._size(size, source),
-                _chosen(self.decoder_settings, steps, cfg, cfg_rescale, shift, sampler),
+                settings,
                 seed=seed,
                 source=source,
                 denoise=denoise,
@@ -412,7 +415,8 @@ class StableCascade:
         with self._running():
             source = as_image(image)
             height, width = source.shape[1:3]
-            size = size or (2 * width, 2 * height)
+            size = (2 * width, 2 * height) if size is None else self._size(size, source)
+            _check_decoding(settings, denoise, tile_size, output)
             encoded = self._encode_picture(source, size, False, tile_size)
             pictures = self._sample_decoder(
                 encoded.stage_c,
@@ -655,7 +659,6 @@ class StableCascade:
         callback: ProgressCallback | None,
     ) -> Tensor:
         width, height = size
-        _check_settings(settings, denoise, "decoder's ")
         stage, codec = self._stage("stage_b"), self._stage_a()
         check_semantic(semantic, stage)
         stage.check_picture_size(width, height)
@@ -719,6 +722,11 @@ class StableCascade:
         return to_pil(self._stage_a().decode(latent[:1].cpu() * SCALE_FACTOR))[0]
 
     def _picture_prompts(self, image_prompts: Sequence[Any]) -> tuple[PicturePrompt, ...]:
+        if not isinstance(image_prompts, list | tuple):
+            raise CascadeError(
+                f"image_prompts is of type {type(image_prompts).__name__}; give a list of pictures, each alone or "
+                "with its strength: (picture, strength)."
+            )
         prompts = []
         for entry in image_prompts:
             picture, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
@@ -790,6 +798,14 @@ def _check_settings(settings: StageSettings, denoise: float, owner: str) -> None
         raise CascadeError(f"{owner}denoise is {denoise}; it must lie within 0 and 1.")
 
 
+def _check_decoding(settings: StageSettings, denoise: float, tile_size: int, output: Output) -> None:
+    """Refuses what Stage B and Stage A would refuse, before Stage C is sampled."""
+    _check_settings(settings, denoise, "decoder's ")
+    stage_b_tile(tile_size)
+    if output not in ("pil", "tensor"):
+        raise CascadeError(f"output is {output!r}; choose 'pil' or 'tensor'.")
+
+
 def _repeated(latent: Tensor, batch: int) -> Tensor:
     """A latent for each image of the batch."""
     if len(latent) not in (1, batch):
@@ -800,8 +816,6 @@ def _repeated(latent: Tensor, batch: int) -> Tensor:
 
 
 def _as_output(pictures: Tensor, output: Output) -> list[Image] | Tensor:
-    if output not in ("pil", "tensor"):
-        raise CascadeError(f"output is {output!r}; choose 'pil' or 'tensor'.")
     return _owned(pictures) if output == "tensor" else to_pil(pictures)
 
 

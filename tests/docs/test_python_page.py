@@ -90,8 +90,7 @@ def test_text_to_image(page):
     assert things(page["picture"]) == things(page["quick"]) == STAR_AND_RING
 
 
-def test_a_folder_of_ones_own(page, monkeypatch):
-    monkeypatch.chdir(page["folder"])
+def test_a_folder_of_ones_own(page):
     assert page["pictures"][0].size == (256, 256)
     with pytest.raises(CascadeError, match="closed"):
         page["published"]("a red star")
