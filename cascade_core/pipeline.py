@@ -225,7 +225,7 @@ class StableCascade:
         engine: bool = True,
         output: Output = "pil",
         callback: ProgressCallback | None = None,
-    ) -> list[Image] | Tensor:
+    ) -> Any:  # list[Image], or Tensor with output="tensor"
         """Pictures of a prompt: a list of PIL images, or (B, H, W, 3) float32 in [0, 1] with output="tensor".
 
         prompt         one for all pictures, or a sequence, one for each
@@ -359,7 +359,7 @@ class StableCascade:
         engine: bool = True,
         output: Output = "pil",
         callback: ProgressCallback | None = None,
-    ) -> list[Image] | Tensor:
+    ) -> Any:  # list[Image], or Tensor with output="tensor"
         """Stage B and Stage A: Stage C's latent (B, 16, h, w) to pictures.
 
         steps … sampler: of Stage B. image: the picture that Stage B starts from where denoise is below 1, or that stays
@@ -410,7 +410,7 @@ class StableCascade:
         engine: bool = True,
         output: Output = "pil",
         callback: ProgressCallback | None = None,
-    ) -> list[Image] | Tensor:
+    ) -> Any:  # list[Image], or Tensor with output="tensor"
         """Pictures made anew at a larger size, by default twice theirs: Stage B starts from the enlarged picture."""
         with self._running():
             source = as_image(image)

@@ -1,0 +1,234 @@
+"""The front door on networks of random weights: what it loads, what it refuses, and what it gives back.
+
+That its pictures are those of the nodes, to the byte, is tests/demo/test_door.py.
+"""
+
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade_nodes.cascade_core import CascadeError, Control, Interrupted, StableCascade, StageSettings
+from cascade_nodes.cascade_core.model_files import ModelFiles
+from cascade_nodes.demo.door import WEIGHTS
+
+FEW = StageSettings(steps=2, cfg=2.0, cfg_rescale=0.0)
+
+
+@pytest.fixture(scope="module")
+def cascade():
+    with StableCascade.load(WEIGHTS, prior=FEW, decoder=FEW, size=(64, 64)) as opened:
+        yield opened
+
+
+def call(cascade: StableCascade, **inputs) -> torch.Tensor:
+    return cascade("a red star", output="tensor", **inputs)
+
+
+def test_nothing_is_loaded_before_it_is_needed():
+    cascade = StableCascade.load(WEIGHTS, prior=FEW, size=(64, 64))
+    assert not cascade._loaded
+    cascade.prior("a red star")
+    assert {role for role, _ in cascade._loaded} == {"stage_c", "text_encoder"}
+
+
+def test_each_network_is_loaded_once(cascade):
+    call(cascade)
+    networks = dict(cascade._loaded)
+    call(cascade, seed=1)
+    assert all(cascade._loaded[key] is network for key, network in networks.items())
+
+
+def test_a_call_is_its_stages_one_after_the_other(cascade):
+    latent = cascade.prior("a red star", seed=4)
+    assert latent.shape == (1, 16, 2, 2)
+    decoded = cascade.decode(latent, "a red star", seed=4, output="tensor")
+    assert torch.equal(call(cascade, seed=4), decoded)
+    assert decoded.shape == (1, 64, 64, 3)
+    pictures = cascade("a red star", seed=4)
+    assert [picture.size for picture in pictures] == [(64, 64)]
+
+
+def test_a_picture_does_not_depend_on_its_batch(cascade):
+    together = call(cascade, seed=4, batch=2)
+    assert (together[1] - call(cascade, seed=5)[0]).abs().max() <= 1e-4
+    of_two = cascade(["a red star", "a blue ring"], seed=4, output="tensor")
+    assert (of_two[0] - together[0]).abs().max() <= 1e-4
+
+
+def test_settings_of_a_call_are_the_stage_c_ones(cascade):
+    plain = cascade.prior("a red star")
+    for changed in ({"steps": 3}, {"cfg": 3.0}, {"shift": 2.0}, {"sampler": "ddim"}, {"cfg_rescale": 1.0}):
+        assert not torch.equal(cascade.prior("a red star", **changed), plain)
+    settings = {"steps": 2, "cfg": 2.0, "cfg_rescale": 0.0, "shift": 1.0, "sampler": "ddpm"}
+    assert torch.equal(cascade.prior("a red star", **settings), plain)
+
+
+def test_inpainting_changes_nothing_outside_the_mask(cascade):
+    image = torch.rand(1, 96, 96, 3, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(96, 96)
+    mask[24:72, 24:72] = 1
+    painted = call(cascade, image=image, mask=mask)
+    assert torch.equal(painted[:, mask == 0], image[:, mask == 0])
+    assert not torch.equal(painted[:, mask == 1], image[:, mask == 1])
+
+
+def test_room_is_added_at_the_sides_that_are_named(cascade):
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+    painted = call(cascade, image=image, room=(0, 0, 64, 0))
+    assert painted.shape == (1, 64, 128, 3)
+    assert torch.equal(painted[:, :, :32], image[:, :, :32])  # beyond the feather
+
+
+def test_picture_prompts_count_by_their_strength(cascade):
+    image = torch.rand(1, 64, 64, 3)
+    plain = cascade.prior("a red star")
+    assert torch.equal(cascade.prior("a red star", image_prompts=[(image, 0.0)]), plain)
+    assert not torch.equal(cascade.prior("a red star", image_prompts=[image]), plain)
+
+
+def test_controls_count_by_strength_and_range(cascade):
+    image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+    plain = cascade.prior("a red star")
+
+    def controlled(**inputs) -> torch.Tensor:
+        control = Control("demo_controlnet_canny.safetensors", image, **inputs)
+        return cascade.prior("a red star", controls=[control])
+
+    assert torch.equal(controlled(strength=0.0), plain)
+    assert torch.equal(controlled(end=0.0), plain)
+    assert not torch.equal(controlled(), plain)
+    with pytest.raises(CascadeError, match=r"start is 0\.8 and end 0\.2"):
+        controlled(start=0.8, end=0.2)
+    with pytest.raises(CascadeError, match="was given no picture"):
+        cascade.prior("a red star", controls=[Control("demo_controlnet_canny.safetensors")])
+
+
+def test_loras_are_added_and_removed(cascade):
+    plain = cascade.prior("a red star")
+    name = cascade.add_lora("demo_lora_house.safetensors", 0.7)
+    assert cascade.loras == (name,)
+    assert not torch.equal(cascade.prior("a red star"), plain)
+    cascade.remove_lora(name)
+    assert torch.equal(cascade.prior("a red star"), plain)
+    with pytest.raises(CascadeError, match="No LoRA 'x' is applied"):
+        cascade.remove_lora("x")
+
+
+def test_a_learned_token_is_told_by_name(cascade, caplog):
+    with caplog.at_level(logging.INFO, "cascade_nodes"):
+        name = cascade.add_lora("demo_token_loop.safetensors")
+    assert "teaches [loop]" in caplog.text
+    cascade.remove_lora(name)
+
+
+def test_progress_previews_and_cancelling(cascade):
+    steps = []
+    call(cascade, callback=lambda progress: steps.append((progress.stage, progress.step, progress.steps)))
+    assert steps == [("stage_c", 1, 2), ("stage_c", 2, 2), ("stage_b", 1, 2), ("stage_b", 2, 2)]
+    sizes = []
+    call(cascade, callback=lambda progress: sizes.append(progress.preview().size))
+    assert sizes == [(16, 16), (16, 16), (64, 64), (64, 64)]
+    with pytest.raises(Interrupted):
+        call(cascade, callback=lambda progress: False)
+    with pytest.raises(Interrupted):
+        call(cascade, callback=lambda progress: cascade.cancel())
+    call(cascade)  # as if nothing had been
+
+
+def test_two_threads_take_turns(cascade):
+    expected = [call(cascade, seed=seed) for seed in range(3)]
+    results: dict[int, torch.Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: results.__setitem__(seed, call(cascade, seed=seed)))
+        for seed in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[seed], expected[seed]) for seed in range(3))
+
+
+def test_a_closed_cascade_says_so():
+    with StableCascade.load(WEIGHTS) as cascade:
+        cascade.encode(torch.rand(64, 64, 3))
+    assert not cascade._loaded
+    with pytest.raises(CascadeError, match="was closed; load it again"):
+        cascade("a red star")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"size": (100, 64)}, "each side must be a multiple of 8"),
+        ({"size": (8, 8)}, "makes none with a side under"),
+        ({"denoise": 1.5}, "denoise is 1.5; it must lie within 0 and 1"),
+        ({"sampler": "euler"}, "sampler is 'euler'; choose one of"),
+        ({"mask": torch.ones(64, 64)}, "mask was given without image"),
+        ({"batch": 0}, "batch is 0"),
+        ({"tile_size": 32}, "tile_size is 32; give 0 for no tiles, or 128 or more"),
+        ({"output": "jpeg"}, "output is 'jpeg'; choose 'pil' or 'tensor'"),
+        ({"image": "nowhere.png", "denoise": 0.5}, "nowhere.png cannot be read"),
+        ({"room": (0, 0, 8, 0)}, "room is for an image without a mask"),
+    ],
+)
+def test_what_does_not_fit_is_refused(cascade, inputs, message):
+    with pytest.raises(CascadeError, match=message):
+        cascade("a red star", **inputs)
+
+
+def test_what_does_not_exist_is_refused_before_a_file_is_read(tmp_path):
+    with pytest.raises(CascadeError, match="is not a folder"):
+        StableCascade.load(tmp_path / "none")
+    with pytest.raises(CascadeError, match="dtype 'fp4' is not known"):
+        StableCascade.load(tmp_path, dtype="fp4")
+    with pytest.raises(CascadeError, match="device is 'gpu'; choose auto, cpu, cuda"):
+        StableCascade.load(tmp_path, device="gpu")
+    with pytest.raises(CascadeError, match="stage_d is not a role"):
+        StableCascade.load(tmp_path, stage_d="x")
+    with pytest.raises(CascadeError, match=r"No text encoder was found in .*load\(…, text_encoder=path\)"):
+        StableCascade.load(tmp_path).prior("a red star", size=(64, 64))
+
+
+# Which file is taken
+
+
+def write(path: Path, rows: int, dtype: torch.dtype) -> None:
+    """A file that is taken for a previewer, as large as wanted."""
+    from cascade_nodes.cascade_core.checkpoints import write_safetensors
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, {"blocks.24.weight": torch.zeros(rows, 2, dtype=dtype)}, {})
+
+
+def test_of_several_files_the_largest_in_half_precision_is_taken(tmp_path):
+    write(tmp_path / "vae" / "lite.safetensors", 2, torch.bfloat16)
+    write(tmp_path / "vae" / "full.safetensors", 4, torch.float32)
+    write(tmp_path / "vae" / "half.safetensors", 4, torch.bfloat16)
+    write(tmp_path / "other" / "larger_elsewhere.safetensors", 9, torch.bfloat16)
+
+    def chosen(**options) -> str:
+        return ModelFiles(tmp_path, **options).find("previewer").name
+
+    assert chosen() == "half.safetensors"
+    assert chosen(full_precision=True) == "full.safetensors"
+    assert chosen(prefer="lite") == "lite.safetensors"
+    assert chosen(chosen={"previewer": "lite.safetensors"}) == "lite.safetensors"
+    assert chosen(chosen={"previewer": tmp_path / "other" / "larger_elsewhere.safetensors"}) == (
+        "larger_elsewhere.safetensors"
+    )
+    shutil.rmtree(tmp_path / "vae")
+    assert (
+        chosen() == "larger_elsewhere.safetensors"
+    )  # anywhere in the folder, where the usual places hold none
+
+
+def test_damaged_and_foreign_files_are_passed_over(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"\0" * 32)
+    assert ModelFiles(tmp_path).find_optional("stage_c") is None
+    write(tmp_path / "fine.safetensors", 2, torch.float32)
+    assert ModelFiles(tmp_path).find("previewer").name == "fine.safetensors"
