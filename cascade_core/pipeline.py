@@ -453,15 +453,15 @@ class StableCascade:
         """
         with self._running():
             path = self.files.named("lora", file)
-            adapter = read_adapter(path, self._stage("stage_c").network.config)
+            adapter = read_adapter(path, self.stage("stage_c").network.config)
             text_strength = strength if text_strength is None else text_strength
             named = tuple(parse_new_tokens(new_tokens))
             if strength:
-                check_fits(adapter, self._stage("stage_c").network.config)
+                check_fits(adapter, self.stage("stage_c").network.config)
                 check_finite_changes(adapter.stage_c, adapter.name)
             notes = [note for note in [describe_unknown(adapter)] if note]
             if text_strength and (adapter.text or adapter.tokens):
-                notes += check_text_changes(adapter, self._text().encoder.model, named)
+                notes += check_text_changes(adapter, self.text_stage().encoder.model, named)
             for note in notes:
                 logger.info(note)
             name = _free_name(path.name, self._loras)
@@ -524,32 +524,38 @@ class StableCascade:
             self._loaded[role, path] = load(path)
         return self._loaded[role, path]
 
-    def _stage(self, kind: str) -> DiffusionStage:
+    def stage(self, kind: str) -> DiffusionStage:
+        """Stage C or Stage B (kind stage_c, stage_b) as loaded, without what LoRAs change."""
         path = self.files.find(kind)
         return self._load(kind, path, lambda path: load_stage(kind, path, self.dtype, self.device))
 
-    def _text(self) -> TextStage:
+    def text_stage(self) -> TextStage:
+        """The text encoder as loaded."""
         path = self.files.find("text_encoder")
         return self._load("text_encoder", path, lambda path: load_text_encoder(path, self.device))
 
-    def _vision(self) -> VisionStage:
+    def vision_stage(self) -> VisionStage:
+        """The image encoder."""
         path = self.files.find("vision")
         return self._load("vision", path, lambda path: load_image_encoder(path, self.device))
 
-    def _stage_a(self) -> Codec:
+    def stage_a(self) -> Codec:
+        """Stage A, which encodes and decodes Stage B's latents."""
         path = self.files.find("stage_a")
         return self._load("stage_a", path, lambda path: load_stage_a(path, self.device))
 
-    def _compressor(self) -> Codec:
+    def compressor(self) -> Codec:
+        """The semantic compressor, with the previewer as its decoder where there is one."""
         path, previewer = self.files.find("compressor"), self.files.find_optional("previewer")
         return self._load("compressor", path, lambda path: load_compressor(path, previewer, self.device))
 
-    def _controlnet(self, file: str | Path) -> ControlNetStage:
+    def controlnet(self, file: str | Path) -> ControlNetStage:
+        """A ControlNet by its path, or its name in the folder's `controlnet`."""
         path = self.files.named("controlnet", file)
         return self._load("controlnet", path, lambda path: load_controlnet(path, self.device))
 
     def _prior_with_loras(self) -> DiffusionStage:
-        stage = self._stage("stage_c")
+        stage = self.stage("stage_c")
         patches = tuple(
             Patch(lora.adapter.name, lora.adapter.stage_c, lora.strength)
             for lora in self._loras.values()
@@ -558,7 +564,7 @@ class StableCascade:
         return replace(stage, patches=patches)
 
     def _text_with_loras(self) -> TextStage:
-        text = self._text()
+        text = self.text_stage()
         for lora in self._loras.values():
             if lora.text_strength:
                 text = text.with_adapter(lora.adapter, lora.text_strength, lora.new_tokens)
@@ -588,13 +594,13 @@ class StableCascade:
 
     def _encode_picture(self, source: Tensor, size: Size, stage_a: bool, tile_size: int) -> EncodedPicture:
         width, height = size
-        compressor = self._compressor()
+        compressor = self.compressor()
         stage_c = compressor.encode(resized(source, compressor_size(height, width)))
         check_stage_finite([stage_c], compressor, "The compressor's latent")
         whole = whole_size(height, width)
         if not stage_a:
             return EncodedPicture(stage_c, self._empty("stage_b", len(source), whole))
-        codec = self._stage_a()
+        codec = self.stage_a()
         stage_b = codec.encode(resized(source, whole), tile_size)
         check_stage_finite([stage_b], codec, "Stage A's latent")
         return EncodedPicture(stage_c, stage_b)
@@ -659,7 +665,7 @@ class StableCascade:
         callback: ProgressCallback | None,
     ) -> Tensor:
         width, height = size
-        stage, codec = self._stage("stage_b"), self._stage_a()
+        stage, codec = self.stage("stage_b"), self.stage_a()
         check_semantic(semantic, stage)
         stage.check_picture_size(width, height)
         batch = len(semantic)
@@ -716,10 +722,10 @@ class StableCascade:
     def _preview_prior(self, latent: Tensor) -> Image | None:
         if self.files.find_optional("compressor") is None or self.files.find_optional("previewer") is None:
             return None
-        return to_pil(self._compressor().decode(latent[:1].cpu()))[0]
+        return to_pil(self.compressor().decode(latent[:1].cpu()))[0]
 
     def _preview_decoder(self, latent: Tensor) -> Image | None:
-        return to_pil(self._stage_a().decode(latent[:1].cpu() * SCALE_FACTOR))[0]
+        return to_pil(self.stage_a().decode(latent[:1].cpu() * SCALE_FACTOR))[0]
 
     def _picture_prompts(self, image_prompts: Sequence[Any]) -> tuple[PicturePrompt, ...]:
         if not isinstance(image_prompts, list | tuple):
@@ -732,7 +738,7 @@ class StableCascade:
             picture, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
             if strength == 0:
                 continue
-            vision = self._vision()
+            vision = self.vision_stage()
             embeds = vision.encode(as_image(picture))
             check_stage_finite([embeds], vision, "What the image encoder gives")
             prompts.append(PicturePrompt(embeds, strength))
@@ -741,8 +747,8 @@ class StableCascade:
     def _applied(
         self, control: Control, size: Size, source: Tensor | None, mask: Tensor | None
     ) -> AppliedControlNet:
-        stage = self._controlnet(control.file)
-        hint = make_hint(control, stage, size, source, mask, self._compressor)
+        stage = self.controlnet(control.file)
+        hint = make_hint(control, stage, size, source, mask, self.compressor)
         return AppliedControlNet(stage, hint, control.strength, control.start, control.end)
 
     # What a call stands for

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.hints.canny import canny, canny_hint
 from cascade_nodes.cascade_core.hints.filters import inpaint_hint, super_resolution_hint
 from cascade_nodes.cascade_core.hints.masks import composite, latent_mask
+from cascade_nodes.cascade_core.stages.control import AppliedControlNet, ControlNetStage
 from cascade_nodes.demo.captions import ObjectSpec, Spec, verbalise
 from cascade_nodes.demo.dataset import as_float, pictures, resized
 from cascade_nodes.demo.evaluate import SEED, prompts_of
@@ -25,24 +25,21 @@ SMALL = PICTURE // 16  # pixels of the picture that super resolution enlarges
 FEATHER = 8  # pixels, of the composite
 
 
-def controlnet(cascade: DemoCascade, kind: str) -> Any:
-    path = cascade.weights / f"demo_controlnet_{kind}.safetensors"
-    return load_model(path, "controlnet", torch.float32, cascade.device)[0]
+def controlnet(cascade: DemoCascade, kind: str) -> ControlNetStage:
+    return cascade.cascade.controlnet(f"demo_controlnet_{kind}.safetensors")
 
 
-@torch.no_grad()
 def guided(
     cascade: DemoCascade,
-    network: Any,
+    stage: ControlNetStage,
     hints: Tensor,
     prompts: Sequence[str],
     strength: float = 1.0,
     **options: Any,
 ) -> Tensor:
     """Samples Stage C's latents with a ControlNet; hints: (B, C, H, W), one for each prompt."""
-    residuals = network(hints.to(cascade.device))
-    control = [None if r is None else strength * r for r in residuals]
-    return cascade.prior(prompts, control=control if strength else None, **options)
+    controls = (AppliedControlNet(stage, hints, strength),) if strength else ()
+    return cascade.prior(prompts, controls=controls, **options)
 
 
 def edges(images: Tensor) -> Tensor:
@@ -105,7 +102,7 @@ def edited(scene: Scene, rng: Random) -> tuple[Scene, Tensor]:
 @torch.no_grad()
 def painted(
     cascade: DemoCascade,
-    network: Any,
+    stage: ControlNetStage,
     images: Tensor,
     masks: Tensor,
     prompts: Sequence[str],
@@ -122,7 +119,7 @@ def painted(
     details = latent_mask(masks, len(images), STAGE_B_LATENT[1:])
     start = cascade.compressor(small)
     hints = inpaint_hint(small.cpu(), masks)
-    latents = guided(cascade, network, hints, prompts, strength, seed=seed, start=start, mask=places)
+    latents = guided(cascade, stage, hints, prompts, strength, seed=seed, start=start, mask=places)
     return cascade.decode(latents, prompts, seed, source=images, mask=details)
 
 

@@ -50,10 +50,10 @@ def two_passes(
         first.append(images)
         if way == "unfolded":
             images = cascade.decode(
-                latents, batch, seed, DECODER, (scale * PICTURE, scale * PICTURE), tile=tile_pixels
+                latents, batch, seed, DECODER, (scale * PICTURE, scale * PICTURE), tile_pixels=tile_pixels
             ).cpu()
         while images.shape[-1] < scale * PICTURE:
-            images = cascade.enlarge(images, batch, seed, how=second_pass, tile=tile_pixels)
+            images = cascade.enlarge(images, batch, seed, how=second_pass, tile_pixels=tile_pixels)
         second.append(images)
     return torch.cat(first), torch.cat(second)
 

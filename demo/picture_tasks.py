@@ -7,7 +7,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.adapters.apply import Patch
 from cascade_nodes.demo.captions import ObjectSpec, Spec, verbalise
 from cascade_nodes.demo.dataset import as_float, pictures
 from cascade_nodes.demo.evaluate import SEED, prompts_of
@@ -64,7 +64,7 @@ def mixing(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     changes = adapter(cascade, "demo_lora_two_pictures.safetensors").stage_c
 
     def mix_at(embedded: Tensor, strength: float) -> Tensor:
-        with patched(cascade.stage_c, [Patch("two pictures", changes, strength)]):
+        with cascade.patched([Patch("two pictures", changes, strength)]):
             return prompted(cascade, embedded, SEED, PRIOR)
 
     figures: Figures = {}

@@ -1,34 +1,28 @@
-"""The demo cascade as one object: prompts in, pictures out, on the public pieces of the core alone."""
+"""The demo cascade for its evaluation: many prompts at once through the stages of the front door."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cascade_nodes.cascade_core import SemanticCompressor, StageA, StageB, StageC
 from cascade_nodes.cascade_core.adapters import LearnedToken
-from cascade_nodes.cascade_core.checkpoints import load_model
-from cascade_nodes.cascade_core.diffusion.guidance import Guider
-from cascade_nodes.cascade_core.geometry import (
-    STAGE_B_COMPRESSION,
-    compressor_size,
-    stage_b_size,
-    stage_c_size,
-)
-from cascade_nodes.cascade_core.networks.tiles import predict_in_tiles
-from cascade_nodes.cascade_core.run import SamplingRun, by_log_snr, sample
+from cascade_nodes.cascade_core.adapters.apply import Patch
+from cascade_nodes.cascade_core.geometry import compressor_size, stage_b_size, stage_c_size
+from cascade_nodes.cascade_core.run import SamplingRun
+from cascade_nodes.cascade_core.stages.control import AppliedControlNet
+from cascade_nodes.cascade_core.stages.diffusion import DiffusionStage, Guidance, stage_b_tile
+from cascade_nodes.cascade_core.stages.prompt import PicturePrompt, Prompt
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
-from cascade_nodes.cascade_core.vision import ImageEncoder
 from cascade_nodes.demo.dataset import as_float, for_compressor, resized
-from cascade_nodes.demo.door import WEIGHTS
+from cascade_nodes.demo.door import WEIGHTS, StableCascade
 from cascade_nodes.demo.recipe import LATENT, PICTURE, STAGE_B_LATENT
 
 Size = tuple[int, int]  # height and width in pixels
 SIZE: Size = (PICTURE, PICTURE)
-Control = Sequence[Tensor | None] | None
 
 
 @dataclass(frozen=True)
@@ -51,106 +45,104 @@ SECOND_PASS = Sampling(
 )  # Stage B at a larger size, from the first pass's picture
 
 
-@dataclass
 class DemoCascade:
-    """All networks of the demo on one device, in float32."""
+    """The demo's networks behind the front door, for many pictures at once: a prompt for each, latents in between."""
 
-    text: TextEncoder
-    stage_c: StageC
-    stage_b: StageB
-    stage_a: StageA
-    compressor: SemanticCompressor
-    device: torch.device
-    vision: ImageEncoder | None = None  # loaded when a picture is first embedded
-    weights: Path = WEIGHTS
+    def __init__(self, cascade: StableCascade):
+        self.cascade = cascade
+        self.device = cascade.device.device
+        self.weights = cascade.files.folder
+        self.patches: tuple[Patch, ...] = ()
 
     @classmethod
     def load(cls, weights: Path = WEIGHTS, device: str | torch.device = "cpu") -> "DemoCascade":
-        device = torch.device(device)
-        text = TextEncoder.load(weights / "demo_text_encoder", dtype=torch.float32)
-        text.model.to(device)
-        networks: dict[str, Any] = {
-            name: load_model(weights / f"demo_{name}.safetensors", name, torch.float32, device)[0]
-            for name in ("stage_c", "stage_b", "stage_a", "compressor")
-        }
-        return cls(text=text, device=device, weights=weights, **networks)
+        return cls(StableCascade.load(weights, device=device, dtype="fp32"))
+
+    @property
+    def stage_c(self) -> Any:
+        """The network, as loaded."""
+        return self.cascade.stage("stage_c").network
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text encoder with its tokenizer."""
+        return self.cascade.text_stage().encoder
+
+    @contextmanager
+    def patched(self, patches: Sequence[Patch]) -> Iterator[None]:
+        """Stage C is changed by these inside."""
+        self.patches = tuple(patches)
+        try:
+            yield
+        finally:
+            self.patches = ()
 
     def embed(self, images: Tensor) -> Tensor:
         """uint8 pictures (B, 3, H, W) as prompts: (B, E)"""
-        if self.vision is None:
-            self.vision = ImageEncoder.load(self.weights / "demo_image_encoder.safetensors", torch.float32)
-            self.vision.model.to(self.device)
-        return self.vision.encode(as_float(images).movedim(1, -1))
+        return self.cascade.vision_stage().encode(as_float(images).movedim(1, -1))
 
-    @torch.no_grad()
     def compress(self, images: Tensor) -> Tensor:
         """uint8 pictures (B, 3, 256, 256) as Stage C's latents: (B, 16, 6, 6)"""
-        return self.compressor(for_compressor(images.to(self.device)))
+        return self.compressor(for_compressor(images))
 
-    @torch.no_grad()
+    def compressor(self, pixels: Tensor) -> Tensor:
+        """(B, 3, 32 · h, 32 · w) in [0, 1] as Stage C's latents: (B, 16, h, w)"""
+        return self.cascade.compressor().encode(pixels.movedim(1, -1))
+
     def prior(
         self, prompts: Sequence[str], seed: int, how: Sampling = PRIOR, negative: str = "", size: Size = SIZE,
         images: Tensor | None = None, start: Tensor | None = None, mask: Tensor | None = None,
-        control: Control = None, learned: Sequence[LearnedToken] = (),
+        controls: Sequence[AppliedControlNet] = (), learned: Sequence[LearnedToken] = (),
     ) -> Tensor:  # fmt: skip
         """Stage C's latents of pictures of that size: (B, 16, 6, 6) at 256×256
 
         images: pictures as prompts (B, n, E); start: latents to begin from, where `how.denoise` is below 1, or that
-        stay outside `mask` (B, 1, h, w); control: a ControlNet's residuals, by Stage C's residual block;
-        learned: tokens that a prompt may name.
+        stay outside `mask` (B, 1, h, w); learned: tokens that a prompt may name.
         """
+        stage, text = self.cascade.stage("stage_c"), self.cascade.text_stage()
+        text = replace(text, learned=tuple(learned))
         empty = torch.zeros(len(prompts), LATENT[0], *stage_c_size(*size))
-        no_image = torch.zeros(1, 1 if images is None else images.shape[1], self.stage_c.config.c_clip_img)
-        sides = []
-        for texts, shown in ((list(prompts), images), ([negative], None)):
-            states, pooled = self.text.encode(texts, learned)
-            embedded = no_image if shown is None else shown
-            sides.append({"clip_text": states, "clip_text_pooled": pooled[:, None], "clip_img": embedded})
-            if control is not None:
-                sides[-1]["control"] = control
-        guider = Guider(self.stage_c, *sides, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
-        return self._sample(guider, empty if start is None else start, seed, how, mask)
+        no_image = torch.zeros(1, 1 if images is None else images.shape[1], stage.network.config.c_clip_img)
+        sides = [
+            replace(text.encode(texts), pictures=(PicturePrompt(embeds),), controlnets=tuple(controls))
+            for texts, embeds in ((prompts, no_image if images is None else images), ([negative], no_image))
+        ]
+        return self._sample(
+            replace(stage, patches=self.patches), empty if start is None else start, seed, how, mask, sides
+        )
 
-    @torch.no_grad()
     def decode(
         self, latents: Tensor, prompts: Sequence[str], seed: int, how: Sampling = DECODER, size: Size = SIZE,
-        source: Tensor | None = None, tile: int = 0, mask: Tensor | None = None,
+        source: Tensor | None = None, tile_pixels: int = 0, mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Stage C's latents (B, 16, h, w) to pictures of that size: (B, 3, *size) in [0, 1]
+        """Stage C's latents (B, 16, h, w) to pictures of that size: (B, 3, *size) in [0, 1] on the CPU
 
         source: pictures of the same size to start from, where `how.denoise` is below 1, or that stay outside `mask`
-        (B, 1, h / 4, w / 4); tile: pixels a side of Stage
-        B's tiles, 0: whole.
+        (B, 1, h / 4, w / 4); tile_pixels: side of Stage B's tiles, 0: whole.
         """
-        pooled, no_text = (self.text.encode(texts).pooled[:, None] for texts in (list(prompts), [""]))
-        positive = {"effnet": latents, "clip": pooled}
-        negative = {"effnet": torch.zeros_like(latents), "clip": no_text}
-        model = self._stage_b_in_tiles(tile // STAGE_B_COMPRESSION) if tile else self.stage_b
-        guider = Guider(model, positive, negative, cfg=how.cfg, cfg_rescale=how.cfg_rescale)
+        stage, codec, text = self.cascade.stage("stage_b"), self.cascade.stage_a(), self.cascade.text_stage()
         if source is None:
             start = torch.zeros(len(latents), STAGE_B_LATENT[0], *stage_b_size(*size))
         else:
-            start = self.stage_a.encode(source.to(self.device))
-        return self.stage_a.decode(self._sample(guider, start, seed, how, mask)).clamp(0, 1)
+            start = codec.encode(source.movedim(1, -1))
+        sides = [
+            replace(text.encode(prompts), effnet=latents),
+            replace(text.encode([""]), effnet=torch.zeros_like(latents)),
+        ]
+        sampled = self._sample(stage, start, seed, how, mask, sides, stage_b_tile(tile_pixels))
+        return codec.decode(sampled).movedim(-1, 1)
 
-    def _stage_b_in_tiles(self, tile: int) -> Callable[..., Tensor]:
-        def predict(x: Tensor, r: Tensor, effnet: Tensor, clip: Tensor) -> Tensor:
-            return predict_in_tiles(
-                lambda part, seen: self.stage_b(part, r, seen, clip),
-                x,
-                effnet,
-                tile,
-                self.stage_b.config.patch_size,
-            )
-
-        return predict
-
+    @staticmethod
     def _sample(
-        self, guider: Guider, latent: Tensor, seed: int, how: Sampling, mask: Tensor | None
-    ) -> Tensor:
-        """latent: (B, C, h, w) to start from, zeros for noise alone."""
-        run = SamplingRun(latent.to(self.device), seed, how.steps, how.shift, how.sampler, how.denoise, mask)
-        return sample(run, by_log_snr(guider))
+        stage: DiffusionStage, latent: Tensor, seed: int, how: Sampling, mask: Tensor | None,
+        sides: Sequence[Prompt], tile_positions: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """latent: (B, C, h, w) to start from, zeros for noise alone; sides: what is shown, and what is not."""
+        run = SamplingRun(latent, seed, how.steps, how.shift, how.sampler, how.denoise, mask)
+        guidance = Guidance(how.cfg, how.cfg_rescale)
+        positive, negative = sides
+        sampled = stage.sample(run, positive, negative, guidance, tile_positions)
+        return sampled.latent.clone()  # usable outside inference mode
 
     def pictures(
         self, prompts: Sequence[str], seed: int = 0, prior: Sampling = PRIOR, decoder: Sampling = DECODER,
@@ -161,13 +153,12 @@ class DemoCascade:
         for start in range(0, len(prompts), batch):
             some = prompts[start : start + batch]
             latents = self.prior(some, seed + start, prior, negative, size, learned=learned)
-            done.append(self.decode(latents, some, seed + start, decoder, size).cpu())
+            done.append(self.decode(latents, some, seed + start, decoder, size))
         return torch.cat(done)
 
-    @torch.no_grad()
     def enlarge(
         self, images: Tensor, prompts: Sequence[str], seed: int, factor: int = 2,
-        how: Sampling = SECOND_PASS, tile: int = 0, batch: int = 8,
+        how: Sampling = SECOND_PASS, tile_pixels: int = 0, batch: int = 8,
     ) -> Tensor:  # fmt: skip
         """A second pass: pictures (N, 3, H, W) made anew at `factor` times their size, (N, 3, …) in [0, 1] on the CPU
 
@@ -177,14 +168,13 @@ class DemoCascade:
         done = []
         for start in range(0, len(images), batch):
             some = slice(start, start + batch)
-            part = images[some].to(self.device)
+            part = images[some]
             latents = self.compressor(resized(part, compressor_size(*size)))
             source = resized(part, size)
-            done.append(self.decode(latents, prompts[some], seed + start, how, size, source, tile).cpu())
+            done.append(self.decode(latents, prompts[some], seed + start, how, size, source, tile_pixels))
         return torch.cat(done)
 
-    @torch.no_grad()
     def reconstruct(self, images: Tensor, seed: int = 0, decoder: Sampling = DECODER) -> Tensor:
         """uint8 (B, 3, 256, 256) through compressor, Stage B and Stage A: float in [0, 1] on the CPU"""
         latents = self.compress(images)
-        return self.decode(latents, [""] * len(images), seed, decoder).cpu()
+        return self.decode(latents, [""] * len(images), seed, decoder)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cascade_nodes.cascade_core.adapters import Adapter, read_adapter
-from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.adapters.apply import Patch
 from cascade_nodes.cascade_core.adapters.tokens import taught_tokens
 from cascade_nodes.demo.captions import Spec
 from cascade_nodes.demo.evaluate import SEED, prompts_of
@@ -30,7 +30,7 @@ def lora(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     changes = adapter(cascade, "demo_lora_house.safetensors").stage_c
 
     def sample_at(strength: float) -> Tensor:
-        with patched(cascade.stage_c, [Patch("house", changes, strength)]):
+        with cascade.patched([Patch("house", changes, strength)]):
             return cascade.pictures(prompts, SEED)
 
     def houses(images: Tensor, names: list[Spec]) -> float:
@@ -40,7 +40,7 @@ def lora(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     with_lora, without = sample_at(1.0), sample_at(0.0)
     only = [Spec((spec.objects[0],)) for spec in specs]
     ordinary, ordinary_specs = prompts_of(sample_scenes(count, SEED + 31, "held_out"))
-    with patched(cascade.stage_c, [Patch("house", changes, 1.0)]):
+    with cascade.patched([Patch("house", changes, 1.0)]):
         ordinary_images = cascade.pictures(ordinary, SEED)
     after = cascade.stage_c.state_dict()
     return {
@@ -82,7 +82,7 @@ def few_steps(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
         return summary(score(r, s) for r, s in zip(read(images), specs, strict=True))["all_right"]
 
     usual = cascade.pictures(prompts, SEED)
-    with patched(cascade.stage_c, [Patch("few steps", changes, 1.0)]):
+    with cascade.patched([Patch("few steps", changes, 1.0)]):
         few_step_images = cascade.pictures(prompts, SEED, FEW)
     plain = cascade.pictures(prompts, SEED, Sampling(4, PRIOR.cfg, sampler=PRIOR.sampler))
     return {
