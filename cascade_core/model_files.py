@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints import locate, parts_in
-from .checkpoints.source import read_tensors
+from .checkpoints.source import read_shapes
 from .errors import CascadeError
 
 # Names are ComfyUI's categories; `SUBFOLDERS` gives their folders. All but embeddings, which ComfyUI itself looks for,
@@ -233,7 +233,7 @@ def _candidate(path: Path, part: str) -> _Candidate | None:
         located = locate(path, part)
         if not located.is_file():
             return None
-        tensors, _ = read_tensors(located)
+        tensors = read_shapes(located)
     except (CascadeError, OSError):
         return None
     layout = parts_in(tensors).get(part)

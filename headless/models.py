@@ -13,11 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..cascade_core.checkpoints import describe, identify, parts_in, read_safetensors
+from ..cascade_core.checkpoints import describe, identify, parts_in, read_header
 from ..cascade_core.checkpoints.layouts import ALL_IN_ONE
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.text.clip import infer_text_config, infer_vision_config
@@ -28,15 +26,6 @@ from .fetch import partial_files, target_path
 
 # CLIP's encoders: their roles, and the functions that infer their configurations.
 _ENCODERS = {"text": ("text_encoder", infer_text_config), "vision": ("vision", infer_vision_config)}
-# safetensors' names of dtypes.
-_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-}
 
 
 _ARTICLES = {"text_encoder": "a", "vision": "an"}
@@ -144,7 +133,8 @@ def _files_in(roots: Iterable[Path], categories: Iterable[str]) -> list[Path]:
 def _contents(path: Path, unrecognised: dict[Path, str]) -> list[FileNetwork]:
     """Networks of a file, in any layout; without any, writes the reason into `unrecognised`."""
     try:
-        tensors, metadata, precision = _read_header(path)
+        tensors, metadata, dtypes = read_header(path)
+        precision = _precision(tensors, dtypes)
         layouts = parts_in(tensors)
         if not layouts:
             identify(path, tensors, metadata)  # raises, naming what it is instead
@@ -171,21 +161,12 @@ def _inferred(
     return role, infer({name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
-def _read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """Reads (tensors on the meta device, metadata, dtype of most bytes). Raises CascadeError for a broken file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError):
-        read_safetensors(path)  # raises, naming what is wrong
-        raise
-    tensors, sizes = {}, Counter()
-    for name, entry in slices.items():
-        dtype = entry.get_dtype()
-        tensors[name] = torch.empty(entry.get_shape(), dtype=_DTYPES.get(dtype, torch.uint8), device="meta")
-        sizes[dtype] += tensors[name].nbytes
-    return tensors, metadata, sizes.most_common(1)[0][0] if sizes else "none"
+def _precision(tensors: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> str:
+    """The dtype of most bytes, in safetensors' words."""
+    sizes: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        sizes[dtypes[name]] += tensor.nbytes
+    return sizes.most_common(1)[0][0] if sizes else "none"
 
 
 def _describe(path: Path, contents: list[FileNetwork]) -> str:

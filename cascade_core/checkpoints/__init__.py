@@ -1,7 +1,7 @@
 """Checkpoint files: what they hold, how their names map to ours, and how they are read and written."""
 
 from .attention import fuse_attention, split_attention
-from .files import read_safetensors, write_safetensors
+from .files import read_header, read_safetensors, write_safetensors
 from .layouts import LAYOUTS, Layout, parts_in
 from .load import (
     KIND_NAMES,
@@ -34,6 +34,7 @@ __all__ = [
     "locate",
     "networks_in",
     "parts_in",
+    "read_header",
     "read_safetensors",
     "read_weights",
     "split_attention",

@@ -5,14 +5,24 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CascadeError
 
+# safetensors' names of what files of networks are made of.
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+}
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 # What is often found in place of a safetensors file, by its first bytes.
@@ -48,6 +58,34 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise CascadeError(f"{path} is a damaged safetensors file ({reason}); download it again.") from None
+
+
+class Header(NamedTuple):
+    """What a file holds, without its values.  tensors: on the meta device; dtypes: in safetensors' words, by name"""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    dtypes: dict[str, str]
+
+
+def read_header(path: str | Path) -> Header:
+    """The names, shapes and dtypes of a file's tensors; nothing else of it is read or mapped.
+
+    Raises CascadeError as `read_safetensors` does.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        read_safetensors(path)  # raises, naming what is wrong
+        raise
+    dtypes = {name: entry.get_dtype() for name, entry in slices.items()}
+    tensors = {
+        name: torch.empty(entry.get_shape(), dtype=_DTYPES.get(dtypes[name], torch.uint8), device="meta")
+        for name, entry in slices.items()
+    }
+    return Header(tensors, metadata, dtypes)
 
 
 def _check_header(path: Path) -> None:

@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import CascadeError
-from .files import read_safetensors
+from .files import read_header, read_safetensors
 from .layouts import parts_in
 
 # Where diffusers' folders keep each network, in the order to look.
@@ -84,9 +84,15 @@ def _weights_in(folder: Path) -> Path | None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads all tensors of a file, or of all shards of a sharded checkpoint."""
+    """All tensors of a file, or of all the shards that belong to it."""
     index = _index_of(path)
-    return read_safetensors(path) if index is None else _read_shards(index)
+    return read_safetensors(path) if index is None else _read_shards(index, read_safetensors)
+
+
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file or of its shards, on the meta device; only headers are read."""
+    index = _index_of(path)
+    return read_header(path).tensors if index is None else _read_shards(index, read_header)[0]
 
 
 def _index_of(path: Path) -> Path | None:
@@ -96,7 +102,7 @@ def _index_of(path: Path) -> Path | None:
     return beside if beside != path and beside.is_file() else None
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_shards(index: Path, read: Callable[[Path], tuple]) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(file) for file in places.values()}
@@ -114,7 +120,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise CascadeError(
                 f"{index} names {file}, which is missing: {len(files)} shards belong together; download it too."
             )
-        shards[file] = read_safetensors(index.parent / file)[0]
+        shards[file] = read(index.parent / file)[0]
     absent = [name for name, file in places.items() if name not in shards[file]]
     if absent:
         raise CascadeError(
