@@ -145,6 +145,7 @@ class ModelFiles:
         prefer: str = "full",
         full_precision: bool = False,
     ):
+        _check_path("folder", folder)
         self.folder = Path(folder).absolute()  # files are looked for later, perhaps from another directory
         self.chosen = dict(chosen or {})
         self.prefer, self.full_precision = prefer, full_precision
@@ -181,6 +182,7 @@ class ModelFiles:
 
     def named(self, role: str, name: str | Path) -> Path:
         """A file of any role by its name inside the folder, or by its path. Raises CascadeError where there is none."""
+        _check_path(ROLE_WORDS[role], name)
         places = [*self._places(role), self.folder]
         for path in (*(place / name for place in places), Path(name)):
             if str(name) and os.path.exists(path):
@@ -225,6 +227,11 @@ class ModelFiles:
             place / name for name in names_in(place, "checkpoint") if is_pipeline_folder(place / name)
         ]
         return [*pipelines, *(place / name for name in names_in(place, role))]
+
+
+def _check_path(name: str, path: str | Path) -> None:
+    if not isinstance(path, str | Path):
+        raise CascadeError(f"{name} is of type {type(path).__name__}; give a path, as text or a Path.")
 
 
 def _candidate(path: Path, part: str) -> _Candidate | None:

@@ -30,15 +30,13 @@ def as_image(picture: Image | Tensor | str | Path | Sequence[Image]) -> Tensor:
                 f"A picture of shape {tuple(picture.shape)} was given; expected (height, width, 3) or "
                 "(batch, height, width, 3) in [0, 1]."
             )
-        if not torch.isfinite(batch).all():
-            raise CascadeError("A picture holds NaN or infinity; make it anew.")
-        return batch[..., :3].float()
-    images = _opened(picture)
-    if len({image.size for image in images}) != 1:
-        raise CascadeError(
-            "Pictures of several sizes were given; give pictures of one size, or one at a time."
-        )
-    return torch.stack([_rgb(image) for image in images])
+        if not picture.is_floating_point():
+            raise CascadeError(
+                f"A picture was given as a tensor of {picture.dtype}, but floating-point values in [0, 1] are "
+                "expected; bytes are divided by 255."
+            )
+        return _values(batch, "A picture")[..., :3]
+    return torch.stack([_channels(image.convert("RGB")) for image in _opened(picture)])
 
 
 def as_mask(mask: Image | Tensor | str | Path | Sequence[Image]) -> Tensor:
@@ -49,7 +47,7 @@ def as_mask(mask: Image | Tensor | str | Path | Sequence[Image]) -> Tensor:
             raise CascadeError(
                 f"A mask of shape {tuple(mask.shape)} was given; expected (height, width) or (batch, height, width)."
             )
-        return batch.float()
+        return _values(batch, "A mask")
     return torch.stack([_channels(image.convert("L")) for image in _opened(mask)])
 
 
@@ -71,30 +69,56 @@ def resized(pictures: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _opened(picture: Image | str | Path | Sequence[Image]) -> list[Image]:
+    """Pictures of one size, read and in 8 bits a channel."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if isinstance(picture, str | Path):
-        try:
+    try:
+        if isinstance(picture, str | Path):
             with Image.open(picture) as file:
-                return [ImageOps.exif_transpose(file)]
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            UnidentifiedImageError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise CascadeError(f"The picture {picture} cannot be read: {error}.") from error
-    images = list(picture) if isinstance(picture, Sequence) else [picture]
-    if not images or not all(isinstance(image, Image.Image) for image in images):
+                return [_as_8_bit(ImageOps.exif_transpose(file))]
+        images = list(picture) if isinstance(picture, Sequence) else [picture]
+        if not images or not all(isinstance(image, Image.Image) for image in images):
+            raise CascadeError(
+                f"A picture was given as {type(picture).__name__}; give a PIL image, a path or a tensor."
+            )
+        images = [_as_8_bit(image) for image in images]
+    except CascadeError:
+        raise
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise CascadeError(f"The picture {picture} cannot be read: {error}.") from error
+    sizes = {image.size for image in images}
+    if len(sizes) != 1:
         raise CascadeError(
-            f"A picture was given as {type(picture).__name__}; give a PIL image, a path or a tensor."
+            "Pictures of several sizes were given; give pictures of one size, or one at a time."
         )
+    if 0 in images[0].size:
+        raise CascadeError(f"The picture {picture} has no pixels; give one that has.")
     return images
 
 
-def _rgb(image: Image) -> Tensor:
-    return _channels(image.convert("RGB"))
+def _as_8_bit(image: Image) -> Image:
+    """Reads a picture, and scales 16-bit greyscale to 8-bit, which Pillow would clip."""
+    import numpy as np
+    from PIL import Image
+
+    image.load()
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image, dtype=np.int64) // 257).clip(0, 255).astype(np.uint8))
+    return image
+
+
+def _values(tensor: Tensor, subject: str) -> Tensor:
+    """A picture or a mask in float32 in main memory. Raises CascadeError where it holds NaN or infinity."""
+    values = tensor.detach().to("cpu", torch.float32)
+    if not torch.isfinite(values).all():
+        raise CascadeError(f"{subject} holds NaN or infinity; make it anew.")
+    return values
 
 
 def _channels(image: Image) -> Tensor:

@@ -10,10 +10,13 @@ Words and units are those of the nodes: a picture made here, by the nodes and by
 from __future__ import annotations
 
 import logging
+import math
+import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
@@ -32,10 +35,12 @@ from .adapters.apply import Patch
 from .adapters.embeddings import embedding_tokens
 from .adapters.text_changes import check_text_changes
 from .adapters.tokens import NewToken, parse_new_tokens
-from .diffusion.samplers import Callback, SamplerStep
+from .diffusion.guidance import check_guidance
+from .diffusion.samplers import Callback, SamplerStep, log_snr_range
 from .errors import CascadeError, Interrupted
 from .geometry import (
     LATENT_CHANNELS,
+    MAX_SIZE,
     check_size,
     compressor_size,
     stage_b_size,
@@ -92,6 +97,7 @@ class StageSettings:
 
 PRIOR = StageSettings(steps=20, cfg=4.0, shift=2.0)  # published, for Stage C
 DECODER = StageSettings(steps=10, cfg=1.1)  # and for Stage B
+CLOSED = "This StableCascade was closed; load it again."
 SECOND_PASS = StageSettings(steps=5, cfg=1.0, cfg_rescale=0.0)
 
 
@@ -150,7 +156,9 @@ class StableCascade:
     ):
         device.weight_dtype(dtype)  # refuses a wrong one before a file is read
         self.files, self.device, self.dtype = files, device, dtype
-        self.prior_settings, self.decoder_settings, self.size = prior, decoder, size
+        for settings in (prior, decoder):
+            _check_settings(settings, 1.0, "")
+        self.prior_settings, self.decoder_settings, self.size = prior, decoder, _checked_size(size)
         self._loaded: dict[tuple[str, Path], Any] = {}
         self._loras: dict[str, _AppliedLoRA] = {}
         self._lock = threading.RLock()
@@ -252,9 +260,11 @@ class StableCascade:
             hole = None if mask is None else as_mask(mask)
             if room is not None:
                 source, hole = self._expanded(source, hole, room)
-            if hole is not None and source is None:
-                raise CascadeError("mask was given without image; give the picture that it belongs to.")
-            _check_decoding(decoder or self.decoder_settings, 1.0, tile_size, output)
+            _check_mask(hole, source, grow, feather)
+            decoder = self.decoder_settings if decoder is None else decoder
+            _check_decoding(decoder, 1.0, tile_size, output)
+            self.files.find("stage_a")  # refused before Stage C is sampled, as is what Stage B cannot make
+            self.stage("stage_b").check_picture_size(*self._size(size, source))
             prompts = self._encode_text(prompt, negative)
             latent = self._sample_prior(
                 prompts,
@@ -275,7 +285,7 @@ class StableCascade:
                 latent,
                 prompts,
                 self._size(size, source),
-                decoder or self.decoder_settings,
+                decoder,
                 seed=seed,
                 source=source if hole is not None else None,
                 denoise=1.0,
@@ -320,6 +330,11 @@ class StableCascade:
         """
         with self._running():
             source = None if image is None else as_image(image)
+            hole = None if mask is None else as_mask(mask)
+            _check_mask(hole, source if latent is None else latent, grow)
+            if latent is not None:
+                check_semantic(latent, self.stage("stage_c"))
+                latent = latent.to("cpu", torch.float32)
             prompts = self._encode_text(prompt, negative)
             latent = self._sample_prior(
                 prompts,
@@ -330,7 +345,7 @@ class StableCascade:
                 source=source,
                 latent=latent,
                 denoise=denoise,
-                mask=None if mask is None else as_mask(mask),
+                mask=hole,
                 grow=grow,
                 image_prompts=image_prompts,
                 controls=controls,
@@ -367,6 +382,8 @@ class StableCascade:
         """
         with self._running():
             source = None if image is None else as_image(image)
+            hole = None if mask is None else as_mask(mask)
+            _check_mask(hole, source)
             settings = _chosen(self.decoder_settings, steps, cfg, cfg_rescale, shift, sampler)
             _check_decoding(settings, denoise, tile_size, output)
             pictures = self._sample_decoder(
@@ -377,7 +394,7 @@ class StableCascade:
                 seed=seed,
                 source=source,
                 denoise=denoise,
-                mask=None if mask is None else as_mask(mask),
+                mask=hole,
                 tile_size=tile_size,
                 engine=engine,
                 callback=callback,
@@ -393,6 +410,7 @@ class StableCascade:
         """
         with self._running():
             source = as_image(image)
+            _whole("tile_size", tile_size)
             encoded = self._encode_picture(source, self._size(size, source), stage_a, tile_size)
             return EncodedPicture(*map(_owned, encoded))
 
@@ -452,9 +470,12 @@ class StableCascade:
         A token that the file teaches is written as [name] in prompts. Raises CascadeError for a file that does not fit.
         """
         with self._running():
+            text_strength = strength if text_strength is None else text_strength
+            _check_strength("strength", strength)
+            _check_strength("text_strength", text_strength)
+            check_text("new_tokens", new_tokens)
             path = self.files.named("lora", file)
             adapter = read_adapter(path, self.stage("stage_c").network.config)
-            text_strength = strength if text_strength is None else text_strength
             named = tuple(parse_new_tokens(new_tokens))
             if strength:
                 check_fits(adapter, self.stage("stage_c").network.config)
@@ -508,9 +529,16 @@ class StableCascade:
         """One call at a time."""
         with self._lock:
             if self._closed:
-                raise CascadeError("This StableCascade was closed; load it again.")
+                raise CascadeError(CLOSED)
             self._cancelled.clear()
-            with torch.inference_mode():
+            # The caller's autocast and default device are for the caller's own networks.
+            elsewhere = torch.get_default_device().type != "cpu"
+            default_device = torch.device("cpu") if elsewhere else nullcontext()
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.device.device.type, enabled=False),
+                default_device,
+            ):
                 yield
 
     def _check_cancelled(self) -> None:
@@ -520,6 +548,8 @@ class StableCascade:
     # Networks, loaded when they are first needed
 
     def _load(self, role: str, path: Path, load: Callable[[Path], T]) -> T:
+        if self._closed:  # by a callback, or asked for a preview afterwards
+            raise CascadeError(CLOSED)
         if (role, path) not in self._loaded:
             self._loaded[role, path] = load(path)
         return self._loaded[role, path]
@@ -573,6 +603,8 @@ class StableCascade:
     # The stages of a picture
 
     def _encode_text(self, prompt: str | Sequence[str], negative: str) -> tuple[Prompt, Prompt]:
+        if not isinstance(prompt, str | Iterable):
+            raise CascadeError(f"prompt is of type {type(prompt).__name__}; give text, or a list of texts.")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise CascadeError("prompt is an empty sequence; give at least one prompt.")
@@ -630,15 +662,17 @@ class StableCascade:
     ) -> Tensor:
         width, height = size
         _check_settings(settings, denoise, "")
+        _check_controls(controls)
+        seed = _whole("seed", seed)
         stage = self._prior_with_loras()
         check_widths(prompts[0], stage)
         if latent is None and source is not None and (denoise < 1 or mask is not None):
             latent = self._encode_picture(source, size, False, 0).stage_c
         if latent is None:
             latent = self._empty("stage_c", batch, (height, width))
+        latent = _repeated(latent, batch)
         if denoise == 0:
             return latent
-        latent = _repeated(latent, batch)
         noise_mask = None if mask is None else latent_mask(mask, batch, tuple(latent.shape[-2:]), grow)
         positive, negative = prompts
         positive = replace(positive, pictures=self._picture_prompts(image_prompts))
@@ -665,8 +699,10 @@ class StableCascade:
         callback: ProgressCallback | None,
     ) -> Tensor:
         width, height = size
+        seed = _whole("seed", seed)
         stage, codec = self.stage("stage_b"), self.stage_a()
         check_semantic(semantic, stage)
+        semantic = semantic.to("cpu", torch.float32)
         stage.check_picture_size(width, height)
         batch = len(semantic)
         latent = self._empty("stage_b", batch, whole_size(height, width))
@@ -711,10 +747,18 @@ class StableCascade:
     def _callback(self, kind: str, callback: ProgressCallback | None) -> Callback | None:
         if callback is None:
             return None
+        if not callable(callback):
+            raise CascadeError(
+                f"callback is of type {type(callback).__name__}; give a function of a StageProgress."
+            )
 
         def report(step: SamplerStep) -> None:
             preview = self._preview_prior if kind == "stage_c" else self._preview_decoder
-            if callback(StageProgress(kind, step.index + 1, step.steps, step.x0, preview)) is False:
+            # A sampler may read x0 again: the callback's is its own. What it computes is the caller's, too.
+            progress = StageProgress(kind, step.index + 1, step.steps, _owned(step.x0), preview)
+            with torch.inference_mode(False), torch.no_grad():
+                cancelled = callback(progress) is False
+            if cancelled:
                 raise Interrupted("The run was cancelled.")
 
         return report
@@ -735,7 +779,13 @@ class StableCascade:
             )
         prompts = []
         for entry in image_prompts:
+            if isinstance(entry, tuple) and len(entry) != 2:
+                raise CascadeError(
+                    f"image_prompts holds {len(entry)} values for a picture; give the picture alone, or "
+                    "(picture, strength)."
+                )
             picture, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
+            _check_strength("The strength of a picture in image_prompts", strength)
             if strength == 0:
                 continue
             vision = self.vision_stage()
@@ -756,16 +806,13 @@ class StableCascade:
     def _size(self, size: Size | None, source: Tensor | None) -> Size:
         if size is None and source is not None:
             return source.shape[2], source.shape[1]
-        size = size or self.size
-        check_size(*size)
-        return size
+        return self.size if size is None else _checked_size(size)
 
     @staticmethod
     def _batch(batch: int | None, prompt: Prompt, source: Tensor | None) -> int:
         counts = {len(prompt.states), len(source) if source is not None else 1} - {1}
         most = max(counts, default=1)
-        if batch is None:
-            batch = most
+        batch = most if batch is None else _whole("batch", batch)
         if batch < 1 or len(counts) > 1 or most not in (1, batch):
             raise CascadeError(
                 f"batch is {batch}, with {len(prompt.states)} prompts and "
@@ -781,7 +828,15 @@ class StableCascade:
             raise CascadeError(
                 "room is for an image without a mask: it makes the mask; give one or the other."
             )
-        larger, hole = expand(source.movedim(-1, 1), *room, feather=32)
+        try:
+            left, top, right, bottom = map(operator.index, room)
+        except (TypeError, ValueError):
+            raise CascadeError(
+                f"room is {room!r}; give (left, top, right, bottom) in whole pixels."
+            ) from None
+        if max(source.shape[2] + left + right, source.shape[1] + top + bottom) > MAX_SIZE:
+            raise CascadeError(f"room is {room}, which makes a side above {MAX_SIZE} pixels; give less.")
+        larger, hole = expand(source.movedim(-1, 1), left, top, right, bottom, feather=32)
         return larger.movedim(1, -1), hole
 
 
@@ -794,12 +849,19 @@ def _chosen(
     sampler: str | None,
 ) -> StageSettings:
     """A stage's settings with those of a call in their place."""
+    _check_is_settings(settings)
     stated = {"steps": steps, "cfg": cfg, "cfg_rescale": cfg_rescale, "shift": shift, "sampler": sampler}
     return replace(settings, **{name: value for name, value in stated.items() if value is not None})
 
 
 def _check_settings(settings: StageSettings, denoise: float, owner: str) -> None:
+    _check_is_settings(settings)
+    for name in ("cfg", "cfg_rescale", "shift"):
+        _check_number(f"{owner}{name}", getattr(settings, name))
+    _check_number(f"{owner}denoise", denoise)
     check_sampler(settings.sampler)
+    check_guidance(settings.cfg, settings.cfg_rescale)
+    log_snr_range(_whole(f"{owner}steps", settings.steps), settings.shift)
     if not 0 <= denoise <= 1:
         raise CascadeError(f"{owner}denoise is {denoise}; it must lie within 0 and 1.")
 
@@ -807,9 +869,61 @@ def _check_settings(settings: StageSettings, denoise: float, owner: str) -> None
 def _check_decoding(settings: StageSettings, denoise: float, tile_size: int, output: Output) -> None:
     """Refuses what Stage B and Stage A would refuse, before Stage C is sampled."""
     _check_settings(settings, denoise, "decoder's ")
-    stage_b_tile(tile_size)
+    stage_b_tile(_whole("tile_size", tile_size))
     if output not in ("pil", "tensor"):
         raise CascadeError(f"output is {output!r}; choose 'pil' or 'tensor'.")
+
+
+def _check_is_settings(settings: object) -> None:
+    if not isinstance(settings, StageSettings):
+        raise CascadeError(f"Settings of type {type(settings).__name__} were given; give StageSettings(…).")
+
+
+def _check_mask(
+    mask: Tensor | None, source: Tensor | None, grow: int = 0, feather: int | None = None
+) -> None:
+    if mask is not None and source is None:
+        raise CascadeError("mask was given without image; give the picture that it belongs to.")
+    for name, width in (("grow", grow), ("feather", 0 if feather is None else feather)):
+        if _whole(name, width) < 0:
+            raise CascadeError(f"{name} is {width}; it cannot be below 0.")
+
+
+def _check_controls(controls: object) -> None:
+    if not isinstance(controls, list | tuple) or not all(isinstance(one, Control) for one in controls):
+        raise CascadeError("controls is not a list of Control; give [Control(file, image=…), …].")
+    for control in controls:
+        _check_strength("A control's strength", control.strength)
+        for name in ("start", "end", "low", "high"):
+            _check_number(f"A control's {name}", getattr(control, name))
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, Real):
+        raise CascadeError(f"{name} is {value!r}; give a number.")
+
+
+def _check_strength(name: str, value: Any) -> None:
+    _check_number(name, value)
+    if isinstance(value, bool) or not math.isfinite(value):
+        raise CascadeError(f"{name} is {value!r}; give a finite number, such as 1.0.")
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number of any library as Python's own."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise CascadeError(f"{name} is {value!r}; give a whole number.") from None
+
+
+def _checked_size(size: Any) -> Size:
+    try:
+        width, height = map(operator.index, size)
+    except (TypeError, ValueError):
+        raise CascadeError(f"size is {size!r}; give (width, height) in whole pixels.") from None
+    check_size(width, height)
+    return width, height
 
 
 def _repeated(latent: Tensor, batch: int) -> Tensor:

@@ -85,7 +85,7 @@ def by_log_snr(model: Denoise) -> Denoise:
 
 def check_sampler(name: str) -> None:
     """Raises CascadeError for a sampler that does not exist."""
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise CascadeError(f"sampler is {name!r}; choose one of {', '.join(SAMPLERS)}.")
 
 

@@ -24,7 +24,7 @@ def guide(cond: Tensor, uncond: Tensor, cfg: float, cfg_rescale: float) -> Tenso
     brought back to the standard deviation of `cond`.  The deviation is each image's own, so that an image
     does not depend on its batch; the published code takes it over the whole batch.
     """
-    _check_guidance(cfg, cfg_rescale)
+    check_guidance(cfg, cfg_rescale)
     cond, uncond = at_least_float32(cond), at_least_float32(uncond)
     guided = torch.lerp(uncond, cond, cfg)
     if cfg_rescale == 0:
@@ -57,7 +57,7 @@ class Guider:
         cfg_rescale: float = 0.7,
         dtype: torch.dtype | None = None,
     ):
-        _check_guidance(cfg, cfg_rescale)
+        check_guidance(cfg, cfg_rescale)
         self.model, self.cfg, self.cfg_rescale = model, cfg, cfg_rescale
         self.dtype = dtype or _weights_dtype(model)
         self.positive = positive
@@ -92,7 +92,8 @@ class Guider:
         return [{name: pair[side] for name, pair in pairs.items()} for side in (0, 1)]
 
 
-def _check_guidance(cfg: float, cfg_rescale: float) -> None:
+def check_guidance(cfg: float, cfg_rescale: float) -> None:
+    """Raises CascadeError for strengths of guidance out of range."""
     if not math.isfinite(cfg):
         raise CascadeError(f"cfg is {cfg}; it must be a finite number (1 is no guidance, 4 is usual).")
     if not 0 <= cfg_rescale <= 1:

@@ -39,6 +39,10 @@ class ComputeDevice:
         observer: Observer | None = None,
     ):
         self.device = chosen_device(device)
+        if not (
+            memory is None or isinstance(memory, str) or (isinstance(memory, int | float) and memory > 0)
+        ):
+            raise CascadeError(f"memory is {memory!r}; give bytes above 0, or a text such as 6GB.")
         self.observer = observer or Observer()
         self.limit = parse_bytes(memory) if isinstance(memory, str) else memory
 
@@ -121,8 +125,10 @@ def chosen_device(device: str | torch.device) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise CascadeError(f"device is {device!r}; choose auto, cpu, cuda or cuda:N.") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise CascadeError(f"device is {str(chosen)!r}; choose auto, cpu, cuda or cuda:N.")
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise CascadeError(f"device is {device}, but torch finds no CUDA card here; choose auto or cpu.")

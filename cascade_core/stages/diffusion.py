@@ -233,8 +233,16 @@ def stage_b_tile(tile_size: int) -> int:
 
 
 def check_semantic(latent: Tensor, stage: DiffusionStage) -> None:
-    """Raises CascadeError for a latent that Stage B cannot be conditioned on: (B, 16, h, w) of finite numbers."""
-    channels = stage.network.config.c_effnet
+    """Raises CascadeError for what is not a latent of Stage C, (B, 16, h, w) of finite numbers.
+
+    stage: Stage B, which is conditioned on it, or Stage C, which starts from it
+    """
+    config = stage.network.config
+    channels = config.c_effnet if stage.kind == "stage_b" else config.c_in
+    if not isinstance(latent, Tensor):
+        raise CascadeError(
+            f"The latent is of type {type(latent).__name__}; give the tensor that prior or encode gave."
+        )
     if latent.ndim != 4 or latent.shape[1] != channels or 0 in latent.shape:
         raise CascadeError(
             f"The latent has the shape {tuple(latent.shape)}, but Stage C's is (batch, {channels}, h, w); give what "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..errors import CascadeError
@@ -65,8 +66,7 @@ def make_hint(
             f"start is {control.start} and end {control.end}, but must be 0 <= start <= end <= 1."
         )
     if control.hint is not None:
-        hint = control.hint[None] if control.hint.ndim == 3 else control.hint
-        return hint.movedim(-1, 1)
+        return _given_hint(control.hint)
     image = source if control.image is None else as_image(control.image)
     if image is None:
         raise CascadeError(f"{stage.file} was given no picture; give Control(…, image=…).")
@@ -87,6 +87,15 @@ def make_hint(
     raise CascadeError(
         f"{stage.file} takes a hint of {channels} channels, which no picture gives; give Control(…, hint=…)."
     )
+
+
+def _given_hint(hint: Tensor) -> Tensor:
+    if not isinstance(hint, Tensor) or hint.ndim not in (3, 4) or 0 in hint.shape:
+        shape = f"of shape {tuple(hint.shape)}" if isinstance(hint, Tensor) else type(hint).__name__
+        raise CascadeError(f"hint is {shape}; give a tensor (height, width, C) or (batch, height, width, C).")
+    if not hint.is_floating_point() or not torch.isfinite(hint).all():
+        raise CascadeError(f"hint is of {hint.dtype}, or holds NaN; give finite floating-point values.")
+    return (hint[None] if hint.ndim == 3 else hint).movedim(-1, 1)
 
 
 def _super_resolution(control: Control, image: Tensor, size: tuple[int, int], compressor: Codec) -> Tensor:

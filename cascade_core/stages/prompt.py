@@ -152,7 +152,12 @@ def load_image_encoder(path: Path, device: ComputeDevice) -> VisionStage:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises CascadeError for half a surrogate pair, as from bytes that are not UTF-8. name: of the input."""
+    """Raises CascadeError for what is not text, and for half a surrogate pair, as from bytes that are not UTF-8.
+
+    name: of the input
+    """
+    if not isinstance(text, str):
+        raise CascadeError(f"{name} is of type {type(text).__name__}; give text.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -6,14 +6,27 @@ That its pictures are those of the nodes, to the byte, is tests/demo/test_door.p
 import logging
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from cascade_nodes.cascade_core import CascadeError, Control, Interrupted, StableCascade, StageSettings
+from cascade_nodes.cascade_core import (
+    CascadeError,
+    Control,
+    Interrupted,
+    StableCascade,
+    StageProgress,
+    StageSettings,
+)
 from cascade_nodes.cascade_core.model_files import ModelFiles
+from cascade_nodes.cascade_core.pictures import as_image
 from cascade_nodes.demo.door import WEIGHTS
+from cascade_nodes.headless.pictures import read_image
 
 FEW = StageSettings(steps=2, cfg=2.0, cfg_rescale=0.0)
 
@@ -26,6 +39,14 @@ def cascade():
 
 def call(cascade: StableCascade, **inputs) -> torch.Tensor:
     return cascade("a red star", output="tensor", **inputs)
+
+
+def refused(cascade: StableCascade, message: str, inputs: dict[str, Any]) -> None:
+    """A call with these inputs is refused before a step is taken."""
+    steps = []
+    with pytest.raises(CascadeError, match=message):
+        cascade(**{"prompt": "a red star", "callback": steps.append, **inputs})
+    assert not steps
 
 
 def test_nothing_is_loaded_before_it_is_needed():
@@ -161,6 +182,15 @@ def test_a_closed_cascade_says_so():
         cascade("a red star")
 
 
+def test_a_preview_loads_nothing_once_the_cascade_is_closed():
+    steps: list[StageProgress] = []
+    with StableCascade.load(WEIGHTS, prior=FEW, size=(64, 64)) as cascade:
+        cascade.prior("a red star", callback=steps.append)
+    with pytest.raises(CascadeError, match="was closed"):
+        steps[-1].preview()
+    assert not cascade._loaded
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -174,11 +204,115 @@ def test_a_closed_cascade_says_so():
         ({"output": "jpeg"}, "output is 'jpeg'; choose 'pil' or 'tensor'"),
         ({"image": "nowhere.png", "denoise": 0.5}, "nowhere.png cannot be read"),
         ({"room": (0, 0, 8, 0)}, "room is for an image without a mask"),
+        ({"image": torch.rand(64, 64, 3), "room": (8, 8)}, r"give \(left, top, right, bottom\)"),
+        ({"image": torch.rand(64, 64, 3), "room": (0, 0, 10**6, 0)}, "a side above 16384 pixels"),
+        ({"image": torch.zeros(64, 64, 3, dtype=torch.uint8)}, "a tensor of torch.uint8"),
+        ({"image": Image.new("RGB", (0, 0))}, "has no pixels"),
+        ({"image": torch.rand(64, 64, 3), "mask": torch.full((64, 64), torch.nan)}, "A mask holds NaN"),
+        ({"image": torch.rand(64, 64, 3), "mask": torch.ones(64, 64), "grow": -1}, "grow is -1"),
+        ({"image": torch.rand(64, 64, 3), "mask": torch.ones(64, 64), "feather": -1}, "feather is -1"),
+        ({"prompt": 3}, "prompt is of type int; give text"),
+        ({"prompt": ["a red star", None]}, "prompt is of type NoneType; give text"),
+        ({"negative": ["green"]}, "negative is of type list; give text"),
+        ({"size": 64}, r"size is 64; give \(width, height\)"),
+        ({"seed": 1.5}, "seed is 1.5; give a whole number"),
+        ({"steps": "3"}, "steps is '3'; give a whole number"),
+        ({"cfg": "4"}, "cfg is '4'; give a number"),
+        ({"decoder": {}}, "Settings of type dict were given"),
+        ({"callback": 3}, "callback is of type int"),
+        ({"controls": Control("demo_controlnet_canny.safetensors")}, "controls is not a list of Control"),
+        ({"image_prompts": [(torch.rand(64, 64, 3),)]}, "image_prompts holds 1 values for a picture"),
+        ({"image_prompts": [(torch.rand(64, 64, 3), torch.nan)]}, "image_prompts is nan"),
     ],
 )
 def test_what_does_not_fit_is_refused(cascade, inputs, message):
+    refused(cascade, message, inputs)
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"cfg": torch.nan}, {"shift": 0.0}, {"cfg_rescale": 2.0}])
+def test_wrong_settings_of_stage_b_are_refused_before_stage_c_is_sampled(cascade, settings):
+    refused(cascade, next(iter(settings)), {"decoder": replace(FEW, **settings)})
+
+
+@pytest.mark.parametrize(
+    ("latent", "message"),
+    [
+        ("x", "The latent is of type str"),
+        (torch.rand(16, 2, 2), "The latent has the shape"),
+        (torch.rand(1, 4, 2, 2), "The latent has the shape"),
+        (torch.full((1, 16, 2, 2), torch.nan), "The latent holds NaN"),
+    ],
+)
+def test_what_is_not_a_latent_is_refused(cascade, latent, message):
+    for denoise in (0.0, 0.5):
+        with pytest.raises(CascadeError, match=message):
+            cascade.prior("a red star", latent=latent, denoise=denoise)
     with pytest.raises(CascadeError, match=message):
-        cascade("a red star", **inputs)
+        cascade.decode(latent)
+
+
+def test_a_mask_needs_the_picture_that_it_belongs_to(cascade):
+    latent = torch.rand(1, 16, 2, 2)
+    with pytest.raises(CascadeError, match="mask was given without image"):
+        cascade.prior("a red star", mask=torch.ones(64, 64))
+    with pytest.raises(CascadeError, match="mask was given without image"):
+        cascade.decode(latent, mask=torch.ones(64, 64))
+    assert cascade.prior("a red star", latent=latent, mask=torch.ones(64, 64)).shape == latent.shape
+
+
+def test_a_lora_without_a_strength_is_refused(cascade):
+    for strength in (torch.nan, "x", None):
+        with pytest.raises(CascadeError, match=r"strength is .*; give a .*number"):
+            cascade.add_lora("demo_lora_house.safetensors", strength)
+    assert cascade.loras == ()
+
+
+def test_a_missing_stage_b_is_told_before_stage_c_is_sampled(tmp_path):
+    for role in ("stage_c", "stage_a"):
+        shutil.copy(WEIGHTS / f"demo_{role}.safetensors", tmp_path)
+    text_encoder = WEIGHTS / "demo_text_encoder"
+    cascade = StableCascade.load(tmp_path, prior=FEW, size=(64, 64), text_encoder=text_encoder)
+    refused(cascade, "No Stage B was found", {})
+
+
+def test_16_bit_grey_is_scaled_as_cascade_run_does(tmp_path):
+    values = np.linspace(0, 65535, 64 * 64, dtype=np.uint16).reshape(64, 64)
+    grey = Image.fromarray(values)
+    grey.save(tmp_path / "grey.png")
+    for picture in (grey, tmp_path / "grey.png"):
+        assert torch.equal(as_image(picture), read_image(tmp_path / "grey.png")[0])
+
+
+def test_every_image_of_a_batch_is_there_with_denoise_0(cascade):
+    image = torch.rand(1, 64, 64, 3)
+    assert len(cascade.prior("a red star", image=image, batch=2, denoise=0)) == 2
+    assert len(call(cascade, image=image, batch=2, denoise=0)) == 2
+
+
+def test_a_seed_of_numpy_is_a_seed(cascade):
+    assert torch.equal(cascade.prior(seed=np.int64(3)), cascade.prior(seed=3))
+
+
+def test_a_callback_owns_what_it_is_given(cascade):
+    settings = {"steps": 4, "sampler": "dpmpp_2m"}
+    plain = cascade.prior("a red star", **settings)
+    seen = []
+
+    def spoil(progress: StageProgress) -> None:
+        seen.append(progress.latent.clone())
+        progress.latent.zero_()
+
+    assert torch.equal(cascade.prior("a red star", **settings, callback=spoil), plain)
+    weight = torch.ones(1, requires_grad=True)
+    (seen[-1] * weight).sum().backward()
+
+
+def test_what_the_caller_has_set_for_its_own_networks_changes_nothing(cascade):
+    plain = call(cascade)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(cascade), plain)
+    with torch.device("meta"):
+        assert torch.equal(call(cascade), plain)
 
 
 def test_what_does_not_exist_is_refused_before_a_file_is_read(tmp_path):
@@ -188,6 +322,18 @@ def test_what_does_not_exist_is_refused_before_a_file_is_read(tmp_path):
         StableCascade.load(tmp_path, dtype="fp4")
     with pytest.raises(CascadeError, match="device is 'gpu'; choose auto, cpu, cuda"):
         StableCascade.load(tmp_path, device="gpu")
+    wrong: list[tuple[str, Any, str]] = [
+        ("device", "meta", "device is 'meta'; choose auto, cpu, cuda"),
+        ("device", None, "device is None; choose auto, cpu, cuda"),
+        ("memory", 0, "memory is 0; give bytes above 0"),
+        ("memory", [], r"memory is \[\]; give bytes above 0"),
+        ("size", (65, 64), "each side must be a multiple of 8"),
+        ("prior", {}, "Settings of type dict were given"),
+        ("folder", 3, "folder is of type int; give a path"),
+    ]
+    for name, value, message in wrong:
+        with pytest.raises(CascadeError, match=message):
+            StableCascade.load(**{"folder": tmp_path, name: value})
     with pytest.raises(CascadeError, match="stage_d is not a role"):
         StableCascade.load(tmp_path, stage_d="x")
     with pytest.raises(CascadeError, match=r"No text encoder was found in .*load\(…, text_encoder=path\)"):
