@@ -47,7 +47,12 @@ def as_mask(mask: Image | Tensor | str | Path | Sequence[Image]) -> Tensor:
             raise CascadeError(
                 f"A mask of shape {tuple(mask.shape)} was given; expected (height, width) or (batch, height, width)."
             )
-        return _values(batch, "A mask")
+        values = _values(batch, "A mask")
+        if not mask.is_floating_point() and values.max() > 1:
+            raise CascadeError(
+                "A mask of whole numbers goes up to 1, its values do not; divide bytes by 255."
+            )
+        return values
     return torch.stack([_channels(image.convert("L")) for image in _opened(mask)])
 
 

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
@@ -162,6 +163,7 @@ class StableCascade:
         self._loaded: dict[tuple[str, Path], Any] = {}
         self._loras: dict[str, _AppliedLoRA] = {}
         self._lock = threading.RLock()
+        self._depth = 0  # calls within each other, by way of a callback
         self._cancelled = threading.Event()
         self._closed = False
 
@@ -202,7 +204,9 @@ class StableCascade:
             decoder,
             size,
         )
-        cascade.device.observer = replace(observer, check_interrupted=cascade._check_cancelled)
+        # Of the event, not of the cascade: one that is dropped shall be gone at once, not when cycles are collected.
+        check = partial(_check_cancelled, cascade._cancelled)
+        cascade.device.observer = replace(observer, check_interrupted=check)
         return cascade
 
     # Pictures
@@ -483,6 +487,9 @@ class StableCascade:
             notes = [note for note in [describe_unknown(adapter)] if note]
             if text_strength and (adapter.text or adapter.tokens):
                 notes += check_text_changes(adapter, self.text_stage().encoder.model, named)
+                self.text_stage().with_adapter(
+                    adapter, text_strength, named
+                )  # refuses tokens that do not fit
             for note in notes:
                 logger.info(note)
             name = _free_name(path.name, self._loras)
@@ -530,7 +537,8 @@ class StableCascade:
         with self._lock:
             if self._closed:
                 raise CascadeError(CLOSED)
-            self._cancelled.clear()
+            if not self._depth:  # a call within a callback leaves the outer one cancelled
+                self._cancelled.clear()
             # The caller's autocast and default device are for the caller's own networks.
             elsewhere = torch.get_default_device().type != "cpu"
             default_device = torch.device("cpu") if elsewhere else nullcontext()
@@ -539,11 +547,11 @@ class StableCascade:
                 torch.autocast(self.device.device.type, enabled=False),
                 default_device,
             ):
-                yield
-
-    def _check_cancelled(self) -> None:
-        if self._cancelled.is_set():
-            raise Interrupted("The run was cancelled.")
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
 
     # Networks, loaded when they are first needed
 
@@ -838,6 +846,11 @@ class StableCascade:
             raise CascadeError(f"room is {room}, which makes a side above {MAX_SIZE} pixels; give less.")
         larger, hole = expand(source.movedim(-1, 1), left, top, right, bottom, feather=32)
         return larger.movedim(1, -1), hole
+
+
+def _check_cancelled(cancelled: threading.Event) -> None:
+    if cancelled.is_set():
+        raise Interrupted("The run was cancelled.")
 
 
 def _chosen(

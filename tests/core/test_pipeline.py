@@ -6,6 +6,7 @@ That its pictures are those of the nodes, to the byte, is tests/demo/test_door.p
 import logging
 import shutil
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cascade_nodes.cascade_core import (
     StageProgress,
     StageSettings,
 )
+from cascade_nodes.cascade_core.checkpoints import write_safetensors
 from cascade_nodes.cascade_core.model_files import ModelFiles
 from cascade_nodes.cascade_core.pictures import as_image
 from cascade_nodes.demo.door import WEIGHTS
@@ -157,6 +159,13 @@ def test_progress_previews_and_cancelling(cascade):
         call(cascade, callback=lambda progress: False)
     with pytest.raises(Interrupted):
         call(cascade, callback=lambda progress: cascade.cancel())
+
+    def encode_when_cancelled(progress: StageProgress) -> None:
+        cascade.cancel()
+        cascade.encode(torch.rand(64, 64, 3))
+
+    with pytest.raises(Interrupted):
+        call(cascade, callback=encode_when_cancelled)
     call(cascade)  # as if nothing had been
 
 
@@ -180,6 +189,13 @@ def test_a_closed_cascade_says_so():
     assert not cascade._loaded
     with pytest.raises(CascadeError, match="was closed; load it again"):
         cascade("a red star")
+
+
+def test_a_cascade_that_is_dropped_is_gone_at_once():
+    cascade = StableCascade.load(WEIGHTS, prior=FEW, size=(64, 64))
+    reference = weakref.ref(cascade)
+    del cascade
+    assert reference() is None
 
 
 def test_a_preview_loads_nothing_once_the_cascade_is_closed():
@@ -209,6 +225,7 @@ def test_a_preview_loads_nothing_once_the_cascade_is_closed():
         ({"image": torch.zeros(64, 64, 3, dtype=torch.uint8)}, "a tensor of torch.uint8"),
         ({"image": Image.new("RGB", (0, 0))}, "has no pixels"),
         ({"image": torch.rand(64, 64, 3), "mask": torch.full((64, 64), torch.nan)}, "A mask holds NaN"),
+        ({"image": torch.rand(64, 64, 3), "mask": torch.tensor([[0, 255]])}, "divide bytes by 255"),
         ({"image": torch.rand(64, 64, 3), "mask": torch.ones(64, 64), "grow": -1}, "grow is -1"),
         ({"image": torch.rand(64, 64, 3), "mask": torch.ones(64, 64), "feather": -1}, "feather is -1"),
         ({"prompt": 3}, "prompt is of type int; give text"),
@@ -264,6 +281,13 @@ def test_a_lora_without_a_strength_is_refused(cascade):
     for strength in (torch.nan, "x", None):
         with pytest.raises(CascadeError, match=r"strength is .*; give a .*number"):
             cascade.add_lora("demo_lora_house.safetensors", strength)
+    assert cascade.loras == ()
+
+
+def test_a_token_of_another_width_is_refused_at_once(cascade, tmp_path):
+    write_safetensors(tmp_path / "wide.safetensors", {"bundle_emb.[wide].clip_g": torch.ones(2, 384)}, {})
+    with pytest.raises(CascadeError, match="teaches a token 384 wide"):
+        cascade.add_lora(tmp_path / "wide.safetensors")
     assert cascade.loras == ()
 
 
@@ -345,8 +369,6 @@ def test_what_does_not_exist_is_refused_before_a_file_is_read(tmp_path):
 
 def write(path: Path, rows: int, dtype: torch.dtype) -> None:
     """A file that is taken for a previewer, as large as wanted."""
-    from cascade_nodes.cascade_core.checkpoints import write_safetensors
-
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, {"blocks.24.weight": torch.zeros(rows, 2, dtype=dtype)}, {})
 
