@@ -1,5 +1,5 @@
 # make demo     one picture from the bundled weights, on a machine that has Python and nothing else
-# make check    what needs no ComfyUI, in minutes: while a change is made
+# make check    what needs no ComfyUI, without the longest: while a change is made
 # make test     everything that must hold before a change lands
 # make nightly  the same with the long tests: before an issue is called resolved
 # make clean    back to a fresh checkout
@@ -8,6 +8,11 @@ PYTHON ?= python3
 BIN    := .venv/bin
 GRAPH  := example_workflows/api/text_to_image.json
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 25
+
+# What make check leaves to make test: ComfyUI, and whole programs that run for long, such as the documented ones.
+LONGER := tests/comfyui tests/notebooks tests/benchmarks tests/test_install.py tests/docs/test_python_page.py \
+	tests/docs/test_from_diffusers.py tests/core/test_training_ranks.py tests/demo/test_tasks.py \
+	tests/demo/test_cascade.py tests/demo/test_high_resolution.py
 
 # Neither pip nor pyright shall ask the network for a newer self.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,7 +26,8 @@ demo: .venv/.installed
 	$(BIN)/cascade run $(GRAPH)
 
 check: lint
-	$(PYTEST) --ignore tests/comfyui
+	$(PYTEST) $(addprefix --ignore ,$(LONGER))
+	@echo "left to make test: $(LONGER)"
 
 test: lint
 	$(PYTEST)

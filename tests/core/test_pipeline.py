@@ -35,7 +35,7 @@ FEW = StageSettings(steps=2, cfg=2.0, cfg_rescale=0.0)
 
 @pytest.fixture(scope="module")
 def cascade():
-    with StableCascade.load(WEIGHTS, prior=FEW, decoder=FEW, size=(64, 64)) as opened:
+    with StableCascade.load(WEIGHTS, device="cpu", prior=FEW, decoder=FEW, size=(64, 64)) as opened:
         yield opened
 
 
