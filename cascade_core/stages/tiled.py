@@ -35,27 +35,27 @@ class Tiled:
     up: int = 1
     consumer: WeightConsumer | None = None
 
-    def __call__(self, x: Tensor, tile: int) -> Tensor:
+    def __call__(self, x: Tensor, tile_positions: int) -> Tensor:
         """x: (B, C, h · down, w · down) -> (B, C', h · up, w · up) float32 in main memory.
 
-        tile: positions a side, 0: as the memory allows, and smaller ones where it turns out not to.
+        tile_positions: positions a side, 0: as the memory allows, and smaller ones where it turns out not to.
         """
-        automatic = not tile
+        automatic = not tile_positions
         if automatic:
-            tile = self._fitting(x)
+            tile_positions = self._fitting(x)
         while True:
             try:
-                return self._in_tiles(x, tile)
+                return self._in_tiles(x, tile_positions)
             except Exception as error:
-                smaller = self._half(x, tile)
+                smaller = self._half(x, tile_positions)
                 if not automatic or not out_of_memory(error) or smaller < LEAST_TILE:
                     raise
-            tile = smaller
+            tile_positions = smaller
             self.device.observer.notify(
-                f"out of memory; trying again in tiles of {tile * max(self.down, self.up)} pixels."
+                f"out of memory; trying again in tiles of {tile_positions * max(self.down, self.up)} pixels."
             )
 
-    def _in_tiles(self, x: Tensor, tile: int) -> Tensor:
+    def _in_tiles(self, x: Tensor, tile_positions: int) -> Tensor:
         dtype = next(self.network.parameters()).dtype
 
         def run(device: torch.device) -> Tensor:
@@ -63,18 +63,18 @@ class Tiled:
                 self.device.observer.check_interrupted()
                 return self.function(seen.to(device, dtype)).float().cpu()
 
-            return join_tiles(part, x, tile, self.halo, self.down, self.up)
+            return join_tiles(part, x, tile_positions, self.halo, self.down, self.up)
 
-        workspace = self._bytes(x, self._area(x, tile))
+        workspace = self._bytes(x, self._area(x, tile_positions))
         return self.device.run(self.network, run, workspace, consumer=self.consumer)
 
     def _positions(self, x: Tensor) -> tuple[int, int]:
         return x.shape[-2] // self.down, x.shape[-1] // self.down
 
-    def _area(self, x: Tensor, tile: int) -> int:
+    def _area(self, x: Tensor, tile_positions: int) -> int:
         """Positions that are seen at once."""
         height, width = self._positions(x)
-        seen = tile + 2 * self.halo if tile else max(height, width)
+        seen = tile_positions + 2 * self.halo if tile_positions else max(height, width)
         return min(height, seen) * min(width, seen)
 
     def _bytes(self, x: Tensor, area: int) -> int:
@@ -90,7 +90,7 @@ class Tiled:
         free = min(free, MOST)
         return fitting_tile(*self._positions(x), self.halo, lambda area: self._bytes(x, area) <= free)
 
-    def _half(self, x: Tensor, tile: int) -> int:
+    def _half(self, x: Tensor, tile_positions: int) -> int:
         """The next smaller tile: it sees half as much."""
-        most = self._area(x, tile) // 2
+        most = self._area(x, tile_positions) // 2
         return fitting_tile(*self._positions(x), self.halo, lambda area: area <= most)
