@@ -4,12 +4,17 @@ import torch
 from torch import Tensor
 
 from ..cascade_core.errors import CascadeError
-from ..cascade_core.geometry import COMPRESSOR_STRIDE, stage_c_size, whole_size
+from ..cascade_core.geometry import stage_c_size, whole_size
 from ..cascade_core.hints.canny import canny_hint
 from ..cascade_core.hints.control import check_hint
-from ..cascade_core.hints.filters import identity_map, inpaint_hint, super_resolution_hint
+from ..cascade_core.hints.filters import (
+    READS,
+    identity_map,
+    inpaint_hint,
+    super_resolution_hint,
+    super_resolution_input,
+)
 from ..cascade_core.hints.kinds import KINDS
-from ..cascade_core.pictures import resized
 from .api import io
 from .faces import find_faces
 from .hosts import host
@@ -188,8 +193,6 @@ class CascadeInpaintHint(io.ComfyNode):
 class CascadeSuperResolutionHint(io.ComfyNode):
     """Makes the super-resolution ControlNet's hint from a small picture."""
 
-    READS = ("small", "enlarged")
-
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -216,8 +219,8 @@ class CascadeSuperResolutionHint(io.ComfyNode):
                 compression_input(),
                 io.Combo.Input(
                     "reads",
-                    options=list(cls.READS),
-                    default=cls.READS[0],
+                    options=list(READS),
+                    default=READS[0],
                     optional=True,
                     tooltip=(
                         "What the ControlNet was trained to read: the small picture, as the published one, or the "
@@ -241,15 +244,12 @@ class CascadeSuperResolutionHint(io.ComfyNode):
         check_picture(image, "image")
         if not 1 <= scale <= 16:
             raise CascadeError(f"scale is {scale}; it must lie within 1 and 16 (2 is usual).")
-        if reads not in cls.READS:
-            raise CascadeError(f"reads is {reads!r}; choose {' or '.join(cls.READS)}.")
+        if reads not in READS:
+            raise CascadeError(f"reads is {reads!r}; choose {' or '.join(READS)}.")
         batch, *sides = image.shape[:3]
         height, width = whole_size(*(round(side * scale) for side in sides))
         size = stage_c_size(height, width, compression)
-        shrunk = scale if reads == "small" else 1
-        # Pixels of the compressor's input.
-        input_pixels = [max(round(side / shrunk), 1) * COMPRESSOR_STRIDE for side in size]
-        small = resized(image, input_pixels).movedim(-1, 1)
+        small = super_resolution_input(image, size, scale if reads == "small" else 1)
 
         def compress(pictures: Tensor) -> Tensor:
             return host().encode_pixels(vae, pictures.movedim(1, -1))

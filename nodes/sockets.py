@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cascade_core.checkpoints import KIND_NAMES
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.geometry import STAGE_B_COMPRESSION
-from ..cascade_core.stages.weights import NON_FINITE_WEIGHT
+from ..cascade_core.stages.weights import check_finite_output
 from .hosts import host
 from .hosts.run import NetworkDescription
 
@@ -114,19 +114,12 @@ def _check_widths(widths: dict[str, int], network: NetworkDescription, socket: s
             )
 
 
-def check_finite(
-    tensors: Iterable[Tensor | None], model: Any, subject: str, advice: str = "load it in bf16 or fp32"
-) -> None:
+def check_finite(tensors: Iterable[Tensor | None], model: Any, subject: str, *advice: str) -> None:
     """Raises CascadeError where the output of a MODEL, CLIP, VAE or CLIP_VISION holds NaN or infinity.
 
-    Otherwise names the weight at fault, or gives `advice` where every weight is finite.
+    Names the weight at fault, or gives `advice` where every weight is finite.
     """
-    if all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        return
-    weight = host().first_non_finite(model)
-    if weight is not None:
-        raise CascadeError(NON_FINITE_WEIGHT.format(weight=weight))
-    raise CascadeError(f"{subject} holds NaN or infinity, though none of the weights does; {advice}.")
+    check_finite_output(tensors, lambda: host().first_non_finite(model), subject, *advice)
 
 
 def with_values(conditioning: list, **values: Any) -> list:

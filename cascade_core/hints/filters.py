@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from ..errors import CascadeError
 from ..geometry import COMPRESSOR_STRIDE
+from ..pictures import resized
 
+READS = ("small", "enlarged")  # the picture that a super-resolution ControlNet was trained to read
 SR_SCALE = 2  # published: the small picture has half the side of the large one
 
 
@@ -59,6 +61,16 @@ def super_resolution_hint(
             f"compressor takes multiples of {COMPRESSOR_STRIDE}; resize it."
         )
     return F.interpolate(compress(small), size=size, mode="nearest-exact")
+
+
+def super_resolution_input(pictures: Tensor, size: tuple[int, int], scale: float) -> Tensor:
+    """The small picture as the compressor reads it for `super_resolution_hint`.
+
+    pictures: (B, H, W, 3) in [0, 1]; size: (h, w) of the large picture's latent; scale: by how much fewer positions the
+    small one has a side, 1 where the ControlNet was trained to read it enlarged -> (B, 3, 32 · h / scale, …)
+    """
+    pixels = [max(round(side / scale), 1) * COMPRESSOR_STRIDE for side in size]
+    return resized(pictures, pixels).movedim(-1, 1)
 
 
 def shrink(images: Tensor, scale: int = SR_SCALE) -> Tensor:

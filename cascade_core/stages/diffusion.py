@@ -99,8 +99,7 @@ class DiffusionStage:
 
     def check_picture_size(self, width: int, height: int) -> None:
         """Raises CascadeError for a picture so small that nothing is left of it at Stage B's innermost level."""
-        config = self.network.config
-        least = config.patch_size * 2 ** (len(config.c_hidden) - 1) * STAGE_B_COMPRESSION
+        least = min_latent_side(self.kind, self.network.config) * STAGE_B_COMPRESSION
         if min(width, height) < least:
             raise CascadeError(
                 f"The picture is {width} × {height} pixels, but {self.described} makes none with a side under "
@@ -218,6 +217,11 @@ def load_stage(kind: str, path: Path, dtype: str, device: ComputeDevice) -> Diff
         scale_residual_stream(network)
     engine = Engine(network, join=True, precision=engine_precision(dtype))
     return DiffusionStage(kind, path.name, network, engine, device)
+
+
+def min_latent_side(kind: str, config: Any) -> int:
+    """The side of the smallest latent that a network can take: Stage B halves it from level to level."""
+    return config.patch_size * 2 ** (len(config.c_hidden) - 1) if kind == "stage_b" else 1
 
 
 def stage_b_tile(tile_size: int) -> int:

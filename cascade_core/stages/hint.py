@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CascadeError
-from ..geometry import COMPRESSOR_STRIDE, stage_c_size
+from ..geometry import stage_c_size
 from ..hints.canny import canny_hint
-from ..hints.filters import inpaint_hint, super_resolution_hint
+from ..hints.filters import READS, inpaint_hint, super_resolution_hint, super_resolution_input
 from ..hints.kinds import kind_of
-from ..pictures import Picture, as_image, as_mask, resized
+from ..pictures import Picture, as_image, as_mask
 from .codec import Codec
 from .control import ControlNetStage
-
-READS = ("small", "enlarged")
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ def _super_resolution(control: Control, image: Tensor, size: tuple[int, int], co
     width, height = size
     positions = stage_c_size(height, width)
     scale = width / image.shape[2] if control.reads == "small" else 1
-    seen = [max(round(side / scale), 1) * COMPRESSOR_STRIDE for side in positions]  # pixels
-    small = resized(image, seen).movedim(-1, 1)
+    small = super_resolution_input(image, positions, scale)
     return super_resolution_hint(
         lambda pictures: compressor.encode(pictures.movedim(1, -1)), small, positions
     )

@@ -1,6 +1,6 @@
 """Which weight is at fault where a network gives NaN or infinity."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -42,13 +42,24 @@ def naming_non_finite(stage: Stage) -> Iterator[None]:
         raise CascadeError(NON_FINITE_WEIGHT.format(weight=weight)) from None
 
 
-def check_stage_finite(
-    tensors: Iterable[Tensor], stage: Stage, subject: str, advice: str = "load it in bf16 or fp32"
+def check_finite_output(
+    tensors: Iterable[Tensor | None],
+    find_weight: Callable[[], str | None],
+    subject: str,
+    advice: str = "load it in bf16 or fp32",
 ) -> None:
-    """Raises CascadeError where what a stage gave holds NaN or infinity: names the weight at fault, else `advice`."""
-    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+    """Raises CascadeError where an output holds NaN or infinity.
+
+    Names the weight at fault, found by find_weight(), or gives `advice` where every weight is finite.
+    """
+    if all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in tensors):
         return
-    weight = non_finite_weight(stage)
+    weight = find_weight()
     if weight is not None:
         raise CascadeError(NON_FINITE_WEIGHT.format(weight=weight))
     raise CascadeError(f"{subject} holds NaN or infinity, though none of the weights does; {advice}.")
+
+
+def check_stage_finite(tensors: Iterable[Tensor], stage: Stage, subject: str, *advice: str) -> None:
+    """Raises CascadeError where what a stage gave holds NaN or infinity (`check_finite_output`)."""
+    check_finite_output(tensors, lambda: non_finite_weight(stage), subject, *advice)

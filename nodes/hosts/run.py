@@ -6,11 +6,6 @@ from typing import Any
 from ...cascade_core.run import SamplingRun
 
 
-def min_latent_side(kind: str, config: Any) -> int:
-    """The side of the smallest latent that a network can take: Stage B halves it from level to level."""
-    return config.patch_size * 2 ** (len(config.c_hidden) - 1) if kind == "stage_b" else 1
-
-
 @dataclass(frozen=True)
 class NetworkDescription:
     """What a MODEL holds.

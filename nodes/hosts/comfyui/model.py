@@ -22,7 +22,8 @@ from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream, stream_scale
 from ....cascade_core.networks.stage_c import StageC
 from ....cascade_core.networks.unet import UNet
-from ..run import NetworkDescription, min_latent_side
+from ....cascade_core.stages.diffusion import min_latent_side
+from ..run import NetworkDescription
 from .hosted import Hosted, WholeLayers
 from .weights import remember_file
 

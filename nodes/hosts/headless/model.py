@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ....cascade_core.geometry import LATENT_CHANNELS
-from ....cascade_core.stages.diffusion import DiffusionStage, load_stage
-from ..run import NetworkDescription, min_latent_side
+from ....cascade_core.stages.diffusion import DiffusionStage, load_stage, min_latent_side
+from ..run import NetworkDescription
 from .device import compute_device
 from .values import words_for
 
