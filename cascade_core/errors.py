@@ -1,5 +1,7 @@
 """What ends a run: an error that the user can mend, or the user."""
 
+import reprlib
+
 
 class CascadeError(ValueError):
     """Something the user can mend: one sentence that says what, where, what was expected and what to do."""
@@ -7,3 +9,22 @@ class CascadeError(ValueError):
 
 class Interrupted(Exception):  # noqa: N818 (not an error)
     """The run was asked to stop. Not an error: let it pass."""
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """A value for a message, as Python writes it, cut to about `limit` characters.
+
+    What it costs is bounded too: of a list that holds itself a thousand times, or of a text of a gigabyte, only the
+    beginning is looked at. Control characters are escaped, so that no value speaks to a terminal.
+    """
+    short = _Short()
+    short.maxlevel, short.maxstring, short.maxother = 3, limit + 3, limit
+    text = short.repr(f"{value[:limit]}…" if isinstance(value, str) and len(value) > limit else value)
+    return text if len(text) <= limit + 3 else f"{text[:limit]}…"
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return (
+            repr(x) if x.bit_length() < 400 else f"<a number of {x.bit_length()} bits>"
+        )  # Python refuses to write it
