@@ -6,10 +6,10 @@ Outside ComfyUI this same folder is the package `cascade_nodes`.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cascade_core.arguments import StageSettings as StageSettings
     from .cascade_core.errors import CascadeError as CascadeError
     from .cascade_core.errors import Interrupted as Interrupted
     from .cascade_core.pipeline import StageProgress as StageProgress
-    from .cascade_core.pipeline import StageSettings as StageSettings
     from .cascade_core.stages.hint import Control as Control
     from .demo.door import StableCascade as StableCascade
 
@@ -31,7 +31,7 @@ _HOME = {
     "Interrupted": "cascade_core.errors",
     "StageProgress": "cascade_core.pipeline",
     "StableCascade": "demo.door",
-    "StageSettings": "cascade_core.pipeline",
+    "StageSettings": "cascade_core.arguments",
 }
 
 

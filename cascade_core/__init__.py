@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CascadeError, Interrupted
 
 if TYPE_CHECKING:
+    from .arguments import StageSettings
     from .checkpoints import load_model, load_published_state_dict
     from .networks.compressor import SemanticCompressor
     from .networks.controlnet import ControlNet
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .networks.stage_a import StageA
     from .networks.stage_b import StageB
     from .networks.stage_c import StageC
-    from .pipeline import StableCascade, StageProgress, StageSettings
+    from .pipeline import StableCascade, StageProgress
     from .stages.hint import Control
     from .text.encoder import TextEncoder
     from .text.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ _HOME = {
     "StageA": "networks.stage_a",
     "StageB": "networks.stage_b",
     "StageC": "networks.stage_c",
-    "StageSettings": "pipeline",
+    "StageSettings": "arguments",
     "TextEncoder": "text.encoder",
     "Tokenizer": "text.tokenizer",
     "infer_config": "networks.inference",

@@ -10,16 +10,13 @@ Words and units are those of the nodes: a picture made here, by the nodes and by
 from __future__ import annotations
 
 import logging
-import math
-import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,22 +33,37 @@ from .adapters.apply import Patch
 from .adapters.embeddings import embedding_tokens
 from .adapters.text_changes import check_text_changes
 from .adapters.tokens import NewToken, parse_new_tokens
-from .diffusion.guidance import check_guidance
-from .diffusion.samplers import Callback, SamplerStep, log_snr_range
+from .arguments import (
+    DECODER,
+    PRIOR,
+    SECOND_PASS,
+    Output,
+    Size,
+    StageSettings,
+    batch_size,
+    check_controls,
+    check_decoding,
+    check_mask,
+    check_settings,
+    check_strength,
+    checked_size,
+    chosen_settings,
+    expanded,
+    whole_number,
+)
+from .diffusion.samplers import Callback, SamplerStep
 from .errors import CascadeError, Interrupted
 from .geometry import (
     LATENT_CHANNELS,
-    MAX_SIZE,
-    check_size,
     compressor_size,
     stage_b_size,
     stage_c_size,
     whole_size,
 )
-from .hints.masks import composite, expand, latent_mask
+from .hints.masks import composite, latent_mask
 from .model_files import ModelFiles
 from .pictures import Picture, as_image, as_mask, resized, to_pil
-from .run import Observer, SamplingRun, check_sampler
+from .run import Observer, SamplingRun
 from .stages.codec import Codec, load_compressor, load_stage_a
 from .stages.control import AppliedControlNet, ControlNetStage, load_controlnet
 from .stages.device import ComputeDevice
@@ -81,25 +93,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Output = Literal["pil", "tensor"]
-Size = tuple[int, int]  # (width, height) in pixels
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """How one stage is sampled: its node's inputs of the same names."""
-
-    steps: int
-    cfg: float
-    cfg_rescale: float = 0.7
-    shift: float = 1.0
-    sampler: str = "ddpm"
-
-
-PRIOR = StageSettings(steps=20, cfg=4.0, shift=2.0)  # published, for Stage C
-DECODER = StageSettings(steps=10, cfg=1.1)  # and for Stage B
 CLOSED = "This StableCascade was closed; load it again."
-SECOND_PASS = StageSettings(steps=5, cfg=1.0, cfg_rescale=0.0)
 
 
 @dataclass(frozen=True)
@@ -158,8 +152,8 @@ class StableCascade:
         device.weight_dtype(dtype)  # refuses a wrong one before a file is read
         self.files, self.device, self.dtype = files, device, dtype
         for settings in (prior, decoder):
-            _check_settings(settings, 1.0, "")
-        self.prior_settings, self.decoder_settings, self.size = prior, decoder, _checked_size(size)
+            check_settings(settings, 1.0, "")
+        self.prior_settings, self.decoder_settings, self.size = prior, decoder, checked_size(size)
         self._loaded: dict[tuple[str, Path], Any] = {}
         self._loras: dict[str, _AppliedLoRA] = {}
         self._lock = threading.RLock()
@@ -263,18 +257,18 @@ class StableCascade:
             source = None if image is None else as_image(image)
             hole = None if mask is None else as_mask(mask)
             if room is not None:
-                source, hole = self._expanded(source, hole, room)
-            _check_mask(hole, source, grow, feather)
+                source, hole = expanded(source, hole, room)
+            check_mask(hole, source, grow, feather)
             decoder = self.decoder_settings if decoder is None else decoder
-            _check_decoding(decoder, 1.0, tile_size, output)
+            check_decoding(decoder, 1.0, tile_size, output)
             self.files.find("stage_a")  # refused before Stage C is sampled, as is what Stage B cannot make
             self.stage("stage_b").check_picture_size(*self._size(size, source))
             prompts = self._encode_text(prompt, negative)
             latent = self._sample_prior(
                 prompts,
                 self._size(size, source),
-                self._batch(batch, prompts[0], source),
-                _chosen(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler),
+                batch_size(batch, prompts[0], source),
+                chosen_settings(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler),
                 seed=seed,
                 source=source,
                 denoise=denoise,
@@ -335,7 +329,7 @@ class StableCascade:
         with self._running():
             source = None if image is None else as_image(image)
             hole = None if mask is None else as_mask(mask)
-            _check_mask(hole, source if latent is None else latent, grow)
+            check_mask(hole, source if latent is None else latent, grow)
             if latent is not None:
                 check_semantic(latent, self.stage("stage_c"))
                 latent = latent.to("cpu", torch.float32)
@@ -343,8 +337,8 @@ class StableCascade:
             latent = self._sample_prior(
                 prompts,
                 self._size(size, source),
-                self._batch(batch, prompts[0], source if latent is None else latent),
-                _chosen(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler),
+                batch_size(batch, prompts[0], source if latent is None else latent),
+                chosen_settings(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler),
                 seed=seed,
                 source=source,
                 latent=latent,
@@ -387,9 +381,9 @@ class StableCascade:
         with self._running():
             source = None if image is None else as_image(image)
             hole = None if mask is None else as_mask(mask)
-            _check_mask(hole, source)
-            settings = _chosen(self.decoder_settings, steps, cfg, cfg_rescale, shift, sampler)
-            _check_decoding(settings, denoise, tile_size, output)
+            check_mask(hole, source)
+            settings = chosen_settings(self.decoder_settings, steps, cfg, cfg_rescale, shift, sampler)
+            check_decoding(settings, denoise, tile_size, output)
             pictures = self._sample_decoder(
                 latent,
                 self._encode_text(prompt, negative),
@@ -414,7 +408,7 @@ class StableCascade:
         """
         with self._running():
             source = as_image(image)
-            _whole("tile_size", tile_size)
+            whole_number("tile_size", tile_size)
             encoded = self._encode_picture(source, self._size(size, source), stage_a, tile_size)
             return EncodedPicture(*map(_owned, encoded))
 
@@ -438,7 +432,7 @@ class StableCascade:
             source = as_image(image)
             height, width = source.shape[1:3]
             size = (2 * width, 2 * height) if size is None else self._size(size, source)
-            _check_decoding(settings, denoise, tile_size, output)
+            check_decoding(settings, denoise, tile_size, output)
             encoded = self._encode_picture(source, size, False, tile_size)
             pictures = self._sample_decoder(
                 encoded.stage_c,
@@ -475,8 +469,8 @@ class StableCascade:
         """
         with self._running():
             text_strength = strength if text_strength is None else text_strength
-            _check_strength("strength", strength)
-            _check_strength("text_strength", text_strength)
+            check_strength("strength", strength)
+            check_strength("text_strength", text_strength)
             check_text("new_tokens", new_tokens)
             path = self.files.named("lora", file)
             adapter = read_adapter(path, self.stage("stage_c").network.config)
@@ -669,9 +663,9 @@ class StableCascade:
         callback: ProgressCallback | None,
     ) -> Tensor:
         width, height = size
-        _check_settings(settings, denoise, "")
-        _check_controls(controls)
-        seed = _whole("seed", seed)
+        check_settings(settings, denoise, "")
+        check_controls(controls)
+        seed = whole_number("seed", seed)
         stage = self._prior_with_loras()
         check_widths(prompts[0], stage)
         if latent is None and source is not None and (denoise < 1 or mask is not None):
@@ -707,7 +701,7 @@ class StableCascade:
         callback: ProgressCallback | None,
     ) -> Tensor:
         width, height = size
-        seed = _whole("seed", seed)
+        seed = whole_number("seed", seed)
         stage, codec = self.stage("stage_b"), self.stage_a()
         check_semantic(semantic, stage)
         semantic = semantic.to("cpu", torch.float32)
@@ -793,7 +787,7 @@ class StableCascade:
                     "(picture, strength)."
                 )
             picture, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
-            _check_strength("The strength of a picture in image_prompts", strength)
+            check_strength("The strength of a picture in image_prompts", strength)
             if strength == 0:
                 continue
             vision = self.vision_stage()
@@ -814,129 +808,12 @@ class StableCascade:
     def _size(self, size: Size | None, source: Tensor | None) -> Size:
         if size is None and source is not None:
             return source.shape[2], source.shape[1]
-        return self.size if size is None else _checked_size(size)
-
-    @staticmethod
-    def _batch(batch: int | None, prompt: Prompt, source: Tensor | None) -> int:
-        counts = {len(prompt.states), len(source) if source is not None else 1} - {1}
-        most = max(counts, default=1)
-        batch = most if batch is None else _whole("batch", batch)
-        if batch < 1 or len(counts) > 1 or most not in (1, batch):
-            raise CascadeError(
-                f"batch is {batch}, with {len(prompt.states)} prompts and "
-                f"{len(source) if source is not None else 0} images; give one of each, or as many as the batch."
-            )
-        return batch
-
-    @staticmethod
-    def _expanded(
-        source: Tensor | None, mask: Tensor | None, room: tuple[int, int, int, int]
-    ) -> tuple[Tensor, Tensor]:
-        if source is None or mask is not None:
-            raise CascadeError(
-                "room is for an image without a mask: it makes the mask; give one or the other."
-            )
-        try:
-            left, top, right, bottom = map(operator.index, room)
-        except (TypeError, ValueError):
-            raise CascadeError(
-                f"room is {room!r}; give (left, top, right, bottom) in whole pixels."
-            ) from None
-        if max(source.shape[2] + left + right, source.shape[1] + top + bottom) > MAX_SIZE:
-            raise CascadeError(f"room is {room}, which makes a side above {MAX_SIZE} pixels; give less.")
-        larger, hole = expand(source.movedim(-1, 1), left, top, right, bottom, feather=32)
-        return larger.movedim(1, -1), hole
+        return self.size if size is None else checked_size(size)
 
 
 def _check_cancelled(cancelled: threading.Event) -> None:
     if cancelled.is_set():
         raise Interrupted("The run was cancelled.")
-
-
-def _chosen(
-    settings: StageSettings,
-    steps: int | None,
-    cfg: float | None,
-    cfg_rescale: float | None,
-    shift: float | None,
-    sampler: str | None,
-) -> StageSettings:
-    """A stage's settings with those of a call in their place."""
-    _check_is_settings(settings)
-    stated = {"steps": steps, "cfg": cfg, "cfg_rescale": cfg_rescale, "shift": shift, "sampler": sampler}
-    return replace(settings, **{name: value for name, value in stated.items() if value is not None})
-
-
-def _check_settings(settings: StageSettings, denoise: float, owner: str) -> None:
-    _check_is_settings(settings)
-    for name in ("cfg", "cfg_rescale", "shift"):
-        _check_number(f"{owner}{name}", getattr(settings, name))
-    _check_number(f"{owner}denoise", denoise)
-    check_sampler(settings.sampler)
-    check_guidance(settings.cfg, settings.cfg_rescale)
-    log_snr_range(_whole(f"{owner}steps", settings.steps), settings.shift)
-    if not 0 <= denoise <= 1:
-        raise CascadeError(f"{owner}denoise is {denoise}; it must lie within 0 and 1.")
-
-
-def _check_decoding(settings: StageSettings, denoise: float, tile_size: int, output: Output) -> None:
-    """Refuses what Stage B and Stage A would refuse, before Stage C is sampled."""
-    _check_settings(settings, denoise, "decoder's ")
-    stage_b_tile(_whole("tile_size", tile_size))
-    if output not in ("pil", "tensor"):
-        raise CascadeError(f"output is {output!r}; choose 'pil' or 'tensor'.")
-
-
-def _check_is_settings(settings: object) -> None:
-    if not isinstance(settings, StageSettings):
-        raise CascadeError(f"Settings of type {type(settings).__name__} were given; give StageSettings(…).")
-
-
-def _check_mask(
-    mask: Tensor | None, source: Tensor | None, grow: int = 0, feather: int | None = None
-) -> None:
-    if mask is not None and source is None:
-        raise CascadeError("mask was given without image; give the picture that it belongs to.")
-    for name, width in (("grow", grow), ("feather", 0 if feather is None else feather)):
-        if _whole(name, width) < 0:
-            raise CascadeError(f"{name} is {width}; it cannot be below 0.")
-
-
-def _check_controls(controls: object) -> None:
-    if not isinstance(controls, list | tuple) or not all(isinstance(one, Control) for one in controls):
-        raise CascadeError("controls is not a list of Control; give [Control(file, image=…), …].")
-    for control in controls:
-        _check_strength("A control's strength", control.strength)
-        for name in ("start", "end", "low", "high"):
-            _check_number(f"A control's {name}", getattr(control, name))
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, Real):
-        raise CascadeError(f"{name} is {value!r}; give a number.")
-
-
-def _check_strength(name: str, value: Any) -> None:
-    _check_number(name, value)
-    if isinstance(value, bool) or not math.isfinite(value):
-        raise CascadeError(f"{name} is {value!r}; give a finite number, such as 1.0.")
-
-
-def _whole(name: str, value: Any) -> int:
-    """A whole number of any library as Python's own."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise CascadeError(f"{name} is {value!r}; give a whole number.") from None
-
-
-def _checked_size(size: Any) -> Size:
-    try:
-        width, height = map(operator.index, size)
-    except (TypeError, ValueError):
-        raise CascadeError(f"size is {size!r}; give (width, height) in whole pixels.") from None
-    check_size(width, height)
-    return width, height
 
 
 def _repeated(latent: Tensor, batch: int) -> Tensor:

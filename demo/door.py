@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 
 from cascade_nodes.cascade_core import pipeline
-from cascade_nodes.cascade_core.pipeline import StageSettings
+from cascade_nodes.cascade_core.arguments import StageSettings
 
 WEIGHTS = Path(__file__).parent / "weights"
 # The example graphs' own: gentler guidance in Stage C than the published 4 at shift 2, a little more in Stage B.
