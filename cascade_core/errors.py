@@ -23,6 +23,11 @@ def quoted(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit + 3 else f"{text[:limit]}…"
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """A name or another's message as it is where it can be shown so, else `quoted`."""
+    return text if text.isprintable() and len(text) <= limit else quoted(text, limit)
+
+
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return (

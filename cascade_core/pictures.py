@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +13,104 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import CascadeError
+from .errors import CascadeError, Interrupted, printable, quoted
+from .reading import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 Picture = Any  # a PIL image, several of one size, a path, or a tensor (B, H, W, 3) or (H, W, 3) in [0, 1]
+
+
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # an EPS would start another program
+FREE_PIXELS = 2**26  # 8192 × 8192: what any file may hold, all frames together …
+PIXELS_PER_BYTE = 64  # … and for each of its bytes, far more than photographs and drawings have
+MAX_PIXELS = 2**27  # 134 million: a camera of 100 million fits
+MAX_FRAMES = 4096
+MAX_BYTES = 2**30  # MAX_PIXELS of 16-bit RGBA as they are
+
+
+class PictureError(CascadeError):
+    """A picture that cannot be read. reason: why, in a few words, for lists of such pictures."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@contextmanager
+def open_picture(source: str | Path | bytes, name: str | None = None) -> Iterator[ImageFile]:
+    """Open a picture as Pillow does: its header is checked, its pixels are not decoded yet; `upright` does so.
+
+    source: a path or a file's bytes; name: what messages call it. Other kinds than KINDS, more pixels than a file of
+    that size may hold, and whatever else is wrong with the picture within the block raise PictureError.
+    """
+    with _bounded(source, name) as (picture, _):
+        yield picture
+
+
+def read_frames(source: str | Path | bytes, name: str | None = None) -> list[Image]:
+    """A picture's frames of the first one's size, `upright`; a photograph's (MPO) is one. Raises PictureError."""
+    from PIL import ImageSequence
+
+    with _bounded(source, name) as (picture, limit):
+        stored, pixels = [], 0
+        for frame in ImageSequence.Iterator(picture):
+            pixels += frame.width * frame.height
+            if pixels > limit or len(stored) == MAX_FRAMES:
+                raise ValueError(
+                    f"its frames are more than {MAX_FRAMES:,} or have together more than {limit:,} pixels; make "
+                    "them smaller or fewer"
+                )
+            stored.append(frame.copy())
+            if picture.format == "MPO":  # what follows are smaller versions
+                break
+        frames = [upright(frame) for frame in stored]
+    return [frame for frame in frames if frame.size == frames[0].size]
+
+
+@contextmanager
+def _bounded(source: str | Path | bytes, name: str | None) -> Iterator[tuple[ImageFile, int]]:
+    """An opened picture, and how many pixels its frames may have together."""
+    from PIL import Image, UnidentifiedImageError
+
+    name = printable(name or ("in memory" if isinstance(source, bytes) else str(source)), 300)
+    Image.init()
+    kinds = [kind for kind in KINDS if kind in Image.OPEN]  # AVIF comes with newer versions of Pillow alone
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+            file_bytes = file.seek(0, os.SEEK_END)
+            if file_bytes > MAX_BYTES:
+                raise ValueError(f"its file has {file_bytes:,} bytes, and at most {MAX_BYTES:,} are read")
+            file.seek(0)
+            limit = min(MAX_PIXELS, FREE_PIXELS + PIXELS_PER_BYTE * file_bytes)
+            with Image.open(file, formats=kinds) as picture:
+                if picture.width * picture.height > limit:
+                    raise ValueError(
+                        f"it states {picture.width:,} × {picture.height:,} pixels, and of a file of {file_bytes:,} "
+                        f"bytes at most {limit:,} are read; make it smaller"
+                    )
+                if 0 in picture.size:
+                    raise ValueError("it has no pixels")
+                yield picture, limit
+    except (CascadeError, Interrupted):
+        raise
+    except UnidentifiedImageError:
+        raise PictureError(
+            f"{name} is not a picture; PNG, JPEG or WebP was expected.", "not a picture"
+        ) from None
+    except Exception as error:  # Pillow's readers let through whatever they meet in a damaged file
+        plain = error.strerror if isinstance(error, OSError) else None
+        reason = printable(plain or str(error) or type(error).__name__, 200)
+        raise PictureError(f"The picture {name} cannot be read: {reason}.", reason) from error
+
+
+def upright(picture: Image) -> Image:
+    """A picture's pixels, turned by its EXIF orientation, in 8 bits a channel."""
+    from PIL import ImageOps
+
+    return _as_8_bit(ImageOps.exif_transpose(picture))
 
 
 def as_image(picture: Image | Tensor | str | Path | Sequence[Image]) -> Tensor:
@@ -74,36 +169,27 @@ def resized(pictures: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _opened(picture: Image | str | Path | Sequence[Image]) -> list[Image]:
-    """Pictures of one size, read and in 8 bits a channel."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """Pictures of one size, read and in 8 bits a channel; a file's first frame."""
+    from PIL import Image
 
+    if isinstance(picture, str | Path):
+        with open_picture(picture) as file:
+            return [upright(file)]
+    images = list(picture) if isinstance(picture, Sequence) else [picture]
+    if not images or not all(isinstance(image, Image.Image) for image in images):
+        raise CascadeError(
+            f"A picture was given as {type(picture).__name__}; give a PIL image, a path or a tensor."
+        )
     try:
-        if isinstance(picture, str | Path):
-            with Image.open(picture) as file:
-                return [_as_8_bit(ImageOps.exif_transpose(file))]
-        images = list(picture) if isinstance(picture, Sequence) else [picture]
-        if not images or not all(isinstance(image, Image.Image) for image in images):
-            raise CascadeError(
-                f"A picture was given as {type(picture).__name__}; give a PIL image, a path or a tensor."
-            )
         images = [_as_8_bit(image) for image in images]
-    except CascadeError:
-        raise
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-    ) as error:
-        raise CascadeError(f"The picture {picture} cannot be read: {error}.") from error
-    sizes = {image.size for image in images}
-    if len(sizes) != 1:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CascadeError(f"The picture {quoted(picture)} cannot be read: {error}.") from error
+    if len({image.size for image in images}) != 1:
         raise CascadeError(
             "Pictures of several sizes were given; give pictures of one size, or one at a time."
         )
     if 0 in images[0].size:
-        raise CascadeError(f"The picture {picture} has no pixels; give one that has.")
+        raise CascadeError(f"The picture {quoted(picture)} has no pixels; give one that has.")
     return images
 
 
@@ -129,4 +215,6 @@ def _values(tensor: Tensor, subject: str) -> Tensor:
 def _channels(image: Image) -> Tensor:
     import numpy as np
 
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
+    values = np.array(image, dtype=np.float32)
+    values /= 255.0  # in place: a large picture takes gigabytes
+    return torch.from_numpy(values)
