@@ -1,5 +1,14 @@
 """Loss weights: functions of a log-SNR of any shape, in the same shape, and one that is learned.
 
+The networks predict epsilon, and a weight multiplies its squared error. With x = a·x0 + b·epsilon and SNR = a²/b², an
+error in epsilon of one noised latent is an error in x0 by b/a:
+
+    |x0 error|² = |epsilon error|² / SNR        |v error|² = |epsilon error|² · (SNR + 1) / SNR
+
+So a weight w of the error in x0 is w / SNR of that in epsilon. Those of the names `x0_…` are such w: on the error in
+epsilon they do the reverse of what they are published for (`x0_min_snr` stresses little noise). They are as the
+published code has them; `min_snr_gamma`, `debiased`, `p2` and `sech` are weights of the error in epsilon.
+
 `shift` first moves the log-SNR by 2·log(shift), which undoes the shift of a schedule.
 """
 
@@ -18,39 +27,17 @@ def constant(log_snr: Tensor, shift: float = 1.0, value: float = 1.0) -> Tensor:
     return torch.full_like(_unshift(log_snr, shift), value)
 
 
-def snr(log_snr: Tensor, shift: float = 1.0) -> Tensor:
-    """The SNR itself: with an epsilon target, the loss on x0."""
-    return _unshift(log_snr, shift).exp().clamp(*WEIGHT_RANGE)
-
-
 def p2(log_snr: Tensor, shift: float = 1.0, k: float = 1.0, gamma: float = 1.0, s: float = 1.0) -> Tensor:
-    """(k + SNR^s)^-gamma.  Choi et al. 2022, arXiv 2204.00227."""
+    """(k + SNR^s)^-gamma.  Choi et al. 2022, arXiv 2204.00227.
+
+    As it stands, 1 / (1 + SNR) = sigmoid(-log_snr), the sigmoid weight of Kingma & Gao 2023 (arXiv 2303.00848).
+    """
     return ((k + (_unshift(log_snr, shift) * s).exp()) ** -gamma).clamp(*WEIGHT_RANGE)
 
 
-def snr_plus_one(log_snr: Tensor, shift: float = 1.0) -> Tensor:
-    """SNR + 1.  Salimans & Ho 2022, arXiv 2202.00512."""
-    return (_unshift(log_snr, shift).exp() + 1).clamp(*WEIGHT_RANGE)
-
-
-def min_snr(log_snr: Tensor, shift: float = 1.0, max_snr: float = 5.0) -> Tensor:
-    """min(SNR, max_snr).  Hang et al. 2023, arXiv 2303.09556."""
-    return _unshift(log_snr, shift).exp().clamp(max=max_snr)
-
-
-def min_snr_plus_one(log_snr: Tensor, shift: float = 1.0, max_snr: float = 5.0) -> Tensor:
-    """min(SNR + 1, max_snr)."""
-    return (_unshift(log_snr, shift).exp() + 1).clamp(max=max_snr)
-
-
-def truncated_snr(log_snr: Tensor, shift: float = 1.0, min_snr: float = 1.0) -> Tensor:
-    """max(SNR, min_snr).  Salimans & Ho 2022, arXiv 2202.00512."""
-    return _unshift(log_snr, shift).exp().clamp(min=min_snr, max=WEIGHT_RANGE[1])
-
-
-def sech(log_snr: Tensor, shift: float = 1.0, div: float = 2.0) -> Tensor:
-    """1 / cosh(log_snr / div).  Kingma & Gao 2023, arXiv 2303.00848."""
-    return 1 / (_unshift(log_snr, shift) / div).cosh()
+def min_snr_gamma(log_snr: Tensor, shift: float = 1.0, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) / SNR.  Hang et al. 2023, arXiv 2303.09556, section 3.4: min(SNR, gamma) on the error in x0."""
+    return (gamma * (-_unshift(log_snr, shift)).exp()).clamp(max=1.0)
 
 
 def debiased(log_snr: Tensor, shift: float = 1.0) -> Tensor:
@@ -58,8 +45,38 @@ def debiased(log_snr: Tensor, shift: float = 1.0) -> Tensor:
     return (1 / _unshift(log_snr, shift).exp().sqrt()).clamp(*WEIGHT_RANGE)
 
 
-def sigmoid(log_snr: Tensor, shift: float = 1.0, s: float = 1.0) -> Tensor:
-    """sigmoid(s · log_snr).  Kingma & Gao 2023, arXiv 2303.00848."""
+def sech(log_snr: Tensor, shift: float = 1.0, div: float = 2.0) -> Tensor:
+    """1 / cosh(log_snr / div), the density of the cosine schedule's log-SNR.  Kingma & Gao 2023, arXiv 2303.00848."""
+    return 1 / (_unshift(log_snr, shift) / div).cosh()
+
+
+def x0_snr(log_snr: Tensor, shift: float = 1.0) -> Tensor:
+    """SNR: of the error in x0, the plain loss on epsilon."""
+    return _unshift(log_snr, shift).exp().clamp(*WEIGHT_RANGE)
+
+
+def x0_snr_plus_one(log_snr: Tensor, shift: float = 1.0) -> Tensor:
+    """SNR + 1: of the error in x0, the plain loss on v.  Salimans & Ho 2022, arXiv 2202.00512."""
+    return (_unshift(log_snr, shift).exp() + 1).clamp(*WEIGHT_RANGE)
+
+
+def x0_min_snr(log_snr: Tensor, shift: float = 1.0, max_snr: float = 5.0) -> Tensor:
+    """min(SNR, max_snr).  Hang et al. 2023, arXiv 2303.09556."""
+    return _unshift(log_snr, shift).exp().clamp(max=max_snr)
+
+
+def x0_min_snr_plus_one(log_snr: Tensor, shift: float = 1.0, max_snr: float = 5.0) -> Tensor:
+    """min(SNR + 1, max_snr)."""
+    return (_unshift(log_snr, shift).exp() + 1).clamp(max=max_snr)
+
+
+def x0_truncated_snr(log_snr: Tensor, shift: float = 1.0, min_snr: float = 1.0) -> Tensor:
+    """max(SNR, min_snr).  Salimans & Ho 2022, arXiv 2202.00512."""
+    return _unshift(log_snr, shift).exp().clamp(min=min_snr, max=WEIGHT_RANGE[1])
+
+
+def x0_sigmoid(log_snr: Tensor, shift: float = 1.0, s: float = 1.0) -> Tensor:
+    """sigmoid(s · log_snr): of the error in x0, at s = 1, Kingma & Gao's sigmoid weight of that in epsilon."""
     return (_unshift(log_snr, shift) * s).sigmoid()
 
 

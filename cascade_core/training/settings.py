@@ -10,14 +10,14 @@ is a whole file. Paths are relative to it; networks go by the names that the loa
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from ..errors import CascadeError
+from ..errors import CascadeError, quoted
 from ..hints.kinds import KindName
+from .ranges import Range, check_ranges
 from .typed_yaml import build, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -25,9 +25,16 @@ logger = logging.getLogger(__name__)
 TaskName = Literal["lora", "controlnet", "finetune", "tokens"]
 Reads = Literal["small", "enlarged"]
 Weighting = Literal[
-    "p2", "adaptive", "debiased", "constant", "snr", "snr_plus_one", "min_snr", "min_snr_plus_one", "truncated_snr",
-    "sech", "sigmoid",
+    "p2", "adaptive", "debiased", "constant", "min_snr_gamma", "sech", "x0_snr", "x0_snr_plus_one", "x0_min_snr",
+    "x0_min_snr_plus_one", "x0_truncated_snr", "x0_sigmoid",
 ]  # fmt: skip
+
+MAX_PROMPTS = 64  # all are drawn in one batch
+
+# Ranges that several numbers have
+Share = Annotated[float, Range(0, 1)]
+Steps = Annotated[int, Range(1, 100_000_000)]
+RateFactor = Annotated[float, Range(0, 10_000, above=True)]  # by which the learning rate is multiplied
 
 
 @dataclass(frozen=True)
@@ -47,48 +54,44 @@ class DataSettings:
 
     folder: str | None = None  # of pictures with captions, subfolders too
     tars: tuple[str, ...] = ()  # webdataset tars: paths or patterns
-    size: int = 1024  # pixels as generated: a picture's area is at most size²; 1024 gives latents of 24 × 24
+    # pixels as generated: a picture's area is at most size²; 1024 gives latents of 24 × 24
+    size: Annotated[int, Range(64, 4096)] = 1024
     bucket_step: int = 64  # pixels; sides of the buckets are multiples of it
-    caption_dropout: float = 0.05  # the share of rows that are trained without words
-    image_prompt_dropout: float = 0.05  # the same without their image prompts, chosen apart from the words
+    caption_dropout: Share = 0.05  # the share of rows that are trained without words
+    image_prompt_dropout: Share = 0.05  # the same without their image prompts, chosen apart from the words
     flip: bool = False  # half of the rows are mirrored
     cache: str | None = None  # folder where latents are kept between runs
-    repeat: int = 1  # how often an epoch shows each picture
+    repeat: Annotated[int, Range(1, 10_000)] = 1  # how often an epoch shows each picture
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tars", (self.tars,) if isinstance(self.tars, str) else tuple(self.tars))
+        check_ranges(self, "data")
         if self.folder is None and not self.tars:
             raise CascadeError("The training data has neither a folder nor tars; name one of them.")
-        if not 64 <= self.size <= 4096:
-            raise CascadeError(f"The data's size is {self.size}; it must lie within 64 and 4096 pixels.")
         if not 8 <= self.bucket_step <= self.size:
             raise CascadeError(
-                f"The data's bucket_step is {self.bucket_step}; it must lie within 8 and the size, {self.size}."
+                f"data.bucket_step is {quoted(self.bucket_step)}; it must lie within 8 and the size, {self.size}."
             )
-        for name in ("caption_dropout", "image_prompt_dropout"):
-            if not 0 <= (share := getattr(self, name)) <= 1:
-                raise CascadeError(f"{name} is {share}; it is a share, from 0 to 1.")
-        if self.repeat < 1:
-            raise CascadeError(f"The data's repeat is {self.repeat}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """The loop. A batch is `batch_size` pictures on each accelerator, `accumulate` times a step."""
 
-    steps: int = 1000
-    batch_size: int = 4
-    accumulate: int = 1
-    learning_rate: float = 1e-4
+    steps: Steps = 1000
+    batch_size: Annotated[int, Range(1, 65_536)] = 4
+    accumulate: Annotated[int, Range(1, 65_536)] = 1
+    learning_rate: Annotated[float, Range(1e-12, 10)] = 1e-4
     schedule: Literal["constant", "cosine"] = "cosine"
-    final_learning_rate: float = 0.0  # where the cosine ends, as a share of the learning rate
-    warmup: int = 50  # steps
+    final_learning_rate: Share = 0.0  # where the cosine ends, as a share of the learning rate
+    warmup: Annotated[int, Range(0, 100_000_000)] = 50  # steps
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    weight_decay: float = 0.01
-    betas: tuple[float, ...] = (0.9, 0.99)
-    max_grad_norm: float = 1.0  # of the gradient; 0 is none
-    ema: float = 0.999  # of the average that is written; 0 writes the last weights
-    seed: int = 0
+    weight_decay: Annotated[float, Range(0, 10)] = 0.01
+    betas: Annotated[tuple[float, ...], Range(0, 1, below=True)] = (0.9, 0.99)
+    max_grad_norm: Annotated[float, Range(0, 1e12)] = 1.0  # of the gradient; 0 is none
+    # of the average that is written; 0 writes the last weights
+    ema: Annotated[float, Range(0, 1, below=True)] = 0.999
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on an accelerator
     gradient_checkpointing: bool | None = None  # null: where Stage C is large
     compile: bool = False
@@ -96,25 +99,9 @@ class TrainSettings:
     deterministic: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise CascadeError(f"train.{name} is {getattr(self, name)}; it must be at least 1.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise CascadeError(
-                f"train.learning_rate is {self.learning_rate}; it must be above 0, such as 1e-4."
-            )
-        if not 0 <= self.final_learning_rate <= 1:
-            raise CascadeError(
-                f"train.final_learning_rate is {self.final_learning_rate}; it is a share, from 0 to 1."
-            )
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise CascadeError(
-                f"train.betas is {list(self.betas)}; two numbers from 0 to below 1 are expected."
-            )
-        if not 0 <= self.ema < 1:
-            raise CascadeError(
-                f"train.ema is {self.ema}; it must be at least 0 (none) and below 1, such as 0.999."
-            )
+        check_ranges(self, "train")
+        if len(self.betas) != 2:
+            raise CascadeError(f"train.betas is {quoted(list(self.betas))}; two numbers are expected.")
 
 
 @dataclass(frozen=True)
@@ -127,42 +114,31 @@ class ObjectiveSettings:
 
     kind: Literal["diffusion", "consistency"] = "diffusion"
     weighting: Weighting | None = None  # null: p2; for consistency, which begins at pure noise, debiased
-    max_loss_weight: float | None = None
-    pure_noise_share: float = 0.0  # of a batch that is trained at pure noise
-    shift: float = 1.0  # of the schedule that times are drawn from; above 1 is more noise
-    guidance: tuple[float, ...] = (
-        4.0,
-    )  # consistency: the teacher's cfg; of two bounds, another for each picture
-    cfg_rescale: float = 0.7
-    solver_steps: int = 50  # consistency: into how many steps the teacher's path is cut
+    snr_gamma: Annotated[float, Range(0, 1e6, above=True)] = 5.0  # of min_snr_gamma
+    max_loss_weight: Annotated[float | None, Range(0, 1e9, above=True)] = None
+    pure_noise_share: Share = 0.0  # of a batch that is trained at pure noise
+    # of the schedule that times are drawn from; above 1 is more noise
+    shift: Annotated[float, Range(0.001, 1000)] = 1.0
+    # consistency: the teacher's cfg; of two bounds, another for each picture
+    guidance: Annotated[tuple[float, ...], Range(-1000, 1000)] = (4.0,)
+    cfg_rescale: Share = 0.7
+    # consistency: into how many steps the teacher's path is cut
+    solver_steps: Annotated[int, Range(2, 10_000)] = 50
     sampling_steps: int | None = None  # consistency: for so many steps of `lcm` alone; null: for any number
-    on_policy_share: float = (
-        0.0  # consistency: the share of a batch that begins from the student's own last step
-    )
+    # consistency: the share of a batch that begins from the student's own last step
+    on_policy_share: Share = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.pure_noise_share <= 1:
+        check_ranges(self, "objective")
+        if len(self.guidance) not in (1, 2):
             raise CascadeError(
-                f"objective.pure_noise_share is {self.pure_noise_share}; it is a share, from 0 to 1."
+                f"objective.guidance is {quoted(list(self.guidance))}; one number or two bounds are expected."
             )
-        if not 0 <= self.on_policy_share <= 1:
-            raise CascadeError(
-                f"objective.on_policy_share is {self.on_policy_share}; it is a share, from 0 to 1."
-            )
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise CascadeError(
-                f"objective.shift is {self.shift}; it must be above 0 (1 is the published one)."
-            )
-        if len(self.guidance) not in (1, 2) or not all(map(math.isfinite, self.guidance)):
-            raise CascadeError(
-                f"objective.guidance is {list(self.guidance)}; one number or two bounds are expected."
-            )
-        if self.solver_steps < 2:
-            raise CascadeError(f"objective.solver_steps is {self.solver_steps}; it must be at least 2.")
         steps = self.sampling_steps
         if steps is not None and not (1 <= steps <= self.solver_steps and self.solver_steps % steps == 0):
             raise CascadeError(
-                f"objective.sampling_steps is {steps}; solver_steps ({self.solver_steps}) must be a multiple of it."
+                f"objective.sampling_steps is {quoted(steps)}; solver_steps ({self.solver_steps}) must be a multiple "
+                "of it."
             )
 
     @property
@@ -174,18 +150,21 @@ class ObjectiveSettings:
 class LoRASettings:
     """`targets`: all (linear layers and 1×1 convolutions), attention, or patterns such as `up_blocks.*to_q`."""
 
-    rank: int = 16
-    alpha: float | None = None  # null: the rank
+    rank: Annotated[int, Range(1, 16_384)] = 16
+    alpha: Annotated[float | None, Range(1e-6, 1e6)] = None  # null: the rank
     targets: tuple[str, ...] = ("all",)
     text_encoder: bool = False
-    text_learning_rate: float = 0.5  # as a share of the learning rate
-    token_learning_rate: float = 5.0  # the same for `tokens`, which a LoRA may learn with it
+    text_learning_rate: RateFactor = 0.5  # as a share of the learning rate
+    token_learning_rate: RateFactor = 5.0  # the same for `tokens`, which a LoRA may learn with it
     dialect: str = "kohya"
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # of the file
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise CascadeError(f"lora.rank is {self.rank}; it must be at least 1.")
+        check_ranges(self, "lora")
+        if not self.targets:
+            raise CascadeError(
+                "lora.targets is empty, so nothing would be trained; give all, attention, or patterns."
+            )
 
 
 @dataclass(frozen=True)
@@ -198,14 +177,14 @@ class ControlNetSettings:
     hint: KindName = "canny"
     start: str = "compressor"
     config: dict[str, Any] = field(default_factory=dict)
-    scale: float = 2.0  # super_resolution: how many times smaller the small picture is, a side
+    # super_resolution: how many times smaller the small picture is, a side
+    scale: Annotated[float, Range(1, 16)] = 2.0
     reads: Reads = (
         "small"  # super_resolution: what the compressor reads, as published, or the picture enlarged
     )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.scale <= 16:
-            raise CascadeError(f"controlnet.scale is {self.scale}; it must lie within 1 and 16 (2 is usual).")
+        check_ranges(self, "controlnet")
 
 
 @dataclass(frozen=True)
@@ -215,6 +194,12 @@ class FinetuneSettings:
     modules: tuple[str, ...] = ("all",)
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the file
 
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise CascadeError(
+                "finetune.modules is empty, so nothing would be trained; give all, or patterns."
+            )
+
 
 @dataclass(frozen=True)
 class TokenSettings:
@@ -222,7 +207,16 @@ class TokenSettings:
 
     name: str
     initial: str = ""
-    vectors: int = 1
+    vectors: Annotated[int, Range(1, 75)] = 1  # as many as a prompt's chunk holds
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "tokens")
+        name = self.name
+        if not name.strip("[]<> ") or len(name) > 100 or not name.isprintable() or set(name) & set("()\\"):
+            raise CascadeError(
+                f"tokens.name is {quoted(name)}; a token's name is a word or a few, such as [blob], at most 100 "
+                "characters and without parentheses, which weigh words in prompts."
+            )
 
 
 @dataclass(frozen=True)
@@ -231,19 +225,21 @@ class OutputSettings:
 
     file: str
     folder: str | None = None
-    log_every: int = 10
-    checkpoint_every: int = 500
-    sample_every: int = 0  # 0 is never
+    log_every: Steps = 10
+    checkpoint_every: Steps = 500
+    sample_every: Annotated[int, Range(0, 100_000_000)] = 0  # 0 is never
     prompts: tuple[str, ...] = ()
-    sample_steps: int = 20
-    sample_cfg: float = 4.0
-    sample_shift: float = 2.0
+    sample_steps: Annotated[int, Range(1, 10_000)] = 20
+    sample_cfg: Annotated[float, Range(-1000, 1000)] = 4.0
+    sample_shift: Annotated[float, Range(0.001, 1000)] = 2.0
     sample_sampler: Literal["ddpm", "ddim", "lcm", "dpmpp_2m"] = "ddpm"
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise CascadeError(f"output.{name} is {getattr(self, name)}; it must be at least 1.")
+        check_ranges(self, "output")
+        if len(self.prompts) > MAX_PROMPTS:
+            raise CascadeError(
+                f"output.prompts has {len(self.prompts)} entries; at most {MAX_PROMPTS} stand side by side in a sample."
+            )
 
 
 @dataclass(frozen=True)
@@ -272,6 +268,10 @@ class Settings:
             raise CascadeError(
                 "objective.kind consistency trains Stage C alone; leave text_encoder and tokens out."
             )
+        if self.output.sample_every and not (self.output.prompts and self.models.previewer):
+            raise CascadeError(
+                "output.sample_every makes pictures of output.prompts by models.previewer; give both, or leave it at 0."
+            )
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -294,6 +294,16 @@ FORMER_NAMES = {  # of keys, by section: still read
         "share_at_start": "pure_noise_share",
         "own_path": "on_policy_share",
     },
+}
+
+
+FORMER_VALUES = {  # of keys, by section: what were weights for an error in x0, without saying so
+    "objective": {
+        "weighting": {
+            name: f"x0_{name}"
+            for name in ("snr", "snr_plus_one", "min_snr", "min_snr_plus_one", "truncated_snr", "sigmoid")
+        }
+    }
 }
 
 
@@ -322,7 +332,7 @@ def settings_of(values: Mapping[str, Any], task: TaskName, where: str) -> Settin
 
 
 def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(values by the keys' current names, a phrase for each key that was renamed).
+    """(values by the keys' current names, a phrase for each key and each value that was renamed).
 
     Raises CascadeError where a key stands under both names.
     """
@@ -339,6 +349,13 @@ def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
                 )
         current[section] = {names.get(key, key): value for key, value in keys.items()}
         renamed += [f"{section}.{key} is now called {section}.{names[key]}" for key in keys if key in names]
+    for section, former_values in FORMER_VALUES.items():
+        for key, names in former_values.items():
+            keys = current.get(section)
+            value = keys.get(key) if isinstance(keys, Mapping) else None
+            if isinstance(value, str) and value in names:
+                current[section] = {**current[section], key: names[value]}
+                renamed.append(f"{section}.{key} {value} is now called {names[value]}")
     return current, renamed
 
 

@@ -54,7 +54,7 @@ def test_diffuse_as_published():
 
 def test_loss_weights_as_published():
     assert_golden(loss_weights.p2(LOG_SNR), "out.p2")
-    assert_golden(loss_weights.min_snr(LOG_SNR), "out.min_snr")
+    assert_golden(loss_weights.x0_min_snr(LOG_SNR), "out.min_snr")
     adaptive = AdaptiveLossWeight()
     adaptive.update_buckets(LOG_SNR, GOLDEN["in.adaptive.loss"])
     assert_golden(adaptive(LOG_SNR), "out.adaptive")
@@ -128,21 +128,23 @@ SNR = 3.0
 WEIGHTS = [
     (loss_weights.constant, {}, 1.0),
     (loss_weights.constant, {"value": 2.5}, 2.5),
-    (loss_weights.snr, {}, SNR),
+    (loss_weights.x0_snr, {}, SNR),
     (loss_weights.p2, {}, 1 / (1 + SNR)),
     (loss_weights.p2, {"k": 2.0, "gamma": 0.5, "s": 2.0}, (2 + SNR**2) ** -0.5),
-    (loss_weights.snr_plus_one, {}, SNR + 1),
-    (loss_weights.min_snr, {}, SNR),
-    (loss_weights.min_snr, {"max_snr": 2.0}, 2.0),
-    (loss_weights.min_snr_plus_one, {}, SNR + 1),
-    (loss_weights.min_snr_plus_one, {"max_snr": 3.5}, 3.5),
-    (loss_weights.truncated_snr, {}, SNR),
-    (loss_weights.truncated_snr, {"min_snr": 4.0}, 4.0),
+    (loss_weights.x0_snr_plus_one, {}, SNR + 1),
+    (loss_weights.x0_min_snr, {}, SNR),
+    (loss_weights.x0_min_snr, {"max_snr": 2.0}, 2.0),
+    (loss_weights.x0_min_snr_plus_one, {}, SNR + 1),
+    (loss_weights.x0_min_snr_plus_one, {"max_snr": 3.5}, 3.5),
+    (loss_weights.x0_truncated_snr, {}, SNR),
+    (loss_weights.x0_truncated_snr, {"min_snr": 4.0}, 4.0),
     (loss_weights.sech, {}, 2 / (SNR**0.5 + SNR**-0.5)),
     (loss_weights.sech, {"div": 1.0}, 2 / (SNR + 1 / SNR)),
+    (loss_weights.min_snr_gamma, {}, 1.0),
+    (loss_weights.min_snr_gamma, {"gamma": 2.0}, 2.0 / SNR),
     (loss_weights.debiased, {}, SNR**-0.5),
-    (loss_weights.sigmoid, {}, SNR / (1 + SNR)),
-    (loss_weights.sigmoid, {"s": 2.0}, SNR**2 / (1 + SNR**2)),
+    (loss_weights.x0_sigmoid, {}, SNR / (1 + SNR)),
+    (loss_weights.x0_sigmoid, {"s": 2.0}, SNR**2 / (1 + SNR**2)),
 ]
 
 
@@ -154,10 +156,33 @@ def test_loss_weight_by_its_formula(weight, parameters, expected):
     assert weight(shifted, shift=4.0, **parameters).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_weight_of_the_error_in_x0_is_another_of_that_in_epsilon():
+    """The arithmetic of the module's docstring, on one latent with a wrong prediction."""
+    x0, epsilon, wrong = (torch.randn(1, 4, 3, 3, dtype=torch.float64) for _ in range(3))
+    for snr in (1e-3, 0.5, 3.0, 20.0, 500.0):
+        level = torch.tensor([math.log(snr)], dtype=torch.float64)
+        a, b = (value.item() for value in alpha_sigma(level))
+        x = a * x0 + b * epsilon
+        x0_wrong = (x - b * wrong) / a
+        v, v_wrong = a * epsilon - b * x0, a * wrong - b * x0_wrong
+        in_epsilon, in_x0, in_v = (
+            (left - right).square().sum().item()
+            for left, right in ((epsilon, wrong), (x0, x0_wrong), (v, v_wrong))
+        )
+        assert in_x0 == pytest.approx(in_epsilon / snr)
+        assert in_v == pytest.approx(in_epsilon * (snr + 1) / snr)
+        gamma = loss_weights.min_snr_gamma(level).item() * in_epsilon
+        assert gamma == pytest.approx(loss_weights.x0_min_snr(level).item() * in_x0)
+        assert loss_weights.x0_snr_plus_one(level).item() * in_x0 == pytest.approx(in_v)
+        assert loss_weights.x0_sigmoid(level).item() * in_x0 == pytest.approx(
+            loss_weights.p2(level).item() * in_epsilon
+        )
+
+
 def test_diffuse_hands_its_loss_shift_to_the_loss_weight():
     x0, epsilon, t = GOLDEN["in.x0"], GOLDEN["in.epsilon"], GOLDEN["in.t3"]
-    made = diffuse(x0, epsilon, t, loss_weight=loss_weights.min_snr, loss_shift=2.0)
-    assert torch.equal(made.loss_weight, loss_weights.min_snr(made.log_snr, shift=2.0))
+    made = diffuse(x0, epsilon, t, loss_weight=loss_weights.x0_min_snr, loss_shift=2.0)
+    assert torch.equal(made.loss_weight, loss_weights.x0_min_snr(made.log_snr, shift=2.0))
 
 
 def test_adaptive_weight_moves_only_the_buckets_hit():

@@ -396,9 +396,9 @@ def test_small_pictures_are_enlarged_and_counted(tmp_path):
     ("settings", "sentence"),
     [
         ({"folder": None}, "neither a folder nor tars"),
-        ({"size": 20}, "size is 20; it must lie within 64 and 4096"),
+        ({"size": 20}, "data.size is 20; it must be at least 64 and at most 4,096"),
         ({"bucket_step": 4}, "bucket_step is 4; it must lie within 8 and the size, 256"),
-        ({"caption_dropout": 1.5}, "caption_dropout is 1.5; it is a share"),
+        ({"caption_dropout": 1.5}, "caption_dropout is 1.5; it must be at least 0 and at most 1"),
         ({"repeat": 0}, "repeat is 0; it must be at least 1"),
     ],
 )

@@ -1,5 +1,8 @@
 """Every task learns, and its file gives exactly what was trained."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -156,6 +159,32 @@ def test_a_lora_with_tokens_holds_both(world, tmp_path, x):
     with patched(network, [Patch("out", adapter.stage_c)]), torch.no_grad():
         assert relative_error(network(**x), wanted) < 1e-5
     assert relative_error(encoder.encode(["a [blob]"], adapter.tokens).states, text[0]) < 1e-5
+
+
+def test_a_token_beyond_the_first_chunk_is_learned(world, tmp_path):
+    """Of captions of two chunks, whose second one alone holds the token."""
+    settings = settings_of(world, "tokens", tmp_path / "run")
+    (tmp_path / "long").mkdir()
+    for number in range(2):
+        shutil.copy(world / "pictures" / f"{number}.png", tmp_path / "long")
+        (tmp_path / "long" / f"{number}.txt").write_text("a red star " * 40 + "on the [blob]")
+    loop = loop_of(replace(settings, data=replace(settings.data, folder=str(tmp_path / "long"))))
+    began = loop.task.trained.get_parameter("vectors").detach().clone()
+    loop.run()
+    assert (loop.task.trained.get_parameter("vectors") - began).abs().min() > 1e-4
+
+
+def test_trainable_text_is_what_the_encoder_gives(world, tmp_path):
+    """Captions of one and of two chunks together, as `TextEncoder.encode` joins and fills them up."""
+    task = loop_of(settings_of(world, "tokens", tmp_path)).task
+    encoder = TextEncoder.load(settings_of(world, "tokens", tmp_path).models.text_encoder, torch.float32)
+    learned = task.trained.tokens(task.trained.get_parameter("vectors").detach())
+    texts = ["a red [blob]", "a blue star " * 30 + "[blob]", "", "the small circle " * 60]
+    with torch.no_grad():
+        given = task.trainable_text.of(texts)
+    for value, wanted in zip(given, encoder.encode(texts, learned), strict=True):
+        assert value.shape == wanted.shape
+        assert relative_error(value, wanted) < 1e-5
 
 
 def test_what_a_dialect_cannot_say_is_said_before_the_run(world, tmp_path):

@@ -2,7 +2,9 @@
 
 import signal
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from PIL import Image
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import read_adapter
-from cascade_nodes.cascade_core.training.settings import TaskName, read_settings, resolve
+from cascade_nodes.cascade_core.training.settings import Settings, TaskName, read_settings, resolve
 from cascade_nodes.cascade_core.training.typed_yaml import build, read_yaml
 from cascade_nodes.demo.dataset import pictures
 from cascade_nodes.demo.world import sample_scenes
@@ -60,7 +62,25 @@ def test_three_lines_are_a_whole_file(tmp_path):
         ("lora: {rnak: 8}", "lora: 'rnak' is not a setting; did you mean rank?"),
         ("lora: {rank: 8.5}", "lora.rank is 8.5, but a whole number is expected."),
         ("lora: {rank: true}", "lora.rank is True, but a whole number is expected."),
-        ("lora: {rank: 0}", "lora.rank is 0; it must be at least 1."),
+        ("lora: {rank: 0}", "lora.rank is 0; it must be at least 1 and at most 16,384."),
+        ("lora: {rank: 1000000}", "lora.rank is 1000000; it must be at least 1 and at most 16,384."),
+        ("lora: {alpha: 0}", "lora.alpha is 0.0; it must be at least 1e-06 and at most 1e+06."),
+        ("lora: {alpha: .nan}", "lora.alpha is nan; it must be at least 1e-06"),
+        ("lora: {targets: []}", "lora.targets is empty, so nothing would be trained;"),
+        (
+            "objective: {max_loss_weight: -1}",
+            "objective.max_loss_weight is -1.0; it must be above 0 and at most",
+        ),
+        (
+            "objective: {guidance: [1, .inf]}",
+            "objective.guidance is inf; it must be at least -1,000 and at most 1,000.",
+        ),
+        (
+            "objective: {guidance: [1, 2, 3]}",
+            "objective.guidance is [1.0, 2.0, 3.0]; one number or two bounds",
+        ),
+        ("tokens: [{name: '[]'}]", "tokens.name is '[]'; a token's name is a word or a few, such as [blob]"),
+        ("tokens: [{name: a, vectors: 76}]", "tokens.vectors is 76; it must be at least 1 and at most 75."),
         ("lora: {targets: [1]}", "lora.targets[0] is 1, but a text is expected."),
         ("lora: 8", "lora is 8, but names with values are expected there."),
         ("objective: {weighting: adaptiv}", "objective.weighting is 'adaptiv'; did you mean adaptive?"),
@@ -73,6 +93,52 @@ def test_three_lines_are_a_whole_file(tmp_path):
 )
 def test_what_is_wrong_is_named(tmp_path, change, sentence):
     assert refusal(tmp_path, f"{MINIMAL}{change}\n").startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("learning_rate: 1e400", "learning_rate is inf; it must be at least 1e-12 and at most 10."),
+        ("learning_rate: 1e38", "learning_rate is 1e+38;"),
+        ("clip_norm: -1", "max_grad_norm is -1.0; it must be at least 0 and at most 1e+12."),
+        ("max_grad_norm: .nan", "max_grad_norm is nan;"),
+        ("weight_decay: -0.1", "weight_decay is -0.1;"),
+        ("warmup: -1", "warmup is -1;"),
+        ("betas: [0.9, 1]", "betas is 1.0; it must be at least 0 and below 1."),
+        ("betas: [0.9]", "betas is [0.9]; two numbers are expected."),
+        ("ema: 1", "ema is 1.0; it must be at least 0 and below 1."),
+        ("seed: 9223372036854775808", "seed is 9223372036854775808;"),
+        ("accumulate: 0", "accumulate is 0; it must be at least 1 and at most 65,536."),
+    ],
+)
+def test_numbers_out_of_their_range(tmp_path, change, sentence):
+    text = f"data: {{folder: x}}\noutput: {{file: x}}\ntrain: {{{change}}}\n"
+    assert refusal(tmp_path, text).startswith(f"train.{sentence}")
+
+
+def test_every_number_has_a_range():
+    """But for those whose bound is another setting."""
+    numbers = {}
+    for section in get_type_hints(Settings).values():
+        for cls in (section, *get_args(section)):
+            if is_dataclass(cls):
+                for name, kind in get_type_hints(cls, include_extras=True).items():
+                    plain = str(getattr(kind, "__origin__", kind))
+                    if "int" in plain or "float" in plain:
+                        numbers[name] = bool(getattr(kind, "__metadata__", ()))
+    assert {name for name, ranged in numbers.items() if not ranged} == {"bucket_step", "sampling_steps"}
+    assert len(numbers) > 30
+
+
+def test_weights_of_the_error_in_x0_are_read_under_their_former_names(tmp_path, caplog):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{MINIMAL}objective: {{weighting: min_snr}}\n")
+    settings = read_settings(path, "lora")
+    assert settings.objective.loss_weight == "x0_min_snr"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: objective.weighting min_snr is now called x0_min_snr. The former names are still read."
+    ]
+    assert settings.equals_json(settings.as_json().replace('"x0_min_snr"', '"min_snr"'))
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -123,4 +124,7 @@ class _StatelessWeight(nn.Module):
 def _loss_weight(objective: ObjectiveSettings) -> nn.Module:
     if objective.loss_weight == "adaptive":
         return loss_weights.AdaptiveLossWeight()
-    return _StatelessWeight(getattr(loss_weights, objective.loss_weight))
+    function = getattr(loss_weights, objective.loss_weight)
+    if objective.loss_weight == "min_snr_gamma":
+        function = partial(function, gamma=objective.snr_gamma)
+    return _StatelessWeight(function)

@@ -12,7 +12,7 @@ Names = Mapping[str, Sequence[int]]
 
 
 class TrainableText:
-    """Captions by their ids, tokenised once; only the first chunk of a long one counts, and prompt weights do not.
+    """Captions by their ids, tokenised once, in chunks as `TextEncoder.encode` has them; prompt weights do not count.
 
     encoder    on its device
     names      of learned tokens, as captions have them, with the ids of their vectors
@@ -27,21 +27,27 @@ class TrainableText:
         table: Callable[[], TokenTable] | None = None,
     ):
         self.encoder, self.names, self.table = encoder, names, table
-        self.tokens = self._rows(captions)  # (N, 77)
+        self.tokens = [self._chunks(caption) for caption in captions]
+        self.empty = self._chunks("")
 
     def __call__(self, caption_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) on the CPU -> states (B, 77, C), pooled (B, P)"""
-        return self._encode(self.tokens[caption_ids])
+        """(B,) on the CPU -> states (B, 77·n, C), n the chunks of the longest; pooled (B, P), of the first chunk"""
+        return self._encode([self.tokens[i] for i in caption_ids.tolist()])
 
     def of(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States and pooled states of other texts."""
-        return self._encode(self._rows(texts))
+        return self._encode([self._chunks(text) for text in texts])
 
-    def _rows(self, texts: Sequence[str]) -> Tensor:
-        chunks = [self.encoder.tokenizer.chunks(text, self.names)[0] for text in texts]
+    def _chunks(self, text: str) -> Tensor:
+        """(n, 77) ids"""
+        chunks = self.encoder.tokenizer.chunks(text, self.names)
         return torch.tensor([[token for token, _ in chunk] for chunk in chunks])
 
-    def _encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.encoder.model
+    def _encode(self, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Encode texts of chunks (n, 77) each; shorter ones are followed by the empty caption's."""
+        model, count = self.encoder.model, max(map(len, texts))
+        rows = torch.stack([torch.cat([text, *[self.empty] * (count - len(text))]) for text in texts])
         tokens = self.table() if self.table is not None else None
-        return encode_tokens(model, rows.to(model.device), self.encoder.tokenizer.end_token, tokens)
+        end = self.encoder.tokenizer.end_token
+        states, pooled = encode_tokens(model, rows.flatten(0, 1).to(model.device), end, tokens)
+        return states.unflatten(0, (len(texts), count)).flatten(1, 2), pooled[::count]

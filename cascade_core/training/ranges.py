@@ -1,0 +1,44 @@
+"""Ranges of numbers, stated beside a setting's type: `steps: Annotated[int, Range(1, 1000)]`."""
+
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from ..errors import CascadeError, quoted
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from low to high. above, below: the bound itself lies outside. NaN lies in no range."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        enough = self.low < value if self.above else self.low <= value
+        return enough and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low, high = (
+            f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high)
+        )
+        return (
+            f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
+        )
+
+
+def check_ranges(settings: Any, section: str) -> None:
+    """Raise CascadeError for a number of a dataclass outside the range of its annotation; null has none.
+
+    section: where the settings stand in the file, for messages.
+    """
+    for name, kind in get_type_hints(type(settings), include_extras=True).items():
+        for allowed in getattr(kind, "__metadata__", ()):
+            value = getattr(settings, name)
+            values = value if isinstance(value, tuple) else (value,)
+            for number in values:
+                if number is not None and number not in allowed:
+                    raise CascadeError(f"{section}.{name} is {quoted(number)}; it must be {allowed}.")
