@@ -1,80 +1,203 @@
-"""Client of a running ComfyUI's HTTP API: queues a graph, waits, and downloads the pictures."""
+"""Client of a running ComfyUI's HTTP API: queues a graph, waits, and downloads the pictures.
+
+What a server answers is not believed: each answer is bounded in bytes and seconds, its shape is checked as it is read,
+and only pictures are saved, under names that stay inside the output folder.
+"""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlencode
-from urllib.request import Request, urlopen
+from urllib.error import URLError
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
-from ..cascade_core.errors import CascadeError
+from PIL import Image
+
+from ..cascade_core.errors import CascadeError, printable, quoted
+from ..cascade_core.file_names import inside, name_fault, path_fault
+from ..cascade_core.pictures import PictureError, open_picture
 from .folders import Folders
 from .graph import Graph
 from .results import Observer, Result, SavedPicture
 from .saving import save_new
-from .sentences import GraphError
+from .sentences import GraphError, sentences, shortened
 
-_TIMEOUT = 60.0  # seconds for one request, not for the run
 _PAUSES = (0.1, 0.2, 0.5, 1.0)  # seconds between two looks at the history; the last one repeats
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server's answers may cost: bytes and seconds of each, and how many pictures a run may have."""
+
+    json_bytes: int = 64 * 2**20  # a queue holds every graph that waits in it
+    json_seconds: float = 60.0
+    picture_bytes: int = 2**30
+    picture_seconds: float = 600.0
+    pictures: int = 10_000
+    farewell_seconds: float = 3.0  # for taking a graph off the queue, while the user waits to get away
 
 
 class Server:
     """ComfyUI at a URL such as http://127.0.0.1:8188. All methods raise CascadeError that names it."""
 
-    def __init__(self, url: str):
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
-        if not self.url.startswith(("http://", "https://")):
-            raise CascadeError(f"--server {url!r} is not an address like http://127.0.0.1:8188.")
+    def __init__(self, url: str, limits: Limits | None = None):
+        self.url = _address(url)
+        self.limits = limits or Limits()
+        # Neither redirects nor files nor FTP: a ComfyUI answers itself.
+        self._opener = OpenerDirector()
+        for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
+            self._opener.add_handler(handler)
 
     def get(self, path: str) -> Any:
         """Returns the JSON at a path."""
-        return self._json(path, self._request(path))
+        return self._json(path, self._request(path, self.limits.json_bytes, self.limits.json_seconds))
 
     def download(self, path: str) -> bytes:
-        """Returns the bytes at a path."""
-        return self._request(path)
+        """Returns the bytes at a path, such as a picture's."""
+        return self._request(path, self.limits.picture_bytes, self.limits.picture_seconds)
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: dict[str, Any], seconds: float | None = None) -> Any:
         """Returns the JSON answer to a JSON body, None where it is empty. Raises GraphError for a refused graph."""
-        answer = self._request(path, json.dumps(body).encode())
+        seconds = self.limits.json_seconds if seconds is None else seconds
+        answer = self._request(path, self.limits.json_bytes, seconds, json.dumps(body).encode())
         return self._json(path, answer) if answer.strip() else None
 
     def input_types(self, class_type: str) -> dict[str, str] | None:
         """Returns {input: type} of one of the server's nodes, None for an unknown one."""
-        info = self.get(f"/object_info/{quote(class_type, safe='')}").get(class_type)
-        if info is None:
-            return None
-        kinds = (info["input"].get(kind) or {} for kind in ("required", "optional"))
-        return {name: str(entry[0]) for inputs in kinds for name, entry in inputs.items()}
+        path = f"/object_info/{quote(class_type.encode(errors='surrogatepass'), safe='')}"
+        with self.reading(path):
+            info = self.get(path).get(class_type)
+            if info is None:
+                return None
+            kinds = (info["input"].get(kind) or {} for kind in ("required", "optional"))
+            return {name: str(entry[0]) for inputs in kinds for name, entry in inputs.items()}
 
-    def _request(self, path: str, body: bytes | None = None) -> bytes:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
+    @contextmanager
+    def reading(self, path: str) -> Iterator[None]:
+        """Turns the errors of taking an answer apart into a sentence: it has another shape than a ComfyUI's."""
         try:
-            with urlopen(Request(self.url + path, data=body, headers=headers), timeout=_TIMEOUT) as answer:
-                return answer.read()
-        except HTTPError as error:
-            answered = CascadeError(f"{self.url}{path} answered {error.code} {error.reason}.")
-            raise _refusal(error.read()) or answered from error
-        except (URLError, OSError, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
+            yield
+        except CascadeError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CascadeError(
+                f"{self._place(path)} did not answer as a ComfyUI does; is --server right, and is it one?"
+            ) from error
+
+    def _request(self, path: str, limit: int, seconds: float, body: bytes | None = None) -> bytes:
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        request = Request(self.url + path, data=body, headers=headers)
+        try:
+            status, phrase, content = _exchange(self._opener, request, limit, seconds)
+        except _Broken as error:
+            raise CascadeError(
+                f"{self._place(path)} {error}; try again, or see that server's log."
+            ) from error
+        except (URLError, HTTPException, OSError, ValueError) as error:
+            reason = printable(str(getattr(error, "reason", None) or error))
             advice = "start ComfyUI, correct --server, or leave it out to run here"
             raise CascadeError(f"No ComfyUI answers at {self.url} ({reason}); {advice}.") from error
+        if status // 100 == 2:
+            return content
+        with self.reading(path):
+            refusal = _refusal(content)
+        hint = (
+            "; no redirection is followed, so give --server the final address" if status // 100 == 3 else ""
+        )
+        raise refusal or CascadeError(f"{self._place(path)} answered {status} {printable(phrase, 40)}{hint}.")
 
     def _json(self, path: str, content: bytes) -> Any:
         try:
             return json.loads(content)
-        except ValueError as error:
-            raise CascadeError(f"{self.url}{path} did not answer with JSON; is it a ComfyUI?") from error
+        except (ValueError, RecursionError) as error:
+            raise CascadeError(f"{self._place(path)} did not answer with JSON; is it a ComfyUI?") from error
+
+    def _place(self, path: str) -> str:
+        return f"{self.url}{path if len(path) <= 80 else f'{path[:80]}…'}"
+
+
+class _Broken(Exception):  # noqa: N818 (the end of a sentence)
+    """An answer that is cut off, too long or too slow."""
+
+
+def _address(text: str) -> str:
+    """A server's address as http(s)://host[:port][/path]. Raises CascadeError for any other."""
+    try:
+        url = urlsplit(text if "://" in text else f"http://{text}")
+        host = (url.hostname or "").encode("idna").decode()
+        port = "" if url.port is None else f":{url.port}"
+        path = quote(url.path.rstrip("/"), safe="/%")
+    except ValueError:  # of the port, of brackets around the host, of a host of characters that none has
+        host = port = path = ""
+        url = urlsplit("")
+    plain = all(character.isprintable() and character != " " for character in text)
+    if plain and url.scheme in ("http", "https") and host and not (url.query or url.fragment):
+        if "@" in url.netloc:  # not quoted: it may hold a password
+            raise CascadeError(
+                "--server holds a user name or a password, which a ComfyUI does not ask for; give the address alone."
+            )
+        return f"{url.scheme}://{f'[{host}]' if ':' in host else host}{port}{path}"
+    raise CascadeError(f"--server {quoted(text)} is not an address like http://127.0.0.1:8188.")
+
+
+def _exchange(opener: OpenerDirector, request: Request, limit: int, seconds: float) -> tuple[int, str, bytes]:
+    """Sends a request; returns the answer's status, its phrase and its content.
+
+    In a thread, because neither the search for an address nor a header that drips in ends by a socket's timeout.
+    """
+    answers: SimpleQueue[tuple[int, str, bytes] | Exception] = SimpleQueue()
+    deadline = time.monotonic() + seconds
+
+    def exchange() -> None:
+        try:
+            with opener.open(request, timeout=seconds) as answer:
+                answers.put((answer.status, answer.reason, _read(answer, limit, deadline)))
+        except Exception as error:  # raised again where the answer is awaited
+            answers.put(error)
+
+    Thread(target=exchange, daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except Empty:
+        answer = TimeoutError()
+    if isinstance(answer, TimeoutError):
+        raise _Broken(f"did not answer in full within {seconds:.0f} s")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _read(answer: HTTPResponse, limit: int, deadline: float) -> bytes:
+    expected = answer.length  # None where the end of the connection, or of the chunks, is the answer's
+    content = bytearray()
+    while len(content) <= limit and (expected is None or len(content) < expected):
+        if time.monotonic() > deadline:
+            raise TimeoutError  # heard by nobody: the caller has left
+        part = answer.read1(2**16)
+        if not part:
+            break
+        content += part
+    if len(content) > limit:
+        raise _Broken(f"answered with more than {limit // 2**20} MiB")
+    if expected is not None and len(content) < expected:
+        raise _Broken(f"broke off after {len(content)} of {expected} bytes")
+    return bytes(content)
 
 
 def _refusal(content: bytes) -> GraphError | None:
     """Returns the validation errors in the body of a 400, or None for another body."""
     try:
         answer = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(answer, dict) or not isinstance(answer.get("error"), dict):
         return None
@@ -86,40 +209,71 @@ def run_on_server(server: Server, graph: Graph, folders: Folders, observer: Obse
 
     Outputs that the server found invalid are in `Result.node_errors`. When interrupted, the graph is removed
     from the server first. Raises CascadeError where the server cannot be reached, refuses the graph (GraphError),
-    fails while executing it or loses it.
+    fails while executing it or loses it; for a file that is not a picture, or has no name for one, after the others
+    are saved.
     """
     observer = observer or Observer()
     started = time.perf_counter()
-    answer = server.post("/prompt", {"prompt": graph})
-    prompt_id = answer["prompt_id"]
+    prompt_id, node_errors = _queue(server, graph)
     try:
         history = _wait(server, prompt_id, observer)
     except KeyboardInterrupt:
-        server.post("/queue", {"delete": [prompt_id]})
-        server.post("/interrupt", {"prompt_id": prompt_id})
+        seconds = server.limits.farewell_seconds
+        with suppress(CascadeError):  # the user wants to get away, whether it answers or not
+            server.post("/queue", {"delete": [prompt_id]}, seconds)
+            server.post("/interrupt", {"prompt_id": prompt_id}, seconds)
         raise
-    _raise_if_failed(history, server)
-    result = Result(outputs=history["outputs"], node_errors=answer.get("node_errors") or {})
-    for node_id, ui in history["outputs"].items():
-        for entry in ui.get("images", ()):
-            path = _download(server, entry, folders)
-            picture = SavedPicture(path, node_id, time.perf_counter() - started)
-            result.pictures.append(picture)
-            observer.picture_saved(picture)
+    with server.reading("/history"):
+        _raise_if_failed(history, server)
+        outputs = history["outputs"]
+        entries = [(node_id, entry) for node_id, ui in outputs.items() for entry in ui.get("images") or ()]
+        pictures = [(node_id, _ServerFile.of(entry)) for node_id, entry in entries]
+    result = Result(outputs=outputs, node_errors=node_errors)
+    refused = []
+    for node_id, file in pictures[: server.limits.pictures]:
+        try:
+            path = _download(server, file, folders)
+        except _RefusedError as error:
+            refused.append(str(error))
+            continue
+        picture = SavedPicture(path, node_id, time.perf_counter() - started)
+        result.pictures.append(picture)
+        observer.picture_saved(picture)
+    if len(pictures) > server.limits.pictures:
+        refused.append(
+            f"{server.url} names {len(pictures)} pictures, of which the first {server.limits.pictures} were fetched."
+        )
+    if refused:
+        raise CascadeError("\n".join(shortened(refused)))
     result.seconds = time.perf_counter() - started
     return result
 
 
-def _wait(server: Server, prompt_id: str, observer: Observer) -> dict[str, Any]:
+def _queue(server: Server, graph: Graph) -> tuple[str, dict[str, Any]]:
+    """Queues the graph; returns its id, and the errors of outputs that the server leaves out."""
+    answer = server.post("/prompt", {"prompt": graph})
+    with server.reading("/prompt"):
+        prompt_id, node_errors = answer["prompt_id"], answer.get("node_errors") or {}
+        if not isinstance(prompt_id, str):
+            raise TypeError("prompt_id is not a text")
+        sentences(None, node_errors)  # as the caller will say them
+    return prompt_id, node_errors
+
+
+def _wait(server: Server, prompt_id: str, observer: Observer) -> Any:
     """Polls until a prompt has a history entry, and returns it."""
     looks = 0
     started = time.monotonic()
     while True:
         queue = server.get("/queue")  # before the history: a prompt that leaves the queue enters the history
-        history = server.get(f"/history/{prompt_id}")
-        if prompt_id in history:
-            return history[prompt_id]
-        running, pending = ([item[1] for item in queue[f"queue_{kind}"]] for kind in ("running", "pending"))
+        history = server.get(f"/history/{quote(prompt_id.encode(errors='surrogatepass'), safe='')}")
+        with server.reading("/history"):
+            if (entry := history.get(prompt_id)) is not None:
+                return entry
+        with server.reading("/queue"):
+            running, pending = (
+                [item[1] for item in queue[f"queue_{kind}"]] for kind in ("running", "pending")
+            )
         if prompt_id not in running + pending:
             raise CascadeError(f"{server.url} lost the graph: it was taken off the queue, or it restarted.")
         ahead = len(running) + sum(queued != prompt_id for queued in pending)
@@ -135,25 +289,67 @@ def _raise_if_failed(history: dict[str, Any], server: Server) -> None:
         return
     for name, data in status.get("messages") or []:
         if name == "execution_error":
-            node = f"{data['node_id']} ({data['node_type']})"
-            failure = f"{data['exception_type']}: {str(data['exception_message']).strip()}"
-            raise CascadeError(f"Node {node} failed on {server.url} with {failure}")
+            node = f"{printable(str(data['node_id']), 80)} ({printable(str(data['node_type']), 80)})"
+            kind, text = str(data["exception_type"]), " ".join(str(data["exception_message"]).split())
+            raise CascadeError(
+                f"Node {node} failed on {server.url} with {printable(kind, 80)}: {printable(text, 1000)}"
+            )
         if name == "execution_interrupted":
             raise CascadeError(f"The run was interrupted on {server.url}.")
     raise CascadeError(f"The run failed on {server.url}, which does not say why; see its log.")
 
 
-def _download(server: Server, entry: dict[str, str], folders: Folders) -> Path:
+class _RefusedError(CascadeError):
+    """A file that a server offers as a picture and that is not saved."""
+
+
+@dataclass(frozen=True)
+class _ServerFile:
+    """A file of the server's as its history names it."""
+
+    name: str
+    subfolder: str
+    kind: str
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> _ServerFile:
+        file = cls(entry["filename"], entry.get("subfolder") or "", entry.get("type") or "output")
+        if not all(isinstance(value, str) for value in (file.name, file.subfolder, file.kind)):
+            raise TypeError("names are texts")
+        return file
+
+
+def _download(server: Server, file: _ServerFile, folders: Folders) -> Path:
     """Saves one picture under its name, or the next free one: nothing is overwritten."""
-    kind, name, subfolder = entry.get("type", "output"), entry["filename"], entry.get("subfolder", "")
-    place = PurePosixPath(subfolder.replace("\\", "/"))
-    if place.is_absolute() or ".." in place.parts or PurePosixPath(name.replace("\\", "/")).name != name:
-        raise CascadeError(f"{server.url} names a picture outside the output folder: {subfolder}/{name}.")
-    data = server.download("/view?" + urlencode({"filename": name, "subfolder": subfolder, "type": kind}))
-    root = folders.temp if kind == "temp" else folders.output
-    path = PurePosixPath(name)
+    shown = quoted(f"{file.subfolder}/{file.name}".lstrip("/"))
+    fault = path_fault(file.subfolder) or name_fault(file.name)
+    root = folders.temp if file.kind == "temp" else folders.output
+    folder = inside(root, file.subfolder) if fault is None else None
+    if folder is None:
+        raise _RefusedError(
+            f"{server.url} names a picture {shown}, which {fault or 'leads out of the folder over a link'}; it was "
+            "not saved."
+        )
+    query = urlencode({"filename": file.name, "subfolder": file.subfolder, "type": file.kind})
+    content = server.download(f"/view?{query}")
+    path = PurePosixPath(file.name)
+    fault = _picture_fault(content, path.suffix)
+    if fault is not None:
+        raise _RefusedError(f"{server.url} sent {shown}, which {fault}; it was not saved.")
 
     def numbered(counter: int) -> str:
-        return name if counter == 0 else f"{path.stem}_{counter}{path.suffix}"
+        return file.name if counter == 0 else f"{path.stem}_{counter}{path.suffix}"
 
-    return save_new(root / place, numbered, 0, data)
+    return save_new(folder, numbered, 0, content)
+
+
+def _picture_fault(content: bytes, suffix: str) -> str | None:
+    """Why bytes are not a picture of the kind that a file's ending says, as the end of a sentence; or None."""
+    try:
+        with open_picture(content) as picture:
+            picture.verify()
+            kind = picture.format
+    except PictureError as error:
+        return f"is not a picture that can be read ({error.reason})"
+    expected = Image.registered_extensions().get(suffix.lower())
+    return None if kind == expected else f"is a {kind} picture under another ending"

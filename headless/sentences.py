@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, printable, quoted
 
 Error = dict[str, Any]
+
+_MOST_LINES = 20
+_MOST_CHOICES = 20
+_LONGEST_NAME = 100  # characters of a class's name that are compared with those there are
 
 
 class GraphError(CascadeError):
@@ -34,7 +38,18 @@ def sentences(
     ]
     if error is not None and not lines:
         lines = [_whole_graph(error, list(node_types))]
-    return list(dict.fromkeys(lines))
+    return shortened(list(dict.fromkeys(lines)))
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - _MOST_LINES
+    return lines if more <= 1 else [*lines[:_MOST_LINES], f"There are {more:,} more faults."]
+
+
+def _name(value: object, limit: int = 80) -> str:
+    """A node's id or class, an input's type or an option, as a graph or a server has it."""
+    return printable(value if isinstance(value, str) else quoted(value), limit)
 
 
 def _joined(reasons: list[Error]) -> list[Error]:
@@ -60,25 +75,28 @@ def _whole_graph(error: Error, node_types: list[str]) -> str:
     if error["type"] == "prompt_no_outputs":
         return "The graph has no output node such as SaveImage, so there is nothing to make."
     if error["type"] == "missing_node_type" and not class_type:
-        return f"Node {node_id} has no class_type, which must name a node (`cascade nodes` lists them)."
+        return (
+            f"Node {_name(node_id)} has no class_type, which must name a node (`cascade nodes` lists them)."
+        )
     if error["type"] == "missing_node_type":
-        close = get_close_matches(class_type, node_types, n=1)
+        close = get_close_matches(class_type[:_LONGEST_NAME], node_types, n=1)
         hint = f"did you mean {close[0]}?" if close else "`cascade nodes` lists those there are."
-        return f"Node {node_id}: there is no node {class_type!r}; {hint}"
-    details = f" ({error['details']})" if error.get("details") else ""
-    return f"{error['message'].rstrip('.')}{details}."
+        return f"Node {_name(node_id)}: there is no node {quoted(class_type)}; {hint}"
+    details = f" ({_name(error['details'], 500)})" if error.get("details") else ""
+    return f"{_name(error['message'].rstrip('.'), 500)}{details}."
 
 
 def _sentence(node_id: str, class_type: str, reason: Error) -> str:
     extra = reason.get("extra_info") or {}
     wording = _WORDINGS.get(reason["type"])
     if wording is None:
-        text = f"{reason['message']}: {reason['details']}" if reason["details"] else reason["message"]
+        text = _name(reason["message"], 500)
+        text += f": {_name(reason['details'], 500)}" if reason["details"] else ""
     else:
         text = wording(reason, extra)
     if reason["type"] == "dependency_cycle":
         return text
-    return f"Node {node_id} ({class_type}): {text}"
+    return f"Node {_name(node_id)} ({_name(class_type)}): {text}"
 
 
 def _options(extra: Error) -> tuple[str | list[Any], dict[str, Any]]:
@@ -88,33 +106,34 @@ def _options(extra: Error) -> tuple[str | list[Any], dict[str, Any]]:
 
 
 def _missing(reason: Error, extra: Error) -> str:
-    return f"the required input {extra['input_name']!r} is missing; give it a value or connect it."
+    return f"the required input {quoted(extra['input_name'])} is missing; give it a value or connect it."
 
 
 def _bad_link(reason: Error, extra: Error) -> str:
     _, _, reason_text = reason["details"].partition(": ")
-    text = f"input {extra['input_name']!r} is connected to {extra['received_value']!r}"
-    return f"{text}, but {reason_text or 'a link is [node id, output index]'}."
+    text = f"input {quoted(extra['input_name'])} is connected to {quoted(extra['received_value'])}"
+    return f"{text}, but {_name(reason_text, 500) or 'a link is [node id, output index]'}."
 
 
 def _mismatch(reason: Error, extra: Error) -> str:
     source, slot = extra["linked_node"]
-    arrives = f"is connected to output {slot} of node {source}, which gives {extra['received_type']}"
-    return f"input {extra['input_name']!r} {arrives}, but it takes {_options(extra)[0]}."
+    text = f"input {quoted(extra['input_name'])} is connected to output {_name(slot)} of node {_name(source)}"
+    return f"{text}, which gives {_name(extra['received_type'])}, but it takes {_name(_options(extra)[0])}."
 
 
 def _wrong_type(reason: Error, extra: Error) -> str:
-    return f"input {extra['input_name']!r} is {extra['received_value']!r}, but it takes {_options(extra)[0]}."
+    text = f"input {quoted(extra['input_name'])} is {quoted(extra['received_value'])}"
+    return f"{text}, but it takes {_name(_options(extra)[0])}."
 
 
 def _out_of_range(reason: Error, extra: Error) -> str:
     _, options = _options(extra)
     low, high = options.get("min"), options.get("max")
     if low is not None and high is not None:
-        expected = f"between {low} and {high}"
+        expected = f"between {_name(low)} and {_name(high)}"
     else:
-        expected = f"at least {low}" if low is not None else f"at most {high}"
-    return f"input {extra['input_name']!r} is {extra['received_value']}, but it must be {expected}."
+        expected = f"at least {_name(low)}" if low is not None else f"at most {_name(high)}"
+    return f"input {quoted(extra['input_name'])} is {quoted(extra['received_value'])}, but it must be {expected}."
 
 
 def _not_in_list(reason: Error, extra: Error) -> str:
@@ -122,25 +141,29 @@ def _not_in_list(reason: Error, extra: Error) -> str:
     choices = (
         kind if isinstance(kind, list) else options.get("options", [])
     )  # a list as type: the older nodes'
-    listed = ", ".join(map(str, choices)) or "nothing: the list is empty"
+    listed = ", ".join(map(_name, choices[:_MOST_CHOICES])) or "nothing: the list is empty"
+    if len(choices) > _MOST_CHOICES:
+        listed += f", … ({len(choices)} in all)"
     if extra.get("input_config") is None:
         listed = "a long list (see `cascade nodes`)"
-    return f"input {extra['input_name']!r} is {extra['received_value']!r}, but it must be one of: {listed}."
+    return f"input {quoted(extra['input_name'])} is {quoted(extra['received_value'])}, but it must be one of: {listed}."
 
 
 def _custom(reason: Error, extra: Error) -> str:
-    names = ", ".join(map(repr, extra["input_names"]))
-    text = extra["objection"] or "the node does not accept this"
+    names = ", ".join(map(quoted, extra["input_names"][:_MOST_CHOICES]))
+    text = _name(extra["objection"], 2000) or "the node does not accept this"
     plural = "s" if len(extra["input_names"]) > 1 else ""
     return f"input{plural} {names}: {text}{'' if text.endswith(('.', '!', '?')) else '.'}"
 
 
 def _cycle(reason: Error, extra: Error) -> str:
-    return f"The graph runs in a circle, {reason['details']}; take out one of these connections."
+    return f"The graph runs in a circle, {_name(reason['details'], 500)}; take out one of these connections."
 
 
 def _exception(reason: Error, extra: Error) -> str:
-    return f"checking its inputs failed with {extra['exception_type']}: {reason['details']}."
+    return (
+        f"checking its inputs failed with {_name(extra['exception_type'])}: {_name(reason['details'], 500)}."
+    )
 
 
 _WORDINGS: dict[str, Callable[[Error, Error], str]] = {

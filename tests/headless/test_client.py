@@ -114,7 +114,9 @@ def test_a_server_cannot_write_outside_the_output_folder(comfyui, folders):
         status = {"status_str": "success"}
         history = {"outputs": {"2": {"images": [{"type": "output", **entry}]}}, "status": status}
         comfyui._execute = lambda validation, history=history: history
-        with pytest.raises(CascadeError, match="names a picture outside the output folder"):
+        with pytest.raises(
+            CascadeError, match=r"names a picture '.*a.png', which (holds|leads) .*; it was not saved"
+        ):
             run_on_server(server, COPY, folders)
     assert not folders.output.exists()
 
@@ -128,9 +130,39 @@ def test_nobody_there(url, folders):
     assert message.endswith("refused); start ComfyUI, correct --server, or leave it out to run here.")
 
 
-def test_not_an_address():
-    with pytest.raises(CascadeError, match="'ftp://a' is not an address like http"):
-        Server("ftp://a")
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://a", "file:///etc/passwd", "", "http://", "http://a:99999", "a:port", "http://a b", "http://a\x1b[2J",
+     "a\0b", "http://[::1", "http://a/?x=1", "http://a/#top", "javascript:alert(1)", "http://" + "a" * 100_000, "http://\udce9",
+     "http://a..b", "://a", "http:///queue"],
+)  # fmt: skip
+def test_not_an_address(url, tmp_path, capsys):
+    with pytest.raises(CascadeError, match=r"is not an address like http://127.0.0.1:8188\.$") as caught:
+        Server(url)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
+    arguments = ["run", str(tmp_path / "missing.json"), "--server", url, "--output", str(tmp_path)]
+    assert main(arguments) == 1, "before the graph is read"
+    assert capsys.readouterr().err == f"error: {caught.value}\n"
+
+
+def test_an_address_with_a_password_is_refused_without_showing_it():
+    with pytest.raises(CascadeError, match="holds a user name or a password") as caught:
+        Server("http://me:secret@127.0.0.1:8188")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("127.0.0.1:8188/", "http://127.0.0.1:8188"),
+        ("HTTPS://Example.org", "https://example.org"),
+        ("http://[::1]:8188", "http://[::1]:8188"),
+        ("http://münchen.example/comfy ui/".replace(" ", "%20"), "http://xn--mnchen-3ya.example/comfy%20ui"),
+    ],
+)
+def test_addresses(url, address):
+    assert Server(url).url == address
 
 
 def test_something_else_there(folders):

@@ -1,0 +1,62 @@
+"""Names of files that come from elsewhere: from a graph, a client or a server."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path, PurePosixPath
+
+LONGEST_NAME = 200  # bytes; file systems allow 255, and a number and an ending may be added
+_ACTING = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # categories of what does not show but acts: controls, surrogates, directions
+_RESERVED = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)),
+}
+_FORBIDDEN = '/\\<>:"|?*' if os.name == "nt" else "/\\"
+
+
+def name_fault(name: object) -> str | None:
+    """Why a value is not the name of a file or a folder that is safe anywhere, as the end of a sentence; or None."""
+    if not isinstance(name, str) or not name:
+        return "is not a name"
+    if any(unicodedata.category(character) in _ACTING for character in name):
+        return "holds control characters"
+    if any(character in name for character in _FORBIDDEN):
+        return f"holds one of {' '.join(_FORBIDDEN)}"
+    if name.startswith("."):
+        return "begins with a dot, which hides a file"
+    if name != name.rstrip(". "):
+        return "ends in a dot or a space, which Windows drops"
+    if name.split(".")[0].rstrip().lower() in _RESERVED:
+        return "is a device of Windows"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"is longer than {LONGEST_NAME} bytes"
+    return None
+
+
+def path_fault(path: object) -> str | None:
+    """The same of a relative path of folders, such as `stars/red`; an empty one is good."""
+    if not isinstance(path, str) or len(path) > 20 * LONGEST_NAME:
+        return "is not a path of folders"
+    if path.startswith(("/", "\\")):
+        return "leads out of the folder"
+    parts = path.replace("\\", "/").split("/") if path else []
+    if ".." in parts:
+        return "leads out of the folder"
+    return next((fault for part in parts if part not in ("", ".") and (fault := name_fault(part))), None)
+
+
+def inside(folder: Path, path: str) -> Path | None:
+    """The place of a relative path in `folder`; None where it, or a link on the way, leads out."""
+    place = folder / PurePosixPath(path.replace("\\", "/"))
+    real = Path(os.path.realpath(place))  # unlike Path.resolve, also of links that lead in a circle
+    return place if real.is_relative_to(os.path.realpath(folder)) else None
