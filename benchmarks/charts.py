@@ -1,11 +1,12 @@
 """Bars and curves as PNG, with nothing but Pillow: drawn at twice the size and shrunk, so that lines are smooth."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from cascade_nodes.cascade_core.writing import replacing
 
 FINE = 2
 INK, FAINT, GRID = "#333333", "#777777", "#dddddd"
@@ -40,9 +41,8 @@ class Chart:
 
     def save(self, path: Path) -> None:
         """Writes the PNG atomically."""
-        partial = path.with_name(f".{path.name}.part")
-        self.image.reduce(FINE).save(partial, "PNG")  # averages, without halos
-        os.replace(partial, path)
+        with replacing(path) as temporary:
+            self.image.reduce(FINE).save(temporary, "PNG")  # averages, without halos
 
 
 def bars(

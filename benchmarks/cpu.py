@@ -34,6 +34,7 @@ import torch
 from PIL import Image
 
 from cascade_nodes.cascade_core.engine.vqgan import DecoderEngine
+from cascade_nodes.cascade_core.writing import write_file
 from cascade_nodes.headless.execution import Executor
 from cascade_nodes.headless.run import run_graph
 from machine import describe_machine, print_table
@@ -203,7 +204,7 @@ def main() -> None:
     results = run(arguments.graph, arguments.runs)
     report(results)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_file(arguments.json, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ Each measurement is printed and written as soon as it is done; a file of an earl
 
 import argparse
 import json
-import os
 import sys
 import time
 import traceback
@@ -37,6 +36,7 @@ import measurements.pictures
 import measurements.profile
 import measurements.sizes
 import targets
+from cascade_nodes.cascade_core.writing import write_file
 from context import PROGRAMS, Context
 from machine import describe_machine
 from measurements.first import FLAG, in_this_process
@@ -77,11 +77,8 @@ def run(context: Context, names: list[str], results: dict[str, Any], path: Path 
 
 
 def save(results: dict[str, Any], path: Path | None) -> None:
-    if path is None:
-        return
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    if path is not None:
+        write_file(path, json.dumps(results, indent=1) + "\n")
 
 
 def describe_device(device: torch.device) -> str:

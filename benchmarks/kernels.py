@@ -23,6 +23,7 @@ from triton import testing
 from triton.runtime.errors import OutOfResources
 
 from cascade_nodes.cascade_core.engine.kernels import products
+from cascade_nodes.cascade_core.writing import write_file
 from kernel_cases import Case, Draw, cases, sweep
 from machine import describe_machine, print_table
 from product_cases import Operands
@@ -127,7 +128,7 @@ def main() -> None:
     results = run(arguments.only, arguments.sweep)
     report(results)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_file(arguments.json, json.dumps(results, indent=2) + "\n")
     wrong = [row for row in results["rows"] if not row["error"] < BOUND]
     for row in wrong:
         print(f"{row['kernel']} at {row['size']} is off by {row['error']:.1e}, more than {BOUND:.0e}.")

@@ -31,6 +31,7 @@ import torch
 
 from cascade_nodes.cascade_core.checkpoints import NETWORKS, fuse_attention, load_model
 from cascade_nodes.cascade_core.networks.config import PRESETS
+from cascade_nodes.cascade_core.writing import write_file
 from machine import describe_machine, print_table
 
 BLOCK = 16 << 20  # bytes read at a time, and elements drawn at a time
@@ -221,9 +222,7 @@ def main() -> None:
     results = run(arguments.folder, arguments.preset, arguments.runs)
     report(results)
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({**results, **summarise(results)}, indent=2) + "\n", encoding="utf-8"
-        )
+        write_file(arguments.json, json.dumps({**results, **summarise(results)}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

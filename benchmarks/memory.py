@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from cascade_nodes.cascade_core.placement import DeviceMemory, SimulatedDevice
+from cascade_nodes.cascade_core.writing import write_file
 from cascade_nodes.nodes.hosts.headless.device import compute_device
 from limited_memory import measure_loading, measure_pictures
 from load import drop_from_cache, read_sequentially
@@ -216,7 +217,7 @@ def main() -> None:
     results = run(options)
     report(results)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_file(options.json, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from cascade_nodes.cascade_core.training.tasks.conditions import CachedText
 from cascade_nodes.cascade_core.training.tasks.controlnet import ControlNetTask, published_blocks
 from cascade_nodes.cascade_core.training.tasks.lora import LoRATask
 from cascade_nodes.cascade_core.training.tasks.stage_c import StageCTask
+from cascade_nodes.cascade_core.writing import write_file
 from machine import describe_machine, print_table
 
 CAPTIONS = [f"caption {number}" for number in range(64)]
@@ -328,7 +329,7 @@ def main() -> None:
             "options": option_values,
             "results": results,
         }
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_file(options.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

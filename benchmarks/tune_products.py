@@ -22,6 +22,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from cascade_nodes.cascade_core.engine.kernels.tuned import CUBLAS, TABLE, Config, device_key
+from cascade_nodes.cascade_core.writing import write_file
 from machine import describe_machine, print_table
 from product_cases import Case, Operands, cases
 
@@ -89,9 +90,7 @@ def write_table(path: Path, device: str, results: list[dict[str, Any]]) -> None:
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for result in results:
         table.setdefault(device, {}).setdefault(result["op"], {})[result["size"]] = result["winner"]
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_file(path, json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def describe(config: dict[str, Any] | None) -> str:
@@ -134,7 +133,7 @@ def main() -> None:
     write_table(arguments.table, device_key(torch.device("cuda")), results)
     if arguments.json:
         report = {"machine": describe_machine(), "device": torch.cuda.get_device_name(), "results": results}
-        arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_file(arguments.json, json.dumps(report, indent=1))
     head = ["product", "times", "unfused µs", "fused µs", "TFLOP/s", "fused", "gain", "fastest"]
     print_table(head, [row(result) for result in results])
     before = sum(result["count"] * unfused(result) for result in results)

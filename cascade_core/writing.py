@@ -1,17 +1,23 @@
 """Files written whole or not at all, by however many threads, processes and machines share a folder.
 
 What is written goes to a temporary file of a random name beside its place, and is linked or renamed when it is on
-the disk. A process id is no name: each container's first process is number 1.
+the disk. A process id is no name: each container's first process is number 1. A killed process leaves its temporary
+file, `.0123456789abcdef.part`; the next run that checks the folder removes those of more than a day ago.
 """
 
 import errno
+import hashlib
 import os
+import re
 import secrets
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL}
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part")
+_DAY = 24 * 60 * 60  # seconds; no file is written for so long without a byte arriving
 
 
 @contextmanager
@@ -39,6 +45,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def write_file(path: Path, data: str | bytes) -> None:
+    """Replace a file by these bytes, or this text in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
 def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
     """Move a written file to the first of `names` that is free, overwriting nothing; returns that name."""
     flush(temporary)
@@ -47,9 +59,7 @@ def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
             os.link(temporary, target)
         except FileExistsError:
             continue
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
+        except OSError:  # a file system without hard links, or a target that moving cannot reach either
             if not _moved(temporary, target):
                 continue
         return target
@@ -57,20 +67,66 @@ def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
 
 
 def _moved(temporary: Path, target: Path) -> bool:
-    """Move a file where the file system has no hard links; False if the name is taken."""
+    """Move a file where the file system has no hard links; False if the name is taken.
+
+    It is reserved under a hidden name made from its own, so that a kill in between leaves no empty file at `target`.
+    """
+    digest = hashlib.sha256(os.fsencode(target.name.casefold())).hexdigest()
+    reservation = target.with_name(f".{digest[:16]}.part")
     try:
-        target.open("xb").close()  # reserves the name
+        reservation.open("xb").close()
     except FileExistsError:
         return False
     try:
-        os.replace(temporary, target)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-    return True
+        if os.path.lexists(target):
+            return False
+        os.rename(temporary, target)
+        return True
+    finally:
+        reservation.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
     """Bring a file's bytes to the disk, so that a name never stands for a file that a power cut would empty."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError unless files can be made in `folder`, or it can be made; leaves nothing behind.
+
+    Called before the work, because what cannot be saved afterwards is lost. Removes what killed processes left there.
+    """
+    _check_names(folder)
+
+
+def check_file(path: Path) -> None:
+    """Raises OSError unless a file can be written at `path`, in place of one that is there; as `check_folder`."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _check_names(path.parent, path.name)
+
+
+def _check_names(folder: Path, *names: str) -> None:
+    """Raises OSError unless files of these names can be made in a folder, which may be there or not."""
+    parents = [folder, *folder.parents]
+    ancestor = next((parent for parent in parents if os.path.lexists(parent)), parents[-1])
+    for name in (*folder.parts[len(ancestor.parts) :], *names):
+        try:
+            os.stat(ancestor / name)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:  # NUL, or a surrogate
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(folder)) from error
+    tempfile.TemporaryFile(dir=ancestor).close()
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary files of killed processes."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name):
+                with suppress(OSError):  # another process removed it
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _DAY:
+                        os.unlink(entry.path)

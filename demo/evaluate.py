@@ -17,6 +17,7 @@ from random import Random
 import torch
 from torch import Tensor
 
+from cascade_nodes.cascade_core.writing import replacing, write_file
 from cascade_nodes.demo.captions import ObjectSpec, Spec, full_spec, verbalise
 from cascade_nodes.demo.dataset import as_float, pictures, to_uint8
 from cascade_nodes.demo.judge import read, score, summary
@@ -92,12 +93,13 @@ def machine_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
 
 
-def write_sheet(images: Tensor, path: Path, count: int = 48) -> None:
-    """Writes a contact sheet of the first pictures (N, 3, H, W) in [0, 1], in rows of eight."""
+def write_sheet(images: Tensor, path: Path, count: int = 48, columns: int = 8) -> None:
+    """Writes a contact sheet of the first pictures (N, 3, H, W) in [0, 1] as PNG or JPEG."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(contact_sheet(to_uint8(images[:count])).numpy()).save(path, quality=88)
+    sheet = Image.fromarray(contact_sheet(to_uint8(images[:count]), columns).numpy())
+    with replacing(path) as temporary:
+        sheet.save(temporary, "PNG" if path.suffix.lower() == ".png" else "JPEG", quality=88)
 
 
 def evaluate(
@@ -152,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
     print(f"{options.count} prompts on {machine}, {time.monotonic() - started:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps(context | figures, indent=2) + "\n")
+        write_file(options.json, json.dumps(context | figures, indent=2) + "\n")
     if options.sheet and images is not None:
         write_sheet(images, options.sheet)
 

@@ -4,7 +4,6 @@ Scenes of the toy world as PNG files, by default into `example_workflows/input`.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from cascade_nodes.cascade_core.writing import replacing
 from cascade_nodes.demo.recipe import PICTURE
 from cascade_nodes.demo.scenes import Scene, SceneObject
 from cascade_nodes.demo.world import render
@@ -90,11 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="where to write them")
     folder = parser.parse_args(arguments).folder
-    folder.mkdir(parents=True, exist_ok=True)
     for name, picture in example_pictures().items():
-        partial = folder / f".{name}.part"
-        Image.fromarray(picture).save(partial, format="PNG", optimize=True)
-        os.replace(partial, folder / name)
+        with replacing(folder / name) as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG", optimize=True)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cascade_nodes.cascade_core.writing import write_file
 from cascade_nodes.demo.captions import Spec
-from cascade_nodes.demo.dataset import as_float, pictures, to_uint8
-from cascade_nodes.demo.evaluate import SEED, contact_sheet, prompts_of
+from cascade_nodes.demo.dataset import as_float, pictures
+from cascade_nodes.demo.evaluate import SEED, prompts_of, write_sheet
 from cascade_nodes.demo.judge import read, score, summary
 from cascade_nodes.demo.pipeline import DECODER, SECOND_PASS, WEIGHTS, DemoCascade, Size
 from cascade_nodes.demo.recipe import PICTURE
@@ -154,12 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name:32} {value:.4f}")
     print(f"{options.count} prompts on {options.device}, {time.monotonic() - started:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps({"count": options.count} | figures, indent=2) + "\n")
+        write_file(options.json, json.dumps({"count": options.count} | figures, indent=2) + "\n")
     if options.sheet:
-        from PIL import Image
-
-        sheet = contact_sheet(to_uint8(images[:16]), columns=4)
-        Image.fromarray(sheet.numpy()).save(options.sheet, quality=88)
+        write_sheet(images, options.sheet, 16, columns=4)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.cascade_core.writing import check_folder, write_file
 from cascade_nodes.demo.captions import caption
 from cascade_nodes.demo.recipe import PICTURE
 from cascade_nodes.demo.world import Scene, render, sample_scenes
@@ -65,17 +66,11 @@ def _png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _write(path: Path, data: bytes) -> None:
-    partial_path = path.with_name(f".{path.name}.part")
-    partial_path.write_bytes(data)
-    os.replace(partial_path, path)
-
-
 def _write_files(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> int:
     start, scenes = job
     for name, picture, lines in samples(scenes, start, **choices):
-        _write(out / f"{name}.txt", lines.encode())  # first, so that no picture lacks its text
-        _write(out / f"{name}.png", picture)
+        write_file(out / f"{name}.txt", lines.encode())  # first, so that no picture lacks its text
+        write_file(out / f"{name}.png", picture)
     return len(scenes)
 
 
@@ -88,13 +83,13 @@ def _write_tar(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> i
                 member = tarfile.TarInfo(name + suffix)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-    _write(out / f"{start:07}.tar", stream.getvalue())
+    write_file(out / f"{start:07}.tar", stream.getvalue())
     return len(scenes)
 
 
 def write_captioned(out: Path, captioned: Sequence[Captioned], size: int = PICTURE) -> int:
     """Writes scenes with their own captions (one a line) and image prompts into the folder; returns their number."""
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
     jobs = [(start, captioned[start : start + TOGETHER]) for start in range(0, len(captioned), TOGETHER)]
     return sum(_in_processes(partial(_write_captioned, out=out, size=size), jobs))
 
@@ -104,10 +99,10 @@ def _write_captioned(job: tuple[int, Sequence[Captioned]], out: Path, size: int)
     scenes = [scene for item in captioned for scene in (item.scene, *item.prompts)]
     images = iter(render(scenes, size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy())
     for number, item in enumerate(captioned, start):
-        _write(out / f"{number:07}.txt", "".join(f"{line}\n" for line in item.captions).encode())
-        _write(out / f"{number:07}.png", _png(next(images)))
+        write_file(out / f"{number:07}.txt", "".join(f"{line}\n" for line in item.captions).encode())
+        write_file(out / f"{number:07}.png", _png(next(images)))
         for i in range(len(item.prompts)):
-            _write(out / f"{number:07}.prompt{i}.png", _png(next(images)))
+            write_file(out / f"{number:07}.prompt{i}.png", _png(next(images)))
     return len(captioned)
 
 
@@ -132,7 +127,7 @@ def render_folder(
     """
     if tars is not None and tars < 1:
         raise CascadeError(f"--tars is {tars}; at least one picture goes into a tar.")
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
     per_job = tars or TOGETHER
     jobs = [(start, scenes[start : start + per_job]) for start in range(0, len(scenes), per_job)]
     work = partial(_write_tar if tars else _write_files, out=out, captions=captions, seed=seed, size=size)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cascade_nodes.cascade_core.writing import write_file
 from cascade_nodes.demo.control_tasks import CONTROL_TASKS
 from cascade_nodes.demo.evaluate import machine_name, write_sheet
 from cascade_nodes.demo.measuring import Figures
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "machine": machine_name(options.device),
             "date": date.today().isoformat(),
         }
-        options.json.write_text(json.dumps(about | figures, indent=2) + "\n")
+        write_file(options.json, json.dumps(about | figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ..cascade_core.errors import CascadeError
 from ..nodes.api import io
 from .folders import current_folders
 from .pictures import encode_png, read_image, read_mask
-from .saving import next_counter, resolve_prefix, save_new
+from .saving import check_folder, check_prefix, next_counter, numbered, resolve_prefix, save_new
 
 
 def _picture_input() -> io.Combo.Input:
@@ -100,8 +100,16 @@ class LoadImageMask(io.ComfyNode):
         return io.NodeOutput(read_mask(current_folders().find_picture(image), channel))
 
 
-def _numbered(name: str, counter: int) -> str:
-    return f"{name}_{counter:05}_.png"
+def _can_save(prefix: str | None, kind: str) -> bool | str:
+    """Whether pictures can be saved under a prefix, None for one that is not known yet; asked before the work."""
+    folder = current_folders().of_kind(kind)
+    try:
+        check_folder(folder)
+        if prefix is not None:
+            check_prefix(prefix, folder)
+    except CascadeError as error:
+        return str(error)
+    return True
 
 
 def _save_batch(images: Tensor, prefix: str, kind: str, hidden: Any) -> dict[str, Any]:
@@ -120,7 +128,7 @@ def _save_batch(images: Tensor, prefix: str, kind: str, hidden: Any) -> dict[str
             raise CascadeError(f"Picture {index} of the batch holds NaN or infinity, so it was not saved.")
         name = start.replace("%batch_num%", str(index))
         data = encode_png(image, texts)
-        path = save_new(folder, partial(_numbered, name), next_counter(folder, name), data)
+        path = save_new(folder, partial(numbered, name), next_counter(folder, name), data)
         saved.append({"filename": path.name, "subfolder": subfolder, "type": kind})
     return {"images": saved}
 
@@ -147,6 +155,10 @@ class SaveImage(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        return _can_save(filename_prefix, "output")
+
+    @classmethod
     def fingerprint_inputs(cls, images: None, filename_prefix: str) -> str:
         return str(current_folders().output.resolve())  # another folder is another file
 
@@ -168,6 +180,10 @@ class PreviewImage(io.ComfyNode):
             inputs=[io.Image.Input("images", tooltip="The pictures to look at.")],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, images: None) -> bool | str:
+        return _can_save("preview", "temp")
 
     @classmethod
     def fingerprint_inputs(cls, images: None) -> str:

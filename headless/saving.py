@@ -1,16 +1,19 @@
-"""Atomic writing of files: a failure leaves nothing half-written and nothing overwritten."""
+"""Where pictures are saved: a folder that can be written to, and names inside it that are free."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
-import tempfile
 import time
+import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from ..cascade_core.errors import CascadeError
+from ..cascade_core import writing
+from ..cascade_core.errors import CascadeError, quoted
 
 _ADVICE = {
     errno.ENOSPC: "free some space or save elsewhere (--output)",
@@ -18,6 +21,9 @@ _ADVICE = {
     errno.EFBIG: "free some space or save elsewhere (--output)",
     errno.ENAMETOOLONG: "choose a shorter filename_prefix",
 }
+_WIDEST = 99_999  # as width, height and number of a picture that is still to be made
+# What Windows cannot have in a name, or takes for a device or a stream of another file.
+_NOT_ON_WINDOWS = re.compile(r'[<>:"|?*]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)\s*(\.|$)', re.IGNORECASE)
 
 
 def check_folder(folder: Path) -> None:
@@ -25,16 +31,48 @@ def check_folder(folder: Path) -> None:
 
     Called before the work, because a picture that cannot be saved afterwards is lost.
     """
-    ancestor = next((parent for parent in (folder, *folder.parents) if os.path.exists(parent)), Path())
     try:
-        tempfile.TemporaryFile(dir=ancestor).close()
+        writing.check_folder(folder)
     except OSError as error:
         raise _cannot_save(folder, error) from error
 
 
+def check_prefix(prefix: str, folder: Path) -> None:
+    """Raises CascadeError unless pictures can be saved in `folder` under this `filename_prefix`."""
+    place, start = resolve_prefix(prefix, folder, _WIDEST, _WIDEST)
+    try:
+        writing.check_file(place / numbered(start, _WIDEST))
+    except OSError as error:
+        raise _cannot_save(place / start, error) from error
+
+
 def _cannot_save(path: Path, error: OSError) -> CascadeError:
     advice = _ADVICE.get(error.errno or 0, "choose a folder that can be written to (--output)")
-    return CascadeError(f"Cannot save {path}: {error.strerror}; {advice}.")
+    name = str(path) if len(str(path)) < 250 else quoted(str(path), 250)
+    return CascadeError(f"Cannot save {name}: {error.strerror}; {advice}.")
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The path of `stars/red` in `folder`, whoever chose the name; `\\` separates as `/` does, links are followed.
+
+    Raises CascadeError for a name that leads out of the folder, is none of a file, or speaks to a terminal.
+    """
+    path = name.replace("\\", "/")
+    parts = path.split("/")
+    reason = ""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        reason = "it holds a control character or half a character"
+    elif parts[-1] in ("", ".", ".."):
+        reason = "it names no file"
+    elif os.name == "nt" and any(_NOT_ON_WINDOWS.search(part) for part in parts if part not in (".", "..")):
+        reason = "Windows has no such names"
+    else:
+        root = Path(os.path.realpath(folder))
+        place = Path(os.path.realpath((root / path).parent))
+        if place.is_relative_to(root):
+            return folder / place.relative_to(root) / parts[-1]
+        reason = "it leads out of the folder"
+    raise CascadeError(f"Cannot save as {quoted(name)}: {reason}; give the name of a file inside {folder}.")
 
 
 def resolve_prefix(prefix: str, folder: Path, width: int, height: int) -> tuple[Path, str]:
@@ -47,61 +85,31 @@ def resolve_prefix(prefix: str, folder: Path, width: int, height: int) -> tuple[
     now = time.localtime()
     names = ("year", "month", "day", "hour", "minute", "second")
     values |= {name: f"{value:02}" for name, value in zip(names, now[:6], strict=True)}
-    prefix = re.sub(r"%(\w+)%", lambda match: values.get(match[1], match[0]), prefix)
-    root = folder.resolve()
-    path = root if "\0" in prefix or prefix.endswith(("/", "\\")) else (root / prefix).resolve()
-    if path == root or not path.is_relative_to(root):
-        raise CascadeError(f"Cannot save as {prefix!r}: a filename_prefix names files inside {folder}.")
-    return folder / path.relative_to(root).parent, path.name
+    path = path_inside(folder, re.sub(r"%(\w+)%", lambda match: values.get(match[1], match[0]), prefix))
+    return path.parent, path.name
+
+
+def numbered(start: str, counter: int) -> str:
+    return f"{start}_{counter:05}_.png"
 
 
 def next_counter(folder: Path, start: str) -> int:
-    """Next free number among the folder's files named `START_00001_…`."""
+    """Next free number among the folder's files named `START_00001_…`; 1 where it cannot be listed."""
     pattern = re.compile(re.escape(start) + r"_(\d+)_?\.", re.IGNORECASE)
-    matches = (pattern.match(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-    return 1 + max((int(match[1]) for match in matches if match), default=0)
+    numbers = [0]
+    with suppress(OSError):
+        numbers += [int(match[1]) for name in os.listdir(folder) if (match := pattern.match(name))]
+    return 1 + max(numbers)
 
 
 def save_new(folder: Path, name_of: Callable[[int], str], counter: int, data: bytes) -> Path:
     """Writes `data` to the first free name from `name_of(counter)` on; returns the path.
 
-    The bytes go to a temporary file first; a file appears under its final name whole or not at all.
     Raises CascadeError that names the path where the folder is a file, not writable or full.
     """
-    target = folder / name_of(counter)
-    temporary = folder / f".{target.name}.{os.getpid()}.part"
-    reserved = False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        while not (reserved := _reserve(target)):
-            counter += 1
-            target = folder / name_of(counter)
-        os.replace(temporary, target)
-    except BaseException as error:  # also when interrupted
-        _remove(temporary)
-        if reserved:
-            _remove(target)
-        if isinstance(error, OSError):
-            raise _cannot_save(target, error) from error
-        raise
-    return target
-
-
-def _reserve(target: Path) -> bool:
-    """Reserves a name for the file that is about to be moved there; False where it is taken."""
-    try:
-        target.open("xb").close()
-    except FileExistsError:
-        return False
-    return True
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # its folder is not a folder: then there is nothing to remove
-        return
+        with writing.temporary_file(folder) as temporary:
+            temporary.write_bytes(data)
+            return writing.move_to_free(temporary, (folder / name_of(i) for i in itertools.count(counter)))
+    except OSError as error:
+        raise _cannot_save(folder / name_of(counter), error) from error

@@ -1,9 +1,9 @@
-"""What stands in the way of reading and writing: a full disk, a lack of permission."""
+"""What stands in the way of reading and writing: a full disk, a lack of permission, other writers."""
 
 import ctypes
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _MAY_IGNORE_PERMISSIONS = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, as bits
@@ -50,3 +50,20 @@ def respect_permissions() -> None:
         for capability in range(64):
             if _MAY_IGNORE_PERMISSIONS >> capability & 1:
                 _LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def in_processes(count: int, work: Callable[[int], object]) -> list[int]:
+    """The exit statuses of `count` processes that each believe to be number 1, as in containers."""
+    pids = []
+    for index in range(count):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.getpid = lambda: 1
+                work(index)
+                status = 0
+            finally:
+                os._exit(status)
+        pids.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

@@ -1,7 +1,6 @@
 """Safetensors files, read by mapping and written whole or not at all."""
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,20 +8,31 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CascadeError
+from ..writing import check_file, replacing
 
-# safetensors' names of what files of networks are made of.
+# safetensors' names of dtypes, in the order in which it writes their tensors: the widest first, so all are aligned.
 _DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
     "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 # What is often found in place of a safetensors file, by its first bytes.
@@ -149,31 +159,53 @@ def _last_offset(header: Any) -> int:
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a file atomically: under a temporary name beside `path`, renamed at the end.
 
+    The same tensors and metadata give the same bytes, those of the safetensors library with its metadata sorted (it
+    writes them in random order). One tensor at a time is copied.
     Raises CascadeError if that fails (no permission, disk full); a file that was at `path` is then unchanged.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode  # any new file's; some versions of safetensors make theirs private
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata))
-        partial.chmod(mode)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix("Error while serializing: ")
-        raise CascadeError(
-            f"{path} could not be written ({reason}), and nothing was changed there; free some space, or "
-            "choose a folder that can be written to."
-        ) from None
-    finally:
-        _remove(partial)
+        header, names = _layout(tensors, metadata)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for name in names:
+                values = tensors[name].detach().cpu().contiguous()  # of this tensor alone
+                file.write(values.flatten().view(torch.uint8).numpy().data)
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, getattr(error, "strerror", None) or error) from None
 
 
-def _remove(path: Path) -> None:
+def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """(header, names in the order of the data). Raises ValueError for what the format cannot hold."""
+    unknown = sorted({str(tensor.dtype) for tensor in tensors.values()} - {str(dtype) for dtype in _NAMES})
+    if unknown:
+        raise ValueError(f"the format has no {unknown[0]}")
+    order = list(_NAMES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8), names
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises CascadeError unless a file can be written at `path`: asked before the work that the file is to hold."""
     try:
-        path.unlink(missing_ok=True)
-    except OSError:  # its folder cannot be entered: then nothing was written there either
-        return
+        check_file(Path(path))
+    except OSError as error:
+        raise _cannot_write(path, error.strerror or error) from None
+
+
+def _cannot_write(path: str | Path, reason: object) -> CascadeError:
+    return CascadeError(
+        f"{path} could not be written ({reason}), and nothing was changed there; free some space, or choose a folder "
+        "that can be written to."
+    )

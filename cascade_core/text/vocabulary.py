@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CascadeError
+from ..writing import write_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -64,7 +65,6 @@ def build_small_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], Merges
 def save_vocabulary(folder: str | Path, vocabulary: dict[str, int], merges: Merges) -> None:
     """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers reads too."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "bos_token": START,
@@ -75,9 +75,9 @@ def save_vocabulary(folder: str | Path, vocabulary: dict[str, int], merges: Merg
         "model_max_length": 77,
     }
     lines = [MERGES_HEADER, *(" ".join(pair) for pair in merges)]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_file(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    write_file(folder / "merges.txt", "\n".join(lines) + "\n")
+    write_file(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def read_vocabulary(vocabulary: Path, merges: Path) -> tuple[dict[str, int], Merges]:

@@ -2,9 +2,10 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from ..writing import replacing, write_file
 
 Row = dict[str, Any]
 LOG, CURVE = "log.jsonl", "loss.png"
@@ -15,11 +16,8 @@ class Log:
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / LOG
-        folder.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in _read(self.path) if row["step"] <= step] if step else []
-        partial = self.path.with_name(f".{LOG}.part")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -77,9 +75,8 @@ def draw_curve(rows: list[Row], steps: int, path: Path, size: tuple[int, int] = 
         draw.text((x, bottom + 6), f"{round(steps * share)}", fill="#555555", anchor="mt")
     draw.line([position(*point) for point in points], fill="#a9c4e6", width=1)
     draw.line([position(*point) for point in _smoothed(points)], fill="#1f5fbf", width=2)
-    partial = path.with_name(f".{path.name}.part")
-    image.save(partial, "PNG")
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def round_out(value: float, up: bool) -> float:

@@ -1,7 +1,6 @@
 """Pictures of what a run has learned so far: the same prompts and noise each time, side by side."""
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..diffusion.guidance import Guider
 from ..run import SamplingRun, by_log_snr, sample
+from ..writing import replacing
 from .settings import OutputSettings
 from .tasks.base import State
 from .tasks.conditions import Conditions
@@ -65,8 +65,6 @@ def write_picture(path: Path, picture: Tensor) -> None:
     """(3, H, W) in [0, 1] as PNG, whole or not at all."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = (picture * 255).round().to(torch.uint8).movedim(0, -1).contiguous().numpy()
-    partial = path.with_name(f".{path.name}.part")
-    Image.fromarray(pixels).save(partial, "PNG")
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "PNG")

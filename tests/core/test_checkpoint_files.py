@@ -5,14 +5,16 @@ import os
 import pickle
 import struct
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
-from cascade_nodes.tests.obstacles import files_limited_to, permissions_respected
+from cascade_nodes.tests.obstacles import files_limited_to, in_processes, permissions_respected
 
 DAMAGED = "is a damaged safetensors file ("  # and what the parser says, in words of its version
 FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -155,6 +157,78 @@ def test_what_is_written_is_read(tmp_path):
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name].float(), tensor.float())
     assert os.listdir(path.parent) == ["x.safetensors"]
+
+
+DTYPES = [
+    *(
+        "uint64",
+        "int64",
+        "float64",
+        "complex64",
+        "float32",
+        "uint32",
+        "int32",
+        "bfloat16",
+        "float16",
+        "uint16",
+    ),
+    *("int16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8"),
+]
+
+
+def every_dtype() -> dict[str, torch.Tensor]:
+    """With scalars, tensors without values, views and other memory formats."""
+    bits = torch.arange(3 * 5 * 2 * 16, dtype=torch.uint8).view(-1)
+    tensors = {f"{name}.{i}": bits.view(getattr(torch, name))[i : i + 3] for name in DTYPES for i in (0, 2)}
+    tensors["bool.0"] = torch.tensor([True, False])
+    picture = torch.arange(24.0).view(1, 2, 3, 4)
+    others = {
+        "scalar": torch.tensor(1.5),
+        "none": torch.zeros(2, 0, 3),
+        "last": picture.contiguous(memory_format=torch.channels_last),
+        "transposed": picture.half().mT,
+        "twice": picture[0],
+        "trained": torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)),
+        "größe": torch.ones(1),
+    }
+    return tensors | others
+
+
+def test_files_are_equal_to_the_byte(tmp_path):
+    """Whatever process writes, in whatever order; all but the metadata's order is the safetensors library's own."""
+    tensors = every_dtype()
+    metadata = {f"key {i}": f'wört\n\x01\x7f"\\/{i}' for i in range(20)}
+
+    def write(index: int) -> None:
+        random = Random(index)
+        mixed = [random.sample(sorted(entries), len(entries)) for entries in (tensors, metadata)]
+        in_order = {name: tensors[name] for name in mixed[0]}
+        write_safetensors(tmp_path / f"{index}", in_order, {key: metadata[key] for key in mixed[1]})
+
+    assert in_processes(4, write) == [0] * 4
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    read, stated = read_safetensors(tmp_path / "0")
+    assert (stated, read.keys()) == (metadata, tensors.keys())
+    for name, tensor in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(read[name].view(-1).view(torch.uint8), tensor.detach().flatten().view(torch.uint8))
+    for stated in ({}, {"one": "größe\t"}):
+        write_safetensors(tmp_path / "x", tensors, stated)
+        theirs = save(
+            {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, stated
+        )
+        assert (tmp_path / "x").read_bytes() == theirs
+
+
+def test_what_the_format_cannot_hold(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for tensors, metadata, reason in (
+        ({"a": torch.zeros(1, dtype=torch.complex128)}, {}, r"the format has no torch.complex128"),
+        ({}, {"a": "half a \ud800 character"}, r"'utf-8' codec can't encode"),
+    ):
+        with pytest.raises(CascadeError, match=rf"x.safetensors could not be written \({reason}"):
+            write_safetensors(path, tensors, metadata)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

@@ -1,13 +1,14 @@
 """Runs that are killed, stopped or disturbed go on as if nothing had been."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core import CascadeError, writing
 from cascade_nodes.cascade_core.checkpoints import files, read_safetensors
 from cascade_nodes.cascade_core.training.data import latents
 from cascade_nodes.cascade_core.training.log import CURVE, LOG, draw_curve
@@ -118,17 +119,17 @@ def test_a_run_that_is_stopped_while_latents_are_encoded_goes_on(world, tmp_path
 
 def test_a_checkpoint_is_whole_or_the_one_before(world, tmp_path, monkeypatch):
     settings = settings_of(world, "lora", tmp_path)
-    save, calls = files.save_file, []
+    calls = []
 
-    def disk_is_full(tensors, path, metadata):
+    @contextmanager
+    def disk_gets_full(path):
         calls.append(path)
-        if len(calls) == 1:
-            save(tensors, path, metadata)
-        else:
-            path.write_bytes(b"half of it")
-            raise OSError(28, "No space left on device")
+        with writing.replacing(path) as temporary:
+            yield temporary
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", disk_is_full)
+    monkeypatch.setattr(files, "replacing", disk_gets_full)
     with pytest.raises(CascadeError, match="No space left on device"):
         loop_of(settings).run()
     assert read_state(tmp_path / STATE)[1]["step"] == "3"

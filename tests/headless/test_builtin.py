@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from cascade_nodes.cascade_core.errors import quoted
 from cascade_nodes.headless import Executor, run_graph
 from cascade_nodes.headless.builtin import BUILTIN_NODES
 from cascade_nodes.headless.execution import NodeError
@@ -123,12 +124,60 @@ def test_a_preview_goes_to_the_temporary_folder(folder):
     assert result.pictures[0].path.is_file()
 
 
-@pytest.mark.parametrize("prefix", ["../out", "/tmp/out", "a/../../out", "", ".", "sub/", "a\0b"])
-def test_a_prefix_stays_in_the_output_folder(folder, prefix):
-    graph = {**COPY, "2": node("SaveImage", images=["1", 0], filename_prefix=prefix)}
-    with pytest.raises(NodeError, match=r"Node 2 \(SaveImage\): Cannot save as"):
+PREFIXES = {
+    "../out": "it leads out of the folder",
+    "/out": "it leads out of the folder",
+    "a/../../out": "it leads out of the folder",
+    "..\\out": "it leads out of the folder",
+    "link/out": "it leads out of the folder",
+    "": "it names no file",
+    ".": "it names no file",
+    "sub/": "it names no file",
+    "sub\\": "it names no file",
+    "sub/..": "it names no file",
+    "a\0b": "it holds a control character or half a character",
+    "a\x1b[2Jb": "it holds a control character or half a character",
+    "a\ud800": "it holds a control character or half a character",
+}
+
+
+@pytest.mark.parametrize(("prefix", "reason"), PREFIXES.items(), ids=ascii)
+def test_a_prefix_names_a_file_in_the_output_folder(folder, calls, prefix, reason):
+    """Refused before anything runs; where the prefix comes from another node, before anything is written."""
+    output = folder / "output"
+    output.mkdir()
+    (output / "link").symlink_to(folder)
+    sentence = f"Cannot save as {quoted(prefix)}: {reason}; give the name of a file inside {output}."
+    graph = {"1": node("ToyImage"), "2": node("SaveImage", images=["1", 0], filename_prefix=prefix)}
+    with pytest.raises(GraphError) as caught:
         run(graph, folder)
+    assert str(caught.value) == f"Node 2 (SaveImage): input 'filename_prefix': {sentence}"
+    assert calls == []
+    graph["3"] = node("ToyText", text=prefix, mode="soft")
+    graph["2"]["inputs"]["filename_prefix"] = ["3", 1]
+    if prefix in ("../out", "link/out"):
+        with pytest.raises(NodeError, match=r"Node 2 \(SaveImage\): Cannot save as .* it leads out"):
+            run(graph, folder)
     assert files_in(folder) == ["input/in.png"]
+
+
+def test_a_prefix_too_long_for_a_name_is_refused_before_the_work(folder, calls):
+    graph = {"1": node("ToyImage"), "2": node("SaveImage", images=["1", 0], filename_prefix="x" * 300)}
+    with pytest.raises(
+        GraphError, match=r"File name too long; choose a shorter filename_prefix\.$"
+    ) as caught:
+        run(graph, folder)
+    assert len(str(caught.value)) < 500
+    assert calls == []
+    longest = "x" * (255 - len("_00001_.png"))
+    graph["2"]["inputs"]["filename_prefix"] = longest
+    assert run(graph, folder).pictures[0].path == folder / "output" / f"{longest}_00001_.png"
+
+
+def test_a_prefix_with_the_separators_of_windows_names_the_same_folder(folder):
+    result = run(COPY, folder, assignments=["2.filename_prefix=sub\\red"])
+    assert result.outputs["2"]["images"][0]["subfolder"] == "sub"
+    assert files_in(folder / "output") == ["sub/red_00001_.png"]
 
 
 def test_pictures_with_nan_or_a_wrong_shape_are_not_saved(folder):
@@ -157,16 +206,26 @@ def test_pictures_with_nan_or_a_wrong_shape_are_not_saved(folder):
     assert np.asarray(Image.open(saved.path))[0, 0].tolist() == [0, 127, 255]
 
 
-def test_a_folder_that_cannot_be_written_to(folder):
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(folder, calls):
     (folder / "file").write_bytes(b"")
-    with pytest.raises(NodeError) as caught:
-        run(COPY, folder, output_folder=folder / "file" / "output")
-    assert str(caught.value) == (
-        f"Node 2 (SaveImage): Cannot save {folder}/file/output/out_00001_.png: Not a directory; "
-        "choose a folder that can be written to (--output)."
-    )
-    with pytest.raises(NodeError, match=r"Cannot save /proc/nowhere/out_00001_\.png"):
-        run(COPY, folder, output_folder="/proc/nowhere")
+    (folder / "loop").symlink_to("loop")
+    (folder / "dangling").symlink_to("nowhere")
+    graph = {"1": node("ToyImage"), "2": node("SaveImage", images=["1", 0], filename_prefix="out")}
+    preview = {"1": node("ToyImage"), "2": node("PreviewImage", images=["1", 0])}
+    for output, reason in {
+        folder / "file": "Not a directory",
+        folder / "file" / "output": "Not a directory",
+        folder / "loop": "Too many levels of symbolic links",
+        folder / "loop" / "inner": "Too many levels of symbolic links",
+        folder / "dangling": "No such file or directory",
+        Path("/proc/nowhere"): "No such file or directory",
+        folder / ("x" * 300): "File name too long",
+        folder / "a\0b": "Invalid argument",
+    }.items():
+        for nodes in (graph, preview):
+            with pytest.raises(GraphError, match=rf"Cannot save .*: {reason}; choose a "):
+                run(nodes, folder, output_folder=output)
+    assert calls == []
     assert files_in(folder) == ["file", "input/in.png"]
 
 

@@ -2,13 +2,22 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.headless import run_graph
+from cascade_nodes.headless.builtin import BUILTIN_NODES
+from cascade_nodes.headless.registry import by_id
 from cascade_nodes.headless.saving import check_folder, next_counter, resolve_prefix, save_new
-from cascade_nodes.tests.obstacles import files_limited_to, permissions_respected
+from cascade_nodes.nodes.hosts import schema as io
+from cascade_nodes.tests.headless.record_comfyui import node
+from cascade_nodes.tests.obstacles import files_limited_to, in_processes, permissions_respected
 
 
 def test_prefix_variables():
@@ -48,6 +57,52 @@ def test_a_folder_is_tried_before_the_work_and_left_as_it_was(tmp_path):
             check_folder(folder)
         advice = "choose a folder that can be written to (--output)"
         assert str(caught.value) == f"Cannot save {folder}: {os.strerror(reason)}; {advice}."
+
+
+class ToyShade(io.ComfyNode):
+    """A picture of one shade of grey."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="ToyShade", inputs=[io.Int.Input("shade")], outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(cls, shade):
+        return io.NodeOutput(torch.full((1, 64, 64, 3), shade / 255))
+
+
+def run_shade(folder: Path, shade: int) -> Path:
+    nodes = by_id([ToyShade, *BUILTIN_NODES])
+    graph = {
+        "1": node("ToyShade", shade=shade),
+        "2": node("SaveImage", images=["1", 0], filename_prefix="sub/out"),
+    }
+    (picture,) = run_graph(graph, output_folder=folder, nodes=nodes).pictures
+    return picture.path
+
+
+def shade_of(path: Path) -> int:
+    with Image.open(path) as picture:
+        (shade,) = set(np.asarray(picture).flat)
+        return int(shade)
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["threads", "processes"])
+def test_graphs_that_run_side_by_side_save_their_own_pictures(threads, tmp_path):
+    """48 pictures, each its run's own, from six threads or from processes that all are number 1, as in containers."""
+
+    def work(first: int) -> None:
+        for shade in range(first, 48, 6):
+            assert shade_of(run_shade(tmp_path, shade)) == shade
+
+    if threads:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(work, range(6)))
+    else:
+        assert in_processes(6, work) == [0] * 6
+    pictures = sorted((tmp_path / "sub").iterdir())
+    assert [path.name for path in pictures] == [f"out_{i:05}_.png" for i in range(1, 49)]
+    assert sorted(map(shade_of, pictures)) == list(range(48))
 
 
 def test_a_name_that_is_too_long(tmp_path):
