@@ -1,6 +1,7 @@
 """What ends a run: an error that the user can mend, or the user."""
 
 import reprlib
+import unicodedata
 
 
 class CascadeError(ValueError):
@@ -26,6 +27,17 @@ def quoted(value: object, limit: int = 80) -> str:
 def printable(text: str, limit: int = 200) -> str:
     """A name or another's message as it is where it can be shown so, else `quoted`."""
     return text if text.isprintable() and len(text) <= limit else quoted(text, limit)
+
+
+def escaped(line: str) -> str:
+    """A line for a terminal: characters that do not show but act are written as Python writes them."""
+    if line.isprintable():
+        return line
+    shown = (
+        char if char.isprintable() or unicodedata.category(char) == "Zs" else repr(char)[1:-1]
+        for char in line
+    )
+    return "".join(shown)
 
 
 class _Short(reprlib.Repr):

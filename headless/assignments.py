@@ -7,8 +7,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..cascade_core.errors import CascadeError
-from .graph import Graph, name_of
+from ..cascade_core.errors import CascadeError, printable, quoted
+from .graph import Graph, check_shape, name_of
+
+_MOST_NAMES = 20  # in a message
 
 # class_type -> {input name: type}, or None for an unknown class.
 InputTypes = Callable[[str], Mapping[str, str] | None]
@@ -26,15 +28,15 @@ def assign(graph: Graph, assignments: Iterable[str], input_types: InputTypes) ->
         target, equals, text = assignment.partition("=")
         node, dot, name = target.rpartition(".")
         if not (equals and dot and node and name):
-            raise CascadeError(f"--set {assignment!r} is not NODE.INPUT=VALUE, such as 3.steps=20.")
+            raise CascadeError(f"--set {quoted(assignment)} is not NODE.INPUT=VALUE, such as 3.steps=20.")
         node_id = _find_node(graph, node)
         types = input_types(str(graph[node_id].get("class_type")))
         if types is not None and name not in types:
-            input_names = ", ".join(types) or "none"
             raise CascadeError(
-                f"Node {name_of(graph, node_id)} has no input {name!r}; its inputs: {input_names}."
+                f"Node {name_of(graph, node_id)} has no input {quoted(name)}; its inputs: {_listed(types)}."
             )
         graph[node_id]["inputs"][name] = _read_value(text, (types or {}).get(name))
+    check_shape(graph, "The graph with the values of --set")
     return graph
 
 
@@ -46,10 +48,17 @@ def _find_node(graph: Graph, name: str) -> str:
         if len(matches) == 1:
             return matches[0]
         if matches:
-            ids = ", ".join(matches)
-            raise CascadeError(f"Several nodes are called {name!r} (ids {ids}); use an id with --set.")
-    nodes = ", ".join(name_of(graph, node_id) for node_id in graph)
-    raise CascadeError(f"The graph has no node {name!r} (id, class or title); its nodes: {nodes}.")
+            raise CascadeError(
+                f"Several nodes are called {quoted(name)} (ids {_listed(matches)}); use an id with --set."
+            )
+    nodes = _listed(name_of(graph, node_id) for node_id in graph)
+    raise CascadeError(f"The graph has no node {quoted(name)} (id, class or title); its nodes: {nodes}.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f", … ({len(names)} in all)" if len(names) > _MOST_NAMES else ""
+    return ", ".join(printable(name, 200) for name in names[:_MOST_NAMES]) + more or "none"
 
 
 def _class_of(node: dict[str, Any]) -> object:

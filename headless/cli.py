@@ -6,6 +6,7 @@ Nothing heavy is imported before it is needed, so that `cascade --help` answers 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, escaped
 from .convert_lora import add_convert_command
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ _EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # no name of a file fails to be written; standard error does so itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Before torch starts its threads: on a shared machine, threads that spin while they wait are many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -153,7 +158,7 @@ def _close_output() -> None:
 
 
 def _complain(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(escaped(text), file=sys.stderr)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -7,7 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, printable, quoted
+from ..cascade_core.reading import open_regular
+
+LARGEST_FILE = 64 * 2**20  # bytes; graphs have thousands
+DEEPEST = 50  # levels of lists and objects within each other; a graph has four or five
 
 Graph = dict[str, dict[str, Any]]
 
@@ -15,22 +19,31 @@ Graph = dict[str, dict[str, Any]]
 def read_graph(path: Path) -> Graph:
     """Reads the graph in a JSON file. The nodes themselves are checked by the validation.
 
-    Raises CascadeError where the file is missing, not text, not JSON (with the line) or not a graph in API format.
+    Raises CascadeError where the file is missing, too large, not JSON (with the line) or not a graph in API format.
     """
+    name = printable(str(path))
     try:
-        graph = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise CascadeError(f"Cannot read the graph {path}: {error.strerror or error}.") from error
+        with open_regular(path) as file:
+            content = file.read(LARGEST_FILE + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CascadeError(f"Cannot read the graph {name}: {reason}.") from error
+    if len(content) > LARGEST_FILE:
+        raise CascadeError(
+            f"{name} is larger than {LARGEST_FILE // 2**20} MiB, so it is not taken for a graph."
+        )
+    try:
+        graph = json.loads(content)  # UTF-8, -16 or -32, with or without a byte order mark
     except UnicodeDecodeError as error:
-        raise CascadeError(f"{path} is not a text file; a graph in API format is JSON.") from error
+        raise CascadeError(f"{name} is not a text file; a graph in API format is JSON.") from error
     except json.JSONDecodeError as error:
         position = f"line {error.lineno}, column {error.colno}"
-        raise CascadeError(f"{path} is not valid JSON: {error.msg} at {position}.") from error
-    except ValueError as error:  # an invalid file name, or a number of thousands of digits
-        raise CascadeError(f"Cannot read the graph {str(path)!r}: {error}.") from error
+        raise CascadeError(f"{name} is not valid JSON: {error.msg} at {position}.") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise CascadeError(f"{name} holds a number of too many digits to be read.") from error
     except RecursionError as error:
-        raise CascadeError(f"{path} is nested too deeply to be a graph.") from error
-    check_shape(graph, str(path))
+        raise CascadeError(f"{name} is nested too deeply to be a graph.") from error
+    check_shape(graph, name)
     return graph
 
 
@@ -45,10 +58,36 @@ def check_shape(graph: object, name: str) -> None:
     if not graph:
         raise CascadeError(f"{name} holds no nodes.")
     for node_id, node in graph.items():
+        if not isinstance(node_id, str):
+            raise CascadeError(f"{name}: a node has the id {quoted(node_id)}, but an id is a text.")
         if not isinstance(node, dict):
-            raise CascadeError(f"{name}: node {node_id} is {_json_kind(node)}, but an object was expected.")
+            raise CascadeError(
+                f"{name}: node {printable(node_id, 80)} is {_json_kind(node)}, but an object was expected."
+            )
         if not isinstance(node.get("inputs"), dict):
-            raise CascadeError(f'{name}: node {node_id} has no "inputs" object (it may be empty).')
+            raise CascadeError(
+                f'{name}: node {printable(node_id, 80)} has no "inputs" object (it may be empty).'
+            )
+    _check_json(graph, name)
+
+
+def _check_json(graph: dict[str, Any], name: str) -> None:
+    """Raises CascadeError where a graph is nested too deeply to be copied, or holds what JSON cannot."""
+    containers: dict[int, Any] = {
+        id(graph): graph
+    }  # of one level, each once though it may stand in many places
+    for _ in range(DEEPEST):
+        inner: dict[int, Any] = {}
+        for container in containers.values():
+            for value in container if isinstance(container, list) else (*container, *container.values()):
+                if isinstance(value, dict | list):
+                    inner[id(value)] = value
+                elif not isinstance(value, str | int | float | None):
+                    raise CascadeError(f"{name} holds {quoted(value)}, which is not a value that JSON has.")
+        if not inner:
+            return
+        containers = inner
+    raise CascadeError(f"{name} is nested too deeply to be a graph.")
 
 
 def _json_kind(value: object) -> str:
@@ -106,4 +145,6 @@ def _depth_first(sources: Mapping[str, list[str]], outputs: list[str]) -> list[s
 
 def name_of(graph: Graph, node_id: str) -> str:
     """Name of a node in messages: `3 (CascadePriorSampler)`."""
-    return f"{node_id} ({graph[node_id].get('class_type', '?')})"
+    class_type = graph[node_id].get("class_type", "?")
+    name = printable(class_type, 80) if isinstance(class_type, str) else quoted(class_type)
+    return f"{printable(node_id, 80)} ({name})"

@@ -1,6 +1,7 @@
 """Checks of one node's inputs, in ComfyUI's order and words.
 
-https://github.com/comfyanonymous/ComfyUI, `execution.py`, `validate_inputs` (version 0.33).
+https://github.com/comfyanonymous/ComfyUI, `execution.py`, `validate_inputs` (version 0.33). But for one: a value where
+only a link can be, such as a number for an IMAGE, passes there and fails in the middle of the run; here it is refused.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .graph import Graph, is_link
+from ..cascade_core.errors import printable, quoted
+from .graph import Graph, is_link, name_of
 from .registry import InputInfo, NodeInfo, parameters_of
 
 _CONVERSIONS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
@@ -75,15 +77,17 @@ def _resolve_link(
     if len(link) != 2:
         raise _Rejected("bad_linked_input", expected, name, **extra)
     if not is_link(link):
-        raise _Rejected("bad_linked_input", expected, f"{name}: {link} is not [text, whole number]", **extra)
+        raise _Rejected(
+            "bad_linked_input", expected, f"{name}: {quoted(link)} is not [text, whole number]", **extra
+        )
     source, slot = link
     if source not in graph:
-        details = f"{name}: there is no node {source} in the graph"
+        details = f"{name}: there is no node {_shown(source)} in the graph"
         raise _Rejected("bad_linked_input", expected, details, **extra)
     class_type = graph[source]["class_type"]
     outputs = nodes[class_type].outputs
     if not 0 <= slot < len(outputs):
-        details = f"{name}: node {source} ({class_type}) has {len(outputs)} outputs, none with index {slot}"
+        details = f"{name}: node {name_of(graph, source)} has {len(outputs)} outputs, none with index {_shown(slot)}"
         raise _Rejected("bad_linked_input", expected, details, **extra)
     return source, outputs[slot]
 
@@ -112,9 +116,20 @@ def _convert(name: str, entry: InputInfo, value: Any) -> Any:
     """Converts a value to its input's type; rejects NaN and infinity."""
     if isinstance(value, dict) and "__value__" in value:  # how a list is given as a value, not as a link
         value = value["__value__"]
+    if entry.type == "COMBO":
+        return value
     convert = _CONVERSIONS.get(entry.type)
     if convert is None:
-        return value
+        if value is None and not entry.required:  # as if it were left out
+            return None
+        raise _Rejected(
+            "value_on_socket",
+            "A value is given where a connection is needed",
+            f"{name}, {_shown(value)}, {entry.type}",
+            input_name=name,
+            input_config=_config(entry),
+            received_value=value,
+        )
     try:
         converted = convert(value)
         if isinstance(converted, float) and not math.isfinite(converted):
@@ -123,22 +138,30 @@ def _convert(name: str, entry: InputInfo, value: Any) -> Any:
         raise _Rejected(
             "invalid_input_type",
             f"Failed to convert an input value to a {entry.type} value",
-            f"{name}, {value}, {error}",
+            f"{name}, {_shown(value)}, {_shown(str(error))}",
             input_name=name,
             input_config=_config(entry),
             received_value=value,
-            exception_message=str(error),
+            exception_message=_shown(str(error)),
         ) from error
     return converted
+
+
+def _shown(value: Any) -> str:
+    return printable(value) if isinstance(value, str) else quoted(value, 200)
 
 
 def _check_limits(name: str, entry: InputInfo, value: Any) -> None:
     extra = {"input_name": name, "input_config": _config(entry), "received_value": value}
     low, high = entry.options.get("min"), entry.options.get("max")
     if low is not None and value < low:
-        raise _Rejected("value_smaller_than_min", f"Value {value} smaller than min of {low}", name, **extra)
+        raise _Rejected(
+            "value_smaller_than_min", f"Value {_shown(value)} smaller than min of {low}", name, **extra
+        )
     if high is not None and value > high:
-        raise _Rejected("value_bigger_than_max", f"Value {value} bigger than max of {high}", name, **extra)
+        raise _Rejected(
+            "value_bigger_than_max", f"Value {_shown(value)} bigger than max of {high}", name, **extra
+        )
 
 
 def _check_options(name: str, entry: InputInfo, value: Any) -> None:
@@ -152,7 +175,7 @@ def _check_options(name: str, entry: InputInfo, value: Any) -> None:
     raise _Rejected(
         "value_not_in_list",
         "Value not in list",
-        f"{name}: {value!r} not in {listed}",
+        f"{name}: {quoted(value, 200)} not in {listed}",
         input_name=name,
         input_config=None if long else _config(entry),
         received_value=value,

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..cascade_core.errors import escaped
 from .results import Observer, SavedPicture
 
 _WIDTH = 24
@@ -61,11 +62,12 @@ class ConsoleProgress(Observer):
 
     def _draw(self, line: str) -> None:
         if self.live:
-            self.stream.write(f"\r{line}\x1b[K")
+            self.stream.write(f"\r{escaped(line)}\x1b[K")
             self.stream.flush()
             self.open = True
 
     def _finish(self, line: str) -> None:
+        line = escaped(line)
         self.stream.write(f"\r{line}\x1b[K\n" if self.live else f"{line}\n")
         self.stream.flush()
         self.open = False

@@ -42,9 +42,12 @@ def sentences(
 
 
 def shortened(lines: list[str]) -> list[str]:
-    """The first lines, and how many more there are."""
-    more = len(lines) - _MOST_LINES
-    return lines if more <= 1 else [*lines[:_MOST_LINES], f"There are {more:,} more faults."]
+    """The first lines, and that there are more."""
+    return (
+        lines
+        if len(lines) <= _MOST_LINES
+        else [*lines[:_MOST_LINES], "There are more faults; mend these first."]
+    )
 
 
 def _name(value: object, limit: int = 80) -> str:
@@ -126,6 +129,12 @@ def _wrong_type(reason: Error, extra: Error) -> str:
     return f"{text}, but it takes {_name(_options(extra)[0])}."
 
 
+def _on_socket(reason: Error, extra: Error) -> str:
+    kind = _name(_options(extra)[0])
+    value = quoted(extra["received_value"])
+    return f"input {quoted(extra['input_name'])} is {value}, but it takes a connection that gives {kind}; connect one."
+
+
 def _out_of_range(reason: Error, extra: Error) -> str:
     _, options = _options(extra)
     low, high = options.get("min"), options.get("max")
@@ -171,6 +180,7 @@ _WORDINGS: dict[str, Callable[[Error, Error], str]] = {
     "bad_linked_input": _bad_link,
     "return_type_mismatch": _mismatch,
     "invalid_input_type": _wrong_type,
+    "value_on_socket": _on_socket,
     "value_smaller_than_min": _out_of_range,
     "value_bigger_than_max": _out_of_range,
     "value_not_in_list": _not_in_list,

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 from .graph import Graph, check_shape, linked_inputs, name_of
 from .node_checks import NodeCheck, check_node
 from .registry import NodeClass, NodeInfo, describe
+
+_MOST_FAILING = 50  # nodes whose errors are told: each has a list of the outputs that depend on it
+_CYCLE_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -88,20 +93,23 @@ class _LinkTraversal:
         self.graph = graph
         self.nodes = nodes
         self.checked: dict[str, NodeCheck] = {}
+        self.consumers: defaultdict[str, list[str]] = defaultdict(list)
         self.cycle_errors: dict[str, dict[str, Any]] = {}
 
     def validate(self, outputs: list[str]) -> Validation:
-        reached = {output: self._upstream(output) for output in outputs}
+        for output in outputs:
+            self._visit(output)
         failing = [node_id for node_id in self.graph if node_id in self.checked and self._errors(node_id)]
-        node_errors = {
-            node_id: {
+        node_errors = {}
+        for node_id in failing[:_MOST_FAILING]:
+            dependent = self._downstream([node_id])
+            node_errors[node_id] = {
                 "errors": self._errors(node_id),
-                "dependent_outputs": [output for output in outputs if node_id in reached[output]],
+                "dependent_outputs": [output for output in outputs if output in dependent],
                 "class_type": self.graph[node_id]["class_type"],
             }
-            for node_id in failing
-        }
-        good = [output for output in outputs if node_errors.keys().isdisjoint(reached[output])]
+        spoiled = self._downstream(failing)
+        good = [output for output in outputs if output not in spoiled]
         error = None
         if not good:
             reasons = [reason for output in outputs for reason in self._errors(output)]
@@ -143,27 +151,44 @@ class _LinkTraversal:
         message = "Exception when validating inner node"
         return _error("exception_during_inner_validation", message, str(error), **extra)
 
-    def _upstream(self, output: str) -> set[str]:
-        """Collects the output and all nodes that it needs over well-formed links; records cycles on the way."""
-        seen = {output}
-        path = [output]
+    def _visit(self, output: str) -> None:
+        """Checks the output and all nodes upstream over well-formed links, each once; records cycles on the way."""
+        if output in self.checked:
+            return
+        path = {output: None}  # in order, and found at once
         branches = [iter(self._check(output).sources)]
-        while path:
+        while branches:
             via, source = next(branches[-1], ("", None))
             if source is None:
-                path.pop()
+                path.popitem()
                 branches.pop()
-            elif source in path:
-                self._note_cycle([*path[path.index(source) :], source])
-            elif source not in seen:
-                seen.add(source)
-                branches.append(iter(self._check(source, path[-1], via).sources))
-                path.append(source)
+                continue
+            consumer = next(reversed(path))
+            self.consumers[source].append(consumer)
+            if source in path:
+                self._note_cycle(source, path)
+            elif source not in self.checked:
+                branches.append(iter(self._check(source, consumer, via).sources))
+                path[source] = None
+
+    def _downstream(self, node_ids: Iterable[str]) -> set[str]:
+        """These nodes and all that take from them."""
+        seen = set(node_ids)
+        pending = list(seen)
+        while pending:
+            new = set(self.consumers[pending.pop()]) - seen
+            seen |= new
+            pending += new
         return seen
 
-    def _note_cycle(self, path: list[str]) -> None:
-        details = " -> ".join(name_of(self.graph, node_id) for node_id in path)
-        nodes = list(dict.fromkeys(path))
+    def _note_cycle(self, start: str, path: Iterable[str]) -> None:
+        if start in self.cycle_errors:  # the nodes of that cycle are refused already
+            return
+        cycle = list(dropwhile(lambda node_id: node_id != start, path))
+        names = [name_of(self.graph, node_id) for node_id in (*cycle[:_CYCLE_SHOWN], start)]
+        if len(cycle) > _CYCLE_SHOWN:
+            names.insert(-1, f"… {len(cycle) - _CYCLE_SHOWN:,} more …")
+        details, nodes = " -> ".join(names), cycle[:_MOST_FAILING]
         for node_id in nodes:
             extra = {"node_id": node_id, "cycle_nodes": nodes}
             error = _error("dependency_cycle", "Dependency cycle detected", details, **extra)

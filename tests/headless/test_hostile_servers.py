@@ -250,7 +250,7 @@ def test_what_a_server_writes_is_cut_and_escaped(hostile, folders):
         },
         "400 Bad",
     )
-    assert "There are 979 more faults." in refusal(hostile, folders)
+    assert "There are more faults; mend these first." in refusal(hostile, folders)
     hostile.answers["/prompt"] = answer({"prompt_id": "p"})
     data = {
         "node_id": ansi,
