@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and a number and an ending may be added
@@ -60,3 +62,10 @@ def inside(folder: Path, path: str) -> Path | None:
     place = folder / PurePosixPath(path.replace("\\", "/"))
     real = Path(os.path.realpath(place))  # unlike Path.resolve, also of links that lead in a circle
     return place if real.is_relative_to(os.path.realpath(folder)) else None
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """The path itself, then style_00001.safetensors and so on: for `writing.move_to_free`."""
+    yield path
+    for number in itertools.count(1):
+        yield path.with_name(f"{path.stem}_{number:05}{path.suffix}")

@@ -1,14 +1,24 @@
 """Training from a graph: a LoRA, a ControlNet or tokens, by the same runs as `cascade train`."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-from ..cascade_core.errors import CascadeError
+import hashlib
+import json
+import unicodedata
+from dataclasses import asdict, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..cascade_core.errors import CascadeError, quoted
+from ..cascade_core.file_names import LONGEST_NAME, inside, path_fault
 from ..cascade_core.hints.kinds import KINDS
 from .api import io
 from .files import check, file_input, find, stamp
 from .hosts import host
-from .hosts.roles import leaves_folder
+from .training_data import check_links, folder_path, folder_stamp, tar_files
+
+if TYPE_CHECKING:
+    from ..cascade_core.training.settings import Settings
 
 CATEGORY = "Stable Cascade/training"
 SUFFIX = ".safetensors"
@@ -27,8 +37,8 @@ def common_inputs(kind: str) -> list[Any]:
             "pictures",
             default="pictures",
             tooltip=(
-                "A folder of pictures with captions, in the input folder or by path. star.png is described by "
-                "star.txt, one caption a line."
+                "A folder of pictures with captions, in the input folder or where the server's owner allows it. "
+                "star.png is described by star.txt, one caption a line."
             ),
         ),
         file_input("stage_c", "stage_c", "The Stage C that is trained for; its own file stays as it is."),
@@ -96,34 +106,102 @@ def file_output(kind: str, node: str) -> list[Any]:
     ]
 
 
-def train_file(task: Any, role: str, inputs: dict[str, Any], sections: dict[str, Any]) -> io.NodeOutput:
-    """Train, or resume where the run was interrupted; returns the file's name. sections: the task's own settings."""
-    from ..cascade_core.training.run import interrupted, train
-    from ..cascade_core.training.settings import resolve, settings_of
+def node_settings(task: Any, inputs: dict[str, Any], sections: dict[str, Any]) -> Settings:
+    """The settings of a run, typed, its data where the host lets clients read. Raises CascadeError.
 
-    name = checked_name(inputs["name"])
-    run = host().run_folder(f"{task}_{Path(name).stem}")
+    inputs: of the node, those that are known; sections: the task's own settings.
+    """
+    from ..cascade_core.training.settings import settings_of
+
+    def known(*names: str) -> dict[str, Any]:
+        return {name: inputs[name] for name in names if name in inputs}
+
     values: dict[str, Any] = {
-        "models": {model: inputs[model] for model in MODELS},
-        "data": {"folder": str(host().picture_folder(inputs["pictures"]).resolve()), "size": inputs["size"]},
-        "train": {key: inputs[key] for key in ("steps", "batch_size", "learning_rate", "seed")},
-        "output": {"file": str(host().new_file(role, name).resolve()), "folder": str(run)},
+        "models": known(*MODELS),
+        "data": {"folder": str(folder_path(inputs.get("pictures", "."))), **known("size")},
+        "train": known("steps", "batch_size", "learning_rate", "seed"),
+        "output": {"file": ".", "folder": "."},
         **sections,
     }
     for section, more in checked_settings(inputs.get("settings", "")).items():
         mixed = isinstance(more, dict) and isinstance(values.get(section), dict)
         values[section] = {**values[section], **more} if mixed else more
-    resolved = resolve(settings_of(values, task, "settings"), Path.cwd(), find)
-    with host().training() as (report, stop):
-        train(
-            resolved,
+    settings = settings_of(values, task, "settings")
+    tars = tuple(str(host().data_path(pattern)) for pattern in settings.data.tars)
+    return replace(settings, data=replace(settings.data, tars=tars))
+
+
+def train_file(task: Any, role: str, inputs: dict[str, Any], sections: dict[str, Any]) -> io.NodeOutput:
+    """Train, or resume where the run was interrupted; returns the file's name. sections: the task's own settings."""
+    from ..cascade_core.checkpoints.files import check_writable
+    from ..cascade_core.training.run import train
+    from ..cascade_core.training.settings import resolve
+    from ..cascade_core.training.state import STATE
+
+    name, models = file_name(inputs["name"]), host().new_files_folder(role).resolve()
+    file = inside(models, name)
+    if file is None:
+        raise CascadeError(
+            f"name is {quoted(name)}, which leads out of {models} by a link; give another name."
+        )
+    check_writable(file)
+    settings = node_settings(task, inputs, sections)
+    with host().training() as report:
+        check_links(inputs["pictures"])
+        data = replace(settings.data, tars=tar_files(settings.data.tars))
+        settings = replace(settings, data=data, output=replace(settings.output, file=str(file)))
+        settings = in_own_folder(resolve(settings, Path.cwd(), find), name, inputs["pictures"])
+        outcome = train(
+            settings,
             host().notify,
             lambda progress: report(progress.step, progress.steps),
             report,
-            stop,
-            fresh=not interrupted(resolved),
+            host().interrupted,
+            keep_existing=True,
         )
-    return io.NodeOutput(name)
+        if outcome.finished:  # its run goes on no more; the log and the samples stay
+            Path(settings.output.folder or "", STATE).unlink(missing_ok=True)
+    assert outcome.file is not None
+    return io.NodeOutput(outcome.file.relative_to(models).as_posix())
+
+
+def file_name(text: str) -> str:
+    """The new file's name in its one spelling: composed Unicode, `/` between folders, no blanks around, the suffix.
+
+    Raises CascadeError for one that leads out of the models folder, or that some system cannot hold.
+    """
+    plain = unicodedata.normalize("NFC", text[: 20 * LONGEST_NAME]).replace("\\", "/")
+    stem = plain.strip()[: -len(SUFFIX)] if plain.strip().lower().endswith(SUFFIX) else plain
+    parts = [part.strip() for part in stem.split("/")]
+    fault = path_fault("/".join(parts)) or ("names no file" if parts[-1] in ("", ".") else None)
+    if fault:
+        raise CascadeError(f"name is {quoted(text)}, which {fault}; give one such as my_style.")
+    return f"{PurePosixPath(*parts)}{SUFFIX}"
+
+
+def in_own_folder(settings: Settings, name: str, pictures: str) -> Settings:
+    """The settings with a folder that no run but this very one has, and with the latents of all runs in one place.
+
+    So what has begun goes on where everything is as it was, and begins anew, beside it, where anything is not.
+    """
+    runs = host().training_folder().resolve()
+    networks = [Path(path) for path in asdict(settings.models).values() if path]
+    files = [file for path in networks for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    identity = json.dumps(
+        [settings.as_json(), folder_stamp(pictures), stamp([*files, *map(Path, settings.data.tars)])]
+    )
+    digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+    folder = runs / f"{settings.task}_{PurePosixPath(name).stem[:40]}_{digest}"
+    former = host().former_training_folder() / f"{settings.task}_{PurePosixPath(name).stem}"
+    if former.is_dir():
+        host().notify(
+            f"{former} is of an earlier version, and is left as it is; runs are kept in {runs} now."
+        )
+    return replace(
+        settings,
+        data=replace(settings.data, cache=str(runs / "cache")),
+        output=replace(settings.output, folder=str(folder)),
+    )
 
 
 # What the host decides: a graph from elsewhere must not write where it likes.
@@ -141,32 +219,43 @@ def checked_settings(text: str) -> dict[str, Any]:
     return values
 
 
-def checked_name(name: str) -> str:
-    """The name with its suffix. Raises CascadeError for one that would leave the folder."""
-    if leaves_folder(name) or not Path(name).name.strip():
-        raise CascadeError(
-            f"name is {name!r}, which names no file inside the models folder; give one such as my_style."
-        )
-    return name if name.endswith(SUFFIX) else f"{name}{SUFFIX}"
-
-
 class TrainingNode(io.ComfyNode):
-    """Base of the three nodes."""
+    """Base of the three nodes. TASK: of `cascade train`; SECTIONS: settings that stand for the node's own inputs."""
+
+    TASK: ClassVar[str]
+    SECTIONS: ClassVar[dict[str, Any]] = {}
 
     @classmethod
-    def validate_inputs(cls, stage_c=None, text_encoder=None, compressor=None) -> bool | str:
-        chosen = zip(MODELS, (stage_c, text_encoder, compressor), strict=True)
-        answers = [check(role, name) for role, name in chosen]
+    def validate_inputs(
+        cls, name=None, pictures=None, stage_c=None, text_encoder=None, compressor=None, settings=None
+    ) -> bool | str:
+        """What can be known before a graph is queued. None: comes over a link, and is checked later."""
+        from ..cascade_core.training.settings import resolve
+
+        networks = dict(zip(MODELS, (stage_c, text_encoder, compressor), strict=True))
+        inputs = {"pictures": pictures, "settings": settings, **networks}
+        inputs = {key: value for key, value in inputs.items() if value is not None}
+        try:
+            if name is not None:
+                file_name(name)
+            typed = node_settings(cls.TASK, inputs, cls.SECTIONS)
+            if None not in networks.values():
+                resolve(typed, Path.cwd(), find)
+        except CascadeError as error:
+            return str(error)
+        answers = [check(role, file) for role, file in networks.items()]
         return next((answer for answer in answers if answer is not True), True)
 
     @classmethod
     def fingerprint_inputs(cls, pictures: str, **others: Any) -> str:
         """A text that changes when pictures or captions do."""
-        return stamp(sorted(host().picture_folder(pictures).rglob("*")))
+        return folder_stamp(pictures)
 
 
 class CascadeTrainLoRA(TrainingNode):
     """A LoRA from a folder of pictures."""
+
+    TASK = "lora"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -197,6 +286,8 @@ class CascadeTrainLoRA(TrainingNode):
 
 class CascadeTrainControlNet(TrainingNode):
     """A ControlNet from a folder of pictures."""
+
+    TASK = "controlnet"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -229,6 +320,9 @@ class CascadeTrainControlNet(TrainingNode):
 
 class CascadeTrainTokens(TrainingNode):
     """A token from a folder of pictures."""
+
+    TASK = "tokens"
+    SECTIONS: ClassVar[dict[str, Any]] = {"tokens": [{"name": "token"}]}
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -71,12 +71,13 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `Loop.run` did. peak_bytes: of the accelerator's memory, 0 on the CPU."""
+    """What a run did. peak_bytes: of the accelerator's memory, 0 on the CPU; file: what was written in the end."""
 
     step: int
     finished: bool
     seconds: float
     peak_bytes: int
+    file: Path | None = None
 
 
 def step_seed(*numbers: int) -> int:

@@ -14,10 +14,12 @@ from torch import Tensor
 from ..checkpoints import load_model
 from ..engine.graphs import can_capture
 from ..errors import CascadeError, Interrupted
+from ..file_names import numbered
 from ..networks.compressor import SemanticCompressor
 from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
+from ..writing import move_to_free, temporary_file
 from .data.batches import TrainingData, fill_cache
 from .data.cache import fingerprint
 from .data.hints import FindFaces
@@ -28,7 +30,7 @@ from .log import duration
 from .loop import Loop, Outcome, TrainingProgress, build_accelerator
 from .samples import Samples
 from .settings import Settings, TrainSettings
-from .state import STATE, read_state
+from .state import STATE
 from .tasks.conditions import CachedText
 from .tasks.controlnet import ControlNetTask
 from .tasks.finetune import FinetuneTask
@@ -50,9 +52,11 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     fresh: bool = False,
     find_faces: FindFaces | None = None,
+    keep_existing: bool = False,
 ) -> Outcome:
     """Train by resolved settings and write `output.file`; resume from the run's checkpoint unless `fresh`.
 
+    keep_existing: a file of that name is not replaced, and the new one gets a number instead.
     notify: called with sentences for people; report: with the progress; caching: with how many latents are encoded and
     how many there are to encode; stop: asked after each step; find_faces: for the identity hint.
     """
@@ -64,14 +68,19 @@ def train(
     except Interrupted:
         outcome = Outcome(step=0, finished=False, seconds=0.0, peak_bytes=0)
     else:
-        outcome = _run(loop, settings, accelerator, notify, fresh)
+        outcome = _run(loop, settings, accelerator, notify, fresh, keep_existing)
     if not outcome.finished:
         notify("Stopped; the same command goes on from here.")
     return outcome
 
 
 def _run(
-    loop: Loop[StageCTask], settings: Settings, accelerator: Accelerator, notify: Notify, fresh: bool
+    loop: Loop[StageCTask],
+    settings: Settings,
+    accelerator: Accelerator,
+    notify: Notify,
+    fresh: bool,
+    keep_existing: bool,
 ) -> Outcome:
     if fresh and accelerator.is_main_process:
         (loop.folder / STATE).unlink(missing_ok=True)
@@ -83,19 +92,20 @@ def _run(
     memory = f", at most {peak:.1f} GB of the accelerator" if peak else ""
     notify(f"{outcome.step} steps, {duration(outcome.seconds)} this time{memory}.")
     if outcome.finished and accelerator.is_main_process:
-        path = Path(settings.output.file)
-        loop.task.write(loop.state, path, {"trained_steps": str(loop.step)})
+        path = _write(loop, Path(settings.output.file), keep_existing)
         notify(f"Wrote {path}.")
+        outcome = replace(outcome, file=path)
     return outcome
 
 
-def interrupted(settings: Settings) -> bool:
-    """Whether a run of these very settings has begun and not ended."""
-    path = Path(settings.output.folder or "") / STATE
-    if not path.exists():
-        return False
-    _, metadata = read_state(path)
-    return settings.equals_json(metadata.get("settings", "")) and int(metadata["step"]) < settings.train.steps
+def _write(loop: Loop[StageCTask], path: Path, keep_existing: bool) -> Path:
+    metadata = {"trained_steps": str(loop.step)}
+    if not keep_existing:
+        loop.task.write(loop.state, path, metadata)
+        return path
+    with temporary_file(path.parent) as temporary:
+        loop.task.write(loop.state, temporary, metadata)
+        return move_to_free(temporary, numbered(path))
 
 
 def prepare(

@@ -130,22 +130,33 @@ class Host(Protocol):
         """Sends the user a message about the running node, beside its progress."""
         ...
 
-    def picture_folder(self, name: str) -> Path:
-        """Folder of training pictures, by its name in the input folder or by path."""
+    def data_path(self, name: str) -> Path:
+        """Path of a file or folder of training data, by its name in the input folder or by path.
+
+        Raises CascadeError, whatever is there, for what a client of the host must not read.
+        """
         ...
 
-    def new_file(self, role: str, name: str) -> Path:
-        """Path of a new file of that role, which its loader finds under its name."""
+    def new_files_folder(self, role: str) -> Path:
+        """Folder of new files of that role, in which its loader finds them."""
         ...
 
-    def run_folder(self, name: str) -> Path:
-        """Folder of a training run's checkpoint, log and samples."""
+    def training_folder(self) -> Path:
+        """Folder of the runs' checkpoints, logs, samples and latents, from which clients are served nothing."""
         ...
 
-    def training(self) -> AbstractContextManager[tuple[Callable[[int, int], None], Callable[[], bool]]]:
-        """Yields (report, stop) of a run: report(step, steps) moves the node's bar, stop() is whether it should end.
+    def former_training_folder(self) -> Path:
+        """Where earlier versions kept a run by its task and name alone."""
+        ...
 
-        Gradients are enabled inside the block. A run that was asked to end ends the graph after the block.
+    def interrupted(self) -> bool:
+        """Whether what runs was asked to stop."""
+        ...
+
+    def training(self) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Yields report of a run: report(step, steps) moves the node's bar.
+
+        Gradients are enabled inside the block. A run that was asked to stop ends the graph after the block.
         """
         ...
 

@@ -110,8 +110,9 @@ CHECKOUTS = find_checkouts()
 class Server:
     """ComfyUI as a subprocess with folders of its own, in which this pack is the only one.
 
-    base: a folder, empty but for what shall be in `models` and `custom_nodes`; flags: further ones of ComfyUI's
-    command line; cpu: without a graphics card, and with permissions that hold for it as for any user.
+    base: a folder, empty but for what shall be in `models`, `custom_nodes` and `packages`, where Python looks for more
+    packages; flags: further ones of ComfyUI's command line; cpu: without a graphics card, and with permissions that
+    hold for it as for any user.
     """
 
     def __init__(self, checkout: Checkout, base: Path, *flags: str, cpu: bool = True):
@@ -132,7 +133,7 @@ class Server:
             self.process = subprocess.Popen(
                 command,
                 cwd=checkout.path,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(base / "packages")},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 preexec_fn=respect_permissions if cpu else None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,11 +66,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def prepare(base: Path) -> Path:
-    """A folder for a server: with a tiny cascade, the pictures of the examples, and the tests' own nodes as a pack."""
+    """A folder for a server, with a tiny cascade and the pictures of the examples.
+
+    The tests' own nodes are a pack in it, and training's accelerate is at hand.
+    """
     write_cascade(base / "models")
     shutil.copytree(EXAMPLE_PICTURES, base / "input")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "cascade-tests").symlink_to(TEST_NODES)
+    (base / "packages").mkdir()
+    for path in (
+        Path(accelerate.__file__).parents[1].glob("accelerate*")
+    ):  # it needs nothing that ComfyUI has not
+        (base / "packages" / path.name).symlink_to(path)
     return base
 
 

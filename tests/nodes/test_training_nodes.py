@@ -1,6 +1,7 @@
 """Training nodes on the tiny cascade: the file that comes is the one that their loaders list."""
 
 import os
+import unicodedata
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from cascade_nodes.cascade_core.errors import Interrupted
 from cascade_nodes.nodes.hosts.reporting import reporting_to
 from cascade_nodes.nodes.loaders import CascadeControlNetLoader, StageCLoader
 from cascade_nodes.nodes.lora import CascadeLoRAApply
-from cascade_nodes.nodes.training import CascadeTrainControlNet, CascadeTrainLoRA, CascadeTrainTokens
+from cascade_nodes.nodes.training import (
+    CascadeTrainControlNet,
+    CascadeTrainLoRA,
+    CascadeTrainTokens,
+    file_name,
+)
 from cascade_nodes.tests.core.training_runs import write_world
 
 GIVEN = {
@@ -80,7 +86,9 @@ def test_a_lora_is_trained_and_found_by_its_node(world):
     assert {change.rank for change in adapter.stage_c.values()} == {4}
     model = StageCLoader.execute("tiny_stage_c.safetensors", "auto")[0]
     CascadeLoRAApply.execute(model, name, 1.0, 0.0)
-    assert (world / "output" / "training" / "lora_style" / "log.jsonl").is_file()
+    (run,) = (world / "output" / "training").glob("lora_style_*")
+    assert (run / "log.jsonl").is_file()
+    assert not (run / "state.safetensors").exists()  # a finished run goes on no more
 
 
 def test_an_interrupted_run_goes_on(world):
@@ -96,9 +104,32 @@ def test_an_interrupted_run_goes_on(world):
     )
     assert all(torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
 
-    watcher = Watcher()  # other settings begin anew
-    execute(CascadeTrainLoRA, watcher, rank=2)
+    watcher = Watcher()  # other settings begin anew, and their file takes nobody's place
+    assert execute(CascadeTrainLoRA, watcher, rank=2) == "style_00001.safetensors"
     assert [step for step in watcher.steps if step[1] == 5] == [(i, 5) for i in range(1, 6)]
+
+
+def states(world):
+    return sorted((world / "output" / "training").glob("*/state.safetensors"))
+
+
+def test_no_run_touches_another(world):
+    """Neither one of a name that is like it, nor one of the same name with other settings or pictures."""
+    with pytest.raises(Interrupted):
+        execute(CascadeTrainLoRA, Watcher(last=3), rank=2, name="sub/a")
+    (state,) = states(world)
+    (world / "input" / "others").mkdir()
+    for file in (world / "input" / "pictures").iterdir():
+        (world / "input" / "others" / file.name).symlink_to(file.resolve())
+    for changes in ({"name": "sub_a"}, {"name": "a"}, {"name": "sub/A"}, {"seed": 4}, {"pictures": "others"}):
+        with pytest.raises(Interrupted):
+            execute(CascadeTrainLoRA, Watcher(last=3), rank=2, **{"name": "sub/a", **changes})
+    assert len(states(world)) == 6
+    watcher = Watcher()
+    assert execute(CascadeTrainLoRA, watcher, rank=2, name="./sub/a .safetensors") == "sub/a.safetensors"
+    assert [step for step in watcher.steps if step[1] == 5] == [(4, 5), (5, 5)]
+    assert len(states(world)) == 5
+    assert state not in states(world)
 
 
 def test_a_controlnet_is_trained_and_loaded(world):
@@ -116,9 +147,11 @@ def test_a_token_is_trained(world):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"name": "../style"}, "name is '../style', which names no file inside the models folder"),
+        ({"name": "../style"}, "name is '../style', which leads out of the folder"),
         ({"name": ""}, "name is '', which names no file"),
-        ({"pictures": "none"}, "none does not exist; give a folder of pictures"),
+        ({"pictures": "x" * 5000}, "does not exist; give a folder of pictures"),
+        ({"pictures": "a\0b"}, "'a\\x00b' does not exist; give a folder of pictures"),
+        ({"pictures": "none"}, "'none' does not exist; give a folder of pictures"),
         ({"settings": "output: {file: /tmp/x}"}, "output.file is decided by the node's other inputs"),
         ({"settings": "train: {stpes: 3}"}, "settings: train: 'stpes' is not a setting; did you mean steps?"),
         ({"settings": "[1"}, "settings is no YAML"),
@@ -129,6 +162,29 @@ def test_what_is_wrong_is_named(world, changes, sentence):
     with pytest.raises(CascadeError) as error:
         execute(CascadeTrainLoRA, Watcher(), rank=4, **changes)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["が/a", "が/a ", "./が/a", "が\\a", "が//a", "が/a.SAFETENSORS", unicodedata.normalize("NFD", "が/a")],
+)
+def test_spellings_of_a_name_are_one(spelling):
+    assert file_name(spelling) == "が/a.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", " ", ".", "..", "../a", "a/../b", "/a", "\\a", "a/", "a/.", ".a", "a.", "sub/.a", "..\\a", "a\0b", "a\nb",
+        "a\x1b[31m",
+        "a\ud800", "a\u202eb", "nul", "CON.txt", "sub/com1", "a" * 201, "あ" * 70, "a" * 10_000_000, ".safetensors",
+    ],
+)  # fmt: skip
+def test_what_names_no_new_file_is_refused_in_a_short_sentence(name):
+    with pytest.raises(CascadeError) as error:
+        file_name(name)
+    assert len(str(error.value)) < 300
+    assert str(error.value).isprintable()
 
 
 def test_files_are_checked_before_the_graph_runs(world):

@@ -5,19 +5,21 @@ versions differ, the code tests for features, not for version numbers.
 """
 
 from .adapters import stage_c_config, text_network, with_adapter
+from .client_files import data_path, former_training_folder, training_folder
 from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, list_files
 from .model import describe_network, load_network
 from .progress import notify
 from .sampling import sample, with_guidance
-from .training import new_file, picture_folder, run_folder, training
+from .training import interrupted, new_files_folder, training
 from .vae import decode_latent, describe_vae, encode_pixels, load_compressor, load_stage_a
 from .vision import encode_image, load_vision
 from .weights import first_non_finite
 
 __all__ = [
     "apply_controlnet",
+    "data_path",
     "decode_latent",
     "describe_controlnet",
     "describe_network",
@@ -27,6 +29,8 @@ __all__ = [
     "encode_text",
     "find_file",
     "first_non_finite",
+    "former_training_folder",
+    "interrupted",
     "list_files",
     "load_compressor",
     "load_controlnet",
@@ -34,14 +38,13 @@ __all__ = [
     "load_stage_a",
     "load_text_encoder",
     "load_vision",
-    "new_file",
+    "new_files_folder",
     "notify",
-    "picture_folder",
-    "run_folder",
     "sample",
     "stage_c_config",
     "text_network",
     "training",
+    "training_folder",
     "with_adapter",
     "with_guidance",
 ]

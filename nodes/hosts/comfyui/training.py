@@ -10,28 +10,23 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ....cascade_core.errors import Interrupted
 from .. import roles
 
 
-def picture_folder(name: str) -> Path:
-    """Folder of training pictures: in ComfyUI's input folder, or any path."""
-    inside = Path(folder_paths.get_input_directory()) / name
-    return inside if inside.is_dir() else Path(name)
+def new_files_folder(role: str) -> Path:
+    """Folder of new files of that role, in which its loader finds them."""
+    return Path(folder_paths.get_folder_paths(roles.FOLDERS[role][0])[0])
 
 
-def new_file(role: str, name: str) -> Path:
-    """Path of a new file of that role, which its loader finds under its name."""
-    return Path(folder_paths.get_folder_paths(roles.FOLDERS[role][0])[0]) / name
-
-
-def run_folder(name: str) -> Path:
-    """Folder of a run's checkpoint, log and samples."""
-    return Path(folder_paths.get_output_directory()) / "training" / name
+def interrupted() -> bool:
+    """Whether the user asks the running prompt to end."""
+    return comfy.model_management.processing_interrupted()
 
 
 @contextmanager
-def training() -> Iterator[tuple[Callable[[int, int], None], Callable[[], bool]]]:
-    """Yields (report, stop) of a run, after ComfyUI's models have left the accelerator's memory."""
+def training() -> Iterator[Callable[[int, int], None]]:
+    """Yields report of a run, after ComfyUI's models have left the accelerator's memory."""
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     bars: dict[int, comfy.utils.ProgressBar] = {}
@@ -41,6 +36,9 @@ def training() -> Iterator[tuple[Callable[[int, int], None], Callable[[], bool]]
             bars[steps] = comfy.utils.ProgressBar(steps)
         bars[steps].update_absolute(step, steps)
 
-    with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs nodes without gradients
-        yield report, comfy.model_management.processing_interrupted
+    try:
+        with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs nodes without gradients
+            yield report
+    except Interrupted:
+        pass
     comfy.model_management.throw_exception_if_processing_interrupted()

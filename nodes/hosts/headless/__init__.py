@@ -10,13 +10,21 @@ from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, list_files
 from .model import describe_network, load_network
 from .sampling import sample, with_guidance
-from .training import new_file, picture_folder, run_folder, training
+from .training import (
+    data_path,
+    former_training_folder,
+    interrupted,
+    new_files_folder,
+    training,
+    training_folder,
+)
 from .vae import decode_latent, describe_vae, encode_pixels, load_compressor, load_stage_a
 from .vision import encode_image, load_vision
 from .weights import first_non_finite
 
 __all__ = [
     "apply_controlnet",
+    "data_path",
     "decode_latent",
     "describe_controlnet",
     "describe_network",
@@ -26,6 +34,8 @@ __all__ = [
     "encode_text",
     "find_file",
     "first_non_finite",
+    "former_training_folder",
+    "interrupted",
     "list_files",
     "load_compressor",
     "load_controlnet",
@@ -33,14 +43,13 @@ __all__ = [
     "load_stage_a",
     "load_text_encoder",
     "load_vision",
-    "new_file",
+    "new_files_folder",
     "notify",
-    "picture_folder",
-    "run_folder",
     "sample",
     "stage_c_config",
     "text_network",
     "training",
+    "training_folder",
     "with_adapter",
     "with_guidance",
 ]

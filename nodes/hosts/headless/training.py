@@ -1,5 +1,6 @@
 """Where training reads and writes without ComfyUI, and how it is watched."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,36 +13,39 @@ from ..reporting import check_interrupted, report
 from .folders import roots
 
 
-def picture_folder(name: str) -> Path:
-    """A folder of training pictures: in ./input, or any path."""
+def data_path(name: str) -> Path:
+    """Path of training data: in ./input, or any path, as who runs a graph here is the owner of the files."""
     inside = Path("input") / name
-    return inside if inside.is_dir() else Path(name)
+    return inside if os.path.exists(inside) else Path(name).expanduser()
 
 
-def new_file(role: str, name: str) -> Path:
-    """Where a new file of that role goes, to be found by its loader under its name."""
-    return roots()[0] / roles.subfolders(roles.FOLDERS[role][0])[0] / name
+def new_files_folder(role: str) -> Path:
+    """Folder of new files of that role, in which its loader finds them."""
+    return roots()[0] / roles.subfolders(roles.FOLDERS[role][0])[0]
 
 
-def run_folder(name: str) -> Path:
-    """Where a run keeps its checkpoint, log and samples."""
-    return Path("output") / "training" / name
+def training_folder() -> Path:
+    """Folder of the runs' checkpoints, logs, samples and latents."""
+    return Path("output") / "training"
 
 
-@contextmanager
-def training() -> Iterator[tuple[Callable[[int, int], None], Callable[[], bool]]]:
-    """(report, stop) of a run: report(step, steps) moves the node's bar, stop() says whether it should end.
-
-    A run that was asked to end ends the graph after the block.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        yield report, _asked
-    check_interrupted()
+def former_training_folder() -> Path:
+    """Where earlier versions kept a run by its task and name alone."""
+    return training_folder()
 
 
-def _asked() -> bool:
+def interrupted() -> bool:
+    """Whether the run was asked to stop."""
     try:
         check_interrupted()
     except Interrupted:
         return True
     return False
+
+
+@contextmanager
+def training() -> Iterator[Callable[[int, int], None]]:
+    """Yields report of a run. One that was asked to end ends the graph after the block."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield report
+    check_interrupted()

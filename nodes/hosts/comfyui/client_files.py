@@ -1,0 +1,83 @@
+# pyright: reportMissingImports=false
+"""What clients of the server may read and write by training: they may be strangers to its owner.
+
+Pictures come from ComfyUI's input folder and from folders that the owner lists in `cascade_nodes.yaml`, in ComfyUI's
+user folder. Runs are kept beside it, in a folder that no route of ComfyUI serves: names with two underscores are no
+user's.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import folder_paths
+
+from ....cascade_core.errors import CascadeError, quoted
+
+OWN_FOLDER = "__cascade_nodes"
+SETTINGS = "cascade_nodes.yaml"
+KEY = "picture_folders"
+
+
+@dataclass(frozen=True)
+class OwnerSettings:
+    """The owner's file."""
+
+    picture_folders: tuple[str, ...] = ()
+
+
+def data_path(name: str) -> Path:
+    """Path of a file or folder of training data. Raises CascadeError, whatever is there, for one outside.
+
+    A path is compared as it is written first: what lies outside is not even looked at.
+    """
+    root = Path(folder_paths.get_input_directory())
+    path = Path(os.path.normpath(root / name))
+    if _inside(path, [root]) or _inside(path, _owner_folders()):
+        return path
+    line = f"{KEY}: [{json.dumps(str(path)[:1000], ensure_ascii=False)}]"
+    raise CascadeError(
+        f"{quoted(name)} is not in ComfyUI's input folder, outside of which clients read nothing; put the pictures "
+        f"there, or let the owner of the server write the line {line} into {_settings_file()}."
+    )
+
+
+def _inside(path: Path, folders: list[Path]) -> bool:
+    """Whether a path leads into one of the folders, by how it is written and by where its links lead."""
+    try:
+        real = {folder: Path(os.path.realpath(folder)) for folder in folders}
+        return any(map(path.is_relative_to, [*real, *real.values()])) and any(
+            map(Path(os.path.realpath(path)).is_relative_to, real.values())
+        )
+    except ValueError:  # NUL or half a character
+        return False
+
+
+def training_folder() -> Path:
+    """Folder of the runs' checkpoints, logs, samples and latents."""
+    return Path(folder_paths.get_user_directory()) / OWN_FOLDER / "training"
+
+
+def former_training_folder() -> Path:
+    """Where earlier versions kept a run by its task and name alone."""
+    return Path(folder_paths.get_output_directory()) / "training"
+
+
+def _settings_file() -> Path:
+    return Path(folder_paths.get_user_directory()) / SETTINGS
+
+
+def _owner_folders() -> list[Path]:
+    from ....cascade_core.training.typed_yaml import build, read_yaml
+
+    path = _settings_file()
+    if not path.exists():
+        return []
+    try:
+        settings = build(OwnerSettings, read_yaml(path))
+    except CascadeError as error:
+        logging.warning("Stable Cascade: %s", error)  # what stands in the file is not for clients
+        raise CascadeError(f"{path} cannot be used; the server's log says why.") from None
+    return [Path(os.path.normpath(path.parent / folder)) for folder in settings.picture_folders]
