@@ -24,6 +24,19 @@ def files_limited_to(size: int) -> Iterator[None]:
 
 
 @contextmanager
+def memory_limited_to(size: int) -> Iterator[None]:
+    """The process gets no more than `size` bytes beyond what it has mapped."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", encoding="ascii") as stream:
+        mapped = int(stream.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
 def permissions_respected() -> Iterator[None]:
     """Permissions hold for this thread even where root, to whom they do not apply, runs the tests."""
     if os.geteuid() != 0:

@@ -1,12 +1,13 @@
 """Checkpoint files: what they hold, how their names map to ours, and how they are read and written."""
 
 from .attention import fuse_attention, split_attention
-from .files import read_header, read_safetensors, write_safetensors
+from .files import read_header, read_json, read_safetensors, write_safetensors
 from .layouts import LAYOUTS, Layout, parts_in
 from .load import (
     KIND_NAMES,
     NETWORKS,
     PART_NAMES,
+    check_weights,
     converted,
     describe,
     first_non_finite,
@@ -23,6 +24,7 @@ __all__ = [
     "NETWORKS",
     "PART_NAMES",
     "Layout",
+    "check_weights",
     "converted",
     "describe",
     "first_non_finite",
@@ -35,6 +37,7 @@ __all__ = [
     "networks_in",
     "parts_in",
     "read_header",
+    "read_json",
     "read_safetensors",
     "read_weights",
     "split_attention",

@@ -2,7 +2,8 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable
+from ..reading import open_regular
 from ..writing import check_file, replacing
 
 # safetensors' names of dtypes, in the order in which it writes their tensors: the widest first, so all are aligned.
@@ -33,7 +35,12 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # the format's own limit
+# What networks can be cast from.
+FLOATING = tuple(dtype for dtype in _DTYPES.values() if dtype.is_floating_point)
+# A published file's header takes less than a megabyte, a LoRA's with its trainer's notes a few. The format allows
+# 100 MB, which would take gigabytes to read.
+MAX_HEADER = 25_000_000
+MAX_NAME = 1000  # characters of a tensor's name; names are compared with many patterns
 
 # What is often found in place of a safetensors file, by its first bytes.
 _FOREIGN = (
@@ -56,18 +63,46 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     Raises CascadeError for a missing, unreadable, truncated, damaged or foreign file. A pickle is never
     unpickled.
     """
-    path = Path(path)
+    with _refusals(Path(path)), safe_open(path, framework="pt", device="cpu") as file:
+        metadata = file.metadata() or {}
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Checks a file's header first; turns what the parser raises inside the block into a CascadeError."""
     try:
         _check_header(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        yield
     except OSError as error:
         reason = error.strerror or error
         raise CascadeError(f"{path} cannot be read ({reason}); make it readable or choose another.") from None
     except SafetensorError as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
+        reason = printable(str(error).removeprefix("Error while deserializing header: "))
         raise CascadeError(f"{path} is a damaged safetensors file ({reason}); download it again.") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The table in a JSON file that lies beside weights, such as their config or an index of shards.
+
+    Raises CascadeError where there is none, or one of more than MAX_HEADER bytes.
+    """
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_HEADER + 1)
+        table = json.loads(text) if len(text) <= MAX_HEADER else None
+    except OSError as error:
+        reason = error.strerror or error
+        raise CascadeError(
+            f"{path} cannot be read ({reason}); make it readable, or download it again."
+        ) from None
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise CascadeError(
+            f"{path} is not JSON with a table of names and values, of at most {MAX_HEADER} bytes; download it again."
+        )
+    return table
 
 
 class Header(NamedTuple):
@@ -83,13 +118,9 @@ def read_header(path: str | Path) -> Header:
 
     Raises CascadeError as `read_safetensors` does.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError):
-        read_safetensors(path)  # raises, naming what is wrong
-        raise
+    with _refusals(Path(path)), safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
     dtypes = {name: entry.get_dtype() for name, entry in slices.items()}
     tensors = {
         name: torch.empty(entry.get_shape(), dtype=_DTYPES.get(dtypes[name], torch.uint8), device="meta")
@@ -109,7 +140,7 @@ def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         length = _header_length(path, file, size)
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unambiguous)
         except (ValueError, RecursionError):
             raise CascadeError(
                 f"{path} is no safetensors file: its header is no JSON; choose another, or download it again."
@@ -117,6 +148,16 @@ def _check_header(path: Path) -> None:
     expected = 8 + length + _last_offset(header)
     if size < expected:
         raise CascadeError(f"{path} is truncated: {size} of {expected} bytes are there; download it again.")
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of the header. Of two entries of one name, one reader takes the one and another the other."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise SafetensorError("a name in its header stands twice")
+    if any(len(name) > MAX_NAME for name in table):
+        raise SafetensorError(f"a name in its header has more than {MAX_NAME} characters")
+    return table
 
 
 def _header_length(path: Path, file: BinaryIO, size: int) -> int:
@@ -133,9 +174,9 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
             "again."
         )
     (length,) = struct.unpack("<Q", start[:8])
-    if length > _MAX_HEADER:
+    if length > MAX_HEADER:
         raise CascadeError(
-            f"{path} is no safetensors file: its header claims {length} bytes, but {_MAX_HEADER} at most are "
+            f"{path} is no safetensors file: its header claims {length} bytes, but {MAX_HEADER} at most are "
             "allowed; download it again."
         )
     if length > size - 8:

@@ -56,7 +56,8 @@ class Layout:
         for name, tensor in tensors.items():
             published = self.published_name(name)
             if published is not None:
-                renamed[published] = tensor.T if published in self.transposed else tensor
+                turned = published in self.transposed and tensor.ndim == 2
+                renamed[published] = tensor.T if turned else tensor
         return renamed
 
     def from_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable
 from ..networks.compressor import SemanticCompressor
 from ..networks.controlnet import ControlNet
 from ..networks.inference import infer_config
@@ -18,7 +18,7 @@ from ..networks.stage_a import StageA
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from .attention import split_attention
-from .files import read_safetensors
+from .files import FLOATING, read_safetensors
 from .foreign import foreign_name
 from .layouts import parts_in
 from .pages import forget_pages, mapped_files
@@ -54,11 +54,20 @@ def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Raises CascadeError with the first missing, unexpected, misshapen and mistyped names.
     """
     weights = split_attention(state_dict)
+    check_weights(model, weights)
+    on_meta = any(tensor.is_meta for tensor in model.state_dict().values())
+    model.load_state_dict(weights, strict=True, assign=on_meta)
+    return model
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises CascadeError unless the weights, of split attention, have a network's names, shapes and types."""
     parameters = model.state_dict()
     pairs = [(name, tensor, parameters[name]) for name, tensor in weights.items() if name in parameters]
     problems = {
         "missing": [name for name in parameters if name not in weights],
         "unexpected": [name for name in weights if name not in parameters],
+        "empty": [name for name, tensor, _ in pairs if tensor.numel() == 0],
         "of another shape": [
             f"{name} {tuple(tensor.shape)} instead of {tuple(parameter.shape)}"
             for name, tensor, parameter in pairs
@@ -67,11 +76,11 @@ def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         "of another type": [
             f"{name} {tensor.dtype} instead of floating point"
             for name, tensor, parameter in pairs
-            if parameter.is_floating_point() and not tensor.is_floating_point()
+            if parameter.is_floating_point() and tensor.dtype not in FLOATING
         ],
     }
     listed = [
-        f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} {problem} ({', '.join(map(printable, names[:3]))}{', …' if len(names) > 3 else ''})"
         for problem, names in problems.items()
         if names
     ]
@@ -80,9 +89,6 @@ def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
             f"The weights do not fit {type(model).__name__}: {'; '.join(listed)}; choose a whole file of "
             "this network and size."
         )
-    on_meta = any(tensor.is_meta for tensor in parameters.values())
-    model.load_state_dict(weights, strict=True, assign=on_meta)
-    return model
 
 
 def load_model(
@@ -102,12 +108,14 @@ def load_model(
     """
     weights, metadata = read_weights(path, expect) if expect else read_safetensors(path)
     kind, config = identify(path, weights, metadata, expect)
-    if read_ahead:
-        _read_ahead(weights.values())
-    if dtype is not None or torch.device(device).type != "cpu":
-        weights = converted(weights, dtype, device)
     try:
         model = _build_on_meta(kind, config, operations)
+        weights = split_attention(weights)
+        check_weights(model, weights)  # before anything of the file is read
+        if read_ahead:
+            _read_ahead(weights.values())
+        if dtype is not None or torch.device(device).type != "cpu":
+            weights = converted(weights, dtype, device)
         load_published_state_dict(model, weights)
     except CascadeError as error:
         raise CascadeError(f"{Path(path).name}: {error}") from error.__cause__
@@ -207,7 +215,7 @@ def _build_on_meta(kind: str, config: Mapping[str, Any], operations: Any) -> nn.
     except CascadeError:
         raise
     except Exception as error:  # a config of the wrong types fails in many ways
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error)[:200].split())
         raise CascadeError(
             f"no {KIND_NAMES[kind]} can be built from the config in its metadata ({reason}); download it "
             "again."

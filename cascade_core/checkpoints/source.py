@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError
-from .files import read_header, read_safetensors
+from ..errors import CascadeError, printable
+from .files import FLOATING, read_header, read_safetensors
 from .layouts import parts_in
 
 # Where diffusers' folders keep each network, in the order to look.
@@ -38,7 +38,7 @@ def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[s
         return tensors, metadata
     if len(parts) > 1:  # a config in the metadata would be of the file's only network
         metadata = {name: text for name, text in metadata.items() if name != "config"}
-    return _unscaled(parts[part].to_published(tensors)), metadata
+    return _unscaled(Path(path), parts[part].to_published(tensors)), metadata
 
 
 def networks_in(path: str | Path) -> set[str]:
@@ -129,8 +129,12 @@ def _read_shards(index: Path, read: Callable[[Path], tuple]) -> tuple[dict[str, 
     return {name: shards[file][name] for name, file in places.items()}, {}
 
 
-def _unscaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Multiplies fp8 weights by their scale (`….scale_weight`), to bf16; leaves everything else unchanged."""
+def _unscaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Multiplies fp8 weights by their scale (`….scale_weight`), to bf16; leaves everything else unchanged.
+
+    Raises CascadeError for a scale that would change its weight's shape: a product of a row and a column is as large
+    as a file claims, not as it is.
+    """
     scales = {name.removesuffix("scale_weight"): tensor for name, tensor in tensors.items()
               if name.endswith(".scale_weight")}  # fmt: skip
     unscaled = {}
@@ -138,5 +142,21 @@ def _unscaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith((".scale_weight", ".scale_input")) or name == "scaled_fp8":
             continue
         scale = scales.get(name.removesuffix("weight")) if name.endswith(".weight") else None
-        unscaled[name] = tensor if scale is None else (tensor.float() * scale.float()).to(torch.bfloat16)
+        if scale is None:
+            unscaled[name] = tensor
+            continue
+        floating = scale.dtype in FLOATING and tensor.dtype in FLOATING
+        if not (floating and _broadcasts(scale, tensor) and scale.float().isfinite().all()):
+            raise CascadeError(
+                f"{file.name}: {printable(name)} has a scale_weight that does not fit it ({tuple(scale.shape)} for "
+                f"{tuple(tensor.shape)}, expected finite numbers, one or one a row); download the file again."
+            )
+        unscaled[name] = (tensor.float() * scale.float()).to(torch.bfloat16)
     return unscaled
+
+
+def _broadcasts(scale: Tensor, weight: Tensor) -> bool:
+    try:
+        return torch.broadcast_shapes(scale.shape, weight.shape) == weight.shape
+    except RuntimeError:
+        return False

@@ -5,30 +5,63 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from types import UnionType
+from typing import Any, NamedTuple, Self, get_args, get_origin, get_type_hints
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable, quoted
 from ..geometry import COMPRESSOR_STRIDE
 
 PUBLISHED_HEAD_WIDTH = 64
 
 
+LARGEST = 2**31  # of any number in a configuration
+MOST_BLOCKS = 1000  # residual blocks of a Stage C that a ControlNet can number; the published ones have 64
+
+
 class NetworkConfig:
-    """Base of all configurations: made from a dict, with unknown names refused."""
+    """Base of all configurations: made from a dict, with unknown names and values of other types refused."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(config) - names)
+        defaults = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(config) - set(defaults))
         if unknown:
             raise CascadeError(
-                f"{cls.__name__} does not know {', '.join(unknown)}; it takes {', '.join(sorted(names))}."
+                f"{cls.__name__} does not know {', '.join(map(printable, unknown[:3]))}; it takes "
+                f"{', '.join(sorted(defaults))}."
             )
-        return cls(**{name: _frozen(value) for name, value in config.items()})
+        values = {name: _frozen(value) for name, value in config.items()}
+        for name, hint in get_type_hints(cls).items():
+            if name in values and not _is_of(values[name], hint):
+                raise CascadeError(
+                    f"{cls.__name__}'s {name} is {quoted(config[name])}, but a value such as "
+                    f"{quoted(defaults[name])} is expected; correct the config."
+                )
+        return cls(**values)
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks that the network is built of, each of which has tensors."""
+        return 0
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
+def _frozen(value: Any, depth: int = 3) -> Any:
+    """Lists as tuples, as deep as configurations have them."""
+    listed = depth and isinstance(value, list | tuple)
+    return tuple(_frozen(item, depth - 1) for item in value) if listed else value
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type: a bool is not a number, and numbers are of a size that a network has."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is UnionType:
+        return any(_is_of(value, either) for either in get_args(hint))
+    if hint is EfficientNetStage:  # `stage_table` reads it
+        return isinstance(value, tuple)
+    if hint in (int, float):
+        return type(value) in {int, hint} and -1 <= value < LARGEST  # which NaN is not
+    return isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -58,7 +91,8 @@ class UNetConfig(NetworkConfig):
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """As published: one `dropout` or `self_attn` serves all levels, and `block_repeat` may be None."""
         full = {"self_attn": True, **config}
-        levels = len(full.get("c_hidden", cls.c_hidden))
+        widths = full.get("c_hidden", cls.c_hidden)
+        levels = len(widths) if isinstance(widths, list | tuple) else 1
         for name in ("dropout", "self_attn"):
             if name in full and not isinstance(full[name], list | tuple):
                 full[name] = [full[name]] * levels
@@ -71,19 +105,33 @@ class UNetConfig(NetworkConfig):
         for name in ("nhead", "level_config", "dropout", "self_attn"):
             self._expect_levels(name, getattr(self, name), levels)
         for name in ("blocks", "block_repeat"):
+            if len(getattr(self, name)) != 2:
+                raise CascadeError(
+                    f"{name} is {quoted(getattr(self, name))}, but [down, up] is expected; correct the config."
+                )
             for direction in getattr(self, name):
                 self._expect_levels(name, direction, levels)
         for level, kinds in enumerate(self.level_config):
             if set(kinds) - set("CTAF"):
                 raise CascadeError(
-                    f"level_config[{level}] is {kinds!r}, but a level is made of C (ResBlock), T (TimestepBlock), "
-                    "A (AttnBlock) and F (FeedForwardBlock)."
+                    f"level_config[{level}] is {quoted(kinds)}, but a level is made of C (ResBlock), "
+                    "T (TimestepBlock), A (AttnBlock) and F (FeedForwardBlock)."
                 )
             if "A" in kinds and (self.nhead[level] < 1 or self.c_hidden[level] % self.nhead[level]):
                 raise CascadeError(
                     f"nhead[{level}] is {self.nhead[level]}, which does not divide c_hidden[{level}] "
                     f"= {self.c_hidden[level]}."
                 )
+
+    @property
+    def block_count(self) -> int:
+        count = len(self.c_hidden)
+        for blocks, repeats, level_config in zip(
+            self.blocks, self.block_repeat, (self.level_config, self.level_config[::-1]), strict=True
+        ):
+            for kinds, number, repeat in zip(level_config, blocks, repeats, strict=True):
+                count += max(number, 0) * (len(kinds) + kinds.count("T") * len(self.t_conds)) + repeat
+        return count
 
     @staticmethod
     def _expect_levels(name: str, value: tuple, levels: int) -> None:
@@ -157,6 +205,17 @@ class StageAConfig(NetworkConfig):
     codebook_size: int = 8192
     scale_factor: float = 0.43
 
+    def __post_init__(self) -> None:
+        if not self.scale_factor > 0:
+            raise CascadeError(
+                f"Stage A's scale_factor is {self.scale_factor}, but a number above 0 is expected, as published "
+                "0.43; correct the config."
+            )
+
+    @property
+    def block_count(self) -> int:
+        return self.levels + self.bottleneck_blocks
+
 
 @dataclass(frozen=True)
 class PreviewerConfig(NetworkConfig):
@@ -200,10 +259,10 @@ def stage_table(rows: Sequence[Sequence[Any]]) -> tuple[EfficientNetStage, ...]:
 
 def _stage(number: int, row: Sequence[Any]) -> EfficientNetStage:
     full = [*row[:2], 3, *row[2:]] if len(row) == 5 else list(row)
-    sizes_ok = len(full) == 6 and all(isinstance(size, int) and size > 0 for size in full[1:])
+    sizes_ok = len(full) == 6 and all(_is_of(size, int) and size > 0 for size in full[1:])
     if not sizes_ok or full[0] not in ("fused", "mbconv"):
         raise CascadeError(
-            f"EfficientNet stage {number} is {list(row)!r}, expected [kind, expand, kernel, stride, c_out, "
+            f"EfficientNet stage {number} is {quoted(list(row))}, expected [kind, expand, kernel, stride, c_out, "
             'layers] with kind "fused" or "mbconv" and positive integers (the kernel may be left out); '
             "correct the config."
         )
@@ -226,6 +285,10 @@ class CompressorConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", stage_table(self.stages))
+
+    @property
+    def block_count(self) -> int:
+        return sum(stage.layers for stage in self.stages)
 
 
 # Number of projections -> Stage C's residual blocks that they are for.
@@ -260,16 +323,22 @@ class ControlNetConfig(NetworkConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", stage_table(self.stages))
         blocks = self.proj_blocks
-        if not blocks or min(blocks) < 0 or len(set(blocks)) != len(blocks):
+        if not blocks or min(blocks) < 0 or max(blocks) >= MOST_BLOCKS or len(set(blocks)) != len(blocks):
             raise CascadeError(
-                f"ControlNet's proj_blocks is {list(blocks or ())}, expected the numbers of Stage C's "
+                f"ControlNet's proj_blocks is {quoted(list(blocks or ()))}, expected the numbers of Stage C's "
                 "residual blocks, each once, such as [0, 4, 8, 12, 51, 55, 59, 63]; correct the config."
             )
         if self.bottleneck_mode not in (None, *BACKBONES):
             raise CascadeError(
-                f"ControlNet's bottleneck_mode is {self.bottleneck_mode!r}, expected one of "
+                f"ControlNet's bottleneck_mode is {quoted(self.bottleneck_mode)}, expected one of "
                 f"{', '.join(BACKBONES)}; correct the config."
             )
+
+    @property
+    def block_count(self) -> int:
+        effnet = self.bottleneck_mode in (None, "effnet")
+        backbone = sum(stage.layers for stage in self.stages) if effnet else self.layers
+        return len(self.proj_blocks) + (0 if self.bottleneck_mode == "simple" else backbone)
 
     @property
     def hint_scale(self) -> int:

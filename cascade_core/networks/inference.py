@@ -7,10 +7,11 @@ wide.
 
 import json
 from collections.abc import Mapping
+from itertools import count
 from math import log2
 from typing import Any
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable
 from .config import (
     PUBLISHED_BLOCKS,
     PUBLISHED_HEAD_WIDTH,
@@ -18,7 +19,14 @@ from .config import (
     PUBLISHED_LAST,
     PUBLISHED_STAGES,
     PUBLISHED_STEM,
+    CompressorConfig,
+    ControlNetConfig,
     EfficientNetStage,
+    NetworkConfig,
+    PreviewerConfig,
+    StageAConfig,
+    StageBConfig,
+    StageCConfig,
 )
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -30,17 +38,17 @@ def infer_config(
     """Read the kind and the configuration of a checkpoint back from its names and shapes.
 
     state_dict: published (or split-attention) names, to anything that has a `shape`; metadata: of the safetensors
-    header, whose JSON `config` takes precedence over the shapes.
+    header, whose JSON `config` takes precedence over the shapes, but cannot ask for more blocks than these are tensors.
     Kinds: stage_a stage_b stage_c compressor previewer controlnet. Raises CascadeError for any other checkpoint.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    for kind, infer in (
-        ("stage_c", infer_stage_c),
-        ("stage_b", infer_stage_b),
-        ("stage_a", infer_stage_a),
-        ("previewer", infer_previewer),
-        ("controlnet", infer_controlnet),
-        ("compressor", infer_compressor),
+    for kind, infer, config_class in (
+        ("stage_c", infer_stage_c, StageCConfig),
+        ("stage_b", infer_stage_b, StageBConfig),
+        ("stage_a", infer_stage_a, StageAConfig),
+        ("previewer", infer_previewer, PreviewerConfig),
+        ("controlnet", infer_controlnet, ControlNetConfig),
+        ("compressor", infer_compressor, CompressorConfig),
     ):
         try:
             config = infer(shapes)
@@ -51,14 +59,34 @@ def infer_config(
                 "download the file again."
             ) from error
         if config is not None:
-            return kind, {**config, **_stated_config(metadata)}
+            return kind, completed(config_class, config, stated_config(metadata), len(shapes))
+    first = ", ".join(map(printable, list(shapes)[:3]))
     raise CascadeError(
-        f"These {len(shapes)} tensors (first: {', '.join(list(shapes)[:3])}) are of no Stable Cascade network; "
+        f"These {len(shapes)} tensors (first: {first}) are of no Stable Cascade network; "
         "expected Stage A, B or C, the semantic compressor, the previewer or a ControlNet, in their published names."
     )
 
 
-def _stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+def completed(
+    config_class: type[NetworkConfig], inferred: dict[str, Any], stated: Mapping[str, Any], tensors: int
+) -> dict[str, Any]:
+    """A stated configuration, completed by what the tensors tell; the widths are compared when it is built.
+
+    Raises CascadeError where it holds what no network has, or more blocks than there are tensors: so what is built,
+    without values, is bounded by the file.
+    """
+    config = {**inferred, **stated}
+    blocks = config_class.from_dict(config).block_count
+    if blocks > tensors:
+        raise CascadeError(
+            f"the config in its metadata asks for {blocks} blocks, but there are only {tensors} tensors; download "
+            "the file again."
+        )
+    return config
+
+
+def stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """The JSON `config` of a safetensors header; empty where there is none."""
     text = (metadata or {}).get("config")
     if not text:
         return {}
@@ -66,7 +94,11 @@ def _stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CascadeError(f"The checkpoint's metadata holds a config that is not JSON ({error}).") from None
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise CascadeError(
+            "The checkpoint's metadata holds a config that is not a table of names and values."
+        )
+    return config
 
 
 # The name after `….N.` that gives a block's kind away, in the order to test: a ResBlock has a `channelwise` too.
@@ -78,32 +110,30 @@ _BLOCK_SIGNATURES = (
 )
 
 
-def _count(shapes: Shapes, prefix: str) -> int:
-    """Number of numbered children of `prefix`."""
-    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
+def _count(shapes: Shapes, template: str) -> int:
+    """How many tensors there are of a name that holds its number as `{}`, from 0 on."""
+    return next(number for number in count() if template.format(number) not in shapes)
 
 
 def _block_kinds(shapes: Shapes, prefix: str) -> str:
     """The kinds of a level's blocks in order, such as CTACTA."""
-    kinds = ""
+    kinds: list[str] = []
     while True:
         block = f"{prefix}{len(kinds)}."
         kind = next((kind for name, kind in _BLOCK_SIGNATURES if block + name in shapes), None)
         if kind is None:
-            return kinds
-        kinds += kind
+            return "".join(kinds)
+        kinds.append(kind)
 
 
 def _period(kinds: str) -> tuple[str, int]:
     """The shortest pattern that repeats to `kinds`, and how often."""
-    for length in range(1, len(kinds) + 1):
-        if kinds == kinds[:length] * (len(kinds) // length):
-            return kinds[:length], len(kinds) // length
-    return "", 0
+    length = (kinds + kinds).find(kinds, 1)  # the first turn that changes nothing
+    return (kinds[:length], len(kinds) // length) if kinds else ("", 0)
 
 
 def _infer_unet(shapes: Shapes, patch_size: int) -> dict[str, Any]:
-    levels = _count(shapes, "down_blocks.")
+    levels = _count(shapes, "down_blocks.{}.0.depthwise.weight")
     down = [_period(_block_kinds(shapes, f"down_blocks.{i}.")) for i in range(levels)]
     up = [_period(_block_kinds(shapes, f"up_blocks.{i}.")) for i in range(levels)]  # innermost first
     widths = [shapes[f"down_blocks.{i}.0.depthwise.weight"][0] for i in range(levels)]
@@ -121,7 +151,7 @@ def _infer_unet(shapes: Shapes, patch_size: int) -> dict[str, Any]:
         ],
         "blocks": [[count for _, count in down], [count for _, count in up]],
         "block_repeat": [
-            [_count(shapes, f"{direction}_repeat_mappers.{i}.") + 1 for i in range(levels)]
+            [_count(shapes, f"{direction}_repeat_mappers.{i}.{{}}.weight") + 1 for i in range(levels)]
             for direction in ("down", "up")
         ],
         "level_config": [kinds for kinds, _ in down],
@@ -229,9 +259,7 @@ def infer_controlnet(shapes: Shapes) -> dict[str, Any] | None:
     projections are for is not in the shapes: 8 and 64 of them mean the published lists, another number the
     first so many blocks.
     """
-    count = 0
-    while f"projections.{count}.0.weight" in shapes:
-        count += 1
+    projections = _count(shapes, "projections.{}.0.weight")
     inner, outer = shapes.get("projections.0.0.weight"), shapes.get("projections.0.2.weight")
     backbone = _infer_backbone(shapes)
     if backbone is None or inner is None or outer is None or len(inner) != 4 or len(outer) != 4:
@@ -242,7 +270,7 @@ def infer_controlnet(shapes: Shapes) -> dict[str, Any] | None:
     return {
         "c_in": config.pop("c_in"),
         "c_proj": outer[0],
-        "proj_blocks": list(PUBLISHED_BLOCKS.get(count, range(count))),
+        "proj_blocks": list(PUBLISHED_BLOCKS.get(projections, range(projections))),
         "bottleneck_mode": mode,
         **config,
     }
@@ -261,9 +289,7 @@ def _infer_backbone(shapes: Shapes) -> tuple[str, int, dict[str, Any]] | None:
     if first[2:] == (3, 3) == second[2:]:
         widths, published = {"c_wide": c_wide, "c_last": second[0]}, {"c_wide": 4 * c_in, "c_last": c_in}
         return "simple", second[0], {"c_in": c_in, **({} if widths == published else widths)}
-    layers = 0
-    while f"backbone.{3 + layers}.blocks.0.weight" in shapes:
-        layers += 1
+    layers = next(n for n in count() if f"backbone.{3 + n}.blocks.0.weight" not in shapes)
     last = shapes.get(f"backbone.{3 + layers}.weight")
     if first[2:] != (1, 1) or last is None or len(last) != 4 or last[1] != second[0]:
         return None

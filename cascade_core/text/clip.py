@@ -5,10 +5,10 @@ State-dict names are Hugging Face's (`text_model.*`, `vision_model.*`), as in th
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,41 +16,84 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import (
+    check_weights,
     converted,
     describe,
     first_non_finite,
     load_published_state_dict,
     locate,
+    read_json,
     read_weights,
 )
-from ..errors import CascadeError
-from ..networks.inference import infer_config
+from ..errors import CascadeError, printable, quoted
+from ..networks.config import NetworkConfig
+from ..networks.inference import completed, infer_config, stated_config
 
 HEAD_WIDTH = 64
 # OpenAI's own encoders (text up to 768 wide, vision up to 1024) use the quick approximation of GELU; wider
 # ones are OpenCLIP's and use the exact one. A file that differs says so in its config.
 WIDEST_QUICK_GELU = {"text": 768, "vision": 1024}
 
-COMMON_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "projection_dim",
-    "hidden_act",
-    "layer_norm_eps",
-)
-CONFIG_KEYS = {
-    "text": (
-        *COMMON_KEYS,
-        "vocab_size",
-        "max_position_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    ),
-    "vision": (*COMMON_KEYS, "image_size", "patch_size", "num_channels"),
-}
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")  # that both hosts compute
+LAYER_TENSORS = 16
+
+
+@dataclass(frozen=True)
+class ClipConfig(NetworkConfig):
+    """The arguments that CLIP's encoders share, as transformers names them."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 20
+    projection_dim: int = 1280
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise CascadeError(
+                f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size = "
+                f"{self.hidden_size}; correct the config."
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise CascadeError(
+                f"hidden_act is {quoted(self.hidden_act)}, expected one of {', '.join(ACTIVATIONS)}; correct the "
+                "config."
+            )
+        if not 0 < self.layer_norm_eps < 1:
+            raise CascadeError(
+                f"layer_norm_eps is {self.layer_norm_eps}, but a small number such as 1e-05 is expected; correct the "
+                "config."
+            )
+
+    @property
+    def block_count(self) -> int:
+        return self.num_hidden_layers * LAYER_TENSORS
+
+
+@dataclass(frozen=True)
+class TextConfig(ClipConfig):
+    """CLIP's text encoder; the defaults are the published one."""
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 49407
+
+
+@dataclass(frozen=True)
+class VisionConfig(ClipConfig):
+    """CLIP's image encoder."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    num_channels: int = 3
+
+
+CONFIGS: dict[str, type[ClipConfig]] = {"text": TextConfig, "vision": VisionConfig}
+CONFIG_KEYS = {part: tuple(field.name for field in fields(config)) for part, config in CONFIGS.items()}
 PROJECTION = {"text": "text_projection", "vision": "visual_projection"}
 ENCODER_NAME = {"text": "CLIP text encoder", "vision": "CLIP image encoder"}
 CLIP_TOKENS = 49408
@@ -114,9 +157,10 @@ def load_clip(
         )
     try:
         beside = file.with_name("config.json") if in_model_folder(path) else None
-        config = _stated_config(metadata, beside, part)
-        config = {**_inferred_config(weights, part, optional=bool(config)), **config}
-        return fill_clip(_build_on_meta(build, config), converted(weights, dtype))
+        config = _config(weights, _stated_config(metadata, beside, part), part)
+        model = _build_on_meta(build, config)
+        check_weights(model, weights)  # before anything of the file is read
+        return fill_clip(model, converted(weights, dtype))
     except CascadeError as error:
         raise CascadeError(f"{file}: {error}") from None
 
@@ -169,19 +213,15 @@ def explain_non_finite(model: nn.Module, output: Tensor, encoder: str) -> None:
 
 
 def _infer_transformer(shapes: Shapes, part: str) -> dict[str, Any]:
-    layers = [re.match(rf"{part}_model\.encoder\.layers\.(\d+)\.", name) for name in shapes]
+    layers = next(n for n in count() if f"{part}_model.encoder.layers.{n}.mlp.fc1.weight" not in shapes)
     inner, width = _shape(shapes, part, f"{part}_model.encoder.layers.0.mlp.fc1.weight", 2)
     projected, _ = _shape(shapes, part, f"{PROJECTION[part]}.weight", 2)
-    if width % HEAD_WIDTH:
-        raise CascadeError(
-            f"the {ENCODER_NAME[part]} is {width} wide, which is not a multiple of {HEAD_WIDTH}, so its "
-            "number of heads cannot be told; put its config into the file's metadata."
-        )
+    heads = {} if width % HEAD_WIDTH else {"num_attention_heads": width // HEAD_WIDTH}
     return {
+        **heads,
         "hidden_size": width,
         "intermediate_size": inner,
-        "num_hidden_layers": 1 + max(int(layer[1]) for layer in layers if layer),
-        "num_attention_heads": width // HEAD_WIDTH,
+        "num_hidden_layers": layers,
         "projection_dim": projected,
         "hidden_act": "quick_gelu" if width <= WIDEST_QUICK_GELU[part] else "gelu",
     }
@@ -196,30 +236,28 @@ def _shape(shapes: Shapes, part: str, name: str, dimensions: int) -> Sequence[in
     )
 
 
-def _inferred_config(tensors: Mapping[str, Tensor], part: str, optional: bool) -> dict[str, Any]:
+def _config(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The stated configuration, completed by what the shapes tell."""
     infer = {"text": infer_text_config, "vision": infer_vision_config}[part]
-    try:
-        return infer({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    except CascadeError:
-        if not optional:
-            raise
-        return {}
+    inferred = infer({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if "num_attention_heads" not in {**inferred, **stated}:
+        raise CascadeError(
+            f"the {ENCODER_NAME[part]} is {inferred['hidden_size']} wide, which is not a multiple of {HEAD_WIDTH}, so "
+            "its number of heads cannot be told; put its config into the file's metadata."
+        )
+    return completed(CONFIGS[part], inferred, stated, len(tensors))
 
 
 def _stated_config(metadata: Mapping[str, str], beside: Path | None, part: str) -> dict[str, Any]:
     """The config that the file's metadata states, or the file beside it; empty where neither does."""
-    text, where = metadata.get("config"), "its metadata"
-    if text is None and beside is not None and beside.is_file():
-        text, where = beside.read_text(encoding="utf-8", errors="replace"), str(beside)
-    if text is None:
-        return {}
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CascadeError(f"{where} holds a config that is no JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise CascadeError(f"{where} holds a config that is no table of names and values.")
+    config = stated_config(metadata)
+    if not config and beside is not None and beside.is_file():
+        config = read_json(beside)
     config = config.get(f"{part}_config", config)  # of a whole CLIP
+    if not isinstance(config, dict):
+        raise CascadeError(
+            f"its {part}_config is not a table of names and values; download its config again."
+        )
     return {key: config[key] for key in CONFIG_KEYS[part] if config.get(key) is not None}
 
 
@@ -227,7 +265,9 @@ def _build_on_meta(build: Callable[..., Model], config: dict[str, Any]) -> Model
     try:
         return build(config, device="meta")
     except Exception as error:  # transformers' own checks raise exceptions of many kinds
-        raise CascadeError(f"no encoder can be built from its config {config}: {error!r}.") from error
+        raise CascadeError(
+            f"no encoder can be built from its config {quoted(config)} ({quoted(str(error))}); download it again."
+        ) from error
 
 
 def _describe(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -237,4 +277,4 @@ def _describe(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     try:
         return describe(path, *infer_config(tensors, metadata))
     except CascadeError:
-        return f"{path} holds other tensors (first: {', '.join(list(tensors)[:3])})"
+        return f"{path} holds other tensors (first: {', '.join(map(printable, list(tensors)[:3]))})"

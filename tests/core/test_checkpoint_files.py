@@ -51,7 +51,7 @@ BAD_FILES = {
     },
     "header of 2^60": (
         packed(entry(), length=2**60),
-        "header claims 1152921504606846976 bytes, but 100000000",
+        "header claims 1152921504606846976 bytes, but 25000000",
     ),
     "header of 2^64 - 1": (
         packed(entry(), length=2**64 - 1),
@@ -84,6 +84,16 @@ BAD_FILES = {
     "shape overflows": (packed(entry(shape=[2**40, 2**40])), DAMAGED),
     "shape is a fraction": (packed(entry(shape=[1.5])), DAMAGED),
     "unknown type": (packed(entry(dtype="X9")), DAMAGED),
+    "two entries of one name": (
+        packed(b'{"a":%s,"a":%s}' % ((json.dumps(FLOAT).encode(),) * 2)),
+        DAMAGED + "a name in its header stands twice)",
+    ),
+    "name of 1 MB": (packed({"a" * 10**6: FLOAT}), DAMAGED + "a name in its header has more than 1000"),
+    "header of 30 MB": (
+        packed(json.dumps(entry()).encode().ljust(30_000_000)),
+        "but 25000000 at most are allowed",
+    ),
+    "lone surrogate": (packed(rb'{"\ud800":%s}' % json.dumps(FLOAT).encode()), DAMAGED),
     "metadata is no text": (packed({"__metadata__": {"a": 5}} | entry()), DAMAGED),
 }
 

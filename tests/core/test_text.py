@@ -229,7 +229,7 @@ def test_bad_files(tmp_path):
     del lacking["text_projection.weight"]
     wide = {**CONFIG, "hidden_size": 96}
     cases = [
-        ({"tensors": lacking}, "1 missing .text_projection.weight"),
+        ({"tensors": lacking}, "it lacks text_projection.weight"),
         ({"tensors": lacking, "metadata": {}}, "lacks text_projection.weight"),
         ({"tensors": random_weights(wide), "metadata": {}}, "96 wide.*number of heads cannot be told"),
         (
@@ -240,10 +240,10 @@ def test_bad_files(tmp_path):
             {"tensors": {"other": torch.zeros(1)}},
             r"holds other tensors \(first: other\), but a CLIP text encoder",
         ),
-        ({"metadata": {"config": "{"}}, "no JSON"),
+        ({"metadata": {"config": "{"}}, "not JSON"),
         (
             {"metadata": {"config": json.dumps({**CONFIG, "num_attention_heads": 7})}},
-            "no encoder can be built",
+            "num_attention_heads is 7, which does not divide hidden_size = 64; correct the config",
         ),
         ({"metadata": {"config": json.dumps({**CONFIG, "vocab_size": 99})}}, "of another shape"),
         ({"vocabulary": False}, r"embeds \d+ tokens, not CLIP's 49408, and no tokenizer lies beside it"),
