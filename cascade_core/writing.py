@@ -34,15 +34,19 @@ def temporary_file(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place at the end of the block.
 
-    An exception, also an interruption, leaves what was at `path` as it was. Raises OSError where that fails.
+    An exception, also an interruption, leaves what was at `path` as it was. Raises OSError where that fails, and
+    FileExistsError for a file that may not be overwritten.
     """
     with temporary_file(path.parent) as temporary:
         yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
+        if overwrite:
+            flush(temporary)
+            os.replace(temporary, path)
+        else:
+            move_to_free(temporary, [path])
 
 
 def write_file(path: Path, data: str | bytes) -> None:

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError, escaped
 from .convert_lora import add_convert_command
+from .signals import INTERRUPTED, Stopped, stopping_on_signals
 
 if TYPE_CHECKING:
     from .progress import ConsoleProgress
     from .results import Result
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 _EXAMPLES = """examples:
   cascade run graph.json
@@ -37,7 +36,7 @@ _EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    """Runs one command. Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C, 143 for SIGTERM."""
     options = _parser().parse_args(arguments)
     if isinstance(
         sys.stdout, io.TextIOWrapper
@@ -45,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     # Before torch starts its threads: on a shared machine, threads that spin while they wait are many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with stopping_on_signals():
+        return _run_command(options)
+
+
+def _run_command(options: argparse.Namespace) -> int:
     try:
         return options.command(options)
     except CascadeError as error:
@@ -53,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             _complain(f"error: {line}")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _complain("Stopped.")
-        return INTERRUPTED
+        return interrupt.status if isinstance(interrupt, Stopped) else INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone
         _close_output()
         return 1
@@ -158,7 +162,8 @@ def _close_output() -> None:
 
 
 def _complain(text: str) -> None:
-    print(escaped(text), file=sys.stderr)
+    with suppress(OSError):  # the terminal was closed
+        print(escaped(text), file=sys.stderr, flush=True)
 
 
 def _run(options: argparse.Namespace) -> int:

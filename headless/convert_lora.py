@@ -6,6 +6,7 @@ Nothing heavy is imported before the command runs, so that `cascade --help` answ
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -106,7 +107,7 @@ def convert_lora(
     converted = replace(adapter, **{part: PARTS[part] for part in without})
     if not (converted.stage_c or converted.text or converted.tokens):
         raise CascadeError(f"Nothing of {source.name} is left to write; leave out less (--without).")
-    write_adapter(target, converted, dialect, config, metadata=metadata)
+    write_adapter(target, converted, dialect, config, metadata=metadata, overwrite=force)
     return [*lines, f"Written: {target} ({dialect})"]
 
 
@@ -120,10 +121,13 @@ def _check_dialect(dialect: str) -> None:
 
 
 def _check_target(target: Path, force: bool) -> None:
+    from ..cascade_core.checkpoints.files import check_writable
+
     if target.suffix != ".safetensors":
         raise CascadeError(f"{target} is to be a safetensors file; give it a name that ends in .safetensors.")
-    if target.exists() and not force:
+    if os.path.lexists(target) and not force:
         raise CascadeError(f"{target} is there already; choose another name, or overwrite it with --force.")
+    check_writable(target)
 
 
 def _check_whole(adapter: Adapter, config: StageCConfig | None, partial: bool) -> list[str]:

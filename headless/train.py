@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError
+from .signals import REPEATED, STOPPING, Stopped, handling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
     from ..cascade_core.training.loop import TrainingProgress
     from ..cascade_core.training.settings import TaskName
 
-INTERRUPTED = 130
 FACES = 4  # of a picture, as published
-SECOND_CTRL_C = 2.0  # seconds; a launcher of many processes sends its own after the terminal's
 
 
 def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
-    """Train, with progress on standard error. Returns the exit status: 0, or 130 where Ctrl-C stopped the run."""
+    """Train, with progress on standard error. Returns the exit status: 0, or 128 + the signal that stopped the run."""
     # Before torch: a workspace of its own makes cuBLAS give the same bits each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
@@ -40,9 +39,11 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
     fast = settings.train.precision != "fp32"  # then products too are in float32, and not in TF32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
     line = ProgressLine()
-    with stopping_on_signal() as stop:
-        outcome = train(settings, line.notify, line.progress, line.caching, stop, fresh, find_faces)
-    return 0 if outcome.finished else INTERRUPTED
+    with recording_signals() as signals:
+        outcome = train(
+            settings, line.notify, line.progress, line.caching, lambda: bool(signals), fresh, find_faces
+        )
+    return 0 if outcome.finished else 128 + signals[0]
 
 
 def finder(folder: Path) -> Callable[[str, str], Path]:
@@ -57,21 +58,21 @@ def finder(folder: Path) -> Callable[[str, str], Path]:
 
 
 @contextmanager
-def stopping_on_signal() -> Iterator[Any]:
-    """Yield a function that says whether Ctrl-C (or a scheduler's SIGTERM) came; a second one ends the run at once."""
-    signals: list[float] = []  # when they came
+def recording_signals() -> Iterator[list[int]]:
+    """Yield the list of signals that ask to stop (Ctrl-C, a scheduler's SIGTERM); a second one ends the run at once."""
+    signals: list[int] = []
+    first = 0.0
 
     def record(number: int, frame: Any) -> None:
-        if signals and time.monotonic() - signals[0] > SECOND_CTRL_C:
-            raise KeyboardInterrupt
-        signals.append(time.monotonic())
+        nonlocal first
+        if signals and time.monotonic() - first > REPEATED:
+            raise Stopped(number)
+        first = first or time.monotonic()
+        signals.append(number)
 
-    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(signals)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stopping = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    with handling((signal.SIGINT, *stopping), record):
+        yield signals
 
 
 def find_faces(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -29,18 +29,19 @@ def write_adapter(
     stage_c: StageC | StageCConfig | None = None,
     vocabulary: int = CLIP_TOKENS,
     metadata: Mapping[str, str] | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Writes the file as the dialect's program would, whole or not at all.
 
-    metadata: the header of the file that the adapter comes from, kept but for the entries of another dialect; the
-    other arguments are those of `to_dialect`.
+    metadata: the header of the file that the adapter comes from, kept but for the entries of another dialect;
+    overwrite: whether a file that is there is replaced; the other arguments are those of `to_dialect`.
     """
     tensors, header = to_dialect(adapter, dialect, stage_c, vocabulary)
     rest = {key: text for key, text in (metadata or {}).items() if key not in HEADER}
     if "train_tokens" in header:
         before = (metadata or {}).get("train_tokens", "[]")
         header["train_tokens"] = joined_tokens(before, header["train_tokens"])
-    write_safetensors(path, tensors, {**rest, **header})
+    write_safetensors(path, tensors, {**rest, **header}, overwrite)
 
 
 def to_dialect(

@@ -197,7 +197,9 @@ def _last_offset(header: Any) -> int:
         return 0
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool = True
+) -> None:
     """Writes a file atomically: under a temporary name beside `path`, renamed at the end.
 
     The same tensors and metadata give the same bytes, those of the safetensors library with its metadata sorted (it
@@ -207,7 +209,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     path = Path(path)
     try:
         header, names = _layout(tensors, metadata)
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with replacing(path, overwrite) as temporary, temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for name in names:
                 values = tensors[name].detach().cpu().contiguous()  # of this tensor alone

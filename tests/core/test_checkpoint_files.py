@@ -267,6 +267,15 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
+def test_a_file_that_may_not_be_overwritten(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": torch.ones(3)}, {}, overwrite=False)
+    with pytest.raises(CascadeError, match=r"could not be written \(File exists\), and nothing was changed"):
+        write_safetensors(path, {"a": torch.zeros(3)}, {}, overwrite=False)
+    assert read_safetensors(path)[0]["a"].tolist() == [1, 1, 1]
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
 def test_where_nothing_can_be_written(tmp_path):
     def reason(path: Path) -> str:
         with permissions_respected(), pytest.raises(CascadeError) as caught:

@@ -93,6 +93,8 @@ def test_a_file_onto_itself(folder):
          "There is no LoRA dialect 'x'; choose one of official, kohya,"),
         (("official.safetensors", "a.pt", "--to", "kohya"),
          "a.pt is to be a safetensors file; give it a name that ends in .safetensors."),
+        (("missing.safetensors", "stage_c.safetensors/a.safetensors", "--to", "kohya"),
+         "stage_c.safetensors/a.safetensors could not be written (Not a directory), and nothing was changed there;"),
         (("missing.safetensors", "a.safetensors", "--to", "kohya"), "missing.safetensors does not exist;"),
         (("official.safetensors", "a.safetensors", "--to", "kohya"), "give the Stage C that it was made for"),
         (("official.safetensors", "a.safetensors", "--to", "kohya", "--model", "official.safetensors"),
