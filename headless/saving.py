@@ -7,13 +7,13 @@ import itertools
 import os
 import re
 import time
-import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from ..cascade_core import writing
 from ..cascade_core.errors import CascadeError, quoted
+from ..cascade_core.file_names import inside, name_fault, path_fault
 
 _ADVICE = {
     errno.ENOSPC: "free some space or save elsewhere (--output)",
@@ -22,8 +22,6 @@ _ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter filename_prefix",
 }
 _WIDEST = 99_999  # as width, height and number of a picture that is still to be made
-# What Windows cannot have in a name, or takes for a device or a stream of another file.
-_NOT_ON_WINDOWS = re.compile(r'[<>:"|?*]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)\s*(\.|$)', re.IGNORECASE)
 
 
 def check_folder(folder: Path) -> None:
@@ -52,29 +50,6 @@ def _cannot_save(path: Path, error: OSError) -> CascadeError:
     return CascadeError(f"Cannot save {name}: {error.strerror}; {advice}.")
 
 
-def path_inside(folder: Path, name: str) -> Path:
-    """The path of `stars/red` in `folder`, whoever chose the name; `\\` separates as `/` does, links are followed.
-
-    Raises CascadeError for a name that leads out of the folder, is none of a file, or speaks to a terminal.
-    """
-    path = name.replace("\\", "/")
-    parts = path.split("/")
-    reason = ""
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-        reason = "it holds a control character or half a character"
-    elif parts[-1] in ("", ".", ".."):
-        reason = "it names no file"
-    elif os.name == "nt" and any(_NOT_ON_WINDOWS.search(part) for part in parts if part not in (".", "..")):
-        reason = "Windows has no such names"
-    else:
-        root = Path(os.path.realpath(folder))
-        place = Path(os.path.realpath((root / path).parent))
-        if place.is_relative_to(root):
-            return folder / place.relative_to(root) / parts[-1]
-        reason = "it leads out of the folder"
-    raise CascadeError(f"Cannot save as {quoted(name)}: {reason}; give the name of a file inside {folder}.")
-
-
 def resolve_prefix(prefix: str, folder: Path, width: int, height: int) -> tuple[Path, str]:
     """Resolves a `filename_prefix` such as `stars/red_%width%` into (folder, start of the name).
 
@@ -85,8 +60,16 @@ def resolve_prefix(prefix: str, folder: Path, width: int, height: int) -> tuple[
     now = time.localtime()
     names = ("year", "month", "day", "hour", "minute", "second")
     values |= {name: f"{value:02}" for name, value in zip(names, now[:6], strict=True)}
-    path = path_inside(folder, re.sub(r"%(\w+)%", lambda match: values.get(match[1], match[0]), prefix))
-    return path.parent, path.name
+    path = re.sub(r"%(\w+)%", lambda match: values.get(match[1], match[0]), prefix).replace("\\", "/")
+    subfolder, slash, start = path.rpartition("/")
+    fault = path_fault(subfolder + slash) or name_fault(numbered(start, _WIDEST))
+    if start in ("", ".", ".."):
+        fault = "names no file"
+    place = inside(folder, subfolder) if fault is None else None
+    if place is None:
+        reason = fault or "leads out of the folder over a link"
+        raise CascadeError(f"Cannot save as {quoted(prefix)}, which {reason}; name a file inside {folder}.")
+    return place, start
 
 
 def numbered(start: str, counter: int) -> str:
