@@ -7,6 +7,7 @@ So a run that was killed and resumed from its last checkpoint gives the same wei
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections import deque
@@ -20,13 +21,23 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import CascadeError
+from ..errors import CascadeError, quoted
 from .determinism import deterministic_kernels
 from .ema import EMA
 from .log import CURVE, Log, draw_curve
 from .optimisers import build_optimiser, learning_rate
 from .settings import OutputSettings, TrainSettings
-from .state import STATE, copy_into, load_optimiser, optimiser_tensors, read_state, write_state
+from .state import (
+    ANEW,
+    STATE,
+    copy_into,
+    first_not_finite,
+    load_optimiser,
+    optimiser_tensors,
+    read_state,
+    step_of,
+    write_state,
+)
 from .tasks.base import Inputs, State, Task
 
 if TYPE_CHECKING:
@@ -117,6 +128,7 @@ class Loop(Generic[AnyTask]):
         self.report, self.stop, self.sample = report, stop, sample
         assert settings.output.folder is not None
         self.folder = Path(settings.output.folder)
+        self.contents: dict[str, str] = {}  # of `identity`, which a state keeps
         self.step = 0
         self.optimiser = build_optimiser(task.groups(), settings.train)
         self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
@@ -267,8 +279,8 @@ class Loop(Generic[AnyTask]):
         train = self.settings.train
         if not math.isfinite(terms["loss"]):
             raise CascadeError(
-                f"The loss is {terms['loss']} at step {self.step}; lower train.learning_rate and go on from the last "
-                "checkpoint."
+                f"The loss is {terms['loss']} at step {self.step}, so the run has diverged; its state stays as it "
+                "was before. Lower train.learning_rate and begin anew with --fresh."
             )
         if not self.accelerator.is_main_process:
             return
@@ -291,15 +303,23 @@ class Loop(Generic[AnyTask]):
         write_picture(self.folder / "samples" / f"{self.step:06}.png", self.sample(self.step, self.state))
 
     def save(self) -> None:
-        """Write everything that resuming needs, whole or not at all."""
+        """Write everything that resuming needs, whole or not at all. Raises CascadeError for weights that diverged."""
+        weights = self.task.trained.state_dict()
+        if name := first_not_finite(weights):
+            raise CascadeError(
+                f"{name} holds NaN or infinity after step {self.step}, so the run has diverged; its state stays as it "
+                "was before. Lower train.learning_rate and begin anew with --fresh."
+            )
         if self.accelerator.is_main_process:
             parts = {
-                "trained": self.task.trained.state_dict(),
+                "trained": weights,
                 "average": self.average.tensors if self.average else {},
                 "optimiser": optimiser_tensors(self.optimiser),
                 "buffers": self.task.buffers(),
             }
             metadata = {"step": str(self.step), "settings": self.settings.as_json()}
+            if self.contents:
+                metadata["contents"] = json.dumps(self.contents, sort_keys=True)
             write_state(self.folder / STATE, parts, metadata)
         self.accelerator.wait_for_everyone()
 
@@ -309,13 +329,17 @@ class Loop(Generic[AnyTask]):
         if not path.exists():
             return False
         parts, metadata = read_state(path)
+        step = step_of(metadata, path)
+        for part in ("trained", "average", "buffers"):
+            if name := first_not_finite(parts[part]):
+                raise CascadeError(f"{path} holds NaN or infinity in {quoted(f'{part}.{name}')}; {ANEW}")
         copy_into(self.task.trained.state_dict(), parts["trained"], path)
         copy_into(self.task.buffers(), parts["buffers"], path)
         if self.average:
             # A run that had no average begins one with its weights.
             copy_into(self.average.tensors, parts["average"] or parts["trained"], path)
-        load_optimiser(self.optimiser, parts["optimiser"])
-        self.step = int(metadata.get("step", 0))
+        load_optimiser(self.optimiser, parts["optimiser"], path)
+        self.step = step
         return True
 
 

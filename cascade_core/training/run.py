@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,17 +20,20 @@ from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
 from ..writing import move_to_free, temporary_file
-from .data.batches import TrainingData, fill_cache
+from .data.batches import Found, TrainingData, fill_cache
 from .data.cache import fingerprint
 from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
+from .data.pictures import TrainingPicture
+from .data.sources import find_pictures
 from .data.text_cache import TextCache
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
+from .identity import contents_of, differences, refusal, same_file, saved, unknown_parts
 from .log import duration
 from .loop import Loop, Outcome, TrainingProgress, build_accelerator
 from .samples import Samples
 from .settings import Settings, TrainSettings
-from .state import STATE
+from .state import STATE, read_state, step_of
 from .tasks.conditions import CachedText
 from .tasks.controlnet import ControlNetTask
 from .tasks.finetune import FinetuneTask
@@ -41,6 +44,7 @@ from .tasks.textual_inversion import TokensTask
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LOCK = ".lock"  # in a run's folder
 Notify = Callable[[str], None]  # takes sentences for people
 
 
@@ -64,14 +68,123 @@ def train(
     if not accelerator.is_main_process:
         notify, report, caching = (lambda sentence: None), (lambda progress: None), None
     try:
-        loop = prepare(settings, accelerator, notify, report, caching, stop, find_faces)
+        with ExitStack() as held:
+            folder = Path(settings.output.folder or "")
+            on_main_process(accelerator, lambda: held.enter_context(locked(folder, notify)))
+            pictures = find_pictures(settings.data.folder, settings.data.tars)
+            begun = on_main_process(
+                accelerator,
+                lambda: _begun(settings, pictures[0], accelerator.num_processes, notify, stop, fresh),
+            )
+            if begun.file is not None and not keep_existing:
+                notify(
+                    f"The run is finished, at step {settings.train.steps}, and its result is {begun.file}. Give more "
+                    "train.steps to go on, or --fresh to begin anew."
+                )
+                return Outcome(settings.train.steps, True, seconds=0.0, peak_bytes=0, file=begun.file)
+            loop = prepare(settings, accelerator, notify, report, caching, stop, find_faces, pictures)
+            loop.contents = begun.contents
+            outcome = _run(loop, settings, accelerator, notify, fresh, keep_existing)
     except Interrupted:
         outcome = Outcome(step=0, finished=False, seconds=0.0, peak_bytes=0)
-    else:
-        outcome = _run(loop, settings, accelerator, notify, fresh, keep_existing)
     if not outcome.finished:
         notify("Stopped; the same command goes on from here.")
     return outcome
+
+
+class _Begun(NamedTuple):
+    """How far a run folder's run is. contents: of `identity`; file: its result, where it is at its end."""
+
+    contents: dict[str, str]
+    file: Path | None = None
+
+
+def _begun(
+    settings: Settings,
+    pictures: Sequence[TrainingPicture],
+    processes: int,
+    notify: Notify,
+    stop: Callable[[], bool],
+    fresh: bool,
+) -> _Begun:
+    """Compare the run folder's state with the settings, before anything is loaded or encoded.
+
+    Raises CascadeError where another result would come of it than the state was trained for.
+    """
+
+    def asked() -> None:
+        if stop():
+            raise Interrupted("The run was stopped before it began.")
+
+    contents = contents_of(settings, pictures, cache_of(settings), processes, asked)
+    path = Path(settings.output.folder or "") / STATE
+    if fresh or not path.exists():
+        return _Begun(contents)
+    _, metadata = read_state(path)
+    if differing := differences(settings, contents, metadata):
+        raise refusal(path, differing)
+    if unknown := unknown_parts(metadata):
+        notify(
+            f"{path} is of an earlier version and does not tell its {' and '.join(unknown)}; they are taken as given."
+        )
+    step, steps, before = step_of(metadata, path), settings.train.steps, saved(metadata)
+    if step > steps:
+        raise CascadeError(
+            f"{path} is at step {step}, but train.steps is {steps}, and a run does not go back; give at least {step}, "
+            "or begin anew with --fresh."
+        )
+    if before is not None and before.train.steps != steps:
+        cosine = settings.train.schedule == "cosine" and step > settings.train.warmup
+        shape = (
+            f"; from here on the learning rate follows the cosine of {steps} steps, so the result is not that of a run "
+            f"of {steps} steps from its beginning"
+        )
+        notify(f"train.steps was {before.train.steps} and is {steps} now{shape * cosine}.")
+    file = Path(settings.output.file)
+    written = file.is_file() and file.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    finished = step == steps and written and same_file(settings, metadata)
+    return _Begun(contents, file if finished else None)
+
+
+T = TypeVar("T")
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do something in the main process alone; its result, or what it raises, is every process's."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work()]
+        except (CascadeError, Interrupted) as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+@contextmanager
+def locked(folder: Path, notify: Notify) -> Iterator[None]:
+    """Hold a run's folder alone inside the block. The system ends the lock with the process; its file may stay."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise CascadeError(
+            f"Another training runs in {folder}; wait for its end, or give this one an output.folder of its own."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        notify(f"{folder} cannot be locked ({error}); let no other training run in it at the same time.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _run(
@@ -108,6 +221,10 @@ def _write(loop: Loop[StageCTask], path: Path, keep_existing: bool) -> Path:
         return move_to_free(temporary, numbered(path))
 
 
+def cache_of(settings: Settings) -> str:
+    return settings.data.cache or f"{settings.output.folder}/cache"
+
+
 def prepare(
     settings: Settings,
     accelerator: Accelerator,
@@ -116,11 +233,15 @@ def prepare(
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     find_faces: FindFaces | None = None,
+    pictures: Found | None = None,
 ) -> Loop[StageCTask]:
-    """Everything up to the first step. Raises Interrupted where `stop` says so while latents are encoded."""
+    """Everything up to the first step. Raises Interrupted where `stop` says so while latents are encoded.
+
+    pictures: those of the data where they are listed already.
+    """
     device = accelerator.device
     dtype = compute_dtype(settings.train.precision, device)
-    cache = settings.data.cache or f"{settings.output.folder}/cache"
+    cache = cache_of(settings)
     compressor = load_network(
         settings.models.compressor, "compressor", torch.float32, device, SemanticCompressor
     )
@@ -137,7 +258,7 @@ def prepare(
     data_settings, compressor_digest = replace(settings.data, cache=cache), fingerprint(compressor)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     if ranks > 1:  # each encodes its share of the latents
-        fill_cache(data_settings, encode, compressor_digest, rank, ranks, report_caching)
+        fill_cache(data_settings, encode, compressor_digest, rank, ranks, report_caching, pictures)
         accelerator.wait_for_everyone()
     with accelerator.main_process_first():  # the others then find the text states in the cache
         image_prompts = image_prompts_of(settings, cache, device)
@@ -149,6 +270,7 @@ def prepare(
             with_images=settings.task == "controlnet",
             report=report_caching,
             image_prompts=image_prompts,
+            pictures=pictures,
         )
         notify(data.summary())
         encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
@@ -243,18 +365,17 @@ def _samples(
     output, models = settings.output, settings.models
     if not output.sample_every:
         return None
-    if not output.prompts or models.previewer is None:
-        raise CascadeError(
-            "output.sample_every makes pictures of output.prompts by models.previewer; give both, or leave it at 0."
-        )
+    assert models.previewer is not None  # the settings ask for it
     from ..networks.previewer import Previewer
 
     previewer = load_network(models.previewer, "previewer", torch.float32, device, Previewer)
     batch = data.batch(0, len(output.prompts))
     hints = {}
     if settings.task == "controlnet":
-        if len(batch.keys) < len(output.prompts):
-            raise CascadeError("output.prompts has more entries than a bucket has pictures; give fewer.")
-        hints["hint"] = task.prepare(batch, torch.Generator().manual_seed(0)).hint
+        hint = task.prepare(batch, torch.Generator().manual_seed(0)).hint
+        assert hint is not None
+        hints["hint"] = hint[
+            torch.arange(len(output.prompts)) % len(hint)
+        ]  # a bucket may have fewer pictures
     height, width = batch.latents.shape[-2:]
     return Samples(task, output, (height, width), previewer, settings.train.seed, hints)

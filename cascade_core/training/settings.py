@@ -276,14 +276,6 @@ class Settings:
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
-    def equals_json(self, text: str) -> bool:
-        """Whether `text` is these settings as `as_json` gives them, or gave them under their former names."""
-        try:
-            values, _ = with_current_names(json.loads(text))
-            return build(Settings, values).as_json() == self.as_json()
-        except (ValueError, TypeError, CascadeError):
-            return False
-
 
 ROLES = {"image_encoder": "vision"}  # as the loaders call what `models` names otherwise
 SECTIONS = ("lora", "controlnet", "finetune", "tokens")  # each is of the task of its name
@@ -329,6 +321,15 @@ def settings_of(values: Mapping[str, Any], task: TaskName, where: str) -> Settin
         return build(Settings, {**values, "task": task})
     except CascadeError as error:
         raise CascadeError(f"{where}: {error}") from None
+
+
+def settings_from_json(text: str) -> Settings | None:
+    """Read what `Settings.as_json` gave, also under former names; None where it is something else."""
+    try:
+        values, _ = with_current_names(json.loads(text))
+        return build(Settings, values)
+    except (ValueError, TypeError, RecursionError):  # CascadeError among them
+        return None
 
 
 def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.files import read_safetensors, write_safetensors
-from ..errors import CascadeError
+from ..errors import CascadeError, quoted
 
 STATE = "state.safetensors"
+ANEW = "put an earlier copy back, or begin anew with --fresh."
+MAX_TABLE = 4096  # numbers of a table of an 8-bit optimiser
 PARTS = ("trained", "average", "optimiser", "buffers")
 
 
@@ -25,17 +27,34 @@ def write_state(path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata:
 
 
 def read_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """Read (parts, metadata) as written."""
-    tensors, metadata = read_safetensors(path)
+    """Read (parts, metadata) as written. Raises CascadeError, which offers to begin anew, for a damaged file."""
+    try:
+        tensors, metadata = read_safetensors(path)
+    except CascadeError as error:
+        raise CascadeError(f"{str(error).partition(';')[0]}; {ANEW}") from None
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
         if part not in parts:
             raise CascadeError(
-                f"{path} holds {name}, which is not a part of a training state; remove the file to begin anew."
+                f"{path} holds {quoted(name)}, which is not a part of a training state; {ANEW}"
             )
         parts[part][rest] = value
     return parts, metadata
+
+
+def step_of(metadata: Mapping[str, str], path: Path) -> int:
+    """The step after which a state was written."""
+    text = metadata.get("step", "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise CascadeError(f"{path} states {quoted(text)} as its step, which is not a number; {ANEW}")
+    return int(text)
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, or None."""
+    floating = ((name, value) for name, value in tensors.items() if value.is_floating_point())
+    return next((name for name, value in floating if not value.isfinite().all()), None)
 
 
 def copy_into(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
@@ -48,7 +67,7 @@ def copy_into(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: P
     if differing:
         raise CascadeError(
             f"{path} was written with other settings of what is trained (it differs in {len(differing)} tensors, such "
-            f"as {differing[0]}); put the settings back, or begin anew with --fresh."
+            f"as {quoted(differing[0])}); put the settings back, or begin anew with --fresh."
         )
     with torch.no_grad():
         for name, value in saved.items():
@@ -74,15 +93,21 @@ def _number_type(value: Any) -> torch.dtype:
     return torch.float64 if isinstance(value, float) else torch.int64
 
 
-def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restore the state that `optimiser_tensors` gave."""
+def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Restore the state that `optimiser_tensors` gave. Raises CascadeError where it is another optimiser's."""
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         index, _, field = name.partition(".")
+        number = int(index) if index.isascii() and index.isdecimal() and len(index) < 10 else len(parameters)
+        # 8-bit state is flat, or has a few numbers for each block of a parameter
+        if number >= len(parameters) or value.numel() > max(parameters[number].numel(), MAX_TABLE):
+            raise CascadeError(
+                f"{path} holds {quoted(f'optimiser.{name}')}, which is of another optimiser or parameter; {ANEW}"
+            )
         plain = value.ndim == 0 and value.dtype in (torch.float64, torch.int64)
-        state.setdefault(int(index), {})[field] = (
-            value.item() if plain else _in_layout_of(parameters[int(index)], value)
+        state.setdefault(number, {})[field] = (
+            value.item() if plain else _in_layout_of(parameters[number], value)
         )
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 

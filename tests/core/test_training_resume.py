@@ -108,7 +108,9 @@ def test_a_run_that_is_stopped_while_latents_are_encoded_goes_on(world, tmp_path
     settings = settings_of(world, "lora", tmp_path / "run")
     settings = replace(settings, data=replace(settings.data, **cache))
     told, encoded = [], []
-    outcome = train(settings, told.append, caching=lambda *counts: encoded.append(counts), stop=lambda: True)
+    outcome = train(
+        settings, told.append, caching=lambda *counts: encoded.append(counts), stop=lambda: bool(encoded)
+    )
     assert (outcome.step, outcome.finished) == (0, False)
     assert told == ["Stopped; the same command goes on from here."]
     assert encoded == [(1, 10)]
@@ -186,7 +188,7 @@ def test_an_optimiser_with_plain_numbers_in_its_state_comes_back(world, tmp_path
         optimiser.state[parameter] = state
     write_state(tmp_path / STATE, {"optimiser": optimiser_tensors(optimiser)}, {})
     other = build_optimiser([{"params": parameters}], settings)
-    load_optimiser(other, read_state(tmp_path / STATE)[0]["optimiser"])
+    load_optimiser(other, read_state(tmp_path / STATE)[0]["optimiser"], tmp_path / STATE)
     for parameter in parameters:
         held, wanted = other.state[parameter], optimiser.state[parameter]
         assert held["step"] == 7

@@ -20,6 +20,7 @@ from .latents import LatentEncoder
 from .pictures import Skipped, TrainingPicture
 from .sources import find_pictures
 
+Found = tuple[list[TrainingPicture], list[Skipped]]  # what `find_pictures` gives
 MAX_BYTES_IN_MEMORY = 4_000_000_000  # of latents; more stay in the mapped files of the cache
 
 
@@ -52,9 +53,10 @@ def fill_cache(
     rank: int,
     ranks: int,
     report: Callable[[int, int], None] | None = None,
+    found: Found | None = None,
 ) -> None:
     """Encode this rank's share of the latents: all ranks fill one cache, where `TrainingData` finds them."""
-    pictures, _ = find_pictures(settings.folder, settings.tars)
+    pictures, _ = found or find_pictures(settings.folder, settings.tars)
     bucketed, _ = _assign_buckets(settings, pictures)
     _latent_encoder(settings, encode, fingerprint, report).fill(bucketed[rank::ranks])
 
@@ -77,6 +79,7 @@ class TrainingData:
     fingerprint: changes with what encode computes (`cache.fingerprint`).
     report: called with how many latents are encoded and how many there are to encode.
     image_prompts: embeds the pictures that prompt for others, and is then released.
+    pictures: what `find_pictures` gave, where it was asked already.
     captions: every caption that a batch can have; the empty one is the first.
     skipped: pictures that are left out, and why.
     """
@@ -90,10 +93,12 @@ class TrainingData:
         with_images: bool = False,
         report: Callable[[int, int], None] | None = None,
         image_prompts: ImagePrompts | None = None,
+        pictures: Found | None = None,
     ):
         self.settings, self.seed, self.image_prompts = settings, seed, image_prompts
-        pictures, self.skipped = find_pictures(settings.folder, settings.tars)
-        bucketed, unreadable = _assign_buckets(settings, pictures)
+        found, left_out = pictures or find_pictures(settings.folder, settings.tars)
+        self.skipped = list(left_out)
+        bucketed, unreadable = _assign_buckets(settings, found)
         encoder = _latent_encoder(settings, encode, fingerprint, report)
         damaged = encoder.fill(bucketed)
         prompted = sum(bool(each.picture.image_prompts) for each in bucketed)
@@ -114,7 +119,7 @@ class TrainingData:
         ]
         if not usable:
             raise CascadeError(
-                f"None of the {len(pictures)} pictures can be read, such as {self.skipped[-1]}; give pictures as "
+                f"None of the {len(found)} pictures can be read, such as {self.skipped[-1]}; give pictures as "
                 "PNG, JPEG or WebP."
             )
         ids: dict[str, int] = {"": 0}

@@ -1,0 +1,62 @@
+"""A digest of what pictures and captions hold, wherever they lie and whenever they were copied."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .cache import KEY_BYTES, Cache, Key, key_of
+from .pictures import PictureError, PictureFile, TrainingPicture
+from .threads import map_in_threads
+
+END_BYTES = 65_536  # of a picture that are read at its beginning and at its end
+PLAIN = (
+    ".bmp",
+    ".tif",
+    ".tiff",
+)  # read whole: a change in their middle may leave their length and their ends alone
+AT_ONCE = 1000
+
+
+def pictures_digest(
+    pictures: Sequence[TrainingPicture], contents: Cache, image_prompts: bool, asked: Callable[[], None]
+) -> str:
+    """A digest of the pictures in their order, with their captions, and with their image prompts where they count.
+
+    contents: digests of pictures that were read before; new ones are added. asked: called now and then, may raise.
+    """
+    files: dict[Key, PictureFile] = {}
+    for picture in pictures:
+        for file in (picture, *picture.image_prompts) if image_prompts else (picture,):
+            files.setdefault(key_of(file.identity), file)
+    missing = [(key, file) for key, file in files.items() if key not in contents]
+    for start in range(0, len(missing), AT_ONCE):
+        new = {}
+        for (key, _), value in map_in_threads(
+            lambda item: _content(item[1]), missing[start : start + AT_ONCE], ahead=100
+        ):
+            asked()
+            if not isinstance(value, PictureError):
+                new[key] = value
+        if new:
+            contents.add(list(new), torch.tensor([list(value) for value in new.values()], dtype=torch.uint8))
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for picture in pictures:
+        prompts = picture.image_prompts if image_prompts else ()
+        rows = (contents.rows.get(key_of(file.identity)) for file in (picture, *prompts))
+        held = [bytes(row.tolist()) if row is not None else b"" for row in rows]  # b"": it cannot be read
+        digest.update(key_of(repr((held, picture.captions))))
+    return digest.hexdigest()
+
+
+def _content(file: PictureFile) -> bytes:
+    """A digest of a picture's length, beginning and end; compressed, it differs there wherever it was changed."""
+    digest = hashlib.blake2b(str(file.length).encode(), digest_size=KEY_BYTES)
+    end = PictureFile(file.name, file.path, file.offset + file.length - END_BYTES, END_BYTES, file.stamp)
+    whole = file.length <= 2 * END_BYTES or file.name.lower().endswith(PLAIN)
+    try:
+        for part in (file.read(),) if whole else (file.read(END_BYTES), end.read()):
+            digest.update(part)
+    except OSError as error:
+        raise PictureError(error.strerror or str(error)) from None
+    return digest.digest()

@@ -1,0 +1,192 @@
+"""What decides the result of a run: its settings, and what its pictures and networks hold."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import locate
+from ..errors import CascadeError, quoted
+from .data.cache import KEY_BYTES, Cache
+from .data.fingerprint import pictures_digest
+from .data.pictures import TrainingPicture
+from .settings import Settings, settings_from_json
+
+BLOCKS, BLOCK_BYTES = 2048, 8192  # of a large file that are read for its digest: of 7 GB every 3.5 MB
+MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")  # of a model's folder
+SHOWN = 8  # differences in a message
+
+# Settings that leave the trained weights as they are, or stand for files whose contents are compared.
+WITHOUT_EFFECT = (
+    "models",
+    "output",
+    "data.folder",
+    "data.tars",
+    "data.cache",
+    "train.steps",
+    "train.gradient_checkpointing",
+    "train.compile",
+    "train.cuda_graphs",
+    "train.deterministic",
+    "lora.dialect",
+    "lora.dtype",
+    "finetune.dtype",
+)
+OF_THE_FILE = (
+    "output.file",
+    "lora.dialect",
+    "lora.dtype",
+    "finetune.dtype",
+)  # decide how the result is written
+
+
+def contents_of(
+    settings: Settings,
+    pictures: Sequence[TrainingPicture],
+    cache: str,
+    processes: int,
+    asked: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
+    """What settings do not say: what the pictures and the networks' files hold, and how many processes share a batch.
+
+    asked: called now and then, may raise.
+    """
+    models = settings.models
+    digest = pictures_digest(pictures, Cache(cache, "contents"), models.image_encoder is not None, asked)
+    contents = {
+        "pictures and captions": f"{len(pictures)} pictures ({digest[:16]})",
+        "processes": str(processes),
+    }
+    files = {
+        "stage_c": models.stage_c,
+        "text": models.text_encoder,
+        "compressor": models.compressor,
+        "vision": models.image_encoder,
+        "controlnet": settings.controlnet.start if _starts_from_a_file(settings) else None,
+    }
+    for part, path in files.items():
+        if path is not None:
+            asked()
+            contents[f"{part} file"] = network_digest(Path(path), part)[:16]
+    return contents
+
+
+def differences(settings: Settings, contents: Mapping[str, str], metadata: Mapping[str, str]) -> list[str]:
+    """What decides the result and is not as a state's metadata has it: "train.seed 0 → 1".
+
+    A state of an earlier version has no contents; they are taken to be the same.
+    """
+    saved_settings = saved(metadata)
+    before = _deciding(saved_settings) if saved_settings is not None else {}
+    now = _deciding(settings) if saved_settings is not None else {}
+    if (saved_contents := _saved_contents(metadata)) is not None:
+        before, now = {**before, **saved_contents}, {**now, **contents}
+    return [
+        f"{key} {quoted_value(before.get(key))} → {quoted_value(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def refusal(path: Path, differing: Sequence[str]) -> CascadeError:
+    more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    return CascadeError(
+        f"{path} is of a run with other settings ({'; '.join(differing[:SHOWN])}{more}); put them back, or begin anew "
+        "with --fresh."
+    )
+
+
+def unknown_parts(metadata: Mapping[str, str]) -> list[str]:
+    """What a state of an earlier version does not tell, in words."""
+    return ["settings"] * (saved(metadata) is None) + ["pictures and networks"] * (
+        _saved_contents(metadata) is None
+    )
+
+
+def saved(metadata: Mapping[str, str]) -> Settings | None:
+    """The settings that a state was written with; None where it does not tell them."""
+    return settings_from_json(metadata.get("settings", ""))
+
+
+def same_file(settings: Settings, metadata: Mapping[str, str]) -> bool:
+    """Whether the result is written as it was with the state's settings."""
+    before, now = saved(metadata), _flat(settings)
+    return before is not None and all(_flat(before)[key] == now[key] for key in OF_THE_FILE)
+
+
+def quoted_value(value: Any) -> str:
+    return value if isinstance(value, str) and len(value) < 80 and value.isprintable() else quoted(value)
+
+
+def _saved_contents(metadata: Mapping[str, str]) -> dict[str, str] | None:
+    try:
+        contents = json.loads(metadata.get("contents", ""))
+    except (ValueError, RecursionError):
+        return None
+    return contents if isinstance(contents, dict) and contents else None
+
+
+def _deciding(settings: Settings) -> dict[str, Any]:
+    """The settings that decide the result, by "section.key"; a default that stands for another value is that value."""
+    values = {
+        key: value
+        for key, value in _flat(settings).items()
+        if key not in WITHOUT_EFFECT and key.partition(".")[0] not in WITHOUT_EFFECT
+    }
+    values["objective.weighting"] = settings.objective.loss_weight
+    values["lora.alpha"] = settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha
+    if _starts_from_a_file(settings):
+        values["controlnet.start"] = "a file"
+    return values
+
+
+def _starts_from_a_file(settings: Settings) -> bool:
+    return settings.task == "controlnet" and settings.controlnet.start not in ("compressor", "random")
+
+
+def _flat(settings: Settings) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, values in dataclasses.asdict(settings).items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            flat[section] = values
+    return flat
+
+
+def network_digest(path: Path, part: str) -> str:
+    """A digest of a network's file, its shards and what a model's folder says of it."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for file in _files_of(path, part):
+        for block in _blocks(file):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _files_of(path: Path, part: str) -> Iterator[Path]:
+    file = locate(path, part)
+    sharded = file.suffix == ".json" or "-of-" in file.name
+    yield from sorted(file.parent.glob("*.safetensors")) if sharded else [file]
+    for folder in (file.parent, file.parent / "tokenizer", file.parent.parent / "tokenizer"):
+        if path.is_dir() or part == "text":
+            yield from (each for name in MODEL_FILES if (each := folder / name).is_file())
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A file's size and its bytes; of a large file, blocks evenly spread over it."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            yield str(size).encode()
+            if size <= BLOCKS * BLOCK_BYTES:
+                yield file.read(size)
+                return
+            for i in range(BLOCKS):
+                file.seek(i * (size - BLOCK_BYTES) // (BLOCKS - 1))
+                yield file.read(BLOCK_BYTES)
+    except OSError as error:
+        raise CascadeError(
+            f"{path} cannot be read ({error.strerror or error}); make it readable or choose another."
+        ) from None
