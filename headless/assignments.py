@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..cascade_core.errors import CascadeError, printable, quoted
-from .graph import Graph, check_shape, name_of
+from .graph import Graph, check_shape, name_of, title_of
 
 _MOST_NAMES = 20  # in a message
 
@@ -43,7 +43,7 @@ def assign(graph: Graph, assignments: Iterable[str], input_types: InputTypes) ->
 def _find_node(graph: Graph, name: str) -> str:
     if name in graph:
         return name
-    for key in (_class_of, _title_of):
+    for key in (_class_of, title_of):
         matches = [node_id for node_id, node in graph.items() if key(node) == name]
         if len(matches) == 1:
             return matches[0]
@@ -63,11 +63,6 @@ def _listed(names: Iterable[str]) -> str:
 
 def _class_of(node: dict[str, Any]) -> object:
     return node.get("class_type")
-
-
-def _title_of(node: dict[str, Any]) -> object:
-    meta = node.get("_meta")
-    return meta.get("title") if isinstance(meta, dict) else None
 
 
 def _read_value(text: str, input_type: str | None) -> Any:

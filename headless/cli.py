@@ -188,10 +188,13 @@ def _execute(options: argparse.Namespace, progress: ConsoleProgress) -> Result:
         from .client import Server, run_on_server
         from .folders import Folders
         from .graph import read_graph
+        from .patterns import fill_in_prefixes
 
         server = Server(options.server)
         graph = assign(read_graph(options.graph), options.assignments, server.input_types)
-        return run_on_server(server, graph, Folders(options.input, options.output), progress)
+        return run_on_server(
+            server, fill_in_prefixes(graph), Folders(options.input, options.output), progress
+        )
     from .execution import Executor
     from .run import run_graph
 

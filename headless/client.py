@@ -26,9 +26,9 @@ from ..cascade_core.errors import CascadeError, printable, quoted
 from ..cascade_core.file_names import inside, name_fault, path_fault
 from ..cascade_core.pictures import PictureError, open_picture
 from .folders import Folders
-from .graph import Graph
+from .graph import Graph, name_of
 from .results import Observer, Result, SavedPicture
-from .saving import save_new
+from .saving import check_prefix, save_new
 from .sentences import GraphError, sentences, shortened
 
 _PAUSES = (0.1, 0.2, 0.5, 1.0)  # seconds between two looks at the history; the last one repeats
@@ -214,6 +214,7 @@ def run_on_server(server: Server, graph: Graph, folders: Folders, observer: Obse
     """
     observer = observer or Observer()
     started = time.perf_counter()
+    _check_prefixes(graph, folders)
     prompt_id, node_errors = _queue(server, graph)
     try:
         history = _wait(server, prompt_id, observer)
@@ -247,6 +248,17 @@ def run_on_server(server: Server, graph: Graph, folders: Folders, observer: Obse
         raise CascadeError("\n".join(shortened(refused)))
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _check_prefixes(graph: Graph, folders: Folders) -> None:
+    """Raises CascadeError for pictures that the server would make in vain, since they cannot be saved here."""
+    for node_id, node in graph.items():
+        prefix = node["inputs"].get("filename_prefix")
+        if node.get("class_type") == "SaveImage" and isinstance(prefix, str):
+            try:
+                check_prefix(prefix, folders.output)
+            except CascadeError as error:
+                raise CascadeError(f"Node {name_of(graph, node_id)}: {error}") from error
 
 
 def _queue(server: Server, graph: Graph) -> tuple[str, dict[str, Any]]:

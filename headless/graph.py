@@ -148,3 +148,9 @@ def name_of(graph: Graph, node_id: str) -> str:
     class_type = graph[node_id].get("class_type", "?")
     name = printable(class_type, 80) if isinstance(class_type, str) else quoted(class_type)
     return f"{printable(node_id, 80)} ({name})"
+
+
+def title_of(node: dict[str, Any]) -> object:
+    """A node's title on the canvas, which a graph in API format may have lost."""
+    meta = node.get("_meta")
+    return meta.get("title") if isinstance(meta, dict) else None

@@ -12,6 +12,7 @@ from .assignments import assign
 from .execution import Executor
 from .folders import Folders, using_folders
 from .graph import Graph, check_shape, read_graph
+from .patterns import fill_in_prefixes
 from .registry import NodeClass, available_nodes, describe
 from .results import Result
 from .sentences import GraphError
@@ -55,7 +56,7 @@ def run_graph(
 
     folders = Folders(Path(input_folder), Path(output_folder), folder)
     with using_folders(folders), computing_with(memory) if memory else nullcontext():
-        validation = validate(assign(graph, assignments, input_types), classes)
+        validation = validate(fill_in_prefixes(assign(graph, assignments, input_types)), classes)
         if validation.error is not None or (validation.node_errors and not partial):
             raise GraphError(validation.error, validation.node_errors, classes)
         return (executor or Executor(keep=False)).run(validation, extra_pnginfo)

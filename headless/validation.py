@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any
 
-from .graph import Graph, check_shape, linked_inputs, name_of
+from .graph import Graph, check_shape, linked_inputs, name_of, title_of
 from .node_checks import NodeCheck, check_node
 from .registry import NodeClass, NodeInfo, describe
 
@@ -73,8 +73,7 @@ def _first_unknown(graph: Graph, classes: Mapping[str, NodeClass]) -> dict[str, 
     for node_id, node in graph.items():
         details = f"Node ID '#{node_id}'"
         class_type = node.get("class_type")
-        meta = node.get("_meta")
-        title = meta.get("title") if isinstance(meta, dict) else None
+        title = title_of(node)
         node_info = {"node_id": node_id, "class_type": class_type, "node_title": title or class_type}
         if not isinstance(class_type, str):
             message = f"Node '{title or f'ID #{node_id}'}' has no class_type."

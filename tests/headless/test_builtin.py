@@ -1,6 +1,7 @@
 """LoadImage, LoadImageMask, SaveImage and PreviewImage through whole graphs, on real files."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,14 @@ def test_a_prefix_names_a_file_in_the_output_folder(folder, calls, prefix, reaso
         with pytest.raises(NodeError, match=r"Node 2 \(SaveImage\): Cannot save as .* leads out"):
             run(graph, folder)
     assert files_in(folder) == ["input/in.png"]
+
+
+def test_patterns_of_the_canvas_are_filled_in(folder):
+    assignments = ["2.filename_prefix=%date:yyyy%\\%LoadImage.image%_%width%"]
+    picture = run(COPY, folder, assignments=assignments).pictures[0]
+    year = f"{time.localtime().tm_year}"
+    assert picture.path == folder / "output" / year / "in.png_6_00001_.png"
+    assert texts_in(picture.path)["prompt"]["2"]["inputs"]["filename_prefix"] == f"{year}\\in.png_%width%"
 
 
 def test_a_prefix_with_the_separators_of_windows_names_the_same_folder(folder):

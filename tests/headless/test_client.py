@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -197,6 +198,21 @@ def test_the_command_runs_a_graph_on_a_server(comfyui, tmp_path, capsys):
     assert capsys.readouterr().err == (
         "error: Node 2 (SaveImage) has no input 'prefix'; its inputs: images, filename_prefix.\n"
     )
+
+
+def test_the_prefix_is_filled_in_and_checked_before_the_server_works(comfyui, tmp_path, capsys):
+    file = tmp_path / "graph.json"
+    file.write_text(json.dumps(COPY))
+    arguments = ["run", str(file), "--server", comfyui.url, "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--set", "2.filename_prefix=%date:yyyy%/%LoadImage.image%"]) == 0
+    year = f"{time.localtime().tm_year}"
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/out/{year}/in.png_00001_.png  (")
+    posts = len(comfyui.posts)
+    for prefix, fault in {"../out": "leads out of the folder", ".out": "begins with a dot"}.items():
+        assert main([*arguments, "--set", f"2.filename_prefix={prefix}"]) == 1
+        error = f"error: Node 2 (SaveImage): Cannot save as '{prefix}', which {fault}"
+        assert capsys.readouterr().err.startswith(error)
+    assert len(comfyui.posts) == posts
 
 
 def test_ctrl_c_takes_the_graph_off_the_server(comfyui, tmp_path):

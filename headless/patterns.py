@@ -1,0 +1,64 @@
+"""Patterns in a `filename_prefix` that ComfyUI's canvas fills in before it queues a graph: here too, in its words.
+
+`%date:yyyy-MM-dd%` is the time, `%KSampler.seed%` the value of a node's input, by class or title. Those that its
+SaveImage knows itself, such as %width%, and unknown ones stay as they are.
+https://github.com/Comfy-Org/ComfyUI_frontend, `applyTextReplacements` and `formatDate`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+from .graph import Graph, title_of
+
+_PATTERN = re.compile(r"%([^%]+)%")
+_DATE_PART = re.compile(r"dd?|MM?|hh?|mm?|ss?|yyy?y?")
+_NOT_IN_NAMES = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
+
+
+def fill_in_prefixes(graph: Graph) -> Graph:
+    """Returns the graph with the patterns of its filename prefixes filled in."""
+    now = time.localtime()
+
+    def fill_in(match: re.Match[str]) -> str:
+        if match[1].startswith("date:"):
+            return _format_date(match[1].removeprefix("date:"), now)
+        name, _, input_name = match[1].partition(".")
+        value = _value_of(graph, name, input_name)
+        return match[0] if value is None else _NOT_IN_NAMES.sub("_", value)
+
+    filled = {}
+    for node_id, node in graph.items():
+        prefix = node["inputs"].get("filename_prefix")
+        if isinstance(prefix, str):
+            node = {**node, "inputs": {**node["inputs"], "filename_prefix": _PATTERN.sub(fill_in, prefix)}}
+        filled[node_id] = node
+    return filled
+
+
+def _format_date(form: str, date: time.struct_time) -> str:
+    parts = {"d": date.tm_mday, "M": date.tm_mon, "h": date.tm_hour, "m": date.tm_min, "s": date.tm_sec}
+
+    def fill_in(match: re.Match[str]) -> str:
+        part = match[0]
+        if part[0] == "y":
+            return part if len(part) == 3 else str(date.tm_year)[-len(part) :]
+        return str(parts[part[0]]).zfill(len(part))
+
+    return _DATE_PART.sub(fill_in, form)
+
+
+def _value_of(graph: Graph, name: str, input_name: str) -> str | None:
+    """An input's value as a text, of the first node of this class, or else title; None for what is not there."""
+    by_class = [node for node in graph.values() if node.get("class_type") == name]
+    by_title = [node for node in graph.values() if title_of(node) == name]
+    value: Any = next((node["inputs"].get(input_name) for node in by_class or by_title), None)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, int) and value.bit_length() > 64:  # no input's; Python does not write the longest
+        return None
+    return str(value) if isinstance(value, (str, int, float)) else None
