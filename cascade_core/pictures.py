@@ -34,8 +34,8 @@ MAX_BYTES = 2**30  # MAX_PIXELS of 16-bit RGBA as they are
 class PictureError(CascadeError):
     """A picture that cannot be read. reason: why, in a few words, for lists of such pictures."""
 
-    def __init__(self, message: str, reason: str):
-        super().__init__(message)
+    def __init__(self, reason: str, message: str = ""):
+        super().__init__(message or reason)
         self.reason = reason
 
 
@@ -98,19 +98,19 @@ def _bounded(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Ima
         raise
     except UnidentifiedImageError:
         raise PictureError(
-            f"{name} is not a picture; PNG, JPEG or WebP was expected.", "not a picture"
+            "not a picture", f"{name} is not a picture; PNG, JPEG or WebP was expected."
         ) from None
     except Exception as error:  # Pillow's readers let through whatever they meet in a damaged file
         plain = error.strerror if isinstance(error, OSError) else None
         reason = printable(plain or str(error) or type(error).__name__, 200)
-        raise PictureError(f"The picture {name} cannot be read: {reason}.", reason) from error
+        raise PictureError(reason, f"The picture {name} cannot be read: {reason}.") from error
 
 
 def upright(picture: Image) -> Image:
     """A picture's pixels, turned by its EXIF orientation, in 8 bits a channel."""
     from PIL import ImageOps
 
-    return _as_8_bit(ImageOps.exif_transpose(picture))
+    return as_8_bit(ImageOps.exif_transpose(picture))
 
 
 def as_image(picture: Image | Tensor | str | Path | Sequence[Image]) -> Tensor:
@@ -181,7 +181,7 @@ def _opened(picture: Image | str | Path | Sequence[Image]) -> list[Image]:
             f"A picture was given as {type(picture).__name__}; give a PIL image, a path or a tensor."
         )
     try:
-        images = [_as_8_bit(image) for image in images]
+        images = [as_8_bit(image) for image in images]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CascadeError(f"The picture {quoted(picture)} cannot be read: {error}.") from error
     if len({image.size for image in images}) != 1:
@@ -193,14 +193,14 @@ def _opened(picture: Image | str | Path | Sequence[Image]) -> list[Image]:
     return images
 
 
-def _as_8_bit(image: Image) -> Image:
+def as_8_bit(image: Image) -> Image:
     """Reads a picture, and scales 16-bit greyscale to 8-bit, which Pillow would clip."""
     import numpy as np
     from PIL import Image
 
     image.load()
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image, dtype=np.int64) // 257).clip(0, 255).astype(np.uint8))
+        return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     return image
 
 

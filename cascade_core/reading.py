@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file. Raises OSError for anything else: reading a FIFO or a device could block for ever."""
+def regular_status(path: str | Path) -> os.stat_result:
+    """A regular file's status. Raises OSError for anything else: reading a FIFO or a device could block for ever."""
     try:
-        mode = os.stat(path).st_mode  # before opening, which for a FIFO blocks as well
+        status = os.stat(path)
     except ValueError:  # NUL, a lone surrogate
-        raise FileNotFoundError(
-            errno.ENOENT, "the name holds characters that no file's name can have"
-        ) from None
-    if stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "its name holds characters that no file's name has", str(path)) from None
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return status
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file. Raises OSError as `regular_status`, which looks first: opening a FIFO blocks as well."""
+    regular_status(path)
     return open(path, "rb")

@@ -20,12 +20,13 @@ from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
 from ..writing import move_to_free, temporary_file
+from .data.access import Access
 from .data.batches import Found, TrainingData, fill_cache
 from .data.cache import fingerprint
 from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
 from .data.pictures import TrainingPicture
-from .data.sources import find_pictures
+from .data.sources import LEFT_OUT, find_pictures, write_left_out
 from .data.text_cache import TextCache
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
 from .identity import contents_of, differences, refusal, same_file, saved, unknown_parts
@@ -57,12 +58,14 @@ def train(
     fresh: bool = False,
     find_faces: FindFaces | None = None,
     keep_existing: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Outcome:
     """Train by resolved settings and write `output.file`; resume from the run's checkpoint unless `fresh`.
 
     keep_existing: a file of that name is not replaced, and the new one gets a number instead.
     notify: called with sentences for people; report: with the progress; caching: with how many latents are encoded and
-    how many there are to encode; stop: asked after each step; find_faces: for the identity hint.
+    how many there are to encode; stop: asked at each file and after each step; find_faces: for the identity hint;
+    check: raises CascadeError for a path of training data, its links followed, that may not be read.
     """
     accelerator = build_accelerator(settings.train.accumulate)
     if not accelerator.is_main_process:
@@ -71,7 +74,7 @@ def train(
         with ExitStack() as held:
             folder = Path(settings.output.folder or "")
             on_main_process(accelerator, lambda: held.enter_context(locked(folder, notify)))
-            pictures = find_pictures(settings.data.folder, settings.data.tars)
+            pictures = find_pictures(settings.data.folder, settings.data.tars, Access(stop, check))
             begun = on_main_process(
                 accelerator,
                 lambda: _begun(settings, pictures[0], accelerator.num_processes, notify, stop, fresh),
@@ -249,16 +252,17 @@ def prepare(
     def encode(pixels: Tensor) -> Tensor:
         return compressor(pixels.to(device))
 
+    access = Access(stop)
+
     def report_caching(done: int, total: int) -> None:
         if caching is not None:
             caching(done, total)
-        if stop():
-            raise Interrupted("The run was stopped; the latents encoded so far are kept.")
+        access.ask()
 
     data_settings, compressor_digest = replace(settings.data, cache=cache), fingerprint(compressor)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     if ranks > 1:  # each encodes its share of the latents
-        fill_cache(data_settings, encode, compressor_digest, rank, ranks, report_caching, pictures)
+        fill_cache(data_settings, encode, compressor_digest, rank, ranks, report_caching, pictures, access)
         accelerator.wait_for_everyone()
     with accelerator.main_process_first():  # the others then find the text states in the cache
         image_prompts = image_prompts_of(settings, cache, device)
@@ -271,13 +275,16 @@ def prepare(
             report=report_caching,
             image_prompts=image_prompts,
             pictures=pictures,
+            access=access,
         )
         notify(data.summary())
+        if accelerator.is_main_process:
+            write_left_out(Path(settings.output.folder or "") / LEFT_OUT, data.skipped)
         encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
         encoder.model.to(device)
         texts = TextCache(encoder, cache)
         text_is_trained = bool(settings.tokens) or (settings.task == "lora" and settings.lora.text_encoder)
-        texts.fill([] if text_is_trained else [*data.captions, *settings.output.prompts])
+        texts.fill([] if text_is_trained else [*data.captions, *settings.output.prompts], ask=access.ask)
     text = CachedText(texts, [""] if text_is_trained else data.captions, device)
     texts.release()
     trained_encoder = encoder if text_is_trained else None

@@ -377,13 +377,17 @@ def test_damaged_pictures_are_left_out_and_named(tmp_path):
     reasons = {each.name: each.reason for each in opened.skipped}
     assert reasons.keys() == {"002.png", "more/001.png", "004.png"}
     assert "truncated" in reasons["002.png"]
-    assert reasons["more/001.png"] == "no picture"
+    assert reasons["more/001.png"] == "not a picture"
     assert opened.summary() == (
-        "2 pictures with 2 captions: 2 of 256 × 256; 3 are left out, such as 004.png (no caption)."
+        "2 pictures with 2 captions: 2 of 256 × 256; 3 are left out (left_out.txt lists them): 004.png (no caption), "
+        f"more/001.png (not a picture), 002.png ({reasons['002.png']})."
     )
     for name in ("000.png", "more/003.png"):
         (folder / name).write_bytes(b"")
-    with pytest.raises(CascadeError, match=r"None of the 4 pictures can be read, such as .*png"):
+    with pytest.raises(
+        CascadeError,
+        match=r"None of the 4 pictures can be trained on: .*000.png \(not a picture\) and 2 more alike",
+    ):
         open_data(folder)
 
 

@@ -245,7 +245,9 @@ def test_a_picture_with_a_damaged_prompt_is_left_out_and_named(tmp_path):
     (folder / "004.prompt10.png").write_bytes(b"no picture")
     data = open_data(folder, ImagePrompts(encoder()))
     assert len(data) == 6
-    assert [str(each) for each in data.skipped] == ["004.png (its image prompt 004.prompt10.png: no picture)"]
+    assert [str(each) for each in data.skipped] == [
+        "004.png (its image prompt 004.prompt10.png: not a picture)"
+    ]
 
 
 def test_an_encoder_without_prompts_is_refused(tmp_path):

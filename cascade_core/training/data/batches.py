@@ -9,16 +9,17 @@ from torch import Tensor
 
 from ...errors import CascadeError
 from ..settings import DataSettings
+from .access import Access
 from .bucket_data import BucketData
 from .bucketing import BucketedPicture, assign_buckets
 from .buckets import Bucket, buckets
 from .cache import Cache
 from .decoding import PictureDecoder
-from .epochs import batches_per_epoch, epoch_plan, generator
+from .epochs import EpochPlan, batches_per_epoch, epoch_repeats, generator
 from .image_prompts import ImagePrompts
 from .latents import LatentEncoder
 from .pictures import Skipped, TrainingPicture
-from .sources import find_pictures
+from .sources import LEFT_OUT, find_pictures, reasons
 
 Found = tuple[list[TrainingPicture], list[Skipped]]  # what `find_pictures` gives
 MAX_BYTES_IN_MEMORY = 4_000_000_000  # of latents; more stay in the mapped files of the cache
@@ -54,22 +55,26 @@ def fill_cache(
     ranks: int,
     report: Callable[[int, int], None] | None = None,
     found: Found | None = None,
+    access: Access | None = None,
 ) -> None:
     """Encode this rank's share of the latents: all ranks fill one cache, where `TrainingData` finds them."""
-    pictures, _ = found or find_pictures(settings.folder, settings.tars)
-    bucketed, _ = _assign_buckets(settings, pictures)
-    _latent_encoder(settings, encode, fingerprint, report).fill(bucketed[rank::ranks])
+    access = access or Access()
+    pictures, _ = found or find_pictures(settings.folder, settings.tars, access)
+    bucketed, _ = _assign_buckets(settings, pictures, access)
+    _latent_encoder(settings, encode, fingerprint, report, access).fill(bucketed[rank::ranks])
 
 
 def _assign_buckets(
-    settings: DataSettings, pictures: list[TrainingPicture]
+    settings: DataSettings, pictures: list[TrainingPicture], access: Access
 ) -> tuple[list[BucketedPicture], list[Skipped]]:
     sizes = Cache(settings.cache, "sizes")
-    return assign_buckets(pictures, buckets(settings.size, settings.bucket_step), sizes)
+    return assign_buckets(pictures, buckets(settings.size, settings.bucket_step), sizes, access.ask)
 
 
-def _latent_encoder(settings: DataSettings, encode, fingerprint: str, report) -> LatentEncoder:
-    return LatentEncoder(encode, Cache(settings.cache, fingerprint), settings.flip, report)
+def _latent_encoder(
+    settings: DataSettings, encode, fingerprint: str, report, access: Access
+) -> LatentEncoder:
+    return LatentEncoder(encode, Cache(settings.cache, fingerprint), settings.flip, report, access.ask)
 
 
 class TrainingData:
@@ -80,6 +85,7 @@ class TrainingData:
     report: called with how many latents are encoded and how many there are to encode.
     image_prompts: embeds the pictures that prompt for others, and is then released.
     pictures: what `find_pictures` gave, where it was asked already.
+    access: what may be read, and whether to stop.
     captions: every caption that a batch can have; the empty one is the first.
     skipped: pictures that are left out, and why.
     """
@@ -94,22 +100,24 @@ class TrainingData:
         report: Callable[[int, int], None] | None = None,
         image_prompts: ImagePrompts | None = None,
         pictures: Found | None = None,
+        access: Access | None = None,
     ):
         self.settings, self.seed, self.image_prompts = settings, seed, image_prompts
-        found, left_out = pictures or find_pictures(settings.folder, settings.tars)
+        access = access or Access()
+        found, left_out = pictures or find_pictures(settings.folder, settings.tars, access)
         self.skipped = list(left_out)
-        bucketed, unreadable = _assign_buckets(settings, found)
-        encoder = _latent_encoder(settings, encode, fingerprint, report)
-        damaged = encoder.fill(bucketed)
+        bucketed, unreadable = _assign_buckets(settings, found, access)
+        encoder = _latent_encoder(settings, encode, fingerprint, report, access)
         prompted = sum(bool(each.picture.image_prompts) for each in bucketed)
         self.unused_prompts = prompted if image_prompts is None else 0
+        if image_prompts is not None and not prompted:
+            raise CascadeError(
+                "models.image_encoder is given, but no picture has image prompts; put them beside the pictures "
+                "(0001.prompt0.png beside 0001.png), or leave it out."
+            )
+        damaged = encoder.fill(bucketed)
         if image_prompts is not None:
-            if not prompted:
-                raise CascadeError(
-                    "models.image_encoder is given, but no picture has image prompts; put them beside the pictures "
-                    "(0001.prompt0.png beside 0001.png), or leave it out."
-                )
-            unprompted = image_prompts.fill([each.picture for each in bucketed], report)
+            unprompted = image_prompts.fill([each.picture for each in bucketed], report, access.ask)
             damaged |= {each: unprompted[each.picture] for each in bucketed if each.picture in unprompted}
             image_prompts.release()
         usable = [each for each in bucketed if each not in damaged]
@@ -119,7 +127,7 @@ class TrainingData:
         ]
         if not usable:
             raise CascadeError(
-                f"None of the {len(found)} pictures can be read, such as {self.skipped[-1]}; give pictures as "
+                f"None of the {len(found):,} pictures can be trained on: {reasons(self.skipped)}; give pictures as "
                 "PNG, JPEG or WebP."
             )
         ids: dict[str, int] = {"": 0}
@@ -136,7 +144,8 @@ class TrainingData:
             for bucket in self._buckets:
                 bucket.load_to_memory()
             encoder.cache.rows.clear()
-        self._plan: tuple[tuple[int, int], list[tuple[int, Tensor]]] | None = None
+        self._plan: tuple[tuple[int, int], EpochPlan] | None = None
+        self._repeat = epoch_repeats(len(usable), settings.repeat)
         self._decoder = PictureDecoder() if with_images else None
 
     def __len__(self) -> int:
@@ -150,7 +159,7 @@ class TrainingData:
         if self.unused_prompts:
             notes += f"; the image prompts of {self.unused_prompts} are not used, as models.image_encoder is not given"
         if self.skipped:
-            notes += f"; {len(self.skipped)} are left out, such as {self.skipped[0]}"
+            notes += f"; {len(self.skipped):,} are left out ({LEFT_OUT} lists them): {reasons(self.skipped)}"
         return f"{len(self)} pictures with {len(self.captions) - 1} captions: {sizes}{notes}."
 
     def as_tensors(self) -> list[BucketTensors]:
@@ -162,7 +171,7 @@ class TrainingData:
 
     def steps_per_epoch(self, batch_size: int, ranks: int = 1) -> int:
         total = batch_size * ranks
-        return sum(batches_per_epoch(len(each), self.settings.repeat, total) for each in self._buckets)
+        return sum(batches_per_epoch(len(each), self._repeat, total) for each in self._buckets)
 
     def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Batch:
         """The batch of this rank at this step; the same whatever was asked for before.
@@ -208,11 +217,11 @@ class TrainingData:
         pictures = [bucket.pictures[index] for index in indices.tolist()]
         return _Rows(number, indices, mirrored, caption_ids, prompted, pictures)
 
-    def _epoch(self, epoch: int, total_batch_size: int) -> list[tuple[int, Tensor]]:
+    def _epoch(self, epoch: int, total_batch_size: int) -> EpochPlan:
         """The epoch's plan; the last one is kept."""
         if self._plan is None or self._plan[0] != (epoch, total_batch_size):
             counts = [len(each) for each in self._buckets]
-            plan = epoch_plan(counts, total_batch_size, self.settings.repeat, self.seed, epoch)
+            plan = EpochPlan(counts, total_batch_size, self._repeat, self.seed, epoch)
             self._plan = (epoch, total_batch_size), plan
         return self._plan[1]
 

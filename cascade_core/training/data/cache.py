@@ -19,7 +19,9 @@ KEY_BYTES = 16
 
 
 def key_of(*parts: object) -> Key:
-    return hashlib.blake2b("\n".join(map(str, parts)).encode(), digest_size=KEY_BYTES).digest()
+    return hashlib.blake2b(
+        "\n".join(map(str, parts)).encode(errors="surrogatepass"), digest_size=KEY_BYTES
+    ).digest()
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -44,10 +46,17 @@ class Cache:
     def _read(self, path: Path) -> None:
         try:
             tensors, _ = read_safetensors(path)
-            keys, rows = tensors["keys"].numpy(), tensors["rows"]
-        except (CascadeError, KeyError):  # damaged by other hands: encoded anew, and then written over
+            keys, rows = tensors["keys"], tensors["rows"]
+        except (CascadeError, KeyError):  # damaged by other hands: encoded anew
             return
-        self.rows |= zip(map(bytes, keys), rows.unbind(), strict=True)
+        if keys.dtype == torch.uint8 and keys.ndim == 2 and keys.shape == (*rows.shape[:1], KEY_BYTES):
+            self.rows |= zip(map(bytes, keys.numpy()), rows.unbind(), strict=True)
+
+    def keep(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Forget a row of another shape or kind, as damage leaves it: it is then made anew."""
+        row = self.rows.get(key)
+        if row is not None and (row.shape != shape or row.dtype != dtype):
+            del self.rows[key]
 
     def __contains__(self, key: Key) -> bool:
         return key in self.rows

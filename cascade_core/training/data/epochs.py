@@ -1,10 +1,15 @@
 """The order in which training sees its pictures: a pure function of the seed and of the step or epoch."""
 
+import bisect
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+MAX_ROWS = 2**24  # of an epoch, 8 bytes each
+MAX_REPEATS = 10_000
 
 
 def generator(seed: int, purpose: str, number: int) -> torch.Generator:
@@ -18,19 +23,37 @@ def batches_per_epoch(count: int, repeat: int, total_batch_size: int) -> int:
     return -(-count * repeat // total_batch_size)
 
 
-def epoch_plan(
-    counts: Sequence[int], total_batch_size: int, repeat: int, seed: int, epoch: int
-) -> list[tuple[int, Tensor]]:
-    """The batches of an epoch in random order: (index of the bucket, indices of its rows).
+def epoch_repeats(count: int, repeat: int) -> int:
+    """How often one epoch shows `count` pictures: what is beyond some millions of rows is for the epochs after it."""
+    return max(min(repeat, MAX_REPEATS, MAX_ROWS // count), 1)
+
+
+class EpochPlan:
+    """The batches of an epoch in random order; plan[position] is (index of the bucket, indices of its rows).
 
     counts: pictures in each bucket; total_batch_size: of all ranks together. Each row occurs `repeat` times. A bucket
     is cut into as few batches as will do, of equal size or one apart, so that none is left with a row or two.
     """
-    random = generator(seed, "epoch", epoch)
-    batches: list[tuple[int, Tensor]] = []
-    for bucket, count in enumerate(counts):
-        rows = torch.cat([torch.randperm(count, generator=random) for _ in range(repeat)])
-        batches += [
-            (bucket, part) for part in rows.tensor_split(batches_per_epoch(count, repeat, total_batch_size))
-        ]
-    return [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
+
+    def __init__(self, counts: Sequence[int], total_batch_size: int, repeat: int, seed: int, epoch: int):
+        random = generator(seed, "epoch", epoch)
+        self.rows = []
+        for count in counts:
+            rows = torch.empty(repeat, count, dtype=torch.int64)
+            for each in rows:
+                torch.randperm(count, generator=random, out=each)
+            self.rows.append(rows.flatten())
+        batches = [batches_per_epoch(count, repeat, total_batch_size) for count in counts]
+        self.starts = [0, *itertools.accumulate(batches)]  # each bucket's first batch, and the number of all
+        self.order = torch.randperm(self.starts[-1], generator=random)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor]:
+        batch = int(self.order[position])
+        bucket = bisect.bisect_right(self.starts, batch) - 1
+        first, end = self.starts[bucket : bucket + 2]
+        batch -= first
+        size, larger = divmod(
+            len(self.rows[bucket]), end - first
+        )  # as tensor_split: the first ones are one larger
+        start = batch * size + min(batch, larger)
+        return bucket, self.rows[bucket][start : start + size + (batch < larger)]

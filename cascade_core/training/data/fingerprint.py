@@ -33,9 +33,8 @@ def pictures_digest(
     for start in range(0, len(missing), AT_ONCE):
         new = {}
         for (key, _), value in map_in_threads(
-            lambda item: _content(item[1]), missing[start : start + AT_ONCE], ahead=100
+            lambda item: _content(item[1]), missing[start : start + AT_ONCE], ahead=100, ask=asked
         ):
-            asked()
             if not isinstance(value, PictureError):
                 new[key] = value
         if new:
@@ -54,9 +53,6 @@ def _content(file: PictureFile) -> bytes:
     digest = hashlib.blake2b(str(file.length).encode(), digest_size=KEY_BYTES)
     end = PictureFile(file.name, file.path, file.offset + file.length - END_BYTES, END_BYTES, file.stamp)
     whole = file.length <= 2 * END_BYTES or file.name.lower().endswith(PLAIN)
-    try:
-        for part in (file.read(),) if whole else (file.read(END_BYTES), end.read()):
-            digest.update(part)
-    except OSError as error:
-        raise PictureError(error.strerror or str(error)) from None
+    for part in (file.read(),) if whole else (file.read(END_BYTES), end.read()):
+        digest.update(part)
     return digest.digest()

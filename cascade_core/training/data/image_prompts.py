@@ -26,17 +26,23 @@ class ImagePrompts:
         self.cache = Cache(below, fingerprint(encoder.model) if below else "")
 
     def fill(
-        self, pictures: Sequence[TrainingPicture], report: Callable[[int, int], None] | None = None
+        self,
+        pictures: Sequence[TrainingPicture],
+        report: Callable[[int, int], None] | None = None,
+        ask: Callable[[], None] = lambda: None,
     ) -> dict[TrainingPicture, str]:
         """Encode the prompts that are not cached yet; returns the pictures with a damaged one, and what it is.
 
-        report: called with how many prompts are encoded and how many there are to encode.
+        report: called with how many prompts are encoded and how many there are to encode. ask: called at each prompt;
+        raises Interrupted where the run should end.
         """
         prompts = {_key(prompt): prompt for picture in pictures for prompt in picture.image_prompts}
+        for key in prompts:
+            self.cache.keep(key, (self.width,), torch.float32)
         missing = [prompt for key, prompt in prompts.items() if key not in self.cache]
         damaged: dict[PictureFile, str] = {}
         for start in range(0, len(missing), IN_A_FILE):
-            damaged |= self._encode(missing[start : start + IN_A_FILE])
+            damaged |= self._encode(missing[start : start + IN_A_FILE], ask)
             if report is not None:
                 report(min(start + IN_A_FILE, len(missing)), len(missing))
         bad = {
@@ -48,7 +54,7 @@ class ImagePrompts:
             if prompt is not None
         }
 
-    def _encode(self, prompts: Sequence[PictureFile]) -> dict[PictureFile, str]:
+    def _encode(self, prompts: Sequence[PictureFile], ask: Callable[[], None]) -> dict[PictureFile, str]:
         """Encode prompts into one file of the cache; returns the damaged ones."""
         encoder = self.encoder
         if encoder is None:
@@ -59,19 +65,15 @@ class ImagePrompts:
         side = encoder.image_size
 
         def prepared(prompt: PictureFile) -> Tensor:
-            try:
-                data = prompt.read()
-            except OSError as error:
-                raise PictureError(error.strerror or str(error)) from None
-            return preprocess_images(read_whole(data, side).movedim(0, -1)[None] / 255, side)
+            return preprocess_images(read_whole(prompt.read(), side).movedim(0, -1)[None] / 255, side)
 
         damaged: dict[PictureFile, str] = {}
         keys: list[Key] = []
         rows: list[Tensor] = []
         waiting: list[Tensor] = []
-        for prompt, pixels in map_in_threads(prepared, prompts, ahead=ENCODED_AT_ONCE):
+        for prompt, pixels in map_in_threads(prepared, prompts, ENCODED_AT_ONCE, ask):
             if isinstance(pixels, PictureError):
-                damaged[prompt] = str(pixels)
+                damaged[prompt] = pixels.reason
             else:
                 keys.append(_key(prompt))
                 waiting.append(pixels)

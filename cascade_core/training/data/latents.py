@@ -23,7 +23,8 @@ class LatentEncoder:
     """Fills a cache with latents.
 
     encode: (B, 3, H, W) float32 in [0, 1] -> (B, 16, h, w); flip: mirrored pictures as well;
-    report: called with how many pictures are encoded and how many there are to encode.
+    report: called with how many pictures are encoded and how many there are to encode; ask: called at each picture,
+    raises Interrupted where the run should end.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class LatentEncoder:
         cache: Cache,
         flip: bool,
         report: Callable[[int, int], None] | None = None,
+        ask: Callable[[], None] = lambda: None,
     ):
-        self.encode, self.cache, self.report = encode, cache, report
+        self.encode, self.cache, self.report, self.ask = encode, cache, report, ask
         self.variants = (False, True) if flip else (False,)
         self.done = self.total = 0
 
@@ -41,7 +43,11 @@ class LatentEncoder:
         """Encode the latents that are not cached yet; returns the damaged pictures, and what is wrong with each."""
         missing: dict[Bucket, list[BucketedPicture]] = {}
         for picture in pictures:
-            if not all(picture.key(mirrored) in self.cache for mirrored in self.variants):
+            keys = [picture.key(mirrored) for mirrored in self.variants]
+            for key in keys:
+                shape = LATENT_CHANNELS["stage_c"], *picture.bucket.latent
+                self.cache.keep(key, shape, torch.float32)
+            if not all(key in self.cache for key in keys):
                 missing.setdefault(picture.bucket, []).append(picture)
         self.done, self.total = 0, sum(map(len, missing.values()))
         damaged: dict[BucketedPicture, str] = {}
@@ -61,10 +67,12 @@ class LatentEncoder:
         damaged: dict[BucketedPicture, str] = {}
         keys: list[Key] = []
         images: list[Tensor] = []
-        for picture, pixels in map_in_threads(lambda each: each.pixels(size), pictures, ahead=2 * at_once):
+        for picture, pixels in map_in_threads(
+            lambda each: each.pixels(size), pictures, 2 * at_once, self.ask
+        ):
             self.done += 1
             if isinstance(pixels, PictureError):
-                damaged[picture] = str(pixels)
+                damaged[picture] = pixels.reason
             else:
                 for mirrored in self.variants:
                     if (key := picture.key(mirrored)) not in self.cache:

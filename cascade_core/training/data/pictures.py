@@ -1,21 +1,30 @@
 """Pictures as bytes in files -> pixels of a bucket: upright, cropped to its centre, RGB."""
 
-import io
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from ...errors import printable
+from ...pictures import MAX_BYTES, PictureError, as_8_bit, open_picture
+from ...reading import open_regular
 from .buckets import Bucket
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-IMAGE_PROMPT = re.compile(r"(.*)\.prompt(\d{1,4})")  # 0001.prompt0, without its ending, prompts for 0001
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+NOT_READ = (  # pictures that are left out with a word, where other files are not of interest
+    ".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif", ".hif", ".ico", ".jfif", ".jp2",
+    ".jpe", ".jxl", ".kra", ".nef", ".orf", ".pbm", ".pgm", ".ppm", ".psb", ".psd", ".qoi", ".raf", ".raw", ".rw2",
+    ".svg", ".tga", ".xcf",
+)  # fmt: skip
+IMAGE_PROMPT = re.compile(
+    r"(.*)\.prompt(\d{1,4})", re.DOTALL
+)  # 0001.prompt0, without its ending, prompts for 0001
 ORIENTATION = 0x0112  # EXIF tag
 # How a picture is turned upright, by the tag's value (EXIF 2.3, section 4.6.4).
 UPRIGHT = {
@@ -46,9 +55,15 @@ class PictureFile:
         return f"{self.path}\n{self.offset}\n{self.length}\n{self.stamp}"
 
     def read(self, at_most: int | None = None) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.length if at_most is None else min(at_most, self.length))
+        """Its bytes, or the first of them. Raises PictureError."""
+        if at_most is None and self.length > MAX_BYTES:
+            raise PictureError(f"its file has {self.length:,} bytes, and at most {MAX_BYTES:,} are read")
+        try:
+            with open_regular(self.path) as file:
+                file.seek(self.offset)
+                return file.read(self.length if at_most is None else min(at_most, self.length))
+        except OSError as error:
+            raise PictureError(error.strerror or str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +82,25 @@ class Skipped:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
+        return f"{printable(self.name)} ({self.reason})"
 
 
 Listing = Iterator[TrainingPicture | Skipped]
 
 
-class PictureError(ValueError):
-    """What is wrong with one picture, in a few words; training goes on without it."""
-
-
-@contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Open a picture; whatever goes wrong with it inside the block is a PictureError."""
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            yield picture
-    except UnidentifiedImageError:
-        raise PictureError("no picture") from None
-    except Exception as error:  # Pillow's readers let through whatever they meet in a damaged file
-        raise PictureError(str(error) or type(error).__name__) from None
+def kind_not_read(suffix: str) -> str:
+    """Why a picture of a kind NOT_READ is left out."""
+    return f"pictures of kind {suffix} are not read; save it as PNG or JPEG"
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of the upright picture, from the file's first bytes."""
-    with _opened(data) as picture:
+    """(height, width) of the upright picture, from the file's first bytes. Raises PictureError."""
+    with open_picture(data) as picture:
         width, height = picture.size
-        return (width, height) if _orientation(picture) in LYING else (height, width)
+        orientation = _orientation(picture)
+        if isinstance(picture, TiffImageFile):  # picture.size is upright in newer versions of Pillow alone
+            width, height = picture.tag_v2[256], picture.tag_v2[257]
+        return (width, height) if orientation in LYING else (height, width)
 
 
 def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
@@ -102,7 +109,9 @@ def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
     size: (height, width), such as what the compressor reads for the bucket. Resized once, from the file's own pixels,
     with antialiasing.
     """
-    with _opened(data) as picture:
+    with open_picture(data) as picture:
+        if isinstance(picture, TiffImageFile):
+            picture.load()  # which turns it upright, and then its tag is gone
         orientation = _orientation(picture)
         shape, (height, width) = bucket, size
         if orientation in LYING:
@@ -118,7 +127,9 @@ def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
 
 def read_whole(data: bytes, side: int) -> Tensor:
     """All of a picture, upright: uint8 (3, H, W). side: a JPEG is decoded at no less than twice this."""
-    with _opened(data) as picture:
+    with open_picture(data) as picture:
+        if isinstance(picture, TiffImageFile):
+            picture.load()  # which turns it upright, and then its tag is gone
         orientation = _orientation(picture)
         picture.draft(None, (2 * side, 2 * side))
         whole = _as_rgb(picture)
@@ -145,9 +156,7 @@ def _orientation(picture: Image.Image) -> int:
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
     """8-bit RGB; 16-bit greyscale scaled, which Pillow would clip, and what is transparent laid on white."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture, dtype=np.int64) // 257
-        picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    picture = as_8_bit(picture)
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

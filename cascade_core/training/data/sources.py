@@ -1,26 +1,34 @@
 """Where training pictures come from: a folder with its subfolders, and webdataset tars."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...errors import CascadeError
+from ...errors import CascadeError, printable
+from ...writing import replacing
+from .access import Access
 from .folders import METADATA, folder_pictures
 from .pictures import PICTURES, Skipped, TrainingPicture
 from .tars import expand, tar_pictures
 
+LEFT_OUT = "left_out.txt"  # in a run's folder
+TOLD = 5  # reasons for which pictures are left out, in a sentence
+
 
 def find_pictures(
-    folder: str | Path | None, tars: Sequence[str]
+    folder: str | Path | None, tars: Sequence[str], access: Access | None = None
 ) -> tuple[list[TrainingPicture], list[Skipped]]:
     """List every picture with a caption: in the folder and its subfolders by name, then in the tars in their order.
 
-    tars: paths or patterns such as `data/*.tar`. Raises CascadeError where nothing can be trained on.
+    tars: paths or patterns such as `data/*.tar`; access: what may be read, and whether to stop. Raises CascadeError
+    where nothing can be trained on.
     """
+    access = access or Access()
     listing: list[TrainingPicture | Skipped] = []
     if folder is not None:
-        listing += folder_pictures(Path(folder))
-    for path in expand(tars):
-        listing += tar_pictures(path)
+        listing += folder_pictures(Path(folder), access)
+    for path in expand(tars, access):
+        listing += tar_pictures(path, access)
     pictures = [each for each in listing if isinstance(each, TrainingPicture)]
     skipped = [each for each in listing if isinstance(each, Skipped)]
     if not pictures:
@@ -28,13 +36,36 @@ def find_pictures(
     return pictures, skipped
 
 
+def reasons(skipped: Sequence[Skipped]) -> str:
+    """Why pictures are left out, the most frequent reason first, each with the first picture of which it is true."""
+    counts = Counter(each.reason for each in skipped)
+    first = {each.reason: each.name for each in reversed(skipped)}
+    told = [
+        f"{printable(first[reason])} ({reason})" + f" and {count - 1:,} more alike" * (count > 1)
+        for reason, count in counts.most_common(TOLD)
+    ]
+    rest = sum(count for _, count in counts.most_common()[TOLD:])
+    return ", ".join(told + [f"and {rest:,} for other reasons"] * (rest > 0))
+
+
+def write_left_out(path: Path, skipped: Sequence[Skipped]) -> None:
+    """List every picture that is left out, one a line, with the reason; no file where there is none."""
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as temporary:
+        lines = (f"{printable(each.name, 4096)}\t{each.reason}\n" for each in skipped)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
 def _no_pictures(places: str, skipped: list[Skipped]) -> CascadeError:
+    places = printable(places)
     if not skipped:
         return CascadeError(
             f"{places} holds no pictures; {', '.join(PICTURES)} with captions beside them are expected."
         )
     return CascadeError(
-        f"{places} holds {len(skipped)} pictures, but none to train on, such as {skipped[0]}. Put a caption "
-        f"into a text file of the picture's name ({skipped[0].name.rsplit('.', 1)[0]}.txt), or into {METADATA}; an "
-        "empty text file trains without words."
+        f"{places} holds {len(skipped):,} pictures, but none to train on: {reasons(skipped)}. Put a caption into a "
+        f"text file of the picture's name ({printable(Path(skipped[0].name).stem)}.txt), or into {METADATA}; an empty "
+        "text file trains without words."
     )

@@ -3,137 +3,229 @@
 Nothing is extracted: the archive's headers say where each picture's bytes lie, and these are read when they are needed.
 """
 
+import fnmatch
 import glob
+import itertools
 import json
+import os
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
 
-from ...errors import CascadeError
-from .captions import SUFFIXES, caption_lines, caption_values
-from .pictures import IMAGE_PROMPT, PICTURES, Listing, PictureFile, Skipped, TrainingPicture
+from ...errors import CascadeError, Interrupted, printable
+from ...reading import open_regular
+from .access import Access
+from .captions import MAX_BYTES, SUFFIXES, caption_lines, caption_values, decoded
+from .pictures import (
+    IMAGE_PROMPT,
+    NOT_READ,
+    PICTURES,
+    Listing,
+    PictureFile,
+    Skipped,
+    TrainingPicture,
+    kind_not_read,
+)
 
-MAX_CAPTION = 1_000_000  # bytes; more is not a caption
+MAX_TARS = 100_000
+MAX_DIGITS = 12  # of a number in a pattern
+MAX_HEADER = 65_536  # bytes of a member's own headers: a long name, times and owners
 
 
-def expand(patterns: Iterable[str]) -> list[Path]:
-    """The files of patterns: `data/*.tar`, or webdataset's `data/{0000..0012}.tar`."""
+def expand(patterns: Iterable[str], access: Access | None = None) -> list[Path]:
+    """The files of patterns: `data/*.tar`, or webdataset's `data/{0000..0012}.tar`.
+
+    Raises CascadeError where there is none, or where they are more than MAX_TARS.
+    """
+    access = access or Access()
     paths: list[Path] = []
     for pattern in patterns:
-        for plain in _braces(pattern):
-            exact = Path(plain).expanduser()
-            matches = [exact] if exact.exists() else sorted(map(Path, glob.glob(str(exact))))
+        for plain in map(os.path.expanduser, _braces(pattern)):
+            access.ask()
+            matches = [Path(plain)] if os.path.exists(plain) else _matches(plain, access)
             if not matches:
                 raise CascadeError(
-                    f"There is no tar {plain}; give webdataset tars by path or pattern, as data/*.tar."
+                    f"There is no tar {printable(plain)}; give webdataset tars by path or pattern, as data/*.tar."
                 )
             paths += matches
+            if len(paths) > MAX_TARS:
+                raise _too_many(pattern)
     return paths
 
 
-def _braces(pattern: str) -> list[str]:
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if span is None:
-        return [pattern]
-    first, last = span.groups()
-    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
-    head, tail = pattern[: span.start()], pattern[span.end() :]
-    return [whole for number in numbers for whole in _braces(head + number + tail)]
+def _braces(pattern: str) -> Iterator[str]:
+    """A pattern's {0000..0012} expanded, the first slowest; they are counted before."""
+    pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)  # text, first, last, text, first, last, …, text
+    choices, count = [], 1
+    for first, last in zip(pieces[1::3], pieces[2::3], strict=True):
+        numbers = range(int(first[:MAX_DIGITS]), int(last[:MAX_DIGITS]) + 1)
+        count *= len(numbers)
+        if max(len(first), len(last)) > MAX_DIGITS or count > MAX_TARS:
+            raise _too_many(pattern)
+        if not numbers:
+            raise CascadeError(
+                f"The tars {printable(pattern)} count from {first} to {last}; give the smaller number first."
+            )
+        choices.append([str(number).zfill(len(first)) for number in numbers])
+    for chosen in itertools.product(*choices):
+        yield "".join(map("".join, zip(pieces[::3], (*chosen, ""), strict=True)))
 
 
-def tar_pictures(path: Path) -> Listing:
-    """List a tar's pictures, in their order."""
-    path = path.resolve()
+def _too_many(pattern: str) -> CascadeError:
+    return CascadeError(
+        f"The tars {printable(pattern)} are more than {MAX_TARS:,} files; give fewer, each with more pictures."
+    )
+
+
+def _matches(pattern: str, access: Access) -> list[Path]:
+    """The files that a pattern of *, ? and [] matches, sorted; as `glob.glob`, but counted, and it can be stopped."""
+    path = Path(pattern)
+    places = [path.anchor]
+    for part in path.parts[bool(path.anchor) :]:
+        if glob.has_magic(part):
+            places = [
+                os.path.join(place, name)
+                for place in places
+                for name in _names(place, access)
+                if fnmatch.fnmatch(name, part) and (part.startswith(".") or not name.startswith("."))
+            ]
+        else:
+            places = [os.path.join(place, part) for place in places]
+    return sorted(Path(place) for place in places if os.path.exists(place))
+
+
+def _names(folder: str, access: Access) -> Iterator[str]:
     try:
-        status = path.stat()
-        groups, cut = _members(path, status.st_size)
-        with path.open("rb") as file:
+        with os.scandir(folder or ".") as entries:
+            for entry in entries:
+                access.count(folder)
+                yield entry.name
+    except OSError:  # not a folder, or none that may be looked into: nothing in it matches
+        return
+
+
+class Member(NamedTuple):
+    """Where a plain file's bytes lie in a tar."""
+
+    offset: int
+    size: int
+
+
+def tar_pictures(path: Path, access: Access) -> Listing:
+    """List a tar's pictures, in their order."""
+    access.permit(path)
+    path = path.resolve()
+    shown = printable(str(path))
+    try:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            groups, cut = _members(_Headers(file, status.st_size, access), path)
             for key, members in groups.items():
+                access.ask()
+                for suffix in members.keys() & NOT_READ:
+                    yield Skipped(f"{path.name}/{key}{suffix}", kind_not_read(suffix))
                 suffix = next((suffix for suffix in PICTURES if suffix in members), None)
                 if suffix is None:
                     continue
                 name = f"{path.name}/{key}{suffix}"
-                member = members[suffix]
                 try:
                     captions = _captions(file, members)
                 except (ValueError, RecursionError) as error:
                     yield Skipped(name, f"its caption cannot be read: {error}")
                     continue
-                if captions:
-                    prompts = [
-                        PictureFile(
-                            f"{path.name}/{key}{suffix}",
-                            path,
-                            each.offset_data,
-                            each.size,
-                            status.st_mtime_ns,
-                        )
-                        for suffix, each in _image_prompts(members)
-                    ]
-                    place = member.offset_data, member.size, status.st_mtime_ns
-                    yield TrainingPicture(name, path, *place, captions, tuple(prompts))
-                else:
+                if not captions:
                     yield Skipped(name, "no caption")
+                    continue
+                prompts = [
+                    PictureFile(f"{path.name}/{key}{each}", path, *members[each], status.st_mtime_ns)
+                    for each in _image_prompts(members)
+                ]
+                yield TrainingPicture(
+                    name, path, *members[suffix], status.st_mtime_ns, captions, tuple(prompts)
+                )
     except OSError as error:
         raise CascadeError(
-            f"The tar {path} cannot be read ({error.strerror or error}); make it readable or leave it out."
+            f"The tar {shown} cannot be read ({error.strerror or error}); make it readable or leave it out."
         ) from None
     if cut:
         yield Skipped(path.name, f"the tar is damaged: {cut}")
 
 
-def _members(path: Path, size: int) -> tuple[dict[str, dict[str, tarfile.TarInfo]], str]:
+class _Headers:
+    """A tar's file as tarfile reads it: headers of MAX_HEADER bytes at most, and no place beyond its end."""
+
+    def __init__(self, file: BinaryIO, size: int, access: Access):
+        self.file, self.size, self.access = file, size, access
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        self.access.ask()
+        if size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self.file.read(size)
+
+    def seek(self, place: int) -> int:
+        if not 0 <= place <= self.size:
+            raise tarfile.ReadError("it ends early")
+        return self.file.seek(place)
+
+
+def _members(file: _Headers, path: Path) -> tuple[dict[str, dict[str, Member]], str]:
     """Plain files by basename and suffix, and what is wrong with the archive's end, if anything is.
 
     Links, devices and sparse files are passed over: what a name or a link points to is never opened.
     """
-    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
-    cut = ""
+    groups: dict[str, dict[str, Member]] = {}
+    cut, last = "", -1
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # which nothing asks for, and which grows with the tar
+                file.access.count(path)
+                if member.offset <= last or member.size < 0 or member.offset_data + member.size > file.size:
+                    cut = f"it ends within {printable(member.name)}"
+                    break
+                last = member.offset
                 if not member.isreg() or member.sparse is not None:
                     continue
-                if member.offset_data + member.size > size:
-                    cut = f"it ends within {member.name}"
-                    break
                 name = PurePosixPath(member.name).name
                 stem, dot, suffix = name.partition(".")
                 if stem:  # else hidden
                     key = member.name[: len(member.name) - len(dot + suffix)]
-                    groups.setdefault(key, {})[dot + suffix.lower()] = member
-    except tarfile.TarError as error:
+                    groups.setdefault(key, {})[dot + suffix.lower()] = Member(member.offset_data, member.size)
+    except (CascadeError, Interrupted, OSError):
+        raise
+    except Exception as error:  # tarfile lets through whatever it meets in a damaged file
         if not groups:
             raise CascadeError(
-                f"{path} is no tar that can be read in place ({error}); a compressed one must be unpacked first "
-                "(gunzip)."
+                f"{printable(str(path))} is not a tar that can be read in place ({error}); a compressed one must be "
+                "unpacked first (gunzip)."
             ) from None
-        cut = str(error)
+        cut = str(error) or type(error).__name__
     return groups, cut
 
 
-def _image_prompts(members: dict[str, tarfile.TarInfo]) -> list[tuple[str, tarfile.TarInfo]]:
+def _image_prompts(members: Mapping[str, Member]) -> list[str]:
     """Those of one basename's members that prompt for its picture (`.prompt0.png`), in the order of their numbers."""
     prompts = []
-    for suffix, member in members.items():
+    for suffix in members:
         stem, dot, ending = suffix.rpartition(".")
         match = IMAGE_PROMPT.fullmatch(stem)
         if match is not None and not match[1] and dot + ending in PICTURES:
-            prompts.append((int(match[2]), suffix, member))
-    return [(suffix, member) for _, suffix, member in sorted(prompts, key=lambda each: each[:2])]
+            prompts.append((int(match[2]), suffix))
+    return [suffix for _, suffix in sorted(prompts)]
 
 
-def _captions(file, members: dict[str, tarfile.TarInfo]) -> tuple[str, ...]:
+def _captions(file: BinaryIO, members: Mapping[str, Member]) -> tuple[str, ...]:
     """The captions of one basename's members. Raises ValueError where a caption is not text, or is far too long."""
     for suffix in (*SUFFIXES, ".json"):
         member = members.get(suffix)
         if member is None:
             continue
-        if member.size > MAX_CAPTION:
-            raise ValueError(f"{member.size} bytes are no caption")
-        file.seek(member.offset_data)
-        text = file.read(member.size).decode("utf-8-sig")
+        file.seek(member.offset)
+        text = decoded(file.read(min(member.size, MAX_BYTES + 1)))
         if suffix != ".json":
             return caption_lines(text)
         row = json.loads(text)

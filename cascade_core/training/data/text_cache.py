@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import CascadeError
+from ...errors import CascadeError, quoted
 from ...text.encoder import TextEncoder, TextStates
+from ...text.tokenizer import CHUNK_LENGTH
 from .cache import Cache, fingerprint, key_of
 
 ENCODED_AT_ONCE = 256  # captions, and in a file of the cache
+CHUNKS_AT_ONCE = 4096  # of longer ones: a gigabyte and a half
 
 
 class TextCache:
@@ -26,33 +28,55 @@ class TextCache:
         else:
             mark = key_of(fingerprint(encoder.model), encoder.tokenizer.backend.to_str()).hex()
             self.cache = Cache(Path(folder).expanduser() / "text", mark)
+        self.config = encoder.model.config
         self.fill([""])  # what shorter captions are followed by
 
-    def fill(self, captions: Sequence[str], report: Callable[[int, int], None] | None = None) -> None:
-        """Encode captions that are not cached yet; report: called with how many are encoded and how many there are."""
+    def fill(
+        self,
+        captions: Sequence[str],
+        report: Callable[[int, int], None] | None = None,
+        ask: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Encode captions that are not cached yet; report: called with how many are encoded and how many there are.
+
+        ask: called before each few of them; raises Interrupted where the run should end.
+        """
         missing = [text for text in dict.fromkeys(captions) if text not in self]
         if missing and self.encoder is None:
             raise CascadeError(
-                f"The caption {missing[0]!r} was not encoded before the text encoder was let go; give all captions to "
-                "`fill`."
+                f"The caption {quoted(missing[0])} was not encoded before the text encoder was let go; give all "
+                "captions to `fill`."
             )
         for start in range(0, len(missing), ENCODED_AT_ONCE):
             part = missing[start : start + ENCODED_AT_ONCE]
-            self._encode(part)
+            self._encode(part, ask)
             if report is not None:
                 report(start + len(part), len(missing))
 
     def __contains__(self, caption: str) -> bool:
-        return key_of("states", caption) in self.cache and key_of("pooled", caption) in self.cache
+        states, pooled = (self.cache.rows.get(key_of(part, caption)) for part in TextStates._fields)
+        if (
+            states is None
+            or pooled is None
+            or states.ndim != 2
+            or len(states) % CHUNK_LENGTH
+            or not len(states)
+        ):
+            return False  # the last three: damaged
+        width, projected = self.config.hidden_size, self.config.projection_dim
+        return states.shape[1:] == (width,) and pooled.shape == (projected,) and states.dtype == torch.float16
 
-    def _encode(self, captions: Sequence[str]) -> None:
+    def _encode(self, captions: Sequence[str], ask: Callable[[], None]) -> None:
         assert self.encoder is not None
         by_length: dict[int, list[str]] = {}  # of one number of chunks, so that none is padded
         for text in captions:
             by_length.setdefault(len(self.encoder.tokenizer.chunks(text)), []).append(text)
-        for texts in by_length.values():
-            for part, rows in self.encoder.encode(texts)._asdict().items():
-                self.cache.add([key_of(part, text) for text in texts], rows.half())
+        for chunks, all_texts in by_length.items():
+            at_once = max(CHUNKS_AT_ONCE // chunks, 1)
+            for texts in (all_texts[i : i + at_once] for i in range(0, len(all_texts), at_once)):
+                ask()
+                for part, rows in self.encoder.encode(texts)._asdict().items():
+                    self.cache.add([key_of(part, text) for text in texts], rows.half())
 
     def release(self) -> None:
         """Release the encoder's memory."""

@@ -2,11 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from os import cpu_count
 from typing import TypeVar
 
 from .pictures import PictureError
+
+ASKED_EVERY = 0.3  # seconds
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -17,11 +19,12 @@ def thread_pool() -> ThreadPoolExecutor:
 
 
 def map_in_threads(
-    work: Callable[[T], R], items: Iterable[T], ahead: int
+    work: Callable[[T], R], items: Iterable[T], ahead: int, ask: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[T, R | PictureError]]:
     """Yield each item with work(item), in order; a damaged picture's error stands in place of its result.
 
-    ahead: how many items are submitted before the first result is taken.
+    ahead: how many items are submitted before the first result is taken. ask: called at each item and every
+    ASKED_EVERY seconds; what it raises ends the work.
     """
     pool = thread_pool()
     pending: deque[tuple[T, Future[R]]] = deque()
@@ -29,14 +32,17 @@ def map_in_threads(
         for item in items:
             pending.append((item, pool.submit(work, item)))
             if len(pending) > ahead:
-                yield _result(*pending.popleft())
+                yield _result(*pending.popleft(), ask)
         while pending:
-            yield _result(*pending.popleft())
+            yield _result(*pending.popleft(), ask)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # not even for what has begun
 
 
-def _result(item: T, future: Future[R]) -> tuple[T, R | PictureError]:
+def _result(item: T, future: Future[R], ask: Callable[[], None]) -> tuple[T, R | PictureError]:
+    ask()
+    while not wait([future], ASKED_EVERY).done:
+        ask()
     try:
         return item, future.result()
     except PictureError as error:

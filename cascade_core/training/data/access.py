@@ -1,0 +1,55 @@
+"""What listing training data may read, how much of it, and until when."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ...errors import CascadeError, Interrupted, printable
+
+MAX_NAMES = (
+    4_000_000  # in folders and tars together; a hundred webdatasets of 10,000 pictures each have fewer
+)
+
+
+class Access:
+    """Counts the names that are looked at, and asks on the way whether to stop.
+
+    stop: whether the run should end; asked at every file. check: raises CascadeError for a path, its links followed,
+    that may not be read; None where every path may.
+    """
+
+    def __init__(
+        self,
+        stop: Callable[[], bool] = lambda: False,
+        check: Callable[[Path], None] | None = None,
+    ):
+        self.stop, self.check, self.names = stop, check, 0
+
+    def ask(self) -> None:
+        """Raise Interrupted where the run should end."""
+        if self.stop():
+            raise Interrupted("The run was stopped; the latents encoded so far are kept.")
+
+    def count(self, place: str | Path) -> None:
+        """Count one more name, of a folder or a tar. Raises CascadeError where they are too many."""
+        self.ask()
+        self.names += 1
+        if self.names > MAX_NAMES:
+            raise CascadeError(
+                f"The training data holds more than {MAX_NAMES:,} files, as {printable(str(place))} was listed; "
+                "give a folder that holds training pictures alone."
+            )
+
+    def permit(self, path: str | Path) -> None:
+        """Raise CascadeError for a path that leads, its links followed, where nothing may be read."""
+        if self.check is not None:
+            self.check(Path(os.path.realpath(path)))
+
+    def leads_out(self, path: str | Path) -> bool:
+        """Whether this name of a permitted folder is a link that leads where nothing may be read."""
+        if self.check is not None and os.path.islink(path):
+            try:
+                self.permit(path)
+            except CascadeError:
+                return True
+        return False
