@@ -6,7 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ....cascade_core.errors import CascadeError
+from ....cascade_core.errors import CascadeError, quoted
 from .. import roles
 
 DEMO_CATEGORY = "cascade_demo"
@@ -46,25 +46,37 @@ def list_files(role: str) -> list[str]:
 
 
 def find_file(role: str, name: str) -> Path:
-    """Finds the file or folder of that name inside the folders of its role alone."""
-    if roles.leaves_folder(name):
-        raise CascadeError(f"{name!r} is not the name of a model file; choose one that the loader lists.")
-    for category in roles.FOLDERS[role]:
-        path = folder_paths.get_full_path(category, name)
+    """Finds the file or folder of that name, as `list_files` gives them: nothing else that lies in the folders.
+
+    Names come over links too, and ComfyUI compares those with no list. `\\` separates as `/` does.
+    """
+    if roles.leaves_folder(name.replace("\\", "/")):
+        raise CascadeError(
+            f"{quoted(name)} is not the name of a model file; choose one that the loader lists."
+        )
+    for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
+        path = _find(role, spelled)
         if path is not None:
-            return Path(path)
-    folder = _find_folder(role, name) if role in roles.FOLDER_TESTS else None
-    if folder is not None:
-        return folder
-    if name in roles.demo_names(role):
-        return roles.DEMO_FOLDER / name
+            return path
     folders = [
         folder for category in roles.FOLDERS[role] for folder in folder_paths.get_folder_paths(category)
     ]
     raise CascadeError(
-        f"No {roles.ROLE_WORDS[role]} file {name!r} was found in {', '.join(folders)}; put it there and "
-        "refresh the page."
+        f"No {roles.ROLE_WORDS[role]} file {quoted(name)} was found in {', '.join(folders)}; put it there as "
+        "safetensors and refresh the page."
     )
+
+
+def _find(role: str, name: str) -> Path | None:
+    if name.lower().endswith(roles.SUFFIXES) or role == "face":  # InsightFace's files, which no loader lists
+        for category in roles.FOLDERS[role]:
+            path = folder_paths.get_full_path(category, name)
+            if path is not None:
+                return Path(path)
+    folder = _find_folder(role, name) if role in roles.FOLDER_TESTS else None
+    if folder is None and name in roles.demo_names(role):
+        return roles.DEMO_FOLDER / name
+    return folder
 
 
 def _find_folder(role: str, name: str) -> Path | None:

@@ -27,12 +27,18 @@ PREVIEWERS = {"stage_c": ("previewer", "c_in"), "stage_b": ("stage_a", "c_latent
 
 
 def notify(text: str) -> None:
-    """Writes a message to the log, and into the running node where a browser shows it."""
-    logging.info(text)
+    """Writes a message to the log, and into the running node in the browser of who queued it.
+
+    Browsers take it for HTML, and it may hold names that strangers chose: nothing of it is left that acts.
+    """
+    text = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+    ).translate({ord("<"): "‹", ord(">"): "›"})
+    logging.info("%s", text)
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    node = getattr(server, "last_node_id", None)
-    if server is not None and node is not None:
-        server.send_progress_text(text, node)
+    node, client = getattr(server, "last_node_id", None), getattr(server, "client_id", None)
+    if server is not None and node is not None and client is not None:  # without one, everybody would read it
+        server.send_progress_text(text, node, client)
 
 
 class LearnedPreviewer(latent_preview.LatentPreviewer):
