@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from cascade_nodes.cascade_core.engine.vqgan import DecoderEngine
-from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.cascade_core.writing import output_file, write_file
 from cascade_nodes.headless.execution import Executor
 from cascade_nodes.headless.run import run_graph
 from machine import describe_machine, print_table
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--graph", type=Path, default=GRAPH, help="a text-to-image graph in API format")
     parser.add_argument("--runs", type=int, default=5, help="pictures of each program after its first")
     parser.add_argument("--threads", type=int, help="of torch, but not in the fresh process")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

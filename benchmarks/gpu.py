@@ -36,7 +36,7 @@ import measurements.pictures
 import measurements.profile
 import measurements.sizes
 import targets
-from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.cascade_core.writing import output_file, write_file
 from context import PROGRAMS, Context
 from machine import describe_machine
 from measurements.first import FLAG, in_this_process
@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--comfyui", type=Path, help="a checkout of ComfyUI; default: COMFYUI_PATH's last")
     parser.add_argument("--toy", action="store_true", help="tiny networks on the processor")
-    parser.add_argument("--json", type=Path, help="keep the figures here")
+    parser.add_argument("--json", type=output_file, help="keep the figures here")
     parser.add_argument(FLAG, action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -15,7 +15,6 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from triton import testing
 from triton.runtime.errors import OutOfResources
 
 from cascade_nodes.cascade_core.engine.kernels import products
-from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.cascade_core.writing import output_file, write_file
 from kernel_cases import Case, Draw, cases, sweep
 from machine import describe_machine, print_table
 from product_cases import Operands
@@ -123,7 +122,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--sweep", action="store_true", help="all configurations of attention and depthwise")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
     arguments = parser.parse_args()
     results = run(arguments.only, arguments.sweep)
     report(results)

@@ -31,7 +31,7 @@ import torch
 
 from cascade_nodes.cascade_core.checkpoints import NETWORKS, fuse_attention, load_model
 from cascade_nodes.cascade_core.networks.config import PRESETS
-from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
 
 BLOCK = 16 << 20  # bytes read at a time, and elements drawn at a time
@@ -213,7 +213,7 @@ def main() -> None:
     )
     parser.add_argument("--preset", choices=["stage_c_3.6b", "stage_c_1b"], default="stage_c_3.6b")
     parser.add_argument("--runs", type=int, default=3, help="cold and warm runs each")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
     parser.add_argument("--load-only", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load_only:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from cascade_nodes.cascade_core.placement import DeviceMemory, SimulatedDevice
-from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.cascade_core.writing import output_file, write_file
 from cascade_nodes.nodes.hosts.headless.device import compute_device
 from limited_memory import measure_loading, measure_pictures
 from load import drop_from_cache, read_sequentially
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where 12 GB of files go"
     )
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
     parser.add_argument("--toy", action="store_true", help="tiny networks on a processor: do all lines run?")
     parser.add_argument("--child", choices=["pictures", "loading"], help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)

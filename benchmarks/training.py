@@ -49,7 +49,7 @@ from cascade_nodes.cascade_core.training.tasks.conditions import CachedText
 from cascade_nodes.cascade_core.training.tasks.controlnet import ControlNetTask, published_blocks
 from cascade_nodes.cascade_core.training.tasks.lora import LoRATask
 from cascade_nodes.cascade_core.training.tasks.stage_c import StageCTask
-from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
 
 CAPTIONS = [f"caption {number}" for number in range(64)]
@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument(
         "--published", type=Path, help="a checkout of Stability-AI/StableCascade to compare with"
     )
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=output_file, help="also write the numbers here")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     results: dict[str, dict[str, Any]] = {}

@@ -22,7 +22,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from cascade_nodes.cascade_core.engine.kernels.tuned import CUBLAS, TABLE, Config, device_key
-from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
 from product_cases import Case, Operands, cases
 
@@ -125,7 +125,7 @@ def main() -> None:
         description="Times every matrix product, and writes the table of winners."
     )
     parser.add_argument("--table", type=Path, default=TABLE, help="file of winners to update")
-    parser.add_argument("--json", type=Path, help="also write all times to this file")
+    parser.add_argument("--json", type=output_file, help="also write all times to this file")
     arguments = parser.parse_args()
     configs, measured = candidates(), cases()
     compile_all((case, config) for case in measured for config in configs)

@@ -5,6 +5,7 @@ the disk. A process id is no name: each container's first process is number 1. A
 file, `.0123456789abcdef.part`; the next run that checks the folder removes those of more than a day ago.
 """
 
+import argparse
 import errno
 import hashlib
 import os
@@ -109,6 +110,15 @@ def check_file(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     _check_names(path.parent, path.name)
+
+
+def output_file(text: str) -> Path:
+    """As argparse's `type`: the path of a file that can be written, which is found out before the work."""
+    try:
+        check_file(Path(text))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({error.strerror})") from error
+    return Path(text)
 
 
 def _check_names(folder: Path, *names: str) -> None:

@@ -17,7 +17,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from cascade_nodes.cascade_core.writing import replacing, write_file
+from cascade_nodes.cascade_core.writing import output_file, replacing, write_file
 from cascade_nodes.demo.captions import ObjectSpec, Spec, full_spec, verbalise
 from cascade_nodes.demo.dataset import as_float, pictures, to_uint8
 from cascade_nodes.demo.judge import read, score, summary
@@ -139,8 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cfg-rescale", type=float, default=PRIOR.cfg_rescale)
     parser.add_argument("--shift", type=float, default=PRIOR.shift)
     parser.add_argument("--decoder-cfg", type=float, default=DECODER.cfg)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the pictures here (.jpg, .png)")
+    parser.add_argument("--json", type=output_file, help="write the figures here")
+    parser.add_argument(
+        "--sheet", type=output_file, help="write a contact sheet of the pictures here (.jpg, .png)"
+    )
     options = parser.parse_args(arguments)
     started = time.monotonic()
     cascade = DemoCascade.load(options.weights, options.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.cascade_core.writing import output_file, write_file
 from cascade_nodes.demo.captions import Spec
 from cascade_nodes.demo.dataset import as_float, pictures
 from cascade_nodes.demo.evaluate import SEED, prompts_of, write_sheet
@@ -137,8 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--sizes", type=_size, nargs="+", metavar="WxH", help="text to image at these instead"
     )
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the pictures here (.jpg, .png)")
+    parser.add_argument("--json", type=output_file, help="write the figures here")
+    parser.add_argument(
+        "--sheet", type=output_file, help="write a contact sheet of the pictures here (.jpg, .png)"
+    )
     options = parser.parse_args(arguments)
     started = time.monotonic()
     cascade = DemoCascade.load(options.weights, options.device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
+from cascade_nodes.cascade_core.checkpoints import check_writable, load_model, write_safetensors
 from cascade_nodes.cascade_core.networks.layers import AttnBlock, ResBlock, TimestepBlock
 from cascade_nodes.cascade_core.networks.stage_a import MixingResidualBlock
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
@@ -39,6 +39,10 @@ class Job:
     minutes: float | None  # stop here, to go on later
     fit: float | None  # choose the number of steps for so many minutes
     compiled: bool
+
+    def __post_init__(self) -> None:
+        for folder in (self.folder, self.out):
+            check_writable(folder / "network.safetensors")  # before the work
 
     def train_scenes(self, share: float = 1.0) -> list[Scene]:
         return sample_scenes(max(int(self.scenes * share), 64), seed=self.settings.seed, split="train")

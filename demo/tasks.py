@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.cascade_core.writing import output_file, write_file
 from cascade_nodes.demo.control_tasks import CONTROL_TASKS
 from cascade_nodes.demo.evaluate import machine_name, write_sheet
 from cascade_nodes.demo.measuring import Figures
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--count", type=int, default=200, help="pictures for each figure (default: 200)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=output_file, help="write the figures here")
     parser.add_argument("--sheets", type=Path, help="write a contact sheet of each task into this folder")
     options = parser.parse_args(arguments)
     unknown = set(options.tasks) - set(TASKS)

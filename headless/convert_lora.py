@@ -121,7 +121,7 @@ def _check_dialect(dialect: str) -> None:
 
 
 def _check_target(target: Path, force: bool) -> None:
-    from ..cascade_core.checkpoints.files import check_writable
+    from ..cascade_core.checkpoints import check_writable
 
     if target.suffix != ".safetensors":
         raise CascadeError(f"{target} is to be a safetensors file; give it a name that ends in .safetensors.")

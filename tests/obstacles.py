@@ -1,6 +1,7 @@
 """What stands in the way of reading and writing: a full disk, a lack of permission, other writers."""
 
 import ctypes
+import errno
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -63,6 +64,11 @@ def respect_permissions() -> None:
         for capability in range(64):
             if _MAY_IGNORE_PERMISSIONS >> capability & 1:
                 _LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+def no_links(*_: object) -> None:
+    """In place of os.link, as on FAT and some network drives."""
+    raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
 def in_processes(count: int, work: Callable[[int], object]) -> list[int]:

@@ -1,7 +1,7 @@
 """Checkpoint files: what they hold, how their names map to ours, and how they are read and written."""
 
 from .attention import fuse_attention, split_attention
-from .files import read_header, read_json, read_safetensors, write_safetensors
+from .files import check_writable, read_header, read_json, read_safetensors, write_safetensors
 from .layouts import LAYOUTS, Layout, parts_in
 from .load import (
     KIND_NAMES,
@@ -25,6 +25,7 @@ __all__ = [
     "PART_NAMES",
     "Layout",
     "check_weights",
+    "check_writable",
     "converted",
     "describe",
     "first_non_finite",

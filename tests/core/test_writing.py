@@ -1,5 +1,6 @@
 """Files are there whole or not at all, whoever else writes and whenever the writer is killed."""
 
+import argparse
 import errno
 import itertools
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cascade_nodes.cascade_core import writing
-from cascade_nodes.tests.obstacles import files_limited_to, in_processes, permissions_respected
+from cascade_nodes.tests.obstacles import files_limited_to, in_processes, no_links, permissions_respected
 
 NEW = b"new" * 1000
 
@@ -24,11 +25,6 @@ def save(folder: Path, data: bytes) -> Path:
 
 def replace(folder: Path, data: bytes) -> None:
     writing.write_file(folder / "a_1", data)
-
-
-def no_links(*_: object) -> None:
-    """As on FAT and some network drives."""
-    raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
 @pytest.fixture(params=["links", "no links"])
@@ -192,3 +188,13 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
     for name in ("file", "new", "new/inner/x", "x" * 255):
         writing.check_file(tmp_path / name)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_command_asks_for_its_output_before_the_work(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=writing.output_file)
+    assert parser.parse_args(["--json", f"{tmp_path}/new/x.json"]).json == tmp_path / "new" / "x.json"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--json", str(tmp_path)])
+    assert f"argument --json: '{tmp_path}' cannot be written (Is a directory)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSe
 from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet
 from cascade_nodes.demo.losses import contrastive_loss, stage_a_loss
 from cascade_nodes.demo.network_task import NetworkTask, RandomRows, RunSettings
+from cascade_nodes.demo.train import STAGES, main
 
 STAGE_A = {"c_hidden": 16, "bottleneck_blocks": 1, "codebook_size": 32}
 STAGE_C = {
@@ -105,6 +106,21 @@ def test_a_run_leaves_its_log(tmp_path):
     assert [progress.step for progress in seen] == [4, 8, 12]
     assert all(progress.terms.keys() == {"loss", "epsilon"} for progress in seen)
     assert len((tmp_path / LOG).read_text().splitlines()) == 3
+
+
+def test_where_a_run_cannot_write_is_found_before_it_begins(tmp_path, monkeypatch):
+    def begin(job):
+        raise AssertionError("it began")
+
+    monkeypatch.setitem(STAGES, "stage_a", begin)
+    (tmp_path / "file").write_bytes(b"")
+    for options in (["--work", "file"], ["--out", "file", "--work", "."]):
+        places = [str(tmp_path / option) if option in ("file", ".") else option for option in options]
+        with pytest.raises(CascadeError, match=r"could not be written \(Not a directory\)"):
+            main(["stage_a", *places])
+    with pytest.raises(AssertionError, match="it began"):
+        main(["stage_a", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "new")])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_contrastive_loss_by_hand():
