@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cascade_core.errors import CascadeError
 from .signals import REPEATED, STOPPING, Stopped, handling
 
 if TYPE_CHECKING:
@@ -32,10 +31,9 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
     from ..cascade_core.training.run import train
     from ..cascade_core.training.settings import read_settings, resolve
 
-    if not path.is_file():
-        raise CascadeError(f"{path} does not exist; give a settings file in YAML.")
+    read = read_settings(path, task)
     folder = path.resolve().parent
-    settings = resolve(read_settings(path, task), folder, finder(folder))
+    settings = resolve(read, folder, finder(folder))
     fast = settings.train.precision != "fp32"  # then products too are in float32, and not in TF32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
     line = ProgressLine()

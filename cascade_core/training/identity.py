@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import locate
-from ..errors import CascadeError, quoted
+from ..errors import CascadeError, printable, quoted
 from .data.cache import KEY_BYTES, Cache
 from .data.fingerprint import pictures_digest
 from .data.pictures import TrainingPicture
@@ -84,7 +84,7 @@ def differences(settings: Settings, contents: Mapping[str, str], metadata: Mappi
     if (saved_contents := _saved_contents(metadata)) is not None:
         before, now = {**before, **saved_contents}, {**now, **contents}
     return [
-        f"{key} {quoted_value(before.get(key))} → {quoted_value(now.get(key))}"
+        f"{key} {_shown(before.get(key))} → {_shown(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
@@ -116,8 +116,8 @@ def same_file(settings: Settings, metadata: Mapping[str, str]) -> bool:
     return before is not None and all(_flat(before)[key] == now[key] for key in OF_THE_FILE)
 
 
-def quoted_value(value: Any) -> str:
-    return value if isinstance(value, str) and len(value) < 80 and value.isprintable() else quoted(value)
+def _shown(value: Any) -> str:
+    return printable(value) if isinstance(value, str) else quoted(value)
 
 
 def _saved_contents(metadata: Mapping[str, str]) -> dict[str, str] | None:

@@ -1,58 +1,75 @@
 """Typed YAML, read into frozen dataclasses: an unknown key or a value of another type is an error that names it."""
 
 import dataclasses
+import math
 import types
+import unicodedata
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable, quoted
+from ..reading import open_regular
 
 T = TypeVar("T")
 
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+MAX_BYTES = 1_000_000  # of a file
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a file's mapping, as plain values. Raises CascadeError for any other file, and for a repeated key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CascadeError(
-            f"{path} cannot be read ({error.strerror or error}); give a settings file in YAML."
+            f"{printable(str(path))} cannot be read ({error.strerror or error}); give a settings file in YAML."
         ) from None
+    _check_size(len(data), str(path))
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CascadeError(f"{path} is no YAML: {error}") from None
+        raise CascadeError(
+            f"{path} is not YAML in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
+        ) from None
     return parse_yaml(text, str(path))
+
+
+def _check_size(size: int, where: str) -> None:
+    if size > MAX_BYTES:
+        raise CascadeError(
+            f"{where} is larger than the {MAX_BYTES:,} bytes that settings may have; give another file."
+        )
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
     """Read a text's mapping; an empty text is an empty mapping."""
     try:
         import yaml
+
+        from .bounded_yaml import BoundedLoader
     except ImportError:
         raise CascadeError(
             "Training settings are read by PyYAML, which is not installed; run: pip install PyYAML"
         ) from None
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            names = [self.construct_object(key) for key, _ in node.value]
-            for i, (name, (key, _)) in enumerate(zip(names, node.value, strict=True)):
-                if name in names[:i]:
-                    raise CascadeError(f"{where}, line {key.start_mark.line + 1}: {name} is there twice.")
-            return super().construct_mapping(node, deep)
-
+    _check_size(len(text), where)
     try:
-        value = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise CascadeError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+        value = BoundedLoader(text, where).get_single_data()
+    except CascadeError:
+        raise
+    except (
+        Exception
+    ) as error:  # PyYAML lets through whatever comes of a 99th of May, 5,000 digits or `!!bool maybe`
+        known = isinstance(error, yaml.YAMLError | ValueError)
+        reason = printable(" ".join(str(error).split()), 400) if known else "a value does not fit its tag"
+        raise CascadeError(f"{where} is not YAML: {reason}") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise CascadeError(
-            f"{where} holds {_quoted(value)}, but settings are names with values, as `train: …`."
+            f"{where} holds {quoted(value)}, but settings are names with values, as `train: …`."
         )
     return value
 
@@ -60,13 +77,13 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 def build(cls: type[T], values: Any, where: str = "") -> T:
     """Build a dataclass of these values; the other fields keep their defaults. where: the section, for messages."""
     if not isinstance(values, Mapping):
-        raise CascadeError(f"{where} is {_quoted(values)}, but names with values are expected there.")
+        raise CascadeError(f"{where} is {quoted(values)}, but names with values are expected there.")
     kinds = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields:
             raise CascadeError(
-                _unknown_name(f"{where + ': ' if where else ''}{name!r} is not a setting", name, fields)
+                _unknown_name(f"{where + ': ' if where else ''}{quoted(name)} is not a setting", name, fields)
             )
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -81,7 +98,7 @@ def _joined(where: str, name: str) -> str:
 
 
 def _unknown_name(sentence: str, name: Any, names: Mapping[str, Any] | tuple) -> str:
-    close = get_close_matches(str(name), [str(each) for each in names], n=1)
+    close = get_close_matches(str(name)[:100], [str(each) for each in names], n=1)
     return (
         f"{sentence}; did you mean {close[0]}?"
         if close
@@ -95,15 +112,16 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _one_of(arguments, value, where)
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
-            raise CascadeError(_unknown_name(f"{where} is {_quoted(value)}", value, arguments))
+            name = value if isinstance(value, str) else ""
+            raise CascadeError(_unknown_name(f"{where} is {quoted(value)}", name, arguments))
         return value
     if origin is tuple:
         listed = value if isinstance(value, list) else [value]  # one value stands for a list of one
         return tuple(_value(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(listed))
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return build(kind, value, where)
-    if kind is Any or origin is dict or kind is dict:
-        return value
+    if origin is dict:
+        return build_mapping(value, where)
     return _plain(cast(type, kind), value, where)
 
 
@@ -120,17 +138,47 @@ def _one_of(kinds: tuple, value: Any, where: str) -> Any:
     raise AssertionError("a union has members")
 
 
+def build_mapping(value: Any, where: str) -> dict[str, Any]:
+    """A mapping of names to plain values: what JSON holds."""
+    if not isinstance(value, Mapping):
+        raise CascadeError(f"{where} is {quoted(value)}, but names with values are expected there.")
+    return {
+        _plain(str, name, where): _json_value(each, f"{where}.{printable(name)}")
+        for name, each in value.items()
+    }
+
+
+def _json_value(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return build_mapping(value, where)
+    if isinstance(value, list | tuple):
+        return [_json_value(each, f"{where}[{i}]") for i, each in enumerate(value)]
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    if isinstance(value, str):
+        return _plain(str, value, where)
+    raise CascadeError(f"{where} is {quoted(value)}, but a plain number, text, list or mapping is expected.")
+
+
 def _plain(kind: type, value: Any, where: str) -> Any:
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)  # YAML takes 1e-4 for a text
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif type(value) is kind:
+        if isinstance(value, str):
+            _check_characters(value, where)
         return value
-    raise CascadeError(f"{where} is {_quoted(value)}, but {_WORDS.get(kind, kind.__name__)} is expected.")
+    raise CascadeError(f"{where} is {quoted(value)}, but {_WORDS.get(kind, kind.__name__)} is expected.")
 
 
-def _quoted(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def _check_characters(text: str, where: str) -> None:
+    """Raise CascadeError for what neither a file's name nor a caption holds: NUL, escapes, halves of a surrogate."""
+    for char in text:
+        if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r":
+            raise CascadeError(
+                f"{where} is {quoted(text)}, which holds the character {char!r}; leave it out."
+            )

@@ -117,12 +117,12 @@ def test_the_owner_may_open_a_folder(client, server, outside):
         ("data: {tars: /etc/*.tar}", "is not in ComfyUI's input folder"),
         ("data: {tars: [stars/a.tar, '../{0..1}.tar']}", "is not in ComfyUI's input folder"),
         ("data: {cache: /tmp/x}", "data.cache is decided by the node's other inputs"),
-        ("data: {<<: {folder: /etc}}", "settings is no YAML"),
+        ("data: {<<: {folder: /etc}}", "settings is not YAML"),
         ("output: {file: /tmp/x}", "output.file is decided by the node's other inputs"),
         ("output: {folder: /tmp/x}", "output.folder is decided by the node's other inputs"),
         ("models: {previewer: /etc/passwd}", "is not the name of a model file"),
         ("models: {stage_c: ../../private/star.png}", "is not the name of a model file"),
-        ("data: {size: !!python/object/apply:os.system [id]}", "settings is no YAML"),
+        ("data: {size: !!python/object/apply:os.system [id]}", "settings is not YAML"),
     ],
 )
 def test_settings_name_nothing_outside(client, settings, sentence):

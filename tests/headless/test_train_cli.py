@@ -1,5 +1,6 @@
 """`cascade train`: what is wrong in a settings file is named, and a run on the demo weights gives a file."""
 
+import os
 import signal
 import sys
 from dataclasses import is_dataclass
@@ -93,8 +94,8 @@ def test_three_lines_are_a_whole_file(tmp_path):
         ("controlnet: {hint: canny}", "controlnet does not belong to `cascade train lora`; remove it."),
         ("task: lora", "'task' is not a setting; it is the command's: `cascade train lora`."),
         ("lora: {rank: 4}\nlora: {rank: 5}", ", line 5: lora is there twice."),
-        ("lora: {rank: [}", " is no YAML:"),
-        ("lora: !!python/object/apply:os.system ['true']", " is no YAML: could not determine a constructor"),
+        ("lora: {rank: [}", " is not YAML:"),
+        ("lora: !!python/object/apply:os.system ['true']", " is not YAML: could not determine a constructor"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, change, sentence):
@@ -145,6 +146,118 @@ def test_weights_of_the_error_in_x0_are_read_under_their_former_names(tmp_path, 
         f"{path}: objective.weighting min_snr is now called x0_min_snr. The former names are still read."
     ]
     assert settings_from_json(settings.as_json().replace('"x0_min_snr"', '"min_snr"')) == settings
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (BOMB, ", line 4: settings have at most 10,000 values."),
+        ("train: [" + "1, " * 10_000 + "1]", ", line 1: settings have at most 10,000 values."),
+        ("a: &a [*a]", ", line 1: an alias stands within what it stands for."),
+        ("train: " + "[" * 3000, ", line 1: settings are not nested so deeply."),
+        ("{a: " * 2000, ", line 1: settings are not nested so deeply."),
+        ("? " * 2000, ", line 1: settings are not nested so deeply."),
+        ("? [a]\n: b", ", line 1: [] is not the name of a setting."),
+        ("? 1.5\n: b", ", line 1: 1.5 is not the name of a setting."),
+        ("null: 1", ", line 1: None is not the name of a setting."),
+        (
+            "train: {steps: 0100}",
+            ", line 1: '0100' is not decimal to YAML; write it as a plain decimal number.",
+        ),
+        ("train: {steps: 1:30}", ", line 1: '1:30' is not decimal to YAML;"),
+        ("train: {steps: " + "1" * 5000 + "}", " is not YAML: Exceeds the limit"),
+        ("train: {steps: 2024-05-99}", " is not YAML: day is out of range for month"),
+        ("train: {steps: !!bool maybe}", " is not YAML: a value does not fit its tag"),
+        ("train: {steps: !!timestamp then}", " is not YAML: a value does not fit its tag"),
+        ("train: {steps: \x00}", " is not YAML: unacceptable character #x0000"),
+        ("a: 1\n--- \nb: 2", " is not YAML: expected a single document"),
+        ("<<: {train: {}}", " is not YAML: could not determine a constructor"),
+        ("!!map [1, 2]", " is not YAML: a value does not fit its tag"),
+        ("? " + "x" * 300_000 + "\n: 1", "'xxxxxxxx"),
+        (
+            "#" + "x" * 1_000_000,
+            " is larger than the 1,000,000 bytes that settings may have; give another file.",
+        ),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_odd_yaml_is_one_sentence(tmp_path, text, sentence):
+    told = refusal(tmp_path, text)
+    assert told.startswith(sentence)
+    assert len(told) < 700
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train: {steps: !!set {a}}", "train.steps is {'a'}, but a whole number is expected."),
+        ("train: {steps: yes}", "train.steps is True, but a whole number is expected."),
+        (
+            "train: {steps: 18446744073709551617}",
+            "train.steps is 18446744073709551617; it must be at least 1",
+        ),
+        (
+            "train: {learning_rate: 2024-05-09}",
+            "train.learning_rate is datetime.date(2024, 5, 9), but a number",
+        ),
+        (
+            "train: {learning_rate: 1" + "0" * 400 + "}",
+            "train.learning_rate is <a number of 1329 bits>, but a number",
+        ),
+        (
+            r'models: {previewer: "a\0b"}',
+            r"models.previewer is 'a\x00b', which holds the character '\x00'; leave",
+        ),
+        (
+            r'models: {previewer: "a\ud800"}',
+            r"models.previewer is 'a\ud800', which holds the character '\ud800';",
+        ),
+        (
+            r'models: {previewer: "\e[2J"}',
+            r"models.previewer is '\x1b[2J', which holds the character '\x1b';",
+        ),
+        (
+            "controlnet: {config: text}",
+            "controlnet.config is 'text', but names with values are expected there.",
+        ),
+        (
+            "controlnet: {config: {a: [2024-05-09]}}",
+            "controlnet.config.a[0] is datetime.date(2024, 5, 9), but a",
+        ),
+        ("controlnet: {config: {a: .nan}}", "controlnet.config.a is nan, but a plain number"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_odd_values_are_named(tmp_path, text, sentence):
+    text = f"data: {{folder: x}}\noutput: {{file: x}}\n{text}\n"
+    assert refusal(tmp_path, text, "controlnet").startswith(sentence)
+
+
+def test_encodings_and_kinds_of_files(tmp_path):
+    text = f"{MINIMAL}tokens: [{{name: 'café'}}]\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "config.yaml").write_text(text, encoding=encoding)
+        assert read_settings(tmp_path / "config.yaml", "lora").tokens[0].name == "café"
+    (tmp_path / "config.yaml").write_text(text, encoding="latin-1")
+    with pytest.raises(
+        CascadeError, match=r"is not YAML in UTF-8 \(invalid continuation byte at byte \d+\); save it"
+    ):
+        read_settings(tmp_path / "config.yaml", "lora")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name, reason in (
+        ("pipe.yaml", "it is a pipe or a device"),
+        (".", "it is a folder"),
+        ("a\0", "the name holds"),
+    ):
+        with pytest.raises(CascadeError, match=f"cannot be read \\({reason}"):
+            read_settings(tmp_path / name, "lora")
+    assert refusal(tmp_path, "") == "data is missing; it has no default."
 
 
 def test_what_is_missing_is_named(tmp_path):
@@ -251,9 +364,9 @@ def test_paths_are_relative_to_the_file_and_networks_are_looked_up(tmp_path):
 
 def test_a_file_that_is_not_there(tmp_path, capsys):
     assert main(["train", "lora", str(tmp_path / "none.yaml")]) == 1
-    assert (
-        capsys.readouterr().err
-        == f"error: {tmp_path / 'none.yaml'} does not exist; give a settings file in YAML.\n"
+    path = tmp_path / "none.yaml"
+    assert capsys.readouterr().err == (
+        f"error: {path} cannot be read (No such file or directory); give a settings file in YAML.\n"
     )
     with pytest.raises(CascadeError, match="cannot be read"):
         read_yaml(tmp_path)

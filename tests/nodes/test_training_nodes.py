@@ -154,7 +154,7 @@ def test_a_token_is_trained(world):
         ({"pictures": "none"}, "'none' does not exist; give a folder of pictures"),
         ({"settings": "output: {file: /tmp/x}"}, "output.file is decided by the node's other inputs"),
         ({"settings": "train: {stpes: 3}"}, "settings: train: 'stpes' is not a setting; did you mean steps?"),
-        ({"settings": "[1"}, "settings is no YAML"),
+        ({"settings": "[1"}, "settings is not YAML"),
         ({"stage_c": "none.safetensors"}, "No Stage C file 'none.safetensors' was found"),
     ],
 )
