@@ -1,24 +1,26 @@
-"""What the front door is given: settings, and the checks of every argument before a network is loaded for it."""
+"""What the front door is given: settings, and the check of every argument before a network is loaded for it."""
 
 from __future__ import annotations
 
-import math
 import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from numbers import Real
+from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
-from .diffusion.guidance import check_guidance
-from .diffusion.samplers import log_snr_range
-from .errors import CascadeError
-from .geometry import MAX_SIZE, check_size
+from . import limits
+from .errors import CascadeError, quoted
+from .geometry import MAX_SIZE, check_pixels, check_size, stage_c_size
 from .hints.masks import expand
+from .limits import real_number, whole_number
+from .pictures import Picture, as_image, as_mask
 from .run import check_sampler
 from .stages.diffusion import stage_b_tile
-from .stages.hint import Control
-from .stages.prompt import Prompt
+from .stages.hint import Control, checked_control
+from .stages.prompt import check_text
 
 Output = Literal["pil", "tensor"]
 Size = tuple[int, int]  # (width, height) in pixels
@@ -40,6 +42,39 @@ DECODER = StageSettings(steps=10, cfg=1.1)  # and for Stage B
 SECOND_PASS = StageSettings(steps=5, cfg=1.0, cfg_rescale=0.0)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How one stage is sampled in a call: `settings` and numbers are Python's own, and in range."""
+
+    settings: StageSettings
+    seed: int
+    denoise: float
+    engine: bool
+    callback: Callable[[Any], object] | None
+
+
+def checked_sampling(
+    settings: StageSettings,
+    seed: int,
+    engine: bool,
+    callback: Callable[[Any], object] | None,
+    denoise: float = 1.0,
+    owner: str = "",
+) -> Sampling:
+    """Raises CascadeError for what no stage can be sampled with.  owner: of `settings`, for messages: `decoder`"""
+    if callback is not None and not callable(callback):
+        raise CascadeError(
+            f"callback is of type {type(callback).__name__}; give a function of a StageProgress."
+        )
+    return Sampling(
+        checked_settings(settings, owner),
+        whole_number("seed", seed, limits.SEED),
+        real_number("denoise", denoise, limits.DENOISE),
+        checked_flag("engine", engine),
+        callback,
+    )
+
+
 def chosen_settings(
     settings: StageSettings,
     steps: int | None,
@@ -48,102 +83,159 @@ def chosen_settings(
     shift: float | None,
     sampler: str | None,
 ) -> StageSettings:
-    """A stage's settings with those of a call in their place.  Raises CascadeError for what is not settings."""
-    _check_is_settings(settings)
+    """A stage's settings with those of a call in their place."""
     stated = {"steps": steps, "cfg": cfg, "cfg_rescale": cfg_rescale, "shift": shift, "sampler": sampler}
     return replace(settings, **{name: value for name, value in stated.items() if value is not None})
 
 
-def check_settings(settings: StageSettings, denoise: float, owner: str) -> None:
-    """Raises CascadeError for settings that no stage can be sampled with.  owner: of them, for messages"""
-    _check_is_settings(settings)
-    for name in ("cfg", "cfg_rescale", "shift"):
-        _check_number(f"{owner}{name}", getattr(settings, name))
-    _check_number(f"{owner}denoise", denoise)
-    check_sampler(settings.sampler)
-    check_guidance(settings.cfg, settings.cfg_rescale)
-    log_snr_range(whole_number(f"{owner}steps", settings.steps), settings.shift)
-    if not 0 <= denoise <= 1:
-        raise CascadeError(f"{owner}denoise is {denoise}; it must lie within 0 and 1.")
+def checked_settings(settings: StageSettings, owner: str = "") -> StageSettings:
+    """Settings with numbers of Python's own.  Raises CascadeError for those that no stage can be sampled with.
 
-
-def check_decoding(settings: StageSettings, denoise: float, tile_size: int, output: Output) -> None:
-    """Refuses what Stage B and Stage A would refuse, before Stage C is sampled."""
-    check_settings(settings, denoise, "decoder's ")
-    stage_b_tile(whole_number("tile_size", tile_size))
-    if output not in ("pil", "tensor"):
-        raise CascadeError(f"output is {output!r}; choose 'pil' or 'tensor'.")
-
-
-def _check_is_settings(settings: object) -> None:
+    owner: of the settings, for messages; none where each is an argument of its own
+    """
     if not isinstance(settings, StageSettings):
-        raise CascadeError(f"Settings of type {type(settings).__name__} were given; give StageSettings(…).")
+        raise CascadeError(f"{owner} is of type {type(settings).__name__}; give StageSettings(…).")
+    prefix = owner and f"{owner}."
+    check_sampler(settings.sampler, f"{prefix}sampler")
+    return StageSettings(
+        whole_number(f"{prefix}steps", settings.steps, limits.STEPS),
+        real_number(f"{prefix}cfg", settings.cfg, limits.CFG),
+        real_number(f"{prefix}cfg_rescale", settings.cfg_rescale, limits.CFG_RESCALE),
+        real_number(f"{prefix}shift", settings.shift, limits.SHIFT),
+        settings.sampler,
+    )
 
 
-def check_mask(mask: Tensor | None, source: Tensor | None, grow: int = 0, feather: int | None = None) -> None:
-    """Raises CascadeError for a mask without the picture that it belongs to, and for edges below 0."""
-    if mask is not None and source is None:
+def checked_prompts(prompt: str | Sequence[str], negative: str) -> tuple[list[str], str]:
+    """The prompts, one or one for each picture, and the negative one.  Raises CascadeError for what is not text."""
+    check_text("negative", negative)
+    if isinstance(prompt, str):
+        check_text("prompt", prompt)
+        return [prompt], negative
+    # The order of a set is any.
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray | Mapping | Set):
+        raise CascadeError(f"prompt is of type {type(prompt).__name__}; give text, or a list of texts.")
+    prompts = list(islice(prompt, limits.BATCH.most + 1))
+    if not 1 <= len(prompts) <= limits.BATCH.most:
+        held = "more" if prompts else "no texts"
+        raise CascadeError(f"prompt holds {held}, but {limits.BATCH} texts are expected; give so many.")
+    for number, text in enumerate(prompts):
+        check_text(f"prompt[{number}]", text)
+    return prompts, negative
+
+
+def checked_image(image: Picture | None) -> Tensor | None:
+    """(B, H, W, 3), or None.  Raises CascadeError for what is not a picture."""
+    return None if image is None else as_image(image, "image")
+
+
+def checked_mask(mask: Picture | None, owner: Tensor | None) -> Tensor | None:
+    """(B, H, W), or None.  Raises CascadeError for what is not a mask, and for one without the picture it belongs to.
+
+    owner: the picture, or the latent
+    """
+    if mask is None:
+        return None
+    if owner is None:
         raise CascadeError("mask was given without image; give the picture that it belongs to.")
-    for name, width in (("grow", grow), ("feather", 0 if feather is None else feather)):
-        if whole_number(name, width) < 0:
-            raise CascadeError(f"{name} is {width}; it cannot be below 0.")
+    return as_mask(mask, "mask")
 
 
-def check_controls(controls: object) -> None:
-    """Raises CascadeError for what is not a list of ControlNets with numbers."""
-    if not isinstance(controls, list | tuple) or not all(isinstance(one, Control) for one in controls):
-        raise CascadeError("controls is not a list of Control; give [Control(file, image=…), …].")
-    for control in controls:
-        check_strength("A control's strength", control.strength)
-        for name in ("start", "end", "low", "high"):
-            _check_number(f"A control's {name}", getattr(control, name))
+def check_start(denoise: float, start: Tensor | None, names: str = "image") -> None:
+    """Raises CascadeError where a part of nothing is to be kept."""
+    if denoise < 1 and start is None:
+        raise CascadeError(
+            f"denoise is {denoise:g}, which keeps a part of what it starts from, but nothing was given; give {names}."
+        )
 
 
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, Real):
-        raise CascadeError(f"{name} is {value!r}; give a number.")
+def checked_image_prompts(image_prompts: Sequence[Any]) -> list[tuple[Tensor, float]]:
+    """Each picture (B, H, W, 3) with its strength.  Raises CascadeError for anything else."""
+    if not isinstance(image_prompts, list | tuple):
+        raise CascadeError(
+            f"image_prompts is of type {type(image_prompts).__name__}; give a list of pictures, each alone or with its "
+            "strength: (picture, strength)."
+        )
+    prompts = []
+    for number, entry in enumerate(image_prompts):
+        name = f"image_prompts[{number}]"
+        if isinstance(entry, tuple) and len(entry) != 2:
+            raise CascadeError(
+                f"{name} holds {len(entry)} values; give a picture alone, or (picture, strength)."
+            )
+        picture, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
+        strength = real_number(f"The strength of {name}", strength, limits.STRENGTH)
+        prompts.append((as_image(picture, name), strength))
+    return prompts
 
 
-def check_strength(name: str, value: Any) -> None:
-    """Raises CascadeError for what is not a finite number."""
-    _check_number(name, value)
-    if isinstance(value, bool) or not math.isfinite(value):
-        raise CascadeError(f"{name} is {value!r}; give a finite number, such as 1.0.")
+def checked_controls(controls: Sequence[Control]) -> list[Control]:
+    """ControlNets with their pictures as tensors.  Raises CascadeError for what no ControlNet can use."""
+    if not isinstance(controls, list | tuple):
+        raise CascadeError(
+            f"controls is of type {type(controls).__name__}; give a list: [Control(file, image=…), …]."
+        )
+    return [checked_control(control, f"controls[{number}]") for number, control in enumerate(controls)]
 
 
-def whole_number(name: str, value: Any) -> int:
-    """A whole number of any library as Python's own."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise CascadeError(f"{name} is {value!r}; give a whole number.") from None
+def checked_tile(tile_size: int) -> int:
+    """Pixels, 0: whole.  Raises CascadeError for a side that no tile can have."""
+    tile_size = whole_number("tile_size", tile_size, limits.TILE)
+    stage_b_tile(tile_size)
+    return tile_size
 
 
-def checked_size(size: Any) -> Size:
+def check_output(output: str) -> None:
+    """Raises CascadeError for a form that pictures are not given in."""
+    if not isinstance(output, str) or output not in ("pil", "tensor"):
+        raise CascadeError(f"output is {quoted(output)}; choose 'pil' or 'tensor'.")
+
+
+def checked_flag(name: str, value: bool) -> bool:
+    """Raises CascadeError for anything but True and False: of a text, such as "no", any is true."""
+    if not isinstance(value, bool | np.bool_):
+        raise CascadeError(f"{name} is {quoted(value)}; give True or False.")
+    return bool(value)
+
+
+def checked_size(size: Size) -> Size:
     """A size as two whole numbers.  Raises CascadeError for one that no picture can have."""
     try:
         width, height = map(operator.index, size)
     except (TypeError, ValueError):
-        raise CascadeError(f"size is {size!r}; give (width, height) in whole pixels.") from None
+        raise CascadeError(f"size is {quoted(size)}; give (width, height) in whole pixels.") from None
     check_size(width, height)
     return width, height
 
 
-def batch_size(batch: int | None, prompt: Prompt, source: Tensor | None) -> int:
-    """How many pictures are made of so many prompts and images.  Raises CascadeError where these disagree."""
-    counts = {len(prompt.states), len(source) if source is not None else 1} - {1}
-    most = max(counts, default=1)
-    batch = most if batch is None else whole_number("batch", batch)
-    if batch < 1 or len(counts) > 1 or most not in (1, batch):
+def check_latent_size(latent: Tensor, size: Size) -> None:
+    """Raises CascadeError for a latent (B, C, h, w) of pictures of another size."""
+    width, height = size
+    positions, expected = tuple(latent.shape[-2:]), stage_c_size(height, width)
+    if positions != expected:
         raise CascadeError(
-            f"batch is {batch}, with {len(prompt.states)} prompts and "
-            f"{len(source) if source is not None else 0} images; give one of each, or as many as the batch."
+            f"size is {width} × {height}, of which Stage C's latent is {expected[1]} × {expected[0]}, but latent is "
+            f"{positions[1]} × {positions[0]}; leave size out."
         )
+
+
+def batch_size(batch: int | None, size: Size, **counts: Sequence[Any] | Tensor | None) -> int:
+    """How many pictures of a size are made of so many prompts, images, masks or latents.
+
+    Raises CascadeError where their counts disagree, and for more pixels than a call may make.
+    """
+    numbers = {name: len(given) for name, given in counts.items() if given is not None}
+    most = max(numbers.values(), default=1)
+    batch = most if batch is None else whole_number("batch", batch, limits.BATCH)
+    if any(number not in (1, batch) for number in numbers.values()):
+        listed = ", ".join(f"{number} {name}" for name, number in numbers.items())
+        raise CascadeError(f"batch is {batch}, with {listed}; give one of each, or as many as the batch.")
+    check_pixels(*size, batch)
     return batch
 
 
 def expanded(
-    source: Tensor | None, mask: Tensor | None, room: tuple[int, int, int, int]
+    source: Tensor | None, mask: Picture | None, room: tuple[int, int, int, int]
 ) -> tuple[Tensor, Tensor]:
     """A picture (B, H, W, 3) with room around it, and the mask of what is to be painted.  Raises CascadeError."""
     if source is None or mask is not None:
@@ -151,8 +243,14 @@ def expanded(
     try:
         left, top, right, bottom = map(operator.index, room)
     except (TypeError, ValueError):
-        raise CascadeError(f"room is {room!r}; give (left, top, right, bottom) in whole pixels.") from None
-    if max(source.shape[2] + left + right, source.shape[1] + top + bottom) > MAX_SIZE:
-        raise CascadeError(f"room is {room}, which makes a side above {MAX_SIZE} pixels; give less.")
+        raise CascadeError(
+            f"room is {quoted(room)}; give (left, top, right, bottom) in whole pixels."
+        ) from None
+    if min(left, top, right, bottom) < 0:
+        raise CascadeError(f"room is {quoted(room)}; give pixels of 0 or more.")
+    height, width = source.shape[1] + top + bottom, source.shape[2] + left + right
+    if max(height, width) > MAX_SIZE:
+        raise CascadeError(f"room is {quoted(room)}, which makes a side above {MAX_SIZE} pixels; give less.")
+    check_pixels(width, height, len(source))
     larger, hole = expand(source.movedim(-1, 1), left, top, right, bottom, feather=32)
     return larger.movedim(1, -1), hole

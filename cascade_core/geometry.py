@@ -1,6 +1,7 @@
 """Sizes: how many positions a picture of so many pixels has in each latent.  All are (height, width)."""
 
 import math
+from collections.abc import Sequence
 
 from .errors import CascadeError
 
@@ -14,6 +15,7 @@ COMPRESSOR_STRIDE = (
 LATENT_CHANNELS = {"stage_c": 16, "stage_b": 4}  # published; other networks state theirs in their config
 SIZE_STEP = 8  # the sides of a picture are multiples of it, in pixels
 MAX_SIZE = 16384
+MAX_PIXELS = MAX_SIZE**2  # of all pictures that are made together: 256 of 1024 × 1024
 
 
 def stage_c_size(height: int, width: int, compression: float = STAGE_C_COMPRESSION) -> tuple[int, int]:
@@ -26,6 +28,12 @@ def stage_c_size(height: int, width: int, compression: float = STAGE_C_COMPRESSI
 def stage_b_size(height: int, width: int) -> tuple[int, int]:
     """Positions of Stage B's latent of a picture, which is Stage A's."""
     return height // STAGE_B_COMPRESSION, width // STAGE_B_COMPRESSION
+
+
+def largest_size(positions: Sequence[int]) -> tuple[int, int]:
+    """Pixels of the largest picture, with sides in multiples of 8, whose Stage C latent has so many positions."""
+    height, width = (math.floor(side * STAGE_C_COMPRESSION) for side in positions)
+    return whole_size(height, width)
 
 
 def compressor_size(height: int, width: int, compression: float = STAGE_C_COMPRESSION) -> tuple[int, int]:
@@ -55,3 +63,12 @@ def check_size(width: int | None, height: int | None) -> None:
     raise CascadeError(
         f"the size is {wrong}, but each side must be a multiple of 8 from 8 to {MAX_SIZE}, such as {right}."
     )
+
+
+def check_pixels(width: int, height: int, pictures: int = 1) -> None:
+    """Raises CascadeError for pictures that are larger, alone or together, than any machine should try."""
+    if max(width, height) > MAX_SIZE or width * height * pictures > MAX_PIXELS:
+        raise CascadeError(
+            f"{pictures:,} picture{'s' * (pictures != 1)} of {width:,} × {height:,} pixels would be made, but no side "
+            f"may exceed {MAX_SIZE:,} pixels, nor all together {MAX_PIXELS:,}; make fewer or smaller ones."
+        )

@@ -11,7 +11,7 @@ import torch
 
 from .checkpoints import locate, parts_in
 from .checkpoints.source import read_shapes
-from .errors import CascadeError
+from .errors import CascadeError, quoted
 
 # Names are ComfyUI's categories; `SUBFOLDERS` gives their folders. All but embeddings, which ComfyUI itself looks for,
 # are looked for in `stable_cascade` too.
@@ -188,7 +188,7 @@ class ModelFiles:
             if str(name) and os.path.exists(path):
                 return path
         raise CascadeError(
-            f"No {ROLE_WORDS[role]} file {str(name)!r} was found in {self.folder} (in "
+            f"No {ROLE_WORDS[role]} file {quoted(str(name))} was found in {self.folder} (in "
             f"{', '.join(FOLDERS[role])}); put it there, or give its path."
         )
 

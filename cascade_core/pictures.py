@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
-Picture = Any  # a PIL image, several of one size, a path, or a tensor (B, H, W, 3) or (H, W, 3) in [0, 1]
+Picture = Any  # what `as_image` takes
 
-
+ROUNDING = 1e-3  # by which values may leave [0, 1]
 KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # an EPS would start another program
 FREE_PIXELS = 2**26  # 8192 × 8192: what any file may hold, all frames together …
 PIXELS_PER_BYTE = 64  # … and for each of its bytes, far more than photographs and drawings have
@@ -113,42 +114,52 @@ def upright(picture: Image) -> Image:
     return as_8_bit(ImageOps.exif_transpose(picture))
 
 
-def as_image(picture: Image | Tensor | str | Path | Sequence[Image]) -> Tensor:
-    """(B, H, W, 3) float32 in [0, 1] of a PIL image, several of one size, a file, or a tensor (…, H, W, C).
+def as_image(picture: Picture, name: str = "The picture") -> Tensor:
+    """(B, H, W, 3) float32 in [0, 1] of a picture, or of several of one size.
 
-    Raises CascadeError for anything else.
+    picture  a PIL image, turned by its EXIF orientation; a path, or a file's bytes; a tensor or array (H, W), (H, W, C)
+             or (B, H, W, C), C = 1, 3 or 4, of floats in [0, 1] or of uint8; or a list of these
+    name     of the argument, for messages
+
+    Alpha is left out. Raises CascadeError for anything else.
     """
-    if isinstance(picture, Tensor):
-        batch = picture[None] if picture.ndim == 3 else picture
-        if batch.ndim != 4 or batch.shape[-1] < 3 or 0 in batch.shape:
-            raise CascadeError(
-                f"A picture of shape {tuple(picture.shape)} was given; expected (height, width, 3) or "
-                "(batch, height, width, 3) in [0, 1]."
-            )
-        if not picture.is_floating_point():
-            raise CascadeError(
-                f"A picture was given as a tensor of {picture.dtype}, but floating-point values in [0, 1] are "
-                "expected; bytes are divided by 255."
-            )
-        return _values(batch, "A picture")[..., :3]
-    return torch.stack([_channels(image.convert("RGB")) for image in _opened(picture)])
+    return _joined(picture, name, _rgb)
 
 
-def as_mask(mask: Image | Tensor | str | Path | Sequence[Image]) -> Tensor:
-    """(B, H, W) float32 in [0, 1] of a grey picture, white where the picture may change, or of a tensor."""
-    if isinstance(mask, Tensor):
-        batch = mask[None] if mask.ndim == 2 else mask
-        if batch.ndim != 3 or 0 in batch.shape:
-            raise CascadeError(
-                f"A mask of shape {tuple(mask.shape)} was given; expected (height, width) or (batch, height, width)."
-            )
-        values = _values(batch, "A mask")
-        if not mask.is_floating_point() and values.max() > 1:
-            raise CascadeError(
-                "A mask of whole numbers goes up to 1, its values do not; divide bytes by 255."
-            )
-        return values
-    return torch.stack([_channels(image.convert("L")) for image in _opened(mask)])
+def as_mask(mask: Picture, name: str = "The mask") -> Tensor:
+    """(B, H, W) float32 in [0, 1] of a mask, white where the picture may change, or of several of one size.
+
+    mask  a picture, which is read as grey; a tensor or array (H, W) or (B, H, W) of floats or whole numbers in [0, 1],
+          of bool, or of uint8 up to 255; or a list of these
+    name  of the argument, for messages
+    """
+    return _joined(mask, name, _grey)
+
+
+def finite_values(tensor: Tensor, name: str) -> Tensor:
+    """A tensor's values in float32 in main memory.
+
+    Raises CascadeError where it holds NaN or infinity, and where it is of a kind that has no such values.
+    """
+    kind = next((kind for kind, is_kind in _WITHOUT_VALUES.items() if is_kind(tensor)), None)
+    if kind is not None:
+        raise CascadeError(f"{name} is a {kind} tensor; give a dense one of real numbers.")
+    try:
+        values = tensor.detach().to("cpu", torch.float32)
+    except RuntimeError:  # a type for storage alone
+        raise CascadeError(f"{name} is a tensor of {tensor.dtype}; give one of floats.") from None
+    if not torch.isfinite(values).all():
+        raise CascadeError(f"{name} holds NaN or infinity; make it anew.")
+    return values
+
+
+_WITHOUT_VALUES: dict[str, Callable[[Tensor], bool]] = {
+    "meta": lambda tensor: tensor.is_meta,
+    "nested": lambda tensor: tensor.is_nested,
+    "sparse": lambda tensor: tensor.layout != torch.strided,
+    "quantized": lambda tensor: tensor.is_quantized,
+    "complex": lambda tensor: tensor.is_complex(),
+}
 
 
 def to_pil(pictures: Tensor) -> list[Image]:
@@ -168,53 +179,118 @@ def resized(pictures: Tensor, size: Sequence[int]) -> Tensor:
     return pixels.clamp(0, 1).movedim(1, -1)
 
 
-def _opened(picture: Image | str | Path | Sequence[Image]) -> list[Image]:
-    """Pictures of one size, read and in 8 bits a channel; a file's first frame."""
+def _joined(pictures: Picture, name: str, read: Callable[[Any, str], Tensor]) -> Tensor:
+    """A picture as read, or the pictures of a list in one batch."""
+    if not isinstance(pictures, list | tuple):
+        return read(pictures, name)
+    if not pictures:
+        raise CascadeError(f"{name} is an empty list; give at least one picture.")
+    batches = [read(picture, name) for picture in pictures]
+    if len({batch.shape[1:] for batch in batches}) > 1:
+        raise CascadeError(
+            f"{name} holds pictures of several sizes; give pictures of one size, or one at a time."
+        )
+    return torch.cat(batches)
+
+
+def _rgb(picture: Any, name: str) -> Tensor:
+    """(B, H, W, 3)"""
+    if not isinstance(picture, Tensor | np.ndarray):
+        return _channels(_opened(picture, name, "RGB"))[None]
+    values, dtype = _numbers(picture, name)
+    batch = values[..., None] if values.ndim == 2 else values
+    batch = batch[None] if batch.ndim == 3 else batch
+    if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4) or 0 in batch.shape:
+        raise CascadeError(
+            f"{name} has the shape {quoted(tuple(values.shape))}; give (height, width, 3) or (batch, height, width, 3)."
+        )
+    if dtype == torch.uint8:
+        batch = batch / 255
+    elif not dtype.is_floating_point:
+        raise CascadeError(f"{name} holds values of {dtype}; {_EXPECTED}")
+    _check_range(batch, name)
+    return batch.expand(-1, -1, -1, 3) if batch.shape[-1] == 1 else batch[..., :3]
+
+
+def _grey(mask: Any, name: str) -> Tensor:
+    """(B, H, W)"""
+    if not isinstance(mask, Tensor | np.ndarray):
+        return _channels(_opened(mask, name, "L"))[None]
+    values, dtype = _numbers(mask, name)
+    batch = values[..., 0] if values.ndim > 2 and values.shape[-1] == 1 else values
+    batch = batch[None] if batch.ndim == 2 else batch
+    if batch.ndim != 3 or 0 in batch.shape:
+        raise CascadeError(
+            f"{name} has the shape {quoted(tuple(values.shape))}; give (height, width) or (batch, height, width)."
+        )
+    if dtype == torch.uint8 and batch.max() > 1:
+        batch = batch / 255
+    _check_range(batch, name)
+    return batch
+
+
+_EXPECTED = "give floats from 0 to 1, or uint8 from 0 to 255."
+
+
+def _numbers(values: Tensor | np.ndarray, name: str) -> tuple[Tensor, torch.dtype]:
+    """A tensor's or an array's finite values, and the type that they had."""
+    if isinstance(values, np.ndarray):
+        try:  # torch takes neither negative strides nor another machine's order of bytes, and warns of read-only memory
+            values = torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
+        except TypeError:
+            raise CascadeError(
+                f"{name} is an array of {printable(str(values.dtype), 80)}; {_EXPECTED}"
+            ) from None
+    return finite_values(values, name), values.dtype
+
+
+def _check_range(values: Tensor, name: str) -> None:
+    low, high = (bound.item() for bound in values.aminmax())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise CascadeError(f"{name} holds values from {low:.4g} to {high:.4g}; {_EXPECTED}")
+
+
+def _opened(picture: Any, name: str, mode: str) -> Image:
+    """A picture in a mode of Pillow's; a file's first frame."""
     from PIL import Image
 
-    if isinstance(picture, str | Path):
-        with open_picture(picture) as file:
-            return [upright(file)]
-    images = list(picture) if isinstance(picture, Sequence) else [picture]
-    if not images or not all(isinstance(image, Image.Image) for image in images):
+    if isinstance(picture, str | os.PathLike | bytes):
+        if isinstance(picture, str) and "://" in picture:
+            raise CascadeError(f"{name} is the address {quoted(picture)}; download it, and give its path.")
+        with open_picture(picture if isinstance(picture, bytes) else os.fsdecode(picture)) as file:
+            return upright(file).convert(mode)
+    if not isinstance(picture, Image.Image):
         raise CascadeError(
-            f"A picture was given as {type(picture).__name__}; give a PIL image, a path or a tensor."
+            f"{name} is of type {type(picture).__name__}; give a PIL image, a path, a tensor or an array."
         )
+    if 0 in picture.size:
+        raise CascadeError(f"{name} has no pixels; give one that has.")
     try:
-        images = [as_8_bit(image) for image in images]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CascadeError(f"The picture {quoted(picture)} cannot be read: {error}.") from error
-    if len({image.size for image in images}) != 1:
-        raise CascadeError(
-            "Pictures of several sizes were given; give pictures of one size, or one at a time."
-        )
-    if 0 in images[0].size:
-        raise CascadeError(f"The picture {quoted(picture)} has no pixels; give one that has.")
-    return images
+        return upright(picture).convert(mode)
+    except Exception as error:  # Pillow's readers let through whatever they meet in a damaged file
+        reason = printable(str(error) or type(error).__name__)
+        raise CascadeError(f"{name} cannot be read: {reason}.") from error
 
 
 def as_8_bit(image: Image) -> Image:
     """Reads a picture, and scales 16-bit greyscale to 8-bit, which Pillow would clip."""
-    import numpy as np
     from PIL import Image
 
     image.load()
+    if image.mode == "F" and not _fills_bytes(image):
+        raise ValueError("it holds floating-point values that do not go from 0 to 255; save it in 8 bits")
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     return image
 
 
-def _values(tensor: Tensor, subject: str) -> Tensor:
-    """A picture or a mask in float32 in main memory. Raises CascadeError where it holds NaN or infinity."""
-    values = tensor.detach().to("cpu", torch.float32)
-    if not torch.isfinite(values).all():
-        raise CascadeError(f"{subject} holds NaN or infinity; make it anew.")
-    return values
+def _fills_bytes(image: Image) -> bool:
+    """Whether floats can be meant as 0 to 255, which Pillow takes them for: up to 1 they would be black."""
+    values = np.asarray(image)
+    return bool(values.min() >= 0 and (values.max() == 0 or 1 < values.max() <= 255))
 
 
 def _channels(image: Image) -> Tensor:
-    import numpy as np
-
     values = np.array(image, dtype=np.float32)
     values /= 255.0  # in place: a large picture takes gigabytes
     return torch.from_numpy(values)

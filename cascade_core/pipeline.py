@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import limits
 from .adapters import (
     Adapter,
     LearnedToken,
@@ -38,31 +39,40 @@ from .arguments import (
     PRIOR,
     SECOND_PASS,
     Output,
+    Sampling,
     Size,
     StageSettings,
     batch_size,
-    check_controls,
-    check_decoding,
-    check_mask,
-    check_settings,
-    check_strength,
+    check_latent_size,
+    check_output,
+    check_start,
+    checked_controls,
+    checked_flag,
+    checked_image,
+    checked_image_prompts,
+    checked_mask,
+    checked_prompts,
+    checked_sampling,
+    checked_settings,
     checked_size,
+    checked_tile,
     chosen_settings,
     expanded,
-    whole_number,
 )
 from .diffusion.samplers import Callback, SamplerStep
-from .errors import CascadeError, Interrupted
+from .errors import CascadeError, Interrupted, printable, quoted
 from .geometry import (
     LATENT_CHANNELS,
     compressor_size,
+    largest_size,
     stage_b_size,
     stage_c_size,
     whole_size,
 )
 from .hints.masks import composite, latent_mask
+from .limits import real_number, whole_number
 from .model_files import ModelFiles
-from .pictures import Picture, as_image, as_mask, resized, to_pil
+from .pictures import Picture, as_image, resized, to_pil
 from .run import Observer, SamplingRun
 from .stages.codec import Codec, load_compressor, load_stage_a
 from .stages.control import AppliedControlNet, ControlNetStage, load_controlnet
@@ -71,8 +81,9 @@ from .stages.diffusion import (
     SCALE_FACTOR,
     DiffusionStage,
     Guidance,
-    check_semantic,
+    check_channels,
     check_widths,
+    checked_semantic,
     load_stage,
     stage_b_tile,
 )
@@ -151,9 +162,9 @@ class StableCascade:
     ):
         device.weight_dtype(dtype)  # refuses a wrong one before a file is read
         self.files, self.device, self.dtype = files, device, dtype
-        for settings in (prior, decoder):
-            check_settings(settings, 1.0, "")
-        self.prior_settings, self.decoder_settings, self.size = prior, decoder, checked_size(size)
+        self.prior_settings = checked_settings(prior, "prior")
+        self.decoder_settings = checked_settings(decoder, "decoder")
+        self.size = checked_size(size)
         self._loaded: dict[tuple[str, Path], Any] = {}
         self._loras: dict[str, _AppliedLoRA] = {}
         self._lock = threading.RLock()
@@ -254,50 +265,36 @@ class StableCascade:
         Raises CascadeError for what does not fit, Interrupted where the run was cancelled.
         """
         with self._running():
-            source = None if image is None else as_image(image)
-            hole = None if mask is None else as_mask(mask)
-            if room is not None:
-                source, hole = expanded(source, hole, room)
-            check_mask(hole, source, grow, feather)
+            chosen = chosen_settings(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler)
+            sampling = checked_sampling(chosen, seed, engine, callback, denoise)
             decoder = self.decoder_settings if decoder is None else decoder
-            check_decoding(decoder, 1.0, tile_size, output)
-            self.files.find("stage_a")  # refused before Stage C is sampled, as is what Stage B cannot make
-            self.stage("stage_b").check_picture_size(*self._size(size, source))
-            prompts = self._encode_text(prompt, negative)
+            decoding = checked_sampling(decoder, seed, engine, callback, owner="decoder")
+            tile_size = checked_tile(tile_size)
+            check_output(output)
+            texts = checked_prompts(prompt, negative)
+            source = checked_image(image)
+            check_start(denoise, source)
+            if room is not None:
+                source, hole = expanded(source, mask, room)
+            else:
+                hole = checked_mask(mask, source)
+            grow = whole_number("grow", grow, limits.GROW)
+            edge = (24 if room is not None else 8) if feather is None else feather
+            edge = whole_number("feather", edge, limits.FEATHER)
+            size = self._size(size, source)
+            batch = batch_size(batch, size, prompts=texts[0], images=source, masks=hole)
+            pictures, controls = checked_image_prompts(image_prompts), checked_controls(controls)
+            self._check_files("text_encoder", "stage_c", "stage_b", "stage_a", controls=controls)
+            self.stage("stage_b").check_picture_size(*size)  # before Stage C is sampled
+            prompts = self._encode_text(*texts)
             latent = self._sample_prior(
-                prompts,
-                self._size(size, source),
-                batch_size(batch, prompts[0], source),
-                chosen_settings(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler),
-                seed=seed,
-                source=source,
-                denoise=denoise,
-                mask=hole,
-                grow=grow,
-                image_prompts=image_prompts,
-                controls=controls,
-                engine=engine,
-                callback=callback,
+                prompts, size, batch, sampling, source, None, hole, grow, pictures, controls
             )
-            pictures = self._sample_decoder(
-                latent,
-                prompts,
-                self._size(size, source),
-                decoder,
-                seed=seed,
-                source=source if hole is not None else None,
-                denoise=1.0,
-                mask=hole,
-                tile_size=tile_size,
-                engine=engine,
-                callback=callback,
-            )
+            start = None if hole is None else source
+            decoded = self._sample_decoder(latent, prompts, size, decoding, start, hole, tile_size)
             if hole is not None and source is not None:
-                edge = feather if feather is not None else (24 if room is not None else 8)
-                pictures = composite(pictures.movedim(-1, 1), source.movedim(-1, 1), hole, edge).movedim(
-                    1, -1
-                )
-            return _as_output(pictures, output)
+                decoded = composite(decoded.movedim(-1, 1), source.movedim(-1, 1), hole, edge).movedim(1, -1)
+            return _as_output(decoded, output)
 
     def prior(
         self,
@@ -327,30 +324,27 @@ class StableCascade:
         latent: a Stage C latent to start from, in place of `image`. All else as in a call.
         """
         with self._running():
-            source = None if image is None else as_image(image)
-            hole = None if mask is None else as_mask(mask)
-            check_mask(hole, source if latent is None else latent, grow)
-            if latent is not None:
-                check_semantic(latent, self.stage("stage_c"))
-                latent = latent.to("cpu", torch.float32)
-            prompts = self._encode_text(prompt, negative)
-            latent = self._sample_prior(
-                prompts,
-                self._size(size, source),
-                batch_size(batch, prompts[0], source if latent is None else latent),
-                chosen_settings(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler),
-                seed=seed,
-                source=source,
-                latent=latent,
-                denoise=denoise,
-                mask=hole,
-                grow=grow,
-                image_prompts=image_prompts,
-                controls=controls,
-                engine=engine,
-                callback=callback,
+            chosen = chosen_settings(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler)
+            sampling = checked_sampling(chosen, seed, engine, callback, denoise)
+            texts = checked_prompts(prompt, negative)
+            source = checked_image(image)
+            semantic = None if latent is None else checked_semantic(latent)
+            start = source if semantic is None else semantic
+            check_start(denoise, start, "image or latent")
+            hole = checked_mask(mask, start)
+            grow = whole_number("grow", grow, limits.GROW)
+            if size is not None and semantic is not None:
+                check_latent_size(semantic, checked_size(size))
+            size = self._size(size, source, semantic)
+            batch = batch_size(batch, size, prompts=texts[0], images=start, masks=hole)
+            pictures, controls = checked_image_prompts(image_prompts), checked_controls(controls)
+            self._check_files("text_encoder", "stage_c", controls=controls)
+            prompts = self._encode_text(*texts)
+            return _owned(
+                self._sample_prior(
+                    prompts, size, batch, sampling, source, semantic, hole, grow, pictures, controls
+                )
             )
-            return _owned(latent)
 
     def decode(
         self,
@@ -379,25 +373,21 @@ class StableCascade:
         outside `mask`. All else as in a call.
         """
         with self._running():
-            source = None if image is None else as_image(image)
-            hole = None if mask is None else as_mask(mask)
-            check_mask(hole, source)
-            settings = chosen_settings(self.decoder_settings, steps, cfg, cfg_rescale, shift, sampler)
-            check_decoding(settings, denoise, tile_size, output)
-            pictures = self._sample_decoder(
-                latent,
-                self._encode_text(prompt, negative),
-                self._size(size, source),
-                settings,
-                seed=seed,
-                source=source,
-                denoise=denoise,
-                mask=hole,
-                tile_size=tile_size,
-                engine=engine,
-                callback=callback,
-            )
-            return _as_output(pictures, output)
+            chosen = chosen_settings(self.decoder_settings, steps, cfg, cfg_rescale, shift, sampler)
+            decoding = checked_sampling(chosen, seed, engine, callback, denoise)
+            tile_size = checked_tile(tile_size)
+            check_output(output)
+            texts = checked_prompts(prompt, negative)
+            semantic = checked_semantic(latent)
+            source = checked_image(image)
+            check_start(denoise, source)
+            hole = checked_mask(mask, source)
+            size = self._size(size, source, semantic)
+            batch_size(len(semantic), size, prompts=texts[0], images=source, masks=hole)
+            self._check_files("text_encoder", "stage_b", "stage_a")
+            prompts = self._encode_text(*texts)
+            decoded = self._sample_decoder(semantic, prompts, size, decoding, source, hole, tile_size)
+            return _as_output(decoded, output)
 
     def encode(
         self, image: Picture, *, size: Size | None = None, stage_a: bool = False, tile_size: int = 0
@@ -407,9 +397,13 @@ class StableCascade:
         size: (width, height) to which the picture is resized first.
         """
         with self._running():
-            source = as_image(image)
-            whole_number("tile_size", tile_size)
-            encoded = self._encode_picture(source, self._size(size, source), stage_a, tile_size)
+            tile_size = checked_tile(tile_size)
+            with_stage_a = checked_flag("stage_a", stage_a)
+            source = as_image(image, "image")
+            size = self._size(size, source)
+            batch_size(None, size, images=source)
+            self._check_files("compressor", *(["stage_a"] if with_stage_a else []))
+            encoded = self._encode_picture(source, size, with_stage_a, tile_size)
             return EncodedPicture(*map(_owned, encoded))
 
     def second_pass(
@@ -429,25 +423,19 @@ class StableCascade:
     ) -> Any:  # list[Image], or Tensor with output="tensor"
         """Pictures made anew at a larger size, by default twice theirs: Stage B starts from the enlarged picture."""
         with self._running():
-            source = as_image(image)
+            decoding = checked_sampling(settings, seed, engine, callback, denoise, "settings")
+            tile_size = checked_tile(tile_size)
+            check_output(output)
+            texts = checked_prompts(prompt, negative)
+            source = as_image(image, "image")
             height, width = source.shape[1:3]
-            size = (2 * width, 2 * height) if size is None else self._size(size, source)
-            check_decoding(settings, denoise, tile_size, output)
+            size = (2 * width, 2 * height) if size is None else checked_size(size)
+            batch_size(len(source), size, prompts=texts[0])
+            self._check_files("text_encoder", "compressor", "stage_b", "stage_a")
             encoded = self._encode_picture(source, size, False, tile_size)
-            pictures = self._sample_decoder(
-                encoded.stage_c,
-                self._encode_text(prompt, negative),
-                size,
-                settings,
-                seed=seed,
-                source=source,
-                denoise=denoise,
-                mask=None,
-                tile_size=tile_size,
-                engine=engine,
-                callback=callback,
-            )
-            return _as_output(pictures, output)
+            prompts = self._encode_text(*texts)
+            decoded = self._sample_decoder(encoded.stage_c, prompts, size, decoding, source, None, tile_size)
+            return _as_output(decoded, output)
 
     # LoRAs and learned tokens
 
@@ -469,8 +457,8 @@ class StableCascade:
         """
         with self._running():
             text_strength = strength if text_strength is None else text_strength
-            check_strength("strength", strength)
-            check_strength("text_strength", text_strength)
+            strength = real_number("strength", strength, limits.STRENGTH)
+            text_strength = real_number("text_strength", text_strength, limits.STRENGTH)
             check_text("new_tokens", new_tokens)
             path = self.files.named("lora", file)
             adapter = read_adapter(path, self.stage("stage_c").network.config)
@@ -493,10 +481,10 @@ class StableCascade:
     def remove_lora(self, name: str) -> None:
         """Takes a LoRA or learned token back. Raises CascadeError for one that is not there."""
         with self._running():
-            if name not in self._loras:
+            if not isinstance(name, str) or name not in self._loras:
                 applied = ", ".join(self._loras) or "none is"
                 raise CascadeError(
-                    f"No LoRA {name!r} is applied ({applied}); give the name that add_lora gave."
+                    f"No LoRA {quoted(name)} is applied ({printable(applied)}); give the name that add_lora gave."
                 )
             del self._loras[name]
 
@@ -524,6 +512,11 @@ class StableCascade:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise CascadeError(
+            "A StableCascade cannot be copied or sent to another process; call StableCascade.load there."
+        )
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -604,17 +597,10 @@ class StableCascade:
 
     # The stages of a picture
 
-    def _encode_text(self, prompt: str | Sequence[str], negative: str) -> tuple[Prompt, Prompt]:
-        if not isinstance(prompt, str | Iterable):
-            raise CascadeError(f"prompt is of type {type(prompt).__name__}; give text, or a list of texts.")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise CascadeError("prompt is an empty sequence; give at least one prompt.")
+    def _encode_text(self, prompts: list[str], negative: str) -> tuple[Prompt, Prompt]:
         text = self._text_with_loras()
         encoded = []
         for name, texts in (("prompt", prompts), ("negative", [negative])):
-            for written in texts:
-                check_text(name, written)
             encoded.append(text.encode(texts, self._embeddings))
             result = [encoded[-1].states, encoded[-1].pooled]
             check_stage_finite(
@@ -649,79 +635,62 @@ class StableCascade:
         prompts: tuple[Prompt, Prompt],
         size: Size,
         batch: int,
-        settings: StageSettings,
-        *,
-        seed: int,
-        source: Tensor | None = None,
-        latent: Tensor | None = None,
-        denoise: float,
+        sampling: Sampling,
+        source: Tensor | None,
+        latent: Tensor | None,
         mask: Tensor | None,
         grow: int,
-        image_prompts: Sequence[Any],
+        pictures: Sequence[tuple[Tensor, float]],
         controls: Sequence[Control],
-        engine: bool,
-        callback: ProgressCallback | None,
     ) -> Tensor:
         width, height = size
-        check_settings(settings, denoise, "")
-        check_controls(controls)
-        seed = whole_number("seed", seed)
         stage = self._prior_with_loras()
         check_widths(prompts[0], stage)
-        if latent is None and source is not None and (denoise < 1 or mask is not None):
+        if latent is not None:
+            check_channels(latent, stage)
+        if latent is None and source is not None and (sampling.denoise < 1 or mask is not None):
             latent = self._encode_picture(source, size, False, 0).stage_c
         if latent is None:
             latent = self._empty("stage_c", batch, (height, width))
         latent = _repeated(latent, batch)
-        if denoise == 0:
+        if sampling.denoise == 0:
             return latent
         noise_mask = None if mask is None else latent_mask(mask, batch, tuple(latent.shape[-2:]), grow)
         positive, negative = prompts
-        positive = replace(positive, pictures=self._picture_prompts(image_prompts))
+        positive = replace(positive, pictures=self._picture_prompts(pictures))
         applied = tuple(
             self._applied(control, size, source, mask) for control in controls if control.strength
         )
         positive, negative = (replace(prompt, controlnets=applied) for prompt in (positive, negative))
-        run = SamplingRun(latent, seed, settings.steps, settings.shift, settings.sampler, denoise, noise_mask)
-        return self._sample(stage, run, positive, negative, settings, 0, engine, callback)
+        return self._sample(stage, sampling, latent, noise_mask, positive, negative)
 
     def _sample_decoder(
         self,
         semantic: Tensor,
         prompts: tuple[Prompt, Prompt],
         size: Size,
-        settings: StageSettings,
-        *,
-        seed: int,
+        sampling: Sampling,
         source: Tensor | None,
-        denoise: float,
         mask: Tensor | None,
         tile_size: int,
-        engine: bool,
-        callback: ProgressCallback | None,
     ) -> Tensor:
         width, height = size
-        seed = whole_number("seed", seed)
         stage, codec = self.stage("stage_b"), self.stage_a()
-        check_semantic(semantic, stage)
-        semantic = semantic.to("cpu", torch.float32)
+        check_channels(semantic, stage)
         stage.check_picture_size(width, height)
         batch = len(semantic)
         latent = self._empty("stage_b", batch, whole_size(height, width))
-        if source is not None and (denoise < 1 or mask is not None):
+        if source is not None and (sampling.denoise < 1 or mask is not None):
             encoded = codec.encode(resized(source, whole_size(height, width)), tile_size)
             check_stage_finite([encoded], codec, "Stage A's latent")
             latent = _repeated(encoded, batch)
         noise_mask = None if mask is None else latent_mask(mask, batch, tuple(latent.shape[-2:]))
-        if denoise:
+        if sampling.denoise:
             positive, negative = prompts
             positive = replace(positive, effnet=semantic)
             negative = replace(negative, effnet=torch.zeros_like(semantic))
-            run = SamplingRun(
-                latent, seed, settings.steps, settings.shift, settings.sampler, denoise, noise_mask
-            )
             tile = stage_b_tile(tile_size)
-            latent = self._sample(stage, run, positive, negative, settings, tile, engine, callback)
+            latent = self._sample(stage, sampling, latent, noise_mask, positive, negative, tile)
         self.device.observer.check_interrupted()
         pictures = codec.decode(latent, tile_size)
         check_stage_finite([pictures], codec, "The decoded picture")
@@ -730,17 +699,20 @@ class StableCascade:
     def _sample(
         self,
         stage: DiffusionStage,
-        run: SamplingRun,
+        sampling: Sampling,
+        latent: Tensor,
+        mask: Tensor | None,
         positive: Prompt,
         negative: Prompt,
-        settings: StageSettings,
-        tile_positions: int,
-        engine: bool,
-        callback: ProgressCallback | None,
+        tile_positions: int = 0,
     ) -> Tensor:
+        settings = sampling.settings
+        run = SamplingRun(
+            latent, sampling.seed, settings.steps, settings.shift, settings.sampler, sampling.denoise, mask
+        )
         guidance = Guidance(settings.cfg, settings.cfg_rescale)
-        steps = self._callback(stage.kind, callback)
-        result = stage.sample(run, positive, negative, guidance, tile_positions, engine, steps)
+        steps = self._callback(stage.kind, sampling.callback)
+        result = stage.sample(run, positive, negative, guidance, tile_positions, sampling.engine, steps)
         advice = "lower cfg and the weights in the prompt, or choose dtype bf16 or fp32"
         check_stage_finite([result.latent], stage, f"The latent that {stage.described} sampled", advice)
         logger.debug("%s: %.2f s, %d bytes", stage.described, result.seconds, result.peak_bytes)
@@ -749,10 +721,6 @@ class StableCascade:
     def _callback(self, kind: str, callback: ProgressCallback | None) -> Callback | None:
         if callback is None:
             return None
-        if not callable(callback):
-            raise CascadeError(
-                f"callback is of type {type(callback).__name__}; give a function of a StageProgress."
-            )
 
         def report(step: SamplerStep) -> None:
             preview = self._preview_prior if kind == "stage_c" else self._preview_decoder
@@ -766,32 +734,22 @@ class StableCascade:
         return report
 
     def _preview_prior(self, latent: Tensor) -> Image | None:
-        if self.files.find_optional("compressor") is None or self.files.find_optional("previewer") is None:
-            return None
-        return to_pil(self.compressor().decode(latent[:1].cpu()))[0]
+        with self._running():
+            if any(self.files.find_optional(role) is None for role in ("compressor", "previewer")):
+                return None
+            return to_pil(self.compressor().decode(latent[:1].cpu()))[0]
 
     def _preview_decoder(self, latent: Tensor) -> Image | None:
-        return to_pil(self.stage_a().decode(latent[:1].cpu() * SCALE_FACTOR))[0]
+        with self._running():
+            return to_pil(self.stage_a().decode(latent[:1].cpu() * SCALE_FACTOR))[0]
 
-    def _picture_prompts(self, image_prompts: Sequence[Any]) -> tuple[PicturePrompt, ...]:
-        if not isinstance(image_prompts, list | tuple):
-            raise CascadeError(
-                f"image_prompts is of type {type(image_prompts).__name__}; give a list of pictures, each alone or "
-                "with its strength: (picture, strength)."
-            )
+    def _picture_prompts(self, pictures: Sequence[tuple[Tensor, float]]) -> tuple[PicturePrompt, ...]:
         prompts = []
-        for entry in image_prompts:
-            if isinstance(entry, tuple) and len(entry) != 2:
-                raise CascadeError(
-                    f"image_prompts holds {len(entry)} values for a picture; give the picture alone, or "
-                    "(picture, strength)."
-                )
-            picture, strength = entry if isinstance(entry, tuple) else (entry, 1.0)
-            check_strength("The strength of a picture in image_prompts", strength)
+        for picture, strength in pictures:
             if strength == 0:
                 continue
             vision = self.vision_stage()
-            embeds = vision.encode(as_image(picture))
+            embeds = vision.encode(picture)
             check_stage_finite([embeds], vision, "What the image encoder gives")
             prompts.append(PicturePrompt(embeds, strength))
         return tuple(prompts)
@@ -803,12 +761,24 @@ class StableCascade:
         hint = make_hint(control, stage, size, source, mask, self.compressor)
         return AppliedControlNet(stage, hint, control.strength, control.start, control.end)
 
-    # What a call stands for
-
-    def _size(self, size: Size | None, source: Tensor | None) -> Size:
-        if size is None and source is not None:
+    def _size(self, size: Size | None, source: Tensor | None, latent: Tensor | None = None) -> Size:
+        """The size that is stated, the picture's, the cascade's own where the latent is of it, or the latent's."""
+        if size is not None:
+            return checked_size(size)
+        if source is not None:
             return source.shape[2], source.shape[1]
-        return self.size if size is None else checked_size(size)
+        width, height = self.size
+        if latent is None or tuple(latent.shape[-2:]) == stage_c_size(height, width):
+            return self.size
+        height, width = largest_size(latent.shape[-2:])
+        return width, height
+
+    def _check_files(self, *roles: str, controls: Sequence[Control] = ()) -> None:
+        """Raises CascadeError for a file that is missing, before another one is loaded."""
+        for role in roles:
+            self.files.find(role)
+        for control in controls:
+            self.files.named("controlnet", control.file)
 
 
 def _check_cancelled(cancelled: threading.Event) -> None:

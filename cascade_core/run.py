@@ -14,7 +14,7 @@ from torch import Tensor
 from .diffusion.noise import NoiseSource
 from .diffusion.samplers import SAMPLERS, Callback, Denoise, Noise, add_noise, log_snr_range, masked_denoise
 from .diffusion.schedule import at_least_float32, noise_cond
-from .errors import CascadeError
+from .errors import CascadeError, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,10 @@ def by_log_snr(model: Denoise) -> Denoise:
     return lambda x, log_snr: model(x, noise_cond(log_snr))
 
 
-def check_sampler(name: str) -> None:
-    """Raises CascadeError for a sampler that does not exist."""
-    if not isinstance(name, str) or name not in SAMPLERS:
-        raise CascadeError(f"sampler is {name!r}; choose one of {', '.join(SAMPLERS)}.")
+def check_sampler(sampler: str, name: str = "sampler") -> None:
+    """Raises CascadeError for a sampler that does not exist.  name: of the argument, for messages"""
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
+        raise CascadeError(f"{name} is {quoted(sampler)}; choose one of {', '.join(SAMPLERS)}.")
 
 
 def mask_like(mask: Tensor, latent: Tensor) -> Tensor:

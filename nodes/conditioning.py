@@ -1,5 +1,6 @@
 """Conditioning: prompts and image prompts."""
 
+from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.stages.prompt import check_text
 from .api import io
@@ -77,8 +78,8 @@ class CascadeImagePrompt(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=1.0,
-                    min=-10.0,
-                    max=10.0,
+                    min=limits.STRENGTH.least,
+                    max=limits.STRENGTH.most,
                     step=0.01,
                     tooltip="How much the picture counts. 0 adds nothing.",
                 ),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.geometry import stage_c_size, whole_size
 from ..cascade_core.hints.canny import canny_hint
@@ -52,24 +53,24 @@ class CascadeControlNetApply(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=1.0,
-                    min=0.0,
-                    max=10.0,
+                    min=limits.CONTROL_STRENGTH.least,
+                    max=limits.CONTROL_STRENGTH.most,
                     step=0.01,
                     tooltip="How strongly the hint pulls. 0 is as if this node were not there.",
                 ),
                 io.Float.Input(
                     "start",
                     default=0.0,
-                    min=0.0,
-                    max=1.0,
+                    min=limits.SHARE.least,
+                    max=limits.SHARE.most,
                     step=0.001,
                     tooltip="From which share of the steps on: 0 is the first, where the composition forms.",
                 ),
                 io.Float.Input(
                     "end",
                     default=1.0,
-                    min=0.0,
-                    max=1.0,
+                    min=limits.SHARE.least,
+                    max=limits.SHARE.most,
                     step=0.001,
                     tooltip="Up to which share of the steps. Below 1 the last details are left to the prompt.",
                 ),
@@ -117,15 +118,15 @@ class CascadeCanny(io.ComfyNode):
                 io.Int.Input(
                     "low",
                     default=100,
-                    min=0,
-                    max=2040,
+                    min=limits.CANNY.least,
+                    max=limits.CANNY.most,
                     tooltip="Contrasts weaker than this are no edge. Lower finds more edges.",
                 ),
                 io.Int.Input(
                     "high",
                     default=200,
-                    min=0,
-                    max=2040,
+                    min=limits.CANNY.least,
+                    max=limits.CANNY.most,
                     tooltip="Contrasts stronger than this always are; those between, where they join such an edge.",
                 ),
                 io.Int.Input(

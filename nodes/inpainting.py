@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.geometry import MAX_SIZE
 from ..cascade_core.hints.masks import composite, expand
@@ -82,7 +83,7 @@ class CascadeInpaintComposite(io.ComfyNode):
                     "feather",
                     default=8,
                     min=0,
-                    max=512,
+                    max=limits.FEATHER.most,
                     tooltip=(
                         "Pixels, from the mask's edge inwards, over which the source blends into what was painted. "
                         "Keep it well under half of the mask's width."
@@ -96,7 +97,9 @@ class CascadeInpaintComposite(io.ComfyNode):
     def execute(cls, image, source, mask, feather) -> io.NodeOutput:
         check_picture(image, "image")
         check_picture(source, "source")
-        if not 0 <= feather <= 512:
-            raise CascadeError(f"feather is {feather}; it must lie within 0 and 512 pixels.")
+        if not 0 <= feather <= limits.FEATHER.most:
+            raise CascadeError(
+                f"feather is {feather}; it must lie within 0 and {limits.FEATHER.most} pixels."
+            )
         result, before = (picture[..., :3].movedim(-1, 1) for picture in (image, source))
         return io.NodeOutput(composite(result, before, mask, feather).movedim(1, -1))

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.geometry import (
     LATENT_CHANNELS,
     MAX_SIZE,
     SIZE_STEP,
+    check_pixels,
     check_size,
     compressor_size,
     stage_c_size,
@@ -23,7 +25,7 @@ from .sizes import chosen_size, compression_input, empty_stage_b, empty_stage_c
 from .sockets import VAE_WORDS, check_finite, check_picture, check_vae
 
 CATEGORY = "Stable Cascade/latent"
-MAX_GROW = 16  # positions of Stage C, of which 1024 pixels have 24
+MAX_GROW = limits.GROW.most  # positions of Stage C
 
 
 class CascadeEmptyLatent(io.ComfyNode):
@@ -41,7 +43,11 @@ class CascadeEmptyLatent(io.ComfyNode):
                 io.Int.Input("width", **side, tooltip="Width of the picture in pixels, a multiple of 8."),
                 io.Int.Input("height", **side, tooltip="Height of the picture in pixels, a multiple of 8."),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=4096, tooltip="How many pictures are made at once."
+                    "batch_size",
+                    default=1,
+                    min=limits.BATCH.least,
+                    max=limits.BATCH.most,
+                    tooltip="How many pictures are made at once.",
                 ),
                 compression_input(),
             ],
@@ -67,6 +73,7 @@ class CascadeEmptyLatent(io.ComfyNode):
         check_size(width, height)
         if batch_size < 1:
             raise CascadeError(f"batch_size is {batch_size}; at least one picture must be made.")
+        check_pixels(width, height, batch_size)
         stage_c = empty_stage_c(batch_size, height, width, compression)
         return io.NodeOutput(stage_c, empty_stage_b(batch_size, height, width))
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..cascade_core import limits
 from ..cascade_core.adapters import (
     Adapter,
     check_finite_changes,
@@ -23,7 +24,9 @@ CATEGORY = "Stable Cascade/LoRA"
 
 def strength_input(input_id: str, tooltip: str) -> Any:
     """Input for the strength of a LoRA."""
-    return io.Float.Input(input_id, default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
+    return io.Float.Input(
+        input_id, default=1.0, min=limits.STRENGTH.least, max=limits.STRENGTH.most, step=0.01, tooltip=tooltip
+    )
 
 
 class CascadeLoRAApply(io.ComfyNode):

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cascade_core import limits
 from ..cascade_core.diffusion.samplers import SAMPLERS
 from ..cascade_core.errors import CascadeError
-from ..cascade_core.geometry import MAX_SIZE
 from ..cascade_core.run import SamplingRun, check_sampler
 from ..cascade_core.stages.diffusion import stage_b_tile
 from .api import io
@@ -33,19 +33,23 @@ def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
         io.Int.Input(
             "seed",
             default=0,
-            min=0,
-            max=0xFFFFFFFFFFFFFFFF,
+            min=limits.SEED.least,
+            max=limits.SEED.most,
             control_after_generate=True,
             tooltip="Image i of a batch is drawn from seed + i, so that it does not depend on its batch.",
         ),
         io.Int.Input(
-            "steps", default=steps, min=1, max=10000, tooltip="Steps of sampling: more are finer and slower."
+            "steps",
+            default=steps,
+            min=limits.STEPS.least,
+            max=limits.STEPS.most,
+            tooltip="Steps of sampling: more are finer and slower.",
         ),
         io.Float.Input(
             "cfg",
             default=cfg,
-            min=0.0,
-            max=100.0,
+            min=limits.CFG.least,
+            max=limits.CFG.most,
             step=0.1,
             tooltip=(
                 "Guidance: how strongly the prompt pulls. 1 runs without the negative prompt, in half the "
@@ -55,8 +59,8 @@ def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
         io.Float.Input(
             "cfg_rescale",
             default=0.7,
-            min=0.0,
-            max=1.0,
+            min=limits.CFG_RESCALE.least,
+            max=limits.CFG_RESCALE.most,
             step=0.05,
             tooltip=(
                 "Brings the contrast that guidance raises back to the prompt's own: 0 not at all, 1 fully."
@@ -65,8 +69,8 @@ def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
         io.Float.Input(
             "shift",
             default=shift,
-            min=0.05,
-            max=20.0,
+            min=limits.SHIFT.least,
+            max=limits.SHIFT.most,
             step=0.05,
             tooltip="Above 1 spends more of the steps on high noise, where the composition forms.",
         ),
@@ -79,8 +83,8 @@ def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
         io.Float.Input(
             "denoise",
             default=1.0,
-            min=0.0,
-            max=1.0,
+            min=limits.DENOISE.least,
+            max=limits.DENOISE.most,
             step=0.01,
             tooltip="1 starts from noise alone; less keeps more of the given latent; 0 returns it.",
         ),
@@ -153,8 +157,8 @@ class CascadeDecoderSampler(io.ComfyNode):
                 io.Int.Input(
                     "tile_size",
                     default=0,
-                    min=0,
-                    max=MAX_SIZE,
+                    min=limits.TILE.least,
+                    max=limits.TILE.most,
                     step=64,
                     optional=True,
                     tooltip=(

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..cascade_core import limits
 from ..cascade_core.diffusion.samplers import log_snr_range
 from ..cascade_core.errors import CascadeError
 from .api import io
@@ -21,12 +22,18 @@ class CascadeScheduler(io.ComfyNode):
             category=CATEGORY,
             description="The published schedule as sigmas, for Sampler Custom Advanced.",
             inputs=[
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of sampling."),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=limits.STEPS.least,
+                    max=limits.STEPS.most,
+                    tooltip="Steps of sampling.",
+                ),
                 io.Float.Input(
                     "shift",
                     default=2.0,
-                    min=0.05,
-                    max=20.0,
+                    min=limits.SHIFT.least,
+                    max=limits.SHIFT.most,
                     step=0.05,
                     tooltip="Above 1 spends more of the steps on high noise. Published: 2 for Stage C, 1 for Stage B.",
                 ),
@@ -78,16 +85,16 @@ class CascadeGuidance(io.ComfyNode):
                 io.Float.Input(
                     "cfg_rescale",
                     default=0.7,
-                    min=0.0,
-                    max=1.0,
+                    min=limits.CFG_RESCALE.least,
+                    max=limits.CFG_RESCALE.most,
                     step=0.05,
                     tooltip="Brings the contrast that guidance raises back to the prompt's own: 0 not at all, 1 fully.",
                 ),
                 io.Float.Input(
                     "shift",
                     default=2.0,
-                    min=0.05,
-                    max=20.0,
+                    min=limits.SHIFT.least,
+                    max=limits.SHIFT.most,
                     step=0.05,
                     tooltip="Of ComfyUI's schedulers. Published: 2 for Stage C, 1 for Stage B.",
                 ),

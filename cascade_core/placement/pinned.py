@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError
+from ..errors import CascadeError, quoted
 
 RESERVED = 1 << 30  # bytes of main memory that pinned weights leave to others
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -20,10 +20,13 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 def parse_bytes(text: str) -> int:
     """ "6GB", "5.5 GiB", "800MB" or a plain number, in bytes. Raises CascadeError for anything else."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?)B?\s*", text.upper())
-    if match is None or match[2] not in _UNITS or not float(match[1]):
-        raise CascadeError(f"{text!r} is no amount of memory; write one such as 6GB, 5.5GiB or 800MB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMG]?I?)B?\s*", text[:100].upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if len(text) > 100 or not size:
+        raise CascadeError(
+            f"{quoted(text)} is not an amount of memory; write one such as 6GB, 5.5GiB or 800MB."
+        )
+    return size
 
 
 def available_bytes() -> int | None:

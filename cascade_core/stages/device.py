@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TypeVar
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..adapters.apply import Patch, patched
 from ..engine import Precision, operations_on
-from ..errors import CascadeError
+from ..errors import CascadeError, quoted
 from ..placement import CudaDevice, DeviceMemory, WeightConsumer, parse_bytes
 from ..run import Observer
 
@@ -39,10 +40,9 @@ class ComputeDevice:
         observer: Observer | None = None,
     ):
         self.device = chosen_device(device)
-        if not (
-            memory is None or isinstance(memory, str) or (isinstance(memory, int | float) and memory > 0)
-        ):
-            raise CascadeError(f"memory is {memory!r}; give bytes above 0, or a text such as 6GB.")
+        is_bytes = isinstance(memory, int | float) and not isinstance(memory, bool) and 1 <= memory < math.inf
+        if not (memory is None or isinstance(memory, str) or is_bytes):
+            raise CascadeError(f"memory is {quoted(memory)}; give bytes above 0, or a text such as 6GB.")
         self.observer = observer or Observer()
         self.limit = parse_bytes(memory) if isinstance(memory, str) else memory
 
@@ -98,8 +98,8 @@ class ComputeDevice:
         if name == "fp8":
             operations_on(self.device, "fp8")  # refuses the device before a file is read
             return torch.bfloat16
-        if name not in _NAMED:
-            raise CascadeError(f"dtype {name!r} is not known; choose auto, {', '.join(_NAMED)} or fp8.")
+        if not isinstance(name, str) or name not in _NAMED:
+            raise CascadeError(f"dtype {quoted(name)} is not known; choose auto, {', '.join(_NAMED)} or fp8.")
         return _NAMED[name]
 
     def picture_dtype(self) -> torch.dtype:
@@ -125,10 +125,10 @@ def chosen_device(device: str | torch.device) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise CascadeError(f"device is {device!r}; choose auto, cpu, cuda or cuda:N.") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise CascadeError(f"device is {str(chosen)!r}; choose auto, cpu, cuda or cuda:N.")
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda") or isinstance(device, bool):
+        raise CascadeError(f"device is {quoted(device)}; choose auto, cpu, cuda or cuda:N.")
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise CascadeError(f"device is {device}, but torch finds no CUDA card here; choose auto or cpu.")

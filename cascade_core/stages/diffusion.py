@@ -16,12 +16,13 @@ from ..diffusion.guidance import Guider
 from ..diffusion.samplers import Callback
 from ..diffusion.schedule import noise_cond
 from ..engine import Engine
-from ..errors import CascadeError
+from ..errors import CascadeError, quoted
 from ..geometry import STAGE_B_COMPRESSION
 from ..networks import activations
 from ..networks.fp16 import scale_residual_stream
 from ..networks.stage_b import StageB
 from ..networks.tiles import ALIGNMENT, predict_in_tiles
+from ..pictures import finite_values
 from ..run import SamplingResult, SamplingRun, Stopwatch, sample
 from .control import RunControls
 from .device import ComputeDevice, engine_precision
@@ -236,24 +237,35 @@ def stage_b_tile(tile_size: int) -> int:
     return tile_size // STAGE_B_COMPRESSION // ALIGNMENT * ALIGNMENT
 
 
-def check_semantic(latent: Tensor, stage: DiffusionStage) -> None:
-    """Raises CascadeError for what is not a latent of Stage C, (B, 16, h, w) of finite numbers.
+def checked_semantic(latent: Any, name: str = "latent") -> Tensor:
+    """A latent of Stage C (B, C, h, w) in float32 in main memory.  Raises CascadeError for what is not one.
+
+    name: of the argument, for messages
+    """
+    if not isinstance(latent, Tensor):
+        raise CascadeError(
+            f"{name} is of type {type(latent).__name__}; give the tensor that prior or encode gave."
+        )
+    values = finite_values(latent, name)
+    if values.ndim != 4 or 0 in values.shape:
+        raise CascadeError(
+            f"{name} has the shape {quoted(tuple(values.shape))}, but Stage C's is (batch, channels, h, w); give what "
+            "prior or encode gave."
+        )
+    return values
+
+
+def check_channels(latent: Tensor, stage: DiffusionStage) -> None:
+    """Raises CascadeError for a latent (B, C, h, w) that is not Stage C's.
 
     stage: Stage B, which is conditioned on it, or Stage C, which starts from it
     """
     config = stage.network.config
     channels = config.c_effnet if stage.kind == "stage_b" else config.c_in
-    if not isinstance(latent, Tensor):
+    if latent.shape[1] != channels:
         raise CascadeError(
-            f"The latent is of type {type(latent).__name__}; give the tensor that prior or encode gave."
+            f"latent has {latent.shape[1]} channels, but Stage C's has {channels}; give what prior or encode gave."
         )
-    if latent.ndim != 4 or latent.shape[1] != channels or 0 in latent.shape:
-        raise CascadeError(
-            f"The latent has the shape {tuple(latent.shape)}, but Stage C's is (batch, {channels}, h, w); give what "
-            "prior or encode gave."
-        )
-    if not torch.isfinite(latent).all():
-        raise CascadeError("The latent holds NaN or infinity; sample it anew.")
 
 
 def check_widths(prompt: Prompt, stage: DiffusionStage) -> None:

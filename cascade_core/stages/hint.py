@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..errors import CascadeError
+from .. import limits
+from ..errors import CascadeError, quoted
 from ..geometry import stage_c_size
 from ..hints.canny import canny_hint
 from ..hints.filters import READS, inpaint_hint, super_resolution_hint, super_resolution_input
 from ..hints.kinds import kind_of
-from ..pictures import Picture, as_image, as_mask
+from ..limits import real_number, whole_number
+from ..pictures import Picture, as_image, as_mask, finite_values
 from .codec import Codec
 from .control import ControlNetStage
 
@@ -46,6 +48,41 @@ class Control:
     reads: str = "small"
 
 
+def checked_control(control: object, name: str) -> Control:
+    """A control with its pictures and its hint as tensors.  Raises CascadeError for what no ControlNet can use.
+
+    name: of the argument, for messages
+    """
+    if not isinstance(control, Control):
+        raise CascadeError(f"{name} is of type {type(control).__name__}; give Control(file, image=…).")
+    start, end = (
+        real_number(f"{name}.{edge}", getattr(control, edge), limits.SHARE) for edge in ("start", "end")
+    )
+    if start > end:
+        raise CascadeError(
+            f"{name} has start {start:g} and end {end:g}; give a start that is not after the end."
+        )
+    low, high = (
+        whole_number(f"{name}.{edge}", getattr(control, edge), limits.CANNY) for edge in ("low", "high")
+    )
+    if low > high:
+        raise CascadeError(f"{name} has low {low} and high {high}; give the smaller one as low.")
+    if not isinstance(control.reads, str) or control.reads not in READS:
+        raise CascadeError(f"{name}.reads is {quoted(control.reads)}; choose {' or '.join(READS)}.")
+    return Control(
+        control.file,
+        None if control.image is None else as_image(control.image, f"{name}.image"),
+        real_number(f"{name}.strength", control.strength, limits.CONTROL_STRENGTH),
+        start,
+        end,
+        None if control.mask is None else as_mask(control.mask, f"{name}.mask"),
+        None if control.hint is None else _checked_hint(control.hint, f"{name}.hint"),
+        low,
+        high,
+        control.reads,
+    )
+
+
 def make_hint(
     control: Control,
     stage: ControlNetStage,
@@ -54,18 +91,14 @@ def make_hint(
     source_mask: Tensor | None,
     compressor: Callable[[], Codec],
 ) -> Tensor:
-    """The hint (B, C, H, W) of a control for a picture of size (width, height).
+    """The hint (B, C, H, W) of a checked control for a picture of size (width, height).
 
     source, source_mask: the call's own picture (B, H, W, 3) and mask (B, H, W); compressor: loads it on demand.
     Raises CascadeError where a picture or a mask is missing.
     """
-    if not 0 <= control.start <= control.end <= 1:
-        raise CascadeError(
-            f"start is {control.start} and end {control.end}, but must be 0 <= start <= end <= 1."
-        )
     if control.hint is not None:
-        return _given_hint(control.hint)
-    image = source if control.image is None else as_image(control.image)
+        return control.hint.movedim(-1, 1)
+    image = source if control.image is None else control.image
     if image is None:
         raise CascadeError(f"{stage.file} was given no picture; give Control(…, image=…).")
     channels = stage.network.config.c_in
@@ -76,7 +109,7 @@ def make_hint(
         edges = canny_hint(pictures, control.low, control.high)
         return edges.repeat(1, 3, 1, 1)
     if name == "inpainting":
-        mask = source_mask if control.mask is None else as_mask(control.mask)
+        mask = source_mask if control.mask is None else control.mask
         if mask is None:
             raise CascadeError(f"{stage.file} paints into a hole, but no mask was given; give mask.")
         return inpaint_hint(pictures, mask)
@@ -87,18 +120,24 @@ def make_hint(
     )
 
 
-def _given_hint(hint: Tensor) -> Tensor:
-    if not isinstance(hint, Tensor) or hint.ndim not in (3, 4) or 0 in hint.shape:
-        shape = f"of shape {tuple(hint.shape)}" if isinstance(hint, Tensor) else type(hint).__name__
-        raise CascadeError(f"hint is {shape}; give a tensor (height, width, C) or (batch, height, width, C).")
-    if not hint.is_floating_point() or not torch.isfinite(hint).all():
-        raise CascadeError(f"hint is of {hint.dtype}, or holds NaN; give finite floating-point values.")
-    return (hint[None] if hint.ndim == 3 else hint).movedim(-1, 1)
+def _checked_hint(hint: Any, name: str) -> Tensor:
+    """(B, H, W, C)"""
+    if not isinstance(hint, Tensor):
+        raise CascadeError(
+            f"{name} is of type {type(hint).__name__}; give a tensor (batch, height, width, C)."
+        )
+    values = finite_values(hint, name)
+    if not hint.is_floating_point():
+        raise CascadeError(f"{name} holds values of {hint.dtype}; give floats.")
+    batch = values[None] if values.ndim == 3 else values
+    if batch.ndim != 4 or 0 in batch.shape:
+        raise CascadeError(
+            f"{name} has the shape {quoted(tuple(hint.shape))}; give (height, width, C) or (batch, height, width, C)."
+        )
+    return batch
 
 
 def _super_resolution(control: Control, image: Tensor, size: tuple[int, int], compressor: Codec) -> Tensor:
-    if control.reads not in READS:
-        raise CascadeError(f"reads is {control.reads!r}; choose {' or '.join(READS)}.")
     width, height = size
     positions = stage_c_size(height, width)
     scale = width / image.shape[2] if control.reads == "small" else 1

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..vision import ImageEncoder
     from .control import AppliedControlNet
 
+MAX_TEXT = 10_000  # characters
+
 
 class PicturePrompt(NamedTuple):
     """Pictures beside the words.  embeds: (N, E), each of which is added, or (B, N, E), a row for each image"""
@@ -152,12 +154,15 @@ def load_image_encoder(path: Path, device: ComputeDevice) -> VisionStage:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises CascadeError for what is not text, and for half a surrogate pair, as from bytes that are not UTF-8.
+    """Raises CascadeError for what is not text, for half a surrogate pair, as from bytes that are not UTF-8, and for
+    more than MAX_TEXT characters: 75 tokens take a forward of the text encoder, and lengthen Stage C's attention.
 
     name: of the input
     """
     if not isinstance(text, str):
         raise CascadeError(f"{name} is of type {type(text).__name__}; give text.")
+    if len(text) > MAX_TEXT:
+        raise CascadeError(f"{name} has {len(text):,} characters; give at most {MAX_TEXT:,}.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

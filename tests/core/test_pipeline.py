@@ -124,7 +124,7 @@ def test_controls_count_by_strength_and_range(cascade):
     assert torch.equal(controlled(strength=0.0), plain)
     assert torch.equal(controlled(end=0.0), plain)
     assert not torch.equal(controlled(), plain)
-    with pytest.raises(CascadeError, match=r"start is 0\.8 and end 0\.2"):
+    with pytest.raises(CascadeError, match=r"controls\[0\] has start 0\.8 and end 0\.2"):
         controlled(start=0.8, end=0.2)
     with pytest.raises(CascadeError, match="was given no picture"):
         cascade.prior("a red star", controls=[Control("demo_controlnet_canny.safetensors")])
@@ -212,7 +212,7 @@ def test_a_preview_loads_nothing_once_the_cascade_is_closed():
     [
         ({"size": (100, 64)}, "each side must be a multiple of 8"),
         ({"size": (8, 8)}, "makes none with a side under"),
-        ({"denoise": 1.5}, "denoise is 1.5; it must lie within 0 and 1"),
+        ({"denoise": 1.5}, "denoise is 1.5; give a number from 0 to 1"),
         ({"sampler": "euler"}, "sampler is 'euler'; choose one of"),
         ({"mask": torch.ones(64, 64)}, "mask was given without image"),
         ({"batch": 0}, "batch is 0"),
@@ -222,24 +222,33 @@ def test_a_preview_loads_nothing_once_the_cascade_is_closed():
         ({"room": (0, 0, 8, 0)}, "room is for an image without a mask"),
         ({"image": torch.rand(64, 64, 3), "room": (8, 8)}, r"give \(left, top, right, bottom\)"),
         ({"image": torch.rand(64, 64, 3), "room": (0, 0, 10**6, 0)}, "a side above 16384 pixels"),
-        ({"image": torch.zeros(64, 64, 3, dtype=torch.uint8)}, "a tensor of torch.uint8"),
+        ({"image": torch.zeros(64, 64, 3, dtype=torch.int16)}, "image holds values of torch.int16"),
         ({"image": Image.new("RGB", (0, 0))}, "has no pixels"),
-        ({"image": torch.rand(64, 64, 3), "mask": torch.full((64, 64), torch.nan)}, "A mask holds NaN"),
-        ({"image": torch.rand(64, 64, 3), "mask": torch.tensor([[0, 255]])}, "divide bytes by 255"),
+        ({"image": torch.rand(64, 64, 3), "mask": torch.full((64, 64), torch.nan)}, "mask holds NaN"),
+        (
+            {"image": torch.rand(64, 64, 3), "mask": torch.tensor([[0, 255]])},
+            "mask holds values from 0 to 255",
+        ),
         ({"image": torch.rand(64, 64, 3), "mask": torch.ones(64, 64), "grow": -1}, "grow is -1"),
         ({"image": torch.rand(64, 64, 3), "mask": torch.ones(64, 64), "feather": -1}, "feather is -1"),
         ({"prompt": 3}, "prompt is of type int; give text"),
-        ({"prompt": ["a red star", None]}, "prompt is of type NoneType; give text"),
+        ({"prompt": ["a red star", None]}, r"prompt\[1\] is of type NoneType; give text"),
         ({"negative": ["green"]}, "negative is of type list; give text"),
         ({"size": 64}, r"size is 64; give \(width, height\)"),
         ({"seed": 1.5}, "seed is 1.5; give a whole number"),
         ({"steps": "3"}, "steps is '3'; give a whole number"),
         ({"cfg": "4"}, "cfg is '4'; give a number"),
-        ({"decoder": {}}, "Settings of type dict were given"),
+        ({"decoder": {}}, "decoder is of type dict; give StageSettings"),
         ({"callback": 3}, "callback is of type int"),
-        ({"controls": Control("demo_controlnet_canny.safetensors")}, "controls is not a list of Control"),
-        ({"image_prompts": [(torch.rand(64, 64, 3),)]}, "image_prompts holds 1 values for a picture"),
-        ({"image_prompts": [(torch.rand(64, 64, 3), torch.nan)]}, "image_prompts is nan"),
+        (
+            {"controls": Control("demo_controlnet_canny.safetensors")},
+            "controls is of type Control; give a list",
+        ),
+        ({"image_prompts": [(torch.rand(64, 64, 3),)]}, r"image_prompts\[0\] holds 1 values"),
+        (
+            {"image_prompts": [(torch.rand(64, 64, 3), torch.nan)]},
+            r"The strength of image_prompts\[0\] is nan",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(cascade, inputs, message):
@@ -254,10 +263,10 @@ def test_wrong_settings_of_stage_b_are_refused_before_stage_c_is_sampled(cascade
 @pytest.mark.parametrize(
     ("latent", "message"),
     [
-        ("x", "The latent is of type str"),
-        (torch.rand(16, 2, 2), "The latent has the shape"),
-        (torch.rand(1, 4, 2, 2), "The latent has the shape"),
-        (torch.full((1, 16, 2, 2), torch.nan), "The latent holds NaN"),
+        ("x", "latent is of type str"),
+        (torch.rand(16, 2, 2), "latent has the shape"),
+        (torch.rand(1, 4, 2, 2), "latent has 4 channels"),
+        (torch.full((1, 16, 2, 2), torch.nan), "latent holds NaN"),
     ],
 )
 def test_what_is_not_a_latent_is_refused(cascade, latent, message):
@@ -352,7 +361,7 @@ def test_what_does_not_exist_is_refused_before_a_file_is_read(tmp_path):
         ("memory", 0, "memory is 0; give bytes above 0"),
         ("memory", [], r"memory is \[\]; give bytes above 0"),
         ("size", (65, 64), "each side must be a multiple of 8"),
-        ("prior", {}, "Settings of type dict were given"),
+        ("prior", {}, "prior is of type dict; give StageSettings"),
         ("folder", 3, "folder is of type int; give a path"),
     ]
     for name, value, message in wrong:

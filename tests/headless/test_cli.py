@@ -290,5 +290,5 @@ def test_ctrl_c_while_sampling(folder, models):
 def test_an_amount_of_memory_that_is_none(tmp_path, capsys):
     assert main(["run", str(tmp_path / "graph.json"), "--memory", "six"]) == 1
     assert capsys.readouterr().err == (
-        "error: 'six' is no amount of memory; write one such as 6GB, 5.5GiB or 800MB.\n"
+        "error: 'six' is not an amount of memory; write one such as 6GB, 5.5GiB or 800MB.\n"
     )

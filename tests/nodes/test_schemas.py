@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cascade_nodes.cascade_core import limits
 from cascade_nodes.nodes.extension import NODES
 from cascade_nodes.nodes.hosts import roles
 
@@ -33,6 +34,23 @@ def frozen_form(info):
 
 def test_released_nodes_never_change():
     assert {name: frozen_form(info) for name, info in INFO.items()} == FROZEN
+
+
+@pytest.mark.parametrize(
+    "name", ["seed", "steps", "cfg", "cfg_rescale", "shift", "denoise", "tile", "batch", "grow"]
+)
+def test_the_front_door_takes_what_the_nodes_offer(name):
+    """What a node refuses is refused there, and the other way: one table for both."""
+    bounds = getattr(limits, name.upper())
+    input_id = {"tile": "tile_size", "batch": "batch_size"}.get(name, name)
+    offered = [
+        INFO[node]["input"][kind][input_id][1]
+        for node in ("CascadePriorSampler", "CascadeDecoderSampler", "CascadeEmptyLatent", "CascadeEncode")
+        for kind in INFO[node]["input"]
+        if input_id in INFO[node]["input"][kind]
+    ]
+    assert offered
+    assert {(options["min"], options["max"]) for options in offered} == {(bounds.least, bounds.most)}
 
 
 @pytest.mark.parametrize("name", INFO)
