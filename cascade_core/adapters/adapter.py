@@ -13,6 +13,7 @@ from math import prod
 
 from torch import Tensor
 
+from ..checkpoints.files import FLOATING
 from ..text.learned_tokens import LearnedToken
 
 
@@ -62,7 +63,7 @@ class LowRank:
 def belong_together(down: Tensor, up: Tensor) -> bool:
     """Whether two tensors of a file have the shapes and types of one low-rank change."""
     shaped = {down.ndim, up.ndim} <= {2, 4} and down.numel() > 0 and up.numel() > 0
-    return shaped and up[0].numel() == len(down) and down.is_floating_point() and up.is_floating_point()
+    return shaped and up[0].numel() == len(down) and down.dtype in FLOATING and up.dtype in FLOATING
 
 
 @dataclass(frozen=True)

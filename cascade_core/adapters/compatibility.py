@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable
 from ..networks.config import StageCConfig
 from .adapter import Adapter, LowRank
 from .names import stage_c_shapes, weight_shapes
@@ -47,7 +47,9 @@ def check_finite_changes(changes: Mapping[str, LowRank], name: str) -> None:
     for layer, change in changes.items():
         for part, tensor in {"down": change.down, "up": change.up, "magnitude": change.magnitude}.items():
             if tensor is not None and not torch.isfinite(tensor).all():
-                raise CascadeError(f"{name} holds NaN or infinity in {part} of {layer}; download it again.")
+                raise CascadeError(
+                    f"{name} holds NaN or infinity in {part} of {printable(layer)}; download it again."
+                )
 
 
 def _product(shape: Iterable[int]) -> str:
@@ -55,9 +57,9 @@ def _product(shape: Iterable[int]) -> str:
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Joins the first few names, with an ellipsis if there are more."""
+    """Joins the first few names, as they can be shown, with an ellipsis if there are more."""
     names = list(names)
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
 
 
 def describe_adapter(adapter: Adapter) -> str:

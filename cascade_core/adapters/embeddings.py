@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import read_safetensors
-from ..errors import CascadeError
+from ..checkpoints.files import FLOATING
+from ..errors import CascadeError, printable
 from ..text.prompt_weights import parse_weights
 from .adapter import LearnedToken
 
@@ -39,8 +40,8 @@ def embedding_tokens(
         name, path = next(((name, path) for name in names if (path := find(name)) is not None), ("", None))
         if path is None:
             raise CascadeError(
-                f"The prompt asks for {PREFIX}{written}, but no such safetensors file is in {places}; put it there, "
-                "or take it out of the prompt."
+                f"The prompt asks for {PREFIX}{printable(written)}, but no such safetensors file is in {places}; "
+                "put it there, or take it out of the prompt."
             )
         tokens.append(LearnedToken(PREFIX + name, read_embedding(path, width)))
     return tokens
@@ -63,12 +64,15 @@ def read_embedding(path: Path, width: int) -> Tensor:
     rows = next((rows for key in EMBEDDING_KEYS if (rows := _matching(tensors, key))), None)
     if rows is None and len(tensors) == 1:
         rows = list(tensors.values())
-    if rows is None or any(tensor.ndim not in (1, 2) for tensor in rows):
+    if rows is None or not all(
+        tensor.ndim in (1, 2) and tensor.numel() and tensor.dtype in FLOATING for tensor in rows
+    ):
+        first = printable(next(iter(tensors), "none"))
         raise CascadeError(
-            f"{path.name} holds {len(tensors)} tensors (first: {next(iter(tensors), 'none')}), but an embedding is "
+            f"{path.name} holds {len(tensors)} tensors (first: {first}), but an embedding is "
             "expected, such as clip_g or emb_params; choose one, or load a LoRA with Cascade LoRA Apply."
         )
-    columns = rows[0].shape[-1]
+    columns = next((tensor.shape[-1] for tensor in rows if tensor.shape[-1] != width), width)
     if columns != width:
         raise CascadeError(
             f"{path.name} holds vectors {columns} wide, but the text encoder's are {width}; choose an embedding that "

@@ -14,7 +14,8 @@ _UNETS = {
     1280: "Stable Diffusion XL's refiner",
     2048: "Stable Diffusion XL",
 }
-_CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]\b.*(lora_down|lora_A|lora\.down)")
+_CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]\b")
+_DOWN = re.compile(r"lora_down|lora_A|lora\.down")
 # A telling part of a name, with dots or underscores, and the model; the first that is found counts.
 _MODELS = (
     (r"(double|single)_blocks[._]\d|single_transformer_blocks[._]\d", "Flux"),
@@ -44,7 +45,13 @@ _ALGORITHMS = (
 def foreign_model(tensors: Mapping[str, Tensor]) -> str | None:
     """The model's name, such as "Stable Diffusion XL", or None. tensors: those that are not Stable Cascade's."""
     for name, tensor in tensors.items():
-        if _CROSS_ATTENTION.search(name) and tensor.ndim == 2 and tensor.shape[1] in _UNETS:
+        attention = _CROSS_ATTENTION.search(name)
+        if (
+            attention
+            and _DOWN.search(name, attention.end())
+            and tensor.ndim == 2
+            and tensor.shape[1] in _UNETS
+        ):
             return _UNETS[tensor.shape[1]]
     return next((model for part, model in _MODELS if any(re.search(part, name) for name in tensors)), None)
 

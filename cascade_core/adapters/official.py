@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.files import FLOATING
 from ..errors import CascadeError
 from ..networks.config import StageCConfig
 from ..text.learned_tokens import LearnedToken
@@ -88,11 +89,12 @@ def _tokens(
     if not tensors.keys() & set(_TOKENS):
         return ()
     embeddings, indices = (tensors.get(key, torch.empty(())) for key in _TOKENS)
-    floating = embeddings.ndim == 2 and embeddings.is_floating_point()
-    if not floating or indices.shape != embeddings.shape[:1]:
+    floating = embeddings.ndim == 2 and embeddings.dtype in FLOATING
+    numbers = indices.dtype in (torch.int32, torch.int64) and bool((indices >= 0).all())
+    if not (floating and numbers) or indices.shape != embeddings.shape[:1]:
         raise CascadeError(
-            f"{name} is an official LoRA whose embeddings.embeddings (n, C) and embeddings.indices (n,) do not belong "
-            "together; download it again."
+            f"{name} is an official LoRA whose embeddings.embeddings (n, C) and embeddings.indices (n,), whole numbers "
+            "from 0 on, do not belong together; download it again."
         )
     names = _stated_names(metadata, indices)
     return tuple(

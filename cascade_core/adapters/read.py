@@ -7,17 +7,17 @@ table for all programs, mixtures included; which dialect a file is of is asked o
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ..checkpoints.files import read_safetensors
+from ..checkpoints.files import FLOATING, read_safetensors
 from ..checkpoints.foreign import foreign_name
 from ..checkpoints.layouts import parts_in
 from ..checkpoints.load import PART_NAMES
-from ..errors import CascadeError
+from ..errors import CascadeError, printable, quoted
 from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
 from ..text.learned_tokens import LearnedToken
@@ -28,7 +28,7 @@ from .foreign import foreign_model, other_algorithms
 from .fused import split
 from .names import FUSED, is_convolution, stage_c_layer, text_layer
 from .official import is_official, read_official
-from .peft import AlphaOf, stated_alpha
+from .peft import LARGEST_ALPHA, AlphaOf, stated_alpha
 
 # What stands after a layer's name in one program or another, and what it is.
 ENDINGS = {
@@ -41,8 +41,9 @@ ENDINGS = {
     **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight",
                      ".lora_magnitude_vector.default.weight"), "row_magnitude"),
 }  # fmt: skip
-_KEY = re.compile(f"(.+?)({'|'.join(map(re.escape, sorted(ENDINGS, key=len, reverse=True)))})")
-_BUNDLED = re.compile(r"bundle_emb\.(.+)\.(clip_g|clip_g_out|string_to_param\.\*)")
+_LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
+_BUNDLED, _BUNDLED_ENDINGS = "bundle_emb.", (".clip_g", ".clip_g_out", ".string_to_param.*")
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _EMBEDDING = ("clip_g", "clip_g_out", "emb_params", "string_to_param.*")
 
 
@@ -81,10 +82,10 @@ def parse_adapter(
 
 def _check_types(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in tensors.items():
-        if _KEY.fullmatch(key) and not tensor.is_floating_point() and not key.endswith(".alpha"):
+        if _parted(key, _LONGEST_FIRST) and tensor.dtype not in FLOATING and not key.endswith(".alpha"):
             raise CascadeError(
-                f"{name}: {key} holds {tensor.dtype}, but floating point is expected; choose a LoRA that is not "
-                "quantised."
+                f"{name}: {printable(key)} holds {tensor.dtype}, but floating point is expected; choose a LoRA "
+                "that is not quantised."
             )
 
 
@@ -98,10 +99,10 @@ def _embedding(tensors: Mapping[str, Tensor], name: str) -> Adapter:
 
 def _token(token: str, vectors: Tensor, key: str, name: str) -> LearnedToken:
     rows = vectors[None] if vectors.ndim == 1 else vectors
-    if rows.ndim != 2 or not rows.is_floating_point():
+    if rows.ndim != 2 or rows.numel() == 0 or rows.dtype not in FLOATING:
         raise CascadeError(
-            f"{name}: {key} has the shape {tuple(vectors.shape)}, but a learned token has rows (V, C); choose another "
-            "embedding."
+            f"{name}: {printable(key)} has the shape {tuple(vectors.shape)}, but a learned token has rows (V, C); "
+            "choose another embedding."
         )
     return LearnedToken(token, rows.float(), output=key.endswith("_out"))
 
@@ -111,11 +112,13 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha_of: AlphaOf) -> Adapt
     keys: dict[str, list[str]] = {}
     tokens, unknown = [], []
     for key, tensor in tensors.items():
-        if bundled := _BUNDLED.fullmatch(key):
-            tokens.append(_token(bundled[1], tensor, key, name))
-        elif match := _KEY.fullmatch(key):
-            layers.setdefault(match[1], {})[ENDINGS[match[2]]] = tensor
-            keys.setdefault(match[1], []).append(key)
+        bundled = key.startswith(_BUNDLED) and _parted(key.removeprefix(_BUNDLED), _BUNDLED_ENDINGS)
+        if bundled:
+            tokens.append(_token(bundled[0], tensor, key, name))
+        elif parted := _parted(key, _LONGEST_FIRST):
+            layer, ending = parted
+            layers.setdefault(layer, {})[ENDINGS[ending]] = tensor
+            keys.setdefault(layer, []).append(key)
         else:
             unknown.append(key)
     changes: dict[str, dict[str, LowRank]] = {"stage_c": {}, "text": {}}
@@ -132,6 +135,12 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha_of: AlphaOf) -> Adapt
     _check_known(tensors, unread, bool(changes["stage_c"] or tokens), bool(spelled or tokens), name)
     dialect = _dialect(spelled, tensors) if spelled else "onetrainer"
     return Adapter(name, dialect, changes["stage_c"], changes["text"], tuple(tokens), tuple(unknown))
+
+
+def _parted(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
+    """(what stands before, the ending) of a key with the first of these endings."""
+    ending = next((ending for ending in endings if key.endswith(ending) and len(key) > len(ending)), None)
+    return None if ending is None else (key.removesuffix(ending), ending)
 
 
 def _locate(theirs: str) -> tuple[str, str] | None:
@@ -151,13 +160,14 @@ def _change(layer: str, theirs: str, parts: Mapping[str, Tensor], alpha_of: Alph
     down, up = parts.get("down"), parts.get("up")
     if down is None or up is None or not belong_together(down, up):
         raise CascadeError(
-            f"{name}: {theirs} has no down (rank, c_in) and up (c_out, rank) that belong together "
+            f"{name}: {printable(theirs)} has no down (rank, c_in) and up (c_out, rank) that belong together "
             f"({_shape(down)} and {_shape(up)}); download it again."
         )
     if is_convolution(layer):
         down, up = _as_kernels(layer, down), up.reshape(len(up), -1, 1, 1)
-    alpha = _alpha(parts["alpha"], f"{name}: {theirs}") if "alpha" in parts else alpha_of(theirs, len(down))
-    return LowRank(down, up, alpha, _magnitude(layer, down, up, parts, f"{name}: {theirs}"))
+    where = f"{name}: {printable(theirs)}"
+    alpha = _alpha(parts["alpha"], where) if "alpha" in parts else alpha_of(theirs, len(down))
+    return LowRank(down, up, alpha, _magnitude(layer, down, up, parts, where))
 
 
 def _as_kernels(layer: str, down: Tensor) -> Tensor:
@@ -167,9 +177,12 @@ def _as_kernels(layer: str, down: Tensor) -> Tensor:
 
 
 def _alpha(alpha: Tensor, where: str) -> float:
-    if alpha.numel() != 1 or not math.isfinite(alpha.item()):
+    number = alpha.dtype in FLOATING or alpha.dtype in _WHOLE
+    if not (number and alpha.numel() == 1 and abs(alpha.item()) <= LARGEST_ALPHA):  # which NaN is not
+        value = alpha.item() if alpha.numel() == 1 else alpha.flatten()[:9].tolist()
         raise CascadeError(
-            f"{where} has an alpha of {alpha.tolist()}, but one number is expected; download it again."
+            f"{where} has an alpha of {quoted(value)}, but one number is expected, of at most {LARGEST_ALPHA:.0e}; "
+            "download it again."
         )
     return float(alpha.item())
 

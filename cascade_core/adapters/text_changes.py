@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import printable
 from .adapter import Adapter
 from .compatibility import check_finite_changes, check_fits
 from .tokens import NewToken, name_in_prompt
@@ -22,7 +23,7 @@ def check_text_changes(adapter: Adapter, network: Any, new_tokens: Sequence[NewT
     names += [new_tokens[number].name for number in numbers if number < len(new_tokens)]
     notes = []
     if names:
-        written = ", ".join(dict.fromkeys(map(name_in_prompt, names)))
+        written = ", ".join(printable(name_in_prompt(name)) for name in dict.fromkeys(names))
         notes.append(f"{adapter.name} teaches {written}, to be written so in the prompt.")
     if unnamed:
         notes.append(

@@ -10,14 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable, quoted
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter
+from .patterns import texts
 
 
 class NewToken(NamedTuple):
     """A token that the published training added to the vocabulary; its row began as the mean of all tokens in whose
-    spelling the pattern, a regular expression, is found ("^dog</w>"), or as zeros.
+    spelling the pattern is found ("^dog</w>", as `patterns.texts` reads it), or as zeros.
     """
 
     name: str
@@ -75,15 +76,18 @@ def taught_tokens(
 def _mean_row(name: str, pattern: str | None, vocabulary: Mapping[str, int], embedding: Tensor) -> Tensor:
     if pattern is None:
         return torch.zeros(1, embedding.shape[1])
-    try:
-        tokens = [token for spelling, token in vocabulary.items() if re.search(pattern, spelling)]
-    except re.error as error:
+    alternatives = texts(pattern)
+    if alternatives is None:
         raise CascadeError(
-            f"The pattern {pattern!r} of {name} is no regular expression ({error}); write one such as ^dog</w>."
-        ) from None
+            f"The pattern {quoted(pattern)} of {printable(name)} is not one of those that are read: words with |, ^, $ "
+            "and ? such as ^dog</w>; write it so."
+        )
+    tokens = [
+        token for spelling, token in vocabulary.items() if any(text.is_in(spelling) for text in alternatives)
+    ]
     if not tokens:
         raise CascadeError(
-            f"No token of the vocabulary matches {pattern!r} of {name}; write the pattern that it was trained with, "
-            "such as ^dog</w>."
+            f"No token of the vocabulary matches {quoted(pattern)} of {printable(name)}; write the pattern that "
+            "it was trained with, such as ^dog</w>."
         )
     return embedding[tokens].float().cpu().mean(dim=0, keepdim=True)

@@ -271,7 +271,11 @@ def test_new_tokens_are_named_one_by_one():
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
-    [("(", "is no regular expression"), ("^dog</w>", "No token of the vocabulary matches")],
+    [
+        ("(a+)+$", "is not one of those that are read"),
+        (".*", "is not one of those"),
+        ("^dog</w>", "No token of the vocabulary matches"),
+    ],
 )
 def test_a_pattern_that_does_not_serve(embedding, pattern, words):
     adapter = adapter_of(LearnedToken("", vectors(1), FIRST))

@@ -44,9 +44,13 @@ class LearnedTokenizer:
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> Any:
         """Calls the host's method with the names replaced."""
-        files = {name.lower(): file for name, file in self.files.items()}
-        text = self.pattern.sub(lambda match: f" {PREFIX}{files[match[0].lower()]} ", text)
+        text = self.pattern.sub(lambda match: self._word(match[0]), text)
         return self.inner.tokenize_with_weights(text, return_word_ids, **options)
+
+    def _word(self, name: str) -> str:
+        """The host's word for a name in any case; what only other forms of its letters make a name stays as it is."""
+        files = {known.lower(): file for known, file in self.files.items()}
+        return f" {PREFIX}{files[name.lower()]} " if name.lower() in files else name
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not set yet: a copy in the making

@@ -1,0 +1,48 @@
+"""Patterns of names from files and prompts: of regular expressions only those that are a few texts, and none is run.
+
+A regular expression of twenty characters can keep `re` busy for years.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+MOST_TEXTS = 64
+
+
+class Text(NamedTuple):
+    """One text that a pattern stands for, and whether it has to begin and to end the name."""
+
+    text: str
+    at_start: bool
+    at_end: bool
+
+    def is_in(self, name: str) -> bool:
+        if self.at_start and self.at_end:
+            return name == self.text
+        if self.at_start or self.at_end:
+            return name.startswith(self.text) if self.at_start else name.endswith(self.text)
+        return self.text in name
+
+
+def texts(pattern: str, plain: str = "") -> list[Text] | None:
+    r"""The texts of a pattern made of `|`, `^`, `$`, optional characters (`stars?`) and escaped ones (`\.`).
+
+    plain: further signs that stand for themselves. None for a pattern of anything else.
+    """
+    alternatives = []
+    for part in pattern.split("|"):
+        inner = part.removeprefix("^").removesuffix("$")
+        spellings, shorter = [""], None
+        for sign in re.findall(r"\\.|.", inner, re.DOTALL):
+            if sign == "?" and shorter is not None:
+                spellings, shorter = [*shorter, *spellings], None
+            elif sign in plain or re.fullmatch(r"\\[^a-zA-Z0-9]|[^\\.\[\](){}*+?^$]", sign, re.DOTALL):
+                spellings, shorter = [text + sign[-1] for text in spellings], spellings
+            else:
+                return None
+            if len(spellings) > MOST_TEXTS:
+                return None
+        alternatives += [Text(text, part.startswith("^"), part.endswith("$")) for text in spellings]
+    return alternatives
