@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
 
 __all__ = ["ImageEncoder", "build_vision_model", "infer_vision_config", "preprocess_images"]
+
+logger = logging.getLogger(__name__)
 
 # Of the pictures that CLIP was trained on (Radford et al. 2021), in sRGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -67,9 +70,14 @@ class ImageEncoder:
         self.image_size = cast(int, model.config.image_size)
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype | None = None) -> ImageEncoder:
+    def load(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        notify: Callable[[str], object] = logger.warning,
+    ) -> ImageEncoder:
         """From a safetensors file or a model folder, for inference, in the file's dtype unless given one."""
-        return cls(load_clip(path, "vision", build_vision_model, dtype))
+        return cls(load_clip(path, "vision", build_vision_model, dtype, notify))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..checkpoints import read_json
 from ..errors import CascadeError, quoted
@@ -35,13 +35,13 @@ def _alpha_of(path: Path) -> AlphaOf:
             f"{path} is not a PEFT configuration with a lora_alpha above 0, by which the LoRA beside it is scaled "
             f"(lora_alpha {quoted(alpha)}, use_rslora {quoted(root)}); download it again."
         )
-    named = _by_name(patterns, path)
+    everywhere, named = float(alpha), _by_name(patterns, path)
 
     def alpha_of(layer: str, rank: int) -> float:
         name = layer.removeprefix("base_model.model.")
         parts = name.split(".")
         endings = [f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))]
-        _, alpha_here = min((named[ending] for ending in endings if ending in named), default=(0, alpha))
+        _, alpha_here = min((named[ending] for ending in endings if ending in named), default=(0, everywhere))
         return alpha_here * math.sqrt(rank) if root else alpha_here
 
     return alpha_of
@@ -66,5 +66,5 @@ def _by_name(patterns: dict[str, Any], path: Path) -> dict[str, tuple[int, float
     return named
 
 
-def _is_alpha(value: Any) -> bool:
+def _is_alpha(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and 0 < value <= LARGEST_ALPHA  # which NaN is not

@@ -11,12 +11,13 @@ from .load import (
     converted,
     describe,
     first_non_finite,
+    heads_notice,
     holds,
     identify,
     load_model,
     load_published_state_dict,
 )
-from .source import locate, networks_in, read_weights
+from .source import in_model_folder, locate, networks_in, read_weights
 
 __all__ = [
     "KIND_NAMES",
@@ -30,8 +31,10 @@ __all__ = [
     "describe",
     "first_non_finite",
     "fuse_attention",
+    "heads_notice",
     "holds",
     "identify",
+    "in_model_folder",
     "load_model",
     "load_published_state_dict",
     "locate",

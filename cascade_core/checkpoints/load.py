@@ -1,7 +1,8 @@
 """From a file or a state dict to a module with its weights."""
 
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import CascadeError, printable
 from ..networks.compressor import SemanticCompressor
 from ..networks.controlnet import ControlNet
-from ..networks.inference import infer_config
+from ..networks.inference import infer_config, stated_config
 from ..networks.previewer import Previewer
 from ..networks.stage_a import StageA
 from ..networks.stage_b import StageB
@@ -41,8 +42,14 @@ KIND_NAMES = {
     "previewer": "previewer",
     "controlnet": "ControlNet",
 }
+PUBLISHED_WIDTHS = {
+    "stage_c": {1536, 2048},
+    "stage_b": {1152, 1280},
+}  # of levels with attention, in heads of 64
 READERS = 4
 PAGE = 4096  # bytes; where pages are larger, some are touched twice
+
+logger = logging.getLogger(__name__)
 
 PART_NAMES = {**KIND_NAMES, "text": "text encoder", "vision": "image encoder"}
 
@@ -98,16 +105,23 @@ def load_model(
     device: str | torch.device = "cpu",
     operations: Any = nn,
     read_ahead: bool = True,
+    notify: Callable[[str], object] = logger.warning,
 ) -> tuple[nn.Module, str, dict[str, Any]]:
     """Loads a network in evaluation mode from a file of any layout or a folder of diffusers: (module, kind, config).
 
     expect: the kind to load, where the file may hold several or another.
     The weights are the file's own pages, mapped, unless `dtype` or `device` ask for others.
     read_ahead: bring them into memory now, for use from there; else they are read when first used.
+    notify: is told where the number of heads is a guess.
     Raises CascadeError where the file cannot be read, is not of the kind `expect`, or is not whole.
     """
     weights, metadata = read_weights(path, expect) if expect else read_safetensors(path)
     kind, config = identify(path, weights, metadata, expect)
+    if kind in PUBLISHED_WIDTHS and "nhead" not in stated_config(metadata):
+        levels = zip(config["c_hidden"], config["nhead"], strict=True)
+        guessed = {width for width, heads in levels if heads > 0} - PUBLISHED_WIDTHS[kind]
+        if guessed:
+            notify(heads_notice(path, guessed))
     try:
         model = _build_on_meta(kind, config, operations)
         weights = split_attention(weights)
@@ -120,6 +134,15 @@ def load_model(
     except CascadeError as error:
         raise CascadeError(f"{Path(path).name}: {error}") from error.__cause__
     return model.eval().requires_grad_(False), kind, config
+
+
+def heads_notice(path: str | Path, widths: Iterable[int]) -> str:
+    """A sentence about a network whose heads nothing states, so that they were taken for 64 wide."""
+    return (
+        f"{Path(path).name} does not say how many attention heads it has, and {' and '.join(map(str, sorted(widths)))} "
+        "is not a published width: heads of 64 are assumed, and with any others its pictures are wrong. Use a file "
+        "that has its config in its metadata, or a folder with its config.json."
+    )
 
 
 def converted(
@@ -215,7 +238,7 @@ def _build_on_meta(kind: str, config: Mapping[str, Any], operations: Any) -> nn.
     except CascadeError:
         raise
     except Exception as error:  # a config of the wrong types fails in many ways
-        reason = " ".join(str(error)[:200].split())
+        reason = printable(f"{error}".partition("\n")[0])
         raise CascadeError(
             f"no {KIND_NAMES[kind]} can be built from the config in its metadata ({reason}); download it "
             "again."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CascadeError, printable
-from .files import FLOATING, read_header, read_safetensors
+from .files import FLOATING, read_header, read_json, read_safetensors
 from .layouts import parts_in
 
 # Where diffusers' folders keep each network, in the order to look.
@@ -23,22 +23,58 @@ SUBFOLDERS = {
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _INDEX = ".safetensors.index.json"
 _WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
+# What a config.json beside diffusers' weights states that their shapes do not tell: its names, and the published ones.
+_UNET_CONFIG = {
+    "num_attention_heads": "nhead", "timestep_conditioning_type": "t_conds", "in_channels": "c_in",
+    "out_channels": "c_out", **{name: name for name in ("patch_size", "self_attn", "switch_level", "dropout", "nhead",
+                                                         "t_conds", "c_in", "c_out")},
+}  # fmt: skip
+_DIFFUSERS_CONFIGS = {
+    "stage_c": _UNET_CONFIG,
+    "stage_b": _UNET_CONFIG,
+    "stage_a": {"scale_factor": "scale_factor"},
+}
 
 
 def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of one network, under published names, as views of mapped files.
 
     path: a safetensors file, a shard or an index of shards, or a folder of diffusers; part: of `layouts.SIGNATURES`.
+    A config.json that belongs to the weights is given as the metadata's `config` where that states none.
     A file without such a network is returned unchanged, so that the caller can say what it holds instead.
     Raises CascadeError where files are missing or damaged.
     """
-    tensors, metadata = read_tensors(locate(path, part))
+    located = locate(path, part)
+    tensors, metadata = read_tensors(located)
+    if not metadata.get("config") and in_model_folder(path):
+        metadata = {**metadata, **_config_beside(located, part)}
     parts = parts_in(tensors)
     if part not in parts:
         return tensors, metadata
     if len(parts) > 1:  # a config in the metadata would be of the file's only network
         metadata = {name: text for name, text in metadata.items() if name != "config"}
     return _unscaled(Path(path), parts[part].to_published(tensors)), metadata
+
+
+def in_model_folder(path: str | Path) -> bool:
+    """Whether files beside the weights belong to them: the path is a folder, or a file named as in such a folder.
+
+    A file of any other name may be in a folder of many models.
+    """
+    path = Path(path)
+    return path.is_dir() or path.name.startswith(_WEIGHT_NAMES)
+
+
+def _config_beside(weights: Path, part: str) -> dict[str, str]:
+    """{config: JSON} of what config.json states of a network, in the published names; empty without one."""
+    path = weights.with_name("config.json")
+    if part not in SUBFOLDERS or not path.exists():
+        return {}
+    config = read_json(path)
+    names = _DIFFUSERS_CONFIGS.get(part)
+    if names is not None:
+        config = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    return {"config": json.dumps(config)} if config else {}
 
 
 def networks_in(path: str | Path) -> set[str]:

@@ -13,6 +13,7 @@ from ..errors import CascadeError
 from ..networks import activations
 from ..networks.tiles import PREVIEWER_HALO, PREVIEWER_SIDE, decode_halo, encode_halo
 from .device import ComputeDevice
+from .diffusion import SCALE_FACTOR
 from .tiled import Tiled
 
 
@@ -20,7 +21,8 @@ from .tiled import Tiled
 class Codec:
     """An encoder and a decoder of latents, in the units of LATENT sockets.
 
-    Stage A's latents are in the codebook's units, `scale_factor` (0.43) times what Stage B diffuses, as in ComfyUI.
+    Stage A's latents are SCALE_FACTOR (0.43) times what Stage B diffuses, as in ComfyUI, whatever factor the file
+    has.
     `encoder` and `decoder` are the same network for Stage A; the compressor may lack a decoder.
     """
 
@@ -52,7 +54,7 @@ class Codec:
         side = 2**network.config.levels  # pixels of a latent position
         halo = encode_halo(network.config)
         encode = Tiled(self.device, network, network.encode, halo, activations.stage_a, down=side)
-        return encode(pixels, tile_pixels // side) * network.config.scale_factor
+        return encode(pixels, tile_pixels // side) * SCALE_FACTOR
 
     @torch.inference_mode()
     def decode(self, latent: Tensor, tile_pixels: int = 0) -> Tensor:
@@ -67,7 +69,7 @@ class Codec:
             )
         if self.kind == "stage_a":
             side, halo = 2**network.config.levels, decode_halo(network.config)
-            latent = latent / network.config.scale_factor
+            latent = latent / SCALE_FACTOR
             decode = Tiled(
                 self.device, network, self._decode, halo, activations.stage_a, up=side, consumer=self.engine
             )

@@ -28,7 +28,7 @@ from .control import RunControls
 from .device import ComputeDevice, engine_precision
 from .prompt import Prompt
 
-SCALE_FACTOR = 0.43  # latents of Stage B are in the codebook's units: this times what the network diffuses
+SCALE_FACTOR = 0.43  # latents outside are this times what Stage B diffuses: the published codebook's units
 LEAST_TILE = 128  # pixels
 LATENT_UNITS = {"stage_c": 1.0, "stage_b": SCALE_FACTOR}
 
@@ -213,7 +213,9 @@ def load_stage(kind: str, path: Path, dtype: str, device: ComputeDevice) -> Diff
     """Stage C or Stage B (`kind` stage_c, stage_b) from a file of any layout. dtype: one of DTYPES."""
     precision = device.weight_dtype(dtype)
     network: Any
-    network, kind, _ = load_model(path, expect=kind, dtype=precision, read_ahead=device.read_ahead)
+    network, kind, _ = load_model(
+        path, expect=kind, dtype=precision, read_ahead=device.read_ahead, notify=device.observer.notify
+    )
     if kind == "stage_c" and precision == torch.float16:
         scale_residual_stream(network)
     engine = Engine(network, join=True, precision=engine_precision(dtype))

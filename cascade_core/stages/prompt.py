@@ -143,14 +143,18 @@ def load_text_encoder(path: Path, device: ComputeDevice) -> TextStage:
     """A text encoder from a file or a folder."""
     from ..text.encoder import TextEncoder  # transformers takes seconds to import
 
-    return TextStage(TextEncoder.load(path, dtype=device.encoder_dtype()), path.name, device)
+    return TextStage(
+        TextEncoder.load(path, device.encoder_dtype(), device.observer.notify), path.name, device
+    )
 
 
 def load_image_encoder(path: Path, device: ComputeDevice) -> VisionStage:
     """An image encoder from a file or a folder."""
     from ..vision import ImageEncoder  # transformers takes seconds to import
 
-    return VisionStage(ImageEncoder.load(path, dtype=device.encoder_dtype()), path.name, device)
+    return VisionStage(
+        ImageEncoder.load(path, device.encoder_dtype(), device.observer.notify), path.name, device
+    )
 
 
 def check_text(name: str, text: str) -> None:

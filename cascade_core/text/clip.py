@@ -5,6 +5,7 @@ State-dict names are Hugging Face's (`text_model.*`, `vision_model.*`), as in th
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,9 +21,9 @@ from ..checkpoints import (
     converted,
     describe,
     first_non_finite,
+    heads_notice,
     load_published_state_dict,
     locate,
-    read_json,
     read_weights,
 )
 from ..errors import CascadeError, printable, quoted
@@ -30,6 +31,11 @@ from ..networks.config import NetworkConfig
 from ..networks.inference import completed, infer_config, stated_config
 
 HEAD_WIDTH = 64
+# {width: heads} of OpenAI's and OpenCLIP's encoders, of which two have wider heads.
+PUBLISHED_HEADS = {
+    "text": {width: width // HEAD_WIDTH for width in (512, 768, 1024, 1280)},
+    "vision": {768: 12, 1024: 16, 1280: 16, 1664: 16},
+}
 # OpenAI's own encoders (text up to 768 wide, vision up to 1024) use the quick approximation of GELU; wider
 # ones are OpenCLIP's and use the exact one. A file that differs says so in its config.
 WIDEST_QUICK_GELU = {"text": 768, "vision": 1024}
@@ -98,6 +104,8 @@ PROJECTION = {"text": "text_projection", "vision": "visual_projection"}
 ENCODER_NAME = {"text": "CLIP text encoder", "vision": "CLIP image encoder"}
 CLIP_TOKENS = 49408
 
+logger = logging.getLogger(__name__)
+
 Shapes = Mapping[str, Sequence[int]]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -105,8 +113,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def infer_text_config(shapes: Shapes) -> dict[str, Any]:
     """Constructor arguments of a CLIP text encoder from its tensors' names and shapes.
 
-    Heads are 64 wide; the activation follows WIDEST_QUICK_GELU; the special tokens are the vocabulary's last
-    two (49406 and 49407 in CLIP's own, also where further tokens were added to it).
+    Heads are as in PUBLISHED_HEADS, elsewhere 64 wide; the activation follows WIDEST_QUICK_GELU; the special tokens are
+    the vocabulary's last two (49406 and 49407 in CLIP's own, also where further tokens were added to it).
     """
     vocabulary, _ = _shape(shapes, "text", "text_model.embeddings.token_embedding.weight", 2)
     positions, _ = _shape(shapes, "text", "text_model.embeddings.position_embedding.weight", 2)
@@ -134,17 +142,21 @@ def infer_vision_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def load_clip(
-    path: str | Path, part: str, build: Callable[..., Model], dtype: torch.dtype | None = None
+    path: str | Path,
+    part: str,
+    build: Callable[..., Model],
+    dtype: torch.dtype | None = None,
+    notify: Callable[[str], object] = logger.warning,
 ) -> Model:
     """Loads one encoder ("text" or "vision") from a safetensors file or a model folder, for inference.
 
-    build: its constructor, `build(config, device)`. The weights are the file's own pages, mapped, unless
-    `dtype` asks for another. The config is the file's own (metadata `config`), or the model folder's
-    `config.json`, completed by what the shapes tell. Of a file that holds both halves of CLIP, the other half
-    is left alone. Raises CascadeError for a file of anything else.
+    build: its constructor, `build(config, device)`; notify: is told where the number of heads is a guess.
+    The weights are the file's own pages, mapped, unless `dtype` asks for another. The config is the file's own
+    (metadata `config`), or the model folder's `config.json`, completed by what the shapes tell. Of a file that holds
+    both halves of CLIP, the other half is left alone. Raises CascadeError for a file of anything else.
     """
     file = weights_file(path, part)
-    tensors, metadata = read_weights(file, part)
+    tensors, metadata = read_weights(path, part)
     weights = {
         name: tensor
         for name, tensor in tensors.items()
@@ -156,8 +168,10 @@ def load_clip(
             f"{_describe(file, tensors, metadata)}, but a {ENCODER_NAME[part]} is expected here; choose one."
         )
     try:
-        beside = file.with_name("config.json") if in_model_folder(path) else None
-        config = _config(weights, _stated_config(metadata, beside, part), part)
+        stated = _stated_config(metadata, part)
+        config = _config(weights, stated, part)
+        if "num_attention_heads" not in stated and config["hidden_size"] not in PUBLISHED_HEADS[part]:
+            notify(heads_notice(file, [config["hidden_size"]]))
         model = _build_on_meta(build, config)
         check_weights(model, weights)  # before anything of the file is read
         return fill_clip(model, converted(weights, dtype))
@@ -191,15 +205,6 @@ def weights_file(path: str | Path, part: str) -> Path:
     )
 
 
-def in_model_folder(path: str | Path) -> bool:
-    """Whether files beside the weights belong to them: the path is a folder, or a file `model….safetensors`.
-
-    A file of any other name may be in a folder of many models.
-    """
-    path = Path(path)
-    return path.is_dir() or path.name.startswith("model")
-
-
 def explain_non_finite(model: nn.Module, output: Tensor, encoder: str) -> None:
     """Raises CascadeError, naming the tensor at fault, if an encoder's output holds NaN or infinity."""
     if torch.isfinite(output).all():
@@ -216,9 +221,9 @@ def _infer_transformer(shapes: Shapes, part: str) -> dict[str, Any]:
     layers = next(n for n in count() if f"{part}_model.encoder.layers.{n}.mlp.fc1.weight" not in shapes)
     inner, width = _shape(shapes, part, f"{part}_model.encoder.layers.0.mlp.fc1.weight", 2)
     projected, _ = _shape(shapes, part, f"{PROJECTION[part]}.weight", 2)
-    heads = {} if width % HEAD_WIDTH else {"num_attention_heads": width // HEAD_WIDTH}
+    heads = PUBLISHED_HEADS[part].get(width, 0 if width % HEAD_WIDTH else width // HEAD_WIDTH)
     return {
-        **heads,
+        **({"num_attention_heads": heads} if heads else {}),
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
@@ -248,11 +253,9 @@ def _config(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], part: str)
     return completed(CONFIGS[part], inferred, stated, len(tensors))
 
 
-def _stated_config(metadata: Mapping[str, str], beside: Path | None, part: str) -> dict[str, Any]:
-    """The config that the file's metadata states, or the file beside it; empty where neither does."""
+def _stated_config(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
+    """The config that the metadata, or the config.json beside the weights, states; empty where neither does."""
     config = stated_config(metadata)
-    if not config and beside is not None and beside.is_file():
-        config = read_json(beside)
     config = config.get(f"{part}_config", config)  # of a whole CLIP
     if not isinstance(config, dict):
         raise CascadeError(

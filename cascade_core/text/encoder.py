@@ -7,15 +7,17 @@ no position looks past the first end token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checkpoints import in_model_folder
 from ..errors import CascadeError
-from .clip import CLIP_TOKENS, CONFIG_KEYS, explain_non_finite, in_model_folder, infer_text_config, load_clip
+from .clip import CLIP_TOKENS, CONFIG_KEYS, explain_non_finite, infer_text_config, load_clip
 from .learned_tokens import LearnedToken, TokenTable
 from .tokenizer import Chunk, Tokenizer
 
@@ -30,6 +32,8 @@ __all__ = [
     "encode_tokens",
     "infer_text_config",
 ]
+
+logger = logging.getLogger(__name__)
 
 CHUNKS_AT_ONCE = 32  # bounds the memory that a very long prompt or a large batch takes
 
@@ -109,13 +113,18 @@ class TextEncoder:
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, path: str | Path, dtype: torch.dtype | None = None) -> TextEncoder:
+    def load(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        notify: Callable[[str], object] = logger.warning,
+    ) -> TextEncoder:
         """From a safetensors file or a model folder, for inference, in the file's dtype unless one is given.
 
         The tokenizer is the folder's: its own, its `tokenizer` subfolder's or its `tokenizer` neighbour's.
         A single file that embeds all of CLIP's own vocabulary is served by the bundled one.
         """
-        model = load_clip(path, "text", build_text_model, dtype)
+        model = load_clip(path, "text", build_text_model, dtype, notify)
         return cls(model, _find_tokenizer(Path(path), model.config.vocab_size))
 
     @torch.no_grad()

@@ -14,8 +14,10 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import folder_paths
+from torch import nn
 
 from ....cascade_core.text.tokenizer import Tokenizer
+from .progress import notify
 from .weights import remember_file
 
 
@@ -26,9 +28,17 @@ class TextModel(comfy.clip_model.CLIPTextModel):
         super().__init__(config_dict, dtype, device, operations)
         width, placement = config_dict["hidden_size"], {"dtype": dtype, "device": device}
         self.set_input_embeddings(operations.Embedding(config_dict["vocab_size"], width, **placement))
+        set_norm_eps(self, config_dict)
         self.text_projection = operations.Linear(
             width, config_dict["projection_dim"], bias=False, **placement
         )
+
+
+def set_norm_eps(network: nn.Module, config: dict[str, Any]) -> None:
+    """The stated epsilon, where the host's classes have torch's own."""
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = config["layer_norm_eps"]
 
 
 class TextEncoder(comfy.sd1_clip.SDClipModel):
@@ -75,7 +85,7 @@ class BackendAdapter:
 def load_text_encoder(path: Path) -> comfy.sd.CLIP:
     from ....cascade_core.text.encoder import TextEncoder as CoreTextEncoder
 
-    core = CoreTextEncoder.load(path)
+    core = CoreTextEncoder.load(path, notify=notify)
     config = core.model.config.to_dict()
     config |= {"bos_token_id": core.tokenizer.start_token, "eos_token_id": core.tokenizer.end_token}
     chunker = partial(

@@ -25,6 +25,7 @@ from ....cascade_core.networks.unet import UNet
 from ....cascade_core.stages.diffusion import min_latent_side
 from ..run import NetworkDescription
 from .hosted import Hosted, WholeLayers
+from .progress import notify
 from .weights import remember_file
 
 DTYPES = {
@@ -213,7 +214,7 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     def build(operations: Any, **ignored: Any) -> HostedNetwork:
         network: Any  # StageB or StageC
         network, _, _ = checkpoints.load_model(
-            path, expect=kind, dtype=weight_dtype, operations=WholeLayers(operations)
+            path, expect=kind, dtype=weight_dtype, operations=WholeLayers(operations), notify=notify
         )
         return HostedNetwork(network, weight_dtype, Path(path).name)
 

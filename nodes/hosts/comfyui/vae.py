@@ -27,18 +27,19 @@ from ....cascade_core.networks.tiles import (
     encode_halo,
     join_tiles,
 )
+from ....cascade_core.stages.diffusion import SCALE_FACTOR
 from .hosted import Hosted, WholeLayers
 from .weights import remember_file
 
 
 class HostedStageA(Hosted):
-    """Stage A with latents in the codebook's units, as in the host's own."""
+    """Stage A with latents in the published codebook's units, as in the host's own, whatever the file's factor."""
 
     def encode(self, image: Tensor) -> Tensor:
-        return self.network.encode(image) * self.network.config.scale_factor
+        return self.network.encode(image) * SCALE_FACTOR
 
     def decode(self, latent: Tensor) -> Tensor:
-        return self.network.decode(latent / self.network.config.scale_factor)
+        return self.network.decode(latent / SCALE_FACTOR)
 
 
 class HostedCoder(nn.Module):

@@ -10,18 +10,21 @@ import comfy.clip_vision
 from torch import Tensor
 
 from ....cascade_core.errors import CascadeError
+from .clip import set_norm_eps
+from .progress import notify
 from .weights import remember_file
 
 
 def load_vision(path: Path) -> comfy.clip_vision.ClipVisionModel:
     from ....cascade_core.vision import ImageEncoder
 
-    core = ImageEncoder.load(path)
+    core = ImageEncoder.load(path, notify=notify)
     config = {**core.model.config.to_dict(), "model_type": "clip_vision_model"}
     with tempfile.TemporaryDirectory() as folder:  # the host takes its configuration from a file
         config_path = Path(folder) / "config.json"
         config_path.write_text(json.dumps(config, default=str), encoding="utf-8")
         vision = comfy.clip_vision.ClipVisionModel(str(config_path))
+    set_norm_eps(vision.model, config)
     missing_keys, _ = vision.load_sd(core.model.state_dict())
     if missing_keys:
         raise CascadeError(
