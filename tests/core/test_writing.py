@@ -155,6 +155,19 @@ def test_a_dangling_link_is_a_taken_name(links, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a_1", "a_2"]
 
 
+def test_a_network_drive_that_answers_twice(tmp_path, monkeypatch):
+    """The first answer is lost, and the repeated request finds the name taken: by itself."""
+    link = os.link
+
+    def link_twice(*arguments):
+        link(*arguments)
+        link(*arguments)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    assert save(tmp_path, NEW) == tmp_path / "a_1"
+    assert os.listdir(tmp_path) == ["a_1"]
+
+
 def test_no_free_name(links, tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     with writing.temporary_file(tmp_path) as temporary, pytest.raises(FileExistsError):

@@ -377,16 +377,17 @@ def test_nothing_but_the_file_is_asked_for(hub, tmp_path, target):
     assert not home.exists()
 
 
-def test_ctrl_c_leaves_a_part_and_says_so(hub, tmp_path, target):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "SIGTERM"])
+def test_a_signal_leaves_a_part_and_says_so(hub, tmp_path, target, number):
     hub.cuts, hub.stalls = [CHUNK + 5000], True
     with start("fetch", "stage_a", "--endpoint", hub.url, cwd=tmp_path) as process:
         assert hub.cut.wait(60)
         part = target.with_name(f".stage_a.safetensors.{SHA256[:16]}.part")
         while part.stat().st_size < CHUNK:
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert out == ""
     assert err.splitlines()[-2:] == [
         "What has arrived is kept; the same command goes on from there.",
