@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,10 @@ PIXELS_PER_BYTE = 64  # … and for each of its bytes, far more than photographs
 MAX_PIXELS = 2**27  # 134 million: a camera of 100 million fits
 MAX_FRAMES = 4096
 MAX_BYTES = 2**30  # MAX_PIXELS of 16-bit RGBA as they are
+MAX_SCANS = 64  # of a JPEG; a progressive one has about ten
+_MARKER = re.compile(
+    rb"\xff[^\x00\x01\xd0-\xd8\xff]"
+)  # of a JPEG's segment that states its length, or its end
 
 
 class PictureError(CascadeError):
@@ -58,7 +63,7 @@ def read_frames(source: str | Path | bytes, name: str | None = None) -> list[Ima
     with _bounded(source, name) as (picture, limit):
         stored, pixels = [], 0
         for frame in ImageSequence.Iterator(picture):
-            pixels += frame.width * frame.height
+            pixels += _pixels(frame)
             if pixels > limit or len(stored) == MAX_FRAMES:
                 raise ValueError(
                     f"its frames are more than {MAX_FRAMES:,} or have together more than {limit:,} pixels; make "
@@ -85,12 +90,16 @@ def _bounded(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Ima
             if file_bytes > MAX_BYTES:
                 raise ValueError(f"its file has {file_bytes:,} bytes, and at most {MAX_BYTES:,} are read")
             file.seek(0)
+            if file.read(2) == b"\xff\xd8" and _scans(file.read()) > MAX_SCANS:
+                raise ValueError(f"its pixels are refined more than {MAX_SCANS} times; save it anew")
+            file.seek(0)
             limit = min(MAX_PIXELS, FREE_PIXELS + PIXELS_PER_BYTE * file_bytes)
             with Image.open(file, formats=kinds) as picture:
-                if picture.width * picture.height > limit:
+                if (pixels := _pixels(picture)) > limit:
+                    tile = f" in a tile of {pixels:,}" * (pixels > picture.width * picture.height)
                     raise ValueError(
-                        f"it states {picture.width:,} × {picture.height:,} pixels, and of a file of {file_bytes:,} "
-                        f"bytes at most {limit:,} are read; make it smaller"
+                        f"it states {picture.width:,} × {picture.height:,} pixels{tile}, and of a file of "
+                        f"{file_bytes:,} bytes at most {limit:,} are read; make it smaller"
                     )
                 if 0 in picture.size:
                     raise ValueError("it has no pixels")
@@ -105,6 +114,23 @@ def _bounded(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Ima
         plain = error.strerror if isinstance(error, OSError) else None
         reason = printable(plain or str(error) or type(error).__name__, 200)
         raise PictureError(reason, f"The picture {name} cannot be read: {reason}.") from error
+
+
+def _pixels(picture: Image) -> int:
+    """How many pixels decoding a frame takes: its own, or those of one tile of a TIFF where they are more."""
+    tags = getattr(picture, "tag_v2", {})
+    width, height = tags.get(322, 0), tags.get(323, 0)
+    tile = width * height if isinstance(width, int) and isinstance(height, int) else 0
+    return max(picture.width * picture.height, tile)
+
+
+def _scans(jpeg: bytes) -> int:
+    """How many scans a JPEG without its first marker has, each of which may go over all of its pixels."""
+    count, place = 0, 0
+    while count <= MAX_SCANS and (marker := _MARKER.search(jpeg, place)) and marker[0] != b"\xff\xd9":
+        count += marker[0] == b"\xff\xda"
+        place = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+    return count
 
 
 def upright(picture: Image) -> Image:

@@ -192,3 +192,41 @@ def test_the_front_door_refuses_alike(tmp_path):
         as_image(tmp_path / "bomb.png")
     values = as_image([COLOURS, COLOURS])
     assert torch.equal(values[0], torch.from_numpy(np.asarray(COLOURS, dtype=np.float32) / 255))
+
+
+def tiled_tiff(side: int, tile: int) -> bytes:
+    """A TIFF of side² grey pixels that states one tile of tile² pixels, and holds few of them."""
+    data = zlib.compress(bytes(1000))
+    tags = [
+        (256, side),
+        (257, side),
+        (258, 8),
+        (259, 8),
+        (262, 1),
+        (277, 1),
+        (322, tile),
+        (323, tile),
+        (324, 200),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (325, len(data))])
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags) + 1) + entries + bytes(4)).ljust(200, b"\0") + data
+
+
+def test_a_tile_larger_than_pictures_may_be_is_refused():
+    reason = refusal(tiled_tiff(64, 40_000)).reason
+    assert reason.startswith(
+        "it states 64 × 64 pixels in a tile of 1,600,000,000, and of a file of 217 bytes at most"
+    )
+    assert "pixels" not in refusal(tiled_tiff(64, 64)).reason
+
+
+def test_scans_of_a_jpeg_are_counted(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "\xff\xda" * 1000  # in another segment they are not scans
+    whole = encoded(COLOURS, "JPEG", progressive=True, exif=exif, comment=b"\xff\xda" * 1000)
+    last = whole.rfind(b"\xff\xda")
+    many = whole[:last] + whole[last:-2] * 100 + whole[-2:]
+    assert refusal(many).reason == "its pixels are refined more than 64 times; save it anew"
+    (tmp_path / "motion.jpg").write_bytes(whole + b"\xff\xda" * 1000)  # a film behind the picture
+    with open_picture(tmp_path / "motion.jpg") as picture:
+        assert upright(picture).size == (6, 4)

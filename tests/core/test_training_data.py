@@ -10,13 +10,17 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.checkpoints.files import read_safetensors, write_safetensors
+from cascade_nodes.cascade_core.errors import Interrupted
 from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor
 from cascade_nodes.cascade_core.training.data import batches as data_module
-from cascade_nodes.cascade_core.training.data import decoding
+from cascade_nodes.cascade_core.training.data import decoding, epochs
 from cascade_nodes.cascade_core.training.data import latents as latents_module
+from cascade_nodes.cascade_core.training.data.access import Access
 from cascade_nodes.cascade_core.training.data.batches import TrainingData, fill_cache
 from cascade_nodes.cascade_core.training.data.buckets import Bucket
 from cascade_nodes.cascade_core.training.data.cache import fingerprint
+from cascade_nodes.cascade_core.training.data.epochs import EpochPlan, epoch_repeats, generator
 from cascade_nodes.cascade_core.training.data.pictures import read_picture
 from cascade_nodes.cascade_core.training.settings import DataSettings
 from cascade_nodes.tests.core.training_sets import MeanColours, blocks, write_set, write_tar
@@ -430,3 +434,111 @@ def test_fingerprints_follow_the_weights():
     network.get_parameter("mapper.0.weight").data[0, 0] += 1e-3
     assert fingerprint(network) != before
     assert fingerprint(network.half()) != fingerprint(network.float())
+
+
+# Bounds
+
+
+def test_a_plan_is_what_it_was_when_it_stood_in_memory():
+    """Each batch against torch's own permutations, joined and split."""
+    counts, total, repeat = [7, 4, 3], 5, 4
+    random = generator(3, "epoch", 2)
+    whole = []
+    for bucket, count in enumerate(counts):
+        rows = torch.cat([torch.randperm(count, generator=random) for _ in range(repeat)])
+        whole += [(bucket, part) for part in rows.tensor_split(-(-count * repeat // total))]
+    order = torch.randperm(len(whole), generator=random).tolist()
+    plan = EpochPlan(counts, total, repeat, 3, 2)
+    assert len(order) == len(plan.order)
+    for position, index in enumerate(order):
+        bucket, rows = plan[position]
+        assert bucket == whole[index][0]
+        assert torch.equal(rows, whole[index][1])
+
+
+def test_an_epoch_of_very_many_rows_is_cut(folder, monkeypatch):
+    assert epoch_repeats(1000, 10_000) == 10_000
+    assert epoch_repeats(100_000, 10_000) == 167
+    assert epoch_repeats(2**30, 5) == 1
+    monkeypatch.setattr(epochs, "MAX_ROWS", 30)
+    data = open_data(folder, repeat=10_000)
+    assert data.steps_per_epoch(7) == 2 + 2 + 1  # each picture twice
+    first, last = data.batch(0, 2), data.batch(10**9, 2)
+    assert len(first.keys) == len(last.keys) == 2
+
+
+def rewrite(path, **tensors):
+    held, metadata = read_safetensors(path)
+    write_safetensors(path, {**{name: value.clone() for name, value in held.items()}, **tensors}, metadata)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rows": torch.zeros(4, 3, 6, 6)},
+        {"rows": torch.zeros(4, 16, 6, 6, dtype=torch.int64)},
+        {"rows": torch.zeros(3, 16, 6, 6)},
+        {"rows": torch.tensor(1.0)},
+        {"keys": torch.zeros(4, 16)},
+        {"keys": torch.zeros(16, dtype=torch.uint8)},
+        {"keys": torch.zeros(4, 4, dtype=torch.uint8)},
+    ],
+)
+def test_rows_that_are_damaged_are_made_anew(tmp_path, damage):
+    folder, cache = write_set(tmp_path / "set", [(256, 256)] * 4), tmp_path / "cache"
+    before = open_data(folder, cache=str(cache))
+    (latents,) = (cache / "mean").iterdir()
+    (sizes,) = (cache / "sizes").iterdir()
+    rewrite(latents, **damage)
+    rewrite(sizes, rows=torch.zeros(4, 3, dtype=torch.int32))
+    encode = MeanColours()
+    again = open_data(folder, encode, cache=str(cache))
+    assert encode.pictures == 4
+    assert all(same_batch(a, b) for a, b in zip(epoch(before), epoch(again), strict=True))
+
+
+def test_a_size_of_nothing_in_the_cache_is_a_picture_left_out(tmp_path):
+    folder, cache = write_set(tmp_path / "set", [(256, 256)] * 4), tmp_path / "cache"
+    open_data(folder, cache=str(cache))
+    (sizes,) = (cache / "sizes").iterdir()
+    rewrite(sizes, rows=torch.tensor([[0, 0], [-5, 7], [256, 256], [8, 256]], dtype=torch.int32))
+    data = open_data(folder, cache=str(cache))
+    assert len(data) == 1
+    assert all("pixels are too few; give 16 a side or more" in each.reason for each in data.skipped)
+
+
+@pytest.mark.nightly
+def test_two_processes_fill_one_cache(tmp_path):
+    folder, cache = write_set(tmp_path / "set", [(256, 256)] * 10), tmp_path / "cache"
+    command = [sys.executable, "-c", FILLS, str(folder), str(cache)]
+    running = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
+    encode = MeanColours()
+    data = open_data(folder, encode, cache=str(cache))
+    assert encode.calls == 0
+    assert all(same_batch(a, b) for a, b in zip(epoch(data), epoch(open_data(folder)), strict=True))
+    assert not list(cache.rglob("*.part"))
+
+
+FILLS = """
+import sys
+from cascade_nodes.cascade_core.training.data import latents
+from cascade_nodes.cascade_core.training.data.batches import TrainingData
+from cascade_nodes.cascade_core.training.settings import DataSettings
+from cascade_nodes.tests.core.training_sets import MeanColours
+latents.ENCODED_AT_ONCE, latents.FILE_BYTES = 2 * 192 * 192, 2 * 16 * 6 * 6 * 4
+TrainingData(DataSettings(folder=sys.argv[1], size=256, cache=sys.argv[2]), MeanColours(), "mean")
+"""
+
+
+def test_encoding_stops_when_it_is_asked_to_and_keeps_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents_module, "ENCODED_AT_ONCE", 2 * 192 * 192)
+    folder, cache = write_set(tmp_path / "set", [(256, 256)] * 10), str(tmp_path / "cache")
+    encode = MeanColours()
+    settings = DataSettings(folder=str(folder), size=256, cache=cache)
+    with pytest.raises(Interrupted):
+        TrainingData(settings, encode, "mean", access=Access(lambda: encode.pictures >= 4))
+    assert encode.pictures == 4
+    rest = MeanColours()
+    open_data(folder, rest, cache=cache)
+    assert rest.pictures == 6

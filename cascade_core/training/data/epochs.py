@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 2**24  # of an epoch, 8 bytes each
-MAX_REPEATS = 10_000
 
 
 def generator(seed: int, purpose: str, number: int) -> torch.Generator:
@@ -24,8 +23,8 @@ def batches_per_epoch(count: int, repeat: int, total_batch_size: int) -> int:
 
 
 def epoch_repeats(count: int, repeat: int) -> int:
-    """How often one epoch shows `count` pictures: what is beyond some millions of rows is for the epochs after it."""
-    return max(min(repeat, MAX_REPEATS, MAX_ROWS // count), 1)
+    """How often one epoch shows each of `count` pictures; what is beyond MAX_ROWS is for the epochs after it."""
+    return max(min(repeat, MAX_ROWS // count), 1)
 
 
 class EpochPlan:

@@ -29,6 +29,8 @@ def pictures_digest(
     for picture in pictures:
         for file in (picture, *picture.image_prompts) if image_prompts else (picture,):
             files.setdefault(key_of(file.identity), file)
+    for key in files:
+        contents.keep(key, (KEY_BYTES,), torch.uint8)
     missing = [(key, file) for key, file in files.items() if key not in contents]
     for start in range(0, len(missing), AT_ONCE):
         new = {}
