@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.files import write_safetensors
-from ..errors import CascadeError
+from ..errors import CascadeError, quoted
 from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
 from ..text.clip import CLIP_TOKENS
@@ -56,8 +56,23 @@ def to_dialect(
     many tokens the text encoder has, behind which the official dialect numbers new ones.
     Raises CascadeError for what the dialect cannot say.
     """
+    check_dialect(adapter, dialect)
+    spoken = DIALECTS[dialect]
+    if spoken.kind == "numbered":
+        tensors, metadata = write_official(adapter, _config(adapter, stage_c), vocabulary)
+    elif spoken.kind == "embedding":
+        tensors, metadata = _token_tensors(adapter.tokens, "", ""), {}
+    else:
+        tensors, metadata = _named(adapter, spoken), {}
+    return _apart(tensors), {"format": "pt", **metadata}
+
+
+def check_dialect(adapter: Adapter, dialect: str) -> None:
+    """Raises CascadeError for a dialect that does not exist, and for what it cannot hold of an adapter."""
     if dialect not in DIALECTS:
-        raise CascadeError(f"There is no LoRA dialect {dialect!r}; choose one of {', '.join(DIALECTS)}.")
+        raise CascadeError(
+            f"There is no LoRA dialect {quoted(dialect)}; choose one of {', '.join(DIALECTS)}."
+        )
     reasons = obstacles(adapter, dialect)
     if reasons:
         able = [name for name in DIALECTS if not obstacles(adapter, name)]
@@ -67,14 +82,6 @@ def to_dialect(
         raise CascadeError(
             f"{adapter.name} holds {', '.join(reasons)}, which the dialect {dialect} has no keys for; {advice}."
         )
-    spoken = DIALECTS[dialect]
-    if spoken.kind == "numbered":
-        tensors, metadata = write_official(adapter, _config(adapter, stage_c), vocabulary)
-    elif spoken.kind == "embedding":
-        tensors, metadata = _token_tensors(adapter.tokens, "", ""), {}
-    else:
-        tensors, metadata = _named(adapter, spoken), {}
-    return _apart(tensors), {"format": "pt", **metadata}
 
 
 def obstacles(adapter: Adapter, dialect: str) -> list[str]:

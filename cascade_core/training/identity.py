@@ -16,6 +16,13 @@ from .settings import Settings, settings_from_json
 
 BLOCKS, BLOCK_BYTES = 2048, 8192  # of a large file that are read for its digest: of 7 GB every 3.5 MB
 MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")  # of a model's folder
+PARTS = {  # as the core calls what settings name
+    "models.stage_c": "stage_c",
+    "models.text_encoder": "text",
+    "models.compressor": "compressor",
+    "models.image_encoder": "vision",
+    "controlnet.start": "controlnet",
+}
 SHOWN = 8  # differences in a message
 
 # Settings that leave the trained weights as they are, or stand for files whose contents are compared.
@@ -53,24 +60,33 @@ def contents_of(
 
     asked: called now and then, may raise.
     """
-    models = settings.models
-    digest = pictures_digest(pictures, Cache(cache, "contents"), models.image_encoder is not None, asked)
+    with_prompts = settings.models.image_encoder is not None
+    digest = pictures_digest(pictures, Cache(cache, "contents"), with_prompts, asked)
     contents = {
         "pictures and captions": f"{len(pictures)} pictures ({digest[:16]})",
         "processes": str(processes),
     }
-    files = {
-        "stage_c": models.stage_c,
-        "text": models.text_encoder,
-        "compressor": models.compressor,
-        "vision": models.image_encoder,
-        "controlnet": settings.controlnet.start if _starts_from_a_file(settings) else None,
-    }
-    for part, path in files.items():
-        if path is not None:
-            asked()
-            contents[f"{part} file"] = network_digest(Path(path), part)[:16]
+    for key, path in _networks(settings).items():
+        asked()
+        contents[f"{key} file"] = network_digest(path, PARTS[key])[:16]
     return contents
+
+
+def input_files(settings: Settings) -> dict[str, Path]:
+    """The file that each network is read from, by its key in the settings."""
+    return {key: locate(path, PARTS[key]) for key, path in _networks(settings).items()}
+
+
+def _networks(settings: Settings) -> dict[str, Path]:
+    """The networks that decide the result, by their keys."""
+    names = {
+        f"models.{key}": name
+        for key, name in dataclasses.asdict(settings.models).items()
+        if key != "previewer"  # makes samples alone
+    }
+    if _starts_from_a_file(settings):
+        names["controlnet.start"] = settings.controlnet.start
+    return {key: Path(name) for key, name in names.items() if name is not None}
 
 
 def differences(settings: Settings, contents: Mapping[str, str], metadata: Mapping[str, str]) -> list[str]:

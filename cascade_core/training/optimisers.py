@@ -18,17 +18,23 @@ def build_optimiser(groups: Iterable[dict[str, Any]], settings: TrainSettings) -
         "betas": tuple(settings.betas),
         "weight_decay": settings.weight_decay,
     }
-    if settings.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise CascadeError(
-                "train.optimizer adamw8bit is bitsandbytes', which is not installed; run: pip install bitsandbytes, or "
-                "choose adamw."
-            ) from None
-        return AdamW8bit(groups, **options)
-    on_cuda = any(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, fused=on_cuda, **options)
+    if settings.optimizer == "adamw":
+        options["fused"] = any(parameter.is_cuda for group in groups for parameter in group["params"])
+    return optimiser_class(settings)(groups, **options)
+
+
+def optimiser_class(settings: TrainSettings) -> type[torch.optim.Optimizer]:
+    """Raises CascadeError where its package is missing."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise CascadeError(
+            "train.optimizer adamw8bit is bitsandbytes', which is not installed; run: pip install bitsandbytes, or "
+            "choose adamw."
+        ) from None
+    return AdamW8bit
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,21 +20,21 @@ from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
 from ..writing import move_to_free, temporary_file
+from .checks import check_image_prompts, check_networks, check_output
 from .data.access import Access
 from .data.batches import Found, TrainingData, fill_cache
 from .data.cache import fingerprint
 from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
-from .data.pictures import TrainingPicture
 from .data.sources import LEFT_OUT, find_pictures, write_left_out
 from .data.text_cache import TextCache
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
-from .identity import contents_of, differences, refusal, same_file, saved, unknown_parts
 from .log import duration
 from .loop import Loop, Outcome, TrainingProgress, build_accelerator
+from .run_folder import Notify, begun, cache_of, locked
 from .samples import Samples
 from .settings import Settings, TrainSettings
-from .state import STATE, read_state, step_of
+from .state import STATE
 from .tasks.conditions import CachedText
 from .tasks.controlnet import ControlNetTask
 from .tasks.finetune import FinetuneTask
@@ -44,9 +44,6 @@ from .tasks.textual_inversion import TokensTask
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-LOCK = ".lock"  # in a run's folder
-Notify = Callable[[str], None]  # takes sentences for people
 
 
 def train(
@@ -70,83 +67,32 @@ def train(
     accelerator = build_accelerator(settings.train.accumulate)
     if not accelerator.is_main_process:
         notify, report, caching = (lambda sentence: None), (lambda progress: None), None
+    check_output(settings, keep_existing)
     try:
         with ExitStack() as held:
             folder = Path(settings.output.folder or "")
             on_main_process(accelerator, lambda: held.enter_context(locked(folder, notify)))
-            pictures = find_pictures(settings.data.folder, settings.data.tars, Access(stop, check))
-            begun = on_main_process(
+            access = Access(stop, check)
+            pictures = find_pictures(settings.data.folder, settings.data.tars, access)
+            standing = on_main_process(
                 accelerator,
-                lambda: _begun(settings, pictures[0], accelerator.num_processes, notify, stop, fresh),
+                lambda: begun(settings, pictures[0], accelerator.num_processes, notify, fresh, access.ask),
             )
-            if begun.file is not None and not keep_existing:
+            if standing.file is not None and not keep_existing:
                 notify(
-                    f"The run is finished, at step {settings.train.steps}, and its result is {begun.file}. Give more "
-                    "train.steps to go on, or --fresh to begin anew."
+                    f"The run is finished, at step {settings.train.steps}, and its result is {standing.file}. Give "
+                    "more train.steps to go on, or --fresh to begin anew."
                 )
-                return Outcome(settings.train.steps, True, seconds=0.0, peak_bytes=0, file=begun.file)
+                return Outcome(settings.train.steps, True, seconds=0.0, peak_bytes=0, file=standing.file)
+            on_main_process(accelerator, lambda: check_networks(settings, pictures[0], find_faces))
             loop = prepare(settings, accelerator, notify, report, caching, stop, find_faces, pictures)
-            loop.contents = begun.contents
+            loop.contents = standing.contents
             outcome = _run(loop, settings, accelerator, notify, fresh, keep_existing)
     except Interrupted:
         outcome = Outcome(step=0, finished=False, seconds=0.0, peak_bytes=0)
     if not outcome.finished:
         notify("Stopped; the same command goes on from here.")
     return outcome
-
-
-class _Begun(NamedTuple):
-    """How far a run folder's run is. contents: of `identity`; file: its result, where it is at its end."""
-
-    contents: dict[str, str]
-    file: Path | None = None
-
-
-def _begun(
-    settings: Settings,
-    pictures: Sequence[TrainingPicture],
-    processes: int,
-    notify: Notify,
-    stop: Callable[[], bool],
-    fresh: bool,
-) -> _Begun:
-    """Compare the run folder's state with the settings, before anything is loaded or encoded.
-
-    Raises CascadeError where another result would come of it than the state was trained for.
-    """
-
-    def asked() -> None:
-        if stop():
-            raise Interrupted("The run was stopped before it began.")
-
-    contents = contents_of(settings, pictures, cache_of(settings), processes, asked)
-    path = Path(settings.output.folder or "") / STATE
-    if fresh or not path.exists():
-        return _Begun(contents)
-    _, metadata = read_state(path)
-    if differing := differences(settings, contents, metadata):
-        raise refusal(path, differing)
-    if unknown := unknown_parts(metadata):
-        notify(
-            f"{path} is of an earlier version and does not tell its {' and '.join(unknown)}; they are taken as given."
-        )
-    step, steps, before = step_of(metadata, path), settings.train.steps, saved(metadata)
-    if step > steps:
-        raise CascadeError(
-            f"{path} is at step {step}, but train.steps is {steps}, and a run does not go back; give at least {step}, "
-            "or begin anew with --fresh."
-        )
-    if before is not None and before.train.steps != steps:
-        cosine = settings.train.schedule == "cosine" and step > settings.train.warmup
-        shape = (
-            f"; from here on the learning rate follows the cosine of {steps} steps, so the result is not that of a run "
-            f"of {steps} steps from its beginning"
-        )
-        notify(f"train.steps was {before.train.steps} and is {steps} now{shape * cosine}.")
-    file = Path(settings.output.file)
-    written = file.is_file() and file.stat().st_mtime_ns >= path.stat().st_mtime_ns
-    finished = step == steps and written and same_file(settings, metadata)
-    return _Begun(contents, file if finished else None)
 
 
 T = TypeVar("T")
@@ -167,27 +113,6 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
-
-
-@contextmanager
-def locked(folder: Path, notify: Notify) -> Iterator[None]:
-    """Hold a run's folder alone inside the block. The system ends the lock with the process; its file may stay."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise CascadeError(
-            f"Another training runs in {folder}; wait for its end, or give this one an output.folder of its own."
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        notify(f"{folder} cannot be locked ({error}); let no other training run in it at the same time.")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _run(
@@ -222,10 +147,6 @@ def _write(loop: Loop[StageCTask], path: Path, keep_existing: bool) -> Path:
     with temporary_file(path.parent) as temporary:
         loop.task.write(loop.state, temporary, metadata)
         return move_to_free(temporary, numbered(path))
-
-
-def cache_of(settings: Settings) -> str:
-    return settings.data.cache or f"{settings.output.folder}/cache"
 
 
 def prepare(
@@ -296,11 +217,8 @@ def prepare(
         device,
         StageC,
     )
-    if image_prompts is not None and image_prompts.width != stage_c.config.c_clip_img:
-        raise CascadeError(
-            f"models.image_encoder gives vectors of {image_prompts.width}, but this Stage C takes "
-            f"{stage_c.config.c_clip_img}; choose the image encoder that belongs to it."
-        )
+    if image_prompts is not None:
+        check_image_prompts(image_prompts.width, stage_c)
     task = build_task(settings, stage_c, text, dtype, compressor, trained_encoder, data.captions, find_faces)
     prepare_blocks(task, settings.train)
     return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device))

@@ -15,7 +15,8 @@ import torch
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
-from cascade_nodes.cascade_core.training.run import LOCK, locked, train
+from cascade_nodes.cascade_core.training.run import train
+from cascade_nodes.cascade_core.training.run_folder import LOCK, locked
 from cascade_nodes.cascade_core.training.settings import Settings
 from cascade_nodes.cascade_core.training.state import STATE, read_state
 from cascade_nodes.tests.core.training_runs import loop_of, settings_of, with_steps, write_world
@@ -111,7 +112,7 @@ def test_other_pictures_captions_and_networks_are_refused(world):
     tensors = {name: value.clone() for name, value in tensors.items()}
     next(iter(tensors.values())).flatten()[-1] += 1
     write_safetensors(Path(settings.models.stage_c), tensors, metadata)
-    assert "; stage_c file " in refusal(settings)
+    assert "models.stage_c file " in refusal(settings)
 
 
 def test_what_decides_nothing_may_change(world):

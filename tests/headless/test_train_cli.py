@@ -253,7 +253,7 @@ def test_encodings_and_kinds_of_files(tmp_path):
     for name, reason in (
         ("pipe.yaml", "it is a pipe or a device"),
         (".", "it is a folder"),
-        ("a\0", "the name holds"),
+        ("a\0", "its name holds"),
     ):
         with pytest.raises(CascadeError, match=f"cannot be read \\({reason}"):
             read_settings(tmp_path / name, "lora")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...checkpoints import load_model, write_safetensors
-from ...errors import CascadeError
+from ...errors import CascadeError, printable
 from ...hints.kinds import KINDS
 from ...networks.compressor import SemanticCompressor
 from ...networks.config import PUBLISHED_BLOCKS
@@ -26,6 +26,7 @@ from .base import State
 from .conditions import CachedText, Conditions
 from .stage_c import StageCInputs, StageCTask
 
+MAX_WEIGHTS = 4_000_000_000  # as many as the largest Stage C has
 CONDITIONS = len(Conditions._fields)
 
 
@@ -143,6 +144,30 @@ def build_controlnet(
     return network
 
 
+def check_controlnet(settings: ControlNetSettings, stage_c: StageC, compressor: SemanticCompressor) -> None:
+    """Raise CascadeError where the settings make no ControlNet of this Stage C; no weights are made or read."""
+    if settings.start not in ("compressor", "random"):
+        network, _, _ = load_model(settings.start, expect="controlnet", read_ahead=False)
+        _check_width(network, stage_c, settings.start)
+        return
+    try:
+        with torch.device("meta"):
+            network = build_controlnet(settings, stage_c, compressor)
+    except CascadeError as error:
+        raise CascadeError(f"controlnet.config: {error}") from None
+    except Exception as error:  # values of the wrong kinds fail in many ways
+        raise CascadeError(
+            f"controlnet.config: no ControlNet can be built of it ({printable(' '.join(str(error)[:200].split()))}); "
+            "leave it out for the published one."
+        ) from None
+    size = sum(parameter.numel() for parameter in network.parameters())
+    if size > MAX_WEIGHTS:
+        raise CascadeError(
+            f"controlnet.config makes a network of {size:,} weights, but at most {MAX_WEIGHTS:,} are expected; give "
+            "smaller numbers."
+        )
+
+
 def published_blocks(stage_c: StageC) -> list[int]:
     """The published choice of 8 of 64 residual blocks, for any number: the first and the last quarter, spread."""
     down, up = stage_c.config.blocks
@@ -167,6 +192,8 @@ def copy_backbone(network: ControlNet, compressor: SemanticCompressor) -> None:
             f"controlnet.config makes a backbone of other sizes than the compressor's ({', '.join(differing[:3])}); "
             "leave stem, stages and c_last out, or begin with `start: random`."
         )
+    if target[first].is_meta:  # the sizes alone were asked for
+        return
     channels = target[first].shape[1]
     if channels != 3:
         weight = torch.zeros_like(target[first])

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters import Adapter, to_dialect, write_adapter
+from ...adapters import Adapter, LearnedToken, to_dialect, write_adapter
+from ...adapters.tokens import name_in_prompt
+from ...adapters.write import check_dialect
 from ...diffusion.guidance import guide
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
@@ -17,7 +19,7 @@ from ..losses import consistency_loss
 from ..settings import LoRASettings, ObjectiveSettings, TokenSettings
 from .base import State
 from .conditions import CachedText, Conditions
-from .low_rank import LowRankChanges, select_layers
+from .low_rank import LowRankChanges, change_without_values, check_rank, select_layers
 from .stage_c import DTYPES, StageCInputs, StageCTask
 from .textual_inversion import LearnedTokens
 from .trainable_text import TrainableText
@@ -43,6 +45,7 @@ class LoRATask(StageCTask):
         self.settings = settings
         generator = torch.Generator().manual_seed(seed)
         layers = select_layers(stage_c, settings.targets)
+        check_rank(layers, settings.rank)
         self.changes = LowRankChanges(layers, settings.rank, settings.alpha, dtype, generator).to(self.device)
         self.trained = nn.ModuleDict({"stage_c": self.changes})
         self.student: Callable[..., Tensor] = self._changed
@@ -136,6 +139,25 @@ class LoRATask(StageCTask):
             text=text.as_adapter(state["text.vector"].to(dtype)) if text is not None else {},
             tokens=learned.tokens(state["tokens.vectors"].detach().cpu()) if learned is not None else (),
         )
+
+
+def check_lora(
+    settings: LoRASettings, tokens: Sequence[TokenSettings], stage_c: StageC, encoder: TextEncoder
+) -> None:
+    """Raise CascadeError where the networks have no such layers or rank, or the dialect cannot hold the LoRA."""
+    layers = select_layers(stage_c, settings.targets)
+    check_rank(layers, settings.rank)
+    text = select_layers(encoder.model, _text_targets(settings.targets)) if settings.text_encoder else {}
+    changes = [
+        {name: change_without_values(layer, settings.rank, settings.alpha) for name, layer in each.items()}
+        for each in (layers, text)
+    ]
+    width = encoder.model.config.hidden_size
+    learned = tuple(
+        LearnedToken(name_in_prompt(token.name), torch.empty(token.vectors, width, device="meta"))
+        for token in tokens
+    )
+    check_dialect(Adapter("the LoRA", settings.dialect, *changes, tokens=learned), settings.dialect)
 
 
 def _text_targets(targets: Sequence[str]) -> Sequence[str]:

@@ -59,6 +59,23 @@ def select_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
     return {name: layer for name, layer in layers.items() if name in chosen}  # in the network's order
 
 
+def check_rank(layers: Mapping[str, nn.Module], rank: int) -> None:
+    """Raise CascadeError for a rank that no layer can have: it adds nothing but memory."""
+    largest = max(min(layer.get_parameter("weight").shape[:2]) for layer in layers.values())
+    if rank > largest:
+        raise CascadeError(
+            f"lora.rank is {rank}, but no change of these {len(layers)} layers has a rank above {largest}; give at "
+            f"most {largest}, such as 16."
+        )
+
+
+def change_without_values(layer: nn.Module, rank: int, alpha: float | None) -> LowRank:
+    """A change as `as_adapter` gives it, on the meta device: what a file would hold, before anything is trained."""
+    rows, columns, *kernel = layer.get_parameter("weight").shape
+    down, up = (torch.empty(*shape, *kernel, device="meta") for shape in ((rank, columns), (rows, rank)))
+    return LowRank(down, up, alpha)
+
+
 def _is_attention(module: nn.Module) -> bool:
     return isinstance(module, Attention) or type(module).__name__.endswith("CLIPAttention")
 

@@ -27,8 +27,8 @@ class LearnedTokens(nn.Module):
 
     def __init__(self, tokens: Sequence[TokenSettings], encoder: TextEncoder, captions: Sequence[str]):
         super().__init__()
+        check_names(tokens, captions)
         self.counts = {name_in_prompt(token.name): token.vectors for token in tokens}
-        check_names(self.counts, captions)
         config = encoder.model.config
         self.first, self.width = config.vocab_size, config.hidden_size
         self.vectors = nn.Parameter(torch.cat([initial_vectors(encoder, token) for token in tokens]))
@@ -102,11 +102,12 @@ class TokensTask(StageCTask):
         write_adapter(path, Adapter(path.name, "comfyui", tokens=tokens), "comfyui", metadata=metadata)
 
 
-def check_names(counts: Mapping[str, int], captions: Sequence[str]) -> None:
-    """Raise CascadeError for a token that no caption has. counts: vectors by name in prompts."""
-    for name, count in counts.items():
-        if count < 1:
-            raise CascadeError(f"The token {name} has {count} vectors; give at least one.")
+def check_names(tokens: Sequence[TokenSettings], captions: Sequence[str]) -> None:
+    """Raise CascadeError for a token that no caption has, and for two of one name."""
+    names = [name_in_prompt(token.name) for token in tokens]
+    for i, name in enumerate(names):
+        if name.lower() in (before.lower() for before in names[:i]):
+            raise CascadeError(f"tokens holds {name} twice; give each token a name of its own.")
         if not any(name.lower() in caption.lower() for caption in captions):
             raise CascadeError(
                 f"No caption holds {name}, so nothing would be learned; write it into the captions as you will into "

@@ -1,0 +1,92 @@
+"""A run's folder: held by one run at a time, with a state of that run or of none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import CascadeError
+from .data.pictures import TrainingPicture
+from .identity import contents_of, differences, refusal, same_file, saved, unknown_parts
+from .settings import Settings
+from .state import STATE, read_state, step_of
+
+LOCK = ".lock"
+Notify = Callable[[str], None]  # takes sentences for people
+
+
+def cache_of(settings: Settings) -> str:
+    return settings.data.cache or f"{settings.output.folder}/cache"
+
+
+@contextmanager
+def locked(folder: Path, notify: Notify) -> Iterator[None]:
+    """Hold a run's folder alone inside the block. The system ends the lock with the process; its file may stay."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise CascadeError(
+            f"Another training runs in {folder}; wait for its end, or give this one an output.folder of its own."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        notify(f"{folder} cannot be locked ({error}); let no other training run in it at the same time.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Begun(NamedTuple):
+    """How far a run folder's run is. contents: of `identity`; file: its result, where it is at its end."""
+
+    contents: dict[str, str]
+    file: Path | None = None
+
+
+def begun(
+    settings: Settings,
+    pictures: Sequence[TrainingPicture],
+    processes: int,
+    notify: Notify,
+    fresh: bool,
+    ask: Callable[[], None],
+) -> Begun:
+    """Compare the run folder's state with the settings, before anything is loaded or encoded.
+
+    ask: called now and then, raises Interrupted. Raises CascadeError where another result would come of it than the
+    state was trained for.
+    """
+    contents = contents_of(settings, pictures, cache_of(settings), processes, ask)
+    path = Path(settings.output.folder or "") / STATE
+    if fresh or not path.exists():
+        return Begun(contents)
+    _, metadata = read_state(path)
+    if differing := differences(settings, contents, metadata):
+        raise refusal(path, differing)
+    if unknown := unknown_parts(metadata):
+        notify(
+            f"{path} is of an earlier version and does not tell its {' and '.join(unknown)}; they are taken as given."
+        )
+    step, steps, before = step_of(metadata, path), settings.train.steps, saved(metadata)
+    if step > steps:
+        raise CascadeError(
+            f"{path} is at step {step}, but train.steps is {steps}, and a run does not go back; give at least {step}, "
+            "or begin anew with --fresh."
+        )
+    if before is not None and before.train.steps != steps:
+        cosine = settings.train.schedule == "cosine" and step > settings.train.warmup
+        shape = (
+            f"; from here on the learning rate follows the cosine of {steps} steps, so the result is not that of a run "
+            f"of {steps} steps from its beginning"
+        )
+        notify(f"train.steps was {before.train.steps} and is {steps} now{shape * cosine}.")
+    file = Path(settings.output.file)
+    written = file.is_file() and file.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    finished = step == steps and written and same_file(settings, metadata)
+    return Begun(contents, file if finished else None)

@@ -1,0 +1,159 @@
+"""What can be known before the work is said before it: no picture is encoded for a run that cannot end well."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.training.run import train
+from cascade_nodes.cascade_core.training.settings import Settings
+from cascade_nodes.tests.core.training_runs import settings_of, write_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def refusal(settings: Settings, **options) -> str:
+    """What is said, before any picture is encoded."""
+    encoded = []
+    with pytest.raises(CascadeError) as error:
+        train(settings, caching=lambda *counts: encoded.append(counts), **options)
+    assert encoded == []
+    return str(error.value)
+
+
+def writing_to(settings: Settings, file: object, **output) -> Settings:
+    return replace(settings, output=replace(settings.output, file=str(file), **output))
+
+
+def test_a_file_that_cannot_be_written(world, tmp_path):
+    settings = settings_of(world, "lora", tmp_path / "run")
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "a file").touch()
+    for name in ("outdir", "", "/", "style.bin", ".safetensors"):
+        sentence = refusal(writing_to(settings, tmp_path / name if name else name))
+        assert "but a name that ends in .safetensors is expected, such as my_style.safetensors." in sentence
+    for name in (
+        "folder.safetensors",
+        "a file/style.safetensors",
+        f"{'x' * 300}.safetensors",
+        "a\0.safetensors",
+    ):
+        assert refusal(writing_to(settings, tmp_path / name)).startswith("output.file: ")
+    sentence = refusal(
+        writing_to(settings, tmp_path / "style.safetensors", folder=str(tmp_path / "a file" / "run"))
+    )
+    assert sentence.startswith("output.folder: ")
+    assert refusal(writing_to(settings, tmp_path / "run" / "state.safetensors")) == (
+        f"output.file is {tmp_path / 'run' / 'state.safetensors'}, where the run keeps its state; give another name."
+    )
+    assert refusal(writing_to(settings, settings.models.stage_c)) == (
+        f"output.file is {settings.models.stage_c}, which models.stage_c reads and which would be lost; "
+        "give another name."
+    )
+    inside = Path(settings.models.text_encoder) / "model.safetensors"  # of a folder that is given as a whole
+    assert "which models.text_encoder reads" in refusal(writing_to(settings, inside))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "sentence"),
+    [
+        (
+            "lora",
+            {"lora": {"dialect": "kohia"}},
+            "There is no LoRA dialect 'kohia'; choose one of official, kohya",
+        ),
+        (
+            "lora with tokens",
+            {"lora": {"dialect": "kohya"}},
+            "1 learned tokens, which the dialect kohya has no keys",
+        ),
+        (
+            "lora with text",
+            {"lora": {"dialect": "peft"}},
+            "layers of the text encoder, which the dialect peft has no",
+        ),
+        (
+            "lora",
+            {"lora": {"rank": 5000}},
+            "lora.rank is 5000, but no change of these 47 layers has a rank above ",
+        ),
+        ("lora", {"lora": {"targets": ["nothing"]}}, "'nothing' matches none of the 47 layers of StageC"),
+        (
+            "finetune",
+            {"finetune": {"modules": ["nothing"]}},
+            "finetune.modules: 'nothing' matches no module of StageC",
+        ),
+        ("tokens", {"tokens": [{"name": "cat"}]}, "No caption holds [cat], so nothing would be learned;"),
+        (
+            "tokens",
+            {"tokens": [{"name": "blob"}, {"name": "[Blob]"}]},
+            "tokens holds [Blob] twice; give each token a",
+        ),
+        (
+            "controlnet",
+            {"controlnet": {"config": {"c_proj": 3}}},
+            "controlnet.config gives 3 channels, but this Stage C",
+        ),
+        ("controlnet", {"controlnet": {"config": {"stages": 5}}}, "controlnet.config: "),
+        ("controlnet", {"controlnet": {"config": {"proj_blocks": "x"}}}, "controlnet.config: "),
+        ("controlnet", {"controlnet": {"config": {"nothing": 1}}}, "controlnet.config: "),
+        ("controlnet", {"controlnet": {"config": {"proj_blocks": [10**9]}}}, "controlnet.config: "),
+        (
+            "controlnet",
+            {"controlnet": {"hint": "super_resolution", "config": {"c_wide": 60_000, "c_hidden": 60_000}}},
+            "controlnet.config makes a network of ",
+        ),
+        (
+            "controlnet",
+            {"controlnet": {"hint": "identity"}},
+            "The identity hint needs something that finds faces;",
+        ),
+        (
+            "lora",
+            {"train": {"optimizer": "adamw8bit"}},
+            "train.optimizer adamw8bit is bitsandbytes', which is not",
+        ),
+    ],
+)
+def test_settings_and_networks_that_do_not_go_together(
+    world, tmp_path, monkeypatch, name, sections, sentence
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert sentence in refusal(settings_of(world, name, tmp_path, **sections))
+
+
+def test_a_network_that_only_the_samples_need(world, tmp_path):
+    settings = settings_of(world, "lora", tmp_path, output={"sample_every": 2, "prompts": ["a star"]})
+    for file, sentence in (
+        (settings.models.compressor, "previewer is expected here"),
+        ("none", "none does not exist"),
+    ):
+        assert sentence in refusal(replace(settings, models=replace(settings.models, previewer=file)))
+    with pytest.raises(
+        CascadeError, match=r"makes pictures of output.prompts by models.previewer; give both"
+    ):
+        settings_of(world, "lora", tmp_path, output={"sample_every": 2})
+    with pytest.raises(CascadeError, match=r"output.prompts has 65 entries; at most 64"):
+        settings_of(world, "lora", tmp_path, output={"prompts": ["a star"] * 65})
+
+
+def test_missing_faces_are_found_out_on_an_empty_picture(world, tmp_path):
+    def find_faces(images):
+        raise CascadeError("InsightFace is not installed.")
+        yield
+
+    settings = settings_of(world, "controlnet", tmp_path, controlnet={"hint": "identity"})
+    assert refusal(settings, find_faces=find_faces) == "InsightFace is not installed."
+
+
+def test_more_prompts_than_a_bucket_has_pictures(world, tmp_path):
+    output = {"sample_every": 1, "sample_steps": 1, "prompts": ["a star"] * 12}
+    settings = settings_of(world, "controlnet", tmp_path, train={"steps": 1}, output=output)
+    assert train(settings).finished
+    assert (tmp_path / "samples" / "000001.png").is_file()
