@@ -16,33 +16,55 @@ from ..text.prompt_weights import parse_weights
 from .adapter import LearnedToken
 
 PREFIX = "embedding:"
+LEFT_OUT = "its name is left out of the prompt"
+MOST_NAMES = 100  # in one prompt; each is searched for
 
 
 def embedding_names(prompt: str) -> list[str]:
-    """The names that a prompt asks for by `embedding:name`, each once, as ComfyUI reads them."""
+    """The names that a prompt asks for by `embedding:name`, each once, as ComfyUI reads them.
+
+    Raises CascadeError for more than MOST_NAMES, and for a prompt that cannot be read.
+    """
     pattern = rf"(?:^|(?<=\s)){PREFIX}([^\s<\[]+)"
-    names = [name for text, _ in parse_weights(prompt) for name in re.findall(pattern, text)]
-    return list(dict.fromkeys(names))
+    names = {name: None for text, _ in parse_weights(prompt) for name in re.findall(pattern, text)}
+    if len(names) > MOST_NAMES:
+        raise CascadeError(f"The prompt asks for {len(names)} embeddings, but at most {MOST_NAMES} are read.")
+    return list(names)
+
+
+def spellings(name: str) -> list[str]:
+    """A name as it is written, and without the commas around it, which may belong to the sentence, as in ComfyUI."""
+    return list(dict.fromkeys((name, name.strip(","))))
+
+
+def missing(name: str, places: str) -> str:
+    """The beginning of the message that an embedding is not there."""
+    return f"The prompt asks for {PREFIX}{printable(name, 80)}, but no such file is in {places}"
 
 
 def embedding_tokens(
-    prompt: str, width: int, find: Callable[[str], Path | None], places: str
+    prompt: str,
+    width: int,
+    find: Callable[[str], Path | None],
+    places: str,
+    notify: Callable[[str], None] | None = None,
 ) -> list[LearnedToken]:
     """The tokens of every embedding that a prompt asks for.
 
-    width: of the text encoder's vectors; find(name): its file or None; places: where was looked, for the message.
-    Raises CascadeError where a file is missing or is not an embedding.
+    width: of the text encoder's vectors; find(name): its file or None; places: where was looked, for the message;
+    notify: is told of a file that is missing, whose name is then left out of the prompt, as in ComfyUI.
+    Raises CascadeError where a file is not an embedding, and, without `notify`, where it is missing.
     """
     tokens = []
     for written in embedding_names(prompt):
-        # As in ComfyUI, a comma at the end of a name may belong to the name or to the sentence.
-        names = dict.fromkeys((written, written.strip(",")))
+        names = spellings(written)
         name, path = next(((name, path) for name in names if (path := find(name)) is not None), ("", None))
         if path is None:
-            raise CascadeError(
-                f"The prompt asks for {PREFIX}{printable(written)}, but no such safetensors file is in {places}; "
-                "put it there, or take it out of the prompt."
-            )
+            if notify is None:
+                raise CascadeError(f"{missing(written, places)}; put it there, or take it out of the prompt.")
+            notify(f"{missing(written, places)}; {LEFT_OUT}.")
+            tokens.append(LearnedToken(PREFIX + names[-1], torch.zeros(0, width)))
+            continue
         tokens.append(LearnedToken(PREFIX + name, read_embedding(path, width)))
     return tokens
 

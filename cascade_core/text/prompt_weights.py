@@ -11,9 +11,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable
 
 EMPHASIS = 1.1
+LONGEST_PROMPT = 2**17  # characters: about 400 chunks of 75 tokens, each of which is encoded
+MOST_READ = 10**7  # characters: those within brackets are read once for each bracket around them
 LARGEST_WEIGHT = 3e38  # float32 holds no more
 # Escaped brackets hide behind control characters, which nobody types, while brackets are matched.
 HIDDEN_BRACKETS = {"\\)": "\0\1", "\\(": "\0\2"}
@@ -29,14 +31,25 @@ class Segment(NamedTuple):
 def parse_weights(prompt: str) -> list[Segment]:
     """The prompt as segments in reading order, escapes resolved; empty for an empty prompt.
 
-    Raises CascadeError for a weight that no float32 holds, such as `(cat:nan)` or `(cat:1e99)`.
+    Raises CascadeError for a weight that no float32 holds, such as `(cat:nan)` or `(cat:1e99)`, and for a prompt whose
+    length or brackets would take minutes.
     """
+    if len(prompt) > LONGEST_PROMPT:
+        raise CascadeError(
+            f"The prompt has {len(prompt):,} characters, but at most {LONGEST_PROMPT:,} are read; shorten it."
+        )
     for escaped, hidden in HIDDEN_BRACKETS.items():
         prompt = prompt.replace(escaped, hidden)
     segments = []
-    pending = [(prompt, 1.0, False)]  # (text, weight, plain): a stack, so that brackets may nest at any depth
+    pending = [(prompt, 1.0, False)]  # (text, weight, plain): a stack, so that brackets may nest deeply
+    read = 0
     while pending:
         text, weight, plain = pending.pop()
+        read += len(text)
+        if read > MOST_READ:
+            raise CascadeError(
+                "The prompt's brackets are nested too deeply; take some out, or write \\( and \\) where they are meant."
+            )
         if plain:
             segments.append(Segment(_show_brackets(text), weight))
             continue
@@ -82,7 +95,7 @@ def _read_group(inside: str, weight: float) -> tuple[str, float]:
 def _checked(weight: float, inside: str) -> float:
     if abs(weight) <= LARGEST_WEIGHT:  # also false for nan
         return weight
-    shown = _show_brackets(inside if len(inside) <= 60 else f"{inside[:30]} … {inside[-30:]}")
+    shown = printable(_show_brackets(inside if len(inside) <= 60 else f"{inside[:30]} … {inside[-30:]}"))
     raise CascadeError(
         f"The prompt gives ({shown}) the weight {weight}, which is not a finite number; "
         "write one such as (word:1.3), or \\( and \\) where brackets are meant."

@@ -96,7 +96,8 @@ class Tokenizer:
     def chunks(self, prompt: str, learned: Mapping[str, Sequence[int]] | None = None) -> list[Chunk]:
         """A prompt -> one or more chunks of 77 (token, weight): start, text, end, padded with the end token.
 
-        learned: what stands in the prompt for tokens that are none of the vocabulary's, `{"[fernando]": [49408]}`.
+        learned: what stands in the prompt for tokens that are none of the vocabulary's, `{"[fernando]": [49408]}`, or
+        for none.
 
         A segment (a run of text under one weight, or a learned name) that does not fit begins the next chunk if
         it has fewer than 8 tokens, and is cut otherwise.
@@ -128,8 +129,8 @@ class Tokenizer:
         names = {name.lower(): tokens for name, tokens in learned.items()} | dict(learned)
         pieces: list[Sequence[int]] = []
         for part in re.split(learned_names(learned), text):
-            tokens = names.get(part) or names.get(part.lower())
-            pieces.append(tokens or self.tokens(part))
+            tokens = names.get(part, names.get(part.lower()))  # none at all for what is left out of a prompt
+            pieces.append(self.tokens(part) if tokens is None else tokens)
         return pieces
 
     def _close(self, chunk: Chunk) -> Chunk:

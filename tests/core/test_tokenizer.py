@@ -8,7 +8,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.text.prompt_weights import parse_weights
+from cascade_nodes.cascade_core.text.prompt_weights import LONGEST_PROMPT, parse_weights
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -60,6 +60,25 @@ def test_weights_of(prompt, segments):
 
 def test_brackets_may_nest_deeply():
     assert parse_weights("(" * 1200 + "cat" + ":1.5)" * 1200) == [("cat", 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a" * (LONGEST_PROMPT + 1), "has 131,073 characters, but at most 131,072 are read"),
+        ("(" * 40_000 + "cat" + ":1)" * 20_000, "brackets are nested too deeply"),
+        ("(" * 30_000 + "cat" + ":1)" * 30_000, "brackets are nested too deeply"),
+    ],
+    ids=["long", "open", "closed"],
+)
+def test_prompts_that_would_take_minutes(prompt, words):
+    with pytest.raises(CascadeError, match=words):
+        parse_weights(prompt)
+
+
+def test_brackets_that_are_never_closed_are_text():
+    assert parse_weights("(" * 100_000) == [("(" * 100_000, 1.0)]
+    assert parse_weights(")" * 100_000 + "(a)") == [(")" * 100_000 + "(a)", 1.0)]
 
 
 @pytest.mark.parametrize(

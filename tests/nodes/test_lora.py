@@ -11,6 +11,7 @@ from cascade_nodes.headless import Executor, run_graph
 from cascade_nodes.headless.results import Observer
 from cascade_nodes.nodes.conditioning import CascadeTextEncode
 from cascade_nodes.nodes.hosts import reporting
+from cascade_nodes.nodes.hosts.reporting import reporting_to
 from cascade_nodes.nodes.lora import CascadeLoRAApply
 from cascade_nodes.tests.comfyui.graphs import tiny
 from cascade_nodes.tests.headless.record_comfyui import node
@@ -320,10 +321,39 @@ def test_embeddings_in_the_prompt(sockets, loras):
     for name in ("sun", "sun.safetensors", "within/sun"):
         assert torch.equal(states(sockets, f"a embedding:{name}, red"), expected), name
     assert torch.equal(states(sockets, "a embedding:odd, red"), states(from_lora, "a [sun] red"))
-    with pytest.raises(CascadeError, match="asks for embedding:moon, but no such safetensors file is in"):
-        states(sockets, "a embedding:moon")
-    with pytest.raises(CascadeError, match=r"asks for embedding:../loras/x"):
-        states(sockets, "embedding:../loras/x")
+
+
+def test_an_embedding_that_is_missing_is_left_out_and_told(sockets):
+    """As in ComfyUI, which says so in its log alone."""
+    for prompt, rest in (
+        ("a embedding:moon", "a "),
+        ("a embedding:moon, red", "a , red"),
+        ("embedding:../loras/x red", " red"),
+        ("(embedding:moon:1.5) red", " red"),
+        ("embedding:moon", ""),
+    ):
+        told = Told()
+        with reporting_to(told):
+            assert torch.equal(states(sockets, prompt), states(sockets, rest)), prompt
+        (text,) = told.texts
+        assert text.startswith("The prompt asks for embedding:")
+        assert text.endswith("; its name is left out of the prompt.")
+
+
+class Told:
+    """A sink of reports that keeps the notices."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def notify(self, text):
+        self.texts.append(text)
+
+    def step(self, step, total, preview):
+        """Not of interest."""
+
+    def interrupted(self):
+        return False
 
 
 def test_in_a_graph(loras, models, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ They keep the host's names (`clip_g.transformer.text_model.…`), which its LoRA
 """
 
 import inspect
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import comfy.supported_models_base
 import folder_paths
 from torch import nn
 
+from ....cascade_core.adapters.embeddings import LEFT_OUT, embedding_names, missing, spellings
 from ....cascade_core.text.tokenizer import Tokenizer
+from ..roles import leaves_folder
 from .progress import notify
 from .weights import remember_file
 
@@ -112,5 +115,20 @@ def load_text_encoder(path: Path) -> comfy.sd.CLIP:
     return clip
 
 
+def _has_embedding(name: str) -> bool:
+    """Whether ComfyUI finds the file of `embedding:name`."""
+    folders = comfy.sd1_clip.expand_directory_list(folder_paths.get_folder_paths("embeddings"))
+    return any(
+        os.path.isfile(os.path.join(folder, spelling + ending))
+        for folder in folders
+        for spelling in spellings(name)
+        if not leaves_folder(spelling)
+        for ending in ("", ".safetensors", ".pt", ".bin")
+    )
+
+
 def encode_text(clip: Any, prompt: str) -> list:
+    for name in embedding_names(prompt):  # also refuses what ComfyUI's own reading would fail at
+        if not _has_embedding(name):
+            notify(f"{missing(name, ', '.join(folder_paths.get_folder_paths('embeddings')))}; {LEFT_OUT}.")
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
