@@ -3,8 +3,8 @@
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 
 def regular_status(path: str | Path) -> os.stat_result:
@@ -20,7 +20,7 @@ def regular_status(path: str | Path) -> os.stat_result:
     return status
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file. Raises OSError as `regular_status`, which looks first: opening a FIFO blocks as well."""
     regular_status(path)
     return open(path, "rb")

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, quoted
+from ..cascade_core.pictures import open_picture
+from ..cascade_core.reading import open_regular
 from ..nodes.api import io
 from .folders import current_folders
 from .pictures import encode_png, read_image, read_mask
@@ -26,17 +28,20 @@ def _picture_input() -> io.Combo.Input:
 
 
 def _content_hash(name: str) -> str:
-    return hashlib.sha256(current_folders().find_picture(name).read_bytes()).hexdigest()
+    with open_regular(current_folders().find_picture(name)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_there(name: object) -> bool | str:
     if not isinstance(name, str):
-        return f"{name!r} is not the name of a file."
+        return f"{quoted(name)} is not the name of a file."
     try:
-        current_folders().find_picture(name)
+        with open_picture(
+            current_folders().find_picture(name)
+        ):  # its header; its pixels are read when it runs
+            return True
     except CascadeError as error:
         return str(error)
-    return True
 
 
 class LoadImage(io.ComfyNode):
@@ -96,7 +101,7 @@ class LoadImageMask(io.ComfyNode):
     @classmethod
     def execute(cls, image: str, channel: str) -> io.NodeOutput:
         if channel not in cls.CHANNELS:
-            raise CascadeError(f"channel is {channel!r}, but must be one of {', '.join(cls.CHANNELS)}.")
+            raise CascadeError(f"channel is {quoted(channel)}, but must be one of {', '.join(cls.CHANNELS)}.")
         return io.NodeOutput(read_mask(current_folders().find_picture(image), channel))
 
 

@@ -82,6 +82,7 @@ class _Run:
         self.sources = sources_of(validation)
         self.order = execution_order(self.sources, validation.outputs)
         self.keys: dict[str, str] = {}
+        self.fingerprints: dict[str, Any] = {}  # of a class and its inputs, so that a file is read once
         self.uses: Counter[str] = Counter()
         self.result = Result(node_errors=validation.node_errors)
 
@@ -126,7 +127,10 @@ class _Run:
             return ""
         inputs = self._known_inputs(node_id)
         constants = {name: None if is_link(value) else value for name, value in inputs.items()}
-        value = self._guard(node_id, info.fingerprint, constants)
+        key = json.dumps([self.graph[node_id]["class_type"], constants], sort_keys=True)
+        if key not in self.fingerprints:
+            self.fingerprints[key] = self._guard(node_id, info.fingerprint, constants)
+        value = self.fingerprints[key]
         if isinstance(value, float) and value != value:  # NaN, the host's word for "always run"
             value = uuid.uuid4()
         return repr(value)

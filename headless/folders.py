@@ -10,7 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, printable, quoted
+from ..nodes.hosts.roles import spellings
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ANNOTATION = re.compile(r"^(?P<name>.*) \[(?P<kind>input|output|temp)\]$")
@@ -40,9 +41,11 @@ class Folders:
         """
         annotated = _ANNOTATION.match(name)
         if annotated:
-            return [self.of_kind(annotated["kind"]) / annotated["name"]]
-        shipped = [self.graph.parent / "input" / name] if self.graph != Path() else []
-        return list(dict.fromkeys([self.input / name, self.graph / name, *shipped, Path(name)]))
+            folder = self.of_kind(annotated["kind"])
+            return [folder / spelling for spelling in spellings(annotated["name"])]
+        shipped = [self.graph.parent / "input"] if self.graph != Path() else []
+        places = [self.input, self.graph, *shipped, Path()]
+        return list(dict.fromkeys(place / spelling for spelling in spellings(name) for place in places))
 
     def find_picture(self, name: str) -> Path:
         """Returns the picture of this name. Raises CascadeError that names the paths searched."""
@@ -50,8 +53,10 @@ class Folders:
         for candidate in candidates:
             if name and os.path.isfile(candidate):  # unlike Path.is_file, False for a name that is too long
                 return candidate
-        places = ", ".join(str(candidate) for candidate in candidates)
-        raise CascadeError(f"There is no picture {name!r} (looked for {places}); give the name of a file.")
+        places = ", ".join(printable(str(candidate), 120) for candidate in candidates)
+        raise CascadeError(
+            f"There is no picture {quoted(name)} (looked for {places}); give the name of a file."
+        )
 
     def pictures(self) -> list[str]:
         """Names of the pictures in the input folder."""

@@ -11,6 +11,7 @@ from ..cascade_core.errors import CascadeError, printable, quoted
 from ..cascade_core.reading import open_regular
 
 LARGEST_FILE = 64 * 2**20  # bytes; graphs have thousands
+_LARGEST_BITS = 1024
 DEEPEST = 50  # levels of lists and objects within each other; a graph has four or five
 
 Graph = dict[str, dict[str, Any]]
@@ -84,6 +85,12 @@ def _check_json(graph: dict[str, Any], name: str) -> None:
                     inner[id(value)] = value
                 elif not isinstance(value, str | int | float | None):
                     raise CascadeError(f"{name} holds {quoted(value)}, which is not a value that JSON has.")
+                elif (
+                    isinstance(value, int) and value.bit_length() > _LARGEST_BITS
+                ):  # Python refuses to write it
+                    raise CascadeError(
+                        f"{name} holds a number of {value.bit_length():,} bits; no input takes one."
+                    )
         if not inner:
             return
         containers = inner

@@ -10,39 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.pictures import open_picture, read_frames, upright
 
 _NO_MASK = (64, 64)  # ComfyUI's size for the mask of a picture without transparency
-
-
-def open_frames(path: Path) -> list[Image.Image]:
-    """Reads the frames of a picture, turned upright by its EXIF; only those of the first one's size.
-
-    Raises CascadeError for an unreadable, truncated or implausibly large file, or one that is not a picture.
-    """
-    try:
-        with Image.open(path) as picture:
-            stored = [frame.copy() for frame in ImageSequence.Iterator(picture)]
-            frames = [_as_8_bit(ImageOps.exif_transpose(frame)) for frame in stored]
-            single = picture.format == "MPO"  # a photograph with smaller versions of itself
-    except UnidentifiedImageError as error:
-        raise CascadeError(f"{path} is not a picture; PNG, JPEG or WebP was expected.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CascadeError(f"The picture {path} cannot be read: {error}.") from error
-    if single:
-        return frames[:1]
-    return [frame for frame in frames if frame.size == frames[0].size]
-
-
-def _as_8_bit(frame: Image.Image) -> Image.Image:
-    """Scales 16-bit greyscale to 8-bit, which Pillow would clip."""
-    if frame.mode.startswith("I"):
-        return Image.fromarray((np.asarray(frame, dtype=np.int64) // 257).clip(0, 255).astype(np.uint8))
-    return frame
 
 
 def _has_alpha(frame: Image.Image) -> bool:
@@ -51,23 +25,33 @@ def _has_alpha(frame: Image.Image) -> bool:
 
 def channel(frame: Image.Image, index: int) -> Tensor:
     """Channel R, G, B or A of a frame: (H, W) in [0, 1]."""
-    values = np.asarray(frame.convert("RGBA"), dtype=np.float32)[..., index] / 255.0
+    return _values(frame.convert("RGBA").getchannel(index))
+
+
+def _values(picture: Image.Image) -> Tensor:
+    """A picture's bytes in [0, 1], divided in place: a large picture takes gigabytes."""
+    values = np.array(picture, dtype=np.float32)
+    values /= 255.0
     return torch.from_numpy(values)
 
 
 def read_image(path: Path) -> tuple[Tensor, Tensor]:
     """IMAGE (B, H, W, 3) and MASK of a picture, one for each frame; the mask is 1 where it is transparent."""
-    frames = open_frames(path)
-    images, masks = [], []
-    for frame in frames:
-        images.append(torch.from_numpy(np.asarray(frame.convert("RGB"), dtype=np.float32) / 255.0))
-        masks.append(1.0 - channel(frame, 3) if _has_alpha(frame) else torch.zeros(_NO_MASK))
-    return torch.stack(images), torch.stack(masks)
+    frames = read_frames(path)
+    images = [_values(frame.convert("RGB")) for frame in frames]
+    if not any(map(_has_alpha, frames)):
+        return _batch(images), torch.zeros(len(frames), *_NO_MASK)
+    return _batch(images), _batch([1.0 - channel(frame, 3) for frame in frames])
+
+
+def _batch(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # one is not copied
 
 
 def read_mask(path: Path, name: str) -> Tensor:
     """MASK (1, H, W) from one channel of a picture's first frame; alpha is inverted, as in ComfyUI."""
-    values = channel(open_frames(path)[0], ("red", "green", "blue", "alpha").index(name))
+    with open_picture(path) as picture:
+        values = channel(upright(picture), ("red", "green", "blue", "alpha").index(name))
     return (1.0 - values if name == "alpha" else values)[None]
 
 

@@ -43,7 +43,7 @@ def run_graph(
     Raises CascadeError: GraphError for an invalid graph, NodeError for a node that failed.
     """
     folder = Path()
-    if not isinstance(graph, dict):
+    if isinstance(graph, str | Path):
         folder = Path(graph).parent
         graph = read_graph(Path(graph))
     check_shape(graph, "The graph")

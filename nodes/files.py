@@ -1,6 +1,8 @@
 """Inputs that name a model file: the list of options, the path behind a name, and its fingerprint."""
 
+import os
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from .hosts import host
 from .hosts.roles import DEMO_NAMES, ROLE_WORDS
 
 NO_FILE = "none"
+MOST_FILES = 10_000
 
 
 def file_input(input_id: str, role: str, tooltip: str, optional_file: bool = False) -> Any:
@@ -47,11 +50,16 @@ def fingerprint(role: str, name: str) -> str:
         path = find(role, name)
     except CascadeError:
         return f"{name}: missing"
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return f"{path}: {stamp(files)}"
+    return f"{path}: {stamp(files_under(path) if path.is_dir() else [path])}"
+
+
+def files_under(folder: Path) -> list[Path]:
+    """The files of a folder and of those within, the first MOST_FILES: a model has dozens, a whole disk millions."""
+    paths = (Path(place, name) for place, folders, names in os.walk(folder) for name in (*folders, *names))
+    return sorted(islice(paths, MOST_FILES))
 
 
 def stamp(files: Iterable[Path]) -> str:
     """Names, sizes, times and inodes of the files among these paths, which change when one is changed or replaced."""
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    stats = [(file.name, file.stat()) for file in files if os.path.isfile(file)]
     return " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for name, stat in stats)

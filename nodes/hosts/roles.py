@@ -31,6 +31,7 @@ __all__ = [
     "is_pipeline_folder",
     "leaves_folder",
     "names_in",
+    "spellings",
     "subfolders",
 ]
 
@@ -65,3 +66,8 @@ def demo_names(role: str) -> list[str]:
     if role in DEMO_SETS:
         return sorted(path.name for pattern in DEMO_SETS[role] for path in DEMO_FOLDER.glob(pattern))
     return [DEMO_NAMES[role]] if demo_file(role) else []
+
+
+def spellings(name: str) -> list[str]:
+    """A file's name as it is written, and with `/` where a graph was saved on Windows."""
+    return list(dict.fromkeys((name, name.replace("\\", "/"))))

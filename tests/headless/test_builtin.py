@@ -272,7 +272,7 @@ def test_a_file_that_is_no_picture(folder):
     picture = folder / "input" / "in.png"
     whole = picture.read_bytes()
     picture.write_text("hello")
-    with pytest.raises(NodeError, match=r"Node 1 \(LoadImage\): .*in.png is not a picture"):
+    with pytest.raises(GraphError, match=r"Node 1 \(LoadImage\): input 'image': .*in.png is not a picture"):
         run(COPY, folder)
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(picture)

@@ -152,12 +152,12 @@ def test_unreadable_graphs(folder, capsys, make, message):
 
 
 def test_a_traceback_only_when_asked(folder, capsys):
-    (folder / "in.png").write_text("hello")
-    message = "error: Node 1 (LoadImage): in.png is not a picture; PNG, JPEG or WebP was expected.\n"
+    (folder / "in.png").write_bytes((folder / "in.png").read_bytes()[:-30])
+    message = "error: Node 1 (LoadImage): The picture in.png cannot be read: image file is truncated.\n"
     assert failing("run", "graph.json", capsys=capsys) == message
     error_text = failing("run", "graph.json", "--traceback", capsys=capsys)
     assert "Traceback (most recent call last)" in error_text
-    assert "UnidentifiedImageError" in error_text
+    assert "PictureError" in error_text
     assert error_text.endswith(message)
 
 

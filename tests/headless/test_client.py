@@ -90,12 +90,13 @@ def test_outputs_that_the_server_leaves_out_are_reported(comfyui, folders):
 
 
 def test_a_failure_on_the_server(comfyui, folders):
-    (comfyui.folders.input / "in.png").write_text("hello")
+    path = comfyui.folders.input / "in.png"
+    path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(CascadeError) as caught:
         run_on_server(Server(comfyui.url), COPY, folders)
     message = str(caught.value)
-    assert message.startswith(f"Node 1 (LoadImage) failed on {comfyui.url} with CascadeError: ")
-    assert message.endswith("in.png is not a picture; PNG, JPEG or WebP was expected.")
+    assert message.startswith(f"Node 1 (LoadImage) failed on {comfyui.url} with PictureError: ")
+    assert "in.png cannot be read: " in message
 
 
 def test_a_place_in_the_queue_is_told(comfyui, folders):

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.nodes import files
 from cascade_nodes.nodes.hosts import roles
 from cascade_nodes.nodes.hosts.headless import find_file, list_files
 from cascade_nodes.nodes.loaders import (
@@ -124,3 +126,34 @@ def test_the_demo_may_have_several_of_a_kind(tmp_path, monkeypatch):
     assert list_files("lora")[:2] == ["demo_lora_ink.safetensors", "demo_token_sun.safetensors"]
     assert find_file("lora", "demo_lora_ink.safetensors") == tmp_path / "demo_lora_ink.safetensors"
     assert roles.demo_names("stage_c") == []  # not there
+
+
+def test_a_name_with_the_separator_of_windows(tiny, elsewhere, monkeypatch):
+    """As in graphs that were saved there."""
+    folder = elsewhere / "models" / "vae" / "sub"
+    folder.mkdir(parents=True)
+    shutil.copy(tiny / "vae" / "tiny_stage_a.safetensors", folder / "a.safetensors")
+    assert find_file("stage_a", "sub\\a.safetensors") == Path("models/vae/sub/a.safetensors")
+    assert find_file("stage_a", "models\\vae\\sub\\a.safetensors") == Path("models/vae/sub/a.safetensors")
+    assert StageAVAE.validate_inputs("sub\\a.safetensors") is True
+
+
+@pytest.mark.parametrize(
+    "name", [".", "..", "/", "./", "//", "sub\\..", "\0", "\udce9", "x" * 5000, "/" * 5000, "\x1b[2J"]
+)
+def test_names_that_are_no_file(name, elsewhere):
+    verdict = StageAVAE.validate_inputs(name)
+    if name != "..":  # a folder, which its loader refuses
+        assert isinstance(verdict, str)
+        assert verdict.startswith("No Stage A file ")
+        assert verdict.isprintable()
+        assert len(verdict) < 600
+    assert StageAVAE.fingerprint_inputs(name)
+
+
+def test_the_fingerprint_of_a_folder_looks_at_a_bounded_number_of_files(elsewhere, monkeypatch):
+    monkeypatch.setattr(files, "MOST_FILES", 10)
+    for index in range(30):
+        (elsewhere / f"{index:02}").write_bytes(b"")
+    (elsewhere / "00").write_bytes(b"x")
+    assert len(files.files_under(elsewhere)) == 10

@@ -54,7 +54,7 @@ def find_file(role: str, name: str) -> Path:
         raise CascadeError(
             f"{quoted(name)} is not the name of a model file; choose one that the loader lists."
         )
-    for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
+    for spelled in roles.spellings(name):
         path = _find(role, spelled)
         if path is not None:
             return path

@@ -8,7 +8,7 @@ always offered, and any existing path is taken as it is.
 import os
 from pathlib import Path
 
-from ....cascade_core.errors import CascadeError
+from ....cascade_core.errors import CascadeError, quoted
 from .. import roles
 
 
@@ -42,16 +42,21 @@ def list_files(role: str) -> list[str]:
 
 def find_file(role: str, name: str) -> Path:
     """The file or folder of that name; a path that exists is its own name."""
-    if not roles.leaves_folder(name):
-        for folder in search_folders(role):
-            if os.path.exists(folder / name):  # unlike Path.exists, False for a name that is too long
-                return folder / name
+    spellings = roles.spellings(name)
+    for spelling in spellings:
+        if not roles.leaves_folder(spelling):
+            for folder in search_folders(role):
+                if Path(spelling).name and os.path.exists(
+                    folder / spelling
+                ):  # unlike Path.exists, False for a name that is too long
+                    return folder / spelling
     if name in roles.demo_names(role):
         return roles.DEMO_FOLDER / name
-    if name and os.path.exists(name):
-        return Path(name)
+    for spelling in spellings:
+        if Path(spelling).name and os.path.exists(spelling):  # neither "." nor "/"
+            return Path(spelling)
     places = ", ".join(str(root) for root in roots())
     raise CascadeError(
-        f"No {roles.ROLE_WORDS[role]} file {name!r} was found under {places} (in "
+        f"No {roles.ROLE_WORDS[role]} file {quoted(name)} was found under {places} (in "
         f"{', '.join(roles.FOLDERS[role])}); put it there, set CASCADE_MODELS, or give its path."
     )
