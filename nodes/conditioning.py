@@ -5,7 +5,7 @@ from ..cascade_core.errors import CascadeError
 from ..cascade_core.stages.prompt import check_text
 from .api import io
 from .hosts import host
-from .sockets import check_finite
+from .sockets import check_connected, check_finite, check_picture, check_prompts
 
 CATEGORY = "Stable Cascade/conditioning"
 
@@ -50,6 +50,7 @@ class CascadeTextEncode(io.ComfyNode):
     def execute(cls, clip, positive, negative) -> io.NodeOutput:
         if clip is None:
             raise CascadeError("The checkpoint holds no text encoder; connect Load Cascade Text Encoder.")
+        check_connected(clip, "The CLIP of Cascade Text Encode", "Load Cascade Text Encoder")
         encoded = []
         for socket, prompt in (("positive", positive), ("negative", negative)):
             check_text(socket, prompt)
@@ -91,10 +92,13 @@ class CascadeImagePrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning, clip_vision, image, strength) -> io.NodeOutput:
+        check_prompts(conditioning, "conditioning")
         if strength == 0:
             return io.NodeOutput(conditioning)
         if clip_vision is None:
             raise CascadeError("The checkpoint holds no image encoder; connect Load Cascade Image Encoder.")
+        check_connected(clip_vision, "The CLIP_VISION of Cascade Image Prompt", "Load Cascade Image Encoder")
+        check_picture(image, "image")
         encoded = host().encode_image(clip_vision, image)
         check_finite([encoded.image_embeds], clip_vision, "What the image encoder gives")
         prompt = {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..cascade_core import limits
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, quoted
 from ..cascade_core.geometry import stage_c_size, whole_size
 from ..cascade_core.hints.canny import canny_hint
 from ..cascade_core.hints.control import check_hint
@@ -20,7 +20,7 @@ from .api import io
 from .faces import find_faces
 from .hosts import host
 from .sizes import compression_input, empty_stage_b, empty_stage_c
-from .sockets import check_finite, check_picture, check_vae
+from .sockets import check_connected, check_finite, check_mask, check_picture, check_prompts, check_vae
 
 CATEGORY = "Stable Cascade/ControlNet"
 NO_CONTROLNET = "Cascade ControlNet Apply got no CONTROL_NET; connect Load Cascade ControlNet."
@@ -83,10 +83,13 @@ class CascadeControlNetApply(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, negative, control_net, image, strength, start, end) -> io.NodeOutput:
+        check_prompts(positive, "positive")
+        check_prompts(negative, "negative")
         if strength == 0:
             return io.NodeOutput(positive, negative)
         if control_net is None:
             raise CascadeError(NO_CONTROLNET)
+        check_connected(control_net, "The CONTROL_NET of Cascade ControlNet Apply", "Load Cascade ControlNet")
         control = host().describe_controlnet(control_net)
         if not control.cascade:
             raise CascadeError(
@@ -188,6 +191,7 @@ class CascadeInpaintHint(io.ComfyNode):
     @classmethod
     def execute(cls, image, mask, threshold) -> io.NodeOutput:
         check_picture(image, "image")
+        check_mask(mask, "mask")
         return io.NodeOutput(inpaint_hint(image[..., :3].movedim(-1, 1), mask, threshold).movedim(1, -1))
 
 
@@ -246,7 +250,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
         if not 1 <= scale <= 16:
             raise CascadeError(f"scale is {scale}; it must lie within 1 and 16 (2 is usual).")
         if reads not in READS:
-            raise CascadeError(f"reads is {reads!r}; choose {' or '.join(READS)}.")
+            raise CascadeError(f"reads is {quoted(reads)}; choose {' or '.join(READS)}.")
         batch, *sides = image.shape[:3]
         height, width = whole_size(*(round(side * scale) for side in sides))
         size = stage_c_size(height, width, compression)
@@ -307,7 +311,7 @@ class CascadeIdentityHint(io.ComfyNode):
     @classmethod
     def execute(cls, image, place, faces, compression) -> io.NodeOutput:
         if place not in cls.PLACES:
-            raise CascadeError(f"place is {place!r}; choose one of {', '.join(cls.PLACES)}.")
+            raise CascadeError(f"place is {quoted(place)}; choose one of {', '.join(cls.PLACES)}.")
         check_picture(image, "image")
         height, width = image.shape[1:3]
         size = stage_c_size(height, width, compression)

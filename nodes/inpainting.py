@@ -7,7 +7,7 @@ from ..cascade_core.errors import CascadeError
 from ..cascade_core.geometry import MAX_SIZE
 from ..cascade_core.hints.masks import composite, expand
 from .api import io
-from .sockets import check_picture
+from .sockets import check_mask, check_picture
 
 CATEGORY = "Stable Cascade/inpainting"
 
@@ -97,6 +97,7 @@ class CascadeInpaintComposite(io.ComfyNode):
     def execute(cls, image, source, mask, feather) -> io.NodeOutput:
         check_picture(image, "image")
         check_picture(source, "source")
+        check_mask(mask, "mask")
         if not 0 <= feather <= limits.FEATHER.most:
             raise CascadeError(
                 f"feather is {feather}; it must lie within 0 and {limits.FEATHER.most} pixels."

@@ -22,7 +22,15 @@ from ..cascade_core.pictures import resized
 from .api import io
 from .hosts import host
 from .sizes import chosen_size, compression_input, empty_stage_b, empty_stage_c
-from .sockets import VAE_WORDS, check_finite, check_picture, check_vae
+from .sockets import (
+    VAE_WORDS,
+    check_connected,
+    check_finite,
+    check_mask,
+    check_picture,
+    check_vae,
+    latent_shape,
+)
 
 CATEGORY = "Stable Cascade/latent"
 MAX_GROW = limits.GROW.most  # positions of Stage C
@@ -162,6 +170,8 @@ class CascadeEncode(io.ComfyNode):
     ) -> io.NodeOutput:
         check_vae(vae, "compressor", "Cascade Encode", "Load Cascade Compressor")
         check_picture(image, "image")
+        if mask is not None:
+            check_mask(mask, "mask")
         if not 0 <= grow <= MAX_GROW:
             raise CascadeError(f"grow is {grow}; it must lie within 0 and {MAX_GROW} positions of Stage C.")
         batch = len(image)
@@ -228,12 +238,13 @@ class CascadeUpscaleLatent(io.ComfyNode):
     @classmethod
     def execute(cls, stage_c, width, height, compression) -> io.NodeOutput:
         check_size(width, height)
-        samples = stage_c["samples"]
-        if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS["stage_c"]:
+        shape = latent_shape(stage_c, "stage_c of Cascade Upscale Latent")
+        if len(shape) != 4 or shape[1] != LATENT_CHANNELS["stage_c"] or 0 in shape:
             raise CascadeError(
-                f"stage_c of Cascade Upscale Latent has the shape {tuple(samples.shape)}, but Stage C's latent has 16 "
+                f"stage_c of Cascade Upscale Latent has the shape {shape}, but Stage C's latent has 16 "
                 "channels; connect Cascade Prior Sampler."
             )
+        samples = stage_c["samples"]
         # Bilinear is nearest to the latent that the compressor makes of the enlarged picture.
         size = stage_c_size(height, width, compression)
         larger = F.interpolate(samples, size=size, mode="bilinear", align_corners=False)
@@ -274,9 +285,15 @@ class CascadeDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, samples, tile_size) -> io.NodeOutput:
-        latent = samples["samples"]
+        check_connected(vae, "The VAE of Cascade Decode", "Load Stage A VAE")
+        shape = latent_shape(samples, "samples of Cascade Decode")
+        if len(shape) != 4 or 0 in shape:
+            raise CascadeError(
+                f"Cascade Decode got a latent of the shape {shape}, but (batch, channels, height, width) is expected; "
+                "connect Cascade Decoder Sampler."
+            )
+        latent, channels = samples["samples"], shape[1]
         kind = host().describe_vae(vae) if vae is not None else ""
-        channels = latent.shape[1]
         if kind == "stage_a" and channels != LATENT_CHANNELS["stage_b"]:
             raise CascadeError(
                 f"Cascade Decode got a latent of {channels} channels, but Stage A decodes the "

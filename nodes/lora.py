@@ -17,7 +17,7 @@ from ..cascade_core.adapters.tokens import NewToken, parse_new_tokens
 from .api import io
 from .files import check, file_input, find, fingerprint
 from .hosts import host
-from .sockets import check_network
+from .sockets import check_connected, check_network
 
 CATEGORY = "Stable Cascade/LoRA"
 
@@ -94,6 +94,7 @@ class CascadeLoRAApply(io.ComfyNode):
     @classmethod
     def execute(cls, model, file, strength_model, strength_clip, clip=None, new_tokens="") -> io.NodeOutput:
         check_network(model, "stage_c", "Cascade LoRA Apply", "Load Stage C")
+        check_connected(clip, "The CLIP of Cascade LoRA Apply", "Load Cascade Text Encoder")
         if strength_model == 0 and strength_clip == 0:
             return io.NodeOutput(model, clip)
         config = host().stage_c_config(model)

@@ -19,6 +19,7 @@ from .sockets import (
     check_latent,
     check_min_side,
     check_network,
+    latent_shape,
     with_values,
     without_values,
 )
@@ -195,10 +196,11 @@ class CascadeDecoderSampler(io.ComfyNode):
 
 def semantic_latent(stage_c: dict, batch: int) -> Tensor:
     """Stage C's latent (1 or B, 16, h, w) for a batch of B pictures."""
+    shape = latent_shape(stage_c, "stage_c of Cascade Decoder Sampler")
     samples = stage_c["samples"]
-    if samples.ndim != 4 or samples.shape[1] != STAGE_C_CHANNELS:
+    if len(shape) != 4 or shape[1] != STAGE_C_CHANNELS or 0 in shape:
         raise CascadeError(
-            f"stage_c of Cascade Decoder Sampler has the shape {tuple(samples.shape)}, but Stage C's "
+            f"stage_c of Cascade Decoder Sampler has the shape {shape}, but Stage C's "
             "latent has 16 "
             "channels; connect Cascade Prior Sampler."
         )

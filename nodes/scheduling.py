@@ -7,6 +7,7 @@ from ..cascade_core.diffusion.samplers import log_snr_range
 from ..cascade_core.errors import CascadeError
 from .api import io
 from .hosts import host
+from .sockets import check_connected
 
 CATEGORY = "Stable Cascade/sampling"
 
@@ -104,6 +105,7 @@ class CascadeGuidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, cfg_rescale, shift) -> io.NodeOutput:
+        check_connected(model, "The MODEL of Cascade Guidance", "Load Stage C or Load Stage B")
         network = host().describe_network(model)
         if network.kind is None:
             raise CascadeError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..cascade_core.checkpoints import KIND_NAMES
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, quoted
 from ..cascade_core.geometry import STAGE_B_COMPRESSION
 from ..cascade_core.stages.weights import check_finite_output
 from .hosts import host
@@ -15,11 +15,20 @@ from .hosts.run import NetworkDescription
 
 VAE_WORDS = {"stage_a": "Stage A", "compressor": "the semantic compressor"}
 
+_LITERALS = str | int | float | list | dict  # what a graph can hold in place of a connection
+
+
+def check_connected(value: Any, socket: str, source: str) -> None:
+    """Raises CascadeError where a graph gives a value in place of a connection, which ComfyUI lets through."""
+    if isinstance(value, _LITERALS):
+        raise CascadeError(f"{socket} is {quoted(value)}, but a connection is expected; connect {source}.")
+
 
 def check_network(model: Any, kind: str, node: str, loader: str) -> NetworkDescription:
     """Returns the MODEL's description. Raises CascadeError for another kind, by name."""
     if model is None:
         raise CascadeError(f"{node} got no MODEL; connect {loader}.")
+    check_connected(model, f"The MODEL of {node}", loader)
     network = host().describe_network(model)
     if network.kind != kind:
         raise CascadeError(
@@ -31,6 +40,7 @@ def check_network(model: Any, kind: str, node: str, loader: str) -> NetworkDescr
 
 def check_vae(vae, kind: str, node: str, loader: str) -> None:
     """Raises CascadeError for a VAE of another kind, by name."""
+    check_connected(vae, f"The VAE of {node}", loader)
     vae_kind = host().describe_vae(vae) if vae is not None else "nothing"
     if vae_kind != kind:
         raise CascadeError(
@@ -42,7 +52,7 @@ def check_vae(vae, kind: str, node: str, loader: str) -> None:
 
 def check_picture(image: Tensor, socket: str) -> None:
     """Raises CascadeError unless an IMAGE is (B, H, W, C), none of which is 0, of finite numbers."""
-    shape = tuple(image.shape)
+    shape = _shape(image, socket, "an IMAGE")
     if len(shape) != 4 or 0 in shape:
         raise CascadeError(
             f"{socket} has the shape {shape}, but (batch, height, width, channels) was expected; connect an IMAGE."
@@ -51,9 +61,32 @@ def check_picture(image: Tensor, socket: str) -> None:
         raise CascadeError(f"{socket} holds NaN or infinity; make the picture anew.")
 
 
+def check_mask(mask: Tensor, socket: str) -> None:
+    """Raises CascadeError unless a MASK is (B, H, W), none of which is 0."""
+    shape = _shape(mask, socket, "a MASK")
+    if len(shape) < 2 or 0 in shape:
+        raise CascadeError(
+            f"{socket} has the shape {shape}, but (batch, height, width) was expected; connect a MASK."
+        )
+
+
+def latent_shape(latent: dict, socket: str) -> tuple[int, ...]:
+    """The shape of a LATENT's samples. Raises CascadeError where it is none."""
+    if not isinstance(latent, dict) or "samples" not in latent:
+        raise CascadeError(f"{socket} is {quoted(latent)}, but a LATENT is expected; connect one.")
+    return _shape(latent["samples"], socket, "a LATENT")
+
+
+def _shape(tensor: Any, socket: str, kind: str) -> tuple[int, ...]:
+    if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or kind == "a MASK"):
+        shown = f"a tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else quoted(tensor)
+        raise CascadeError(f"{socket} is {shown}, but {kind} is expected; connect one.")
+    return tuple(tensor.shape)
+
+
 def check_latent(latent: dict, network: NetworkDescription, socket: str, source: str) -> None:
     """Raises CascadeError unless a LATENT is (B, C, h, w), with the network's channels and one index for each row."""
-    shape = tuple(latent["samples"].shape)
+    shape = latent_shape(latent, socket)
     if len(shape) != 4 or shape[1] != network.channels or 0 in shape:
         raise CascadeError(
             f"{socket} has the shape {shape}, but {network.name} samples latents of {network.channels} "
@@ -80,11 +113,12 @@ def check_min_side(latent: dict, network: NetworkDescription) -> None:
 
 def check_conditioning(conditioning: list, network: NetworkDescription, socket: str) -> None:
     """Raises CascadeError unless every prompt's vectors have the network's widths."""
+    check_prompts(conditioning, socket)
     if not conditioning:
         raise CascadeError(f"{socket} holds no prompt; connect Cascade Text Encode.")
     for tokens, values in conditioning:
         pooled = values.get("pooled_output")
-        if pooled is None:
+        if not isinstance(pooled, Tensor):
             raise CascadeError(
                 f"{socket} has no pooled text vector, which {network.name} needs; connect Cascade Text "
                 "Encode with the "
@@ -94,6 +128,17 @@ def check_conditioning(conditioning: list, network: NetworkDescription, socket: 
         for prompt in values.get("unclip_conditioning") or []:
             widths["image"] = prompt["clip_vision_output"].image_embeds.shape[-1]
         _check_widths(widths, network, socket)
+
+
+def check_prompts(conditioning: list, socket: str) -> None:
+    """Raises CascadeError unless a CONDITIONING is a list of prompts, each its states (1, T, C) and a dictionary."""
+    prompts = conditioning if isinstance(conditioning, list) else [conditioning]
+    for prompt in prompts:
+        pair = prompt if isinstance(prompt, list | tuple) and len(prompt) == 2 else (prompt, None)
+        if not (isinstance(pair[0], Tensor) and isinstance(pair[1], dict)):
+            raise CascadeError(
+                f"{socket} holds {quoted(prompt)}, but a CONDITIONING is expected; connect Cascade Text Encode."
+            )
 
 
 WIDTH_WORDS = {

@@ -4,9 +4,16 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.headless.registry import describe
 from cascade_nodes.nodes.conditioning import CascadeImagePrompt, CascadeTextEncode
+from cascade_nodes.nodes.extension import NODES
 from cascade_nodes.nodes.latents import CascadeEmptyLatent
-from cascade_nodes.nodes.loaders import CascadeVisionLoader, StageBLoader, StageCLoader
+from cascade_nodes.nodes.loaders import (
+    CascadeCompressorLoader,
+    CascadeVisionLoader,
+    StageBLoader,
+    StageCLoader,
+)
 from cascade_nodes.nodes.sampling import CascadeDecoderSampler, CascadePriorSampler
 from cascade_nodes.tests.nodes.graph import DECODER, PRIOR, load
 
@@ -154,3 +161,62 @@ def test_precisions(tiny):
         StageBLoader.execute("tiny_stage_b.safetensors", "fp8")
     with pytest.raises(CascadeError, match="dtype 'int4' is not known"):
         StageBLoader.execute("tiny_stage_b.safetensors", "int4")
+
+
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+# What ComfyUI hands to a node where a graph gives a value in place of a connection, and what other nodes might.
+NOT_CONNECTED = [
+    0, 1.5, "x", True, {}, {"samples": 1}, {"samples": None}, {"samples": torch.zeros(3)}, [1], [[1]], [["a", {}]],
+    [[torch.zeros(2), 3]], "x" * 10**6, None, torch.zeros(0), torch.zeros(3),
+    torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
+]  # fmt: skip
+
+
+@pytest.fixture
+def connected(sockets, prompts):
+    """Values that a node takes, by its class, an input's name and its description."""
+    compressor = CascadeCompressorLoader.execute("tiny_compressor.safetensors", "tiny_previewer.safetensors")[
+        0
+    ]
+    semantic, latent = latents()
+    picture = torch.rand(1, 64, 64, 3)
+    values = {
+        "MODEL": sockets["stage_c"], "VAE": compressor, "CLIP": sockets["clip"], "CONDITIONING": prompts[0],
+        "CLIP_VISION": CascadeVisionLoader.execute("tiny_vision.safetensors")[0], "LATENT": semantic,
+        "IMAGE": picture, "MASK": torch.ones(1, 64, 64), "CONTROL_NET": object(),
+    }  # fmt: skip
+    own = {
+        ("CascadeDecoderSampler", "model"): sockets["stage_b"], ("CascadeDecoderSampler", "latent"): latent,
+        ("CascadeDecode", "vae"): sockets["stage_a"], ("CascadeDecode", "samples"): latent,
+        ("CascadeEncode", "stage_a"): sockets["stage_a"],
+    }  # fmt: skip
+
+    def value(cls, name, entry):
+        if entry.type in WIDGETS:
+            options = entry.options
+            return (
+                options["default"]
+                if options.get("default") is not None
+                else (options.get("options") or [1])[0]
+            )
+        return own.get((cls.__name__, name), values[entry.type])
+
+    return value
+
+
+@pytest.mark.parametrize("cls", NODES, ids=lambda cls: cls.__name__)
+def test_a_value_in_place_of_a_connection_is_a_sentence(cls, connected):
+    """ComfyUI lets it through to the node."""
+    inputs = describe(cls).inputs
+    good = {name: connected(cls, name, entry) for name, entry in inputs.items()}
+    for name, entry in inputs.items():
+        if entry.type in WIDGETS:
+            continue
+        for value in NOT_CONNECTED:
+            if (value is None and not entry.required) or (
+                isinstance(value, torch.Tensor) and entry.type == "MASK"
+            ):
+                continue
+            with pytest.raises(CascadeError) as error:
+                cls.execute(**{**good, name: value})
+            assert len(str(error.value)) < 500
