@@ -38,9 +38,10 @@ def temporary_file(folder: Path) -> Iterator[Path]:
 def replacing(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place at the end of the block.
 
-    An exception, also an interruption, leaves what was at `path` as it was. Raises OSError where that fails, and
-    FileExistsError for a file that may not be overwritten.
+    An exception, also an interruption, leaves what was at `path` as it was. Raises OSError where that fails, for what
+    is there and is not a file (a folder, /dev/null), and FileExistsError for a file that may not be overwritten.
     """
+    _check_kind(path)
     with temporary_file(path.parent) as temporary:
         yield temporary
         if overwrite:
@@ -110,9 +111,16 @@ def check_folder(folder: Path) -> None:
 
 def check_file(path: Path) -> None:
     """Raises OSError unless a file can be written at `path`, in place of one that is there; as `check_folder`."""
+    _check_kind(path)
+    _check_names(path.parent, path.name)
+
+
+def _check_kind(path: Path) -> None:
+    """Raises OSError for what is not to be replaced by a file: a folder, or a device, also over a link."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    _check_names(path.parent, path.name)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
 
 
 def output_file(text: str) -> Path:

@@ -157,6 +157,24 @@ def test_a_dangling_link_is_a_taken_name(links, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a_1", "a_2"]
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_not_a_file_is_not_replaced(linked, tmp_path):
+    """Root, who may, would leave the machine without /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, reason in {"pipe": "a pipe or a device", "folder": "Is a directory"}.items():
+        path = tmp_path / name
+        if linked:
+            (tmp_path / f"{name}_link").symlink_to(name)
+            path = tmp_path / f"{name}_link"
+        kind = path.lstat().st_mode
+        for attempt in (writing.check_file, lambda path: writing.write_file(path, NEW)):
+            with pytest.raises(OSError, match=reason):
+                attempt(path)
+        assert path.lstat().st_mode == kind
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_network_drive_that_answers_twice(tmp_path, monkeypatch):
     """The first answer is lost, and the repeated request finds the name taken: by itself."""
     link = os.link
