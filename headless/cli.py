@@ -163,7 +163,8 @@ def _close_output() -> None:
 
 def _complain(text: str) -> None:
     with suppress(OSError):  # the terminal was closed
-        print(escaped(text), file=sys.stderr, flush=True)
+        for line in text.splitlines():
+            print(escaped(line), file=sys.stderr, flush=True)
 
 
 def _run(options: argparse.Namespace) -> int:
