@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -36,14 +37,22 @@ def shades(folder: Path) -> list[int]:
     return sorted(found)
 
 
-def killed_after(seconds: float, work: Callable[[], None]) -> None:
+def killed(work: Callable[[], None], random: Random) -> None:
+    """A process does its work over and over, and is killed at some moment after the first time."""
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             work()
+            os.write(writer, b"!")
+            while True:
+                work()
         finally:
             os._exit(1)
-    time.sleep(seconds)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as ready:
+        assert ready.read(1) == b"!"
+    time.sleep(random.random() * 0.1)
     os.kill(pid, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
@@ -55,16 +64,12 @@ def test_a_kill_while_pictures_are_saved(links, kills, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "link", no_links)
     random = Random(kills)
 
-    def save_on() -> None:
-        while True:
-            save_picture(tmp_path, 1)
-
     def save_two(_: int) -> None:
         for _ in range(2):
             save_picture(tmp_path, 2)
 
     for kill in range(1, kills + 1):
-        killed_after(0.005 + random.random() * 0.1, save_on)
+        killed(partial(save_picture, tmp_path, 1), random)
         assert in_processes(2, save_two) == [0, 0]
         assert shades(tmp_path).count(2) == 4 * kill
     assert set(shades(tmp_path)) == {1, 2}
@@ -82,14 +87,12 @@ def test_a_kill_while_a_lora_is_converted(kills, tmp_path):
     target = tmp_path / "made" / "out.safetensors"
     random = Random(kills)
 
-    def convert_on() -> None:
-        while True:
-            for dialect in expected:
-                convert_lora(tmp_path / "in.safetensors", target, dialect, force=True)
+    def convert() -> None:
+        for dialect in expected:
+            convert_lora(tmp_path / "in.safetensors", target, dialect, force=True)
 
-    killed_after(0.5, convert_on)
     for _ in range(kills):
-        killed_after(0.005 + random.random() * 0.1, convert_on)
+        killed(convert, random)
         assert target.read_bytes() in expected.values()
     check_left_over(target.parent)
 
