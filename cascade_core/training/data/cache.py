@@ -6,6 +6,7 @@ their keys; a key is the digest of what the row was made from, so that a row of 
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.files import read_safetensors, write_safetensors
 from ...errors import CascadeError
+from ...writing import check_folder
 
 Key = bytes
 KEY_BYTES = 16
@@ -40,6 +42,10 @@ class Cache:
         self.folder = Path(folder).expanduser() / fingerprint if folder is not None else None
         self.rows: dict[Key, Tensor] = {}
         if self.folder is not None and self.folder.is_dir():
+            with suppress(OSError):
+                check_folder(
+                    self.folder
+                )  # removes what killed runs left; whether it can be written to, `add` says
             for path in sorted(self.folder.glob("*.safetensors")):
                 self._read(path)
 

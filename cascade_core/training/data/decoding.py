@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from ...errors import CascadeError
+from ...errors import CascadeError, printable
 from .bucketing import BucketedPicture
 from .pictures import PictureError
 from .threads import thread_pool
@@ -56,8 +56,8 @@ class PictureDecoder:
             image = self.pending[picture].result()
         except PictureError as error:
             raise CascadeError(
-                f"The picture {picture.picture.name} could be read as its latent was made, but no longer ({error}); "
-                "put it back, or start again without it."
+                f"The picture {printable(picture.picture.name)} could be read as its latent was made, but no longer "
+                f"({error.reason}); put it back, or start again without it."
             ) from None
         if image.nbytes <= self.free_bytes:
             self.free_bytes -= image.nbytes

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import CascadeError
+from ...errors import CascadeError, printable
 from ...vision import ImageEncoder, preprocess_images
 from .cache import Cache, Key, fingerprint, key_of
 from .pictures import PictureError, PictureFile, TrainingPicture, read_whole
@@ -49,7 +49,7 @@ class ImagePrompts:
             picture: next((p for p in picture.image_prompts if p in damaged), None) for picture in pictures
         }
         return {
-            picture: f"its image prompt {prompt.name}: {damaged[prompt]}"
+            picture: f"its image prompt {printable(prompt.name)}: {damaged[prompt]}"
             for picture, prompt in bad.items()
             if prompt is not None
         }
@@ -59,8 +59,8 @@ class ImagePrompts:
         encoder = self.encoder
         if encoder is None:
             raise CascadeError(
-                f"The image prompt {prompts[0].name} was not encoded before the image encoder was let go; give all "
-                "pictures to `fill`."
+                f"The image prompt {printable(prompts[0].name)} was not encoded before the image encoder was let go; "
+                "give all pictures to `fill`."
             )
         side = encoder.image_size
 
