@@ -110,10 +110,10 @@ def embedding_in(folders: Iterable[Path], name: str) -> Path | None:
     """The embedding of that name, with or without its ending, in the folders or in folders within."""
     if leaves_folder(name):
         return None
-    endings = tuple(f"/{name}{suffix}" for suffix in ("", *SUFFIXES))
     for folder in folders:
         for listed in names_in(folder, "embedding"):
-            if f"/{listed}".endswith(endings):
+            stem, _, _ = listed.rpartition(".")  # the ending in any case
+            if f"/{listed}".endswith(f"/{name}") or f"/{stem}".endswith(f"/{name}"):
                 return folder / listed
     return None
 

@@ -243,7 +243,8 @@ def _fetch(options: argparse.Namespace) -> int:
     if not names:
         _complain("Nothing is missing; `cascade models` lists what is found where.")
         return 0
-    _complain(notice(names))
+    for line in notice(names).splitlines():
+        _complain(line)
     progress = TransferProgress()
     try:
         fetch(names, root, options.endpoint, progress)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..cascade_core.errors import CascadeError
 from .catalogue import FILES, PublishedFile, in_words
@@ -31,6 +31,7 @@ except ImportError:  # Windows: nothing keeps two fetches of one file apart ther
     fcntl = None
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MOST_LARGER = 1.05  # than the catalogue's sizes, which are rounded
 _RESUMABLE = "what has arrived is kept, and the same command goes on from there"
 
 
@@ -50,11 +51,29 @@ def fetch(names: Iterable[str], root: Path, endpoint: str | None, progress: Tran
     Raises CascadeError at the first file that is not available; those before it stay.
     """
     files = [FILES[name] for name in dict.fromkeys(names)]
+    if len(files) > 1:
+        _check_room(files, root, endpoint)
     paths = []
     for index, file in enumerate(files, start=1):
         progress.node_started(index, len(files), file.name)
         paths.append(_fetch_file(file, root, endpoint, progress))
     return paths
+
+
+def _check_room(files: Iterable[PublishedFile], root: Path, endpoint: str | None) -> None:
+    """Raises CascadeError, before the first file comes, unless the disk has room for all that are still to come."""
+    missing = [file for file in files if not os.path.lexists(target_path(file, root))]
+    remaining = 0
+    for file in missing:
+        arrived = max((part.stat().st_size for part in partial_files(target_path(file, root))), default=0)
+        remaining += max(_look_up(file, endpoint).size - arrived, 0)
+    place = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if remaining > free:
+        raise CascadeError(
+            f"{root} has {in_words(free)} free, but {in_words(remaining)} are still to come in {len(missing)} files; "
+            "free some space, fetch fewer, or choose another folder (--to)."
+        )
 
 
 def target_path(file: PublishedFile, root: Path) -> Path:
@@ -83,6 +102,7 @@ def _fetch_file(file: PublishedFile, root: Path, endpoint: str | None, progress:
         stream.lock()
         try:
             stream.begin()
+            _check_size(file, remote)
             _transfer(file, remote, stream)
             progress.status(f"{progress.head}  verifying")
             _verify(partial, file, remote)
@@ -96,8 +116,12 @@ def _fetch_file(file: PublishedFile, root: Path, endpoint: str | None, progress:
     return target
 
 
+class _Complete(Exception):  # noqa: N818 (not an error)
+    """All the bytes that were stated have arrived; whatever else a server sends is not waited for."""
+
+
 class _PartialFile(io.FileIO):
-    """Part file that is appended to and reports its size after each write."""
+    """Part file that is appended to up to a size and reports its own after each write; then raises _Complete."""
 
     def __init__(self, path: Path, arrived: Callable[[int, int], None], size: int):
         super().__init__(path, "ab")
@@ -105,16 +129,21 @@ class _PartialFile(io.FileIO):
 
     def lock(self) -> None:
         """Locks the file against another fetch until it is closed."""
-        if fcntl is None:
-            return
         try:
-            fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # False where another fetch has just finished and moved the file.
-            is_same_file = os.path.samestat(os.fstat(self.fileno()), self.path.stat())
+            if fcntl is not None:
+                fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks
+                self._refuse()
+        try:
+            moved = not os.path.samestat(os.fstat(self.fileno()), self.path.stat())
         except OSError:
-            is_same_file = False
-        if not is_same_file:
-            raise CascadeError(f"{self.path} is being fetched by another process; wait until it is done.")
+            moved = True
+        if moved:  # another fetch has just finished
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise CascadeError(f"{self.path} is being fetched by another process; wait until it is done.")
 
     def begin(self) -> None:
         """Checks that the disk has room for the remaining bytes; a part that is too long starts anew."""
@@ -131,10 +160,12 @@ class _PartialFile(io.FileIO):
 
     def write(self, data: Any, /) -> int:
         with _writing(self.path, _RESUMABLE):
-            unwritten = memoryview(data)
+            unwritten = memoryview(data)[: self.size - self.tell()]
             while unwritten:
                 unwritten = unwritten[super().write(unwritten) :]
         self.arrived(self.tell(), self.size)
+        if self.tell() >= self.size:
+            raise _Complete
         return len(data)
 
 
@@ -169,6 +200,8 @@ def _transfer(file: PublishedFile, remote: RemoteFile, stream: _PartialFile) -> 
                 headers = build_hf_headers(**_caller())
                 http_get(remote.url, stream, resume_size=arrived, headers=headers)  # type: ignore[arg-type]
                 return
+            except _Complete:
+                return
             except (CascadeError, HfHubHTTPError):
                 raise
             except Exception:  # the connection ended
@@ -196,6 +229,15 @@ def _caller() -> dict[str, Any]:
         return {"library_name": "cascade-nodes", "library_version": version("cascade-nodes")}
     except PackageNotFoundError:  # inside ComfyUI the pack is a folder
         return {"library_name": "cascade-nodes", "library_version": "unknown"}
+
+
+def _check_size(file: PublishedFile, remote: RemoteFile) -> None:
+    """Raises CascadeError where a hub states much more than the published file has."""
+    if remote.size > MOST_LARGER * file.size:
+        raise CascadeError(
+            f"{remote.url} is said to have {in_words(remote.size)}, but the published {file.name} has "
+            f"{in_words(file.size)}; give the address of the hub or of a whole mirror (--endpoint, HF_ENDPOINT)."
+        )
 
 
 def _check_same(target: Path, file: PublishedFile, remote: RemoteFile) -> None:

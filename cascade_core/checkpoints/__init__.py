@@ -1,7 +1,7 @@
 """Checkpoint files: what they hold, how their names map to ours, and how they are read and written."""
 
 from .attention import fuse_attention, split_attention
-from .files import check_writable, read_header, read_json, read_safetensors, write_safetensors
+from .files import check_writable, read_header, read_json, read_safetensors, read_text, write_safetensors
 from .layouts import LAYOUTS, Layout, parts_in
 from .load import (
     KIND_NAMES,
@@ -43,6 +43,7 @@ __all__ = [
     "read_header",
     "read_json",
     "read_safetensors",
+    "read_text",
     "read_weights",
     "split_attention",
     "write_safetensors",

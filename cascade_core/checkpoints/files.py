@@ -54,7 +54,23 @@ _FOREIGN = (
         "is Git LFS's pointer in place of the file; run `git lfs pull`, or download the file itself",
     ),
     ((b"<!DOCTYPE", b"<!doctype", b"<html"), "is a web page in place of the file; download the file again"),
+    (
+        (b"GGUF",),
+        "is a GGUF file, whose quantised weights are not read; choose the network's safetensors file",
+    ),
+    ((b"{",), "is a JSON file; choose the safetensors file that it belongs to"),
+    (
+        (b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
+        "is an archive; unpack it, and choose the safetensors file in it",
+    ),
+    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"), "is a picture; choose the network's safetensors file"),
 )
+# The same by names, where the first bytes say nothing.
+_FOREIGN_SUFFIXES = {
+    ".onnx": "is an ONNX file, which is not read; choose the network's safetensors file",
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".pkl"), _FOREIGN[0][1]),
+    ".gguf": _FOREIGN[3][1],
+}
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -87,22 +103,35 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
     Raises CascadeError where there is none, or one of more than MAX_HEADER bytes.
     """
+    text = read_text(path)
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise CascadeError(f"{path} is not JSON with a table of names and values; download it again.")
+    return table
+
+
+def read_text(path: str | Path) -> str:
+    """The text that lies beside weights, such as a vocabulary.
+
+    Raises CascadeError for more than MAX_HEADER bytes, for what is not a file, and for bytes that are not UTF-8.
+    """
     try:
         with open_regular(path) as file:
             text = file.read(MAX_HEADER + 1)
-        table = json.loads(text) if len(text) <= MAX_HEADER else None
     except OSError as error:
         reason = error.strerror or error
         raise CascadeError(
             f"{path} cannot be read ({reason}); make it readable, or download it again."
         ) from None
-    except (ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict):
-        raise CascadeError(
-            f"{path} is not JSON with a table of names and values, of at most {MAX_HEADER} bytes; download it again."
-        )
-    return table
+    if len(text) > MAX_HEADER:
+        raise CascadeError(f"{path} has more than the {MAX_HEADER} bytes that are read; download it again.")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        raise CascadeError(f"{path} is not text in UTF-8; download it again.") from None
 
 
 class Header(NamedTuple):
@@ -167,6 +196,8 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
         for beginnings, complaint in _FOREIGN:
             if start.startswith(beginnings):
                 raise CascadeError(f"{path} {complaint}.")
+        if start and path.suffix.lower() in _FOREIGN_SUFFIXES:
+            raise CascadeError(f"{path} {_FOREIGN_SUFFIXES[path.suffix.lower()]}.")
         if len(start) < 9:
             raise CascadeError(f"{path} holds {size} bytes, which is no safetensors file; download it again.")
         raise CascadeError(

@@ -1,6 +1,7 @@
 """Reads the tensors of one network from a file of any layout, from shards, or from a folder of diffusers."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError, printable
+from ..errors import CascadeError, printable, quoted
 from .files import FLOATING, read_header, read_json, read_safetensors
 from .layouts import parts_in
 
@@ -22,6 +23,7 @@ SUBFOLDERS = {
 }
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _INDEX = ".safetensors.index.json"
+MOST_SHARDS = 1000
 _WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
 # What a config.json beside diffusers' weights states that their shapes do not tell: its names, and the published ones.
 _UNET_CONFIG = {
@@ -62,7 +64,7 @@ def in_model_folder(path: str | Path) -> bool:
     A file of any other name may be in a folder of many models.
     """
     path = Path(path)
-    return path.is_dir() or path.name.startswith(_WEIGHT_NAMES)
+    return os.path.isdir(path) or path.name.startswith(_WEIGHT_NAMES)
 
 
 def _config_beside(weights: Path, part: str) -> dict[str, str]:
@@ -80,7 +82,7 @@ def _config_beside(weights: Path, part: str) -> dict[str, str]:
 def networks_in(path: str | Path) -> set[str]:
     """The parts that a file or a folder of diffusers holds."""
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return set(parts_in(read_tensors(path)[0]))
     return {
         part for part in SUBFOLDERS if (located := locate(path, part)).is_file() and _holds(located, part)
@@ -98,7 +100,7 @@ def locate(path: str | Path, part: str) -> Path:
     is returned unchanged.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         return path
     for folder in (*(path / name for name in SUBFOLDERS.get(part, ())), path):
         if folder.is_dir():
@@ -135,32 +137,36 @@ def _index_of(path: Path) -> Path | None:
     if path.name.endswith(_INDEX):
         return path
     beside = path.with_name(_SHARD.sub(_INDEX, path.name))
-    return beside if beside != path and beside.is_file() else None
+    return beside if beside != path and os.path.isfile(beside) else None
 
 
 def _read_shards(index: Path, read: Callable[[Path], tuple]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(file) for file in places.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise CascadeError(
             f"{index} is no index of a sharded checkpoint (expected JSON with a weight_map); download it again."
-        ) from None
+        )
+    files = set(places.values())
+    if len(files) > MOST_SHARDS:
+        raise CascadeError(
+            f"{index} names {len(files)} shards, but {MOST_SHARDS} at most are read; download it again."
+        )
     shards = {}
     for file in sorted(files):
-        if Path(file).name != file:
+        if Path(file).name != file or not file.isprintable():
             raise CascadeError(
-                f"{index} names the shard {file!r}, which is not beside it; download it again."
+                f"{index} names the shard {quoted(file)}, which is not beside it; download it again."
             )
-        if not (index.parent / file).is_file():
+        if not os.path.isfile(index.parent / file):
             raise CascadeError(
-                f"{index} names {file}, which is missing: {len(files)} shards belong together; download it too."
+                f"{index} names {printable(file)}, which is missing: {len(files)} shards belong together; download it "
+                "too."
             )
         shards[file] = read(index.parent / file)[0]
     absent = [name for name, file in places.items() if name not in shards[file]]
     if absent:
         raise CascadeError(
-            f"{places[absent[0]]} lacks {absent[0]}, which {index.name} says it holds; download it again."
+            f"{places[absent[0]]} lacks {printable(absent[0])}, which {index.name} says it holds; download it again."
         )
     return {name: shards[file][name] for name, file in places.items()}, {}
 

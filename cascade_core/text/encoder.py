@@ -100,9 +100,10 @@ class TextEncoder:
 
     def __init__(self, model: CLIPTextModelWithProjection, tokenizer: Tokenizer):
         vocabulary, positions = model.config.vocab_size, model.config.max_position_embeddings
-        if len(tokenizer) > vocabulary:
+        count = max(len(tokenizer), *(number + 1 for number in tokenizer.backend.get_vocab().values()))
+        if count > vocabulary:
             raise CascadeError(
-                f"The tokenizer has {len(tokenizer)} tokens but the text encoder embeds {vocabulary}; "
+                f"The tokenizer has {count} tokens but the text encoder embeds {vocabulary}; "
                 "use the tokenizer files that came with this text encoder."
             )
         if tokenizer.length > positions:

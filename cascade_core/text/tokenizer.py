@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable
 from .prompt_weights import parse_weights
 from .vocabulary import (
     END,
@@ -20,6 +20,7 @@ from .vocabulary import (
     build_small_vocabulary,
     bundled_vocabulary,
     byte_pair_backend,
+    read_tokenizer,
     read_vocabulary,
     save_vocabulary,
 )
@@ -59,7 +60,7 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises plain Exception
             raise CascadeError(
-                f"The tokenizer's merges do not fit its vocabulary ({error}); expected vocab.json and "
+                f"The tokenizer's merges do not fit its vocabulary ({printable(str(error))}); expected vocab.json and "
                 "merges.txt of the same model. Copy both again."
             ) from error
 
@@ -71,7 +72,7 @@ class Tokenizer:
         if vocabulary.is_file() and merges.is_file():
             return cls.from_vocabulary(*read_vocabulary(vocabulary, merges))
         if whole.is_file():
-            return cls(_read_backend(whole))
+            return cls.from_vocabulary(*read_tokenizer(whole))
         raise CascadeError(
             f"{folder} holds no tokenizer; expected vocab.json and merges.txt, or tokenizer.json. "
             "Copy them from where the text encoder came from."
@@ -154,17 +155,3 @@ def _special_token(backend: tokenizers.Tokenizer, name: str) -> int:
             f"The tokenizer lacks {name}; expected a CLIP vocabulary, which has {START} and {END}."
         )
     return token
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise CascadeError(
-            f"{path} is no tokenizer ({error}); copy it again from where the text encoder came from."
-        ) from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import CascadeError
+from ..checkpoints import read_json, read_text
+from ..errors import CascadeError, printable
 from ..writing import write_file
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+MOST_TOKENS = 10**7
 MERGES_HEADER = "#version: 0.2"
 # What CLIP takes for one word: the special tokens, English endings, letters, one digit, or punctuation.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -83,16 +85,47 @@ def save_vocabulary(folder: str | Path, vocabulary: dict[str, int], merges: Merg
 def read_vocabulary(vocabulary: Path, merges: Path) -> tuple[dict[str, int], Merges]:
     """Read `vocab.json` and `merges.txt`. Raises CascadeError where either is not what its name says."""
     try:
-        tokens = json.loads(vocabulary.read_text(encoding="utf-8"))
-        pairs = _parse_merges(merges.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON, UTF-8, or a merge of other than two tokens
+        tokens = read_json(vocabulary)
+        pairs = _parse_merges(read_text(merges))
+    except CascadeError:
+        raise
+    except ValueError as error:  # a merge of other than two tokens
         raise CascadeError(
-            f"{vocabulary} and {merges.name} are not a CLIP vocabulary ({error}); copy both again from where "
-            "the text encoder came from."
+            f"{vocabulary} and {merges.name} are not a CLIP vocabulary ({printable(str(error))}); copy both again from "
+            "where the text encoder came from."
         ) from error
-    if not isinstance(tokens, dict):
-        raise CascadeError(f"{vocabulary} holds no table of tokens; copy it again from where it came from.")
+    _check_numbers(tokens, vocabulary)
     return tokens, pairs
+
+
+def read_tokenizer(path: Path) -> tuple[dict[str, int], Merges]:
+    """The vocabulary and the merges of a `tokenizer.json`, whose regular expressions are CLIP's and not run from there.
+
+    Raises CascadeError for a tokenizer of another kind.
+    """
+    content = read_json(path)
+    try:
+        tokens, merges = content["model"]["vocab"], content["model"]["merges"]
+        pairs = [(left, right) for left, right in (m.split(" ") if isinstance(m, str) else m for m in merges)]
+        added = {entry["content"] for entry in content.get("added_tokens") or ()}
+        whole = tokens.keys() >= added and all(isinstance(part, str) for pair in pairs for part in pair)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        tokens, pairs, whole = {}, [], False
+    if not whole:
+        raise CascadeError(
+            f"{path} is no tokenizer of CLIP's kind (expected a model with vocab and merges, and no added tokens); "
+            "copy it again from where the text encoder came from."
+        )
+    _check_numbers(tokens, path)
+    return tokens, pairs
+
+
+def _check_numbers(tokens: Mapping[str, Any], path: Path) -> None:
+    if not all(type(number) is int and 0 <= number < MOST_TOKENS for number in tokens.values()):
+        raise CascadeError(
+            f"{path} does not number its tokens by whole numbers from 0 on; copy it again from where the text encoder "
+            "came from."
+        )
 
 
 def byte_pair_backend(vocabulary: dict[str, int], merges: Merges) -> tokenizers.Tokenizer:

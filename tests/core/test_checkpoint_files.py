@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 from random import Random
@@ -13,7 +14,13 @@ import torch
 from safetensors.torch import save
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
+from cascade_nodes.cascade_core.checkpoints import (
+    load_model,
+    read_header,
+    read_safetensors,
+    read_weights,
+    write_safetensors,
+)
 from cascade_nodes.tests.obstacles import files_limited_to, in_processes, permissions_respected
 
 DAMAGED = "is a damaged safetensors file ("  # and what the parser says, in words of its version
@@ -45,6 +52,13 @@ BAD_FILES = {
     "web page": (b"<!DOCTYPE html><html>", "is a web page in place of the file; download the file again."),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "is Git LFS's pointer in place of the file"),
     "zip": (b"PK\x03\x04" + bytes(90), "is a pickle (.ckpt, .pt), which can run code when opened"),
+    "gguf": (
+        b"GGUF\x03\0\0\0" + bytes(90),
+        "is a GGUF file, whose quantised weights are not read; choose the",
+    ),
+    "json": (b'{"weight_map": {}}', "is a JSON file; choose the safetensors file that it belongs to."),
+    "gzip": (b"\x1f\x8b\x08" + bytes(90), "is an archive; unpack it, and choose the safetensors file in it."),
+    "picture": (b"\x89PNG\r\n" + bytes(90), "is a picture; choose the network's safetensors file."),
     **{
         f"pickle {protocol}": (pickle.dumps(Bomb(), protocol), "is a pickle (.ckpt, .pt), which can run code")
         for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1)
@@ -122,6 +136,32 @@ def test_what_torch_saves_is_a_pickle(tmp_path):
     for name, zipped in (("new", True), ("old", False)):
         torch.save({"a": torch.zeros(3)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
         assert "only safetensors files are loaded; convert it" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.ONNX", "x.pt", "x.CKPT", "x.bin", "x.pth", "x.gguf"])
+def test_what_only_the_name_tells(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\x08\x07\x12\x07pytorch" + bytes(90))
+    sentence = refusal(tmp_path / name)
+    assert re.search("is an ONNX file, which|is a pickle|is a GGUF file", sentence)
+    assert "safetensors" in sentence
+    (tmp_path / name).write_bytes(packed(entry()))  # a safetensors file by any name is one
+    assert read_safetensors(tmp_path / name)[0]["a"].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "read", [read_safetensors, read_header, lambda path: read_weights(path, "stage_c"), load_model]
+)
+def test_what_no_reader_opens(read, tmp_path):
+    """Nothing waits for a pipe, reads a device to its end or follows a name that no file has."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    for path in ("pipe.safetensors", "folder.safetensors", "loop.safetensors", "a\0b", "x" * 5000, "\ud800"):
+        with pytest.raises(CascadeError, match=r"\.$"):
+            read(tmp_path / path)
+    for device in ("/dev/zero", "/dev/null"):
+        with pytest.raises(CascadeError, match="is no ordinary file"):
+            read(Path(device))
 
 
 def test_what_is_no_file(tmp_path):

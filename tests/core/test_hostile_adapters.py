@@ -96,7 +96,7 @@ def test_a_stated_alpha_is_a_number(alpha, peft_file):
 )
 def test_a_configuration_that_is_none(text, peft_file):
     peft_file.with_name("adapter_config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(CascadeError, match=r"adapter_config.json is not JSON with a table"):
+    with pytest.raises(CascadeError, match=r"adapter_config.json is not (JSON with a table|text in UTF-8)"):
         read_adapter(peft_file)
 
 
@@ -104,7 +104,10 @@ def test_a_configuration_as_large_as_a_disk_or_a_pipe(peft_file):
     config = peft_file.with_name("adapter_config.json")
     with config.open("wb") as file:
         file.truncate(10**12)
-    with memory_limited_to(300_000_000), pytest.raises(CascadeError, match="of at most 25000000 bytes"):
+    with (
+        memory_limited_to(300_000_000),
+        pytest.raises(CascadeError, match="has more than the 25000000 bytes"),
+    ):
         read_adapter(peft_file)
     config.unlink()
     os.mkfifo(config)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,11 @@ def rewrite(index, change):
     index.write_text(json.dumps(content), encoding="utf-8")
 
 
+def pipe_in_place_of(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -226,7 +232,36 @@ def rewrite(index, change):
         ),
         (
             lambda folder: (folder / "x.safetensors.index.json").write_text("{", encoding="utf-8"),
+            "is not JSON with a table",
+        ),
+        (
+            lambda folder: (folder / "x.safetensors.index.json").write_text('{"weight_map": {"a": 5}}'),
             "is no index of a sharded checkpoint",
+        ),
+        (
+            lambda folder: rewrite(
+                folder / "x.safetensors.index.json",
+                lambda places: places.update({f"a{i}": f"{i}.safetensors" for i in range(2000)}),
+            ),
+            "names 2003 shards, but 1000 at most are read",
+        ),
+        (
+            lambda folder: rewrite(
+                folder / "x.safetensors.index.json", lambda places: places.update(a="\x1b[2J.safetensors")
+            ),
+            r"names the shard '.x1b\[2J.safetensors', which is not beside it",
+        ),
+        (
+            lambda folder: os.truncate(folder / "x.safetensors.index.json", 10**9),
+            "has more than the 25000000 bytes that are read",
+        ),
+        (
+            lambda folder: pipe_in_place_of(folder / "x.safetensors.index.json"),
+            "cannot be read|x-0000",
+        ),
+        (
+            lambda folder: pipe_in_place_of(folder / "x-00002-of-00003.safetensors"),
+            "names x-00002-of-00003.safetensors, which is missing",
         ),
     ],
 )

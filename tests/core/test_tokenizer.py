@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -184,16 +185,56 @@ def test_tokenizer_json_is_read_without_its_padding(small, tmp_path):
     ("files", "message"),
     [
         ({}, "holds no tokenizer; expected vocab.json and merges.txt"),
-        ({"vocab.json": "{", "merges.txt": ""}, "vocab.json and merges.txt are not a CLIP vocabulary"),
-        ({"vocab.json": "[]", "merges.txt": ""}, "holds no table of tokens"),
+        ({"vocab.json": "{", "merges.txt": ""}, "vocab.json is not JSON with a table"),
+        ({"vocab.json": "[]", "merges.txt": ""}, "is not JSON with a table"),
         ({"vocab.json": "{}", "merges.txt": "a b c"}, "are not a CLIP vocabulary"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "b c"}, "merges do not fit its vocabulary"),
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, r"lacks <\|startoftext\|>"),
         ({"tokenizer.json": "{}"}, "tokenizer.json is no tokenizer"),
+        (
+            {"tokenizer.json": '{"model": {"vocab": {"a": 0}, "merges": [5]}}'},
+            "tokenizer.json is no tokenizer",
+        ),
+        (
+            {
+                "tokenizer.json": '{"model": {"vocab": {"a": 0}, "merges": []}, "added_tokens": [{"content": "b"}]}'
+            },
+            "and no added tokens",
+        ),
+        ({"vocab.json": '{"a": -1}', "merges.txt": ""}, "does not number its tokens by whole numbers"),
+        ({"vocab.json": '{"a": 1e99}', "merges.txt": ""}, "does not number its tokens by whole numbers"),
+        ({"vocab.json": '{"a": 99999999}', "merges.txt": ""}, "does not number its tokens by whole numbers"),
     ],
 )
 def test_broken_tokenizer_files(files, message, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(CascadeError, match=message):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_patterns_of_a_tokenizer_json_are_not_run(small, tmp_path):
+    """The file's own normaliser and splitter would run for years: only its vocabulary and merges are taken."""
+    small.backend.save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    years = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed", "invert": False}
+    content["pre_tokenizer"] = years
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    read = Tokenizer.from_folder(tmp_path)
+    text = "a red star " + "a" * 40 + "b"
+    assert read.tokens(text) == small.tokens(text)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
+def test_texts_that_never_end(name, tmp_path):
+    if name != "tokenizer.json":
+        (tmp_path / "vocab.json").write_text("{}")
+        (tmp_path / "merges.txt").write_text("")
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(CascadeError, match="has more than the 25000000 bytes that are read"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CascadeError, match="holds no tokenizer"):
         Tokenizer.from_folder(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -48,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
             "X-Linked-Etag": f'"{sha256}"',
             "X-Xet-Hash": sha256,
             "Link": f'<{self.server.url}/xet-auth>; rel="xet-auth"',
-            "Location": f"http://localhost:{self.server.server_port}/storage/{sha256}",
+            "Location": self.server.location
+            or f"http://localhost:{self.server.server_port}/storage/{sha256}",
         }
         self.end(
             302, {name: value for name, value in headers.items() if name not in self.server.silent_about}
@@ -59,12 +61,22 @@ class Handler(BaseHTTPRequestHandler):
         if hub.knows_range and (byte_range := self.headers.get("Range")):
             start, status = int(byte_range.removeprefix("bytes=").rstrip("-")), 206
         remaining = content[start:]
+        if hub.storage_status is not None:
+            status = hub.storage_status
         self.send_response(status)
-        self.send_header("Content-Length", str(len(remaining)))
+        if hub.endless is None:
+            self.send_header("Content-Length", str(len(remaining)))
         if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            total = len(content) if hub.stated_range is None else hub.stated_range
+            self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
         self.end_headers()
-        if hub.cuts:
+        if hub.endless is not None:
+            with suppress(OSError):  # until the client goes away
+                self.wfile.write(remaining)
+                while not hub.released.is_set():
+                    self.wfile.write(hub.endless)
+            self.close_connection = True
+        elif hub.cuts:
             self.wfile.write(remaining[: hub.cuts.pop(0)])
             if hub.after_cut is not None:
                 hub.refusal, hub.after_cut = hub.after_cut, None
@@ -98,6 +110,10 @@ class Hub(ThreadingHTTPServer):
     knows_range   whether transfers may begin in the middle
     silent_about  headers that are left out
     stated_size   what every file is said to have, instead of its own
+    stated_range  the end that Content-Range states, instead of the file's own
+    endless       what is sent for ever after a file, without a Content-Length
+    storage_status the status of every transfer, instead of the right one
+    location      where the bytes are said to be, instead of the storage
     """
 
     daemon_threads = True
@@ -114,6 +130,10 @@ class Hub(ThreadingHTTPServer):
         self.knows_range = True
         self.silent_about: set[str] = set()
         self.stated_size: int | None = None
+        self.stated_range: int | None = None
+        self.endless: bytes | None = None
+        self.storage_status: int | None = None
+        self.location: str | None = None
         self.cut, self.released = threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 

@@ -210,14 +210,12 @@ def test_a_damaged_part_is_refused_and_removed(hub, target, capsys):
     assert target.read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("size", [5, len(CONTENT) + 5])
-def test_a_file_of_another_size_is_refused(hub, target, capsys, size):
-    hub.storage[SHA256] = (CONTENT + CONTENT)[:size]
+@pytest.mark.parametrize("content", [CONTENT[:5], CONTENT[1:], b"x" + CONTENT], ids=["cut", "late", "longer"])
+def test_a_file_of_another_size_is_refused(hub, target, capsys, content):
+    hub.storage[SHA256] = content
     error_text = failing(hub, capsys)
-    assert (
-        f" of {size} bytes, but the hub states {SHA256[:16]}… of {len(CONTENT)}) and was removed"
-        in error_text
-    )
+    size = min(len(content), len(CONTENT))  # no more than that is taken
+    assert f" of {size} bytes, but the hub states {SHA256[:16]}… of {len(CONTENT)}) and was rem" in error_text
     assert left(target) == []
 
 
@@ -422,3 +420,92 @@ def test_folders_are_those_that_loaders_look_in():
     targets = [fetching.target_path(file, fetching.Path()) for file in FILES.values()]
     assert len(set(targets)) == len(FILES)
     assert not any(target.name == "model.safetensors" for target in targets)
+
+
+def test_more_than_is_stated_is_not_waited_for(hub, target):
+    """A server that sends for ever, and states no length: the file is whole, and what follows is not read."""
+    hub.endless = b"more" * 2**20
+    assert fetch(hub) == 0
+    assert target.read_bytes() == CONTENT
+
+
+def test_bytes_for_ever_in_place_of_the_file(hub, target, capsys):
+    hub.storage[SHA256], hub.endless = b"", b"\0" * CHUNK
+    assert "stage_a arrived damaged (sha256 " in failing(hub, capsys)
+    assert left(target) == []
+
+
+def test_far_more_than_was_published_is_not_begun(hub, target, capsys):
+    hub.stated_size = 10**8
+    assert failing(hub, capsys) == (
+        f"{hub.url}/{REPO}/resolve/{COMMIT}/stage_a.safetensors is said to have 100 MB, but the published stage_a has "
+        "73.7 MB; give the address of the hub or of a whole mirror (--endpoint, HF_ENDPOINT)."
+    )
+    assert hub.ranges() == []
+    assert left(target) == []
+
+
+def test_room_for_all_files_is_asked_for_before_the_first(hub, target, capsys):
+    hub.stated_size = 10**18
+    error_text = failing(hub, capsys, "previewer", "stage_a")
+    assert error_text.startswith("models has ")
+    assert error_text.endswith(
+        " free, but 2000000000 GB are still to come in 2 files; free some space, fetch fewer, or choose another folder "
+        "(--to)."
+    )
+    assert hub.ranges() == []
+    assert left(target) == []
+
+
+@pytest.mark.parametrize(
+    "location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://x", "http://", "//", "\x7f"]
+)
+def test_bytes_from_an_address_of_another_kind(hub, target, capsys, location):
+    hub.location = location
+    error_text = failing(hub, capsys)
+    assert error_text.startswith("stage_a did not come from ") or "The hub" in error_text
+    assert error_text.isprintable()
+    assert left(target) == []
+
+
+def test_redirects_for_ever(hub, target, capsys):
+    hub.location = f"{hub.url}/{REPO}/resolve/{COMMIT}/stage_a.safetensors"
+    assert failing(hub, capsys).startswith("stage_a did not come from ")
+    assert left(target) == []
+
+
+def test_a_range_that_is_another(hub, target, capsys):
+    """The server says that it sends the rest, of another whole, and begins elsewhere."""
+    cut_short(hub, capsys)
+    hub.stated_range, hub.storage[SHA256] = 7, b"other" + CONTENT
+    assert "stage_a arrived damaged" in failing(hub, capsys)
+    assert left(target) == []
+
+
+@pytest.mark.parametrize("status", [416, 500, 404, 206])
+def test_bytes_with_another_status(hub, target, capsys, status):
+    cut_short(hub, capsys)
+    hub.storage_status = status
+    before = left(target)
+    if status == 206:
+        assert fetch(hub) == 0
+        return
+    error_text = failing(hub, capsys)
+    assert error_text.endswith("what has arrived is kept, and the same command goes on from there.")
+    assert left(target) == before
+    hub.storage_status = None
+    assert fetch(hub) == 0
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.nightly
+def test_four_fetches_of_one_file_at_once(hub, tmp_path, target):
+    """As of four containers, each process 1, on one folder: one fetches, the others say so or find it whole."""
+    processes = [start("fetch", "stage_a", "--endpoint", hub.url, cwd=tmp_path) for _ in range(4)]
+    ended = [process.communicate() for process in processes]
+    codes = [process.returncode for process in processes]
+    assert 0 in codes
+    for code, (_, err) in zip(codes, ended, strict=True):
+        assert code == 0 or "is being fetched by another process; wait until it is done." in err
+    assert target.read_bytes() == CONTENT
+    assert left(target) == [target.name]
