@@ -15,7 +15,7 @@ from ..cascade_core.hints.kinds import KINDS
 from .api import io
 from .files import check, file_input, find, stamp
 from .hosts import host
-from .training_data import check_links, folder_path, folder_stamp, tar_files
+from .training_data import folder_path, folder_stamp
 
 if TYPE_CHECKING:
     from ..cascade_core.training.settings import Settings
@@ -147,9 +147,7 @@ def train_file(task: Any, role: str, inputs: dict[str, Any], sections: dict[str,
     check_writable(file)
     settings = node_settings(task, inputs, sections)
     with host().training() as report:
-        check_links(inputs["pictures"])
-        data = replace(settings.data, tars=tar_files(settings.data.tars))
-        settings = replace(settings, data=data, output=replace(settings.output, file=str(file)))
+        settings = replace(settings, output=replace(settings.output, file=str(file)))
         settings = in_own_folder(resolve(settings, Path.cwd(), find), name, inputs["pictures"])
         outcome = train(
             settings,
@@ -158,6 +156,7 @@ def train_file(task: Any, role: str, inputs: dict[str, Any], sections: dict[str,
             report,
             host().interrupted,
             keep_existing=True,
+            check=host().data_check(),
         )
         if outcome.finished:  # its run goes on no more; the log and the samples stay
             Path(settings.output.folder or "", STATE).unlink(missing_ok=True)
@@ -184,12 +183,14 @@ def in_own_folder(settings: Settings, name: str, pictures: str) -> Settings:
 
     So what has begun goes on where everything is as it was, and begins anew, beside it, where anything is not.
     """
+    from ..cascade_core.training.data.access import Access
+    from ..cascade_core.training.data.tars import expand
+
     runs = host().training_folder().resolve()
     networks = [Path(path) for path in asdict(settings.models).values() if path]
     files = [file for path in networks for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    identity = json.dumps(
-        [settings.as_json(), folder_stamp(pictures), stamp([*files, *map(Path, settings.data.tars)])]
-    )
+    files += expand(settings.data.tars, Access(host().interrupted))
+    identity = json.dumps([settings.as_json(), folder_stamp(pictures), stamp(files)])
     digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     folder = runs / f"{settings.task}_{PurePosixPath(name).stem[:40]}_{digest}"
     former = host().former_training_folder() / f"{settings.task}_{PurePosixPath(name).stem}"

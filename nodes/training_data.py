@@ -1,10 +1,11 @@
-"""What the training nodes read: a folder of pictures and tars, each file from where the host lets clients read."""
+"""The folder that a training node reads: where it is, and whether it has changed."""
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..cascade_core.errors import CascadeError, Interrupted, quoted
+from ..cascade_core.errors import CascadeError, quoted
 from .files import stamp
 from .hosts import host
 
@@ -21,26 +22,6 @@ def folder_path(name: str) -> Path:
     return folder
 
 
-def check_links(name: str) -> None:
-    """Raises CascadeError where a link in the folder leads to what is not for clients.
-
-    Raises Interrupted where the host asks for it.
-    """
-    for entry in _below(folder_path(name)):
-        if host().interrupted():
-            raise Interrupted("The run was stopped.")
-        if entry.is_symlink():
-            host().data_path(entry.path)
-
-
-def tar_files(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """The files of patterns such as `set/{00..12}.tar` or `set/*.tar`, in which neither braces nor stars lead up."""
-    from ..cascade_core.training.data.tars import expand
-
-    paths = expand([str(host().data_path(pattern)) for pattern in patterns])
-    return tuple(str(host().data_path(str(path))) for path in paths)
-
-
 def folder_stamp(name: str) -> str:
     """A text that changes when a file of the folder does; of a very large one when a file comes or goes."""
     try:
@@ -48,15 +29,17 @@ def folder_stamp(name: str) -> str:
     except CascadeError as error:
         return str(error)
     paths: list[Path] = []
-    for entry in _below(folder):
+    for path in _below(folder, host().data_check() or (lambda path: None)):
         if len(paths) == MOST_STAMPED or host().interrupted():
             return f"{name} {folder.stat().st_mtime_ns}"
-        paths.append(Path(entry.path))
-    return stamp(sorted(paths))
+        paths.append(path)
+    return hashlib.blake2b(
+        stamp(sorted(paths)).encode("utf-8", "surrogateescape"), digest_size=16
+    ).hexdigest()
 
 
-def _below(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Everything in a folder and its subfolders, links followed; each folder once, whatever links lead to it."""
+def _below(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
+    """All that is in a folder and its subfolders, links followed where `check` lets them; each folder once."""
     waiting, entered = [folder], set[tuple[int, int]]()
     while waiting:
         place = waiting.pop()
@@ -67,8 +50,19 @@ def _below(folder: Path) -> Iterator[os.DirEntry[str]]:
             entered.add(identity)
             with os.scandir(place) as entries:
                 for entry in entries:
-                    yield entry  # whoever looks may refuse it before it is entered
+                    path = Path(entry.path)
+                    if entry.is_symlink() and not _may(check, path):
+                        continue
+                    yield path
                     if entry.is_dir():
-                        waiting.append(Path(entry.path))
+                        waiting.append(path)
         except OSError:  # what cannot be read is named by those who read pictures
             continue
+
+
+def _may(check: Callable[[Path], None], link: Path) -> bool:
+    try:
+        check(Path(os.path.realpath(link)))
+    except CascadeError:
+        return False
+    return True

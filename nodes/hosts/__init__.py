@@ -137,6 +137,13 @@ class Host(Protocol):
         """
         ...
 
+    def data_check(self) -> Callable[[Path], None] | None:
+        """A function that raises CascadeError for the end of a link, among training data, that is not for clients.
+
+        None where all is.
+        """
+        ...
+
     def new_files_folder(self, role: str) -> Path:
         """Folder of new files of that role, in which its loader finds them."""
         ...

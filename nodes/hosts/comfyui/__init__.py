@@ -5,7 +5,7 @@ versions differ, the code tests for features, not for version numbers.
 """
 
 from .adapters import stage_c_config, text_network, with_adapter
-from .client_files import data_path, former_training_folder, training_folder
+from .client_files import data_check, data_path, former_training_folder, training_folder
 from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, list_files
@@ -19,6 +19,7 @@ from .weights import first_non_finite
 
 __all__ = [
     "apply_controlnet",
+    "data_check",
     "data_path",
     "decode_latent",
     "describe_controlnet",

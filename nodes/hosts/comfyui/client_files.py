@@ -9,6 +9,7 @@ user's.
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,19 @@ def data_path(name: str) -> Path:
         f"{quoted(name)} is not in ComfyUI's input folder, outside of which clients read nothing; put the pictures "
         f"there, or let the owner of the server write the line {line} into {_settings_file()}."
     )
+
+
+def data_check() -> Callable[[Path], None]:
+    """Raises CascadeError for the end of a link, among training data, that clients must not read."""
+    folders = [Path(folder_paths.get_input_directory()), *_owner_folders()]
+
+    def check(path: Path) -> None:
+        if not _inside(path, folders):  # where it leads is not for clients either
+            raise CascadeError(
+                "A link in the training data leads where clients read nothing; put the file itself there."
+            )
+
+    return check
 
 
 def _inside(path: Path, folders: list[Path]) -> bool:

@@ -11,6 +11,7 @@ from .folders import find_file, list_files
 from .model import describe_network, load_network
 from .sampling import sample, with_guidance
 from .training import (
+    data_check,
     data_path,
     former_training_folder,
     interrupted,
@@ -24,6 +25,7 @@ from .weights import first_non_finite
 
 __all__ = [
     "apply_controlnet",
+    "data_check",
     "data_path",
     "decode_latent",
     "describe_controlnet",
