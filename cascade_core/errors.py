@@ -5,7 +5,14 @@ import unicodedata
 
 
 class CascadeError(ValueError):
-    """Something the user can mend: one sentence that says what, where, what was expected and what to do."""
+    """Something the user can mend: one sentence that says what, where, what was expected and what to do.
+
+    Halves of characters, which a name may hold, are escaped: no log can be written with them, and ComfyUI's thread
+    that runs prompts ends at such a log.
+    """
+
+    def __init__(self, sentence: str = ""):
+        super().__init__(sentence.encode("utf-8", "backslashreplace").decode())
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import CascadeError, quoted
+from ..errors import CascadeError, Interrupted, quoted
 from .determinism import deterministic_kernels
 from .ema import EMA
 from .log import CURVE, Log, draw_curve
@@ -110,7 +110,7 @@ class Loop(Generic[AnyTask]):
     """Trains a task to the end of its settings, or until it is stopped.
 
     report   called with the progress
-    stop     asked after each step; True writes a checkpoint and ends the run
+    stop     asked after each batch; True writes a checkpoint and ends the run
     sample   makes a picture (3, H, W) in [0, 1] of a step and a state, every `output.sample_every` steps
     """
 
@@ -151,7 +151,10 @@ class Loop(Generic[AnyTask]):
         drawn = time.monotonic()
         with deterministic_kernels(train.deterministic), self._prefetching() as next_inputs:
             while self.step < train.steps and not stopped:
-                means.add(self._update(next_inputs))
+                terms = self._update(next_inputs)
+                if terms is None:
+                    break
+                means.add(terms)
                 if self.step % output.log_every == 0 or self.step == train.steps:
                     self._report(means.take(self._mean), started, first_step)
                     if time.monotonic() - drawn > CURVE_SECONDS:
@@ -217,14 +220,25 @@ class Loop(Generic[AnyTask]):
         if self.task.device.index is not None:  # a new thread would use the first accelerator
             torch.cuda.set_device(self.task.device)
 
-    def _update(self, next_inputs: Callable[[], Inputs]) -> dict[str, Tensor]:
-        """One step of the optimiser. Returns the terms of the loss, on the accelerator."""
+    def _update(self, next_inputs: Callable[[], Inputs]) -> dict[str, Tensor] | None:
+        """One step of the optimiser. Returns the terms of the loss, on the accelerator.
+
+        None where the run was asked to stop between the batches of the step, which then has not happened.
+        """
         train = self.settings.train
+        asking = train.accumulate > 1 and self.accelerator.num_processes == 1
+        changing = [*self.task.trained.buffers(), *self.task.buffers().values()] if asking else []
+        before = [buffer.clone() for buffer in changing]
         rate = learning_rate(self.step, train)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["share"]
         total: dict[str, Tensor] = {}
         for part in range(train.accumulate):
+            if part and asking and self.stop():
+                for buffer, value in zip(changing, before, strict=True):
+                    buffer.copy_(value)
+                self.optimiser.zero_grad(set_to_none=True)
+                return None
             inputs = next_inputs()
             torch.manual_seed(step_seed(train.seed, self.step, part, self.accelerator.process_index))
             terms = self.task.loss(inputs)
@@ -300,7 +314,11 @@ class Loop(Generic[AnyTask]):
             return
         from .samples import write_picture
 
-        write_picture(self.folder / "samples" / f"{self.step:06}.png", self.sample(self.step, self.state))
+        try:
+            picture = self.sample(self.step, self.state)
+        except Interrupted:  # as the run will be
+            return
+        write_picture(self.folder / "samples" / f"{self.step:06}.png", picture)
 
     def save(self) -> None:
         """Write everything that resuming needs, whole or not at all. Raises CascadeError for weights that diverged."""

@@ -221,7 +221,7 @@ def prepare(
         check_image_prompts(image_prompts.width, stage_c)
     task = build_task(settings, stage_c, text, dtype, compressor, trained_encoder, data.captions, find_faces)
     prepare_blocks(task, settings.train)
-    return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device))
+    return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device, stop))
 
 
 def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> ImagePrompts | None:
@@ -285,7 +285,7 @@ def build_task(
 
 
 def _samples(
-    settings: Settings, task: StageCTask, data: TrainingData, device: torch.device
+    settings: Settings, task: StageCTask, data: TrainingData, device: torch.device, stop: Callable[[], bool]
 ) -> Samples | None:
     output, models = settings.output, settings.models
     if not output.sample_every:
@@ -303,4 +303,4 @@ def _samples(
             torch.arange(len(output.prompts)) % len(hint)
         ]  # a bucket may have fewer pictures
     height, width = batch.latents.shape[-2:]
-    return Samples(task, output, (height, width), previewer, settings.train.seed, hints)
+    return Samples(task, output, (height, width), previewer, settings.train.seed, hints, stop)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.guidance import Guider
+from ..diffusion.samplers import SamplerStep
+from ..errors import Interrupted
 from ..run import SamplingRun, by_log_snr, sample
 from ..writing import replacing
 from .settings import OutputSettings
@@ -19,7 +21,10 @@ Decode = Callable[[Tensor], Tensor]  # Stage C's latents (N, 16, h, w) -> pictur
 
 
 class Samples:
-    """size: of Stage C's latent; more: further arguments of what `Task.using` gives, a row for each prompt."""
+    """size: of Stage C's latent; more: further arguments of what `Task.using` gives, a row for each prompt.
+
+    stop: asked at each step; where it says so, Interrupted is raised.
+    """
 
     def __init__(
         self,
@@ -29,9 +34,10 @@ class Samples:
         decode: Decode,
         seed: int = 0,
         more: Mapping[str, Tensor] | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ):
         self.task, self.output, self.size, self.decode, self.seed = task, output, size, decode, seed
-        self.more = dict(more or {})
+        self.more, self.stop = dict(more or {}), stop
 
     @torch.no_grad()
     def __call__(self, step: int, state: State) -> Tensor:
@@ -45,8 +51,12 @@ class Samples:
                 for text in (task.prompts(output.prompts), task.prompts([""]))
             ]
             guider = Guider(network, *sides, cfg=output.sample_cfg, dtype=task.dtype)
-            latents = sample(run, by_log_snr(guider))
+            latents = sample(run, by_log_snr(guider), self._ask)
         return grid(self.decode(latents).float().clamp(0, 1).cpu())
+
+    def _ask(self, step: SamplerStep) -> None:
+        if self.stop():
+            raise Interrupted("The run was stopped.")
 
 
 def grid(pictures: Tensor, gap: int = 4) -> Tensor:

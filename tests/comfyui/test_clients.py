@@ -1,5 +1,8 @@
 """A client of a ComfyUI server may be a stranger: what it must not read, write, learn or hold up by our nodes."""
 
+import json
+import os
+import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -7,6 +10,7 @@ import urllib.request
 import pytest
 from PIL import Image
 
+from cascade_nodes.tests.comfyui.client import Client
 from cascade_nodes.tests.headless.record_comfyui import node
 
 GIVEN = {
@@ -91,7 +95,7 @@ def test_pictures_outside_are_refused_whatever_is_there(client, server, outside)
     execution = client.run(training(name="leading_out"))
     assert execution.error is None
     (told,) = [text for _, text in execution.texts if "left out" in text]
-    assert "link.png (a link that leads out of the folders that may be read)" in told
+    assert "link.png (it cannot be read: a link that leads out of the folders that may be read)" in told
     assert not any(str(outside) in text for _, text in execution.texts)
     (server.base / "input" / "stars" / "link.png").unlink()
     link.unlink()
@@ -158,3 +162,152 @@ def test_nothing_is_overwritten_and_nothing_served(client, server):
             for address in (f"/view?{query}", f"/view?{query}&type=input", f"/userdata/{quoted}"):
                 with pytest.raises(urllib.error.HTTPError):
                     urllib.request.urlopen(f"{server.url}{address}", timeout=60)
+
+
+def test_messages_hold_no_html_and_go_to_their_own_browser(client, server):
+    folder = server.base / "input" / "hostile"
+    write_pictures(folder)
+    shutil.copy(folder / "star.png", folder / "<img src=x onerror=alert(1)>\x1b[2J.png")
+    with Client(server) as stranger:
+        execution = client.run(training(pictures="hostile", name="quiet"))
+        stranger_id = stranger.queue({"1": node("PreviewAny", source="the stranger's own")})
+        heard = stranger.follow(stranger_id)
+    assert any("left out" in text for _, text in execution.texts)
+    assert not any(letter in text for _, text in execution.texts for letter in "<>\x1b")
+    assert heard.texts == []
+
+
+MANY = 4000
+
+
+@pytest.fixture
+def many(server):
+    """A folder with more pictures than are encoded in a moment."""
+    folder = server.base / "input" / "many"
+    if not folder.exists():
+        write_pictures(folder)
+        for number in range(MANY):
+            os.link(folder / "star.png", folder / f"{number}.png")
+            os.link(folder / "star.txt", folder / f"{number}.txt")
+    return folder.name
+
+
+@pytest.mark.parametrize(
+    ("begun", "changes"),
+    [
+        (lambda kind, data: kind == "executing" and data["node"] == "1", {"pictures": "many"}),
+        (lambda kind, data: kind == "progress" and data["max"] > MANY, {"pictures": "many"}),
+        (lambda kind, data: kind == "progress" and data["max"] == 10**6, {"steps": 10**6, "name": "endless"}),
+        (
+            lambda kind, data: "accumulate" in str(data) or kind == "executing",
+            {"settings": "train: {accumulate: 65536}", "name": "endless"},
+        ),
+    ],
+    ids=["while pictures are listed", "while latents are made", "while it trains", "within a step"],
+)
+def test_an_interrupt_ends_what_would_take_long(client, many, begun, changes):
+    asked = []
+
+    def interrupt(kind, data):
+        if not asked and begun(kind, data):
+            asked.append(client.post("/interrupt", {}))
+
+    execution = client.follow(client.queue(training(size=256, **changes)), interrupt)
+    assert execution.of("execution_interrupted")
+    assert client.run({"1": node("PreviewAny", source=str(changes))}).of("execution_success")
+
+
+SOURCES = {
+    "MODEL": node("StageCLoader", file="tiny_stage_c.safetensors", dtype="auto"),
+    "CLIP": node("CascadeTextEncoderLoader", file="tiny_text_encoder"),
+    "VAE": node("StageAVAE", file="tiny_stage_a.safetensors"),
+    "IMAGE": node("EmptyImage", width=64, height=64, batch_size=1, color=0),
+    "MASK": node("SolidMask", value=1.0, width=64, height=64),
+    "CONDITIONING": node("CascadeTextEncode", clip=["CLIP", 0], positive="a star", negative=""),
+    "LATENT": node("CascadeEmptyLatent", width=64, height=64, compression=32.0, batch_size=1),
+    "CONTROL_NET": node("CascadeControlNetLoader", file="none"),
+    "CLIP_VISION": node("CascadeVisionLoader", file="none"),
+}
+
+
+def hostile(server):
+    """Texts for every input: files that are there, outside and inside of a model folder, and no files' names."""
+    return [
+        f"{server.base}/private/secret.safetensors",
+        "../../private/secret.safetensors",
+        "notes.txt",
+        "embedding:../../private/secret embedding:/etc/passwd (a:",
+        "\0\ud800<img src=x>\x1b[2J",
+        "../" * 2000,
+    ]
+
+
+def asking(info, name, value, link):
+    """A graph with one of our nodes, an input of it hostile, itself or over a link."""
+    inputs = {}
+    for input_id, (kind, *options) in {
+        **info["input"]["required"],
+        **info["input"].get("optional", {}),
+    }.items():
+        if kind in SOURCES:
+            inputs[input_id] = [kind, 0]
+        elif options and "default" in options[0]:
+            inputs[input_id] = options[0]["default"]
+    known = GIVEN if info["name"].startswith("CascadeTrain") else {}
+    inputs |= {key: known[key] for key in known if key in inputs or key in MODELS_OF_TRAINING}
+    inputs[name] = ["text", 0] if link else value
+    graph = {**SOURCES, "asked": node(info["name"], **inputs)}
+    if link:
+        graph["text"] = node("PrimitiveString", value=value)
+    if not info["output_node"]:
+        graph["shown"] = node("PreviewAny", source=["asked", 0])
+    return graph
+
+
+MODELS_OF_TRAINING = ("stage_c", "text_encoder", "compressor")
+NOT_OURS = {"exception_during_validation", "exception_during_inner_validation"}
+
+
+@pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_no_input_of_any_node_reaches_a_file(client, server, each):
+    """Every text and choice of every node, themselves and over a link. each: with every hostile text, not with two."""
+    secret = server.base / "private" / "secret.safetensors"
+    secret.parent.mkdir(exist_ok=True)
+    shutil.copy(server.base / "models" / "diffusion_models" / "tiny_stage_c.safetensors", secret)
+    for folder in ("loras", "vae", "diffusion_models", "stable_cascade"):
+        (server.base / "models" / folder).mkdir(exist_ok=True)
+        (server.base / "models" / folder / "notes.txt").write_text(SECRET)
+    answers = []
+    for info in server.get("/object_info").values():
+        if not info["category"].startswith("Stable Cascade"):
+            continue
+        for name, (kind, *_) in {**info["input"]["required"], **info["input"].get("optional", {})}.items():
+            if kind not in ("STRING", "COMBO") and not isinstance(kind, list):
+                continue
+            values = hostile(server)
+            asked = [(value, link) for value in values for link in (False, True)]
+            if not each:
+                turn = len(answers) // 2
+                asked = [(values[turn % len(values)], False), (values[(turn + 3) % len(values)], True)]
+            for value, link in asked:
+                graph = asking(info, name, value, link)
+                answers.append((info["name"], name, value, link, told(client, graph)))
+    assert len({answer[:2] for answer in answers}) > 30
+    for answer in answers:
+        assert SECRET not in str(answer[-1]), answer
+
+
+def told(client, graph):
+    """What a client hears of a graph: an error, or nothing."""
+    status, answer = client.post("/prompt", {"prompt": graph, "client_id": client.id})
+    if status != 200:
+        kinds = {error["type"] for each in answer["node_errors"].values() for error in each["errors"]}
+        assert not kinds & NOT_OURS, (graph["asked"], answer)
+        return json.dumps(answer)
+    execution = client.follow(answer["prompt_id"])
+    for error in execution.of("execution_error"):
+        assert error["node_id"] == "asked", (graph["asked"], error)
+        assert error["exception_type"].endswith("CascadeError"), (graph["asked"], error)
+        assert len(error["exception_message"]) < 1500
+        return error["exception_message"]
+    return json.dumps(execution.of("executed"))

@@ -45,6 +45,22 @@ def everything(loop):
     return tensors | loop.task.buffers()
 
 
+def test_a_run_that_is_stopped_within_a_step_resumes_bit_for_bit(world, tmp_path):
+    """Between two of the batches of a step, which is then taken back: its statistics too."""
+    name = "lora, adaptive"
+    whole = loop_of(settings_of(world, name, tmp_path / "whole"))
+    assert whole.run().finished
+    questions = iter([False] * 4 + [True])  # two in each step: the fifth is asked within the third
+    settings = settings_of(world, name, tmp_path / "stopped")
+    stopped = loop_of(settings, stop=lambda: next(questions))
+    outcome = stopped.run()
+    assert (outcome.step, outcome.finished) == (2, False)
+    resumed = loop_of(settings)
+    assert resumed.resume()
+    assert resumed.run().finished
+    assert same(everything(resumed), everything(whole))
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_killed_run_resumes_bit_for_bit(world, tmp_path, name):
     whole = loop_of(settings_of(world, name, tmp_path / "whole"))

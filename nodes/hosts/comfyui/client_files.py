@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import folder_paths
@@ -38,7 +39,7 @@ def data_path(name: str) -> Path:
     path = Path(os.path.normpath(root / name))
     if _inside(path, [root]) or _inside(path, _owner_folders()):
         return path
-    line = f"{KEY}: [{json.dumps(str(path)[:1000], ensure_ascii=False)}]"
+    line = f"{KEY}: [{json.dumps(str(path)[:1000], ensure_ascii=not str(path).isprintable())}]"
     raise CascadeError(
         f"{quoted(name)} is not in ComfyUI's input folder, outside of which clients read nothing; put the pictures "
         f"there, or let the owner of the server write the line {line} into {_settings_file()}."
@@ -47,10 +48,12 @@ def data_path(name: str) -> Path:
 
 def data_check() -> Callable[[Path], None]:
     """Raises CascadeError for the end of a link, among training data, that clients must not read."""
-    folders = [Path(folder_paths.get_input_directory()), *_owner_folders()]
+    root, owner_folders = Path(folder_paths.get_input_directory()), cache(_owner_folders)
 
     def check(path: Path) -> None:
-        if not _inside(path, folders):  # where it leads is not for clients either
+        if not _inside(path, [root]) and not _inside(
+            path, owner_folders()
+        ):  # where it leads is not for clients either
             raise CascadeError(
                 "A link in the training data leads where clients read nothing; put the file itself there."
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....cascade_core import checkpoints
 from ....cascade_core.engine import Engine
-from ....cascade_core.errors import CascadeError
+from ....cascade_core.errors import CascadeError, quoted
 from ....cascade_core.geometry import LATENT_CHANNELS, stage_b_size, stage_c_size
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream, stream_scale
@@ -195,7 +195,7 @@ def image_tokens(prompts: list[dict], width: int) -> Tensor:
 
 def load_network(kind: str, path: Path, dtype: str) -> Any:
     if dtype != "auto" and dtype not in DTYPES:
-        raise CascadeError(f"dtype {dtype!r} is not known; choose auto, {', '.join(DTYPES)}.")
+        raise CascadeError(f"dtype {quoted(dtype)} is not known; choose auto, {', '.join(DTYPES)}.")
     return load_patcher(kind, str(path), dtype)
 
 
