@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -112,10 +112,14 @@ def checked_prompts(prompt: str | Sequence[str], negative: str) -> tuple[list[st
     if isinstance(prompt, str):
         check_text("prompt", prompt)
         return [prompt], negative
-    # The order of a set is any.
-    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | bytearray | Mapping | Set):
+    try:
+        # The order of a set is any.
+        texts = None if isinstance(prompt, bytes | bytearray | Mapping | Set) else iter(prompt)
+    except TypeError:
+        texts = None
+    if texts is None:
         raise CascadeError(f"prompt is of type {type(prompt).__name__}; give text, or a list of texts.")
-    prompts = list(islice(prompt, limits.BATCH.most + 1))
+    prompts = list(islice(texts, limits.BATCH.most + 1))
     if not 1 <= len(prompts) <= limits.BATCH.most:
         held = "more" if prompts else "no texts"
         raise CascadeError(f"prompt holds {held}, but {limits.BATCH} texts are expected; give so many.")

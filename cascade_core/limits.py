@@ -42,7 +42,7 @@ CANNY = Bounds(0, 2040)  # the gradient |dx| + |dy| of 8 bits
 
 
 def whole_number(name: str, value: Any, within: Bounds[int]) -> int:
-    """A whole number of any library as Python's own. Raises CascadeError for what is none, or out of range."""
+    """A whole number of any library as Python's own. Raises CascadeError for anything else, and out of range."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -53,7 +53,7 @@ def whole_number(name: str, value: Any, within: Bounds[int]) -> int:
 
 
 def real_number(name: str, value: Any, within: Bounds[float]) -> float:
-    """A number of any library as Python's own. Raises CascadeError for what is none, or out of range, as NaN is."""
+    """A number of any library as Python's own. Raises CascadeError for anything else, and out of range, as NaN is."""
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:

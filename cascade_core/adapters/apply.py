@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable
 from .adapter import LowRank
 
 
@@ -120,7 +120,7 @@ def layer_of(network: nn.Module, name: str, patch: Patch) -> tuple[nn.Module, nn
     weight = getattr(layer, "weight", None)
     if layer is None or not isinstance(weight, nn.Parameter):
         raise CascadeError(
-            f"{patch.name} changes {name}, which this {type(network).__name__} does not have; choose the LoRA that was "
-            "trained for this model."
+            f"{patch.name} changes {printable(name)}, which this model does not have; choose the LoRA that was "
+            "trained for it."
         )
     return layer, weight

@@ -196,12 +196,12 @@ def test_training_goes_on_outside(stage_c):
         (
             "nowhere.3",
             LowRank(randn(2, 6), randn(8, 2)),
-            "a.safetensors changes nowhere.3, which this StageC does not",
+            "a.safetensors changes nowhere.3, which this model does not",
         ),
         (
             "down_blocks",
             LowRank(randn(2, 6), randn(8, 2)),
-            "changes down_blocks, which this StageC does not have",
+            "changes down_blocks, which this model does not have",
         ),
         (
             "clf.1",
