@@ -232,7 +232,9 @@ def batch_size(batch: int | None, size: Size, **counts: Sequence[Any] | Tensor |
     most = max(numbers.values(), default=1)
     batch = most if batch is None else whole_number("batch", batch, limits.BATCH)
     if any(number not in (1, batch) for number in numbers.values()):
-        listed = ", ".join(f"{number} {name}" for name, number in numbers.items())
+        listed = ", ".join(
+            f"{number} {name[: -1 if number == 1 else None]}" for name, number in numbers.items()
+        )
         raise CascadeError(f"batch is {batch}, with {listed}; give one of each, or as many as the batch.")
     check_pixels(*size, batch)
     return batch

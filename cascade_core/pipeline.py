@@ -104,6 +104,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+KINDS = ["stage_c", "stage_b"]
 CLOSED = "This StableCascade was closed; load it again."
 
 
@@ -551,6 +552,8 @@ class StableCascade:
 
     def stage(self, kind: str) -> DiffusionStage:
         """Stage C or Stage B (kind stage_c, stage_b) as loaded, without what LoRAs change."""
+        if kind not in KINDS:
+            raise CascadeError(f"kind is {quoted(kind)}; choose {' or '.join(KINDS)}.")
         path = self.files.find(kind)
         return self._load(kind, path, lambda path: load_stage(kind, path, self.dtype, self.device))
 

@@ -81,8 +81,8 @@ def _centre_crop(hint: Tensor, size: tuple[int, int]) -> Tensor:
     """The largest part in the middle that has the proportions of `size`."""
     height, width = hint.shape[-2:]
     aspect = size[1] / size[0]
-    left = max(round((width - height * aspect) / 2), 0)
-    top = max(round((height - width / aspect) / 2), 0)
+    left = min(max(round((width - height * aspect) / 2), 0), (width - 1) // 2)  # a pixel stays of a thin one
+    top = min(max(round((height - width / aspect) / 2), 0), (height - 1) // 2)
     return hint[..., top : height - top, left : width - left]
 
 

@@ -140,7 +140,8 @@ def _checked_hint(hint: Any, name: str) -> Tensor:
 def _super_resolution(control: Control, image: Tensor, size: tuple[int, int], compressor: Codec) -> Tensor:
     width, height = size
     positions = stage_c_size(height, width)
-    scale = width / image.shape[2] if control.reads == "small" else 1
+    # A picture that is larger than the one to be made is read in that one's size, not in as many positions as it has.
+    scale = max(width / image.shape[2], 1) if control.reads == "small" else 1
     small = super_resolution_input(image, positions, scale)
     return super_resolution_hint(
         lambda pictures: compressor.encode(pictures.movedim(1, -1)), small, positions

@@ -124,7 +124,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"image": PICTURE * 255}, "image holds values from 0"),
     ({"image": PICTURE.to("meta")}, "image is a meta tensor"),
     ({"image": torch.zeros(1, 1, 1, 1).expand(1, 2, 20_000, 3)}, "of 20,000 × 2 pixels would be made"),
-    ({"image": PICTURE, "mask": torch.ones(3, 64, 64), "batch": 2}, "batch is 2, with 1 prompts, 1 images, 3 masks"),
+    ({"image": PICTURE, "mask": torch.ones(3, 64, 64), "batch": 2}, "batch is 2, with 1 prompt, 1 image, 3 masks"),
     ({"image": PICTURE, "room": (-8, 0, 0, 0)}, "room is"),
     ({"image": PICTURE, "room": (True, 0, 0.5, 0)}, "room is"),
     ({"image": PICTURE, "mask": torch.ones(64, 64), "grow": 17}, "grow is 17; give a whole number from 0 to 16"),
@@ -194,6 +194,19 @@ def test_a_wrong_lora_is_named(cascade):
     for name in ([], None, "x" * 10**6):
         assert "give the name that add_lora gave" in refused(cascade.remove_lora, name)
     assert cascade.loras == ()
+
+
+def test_the_thinnest_pictures_steer(cascade):
+    """Of 1 × 5000 pixels, whose middle at the latent's proportions is less than a pixel; at no cost of their own."""
+    for file in ("demo_controlnet_canny.safetensors", "demo_controlnet_super_resolution.safetensors"):
+        for picture in (torch.rand(1, 5000, 3), torch.rand(5000, 1, 3), torch.rand(1, 1, 3)):
+            control = Control(file, picture)
+            assert cascade.prior("a red star", controls=[control]).shape == (1, 16, 2, 2)
+
+
+def test_a_stage_of_another_name_is_refused(cascade):
+    for kind in ("stage_d", [], None):
+        assert refused(cascade.stage, kind).endswith("choose stage_c or stage_b.")
 
 
 def test_one_lora_twice_counts_twice(cascade):
