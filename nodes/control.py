@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError, quoted
-from ..cascade_core.geometry import stage_c_size, whole_size
+from ..cascade_core.geometry import check_pixels, stage_c_size, whole_size
 from ..cascade_core.hints.canny import canny_hint
 from ..cascade_core.hints.control import check_hint
 from ..cascade_core.hints.filters import (
@@ -253,6 +253,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
             raise CascadeError(f"reads is {quoted(reads)}; choose {' or '.join(READS)}.")
         batch, *sides = image.shape[:3]
         height, width = whole_size(*(round(side * scale) for side in sides))
+        check_pixels(width, height, batch)
         size = stage_c_size(height, width, compression)
         small = super_resolution_input(image, size, scale if reads == "small" else 1)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError
-from ..cascade_core.geometry import MAX_SIZE
+from ..cascade_core.geometry import MAX_SIZE, check_pixels
 from ..cascade_core.hints.masks import composite, expand
 from .api import io
 from .sockets import check_mask, check_picture
@@ -59,6 +59,7 @@ class CascadeOutpaint(io.ComfyNode):
             raise CascadeError(
                 f"The picture would have {width} × {height} pixels, but no side may exceed {MAX_SIZE}; add less."
             )
+        check_pixels(width, height, len(image))
         padded, mask = expand(image[..., :3].movedim(-1, 1), left, top, right, bottom, feather)
         return io.NodeOutput(padded.movedim(1, -1), mask.repeat(len(image), 1, 1))
 

@@ -39,7 +39,7 @@ def spellings(name: str) -> list[str]:
 
 def missing(name: str, places: str) -> str:
     """The beginning of the message that an embedding is not there."""
-    return f"The prompt asks for {PREFIX}{printable(name, 80)}, but no such file is in {places}"
+    return f"The prompt asks for {PREFIX}{printable(name.strip(','), 80)}, but no such file is in {places}"
 
 
 def embedding_tokens(

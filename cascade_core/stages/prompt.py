@@ -15,6 +15,7 @@ from ..adapters.apply import Patch
 from ..adapters.tokens import NewToken, taught_tokens
 from ..errors import CascadeError
 from ..networks import activations
+from ..text.prompt_weights import LONGEST_PROMPT
 from .device import ComputeDevice
 from .weights import naming_non_finite
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from ..text.encoder import TextEncoder
     from ..vision import ImageEncoder
     from .control import AppliedControlNet
-
-MAX_TEXT = 10_000  # characters
 
 
 class PicturePrompt(NamedTuple):
@@ -159,14 +158,14 @@ def load_image_encoder(path: Path, device: ComputeDevice) -> VisionStage:
 
 def check_text(name: str, text: str) -> None:
     """Raises CascadeError for what is not text, for half a surrogate pair, as from bytes that are not UTF-8, and for
-    more than MAX_TEXT characters: 75 tokens take a forward of the text encoder, and lengthen Stage C's attention.
+    more than LONGEST_PROMPT characters: 75 tokens take a forward of the text encoder, and lengthen Stage C's attention.
 
     name: of the input
     """
     if not isinstance(text, str):
         raise CascadeError(f"{name} is of type {type(text).__name__}; give text.")
-    if len(text) > MAX_TEXT:
-        raise CascadeError(f"{name} has {len(text):,} characters; give at most {MAX_TEXT:,}.")
+    if len(text) > LONGEST_PROMPT:
+        raise CascadeError(f"{name} has {len(text):,} characters; give at most {LONGEST_PROMPT:,}.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

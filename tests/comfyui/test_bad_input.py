@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
+from cascade_nodes.cascade_core.errors import quoted
 from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.nodes.hosts import roles
 from cascade_nodes.tests.comfyui.client import Client
@@ -134,11 +135,70 @@ OTHER_LATENTS = [
         "choose a larger width and height.",
     ),
 ]
+# ComfyUI lets values through where only a connection can be.
+NOT_CONNECTED = [
+    (
+        {"7.model": 3},
+        PRIOR,
+        "The MODEL of Cascade Prior Sampler is 3, but a connection is expected; connect Load Stage C.",
+    ),
+    (
+        {"7.positive": "x"},
+        PRIOR,
+        "positive holds 'x', but a CONDITIONING is expected; connect Cascade Text Encode.",
+    ),
+    ({"7.latent": {"samples": 1}}, PRIOR, "latent is 1, but a LATENT is expected; connect one."),
+    (
+        {"8.stage_c": {}},
+        DECODER,
+        "stage_c of Cascade Decoder Sampler is {}, but a LATENT is expected; connect one.",
+    ),
+    (
+        {"9.vae": True},
+        "9",
+        "The VAE of Cascade Decode is True, but a connection is expected; connect Load Stage A VAE.",
+    ),
+    (
+        {"5.clip": "x" * 10**5},
+        "5",
+        f"The CLIP of Cascade Text Encode is {quoted('x' * 10**5)}, but a connection is expected; connect Load "
+        "Cascade Text Encoder.",
+    ),
+    (
+        {
+            "20": node("CascadeCanny", image={"a": 1}, low=100, high=200, size=224),
+            "21": node("PreviewImage", images=["20", 0]),
+        },
+        "20",
+        "image is {'a': 1}, but an IMAGE is expected; connect one.",
+    ),
+]
+PROMPTS = [
+    (
+        {"5.positive": f"({word}:{weight})"},
+        "5",
+        f"The prompt gives ({word}:{weight}) the weight {shown}, which is not a finite number; write one such as "
+        "(word:1.3), or \\( and \\) where brackets are meant.",
+    )
+    for word, weight, shown in (("a", "inf", "inf"), ("b", "nan", "nan"), ("c", "1e400", "inf"))
+] + [
+    (
+        {"5.negative": "(" * 30_000 + "a" + ":1)" * 30_000},
+        "5",
+        "The prompt's brackets are nested too deeply; take some out, or write \\( and \\) where they are meant.",
+    ),
+    (
+        {"5.negative": "a " * 10**6},
+        "5",
+        "negative has 2,000,000 characters; give at most 131,072.",
+    ),
+]
 TOO_LARGE = [
     {"6.width": 16384, "6.height": 16384, "6.batch_size": 4096, **more}
     for more in ({}, {"6.compression": 4.0})
 ]
-BAD = [changes for changes, *_ in (*OTHER_MODELS, *OTHER_WIDTHS, *OTHER_LATENTS)] + TOO_LARGE
+BAD = [changes for changes, *_ in (*OTHER_MODELS, *OTHER_WIDTHS, *OTHER_LATENTS, *NOT_CONNECTED, *PROMPTS)]
+BAD += TOO_LARGE
 
 
 def check_next(client, right_picture):
@@ -213,6 +273,28 @@ def test_latents_that_do_not_fit(executions, changes, at, said):
     assert failure(executions[key(changes)]) == (at, said)
 
 
+@pytest.mark.parametrize(("changes", "at", "said"), NOT_CONNECTED)
+def test_a_value_in_place_of_a_connection(executions, changes, at, said):
+    assert failure(executions[key(changes)]) == (at, said)
+
+
+@pytest.mark.parametrize(("changes", "at", "said"), PROMPTS, ids=range(len(PROMPTS)))
+def test_prompts_that_cannot_be_read(executions, changes, at, said):
+    assert failure(executions[key(changes)]) == (at, said)
+
+
+def test_an_embedding_that_is_missing_is_told_and_left_out(client, right_picture):
+    """As without ComfyUI, whose picture is the same."""
+    graph = tiny({"5.positive": "a embedding:gone, (red:1.2) star", "7.seed": next(SEEDS)})
+    execution = client.run(graph)
+    assert execution.error is None
+    (text,) = (text for at, text in execution.texts if at == "5")
+    assert text.startswith("The prompt asks for embedding:gone, but no such file is in ")
+    assert text.endswith("; its name is left out of the prompt.")
+    (picture,) = client.pictures(execution)
+    assert np.abs(picture.astype(int) - right_picture(graph)).max() <= 1
+
+
 def test_a_vae_of_another_kind(fails):
     assert fails(compress({"12.vae": ["3", 0]})) == (
         "12",
@@ -226,7 +308,8 @@ def test_more_pictures_than_fit_into_memory(executions, changes):
     at, message = failure(executions[key(changes)])
     assert at == "6"
     assert message == (
-        "4096 latents for pictures of 16384 × 16384 pixels do not fit into memory; choose a smaller size or batch_size."
+        "4,096 pictures of 16,384 × 16,384 pixels would be made, but no side may exceed 16,384 pixels, nor all "
+        "together 268,435,456; make fewer or smaller ones."
     )
 
 
