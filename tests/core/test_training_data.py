@@ -383,7 +383,7 @@ def test_damaged_pictures_are_left_out_and_named(tmp_path):
     assert "truncated" in reasons["002.png"]
     assert reasons["more/001.png"] == "not a picture"
     assert opened.summary() == (
-        "2 pictures with 2 captions: 2 of 256 × 256; 3 are left out (left_out.txt lists them): 004.png (no caption), "
+        "2 pictures with 2 captions: 2 of 256 × 256; 3 are left out (left_out.txt lists all): 004.png (no caption), "
         f"more/001.png (not a picture), 002.png ({reasons['002.png']})."
     )
     for name in ("000.png", "more/003.png"):

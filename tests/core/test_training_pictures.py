@@ -601,6 +601,18 @@ def test_a_thousand_names_in_a_row_are_a_sentence(tmp_path):
     assert listed(None, (path,))[0] == {"a.tar/good.png": ("good",)}
 
 
+def test_digits_that_tarfile_would_search_for_hours_are_a_sentence(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        add(archive, "good.png", PICTURE)
+        add(archive, "good.txt", b"good")
+        archive.addfile(header("x", 60_000, tarfile.XHDTYPE), io.BytesIO(b"1" * 60_000))
+        add(archive, "next.png", PICTURE)
+    captions, reasons = listed(None, (str(path),))
+    assert captions == {"a.tar/good.png": ("good",)}
+    assert reasons == {"a.tar": "the tar is damaged: a header of digits"}
+
+
 def test_devices_and_links_in_tars_are_passed_over(tmp_path):
     kinds = (
         tarfile.CHRTYPE,

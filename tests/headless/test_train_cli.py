@@ -419,20 +419,24 @@ def world(tmp_path, monkeypatch):
 
 
 def test_three_steps_on_the_demo(world, capsys):
+    (world / "pictures" / "of_a_phone.heic").write_bytes(b"")
     assert main(["train", "lora", "config.yaml"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "encoded 4/4"
     assert lines[1].startswith("4 pictures with 1 captions: 4 of 256 × 256")
+    assert "; 1 is left out (left_out.txt lists all): of_a_phone.heic (pictures of kind .heic are" in lines[1]
     assert [line.split("  ")[0] for line in lines[2:5]] == ["step 1/3", "step 2/3", "step 3/3"]
     assert lines[-1] == f"Wrote {world / 'made' / 'style.safetensors'}."
     adapter = read_adapter(world / "made" / "style.safetensors")
     assert adapter.dialect == "kohya"
     assert all(change.rank == 16 for change in adapter.stage_c.values())
     run = world / "runs" / "style"
+    assert (run / "left_out.txt").read_text().startswith("of_a_phone.heic\t")
     assert Image.open(run / "samples" / "000003.png").size == (2 * 48 + 4, 48)
     assert {path.name for path in run.iterdir()} == {
         ".lock",
         "cache",
+        "left_out.txt",
         "log.jsonl",
         "loss.png",
         "samples",

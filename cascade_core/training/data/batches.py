@@ -159,7 +159,8 @@ class TrainingData:
         if self.unused_prompts:
             notes += f"; the image prompts of {self.unused_prompts} are not used, as models.image_encoder is not given"
         if self.skipped:
-            notes += f"; {len(self.skipped):,} are left out ({LEFT_OUT} lists them): {reasons(self.skipped)}"
+            are = "is" if len(self.skipped) == 1 else "are"
+            notes += f"; {len(self.skipped):,} {are} left out ({LEFT_OUT} lists all): {reasons(self.skipped)}"
         return f"{len(self)} pictures with {len(self.captions) - 1} captions: {sizes}{notes}."
 
     def as_tensors(self) -> list[BucketTensors]:

@@ -153,6 +153,9 @@ def tar_pictures(path: Path, access: Access) -> Listing:
         yield Skipped(path.name, f"the tar is damaged: {cut}")
 
 
+_MANY_DIGITS = re.compile(rb"\d{100}")  # which tarfile searches for hours before Python 3.12.6
+
+
 class _Headers:
     """A tar's file as tarfile reads it: headers of MAX_HEADER bytes at most, and no place beyond its end."""
 
@@ -164,7 +167,10 @@ class _Headers:
         self.access.ask()
         if size > MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
-        return self.file.read(size)
+        data = self.file.read(size)
+        if _MANY_DIGITS.search(data):
+            raise tarfile.ReadError("a header of digits")
+        return data
 
     def seek(self, place: int) -> int:
         if not 0 <= place <= self.size:
