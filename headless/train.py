@@ -38,10 +38,22 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
     line = ProgressLine()
     with recording_signals() as signals:
-        outcome = train(
-            settings, line.notify, line.progress, line.caching, lambda: bool(signals), fresh, find_faces
-        )
-    return 0 if outcome.finished else 128 + signals[0]
+        try:
+            outcome = train(
+                settings, line.notify, line.progress, line.caching, lambda: bool(signals), fresh, find_faces
+            )
+        finally:
+            leave_group()
+    # of several processes one alone may have had the signal
+    return 0 if outcome.finished else 128 + next(iter(signals), signal.SIGINT)
+
+
+def leave_group() -> None:
+    """End gloo's threads, by which processes on the CPU are one run; at the end of Python they would abort it."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def finder(folder: Path) -> Callable[[str, str], Path]:

@@ -18,11 +18,7 @@ PARTS = ("trained", "average", "optimiser", "buffers")
 
 def write_state(path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> None:
     """Write tensors by part (of PARTS) and name."""
-    tensors = {
-        f"{part}.{name}": value.detach().to("cpu", copy=True)
-        for part, values in parts.items()
-        for name, value in values.items()
-    }
+    tensors = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     write_safetensors(path, tensors, metadata)
 
 

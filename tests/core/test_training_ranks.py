@@ -26,8 +26,9 @@ def outcomes(tmp_path_factory):
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    lines = finished.stdout.splitlines()[-len(TASKS) :]
-    return {name: json.loads(line) for name, line in zip(TASKS, lines, strict=True)}
+    names = [*TASKS, "twice"]
+    lines = finished.stdout.splitlines()[-len(names) :]
+    return {name: json.loads(line) for name, line in zip(names, lines, strict=True)}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -38,3 +39,11 @@ def test_two_processes_agree_and_resume_bit_for_bit(outcomes, name):
     assert outcome["between_processes"] == 0
     assert outcome["after_resuming"] == 0
     assert outcome["logged"] == [2, 4, 6, 8]
+
+
+def test_two_processes_leave_a_finished_run_as_it_is(outcomes):
+    """The main one alone has the folder's lock and compares its state; both end."""
+    told, (first, again) = outcomes["twice"]["told"], outcomes["twice"]["files"]
+    assert told[-2] == f"Wrote {first}."
+    assert told[-1].startswith("The run is finished, at step 2")
+    assert first == again

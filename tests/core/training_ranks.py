@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cascade_nodes.cascade_core.training import run
 from cascade_nodes.cascade_core.training.loop import Loop
+from cascade_nodes.headless.train import leave_group
 from cascade_nodes.tests.core.training_runs import Dying, loop_of, settings_of
 
 
@@ -46,6 +48,17 @@ def train(world: Path, name: str) -> None:
         print(json.dumps(found), flush=True)  # noqa: T201
 
 
+def train_twice(world: Path) -> None:
+    """By `run.train`, as the command does: a whole run, and the same again. Prints what the main process was told."""
+    settings = settings_of(world, "lora", world / "twice", train={"steps": 2})
+    told: list[str] = []
+    files = [run.train(settings, told.append).file for _ in range(2)]
+    if told:
+        print(json.dumps({"told": told, "files": [str(file) for file in files]}), flush=True)  # noqa: T201
+
+
 if __name__ == "__main__":
     for task in sys.argv[2:]:
         train(Path(sys.argv[1]), task)
+    train_twice(Path(sys.argv[1]))
+    leave_group()
