@@ -11,7 +11,7 @@ import torch
 
 from .checkpoints import locate, parts_in
 from .checkpoints.source import read_shapes
-from .errors import CascadeError, quoted
+from .errors import CascadeError, printable, quoted
 
 # Names are ComfyUI's categories; `SUBFOLDERS` gives their folders. All but embeddings, which ComfyUI itself looks for,
 # are looked for in `stable_cascade` too.
@@ -151,12 +151,14 @@ class ModelFiles:
         self.prefer, self.full_precision = prefer, full_precision
         unknown = sorted(set(self.chosen) - set(PARTS))
         if unknown:
-            raise CascadeError(f"{', '.join(unknown)} is not a role; choose among {', '.join(PARTS)}.")
-        if prefer not in PREFERENCES:
-            raise CascadeError(f"prefer is {prefer!r}; choose {' or '.join(PREFERENCES)}.")
-        if not self.folder.is_dir():
+            names = ", ".join(printable(name) for name in unknown[:3])
+            raise CascadeError(f"{names} is not a role; choose among {', '.join(PARTS)}.")
+        if not isinstance(prefer, str) or prefer not in PREFERENCES:
+            raise CascadeError(f"prefer is {quoted(prefer)}; choose {' or '.join(PREFERENCES)}.")
+        if not str(folder) or not os.path.isdir(self.folder):  # unlike Path.is_dir, False for too long a name
             raise CascadeError(
-                f"{self.folder} is not a folder; give the folder that holds the model files, such as models."
+                f"{printable(str(folder)) or 'An empty name'} is not a folder; give the folder that holds the model "
+                "files, such as models."
             )
         self._paths: dict[str, Path | None] = {}
 

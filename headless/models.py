@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cascade_core.checkpoints import describe, identify, parts_in, read_header
 from ..cascade_core.checkpoints.layouts import ALL_IN_ONE
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, escaped
 from ..cascade_core.text.clip import infer_text_config, infer_vision_config
 from ..nodes.hosts import roles
 from ..nodes.hosts.headless import folders
@@ -243,7 +243,9 @@ def _as_text(survey: Survey) -> str:
         "Looked in": [str(root) for root in survey.roots],
     }
     return "\n\n".join(
-        "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines
+        "\n".join([title, *(f"  {escaped(line)}" for line in lines)])
+        for title, lines in sections.items()
+        if lines
     )
 
 

@@ -351,6 +351,16 @@ def test_what_the_caller_has_set_for_its_own_networks_changes_nothing(cascade):
 def test_what_does_not_exist_is_refused_before_a_file_is_read(tmp_path):
     with pytest.raises(CascadeError, match="is not a folder"):
         StableCascade.load(tmp_path / "none")
+    for folder in ("", "x" * 10**6, "a\0b", "\x1b[2J", "\ud800"):
+        with pytest.raises(CascadeError, match="is not a folder; give the folder that holds") as caught:
+            StableCascade.load(folder)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 400
+    with pytest.raises(CascadeError, match=r"prefer is array\(\['full'\]"):
+        StableCascade.load(tmp_path, prefer=np.array(["full"]))  # type: ignore[arg-type]
+    with pytest.raises(CascadeError, match="is not a role; choose among stage_c") as caught:
+        StableCascade.load(tmp_path, **{"x" * 10**6: "file"})  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 400
     with pytest.raises(CascadeError, match="dtype 'fp4' is not known"):
         StableCascade.load(tmp_path, dtype="fp4")
     with pytest.raises(CascadeError, match="device is 'gpu'; choose auto, cpu, cuda"):

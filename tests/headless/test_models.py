@@ -224,6 +224,19 @@ def test_what_is_no_network_of_ours_or_broken_says_why(root, capsys):
     )
 
 
+def test_names_do_not_speak_to_a_terminal(root, capsys):
+    (root / "vae").mkdir(parents=True)
+    name = os.fsdecode(b"\xff\x1b[2J.safetensors")
+    (root / "vae" / name).write_bytes(b"xx")
+    os.mkfifo(root / "vae" / "pipe.safetensors")
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"\udcff\x1b[2J.safetensors holds 2 bytes, which is no safetensors file" in out
+    assert "pipe" not in out
+    assert f"models/vae/{name}" in listed(capsys)["others"]
+
+
 def test_what_cannot_be_read_does_not_hide_the_rest(root, capsys):
     write_published(root / "vae" / "a.safetensors", "stage_a")
     write_published(root / "vae" / "previewer.safetensors", "previewer")
