@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import prod
 from types import UnionType
 from typing import Any, NamedTuple, Self, get_args, get_origin, get_type_hints
 
@@ -285,6 +286,14 @@ class CompressorConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", stage_table(self.stages))
+        stride = 2 * prod(stage.stride for stage in self.stages)
+        if (
+            stride != COMPRESSOR_STRIDE
+        ):  # which leaves no trace in the weights: latents would be of another size
+            raise CascadeError(
+                f"the strides of the compressor's stages make {stride} with the stem's 2, but {COMPRESSOR_STRIDE} "
+                "pixels a position are expected; correct the config."
+            )
 
     @property
     def block_count(self) -> int:

@@ -249,3 +249,15 @@ def test_what_is_not_finite_is_named(dtype):
     if dtype is not torch.float8_e4m3fn:  # which has no infinity
         model.first.copy_(torch.tensor([0.0, 0.0, -torch.inf]))
         assert first_non_finite(model) == "first"
+
+
+def test_strides_that_leave_no_trace_in_the_weights(files, tmp_path):
+    config = {
+        **CONFIGS["compressor"],
+        "stages": [[*row[:2], 1, *row[3:]] for row in CONFIGS["compressor"]["stages"]],
+    }
+    file = changed(files["compressor"], tmp_path / "x.safetensors", metadata={"config": json.dumps(config)})
+    with pytest.raises(
+        CascadeError, match=r"the strides of the compressor's stages make 2 with the stem's 2, but 32 "
+    ):
+        load_model(file, expect="compressor")
