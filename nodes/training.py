@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CATEGORY = "Stable Cascade/training"
 SUFFIX = ".safetensors"
+LONGEST_SETTINGS = 20_000  # characters; ComfyUI answers nobody while they are read
 MODELS = ("stage_c", "text_encoder", "compressor")
 
 
@@ -213,6 +214,8 @@ def checked_settings(text: str) -> dict[str, Any]:
     """Read the settings' sections. Raises CascadeError for keys that other inputs decide."""
     from ..cascade_core.training.typed_yaml import parse_yaml
 
+    if len(text) > LONGEST_SETTINGS:
+        raise CascadeError(f"settings has {len(text):,} characters; give at most {LONGEST_SETTINGS:,}.")
     values = parse_yaml(text, "settings")
     for section, key in _FIXED:
         if isinstance(values.get(section), dict) and key in values[section]:

@@ -21,6 +21,7 @@ from ....cascade_core.errors import CascadeError, quoted
 OWN_FOLDER = "__cascade_nodes"
 SETTINGS = "cascade_nodes.yaml"
 KEY = "picture_folders"
+LONGEST_PATH = 4096  # of Linux; others have less
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def data_check() -> Callable[[Path], None]:
     root, owner_folders = Path(folder_paths.get_input_directory()), cache(_owner_folders)
 
     def check(path: Path) -> None:
-        if not _inside(path, [root]) and not _inside(
-            path, owner_folders()
-        ):  # where it leads is not for clients either
+        if not (
+            _inside(path, [root]) or _inside(path, owner_folders())
+        ):  # the path is not for clients either
             raise CascadeError(
                 "A link in the training data leads where clients read nothing; put the file itself there."
             )
@@ -63,6 +64,8 @@ def data_check() -> Callable[[Path], None]:
 
 def _inside(path: Path, folders: list[Path]) -> bool:
     """Whether a path leads into one of the folders, by how it is written and by where its links lead."""
+    if len(str(path)) > LONGEST_PATH:  # each of its parts would be looked at
+        return False
     try:
         real = {folder: Path(os.path.realpath(folder)) for folder in folders}
         return any(map(path.is_relative_to, [*real, *real.values()])) and any(
