@@ -25,29 +25,26 @@ ENVIRONMENT = {
 
 
 def run_cases(kind: str, first: int, count: int) -> list[dict[str, Any]]:
-    """The answers of all cases: seed, message, fault. A case that ends its process has that as its fault."""
+    """The answers of all cases. A case that ends its process has that as its fault, and the next begins another."""
     answers: list[dict[str, Any]] = []
-    deaths = 0
-    while len(answers) < count and deaths < MOST_DEATHS:
-        seed = first + len(answers)
-        command = [
-            sys.executable,
-            "-m",
-            "cascade_nodes.tests.fuzz.worker",
-            kind,
-            str(seed),
-            "--count",
-            str(count - len(answers)),
-        ]
-        done = subprocess.run(command, capture_output=True, env=os.environ | ENVIRONMENT, check=False)
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        answers += [line for line in lines if "seed" in line]
-        if len(answers) < count:
-            deaths += 1
-            end = " | ".join(done.stderr.decode(errors="replace").splitlines()[-25:])
-            fault = f"the process ended with {done.returncode}: {end}"
-            answers.append({"seed": first + len(answers), "message": None, "fault": fault, "seconds": 0.0})
+    for _ in range(MOST_DEATHS):
+        answered, end = run_worker([f"{kind}:{count - len(answers)}"], first + len(answers))
+        answers += answered
+        if len(answers) == count:
+            break
+        answers.append(
+            {"kind": kind, "seed": first + len(answers), "message": None, "fault": end, "seconds": 0.0}
+        )
     return answers
+
+
+def run_worker(kinds: list[str], first: int) -> tuple[list[dict[str, Any]], str]:
+    """(the answers of the cases that were tried, what the process said at its end)"""
+    command = [sys.executable, "-m", "cascade_nodes.tests.fuzz.worker", *kinds, str(first)]
+    done = subprocess.run(command, capture_output=True, env=os.environ | ENVIRONMENT, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    said = " | ".join(done.stderr.decode(errors="replace").splitlines()[-25:])
+    return [line for line in lines if "seed" in line], f"the process ended with {done.returncode}: {said}"
 
 
 def failures(answers: list[dict[str, Any]]) -> list[str]:

@@ -239,7 +239,7 @@ def encoded(kind: str, random: Random) -> bytes:
     stream = io.BytesIO()
     try:
         picture.convert(mode).save(stream, kind, **options)
-    except (OSError, ValueError, KeyError, SystemError):
+    except (OSError, ValueError, KeyError, RuntimeError, SystemError):  # not in this mode
         stream = io.BytesIO()
         picture.save(stream, kind)
     return stream.getvalue()

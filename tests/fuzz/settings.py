@@ -74,23 +74,31 @@ class World:
         self.earlier = folder / "out" / "earlier.safetensors"
 
     def attempt(self, random: Random) -> None:
-        self.earlier.parent.mkdir(exist_ok=True)
+        """At times where a run of the basic settings has left its state and its cache."""
+        self.earlier.parent.mkdir()
         self.earlier.write_bytes(b"earlier")
         task = random.choice(list(TASKS))
         path = self.folder / "settings.yaml"
-        path.write_bytes(self.text(task, random))
+        try:
+            if random.random() < 0.25:
+                path.write_text(yaml.safe_dump(BASIC | TASKS[task]))
+                command("train", task, str(path))
+            path.write_bytes(self.text(task, random))
+            self.train(task, path, random)
+        finally:
+            left = [file.name for file in self.folder.rglob("*.part")]
+            for made in ("out", "run", "runs", "cache"):
+                shutil.rmtree(self.folder / made, ignore_errors=True)
+            assert not left, f"left behind: {left}"
+
+    def train(self, task: str, path: Path, random: Random) -> None:
         refused = True
         try:
             command("train", task, str(path), *(["--fresh"] if random.random() < 0.3 else []))
             refused = False
         finally:
-            written = b"earlier" if refused else self.earlier.read_bytes()
-            assert self.earlier.read_bytes() == written, "an earlier file was lost by a run that was refused"
-            left = [file.name for file in self.folder.rglob("*.part")]
-            for made in ("out", "run", "runs", "cache"):
-                if random.random() < 0.7 or left or made == "out":
-                    shutil.rmtree(self.folder / made, ignore_errors=True)
-            assert not left, f"left behind: {left}"
+            kept = self.earlier.read_bytes() == b"earlier"
+            assert kept or not refused, "an earlier file was lost by a run that was refused"
 
     def text(self, task: str, random: Random) -> bytes:
         if random.random() < 0.08:

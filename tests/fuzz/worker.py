@@ -1,7 +1,7 @@
-"""One process that tries cases of a kind by their seeds, within bounds of memory and time.
+"""Tries cases by their seeds, within bounds of memory and time; a JSON line before and after each.
 
-python -m cascade_nodes.tests.fuzz.worker graphs 123        one case, told in words
-python -m cascade_nodes.tests.fuzz.worker graphs 0 --count 500   as the tests do it: a JSON line for each
+python -m cascade_nodes.tests.fuzz.worker graphs 123
+python -m cascade_nodes.tests.fuzz.worker graphs:20 files:20 0      each kind in a fork of one process
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import IO, Any
 
 from cascade_nodes.tests.fuzz.verdict import Outcome, judge
 
@@ -30,31 +32,49 @@ WATCHDOG = 120.0  # seconds in which no case is near its end
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tries cases by their seeds.")
-    parser.add_argument("kind")
+    parser.add_argument("kinds", nargs="+", metavar="KIND[:COUNT]", help="such as graphs, or graphs:100")
     parser.add_argument("first", type=int, help="the first case's seed")
-    parser.add_argument("--count", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where the cases may work, default: a temporary one")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")  # a case's own output goes to standard error
     os.dup2(2, 1)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        os.chdir(folder)
-        module = importlib.import_module(f"cascade_nodes.tests.fuzz.{options.kind}")
-        world = module.World(folder)
-        for seed in range(options.first, options.first + options.count):
-            print(json.dumps({"begun": seed}), file=answers, flush=True)
-            begun = time.process_time()
-            outcome = attempt(world, seed)
-            seconds = round(time.process_time() - begun, 2)
-            answer = {"seed": seed, "message": outcome.message, "fault": outcome.fault, "seconds": seconds}
-            print(json.dumps(answer), file=answers, flush=True)
+    counts = {kind: int(count or 1) for kind, _, count in (text.partition(":") for text in options.kinds)}
+    modules = {kind: importlib.import_module(f"cascade_nodes.tests.fuzz.{kind}") for kind in counts}
+    for kind, count in counts.items():
+        if len(counts) == 1 or os.fork() == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                os.chdir(folder)
+                try_cases(
+                    kind,
+                    modules[kind].World(Path(folder)),
+                    range(options.first, options.first + count),
+                    answers,
+                )
+            if len(counts) > 1:
+                os._exit(0)
+        else:
+            os.wait()
 
 
-def attempt(world, seed: int) -> Outcome:
+def try_cases(kind: str, world: Any, seeds: Iterable[int], answers: IO[str]) -> None:
+    for seed in seeds:
+        print(json.dumps({"begun": seed}), file=answers, flush=True)
+        begun = time.process_time()
+        outcome = attempt(world, seed)
+        seconds = round(time.process_time() - begun, 2)
+        answer = {
+            "kind": kind,
+            "seed": seed,
+            "message": outcome.message,
+            "fault": outcome.fault,
+            "seconds": seconds,
+        }
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def attempt(world: Any, seed: int) -> Outcome:
     """Tries one case: a hang ends the process, with a traceback; memory beyond the bound is a fault."""
     faulthandler.dump_traceback_later(WATCHDOG, exit=True)
     before = reset_peak()
