@@ -23,6 +23,7 @@ NIGHTLY = "left to make nightly"
 
 # The files that take longest, longest first: with several processes a long one that begins last is waited for.
 LONGEST = (
+    "fuzz/test_fuzz.py",
     "notebooks/test_notebook.py",
     "core/test_training_tasks.py",
     "core/test_training_resume.py",
