@@ -165,6 +165,8 @@ def spoil(settings: dict[str, Any], random: Random) -> None:
 
 def cap(settings: dict[str, Any]) -> None:
     """Valid runs stay short."""
+    if isinstance(settings.get("train", {}), dict):
+        settings.setdefault("train", {}).setdefault("steps", 1)
     for section in settings.values():
         if isinstance(section, dict):
             for key, largest in LARGEST.items():

@@ -27,7 +27,7 @@ from cascade_nodes.tests.fuzz.verdict import Outcome, judge
 
 ADDRESS_SPACE = 8 << 30  # bytes; what a process has after torch was imported is a part of it
 PEAK = 1 << 30  # bytes that one case may take beyond what the process held before
-WATCHDOG = 120.0  # seconds in which no case is near its end
+WATCHDOG = 200.0  # seconds in which no case is near its end
 
 
 def main() -> None:
