@@ -12,9 +12,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
+Answer = dict[str, Any]  # kind, seed, message, fault, seconds
+Tell = Callable[[Answer], None]
 MOST_DEATHS = 20
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -24,36 +28,57 @@ ENVIRONMENT = {
 }
 
 
-def run_cases(kind: str, first: int, count: int) -> list[dict[str, Any]]:
+def run_cases(kind: str, first: int, count: int, tell: Tell = lambda answer: None) -> list[Answer]:
     """The answers of all cases. A case that ends its process has that as its fault, and the next begins another."""
-    answers: list[dict[str, Any]] = []
+    answers: list[Answer] = []
     for _ in range(MOST_DEATHS):
-        answered, end = run_worker([f"{kind}:{count - len(answers)}"], first + len(answers))
+        answered, end = run_worker([f"{kind}:{count - len(answers)}"], first + len(answers), tell)
         answers += answered
         if len(answers) == count:
             break
         answers.append(
             {"kind": kind, "seed": first + len(answers), "message": None, "fault": end, "seconds": 0.0}
         )
+        tell(answers[-1])
     return answers
 
 
-def run_worker(kinds: list[str], first: int) -> tuple[list[dict[str, Any]], str]:
+def run_worker(kinds: list[str], first: int, tell: Tell = lambda answer: None) -> tuple[list[Answer], str]:
     """(the answers of the cases that were tried, what the process said at its end)"""
     command = [sys.executable, "-m", "cascade_nodes.tests.fuzz.worker", *kinds, str(first)]
-    done = subprocess.run(command, capture_output=True, env=os.environ | ENVIRONMENT, check=False)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    said = " | ".join(done.stderr.decode(errors="replace").splitlines()[-25:])
-    return [line for line in lines if "seed" in line], f"the process ended with {done.returncode}: {said}"
+    answers = []
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, env=os.environ | ENVIRONMENT
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            answer = json.loads(line)
+            if "seed" in answer:
+                answers.append(answer)
+                tell(answer)
+        process.wait()
+        said.seek(0)
+        lines = said.read().decode(errors="replace").splitlines()
+    return answers, f"the process ended with {process.returncode}: {' | '.join(lines[-25:])}"
 
 
-def failures(answers: list[dict[str, Any]]) -> list[str]:
+def tell_fault(answer: Answer) -> None:
+    if answer["fault"]:
+        print(f"{answer['seed']}: {answer['fault'][:2000]} {ascii(answer['message'])[:300]}", flush=True)  # noqa: T201
+
+
+def failures(answers: list[Answer]) -> list[str]:
     return [
-        f"{answer['seed']}: {answer['fault']} [{answer['message']}]" for answer in answers if answer["fault"]
+        f"{answer['kind']} {answer['seed']}: {answer['fault']} [{answer['message']}]"
+        for answer in answers
+        if answer["fault"]
     ]
 
 
-def summary(answers: list[dict[str, Any]]) -> str:
+def summary(answers: list[Answer]) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
     for answer in answers:
         if answer["fault"]:
@@ -80,4 +105,4 @@ def summary(answers: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    print(summary(run_cases(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))  # noqa: T201
+    print(summary(run_cases(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), tell_fault)))  # noqa: T201
