@@ -6,8 +6,16 @@ import pytest
 
 from cascade_nodes.tests.fuzz.campaign import failures, run_cases, run_worker
 
-NIGHTLY = {"server": 220, "kills": 80}
-BY_DAY = {"graphs": 20, "server": 15, "kills": 4}
+NIGHTLY = {
+    "graphs": 1000,
+    "files": 600,
+    "pictures": 220,
+    "settings": 220,
+    "server": 220,
+    "kills": 80,
+    "crowds": 40,
+}
+BY_DAY = {"graphs": 20, "files": 20, "pictures": 20, "settings": 20, "server": 20}
 
 
 def test_a_few_cases():
