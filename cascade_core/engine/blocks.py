@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..networks.layers import resize
+from .layout import as_image, resized
 from .state import ForwardState, RunCache
+from .workspace import empty
 
 Pack = Callable[[Any], Any]  # of operations that multiply by another form of the weights: `Operations.pack`
 
@@ -55,6 +56,7 @@ class BoundFeedForward(BoundBlock):
     """A FeedForwardBlock."""
 
     deferred_bias: Tensor  # (C,) float32
+    rounded_bias: Tensor  # the same in the precision of the weights
 
     def __init__(self, block: Any, pack: Pack | None):
         self.block, self.eps = block, block.norm.eps
@@ -74,6 +76,7 @@ class BoundFeedForward(BoundBlock):
         # W·(h + beta) + b = W·h + (W·beta + b)
         beta = response.beta.flatten().to(contract.weight.dtype)
         self.deferred_bias = contract.weight.mv(beta).float() + contract.bias.float()
+        self.rounded_bias = self.deferred_bias.to(contract.weight.dtype)
 
     def run(self, state: ForwardState) -> None:
         self.add_mlp(state, state.ops.norm(state.x, self.eps))
@@ -100,15 +103,15 @@ class BoundResBlock(BoundFeedForward):
         if self.with_skip:
             skip, size = state.skips[-1]
             if state.size != size:  # where a level does not divide the one above
-                state.x = as_tokens(resize(as_image(state.x, state.size), size))
+                state.x = resized(as_image(state.x, state.size), size, state.x)
                 state.size = size
         control = state.cache.control
         residual = control[state.resblocks] if state.resblocks < len(control) else None
         if residual is not None:
-            state.x.add_(as_tokens(resize(residual, state.size).to(state.x)))
+            state.x.add_(resized(residual, state.size, state.x))
         state.resblocks += 1
         h = state.ops.depthwise_norm(state.x, state.size, self.taps, self.block.depthwise.bias, self.eps)
-        self.add_mlp(state, h if skip is None else torch.cat([h, skip], dim=-1))
+        self.add_mlp(state, h if skip is None else joined(h, skip))
 
 
 class AddDeferredBias(BoundBlock):
@@ -118,7 +121,7 @@ class AddDeferredBias(BoundBlock):
         self.mlp = mlp
 
     def run(self, state: ForwardState) -> None:
-        state.x.add_(self.mlp.deferred_bias.to(state.x.dtype))
+        state.x.add_(self.mlp.rounded_bias)
 
 
 class BoundTimestep(BoundBlock):
@@ -168,7 +171,8 @@ class BoundAttention(BoundBlock):
     def prepare(self, cache: RunCache) -> None:
         if not self.prepared:
             self.qkv_bias = torch.cat([layer.bias for layer in self.projections])
-            self.out_bias = float32_copy(self.block.attention.attn.out_proj.bias)
+            self.rounded_bias = self.block.attention.attn.out_proj.bias.clone()
+            self.out_bias = float32_copy(self.rounded_bias)
             self.prepared = True
         if cache.cond_tokens is not None:
             keys_values = self.condition(cache.cond_tokens)
@@ -186,7 +190,7 @@ class BoundAttention(BoundBlock):
         ops, cache, x = state.ops, state.cache, state.x
         if self.timestep is None:
             h = ops.norm(x, self.eps)
-            x.add_(self.out_bias.to(x.dtype))
+            x.add_(self.rounded_bias)
         else:
             h = ops.modulate_norm_(x, cache.table[self.timestep.columns], self.out_bias, self.eps)
         qkv = ops.project(h, self.qkv(), self.qkv_bias)
@@ -203,14 +207,10 @@ def taps_of(convolution: Any) -> Tensor:
     return convolution.weight.flatten(1).T.contiguous()
 
 
-def as_tokens(image: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H·W, C) contiguous; a view of channels-last memory"""
-    return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-
-
-def as_image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H·W, C) -> (B, C, H, W) in channels-last memory, a view"""
-    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+def joined(h: Tensor, skip: Tensor) -> Tensor:
+    """(B, N, C) and (B, N, C_skip) -> (B, N, C + C_skip)"""
+    out = empty((*h.shape[:-1], h.shape[-1] + skip.shape[-1]), h)
+    return torch.cat([h, skip], dim=-1, out=out)
 
 
 def side_by_side(weights: list[Tensor]) -> Tensor | list[Tensor]:

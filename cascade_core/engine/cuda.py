@@ -11,7 +11,8 @@ from . import operations
 from .kernels import attention as attention_kernel
 from .kernels import depthwise, modulation, products, resident, response
 from .kernels.launch import compile_ahead
-from .operations import EPS, add_linear_, linear, pack, project
+from .operations import EPS, add_linear_, pack
+from .workspace import empty
 
 __all__ = [
     "add_linear_",
@@ -25,7 +26,10 @@ __all__ = [
     "norm",
     "pack",
     "project",
+    "resample_by_products",
 ]
+
+resample_by_products = True
 
 HEAD_WIDTHS = (16, 32, 64, 128)  # supported by the attention kernel
 MAX_BATCH, MAX_HIDDEN = 64, 8192  # of a feature map that fits the device's registers
@@ -38,13 +42,38 @@ HOPPER_ATTENTION = {
 
 
 def norm(x: Tensor, eps: float = EPS) -> Tensor:
-    return modulation.norm(x, torch.empty_like(x), eps)
+    return modulation.norm(x, empty(x.shape, x), eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, N, C) -> (B, N, C_out)"""
+    return _linear_out(x, weight, bias, empty((*x.shape[:-1], len(weight)), x))
+
+
+def _linear_out(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    rows, columns = x.flatten(0, 1), weight.T
+    if bias is None:
+        torch.mm(rows, columns, out=out.flatten(0, 1))
+    else:
+        torch.addmm(bias, rows, columns, out=out.flatten(0, 1))
+    return out
+
+
+def project(x: Tensor, weight: Tensor | list[Tensor], bias: Tensor) -> Tensor:
+    """One product, or one for each of several weights side by side.  (B, N, C) -> (B, N, C_out)"""
+    if isinstance(weight, Tensor):
+        return linear(x, weight, bias)
+    out = empty((*x.shape[:-1], len(bias)), x)
+    widths = [len(rows) for rows in weight]
+    for part, rows, part_bias in zip(out.split(widths, dim=-1), weight, bias.split(widths), strict=True):
+        _linear_out(x, rows, part_bias, part)
+    return out
 
 
 def depthwise_norm(
     x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float = EPS
 ) -> Tensor:
-    return depthwise.depthwise_norm(x, weight, bias, *size, eps, torch.empty_like(x))
+    return depthwise.depthwise_norm(x, weight, bias, *size, eps, empty(x.shape, x))
 
 
 def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor) -> None:
@@ -58,8 +87,8 @@ def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tens
         else:
             h = response.apply_response(h, gelu_response_scale_(h, gamma))
     else:
-        partial = x.new_empty(batch, products.response_chunks(positions, config), hidden, dtype=torch.float32)
-        out = x.new_empty(batch, positions, hidden)
+        partial = empty((batch, products.response_chunks(positions, config), hidden), x, torch.float32)
+        out = empty((batch, positions, hidden), x)
         products.linear_gelu_response(
             h.flatten(0, 1), expand, bias, positions, out.flatten(0, 1), partial, config
         )
@@ -81,7 +110,7 @@ def gelu_response_scale_(h: Tensor, gamma: Tensor) -> Tensor:
     """h = GELU(h); returns the factors of its response norm.  h: (B, N, K), gamma: (K,) -> (B, K) float32"""
     batch, positions, hidden = h.shape
     chunks = response.response_chunks(positions, hidden)
-    partial = h.new_empty(batch, chunks, hidden, dtype=torch.float32)
+    partial = empty((batch, chunks, hidden), h, torch.float32)
     response.gelu_response(h, partial)
     return _response_scale(partial, gamma)
 
@@ -89,7 +118,7 @@ def gelu_response_scale_(h: Tensor, gamma: Tensor) -> Tensor:
 def _response_scale(partial: Tensor, gamma: Tensor) -> Tensor:
     """The factors (B, K) of the response norm, from partial sums of squares (B, chunks, K)."""
     batch, _, hidden = partial.shape
-    return response.response_scale(partial, gamma, partial.new_empty(batch, hidden))
+    return response.response_scale(partial, gamma, empty((batch, hidden), partial))
 
 
 @cache
@@ -103,7 +132,7 @@ def modulate_(x: Tensor, scale_shift: Tensor) -> None:
 
 
 def modulate_norm_(x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
-    return modulation.modulate_norm(x, scale_shift, bias, torch.empty_like(x), eps)
+    return modulation.modulate_norm(x, scale_shift, bias, empty(x.shape, x), eps)
 
 
 def attention(qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool) -> Tensor:
@@ -112,7 +141,7 @@ def attention(qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bo
     head_width = channels // heads
     if head_width not in HEAD_WIDTHS:
         return operations.attention(qkv, key, value, heads, self_attn)
-    out = qkv.new_empty(batch, positions, channels)
+    out = empty((batch, positions, channels), qkv)
     hopper = positions >= LONG_SEQUENCE and head_width == 64 and _is_hopper(qkv.device)
     options = HOPPER_ATTENTION if hopper else {}
     return attention_kernel.attention(qkv, key, value, heads, out, self_attn, **options)

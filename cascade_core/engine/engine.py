@@ -15,7 +15,7 @@ from ..networks.unet import UNet
 from ..placement import WeightConsumer
 from ..placement.stream import WeightStream
 from .backend import Precision, operations_on
-from .graphs import GraphPool, can_capture
+from .graphs import GraphMemory, can_capture
 from .lru import LRU
 from .operations import Operations
 from .shapes import Conditions, ShapeCache
@@ -48,6 +48,7 @@ class Engine(WeightConsumer):
                 f"The engine's precision {precision!r} is not known; choose {' or '.join(get_args(Precision))}."
             )
         self.network, self.join = network, join
+        self.graphs = True  # whether forwards of a new shape may be captured
         self.precision: Precision = precision
         self.config = network.config
         self._bound: BoundUNet | None = None
@@ -55,7 +56,7 @@ class Engine(WeightConsumer):
         self._weights = WeightSnapshot(network)
         self._tables: LRU[Tensor] = LRU(TABLES)
         self._shapes: LRU[ShapeCache] = LRU(SHAPES)
-        self._pool = GraphPool()
+        self._graph_memory = GraphMemory()
 
     def parameters(self) -> Any:
         return self.network.parameters()
@@ -126,13 +127,13 @@ class Engine(WeightConsumer):
         """
         if self._bound_precision == "fp8":
             self._bound = None
-        self._pool = GraphPool()
+        self._graph_memory = GraphMemory()
         for shape in self._shapes.values():
-            shape.clear(self._pool)
+            shape.clear(self._graph_memory)
 
     def graph_bytes(self, device: torch.device) -> int:
-        """Bytes on the device that the allocator keeps for the CUDA graphs."""
-        return self._pool.sizes.get(device, 0)
+        """Bytes on the device that the CUDA graphs keep for their intermediate values."""
+        return self._graph_memory.size(device)
 
     def _follow_weights(self) -> WeightStream | None:
         """Invalidates stale caches. Returns the weight stream, or None if the weights are resident."""
@@ -163,7 +164,10 @@ class Engine(WeightConsumer):
             tuple(None if residual is None else tuple(residual.shape) for residual in control),
         )
         return self._shapes.get_or_create(
-            key, lambda: ShapeCache(self.network, self._pool, graphs=can_capture(x.device))
+            key,
+            lambda: ShapeCache(
+                self.network, self._graph_memory, graphs=self.graphs and can_capture(x.device)
+            ),
         )
 
 

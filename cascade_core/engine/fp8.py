@@ -22,8 +22,10 @@ from .cuda import (
     modulate_,
     modulate_norm_,
     norm,
+    resample_by_products,
 )
-from .kernels.fp8 import apply_response_quantise, quantise_rows, quantise_weight, quantised_linear
+from .kernels.fp8 import E4M3, apply_response_quantise, quantise_rows, quantise_weight, quantised_linear
+from .workspace import empty
 
 __all__ = [
     "add_linear_",
@@ -37,6 +39,7 @@ __all__ = [
     "norm",
     "pack",
     "project",
+    "resample_by_products",
 ]
 
 Rows = tuple[Tensor, Tensor]  # e4m3 (B · N, K) and scales (B · N,)
@@ -66,7 +69,7 @@ def channelwise_(
     if fits_registers(h):
         rows = _quantise(gelu_response_norm_(h, gamma))
     else:
-        rows = apply_response_quantise(h, gelu_response_scale_(h, gamma))
+        rows = apply_response_quantise(h, gelu_response_scale_(h, gamma), *_rows_like(h))
     x.add_(_product(x, rows, contract))
 
 
@@ -75,11 +78,17 @@ def add_linear_(x: Tensor, h: Tensor, weight: QuantisedWeight) -> None:
 
 
 def _quantise(x: Tensor) -> Rows:
-    return quantise_rows(x.flatten(0, 1))
+    return quantise_rows(x.flatten(0, 1), *_rows_like(x))
+
+
+def _rows_like(x: Tensor) -> Rows:
+    """Room for the quantised rows of x (B, N, K)."""
+    rows = len(x) * x.shape[1]
+    return empty((rows, x.shape[2]), x, E4M3), empty((rows,), x, torch.float32)
 
 
 def _product(x: Tensor, rows: Rows, weight: QuantisedWeight, bias: Tensor | None = None) -> Tensor:
     """rows · weight + bias, in the batch shape and dtype of x (B, N, …) -> (B, N, C_out)"""
-    out = x.new_empty(*x.shape[:2], len(weight.weight8))
+    out = empty((*x.shape[:2], len(weight.weight8)), x)
     quantised_linear(*rows, *weight, bias, out.flatten(0, 1))
     return out

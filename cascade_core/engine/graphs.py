@@ -3,92 +3,183 @@
 from __future__ import annotations
 
 import gc
+import logging
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from ..placement import out_of_memory
+from . import workspace
+from .workspace import AllocatesError
+
+logger = logging.getLogger(__name__)
+
+REHEARSALS = 2  # the first on a stream takes cuBLAS's workspace there, which stays
+
 
 def can_capture(device: torch.device) -> bool:
-    """Whether graphs are safe: not with the allocator cudaMallocAsync, ComfyUI's default."""
+    """Whether forwards that allocate nothing can be captured: on every CUDA device."""
+    return device.type == "cuda"
+
+
+def can_allocate_in_capture(device: torch.device) -> bool:
+    """Whether what is captured may allocate: not with the allocator cudaMallocAsync, ComfyUI's default."""
     return device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
 
 
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: cuBLAS keeps a workspace for each stream that it was used on."""
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _one_at_a_time() -> threading.Lock:
+    """cudaMallocAsync bears one capture in a process."""
+    return threading.Lock()
+
+
 @contextmanager
-def capture(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
-    """Captures the launches inside the block, with memory of the pool."""
-    current = torch.cuda.stream(torch.cuda.current_stream(device))  # restores it, also where capture fails
+def capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
+    """Captures the launches inside the block. What they allocate comes from `pool`."""
     gc_enabled = gc.isenabled()
     gc.disable()  # collecting an old graph inside the block would end the capture
     try:
-        # Other threads of a host may call the CUDA API meanwhile.
-        with current, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            yield
+        with _one_at_a_time(), on_stream(capture_stream(device)):
+            # Other threads of a host may call the CUDA API meanwhile.
+            options = {} if pool is None else {"pool": pool}
+            graph.capture_begin(capture_error_mode="thread_local", **options)
+            try:
+                yield
+            except BaseException:
+                with suppress(RuntimeError):  # the capture is over already
+                    graph.capture_end()
+                raise
+            graph.capture_end()
     finally:
         if gc_enabled:
             gc.enable()
 
 
-class GraphPool:
-    """Memory that a network's graphs share: only one of them runs at a time, and only its output outlives a replay.
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Launches inside the block on `stream`, after all before the block and before all after it."""
+    before = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        yield
+    before.wait_stream(stream)
 
-    sizes: bytes by device that the allocator keeps for the pool, neither in use nor free for other tensors
-    """
+
+class GraphMemory:
+    """One piece of memory for the intermediate values of all of a network's graphs: only one of them runs at a time."""
 
     def __init__(self) -> None:
-        self.sizes: dict[torch.device, int] = {}
+        self.memory: Tensor | None = None
+        self.users: WeakSet[Graphed] = WeakSet()
 
-    @cached_property
-    def handle(self) -> Any:
-        return torch.cuda.graph_pool_handle()
+    def size(self, device: torch.device) -> int:
+        """Bytes that it takes on the device."""
+        return self.memory.nbytes if self.memory is not None and self.memory.device == device else 0
 
-    @contextmanager
-    def growing(self, device: torch.device) -> Iterator[None]:
-        """Counts the memory that the allocator takes inside the block, unless the block fails."""
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(device)
-        yield
-        grown = torch.cuda.memory_reserved(device) - before
-        self.sizes[device] = self.sizes.get(device, 0) + max(grown, 0)
+    def reserve(self, size: int, device: torch.device, user: Graphed) -> Tensor:
+        """At least `size` bytes, kept as long as `user` is. Where it grows, graphs in the old memory are dropped."""
+        if self.memory is None or self.size(device) < size:
+            for other in list(self.users):
+                other.drop()
+            self.users.clear()
+            self.memory = None
+            self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        assert self.memory is not None
+        self.users.add(user)
+        return self.memory
 
 
 class Graphed:
-    """Runs a function eagerly the first time, captures it the second time, and replays it from then on.
+    """`forward(x)` of one shape of x: eager the first time, captured the second time, replayed from then on.
 
-    The eager run compiles kernels and allocates workspaces, which is impossible during capture.
-
-    capture(function, *inputs): returns a function of the inputs that replays what it captured
+    The eager one compiles kernels and tells what memory the forward needs. A forward that allocates beside that stays
+    eager, as does one for which there is no memory. Everything else that it reads must stay at the same addresses.
     """
 
-    def __init__(self, capture: Callable[..., Callable[..., Tensor]]):
-        self._capture = capture
-        self._replay: Callable[..., Tensor] | None = None
-        self.warm = False
+    def __init__(self, memory: GraphMemory):
+        self._memory = memory
+        self._plan: workspace.Plan | None = None
+        self._captured: CapturedForward | None = None
+        self._eager = False
 
-    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        if not self.warm:
-            return self.run_eagerly(function, *inputs)
-        if self._replay is None:
-            self._replay = self._capture(function, *inputs)
-        return self._replay(*inputs)
+    def drop(self) -> None:
+        """Frees the graph; it is captured again when it is needed."""
+        self._captured = None
 
-    def run_eagerly(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        self.warm = True
-        return function(*inputs)
+    def __call__(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self._eager:
+            return forward(x)
+        if self._plan is None:
+            with workspace.recording() as plan:
+                result = forward(x)
+            self._plan = plan
+            return result
+        if self._captured is None:
+            self._captured = self._capture(forward, x, self._plan)
+        if self._captured is None:
+            self._eager = True
+            return forward(x)
+        return self._captured(x)
+
+    def _capture(
+        self, forward: Callable[[Tensor], Tensor], x: Tensor, plan: workspace.Plan
+    ) -> CapturedForward | None:
+        try:
+            memory = self._memory.reserve(plan.size, x.device, self)
+            return CapturedForward(forward, x, plan, memory)
+        except AllocatesError as error:
+            logger.warning("%s It runs without a CUDA graph, which takes longer.", error)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        return None  # eager forwards are only a little slower
 
 
 class CapturedForward:
-    """`forward(x)`, captured. Everything else that it reads must stay at the same addresses."""
+    """`forward(x)`, captured with its intermediate values in `memory`.
 
-    def __init__(self, pool: GraphPool, forward: Callable[[Tensor], Tensor], x: Tensor):
-        self.graph, self.static_input = torch.cuda.CUDAGraph(), x.clone()
-        with pool.growing(x.device), capture(self.graph, pool.handle, x.device):
-            self.static_output = forward(self.static_input)
+    Raises AllocatesError, before anything is captured, for a forward that allocates.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], x: Tensor, plan: workspace.Plan, memory: Tensor):
+        self.graph, self.static_input, self.memory = torch.cuda.CUDAGraph(), x.clone(), memory
+
+        def run() -> Tensor:
+            with workspace.within(plan, memory):
+                return forward(self.static_input)
+
+        with on_stream(capture_stream(x.device)):
+            if all(allocates(run, x.device) for _ in range(REHEARSALS)):
+                raise AllocatesError(f"A forward of {tuple(x.shape)} allocates memory as it runs.")
+        with capture(self.graph, x.device):
+            self.static_output = run()
 
     def __call__(self, x: Tensor) -> Tensor:
         self.static_input.copy_(x)
         self.graph.replay()
         return self.static_output.clone()
+
+
+def allocates(run: Callable[[], object], device: torch.device) -> bool:
+    """Whether a call takes memory of the allocator, even if it gives it back.
+
+    cudaMallocAsync counts in pieces of some kB, so that a smaller temporary value does not show.
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) > before

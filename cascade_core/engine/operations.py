@@ -28,6 +28,11 @@ class Operations(Protocol):
         """Another form of a weight, made once when a network is bound; None: products read the weights themselves."""
         ...
 
+    @property
+    def resample_by_products(self) -> bool:
+        """Whether the convolutions between levels are computed as products, which need no memory but the workspace."""
+        ...
+
     def compile_ahead(self, forward: Callable[[], object]) -> None: ...
 
     def norm(self, x: Tensor, eps: float) -> Tensor: ...
@@ -54,6 +59,7 @@ class Operations(Protocol):
 
 
 pack = None
+resample_by_products = False
 
 
 def compile_ahead(forward: Callable[[], object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from torch.nn import functional as F
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from ..networks.unet import UNet
-from ..placement import out_of_memory
-from .blocks import as_tokens
-from .graphs import CapturedForward, Graphed, GraphPool
+from .graphs import Graphed, GraphMemory
+from .layout import as_tokens
 from .operations import Operations
 from .state import RunCache
 from .unet import BoundUNet
@@ -27,14 +25,14 @@ Versioned = tuple[Tensor | None, int]  # with the tensor's version, which counts
 class ShapeCache:
     """For one shape of x and all conditions: the run's constant values, and the CUDA graph of a forward."""
 
-    def __init__(self, network: UNet, pool: GraphPool, graphs: bool):
+    def __init__(self, network: UNet, memory: GraphMemory, graphs: bool):
         self.network, self.graphs = network, graphs
         self._compiled = False
-        self.clear(pool)
+        self.clear(memory)
 
-    def clear(self, pool: GraphPool) -> None:
-        """Drops everything but the compiled kernels. Graphs use the memory of `pool` from now on."""
-        self._graphed = Graphed(partial(CapturedForward, pool)) if self.graphs else None
+    def clear(self, memory: GraphMemory) -> None:
+        """Drops everything but the compiled kernels. Graphs use this memory from now on."""
+        self._graphed = Graphed(memory) if self.graphs else None
         self._cache: RunCache | None = None
         self._conditions: dict[str, Versioned] | None = None  # of the cache; None while it is incomplete
         self._control: list[Versioned] = []
@@ -73,13 +71,6 @@ class ShapeCache:
         if not self._compiled:
             ops.compile_ahead(lambda: forward(x))
             self._compiled = True
-        if self._graphed is not None and self._graphed.warm:
-            try:
-                return self._graphed(forward, x)
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                self._graphed = None  # eager forwards are only a little slower
         return forward(x) if self._graphed is None else self._graphed(forward, x)
 
 
@@ -88,8 +79,12 @@ def _empty_cache(
 ) -> RunCache:
     table = x.new_empty(bound.table_size, dtype=torch.float32)
     keys, values = ([None] * bound.attentions for _ in range(2))
-    residuals = [None if residual is None else torch.empty_like(residual) for residual in control]
+    residuals = [_channels_last_like(residual) for residual in control]
     return RunCache(table, keys, values, conditions, residuals)
+
+
+def _channels_last_like(residual: Tensor | None) -> Tensor | None:
+    return None if residual is None else torch.empty_like(residual, memory_format=torch.channels_last)
 
 
 def _embed_stage_c(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..networks.layers import AttnBlock, ResBlock, TimestepBlock
 from ..networks.unet import UNet
@@ -19,10 +19,9 @@ from .blocks import (
     BoundTimestep,
     Pack,
     PackedWeight,
-    as_image,
-    as_tokens,
     join_,
 )
+from .layout import as_image, as_tokens, interpolated, patches, shuffle, unpatched, unshuffle
 from .operations import Operations
 from .state import ForwardState, RunCache
 
@@ -76,10 +75,10 @@ class BoundUNet:
         return self._output(state)
 
     def _embed(self, ops: Operations, x: Tensor, cache: RunCache) -> ForwardState:
-        h = self.network.embedding[0](x)  # pixels to channels
-        size = (h.shape[-2], h.shape[-1])
+        side = self.network.config.patch_size
+        size = (x.shape[-2] // side, x.shape[-1] // side)
         embed, eps = self.network.embedding[1], self.network.embedding[2].eps
-        tokens = ops.norm(ops.linear(as_tokens(h), embed.weight.flatten(1), embed.bias), eps)
+        tokens = ops.norm(ops.linear(unshuffle(x, side), embed.weight.flatten(1), embed.bias), eps)
         if cache.conditions is not None:
             tokens = tokens.add_(cache.conditions)
         return ForwardState(ops, cache, tokens, size)
@@ -88,7 +87,7 @@ class BoundUNet:
         ops = state.ops
         project, eps = self.network.clf[1], self.network.clf[0].eps
         out = ops.linear(ops.norm(state.x, eps), project.weight.flatten(1), project.bias)
-        return self.network.clf[2](as_image(out, state.size))
+        return shuffle(out, state.size, self.network.config.patch_size)
 
     def _compile(self) -> list[BoundBlock]:
         network, program = self.network, []
@@ -155,15 +154,52 @@ class PopSkip(BoundBlock):
 
 
 class BoundResample(BoundBlock):
-    """The network's own downscaler or upscaler."""
+    """A downscaler or upscaler: a norm, then a convolution, in Stage C perhaps with a resize."""
 
     def __init__(self, module: Any):
         self.module = module
+        self.norm, resampler = module
+        self.steps = list(getattr(resampler, "blocks", [resampler]))
+        self.products: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def run(self, state: ForwardState) -> None:
-        h = self.module(as_image(state.x, state.size))
-        state.size = (h.shape[-2], h.shape[-1])
-        state.x = as_tokens(h)
+        if not state.ops.resample_by_products:
+            h = self.module(as_image(state.x, state.size))
+            state.x, state.size = as_tokens(h), (h.shape[-2], h.shape[-1])
+            return
+        state.x = state.ops.norm(state.x, self.norm.eps)
+        for step in self.steps:
+            if isinstance(step, nn.Upsample):
+                factor, (height, width) = step.scale_factor, state.size
+                size = (int(height * factor), int(width * factor))  # type: ignore[operator] (one number for both)
+                state.x, state.size = as_tokens(interpolated(as_image(state.x, state.size), size)), size
+            elif not isinstance(step, nn.Identity):
+                self._multiply(step, state)
+
+    def _multiply(self, convolution: Any, state: ForwardState) -> None:
+        """A convolution of one position, or of squares of 2 × 2, as a product."""
+        if convolution.stride == (1, 1):
+            state.x = state.ops.linear(state.x, convolution.weight.flatten(1), convolution.bias)
+            return
+        if convolution not in self.products:
+            self.products[convolution] = square_product(convolution)
+        weight, bias = self.products[convolution]
+        (height, width), down = state.size, not isinstance(convolution, nn.ConvTranspose2d)
+        x = patches(state.x, state.size) if down else state.x
+        x = state.ops.linear(x, weight, bias)
+        state.x = x if down else unpatched(x, state.size)
+        state.size = (height // 2, width // 2) if down else (2 * height, 2 * width)
+
+
+def square_product(convolution: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a product of tokens that is a convolution of 2 × 2 with a stride of 2, for `layout.patches`.
+
+    Conv2d: weight (C_out, 4 · C_in).  ConvTranspose2d: (4 · C_out, C_in)
+    """
+    weight, bias = convolution.weight, convolution.bias
+    if isinstance(convolution, nn.ConvTranspose2d):
+        return weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(), bias.repeat(4)
+    return weight.permute(0, 2, 3, 1).flatten(1).contiguous(), bias
 
 
 class BoundRepeatMapper(BoundBlock):

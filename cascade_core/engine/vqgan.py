@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from torch.nn import functional as F
 
 from ..networks.stage_a import MixingResidualBlock, StageA
 from ..placement import WeightConsumer
-from .blocks import as_image, as_tokens, taps_of
-from .graphs import CapturedForward, Graphed, GraphPool, can_capture
+from .blocks import taps_of
+from .graphs import Graphed, GraphMemory, can_capture
+from .layout import as_image, as_tokens, shuffle
 from .lru import LRU
 from .weights import WeightSnapshot
+from .workspace import empty
 
 HIDDEN_BYTES = 2**28  # of hidden values at a time: more than those of 1024 × 1024 pixels at 384 channels
 CACHED_BYTES = 2**21  # the same on the CPU: they stay in its cache until they are read again
@@ -40,14 +41,14 @@ class DecoderEngine(WeightConsumer):
         self._weights = WeightSnapshot(self.stage_a)
         self._blocks: list[Any] | None = None
         self._graphs: LRU[Graphed] = LRU(GRAPHS)
-        self._pool = GraphPool()
+        self._graph_memory = GraphMemory()
 
     def offload(self) -> None:
         self.forget()
 
     def graph_bytes(self, device: torch.device) -> int:
-        """Bytes on the device that the allocator keeps for the CUDA graphs."""
-        return self._pool.sizes.get(device, 0)
+        """Bytes on the device that the CUDA graphs keep for their intermediate values."""
+        return self._graph_memory.size(device)
 
     @torch.inference_mode()
     def __call__(self, latent: Tensor) -> Tensor:
@@ -71,9 +72,7 @@ class DecoderEngine(WeightConsumer):
         if batch * height * width > MAX_GRAPH_POSITIONS or not can_capture(latent.device):
             return self._decode(latent)
         # A size that does not come again, such as a tile's, is not captured.
-        graphed = self._graphs.get_or_create(
-            tuple(latent.shape), lambda: Graphed(partial(CapturedForward, self._pool))
-        )
+        graphed = self._graphs.get_or_create(tuple(latent.shape), lambda: Graphed(self._graph_memory))
         return graphed(self._decode, latent)
 
     def _modules(self) -> Iterator[nn.Module]:
@@ -83,7 +82,10 @@ class DecoderEngine(WeightConsumer):
 
     def _decode(self, latent: Tensor) -> Tensor:
         assert self._blocks is not None
-        x = latent.contiguous(memory_format=torch.channels_last) * self.stage_a.config.scale_factor
+        tokens = latent.permute(0, 2, 3, 1)
+        x = torch.mul(tokens, self.stage_a.config.scale_factor, out=empty(tokens.shape, latent)).permute(
+            0, 3, 1, 2
+        )
         for block in self._blocks:
             x = block(x)
         return x
@@ -131,14 +133,14 @@ class FusedMixingBlock(BoundMixingBlock):
 
         height, width = size
         scale1, shift1, gate1, scale2, shift2, _ = self.gammas
-        h = vqgan.norm_modulate(x, scale1, shift1, torch.empty_like(x), self.eps)
+        h = vqgan.norm_modulate(x, scale1, shift1, empty(x.shape, x), self.eps)
         lines = lines_per_part(height, self.positions_in(self.hidden_bytes) // width)
         for image, normal in zip(x, h, strict=True):
             for top in range(0, height, lines):
                 part = image[top * width : (top + lines) * width]
                 hidden_input = depthwise.depthwise_gate_norm(
                     normal, self.taps, self.taps_bias, gate1, part, self.contract_bias, scale2, shift2,
-                    torch.empty_like(part), top, height, width, self.eps,
+                    empty(part.shape, part), top, height, width, self.eps,
                 )  # fmt: skip
                 part.addmm_(self._hidden(hidden_input), self.contract.T)
 
@@ -149,8 +151,8 @@ class FusedMixingBlock(BoundMixingBlock):
         m, (n, k) = len(h), self.expand.shape
         config = products.choose("linear_gelu", m, n, k, h.device)
         if config is None:
-            return vqgan.gelu(F.linear(h, self.expand, self.expand_bias))
-        return products.linear_gelu(h, self.expand, self.expand_bias, h.new_empty(m, n), config)
+            return vqgan.gelu(torch.addmm(self.expand_bias, h, self.expand.T, out=empty((m, n), h)))
+        return products.linear_gelu(h, self.expand, self.expand_bias, empty((m, n), h), config)
 
 
 def lines_per_part(lines: int, limit: int) -> int:
@@ -166,8 +168,73 @@ class PointwiseConv:
         self.weight, self.bias = convolution.weight.flatten(1), convolution.bias  # (C_out, C_in), (C_out,)
 
     def __call__(self, image: Tensor) -> Tensor:
-        tokens = F.linear(as_tokens(image), self.weight, self.bias)
-        return as_image(tokens, (image.shape[-2], image.shape[-1]))
+        tokens = as_tokens(image)
+        out = empty((*tokens.shape[:2], len(self.weight)), image)
+        torch.addmm(self.bias, tokens.flatten(0, 1), self.weight.T, out=out.flatten(0, 1))
+        return as_image(out, (image.shape[-2], image.shape[-1]))
+
+
+class PixelShuffle:
+    """nn.PixelShuffle"""
+
+    def __init__(self, module: nn.PixelShuffle):
+        self.side = module.upscale_factor
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return shuffle(as_tokens(image), (image.shape[-2], image.shape[-1]), self.side)
+
+
+class DoublingConv:
+    """A transposed convolution of 4 × 4 with a stride of 2 as products: cuDNN takes memory, which a graph must not.
+
+    An output position is a sum over 2 × 2 positions of the bordered input: which, and by what weights, depends on
+    whether its line and its column are even. All four read the same squares. Some lines at a time, since the squares
+    take four times the memory of the input.
+    """
+
+    def __init__(self, convolution: nn.ConvTranspose2d):
+        if (convolution.kernel_size, convolution.stride, convolution.padding) != ((4, 4), (2, 2), (1, 1)):
+            raise ValueError(f"{convolution} does not double an image as Stage A's does.")
+        self.bias: Any = convolution.bias
+        taps = {0: [3, 1], 1: [2, 0]}  # of the kernel, for even and odd positions, over the two of the input
+        self.weights = {
+            (y, x): convolution.weight[:, :, taps[y]][..., taps[x]]
+            .permute(1, 2, 3, 0)
+            .flatten(1)
+            .contiguous()
+            for y in taps
+            for x in taps
+        }  # (C_out, 2 · 2 · C)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        batch, channels, height, width = image.shape
+        out = empty((batch, 2 * height, 2 * width, len(self.bias)), image)
+        bordered = empty((height + 2, width + 2, channels), image).zero_()
+        lines = lines_per_part(height, HIDDEN_BYTES // (width * 4 * channels * image.element_size()))
+        for lines_in, lines_out in zip(image.permute(0, 2, 3, 1), out, strict=True):
+            bordered[1:-1, 1:-1].copy_(lines_in)
+            for top in range(0, height, lines):
+                count = min(lines, height - top)
+                self._double(bordered[top : top + count + 2], lines_out[2 * top : 2 * (top + count)])
+        return out.permute(0, 3, 1, 2)
+
+    def _double(self, bordered: Tensor, out: Tensor) -> None:
+        """bordered: (h + 2, w + 2, C) -> out: (2h, 2w, C_out)"""
+        height, width, channels = len(bordered) - 2, bordered.shape[1] - 2, bordered.shape[2]
+        squares = bordered.unfold(0, 2, 1).unfold(1, 2, 1).permute(0, 1, 3, 4, 2)  # (h + 1, w + 1, 2, 2, C)
+        row = width + 1
+        rows = empty(
+            ((height + 1) * row + 1, 4 * channels), bordered
+        )  # one more, for the end of the last product
+        rows[:-1].view(squares.shape).copy_(squares)
+        rows[-1].zero_()
+        for (y, x), weight in self.weights.items():
+            first = y * row + x
+            product = empty((height * row, len(self.bias)), bordered)
+            torch.addmm(self.bias, rows[first : first + height * row], weight.T, out=product)
+            out[y::2, x::2].copy_(
+                product.view(height, row, -1)[:, :width]
+            )  # without what wraps to the next line
 
 
 class PlainMixingBlock(BoundMixingBlock):
@@ -204,7 +271,12 @@ def bind(module: nn.Module, bindings: dict[type[nn.Module], Any]) -> Any:
 
 
 BINDINGS: dict[str, dict[type[nn.Module], Any]] = {
-    "cuda": {MixingResidualBlock: FusedMixingBlock, nn.Conv2d: PointwiseConv},
+    "cuda": {
+        MixingResidualBlock: FusedMixingBlock,
+        nn.Conv2d: PointwiseConv,
+        nn.ConvTranspose2d: DoublingConv,
+        nn.PixelShuffle: PixelShuffle,
+    },
     "cpu": {MixingResidualBlock: PlainMixingBlock},
 }
 UNSUPPORTED_DTYPES = {"cuda": torch.float32, "cpu": torch.float16}  # left to Stage A itself

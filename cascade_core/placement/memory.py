@@ -146,7 +146,7 @@ class DeviceMemory:
     def _device_budget(self) -> int:
         """Bytes for weights and runs, next to all graphs that there are."""
         graphs = sum(self._graph_bytes(placement) for placement in self.placements.values())
-        return self.device.budget(self._all_resident_bytes()) - graphs
+        return self.device.budget(self._all_resident_bytes() + graphs) - graphs
 
     def _all_resident_bytes(self) -> int:
         return sum(self._resident_bytes(placement) for placement in self.placements.values())

@@ -27,7 +27,7 @@ class WeightConsumer:
         raise NotImplementedError
 
     def graph_bytes(self, device: torch.device) -> int:
-        """Bytes on the device that the allocator keeps for this consumer's CUDA graphs."""
+        """Bytes on the device that this consumer's CUDA graphs keep."""
         return 0
 
 
@@ -70,7 +70,7 @@ class Placement:
         return [unit for unit in self.units if unit.device_buffer is not None]
 
     def graph_bytes(self, device: torch.device) -> int:
-        """Bytes on the device that the allocator keeps for CUDA graphs of the network."""
+        """Bytes on the device that CUDA graphs of the network keep."""
         return sum(consumer.graph_bytes(device) for consumer in self.consumers)
 
     def offload(self, units: Sequence[Unit]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..engine.graphs import Graphed, capture
+from ..engine.graphs import capture
 from ..engine.lru import LRU
 
 SHAPES = 12  # whose graphs are kept; a bucket of another aspect ratio is another shape
@@ -31,22 +31,32 @@ class GraphedFunction:
     def __init__(self, function: Callable[..., Tensor]):
         self.function = function
         self.awaits_backward = False
-        self._graphs: LRU[Graphed] = LRU(SHAPES)
+        self._graphs: LRU[_Shape] = LRU(SHAPES)
         self._pool: Any = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         gradients = torch.is_grad_enabled()
         key = gradients, *((tuple(value.shape), value.dtype, value.requires_grad) for value in inputs)
-        graphed = self._graphs.get_or_create(key, lambda: Graphed(self._capture))
-        run = graphed.run_eagerly if self.awaits_backward else graphed
-        return run(self.function, *inputs)
+        shape = self._graphs.get_or_create(key, _Shape)
+        if self.awaits_backward or not shape.seen:
+            shape.seen = True  # the eager pass compiles kernels and allocates workspaces
+            return self.function(*inputs)
+        if shape.passes is None:
+            shape.passes = self._capture(inputs)
+        return _Replay.apply(self, shape.passes, *inputs)  # type: ignore[return-value]
 
-    def _capture(self, function: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+    def _capture(self, inputs: Sequence[Tensor]) -> CapturedPasses:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # the memory of the eager pass
-        passes = CapturedPasses(function, inputs, self._pool)
-        return lambda *inputs: _Replay.apply(self, passes, *inputs)  # type: ignore[return-value]
+        return CapturedPasses(self.function, inputs, self._pool)
+
+
+class _Shape:
+    """Inputs of one shape: whether they were seen, and what was captured for them."""
+
+    seen = False
+    passes: CapturedPasses | None = None
 
 
 class CapturedPasses:
@@ -59,7 +69,7 @@ class CapturedPasses:
         device = self.static_inputs[0].device
         self.needs_gradient = [gradients and value.requires_grad for value in inputs]
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), None
-        with torch.set_grad_enabled(gradients), capture(self.forward_graph, pool, device):
+        with torch.set_grad_enabled(gradients), capture(self.forward_graph, device, pool):
             output = function(*self.static_inputs)
         self.static_output, self.static_gradients = output.detach(), ()
         if any(self.needs_gradient):
@@ -67,7 +77,7 @@ class CapturedPasses:
             self.static_output_gradient = torch.empty_like(self.static_output)
             pairs = zip(self.static_inputs, self.needs_gradient, strict=True)
             sources = [value for value, needed in pairs if needed]
-            with capture(self.backward_graph, pool, device):
+            with capture(self.backward_graph, device, pool):
                 self.static_gradients = torch.autograd.grad(
                     output, sources, self.static_output_gradient, allow_unused=True
                 )

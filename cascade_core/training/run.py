@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import load_model
-from ..engine.graphs import can_capture
+from ..engine.graphs import can_allocate_in_capture
 from ..errors import CascadeError, Interrupted
 from ..file_names import numbered
 from ..networks.compressor import SemanticCompressor
@@ -243,7 +243,7 @@ def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
         checkpointing = sum(parameter.numel() for parameter in stage_c.parameters()) > LARGE_NETWORK
     if checkpointing:
         checkpoint_blocks(stage_c, task.changes.current if isinstance(task, LoRATask) else nullcontext)
-    if settings.cuda_graphs and can_capture(task.device):
+    if settings.cuda_graphs and can_allocate_in_capture(task.device):
         task.use_cuda_graphs()
 
 

@@ -1,6 +1,5 @@
 """The engine with weights that placement moves: streamed block by block, offloaded and back, changed by LoRAs."""
 
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -9,8 +8,9 @@ import torch
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters.adapter import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
-from cascade_nodes.cascade_core.engine import Engine, operations, shapes
+from cascade_nodes.cascade_core.engine import Engine, operations, workspace
 from cascade_nodes.cascade_core.engine import engine as engine_module
+from cascade_nodes.cascade_core.engine import graphs as graphs_module
 from cascade_nodes.cascade_core.placement import DeviceMemory
 from cascade_nodes.tests.core.placements import Counting, Late
 from cascade_nodes.tests.engine.test_engine import (
@@ -197,21 +197,22 @@ class Captured:
     captures: list[Any]
     out_of_memory = False
 
-    def __init__(self, pool: Any, forward: Any, x: Any):
+    def __init__(self, forward: Any, x: Any, plan: Any, memory: Any):
         self.captures.append(self)
         if self.out_of_memory:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        self.forward, self.replays = forward, 0
+        self.forward, self.plan, self.memory, self.replays = forward, plan, memory, 0
 
     def __call__(self, x: Any) -> Any:
         self.replays += 1
-        return self.forward(x)
+        with workspace.within(self.plan, self.memory):
+            return self.forward(x).clone()
 
 
 @pytest.fixture
 def graphs(monkeypatch):
     monkeypatch.setattr(engine_module, "can_capture", lambda device: True)
-    monkeypatch.setattr(shapes, "CapturedForward", Captured)
+    monkeypatch.setattr(graphs_module, "CapturedForward", Captured)
     monkeypatch.setattr(Captured, "captures", [], raising=False)
     return Captured.captures
 
@@ -246,17 +247,12 @@ def test_without_a_graph_where_it_does_not_fit(graphs, monkeypatch):
     assert (len(graphs), messages) == (1, [])
 
 
-def test_memory_of_graphs_is_counted_while_they_live(monkeypatch):
-    device, taken = torch.device("cuda", 0), [100]
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: taken[0])
-    engine, other = Engine(build(StageC, STAGE_C)), Engine(build(StageB, STAGE_B))
-    graphs = engine._pool
-    with graphs.growing(device):
-        taken[0] += 50
-    with suppress(torch.OutOfMemoryError), graphs.growing(device):
-        taken[0] += 20
-        raise torch.OutOfMemoryError
-    assert [each.graph_bytes(device) for each in (engine, other)] == [50, 0]
+def test_memory_of_graphs_is_counted_while_they_live(graphs):
+    network, other = build(StageC, STAGE_C), build(StageB, STAGE_B)
+    calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5)]
+    engine, cpu = Engine(network), torch.device("cpu")
+    engine_outputs(DeviceMemory(Counting(2 * size_of(network)), 1), engine, calls)
+    assert engine.graph_bytes(cpu) == graphs[0].memory.nbytes >= graphs[0].plan.size > 0
+    assert engine.graph_bytes(torch.device("cuda", 0)) == Engine(other).graph_bytes(cpu) == 0
     engine.offload()
-    assert engine.graph_bytes(device) == 0
+    assert engine.graph_bytes(cpu) == 0

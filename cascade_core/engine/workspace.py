@@ -1,0 +1,108 @@
+"""Memory of a forward's intermediate values: planned during the first one, then one piece, at the same addresses.
+
+A CUDA graph keeps the addresses that it was captured with. What is allocated during a capture belongs to the graph;
+cudaMallocAsync, ComfyUI's allocator, gives it addresses that Triton cannot use. So a captured forward allocates
+nothing: all that it needs comes from memory that stands before, laid out by what an eager forward asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+ALIGNMENT = 256  # bytes: what every kernel and every copy likes
+
+
+class AllocatesError(RuntimeError):
+    """A forward takes other memory than its workspace, which a captured one must not."""
+
+
+class _Memory(Protocol):
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor: ...
+
+
+_current: ContextVar[_Memory | None] = ContextVar("workspace", default=None)
+
+
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`like.new_empty(shape, dtype=dtype)`, out of the workspace inside `recording` and `within`."""
+    memory, dtype = _current.get(), dtype or like.dtype
+    if memory is None:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    return memory.take(shape, dtype, like.device)
+
+
+@dataclass
+class Plan:
+    """Where each request of a forward lies, in their order.  size: bytes of the whole"""
+
+    requests: list[tuple[int, int]] = field(default_factory=list)  # offset and bytes
+    size: int = 0
+
+
+class _Recorder:
+    """Hands out memory of its own and notes where it would lie: at the lowest offset that is free by then."""
+
+    def __init__(self) -> None:
+        self.plan = Plan()
+        self._live: list[tuple[int, int, StorageWeakRef]] = []  # offset, end; by offset
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        size = aligned(tensor.nbytes)
+        self._live = [entry for entry in self._live if not entry[2].expired()]
+        ends = [0, *(end for _, end, _ in self._live)]
+        starts = [*(start for start, _, _ in self._live), math.inf]
+        place = next(
+            i for i, (end, start) in enumerate(zip(ends, starts, strict=True)) if start - end >= size
+        )
+        self._live.insert(place, (ends[place], ends[place] + size, StorageWeakRef(tensor.untyped_storage())))
+        self.plan.requests.append((ends[place], tensor.nbytes))
+        self.plan.size = max(self.plan.size, ends[place] + size)
+        return tensor
+
+
+class _Planned:
+    """Hands out the places of a plan in `memory`."""
+
+    def __init__(self, plan: Plan, memory: Tensor):
+        self.memory, self.requests = memory, iter(plan.requests)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        offset, size = next(self.requests, (0, -1))
+        if size != math.prod(shape) * dtype.itemsize or device != self.memory.device:
+            raise AllocatesError("A forward asks for other memory than the first time.")
+        return self.memory[offset : offset + size].view(dtype).view(*shape)
+
+
+@contextmanager
+def recording() -> Iterator[Plan]:
+    """Notes what the forward inside the block asks for; the plan is complete at its end."""
+    recorder = _Recorder()
+    token = _current.set(recorder)
+    try:
+        yield recorder.plan
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def within(plan: Plan, memory: Tensor) -> Iterator[None]:
+    """The same forward again, in `memory` (at least `plan.size` bytes)."""
+    token = _current.set(_Planned(plan, memory))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
