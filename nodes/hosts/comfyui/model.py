@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.cli_args
-import comfy.conds
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -24,6 +23,7 @@ from ....cascade_core.networks.stage_c import StageC
 from ....cascade_core.networks.unet import UNet
 from ....cascade_core.stages.diffusion import min_latent_side
 from ..run import NetworkDescription
+from .conditions import keep_on_device, lasting
 from .hosted import Hosted, WholeLayers
 from .progress import notify
 from .weights import remember_file
@@ -34,9 +34,12 @@ DTYPES = {
     "fp32": torch.float32,
     "fp8": torch.float8_e4m3fn,
 }
+GRAPHS = not getattr(comfy.cli_args.args, "disable_cuda_graphs", False)
 WORKSPACE = 80 * 2**20  # bytes that cuDNN takes at most for convolutions, at some sizes
 
-ENGINE = "cascade_engine"  # in the host's transformer_options: whether the engine is used
+# In the host's transformer_options:
+ENGINE = "cascade_engine"  # whether the engine is used
+NOISE = "cascade_noise"  # a step's sigma with its noise condition, which is read from the device otherwise
 
 
 class HostedNetwork(Hosted):
@@ -71,8 +74,15 @@ class HostedNetwork(Hosted):
             scale = STREAM_SCALE if x.dtype == torch.float16 else 1.0
             if stream_scale(self.network) != scale:
                 scale_residual_stream(self.network, scale)
-        enabled = (transformer_options or {}).get(ENGINE, True)
-        return (self.engine if enabled else self.network)(x, r, **conditions)
+        options = transformer_options or {}
+        if not options.get(ENGINE, True):
+            return self.network(x, r, **conditions)
+        # Another thread may run a copy on another device at the same time, and only one may capture.
+        self.engine.graphs = GRAPHS and "multigpu_thread_device" not in options
+        sigma, noise = options.get(NOISE, (None, 0.0))
+        if sigma is not None and sigma is options.get("sigmas"):
+            r = torch.full((len(r),), noise)
+        return self.engine(x, r, **conditions)
 
 
 class StageCModel(comfy.model_base.StableCascade_C):
@@ -83,20 +93,19 @@ class StageCModel(comfy.model_base.StableCascade_C):
         comfy.model_base.BaseModel.__init__(
             self, model_config, stable_cascade, device=device, unet_model=build
         )
+        keep_on_device(self.model_sampling)
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
-        conds = {}
+        values = {}
         if kwargs.get("pooled_output") is not None:
-            conds["clip_text_pooled"] = comfy.conds.CONDRegular(kwargs["pooled_output"])
+            values["clip_text_pooled"] = kwargs["pooled_output"]
         if kwargs.get("cross_attn") is not None:
-            # CONDRegular, not CONDCrossAttn: that repeats the shorter prompt to run both at once, and Stage
-            # C, which attends to other tokens as well, would answer differently.
-            conds["clip_text"] = comfy.conds.CONDRegular(kwargs["cross_attn"])
+            # Not as CONDCrossAttn: that repeats the shorter prompt to run both at once, and Stage C, which
+            # attends to other tokens as well, would answer differently.
+            values["clip_text"] = kwargs["cross_attn"]
         width = self.diffusion_model.clip_img_mapper.in_features
-        conds["clip_img"] = comfy.conds.CONDRegular(
-            image_tokens(kwargs.get("unclip_conditioning") or [], width)
-        )
-        return conds
+        values["clip_img"] = image_tokens(kwargs.get("unclip_conditioning") or [], width)
+        return lasting(self, values, kwargs["device"])
 
     def memory_required(self, input_shape, cond_shapes=None) -> int:
         """Bytes of a forward pass beside the weights; the host adds shapes of all prompts that run at once."""
@@ -128,17 +137,18 @@ class StageBModel(comfy.model_base.StableCascade_B):
         comfy.model_base.BaseModel.__init__(
             self, model_config, stable_cascade, device=device, unet_model=build
         )
+        keep_on_device(self.model_sampling)
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
-        conds = {}
+        values = {}
         if kwargs.get("pooled_output") is not None:
-            conds["clip"] = comfy.conds.CONDRegular(kwargs["pooled_output"])
+            values["clip"] = kwargs["pooled_output"]
         prior = kwargs.get("stable_cascade_prior")
         if prior is None:
             channels = self.diffusion_model.network.config.c_effnet
             prior = torch.zeros(1, channels, 1, 1)  # of any size: the network resizes it
-        conds["effnet"] = comfy.conds.CONDRegular(prior.to(kwargs["device"]))
-        return conds
+        values["effnet"] = prior
+        return lasting(self, values, kwargs["device"])
 
     def memory_required(self, input_shape, cond_shapes=None) -> int:
         """Bytes of a forward pass beside the weights."""
@@ -149,21 +159,9 @@ class StageBModel(comfy.model_base.StableCascade_B):
 
 
 def forward_bytes(values: int, network: HostedNetwork) -> int:
-    """Bytes of a forward whose values take so many, and of all networks' CUDA graphs, which the host takes for free
-    memory. The network's own graphs already hold what its forward needs.
-    """
+    """Bytes of a forward whose values take so many, beside what the network's CUDA graphs hold for them already."""
     device = comfy.model_management.get_torch_device()
-    forward_need = values + min(WORKSPACE, values // 2)
-    graph_bytes = sum(hosted.engine.graph_bytes(device) for hosted in {network, *loaded_networks()})
-    return max(forward_need - network.engine.graph_bytes(device), 0) + graph_bytes
-
-
-def loaded_networks() -> set[HostedNetwork]:
-    """Those of our networks that the host has loaded. One that it unloads loses its graphs (`HostedNetwork._apply`)."""
-    references = [loaded.real_model for loaded in comfy.model_management.current_loaded_models]
-    models = [reference() for reference in references if reference is not None]
-    networks = [getattr(model, "diffusion_model", None) for model in models]
-    return {network for network in networks if isinstance(network, HostedNetwork)}
+    return max(values + min(WORKSPACE, values // 2) - network.engine.graph_bytes(device), 0)
 
 
 def value_bytes(model: Any) -> int:

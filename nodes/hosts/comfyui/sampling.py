@@ -24,7 +24,8 @@ from ....cascade_core.diffusion.schedule import alpha_sigma, per_image
 from ....cascade_core.run import SamplingResult, SamplingRun, Stopwatch
 from ....cascade_core.run import sample as sample_run
 from ..run import SamplingRequest
-from .model import ENGINE
+from .conditions import keep_on_device
+from .model import ENGINE, NOISE
 from .progress import step_callback
 from .tiling import in_tiles
 
@@ -80,12 +81,28 @@ class CascadeSampler(comfy.samplers.Sampler):
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         model.latent_image, model.noise = latent_image, noise  # what it keeps outside the mask
         steps = self.run.steps
+        model_options = extra_args["model_options"]
+        options = model_options.setdefault("transformer_options", {})
+        schedule = model_wrap.inner_model.model_sampling
+
+        def noise_of(log_snr: Tensor) -> float | None:
+            """The noise condition of all rows, known before the device is asked; None where others may change it."""
+            if (
+                "model_function_wrapper" in model_options
+                or options.get("wrappers")
+                or log_snr.unique().numel() > 1
+            ):
+                return None
+            return float(schedule.timestep((log_snr[:1].float() / -2).exp()))
 
         def predict(x: Tensor, log_snr: Tensor) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
+            noise_cond = noise_of(log_snr) if x.is_cuda else None
             log_snr = log_snr.to(x.device, non_blocking=x.is_cuda)
             a, b = (per_image(value, x) for value in alpha_sigma(log_snr))
             sigma = (log_snr / -2).exp()
+            if noise_cond is not None:
+                options[NOISE] = sigma, noise_cond
             denoised = model(x / a, sigma, denoise_mask=denoise_mask, **extra_args)
             return (x - a * denoised) / b
 
@@ -141,6 +158,7 @@ def with_shift(patcher: Any, shift: float) -> Any:
     elif current.shift == shift:
         return patcher
     schedule = copy.deepcopy(current)
+    keep_on_device(schedule)
     schedule.shift = shift
     # What the host's `set_parameters` does one time after another, which takes a second.
     times = torch.arange(1, schedule.num_timesteps + 1) / schedule.num_timesteps

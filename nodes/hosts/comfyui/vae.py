@@ -13,9 +13,11 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
+import torch
 from torch import Tensor, nn
 
 from ....cascade_core import checkpoints
+from ....cascade_core.engine.vqgan import DecoderEngine
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.config import StageAConfig
@@ -27,19 +29,33 @@ from ....cascade_core.networks.tiles import (
     encode_halo,
     join_tiles,
 )
+from ....cascade_core.placement import out_of_memory
 from ....cascade_core.stages.diffusion import SCALE_FACTOR
 from .hosted import Hosted, WholeLayers
 from .weights import remember_file
 
 
 class HostedStageA(Hosted):
-    """Stage A with latents in the published codebook's units, as in the host's own, whatever the file's factor."""
+    """Stage A with latents in the published codebook's units, as in the host's own, whatever the file's factor.
+
+    On a card it is decoded by the engine.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__(network)
+        self.engine = DecoderEngine(self.network)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Drops the engine's derived weights and its graphs where the host moves the network."""
+        self.engine.forget()
+        return super()._apply(fn, recurse)
 
     def encode(self, image: Tensor) -> Tensor:
         return self.network.encode(image) * SCALE_FACTOR
 
     def decode(self, latent: Tensor) -> Tensor:
-        return self.network.decode(latent / SCALE_FACTOR)
+        decode: Any = self.engine if latent.is_cuda else self.network.decode
+        return decode(latent / SCALE_FACTOR)
 
 
 class HostedCoder(nn.Module):
@@ -79,9 +95,34 @@ class CascadeVAE(comfy.sd.VAE):
         archive_dtypes = getattr(comfy.model_management, "archive_model_dtypes", None)
         if archive_dtypes is not None:
             archive_dtypes(network)
-        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
         offload_device = comfy.model_management.vae_offload_device()
+        # Not paged as newer hosts page larger networks: the engine reads weights that lie still.
+        patcher_class = comfy.model_patcher.ModelPatcher
         self.patcher = patcher_class(network, load_device=self.device, offload_device=offload_device)
+
+    def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, H, W, 3) in [0, 1], on a card clamped and laid out there before it is copied."""
+        if self.device.type == "cuda" and samples_in.ndim == 4:
+            try:
+                return self._decode_whole(samples_in)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            logging.warning("The picture does not fit beside what the card holds; it is decoded in tiles.")
+        return super().decode(samples_in, vae_options or {})
+
+    def _decode_whole(self, latents: Tensor) -> Tensor:
+        management = comfy.model_management
+        memory = self.memory_used_decode(latents.shape, self.vae_dtype)
+        management.load_models_gpu([self.patcher], memory_required=memory)
+        count = max(1, int(management.get_free_memory(self.device) / memory))
+        stage: Any = self.first_stage_model
+        pictures = []
+        for part in latents.split(count):
+            image = stage.decode(part.to(self.vae_dtype).to(self.device))
+            image = image.float().clamp_(0.0, 1.0).movedim(1, -1).contiguous()
+            pictures.append(image.to(self.output_device))
+        return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 
 
 @contextmanager
@@ -102,7 +143,7 @@ def _not_about_empty_vae(record: logging.LogRecord) -> bool:
 def load_stage_a(path: Path) -> CascadeVAE:
     network: Any
     network, _, config = checkpoints.load_model(
-        path, expect="stage_a", operations=WholeLayers(comfy.ops.manual_cast)
+        path, expect="stage_a", operations=WholeLayers(comfy.ops.disable_weight_init)
     )
     vae = CascadeVAE(HostedStageA(network))
     vae.downscale_ratio = vae.upscale_ratio = 2 ** config["levels"]

@@ -19,7 +19,6 @@ SIDES = 50, 66  # latent positions: 200 × 264 pixels
 TILE = 32
 STAGE_A, STAGE_B = WEIGHTS / "demo_stage_a.safetensors", WEIGHTS / "demo_stage_b.safetensors"
 NETWORKS = {"stage_b": STAGE_B, "stage_c": WEIGHTS / "demo_stage_c.safetensors"}
-GRAPHS = 5_000_000  # bytes
 
 
 def stage_a() -> dict[str, float]:
@@ -128,26 +127,17 @@ def interrupted() -> int:
 
 
 def graph_memory() -> dict[str, int]:
-    """By how many bytes the estimate of Stage B's forward grows with CUDA graphs that are said to take so many."""
+    """By how many bytes the estimate of Stage B's forward falls with CUDA graphs that hold so many."""
     management = comfy.model_management
-    device = management.get_torch_device()
-    model, other_model = (comfyui.load_network(kind, path, "fp32") for kind, path in NETWORKS.items())
-    management.load_models_gpu([model, other_model])
-    sizes, other_sizes = (loaded.model.diffusion_model.engine._pool.sizes for loaded in (model, other_model))
+    model = comfyui.load_network("stage_b", NETWORKS["stage_b"], "fp32")
+    memory, device = model.model.diffusion_model.engine._graph_memory, management.get_torch_device()
 
-    def estimate() -> int:
+    def estimate(held: int) -> int:
+        memory.memory = torch.empty(held, dtype=torch.uint8, device=device)
         return model.model.memory_required([2, 4, *SIDES])
 
-    bare = estimate()
-    sizes[device] = bare // 2
-    growth = {"its own, less than a forward": estimate() - bare}
-    sizes[device] = bare + GRAPHS
-    growth["its own, more than a forward"] = estimate() - bare
-    other_sizes[device] = GRAPHS
-    growth["those of another network too"] = estimate() - bare
-    management.unload_all_models()
-    growth["unloaded"] = estimate() - bare
-    return growth
+    bare = estimate(0)
+    return {"half": bare - estimate(bare // 2) - bare // 2, "more than a forward": estimate(bare + 1)}
 
 
 def measure() -> dict[str, Any]:

@@ -1,0 +1,69 @@
+# pyright: reportMissingImports=false
+"""Conditions and schedule of our models, such that a step of sampling need not wait for the device."""
+
+from functools import cache
+from typing import Any
+
+import comfy.conds
+import comfy.model_management
+import torch
+from torch import Tensor
+
+
+class LastingCond(comfy.conds.CONDRegular):
+    """A condition whose batch is the same tensor at every step, so that the engine knows it without comparing values.
+
+    The host makes its batches anew for each step.
+    """
+
+    def __init__(self, cond: Tensor):
+        super().__init__(cond)
+        self._batches: dict[int, Any] = {}
+        self._joined: tuple[list[Any], Tensor] | None = None  # of these others
+
+    def process_cond(self, batch_size: int, **options: Any) -> Any:
+        if batch_size not in self._batches:
+            self._batches[batch_size] = super().process_cond(batch_size, **options)
+        return self._batches[batch_size]
+
+    def concat(self, others: list[Any]) -> Tensor:
+        if self._joined is None or not _same(self._joined[0], others):
+            self._joined = list(others), super().concat(others)
+        return self._joined[1]
+
+
+def _same(values: list[Any], others: list[Any]) -> bool:
+    return len(values) == len(others) and all(a is b for a, b in zip(values, others, strict=True))
+
+
+def lasting(model: Any, values: dict[str, Tensor], device: torch.device) -> dict[str, LastingCond]:
+    """Conditions of a run, on the device and in the precision that the model computes in."""
+    dtype = model.manual_cast_dtype or model.get_dtype()
+    cast = comfy.model_management.cast_to_device
+    return {name: LastingCond(cast(value, device, dtype)) for name, value in values.items()}
+
+
+def keep_on_device(schedule: Any) -> None:
+    """Makes a Stable Cascade schedule of the host's keep its constants on each device where it is asked for times.
+
+    It copies them there twice a step otherwise, and each copy waits for all that the device has to do.
+    """
+    schedule.__class__ = _kept(type(schedule))
+
+
+@cache
+def _kept(schedule: type) -> type:
+    if hasattr(schedule, "constants"):
+        return schedule
+
+    def timestep(self: Any, sigma: Tensor) -> Tensor:
+        own = self.cosine_s, self._init_alpha_cumprod
+        if sigma.device not in self.constants:
+            self.constants = {**self.constants, sigma.device: tuple(value.to(sigma.device) for value in own)}
+        self.cosine_s, self._init_alpha_cumprod = self.constants[sigma.device]
+        try:
+            return schedule.timestep(self, sigma)
+        finally:
+            self.cosine_s, self._init_alpha_cumprod = own
+
+    return type(schedule.__name__, (schedule,), {"timestep": timestep, "constants": {}})
