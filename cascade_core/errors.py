@@ -47,6 +47,11 @@ def escaped(line: str) -> str:
     return "".join(shown)
 
 
+def excerpt(text: str, limit: int = 2000) -> str:
+    """A sentence of another's as part of a message: cut, and `escaped`."""
+    return escaped(text if len(text) <= limit else f"{text[:limit]}…")
+
+
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return (

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..cascade_core.errors import CascadeError, Interrupted
+from ..cascade_core.errors import CascadeError, Interrupted, excerpt
 from ..nodes.api import io
 from ..nodes.hosts.reporting import reporting_to
 from .folders import current_folders
@@ -191,7 +191,7 @@ class _Run:
         except CascadeError as error:
             raise NodeError(f"Node {name}: {_one_line(error)}") from error
         except OSError as error:
-            failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            failure = excerpt(f"{error.filename}: {error.strerror}" if error.filename else str(error))
             advice = "check that it exists and that you may use it"
             raise NodeError(f"Node {name} cannot use {failure}; {advice}.") from error
         except Exception as error:
@@ -245,8 +245,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """Joins the lines of an error's text."""
-    return " ".join(line.strip() for line in str(error).splitlines())
+    """Joins the lines of an error's text, cut and escaped: it may hold what came with a file."""
+    return excerpt(" ".join(line.strip() for line in str(error).splitlines()))
 
 
 def _unpack(output: Any) -> tuple[tuple[Any, ...], dict[str, Any] | None]:

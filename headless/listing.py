@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from ..cascade_core.errors import CascadeError
+from ..cascade_core.errors import CascadeError, quoted
 from .registry import InputInfo, NodeClass, available_nodes, describe
 
 _LONGEST_LIST = 12  # options of a Combo; longer lists are shortened
@@ -17,9 +17,9 @@ def list_nodes(ids: Sequence[str] = (), as_json: bool = False) -> str:
     nodes = available_nodes()
     for node_id in ids:
         if node_id not in nodes:
-            close = get_close_matches(node_id, nodes, n=1)
+            close = get_close_matches(node_id[:100], nodes, n=1)
             hint = f"did you mean {close[0]}?" if close else "`cascade nodes` lists them all."
-            raise CascadeError(f"There is no node {node_id!r}; {hint}")
+            raise CascadeError(f"There is no node {quoted(node_id)}; {hint}")
     chosen = {node_id: nodes[node_id] for node_id in ids or nodes}
     if as_json:
         return json.dumps({node_id: cls.GET_NODE_INFO_V1() for node_id, cls in chosen.items()}, indent=2)

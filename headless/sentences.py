@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from ..cascade_core.errors import CascadeError, printable, quoted
+from ..cascade_core.errors import CascadeError, excerpt, printable, quoted
 
 Error = dict[str, Any]
 
@@ -85,16 +85,16 @@ def _whole_graph(error: Error, node_types: list[str]) -> str:
         close = get_close_matches(class_type[:_LONGEST_NAME], node_types, n=1)
         hint = f"did you mean {close[0]}?" if close else "`cascade nodes` lists those there are."
         return f"Node {_name(node_id)}: there is no node {quoted(class_type)}; {hint}"
-    details = f" ({_name(error['details'], 500)})" if error.get("details") else ""
-    return f"{_name(error['message'].rstrip('.'), 500)}{details}."
+    details = f" ({excerpt(error['details'], 500)})" if error.get("details") else ""
+    return f"{excerpt(error['message'].rstrip('.'), 500)}{details}."
 
 
 def _sentence(node_id: str, class_type: str, reason: Error) -> str:
     extra = reason.get("extra_info") or {}
     wording = _WORDINGS.get(reason["type"])
     if wording is None:
-        text = _name(reason["message"], 500)
-        text += f": {_name(reason['details'], 500)}" if reason["details"] else ""
+        text = excerpt(reason["message"], 500)
+        text += f": {excerpt(reason['details'], 500)}" if reason["details"] else ""
     else:
         text = wording(reason, extra)
     if reason["type"] == "dependency_cycle":
@@ -115,7 +115,7 @@ def _missing(reason: Error, extra: Error) -> str:
 def _bad_link(reason: Error, extra: Error) -> str:
     _, _, reason_text = reason["details"].partition(": ")
     text = f"input {quoted(extra['input_name'])} is connected to {quoted(extra['received_value'])}"
-    return f"{text}, but {_name(reason_text, 500) or 'a link is [node id, output index]'}."
+    return f"{text}, but {excerpt(reason_text, 500) or 'a link is [node id, output index]'}."
 
 
 def _mismatch(reason: Error, extra: Error) -> str:
@@ -160,19 +160,19 @@ def _not_in_list(reason: Error, extra: Error) -> str:
 
 def _custom(reason: Error, extra: Error) -> str:
     names = ", ".join(map(quoted, extra["input_names"][:_MOST_CHOICES]))
-    text = _name(extra["objection"], 2000) or "the node does not accept this"
+    text = excerpt(extra["objection"]) or "the node does not accept this"
     plural = "s" if len(extra["input_names"]) > 1 else ""
     return f"input{plural} {names}: {text}{'' if text.endswith(('.', '!', '?')) else '.'}"
 
 
 def _cycle(reason: Error, extra: Error) -> str:
-    return f"The graph runs in a circle, {_name(reason['details'], 500)}; take out one of these connections."
+    return (
+        f"The graph runs in a circle, {excerpt(reason['details'], 500)}; take out one of these connections."
+    )
 
 
 def _exception(reason: Error, extra: Error) -> str:
-    return (
-        f"checking its inputs failed with {_name(extra['exception_type'])}: {_name(reason['details'], 500)}."
-    )
+    return f"checking its inputs failed with {_name(extra['exception_type'])}: {excerpt(reason['details'], 500)}."
 
 
 _WORDINGS: dict[str, Callable[[Error, Error], str]] = {

@@ -168,8 +168,8 @@ def test_files_and_folders_that_must_not_be_read(working_folder, models, refused
         )
         assert "'closed/c.safetensors' was found" in refused("1.file=closed/c.safetensors", begun=False)
         assert refused("4.file=encoder") == (
-            "Node 4 (CascadeTextEncoderLoader) cannot use encoder/merges.txt: Permission denied; check that "
-            "it exists and that you may use it."
+            "Node 4 (CascadeTextEncoderLoader): encoder/merges.txt cannot be read (Permission denied); make it "
+            "readable, or download it again."
         )
     (working_folder / "closed").chmod(0o755)
 

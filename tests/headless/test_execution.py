@@ -153,3 +153,18 @@ def test_partial_graphs_run_only_when_asked(calls):
     result = run_graph(graph, nodes=TOYS, partial=True)
     assert list(result.outputs) == ["2"]
     assert list(result.node_errors) == ["3"]
+
+
+def test_what_a_failing_node_says_is_one_line_cut_and_escaped():
+    def fail(cls, a):
+        raise RuntimeError("日本　" + "\x1b[2J\n" * 10_000)
+
+    with pytest.raises(NodeError) as error:
+        run(
+            {"1": node("ToyNumber", value=1), "2": node("Fail", a=["1", 0]), "3": show(["2", 0])},
+            Fail=define("Fail", fail),
+        )
+    message = str(error.value)
+    assert message.startswith("Node 2 (Fail) failed with RuntimeError: 日本　\\x1b[2J \\x1b[2J ")
+    assert len(message) < 4000
+    assert "\x1b" not in message
