@@ -247,11 +247,13 @@ class StableCascade:
         """Pictures of a prompt: a list of PIL images, or (B, H, W, 3) float32 in [0, 1] with output="tensor".
 
         prompt         one for all pictures, or a sequence, one for each
-        size           (width, height) in pixels, multiples of 8; of `image` where one is given
+        size           (width, height) in pixels, multiples of 8; without it that of `image`, rounded down to such
+                       multiples, else the cascade's own. What is painted in a mask is put back at the image's size
         seed           of the first picture; picture i is drawn from seed + i
         batch          how many pictures; by default one, or as many as there are prompts or images
         steps … sampler  of Stage C; `decoder` holds Stage B's
-        image          the picture to start from, as a PIL image, a path, or a tensor (B, H, W, 3) in [0, 1]
+        image          the picture to start from: a PIL image, a path, a tensor or array (B, H, W, 3) of floats in
+                       [0, 1] or of uint8, or a list of these
         denoise        how much of it is made anew: 1 starts from noise alone
         mask           inpainting: white where the picture may change; the source is put back everywhere else
         room           outpainting: (left, top, right, bottom), pixels to add around `image`
@@ -370,8 +372,11 @@ class StableCascade:
     ) -> Any:  # list[Image], or Tensor with output="tensor"
         """Stage B and Stage A: Stage C's latent (B, 16, h, w) to pictures.
 
-        steps … sampler: of Stage B. image: the picture that Stage B starts from where denoise is below 1, or that stays
-        outside `mask`. All else as in a call.
+        steps … sampler  of Stage B
+        size             without it that of `image`, else one of the latent's own proportions
+        image            the picture that Stage B starts from where denoise is below 1, or that stays outside `mask`
+
+        All else as in a call.
         """
         with self._running():
             chosen = chosen_settings(self.decoder_settings, steps, cfg, cfg_rescale, shift, sampler)
@@ -433,6 +438,7 @@ class StableCascade:
             size = (2 * width, 2 * height) if size is None else checked_size(size)
             batch_size(len(source), size, prompts=texts[0])
             self._check_files("text_encoder", "compressor", "stage_b", "stage_a")
+            self.stage("stage_b").check_picture_size(*size)
             encoded = self._encode_picture(source, size, False, tile_size)
             prompts = self._encode_text(*texts)
             decoded = self._sample_decoder(encoded.stage_c, prompts, size, decoding, source, None, tile_size)

@@ -6,7 +6,12 @@ import torch
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.pictures import resized
 from cascade_nodes.nodes.hosts import host
-from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent, CascadeEncode
+from cascade_nodes.nodes.latents import (
+    CascadeDecode,
+    CascadeEmptyLatent,
+    CascadeEncode,
+    CascadeUpscaleLatent,
+)
 from cascade_nodes.nodes.loaders import CascadeCompressorLoader, StageAVAE
 
 
@@ -55,6 +60,17 @@ def test_what_is_no_number_is_left_to_the_host():
 def test_no_pictures_at_all():
     with pytest.raises(CascadeError, match="batch_size is 0"):
         CascadeEmptyLatent.execute(256, 256, 0, 42.67)
+
+
+def test_more_pixels_than_any_machine_should_try():
+    """A batch of a few numbers costs gigabytes: refused before anything is allocated, in every node with a size."""
+    message = "4,096 pictures of 1,024 × 1,024 pixels would be made, but no side may exceed 16,384 pixels"
+    many = {"samples": torch.zeros(1, 16, 1, 1).expand(4096, -1, -1, -1)}
+    with pytest.raises(CascadeError, match=message):
+        CascadeEmptyLatent.execute(1024, 1024, 4096, 42.67)
+    with pytest.raises(CascadeError, match=message):
+        CascadeUpscaleLatent.execute(many, 1024, 1024, 42.67)
+    assert CascadeEmptyLatent.execute(256, 256, 4096, 42.67)[0]["samples"].shape == (4096, 16, 6, 6)
 
 
 @pytest.fixture
