@@ -21,7 +21,12 @@ from cascade_nodes.cascade_core.checkpoints import (
     read_weights,
     write_safetensors,
 )
-from cascade_nodes.tests.obstacles import files_limited_to, in_processes, permissions_respected
+from cascade_nodes.tests.obstacles import (
+    files_limited_to,
+    in_processes,
+    memory_limited_to,
+    permissions_respected,
+)
 
 DAMAGED = "is a damaged safetensors file ("  # and what the parser says, in words of its version
 FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -268,6 +273,17 @@ def test_files_are_equal_to_the_byte(tmp_path):
             {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, stated
         )
         assert (tmp_path / "x").read_bytes() == theirs
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
+    """64 MB are written with 40 MB to spare."""
+    tensors = {f"{i:02}": torch.full((1,), float(i)).expand(1_000_000) for i in range(16)}
+    write_safetensors(tmp_path / "warm", {"a": tensors["00"][:10]}, {})
+    with memory_limited_to(40_000_000):
+        write_safetensors(tmp_path / "x", tensors, {})
+    assert [value[-1].item() for _, value in sorted(read_safetensors(tmp_path / "x")[0].items())] == list(
+        range(16)
+    )
 
 
 def test_what_the_format_cannot_hold(tmp_path):
