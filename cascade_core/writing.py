@@ -64,9 +64,8 @@ def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
         try:
             os.link(temporary, target)
         except FileExistsError:
-            if (
-                temporary.stat().st_nlink == 1
-            ):  # else a network drive lost its first answer, and asked itself again
+            # Or else a network drive lost its first answer, and asked itself again.
+            if temporary.stat().st_nlink == 1:
                 continue
         except OSError:  # a file system without hard links, or a target that moving cannot reach either
             if not _moved(temporary, target):
