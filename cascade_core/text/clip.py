@@ -198,7 +198,8 @@ def weights_file(path: str | Path, part: str) -> Path:
     located = locate(path, part)
     if not located.is_dir():
         return located  # whether it exists and what it is, its reader says
-    files = ", ".join(file.name for file in sorted(located.glob("*.safetensors"))) or "none"
+    names = sorted(file.name for file in located.glob("*.safetensors"))
+    files = ", ".join(map(printable, names[:3])) + (", …" if len(names) > 3 else "") or "none"
     raise CascadeError(
         f"{path} holds no model.safetensors and not exactly one other safetensors file (found: {files}); "
         "name the file itself."

@@ -1,6 +1,7 @@
 """Bad files in every loader, through the command itself: one sentence, a status of 1, nothing left behind."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def spoil(file: Path, path: Path, bad: str) -> None:
         torch.save({"weight": torch.zeros(3)}, path)
     elif bad == "text":
         path.write_text("Not Found: the file has moved.")
+    elif bad == "gguf":
+        path.write_bytes(b"GGUF\x03\0\0\0" + bytes(99))
     elif bad == "foreign":
         write_safetensors(path, {"model.layers.0.weight": torch.zeros(3)}, {})
 
@@ -31,6 +34,7 @@ def spoil(file: Path, path: Path, bad: str) -> None:
 BAD = {
     "truncated": "bad.safetensors is truncated: ",
     "pickle": "bad.safetensors is a pickle (.ckpt, .pt), which can run code when opened",
+    "gguf": "bad.safetensors is a GGUF file, whose quantised weights are not read; choose the network's safetens",
     "text": "bad.safetensors is no safetensors file: it begins with b'Not Foun'",
     "foreign": "model.layers.0.weight",
 }
@@ -45,6 +49,21 @@ def test_a_bad_file_in_every_loader(kind, bad, working_folder, models, refused):
     assert error_line.startswith(f"Node {loader.split('.')[0]} (")
     assert "bad.safetensors" in error_line
     assert BAD[bad] in error_line
+
+
+@pytest.mark.parametrize("kind", ["Stage C", "Stage B", "Stage A", "text encoder"])
+def test_a_config_that_claims_a_billion_blocks(kind, working_folder, models, refused):
+    loader, graph = LOADERS[kind]
+    claim = {"Stage A": {"bottleneck_blocks": 10**9}, "text encoder": {"num_hidden_layers": 10**9}}
+    shutil.copytree((models / TINY_FILES[kind]).parent, working_folder / "folder")
+    file = working_folder / "folder" / Path(TINY_FILES[kind]).name
+    tensors, metadata = read_safetensors(file)
+    config = json.loads(metadata["config"]) | claim.get(kind, {"blocks": [[10**9, 1], [1, 10**9]]})
+    write_safetensors(file, tensors, {"config": json.dumps(config)})
+    error_line = refused(f"{loader}={file}", graph=graph)
+    assert re.search(
+        r"the config in its metadata asks for \d{10,11} blocks, but there are only \d+ tensors", error_line
+    )
 
 
 @pytest.mark.parametrize("kind", LOADERS)
