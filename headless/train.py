@@ -62,7 +62,7 @@ def finder(folder: Path) -> Callable[[str, str], Path]:
 
     def find(role: str, name: str) -> Path:
         beside = folder / name
-        return beside if beside.exists() else find_file(role, name)
+        return beside if os.path.exists(beside) else find_file(role, name)  # also where the name is too long
 
     return find
 

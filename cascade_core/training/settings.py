@@ -10,6 +10,7 @@ is a whole file. Paths are relative to it; networks go by the names that the loa
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -364,7 +365,8 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     """Make paths absolute: files and folders relative to `folder`, networks by find_model(role, name)."""
 
     def at(path: str) -> str:
-        return str((folder / Path(path).expanduser()).resolve())
+        # os.path raises neither for an unknown ~user nor for links in a circle; whoever opens the file says so
+        return os.path.realpath(folder / os.path.expanduser(path))
 
     data = dataclasses.replace(
         settings.data,
@@ -377,7 +379,7 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     output = dataclasses.replace(output, file=at(output.file), folder=at(run))
 
     def model(role: str, name: str | None) -> str | None:
-        return None if name is None else str(find_model(role, name).resolve())
+        return None if name is None else os.path.realpath(find_model(role, name))
 
     names = dataclasses.asdict(settings.models)
     files = {key: model(ROLES.get(key, key), name) for key, name in names.items()}

@@ -1,5 +1,6 @@
 """`cascade train`: what is wrong in a settings file is named, and a run on the demo weights gives a file."""
 
+import json
 import os
 import signal
 import sys
@@ -360,6 +361,29 @@ def test_paths_are_relative_to_the_file_and_networks_are_looked_up(tmp_path):
     assert settings.models.stage_c == str(folder / "mine.safetensors")
     assert settings.models.compressor == "/compressor/effnet_encoder.safetensors"
     assert settings.models.previewer is None
+
+
+@pytest.mark.parametrize("name", ["~nobody/x", "circle/x", "x" * 300, "x/" * 3000, "\t", "*?["])
+@pytest.mark.parametrize("key", ["stage_c", "folder", "tars", "cache", "file", "run"])
+def test_odd_places_are_one_sentence(world, capsys, key, name):
+    """A sentence of them, or they are names like any other, and it is of the dialect."""
+    os.symlink("circle", "circle")
+    text = {"folder": "pictures", "tars": [], "cache": None, "file": "out.safetensors", "run": "run"}
+    text |= {"stage_c": "demo_stage_c.safetensors"}
+    text[key] = [name] if key == "tars" else name + "/out.safetensors" * (key == "file")
+    models = {"text_encoder": "demo_text_encoder", "compressor": "demo_compressor.safetensors"}
+    settings = {
+        "models": {**models, "stage_c": text["stage_c"]},
+        "data": {part: text[part] for part in ("folder", "tars", "cache")},
+        "output": {"file": text["file"], "folder": text["run"]},
+        "lora": {"dialect": "none"},
+    }
+    Path("config.yaml").write_text(json.dumps(settings))
+    assert main(["train", "lora", "config.yaml"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert "please report" not in told
+    assert told.count("\n") == 1
 
 
 def test_a_file_that_is_not_there(tmp_path, capsys):

@@ -155,6 +155,13 @@ def test_a_token_is_trained(world):
         ({"settings": "output: {file: /tmp/x}"}, "output.file is decided by the node's other inputs"),
         ({"settings": "train: {stpes: 3}"}, "settings: train: 'stpes' is not a setting; did you mean steps?"),
         ({"settings": "[1"}, "settings is not YAML"),
+        ({"settings": "lora: " + "[" * 3000}, "settings, line 1: settings are not nested so deeply."),
+        ({"settings": "lora: {alpha: 0}"}, "settings: lora.alpha is 0.0; it must be at least 1e-06"),
+        ({"settings": "lora: {dialect: kohia}"}, "There is no LoRA dialect 'kohia'; choose one of"),
+        (
+            {"settings": "output: {sample_every: 5}"},
+            "settings: output.sample_every makes pictures of output.prompts",
+        ),
         ({"stage_c": "none.safetensors"}, "No Stage C file 'none.safetensors' was found"),
     ],
 )

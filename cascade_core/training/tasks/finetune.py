@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...checkpoints import fuse_attention, write_safetensors
-from ...errors import CascadeError
+from ...errors import CascadeError, quoted
 from ...networks.stage_c import StageC
 from ..settings import FinetuneSettings, ObjectiveSettings
 from .base import State
@@ -79,7 +79,7 @@ def select_parameters(network: nn.Module, patterns: Sequence[str]) -> set[str]:
         matches = names if pattern == "all" else [n for n in names if _inside(n, pattern)]
         if not matches:
             raise CascadeError(
-                f"finetune.modules: {pattern!r} matches no module of {type(network).__name__}; give all, or "
+                f"finetune.modules: {quoted(pattern)} matches no module of {type(network).__name__}; give all, or "
                 f"patterns of names such as {names[len(names) // 2].rpartition('.')[0]}."
             )
         chosen |= set(matches)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...adapters import LowRank
-from ...errors import CascadeError
+from ...errors import CascadeError, quoted
 from ...networks.layers import Attention
 
 Factors = list[tuple[Tensor, Tensor]]
@@ -52,7 +52,7 @@ def select_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
             }
         if not matches:
             raise CascadeError(
-                f"{pattern!r} matches none of the {len(layers)} layers of {type(network).__name__} that can be "
+                f"{quoted(pattern)} matches none of the {len(layers)} layers of {type(network).__name__} that can be "
                 f"changed, such as {', '.join(list(layers)[:3])}; give all, attention, or a pattern of such names."
             )
         chosen |= matches
