@@ -155,15 +155,28 @@ def test_nothing_is_overwritten_and_nothing_served(client, server):
     runs = server.base / "user" / "__cascade_nodes" / "training"
     (log,) = runs.glob("lora_mine_*/log.jsonl")
     assert not list(server.base.glob("output/**/log.jsonl"))
+    # Before ComfyUI makes folders of the names that it is asked for.
+    for place in ("..", "../__cascade_nodes", "__cascade_nodes", "."):
+        for address in ("/userdata?recurse=true&dir=", "/v2/userdata?path="):
+            assert log.parent.name not in (served(server, address + urllib.parse.quote(place, safe="")) or "")
     for path in (log, *runs.glob("cache/*/*.safetensors")):
         relative = path.relative_to(server.base / "user")
         for place in (f"../user/{relative}", f"../{relative}", str(relative), str(path)):
-            quoted = urllib.parse.quote(place, safe="")
             folder, _, name = place.rpartition("/")
             query = urllib.parse.urlencode({"filename": name, "subfolder": folder})
+            quoted = urllib.parse.quote(place, safe="")
             for address in (f"/view?{query}", f"/view?{query}&type=input", f"/userdata/{quoted}"):
-                with pytest.raises(urllib.error.HTTPError):
-                    urllib.request.urlopen(f"{server.url}{address}", timeout=60)
+                assert served(server, address) is None, address
+
+
+def served(server, address):
+    """What a server answers, also to who calls himself by our folder's name; None where it refuses."""
+    request = urllib.request.Request(server.url + address, headers={"comfy-user": "__cascade_nodes"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read().decode(errors="replace")
+    except urllib.error.HTTPError:
+        return None
 
 
 def test_messages_hold_no_html_and_go_to_their_own_browser(client, server):
