@@ -177,7 +177,6 @@ class CascadeEncode(io.ComfyNode):
         batch = len(image)
         height, width = chosen_size(image.shape[1:3], height, width)
         check_pixels(width, height, batch)
-        check_pixels(width, height, batch)
         size = stage_c_size(height, width, compression)
         pixels = resized(image, compressor_size(height, width, compression))
         stage_c = {"samples": host().encode_pixels(vae, pixels)}
@@ -247,7 +246,6 @@ class CascadeUpscaleLatent(io.ComfyNode):
                 "channels; connect Cascade Prior Sampler."
             )
         samples = stage_c["samples"]
-        check_pixels(width, height, len(samples))
         check_pixels(width, height, len(samples))
         # Bilinear is nearest to the latent that the compressor makes of the enlarged picture.
         size = stage_c_size(height, width, compression)

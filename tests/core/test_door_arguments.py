@@ -115,7 +115,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "prompt holds no texts"),
     ({"prompt": {"a", "b"}}, "prompt is of type set"),
     ({"prompt": itertools.repeat("a red star")}, "prompt holds more"),
-    ({"prompt": "x" * 10**7}, "prompt has 10,000,000 characters; give at most 10,000"),
+    ({"prompt": "x" * 10**7}, "prompt has 10,000,000 characters; give at most 131,072"),
     ({"prompt": "\ud800"}, "prompt holds"),
     ({"negative": None}, "negative is of type NoneType"),
     ({"negative": "\udcff"}, "negative holds"),
