@@ -110,7 +110,7 @@ class Graphed:
 
     def __init__(self, memory: GraphMemory):
         self._memory = memory
-        self._plan: workspace.Plan | None = None
+        self._plan: workspace.MemoryPlan | None = None
         self._captured: CapturedForward | None = None
         self._eager = False
 
@@ -122,7 +122,7 @@ class Graphed:
         if self._eager:
             return forward(x)
         if self._plan is None:
-            with workspace.recording() as plan:
+            with workspace.planning() as plan:
                 result = forward(x)
             self._plan = plan
             return result
@@ -134,7 +134,7 @@ class Graphed:
         return self._captured(x)
 
     def _capture(
-        self, forward: Callable[[Tensor], Tensor], x: Tensor, plan: workspace.Plan
+        self, forward: Callable[[Tensor], Tensor], x: Tensor, plan: workspace.MemoryPlan
     ) -> CapturedForward | None:
         try:
             memory = self._memory.reserve(plan.size, x.device, self)
@@ -153,7 +153,9 @@ class CapturedForward:
     Raises AllocatesError, before anything is captured, for a forward that allocates.
     """
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], x: Tensor, plan: workspace.Plan, memory: Tensor):
+    def __init__(
+        self, forward: Callable[[Tensor], Tensor], x: Tensor, plan: workspace.MemoryPlan, memory: Tensor
+    ):
         self.graph, self.static_input, self.memory = torch.cuda.CUDAGraph(), x.clone(), memory
 
         def run() -> Tensor:

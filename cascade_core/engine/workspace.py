@@ -33,7 +33,7 @@ _current: ContextVar[_Memory | None] = ContextVar("workspace", default=None)
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`like.new_empty(shape, dtype=dtype)`, out of the workspace inside `recording` and `within`."""
+    """`like.new_empty(shape, dtype=dtype)`, out of the workspace inside `planning` and `within`."""
     memory, dtype = _current.get(), dtype or like.dtype
     if memory is None:
         return torch.empty(shape, dtype=dtype, device=like.device)
@@ -41,7 +41,7 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
 
 
 @dataclass
-class Plan:
+class MemoryPlan:
     """Where each request of a forward lies, in their order.  size: bytes of the whole"""
 
     requests: list[tuple[int, int]] = field(default_factory=list)  # offset and bytes
@@ -52,7 +52,7 @@ class _Recorder:
     """Hands out memory of its own and notes where it would lie: at the lowest offset that is free by then."""
 
     def __init__(self) -> None:
-        self.plan = Plan()
+        self.plan = MemoryPlan()
         self._live: list[tuple[int, int, StorageWeakRef]] = []  # offset, end; by offset
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -73,7 +73,7 @@ class _Recorder:
 class _Planned:
     """Hands out the places of a plan in `memory`."""
 
-    def __init__(self, plan: Plan, memory: Tensor):
+    def __init__(self, plan: MemoryPlan, memory: Tensor):
         self.memory, self.requests = memory, iter(plan.requests)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -84,7 +84,7 @@ class _Planned:
 
 
 @contextmanager
-def recording() -> Iterator[Plan]:
+def planning() -> Iterator[MemoryPlan]:
     """Notes what the forward inside the block asks for; the plan is complete at its end."""
     recorder = _Recorder()
     token = _current.set(recorder)
@@ -95,7 +95,7 @@ def recording() -> Iterator[Plan]:
 
 
 @contextmanager
-def within(plan: Plan, memory: Tensor) -> Iterator[None]:
+def within(plan: MemoryPlan, memory: Tensor) -> Iterator[None]:
     """The same forward again, in `memory` (at least `plan.size` bytes)."""
     token = _current.set(_Planned(plan, memory))
     try:

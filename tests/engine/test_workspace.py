@@ -37,11 +37,11 @@ LIKE = torch.empty(0)
 STAGE_A = StageAConfig(levels=2, bottleneck_blocks=2, c_hidden=24, c_latent=4, codebook_size=8)
 
 
-def lay_out(lives: list[tuple[int, bool]]) -> tuple[workspace.Plan, list[tuple[int, int]]]:
+def lay_out(lives: list[tuple[int, bool]]) -> tuple[workspace.MemoryPlan, list[tuple[int, int]]]:
     """Requests of so many float32 in turn, each kept or dropped before the next; the plan, and who lived with whom."""
     kept: dict[int, Tensor] = {}
     together = []
-    with workspace.recording() as plan:
+    with workspace.planning() as plan:
         for number, (count, keep) in enumerate(lives):
             value = workspace.empty((count,), LIKE)
             together += [(number, other) for other in kept]
@@ -70,7 +70,7 @@ def test_what_lives_together_does_not_overlap_and_what_is_gone_gives_its_place()
 
 
 def test_a_view_keeps_its_memory():
-    with workspace.recording() as plan:
+    with workspace.planning() as plan:
         view = workspace.empty((64, 2), LIKE).flatten()[:3]
         workspace.empty((5,), LIKE)
     assert plan.requests == [(0, 512), (512, 20)]
@@ -78,7 +78,7 @@ def test_a_view_keeps_its_memory():
 
 
 def test_a_forward_that_asks_for_something_else_is_told():
-    with workspace.recording() as plan:
+    with workspace.planning() as plan:
         workspace.empty((4,), LIKE)
     memory = torch.empty(plan.size, dtype=torch.uint8)
     with workspace.within(plan, memory):
@@ -139,7 +139,7 @@ class Allocations(TorchDispatchMode):
 def replayed(forward: Any, x: Tensor) -> tuple[Tensor, Tensor, list[str]]:
     """What a forward gives as it is recorded, and in the memory of its plan, with what it allocates there."""
     with torch.inference_mode():
-        with workspace.recording() as plan:
+        with workspace.planning() as plan:
             first = forward(x).clone()
         memory = torch.empty(plan.size, dtype=torch.uint8)
         memory.fill_(0x7F)  # not a number in any of the formats

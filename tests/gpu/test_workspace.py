@@ -122,16 +122,17 @@ def test_a_forward_that_allocates_stays_eager(
 
 
 def test_memory_is_level_over_captures_that_come_and_go(device: torch.device, replays: Replays):
-    free = []
+    levels = []
     for _ in range(6):
         for run in stages(device).values():
             run()
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        free.append(torch.cuda.mem_get_info(device)[0])
+        levels.append((torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)))
     assert replays.count == 6 * 3 * 2
-    assert len(set(free[2:])) == 1, free
+    assert len({allocated for allocated, _ in levels[2:]}) == 1, levels
+    assert levels[-1][1] <= levels[2][1], levels
 
 
 def test_a_graph_survives_what_a_host_does_between_two_runs(device: torch.device):
