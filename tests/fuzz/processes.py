@@ -5,7 +5,6 @@ What they leave is compared with what they give when nobody disturbs them.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -97,24 +96,26 @@ def started(arguments: list[str], said: Path, prepare: Callable[[], None] = lamb
     pid = os.fork()
     if pid:
         return pid
-    status = 99
-    with contextlib.suppress(BaseException):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    status = 130  # of an interruption before there is anything to undo, or of a second one
+    try:
+        for number, handler in (
+            (signal.SIGINT, signal.default_int_handler),
+            (signal.SIGTERM, signal.SIG_DFL),
+        ):
+            signal.signal(number, handler)
         stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         prepare()
-        try:
-            status = main(arguments)
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else 98
-        except KeyboardInterrupt:  # before there is anything to undo, or a second one
-            status = 130
-        except BaseException as error:
-            sys.stderr.write(f"{type(error).__name__} left main: {error}\n")
-    os._exit(status)
+        status = main(arguments)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 98
+    except Exception as error:
+        sys.stderr.write(f"{type(error).__name__} left main: {error}\n")
+        status = 99
+    finally:
+        os._exit(status)
 
 
 def ended(pid: int) -> int:
