@@ -53,9 +53,14 @@ def write(path: Path, header: Any, body: bytes, length: int | None = None) -> No
 def mutate(path: Path, random: Random) -> None:
     """Spoils a file in its bytes, its header, its tensors or the settings in its metadata."""
     if random.random() < 0.2:
-        path.write_bytes(spoiled_bytes(path.read_bytes(), random))
+        path.write_bytes(spoiled_bytes(path.read_bytes() or b"x", random))
         return
-    header, body = read(path)
+    try:
+        header, body = read(path)
+    except (ValueError, struct.error):  # spoiled before
+        return
+    if not isinstance(header, dict):
+        return
     for _ in range(random.choice((1, 1, 2, 4))):
         header, body = random.choice(
             (metadata, config, config, config, tensor, tensor, tensor, names, extra, extra, values)
