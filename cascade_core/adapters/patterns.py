@@ -5,10 +5,13 @@ A regular expression of twenty characters can keep `re` busy for years.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from typing import NamedTuple
 
 MOST_TEXTS = 64
+LONGEST_PATTERN = 10_000  # characters
 
 
 class Text(NamedTuple):
@@ -29,20 +32,23 @@ class Text(NamedTuple):
 def texts(pattern: str, plain: str = "") -> list[Text] | None:
     r"""The texts of a pattern made of `|`, `^`, `$`, optional characters (`stars?`) and escaped ones (`\.`).
 
-    plain: further signs that stand for themselves. None for a pattern of anything else.
+    plain: further signs that stand for themselves. None for a pattern of anything else, or of LONGEST_PATTERN and more.
     """
+    if len(pattern) >= LONGEST_PATTERN:
+        return None
     alternatives = []
     for part in pattern.split("|"):
         inner = part.removeprefix("^").removesuffix("$")
-        spellings, shorter = [""], None
+        signs: list[tuple[str, ...]] = []  # the spellings of each
         for sign in re.findall(r"\\.|.", inner, re.DOTALL):
-            if sign == "?" and shorter is not None:
-                spellings, shorter = [*shorter, *spellings], None
+            if sign == "?" and signs and len(signs[-1]) == 1:
+                signs[-1] = ("", *signs[-1])
             elif sign in plain or re.fullmatch(r"\\[^a-zA-Z0-9]|[^\\.\[\](){}*+?^$]", sign, re.DOTALL):
-                spellings, shorter = [text + sign[-1] for text in spellings], spellings
+                signs.append((sign[-1],))
             else:
                 return None
-            if len(spellings) > MOST_TEXTS:
-                return None
+        if math.prod(map(len, signs)) > MOST_TEXTS:
+            return None
+        spellings = map("".join, itertools.product(*signs))
         alternatives += [Text(text, part.startswith("^"), part.endswith("$")) for text in spellings]
     return alternatives

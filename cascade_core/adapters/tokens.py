@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import CascadeError, printable, quoted
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter
-from .patterns import texts
+from .patterns import MOST_TEXTS, texts
 
 
 class NewToken(NamedTuple):
@@ -77,10 +77,10 @@ def _mean_row(name: str, pattern: str | None, vocabulary: Mapping[str, int], emb
     if pattern is None:
         return torch.zeros(1, embedding.shape[1])
     alternatives = texts(pattern)
-    if alternatives is None:
+    if alternatives is None or len(alternatives) > MOST_TEXTS:  # each is looked for in every token
         raise CascadeError(
-            f"The pattern {quoted(pattern)} of {printable(name)} is not one of those that are read: words with |, ^, $ "
-            "and ? such as ^dog</w>; write it so."
+            f"The pattern {quoted(pattern)} of {printable(name)} is not one of those that are read: at most "
+            f"{MOST_TEXTS} words, with |, ^, $ and ? such as ^dog</w>; write it so."
         )
     tokens = [
         token for spelling, token in vocabulary.items() if any(text.is_in(spelling) for text in alternatives)

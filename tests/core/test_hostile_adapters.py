@@ -64,7 +64,20 @@ def test_alphas_are_pefts_own(pattern, rslora, peft_file):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(a+)+$", "(.*)*b", "to_[qk]", ".*attention.*", "a{9}", "(", "a**", "\\", r"\d", "?", "a?" * 40],
+    [
+        "(a+)+$",
+        "(.*)*b",
+        "to_[qk]",
+        ".*attention.*",
+        "a{9}",
+        "(",
+        "a**",
+        "\\",
+        r"\d",
+        "?",
+        "a?" * 40,
+        "a" * 10_000,
+    ],
 )
 def test_regular_expressions_are_not_run(pattern, peft_file):
     config = {"lora_alpha": 8, "alpha_pattern": {pattern: 4}}

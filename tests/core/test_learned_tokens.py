@@ -274,6 +274,7 @@ def test_new_tokens_are_named_one_by_one():
     [
         ("(a+)+$", "is not one of those that are read"),
         (".*", "is not one of those"),
+        ("|".join(map(str, range(1000))), "at most 64 words"),
         ("^dog</w>", "No token of the vocabulary matches"),
     ],
 )
