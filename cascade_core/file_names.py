@@ -9,13 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and a number and an ending may be added
-_ACTING = {
-    "Cc",
-    "Cf",
-    "Cs",
-    "Zl",
-    "Zp",
-}  # categories of what does not show but acts: controls, surrogates, directions
+LONGEST_PATH = 4000  # characters
+# Categories of what does not show but acts: controls, directions, surrogates, line ends.
+_ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _RESERVED = {
     "con",
     "prn",
@@ -47,7 +43,7 @@ def name_fault(name: object) -> str | None:
 
 def path_fault(path: object) -> str | None:
     """The same of a relative path of folders, such as `stars/red`; an empty one is good."""
-    if not isinstance(path, str) or len(path) > 20 * LONGEST_NAME:
+    if not isinstance(path, str) or len(path) > LONGEST_PATH:
         return "is not a path of folders"
     if path.startswith(("/", "\\")):
         return "leads out of the folder"

@@ -11,6 +11,7 @@ import re
 import time
 from typing import Any
 
+from ..cascade_core.file_names import LONGEST_NAME, LONGEST_PATH
 from .graph import Graph, title_of
 
 _PATTERN = re.compile(r"%([^%]+)%")
@@ -19,20 +20,24 @@ _NOT_IN_NAMES = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
 
 
 def fill_in_prefixes(graph: Graph) -> Graph:
-    """Returns the graph with the patterns of its filename prefixes filled in."""
-    now = time.localtime()
+    """Returns the graph with the patterns of its filename prefixes filled in.
+
+    A prefix too long for a path is left as it is, and a value too long for a name is cut to one that still is: saving
+    refuses both.
+    """
+    now, nodes = time.localtime(), _nodes_by_name(graph)
 
     def fill_in(match: re.Match[str]) -> str:
         if match[1].startswith("date:"):
             return _format_date(match[1].removeprefix("date:"), now)
         name, _, input_name = match[1].partition(".")
-        value = _value_of(graph, name, input_name)
-        return match[0] if value is None else _NOT_IN_NAMES.sub("_", value)
+        value = _as_text(nodes[name]["inputs"].get(input_name)) if name in nodes else None
+        return match[0] if value is None else _NOT_IN_NAMES.sub("_", value[: LONGEST_NAME + 1])
 
     filled = {}
     for node_id, node in graph.items():
         prefix = node["inputs"].get("filename_prefix")
-        if isinstance(prefix, str):
+        if isinstance(prefix, str) and len(prefix) <= LONGEST_PATH:
             node = {**node, "inputs": {**node["inputs"], "filename_prefix": _PATTERN.sub(fill_in, prefix)}}
         filled[node_id] = node
     return filled
@@ -50,11 +55,16 @@ def _format_date(form: str, date: time.struct_time) -> str:
     return _DATE_PART.sub(fill_in, form)
 
 
-def _value_of(graph: Graph, name: str, input_name: str) -> str | None:
-    """An input's value as a text, of the first node of this class, or else title; None for what is not there."""
-    by_class = [node for node in graph.values() if node.get("class_type") == name]
-    by_title = [node for node in graph.values() if title_of(node) == name]
-    value: Any = next((node["inputs"].get(input_name) for node in by_class or by_title), None)
+def _nodes_by_name(graph: Graph) -> dict[str, dict[str, Any]]:
+    """The first node of each class, and of each title that is not also a class."""
+    last_first = list(reversed(graph.values()))
+    by_title = {title: node for node in last_first if isinstance(title := title_of(node), str)}
+    by_class = {name: node for node in last_first if isinstance(name := node.get("class_type"), str)}
+    return by_title | by_class
+
+
+def _as_text(value: Any) -> str | None:
+    """An input's value as the canvas writes it; None for a link, or for what is not there."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -49,3 +49,13 @@ def test_patterns(prefix, filled_in, monkeypatch):
     filled = fill_in_prefixes(graph)
     assert filled["4"]["inputs"].pop("filename_prefix") == filled_in
     assert {node_id: entry["inputs"] for node_id, entry in graph.items()} == before
+
+
+def test_a_value_written_many_times_stays_small():
+    """A graph of 100 kB would have names of gigabytes."""
+    graph = {"1": node("CascadeTextEncode", positive="x" * 50_000)}
+    for number, count in enumerate((100, 1000), start=2):
+        prefix = "%CascadeTextEncode.positive%" * count
+        graph[str(number)] = node("SaveImage", images=["1", 0], filename_prefix=prefix)
+    filled = [len(entry["inputs"].get("filename_prefix", "")) for entry in fill_in_prefixes(graph).values()]
+    assert filled == [0, 100 * 201, 28_000]  # all of them too long to be saved, of which the user is told
