@@ -20,6 +20,7 @@ from .workspace import AllocatesError
 
 logger = logging.getLogger(__name__)
 
+_CAPTURING = threading.Lock()  # cudaMallocAsync bears one capture in a process
 REHEARSALS = 2  # the first on a stream takes cuBLAS's workspace there, which stays
 
 
@@ -39,19 +40,13 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@cache
-def _one_at_a_time() -> threading.Lock:
-    """cudaMallocAsync bears one capture in a process."""
-    return threading.Lock()
-
-
 @contextmanager
 def capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
     """Captures the launches inside the block. What they allocate comes from `pool`."""
     gc_enabled = gc.isenabled()
     gc.disable()  # collecting an old graph inside the block would end the capture
     try:
-        with _one_at_a_time(), on_stream(capture_stream(device)):
+        with _CAPTURING, on_stream(capture_stream(device)):
             # Other threads of a host may call the CUDA API meanwhile.
             options = {} if pool is None else {"pool": pool}
             graph.capture_begin(capture_error_mode="thread_local", **options)
