@@ -54,6 +54,5 @@ def excerpt(text: str, limit: int = 2000) -> str:
 
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        return (
-            repr(x) if x.bit_length() < 400 else f"<a number of {x.bit_length()} bits>"
-        )  # Python refuses to write it
+        # Python refuses to write one of thousands of digits.
+        return repr(x) if x.bit_length() < 400 else f"<a number of {x.bit_length()} bits>"

@@ -36,9 +36,8 @@ def _is_there(name: object) -> bool | str:
     if not isinstance(name, str):
         return f"{quoted(name)} is not the name of a file."
     try:
-        with open_picture(
-            current_folders().find_picture(name)
-        ):  # its header; its pixels are read when it runs
+        # Its header; its pixels are read when it runs.
+        with open_picture(current_folders().find_picture(name)):
             return True
     except CascadeError as error:
         return str(error)

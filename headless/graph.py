@@ -11,7 +11,7 @@ from ..cascade_core.errors import CascadeError, printable, quoted
 from ..cascade_core.reading import open_regular
 
 LARGEST_FILE = 64 * 2**20  # bytes; graphs have thousands
-_LARGEST_BITS = 1024
+_LARGEST_BITS = 1024  # of a number; Python refuses to write one of thousands of digits
 DEEPEST = 50  # levels of lists and objects within each other; a graph has four or five
 
 Graph = dict[str, dict[str, Any]]
@@ -74,9 +74,8 @@ def check_shape(graph: object, name: str) -> None:
 
 def _check_json(graph: dict[str, Any], name: str) -> None:
     """Raises CascadeError where a graph is nested too deeply to be copied, or holds what JSON cannot."""
-    containers: dict[int, Any] = {
-        id(graph): graph
-    }  # of one level, each once though it may stand in many places
+    # Those of one level, each once though it may stand in many places.
+    containers: dict[int, Any] = {id(graph): graph}
     for _ in range(DEEPEST):
         inner: dict[int, Any] = {}
         for container in containers.values():
@@ -85,9 +84,7 @@ def _check_json(graph: dict[str, Any], name: str) -> None:
                     inner[id(value)] = value
                 elif not isinstance(value, str | int | float | None):
                     raise CascadeError(f"{name} holds {quoted(value)}, which is not a value that JSON has.")
-                elif (
-                    isinstance(value, int) and value.bit_length() > _LARGEST_BITS
-                ):  # Python refuses to write it
+                elif isinstance(value, int) and value.bit_length() > _LARGEST_BITS:
                     raise CascadeError(
                         f"{name} holds a number of {value.bit_length():,} bits; no input takes one."
                     )

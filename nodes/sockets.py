@@ -71,7 +71,7 @@ def check_mask(mask: Tensor, socket: str) -> None:
 
 
 def latent_shape(latent: dict, socket: str) -> tuple[int, ...]:
-    """The shape of a LATENT's samples. Raises CascadeError where it is none."""
+    """The shape of a LATENT's samples. Raises CascadeError for what is not a LATENT."""
     if not isinstance(latent, dict) or "samples" not in latent:
         raise CascadeError(f"{socket} is {quoted(latent)}, but a LATENT is expected; connect one.")
     return _shape(latent["samples"], socket, "a LATENT")

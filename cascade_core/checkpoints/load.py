@@ -42,10 +42,8 @@ KIND_NAMES = {
     "previewer": "previewer",
     "controlnet": "ControlNet",
 }
-PUBLISHED_WIDTHS = {
-    "stage_c": {1536, 2048},
-    "stage_b": {1152, 1280},
-}  # of levels with attention, in heads of 64
+# Of levels with attention, in heads of 64.
+PUBLISHED_WIDTHS = {"stage_c": {1536, 2048}, "stage_b": {1152, 1280}}
 READERS = 4
 PAGE = 4096  # bytes; where pages are larger, some are touched twice
 

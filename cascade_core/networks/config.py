@@ -13,8 +13,6 @@ from ..errors import CascadeError, printable, quoted
 from ..geometry import COMPRESSOR_STRIDE
 
 PUBLISHED_HEAD_WIDTH = 64
-
-
 LARGEST = 2**31  # of any number in a configuration
 MOST_BLOCKS = 1000  # residual blocks of a Stage C that a ControlNet can number; the published ones have 64
 
@@ -287,9 +285,7 @@ class CompressorConfig(NetworkConfig):
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", stage_table(self.stages))
         stride = 2 * prod(stage.stride for stage in self.stages)
-        if (
-            stride != COMPRESSOR_STRIDE
-        ):  # which leaves no trace in the weights: latents would be of another size
+        if stride != COMPRESSOR_STRIDE:  # latents would be of another size, and the weights do not tell
             raise CascadeError(
                 f"the strides of the compressor's stages make {stride} with the stem's 2, but {COMPRESSOR_STRIDE} "
                 "pixels a position are expected; correct the config."

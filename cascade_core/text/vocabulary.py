@@ -113,7 +113,7 @@ def read_tokenizer(path: Path) -> tuple[dict[str, int], Merges]:
         tokens, pairs, whole = {}, [], False
     if not whole:
         raise CascadeError(
-            f"{path} is no tokenizer of CLIP's kind (expected a model with vocab and merges, and no added tokens); "
+            f"{path} is not a tokenizer of CLIP's kind (expected a model with vocab and merges, and no added tokens); "
             "copy it again from where the text encoder came from."
         )
     _check_numbers(tokens, path)

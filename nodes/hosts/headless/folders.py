@@ -46,9 +46,8 @@ def find_file(role: str, name: str) -> Path:
     for spelling in spellings:
         if not roles.leaves_folder(spelling):
             for folder in search_folders(role):
-                if Path(spelling).name and os.path.exists(
-                    folder / spelling
-                ):  # unlike Path.exists, False for a name that is too long
+                # Unlike Path.exists, os.path.exists is False for a name that is too long.
+                if Path(spelling).name and os.path.exists(folder / spelling):
                     return folder / spelling
     if name in roles.demo_names(role):
         return roles.DEMO_FOLDER / name
