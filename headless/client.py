@@ -131,6 +131,10 @@ class _Broken(Exception):  # noqa: N818 (the end of a sentence)
 
 def _address(text: str) -> str:
     """A server's address as http(s)://host[:port][/path]. Raises CascadeError for any other."""
+    if "@" in text.rpartition("://")[2].split("/")[0]:  # never quoted: it may be a password
+        raise CascadeError(
+            "--server holds a user name or a password, which a ComfyUI does not ask for; give the address alone."
+        )
     try:
         url = urlsplit(text if "://" in text else f"http://{text}")
         host = (url.hostname or "").encode("idna").decode()
@@ -141,10 +145,6 @@ def _address(text: str) -> str:
         url = urlsplit("")
     plain = all(character.isprintable() and character != " " for character in text)
     if plain and url.scheme in ("http", "https") and host and not (url.query or url.fragment):
-        if "@" in url.netloc:  # not quoted: it may hold a password
-            raise CascadeError(
-                "--server holds a user name or a password, which a ComfyUI does not ask for; give the address alone."
-            )
         return f"{url.scheme}://{f'[{host}]' if ':' in host else host}{port}{path}"
     raise CascadeError(f"--server {quoted(text)} is not an address like http://127.0.0.1:8188.")
 

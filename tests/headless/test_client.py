@@ -148,9 +148,10 @@ def test_not_an_address(url, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {caught.value}\n"
 
 
-def test_an_address_with_a_password_is_refused_without_showing_it():
+@pytest.mark.parametrize("rest", ["127.0.0.1:8188", "127.0.0.1:99999", "[::1", "a/?x=1", "a?x=1", ""])
+def test_an_address_with_a_password_is_refused_without_showing_it(rest):
     with pytest.raises(CascadeError, match="holds a user name or a password") as caught:
-        Server("http://me:secret@127.0.0.1:8188")
+        Server(f"http://me:secret@{rest}")
     assert "secret" not in str(caught.value)
 
 
