@@ -80,7 +80,8 @@ def recording_signals() -> Iterator[list[int]]:
         first = first or time.monotonic()
         signals.append(number)
 
-    stopping = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    # None: a library handles it outside of Python, and could not be given it back.
+    stopping = [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     with handling((signal.SIGINT, *stopping), record):
         yield signals
 
