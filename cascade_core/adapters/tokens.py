@@ -15,6 +15,8 @@ from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter
 from .patterns import MOST_TEXTS, texts
 
+MOST_TOKENS = 100  # that one adapter's node names
+
 
 class NewToken(NamedTuple):
     """A token that the published training added to the vocabulary; its row began as the mean of all tokens in whose
@@ -26,10 +28,16 @@ class NewToken(NamedTuple):
 
 
 def parse_new_tokens(text: str) -> tuple[NewToken, ...]:
-    """Name and pattern of each, "[fernando] ^dog</w>; [rex]", in the order of the published `train_tokens`."""
-    return tuple(
-        NewToken(*entry.strip().split(maxsplit=1)) for entry in re.split(r"[;\n]", text) if entry.strip()
-    )
+    """Name and pattern of each, "[fernando] ^dog</w>; [rex]", in the order of the published `train_tokens`.
+
+    Raises CascadeError for more than MOST_TOKENS: a pattern is looked for in the whole vocabulary.
+    """
+    entries = [entry.strip() for entry in re.split(r"[;\n]", text) if entry.strip()]
+    if len(entries) > MOST_TOKENS:
+        raise CascadeError(
+            f"new_tokens names {len(entries)} tokens; give at most {MOST_TOKENS}, those that are used."
+        )
+    return tuple(NewToken(*entry.split(maxsplit=1)) for entry in entries)
 
 
 def name_in_prompt(name: str) -> str:

@@ -267,6 +267,8 @@ def test_new_tokens_are_named_one_by_one():
     assert parse_new_tokens("[fernando]  ^dog</w> ; <x>") == new
     assert parse_new_tokens("[fernando] ^dog</w>\n\n<x>\n") == new
     assert parse_new_tokens(" ;\n") == ()
+    with pytest.raises(CascadeError, match="names 101 tokens; give at most 100"):
+        parse_new_tokens(101 * "[x] ^dog;")
 
 
 @pytest.mark.parametrize(
