@@ -284,16 +284,19 @@ class CompressorConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", stage_table(self.stages))
-        stride = 2 * prod(stage.stride for stage in self.stages)
-        if stride != COMPRESSOR_STRIDE:  # latents would be of another size, and the weights do not tell
-            raise CascadeError(
-                f"the strides of the compressor's stages make {stride} with the stem's 2, but {COMPRESSOR_STRIDE} "
-                "pixels a position are expected; correct the config."
-            )
 
     @property
     def block_count(self) -> int:
         return sum(stage.layers for stage in self.stages)
+
+    def check_stride(self, name: str) -> None:
+        """Raises CascadeError, naming the file, where a position is not 32 pixels: the weights do not tell."""
+        stride = 2 * prod(stage.stride for stage in self.stages)
+        if stride != COMPRESSOR_STRIDE:
+            raise CascadeError(
+                f"{name}: the strides of the compressor's stages make {stride} with the stem's 2, but "
+                f"{COMPRESSOR_STRIDE} pixels a position are expected; correct the config."
+            )
 
 
 # Number of projections -> Stage C's residual blocks that they are for.

@@ -94,7 +94,9 @@ def load_stage_a(path: Path, device: ComputeDevice) -> Codec:
 
 def load_compressor(compressor: Path, previewer: Path | None, device: ComputeDevice) -> Codec:
     """The semantic compressor, and the previewer as its decoder where there is one."""
+    encoder: Any
     encoder, _, _ = load_model(compressor, expect="compressor", dtype=torch.float32)
+    encoder.config.check_stride(compressor.name)
     decoder, decoder_file = None, ""
     if previewer is not None:
         decoder, _, _ = load_model(previewer, expect="previewer", dtype=torch.float32)

@@ -59,6 +59,7 @@ def check_networks(
     compressor, _, _ = load_model(models.compressor, "compressor", read_ahead=False)
     assert isinstance(stage_c, StageC)
     assert isinstance(compressor, SemanticCompressor)
+    compressor.config.check_stride(Path(models.compressor).name)
     if models.previewer is not None:
         load_model(models.previewer, "previewer", read_ahead=False)
     if models.image_encoder is not None:

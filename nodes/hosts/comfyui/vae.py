@@ -164,6 +164,7 @@ def load_compressor(compressor: Path, previewer: Path | None) -> CascadeVAE:
     encoder, _, config = checkpoints.load_model(
         compressor, expect="compressor", operations=WholeLayers(comfy.ops.manual_cast)
     )
+    encoder.config.check_stride(compressor.name)
     decoder: Any = None
     if previewer is not None:
         decoder, _, _ = checkpoints.load_model(
