@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoints import locate
 from ..errors import CascadeError, printable, quoted
+from ..reading import open_regular
 from .data.cache import KEY_BYTES, Cache
 from .data.fingerprint import pictures_digest
 from .data.pictures import TrainingPicture
@@ -67,8 +68,7 @@ def contents_of(
         "processes": str(processes),
     }
     for key, path in _networks(settings).items():
-        asked()
-        contents[f"{key} file"] = network_digest(path, PARTS[key])[:16]
+        contents[f"{key} file"] = network_digest(path, PARTS[key], asked)[:16]
     return contents
 
 
@@ -172,11 +172,12 @@ def _flat(settings: Settings) -> dict[str, Any]:
     return flat
 
 
-def network_digest(path: Path, part: str) -> str:
-    """A digest of a network's file, its shards and what a model's folder says of it."""
+def network_digest(path: Path, part: str, asked: Callable[[], None]) -> str:
+    """A digest of a network's file, its shards and what a model's folder says of it. asked: as in `contents_of`."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for file in _files_of(path, part):
         for block in _blocks(file):
+            asked()
             digest.update(block)
     return digest.hexdigest()
 
@@ -193,7 +194,7 @@ def _files_of(path: Path, part: str) -> Iterator[Path]:
 def _blocks(path: Path) -> Iterator[bytes]:
     """A file's size and its bytes; of a large file, blocks evenly spread over it."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = path.stat().st_size
             yield str(size).encode()
             if size <= BLOCKS * BLOCK_BYTES:

@@ -15,6 +15,7 @@ import torch
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
+from cascade_nodes.cascade_core.training.identity import network_digest
 from cascade_nodes.cascade_core.training.run import train
 from cascade_nodes.cascade_core.training.run_folder import LOCK, locked
 from cascade_nodes.cascade_core.training.settings import Settings
@@ -250,3 +251,10 @@ def test_two_runs_in_one_folder(finished):
     holder.communicate()
     assert run_again(settings)[0].startswith("The run is finished")
     assert json.loads(read_state(run / STATE)[1]["contents"])["processes"] == "1"
+
+
+def test_a_pipe_in_a_networks_place_blocks_nothing(tmp_path):
+    pipe = tmp_path / "stage_c.safetensors"
+    os.mkfifo(pipe)
+    with pytest.raises(CascadeError, match="it is a pipe or a device"):
+        network_digest(pipe, "stage_c", lambda: None)
