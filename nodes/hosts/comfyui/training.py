@@ -34,7 +34,11 @@ def training() -> Iterator[Callable[[int, int], None]]:
     def report(step: int, steps: int) -> None:
         if steps not in bars:
             bars[steps] = comfy.utils.ProgressBar(steps)
-        bars[steps].update_absolute(step, steps)
+        try:
+            bars[steps].update_absolute(step, steps)
+        except comfy.model_management.InterruptProcessingException:
+            # Which forgets that it was asked. The run asks for itself, and ends when its checkpoint is written.
+            comfy.model_management.interrupt_current_processing()
 
     try:
         with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs nodes without gradients
