@@ -45,7 +45,7 @@ class BoundedLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = set()
         for key, _ in node.value:
-            name = self.construct_object(key)
+            name = self.construct_object(key, deep=True)
             if not isinstance(name, str):
                 raise self.error(key.start_mark, f"{quoted(name)} is not the name of a setting.")
             if name in names:
