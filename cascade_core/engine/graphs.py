@@ -67,9 +67,11 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     """Launches inside the block on `stream`, after all before the block and before all after it."""
     before = torch.cuda.current_stream(stream.device)
     stream.wait_stream(before)
-    with torch.cuda.stream(stream):
-        yield
-    before.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # also after an error: memory that is freed then may still be in use on the stream
+        before.wait_stream(stream)
 
 
 class GraphMemory:
@@ -91,7 +93,6 @@ class GraphMemory:
             self.users.clear()
             self.memory = None
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        assert self.memory is not None
         self.users.add(user)
         return self.memory
 
