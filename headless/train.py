@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -53,6 +54,8 @@ def leave_group() -> None:
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        gc.collect()  # what of the run is left in circles refers to the group
+        distributed.barrier()  # no process leaves while another still asks it
         distributed.destroy_process_group()
 
 

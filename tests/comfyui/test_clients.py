@@ -58,8 +58,8 @@ def stars(server):
 
 
 def write_pictures(folder):
-    if not folder.exists():
-        folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    if not (folder / "star.png").exists():
         Image.new("RGB", (64, 64), "red").save(folder / "star.png")
         (folder / "star.txt").write_text(f"a star {SECRET}")
 

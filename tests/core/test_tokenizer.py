@@ -190,10 +190,10 @@ def test_tokenizer_json_is_read_without_its_padding(small, tmp_path):
         ({"vocab.json": "{}", "merges.txt": "a b c"}, "are not a CLIP vocabulary"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "b c"}, "merges do not fit its vocabulary"),
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, r"lacks <\|startoftext\|>"),
-        ({"tokenizer.json": "{}"}, "tokenizer.json is no tokenizer"),
+        ({"tokenizer.json": "{}"}, "tokenizer.json is not a tokenizer"),
         (
             {"tokenizer.json": '{"model": {"vocab": {"a": 0}, "merges": [5]}}'},
-            "tokenizer.json is no tokenizer",
+            "tokenizer.json is not a tokenizer",
         ),
         (
             {

@@ -164,7 +164,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("train: " + "[" * 3000, ", line 1: settings are not nested so deeply."),
         ("{a: " * 2000, ", line 1: settings are not nested so deeply."),
         ("? " * 2000, ", line 1: settings are not nested so deeply."),
-        ("? [a]\n: b", ", line 1: [] is not the name of a setting."),
+        ("? [a]\n: b", ", line 1: ['a'] is not the name of a setting."),
         ("? 1.5\n: b", ", line 1: 1.5 is not the name of a setting."),
         ("null: 1", ", line 1: None is not the name of a setting."),
         (
