@@ -1,10 +1,16 @@
 """Files of other people: regular ones alone, and no more of them than was meant."""
 
+import codecs
 import errno
 import os
 import stat
 from io import BufferedReader
 from pathlib import Path
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding of a text that starts so: UTF-16 where a mark says so, else UTF-8, with or without its mark."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def regular_status(path: str | Path) -> os.stat_result:

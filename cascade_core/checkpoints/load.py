@@ -128,7 +128,7 @@ def load_model(
             _read_ahead(weights.values())
         if dtype is not None or torch.device(device).type != "cpu":
             weights = converted(weights, dtype, device)
-        load_published_state_dict(model, weights)
+        model.load_state_dict(weights, strict=True, assign=True)
     except CascadeError as error:
         raise CascadeError(f"{Path(path).name}: {error}") from error.__cause__
     return model.eval().requires_grad_(False), kind, config

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ..errors import CascadeError, printable, quoted
-from ..reading import open_regular
+from ..reading import encoding_of, open_regular
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     _check_size(len(data), str(path))
     try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = data.decode(encoding_of(data))
     except UnicodeDecodeError as error:
         raise CascadeError(
             f"{path} is not YAML in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."

@@ -1,8 +1,9 @@
 """Captions as they lie beside pictures: text files, and rows of metadata."""
 
-import codecs
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ...reading import encoding_of
 
 SUFFIXES = (".txt", ".caption")  # of the picture's name; one caption a line
 KEYS = ("text", "caption", "captions")  # in metadata.jsonl and in a tar's .json
@@ -13,11 +14,6 @@ MAX_CHARACTERS = 10_000  # of a caption: about 2,500 tokens
 
 class CaptionError(ValueError):
     """What is wrong with a picture's captions, in a few words; training goes on without it."""
-
-
-def encoding_of(start: bytes) -> str:
-    """The encoding of a text that starts so: UTF-16 where a mark says so, else UTF-8, with or without its mark."""
-    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def decoded(data: bytes) -> str:

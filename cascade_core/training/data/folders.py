@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ...errors import CascadeError, printable
-from ...reading import open_regular, regular_status
+from ...reading import encoding_of, open_regular, regular_status
 from .access import Access
-from .captions import MAX_BYTES, SUFFIXES, CaptionError, caption_lines, caption_values, decoded, encoding_of
+from .captions import MAX_BYTES, SUFFIXES, CaptionError, caption_lines, caption_values, decoded
 from .pictures import (
     IMAGE_PROMPT,
     NOT_READ,
