@@ -57,6 +57,7 @@ class Engine(WeightConsumer):
         self._tables: LRU[Tensor] = LRU(TABLES)
         self._shapes: LRU[ShapeCache] = LRU(SHAPES)
         self._graph_memory = GraphMemory()
+        self._patched = 0  # the placement's version that all this was made from
 
     def parameters(self) -> Any:
         return self.network.parameters()
@@ -137,11 +138,15 @@ class Engine(WeightConsumer):
 
     def _follow_weights(self) -> WeightStream | None:
         """Invalidates stale caches. Returns the weight stream, or None if the weights are resident."""
-        stream = None if self.placement is None else self.placement.stream
-        if not (self._weights.unchanged() if self.placement is None else self._weights.same_values()):
+        placement = self.placement
+        if placement is None:
+            stream, version, same = None, 0, self._weights.unchanged()
+        else:
+            stream, version, same = placement.stream, placement.version, self._weights.same_values()
+        if not same or version != self._patched:
             self.forget()
-            self._weights = WeightSnapshot(self.network)
-        elif self.placement is not None and stream is None and self._weights.moved():
+            self._weights, self._patched = WeightSnapshot(self.network), version
+        elif placement is not None and stream is None and self._weights.moved():
             self.offload()
         return stream
 

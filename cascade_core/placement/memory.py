@@ -7,21 +7,20 @@ streamed. A run that is out of memory all the same is run again in the next smal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.apply import Patch
 from ..checkpoints.pages import mapped_files
 from .device import Device, out_of_memory
-from .loader import Loader, Transfer
-from .placement import Changes, Placement, WeightConsumer, patch_unit, swap_parameters
+from .loader import Loader
+from .placement import Placement, WeightConsumer
 from .plan import StreamingPlan, plan_streaming
-from .stream import WeightStream
-from .units import UNIT_BYTES, Unit
+from .units import UNIT_BYTES
 
 T = TypeVar("T")
 
@@ -62,7 +61,8 @@ class DeviceMemory:
         Raises CascadeError for patches that do not fit, torch.OutOfMemoryError where no placement is small enough.
         """
         placement = self._placement(network)
-        changes = placement.changes(network, patches)
+        changes = placement.changes_by(network, patches)
+        placement.set_changes(changes, dict.fromkeys(changes, tuple(patches)))
         if consumer is not None:
             consumer.placement = placement
             placement.consumers.add(consumer)
@@ -71,7 +71,7 @@ class DeviceMemory:
             plan = self._plan(placement, workspace_bytes, single_use)
             while True:
                 try:
-                    with self._onloaded(placement, plan, workspace_bytes, tuple(patches), changes):
+                    with self._onloaded(placement, plan, workspace_bytes):
                         return body(self.device.device)
                 except Exception as error:
                     smaller = self._smaller_plan(placement, plan) if out_of_memory(error) else None
@@ -86,16 +86,14 @@ class DeviceMemory:
         """Bytes that a run has next to the network's weights, if the others are evicted or (keep_others) are not."""
         placement = self._placement(network)
         others = (
-            sum(self._resident_bytes(candidate) for candidate in self._evictable(placement))
-            if keep_others
-            else 0
+            sum(candidate.resident_bytes for candidate in self._evictable(placement)) if keep_others else 0
         )
-        return self._budget(placement, keep_others) - self._footprint(placement.units) - others
+        return self._budget(placement, keep_others) - placement.footprint(placement.units) - others
 
     def resident_share(self, network: nn.Module) -> float:
         """The share of a network's bytes that is on the device."""
         placement = self._placement(network)
-        return self._resident_bytes(placement) / self._footprint(placement.units)
+        return placement.resident_bytes / placement.footprint(placement.units)
 
     def release(self) -> None:
         """Offloads all networks."""
@@ -107,7 +105,7 @@ class DeviceMemory:
 
     def _placement(self, network: nn.Module) -> Placement:
         if network not in self.placements:
-            self.placements[network] = Placement(network, self.unit_bytes)
+            self.placements[network] = Placement(network, self.device, self.loader, self.unit_bytes)
             self.loader.mapped_files = mapped_files()
         return self.placements[network]
 
@@ -127,12 +125,6 @@ class DeviceMemory:
             ),
         )
 
-    def _footprint(self, units: Sequence[Unit]) -> int:
-        return sum(self.device.footprint(unit.size) for unit in units)
-
-    def _resident_bytes(self, placement: Placement) -> int:
-        return self._footprint(placement.resident)
-
     def _graph_bytes(self, placement: Placement) -> int:
         return placement.graph_bytes(self.device.device)
 
@@ -149,17 +141,15 @@ class DeviceMemory:
         return self.device.budget(self._all_resident_bytes() + graphs) - graphs
 
     def _all_resident_bytes(self) -> int:
-        return sum(self._resident_bytes(placement) for placement in self.placements.values())
+        return sum(placement.resident_bytes for placement in self.placements.values())
 
     def _plan(self, placement: Placement, workspace_bytes: int, single_use: bool) -> StreamingPlan:
         free_bytes = self._budget(placement, single_use) - workspace_bytes
         free_bytes -= sum(
-            self._resident_bytes(each)
-            for each in self.placements.values()
-            if each.in_use and each is not placement
+            each.resident_bytes for each in self.placements.values() if each.in_use and each is not placement
         )
         if single_use:
-            free_bytes -= sum(self._resident_bytes(candidate) for candidate in self._evictable(placement))
+            free_bytes -= sum(candidate.resident_bytes for candidate in self._evictable(placement))
         return plan_streaming(placement.units, placement.order, free_bytes, self.device.footprint)
 
     def _slots_footprint(self, plan: StreamingPlan) -> int:
@@ -172,12 +162,12 @@ class DeviceMemory:
             for candidate in candidates:
                 candidate.offload(candidate.resident)
             return plan, "with the other stages off the device"
-        blocks = self._footprint(
+        blocks = placement.footprint(
             [unit for unit in dict.fromkeys(placement.order) if unit not in plan.streamed]
         )
         if not blocks:
             return None
-        always_resident = self._footprint(placement.units[:1])
+        always_resident = placement.footprint(placement.units[:1])
         free_bytes = always_resident + blocks // 2 if not plan.streamed else 0
         description = (
             "with half of the weights streamed from main memory" if free_bytes else "with all blocks streamed"
@@ -203,14 +193,7 @@ class DeviceMemory:
             self.device.trim()
 
     @contextmanager
-    def _onloaded(
-        self,
-        placement: Placement,
-        plan: StreamingPlan,
-        workspace_bytes: int,
-        patches: tuple[Patch, ...],
-        changes: Changes,
-    ) -> Iterator[None]:
+    def _onloaded(self, placement: Placement, plan: StreamingPlan, workspace_bytes: int) -> Iterator[None]:
         """The network on the device inside the block, as the plan says."""
         self.runs += 1
         placement.last_run, placement.in_use = self.runs, True
@@ -219,54 +202,16 @@ class DeviceMemory:
             placement.offload([unit for unit in placement.resident if unit in plan.streamed])
             resident = [unit for unit in placement.units if unit not in plan.streamed]
             missing = [unit for unit in resident if unit.device_buffer is None]
-            self._evict(placement, self._footprint(missing) + self._slots_footprint(plan) + workspace_bytes)
-            self._onload(resident, patches, changes)
+            self._evict(
+                placement, placement.footprint(missing) + self._slots_footprint(plan) + workspace_bytes
+            )
+            placement.onload(resident)
             if plan.streamed:
-                for unit in plan.streamed:
-                    swap_parameters(unit, changes.get(unit))
-                stream = WeightStream(
-                    self.device,
-                    self.loader,
-                    placement.order,
-                    plan,
-                    lambda unit, weights: patch_unit(weights, changes.get(unit)),
-                )
-                placement.stream = stream
+                placement.stream = stream = placement.new_stream(plan)
                 stream.open()
             yield
         finally:
             placement.stream = None
             if stream is not None:
                 stream.close()
-            for unit in plan.streamed:
-                unit.offload()
             placement.in_use = False
-
-    def _onload(self, units: Sequence[Unit], patches: tuple[Patch, ...], changes: Changes) -> None:
-        """Copies units to the device that are not there with these patches, for what is computed from here on."""
-        buffers: list[tuple[Unit, Tensor]] = []
-        for unit in units:
-            if unit.device_buffer is None:
-                buffers.append((unit, self.device.empty(unit.size)))
-            elif unit.patches != (patches if unit in changes else ()):
-                buffers.append((unit, unit.device_buffer))
-        for unit, _ in buffers:
-            unit.offload()  # until it is complete
-        after = self.device.record_event()  # freed memory may still be in use until then
-        transfers: list[Transfer] = []
-        try:
-            for unit, buffer in buffers:
-                transfers.append(self.loader.fetch(unit, buffer, after, repeated=False))
-            for transfer in transfers:
-                transfer.wait()
-        except BaseException:
-            for transfer in transfers:  # no copy may write to memory that has been freed
-                with suppress(Exception):
-                    transfer.wait()
-            raise
-        for unit, buffer in buffers:
-            swap_parameters(unit, changes.get(unit))
-            weights = unit.views(buffer)
-            unit.point_to(weights)
-            patch_unit(weights, changes.get(unit))
-            unit.device_buffer, unit.patches = buffer, patches if unit in changes else ()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.apply import Patch, Steps, apply_steps, changes_by_layer, check_shape, layer_of
+from .device import Device
+from .loader import Loader, Transfer
+from .plan import StreamingPlan
 from .stream import WeightStream
 from .units import UNIT_BYTES, Unit, split_into_units
 
@@ -31,34 +35,48 @@ class WeightConsumer:
         return 0
 
 
-class LayerChange(NamedTuple):
-    """What patches do to one layer's weight."""
+class WeightChange(Protocol):
+    """What patches do to one weight."""
 
-    layer: nn.Module
+    def apply(self, weight: Tensor) -> Tensor:
+        """The changed weight, of the same shape, in any dtype. `weight` may be overwritten only with it."""
+        ...
+
+
+class LayerChange(NamedTuple):
+    """The steps of this package's own patches."""
+
     steps: Steps
 
+    def apply(self, weight: Tensor) -> Tensor:
+        return apply_steps(weight, self.steps)
 
-UnitChanges = Mapping[int, LayerChange]  # by the weight's index in its unit
+
+UnitChanges = Mapping[int, WeightChange]  # by the weight's index in its unit
 Changes = Mapping[Unit, UnitChanges]
 
 
 class Placement:
-    """A network's units. Refers to its blocks, not to the network: when its users drop that, its memory is free.
+    """A network's units on one device. Refers to its blocks, not to the network: without users its memory is free.
 
     order      the units that can be streamed, as a forward runs them; one whose level repeats stands several times
+    locations  unit and index of each parameter and buffer, by name
+    changes    what patches do to the units' weights on the device; main memory keeps them unpatched
+    version    counts the changes of `changes`: values derived from the weights are of one version
     stream     prefetches the streamed units during a run; None between runs, and where all units are resident
     last_run   the number of the last run that used the network
     consumers  who is told before units leave the device
     """
 
-    def __init__(self, network: nn.Module, unit_bytes: int = UNIT_BYTES):
+    def __init__(self, network: nn.Module, device: Device, loader: Loader, unit_bytes: int = UNIT_BYTES):
+        self.device, self.loader = device, loader
         self.units, self.order = split_into_units(network, unit_bytes)
         indices = {id(tensor): (unit, i) for unit in self.units for i, tensor in enumerate(unit.tensors)}
-        self._weights: dict[nn.Module, tuple[Unit, int]] = {}
-        for child in network.children():
-            for layer in child.modules():
-                if isinstance(layer._parameters.get("weight"), nn.Parameter):
-                    self._weights[layer] = indices[id(layer.weight)]
+        tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers())
+        self.locations = {name: indices[id(tensor)] for name, tensor in tensors}
+        self.changes: Changes = {}
+        self.version = 0
+        self._keys: Mapping[Unit, Any] = {}
         self.in_use = False
         self.stream: WeightStream | None = None
         self.last_run = 0
@@ -69,37 +87,81 @@ class Placement:
         """The units that are on the device."""
         return [unit for unit in self.units if unit.device_buffer is not None]
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes on the device that the resident units take."""
+        return self.footprint(self.resident)
+
+    def footprint(self, units: Iterable[Unit]) -> int:
+        """Bytes that these units take on the device."""
+        return sum(self.device.footprint(unit.size) for unit in units)
+
     def graph_bytes(self, device: torch.device) -> int:
         """Bytes on the device that CUDA graphs of the network keep."""
         return sum(consumer.graph_bytes(device) for consumer in self.consumers)
 
-    def offload(self, units: Sequence[Unit]) -> None:
-        """Takes units off the device, after all consumers have been told."""
-        if units:
-            for consumer in list(self.consumers):
-                consumer.offload()
-        for unit in units:
-            unit.offload()
-
-    def changes(self, network: nn.Module, patches: Sequence[Patch]) -> Changes:
+    def changes_by(self, network: nn.Module, patches: Sequence[Patch]) -> Changes:
         """What patches change, by unit. Raises CascadeError for one that does not fit."""
         changes: dict[Unit, dict[int, LayerChange]] = {}
         for name, steps in changes_by_layer(patches).items():
-            layer, weight = layer_of(network, name, steps[0][0])
+            _, weight = layer_of(network, name, steps[0][0])
             check_shape(weight.shape, name, steps)
-            unit, index = self._weights[layer]
-            changes.setdefault(unit, {})[index] = LayerChange(layer, steps)
+            unit, index = self.locations[f"{name}.weight"]
+            changes.setdefault(unit, {})[index] = LayerChange(steps)
         return changes
 
+    def set_changes(self, changes: Changes, keys: Mapping[Unit, Any]) -> None:
+        """Makes these the changes of all that is onloaded from here on. keys: equal where a unit's are the same."""
+        if keys != self._keys:
+            self.version += 1
+        self.changes, self._keys = changes, keys
 
-def swap_parameters(unit: Unit, changes: UnitChanges | None) -> None:
-    """Gives each layer that is going to be changed a new parameter."""
-    for index, change in (changes or {}).items():
-        unit.swap_parameter(index, change.layer)
+    def offload(self, units: Sequence[Unit]) -> None:
+        """Takes units off the device, after all consumers have been told."""
+        if units:
+            self.tell_consumers()
+        for unit in units:
+            unit.offload()
 
+    def tell_consumers(self) -> None:
+        """Makes consumers free what depends on where the weights are."""
+        for consumer in list(self.consumers):
+            consumer.offload()
 
-@torch.inference_mode()
-def patch_unit(weights: Sequence[Tensor], changes: UnitChanges | None) -> None:
-    """Patches a unit's weights in place, computed in float32 as `patched` does."""
-    for index, change in (changes or {}).items():
-        weights[index].copy_(apply_steps(weights[index], change.steps))
+    def onload(self, units: Sequence[Unit]) -> None:
+        """Copies units to the device that are not there as `changes` says, for what is computed from here on."""
+        buffers: list[tuple[Unit, Tensor]] = []
+        for unit in units:
+            if unit.device_buffer is None:
+                buffers.append((unit, self.device.empty(unit.size)))
+            elif unit.patch_key != self._keys.get(unit):
+                buffers.append((unit, unit.device_buffer))
+        for unit, _ in buffers:
+            unit.offload()  # until it is complete
+        after = self.device.record_event()  # freed memory may still be in use until then
+        transfers: list[Transfer] = []
+        try:
+            for unit, buffer in buffers:
+                transfers.append(self.loader.fetch(unit, buffer, after, repeated=False))
+            for transfer in transfers:
+                transfer.wait()
+        except BaseException:
+            for transfer in transfers:  # no copy may write to memory that has been freed
+                with suppress(Exception):
+                    transfer.wait()
+            raise
+        for unit, buffer in buffers:
+            weights = unit.views(buffer)
+            unit.point_to(weights)
+            self.patch(unit, weights)
+            unit.device_buffer, unit.patch_key = buffer, self._keys.get(unit)
+
+    def new_stream(self, plan: StreamingPlan) -> WeightStream:
+        """A stream of the plan's units, with its slots, for runs while `stream` is set to it."""
+        return WeightStream(self.device, self.loader, self.order, plan, self.patch)
+
+    @torch.inference_mode()
+    def patch(self, unit: Unit, weights: Sequence[Tensor]) -> None:
+        """Applies the changes to a unit's weights, in place."""
+        for index, change in self.changes.get(unit, {}).items():
+            weights[index].copy_(change.apply(weights[index]))

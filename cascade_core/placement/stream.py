@@ -17,7 +17,7 @@ from .units import Unit
 
 
 class WeightStream:
-    """Streams a plan's units for as many forwards as are run between `open` and `close`.
+    """Streams a plan's units for as many forwards as are run between `open` and `close`, which keeps the slots.
 
     Hooks on the blocks report when a unit is needed and when it has been used; the engine, which does not call the
     blocks, reports it itself (`pre_forward`, `post_forward`). Units are prefetched in the order in which forwards need
@@ -35,6 +35,7 @@ class WeightStream:
         onloaded: Callable[[Unit, list[Tensor]], None],
     ):
         self.device, self.loader, self.onloaded = device, loader, onloaded
+        self.plan = plan
         self.order = [unit for unit in order if unit in plan.streamed]
         self.first_blocks = {unit.blocks[0]: unit for unit in self.order}
         self.last_blocks = {unit.blocks[-1]: unit for unit in self.order}
@@ -46,6 +47,10 @@ class WeightStream:
         self.hooks: list[Any] = []
         begin = device.record_event()  # freed memory may still be in use until then
         self.free_slots: deque[tuple[int, Any]] = deque((slot, begin) for slot in range(plan.slots))
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.hooks)
 
     def open(self) -> None:
         """Registers the hooks and begins to prefetch; after it the blocks can be run."""
@@ -76,11 +81,11 @@ class WeightStream:
         """Ends streaming, also in the middle of a forward: all weights are in main memory as before."""
         for hook in self.hooks:
             hook.remove()
+        self.hooks.clear()
         self._drop_prefetched()
+        self._drop_active()
         for unit in dict.fromkeys(self.order):
             unit.offload()
-        self.views.clear()
-        self.slots.clear()
 
     def _onload(self, unit: Unit) -> None:
         if not self.prefetched or self.prefetched[0][0] is not unit:
@@ -107,13 +112,16 @@ class WeightStream:
 
     def _restart_at(self, unit: Unit) -> None:
         """For a forward in another order, or a new one after one was interrupted: drops what was prefetched."""
+        self._drop_active()
+        self._drop_prefetched()
+        self.next = self.order.index(unit)
+        self._prefetch()
+
+    def _drop_active(self) -> None:
         for interrupted, slot in self.active.items():
             self.free_slots.append((slot, self.device.record_event()))
             interrupted.point_to(interrupted.host_tensors)
         self.active.clear()
-        self._drop_prefetched()
-        self.next = self.order.index(unit)
-        self._prefetch()
 
     def _drop_prefetched(self) -> None:
         for _, slot, transfer in self.prefetched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,11 @@ class TensorLayout:
 class Unit:
     """Consecutive blocks with their parameters and buffers.
 
-    tensors        the parameters and buffers; while a weight is patched, the parameter that its layer has instead
+    tensors        the parameters and buffers
     host_tensors   each of them in main memory: views of the file, the loader's tensors, or views of `pinned`
     pinned         all of them in pinned memory, once that pays
     device_buffer  all of them on the device, while the unit is resident there
-    patches        the patches of the weights in `device_buffer`
+    patch_key      tells apart how the weights in `device_buffer` are patched
     """
 
     def __init__(self, blocks: Sequence[nn.Module], tensors: Sequence[Tensor]):
@@ -61,8 +62,7 @@ class Unit:
         self.pinned: Tensor | None = None
         self.device_buffer: Tensor | None = None
         self.fetched = False  # at least once
-        self.patches: tuple = ()
-        self._originals: dict[int, tuple[nn.Module, Tensor]] = {}  # index -> layer, its own parameter
+        self.patch_key: Any = None
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """Each tensor, in the unit's bytes at `memory`."""
@@ -83,27 +83,10 @@ class Unit:
                 flat = bytes_of(tensor)
                 target[first - start : last - start].copy_(flat[first - layout.start : last - layout.start])
 
-    def swap_parameter(self, index: int, layer: nn.Module) -> None:
-        """Gives a layer a new parameter for its weight, so that whoever compares parameters sees the change.
-
-        It shares the memory of the layer's own, which `offload` puts back.
-        """
-        if index in self._originals:
-            return
-        original = self.tensors[index]
-        self._originals[index] = layer, original
-        self.tensors[index] = nn.Parameter(original.detach(), requires_grad=False)
-        layer.weight = self.tensors[index]
-
     def offload(self) -> None:
-        """Takes the unit off the device: layers have their own parameters again, unpatched, in main memory."""
-        for index, (layer, original) in self._originals.items():
-            original.data = self.tensors[index].data
-            self.tensors[index] = original
-            layer.weight = original
-        self._originals.clear()
+        """Takes the unit off the device: its tensors are in main memory, unpatched."""
         self.point_to(self.host_tensors)
-        self.device_buffer, self.patches = None, ()
+        self.device_buffer, self.patch_key = None, None
 
 
 def is_dense(tensor: Tensor) -> bool:
