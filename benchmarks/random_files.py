@@ -18,18 +18,23 @@ NAMES = {torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_network(
-    path: Path, kind: str, config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
+    path: Path, kind: str, config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16, sync: bool = True
 ) -> int:
-    """Writes a network (or "text", CLIP's encoder) under published names. Returns the file's bytes."""
+    """Writes a network (or "text", CLIP's encoder) under published names. Returns the file's bytes.
+
+    sync: waits until the disk has them, so that they can be dropped from the cache.
+    """
     with torch.device("meta"):
         if kind == "text":
             shapes = build_text_model(config).state_dict()
         else:
             shapes = fuse_attention(NETWORKS[kind].from_config(config).state_dict())
-    return _write(path, shapes, dtype, {"kind": kind, "config": json.dumps(config)})
+    return _write(path, shapes, dtype, {"kind": kind, "config": json.dumps(config)}, sync)
 
 
-def _write(path: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype, metadata: dict[str, str]) -> int:
+def _write(
+    path: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype, metadata: dict[str, str], sync: bool
+) -> int:
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in shapes.items():
@@ -42,7 +47,8 @@ def _write(path: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype, metadat
         for block in _blocks(end, dtype):
             file.write(block)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     return path.stat().st_size
 
 

@@ -1,317 +1,330 @@
-"""Speed of pictures from a real ComfyUI server, as its users have it: its own nodes beside this pack's.
+"""Speed of pictures as users have them: from a real ComfyUI server, its own nodes beside this pack's, and without it.
 
-    python benchmarks/served.py CHECKOUT [--rows ours,native] [--memory all,12,8] [--flags=--lowvram] [--json FILE]
+    python benchmarks/served.py [CHECKOUT ...] [--rows ours,native] [--memory all,16,12,8,6,4] [--flags=--lowvram]
+                                [--quick] [--budget SECONDS] [--profile] [--folder FOLDER] [--json FILE]
 
 Published sizes with random weights, 1024 × 1024, 20 + 10 steps, guidance in both stages, as the server decides without
-flags. Each row is a server of its own. Seconds are the server's, from the start of a queued graph to its end:
+flags, with a browser that listens. Each row is a process of its own:
 
-seed, prompt  until the picture is in main memory, for a new seed, and for a new prompt too
+ours      this pack's example for the published files
+mixed     ComfyUI's samplers and decoder on this pack's MODELs and VAE
+native    ComfyUI's own nodes
+headless  the example by `cascade run`'s machinery in a warm process without ComfyUI, bf16
+cold      ours, but its first picture alone, with no kernel compiled before
+
+and its columns, in seconds from the start of a queued graph to its end, as the server tells them:
+
+seed, prompt  until the picture is in main memory, for a new seed, and for a new prompt too: medians
 png           what a preview adds to that
-first         the first picture of the server, which loads the files
+first         the first picture of the process, which loads the files; * where kernels were compiled for it
+GB copied     from main memory to the card for one warm picture of a new seed after the timed ones, whoever copies it:
+              the driver's copies, as torch's profiler has them. Memory that kernels read over the bus is not in it
+at 25, 12     predicted, not measured: the seconds of a new seed over a bus of 25 and 12 GB/s (PCIe 4.0 and 3.0). Copies
+              that were waited for take longer in proportion; others stay hidden while there are kernels beside them
 
-Memory (GB) is taken away by another process, and the server is told that its card has no more than what is left.
+Memory (GB) is taken away by another process, and the program is told that its card has no more than what is left.
 
-CHECKOUT is a folder of ComfyUI; its packages are those of the Python that runs this, or of CHECKOUT/.venv.
+CHECKOUT is a folder of ComfyUI, or several; its packages are those of the Python that runs this, or of CHECKOUT/.venv.
+By default those of COMFYUI_PATH or ~/comfyui. A row that fails is reported, and the others go on. Past --budget seconds
+none begins or goes on. Rows that --json holds already stay there unless they are measured anew.
+
+--profile also tells where the time of the first and of a warm picture goes: by node, and by function.
+--toy     tiny networks on the processor; ComfyUI's own nodes know no such networks, and fail.
 """
 
 import argparse
 import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cascade_nodes.cascade_core.writing import write_file
+import served_programs
+from cascade_nodes import __version__
+from cascade_nodes.cascade_core.writing import output_file, write_file
+from copies import BUSES, Traced
 from machine import describe_machine, print_table
-from memory import BIG_G
-from random_files import write_network
+from memory import BIG_G, TOY_TEXT
+from networks import tiny
+from served_graphs import PACK, ROWS, Graph, in_main_memory, made_small, with_png
+from served_programs import Program
 
-PACK = Path(__file__).resolve().parents[1]
-GRAPH = PACK / "example_workflows" / "api" / "text_to_image_published.json"
 PROMPTS = (
     "a lighthouse on a rocky coast",
     "a red fox in the snow",
     "an old harbour at dawn",
     "a bowl of cherries",
 )
-FILES = {
-    "stage_c": "diffusion_models/stage_c_bf16.safetensors",
-    "stage_b": "diffusion_models/stage_b_bf16.safetensors",
-    "stage_a": "vae/stage_a.safetensors",
-    "text": "text_encoders/stable_cascade_text_encoder.safetensors",
-}
-RUNS = 5
-PATIENCE = 600  # seconds until a server has started, or a graph is done
-
-# In the server's process: the card has no more memory than CARD_GB.
-SMALLER_CARD = """
-import os, torch
-_limit, _real = float(os.environ["CARD_GB"]) * 2**30, torch.cuda.mem_get_info
-def _mem_get_info(*arguments, **options):
-    return int(min(_real(*arguments, **options)[0], _limit)), int(_limit)
-torch.cuda.mem_get_info = torch.cuda.memory.mem_get_info = _mem_get_info
-"""
-BALLAST = """
-import sys, torch
-free, _ = torch.cuda.mem_get_info()
-held = torch.empty(int(free - {left} * 2**30), dtype=torch.uint8, device="cuda")
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-Graph = dict[str, Any]
+RUNS, QUICK_RUNS = 5, 2
+COLD = "cold"
+KINDS = (*ROWS, COLD)
+ROW_SECONDS = 60.0  # of a row, until one is known
+Row = dict[str, Any]
 
 
-def node(kind: str, **inputs: Any) -> Graph:
-    return {"class_type": kind, "inputs": inputs}
+class Pictures:
+    """Pictures of one row, each of a new seed."""
+
+    def __init__(self, program: Program, graph: Callable[[int, str], Graph], toy: bool):
+        self.program, self.graph, self.toy = program, graph, toy
+        self.seed = 0
+
+    def seconds(self, text: str, ending: Callable[[Graph], Graph] = in_main_memory) -> float:
+        self.seed += 1
+        graph = ending(self.graph(self.seed, text))
+        return self.program.seconds(made_small(graph) if self.toy else graph)
 
 
-def native(seed: int, text: str) -> Graph:
-    """ComfyUI's own nodes, loaders to decoder."""
-    sampling = {"sampler_name": "euler_ancestral", "scheduler": "simple", "denoise": 1.0, "seed": seed}
-    return {
-        "1": node("UNETLoader", unet_name=Path(FILES["stage_c"]).name, weight_dtype="default"),
-        "2": node("UNETLoader", unet_name=Path(FILES["stage_b"]).name, weight_dtype="default"),
-        "3": node("VAELoader", vae_name=Path(FILES["stage_a"]).name),
-        "4": node("CLIPLoader", clip_name=Path(FILES["text"]).name, type="stable_cascade"),
-        "5": node("CLIPTextEncode", clip=["4", 0], text=text),
-        "6": node("CLIPTextEncode", clip=["4", 0], text="blurry, text, watermark"),
-        "7": node("StableCascade_EmptyLatentImage", width=1024, height=1024, compression=42, batch_size=1),
-        "8": node(
-            "KSampler", model=["1", 0], positive=["5", 0], negative=["6", 0], latent_image=["7", 0], steps=20, cfg=4.0,
-            **sampling,
-        ),
-        "9": node("StableCascade_StageB_Conditioning", conditioning=["5", 0], stage_c=["8", 0]),
-        "10": node("ConditioningZeroOut", conditioning=["5", 0]),
-        "11": node(
-            "KSampler", model=["2", 0], positive=["9", 0], negative=["10", 0], latent_image=["7", 1], steps=10, cfg=1.1,
-            **sampling,
-        ),
-        "picture": node("VAEDecode", vae=["3", 0], samples=["11", 0]),
-    }  # fmt: skip
-
-
-def mixed(seed: int, text: str) -> Graph:
-    """ComfyUI's nodes on this pack's MODELs and VAE."""
-    graph = native(seed, text)
-    for number, kind in (("1", "stage_c"), ("2", "stage_b")):
-        loader = {"stage_c": "StageCLoader", "stage_b": "StageBLoader"}[kind]
-        graph[number] = node(loader, file=Path(FILES[kind]).name, dtype="auto")
-    graph["3"] = node("StageAVAE", file=Path(FILES["stage_a"]).name)
-    return graph
-
-
-def ours(seed: int, text: str) -> Graph:
-    """The shipped example for the published files."""
-    graph = json.loads(GRAPH.read_text(encoding="utf-8"))
-    graph["5"]["inputs"]["positive"] = text
-    for number in ("7", "8"):
-        graph[number]["inputs"]["seed"] = seed
-    (picture,) = (number for number, each in graph.items() if each["class_type"] == "CascadeDecode")
-    graph["picture"] = graph.pop(picture)
-    return {number: each for number, each in graph.items() if each["class_type"] != "SaveImage"}
-
-
-ROWS: dict[str, Callable[[int, str], Graph]] = {"ours": ours, "mixed": mixed, "native": native}
-
-
-def in_main_memory(graph: Graph) -> Graph:
-    """Ends with 64 × 64 pixels of the picture, whose PNG takes no time."""
-    crop = node("ImageCrop", image=["picture", 0], width=64, height=64, x=0, y=0)
-    return {**graph, "crop": crop, "end": node("PreviewImage", images=["crop", 0])}
-
-
-def with_png(graph: Graph) -> Graph:
-    return {**graph, "end": node("PreviewImage", images=["picture", 0])}
-
-
-class Server:
-    """A ComfyUI with the random files, this pack alone, and the flags."""
-
-    def __init__(self, checkout: Path, base: Path, flags: list[str], memory: float | None):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        self.log = base / "log.txt"
-        environment = dict(os.environ)
-        if memory is not None:
-            environment["CARD_GB"] = str(memory)
-        python = checkout / ".venv" / "bin" / "python"
-        command = [str(python if python.exists() else sys.executable), "-c", self._program(memory), "--port"]
-        command += [
-            self.url.rsplit(":", 1)[1],
-            "--base-directory",
-            str(base),
-            "--front-end-root",
-            str(base / "front"),
-        ]
-        command += ["--disable-auto-launch", "--disable-api-nodes", *flags]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=checkout, env=environment, stdout=log, stderr=log)
-
-    def _program(self, memory: float | None) -> str:
-        run = "import runpy, sys; sys.argv[0] = 'main.py'; sys.path.insert(0, '.'); "
-        run += "runpy.run_path('main.py', run_name='__main__')"
-        # ComfyUI chooses its allocator before torch is imported: so the limit comes when torch does.
-        return run if memory is None else f"import builtins\n{_AT_IMPORT.format(code=SMALLER_CARD)}\n{run}"
-
-    def wait(self) -> None:
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                break
-            try:
-                self.get("/system_stats")
-                return
-            except OSError:
-                time.sleep(0.2)
-        raise SystemExit(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}")
-
-    def get(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    def seconds(self, graph: Graph) -> float:
-        """From the start of the graph to its end, as the server tells."""
-        number = self.get("/prompt", {"prompt": graph})["prompt_id"]
-        end = time.monotonic() + PATIENCE
-        while number not in (history := self.get(f"/history/{number}")):
-            if time.monotonic() > end or self.process.poll() is not None:
-                raise RuntimeError(f"The graph did not end:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.01)
-        status = history[number]["status"]
-        if status["status_str"] != "success":
-            raise RuntimeError(f"The graph failed: {status['messages'][-1]}")
-        times = {kind: message["timestamp"] for kind, message in status["messages"]}
-        return (times["execution_success"] - times["execution_start"]) / 1000
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-_AT_IMPORT = """
-_import = builtins.__import__
-def _watched(name, *arguments, **options):
-    module = _import(name, *arguments, **options)
-    if name == "torch" and hasattr(module, "cuda") and hasattr(module.cuda, "mem_get_info"):
-        builtins.__import__ = _import
-        exec({code!r})
-    return module
-builtins.__import__ = _watched
-"""
-
-
-@contextmanager
-def ballast(left: float | None) -> Iterator[None]:
-    """Another process that holds the card's memory but for `left` GB."""
-    if left is None:
-        yield
+def measure(pictures: Pictures, row: Row, options: argparse.Namespace) -> None:
+    """Fills a row as far as it comes: the first picture, then medians after two to warm up."""
+    program, text = pictures.program, PROMPTS[0]
+    row |= program.description()
+    with profiled(program, row, "first_profile", options.profile):
+        row["first"] = pictures.seconds(text)
+    if row["who"] == COLD:
         return
-    program = [sys.executable, "-c", BALLAST.format(left=left)]
-    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if process.stdout.readline().strip() != "held":
-        raise SystemExit("The card's memory could not be taken.")
+    times = row["times"] = {"seed": [], "prompt": [], "png": []}
+    for _ in range(1 if options.quick else 2):
+        pictures.seconds(text)
+    for _ in range(options.runs):
+        times["seed"].append(pictures.seconds(text))
+    row["seed"] = statistics.median(times["seed"])
+    for i in range(options.runs):
+        text = PROMPTS[i % 3 + 1]
+        times["prompt"].append(pictures.seconds(text))
+    row["prompt"] = statistics.median(times["prompt"])
+    for _ in range(options.runs):
+        times["png"].append(pictures.seconds(text, with_png))
+    row["png"] = statistics.median(times["png"]) - row["seed"]
+    with profiled(program, row, "warm_profile", options.profile):
+        pictures.seconds(text)
+    row |= measure_copies(pictures, text, row["seed"])
+
+
+class profiled:  # noqa: N801 (a context manager)
+    """Keeps in the row where the time of the pictures inside goes, if asked for."""
+
+    def __init__(self, program: Program, row: Row, name: str, asked: bool):
+        self.program, self.row, self.name, self.asked = program, row, name, asked
+
+    def __enter__(self) -> None:
+        if self.asked:
+            self.program.measuring("start", "nodes")
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if self.asked and kind is None:
+            self.row[self.name] = self.program.measuring("finish", "")
+
+
+def measure_copies(pictures: Pictures, text: str, seconds: float) -> Row:
+    """What one picture copies to the card, and the seconds predicted over slower buses."""
+    program = pictures.program
+    trace = program.base / "trace.json"
     try:
-        yield
+        told = program.measuring("start", "copies")
+        if "error" not in told:
+            pictures.seconds(text)
+            told = program.measuring("finish", str(trace))
+        if "error" in told:
+            return {"copies_missing": told["error"]}
+        traced = Traced(trace)
+        return {
+            "copies": traced.summary(),
+            "predicted": {str(bus): seconds + traced.slower(bus) for bus in BUSES},
+        }
+    except (RuntimeError, OSError, ValueError) as error:  # the row's own figures stand
+        return {"copies_missing": f"{type(error).__name__}: {error}"[:600]}
     finally:
-        process.stdin.close()
-        process.wait(20)
+        trace.unlink(missing_ok=True)
 
 
-def measure(server: Server, graph: Callable[[int, str], Graph], runs: int) -> dict[str, float]:
-    """Seconds of the first picture, then medians after two to warm up."""
-    result = {"first": server.seconds(in_main_memory(graph(1, PROMPTS[0])))}
-    for seed in (2, 3):
-        server.seconds(in_main_memory(graph(seed, PROMPTS[0])))
-    seeds = iter(range(4, 1000))
-    new_seed = [server.seconds(in_main_memory(graph(next(seeds), PROMPTS[0]))) for _ in range(runs)]
-    new_prompt = [server.seconds(in_main_memory(graph(next(seeds), PROMPTS[i % 3 + 1]))) for i in range(runs)]
-    png = [server.seconds(with_png(graph(next(seeds), PROMPTS[runs % 3 or 1]))) for _ in range(runs)]
-    result["seed"], result["prompt"] = statistics.median(new_seed), statistics.median(new_prompt)
-    result["png"] = statistics.median(png) - result["seed"]
-    return result
+def run_row(
+    row: Row, checkout: Path | None, base: Path, options: argparse.Namespace, deadline: float
+) -> None:
+    """Measures a row; an error is kept in it."""
+    begun = time.monotonic()
+    try:
+        with served_programs.ballast(row["memory"]), ExitStack() as stack:
+            if row["who"] == COLD:
+                served_programs.forget_kernels(base, checkout)
+            flags = [*row["flags"], *(["--cpu"] if options.toy else [])]
+            program = served_programs.start(row["who"], checkout, base, flags, row["memory"], deadline)
+            stack.callback(program.stop)
+            row["compiled"] = program.compiled
+            graph = ROWS["ours" if row["who"] == COLD else row["who"]]
+            measure(Pictures(program, graph, options.toy), row, options)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"[:2000]
+    row["row_seconds"] = time.monotonic() - begun
 
 
-def write_files(base: Path) -> None:
-    """Random weights of the published sizes, which are the configurations' defaults, and this pack as the only one."""
-    for kind, name in FILES.items():
-        path = base / "models" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_network(path, kind, BIG_G if kind == "text" else {})
-    for folder in ("custom_nodes", "input", "output", "temp", "user", "front"):
-        (base / folder).mkdir(exist_ok=True)
-    (base / "front" / "index.html").write_text("<html></html>")
-    pack = base / "custom_nodes" / "cascade-nodes"
-    if not pack.is_symlink():
-        pack.symlink_to(PACK)
+def rows_of(options: argparse.Namespace) -> Iterator[tuple[Row, Path | None]]:
+    """Rows to measure, with their checkouts; the one without ComfyUI once for each amount of memory."""
+    for memory in options.memory:
+        for checkout in options.checkouts:
+            for who in (kind for kind in options.rows if kind != "headless"):
+                if who != COLD or memory is None:
+                    version = served_programs.version_of(checkout)
+                    yield {"who": who, "comfyui": version, "memory": memory, "flags": options.flags}, checkout
+        if "headless" in options.rows:
+            yield {"who": "headless", "comfyui": None, "memory": memory, "flags": []}, None
 
 
-def report(results: dict[str, Any]) -> None:
-    rows = []
-    for row in results["rows"]:
+def key(row: Row) -> tuple[Any, ...]:
+    return row["who"], row["comfyui"], row["memory"], tuple(row["flags"])
+
+
+def store(results: dict[str, Any], row: Row, path: Path | None) -> None:
+    """Puts a row in the place of an earlier one of the same, and writes the file."""
+    row |= {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+    row |= {name: results[name] for name in ("machine", "pack")}
+    results["rows"] = [*(other for other in results["rows"] if key(other) != key(row)), row]
+    if path:
+        write_file(path, json.dumps(results, indent=1) + "\n")
+
+
+def name_of(row: Row) -> str:
+    memory = "all" if row["memory"] is None else f"{row['memory']:g} GB"
+    return " ".join(filter(None, [row["who"], row["comfyui"], memory, *row["flags"]]))
+
+
+def report(rows: list[Row]) -> None:
+    table = []
+    for row in rows:
         memory = "all" if row["memory"] is None else f"{row['memory']:g} GB"
         columns = [f"{row[name]:.2f}" if name in row else "" for name in ("seed", "prompt", "png", "first")]
-        rows.append([row["who"], memory, " ".join(row["flags"]), *columns, row.get("error", "")])
-    print_table(["nodes", "memory", "flags", "new seed", "new prompt", "PNG", "first", ""], rows)
+        columns[-1] += "*" if columns[-1] and not row.get("compiled") and row["who"] != "native" else ""
+        columns.append(f"{row['copies']['gb']:.2f}" if "copies" in row else "")
+        columns += [f"{row['predicted'][str(bus)]:.2f}" if "predicted" in row else "" for bus in BUSES[::-1]]
+        first, *last = row.get("error", "").strip().splitlines() or [""]
+        error = f"{first[:60]} … {last[-1][:60]}" if last else first[:120]
+        table.append([row["who"], row["comfyui"] or "", memory, " ".join(row["flags"]), *columns, error])
+    buses = [f"at {bus} GB/s, predicted" for bus in BUSES[::-1]]
+    head = [
+        "nodes",
+        "ComfyUI",
+        "memory",
+        "flags",
+        "new seed",
+        "new prompt",
+        "PNG",
+        "first",
+        "GB copied",
+        *buses,
+        "",
+    ]
+    print_table(head, table)
+    for row in rows:
+        if "copies_missing" in row:
+            print(f"{name_of(row)}: copies are not known: {row['copies_missing'].strip().splitlines()[-1]}")
+        for picture in ("first", "warm"):
+            if profile := row.get(f"{picture}_profile"):
+                print(f"\n{name_of(row)}, the {picture} picture")
+                report_profile(profile)
 
 
-def main() -> int:
+def report_profile(profile: dict[str, Any]) -> None:
+    for node, seconds in profile.get("nodes", {}).items():
+        print(f"{seconds:8.3f} s  {node}")
+        for name, inclusive, own in profile["functions"].get(node, ()) if seconds >= 0.1 else ():
+            print(f"{inclusive:16.3f} s  {name} ({own:.3f} its own)")
+
+
+def amounts(text: str) -> list[float | None]:
+    return [None if each == "all" else float(each) for each in text.split(",")]
+
+
+def kinds(text: str) -> list[str]:
+    if unknown := [kind for kind in text.split(",") if kind not in KINDS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not one of {', '.join(KINDS)}")
+    return text.split(",")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkout", type=Path)
-    parser.add_argument("--rows", default="ours,mixed,native", help="by commas")
-    parser.add_argument("--memory", default="all", help="GB by commas, or all")
-    parser.add_argument("--flags", default="", help="of the server, by spaces")
-    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("checkouts", type=Path, nargs="*", metavar="CHECKOUT")
+    parser.add_argument("--rows", type=kinds, default=["ours", "mixed", "native"], help="by commas")
+    parser.add_argument("--memory", type=amounts, default=[None], help="GB by commas, or all")
+    parser.add_argument("--flags", type=str.split, default=[], help="of the server, by spaces")
+    parser.add_argument("--runs", type=int, help=f"pictures of each median, default: {RUNS}")
+    parser.add_argument("--quick", action="store_true", help=f"medians of {QUICK_RUNS}")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, files included")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--toy", action="store_true")
     parser.add_argument("--folder", type=Path, help="keep the random files here")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file, help="also keep the numbers here")
     options = parser.parse_args()
-    version = (options.checkout / "comfyui_version.py").read_text(encoding="utf-8").split('"')[1]
-    results: dict[str, Any] = {"machine": describe_machine(), "comfyui": version, "rows": []}
-    if torch.cuda.is_available():
-        results["device"] = torch.cuda.get_device_name()
+    options.runs = options.runs or (QUICK_RUNS if options.quick else RUNS)
+    options.checkouts = [path.resolve() for path in options.checkouts]
+    if not options.checkouts and options.rows != ["headless"]:
+        from cascade_nodes.tests.comfyui.checkout import find_checkouts
+
+        options.checkouts = [checkout.path.resolve() for checkout in find_checkouts()]
+    return options
+
+
+def pack_version() -> str:
+    """This project's commit, where git is at hand, and else its version."""
+    command = ["git", "-C", str(PACK), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
+
+
+def configurations(toy: bool) -> dict[str, Any]:
+    """Of the networks, where they are not the published ones."""
+    if not toy:
+        return {"text": BIG_G}
+    small = tiny(torch.device("cpu")).configs
+    width = TOY_TEXT["hidden_size"]
+    return {
+        **small,
+        "stage_c": {**small["stage_c"], "c_clip_text": width, "c_clip_text_pooled": width},
+        "stage_b": {**small["stage_b"], "c_clip": width},
+        "text": TOY_TEXT,
+        "previewer": {"c_hidden": 16},
+    }
+
+
+def main() -> int:
+    options = parse()
+    begun = time.monotonic()
+    results: dict[str, Any] = {"rows": []}
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text(encoding="utf-8"))
+    results |= {"machine": describe_machine(), "pack": pack_version()}
+    measured, left_out, longest = [], [], ROW_SECONDS
     with ExitStack() as stack:
-        base = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        write_files(base)
-        for memory in (None if each == "all" else float(each) for each in options.memory.split(",")):
-            for who in options.rows.split(","):
-                row: dict[str, Any] = {"who": who, "memory": memory, "flags": options.flags.split()}
-                results["rows"].append(row)
-                with ballast(memory):
-                    server = Server(options.checkout, base, row["flags"], memory)
-                    try:
-                        server.wait()
-                        row |= measure(server, ROWS[who], options.runs)
-                    except RuntimeError as error:
-                        row["error"] = str(error)[:300]
-                    finally:
-                        server.stop()
-                print(json.dumps(row), flush=True)
-                if options.json:
-                    write_file(options.json, json.dumps(results, indent=1) + "\n")
-    report(results)
-    return any("error" in row for row in results["rows"])
+        base = (options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
+        served_programs.write_files(base, configurations(options.toy))
+        served_programs.link_pack(base)
+        print(f"{results['machine']}\nfiles: {time.monotonic() - begun:.0f} s", flush=True)
+        for row, checkout in rows_of(options):
+            if time.monotonic() - begun + longest > options.budget:
+                left_out.append(name_of(row))
+                continue
+            run_row(row, checkout, base, options, begun + options.budget)
+            longest = max(longest if measured else 0, row["row_seconds"])
+            store(results, row, options.json)
+            measured.append(row)
+            shown = {name: value for name, value in row.items() if not name.endswith("_profile")}
+            print(f"{name_of(row)}: {json.dumps(shown)}", flush=True)
+    print()
+    report(measured)
+    if left_out:
+        print(f"\nLEFT OUT, since {options.budget:g} seconds were over: {'; '.join(left_out)}")
+    return 1 if left_out or any("error" in row for row in measured) else 0
 
 
 if __name__ == "__main__":
