@@ -1,7 +1,8 @@
 """LoRA files of every dialect, learned tokens, and how they change a network."""
 
 from ..text.learned_tokens import LearnedToken
-from .adapter import Adapter, LowRank
+from .adapter import Adapter
+from .changes import Change, LowRank
 from .compatibility import check_finite_changes, check_fits, describe_adapter, describe_unknown
 from .dialects import DIALECTS
 from .read import parse_adapter, read_adapter
@@ -10,6 +11,7 @@ from .write import to_dialect, write_adapter
 __all__ = [
     "DIALECTS",
     "Adapter",
+    "Change",
     "LearnedToken",
     "LowRank",
     "check_finite_changes",

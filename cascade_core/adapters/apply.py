@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CascadeError, printable
-from .adapter import LowRank
+from .changes import Change
+from .names import parameter_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,40 +19,22 @@ class Patch:
     """Changes of one network by one adapter.
 
     name      of its file, for messages
-    changes   by module name
+    changes   by layer, whose weight they change, or by another parameter's name
     strength  of all of them: 0 is none, negative is the opposite
     """
 
     name: str
-    changes: Mapping[str, LowRank]
+    changes: Mapping[str, Change]
     strength: float = 1.0
 
 
-def changed_weight(weight: Tensor, change: LowRank, strength: float) -> Tensor:
+def changed_weight(weight: Tensor, change: Change, strength: float) -> Tensor:
     """Applies one change: W + strength · (W' − W) in float32, W' being the weight with the change at full strength.
 
-    weight: (c_out, c_in) or (c_out, c_in, k, k), of any dtype. For a plain LoRA this is W + strength · ΔW. DoRA's W'
-    (Liu et al. 2024, arXiv 2402.09353) has its own magnitudes, so that strength moves between W and it, as in ComfyUI.
+    weight: of any dtype. For a plain LoRA this is W + strength · ΔW. DoRA's W' (Liu et al. 2024, arXiv 2402.09353) has
+    its own magnitudes, so that strength moves between W and it, as in ComfyUI.
     """
-    weight = weight.float()
-    change = replace(change, up=change.up.to(weight.device), down=change.down.to(weight.device))
-    delta = change.delta(weight.shape)
-    if change.magnitude is None:
-        return torch.add(weight, delta, alpha=strength)
-    return torch.lerp(weight, decomposed(weight + delta, change.magnitude), strength)
-
-
-def decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA's magnitude · weight / ‖weight‖, normed over each row or each column, by the magnitude's shape."""
-    axis = 0 if _by_row(weight, magnitude) else 1  # the dimension that the magnitudes go along
-    normed = [dim for dim in range(weight.ndim) if dim != axis]
-    norm = torch.linalg.vector_norm(weight, dim=normed, keepdim=True)
-    magnitude = magnitude.to(weight.device, torch.float32).view(norm.shape)
-    return weight * (magnitude / norm.clamp_min(torch.finfo(torch.float32).eps))
-
-
-def _by_row(weight: Tensor, magnitude: Tensor) -> bool:
-    return len(magnitude) == magnitude.numel() == len(weight)
+    return change.to(weight.device).apply(weight.float(), strength)
 
 
 @contextmanager
@@ -60,67 +43,71 @@ def patched(
 ) -> Iterator[None]:
     """Applies patches to a network's weights inside the block; restores the very same tensors after it.
 
-    Patches are applied one after the other; their order matters to DoRA alone. Each changed weight is computed in
+    Patches are applied one after the other; their order matters where a change is not a plain sum, as DoRA's. Each
+    changed weight is computed in
     float32, cast to the weight's own dtype and placed on `device` (None: that of the weight). Nothing else is copied.
     Not thread-safe: the network itself is changed.
 
     Raises CascadeError for a change that the network has no layer for, or one of another shape.
     """
-    originals: list[tuple[nn.Module, nn.Parameter]] = []
+    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
-        for name, steps in changes_by_layer(patches).items():
-            layer, original = layer_of(network, name, steps[0][0])
-            check_shape(original.shape, name, steps)
+        for target, steps in changes_by_target(patches).items():
+            layer, name, original = parameter_of(network, target, steps[0][0])
+            check_shape(original.shape, target, steps)
             weight = apply_steps(original.detach().to(device or original.device), steps)
-            originals.append((layer, original))
-            layer.weight = nn.Parameter(weight.to(original.dtype), requires_grad=False)
+            originals.append((layer, name, original))
+            setattr(layer, name, nn.Parameter(weight.to(original.dtype), requires_grad=False))
         yield
     finally:
-        for layer, original in originals:
-            layer.weight = original
+        for layer, name, original in originals:
+            setattr(layer, name, original)
 
 
-Steps = list[tuple[Patch, LowRank]]  # what patches do to one layer, in their order
+Steps = list[tuple[Patch, Change]]  # what patches do to one parameter, in their order
 
 
-def changes_by_layer(patches: Sequence[Patch]) -> dict[str, Steps]:
-    """Groups the changes of all patches by the layer that they change; patches of strength 0 are left out."""
-    layers: dict[str, Steps] = {}
+def changes_by_target(patches: Sequence[Patch]) -> dict[str, Steps]:
+    """Groups the changes of all patches by what they change; patches of strength 0 are left out."""
+    targets: dict[str, Steps] = {}
     for patch in patches:
         if patch.strength != 0:
-            for name, change in patch.changes.items():
-                layers.setdefault(name, []).append((patch, change))
-    return layers
+            for target, change in patch.changes.items():
+                targets.setdefault(target, []).append((patch, change))
+    return targets
 
 
 def check_shape(shape: Sequence[int], name: str, steps: Steps) -> None:
-    """Raises CascadeError, naming the patch, where a change does not have the shape of the layer's weight."""
+    """Raises CascadeError, naming the patch, where a change does not have the shape of the parameter."""
     for patch, change in steps:
         if not change.fits(torch.Size(shape)):
             raise CascadeError(
-                f"{patch.name} changes {name} as a weight of {change.delta_shape}, but it is {tuple(shape)} "
+                f"{patch.name} changes {name} as a weight of {change.shape}, but it is {tuple(shape)} "
                 "here; choose the LoRA that was trained for this model."
             )
 
 
 @torch.no_grad()
 def apply_steps(weight: Tensor, steps: Steps) -> Tensor:
-    """A layer's weight with all its changes applied, in float32."""
+    """A parameter with all its changes applied, in float32."""
     for patch, change in steps:
         weight = changed_weight(weight, change, patch.strength)
     return weight
 
 
-def layer_of(network: nn.Module, name: str, patch: Patch) -> tuple[nn.Module, nn.Parameter]:
-    """The layer of that name and its weight. Raises CascadeError, naming the patch, if the network has none."""
+def parameter_of(network: nn.Module, target: str, patch: Patch) -> tuple[nn.Module, str, nn.Parameter]:
+    """(layer, the parameter's name in it, the parameter) of a layer's name, which stands for its weight, or of another
+    parameter's. Raises CascadeError, naming the patch, if the network has none.
+    """
+    path, _, name = parameter_name(target).rpartition(".")
     try:
-        layer = network.get_submodule(name)
+        layer = network.get_submodule(path)
     except AttributeError:
         layer = None
-    weight = getattr(layer, "weight", None)
-    if layer is None or not isinstance(weight, nn.Parameter):
-        raise CascadeError(
-            f"{patch.name} changes {printable(name)}, which this model does not have; choose the LoRA that was "
-            "trained for it."
-        )
-    return layer, weight
+    parameter = getattr(layer, name, None)
+    if layer is not None and isinstance(parameter, nn.Parameter):
+        return layer, name, parameter
+    raise CascadeError(
+        f"{patch.name} changes {printable(target)}, which this model does not have; choose the LoRA that was trained "
+        "for it."
+    )

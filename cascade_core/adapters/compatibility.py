@@ -9,8 +9,9 @@ from torch import nn
 
 from ..errors import CascadeError, printable
 from ..networks.config import StageCConfig
-from .adapter import Adapter, LowRank
-from .names import stage_c_shapes, weight_shapes
+from .adapter import Adapter
+from .changes import AddedChange, Change
+from .names import parameter_shapes, stage_c_parameters
 
 _NETWORKS = {"stage_c": "Stage C", "text": "text encoder"}
 
@@ -20,8 +21,8 @@ def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = 
 
     part: "stage_c" or "text", which of the adapter's changes are meant.
     """
-    shapes = stage_c_shapes(network) if isinstance(network, StageCConfig) else weight_shapes(network)
-    changes: Mapping[str, LowRank] = getattr(adapter, part)
+    shapes = stage_c_parameters(network) if isinstance(network, StageCConfig) else parameter_shapes(network)
+    changes: Mapping[str, Change] = getattr(adapter, part)
     missing = [layer for layer in changes if layer not in shapes]
     misshapen = [
         layer for layer, change in changes.items() if layer in shapes and not change.fits(shapes[layer])
@@ -34,7 +35,7 @@ def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = 
         problems.append(f"{len(missing)} do not exist in it ({listed(missing)})")
     if misshapen:
         first, change = misshapen[0], changes[misshapen[0]]
-        sizes = f"{_product(change.delta_shape)} instead of {_product(shapes[first])}"
+        sizes = f"{_product(change.shape)} instead of {_product(shapes[first])}"
         problems.append(f"{len(misshapen)} have another size ({first}: {sizes})")
     raise CascadeError(
         f"{adapter.name} is a LoRA for another {network_name}: of the {len(changes)} layers that it changes "
@@ -42,11 +43,11 @@ def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = 
     )
 
 
-def check_finite_changes(changes: Mapping[str, LowRank], name: str) -> None:
+def check_finite_changes(changes: Mapping[str, Change], name: str) -> None:
     """Raises CascadeError, naming the adapter, where a change holds NaN or infinity. Reads every tensor."""
     for layer, change in changes.items():
-        for part, tensor in {"down": change.down, "up": change.up, "magnitude": change.magnitude}.items():
-            if tensor is not None and not torch.isfinite(tensor).all():
+        for part, tensor in change.tensors().items():
+            if not torch.isfinite(tensor).all():
                 raise CascadeError(
                     f"{name} holds NaN or infinity in {part} of {printable(layer)}; download it again."
                 )
@@ -65,8 +66,8 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 def describe_adapter(adapter: Adapter) -> str:
     """Describes an adapter: "x.safetensors (kohya): 128 layers of Stage C, rank 4, 1 learned token ([star])"."""
     changes = [*adapter.stage_c.values(), *adapter.text.values()]
-    ranks = sorted({change.rank for change in changes})
-    decomposed = sum(change.magnitude is not None for change in changes)
+    ranks = sorted({change.rank for change in changes if change.rank is not None})
+    decomposed = sum(isinstance(change, AddedChange) and change.magnitude is not None for change in changes)
     names = dict.fromkeys(token.name or f"vocabulary's {token.index}" for token in adapter.tokens)
     contents = [
         (len(adapter.stage_c), f"{len(adapter.stage_c)} layers of Stage C"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CascadeError
-from .adapter import LowRank
+from .changes import LowRank
 from .names import QKV
 
 

@@ -104,6 +104,23 @@ def weight_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name.removesuffix(".weight"): tuple(w.shape) for name, w in weights if name.endswith(".weight")}
 
 
+def parameter_name(target: str) -> str:
+    """The parameter that a change is for: itself, or the weight of a layer that is named alone."""
+    return target if target.endswith((".bias", ".gamma", ".beta")) else f"{target}.weight"
+
+
+def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """{parameter: its shape} of a network; a layer's name stands for its weight."""
+    return {name.removesuffix(".weight"): tuple(p.shape) for name, p in network.state_dict().items()}
+
+
+@cache
+def stage_c_parameters(config: StageCConfig) -> dict[str, tuple[int, ...]]:
+    """{our layer or parameter: its shape} of a Stage C."""
+    with torch.device("meta"):
+        return parameter_shapes(StageC(config))
+
+
 @cache
 def stage_c_shapes(config: StageCConfig) -> dict[str, tuple[int, ...]]:
     """{our layer: its weight's shape} of a Stage C."""

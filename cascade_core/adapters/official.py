@@ -19,7 +19,8 @@ from ..checkpoints.files import FLOATING
 from ..errors import CascadeError
 from ..networks.config import StageCConfig
 from ..text.learned_tokens import LearnedToken
-from .adapter import Adapter, LowRank, belong_together
+from .adapter import Adapter
+from .changes import LowRank, belong_together, low_rank_changes
 from .fused import exact_product, fuse, split
 from .names import FUSED, QKV, is_convolution, published_layers, published_parameter
 from .order import FILTERS, kind, layer_order
@@ -142,7 +143,7 @@ def write_official(
     vocabulary: how many tokens the text encoder has; new ones are numbered from there.
     """
     layers = published_layers(config)
-    changes = _fused_changes(adapter.stage_c, layers)
+    changes = _fused_changes(low_rank_changes(adapter.stage_c), layers)
     kinds = sorted(set(map(kind, changes)), key=FILTERS.index)
     order = [layer for layer in layers if kind(layer) in kinds]
     rank = max((change.rank for change in changes.values()), default=0)

@@ -21,7 +21,8 @@ from ..errors import CascadeError, printable, quoted
 from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
 from ..text.learned_tokens import LearnedToken
-from .adapter import Adapter, LowRank, belong_together
+from .adapter import Adapter
+from .changes import Change, LowRank, belong_together
 from .compatibility import listed
 from .dialects import DIALECTS, STAGE_C_PREFIXES, TEXT_PREFIXES, Dialect
 from .foreign import foreign_model, other_algorithms
@@ -121,7 +122,7 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha_of: AlphaOf) -> Adapt
             keys.setdefault(layer, []).append(key)
         else:
             unknown.append(key)
-    changes: dict[str, dict[str, LowRank]] = {"stage_c": {}, "text": {}}
+    changes: dict[str, dict[str, Change]] = {"stage_c": {}, "text": {}}
     spelled: list[tuple[str, str, str]] = []  # network, our name, theirs
     for theirs, parts in layers.items():
         located = _locate(theirs)
@@ -211,9 +212,9 @@ def _magnitude(
     )
 
 
-def _put(changes: dict[str, LowRank], layer: str, change: LowRank, name: str) -> None:
+def _put(changes: dict[str, Change], layer: str, change: LowRank, name: str) -> None:
     """Adds a change, the fused attention input's as its three."""
-    parts = {layer: change}
+    parts: dict[str, Change] = {layer: change}
     if layer.endswith(FUSED):
         parts = {layer.removesuffix(FUSED) + part: third for part, third in split(change, layer).items()}
     twice = changes.keys() & parts.keys()

@@ -14,7 +14,8 @@ from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
 from ..text.clip import CLIP_TOKENS
 from ..text.learned_tokens import LearnedToken
-from .adapter import Adapter, LowRank
+from .adapter import Adapter
+from .changes import AddedChange, LowRank, low_rank_changes
 from .compatibility import check_fits
 from .dialects import DIALECTS, Dialect
 from .fused import exact_product
@@ -88,7 +89,8 @@ def obstacles(adapter: Adapter, dialect: str) -> list[str]:
     """Lists what a dialect cannot hold of an adapter, in words; empty if it can hold everything."""
     spoken = DIALECTS[dialect]
     changes = [*adapter.stage_c.values(), *adapter.text.values()]
-    magnitudes = [change.magnitude for change in changes if change.magnitude is not None]
+    added = [change for change in changes if isinstance(change, AddedChange)]
+    magnitudes = [change.magnitude for change in added if change.magnitude is not None]
     by_column = sum(len(magnitude) == 1 for magnitude in magnitudes)
     new = [token for token in adapter.tokens if token.index is None]
     numbered = spoken.kind == "numbered"
@@ -130,9 +132,9 @@ def _config(adapter: Adapter, stage_c: StageC | StageCConfig | None) -> StageCCo
 
 def _named(adapter: Adapter, dialect: Dialect) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for layer, change in adapter.stage_c.items():
+    for layer, change in low_rank_changes(adapter.stage_c).items():
         tensors |= _change_tensors(dialect.stage_c_name(layer), change, dialect)
-    for layer, change in adapter.text.items():
+    for layer, change in low_rank_changes(adapter.text).items():
         tensors |= _change_tensors(dialect.text_name(layer), change, dialect)
     if dialect.tokens is not None:
         for name in dict.fromkeys(token.name for token in adapter.tokens):

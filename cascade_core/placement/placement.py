@@ -10,7 +10,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ..adapters.apply import Patch, Steps, apply_steps, changes_by_layer, check_shape, layer_of
+from ..adapters.apply import Patch, Steps, apply_steps, changes_by_target, check_shape, parameter_of
+from ..adapters.names import parameter_name
 from .device import Device
 from .loader import Loader, Transfer
 from .plan import StreamingPlan
@@ -103,10 +104,10 @@ class Placement:
     def changes_by(self, network: nn.Module, patches: Sequence[Patch]) -> Changes:
         """What patches change, by unit. Raises CascadeError for one that does not fit."""
         changes: dict[Unit, dict[int, LayerChange]] = {}
-        for name, steps in changes_by_layer(patches).items():
-            _, weight = layer_of(network, name, steps[0][0])
-            check_shape(weight.shape, name, steps)
-            unit, index = self.locations[f"{name}.weight"]
+        for target, steps in changes_by_target(patches).items():
+            _, _, parameter = parameter_of(network, target, steps[0][0])
+            check_shape(parameter.shape, target, steps)
+            unit, index = self.locations[parameter_name(target)]
             changes.setdefault(unit, {})[index] = LayerChange(steps)
         return changes
 

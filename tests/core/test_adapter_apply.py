@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cascade_nodes.cascade_core import CascadeError, StageC, load_published_state_dict
 from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, changed_weight, patched
+from cascade_nodes.cascade_core.adapters.changes import Difference
 from cascade_nodes.cascade_core.adapters.compatibility import check_finite_changes
 from cascade_nodes.tests.golden_weights import read_golden, relative_error
 
@@ -181,6 +182,24 @@ def test_halves_in_the_file():
     half = LowRank(change.down.half(), change.up.half())
     exact = LowRank(half.down.float(), half.up.float())
     assert torch.equal(changed_weight(weight, half, 1.0), changed_weight(weight, exact, 1.0))
+
+
+@torch.no_grad()
+def test_biases_and_norms_are_changed_as_weights_are(stage_c):
+    parameters = dict(stage_c.named_parameters())
+    changes = {
+        name: Difference(randn(p.numel())) for name, p in parameters.items() if not name.endswith("weight")
+    }
+    assert {name.rpartition(".")[2] for name in changes} == {"bias", "gamma", "beta"}
+    with patched(stage_c, [Patch("a", changes, 0.5)]):
+        inside = dict(stage_c.named_parameters())
+        for name, parameter in parameters.items():
+            if name in changes:
+                expected = parameter + 0.5 * changes[name].difference.view(parameter.shape)
+                torch.testing.assert_close(inside[name], expected, rtol=1e-6, atol=1e-6)
+            else:
+                assert inside[name] is parameter
+    assert all(parameter is parameters[name] for name, parameter in stage_c.named_parameters())
 
 
 def test_training_goes_on_outside(stage_c):

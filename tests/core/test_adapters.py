@@ -18,6 +18,7 @@ from cascade_nodes.cascade_core.adapters import (
     to_dialect,
     write_adapter,
 )
+from cascade_nodes.cascade_core.adapters.changes import low_rank_changes
 from cascade_nodes.cascade_core.adapters.names import stage_c_layer, stage_c_shapes, text_layer
 from cascade_nodes.cascade_core.adapters.order import SIZES
 from cascade_nodes.cascade_core.adapters.read import _locate
@@ -43,7 +44,7 @@ def stage_c_output(adapter: Adapter) -> torch.Tensor:
     weights = {key.removeprefix("weights."): w for key, w in STAGE_C.items() if key.startswith("weights.")}
     model = load_published_state_dict(StageC(CONFIG), weights).eval().requires_grad_(False)
     check_fits(adapter, model)
-    for layer, low_rank in adapter.stage_c.items():
+    for layer, low_rank in low_rank_changes(adapter.stage_c).items():
         weight = model.get_submodule(layer).weight
         assert isinstance(weight, torch.Tensor)
         weight += low_rank.delta(weight.shape)
@@ -82,9 +83,10 @@ def kept(adapter: Adapter, dialect: str) -> Adapter:
     numbered = spoken.kind == "numbered"
     return replace(
         adapter,
-        stage_c={layer: allowed(c) for layer, c in adapter.stage_c.items()
+        stage_c={layer: allowed(c) for layer, c in low_rank_changes(adapter.stage_c).items()
                  if not (numbered and layer.endswith("depthwise"))},
-        text={layer: allowed(c) for layer, c in adapter.text.items()} if spoken.text is not None else {},
+        text={layer: allowed(c) for layer, c in low_rank_changes(adapter.text).items()
+              if spoken.text is not None},
         tokens=() if spoken.tokens is None else adapter.tokens[:1] if numbered else adapter.tokens,
     )  # fmt: skip
 
@@ -205,7 +207,9 @@ def test_all_endings_that_comfyui_reads(down, up):
         layer = "down_blocks.0.2.attention.attn.to_q".replace(".", separator)
         read = parse_adapter(file_of(prefix + layer, written, down, up), {}, "a.safetensors")
         assert read.dialect == dialect or down.startswith(".lora_A")
-        assert_same(read.stage_c["down_blocks.0.2.attention.attn.to_q"], written, True, (8, 6))
+        assert_same(
+            low_rank_changes(read.stage_c)["down_blocks.0.2.attention.attn.to_q"], written, True, (8, 6)
+        )
 
 
 def test_a_fused_attention_input_under_its_own_name():
@@ -213,14 +217,15 @@ def test_a_fused_attention_input_under_its_own_name():
     file = file_of("lora_unet_" + layer.replace(".", "_"), whole, *ENDINGS[0])
     adapter = parse_adapter(file, {}, "a")
     assert list(adapter.stage_c) == [layer.replace("in_proj", part) for part in ("to_q", "to_k", "to_v")]
-    deltas = torch.cat([low_rank.delta() for low_rank in adapter.stage_c.values()])
+    deltas = torch.cat([low_rank.delta() for low_rank in low_rank_changes(adapter.stage_c).values()])
     assert torch.equal(deltas, replace(whole, alpha=None).delta())
 
 
 def test_without_an_alpha_the_scale_is_one():
     low_rank = change((8, 6), rank=4)
     layer = "lora_unet_clip_txt_mapper"
-    read = parse_adapter(file_of(layer, low_rank, *ENDINGS[0]), {}, "a").stage_c["clip_txt_mapper"]
+    file = file_of(layer, low_rank, *ENDINGS[0])
+    read = low_rank_changes(parse_adapter(file, {}, "a").stage_c)["clip_txt_mapper"]
     assert read.scale == 1
     tensors, _ = to_dialect(Adapter("a", "kohya", {"clip_txt_mapper": low_rank}), "kohya")
     assert tensors[f"{layer}.alpha"].item() == 4
@@ -233,13 +238,13 @@ def test_half_precision_stays_where_that_is_exact(dtype):
     adapter = Adapter("a", "kohya", {"clip_txt_mapper": low_rank})
     tensors, _ = to_dialect(adapter, "peft")
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
-    read = parse_adapter(tensors, {}, "a").stage_c["clip_txt_mapper"]
+    read = low_rank_changes(parse_adapter(tensors, {}, "a").stage_c)["clip_txt_mapper"]
     assert torch.equal(read.delta(), low_rank.delta())
-    third = replace(adapter, stage_c={"clip_txt_mapper": replace(low_rank, alpha=1 / 3)})
-    tensors, _ = to_dialect(third, "peft")
+    third = replace(low_rank, alpha=1 / 3)
+    tensors, _ = to_dialect(replace(adapter, stage_c={"clip_txt_mapper": third}), "peft")
     assert tensors["base_model.model.clip_txt_mapper.lora_B.weight"].dtype == torch.float32
-    read = parse_adapter(tensors, {}, "a").stage_c["clip_txt_mapper"]
-    assert relative_error(read.delta(), third.stage_c["clip_txt_mapper"].delta()) <= 1e-6
+    read = low_rank_changes(parse_adapter(tensors, {}, "a").stage_c)["clip_txt_mapper"]
+    assert relative_error(read.delta(), third.delta()) <= 1e-6
 
 
 def test_magnitudes_stand_where_each_program_reads_them():
@@ -270,7 +275,7 @@ def test_square_convolutions_magnitudes_are_told_apart_by_their_ending():
     for axis, shape in (("row", (6, 1)), ("column", (1, 6))):
         tensors = file_of(f"prior.{layer}", low_rank, *ENDINGS[1])
         tensors[f"prior.{layer}{ending[axis]}"] = torch.rand(1, 6, 1, 1)
-        magnitude = parse_adapter(tensors, {}, "a").stage_c[layer].magnitude
+        magnitude = low_rank_changes(parse_adapter(tensors, {}, "a").stage_c)[layer].magnitude
         assert magnitude is not None
         assert magnitude.shape == shape
 
@@ -280,9 +285,9 @@ def test_matrices_for_convolutions_take_their_form():
     tensors = {}
     for layer, rows, columns in (("clf.1", 4, 6), ("down_blocks.0.0.depthwise", 6, 9)):
         tensors |= file_of(f"diffusion_model.{layer}", change((rows, columns)), *ENDINGS[0])
-    adapter = parse_adapter(tensors, {}, "a")
-    assert adapter.stage_c["clf.1"].delta().shape == (4, 6, 1, 1)
-    assert adapter.stage_c["down_blocks.0.0.depthwise"].delta().shape == (6, 1, 3, 3)
+    read = low_rank_changes(parse_adapter(tensors, {}, "a").stage_c)
+    assert read["clf.1"].delta().shape == (4, 6, 1, 1)
+    assert read["down_blocks.0.0.depthwise"].delta().shape == (6, 1, 3, 3)
 
 
 def test_onetrainers_depthwise_form():
@@ -290,7 +295,7 @@ def test_onetrainers_depthwise_form():
     down, up = torch.randn(2, 6, 3, 3), torch.randn(1, 2, 1, 1)
     tensors = file_of("lora_prior_unet_down_blocks_0_0_depthwise", LowRank(down, up), *ENDINGS[0])
     tensors["lora_prior_unet_down_blocks_0_0_depthwise.dora_scale"] = torch.rand(6, 1, 1, 1)
-    low_rank = parse_adapter(tensors, {}, "a").stage_c["down_blocks.0.0.depthwise"]
+    low_rank = low_rank_changes(parse_adapter(tensors, {}, "a").stage_c)["down_blocks.0.0.depthwise"]
     assert low_rank.fits((6, 1, 3, 3))
     assert not low_rank.fits((7, 1, 3, 3))
     expected = (up[0, 0] * down[0] + up[0, 1] * down[1]).unsqueeze(1)
@@ -306,10 +311,11 @@ def test_a_peft_folder_states_its_scale(tmp_path):
     write_safetensors(tmp_path / "adapter_model.safetensors", tensors, {})
     config = tmp_path / "adapter_config.json"
     config.write_text('{"r": 4, "lora_alpha": 8, "alpha_pattern": {"clf.1": 2}}')
-    adapter = read_adapter(tmp_path / "adapter_model.safetensors")
-    assert [adapter.stage_c[layer].scale for layer in ("clip_txt_mapper", "clf.1")] == [2, 0.5]
+    read = low_rank_changes(read_adapter(tmp_path / "adapter_model.safetensors").stage_c)
+    assert [read[layer].scale for layer in ("clip_txt_mapper", "clf.1")] == [2, 0.5]
     config.write_text('{"r": 4, "lora_alpha": 8, "use_rslora": true}')
-    assert read_adapter(tmp_path / "adapter_model.safetensors").stage_c["clf.1"].scale == 4
+    read = low_rank_changes(read_adapter(tmp_path / "adapter_model.safetensors").stage_c)
+    assert read["clf.1"].scale == 4
     config.write_text("[]")
     with pytest.raises(CascadeError, match=r"adapter_config.json is not JSON with a table"):
         read_adapter(tmp_path / "adapter_model.safetensors")
@@ -332,7 +338,8 @@ def test_embeddings_in_files_of_their_own(tmp_path):
 
 def test_an_adapter_in_words():
     adapter = everything()
-    decomposed = sum(c.magnitude is not None for c in [*adapter.stage_c.values(), *adapter.text.values()])
+    changes = low_rank_changes({**adapter.stage_c, **adapter.text}).values()
+    decomposed = sum(change.magnitude is not None for change in changes)
     assert describe_adapter(adapter) == (
         f"all.safetensors (kohya): {len(adapter.stage_c)} layers of Stage C, 7 layers of the text encoder, "
         f"rank 1 to 4, DoRA magnitudes of {decomposed}, 2 learned tokens ([fernando], <a.style>)"

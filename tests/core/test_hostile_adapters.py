@@ -9,6 +9,7 @@ import torch
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import parse_adapter, read_adapter
+from cascade_nodes.cascade_core.adapters.changes import low_rank_changes
 from cascade_nodes.cascade_core.adapters.embeddings import read_embedding
 from cascade_nodes.cascade_core.adapters.patterns import texts
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
@@ -51,7 +52,7 @@ def test_alphas_are_pefts_own(pattern, rslora, peft_file):
     """PEFT takes the first pattern for which `re.match(rf"(.*\\.)?({pattern})$", layer)`."""
     config = {"r": RANK, "lora_alpha": 8, "alpha_pattern": pattern, "use_rslora": rslora}
     peft_file.with_name("adapter_config.json").write_text(json.dumps(config))
-    adapter = read_adapter(peft_file)
+    read = low_rank_changes(read_adapter(peft_file).stage_c)
     names = {"to_q": "attn.to_q", "to_k": "attn.to_k", "to_out.0": "attn.out_proj"}
     for layer in LAYERS:
         peft_name = layer.removeprefix("base_model.model.")
@@ -59,7 +60,7 @@ def test_alphas_are_pefts_own(pattern, rslora, peft_file):
         alpha = next(matching, 8)
         block, _, leaf = peft_name.partition("attention.")
         ours = f"{block}attention.{names[leaf]}" if leaf else peft_name
-        assert adapter.stage_c[ours].scale == alpha / (RANK**0.5 if rslora else RANK)
+        assert read[ours].scale == alpha / (RANK**0.5 if rslora else RANK)
 
 
 @pytest.mark.parametrize(

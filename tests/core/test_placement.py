@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cascade_nodes.cascade_core import CascadeError, StageB, StageC
-from cascade_nodes.cascade_core.adapters import LowRank
+from cascade_nodes.cascade_core.adapters import Change, LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.adapters.changes import Difference
 from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
 from cascade_nodes.cascade_core.placement import (
     CudaDevice,
@@ -73,17 +74,22 @@ def same(net: nn.Module, before: dict[str, Tensor]) -> bool:
 
 
 def lora(net: nn.Module) -> Patch:
-    """Changes of every attention's query and output, and of a layer in no block."""
+    """Changes of every attention's query and output, of a layer in no block, and of their biases and the norms."""
     generator = torch.Generator().manual_seed(5)
     layers = [
         name for name, _ in net.named_modules() if name.endswith(("to_q", "out_proj", "clip_txt_mapper"))
     ]
     modules: dict[str, Any] = {name: net.get_submodule(name) for name in layers}
     shapes: dict[str, Any] = {name: module.weight.shape for name, module in modules.items()}
-    changes = {
+    changes: dict[str, Change] = {
         name: LowRank(torch.randn(2, i, generator=generator), torch.randn(o, 2, generator=generator))
         for name, (o, i) in shapes.items()
     }
+    vectors = {
+        n: p for n, p in net.named_parameters() if n.endswith(("out_proj.bias", "mapper.bias", "gamma"))
+    }
+    for name, parameter in vectors.items():
+        changes[name] = Difference(torch.randn(parameter.numel(), generator=generator))
     return Patch("some.safetensors", changes, 0.3)
 
 

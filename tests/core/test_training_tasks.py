@@ -9,6 +9,7 @@ import torch
 from cascade_nodes.cascade_core import CascadeError, ControlNet, StageC
 from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.adapters.changes import low_rank_changes
 from cascade_nodes.cascade_core.checkpoints import load_model
 from cascade_nodes.cascade_core.diffusion.guidance import guide
 from cascade_nodes.cascade_core.hints.kinds import KINDS
@@ -105,7 +106,7 @@ def test_a_lora_file_in_halves(world, tmp_path):
     path = tmp_path / "out.safetensors"
     loop.task.write(loop.state, path, {})
     adapter = read_adapter(path)
-    for change in (*adapter.stage_c.values(), *adapter.text.values()):
+    for change in low_rank_changes({**adapter.stage_c, **adapter.text}).values():
         assert change.up.dtype == change.down.dtype == torch.float16
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cascade_nodes.cascade_core import StageB, StageC
-from cascade_nodes.cascade_core.adapters.adapter import LowRank
+from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.engine import Engine, backend, fp8, operations
 from cascade_nodes.cascade_core.engine import engine as engine_module

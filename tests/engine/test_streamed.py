@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import StageB, StageC
-from cascade_nodes.cascade_core.adapters.adapter import LowRank
+from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.engine import Engine, operations, workspace
 from cascade_nodes.cascade_core.engine import engine as engine_module

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade_nodes.cascade_core.adapters.adapter import LowRank
+from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource

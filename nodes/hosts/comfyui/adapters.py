@@ -2,14 +2,16 @@
 """LoRAs and learned tokens in ComfyUI: its own weight patches, on clones of its MODEL and CLIP, ours or native."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import comfy.weight_adapter
 import torch
 from torch import Tensor, nn
 
-from ....cascade_core.adapters import Adapter, LowRank
+from ....cascade_core.adapters import Adapter, Change, LowRank
 from ....cascade_core.adapters.apply import changed_weight
+from ....cascade_core.adapters.names import parameter_name
 from ....cascade_core.adapters.tokens import NewToken, taught_tokens
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks.config import StageCConfig
@@ -21,12 +23,21 @@ STAGE_C, TEXT = "diffusion_model.", "clip_g.transformer."  # before the layers' 
 EMBEDDING = f"{TEXT}text_model.embeddings.token_embedding.weight"
 
 
-class DoraAdapter(comfy.weight_adapter.LoRAAdapter):
-    """DoRA with the row norms of W + ΔW, as in the paper and in PEFT; the host's own takes those of W."""
+class ChangeAdapter(comfy.weight_adapter.WeightAdapterBase):
+    """Any change of ours but plain LoRA. weights: (its class, the values of its fields)
+
+    So DoRA has the row norms of W + ΔW, as in the paper and in PEFT; the host's own takes those of W.
+    """
+
+    name = "cascade_change"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]):
+        self.loaded_keys = loaded_keys
+        self.weights = weights  # the host rebuilds this with its tensors moved
 
     def calculate_weight(self, weight, key, strength, *arguments, **options):
-        up, down, alpha, _, magnitude, _ = self.weights
-        return weight.copy_(changed_weight(weight, LowRank(down, up, alpha, magnitude), strength))
+        kind, *values = self.weights
+        return weight.copy_(changed_weight(weight, kind(*values), strength))
 
 
 class RowsAdapter(comfy.weight_adapter.WeightAdapterBase):
@@ -99,15 +110,18 @@ def with_text(clip: Any, adapter: Adapter, strength: float, new_tokens: Sequence
     return clip
 
 
-def weight_patches(changes: Mapping[str, LowRank], prefix: str) -> dict[str, Any]:
-    """{the host's weight: its adapter}"""
-    return {f"{prefix}{layer}.weight": weight_adapter(change) for layer, change in changes.items()}
+def weight_patches(changes: Mapping[str, Change], prefix: str) -> dict[str, Any]:
+    """{the host's parameter: its adapter}"""
+    return {f"{prefix}{parameter_name(target)}": weight_adapter(change) for target, change in changes.items()}
 
 
-def weight_adapter(change: LowRank) -> Any:
-    """Wraps a change as the host's weight adapter; its tuple is (up, down, alpha, mid, magnitude, reshape)."""
-    kind = comfy.weight_adapter.LoRAAdapter if change.magnitude is None else DoraAdapter
-    return kind(set(), (change.up, change.down, change.alpha, None, change.magnitude, None))
+def weight_adapter(change: Change) -> Any:
+    """Wraps a change as the host's weight adapter; that of LoRA has (up, down, alpha, mid, magnitude, reshape)."""
+    if isinstance(change, LowRank) and change.magnitude is None:
+        weights = (change.up, change.down, change.alpha, None, None, None)
+        return comfy.weight_adapter.LoRAAdapter(set(), weights)
+    values = [getattr(change, field.name) for field in fields(change)]  # pyright: ignore[reportArgumentType]
+    return ChangeAdapter(set(), (type(change), *values))
 
 
 def unpatched(value: Any, key: str) -> Tensor:

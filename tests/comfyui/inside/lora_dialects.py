@@ -60,7 +60,7 @@ def measure() -> dict[str, Any]:
                 .removeprefix("clip_g.transformer.")
                 .removesuffix(".weight")
             )
-            expected = changed_weight(weight, (writable.stage_c | writable.text)[layer], STRENGTH)
+            expected = changed_weight(weight, {**writable.stage_c, **writable.text}[layer], STRENGTH)
             changed = patch.calculate_weight(weight.clone(), key, STRENGTH, 1.0, None, lambda x: x)
             errors.append(relative(changed, expected))
         results[name] = {

@@ -1,0 +1,419 @@
+"""Changes of one parameter: LoRA, and what other algorithms put in its place.
+
+Each keeps the factors of its file and builds the change where it is applied, one parameter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from math import prod, sqrt
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.files import FLOATING
+
+Shape = Sequence[int]
+
+
+class Change:
+    """Change of one parameter from W to W'. At strength s it is W + s · (W' − W).
+
+    algorithm: its name, for messages
+    """
+
+    algorithm: ClassVar[str]
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the factors, where there are such."""
+        return None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape, as far as the file tells it."""
+        raise NotImplementedError
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether this can change a parameter of that shape."""
+        raise NotImplementedError
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        """W + strength · (W' − W); weight: float32, on the device of `tensors`. Returns a new tensor."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the file, by what they are called here."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> Self:
+        """The same with its tensors on a device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)  # pyright: ignore[reportArgumentType]
+
+
+class AddedChange(Change):
+    """Change by a ΔW: W' = W + ΔW, or DoRA's.
+
+    magnitude: DoRA's (Liu et al. 2024, arXiv 2402.09353), or None: W' = magnitude · (W + ΔW) / ‖W + ΔW‖, the norm over
+    each row (magnitude (c_out, 1)) or over each column ((1, c_in)), whichever the magnitude's shape says.
+    """
+
+    magnitude: Tensor | None = None
+
+    def delta(self, shape: Shape | None = None) -> Tensor:
+        """ΔW in float32, of the parameter's shape, or else of `shape`."""
+        raise NotImplementedError
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        delta = self.delta(weight.shape)
+        if self.magnitude is None:
+            return torch.add(weight, delta, alpha=strength)
+        return torch.lerp(weight, decomposed(weight + delta, self.magnitude), strength)
+
+
+def decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA's magnitude · weight / ‖weight‖, normed over each row or each column, by the magnitude's shape."""
+    axis = 0 if _by_row(weight, magnitude) else 1  # the dimension that the magnitudes go along
+    normed = [dim for dim in range(weight.ndim) if dim != axis]
+    norm = torch.linalg.vector_norm(weight, dim=normed, keepdim=True)
+    magnitude = magnitude.to(weight.device, torch.float32).view(norm.shape)
+    return weight * (magnitude / norm.clamp_min(torch.finfo(torch.float32).eps))
+
+
+def _by_row(weight: Tensor, magnitude: Tensor) -> bool:
+    return len(magnitude) == magnitude.numel() == len(weight)
+
+
+def matrix_of(shape: Shape) -> tuple[int, int]:
+    """Rows and columns of a weight: (c_out, c_in · k²)."""
+    return (shape[0], prod(shape[1:])) if len(shape) > 1 else (0, 0)
+
+
+@dataclass(frozen=True)
+class LowRank(AddedChange):
+    """Low-rank change of one layer: ΔW = (alpha / rank) · up @ down (Hu et al. 2021, arXiv 2106.09685).
+
+    down: (rank, c_in) or (rank, c_in, k, k); up: (c_out, rank) or (c_out, rank, 1, 1)
+    alpha None: the rank, so ΔW = up @ down
+    magnitude: DoRA's, or None
+
+    A depthwise convolution, whose weight is (C, 1, k, k), has up (C, rank, 1, 1) and down (rank, 1, k, k), or as
+    OneTrainer trains it, up (1, rank, 1, 1) and down (rank, C, k, k).
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float | None = None
+    magnitude: Tensor | None = None
+    algorithm = "LoRA"
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that `up` and `down` make: the weight's, but for OneTrainer's depthwise form."""
+        return (len(self.up), *self.down.shape[1:])
+
+    def fits(self, shape: Shape) -> bool:
+        rows, columns = self.up.shape[0], self.down[0].numel()
+        one_row = (rows, self.down.shape[1], columns) == (1, shape[0], prod(shape))
+        return len(shape) > 1 and ((rows, columns) == matrix_of(shape) or one_row)
+
+    def delta(self, shape: Shape | None = None) -> Tensor:
+        change = self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
+        return change.reshape(shape or self.shape)
+
+
+def low_rank_changes(changes: Mapping[str, Change]) -> dict[str, LowRank]:
+    """Those of the changes that are low-rank."""
+    return {target: change for target, change in changes.items() if isinstance(change, LowRank)}
+
+
+def belong_together(down: Tensor, up: Tensor) -> bool:
+    """Whether two tensors of a file have the shapes and types of one low-rank change."""
+    shaped = {down.ndim, up.ndim} <= {2, 4} and down.numel() > 0 and up.numel() > 0
+    return shaped and up[0].numel() == len(down) and down.dtype in FLOATING and up.dtype in FLOATING
+
+
+@dataclass(frozen=True)
+class Hadamard(AddedChange):
+    """LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098): ΔW = (alpha / rank) · (up @ down) ∘ (up_2 @ down_2).
+
+    up, up_2: (c_out, rank); down, down_2: (rank, c_in · k²)
+    """
+
+    down: Tensor
+    up: Tensor
+    down_2: Tensor
+    up_2: Tensor
+    alpha: float | None = None
+    magnitude: Tensor | None = None
+    algorithm = "LoHa"
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.up.shape[0], self.down.shape[1])
+
+    def fits(self, shape: Shape) -> bool:
+        return self.shape == matrix_of(shape)
+
+    def delta(self, shape: Shape | None = None) -> Tensor:
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        change = self.up.float() @ self.down.float()
+        change.mul_(self.up_2.float() @ self.down_2.float()).mul_(scale)
+        return change.reshape(shape or self.shape)
+
+
+@dataclass(frozen=True)
+class Kronecker(AddedChange):
+    """LoKr (Edalati et al. 2022, arXiv 2212.10650): ΔW = scale · (left ⊗ right).
+
+    left: (a, c), or (a, rank) with left_down (rank, c); right: (b, d · k²), or (b, rank) with right_down
+    (rank, d · k²); for a weight of a · b rows and c · d · k² columns
+    """
+
+    left: Tensor
+    right: Tensor
+    left_down: Tensor | None = None
+    right_down: Tensor | None = None
+    scale: float = 1.0
+    magnitude: Tensor | None = None
+    algorithm = "LoKr"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        columns = [
+            (whole if down is None else down).shape[1]
+            for whole, down in ((self.left, self.left_down), (self.right, self.right_down))
+        ]
+        return (len(self.left) * len(self.right), prod(columns))
+
+    def fits(self, shape: Shape) -> bool:
+        return self.shape == matrix_of(shape)
+
+    def delta(self, shape: Shape | None = None) -> Tensor:
+        left, right = _product(self.left, self.left_down), _product(self.right, self.right_down)
+        return torch.kron(left * self.scale, right).reshape(shape or self.shape)
+
+
+def _product(up: Tensor, down: Tensor | None) -> Tensor:
+    return up.float() if down is None else up.float() @ down.float()
+
+
+@dataclass(frozen=True)
+class Difference(AddedChange):
+    """ΔW itself, of a weight, a bias or a norm."""
+
+    difference: Tensor
+    algorithm = "full differences"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.difference.shape)
+
+    def fits(self, shape: Shape) -> bool:
+        return _without_ones(self.shape) == _without_ones(shape)
+
+    def delta(self, shape: Shape | None = None) -> Tensor:
+        return self.difference.float().reshape(shape or self.shape)
+
+
+def _without_ones(shape: Shape) -> list[int]:
+    """A shape's sizes but 1: a vector may be (C,) in one program and (1, 1, 1, C) in another."""
+    return [size for size in shape if size != 1]
+
+
+@dataclass(frozen=True)
+class Replacement(Change):
+    """W' itself: PEFT's trained biases and `modules_to_save`."""
+
+    value: Tensor
+    algorithm = "whole parameters"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def fits(self, shape: Shape) -> bool:
+        return _without_ones(self.shape) == _without_ones(shape)
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        return torch.lerp(weight, self.value.float().view(weight.shape), strength)
+
+
+@dataclass(frozen=True)
+class Scaling(Change):
+    """(IA)³ (Liu et al. 2022, arXiv 2205.05638): W' = (offset + factor) · W, of each row or of each column.
+
+    factor: (c_out, 1) or (1, c_in); of a bias (c_out, 1)
+    offset: 1 where the file holds the factors' difference from it (LyCORIS), 0 where it holds themselves (PEFT)
+    """
+
+    factor: Tensor
+    offset: int = 0
+    algorithm = "(IA)³"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.factor.shape)
+
+    def fits(self, shape: Shape) -> bool:
+        rows, columns = self.shape
+        return (rows, columns) == (shape[0], 1) or (len(shape) > 1 and (rows, columns) == (1, shape[1]))
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        axis = 0 if len(self.factor) == len(weight) and self.factor.shape[1] == 1 else 1
+        along = [size if dim == axis else 1 for dim, size in enumerate(weight.shape)]
+        factor = self.factor.float().view(along) + (self.offset - 1)  # of W' − W
+        return torch.addcmul(weight, weight, factor, value=strength)
+
+
+def cayley(q: Tensor) -> Tensor:
+    """(I + Q) (I − Q)⁻¹, a rotation for each skew-symmetric Q (..., b, b)."""
+    one = torch.eye(q.shape[-1], device=q.device, dtype=q.dtype)
+    return torch.linalg.solve(one - q, one + q, left=False)
+
+
+@dataclass(frozen=True)
+class RowRotation(Change):
+    """LyCORIS' OFT and BOFT (Qiu et al. 2023, arXiv 2306.07280; Liu et al. 2023, arXiv 2311.06243): W' = rescale · R W.
+
+    blocks: OFT's (n, b, b), n blocks on the diagonal of R, for n · b rows; BOFT's (m, n, b, b), m butterfly factors
+    rescale: (c_out, 1), of each row, or None; constraint: the largest norm of all blocks' Q, or 0 for none
+    """
+
+    blocks: Tensor
+    rescale: Tensor | None = None
+    constraint: float = 0.0
+    algorithm = "OFT"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.blocks.shape[-3] * self.blocks.shape[-1],)
+
+    def fits(self, shape: Shape) -> bool:
+        return len(shape) > 1 and self.shape == (shape[0],)
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        blocks = self.blocks.float()
+        q = blocks - blocks.mT
+        norm = torch.linalg.vector_norm(q) + 1e-8
+        if 0 < self.constraint < norm:
+            q = q * (self.constraint / norm)
+        rotations = cayley(q)
+        count, size = blocks.shape[-3], blocks.shape[-1]
+        rows = weight.flatten(1)
+        if blocks.ndim == 3:
+            rows = torch.bmm(rotations.mT, rows.view(count, size, -1)).flatten(0, 1)
+        else:
+            for level, rotation in enumerate(rotations):
+                half = 2**level * (size // 2)
+                rows = rows.unflatten(0, (-1, 2, half)).transpose(1, 2).reshape(count, size, -1)
+                rows = (
+                    torch.bmm(rotation, rows).view(-1, half, 2, rows.shape[-1]).transpose(1, 2).flatten(0, 2)
+                )
+        if self.rescale is not None:
+            rows = rows * self.rescale.float().view(-1, 1)
+        return torch.lerp(weight, rows.view(weight.shape), strength)
+
+
+@dataclass(frozen=True)
+class ColumnRotation(Change):
+    """PEFT's OFT and BOFT: W' = rescale · W Rᵀ.
+
+    blocks: OFT's (n, b · (b − 1) / 2), the upper triangles of n blocks' Q, one for all if n is 1; BOFT's (m, n, b, b)
+    rescale: BOFT's, (c_out, 1), or None
+    terms: of the Neumann series that OFT has in place of the inverse; None: the inverse
+    epsilon: the largest norm of OFT's Q, of all blocks together, or None
+    """
+
+    blocks: Tensor
+    rescale: Tensor | None = None
+    terms: int | None = None
+    epsilon: float | None = None
+    algorithm = "OFT"
+
+    @property
+    def size(self) -> int:
+        """The side of a block."""
+        if self.blocks.ndim == 4:
+            return self.blocks.shape[-1]
+        return round((1 + sqrt(1 + 8 * self.blocks.shape[1])) / 2)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        count = self.blocks.shape[-3] if self.blocks.ndim == 4 else len(self.blocks)
+        return (1 if self.rescale is None else len(self.rescale), count * self.size)
+
+    def fits(self, shape: Shape) -> bool:
+        rows, columns = matrix_of(shape)
+        shared = self.blocks.ndim == 2 and len(self.blocks) == 1 and columns > 0 and columns % self.size == 0
+        return (self.shape[1] == columns or shared) and (self.rescale is None or len(self.rescale) == rows)
+
+    def apply(self, weight: Tensor, strength: float) -> Tensor:
+        columns = weight.flatten(1)
+        if self.blocks.ndim == 2:
+            rotation = self._rotation().expand(columns.shape[1] // self.size, -1, -1)
+            columns = _rotated(columns, rotation)
+        else:
+            q = self.blocks.float()
+            for level, rotation in enumerate(cayley(0.5 * (q.mT - q))):
+                # The blocks of a level join halves that are so far apart, as in a Fourier transform.
+                order = torch.arange(columns.shape[1], device=columns.device)
+                order = order.view(-1, 2**level, 2, self.size // 2).transpose(1, 2).flatten()
+                columns = _rotated(columns[:, order.argsort()], rotation)[:, order]
+        if self.rescale is not None:
+            columns = columns * self.rescale.float().view(-1, 1)
+        return torch.lerp(weight, columns.reshape(weight.shape), strength)
+
+    def _rotation(self) -> Tensor:
+        """OFT's blocks of R, (n, b, b)."""
+        triangle = self.blocks.float()
+        q = triangle.new_zeros(len(triangle), self.size, self.size)
+        rows, columns = torch.triu_indices(self.size, self.size, 1, device=q.device)
+        q[:, rows, columns] = triangle
+        q = q - q.mT
+        if self.epsilon is not None:
+            largest = self.epsilon / sqrt(len(q))
+            norm = torch.linalg.vector_norm(q, dim=(1, 2), keepdim=True)
+            q = torch.where(norm <= largest, q, q * (largest / norm))
+        if self.terms is None:
+            return cayley(-q)
+        return _neumann(q, self.terms)
+
+
+def _neumann(q: Tensor, terms: int) -> Tensor:
+    """I + 2Q + 2Q² + … + Qⁿ, PEFT's approximation of (I + Q) (I − Q)⁻¹: n is terms − 1, but 3 for 3 terms."""
+    total = torch.eye(q.shape[-1], device=q.device).expand_as(q).clone()
+    if terms > 1:
+        total.add_(q, alpha=2)
+    if terms > 2:
+        power = q
+        for _ in range(2, max(terms - 1, 3)):
+            power = power @ q
+            total.add_(power, alpha=2)
+        total.add_(power @ q)
+    return total
+
+
+def _rotated(columns: Tensor, rotations: Tensor) -> Tensor:
+    """(rows, n · b) @ Rᵀ for n blocks (n, b, b) on the diagonal of R"""
+    count, size = rotations.shape[:2]
+    out = torch.empty_like(columns, memory_format=torch.contiguous_format)
+    blocks, rotated = (x.view(len(x), count, size).transpose(0, 1) for x in (columns, out))  # (n, rows, b)
+    torch.bmm(blocks, rotations.mT, out=rotated)
+    return out
