@@ -11,16 +11,20 @@ device.py     what placement needs of a device; CUDA, and a simulation of it in 
 """
 
 from .device import CudaDevice, Device, SimulatedDevice, out_of_memory
+from .loader import Loader
 from .memory import DeviceMemory
 from .pinned import parse_bytes
 from .placement import Placement, WeightConsumer
+from .units import Unit
 
 __all__ = [
     "CudaDevice",
     "Device",
     "DeviceMemory",
+    "Loader",
     "Placement",
     "SimulatedDevice",
+    "Unit",
     "WeightConsumer",
     "out_of_memory",
     "parse_bytes",

@@ -26,7 +26,7 @@ class StreamingPlan:
 
 
 def plan_streaming(
-    units: Sequence[Unit], order: Sequence[Unit], free_bytes: int, footprint: Footprint = int
+    units: Sequence[Unit], order: Sequence[Unit], free_bytes: float, footprint: Footprint = int
 ) -> StreamingPlan:
     """Streams as few bytes as possible: units that a forward uses least often, and of those the last, evenly spread.
 
@@ -53,7 +53,7 @@ def plan_streaming(
 
 
 def _stream_excess(
-    candidates: Sequence[Unit], uses: Mapping[Unit, int], excess: int, footprint: Footprint
+    candidates: Sequence[Unit], uses: Mapping[Unit, int], excess: float, footprint: Footprint
 ) -> StreamingPlan:
     """Streams so many of the candidates that `excess` bytes are not resident."""
     streamed: list[Unit] = []
@@ -67,7 +67,7 @@ def _stream_excess(
     return StreamingPlan(frozenset(streamed), min(SLOTS, len(streamed)), slot_bytes)
 
 
-def _select_spread(group: Sequence[Unit], excess: int, footprint: Footprint) -> list[Unit]:
+def _select_spread(group: Sequence[Unit], excess: float, footprint: Footprint) -> list[Unit]:
     """Units of `excess` bytes in total, or all of them; evenly among the others, from the last on."""
     group_bytes = sum(footprint(unit.size) for unit in group)
     share = min(excess / group_bytes, 1.0)

@@ -1,13 +1,13 @@
 # pyright: reportMissingImports=false
 """MODEL in ComfyUI: a patcher with a subclass of its own Stable Cascade models, which wraps our network."""
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import comfy.cli_args
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from ....cascade_core import checkpoints
 from ....cascade_core.engine import Engine
 from ....cascade_core.errors import CascadeError, quoted
-from ....cascade_core.geometry import LATENT_CHANNELS, stage_b_size, stage_c_size
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream, stream_scale
 from ....cascade_core.networks.stage_c import StageC
@@ -25,7 +24,9 @@ from ....cascade_core.stages.diffusion import min_latent_side
 from ..run import NetworkDescription
 from .conditions import keep_on_device, lasting
 from .hosted import Hosted, WholeLayers
+from .patcher import CascadePatcher
 from .progress import notify
+from .residence import Residence
 from .weights import remember_file
 
 DTYPES = {
@@ -50,6 +51,8 @@ class HostedNetwork(Hosted):
         self.dtype = dtype
         self.name = name
         self.engine = Engine(network)
+        self.residence: Residence | None = None
+        self.forward_bytes: deque[int] = deque(maxlen=2)  # that the host asked for: one prompt's, and both
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Drops the engine's derived weights where the host moves the network as a whole."""
@@ -75,6 +78,8 @@ class HostedNetwork(Hosted):
             if stream_scale(self.network) != scale:
                 scale_residual_stream(self.network, scale)
         options = transformer_options or {}
+        if self.residence is not None and self.residence.device.device == x.device:
+            self.residence.open()
         if not options.get(ENGINE, True):
             return self.network(x, r, **conditions)
         # Another thread may run a copy on another device at the same time, and only one may capture.
@@ -82,10 +87,33 @@ class HostedNetwork(Hosted):
         sigma, noise = options.get(NOISE, (None, 0.0))
         if sigma is not None and sigma is options.get("sigmas"):
             r = torch.full((len(r),), noise)
-        return self.engine(x, r, **conditions)
+        # What is compiled would be slower, and would be compiled anew whenever weights move.
+        engine: Any = torch.compiler.disable(self.engine) if torch.compiler.is_compiling() else self.engine
+        return engine(x, r, **conditions)
 
 
-class StageCModel(comfy.model_base.StableCascade_C):
+class PlacedModel:
+    """Base of the host's models whose weights a `Residence` moves: state that all patchers of a model share."""
+
+    casts = False  # whether layers cast or wrap their weights, as nodes asked for
+
+    def own_network(self) -> None:
+        # By a way past nn.Module, and past whoever wraps `diffusion_model` for a while.
+        self.__dict__["hosted"] = self.diffusion_model  # type: ignore[attr-defined]
+
+    @property
+    def residence(self) -> Residence | None:
+        return self.__dict__["hosted"].residence
+
+    @residence.setter
+    def residence(self, value: Residence | None) -> None:
+        hosted = self.__dict__["hosted"]
+        if value is None:
+            hosted.engine.placement = None
+        hosted.residence = value
+
+
+class StageCModel(PlacedModel, comfy.model_base.StableCascade_C):
     """Host's Stage C with our network and its widths."""
 
     def __init__(self, model_config, build, device=None):
@@ -93,6 +121,7 @@ class StageCModel(comfy.model_base.StableCascade_C):
         comfy.model_base.BaseModel.__init__(
             self, model_config, stable_cascade, device=device, unet_model=build
         )
+        self.own_network()
         keep_on_device(self.model_sampling)
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
@@ -129,7 +158,7 @@ class StageCModel(comfy.model_base.StableCascade_C):
         return {**shapes, "clip_img": [1, max(images, 1)]}
 
 
-class StageBModel(comfy.model_base.StableCascade_B):
+class StageBModel(PlacedModel, comfy.model_base.StableCascade_B):
     """Host's Stage B with our network."""
 
     def __init__(self, model_config, build, device=None):
@@ -137,6 +166,7 @@ class StageBModel(comfy.model_base.StableCascade_B):
         comfy.model_base.BaseModel.__init__(
             self, model_config, stable_cascade, device=device, unet_model=build
         )
+        self.own_network()
         keep_on_device(self.model_sampling)
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
@@ -161,7 +191,9 @@ class StageBModel(comfy.model_base.StableCascade_B):
 def forward_bytes(values: int, network: HostedNetwork) -> int:
     """Bytes of a forward whose values take so many, beside what the network's CUDA graphs hold for them already."""
     device = comfy.model_management.get_torch_device()
-    return max(values + min(WORKSPACE, values // 2) - network.engine.graph_bytes(device), 0)
+    size = values + min(WORKSPACE, values // 2)
+    network.forward_bytes.append(size)
+    return max(size - network.engine.graph_bytes(device), 0)
 
 
 def value_bytes(model: Any) -> int:
@@ -172,12 +204,6 @@ def value_bytes(model: Any) -> int:
 HOST_CLASSES = {
     "stage_c": (StageCModel, comfy.supported_models.Stable_Cascade_C),
     "stage_b": (StageBModel, comfy.supported_models.Stable_Cascade_B),
-}
-
-# Latents (C, h, w) of a picture of the trained size.
-TRAINED = {
-    "stage_c": (LATENT_CHANNELS["stage_c"], *stage_c_size(1024, 1024)),
-    "stage_b": (LATENT_CHANNELS["stage_b"], *stage_b_size(1024, 1024)),
 }
 
 
@@ -218,29 +244,12 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
 
     model = model_class(config, build)
     offload_device = comfy.model_management.unet_offload_device()
-    patcher_class = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic and not fits_whole(kind, model, load_device):
-        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
-    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher = CascadePatcher(model, load_device=load_device, offload_device=offload_device)
     remember_file(patcher, f"{Path(path).name} ({checkpoints.KIND_NAMES[kind]})")
     patcher.cached_patcher_init = (load_patcher, (kind, path, dtype))
     return patcher
-
-
-def fits_whole(kind: str, model: Any, device: torch.device) -> bool:
-    """Whether the device's total memory holds the weights and the working memory of one picture of 1024 × 1024.
-
-    Then they are loaded before a run and stay resident, as in every version: where newer ones page weights in layer by
-    layer (dynamic VRAM), the engine cannot read them.
-    """
-    management = comfy.model_management
-    forward = model.memory_required([2, *TRAINED[kind]])
-    total_need = (
-        management.module_size(model.diffusion_model) + forward + management.minimum_inference_memory()
-    )
-    return total_need < management.get_total_memory(device)
 
 
 def _computed_in(kind: str, config: Any, device: torch.device) -> list[torch.dtype]:

@@ -1,0 +1,235 @@
+# pyright: reportMissingImports=false
+"""ComfyUI's patcher of Stage B and C: its memory manager says how many bytes, our placement which weights.
+
+The manager asks a patcher to load in so many bytes, to give some back, or to leave. Clones of a MODEL may be asked in
+place of each other, so all state of the weights is their BaseModel's (`residence`). What ComfyUI's own patcher does to
+weights is replaced as a whole: it would copy resident weights to main memory, write hooks into the mapped file, and
+cast layer by layer what the engine reads.
+"""
+
+import logging
+
+import comfy.hooks
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import CallbacksMP
+from torch import Tensor
+
+from .residence import Residence, card_loader
+from .weight_patches import PREFIX, PatchedWeight
+
+BATCH_MARGIN = 1.5  # ComfyUI runs both prompts at once where so many times their memory is free
+ENDLESS = 1e30  # bytes: it says that memory does not matter by numbers above
+
+
+class CascadePatcher(comfy.model_patcher.ModelPatcher):
+    """ModelPatcher of a `PlacedModel`.
+
+    Without a card, or where all models stay on it (--highvram, --gpu-only), it is ComfyUI's own.
+    """
+
+    _free_bytes: int | None = None  # of the card, as a run began
+
+    def residence(self) -> Residence | None:
+        """Where this model's weights are, if our placement moves them to this patcher's device."""
+        model, present = self.model, self.model.residence
+        if present is not None and present.load_device == self.load_device != self.offload_device:
+            return present
+        if present is not None:
+            present.release()
+            model.residence = None
+        if self.load_device.type != "cuda" or self.load_device == self.offload_device:
+            return None
+        loader = card_loader(self.load_device)
+        model.residence = Residence(model.hosted, self.load_device, loader.device, loader)
+        return model.residence
+
+    # Loading
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        residence = self.residence()
+        if residence is None:
+            return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+        before = residence.bytes
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            self.unpatch_model(self.offload_device, unpatch_weights=False)
+            self.patch_model(load_weights=False)
+            self._place(residence, device_to, self._room(residence, extra_memory), force_patch_weights)
+        return residence.bytes - before
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        residence = self.residence()
+        if residence is None:
+            super().load(device_to, lowvram_model_memory, force_patch_weights, full_load)
+            return
+        with self.use_ejected():
+            room = float("inf") if full_load else lowvram_model_memory
+            self._place(residence, device_to or self.load_device, room, force_patch_weights)
+
+    def _place(self, residence: Residence, device: torch.device, room: float, patch_host: bool) -> None:
+        try:
+            residence.place(room, self.patches)
+            self._set_casts()
+            if patch_host:
+                residence.patch_host()
+        except BaseException:
+            self.detach()
+            raise
+        self.current_hooks = None
+        self.model.device = device
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        self._count(residence)
+        loaded, size = residence.bytes / 2**20, self.model_size() / 2**20
+        logging.info("%s: %.0f of %.0f MB on the card", self.model.hosted.name, min(loaded, size), size)
+        for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+            callback(self, device, room, patch_host, not residence.streamed)
+        self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def _room(self, residence: Residence, extra: float) -> float:
+        """Bytes for weights, by the number that the manager gives beside what is loaded.
+
+        It leaves its least (0.8 GiB) beside what our graphs hold already, which are part of the forward that it leaves
+        it for: without the difference a second run had less room than the first. And it leaves a forward of one
+        prompt, where both at once take half as many copies.
+        """
+        if extra >= ENDLESS:
+            return float("inf")
+        management, graphs = comfy.model_management, residence.graph_bytes
+        needs = self.model.hosted.forward_bytes or [0]
+        least = management.minimum_inference_memory() - management.extra_reserved_memory()
+        loaded, free = residence.bytes, management.get_free_memory(self.load_device)
+        credit = max(0, graphs - max(0, min(needs) - least))
+        together = loaded + free - BATCH_MARGIN * max(0, max(needs) - graphs)
+        return min(loaded + extra + credit, together)
+
+    def _count(self, residence: Residence) -> None:
+        """Sets what the host reads of a loaded model."""
+        self.model.model_loaded_weight_memory = residence.bytes
+        self.model.model_lowvram = bool(residence.streamed)
+        self.model.lowvram_patch_counter = residence.streamed_patches
+
+    def _set_casts(self) -> None:
+        """Makes layers cast or wrap their weights where nodes ask for it, as the host's own loading does."""
+        wrappers, force = self.weight_wrapper_patches, self.force_cast_weights
+        if not (wrappers or force or self.model.casts):
+            return
+        self._clear_casts()
+        for name, layer in self.model.named_modules():
+            if hasattr(layer, "comfy_cast_weights"):
+                functions = [wrappers.get(f"{name}.{each}", []) for each in ("weight", "bias")]
+                layer.comfy_force_cast_weights = force
+                if force or any(functions):
+                    layer.prev_comfy_cast_weights = layer.comfy_cast_weights
+                    layer.comfy_cast_weights = True
+                layer.weight_function, layer.bias_function = map(list, functions)
+        self.model.casts = bool(wrappers or force)
+
+    def _clear_casts(self) -> None:
+        if self.model.casts:
+            for layer in self.model.modules():
+                comfy.model_patcher.wipe_lowvram_weight(layer)
+            self.model.casts = False
+
+    # Leaving
+
+    def partially_unload(self, device_to, memory_to_free=0, **options):
+        residence = self.residence()
+        if residence is None:
+            return super().partially_unload(device_to, memory_to_free, **options)
+        with self.use_ejected():
+            freed = residence.shrink(int(memory_to_free))
+            if options.get("force_patch_weights"):
+                residence.patch_host()
+        self._count(residence)
+        logging.info("%s: %.0f MB given back", self.model.hosted.name, freed / 2**20)
+        return freed
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        residence = self.residence() if unpatch_weights else None
+        if residence is None:
+            super().unpatch_model(device_to, unpatch_weights)
+            return
+        self.eject_model()
+        residence.release()
+        self._clear_casts()
+        self._count(residence)
+        self.current_hooks = self.model.current_weight_patches_uuid = None
+        self.model.model_lowvram = False
+        if device_to is not None:
+            self.model.device = device_to
+        super().unpatch_model(device_to, unpatch_weights=False)
+
+    # Hooks: LoRAs of parts of a run or of a picture
+
+    def patch_hooks(self, hooks):
+        residence = self.residence()
+        if residence is None:
+            super().patch_hooks(hooks)
+            return
+        with self.use_ejected():
+            residence.hook({} if hooks is None else self.get_combined_hook_patches(hooks))
+            self.current_hooks = hooks
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        residence = self.residence()
+        if residence is None:
+            super().unpatch_hooks(whitelist_keys_set)
+        else:
+            self.patch_hooks(None)
+
+    # Weights, for merging and saving
+
+    def get_key_patches(self, filter_prefix=None):
+        keyed = super().get_key_patches(filter_prefix)
+        residence = self.residence()
+        if residence is not None:
+            for key, patches in keyed.items():
+                unpatched = residence.host_tensor(key.removeprefix(PREFIX))
+                if unpatched is not None:
+                    patches[0] = (unpatched, patches[0][1])
+        return keyed
+
+    def patch_weight_to_device(
+        self, key, device_to=None, inplace_update=False, return_weight=False, **options
+    ):
+        residence = self.residence()
+        weight = None if residence is None else residence.host_tensor(key.removeprefix(PREFIX))
+        if weight is None:
+            return super().patch_weight_to_device(
+                key,
+                device_to,
+                inplace_update,
+                **({"return_weight": True} if return_weight else {}),
+                **options,
+            )
+        # Weights that are loaded are patched already.
+        return self._patched(key, weight, device_to) if return_weight else None
+
+    def _patched(self, key: str, weight: Tensor, device: torch.device | None) -> Tensor:
+        if key not in self.patches:
+            return weight
+        moved = weight if device is None else weight.to(device)
+        return PatchedWeight(key, self.patches[key], repeated=False).apply(moved)
+
+    # Runs
+
+    def pre_run(self):
+        self._free_bytes = None
+        super().pre_run()
+
+    def cleanup(self):
+        if self.model.residence is not None:
+            self.model.residence.close()
+        self._free_bytes = None
+        super().cleanup()
+
+    def get_free_memory(self, device):
+        """Free bytes, asked once a run, so that all its steps run as many prompts at once."""
+        if self._free_bytes is None or device != self.load_device:
+            free = super().get_free_memory(device)
+            if device != self.load_device:
+                return free
+            self._free_bytes = free
+        return self._free_bytes

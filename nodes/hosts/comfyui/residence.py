@@ -1,0 +1,257 @@
+# pyright: reportMissingImports=false
+"""Where the weights of a MODEL are, in as many bytes as ComfyUI's memory manager gives them."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ....cascade_core.checkpoints.pages import mapped_files
+from ....cascade_core.placement import CudaDevice, Device, Loader, Placement, Unit, out_of_memory
+from ....cascade_core.placement.plan import SLOTS, StreamingPlan, plan_streaming
+from ....cascade_core.placement.stream import WeightStream
+from ....cascade_core.placement.units import UNIT_BYTES
+from .weight_patches import Patches, set_patches
+
+if TYPE_CHECKING:
+    from .model import HostedNetwork
+
+SMALLER_PLANS = 2  # that are tried after one for which the memory was not enough
+
+
+class Residence:
+    """Units of one network on one device: resident, or streamed through slots while it runs.
+
+    It belongs to the BaseModel, of which ComfyUI's patchers share one: any of them may ask another's weights to leave.
+
+    load_device  the device as the host names it
+    patches      of the weights on the device, but for those of hooks
+    """
+
+    def __init__(
+        self,
+        network: HostedNetwork,
+        load_device: torch.device,
+        device: Device,
+        loader: Loader | None = None,
+        unit_bytes: int = UNIT_BYTES,
+    ):
+        self.load_device, self.device = load_device, device
+        self.placement = Placement(network.network, device, loader or Loader(device), unit_bytes)
+        self.placement.loader.mapped_files = mapped_files()
+        self.placement.consumers.add(network.engine)
+        network.engine.placement = self.placement
+        self.patches: Patches = {}
+        self._hooked = self._host_patched = False
+        self._changes: dict[Unit, Any] = {}
+        self._plan: StreamingPlan | None = None
+        self._stream: WeightStream | None = None
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of the network begins where its weights are copied to."""
+        return
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on the device: resident units, slots, and the patches' factors that are kept there."""
+        slots = 0 if self._stream is None else self._slot_bytes(self._stream.plan)
+        factors = sum(
+            change.device_bytes for changes in self._changes.values() for change in changes.values()
+        )
+        return self.placement.resident_bytes + slots + factors
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes on the device of the network's CUDA graphs."""
+        return self.placement.graph_bytes(self.device.device)
+
+    @property
+    def streamed(self) -> list[Unit]:
+        """The units that are not on the device."""
+        return [unit for unit in self.placement.units if unit.device_buffer is None]
+
+    @property
+    def streamed_patches(self) -> int:
+        """How many weights are patched whenever they come to the device."""
+        return sum(len(self._changes.get(unit, ())) for unit in self.streamed)
+
+    def host_tensor(self, name: str) -> Tensor | None:
+        """A weight in main memory, unpatched, by its name in the network."""
+        location = self.placement.locations.get(name)
+        return None if location is None else location[0].host_tensors[location[1]]
+
+    @torch.inference_mode()
+    def place(self, room: float, patches: Patches) -> None:
+        """Brings as much of the network, patched, as fits into `room` bytes; the rest will be streamed.
+
+        Raises torch.OutOfMemoryError where not even that finds the memory.
+        """
+        self._undo_host_patches()
+        self.patches, self._hooked = patches, False
+        plan = self._choose(room)
+        for attempt in range(SMALLER_PLANS + 1):
+            try:
+                self._apply(plan)
+                return
+            except Exception as error:
+                if not out_of_memory(error) or attempt == SMALLER_PLANS:
+                    raise
+            # Only here are the frames gone that referred to what was taken.
+            self._stream = self._plan = None
+            self.device.trim()
+            plan = self._smaller(plan)
+
+    @torch.inference_mode()
+    def shrink(self, size: int) -> int:
+        """Frees about `size` bytes: first the memory of graphs, then whole units. Returns how many were freed."""
+        before = self.bytes + self.graph_bytes
+        self.close()
+        self.placement.tell_consumers()
+        excess = size - (before - self.bytes)
+        if excess > 0:
+            left = self.bytes - excess
+            self._stream = self._plan = None
+            plan = plan_streaming(self.placement.units, self.placement.order, left, self.device.footprint)
+            self.placement.offload([unit for unit in self.placement.resident if unit in plan.streamed])
+        self.device.trim()
+        return before - self.bytes - self.graph_bytes
+
+    @torch.inference_mode()
+    def release(self) -> None:
+        """Takes everything off the device: all weights are in main memory, unpatched."""
+        self.close()
+        self._undo_host_patches()
+        self._stream = self._plan = None
+        self.placement.tell_consumers()
+        self.placement.offload(self.placement.resident)
+        self.patches, self._hooked = {}, False
+        self._changes = set_patches(self.placement, {}, frozenset())
+        self.device.trim()
+
+    @torch.inference_mode()
+    def hook(self, patches: Patches) -> None:
+        """Adds patches to those of `place`, for the forwards from here on. {}: none."""
+        if not patches and not self._hooked:
+            return
+        self._hooked = bool(patches)
+        self._set_patches(
+            {**self.patches, **{k: [*self.patches.get(k, ()), *steps] for k, steps in patches.items()}}
+        )
+        self.placement.onload(self.placement.resident)
+
+    @torch.inference_mode()
+    def open(self) -> None:
+        """Makes the network ready to run: what is not on the device is streamed until `close`."""
+        if self.placement.stream is not None or not (missing := self.streamed):
+            return
+        self._undo_host_patches()
+        blocks = frozenset(missing) & frozenset(self.placement.order)
+        if self._stream is None or self._stream.plan.streamed != frozenset(missing):
+            # Nobody has asked for a load since weights had to leave.
+            largest = max((unit.size for unit in blocks), default=0)
+            self._apply(StreamingPlan(blocks, min(SLOTS, len(blocks)), largest))
+        if self._stream is not None:
+            self.placement.stream = self._stream
+            self._stream.open()
+
+    def close(self) -> None:
+        """Ends streaming: what was streamed is in main memory again. The slots stay."""
+        stream, self.placement.stream = self.placement.stream, None
+        if stream is not None:
+            stream.close()
+
+    @torch.inference_mode()
+    def patch_host(self) -> None:
+        """Gives streamed weights patched copies in main memory, for whoever reads parameters where they lie."""
+        self.close()
+        for unit in self.streamed:
+            for index, change in self._changes.get(unit, {}).items():
+                weight = unit.host_tensors[index]
+                unit.tensors[index].data = change.apply(weight.to(self.device.device)).to(weight.device)
+                self._host_patched = True
+
+    def _undo_host_patches(self) -> None:
+        self.close()
+        if self._host_patched:
+            for unit in self.streamed:
+                unit.offload()
+            self._host_patched = False
+
+    def _choose(self, room: float) -> StreamingPlan:
+        """The plan for so many bytes: the present one, if another would not be much better."""
+        plan = plan_streaming(self.placement.units, self.placement.order, room, self.device.footprint)
+        present = self._plan
+        if present is None or not plan.streamed or self._bytes(present) > room:
+            return plan
+        gain = sum(unit.size for unit in present.streamed) - sum(unit.size for unit in plan.streamed)
+        return present if gain < 2 * plan.slot_bytes else plan
+
+    def _smaller(self, plan: StreamingPlan) -> StreamingPlan:
+        """Half of what the plan keeps on the device."""
+        return plan_streaming(
+            self.placement.units, self.placement.order, self._bytes(plan) // 2, self.device.footprint
+        )
+
+    def _bytes(self, plan: StreamingPlan) -> int:
+        resident = [unit for unit in self.placement.units if unit not in plan.streamed]
+        return self.placement.footprint(resident) + self._slot_bytes(plan)
+
+    def _slot_bytes(self, plan: StreamingPlan) -> int:
+        return plan.slots * self.device.footprint(plan.slot_bytes)
+
+    def _apply(self, plan: StreamingPlan) -> None:
+        leaving = [unit for unit in self.placement.resident if unit in plan.streamed]
+        self.placement.offload(leaving)
+        if self._stream is not None and self._stream.plan != plan:
+            self._stream = None
+        self._plan = plan
+        if leaving:
+            self.device.trim()
+        self._set_patches(self.patches)
+        self.placement.onload([unit for unit in self.placement.units if unit not in plan.streamed])
+        if plan.streamed and self._stream is None:
+            self._stream = self.placement.new_stream(plan)
+
+    def _set_patches(self, patches: Patches) -> None:
+        streamed = frozenset() if self._plan is None else self._plan.streamed
+        self._changes = set_patches(self.placement, patches, streamed)
+
+
+class HostCard(CudaDevice):
+    """A card whose pinned memory is counted by the host, where it counts (0.33.0)."""
+
+    def _pin(self, address: int, size: int) -> bool:
+        pin = getattr(comfy.model_management, "pin_memory", None)
+        if pin is None:
+            return super()._pin(address, size)
+        management = comfy.model_management
+        if management.TOTAL_PINNED_MEMORY + size > management.MAX_PINNED_MEMORY:
+            return False  # it would pin beyond its own limit
+        return bool(pin(_memory_at(address, size)))
+
+    def _unpin(self, address: int) -> None:
+        unpin = getattr(comfy.model_management, "unpin_memory", None)
+        size = getattr(comfy.model_management, "PINNED_MEMORY", {}).get(address)
+        if unpin is None or size is None:
+            super()._unpin(address)
+            return
+        with suppress(Exception):  # when the process ends the device may be gone
+            torch.cuda.synchronize(self.device)  # no copy may read what is unpinned
+            unpin(_memory_at(address, size))
+
+
+def _memory_at(address: int, size: int) -> Tensor:
+    """Memory as a tensor, which does not keep it."""
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+
+
+@cache
+def card_loader(load_device: torch.device) -> Loader:
+    """The loader of a card, whose few pinned chunks all networks share."""
+    return Loader(HostCard(load_device))

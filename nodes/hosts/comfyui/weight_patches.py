@@ -1,0 +1,128 @@
+# pyright: reportMissingImports=false
+"""ComfyUI's weight patches (LoRAs, merges, hooks) as changes of a placement's weights."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.float
+import comfy.lora
+import comfy.model_patcher
+import comfy.weight_adapter
+import torch
+from torch import Tensor
+
+from ....cascade_core.errors import CascadeError
+from ....cascade_core.placement import Placement, Unit
+
+PREFIX = "diffusion_model."  # of a network's names in a BaseModel
+Patches = Mapping[str, Sequence[tuple]]  # a weight's name in the BaseModel -> its patches, in their order
+
+
+class PatchedWeight:
+    """The patches of one weight.
+
+    steps: the host's tuples (strength, what, strength of the model, offset, function). repeated: whether the weight
+    comes to the device at every forward, so that small factors are kept there.
+    """
+
+    def __init__(self, key: str, steps: Sequence[tuple], repeated: bool):
+        self.key, self.steps, self.repeated = key, tuple(steps), repeated
+        self._moved: list[tuple] | None = None
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The patched weight in its own dtype, computed in float32 and rounded as the host does.
+
+        Raises CascadeError for patches that change its shape.
+        """
+        steps = self._steps_on(weight)
+        original = {
+            self.key: [(weight, _unchanged)]
+        }  # what a patch by another model's weight is compared with
+        copied = weight.to(torch.float32, copy=True)
+        changed = comfy.lora.calculate_weight(
+            steps, copied, self.key, intermediate_dtype=torch.float32, original_weights=original
+        )
+        if changed.shape != weight.shape:
+            raise CascadeError(
+                f"A patch makes {self.key} a weight of {tuple(changed.shape)}, but it is {tuple(weight.shape)} here; "
+                "choose a LoRA that was made for this model."
+            )
+        seed = comfy.model_patcher.string_to_seed(self.key)
+        return comfy.float.stochastic_rounding(changed, weight.dtype, seed=seed)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the factors that are kept on the device."""
+        return 0 if self._moved is None else sum(tensor.nbytes for tensor in _tensors(self._moved))
+
+    def _steps_on(self, weight: Tensor) -> Sequence[tuple]:
+        if not self.repeated or sum(tensor.nbytes for tensor in _tensors(self.steps)) > weight.nbytes // 4:
+            return self.steps  # larger ones, as of a merged model, would take as much as the weights
+        if self._moved is None:
+            self._moved = [_on_device(step, weight.device) for step in self.steps]
+        return self._moved
+
+
+class PatchKey:
+    """What a unit's weights are patched by; equal where it is the same, as clones of a MODEL share parts of patches."""
+
+    def __init__(self, changes: Mapping[int, PatchedWeight]):
+        self._steps = {index: change.steps for index, change in changes.items()}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PatchKey) or self._steps.keys() != other._steps.keys():
+            return False
+        return all(_same(steps, other._steps[index]) for index, steps in self._steps.items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def set_patches(placement: Placement, patches: Patches, streamed: frozenset[Unit]) -> dict[Unit, Any]:
+    """Makes these the patches of all weights that are onloaded from here on; they are returned by unit."""
+    changes: dict[Unit, dict[int, PatchedWeight]] = {}
+    for key, steps in patches.items():
+        location = placement.locations.get(key.removeprefix(PREFIX))
+        if location is not None and steps:
+            unit, index = location
+            changes.setdefault(unit, {})[index] = PatchedWeight(key, steps, unit in streamed)
+    placement.set_changes(changes, {unit: PatchKey(each) for unit, each in changes.items()})
+    return changes
+
+
+def _unchanged(weight: Tensor, **_: Any) -> Tensor:
+    return weight
+
+
+def _same(steps: Sequence[tuple], others: Sequence[tuple]) -> bool:
+    return len(steps) == len(others) and all(map(_same_step, steps, others))
+
+
+def _same_step(step: tuple, other: tuple) -> bool:
+    """By identity of tensors and adapters, by value of strengths."""
+    return step is other or (
+        len(step) == len(other)
+        and all(a is b or (isinstance(a, int | float) and a == b) for a, b in zip(step, other, strict=True))
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of patches, however nested."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
+        return _tensors(value.weights)
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, list | tuple) else []
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """The same patches with their tensors on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
+        moved = copy.copy(value)
+        moved.weights = _on_device(value.weights, device)
+        return moved
+    if isinstance(value, list | tuple):
+        return type(value)(_on_device(part, device) for part in value)
+    return value
