@@ -153,8 +153,8 @@ class Placement:
             raise
         for unit, buffer in buffers:
             weights = unit.views(buffer)
-            unit.point_to(weights)
             self.patch(unit, weights)
+            unit.point_to(weights)  # only what is whole
             unit.device_buffer, unit.patch_key = buffer, self._keys.get(unit)
 
     def new_stream(self, plan: StreamingPlan) -> WeightStream:

@@ -95,8 +95,8 @@ class WeightStream:
         transfer.wait()
         if (unit, slot) not in self.views:
             self.views[unit, slot] = unit.views(self.slots[slot])
-        unit.point_to(self.views[unit, slot])
         self.onloaded(unit, self.views[unit, slot])
+        unit.point_to(self.views[unit, slot])
 
     def _free_slot(self, unit: Unit) -> None:
         self.free_slots.append((self.active.pop(unit), self.device.record_event()))

@@ -4,10 +4,10 @@
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import comfy.float
 import comfy.lora
-import comfy.model_patcher
 import comfy.weight_adapter
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class PatchedWeight:
                 f"A patch makes {self.key} a weight of {tuple(changed.shape)}, but it is {tuple(weight.shape)} here; "
                 "choose a LoRA that was made for this model."
             )
-        seed = comfy.model_patcher.string_to_seed(self.key)
+        seed = crc32(self.key.encode())  # the host's own, wherever its versions keep it
         return comfy.float.stochastic_rounding(changed, weight.dtype, seed=seed)
 
     @property
