@@ -35,6 +35,7 @@ BATCH = Bounds(1, 4096)
 GROW = Bounds(0, 16)  # positions of Stage C, of which 1024 pixels have 24
 FEATHER = Bounds(0, 512)  # pixels; each takes a pass over the picture
 STRENGTH = Bounds(-10.0, 10.0)  # of LoRAs, learned tokens and picture prompts
+ALPHA = Bounds(0.0, 1e6)  # of LoRAs; 0: as the file says
 CONTROL_STRENGTH = Bounds(0.0, 10.0)
 SHARE = Bounds(0.0, 1.0)  # of the steps
 TILE = Bounds(0, 16_384)  # pixels; 0: whole

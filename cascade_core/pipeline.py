@@ -452,6 +452,8 @@ class StableCascade:
         strength: float = 1.0,
         text_strength: float | None = None,
         new_tokens: str = "",
+        alpha: float = 0.0,
+        module_filters: str = "",
     ) -> str:
         """Applies a LoRA of any dialect, or a learned token, from here on; returns the name to remove it by.
 
@@ -459,6 +461,8 @@ class StableCascade:
         strength       of what changes Stage C: 0 not at all, 1 as trained
         text_strength  of what changes the text encoder, tokens included; by default the same
         new_tokens     names for the tokens of official LoRAs, which do not hold them: `[fernando] ^dog</w>; …`
+        alpha          what it was trained with, for files that do not say it; 0: as the file says, or else its rank
+        module_filters  of an official LoRA's training, where its shapes fit several: `.attn, kv_mapper`
 
         A token that the file teaches is written as [name] in prompts. Raises CascadeError for a file that does not fit.
         """
@@ -466,14 +470,16 @@ class StableCascade:
             text_strength = strength if text_strength is None else text_strength
             strength = real_number("strength", strength, limits.STRENGTH)
             text_strength = real_number("text_strength", text_strength, limits.STRENGTH)
+            alpha = real_number("alpha", alpha, limits.ALPHA)
             check_text("new_tokens", new_tokens)
+            check_text("module_filters", module_filters)
             path = self.files.named("lora", file)
-            adapter = read_adapter(path, self.stage("stage_c").network.config)
+            adapter = read_adapter(path, self.stage("stage_c").network.config, alpha, module_filters)
             named = tuple(parse_new_tokens(new_tokens))
             if strength:
                 check_fits(adapter, self.stage("stage_c").network.config)
                 check_finite_changes(adapter.stage_c, adapter.name)
-            notes = [note for note in [describe_unknown(adapter)] if note]
+            notes = [note for note in [*adapter.notes, describe_unknown(adapter)] if note]
             if text_strength and (adapter.text or adapter.tokens):
                 notes += check_text_changes(adapter, self.text_stage().encoder.model, named)
                 self.text_stage().with_adapter(

@@ -49,6 +49,12 @@ def add_convert_command(commands: Any) -> None:
         "the Stage C it is for, whose layers the official dialect numbers; not needed for the published sizes"
     )
     convert.add_argument("--model", type=Path, metavar="FILE", help=model)
+    alpha = "the alpha it was trained with, where neither the file nor an adapter_config.json says it"
+    convert.add_argument("--alpha", type=float, default=0.0, metavar="NUMBER", help=alpha)
+    filters = (
+        "the module_filters an official LoRA was trained with, where the shapes fit several: .attn,kv_mapper"
+    )
+    convert.add_argument("--filters", default="", metavar="LIST", help=filters)
     without = f"leave out {', '.join(PARTS)}, such as a dialect has no keys for; may be repeated"
     convert.add_argument(
         "--without", action="append", default=[], choices=PARTS, metavar="PART", help=without
@@ -68,6 +74,8 @@ def _convert(options: argparse.Namespace) -> int:
         tuple(options.without),
         options.partial,
         options.force,
+        options.alpha,
+        options.filters,
     ):
         print(line)
     return 0
@@ -89,25 +97,28 @@ def convert_lora(
     without: tuple[str, ...] = (),
     partial: bool = False,
     force: bool = False,
+    alpha: float = 0.0,
+    filters: str = "",
 ) -> list[str]:
-    """Writes `target` and returns the lines of its report. Raises CascadeError, and writes nothing, on failure."""
-    from ..cascade_core.adapters import describe_adapter, parse_adapter, write_adapter
-    from ..cascade_core.adapters.peft import stated_alpha
-    from ..cascade_core.checkpoints import read_safetensors
+    """Writes `target` and returns the lines of its report. alpha, filters: as in `read_adapter`.
+
+    Raises CascadeError, and writes nothing, on failure.
+    """
+    from ..cascade_core import limits
+    from ..cascade_core.adapters import describe_adapter, read_adapter, write_adapter
 
     _check_dialect(dialect)
     _check_target(target, force)
     config = None if model is None else _stage_c_config(model)
-    tensors, metadata = read_safetensors(source)
-    adapter = parse_adapter(tensors, metadata, source.name, config, stated_alpha(source))
-    lines = [describe_adapter(adapter)]
+    adapter = read_adapter(source, config, limits.real_number("alpha", alpha, limits.ALPHA), filters)
+    lines = [describe_adapter(adapter), *adapter.notes]
     lines += _check_whole(adapter, config, partial)
     if without:
         lines.append(f"Left out: {', '.join(without)}")
     converted = replace(adapter, **{part: PARTS[part] for part in without})
     if not (converted.stage_c or converted.text or converted.tokens):
         raise CascadeError(f"Nothing of {source.name} is left to write; leave out less (--without).")
-    write_adapter(target, converted, dialect, config, metadata=metadata, overwrite=force)
+    write_adapter(target, converted, dialect, config, metadata=adapter.metadata, overwrite=force)
     return [*lines, f"Written: {target} ({dialect})"]
 
 

@@ -71,6 +71,27 @@ class CascadeLoRAApply(io.ComfyNode):
                         "pattern from the training's train_tokens, such as [fernando] ^dog</w>, with a ; between."
                     ),
                 ),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=limits.ALPHA.least,
+                    max=limits.ALPHA.most,
+                    step=0.5,
+                    optional=True,
+                    tooltip=(
+                        "Only for files that do not say the alpha they were trained with, as PEFT's without their "
+                        "adapter_config.json. 0: as the file says, or else each layer's rank."
+                    ),
+                ),
+                io.String.Input(
+                    "module_filters",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        "Only for official LoRAs whose layers could be several: the training's module_filters, such as "
+                        ".attn, kv_mapper."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -92,19 +113,28 @@ class CascadeLoRAApply(io.ComfyNode):
         return fingerprint("lora", file)
 
     @classmethod
-    def execute(cls, model, file, strength_model, strength_clip, clip=None, new_tokens="") -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        file,
+        strength_model,
+        strength_clip,
+        clip=None,
+        new_tokens="",
+        alpha=0.0,
+        module_filters="",
+    ) -> io.NodeOutput:
         check_network(model, "stage_c", "Cascade LoRA Apply", "Load Stage C")
         check_connected(clip, "The CLIP of Cascade LoRA Apply", "Load Cascade Text Encoder")
         if strength_model == 0 and strength_clip == 0:
             return io.NodeOutput(model, clip)
         config = host().stage_c_config(model)
-        adapter = read_adapter(find("lora", file), config)
+        adapter = read_adapter(find("lora", file), config, alpha, module_filters)
         new = parse_new_tokens(new_tokens)
         if strength_model:
             check_fits(adapter, config)
             check_finite_changes(adapter.stage_c, adapter.name)
-        unknown = describe_unknown(adapter)
-        notes = [unknown] if unknown else []
+        notes = [note for note in [*adapter.notes, describe_unknown(adapter)] if note]
         if strength_clip:
             notes += _text_notes(adapter, clip, new)
         patched = host().with_adapter(model, clip, adapter, strength_model, strength_clip, new)

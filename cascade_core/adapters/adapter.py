@@ -24,6 +24,8 @@ class Adapter:
     text      changes of the text encoder by layer, or parameter
     tokens    learned tokens
     unknown   keys of the file that are none of these
+    notes     sentences about what was assumed of it
+    metadata  of the file
     """
 
     name: str
@@ -32,3 +34,5 @@ class Adapter:
     text: Mapping[str, Change] = field(default_factory=dict)
     tokens: tuple[LearnedToken, ...] = ()
     unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)

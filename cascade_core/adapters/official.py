@@ -23,7 +23,7 @@ from .adapter import Adapter
 from .changes import LowRank, belong_together, low_rank_changes
 from .fused import exact_product, fuse, split
 from .names import FUSED, QKV, is_convolution, published_layers, published_parameter
-from .order import FILTERS, kind, layer_order
+from .order import FILTERS, Filters, kind, layer_order
 
 _NUMBERED = re.compile(r"weights\.(\d{1,6})\.lora_(down|up)")
 HEADER = ("order", "module_filters", "rank", "train_tokens")  # what our own files say of themselves
@@ -38,16 +38,21 @@ def is_official(names: Iterable[str]) -> bool:
 
 
 def read_official(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str, config: StageCConfig | None
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    name: str,
+    config: StageCConfig | None,
+    filters: Filters | None = None,
 ) -> Adapter:
-    """config: the Stage C it was made for; None: the published one that its shapes fit.
+    """config: the Stage C it was made for; None: the published one that its shapes fit; filters: as in `layer_order`.
 
     Raises CascadeError where the file is damaged or fits no Stage C in a single way.
     """
     pairs = _pairs(tensors, name)
     stage_c: dict[str, LowRank] = {}
     kernel = (config or StageCConfig()).kernel_size
-    order = layer_order([(len(up), down.shape[1]) for down, up in pairs], metadata, name, config)
+    shapes = [(len(up), down.shape[1]) for down, up in pairs]
+    order = layer_order(shapes, metadata, name, config, filters)
     for layer, (down, up) in zip(order, pairs, strict=True):
         change = _layer_change(layer, down, up, kernel)
         if layer.endswith(FUSED):

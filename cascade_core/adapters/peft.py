@@ -1,9 +1,11 @@
-"""The scale of a PEFT LoRA, which stands in a file beside its tensors."""
+"""The scale of a PEFT LoRA, which stands in a file beside its tensors, or nowhere."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -12,42 +14,107 @@ from ..errors import CascadeError, quoted
 from .patterns import texts
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+HEADER_ENTRY = "lora_adapter_metadata"  # where diffusers writes the same configuration into the tensors' file
 LARGEST_ALPHA = 1e6
+# `init_lora_weights` that leave the network's own weights as they are; others move a part of them into the LoRA.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_OTHER_KINDS = {"kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "use_qalora": "QALoRA"}
 
-AlphaOf = Callable[[str, int], float | None]  # a layer by the file's name of it, its rank -> alpha
+AlphaOf = Callable[[str, int], float]  # a layer by the file's name of it, its rank -> alpha
 
 
-def stated_alpha(path: Path) -> AlphaOf | None:
-    """Reads the alphas of the LoRA at `path` from PEFT's adapter_config.json; None if there is none beside it.
+@dataclass(frozen=True)
+class StatedAlpha:
+    """Alphas of the layers that have none of their own.
 
-    rsLoRA (arXiv 2312.03732) divides alpha by the root of the rank.
+    of       says a layer's
+    note     what was assumed, in a sentence, or ""
+    adalora  whether PEFT's AdaLoRA is stated, which has a third tensor
     """
-    beside = path.with_name(CONFIG_FILE)
-    return _alpha_of(beside) if path.name == WEIGHTS_FILE and beside.exists() else None
+
+    of: AlphaOf
+    note: str = ""
+    adalora: bool = False
 
 
-def _alpha_of(path: Path) -> AlphaOf:
-    config = read_json(path)
+def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) -> StatedAlpha | None:
+    """The alphas of the LoRA at `path`: as given (0: not), else as PEFT's configuration says; None without one.
+
+    The configuration stands in the file's own metadata, as diffusers writes it, or in adapter_config.json beside it,
+    which is taken for a file of any name if no other is there that it could be of. Raises CascadeError where it is
+    damaged, or states a LoRA that the network's own weights have been changed for.
+    """
+    beside, note = path.with_name(CONFIG_FILE), ""
+    config, where = _header_config(metadata), f"{path} ({HEADER_ENTRY})"
+    if not config and beside.exists() and (path.name == WEIGHTS_FILE or _is_alone(path)):
+        config, where = read_json(beside), str(beside)
+        note = (
+            "" if path.name == WEIGHTS_FILE else f"{path.name} takes its alpha from {CONFIG_FILE} beside it."
+        )
+    elif not config:
+        return StatedAlpha(lambda layer, rank: alpha) if alpha else None
+    _check_plain(config, where)
+    adalora = config.get("peft_type") == "ADALORA"
+    if alpha:
+        return StatedAlpha(lambda layer, rank: alpha, "", adalora)
+    return StatedAlpha(_alpha_of(config, where, adalora), note, adalora)
+
+
+def assumed_alpha(name: str) -> str:
+    """Says, in a sentence, what is assumed of a file without alphas."""
+    return (
+        f"{name} states no alpha, and each layer's rank is taken for it; if its training had another (lora_alpha in "
+        f"PEFT's {CONFIG_FILE}), give that as alpha."
+    )
+
+
+def _is_alone(path: Path) -> bool:
+    return list(path.parent.glob("*.safetensors")) == [path]
+
+
+def _header_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration of one network in a file's metadata; empty where there is none."""
+    try:
+        config = json.loads(metadata.get(HEADER_ENTRY, "{}"))
+    except (ValueError, RecursionError):
+        config = None
+    return config if isinstance(config, dict) and "lora_alpha" in config else {}
+
+
+def _check_plain(config: Mapping[str, Any], where: str) -> None:
+    init = config.get("init_lora_weights")
+    other = next((kind for entry, kind in _OTHER_KINDS.items() if config.get(entry)), None)
+    if init in _PLAIN_INITS and other is None:
+        return
+    what = f"a LoRA with init_lora_weights {quoted(init)}" if other is None else f"a {other} adapter"
+    raise CascadeError(
+        f"{where} states {what}, for which PEFT changes the network's own weights as well, so that the tensors alone "
+        "do not hold the change; save it from PEFT with path_initial_model_for_weight_conversion, as a plain LoRA."
+    )
+
+
+def _alpha_of(config: Mapping[str, Any], where: str, adalora: bool) -> AlphaOf:
+    """Alphas by PEFT's configuration. rsLoRA (arXiv 2312.03732) divides alpha by the root of the rank."""
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     root = config.get("use_rslora") or False
     if not (_is_alpha(alpha) and isinstance(patterns, dict) and isinstance(root, bool)):
         raise CascadeError(
-            f"{path} is not a PEFT configuration with a lora_alpha above 0, by which the LoRA beside it is scaled "
+            f"{where} is not a PEFT configuration with a lora_alpha above 0, by which the LoRA beside it is scaled "
             f"(lora_alpha {quoted(alpha)}, use_rslora {quoted(root)}); download it again."
         )
-    everywhere, named = float(alpha), _by_name(patterns, path)
+    everywhere, named = float(alpha), {} if adalora else _by_name(patterns, where)
 
     def alpha_of(layer: str, rank: int) -> float:
         name = layer.removeprefix("base_model.model.")
         parts = name.split(".")
         endings = [f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))]
         _, alpha_here = min((named[ending] for ending in endings if ending in named), default=(0, everywhere))
-        return alpha_here * math.sqrt(rank) if root else alpha_here
+        return alpha_here * math.sqrt(rank) if root and not adalora else alpha_here
 
     return alpha_of
 
 
-def _by_name(patterns: dict[str, Any], path: Path) -> dict[str, tuple[int, float]]:
+def _by_name(patterns: dict[str, Any], where: str) -> dict[str, tuple[int, float]]:
     """{a name's last parts, or ^ and the whole name: (the pattern's number, its alpha)}; the first pattern counts.
 
     PEFT runs them as regular expressions, `(.*\\.)?(pattern)$`; here they are names.
@@ -57,7 +124,7 @@ def _by_name(patterns: dict[str, Any], path: Path) -> dict[str, tuple[int, float
         names = texts(pattern, plain=".")
         if names is None or not _is_alpha(alpha):
             raise CascadeError(
-                f"{path} states the alpha {quoted(alpha)} for {quoted(pattern)} in alpha_pattern, but numbers above 0 "
+                f"{where} states the alpha {quoted(alpha)} for {quoted(pattern)} in alpha_pattern, but numbers above 0 "
                 "for layers' names are expected, with | between several; write the names in place of a regular "
                 "expression, which is not run."
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ from .foreign import foreign_model, other_algorithms
 from .fused import split
 from .names import FUSED, is_convolution, stage_c_layer, text_layer
 from .official import is_official, read_official
-from .peft import LARGEST_ALPHA, AlphaOf, stated_alpha
+from .order import Filters, parse_filters
+from .peft import LARGEST_ALPHA, StatedAlpha, assumed_alpha, stated_alpha
 
 # What stands after a layer's name in one program or another, and what it is.
 ENDINGS = {
@@ -48,15 +50,23 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _EMBEDDING = ("clip_g", "clip_g_out", "emb_params", "string_to_param.*")
 
 
-def read_adapter(path: str | Path, stage_c: StageC | StageCConfig | None = None) -> Adapter:
+def read_adapter(
+    path: str | Path,
+    stage_c: StageC | StageCConfig | None = None,
+    alpha: float = 0.0,
+    filters: str = "",
+) -> Adapter:
     """Reads a LoRA or embedding file; the tensors are views of the mapped file.
 
     stage_c: the network it is for. Only the official dialect, which numbers its layers, asks for it, and not for the
-    published sizes. Raises CascadeError where the file cannot be read or is of something else.
+    published sizes. alpha, filters: what the file's training had and the file may not say, the alpha of layers without
+    one (0: as stated beside it, or else their rank) and the `module_filters` of an official file ("": as the shapes
+    tell). Raises CascadeError where the file cannot be read or is of something else.
     """
     path = Path(path)
     tensors, metadata = read_safetensors(path)
-    return parse_adapter(tensors, metadata, path.name, stage_c, stated_alpha(path))
+    stated = stated_alpha(path, metadata, alpha)
+    return parse_adapter(tensors, metadata, path.name, stage_c, stated, parse_filters(filters))
 
 
 def parse_adapter(
@@ -64,21 +74,21 @@ def parse_adapter(
     metadata: Mapping[str, str],
     name: str,
     stage_c: StageC | StageCConfig | None = None,
-    alpha_of: AlphaOf | None = None,
+    alpha: StatedAlpha | None = None,
+    filters: Filters | None = None,
 ) -> Adapter:
     """Parses a file's tensors into an adapter; name: of the file.
 
-    stage_c: as in `read_adapter`; alpha_of: says the alpha of layers that have none of their own (None: the rank).
+    stage_c, filters: as in `read_adapter`; alpha: says that of layers that have none of their own (None: the rank).
     Raises CascadeError where they are of another model, of another kind of change, or not whole.
     """
     _check_types(tensors, name)
     if is_official(tensors):
-        return read_official(
-            tensors, metadata, name, stage_c.config if isinstance(stage_c, StageC) else stage_c
-        )
+        config = stage_c.config if isinstance(stage_c, StageC) else stage_c
+        return replace(read_official(tensors, metadata, name, config, filters), metadata=metadata)
     if any(key in tensors for key in _EMBEDDING):
-        return _embedding(tensors, name)
-    return _named(tensors, name, alpha_of or (lambda layer, rank: None))
+        return replace(_embedding(tensors, name), metadata=metadata)
+    return replace(_named(tensors, name, alpha), metadata=metadata)
 
 
 def _check_types(tensors: Mapping[str, Tensor], name: str) -> None:
@@ -108,7 +118,7 @@ def _token(token: str, vectors: Tensor, key: str, name: str) -> LearnedToken:
     return LearnedToken(token, rows.float(), output=key.endswith("_out"))
 
 
-def _named(tensors: Mapping[str, Tensor], name: str, alpha_of: AlphaOf) -> Adapter:
+def _named(tensors: Mapping[str, Tensor], name: str, alpha: StatedAlpha | None) -> Adapter:
     layers: dict[str, dict[str, Tensor]] = {}  # by the file's names
     keys: dict[str, list[str]] = {}
     tokens, unknown = [], []
@@ -130,12 +140,23 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha_of: AlphaOf) -> Adapt
             unknown += keys[theirs]
             continue
         network, layer = located
-        _put(changes[network], layer, _change(layer, theirs, parts, alpha_of, name), name)
+        _put(changes[network], layer, _change(layer, theirs, parts, alpha, name), name)
         spelled.append((network, layer, theirs))
     unread = {key: tensors[key] for key in unknown}
     _check_known(tensors, unread, bool(changes["stage_c"] or tokens), bool(spelled or tokens), name)
     dialect = _dialect(spelled, tensors) if spelled else "onetrainer"
-    return Adapter(name, dialect, changes["stage_c"], changes["text"], tuple(tokens), tuple(unknown))
+    notes = _alpha_notes([*changes["stage_c"].values(), *changes["text"].values()], dialect, alpha, name)
+    return Adapter(name, dialect, changes["stage_c"], changes["text"], tuple(tokens), tuple(unknown), notes)
+
+
+def _alpha_notes(
+    changes: Iterable[Change], dialect: str, alpha: StatedAlpha | None, name: str
+) -> tuple[str, ...]:
+    """What was assumed of layers without an alpha. The dialect `diffusers` multiplies it into its tensors."""
+    if alpha is not None:
+        return (alpha.note,) if alpha.note else ()
+    assumed = dialect != "diffusers" and any(getattr(change, "alpha", 1) is None for change in changes)
+    return (assumed_alpha(name),) if assumed else ()
 
 
 def _parted(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
@@ -157,7 +178,9 @@ def _locate(theirs: str) -> tuple[str, str] | None:
     return None
 
 
-def _change(layer: str, theirs: str, parts: Mapping[str, Tensor], alpha_of: AlphaOf, name: str) -> LowRank:
+def _change(
+    layer: str, theirs: str, parts: Mapping[str, Tensor], stated: StatedAlpha | None, name: str
+) -> LowRank:
     down, up = parts.get("down"), parts.get("up")
     if down is None or up is None or not belong_together(down, up):
         raise CascadeError(
@@ -167,7 +190,9 @@ def _change(layer: str, theirs: str, parts: Mapping[str, Tensor], alpha_of: Alph
     if is_convolution(layer):
         down, up = _as_kernels(layer, down), up.reshape(len(up), -1, 1, 1)
     where = f"{name}: {printable(theirs)}"
-    alpha = _alpha(parts["alpha"], where) if "alpha" in parts else alpha_of(theirs, len(down))
+    alpha = stated.of(theirs, len(down)) if stated else None
+    if "alpha" in parts:
+        alpha = _alpha(parts["alpha"], where)
     return LowRank(down, up, alpha, _magnitude(layer, down, up, parts, where))
 
 

@@ -1,5 +1,7 @@
 """Every dialect reads as the same LoRA, and is written and read back unchanged."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -319,6 +321,77 @@ def test_a_peft_folder_states_its_scale(tmp_path):
     config.write_text("[]")
     with pytest.raises(CascadeError, match=r"adapter_config.json is not JSON with a table"):
         read_adapter(tmp_path / "adapter_model.safetensors")
+
+
+PEFT_CONFIG = '{"r": 4, "lora_alpha": 8}'
+
+
+def peft_file(path, metadata=None):
+    """A PEFT file of two layers under any name; in the end PEFT's own alpha is not in it."""
+    layers = {"clip_txt_mapper": change((8, 6), rank=4), "clf.1": change((4, 6, 1, 1), 4)}
+    tensors, _ = to_dialect(Adapter("a", "peft", layers), "peft")
+    write_safetensors(path, tensors, metadata or {})
+    return path
+
+
+def scales(adapter):
+    return {change.scale for change in adapter.stage_c.values()}
+
+
+def test_a_renamed_peft_file_says_what_was_assumed_of_its_alpha(tmp_path):
+    path = peft_file(tmp_path / "style.safetensors")
+    adapter = read_adapter(path)
+    assert (scales(adapter), adapter.notes) == ({1}, (
+        "style.safetensors states no alpha, and each layer's rank is taken for it; if its training had another "
+        "(lora_alpha in PEFT's adapter_config.json), give that as alpha.",
+    ))  # fmt: skip
+    given = read_adapter(path, alpha=8)
+    assert (scales(given), given.notes) == ({2}, ())
+    (tmp_path / "adapter_config.json").write_text(PEFT_CONFIG)
+    beside = read_adapter(path)
+    note = "style.safetensors takes its alpha from adapter_config.json beside it."
+    assert (scales(beside), beside.notes) == ({2}, (note,))
+    assert scales(read_adapter(path, alpha=2)) == {0.5}
+    peft_file(tmp_path / "other.safetensors")  # whose configuration is it?
+    assert scales(read_adapter(path)) == {1}
+    assert "states no alpha" in read_adapter(path).notes[0]
+
+
+def test_diffusers_writes_the_configuration_into_the_file(tmp_path):
+    adapter = read_adapter(peft_file(tmp_path / "a.safetensors", {"lora_adapter_metadata": PEFT_CONFIG}))
+    assert (scales(adapter), adapter.notes) == ({2}, ())
+    for text in ("[", "[]", "5", '{"unet.r": 4}', "[" * 99_999):
+        path = peft_file(tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
+        assert "states no alpha" in read_adapter(path).notes[0]
+
+
+def test_files_whose_program_multiplies_alpha_in_say_nothing(tmp_path):
+    low_rank = {"down_blocks.0.2.attention.attn.to_q": change((64, 64))}
+    for dialect in ("diffusers", "kohya", "official"):
+        write_adapter(tmp_path / "a.safetensors", Adapter("a", "kohya", low_rank), dialect, CONFIG)
+        assert read_adapter(tmp_path / "a.safetensors").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"init_lora_weights": "pissa"}, "a LoRA with init_lora_weights 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_16"}, "a LoRA with init_lora_weights 'pissa_niter_16'"),
+        ({"init_lora_weights": "olora"}, "a LoRA with init_lora_weights 'olora'"),
+        ({"init_lora_weights": ["x" * 999]}, "a LoRA with init_lora_weights ['xxx"),
+        ({"kasa_config": {"beta": 1}}, "a KaSA adapter"),
+    ],
+)
+def test_pefts_that_change_the_networks_own_weights_are_refused(stated, said, tmp_path):
+    path = peft_file(tmp_path / "adapter_model.safetensors")
+    path.with_name("adapter_config.json").write_text(json.dumps({"lora_alpha": 8, **stated}))
+    with pytest.raises(CascadeError, match=rf"adapter_config.json states {re.escape(said)}.*for which PEFT changes the "
+                       r"network's own weights .* path_initial_model_for_weight_conversion"):  # fmt: skip
+        read_adapter(path, alpha=8)
+    for plain in (True, False, "gaussian", "eva", "orthogonal"):
+        text = json.dumps({"lora_alpha": 8, "init_lora_weights": plain})
+        path.with_name("adapter_config.json").write_text(text)
+        assert scales(read_adapter(path)) == {2}
 
 
 def test_embeddings_in_files_of_their_own(tmp_path):

@@ -1,6 +1,7 @@
 """The official dialect: which number is which layer, one attention input for three, learned tokens."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ from cascade_nodes.cascade_core.adapters.names import (
     published_parameter,
     stage_c_shapes,
 )
-from cascade_nodes.cascade_core.adapters.order import FILTERS, SIZES, kind
+from cascade_nodes.cascade_core.adapters.order import FILTERS, SIZES, kind, parse_filters
 from cascade_nodes.tests.core.lora_files import ABOUT, CONFIG, change, everything, golden
 from cascade_nodes.tests.golden_weights import manifest_shapes, relative_error
 
@@ -110,7 +111,14 @@ def test_the_published_files_names_and_shapes():
 @pytest.mark.parametrize("size", list(MANIFESTS))
 @pytest.mark.parametrize(
     "filters",
-    [(".attn",), FILTERS, ("kv_mapper",), (".attn", "channelwise"), ("depthwise", ".mapper"), ("clf",)],
+    [
+        (".attn",),
+        FILTERS,
+        (".attn", "kv_mapper"),
+        (".attn", "channelwise"),
+        ("depthwise", ".mapper"),
+        ("clf",),
+    ],
 )
 def test_size_and_layers_are_found_by_the_shapes(size, filters):
     adapter = parse_adapter(official_file(SIZES[size], filters), {}, "a.safetensors")
@@ -119,6 +127,85 @@ def test_size_and_layers_are_found_by_the_shapes(size, filters):
     }
     assert set(adapter.stage_c) == of_kind
     assert all(adapter.stage_c[layer].fits(stage_c_shapes(SIZES[size])[layer]) for layer in of_kind)
+
+
+FOUND = [
+    "attn", "attention", "attn.out_proj,kv_mapper", "attn,kv_mapper", "channelwise.0", "channelwise.4", "channelwise",
+    "wise", ".mapper", "mapper_", "clip_txt", "clip_txt_mapper", "clip_txt_pooled", "clip_img", "clip", "embedding",
+    "clf", "scalers", "blocks", "blocks.0", "down_blocks.0", "up_blocks.1", "up_blocks,.attn", ".attn,clip_txt,clf",
+    "attn,channelwise.0,embedding", "null",
+]  # fmt: skip
+AMBIGUOUS = {
+    "attn.out_proj": "out_proj or kv_mapper",
+    "kv_mapper": "out_proj or kv_mapper",
+    "mapper": "out_proj, .mapper, clip_txt_mapper, clip_txt_pooled, clip_img or kv_mapper, .mapper",
+    "mapper_sca": "mapper_sca or mapper_crp",
+    "downscalers": "downscalers or upscalers",
+    "down_blocks": "down_blocks.0, down_blocks.1 or down_blocks.0, up_blocks.0",
+    "up_blocks.0": "down_blocks.1 or up_blocks.0",
+}
+UNKNOWN = ["down_blocks.0.2", "down_blocks.0.5.attention", "1.channelwise"]
+
+
+def trained_with(size, filters) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """A file of the published trainer with these module_filters, without values, and its layers' published names."""
+    parameters = numbered(published_modules(manifest_shapes(MANIFESTS[size])), filters)
+    shapes = {published_parameter(layer): shape for layer, shape in published_layers(SIZES[size]).items()}
+    tensors = {}
+    for i, parameter in enumerate(parameters):
+        rows, columns, *_ = shapes[parameter]
+        tensors[f"weights.{i}.lora_down"] = torch.empty(1, columns, device="meta")
+        tensors[f"weights.{i}.lora_up"] = torch.empty(rows, 1, device="meta")
+    return tensors, parameters
+
+
+def changed_parameters(adapter) -> set[str]:
+    names = set()
+    for layer in adapter.stage_c:
+        block, _, part = layer.rpartition("attn.")
+        names.add(f"{block}attn.in_proj_weight" if f"attn.{part}" in QKV else f"{layer}.weight")
+    return names
+
+
+@pytest.mark.parametrize("size", list(MANIFESTS))
+@pytest.mark.parametrize("text", [*FOUND, *AMBIGUOUS, *UNKNOWN])
+def test_every_list_of_module_filters_is_read_or_refused(size, text):
+    filters = parse_filters(text)
+    tensors, parameters = trained_with(size, filters)
+    given = parse_adapter(tensors, {}, "a", filters=filters)
+    assert changed_parameters(given) == set(parameters)
+    stated = parse_adapter(tensors, {"module_filters": json.dumps(filters)}, "a")
+    assert list(stated.stage_c) == list(given.stage_c)
+    if text in FOUND:
+        assert list(parse_adapter(tensors, {}, "a").stage_c) == list(given.stage_c)
+        return
+    reason = (
+        f"which could be those of {AMBIGUOUS[text]}"
+        if text in AMBIGUOUS
+        else "which are none of the published"
+    )
+    with pytest.raises(
+        CascadeError, match=rf"{re.escape(reason)}.*; give the .*module_filters .*\(--filters in"
+    ):
+        parse_adapter(tensors, {}, "a")
+
+
+def test_module_filters_that_are_not_the_files():
+    tensors, _ = trained_with("1 B", ["attn"])
+    with pytest.raises(CascadeError, match=r"of 64 numbered layers .*, which are not those that the module_filters "
+                       r"\['clf'\] find in a published Stage C; give those"):  # fmt: skip
+        parse_adapter(tensors, {}, "a", filters=["clf"])
+
+
+@pytest.mark.parametrize(
+    ("text", "filters"),
+    [
+        ("", None), (" , ", None), ("[]", None), ("null", ("",)), (".attn", (".attn",)),
+        ("['.attn', \"clf\"]", (".attn", "clf")), (".attn,clf", (".attn", "clf")),
+    ],
+)  # fmt: skip
+def test_module_filters_as_the_trainers_settings_have_them(text, filters):
+    assert parse_filters(text) == filters
 
 
 def test_the_golden_lora_needs_its_stage_c_or_its_order():
