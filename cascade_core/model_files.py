@@ -88,7 +88,7 @@ def names_in(folder: Path, role: str) -> list[str]:
 def is_encoder_folder(folder: Path) -> bool:
     """Whether a folder holds a text encoder as Hugging Face saves one: weights beside its vocabulary."""
     has_vocabulary = any(os.path.isfile(folder / name) for name in ("vocab.json", "tokenizer.json"))
-    return has_vocabulary and os.path.isfile(folder / "model.safetensors")
+    return has_vocabulary and locate(folder, "text").name.startswith("model.")
 
 
 def is_pipeline_folder(folder: Path) -> bool:
@@ -243,12 +243,13 @@ def _candidate(path: Path, part: str) -> _Candidate | None:
         if not located.is_file():
             return None
         tensors = read_shapes(located)
+        layout = parts_in(tensors).get(part)
+        published = {} if layout is None else layout.to_published(tensors)
     except (CascadeError, OSError):
         return None
-    layout = parts_in(tensors).get(part)
-    if layout is None:
+    if not published:
         return None
-    weights = [tensor for tensor in layout.to_published(tensors).values() if tensor.is_floating_point()]
+    weights = [tensor for tensor in published.values() if tensor.is_floating_point()]
     sizes = {True: 0, False: 0}
     for tensor in weights:
         sizes[tensor.dtype.itemsize < torch.float32.itemsize] += tensor.numel()

@@ -43,12 +43,12 @@ MAX_HEADER = 25_000_000
 MAX_NAME = 1000  # characters of a tensor's name; names are compared with many patterns
 
 # What is often found in place of a safetensors file, by its first bytes.
+_PICKLE = (
+    "is a pickle (.ckpt, .pt), which can run code when opened, and only safetensors files are loaded; convert it on a "
+    "machine you can spare"
+)
 _FOREIGN = (
-    (
-        (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
-        "is a pickle (.ckpt, .pt), which can run code when opened, and only safetensors files are loaded; "
-        "convert it on a machine you can spare",
-    ),
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _PICKLE),
     (
         (b"version https://git-lfs",),
         "is Git LFS's pointer in place of the file; run `git lfs pull`, or download the file itself",
@@ -56,19 +56,20 @@ _FOREIGN = (
     ((b"<!DOCTYPE", b"<!doctype", b"<html"), "is a web page in place of the file; download the file again"),
     (
         (b"GGUF",),
-        "is a GGUF file, whose quantised weights are not read; choose the network's safetensors file",
+        "is a GGUF file, a form that no program has for Stable Cascade; choose the network's safetensors file",
     ),
     ((b"{",), "is a JSON file; choose the safetensors file that it belongs to"),
     (
-        (b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
+        (b"PK", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"),
         "is an archive; unpack it, and choose the safetensors file in it",
     ),
     ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"), "is a picture; choose the network's safetensors file"),
 )
+_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 # The same by names, where the first bytes say nothing.
 _FOREIGN_SUFFIXES = {
     ".onnx": "is an ONNX file, which is not read; choose the network's safetensors file",
-    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin", ".pkl"), _FOREIGN[0][1]),
+    **dict.fromkeys(_PICKLE_SUFFIXES, _PICKLE),
     ".gguf": _FOREIGN[3][1],
 }
 
@@ -193,6 +194,8 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
     """The header's length in bytes; leaves the file at its start. Every header begins with a brace."""
     start = file.read(32)
     if start[8:9] != b"{":
+        if start.startswith(b"PK") and _is_pickle(path, start + file.read(200)):
+            raise CascadeError(f"{path} {_PICKLE}.")
         for beginnings, complaint in _FOREIGN:
             if start.startswith(beginnings):
                 raise CascadeError(f"{path} {complaint}.")
@@ -217,6 +220,11 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
         )
     file.seek(8)
     return length
+
+
+def _is_pickle(path: Path, start: bytes) -> bool:
+    """Whether a zip archive is one of torch's: those begin with `data.pkl` in a folder."""
+    return b"/data.pkl" in start or path.suffix.lower() in _PICKLE_SUFFIXES
 
 
 def _last_offset(header: Any) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+EMBEDDING = "textual inversion embedding"
 # The beginning of a characteristic name, after one of the prefixes, and its model; the first match counts.
 _PREFIXES = ("", "model.diffusion_model.", "model.")
 _NAMES = (
@@ -19,9 +20,15 @@ _NAMES = (
     ("cond_stage_model.transformer.text_model.", "Stable Diffusion 1.5 checkpoint"),
     ("first_stage_model.decoder.conv_in.weight", "Stable Diffusion VAE"),
     ("decoder.conv_in.weight", "Stable Diffusion VAE"),
-    ("emb_params", "textual inversion embedding"),
-    ("clip_l", "textual inversion embedding"),
+    ("emb_params", EMBEDDING),
+    ("clip_l", EMBEDDING),
+    ("string_to_param.", EMBEDDING),
+    ("cond_mapper.0.weight", "Würstchen v2 prior"),
+    ("effnet_mappers.", "Würstchen v2 decoder"),
 )
+# Of every layer of the network that UltraPixel trains beside Stage C, by its trainer's numbers.
+_ULTRAPIXEL = ".wtoken_postfc."
+MOST_EMBEDDINGS = 4  # tensors of an embedding's file that has names of its own
 _LORA_ENDINGS = (
     ".lora_down.weight",
     ".lora_up.weight",
@@ -50,4 +57,7 @@ def foreign_name(tensors: Mapping[str, Tensor]) -> str | None:
     for beginning, model in _NAMES:
         if any(name.startswith(prefix + beginning) for prefix in _PREFIXES for name in tensors):
             return model
-    return None
+    if any(_ULTRAPIXEL in name for name in tensors):
+        return "network that UltraPixel adds to Stage C"
+    named = all("." not in name and tensor.ndim in (1, 2) for name, tensor in tensors.items())
+    return EMBEDDING if named and 0 < len(tensors) <= MOST_EMBEDDINGS else None

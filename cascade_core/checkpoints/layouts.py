@@ -4,11 +4,18 @@ A file is recognised by its names alone. Published names, with the attention inp
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..errors import CascadeError, printable
 from .attention import split_attention
+
+# What programs put before all names of a network, one or several of these: data-parallel training, trainers, pipelines
+# and ComfyUI.
+WRAPPERS = ("module", "model", "diffusion_model", "generator", "prior", "decoder")
+# What torch puts anywhere in names: torch.compile, and sharded or checkpointed training.
+_WRAPPED_MODULES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 # A tensor that every network of a part has, in published names, and that no other part's has.
 SIGNATURES = {
@@ -43,6 +50,7 @@ class Layout:
 
     def published_name(self, name: str) -> str | None:
         """The published name of one of theirs; None for a name of something else."""
+        name = _without_wrapped_modules(name)
         if not name.startswith(self.prefix) or name.removeprefix(self.prefix) in self.ignored:
             return None
         name = name.removeprefix(self.prefix)
@@ -51,13 +59,22 @@ class Layout:
         return name
 
     def to_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Their tensors of this network under published names, as views."""
+        """Their tensors of this network under published names, as views.
+
+        Raises CascadeError where two of theirs have one published name.
+        """
         renamed = {}
         for name, tensor in tensors.items():
             published = self.published_name(name)
-            if published is not None:
-                turned = published in self.transposed and tensor.ndim == 2
-                renamed[published] = tensor.T if turned else tensor
+            if published is None:
+                continue
+            if published in renamed:
+                raise CascadeError(
+                    f"{printable(published)} stands twice, once as {printable(name)}; choose a file that holds the "
+                    "network once."
+                )
+            turned = published in self.transposed and tensor.ndim == 2
+            renamed[published] = tensor.T if turned else tensor
         return renamed
 
     def from_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,11 +164,41 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 
 def parts_in(names: Iterable[str]) -> dict[str, Layout]:
-    """The networks that a file with these names holds, each with its layout."""
-    names = list(names)
+    """The networks that a file with these names holds, each with its layout; its prefix includes WRAPPERS.
+
+    Raises CascadeError for a file that holds a network twice, under several prefixes.
+    """
+    names = [_without_wrapped_modules(name) for name in names]
+    wrapped: dict[str, list[str]] = {}  # by what stands before the network's own names
+    for name in names:
+        words = name.split(".")
+        count = next((number for number, word in enumerate(words) if word not in WRAPPERS), 0)
+        if count:
+            wrapped.setdefault(".".join(words[:count]) + ".", []).append(".".join(words[count:]))
     parts = {}
     for part, layouts in LAYOUTS.items():
-        layout = next((layout for layout in layouts if layout.holds(part, names)), None)
-        if layout is not None:
-            parts[part] = layout
+        layout = _layout_of(part, layouts, names)
+        inside = (
+            {} if layout else {prefix: _layout_of(part, layouts, group) for prefix, group in wrapped.items()}
+        )
+        found = [
+            replace(one, prefix=prefix + one.prefix) for prefix, one in inside.items() if one is not None
+        ]
+        if len(found) > 1:
+            raise CascadeError(
+                f"The file holds {part} twice, under {printable(found[0].prefix)} and {printable(found[1].prefix)}; "
+                "choose a file that holds the network once."
+            )
+        if layout or found:
+            parts[part] = layout or found[0]
     return parts
+
+
+def _layout_of(part: str, layouts: Iterable[Layout], names: list[str]) -> Layout | None:
+    return next((layout for layout in layouts if layout.holds(part, names)), None)
+
+
+def _without_wrapped_modules(name: str) -> str:
+    for wrapper in _WRAPPED_MODULES:
+        name = name.replace(wrapper, "")
+    return name

@@ -204,10 +204,10 @@ def identify(
         expected = KIND_NAMES[expect]
         inside = [PART_NAMES[part] for part in parts_in(weights)]
         model = foreign_name(weights)
-        if len(inside) > 1:
-            contents = f"holds {', '.join(inside)}"
-        elif model is not None:
+        if model is not None and not inside:
             contents = f"is a {model}"
+        elif inside and expected not in inside:
+            contents = f"holds {', '.join(inside)}"
         else:
             raise CascadeError(f"{Path(path).name}: {error}") from None
         raise CascadeError(

@@ -5,24 +5,26 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import CascadeError, printable, quoted
-from .files import FLOATING, read_header, read_json, read_safetensors
+from ..networks.inference import stated_table
+from .files import read_header, read_json, read_safetensors
+from .foreign import foreign_name
 from .layouts import parts_in
+from .quantised import quantisation, unscaled
 
-# Where diffusers' folders keep each network, in the order to look.
+# Where diffusers' folders keep each network, in the order to look; `prior_…` in those of the combined pipeline.
 SUBFOLDERS = {
-    "stage_c": ("prior", "prior_lite"),
+    "stage_c": ("prior", "prior_prior", "prior_lite"),
     "stage_b": ("decoder", "decoder_lite"),
     "stage_a": ("vqgan",),
-    "text": ("text_encoder",),
-    "vision": ("image_encoder",),
+    "text": ("text_encoder", "prior_text_encoder"),
+    "vision": ("image_encoder", "prior_image_encoder"),
 }
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_INDEX = ".safetensors.index.json"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")  # a shard's number, before its ending or before a variant
 MOST_SHARDS = 1000
 _WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
 # What a config.json beside diffusers' weights states that their shapes do not tell: its names, and the published ones.
@@ -48,6 +50,13 @@ def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[s
     """
     located = locate(path, part)
     tensors, metadata = read_tensors(located)
+    scheme = quantisation(tensors, metadata)
+    if scheme is not None and foreign_name(tensors) is None:
+        raise CascadeError(
+            f"{located.name} holds {scheme}, which is not read; choose the network in bf16, fp16, float32 or fp8."
+        )
+    if "_class_name" in (config := stated_table(metadata)):  # diffusers' config.json, in the header
+        metadata = {**metadata, "config": "", **_as_published(config, part)}
     if not metadata.get("config") and in_model_folder(path):
         metadata = {**metadata, **_config_beside(located, part)}
     parts = parts_in(tensors)
@@ -55,7 +64,15 @@ def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[s
         return tensors, metadata
     if len(parts) > 1:  # a config in the metadata would be of the file's only network
         metadata = {name: text for name, text in metadata.items() if name != "config"}
-    return _unscaled(Path(path), parts[part].to_published(tensors)), metadata
+    published = unscaled(located.name, parts[part].to_published(tensors))
+    return {name: tensor for name, tensor in published.items() if not is_counter(name, tensor)}, metadata
+
+
+def is_counter(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is a lone number of a trainer, such as `step`; BatchNorm's are a network's."""
+    return (tensor.ndim == 0 and not name.endswith(".num_batches_tracked")) or (
+        tensor.numel() == 1 and "." not in name
+    )
 
 
 def in_model_folder(path: str | Path) -> bool:
@@ -72,7 +89,10 @@ def _config_beside(weights: Path, part: str) -> dict[str, str]:
     path = weights.with_name("config.json")
     if part not in SUBFOLDERS or not path.exists():
         return {}
-    config = read_json(path)
+    return _as_published(read_json(path), part)
+
+
+def _as_published(config: Mapping[str, Any], part: str) -> dict[str, str]:
     names = _DIFFUSERS_CONFIGS.get(part)
     if names is not None:
         config = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
@@ -112,13 +132,29 @@ def locate(path: str | Path, part: str) -> Path:
 
 def _weights_in(folder: Path) -> Path | None:
     """The folder's only weights, or the ones under diffusers' and transformers' names; shards by their index."""
-    files = [file for file in folder.glob("*.safetensors") if not _SHARD.search(file.name)]
-    files = sorted([*files, *folder.glob(f"*{_INDEX}")], key=lambda file: (len(file.name), file.name))
+    whole = [file for file in folder.glob("*.safetensors") if not _SHARD.search(file.name)]
+    files = [*whole, *_indices_in(folder)]
     named = [file for file in files if file.name.split(".")[0] in _WEIGHT_NAMES]
     stems = {file.name.split(".")[0] for file in files}
     if not named and len(stems) != 1:
         return None
-    return (named or files)[0]
+
+    def order(file: Path) -> tuple:
+        variant = _name_and_variant(file)[1]
+        return len(variant), variant, file not in whole, file.name
+
+    return min(named or files, key=order)
+
+
+def _indices_in(folder: Path) -> list[Path]:
+    """The indices of shards in a folder: `….safetensors.index.json`, with a variant wherever programs put it."""
+    return [file for file in folder.glob("*.json") if {"safetensors", "index"} <= set(file.name.split("."))]
+
+
+def _name_and_variant(file: Path) -> tuple[str, str]:
+    """("diffusion_pytorch_model", "bf16") of a file of weights, of a shard or of an index, with "" for no variant."""
+    stem, *words = _SHARD.sub("", file.name).split(".")
+    return stem, ".".join(word for word in words if word not in ("safetensors", "index", "json"))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -134,10 +170,13 @@ def read_shapes(path: Path) -> dict[str, Tensor]:
 
 
 def _index_of(path: Path) -> Path | None:
-    if path.name.endswith(_INDEX):
-        return path
-    beside = path.with_name(_SHARD.sub(_INDEX, path.name))
-    return beside if beside != path and os.path.isfile(beside) else None
+    """The index that a path is, or that a shard belongs to; None for a file of its own."""
+    if path.suffix == ".json":
+        return path if path in _indices_in(path.parent) else None
+    if not _SHARD.search(path.name):
+        return None
+    name = _name_and_variant(path)
+    return next((index for index in _indices_in(path.parent) if _name_and_variant(index) == name), None)
 
 
 def _read_shards(index: Path, read: Callable[[Path], tuple]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -169,36 +208,3 @@ def _read_shards(index: Path, read: Callable[[Path], tuple]) -> tuple[dict[str, 
             f"{places[absent[0]]} lacks {printable(absent[0])}, which {index.name} says it holds; download it again."
         )
     return {name: shards[file][name] for name, file in places.items()}, {}
-
-
-def _unscaled(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Multiplies fp8 weights by their scale (`….scale_weight`), to bf16; leaves everything else unchanged.
-
-    Raises CascadeError for a scale that would change its weight's shape: a product of a row and a column is as large
-    as a file claims, not as it is.
-    """
-    scales = {name.removesuffix("scale_weight"): tensor for name, tensor in tensors.items()
-              if name.endswith(".scale_weight")}  # fmt: skip
-    unscaled = {}
-    for name, tensor in tensors.items():
-        if name.endswith((".scale_weight", ".scale_input")) or name == "scaled_fp8":
-            continue
-        scale = scales.get(name.removesuffix("weight")) if name.endswith(".weight") else None
-        if scale is None:
-            unscaled[name] = tensor
-            continue
-        floating = scale.dtype in FLOATING and tensor.dtype in FLOATING
-        if not (floating and _broadcasts(scale, tensor) and scale.float().isfinite().all()):
-            raise CascadeError(
-                f"{file.name}: {printable(name)} has a scale_weight that does not fit it ({tuple(scale.shape)} for "
-                f"{tuple(tensor.shape)}, expected finite numbers, one or one a row); download the file again."
-            )
-        unscaled[name] = (tensor.float() * scale.float()).to(torch.bfloat16)
-    return unscaled
-
-
-def _broadcasts(scale: Tensor, weight: Tensor) -> bool:
-    try:
-        return torch.broadcast_shapes(scale.shape, weight.shape) == weight.shape
-    except RuntimeError:
-        return False

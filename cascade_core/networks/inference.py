@@ -7,6 +7,7 @@ wide.
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from itertools import count
 from math import log2
 from typing import Any
@@ -30,6 +31,19 @@ from .config import (
 )
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_CONFIG_NAMES = {
+    field.name
+    for config in (
+        StageAConfig,
+        StageBConfig,
+        StageCConfig,
+        CompressorConfig,
+        PreviewerConfig,
+        ControlNetConfig,
+    )
+    for field in fields(config)
+}
 
 
 def infer_config(
@@ -86,19 +100,23 @@ def completed(
 
 
 def stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """The JSON `config` of a safetensors header; empty where there is none."""
-    text = (metadata or {}).get("config")
-    if not text:
-        return {}
+    """The JSON `config` of a safetensors header; empty where there is none, or only another program's.
+
+    Anything may be called so: a trainer's settings, a text. A network's own config is a table most of whose names are
+    those of configurations here.
+    """
+    config = stated_table(metadata)
+    ours = len(_CONFIG_NAMES & set(config))
+    return config if ours > len(config) - ours else {}
+
+
+def stated_table(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """The table that `config` of a safetensors header is in JSON; empty for anything else."""
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CascadeError(f"The checkpoint's metadata holds a config that is not JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise CascadeError(
-            "The checkpoint's metadata holds a config that is not a table of names and values."
-        )
-    return config
+        table = json.loads((metadata or {}).get("config") or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
 
 
 # The name after `….N.` that gives a block's kind away, in the order to test: a ResBlock has a `channelwise` too.

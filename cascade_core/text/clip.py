@@ -28,7 +28,7 @@ from ..checkpoints import (
 )
 from ..errors import CascadeError, printable, quoted
 from ..networks.config import NetworkConfig
-from ..networks.inference import completed, infer_config, stated_config
+from ..networks.inference import completed, infer_config, stated_table
 
 HEAD_WIDTH = 64
 # {width: heads} of OpenAI's and OpenCLIP's encoders, of which two have wider heads.
@@ -256,7 +256,7 @@ def _config(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], part: str)
 
 def _stated_config(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
     """The config that the metadata, or the config.json beside the weights, states; empty where neither does."""
-    config = stated_config(metadata)
+    config = stated_table(metadata)
     config = config.get(f"{part}_config", config)  # of a whole CLIP
     if not isinstance(config, dict):
         raise CascadeError(

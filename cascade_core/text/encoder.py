@@ -185,7 +185,8 @@ def _tokens(chunk: Chunk) -> tuple[int, ...]:
 def _find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     if in_model_folder(path) or vocab_size < CLIP_TOKENS:
-        for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
+        beside = ("tokenizer", "prior_tokenizer")  # in a pipeline's folder, which this is or lies in
+        for place in (folder, *(root / name for root in (folder, folder.parent) for name in beside)):
             if (place / "vocab.json").is_file() or (place / "tokenizer.json").is_file():
                 return Tokenizer.from_folder(place)
     if vocab_size >= CLIP_TOKENS:

@@ -56,10 +56,10 @@ BAD_FILES = {
     "zeros": (bytes(100), r"is no safetensors file: it begins with b'\x00\x00"),
     "web page": (b"<!DOCTYPE html><html>", "is a web page in place of the file; download the file again."),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "is Git LFS's pointer in place of the file"),
-    "zip": (b"PK\x03\x04" + bytes(90), "is a pickle (.ckpt, .pt), which can run code when opened"),
+    "zip": (b"PK\x03\x04" + bytes(90), "is an archive; unpack it, and choose the safetensors file in it."),
     "gguf": (
         b"GGUF\x03\0\0\0" + bytes(90),
-        "is a GGUF file, whose quantised weights are not read; choose the",
+        "is a GGUF file, a form that no program has for Stable Cascade; choose the",
     ),
     "json": (b'{"weight_map": {}}', "is a JSON file; choose the safetensors file that it belongs to."),
     "gzip": (b"\x1f\x8b\x08" + bytes(90), "is an archive; unpack it, and choose the safetensors file in it."),

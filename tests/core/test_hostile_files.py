@@ -98,7 +98,8 @@ def test_a_config_claims_no_more_than_the_tensors_are(kind, hostile, networks, t
     assert refused > len(CONFIGS[kind]) * len(hostile) / 2
     for text in ("[" * 99_999, "{" * 99, "5", "null", '{"c_cond": %s}' % ("1" * 5000)):
         path.write_bytes(save(weights, {"config": text}))
-        assert "config that is not" in load(path, kind)
+        loaded = load(path, kind)  # as if it had none, where that is enough
+        assert not isinstance(loaded, str) or text not in loaded
 
 
 def test_layers_are_counted_and_not_believed(networks, tmp_path):
@@ -149,9 +150,7 @@ def test_a_scale_fits_its_weight(name, tmp_path):
         assert read["x.weight"].dtype == torch.bfloat16
         assert read["x.weight"].eq(2).all()
         return
-    with pytest.raises(
-        CascadeError, match=r"^x.safetensors: x.weight has a scale_weight that does not fit it \("
-    ):
+    with pytest.raises(CascadeError, match=r"^x.safetensors: x.weight has a scale that does not fit it \("):
         read_weights(tmp_path / "x.safetensors", "stage_a")
 
 
