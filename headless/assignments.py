@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..cascade_core.errors import CascadeError, printable, quoted
-from .graph import Graph, check_shape, name_of, title_of
+from .graph import Graph, check_shape, is_link, name_of, title_of
+from .seeds import SEED_INPUTS
 
 _MOST_NAMES = 20  # in a message
 
@@ -20,12 +21,15 @@ def assign(graph: Graph, assignments: Iterable[str], input_types: InputTypes) ->
     """Returns a copy of the graph with the values of `NODE.INPUT=VALUE` texts in place.
 
     NODE is an id, or a class_type or title that only one node has. VALUE is read as JSON, or taken literally
-    where it is not JSON or the input takes text.
+    where it is not JSON or the input takes text. `seed=VALUE` without a node is for each seed of the graph.
     Raises CascadeError for another form, an unknown node or input, or an ambiguous node.
     """
     graph = copy.deepcopy(graph)
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
+        if equals and target in SEED_INPUTS:
+            _assign_seeds(graph, text)
+            continue
         node, dot, name = target.rpartition(".")
         if not (equals and dot and node and name):
             raise CascadeError(f"--set {quoted(assignment)} is not NODE.INPUT=VALUE, such as 3.steps=20.")
@@ -38,6 +42,20 @@ def assign(graph: Graph, assignments: Iterable[str], input_types: InputTypes) ->
         graph[node_id]["inputs"][name] = _read_value(text, (types or {}).get(name))
     check_shape(graph, "The graph with the values of --set")
     return graph
+
+
+def _assign_seeds(graph: Graph, text: str) -> None:
+    """Gives each seed that is a value, and not connected, this one."""
+    seeds = [
+        (node["inputs"], name)
+        for node in graph.values()
+        for name in SEED_INPUTS
+        if name in node["inputs"] and not is_link(node["inputs"][name])
+    ]
+    if not seeds:
+        raise CascadeError("The graph has no seed to set; name the node and its input, such as 3.steps=20.")
+    for inputs, name in seeds:
+        inputs[name] = _read_value(text, "INT")
 
 
 def _find_node(graph: Graph, name: str) -> str:

@@ -15,7 +15,9 @@ from ..cascade_core.reading import open_regular
 from ..nodes.api import io
 from .folders import current_folders
 from .pictures import encode_png, read_image, read_mask
+from .running import running_node
 from .saving import check_folder, check_prefix, next_counter, numbered, resolve_prefix, save_new
+from .summary import Summary, parameters, summarise
 
 
 def _picture_input() -> io.Combo.Input:
@@ -125,13 +127,15 @@ def _save_batch(images: Tensor, prefix: str, kind: str, hidden: Any) -> dict[str
     folder, start = resolve_prefix(prefix, root, images.shape[2], images.shape[1])
     texts = {"prompt": hidden.prompt} if hidden.prompt is not None else {}
     texts |= hidden.extra_pnginfo or {}
+    summary = summarise(hidden.prompt, running_node()) if hidden.prompt is not None else Summary()
     subfolder = folder.relative_to(root).as_posix().removeprefix(".")
     saved = []
     for index, image in enumerate(images):
         if not torch.isfinite(image).all():
             raise CascadeError(f"Picture {index} of the batch holds NaN or infinity, so it was not saved.")
         name = start.replace("%batch_num%", str(index))
-        data = encode_png(image, texts)
+        spoken = parameters(summary, images.shape[2], images.shape[1], len(images), index)
+        data = encode_png(image, texts, spoken)
         path = save_new(folder, partial(numbered, name), next_counter(folder, name), data)
         saved.append({"filename": path.name, "subfolder": subfolder, "type": kind})
     return {"images": saved}

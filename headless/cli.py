@@ -1,4 +1,4 @@
-"""Command line: `cascade run GRAPH.json`, `cascade train TASK CONFIG.yaml`, `cascade nodes`, `models`, `fetch`.
+"""Command line: `cascade run GRAPH`, `show FILE`, `train TASK CONFIG.yaml`, `nodes`, `models`, `fetch`.
 
 Nothing heavy is imported before it is needed, so that `cascade --help` answers at once.
 """
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   cascade run graph.json
   cascade run graph.json --set 6.positive="a red star" --set CascadePriorSampler.seed=7 --output pictures
+  cascade run graph.json --set seed=random
+  cascade run picture.png
   cascade run graph.json --server http://127.0.0.1:8188
+  cascade show picture.png
   cascade nodes CascadePriorSampler
   cascade models
   cascade fetch text_to_image_lite_bf16
@@ -86,15 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cascade-nodes {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="execute a graph in API format")
-    run.add_argument("graph", type=Path, metavar="GRAPH.json", help="a graph in API format")
+    run = commands.add_parser("run", help="execute a graph")
+    graph = "a graph in API format, a body of POST /prompt, a workflow, or a picture with one of them inside"
+    run.add_argument("graph", type=Path, metavar="GRAPH", help=graph)
     run.add_argument(
         "--set",
         action="append",
         default=[],
         dest="assignments",
         metavar="NODE.INPUT=VALUE",
-        help="give an input another value; NODE is an id, or a class or title that only one node has",
+        help="give an input another value; NODE is an id, or a class or title that only one node has; seed=VALUE is "
+        "for all seeds, and random draws one",
     )
     output = "where pictures go, default: ./output"
     run.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help=output)
@@ -107,6 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--server", metavar="URL", help="run on this ComfyUI instead of in this process")
     run.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     run.set_defaults(command=_run)
+    show = commands.add_parser("show", help="print what made a picture, or what a graph makes")
+    show.add_argument(
+        "file", type=Path, metavar="FILE", help="a picture, or a graph as `cascade run` takes it"
+    )
+    show.add_argument("--json", action="store_true", help="the same for programs, with the graph")
+    show.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+    show.set_defaults(command=_show)
     nodes = commands.add_parser("nodes", help="list the nodes with their inputs and outputs")
     nodes.add_argument("ids", nargs="*", metavar="NODE", help="only these")
     nodes.add_argument("--json", action="store_true", help="as ComfyUI's /object_info")
@@ -184,17 +196,15 @@ def _run(options: argparse.Namespace) -> int:
 
 def _execute(options: argparse.Namespace, progress: ConsoleProgress) -> Result:
     if options.server is not None:
-        from .assignments import assign
         from .client import Server, run_on_server
         from .folders import Folders
-        from .graph import read_graph
-        from .patterns import fill_in_prefixes
+        from .sources import prepared, read_source
 
         server = Server(options.server)
-        graph = assign(read_graph(options.graph), options.assignments, server.input_types)
-        return run_on_server(
-            server, fill_in_prefixes(graph), Folders(options.input, options.output), progress
-        )
+        source = read_source(options.graph, server.inputs_of)
+        ready = prepared(source, options.assignments, server.inputs_of, progress)
+        folders = Folders(options.input, options.output)
+        return run_on_server(server, ready.graph, folders, progress, ready.extra_pnginfo)
     from .execution import Executor
     from .run import run_graph
 
@@ -211,6 +221,13 @@ def _execute(options: argparse.Namespace, progress: ConsoleProgress) -> Result:
         partial=True,
         memory=options.memory,
     )
+
+
+def _show(options: argparse.Namespace) -> int:
+    from .show import show
+
+    print(show(options.file, options.json))
+    return 0
 
 
 def _nodes(options: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from ..cascade_core.file_names import inside, name_fault, path_fault
 from ..cascade_core.pictures import PictureError, open_picture
 from .folders import Folders
 from .graph import Graph, name_of
+from .registry import InputInfo
 from .results import Observer, Result, SavedPicture
 from .saving import check_prefix, save_new
 from .sentences import GraphError, sentences, shortened
@@ -71,15 +72,18 @@ class Server:
         answer = self._request(path, self.limits.json_bytes, seconds, json.dumps(body).encode())
         return self._json(path, answer) if answer.strip() else None
 
-    def input_types(self, class_type: str) -> dict[str, str] | None:
-        """Returns {input: type} of one of the server's nodes, None for an unknown one."""
+    def inputs_of(self, class_type: str) -> dict[str, InputInfo] | None:
+        """Returns the inputs of one of the server's nodes in their order, None for an unknown one."""
         path = f"/object_info/{quote(class_type.encode(errors='surrogatepass'), safe='')}"
         with self.reading(path):
             info = self.get(path).get(class_type)
             if info is None:
                 return None
-            kinds = (info["input"].get(kind) or {} for kind in ("required", "optional"))
-            return {name: str(entry[0]) for inputs in kinds for name, entry in inputs.items()}
+            return {
+                name: _input_info(entry, kind == "required")
+                for kind in ("required", "optional")
+                for name, entry in (info["input"].get(kind) or {}).items()
+            }
 
     @contextmanager
     def reading(self, path: str) -> Iterator[None]:
@@ -123,6 +127,14 @@ class Server:
 
     def _place(self, path: str) -> str:
         return f"{self.url}{path if len(path) <= 80 else f'{path[:80]}…'}"
+
+
+def _input_info(entry: Any, required: bool) -> InputInfo:
+    """An input as /object_info has it; the older nodes write the options of a Combo in place of its type."""
+    options = dict(entry[1]) if len(entry) > 1 else {}
+    if isinstance(entry[0], list):
+        return InputInfo("COMBO", required, {**options, "options": entry[0]})
+    return InputInfo(str(entry[0]), required, options)
 
 
 class _Broken(Exception):  # noqa: N818 (the end of a sentence)
@@ -204,9 +216,16 @@ def _refusal(content: bytes) -> GraphError | None:
     return GraphError(answer["error"], answer.get("node_errors") or {})
 
 
-def run_on_server(server: Server, graph: Graph, folders: Folders, observer: Observer | None = None) -> Result:
+def run_on_server(
+    server: Server,
+    graph: Graph,
+    folders: Folders,
+    observer: Observer | None = None,
+    extra_pnginfo: dict[str, Any] | None = None,
+) -> Result:
     """Runs a graph on a server and downloads the saved pictures into `folders.output`.
 
+    extra_pnginfo: what the pictures carry beside the graph, such as its workflow.
     Outputs that the server found invalid are in `Result.node_errors`. When interrupted, the graph is removed
     from the server first. Raises CascadeError where the server cannot be reached, refuses the graph (GraphError),
     fails while executing it or loses it; for a file that is not a picture, or has no name for one, after the others
@@ -215,7 +234,7 @@ def run_on_server(server: Server, graph: Graph, folders: Folders, observer: Obse
     observer = observer or Observer()
     started = time.perf_counter()
     _check_prefixes(graph, folders)
-    prompt_id, node_errors = _queue(server, graph)
+    prompt_id, node_errors = _queue(server, graph, extra_pnginfo)
     try:
         history = _wait(server, prompt_id, observer)
     except KeyboardInterrupt:
@@ -261,9 +280,10 @@ def _check_prefixes(graph: Graph, folders: Folders) -> None:
                 raise CascadeError(f"Node {name_of(graph, node_id)}: {error}") from error
 
 
-def _queue(server: Server, graph: Graph) -> tuple[str, dict[str, Any]]:
+def _queue(server: Server, graph: Graph, extra_pnginfo: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
     """Queues the graph; returns its id, and the errors of outputs that the server leaves out."""
-    answer = server.post("/prompt", {"prompt": graph})
+    extra = {"extra_data": {"extra_pnginfo": extra_pnginfo}} if extra_pnginfo else {}
+    answer = server.post("/prompt", {"prompt": graph, **extra})
     with server.reading("/prompt"):
         prompt_id, node_errors = answer["prompt_id"], answer.get("node_errors") or {}
         if not isinstance(prompt_id, str):

@@ -20,6 +20,7 @@ from .folders import current_folders
 from .graph import execution_order, is_link, linked_inputs, name_of
 from .registry import NodeClass, NodeInfo
 from .results import Observer, Result, SavedPicture
+from .running import running
 from .validation import Validation, sources_of
 
 
@@ -162,7 +163,7 @@ class _Run:
             assert values is not None
             inputs[name] = values[slot]
         cls = self._bind(info, node_id)
-        with torch.inference_mode(), reporting_to(_ObserverSink(self.observer)):
+        with torch.inference_mode(), reporting_to(_ObserverSink(self.observer)), running(node_id):
             output = self._guard(node_id, cls.execute, inputs)
         values, ui = _unpack(output)
         if len(values) < len(info.outputs):

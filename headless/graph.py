@@ -17,11 +17,8 @@ DEEPEST = 50  # levels of lists and objects within each other; a graph has four 
 Graph = dict[str, dict[str, Any]]
 
 
-def read_graph(path: Path) -> Graph:
-    """Reads the graph in a JSON file. The nodes themselves are checked by the validation.
-
-    Raises CascadeError where the file is missing, too large, not JSON (with the line) or not a graph in API format.
-    """
+def read_bytes(path: Path) -> bytes:
+    """The content of a file that may be a graph. Raises CascadeError where it is missing or too large."""
     name = printable(str(path))
     try:
         with open_regular(path) as file:
@@ -33,8 +30,13 @@ def read_graph(path: Path) -> Graph:
         raise CascadeError(
             f"{name} is larger than {LARGEST_FILE // 2**20} MiB, so it is not taken for a graph."
         )
+    return content
+
+
+def parse_json(content: bytes | str, name: str) -> Any:
+    """The value that a JSON text holds; name: of where it stands, for the CascadeError of one that cannot be read."""
     try:
-        graph = json.loads(content)  # UTF-8, -16 or -32, with or without a byte order mark
+        return json.loads(content)  # UTF-8, -16 or -32, with or without a byte order mark
     except UnicodeDecodeError as error:
         raise CascadeError(f"{name} is not a text file; a graph in API format is JSON.") from error
     except json.JSONDecodeError as error:
@@ -44,8 +46,6 @@ def read_graph(path: Path) -> Graph:
         raise CascadeError(f"{name} holds a number of too many digits to be read.") from error
     except RecursionError as error:
         raise CascadeError(f"{name} is nested too deeply to be a graph.") from error
-    check_shape(graph, name)
-    return graph
 
 
 def check_shape(graph: object, name: str) -> None:
@@ -69,10 +69,10 @@ def check_shape(graph: object, name: str) -> None:
             raise CascadeError(
                 f'{name}: node {printable(node_id, 80)} has no "inputs" object (it may be empty).'
             )
-    _check_json(graph, name)
+    check_json(graph, name)
 
 
-def _check_json(graph: dict[str, Any], name: str) -> None:
+def check_json(graph: dict[str, Any], name: str) -> None:
     """Raises CascadeError where a graph is nested too deeply to be copied, or holds what JSON cannot."""
     # Those of one level, each once though it may stand in many places.
     containers: dict[int, Any] = {id(graph): graph}

@@ -55,13 +55,20 @@ def read_mask(path: Path, name: str) -> Tensor:
     return (1.0 - values if name == "alpha" else values)[None]
 
 
-def encode_png(image: Tensor, texts: Mapping[str, Any], compress_level: int = 4) -> bytes:
-    """Encodes one image (H, W, C), C = 1, 3 or 4, clipped to [0, 1], as PNG; `texts` as JSON in text chunks."""
+def encode_png(
+    image: Tensor, texts: Mapping[str, Any], parameters: str | None = None, compress_level: int = 4
+) -> bytes:
+    """Encodes one image (H, W, C), C = 1, 3 or 4, clipped to [0, 1], as PNG.
+
+    texts: as JSON in text chunks; parameters: a text as it is, in the chunk of that name
+    """
     values = (255.0 * image.detach().float().cpu().numpy()).clip(0, 255).astype(np.uint8)
     picture = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
     chunks = PngInfo()
     for name, value in texts.items():
         chunks.add_text(name, json.dumps(value))
+    if parameters is not None:
+        chunks.add_text("parameters", parameters)
     stream = io.BytesIO()
     picture.save(stream, format="PNG", pnginfo=chunks, compress_level=compress_level)
     return stream.getvalue()

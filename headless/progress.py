@@ -29,6 +29,9 @@ class ConsoleProgress(Observer):
         self.begun = 0.0
         self.open = False
 
+    def seed_drawn(self, seed: int) -> None:
+        self._finish(f"seed: {seed}")
+
     def node_started(self, index: int, total: int, name: str) -> None:
         self.head, self.bar, self.begun = f"[{index}/{total}] {name}", "", time.monotonic()
         self._draw(self.head)

@@ -37,6 +37,9 @@ class Result:
 class Observer:
     """Observer of a run. All methods are optional."""
 
+    def seed_drawn(self, seed: int) -> None:
+        """Called before the run with the number in place of each seed that is `random`."""
+
     def node_started(self, index: int, total: int, name: str) -> None:
         """Called when node `index` (from 1) of `total` begins; `name` is like `3 (CascadePriorSampler)`."""
 

@@ -82,8 +82,15 @@ def _whole_graph(error: Error, node_types: list[str]) -> str:
             f"Node {_name(node_id)} has no class_type, which must name a node (`cascade nodes` lists them)."
         )
     if error["type"] == "missing_node_type":
-        close = get_close_matches(class_type[:_LONGEST_NAME], node_types, n=1)
-        hint = f"did you mean {close[0]}?" if close else "`cascade nodes` lists those there are."
+        hint = "`cascade nodes` lists those there are."
+        if node_types:  # this program's; a server has others
+            close = get_close_matches(class_type[:_LONGEST_NAME], node_types, n=1)
+            elsewhere = "run with --server, on a ComfyUI that has it"
+            hint = (
+                f"did you mean {close[0]}? Else {elsewhere}."
+                if close
+                else f"{elsewhere}, or see `cascade nodes`."
+            )
         return f"Node {_name(node_id)}: there is no node {quoted(class_type)}; {hint}"
     details = f" ({excerpt(error['details'], 500)})" if error.get("details") else ""
     return f"{excerpt(error['message'].rstrip('.'), 500)}{details}."

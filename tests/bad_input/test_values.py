@@ -91,11 +91,13 @@ def test_values_that_are_refused_before_anything_runs(assignment, sentence, refu
         ),
         (
             lambda graph: graph["7"].update(class_type="CascadeSampler"),
-            "Node 7: there is no node 'CascadeSampler'; did you mean CascadePriorSampler?",
+            "Node 7: there is no node 'CascadeSampler'; did you mean CascadePriorSampler? Else "
+            "run with --server, on a ComfyUI that has it.",
         ),
         (
-            lambda graph: graph["7"].update(class_type="KSampler"),
-            "Node 7: there is no node 'KSampler'; `cascade nodes` lists those there are.",
+            lambda graph: graph["7"].update(class_type="VAELoader"),
+            "Node 7: there is no node 'VAELoader'; run with --server, on a ComfyUI that has it, or see "
+            "`cascade nodes`.",
         ),
     ],
 )

@@ -18,9 +18,10 @@ from typing import Any
 
 from PIL import Image
 
-from cascade_nodes.headless.assignments import assign
 from cascade_nodes.headless.client import Limits, Server, run_on_server
 from cascade_nodes.headless.folders import Folders
+from cascade_nodes.headless.results import Observer
+from cascade_nodes.headless.sources import Source, prepared
 from cascade_nodes.tests.fuzz.pictures import spoiled
 from cascade_nodes.tests.fuzz.values import TEXTS, odd_text, odd_value
 from cascade_nodes.tests.fuzz.verdict import command, files_below
@@ -115,7 +116,7 @@ class World:
                 server = Server(self.server.url, LIMITS)
                 run_on_server(
                     server,
-                    assign(GRAPH, ["1.image=b.png"], server.input_types),
+                    prepared(Source(GRAPH), ["1.image=b.png"], server.inputs_of, Observer()).graph,
                     Folders(Path("input"), self.output),
                 )
         finally:

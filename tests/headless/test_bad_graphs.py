@@ -9,11 +9,12 @@ import pytest
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.headless import graph as graph_module
 from cascade_nodes.headless.cli import main
-from cascade_nodes.headless.graph import DEEPEST, read_graph
+from cascade_nodes.headless.graph import DEEPEST
 from cascade_nodes.headless.node_checks import check_node
 from cascade_nodes.headless.registry import available_nodes, describe
 from cascade_nodes.headless.run import run_graph
 from cascade_nodes.headless.sentences import GraphError
+from cascade_nodes.headless.sources import read_source
 from cascade_nodes.headless.validation import validate
 from cascade_nodes.nodes.hosts import schema as io
 from cascade_nodes.tests.headless.record_comfyui import node, show
@@ -38,7 +39,8 @@ def test_graphs_are_read_in_every_unicode_encoding(encoding, tmp_path):
     (tmp_path / "graph.json").write_text(
         json.dumps(SMALL | {"é": node("ToyCount")}, ensure_ascii=False), encoding
     )
-    assert read_graph(tmp_path / "graph.json")["é"] == node("ToyCount")
+    source = read_source(tmp_path / "graph.json", lambda class_type: None)
+    assert source.graph["é"] == node("ToyCount")
 
 
 @pytest.mark.parametrize(

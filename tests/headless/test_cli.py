@@ -100,15 +100,16 @@ def test_a_picture_is_named_even_if_the_next_fails(folder, capsys):
         ("[]", "graph.json holds a list, but a graph is an object of nodes by id."),
         ("{}", "graph.json holds no nodes."),
         (
-            '{"nodes": [], "links": []}',
-            "graph.json is a workflow of ComfyUI's canvas; "
-            "there, choose File > Export (API) and run that file.",
+            '{"nodes": [{"id": 1, "type": "VAELoader"}], "links": []}',
+            "graph.json is a workflow of the canvas with a node 'VAELoader' (id 1), which is not known here; "
+            "run with --server, on a ComfyUI that has it, or choose File > Export (API) there.",
         ),
         ('{"1": 5}', "graph.json: node 1 is a number, but an object was expected."),
         ('{"1": {"class_type": "A"}}', 'graph.json: node 1 has no "inputs" object (it may be empty).'),
         (
             json.dumps({"1": node("CascadePriorSampel")}),
-            "Node 1: there is no node 'CascadePriorSampel'; did you mean CascadePriorSampler?",
+            "Node 1: there is no node 'CascadePriorSampel'; did you mean CascadePriorSampler? "
+            "Else run with --server, on a ComfyUI that has it.",
         ),
         (
             json.dumps({"1": COPY["1"]}),
@@ -141,8 +142,12 @@ def test_a_number_of_more_digits_than_python_reads(folder, capsys):
         (lambda path: None, "Cannot read the graph gone.json: No such file or directory."),
         (lambda path: path.mkdir(), "Cannot read the graph gone.json: it is a folder."),
         (
-            lambda path: path.write_bytes(b"\x89PNG\xff\xfe"),
+            lambda path: path.write_bytes(b"PNG\xff\xfe"),
             "gone.json is not a text file; a graph in API format is JSON.",
+        ),
+        (
+            lambda path: path.write_bytes(b"\x89PNG\xff\xfe"),
+            "gone.json is not a picture; PNG, JPEG or WebP was expected.",
         ),
     ],
 )

@@ -353,12 +353,12 @@ def test_an_id_that_is_a_path_stays_an_id(hostile, folders):
 
 def test_odd_classes_are_asked_for_by_their_name(hostile):
     hostile.answers["/object_info"] = answer({})
-    assert Server(hostile.url, LIMITS).input_types("../a\ud800") is None
+    assert Server(hostile.url, LIMITS).inputs_of("../a\ud800") is None
     assert hostile.asked == ["/object_info/..%2Fa%ED%A0%80"]
     for content in ([], {"A": 1}, {"A": {"input": []}}, {"A": {"input": {"required": {"x": []}}}}):
         hostile.answers["/object_info"] = answer(content)
         with pytest.raises(CascadeError, match="did not answer as a ComfyUI does"):
-            Server(hostile.url, LIMITS).input_types("A")
+            Server(hostile.url, LIMITS).inputs_of("A")
 
 
 def test_ctrl_c_ends_also_where_the_server_no_longer_answers(hostile, tmp_path):

@@ -147,10 +147,14 @@ def test_a_long_chain_does_not_exhaust_the_stack():
             "The graph runs in a circle, 1 (ToyJoin) -> 2 (ToyJoin) -> 1 (ToyJoin); "
             "take out one of these connections.",
         ),
-        ({"1": node("ToyNomber")}, "Node 1: there is no node 'ToyNomber'; did you mean ToyNumber?"),
+        (
+            {"1": node("ToyNomber")},
+            "Node 1: there is no node 'ToyNomber'; did you mean ToyNumber? Else run with --server, on a ComfyUI that "
+            "has it.",
+        ),
         (
             {"1": node("Xyz")},
-            "Node 1: there is no node 'Xyz'; `cascade nodes` lists those there are.",
+            "Node 1: there is no node 'Xyz'; run with --server, on a ComfyUI that has it, or see `cascade nodes`.",
         ),
         (
             {"1": {"inputs": {}}},

@@ -1,0 +1,27 @@
+"""Which node of a graph is executing: one that saves a picture writes into it what it comes from.
+
+Not a hidden input of the node, with which two equal nodes would no longer share their outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_node: ContextVar[str | None] = ContextVar("cascade_node", default=None)
+
+
+def running_node() -> str | None:
+    """Id of the node that is executing; None outside a run."""
+    return _node.get()
+
+
+@contextmanager
+def running(node_id: str) -> Iterator[None]:
+    """Makes it the executing node inside the block."""
+    token = _node.set(node_id)
+    try:
+        yield
+    finally:
+        _node.reset(token)

@@ -1,0 +1,26 @@
+"""Random seeds: `random` in a seed's place draws one for the run."""
+
+from __future__ import annotations
+
+import secrets
+
+from .graph import Graph
+
+SEED_INPUTS = ("seed", "noise_seed")
+RANDOM = "random"
+_MOST = 2**50  # as the canvas draws them: a browser's numbers hold them exactly
+
+
+def draw_seeds(graph: Graph) -> tuple[Graph, int | None]:
+    """The graph with one drawn number for each seed that is `random`, and the number; None where none is."""
+    drawn = {
+        node_id: [name for name in SEED_INPUTS if node["inputs"].get(name) == RANDOM]
+        for node_id, node in graph.items()
+    }
+    if not any(drawn.values()):
+        return graph, None
+    seed = secrets.randbelow(_MOST)
+    return {
+        node_id: {**node, "inputs": {**node["inputs"], **dict.fromkeys(drawn[node_id], seed)}}
+        for node_id, node in graph.items()
+    }, seed

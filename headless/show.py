@@ -1,0 +1,104 @@
+"""`cascade show FILE`: what made a picture, or what a graph makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cascade_core.errors import CascadeError, escaped, printable
+from .embedded import embedded_texts
+from .sources import Source, read_source, starts_as_picture
+from .summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from .registry import InputInfo
+
+_WIDTH = 9  # of the names in front of lines
+
+
+def show(path: Path, as_json: bool = False) -> str:
+    """Text or JSON about a file. Raises CascadeError for one that says nothing of itself."""
+    kind = ".safetensors" if path.suffix.lower() == ".safetensors" else ""
+    facts, lines = _KINDS[kind](path)
+    if as_json:
+        return json.dumps({"file": path.name, **facts}, indent=2)
+    return "\n".join(escaped(line) for line in lines)
+
+
+# What is known of a file, for programs, and lines for people.
+Description = tuple[dict[str, Any], list[str]]
+
+
+def _describe_graph(path: Path) -> Description:
+    texts: dict[str, str] = {}
+    facts: dict[str, Any] = {}
+    title = printable(path.name)
+    if starts_as_picture(path):
+        texts, (width, height) = embedded_texts(path)
+        facts |= {"width": width, "height": height, "parameters": texts.get("parameters")}
+        title += f": {width} × {height}"
+    try:
+        source = read_source(path, _known_inputs)
+    except CascadeError:
+        if "parameters" not in texts:
+            raise
+        source = None  # another program's picture, which says in words how it was made
+    if source is None:
+        return facts, [title, *texts["parameters"].splitlines()]
+    summary = summarise(source.graph)
+    facts |= {**_facts(summary), "graph": source.graph}
+    return facts, [title, *_lines(summary, source)]
+
+
+def _known_inputs(class_type: str) -> Mapping[str, InputInfo] | None:
+    from .registry import available_nodes, describe  # with torch: for workflows of the canvas alone
+
+    nodes = available_nodes()
+    return describe(nodes[class_type]).inputs if class_type in nodes else None
+
+
+def _facts(summary: Summary) -> dict[str, Any]:
+    return {
+        "prompt": summary.positive,
+        "negative": summary.negative,
+        "samplers": [
+            {"node": one.node, "class_type": one.class_type, "stage": one.stage, **one.settings}
+            for one in reversed(summary.samplers)
+        ],
+        "files": [asdict(file) for file in summary.files],
+        "pictures": summary.pictures,
+    }
+
+
+def _lines(summary: Summary, source: Source) -> list[str]:
+    lines = _named("prompt", summary.positive) + _named("negative", summary.negative)
+    for sampling in reversed(summary.samplers):
+        settings = ", ".join(_setting(name, value) for name, value in sampling.settings.items())
+        lines += _named(sampling.stage or "sampler", f"{settings}  ({sampling.node} {sampling.class_type})")
+    for name in summary.pictures:
+        lines += _named("picture", name)
+    for file in summary.files:
+        strengths = "".join(f", {name} {value:g}" for name, value in file.strengths.items())
+        lines += _named("file", f"{file.name}{strengths}  ({file.node} {file.class_type})")
+    return lines + _named("graph", f"{len(source.graph)} nodes; --json prints it")
+
+
+def _setting(name: str, value: Any) -> str:
+    if isinstance(value, str):  # a sampler's or a scheduler's name
+        return value
+    number = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{number} steps" if name == "steps" else f"{name} {number}"
+
+
+def _named(name: str, text: str | None) -> list[str]:
+    """A text behind its name, its further lines below each other."""
+    first, *further = (text or "").splitlines() or [""]
+    if not text:
+        return []
+    return [f"{name:{_WIDTH}} {first}", *(f"{'':{_WIDTH}} {line}" for line in further)]
+
+
+_KINDS: dict[str, Callable[[Path], Description]] = {"": _describe_graph}
