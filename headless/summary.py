@@ -185,7 +185,7 @@ def _samplers(graph: Graph, upstream: dict[str, bool]) -> list[Sampling]:
         seeds = [_literal(graph, inputs[name]) for name in SEED_INPUTS if name in inputs]
         if not seeds or not isinstance(seeds[0], int):
             continue
-        settings = {"seed": seeds[0]}
+        settings: dict[str, int | float | str] = {"seed": seeds[0]}
         for name, setting in _SETTINGS.items():
             value = _literal(graph, inputs.get(name))
             if isinstance(value, int | float | str):
