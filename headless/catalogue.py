@@ -51,7 +51,8 @@ class PublishedFile:
     name: its name for `cascade fetch`; path: inside `repo`; folder and saved_as: its place under `models`, and a
     descriptive name there; size: bytes, as rounded by the hub's list; role: of `nodes/hosts/roles.py`, whose folders
     are searched; traits and precisions: part of the configuration read back from a file, and the safetensors dtypes,
-    by which the same network is recognised under another name (empty precisions: any).
+    by which the same network is recognised under another name (empty precisions: any); sha256: of the file, where it
+    is known: the hub's lists do not show it, and reports of `cascade verify` do.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PublishedFile:
     precisions: tuple[str, ...] = ()
     repo: str = "stabilityai/stable-cascade"
     licence: Licence = STABILITY
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _stage(name: str, description: str, size: int, traits: Mapping[str, Any]) ->
 def _controlnet(kind: ControlNetKind, description: str, size: int) -> PublishedFile:
     # ComfyUI's own examples put `stable_cascade_` before these names too.
     path, saved_as = f"controlnet/{kind.name}.safetensors", f"stable_cascade_{kind.name}.safetensors"
-    traits = {"bottleneck_mode": kind.backbone, "c_in": kind.channels}
+    traits = {"bottleneck_mode": kind.backbone, "c_in": kind.channels, "c_proj": 2048}
     return PublishedFile(
         f"controlnet_{kind.name}", description, size, path, "controlnet", saved_as, "controlnet", traits
     )

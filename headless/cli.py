@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..cascade_core.errors import CascadeError, escaped
 from .convert_lora import add_convert_command
 from .signals import INTERRUPTED, Stopped, stopping_on_signals
+from .verify.command import add_verify_command
 
 if TYPE_CHECKING:
     from .progress import ConsoleProgress
@@ -33,6 +34,7 @@ _EXAMPLES = """examples:
   cascade nodes CascadePriorSampler
   cascade models
   cascade fetch text_to_image_lite_bf16
+  cascade verify models
   cascade convert-lora official.safetensors kohya.safetensors --to kohya
   cascade train lora my_style.yaml
 """
@@ -125,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     nodes.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     nodes.set_defaults(command=_nodes)
     _add_model_commands(commands)
+    add_verify_command(commands)
     add_convert_command(commands)
     _add_train_command(commands)
     return parser

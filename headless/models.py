@@ -101,7 +101,7 @@ def take_survey(*further: Path) -> Survey:
                 if (
                     (file.role == role or loaded_whole)
                     and path not in known_paths
-                    and _hold(contents[path], file)
+                    and holds_published(contents[path], file)
                 ):
                     survey.files[file.name] = [*known_paths, path]
     recognised = {path for paths in survey.files.values() for path in paths}
@@ -110,7 +110,8 @@ def take_survey(*further: Path) -> Survey:
     return survey
 
 
-def _hold(contents: list[FileNetwork], file: PublishedFile) -> bool:
+def holds_published(contents: list[FileNetwork], file: PublishedFile) -> bool:
+    """Whether one of a file's networks is that of a published file."""
     return any(content.is_published(file) for content in contents)
 
 
@@ -133,23 +134,31 @@ def _files_in(roots: Iterable[Path], categories: Iterable[str]) -> list[Path]:
 def _contents(path: Path, unrecognised: dict[Path, str]) -> list[FileNetwork]:
     """Networks of a file, in any layout; without any, writes the reason into `unrecognised`."""
     try:
-        tensors, metadata, dtypes = read_header(path)
-        precision = _precision(tensors, dtypes)
-        layouts = parts_in(tensors)
-        if not layouts:
-            identify(path, tensors, metadata)  # raises, naming what it is instead
-        # A config in the metadata belongs to the only network of its file.
-        network_metadata = metadata if len(layouts) == 1 else {}
-        contents = []
-        for part, layout in layouts.items():
-            role, config = _inferred(path, part, layout.to_published(tensors), network_metadata)
-            contents.append(FileNetwork(role, config, precision))
-            if layout.name == ALL_IN_ONE and role in ("stage_c", "stage_b"):
-                contents.append(FileNetwork("checkpoint", {**config, "holds": role}, precision))
-        return contents
+        return networks_of(path)
     except CascadeError as error:
         unrecognised[path] = str(error)
         return []
+
+
+def networks_of(path: Path) -> list[FileNetwork]:
+    """Networks of a file, in any layout, and the checkpoint that it is; only its header is read.
+
+    Raises CascadeError for a file without any, which names what it is instead, or for one that cannot be read.
+    """
+    tensors, metadata, dtypes = read_header(path)
+    precision = _precision(tensors, dtypes)
+    layouts = parts_in(tensors)
+    if not layouts:
+        identify(path, tensors, metadata)  # raises, naming what it is instead
+    # A config in the metadata belongs to the only network of its file.
+    network_metadata = metadata if len(layouts) == 1 else {}
+    contents = []
+    for part, layout in layouts.items():
+        role, config = _inferred(path, part, layout.to_published(tensors), network_metadata)
+        contents.append(FileNetwork(role, config, precision))
+        if layout.name == ALL_IN_ONE and role in ("stage_c", "stage_b"):
+            contents.append(FileNetwork("checkpoint", {**config, "holds": role}, precision))
+    return contents
 
 
 def _inferred(
@@ -171,13 +180,14 @@ def _precision(tensors: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> str:
 
 def _describe(path: Path, contents: list[FileNetwork]) -> str:
     for file in FILES.values():
-        if _hold(contents, file):
+        if holds_published(contents, file):
             return f"{path.name} is {file.description}, but its loader looks in {file.folder}; move it there."
     networks = [content for content in contents if content.role != "checkpoint"]
-    return f"{' and '.join(_describe_content(path, content) for content in networks)}."
+    return f"{' and '.join(describe_network(path, content) for content in networks)}."
 
 
-def _describe_content(path: Path, content: FileNetwork) -> str:
+def describe_network(path: Path, content: FileNetwork) -> str:
+    """Describes a network of a file, such as "x.safetensors is a Stage C checkpoint (width 1536)"."""
     if content.role in _ARTICLES:
         network = f"{_ARTICLES[content.role]} {roles.ROLE_WORDS[content.role]}"
         return f"{path.name} is {network} (width {content.config['hidden_size']})"

@@ -16,6 +16,7 @@ from .load import (
     identify,
     load_model,
     load_published_state_dict,
+    non_finite,
 )
 from .source import in_model_folder, locate, networks_in, read_weights
 
@@ -39,6 +40,7 @@ __all__ = [
     "load_published_state_dict",
     "locate",
     "networks_in",
+    "non_finite",
     "parts_in",
     "read_header",
     "read_json",

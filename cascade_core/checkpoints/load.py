@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -257,11 +257,15 @@ def first_non_finite(model: nn.Module) -> str | None:
 
     Reads every weight, so call it only to explain a failure.
     """
-    for name, tensor in model.state_dict().items():
+    return next(non_finite(model.state_dict()), None)
+
+
+def non_finite(weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """The names of tensors that hold NaN or infinity."""
+    for name, tensor in weights.items():
         if not tensor.is_floating_point():
             continue
         if tensor.itemsize == 1:  # torch cannot ask float8 itself
             tensor = tensor.float()
         if not tensor.isfinite().all():
-            return name
-    return None
+            yield name

@@ -157,6 +157,11 @@ def _name_and_variant(file: Path) -> tuple[str, str]:
     return stem, ".".join(word for word in words if word not in ("safetensors", "index", "json"))
 
 
+def is_shard(path: Path) -> bool:
+    """Whether a file is named as one of several that make a whole."""
+    return _SHARD.search(path.name) is not None
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file, or of all the shards that belong to it."""
     index = _index_of(path)

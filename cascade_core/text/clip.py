@@ -157,12 +157,7 @@ def load_clip(
     """
     file = weights_file(path, part)
     tensors, metadata = read_weights(path, part)
-    weights = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name.startswith((f"{part}_model.", f"{PROJECTION[part]}."))
-        and not name.endswith(".position_ids")  # a constant that old files carry
-    }
+    weights = {name: tensor for name, tensor in tensors.items() if is_weight_of(name, part)}
     if not weights:
         raise CascadeError(
             f"{_describe(file, tensors, metadata)}, but a {ENCODER_NAME[part]} is expected here; choose one."
@@ -177,6 +172,12 @@ def load_clip(
         return fill_clip(model, converted(weights, dtype))
     except CascadeError as error:
         raise CascadeError(f"{file}: {error}") from None
+
+
+def is_weight_of(name: str, part: str) -> bool:
+    """Whether a tensor of CLIP's two halves is a weight of one of them ("text" or "vision")."""
+    of_part = name.startswith((f"{part}_model.", f"{PROJECTION[part]}."))
+    return of_part and not name.endswith(".position_ids")  # a constant that old files carry
 
 
 def fill_clip(model: Model, tensors: Mapping[str, Tensor]) -> Model:

@@ -1,0 +1,150 @@
+"""One fixed picture by the front door, stage after stage, so that memory holds the networks of one alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...cascade_core.arguments import DECODER, PRIOR, StageSettings
+from ...cascade_core.checkpoints.source import locate, read_shapes
+from ...cascade_core.errors import CascadeError
+from ...cascade_core.model_files import PARTS, ModelFiles
+from ...cascade_core.pipeline import StableCascade, StageProgress
+from ...cascade_core.run import process_peak
+from ...cascade_core.stages.device import ComputeDevice
+from ...cascade_core.stages.prompt import Prompt
+from ..catalogue import in_words
+from .machine import free_memory
+from .networks import PROMPT
+
+ROLES = ("text_encoder", "stage_c", "stage_b", "stage_a")
+MARGIN = 1.15  # of memory, over the weights
+WITHOUT_RESCALE = replace(PRIOR, cfg_rescale=0.0), replace(DECODER, cfg_rescale=0.0)
+
+
+class Skipped(CascadeError):  # noqa: N818 (not an error)
+    """The picture is not made, and nothing is wrong with it."""
+
+
+@dataclass(frozen=True)
+class PictureRun:
+    """What picture is made: with the published settings, but for guidance's rescale, which diffusers does not have."""
+
+    prompt: str = PROMPT
+    negative: str = ""
+    size: tuple[int, int] = (1024, 1024)
+    seed: int = 7
+    prior: StageSettings = WITHOUT_RESCALE[0]
+    decoder: StageSettings = WITHOUT_RESCALE[1]
+
+    @classmethod
+    def small(cls, size: tuple[int, int] = (512, 512), steps: tuple[int, int] = (8, 4)) -> PictureRun:
+        """A picture for those who have little time."""
+        prior, decoder = (replace(stage, steps=n) for stage, n in zip(WITHOUT_RESCALE, steps, strict=True))
+        return cls(size=size, prior=prior, decoder=decoder)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class MadePicture:
+    """What came of a run.
+
+    prompts  positive and negative, encoded
+    latent   (1, 16, h, w), Stage C's
+    pixels   (1, H, W, 3) in [0, 1]
+    """
+
+    prompts: tuple[Prompt, Prompt]
+    latent: Tensor
+    pixels: Tensor
+    device: str
+    dtype: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+
+def find_files(roots: Iterable[Path], prefer: str, dtype: str) -> dict[str, Path]:
+    """The file of each role that a picture needs, by the front door's choice. Raises Skipped where one is missing."""
+    folders = [ModelFiles(root, prefer=prefer, full_precision=dtype == "fp32") for root in roots]
+    found: dict[str, Path] = {}
+    for role in ROLES:
+        path = next((path for files in folders if (path := files.find_optional(role)) is not None), None)
+        if path is None:
+            raise Skipped(
+                f"there is no {role} file here; `cascade fetch` gets the published ones (text_to_image_bf16)."
+            )
+        found[role] = path
+    return found
+
+
+def check_memory(files: Mapping[str, Path], dtype: str, device: str) -> None:
+    """Raises Skipped where the weights of a stage would not fit into the main memory that is free.
+
+    Weights in another precision than their file's are copies; the file's own are mapped and take none.
+    """
+    compute = ComputeDevice(device)
+    free = free_memory()
+    if free is None:
+        return
+    precisions = {"stage_c": compute.weight_dtype(dtype), "stage_b": compute.weight_dtype(dtype)}
+    precisions |= {"text_encoder": compute.encoder_dtype()}
+    copies = {role: _copied_bytes(files[role], role, precision) for role, precision in precisions.items()}
+    needed = int(MARGIN * (copies["text_encoder"] + max(copies["stage_c"], copies["stage_b"])))
+    if needed > free:
+        raise Skipped(
+            f"it would take {in_words(needed)} of main memory with dtype {dtype}, but {in_words(free)} are free; "
+            "choose --dtype bf16 or --prefer lite."
+        )
+
+
+def _copied_bytes(path: Path, role: str, dtype: torch.dtype) -> int:
+    tensors = read_shapes(locate(path, PARTS[role]))
+    return sum(tensor.numel() * dtype.itemsize for tensor in tensors.values() if tensor.dtype != dtype)
+
+
+def make_picture(
+    run: PictureRun,
+    files: Mapping[str, Path],
+    dtype: str,
+    device: str,
+    memory: str | None,
+    progress: Any,
+) -> MadePicture:
+    """The picture of a run, by `StableCascade.prior` and `decode`. Raises CascadeError as they do."""
+    seconds: dict[str, float] = {}
+
+    def step(stage: StageProgress) -> None:
+        progress.node_step(stage.step, stage.steps, None)
+
+    @contextmanager
+    def cascade(part: str) -> Iterator[StableCascade]:
+        begun = time.perf_counter()
+        folder = Path(files["stage_c"]).parent
+        chosen: dict[str, Any] = dict(files)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "memory": memory, "size": run.size}
+        with StableCascade.load(folder, prior=run.prior, decoder=run.decoder, **options, **chosen) as loaded:
+            yield loaded
+        seconds[part] = round(time.perf_counter() - begun, 2)
+
+    texts: dict[str, Any] = {"negative": run.negative, "seed": run.seed, "callback": step}
+    with cascade("stage_c") as loaded:
+        text = loaded.text_stage()
+        prompts = text.encode([run.prompt]), text.encode([run.negative])
+        latent = loaded.prior(run.prompt, **texts)
+        weights = str(loaded.device.weight_dtype(dtype)).removeprefix("torch.")
+        used = str(loaded.device.device)
+    with cascade("stage_b_and_a") as loaded:
+        pixels = loaded.decode(latent, run.prompt, output="tensor", **texts)
+        card = loaded.device.device
+        peak = torch.cuda.max_memory_allocated(card) if card.type == "cuda" else process_peak()
+    return MadePicture(prompts, latent, pixels, used, weights, seconds, peak)

@@ -1,0 +1,111 @@
+"""The report of `cascade verify`: its data, its sentences on what is wrong, its file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...cascade_core import writing
+from ...cascade_core.errors import CascadeError, Interrupted
+from ..saving import check_folder
+from .machine import machine, versions
+
+FORMAT = 1
+NAME = "cascade_verify"
+
+
+class Report:
+    """What is found, in `data`; written to `json_path` after every file, so that no more than one is lost.
+
+    roots   the folders that are looked in, which the report does not name
+    output  the folder of the JSON file and the pictures
+    """
+
+    def __init__(self, roots: Iterable[Path], output: Path):
+        check_folder(output)
+        self.roots = list(roots)
+        self.problems: list[str] = []
+        self.data: dict[str, Any] = {
+            "format": FORMAT,
+            "finished": False,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "machine": machine(),
+            "diffusers": None,
+            "files": [],
+            "others": 0,
+            "picture": {},
+            "problems": self.problems,
+        }
+        self.json_path = self._reserve(output)
+
+    @contextmanager
+    def recording(self, subject: str, path: Path | None = None) -> Iterator[None]:
+        """Turns what goes wrong inside the block into a sentence, so that the rest goes on."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except CascadeError as error:
+            named = path is not None and path.name in str(error)
+            self.add_problem(str(error) if named else f"{subject}: {error}", path)
+        except Exception as error:  # of torch, of a library, of ours
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.add_problem(f"{subject}: {reason[:500]}", path)
+        if torch.cuda.is_available():  # the next network needs what an unfinished one has left
+            torch.cuda.empty_cache()
+
+    def add_problem(self, sentence: str, path: Path | None = None) -> None:
+        """Adds a sentence on what is wrong.  path: the file that it speaks of"""
+        self.problems.append(self.names_only(sentence, path))
+
+    def names_only(self, text: str, path: Path | None = None) -> str:
+        """A sentence without the folders of this machine."""
+        places = [*self.roots, Path(), Path.home(), Path(sys.prefix), *([path.parent] if path else [])]
+        names = {str(form) for place in places for form in (place, place.absolute(), place.resolve())}
+        for name in sorted(names, key=len, reverse=True):
+            if len(name) > 1:
+                text = text.replace(name + os.sep, "")
+        return re.sub(r"(?<![\w.])(?:[A-Za-z]:)?(?:[/\\][^\s/\\:;,'\"()]+)+[/\\]", "", text)
+
+    def write(self) -> None:
+        """Writes the JSON file as the report is now."""
+        writing.write_file(self.json_path, self._text())
+
+    def new_picture(self, suffix: str = "") -> Path:
+        """The path of a picture beside the JSON file."""
+        return self.json_path.with_name(f"{self.json_path.stem}{suffix}.png")
+
+    def _text(self) -> str:
+        text = json.dumps(self.data, indent=1, ensure_ascii=False)
+        return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", _on_one_line, text) + "\n"
+
+    def _reserve(self, output: Path) -> Path:
+        """Writes the report as it is under the first name that is free, together with its pictures'."""
+        for number in count(1):
+            path = output / (f"{NAME}.json" if number == 1 else f"{NAME}_{number}.json")
+            try:
+                if not any(
+                    os.path.lexists(path.with_name(path.stem + end)) for end in (".png", "_diffusers.png")
+                ):
+                    with writing.replacing(path, overwrite=False) as temporary:
+                        temporary.write_text(self._text(), encoding="utf-8")
+                    return path
+            except FileExistsError:
+                continue
+        raise AssertionError("numbers end")
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    """A list of numbers."""
+    return f"[{' '.join(match[1].split())}]"
