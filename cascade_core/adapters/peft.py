@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from torch import Tensor
+
 from ..checkpoints import read_json
+from ..checkpoints.files import FLOATING
 from ..errors import CascadeError, quoted
 from .patterns import texts
 
@@ -66,6 +69,22 @@ def assumed_alpha(name: str) -> str:
         f"{name} states no alpha, and each layer's rank is taken for it; if its training had another (lora_alpha in "
         f"PEFT's {CONFIG_FILE}), give that as alpha."
     )
+
+
+def with_singular_values(
+    down: Tensor, singular: Tensor | None, alpha: float | None, where: str
+) -> tuple[Tensor, float | None]:
+    """(down, alpha) of AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): ΔW = alpha / (rank + 1e-5) · up @ (E · down).
+
+    singular: E (rank, 1)
+    """
+    rank = len(down)
+    if singular is None or singular.numel() != rank or singular.dtype not in FLOATING:
+        raise CascadeError(
+            f"{where} is of an AdaLoRA adapter, but its lora_E ({rank}, 1) is not there; download it again."
+        )
+    scaled = down.float() * singular.float().reshape(rank, *[1] * (down.ndim - 1))
+    return scaled, None if alpha is None else alpha * rank / (rank + 1e-5)
 
 
 def _is_alone(path: Path) -> bool:

@@ -31,7 +31,7 @@ from .fused import split
 from .names import FUSED, is_convolution, stage_c_layer, text_layer
 from .official import is_official, read_official
 from .order import Filters, parse_filters
-from .peft import LARGEST_ALPHA, StatedAlpha, assumed_alpha, stated_alpha
+from .peft import LARGEST_ALPHA, StatedAlpha, assumed_alpha, stated_alpha, with_singular_values
 
 # What stands after a layer's name in one program or another, and what it is.
 ENDINGS = {
@@ -39,6 +39,7 @@ ENDINGS = {
                      "_lora.down.weight", ".lora_linear_layer.down.weight"), "down"),
     **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora_B", ".lora.up.weight",
                      "_lora.up.weight", ".lora_linear_layer.up.weight"), "up"),
+    **dict.fromkeys((".lora_E", ".lora_E.default"), "singular"),
     ".alpha": "alpha",
     **dict.fromkeys((".dora_scale", ".magnitude"), "magnitude"),
     **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight",
@@ -187,12 +188,14 @@ def _change(
             f"{name}: {printable(theirs)} has no down (rank, c_in) and up (c_out, rank) that belong together "
             f"({_shape(down)} and {_shape(up)}); download it again."
         )
-    if is_convolution(layer):
-        down, up = _as_kernels(layer, down), up.reshape(len(up), -1, 1, 1)
     where = f"{name}: {printable(theirs)}"
     alpha = stated.of(theirs, len(down)) if stated else None
     if "alpha" in parts:
         alpha = _alpha(parts["alpha"], where)
+    if "singular" in parts or (stated is not None and stated.adalora):
+        down, alpha = with_singular_values(down, parts.get("singular"), alpha, where)
+    if is_convolution(layer):
+        down, up = _as_kernels(layer, down), up.reshape(len(up), -1, 1, 1)
     return LowRank(down, up, alpha, _magnitude(layer, down, up, parts, where))
 
 
