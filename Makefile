@@ -2,6 +2,7 @@
 # make check    what needs no ComfyUI, without the longest: while a change is made
 # make test     everything that must hold before a change lands
 # make nightly  the same with the long tests: before an issue is called resolved
+# make gpu      what only an NVIDIA card shows, and the speed in ComfyUI against what is promised: COMFYUI_PATH, 40 minutes
 # make clean    back to a fresh checkout
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # Threads that spin while they wait make sampling on a busy machine many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo check test nightly lint clean
+.PHONY: demo check test nightly gpu lint clean
 
 demo: .venv/.installed
 	$(BIN)/cascade run $(GRAPH)
@@ -34,6 +35,16 @@ test: lint
 
 nightly: lint
 	$(PYTEST) --nightly
+
+# All parts run, also after one that fails. SERVED=--quick is shorter, SERVED="--resume --budget 500" goes on with the rest.
+gpu: .venv/.installed-dev
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu needs an NVIDIA card")'
+	@status=0; \
+	$(BIN)/pytest tests/gpu || status=1; \
+	PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync $(BIN)/pytest tests/gpu --ignore tests/gpu/test_training.py || status=1; \
+	$(BIN)/python -m cascade_nodes.tests.comfyui.gpu || status=1; \
+	$(BIN)/python benchmarks/served.py --table --json output/served.json $(SERVED) || status=1; \
+	exit $$status
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -1,17 +1,20 @@
-"""Bars and curves as PNG, with nothing but Pillow: drawn at twice the size and shrunk, so that lines are smooth."""
+"""Bars and curves as PNG or SVG, with nothing but Pillow. A PNG is drawn at twice the size and shrunk: smooth lines."""
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from cascade_nodes.cascade_core.writing import replacing
+from cascade_nodes.cascade_core.writing import replacing, write_file
 
 FINE = 2
 INK, FAINT, GRID = "#333333", "#777777", "#dddddd"
 COLOURS = ("#1f5fbf", "#c0561f", "#2e8b57", "#8a4fbf")
 MUTED = "#a9b7c9"
+ANCHORS = {"l": "start", "m": "middle", "r": "end"}
+BASELINES = {"t": 0.8, "m": 0.35}  # of a font's size below a point
 Points = Sequence[tuple[float, float]]
 
 
@@ -45,13 +48,65 @@ class Chart:
             self.image.reduce(FINE).save(temporary, "PNG")  # averages, without halos
 
 
+class SvgChart(Chart):
+    """The same as SVG, whose widths of text are those of Pillow's font."""
+
+    def __init__(self, title: str, size: tuple[int, int]):
+        self.parts: list[str] = []
+        self.width, self.height = size
+        self.box((0, 0, *size), "white")
+        self.text((16, 12), title, 15, INK, "lt")
+
+    def text(
+        self, at: tuple[float, float], words: str, points: int = 12, ink: str = FAINT, anchor: str = "lm"
+    ) -> float:
+        across, down = anchor
+        x, y = at[0], at[1] + points * BASELINES[down]
+        self.parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" fill="{ink}" font-size="{points}" text-anchor="{ANCHORS[across]}">'
+            f"{escape(words)}</text>"
+        )
+        width = ImageFont.load_default(points).getlength(words)
+        return x - width * {"l": 0, "m": 0.5, "r": 1}[across]
+
+    def line(self, points: Points, ink: str, width: float = 1):
+        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        self.parts.append(
+            f'<polyline points="{places}" fill="none" stroke="{ink}" stroke-width="{width:g}"/>'
+        )
+
+    def box(self, corners: tuple[float, float, float, float], ink: str):
+        left, top, right, bottom = corners
+        size = f'width="{right - left:.1f}" height="{bottom - top:.1f}"'
+        self.parts.append(f'<rect x="{left:.1f}" y="{top:.1f}" {size} fill="{ink}"/>')
+
+    def save(self, path: Path) -> None:
+        """Writes the SVG atomically."""
+        size = f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
+        write_file(path, "\n".join([head, *self.parts, "</svg>"]) + "\n")
+
+
+def _new_chart(title: str, size: tuple[int, int], path: Path) -> Chart:
+    return (SvgChart if path.suffix == ".svg" else Chart)(title, size)
+
+
 def bars(
-    title: str, values: Mapping[str, float], unit: str, path: Path, highlighted: Sequence[str], limit: float
+    title: str,
+    values: Mapping[str, float],
+    unit: str,
+    path: Path,
+    highlighted: Sequence[str],
+    limit: float | None = None,
+    left: int = 190,
 ):
-    """Draws one bar for each name, highlighted ones in colour, and a line at the limit that none can pass."""
-    left, right, top, step = 190, 70, 52, 34
-    chart = Chart(title, (760, top + step * len(values) + 34))
-    largest = max(*values.values(), limit)
+    """Draws one bar for each name, highlighted ones in colour, and a line at the limit that none can pass.
+
+    left: pixels for the names.
+    """
+    right, top, step = 70, 52, 34
+    chart = _new_chart(title, (760, top + step * len(values) + (12 if limit is None else 34)), path)
+    largest = max(*values.values(), limit or 0)
 
     def place(value: float) -> float:
         return left + (chart.width - left - right) * value / largest
@@ -64,23 +119,39 @@ def bars(
             COLOURS[0] if name in highlighted else MUTED,
         )
         chart.text((place(value) + 8, y + step / 2), f"{value:.3g} {unit}", 13, INK)
+    if limit is None:
+        chart.save(path)
+        return
     bottom = top + step * len(values)
     chart.line([(place(limit), top), (place(limit), bottom + 4)], COLOURS[1], 1.5)
     chart.text((place(limit), bottom + 8), f"limit of the card {limit:.2g} {unit}", 12, COLOURS[1], "lt")
     chart.save(path)
 
 
-def curves(title: str, panels: Mapping[str, Mapping[str, Points]], x_label: str, path: Path):
-    """Panels side by side, by what their y axis is; both axes are logarithmic."""
-    chart = Chart(title, (760, 380))
+def curves(
+    title: str,
+    panels: Mapping[str, Mapping[str, Points]],
+    x_label: str,
+    path: Path,
+    named: Mapping[float, str] | None = None,
+):
+    """Panels side by side, by what their y axis is; both axes are logarithmic. `named` are x that have names."""
+    chart = _new_chart(title, (760, 380), path)
     share = chart.width / len(panels)
     for i, (y_label, series) in enumerate(panels.items()):
         area = (share * i + 58, 70, share * (i + 1) - 20, chart.height - 54)
-        _panel(chart, area, y_label, x_label, series)
+        _panel(chart, area, y_label, x_label, series, named or {})
     chart.save(path)
 
 
-def _panel(chart: Chart, area, y_label: str, x_label: str, series: Mapping[str, Points]) -> None:
+def _panel(
+    chart: Chart,
+    area: tuple[float, float, float, float],
+    y_label: str,
+    x_label: str,
+    series: Mapping[str, Points],
+    named: Mapping[float, str],
+) -> None:
     left, top, right, bottom = area
     all_points = [point for points in series.values() for point in points]
     xs, ys = sorted({x for x, _ in all_points}), [y for _, y in all_points if y > 0]
@@ -101,7 +172,7 @@ def _panel(chart: Chart, area, y_label: str, x_label: str, series: Mapping[str, 
     for x in xs:
         at = place(x, low)[0]
         chart.line([(at, top), (at, bottom)], GRID)
-        chart.text((at, bottom + 6), f"{x:g}", 11, FAINT, "mt")
+        chart.text((at, bottom + 6), named.get(x, f"{x:g}"), 11, FAINT, "mt")
     chart.text(((left + right) / 2, bottom + 26), x_label, 12, INK, "mt")
     legend = right
     inked = list(zip(COLOURS, series.items(), strict=False))

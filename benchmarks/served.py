@@ -2,6 +2,7 @@
 
     python benchmarks/served.py [CHECKOUT ...] [--rows ours,native] [--memory all,16,12,8,6,4] [--flags=--lowvram]
                                 [--quick] [--budget SECONDS] [--profile] [--folder FOLDER] [--json FILE]
+    python benchmarks/served.py [CHECKOUT ...] --table [--resume] …       all rows and promises of served_targets.py
 
 Published sizes with random weights, 1024 × 1024, 20 + 10 steps, guidance in both stages, as the server decides without
 flags, with a browser that listens. Each row is a process of its own:
@@ -26,7 +27,8 @@ Memory (GB) is taken away by another process, and the program is told that its c
 
 CHECKOUT is a folder of ComfyUI, or several; its packages are those of the Python that runs this, or of CHECKOUT/.venv.
 By default those of COMFYUI_PATH or ~/comfyui. A row that fails is reported, and the others go on. Past --budget seconds
-none begins or goes on. Rows that --json holds already stay there unless they are measured anew.
+none begins or goes on. Rows that --json holds already stay there unless they are measured anew; with --resume they are
+not, unless they failed.
 
 --profile also tells where the time of the first and of a warm picture goes: by node, and by function.
 --toy     tiny networks on the processor; ComfyUI's own nodes know no such networks, and fail.
@@ -39,7 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +50,7 @@ from typing import Any
 import torch
 
 import served_programs
+import served_targets
 from cascade_nodes import __version__
 from cascade_nodes.cascade_core.writing import output_file, write_file
 from copies import BUSES, Traced
@@ -56,6 +59,7 @@ from memory import BIG_G, TOY_TEXT
 from networks import tiny
 from served_graphs import PACK, ROWS, Graph, in_main_memory, made_small, with_png
 from served_programs import Program
+from served_targets import TABLE
 
 PROMPTS = (
     "a lighthouse on a rocky coast",
@@ -64,6 +68,7 @@ PROMPTS = (
     "a bowl of cherries",
 )
 RUNS, QUICK_RUNS = 5, 2
+LONG = 15.0  # seconds of pictures, after which a median is of no more than QUICK_RUNS
 COLD = "cold"
 KINDS = (*ROWS, COLD)
 ROW_SECONDS = 60.0  # of a row, until one is known
@@ -91,19 +96,24 @@ def measure(pictures: Pictures, row: Row, options: argparse.Namespace) -> None:
         row["first"] = pictures.seconds(text)
     if row["who"] == COLD:
         return
-    times = row["times"] = {"seed": [], "prompt": [], "png": []}
     for _ in range(1 if options.quick else 2):
         pictures.seconds(text)
-    for _ in range(options.runs):
-        times["seed"].append(pictures.seconds(text))
-    row["seed"] = statistics.median(times["seed"])
-    for i in range(options.runs):
-        text = PROMPTS[i % 3 + 1]
-        times["prompt"].append(pictures.seconds(text))
-    row["prompt"] = statistics.median(times["prompt"])
-    for _ in range(options.runs):
-        times["png"].append(pictures.seconds(text, with_png))
-    row["png"] = statistics.median(times["png"]) - row["seed"]
+    times: dict[str, list[float]] = {"seed": [], "prompt": [], "png": []}
+    row["times"] = times
+
+    def median(
+        quantity: str, ending: Callable[[Graph], Graph] = in_main_memory, prompts: Sequence[str] = ()
+    ) -> float:
+        nonlocal text
+        taken = times[quantity]
+        while len(taken) < options.runs and (len(taken) < QUICK_RUNS or sum(taken) < LONG):
+            text = prompts[len(taken) % len(prompts)] if prompts else text
+            taken.append(pictures.seconds(text, ending))
+        return statistics.median(taken)
+
+    row["seed"] = median("seed")
+    row["prompt"] = median("prompt", prompts=PROMPTS[1:])
+    row["png"] = median("png", with_png) - row["seed"]
     with profiled(program, row, "warm_profile", options.profile):
         pictures.seconds(text)
     row |= measure_copies(pictures, text, row["seed"])
@@ -168,14 +178,15 @@ def run_row(
 
 def rows_of(options: argparse.Namespace) -> Iterator[tuple[Row, Path | None]]:
     """Rows to measure, with their checkouts; the one without ComfyUI once for each amount of memory."""
-    for memory in options.memory:
-        for checkout in options.checkouts:
-            for who in (kind for kind in options.rows if kind != "headless"):
-                if who != COLD or memory is None:
-                    version = served_programs.version_of(checkout)
-                    yield {"who": who, "comfyui": version, "memory": memory, "flags": options.flags}, checkout
-        if "headless" in options.rows:
-            yield {"who": "headless", "comfyui": None, "memory": memory, "flags": []}, None
+    asked = [(who, memory, options.flags) for memory in options.memory for who in options.rows]
+    for who, memory, flags in TABLE if options.table else asked:
+        if who == "headless":
+            yield {"who": who, "comfyui": None, "memory": memory, "flags": []}, None
+        elif who != COLD or memory is None:
+            for checkout in options.checkouts:
+                version = served_programs.version_of(checkout)
+                if not options.table or served_programs.knows(checkout, flags):
+                    yield {"who": who, "comfyui": version, "memory": memory, "flags": list(flags)}, checkout
 
 
 def key(row: Row) -> tuple[Any, ...]:
@@ -188,6 +199,7 @@ def store(results: dict[str, Any], row: Row, path: Path | None) -> None:
     row |= {name: results[name] for name in ("machine", "pack")}
     results["rows"] = [*(other for other in results["rows"] if key(other) != key(row)), row]
     if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(results, indent=1) + "\n")
 
 
@@ -256,6 +268,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=kinds, default=["ours", "mixed", "native"], help="by commas")
     parser.add_argument("--memory", type=amounts, default=[None], help="GB by commas, or all")
     parser.add_argument("--flags", type=str.split, default=[], help="of the server, by spaces")
+    parser.add_argument("--table", action="store_true", help="all rows of the promises")
+    parser.add_argument("--resume", action="store_true", help="only rows that --json has not")
     parser.add_argument("--runs", type=int, help=f"pictures of each median, default: {RUNS}")
     parser.add_argument("--quick", action="store_true", help=f"medians of {QUICK_RUNS}")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, files included")
@@ -310,7 +324,10 @@ def main() -> int:
         served_programs.write_files(base, configurations(options.toy))
         served_programs.link_pack(base)
         print(f"{results['machine']}\nfiles: {time.monotonic() - begun:.0f} s", flush=True)
+        there = {key(row) for row in results["rows"] if "error" not in row} if options.resume else set()
         for row, checkout in rows_of(options):
+            if key(row) in there:
+                continue
             if time.monotonic() - begun + longest > options.budget:
                 left_out.append(name_of(row))
                 continue
@@ -320,11 +337,16 @@ def main() -> int:
             measured.append(row)
             shown = {name: value for name, value in row.items() if not name.endswith("_profile")}
             print(f"{name_of(row)}: {json.dumps(shown)}", flush=True)
+    shown = results["rows"] if options.table else measured
     print()
-    report(measured)
+    report(shown)
+    met = True
+    if options.table:
+        print()
+        met = served_targets.report(shown)
     if left_out:
         print(f"\nLEFT OUT, since {options.budget:g} seconds were over: {'; '.join(left_out)}")
-    return 1 if left_out or any("error" in row for row in measured) else 0
+    return 0 if met and not left_out and not any("error" in row for row in shown) else 1
 
 
 if __name__ == "__main__":

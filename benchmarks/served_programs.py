@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -327,6 +327,12 @@ def start(
 def version_of(checkout: Path) -> str:
     """Such as 0.33.0."""
     return (checkout / "comfyui_version.py").read_text(encoding="utf-8").split('"')[1]
+
+
+def knows(checkout: Path, flags: Iterable[str]) -> bool:
+    """Whether this ComfyUI has the flags."""
+    known = (checkout / "comfy" / "cli_args.py").read_text(encoding="utf-8")
+    return all(f'"{flag}"' in known for flag in flags)
 
 
 def forget_kernels(base: Path, checkout: Path | None) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -111,6 +113,93 @@ def test_a_row_that_fails_leaves_the_others(tmp_path: Path):
     printed = call(*checkouts, *base, "--budget", "1", status=1)
     assert "LEFT OUT, since 1 seconds were over: native 1.0.0 all; native 2.0.0 all" in printed
     assert json.loads(path.read_text(encoding="utf-8"))["rows"] == rows
+
+
+ROW = {"comfyui": "0.33.0", "memory": None, "flags": [], "compiled": True}
+
+
+def test_promises_are_read_from_the_rows_of_a_version(module, capsys: pytest.CaptureFixture):
+    rows = [
+        {**ROW, "who": "ours", "seed": 0.7, "prompt": 1.2, "first": 4.0},
+        {**ROW, "who": "native", "seed": 6.0, "prompt": 5.0},
+        {**ROW, "who": "ours", "memory": 8.0, "seed": 1.0, "error": "out of memory"},
+        {**ROW, "who": "headless", "comfyui": None, "prompt": 0.5, "png": 0.1},
+        {**ROW, "who": "ours", "comfyui": "0.3.64", "seed": 0.9, "compiled": False, "first": 4.0},
+    ]
+    targets = module("served_targets")
+    told = {(version, name): (measured, met) for version, name, measured, _, met in targets.compared(rows)}
+    assert told["0.33.0", "as it comes, new seed"] == ("0.7 s", "met")
+    assert told["0.33.0", "as it comes, new prompt"] == ("1.2 s", "missed")
+    assert told["0.33.0", "faster than ComfyUI's own nodes, new prompt"] == ("4.17 ×", "missed")
+    assert told["0.33.0", "first picture, compiled before"] == ("4 s", "met")
+    assert told["0.33.0", "8 GB"] == ("", "not measured")
+    assert told["0.3.64", "as it comes, new seed"] == ("0.9 s", "missed")
+    assert told["0.3.64", "first picture, compiled before"] == ("", "not measured")
+    assert told["", "without ComfyUI, text and PNG included"] == ("0.6 s", "met")
+    assert ("0.33.0", "8 GB --disable-dynamic-vram") not in told
+    assert not targets.report(rows)
+    assert (
+        "OUTSIDE ITS BOUND: 0.33.0 as it comes, new prompt: 1.2 s, promised ≤ 1 s" in capsys.readouterr().out
+    )
+
+
+def test_the_table_has_every_row_that_is_promised(module, monkeypatch: pytest.MonkeyPatch):
+    """Rows in which every quantity is a second leave no promise unmeasured."""
+    targets = module("served_targets")
+    quantities = dict.fromkeys(("seed", "prompt", "png", "first"), 1.0)
+    rows = [
+        {"who": who, "memory": memory, "flags": list(flags), "compiled": True, **quantities}
+        | {"comfyui": None if who == "headless" else "0.33.0"}
+        for who, memory, flags in targets.TABLE
+    ]
+    told = targets.compared(rows)
+    assert len(told) == len(targets.SERVED) + len(targets.WITHOUT_COMFYUI)
+    assert "not measured" not in {met for *_, met in told}
+
+
+def test_pages_and_figures_are_those_of_the_committed_measurement(module, tmp_path: Path):
+    pages = module("served_pages")
+    measured = pages.Measured(pages.read([pages.MEASURED]))
+    for page, (words, images) in pages.PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert "<!-- served " in text
+        assert pages.fill(text, measured, words, images) == text, "run benchmarks/served_pages.py"
+        for picture in re.findall(r"\]\((\S*served\S*\.svg)\)", text):
+            assert (page.parent / picture).exists()
+    pages.draw(measured, tmp_path)
+    for drawn in tmp_path.iterdir():
+        assert drawn.read_bytes() == (pages.IMAGES / drawn.name).read_bytes(), (
+            "run benchmarks/served_pages.py"
+        )
+
+
+def test_pages_show_limits_versions_and_failures(module, tmp_path: Path):
+    pages = module("served_pages")
+    card = {
+        "device": "cuda:0 NVIDIA H200",
+        "allocator": "native",
+        "torch": "2.11.0+cu130",
+        "date": "2026-11-30T01:00",
+    }
+    limited = {"memory": 8.0, "seed": 1.3, "predicted": {"12": 2.6, "25": 1.9}, "copies": {"gb": 5.25}}
+    rows = [
+        {**card, **ROW, "who": "ours", "seed": 0.7},
+        {**card, **ROW, "who": "ours", **limited},
+        {**card, **ROW, "who": "native", "memory": 8.0, "seed": 8.4},
+        {**card, **ROW, "who": "ours", "comfyui": "0.3.64", "seed": 0.75},
+        {**card, **ROW, "who": "mixed", "error": "out of memory"},
+    ]
+    measured = pages.Measured(rows)
+    assert "| 8 GB | 1.30 s | 5.25 GB | 1.90 s | 2.60 s | 8.4 s |" in pages.by_memory(measured, pages.ENGLISH)
+    assert "| this pack's nodes, 0.3.64 | 0.75 s |" in pages.whole(measured, pages.ENGLISH)
+    assert "failed |" in pages.everything(measured, pages.ENGLISH)
+    assert "NVIDIA H200, torch 2.11.0, 30 November 2026; ComfyUI 0.33.0, 0.3.64" in pages.place(
+        measured, pages.ENGLISH
+    )
+    pages.draw(measured, tmp_path)
+    root = ElementTree.fromstring((tmp_path / "served_by_memory.svg").read_text(encoding="utf-8"))
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"seconds, 0.33.0", "seconds, 0.3.64", "ComfyUI's own nodes", "8", "all"} <= set(texts)
 
 
 def check(row: dict[str, Any]) -> None:

@@ -205,6 +205,8 @@ def main(further: list[str]) -> int:
     results = measure(further)
     results["failures"] = failures(results)
     print(json.dumps(results))
+    for failure in results["failures"]:
+        print(f"OUTSIDE ITS BOUND: {failure}", file=sys.stderr)
     return 1 if results["failures"] else 0
 
 
