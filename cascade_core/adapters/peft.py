@@ -58,9 +58,14 @@ def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) ->
         return StatedAlpha(lambda layer, rank: alpha) if alpha else None
     _check_plain(config, where)
     adalora = config.get("peft_type") == "ADALORA"
-    if alpha:
-        return StatedAlpha(lambda layer, rank: alpha, "", adalora)
-    return StatedAlpha(_alpha_of(config, where, adalora), note, adalora)
+    of = (lambda layer, rank: alpha) if alpha else _alpha_of(config, where, adalora)
+    if adalora:  # scaled by the rank that it began with, whatever was left of it
+        first = config.get("init_r")
+        first = first if type(first) is int and first > 0 else None
+        return StatedAlpha(
+            lambda layer, rank: of(layer, rank) * rank / ((first or rank) + 1e-5), note, adalora
+        )
+    return StatedAlpha(of, "" if alpha else note, adalora)
 
 
 def assumed_alpha(name: str) -> str:
@@ -71,20 +76,14 @@ def assumed_alpha(name: str) -> str:
     )
 
 
-def with_singular_values(
-    down: Tensor, singular: Tensor | None, alpha: float | None, where: str
-) -> tuple[Tensor, float | None]:
-    """(down, alpha) of AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): ΔW = alpha / (rank + 1e-5) · up @ (E · down).
-
-    singular: E (rank, 1)
-    """
+def with_singular_values(down: Tensor, singular: Tensor | None, where: str) -> Tensor:
+    """E · down of AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): ΔW = scale · up @ (E · down), E (rank, 1)."""
     rank = len(down)
     if singular is None or singular.numel() != rank or singular.dtype not in FLOATING:
         raise CascadeError(
             f"{where} is of an AdaLoRA adapter, but its lora_E ({rank}, 1) is not there; download it again."
         )
-    scaled = down.float() * singular.float().reshape(rank, *[1] * (down.ndim - 1))
-    return scaled, None if alpha is None else alpha * rank / (rank + 1e-5)
+    return down.float() * singular.float().reshape(rank, *[1] * (down.ndim - 1))
 
 
 def _is_alone(path: Path) -> bool:

@@ -193,7 +193,7 @@ def _change(
     if "alpha" in parts:
         alpha = _alpha(parts["alpha"], where)
     if "singular" in parts or (stated is not None and stated.adalora):
-        down, alpha = with_singular_values(down, parts.get("singular"), alpha, where)
+        down = with_singular_values(down, parts.get("singular"), where)
     if is_convolution(layer):
         down, up = _as_kernels(layer, down), up.reshape(len(up), -1, 1, 1)
     return LowRank(down, up, alpha, _magnitude(layer, down, up, parts, where))
