@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cascade_nodes.cascade_core.checkpoints import NETWORKS, load_model, split_attention, write_safetensors
+from cascade_nodes.cascade_core.checkpoints import (
+    NETWORKS,
+    fuse_attention,
+    load_model,
+    split_attention,
+    write_safetensors,
+)
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.pipeline import StableCascade
 from cascade_nodes.headless.catalogue import FILES
@@ -85,7 +92,7 @@ def write_random(path: Path, name: str, dtype: torch.dtype = torch.float32) -> N
         if key.endswith("running_var"):
             weights[key] = weights[key].abs() + 1
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, weights | counters, {})
+    write_safetensors(path, fuse_attention(weights | counters), {})
 
 
 def change(path: Path, changes: Mapping[str, torch.Tensor | None]) -> None:
@@ -183,6 +190,51 @@ def test_published_names_and_shapes(tmp_path, verified):
     assert report["files"][0]["published_size"] == "73.7 MB"
     assert report["picture"]["skipped"].startswith("there is no text_encoder file here")
     assert "No picture was made: there is no text_encoder file here" in shown
+
+
+LITE = {
+    "diffusion_models/stage_c_lite_bf16.safetensors": torch.bfloat16,
+    "diffusion_models/stage_b_lite_bf16.safetensors": torch.bfloat16,
+    "vae/stage_a.safetensors": torch.float32,
+    "vae/effnet_encoder.safetensors": torch.float32,
+    "vae/previewer.safetensors": torch.float32,
+    "text_encoders/text_encoder.safetensors": torch.float16,
+}
+
+
+@pytest.mark.nightly
+def test_a_lite_cascade_of_the_published_sizes(tmp_path, verified):
+    """With random weights under the published names; of a file of 2 GB no copy is made in memory."""
+    models = tmp_path / "models"
+    for name, dtype in LITE.items():
+        write_random(models / name, Path(name).stem, dtype)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "c.safetensors").symlink_to(models / "diffusion_models" / "stage_c_lite_bf16.safetensors")
+    process = start("verify", str(alone), "--no-picture", "--output", str(tmp_path / "out"))
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, own_memory(process.pid))
+        time.sleep(0.05)
+    assert process.returncode == 0, process.communicate()
+    assert peak < 1.2e9  # in float32 the weights alone would take 4.1 GB
+    status, report, _ = verified(models, "--quick", "--prefer", "lite")
+    assert (status, report["problems"]) == (0, [])
+    assert {file["file"]: file["published"] for file in report["files"]} == {
+        Path(name).name: [Path(name).stem] for name in LITE
+    }
+    assert all(network["as_published"] for network in networks(report).values())
+    assert report["picture"]["pixels"]["shape"] == [1, 512, 512, 3]
+
+
+def own_memory(pid: int) -> int:
+    """Bytes of a process that are not pages of a file."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    lines = (line.split() for line in status.splitlines() if line.startswith("RssAnon:"))
+    return next((int(words[1]) * 1024 for words in lines), 0)
 
 
 def test_another_digest_than_the_published_one(tmp_path, verified, monkeypatch):
