@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...cascade_core.arguments import DECODER, PRIOR, StageSettings
-from ...cascade_core.checkpoints.source import locate, read_shapes
+from ...cascade_core.checkpoints import locate, parts_in
+from ...cascade_core.checkpoints.source import read_shapes
 from ...cascade_core.errors import CascadeError
 from ...cascade_core.model_files import PARTS, ModelFiles
 from ...cascade_core.pipeline import StableCascade, StageProgress
@@ -108,8 +109,10 @@ def check_memory(files: Mapping[str, Path], dtype: str, device: str) -> None:
 
 
 def _copied_bytes(path: Path, role: str, dtype: torch.dtype) -> int:
+    """Bytes of a network's weights that are in another precision, once they are cast."""
     tensors = read_shapes(locate(path, PARTS[role]))
-    return sum(tensor.numel() * dtype.itemsize for tensor in tensors.values() if tensor.dtype != dtype)
+    weights = parts_in(tensors)[PARTS[role]].to_published(tensors)
+    return sum(tensor.numel() * dtype.itemsize for tensor in weights.values() if tensor.dtype != dtype)
 
 
 def make_picture(
