@@ -126,7 +126,7 @@ class Server:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [checkout.python, "main.py", "--port", str(self.port), "--base-directory", base]
-        command += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method", "auto"]
+        command += ["--disable-auto-launch", "--disable-api-nodes"]
         command += ["--cpu"] if cpu else []
         command += ["--database-url", f"sqlite:///{base / 'comfyui.db'}", *flags]
         with self.log_file.open("wb") as log:

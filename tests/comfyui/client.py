@@ -80,9 +80,10 @@ class Client:
             text, status = error.read(), error.code
         return status, json.loads(text) if text else None
 
-    def queue(self, graph: dict[str, Any]) -> str:
-        """The id of a prompt that was accepted whole."""
-        status, answer = self.post("/prompt", {"prompt": graph, "client_id": self.id})
+    def queue(self, graph: dict[str, Any], **extra_data: Any) -> str:
+        """The id of a prompt that was accepted whole. extra_data: what a front end's settings add to it."""
+        content = {"prompt": graph, "client_id": self.id, "extra_data": extra_data}
+        status, answer = self.post("/prompt", content)
         assert status == 200, answer
         assert not answer["node_errors"], answer["node_errors"]
         return answer["prompt_id"]
@@ -108,9 +109,9 @@ class Client:
                 return execution
         raise AssertionError("The server hung up.")
 
-    def run(self, graph: dict[str, Any]) -> Execution:
+    def run(self, graph: dict[str, Any], **extra_data: Any) -> Execution:
         """Queues a graph and follows it to its end."""
-        return self.follow(self.queue(graph))
+        return self.follow(self.queue(graph, **extra_data))
 
     def pictures(self, execution: Execution) -> list[np.ndarray]:
         """The pictures that a prompt saved, (H, W, 3) uint8; not those that it only showed."""

@@ -54,10 +54,15 @@ def test_progress_and_previews_arrive(client):
     execution = client.run(tiny({"7.seed": 103, "7.steps": 6, "8.steps": 5}))
     assert execution.error is None
     for sampler, steps in ((PRIOR, 6), (DECODER, 5)):
-        values = [data["value"] for data in execution.of("progress") if data["node"] == sampler]
-        assert [value for value in values if value] == list(range(1, steps + 1))
+        values = [
+            data["value"] for data in execution.of("progress") if data["node"] == sampler and data["value"]
+        ]
+        assert values == sorted(
+            set(values)
+        )  # newer versions leave out some that follow each other too closely
+        assert (values[0], values[-1]) == (1, steps)
         assert {data["max"] for data in execution.of("progress") if data["node"] == sampler} == {steps}
-    assert len(execution.previews) >= 6 + 5
+    assert 2 <= len(execution.previews) <= 6 + 5  # each sampler's first at once
     for sampler, steps in ((PRIOR, 6), (DECODER, 5)):
         (preview,) = [
             data["output"]["cascade_run"] for data in execution.of("executed") if data["node"] == sampler
@@ -68,18 +73,19 @@ def test_progress_and_previews_arrive(client):
 @pytest.mark.parametrize("sampler", [PRIOR, DECODER])
 def test_interrupt_stops_within_one_step(client, right_picture, sampler):
     slow = {"7.seed": 7, "7.steps": 20 if sampler == PRIOR else 1, "8.steps": 20}  # some 100 ms a step
-    values = []
+    values, heard = [], []
 
     def stop_at_the_second(kind, data):
         if kind == "progress" and data["node"] == sampler:
             values.append(data["value"])
-            if data["value"] == 2:
+            if data["value"] >= 2 and not heard:  # newer versions leave out some
+                heard.append(data["value"])
                 client.post("/interrupt", {})
 
     execution = client.follow(client.queue(demo(slow)), stop_at_the_second)
     (interrupted,) = execution.of("execution_interrupted")
     assert interrupted["node_id"] == sampler
-    assert max(values) <= 3
+    assert max(values) <= heard[0] + 1
     assert execution.error is None
     graph = tiny({"7.seed": 104})
     (picture,) = client.pictures(client.run(graph))

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cascade_nodes.nodes.hosts.previews import INTERVAL, PAUSE
+from cascade_nodes.tests.headless.record_comfyui import node
+
 EXAMPLES = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
     for path in sorted((Path(__file__).parents[2] / "example_workflows" / "api").glob("*.json"))
@@ -16,10 +19,10 @@ EXAMPLES = {
 def files(graph):
     """{(node, input): file} of all loaders in a graph."""
     return {
-        (node_id, input_id): node["inputs"][input_id]
-        for node_id, node in graph.items()
+        (node_id, input_id): entry["inputs"][input_id]
+        for node_id, entry in graph.items()
         for input_id in ("file", "previewer")
-        if input_id in node["inputs"]
+        if input_id in entry["inputs"]
     }
 
 
@@ -27,6 +30,17 @@ def uses_the_demo(name):
     return all(file.startswith("demo_") for file in files(EXAMPLES[name]).values())
 
 
+@pytest.fixture
+def previews_at_every_step(client):
+    def wait(interval, pause):
+        assert client.run({"1": node("PreviewInterval", interval=interval, pause=pause)}).error is None
+
+    wait(0, 0)
+    yield
+    wait(INTERVAL, PAUSE)
+
+
+@pytest.mark.usefixtures("previews_at_every_step")
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if uses_the_demo(name)])
 def test_same_pictures_as_without_comfyui(client, right_pictures, name):
     execution = client.run(EXAMPLES[name])
@@ -37,11 +51,11 @@ def test_same_pictures_as_without_comfyui(client, right_pictures, name):
         assert np.abs(picture.astype(int) - right).max() <= 1
     # The last preview is Stage B's last step, and Stage C's comes before: what the picture shows, in its colours.
     # Of a masked run it is less exact: outside the mask it shows what the sampler is about to put the source over.
-    pasted = any(node["class_type"] == "CascadeInpaintComposite" for node in EXAMPLES[name].values())
+    pasted = any(entry["class_type"] == "CascadeInpaintComposite" for entry in EXAMPLES[name].values())
     previews = [(execution.previews[-1], 4 if pasted else 2)]
-    for node in EXAMPLES[name].values():
-        if node["class_type"] == "CascadePriorSampler":
-            previews.append((execution.previews[node["inputs"]["steps"] - 1], 8))
+    for entry in EXAMPLES[name].values():
+        if entry["class_type"] == "CascadePriorSampler":
+            previews.append((execution.previews[entry["inputs"]["steps"] - 1], 8))
     for preview, difference in previews:
         preview_image = Image.fromarray(preview).resize((pictures[0].shape[1], pictures[0].shape[0]))
         assert np.abs(np.asarray(preview_image).astype(int) - pictures[0]).mean() <= difference

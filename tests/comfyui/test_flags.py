@@ -1,4 +1,6 @@
-"""ComfyUI started with other flags: the picture is what the precision allows, errors are as clear as ever."""
+"""ComfyUI started with other flags: the picture is what the precision allows, errors are as clear as ever; and previews
+are shown only where they are asked for.
+"""
 
 import numpy as np
 import pytest
@@ -17,9 +19,12 @@ FLAGS = {"--force-fp16": (0, 0.1), "--fp8_e4m3fn-unet": (0.5, 5)}
 def test_comfyui_started_with(checkout, tmp_path, right_picture, flag):
     graph = tiny({"7.seed": 4, "7.sampler": "ddim", "8.sampler": "ddim"})
     least, most = FLAGS[flag]
-    with Server(checkout, prepare(tmp_path), flag) as server, Client(server) as client:
+    no_previews = [flag, "--preview-method", "none"]
+    with Server(checkout, prepare(tmp_path), *no_previews) as server, Client(server) as client:
         for _ in range(2):
-            (picture,) = client.pictures(client.run(graph))
+            execution = client.run(graph)
+            assert execution.previews == []
+            (picture,) = client.pictures(execution)
             difference = np.abs(picture.astype(int) - right_picture(graph))
             assert least <= difference.mean() <= most
             execution = client.run(tiny({"7.model": ["2", 0]}))

@@ -3,27 +3,41 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import comfy.model_management
+import comfy.options
 import comfy.utils
 import latent_preview
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....cascade_core import checkpoints
-from ....cascade_core.errors import CascadeError
+from ....cascade_core.errors import CascadeError, quoted
+from ....cascade_core.geometry import STAGE_B_COMPRESSION
 from .. import roles
+from ..previews import ColourFactors, Pace, Previewer, Previews
 from . import folders
 
 # ComfyUI's preview methods that a learned previewer may replace.
 LEARNED = (LatentPreviewMethod.Auto, LatentPreviewMethod.TAESD)
-# Previewer of each stage's latents, and its configuration's name for their channels.
-PREVIEWERS = {"stage_c": ("previewer", "c_in"), "stage_b": ("stage_a", "c_latent")}
+# Previewer of each stage's latents, its configuration's name for their channels, its pixels for a position of them.
+PREVIEWERS = {"stage_c": ("previewer", "c_in", 8), "stage_b": ("stage_a", "c_latent", STAGE_B_COMPRESSION)}
+LEARNED_SIDE = 256  # pixels of a learned previewer's pictures, at most: they take its memory and its time
+KEPT = (
+    "cascade_previewer"  # where a model keeps its learned previewer, with the files that it was chosen from
+)
+POLL = 5e-4  # seconds between two looks at a card
+
+
+def running_server() -> Any:
+    """ComfyUI's server of this process, or None."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def notify(text: str) -> None:
@@ -35,68 +49,121 @@ def notify(text: str) -> None:
         letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
     ).translate({ord("<"): "‹", ord(">"): "›"})
     logging.info("%s", text)
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = running_server()
     node, client = getattr(server, "last_node_id", None), getattr(server, "client_id", None)
     if server is not None and node is not None and client is not None:  # without one, everybody would read it
         server.send_progress_text(text, node, client)
 
 
-class LearnedPreviewer(latent_preview.LatentPreviewer):
-    """Previewer that decodes Stage C's latent with the previewer network, or Stage B's with Stage A."""
-
-    def __init__(self, network: nn.Module):
-        self.network = network
-        self.to_picture: Callable[[Tensor], Tensor] = getattr(network, "decode", network)
-
-    def decode_latent_to_preview(self, x0: Tensor) -> Image.Image:
-        weight = next(self.network.parameters())
-        with torch.inference_mode():
-            picture = self.to_picture(x0[:1].to(weight)).clamp(0, 1)[0]  # (3, H, W)
-        return Image.fromarray((picture * 255).round().byte().movedim(0, -1).cpu().numpy())
-
-
 def step_callback(patcher: Any, steps: int, kind: str) -> Callable[..., None]:
-    """Callback (step, x0, x, steps) for each step that moves the node's bar and shows a preview of x0.
+    """Callback (step, x0, x, steps) for each step that moves the node's bar and shows previews of x0.
 
-    The preview is a learned one where its file exists, else ComfyUI's approximation.
+    ComfyUI makes JPEGs of them in the thread of its server.
     """
-    previewer = learned_previewer(patcher, kind) if args.preview_method in LEARNED else None
-    if previewer is None:
-        return latent_preview.prepare_callback(patcher, steps)
     bar = comfy.utils.ProgressBar(steps)
+    previews = previews_of_run(patcher, kind) if bar.hook is not None else Previews(None)
+    pace = Pace()
+
+    def show(step: int, total: int, picture: Image.Image | None) -> None:
+        preview = ("JPEG", picture, latent_preview.MAX_PREVIEW_RESOLUTION) if picture else None
+        bar.update_absolute(step + 1, total, preview)
 
     def callback(step: int, x0: Tensor, x: Tensor, total: int) -> None:
-        bar.update_absolute(step + 1, total, previewer.decode_latent_to_preview_image("JPEG", x0))
+        show(step, total, previews.after_step(x0, last=step + 1 == total))
+        if x0.is_cuda:
+            pace.add_step(torch.cuda.current_stream(x0.device).record_event())
+        while not pace.caught_up():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            sleep(POLL)
+            if (picture := previews.ready()) is not None:
+                show(step, total, picture)
 
     return callback
 
 
-def learned_previewer(patcher: Any, kind: str) -> LearnedPreviewer | None:
-    """Learned previewer of the MODEL's own family. Stage B has one in the demo alone: its Stage A, which is fast.
-
-    ComfyUI's approximation of Stage B's latents fits the published Stage A, which is slow.
-    """
-    file = getattr(patcher.model.diffusion_model, "name", "")
-    role, channels = PREVIEWERS[kind]
-    if file == roles.DEMO_NAMES[kind]:
-        path = roles.demo_file(role)
-    else:
-        path = published_previewer() if kind == "stage_c" else None
-    if path is None:
-        return None
+def previews_of_run(patcher: Any, kind: str) -> Previews:
+    """Previews of a MODEL's run: by a learned previewer where its file exists, else by ComfyUI's approximation."""
     try:
-        network, _, config = checkpoints.load_model(path, expect=role, dtype=torch.float32)
-    except CascadeError:  # a damaged file must not stop a run that can do without it
-        return None
-    fits = config[channels] == patcher.model.latent_format.latent_channels
-    return LearnedPreviewer(network.to(comfy.model_management.get_torch_device())) if fits else None
+        method = preview_method()
+        if method == LatentPreviewMethod.NoPreviews:
+            return Previews(None)
+        previewer = learned_previewer(patcher.model, kind) if method in LEARNED else None
+        previewer = previewer or approximation(patcher.model.latent_format)
+        previewer.network.to(patcher.load_device)
+        return Previews(previewer, previewer.side_stream(patcher.load_device))
+    except Exception as error:  # no run fails for its previews
+        logging.warning("This run shows no previews: %s", quoted(error))
+        return Previews(None)
 
 
-def published_previewer() -> Path | None:
-    """Finds the published previewer by the contents of the files."""
-    demo = roles.demo_file("previewer")
-    for name in folders.list_files("previewer"):
-        path = folders.find_file("previewer", name)
-        if path != demo and checkpoints.holds(path, "previewer"):
-            return path
+def preview_method() -> LatentPreviewMethod:
+    """How previews are made: as the front end asks for this prompt, or the server's command line; else `auto`.
+
+    `none` is ComfyUI's default as well, and looks the same in `args` as a `none` that somebody chose.
+    """
+    server, method = running_server(), LatentPreviewMethod.NoPreviews
+    if args.preview_method != method or (comfy.options.args_parsing and states_method(sys.argv[1:])):
+        return args.preview_method
+    if server is not None and (server.client_id is None or asks_for_none(server)):
+        return method  # without a client, everybody who is connected would see what nobody asked for
+    return LatentPreviewMethod.Auto
+
+
+def states_method(words: Sequence[str]) -> bool:
+    """Whether a command line has --preview-method, or its beginning, which ComfyUI takes where it is unambiguous."""
+    names = [word.partition("=")[0] for word in words]
+    return any(name.startswith("--preview-m") and "--preview-method".startswith(name) for name in names)
+
+
+def asks_for_none(server: Any) -> bool:
+    """Whether the prompt that runs was queued with `none`, as front ends do that know such a setting."""
+    for _, prompt_id, _, extra_data, *_ in list(server.prompt_queue.currently_running.values()):
+        if prompt_id == server.last_prompt_id and isinstance(extra_data, dict):
+            return extra_data.get("preview_method") == LatentPreviewMethod.NoPreviews.value
+    return False
+
+
+def approximation(latent_format: Any) -> Previewer:
+    """ComfyUI's, by the RGB factors that it has for a family's latents."""
+    network = ColourFactors(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
+    return Previewer(network, 1, latent_preview.MAX_PREVIEW_RESOLUTION)
+
+
+def learned_previewer(base: Any, kind: str) -> Previewer | None:
+    """Learned previewer of a model's own family, loaded once for all its runs, until files come, go or change.
+
+    Stage B has one in the demo alone: its Stage A, which is fast. ComfyUI's approximation of Stage B's latents fits the
+    published Stage A, which is slow.
+    """
+    paths = previewer_files(getattr(base.diffusion_model, "name", ""), kind)
+    files = [(path, (status := path.stat()).st_mtime_ns, status.st_size) for path in paths]
+    kept_files, previewer = getattr(base, KEPT, (None, None))
+    if kept_files != files:
+        previewer = load_previewer(paths, kind, base.latent_format.latent_channels)
+        setattr(base, KEPT, (files, previewer))  # in a tuple, so that it does not become a part of the model
+    return previewer
+
+
+def previewer_files(name: str, kind: str) -> list[Path]:
+    """Files in which the previewer for a network of that file name may be."""
+    role = PREVIEWERS[kind][0]
+    demo = roles.demo_file(role)
+    if name == roles.DEMO_NAMES[kind]:
+        return [demo] if demo else []
+    if kind != "stage_c":
+        return []
+    paths = [folders.find_file(role, name) for name in folders.list_files(role)]
+    return [path for path in paths if path != demo]
+
+
+def load_previewer(paths: Sequence[Path], kind: str, latent_channels: int) -> Previewer | None:
+    """The first that is one, by what is in the file, and whole."""
+    role, channels, stride = PREVIEWERS[kind]
+    for path in paths:
+        try:
+            network, _, config = checkpoints.load_model(path, expect=role, dtype=torch.float32)
+        except CascadeError:
+            continue
+        if config[channels] == latent_channels:
+            return Previewer(network, stride, min(LEARNED_SIDE, latent_preview.MAX_PREVIEW_RESOLUTION))
     return None

@@ -1,5 +1,9 @@
 # pyright: reportMissingImports=false
-"""Nodes for the tests alone: values that are wrong on our sockets, as other models' nodes would make them."""
+"""Nodes for the tests alone: values that are wrong on our sockets, as other models' nodes would make them; and one that
+sets how often there are previews.
+"""
+
+import sys
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -88,9 +92,34 @@ class OtherLatent(io.ComfyNode):
         return io.NodeOutput({"samples": torch.zeros(1, channels, side, side)})
 
 
+class PreviewInterval(io.ComfyNode):
+    """How soon a preview follows another, from here on, as nodes/hosts/previews.py has it."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PreviewInterval",
+            category=CATEGORY,
+            inputs=[io.Float.Input("interval", min=0), io.Float.Input("pause", min=0)],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, interval, pause):
+        (previews,) = (
+            module for name, module in sys.modules.items() if name.endswith(".nodes.hosts.previews")
+        )
+        previews.INTERVAL, previews.PAUSE = interval, pause
+        return io.NodeOutput()
+
+    @classmethod
+    def fingerprint_inputs(cls, interval, pause):
+        return float("nan")  # it is run each time
+
+
 class Extension(ComfyExtension):
     async def get_node_list(self):
-        return [OtherModel, OtherConditioning, OtherLatent]
+        return [OtherModel, OtherConditioning, OtherLatent, PreviewInterval]
 
 
 async def comfy_entrypoint():

@@ -1,0 +1,197 @@
+"""Previews of a sampling run that it does not wait for: seldom, small, and on a card beside it.
+
+They are begun and fetched between two steps, in the thread that samples, so that none allocates while it captures a
+CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, interpolate
+
+from ...cascade_core.errors import quoted
+
+INTERVAL = 0.25  # seconds from one preview to the next, at least
+PAUSE = 10  # and where a run waits for them, times what the last one took: they are at most a tenth of its time
+AHEAD = 2  # steps that the host may be ahead of a card
+
+
+class Event(Protocol):
+    """Point in the work of a device."""
+
+    def query(self) -> bool:
+        """Whether the device has passed it."""
+        ...
+
+
+class ColourFactors(nn.Module):
+    """Each position's channels times factors for red, green and blue.  (1, C, h, w) -> (1, 3, h, w), about [0, 1]
+
+    factors (C, 3) and bias (3,), or None, give [-1, 1].
+    """
+
+    def __init__(self, factors: Sequence[Sequence[float]], bias: Sequence[float] | None = None):
+        super().__init__()
+        weight = torch.tensor(factors).T[:, :, None, None] / 2
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter((torch.tensor(bias or [0.0] * 3) + 1) / 2, requires_grad=False)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return conv2d(latent, self.weight, self.bias)
+
+
+class Previewer:
+    """Small pictures of clean latents.
+
+    network  (1, C, h, w) -> (1, 3, stride·h, stride·w) in [0, 1], or has a `decode` that does so
+    side     pixels of a picture's longer side, at most: a larger latent is averaged first
+    """
+
+    def __init__(self, network: nn.Module, stride: int, side: int):
+        self.network = network
+        self.positions = max(side // stride, 1)
+        self._side_stream: SideStream | None = None
+
+    def side_stream(self, device: torch.device) -> SideStream | None:
+        """The stream for previews on a card: always the same, as libraries keep memory for each they were used on."""
+        if device.type != "cuda":
+            return None
+        if self._side_stream is None or self._side_stream.device != device:
+            self._side_stream = SideStream(device)
+        return self._side_stream
+
+    @torch.inference_mode()
+    def picture(self, latent: Tensor) -> Tensor:
+        """latent: (1, C, h, w) -> (H, W, 3) uint8, on its device"""
+        share = self.positions / max(latent.shape[-2:])
+        if share < 1:
+            size = [max(round(side * share), 1) for side in latent.shape[-2:]]
+            latent = interpolate(latent, size, mode="area")
+        decode = getattr(self.network, "decode", self.network)
+        picture = decode(latent.to(next(self.network.parameters()))).clamp(0, 1)[0]  # (3, H, W)
+        return (picture * 255).round().byte().movedim(0, -1).contiguous()
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A picture on its way to main memory."""
+
+    picture: Tensor
+    arrived: Event
+
+
+class Launcher(Protocol):
+    """What a run does not wait for."""
+
+    def launch(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Launched:
+        """Launches work(x) after everything that has been launched so far; x is the work's alone."""
+        ...
+
+
+class SideStream:
+    """CUDA stream beside the one that samples."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def launch(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Launched:
+        """Launches work(x) after everything that the current stream has to do so far, which does not wait for it."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        x.record_stream(
+            self.stream
+        )  # x may be freed at once: its memory is not used again before the work is done
+        with torch.cuda.stream(self.stream):
+            result = work(x)
+            # To memory that may be paged out the copy would wait, and the host with it, for the steps before.
+            copy = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            copy.copy_(result, non_blocking=True)
+            return Launched(copy, self.stream.record_event())
+
+
+class Previews:
+    """Previews of one run.
+
+    previewer    None: there are none
+    side_stream  where they are computed; None: in the run's own time, at once
+    """
+
+    def __init__(self, previewer: Previewer | None, side_stream: Launcher | None = None):
+        self._previewer, self._side_stream = previewer, side_stream
+        self._launched: Launched | None = None
+        self._due = -math.inf
+
+    def after_step(self, x0: Tensor, last: bool = False) -> Image.Image | None:
+        """Takes a step's clean latent (B, C, h, w), of which it shows the first image; gives a picture if one is ready.
+
+        A card's picture of the last step would come too late, so that it is not made.
+        """
+        shown = self.ready()
+        if (
+            self._previewer is None
+            or self._launched
+            or monotonic() < self._due
+            or (last and self._side_stream)
+        ):
+            return shown
+        try:
+            return self._begin(self._previewer, x0) or shown
+        except Exception as error:
+            return self._give_up(error)
+
+    def ready(self) -> Image.Image | None:
+        """The picture that has arrived since it was last asked for."""
+        try:
+            if self._launched is None or not self._launched.arrived.query():
+                return None
+            launched, self._launched = self._launched, None
+            return Image.fromarray(launched.picture.numpy())
+        except Exception as error:
+            return self._give_up(error)
+
+    def _begin(self, previewer: Previewer, x0: Tensor) -> Image.Image | None:
+        start = monotonic()
+        latent = x0[:1].to(torch.float32, copy=True)  # in the run's own order: it may overwrite x0 afterwards
+        if self._side_stream is not None:
+            self._launched = self._side_stream.launch(previewer.picture, latent)
+            self._due = start + INTERVAL
+            return None
+        picture = Image.fromarray(previewer.picture(latent).cpu().numpy())
+        self._due = start + max(INTERVAL, PAUSE * (monotonic() - start))
+        return picture
+
+    def _give_up(self, error: Exception) -> None:
+        """Goes on without previews: no run fails for them."""
+        logging.getLogger(__name__).warning("This run shows no previews: %s", quoted(error))
+        self._previewer = self._launched = None
+
+
+class Pace:
+    """Keeps the host at most AHEAD steps before a card, whose queue is never empty all the same.
+
+    Else the host has launched all steps in a moment: the bar stands at its end, no preview can be shown, and no
+    Interrupt is heard while the card still works through the run.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[Event] = deque()
+
+    def add_step(self, event: Event) -> None:
+        """Counts a step that ends at this event."""
+        self._steps.append(event)
+
+    def caught_up(self) -> bool:
+        """Whether the card is near enough for the next step to be launched."""
+        while len(self._steps) > AHEAD and self._steps[0].query():
+            self._steps.popleft()
+        return len(self._steps) <= AHEAD
