@@ -22,7 +22,7 @@ from torch.nn.functional import conv2d, interpolate
 from ...cascade_core.errors import quoted
 
 INTERVAL = 0.25  # seconds from one preview to the next, at least
-PAUSE = 10  # and where a run waits for them, times what the last one took: they are at most a tenth of its time
+PAUSE = 10  # and where a run waits for them, times what the last took: they are a tenth of its time
 AHEAD = 2  # steps that the host may be ahead of a card
 
 
