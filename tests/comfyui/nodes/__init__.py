@@ -109,7 +109,7 @@ class PreviewInterval(io.ComfyNode):
         (previews,) = (
             module for name, module in sys.modules.items() if name.endswith(".nodes.hosts.previews")
         )
-        previews.INTERVAL, previews.PAUSE = interval, pause
+        vars(previews).update(INTERVAL=interval, PAUSE=pause)
         return io.NodeOutput()
 
     @classmethod
