@@ -34,7 +34,8 @@ def changed_weight(weight: Tensor, change: Change, strength: float) -> Tensor:
     weight: of any dtype. For a plain LoRA this is W + strength · ΔW. DoRA's W' (Liu et al. 2024, arXiv 2402.09353) has
     its own magnitudes, so that strength moves between W and it, as in ComfyUI.
     """
-    return change.to(weight.device).apply(weight.float(), strength)
+    there = {name: tensor.to(weight.device) for name, tensor in change.tensors().items()}
+    return change.with_tensors(there).apply(weight.float(), strength)
 
 
 @contextmanager

@@ -49,10 +49,9 @@ class Change:
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def to(self, device: torch.device) -> Self:
-        """The same with its tensors on a device."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)  # pyright: ignore[reportArgumentType]
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The same with other tensors, such as those moved to another device."""
+        return replace(self, **tensors)  # pyright: ignore[reportArgumentType]
 
 
 class AddedChange(Change):
@@ -93,6 +92,12 @@ def matrix_of(shape: Shape) -> tuple[int, int]:
     return (shape[0], prod(shape[1:])) if len(shape) > 1 else (0, 0)
 
 
+def _fits(rows: int, columns: int, shape: Shape) -> bool:
+    """Whether a matrix is a weight of that shape, or one row of all of a depthwise convolution's, as in OneTrainer."""
+    depthwise = len(shape) == 4 and shape[1] == 1
+    return (rows, columns) == matrix_of(shape) or (depthwise and (rows, columns) == (1, prod(shape)))
+
+
 @dataclass(frozen=True)
 class LowRank(AddedChange):
     """Low-rank change of one layer: ΔW = (alpha / rank) · up @ down (Hu et al. 2021, arXiv 2106.09685).
@@ -125,9 +130,7 @@ class LowRank(AddedChange):
         return (len(self.up), *self.down.shape[1:])
 
     def fits(self, shape: Shape) -> bool:
-        rows, columns = self.up.shape[0], self.down[0].numel()
-        one_row = (rows, self.down.shape[1], columns) == (1, shape[0], prod(shape))
-        return len(shape) > 1 and ((rows, columns) == matrix_of(shape) or one_row)
+        return _fits(self.up.shape[0], self.down[0].numel(), shape)
 
     def delta(self, shape: Shape | None = None) -> Tensor:
         change = self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
@@ -165,11 +168,11 @@ class Hadamard(AddedChange):
         return self.down.shape[0]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.up.shape[0], self.down.shape[1])
+    def shape(self) -> tuple[int, int]:
+        return (len(self.up), self.down.shape[1])
 
     def fits(self, shape: Shape) -> bool:
-        return self.shape == matrix_of(shape)
+        return _fits(*self.shape, shape)
 
     def delta(self, shape: Shape | None = None) -> Tensor:
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
@@ -180,34 +183,40 @@ class Hadamard(AddedChange):
 
 @dataclass(frozen=True)
 class Kronecker(AddedChange):
-    """LoKr (Edalati et al. 2022, arXiv 2212.10650): ΔW = scale · (left ⊗ right).
+    """LoKr (Edalati et al. 2022, arXiv 2212.10650): ΔW = (alpha / rank) · left ⊗ right.
 
     left: (a, c), or (a, rank) with left_down (rank, c); right: (b, d · k²), or (b, rank) with right_down
-    (rank, d · k²); for a weight of a · b rows and c · d · k² columns
+    (rank, d · k²); for a weight of a · b rows and c · d · k² columns. Where neither is low-rank, the scale is 1.
     """
 
     left: Tensor
     right: Tensor
     left_down: Tensor | None = None
     right_down: Tensor | None = None
-    scale: float = 1.0
+    alpha: float | None = None
     magnitude: Tensor | None = None
     algorithm = "LoKr"
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        columns = [
-            (whole if down is None else down).shape[1]
-            for whole, down in ((self.left, self.left_down), (self.right, self.right_down))
-        ]
-        return (len(self.left) * len(self.right), prod(columns))
+    def rank(self) -> int | None:
+        down = self.left_down if self.right_down is None else self.right_down
+        return None if down is None else len(down)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        left, right = (self.left_down, self.right_down)
+        columns = (self.left if left is None else left).shape[1] * (
+            self.right if right is None else right
+        ).shape[1]
+        return (len(self.left) * len(self.right), columns)
 
     def fits(self, shape: Shape) -> bool:
         return self.shape == matrix_of(shape)
 
     def delta(self, shape: Shape | None = None) -> Tensor:
         left, right = _product(self.left, self.left_down), _product(self.right, self.right_down)
-        return torch.kron(left * self.scale, right).reshape(shape or self.shape)
+        scale = 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+        return torch.kron(left * scale, right).reshape(shape or self.shape)
 
 
 def _product(up: Tensor, down: Tensor | None) -> Tensor:
@@ -345,7 +354,7 @@ class ColumnRotation(Change):
     rescale: Tensor | None = None
     terms: int | None = None
     epsilon: float | None = None
-    algorithm = "OFT"
+    algorithm = "PEFT's OFT"
 
     @property
     def size(self) -> int:

@@ -10,8 +10,8 @@ from torch import nn
 from ..errors import CascadeError, printable
 from ..networks.config import StageCConfig
 from .adapter import Adapter
-from .changes import AddedChange, Change
-from .names import parameter_shapes, stage_c_parameters
+from .changes import AddedChange, Change, LowRank
+from .names import layer_of, parameter_shapes, stage_c_parameters
 
 _NETWORKS = {"stage_c": "Stage C", "text": "text encoder"}
 
@@ -66,12 +66,15 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 def describe_adapter(adapter: Adapter) -> str:
     """Describes an adapter: "x.safetensors (kohya): 128 layers of Stage C, rank 4, 1 learned token ([star])"."""
     changes = [*adapter.stage_c.values(), *adapter.text.values()]
+    layers, text_layers = ({layer_of(target) for target in part} for part in (adapter.stage_c, adapter.text))
+    others = dict.fromkeys(change.algorithm for change in changes if not isinstance(change, LowRank))
     ranks = sorted({change.rank for change in changes if change.rank is not None})
     decomposed = sum(isinstance(change, AddedChange) and change.magnitude is not None for change in changes)
     names = dict.fromkeys(token.name or f"vocabulary's {token.index}" for token in adapter.tokens)
     contents = [
-        (len(adapter.stage_c), f"{len(adapter.stage_c)} layers of Stage C"),
-        (len(adapter.text), f"{len(adapter.text)} layers of the text encoder"),
+        (len(layers), f"{len(layers)} layers of Stage C"),
+        (len(text_layers), f"{len(text_layers)} layers of the text encoder"),
+        (len(others), ", ".join(others)),
         (
             len(ranks),
             "rank " + (str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else ""),

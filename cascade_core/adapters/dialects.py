@@ -41,6 +41,7 @@ class Dialect:
     bare_magnitude    whether a magnitude has one dimension, (c_out,), or for a convolution (1, c_out, 1, 1), instead of
                       the weight's number of them
     tokens            before a learned token's name; None: it holds none
+    algorithms        what it has keys for beside LoRA and DoRA, all of them LyCORIS'
     """
 
     about: str
@@ -56,6 +57,7 @@ class Dialect:
     bare_magnitude: bool = False
     tokens: str | None = None
     kind: str = "named"
+    algorithms: frozenset[str] = frozenset()
 
     def stage_c_name(self, layer: str) -> str:
         """Their name of one of our layers of Stage C."""
@@ -70,6 +72,7 @@ class Dialect:
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _BUNDLED = "bundle_emb."
+_LYCORIS = frozenset(("full differences", "LoHa", "LoKr", "OFT", "(IA)³"))
 
 DIALECTS: dict[str, Dialect] = {
     "official": Dialect(
@@ -85,11 +88,11 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "kohya": Dialect(
         "kohya-ss sd-scripts since 25 February 2024; ComfyUI's own nodes read it too",
-        "lora_unet_", "lora_te_", "_", NATIVE,
+        "lora_unet_", "lora_te_", "_", NATIVE, algorithms=_LYCORIS,
     ),
     "kohya_to_out": Dialect(
         "kohya-ss sd-scripts of 22 to 25 February 2024",
-        "lora_unet_", "lora_te_", "_", TO_OUT,
+        "lora_unet_", "lora_te_", "_", TO_OUT, algorithms=_LYCORIS,
     ),
     "onetrainer": Dialect(
         "OneTrainer since March 2024, its LEGACY since July 2026; ComfyUI's own nodes read it too",
@@ -127,6 +130,7 @@ DIALECTS: dict[str, Dialect] = {
     "comfyui": Dialect(
         "ComfyUI's own trainer and its generic names; ComfyUI's own nodes read it",
         "diffusion_model.", "text_encoders.clip_g.transformer.", ".", NATIVE, tokens=_BUNDLED,
+        algorithms=_LYCORIS - {"(IA)³"},
     ),
     "embedding": Dialect(
         "embedding files of ComfyUI and OneTrainer: one learned token and no LoRA", tokens="", kind="embedding",

@@ -1,4 +1,4 @@
-"""Recognises LoRA files of other models, and changes that are not low-rank."""
+"""Recognises LoRA files of other models, and algorithms that are not read."""
 
 from __future__ import annotations
 
@@ -29,16 +29,49 @@ _MODELS = (
     (r"transformer_blocks[._]\d", "a diffusion transformer"),
     (r"effnet_mapper|pixels_mapper|clip_mapper", "Stable Cascade's Stage B"),
 )
-# Endings of names, and what the file holds in place of down and up.
+# A telling part of a name, and the algorithm that is not read; the first that is found counts.
 _ALGORITHMS = (
-    (".lokr_", "LoKr"),
-    (".hada_", "LoHa"),
-    (".oft_", "OFT"),
-    (".boft_", "BOFT"),
-    (".on_input", "IA3"),
-    (".a1.weight", "GLoRA"),
-    (".lora_mid.weight", "LoCon in Tucker form"),
-    (".lora_embedding_A", "a LoRA of the token embedding"),
+    (r"\.(a|b)[12]\.weight$|\.bm\.weight$|\.glora_", "GLoRA"),
+    (r"\.(q|p)_layer\.weight$|\.lambda_layer$", "T-LoRA"),
+    (r"\.lora_embedding_[AB]", "LoRA of the token embedding by PEFT"),
+    (r"\.reshape_weight$", "LoRA that enlarges its layers"),
+    (r"\.bias_(indices|values|size)$", "LoRA with LyCORIS' sparse residual"),
+    (r"\.oft_(embedding_R|diag)|(^|[._])oft_unet_", "OFT of another program"),
+    (r"(^|\.)pvera_", "PVeRA"),
+    (r"(^|\.)vera_", "VeRA"),
+    (r"(^|\.)vblora_", "VB-LoRA"),
+    (r"(^|\.)randlora_", "RandLoRA"),
+    (r"\.fourierft_", "FourierFT"),
+    (r"\.waveft_", "WaveFT"),
+    (r"\.hra_u\b", "HRA"),
+    (r"\.bone_", "Bone"),
+    (r"\.miss_block", "MiSS"),
+    (r"\.c3a_", "C³A"),
+    (r"\.road_(theta|alpha)", "RoAd"),
+    (r"\.shira_", "SHiRA"),
+    (r"\.delora_", "DeLoRA"),
+    (r"\.gralora_", "GraLoRA"),
+    (r"\.hira_", "HiRA"),
+    (r"\.osf_", "OSF"),
+    (r"\.psoft_", "PSOFT"),
+    (r"\.poly_(lora|router)", "Poly"),
+    (r"\.tinylora_", "TinyLoRA"),
+    (r"(^|\.)unilora_", "UniLoRA"),
+    (r"\.adamss_", "AdaMSS"),
+    (r"\.beft_", "BEFT"),
+    (r"\.deft_", "DEFT"),
+    (r"\.frod_", "FRoD"),
+    (r"\.lily_", "Lily"),
+    (r"\.peanut_", "PEANuT"),
+    (r"\.shadow_", "Shadow"),
+    (r"\.supertuning_", "SuperTuning"),
+    (r"\.ln_tuning_layers", "LayerNorm tuning"),
+    (r"\.trainable_tokens_", "trainable tokens"),
+    (r"xlora_classifier", "X-LoRA"),
+    (r"lora_(latent_mapping|xs)|default_lora_latent", "LoRA-XS"),
+    (r"(^|\.)prompt_embeddings$", "prompt, prefix or P-tuning"),
+    (r"adaption_(prompt|gate)", "LLaMA-Adapter"),
+    (r"(^|[._])delta$|spectral_shift", "SVDiff"),
 )
 
 
@@ -57,11 +90,11 @@ def foreign_model(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def other_algorithms(names: Iterable[str]) -> dict[str, list[str]]:
-    """Groups a file's names by the algorithm, other than LoRA, that writes such: {algorithm: names}."""
+    """Groups a file's names by the algorithm that writes such and is not read: {algorithm: names}."""
     algorithms: dict[str, list[str]] = {}
     for name in names:
         for part, algorithm in _ALGORITHMS:
-            if part in name:
+            if re.search(part, name):
                 algorithms.setdefault(algorithm, []).append(name)
                 break
     return algorithms

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import CascadeError
-from .changes import LowRank
-from .names import QKV
+from .changes import Change, Difference, LowRank, Replacement
+from .names import FUSED, QKV
 
 
-def split(change: LowRank, layer: str) -> dict[str, LowRank]:
-    """Splits a change of the fused input into {attn.to_q, attn.to_k, attn.to_v}: a third of `up`'s rows (3C) each."""
-    if len(change.up) % 3 or (change.magnitude is not None and len(change.magnitude) == 1):
-        reason = (
-            "one magnitude for q, k and v together" if len(change.up) % 3 == 0 else f"{len(change.up)} rows"
-        )
+def split(change: Change, target: str) -> dict[str, Change]:
+    """Splits a change of the fused input (3C rows) into those of `attn.to_q`, `attn.to_k`, `attn.to_v`: a third each.
+
+    target: its layer, or its bias. Raises CascadeError for what has no thirds.
+    """
+    block, _, parameter = target.partition(FUSED)
+    thirds = _thirds(change)
+    if len(thirds) != 3:
+        reason = f"{change.shape[0]} rows" if change.shape[0] % 3 else "one magnitude for q, k and v together"
+        if not isinstance(change, LowRank | Difference | Replacement):
+            reason = f"a change by {change.algorithm} for q, k and v together"
         raise CascadeError(
-            f"{layer} has {reason}, which cannot be split into the three layers that Stage C has; train it with "
+            f"{target} has {reason}, which cannot be split into the three layers that Stage C has; train it with "
             "separate layers, or with a magnitude for each row."
         )
-    magnitudes = (None,) * 3 if change.magnitude is None else change.magnitude.chunk(3)
-    return {
-        name: LowRank(change.down, up, change.alpha, magnitude)
-        for name, up, magnitude in zip(QKV, change.up.chunk(3), magnitudes, strict=True)
-    }
+    return {f"{block}{part}{parameter}": third for part, third in zip(QKV, thirds, strict=True)}
+
+
+def _thirds(change: Change) -> Sequence[Change]:
+    if change.shape[0] % 3:
+        return ()
+    match change:
+        case LowRank():
+            if change.magnitude is not None and len(change.magnitude) == 1:
+                return ()
+            magnitudes = (None,) * 3 if change.magnitude is None else change.magnitude.chunk(3)
+            return [
+                LowRank(change.down, up, change.alpha, magnitude)
+                for up, magnitude in zip(change.up.chunk(3), magnitudes, strict=True)
+            ]
+        case Difference():
+            return [Difference(third) for third in change.difference.chunk(3)]
+        case Replacement():
+            return [Replacement(third) for third in change.value.chunk(3)]
+    return ()
 
 
 def fuse(parts: Mapping[str, LowRank], rows: int) -> LowRank:

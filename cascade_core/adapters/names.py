@@ -51,6 +51,9 @@ _STAGE_C = (
 _TEXT = (
     "text_model.encoder.layers.N.self_attn.q_proj|k_proj|v_proj|out_proj",
     "text_model.encoder.layers.N.mlp.fc1|fc2",
+    "text_model.encoder.layers.N.layer_norm1|layer_norm2",
+    "text_model.embeddings.token_embedding|position_embedding",
+    "text_model.final_layer_norm",
     "text_projection",
 )
 
@@ -107,6 +110,11 @@ def weight_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 def parameter_name(target: str) -> str:
     """The parameter that a change is for: itself, or the weight of a layer that is named alone."""
     return target if target.endswith((".bias", ".gamma", ".beta")) else f"{target}.weight"
+
+
+def layer_of(target: str) -> str:
+    """The layer that a change is of: itself, or that of another parameter than its weight."""
+    return parameter_name(target).rpartition(".")[0]
 
 
 def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from ..errors import CascadeError
 from ..networks.config import StageCConfig
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter
-from .changes import LowRank, belong_together, low_rank_changes
+from .changes import Change, LowRank, belong_together, low_rank_changes
 from .fused import exact_product, fuse, split
 from .names import FUSED, QKV, is_convolution, published_layers, published_parameter
 from .order import FILTERS, Filters, kind, layer_order
@@ -49,15 +49,14 @@ def read_official(
     Raises CascadeError where the file is damaged or fits no Stage C in a single way.
     """
     pairs = _pairs(tensors, name)
-    stage_c: dict[str, LowRank] = {}
+    stage_c: dict[str, Change] = {}
     kernel = (config or StageCConfig()).kernel_size
     shapes = [(len(up), down.shape[1]) for down, up in pairs]
     order = layer_order(shapes, metadata, name, config, filters)
     for layer, (down, up) in zip(order, pairs, strict=True):
         change = _layer_change(layer, down, up, kernel)
         if layer.endswith(FUSED):
-            block = layer.removesuffix(FUSED)
-            stage_c |= {block + part: third for part, third in split(change, layer).items()}
+            stage_c |= split(change, layer)
         else:
             stage_c[layer] = change
     read = {*_TOKENS, *(f"weights.{i}.lora_{part}" for i in range(len(pairs)) for part in ("down", "up"))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -23,7 +23,9 @@ LARGEST_ALPHA = 1e6
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _OTHER_KINDS = {"kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "use_qalora": "QALoRA"}
 
-AlphaOf = Callable[[str, int], float]  # a layer by the file's name of it, its rank -> alpha
+_WITHOUT_ALPHA = ("OFT", "BOFT", "IA3")  # peft_type
+
+AlphaOf = Callable[[str, int], float | None]  # a layer by the file's name of it, its rank -> alpha
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class StatedAlpha:
 
     of       says a layer's
     note     what was assumed, in a sentence, or ""
-    adalora  whether PEFT's AdaLoRA is stated, which has a third tensor
+    config   the whole of PEFT's configuration, as it is written
     """
 
     of: AlphaOf
     note: str = ""
-    adalora: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) -> StatedAlpha | None:
@@ -63,9 +65,9 @@ def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) ->
         first = config.get("init_r")
         first = first if type(first) is int and first > 0 else None
         return StatedAlpha(
-            lambda layer, rank: of(layer, rank) * rank / ((first or rank) + 1e-5), note, adalora
+            lambda layer, rank: (of(layer, rank) or rank) * rank / ((first or rank) + 1e-5), note, config
         )
-    return StatedAlpha(of, "" if alpha else note, adalora)
+    return StatedAlpha(of, "" if alpha else note, config)
 
 
 def assumed_alpha(name: str) -> str:
@@ -113,16 +115,20 @@ def _check_plain(config: Mapping[str, Any], where: str) -> None:
 
 def _alpha_of(config: Mapping[str, Any], where: str, adalora: bool) -> AlphaOf:
     """Alphas by PEFT's configuration. rsLoRA (arXiv 2312.03732) divides alpha by the root of the rank."""
-    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    peft_type = config.get("peft_type")
+    if peft_type in _WITHOUT_ALPHA:
+        return lambda layer, rank: None
+    entry = "alpha" if peft_type in ("LOHA", "LOKR") else "lora_alpha"
+    alpha, patterns = config.get(entry), config.get("alpha_pattern") or {}
     root = config.get("use_rslora") or False
     if not (_is_alpha(alpha) and isinstance(patterns, dict) and isinstance(root, bool)):
         raise CascadeError(
-            f"{where} is not a PEFT configuration with a lora_alpha above 0, by which the LoRA beside it is scaled "
-            f"(lora_alpha {quoted(alpha)}, use_rslora {quoted(root)}); download it again."
+            f"{where} is not a PEFT configuration with a {entry} above 0, by which the LoRA beside it is scaled "
+            f"({entry} {quoted(alpha)}, use_rslora {quoted(root)}); download it again."
         )
     everywhere, named = float(alpha), {} if adalora else _by_name(patterns, where)
 
-    def alpha_of(layer: str, rank: int) -> float:
+    def alpha_of(layer: str, rank: int) -> float | None:
         name = layer.removeprefix("base_model.model.")
         parts = name.split(".")
         endings = [f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))]

@@ -6,48 +6,35 @@ table for all programs, mixtures included; which dialect a file is of is asked o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..checkpoints.files import FLOATING, read_safetensors
 from ..checkpoints.foreign import foreign_name
 from ..checkpoints.layouts import parts_in
 from ..checkpoints.load import PART_NAMES
-from ..errors import CascadeError, printable, quoted
+from ..errors import CascadeError, printable
 from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter
-from .changes import Change, LowRank, belong_together
+from .algorithms import ENDINGS, NOT_FLOATING, READ, WHOLE, Layer, changes_of
+from .changes import Change, Hadamard, Kronecker, LowRank
 from .compatibility import listed
 from .dialects import DIALECTS, STAGE_C_PREFIXES, TEXT_PREFIXES, Dialect
 from .foreign import foreign_model, other_algorithms
 from .fused import split
-from .names import FUSED, is_convolution, stage_c_layer, text_layer
+from .names import FUSED, stage_c_layer, text_layer
 from .official import is_official, read_official
 from .order import Filters, parse_filters
-from .peft import LARGEST_ALPHA, StatedAlpha, assumed_alpha, stated_alpha, with_singular_values
+from .peft import StatedAlpha, assumed_alpha, stated_alpha
 
-# What stands after a layer's name in one program or another, and what it is.
-ENDINGS = {
-    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora.down.weight",
-                     "_lora.down.weight", ".lora_linear_layer.down.weight"), "down"),
-    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora_B", ".lora.up.weight",
-                     "_lora.up.weight", ".lora_linear_layer.up.weight"), "up"),
-    **dict.fromkeys((".lora_E", ".lora_E.default"), "singular"),
-    ".alpha": "alpha",
-    **dict.fromkeys((".dora_scale", ".magnitude"), "magnitude"),
-    **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight",
-                     ".lora_magnitude_vector.default.weight"), "row_magnitude"),
-}  # fmt: skip
 _LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 _BUNDLED, _BUNDLED_ENDINGS = "bundle_emb.", (".clip_g", ".clip_g_out", ".string_to_param.*")
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_PEFT = "base_model.model."
 _EMBEDDING = ("clip_g", "clip_g_out", "emb_params", "string_to_param.*")
 
 
@@ -94,7 +81,8 @@ def parse_adapter(
 
 def _check_types(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in tensors.items():
-        if _parted(key, _LONGEST_FIRST) and tensor.dtype not in FLOATING and not key.endswith(".alpha"):
+        parted = _parted(key, _LONGEST_FIRST)
+        if parted and tensor.dtype not in FLOATING and ENDINGS[parted[1]] not in NOT_FLOATING:
             raise CascadeError(
                 f"{name}: {printable(key)} holds {tensor.dtype}, but floating point is expected; choose a LoRA "
                 "that is not quantised."
@@ -131,17 +119,22 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha: StatedAlpha | None) 
             layer, ending = parted
             layers.setdefault(layer, {})[ENDINGS[ending]] = tensor
             keys.setdefault(layer, []).append(key)
+        elif parted := _whole(key, tensors):
+            layer, part = parted
+            layers.setdefault(layer, {})[part] = tensor
+            keys.setdefault(layer, []).append(key)
         else:
             unknown.append(key)
     changes: dict[str, dict[str, Change]] = {"stage_c": {}, "text": {}}
     spelled: list[tuple[str, str, str]] = []  # network, our name, theirs
     for theirs, parts in layers.items():
         located = _locate(theirs)
-        if located is None or not {"down", "up"} & parts.keys():
+        network, layer = located or ("", "")
+        targets = changes_of(_layer(layer, theirs, alpha, name), parts) if layer else {}
+        if not targets:
             unknown += keys[theirs]
             continue
-        network, layer = located
-        _put(changes[network], layer, _change(layer, theirs, parts, alpha, name), name)
+        _put(changes[network], targets, name)
         spelled.append((network, layer, theirs))
     unread = {key: tensors[key] for key in unknown}
     _check_known(tensors, unread, bool(changes["stage_c"] or tokens), bool(spelled or tokens), name)
@@ -153,10 +146,15 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha: StatedAlpha | None) 
 def _alpha_notes(
     changes: Iterable[Change], dialect: str, alpha: StatedAlpha | None, name: str
 ) -> tuple[str, ...]:
-    """What was assumed of layers without an alpha. The dialect `diffusers` multiplies it into its tensors."""
+    """What was assumed of layers without an alpha. diffusers and ComfyUI multiply it into the tensors."""
     if alpha is not None:
         return (alpha.note,) if alpha.note else ()
-    assumed = dialect != "diffusers" and any(getattr(change, "alpha", 1) is None for change in changes)
+    assumed = dialect not in ("diffusers", "comfyui") and any(
+        isinstance(change, LowRank | Hadamard | Kronecker)
+        and change.alpha is None
+        and (change.rank or dialect == "peft")  # a LoKr of whole matrices has a scale in PEFT alone
+        for change in changes
+    )
     return (assumed_alpha(name),) if assumed else ()
 
 
@@ -168,7 +166,7 @@ def _parted(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
 
 def _locate(theirs: str) -> tuple[str, str] | None:
     """(network, our name) of a layer by a file's name of it."""
-    theirs = theirs.removeprefix("base_model.model.")
+    theirs = theirs.removeprefix(_PEFT)
     for network, prefixes, parse in (
         ("text", TEXT_PREFIXES, text_layer),
         ("stage_c", STAGE_C_PREFIXES, stage_c_layer),
@@ -179,78 +177,34 @@ def _locate(theirs: str) -> tuple[str, str] | None:
     return None
 
 
-def _change(
-    layer: str, theirs: str, parts: Mapping[str, Tensor], stated: StatedAlpha | None, name: str
-) -> LowRank:
-    down, up = parts.get("down"), parts.get("up")
-    if down is None or up is None or not belong_together(down, up):
-        raise CascadeError(
-            f"{name}: {printable(theirs)} has no down (rank, c_in) and up (c_out, rank) that belong together "
-            f"({_shape(down)} and {_shape(up)}); download it again."
-        )
-    where = f"{name}: {printable(theirs)}"
-    alpha = stated.of(theirs, len(down)) if stated else None
-    if "alpha" in parts:
-        alpha = _alpha(parts["alpha"], where)
-    if "singular" in parts or (stated is not None and stated.adalora):
-        down = with_singular_values(down, parts.get("singular"), where)
-    if is_convolution(layer):
-        down, up = _as_kernels(layer, down), up.reshape(len(up), -1, 1, 1)
-    return LowRank(down, up, alpha, _magnitude(layer, down, up, parts, where))
-
-
-def _as_kernels(layer: str, down: Tensor) -> Tensor:
-    """Reshapes kernels that ComfyUI's trainer writes as matrices, (rank, c_in · k²)."""
-    size = math.isqrt(down.shape[1]) if layer.endswith("depthwise") else 1
-    return down.view(len(down), -1, size, size) if down.ndim == 2 and down.shape[1] % size**2 == 0 else down
-
-
-def _alpha(alpha: Tensor, where: str) -> float:
-    number = alpha.dtype in FLOATING or alpha.dtype in _WHOLE
-    if not (number and alpha.numel() == 1 and abs(alpha.item()) <= LARGEST_ALPHA):  # which NaN is not
-        value = alpha.item() if alpha.numel() == 1 else alpha.flatten()[:9].tolist()
-        raise CascadeError(
-            f"{where} has an alpha of {quoted(value)}, but one number is expected, of at most {LARGEST_ALPHA:.0e}; "
-            "download it again."
-        )
-    return float(alpha.item())
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else str(tuple(tensor.shape))
-
-
-def _magnitude(
-    layer: str, down: Tensor, up: Tensor, parts: Mapping[str, Tensor], where: str
-) -> Tensor | None:
-    """DoRA's: (c_out, 1), one for each row of the weight, or (1, c_in), one for each column; None for a plain LoRA."""
-    magnitude = parts.get("row_magnitude", parts.get("magnitude"))
-    if magnitude is None:
+def _whole(key: str, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """(layer, part) of PEFT's whole parameters, and of (IA)³ of LyCORIS, which says so in another tensor."""
+    parted = _parted(key, WHOLE)
+    if parted is None or not (key.startswith(_PEFT) or f"{parted[0]}.on_input" in tensors):
         return None
-    lone = layer.endswith("depthwise") and len(up) == 1  # OneTrainer's form of it
-    rows, columns = (down.shape[1], 1) if lone else (len(up), down.shape[1])
-    count, first = magnitude.numel(), (*magnitude.shape, 0)[0]
-    if count == rows and ("row_magnitude" in parts or magnitude.ndim == 1 or first == rows):
-        return magnitude.reshape(rows, 1)
-    if count == columns and magnitude.ndim > 1 and first == 1 and "row_magnitude" not in parts:
-        return magnitude.reshape(1, columns)
-    raise CascadeError(
-        f"{where} has DoRA magnitudes of the shape {tuple(magnitude.shape)}, but {rows} rows and {columns} columns; "
-        "download it again."
+    return parted[0].removesuffix(".base_layer"), WHOLE[parted[1]]
+
+
+def _layer(layer: str, theirs: str, stated: StatedAlpha | None, name: str) -> Layer:
+    return Layer(
+        layer,
+        theirs,
+        f"{name}: {printable(theirs)}",
+        stated.config if stated else {},
+        lambda rank: stated.of(theirs, rank) if stated else None,
     )
 
 
-def _put(changes: dict[str, Change], layer: str, change: LowRank, name: str) -> None:
-    """Adds a change, the fused attention input's as its three."""
-    parts: dict[str, Change] = {layer: change}
-    if layer.endswith(FUSED):
-        parts = {layer.removesuffix(FUSED) + part: third for part, third in split(change, layer).items()}
-    twice = changes.keys() & parts.keys()
-    if twice:
-        raise CascadeError(
-            f"{name} changes {min(twice)} twice, under two names; choose a LoRA of one program."
-        )
-    changes.update(parts)
+def _put(changes: dict[str, Change], targets: Mapping[str, Change], name: str) -> None:
+    """Adds changes, the fused attention input's as its three."""
+    for target, change in targets.items():
+        parts = split(change, target) if FUSED in target else {target: change}
+        twice = changes.keys() & parts.keys()
+        if twice:
+            raise CascadeError(
+                f"{name} changes {min(twice)} twice, under two names; choose a LoRA of one program."
+            )
+        changes.update(parts)
 
 
 def _check_known(
@@ -259,10 +213,10 @@ def _check_known(
     """Raises CascadeError for files of another model and for changes that are not low-rank, by the unread tensors."""
     algorithms = other_algorithms(unread)
     if algorithms:
-        contents = "; ".join(f"{algorithm} ({listed(names, 1)})" for algorithm, names in algorithms.items())
+        contents = ", ".join(f"{algorithm} ({listed(names, 1)})" for algorithm, names in algorithms.items())
         raise CascadeError(
-            f"{name} holds {contents}, but only LoRA and DoRA are read; merge it into its model where it was made, or "
-            "train it as a LoRA."
+            f"{name} is an adapter of another kind, {contents}, which is not read: {READ} are; merge it into its model "
+            "where it was made, or train it as a LoRA."
         )
     weights = None if matched else _whole_weights(tensors)
     if weights is not None:

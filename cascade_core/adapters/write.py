@@ -15,10 +15,12 @@ from ..networks.stage_c import StageC
 from ..text.clip import CLIP_TOKENS
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter
-from .changes import AddedChange, LowRank, low_rank_changes
+from .changes import AddedChange, LowRank
 from .compatibility import check_fits
 from .dialects import DIALECTS, Dialect
 from .fused import exact_product
+from .lycoris import algorithm_in_file, tensors_of
+from .names import layer_of
 from .official import HEADER, is_new, joined_tokens, write_official
 from .order import SIZES
 
@@ -95,6 +97,12 @@ def obstacles(adapter: Adapter, dialect: str) -> list[str]:
     new = [token for token in adapter.tokens if token.index is None]
     numbered = spoken.kind == "numbered"
     names = {token.name for token in new}
+    algorithms = [algorithm_in_file(*each) for each in (*adapter.stage_c.items(), *adapter.text.items())]
+    unknown = [
+        algorithm or "whole parameters"
+        for algorithm in algorithms
+        if algorithm not in (LowRank.algorithm, *spoken.algorithms)
+    ]
     counts = {
         "layers of Stage C": len(adapter.stage_c) if spoken.stage_c is None else 0,
         "layers of the text encoder": len(adapter.text) if spoken.text is None else 0,
@@ -109,6 +117,7 @@ def obstacles(adapter: Adapter, dialect: str) -> list[str]:
         "tokens of one name": len(new) - len({(token.name, token.output) for token in new}),
         "several tokens": len(names) if spoken.kind == "embedding" and len(names) > 1 else 0,
     }
+    counts |= {f"changes by {algorithm}": unknown.count(algorithm) for algorithm in dict.fromkeys(unknown)}
     return [f"{count} {things}" for things, count in counts.items() if count]
 
 
@@ -132,10 +141,13 @@ def _config(adapter: Adapter, stage_c: StageC | StageCConfig | None) -> StageCCo
 
 def _named(adapter: Adapter, dialect: Dialect) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for layer, change in low_rank_changes(adapter.stage_c).items():
-        tensors |= _change_tensors(dialect.stage_c_name(layer), change, dialect)
-    for layer, change in low_rank_changes(adapter.text).items():
-        tensors |= _change_tensors(dialect.text_name(layer), change, dialect)
+    for changes, name_of in ((adapter.stage_c, dialect.stage_c_name), (adapter.text, dialect.text_name)):
+        for target, change in changes.items():
+            name = name_of(layer_of(target))
+            if isinstance(change, LowRank):
+                tensors |= _change_tensors(name, change, dialect)
+            else:
+                tensors |= tensors_of(name, target, change, dialect.separator == "_")
     if dialect.tokens is not None:
         for name in dict.fromkeys(token.name for token in adapter.tokens):
             rows = [token for token in adapter.tokens if token.name == name]

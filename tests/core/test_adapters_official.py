@@ -249,7 +249,7 @@ def test_a_file_that_is_not_whole(key):
 
 def test_the_attention_input_is_split_by_rows_and_fused_again_with_one_down():
     whole = change((12, 5), alpha=2.0)
-    parts = split(whole, "attn.in_proj")
+    parts = low_rank_changes(split(whole, "attn.in_proj"))
     assert all(part.down is whole.down for part in parts.values())
     assert torch.equal(torch.cat([parts[name].delta() for name in QKV]), whole.delta())
     again = fuse(parts, 4)
