@@ -5,6 +5,7 @@ diffusers 0.35.2 is the last version that supports Stable Cascade; later ones st
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import tempfile
@@ -249,6 +250,7 @@ def picture_in_diffusers(
             output_type="pt",
         ).image_embeddings
         del prior, network
+        gc.collect()  # a pipeline is a cycle, and Stage C would stay beside Stage B
         network = _loaded(library, "stage_b", files, dtype)
         vqgan, _, _ = load_model(files["stage_a"], expect="stage_a", dtype=dtype)
         positions = stage_b_size(height, width)

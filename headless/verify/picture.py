@@ -125,6 +125,7 @@ def make_picture(
 ) -> MadePicture:
     """The picture of a run, by `StableCascade.prior` and `decode`. Raises CascadeError as they do."""
     seconds: dict[str, float] = {}
+    peaks: list[int] = []
 
     def step(stage: StageProgress) -> None:
         progress.node_step(stage.step, stage.steps, None)
@@ -137,17 +138,22 @@ def make_picture(
         options: dict[str, Any] = {"dtype": dtype, "device": device, "memory": memory, "size": run.size}
         with StableCascade.load(folder, prior=run.prior, decoder=run.decoder, **options, **chosen) as loaded:
             yield loaded
+            peaks.append(_peak_bytes(loaded.device.device))
         seconds[part] = round(time.perf_counter() - begun, 2)
 
     texts: dict[str, Any] = {"negative": run.negative, "seed": run.seed, "callback": step}
     with cascade("stage_c") as loaded:
-        text = loaded.text_stage()
-        prompts = text.encode([run.prompt]), text.encode([run.negative])
+        encode = loaded.text_stage().encode
+        prompts = encode([run.prompt]), encode([run.negative])
+        del encode  # or the encoder would stay beside Stage B
         latent = loaded.prior(run.prompt, **texts)
         weights = str(loaded.device.weight_dtype(dtype)).removeprefix("torch.")
         used = str(loaded.device.device)
     with cascade("stage_b_and_a") as loaded:
         pixels = loaded.decode(latent, run.prompt, output="tensor", **texts)
-        card = loaded.device.device
-        peak = torch.cuda.max_memory_allocated(card) if card.type == "cuda" else process_peak()
-    return MadePicture(prompts, latent, pixels, used, weights, seconds, peak)
+    return MadePicture(prompts, latent, pixels, used, weights, seconds, max(peaks))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Of a card's memory since its last run began, or of main memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
