@@ -53,6 +53,7 @@ class Nodes:
         self.inclusive: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.own: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.thread: int | None = None
+        self.names: dict[Any, str] = {}
         self.running = True
         self.sampler = threading.Thread(target=self._sample, daemon=True)
         self.sampler.start()
@@ -91,18 +92,21 @@ class Nodes:
             elapsed, before = now - before, now
             if frame is None:
                 continue
-            self.own[self.node][_name(frame)] += elapsed
+            node = self.node
+            self.own[node][self._name(frame)] += elapsed
             names = set()
             while frame is not None:
-                names.add(_name(frame))
+                names.add(self._name(frame))
                 frame = frame.f_back
             for name in names:
-                self.inclusive[self.node][name] += elapsed
+                self.inclusive[node][name] += elapsed
 
-
-def _name(frame: Any) -> str:
-    """Such as engine/graphs.py capture."""
-    return f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])} {frame.f_code.co_name}"
+    def _name(self, frame: Any) -> str:
+        """Such as engine/graphs.py capture."""
+        code = frame.f_code
+        if code not in self.names:
+            self.names[code] = f"{'/'.join(code.co_filename.split('/')[-2:])} {code.co_name}"
+        return self.names[code]
 
 
 class Measuring:

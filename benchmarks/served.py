@@ -28,7 +28,7 @@ Memory (GB) is taken away by another process, and the program is told that its c
 CHECKOUT is a folder of ComfyUI, or several; its packages are those of the Python that runs this, or of CHECKOUT/.venv.
 By default those of COMFYUI_PATH or ~/comfyui. A row that fails is reported, and the others go on. Past --budget seconds
 none begins or goes on. Rows that --json holds already stay there unless they are measured anew; with --resume they are
-not, unless they failed.
+not, unless they failed or are of another version of this pack.
 
 --profile also tells where the time of the first and of a warm picture goes: by node, and by function.
 --toy     tiny networks on the processor; ComfyUI's own nodes know no such networks, and fail.
@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageStat
 
 import served_programs
 import served_targets
@@ -71,7 +72,6 @@ RUNS, QUICK_RUNS = 5, 2
 LONG = 15.0  # seconds of pictures, after which a median is of no more than QUICK_RUNS
 COLD = "cold"
 KINDS = (*ROWS, COLD)
-ROW_SECONDS = 60.0  # of a row, until one is known
 Row = dict[str, Any]
 
 
@@ -114,6 +114,8 @@ def measure(pictures: Pictures, row: Row, options: argparse.Namespace) -> None:
     row["seed"] = median("seed")
     row["prompt"] = median("prompt", prompts=PROMPTS[1:])
     row["png"] = median("png", with_png) - row["seed"]
+    if program.picture is not None:
+        row["picture"] = describe_picture(program.picture)
     with profiled(program, row, "warm_profile", options.profile):
         pictures.seconds(text)
     row |= measure_copies(pictures, text, row["seed"])
@@ -132,6 +134,12 @@ class profiled:  # noqa: N801 (a context manager)
     def __exit__(self, kind: Any, *_: object) -> None:
         if self.asked and kind is None:
             self.row[self.name] = self.program.measuring("finish", "")
+
+
+def describe_picture(path: Path) -> dict[str, float]:
+    """Bytes of the PNG, and the spread of its values of 255: one colour would take a PNG less time than a picture."""
+    with Image.open(path) as image:
+        return {"png_bytes": path.stat().st_size, "deviation": statistics.fmean(ImageStat.Stat(image).stddev)}
 
 
 def measure_copies(pictures: Pictures, text: str, seconds: float) -> Row:
@@ -235,6 +243,10 @@ def report(rows: list[Row]) -> None:
     ]
     print_table(head, table)
     for row in rows:
+        if row.get("picture", {}).get("deviation", 255) < 1:
+            print(
+                f"{name_of(row)}: the picture is of one colour, so that its PNG takes less time than others'"
+            )
         if "copies_missing" in row:
             print(f"{name_of(row)}: copies are not known: {row['copies_missing'].strip().splitlines()[-1]}")
         for picture in ("first", "warm"):
@@ -318,13 +330,16 @@ def main() -> int:
     if options.json and options.json.exists():
         results = json.loads(options.json.read_text(encoding="utf-8"))
     results |= {"machine": describe_machine(), "pack": pack_version()}
-    measured, left_out, longest = [], [], ROW_SECONDS
+    measured, left_out, longest = [], [], 0.0
     with ExitStack() as stack:
         base = (options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
         served_programs.write_files(base, configurations(options.toy))
         served_programs.link_pack(base)
         print(f"{results['machine']}\nfiles: {time.monotonic() - begun:.0f} s", flush=True)
-        there = {key(row) for row in results["rows"] if "error" not in row} if options.resume else set()
+        there = set()
+        if options.resume:
+            own = [row for row in results["rows"] if row["pack"] == results["pack"]]
+            there = {key(row) for row in own if "error" not in row}
         for row, checkout in rows_of(options):
             if key(row) in there:
                 continue
@@ -332,9 +347,14 @@ def main() -> int:
                 left_out.append(name_of(row))
                 continue
             run_row(row, checkout, base, options, begun + options.budget)
-            longest = max(longest if measured else 0, row["row_seconds"])
-            store(results, row, options.json)
+            longest = max(longest, row["row_seconds"])
             measured.append(row)
+            if (
+                time.monotonic() - begun > options.budget
+            ):  # cut off: it must not take the place of a whole one
+                left_out.append(name_of(row))
+            else:
+                store(results, row, options.json)
             shown = {name: value for name, value in row.items() if not name.endswith("_profile")}
             print(f"{name_of(row)}: {json.dumps(shown)}", flush=True)
     shown = results["rows"] if options.table else measured

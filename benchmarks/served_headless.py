@@ -67,7 +67,7 @@ def main(output: str) -> None:
             if what == "run":
                 result = run_graph(value, output_folder=output, nodes=nodes, executor=executor)
                 measuring.enter(None)
-                answer = {"seconds": result.seconds}
+                answer = {"seconds": result.seconds, "picture": str(result.pictures[-1].path)}
             elif what == "describe":
                 answer = describe()
             else:

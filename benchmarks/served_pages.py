@@ -45,6 +45,9 @@ ENGLISH = {
     "at": "at {} GB/s",
     "predicted": "The columns with GB/s are predicted, for a card on a slower bus.",
     "s": "{} s",
+    "pitch": "**In ComfyUI {version} as it comes** a picture of 1024×1024 takes {ours} on an {device}{less}, where\n"
+    "ComfyUI's own nodes take {native} ([measured](#speed-on-a-gpu) with random weights of the published sizes).",
+    "pitch 8 GB": ", {} with 8 GB of it",
     "figure": "Seconds of a picture in ComfyUI as it comes",
     "by memory": "Seconds of a picture by the card's memory",
     "place": "{device}, torch {torch}, {date}; ComfyUI {versions} without flags ({allocator})",
@@ -67,6 +70,9 @@ JAPANESE = {
     "at": "{} GB/s の場合",
     "predicted": "GB/s の列は、もっと遅いバスのカードについての予測値です。",
     "s": "{} 秒",
+    "pitch": "**既定の設定の ComfyUI {version}** で、1024×1024 の画像一枚が {device} で {ours}{less}です。"
+    "ComfyUI 自身のノードでは {native}かかります（[測定](#gpu-での速さ)、公開されている大きさの乱数の重み）。",
+    "pitch 8 GB": "、そのうち 8 GB だけなら {}",
     "figure": "既定の ComfyUI での画像一枚の秒数",
     "by memory": "カードのメモリと画像一枚の秒数",
     "place": "{device}、torch {torch}、{date}、ComfyUI {versions}、フラグなし（{allocator}）",
@@ -106,6 +112,21 @@ class Measured:
 
 
 KEY = ("who", "comfyui", "memory", "flags")
+
+
+def pitch(measured: Measured, words: dict[str, str]) -> str:
+    """One sentence of the newest version."""
+    version = measured.versions[0]
+    ours, native = measured.find("ours", version), measured.find("native", version)
+    eight = measured.find("ours", version, 8.0)
+    told = {
+        "version": version,
+        "device": card(ours),
+        "ours": seconds(ours["seed"], words),
+        "native": seconds(native["seed"], words),
+    }
+    less = words["pitch 8 GB"].format(seconds(eight["seed"], words)) if "seed" in eight else ""
+    return words["pitch"].format(**told, less=less) + "\n"
 
 
 def whole(measured: Measured, words: dict[str, str]) -> str:
@@ -192,6 +213,7 @@ def promises(measured: Measured, words: dict[str, str]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Measured, dict[str, str]], str]] = {
+    "pitch": pitch,
     "whole": whole,
     "memory": by_memory,
     "everything": everything,
@@ -209,13 +231,18 @@ def place(measured: Measured, words: dict[str, str]) -> str:
     """Card, versions and day, of the newest row that says them."""
     row = max((row for row in measured.rows if row["comfyui"]), key=lambda row: row["date"])
     told = {
-        "device": row["device"].partition(" ")[2] or row["device"],
+        "device": card(row),
         "torch": row["torch"].partition("+")[0],
         "date": date.fromisoformat(row["date"][:10]).strftime(words["date"]),
         "versions": ", ".join(measured.versions),
         "allocator": row["allocator"],
     }
     return words["place"].format(**told)
+
+
+def card(row: Row) -> str:
+    """Such as NVIDIA H200."""
+    return row["device"].partition(" ")[2] or row["device"]
 
 
 def seconds(value: float | None, words: dict[str, str]) -> str:

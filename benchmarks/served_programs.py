@@ -96,6 +96,7 @@ class Program:
             self.environment["CARD_GB"] = str(memory)
 
     process: subprocess.Popen[Any]
+    picture: Path | None = None  # file of the last one
 
     def seconds(self, graph: Graph) -> float:
         """From the start of the graph to its end, as the program tells."""
@@ -169,7 +170,7 @@ class Server(Program):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            with urllib.request.urlopen(request, timeout=max(self.until() - time.monotonic(), 1)) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{path}: {error.read().decode(errors='replace')[:600]}") from error
@@ -188,6 +189,8 @@ class Server(Program):
         if status["status_str"] != "success":
             _, message = status["messages"][-1]
             raise RuntimeError(f"{message.get('node_type')}: {message.get('exception_message', message)}")
+        image = history[number]["outputs"]["end"]["images"][0]
+        self.picture = self.base / image["type"] / image["subfolder"] / image["filename"]
         times = {kind: message["timestamp"] for kind, message in status["messages"]}
         return (times["execution_success"] - times["execution_start"]) / 1000
 
@@ -276,7 +279,9 @@ class Headless(Program):
         self.about = self._ask("describe", None)
 
     def seconds(self, graph: Graph) -> float:
-        return self._ask("run", graph)["seconds"]
+        told = self._ask("run", graph)
+        self.picture = Path(told["picture"])
+        return told["seconds"]
 
     def measuring(self, step: str, argument: str) -> dict[str, Any]:
         return self._ask(step, argument)
