@@ -6,6 +6,7 @@ from typing import Any
 
 import comfy.conds
 import comfy.model_management
+import comfy.model_sampling
 import torch
 from torch import Tensor
 
@@ -41,6 +42,28 @@ def lasting(model: Any, values: dict[str, Tensor], device: torch.device) -> dict
     dtype = model.manual_cast_dtype or model.get_dtype()
     cast = comfy.model_management.cast_to_device
     return {name: LastingCond(cast(value, device, dtype)) for name, value in values.items()}
+
+
+class LazySchedule(comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.EPS):
+    """The host's schedule. Its table of sigmas, which takes it half a second, is made where its schedulers read it."""
+
+    def set_parameters(self, shift: float = 1.0, cosine_s: float = 8e-3) -> None:
+        self._buffers.pop("sigmas", None)
+        self._buffers.pop("log_sigmas", None)
+        self.shift, self.num_timesteps = shift, 10000
+        self.cosine_s = torch.tensor(cosine_s)
+        self._init_alpha_cumprod = torch.cos(self.cosine_s / (1 + self.cosine_s) * torch.pi * 0.5) ** 2
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sigmas", "log_sigmas"):
+            super().set_parameters(self.shift, self.cosine_s.item())
+        return super().__getattr__(name)
+
+
+def new_schedule(model_config: Any) -> Any:
+    """A model's own schedule."""
+    kept: Any = _kept(LazySchedule)  # type: ignore[arg-type] (a class is hashable)
+    return kept(model_config)
 
 
 def keep_on_device(schedule: Any) -> None:

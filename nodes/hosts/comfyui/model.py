@@ -22,7 +22,7 @@ from ....cascade_core.networks.stage_c import StageC
 from ....cascade_core.networks.unet import UNet
 from ....cascade_core.stages.diffusion import min_latent_side
 from ..run import NetworkDescription
-from .conditions import keep_on_device, lasting
+from .conditions import lasting, new_schedule
 from .hosted import Hosted, WholeLayers
 from .patcher import CascadePatcher
 from .progress import notify
@@ -97,9 +97,14 @@ class PlacedModel:
 
     casts = False  # whether layers cast or wrap their weights, as nodes asked for
 
-    def own_network(self) -> None:
+    def build(self, model_config: Any, build: Any, device: Any) -> None:
+        """What the host's classes do, with our network and a schedule that costs nothing."""
+        model: Any = self
+        types = comfy.model_base.ModelType  # EPS: how it predicts, and its schedule is soon made
+        comfy.model_base.BaseModel.__init__(model, model_config, types.EPS, device=device, unet_model=build)
+        model.model_type, model.model_sampling = types.STABLE_CASCADE, new_schedule(model_config)
         # By a way past nn.Module, and past whoever wraps `diffusion_model` for a while.
-        self.__dict__["hosted"] = self.diffusion_model  # type: ignore[attr-defined]
+        model.__dict__["hosted"] = model.diffusion_model
 
     @property
     def residence(self) -> Residence | None:
@@ -117,12 +122,7 @@ class StageCModel(PlacedModel, comfy.model_base.StableCascade_C):
     """Host's Stage C with our network and its widths."""
 
     def __init__(self, model_config, build, device=None):
-        stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
-        comfy.model_base.BaseModel.__init__(
-            self, model_config, stable_cascade, device=device, unet_model=build
-        )
-        self.own_network()
-        keep_on_device(self.model_sampling)
+        self.build(model_config, build, device)
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
         values = {}
@@ -162,12 +162,7 @@ class StageBModel(PlacedModel, comfy.model_base.StableCascade_B):
     """Host's Stage B with our network."""
 
     def __init__(self, model_config, build, device=None):
-        stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
-        comfy.model_base.BaseModel.__init__(
-            self, model_config, stable_cascade, device=device, unet_model=build
-        )
-        self.own_network()
-        keep_on_device(self.model_sampling)
+        self.build(model_config, build, device)
 
     def extra_conds(self, **kwargs) -> dict[str, Any]:
         values = {}

@@ -132,6 +132,10 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
                 comfy.model_patcher.wipe_lowvram_weight(layer)
             self.model.casts = False
 
+    def loaded_size(self):
+        residence = self.model.residence
+        return super().loaded_size() if residence is None else residence.bytes
+
     # Leaving
 
     def partially_unload(self, device_to, memory_to_free=0, **options):
@@ -167,6 +171,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         residence = self.residence()
         if residence is None:
             super().patch_hooks(hooks)
+            self.model.hosted.engine.forget()  # it writes into weights that count no versions
             return
         with self.use_ejected():
             residence.hook({} if hooks is None else self.get_combined_hook_patches(hooks))
@@ -175,6 +180,8 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_hooks(self, whitelist_keys_set=None):
         residence = self.residence()
         if residence is None:
+            if self.hook_backup:
+                self.model.hosted.engine.forget()
             super().unpatch_hooks(whitelist_keys_set)
         else:
             self.patch_hooks(None)
@@ -211,7 +218,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         if key not in self.patches:
             return weight
         moved = weight if device is None else weight.to(device)
-        return PatchedWeight(key, self.patches[key], repeated=False).apply(moved)
+        return PatchedWeight(key, self.patches[key], weight).apply(moved)
 
     # Runs
 

@@ -17,7 +17,7 @@ from ....cascade_core.placement import CudaDevice, Device, Loader, Placement, Un
 from ....cascade_core.placement.plan import SLOTS, StreamingPlan, plan_streaming
 from ....cascade_core.placement.stream import WeightStream
 from ....cascade_core.placement.units import UNIT_BYTES
-from .weight_patches import Patches, set_patches
+from .weight_patches import PatchedWeight, Patches, UnitPatches, by_unit, keys_of
 
 if TYPE_CHECKING:
     from .model import HostedNetwork
@@ -49,7 +49,7 @@ class Residence:
         network.engine.placement = self.placement
         self.patches: Patches = {}
         self._hooked = self._host_patched = False
-        self._changes: dict[Unit, Any] = {}
+        self._patched: UnitPatches = {}
         self._plan: StreamingPlan | None = None
         self._stream: WeightStream | None = None
 
@@ -61,9 +61,7 @@ class Residence:
     def bytes(self) -> int:
         """Bytes on the device: resident units, slots, and the patches' factors that are kept there."""
         slots = 0 if self._stream is None else self._slot_bytes(self._stream.plan)
-        factors = sum(
-            change.device_bytes for changes in self._changes.values() for change in changes.values()
-        )
+        factors = sum(weight.device_bytes for each in self._patched.values() for weight in each.values())
         return self.placement.resident_bytes + slots + factors
 
     @property
@@ -79,7 +77,7 @@ class Residence:
     @property
     def streamed_patches(self) -> int:
         """How many weights are patched whenever they come to the device."""
-        return sum(len(self._changes.get(unit, ())) for unit in self.streamed)
+        return sum(len(self._patched.get(unit, ())) for unit in self.streamed)
 
     def host_tensor(self, name: str) -> Tensor | None:
         """A weight in main memory, unpatched, by its name in the network."""
@@ -94,10 +92,11 @@ class Residence:
         """
         self._undo_host_patches()
         self.patches, self._hooked = patches, False
-        plan = self._choose(room)
+        patched = by_unit(self.placement, patches)
+        plan = self._choose(room, patched)
         for attempt in range(SMALLER_PLANS + 1):
             try:
-                self._apply(plan)
+                self._apply(plan, patched)
                 return
             except Exception as error:
                 if not out_of_memory(error) or attempt == SMALLER_PLANS:
@@ -113,12 +112,10 @@ class Residence:
         before = self.bytes + self.graph_bytes
         self.close()
         self.placement.tell_consumers()
-        excess = size - (before - self.bytes)
-        if excess > 0:
-            left = self.bytes - excess
+        left = before - size
+        if self.bytes > left:
             self._stream = self._plan = None
-            plan = plan_streaming(self.placement.units, self.placement.order, left, self.device.footprint)
-            self.placement.offload([unit for unit in self.placement.resident if unit in plan.streamed])
+            self.placement.offload(self._leaving(self.bytes - left, self._plan_for(left)))
         self.device.trim()
         return before - self.bytes - self.graph_bytes
 
@@ -131,7 +128,7 @@ class Residence:
         self.placement.tell_consumers()
         self.placement.offload(self.placement.resident)
         self.patches, self._hooked = {}, False
-        self._changes = set_patches(self.placement, {}, frozenset())
+        self._set_patched({})
         self.device.trim()
 
     @torch.inference_mode()
@@ -140,9 +137,8 @@ class Residence:
         if not patches and not self._hooked:
             return
         self._hooked = bool(patches)
-        self._set_patches(
-            {**self.patches, **{k: [*self.patches.get(k, ()), *steps] for k, steps in patches.items()}}
-        )
+        added = {key: [*self.patches.get(key, ()), *steps] for key, steps in patches.items()}
+        self._set_patched(by_unit(self.placement, {**self.patches, **added}))
         self.placement.onload(self.placement.resident)
 
     @torch.inference_mode()
@@ -155,7 +151,7 @@ class Residence:
         if self._stream is None or self._stream.plan.streamed != frozenset(missing):
             # Nobody has asked for a load since weights had to leave.
             largest = max((unit.size for unit in blocks), default=0)
-            self._apply(StreamingPlan(blocks, min(SLOTS, len(blocks)), largest))
+            self._apply(StreamingPlan(blocks, min(SLOTS, len(blocks)), largest), self._patched)
         if self._stream is not None:
             self.placement.stream = self._stream
             self._stream.open()
@@ -171,9 +167,9 @@ class Residence:
         """Gives streamed weights patched copies in main memory, for whoever reads parameters where they lie."""
         self.close()
         for unit in self.streamed:
-            for index, change in self._changes.get(unit, {}).items():
+            for index, patched in self._patched.get(unit, {}).items():
                 weight = unit.host_tensors[index]
-                unit.tensors[index].data = change.apply(weight.to(self.device.device)).to(weight.device)
+                unit.tensors[index].data = patched.apply(weight.to(self.device.device)).to(weight.device)
                 self._host_patched = True
 
     def _undo_host_patches(self) -> None:
@@ -183,20 +179,34 @@ class Residence:
                 unit.offload()
             self._host_patched = False
 
-    def _choose(self, room: float) -> StreamingPlan:
+    def _choose(self, room: float, patched: UnitPatches) -> StreamingPlan:
         """The plan for so many bytes: the present one, if another would not be much better."""
-        plan = plan_streaming(self.placement.units, self.placement.order, room, self.device.footprint)
+        plan = self._plan_for(room)
+        if plan.streamed:  # then the factors of patches are kept beside the slots
+            plan = self._plan_for(room - sum(each.factor_bytes for each in _weights(patched, plan)))
         present = self._plan
         if present is None or not plan.streamed or self._bytes(present) > room:
             return plan
         gain = sum(unit.size for unit in present.streamed) - sum(unit.size for unit in plan.streamed)
         return present if gain < 2 * plan.slot_bytes else plan
 
+    def _leaving(self, size: int, plan: StreamingPlan) -> list[Unit]:
+        """Resident units of so many bytes: those that the plan streams, then others, from the last on."""
+        resident = [*reversed(self.placement.resident)]
+        leaving: list[Unit] = []
+        for unit in sorted(resident, key=lambda unit: unit not in plan.streamed):
+            if size <= 0:
+                break
+            leaving.append(unit)
+            size -= self.device.footprint(unit.size)
+        return leaving
+
+    def _plan_for(self, room: float) -> StreamingPlan:
+        return plan_streaming(self.placement.units, self.placement.order, room, self.device.footprint)
+
     def _smaller(self, plan: StreamingPlan) -> StreamingPlan:
         """Half of what the plan keeps on the device."""
-        return plan_streaming(
-            self.placement.units, self.placement.order, self._bytes(plan) // 2, self.device.footprint
-        )
+        return self._plan_for(self._bytes(plan) // 2)
 
     def _bytes(self, plan: StreamingPlan) -> int:
         resident = [unit for unit in self.placement.units if unit not in plan.streamed]
@@ -205,7 +215,7 @@ class Residence:
     def _slot_bytes(self, plan: StreamingPlan) -> int:
         return plan.slots * self.device.footprint(plan.slot_bytes)
 
-    def _apply(self, plan: StreamingPlan) -> None:
+    def _apply(self, plan: StreamingPlan, patched: UnitPatches) -> None:
         leaving = [unit for unit in self.placement.resident if unit in plan.streamed]
         self.placement.offload(leaving)
         if self._stream is not None and self._stream.plan != plan:
@@ -213,14 +223,23 @@ class Residence:
         self._plan = plan
         if leaving:
             self.device.trim()
-        self._set_patches(self.patches)
+        self._set_patched(patched)
         self.placement.onload([unit for unit in self.placement.units if unit not in plan.streamed])
         if plan.streamed and self._stream is None:
             self._stream = self.placement.new_stream(plan)
 
-    def _set_patches(self, patches: Patches) -> None:
-        streamed = frozenset() if self._plan is None else self._plan.streamed
-        self._changes = set_patches(self.placement, patches, streamed)
+    def _set_patched(self, patched: UnitPatches) -> None:
+        """Patches weights so from here on."""
+        self._patched = patched
+        self.placement.set_changes(patched, keys_of(patched))
+        if self._plan is not None:
+            for weight in _weights(patched, self._plan):
+                weight.keep_on(self.device.device)
+
+
+def _weights(patched: UnitPatches, plan: StreamingPlan) -> list[PatchedWeight]:
+    """The patched weights that a plan streams."""
+    return [weight for unit in plan.streamed for weight in patched.get(unit, {}).values()]
 
 
 class HostCard(CudaDevice):

@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
@@ -24,7 +23,7 @@ from ....cascade_core.diffusion.schedule import alpha_sigma, per_image
 from ....cascade_core.run import SamplingResult, SamplingRun, Stopwatch
 from ....cascade_core.run import sample as sample_run
 from ..run import SamplingRequest
-from .conditions import keep_on_device
+from .conditions import keep_on_device, new_schedule
 from .model import ENGINE, NOISE
 from .progress import step_callback
 from .tiling import in_tiles
@@ -153,8 +152,7 @@ def with_shift(patcher: Any, shift: float) -> Any:
     """The MODEL with the run's schedule, by which the host turns shares of the steps into sigmas."""
     current = patcher.get_model_object("model_sampling")
     if not isinstance(current, comfy.model_sampling.StableCascadeSampling):
-        stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
-        current = comfy.model_base.model_sampling(patcher.model.model_config, stable_cascade)
+        current = new_schedule(patcher.model.model_config)
     elif current.shift == shift:
         return patcher
     schedule = copy.deepcopy(current)
@@ -175,7 +173,7 @@ def _set_tables(schedule: Any, sigmas: Tensor) -> None:
     schedule is in place by then: this one's would become the model's own.
     """
     for name, table in (("sigmas", sigmas), ("log_sigmas", sigmas.log())):
-        delattr(schedule, name)
+        schedule._buffers.pop(name, None)
         setattr(schedule, name, table)
     schedule.register_buffer = _keep_tables
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.placement import Placement, Unit
 
+SCRATCH = 3  # float32 copies of a weight that patching it takes at once
 PREFIX = "diffusion_model."  # of a network's names in a BaseModel
 Patches = Mapping[str, Sequence[tuple]]  # a weight's name in the BaseModel -> its patches, in their order
 
@@ -22,26 +23,37 @@ Patches = Mapping[str, Sequence[tuple]]  # a weight's name in the BaseModel -> i
 class PatchedWeight:
     """The patches of one weight.
 
-    steps: the host's tuples (strength, what, strength of the model, offset, function). repeated: whether the weight
-    comes to the device at every forward, so that small factors are kept there.
+    steps: the host's tuples (strength, what, strength of the model, offset, function).
     """
 
-    def __init__(self, key: str, steps: Sequence[tuple], repeated: bool):
-        self.key, self.steps, self.repeated = key, tuple(steps), repeated
-        self._moved: list[tuple] | None = None
+    def __init__(self, key: str, steps: Sequence[tuple], weight: Tensor):
+        self.key, self.steps = key, tuple(steps)
+        size = sum(tensor.nbytes for tensor in _tensors(self.steps))
+        # What is copied to the device once, where the weight comes there at every forward. Larger factors, as of a
+        # merged model, would take as much as the weights.
+        self.factor_bytes = size if size <= weight.nbytes // 4 else 0
+        self._steps_there: Sequence[tuple] = self.steps
+        self.device_bytes = 0  # of the factors that are kept on the device
+
+    def keep_on(self, device: torch.device) -> None:
+        """Keeps small factors on the device."""
+        if self.factor_bytes and not self.device_bytes:
+            self._steps_there = [_on_device(step, device) for step in self.steps]
+            self.device_bytes = self.factor_bytes
 
     def apply(self, weight: Tensor) -> Tensor:
         """The patched weight in its own dtype, computed in float32 and rounded as the host does.
 
         Raises CascadeError for patches that change its shape.
         """
-        steps = self._steps_on(weight)
+        # The host's adapters leave a weight as it is, with a line in the log, where memory is short: better fail here.
+        torch.empty(SCRATCH * weight.numel(), dtype=torch.float32, device=weight.device)
         original = {
             self.key: [(weight, _unchanged)]
         }  # what a patch by another model's weight is compared with
         copied = weight.to(torch.float32, copy=True)
         changed = comfy.lora.calculate_weight(
-            steps, copied, self.key, intermediate_dtype=torch.float32, original_weights=original
+            self._steps_there, copied, self.key, intermediate_dtype=torch.float32, original_weights=original
         )
         if changed.shape != weight.shape:
             raise CascadeError(
@@ -50,18 +62,6 @@ class PatchedWeight:
             )
         seed = crc32(self.key.encode())  # the host's own, wherever its versions keep it
         return comfy.float.stochastic_rounding(changed, weight.dtype, seed=seed)
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of the factors that are kept on the device."""
-        return 0 if self._moved is None else sum(tensor.nbytes for tensor in _tensors(self._moved))
-
-    def _steps_on(self, weight: Tensor) -> Sequence[tuple]:
-        if not self.repeated or sum(tensor.nbytes for tensor in _tensors(self.steps)) > weight.nbytes // 4:
-            return self.steps  # larger ones, as of a merged model, would take as much as the weights
-        if self._moved is None:
-            self._moved = [_on_device(step, weight.device) for step in self.steps]
-        return self._moved
 
 
 class PatchKey:
@@ -78,16 +78,23 @@ class PatchKey:
     __hash__ = None  # type: ignore[assignment]
 
 
-def set_patches(placement: Placement, patches: Patches, streamed: frozenset[Unit]) -> dict[Unit, Any]:
-    """Makes these the patches of all weights that are onloaded from here on; they are returned by unit."""
-    changes: dict[Unit, dict[int, PatchedWeight]] = {}
+UnitPatches = dict[Unit, dict[int, PatchedWeight]]
+
+
+def by_unit(placement: Placement, patches: Patches) -> UnitPatches:
+    """The patches of a placement's weights, by unit and index; others are left out."""
+    grouped: UnitPatches = {}
     for key, steps in patches.items():
         location = placement.locations.get(key.removeprefix(PREFIX))
         if location is not None and steps:
             unit, index = location
-            changes.setdefault(unit, {})[index] = PatchedWeight(key, steps, unit in streamed)
-    placement.set_changes(changes, {unit: PatchKey(each) for unit, each in changes.items()})
-    return changes
+            grouped.setdefault(unit, {})[index] = PatchedWeight(key, steps, unit.host_tensors[index])
+    return grouped
+
+
+def keys_of(patches: UnitPatches) -> dict[Unit, PatchKey]:
+    """What tells apart how units are patched."""
+    return {unit: PatchKey(each) for unit, each in patches.items()}
 
 
 def _unchanged(weight: Tensor, **_: Any) -> Tensor:
