@@ -154,8 +154,9 @@ class Placement:
         for unit, buffer in buffers:
             weights = unit.views(buffer)
             self.patch(unit, weights)
+            unit.device_buffer = buffer
             unit.point_to(weights)  # only what is whole
-            unit.device_buffer, unit.patch_key = buffer, self._keys.get(unit)
+            unit.patch_key = self._keys.get(unit)
 
     def new_stream(self, plan: StreamingPlan) -> WeightStream:
         """A stream of the plan's units, with its slots, for runs while `stream` is set to it."""

@@ -40,11 +40,19 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         if present is not None:
             present.release()
             model.residence = None
+            self._count_none()
+        model.residence = self._new_residence()
+        return model.residence
+
+    def _new_residence(self) -> Residence | None:
+        """None without a card, and where all models stay on it."""
         if self.load_device.type != "cuda" or self.load_device == self.offload_device:
             return None
+        # Loaded by the host's own patcher, when this was one for the processor.
+        if self.backup or self.model.current_weight_patches_uuid is not None:
+            super().unpatch_model(self.offload_device, unpatch_weights=True)
         loader = card_loader(self.load_device)
-        model.residence = Residence(model.hosted, self.load_device, loader.device, loader)
-        return model.residence
+        return Residence(self.model.hosted, self.load_device, loader.device, loader)
 
     # Loading
 
@@ -110,6 +118,13 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         self.model.model_lowvram = bool(residence.streamed)
         self.model.lowvram_patch_counter = residence.streamed_patches
 
+    def _count_none(self) -> None:
+        """The same of one that is not loaded."""
+        self.model.model_loaded_weight_memory = self.model.lowvram_patch_counter = 0
+        self.model.model_lowvram = False
+        self.model.current_weight_patches_uuid = None
+        self.model.device = self.offload_device
+
     def _set_casts(self) -> None:
         """Makes layers cast or wrap their weights where nodes ask for it, as the host's own loading does."""
         wrappers, force = self.weight_wrapper_patches, self.force_cast_weights
@@ -158,11 +173,8 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         self.eject_model()
         residence.release()
         self._clear_casts()
-        self._count(residence)
-        self.current_hooks = self.model.current_weight_patches_uuid = None
-        self.model.model_lowvram = False
-        if device_to is not None:
-            self.model.device = device_to
+        self._count_none()
+        self.current_hooks = None
         super().unpatch_model(device_to, unpatch_weights=False)
 
     # Hooks: LoRAs of parts of a run or of a picture
@@ -178,8 +190,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
             self.current_hooks = hooks
 
     def unpatch_hooks(self, whitelist_keys_set=None):
-        residence = self.residence()
-        if residence is None:
+        if self.model.residence is None:
             if self.hook_backup:
                 self.model.hosted.engine.forget()
             super().unpatch_hooks(whitelist_keys_set)
