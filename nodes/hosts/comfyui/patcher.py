@@ -182,8 +182,9 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
     def patch_hooks(self, hooks):
         residence = self.residence()
         if residence is None:
+            if hooks is not None or self.hook_backup:
+                self.model.hosted.engine.forget()  # what follows writes into weights that count no versions
             super().patch_hooks(hooks)
-            self.model.hosted.engine.forget()  # it writes into weights that count no versions
             return
         with self.use_ejected():
             residence.hook({} if hooks is None else self.get_combined_hook_patches(hooks))
