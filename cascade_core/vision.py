@@ -46,20 +46,29 @@ def build_vision_model(
 def preprocess_images(images: Tensor, size: int) -> Tensor:
     """(B, H, W, 3) sRGB in [0, 1] -> (B, 3, size, size) in CLIP's units; the middle square, resized.
 
-    The shorter side is resized to `size` (bicubic, antialiased), the middle cut out, and the result rounded
-    to 8 bits as in ComfyUI; the published code, through torchvision, does not round. A fourth channel is
-    dropped.
+    Rounded to 8 bits as in ComfyUI; the published code, through torchvision, does not round.
     """
-    x = images[..., :3].float().movedim(-1, 1)  # (B, 3, H, W)
-    height, width = x.shape[-2:]
-    if (height, width) != (size, size):
-        ratio = size / min(height, width)
-        x = F.interpolate(x, (round(ratio * height), round(ratio * width)), mode="bicubic", antialias=True)
-        top, left = (x.shape[-2] - size) // 2, (x.shape[-1] - size) // 2
-        x = x[..., top : top + size, left : left + size]
+    x = middle_square(images, size).movedim(-1, 1)  # (B, 3, size, size)
     x = (255 * x).clamp(0, 255).round() / 255
     mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (x - mean) / std
+
+
+def middle_square(images: Tensor, size: int) -> Tensor:
+    """(B, H, W, 3) in [0, 1] -> (B, size, size, 3): the middle, after the shorter side is resized to `size`.
+
+    Bicubic and antialiased. The longer side is cut down to whole pixels, as in transformers and the published code
+    (ComfyUI rounds it): 400 × 300 becomes 298 × 224. A fourth channel is dropped.
+    """
+    x = images[..., :3].float()
+    height, width = x.shape[1:3]
+    if (height, width) == (size, size):
+        return x
+    shorter = min(height, width)
+    resized = (size * height // shorter, size * width // shorter)
+    x = F.interpolate(x.movedim(-1, 1), resized, mode="bicubic", antialias=True).movedim(1, -1)
+    top, left = (x.shape[1] - size) // 2, (x.shape[2] - size) // 2
+    return x[:, top : top + size, left : left + size]
 
 
 class ImageEncoder:

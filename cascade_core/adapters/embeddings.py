@@ -13,6 +13,7 @@ from ..checkpoints import read_safetensors
 from ..checkpoints.files import FLOATING
 from ..errors import CascadeError, printable
 from ..text.prompt_weights import parse_weights
+from ..text.tokenizer import EMBEDDING_NAME
 from .adapter import LearnedToken
 
 PREFIX = "embedding:"
@@ -21,12 +22,22 @@ MOST_NAMES = 100  # in one prompt; each is searched for
 
 
 def embedding_names(prompt: str) -> list[str]:
-    """The names that a prompt asks for by `embedding:name`, each once, as ComfyUI reads them.
+    """The names that a prompt asks for by `embedding:name` or `embedding: name`, each once, as ComfyUI reads them.
 
-    Raises CascadeError for more than MOST_NAMES, and for a prompt that cannot be read.
+    Raises CascadeError for more than MOST_NAMES, for no name (ComfyUI fails at it), and for a prompt that cannot be
+    read.
     """
-    pattern = rf"(?:^|(?<=\s)){PREFIX}([^\s<\[]+)"
-    names = {name: None for text, _ in parse_weights(prompt) for name in re.findall(pattern, text)}
+    runs = [run for text, _ in parse_weights(prompt) for run in re.split(EMBEDDING_NAME, text)]
+    names: dict[str, None] = {}
+    for run in runs:
+        if run.startswith(PREFIX):
+            words = run.removeprefix(PREFIX).split(maxsplit=1)
+            if not words:
+                raise CascadeError(
+                    f"The prompt has {PREFIX} without a name; write one after it, or take it out."
+                )
+            names[re.split(r"[<\[]", words[0])[0]] = None
+    names.pop("", None)
     if len(names) > MOST_NAMES:
         raise CascadeError(f"The prompt asks for {len(names)} embeddings, but at most {MOST_NAMES} are read.")
     return list(names)

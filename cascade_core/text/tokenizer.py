@@ -33,6 +33,7 @@ __all__ = ["CHUNK_LENGTH", "Chunk", "Tokenizer", "build_small_vocabulary", "save
 CHUNK_LENGTH = 77
 BREAKABLE = 8  # a segment of this many tokens may be cut by the end of a chunk; a shorter one moves on whole
 EMBEDDING_NAME = r"(?<=\s)(?=embedding:)"  # the host begins a segment at each embedding's name
+EMBEDDING_SPACE = r"^(embedding:)\s+"  # and takes the first word behind the colon, if need be behind spaces
 
 Chunk = list[tuple[int, float]]
 
@@ -120,7 +121,7 @@ class Tokenizer:
             [(token, weight) for token in tokens]
             for run, weight in parse_weights(prompt)
             for text in re.split(EMBEDDING_NAME, run)
-            for tokens in self._pieces(text, learned)
+            for tokens in self._pieces(re.sub(EMBEDDING_SPACE, r"\1", text), learned)
         ]
 
     def _pieces(self, text: str, learned: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:

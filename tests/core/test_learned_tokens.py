@@ -307,7 +307,25 @@ def test_nan_is_refused(embedding, tmp_path):
 def test_names_are_found_where_comfyui_finds_them():
     prompt = "embedding:a, (embedding:b:1.2) x embedding:dir/c.safetensors\nembedding:d[e] embedding:a,"
     assert embedding_names(prompt) == ["a,", "b", "dir/c.safetensors", "d"]
-    assert embedding_names("no,embedding:a embedding: b") == []
+    assert embedding_names("no,embedding:a embedding: b, (embedding: \n c d:1.2) embedding:<e>") == [
+        "b,",
+        "c",
+    ]
+    for prompt in ("a embedding:", "embedding: ", "embedding: embedding:a", "(embedding::2)"):
+        with pytest.raises(CascadeError, match="has embedding: without a name"):
+            embedding_names(prompt)
+
+
+def test_a_space_before_an_embeddings_name(tmp_path):
+    tokenizer = Tokenizer.bundled()
+    learned = {"embedding:cat": [90000, 90001]}
+    for prompt in ("a embedding:cat hill", "a embedding: cat hill", "a embedding: \n cat hill"):
+        assert (
+            tokenizer.chunks(prompt, learned)[0][:6]
+            == tokenizer.chunks("a embedding:cat hill", learned)[0][:6]
+        )
+        assert (90000, 1.0) in tokenizer.chunks(prompt, learned)[0]
+    assert (90000, 1.2) in tokenizer.chunks("a (embedding: cat:1.2)", learned)[0]
 
 
 def embedding_file(folder, tensors: dict[str, Tensor]):

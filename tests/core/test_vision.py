@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
@@ -18,6 +20,7 @@ from cascade_nodes.cascade_core.vision import (
     ImageEncoder,
     build_vision_model,
     infer_vision_config,
+    middle_square,
     preprocess_images,
 )
 
@@ -63,8 +66,7 @@ def encoder() -> ImageEncoder:
 def test_preprocessing_resizes_as_pillow_does(height, width):
     """Pillow's bicubic is antialiased too. In floats, as in 8 bits it rounds between the two directions."""
     picture = random_images(height, width, 3)
-    ratio = 32 / min(height, width)
-    size = (round(width * ratio), round(height * ratio))
+    size = (32 * width // min(height, width), 32 * height // min(height, width))
     left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
     channels = [
         Image.fromarray(channel.numpy()).resize(size, Image.Resampling.BICUBIC)
@@ -75,6 +77,28 @@ def test_preprocessing_resizes_as_pillow_does(height, width):
     difference = (pixels(preprocess_images(picture.unsqueeze(0), 32))[0] - theirs).abs()
     assert difference.max() < 1.01  # where a value lay between two levels
     assert difference.mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(300, 400), (400, 300), (213, 320), (479, 640), (500, 333), (1024, 1000), (91, 700)]
+)
+def test_pictures_are_cut_as_transformers_cuts_them(height, width):
+    """The long side is cut down, not rounded: of 400 × 300 298 pixels are left, of which the middle 224 count."""
+    picture = (255 * random_images(height // 10, width // 10, 3)).byte().numpy()
+    picture = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    theirs = CLIPImageProcessorPil()(picture, return_tensors="pt")["pixel_values"]
+    ours = preprocess_images(torch.from_numpy(np.array(picture)).unsqueeze(0) / 255, 224)
+    assert ours.shape == theirs.shape == (1, 3, 224, 224)
+    difference = (pixels(ours) - pixels(theirs)).abs()
+    assert difference.max() < 2.01  # Pillow rounds to 8 bits between the two directions
+    assert difference.mean() < 0.3
+
+
+def test_the_size_of_the_middle_square():
+    """Where rounding would differ from cutting down, by a picture that only the right size reproduces."""
+    picture = random_images(1, 300, 400, 3)
+    whole = F.interpolate(picture.movedim(-1, 1), (224, 298), mode="bicubic", antialias=True).movedim(1, -1)
+    assert torch.equal(middle_square(picture, 224), whole[:, :, 37:261])
 
 
 def test_a_picture_of_the_right_size_is_only_normalised():

@@ -96,4 +96,4 @@ class ImagePrompts:
 
 
 def _key(prompt: PictureFile) -> Key:
-    return key_of(prompt.identity)
+    return key_of(prompt.identity, "298 × 224")  # 400 × 300, as it is resized: before it was 299

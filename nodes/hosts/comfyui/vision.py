@@ -10,6 +10,7 @@ import comfy.clip_vision
 from torch import Tensor
 
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.vision import middle_square
 from .clip import set_norm_eps
 from .progress import notify
 from .weights import remember_file
@@ -35,4 +36,11 @@ def load_vision(path: Path) -> comfy.clip_vision.ClipVisionModel:
 
 
 def encode_image(vision: Any, image: Tensor) -> Any:
+    """The host's own, on pictures of the size that it asks for: it would round their longer side, by which they were
+    resized, where CLIP's authors cut it down.
+    """
+    if (
+        getattr(vision, "model_type", "clip_vision_model") == "clip_vision_model"
+    ):  # CLIP's own: always a square
+        image = middle_square(image.to(vision.load_device), vision.image_size)
     return vision.encode_image(image)

@@ -175,6 +175,13 @@ def against_headless(value: dict[str, Any], prompts: Any) -> dict[str, float]:
         prompt_text = prompt.lower().replace("[sun]", " embedding:sun ")
         texts = states(value["clip"], prompt_text), states(headless_sockets["clip"], prompt_text, headless)
         results[f"same: embedding, prompt {number} with and without ComfyUI"] = relative(*texts)
+    spaced, plain = (
+        "a embedding: sun on (embedding: sun:1.2) hill",
+        "a embedding:sun on (embedding:sun:1.2) hill",
+    )
+    texts = states(value["clip"], spaced), states(headless_sockets["clip"], spaced, headless)
+    results["same: embedding behind a space, with and without ComfyUI"] = relative(*texts)
+    results["same: embedding behind a space or not"] = relative(texts[1], states(value["clip"], plain))
     return results
 
 

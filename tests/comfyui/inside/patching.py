@@ -15,7 +15,7 @@ import nodes
 from cascade_nodes.cascade_core import checkpoints
 from cascade_nodes.demo.pipeline import WEIGHTS
 from cascade_nodes.nodes import latents
-from cascade_nodes.nodes.hosts import comfyui
+from cascade_nodes.nodes.hosts import comfyui, headless
 from cascade_nodes.nodes.hosts.comfyui.sampling import with_shift
 
 LAYER = "down_blocks.0.2.attention.attn.to_q"
@@ -189,9 +189,16 @@ def vision(clip: Any) -> dict[str, float]:
         comfyui.sample(make_run("stage_c", model, (one, negative), steps=4)).latent
         for one in (prompt, our_prompt, positive)
     )
+    oblong = torch.rand(1, 300, 400, 3, generator=torch.Generator().manual_seed(3))
+    headless_vision = headless.load_vision(WEIGHTS / "demo_image_encoder.safetensors")
+    embeds = (
+        comfyui.encode_image(ours, oblong).image_embeds,
+        headless.encode_image(headless_vision, oblong).image_embeds,
+    )
     return {
         "unCLIPConditioning against CascadeImagePrompt": relative(with_native, with_ours),
         "the image's own effect": relative(with_ours, without),
+        "an oblong image with and without ComfyUI": relative(*embeds),
     }
 
 
