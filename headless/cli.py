@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError, escaped
 from .convert_lora import add_convert_command
+from .merge import add_merge_command
 from .signals import INTERRUPTED, Stopped, stopping_on_signals
 from .verify.command import add_verify_command
 
@@ -36,6 +37,7 @@ _EXAMPLES = """examples:
   cascade fetch text_to_image_lite_bf16
   cascade verify models
   cascade convert-lora official.safetensors kohya.safetensors --to kohya
+  cascade merge stage_c.safetensors merged.safetensors --lora my_style.safetensors 0.8
   cascade train lora my_style.yaml
 """
 
@@ -129,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_commands(commands)
     add_verify_command(commands)
     add_convert_command(commands)
+    add_merge_command(commands)
     _add_train_command(commands)
     return parser
 

@@ -108,8 +108,8 @@ def convert_lora(
     from ..cascade_core.adapters import describe_adapter, read_adapter, write_adapter
 
     _check_dialect(dialect)
-    _check_target(target, force)
-    config = None if model is None else _stage_c_config(model)
+    check_target(target, force)
+    config = None if model is None else stage_c_config(model)
     adapter = read_adapter(source, config, limits.real_number("alpha", alpha, limits.ALPHA), filters)
     lines = [describe_adapter(adapter), *adapter.notes]
     lines += _check_whole(adapter, config, partial)
@@ -131,7 +131,7 @@ def _check_dialect(dialect: str) -> None:
         raise CascadeError(f"There is no LoRA dialect {dialect!r}; {hint}")
 
 
-def _check_target(target: Path, force: bool) -> None:
+def check_target(target: Path, force: bool) -> None:
     from ..cascade_core.checkpoints import check_writable
 
     if target.suffix != ".safetensors":
@@ -155,7 +155,7 @@ def _check_whole(adapter: Adapter, config: StageCConfig | None, partial: bool) -
     return [unknown]
 
 
-def _stage_c_config(model: Path) -> StageCConfig:
+def stage_c_config(model: Path) -> StageCConfig:
     """Reads Stage C's configuration from the file's names and shapes alone."""
     from ..cascade_core.checkpoints import identify, read_weights
     from ..cascade_core.networks.config import StageCConfig

@@ -18,7 +18,7 @@ from .load import (
     load_published_state_dict,
     non_finite,
 )
-from .source import in_model_folder, locate, networks_in, read_weights
+from .source import in_model_folder, locate, networks_in, read_named, read_weights
 
 __all__ = [
     "KIND_NAMES",
@@ -44,6 +44,7 @@ __all__ = [
     "parts_in",
     "read_header",
     "read_json",
+    "read_named",
     "read_safetensors",
     "read_text",
     "read_weights",

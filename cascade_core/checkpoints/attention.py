@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..errors import CascadeError
 
-_PARTS = ("to_q", "to_k", "to_v")
+FUSED = "in_proj_"
+THIRDS = ("to_q", "to_k", "to_v")
 
 
 def split_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -17,16 +18,16 @@ def split_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     split: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
-        stem, fused, leaf = name.rpartition("in_proj_")
+        stem, fused, leaf = name.rpartition(FUSED)
         if not fused:
             split[name] = tensor
             continue
-        if tensor.ndim == 0 or len(tensor) % len(_PARTS):
+        if tensor.ndim == 0 or len(tensor) % len(THIRDS):
             raise CascadeError(
                 f"{name} has the shape {tuple(tensor.shape)}, whose rows do not make three equal parts as "
                 "expected; download the file again."
             )
-        for part, rows in zip(_PARTS, tensor.chunk(len(_PARTS), dim=0), strict=True):
+        for part, rows in zip(THIRDS, tensor.chunk(len(THIRDS), dim=0), strict=True):
             split[f"{stem}{part}.{leaf}"] = rows
     return split
 
@@ -37,8 +38,8 @@ def fuse_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state_dict.items():
         stem, part, leaf = name.rpartition("to_q.")
         if part:
-            rows = [state_dict[f"{stem}{part}.{leaf}"] for part in _PARTS]
-            fused[f"{stem}in_proj_{leaf}"] = torch.cat(rows, dim=0)
-        elif not any(f".attn.{part}." in f".{name}" for part in _PARTS[1:]):
+            rows = [state_dict[f"{stem}{part}.{leaf}"] for part in THIRDS]
+            fused[f"{stem}{FUSED}{leaf}"] = torch.cat(rows, dim=0)
+        elif not any(f".attn.{part}." in f".{name}" for part in THIRDS[1:]):
             fused[name] = tensor
     return fused

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -237,12 +237,17 @@ def _last_offset(header: Any) -> int:
 
 
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool = True
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    overwrite: bool = True,
+    value: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Writes a file atomically: under a temporary name beside `path`, renamed at the end.
 
     The same tensors and metadata give the same bytes, those of the safetensors library with its metadata sorted (it
-    writes them in random order). One tensor at a time is copied.
+    writes them in random order). One tensor at a time is copied. value: gives the values of each name, where `tensors`
+    say their shapes and types alone.
     Raises CascadeError if that fails (no permission, disk full); a file that was at `path` is then unchanged.
     """
     path = Path(path)
@@ -251,7 +256,8 @@ def write_safetensors(
         with replacing(path, overwrite) as temporary, temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for name in names:
-                values = tensors[name].detach().cpu().contiguous()  # of this tensor alone
+                tensor = tensors[name] if value is None else value(name)
+                values = tensor.detach().cpu().contiguous()  # of this tensor alone
                 file.write(values.flatten().view(torch.uint8).numpy().data)
     except (OSError, ValueError) as error:
         raise _cannot_write(path, getattr(error, "strerror", None) or error) from None

@@ -81,11 +81,14 @@ class Layout:
         """Inverse of `to_published`, with the attention input split."""
         renamed = {}
         for published, tensor in split_attention(tensors).items():
-            name = published
-            for theirs, ours in reversed(self.renamed):
-                name = name.replace(ours, theirs)
-            renamed[self.prefix + name] = tensor.T if published in self.transposed else tensor
+            renamed[self.their_name(published)] = tensor.T if published in self.transposed else tensor
         return renamed
+
+    def their_name(self, published: str) -> str:
+        """Inverse of `published_name`, of a name with the attention input split."""
+        for theirs, ours in reversed(self.renamed):
+            published = published.replace(ours, theirs)
+        return self.prefix + published
 
     def holds(self, part: str, names: Iterable[str]) -> bool:
         """Whether names are of this layout and hold that part."""

@@ -28,7 +28,6 @@ _OTHERS = (
     (".weight_scale_2", "nvfp4"),
 )
 _HEADER = "_quantization_metadata"
-_LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 MOST_CONF = 1000  # bytes of a layer's comfy_quant
 
 
@@ -74,12 +73,10 @@ def _header_formats(metadata: Mapping[str, str]) -> set[str]:
         ) from None
 
 
-def scale_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The scale that belongs to a `….weight`, or None."""
+def scale_name(name: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the scale that belongs to a `….weight`, or None."""
     stem = name.removesuffix(".weight")
-    return next(
-        (tensors[stem + ending] for ending in _SCALES if stem != name and stem + ending in tensors), None
-    )
+    return next((stem + ending for ending in _SCALES if stem != name and stem + ending in tensors), None)
 
 
 def is_beside(name: str) -> bool:
@@ -91,9 +88,9 @@ def unscaled(file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Multiplies fp8 weights by their scales, to bf16; leaves everything else unchanged."""
     weights = {name: tensor for name, tensor in tensors.items() if not is_beside(name)}
     for name, tensor in weights.items():
-        scale = scale_of(name, tensors)
+        scale = scale_name(name, tensors)
         if scale is not None:
-            weights[name] = rescaled(file, name, tensor, scale).to(torch.bfloat16)
+            weights[name] = rescaled(file, name, tensor, tensors[scale]).to(torch.bfloat16)
     return weights
 
 
@@ -103,8 +100,7 @@ def rescaled(file: str, name: str, weight: Tensor, scale: Tensor) -> Tensor:
     Raises CascadeError for a scale that would change its weight's shape: a product of a row and a column is as large
     as a file claims, not as it is.
     """
-    if scale.ndim == 1 and len(scale) == len(weight) and weight.ndim > 1:
-        scale = scale.view(-1, *[1] * (weight.ndim - 1))  # one a row
+    scale = _by_row(scale, weight)
     floating = scale.dtype in FLOATING and weight.dtype in FLOATING
     if not (floating and _broadcasts(scale, weight) and scale.float().isfinite().all()):
         raise CascadeError(
@@ -121,15 +117,31 @@ def _broadcasts(scale: Tensor, weight: Tensor) -> bool:
         return False
 
 
-def quantised(name: str, weight: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, Tensor]:
-    """A `….weight` in fp8 with its scale, in ComfyUI's present layout: largest value over fp8's largest, in float32."""
-    values = weight.float()
-    scale = values.abs().max() / torch.finfo(dtype).max
-    scale = torch.where(scale > 0, scale, 1.0)
+def _by_row(scale: Tensor, weight: Tensor) -> Tensor:
+    """A list of one scale a row as a column, which else would be one for each column of a square."""
+    one_a_row = scale.ndim == 1 and weight.ndim > 1 and len(scale) == len(weight)
+    return scale.view(-1, *[1] * (weight.ndim - 1)) if one_a_row else scale
+
+
+def requantised(values: Tensor, dtype: torch.dtype, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(fp8 weight, its scale) of float32 values, by the largest of them; shaped and typed as `scale`."""
+    like = _by_row(scale, values)
+    whole = [size == 1 for size in (*[1] * (values.ndim - like.ndim), *like.shape)]
+    shared = [dim for dim, one in enumerate(whole) if one]
+    largest = values.abs().amax(shared, keepdim=True) if shared else values.abs()
+    made = largest / torch.finfo(dtype).max
+    made = torch.where(made > 0, made, 1.0).to(scale.dtype)
+    return (values / made.float()).to(dtype), made.reshape(scale.shape)
+
+
+def fp8_layout(name: str, values: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, Tensor]:
+    """A `….weight` in fp8 with its scale, in ComfyUI's present layout."""
+    weight, scale = requantised(values.float(), dtype, torch.ones(()))
     stem = name.removesuffix(".weight")
-    words = next(word for word, known in FP8.items() if known == dtype)
+    format_name = next(word for word, known in FP8.items() if known == dtype)
+    stated = json.dumps({"format": format_name}).encode()
     return {
-        name: (values / scale).to(dtype),
+        name: weight,
         f"{stem}.weight_scale": scale,
-        f"{stem}.comfy_quant": torch.tensor(list(json.dumps({"format": words}).encode()), dtype=torch.uint8),
+        f"{stem}.comfy_quant": torch.tensor(list(stated), dtype=torch.uint8),
     }

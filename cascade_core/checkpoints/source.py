@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from ..errors import CascadeError, printable, quoted
 from ..networks.inference import stated_table
 from .files import read_header, read_json, read_safetensors
 from .foreign import foreign_name
-from .layouts import parts_in
+from .layouts import Layout, parts_in
 from .quantised import quantisation, unscaled
 
 # Where diffusers' folders keep each network, in the order to look; `prior_…` in those of the combined pipeline.
@@ -48,6 +48,23 @@ def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[s
     A file without such a network is returned unchanged, so that the caller can say what it holds instead.
     Raises CascadeError where files are missing or damaged.
     """
+    tensors, metadata, parts = read_named(path, part)
+    if part not in parts:
+        return tensors, metadata
+    published = unscaled(Path(path).name, parts[part].to_published(tensors))
+    return {name: tensor for name, tensor in published.items() if not is_counter(name, tensor)}, metadata
+
+
+class NamedTensors(NamedTuple):
+    """The tensors of a file under its own names, its metadata, and the networks in it with their layouts."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    parts: dict[str, Layout]
+
+
+def read_named(path: str | Path, part: str) -> NamedTensors:
+    """As `read_weights`, under the file's own names, and as stored. Raises CascadeError as it does."""
     located = locate(path, part)
     tensors, metadata = read_tensors(located)
     scheme = quantisation(tensors, metadata)
@@ -60,12 +77,9 @@ def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[s
     if not metadata.get("config") and in_model_folder(path):
         metadata = {**metadata, **_config_beside(located, part)}
     parts = parts_in(tensors)
-    if part not in parts:
-        return tensors, metadata
     if len(parts) > 1:  # a config in the metadata would be of the file's only network
         metadata = {name: text for name, text in metadata.items() if name != "config"}
-    published = unscaled(located.name, parts[part].to_published(tensors))
-    return {name: tensor for name, tensor in published.items() if not is_counter(name, tensor)}, metadata
+    return NamedTensors(tensors, metadata, parts)
 
 
 def is_counter(name: str, tensor: Tensor) -> bool:

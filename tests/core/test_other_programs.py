@@ -19,7 +19,7 @@ from cascade_nodes.cascade_core.checkpoints import (
     read_weights,
     write_safetensors,
 )
-from cascade_nodes.cascade_core.checkpoints.quantised import quantised, rescaled, unscaled
+from cascade_nodes.cascade_core.checkpoints.quantised import fp8_layout, rescaled, unscaled
 from cascade_nodes.cascade_core.model_files import ModelFiles
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, encode_tokens
 from cascade_nodes.cascade_core.vision import ImageEncoder
@@ -277,17 +277,17 @@ def test_fp8_as_the_header_states_it(written, tmp_path):
 def test_fp8_is_written_as_comfyui_does(dtype, written):
     """What is quantised anew has ComfyUI's values and scales; a weight of zeros has the scale 1."""
     weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(5))
-    parts = quantised("a.weight", weight, dtype)
+    parts = fp8_layout("a.weight", weight, dtype)
     assert parts["a.weight"].dtype == dtype
     assert json.loads(bytes(parts["a.comfy_quant"].tolist())) == {"format": str(dtype).removeprefix("torch.")}
     assert parts["a.weight_scale"] == weight.abs().max() / torch.finfo(dtype).max
     assert close(
         unscaled("x", parts)["a.weight"].float(), weight, 0.08 if dtype == torch.float8_e4m3fn else 0.15
     )
-    assert quantised("a.weight", torch.zeros(2, 2))["a.weight_scale"] == 1
+    assert fp8_layout("a.weight", torch.zeros(2, 2))["a.weight_scale"] == 1
     tensors, _ = read_safetensors(written / "comfyui_fp8.safetensors")
     name = "model.diffusion_model.up_blocks.0.2.attention.attn.to_q.weight"
-    again = quantised(name, tensors[name].float() * tensors[f"{name}_scale"])
+    again = fp8_layout(name, tensors[name].float() * tensors[f"{name}_scale"])
     assert torch.equal(again[name].view(torch.uint8), tensors[name].view(torch.uint8))
     assert torch.allclose(again[f"{name}_scale"], tensors[f"{name}_scale"])
 

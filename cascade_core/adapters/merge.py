@@ -1,0 +1,164 @@
+"""A network's file with adapters baked into its weights, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import Layout
+from ..checkpoints.attention import FUSED, THIRDS
+from ..checkpoints.pages import forget_pages, mapped_files
+from ..checkpoints.quantised import fp8_layout, requantised, rescaled, scale_name
+from ..errors import CascadeError, printable
+from .apply import Patch, Steps, apply_steps, changes_by_target, check_shape
+from .names import parameter_name
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor of the file, or of its fused ones a third.
+
+    name    in the new file
+    turned  whether it is stored transposed
+    steps   the changes of each equal part of its rows
+    """
+
+    name: str
+    stored: Tensor
+    turned: bool
+    steps: Sequence[Steps]
+
+    def values(self) -> Tensor:
+        """With all changes applied, in float32."""
+        rows = (self.stored.T if self.turned else self.stored).chunk(len(self.steps))
+        merged = [apply_steps(part, steps).float() for part, steps in zip(rows, self.steps, strict=True)]
+        whole = merged[0] if len(merged) == 1 else torch.cat(merged)
+        return whole.T if self.turned else whole
+
+
+class MergedFile:
+    """What a file holds once patches are applied: `tensors` on the meta device, and the `value` of each when asked.
+
+    Each changed weight is computed in float32 and has its own dtype again, as `apply.patched` gives it; an fp8 weight
+    with a scale gets a new scale. Only the tensor that is asked for takes memory.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.changed = 0  # parameters of the network
+        self._values: dict[str, Callable[[], Tensor]] = {}
+        self._mapped = mapped_files()
+        self._read: list[Tensor] = []  # from the file for the last value
+
+    def value(self, name: str) -> Tensor:
+        """The values of one of `tensors`; those of the one before are let go."""
+        forget_pages(self._read, self._mapped)
+        self._read = []
+        return self._values[name]()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Adds a tensor as it is."""
+        self._put(name, tensor, lambda: tensor, tensor)
+
+    def add_network(
+        self,
+        tensors: Mapping[str, Tensor],
+        layout: Layout,
+        patches: Sequence[Patch],
+        name_of: Callable[[str], str] | None = None,
+        fp8: bool = False,
+    ) -> list[str]:
+        """Adds a network of a file with patches applied; returns the names of the file that are not the network's.
+
+        name_of  what a published name is called in the new file; None: as in the old one
+        fp8      matrices of 16 or 32 bits become fp8 with a scale each, in ComfyUI's layout
+        Raises CascadeError for a patch that changes what is not there, or is of another shape.
+        """
+        changes = changes_by_target(patches)
+        targets = {parameter_name(target): target for target in changes}
+        scales = {scale for name in tensors if (scale := scale_name(name, tensors)) is not None}
+        others = []
+
+        def renamed(name: str) -> str:
+            published = layout.published_name(name)
+            return name_of(published) if name_of and published else name
+
+        for name, tensor in tensors.items():
+            published = layout.published_name(name)
+            if published is None:
+                others.append(name)
+                continue
+            if name in scales:
+                continue  # goes with its weight
+            stem, fused, leaf = published.rpartition(FUSED)
+            parts = [f"{stem}{third}.{leaf}" for third in THIRDS] if fused else [published]
+            turned = published in layout.transposed and tensor.ndim == 2
+            rows = (tensor.T if turned else tensor).chunk(len(parts)) if tensor.ndim else (tensor,)
+            steps: list[Steps] = []
+            for part, row in zip(parts, rows, strict=True):
+                target = targets.pop(part, None)
+                steps.append([] if target is None else changes[target])
+                check_shape(row.shape, target or part, steps[-1])
+            self.changed += sum(map(bool, steps))
+            if fused and (fp8 or name_of):  # each third by itself
+                before = name.removesuffix(FUSED + leaf)
+                for third, row, own in zip(THIRDS, rows, steps, strict=True):
+                    self._add_weight(_Weight(renamed(f"{before}{third}.{leaf}"), row, False, [own]), fp8)
+                continue
+            weight = _Weight(renamed(name), tensor, turned, steps)
+            scale = scale_name(name, tensors)
+            if scale is None:
+                self._add_weight(weight, fp8)
+            else:
+                self._add_scaled(weight, renamed(scale), tensors[scale])
+        if targets:
+            target = next(iter(targets.values()))
+            raise CascadeError(
+                f"{changes[target][0][0].name} changes {printable(target)}, which this network does not have; choose "
+                "the LoRA that was trained for it."
+            )
+        return others
+
+    def _add_weight(self, weight: _Weight, fp8: bool) -> None:
+        stored = weight.stored
+        if (
+            fp8
+            and weight.name.endswith(".weight")
+            and stored.ndim == 2
+            and stored.is_floating_point()
+            and stored.itemsize > 1
+        ):
+            for name, like in fp8_layout(weight.name, stored.to("meta")).items():
+                self._put(
+                    name, like, lambda name=name: fp8_layout(weight.name, weight.values())[name], stored
+                )
+        elif any(weight.steps):
+            self._put(weight.name, stored, lambda: weight.values().to(stored.dtype), stored)
+        else:
+            self.add(weight.name, stored)
+
+    def _add_scaled(self, weight: _Weight, scale_name: str, scale: Tensor) -> None:
+        """Adds an fp8 weight with its scale, which is made anew where the weight changes."""
+        if not any(weight.steps):
+            self.add(weight.name, weight.stored)
+            self.add(scale_name, scale)
+            return
+        stored = weight.stored
+
+        def pair() -> tuple[Tensor, Tensor]:
+            values = replace(weight, stored=rescaled("The file", weight.name, stored, scale)).values()
+            return requantised(values, stored.dtype, scale)
+
+        self._put(weight.name, stored, lambda: pair()[0], stored)
+        self._put(scale_name, scale, lambda: pair()[1], stored)
+
+    def _put(self, name: str, like: Tensor, value: Callable[[], Tensor], source: Tensor) -> None:
+        def read() -> Tensor:
+            self._read = [source]
+            return value()
+
+        self.tensors[name] = torch.empty(like.shape, dtype=like.dtype, device="meta")
+        self._values[name] = read

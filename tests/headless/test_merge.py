@@ -1,0 +1,299 @@
+"""`cascade merge`: what it writes is what a LoRA does at run time, to the bit, and what it says and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade_nodes.cascade_core import StageC
+from cascade_nodes.cascade_core.adapters import Adapter, LearnedToken, LowRank, read_adapter, write_adapter
+from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.adapters.merge import MergedFile
+from cascade_nodes.cascade_core.adapters.names import parameter_shapes, stage_c_shapes
+from cascade_nodes.cascade_core.checkpoints import (
+    LAYOUTS,
+    fuse_attention,
+    load_model,
+    networks_in,
+    read_safetensors,
+    read_weights,
+    split_attention,
+    write_safetensors,
+)
+from cascade_nodes.cascade_core.checkpoints.layouts import PUBLISHED
+from cascade_nodes.cascade_core.text.encoder import TextEncoder
+from cascade_nodes.headless.cli import main
+from cascade_nodes.tests.core.lora_files import CONFIG, STAGE_C_ABOUT, change
+from cascade_nodes.tests.obstacles import memory_limited_to
+
+TEXT_ENCODER = Path(__file__).parents[2] / "demo" / "weights" / "demo_text_encoder"
+ABOUT = {"config": json.dumps(STAGE_C_ABOUT["config"]), "modelspec.title": "mine"}
+LAYERS = ("clf.1", "clip_txt_mapper", "down_blocks.0.0.depthwise", "down_blocks.0.2.attention.attn.to_q",
+          "down_blocks.0.2.attention.attn.to_v", "up_blocks.1.0.channelwise.4", "up_blocks.0.1.mapper")  # fmt: skip
+
+
+def stage_c(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {name: tensor.to(dtype).contiguous() for name, tensor in StageC(CONFIG).state_dict().items()}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with two LoRAs of Stage C and the text encoder, one with DoRA and tokens."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(2)
+    shapes = stage_c_shapes(CONFIG)
+    text_shapes = parameter_shapes(TextEncoder.load(TEXT_ENCODER).model)
+    layers = ("text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.1.self_attn.q_proj")
+    text = {layer: change(text_shapes[layer]) for layer in layers}
+    write_adapter(
+        "plain.safetensors", Adapter("plain", "kohya", {n: change(shapes[n]) for n in LAYERS}, text), "kohya"
+    )
+    dora = {name: change(shapes[name], dora="row") for name in LAYERS[1:4]}
+    tokens = (LearnedToken("[x]", torch.ones(1, 64)),)
+    write_adapter("dora.safetensors", Adapter("dora", "onetrainer", dora, {}, tokens), "onetrainer")
+    return tmp_path
+
+
+def merge(*arguments: str) -> int:
+    return main(["merge", *arguments])
+
+
+def failing(*arguments: str, capsys) -> str:
+    """What a merge that fails says on standard error."""
+    assert merge(*arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+LORAS = ("--lora", "plain.safetensors", "0.7", "--lora", "dora.safetensors", "-0.3")
+
+
+def as_patched(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of Stage C while both LoRAs are applied as at run time."""
+    network = StageC(CONFIG).to(dtype)
+    network.load_state_dict(stage_c(dtype))
+    patches = [
+        Patch(name, read_adapter(f"{name}.safetensors").stage_c, strength)
+        for name, strength in (("plain", 0.7), ("dora", -0.3))
+    ]
+    with patched(network, patches):
+        return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("layout", ["published", "split", "all-in-one", "diffusers", "module."])
+def test_merged_is_as_patched(layout, dtype, folder):
+    """In the file's own names and dtype, also where the attention input is fused."""
+    ours = stage_c(dtype)
+    tensors = {
+        "published": fuse_attention(ours),
+        "split": ours,
+        "all-in-one": {f"model.diffusion_model.{name}": tensor for name, tensor in ours.items()},
+        "diffusers": LAYOUTS["stage_c"][1].from_published(ours),
+        "module.": {f"module.{name}": tensor for name, tensor in ours.items()} | {"step": torch.tensor(3)},
+    }[layout]
+    write_safetensors("in.safetensors", tensors, ABOUT)
+    assert merge("in.safetensors", "out.safetensors", *LORAS) == 0
+    written, _ = read_safetensors("out.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in written.items()} == {
+        name: (t.shape, t.dtype) for name, t in tensors.items()
+    }
+    read, expected = split_attention(read_weights("out.safetensors", "stage_c")[0]), as_patched(dtype)
+    assert read.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(read[name].float(), expected[name].float()), name
+    changed = [name for name in expected if not torch.equal(expected[name].float(), ours[name].float())]
+    assert len(changed) == len(LAYERS)
+
+
+def test_what_is_said_and_kept(folder, capsys):
+    write_safetensors("in.safetensors", stage_c(), ABOUT | {"modelspec.hash_sha256": "0x12"})
+    assert merge("in.safetensors", "out.safetensors", *LORAS) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "plain.safetensors (kohya): 7 layers of Stage C, 2 layers of the text encoder, rank 3; strength 0.7, of the "
+        "text encoder 0.7",
+        "plain.safetensors changes the text encoder too, which is left as it is; --text-encoder merges it.",
+        "dora.safetensors (onetrainer): 3 layers of Stage C, rank 3, DoRA magnitudes of 3, 1 learned token ([x]); "
+        "strength -0.3, of the text encoder -0.3",
+        "dora.safetensors teaches tokens, which no merged file holds; load it beside, with strength_model 0.",
+        "Stage C: 7 weights and biases change",
+        "Written: out.safetensors",
+    ]
+    _, metadata = read_safetensors("out.safetensors")
+    record = json.loads(metadata.pop("merged_loras"))
+    assert metadata == ABOUT
+    assert record[1] == {"file": "dora.safetensors", "strength_model": -0.3, "strength_clip": -0.3}
+    assert merge("out.safetensors", "twice.safetensors", "--lora", "plain.safetensors") == 0
+    assert len(json.loads(read_safetensors("twice.safetensors")[1]["merged_loras"])) == 3
+
+
+def text_as_patched(strength: float) -> dict[str, torch.Tensor]:
+    encoder = TextEncoder.load(TEXT_ENCODER).model
+    with patched(encoder, [Patch("plain", read_adapter("plain.safetensors").text, strength)]):
+        return {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+
+
+def text_is(path: str, expected: dict[str, torch.Tensor]) -> bool:
+    read, _ = read_weights(path, "text")
+    return all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_text_encoder_in_a_file_of_its_own_or_in_one(folder):
+    write_safetensors("in.safetensors", fuse_attention(stage_c()), ABOUT)
+    plain = ("--lora", "plain.safetensors", "0.7", "0.4", "--text-encoder", str(TEXT_ENCODER))
+    assert merge("in.safetensors", "out.safetensors", *plain, "--text-output", "text.safetensors") == 0
+    assert text_is("text.safetensors", text_as_patched(0.4))
+    assert networks_in("out.safetensors") == {"stage_c"}
+    assert merge("in.safetensors", "both.safetensors", *plain, "--one-file") == 0
+    assert networks_in("both.safetensors") == {"stage_c", "text"}
+    assert text_is("both.safetensors", text_as_patched(0.4))
+    one, both = (
+        split_attention(read_weights(file, "stage_c")[0]) for file in ("out.safetensors", "both.safetensors")
+    )
+    assert all(torch.equal(one[name], both[name]) for name in one)
+    assert {name.split(".")[0] for name in read_safetensors("both.safetensors")[0]} == {
+        "model",
+        "text_encoder",
+    }
+    # and an all-in-one is merged whole
+    assert merge("both.safetensors", "again.safetensors", "--lora", "plain.safetensors", "0", "0.5") == 0
+    assert read_safetensors("again.safetensors")[0].keys() == read_safetensors("both.safetensors")[0].keys()
+    assert not text_is("again.safetensors", text_as_patched(0.4))
+    changed = split_attention(read_weights("again.safetensors", "stage_c")[0])
+    assert all(torch.equal(changed[name], both[name]) for name in both)
+
+
+def fp8_file(path: str, scale_name: str, per_row: bool) -> dict[str, torch.Tensor]:
+    """Stage C with its matrices in fp8, with one scale each or one a row."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in stage_c(torch.bfloat16).items():
+        tensors[name] = tensor
+        if name.endswith(".weight") and tensor.ndim == 2:
+            values = tensor.float()
+            scale = (values.abs().amax(1, keepdim=True) if per_row else values.abs().max()) / 448
+            tensors[name] = (values / scale).to(torch.float8_e4m3fn)
+            tensors[name.replace(".weight", scale_name)] = scale
+    write_safetensors(path, tensors, ABOUT)
+    return tensors
+
+
+@pytest.mark.parametrize(("scale", "per_row"), [(".weight_scale", False), (".scale_weight", True)])
+def test_scaled_fp8_stays_so(scale, per_row, folder):
+    """Changed weights get scales anew, in the file's own layout; the others keep their bytes."""
+    tensors = fp8_file("in.safetensors", scale, per_row)
+    assert merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", "0.7") == 0
+    written, _ = read_safetensors("out.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in written.items()} == {
+        name: (t.shape, t.dtype) for name, t in tensors.items()
+    }
+    network = load_model("in.safetensors", expect="stage_c", dtype=torch.float32)[0]
+    read, _ = read_weights("out.safetensors", "stage_c")
+    with patched(network, [Patch("plain", read_adapter("plain.safetensors").stage_c, 0.7)]):
+        for name, expected in network.state_dict().items():
+            if name.removesuffix(".weight") in LAYERS:
+                error = (read[name].float() - expected).abs().max() / expected.abs().max()
+                assert 0 < error < 0.04, name
+            else:
+                assert torch.equal(read[name].float(), expected), name
+
+
+def test_fp8_is_written_as_comfyui_reads_it(folder):
+    write_safetensors("in.safetensors", fuse_attention(stage_c(torch.bfloat16)), ABOUT)
+    assert merge("in.safetensors", "plain16.safetensors", "--lora", "plain.safetensors") == 0
+    assert merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", "--fp8") == 0
+    written, _ = read_safetensors("out.safetensors")
+    expected = split_attention(read_safetensors("plain16.safetensors")[0])
+    for name, tensor in expected.items():
+        if name.endswith(".weight") and tensor.ndim == 2:
+            layer = name.removesuffix(".weight")
+            assert json.loads(bytes(written[f"{layer}.comfy_quant"].tolist())) == {"format": "float8_e4m3fn"}
+            back = written[name].float() * written[f"{layer}.weight_scale"]
+            assert (back - tensor.float()).abs().max() <= 0.04 * tensor.abs().max(), name
+        else:
+            assert torch.equal(written[name], tensor), name
+    assert load_model("out.safetensors", expect="stage_c")[0].config == CONFIG
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
+    """64 MB are changed and written with 40 MB to spare beside the mapped file."""
+    names = [f"layers.{number}" for number in range(16)]
+    tensors = {f"{name}.weight": torch.full((1000, 1000), float(number)) for number, name in enumerate(names)}
+    write_safetensors(tmp_path / "in", tensors, {})
+    del tensors
+    ones = LowRank(torch.ones(1, 1000), torch.ones(1000, 1))
+    patches = [Patch("ones", dict.fromkeys(names, ones), 0.5)]
+
+    def write(source: dict[str, torch.Tensor], listed: list[Patch]) -> MergedFile:
+        merged = MergedFile()
+        assert merged.add_network(source, PUBLISHED, listed) == []
+        write_safetensors(tmp_path / "out", merged.tensors, {}, value=merged.value)
+        return merged
+
+    write({"a.weight": torch.zeros(2, 2)}, [])  # what is imported once
+    with memory_limited_to(168_000_000):  # the reader maps it twice
+        assert write(read_safetensors(tmp_path / "in")[0], patches).changed == 16
+    written, _ = read_safetensors(tmp_path / "out")
+    assert all(bool((written[f"{name}.weight"] == number + 0.5).all()) for number, name in enumerate(names))
+
+
+REFUSED = [
+    (
+        ("--lora", "plain.safetensors", "nan"),
+        "'nan' is not a strength; give a number such as 0.8 after --lora plain",
+    ),
+    (("--lora", "plain.safetensors", "much"), "'much' is not a strength"),
+    (("--lora", "plain.safetensors", "1", "1", "1"), "has 3 strengths; give at most two"),
+    (("--lora", "plain.safetensors", "0"), "change nothing at these strengths"),
+    (("--lora", "none.safetensors"), "none.safetensors does not exist"),
+    (("--lora", "in.safetensors"), "but a LoRA is expected"),
+    (
+        ("--lora", "plain.safetensors", "--text-output", "b.safetensors"),
+        "no text encoder to write; name it with",
+    ),
+    (("--lora", "plain.safetensors", "--one-file"), "no text encoder to write"),
+    (("--lora", "plain.safetensors", "--text-encoder", str(TEXT_ENCODER)), "Say where the text encoder goes"),
+    (
+        (
+            "--lora",
+            "plain.safetensors",
+            "--text-encoder",
+            str(TEXT_ENCODER),
+            "--text-output",
+            "./out.safetensors",
+        ),
+        "is to be both files",
+    ),
+    (
+        ("--lora", "plain.safetensors", "--text-encoder", "in.safetensors", "--one-file"),
+        "in.safetensors holds no text encoder",
+    ),
+    (("--lora", "wide.safetensors"), "is a LoRA for another Stage C"),
+    (("--lora", "sick.safetensors"), "holds NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_nothing_is_written_where_something_is_wrong(arguments, message, folder, capsys):
+    write_safetensors("in.safetensors", stage_c(), ABOUT)
+    wide = LowRank(torch.ones(2, 99), torch.ones(48, 2))
+    write_adapter("wide.safetensors", Adapter("wide", "kohya", {"clip_txt_mapper": wide}), "kohya")
+    sick = LowRank(torch.full((2, 40), torch.nan), torch.ones(48, 2))
+    write_adapter("sick.safetensors", Adapter("sick", "kohya", {"clip_txt_mapper": sick}), "kohya")
+    before = sorted(folder.iterdir())
+    assert message in failing("in.safetensors", "out.safetensors", *arguments, capsys=capsys)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_what_is_there_is_not_overwritten_unasked(folder, capsys):
+    write_safetensors("in.safetensors", stage_c(), ABOUT)
+    before = Path("in.safetensors").read_bytes()
+    assert "is there already" in failing("in.safetensors", "in.safetensors", *LORAS, capsys=capsys)
+    assert "that ends in .safetensors" in failing("in.safetensors", "out", *LORAS, capsys=capsys)
+    assert Path("in.safetensors").read_bytes() == before
+    assert merge("in.safetensors", "in.safetensors", *LORAS, "--force") == 0
+    expected = as_patched(torch.float32)
+    read, _ = read_safetensors("in.safetensors")
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
