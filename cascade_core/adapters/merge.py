@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checkpoints import Layout
+from ..checkpoints import Layout, split_attention
 from ..checkpoints.attention import FUSED, THIRDS
 from ..checkpoints.pages import forget_pages, mapped_files
 from ..checkpoints.quantised import fp8_layout, requantised, rescaled, scale_name
@@ -93,19 +93,17 @@ class MergedFile:
                 continue
             if name in scales:
                 continue  # goes with its weight
-            stem, fused, leaf = published.rpartition(FUSED)
-            parts = [f"{stem}{third}.{leaf}" for third in THIRDS] if fused else [published]
             turned = published in layout.transposed and tensor.ndim == 2
-            rows = (tensor.T if turned else tensor).chunk(len(parts)) if tensor.ndim else (tensor,)
+            parts = split_attention({published: tensor.T if turned else tensor})  # itself, or its three
             steps: list[Steps] = []
-            for part, row in zip(parts, rows, strict=True):
+            for part, row in parts.items():
                 target = targets.pop(part, None)
                 steps.append([] if target is None else changes[target])
                 check_shape(row.shape, target or part, steps[-1])
             self.changed += sum(map(bool, steps))
-            if fused and (fp8 or name_of):  # each third by itself
-                before = name.removesuffix(FUSED + leaf)
-                for third, row, own in zip(THIRDS, rows, steps, strict=True):
+            if len(parts) > 1 and (fp8 or name_of):
+                before, _, leaf = name.rpartition(FUSED)
+                for third, row, own in zip(THIRDS, parts.values(), steps, strict=True):
                     self._add_weight(_Weight(renamed(f"{before}{third}.{leaf}"), row, False, [own]), fp8)
                 continue
             weight = _Weight(renamed(name), tensor, turned, steps)

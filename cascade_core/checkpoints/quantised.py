@@ -38,7 +38,8 @@ def quantisation(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
             return scheme
     for name, tensor in tensors.items():
         if name.endswith(".comfy_quant") and not tensor.is_meta:
-            scheme = _format(name, bytes(tensor.flatten()[:MOST_CONF].tolist()))
+            conf = tensor.flatten()[:MOST_CONF].tolist() if tensor.dtype == torch.uint8 else []
+            scheme = _format(name, bytes(conf))
             if scheme not in FP8:
                 return f"ComfyUI's {printable(scheme, 40)}"
     for scheme in _header_formats(metadata or {}):

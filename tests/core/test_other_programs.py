@@ -348,6 +348,12 @@ def test_a_quantisation_that_is_not_stated_well(text, tmp_path):
         load_model(tmp_path / "x.safetensors", expect="stage_c")
 
 
+def test_a_format_that_is_not_bytes(tmp_path):
+    save_file(tiny("stage_c") | {f"{LAYER}.comfy_quant": torch.full((3,), 1e9)}, tmp_path / "x.safetensors")
+    with pytest.raises(CascadeError, match="does not state a format as JSON"):
+        load_model(tmp_path / "x.safetensors", expect="stage_c")
+
+
 ULTRAPIXEL = {
     "module.64.0.wtokens": torch.zeros(4, 4),
     "module.64.0.wtoken_postfc.wb0.0.weight": torch.zeros(4),

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
@@ -84,6 +83,10 @@ def test_preprocessing_resizes_as_pillow_does(height, width):
 )
 def test_pictures_are_cut_as_transformers_cuts_them(height, width):
     """The long side is cut down, not rounded: of 400 × 300 298 pixels are left, of which the middle 224 count."""
+    from transformers.models.clip.image_processing_pil_clip import (
+        CLIPImageProcessorPil,  # brings Triton with it
+    )
+
     picture = (255 * random_images(height // 10, width // 10, 3)).byte().numpy()
     picture = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
     theirs = CLIPImageProcessorPil()(picture, return_tensors="pt")["pixel_values"]

@@ -287,6 +287,15 @@ def test_nothing_is_written_where_something_is_wrong(arguments, message, folder,
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_fused_input_that_is_not_three(folder, capsys):
+    fused = fuse_attention(stage_c())
+    name = next(name for name in fused if name.endswith("in_proj_bias"))
+    write_safetensors("in.safetensors", fused | {name: torch.zeros(7)}, ABOUT)
+    assert "do not make three equal parts" in failing(
+        "in.safetensors", "out.safetensors", *LORAS, capsys=capsys
+    )
+
+
 def test_what_is_there_is_not_overwritten_unasked(folder, capsys):
     write_safetensors("in.safetensors", stage_c(), ABOUT)
     before = Path("in.safetensors").read_bytes()
