@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoints.files import FLOATING, read_safetensors
-from ..checkpoints.foreign import foreign_name
+from ..checkpoints.foreign import EMBEDDING, foreign_name
 from ..checkpoints.layouts import parts_in
 from ..checkpoints.load import PART_NAMES
 from ..errors import CascadeError, printable
@@ -219,6 +219,12 @@ def _check_known(
             "where it was made, or train it as a LoRA."
         )
     weights = None if matched else _whole_weights(tensors)
+    if weights == f"a {EMBEDDING}":
+        stem = printable(name.rpartition(".")[0] or name)
+        raise CascadeError(
+            f"{name} is a {EMBEDDING}, but a LoRA is expected here; put it into models/embeddings and write "
+            f"embedding:{stem} into the prompt, if it was trained for CLIP ViT-bigG."
+        )
     if weights is not None:
         raise CascadeError(f"{name} holds the weights of {weights}, but a LoRA is expected here; choose one.")
     model = foreign_model(unread)

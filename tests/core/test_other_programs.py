@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.checkpoints import (
     LAYOUTS,
     load_model,
@@ -389,3 +390,20 @@ def test_the_checkpoint_loader_on_a_combined_pipeline(name, written):
     assert clip is not None
     assert vae is not None
     assert vision is not None
+
+
+def test_what_is_no_lora_is_named(written, tmp_path):
+    """A textual inversion as diffusers saves it, and what lies beside Stable Cascade."""
+    save_file({"<cat-toy>": torch.zeros(768)}, tmp_path / "toy.safetensors")
+    message = (
+        "^toy.safetensors is a textual inversion embedding, but a LoRA .* write embedding:toy into the prompt"
+    )
+    with pytest.raises(CascadeError, match=message):
+        read_adapter(tmp_path / "toy.safetensors")
+    save_file(ULTRAPIXEL, tmp_path / "x.safetensors")
+    with pytest.raises(
+        CascadeError, match="a network that UltraPixel adds to Stage C, but a LoRA is expected"
+    ):
+        read_adapter(tmp_path / "x.safetensors")
+    with pytest.raises(CascadeError, match="the weights of a Würstchen v2 prior, but a LoRA is expected"):
+        read_adapter(written / "wuerstchen_prior.safetensors")
