@@ -204,7 +204,7 @@ def identify(
         expected = KIND_NAMES[expect]
         inside = [PART_NAMES[part] for part in parts_in(weights)]
         model = foreign_name(weights)
-        if model is not None and not inside:
+        if model is not None and len(inside) < 2:
             contents = f"is a {model}"
         elif inside and expected not in inside:
             contents = f"holds {', '.join(inside)}"

@@ -34,7 +34,7 @@ def spoil(file: Path, path: Path, bad: str) -> None:
 BAD = {
     "truncated": "bad.safetensors is truncated: ",
     "pickle": "bad.safetensors is a pickle (.ckpt, .pt), which can run code when opened",
-    "gguf": "bad.safetensors is a GGUF file, whose quantised weights are not read; choose the network's safetens",
+    "gguf": "bad.safetensors is a GGUF file, a form that no program has for Stable Cascade; choose the network's",
     "text": "bad.safetensors is no safetensors file: it begins with b'Not Foun'",
     "foreign": "model.layers.0.weight",
 }
@@ -135,7 +135,7 @@ def test_nan_in_a_file_is_named_with_the_file(kind, working_folder, models, refu
 
 
 def test_as_a_program_a_bad_file_gives_one_line(working_folder):
-    (working_folder / "bad.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    (working_folder / "bad.safetensors").write_bytes(b"\x80\x02" + bytes(100))
     with start("run", str(GRAPH), "--set", "4.file=bad.safetensors", cwd=working_folder) as process:
         out, err = process.communicate()
     assert process.returncode == 1
