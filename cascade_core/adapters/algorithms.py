@@ -110,7 +110,9 @@ def _low_rank(layer: Layer, parts: Parts) -> dict[str, Change]:
         )
     alpha = _alpha(layer, parts, len(down))
     if "mid" in parts:
-        down = _multiplied_out(layer, parts["mid"], down.flatten(1))
+        down = _multiplied_out(layer, parts["mid"], down)
+        if len(down) != up[0].numel():
+            raise _apart(layer, "LoRA in Tucker form", [down, up])
     if "singular" in parts or layer.settings.get("peft_type") == "ADALORA":
         down = with_singular_values(down, parts.get("singular"), layer.where)
     if is_convolution(layer.name):
@@ -130,7 +132,7 @@ def _as_kernels(layer: str, down: Tensor) -> Tensor:
 
 def _multiplied_out(layer: Layer, core: Tensor, down: Tensor) -> Tensor:
     """Tucker form's core (rank, rank_in, k, k) and down (rank_in, c_in) as one down (rank, c_in, k, k)."""
-    kernel = core.shape[2:]
+    kernel, down = core.shape[2:], down.flatten(1)
     if core.ndim != 4 or core.numel() == 0 or core.shape[1] != len(down) or max(kernel) > _LARGEST_KERNEL:
         raise CascadeError(
             f"{layer.where} is in Tucker form, but its core {_shape(core)} and down {_shape(down)} do not belong "
@@ -144,7 +146,7 @@ def _hadamard(layer: Layer, parts: Parts) -> dict[str, Change]:
     for number in (1, 2):
         up, down = (_part(layer, parts, f"hada_w{number}_{letter}") for letter in "ab")
         if f"hada_t{number}" in parts:
-            up, down = up.T, _multiplied_out(layer, parts[f"hada_t{number}"], down)
+            up, down = up.flatten(1).T, _multiplied_out(layer, parts[f"hada_t{number}"], down)
         ups.append(up.flatten(1))
         downs.append(down.flatten(1))
     shapes = {(len(up), down.shape[1]) for up, down in zip(ups, downs, strict=True)}
@@ -188,7 +190,7 @@ def _factor(layer: Layer, parts: Parts, name: str) -> tuple[Tensor, Tensor | Non
     up, down = (_part(layer, parts, f"{name}_{letter}") for letter in "ab")
     core = parts.get("lokr_t2") if name == "lokr_w2" else None
     if core is not None:
-        up, down = up.T, _multiplied_out(layer, core, down)
+        up, down = up.flatten(1).T, _multiplied_out(layer, core, down)
     up, down = up.flatten(1), down.flatten(1)
     if up.shape[1] != len(down):
         raise _apart(layer, "LoKr", [up, down])

@@ -332,9 +332,8 @@ class RowRotation(Change):
             for level, rotation in enumerate(rotations):
                 half = 2**level * (size // 2)
                 rows = rows.unflatten(0, (-1, 2, half)).transpose(1, 2).reshape(count, size, -1)
-                rows = (
-                    torch.bmm(rotation, rows).view(-1, half, 2, rows.shape[-1]).transpose(1, 2).flatten(0, 2)
-                )
+                rows = torch.bmm(rotation, rows)
+                rows = rows.view(-1, half, 2, rows.shape[-1]).transpose(1, 2).flatten(0, 2)
         if self.rescale is not None:
             rows = rows * self.rescale.float().view(-1, 1)
         return torch.lerp(weight, rows.view(weight.shape), strength)
@@ -384,7 +383,9 @@ class ColumnRotation(Change):
                 # The blocks of a level join halves that are so far apart, as in a Fourier transform.
                 order = torch.arange(columns.shape[1], device=columns.device)
                 order = order.view(-1, 2**level, 2, self.size // 2).transpose(1, 2).flatten()
-                columns = _rotated(columns[:, order.argsort()], rotation)[:, order]
+                columns = columns[:, order.argsort()]
+                columns = _rotated(columns, rotation)
+                columns = columns[:, order]
         if self.rescale is not None:
             columns = columns * self.rescale.float().view(-1, 1)
         return torch.lerp(weight, columns.reshape(weight.shape), strength)

@@ -144,6 +144,6 @@ STAGE_C_PREFIXES = sorted(
     key=len, reverse=True,
 )  # fmt: skip
 TEXT_PREFIXES = sorted(
-    {*(d.text for d in DIALECTS.values() if d.text is not None), "text_encoders.clip_g.", "clip_g.transformer."},
+    {*(d.text for d in DIALECTS.values() if d.text is not None), "text_encoders.clip_g.", "clip_g.transformer.", ""},
     key=len, reverse=True,
 )  # fmt: skip

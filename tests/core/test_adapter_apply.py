@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from cascade_nodes.cascade_core import CascadeError, StageC, load_published_state_dict
 from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, changed_weight, patched
-from cascade_nodes.cascade_core.adapters.changes import Difference
+from cascade_nodes.cascade_core.adapters.changes import (
+    ColumnRotation,
+    Difference,
+    Hadamard,
+    Kronecker,
+    Replacement,
+    RowRotation,
+    Scaling,
+)
 from cascade_nodes.cascade_core.adapters.compatibility import check_finite_changes
+from cascade_nodes.tests.core.live_bytes import LiveBytes
 from cascade_nodes.tests.golden_weights import read_golden, relative_error
 
 LORA, ABOUT = read_golden("stage_c_lora")
@@ -200,6 +209,32 @@ def test_biases_and_norms_are_changed_as_weights_are(stage_c):
             else:
                 assert inside[name] is parameter
     assert all(parameter is parameters[name] for name, parameter in stage_c.named_parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        LowRank(randn(4, 256), randn(256, 4)),
+        Hadamard(randn(4, 256), randn(256, 4), randn(4, 256), randn(256, 4)),
+        Kronecker(randn(8, 8), randn(32, 2), None, randn(2, 32)),
+        Difference(randn(256, 256).half()),
+        Replacement(randn(256, 256).half()),
+        Scaling(randn(256, 1)),
+        RowRotation(randn(64, 4, 4), randn(256, 1)),
+        RowRotation(randn(3, 64, 4, 4)),
+        ColumnRotation(randn(64, 6), None, 5),
+        ColumnRotation(randn(3, 64, 4, 4), randn(256, 1)),
+    ],
+    ids=lambda change: f"{type(change).__name__}",
+)
+def test_no_change_takes_more_memory_than_a_plain_lora(change):
+    """The weight in float32, the change or what it makes of the weight, and the result."""
+    weight = randn(256, 256).half()
+    with LiveBytes() as live:
+        result = changed_weight(weight, change, 0.5)
+    assert result.shape == (256, 256)
+    assert live.peak <= 3.5 * 4 * weight.numel()  # and the factors
 
 
 def test_training_goes_on_outside(stage_c):

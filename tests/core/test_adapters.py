@@ -143,6 +143,12 @@ def test_a_dialect_finds_its_own_names_of_every_layer(dialect):
         assert _locate(spoken.text_name(layer)) == ("text", layer)
 
 
+def test_pefts_file_of_a_text_encoder():
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    read = parse_adapter(file_of(f"base_model.model.{layer}", change((12, 12)), *ENDINGS[1]), {}, "a")
+    assert (list(read.text), read.stage_c, read.unknown) == ([layer], {}, ())
+
+
 def test_diffusers_own_names_are_found():
     layers = [
         key.removesuffix(".weight") for key in manifest_shapes("diffusers_prior") if key.endswith(".weight")

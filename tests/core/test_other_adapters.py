@@ -1,5 +1,8 @@
 """Adapters of other programs, of every algorithm: the weights that those make of them, or a refusal by name."""
 
+import random
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -12,9 +15,11 @@ from cascade_nodes.cascade_core.adapters import (
     parse_adapter,
     to_dialect,
 )
+from cascade_nodes.cascade_core.adapters.algorithms import ENDINGS, WHOLE
 from cascade_nodes.cascade_core.adapters.apply import changed_weight
 from cascade_nodes.cascade_core.adapters.changes import Change, Kronecker, LowRank
 from cascade_nodes.cascade_core.adapters.compatibility import check_finite_changes
+from cascade_nodes.cascade_core.adapters.peft import StatedAlpha
 from cascade_nodes.cascade_core.adapters.write import obstacles
 from cascade_nodes.tests.core.lora_files import CONFIG
 from cascade_nodes.tests.core.other_adapters import before, cases, configuration, read, refused
@@ -192,6 +197,78 @@ def test_huge_products_are_not_built(algorithm):
     check_finite_changes(adapter.stage_c, "a")
     with pytest.raises(CascadeError, match=r"is a LoRA for another Stage C: .* have another size"):
         check_fits(adapter, CONFIG)
+
+
+SIZES = [
+    *(
+        (),
+        (0,),
+        (1,),
+        (2,),
+        (8,),
+        (4, 8),
+        (8, 2),
+        (2, 6),
+        (8, 6),
+        (2, 2),
+        (4, 2),
+        (2, 3),
+        (1, 8),
+        (8, 1),
+        (1, 6),
+    ),
+    *((6, 1), (3, 1), (8, 9), (2, 9), (2, 8), (4, 2, 2), (1, 2, 2), (3, 4, 2, 2), (1, 4, 2, 2), (2, 2, 1, 1)),
+    *((2, 2, 3, 3), (8, 1, 3, 3), (2, 1, 3, 3)),
+]
+LAYERS = ["clip_txt_mapper", "down_blocks.0.0.depthwise", "clf.1", "up_blocks.0.2.attention.attn.in_proj"]
+
+
+def random_layer(pick: random.Random) -> dict[str, torch.Tensor]:
+    """Parts of one or two algorithms, of shapes that fit now and then."""
+    parts = sorted({*ENDINGS, *WHOLE})
+    family = pick.choice(["hada", "lokr", "oft", "lora", "ia3", ""])
+    chosen = [part for part in parts if family in part and pick.random() < 0.8] + pick.sample(
+        parts, pick.randint(0, 2)
+    )
+    prefix = pick.choice(["lora_unet_", "diffusion_model.", "base_model.model.", "lycoris_"])
+    layer = pick.choice(LAYERS)
+    dtypes = [torch.float32] * 20 + [torch.float16, torch.int64]
+    return {
+        f"{prefix}{layer}{part}": torch.ones(pick.choice(SIZES), dtype=pick.choice(dtypes)) for part in chosen
+    }
+
+
+def damaged_file(pick: random.Random) -> tuple[dict[str, torch.Tensor], StatedAlpha | None]:
+    """A file of another program in which a tensor is missing or has another shape."""
+    name = pick.choice(list(CASES))
+    file, config = dict(CASES[name].file), configuration(name)
+    for key in pick.sample(sorted(file), pick.randint(0, 3)):
+        if pick.random() < 0.2:
+            del file[key]
+        else:
+            file[key] = torch.ones(pick.choice(SIZES))
+    return file, None if config is None else StatedAlpha(lambda layer, rank: 1.0, "", config)
+
+
+def test_whatever_a_file_holds_is_read_or_refused_in_words():
+    read = applied = 0
+    for seed in range(2000):
+        pick = random.Random(seed)
+        file, stated = damaged_file(pick) if seed % 2 else (random_layer(pick), None)
+        with suppress(CascadeError):
+            adapter = parse_adapter(file, {}, "a", alpha=stated)
+            read += 1
+            assert describe_adapter(adapter)
+            for dialect in DIALECTS:
+                with suppress(CascadeError):
+                    to_dialect(adapter, dialect, CONFIG)
+            for target, change in changes_of(adapter).items():
+                for shape in ((8,), (8, 6), (8, 8), (32, 8), (8, 1, 3, 3), (4, 8, 1, 1)):
+                    if change.fits(shape):
+                        applied += 1
+                        assert changed_weight(torch.ones(shape), change, 0.5).shape == shape, target
+    assert read > 300
+    assert applied > 1500
 
 
 def test_nan_is_named_in_any_change():

@@ -9,6 +9,7 @@ from torch import Tensor
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.adapters.changes import Difference
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
 from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS
@@ -137,6 +138,14 @@ def test_it_follows_the_weights():
             with patched(network, [Patch("a LoRA", {name: change}, strength)]):
                 assert_same(network, engine, x, conditions)
         assert_same(network, engine, x, conditions)
+    vectors = {
+        name: Difference(0.3 * torch.randn_like(p))
+        for name, p in network.named_parameters()
+        if not name.endswith(".weight")
+    }
+    with patched(network, [Patch("biases and norms", vectors)]):
+        assert_same(network, engine, x, conditions)
+    assert_same(network, engine, x, conditions)
 
 
 def test_joined_weights_are_the_networks_own():
