@@ -160,6 +160,7 @@ def _check_network(
     stored["outputs"] = {name: statistics(output) for name, output in outputs.items()}
     if not all(bool(output.isfinite().all()) for output in outputs.values()):
         report.add_problem(f"{path.name} ({part}) gives NaN or infinity, though none of its weights does.")
+        return
     if library is not None:
         progress.status(f"{progress.head}  {part}: the same in diffusers")
         theirs = outputs_in_diffusers(library, part, loaded, inputs, path)

@@ -154,6 +154,7 @@ def test_the_demo_gives_what_diffusers_gives(verified, tmp_path):
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     status, report, _ = verified(DEMO_FOLDER, "--no-picture")
     assert status == 0
+    assert not any(file["published"] for file in report["files"])
     outputs = {
         f"{name} {output}": numbers
         for name, network in networks(report).items()
@@ -218,13 +219,17 @@ def test_a_lite_cascade_of_the_published_sizes(tmp_path, verified):
         time.sleep(0.05)
     assert process.returncode == 0, process.communicate()
     assert peak < 1.2e9  # in float32 the weights alone would take 4.1 GB
-    status, report, _ = verified(models, "--quick", "--prefer", "lite")
+    status, report, _ = verified(models, "--no-picture")
     assert (status, report["problems"]) == (0, [])
     assert {file["file"]: file["published"] for file in report["files"]} == {
         Path(name).name: [Path(name).stem] for name in LITE
     }
     assert all(network["as_published"] for network in networks(report).values())
-    assert report["picture"]["pixels"]["shape"] == [1, 512, 512, 3]
+    pictured, run = Report([models], tmp_path), picture.PictureRun.small(size=(256, 256), steps=(2, 1))
+    check_picture(pictured, run, "lite", "bf16", "cpu", None, None, TransferProgress())
+    assert pictured.problems == []
+    assert pictured.data["picture"]["files"]["stage_c"] == "stage_c_lite_bf16.safetensors"
+    assert pictured.data["picture"]["pixels"]["std"] > 0.01
 
 
 def own_memory(pid: int) -> int:
