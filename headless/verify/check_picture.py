@@ -54,7 +54,7 @@ def check_picture(
         "peak_bytes": made.peak_bytes,
         "latent": statistics(made.latent),
         "pixels": statistics(made.pixels),
-        "file": _save(report.new_picture(), made.pixels),
+        "file": _save(report.picture_paths()[0], made.pixels),
     }
     if library is not None:
         progress.node_notified(f"made; now by diffusers {library.__version__}")
@@ -83,7 +83,7 @@ def _compare(
         "pixels": {**difference(made.pixels, pixels), **statistics(pixels)},
         "psnr": number(psnr, 4),
         "seconds": round(time.perf_counter() - begun, 2),
-        "file": _save(report.new_picture("_diffusers"), pixels),
+        "file": _save(report.picture_paths()[1], pixels),
         "same": SAME,
         "not_the_same": NOT_THE_SAME,
     }

@@ -22,6 +22,7 @@ from .machine import machine, versions
 
 FORMAT = 1
 NAME = "cascade_verify"
+PICTURES = (".png", "_diffusers.png")  # what follows the report's name in those of its pictures
 
 
 class Report:
@@ -82,28 +83,27 @@ class Report:
         """Writes the JSON file as the report is now."""
         writing.write_file(self.json_path, self._text())
 
-    def new_picture(self, suffix: str = "") -> Path:
-        """The path of a picture beside the JSON file."""
-        return self.json_path.with_name(f"{self.json_path.stem}{suffix}.png")
+    def picture_paths(self) -> list[Path]:
+        """The paths of our picture and of diffusers', beside the JSON file."""
+        return [self.json_path.with_name(self.json_path.stem + end) for end in PICTURES]
 
     def _text(self) -> str:
-        text = json.dumps(self.data, indent=1, ensure_ascii=False)
+        text = json.dumps(self.data, indent=1)  # in ASCII: a name may hold what no encoding has
         return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", _on_one_line, text) + "\n"
 
     def _reserve(self, output: Path) -> Path:
         """Writes the report as it is under the first name that is free, together with its pictures'."""
-        for number in count(1):
-            path = output / (f"{NAME}.json" if number == 1 else f"{NAME}_{number}.json")
+        stems = (NAME if number == 1 else f"{NAME}_{number}" for number in count(1))
+        while True:
+            path = output / f"{next(stems)}.json"
+            if any(os.path.lexists(path.with_name(path.stem + end)) for end in PICTURES):
+                continue
             try:
-                if not any(
-                    os.path.lexists(path.with_name(path.stem + end)) for end in (".png", "_diffusers.png")
-                ):
-                    with writing.replacing(path, overwrite=False) as temporary:
-                        temporary.write_text(self._text(), encoding="utf-8")
-                    return path
+                with writing.replacing(path, overwrite=False) as temporary:
+                    temporary.write_text(self._text(), encoding="utf-8")
             except FileExistsError:
                 continue
-        raise AssertionError("numbers end")
+            return path
 
 
 def _on_one_line(match: re.Match[str]) -> str:

@@ -302,6 +302,20 @@ def test_other_files_are_left_alone(tiny, tmp_path, verified):
     assert not {"flux.safetensors", "x.safetensors"} & {file["file"] for file in report["files"]}
 
 
+def test_a_name_that_is_not_text(tiny, verified):
+    previewer = tiny / "vae" / "tiny_previewer.safetensors"
+    previewer.rename(previewer.with_name(os.fsdecode(b"\xff\x1b[2J.safetensors")))
+    status, report, shown = verified(tiny / "vae", "--no-picture")
+    assert (status, len(report["problems"]), len(report["files"])) == (
+        1,
+        1,
+        1,
+    )  # safetensors opens no such path
+    assert report["problems"][0].startswith("\udcff\x1b[2J.safetensors")
+    assert "alice" not in report["problems"][0]
+    assert "\x1b" not in shown
+
+
 def test_without_a_folder_the_usual_ones_are_searched(tiny, tmp_path, verified, monkeypatch):
     """As by `cascade models`; LoRAs are not networks."""
     monkeypatch.setenv("CASCADE_MODELS", str(tiny))
