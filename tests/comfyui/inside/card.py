@@ -5,13 +5,10 @@ comes of weights that are there in part, and what the engine changes.
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import comfy.model_management
-import comfy.model_patcher
 import native
 import torch
 from comparing import relative
@@ -23,6 +20,7 @@ import nodes
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
 from cascade_nodes.nodes.hosts import comfyui
 from cascade_nodes.nodes.hosts.comfyui import model as hosted
+from cascade_nodes.nodes.hosts.comfyui.patcher import BATCH_MARGIN
 
 MANIFESTS = {
     "stage_c": "stage_c_1b",
@@ -46,8 +44,6 @@ LATENTS = {
 TOKENS, TEXT_WIDTH = 77, 1280
 STEPS, MEASURED = 3, 10
 DTYPE = "bf16"  # what random weights make of Stage B does not fit fp16, ComfyUI's own choice for it
-STRICT = "fp32"  # where the order of adding up must not show
-REST = 2**28  # of the device, left free beside weights and activations
 
 
 def write_files(folder: Path) -> dict[str, Path]:
@@ -146,23 +142,6 @@ def of_vaes(files: dict[str, Path], device: torch.device, side: int) -> dict[str
     return results
 
 
-def taken(leave: float, device: torch.device) -> Tensor:
-    """A tensor that leaves that many bytes of the device."""
-    comfy.model_management.soft_empty_cache()
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return torch.empty(max(int(free_bytes - leave), 0), dtype=torch.uint8, device=device)
-
-
-def knows_dynamic() -> bool:
-    """Whether this ComfyUI can let weights come to the device as a forward pass needs them, not before."""
-    patchers = comfy.model_patcher
-    return getattr(patchers, "CoreModelPatcher", patchers.ModelPatcher) is not patchers.ModelPatcher
-
-
-def dynamic(patcher: Any) -> bool:
-    return getattr(patcher, "is_dynamic", bool)()
-
-
 def without_engine(model: Any) -> Any:
     plain = model.clone()
     plain.model_options["transformer_options"][hosted.ENGINE] = False
@@ -206,40 +185,31 @@ def with_engine(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, An
 
 
 def in_part(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, Any]:
-    """Each sampler with all weights on the device, and with room for half of them: ComfyUI decides what stays where.
-
-    Where it goes by estimates it is told of the lack of room, where it goes by faults (dynamic VRAM) there is none.
-    Without the engine, which leaves weights in part to the network: the two add up in another order.
-    """
+    """Each sampler with all weights on the device, with room for half of them, and for none: to the bit."""
     management = comfy.model_management
     device = management.get_torch_device()
     results = {}
-    torch.backends.cudnn.allow_tf32 = False
     for kind, shapes in LATENTS.items():
-        model = without_engine(comfyui.load_network(kind, files[kind], STRICT))
+        model = comfyui.load_network(kind, files[kind], DTYPE)
         shape, size = shapes["1024 px"], model.model_size()
         whole = {name: run(kind, model, prompts[kind], shape) for name, run in SAMPLERS.items()}
         shares = {"whole": model.loaded_size() / size}
         forward = model.model.memory_required([2 * shape[0], *shape[1:]])
-        room = size / 2 + max(forward, management.minimum_inference_memory())
-        for name, run in SAMPLERS.items():
-            free()
-            if dynamic(model):
-                ballast = taken(size / 2 + forward + REST, device)
-                part = run(kind, model, prompts[kind], shape)
-            else:
-                ballast, reserved = None, management.EXTRA_RESERVED_VRAM
+        for part in (0.5, 0.0):
+            # Both prompts at once need more than a forward.
+            room = part * size + max(BATCH_MARGIN * forward, management.minimum_inference_memory())
+            for name, run in SAMPLERS.items():
+                free()
+                reserved = management.EXTRA_RESERVED_VRAM
                 management.EXTRA_RESERVED_VRAM = management.get_free_memory(device) - room
-                part = run(kind, model, prompts[kind], shape)
+                sampled = run(kind, model, prompts[kind], shape)
                 management.EXTRA_RESERVED_VRAM = reserved
-            shares[name] = model.loaded_size() / size
-            del ballast
-            results[f"{kind}, {name}: in part against whole"] = relative(part, whole[name])
+                shares[f"{name}, {part:g}"] = model.loaded_size() / size
+                results[f"{kind}, {name}, {part:g}: in part against whole"] = relative(sampled, whole[name])
         results |= {
             f"{kind}, {name}: share of the weights on the device": share for name, share in shares.items()
         }
         free()
-    torch.backends.cudnn.allow_tf32 = True
     return results
 
 
@@ -247,13 +217,8 @@ def measure() -> dict[str, Any]:
     prompts = make_prompts()
     with tempfile.TemporaryDirectory() as name:
         files = write_files(Path(name))
-        paged = knows_dynamic()
-        # This device holds the networks whole; a small one, for which weights are paged, is pretended.
-        with patch.object(hosted, "fits_whole", return_value=False) if paged else nullcontext():
-            parts = in_part(files, prompts)
         return {
-            "dynamic": paged,
-            "in part": parts,
+            "in part": in_part(files, prompts),
             "engine": with_engine(files, prompts),
-            "estimates": {} if paged else estimates(files, prompts),
+            "estimates": estimates(files, prompts),
         }
