@@ -51,6 +51,10 @@ class SamplingRun:
         indices = list(self.batch_index) if self.batch_index is not None else len(self.latent)
         return NoiseSource(self.seed, indices, tuple(self.latent.shape[1:]))
 
+    def start(self, noise: Tensor) -> Tensor:
+        """The latent as the first step finds it, with this noise."""
+        return add_noise(self.latent, noise, self.denoise, self.shift)
+
 
 @torch.no_grad()
 def sample(
@@ -68,7 +72,7 @@ def sample(
     draw = noise or run.noise().draw
     latent = at_least_float32(run.latent)
     first = draw().to(latent)
-    start = add_noise(latent, first, run.denoise, run.shift)
+    start = run.start(first)
     if run.mask is None:
         return SAMPLERS[run.sampler](predict, start, levels, draw, callback)
     mask = mask_like(run.mask, latent)

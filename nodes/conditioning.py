@@ -1,5 +1,7 @@
 """Conditioning: prompts and image prompts."""
 
+from typing import Any
+
 from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.stages.prompt import check_text
@@ -8,6 +10,20 @@ from .hosts import host
 from .sockets import check_connected, check_finite, check_picture, check_prompts
 
 CATEGORY = "Stable Cascade/conditioning"
+
+
+def encode_prompt(clip: Any, socket: str, prompt: str, node: str) -> list:
+    """The CONDITIONING of a prompt. Raises CascadeError for what is not a text, and for a CLIP that is none."""
+    if clip is None:
+        raise CascadeError("The checkpoint holds no text encoder; connect Load Cascade Text Encoder.")
+    check_connected(clip, f"The CLIP of {node}", "Load Cascade Text Encoder")
+    check_text(socket, prompt)
+    encoded = host().encode_text(clip, prompt)
+    for states, values in encoded:
+        answer = [states, values.get("pooled_output")]
+        advice = "lower the weights in the prompt"
+        check_finite(answer, clip, f"What the text encoder gives for {socket}", advice)
+    return encoded
 
 
 class CascadeTextEncode(io.ComfyNode):
@@ -48,18 +64,10 @@ class CascadeTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, positive, negative) -> io.NodeOutput:
-        if clip is None:
-            raise CascadeError("The checkpoint holds no text encoder; connect Load Cascade Text Encoder.")
-        check_connected(clip, "The CLIP of Cascade Text Encode", "Load Cascade Text Encoder")
-        encoded = []
-        for socket, prompt in (("positive", positive), ("negative", negative)):
-            check_text(socket, prompt)
-            encoded.append(host().encode_text(clip, prompt))
-            for tokens, values in encoded[-1]:
-                answer = [tokens, values.get("pooled_output")]
-                advice = "lower the weights in the prompt"
-                check_finite(answer, clip, f"What the text encoder gives for {socket}", advice)
-        return io.NodeOutput(*encoded)
+        sockets = (("positive", positive), ("negative", negative))
+        return io.NodeOutput(
+            *(encode_prompt(clip, socket, text, "Cascade Text Encode") for socket, text in sockets)
+        )
 
 
 class CascadeImagePrompt(io.ComfyNode):

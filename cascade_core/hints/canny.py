@@ -46,7 +46,7 @@ def canny(pixels: Tensor, low: int, high: int) -> Tensor:
     dx, dy = _strongest_gradient(pixels)
     gradient = dx.abs() + dy.abs()
     thin = _is_ridge(gradient, dx, dy)
-    return _connected(strong=thin & (gradient > high), weak=thin & (gradient > low))
+    return connected(strong=thin & (gradient > high), weak=thin & (gradient > low))
 
 
 def _strongest_gradient(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def _is_ridge(gradient: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
     return torch.where(horizontal, ridge_x, torch.where(vertical, ridge_y, diagonal))
 
 
-def _connected(strong: Tensor, weak: Tensor) -> Tensor:
+def connected(strong: Tensor, weak: Tensor) -> Tensor:
     """The weak pixels that a chain of weak pixels, through any of 8 neighbours, joins to a strong one.
 
     `strong` is part of `weak`; bool (B, 1, H, W).

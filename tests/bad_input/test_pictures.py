@@ -151,7 +151,7 @@ def test_a_picture_of_many_nodes_is_read_once_for_its_fingerprint(tmp_path, monk
     graph = {str(i): node("LoadImage", image="a.png") for i in range(50)}
     graph |= {f"show {i}": node("PreviewImage", images=[str(i), 0]) for i in range(50)}
     opened = []
-    read = "cascade_nodes.headless.builtin.open_regular"
+    read = "cascade_nodes.headless.builtin.pictures.open_regular"
     from cascade_nodes.cascade_core.reading import open_regular
 
     monkeypatch.setattr(read, lambda path: opened.append(path) or open_regular(path))

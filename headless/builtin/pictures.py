@@ -1,4 +1,4 @@
-"""ComfyUI's own four nodes that our graphs need, under their ids and inputs."""
+"""LoadImage, LoadImageMask, SaveImage and PreviewImage."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cascade_core.errors import CascadeError, quoted
-from ..cascade_core.pictures import open_picture
-from ..cascade_core.reading import open_regular
-from ..nodes.api import io
-from .folders import current_folders
-from .pictures import encode_png, read_image, read_mask
-from .running import running_node
-from .saving import check_folder, check_prefix, next_counter, numbered, resolve_prefix, save_new
-from .summary import Summary, parameters, summarise
+from ...cascade_core.errors import CascadeError, quoted
+from ...cascade_core.pictures import open_picture
+from ...cascade_core.reading import open_regular
+from ...nodes.api import io
+from ..folders import current_folders
+from ..pictures import encode_png, read_image, read_mask
+from ..running import running_node
+from ..saving import check_folder, check_prefix, next_counter, numbered, resolve_prefix, save_new
+from ..summary import Summary, parameters, summarise
 
 
 def _picture_input() -> io.Combo.Input:
@@ -200,6 +200,3 @@ class PreviewImage(io.ComfyNode):
     @classmethod
     def execute(cls, images: Tensor) -> io.NodeOutput:
         return io.NodeOutput(ui=_save_batch(images, "preview", "temp", cls.hidden))
-
-
-BUILTIN_NODES: list[type[io.ComfyNode]] = [LoadImage, LoadImageMask, SaveImage, PreviewImage]
