@@ -84,7 +84,8 @@ def _whole_graph(error: Error, node_types: list[str]) -> str:
     if error["type"] == "missing_node_type":
         hint = "`cascade nodes` lists those there are."
         if node_types:  # this program's; a server has others
-            close = get_close_matches(class_type[:_LONGEST_NAME], node_types, n=1)
+            # A slip of the pen, not another node of ComfyUI's: those often begin or end alike.
+            close = get_close_matches(class_type[:_LONGEST_NAME], node_types, n=1, cutoff=0.8)
             elsewhere = "run with --server, on a ComfyUI that has it"
             hint = (
                 f"did you mean {close[0]}? Else {elsewhere}."

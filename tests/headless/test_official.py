@@ -191,7 +191,7 @@ SOCKETS = {"2": node("CheckpointLoaderSimple", ckpt_name=str(DEMO_FOLDER / "demo
             "low_threshold is 0.5 and high_threshold 0.2; give the smaller one as low",
         ),
         (
-            {"3": node("ImageScale", image=["1", 0], upscale_method="area", width=9999, height=16384, crop="center")},
+            {"3": node("EmptyImage", width=16384, height=16384, batch_size=4096, color=0)},
             "nor all together",
         ),
     ],
