@@ -5,6 +5,7 @@ a·x0 + b·ε where ComfyUI's works with x / a. Pictures, hints and masks from n
 """
 
 import base64
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,11 +48,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(folder):
     """{example: its tensors by node and output}, without ComfyUI."""
-    classes, loaded = available_nodes(), {}
+    classes = available_nodes()
+    loaded: dict[str, Any] = {}
 
     def execute(class_type, inputs):
         if not class_type.endswith(("CheckpointLoaderSimple", "CLIPCheckpointLoader")):
-            return classes[class_type].execute(**inputs).result
+            return classes[class_type].execute(**inputs).result or ()
         if inputs["ckpt_name"] not in loaded:
             loaded[inputs["ckpt_name"]] = classes["unCLIPCheckpointLoader"].execute(**inputs).result
         return loaded[inputs["ckpt_name"]]
