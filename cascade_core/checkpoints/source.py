@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CascadeError, printable, quoted
 from ..networks.inference import stated_table
+from .control_blocks import stated_blocks
 from .files import read_header, read_json, read_safetensors
 from .foreign import foreign_name
 from .layouts import Layout, parts_in
@@ -76,6 +77,8 @@ def read_named(path: str | Path, part: str) -> NamedTensors:
         metadata = {**metadata, "config": "", **_as_published(config, part)}
     if not metadata.get("config") and in_model_folder(path):
         metadata = {**metadata, **_config_beside(located, part)}
+    if part == "controlnet" and not metadata.get("config"):
+        metadata = {**metadata, **stated_blocks(located, metadata)}
     parts = parts_in(tensors)
     if len(parts) > 1:  # a config in the metadata would be of the file's only network
         metadata = {name: text for name, text in metadata.items() if name != "config"}

@@ -73,12 +73,25 @@ def infer_config(
                 "download the file again."
             ) from error
         if config is not None:
+            _check_blocks_are_known(config, metadata, len(shapes))
             return kind, completed(config_class, config, stated_config(metadata), len(shapes))
     first = ", ".join(map(printable, list(shapes)[:3]))
     raise CascadeError(
         f"These {len(shapes)} tensors (first: {first}) are of no Stable Cascade network; "
         "expected Stage A, B or C, the semantic compressor, the previewer or a ControlNet, in their published names."
     )
+
+
+def _check_blocks_are_known(
+    inferred: Mapping[str, Any], metadata: Mapping[str, str] | None, tensors: int
+) -> None:
+    """Raises CascadeError for a ControlNet of which nothing says where its residuals go."""
+    if {"proj_blocks": True, **inferred, **stated_config(metadata)}["proj_blocks"] == []:
+        raise CascadeError(
+            "nothing says which of Stage C's residual blocks this ControlNet's projections are for; write the "
+            "controlnet_blocks of its training, such as controlnet_blocks: [0, 4, 8, 12], into a YAML file of its name "
+            "beside it (my_net.yaml beside my_net.safetensors)."
+        )
 
 
 def completed(
@@ -274,8 +287,8 @@ def infer_controlnet(shapes: Shapes) -> dict[str, Any] | None:
     """Config of the ControlNet whose state dict has these keys and shapes, or None where it is not one.
 
     The widths of a published backbone are left out, those of another are returned whole. Which blocks the
-    projections are for is not in the shapes: 8 and 64 of them mean the published lists, another number the
-    first so many blocks.
+    projections are for is not in the shapes: 8 and 64 of them mean the published lists; of another number
+    they have to be stated, and none are given here.
     """
     projections = _count(shapes, "projections.{}.0.weight")
     inner, outer = shapes.get("projections.0.0.weight"), shapes.get("projections.0.2.weight")
@@ -288,7 +301,7 @@ def infer_controlnet(shapes: Shapes) -> dict[str, Any] | None:
     return {
         "c_in": config.pop("c_in"),
         "c_proj": outer[0],
-        "proj_blocks": list(PUBLISHED_BLOCKS.get(projections, range(projections))),
+        "proj_blocks": list(PUBLISHED_BLOCKS.get(projections, ())),
         "bottleneck_mode": mode,
         **config,
     }

@@ -5,6 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
+from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors, write_safetensors
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.hints.kinds import KINDS, Backbone, KindName, kind_of
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
@@ -101,11 +102,61 @@ def test_other_sizes_run_and_are_inferred(name):
             [*row[:3], stated[3], *row[4:]]
             for row, stated in zip(inferred["stages"], config["stages"], strict=True)
         ]
-    assert inferred == {"bottleneck_mode": "effnet", **config}
+    assert inferred == {
+        "bottleneck_mode": "effnet",
+        **config,
+        "proj_blocks": [],
+    }  # which is not in the shapes
     with torch.no_grad():
         residuals = model(torch.rand(2, config["c_in"], 64, 32))
     size = {"effnet": (4, 2), "effnet_rgb": (8, 4)}.get(name, (64, 32))
     assert [residual.shape for residual in residuals] == [(2, 20, *size)] * 3
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A ControlNet for three blocks, as the published trainer saves it: nothing says which."""
+    network = ControlNet.from_config({"c_proj": 20, "proj_blocks": [2, 5, 9], **SMALL["simple"]})
+    write_safetensors(tmp_path / "net.safetensors", network.state_dict(), {})
+    return tmp_path / "net.safetensors"
+
+
+def test_other_blocks_are_never_guessed(file):
+    message = r"net\.safetensors: nothing says which of Stage C's residual blocks .* a YAML file of its name beside it"
+    with pytest.raises(CascadeError, match=message):
+        load_model(file, expect="controlnet")
+
+
+@pytest.mark.parametrize("settings", [
+    "controlnet_blocks: [2, 5, 9]",
+    "model_version: 3.6B\ncontrolnet_blocks: [2,5,\n  9]  # mine\nother: [1]\n",
+    "controlnet_blocks:\n  - 2\n  - 5\n  - 9\nlr: 1.0e-4\n",
+])  # fmt: skip
+def test_the_trainings_settings_beside_it_say_which_blocks(settings, file):
+    file.with_suffix(".yaml").write_text(settings)
+    _, _, config = load_model(file, expect="controlnet")
+    assert config["proj_blocks"] == [2, 5, 9]
+
+
+def test_a_files_own_metadata_says_which_blocks(file):
+    tensors, _ = read_safetensors(file)
+    file.with_suffix(".yaml").write_text("controlnet_blocks: [0, 1, 2]")
+    for number, metadata in enumerate(
+        ({"controlnet_blocks": "[2, 5, 9]"}, {"config": '{"proj_blocks": [2, 5, 9]}'})
+    ):
+        write_safetensors(file.with_name(f"{number}.safetensors"), tensors, metadata)
+        _, _, config = load_model(file.with_name(f"{number}.safetensors"), expect="controlnet")
+        assert config["proj_blocks"] == [2, 5, 9]
+
+
+@pytest.mark.parametrize("settings", ["controlnet_blocks: all", "controlnet_blocks: []", "controlnet_blocks: [a]",
+                                      "controlnet_blocks: [1, 1]", "controlnet_blocks: [1, 999999999]"])  # fmt: skip
+def test_settings_that_name_no_blocks(settings, file):
+    file.with_suffix(".yaml").write_text(settings)
+    with pytest.raises(
+        CascadeError, match=r"controlnet_blocks; write the numbers|proj_blocks is .*, expected"
+    ):
+        load_model(file, expect="controlnet")
 
 
 def test_gaps_are_none():
