@@ -27,7 +27,7 @@ from .adapters import (
     LearnedToken,
     check_finite_changes,
     check_fits,
-    describe_unknown,
+    describe_notes,
     read_adapter,
 )
 from .adapters.apply import Patch
@@ -479,7 +479,7 @@ class StableCascade:
             if strength:
                 check_fits(adapter, self.stage("stage_c").network.config)
                 check_finite_changes(adapter.stage_c, adapter.name)
-            notes = [note for note in [*adapter.notes, describe_unknown(adapter)] if note]
+            notes = describe_notes(adapter)
             if text_strength and (adapter.text or adapter.tokens):
                 notes += check_text_changes(adapter, self.text_stage().encoder.model, named)
                 self.text_stage().with_adapter(

@@ -105,21 +105,33 @@ def convert_lora(
     Raises CascadeError, and writes nothing, on failure.
     """
     from ..cascade_core import limits
-    from ..cascade_core.adapters import describe_adapter, read_adapter, write_adapter
+    from ..cascade_core.adapters import describe_file, read_adapter, write_adapter
+    from ..cascade_core.adapters.peft import CONFIG_FILE, HEADER_ENTRY
+    from ..cascade_core.adapters.write import cautions
+    from ..cascade_core.checkpoints import read_safetensors
+    from ..cascade_core.writing import write_file
 
     _check_dialect(dialect)
     check_target(target, force)
     config = None if model is None else stage_c_config(model)
     adapter = read_adapter(source, config, limits.real_number("alpha", alpha, limits.ALPHA), filters)
-    lines = [describe_adapter(adapter), *adapter.notes]
-    lines += _check_whole(adapter, config, partial)
+    _check_whole(adapter, config, partial)
+    lines = describe_file(adapter)
     if without:
         lines.append(f"Left out: {', '.join(without)}")
     converted = replace(adapter, **{part: PARTS[part] for part in without})
     if not (converted.stage_c or converted.text or converted.tokens):
         raise CascadeError(f"Nothing of {source.name} is left to write; leave out less (--without).")
+    beside = target.with_name(CONFIG_FILE) if dialect == "peft" else None
+    if beside is not None:
+        _check_free(beside, force)
     write_adapter(target, converted, dialect, config, metadata=adapter.metadata, overwrite=force)
-    return [*lines, f"Written: {target} ({dialect})"]
+    lines += [*cautions(converted, dialect), f"Written: {target} ({dialect})"]
+    if beside is not None:
+        _, metadata = read_safetensors(target)
+        write_file(beside, metadata[HEADER_ENTRY])
+        lines.append(f"Written: {beside}")
+    return lines
 
 
 def _check_dialect(dialect: str) -> None:
@@ -136,23 +148,24 @@ def check_target(target: Path, force: bool) -> None:
 
     if target.suffix != ".safetensors":
         raise CascadeError(f"{target} is to be a safetensors file; give it a name that ends in .safetensors.")
-    if os.path.lexists(target) and not force:
-        raise CascadeError(f"{target} is there already; choose another name, or overwrite it with --force.")
+    _check_free(target, force)
     check_writable(target)
 
 
-def _check_whole(adapter: Adapter, config: StageCConfig | None, partial: bool) -> list[str]:
-    """Reports unknown tensors that are left out. Raises CascadeError for layers that the model lacks."""
+def _check_free(target: Path, force: bool) -> None:
+    if os.path.lexists(target) and not force:
+        raise CascadeError(f"{target} is there already; choose another name, or overwrite it with --force.")
+
+
+def _check_whole(adapter: Adapter, config: StageCConfig | None, partial: bool) -> None:
+    """Raises CascadeError for layers that the model lacks, and for unknown tensors unless they are left out."""
     from ..cascade_core.adapters import check_fits, describe_unknown
 
     if config is not None:
         check_fits(adapter, config)
     unknown = describe_unknown(adapter)
-    if unknown is None:
-        return []
-    if not partial:
+    if unknown is not None and not partial:
         raise CascadeError(f"{unknown} Nothing was written; --partial converts the rest.")
-    return [unknown]
 
 
 def stage_c_config(model: Path) -> StageCConfig:

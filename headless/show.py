@@ -101,4 +101,12 @@ def _named(name: str, text: str | None) -> list[str]:
     return [f"{name:{_WIDTH}} {first}", *(f"{'':{_WIDTH}} {line}" for line in further)]
 
 
-_KINDS: dict[str, Callable[[Path], Description]] = {"": _describe_graph}
+def _describe_lora(path: Path) -> Description:
+    from ..cascade_core.adapters import describe_file, read_adapter
+    from ..cascade_core.adapters.about import training_facts
+
+    adapter = read_adapter(path)
+    return {"training": training_facts(adapter.metadata)}, describe_file(adapter)
+
+
+_KINDS: dict[str, Callable[[Path], Description]] = {"": _describe_graph, ".safetensors": _describe_lora}

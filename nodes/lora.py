@@ -8,8 +8,8 @@ from ..cascade_core.adapters import (
     Adapter,
     check_finite_changes,
     check_fits,
-    describe_adapter,
-    describe_unknown,
+    describe_file,
+    describe_notes,
     read_adapter,
 )
 from ..cascade_core.adapters.text_changes import check_text_changes
@@ -134,13 +134,11 @@ class CascadeLoRAApply(io.ComfyNode):
         if strength_model:
             check_fits(adapter, config)
             check_finite_changes(adapter.stage_c, adapter.name)
-        notes = [note for note in [*adapter.notes, describe_unknown(adapter)] if note]
-        if strength_clip:
-            notes += _text_notes(adapter, clip, new)
+        text_notes = _text_notes(adapter, clip, new) if strength_clip else []
         patched = host().with_adapter(model, clip, adapter, strength_model, strength_clip, new)
-        if notes:
+        if notes := [*describe_notes(adapter), *text_notes]:
             host().notify(" ".join(notes))
-        return io.NodeOutput(*patched, ui={"text": [describe_adapter(adapter), *notes]})
+        return io.NodeOutput(*patched, ui={"text": [*describe_file(adapter), *text_notes]})
 
 
 def _text_notes(adapter: Adapter, clip: Any, new: Sequence[NewToken]) -> list[str]:

@@ -1,6 +1,7 @@
 """LoRA files of every dialect, learned tokens, and how they change a network."""
 
 from ..text.learned_tokens import LearnedToken
+from .about import describe_file, describe_notes
 from .adapter import Adapter
 from .changes import Change, LowRank
 from .compatibility import check_finite_changes, check_fits, describe_adapter, describe_unknown
@@ -17,6 +18,8 @@ __all__ = [
     "check_finite_changes",
     "check_fits",
     "describe_adapter",
+    "describe_file",
+    "describe_notes",
     "describe_unknown",
     "parse_adapter",
     "read_adapter",

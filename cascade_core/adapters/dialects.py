@@ -42,6 +42,8 @@ class Dialect:
                       the weight's number of them
     tokens            before a learned token's name; None: it holds none
     algorithms        what it has keys for beside LoRA and DoRA, all of them LyCORIS'
+    caution           what a user has to know who writes it, in a sentence
+    for_comfyui       whether ComfyUI's own nodes read it
     """
 
     about: str
@@ -58,6 +60,8 @@ class Dialect:
     tokens: str | None = None
     kind: str = "named"
     algorithms: frozenset[str] = frozenset()
+    caution: str = ""
+    for_comfyui: bool = False
 
     def stage_c_name(self, layer: str) -> str:
         """Their name of one of our layers of Stage C."""
@@ -88,7 +92,7 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "kohya": Dialect(
         "kohya-ss sd-scripts since 25 February 2024; ComfyUI's own nodes read it too",
-        "lora_unet_", "lora_te_", "_", NATIVE, algorithms=_LYCORIS,
+        "lora_unet_", "lora_te_", "_", NATIVE, algorithms=_LYCORIS, for_comfyui=True,
     ),
     "kohya_to_out": Dialect(
         "kohya-ss sd-scripts of 22 to 25 February 2024",
@@ -96,15 +100,18 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "onetrainer": Dialect(
         "OneTrainer since March 2024, its LEGACY since July 2026; ComfyUI's own nodes read it too",
-        "lora_prior_unet_", "lora_prior_te_", "_", NATIVE, tokens=_BUNDLED,
+        "lora_prior_unet_", "lora_prior_te_", "_", NATIVE, tokens=_BUNDLED, for_comfyui=True,
     ),
     "onetrainer_first": Dialect(
         "OneTrainer's first proposal, February 2024",
         "lora_prior_unet_", "lora_prior_te_", "_", DIFFUSERS, tokens=_BUNDLED,
+        caution="OneTrainer since July 2026 refuses its first dialect; for it choose onetrainer.",
     ),
     "omi": Dialect(
         "OneTrainer's backups of 2025, in the names of the Open Model Initiative",
         "unet.", "clip_g.", ".", IN_PROJ, tokens=_BUNDLED,
+        caution="OneTrainer since July 2026 loads a file of this dialect without using any of it; for it choose "
+        "onetrainer.",
     ),
     "diffusers": Dialect(
         "OneTrainer's DIFFUSERS since July 2026: diffusers' names",
@@ -126,11 +133,12 @@ DIALECTS: dict[str, Dialect] = {
     "peft": Dialect(
         "Hugging Face PEFT on diffusers' prior",
         "base_model.model.", None, ".", DIFFUSERS, _A, _B, None, ".lora_magnitude_vector", None, True,
+        caution="PEFT reads a folder with adapter_config.json and the tensors as adapter_model.safetensors.",
     ),
     "comfyui": Dialect(
         "ComfyUI's own trainer and its generic names; ComfyUI's own nodes read it",
         "diffusion_model.", "text_encoders.clip_g.transformer.", ".", NATIVE, tokens=_BUNDLED,
-        algorithms=_LYCORIS - {"(IA)³"},
+        algorithms=_LYCORIS - {"(IA)³"}, for_comfyui=True,
     ),
     "embedding": Dialect(
         "embedding files of ComfyUI and OneTrainer: one learned token and no LoRA", tokens="", kind="embedding",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from .lycoris import algorithm_in_file, tensors_of
 from .names import layer_of
 from .official import HEADER, is_new, joined_tokens, write_official
 from .order import SIZES
+from .peft import HEADER_ENTRY
 
 
 def write_adapter(
@@ -40,7 +43,7 @@ def write_adapter(
     overwrite: whether a file that is there is replaced; the other arguments are those of `to_dialect`.
     """
     tensors, header = to_dialect(adapter, dialect, stage_c, vocabulary)
-    rest = {key: text for key, text in (metadata or {}).items() if key not in HEADER}
+    rest = {key: text for key, text in (metadata or {}).items() if key not in (*HEADER, HEADER_ENTRY)}
     if "train_tokens" in header:
         before = (metadata or {}).get("train_tokens", "[]")
         header["train_tokens"] = joined_tokens(before, header["train_tokens"])
@@ -67,6 +70,8 @@ def to_dialect(
         tensors, metadata = _token_tensors(adapter.tokens, "", ""), {}
     else:
         tensors, metadata = _named(adapter, spoken), {}
+    if dialect == "peft":
+        metadata = {HEADER_ENTRY: peft_config(tensors)}
     return _apart(tensors), {"format": "pt", **metadata}
 
 
@@ -85,6 +90,52 @@ def check_dialect(adapter: Adapter, dialect: str) -> None:
         raise CascadeError(
             f"{adapter.name} holds {', '.join(reasons)}, which the dialect {dialect} has no keys for; {advice}."
         )
+
+
+def cautions(adapter: Adapter, dialect: str) -> list[str]:
+    """Sentences about what programs make of an adapter in a dialect, which is written all the same."""
+    spoken = DIALECTS[dialect]
+    notes = [spoken.caution] if spoken.caution else []
+    added = [c for c in (*adapter.stage_c.values(), *adapter.text.values()) if isinstance(c, AddedChange)]
+    by_row = [change.magnitude is not None and len(change.magnitude) > 1 for change in added]
+    if spoken.for_comfyui and any(by_row):
+        notes.append(
+            "ComfyUI's own LoRA nodes measure DoRA's rows on the weights without the change, and make another picture "
+            "of this file than its training did; Cascade LoRA Apply applies it as trained."
+        )
+    if dialect == "peft" and any(by_row) and not all(by_row):
+        notes.append("PEFT takes DoRA for all layers or for none, and changes those without magnitudes too.")
+    return notes
+
+
+def peft_config(tensors: Mapping[str, Tensor]) -> str:
+    """PEFT's configuration, as JSON, of a LoRA in its dialect, whose alphas are multiplied in: each is the rank."""
+    dialect = DIALECTS["peft"]
+    ranks = {
+        key.removesuffix(dialect.down).removeprefix(str(dialect.stage_c)): len(tensor)
+        for key, tensor in tensors.items()
+        if key.endswith(dialect.down)
+    }
+    rank = Counter(ranks.values() or [1]).most_common(1)[0][0]
+    others = {layer: other for layer, other in ranks.items() if other != rank}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "use_dora": any(key.endswith(str(dialect.row_magnitude)) for key in tensors),
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "base_model_name_or_path": None,
+        "task_type": None,
+    }
+    return json.dumps(config, indent=2) + "\n"
 
 
 def obstacles(adapter: Adapter, dialect: str) -> list[str]:

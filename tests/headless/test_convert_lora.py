@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from cascade_nodes.cascade_core import StageC
-from cascade_nodes.cascade_core.adapters import DIALECTS, parse_adapter, read_adapter
+from cascade_nodes.cascade_core.adapters import DIALECTS, parse_adapter, read_adapter, to_dialect
 from cascade_nodes.cascade_core.adapters.changes import low_rank_changes
+from cascade_nodes.cascade_core.adapters.names import published_layers
 from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
 from cascade_nodes.headless.cli import main
 from cascade_nodes.tests.core.lora_files import ABOUT, CONFIG, STAGE_C_ABOUT, golden, kohya_file
@@ -145,3 +147,86 @@ def test_help_lists_the_dialects(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text and dialect.about in text for name, dialect in DIALECTS.items())
+
+
+def test_peft_gets_its_configuration(folder, capsys):
+    options = ("--to", "peft", *MODEL, "--without", "tokens")
+    assert convert("official.safetensors", "style.safetensors", *options) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "PEFT reads a folder with adapter_config.json and the tensors as adapter_model.safetensors.",
+        "Written: style.safetensors (peft)",
+        "Written: adapter_config.json",
+    ]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["rank_pattern"]) == (
+        "LORA",
+        3,
+        3,
+        {},
+    )
+    assert len(config["target_modules"]) == 24
+    assert "is there already" in failing("official.safetensors", "b.safetensors", *options, capsys=capsys)
+    assert not (folder / "b.safetensors").exists()
+    (folder / "adapter_config.json").unlink()  # the file holds it as well
+    assert read_adapter("style.safetensors").notes == ()
+    assert convert("style.safetensors", "back.safetensors", "--to", "kohya") == 0
+    assert "lora_adapter_metadata" not in read_safetensors("back.safetensors")[1]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "said"),
+    [
+        ("omi", "without using any of it; for it choose onetrainer"),
+        ("onetrainer_first", "refuses its first dialect"),
+    ],
+)
+def test_what_onetrainer_cannot_read_is_said(dialect, said, folder, capsys):
+    write_safetensors("kohya.safetensors", golden("kohya"), {})
+    assert convert("kohya.safetensors", "a.safetensors", "--to", dialect) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "onetrainer", "comfyui", "diffusers"])
+def test_what_comfyui_makes_of_dora_is_said(dialect, folder, capsys):
+    name = "lora_unet_down_blocks_0_2_attention_attn_to_q"
+    layer = {
+        **kohya_file({name.removeprefix("lora_unet_"): (64, 64)}),
+        f"{name}.dora_scale": torch.ones(64, 1),
+    }
+    write_safetensors("dora.safetensors", layer, {})
+    assert convert("dora.safetensors", "a.safetensors", "--to", dialect) == 0
+    assert ("ComfyUI's own LoRA nodes measure DoRA's rows" in capsys.readouterr().out) == (
+        dialect != "diffusers"
+    )
+
+
+def test_alpha_and_module_filters_are_given(folder, capsys):
+    shapes = [shape for layer, shape in published_layers(CONFIG).items() if layer.endswith("mapper_sca")]
+    lone = {f"weights.{i}.lora_down": torch.randn(2, shape[1]) for i, shape in enumerate(shapes)}
+    lone |= {f"weights.{i}.lora_up": torch.randn(shape[0], 2) for i, shape in enumerate(shapes)}
+    write_safetensors("lone.safetensors", lone, {})
+    arguments = ("lone.safetensors", "a.safetensors", "--to", "kohya", *MODEL)
+    assert "could be those of mapper_sca or mapper_crp" in failing(*arguments, capsys=capsys)
+    assert convert(*arguments, "--filters", "['mapper_crp']") == 0
+    assert all(layer.endswith("mapper_crp") for layer in read_adapter("a.safetensors").stage_c)
+    write_safetensors("renamed.safetensors", to_dialect(read_adapter("a.safetensors"), "peft")[0], {})
+    capsys.readouterr()
+    assert convert("renamed.safetensors", "b.safetensors", "--to", "kohya") == 0
+    assert "states no alpha, and each layer's rank is taken for it" in capsys.readouterr().out
+    assert convert("renamed.safetensors", "c.safetensors", "--to", "kohya", "--alpha", "6") == 0
+    alphas = {
+        key: tensor for key, tensor in read_safetensors("c.safetensors")[0].items() if key.endswith("alpha")
+    }
+    assert {float(alpha) for alpha in alphas.values()} == {6.0}
+    capsys.readouterr()
+    assert "alpha is nan; give a number" in failing(
+        "renamed.safetensors", "d.safetensors", "--to", "kohya", "--alpha", "nan", capsys=capsys
+    )
+
+
+def test_show_tells_of_a_lora(folder, capsys):
+    write_safetensors("kohya.safetensors", golden("kohya"), {"modelspec.trigger_phrase": "[fernando]"})
+    assert main(["show", "kohya.safetensors"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "kohya.safetensors says of itself: trigger words [fernando]."
+    )
