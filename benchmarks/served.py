@@ -338,7 +338,7 @@ def main() -> int:
         print(f"{results['machine']}\nfiles: {time.monotonic() - begun:.0f} s", flush=True)
         there = set()
         if options.resume:
-            own = [row for row in results["rows"] if row["pack"] == results["pack"]]
+            own = [row for row in results["rows"] if row.get("pack") == results["pack"]]
             there = {key(row) for row in own if "error" not in row}
         for row, checkout in rows_of(options):
             if key(row) in there:

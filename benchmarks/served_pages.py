@@ -1,9 +1,10 @@
 """Figures and tables of the pages from what benchmarks/served.py has measured.
 
-    python benchmarks/served_pages.py [FILE ...]       default: benchmarks/measurements/served.json
+    python benchmarks/served_pages.py [FILE ...]
 
 Draws docs/images/served.svg and served_by_memory.svg, and writes what stands between `<!-- served … -->` and
-`<!-- end -->` in README.md, README.ja.md and docs/performance.md. Of several files the last that has a row counts.
+`<!-- end -->` in README.md, README.ja.md and docs/performance.md, all from benchmarks/measurements/served.json. The
+rows of FILEs take its place before, without profiles; of several files the last that has a row counts.
 """
 
 import argparse
@@ -45,9 +46,9 @@ ENGLISH = {
     "at": "at {} GB/s",
     "predicted": "The columns with GB/s are predicted, for a card on a slower bus.",
     "s": "{} s",
-    "pitch": "**In ComfyUI {version} as it comes** a picture of 1024×1024 takes {ours} on an {device}{less}, where\n"
-    "ComfyUI's own nodes take {native} ([measured](#speed-on-a-gpu) with random weights of the published sizes).",
-    "pitch 8 GB": ", {} with 8 GB of it",
+    "pitch": "**In ComfyUI {version} as it comes** a picture of 1024×1024 takes {ours} on an {device}, where\n"
+    "ComfyUI's own nodes take {native}{less} ([measured](#speed-on-a-gpu) with random weights of the published sizes).",
+    "pitch 8 GB": "; with 8 GB of it {}",
     "figure": "Seconds of a picture in ComfyUI as it comes",
     "by memory": "Seconds of a picture by the card's memory",
     "place": "{device}, torch {torch}, {date}; ComfyUI {versions} without flags ({allocator})",
@@ -70,9 +71,9 @@ JAPANESE = {
     "at": "{} GB/s の場合",
     "predicted": "GB/s の列は、もっと遅いバスのカードについての予測値です。",
     "s": "{} 秒",
-    "pitch": "**既定の設定の ComfyUI {version}** で、1024×1024 の画像一枚が {device} で {ours}{less}です。"
-    "ComfyUI 自身のノードでは {native}かかります（[測定](#gpu-での速さ)、公開されている大きさの乱数の重み）。",
-    "pitch 8 GB": "、そのうち 8 GB だけなら {}",
+    "pitch": "**既定の設定の ComfyUI {version}** で、1024×1024 の画像一枚は {device} で {ours}です{less}。"
+    "ComfyUI 自身のノードでは {native}です（[測定](#gpu-での速さ)、公開されている大きさの乱数の重み）。",
+    "pitch 8 GB": "（そのうち 8 GB だけなら {}）",
     "figure": "既定の ComfyUI での画像一枚の秒数",
     "by memory": "カードのメモリと画像一枚の秒数",
     "place": "{device}、torch {torch}、{date}、ComfyUI {versions}、フラグなし（{allocator}）",
@@ -314,7 +315,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
-    measured = Measured(read(parser.parse_args().files or [MEASURED]))
+    files = parser.parse_args().files
+    if files:
+        kept = [{name: value for name, value in row.items() if "_profile" not in name} for row in read(files)]
+        write_file(MEASURED, json.dumps({"rows": kept}, indent=1, ensure_ascii=False) + "\n")
+    measured = Measured(read([MEASURED]))
     draw(measured, IMAGES)
     for page, (words, images) in PAGES.items():
         write_file(page, fill(page.read_text(encoding="utf-8"), measured, words, images))

@@ -186,7 +186,13 @@ def test_pages_show_limits_versions_and_failures(module, tmp_path: Path):
         {**card, **ROW, "who": "ours", "comfyui": "0.3.64", "seed": 0.75},
         {**card, **ROW, "who": "mixed", "error": "out of memory"},
     ]
-    measured = pages.Measured(rows)
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    files[0].write_text(json.dumps({"rows": [*rows[1:], {**rows[0], "seed": 0.9}]}), encoding="utf-8")
+    files[1].write_text(json.dumps({"rows": rows[:1]}), encoding="utf-8")
+    measured = pages.Measured(pages.read(files))
+    whole_card = pages.Measured([*rows, {**rows[2], "memory": None}])
+    assert "takes 0.70 s on an NVIDIA H200" in pages.pitch(whole_card, pages.ENGLISH)
+    assert "| this pack's nodes, 0.33.0 | 0.70 s |" in pages.whole(measured, pages.ENGLISH)
     assert "| 8 GB | 1.30 s | 5.25 GB | 1.90 s | 2.60 s | 8.4 s |" in pages.by_memory(measured, pages.ENGLISH)
     assert "| this pack's nodes, 0.3.64 | 0.75 s |" in pages.whole(measured, pages.ENGLISH)
     assert "failed |" in pages.everything(measured, pages.ENGLISH)
