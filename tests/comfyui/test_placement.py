@@ -107,7 +107,17 @@ def test_clones_and_models_that_die(found):
         elif "all died" in case:
             assert result["left"] == 0 < result["before"], case
         else:
-            assert result == {"counted": 0, "of the manager": [True], "freed": True, "as before": True}, case
+            assert result == {"uncounted": 0, "of the manager": [True], "freed": True, "as before": True}, (
+                case
+            )
+
+
+def test_load_device_set_to_the_processor(found):
+    for case, result in found("other device").items():
+        assert result.pop("on the processor") <= 1e-5, (
+            case
+        )  # which adds in another order where it reads the file
+        assert result == {"left": 0, "back": 0, "uncounted": 0, "changed": 0}, case
 
 
 def test_states_of_the_manager(found):
@@ -115,7 +125,7 @@ def test_states_of_the_manager(found):
     for name, result in states.items():
         assert result["same"] == [True, True], name
         if name != "highvram":
-            assert result["counted"] == 0, name
+            assert result["uncounted"] == 0, name
             assert result["moved again"] == 0, name
     assert states["novram"]["loaded"] < states["none"]["loaded"]
     assert states["lowvram"]["loaded"] == states["reserve-vram"]["loaded"] == states["none"]["loaded"]

@@ -16,7 +16,7 @@ def found(measured: dict[str, Any]):
     return of
 
 
-@pytest.mark.parametrize("scenario", ["out of memory", "emptied"])
+@pytest.mark.parametrize("scenario", ["interrupted", "out of memory", "emptied"])
 def test_leaves_nothing_wrong(found, scenario):
     for case, result in found(scenario).items():
         assert result["faults"] == [], case

@@ -29,7 +29,8 @@ def test_patched_weights(found):
         assert result["from core's"] <= bound(case), case
         assert result["effect"] > 0.05 or case.endswith("none"), case
         whole, least, *_ = result["loaded"]
-        assert whole > 0.85 > 0.5 > least, case
+        assert whole > 0.85, case
+        assert least < 0.7 * whole, case
 
 
 def test_clones_in_turn(found):

@@ -21,11 +21,11 @@ from placement_card import (
     core,
     inserted,
     logged,
-    new_residence,
     ours,
     same,
     sample,
     scenarios,
+    uncounted,
 )  # fmt: skip
 from placement_patches import by_core
 from torch import nn
@@ -170,16 +170,16 @@ def in_turn(files: dict[str, Path]) -> dict[str, Any]:
             wrong += not same(sample(kind, models[kind]), alone[kind])
             loaded = {each: models[each].loaded_size() / models[each].model_size() for each in KINDS}
             rows.append(
-                {"run": kind, **loaded, "free": card.free - MINIMUM, "uncounted": uncounted(card, models)}
+                {
+                    "run": kind,
+                    **loaded,
+                    "free": card.free - MINIMUM,
+                    "uncounted": uncounted(card, *models.values()),
+                }
             )
         management.unload_all_models()
         changed = [name for each in weights for name in each.changed()]
         return {"rows": rows, "wrong": wrong, "changed": changed, "left": card.now}
-
-
-def uncounted(card: Card, models: dict[str, Any]) -> int:
-    """Bytes on the card that no MODEL says are its own."""
-    return card.now - sum(model.loaded_size() for model in models.values())
 
 
 class Foreign(comfy.model_patcher.ModelPatcher):
@@ -250,7 +250,7 @@ def with_foreign(files: dict[str, Path]) -> dict[str, Any]:
                     wrong += not same(sample("stage_c", model), right)
                 rows.append({
                     "run": run, "ours": model.loaded_size() / size, "its": foreign.loaded_size() / foreign.size,
-                    "free": card.free - MINIMUM, "uncounted": card.now - model.loaded_size(), "asked": foreign.asked[:],
+                    "free": card.free - MINIMUM, "uncounted": uncounted(card, model), "asked": foreign.asked[:],
                 })  # fmt: skip
             management.unload_all_models()
             results["dynamic" if dynamic else "static"] = {
@@ -276,7 +276,7 @@ def lives(files: dict[str, Path]) -> dict[str, Any]:
                 sample("stage_c", clone)
                 del clone
                 results[f"{share}, a clone died"] = {
-                    "counted": card.now - model.loaded_size(),
+                    "uncounted": uncounted(card, model),
                     "of the manager": [loaded.model is model for loaded in management.current_loaded_models],
                     "freed": freed(card, 1000),
                     "as before": same(sample("stage_c", model), first),
@@ -334,10 +334,11 @@ def other_device(files: dict[str, Path]) -> dict[str, Any]:
                     patched = patched.clone()
                 patched.load_device = OFFLOAD
                 result = {"on the processor": relative(sample("stage_c", patched), right), "left": card.now}
+                if which == "a clone":
+                    patched = patched.clone()
                 patched.load_device = LOAD
-                patched.model.residence = new_residence(model, card)
                 result["back"] = relative(sample("stage_c", patched), right)
-                result["uncounted"] = card.now - patched.loaded_size()
+                result["uncounted"] = uncounted(card, patched)
                 management.unload_all_models()
                 results[f"{which}, {share}"] = {**result, "changed": len(weights.changed())}
     return results
@@ -369,7 +370,7 @@ def states(files: dict[str, Path]) -> dict[str, Any]:
             same_latents = [same(one, right) for one in found]
             sample("stage_c", by_core(model))
             results[name] = {
-                "loaded": round(model.loaded_size() / model.model_size(), 2), "counted": card.now - model.loaded_size(),
+                "loaded": round(model.loaded_size() / model.model_size(), 2), "uncounted": uncounted(card, model),
                 "same": same_latents, "moved again": card.allocations - allocations, "free": card.free,
             }  # fmt: skip
     return results

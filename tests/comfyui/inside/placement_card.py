@@ -176,17 +176,23 @@ def core(kind: str, path: Path, dtype: str = "fp32") -> Any:
     return comfy.model_patcher.ModelPatcher(loaded.model, load_device=LOAD, offload_device=OFFLOAD)
 
 
+class CardPatcher(CascadePatcher):
+    """Our patcher, to which that card is one of its own."""
+
+    card: Card
+
+    def _new_residence(self) -> Residence | None:
+        if self.load_device != LOAD or self.offload_device == LOAD:
+            return super()._new_residence()
+        if self.backup or self.model.current_weight_patches_uuid is not None:
+            comfy.model_patcher.ModelPatcher.unpatch_model(self, self.offload_device, unpatch_weights=True)
+        return Residence(self.model.hosted, LOAD, self.card, unit_bytes=UNIT_BYTES)
+
+
 def ours(kind: str, path: Path, card: Card, dtype: str = "fp32", offload: torch.device = OFFLOAD) -> Any:
     """A MODEL by our loader, placed on that card."""
-    loaded = comfyui.load_network(kind, path, dtype)
-    model = CascadePatcher(loaded.model, LOAD, offload)
-    model.model.residence = new_residence(model, card)
-    return model
-
-
-def new_residence(model: Any, card: Card) -> Residence:
-    """Which our patcher makes by itself for a real card."""
-    return Residence(model.model.hosted, LOAD, card, unit_bytes=UNIT_BYTES)
+    patcher = type("CardPatcher", (CardPatcher,), {"card": card})  # clones are of the same class
+    return patcher(comfyui.load_network(kind, path, dtype).model, LOAD, offload)
 
 
 def scenarios(runs: dict[str, Callable[[dict[str, Path]], Any]]) -> dict[str, Any]:
@@ -200,6 +206,18 @@ def scenarios(runs: dict[str, Callable[[dict[str, Path]], Any]]) -> dict[str, An
             except Exception:
                 results[scenario] = {"error": traceback.format_exc()}
     return results
+
+
+def uncounted(card: Card, *models: Any) -> int:
+    """Bytes on the card that no MODEL says are its own. Patches' factors need none here: this card is main memory."""
+    factors = [
+        weight.device_bytes
+        for model in models
+        if model.model.residence is not None
+        for weights in model.model.residence._patched.values()
+        for weight in weights.values()
+    ]
+    return card.now + sum(factors) - sum(model.loaded_size() for model in models)
 
 
 class Weights:

@@ -9,7 +9,19 @@ from typing import Any
 
 import comfy.model_management as management
 import torch
-from placement_card import LOAD, MINIMUM, Card, Weights, card_for, inserted, ours, same, sample, scenarios
+from placement_card import (
+    LOAD,
+    MINIMUM,
+    Card,
+    Weights,
+    card_for,
+    inserted,
+    ours,
+    same,
+    sample,
+    scenarios,
+    uncounted,
+)
 from placement_patches import by_core, hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,7 +71,7 @@ def watched(
 
         def wrong() -> list[str]:
             found = []
-            if card.now != model.loaded_size():
+            if uncounted(card, model):
                 found.append(f"{card.now} bytes on the card, {model.loaded_size()} counted")
             for name, value in mapped.values.items():
                 if not same(mapped.loaded[name], value):
