@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...cascade_core import writing
+from ...cascade_core.checkpoints import locate
+from ...cascade_core.model_files import PARTS
 from ...cascade_core.pictures import to_pil
+from .files import shown_name
 from .in_diffusers import NOT_THE_SAME, SAME, picture_in_diffusers
 from .networks import difference, number, statistics
 from .picture import MadePicture, PictureRun, Skipped, check_memory, find_files, make_picture
@@ -45,7 +48,7 @@ def check_picture(
     except Skipped as reason:
         entry["skipped"] = report.names_only(str(reason))
         return
-    entry["files"] = {role: path.name for role, path in files.items()}
+    entry["files"] = {role: shown_name(locate(path, PARTS[role])) for role, path in files.items()}
     made = make_picture(run, files, dtype, device, memory, progress)
     entry |= {
         "device": made.device,

@@ -76,7 +76,7 @@ class Report:
         names = {str(form) for place in places for form in (place, place.absolute(), place.resolve())}
         for name in sorted(names, key=len, reverse=True):
             if len(name) > 1:
-                text = text.replace(name + os.sep, "")
+                text = text.replace(name + os.sep, "").replace(name, "the folder")
         return re.sub(r"(?<![\w.])(?:[A-Za-z]:)?(?:[/\\][^\s/\\:;,'\"()]+)+[/\\]", "", text)
 
     def write(self) -> None:

@@ -437,6 +437,7 @@ def test_statistics_are_json_and_bear_rounding():
     [
         "{models}/vae/x.safetensors is truncated",
         "OSError: [Errno 2] No such file: '{models}/vae/x.safetensors'",
+        "{models} holds no x.safetensors",
         "failed in /usr/lib/python3/site-packages/x.safetensors",
         r"C:\Users\bob\models\x.safetensors is truncated",
     ],
