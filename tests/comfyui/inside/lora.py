@@ -20,6 +20,7 @@ from torch import Tensor
 import nodes
 from cascade_nodes.cascade_core import checkpoints
 from cascade_nodes.cascade_core.adapters import Adapter, LearnedToken, LowRank, read_adapter, write_adapter
+from cascade_nodes.cascade_core.adapters.changes import Change, Difference, Hadamard, Kronecker, RowRotation
 from cascade_nodes.cascade_core.adapters.tokens import NewToken
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.demo.pipeline import WEIGHTS
@@ -57,6 +58,27 @@ def changes(
     }
 
 
+def other_change(number: int, w: torch.Tensor, size: float) -> Change:
+    """A change by another algorithm than LoRA; of a vector its difference."""
+    rows, columns = w.shape[0], w[0].numel()
+    if w.ndim == 1 or number % 4 == 0:
+        return Difference(size * torch.randn_like(w))
+    if number % 4 == 1:
+        down, up = size**0.5 * torch.randn(2, columns), torch.randn(rows, 2)
+        return Hadamard(down, up, down, up)
+    if number % 4 == 2:
+        return Kronecker(size * torch.randn(2, 1), torch.randn(rows // 2, columns))
+    return RowRotation(size * torch.randn(rows // 4, 4, 4))
+
+
+def other_changes(network: Any, endings: tuple[str, ...], size: float) -> dict[str, Change]:
+    """Changes of layers and their biases, by one algorithm after the other."""
+    targets = {name.removesuffix(".weight"): w for name, w in network.state_dict().items()}
+    endings += tuple(f"{ending}.bias" for ending in endings)
+    chosen = [(name, w) for name, w in targets.items() if name.endswith(endings)]
+    return {name: other_change(number // 2, w, size) for number, (name, w) in enumerate(chosen)}
+
+
 STAGE_C_LAYERS = ("to_q", "out_proj", "channelwise.0", "mapper_sca", "depthwise", "clip_txt_mapper", "clf.1")
 TEXT_LAYERS = ("self_attn.v_proj", "mlp.fc1")
 
@@ -71,13 +93,17 @@ def write_files(folder: Path) -> None:
     rows = tuple(
         LearnedToken("", 0.3 * torch.randn(1, width), index) for index in (5, 40, encoder.config.vocab_size)
     )
-    files = {
+    files: dict[str, tuple[str, Any, Any, Any]] = {
         "plain": ("kohya", changes(stage_c, STAGE_C_LAYERS), text, ()),
         "column": ("kohya", changes(stage_c, ("to_q", "channelwise.0"), "column"), {}, ()),
         "row": ("kohya", changes(stage_c, ("to_q", "channelwise.0"), "row"), {}, ()),
         "tokens": ("onetrainer", changes(stage_c, ("to_k",)), text, (LearnedToken("[sun]", sun),)),
         "rows": ("official", changes(stage_c, ("to_q", "to_k", "to_v", "out_proj"), size=0.001), {}, rows),
     }
+    layers = ("to_q", "channelwise.0", "channelwise.4", "mapper_sca", "depthwise", "clf.1", "to_v")
+    text_layers = ("self_attn.q_proj", "mlp.fc2", "layer_norm1", "final_layer_norm")
+    others = other_changes(stage_c, layers, 0.03), other_changes(encoder, text_layers, 0.03)
+    files["others"] = ("comfyui", *others, ())
     for name, (dialect, model, clip, tokens) in files.items():
         adapter = Adapter(name, dialect, model, clip, tokens)
         write_adapter(
@@ -161,13 +187,15 @@ def against_headless(value: dict[str, Any], prompts: Any) -> dict[str, float]:
         "clip": headless.load_text_encoder(WEIGHTS / "demo_text_encoder"),
     }
     results = {}
-    for file in ("plain", "column", "row", "tokens", "rows"):
+    for file in ("plain", "column", "row", "tokens", "rows", "others"):
         ours, theirs = (
             with_file(host, sockets, file)
             for host, sockets in ((comfyui, value), (headless, headless_sockets))
         )
         latents = sample(ours["model"], prompts), sample(theirs["model"], prompts, headless)
         results[f"same: {file}, with and without ComfyUI"] = relative(*latents)
+        if file == "others":
+            results[f"other: {file}"] = relative(latents[0], sample(value["model"], prompts))
         for number, prompt in enumerate(TOKEN_PROMPTS):
             texts = states(ours["clip"], prompt), states(theirs["clip"], prompt, headless)
             results[f"same: {file}, prompt {number} with and without ComfyUI"] = relative(*texts)
