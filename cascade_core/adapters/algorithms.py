@@ -69,8 +69,8 @@ class Layer(NamedTuple):
     """Whose tensors are read.
 
     name      ours
-    where     the file's name and the layer's in it, for messages
-    theirs    the layer's name in the file
+    theirs    the file's
+    where     the file and the layer, for messages
     settings  PEFT's configuration, or nothing
     alpha_of  the alpha of a rank where the file has none; None: the rank
     """
@@ -86,16 +86,22 @@ def changes_of(layer: Layer, parts: Parts) -> dict[str, Change]:
     """{the layer, or a parameter of it: its change}; empty where the parts are of none. Raises CascadeError where they
     do not belong together, or change one parameter in two ways.
     """
-    found = [(algorithm, read) for algorithm, keys, read in _ALGORITHMS if keys & parts.keys()]
+    found = [algorithm for algorithm in _ALGORITHMS if algorithm.keys & parts.keys()]
+    names = " and ".join(algorithm.name for algorithm in found)
+    others = parts.keys() - {"alpha"}.union(*(algorithm.keys | algorithm.others for algorithm in found))
+    if found and others:
+        raise CascadeError(
+            f"{layer.where} has {', '.join(sorted(others))} beside {names}, which is not known to belong to it; merge "
+            "it into its model where it was made."
+        )
     changes: dict[str, Change] = {}
-    for _, read in found:
-        for parameter, change in read(layer, parts).items():
+    for algorithm in found:
+        for parameter, change in algorithm.read(layer, parts).items():
             target = f"{layer.name}.{parameter}" if parameter else layer.name
             if target in changes:
-                algorithms = " and ".join(algorithm for algorithm, _ in found)
                 raise CascadeError(
-                    f"{layer.where} is changed in several ways ({algorithms}), and which counts cannot be told; choose "
-                    "a file with one of them."
+                    f"{layer.where} is changed in several ways ({names}), and which counts cannot be told; choose a "
+                    "file with one of them."
                 )
             changes[target] = change
     return changes
@@ -207,12 +213,10 @@ def _full(layer: Layer, parts: Parts) -> dict[str, Change]:
 
 
 def _whole(layer: Layer, parts: Parts) -> dict[str, Change]:
-    if "on_input" in parts:
-        return {}  # a scaling's
     return {
         "" if part == "weight" else part: Replacement(_checked(layer, part, parts[part], dims=(1, 2, 4)))
         for part in WHOLE.values()
-        if part in parts
+        if part in parts and not (part == "weight" and "on_input" in parts)  # which is a scaling's
     }
 
 
@@ -248,10 +252,12 @@ def _row_rotation(layer: Layer, parts: Parts) -> dict[str, Change]:
     }
 
 
-def _column_rotation(layer: Layer, parts: Parts) -> dict[str, Change]:
-    if "boft_R" in parts:
-        blocks = _blocks(layer, _checked(layer, "boft_R", parts["boft_R"], dims=(4,)))
-        return {"": ColumnRotation(blocks, _rescale(layer, parts, "boft_s", None))}
+def _boft_of_columns(layer: Layer, parts: Parts) -> dict[str, Change]:
+    blocks = _blocks(layer, _checked(layer, "boft_R", parts["boft_R"], dims=(4,)))
+    return {"": ColumnRotation(blocks, _rescale(layer, parts, "boft_s", None))}
+
+
+def _oft_of_columns(layer: Layer, parts: Parts) -> dict[str, Change]:
     triangle = _checked(layer, "oft_R", parts["oft_R"], dims=(2,))
     change = ColumnRotation(triangle, None, *_rotation_settings(layer))
     if change.size * (change.size - 1) // 2 != triangle.shape[1]:
@@ -310,21 +316,36 @@ def _rescale(layer: Layer, parts: Parts, name: str, rows: int | None) -> Tensor 
 
 
 class _Algorithm(NamedTuple):
+    """keys: parts by which it is known; others: that it may have beside them"""
+
     name: str
     keys: set[str]
+    others: set[str]
     read: Callable[[Layer, Parts], dict[str, Change]]
 
 
+_MAGNITUDES = {"magnitude", "row_magnitude"}
 _ALGORITHMS = (
-    _Algorithm("LoRA", {"down", "up"}, _low_rank),
-    _Algorithm("LoHa", {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, _hadamard),
-    _Algorithm("LoKr", {"lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"}, _kronecker),
-    _Algorithm("OFT", {"oft_blocks"}, _row_rotation),
-    _Algorithm("PEFT's OFT", {"oft_R", "boft_R"}, _column_rotation),
-    _Algorithm("(IA)³", {"on_input"}, _scaling),
-    _Algorithm("PEFT's (IA)³", {"ia3_l"}, _peft_scaling),
-    _Algorithm("a difference", {"diff", "diff_b"}, _full),
-    _Algorithm("a whole parameter", set(WHOLE.values()), _whole),
+    _Algorithm("LoRA", {"down", "up"}, {"mid", "singular", "up_bias", *_MAGNITUDES}, _low_rank),
+    _Algorithm(
+        "LoHa",
+        {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+        {"hada_t1", "hada_t2", *_MAGNITUDES},
+        _hadamard,
+    ),
+    _Algorithm(
+        "LoKr",
+        {"lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"},
+        {"lokr_w1_b", "lokr_w2_b", "lokr_t2", *_MAGNITUDES},
+        _kronecker,
+    ),
+    _Algorithm("OFT", {"oft_blocks"}, {"rescale"}, _row_rotation),
+    _Algorithm("PEFT's OFT", {"oft_R"}, set(), _oft_of_columns),
+    _Algorithm("PEFT's BOFT", {"boft_R"}, {"boft_s"}, _boft_of_columns),
+    _Algorithm("(IA)³", {"on_input"}, {"weight"}, _scaling),
+    _Algorithm("PEFT's (IA)³", {"ia3_l"}, set(), _peft_scaling),
+    _Algorithm("a difference", {"diff", "diff_b"}, set(), _full),
+    _Algorithm("a whole parameter", set(WHOLE.values()), set(), _whole),
 )
 
 

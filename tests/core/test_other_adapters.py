@@ -163,6 +163,10 @@ def broken(**parts: torch.Tensor) -> dict[str, torch.Tensor]:
         (broken(boft_R=torch.ones(3, 3, 2, 2), boft_s=torch.ones(8)), "of OFT that do not"),
         (broken(on_input=torch.tensor(0)), r"of \(IA\)³ that do not"),
         (broken(ia3_l=torch.ones(2, 2)), "cannot be told whether it scales rows or columns"),
+        (
+            broken(oft_blocks=torch.ones(4, 2, 2), dora_scale=torch.ones(8, 1)),
+            "has magnitude beside OFT, which is not known to belong to it",
+        ),
         (broken(diff=torch.ones(2, 2, 2)), r"diff of the shape \(2, 2, 2\), but 1 or 2 or 4 dimensions"),
         (broken(diff_b=torch.ones(0)), r"diff_b of the shape \(0,\)"),
         (broken(diff=torch.ones(8, 6, dtype=torch.int8)), "int8, but floating point"),
