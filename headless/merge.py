@@ -123,6 +123,8 @@ def merge(
     """
     from ..cascade_core.adapters.merge import MergedFile
     from ..cascade_core.checkpoints import read_named, write_safetensors
+    from ..cascade_core.checkpoints.layouts import SIGNATURES
+    from ..cascade_core.text.clip import CLIP_TOKENS
 
     _check_outputs(target, text_encoder, text_output, one_file, force)
     config = stage_c_config(source)
@@ -148,6 +150,11 @@ def merge(
         tensors = {name: model.tensors[name] for name in rest} if text is model else text.tensors
         left = text_file.add_network(tensors, text.parts["text"], patches["text"], naming("text"))
         lines.append(f"Text encoder: {text_file.changed - before} weights and biases change")
+        rows = len(text.parts["text"].to_published(text.tensors)[SIGNATURES["text"]])
+        if rows < CLIP_TOKENS:
+            lines.append(
+                f"Its vocabulary of {rows} tokens is its own: copy its vocab.json and merges.txt beside the new file."
+            )
         rest = left if text is model else rest
     for name in rest:
         file.add(name, model.tensors[name])

@@ -130,6 +130,27 @@ def test_what_is_said_and_kept(folder, capsys):
     assert len(json.loads(read_safetensors("twice.safetensors")[1]["merged_loras"])) == 3
 
 
+def test_other_changes_than_low_rank_ones(folder):
+    """Differences of weights and biases, as ComfyUI's trainer writes them, also of a third of the fused input."""
+    torch.manual_seed(4)
+    shapes = {name: tensor.shape for name, tensor in stage_c().items()}
+    parameters = ("clf.1.weight", "clf.1.bias", "down_blocks.0.2.attention.attn.to_k.bias")
+    tensors = {
+        f"diffusion_model.{name.rpartition('.')[0]}.diff{'_b' * name.endswith('bias')}": torch.randn(
+            shapes[name]
+        )
+        for name in parameters
+    }
+    write_safetensors("diff.safetensors", tensors, {})
+    write_safetensors("in.safetensors", fuse_attention(stage_c()), ABOUT)
+    assert merge("in.safetensors", "out.safetensors", "--lora", "diff.safetensors", "0.5") == 0
+    read = split_attention(read_safetensors("out.safetensors")[0])
+    expected = stage_c()
+    for name, difference in zip(parameters, tensors.values(), strict=True):
+        expected[name] = torch.add(expected[name], difference, alpha=0.5)
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
+
+
 def text_as_patched(strength: float) -> dict[str, torch.Tensor]:
     encoder = TextEncoder.load(TEXT_ENCODER).model
     with patched(encoder, [Patch("plain", read_adapter("plain.safetensors").text, strength)]):
@@ -141,11 +162,12 @@ def text_is(path: str, expected: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(read[name], tensor) for name, tensor in expected.items())
 
 
-def test_the_text_encoder_in_a_file_of_its_own_or_in_one(folder):
+def test_the_text_encoder_in_a_file_of_its_own_or_in_one(folder, capsys):
     write_safetensors("in.safetensors", fuse_attention(stage_c()), ABOUT)
     plain = ("--lora", "plain.safetensors", "0.7", "0.4", "--text-encoder", str(TEXT_ENCODER))
     assert merge("in.safetensors", "out.safetensors", *plain, "--text-output", "text.safetensors") == 0
     assert text_is("text.safetensors", text_as_patched(0.4))
+    assert "copy its vocab.json and merges.txt beside the new file" in capsys.readouterr().out
     assert networks_in("out.safetensors") == {"stage_c"}
     assert merge("in.safetensors", "both.safetensors", *plain, "--one-file") == 0
     assert networks_in("both.safetensors") == {"stage_c", "text"}
