@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError, quoted
-from .convert_lora import check_target, stage_c_config
+from .convert_lora import check_target
 
 if TYPE_CHECKING:
     from ..cascade_core.adapters.apply import Patch
@@ -121,14 +121,27 @@ def merge(
     text_encoder: to bake them into too, and text_output: where it is written to, if not into the same file (one_file);
     fp8: Stage C's matrices become fp8; alpha, filters: as in `read_adapter`.
     """
+    import torch
+
     from ..cascade_core.adapters.merge import MergedFile
-    from ..cascade_core.checkpoints import read_named, write_safetensors
+    from ..cascade_core.checkpoints import (
+        check_weights,
+        identify,
+        read_named,
+        split_attention,
+        write_safetensors,
+    )
     from ..cascade_core.checkpoints.layouts import SIGNATURES
+    from ..cascade_core.networks.config import StageCConfig
+    from ..cascade_core.networks.stage_c import StageC
     from ..cascade_core.text.clip import CLIP_TOKENS
 
     _check_outputs(target, text_encoder, text_output, one_file, force)
-    config = stage_c_config(source)
     model = read_named(source, "stage_c")
+    weights = model.stored("stage_c") if "stage_c" in model.parts else model.tensors
+    config = StageCConfig.from_dict(identify(source, weights, model.metadata, "stage_c")[1])
+    with torch.device("meta"):
+        check_weights(StageC(config), split_attention(weights))
     text = model if "text" in model.parts else None
     if text_encoder is not None:
         if text is not None:

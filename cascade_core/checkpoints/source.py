@@ -15,7 +15,7 @@ from .control_blocks import stated_blocks
 from .files import read_header, read_json, read_safetensors
 from .foreign import foreign_name
 from .layouts import Layout, parts_in
-from .quantised import quantisation, unscaled
+from .quantised import is_beside, quantisation, unscaled
 
 # Where diffusers' folders keep each network, in the order to look; `prior_…` in those of the combined pipeline.
 SUBFOLDERS = {
@@ -62,6 +62,11 @@ class NamedTensors(NamedTuple):
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     parts: dict[str, Layout]
+
+    def stored(self, part: str) -> dict[str, Tensor]:
+        """A network's own tensors under published names, as stored: without scales and a trainer's counters."""
+        published = self.parts[part].to_published(self.tensors)
+        return {name: t for name, t in published.items() if not (is_beside(name) or is_counter(name, t))}
 
 
 def read_named(path: str | Path, part: str) -> NamedTensors:
