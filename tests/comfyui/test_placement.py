@@ -55,6 +55,13 @@ def test_the_second_run_keeps_the_plan(found, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_factors_of_patches_are_in_the_room(found, kind):
+    rows = found("budgets")[f"{kind}, patched"]
+    for row in rows:
+        assert row["again"] == row["loaded"] <= max(row["room"], rows[0]["loaded"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gives_back_what_is_asked_or_is_detached(found, kind):
     results = found("budgets")
     always = min(row["left"] for row in results[kind])  # what only leaves with all

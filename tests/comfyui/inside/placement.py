@@ -107,6 +107,9 @@ def budgets(files: dict[str, Path]) -> dict[str, Any]:
             model = ours(kind, files[kind], card)
             weights = Weights(model.model)
             size = model.model_size()
+            results[f"{kind}, patched"] = [
+                patched_loads(by_core(model), share) for share in (-0.5, 0.3, 0.6, 0.9)
+            ]
             for share in (-0.5, 0.0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9, 0.99, 1.01, 1.2, 1e9):
                 for asked in (1, 0.02 * size, 0.3 * size, 0.8 * size):
                     room = share * size
@@ -129,6 +132,17 @@ def budgets(files: dict[str, Path]) -> dict[str, Any]:
             results[f"{kind}, changed"] = weights.changed()
         results[kind] = rows
     return results
+
+
+def patched_loads(model: Any, share: float) -> dict[str, Any]:
+    """Of a MODEL with a LoRA, whose factors stay on the card: loaded twice with the same room."""
+    room = share * model.model_size()
+    model.partially_load(LOAD, room)
+    loaded = model.loaded_size()
+    model.partially_load(LOAD, room - loaded)
+    again = model.loaded_size()
+    model.detach()
+    return {"room": room, "loaded": loaded, "again": again}
 
 
 def through_the_manager(files: dict[str, Path]) -> dict[str, Any]:

@@ -112,6 +112,22 @@ def scaled(model: Any) -> Any:
     return patched
 
 
+def cast(model: Any) -> Any:
+    """Computed in another precision than that of the weights, as ModelComputeDtype sets it."""
+    patched = by_core(model)
+    patched.set_model_compute_dtype(torch.bfloat16)
+    return patched
+
+
+def wrapped(model: Any) -> Any:
+    """Weights that nodes change whenever they are used."""
+    patched = by_core(model)
+    for name in layers(model):
+        if name.endswith("to_q"):
+            patched.add_weight_wrapper(f"{MODEL}{name}.weight", lambda weight: weight * 1.5)
+    return patched
+
+
 CHANGES: dict[str, Change] = {
     "none": lambda model: model,
     "core's LoRA": by_core,
@@ -121,8 +137,10 @@ CHANGES: dict[str, Change] = {
     "ours, DoRA of columns": partial(by_ours, magnitude="column"),
     "ours after core's": lambda model: by_ours(by_core(model)),
     "strength_model": scaled,
+    "another precision": cast,
+    "wrapped weights": wrapped,
 }
-WITHOUT_OURS = [name for name in CHANGES if "ours" not in name]
+WITHOUT_OURS = ["none", "core's LoRA", "two of core's", "strength_model"]
 CASES = [
     ("stage_c", "fp32", list(CHANGES)),
     ("stage_b", "fp32", WITHOUT_OURS),
