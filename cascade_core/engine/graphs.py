@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..placement import out_of_memory
 from . import workspace
+from .collector import collector_paused
 from .workspace import AllocatesError
 
 logger = logging.getLogger(__name__)
@@ -43,23 +43,18 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 @contextmanager
 def capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
     """Captures the launches inside the block. What they allocate comes from `pool`."""
-    gc_enabled = gc.isenabled()
-    gc.disable()  # collecting an old graph inside the block would end the capture
-    try:
-        with _CAPTURING, on_stream(capture_stream(device)):
-            # Other threads of a host may call the CUDA API meanwhile.
-            options = {} if pool is None else {"pool": pool}
-            graph.capture_begin(capture_error_mode="thread_local", **options)
-            try:
-                yield
-            except BaseException:
-                with suppress(RuntimeError):  # the capture is over already
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-    finally:
-        if gc_enabled:
-            gc.enable()
+    # Collecting an old graph inside the block would end the capture.
+    with collector_paused(), _CAPTURING, on_stream(capture_stream(device)):
+        # Other threads of a host may call the CUDA API meanwhile.
+        options = {} if pool is None else {"pool": pool}
+        graph.capture_begin(capture_error_mode="thread_local", **options)
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # the capture is over already
+                graph.capture_end()
+            raise
+        graph.capture_end()
 
 
 @contextmanager

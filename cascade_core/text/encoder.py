@@ -126,7 +126,7 @@ class TextEncoder:
         A single file that embeds all of CLIP's own vocabulary is served by the bundled one.
         """
         model = load_clip(path, "text", build_text_model, dtype, notify)
-        return cls(model, _find_tokenizer(Path(path), model.config.vocab_size))
+        return cls(model, find_tokenizer(Path(path), model.config.vocab_size))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], learned: Sequence[LearnedToken] = ()) -> TextStates:
@@ -182,7 +182,7 @@ def _tokens(chunk: Chunk) -> tuple[int, ...]:
     return tuple(token for token, _ in chunk)
 
 
-def _find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     if in_model_folder(path) or vocab_size < CLIP_TOKENS:
         beside = ("tokenizer", "prior_tokenizer")  # in a pipeline's folder, which this is or lies in

@@ -10,6 +10,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
+from ..collector import collector_paused
+
 _compiled: ContextVar[set[Hashable] | None] = ContextVar("compiled_ahead", default=None)
 
 
@@ -59,5 +61,6 @@ def compile_ahead(forward: Callable[[], object]) -> None:
 
 def _compile(forward: Callable[[], object]) -> None:
     _compiled.set(set())
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+    # A host's heap takes the collector half a second, in which no thread compiles.
+    with collector_paused(), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
         forward()

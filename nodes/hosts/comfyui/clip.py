@@ -6,6 +6,7 @@ They keep the host's names (`clip_g.transformer.text_model.…`), which its LoRA
 
 import inspect
 import os
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import folder_paths
 from torch import nn
 
 from ....cascade_core.adapters.embeddings import LEFT_OUT, embedding_names, missing, spellings
+from ....cascade_core.text.clip import TextConfig, load_clip
+from ....cascade_core.text.encoder import find_tokenizer
 from ....cascade_core.text.tokenizer import Tokenizer
 from ..roles import leaves_folder
 from .progress import notify
@@ -25,7 +28,9 @@ from .weights import remember_file
 
 
 class TextModel(comfy.clip_model.CLIPTextModel):
-    """Host's text transformer with a vocabulary and a projection of any size."""
+    """Host's text transformer with a vocabulary and a projection of any size.  config: of the file it is built for"""
+
+    config: dict[str, Any]
 
     def __init__(self, config_dict, dtype, device, operations):
         super().__init__(config_dict, dtype, device, operations)
@@ -85,23 +90,30 @@ class BackendAdapter:
         return self.tokenizer.backend.get_vocab()
 
 
-def load_text_encoder(path: Path) -> comfy.sd.CLIP:
-    from ....cascade_core.text.encoder import TextEncoder as CoreTextEncoder
+def _on_meta(config: dict[str, Any], device: Any) -> TextModel:
+    """The names and shapes of a file's tensors, without transformers' classes, which take a second to import."""
+    complete = asdict(TextConfig.from_dict(config))
+    network = TextModel(complete, None, device, nn)
+    network.config = complete
+    return network
 
-    core = CoreTextEncoder.load(path, notify=notify)
-    config = core.model.config.to_dict()
-    config |= {"bos_token_id": core.tokenizer.start_token, "eos_token_id": core.tokenizer.end_token}
+
+def load_text_encoder(path: Path) -> comfy.sd.CLIP:
+    network = load_clip(path, "text", _on_meta, notify=notify)
+    config: dict[str, Any] = network.config
+    tokenizer = find_tokenizer(path, config["vocab_size"])
+    config |= {"bos_token_id": tokenizer.start_token, "eos_token_id": tokenizer.end_token}
     chunker = partial(
         comfy.sd1_clip.SDTokenizer,
         embedding_size=config["hidden_size"],
         embedding_key="clip_g",
-        tokenizer_class=BackendAdapter(core.tokenizer),
+        tokenizer_class=BackendAdapter(tokenizer),
     )
     target = comfy.supported_models_base.ClipTarget(
         partial(comfy.sd1_clip.SD1Tokenizer, clip_name="g", tokenizer=chunker),
         partial(comfy.sd1_clip.SD1ClipModel, clip_name="g", clip_model=partial(TextEncoder, config)),
     )
-    weights = core.model.state_dict()
+    weights = network.state_dict()
     parameters = sum(tensor.numel() for tensor in weights.values())
     embeddings = folder_paths.get_folder_paths("embeddings")
     if (
