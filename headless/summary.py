@@ -183,7 +183,7 @@ def _samplers(graph: Graph, upstream: dict[str, bool]) -> list[Sampling]:
     for node, is_semantic in upstream.items():
         inputs, class_type = graph[node]["inputs"], str(graph[node].get("class_type"))
         seeds = [_literal(graph, inputs[name]) for name in SEED_INPUTS if name in inputs]
-        if not seeds or not isinstance(seeds[0], int):
+        if not seeds or type(seeds[0]) is not int:
             continue
         settings: dict[str, int | float | str] = {"seed": seeds[0]}
         for name, setting in _SETTINGS.items():

@@ -5,6 +5,7 @@ a·x0 + b·ε where ComfyUI's works with x / a. Pictures, hints and masks from n
 """
 
 import base64
+import json
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from cascade_nodes.headless.builtin.sampling import simple_sigmas
 from cascade_nodes.headless.cli import main
@@ -19,13 +21,14 @@ from cascade_nodes.headless.folders import Folders, using_folders
 from cascade_nodes.headless.registry import available_nodes, describe
 from cascade_nodes.tests.headless.official_models import (
     NODES,
+    PICTURES,
     SIDE,
     graphs,
     tensors_of,
     write_models,
     write_pictures,
 )
-from cascade_nodes.tests.headless.pictured import official, save_picture
+from cascade_nodes.tests.headless.pictured import NAMES, official, save_picture
 
 GRAPHS = graphs()
 EXACT = {
@@ -104,3 +107,16 @@ def test_a_picture_of_comfyuis_runs(folder, ours, tmp_path, capsys):
     assert paths == [str(output / "ComfyUI_00001_.png"), str(output / "temp" / "preview_00001_.png")]
     expected = (255 * ours["canny_controlnet"]["8 0"][0].numpy()).clip(0, 255).astype(np.uint8)
     assert np.array_equal(np.asarray(Image.open(paths[0])), expected)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_run_as_they_are(folder, name, tmp_path, capsys):
+    picture = save_picture(tmp_path / f"{name}.png", **official(name))
+    output = tmp_path / "made"
+    assert main(["run", str(picture), "--input", str(folder / "input"), "--output", str(output)]) == 0
+    with Image.open(output / "ComfyUI_00001_.png") as made:
+        assert isinstance(made, PngImageFile)
+        assert made.size == PICTURES["example"] if name == "image_to_image" else max(made.size) == 1024
+        assert json.loads(made.text["prompt"]) == official(name)["prompt"]
+        assert made.text["parameters"].startswith(official(name)["prompt"]["6"]["inputs"]["text"])
