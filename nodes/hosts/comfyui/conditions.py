@@ -44,18 +44,22 @@ def lasting(model: Any, values: dict[str, Tensor], device: torch.device) -> dict
     return {name: LastingCond(cast(value, device, dtype)) for name, value in values.items()}
 
 
+TABLES = ("sigmas", "log_sigmas")
+
+
 class LazySchedule(comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.EPS):
     """The host's schedule. Its table of sigmas, which takes it half a second, is made where its schedulers read it."""
 
     def set_parameters(self, shift: float = 1.0, cosine_s: float = 8e-3) -> None:
-        self._buffers.pop("sigmas", None)
-        self._buffers.pop("log_sigmas", None)
+        for name in TABLES:
+            self._buffers.pop(name, None)
         self.shift, self.num_timesteps = shift, 10000
         self.cosine_s = torch.tensor(cosine_s)
         self._init_alpha_cumprod = torch.cos(self.cosine_s / (1 + self.cosine_s) * torch.pi * 0.5) ** 2
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("sigmas", "log_sigmas"):
+        if name in TABLES and name not in self._buffers:
+            self._buffers.update(dict.fromkeys(TABLES))  # registering them asks whether they are there
             super().set_parameters(self.shift, self.cosine_s.item())
         return super().__getattr__(name)
 
