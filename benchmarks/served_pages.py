@@ -130,6 +130,11 @@ def pitch(measured: Measured, words: dict[str, str]) -> str:
     return words["pitch"].format(**told, less=less) + "\n"
 
 
+def compiles(row: dict[str, Any]) -> bool:
+    """Whether kernels were compiled for the row's first picture."""
+    return row.get("compiled") is False and row["who"] not in ("native", "cold")
+
+
 def whole(measured: Measured, words: dict[str, str]) -> str:
     """Where it was measured, the figure, and the table of the whole card's memory."""
     several = len(measured.versions) > 1
@@ -140,17 +145,11 @@ def whole(measured: Measured, words: dict[str, str]) -> str:
             if row:
                 name = f"{words[who]}, {version}" if several and version else words[who]
                 cold = measured.find("cold", version) if who == "ours" else {}
-                rows.append(
-                    [
-                        name,
-                        *(
-                            seconds(row.get(quantity), words)
-                            for quantity in ("seed", "prompt", "png", "first")
-                        ),
-                        seconds(cold.get("first"), words),
-                        gigabytes(row),
-                    ]
-                )
+                if compiles(row):
+                    cold = cold or row
+                times = [row.get(quantity) for quantity in ("seed", "prompt", "png")]
+                times += [None if compiles(row) else row.get("first"), cold.get("first")]
+                rows.append([name, *(seconds(each, words) for each in times), gigabytes(row)])
     head = [words[name] for name in ("nodes", "seed", "prompt", "png", "first", "cold", "copied")]
     figure = f"![{words['figure']}](docs/images/served.svg)"
     return f"{figure}\n\n{place(measured, words)}\n\n{table(head, rows)}"
@@ -190,7 +189,8 @@ def everything(measured: Measured, words: dict[str, str]) -> str:
         who = words["ours"] if row["who"] == "cold" else words[row["who"]]
         name = " ".join([who, *(f"`{flag}`" for flag in row["flags"])])
         name += f", {words['cold']}" if row["who"] == "cold" else ""
-        quantities = [seconds(row.get(quantity), words) for quantity in ("seed", "prompt", "png", "first")]
+        quantities = [seconds(row.get(quantity), words) for quantity in ("seed", "prompt", "png")]
+        quantities.append("" if compiles(row) else seconds(row.get("first"), words))
         predicted = row.get("predicted", {})
         quantities += [gigabytes(row), *(seconds(predicted.get(str(bus)), words) for bus in BUSES[::-1])]
         failed = "failed" if "error" in row else ""
