@@ -10,6 +10,8 @@ import pytest
         ("after the LoRA", 0.0),
         ("CLIP LoRA against merged", 1e-5),
         ("a clone", 0.0),
+        ("the model's own sigmas", 0.0),
+        ("the model's own logarithms of sigmas", 0.0),
         ("the model's own schedule, after another", 0.0),
         ("the other schedule, after the model's own", 0.0),
         ("partly loaded", 0.0),

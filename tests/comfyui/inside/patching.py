@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import comfy.model_base
 import comfy.sd
 import native
 import torch
@@ -89,6 +90,8 @@ def schedule_of_its_own() -> dict[str, float]:
     model = comfyui.load_network("stage_c", WEIGHTS / "demo_stage_c.safetensors", "fp32")
     schedule = model.get_model_object("model_sampling")
     sigmas = schedule.sigmas.clone()
+    stable_cascade = comfy.model_base.ModelType.STABLE_CASCADE
+    host_schedule = comfy.model_base.model_sampling(model.model.model_config, stable_cascade)
     other_schedule = with_shift(model, schedule.shift + 2).get_model_object("model_sampling")
     shifted = other_schedule.sigmas.clone()
     for before, after in ((schedule, other_schedule), (other_schedule, schedule)):
@@ -99,6 +102,8 @@ def schedule_of_its_own() -> dict[str, float]:
             module_name, _, attribute = name.rpartition(".")
             model.model.get_submodule(module_name).register_buffer(attribute, buffer)
     return {
+        "the model's own sigmas": relative(sigmas, host_schedule.sigmas),
+        "the model's own logarithms of sigmas": relative(schedule.log_sigmas, host_schedule.log_sigmas),
         "the model's own schedule, after another": relative(schedule.sigmas, sigmas),
         "the other schedule, after the model's own": relative(other_schedule.sigmas, shifted),
         "the other schedule's effect": relative(other_schedule.sigmas, schedule.sigmas),
