@@ -108,9 +108,8 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         needs = self.model.hosted.forward_bytes or [0]
         least = management.minimum_inference_memory() - management.extra_reserved_memory()
         loaded, free = residence.bytes, management.get_free_memory(self.load_device)
-        extra = min(
-            extra, free - management.minimum_inference_memory()
-        )  # the manager never says less than nothing
+        # The manager never says less than nothing, of which a credit would make more than there is.
+        extra = min(extra, free - management.minimum_inference_memory())
         credit = max(0, graphs - max(0, min(needs) - least))
         together = loaded + free - BATCH_MARGIN * max(0, max(needs) - graphs)
         return min(loaded + extra + credit, together)
