@@ -133,9 +133,8 @@ def parameters(summary: Summary, width: int, height: int, batch: int = 1, index:
     line = ", ".join(f"{name}: {_entry(value)}" for name, value in entries.items() if value is not None)
     negative = [f"Negative prompt: {summary.negative}"] if summary.negative else []
     text = "\n".join([summary.positive, *negative, line])
-    return (
-        text.replace("\x00", "").encode("utf-8", "replace").decode()
-    )  # a chunk holds neither NUL nor half a character
+    # A chunk holds neither NUL nor half a character.
+    return text.replace("\x00", "").encode("utf-8", "replace").decode()
 
 
 def _loras(summary: Summary) -> list[File]:

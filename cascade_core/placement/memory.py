@@ -152,9 +152,6 @@ class DeviceMemory:
             free_bytes -= sum(candidate.resident_bytes for candidate in self._evictable(placement))
         return plan_streaming(placement.units, placement.order, free_bytes, self.device.footprint)
 
-    def _slots_footprint(self, plan: StreamingPlan) -> int:
-        return plan.slots * self.device.footprint(plan.slot_bytes)
-
     def _smaller_plan(self, placement: Placement, plan: StreamingPlan) -> tuple[StreamingPlan, str] | None:
         """The next smaller placement, with its description; None after the smallest."""
         candidates = self._evictable(placement)
@@ -203,7 +200,7 @@ class DeviceMemory:
             resident = [unit for unit in placement.units if unit not in plan.streamed]
             missing = [unit for unit in resident if unit.device_buffer is None]
             self._evict(
-                placement, placement.footprint(missing) + self._slots_footprint(plan) + workspace_bytes
+                placement, placement.footprint(missing) + placement.slot_bytes(plan) + workspace_bytes
             )
             placement.onload(resident)
             if plan.streamed:

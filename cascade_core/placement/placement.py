@@ -97,6 +97,10 @@ class Placement:
         """Bytes that these units take on the device."""
         return sum(self.device.footprint(unit.size) for unit in units)
 
+    def slot_bytes(self, plan: StreamingPlan) -> int:
+        """Bytes on the device that a plan's slots take."""
+        return plan.slots * self.device.footprint(plan.slot_bytes)
+
     def graph_bytes(self, device: torch.device) -> int:
         """Bytes on the device that CUDA graphs of the network keep."""
         return sum(consumer.graph_bytes(device) for consumer in self.consumers)

@@ -40,7 +40,19 @@ def _load(name: str) -> tuple[Any, ...]:
     return CascadeCheckpointLoader.execute(name, "auto").result or ()
 
 
-class CheckpointLoaderSimple(io.ComfyNode):
+class _CheckpointLoader(io.ComfyNode):
+    """What is asked of a checkpoint before it is loaded."""
+
+    @classmethod
+    def validate_inputs(cls, ckpt_name=None) -> bool | str:
+        return _check_checkpoint(ckpt_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, ckpt_name) -> str:
+        return fingerprint("checkpoint", ckpt_name)
+
+
+class CheckpointLoaderSimple(_CheckpointLoader):
     """Loads MODEL, CLIP and VAE of one file."""
 
     @classmethod
@@ -55,19 +67,11 @@ class CheckpointLoaderSimple(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name=None) -> bool | str:
-        return _check_checkpoint(ckpt_name)
-
-    @classmethod
-    def fingerprint_inputs(cls, ckpt_name) -> str:
-        return fingerprint("checkpoint", ckpt_name)
-
-    @classmethod
     def execute(cls, ckpt_name) -> io.NodeOutput:
         return io.NodeOutput(*_load(ckpt_name)[:3])
 
 
-class UnCLIPCheckpointLoader(io.ComfyNode):
+class UnCLIPCheckpointLoader(_CheckpointLoader):
     """Loads MODEL, CLIP, VAE and CLIP_VISION of one file."""
 
     @classmethod
@@ -80,14 +84,6 @@ class UnCLIPCheckpointLoader(io.ComfyNode):
             inputs=[_checkpoint_input()],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output(), io.ClipVision.Output()],
         )
-
-    @classmethod
-    def validate_inputs(cls, ckpt_name=None) -> bool | str:
-        return _check_checkpoint(ckpt_name)
-
-    @classmethod
-    def fingerprint_inputs(cls, ckpt_name) -> str:
-        return fingerprint("checkpoint", ckpt_name)
 
     @classmethod
     def execute(cls, ckpt_name) -> io.NodeOutput:

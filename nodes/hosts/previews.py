@@ -108,9 +108,8 @@ class SideStream:
     def launch(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Launched:
         """Launches work(x) after everything that the current stream has to do so far, which does not wait for it."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        x.record_stream(
-            self.stream
-        )  # x may be freed at once: its memory is not used again before the work is done
+        # x may be freed at once: its memory is not used again before the work is done.
+        x.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
             result = work(x)
             # To memory that may be paged out the copy would wait, and the host with it, for the steps before.

@@ -248,9 +248,8 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
 
     def get_free_memory(self, device):
         """Free bytes, asked once a run, so that all its steps run as many prompts at once."""
-        if self._free_bytes is None or device != self.load_device:
-            free = super().get_free_memory(device)
-            if device != self.load_device:
-                return free
-            self._free_bytes = free
+        if device != self.load_device:
+            return super().get_free_memory(device)
+        if self._free_bytes is None:
+            self._free_bytes = super().get_free_memory(device)
         return self._free_bytes

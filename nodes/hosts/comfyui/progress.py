@@ -29,9 +29,8 @@ LEARNED = (LatentPreviewMethod.Auto, LatentPreviewMethod.TAESD)
 # Previewer of each stage's latents, its configuration's name for their channels, its pixels for a position of them.
 PREVIEWERS = {"stage_c": ("previewer", "c_in", 8), "stage_b": ("stage_a", "c_latent", STAGE_B_COMPRESSION)}
 LEARNED_SIDE = 256  # pixels of a learned previewer's pictures, at most: they take its memory and its time
-KEPT = (
-    "cascade_previewer"  # where a model keeps its learned previewer, with the files that it was chosen from
-)
+# Where a model keeps its learned previewer, with the files that it was chosen from.
+KEPT = "cascade_previewer"
 POLL = 5e-4  # seconds between two looks at a card
 
 

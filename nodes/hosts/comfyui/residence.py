@@ -60,7 +60,7 @@ class Residence:
     @property
     def bytes(self) -> int:
         """Bytes on the device: resident units, slots, and the patches' factors that are kept there."""
-        slots = 0 if self._stream is None else self._slot_bytes(self._stream.plan)
+        slots = 0 if self._stream is None else self.placement.slot_bytes(self._stream.plan)
         factors = sum(weight.device_bytes for each in self._patched.values() for weight in each.values())
         return self.placement.resident_bytes + slots + factors
 
@@ -210,10 +210,7 @@ class Residence:
 
     def _bytes(self, plan: StreamingPlan) -> int:
         resident = [unit for unit in self.placement.units if unit not in plan.streamed]
-        return self.placement.footprint(resident) + self._slot_bytes(plan)
-
-    def _slot_bytes(self, plan: StreamingPlan) -> int:
-        return plan.slots * self.device.footprint(plan.slot_bytes)
+        return self.placement.footprint(resident) + self.placement.slot_bytes(plan)
 
     def _apply(self, plan: StreamingPlan, patched: UnitPatches) -> None:
         leaving = [unit for unit in self.placement.resident if unit in plan.streamed]

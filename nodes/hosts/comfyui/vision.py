@@ -39,8 +39,7 @@ def encode_image(vision: Any, image: Tensor) -> Any:
     """The host's own, on pictures of the size that it asks for: it would round their longer side, by which they were
     resized, where CLIP's authors cut it down.
     """
-    if (
-        getattr(vision, "model_type", "clip_vision_model") == "clip_vision_model"
-    ):  # CLIP's own: always a square
+    # CLIP's own encoders, which always see a square.
+    if getattr(vision, "model_type", "clip_vision_model") == "clip_vision_model":
         image = middle_square(image.to(vision.load_device), vision.image_size)
     return vision.encode_image(image)

@@ -48,9 +48,8 @@ class PatchedWeight:
         """
         # The host's adapters leave a weight as it is, with a line in the log, where memory is short: better fail here.
         torch.empty(SCRATCH * weight.numel(), dtype=torch.float32, device=weight.device)
-        original = {
-            self.key: [(weight, _unchanged)]
-        }  # what a patch by another model's weight is compared with
+        # What a patch by another model's weight is compared with.
+        original = {self.key: [(weight, _unchanged)]}
         copied = weight.to(torch.float32, copy=True)
         changed = comfy.lora.calculate_weight(
             self._steps_there, copied, self.key, intermediate_dtype=torch.float32, original_weights=original
