@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
+from cascade_nodes.cascade_core.engine.card import card_of
 from cascade_nodes.cascade_core.engine.kernels.tuned import CUBLAS, TABLE, Config, device_key
 from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
@@ -127,10 +128,12 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=TABLE, help="file of winners to update")
     parser.add_argument("--json", type=output_file, help="also write all times to this file")
     arguments = parser.parse_args()
+    card = card_of(torch.device("cuda"))
+    assert card is not None, "Products are tuned on an NVIDIA card, with Triton."
     configs, measured = candidates(), cases()
     compile_all((case, config) for case in measured for config in configs)
     results = [measure(case, configs) for case in measured]
-    write_table(arguments.table, device_key(torch.device("cuda")), results)
+    write_table(arguments.table, device_key(card), results)
     if arguments.json:
         report = {"machine": describe_machine(), "device": torch.cuda.get_device_name(), "results": results}
         write_file(arguments.json, json.dumps(report, indent=1))

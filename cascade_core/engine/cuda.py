@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import operations
+from .card import card_of
 from .kernels import attention as attention_kernel
 from .kernels import depthwise, modulation, products, resident, response
 from .kernels.launch import compile_ahead
@@ -98,7 +99,7 @@ def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tens
 
 def fits_registers(h: Tensor) -> bool:
     """Whether `gelu_response_norm_` takes h (B, N, K)."""
-    return h.is_cuda and resident.fits(h)
+    return card_of(h.device) is not None and resident.fits(h)
 
 
 def gelu_response_norm_(h: Tensor, gamma: Tensor) -> Tensor:
@@ -142,11 +143,7 @@ def attention(qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bo
     if head_width not in HEAD_WIDTHS:
         return operations.attention(qkv, key, value, heads, self_attn)
     out = empty((batch, positions, channels), qkv)
-    hopper = positions >= LONG_SEQUENCE and head_width == 64 and _is_hopper(qkv.device)
+    card = card_of(qkv.device)
+    hopper = positions >= LONG_SEQUENCE and head_width == 64 and card is not None and card.capability[0] == 9
     options = HOPPER_ATTENTION if hopper else {}
     return attention_kernel.attention(qkv, key, value, heads, out, self_attn, **options)
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

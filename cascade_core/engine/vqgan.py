@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..networks.stage_a import MixingResidualBlock, StageA
 from ..placement import WeightConsumer
 from .blocks import taps_of
+from .card import card_of
 from .graphs import Graphed, GraphMemory, can_capture
 from .layout import as_image, as_tokens, shuffle
 from .lru import LRU
@@ -54,7 +55,7 @@ class DecoderEngine(WeightConsumer):
     def __call__(self, latent: Tensor) -> Tensor:
         if not self._weights.unchanged():
             self.forget()
-        device = latent.device.type
+        device = "cuda" if card_of(latent.device) else latent.device.type
         bindings = BINDINGS.get(device)
         if (
             bindings is None
@@ -64,7 +65,7 @@ class DecoderEngine(WeightConsumer):
             return self.stage_a.decode(latent)
         if self._blocks is None:
             self._blocks = [bind(module, bindings) for module in self._modules()]
-            if latent.is_cuda:
+            if device == "cuda":
                 from .kernels.launch import compile_ahead
 
                 compile_ahead(lambda: self._decode(latent))

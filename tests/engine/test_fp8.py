@@ -9,8 +9,9 @@ from torch import Tensor
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
-from cascade_nodes.cascade_core.engine import Engine, backend, fp8, operations
+from cascade_nodes.cascade_core.engine import Engine, fp8, operations, operations_on
 from cascade_nodes.cascade_core.engine import engine as engine_module
+from cascade_nodes.cascade_core.engine.card import Card, described
 from cascade_nodes.cascade_core.engine.unet import BoundUNet
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.tests.engine.test_engine import (
@@ -158,12 +159,10 @@ def test_where_it_cannot_be():
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((9, 0), True), ((8, 9), True), ((8, 6), False)])
-def test_which_cards_have_it(monkeypatch, capability, chosen):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3060")
-    choose = backend.operations_on.__wrapped__
-    if chosen:
-        assert choose(torch.device("cuda"), "fp8") is fp8
-    else:
-        with pytest.raises(CascadeError, match="RTX 3060 is not one; choose another precision"):
-            choose(torch.device("cuda"), "fp8")
+def test_which_cards_have_it(capability, chosen):
+    with described(Card(capability, "NVIDIA GeForce RTX 3060", 28)):
+        if chosen:
+            assert operations_on(torch.device("meta"), "fp8") is fp8
+        else:
+            with pytest.raises(CascadeError, match="RTX 3060 is not one; choose another precision"):
+                operations_on(torch.device("meta"), "fp8")

@@ -6,11 +6,10 @@ Accumulators are float32 and rounded once.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from ..card import card_of
 from .launch import launch, tensor_descriptor
 from .matmul import SCHEDULES, product
 from .tuned import PORTABLE, Config, choose
@@ -126,9 +125,6 @@ def _multiply(
 
 
 def _programs(config: Config, tiles: int, device: torch.device) -> int:
-    return tiles if config.schedule == "tile" else min(tiles, config.per_sm * _multiprocessors(device))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    card = card_of(device)
+    multiprocessors = card.multiprocessors if card else 4  # interpreted
+    return tiles if config.schedule == "tile" else min(tiles, config.per_sm * multiprocessors)

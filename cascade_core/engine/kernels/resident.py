@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..card import card_of
 from .launch import launch
 from .matmul import gelu
 from .response import EPS, response_share
@@ -128,12 +129,8 @@ def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor
 
 def _plan_of(h: Tensor) -> Plan | None:
     batch, n, k = h.shape
-    return plan(batch, n, k, _multiprocessors(h.device))
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    card = card_of(h.device)
+    return plan(batch, n, k, card.multiprocessors if card else 1)  # without a card: interpreted
 
 
 @triton.jit

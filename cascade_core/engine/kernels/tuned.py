@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..card import Card, card_of
+
 TABLE = Path(__file__).parents[1] / "tuned.json"
 CUBLAS = "cublas"
 MAX_ROW_RATIO = 2.0  # between a product that is not in the table and the entry used for it
@@ -46,21 +48,20 @@ PORTABLE = Config(64, 64, 32, warps=4, stages=2)  # fits every card's shared mem
 
 def choose(op: str, m: int, n: int, k: int, device: torch.device | str) -> Config | None:
     """The fastest known Config of `op`, a function of products.py, for x: (m, k), w: (n, k); None for cuBLAS."""
-    return _choose(op, m, n, k, torch.device(device))
+    card = card_of(torch.device(device))
+    return None if card is None else _choose(op, m, n, k, card)
 
 
 @cache
-def _choose(op: str, m: int, n: int, k: int, device: torch.device) -> Config | None:
-    if device.type != "cuda":
-        return None
-    winner = nearest(for_device(_table(), device_key(device)).get(op, {}), m, n, k)
+def _choose(op: str, m: int, n: int, k: int, card: Card) -> Config | None:
+    winner = nearest(for_device(_table(), device_key(card)).get(op, {}), m, n, k)
     return Config(**winner) if isinstance(winner, dict) else None
 
 
-def device_key(device: torch.device) -> str:
+def device_key(card: Card) -> str:
     """Compute capability and name: "9.0 NVIDIA H100 80GB HBM3"."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{major}.{minor} {torch.cuda.get_device_name(device)}"
+    major, minor = card.capability
+    return f"{major}.{minor} {card.name}"
 
 
 def for_device(table: dict[str, Any], key: str) -> dict[str, Any]:
