@@ -59,6 +59,7 @@ def test_factors_of_patches_are_in_the_room(found, kind):
     rows = found("budgets")[f"{kind}, patched"]
     for row in rows:
         assert row["again"] == row["loaded"] <= max(row["room"], rows[0]["loaded"])
+        assert (row["factors"] > 0, row["factors copied again"], row["factors of the whole"]) == (True, 0, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from ....cascade_core.placement import CudaDevice, Device, Loader, Placement, Un
 from ....cascade_core.placement.plan import SLOTS, StreamingPlan, plan_streaming
 from ....cascade_core.placement.stream import WeightStream
 from ....cascade_core.placement.units import UNIT_BYTES
-from .weight_patches import PatchedWeight, Patches, UnitPatches, by_unit, keys_of
+from .weight_patches import PatchedWeight, Patches, UnitPatches, by_unit, keys_of, unchanged_kept
 
 if TYPE_CHECKING:
     from .model import HostedNetwork
@@ -226,12 +226,17 @@ class Residence:
             self._stream = self.placement.new_stream(plan)
 
     def _set_patched(self, patched: UnitPatches) -> None:
-        """Patches weights so from here on."""
-        self._patched = patched
-        self.placement.set_changes(patched, keys_of(patched))
-        if self._plan is not None:
-            for weight in _weights(patched, self._plan):
-                weight.keep_on(self.device.device)
+        """Patches weights so from here on. What is patched as before keeps the factors that are on the device."""
+        self._patched = unchanged_kept(self._patched, patched)
+        self.placement.set_changes(self._patched, keys_of(self._patched))
+        if self._plan is None:
+            return
+        for unit, weights in self._patched.items():
+            for weight in weights.values():
+                if unit in self._plan.streamed:
+                    weight.keep_on(self.device.device)
+                else:
+                    weight.drop()  # patched once, when the unit comes to the device
 
 
 def _weights(patched: UnitPatches, plan: StreamingPlan) -> list[PatchedWeight]:

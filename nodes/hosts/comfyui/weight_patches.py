@@ -41,6 +41,10 @@ class PatchedWeight:
             self._steps_there = [_on_device(step, device) for step in self.steps]
             self.device_bytes = self.factor_bytes
 
+    def drop(self) -> None:
+        """Frees the factors on the device."""
+        self._steps_there, self.device_bytes = self.steps, 0
+
     def apply(self, weight: Tensor) -> Tensor:
         """The patched weight in its own dtype, computed in float32 and rounded as the host does.
 
@@ -89,6 +93,18 @@ def by_unit(placement: Placement, patches: Patches) -> UnitPatches:
             unit, index = location
             grouped.setdefault(unit, {})[index] = PatchedWeight(key, steps, unit.host_tensors[index])
     return grouped
+
+
+def unchanged_kept(before: UnitPatches, after: UnitPatches) -> UnitPatches:
+    """`after`, with those of `before` that do the same."""
+    return {
+        unit: {index: _kept(before.get(unit, {}).get(index), weight) for index, weight in weights.items()}
+        for unit, weights in after.items()
+    }
+
+
+def _kept(before: PatchedWeight | None, after: PatchedWeight) -> PatchedWeight:
+    return before if before is not None and _same(before.steps, after.steps) else after
 
 
 def keys_of(patches: UnitPatches) -> dict[Unit, PatchKey]:

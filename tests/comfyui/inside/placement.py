@@ -135,14 +135,29 @@ def budgets(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def patched_loads(model: Any, share: float) -> dict[str, Any]:
-    """Of a MODEL with a LoRA, whose factors stay on the card: loaded twice with the same room."""
+    """Of a MODEL with a LoRA, whose factors stay on the card: loaded twice with the same room, then as a whole."""
     room = share * model.model_size()
     model.partially_load(LOAD, room)
-    loaded = model.loaded_size()
+    loaded, factors = model.loaded_size(), factors_on_card(model)
     model.partially_load(LOAD, room - loaded)
-    again = model.loaded_size()
+    again, copied = model.loaded_size(), factors_on_card(model)
+    model.partially_load(LOAD, 1e32)
+    whole = factors_on_card(model)
     model.detach()
-    return {"room": room, "loaded": loaded, "again": again}
+    return {
+        "room": room,
+        "loaded": loaded,
+        "again": again,
+        "factors": len(factors),
+        "factors copied again": sum(each is not other for each, other in zip(copied, factors, strict=True)),
+        "factors of the whole": len(whole),
+    }
+
+
+def factors_on_card(model: Any) -> list[Any]:
+    """The steps of patched weights whose factors are kept on the card."""
+    patched = model.model.residence._patched.values()
+    return [weight._steps_there for weights in patched for weight in weights.values() if weight.device_bytes]
 
 
 def through_the_manager(files: dict[str, Path]) -> dict[str, Any]:
