@@ -77,23 +77,32 @@ def depthwise_norm(
     return depthwise.depthwise_norm(x, weight, bias, *size, eps, empty(x.shape, x))
 
 
-def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor) -> None:
+def channelwise_(
+    x: Tensor,
+    h: Tensor,
+    expand: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    contract: Tensor,
+    h_scale: float = 1.0,
+    x_scale: float = 1.0,
+) -> None:
     batch, positions, _ = x.shape
     hidden, width = expand.shape
     config = products.choose("linear_gelu_response", batch * positions, hidden, width, x.device)
-    if config is None:
+    if config is None or h_scale != 1:
         h = linear(h, expand, bias)
         if fits_registers(h):
-            h = gelu_response_norm_(h, gamma)
+            h = gelu_response_norm_(h, gamma, h_scale, x_scale)
         else:
-            h = response.apply_response(h, gelu_response_scale_(h, gamma))
+            h = response.apply_response(h, gelu_response_scale_(h, gamma, h_scale, x_scale))
     else:
         partial = empty((batch, products.response_chunks(positions, config), hidden), x, torch.float32)
         out = empty((batch, positions, hidden), x)
         products.linear_gelu_response(
             h.flatten(0, 1), expand, bias, positions, out.flatten(0, 1), partial, config
         )
-        h = response.apply_response(out, _response_scale(partial, gamma))
+        h = response.apply_response(out, _response_scale(partial, gamma, x_scale=x_scale))
     add_linear_(x, h, contract)
 
 
@@ -102,24 +111,24 @@ def fits_registers(h: Tensor) -> bool:
     return card_of(h.device) is not None and resident.fits(h)
 
 
-def gelu_response_norm_(h: Tensor, gamma: Tensor) -> Tensor:
+def gelu_response_norm_(h: Tensor, gamma: Tensor, h_scale: float = 1.0, x_scale: float = 1.0) -> Tensor:
     """h = response_norm(GELU(h)) in one launch.  h: (B, N, K), gamma: (K,)"""
-    return resident.gelu_response_norm(h, gamma, reduction_workspace(h.device))
+    return resident.gelu_response_norm(h, gamma, reduction_workspace(h.device), h_scale, x_scale)
 
 
-def gelu_response_scale_(h: Tensor, gamma: Tensor) -> Tensor:
+def gelu_response_scale_(h: Tensor, gamma: Tensor, h_scale: float = 1.0, x_scale: float = 1.0) -> Tensor:
     """h = GELU(h); returns the factors of its response norm.  h: (B, N, K), gamma: (K,) -> (B, K) float32"""
     batch, positions, hidden = h.shape
     chunks = response.response_chunks(positions, hidden)
     partial = empty((batch, chunks, hidden), h, torch.float32)
-    response.gelu_response(h, partial)
-    return _response_scale(partial, gamma)
+    response.gelu_response(h, partial, h_scale)
+    return _response_scale(partial, gamma, h_scale, x_scale)
 
 
-def _response_scale(partial: Tensor, gamma: Tensor) -> Tensor:
+def _response_scale(partial: Tensor, gamma: Tensor, h_scale: float = 1.0, x_scale: float = 1.0) -> Tensor:
     """The factors (B, K) of the response norm, from partial sums of squares (B, chunks, K)."""
     batch, _, hidden = partial.shape
-    return response.response_scale(partial, gamma, empty((batch, hidden), partial))
+    return response.response_scale(partial, gamma, empty((batch, hidden), partial), h_scale, x_scale)
 
 
 @cache
@@ -136,14 +145,16 @@ def modulate_norm_(x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float = EP
     return modulation.modulate_norm(x, scale_shift, bias, empty(x.shape, x), eps)
 
 
-def attention(qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool) -> Tensor:
+def attention(
+    qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool, x_scale: float = 1.0
+) -> Tensor:
     batch, positions, width = qkv.shape
     channels = width // 3
     head_width = channels // heads
     if head_width not in HEAD_WIDTHS:
-        return operations.attention(qkv, key, value, heads, self_attn)
+        return operations.attention(qkv, key, value, heads, self_attn, x_scale)
     out = empty((batch, positions, channels), qkv)
     card = card_of(qkv.device)
     hopper = positions >= LONG_SEQUENCE and head_width == 64 and card is not None and card.capability[0] == 9
     options = HOPPER_ATTENTION if hopper else {}
-    return attention_kernel.attention(qkv, key, value, heads, out, self_attn, **options)
+    return attention_kernel.attention(qkv, key, value, heads, out, self_attn, x_scale=x_scale, **options)

@@ -63,13 +63,20 @@ def project(x: Tensor, weight: QuantisedWeight, bias: Tensor) -> Tensor:
 
 
 def channelwise_(
-    x: Tensor, h: Tensor, expand: QuantisedWeight, bias: Tensor, gamma: Tensor, contract: QuantisedWeight
+    x: Tensor,
+    h: Tensor,
+    expand: QuantisedWeight,
+    bias: Tensor,
+    gamma: Tensor,
+    contract: QuantisedWeight,
+    h_scale: float = 1.0,
+    x_scale: float = 1.0,
 ) -> None:
     h = project(h, expand, bias)
     if fits_registers(h):
-        rows = _quantise(gelu_response_norm_(h, gamma))
+        rows = _quantise(gelu_response_norm_(h, gamma, h_scale, x_scale))
     else:
-        rows = apply_response_quantise(h, gelu_response_scale_(h, gamma), *_rows_like(h))
+        rows = apply_response_quantise(h, gelu_response_scale_(h, gamma, h_scale, x_scale), *_rows_like(h))
     x.add_(_product(x, rows, contract))
 
 

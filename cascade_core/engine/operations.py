@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..networks.fp16 import divide, divided_gelu_
+
 EPS = 1e-6  # of every LayerNorm in the networks
 RESPONSE_EPS = 1e-6
 
@@ -46,7 +48,15 @@ class Operations(Protocol):
     def project(self, x: Tensor, weight: Any, bias: Tensor) -> Tensor: ...
 
     def channelwise_(
-        self, x: Tensor, h: Tensor, expand: Any, bias: Tensor, gamma: Tensor, contract: Any
+        self,
+        x: Tensor,
+        h: Tensor,
+        expand: Any,
+        bias: Tensor,
+        gamma: Tensor,
+        contract: Any,
+        h_scale: float = 1.0,
+        x_scale: float = 1.0,
     ) -> None: ...
 
     def add_linear_(self, x: Tensor, h: Tensor, weight: Any) -> None: ...
@@ -55,7 +65,9 @@ class Operations(Protocol):
 
     def modulate_norm_(self, x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float) -> Tensor: ...
 
-    def attention(self, qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool) -> Tensor: ...
+    def attention(
+        self, qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool, x_scale: float = 1.0
+    ) -> Tensor: ...
 
 
 pack = None
@@ -109,15 +121,28 @@ def project(x: Tensor, weight: Tensor | list[Tensor], bias: Tensor) -> Tensor:
     return out
 
 
-def channelwise_(x: Tensor, h: Tensor, expand: Tensor, bias: Tensor, gamma: Tensor, contract: Tensor) -> None:
+def channelwise_(
+    x: Tensor,
+    h: Tensor,
+    expand: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    contract: Tensor,
+    h_scale: float = 1.0,
+    x_scale: float = 1.0,
+) -> None:
     """x += contract · response_norm(GELU(expand · h + bias)), the MLP of a residual block without its last biases.
 
     x: (B, N, C), h: (B, N, C or C + C_skip), expand: (4C, …), gamma: (4C,), contract: (C, 4C)
+    h_scale, x_scale: powers of two by which h with its bias, and x, are divided (networks/fp16.py)
     """
-    h = torch.ops.aten.gelu_(F.linear(h, expand, bias))  # in place: on a CPU memory is the bottleneck
+    h = F.linear(h, expand, bias)
+    # in place: on a CPU memory is the bottleneck
+    h = torch.ops.aten.gelu_(h) if h_scale == 1 else divided_gelu_(h, h_scale)
     response = _channel_norm(h)
-    share = response / (response.mean(dim=-1, keepdim=True) + RESPONSE_EPS)
-    add_linear_(x, h.mul_((1 + gamma * share).to(h.dtype)), contract)
+    share = response / (response.mean(dim=-1, keepdim=True) + RESPONSE_EPS / h_scale)
+    gain = divide(1 + gamma * share, x_scale / h_scale)
+    add_linear_(x, h.mul_(gain.to(h.dtype)), contract)
 
 
 def _channel_norm(h: Tensor) -> Tensor:
@@ -147,13 +172,16 @@ def modulate_norm_(x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float = EP
     return h
 
 
-def attention(qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool) -> Tensor:
+def attention(
+    qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool, x_scale: float = 1.0
+) -> Tensor:
     """Attention to the tokens themselves (where `self_attn`) and to the conditioning.
 
-    qkv: (B, N, 3C), queries, keys and values side by side; key, value: (B, T, C) -> (B, N, C)
+    qkv: (B, N, 3C), queries, keys and values side by side; key, value: (B, T, C) -> (B, N, C), divided by x_scale
     """
     q, k, v = qkv.chunk(3, dim=-1)
     if self_attn:
         key, value = torch.cat([k, key], dim=1), torch.cat([v, value], dim=1)
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, key, value))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return divide(attended, x_scale)

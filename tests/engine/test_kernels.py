@@ -18,6 +18,7 @@ from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.networks import layers, stage_a
 
 EPS = 1e-6
+SCALE = 1024.0  # of the residual stream in fp16
 HALF_STEP = {torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative
 dtypes = pytest.mark.parametrize("dtype", HALF_STEP, ids=str)
 halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -88,6 +89,36 @@ def test_response_norm_in_three_launches(size, dtype):
     response.response_scale(partial, gamma, scale)
     response.apply_response(h, scale)
     assert_near(h, response_norm(activated, gamma), dtype, roundings=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("h_scale", [1.0, SCALE])
+def test_response_norm_of_a_fraction(h_scale, dtype):
+    """As the stream is held in fp16: by powers of two, so that no bit changes where none goes under."""
+    gamma, images = normal(96, seed=1), normal(2, 40, 96, dtype=dtype)
+
+    def in_three_launches(h: Tensor, h_scale: float, x_scale: float) -> Tensor:
+        partial, scale = torch.empty(2, response.response_chunks(40, 96), 96), torch.empty(2, 96)
+        response.gelu_response(h, partial, h_scale)
+        return response.apply_response(h, response.response_scale(partial, gamma, scale, h_scale, x_scale))
+
+    def in_one_launch(h: Tensor, h_scale: float, x_scale: float) -> Tensor:
+        workspace = resident.response_workspace(2, 96, torch.device("cpu"))
+        return resident.gelu_response_norm(h, gamma, workspace, h_scale, x_scale)
+
+    for norm in (in_three_launches, in_one_launch):
+        if norm is in_three_launches or dtype != torch.float32:
+            fraction = norm(images / h_scale, h_scale, SCALE)
+            assert torch.equal(fraction * SCALE, norm(images.clone(), 1.0, 1.0))
+
+
+def test_attention_as_a_fraction():
+    qkv = normal(1, 20, 96, dtype=torch.bfloat16)
+    key, value = normal(1, 5, 64, dtype=torch.bfloat16, seed=1).chunk(2, dim=-1)
+    whole, fraction = qkv.new_empty(1, 20, 32), qkv.new_empty(1, 20, 32)
+    attention.attention(qkv, key, value, 2, whole)
+    attention.attention(qkv, key, value, 2, fraction, x_scale=SCALE)
+    assert torch.equal(fraction * SCALE, whole)
 
 
 def test_partial_sums_stay_few():

@@ -29,8 +29,9 @@ def attention(
     num_stages: int = 3,
     tma: bool = False,
     registers: int | None = None,
+    x_scale: float = 1.0,
 ) -> Tensor:
-    """out = softmax(q · keysᵀ / √d) · values; keys: those of all positions (where `self_attn`), then the T cached ones.
+    """out = softmax(q · keysᵀ / √d) · values / x_scale; keys: of all positions (where `self_attn`), then the T cached.
 
     qkv: (B, N, 3C), queries, keys and values side by side, each with its heads side by side; k_cond, v_cond:
     (B, T, C), of the same strides, channels contiguous; out: (B, N, C). Head width d = C / heads: 16, 32, 64 or 128
@@ -66,6 +67,7 @@ def attention(
         _last_block(self_keys, block_n),
         _last_block(cond_keys, block_n),
         "ieee",
+        x_scale,
         num_warps=num_warps,
         num_stages=num_stages,
         **options,
@@ -174,6 +176,7 @@ def _attention(
     SELF_LAST: tl.constexpr,
     COND_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    X_SCALE: tl.constexpr,
 ):
     head, image = tl.program_id(1) * D, tl.program_id(2).to(tl.int64)
     row, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
@@ -194,6 +197,6 @@ def _attention(
         None, 0, 0, channels, BLOCK_N, COND_LAST, D, PRECISION,
     )  # fmt: skip
     total, peak, weight = state
-    total = total / weight[:, None]
+    total = total / weight[:, None] * (1.0 / X_SCALE)
     pointers = out + (image * n + row[:, None]) * channels + head + d[None, :]
     tl.store(pointers, total.to(out.dtype.element_ty), mask=present)

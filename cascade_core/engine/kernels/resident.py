@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..card import card_of
 from .launch import launch
-from .matmul import gelu
-from .response import EPS, response_share
+from .response import EPS, gelu_of_fraction, response_share
 
 STRIPES = (
     (128, 0),
@@ -94,10 +93,17 @@ def response_workspace(batch: int, k: int, device: torch.device) -> tuple[Tensor
     return sums, torch.zeros(batch, dtype=torch.int64, device=device)
 
 
-def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor]) -> Tensor:
+def gelu_response_norm(
+    h: Tensor,
+    gamma: Tensor,
+    workspace: tuple[Tensor, Tensor],
+    h_scale: float = 1.0,
+    x_scale: float = 1.0,
+) -> Tensor:
     """h = GELU(h) · (1 + gamma · r / (mean_K(r) + ε)), r: norms of GELU(h) over N.
 
-    h: (B, N, K) for which `fits`, gamma: (K,), workspace: `response_workspace` of this device, on one stream at a time
+    h: (B, N, K) for which `fits`, divided by h_scale before and by x_scale after, gamma: (K,),
+    workspace: `response_workspace` of this device, on one stream at a time
     """
     batch, n, k = h.shape
     division = _plan_of(h)
@@ -110,7 +116,7 @@ def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor
         sums,
         arrivals,
         n,
-        EPS,
+        EPS / h_scale,
         k,
         division.main // 2,
         division.rest // 2,
@@ -120,6 +126,8 @@ def gelu_response_norm(h: Tensor, gamma: Tensor, workspace: tuple[Tensor, Tensor
         triton.next_power_of_2(stripes),
         tl.bfloat16 if h.dtype == torch.bfloat16 else tl.float16,
         triton.knobs.runtime.interpret,
+        h_scale,
+        h_scale / x_scale,
         num_warps=division.num_warps,
         maxnreg=division.registers,
         launch_cooperative_grid=True,
@@ -197,6 +205,7 @@ def load_activated(
     TILES: tl.constexpr,
     DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    H_SCALE: tl.constexpr,
 ):
     """GELU of columns `pair` (1, PAIRS) of an image h (n, k / 2) -> its tiles, and both halves' norms (1, PAIRS)"""
     row = tl.arange(0, ROWS)[:, None]
@@ -213,7 +222,8 @@ def load_activated(
             # Only the last tile may be short. Addresses are one base plus constants, to save registers.
             present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
             low, high = unpack(tl.load(pointers + tile * ROWS * (k // 2), mask=present, other=0), DTYPE)
-            pairs = pack(gelu(low), gelu(high), DTYPE, INTERPRETED)
+            low, high = gelu_of_fraction(low, H_SCALE), gelu_of_fraction(high, H_SCALE)
+            pairs = pack(low, high, DTYPE, INTERPRETED)
             low, high = unpack(pairs, DTYPE)
             low_sum += low * low
             high_sum += high * high
@@ -239,15 +249,16 @@ def store_normalised(
     TILES: tl.constexpr,
     DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
-    """Stores the tiles of `load_activated` times their response norm."""
+    """Stores the tiles of `load_activated` times their response norm and FACTOR."""
     row = tl.arange(0, ROWS)[:, None]
     inside = pair < k // 2
     pointers = h + (row * (k // 2) + pair)
     low_gamma = tl.load(gamma + 2 * pair, mask=inside, other=0.0).to(tl.float32)
     high_gamma = tl.load(gamma + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
-    low_share = response_share(low_r, low_gamma, mean, eps)
-    high_share = response_share(high_r, high_gamma, mean, eps)
+    low_share = response_share(low_r, low_gamma, mean, eps, FACTOR)
+    high_share = response_share(high_r, high_gamma, mean, eps, FACTOR)
     for tile in tl.static_range(TILES):
         present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
         low, high = unpack(tiles[tile], DTYPE)
@@ -273,24 +284,28 @@ def _gelu_response_norm(
     SLOTS: tl.constexpr,
     DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    H_SCALE: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     image = tl.program_id(1)
     h += image.to(tl.int64) * n * (k // 2)
     first = tl.program_id(0) * (MAIN + REST)
     pair = first + tl.arange(0, MAIN)[None, :]
-    tiles, low_r, high_r = load_activated(h, n, pair, k, MAIN, ROWS, TILES, DTYPE, INTERPRETED)
+    tiles, low_r, high_r = load_activated(h, n, pair, k, MAIN, ROWS, TILES, DTYPE, INTERPRETED, H_SCALE)
     norms = tl.sum(low_r + high_r)
     if REST > 0:
         rest_pair = first + MAIN + tl.arange(0, REST)[None, :]
         rest_tiles, low_rest, high_rest = load_activated(
-            h, n, rest_pair, k, REST, REST_ROWS, REST_TILES, DTYPE, INTERPRETED
+            h, n, rest_pair, k, REST, REST_ROWS, REST_TILES, DTYPE, INTERPRETED, H_SCALE
         )
         norms += tl.sum(low_rest + high_rest)
 
     mean = grid_sum(norms, sums + image * tl.num_programs(0), arrivals + image, SLOTS) / k
-    store_normalised(h, tiles, low_r, high_r, gamma, mean, eps, n, pair, k, ROWS, TILES, DTYPE, INTERPRETED)
+    store_normalised(
+        h, tiles, low_r, high_r, gamma, mean, eps, n, pair, k, ROWS, TILES, DTYPE, INTERPRETED, FACTOR
+    )
     if REST > 0:
         store_normalised(
             h, rest_tiles, low_rest, high_rest, gamma, mean, eps, n, rest_pair,
-            k, REST_ROWS, REST_TILES, DTYPE, INTERPRETED,
+            k, REST_ROWS, REST_TILES, DTYPE, INTERPRETED, FACTOR,
         )  # fmt: skip

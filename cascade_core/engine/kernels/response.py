@@ -5,6 +5,8 @@ the next layer's bias.
 
 Three launches for any size, or one where h fits the registers of the whole device (`resident.py`). Sums are added in a
 fixed order, so results are deterministic.
+
+h may be given as a fraction h / h_scale and wanted as h / x_scale, for fp16 (`networks/fp16.py`): powers of two.
 """
 
 import triton
@@ -31,28 +33,32 @@ def _rows_per_chunk(n: int, chunks: int) -> int:
     return triton.cdiv(triton.cdiv(n, chunks), BLOCK_N) * BLOCK_N
 
 
-def gelu_response(h: Tensor, partial: Tensor) -> Tensor:
+def gelu_response(h: Tensor, partial: Tensor, h_scale: float = 1.0) -> Tensor:
     """h = GELU(h), exact; partial = sums of its squares over chunks of positions.
 
-    h: (B, N, K), partial: (B, response_chunks(N, K), K) float32
+    h: (B, N, K), divided by h_scale before and after, partial: (B, response_chunks(N, K), K) float32
     """
     batch, n, k = h.shape
     chunks = partial.shape[1]
     grid = (triton.cdiv(k, BLOCK_K), chunks, batch)
     rows = _rows_per_chunk(n, chunks)
-    launch(_gelu_response, grid)(h, partial, n, rows, k, BLOCK_N, BLOCK_K)
+    launch(_gelu_response, grid)(h, partial, n, rows, k, BLOCK_N, BLOCK_K, h_scale)
     return h
 
 
-def response_scale(partial: Tensor, gamma: Tensor, scale: Tensor) -> Tensor:
-    """scale = 1 + gamma · r / (mean_K(r) + ε), r = √(sum of partial).
+def response_scale(
+    partial: Tensor, gamma: Tensor, scale: Tensor, h_scale: float = 1.0, x_scale: float = 1.0
+) -> Tensor:
+    """scale = 1 + gamma · r / (mean_K(r) + ε), r = √(sum of partial): times h_scale / x_scale.
 
-    partial: (B, chunks, K) float32, gamma: (K,), scale: (B, K) float32
+    partial: (B, chunks, K) float32, of h / h_scale, gamma: (K,), scale: (B, K) float32
     """
     batch, chunks, k = partial.shape
     block = triton.next_power_of_2(k)
     rows = min(triton.next_power_of_2(chunks), max(1, SCALE_ELEMENTS // block))
-    launch(_response_scale, (batch,))(partial, gamma, scale, chunks, EPS, k, block, rows, num_warps=32)
+    launch(_response_scale, (batch,))(
+        partial, gamma, scale, chunks, EPS / h_scale, k, block, rows, h_scale / x_scale, num_warps=32
+    )
     return scale
 
 
@@ -65,9 +71,15 @@ def apply_response(h: Tensor, scale: Tensor) -> Tensor:
 
 
 @triton.jit
-def response_share(r, gamma, mean, eps):
-    """The factor of a channel with norm r, where the mean of all norms is `mean`."""
-    return 1.0 + gamma * r / (mean + eps)
+def response_share(r, gamma, mean, eps, FACTOR: tl.constexpr):
+    """FACTOR times the factor of a channel with norm r, where the mean of all norms is `mean`."""
+    return (1.0 + gamma * r / (mean + eps)) * FACTOR
+
+
+@triton.jit
+def gelu_of_fraction(x, SCALE: tl.constexpr):
+    """GELU(SCALE · x) / SCALE, for a power of two."""
+    return gelu(x * SCALE) * (1.0 / SCALE)
 
 
 @triton.jit(do_not_specialize=["n", "rows"])
@@ -79,6 +91,7 @@ def _gelu_response(
     k: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    H_SCALE: tl.constexpr,
 ):
     chunk, image = tl.program_id(1), tl.program_id(2)
     c = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
@@ -89,7 +102,7 @@ def _gelu_response(
         row = first + tl.arange(0, BLOCK_N)[:, None]
         present = (row < end) & (c < k)
         pointers = h + row.to(tl.int64) * k + c
-        value = gelu(tl.load(pointers, mask=present, other=0.0).to(tl.float32))
+        value = gelu_of_fraction(tl.load(pointers, mask=present, other=0.0).to(tl.float32), H_SCALE)
         tl.store(pointers, value.to(h.dtype.element_ty), mask=present)
         total += value * value
     sums = tl.sum(total, axis=0, keep_dims=True)
@@ -106,6 +119,7 @@ def _response_scale(
     k: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     image = tl.program_id(0)
     c = tl.arange(0, BLOCK_K)[None, :]
@@ -116,7 +130,8 @@ def _response_scale(
         total += tl.load(partial + (image * chunks + row) * k + c, mask=(row < chunks) & inside, other=0.0)
     r = tl.sqrt(tl.sum(total, axis=0, keep_dims=True))
     mean = tl.sum(r, axis=1, keep_dims=True) / k
-    share = response_share(r, tl.load(gamma + c, mask=inside, other=0.0).to(tl.float32), mean, eps)
+    channel_gamma = tl.load(gamma + c, mask=inside, other=0.0).to(tl.float32)
+    share = response_share(r, channel_gamma, mean, eps, FACTOR)
     tl.store(scale + image * k + c, share, mask=inside)
 
 
