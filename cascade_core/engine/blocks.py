@@ -5,6 +5,8 @@ last product can add straight to x; a TimestepBlock after it adds that bias with
 
 Weights may be at another address at every call, and available only while their block runs. So a block reads them where
 they are when it runs; values derived from them are small copies, made by `prepare` when the weights are first there.
+
+x may be held divided by `scale`, for fp16 (networks/fp16.py): then so are the biases of what is added to it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..networks.fp16 import divide
 from .layout import as_image, resized
 from .state import ForwardState, RunCache
 from .workspace import empty
@@ -35,6 +39,21 @@ class PackedWeight:
 
     def __call__(self) -> Any:
         return self._weights() if self.packed is None else self.packed
+
+
+class DividedBias:
+    """A layer's bias divided by `scale`: its own where that is 1, else a copy made when it is first read."""
+
+    def __init__(self, layer: Any, scale: float):
+        self.layer, self.scale = layer, scale
+        self.divided: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.scale == 1:
+            return self.layer.bias
+        if self.divided is None:
+            self.divided = divide(self.layer.bias, self.scale)
+        return self.divided
 
 
 class BoundBlock:
@@ -58,10 +77,15 @@ class BoundFeedForward(BoundBlock):
     deferred_bias: Tensor  # (C,) float32
     rounded_bias: Tensor  # the same in the precision of the weights
 
-    def __init__(self, block: Any, pack: Pack | None):
+    def __init__(self, block: Any, pack: Pack | None, scale: float, with_skip: bool = False):
         self.block, self.eps = block, block.norm.eps
+        self.scale = scale
+        self.h_scale = (
+            scale if with_skip else 1.0
+        )  # a skip is not normed, so what it is multiplied with is divided
         expand, contract = block.channelwise[0], block.channelwise[4]
         self.expand, self.contract = PackedWeight([expand], pack), PackedWeight([contract], pack)
+        self.expand_bias = DividedBias(expand, self.h_scale)
         self.prepared = False
 
     def prepare(self, cache: RunCache) -> None:
@@ -74,8 +98,8 @@ class BoundFeedForward(BoundBlock):
         _, _, response, _, contract = self.block.channelwise
         self.gamma = float32_copy(response.gamma.flatten())
         # W·(h + beta) + b = W·h + (W·beta + b)
-        beta = response.beta.flatten().to(contract.weight.dtype)
-        self.deferred_bias = contract.weight.mv(beta).float() + contract.bias.float()
+        beta = divide(response.beta.flatten().to(contract.weight.dtype), self.scale)
+        self.deferred_bias = contract.weight.mv(beta).float() + contract.bias.float() / self.scale
         self.rounded_bias = self.deferred_bias.to(contract.weight.dtype)
 
     def run(self, state: ForwardState) -> None:
@@ -83,16 +107,25 @@ class BoundFeedForward(BoundBlock):
 
     def add_mlp(self, state: ForwardState, h: Tensor) -> None:
         """x += MLP(h), without its last bias.  h: (B, N, C or C + C_skip)"""
-        expand_bias = self.block.channelwise[0].bias
-        state.ops.channelwise_(state.x, h, self.expand(), expand_bias, self.gamma, self.contract())
+        state.ops.channelwise_(
+            state.x,
+            h,
+            self.expand(),
+            self.expand_bias(),
+            self.gamma,
+            self.contract(),
+            self.h_scale,
+            self.scale,
+        )
 
 
 class BoundResBlock(BoundFeedForward):
     """A ResBlock, which may also take a skip and a ControlNet's residual."""
 
-    def __init__(self, block: Any, pack: Pack | None, with_skip: bool):
-        super().__init__(block, pack)
+    def __init__(self, block: Any, pack: Pack | None, scale: float, with_skip: bool):
+        super().__init__(block, pack, scale, with_skip)
         self.with_skip = with_skip
+        self.depthwise_bias = DividedBias(block.depthwise, scale)
 
     def derive(self) -> None:
         super().derive()
@@ -110,8 +143,8 @@ class BoundResBlock(BoundFeedForward):
         if residual is not None:
             state.x.add_(resized(residual, state.size, state.x))
         state.resblocks += 1
-        h = state.ops.depthwise_norm(state.x, state.size, self.taps, self.block.depthwise.bias, self.eps)
-        self.add_mlp(state, h if skip is None else joined(h, skip))
+        h = state.ops.depthwise_norm(state.x, state.size, self.taps, self.depthwise_bias(), self.eps)
+        self.add_mlp(state, h if skip is None else joined(divide_(h, self.scale), skip))
 
 
 class AddDeferredBias(BoundBlock):
@@ -130,8 +163,8 @@ class BoundTimestep(BoundBlock):
     fused: the attention block after it modulates x
     """
 
-    def __init__(self, block: Any, mlp: BoundFeedForward | None, start: int):
-        self.block, self.mlp = block, mlp
+    def __init__(self, block: Any, mlp: BoundFeedForward | None, start: int, scale: float):
+        self.block, self.mlp, self.scale = block, mlp, scale
         self.columns = slice(start, start + block.mapper.out_features)
         self.fused = False
 
@@ -140,15 +173,19 @@ class BoundTimestep(BoundBlock):
             cache.table[self.columns] = self.scale_shift(cache.noise_embedding)
 
     def scale_shift(self, embedding: Tensor) -> Tensor:
-        """Of one noise condition.  embedding: (1, R · (1 + conds)) -> (2C,) float32"""
-        first, *others = embedding.chunk(len(self.block.conds) + 1, dim=1)
-        modulation = self.block.mapper(first).float()
+        """Of one noise condition, the shift divided.  embedding: (1, R · (1 + conds)) -> (2C,) float32"""
+        first, *others = divide(embedding, self.scale).chunk(len(self.block.conds) + 1, dim=1)
+        modulation = self._map(self.block.mapper, first)
         for name, part in zip(self.block.conds, others, strict=True):
-            modulation = modulation + getattr(self.block, f"mapper_{name}")(part).float()
+            modulation = modulation + self._map(getattr(self.block, f"mapper_{name}"), part)
         scale, shift = modulation[0].chunk(2)
+        scale = scale * self.scale
         if self.mlp is not None:
             shift = torch.addcmul(shift, self.mlp.deferred_bias, 1 + scale)
         return torch.cat([scale, shift])
+
+    def _map(self, layer: Any, embedding: Tensor) -> Tensor:
+        return F.linear(embedding, layer.weight, divide(layer.bias, self.scale)).float()
 
     def run(self, state: ForwardState) -> None:
         if not self.fused:
@@ -158,9 +195,11 @@ class BoundTimestep(BoundBlock):
 class BoundAttention(BoundBlock):
     """An AttnBlock, fused with the TimestepBlock before it where there is one."""
 
-    def __init__(self, block: Any, timestep: BoundTimestep | None, index: int, pack: Pack | None):
+    def __init__(
+        self, block: Any, timestep: BoundTimestep | None, index: int, pack: Pack | None, scale: float
+    ):
         attention = block.attention.attn
-        self.block, self.timestep, self.index = block, timestep, index
+        self.block, self.timestep, self.index, self.scale = block, timestep, index, scale
         self.eps, self.heads, self.self_attn = block.norm.eps, attention.heads, block.self_attn
         self.projections = [attention.to_q, attention.to_k, attention.to_v]
         self.qkv, self.out = PackedWeight(self.projections, pack), PackedWeight([attention.out_proj], pack)
@@ -171,8 +210,9 @@ class BoundAttention(BoundBlock):
     def prepare(self, cache: RunCache) -> None:
         if not self.prepared:
             self.qkv_bias = torch.cat([layer.bias for layer in self.projections])
-            self.rounded_bias = self.block.attention.attn.out_proj.bias.clone()
-            self.out_bias = float32_copy(self.rounded_bias)
+            bias = self.block.attention.attn.out_proj.bias
+            self.out_bias = float32_copy(bias) / self.scale
+            self.rounded_bias = self.out_bias.to(bias.dtype)
             self.prepared = True
         if cache.cond_tokens is not None:
             keys_values = self.condition(cache.cond_tokens)
@@ -195,11 +235,17 @@ class BoundAttention(BoundBlock):
             h = ops.modulate_norm_(x, cache.table[self.timestep.columns], self.out_bias, self.eps)
         qkv = ops.project(h, self.qkv(), self.qkv_bias)
         key, value = cache.keys[self.index], cache.values[self.index]
-        ops.add_linear_(x, ops.attention(qkv, key, value, self.heads, self.self_attn), self.out())
+        attended = ops.attention(qkv, key, value, self.heads, self.self_attn, self.scale)
+        ops.add_linear_(x, attended, self.out())
 
 
 def float32_copy(value: Tensor) -> Tensor:
     return value.to(torch.float32, copy=True)
+
+
+def divide_(x: Tensor, scale: float) -> Tensor:
+    """x / scale in place, for a power of two."""
+    return x if scale == 1 else x.mul_(1 / scale)
 
 
 def taps_of(convolution: Any) -> Tensor:

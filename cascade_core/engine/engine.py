@@ -31,8 +31,8 @@ class Engine(WeightConsumer):
 
     Made once per network. It follows the network where its weights are changed or moved; where placement streams them,
     it runs each block while its weights are available, without graphs. It calls the network itself for convolutions
-    other than 3 × 3, a scaled residual stream (networks/fp16.py), noise conditions that differ within the batch, and
-    weights on another device than x, in another dtype, or changed as they are used.
+    other than 3 × 3, noise conditions that differ within the batch, and weights on another device than x, in another
+    dtype, or changed as they are used.
     """
 
     def __init__(self, network: UNet, join: bool = False, precision: Precision = "exact"):
@@ -90,7 +90,7 @@ class Engine(WeightConsumer):
         extra = {name: value for name, value in (("sca", sca), ("crp", crp)) if value is not None}
         noise = _scalars({"r": r, **extra})
         stream = self._follow_weights()
-        readable = stream_scale(self.network) == 1 and self._weights.readable(x, stream)
+        readable = self._weights.readable(x, stream)
         if noise is None or self.config.kernel_size != 3 or not readable:
             extra = {**extra, **({} if control is None else {"control": control})}
             return self.network(x, r.to(x.device), **conditions, **extra)
@@ -153,7 +153,8 @@ class Engine(WeightConsumer):
     def _bind(self, x: Tensor, precision: Precision) -> tuple[Operations, BoundUNet]:
         """The operations, and the network bound for them."""
         ops = operations_on(x.device, precision)
-        if self._bound is None or self._bound_precision != precision:
+        scale = stream_scale(self.network)  # of the residual stream, which a host may change
+        if self._bound is None or (self._bound_precision, self._bound.scale) != (precision, scale):
             self.forget()
             join = self.join and x.is_cuda and self.placement is None  # a placement has joined them already
             self._bound, self._bound_precision = BoundUNet(self.network, join, ops.pack), precision

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from ..networks.unet import UNet
+from .blocks import divide_
 from .graphs import Graphed, GraphMemory
 from .layout import as_tokens
 from .operations import Operations
@@ -47,7 +48,7 @@ class ShapeCache:
         cache = self._cache
         if cache is None or self._conditions is None or not _same_values(conditions, self._conditions):
             self._conditions = None
-            tokens, added = EMBED_CONDITIONS[type(self.network)](self.network, x, **conditions)
+            tokens, added = _embed_conditions(self.network, x, conditions)
             if cache is None:
                 cache = self._cache = _empty_cache(bound, x, added, control)
             else:
@@ -55,6 +56,9 @@ class ShapeCache:
             cache.cond_tokens = F.silu(tokens)
         if len(control) != len(self._control) or not all(map(_is_unchanged, control, self._control)):
             _copy(cache.control, control)
+            for residual in cache.control:
+                if residual is not None:
+                    divide_(residual, bound.scale)
             self._control = [_versioned(residual) for residual in control]
         return cache
 
@@ -87,10 +91,11 @@ def _channels_last_like(residual: Tensor | None) -> Tensor | None:
     return None if residual is None else torch.empty_like(residual, memory_format=torch.channels_last)
 
 
-def _embed_stage_c(
-    network: StageC, x: Tensor, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor
-) -> tuple[Tensor, None]:
-    return network.embed_conditions(clip_text, clip_text_pooled, clip_img), None
+def _embed_conditions(network: Any, x: Tensor, conditions: Any) -> tuple[Tensor, Tensor | None]:
+    """Conditioning tokens (B, T, C_cond), and (B, N, C) to add to the embedded x, or None."""
+    if isinstance(network, StageC):
+        return network.embed_conditions(**conditions), None
+    return _embed_stage_b(network, x, **conditions)
 
 
 def _embed_stage_b(
@@ -98,10 +103,6 @@ def _embed_stage_b(
 ) -> tuple[Tensor, Tensor]:
     from_effnet, from_pixels = network.map_conditions(x, effnet, pixels)
     return network.embed_conditions(clip), as_tokens(from_effnet + from_pixels)
-
-
-# (network, x, **conditions) -> conditioning tokens (B, T, C_cond), and (B, N, C) to add to the embedded x, or None
-EMBED_CONDITIONS: dict[type, Any] = {StageC: _embed_stage_c, StageB: _embed_stage_b}
 
 
 def _versioned(value: Tensor | None) -> Versioned:

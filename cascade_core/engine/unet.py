@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..networks.fp16 import divide, divided_bias, stream_scale
 from ..networks.layers import AttnBlock, ResBlock, TimestepBlock
 from ..networks.unet import UNet
 from ..placement.stream import WeightStream
@@ -17,8 +18,10 @@ from .blocks import (
     BoundFeedForward,
     BoundResBlock,
     BoundTimestep,
+    DividedBias,
     Pack,
     PackedWeight,
+    divide_,
     join_,
 )
 from .layout import as_image, as_tokens, interpolated, patches, shuffle, unpatched, unshuffle
@@ -35,6 +38,7 @@ class BoundUNet:
         pack: `Operations.pack` of the operations that the program will be run with
         """
         self.network: Any = network  # its modules are attributes of any type
+        self.scale = stream_scale(network)
         self.attentions = self.table_size = 0
         if join:
             for module in network.modules():
@@ -81,7 +85,7 @@ class BoundUNet:
         tokens = ops.norm(ops.linear(unshuffle(x, side), embed.weight.flatten(1), embed.bias), eps)
         if cache.conditions is not None:
             tokens = tokens.add_(cache.conditions)
-        return ForwardState(ops, cache, tokens, size)
+        return ForwardState(ops, cache, divide_(tokens, self.scale), size)
 
     def _output(self, state: ForwardState) -> Tensor:
         ops = state.ops
@@ -94,7 +98,7 @@ class BoundUNet:
         levels = zip(network.down_downscalers, network.down_blocks, network.down_repeat_mappers, strict=True)
         for i, (downscaler, blocks, mappers) in enumerate(levels):
             if i:
-                program += [PushSkip(), BoundResample(downscaler)]
+                program += [PushSkip(), BoundResample(downscaler, self.scale)]
             program += self._level(blocks, mappers, with_skip=False)
         ups = zip(network.up_blocks, network.up_repeat_mappers, network.up_upscalers, strict=True)
         for i, (blocks, mappers, upscaler) in enumerate(ups):
@@ -102,7 +106,7 @@ class BoundUNet:
             if i:
                 program.append(PopSkip())
             if i < len(network.up_blocks) - 1:
-                program.append(BoundResample(upscaler))
+                program.append(BoundResample(upscaler, self.scale))
         return program
 
     def _level(self, blocks: Any, mappers: Any, with_skip: bool) -> list[BoundBlock]:
@@ -120,23 +124,23 @@ class BoundUNet:
                     if isinstance(block, AttnBlock):
                         last = self._attention(block, last if isinstance(last, BoundTimestep) else None)
                     elif isinstance(block, ResBlock):
-                        last = BoundResBlock(block, self._pack, with_skip and i == 0)
+                        last = BoundResBlock(block, self._pack, self.scale, with_skip and i == 0)
                     else:
-                        last = BoundFeedForward(block, self._pack)
+                        last = BoundFeedForward(block, self._pack, self.scale)
                 program.append(last)
             if isinstance(last, BoundFeedForward):
                 program.append(AddDeferredBias(last))
             if repeat < len(mappers):
-                program.append(BoundRepeatMapper(mappers[repeat], self._pack))
+                program.append(BoundRepeatMapper(mappers[repeat], self._pack, self.scale))
         return program
 
     def _timestep(self, block: TimestepBlock, mlp: BoundFeedForward | None) -> BoundTimestep:
-        bound = BoundTimestep(block, mlp, self.table_size)
+        bound = BoundTimestep(block, mlp, self.table_size, self.scale)
         self.table_size = bound.columns.stop
         return bound
 
     def _attention(self, block: AttnBlock, timestep: BoundTimestep | None) -> BoundAttention:
-        bound = BoundAttention(block, timestep, self.attentions, self._pack)
+        bound = BoundAttention(block, timestep, self.attentions, self._pack, self.scale)
         self.attentions += 1
         return bound
 
@@ -156,18 +160,20 @@ class PopSkip(BoundBlock):
 class BoundResample(BoundBlock):
     """A downscaler or upscaler: a norm, then a convolution, in Stage C perhaps with a resize."""
 
-    def __init__(self, module: Any):
-        self.module = module
-        self.norm, resampler = module
-        self.steps = list(getattr(resampler, "blocks", [resampler]))
+    def __init__(self, module: Any, scale: float):
+        self.norm, self.resampler = module
+        self.scale = scale
+        self.steps = list(getattr(self.resampler, "blocks", [self.resampler]))
+        self.biases = {step: DividedBias(step, scale) for step in self.steps}
         self.products: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def run(self, state: ForwardState) -> None:
         if not state.ops.resample_by_products:
-            h = self.module(as_image(state.x, state.size))
+            h = divide(self.norm(as_image(state.x, state.size)), self.scale)
+            h = divided_bias(self.resampler, h, self.scale)
             state.x, state.size = as_tokens(h), (h.shape[-2], h.shape[-1])
             return
-        state.x = state.ops.norm(state.x, self.norm.eps)
+        state.x = divide_(state.ops.norm(state.x, self.norm.eps), self.scale)
         for step in self.steps:
             if isinstance(step, nn.Upsample):
                 factor, (height, width) = step.scale_factor, state.size
@@ -179,10 +185,10 @@ class BoundResample(BoundBlock):
     def _multiply(self, convolution: Any, state: ForwardState) -> None:
         """A convolution of one position, or of squares of 2 × 2, as a product."""
         if convolution.stride == (1, 1):
-            state.x = state.ops.linear(state.x, convolution.weight.flatten(1), convolution.bias)
+            state.x = state.ops.linear(state.x, convolution.weight.flatten(1), self.biases[convolution]())
             return
         if convolution not in self.products:
-            self.products[convolution] = square_product(convolution)
+            self.products[convolution] = square_product(convolution, self.biases[convolution]())
         weight, bias = self.products[convolution]
         (height, width), down = state.size, not isinstance(convolution, nn.ConvTranspose2d)
         x = patches(state.x, state.size) if down else state.x
@@ -191,12 +197,12 @@ class BoundResample(BoundBlock):
         state.size = (height // 2, width // 2) if down else (2 * height, 2 * width)
 
 
-def square_product(convolution: Any) -> tuple[Tensor, Tensor]:
+def square_product(convolution: Any, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of a product of tokens that is a convolution of 2 × 2 with a stride of 2, for `layout.patches`.
 
-    Conv2d: weight (C_out, 4 · C_in).  ConvTranspose2d: (4 · C_out, C_in)
+    bias: the convolution's, or a fraction.  Conv2d: weight (C_out, 4 · C_in).  ConvTranspose2d: (4 · C_out, C_in)
     """
-    weight, bias = convolution.weight, convolution.bias
+    weight = convolution.weight
     if isinstance(convolution, nn.ConvTranspose2d):
         return weight.permute(2, 3, 1, 0).flatten(0, 2).contiguous(), bias.repeat(4)
     return weight.permute(0, 2, 3, 1).flatten(1).contiguous(), bias
@@ -205,11 +211,11 @@ def square_product(convolution: Any) -> tuple[Tensor, Tensor]:
 class BoundRepeatMapper(BoundBlock):
     """The 1×1 convolution between two repeats of a level."""
 
-    def __init__(self, convolution: Any, pack: Pack | None):
-        self.convolution, self.weight = convolution, PackedWeight([convolution], pack)
+    def __init__(self, convolution: Any, pack: Pack | None, scale: float):
+        self.weight, self.bias = PackedWeight([convolution], pack), DividedBias(convolution, scale)
 
     def run(self, state: ForwardState) -> None:
-        state.x = state.ops.project(state.x, self.weight(), self.convolution.bias)
+        state.x = state.ops.project(state.x, self.weight(), self.bias())
 
 
 def _pack_once(pack: Pack) -> Pack:

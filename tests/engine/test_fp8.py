@@ -53,10 +53,10 @@ class Reference:
     def add_linear_(self, x: Tensor, h: Tensor, weight: Tensor) -> None:
         operations.add_linear_(x, rounded(h), weight)
 
-    def channelwise_(self, x, h, expand, bias, gamma, contract) -> None:
-        h = torch.nn.functional.gelu(self.project(h, expand, bias))
+    def channelwise_(self, x, h, expand, bias, gamma, contract, h_scale, x_scale) -> None:
+        h = torch.nn.functional.gelu(self.project(h, expand, bias) * h_scale)
         r = torch.linalg.vector_norm(h, dim=1, keepdim=True)
-        self.add_linear_(x, h * (1 + gamma * r / (r.mean(dim=-1, keepdim=True) + 1e-6)), contract)
+        self.add_linear_(x, h * (1 + gamma * r / (r.mean(dim=-1, keepdim=True) + 1e-6)) / x_scale, contract)
 
 
 class Compared:

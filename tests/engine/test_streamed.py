@@ -11,6 +11,7 @@ from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.engine import Engine, operations, workspace
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.engine import graphs as graphs_module
+from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream
 from cascade_nodes.cascade_core.placement import DeviceMemory
 from cascade_nodes.tests.core.placements import Counting, Late
 from cascade_nodes.tests.engine.test_engine import (
@@ -96,8 +97,10 @@ def test_as_the_network(network_class, config, inputs, unit, share, device_class
 
 
 @DEVICES
-def test_controlnets_and_further_conditions(device_class):
+@pytest.mark.parametrize("scale", [1.0, STREAM_SCALE])  # of the residual stream, as fp16 holds it
+def test_controlnets_and_further_conditions(device_class, scale):
     network = build(StageC, STAGE_C)
+    scale_residual_stream(network, scale)
     x, conditions = stage_c_inputs(STAGE_C)
     control = [torch.randn(2, 64, 4, 5), None, torch.randn(2, 64, 2, 2)]
     more = {"sca": torch.full((2,), 0.3), "crp": torch.full((2,), 0.9)}

@@ -24,7 +24,6 @@ from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS
 from cascade_nodes.cascade_core.engine import Engine, graphs, operations, operations_on
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.errors import CascadeError
-from cascade_nodes.cascade_core.networks.fp16 import scale_residual_stream
 from cascade_nodes.tests.core.sampling import sample_from
 from cascade_nodes.tests.engine.test_engine import UNUSUAL
 from cascade_nodes.tests.gpu.compared import (
@@ -571,17 +570,6 @@ def test_another_convolution_is_the_networks(device: torch.device, replays: Repl
     x, conditions = inputs(config, network)
     assert same_bits(runs(Engine(network), x, conditions), runs(network, x, conditions))
     assert replays.count == 0
-
-
-def test_a_stream_held_for_fp16_is_the_networks(device: torch.device, replays: Replays):
-    network = network_of(SHALLOW_C, torch.float16, device)
-    engine = Engine(network)
-    x, conditions = inputs(SHALLOW_C, network)
-    scale_residual_stream(network)
-    assert same_bits(runs(engine, x, conditions), runs(network, x, conditions))
-    assert replays.count == 0
-    scale_residual_stream(network, 1)
-    assert_near(network, engine, x, conditions)
 
 
 def test_heads_that_the_kernel_does_not_know(device: torch.device, monkeypatch: pytest.MonkeyPatch):
