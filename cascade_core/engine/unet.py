@@ -220,12 +220,15 @@ class BoundRepeatMapper(BoundBlock):
 
 def _pack_once(pack: Pack) -> Pack:
     """The same packed weight for each repeat of a level, whose blocks are bound once per repeat."""
-    packed: dict[tuple[int, ...], Any] = {}
+    packed: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def pack_once(weight: Tensor | list[Tensor]) -> Any:
-        addresses = tuple(part.data_ptr() for part in ([weight] if isinstance(weight, Tensor) else weight))
-        if addresses not in packed:
-            packed[addresses] = pack(weight)
-        return packed[addresses]
+        parts = [weight] if isinstance(weight, Tensor) else weight
+        key = tuple(
+            (part.data_ptr(), *part.shape) for part in parts
+        )  # on the meta device none has an address
+        if key not in packed:
+            packed[key] = pack(weight)
+        return packed[key]
 
     return pack_once

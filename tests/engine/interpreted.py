@@ -16,8 +16,8 @@ assert "triton" not in sys.modules, "Triton was imported before tests/engine/int
 os.environ["TRITON_INTERPRET"] = "1"
 triton = importlib.import_module("triton")
 interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+triton.knobs.runtime.interpret = True  # which sets the variable once more
 del os.environ["TRITON_INTERPRET"]
-triton.knobs.runtime.interpret = True
 
 FLOATS = {
     "fp32": torch.float32,

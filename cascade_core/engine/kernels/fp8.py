@@ -56,6 +56,8 @@ def quantised_linear(
     x8: Tensor, row_scale: Tensor, w8: Tensor, column_scale: Tensor, bias: Tensor | None, out: Tensor
 ) -> Tensor:
     """out = x wᵀ + bias of operands from `quantise_rows` and `quantise_weight`: cuBLAS or CUTLASS where possible."""
+    if out.is_meta:  # compiling ahead: PyTorch does not know the shape of its own product
+        return out
     if out.dtype != torch.bfloat16 or w8.shape[0] % 16 or w8.shape[1] % 16:
         return scaled_product(x8, row_scale, w8, column_scale, bias, out)
     scales = row_scale[:, None], column_scale[None, :]

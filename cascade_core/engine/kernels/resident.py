@@ -169,9 +169,11 @@ def pack(low, high, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
             "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], tl.int32, is_pure=False, pack=1
         )
     else:
+        # One instruction from 8.0 on as well; written as two, it assembles for older cards.
         pair = tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], tl.int32, is_pure=False, pack=1
-        )
+            "{.reg .b16 l, h; cvt.rn.f16.f32 h, $1; cvt.rn.f16.f32 l, $2; mov.b32 $0, {l, h};}",
+            "=r,f,f", [high, low], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     return pair
 
 
