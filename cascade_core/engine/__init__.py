@@ -7,7 +7,7 @@ unet.py        Stage B and C as a flat program over tokens
 blocks.py      the bound blocks of the program; state.py: what they read and change
 vqgan.py       Stage A's decoder
 operations.py  the operations of the program, in plain PyTorch; cuda.py: fused kernels; fp8.py: products in e4m3
-backend.py     which operations run on a device
+backend.py     which operations run on a device; fallback.py: what goes on where a kernel fails
 graphs.py      CUDA graphs; workspace.py: the memory of what they compute; layout.py: copies between tokens and images
 kernels/       the fused kernels, in Triton
 """

@@ -7,16 +7,28 @@ from typing import Literal
 
 import torch
 
+from ..accelerators import device_name, is_nvidia
 from ..errors import CascadeError
 from . import operations
 from .card import card_of
 from .operations import Operations
 
 Precision = Literal["exact", "fp8"]
+Way = Literal["exact", "fp8", "plain"]  # a precision, or plain PyTorch in that of the weights
+
+# What goes on where the kernels of a precision fail, each with what is lost where it is left (`Fallback`).
+_EXACT: list[tuple[Way, str]] = [
+    ("exact", "in plain PyTorch, which takes about twice as long"),
+    ("plain", ""),
+]
+WAYS: dict[Precision, list[tuple[Way, str]]] = {
+    "exact": _EXACT,
+    "fp8": [("fp8", "in the precision of its weights, which takes longer"), *_EXACT],
+}
 
 
-def operations_on(device: torch.device, precision: Precision = "exact") -> Operations:
-    """Fused kernels where they run, else plain PyTorch.
+def operations_on(device: torch.device, precision: Way = "exact") -> Operations:
+    """Fused kernels where they run, else (or with "plain") plain PyTorch.
 
     Raises CascadeError for fp8 on devices that do not multiply it: below compute capability 8.9.
     """
@@ -30,7 +42,7 @@ def operations_on(device: torch.device, precision: Precision = "exact") -> Opera
         from . import fp8
 
         return fp8
-    if card is not None and card.capability >= (8, 0):
+    if precision == "exact" and card is not None and card.capability >= (8, 0):
         from . import cuda
 
         return cuda
@@ -46,8 +58,5 @@ def _keep_freed_memory() -> None:
 
 def _device_name(device: torch.device) -> str:
     card = card_of(device)
-    if card is not None:
-        return card.name
-    if device.type != "cuda":
-        return "the processor" if device.type == "cpu" else str(device)
-    return torch.cuda.get_device_name(device) + ", without Triton,"
+    without = ", without Triton," if card is None and is_nvidia(device) else ""
+    return (device_name(device) if card is None else card.name) + without

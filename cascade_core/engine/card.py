@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..accelerators import is_nvidia
+
 _described: ContextVar[Card | None] = ContextVar("described_card", default=None)
 
 
@@ -43,7 +45,7 @@ def described(card: Card) -> Iterator[None]:
 
 @cache
 def _card(device: torch.device) -> Card | None:
-    if device.type != "cuda" or not find_spec("triton"):
+    if not is_nvidia(device) or not find_spec("triton"):
         return None
     properties = torch.cuda.get_device_properties(device)
     return Card((properties.major, properties.minor), properties.name, properties.multi_processor_count)

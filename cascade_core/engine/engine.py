@@ -11,10 +11,12 @@ from torch import Tensor
 from ..errors import CascadeError
 from ..networks.fp16 import stream_scale
 from ..networks.layers import AttnBlock
+from ..networks.stage_c import StageC
 from ..networks.unet import UNet
 from ..placement import WeightConsumer
 from ..placement.stream import WeightStream
-from .backend import Precision, operations_on
+from .backend import WAYS, Precision, Way, operations_on
+from .fallback import Fallback, Notify
 from .graphs import GraphMemory, can_capture
 from .lru import LRU
 from .operations import Operations
@@ -30,18 +32,26 @@ class Engine(WeightConsumer):
     """`engine(x, r, **conditions)` as `network(x, r, **conditions)`, for StageB and StageC in evaluation.
 
     Made once per network. It follows the network where its weights are changed or moved; where placement streams them,
-    it runs each block while its weights are available, without graphs. It calls the network itself for convolutions
-    other than 3 × 3, noise conditions that differ within the batch, and weights on another device than x, in another
-    dtype, or changed as they are used.
+    it runs each block while its weights are available, without graphs. Where a kernel fails it goes on without them
+    (fallback.py). It calls the network itself for convolutions other than 3 × 3, noise conditions that differ within
+    the batch, and weights on another device than x, in another dtype, or changed as they are used.
     """
 
-    def __init__(self, network: UNet, join: bool = False, precision: Precision = "exact"):
+    def __init__(
+        self,
+        network: UNet,
+        join: bool = False,
+        precision: Precision = "exact",
+        notify: Notify | None = None,
+    ):
         """join: on CUDA, move weights that are read together next to each other in memory.
 
         precision: of the blocks' products. "exact" is that of the weights, best in bf16. "fp8" multiplies in e4m3:
         faster, with a relative error of a few hundredths, on CUDA devices that support it; elsewhere a call raises
         CascadeError. The network keeps its weights, for LoRAs and for its own forwards; the e4m3 copies take half as
         much memory as bf16 weights in addition.
+
+        notify: told once, in a sentence, that kernels failed and what that costs; by default the log.
         """
         if precision not in get_args(Precision):
             raise CascadeError(
@@ -51,8 +61,11 @@ class Engine(WeightConsumer):
         self.graphs = True  # whether forwards of a new shape may be captured
         self.precision: Precision = precision
         self.config = network.config
+        self._fallback = Fallback(
+            "Stage C" if isinstance(network, StageC) else "Stage B", WAYS[precision], notify
+        )
         self._bound: BoundUNet | None = None
-        self._bound_precision: Precision = precision
+        self._bound_way: Way = precision
         self._weights = WeightSnapshot(network)
         self._tables: LRU[Tensor] = LRU(TABLES)
         self._shapes: LRU[ShapeCache] = LRU(SHAPES)
@@ -94,14 +107,28 @@ class Engine(WeightConsumer):
         if noise is None or self.config.kernel_size != 3 or not readable:
             extra = {**extra, **({} if control is None else {"control": control})}
             return self.network(x, r.to(x.device), **conditions, **extra)
+        return self._fallback.run(
+            lambda way: self._forward(way, x, noise, conditions, control or (), stream), x.device
+        )
+
+    def _forward(
+        self,
+        way: Way,
+        x: Tensor,
+        noise: dict[str, float],
+        conditions: Conditions,
+        control: Sequence[Tensor | None],
+        stream: WeightStream | None,
+    ) -> Tensor:
         # Where memory is too short for the weights, there is none for packed copies of them.
-        ops, bound = self._bind(x, self.precision if stream is None else "exact")
-        shape = self._shape_cache(x, conditions, control or ())
-        cache = shape.prepare(bound, x, conditions, control or ())
+        ops, bound = self._bind(x, "exact" if way == "fp8" and stream is not None else way)
+        shape = self._shape_cache(x, conditions, control)
+        cache = shape.prepare(bound, x, conditions, control)
         key = tuple(sorted(noise.items()))
         table = self._tables.get(key)
         if table is None:
-            cache.noise_embedding = bound.embed_noise(noise.pop("r"), noise)
+            others = {name: value for name, value in noise.items() if name != "r"}
+            cache.noise_embedding = bound.embed_noise(noise["r"], others)
         else:
             cache.noise_embedding = None
             cache.table.copy_(table)
@@ -126,7 +153,7 @@ class Engine(WeightConsumer):
 
         Small values that depend only on the weights' values are kept: they stay valid when the weights come back.
         """
-        if self._bound_precision == "fp8":
+        if self._bound_way == "fp8":
             self._bound = None
         self._graph_memory = GraphMemory()
         for shape in self._shapes.values():
@@ -150,31 +177,28 @@ class Engine(WeightConsumer):
             self.offload()
         return stream
 
-    def _bind(self, x: Tensor, precision: Precision) -> tuple[Operations, BoundUNet]:
+    def _bind(self, x: Tensor, way: Way) -> tuple[Operations, BoundUNet]:
         """The operations, and the network bound for them."""
-        ops = operations_on(x.device, precision)
+        ops = operations_on(x.device, way)
         scale = stream_scale(self.network)  # of the residual stream, which a host may change
-        if self._bound is None or (self._bound_precision, self._bound.scale) != (precision, scale):
+        if self._bound is None or (self._bound_way, self._bound.scale) != (way, scale):
             self.forget()
             join = self.join and x.is_cuda and self.placement is None  # a placement has joined them already
-            self._bound, self._bound_precision = BoundUNet(self.network, join, ops.pack), precision
+            self._bound, self._bound_way = BoundUNet(self.network, join, ops.pack), way
             self._weights = WeightSnapshot(self.network)  # joining moves some
         return ops, self._bound
 
     def _shape_cache(self, x: Tensor, conditions: Conditions, control: Sequence[Tensor | None]) -> ShapeCache:
         key = (
+            self._bound_way,
             tuple(x.shape),
             x.dtype,
             x.device,
             tuple((name, None if t is None else tuple(t.shape)) for name, t in sorted(conditions.items())),
             tuple(None if residual is None else tuple(residual.shape) for residual in control),
         )
-        return self._shapes.get_or_create(
-            key,
-            lambda: ShapeCache(
-                self.network, self._graph_memory, graphs=self.graphs and can_capture(x.device)
-            ),
-        )
+        graphs = self.graphs and self._bound_way != "plain" and can_capture(x.device)
+        return self._shapes.get_or_create(key, lambda: ShapeCache(self.network, self._graph_memory, graphs))
 
 
 def _scalars(values: dict[str, Tensor]) -> dict[str, float] | None:

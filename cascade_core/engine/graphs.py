@@ -13,9 +13,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from ..accelerators import is_nvidia
 from ..placement import out_of_memory
 from . import workspace
 from .collector import collector_paused
+from .fallback import reason_of, still_computes
 from .workspace import AllocatesError
 
 logger = logging.getLogger(__name__)
@@ -25,13 +27,13 @@ REHEARSALS = 2  # the first on a stream takes cuBLAS's workspace there, which st
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether forwards that allocate nothing can be captured: on every CUDA device."""
-    return device.type == "cuda"
+    """Whether forwards that allocate nothing can be captured: on every NVIDIA card."""
+    return is_nvidia(device)
 
 
 def can_allocate_in_capture(device: torch.device) -> bool:
     """Whether what is captured may allocate: not with the allocator cudaMallocAsync, ComfyUI's default."""
-    return device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
+    return is_nvidia(device) and torch.cuda.get_allocator_backend() == "native"
 
 
 @cache
@@ -134,7 +136,10 @@ class Graphed:
             logger.warning("%s It runs without a CUDA graph, which takes longer.", error)
         except Exception as error:
             if not out_of_memory(error):
-                raise
+                still_computes(x.device)  # clears it; where it was a kernel's, the eager forward says so
+                logger.warning(
+                    "No CUDA graph could be captured (%s): forwards take longer.", reason_of(error)
+                )
         return None  # eager forwards are only a little slower
 
 

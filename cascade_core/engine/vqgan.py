@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from ..networks.stage_a import MixingResidualBlock, StageA
 from ..placement import WeightConsumer
+from .backend import WAYS
 from .blocks import taps_of
 from .card import card_of
+from .fallback import Fallback, Notify
 from .graphs import Graphed, GraphMemory, can_capture
 from .layout import as_image, as_tokens, shuffle
 from .lru import LRU
@@ -28,13 +30,15 @@ MAX_GRAPH_POSITIONS = 2**18  # of all latents of a batch: 2048 × 2048 pixels
 class DecoderEngine(WeightConsumer):
     """`engine(latent)` as `stage_a.decode(latent)`, on CUDA in half precision, on the CPU in bf16 or float32.
 
-    In any other precision it calls Stage A itself.
+    In any other precision, and where a kernel failed, it calls Stage A itself.
 
     latent: (B, c_latent, h, w) in the weights' precision -> (B, 3, 4h, 4w)
     """
 
-    def __init__(self, stage_a: StageA):
+    def __init__(self, stage_a: StageA, notify: Notify | None = None):
+        """notify: told once, in a sentence, that a kernel failed and what that costs; by default the log."""
         self.stage_a = stage_a
+        self._fallback = Fallback("Stage A", WAYS["exact"], notify)
         self.forget()
 
     def forget(self) -> None:
@@ -55,17 +59,19 @@ class DecoderEngine(WeightConsumer):
     def __call__(self, latent: Tensor) -> Tensor:
         if not self._weights.unchanged():
             self.forget()
-        device = "cuda" if card_of(latent.device) else latent.device.type
-        bindings = BINDINGS.get(device)
-        if (
-            bindings is None
-            or latent.dtype == UNSUPPORTED_DTYPES[device]
-            or not self._weights.readable(latent)
-        ):
+        kind = _kind(latent.device)
+        if kind is None or latent.dtype == UNSUPPORTED_DTYPES[kind] or not self._weights.readable(latent):
+            return self.stage_a.decode(latent)
+        return self._fallback.run(lambda way: self._forward(way, latent, kind), latent.device)
+
+    def _forward(self, way: str, latent: Tensor, kind: str) -> Tensor:
+        if way == "plain":
+            if self._blocks is not None:
+                self.forget()
             return self.stage_a.decode(latent)
         if self._blocks is None:
-            self._blocks = [bind(module, bindings) for module in self._modules()]
-            if device == "cuda":
+            self._blocks = [bind(module, BINDINGS[kind]) for module in self._modules()]
+            if kind == "cuda":
                 from .kernels.launch import compile_ahead
 
                 compile_ahead(lambda: self._decode(latent))
@@ -264,6 +270,13 @@ class PlainMixingBlock(BoundMixingBlock):
         for part, rows in zip(x.flatten(0, 1).split(count), h.flatten(0, 1).split(count), strict=True):
             hidden = torch.ops.aten.gelu_(F.linear(rows, self.expand, self.expand_bias))
             part.add_(self.contract_bias).addmm_(hidden, self.contract.T)
+
+
+def _kind(device: torch.device) -> str | None:
+    """Key of BINDINGS; None: Stage A runs itself."""
+    if card_of(device) is not None:
+        return "cuda"
+    return "cpu" if device.type == "cpu" else None
 
 
 def bind(module: nn.Module, bindings: dict[type[nn.Module], Any]) -> Any:

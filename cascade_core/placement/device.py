@@ -17,6 +17,11 @@ from .pinned import pinned_pages
 
 MARGIN = 0.03  # of the memory: what the allocator loses to fragmentation
 WORKSPACE = 64 << 20  # bytes: of the matrix libraries
+MESSAGES = (  # of errors that say out of memory, beside torch.OutOfMemoryError
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory", "HIPBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory",
+    "MPS backend out of memory", "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "not enough GPU video memory",
+)  # fmt: skip
 SEGMENT = 2 << 20  # bytes: PyTorch's allocator takes large blocks in multiples of this
 
 
@@ -196,9 +201,8 @@ class SimulatedDevice:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the device ran out of memory: torch's error, a library's RuntimeError, or one raised because of these."""
-    messages = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     return (
         isinstance(error, torch.OutOfMemoryError)
-        or (isinstance(error, RuntimeError) and any(message in str(error) for message in messages))
+        or (isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES))
         or (error.__context__ is not None and out_of_memory(error.__context__))
     )

@@ -89,7 +89,14 @@ def load_stage_a(path: Path, device: ComputeDevice) -> Codec:
     """Stage A from a file of any layout."""
     network: Any
     network, _, _ = load_model(path, expect="stage_a", dtype=device.picture_dtype())
-    return Codec("stage_a", network, network, (path.name, path.name), device, DecoderEngine(network))
+    return Codec(
+        "stage_a",
+        network,
+        network,
+        (path.name, path.name),
+        device,
+        DecoderEngine(network, device.observer.notify),
+    )
 
 
 def load_compressor(compressor: Path, previewer: Path | None, device: ComputeDevice) -> Codec:

@@ -218,7 +218,7 @@ def load_stage(kind: str, path: Path, dtype: str, device: ComputeDevice) -> Diff
     )
     if kind == "stage_c" and precision == torch.float16:
         scale_residual_stream(network)
-    engine = Engine(network, join=True, precision=engine_precision(dtype))
+    engine = Engine(network, True, engine_precision(dtype), device.observer.notify)
     return DiffusionStage(kind, path.name, network, engine, device)
 
 

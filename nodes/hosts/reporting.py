@@ -6,12 +6,15 @@ The host sets a sink for the node that it is executing (`reporting_to`); sampler
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 from ...cascade_core.errors import Interrupted
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -41,10 +44,12 @@ def report(step: int, total: int, preview: Any = None) -> None:
 
 
 def notify(text: str) -> None:
-    """Sends the user a message about the running node."""
+    """Sends the user a message about the running node, or to the log where none runs."""
     sink = _sink.get()
     if sink is not None:
         sink.notify(text)
+    else:
+        logger.warning("%s", text)
 
 
 def check_interrupted() -> None:

@@ -50,7 +50,7 @@ class HostedNetwork(Hosted):
         super().__init__(network)
         self.dtype = dtype
         self.name = name
-        self.engine = Engine(network)
+        self.engine = Engine(network, notify=notify)
         self.residence: Residence | None = None
         self.forward_bytes: deque[int] = deque(maxlen=2)  # that the host asked for: one prompt's, and both
 

@@ -32,6 +32,7 @@ from ....cascade_core.networks.tiles import (
 from ....cascade_core.placement import out_of_memory
 from ....cascade_core.stages.diffusion import SCALE_FACTOR
 from .hosted import Hosted, WholeLayers
+from .progress import notify
 from .weights import remember_file
 
 
@@ -43,7 +44,7 @@ class HostedStageA(Hosted):
 
     def __init__(self, network: nn.Module):
         super().__init__(network)
-        self.engine = DecoderEngine(self.network)
+        self.engine = DecoderEngine(self.network, notify)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Drops the engine's derived weights and its graphs where the host moves the network."""

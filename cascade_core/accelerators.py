@@ -1,0 +1,90 @@
+"""Kinds of devices, and what torch knows of each: `cuda` are NVIDIA's and AMD's, `xpu` Intel's, `mps` Apple's.
+
+What is made for NVIDIA's cards alone asks `is_nvidia`. The other kinds were never run on: for them the plainest is
+chosen that torch documents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+ACCELERATORS = ("cuda", "xpu", "mps")  # in the order in which they are chosen
+
+
+def is_nvidia(device: torch.device) -> bool:
+    """Whether a device is an NVIDIA card: not an AMD card by ROCm, or by ZLUDA, which passes for CUDA."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return "[ZLUDA]" not in torch.cuda.get_device_name(device)
+
+
+def count(kind: str) -> int:
+    """How many devices of a kind torch finds."""
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    module: Any = getattr(torch, kind, None)
+    return module.device_count() if module is not None and module.is_available() else 0
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16 at its full speed."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return device.type == "xpu"
+
+
+def device_name(device: torch.device) -> str:
+    """A device for a message: "NVIDIA H200", "the processor"."""
+    if device.type == "cpu":
+        return "the processor"
+    query = getattr(_module(device), "get_device_name", None)
+    return query(device) if query else f"the device {device}"
+
+
+def synchronize(device: torch.device) -> None:
+    """Returns once the device has computed all that it was given."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        _module(device).synchronize(device)
+
+
+def begin_peak(device: torch.device) -> None:
+    """Begins to measure `peak_bytes`."""
+    reset = getattr(_module(device), "reset_peak_memory_stats", None)
+    if device.type != "cpu" and reset is not None:
+        reset(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes of the device that this process had since `begin_peak`; for Apple's, that it has now."""
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return _module(device).max_memory_allocated(device)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes of the device that this process can still allocate; None where torch does not say."""
+    module = _module(device)
+    try:
+        if device.type == "mps":
+            return module.recommended_max_memory() - module.current_allocated_memory()
+        free, _ = module.mem_get_info(device)
+        return free + module.memory_reserved(device) - module.memory_allocated(device)
+    except (AttributeError, RuntimeError):  # older versions, and drivers that do not tell
+        return None
+
+
+def trim(device: torch.device) -> None:
+    """Gives memory that torch keeps for later allocations back to the device."""
+    empty_cache = getattr(_module(device), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device.type)

@@ -1,0 +1,90 @@
+"""What goes on where a kernel fails to compile or to launch: the same computation in a slower way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+from ..accelerators import device_name, synchronize
+from ..errors import CascadeError, Interrupted, excerpt
+from ..placement import out_of_memory
+
+T = TypeVar("T")
+Way = TypeVar("Way", bound=str)
+Notify = Callable[[str], object]
+
+logger = logging.getLogger(__name__)
+
+
+class Fallback(Generic[Way]):
+    """The ways in which a network can be computed, from the fastest that has not failed on.
+
+    Without reading errors, which name kernels in a dozen ways: what fails in one way and not in the next was that way's
+    fault. What fails in the last as well is raised, and costs no way.
+
+    name     of the network, for messages
+    ways     each with what is lost where it is left, as the end of a sentence; the last is never left
+    notify   told once of each way that is left
+    """
+
+    def __init__(self, name: str, ways: Sequence[tuple[Way, str]], notify: Notify | None = None):
+        self.name, self.ways = name, list(ways)
+        self.notify = notify or logger.warning
+
+    def run(self, compute: Callable[[Way], T], device: torch.device) -> T:
+        """compute(way) in the first way that does not fail. It starts from the beginning each time.
+
+        Raises CascadeError where the device computes nothing any more, until the process ends.
+        """
+        reasons: list[str] = []
+        while True:
+            way, _ = self.ways[len(reasons)]
+            try:
+                result = compute(way)
+                break
+            except (CascadeError, Interrupted):
+                raise
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                if not still_computes(device):
+                    raise CascadeError(
+                        f"{self.name}: {device_name(device)} stopped computing ({reason_of(error)}), and does so for "
+                        "this process until it ends; start the program again."
+                    ) from error
+                if len(reasons) + 1 == len(self.ways):
+                    raise
+                reasons.append(reason_of(error))  # not the error: its frames hold the tensors of the attempt
+        left, self.ways = self.ways[: len(reasons)], self.ways[len(reasons) :]
+        for (_, loss), reason in zip(left, reasons, strict=True):
+            self.notify(
+                f"{self.name}: a kernel failed on {device_name(device)} ({reason}); it goes on {loss}."
+            )
+        return result
+
+
+def still_computes(device: torch.device) -> bool:
+    """Whether a device computes at all: after some errors CUDA does not, in this process.
+
+    Afterwards no error is left that the next launch would report as its own.
+    """
+    if device.type == "cpu":
+        return True
+    for _ in range(2):  # the first may report what is left of the error before
+        try:
+            torch.zeros(1, device=device).add_(1)
+            synchronize(device)
+            return True
+        except RuntimeError as error:
+            if out_of_memory(error):
+                return True
+    return False
+
+
+def reason_of(error: BaseException) -> str:
+    """An error on one line: its kind, and the first line of what it says."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return excerpt(f"{type(error).__name__}: {first}" if first else type(error).__name__, 200)
