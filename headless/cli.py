@@ -116,11 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--server", metavar="URL", help="run on this ComfyUI instead of in this process")
     run.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     run.set_defaults(command=_run)
-    show = commands.add_parser("show", help="print what made a picture, or what a graph makes")
-    show.add_argument(
-        "file", type=Path, metavar="FILE", help="a picture, or a graph as `cascade run` takes it"
+    show = commands.add_parser(
+        "show", help="print what made a picture, or what a graph, a LoRA or a network is"
     )
-    show.add_argument("--json", action="store_true", help="the same for programs, with the graph")
+    shown = "a picture, a graph as `cascade run` takes it, a LoRA, a network, or a folder of diffusers"
+    show.add_argument("file", type=Path, metavar="FILE", help=shown)
+    show.add_argument("--json", action="store_true", help="the same for programs, with a graph as it is")
     show.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     show.set_defaults(command=_show)
     nodes = commands.add_parser("nodes", help="list the nodes with their inputs and outputs")

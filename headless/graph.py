@@ -48,6 +48,12 @@ def parse_json(content: bytes | str, name: str) -> Any:
         raise CascadeError(f"{name} is nested too deeply to be a graph.") from error
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every program reads: null in place of NaN and infinity, as a browser writes them."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=indent)
+
+
 def check_shape(graph: object, name: str) -> None:
     """Raises CascadeError unless this can be a graph in API format."""
     if not isinstance(graph, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..cascade_core.pictures import open_picture, read_frames, upright
+from .graph import to_json
 
 _NO_MASK = (64, 64)  # ComfyUI's size for the mask of a picture without transparency
 
@@ -66,7 +66,7 @@ def encode_png(
     picture = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
     chunks = PngInfo()
     for name, value in texts.items():
-        chunks.add_text(name, json.dumps(value))
+        chunks.add_text(name, to_json(value))
     if parameters is not None:
         chunks.add_text("parameters", parameters)
     stream = io.BytesIO()

@@ -1,35 +1,41 @@
-"""`cascade show FILE`: what made a picture, or what a graph makes."""
+"""`cascade show FILE`: what made a picture, what a graph makes, what a LoRA or a network is."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError, escaped, printable
 from .embedded import embedded_texts
+from .graph import to_json
 from .sources import Source, read_source, starts_as_picture
-from .summary import Summary, summarise
+from .summary import FILE_SUFFIXES, Summary, summarise
 
 if TYPE_CHECKING:
     from .registry import InputInfo
 
 _WIDTH = 9  # of the names in front of lines
 
+# What is known of a file, for programs, and lines for people.
+Description = tuple[dict[str, Any], list[str]]
+
 
 def show(path: Path, as_json: bool = False) -> str:
     """Text or JSON about a file. Raises CascadeError for one that says nothing of itself."""
-    kind = ".safetensors" if path.suffix.lower() == ".safetensors" else ""
-    facts, lines = _KINDS[kind](path)
+    facts, lines = _describe(path)
     if as_json:
-        return json.dumps({"file": path.name, **facts}, indent=2)
+        return to_json({"file": path.name, **facts}, indent=2)
     return "\n".join(escaped(line) for line in lines)
 
 
-# What is known of a file, for programs, and lines for people.
-Description = tuple[dict[str, Any], list[str]]
+def _describe(path: Path) -> Description:
+    weights = path.suffix.lower() in FILE_SUFFIXES or ".safetensors." in path.name  # of an index of shards
+    if os.path.isdir(path) or weights:
+        return _describe_networks(path) or _describe_lora(path)
+    return _describe_graph(path)
 
 
 def _describe_graph(path: Path) -> Description:
@@ -101,12 +107,40 @@ def _named(name: str, text: str | None) -> list[str]:
     return [f"{name:{_WIDTH}} {first}", *(f"{'':{_WIDTH}} {line}" for line in further)]
 
 
+def _describe_networks(path: Path) -> Description | None:
+    """Of a file or a folder of diffusers; None for a file without a network."""
+    from ..cascade_core.adapters.about import describe_training, training_facts
+    from ..cascade_core.checkpoints import PART_NAMES, networks_stored, read_header
+
+    stored = networks_stored(path)
+    if not stored and os.path.isdir(path):
+        raise CascadeError(
+            f"{printable(str(path))} is a folder without networks of Stable Cascade; give a picture, a graph, a LoRA, "
+            "a network, or a folder as diffusers has them."
+        )
+    if not stored:
+        return None
+    networks, lines = [], [printable(path.name or str(path))]
+    for part, (layout, tensors) in stored.items():
+        weights = sum(tensor.numel() for tensor in tensors.values())
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+        networks.append({"network": part, "layout": layout, "weights": weights, "dtypes": dtypes})
+        lines.append(f"{PART_NAMES[part]}: {weights:,} weights in {', '.join(dtypes)} ({layout} names)")
+    metadata = read_header(path).metadata if path.suffix.lower() == ".safetensors" else {}
+    training = describe_training(path.name, metadata)
+    facts = {"kind": "networks", "networks": networks, "training": training_facts(metadata)}
+    return facts, [*lines, *([training] if training else [])]
+
+
 def _describe_lora(path: Path) -> Description:
-    from ..cascade_core.adapters import describe_file, read_adapter
-    from ..cascade_core.adapters.about import training_facts
+    from ..cascade_core.adapters import adapter_facts, describe_file, read_adapter
+    from ..cascade_core.adapters.about import describe_notes, training_facts
 
     adapter = read_adapter(path)
-    return {"training": training_facts(adapter.metadata)}, describe_file(adapter)
-
-
-_KINDS: dict[str, Callable[[Path], Description]] = {"": _describe_graph, ".safetensors": _describe_lora}
+    facts = {
+        "kind": "lora",
+        **adapter_facts(adapter),
+        "training": training_facts(adapter.metadata),
+        "notes": describe_notes(adapter),
+    }
+    return facts, describe_file(adapter)

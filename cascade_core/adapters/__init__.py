@@ -4,7 +4,13 @@ from ..text.learned_tokens import LearnedToken
 from .about import describe_file, describe_notes
 from .adapter import Adapter
 from .changes import Change, LowRank
-from .compatibility import check_finite_changes, check_fits, describe_adapter, describe_unknown
+from .compatibility import (
+    adapter_facts,
+    check_finite_changes,
+    check_fits,
+    describe_adapter,
+    describe_unknown,
+)
 from .dialects import DIALECTS
 from .read import parse_adapter, read_adapter
 from .write import to_dialect, write_adapter
@@ -15,6 +21,7 @@ __all__ = [
     "Change",
     "LearnedToken",
     "LowRank",
+    "adapter_facts",
     "check_finite_changes",
     "check_fits",
     "describe_adapter",

@@ -56,11 +56,10 @@ def frequent_tags(text: str) -> list[str]:
     return [printable(tag, _LONGEST) for tag, _ in counts.most_common(_FREQUENT_TAGS + 1)]
 
 
-def describe_training(adapter: Adapter) -> str | None:
-    """What the file says of its training, in a sentence; None if nothing."""
-    facts = training_facts(adapter.metadata)
-    stated = "; ".join(f"{fact} {value}" for fact, value in facts.items())
-    return f"{adapter.name} says of itself: {stated}." if stated else None
+def describe_training(name: str, metadata: Mapping[str, str]) -> str | None:
+    """What a file says of its training, in a sentence; None if nothing."""
+    stated = "; ".join(f"{fact} {value}" for fact, value in training_facts(metadata).items())
+    return f"{name} says of itself: {stated}." if stated else None
 
 
 def describe_notes(adapter: Adapter) -> list[str]:
@@ -70,5 +69,5 @@ def describe_notes(adapter: Adapter) -> list[str]:
 
 def describe_file(adapter: Adapter) -> list[str]:
     """Lines about a LoRA file: what it holds, what it says of itself, and what was assumed."""
-    training = describe_training(adapter)
+    training = describe_training(adapter.name, adapter.metadata)
     return [describe_adapter(adapter), *([training] if training else []), *describe_notes(adapter)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,24 +64,41 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
 
 
+def adapter_facts(adapter: Adapter) -> dict[str, Any]:
+    """What a file holds, for programs: dialect, kinds, layers, ranks, alphas and learned tokens."""
+    changes = [*adapter.stage_c.values(), *adapter.text.values()]
+    decomposed = sum(isinstance(change, AddedChange) and change.magnitude is not None for change in changes)
+    return {
+        "dialect": adapter.dialect,
+        "kinds": list(dict.fromkeys(change.algorithm for change in changes)),
+        "stage_c_layers": len({layer_of(target) for target in adapter.stage_c}),
+        "text_layers": len({layer_of(target) for target in adapter.text}),
+        "ranks": sorted({change.rank for change in changes if change.rank is not None}),
+        "alphas": sorted(
+            {alpha for change in changes if (alpha := getattr(change, "alpha", None)) is not None}
+        ),
+        "dora_layers": decomposed,
+        "tokens": list(
+            dict.fromkeys(token.name or f"vocabulary's {token.index}" for token in adapter.tokens)
+        ),
+    }
+
+
 def describe_adapter(adapter: Adapter) -> str:
     """Describes an adapter: "x.safetensors (kohya): 128 layers of Stage C, rank 4, 1 learned token ([star])"."""
-    changes = [*adapter.stage_c.values(), *adapter.text.values()]
-    layers, text_layers = ({layer_of(target) for target in part} for part in (adapter.stage_c, adapter.text))
-    others = dict.fromkeys(change.algorithm for change in changes if not isinstance(change, LowRank))
-    ranks = sorted({change.rank for change in changes if change.rank is not None})
-    decomposed = sum(isinstance(change, AddedChange) and change.magnitude is not None for change in changes)
-    names = dict.fromkeys(token.name or f"vocabulary's {token.index}" for token in adapter.tokens)
+    facts = adapter_facts(adapter)
+    others = [kind for kind in facts["kinds"] if kind != LowRank.algorithm]
+    ranks, tokens = facts["ranks"], facts["tokens"]
     contents = [
-        (len(layers), f"{len(layers)} layers of Stage C"),
-        (len(text_layers), f"{len(text_layers)} layers of the text encoder"),
+        (facts["stage_c_layers"], f"{facts['stage_c_layers']} layers of Stage C"),
+        (facts["text_layers"], f"{facts['text_layers']} layers of the text encoder"),
         (len(others), ", ".join(others)),
         (
             len(ranks),
             "rank " + (str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else ""),
         ),
-        (decomposed, f"DoRA magnitudes of {decomposed}"),
-        (len(names), f"{len(names)} learned token{'s' * (len(names) > 1)} ({listed(names)})"),
+        (facts["dora_layers"], f"DoRA magnitudes of {facts['dora_layers']}"),
+        (len(tokens), f"{len(tokens)} learned token{'s' * (len(tokens) > 1)} ({listed(tokens)})"),
     ]
     return f"{adapter.name} ({adapter.dialect}): {', '.join(text for count, text in contents if count)}"
 

@@ -18,7 +18,7 @@ from .load import (
     load_published_state_dict,
     non_finite,
 )
-from .source import in_model_folder, locate, networks_in, read_named, read_weights
+from .source import in_model_folder, locate, networks_in, networks_stored, read_named, read_weights
 
 __all__ = [
     "KIND_NAMES",
@@ -40,6 +40,7 @@ __all__ = [
     "load_published_state_dict",
     "locate",
     "networks_in",
+    "networks_stored",
     "non_finite",
     "parts_in",
     "read_header",

@@ -131,6 +131,28 @@ def networks_in(path: str | Path) -> set[str]:
     }
 
 
+def networks_stored(path: str | Path) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """{part: (name of its layout, its tensors on the meta device)} of a file or a folder of diffusers.
+
+    Only headers are read. Raises CascadeError as `read_safetensors` does.
+    """
+    stored = {}
+    for part in SUBFOLDERS if os.path.isdir(path) else ("",):
+        located = locate(path, part)
+        if os.path.isdir(located):
+            continue
+        tensors = read_shapes(located)
+        for inside, layout in parts_in(tensors).items():
+            if inside == (part or inside):
+                own = {
+                    name: t
+                    for name, t in tensors.items()
+                    if layout.published_name(name) and not is_beside(name)
+                }
+                stored[inside] = layout.name, own
+    return stored
+
+
 def _holds(path: Path, part: str) -> bool:
     return part in parts_in(read_tensors(path)[0])
 

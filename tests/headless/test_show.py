@@ -1,11 +1,14 @@
 """`cascade show`, and what pictures say of themselves in the words that viewers show."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from cascade_nodes.cascade_core.adapters import Adapter, LearnedToken, LowRank, write_adapter
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.headless.cli import main
 from cascade_nodes.headless.show import show
@@ -140,3 +143,79 @@ def test_each_saved_picture_tells_its_own_prompt(tmp_path, monkeypatch):
         with Image.open(tmp_path / "output" / f"{key}_00001_.png") as picture:
             assert isinstance(picture, PngImageFile)
             assert picture.text["parameters"] == f"{prompt}\nSteps: 2, Seed: {seed}, Size: 6x4"
+
+
+def test_a_lora_in_json_as_in_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    changes = {
+        "clip_txt_mapper": LowRank(torch.ones(2, 40), torch.ones(48, 2), 1.0),
+        "clf.1": LowRank(torch.ones(3, 48, 1, 1), torch.ones(16, 3, 1, 1), 2.0),
+    }
+    tokens = (LearnedToken("[star]", torch.ones(1, 64)),)
+    about = {"modelspec.trigger_phrase": "[star]", "modelspec.license": "MIT", "base_model": "Stage C"}
+    write_adapter(
+        "a.safetensors", Adapter("a", "onetrainer", changes, {}, tokens), "onetrainer", metadata=about
+    )
+    assert main(["show", "--json", "a.safetensors"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "file": "a.safetensors",
+        "kind": "lora",
+        "dialect": "onetrainer",
+        "kinds": ["LoRA"],
+        "stage_c_layers": 2,
+        "text_layers": 0,
+        "ranks": [2, 3],
+        "alphas": [1.0, 2.0],
+        "dora_layers": 0,
+        "tokens": ["[star]"],
+        "training": {"trigger words": "[star]", "trained on": "Stage C", "licence": "MIT"},
+        "notes": [],
+    }
+    assert show(Path("a.safetensors")).splitlines() == [
+        "a.safetensors (onetrainer): 2 layers of Stage C, rank 2 to 3, 1 learned token ([star])",
+        "a.safetensors says of itself: trigger words [star]; trained on Stage C; licence MIT.",
+    ]
+
+
+def test_networks_in_files_and_folders(tmp_path):
+    weights = PACK / "demo" / "weights"
+    assert (
+        show(weights / "demo_text_encoder").splitlines()[1].startswith("text encoder: 1,985,088 weights in")
+    )
+    for subfolder, name in (("prior", "demo_stage_c"), ("vqgan", "demo_stage_a")):
+        (tmp_path / subfolder).mkdir()
+        copy = tmp_path / subfolder / "diffusion_pytorch_model.safetensors"
+        copy.write_bytes((weights / f"{name}.safetensors").read_bytes())
+    facts = json.loads(show(tmp_path, as_json=True))
+    assert [one["network"] for one in facts["networks"]] == ["stage_c", "stage_a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.gguf", b"GGUF\x03", "is a GGUF file, a form that no program has for Stable Cascade"),
+        ("a.ckpt", b"\x80\x02abcdefgh", "is a pickle"),
+        ("a.safetensors", b"<html>", "is a web page in place of the file"),
+        ("none.safetensors", None, "does not exist"),
+        ("", None, "is a folder without networks of Stable Cascade; give a picture"),
+        ("none.json", None, "No such file"),
+    ],
+)
+def test_what_cannot_be_shown_is_named(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CascadeError, match=message):
+        show(tmp_path / name)
+
+
+def test_json_is_json_whatever_a_graph_holds(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(
+        '{"1": {"class_type": "KSampler", "inputs": {"cfg": 1e999}, "is_changed": [NaN, -Infinity]}}'
+    )
+    facts = json.loads(show(path, as_json=True), parse_constant=lambda name: pytest.fail(name))
+    assert facts["graph"]["1"] == {
+        "class_type": "KSampler",
+        "inputs": {"cfg": None},
+        "is_changed": [None, None],
+    }
