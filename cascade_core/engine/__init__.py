@@ -6,7 +6,8 @@ weights.py     whether the weights changed or moved since
 unet.py        Stage B and C as a flat program over tokens
 blocks.py      the bound blocks of the program; state.py: what they read and change
 vqgan.py       Stage A's decoder
-operations.py  the operations of the program, in plain PyTorch; cuda.py: fused kernels; fp8.py: products in e4m3
+operations.py  the operations of the program, in plain PyTorch; cuda.py: fused kernels; fp8.py: products in e4m3;
+               cublas.py: kernels beside cuBLAS, for cards before Ampere
 backend.py     which operations run on a device; fallback.py: what goes on where a kernel fails
 graphs.py      CUDA graphs; workspace.py: the memory of what they compute; layout.py: copies between tokens and images
 kernels/       the fused kernels, in Triton

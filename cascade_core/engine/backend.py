@@ -42,10 +42,10 @@ def operations_on(device: torch.device, precision: Way = "exact") -> Operations:
         from . import fp8
 
         return fp8
-    if precision == "exact" and card is not None and card.capability >= (8, 0):
-        from . import cuda
+    if precision == "exact" and card is not None and card.capability >= (7, 0):
+        from . import cublas, cuda
 
-        return cuda
+        return cuda if card.capability >= (8, 0) else cublas
     if device.type == "cpu":
         _keep_freed_memory()
     return operations

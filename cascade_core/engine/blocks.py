@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..networks.fp16 import divide
-from .layout import as_image, resized
+from ..networks.fp16 import divide, divide_
+from .layout import as_image, concatenated, resized
 from .state import ForwardState, RunCache
-from .workspace import empty
 
 Pack = Callable[[Any], Any]  # of operations that multiply by another form of the weights: `Operations.pack`
 
@@ -144,7 +143,7 @@ class BoundResBlock(BoundFeedForward):
             state.x.add_(resized(residual, state.size, state.x))
         state.resblocks += 1
         h = state.ops.depthwise_norm(state.x, state.size, self.taps, self.depthwise_bias(), self.eps)
-        self.add_mlp(state, h if skip is None else joined(divide_(h, self.scale), skip))
+        self.add_mlp(state, h if skip is None else concatenated(divide_(h, self.scale), skip, dim=-1))
 
 
 class AddDeferredBias(BoundBlock):
@@ -243,20 +242,9 @@ def float32_copy(value: Tensor) -> Tensor:
     return value.to(torch.float32, copy=True)
 
 
-def divide_(x: Tensor, scale: float) -> Tensor:
-    """x / scale in place, for a power of two."""
-    return x if scale == 1 else x.mul_(1 / scale)
-
-
 def taps_of(convolution: Any) -> Tensor:
     """A depthwise 3×3 convolution's weight (C, 1, 3, 3) as the kernels read it, (9, C)."""
     return convolution.weight.flatten(1).T.contiguous()
-
-
-def joined(h: Tensor, skip: Tensor) -> Tensor:
-    """(B, N, C) and (B, N, C_skip) -> (B, N, C + C_skip)"""
-    out = empty((*h.shape[:-1], h.shape[-1] + skip.shape[-1]), h)
-    return torch.cat([h, skip], dim=-1, out=out)
 
 
 def side_by_side(weights: list[Tensor]) -> Tensor | list[Tensor]:

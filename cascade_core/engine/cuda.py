@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import operations
 from .card import card_of
+from .graphs import can_capture
 from .kernels import attention as attention_kernel
 from .kernels import depthwise, modulation, products, resident, response
 from .kernels.launch import compile_ahead
@@ -18,6 +19,7 @@ from .workspace import empty
 __all__ = [
     "add_linear_",
     "attention",
+    "can_capture",
     "channelwise_",
     "compile_ahead",
     "depthwise_norm",

@@ -17,7 +17,7 @@ from ..placement import WeightConsumer
 from ..placement.stream import WeightStream
 from .backend import WAYS, Precision, Way, operations_on
 from .fallback import Fallback, Notify
-from .graphs import GraphMemory, can_capture
+from .graphs import GraphMemory
 from .lru import LRU
 from .operations import Operations
 from .shapes import Conditions, ShapeCache
@@ -122,7 +122,7 @@ class Engine(WeightConsumer):
     ) -> Tensor:
         # Where memory is too short for the weights, there is none for packed copies of them.
         ops, bound = self._bind(x, "exact" if way == "fp8" and stream is not None else way)
-        shape = self._shape_cache(x, conditions, control)
+        shape = self._shape_cache(ops, x, conditions, control)
         cache = shape.prepare(bound, x, conditions, control)
         key = tuple(sorted(noise.items()))
         table = self._tables.get(key)
@@ -188,7 +188,9 @@ class Engine(WeightConsumer):
             self._weights = WeightSnapshot(self.network)  # joining moves some
         return ops, self._bound
 
-    def _shape_cache(self, x: Tensor, conditions: Conditions, control: Sequence[Tensor | None]) -> ShapeCache:
+    def _shape_cache(
+        self, ops: Operations, x: Tensor, conditions: Conditions, control: Sequence[Tensor | None]
+    ) -> ShapeCache:
         key = (
             self._bound_way,
             tuple(x.shape),
@@ -197,7 +199,7 @@ class Engine(WeightConsumer):
             tuple((name, None if t is None else tuple(t.shape)) for name, t in sorted(conditions.items())),
             tuple(None if residual is None else tuple(residual.shape) for residual in control),
         )
-        graphs = self.graphs and self._bound_way != "plain" and can_capture(x.device)
+        graphs = self.graphs and ops.can_capture(x.device)
         return self._shapes.get_or_create(key, lambda: ShapeCache(self.network, self._graph_memory, graphs))
 
 

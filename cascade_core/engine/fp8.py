@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .cuda import (
     attention,
+    can_capture,
     compile_ahead,
     depthwise_norm,
     fits_registers,
@@ -30,6 +31,7 @@ from .workspace import empty
 __all__ = [
     "add_linear_",
     "attention",
+    "can_capture",
     "channelwise_",
     "compile_ahead",
     "depthwise_norm",

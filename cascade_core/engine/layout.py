@@ -58,6 +58,13 @@ def resized(image: Tensor, size: Size, like: Tensor) -> Tensor:
     return _contiguous(image.permute(0, 2, 3, 1), like.dtype).flatten(1, 2)
 
 
+def concatenated(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """(B, N, C) and (B, N, C_skip) -> (B, N, C + C_skip), or (B, N, C) and (B, T, C) -> (B, N + T, C)"""
+    shape = list(first.shape)
+    shape[dim] += second.shape[dim]
+    return torch.cat([first, second], dim=dim, out=empty(shape, first))
+
+
 def interpolated(image: Tensor, size: Size) -> Tensor:
     """Bilinear with aligned corners, in the image's own precision.  (B, C, h, w) -> (B, C, H, W), both channels-last"""
     out = empty((len(image), *size, image.shape[1]), image).permute(0, 3, 1, 2)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..networks.fp16 import divide, divided_gelu_
+from ..networks.fp16 import divide, divide_, divided_gelu_
+from .layout import concatenated
 
 EPS = 1e-6  # of every LayerNorm in the networks
 RESPONSE_EPS = 1e-6
@@ -36,6 +37,8 @@ class Operations(Protocol):
         ...
 
     def compile_ahead(self, forward: Callable[[], object]) -> None: ...
+
+    def can_capture(self, device: torch.device) -> bool: ...
 
     def norm(self, x: Tensor, eps: float) -> Tensor: ...
 
@@ -76,6 +79,11 @@ resample_by_products = False
 
 def compile_ahead(forward: Callable[[], object]) -> None:
     """Compiles the kernels of a forward: here there are none."""
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether forwards can be captured as CUDA graphs: these take most of their memory beside the workspace."""
+    return False
 
 
 def keep_freed_memory() -> None:
@@ -181,7 +189,7 @@ def attention(
     """
     q, k, v = qkv.chunk(3, dim=-1)
     if self_attn:
-        key, value = torch.cat([k, key], dim=1), torch.cat([v, value], dim=1)
+        key, value = concatenated(k, key, dim=1), concatenated(v, value, dim=1)
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, key, value))
     attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    return divide(attended, x_scale)
+    return divide_(attended, x_scale)

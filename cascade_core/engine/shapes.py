@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..networks.fp16 import divide_
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from ..networks.unet import UNet
-from .blocks import divide_
 from .graphs import Graphed, GraphMemory
 from .layout import as_tokens
 from .operations import Operations

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..networks.fp16 import divide, divided_bias, stream_scale
+from ..networks.fp16 import divide, divide_, divided_bias, stream_scale
 from ..networks.layers import AttnBlock, ResBlock, TimestepBlock
 from ..networks.unet import UNet
 from ..placement.stream import WeightStream
@@ -21,7 +21,6 @@ from .blocks import (
     DividedBias,
     Pack,
     PackedWeight,
-    divide_,
     join_,
 )
 from .layout import as_image, as_tokens, interpolated, patches, shuffle, unpatched, unshuffle

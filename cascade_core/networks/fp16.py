@@ -193,8 +193,13 @@ def divide(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x * (1 / scale)
 
 
+def divide_(x: Tensor, scale: float) -> Tensor:
+    """x / scale in place, for a power of two."""
+    return x if scale == 1 else x.mul_(1 / scale)
+
+
 def divided_gelu_(x: Tensor, scale: float) -> Tensor:
-    """GELU(scale · x) / scale in place, also where scale · x is past the end of x's dtype.  x: (B, H, W, C)"""
+    """GELU(scale · x) / scale in place, also where scale · x is past the end of x's dtype.  x: (B, H, …)"""
     for rows in x.chunk(8, dim=1):  # a few at a time, for the memory that float32 takes
         rows.copy_(divide(F.gelu(rows.float() * scale), scale))
     return x

@@ -13,8 +13,9 @@ from cascade_nodes.cascade_core.adapters.changes import Difference
 from cascade_nodes.cascade_core.diffusion.guidance import Guider
 from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
 from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS
-from cascade_nodes.cascade_core.engine import Engine
+from cascade_nodes.cascade_core.engine import Engine, operations_on
 from cascade_nodes.cascade_core.engine import engine as engine_module
+from cascade_nodes.cascade_core.engine.card import Card, described
 from cascade_nodes.cascade_core.networks.config import StageBConfig, StageCConfig
 from cascade_nodes.tests.core.sampling import sample_from
 
@@ -197,6 +198,16 @@ def test_what_it_cannot_do_the_network_does():
         half = {name: value.bfloat16() for name, value in conditions.items()}
         network.bfloat16()
         assert torch.equal(engine(x.bfloat16(), r, **half), network(x.bfloat16(), r, **half))
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((9, 0), "cuda"), ((8, 0), "cuda"), ((7, 5), "cublas"), ((7, 0), "cublas"), ((6, 1), "operations")],
+)
+def test_operations_of_a_card(capability, name):
+    with described(Card(capability, "a card", 40)):
+        chosen: Any = operations_on(torch.device("meta"))  # a module
+    assert chosen.__name__.rpartition(".")[2] == name
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -1,5 +1,6 @@
 """The engine on a network whose residual stream is held as a fraction, in plain PyTorch and through the kernels."""
 
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -10,22 +11,26 @@ from torch import Tensor
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters.apply import patched
 from cascade_nodes.cascade_core.engine import Engine
+from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream
 from cascade_nodes.tests.core import overflowing
 from cascade_nodes.tests.core.overflowing import GROWTH
 from cascade_nodes.tests.core.test_fp16 import TRAJECTORY, in_fp16, lora, prompt, randn, residuals
 from cascade_nodes.tests.engine.test_engine import (
     STAGE_B,
-    STAGE_C,
     UNUSUAL,
     build,
-    operations,  # noqa: F401 (a fixture)
     stage_b_inputs,
     stage_c_inputs,
 )
 from cascade_nodes.tests.golden_weights import relative_error
 
-pytestmark = pytest.mark.usefixtures("operations")
+
+@pytest.fixture(params=["operations", "cuda", "cublas"], autouse=True)
+def operations(request, monkeypatch):
+    """Plain PyTorch; the kernels, interpreted; those beside cuBLAS and PyTorch's attention, for cards before Ampere."""
+    chosen = import_module(f"cascade_nodes.cascade_core.engine.{request.param}")
+    monkeypatch.setattr(engine_module, "operations_on", lambda device, precision: chosen)
 
 
 @torch.inference_mode()
@@ -38,11 +43,10 @@ def computed(network: Any, engine: Any, x: Tensor, conditions: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("network_class", "config", "inputs"),
     [
-        (StageC, STAGE_C, stage_c_inputs(STAGE_C)),
         (StageC, UNUSUAL, stage_c_inputs(UNUSUAL)),
         (StageB, STAGE_B, stage_b_inputs(STAGE_B, size=(10, 14))),  # levels that do not divide the one above
     ],
-    ids=["C", "unusual", "B"],
+    ids=["C", "B"],
 )
 def test_in_float32_it_changes_nothing(network_class, config, inputs):
     """The scale changes under an engine that has run before, and back."""

@@ -214,7 +214,7 @@ class Captured:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    monkeypatch.setattr(engine_module, "can_capture", lambda device: True)
+    monkeypatch.setattr(operations, "can_capture", lambda device: True)
     monkeypatch.setattr(graphs_module, "CapturedForward", Captured)
     monkeypatch.setattr(Captured, "captures", [], raising=False)
     return Captured.captures

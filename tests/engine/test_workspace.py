@@ -21,6 +21,7 @@ from cascade_nodes.cascade_core.engine.layout import (
     unshuffle,
 )
 from cascade_nodes.cascade_core.networks.config import StageAConfig
+from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream
 from cascade_nodes.cascade_core.networks.layers import resize
 from cascade_nodes.cascade_core.networks.stage_a import StageA
 from cascade_nodes.tests.engine.interpreted import interpreter
@@ -166,22 +167,30 @@ CONTROL = [torch.randn(2, 64, 4, 5), None, torch.randn(2, 64, 2, 2)]
 
 WITH_CONTROL = (stage_c_inputs(STAGE_C)[0], {**stage_c_inputs(STAGE_C)[1], "control": CONTROL})
 FORWARDS: dict[str, tuple[Any, ...]] = {
-    "C, with control": (StageC, STAGE_C, WITH_CONTROL, "exact"),
-    "C, unusual": (StageC, UNUSUAL, stage_c_inputs(UNUSUAL), "exact"),
-    "C, fp8": (StageC, STAGE_C, stage_c_inputs(STAGE_C), "fp8"),
-    "B": (StageB, STAGE_B, stage_b_inputs(STAGE_B, size=(8, 8)), "exact"),
+    "C, with control": (StageC, STAGE_C, WITH_CONTROL, "cuda", 1.0),
+    "C, unusual": (StageC, UNUSUAL, stage_c_inputs(UNUSUAL), "cuda", 1.0),
+    "C, fp8": (StageC, STAGE_C, stage_c_inputs(STAGE_C), "fp8", 1.0),
+    "B": (StageB, STAGE_B, stage_b_inputs(STAGE_B, size=(8, 8)), "cuda", 1.0),
     # Levels that do not divide the one above
-    "B, odd": (StageB, STAGE_B, stage_b_inputs(STAGE_B, size=(10, 14)), "exact"),
+    "B, odd": (StageB, STAGE_B, stage_b_inputs(STAGE_B, size=(10, 14)), "cuda", 1.0),
+    # With the residual stream held as fp16 holds it
+    "C, scaled": (StageC, UNUSUAL, stage_c_inputs(UNUSUAL), "cuda", STREAM_SCALE),
+    "B, scaled": (StageB, STAGE_B, stage_b_inputs(STAGE_B, size=(10, 14)), "cuda", STREAM_SCALE),
+    "C, before Ampere": (StageC, UNUSUAL, stage_c_inputs(UNUSUAL), "cublas", STREAM_SCALE),
+    "B, before Ampere": (StageB, STAGE_B, stage_b_inputs(STAGE_B, size=(8, 8)), "cublas", STREAM_SCALE),
 }
+ALLOCATING = {"cublas": {"aten.scaled_dot_product_attention.default"}}  # PyTorch's attention alone
 
 
-@pytest.mark.parametrize(("network_class", "config", "inputs", "precision"), FORWARDS.values(), ids=FORWARDS)
-def test_a_forward_takes_no_other_memory(monkeypatch, network_class, config, inputs, precision):
+@pytest.mark.parametrize(
+    ("network_class", "config", "inputs", "ops", "scale"), FORWARDS.values(), ids=FORWARDS
+)
+def test_a_forward_takes_no_other_memory(monkeypatch, network_class, config, inputs, ops, scale):
     """Interpreted kernels, whose own work in main memory is not seen: all that PyTorch computes."""
-    from cascade_nodes.cascade_core.engine import cuda, fp8
+    from cascade_nodes.cascade_core.engine import cublas, cuda, fp8
 
-    ops = {"exact": cuda, "fp8": fp8}
-    monkeypatch.setattr(engine_module, "operations_on", lambda device, precision: ops[precision])
+    modules = {"cuda": cuda, "fp8": fp8, "cublas": cublas}
+    monkeypatch.setattr(engine_module, "operations_on", lambda device, precision: modules[ops])
     found: list[str] = []
 
     def run(self: Any, bound: Any, ops: Any, x: Tensor, cache: Any) -> Tensor:
@@ -193,8 +202,9 @@ def test_a_forward_takes_no_other_memory(monkeypatch, network_class, config, inp
     monkeypatch.setattr(shapes.ShapeCache, "run", run)
     network = build(network_class, config)
     x, conditions = inputs
-    Engine(network, precision=precision)(x, torch.full((len(x),), 0.7), **conditions)
-    assert set(found) == set()
+    scale_residual_stream(network, scale)
+    Engine(network, precision="fp8" if ops == "fp8" else "exact")(x, torch.full((len(x),), 0.7), **conditions)
+    assert set(found) == ALLOCATING.get(ops, set())
 
 
 def test_stage_a_takes_no_other_memory(monkeypatch):

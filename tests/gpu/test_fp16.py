@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import StageB, StageC
-from cascade_nodes.cascade_core.engine import Engine
+from cascade_nodes.cascade_core.engine import Engine, cublas, graphs
+from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.networks.config import StageBConfig, StageCConfig
-from cascade_nodes.cascade_core.networks.fp16 import scale_residual_stream
+from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream
 from cascade_nodes.tests.core import overflowing
 from cascade_nodes.tests.engine.test_engine import UNUSUAL
 from cascade_nodes.tests.gpu.compared import (
@@ -26,7 +27,9 @@ from cascade_nodes.tests.gpu.compared import (
     STAGE_C_3_6B,
     alone,
     assert_near,
+    assert_small,
     draw,
+    errors,
     inputs,
     network_of,
     noise,
@@ -98,6 +101,32 @@ def test_controlnets_and_the_way_back(device: torch.device):
     assert_near(network, engine, x, conditions)
     scale_residual_stream(network, 1)
     assert same_bits(runs(engine, x, conditions), runs(Engine(published), x, conditions))
+
+
+@pytest.mark.parametrize("scale", [1.0, STREAM_SCALE])
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [(STAGE_C_3_6B, (24, 24)), (UNUSUAL, (9, 11)), (SHALLOW_B, (34, 50))],
+    ids=["C", "unusual", "B"],
+)
+def test_as_before_ampere(
+    config: Any,
+    size: tuple[int, int],
+    scale: float,
+    device: torch.device,
+    replays: Replays,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """By cuBLAS, PyTorch's attention and the kernels beside them, whatever this card can do."""
+    monkeypatch.setattr(engine_module, "operations_on", lambda device, precision: cublas)
+    network = network_of(config, torch.float16, device)
+    scale_residual_stream(network, scale)
+    engine = Engine(network)
+    x, conditions = inputs(config, network, size=size)
+    assert_small(errors(network, engine, x, conditions, kernel_attention=False), x.dtype)
+    assert replays.count == (len(LEVELS) - 1 if graphs.can_allocate_in_capture(device) else 0)
+    outputs = runs(engine, x, conditions)
+    assert same_bits(outputs[1:], outputs[:1] * 2)
 
 
 def test_stage_b_as_published(device: torch.device):

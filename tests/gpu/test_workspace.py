@@ -107,7 +107,7 @@ def test_the_counter_sees_a_hidden_value(device: torch.device):
         assert graphs.allocates(lambda: torch.nn.functional.linear(x, w, b), device)
 
 
-def test_a_forward_that_allocates_stays_eager(
+def test_a_forward_that_allocates_is_captured_by_pytorchs_allocator_alone(
     device: torch.device, replays: Replays, caplog: pytest.LogCaptureFixture
 ):
     hidden = torch.randn(512, 512, device=device)
@@ -115,10 +115,15 @@ def test_a_forward_that_allocates_stays_eager(
     with torch.inference_mode():
         results = [graphed(lambda x: (x @ hidden).add_(1), hidden) for _ in range(4)]
     assert same_bits(results[1:], 3 * results[:1])
-    assert replays.count == 0
-    assert [record.message for record in caplog.records] == [
-        "A forward of (512, 512) allocates memory as it runs. It runs without a CUDA graph, which takes longer."
-    ]
+    native = graphs.can_allocate_in_capture(device)
+    assert replays.count == (3 if native else 0)
+    assert [record.message for record in caplog.records] == (
+        []
+        if native
+        else [
+            "A forward of (512, 512) allocates memory as it runs. It runs without a CUDA graph, which takes longer."
+        ]
+    )
 
 
 def test_memory_is_level_over_captures_that_come_and_go(device: torch.device, replays: Replays):
