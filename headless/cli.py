@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError, escaped
 from .convert_lora import add_convert_command
-from .merge import add_merge_command
+from .merge import CommandParser, add_merge_command
 from .signals import INTERRUPTED, Stopped, stopping_on_signals
 from .verify.command import add_verify_command
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cascade-nodes {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
     run = commands.add_parser("run", help="execute a graph")
     graph = "a graph in API format, a body of POST /prompt, a workflow, or a picture with one of them inside"
     run.add_argument("graph", type=Path, metavar="GRAPH", help=graph)

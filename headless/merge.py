@@ -9,7 +9,8 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ from .convert_lora import check_target
 
 if TYPE_CHECKING:
     from ..cascade_core.adapters.apply import Patch
+    from ..cascade_core.checkpoints.source import NamedTensors
     from ..cascade_core.networks.config import StageCConfig
 
 MERGED = "merged_loras"  # in the metadata of a merged file
 # What a file says of its own contents, which is true no more.
 _STALE = ("modelspec.hash_sha256", "sshash_legacy", "sshs_model_hash", "sshs_legacy_hash")
+_ONE_NETWORK = ("kind", "config")  # which network a file is
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,65 @@ class Lora:
     path: Path
     strength_model: float = 1.0
     strength_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is merged, and where to.
+
+    source         Stage C, or an all-in-one
+    text_encoder   to bake the LoRAs into too, where the source holds none
+    text_output    the text encoder's own file; one_file: it is written into the target
+    fp8            Stage C's matrices become fp8
+    alpha          and filters: as in `read_adapter`
+    force          overwrite what is there
+    """
+
+    source: Path
+    target: Path
+    loras: Sequence[Lora]
+    text_encoder: Path | None = None
+    text_output: Path | None = None
+    one_file: bool = False
+    fp8: bool = False
+    alpha: float = 0.0
+    filters: str = ""
+    force: bool = False
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command that takes for strengths of a LoRA numbers alone, where argparse takes IN and OUT as well."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, unknown = super().parse_known_args(_loras_last(list(args or ())), namespace)
+        if unknown:  # said here, with the usage of this command
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
+def _loras_last(words: list[str]) -> list[str]:
+    """The words with each `--lora FILE [STRENGTH [STRENGTH]]` behind the others."""
+    words = [
+        part for word in words for part in (word.split("=", 1) if word.startswith("--lora=") else [word])
+    ]
+    if "--" in words:
+        return words
+    others, loras = [], []
+    while words:
+        count = 1
+        if words[0] == "--lora":
+            count = 2 + sum(1 for _ in takewhile(_is_number, words[2:]))
+        (loras if count > 1 else others).extend(words[:count])
+        del words[:count]
+    return [*others, *loras]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def add_merge_command(commands: Any) -> None:
@@ -68,19 +130,12 @@ def add_merge_command(commands: Any) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    lines = merge(
-        options.source,
-        options.target,
-        [_lora(words) for words in options.lora],
-        options.text_encoder,
-        options.text_output,
-        options.one_file,
-        options.fp8,
-        options.alpha,
-        options.filters,
-        options.force,
+    names = [entry.name for entry in fields(Merge) if entry.name != "loras"]
+    job = Merge(
+        loras=[_lora(words) for words in options.lora],
+        **{name: getattr(options, name) for name in names},
     )
-    for line in lines:
+    for line in merge(job):
         print(line)
     return 0
 
@@ -88,13 +143,9 @@ def _merge(options: argparse.Namespace) -> int:
 def _lora(words: Sequence[str]) -> Lora:
     """FILE [STRENGTH [STRENGTH]]"""
     file, *numbers = words
-    strengths = []
-    for number in numbers[:2]:
-        try:
-            strengths.append(float(number))
-        except ValueError:
-            strengths.append(math.nan)
-        if not abs(strengths[-1]) <= 1000:  # which NaN is not
+    strengths = [float(number) if _is_number(number) else math.nan for number in numbers[:2]]
+    for number, strength in zip(numbers, strengths, strict=False):
+        if not abs(strength) <= 1000:  # which NaN is not
             raise CascadeError(
                 f"{quoted(number)} is not a strength; give a number such as 0.8 after --lora {file}."
             )
@@ -104,106 +155,116 @@ def _lora(words: Sequence[str]) -> Lora:
     return Lora(Path(file), model, strengths[1] if len(strengths) > 1 else model)
 
 
-def merge(
-    source: Path,
-    target: Path,
-    loras: Sequence[Lora],
-    text_encoder: Path | None = None,
-    text_output: Path | None = None,
-    one_file: bool = False,
-    fp8: bool = False,
-    alpha: float = 0.0,
-    filters: str = "",
-    force: bool = False,
-) -> list[str]:
-    """Writes the files and returns the lines of the report. Raises CascadeError, and writes nothing, on failure.
+def merge(job: Merge) -> list[str]:
+    """Writes the files and returns the lines of the report. Raises CascadeError, and writes nothing, on failure."""
+    from ..cascade_core.adapters.merge import MergedFile
+    from ..cascade_core.checkpoints import write_safetensors
 
-    text_encoder: to bake them into too, and text_output: where it is written to, if not into the same file (one_file);
-    fp8: Stage C's matrices become fp8; alpha, filters: as in `read_adapter`.
-    """
+    _check_outputs(job)
+    model, config = _read_stage_c(job.source)
+    text = _read_text_encoder(job, model)
+    lines, patches = _read_loras(job, config, text is not None)
+
+    file = MergedFile()
+    text_file = MergedFile() if job.text_output is not None else file
+    stage_c_name, text_name = (_all_in_one(part) if job.one_file else None for part in ("stage_c", "text"))
+    rest = file.add_network(model.tensors, model.parts["stage_c"], patches["stage_c"], stage_c_name, job.fp8)
+    changed = file.changed
+    lines.append(f"Stage C: {changed} weights and biases change")
+    if text is not None:
+        tensors = {name: model.tensors[name] for name in rest} if text is model else text.tensors
+        left = text_file.add_network(tensors, text.parts["text"], patches["text"], text_name)
+        rest = left if text is model else rest
+        text_changed = text_file.changed - (changed if text_file is file else 0)
+        lines += [f"Text encoder: {text_changed} weights and biases change", *_vocabulary_lines(text)]
+        changed += text_changed
+    for name in rest:
+        file.add(name, model.tensors[name])
+    if not changed:
+        advice = ", or --text-encoder" if text is None and patches["text"] else ""
+        raise CascadeError(f"These LoRAs change nothing at these strengths; give others{advice}.")
+
+    outputs = {job.target: (file, model.metadata)}
+    if text is not None and job.text_output is not None:
+        outputs[job.text_output] = (text_file, text.metadata)
+    for path, (merged, metadata) in outputs.items():
+        kept = _metadata(metadata, job)
+        write_safetensors(path, merged.tensors, kept, overwrite=job.force, value=merged.value)
+        lines.append(f"Written: {path}")
+    return lines
+
+
+def _check_outputs(job: Merge) -> None:
+    check_target(job.target, job.force)
+    if job.one_file and job.text_output is not None:
+        raise CascadeError(
+            "--text-output and --one-file are two places for the text encoder; give one of them."
+        )
+    if job.text_encoder is not None and not (job.one_file or job.text_output):
+        raise CascadeError(
+            "Say where the text encoder goes: --text-output FILE, or --one-file for both in OUT."
+        )
+    if job.text_output is not None:
+        check_target(job.text_output, job.force)
+        if job.text_output.resolve() == job.target.resolve():
+            raise CascadeError(
+                f"{job.target} is to be both files; give --text-output another name, or --one-file in its place."
+            )
+
+
+def _read_stage_c(source: Path) -> tuple[NamedTensors, StageCConfig]:
     import torch
 
-    from ..cascade_core.adapters.merge import MergedFile
-    from ..cascade_core.checkpoints import (
-        check_weights,
-        identify,
-        read_named,
-        split_attention,
-        write_safetensors,
-    )
-    from ..cascade_core.checkpoints.layouts import SIGNATURES
+    from ..cascade_core.checkpoints import check_weights, identify, read_named, split_attention
     from ..cascade_core.networks.config import StageCConfig
     from ..cascade_core.networks.stage_c import StageC
-    from ..cascade_core.text.clip import CLIP_TOKENS
 
-    _check_outputs(target, text_encoder, text_output, one_file, force)
     model = read_named(source, "stage_c")
     weights = model.stored("stage_c") if "stage_c" in model.parts else model.tensors
     config = StageCConfig.from_dict(identify(source, weights, model.metadata, "stage_c")[1])
     with torch.device("meta"):
         check_weights(StageC(config), split_attention(weights))
-    text = model if "text" in model.parts else None
-    if text_encoder is not None:
-        if text is not None:
+    return model, config
+
+
+def _read_text_encoder(job: Merge, model: NamedTensors) -> NamedTensors | None:
+    """The source itself, if it holds a text encoder, or the file that is named beside it."""
+    from ..cascade_core.checkpoints import read_named
+
+    if job.text_encoder is None:
+        if "text" in model.parts:
+            return model
+        if job.one_file or job.text_output is not None:
+            option = "--one-file" if job.one_file else "--text-output"
             raise CascadeError(
-                f"{source.name} holds a text encoder itself, which is merged too; leave --text-encoder out."
+                f"{job.source.name} holds no text encoder to write; name one with --text-encoder, or leave {option} "
+                "out."
             )
-        text = read_named(text_encoder, "text")
-        if "text" not in text.parts:
-            raise CascadeError(f"{text_encoder.name} holds no text encoder; choose one for --text-encoder.")
-    lines, patches = _read_loras(loras, config, text is not None, alpha, filters)
-
-    file = MergedFile()
-    naming = _all_in_one if one_file else lambda part: None
-    rest = file.add_network(model.tensors, model.parts["stage_c"], patches["stage_c"], naming("stage_c"), fp8)
-    lines.append(f"Stage C: {file.changed} weights and biases change")
-    text_file = MergedFile() if text_output is not None else file
-    if text is not None:
-        before = text_file.changed
-        tensors = {name: model.tensors[name] for name in rest} if text is model else text.tensors
-        left = text_file.add_network(tensors, text.parts["text"], patches["text"], naming("text"))
-        lines.append(f"Text encoder: {text_file.changed - before} weights and biases change")
-        rows = len(text.parts["text"].to_published(text.tensors)[SIGNATURES["text"]])
-        if rows < CLIP_TOKENS:
-            lines.append(
-                f"Its vocabulary of {rows} tokens is its own: copy its vocab.json and merges.txt beside the new file."
-            )
-        rest = left if text is model else rest
-    for name in rest:
-        file.add(name, model.tensors[name])
-    if not file.changed + text_file.changed:
-        raise CascadeError("These LoRAs change nothing at these strengths; give others, or --text-encoder.")
-
-    outputs = {target: (file, model.metadata)}
-    if text is not None and text_output is not None:
-        outputs[text_output] = (text_file, text.metadata)
-    for path, (merged, metadata) in outputs.items():
-        kept = _metadata(metadata, loras, one_file)
-        write_safetensors(path, merged.tensors, kept, overwrite=force, value=merged.value)
-        lines.append(f"Written: {path}")
-    return lines
-
-
-def _check_outputs(
-    target: Path, text_encoder: Path | None, text_output: Path | None, one_file: bool, force: bool
-) -> None:
-    check_target(target, force)
-    if text_encoder is None and (text_output is not None or one_file):
-        raise CascadeError("There is no text encoder to write; name it with --text-encoder.")
-    if text_encoder is not None and one_file == (text_output is not None):
+        return None
+    if "text" in model.parts:
         raise CascadeError(
-            "Say where the text encoder goes: --text-output FILE, or --one-file for both in OUT."
+            f"{job.source.name} holds a text encoder itself, which is merged too; leave --text-encoder out."
         )
-    if text_output is not None:
-        check_target(text_output, force)
-        if text_output.resolve() == target.resolve():
-            raise CascadeError(
-                f"{target} is to be both files; give --text-output another name, or --one-file."
-            )
+    text = read_named(job.text_encoder, "text")
+    if "text" not in text.parts:
+        raise CascadeError(f"{job.text_encoder.name} holds no text encoder; choose one for --text-encoder.")
+    return text
+
+
+def _vocabulary_lines(text: NamedTensors) -> list[str]:
+    from ..cascade_core.checkpoints.layouts import SIGNATURES
+    from ..cascade_core.text.clip import CLIP_TOKENS
+
+    rows = len(text.parts["text"].to_published(text.tensors)[SIGNATURES["text"]])
+    if rows >= CLIP_TOKENS:
+        return []
+    return [
+        f"Its vocabulary of {rows} tokens is its own: copy its vocab.json and merges.txt beside the new file."
+    ]
 
 
 def _read_loras(
-    loras: Sequence[Lora], config: StageCConfig, with_text: bool, alpha: float, filters: str
+    job: Merge, config: StageCConfig, with_text: bool
 ) -> tuple[list[str], dict[str, list[Patch]]]:
     """The lines that tell of the LoRAs, and their patches of each network."""
     from ..cascade_core import limits
@@ -216,11 +277,11 @@ def _read_loras(
     )
     from ..cascade_core.adapters.apply import Patch
 
-    alpha = limits.real_number("alpha", alpha, limits.ALPHA)
+    alpha = limits.real_number("alpha", job.alpha, limits.ALPHA)
     lines: list[str] = []
     patches: dict[str, list[Patch]] = {"stage_c": [], "text": []}
-    for lora in loras:
-        adapter = read_adapter(lora.path, config, alpha, filters)
+    for lora in job.loras:
+        adapter = read_adapter(lora.path, config, alpha, job.filters)
         check_fits(adapter, config)
         for changes in (adapter.stage_c, adapter.text):
             check_finite_changes(changes, adapter.name)
@@ -240,7 +301,8 @@ def _read_loras(
                 f"{adapter.name} teaches tokens, which no merged file holds; load it beside, with strength_model 0."
             )
         patches["stage_c"].append(Patch(adapter.name, adapter.stage_c, lora.strength_model))
-        patches["text"].append(Patch(adapter.name, adapter.text, lora.strength_clip))
+        if adapter.text:
+            patches["text"].append(Patch(adapter.name, adapter.text, lora.strength_clip))
     return lines, patches
 
 
@@ -253,18 +315,18 @@ def _all_in_one(part: str) -> Callable[[str], str]:
     return next(layout for layout in layouts if not layout.transposed).their_name
 
 
-def _metadata(metadata: Mapping[str, str], loras: Sequence[Lora], one_file: bool) -> dict[str, str]:
-    """The file's own metadata, with what was merged; without a digest of what it was, and without a config where the
-    file holds several networks.
+def _metadata(metadata: Mapping[str, str], job: Merge) -> dict[str, str]:
+    """The file's own metadata, with what was merged; without a digest of what it was, and without what says that it is
+    one network where it holds several.
     """
-    stale = (*_STALE, "config") if one_file else _STALE
+    stale = (*_STALE, *_ONE_NETWORK) if job.one_file else _STALE
     try:
         before = json.loads(metadata.get(MERGED, "[]"))
     except (ValueError, RecursionError):
         before = []
     record = [
         {"file": lora.path.name, "strength_model": lora.strength_model, "strength_clip": lora.strength_clip}
-        for lora in loras
+        for lora in job.loras
     ]
     kept = {name: text for name, text in metadata.items() if name not in stale and text}
     return {**kept, MERGED: json.dumps([*(before if isinstance(before, list) else []), *record])}

@@ -94,6 +94,8 @@ class MergedFile:
             if name in scales:
                 continue  # goes with its weight
             turned = published in layout.transposed and tensor.ndim == 2
+            if turned and name_of:  # the new names are of matrices the right way round
+                tensor, turned = tensor.T, False
             parts = split_attention({published: tensor.T if turned else tensor})  # itself, or its three
             steps: list[Steps] = []
             for part, row in parts.items():

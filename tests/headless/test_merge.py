@@ -21,7 +21,7 @@ from cascade_nodes.cascade_core.checkpoints import (
     split_attention,
     write_safetensors,
 )
-from cascade_nodes.cascade_core.checkpoints.layouts import PUBLISHED
+from cascade_nodes.cascade_core.checkpoints.layouts import ALL_IN_ONE, PUBLISHED
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.headless.cli import main
 from cascade_nodes.tests.core.lora_files import CONFIG, STAGE_C_ABOUT, change
@@ -188,6 +188,57 @@ def test_the_text_encoder_in_a_file_of_its_own_or_in_one(folder, capsys):
     assert all(torch.equal(changed[name], both[name]) for name in both)
 
 
+def test_an_all_in_one_in_one_file_or_apart(folder):
+    """Also of OpenCLIP's projection, which is stored the other way round."""
+    text, _ = read_weights(TEXT_ENCODER, "text")
+    generator = torch.Generator().manual_seed(3)
+    text["text_projection.weight"] = torch.randn(text["text_projection.weight"].shape, generator=generator)
+    open_clip = next(layout for layout in LAYOUTS["text"] if layout.name == ALL_IN_ONE and layout.transposed)
+    stage = {f"model.diffusion_model.{name}": tensor for name, tensor in fuse_attention(stage_c()).items()}
+    other = {"vae.mean": torch.zeros(2)}
+    write_safetensors(
+        "in.safetensors", {**stage, **open_clip.from_published(text), **other}, {"kind": "stage_c"}
+    )
+    write_safetensors("stage.safetensors", fuse_attention(stage_c()), {**ABOUT, "kind": "stage_c"})
+    write_safetensors("text.safetensors", open_clip.from_published(text), {})
+    unchanged = ("--lora", "plain.safetensors", "0.5", "0")
+    assert merge("in.safetensors", "one.safetensors", *unchanged, "--one-file") == 0
+    beside = ("--text-encoder", "text.safetensors", "--one-file")
+    assert merge("stage.safetensors", "both.safetensors", *unchanged, *beside) == 0
+    assert (
+        merge("in.safetensors", "apart.safetensors", *unchanged, "--text-output", "of_text.safetensors") == 0
+    )
+    assert networks_in("apart.safetensors") == {"stage_c"}
+    assert networks_in("of_text.safetensors") == {"text"}
+    for name in ("one", "both", "of_text"):
+        assert text_is(f"{name}.safetensors", text), name
+    assert "vae.mean" in read_safetensors("one.safetensors")[0]
+    assert "kind" not in read_safetensors("both.safetensors")[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--lora", "plain.safetensors", "in.safetensors", "out.safetensors"),
+        ("--lora", "plain.safetensors", "1", "1", "in.safetensors", "--force", "out.safetensors"),
+        ("in.safetensors", "--lora", "plain.safetensors", "1", "out.safetensors"),
+        ("--force", "--lora=plain.safetensors", "1", "in.safetensors", "out.safetensors"),
+    ],
+)
+def test_files_behind_strengths(words, folder):
+    write_safetensors("in.safetensors", stage_c(), ABOUT)
+    assert merge(*words) == 0
+    assert merge("in.safetensors", "plainly.safetensors", "--lora", "plain.safetensors") == 0
+    assert Path("out.safetensors").read_bytes() == Path("plainly.safetensors").read_bytes()
+
+
+def test_another_word_than_a_strength(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", "much")
+    assert "usage: cascade merge" in (said := capsys.readouterr().err)
+    assert "unrecognized arguments: much" in said
+
+
 def fp8_file(path: str, scale_name: str, per_row: bool) -> dict[str, torch.Tensor]:
     """Stage C with its matrices in fp8, with one scale each or one a row."""
     tensors: dict[str, torch.Tensor] = {}
@@ -266,16 +317,19 @@ REFUSED = [
         ("--lora", "plain.safetensors", "nan"),
         "'nan' is not a strength; give a number such as 0.8 after --lora plain",
     ),
-    (("--lora", "plain.safetensors", "much"), "'much' is not a strength"),
     (("--lora", "plain.safetensors", "1", "1", "1"), "has 3 strengths; give at most two"),
     (("--lora", "plain.safetensors", "0"), "change nothing at these strengths"),
     (("--lora", "none.safetensors"), "none.safetensors does not exist"),
     (("--lora", "in.safetensors"), "but a LoRA is expected"),
     (
         ("--lora", "plain.safetensors", "--text-output", "b.safetensors"),
-        "no text encoder to write; name it with",
+        "in.safetensors holds no text encoder to write; name one with --text-encoder, or leave --text-output out",
     ),
-    (("--lora", "plain.safetensors", "--one-file"), "no text encoder to write"),
+    (("--lora", "plain.safetensors", "--one-file"), "or leave --one-file out"),
+    (
+        ("--lora", "plain.safetensors", "--one-file", "--text-output", "b.safetensors"),
+        "are two places for the text encoder; give one",
+    ),
     (("--lora", "plain.safetensors", "--text-encoder", str(TEXT_ENCODER)), "Say where the text encoder goes"),
     (
         (
