@@ -84,9 +84,13 @@ class ImageEncoder:
         path: str | Path,
         dtype: torch.dtype | None = None,
         notify: Callable[[str], object] = logger.warning,
+        placed: bool = False,
     ) -> ImageEncoder:
-        """From a safetensors file or a model folder, for inference, in the file's dtype unless given one."""
-        return cls(load_clip(path, "vision", build_vision_model, dtype, notify))
+        """From a safetensors file or a model folder, for inference, in the file's dtype unless given one.
+
+        placed: it is read and cast where placement takes it to a device.
+        """
+        return cls(load_clip(path, "vision", build_vision_model, dtype, notify, placed))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

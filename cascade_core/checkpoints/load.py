@@ -14,6 +14,7 @@ from ..errors import CascadeError, printable
 from ..networks.compressor import SemanticCompressor
 from ..networks.controlnet import ControlNet
 from ..networks.inference import infer_config, stated_config
+from ..networks.precision import cast_on_the_way
 from ..networks.previewer import Previewer
 from ..networks.stage_a import StageA
 from ..networks.stage_b import StageB
@@ -104,12 +105,14 @@ def load_model(
     operations: Any = nn,
     read_ahead: bool = True,
     notify: Callable[[str], object] = logger.warning,
+    placed: bool = False,
 ) -> tuple[nn.Module, str, dict[str, Any]]:
     """Loads a network in evaluation mode from a file of any layout or a folder of diffusers: (module, kind, config).
 
     expect: the kind to load, where the file may hold several or another.
     The weights are the file's own pages, mapped, unless `dtype` or `device` ask for others.
     read_ahead: bring them into memory now, for use from there; else they are read when first used.
+    placed: they stay so, and are read and cast to `dtype` where placement takes them to a device.
     notify: is told where the number of heads is a guess.
     Raises CascadeError where the file cannot be read, is not of the kind `expect`, or is not whole.
     """
@@ -124,10 +127,13 @@ def load_model(
         model = _build_on_meta(kind, config, operations)
         weights = split_attention(weights)
         check_weights(model, weights)  # before anything of the file is read
-        if read_ahead:
-            _read_ahead(weights.values())
-        if dtype is not None or torch.device(device).type != "cpu":
-            weights = converted(weights, dtype, device)
+        if placed:
+            cast_on_the_way(model, dtype)
+        else:
+            if read_ahead:
+                _read_ahead(weights.values())
+            if dtype is not None or torch.device(device).type != "cpu":
+                weights = converted(weights, dtype, device)
         model.load_state_dict(weights, strict=True, assign=True)
     except CascadeError as error:
         raise CascadeError(f"{Path(path).name}: {error}") from error.__cause__

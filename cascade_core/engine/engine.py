@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import CascadeError
 from ..networks.fp16 import stream_scale
 from ..networks.layers import AttnBlock
+from ..networks.precision import compute_dtype
 from ..networks.stage_c import StageC
 from ..networks.unet import UNet
 from ..placement import WeightConsumer
@@ -81,7 +82,7 @@ class Engine(WeightConsumer):
         """
         packed = sum(p.numel() for p in self.parameters()) if self.precision == "fp8" else 0
         widths = sum(block.norm.normalized_shape[0] * repeats for block, repeats in self._attention_blocks())
-        return packed + 2 * tokens * widths * next(self.parameters()).dtype.itemsize
+        return packed + 2 * tokens * widths * compute_dtype(self.network).itemsize
 
     def _attention_blocks(self) -> Iterator[tuple[Any, int]]:
         """Each with the number of times that it runs in a forward."""

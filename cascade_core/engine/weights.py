@@ -79,8 +79,7 @@ class WeightSnapshot:
         if stream is None:
             plain = self._devices_dtypes == {(x.device, x.dtype)} and not any(self._hooks)
         else:
-            dtypes = {dtype for _, dtype in self._devices_dtypes}
-            plain = dtypes == {x.dtype} and stream.streams_to(x.device, self._hooks)
+            plain = stream.streams_to(x.device, x.dtype, self._hooks)
         return plain and not any(
             getattr(m, "comfy_cast_weights", False) or getattr(m, "weight_function", None) for m in self._cast
         )

@@ -164,7 +164,9 @@ class Placement:
 
     def new_stream(self, plan: StreamingPlan) -> WeightStream:
         """A stream of the plan's units, with its slots, for runs while `stream` is set to it."""
-        return WeightStream(self.device, self.loader, self.order, plan, self.patch)
+        layouts = [layout for unit in self.units for layout in unit.layouts]
+        dtypes = {layout.dtype for layout in layouts if layout.dtype.is_floating_point}
+        return WeightStream(self.device, self.loader, self.order, plan, self.patch, dtypes)
 
     @torch.inference_mode()
     def patch(self, unit: Unit, weights: Sequence[Tensor]) -> None:

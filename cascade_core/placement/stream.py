@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +24,7 @@ class WeightStream:
     them, as far as there are free slots, from one forward into the next.
 
     onloaded(unit, weights): is called when a unit's weights are in their slot, before they are used.
+    dtypes: of the network's weights on the device, the resident ones' too.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class WeightStream:
         order: Sequence[Unit],
         plan: StreamingPlan,
         onloaded: Callable[[Unit, list[Tensor]], None],
+        dtypes: Set[torch.dtype],
     ):
-        self.device, self.loader, self.onloaded = device, loader, onloaded
+        self.device, self.loader, self.onloaded, self.dtypes = device, loader, onloaded, dtypes
         self.plan = plan
         self.order = [unit for unit in order if unit in plan.streamed]
         self.first_blocks = {unit.blocks[0]: unit for unit in self.order}
@@ -70,10 +72,10 @@ class WeightStream:
         if block in self.last_blocks:
             self._free_slot(self.last_blocks[block])
 
-    def streams_to(self, device: torch.device, hooks: Iterable[dict[int, Any]]) -> bool:
-        """Whether weights come to this device, and the modules have no hooks but the stream's."""
+    def streams_to(self, device: torch.device, dtype: torch.dtype, hooks: Iterable[dict[int, Any]]) -> bool:
+        """Whether all weights come to this device in this dtype, and the modules have no hooks but the stream's."""
         hook_ids = {hook.id for hook in self.hooks}
-        return device == self.device.device and all(
+        return (device, {dtype}) == (self.device.device, self.dtypes) and all(
             hook_ids.issuperset(module_hooks) for module_hooks in hooks if module_hooks
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..networks.precision import cast_dtype, dtype_on_device
 from ..networks.unet import UNet
 
 # Blocks are joined up to this size: in Stage C 3.6 B a ResBlock with its TimestepBlock (65.5 MiB) and, alone, an
@@ -19,7 +20,7 @@ ALIGNMENT = 256  # bytes, as CUDA aligns its allocations
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Where one tensor is in its unit's bytes. start, size: in bytes; stride: in elements."""
+    """Where one tensor is in its unit's bytes. start, size: in bytes; stride: in elements; dtype: on the device."""
 
     start: int
     size: int
@@ -34,16 +35,18 @@ class TensorLayout:
 
 
 class Unit:
-    """Consecutive blocks with their parameters and buffers.
+    """Consecutive blocks with their parameters and buffers, in `dtype` on the device (None: as they are stored).
 
     tensors        the parameters and buffers
     host_tensors   each of them in main memory: views of the file, the loader's tensors, or views of `pinned`
-    pinned         all of them in pinned memory, once that pays
+    pinned         all of them in pinned memory as the device has them, once that pays
     device_buffer  all of them on the device, while the unit is resident there
     patch_key      tells apart how the weights in `device_buffer` are patched
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], tensors: Sequence[Tensor]):
+    def __init__(
+        self, blocks: Sequence[nn.Module], tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ):
         self.blocks = list(blocks)
         self.tensors = list(tensors)
         self.host_tensors = [tensor.detach() for tensor in tensors]
@@ -54,10 +57,10 @@ class Unit:
             stride = (
                 tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
             )
-            self.layouts.append(
-                TensorLayout(end, tensor.nbytes, tuple(tensor.shape), tuple(stride), tensor.dtype)
-            )
-            end += tensor.nbytes
+            on_device = dtype_on_device(tensor.dtype, dtype)
+            size = tensor.numel() * on_device.itemsize
+            self.layouts.append(TensorLayout(end, size, tuple(tensor.shape), tuple(stride), on_device))
+            end += size
         self.size = max(-(-end // ALIGNMENT) * ALIGNMENT, ALIGNMENT)  # bytes
         self.pinned: Tensor | None = None
         self.device_buffer: Tensor | None = None
@@ -75,13 +78,17 @@ class Unit:
             tensor.data = value
 
     def read_bytes(self, target: Tensor, start: int = 0) -> None:
-        """Fills `target` with the unit's bytes from `start` on."""
+        """Fills `target` with the unit's bytes from `start` on, cast to the dtypes that they have on the device.
+
+        start and target's ends lie on whole values, as multiples of ALIGNMENT do.
+        """
         end = start + len(target)
         for layout, tensor in zip(self.layouts, self.host_tensors, strict=True):
             first, last = max(layout.start, start), min(layout.start + layout.size, end)
             if first < last:
-                flat = bytes_of(tensor)
-                target[first - start : last - start].copy_(flat[first - layout.start : last - layout.start])
+                size, begin = layout.dtype.itemsize, layout.start
+                values = values_of(tensor)[(first - begin) // size : (last - begin) // size]
+                target[first - start : last - start].view(layout.dtype).copy_(values)
 
     def offload(self) -> None:
         """Takes the unit off the device: its tensors are in main memory, unpatched."""
@@ -100,15 +107,17 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def bytes_of(tensor: Tensor) -> Tensor:
-    """A tensor's values as bytes, in memory order; a view where they are dense."""
+def values_of(tensor: Tensor) -> Tensor:
+    """A tensor's values in one dimension, in memory order; a view where they are dense."""
     if not is_dense(tensor):
         tensor = tensor.contiguous()
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def split_into_units(network: nn.Module, unit_bytes: int = UNIT_BYTES) -> tuple[list[Unit], list[Unit]]:
     """(units, order): a network's units, of which the first is always resident; the others as a forward runs them.
+
+    unit_bytes: of a unit at most, unless one block has more, on the device.
 
     Always resident are the weights outside the blocks and all vectors: a thousandth of the bytes, and most of the
     tensors. A unit whose level repeats stands several times in the order.
@@ -116,14 +125,15 @@ def split_into_units(network: nn.Module, unit_bytes: int = UNIT_BYTES) -> tuple[
     units: list[Unit] = []
     order: list[Unit] = []
     assigned: set[int] = set()
+    dtype = cast_dtype(network)
     for blocks, repeats in _levels(network):
         level = [
-            Unit(group, _unassigned_tensors(group, assigned, min_dimensions=2))
-            for group in _group_blocks(blocks, unit_bytes)
+            Unit(group, _unassigned_tensors(group, assigned, min_dimensions=2), dtype)
+            for group in _group_blocks(blocks, unit_bytes, dtype)
         ]
         units += level
         order += level * repeats
-    return [Unit([], _unassigned_tensors([network], assigned)), *units], order
+    return [Unit([], _unassigned_tensors([network], assigned), dtype), *units], order
 
 
 def _levels(network: nn.Module) -> list[tuple[list[nn.Module], int]]:
@@ -137,12 +147,17 @@ def _levels(network: nn.Module) -> list[tuple[list[nn.Module], int]]:
     return []
 
 
-def _group_blocks(blocks: Sequence[nn.Module], max_bytes: int) -> list[list[nn.Module]]:
+def _group_blocks(
+    blocks: Sequence[nn.Module], max_bytes: int, dtype: torch.dtype | None
+) -> list[list[nn.Module]]:
     """Neighbouring blocks joined up to `max_bytes`; a larger block stands alone."""
     groups: list[list[nn.Module]] = []
     group_bytes = 0
     for block in blocks:
-        block_bytes = sum(tensor.nbytes for tensor in (*block.parameters(), *block.buffers()))
+        block_bytes = sum(
+            tensor.numel() * dtype_on_device(tensor.dtype, dtype).itemsize
+            for tensor in (*block.parameters(), *block.buffers())
+        )
         if groups and group_bytes + block_bytes <= max_bytes:
             groups[-1].append(block)
             group_bytes += block_bytes

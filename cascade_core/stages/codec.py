@@ -88,7 +88,7 @@ class Codec:
 def load_stage_a(path: Path, device: ComputeDevice) -> Codec:
     """Stage A from a file of any layout."""
     network: Any
-    network, _, _ = load_model(path, expect="stage_a", dtype=device.picture_dtype())
+    network, _, _ = load_model(path, expect="stage_a", dtype=device.picture_dtype(), placed=device.places)
     return Codec(
         "stage_a",
         network,
@@ -102,10 +102,10 @@ def load_stage_a(path: Path, device: ComputeDevice) -> Codec:
 def load_compressor(compressor: Path, previewer: Path | None, device: ComputeDevice) -> Codec:
     """The semantic compressor, and the previewer as its decoder where there is one."""
     encoder: Any
-    encoder, _, _ = load_model(compressor, expect="compressor", dtype=torch.float32)
+    encoder, _, _ = load_model(compressor, expect="compressor", dtype=torch.float32, placed=device.places)
     encoder.config.check_stride(compressor.name)
     decoder, decoder_file = None, ""
     if previewer is not None:
-        decoder, _, _ = load_model(previewer, expect="previewer", dtype=torch.float32)
+        decoder, _, _ = load_model(previewer, expect="previewer", dtype=torch.float32, placed=device.places)
         decoder_file = previewer.name
     return Codec("compressor", encoder, decoder, (compressor.name, decoder_file), device)

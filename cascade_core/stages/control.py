@@ -63,7 +63,7 @@ def level_of(log_snr: Tensor) -> Tensor:
 
 def load_controlnet(path: Path, device: ComputeDevice) -> ControlNetStage:
     """A ControlNet from a file of any layout."""
-    network, _, _ = load_model(path, expect="controlnet", dtype=torch.float32)
+    network, _, _ = load_model(path, expect="controlnet", dtype=torch.float32, placed=device.places)
     return ControlNetStage(network, path.name, device)
 
 

@@ -81,9 +81,9 @@ class ComputeDevice:
             self.pool.release()
 
     @property
-    def read_ahead(self) -> bool:
-        """Whether a loader should read weights at once: not where the pool will, on their way to the card."""
-        return self.pool is None
+    def places(self) -> bool:
+        """Whether weights are read and cast on their way to a card, by the pool, and not by a loader."""
+        return self.pool is not None
 
     def weight_dtype(self, name: str) -> torch.dtype:
         """Precision by its name in DTYPES. auto: float32 on the CPU, bf16 on a card, or fp16 where it has none.

@@ -20,6 +20,7 @@ from ..errors import CascadeError, quoted
 from ..geometry import STAGE_B_COMPRESSION
 from ..networks import activations
 from ..networks.fp16 import scale_residual_stream
+from ..networks.precision import compute_dtype
 from ..networks.stage_b import StageB
 from ..networks.tiles import ALIGNMENT, predict_in_tiles
 from ..pictures import finite_values
@@ -120,7 +121,7 @@ class DiffusionStage:
         else:
             side = tile_positions or max(height, width)
             values = activations.stage_b(config, batch, min(height, side), min(width, side))
-        workspace = values * next(self.network.parameters()).dtype.itemsize
+        workspace = values * compute_dtype(self.network).itemsize
         # A CUDA graph is recorded when the runs before it are over, and counted from then on (engine/graphs.py).
         return workspace + self.engine.extra_bytes(batch * tokens) if with_engine else workspace
 
@@ -167,7 +168,7 @@ class StepGuiders:
                 for side, prompt in zip(sides, self.prompts, strict=True)
             ]
         model: Any = self.stage.engine if self.with_engine else self.stage.network
-        dtype = next(model.parameters()).dtype
+        dtype = compute_dtype(self.stage.network)
         if self.tile_positions:
             model = in_tiles(model, self.tile_positions, self.stage.device.observer.check_interrupted)
         positive, negative = sides
@@ -214,7 +215,7 @@ def load_stage(kind: str, path: Path, dtype: str, device: ComputeDevice) -> Diff
     precision = device.weight_dtype(dtype)
     network: Any
     network, kind, _ = load_model(
-        path, expect=kind, dtype=precision, read_ahead=device.read_ahead, notify=device.observer.notify
+        path, expect=kind, dtype=precision, notify=device.observer.notify, placed=device.places
     )
     if kind == "stage_c" and precision == torch.float16:
         scale_residual_stream(network)

@@ -15,6 +15,7 @@ from ..adapters.apply import Patch
 from ..adapters.tokens import NewToken, taught_tokens
 from ..errors import CascadeError
 from ..networks import activations
+from ..networks.precision import compute_dtype
 from ..text.prompt_weights import LONGEST_PROMPT
 from .device import ComputeDevice
 from .weights import naming_non_finite
@@ -96,14 +97,14 @@ class TextStage:
 
         with naming_non_finite(self):
             return self.device.run(
-                model, encode, values * model.dtype.itemsize, self.patches, single_use=True
+                model, encode, values * compute_dtype(model).itemsize, self.patches, single_use=True
             )
 
     def with_adapter(self, adapter: Adapter, strength: float, new_tokens: Sequence[NewToken] = ()) -> Self:
         """The encoder with a LoRA or learned tokens more, which fit it (`adapters.text_changes`)."""
         network: Any = self.encoder.model
         vocabulary = self.encoder.tokenizer.backend.get_vocab()
-        embedding = network.get_input_embeddings().weight
+        embedding = network.get_input_embeddings().weight.to(compute_dtype(network))
         taught = taught_tokens(adapter, strength, vocabulary, embedding, new_tokens)
         patch = Patch(adapter.name, adapter.text, strength)
         return replace(self, patches=(*self.patches, patch), learned=(*self.learned, *taught))
@@ -128,7 +129,7 @@ class VisionStage:
 
         model, batch = self.encoder.model, min(len(pictures), IMAGES_AT_ONCE)
         positions = (model.config.image_size // model.config.patch_size) ** 2 + 1
-        workspace = activations.clip_encoder(model.config, batch, positions) * model.dtype.itemsize
+        workspace = activations.clip_encoder(model.config, batch, positions) * compute_dtype(model).itemsize
         workspace += (
             8 * pictures[:batch].numel()
         )  # the pictures in float32, and once more while they are resized
@@ -143,7 +144,9 @@ def load_text_encoder(path: Path, device: ComputeDevice) -> TextStage:
     from ..text.encoder import TextEncoder  # transformers takes seconds to import
 
     return TextStage(
-        TextEncoder.load(path, device.encoder_dtype(), device.observer.notify), path.name, device
+        TextEncoder.load(path, device.encoder_dtype(), device.observer.notify, device.places),
+        path.name,
+        device,
     )
 
 
@@ -152,7 +155,9 @@ def load_image_encoder(path: Path, device: ComputeDevice) -> VisionStage:
     from ..vision import ImageEncoder  # transformers takes seconds to import
 
     return VisionStage(
-        ImageEncoder.load(path, device.encoder_dtype(), device.observer.notify), path.name, device
+        ImageEncoder.load(path, device.encoder_dtype(), device.observer.notify, device.places),
+        path.name,
+        device,
     )
 
 

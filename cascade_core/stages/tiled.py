@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..networks.precision import compute_dtype
 from ..networks.tiles import fitting_tile, join_tiles
 from ..placement import WeightConsumer, out_of_memory
 from .device import ComputeDevice
@@ -56,7 +57,7 @@ class Tiled:
             )
 
     def _in_tiles(self, x: Tensor, tile_positions: int) -> Tensor:
-        dtype = next(self.network.parameters()).dtype
+        dtype = compute_dtype(self.network)
 
         def run(device: torch.device) -> Tensor:
             def part(seen: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class Tiled:
         return min(height, seen) * min(width, seen)
 
     def _bytes(self, x: Tensor, area: int) -> int:
-        dtype = next(self.network.parameters()).dtype
+        dtype = compute_dtype(self.network)
         return self.estimate(self.network.config, len(x), area, 1) * dtype.itemsize
 
     def _fitting(self, x: Tensor) -> int:

@@ -29,6 +29,7 @@ from ..checkpoints import (
 from ..errors import CascadeError, printable, quoted
 from ..networks.config import NetworkConfig
 from ..networks.inference import completed, infer_config, stated_table
+from ..networks.precision import cast_on_the_way
 
 HEAD_WIDTH = 64
 # {width: heads} of OpenAI's and OpenCLIP's encoders, of which two have wider heads.
@@ -147,10 +148,12 @@ def load_clip(
     build: Callable[..., Model],
     dtype: torch.dtype | None = None,
     notify: Callable[[str], object] = logger.warning,
+    placed: bool = False,
 ) -> Model:
     """Loads one encoder ("text" or "vision") from a safetensors file or a model folder, for inference.
 
     build: its constructor, `build(config, device)`; notify: is told where the number of heads is a guess.
+    placed: the weights stay mapped, and are read and cast to `dtype` where placement takes them to a device.
     The weights are the file's own pages, mapped, unless `dtype` asks for another. The config is the file's own
     (metadata `config`), or the model folder's `config.json`, completed by what the shapes tell. Of a file that holds
     both halves of CLIP, the other half is left alone. Raises CascadeError for a file of anything else.
@@ -169,7 +172,9 @@ def load_clip(
             notify(heads_notice(file, [config["hidden_size"]]))
         model = _build_on_meta(build, config)
         check_weights(model, weights)  # before anything of the file is read
-        return fill_clip(model, converted(weights, dtype))
+        if placed:
+            cast_on_the_way(model, dtype)
+        return fill_clip(model, weights if placed else converted(weights, dtype))
     except CascadeError as error:
         raise CascadeError(f"{file}: {error}") from None
 

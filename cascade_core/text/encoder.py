@@ -119,13 +119,16 @@ class TextEncoder:
         path: str | Path,
         dtype: torch.dtype | None = None,
         notify: Callable[[str], object] = logger.warning,
+        placed: bool = False,
     ) -> TextEncoder:
         """From a safetensors file or a model folder, for inference, in the file's dtype unless one is given.
+
+        placed: it is read and cast where placement takes it to a device.
 
         The tokenizer is the folder's: its own, its `tokenizer` subfolder's or its `tokenizer` neighbour's.
         A single file that embeds all of CLIP's own vocabulary is served by the bundled one.
         """
-        model = load_clip(path, "text", build_text_model, dtype, notify)
+        model = load_clip(path, "text", build_text_model, dtype, notify, placed)
         return cls(model, find_tokenizer(Path(path), model.config.vocab_size))
 
     @torch.no_grad()

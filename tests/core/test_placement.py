@@ -15,6 +15,7 @@ from cascade_nodes.cascade_core.adapters import Change, LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.adapters.changes import Difference
 from cascade_nodes.cascade_core.checkpoints import load_model, write_safetensors
+from cascade_nodes.cascade_core.networks.precision import compute_dtype
 from cascade_nodes.cascade_core.placement import (
     CudaDevice,
     DeviceMemory,
@@ -488,6 +489,43 @@ def test_from_a_file_through_pinned_memory(tmp_path, dtype):
     assert pinned
     for pinned_bytes, tensors in pinned:  # the pinned bytes are the weights' only ones in main memory
         assert all(t.untyped_storage().data_ptr() == pinned_bytes.data_ptr() for t in tensors)
+
+
+STORED = {torch.bfloat16: torch.float16, torch.float32: torch.bfloat16, torch.float8_e4m3fn: torch.float16}
+
+
+@pytest.mark.parametrize("device_class", [Counting, Late])
+@pytest.mark.parametrize("share", [1.5, 0.5])  # of what the weights take in the precision that is computed in
+@pytest.mark.parametrize(("stored", "computed"), STORED.items())
+@torch.inference_mode()
+def test_a_file_in_another_precision_is_cast_on_its_way(tmp_path, stored, computed, share, device_class):
+    """To the same values as in main memory, which holds the file's own pages alone, or what is pinned."""
+    net, _ = network("stage_c")
+    path = tmp_path / "stage_c.safetensors"
+    write_safetensors(path, {name: tensor.to(stored) for name, tensor in net.state_dict().items()}, {})
+    in_memory, _, _ = load_model(path, expect="stage_c", dtype=computed)
+    placed: Any
+    placed, _, _ = load_model(path, expect="stage_c", dtype=computed, placed=True)
+    assert {parameter.dtype for parameter in placed.parameters()} == {stored}
+
+    x, r = torch.randn(2, 16, 16, 16).to(computed), torch.rand(2)
+    conditions = {"clip_text": torch.randn(2, 7, TEXT_WIDTH), "clip_img": torch.randn(2, 1, 48)}
+    conditions["clip_text_pooled"] = torch.randn(2, 1, TEXT_WIDTH)
+    conditions = {name: value.to(computed) for name, value in conditions.items()}
+    patch = lora(net)
+    memory = DeviceMemory(device_class(int(share * size_of(placed))), UNIT)
+    for patches in ((), (patch,), ()):
+        with patched(in_memory, patches):
+            expected = in_memory(x, r, **conditions)
+        assert torch.equal(
+            memory.run(placed, lambda _: placed(x, r, **conditions), patches=patches), expected
+        )
+    memory.release()
+    units = [unit for placement in memory.placements.values() for unit in placement.units]
+    for unit in units:
+        in_main_memory = {tensor.dtype for tensor in unit.host_tensors}
+        assert in_main_memory == {stored if unit.pinned is None else computed}
+    assert compute_dtype(placed) == computed
 
 
 def test_slots_are_small_where_small_units_are_enough():

@@ -12,6 +12,7 @@ from cascade_nodes.cascade_core.engine import Engine, operations, workspace
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.engine import graphs as graphs_module
 from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream
+from cascade_nodes.cascade_core.networks.precision import cast_on_the_way
 from cascade_nodes.cascade_core.placement import DeviceMemory
 from cascade_nodes.tests.core.placements import Counting, Late
 from cascade_nodes.tests.engine.test_engine import (
@@ -94,6 +95,23 @@ def test_as_the_network(network_class, config, inputs, unit, share, device_class
         assert_close(engine_outputs(pool, engine, calls), expected)
         assert pool.resident_share(network) < 1
     assert_same(network, engine, *first)  # where it lies now, in main memory
+
+
+@DEVICES
+@pytest.mark.parametrize("share", [1.5, 0.6])
+def test_weights_that_are_cast_on_their_way(share, device_class):
+    """From bf16 in main memory: the engine runs, resident and streamed, and as on weights that were cast before."""
+    network = build(StageC, STAGE_C).bfloat16()
+    whole = build(StageC, STAGE_C).bfloat16().float()
+    calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.2)]
+    expected = network_outputs(whole, calls)
+    engine = Engine(network, join=True)
+    cast_on_the_way(network, torch.float32)
+    pool = DeviceMemory(device_class(int(share * size_of(whole))), 1)
+    for _ in range(2):
+        assert_close(engine_outputs(pool, engine, calls), expected)
+    pool.release()
+    assert {parameter.dtype for parameter in network.parameters()} >= {torch.bfloat16}
 
 
 @DEVICES
