@@ -91,7 +91,7 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def depthwise_norm(draw: Draw, level: Level, label: str = "", **options: int) -> Case:
+def depthwise_norm(draw: Draw, level: Level, label: str = "", **options: Any) -> Case:
     x, weight, bias = tokens(draw, level), draw(9, level.channels), draw(level.channels)
     out = torch.empty_like(x)
 

@@ -142,7 +142,8 @@ class BoundResBlock(BoundFeedForward):
         if residual is not None:
             state.x.add_(resized(residual, state.size, state.x))
         state.resblocks += 1
-        h = state.ops.depthwise_norm(state.x, state.size, self.taps, self.depthwise_bias(), self.eps)
+        joins = skip is not None
+        h = state.ops.depthwise_norm(state.x, state.size, self.taps, self.depthwise_bias(), self.eps, joins)
         self.add_mlp(state, h if skip is None else concatenated(divide_(h, self.scale), skip, dim=-1))
 
 
@@ -212,12 +213,19 @@ class BoundAttention(BoundBlock):
             bias = self.block.attention.attn.out_proj.bias
             self.out_bias = float32_copy(bias) / self.scale
             self.rounded_bias = self.out_bias.to(bias.dtype)
+            self.peak = None if self.qkv.packed is None else largest_output(self.projections[2])
             self.prepared = True
         if cache.cond_tokens is not None:
-            keys_values = self.condition(cache.cond_tokens)
-            for entries, computed in zip((cache.keys, cache.values), keys_values, strict=True):
-                entry = entries[self.index]
-                entries[self.index] = computed if entry is None else entry.copy_(computed)
+            self._keep(cache.keys, cache.values, computed=self.condition(cache.cond_tokens))
+            if self.peak is not None:
+                conditions = cache.values[self.index].abs().amax().float()
+                self._keep(cache.peaks, computed=[torch.maximum(self.peak, conditions)])
+
+    def _keep(self, *lists: list[Any], computed: Sequence[Tensor]) -> None:
+        """Each value at this block's index of its list, at the address of the one before."""
+        for entries, value in zip(lists, computed, strict=True):
+            entry = entries[self.index]
+            entries[self.index] = value if entry is None else entry.copy_(value)
 
     def condition(self, activated: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the conditioning.  SiLU(tokens): (B, T, C_cond) -> (B, T, C) each"""
@@ -234,12 +242,23 @@ class BoundAttention(BoundBlock):
             h = ops.modulate_norm_(x, cache.table[self.timestep.columns], self.out_bias, self.eps)
         qkv = ops.project(h, self.qkv(), self.qkv_bias)
         key, value = cache.keys[self.index], cache.values[self.index]
-        attended = ops.attention(qkv, key, value, self.heads, self.self_attn, self.scale)
+        peak = cache.peaks[self.index]
+        attended = ops.attention(qkv, key, value, self.heads, self.self_attn, self.scale, peak)
         ops.add_linear_(x, attended, self.out())
 
 
 def float32_copy(value: Tensor) -> Tensor:
     return value.to(torch.float32, copy=True)
+
+
+def largest_output(layer: Any) -> Tensor:
+    """A bound of the magnitudes (1,) that the layer makes of normed rows (·, C), whose length is √C at most.
+
+    A quarter more for the rounding of both to e4m3.
+    """
+    norms = torch.linalg.vector_norm(layer.weight, dim=1, keepdim=True, dtype=torch.float32)
+    largest = norms[:, 0] * layer.weight.shape[1] ** 0.5 + layer.bias.float().abs()
+    return 1.25 * largest.amax().view(1)
 
 
 def taps_of(convolution: Any) -> Tensor:

@@ -74,7 +74,7 @@ def project(x: Tensor, weight: Tensor | list[Tensor], bias: Tensor) -> Tensor:
 
 
 def depthwise_norm(
-    x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float = EPS
+    x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float = EPS, joins: bool = False
 ) -> Tensor:
     return depthwise.depthwise_norm(x, weight, bias, *size, eps, empty(x.shape, x))
 
@@ -104,7 +104,7 @@ def channelwise_(
         products.linear_gelu_response(
             h.flatten(0, 1), expand, bias, positions, out.flatten(0, 1), partial, config
         )
-        h = response.apply_response(out, _response_scale(partial, gamma, x_scale=x_scale))
+        h = response.apply_response(out, response_factors(partial, gamma, x_scale=x_scale))
     add_linear_(x, h, contract)
 
 
@@ -124,10 +124,10 @@ def gelu_response_scale_(h: Tensor, gamma: Tensor, h_scale: float = 1.0, x_scale
     chunks = response.response_chunks(positions, hidden)
     partial = empty((batch, chunks, hidden), h, torch.float32)
     response.gelu_response(h, partial, h_scale)
-    return _response_scale(partial, gamma, h_scale, x_scale)
+    return response_factors(partial, gamma, h_scale, x_scale)
 
 
-def _response_scale(partial: Tensor, gamma: Tensor, h_scale: float = 1.0, x_scale: float = 1.0) -> Tensor:
+def response_factors(partial: Tensor, gamma: Tensor, h_scale: float = 1.0, x_scale: float = 1.0) -> Tensor:
     """The factors (B, K) of the response norm, from partial sums of squares (B, chunks, K)."""
     batch, _, hidden = partial.shape
     return response.response_scale(partial, gamma, empty((batch, hidden), partial), h_scale, x_scale)
@@ -148,7 +148,13 @@ def modulate_norm_(x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float = EP
 
 
 def attention(
-    qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool, x_scale: float = 1.0
+    qkv: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    self_attn: bool,
+    x_scale: float = 1.0,
+    peak: Tensor | None = None,
 ) -> Tensor:
     batch, positions, width = qkv.shape
     channels = width // 3
@@ -156,7 +162,25 @@ def attention(
     if head_width not in HEAD_WIDTHS:
         return operations.attention(qkv, key, value, heads, self_attn, x_scale)
     out = empty((batch, positions, channels), qkv)
+    return attend(qkv, key, value, heads, self_attn, out, x_scale)
+
+
+def attend(
+    qkv: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    self_attn: bool,
+    out: Tensor,
+    x_scale: float = 1.0,
+    row_scale: Tensor | None = None,
+    peak: Tensor | None = None,
+) -> Tensor:
+    """Attention in `out` (B, N, C), with the scales of its rows in row_scale (B · N,) where it is in e4m3."""
+    positions, head_width = qkv.shape[1], out.shape[-1] // heads
     card = card_of(qkv.device)
     hopper = positions >= LONG_SEQUENCE and head_width == 64 and card is not None and card.capability[0] == 9
     options = HOPPER_ATTENTION if hopper else {}
-    return attention_kernel.attention(qkv, key, value, heads, out, self_attn, x_scale=x_scale, **options)
+    return attention_kernel.attention(
+        qkv, key, value, heads, out, self_attn, x_scale=x_scale, row_scale=row_scale, peak=peak, **options
+    )

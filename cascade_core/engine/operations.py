@@ -23,7 +23,8 @@ RESPONSE_EPS = 1e-6
 class Operations(Protocol):
     """What a module of operations offers; the functions below say what each computes.
 
-    A weight is a Tensor, several side by side as a list, or where there is a `pack`, what it returned for them.
+    A weight is a Tensor, several side by side as a list, or where there is a `pack`, what it returned for them. What
+    products alone read, a normed feature map or attention's, may be in another form too (fp8.py).
     """
 
     @property
@@ -45,15 +46,15 @@ class Operations(Protocol):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def depthwise_norm(
-        self, x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float
-    ) -> Tensor: ...
+        self, x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float, joins: bool = False
+    ) -> Any: ...
 
-    def project(self, x: Tensor, weight: Any, bias: Tensor) -> Tensor: ...
+    def project(self, x: Any, weight: Any, bias: Tensor) -> Tensor: ...
 
     def channelwise_(
         self,
         x: Tensor,
-        h: Tensor,
+        h: Any,
         expand: Any,
         bias: Tensor,
         gamma: Tensor,
@@ -62,15 +63,22 @@ class Operations(Protocol):
         x_scale: float = 1.0,
     ) -> None: ...
 
-    def add_linear_(self, x: Tensor, h: Tensor, weight: Any) -> None: ...
+    def add_linear_(self, x: Tensor, h: Any, weight: Any) -> None: ...
 
     def modulate_(self, x: Tensor, scale_shift: Tensor) -> None: ...
 
-    def modulate_norm_(self, x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float) -> Tensor: ...
+    def modulate_norm_(self, x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float) -> Any: ...
 
     def attention(
-        self, qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool, x_scale: float = 1.0
-    ) -> Tensor: ...
+        self,
+        qkv: Tensor,
+        key: Tensor,
+        value: Tensor,
+        heads: int,
+        self_attn: bool,
+        x_scale: float = 1.0,
+        peak: Tensor | None = None,
+    ) -> Any: ...
 
 
 pack = None
@@ -107,9 +115,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def depthwise_norm(
-    x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float = EPS
+    x: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor, eps: float = EPS, joins: bool = False
 ) -> Tensor:
-    """LayerNorm of a depthwise 3×3 convolution.  x: (B, N, C) at `size`, weight: (9, C) -> (B, N, C)"""
+    """LayerNorm of a depthwise 3×3 convolution.  x: (B, N, C) at `size`, weight: (9, C) -> (B, N, C)
+
+    joins: as a Tensor, to be joined with others
+    """
     channels = x.shape[-1]
     image = x.unflatten(1, size).permute(0, 3, 1, 2)  # (B, C, H, W) in channels-last memory, a view
     kernel = weight.T.reshape(channels, 1, 3, 3)
@@ -181,11 +192,18 @@ def modulate_norm_(x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float = EP
 
 
 def attention(
-    qkv: Tensor, key: Tensor, value: Tensor, heads: int, self_attn: bool, x_scale: float = 1.0
+    qkv: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    self_attn: bool,
+    x_scale: float = 1.0,
+    peak: Tensor | None = None,
 ) -> Tensor:
     """Attention to the tokens themselves (where `self_attn`) and to the conditioning.
 
     qkv: (B, N, 3C), queries, keys and values side by side; key, value: (B, T, C) -> (B, N, C), divided by x_scale
+    peak: (1,) float32, a bound of the magnitudes of all values, or None
     """
     q, k, v = qkv.chunk(3, dim=-1)
     if self_attn:

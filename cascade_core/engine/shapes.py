@@ -82,9 +82,9 @@ def _empty_cache(
     bound: BoundUNet, x: Tensor, conditions: Tensor | None, control: Sequence[Tensor | None]
 ) -> RunCache:
     table = x.new_empty(bound.table_size, dtype=torch.float32)
-    keys, values = ([None] * bound.attentions for _ in range(2))
+    keys, values, peaks = ([None] * bound.attentions for _ in range(3))
     residuals = [_channels_last_like(residual) for residual in control]
-    return RunCache(table, keys, values, conditions, residuals)
+    return RunCache(table, keys, values, conditions, residuals, peaks=peaks)
 
 
 def _channels_last_like(residual: Tensor | None) -> Tensor | None:

@@ -17,6 +17,7 @@ class RunCache:
 
     table       (Σ 2C,) float32: scale and shift of every TimestepBlock at the current noise condition
     keys        (B, T, C) of the conditioning for each attention block, as `values`; None until computed
+    peaks       (1,) float32, where weights are packed: a bound of the magnitudes of an attention block's values
     conditions  (B, N, C), added to the embedded x, or None (Stage C has none)
     control     a residual (B, C, h, w) or None for each ResBlock
 
@@ -32,6 +33,7 @@ class RunCache:
     control: Sequence[Tensor | None] = ()
     noise_embedding: Tensor | None = None
     cond_tokens: Tensor | None = None
+    peaks: list[Any] = field(default_factory=list)
 
 
 @dataclass

@@ -34,7 +34,15 @@ STAGES = pytest.mark.parametrize(
 
 def rounded(rows: Tensor) -> Tensor:
     """Each row to e4m3 over its own scale, and back."""
-    scale = rows.abs().amax(dim=-1, keepdim=True) / 448
+    return over(rows, rows.abs().amax(dim=-1, keepdim=True) / 448)
+
+
+def rounded_rows(rows: Tensor) -> Tensor:
+    """The same for feature maps, whose scales are powers of two."""
+    return over(rows, 2 ** (rows.abs().amax(dim=-1, keepdim=True) / 448).log2().ceil())
+
+
+def over(rows: Tensor, scale: Tensor) -> Tensor:
     return (rows / scale).to(torch.float8_e4m3fn).float() * scale
 
 
@@ -48,15 +56,27 @@ class Reference:
         return rounded(weight if isinstance(weight, Tensor) else torch.cat(weight))
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return operations.project(rounded(x), weight, bias)
+        return operations.project(rounded_rows(x), weight, bias)
 
     def add_linear_(self, x: Tensor, h: Tensor, weight: Tensor) -> None:
-        operations.add_linear_(x, rounded(h), weight)
+        operations.add_linear_(x, rounded_rows(h), weight)
 
     def channelwise_(self, x, h, expand, bias, gamma, contract, h_scale, x_scale) -> None:
         h = torch.nn.functional.gelu(self.project(h, expand, bias) * h_scale)
         r = torch.linalg.vector_norm(h, dim=1, keepdim=True)
         self.add_linear_(x, h * (1 + gamma * r / (r.mean(dim=-1, keepdim=True) + 1e-6)) / x_scale, contract)
+
+
+def values(rows: fp8.Rows) -> Tensor:
+    return rows.rows8.float() * rows.scale.view(*rows.rows8.shape[:2], 1)
+
+
+def assert_rounded(rows: fp8.Rows, expected: Tensor) -> None:
+    """Each value within half a step of e4m3; the scale is a power of two, so it says nothing of larger values."""
+    step = rows.scale.view(*rows.rows8.shape[:2], 1)
+    error = (values(rows) - expected).abs()
+    assert (error <= expected.abs() / 16 + step / 1024 + 1e-5 * expected.abs().max()).all()
+    assert torch.equal(step.log2(), step.log2().round())
 
 
 class Compared:
@@ -75,11 +95,18 @@ class Compared:
             def of(which: str) -> list[Any]:
                 return [a[which] if isinstance(a, dict) else a for a in arguments]
 
-            x, *others = of("expected")
+            def value_of(argument: Any) -> Any:
+                return values(argument) if isinstance(argument, fp8.Rows) else argument
+
+            x, *others = map(value_of, of("expected"))
             x = x.clone()  # operations may change it in place
             expected = getattr(self.reference, name)(x, *others)
             computed = getattr(fp8, name)(*of("computed"))
-            pairs = [(arguments[0], x)] + ([] if expected is None else [(computed, expected)])
+            pairs = [(value_of(arguments[0]), x)]
+            if isinstance(computed, fp8.Rows):
+                assert_rounded(computed, expected)
+            elif expected is not None:
+                pairs.append((computed, expected))
             worst = max(relative_error(*pair) for pair in pairs)
             self.errors[name] = max(self.errors.get(name, 0.0), worst)
             return computed

@@ -142,6 +142,49 @@ def test_response_norm_in_one_launch(size, dtype):
         assert workspace[1].tolist() == [number * resident.ROUND.value] * batch
 
 
+@halves
+@pytest.mark.parametrize("size", [(2, 70, 128), (1, 300, 64), (3, 5, 20), (1, 64, 96)], ids=str)
+def test_response_norm_in_one_launch_in_e4m3(size, dtype):
+    """All rows of an image over one power of two, a bound that no value exceeds and at most twice too large."""
+    batch, n, k = size
+    h, gamma = normal(*size, dtype=dtype), normal(k, seed=1).abs()
+    h[0] *= 30
+    before = h.clone()
+    workspace = resident.response_workspace(batch, k, torch.device("cpu"))
+    out8, row_scale = torch.empty(size, dtype=torch.float8_e4m3fn), torch.empty(batch * n)
+    resident.gelu_response_norm(h, gamma, workspace, out8=out8, row_scale=row_scale)
+    assert torch.equal(h, before)
+    expected = response_norm(F.gelu(h.double()).to(dtype), gamma)
+    scale = row_scale.double().view(batch, n, 1)
+    step = expected.abs() / 16 + scale / 1024
+    assert (
+        (out8.double() * scale - expected).abs() <= step * 1.01 + 3 * HALF_STEP[dtype] * expected.abs()
+    ).all()
+    assert torch.equal(scale, scale[:, :1].expand_as(scale))
+    assert torch.equal(scale.log2(), scale.log2().round())
+    peaks = expected.abs().amax(dim=(1, 2))
+    assert (peaks <= 448.1 * scale[:, 0, 0]).all()
+    assert (peaks >= 448 / 4 * 0.99 * scale[:, 0, 0]).all()
+
+
+@dtypes
+def test_what_is_not_attended_in_16_bits(dtype):
+    """Attention's rows in e4m3 over a bound of the values."""
+    qkv, key, value = normal(2, 33, 96, dtype=dtype), *(normal(2, 7, 32, dtype=dtype, seed=i) for i in (1, 2))
+    expected = attention.attention(
+        qkv, key, value, 2, qkv.new_empty(2, 33, 32), block_m=32, block_n=32
+    ).double()
+    peak = torch.maximum(qkv.abs().amax(), value.abs().amax()).float().view(1)
+    out8, row_scale = torch.empty(2, 33, 32, dtype=torch.float8_e4m3fn), torch.empty(66)
+    attention.attention(
+        qkv, key, value, 2, out8, block_m=32, block_n=32, row_scale=row_scale, peak=peak, x_scale=2.0
+    )
+    scale = row_scale.double().view(2, 33, 1)
+    assert torch.equal(row_scale, torch.full_like(row_scale, 2 ** float((peak / 896).log2().ceil())))
+    step = expected.abs() / 32 + scale / 1024 + HALF_STEP[dtype] * expected.abs()
+    assert ((out8.double() * scale - expected / 2).abs() <= step).all()
+
+
 H100 = 132  # multiprocessors
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, tensor_descriptor
+from .quantise import power_of_two
 
 MIN_KEYS = 16  # in a block: the smallest dimension of tl.dot
 
@@ -30,6 +31,8 @@ def attention(
     tma: bool = False,
     registers: int | None = None,
     x_scale: float = 1.0,
+    row_scale: Tensor | None = None,
+    peak: Tensor | None = None,
 ) -> Tensor:
     """out = softmax(q · keysᵀ / √d) · values / x_scale; keys: of all positions (where `self_attn`), then the T cached.
 
@@ -38,6 +41,8 @@ def attention(
 
     tma: load the tokens' keys and values with the tensor memory accelerator (compute capability 9 and up).
     registers: the limit per thread, which raises occupancy.
+    row_scale (B · N,) float32: takes the scales of the rows where `out` is in e4m3; peak: (1,) float32, a bound of all
+    values' magnitudes and so of their weighted means
     """
     batch, n, channels = out.shape
     width = channels // heads
@@ -54,6 +59,8 @@ def attention(
         k_cond,
         v_cond,
         out,
+        row_scale,
+        peak,
         n,
         self_keys,
         cond_keys,
@@ -163,6 +170,8 @@ def _attention(
     k_cond,
     v_cond,
     out,
+    row_scale,
+    value_peak,
     n,
     self_keys,
     cond_keys,
@@ -198,5 +207,10 @@ def _attention(
     )  # fmt: skip
     total, peak, weight = state
     total = total / weight[:, None] * (1.0 / X_SCALE)
+    if row_scale is not None:  # one for all heads of a row, which other programs compute
+        row_factor, inverse = power_of_two(tl.load(value_peak) * (1.0 / X_SCALE))
+        total *= inverse
+        row_at = row_scale + tl.program_id(2) * n + row
+        tl.store(row_at, tl.zeros_like(peak) + row_factor, mask=(row < n) & (tl.program_id(1) == 0))
     pointers = out + (image * n + row[:, None]) * channels + head + d[None, :]
     tl.store(pointers, total.to(out.dtype.element_ty), mask=present)

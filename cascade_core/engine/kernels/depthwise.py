@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .quantise import store_rows
 from .rows import normalised
 
 
@@ -21,19 +22,23 @@ def depthwise_norm(
     out: Tensor,
     elements: int | None = None,
     num_warps: int | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """out = LayerNorm over C of (the convolution of x with zero padding, + bias).
 
     x, out: (B, height · width, C), weight: (9, C) taps from top left to bottom right, bias: (C,)
+    row_scale (B · height · width,) float32: takes the scales of the rows where `out` is in e4m3
     """
     batch, _, channels = x.shape
     tuned_elements, tuned_warps = norm_tile(channels)
+    if row_scale is not None and tuned_elements > 2048:
+        tuned_warps *= 2  # whose registers hold the values until their largest is known
     elements, num_warps = elements or tuned_elements, num_warps or tuned_warps
     block = triton.next_power_of_2(channels)
     tile_h, tile_w = rectangle(max(1, elements // block))
     grid = (triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w), batch)
     launch(_depthwise_norm, grid)(
-        x, weight, bias, out, height, width, eps, channels, block, tile_h, tile_w,
+        x, weight, bias, out, row_scale, height, width, eps, channels, block, tile_h, tile_w,
         num_warps=num_warps,
     )  # fmt: skip
     return out
@@ -136,6 +141,7 @@ def _depthwise_norm(
     weight,
     bias,
     out,
+    row_scale,
     height,
     width,
     eps,
@@ -144,14 +150,16 @@ def _depthwise_norm(
     TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
 ):
-    start = tl.program_id(1).to(tl.int64) * height * width * channels
+    first = tl.program_id(1) * height * width
+    start = first.to(tl.int64) * channels
     c = tl.arange(0, BLOCK)[None, :]
     row, column = tile_positions(height, width, TILE_H, TILE_W)
     h = convolved(x + start, weight, bias, row, column, c, height, width, channels, False)
     h = normalised(h, c < channels, channels, eps)
     offsets = (row * width + column).to(tl.int64) * channels + c
-    present = (row < height) & (column < width) & (c < channels)
-    tl.store(out + start + offsets, h.to(out.dtype.element_ty), mask=present)
+    present = (row < height) & (column < width)
+    position = first + row * width + column
+    store_rows(out + start, row_scale, h, offsets, present & (c < channels), position, present)
 
 
 @triton.jit(

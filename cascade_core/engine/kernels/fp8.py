@@ -12,10 +12,9 @@ from torch import Tensor
 from . import products
 from .launch import launch
 from .products import Config
+from .quantise import E4M3, E4M3_MAX, store_rows
 from .rows import row_tile
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX: tl.constexpr = tl.constexpr(448.0)  # of e4m3
 ELEMENTS = 8192  # of a tile, by eight warps
 WARPS = 8
 
@@ -53,13 +52,22 @@ def apply_response_quantise(
 
 
 def quantised_linear(
-    x8: Tensor, row_scale: Tensor, w8: Tensor, column_scale: Tensor, bias: Tensor | None, out: Tensor
+    x8: Tensor,
+    row_scale: Tensor,
+    w8: Tensor,
+    column_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    config: Config | None = None,
 ) -> Tensor:
-    """out = x wᵀ + bias of operands from `quantise_rows` and `quantise_weight`: cuBLAS or CUTLASS where possible."""
+    """out = x wᵀ + bias of operands from `quantise_rows` and `quantise_weight`.
+
+    config: of our product; None: cuBLAS's or CUTLASS's where possible
+    """
+    if config or out.dtype != torch.bfloat16 or w8.shape[0] % 16 or w8.shape[1] % 16:
+        return scaled_product(x8, row_scale, w8, column_scale, bias, out, config)
     if out.is_meta:  # compiling ahead: PyTorch does not know the shape of its own product
         return out
-    if out.dtype != torch.bfloat16 or w8.shape[0] % 16 or w8.shape[1] % 16:
-        return scaled_product(x8, row_scale, w8, column_scale, bias, out)
     scales = row_scale[:, None], column_scale[None, :]
     return torch.ops.aten._scaled_mm.out(x8, w8.T, *scales, bias, None, out.dtype, True, out=out)
 
@@ -109,7 +117,4 @@ def _quantise_rows(
     value = tl.load(x + offsets, mask=present, other=0.0).to(tl.float32)
     if channel_scale is not None:
         value *= tl.load(channel_scale + row // rows_per_image * k + c, mask=present, other=0.0)
-    peak = tl.max(tl.abs(value), axis=1, keep_dims=True)
-    peak = tl.where(peak > 0.0, peak, E4M3_MAX)
-    tl.store(x8 + offsets, (value * (E4M3_MAX / peak)).to(x8.dtype.element_ty), mask=present)
-    tl.store(scale + row, peak / E4M3_MAX, mask=row < m)
+    store_rows(x8, scale, value, offsets, present, row, row < m)

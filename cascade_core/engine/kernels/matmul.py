@@ -2,8 +2,9 @@
 
     out = epilogue(x · wᵀ + bias)        x: (M, K), w: (N, K), out: (M, N); float32 accumulators
 
-Integer weights are converted to x's type as they are loaded. Epilogue: the scales of quantised rows of x and w; GELU
-and the sums of squares that the global response norm needs.
+Integer weights are converted to x's type as they are loaded; then a tile is computed transposed, since a Hopper card
+takes only the first factor from registers. Epilogue: the scales of quantised rows of x and w; what `out` held is added;
+GELU and the sums of squares that the global response norm needs.
 
 Rows are tokens; every image has `rows` of them. Sums of squares are per chunk of CHUNK rows of one image; a tile
 covers one chunk or several. Where CHUNK does not divide `rows`, each image is padded to whole chunks (`padded` rows)
@@ -64,42 +65,43 @@ def _rows(tile_m, m, rows, padded, BLOCK_M: tl.constexpr, PADDED: tl.constexpr):
 def _accumulate(
     x, w, row, tile_m, tile_n, m, n, k,
     TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, CONVERT: tl.constexpr,
 ):  # fmt: skip
     """x · wᵀ of one tile: (BLOCK_M, BLOCK_N) float32"""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) if CONVERT else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     depth = tl.arange(0, BLOCK_K)
     if not TMA:
         row = tl.minimum(row, m - 1)  # rows beyond the last are computed from it and never stored
         column = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), n - 1)
         x_at = x + row.to(tl.int64)[:, None] * k + depth[None, :]
-        w_at = w + column.to(tl.int64)[None, :] * k + depth[:, None]
+        w_at = w + column.to(tl.int64)[:, None] * k + depth[None, :]
     for step in range(
         tl.maximum(tl.cdiv(k, BLOCK_K), 1)
     ):  # the maximum tells the compiler that the loop runs
         at = step * BLOCK_K
         if TMA:
             a = x.load([tile_m * BLOCK_M, at])
-            b = w.load([tile_n * BLOCK_N, at]).T
+            b = w.load([tile_n * BLOCK_N, at])
         elif EVEN_K:
             a = tl.load(x_at)
             b = tl.load(w_at)
         else:
             a = tl.load(x_at, mask=(at + depth)[None, :] < k, other=0.0)
-            b = tl.load(w_at, mask=(at + depth)[:, None] < k, other=0.0)
-        if b.dtype != a.dtype:
-            b = b.to(tl.float32).to(a.dtype)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            b = tl.load(w_at, mask=(at + depth)[None, :] < k, other=0.0)
+        if CONVERT:
+            acc = tl.dot(b.to(tl.float32).to(a.dtype), a.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         if not TMA:
             x_at += BLOCK_K
             w_at += BLOCK_K
-    return acc
+    return acc.T if CONVERT else acc
 
 
 @triton.jit
 def _finish(
     acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
-    GELU: tl.constexpr, RESPONSE: tl.constexpr,
+    GELU: tl.constexpr, RESPONSE: tl.constexpr, ADD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of one tile: stores acc (BLOCK_M, BLOCK_N) in `out`, its sums of squares in `partial`."""
@@ -114,6 +116,8 @@ def _finish(
         acc = gelu(acc)
     at = out + row.to(tl.int64)[:, None] * n + column[None, :]
     inside = valid[:, None] & (column < n)[None, :]
+    if ADD:
+        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     y = acc.to(out.dtype.element_ty)
     if RESPONSE:  # of the rounded values, as a kernel that reads them back would sum them
         square = y.to(tl.float32)
@@ -129,17 +133,19 @@ def _finish(
 def _tile(
     tile, x, w, row_scale, column_scale, bias, out, partial,
     m, n, k, rows, padded, chunks, tiles_m, tiles_n,
-    GELU: tl.constexpr, RESPONSE: tl.constexpr, PADDED: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    GELU: tl.constexpr, RESPONSE: tl.constexpr, ADD: tl.constexpr, PADDED: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, CONVERT: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result, the `tile`-th."""
     tile_m, tile_n = _position(tile, tiles_m, tiles_n, GROUP)
     row, valid = _rows(tile_m, m, rows, padded, BLOCK_M, PADDED)
-    acc = _accumulate(x, w, row, tile_m, tile_n, m, n, k, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+    acc = _accumulate(
+        x, w, row, tile_m, tile_n, m, n, k, TMA, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION, CONVERT
+    )
     _finish(
         acc, row_scale, column_scale, bias, out, partial, row, valid, tile_m, tile_n, n, chunks,
-        GELU, RESPONSE, CHUNK, BLOCK_M, BLOCK_N,
+        GELU, RESPONSE, ADD, CHUNK, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -147,8 +153,8 @@ def _tile(
 def product(
     x, w, row_scale, column_scale, bias, out, partial,
     m, n, k, rows, padded, chunks, tiles_m, tiles_n, programs,
-    GELU: tl.constexpr, RESPONSE: tl.constexpr, PADDED: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SCHEDULE: tl.constexpr, TMA: tl.constexpr,
+    GELU: tl.constexpr, RESPONSE: tl.constexpr, ADD: tl.constexpr, PADDED: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, CONVERT: tl.constexpr, SCHEDULE: tl.constexpr, TMA: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """x: (m, k) and w: (n, k), or their TMA descriptors; row_scale: (m,), column_scale: (n,) float32; bias: (n,);
@@ -159,12 +165,12 @@ def product(
         _tile(
             program, x, w, row_scale, column_scale, bias, out, partial,
             m, n, k, rows, padded, chunks, tiles_m, tiles_n,
-            GELU, RESPONSE, PADDED, EVEN_K, PRECISION, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+            GELU, RESPONSE, ADD, PADDED, EVEN_K, PRECISION, CONVERT, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
         )  # fmt: skip
     else:
         for tile in tl.range(program, tiles_m * tiles_n, programs, flatten=True):
             _tile(
                 tile, x, w, row_scale, column_scale, bias, out, partial,
                 m, n, k, rows, padded, chunks, tiles_m, tiles_n,
-                GELU, RESPONSE, PADDED, EVEN_K, PRECISION, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
+                GELU, RESPONSE, ADD, PADDED, EVEN_K, PRECISION, CONVERT, TMA, CHUNK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP,
             )  # fmt: skip

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
+from .quantise import store_rows
 from .rows import WARPS, normalised, row_tile
 
 
@@ -17,15 +18,25 @@ def modulate(x: Tensor, scale_shift: Tensor) -> Tensor:
     return x
 
 
-def modulate_norm(x: Tensor, scale_shift: Tensor, bias: Tensor | None, out: Tensor, eps: float) -> Tensor:
+def modulate_norm(
+    x: Tensor,
+    scale_shift: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    eps: float,
+    row_scale: Tensor | None = None,
+) -> Tensor:
     """x' = x · (1 + scale) + shift; out = LayerNorm(x'); x = x' + bias.
 
     x, out: (B, N, C), scale_shift: (2C,), scales first, bias: (C,)
+    row_scale (B · N,) float32: takes the scales of the rows where `out` is in e4m3
     """
     batch, n, channels = x.shape
     rows, block = row_tile(channels)
     grid = (triton.cdiv(n, rows), batch)
-    launch(_modulate_norm, grid)(x, scale_shift, bias, out, n, eps, channels, rows, block, num_warps=WARPS)
+    launch(_modulate_norm, grid)(
+        x, scale_shift, bias, out, row_scale, n, eps, channels, rows, block, num_warps=WARPS
+    )
     return out
 
 
@@ -72,6 +83,7 @@ def _modulate_norm(
     scale_shift,
     bias,
     out,
+    row_scale,
     n,
     eps,
     channels: tl.constexpr,
@@ -87,7 +99,7 @@ def _modulate_norm(
     value = tl.load(x + offsets, mask=present, other=0.0).to(tl.float32)
     value = modulated(value, scale_shift, c, inside, channels)
     h = normalised(value, inside, channels, eps)
-    tl.store(out + offsets, h.to(out.dtype.element_ty), mask=present)
+    store_rows(out, row_scale, h, offsets, present, image * n + row, row < n)
     if bias is not None:
         value += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
     tl.store(x + offsets, value.to(x.dtype.element_ty), mask=present)

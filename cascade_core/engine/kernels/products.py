@@ -1,7 +1,9 @@
 """Matrix products fused with the operations that follow them in a residual block.
 
-x: (B · N, K), N rows an image; w: (out, K) as nn.Linear has it; all contiguous, in bfloat16, float16 or float32.
-Accumulators are float32 and rounded once.
+x: (B · N, K), N rows an image; w: (out, K) as nn.Linear has it; all contiguous, in bfloat16, float16 or float32, x and
+w also in e4m3, w alone also in int8. Accumulators are float32 and rounded once.
+
+row_scale (B · N,), column_scale (out,): float32 scales of quantised rows of x and of w (`fp8.py`)
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from .tuned import PORTABLE, Config, choose
 
 __all__ = [
     "Config",
+    "add_linear",
     "choose",
     "linear",
     "linear_gelu",
@@ -35,11 +38,20 @@ def linear(
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
 ) -> Tensor:
-    """out = x wᵀ + bias.  out: (B · N, out)
-
-    row_scale (B · N,), column_scale (out,): float32 scales of quantised rows of x and of w (`fp8.py`)
-    """
+    """out = x wᵀ + bias.  out: (B · N, out)"""
     return _multiply(x, w, bias, out, config, row_scale=row_scale, column_scale=column_scale)
+
+
+def add_linear(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    config: Config | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:
+    """out = out + x wᵀ.  out: (B · N, out)"""
+    return _multiply(x, w, None, out, config, row_scale=row_scale, column_scale=column_scale, add=True)
 
 
 def linear_gelu(
@@ -57,12 +69,17 @@ def linear_gelu_response(
     out: Tensor,
     partial: Tensor,
     config: Config | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
     """out = GELU(x wᵀ + bias); partial = sums of the squares of out, as rounded, over chunks of an image's rows.
 
     partial: (B, response_chunks(rows_per_image, config), out) float32, as `response_scale` takes it
     """
-    return _multiply(x, w, bias, out, config, rows=rows_per_image, partial=partial, gelu=True)
+    return _multiply(
+        x, w, bias, out, config,
+        rows=rows_per_image, row_scale=row_scale, column_scale=column_scale, partial=partial, gelu=True,
+    )  # fmt: skip
 
 
 def response_chunks(rows_per_image: int, config: Config | None = None) -> int:
@@ -90,6 +107,7 @@ def _multiply(
     column_scale: Tensor | None = None,
     partial: Tensor | None = None,
     gelu: bool = False,
+    add: bool = False,
 ) -> Tensor:
     """Launches `matmul.product`.  rows: of one image; partial: takes the sums of squares of the results"""
     config = config or PORTABLE
@@ -108,9 +126,11 @@ def _multiply(
         m, n, k, rows, padded, m // rows * chunks, tiles_m, tiles_n, programs,
         GELU=gelu,
         RESPONSE=partial is not None,
+        ADD=add,
         PADDED=padded != rows,
         EVEN_K=k % config.block_k == 0,
         PRECISION="ieee",
+        CONVERT=w.dtype != x.dtype,
         SCHEDULE=SCHEDULES[config.schedule],
         TMA=tma,
         CHUNK=chunk,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..card import card_of
 from .launch import launch
+from .quantise import power_of_two
 from .response import EPS, gelu_of_fraction, response_share
 
 STRIPES = (
@@ -35,6 +36,8 @@ THREADS = 2048  # resident on a multiprocessor at most
 ROWS = 64  # positions of a tile of the main part; a tile of the rest has as many elements
 OVERHEAD = 48  # registers a thread needs beside the feature map
 ROUND = tl.constexpr(1 << 16)  # by which each launch advances the arrival counters
+SCALE_ROWS = tl.constexpr(256)  # stored at a time
+SUMS = 3  # of each program at most: see `grid_sum` and `grid_peak`
 
 
 class Plan(NamedTuple):
@@ -89,7 +92,8 @@ def fits(h: Tensor) -> bool:
 
 def response_workspace(batch: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Partial sums and arrival counters for up to `batch` images of k channels; every launch may share them."""
-    sums = torch.empty(batch, triton.cdiv(k, min(map(sum, STRIPES))), dtype=torch.float32, device=device)
+    stripes = triton.cdiv(k, min(map(sum, STRIPES)))
+    sums = torch.empty(batch, SUMS * stripes, dtype=torch.float32, device=device)
     return sums, torch.zeros(batch, dtype=torch.int64, device=device)
 
 
@@ -99,11 +103,15 @@ def gelu_response_norm(
     workspace: tuple[Tensor, Tensor],
     h_scale: float = 1.0,
     x_scale: float = 1.0,
+    out8: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """h = GELU(h) · (1 + gamma · r / (mean_K(r) + ε)), r: norms of GELU(h) over N.
 
     h: (B, N, K) for which `fits`, divided by h_scale before and by x_scale after, gamma: (K,),
     workspace: `response_workspace` of this device, on one stream at a time
+    out8 (B, N, K) e4m3, row_scale (B · N,) float32: take the result where they are given, and h is left as it is. All
+    rows of an image have the same scale, a bound of its values: no program sees a whole row
     """
     batch, n, k = h.shape
     division = _plan_of(h)
@@ -112,6 +120,8 @@ def gelu_response_norm(
     stripes = triton.cdiv(k, division.channels)
     launch(_gelu_response_norm, (stripes, batch))(
         h.view(torch.int32),
+        None if out8 is None else out8.view(torch.int16),
+        row_scale,
         gamma,
         sums,
         arrivals,
@@ -132,7 +142,7 @@ def gelu_response_norm(
         maxnreg=division.registers,
         launch_cooperative_grid=True,
     )
-    return h
+    return h if out8 is None else out8
 
 
 def _plan_of(h: Tensor) -> Plan | None:
@@ -197,6 +207,46 @@ def grid_sum(value, sums, arrivals, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def grid_peak(peaks, SLOTS: tl.constexpr):
+    """The largest of what the programs of grid axis 0 stored at peaks + program before `grid_sum`."""
+    slot = tl.arange(0, SLOTS)
+    present = slot < tl.num_programs(0)
+    return tl.max(tl.load(peaks + slot, mask=present, other=0.0, cache_modifier=".cg"))
+
+
+@triton.jit
+def larger(pair, other, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The larger of two 16-bit values in each half of an int32, in one instruction."""
+    if INTERPRETED:
+        low, high = unpack(pair, DTYPE)
+        other_low, other_high = unpack(other, DTYPE)
+        pair = pack(tl.maximum(low, other_low), tl.maximum(high, other_high), DTYPE, INTERPRETED)
+    elif tl.bfloat16 == DTYPE:
+        pair = tl.inline_asm_elementwise(
+            "max.bf16x2 $0, $1, $2;", "=r,r,r", [pair, other], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        pair = tl.inline_asm_elementwise(
+            "max.f16x2 $0, $1, $2;", "=r,r,r", [pair, other], tl.int32, is_pure=True, pack=1
+        )
+    return pair
+
+
+@triton.jit
+def pack8(low, high, INTERPRETED: tl.constexpr):
+    """Two float32 values as e4m3 in one int16; the first is in the lower bits."""
+    if INTERPRETED:
+        low_bits = low.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int16)
+        high_bits = high.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int16)
+        pair = low_bits | (high_bits << 8)
+    else:
+        pair = tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;", "=h,f,f", [high, low], tl.int16, is_pure=True, pack=1
+        )
+    return pair
+
+
+@triton.jit
 def load_activated(
     h,
     n,
@@ -236,6 +286,33 @@ def load_activated(
 
 
 @triton.jit
+def response_peaks(
+    tiles,
+    low_r,
+    high_r,
+    gamma,
+    pair,
+    k: tl.constexpr,
+    TILES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    H_SCALE: tl.constexpr,
+):
+    """Bounds of |h| and |h · gamma| · r over the tiles of `load_activated`."""
+    pairs = tiles[0]
+    for tile in tl.static_range(1, TILES):
+        pairs = larger(pairs, tiles[tile], DTYPE, INTERPRETED)
+    low, high = unpack(pairs, DTYPE)
+    least = 0.17 / H_SCALE  # no GELU is below −0.17
+    low_peak = tl.maximum(tl.max(low, axis=0, keep_dims=True), least)
+    high_peak = tl.maximum(tl.max(high, axis=0, keep_dims=True), least)
+    inside = pair < k // 2
+    low = tl.abs(tl.load(gamma + 2 * pair, mask=inside, other=0.0).to(tl.float32)) * low_r * low_peak
+    high = tl.abs(tl.load(gamma + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)) * high_r * high_peak
+    return tl.max(tl.maximum(low_peak, high_peak)), tl.max(tl.maximum(low, high))
+
+
+@triton.jit
 def store_normalised(
     h,
     tiles,
@@ -252,8 +329,12 @@ def store_normalised(
     DTYPE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     FACTOR: tl.constexpr,
+    inverse,
 ):
-    """Stores the tiles of `load_activated` times their response norm and FACTOR."""
+    """Stores the tiles of `load_activated` times their response norm and FACTOR.
+
+    inverse: None, or the inverse of the scale of e4m3, in which they are stored
+    """
     row = tl.arange(0, ROWS)[:, None]
     inside = pair < k // 2
     pointers = h + (row * (k // 2) + pair)
@@ -261,16 +342,24 @@ def store_normalised(
     high_gamma = tl.load(gamma + 2 * pair + 1, mask=inside, other=0.0).to(tl.float32)
     low_share = response_share(low_r, low_gamma, mean, eps, FACTOR)
     high_share = response_share(high_r, high_gamma, mean, eps, FACTOR)
+    if inverse is not None:
+        low_share *= inverse
+        high_share *= inverse
     for tile in tl.static_range(TILES):
         present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)
         low, high = unpack(tiles[tile], DTYPE)
-        pairs = pack(low * low_share, high * high_share, DTYPE, INTERPRETED)
+        if inverse is None:
+            pairs = pack(low * low_share, high * high_share, DTYPE, INTERPRETED)
+        else:
+            pairs = pack8(low * low_share, high * high_share, INTERPRETED)
         tl.store(pointers + tile * ROWS * (k // 2), pairs, mask=present)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _gelu_response_norm(
     h,
+    out8,
+    row_scale,
     gamma,
     sums,
     arrivals,
@@ -289,25 +378,52 @@ def _gelu_response_norm(
     H_SCALE: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
-    image = tl.program_id(1)
-    h += image.to(tl.int64) * n * (k // 2)
+    image, programs = tl.program_id(1), tl.num_programs(0)
+    start = image.to(tl.int64) * n * (k // 2)
+    h += start
+    sums += image * (programs if out8 is None else 3 * programs)
     first = tl.program_id(0) * (MAIN + REST)
     pair = first + tl.arange(0, MAIN)[None, :]
+    QUANTISE: tl.constexpr = out8 is not None
     tiles, low_r, high_r = load_activated(h, n, pair, k, MAIN, ROWS, TILES, DTYPE, INTERPRETED, H_SCALE)
     norms = tl.sum(low_r + high_r)
+    if QUANTISE:
+        peak, response_peak = response_peaks(
+            tiles, low_r, high_r, gamma, pair, k, TILES, DTYPE, INTERPRETED, H_SCALE
+        )
     if REST > 0:
         rest_pair = first + MAIN + tl.arange(0, REST)[None, :]
         rest_tiles, low_rest, high_rest = load_activated(
             h, n, rest_pair, k, REST, REST_ROWS, REST_TILES, DTYPE, INTERPRETED, H_SCALE
         )
         norms += tl.sum(low_rest + high_rest)
+        if QUANTISE:
+            rest_peak, rest_response = response_peaks(
+                rest_tiles, low_rest, high_rest, gamma, rest_pair, k, REST_TILES, DTYPE, INTERPRETED, H_SCALE
+            )
+            peak, response_peak = tl.maximum(peak, rest_peak), tl.maximum(response_peak, rest_response)
 
-    mean = grid_sum(norms, sums + image * tl.num_programs(0), arrivals + image, SLOTS) / k
+    if QUANTISE:
+        tl.store(sums + programs + tl.program_id(0), peak)
+        tl.store(sums + 2 * programs + tl.program_id(0), response_peak)
+    mean = grid_sum(norms, sums, arrivals + image, SLOTS) / k
+    target, inverse = h, None
+    if QUANTISE:
+        # |h · (1 + gamma · r / (mean + ε))| ≤ |h| + |h · gamma · r| / (mean + ε)
+        peak = grid_peak(sums + programs, SLOTS) + grid_peak(sums + 2 * programs, SLOTS) / (mean + eps)
+        scale, inverse = power_of_two(peak * FACTOR)
+        target = out8 + start
+        # Each program stores the scales of a part of the rows.
+        for row in range(tl.program_id(0) * SCALE_ROWS, n, programs * SCALE_ROWS):
+            rows = row + tl.arange(0, SCALE_ROWS)
+            scales = tl.zeros((SCALE_ROWS,), tl.float32) + scale
+            tl.store(row_scale + image * n + rows, scales, mask=rows < n)
     store_normalised(
-        h, tiles, low_r, high_r, gamma, mean, eps, n, pair, k, ROWS, TILES, DTYPE, INTERPRETED, FACTOR
-    )
+        target, tiles, low_r, high_r, gamma, mean, eps, n, pair,
+        k, ROWS, TILES, DTYPE, INTERPRETED, FACTOR, inverse,
+    )  # fmt: skip
     if REST > 0:
         store_normalised(
-            h, rest_tiles, low_rest, high_rest, gamma, mean, eps, n, rest_pair,
-            k, REST_ROWS, REST_TILES, DTYPE, INTERPRETED, FACTOR,
+            target, rest_tiles, low_rest, high_rest, gamma, mean, eps, n, rest_pair,
+            k, REST_ROWS, REST_TILES, DTYPE, INTERPRETED, FACTOR, inverse,
         )  # fmt: skip

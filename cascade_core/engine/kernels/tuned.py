@@ -44,17 +44,31 @@ class Config:
 
 
 PORTABLE = Config(64, 64, 32, warps=4, stages=2)  # fits every card's shared memory
+_PERSISTENT = Config(128, 128, 128, warps=4, schedule="loop", tma=True, per_sm=2)
+UNMEASURED = {  # by major compute capability and op; any other is left to cuBLAS
+    (9, "linear_e4m3"): _PERSISTENT,
+    (9, "linear_gelu_response_e4m3"): _PERSISTENT,
+    (9, "add_linear_e4m3"): Config(
+        128, 128, 128, warps=8, stages=4, tma=True
+    ),  # more registers for what is added
+}
 
 
 def choose(op: str, m: int, n: int, k: int, device: torch.device | str) -> Config | None:
-    """The fastest known Config of `op`, a function of products.py, for x: (m, k), w: (n, k); None for cuBLAS."""
+    """The fastest known Config of `op` for x: (m, k), w: (n, k); None for cuBLAS.
+
+    op: a function of products.py, with the type of what it multiplies: "add_linear_e4m3"; of w's alone: "linear_int8"
+    """
     card = card_of(torch.device(device))
     return None if card is None else _choose(op, m, n, k, card)
 
 
 @cache
 def _choose(op: str, m: int, n: int, k: int, card: Card) -> Config | None:
-    winner = nearest(for_device(_table(), device_key(card)).get(op, {}), m, n, k)
+    winners = for_device(_table(), device_key(card)).get(op)
+    if not winners:
+        return UNMEASURED.get((card.capability[0], op))
+    winner = nearest(winners, m, n, k)
     return Config(**winner) if isinstance(winner, dict) else None
 
 

@@ -1,0 +1,36 @@
+"""Rows in e4m3, as the kernels that compute them store them: each row with a scale.
+
+Scales of feature maps are powers of two. e4m3 is a floating format, so then a value's rounding is the same whatever the
+scale, but for values below 2⁻¹⁵ of the largest that the scale allows. So a scale may come from a bound of a row's
+values where its largest is not known as it is stored.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
+
+
+@triton.jit
+def power_of_two(peak):
+    """The least power of two that brings values up to `peak` into e4m3, and its inverse."""
+    bits = (peak / E4M3_MAX).to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFFF) & 0x7F800000  # rounded up
+    bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)  # powers whose inverse is a normal number too
+    return bits.to(tl.float32, bitcast=True), ((254 << 23) - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_rows(out, row_scale, value, offsets, present, row, row_present):
+    """Stores rows of values: in e4m3 with their scales, or where row_scale is None in the type of `out`.
+
+    value, offsets, present: (ROWS, BLOCK), value zero beside the channels; row, row_present: (ROWS, 1)
+    """
+    if row_scale is not None:
+        peak = tl.max(tl.abs(value), axis=1, keep_dims=True)
+        scale, inverse = power_of_two(peak)
+        value = value * inverse
+        tl.store(row_scale + row, scale, mask=row_present)
+    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=present)
