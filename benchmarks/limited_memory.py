@@ -36,17 +36,18 @@ class KeptMessages:
 
 
 class Cascade:
-    """Cascade of all four networks, loaded as the nodes load them."""
+    """Cascade of all four networks, loaded as the nodes load them.  dtype: of Stage C and B"""
 
-    def __init__(self, folder: Path, side: int, steps: tuple[int, int]):
+    def __init__(self, folder: Path, side: int, steps: tuple[int, int], dtype: str = "auto"):
         self.side, self.steps = side, steps
-        self.stage_c = headless.load_network("stage_c", folder / "stage_c.safetensors", "auto")
-        self.stage_b = headless.load_network("stage_b", folder / "stage_b.safetensors", "auto")
+        self.stage_c = headless.load_network("stage_c", folder / "stage_c.safetensors", dtype)
+        self.stage_b = headless.load_network("stage_b", folder / "stage_b.safetensors", dtype)
         self.stage_a = headless.load_stage_a(folder / "stage_a.safetensors")
         self.clip = headless.load_text_encoder(folder / "text.safetensors")
 
     @torch.inference_mode()
-    def picture(self, seed: int) -> None:
+    def picture(self, seed: int) -> torch.Tensor:
+        """(1, H, W, 3)"""
         positive, negative = CascadeTextEncode.execute(self.clip, PROMPT, NEGATIVE).args
         latent_c, latent_b = CascadeEmptyLatent.execute(self.side, self.side, 1, 42.67).args
         prior = {"steps": self.steps[0], "cfg": 4.0, "shift": 2.0, **GUIDANCE}
@@ -57,7 +58,7 @@ class Cascade:
         latent_b = CascadeDecoderSampler.execute(
             self.stage_b, positive, negative, latent_c, latent_b, seed=seed, **decoder
         )[0]
-        CascadeDecode.execute(self.stage_a, latent_b, 0)
+        return CascadeDecode.execute(self.stage_a, latent_b, 0)[0]
 
     def staying(self) -> dict[str, float]:
         """Share of each network that is on the device now."""

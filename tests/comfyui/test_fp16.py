@@ -8,6 +8,10 @@ def test_does_not_overflow(measured, name):
     assert measured[name] <= 2e-2
 
 
+def test_the_engine_computes_it(measured):
+    assert measured["forwards without the engine"] == 0
+
+
 def test_the_lora_counts(measured):
     assert measured["the LoRA's own effect"] > 0.05
 

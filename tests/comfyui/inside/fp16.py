@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import comfy.model_management
 import comfy.sd
@@ -90,11 +91,15 @@ def measure() -> dict[str, Any]:
         return comfy.sd.load_lora_for_models(model, None, adapter, 1.0, 1.0)[0]
 
     plain, changed = sampled(reference), sampled(with_lora(reference))
-    state = half.model.diffusion_model.state_dict()
+    hosted = half.model.diffusion_model
+    state, forwards = hosted.state_dict(), Mock(side_effect=hosted.network.forward)
+    with patch.object(hosted.network, "forward", forwards):
+        halves = [sampled(half), sampled(with_lora(half)), sampled(half)]
     return {
-        "fp16": relative(sampled(half), plain),
-        "fp16 with a LoRA": relative(sampled(with_lora(half)), changed),
-        "after the LoRA": relative(sampled(half), plain),
+        "fp16": relative(halves[0], plain),
+        "fp16 with a LoRA": relative(halves[1], changed),
+        "after the LoRA": relative(halves[2], plain),
+        "forwards without the engine": forwards.call_count,
         "the LoRA's own effect": relative(changed, plain),
         "weights as in the file": all(torch.equal(state[name], weights[name].half()) for name in weights),
         "precisions": values,
