@@ -41,36 +41,36 @@ def device_name(device: torch.device) -> str:
     """A device for a message: "NVIDIA H200", "the processor"."""
     if device.type == "cpu":
         return "the processor"
-    query = getattr(_module(device), "get_device_name", None)
+    query = _function(device, "get_device_name")
     return query(device) if query else f"the device {device}"
 
 
 def synchronize(device: torch.device) -> None:
     """Returns once the device has computed all that it was given."""
-    if device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type != "cpu":
-        _module(device).synchronize(device)
+    wait = None if device.type == "cpu" else _function(device, "synchronize")
+    if wait is not None:
+        wait() if device.type == "mps" else wait(device)
 
 
 def begin_peak(device: torch.device) -> None:
     """Begins to measure `peak_bytes`."""
-    reset = getattr(_module(device), "reset_peak_memory_stats", None)
-    if device.type != "cpu" and reset is not None:
+    reset = _function(device, "reset_peak_memory_stats")
+    if reset is not None:
         reset(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes of the device that this process had since `begin_peak`; for Apple's, that it has now."""
+    """The most bytes of the device that this process had since `begin_peak`; of Apple's, what it has now; or 0."""
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    return _module(device).max_memory_allocated(device)
+    peak = _function(device, "max_memory_allocated")
+    return 0 if peak is None else peak(device)
 
 
 def free_bytes(device: torch.device) -> int | None:
     """Bytes of the device that this process can still allocate; None where torch does not say."""
-    module = _module(device)
     try:
+        module = torch.get_device_module(device.type)
         if device.type == "mps":
             return module.recommended_max_memory() - module.current_allocated_memory()
         free, _ = module.mem_get_info(device)
@@ -81,10 +81,14 @@ def free_bytes(device: torch.device) -> int | None:
 
 def trim(device: torch.device) -> None:
     """Gives memory that torch keeps for later allocations back to the device."""
-    empty_cache = getattr(_module(device), "empty_cache", None)
+    empty_cache = _function(device, "empty_cache")
     if empty_cache is not None:
         empty_cache()
 
 
-def _module(device: torch.device) -> Any:
-    return torch.get_device_module(device.type)
+def _function(device: torch.device, name: str) -> Any:
+    """A function of torch's module for this kind of device, or None where it has none."""
+    try:
+        return getattr(torch.get_device_module(device.type), name, None)
+    except RuntimeError:  # no such module: of a backend that is not torch's own
+        return None

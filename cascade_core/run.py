@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .accelerators import begin_peak, device_name, peak_bytes, synchronize
 from .diffusion.noise import NoiseSource
 from .diffusion.samplers import SAMPLERS, Callback, Denoise, Noise, add_noise, log_snr_range, masked_denoise
 from .diffusion.schedule import at_least_float32, noise_cond
@@ -122,19 +123,18 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
+        synchronize(device)
+        begin_peak(device)
         self.start = time.perf_counter()
 
     def stop(self, latent: Tensor) -> SamplingResult:
         """The run's latent with its figures."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device)
-            name = f"{self.device} {torch.cuda.get_device_name(self.device)}"
-        else:
-            peak, name = process_peak(), str(self.device)
+        synchronize(self.device)
+        peak, name = peak_bytes(self.device), str(self.device)
+        if self.device.type == "cpu":
+            peak = process_peak()
+        elif self.device.type != "mps":
+            name = f"{name} {device_name(self.device)}"
         return SamplingResult(latent, time.perf_counter() - self.start, peak, name)
 
 

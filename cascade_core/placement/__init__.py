@@ -7,6 +7,7 @@ plan.py       which units stay resident and which are streamed, by the free memo
 stream.py     prefetches units into a few slots while the blocks before them compute
 loader.py     from the file, through pinned memory, to the device
 pinned.py     pinned memory, and amounts of memory as they are written
+plain.py      the same door for other than NVIDIA's cards, where networks are moved whole
 device.py     what placement needs of a device; CUDA, and a simulation of it in main memory
 """
 
@@ -15,6 +16,7 @@ from .loader import Loader
 from .memory import DeviceMemory
 from .pinned import parse_bytes
 from .placement import Placement, WeightConsumer
+from .plain import PlainMemory
 from .units import Unit
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "DeviceMemory",
     "Loader",
     "Placement",
+    "PlainMemory",
     "SimulatedDevice",
     "Unit",
     "WeightConsumer",

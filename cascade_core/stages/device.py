@@ -10,10 +10,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..accelerators import ACCELERATORS, count, has_bf16, is_nvidia
 from ..adapters.apply import Patch, patched
 from ..engine import Precision, operations_on
 from ..errors import CascadeError, quoted
-from ..placement import CudaDevice, DeviceMemory, WeightConsumer, parse_bytes
+from ..placement import CudaDevice, DeviceMemory, PlainMemory, WeightConsumer, parse_bytes
 from ..run import Observer
 
 T = TypeVar("T")
@@ -25,12 +26,12 @@ _NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class ComputeDevice:
     """A device, and the memory that the networks on it share.
 
-    device    "auto": CUDA where there is one, else the CPU
+    device    "auto": the first accelerator that torch finds (CUDA or ROCm, XPU, MPS), else the CPU
     memory    how much of a card's memory to take, in bytes or as text ("6GB"); None: what is free
     observer  told where a run begins again in less memory, and asked whether to stop
 
-    On the CPU weights are where they are used. On a card they stay as far as they fit, make room for each other, or
-    are streamed (`placement`).
+    On the CPU weights are where they are used. On an NVIDIA card they stay as far as they fit, make room for each
+    other, or are streamed (`placement`); on any other they are moved whole.
     """
 
     def __init__(
@@ -47,9 +48,13 @@ class ComputeDevice:
         self.limit = parse_bytes(memory) if isinstance(memory, str) else memory
 
     @cached_property
-    def pool(self) -> DeviceMemory | None:
+    def pool(self) -> DeviceMemory | PlainMemory | None:
         """What the memory of a card is shared by; None on the CPU."""
-        return DeviceMemory(CudaDevice(self.device, self.limit)) if self.device.type == "cuda" else None
+        if self.device.type == "cpu":
+            return None
+        if is_nvidia(self.device):
+            return DeviceMemory(CudaDevice(self.device, self.limit))
+        return PlainMemory(self.device, None if self.limit is None else int(self.limit))
 
     def run(
         self,
@@ -94,7 +99,7 @@ class ComputeDevice:
         if name == "auto":
             if self.device.type == "cpu":
                 return torch.float32
-            return torch.bfloat16 if self._has_bf16() else torch.float16
+            return torch.bfloat16 if has_bf16(self.device) else torch.float16
         if name == "fp8":
             operations_on(self.device, "fp8")  # refuses the device before a file is read
             return torch.bfloat16
@@ -103,15 +108,13 @@ class ComputeDevice:
         return _NAMED[name]
 
     def picture_dtype(self) -> torch.dtype:
-        """Stage A's precision: bf16 where the device has it (its rounding is below 8 bits), else float32."""
-        return torch.bfloat16 if self._has_bf16() else torch.float32
+        """Stage A's precision: bf16 on cards that have it (its rounding is below 8 bits), else float32."""
+        halves = self.device.type == "cuda" and has_bf16(self.device)
+        return torch.bfloat16 if halves else torch.float32
 
     def encoder_dtype(self) -> torch.dtype:
         """CLIP's precision: float32 on the CPU, where halves are slow; else half precision, as it was published."""
         return torch.float32 if self.device.type == "cpu" else torch.float16
-
-    def _has_bf16(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def engine_precision(dtype: str) -> Precision:
@@ -122,17 +125,26 @@ def engine_precision(dtype: str) -> Precision:
 def chosen_device(device: str | torch.device) -> torch.device:
     """The device of a name, with its index. Raises CascadeError for one that is not there."""
     if isinstance(device, str) and device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = next((kind for kind in ACCELERATORS if count(kind)), "cpu")
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError, ValueError, OverflowError):
         chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda") or isinstance(device, bool):
-        raise CascadeError(f"device is {quoted(device)}; choose auto, cpu, cuda or cuda:N.")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise CascadeError(f"device is {device}, but torch finds no CUDA card here; choose auto or cpu.")
-        if (chosen.index or 0) >= torch.cuda.device_count():
-            raise CascadeError(f"device is {device}, but there are {torch.cuda.device_count()} cards here.")
-        return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+    if chosen is None or chosen.type not in ("cpu", *ACCELERATORS) or isinstance(device, bool):
+        raise CascadeError(f"device is {quoted(device)}; choose auto, cpu, cuda, cuda:N, xpu, xpu:N or mps.")
+    if chosen.type == "cpu":
+        return chosen
+    found = count(chosen.type)
+    if not found:
+        raise CascadeError(
+            f"device is {device}, but torch finds {_NONE[chosen.type]} here; choose auto or cpu."
+        )
+    if (chosen.index or 0) >= found:
+        raise CascadeError(f"device is {device}, but there are {found} cards here.")
+    if chosen.index is None:
+        current = 0 if chosen.type == "mps" else torch.get_device_module(chosen.type).current_device()
+        return torch.device(chosen.type, current)
     return chosen
+
+
+_NONE = {"cuda": "no CUDA card", "xpu": "no Intel XPU", "mps": "no Apple GPU"}

@@ -39,7 +39,9 @@ def add_verify_command(commands: Any) -> None:
     output = "where the JSON file and the picture go, default: here"
     verify.add_argument("--output", type=Path, default=Path(), metavar="DIR", help=output)
     verify.add_argument("--dtype", choices=DTYPES, default="auto", help="of Stage B and C in the picture")
-    verify.add_argument("--device", default="auto", help="of the picture: auto, cpu, cuda or cuda:N")
+    verify.add_argument(
+        "--device", default="auto", help="of the picture: auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"
+    )
     memory = "how much of the GPU's memory the picture takes, such as 6GB, default: what is free"
     verify.add_argument("--memory", metavar="SIZE", help=memory)
     prefer = "which of several networks makes the picture"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cascade_core.accelerators import peak_bytes
 from ...cascade_core.arguments import DECODER, PRIOR, StageSettings
 from ...cascade_core.checkpoints import locate, parts_in
 from ...cascade_core.checkpoints.source import read_shapes
@@ -156,4 +157,4 @@ def make_picture(
 
 def _peak_bytes(device: torch.device) -> int:
     """Of a card's memory since its last run began, or of main memory."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
+    return process_peak() if device.type == "cpu" else peak_bytes(device)

@@ -17,6 +17,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
+from ....cascade_core.accelerators import is_nvidia
 from .residence import Residence, card_loader
 from .weight_patches import PREFIX, PatchedWeight
 
@@ -27,7 +28,7 @@ ENDLESS = 1e30  # bytes: it says that memory does not matter by numbers above
 class CascadePatcher(comfy.model_patcher.ModelPatcher):
     """ModelPatcher of a `PlacedModel`.
 
-    Without a card, or where all models stay on it (--highvram, --gpu-only), it is ComfyUI's own.
+    Without an NVIDIA card, or where all models stay on it (--highvram, --gpu-only), it is ComfyUI's own.
     """
 
     _free_bytes: int | None = None  # of the card, as a run began
@@ -45,8 +46,8 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         return model.residence
 
     def _new_residence(self) -> Residence | None:
-        """None without a card, and where all models stay on it."""
-        if self.load_device.type != "cuda" or self.load_device == self.offload_device:
+        """None without an NVIDIA card, and where all models stay on it."""
+        if not is_nvidia(self.load_device) or self.load_device == self.offload_device:
             return None
         # Loaded by the host's own patcher, when this was one for the processor.
         if self.backup or self.model.current_weight_patches_uuid is not None:
