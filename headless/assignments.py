@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..cascade_core.errors import CascadeError, printable, quoted
-from .graph import Graph, check_shape, is_link, name_of, title_of
+from .graph import Graph, check_shape, is_link, name_of, title_of, truth, whole_number
 from .seeds import SEED_INPUTS
 
 _MOST_NAMES = 20  # in a message
@@ -28,7 +28,7 @@ def assign(graph: Graph, assignments: Iterable[str], input_types: InputTypes) ->
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
         if equals and target in SEED_INPUTS:
-            _assign_seeds(graph, text)
+            _assign_seeds(graph, assignment, text)
             continue
         node, dot, name = target.rpartition(".")
         if not (equals and dot and node and name):
@@ -39,12 +39,12 @@ def assign(graph: Graph, assignments: Iterable[str], input_types: InputTypes) ->
             raise CascadeError(
                 f"Node {name_of(graph, node_id)} has no input {quoted(name)}; its inputs: {_listed(types)}."
             )
-        graph[node_id]["inputs"][name] = _read_value(text, (types or {}).get(name))
+        graph[node_id]["inputs"][name] = _read_value(assignment, text, (types or {}).get(name))
     check_shape(graph, "The graph with the values of --set")
     return graph
 
 
-def _assign_seeds(graph: Graph, text: str) -> None:
+def _assign_seeds(graph: Graph, assignment: str, text: str) -> None:
     """Gives each seed that is a value, and not connected, this one."""
     seeds = [
         (node["inputs"], name)
@@ -55,7 +55,7 @@ def _assign_seeds(graph: Graph, text: str) -> None:
     if not seeds:
         raise CascadeError("The graph has no seed to set; name the node and its input, such as 3.steps=20.")
     for inputs, name in seeds:
-        inputs[name] = _read_value(text, "INT")
+        inputs[name] = _read_value(assignment, text, "INT")
 
 
 def _find_node(graph: Graph, name: str) -> str:
@@ -83,11 +83,18 @@ def _class_of(node: dict[str, Any]) -> object:
     return node.get("class_type")
 
 
-def _read_value(text: str, input_type: str | None) -> Any:
+def _read_value(assignment: str, text: str, input_type: str | None) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # not JSON, or JSON that cannot be an input's value
-        return text
+        value = text
     if input_type == "STRING" and not isinstance(value, (str, list)):
         return text  # a prompt may be "1.50" or "true"
+    try:
+        if input_type == "INT" and isinstance(value, float):
+            return whole_number(value)
+        if input_type == "BOOLEAN" and isinstance(value, str):
+            return truth(value)
+    except ValueError as error:
+        raise CascadeError(f"--set {quoted(assignment)}: {error}.") from None
     return value

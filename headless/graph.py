@@ -16,6 +16,8 @@ DEEPEST = 50  # levels of lists and objects within each other; a graph has four 
 
 Graph = dict[str, dict[str, Any]]
 
+_TRUTHS = {"true": True, "false": False}
+
 
 def read_bytes(path: Path) -> bytes:
     """The content of a file that may be a graph. Raises CascadeError where it is missing or too large."""
@@ -111,6 +113,20 @@ def is_link(value: object) -> bool:
         return False
     source, slot = value
     return isinstance(source, str) and isinstance(slot, int) and not isinstance(slot, bool)
+
+
+def whole_number(value: Any) -> int:
+    """A value as an INT takes it: 20, 20.0 or "20". Raises ValueError or TypeError for any other, also for 1.5."""
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{value} is not a whole number; give one such as 20")
+    return int(value)
+
+
+def truth(value: Any) -> bool:
+    """A value as a BOOLEAN takes it; of texts true and false alone, since any other would be true."""
+    if isinstance(value, str) and value.lower() not in _TRUTHS:
+        raise ValueError(f"{quoted(value)} is neither true nor false; give true or false")
+    return _TRUTHS[value.lower()] if isinstance(value, str) else bool(value)
 
 
 def linked_inputs(node: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str, int]]:

@@ -1,7 +1,9 @@
 """Checks of one node's inputs, in ComfyUI's order and words.
 
-https://github.com/comfyanonymous/ComfyUI, `execution.py`, `validate_inputs` (version 0.33). But for one: a value where
-only a link can be, such as a number for an IMAGE, passes there and fails in the middle of the run; here it is refused.
+https://github.com/comfyanonymous/ComfyUI, `execution.py`, `validate_inputs` (version 0.33). But for what goes wrong
+there without a word: a value where only a link can be, such as a number for an IMAGE, which fails in the middle of the
+run; 1.5 for an INT, which becomes 1; and "false" for a BOOLEAN, which is true. Here "false" is false, and the others
+are refused.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cascade_core.errors import printable, quoted
-from .graph import Graph, is_link, name_of
+from .graph import Graph, is_link, name_of, truth, whole_number
 from .registry import InputInfo, NodeInfo, parameters_of
 
-_CONVERSIONS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
+_CONVERSIONS = {"INT": whole_number, "FLOAT": float, "STRING": str, "BOOLEAN": truth}
 _LONGEST_LIST = 20  # longer lists of options are counted in messages, not written out
 
 

@@ -12,6 +12,7 @@ Error = dict[str, Any]
 
 _MOST_LINES = 20
 _MOST_CHOICES = 20
+_KINDS = {"INT": "a whole number (INT)", "FLOAT": "a number (FLOAT)", "BOOLEAN": "true or false (BOOLEAN)"}
 _LONGEST_NAME = 100  # characters of a class's name that are compared with those there are
 
 
@@ -134,7 +135,8 @@ def _mismatch(reason: Error, extra: Error) -> str:
 
 def _wrong_type(reason: Error, extra: Error) -> str:
     text = f"input {quoted(extra['input_name'])} is {quoted(extra['received_value'])}"
-    return f"{text}, but it takes {_name(_options(extra)[0])}."
+    kind = _options(extra)[0]
+    return f"{text}, but it takes {_KINDS.get(kind) if isinstance(kind, str) and kind in _KINDS else _name(kind)}."
 
 
 def _on_socket(reason: Error, extra: Error) -> str:

@@ -40,6 +40,8 @@ def assigned(*assignments):
         ("2.value=20", {"2": {"value": 20}}),
         ("2.scale=0.5", {"2": {"scale": 0.5}}),
         ("1.flip=true", {"1": {"flip": True}}),
+        ("1.flip=False", {"1": {"flip": False}}),
+        ("2.value=20.0", {"2": {"value": 20}}),
         ("Prompt.mode=hard", {"1": {"mode": "hard"}}),
         ("ToyJoin.left=[\"2\", 0]", {"a.b": {"left": ["2", 0]}}),
         ("a.b.left=[\"2\", 0]", {"a.b": {"left": ["2", 0]}}),
@@ -74,6 +76,8 @@ def test_the_last_of_several_wins_and_the_graph_is_left_alone():
         ("2.steps=3", "Node 2 (ToyNumber) has no input 'steps'; its inputs: value, scale."),
         ("ToyNumber.value=3", "Several nodes are called 'ToyNumber' (ids 2, 3); use an id with --set."),
         ("Twice.value=3", "Several nodes are called 'Twice' (ids 2, 3); use an id with --set."),
+        ("2.value=1.5", "--set '2.value=1.5': 1.5 is not a whole number; give one such as 20."),
+        ("1.flip=no", "--set '1.flip=no': 'no' is neither true nor false; give true or false."),
         (
             "9.value=3",
             "The graph has no node '9' (id, class or title); its nodes: "
@@ -85,3 +89,10 @@ def test_mistakes(assignment, message):
     with pytest.raises(CascadeError) as caught:
         assigned(assignment)
     assert str(caught.value) == message
+
+
+def test_a_seed_is_a_whole_number():
+    graph = {"1": node("KSampler", seed=1)}
+    assert assign(graph, ["seed=7.0"], {}.get)["1"]["inputs"]["seed"] == 7
+    with pytest.raises(CascadeError, match=r"--set 'seed=1\.5': 1\.5 is not a whole number"):
+        assign(graph, ["seed=1.5"], {}.get)

@@ -110,7 +110,7 @@ def test_values_that_json_does_not_have(graph, words):
 
 def test_values_within_each_other_many_times_over_cost_little():
     doubled = reduce(lambda inner, _: [inner, inner], range(40), 0)
-    assert "but it takes INT" in refused(
+    assert "but it takes a whole number (INT)" in refused(
         {"1": node("ToyNumber", value={"__value__": doubled}), "2": show(["1", 0])}
     )
     circle: list = []
