@@ -28,6 +28,8 @@ _NAMES = (
 )
 # Of every layer of the network that UltraPixel trains beside Stage C, by its trainer's numbers.
 _ULTRAPIXEL = ".wtoken_postfc."
+# The same inside a Stage C, with its other parts.
+_ULTRAPIXEL_PARTS = ("agg_net.", "agg_net_up.", "norm_down_blocks.", "norm_up_blocks.")
 MOST_EMBEDDINGS = 4  # tensors of an embedding's file that has names of its own
 _LORA_ENDINGS = (
     ".lora_down.weight",
@@ -61,3 +63,8 @@ def foreign_name(tensors: Mapping[str, Tensor]) -> str | None:
         return "network that UltraPixel adds to Stage C"
     named = all("." not in name and tensor.ndim in (1, 2) for name, tensor in tensors.items())
     return EMBEDDING if named and 0 < len(tensors) <= MOST_EMBEDDINGS else None
+
+
+def is_ultrapixel(name: str) -> bool:
+    """Whether a tensor inside a Stage C is of the network that UltraPixel adds to it."""
+    return name.startswith(_ULTRAPIXEL_PARTS)

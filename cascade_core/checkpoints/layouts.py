@@ -128,17 +128,21 @@ def _comfyui_clip(name: str, prefix: str) -> tuple[Layout, Layout]:
 
 PUBLISHED = Layout("published")
 ALL_IN_ONE = "ComfyUI all-in-one"
+_ALL_IN_ONE_UNET = "model.diffusion_model."
+_DIFFUSERS_STAGE_B = (*_ATTENTION, ("clip_txt_pooled_mapper.", "clip_mapper."))
 
 # Tried in this order: the more particular first.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "stage_c": (
-        Layout(ALL_IN_ONE, "model.diffusion_model."),
+        Layout("diffusers in an all-in-one", _ALL_IN_ONE_UNET, renamed=_ATTENTION),
+        Layout(ALL_IN_ONE, _ALL_IN_ONE_UNET),
         Layout("diffusers", renamed=_ATTENTION),
         PUBLISHED,
     ),
     "stage_b": (
-        Layout(ALL_IN_ONE, "model.diffusion_model."),
-        Layout("diffusers", renamed=(*_ATTENTION, ("clip_txt_pooled_mapper.", "clip_mapper."))),
+        Layout("diffusers in an all-in-one", _ALL_IN_ONE_UNET, renamed=_DIFFUSERS_STAGE_B),
+        Layout(ALL_IN_ONE, _ALL_IN_ONE_UNET),
+        Layout("diffusers", renamed=_DIFFUSERS_STAGE_B),
         PUBLISHED,
     ),
     "stage_a": (

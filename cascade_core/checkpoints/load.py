@@ -21,7 +21,7 @@ from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from .attention import split_attention
 from .files import FLOATING, read_safetensors
-from .foreign import foreign_name
+from .foreign import foreign_name, is_ultrapixel
 from .layouts import parts_in
 from .pages import forget_pages, mapped_files
 from .source import read_weights
@@ -69,6 +69,11 @@ def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Raises CascadeError unless the weights, of split attention, have a network's names, shapes and types."""
     parameters = model.state_dict()
+    if any(is_ultrapixel(name) for name in weights if name not in parameters):
+        raise CascadeError(
+            "The weights hold the network that UltraPixel adds to Stage C (agg_net, norm_down_blocks), which is not "
+            "read; choose a Stage C file without it."
+        )
     pairs = [(name, tensor, parameters[name]) for name, tensor in weights.items() if name in parameters]
     problems = {
         "missing": [name for name in parameters if name not in weights],

@@ -14,6 +14,7 @@ from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.checkpoints import (
     LAYOUTS,
+    fuse_attention,
     load_model,
     networks_in,
     read_safetensors,
@@ -160,6 +161,8 @@ PREFIXES = ("module.", "_orig_mod.", "generator.", "diffusion_model.", "prior.",
         *((prefix, "published") for prefix in (*PREFIXES, "model.diffusion_model.")),
         ("prior.", "diffusers"),
         ("_orig_mod.", "diffusers"),
+        ("", "diffusers in an all-in-one"),
+        ("module.", "diffusers in an all-in-one"),
     ],
 )
 def test_prefixes_of_trainers(prefix, layout, tmp_path):
@@ -407,3 +410,18 @@ def test_what_is_no_lora_is_named(written, tmp_path):
         read_adapter(tmp_path / "x.safetensors")
     with pytest.raises(CascadeError, match="the weights of a Würstchen v2 prior, but a LoRA is expected"):
         read_adapter(written / "wuerstchen_prior.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "module."])
+def test_a_stage_c_with_ultrapixel_inside_is_named(prefix, tmp_path):
+    weights = fuse_attention(tiny("stage_c"))
+    extra = {
+        "agg_net.0.to_ff.weight": torch.zeros(2, 2),
+        "norm_down_blocks.0.1.mapper.weight": torch.zeros(2, 2),
+    }
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {prefix + name: tensor for name, tensor in {**weights, **extra}.items()}, {})
+    with pytest.raises(
+        CascadeError, match=r"a\.safetensors: The weights hold the network that UltraPixel adds to Sta"
+    ):
+        load_model(path, "stage_c")
