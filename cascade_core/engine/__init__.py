@@ -10,6 +10,8 @@ operations.py  the operations of the program, in plain PyTorch; cuda.py: fused k
                cublas.py: kernels beside cuBLAS, for cards before Ampere
 backend.py     which operations run on a device; fallback.py: what goes on where a kernel fails
 graphs.py      CUDA graphs; workspace.py: the memory of what they compute; layout.py: copies between tokens and images
+card.py        what kernels are chosen and compiled for; usual_forwards.py: what a card will be asked for
+compilation.py a process that compiles a network's kernels before they are needed; compilation_process.py: its work
 kernels/       the fused kernels, in Triton
 """
 

@@ -16,6 +16,7 @@ from ..networks.stage_c import StageC
 from ..networks.unet import UNet
 from ..placement import WeightConsumer
 from ..placement.stream import WeightStream
+from . import compilation
 from .backend import WAYS, Precision, Way, operations_on
 from .fallback import Fallback, Notify
 from .graphs import GraphMemory
@@ -65,6 +66,7 @@ class Engine(WeightConsumer):
         self._fallback = Fallback(
             "Stage C" if isinstance(network, StageC) else "Stage B", WAYS[precision], notify
         )
+        self._compilation: compilation.Compilation | None = None
         self._bound: BoundUNet | None = None
         self._bound_way: Way = precision
         self._weights = WeightSnapshot(network)
@@ -75,6 +77,10 @@ class Engine(WeightConsumer):
 
     def parameters(self) -> Any:
         return self.network.parameters()
+
+    def compile_in_background(self, device: torch.device) -> None:
+        """Begins to compile what forwards on a device launch, before there is one to run."""
+        self._compilation = compilation.begin(self.network, device, self.precision)
 
     def extra_bytes(self, tokens: int = 0) -> int:
         """About how many bytes the engine takes beside the weights and a forward's workspace: packed weights, and keys
@@ -123,6 +129,9 @@ class Engine(WeightConsumer):
     ) -> Tensor:
         # Where memory is too short for the weights, there is none for packed copies of them.
         ops, bound = self._bind(x, "exact" if way == "fp8" and stream is not None else way)
+        if self._compilation is not None:
+            self._compilation.finish()
+            self._compilation = None
         shape = self._shape_cache(ops, x, conditions, control)
         cache = shape.prepare(bound, x, conditions, control)
         key = tuple(sorted(noise.items()))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..networks.stage_a import MixingResidualBlock, StageA
 from ..placement import WeightConsumer
+from . import compilation
 from .backend import WAYS
 from .blocks import taps_of
 from .card import card_of
@@ -39,7 +40,12 @@ class DecoderEngine(WeightConsumer):
         """notify: told once, in a sentence, that a kernel failed and what that costs; by default the log."""
         self.stage_a = stage_a
         self._fallback = Fallback("Stage A", WAYS["exact"], notify)
+        self._compilation: compilation.Compilation | None = None
         self.forget()
+
+    def compile_in_background(self, device: torch.device) -> None:
+        """Begins to compile what decoding on a device launches, before there is anything to decode."""
+        self._compilation = compilation.begin(self.stage_a, device)
 
     def forget(self) -> None:
         """Frees everything derived from the weights, with the graphs' memory."""
@@ -69,6 +75,9 @@ class DecoderEngine(WeightConsumer):
             if self._blocks is not None:
                 self.forget()
             return self.stage_a.decode(latent)
+        if self._compilation is not None:
+            self._compilation.finish()
+            self._compilation = None
         if self._blocks is None:
             self._blocks = [bind(module, BINDINGS[kind]) for module in self._modules()]
             if kind == "cuda":

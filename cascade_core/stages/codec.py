@@ -89,14 +89,9 @@ def load_stage_a(path: Path, device: ComputeDevice) -> Codec:
     """Stage A from a file of any layout."""
     network: Any
     network, _, _ = load_model(path, expect="stage_a", dtype=device.picture_dtype(), placed=device.places)
-    return Codec(
-        "stage_a",
-        network,
-        network,
-        (path.name, path.name),
-        device,
-        DecoderEngine(network, device.observer.notify),
-    )
+    engine = DecoderEngine(network, device.observer.notify)
+    engine.compile_in_background(device.device)
+    return Codec("stage_a", network, network, (path.name, path.name), device, engine)
 
 
 def load_compressor(compressor: Path, previewer: Path | None, device: ComputeDevice) -> Codec:

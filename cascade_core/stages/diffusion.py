@@ -220,6 +220,7 @@ def load_stage(kind: str, path: Path, dtype: str, device: ComputeDevice) -> Diff
     if kind == "stage_c" and precision == torch.float16:
         scale_residual_stream(network)
     engine = Engine(network, True, engine_precision(dtype), device.observer.notify)
+    engine.compile_in_background(device.device)
     return DiffusionStage(kind, path.name, network, engine, device)
 
 

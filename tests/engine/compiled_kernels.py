@@ -40,6 +40,7 @@ CARDS = [
     Card((10, 0), "NVIDIA B200", 148),
     Card((12, 0), "NVIDIA GeForce RTX 5090", 170),
 ]
+EXACT: list[Precision] = ["exact"]
 MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 LITE_C = replace(StageCConfig(), c_cond=1536, c_hidden=(1536, 1536), nhead=(24, 24))
 LITE_B = replace(
@@ -52,8 +53,9 @@ LITE_B = replace(
 
 def usual(card: Card) -> Iterator[tuple[str, Any]]:
     """A name and a forward for every network and precision that the engine computes on the card."""
+    native = torch.bfloat16 if card.capability >= (8, 0) else torch.float16
     for dtype in (torch.bfloat16, torch.float16):
-        for precision in precisions(card):
+        for precision in precisions(card) if dtype == native else EXACT:
             for config in (StageCConfig(), StageBConfig()):
                 yield f"{type(config).__name__} {dtype} {precision}", usual_forward(config, dtype, precision)
         yield f"StageAConfig {dtype}", usual_forward(StageAConfig(), dtype)

@@ -9,7 +9,7 @@ vqgan.py       Stage A's element-wise kernels
 matmul.py      a matrix product with epilogues; products.py: those that the networks use
 fp8.py         quantised operands of products
 tuned.py       tile configurations, and the table of the fastest
-launch.py      launches, and compiling ahead of the first one
+launch.py      launches, and compiling ahead of the first one; described.py: compiling for a card that is not there
 
 Feature maps are tokens: contiguous (B, N, C), N = height · width, in bfloat16, float16 or float32. Arithmetic is in
 float32, results are rounded once, to the tensor's dtype. Kernels run on the current device and stream, which must be

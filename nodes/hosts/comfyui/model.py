@@ -242,6 +242,7 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     patcher = CascadePatcher(model, load_device=load_device, offload_device=offload_device)
+    model.hosted.engine.compile_in_background(load_device)
     remember_file(patcher, f"{Path(path).name} ({checkpoints.KIND_NAMES[kind]})")
     patcher.cached_patcher_init = (load_patcher, (kind, path, dtype))
     return patcher

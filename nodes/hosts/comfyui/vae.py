@@ -146,7 +146,9 @@ def load_stage_a(path: Path) -> CascadeVAE:
     network, _, config = checkpoints.load_model(
         path, expect="stage_a", operations=WholeLayers(comfy.ops.disable_weight_init)
     )
-    vae = CascadeVAE(HostedStageA(network))
+    hosted = HostedStageA(network)
+    vae = CascadeVAE(hosted)
+    hosted.engine.compile_in_background(vae.device)
     vae.downscale_ratio = vae.upscale_ratio = 2 ** config["levels"]
     vae.latent_channels = config["c_latent"]
     size, side = comfy.model_management.dtype_size, vae.downscale_ratio  # of one picture, as the host asks

@@ -1,0 +1,135 @@
+"""Compiles a network's kernels in a process beside this one, while its file is read and the text is encoded.
+
+Triton needs some seconds for a network's kernels on a card's first picture, mostly under Python's lock, which more
+threads do not shorten. So each network's are begun in a process of its own as soon as the network is made. It puts
+them into Triton's cache on disk, where the first forward finds them. The process sees no card, since a context would
+take the card's memory; it is told what the card is (`card.py`), and runs the forwards that are usual on the meta device
+(`usual_forwards.py`).
+
+It only ever saves time: it is not started where it may not help or cannot be, ends with this process, and whatever it
+fails at is compiled where it always was, by the first forward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..networks.precision import compute_dtype
+from ..placement.pinned import available_bytes
+from . import operations
+from .backend import Precision, operations_on
+from .card import card_of
+
+SWITCH = "CASCADE_COMPILE_AHEAD"  # of the environment: "0" starts no processes
+CORES = 4  # from which on a machine has some to spare
+MEMORY = 4 * 2**30  # bytes of main memory that have to be free; a process takes less than one
+LONGEST = 60  # seconds that a forward waits for a process
+PROCESS = """
+import sys, types
+core = types.ModuleType("cascade_core")  # whatever the package is called here, and without its front door
+core.__path__ = [sys.argv[1]]
+sys.modules["cascade_core"] = core
+from cascade_core.engine.compilation_process import main
+main(sys.argv[2])
+"""
+
+
+class Compilation:
+    """A running process that compiles a network's kernels.  order: what `compilation_process.main` takes"""
+
+    def __init__(self, order: dict[str, Any]):
+        below_normal = getattr(
+            subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0
+        )  # on Windows; elsewhere it is nice
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(Path(__file__).parents[1]), json.dumps(order)],
+            stdin=subprocess.PIPE,  # never written to: the process ends where it is closed, as by the end of this one
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+            creationflags=below_normal | getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+        self._has_begun = threading.Event()
+        threading.Thread(target=self._watch, name="cascade-compilation", daemon=True).start()
+
+    def _watch(self) -> None:
+        assert self._process.stdout is not None
+        if self._process.stdout.read(1):
+            self._has_begun.set()
+        self._process.stdout.read()
+        self._process.wait()
+
+    def finish(self) -> None:
+        """Waits for a process that compiles already, and ends one that still prepares to: who began first is done
+        first.
+        """
+        if self._has_begun.is_set():
+            try:
+                self._process.wait(LONGEST)
+                return
+            except subprocess.TimeoutExpired:
+                pass
+        self._process.kill()
+
+
+def begin(network: Any, device: torch.device, precision: Precision = "exact") -> Compilation | None:
+    """Begins to compile what forwards of a network will launch on a device, or None where there is nothing to gain."""
+    card, dtype = card_of(device), compute_dtype(network)
+    if card is None or operations_on(device, precision) is operations:
+        return None
+    directory = cache_directory()
+    if directory is None or not _can_start() or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    order = {
+        "config": [type(network.config).__name__, asdict(network.config)],
+        "dtype": str(dtype).removeprefix("torch."),
+        "precision": precision,
+        "card": card,
+    }
+    order["marker"] = str(directory / f"cascade-{_digest(order)}")
+    if Path(order["marker"]).exists():
+        return None
+    try:
+        return Compilation(order)
+    except OSError:
+        return None
+
+
+def cache_directory() -> Path | None:
+    """Triton's cache on disk, or None in versions that cannot compile ahead."""
+    import triton
+
+    if not hasattr(triton, "AsyncCompileMode"):
+        return None
+    return Path(triton.knobs.cache.dir)
+
+
+def _can_start() -> bool:
+    free = available_bytes()
+    return (
+        os.environ.get(SWITCH) != "0"
+        and bool(sys.executable)
+        and not getattr(sys, "frozen", False)  # the executable is an application, not Python
+        and (os.cpu_count() or 1) >= CORES
+        and (free is None or free >= MEMORY)
+    )
+
+
+def _digest(order: dict[str, Any]) -> str:
+    """Of all that the kernels depend on: when it changes, they are compiled again."""
+    digest = hashlib.sha256(json.dumps([order, version("triton"), torch.__version__]).encode())
+    engine = Path(__file__).parent
+    for path in sorted([*engine.rglob("*.py"), *engine.glob("*.json")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
