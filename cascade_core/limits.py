@@ -24,6 +24,10 @@ class Bounds(Generic[T]):
         style = "," if isinstance(self.most, int) else "g"
         return f"from {self.least:{style}} to {self.most:{style}}"
 
+    def input(self) -> dict[str, Any]:
+        """The range as an input of a node declares it."""
+        return {"min": self.least, "max": self.most}
+
 
 SEED = Bounds(0, 2**64 - 1)
 STEPS = Bounds(1, 10_000)

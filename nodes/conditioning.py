@@ -87,8 +87,7 @@ class CascadeImagePrompt(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=1.0,
-                    min=limits.STRENGTH.least,
-                    max=limits.STRENGTH.most,
+                    **limits.STRENGTH.input(),
                     step=0.01,
                     tooltip="How much the picture counts. 0 adds nothing.",
                 ),

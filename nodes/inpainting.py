@@ -83,8 +83,7 @@ class CascadeInpaintComposite(io.ComfyNode):
                 io.Int.Input(
                     "feather",
                     default=8,
-                    min=0,
-                    max=limits.FEATHER.most,
+                    **limits.FEATHER.input(),
                     tooltip=(
                         "Pixels, from the mask's edge inwards, over which the source blends into what was painted. "
                         "Keep it well under half of the mask's width."

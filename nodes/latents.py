@@ -53,8 +53,7 @@ class CascadeEmptyLatent(io.ComfyNode):
                 io.Int.Input(
                     "batch_size",
                     default=1,
-                    min=limits.BATCH.least,
-                    max=limits.BATCH.most,
+                    **limits.BATCH.input(),
                     tooltip="How many pictures are made at once.",
                 ),
                 compression_input(),

@@ -24,9 +24,7 @@ CATEGORY = "Stable Cascade/LoRA"
 
 def strength_input(input_id: str, tooltip: str) -> Any:
     """Input for the strength of a LoRA."""
-    return io.Float.Input(
-        input_id, default=1.0, min=limits.STRENGTH.least, max=limits.STRENGTH.most, step=0.01, tooltip=tooltip
-    )
+    return io.Float.Input(input_id, default=1.0, **limits.STRENGTH.input(), step=0.01, tooltip=tooltip)
 
 
 class CascadeLoRAApply(io.ComfyNode):
@@ -74,8 +72,7 @@ class CascadeLoRAApply(io.ComfyNode):
                 io.Float.Input(
                     "alpha",
                     default=0.0,
-                    min=limits.ALPHA.least,
-                    max=limits.ALPHA.most,
+                    **limits.ALPHA.input(),
                     step=0.5,
                     optional=True,
                     tooltip=(

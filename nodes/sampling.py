@@ -34,23 +34,20 @@ def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
         io.Int.Input(
             "seed",
             default=0,
-            min=limits.SEED.least,
-            max=limits.SEED.most,
+            **limits.SEED.input(),
             control_after_generate=True,
             tooltip="Image i of a batch is drawn from seed + i, so that it does not depend on its batch.",
         ),
         io.Int.Input(
             "steps",
             default=steps,
-            min=limits.STEPS.least,
-            max=limits.STEPS.most,
+            **limits.STEPS.input(),
             tooltip="Steps of sampling: more are finer and slower.",
         ),
         io.Float.Input(
             "cfg",
             default=cfg,
-            min=limits.CFG.least,
-            max=limits.CFG.most,
+            **limits.CFG.input(),
             step=0.1,
             tooltip=(
                 "Guidance: how strongly the prompt pulls. 1 runs without the negative prompt, in half the "
@@ -60,8 +57,7 @@ def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
         io.Float.Input(
             "cfg_rescale",
             default=0.7,
-            min=limits.CFG_RESCALE.least,
-            max=limits.CFG_RESCALE.most,
+            **limits.CFG_RESCALE.input(),
             step=0.05,
             tooltip=(
                 "Brings the contrast that guidance raises back to the prompt's own: 0 not at all, 1 fully."
@@ -70,8 +66,7 @@ def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
         io.Float.Input(
             "shift",
             default=shift,
-            min=limits.SHIFT.least,
-            max=limits.SHIFT.most,
+            **limits.SHIFT.input(),
             step=0.05,
             tooltip="Above 1 spends more of the steps on high noise, where the composition forms.",
         ),
@@ -84,8 +79,7 @@ def sampling_inputs(steps: int, cfg: float, shift: float) -> list[Any]:
         io.Float.Input(
             "denoise",
             default=1.0,
-            min=limits.DENOISE.least,
-            max=limits.DENOISE.most,
+            **limits.DENOISE.input(),
             step=0.01,
             tooltip="1 starts from noise alone; less keeps more of the given latent; 0 returns it.",
         ),
@@ -158,8 +152,7 @@ class CascadeDecoderSampler(io.ComfyNode):
                 io.Int.Input(
                     "tile_size",
                     default=0,
-                    min=limits.TILE.least,
-                    max=limits.TILE.most,
+                    **limits.TILE.input(),
                     step=64,
                     optional=True,
                     tooltip=(

@@ -99,8 +99,7 @@ class UnCLIPConditioning(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=1.0,
-                    min=limits.STRENGTH.least,
-                    max=limits.STRENGTH.most,
+                    **limits.STRENGTH.input(),
                     step=0.01,
                     tooltip="How much the picture counts. 0 adds nothing.",
                 ),
@@ -139,8 +138,7 @@ def _strength_input() -> io.Float.Input:
     return io.Float.Input(
         "strength",
         default=1.0,
-        min=limits.CONTROL_STRENGTH.least,
-        max=limits.CONTROL_STRENGTH.most,
+        **limits.CONTROL_STRENGTH.input(),
         step=0.01,
         tooltip="How closely the hint is followed.",
     )
@@ -179,7 +177,7 @@ class ControlNetApplyAdvanced(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        share: dict[str, Any] = {"min": limits.SHARE.least, "max": limits.SHARE.most, "step": 0.001}
+        share: dict[str, Any] = {**limits.SHARE.input(), "step": 0.001}
         return io.Schema(
             node_id="ControlNetApplyAdvanced",
             display_name="Apply ControlNet",

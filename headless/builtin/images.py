@@ -118,7 +118,7 @@ class EmptyImage(io.ComfyNode):
             inputs=[
                 _side("width", 1),
                 _side("height", 1),
-                io.Int.Input("batch_size", default=1, min=BATCH.least, max=BATCH.most, tooltip="How many."),
+                io.Int.Input("batch_size", default=1, **BATCH.input(), tooltip="How many."),
                 io.Int.Input(
                     "color", default=0, min=0, max=0xFFFFFF, tooltip="Red, green and blue, a byte each."
                 ),

@@ -47,9 +47,7 @@ class StableCascadeEmptyLatentImage(io.ComfyNode):
                 io.Int.Input("width", **side, tooltip="Width of the picture in pixels."),
                 io.Int.Input("height", **side, tooltip="Height of the picture in pixels."),
                 _compression_input(),
-                io.Int.Input(
-                    "batch_size", default=1, min=BATCH.least, max=BATCH.most, tooltip="How many pictures."
-                ),
+                io.Int.Input("batch_size", default=1, **BATCH.input(), tooltip="How many pictures."),
             ],
             outputs=_latent_outputs(),
         )
