@@ -107,3 +107,15 @@ def test_stage_b_that_overflows():
     network = in_fp16(whole, STREAM_SCALE)
     out = computed(network, Engine(network), x.half(), halves(conditions))
     assert relative_error(out.float(), expected) <= TRAJECTORY
+
+
+@pytest.mark.parametrize("operations", ["fp8"], indirect=True)
+def test_products_in_fp8(stage_c):
+    """As near as they are in float32, from the same network: rows are quantised by scales of their own."""
+    x, conditions = randn(1, 16, 7, 10), prompt(1)
+    with torch.inference_mode():
+        expected = stage_c(x, torch.tensor([0.7]), **conditions)
+    network = in_fp16(stage_c, STREAM_SCALE)
+    in_float32 = computed(stage_c, Engine(stage_c, precision="fp8"), x, conditions)
+    in_half = computed(network, Engine(network, precision="fp8"), x.half(), halves(conditions))
+    assert relative_error(in_half.float(), expected) <= 1.25 * relative_error(in_float32, expected)
