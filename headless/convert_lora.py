@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..cascade_core.adapters import Adapter
     from ..cascade_core.networks.config import StageCConfig
 
-PARTS = {"stage_c": {}, "text": {}, "tokens": ()}  # part that can be left out: its empty value
+PARTS = ("stage_c", "text", "tokens")  # that can be left out
 
 
 class _Help(argparse.Action):
@@ -43,7 +43,9 @@ def add_convert_command(commands: Any) -> None:
     )
     convert.add_argument("-h", "--help", action=_Help)
     convert.add_argument("source", type=Path, metavar="IN", help="a LoRA in a safetensors file")
-    convert.add_argument("target", type=Path, metavar="OUT", help="the file to write")
+    convert.add_argument(
+        "target", type=Path, metavar="OUT", help="the file to write; with --to peft also a folder"
+    )
     convert.add_argument("--to", required=True, metavar="DIALECT", help="one of those that --help lists")
     model = (
         "the Stage C it is for, whose layers the official dialect numbers; not needed for the published sizes"
@@ -105,33 +107,51 @@ def convert_lora(
     Raises CascadeError, and writes nothing, on failure.
     """
     from ..cascade_core import limits
-    from ..cascade_core.adapters import describe_file, read_adapter, write_adapter
-    from ..cascade_core.adapters.peft import CONFIG_FILE, HEADER_ENTRY
+    from ..cascade_core.adapters import check_finite, describe_file, read_adapter, write_adapter
+    from ..cascade_core.adapters.write import PARTS as NOTHING
     from ..cascade_core.adapters.write import cautions
-    from ..cascade_core.checkpoints import read_safetensors
-    from ..cascade_core.writing import write_file
 
     _check_dialect(dialect)
+    target, beside = _outputs(target, dialect)
     check_target(target, force)
+    if beside is not None:
+        _check_configuration(beside, target, force)
     config = None if model is None else stage_c_config(model)
     adapter = read_adapter(source, config, limits.real_number("alpha", alpha, limits.ALPHA), filters)
     _check_whole(adapter, config, partial)
+    check_finite(adapter)
     lines = describe_file(adapter)
     if without:
         lines.append(f"Left out: {', '.join(without)}")
-    converted = replace(adapter, **{part: PARTS[part] for part in without})
+    converted = replace(adapter, **{part: NOTHING[part] for part in without})
     if not (converted.stage_c or converted.text or converted.tokens):
         raise CascadeError(f"Nothing of {source.name} is left to write; leave out less (--without).")
-    beside = target.with_name(CONFIG_FILE) if dialect == "peft" else None
-    if beside is not None:
-        _check_free(beside, force)
-    write_adapter(target, converted, dialect, config, metadata=adapter.metadata, overwrite=force)
-    lines += [*cautions(converted, dialect), f"Written: {target} ({dialect})"]
-    if beside is not None:
-        _, metadata = read_safetensors(target)
-        write_file(beside, metadata[HEADER_ENTRY])
-        lines.append(f"Written: {beside}")
-    return lines
+    write_adapter(
+        target, converted, dialect, config, metadata=adapter.metadata, overwrite=force, configuration=beside
+    )
+    lines += [*cautions(converted, dialect, beside is not None), f"Written: {target} ({dialect})"]
+    return lines if beside is None else [*lines, f"Written: {beside}"]
+
+
+def _outputs(target: Path, dialect: str) -> tuple[Path, Path | None]:
+    """(tensors, PEFT's configuration or None). For PEFT, OUT is its folder, or the tensors in one by their usual name;
+    a file of any other name holds its configuration itself, and nothing beside it is touched.
+    """
+    from ..cascade_core.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
+
+    if dialect == "peft" and target.suffix != ".safetensors":
+        target = target / WEIGHTS_FILE
+    is_pefts = dialect == "peft" and target.name == WEIGHTS_FILE
+    return target, target.with_name(CONFIG_FILE) if is_pefts else None
+
+
+def _check_configuration(beside: Path, target: Path, force: bool) -> None:
+    """Raises CascadeError where the configuration's place is taken; --force replaces it with its tensors alone."""
+    if os.path.lexists(beside) and not os.path.lexists(target):
+        raise CascadeError(
+            f"{beside} is there already, of another adapter than {target.name}; choose another folder."
+        )
+    check_place(beside, force)
 
 
 def _check_dialect(dialect: str) -> None:
@@ -144,17 +164,18 @@ def _check_dialect(dialect: str) -> None:
 
 
 def check_target(target: Path, force: bool) -> None:
-    from ..cascade_core.checkpoints import check_writable
-
     if target.suffix != ".safetensors":
         raise CascadeError(f"{target} is to be a safetensors file; give it a name that ends in .safetensors.")
-    _check_free(target, force)
-    check_writable(target)
+    check_place(target, force)
 
 
-def _check_free(target: Path, force: bool) -> None:
+def check_place(target: Path, force: bool) -> None:
+    """Raises CascadeError where a file is that is not to be overwritten, or where none can be written."""
+    from ..cascade_core.checkpoints import check_writable
+
     if os.path.lexists(target) and not force:
         raise CascadeError(f"{target} is there already; choose another name, or overwrite it with --force.")
+    check_writable(target)
 
 
 def _check_whole(adapter: Adapter, config: StageCConfig | None, partial: bool) -> None:

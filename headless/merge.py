@@ -269,7 +269,7 @@ def _read_loras(
     """The lines that tell of the LoRAs, and their patches of each network."""
     from ..cascade_core import limits
     from ..cascade_core.adapters import (
-        check_finite_changes,
+        check_finite,
         check_fits,
         describe_adapter,
         describe_unknown,
@@ -283,8 +283,12 @@ def _read_loras(
     for lora in job.loras:
         adapter = read_adapter(lora.path, config, alpha, job.filters)
         check_fits(adapter, config)
-        for changes in (adapter.stage_c, adapter.text):
-            check_finite_changes(changes, adapter.name)
+        check_finite(adapter)
+        if not (adapter.stage_c or adapter.text):
+            raise CascadeError(
+                f"{adapter.name} teaches tokens alone, which no merged file holds; leave it out here and load it "
+                "beside the merged file, by Cascade LoRA Apply or add_lora."
+            )
         unknown = describe_unknown(adapter)
         if unknown is not None:
             raise CascadeError(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import CascadeError, printable
 from ..networks.config import StageCConfig
+from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter
 from .changes import AddedChange, Change, LowRank
 from .names import layer_of, parameter_shapes, stage_c_parameters
@@ -42,6 +43,19 @@ def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = 
         f"{adapter.name} is a LoRA for another {network_name}: of the {len(changes)} layers that it changes "
         f"{' and '.join(problems)}; use it with the {network_name} that it was made for, or choose another LoRA."
     )
+
+
+def check_finite(adapter: Adapter) -> None:
+    """Raises CascadeError where anything that an adapter holds is NaN or infinity. Reads every tensor."""
+    for changes in (adapter.stage_c, adapter.text):
+        check_finite_changes(changes, adapter.name)
+    for token in adapter.tokens:
+        check_finite_token(token, adapter.name)
+
+
+def check_finite_token(token: LearnedToken, name: str) -> None:
+    if not torch.isfinite(token.vectors).all():
+        raise CascadeError(f"{name} holds NaN or infinity in a learned token; download it again.")
 
 
 def check_finite_changes(changes: Mapping[str, Change], name: str) -> None:

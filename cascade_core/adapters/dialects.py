@@ -133,7 +133,8 @@ DIALECTS: dict[str, Dialect] = {
     "peft": Dialect(
         "Hugging Face PEFT on diffusers' prior",
         "base_model.model.", None, ".", DIFFUSERS, _A, _B, None, ".lora_magnitude_vector", None, True,
-        caution="PEFT reads a folder with adapter_config.json and the tensors as adapter_model.safetensors.",
+        caution="PEFT reads a folder, which cascade convert-lora writes for an OUT that does not end in .safetensors; "
+        "diffusers and this pack read the file.",
     ),
     "comfyui": Dialect(
         "ComfyUI's own trainer and its generic names; ComfyUI's own nodes read it",
@@ -148,7 +149,7 @@ DIALECTS: dict[str, Dialect] = {
 # What stands before names in files, the longer first: the dialects' own, and what is also found.
 STAGE_C_PREFIXES = sorted(
     {*(d.stage_c for d in DIALECTS.values() if d.kind == "named" and d.stage_c is not None),
-     "model.diffusion_model.", "base_model.model.prior.", "lora_prior_prior_", "lycoris_"},
+     "lora_prior_prior_", "lycoris_"},
     key=len, reverse=True,
 )  # fmt: skip
 TEXT_PREFIXES = sorted(

@@ -23,7 +23,11 @@ LARGEST_ALPHA = 1e6
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _OTHER_KINDS = {"kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "use_qalora": "QALoRA"}
 
-_WITHOUT_ALPHA = ("OFT", "BOFT", "IA3")  # peft_type
+# The types that are read, and the entry of each that scales it.
+_ALPHA_ENTRIES = {
+    None: "lora_alpha", "LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha",
+    "OFT": None, "BOFT": None, "IA3": None,
+}  # fmt: skip
 
 AlphaOf = Callable[[str, int], float | None]  # a layer by the file's name of it, its rank -> alpha
 
@@ -32,14 +36,22 @@ AlphaOf = Callable[[str, int], float | None]  # a layer by the file's name of it
 class StatedAlpha:
     """Alphas of the layers that have none of their own.
 
-    of       says a layer's
+    of       says a layer's, or None where nothing states it
     note     what was assumed, in a sentence, or ""
-    config   the whole of PEFT's configuration, as it is written
+    config   the whole of PEFT's configuration of a file of one network, as it is written
+    given    whether the user gave one alpha for all
     """
 
     of: AlphaOf
     note: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    given: bool = False
+
+    @property
+    def unread_type(self) -> str | None:
+        """PEFT's word for an adapter of a kind that is not read, or None."""
+        peft_type = self.config.get("peft_type")
+        return None if peft_type in _ALPHA_ENTRIES else peft_type
 
 
 def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) -> StatedAlpha | None:
@@ -49,25 +61,30 @@ def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) ->
     which is taken for a file of any name if no other is there that it could be of. Raises CascadeError where it is
     damaged, or states a LoRA that the network's own weights have been changed for.
     """
-    beside, note = path.with_name(CONFIG_FILE), ""
-    config, where = _header_config(metadata), f"{path} ({HEADER_ENTRY})"
-    if not config and beside.exists() and (path.name == WEIGHTS_FILE or _is_alone(path)):
-        config, where = read_json(beside), str(beside)
-        note = (
-            "" if path.name == WEIGHTS_FILE else f"{path.name} takes its alpha from {CONFIG_FILE} beside it."
+    networks, where, notes = _in_header(metadata), f"{path} ({HEADER_ENTRY})", []
+    beside = path.with_name(CONFIG_FILE)
+    if not networks and beside.exists() and (path.name == WEIGHTS_FILE or _is_alone(path)):
+        networks, where = {"": read_json(beside)}, str(beside)
+        if path.name != WEIGHTS_FILE and not alpha:
+            notes.append(f"{path.name} takes its alpha from {CONFIG_FILE} beside it.")
+    for config in networks.values():
+        _check_plain(config, where)
+    if any(config.get("fan_in_fan_out") for config in networks.values()):
+        notes.append(
+            f"{path.name} states fan_in_fan_out, which PEFT itself leaves out for layers such as these."
         )
-    elif not config:
-        return StatedAlpha(lambda layer, rank: alpha) if alpha else None
-    _check_plain(config, where)
-    adalora = config.get("peft_type") == "ADALORA"
-    of = (lambda layer, rank: alpha) if alpha else _alpha_of(config, where, adalora)
-    if adalora:  # scaled by the rank that it began with, whatever was left of it
-        first = config.get("init_r")
-        first = first if type(first) is int and first > 0 else None
-        return StatedAlpha(
-            lambda layer, rank: (of(layer, rank) or rank) * rank / ((first or rank) + 1e-5), note, config
-        )
-    return StatedAlpha(of, "" if alpha else note, config)
+    if not networks:
+        return StatedAlpha(lambda layer, rank: alpha, given=True) if alpha else None
+    alphas = {network: _alpha_of(config, where, alpha) for network, config in networks.items()}
+
+    def of(layer: str, rank: int) -> float | None:
+        name = layer.removeprefix("base_model.model.")
+        network, _, inside = name.partition(".")
+        if network in alphas:  # diffusers keeps several networks in one file
+            return alphas[network](inside, rank)
+        return alphas[""](name, rank) if "" in alphas else alpha or None
+
+    return StatedAlpha(of, " ".join(notes), networks.get("", {}), bool(alpha))
 
 
 def assumed_alpha(name: str) -> str:
@@ -92,17 +109,34 @@ def _is_alone(path: Path) -> bool:
     return list(path.parent.glob("*.safetensors")) == [path]
 
 
-def _header_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration of one network in a file's metadata; empty where there is none."""
+def _in_header(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """{network: its configuration} in a file's metadata. diffusers writes the network before every entry,
+    `prior.lora_alpha`, as before the names of its layers, or nothing, here "", for a network by itself.
+    """
     try:
-        config = json.loads(metadata.get(HEADER_ENTRY, "{}"))
+        entries = json.loads(metadata.get(HEADER_ENTRY, "{}"))
     except (ValueError, RecursionError):
-        config = None
-    return config if isinstance(config, dict) and "lora_alpha" in config else {}
+        entries = None
+    if not isinstance(entries, dict):
+        return {}
+    if entries.keys() & {"lora_alpha", "peft_type"}:
+        return {"": entries}
+    networks: dict[str, dict[str, Any]] = {}
+    for entry, value in entries.items():
+        network, _, name = entry.partition(".")
+        networks.setdefault(network, {})[name] = value
+    return {network: config for network, config in networks.items() if "lora_alpha" in config}
 
 
 def _check_plain(config: Mapping[str, Any], where: str) -> None:
-    init = config.get("init_lora_weights")
+    peft_type, init = config.get("peft_type"), config.get("init_lora_weights")
+    if not isinstance(peft_type, str | None):
+        raise CascadeError(
+            f"{where} states the peft_type {quoted(peft_type)}, but one word such as LORA is expected; download it "
+            "again."
+        )
+    if peft_type not in _ALPHA_ENTRIES:
+        return
     other = next((kind for entry, kind in _OTHER_KINDS.items() if config.get(entry)), None)
     if init in _PLAIN_INITS and other is None:
         return
@@ -113,27 +147,34 @@ def _check_plain(config: Mapping[str, Any], where: str) -> None:
     )
 
 
-def _alpha_of(config: Mapping[str, Any], where: str, adalora: bool) -> AlphaOf:
-    """Alphas by PEFT's configuration. rsLoRA (arXiv 2312.03732) divides alpha by the root of the rank."""
+def _alpha_of(config: Mapping[str, Any], where: str, given: float) -> AlphaOf:
+    """Alphas by PEFT's configuration, or given ones. rsLoRA (arXiv 2312.03732) divides alpha by the root of the rank;
+    AdaLoRA scales by the rank that it began with, whatever was left of it.
+    """
     peft_type = config.get("peft_type")
-    if peft_type in _WITHOUT_ALPHA:
+    entry = _ALPHA_ENTRIES.get(peft_type)
+    if entry is None:
         return lambda layer, rank: None
-    entry = "alpha" if peft_type in ("LOHA", "LOKR") else "lora_alpha"
     alpha, patterns = config.get(entry), config.get("alpha_pattern") or {}
-    root = config.get("use_rslora") or False
+    root, first = config.get("use_rslora") or False, config.get("init_r")
+    if given:
+        alpha, patterns, root = given, {}, False
     if not (_is_alpha(alpha) and isinstance(patterns, dict) and isinstance(root, bool)):
         raise CascadeError(
             f"{where} is not a PEFT configuration with a {entry} above 0, by which the LoRA beside it is scaled "
             f"({entry} {quoted(alpha)}, use_rslora {quoted(root)}); download it again."
         )
-    everywhere, named = float(alpha), {} if adalora else _by_name(patterns, where)
+    everywhere = float(alpha)
+    if peft_type == "ADALORA":
+        first = first if type(first) is int and first > 0 else None
+        return lambda layer, rank: everywhere * rank / ((first or rank) + 1e-5)
+    named = _by_name(patterns, where)
 
     def alpha_of(layer: str, rank: int) -> float | None:
-        name = layer.removeprefix("base_model.model.")
-        parts = name.split(".")
-        endings = [f"^{name}", *(".".join(parts[start:]) for start in range(len(parts)))]
+        parts = layer.split(".")
+        endings = [f"^{layer}", *(".".join(parts[start:]) for start in range(len(parts)))]
         _, alpha_here = min((named[ending] for ending in endings if ending in named), default=(0, everywhere))
-        return alpha_here * math.sqrt(rank) if root and not adalora else alpha_here
+        return alpha_here * math.sqrt(rank) if root else alpha_here
 
     return alpha_of
 

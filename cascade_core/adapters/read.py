@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..checkpoints.files import FLOATING, read_safetensors
 from ..checkpoints.foreign import EMBEDDING, foreign_name
-from ..checkpoints.layouts import parts_in
+from ..checkpoints.layouts import WRAPPERS, parts_in, without_wrapped_modules
 from ..checkpoints.load import PART_NAMES
+from ..checkpoints.quantised import FP8
+from ..checkpoints.source import is_counter
 from ..errors import CascadeError, printable
 from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
@@ -35,6 +37,7 @@ from .peft import StatedAlpha, assumed_alpha, stated_alpha
 _LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 _BUNDLED, _BUNDLED_ENDINGS = "bundle_emb.", (".clip_g", ".clip_g_out", ".string_to_param.*")
 _PEFT = "base_model.model."
+_LORA_WRAPPERS = {*WRAPPERS} - {"decoder"}  # which is Stage B's, and its layers have the same names
 _EMBEDDING = ("clip_g", "clip_g_out", "emb_params", "string_to_param.*")
 
 
@@ -70,13 +73,46 @@ def parse_adapter(
     stage_c, filters: as in `read_adapter`; alpha: says that of layers that have none of their own (None: the rank).
     Raises CascadeError where they are of another model, of another kind of change, or not whole.
     """
+    tensors = _unwrapped(tensors, name)
     _check_types(tensors, name)
     if is_official(tensors):
         config = stage_c.config if isinstance(stage_c, StageC) else stage_c
-        return replace(read_official(tensors, metadata, name, config, filters), metadata=metadata)
-    if any(key in tensors for key in _EMBEDDING):
-        return replace(_embedding(tensors, name), metadata=metadata)
-    return replace(_named(tensors, name, alpha), metadata=metadata)
+        adapter = read_official(tensors, metadata, name, config, filters)
+    elif any(key in tensors for key in _EMBEDDING):
+        adapter = _embedding(tensors, name)
+    else:
+        adapter = _named(tensors, name, alpha)
+    notes = list(adapter.notes)
+    if filters is not None and not any(is_official([key]) and "lora_" in key for key in tensors):
+        notes.append(
+            f"module_filters are of official LoRAs with numbered layers, and have no effect on {name}."
+        )
+    if alpha is not None and alpha.given and adapter.dialect in ("official", "embedding"):
+        notes.append(_without_effect(name))
+    return replace(adapter, notes=tuple(notes), metadata=metadata)
+
+
+def _without_effect(name: str) -> str:
+    return f"The given alpha has no effect: nothing in {name} is scaled by one that it does not state itself."
+
+
+def _unwrapped(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors without what torch and trainers put around: wrappers in names, and lone numbers such as `step`.
+
+    Those in fp8 become fp16, which holds every value of either fp8, and which torch can compute with.
+    """
+    unwrapped: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        plain = without_wrapped_modules(key)
+        while plain.startswith("module."):
+            plain = plain.removeprefix("module.")
+        if plain in unwrapped:
+            raise CascadeError(
+                f"{name}: {printable(plain)} stands twice, once as {printable(key)}; choose a file that holds it once."
+            )
+        if _parted(plain, _LONGEST_FIRST) or not is_counter(plain, tensor):
+            unwrapped[plain] = tensor.half() if tensor.dtype in FP8.values() else tensor
+    return unwrapped
 
 
 def _check_types(tensors: Mapping[str, Tensor], name: str) -> None:
@@ -108,6 +144,9 @@ def _token(token: str, vectors: Tensor, key: str, name: str) -> LearnedToken:
 
 
 def _named(tensors: Mapping[str, Tensor], name: str, alpha: StatedAlpha | None) -> Adapter:
+    if alpha is not None and alpha.unread_type is not None:
+        stated = {printable(alpha.unread_type): ["by its adapter_config.json"]}
+        _refuse(other_algorithms(tensors) or stated, name)
     layers: dict[str, dict[str, Tensor]] = {}  # by the file's names
     keys: dict[str, list[str]] = {}
     tokens, unknown = [], []
@@ -127,10 +166,11 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha: StatedAlpha | None) 
             unknown.append(key)
     changes: dict[str, dict[str, Change]] = {"stage_c": {}, "text": {}}
     spelled: list[tuple[str, str, str]] = []  # network, our name, theirs
+    asked: set[str] = set()  # layers without an alpha of their own
     for theirs, parts in layers.items():
         located = _locate(theirs)
         network, layer = located or ("", "")
-        targets = changes_of(_layer(layer, theirs, alpha, name), parts) if layer else {}
+        targets = changes_of(_layer(layer, theirs, alpha, name, asked), parts) if layer else {}
         if not targets:
             unknown += keys[theirs]
             continue
@@ -139,23 +179,31 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha: StatedAlpha | None) 
     unread = {key: tensors[key] for key in unknown}
     _check_known(tensors, unread, bool(changes["stage_c"] or tokens), bool(spelled or tokens), name)
     dialect = _dialect(spelled, tensors) if spelled else "onetrainer"
-    notes = _alpha_notes([*changes["stage_c"].values(), *changes["text"].values()], dialect, alpha, name)
-    return Adapter(name, dialect, changes["stage_c"], changes["text"], tuple(tokens), tuple(unknown), notes)
+    changed = [*changes["stage_c"].values(), *changes["text"].values()]
+    notes = [alpha.note] if alpha is not None and alpha.note else []
+    if _assumes_alpha(changed, dialect, tensors, alpha):
+        notes.append(assumed_alpha(name))
+    if alpha is not None and alpha.given and not asked:
+        notes.append(_without_effect(name))
+    return Adapter(
+        name, dialect, changes["stage_c"], changes["text"], tuple(tokens), tuple(unknown), tuple(notes)
+    )
 
 
-def _alpha_notes(
-    changes: Iterable[Change], dialect: str, alpha: StatedAlpha | None, name: str
-) -> tuple[str, ...]:
-    """What was assumed of layers without an alpha. diffusers and ComfyUI multiply it into the tensors."""
-    if alpha is not None:
-        return (alpha.note,) if alpha.note else ()
-    assumed = dialect not in ("diffusers", "comfyui") and any(
+def _assumes_alpha(
+    changes: Iterable[Change], dialect: str, tensors: Iterable[str], stated: StatedAlpha | None
+) -> bool:
+    """Whether layers without an alpha are taken to have their rank. ComfyUI's LoraSave multiplies it into tensors."""
+    if dialect == "comfyui" and not any(".lora_A." in key for key in tensors):
+        return False
+    return any(
         isinstance(change, LowRank | Hadamard | Kronecker)
         and change.alpha is None
-        and (change.rank or dialect == "peft")  # a LoKr of whole matrices has a scale in PEFT alone
+        and (
+            change.rank or (dialect == "peft" and stated is None)
+        )  # a LoKr of whole matrices has a scale in PEFT alone
         for change in changes
     )
-    return (assumed_alpha(name),) if assumed else ()
 
 
 def _parted(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
@@ -167,6 +215,9 @@ def _parted(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
 def _locate(theirs: str) -> tuple[str, str] | None:
     """(network, our name) of a layer by a file's name of it."""
     theirs = theirs.removeprefix(_PEFT)
+    first, _, rest = theirs.partition(".")
+    if first in _LORA_WRAPPERS and rest and (located := _locate(rest)):
+        return located
     for network, prefixes, parse in (
         ("text", TEXT_PREFIXES, text_layer),
         ("stage_c", STAGE_C_PREFIXES, stage_c_layer),
@@ -182,17 +233,15 @@ def _whole(key: str, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     parted = _parted(key, WHOLE)
     if parted is None or not (key.startswith(_PEFT) or f"{parted[0]}.on_input" in tensors):
         return None
-    return parted[0].removesuffix(".base_layer"), WHOLE[parted[1]]
+    return parted[0].removesuffix(".base_layer").removesuffix(".modules_to_save.default"), WHOLE[parted[1]]
 
 
-def _layer(layer: str, theirs: str, stated: StatedAlpha | None, name: str) -> Layer:
-    return Layer(
-        layer,
-        theirs,
-        f"{name}: {printable(theirs)}",
-        stated.config if stated else {},
-        lambda rank: stated.of(theirs, rank) if stated else None,
-    )
+def _layer(layer: str, theirs: str, stated: StatedAlpha | None, name: str, asked: set[str]) -> Layer:
+    def alpha_of(rank: int) -> float | None:
+        asked.add(theirs)
+        return stated.of(theirs, rank) if stated else None
+
+    return Layer(layer, theirs, f"{name}: {printable(theirs)}", stated.config if stated else {}, alpha_of)
 
 
 def _put(changes: dict[str, Change], targets: Mapping[str, Change], name: str) -> None:
@@ -211,13 +260,7 @@ def _check_known(
     tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor], for_stage_c: bool, matched: bool, name: str
 ) -> None:
     """Raises CascadeError for files of another model and for changes that are not low-rank, by the unread tensors."""
-    algorithms = other_algorithms(unread)
-    if algorithms:
-        contents = ", ".join(f"{algorithm} ({listed(names, 1)})" for algorithm, names in algorithms.items())
-        raise CascadeError(
-            f"{name} is an adapter of another kind, {contents}, which is not read: {READ} are; merge it into its model "
-            "where it was made, or train it as a LoRA."
-        )
+    _refuse(other_algorithms(unread), name)
     weights = None if matched else _whole_weights(tensors)
     if weights == f"a {EMBEDDING}":
         stem = printable(name.rpartition(".")[0] or name)
@@ -237,6 +280,16 @@ def _check_known(
         unknown = f" (unknown: {listed(unread)})" if unread else ""
         raise CascadeError(
             f"{name} is no LoRA for Stable Cascade: {counts}{unknown}; choose a Stable Cascade LoRA."
+        )
+
+
+def _refuse(algorithms: Mapping[str, list[str]], name: str) -> None:
+    """Raises CascadeError, naming the algorithms, if there are any."""
+    if algorithms:
+        contents = ", ".join(f"{algorithm} ({listed(names, 1)})" for algorithm, names in algorithms.items())
+        raise CascadeError(
+            f"{name} is an adapter of another kind, {contents}, which is not read: {READ} are; merge it into its model "
+            "where it was made, or train it as a LoRA."
         )
 
 

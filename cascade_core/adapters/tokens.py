@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import CascadeError, printable, quoted
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter
+from .compatibility import check_finite_token
 from .patterns import MOST_TEXTS, texts
 
 MOST_TOKENS = 100  # that one adapter's node names
@@ -68,8 +69,7 @@ def taught_tokens(
                 f"{adapter.name} teaches a token {token.vectors.shape[-1]} wide, but the text encoder's are {width}; "
                 "choose the file that was trained with this text encoder."
             )
-        if not torch.isfinite(token.vectors).all():
-            raise CascadeError(f"{adapter.name} holds NaN or infinity in a learned token; download it again.")
+        check_finite_token(token, adapter.name)
         if token.index is None:
             taught.append(replace(token, name=name_in_prompt(token.name)))
         elif token.index < size:

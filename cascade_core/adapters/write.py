@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from ..networks.config import StageCConfig
 from ..networks.stage_c import StageC
 from ..text.clip import CLIP_TOKENS
 from ..text.learned_tokens import LearnedToken
+from ..writing import replacing
 from .adapter import Adapter
 from .changes import AddedChange, LowRank
 from .compatibility import check_fits
@@ -27,6 +31,8 @@ from .official import HEADER, is_new, joined_tokens, write_official
 from .order import SIZES
 from .peft import HEADER_ENTRY
 
+PARTS = {"stage_c": {}, "text": {}, "tokens": ()}  # what can be left out of an adapter: its empty value
+
 
 def write_adapter(
     path: str | Path,
@@ -36,18 +42,28 @@ def write_adapter(
     vocabulary: int = CLIP_TOKENS,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = True,
+    configuration: Path | None = None,
 ) -> None:
     """Writes the file as the dialect's program would, whole or not at all.
 
     metadata: the header of the file that the adapter comes from, kept but for the entries of another dialect;
-    overwrite: whether a file that is there is replaced; the other arguments are those of `to_dialect`.
+    overwrite: whether a file that is there is replaced; configuration: where PEFT's is written as well, before the
+    tensors take their place; the other arguments are those of `to_dialect`.
     """
     tensors, header = to_dialect(adapter, dialect, stage_c, vocabulary)
     rest = {key: text for key, text in (metadata or {}).items() if key not in (*HEADER, HEADER_ENTRY)}
     if "train_tokens" in header:
         before = (metadata or {}).get("train_tokens", "[]")
         header["train_tokens"] = joined_tokens(before, header["train_tokens"])
-    write_safetensors(path, tensors, {**rest, **header}, overwrite)
+    try:
+        with replacing(configuration, overwrite) if configuration else nullcontext() as temporary:
+            if temporary is not None:
+                temporary.write_text(header[HEADER_ENTRY])
+            write_safetensors(path, tensors, {**rest, **header}, overwrite)
+    except OSError as error:
+        raise CascadeError(
+            f"{configuration} could not be written ({error.strerror or error}); choose another folder."
+        ) from None
 
 
 def to_dialect(
@@ -71,7 +87,9 @@ def to_dialect(
     else:
         tensors, metadata = _named(adapter, spoken), {}
     if dialect == "peft":
-        metadata = {HEADER_ENTRY: peft_config(tensors)}
+        metadata = {HEADER_ENTRY: as_json(peft_config(tensors, spoken, str(spoken.stage_c)))}
+    if dialect == "diffusers":
+        metadata = {HEADER_ENTRY: as_json(_diffusers_config(tensors, spoken))}
     return _apart(tensors), {"format": "pt", **metadata}
 
 
@@ -84,18 +102,26 @@ def check_dialect(adapter: Adapter, dialect: str) -> None:
     reasons = obstacles(adapter, dialect)
     if reasons:
         able = [name for name in DIALECTS if not obstacles(adapter, name)]
-        advice = (
-            f"choose one that can ({', '.join(able)}), or leave them out" if able else "leave something out"
-        )
+        ways = [f"choose one that can ({', '.join(able)})"] if able else []
+        for part, nothing in PARTS.items():
+            less = replace(adapter, **{part: nothing})
+            anything = less.stage_c or less.text or less.tokens
+            if getattr(adapter, part) and anything and not obstacles(less, dialect):
+                ways.append(f"leave them out (--without {part} in cascade convert-lora)")
+        ways = ways or ["bake it into its model with cascade merge, which can hold them"]
         raise CascadeError(
-            f"{adapter.name} holds {', '.join(reasons)}, which the dialect {dialect} has no keys for; {advice}."
+            f"{adapter.name} holds {', '.join(reasons)}, which the dialect {dialect} has no keys for; "
+            f"{', or '.join(ways)}."
         )
 
 
-def cautions(adapter: Adapter, dialect: str) -> list[str]:
-    """Sentences about what programs make of an adapter in a dialect, which is written all the same."""
+def cautions(adapter: Adapter, dialect: str, in_folder: bool = False) -> list[str]:
+    """Sentences about what programs make of an adapter in a dialect, which is written all the same.
+
+    in_folder: whether it is written as PEFT reads it
+    """
     spoken = DIALECTS[dialect]
-    notes = [spoken.caution] if spoken.caution else []
+    notes = [spoken.caution] if spoken.caution and not in_folder else []
     added = [c for c in (*adapter.stage_c.values(), *adapter.text.values()) if isinstance(c, AddedChange)]
     by_row = [change.magnitude is not None and len(change.magnitude) > 1 for change in added]
     if spoken.for_comfyui and any(by_row):
@@ -108,17 +134,19 @@ def cautions(adapter: Adapter, dialect: str) -> list[str]:
     return notes
 
 
-def peft_config(tensors: Mapping[str, Tensor]) -> str:
-    """PEFT's configuration, as JSON, of a LoRA in its dialect, whose alphas are multiplied in: each is the rank."""
-    dialect = DIALECTS["peft"]
+def peft_config(tensors: Mapping[str, Tensor], dialect: Dialect, network: str) -> dict[str, Any]:
+    """PEFT's configuration of a LoRA whose alphas are multiplied in, so that each is the rank; network: what stands
+    before the names of its layers.
+    """
+    tensors = {key.removeprefix(network): t for key, t in tensors.items() if key.startswith(network)}
     ranks = {
-        key.removesuffix(dialect.down).removeprefix(str(dialect.stage_c)): len(tensor)
+        key.removesuffix(dialect.down): len(tensor)
         for key, tensor in tensors.items()
         if key.endswith(dialect.down)
     }
     rank = Counter(ranks.values() or [1]).most_common(1)[0][0]
     others = {layer: other for layer, other in ranks.items() if other != rank}
-    config = {
+    return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
@@ -135,6 +163,21 @@ def peft_config(tensors: Mapping[str, Tensor]) -> str:
         "base_model_name_or_path": None,
         "task_type": None,
     }
+
+
+def _diffusers_config(tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Any]:
+    """The same of each network in a file, as diffusers writes it."""
+    networks = [prefix for prefix in (dialect.stage_c, dialect.text) if prefix is not None]
+    configs = {network: peft_config(tensors, dialect, network) for network in networks}
+    return {
+        network + entry: value
+        for network, config in configs.items()
+        if config["target_modules"]
+        for entry, value in config.items()
+    }
+
+
+def as_json(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 

@@ -50,7 +50,7 @@ class Layout:
 
     def published_name(self, name: str) -> str | None:
         """The published name of one of theirs; None for a name of something else."""
-        name = _without_wrapped_modules(name)
+        name = without_wrapped_modules(name)
         if not name.startswith(self.prefix) or name.removeprefix(self.prefix) in self.ignored:
             return None
         name = name.removeprefix(self.prefix)
@@ -175,7 +175,7 @@ def parts_in(names: Iterable[str]) -> dict[str, Layout]:
 
     Raises CascadeError for a file that holds a network twice, under several prefixes.
     """
-    names = [_without_wrapped_modules(name) for name in names]
+    names = [without_wrapped_modules(name) for name in names]
     wrapped: dict[str, list[str]] = {}  # by what stands before the network's own names
     for name in names:
         words = name.split(".")
@@ -205,7 +205,8 @@ def _layout_of(part: str, layouts: Iterable[Layout], names: list[str]) -> Layout
     return next((layout for layout in layouts if layout.holds(part, names)), None)
 
 
-def _without_wrapped_modules(name: str) -> str:
+def without_wrapped_modules(name: str) -> str:
+    """A name without what torch puts anywhere in it."""
     for wrapper in _WRAPPED_MODULES:
         name = name.replace(wrapper, "")
     return name

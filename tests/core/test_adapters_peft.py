@@ -1,5 +1,6 @@
 """Files that PEFT wrote, read as PEFT merges them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.adapters import read_adapter
+from cascade_nodes.cascade_core.adapters import check_finite, parse_adapter, read_adapter
 from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
+from cascade_nodes.tests.core.test_adapters_published import CONFIG
 from cascade_nodes.tests.golden_weights import relative_error
 
 FILES = Path(__file__).parents[1] / "data" / "adapters"
@@ -63,3 +65,148 @@ def test_adalora_whose_singular_values_were_taken_out_is_refused(tmp_path):
         CascadeError, match=r"to_q is of an AdaLoRA adapter, but its lora_E \(4, 1\) is not there"
     ):
         read_adapter(path)
+
+
+NOT_READ = json.loads((FILES / "peft_not_read.json").read_text())
+NAMES = {"Bone": "MiSS", "C3A": "C³A", "LN": "LayerNorm tuning"}
+
+
+def in_folder(
+    folder: Path, config: object, tensors: dict[str, torch.Tensor], name: str = "adapter_model.safetensors"
+):
+    write_safetensors(folder / name, tensors, {})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "style.safetensors"])
+@pytest.mark.parametrize("kind", NOT_READ)
+def test_what_is_not_read_is_refused_by_its_name_with_its_configuration(kind, name, tmp_path):
+    zeros = {key: torch.zeros(shape) for key, shape in NOT_READ[kind]["shapes"].items()}
+    path = in_folder(tmp_path, NOT_READ[kind]["config"], zeros, name)
+    with pytest.raises(CascadeError, match=f"is an adapter of another kind, {NAMES.get(kind, kind)} "):
+        read_adapter(path)
+
+
+def lora_config(**entries: object) -> dict[str, object]:
+    return {**json.loads((FILES / "peft_lora" / "adapter_config.json").read_text()), **entries}
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "words"),
+    [
+        (["LORA"], r"states the peft_type \['LORA'\], but one word such as LORA is expected"),
+        ({}, "states the peft_type {}, but one word"),
+        (1, "states the peft_type 1, but one word"),
+        ("NEW_LORA", r"another kind, NEW_LORA \(by its adapter_config.json\), which is not read"),
+        ("XLORA", "another kind, XLORA"),
+    ],
+)
+def test_a_type_that_is_none_or_not_known(peft_type, words, tmp_path):
+    tensors, _ = read_safetensors(FILES / "peft_lora" / "adapter_model.safetensors")
+    with pytest.raises(CascadeError, match=words):
+        read_adapter(in_folder(tmp_path, lora_config(peft_type=peft_type), tensors))
+
+
+def assert_as_merged(adapter):
+    expected, _ = read_safetensors(FILES / "peft_lora" / "expected.safetensors")
+    for theirs, ours in LAYERS.items():
+        weight = expected[f"{theirs}.weight"]
+        assert relative_error(adapter.stage_c[ours].apply(torch.zeros_like(weight), 1.0), weight) <= 1e-5
+
+
+def test_diffusers_metadata_states_alpha_for_its_network(tmp_path):
+    """rsLoRA, and an alpha of one layer, behind `prior.`"""
+    adapter = read_adapter(FILES / "diffusers_prior.safetensors")
+    assert (adapter.dialect, adapter.unknown, adapter.notes) == ("diffusers", (), ())
+    assert_as_merged(adapter)
+    tensors, metadata = read_safetensors(FILES / "diffusers_prior.safetensors")
+    for network in ("unet", "base_model.model.prior"):  # of another network, and with PEFT's prefix as well
+        renamed = {key.replace("prior", network, 1): tensor for key, tensor in tensors.items()}
+        header = (
+            metadata
+            if "prior" in network
+            else {key: text.replace('"prior.', f'"{network}.') for key, text in metadata.items()}
+        )
+        write_safetensors(tmp_path / "a.safetensors", renamed, header)
+        assert_as_merged(read_adapter(tmp_path / "a.safetensors"))
+    write_safetensors(tmp_path / "a.safetensors", tensors, {})
+    assert "states no alpha" in read_adapter(tmp_path / "a.safetensors").notes[0]
+    renamed = {key.replace("prior", "unet", 1): tensor for key, tensor in tensors.items()}
+    write_safetensors(tmp_path / "a.safetensors", renamed, metadata)  # which is another network's
+    assert "states no alpha" in read_adapter(tmp_path / "a.safetensors").notes[0]
+
+
+def test_fan_in_fan_out_is_left_out_as_in_peft(tmp_path):
+    """PEFT takes it back for linear layers and convolutions, which all of these are."""
+    tensors, _ = read_safetensors(FILES / "peft_lora" / "adapter_model.safetensors")
+    adapter = read_adapter(in_folder(tmp_path, lora_config(fan_in_fan_out=True), tensors))
+    assert "states fan_in_fan_out, which PEFT itself leaves out" in adapter.notes[0]
+    assert_as_merged(adapter)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "module.module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_and_counters_are_as_around_networks(wrapper, tmp_path):
+    tensors, _ = read_safetensors(FILES / "peft_lora" / "adapter_model.safetensors")
+    wrapped = {wrapper + key: tensor for key, tensor in tensors.items()}
+    counters = {"step": torch.tensor(5), "epoch": torch.tensor([1.0]), "ema.decay": torch.tensor(0.9)}
+    adapter = read_adapter(in_folder(tmp_path, lora_config(), {**wrapped, **counters}))
+    assert (adapter.unknown, adapter.notes) == ((), ())
+    assert_as_merged(adapter)
+
+
+@pytest.mark.parametrize("prefix", ["generator.", "model.diffusion_model.", "module.prior."])
+def test_networks_wrappers_before_names(prefix, tmp_path):
+    tensors, _ = read_safetensors(FILES / "diffusers_prior.safetensors")
+    write_safetensors(
+        tmp_path / "a.safetensors", {prefix + key.removeprefix("prior."): t for key, t in tensors.items()}, {}
+    )
+    assert read_adapter(tmp_path / "a.safetensors").stage_c.keys() == set(LAYERS.values())
+
+
+def test_a_layer_that_stands_twice_once_wrapped():
+    tensors, _ = read_safetensors(FILES / "diffusers_prior.safetensors")
+    key, tensor = next(iter(tensors.items()))
+    with pytest.raises(CascadeError, match=r"a: .* stands twice, once as module\."):
+        parse_adapter({**tensors, f"module.{key}": tensor}, {}, "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_fp8_holds_the_values_that_it_holds(dtype, tmp_path):
+    tensors, _ = read_safetensors(FILES / "peft_lora" / "adapter_model.safetensors")
+    stored = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    adapter = read_adapter(in_folder(tmp_path, lora_config(), stored))
+    check_finite(adapter)
+    exact = parse_adapter({key: t.float() for key, t in stored.items()}, {}, "a", alpha=None)
+    for layer, change in adapter.stage_c.items():
+        assert torch.equal(change.tensors()["up"].float(), exact.stage_c[layer].tensors()["up"])
+    if dtype.itemsize == 1:
+        next(iter(stored.values())).view(torch.uint8).fill_(127)  # NaN in both
+        with pytest.raises(CascadeError, match="holds NaN or infinity in"):
+            check_finite(read_adapter(in_folder(tmp_path, lora_config(), stored)))
+
+
+def test_whole_modules_in_the_spelling_of_a_model_in_memory():
+    file = {
+        f"base_model.model.clf.1.modules_to_save.default.{part}": torch.ones(4) for part in ("weight", "bias")
+    }
+    assert parse_adapter(file, {}, "a").stage_c.keys() == {"clf.1", "clf.1.bias"}
+
+
+@pytest.mark.parametrize("given", [{"alpha": 8.0}, {"filters": ".attn"}])
+def test_what_is_given_without_effect_is_said(given, tmp_path):
+    tensors, _ = read_safetensors(FILES / "diffusers_prior.safetensors")
+    stems = {key.rpartition(".lora_")[0] for key in tensors}
+    write_safetensors(
+        tmp_path / "own.safetensors", {**tensors, **{f"{s}.alpha": torch.tensor(2.0) for s in stems}}, {}
+    )
+    (note,) = read_adapter(tmp_path / "own.safetensors", **given).notes
+    assert "effect" in note
+    assert read_adapter(tmp_path / "own.safetensors").notes == ()
+    if "alpha" in given:
+        write_safetensors(tmp_path / "none.safetensors", tensors, {})
+        assert read_adapter(tmp_path / "none.safetensors", **given).notes == ()
+        assert (
+            "no effect"
+            in read_adapter(FILES / "official_attn.safetensors", alpha=8.0, stage_c=CONFIG).notes[0]
+        )

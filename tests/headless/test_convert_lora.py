@@ -106,7 +106,7 @@ def test_a_file_onto_itself(folder):
          "official.safetensors is a LoRA, but Stage C is expected here; choose a Stage C file."),
         (("official.safetensors", "a.safetensors", "--to", "kohya", *MODEL),
          "official.safetensors holds 2 changes of the vocabulary's tokens, which the dialect kohya has no keys for; "
-         "choose one that can (official), or leave them out."),
+         "choose one that can (official), or leave them out (--without tokens in cascade convert-lora)."),
         (("official.safetensors", "a.safetensors", "--to", "kohya", *MODEL, "--without", "tokens", "--without",
           "stage_c"),
          "Nothing of official.safetensors is left to write; leave out less (--without)."),
@@ -149,15 +149,17 @@ def test_help_lists_the_dialects(capsys):
     assert all(f"\n  {name} " in text and dialect.about in text for name, dialect in DIALECTS.items())
 
 
-def test_peft_gets_its_configuration(folder, capsys):
-    options = ("--to", "peft", *MODEL, "--without", "tokens")
-    assert convert("official.safetensors", "style.safetensors", *options) == 0
+PEFT = ("--to", "peft", *MODEL, "--without", "tokens")
+
+
+def test_peft_gets_its_folder(folder, capsys):
+    assert convert("official.safetensors", "style", *PEFT) == 0
     assert capsys.readouterr().out.splitlines()[-3:] == [
-        "PEFT reads a folder with adapter_config.json and the tensors as adapter_model.safetensors.",
-        "Written: style.safetensors (peft)",
-        "Written: adapter_config.json",
+        "Left out: tokens",
+        "Written: style/adapter_model.safetensors (peft)",
+        "Written: style/adapter_config.json",
     ]
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "style" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["rank_pattern"]) == (
         "LORA",
         3,
@@ -165,12 +167,75 @@ def test_peft_gets_its_configuration(folder, capsys):
         {},
     )
     assert len(config["target_modules"]) == 24
-    assert "is there already" in failing("official.safetensors", "b.safetensors", *options, capsys=capsys)
-    assert not (folder / "b.safetensors").exists()
-    (folder / "adapter_config.json").unlink()  # the file holds it as well
-    assert read_adapter("style.safetensors").notes == ()
+    written = {path: path.read_bytes() for path in (folder / "style").iterdir()}
+    for again in ("style", "style/adapter_model.safetensors"):
+        assert "is there already" in failing("official.safetensors", again, *PEFT, capsys=capsys)
+        assert convert("official.safetensors", again, *PEFT, "--force") == 0
+        assert {path: path.read_bytes() for path in (folder / "style").iterdir()} == written
+        capsys.readouterr()
+
+
+def test_a_file_for_peft_states_its_own_alpha_and_touches_nothing_beside_it(folder, capsys):
+    (folder / "adapter_config.json").write_text("another's")
+    for name, *force in (("style.safetensors",), ("b.safetensors",), ("b.safetensors", "--force")):
+        assert convert("official.safetensors", name, *PEFT, *force) == 0
+        assert "an OUT that does not end in .safetensors" in capsys.readouterr().out
+        assert read_adapter(name).notes == ()
+    assert (folder / "adapter_config.json").read_text() == "another's"
     assert convert("style.safetensors", "back.safetensors", "--to", "kohya") == 0
     assert "lora_adapter_metadata" not in read_safetensors("back.safetensors")[1]
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_the_configuration_of_another_adapter_is_left_alone(force, folder, capsys):
+    """In a folder of its name, or where its own tensors are of another kind."""
+    (folder / "adapter_config.json").write_text("another's")
+    before = sorted(folder.iterdir())
+    for target in (".", "adapter_model.safetensors"):
+        error = failing("official.safetensors", target, *PEFT, *force, capsys=capsys)
+        assert (
+            "adapter_config.json is there already, of another adapter than adapter_model.safetensors" in error
+        )
+    assert sorted(folder.iterdir()) == before
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()  # which no file can replace
+    (folder / "adapter_model.safetensors").write_text("mine")
+    assert failing("official.safetensors", ".", *PEFT, *force, capsys=capsys)
+    assert (folder / "adapter_model.safetensors").read_text() == "mine"
+
+
+def test_fp8_is_converted_and_nan_is_not(folder, capsys):
+    low_rank = {key: t.to(torch.float8_e4m3fn) for key, t in golden("kohya").items()}
+    write_safetensors("fp8.safetensors", low_rank, {})
+    assert convert("fp8.safetensors", "a.safetensors", "--to", "onetrainer") == 0
+    written = low_rank_changes(read_adapter("a.safetensors").stage_c)
+    for layer, change in low_rank_changes(read_adapter("fp8.safetensors").stage_c).items():
+        assert torch.equal(change.delta(), written[layer].delta())
+    first = next(key for key in low_rank if key.endswith("up.weight"))
+    for value in (torch.nan, torch.inf):
+        sick = {**golden("kohya"), first: golden("kohya")[first] * value}
+        write_safetensors("sick.safetensors", sick, {})
+        capsys.readouterr()
+        error = failing("sick.safetensors", "b.safetensors", "--to", "onetrainer", capsys=capsys)
+        assert "sick.safetensors holds NaN or infinity in up of" in error
+    assert not (folder / "b.safetensors").exists()
+
+
+def test_what_no_dialect_holds_is_to_be_baked_in(folder, capsys):
+    """PEFT's `modules_to_save`: nothing that can be left out would help."""
+    whole = {"base_model.model.clf.1.weight": torch.ones(64, 64, 1, 1)}
+    write_safetensors("whole.safetensors", whole, {})
+    error = failing("whole.safetensors", "a.safetensors", "--to", "kohya", capsys=capsys)
+    assert (
+        "holds 1 changes by whole parameters, which the dialect kohya has no keys for; bake it into its"
+        in error
+    )
+    text = {
+        f"lora_te_text_projection.{part}": torch.ones(4, 4) for part in ("lora_up.weight", "lora_down.weight")
+    }
+    write_safetensors("both.safetensors", {**golden("kohya"), **text}, {})
+    error = failing("both.safetensors", "a.safetensors", "--to", "peft", capsys=capsys)
+    assert "or leave them out (--without text in cascade convert-lora)." in error
 
 
 @pytest.mark.parametrize(

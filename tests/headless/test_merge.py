@@ -349,6 +349,10 @@ REFUSED = [
     (("--lora", "wide.safetensors"), "is a LoRA for another Stage C"),
     (("--lora", "plain.safetensors", "--force"), "The weights do not fit StageC: 1 missing (clf.1.bias)"),
     (("--lora", "sick.safetensors"), "holds NaN or infinity"),
+    (
+        ("--lora", "plain.safetensors", "--lora", "tokens.safetensors"),
+        "tokens.safetensors teaches tokens alone, which no merged file holds; leave it out here and load it beside",
+    ),
 ]
 
 
@@ -359,6 +363,8 @@ def test_nothing_is_written_where_something_is_wrong(arguments, message, folder,
     write_adapter("wide.safetensors", Adapter("wide", "kohya", {"clip_txt_mapper": wide}), "kohya")
     sick = LowRank(torch.full((2, 40), torch.nan), torch.ones(48, 2))
     write_adapter("sick.safetensors", Adapter("sick", "kohya", {"clip_txt_mapper": sick}), "kohya")
+    tokens = (LearnedToken("star", torch.ones(1, 64)),)
+    write_adapter("tokens.safetensors", Adapter("tokens", "embedding", tokens=tokens), "embedding")
     if "--force" in arguments:  # of a file that is not whole
         write_safetensors("in.safetensors", {n: t for n, t in stage_c().items() if n != "clf.1.bias"}, ABOUT)
     before = sorted(folder.iterdir())
