@@ -86,6 +86,7 @@ class Compared:
         self.reference, self.errors = Reference(), {}
 
     compile_ahead = staticmethod(operations.compile_ahead)
+    can_capture = staticmethod(operations.can_capture)
 
     def pack(self, weight: Tensor | list[Tensor]) -> dict[str, Any]:
         return {"computed": fp8.pack(weight), "expected": self.reference.pack(weight)}
