@@ -84,9 +84,16 @@ def modulate_norm_(x: Tensor, scale_shift: Tensor, bias: Tensor, eps: float = EP
     return rows
 
 
-def project(x: Tensor | Rows, weight: QuantisedWeight, bias: Tensor) -> Tensor:
-    """(B, N, C) -> (B, N, C_out)"""
-    return _product("linear_e4m3", _quantised(x), weight, bias)
+def project(x: Tensor | Rows, weight: QuantisedWeight | list[QuantisedWeight], bias: Tensor) -> Tensor:
+    """One product, or one for each of several weights side by side.  (B, N, C) -> (B, N, C_out)"""
+    rows = _quantised(x)
+    if isinstance(weight, QuantisedWeight):
+        return _product("linear_e4m3", rows, weight, bias)
+    out = empty((*rows.rows8.shape[:2], len(bias)), rows.rows8, rows.dtype)
+    widths = [len(part.weight8) for part in weight]
+    for columns, part, part_bias in zip(out.split(widths, dim=-1), weight, bias.split(widths), strict=True):
+        columns.copy_(_product("linear_e4m3", rows, part, part_bias))
+    return out
 
 
 def channelwise_(

@@ -166,6 +166,13 @@ def test_it_follows_the_weights():
     assert torch.equal(forward(engine, *call), before)
 
 
+def test_weights_that_are_not_side_by_side_are_multiplied_one_by_one():
+    x, bias = torch.randn(2, 9, 32), torch.randn(48)
+    weights = [fp8.pack(torch.randn(16, 32)) for _ in range(3)]
+    joined = fp8.QuantisedWeight(*(torch.cat(parts) for parts in zip(*weights, strict=True)))
+    assert torch.equal(fp8.project(x, weights, bias), fp8.project(x, joined, bias))
+
+
 def test_repeats_share_their_weights():
     network, packed = build(StageB, STAGE_B), []
 
