@@ -20,6 +20,7 @@ InputsOf = Callable[[str], Mapping[str, InputInfo] | None]
 _WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 _NOTES = ("Note", "MarkdownNote")
 _REROUTE, _PRIMITIVE = "Reroute", "PrimitiveNode"  # known to the canvas alone
+_GROUPS = ("workflow>", "workflow/")  # before the name of a group node
 _MUTED, _BYPASSED = 2, 4  # LiteGraph's modes
 _SEEDS = ("seed", "noise_seed")  # below which the canvas has always put a widget for what becomes of them
 _AFTER_A_RUN = ("fixed", "increment", "decrement", "randomize")
@@ -55,6 +56,8 @@ class _Workflow:
     def __init__(self, workflow: dict[str, Any], name: str, inputs_of: InputsOf):
         self.name, self.inputs_of = name, inputs_of
         self.nodes: dict[str, dict[str, Any]] = {str(node["id"]): node for node in workflow["nodes"]}
+        subgraphs = (workflow.get("definitions") or {}).get("subgraphs") or []
+        self.subgraphs = {subgraph["id"]: subgraph.get("name", "") for subgraph in subgraphs}
         # Where each link comes from; newer workflows write links as objects.
         self.origins: dict[Any, tuple[str, int]] = {}
         for link in workflow.get("links") or []:
@@ -73,6 +76,12 @@ class _Workflow:
 
     def _node(self, node_id: str, node: dict[str, Any]) -> dict[str, Any]:
         class_type = node["type"]
+        group = self._group(class_type) if isinstance(class_type, str) else None
+        if group is not None:
+            raise CascadeError(
+                f"{self.name} is a workflow of the canvas with {group} (id {printable(node_id, 80)}), which the canvas "
+                "alone takes apart; there, choose File > Export (API) and run that file."
+            )
         declared = self.inputs_of(class_type) if isinstance(class_type, str) else None
         if declared is None:
             raise CascadeError(
@@ -95,6 +104,15 @@ class _Workflow:
             "inputs": inputs,
             **({"_meta": {"title": title}} if isinstance(title, str) else {}),
         }
+
+    def _group(self, class_type: str) -> str | None:
+        """What holds other nodes and is no node of a server's, in words.
+
+        Versions of the canvas differ in where they save the values of its widgets, so that they cannot be told for sure.
+        """
+        if class_type in self.subgraphs:
+            return f"the subgraph {quoted(self.subgraphs[class_type])}"
+        return f"the group node {quoted(class_type[9:])}" if class_type.startswith(_GROUPS) else None
 
     def _source(self, link: Any) -> Any:
         """What a link carries: [node id, output] past reroutes and bypassed nodes, a primitive's value, or None."""

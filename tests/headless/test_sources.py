@@ -276,3 +276,28 @@ def test_one_seed_for_all_samplers():
 def test_a_graph_without_a_seed():
     with pytest.raises(CascadeError, match=r"^The graph has no seed to set; name the node and its input"):
         prepared(Source(COPY), ["seed=random"], nothing_known, Drawn())
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("f2fdebf6-dfaf-43b6-9eb2-7f70613cfdc1", "the subgraph 'Text to image'"),
+        ("workflow>Loaders", "the group node 'Loaders'"),
+        ("workflow/Loaders", "the group node 'Loaders'"),
+    ],
+)
+def test_groups_of_the_canvas_are_named(kind, named, folder):
+    """No server knows them, so that --server would not help."""
+    workflow = copy.deepcopy(CANVAS)
+    workflow["nodes"].append({"id": 9, "type": kind, "mode": 0})
+    subgraph = {
+        "id": "f2fdebf6-dfaf-43b6-9eb2-7f70613cfdc1",
+        "name": "Text to image",
+        "nodes": [],
+        "links": [],
+    }
+    workflow["definitions"] = {"subgraphs": [subgraph]}
+    (folder / "a.json").write_text(json.dumps(workflow))
+    assert refusal(folder / "a.json").endswith(
+        f"with {named} (id 9), which the canvas alone takes apart; there, choose File > Export (API) and run that file."
+    )
