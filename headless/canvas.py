@@ -108,7 +108,7 @@ class _Workflow:
     def _group(self, class_type: str) -> str | None:
         """What holds other nodes and is no node of a server's, in words.
 
-        Versions of the canvas differ in where they save the values of its widgets, so that they cannot be told for sure.
+        Versions of the canvas differ in where they save the values of its widgets, so that none is taken for sure.
         """
         if class_type in self.subgraphs:
             return f"the subgraph {quoted(self.subgraphs[class_type])}"

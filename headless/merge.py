@@ -62,13 +62,21 @@ class Merge:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of a command that takes for strengths of a LoRA numbers alone, where argparse takes IN and OUT as well."""
+    """Parser of a command whose words may stand anywhere.
+
+    argparse takes IN and OUT for strengths of a LoRA, and refuses names behind an option that others stand before.
+    """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         namespace, unknown = super().parse_known_args(_loras_last(list(args or ())), namespace)
-        if unknown:  # said here, with the usage of this command
+        names = [
+            entry.dest for entry in self._actions if not entry.option_strings and entry.nargs in ("*", "+")
+        ]
+        if names and not any(word.startswith("-") for word in unknown):
+            setattr(namespace, names[0], [*getattr(namespace, names[0]), *unknown])
+        elif unknown:  # said here, with the usage of this command
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return namespace, unknown
+        return namespace, []
 
 
 def _loras_last(words: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from .graph import Graph, check_json, check_shape, parse_json, read_bytes
 from .patterns import fill_in_prefixes
 from .results import Observer
 from .seeds import draw_seeds
+from .summary import FILE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ def read_source(path: Path, inputs_of: InputsOf) -> Source:
     Raises CascadeError where the file is missing, too large, or holds no graph.
     """
     name = printable(str(path))
+    if path.suffix.lower() in FILE_SUFFIXES:
+        raise CascadeError(
+            f"{name} is named as weights are, which hold no graph; give a graph or a picture, or see `cascade show`."
+        )
     if starts_as_picture(path):
         return _of_picture(path, name, inputs_of)
     return source_of(parse_json(read_bytes(path), name), name, inputs_of)

@@ -297,3 +297,13 @@ def test_an_amount_of_memory_that_is_none(tmp_path, capsys):
     assert capsys.readouterr().err == (
         "error: 'six' is not an amount of memory; write one such as 6GB, 5.5GiB or 800MB.\n"
     )
+
+
+def test_names_behind_an_option(capsys):
+    assert main(["nodes", "SaveImage", "--json", "KSampler"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"SaveImage", "KSampler"}
+    assert main(["fetch", "stage_a.safetensors", "--to", "x", "nothing"]) == 1
+    assert "no published file or workflow 'nothing'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["nodes", "SaveImage", "--foo"])
+    assert "usage: cascade nodes" in capsys.readouterr().err

@@ -301,3 +301,10 @@ def test_groups_of_the_canvas_are_named(kind, named, folder):
     assert refusal(folder / "a.json").endswith(
         f"with {named} (id 9), which the canvas alone takes apart; there, choose File > Export (API) and run that file."
     )
+
+
+def test_weights_are_no_graph(folder):
+    (folder / "a.gguf").write_bytes(b"GGUF")
+    assert "is named as weights are, which hold no graph; give a graph or a picture" in refusal(
+        folder / "a.gguf"
+    )
