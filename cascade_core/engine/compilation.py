@@ -70,6 +70,10 @@ class Compilation:
         self._process.stdout.read()
         self._process.wait()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compilation:
+        """A copy of a network waits for the same process."""
+        return self
+
     def finish(self) -> None:
         """Waits for a process that compiles already, and ends one that still prepares to: who began first is done
         first.

@@ -41,39 +41,53 @@ def usual_forward(
     size: tuple[int, int] = SIZE,
     batch: int = BATCH,
 ) -> Callable[[], object]:
-    """A forward of a network of this configuration, to be called where a card is `described`.
+    """A forward of a network of this configuration on the meta device, to be called where a card is `described`.
 
     size: of the picture, (height, width); batch: of what Stage C or B computes at once
     """
+    engine = usual_engine(config, dtype, precision)
+    return lambda: call_as_usual(engine, dtype, size, batch)
+
+
+def usual_engine(
+    config: Any, dtype: torch.dtype, precision: Precision = "exact", device: torch.device | None = None
+) -> Any:
+    """The engine of a network of this configuration, but no deeper than launches every kernel. device: or meta"""
     if hasattr(config, "blocks"):
-        config = replace(
-            config, blocks=tuple(tuple(min(count, BLOCKS) for count in half) for half in config.blocks)
-        )
-    with torch.device("meta"):
+        blocks = tuple(tuple(min(count, BLOCKS) for count in half) for half in config.blocks)
+        config = replace(config, blocks=blocks)
+    with device or torch.device("meta"):
         network: Any = NETWORKS[type(config)](config)
     network = network.to(dtype).eval().requires_grad_(False)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     if isinstance(network, StageA):
-        decoder = DecoderEngine(network, notify=_fail)
-        return lambda: decoder(empty(1, config.c_latent, *stage_b_size(*size)))
+        return DecoderEngine(network, notify=_fail)
     if isinstance(network, StageC) and dtype == torch.float16:
         scale_residual_stream(network)
-    engine, noise_cond, semantic = (
-        Engine(network, precision=precision, notify=_fail),
-        torch.ones(batch),
-        stage_c_size(*size),
-    )
+    return Engine(network, precision=precision, notify=_fail)
+
+
+def call_as_usual(
+    engine: Any, dtype: torch.dtype, size: tuple[int, int] = SIZE, batch: int = BATCH
+) -> object:
+    """Calls an engine of `usual_engine` with inputs of the usual shapes, of any values."""
+    network: Any = engine.stage_a if isinstance(engine, DecoderEngine) else engine.network
+    device = next(network.parameters()).device
+    semantic, latent = stage_c_size(*size), stage_b_size(*size)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    if isinstance(engine, DecoderEngine):
+        return engine(empty(1, network.config.c_latent, *latent))
+    config, noise_cond = network.config, torch.ones(batch)
     if isinstance(network, StageB):
-        return lambda: engine(
-            empty(batch, config.c_in, *stage_b_size(*size)),
+        return engine(
+            empty(batch, config.c_in, *latent),
             noise_cond,
             clip=empty(batch, 1, config.c_clip),
             effnet=empty(batch, config.c_effnet, *semantic),
         )
-    return lambda: engine(
+    return engine(
         empty(batch, config.c_in, *semantic),
         noise_cond,
         clip_text=empty(batch, TEXT_TOKENS, config.c_clip_text),

@@ -1,12 +1,15 @@
-"""A first picture's Stage A on a described card, with its kernels compiled in the background: how many are found.
+"""First forwards whose kernels were compiled in a process beside: how many are found, how many compiled anew.
 
-A program of its own, as `compiled_kernels.py` is. Prints JSON.
+    python -m cascade_nodes.tests.engine.compiled_in_background StageAConfig [--card]
+
+A program of its own, as `compiled_kernels.py` is. On a card that is described, or (--card) on the one that is here,
+where weights and inputs are of any values. Prints JSON.
 """
 
+import argparse
 import json
 import os
 import sys
-import threading
 
 import torch
 import triton
@@ -14,34 +17,43 @@ import triton
 from cascade_nodes.cascade_core.engine import compilation
 from cascade_nodes.cascade_core.engine.card import Card, described
 from cascade_nodes.cascade_core.engine.kernels.described import compile_for
-from cascade_nodes.cascade_core.engine.vqgan import DecoderEngine
-from cascade_nodes.cascade_core.networks.config import StageAConfig
-from cascade_nodes.cascade_core.networks.stage_a import StageA
+from cascade_nodes.cascade_core.engine.usual_forwards import call_as_usual, usual_engine
+from cascade_nodes.cascade_core.networks import config as configurations
 
 CARD = Card((8, 6), "NVIDIA GeForce RTX 3060", 28)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config")
+    parser.add_argument("--card", action="store_true")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--precision", default="exact")
+    arguments = parser.parse_args()
+    device = torch.device("cuda", 0) if arguments.card else torch.device("meta")
     os.cpu_count = lambda: compilation.CORES
     hits: list[bool] = []
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)  # type: ignore[assignment]
-    meta = torch.device("meta")
-    with meta:
-        network = StageA(StageAConfig()).to(torch.bfloat16).requires_grad_(False).eval()
-    engine = DecoderEngine(network)
+    dtype = DTYPES[arguments.dtype]
+    config = getattr(configurations, arguments.config)()
+    engine = usual_engine(config, dtype, arguments.precision, device)
     with described(CARD):
-        engine.compile_in_background(meta)
-        running = engine._compilation
-        assert running is not None
-        running._has_begun.wait()
-    compile_for(CARD, lambda: engine(torch.empty(1, 4, 256, 256, dtype=torch.bfloat16, device=meta)))
+        engine.compile_in_background(device)
+    running = engine._compilation
+    assert running is not None
+    running._has_begun.wait()
+    if arguments.card:
+        call_as_usual(engine, dtype)
+        torch.cuda.synchronize()
+    else:
+        compile_for(CARD, lambda: call_as_usual(engine, dtype))
     with described(CARD):
-        again = compilation.begin(network, meta)
+        engine.compile_in_background(device)
     report = {
         "found": hits.count(True),
         "compiled": hits.count(False),
-        "again": again is not None,
-        "threads": [thread.name for thread in threading.enumerate() if thread.name.startswith("cascade")],
+        "again": engine._compilation is not None,
     }
     sys.stdout.write(json.dumps(report))
 

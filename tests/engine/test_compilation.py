@@ -39,13 +39,13 @@ def stage_a(monkeypatch, tmp_path):
 
 
 def test_the_first_forward_finds_the_kernels_of_the_process_beside_it(tmp_path):
-    program = [sys.executable, "-m", "cascade_nodes.tests.engine.compiled_in_background"]
+    program = [sys.executable, "-m", "cascade_nodes.tests.engine.compiled_in_background", "StageAConfig"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     report = json.loads(result.stdout)
     assert report.pop("found") > 3
-    assert report == {"compiled": 0, "again": False, "threads": []}
+    assert report == {"compiled": 0, "again": False}
     assert len(list(tmp_path.glob("cascade-*"))) == 1
 
 
