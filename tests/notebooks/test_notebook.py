@@ -65,7 +65,8 @@ def executed(tmp_path_factory) -> Shown:
     notebook.cells = [counting, *cells, counted]
     folder = tmp_path_factory.mktemp("notebook")
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
-    client.execute(env={**os.environ, "IPYTHONDIR": str(folder / "ipython")})
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where `cascade` is
+    client.execute(env={**os.environ, "IPYTHONDIR": str(folder / "ipython"), "PATH": path})
     pictures = {cell["id"]: pictures_of(cell) for cell in cells if cell.cell_type == "code"}
     return Shown(pictures, json.loads(counted.outputs[0].text))
 
@@ -135,7 +136,7 @@ print(json.dumps([files, CANNY, LORA, asdict(cascade.prior_settings), asdict(cas
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    files, canny, lora, prior, decoder, size = json.loads(run.stdout)
+    files, canny, lora, prior, decoder, size = json.loads(run.stdout.splitlines()[-1])
     assert {**files, "controlnet": canny} == {role: file.saved_as for role, file in fetched.items()}
     assert lora is None  # none was published
     published = json.loads((ROOT / "example_workflows" / "api" / "text_to_image_published.json").read_text())
@@ -206,6 +207,11 @@ def test_the_lora_teaches_its_word(shown):
     without, taught = shown["lora"]
     assert ("red", "house") not in things(without, taught=True)
     assert things(taught, taught=True) == [("red", "house")]
+
+
+def test_the_command_makes_a_picture_too(shown):
+    (picture,) = shown["command"]
+    assert things(picture) == STAR_AND_RING
 
 
 def test_the_reconstruction_is_the_picture(shown):
