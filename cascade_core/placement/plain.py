@@ -11,6 +11,7 @@ from torch import nn
 
 from ..accelerators import free_bytes, trim
 from ..adapters.apply import Patch, patched
+from ..networks.precision import cast_dtype, dtype_on_device
 from .device import out_of_memory
 from .placement import WeightConsumer
 
@@ -126,6 +127,7 @@ class _Present:
         self.consumers: WeakSet[WeightConsumer] = WeakSet()
         self.in_use = 0  # runs
         self._moved = False
+        self._dtype = cast_dtype(network)
         self._entries: list[tuple[dict[str, Any], str, torch.Tensor]] = [
             (tensors, name, tensor)
             for module in network.modules()
@@ -141,7 +143,8 @@ class _Present:
         with torch.no_grad():
             for tensors, name, tensor in self._entries:
                 if id(tensor) not in moved:
-                    value = tensor.detach().to(device)
+                    stored = tensor.detach()
+                    value = stored.to(dtype_on_device(stored.dtype, self._dtype)).to(device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     moved[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
                 tensors[name] = moved[id(tensor)]
@@ -156,4 +159,7 @@ class _Present:
 
 
 def _bytes(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    """Bytes of its weights as they are on the device."""
+    dtype = cast_dtype(network)
+    tensors = (*network.parameters(), *network.buffers())
+    return sum(tensor.numel() * dtype_on_device(tensor.dtype, dtype).itemsize for tensor in tensors)
