@@ -302,7 +302,7 @@ def test_an_amount_of_memory_that_is_none(tmp_path, capsys):
 def test_names_behind_an_option(capsys):
     assert main(["nodes", "SaveImage", "--json", "KSampler"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == {"SaveImage", "KSampler"}
-    assert main(["fetch", "stage_a.safetensors", "--to", "x", "nothing"]) == 1
+    assert main(["fetch", "stage_a", "--to", "x", "nothing"]) == 1
     assert "no published file or workflow 'nothing'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["nodes", "SaveImage", "--foo"])
