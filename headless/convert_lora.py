@@ -107,7 +107,7 @@ def convert_lora(
     Raises CascadeError, and writes nothing, on failure.
     """
     from ..cascade_core import limits
-    from ..cascade_core.adapters import check_finite, describe_file, read_adapter, write_adapter
+    from ..cascade_core.adapters import check_finite_adapter, describe_file, read_adapter, write_adapter
     from ..cascade_core.adapters.write import PARTS as NOTHING
     from ..cascade_core.adapters.write import cautions
 
@@ -119,7 +119,7 @@ def convert_lora(
     config = None if model is None else stage_c_config(model)
     adapter = read_adapter(source, config, limits.real_number("alpha", alpha, limits.ALPHA), filters)
     _check_whole(adapter, config, partial)
-    check_finite(adapter)
+    check_finite_adapter(adapter)
     lines = describe_file(adapter)
     if without:
         lines.append(f"Left out: {', '.join(without)}")

@@ -277,7 +277,7 @@ def _read_loras(
     """The lines that tell of the LoRAs, and their patches of each network."""
     from ..cascade_core import limits
     from ..cascade_core.adapters import (
-        check_finite,
+        check_finite_adapter,
         check_fits,
         describe_adapter,
         describe_unknown,
@@ -291,7 +291,7 @@ def _read_loras(
     for lora in job.loras:
         adapter = read_adapter(lora.path, config, alpha, job.filters)
         check_fits(adapter, config)
-        check_finite(adapter)
+        check_finite_adapter(adapter)
         if not (adapter.stage_c or adapter.text):
             raise CascadeError(
                 f"{adapter.name} teaches tokens alone, which no merged file holds; leave it out here and load it "

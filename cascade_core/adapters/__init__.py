@@ -6,7 +6,7 @@ from .adapter import Adapter
 from .changes import Change, LowRank
 from .compatibility import (
     adapter_facts,
-    check_finite,
+    check_finite_adapter,
     check_finite_changes,
     check_fits,
     describe_adapter,
@@ -23,7 +23,7 @@ __all__ = [
     "LearnedToken",
     "LowRank",
     "adapter_facts",
-    "check_finite",
+    "check_finite_adapter",
     "check_finite_changes",
     "check_fits",
     "describe_adapter",

@@ -17,32 +17,30 @@ from ..checkpoints.files import FLOATING
 from ..errors import CascadeError, quoted
 from .changes import (
     Change,
-    ColumnRotation,
     Difference,
     Hadamard,
     Kronecker,
     LowRank,
     Replacement,
-    RowRotation,
     Scaling,
     belong_together,
 )
 from .names import is_convolution
 from .peft import LARGEST_ALPHA, with_singular_values
+from .rotations import ColumnRotation, RowRotation
 
 # What stands after a layer's name in one program or another, and what it is.
 ENDINGS = {
-    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora_A", ".lora.down.weight",
+    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora_A", ".lora.down.weight",
                      "_lora.down.weight", ".lora_linear_layer.down.weight"), "down"),
-    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora_B", ".lora.up.weight",
+    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora_B", ".lora.up.weight",
                      "_lora.up.weight", ".lora_linear_layer.up.weight"), "up"),
     **dict.fromkeys((".lora_E", ".lora_E.default"), "singular"),
     ".lora_mid.weight": "mid",
     ".lora_B.bias": "up_bias",
     ".alpha": "alpha",
     **dict.fromkeys((".dora_scale", ".magnitude"), "magnitude"),
-    **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight",
-                     ".lora_magnitude_vector.default.weight"), "row_magnitude"),
+    **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight"), "row_magnitude"),
     **dict.fromkeys((".diff", ".w_norm"), "diff"),
     **dict.fromkeys((".diff_b", ".b_norm"), "diff_b"),
     **{f".{part}": part for part in (

@@ -45,7 +45,7 @@ def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = 
     )
 
 
-def check_finite(adapter: Adapter) -> None:
+def check_finite_adapter(adapter: Adapter) -> None:
     """Raises CascadeError where anything that an adapter holds is NaN or infinity. Reads every tensor."""
     for changes in (adapter.stage_c, adapter.text):
         check_finite_changes(changes, adapter.name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .changes import Change, Difference, Hadamard, Kronecker, RowRotation, Scaling
+from .changes import Change, Difference, Hadamard, Kronecker, Scaling
 from .names import is_convolution
+from .rotations import RowRotation
 
 
 def algorithm_in_file(target: str, change: Change) -> str | None:

@@ -84,7 +84,8 @@ def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) ->
             return alphas[network](inside, rank)
         return alphas[""](name, rank) if "" in alphas else alpha or None
 
-    return StatedAlpha(of, " ".join(notes), networks.get("", {}), bool(alpha))
+    config = next(iter(networks.values())) if len(networks) == 1 else {}
+    return StatedAlpha(of, " ".join(notes), config, bool(alpha))
 
 
 def assumed_alpha(name: str) -> str:

@@ -6,6 +6,7 @@ table for all programs, mixtures included; which dialect a file is of is asked o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..checkpoints.files import FLOATING, read_safetensors
 from ..checkpoints.foreign import EMBEDDING, foreign_name
 from ..checkpoints.layouts import WRAPPERS, parts_in, without_wrapped_modules
 from ..checkpoints.load import PART_NAMES
-from ..checkpoints.quantised import FP8
+from ..checkpoints.quantised import FP8, unscaled
 from ..checkpoints.source import is_counter
 from ..errors import CascadeError, printable
 from ..networks.config import StageCConfig
@@ -37,6 +38,10 @@ from .peft import StatedAlpha, assumed_alpha, stated_alpha
 _LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 _BUNDLED, _BUNDLED_ENDINGS = "bundle_emb.", (".clip_g", ".clip_g_out", ".string_to_param.*")
 _PEFT = "base_model.model."
+# What PEFT calls an adapter in a model in memory, `default` if nothing else was said; its files leave it out.
+_ADAPTER_NAME = re.compile(
+    r"(?:(\.lora_[AB]|\.lora_magnitude_vector)|\.modules_to_save)\.[^.]+(?=\.(?:weight|bias)$)"
+)
 _LORA_WRAPPERS = {*WRAPPERS} - {"decoder"}  # which is Stage B's, and its layers have the same names
 _EMBEDDING = ("clip_g", "clip_g_out", "emb_params", "string_to_param.*")
 
@@ -97,13 +102,14 @@ def _without_effect(name: str) -> str:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors without what torch and trainers put around: wrappers in names, and lone numbers such as `step`.
+    """The tensors without what torch and trainers put around: wrappers and PEFT's name of the adapter in names, scales
+    of fp8, and lone numbers such as `step`.
 
     Those in fp8 become fp16, which holds every value of either fp8, and which torch can compute with.
     """
     unwrapped: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        plain = without_wrapped_modules(key)
+    for key, tensor in unscaled(name, tensors).items():
+        plain = _ADAPTER_NAME.sub(lambda found: found[1] or "", without_wrapped_modules(key))
         while plain.startswith("module."):
             plain = plain.removeprefix("module.")
         if plain in unwrapped:
@@ -145,7 +151,7 @@ def _token(token: str, vectors: Tensor, key: str, name: str) -> LearnedToken:
 
 def _named(tensors: Mapping[str, Tensor], name: str, alpha: StatedAlpha | None) -> Adapter:
     if alpha is not None and alpha.unread_type is not None:
-        stated = {printable(alpha.unread_type): ["by its adapter_config.json"]}
+        stated = {printable(alpha.unread_type): ["by its configuration"]}
         _refuse(other_algorithms(tensors) or stated, name)
     layers: dict[str, dict[str, Tensor]] = {}  # by the file's names
     keys: dict[str, list[str]] = {}
@@ -233,7 +239,7 @@ def _whole(key: str, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     parted = _parted(key, WHOLE)
     if parted is None or not (key.startswith(_PEFT) or f"{parted[0]}.on_input" in tensors):
         return None
-    return parted[0].removesuffix(".base_layer").removesuffix(".modules_to_save.default"), WHOLE[parted[1]]
+    return parted[0].removesuffix(".base_layer"), WHOLE[parted[1]]
 
 
 def _layer(layer: str, theirs: str, stated: StatedAlpha | None, name: str, asked: set[str]) -> Layer:

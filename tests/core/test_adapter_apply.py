@@ -11,15 +11,14 @@ from cascade_nodes.cascade_core import CascadeError, StageC, load_published_stat
 from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, changed_weight, patched
 from cascade_nodes.cascade_core.adapters.changes import (
-    ColumnRotation,
     Difference,
     Hadamard,
     Kronecker,
     Replacement,
-    RowRotation,
     Scaling,
 )
 from cascade_nodes.cascade_core.adapters.compatibility import check_finite_changes
+from cascade_nodes.cascade_core.adapters.rotations import ColumnRotation, RowRotation
 from cascade_nodes.tests.core.live_bytes import LiveBytes
 from cascade_nodes.tests.golden_weights import read_golden, relative_error
 

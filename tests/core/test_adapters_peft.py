@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.adapters import check_finite, parse_adapter, read_adapter
+from cascade_nodes.cascade_core.adapters import check_finite_adapter, parse_adapter, read_adapter
 from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
 from cascade_nodes.tests.core.test_adapters_published import CONFIG
 from cascade_nodes.tests.golden_weights import relative_error
@@ -98,7 +98,7 @@ def lora_config(**entries: object) -> dict[str, object]:
         (["LORA"], r"states the peft_type \['LORA'\], but one word such as LORA is expected"),
         ({}, "states the peft_type {}, but one word"),
         (1, "states the peft_type 1, but one word"),
-        ("NEW_LORA", r"another kind, NEW_LORA \(by its adapter_config.json\), which is not read"),
+        ("NEW_LORA", r"another kind, NEW_LORA \(by its configuration\), which is not read"),
         ("XLORA", "another kind, XLORA"),
     ],
 )
@@ -176,14 +176,14 @@ def test_fp8_holds_the_values_that_it_holds(dtype, tmp_path):
     tensors, _ = read_safetensors(FILES / "peft_lora" / "adapter_model.safetensors")
     stored = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     adapter = read_adapter(in_folder(tmp_path, lora_config(), stored))
-    check_finite(adapter)
+    check_finite_adapter(adapter)
     exact = parse_adapter({key: t.float() for key, t in stored.items()}, {}, "a", alpha=None)
     for layer, change in adapter.stage_c.items():
         assert torch.equal(change.tensors()["up"].float(), exact.stage_c[layer].tensors()["up"])
     if dtype.itemsize == 1:
         next(iter(stored.values())).view(torch.uint8).fill_(127)  # NaN in both
         with pytest.raises(CascadeError, match="holds NaN or infinity in"):
-            check_finite(read_adapter(in_folder(tmp_path, lora_config(), stored)))
+            check_finite_adapter(read_adapter(in_folder(tmp_path, lora_config(), stored)))
 
 
 def test_whole_modules_in_the_spelling_of_a_model_in_memory():
@@ -210,3 +210,30 @@ def test_what_is_given_without_effect_is_said(given, tmp_path):
             "no effect"
             in read_adapter(FILES / "official_attn.safetensors", alpha=8.0, stage_c=CONFIG).notes[0]
         )
+
+
+def test_the_adapters_name_in_a_model_in_memory(tmp_path):
+    tensors, _ = read_safetensors(FILES / "peft_lora" / "adapter_model.safetensors")
+    for name in ("default", "my-style"):
+        named = {key.replace(".weight", f".{name}.weight"): tensor for key, tensor in tensors.items()}
+        assert_as_merged(read_adapter(in_folder(tmp_path, lora_config(), named)))
+    with pytest.raises(CascadeError, match=r"lora_A\.weight stands twice, once as .*\.my-style\.weight"):
+        parse_adapter({**tensors, **named}, {}, "a")
+
+
+@pytest.mark.parametrize("ending", ["weight_scale", "scale_weight"])
+def test_scales_beside_fp8_count(ending):
+    tensors, _ = read_safetensors(FILES / "diffusers_prior.safetensors")
+    scaled = {key: (tensor / 2).to(torch.float8_e4m3fn) for key, tensor in tensors.items()}
+    scales = {key.removesuffix("weight") + ending: torch.tensor(2.0) for key in tensors}
+    plain = parse_adapter({key: t.float() * 2 for key, t in scaled.items()}, {}, "a")
+    for layer, change in parse_adapter({**scaled, **scales}, {}, "a").stage_c.items():
+        assert torch.equal(change.tensors()["up"].float(), plain.stage_c[layer].tensors()["up"])
+
+
+def test_a_kind_that_diffusers_metadata_states_is_refused(tmp_path):
+    tensors, metadata = read_safetensors(FILES / "diffusers_prior.safetensors")
+    header = {key: text.replace('"LORA"', '"VERA"') for key, text in metadata.items()}
+    write_safetensors(tmp_path / "a.safetensors", tensors, header)
+    with pytest.raises(CascadeError, match="another kind, VERA"):
+        read_adapter(tmp_path / "a.safetensors")

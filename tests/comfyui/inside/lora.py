@@ -20,7 +20,8 @@ from torch import Tensor
 import nodes
 from cascade_nodes.cascade_core import checkpoints
 from cascade_nodes.cascade_core.adapters import Adapter, LearnedToken, LowRank, read_adapter, write_adapter
-from cascade_nodes.cascade_core.adapters.changes import Change, Difference, Hadamard, Kronecker, RowRotation
+from cascade_nodes.cascade_core.adapters.changes import Change, Difference, Hadamard, Kronecker
+from cascade_nodes.cascade_core.adapters.rotations import RowRotation
 from cascade_nodes.cascade_core.adapters.tokens import NewToken
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.demo.pipeline import WEIGHTS
