@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.machinery import ModuleSpec
@@ -66,10 +66,16 @@ def main_memory(pid: int | str = "self") -> dict[str, int]:
     return {kind: 1024 * int(found.get(name, found.get("Pss", 0))) for kind, name in names.items()}
 
 
-def taken(pids: Any) -> int:
-    """Bytes of main memory that processes take, the pages of mapped files apart."""
-    memory = [main_memory(pid) for pid in pids]
-    return sum(kinds.get("anonymous", 0) + kinds.get("shared", 0) for kinds in memory)
+def taken(pids: Iterable[int | str]) -> int:
+    """Bytes of main memory that processes take, the pages of mapped files apart, told at once."""
+    found: list[str] = []
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        found += re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", text, re.MULTILINE)
+    return 1024 * sum(map(int, found))
 
 
 # What the project sees of the machine
@@ -103,7 +109,12 @@ def limit_card(settings: Settings) -> None:
     def get_device_properties(*arguments: Any, **options: Any) -> Any:
         return SmallerCard(real_properties(*arguments, **options), size)
 
+    def get_device_capability(device: Any = None) -> tuple[int, int]:
+        properties = real_properties(device)
+        return properties.major, properties.minor
+
     replaced: dict[str, Callable[..., Any]] = {
+        "get_device_capability": get_device_capability,  # of the real card: Triton compiles for it
         "mem_get_info": mem_get_info,
         "get_device_properties": get_device_properties,
         "get_per_process_memory_fraction": lambda *_: 1.0,  # of the card that is told
