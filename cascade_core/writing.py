@@ -67,7 +67,7 @@ def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
             # Or else a network drive lost its first answer, and asked itself again.
             if temporary.stat().st_nlink == 1:
                 continue
-        except OSError:  # a file system without hard links, or a target that moving cannot reach either
+        except (OSError, AttributeError):  # no hard links, or a target that moving cannot reach either
             if not _moved(temporary, target):
                 continue
         return target
