@@ -108,7 +108,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-class Watch:
+class MemoryMonitor:
     """Looks at a process's memory and ends it where it takes more than there would be. Peaks in bytes, by cell."""
 
     def __init__(self, process: subprocess.Popen[Any], settings: Settings):
@@ -167,7 +167,7 @@ def rehearse(settings: Settings, folder: Path) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "rehearsed.py"), "cells", json.dumps(asdict(settings))]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    watch = Watch(process, settings)
+    watch = MemoryMonitor(process, settings)
     cells: list[dict[str, Any]] = []
     for line in process.stdout:
         event = json.loads(line)
