@@ -34,7 +34,7 @@ from .card import card_of
 SWITCH = "CASCADE_COMPILE_AHEAD"  # of the environment: "0" starts no processes
 CORES = 4  # from which on a machine has some to spare
 MEMORY = 4 * 2**30  # bytes of main memory that have to be free; a process takes less than one
-LONGEST = 60  # seconds that a forward waits for a process
+LONGEST = 10  # seconds that a forward waits for a process: on a busy machine it is sooner done by itself
 PROCESS = """
 import sys, types
 core = types.ModuleType("cascade_core")  # whatever the package is called here, and without its front door
