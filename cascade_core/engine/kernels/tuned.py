@@ -1,8 +1,8 @@
 """Tile configurations of fused matrix products, and the table of the fastest measured ones.
 
 `benchmarks/tune_products.py` writes `tuned.json`: by device, function of products.py and size "MxNxK", the fields of a
-Config, or "cublas" where PyTorch's own product followed by separate kernels is faster. A device without an entry uses
-that of a device of the same compute capability (an H200 the H100's).
+Config, or "cublas" where PyTorch's own product followed by separate kernels is faster. What was
+not measured on a device is as on another of the same compute capability (an H200 has what an H100 has).
 """
 
 from __future__ import annotations
@@ -79,10 +79,13 @@ def device_key(card: Card) -> str:
 
 
 def for_device(table: dict[str, Any], key: str) -> dict[str, Any]:
-    """The entry of a device, or of the first one with its compute capability, or {}."""
+    """By function, what was measured on the device, or on the first other one with its compute capability."""
     capability, _, _ = key.partition(" ")
-    same = (entry for name, entry in table.items() if name.split()[0] == capability)
-    return table.get(key) or next(same, {})
+    names = [name for name in table if name.split()[0] == capability and name != key]
+    winners: dict[str, Any] = {}
+    for name in [*reversed(names), key]:
+        winners |= table.get(name, {})
+    return winners
 
 
 def nearest(winners: dict[str, Any], m: int, n: int, k: int) -> dict[str, Any] | str:
