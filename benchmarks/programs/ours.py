@@ -1,10 +1,12 @@
 """Programs of this project: the readable networks, the engine, and the engine with 8-bit products."""
 
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
 from cascade_nodes.cascade_core.engine import Engine
 from cascade_nodes.cascade_core.engine.vqgan import DecoderEngine
+from cascade_nodes.cascade_core.networks.quantisation import E4M3, quantise_network
 from ceilings import has_fp8
 from networks import CLASSES, Setup, random_network
 from picture import Program
@@ -36,7 +38,8 @@ class Ours:
         c, b, a = (self.network(kind) for kind in CLASSES)
         if name == EAGER:
             return Program(name, c, b, a.decode)
-        precision = "fp8" if name == FP8 else "exact"
-        engine_c, engine_b = (Engine(network, join=True, precision=precision) for network in (c, b))
+        if name == FP8:
+            c, b = (quantise_network(deepcopy(network), E4M3) for network in (c, b))
+        engine_c, engine_b = (Engine(network, join=True) for network in (c, b))
         self._engines += [engine_c, engine_b]
         return Program(name, engine_c, engine_b, DecoderEngine(a))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CascadeError, printable
+from ..networks.quantisation import is_quantised, quantise
 from .changes import Change
 from .names import parameter_name
 
@@ -45,19 +47,24 @@ def patched(
     """Applies patches to a network's weights inside the block; restores the very same tensors after it.
 
     Patches are applied one after the other; their order matters where a change is not a plain sum, as DoRA's. Each
-    changed weight is computed in
-    float32, cast to the weight's own dtype and placed on `device` (None: that of the weight). Nothing else is copied.
+    changed weight is computed in float32, cast to the weight's own dtype and placed on `device` (None: that of the
+    weight). An 8-bit one is computed from what it was quantised from, and quantised once. Nothing else is copied.
     Not thread-safe: the network itself is changed.
 
     Raises CascadeError for a change that the network has no layer for, or one of another shape.
     """
-    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+    originals: list[tuple[nn.Module, str, Any]] = []
     try:
         for target, steps in changes_by_target(patches).items():
             layer, name, original = parameter_of(network, target, steps[0][0])
             check_shape(original.shape, target, steps)
-            weight = apply_steps(original.detach().to(device or original.device), steps)
+            home = device or original.device
             originals.append((layer, name, original))
+            if is_quantised(layer, name):
+                originals.append((layer, "weight_scale", layer.weight_scale))
+                layer.put(quantise(apply_steps(layer.original_values(home), steps), original.dtype))
+                continue
+            weight = apply_steps(original.detach().to(home), steps)
             setattr(layer, name, nn.Parameter(weight.to(original.dtype), requires_grad=False))
         yield
     finally:
@@ -96,7 +103,7 @@ def apply_steps(weight: Tensor, steps: Steps) -> Tensor:
     return weight
 
 
-def parameter_of(network: nn.Module, target: str, patch: Patch) -> tuple[nn.Module, str, nn.Parameter]:
+def parameter_of(network: nn.Module, target: str, patch: Patch) -> tuple[Any, str, nn.Parameter]:
     """(layer, the parameter's name in it, the parameter) of a layer's name, which stands for its weight, or of another
     parameter's. Raises CascadeError, naming the patch, if the network has none.
     """

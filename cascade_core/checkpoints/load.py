@@ -16,6 +16,7 @@ from ..networks.controlnet import ControlNet
 from ..networks.inference import infer_config, stated_config
 from ..networks.precision import cast_on_the_way
 from ..networks.previewer import Previewer
+from ..networks.quantisation import QuantisedWeight, quantisable, quantise_network
 from ..networks.stage_a import StageA
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
@@ -24,7 +25,8 @@ from .files import FLOATING, read_safetensors
 from .foreign import foreign_name, is_ultrapixel
 from .layouts import parts_in
 from .pages import forget_pages, mapped_files
-from .source import read_weights
+from .quantised import as_float
+from .source import read_quantised, read_weights
 
 NETWORKS: dict[str, Any] = {
     "stage_a": StageA,
@@ -111,6 +113,8 @@ def load_model(
     read_ahead: bool = True,
     notify: Callable[[str], object] = logger.warning,
     placed: bool = False,
+    eight_bit: torch.dtype | None = None,
+    quantise_on: torch.device | None = None,
 ) -> tuple[nn.Module, str, dict[str, Any]]:
     """Loads a network in evaluation mode from a file of any layout or a folder of diffusers: (module, kind, config).
 
@@ -119,9 +123,18 @@ def load_model(
     read_ahead: bring them into memory now, for use from there; else they are read when first used.
     placed: they stay so, and are read and cast to `dtype` where placement takes them to a device.
     notify: is told where the number of heads is a guess.
+    eight_bit: the format of Stage B's and C's large weights (networks/quantisation.py): a file's own where it has them
+        in it, else made on the device `quantise_on`. `dtype` and `device` are then of the others.
     Raises CascadeError where the file cannot be read, is not of the kind `expect`, or is not whole.
     """
-    weights, metadata = read_weights(path, expect) if expect else read_safetensors(path)
+    stored: dict[str, QuantisedWeight] = {}
+    if expect is None:
+        weights, metadata = read_safetensors(path)
+    elif eight_bit is None:
+        weights, metadata = read_weights(path, expect)
+    else:
+        weights, stored, metadata = read_quantised(path, expect)
+        weights |= {name: _stand_in(weight) for name, weight in stored.items()}
     kind, config = identify(path, weights, metadata, expect)
     if kind in PUBLISHED_WIDTHS and "nhead" not in stated_config(metadata):
         levels = zip(config["c_hidden"], config["nhead"], strict=True)
@@ -132,17 +145,32 @@ def load_model(
         model = _build_on_meta(kind, config, operations)
         weights = split_attention(weights)
         check_weights(model, weights)  # before anything of the file is read
-        if placed:
+        large = {f"{name}.weight" for name, _ in quantisable(model)} if eight_bit is not None else set()
+        weights |= {name: as_float(weight) for name, weight in stored.items() if name not in large}
+        for name in large - stored.keys():
+            if weights[name].dtype == eight_bit:  # cast without a scale
+                stored[name] = QuantisedWeight(weights[name], torch.ones(len(weights[name])))
+        if placed and eight_bit is None:
             cast_on_the_way(model, dtype)
         else:
-            if read_ahead:
-                _read_ahead(weights.values())
+            if read_ahead and not placed:
+                _read_ahead(
+                    [*(t for t in weights.values() if not t.is_meta), *(w.weight8 for w in stored.values())]
+                )
             if dtype is not None or torch.device(device).type != "cpu":
-                weights = converted(weights, dtype, device)
+                others = {name: tensor for name, tensor in weights.items() if name not in large}
+                weights = {**weights, **converted(others, dtype, device)}
         model.load_state_dict(weights, strict=True, assign=True)
+        if eight_bit is not None:
+            quantise_network(model, eight_bit, stored, quantise_on)
     except CascadeError as error:
         raise CascadeError(f"{Path(path).name}: {error}") from error.__cause__
     return model.eval().requires_grad_(False), kind, config
+
+
+def _stand_in(weight: QuantisedWeight) -> Tensor:
+    """What a weight in 8 bits is compared with a network by."""
+    return torch.empty(weight.weight8.shape, dtype=torch.bfloat16, device="meta")
 
 
 def heads_notice(path: str | Path, widths: Iterable[int]) -> str:

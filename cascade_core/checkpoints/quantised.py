@@ -1,20 +1,24 @@
-"""fp8 weights with a scale each, as ComfyUI writes them today and wrote them before, and by name what is not read.
+"""8-bit weights with their scales, as ComfyUI writes them today and wrote them before, and by name what is not read.
 
-ComfyUI's present layout: beside an fp8 `….weight` its `weight_scale` (float32), `comfy_quant` (JSON as bytes, or all of
-them in the header as `_quantization_metadata`), and perhaps the `input_scale` of its fp8 products, which computing in
-higher precision does not need. Before: `scale_weight`, `scale_input`, and one `scaled_fp8` for the file.
+ComfyUI's present layout: beside an 8-bit `….weight` its `weight_scale` (float32), `comfy_quant` (JSON as bytes, or all
+of them in the header as `_quantization_metadata`), and perhaps the `input_scale` of its fp8 products, which we do not
+need. Before: `scale_weight`, `scale_input`, and one `scaled_fp8` for the file. ComfyUI's own fp8 weights have one scale
+each, its int8 weights one or one for each row; ours have one for each row, written as one where all are the same.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CascadeError, printable, quoted
+from ..networks.quantisation import E4M3, INT8, LARGEST, QuantisedWeight, rounded
 from .files import FLOATING
 
-FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}  # ComfyUI's names of them
+FP8 = {"float8_e4m3fn": E4M3, "float8_e5m2": torch.float8_e5m2}  # ComfyUI's names of them
+FORMAT_NAMES = {**FP8, "int8_tensorwise": INT8}
 _SCALES = (".weight_scale", ".scale_weight")
 _BESIDE = (*_SCALES, ".input_scale", ".scale_input", ".comfy_quant")
 # Part of a name that only one scheme writes, after a layer's name; the first match counts.
@@ -40,34 +44,39 @@ def quantisation(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | No
         if name.endswith(".comfy_quant") and not tensor.is_meta:
             conf = tensor.flatten()[:MOST_CONF].tolist() if tensor.dtype == torch.uint8 else []
             scheme = _format(name, bytes(conf))
-            if scheme not in FP8:
+            if scheme not in FORMAT_NAMES:
                 return f"ComfyUI's {printable(scheme, 40)}"
     for scheme in _header_formats(metadata or {}):
-        if scheme not in FP8:
+        if scheme not in FORMAT_NAMES:
             return f"ComfyUI's {printable(scheme, 40)}"
-    if any(
-        name.endswith(".weight") and tensor.dtype in (torch.int8, torch.uint8)
-        for name, tensor in tensors.items()
-    ):
-        return "8-bit whole numbers"
+    for name, tensor in tensors.items():
+        scaled = tensor.dtype == INT8 and scale_name(name, tensors) is not None
+        if name.endswith(".weight") and tensor.dtype in (INT8, torch.uint8) and not scaled:
+            return "8-bit whole numbers without scales"
     return None
 
 
 def _format(name: str, conf: bytes) -> str:
     try:
-        stated = json.loads(conf)["format"]
-    except (ValueError, RecursionError, TypeError, KeyError):
+        stated = _scheme(json.loads(conf))
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         stated = None
     if not isinstance(stated, str):
         raise CascadeError(f"{printable(name)} does not state a format as JSON; download the file again.")
     return stated
 
 
+def _scheme(stated: Any) -> Any:
+    """The format of a layer; weights that are rotated before they are rounded are another than its name says."""
+    rotated = stated.get("convrot") or (stated.get("params") or {}).get("convrot")
+    return f"{stated['format']} with convrot" if rotated else stated["format"]
+
+
 def _header_formats(metadata: Mapping[str, str]) -> set[str]:
     text = metadata.get(_HEADER)
     try:
         layers = json.loads(text)["layers"].values() if text else ()
-        return {str(layer["format"]) for layer in layers}
+        return {str(_scheme(layer)) for layer in layers}
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         raise CascadeError(
             f"The header's {_HEADER} is not JSON with layers and their formats; download the file again."
@@ -85,30 +94,65 @@ def is_beside(name: str) -> bool:
     return name.endswith(_BESIDE) or name == "scaled_fp8"
 
 
-def unscaled(file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Multiplies fp8 weights by their scales, to bf16; leaves everything else unchanged."""
+def split_quantised(
+    file: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, QuantisedWeight]]:
+    """(weights, those in 8 bits with a scale for each row); with other scales they are multiplied, to bf16."""
     weights = {name: tensor for name, tensor in tensors.items() if not is_beside(name)}
-    for name, tensor in weights.items():
+    quantised = {}
+    for name, tensor in list(weights.items()):
         scale = scale_name(name, tensors)
-        if scale is not None:
+        if scale is None:
+            continue
+        rows = _row_scale(tensor, checked_scale(file, name, tensor, tensors[scale]))
+        if rows is None or tensor.dtype not in LARGEST:
             weights[name] = rescaled(file, name, tensor, tensors[scale]).to(torch.bfloat16)
-    return weights
+        else:
+            quantised[name] = QuantisedWeight(weights.pop(name), rows)
+    return weights, quantised
+
+
+def as_float(weight: QuantisedWeight) -> Tensor:
+    """A weight of a file, in bf16."""
+    return dequantised(weight).to(torch.bfloat16)
+
+
+def dequantised(weight: QuantisedWeight) -> Tensor:
+    """A weight of a file in its own shape, in float32."""
+    weight8, scale = weight
+    return weight8.float() * scale.view(-1, *[1] * (weight8.ndim - 1))
 
 
 def rescaled(file: str, name: str, weight: Tensor, scale: Tensor) -> Tensor:
-    """A weight times its scale, in float32.
+    """A weight times its scale, in float32. Raises CascadeError as `checked_scale`."""
+    return weight.float() * checked_scale(file, name, weight, scale).float()
 
-    Raises CascadeError for a scale that would change its weight's shape: a product of a row and a column is as large
-    as a file claims, not as it is.
+
+def checked_scale(file: str, name: str, weight: Tensor, scale: Tensor) -> Tensor:
+    """A scale that broadcasts with its weight.
+
+    Raises CascadeError for one that would change its weight's shape: a product of a row and a column is as large as a
+    file claims, not as it is.
     """
     scale = _by_row(scale, weight)
-    floating = scale.dtype in FLOATING and weight.dtype in FLOATING
+    floating = scale.dtype in FLOATING and (weight.dtype in FLOATING or weight.dtype == INT8)
     if not (floating and _broadcasts(scale, weight) and scale.float().isfinite().all()):
         raise CascadeError(
             f"{file}: {printable(name)} has a scale that does not fit it ({quoted(tuple(scale.shape))} for "
             f"{quoted(tuple(weight.shape))}, expected finite numbers, one or one a row); download the file again."
         )
-    return weight.float() * scale.float()
+    return scale
+
+
+def _row_scale(weight: Tensor, scale: Tensor) -> Tensor | None:
+    """A scale that broadcasts, as one for each row (out,) float32; None where it differs along one."""
+    if weight.ndim < 2 or weight.numel() == 0:
+        return None
+    if scale.numel() == 1:
+        return scale.float().reshape(1).repeat(len(weight))
+    if scale.numel() == len(weight) == scale.shape[0] and scale.ndim == weight.ndim:
+        return scale.float().reshape(-1)
+    return None
 
 
 def _broadcasts(scale: Tensor, weight: Tensor) -> bool:
@@ -125,24 +169,38 @@ def _by_row(scale: Tensor, weight: Tensor) -> Tensor:
 
 
 def requantised(values: Tensor, dtype: torch.dtype, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(fp8 weight, its scale) of float32 values, by the largest of them; shaped and typed as `scale`."""
+    """(8-bit weight, its scale) of float32 values, by the largest of them; shaped and typed as `scale`."""
     like = _by_row(scale, values)
     whole = [size == 1 for size in (*[1] * (values.ndim - like.ndim), *like.shape)]
     shared = [dim for dim, one in enumerate(whole) if one]
     largest = values.abs().amax(shared, keepdim=True) if shared else values.abs()
-    made = largest / torch.finfo(dtype).max
+    made = largest / LARGEST[dtype]
     made = torch.where(made > 0, made, 1.0).to(scale.dtype)
-    return (values / made.float()).to(dtype), made.reshape(scale.shape)
+    return rounded(values / made.float(), dtype), made.reshape(scale.shape)
 
 
-def fp8_layout(name: str, values: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, Tensor]:
-    """A `….weight` in fp8 with its scale, in ComfyUI's present layout."""
-    weight, scale = requantised(values.float(), dtype, torch.ones(()))
+def fp8_layout(name: str, values: Tensor, dtype: torch.dtype = E4M3) -> dict[str, Tensor]:
+    """A `….weight` in fp8 with one scale, in ComfyUI's present layout and as its own cards' products take it."""
+    return stored_layout(name, *requantised(values.float(), dtype, torch.ones(())))
+
+
+def quantised_layout(name: str, weight: QuantisedWeight, shape: Sequence[int]) -> dict[str, Tensor]:
+    """A `….weight` of this shape in 8 bits, in ComfyUI's present layout.
+
+    Scales that are all the same become one: so a file of ComfyUI's comes back as it was.
+    """
+    weight8, scale = weight
+    same = not scale.is_meta and bool((scale == scale[0]).all())
+    return stored_layout(name, weight8.view(*shape), scale[0].clone() if same else scale[:, None])
+
+
+def stored_layout(name: str, weight8: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """The three tensors of an 8-bit weight in ComfyUI's present layout."""
     stem = name.removesuffix(".weight")
-    format_name = next(word for word, known in FP8.items() if known == dtype)
+    format_name = next(word for word, dtype in FORMAT_NAMES.items() if dtype == weight8.dtype)
     stated = json.dumps({"format": format_name}).encode()
     return {
-        name: weight,
+        name: weight8,
         f"{stem}.weight_scale": scale,
         f"{stem}.comfy_quant": torch.tensor(list(stated), dtype=torch.uint8),
     }

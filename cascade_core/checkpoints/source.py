@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..errors import CascadeError, printable, quoted
 from ..networks.inference import stated_table
+from ..networks.quantisation import QuantisedWeight
 from .control_blocks import stated_blocks
 from .files import read_header, read_json, read_safetensors
 from .foreign import foreign_name
 from .layouts import Layout, parts_in
-from .quantised import is_beside, quantisation, unscaled
+from .quantised import as_float, is_beside, quantisation, split_quantised
 
 # Where diffusers' folders keep each network, in the order to look; `prior_…` in those of the combined pipeline.
 SUBFOLDERS = {
@@ -49,11 +50,19 @@ def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[s
     A file without such a network is returned unchanged, so that the caller can say what it holds instead.
     Raises CascadeError where files are missing or damaged.
     """
+    weights, quantised, metadata = read_quantised(path, part)
+    return {**weights, **{name: as_float(weight) for name, weight in quantised.items()}}, metadata
+
+
+def read_quantised(
+    path: str | Path, part: str
+) -> tuple[dict[str, Tensor], dict[str, QuantisedWeight], dict[str, str]]:
+    """`read_weights`, with the weights that a file holds in 8 bits with their scales apart, as they are stored."""
     tensors, metadata, parts = read_named(path, part)
     if part not in parts:
-        return tensors, metadata
-    published = unscaled(Path(path).name, parts[part].to_published(tensors))
-    return {name: tensor for name, tensor in published.items() if not is_counter(name, tensor)}, metadata
+        return tensors, {}, metadata
+    weights, quantised = split_quantised(Path(path).name, parts[part].to_published(tensors))
+    return {name: t for name, t in weights.items() if not is_counter(name, t)}, quantised, metadata
 
 
 class NamedTensors(NamedTuple):
@@ -76,7 +85,8 @@ def read_named(path: str | Path, part: str) -> NamedTensors:
     scheme = quantisation(tensors, metadata)
     if scheme is not None and foreign_name(tensors) is None:
         raise CascadeError(
-            f"{located.name} holds {scheme}, which is not read; choose the network in bf16, fp16, float32 or fp8."
+            f"{located.name} holds {scheme}, which is not read; choose the network in bf16, fp16, float32, fp8 or int8 "
+            "(with scales)."
         )
     if "_class_name" in (config := stated_table(metadata)):  # diffusers' config.json, in the header
         metadata = {**metadata, "config": "", **_as_published(config, part)}

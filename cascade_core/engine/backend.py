@@ -7,42 +7,42 @@ from typing import Literal
 
 import torch
 
-from ..accelerators import device_name, is_nvidia
-from ..errors import CascadeError
 from . import operations
 from .card import card_of
 from .operations import Operations
 
-Precision = Literal["exact", "fp8"]
-Way = Literal["exact", "fp8", "plain"]  # a precision, or plain PyTorch in that of the weights
+Precision = Literal["exact", "fp8", "int8"]
+Way = Literal["exact", "fp8", "int8", "plain"]  # a precision, or plain PyTorch in that of the biases
 
 # What goes on where the kernels of a precision fail, each with what is lost where it is left (`Fallback`).
+_DEQUANTISED = "in the precision of its biases, weight after weight, which takes longer"
 _EXACT: list[tuple[Way, str]] = [
     ("exact", "in plain PyTorch, which takes about twice as long"),
     ("plain", ""),
 ]
 WAYS: dict[Precision, list[tuple[Way, str]]] = {
     "exact": _EXACT,
-    "fp8": [("fp8", "in the precision of its weights, which takes longer"), *_EXACT],
+    "fp8": [("fp8", _DEQUANTISED), *_EXACT],
+    "int8": [("int8", _DEQUANTISED), *_EXACT],
 }
 
 
 def operations_on(device: torch.device, precision: Way = "exact") -> Operations:
     """Fused kernels where they run, else (or with "plain") plain PyTorch.
 
-    Raises CascadeError for fp8 on devices that do not multiply it: below compute capability 8.9.
+    fp8 multiplies in e4m3 from compute capability 8.9 on, int8 converts weights as they are read from 8.0 on; elsewhere
+    weights are dequantised, product by product.
     """
     card = card_of(device)
-    if precision == "fp8":
-        if card is None or card.capability < (8, 9):
-            raise CascadeError(
-                "fp8 needs an NVIDIA card of compute capability 8.9 or newer (RTX 40 series, L4, H100) with Triton, "
-                f"and {_device_name(device)} is not one; choose another precision."
-            )
+    if precision == "fp8" and card is not None and card.capability >= (8, 9):
         from . import fp8
 
         return fp8
-    if precision == "exact" and card is not None and card.capability >= (7, 0):
+    if precision == "int8" and card is not None and card.capability >= (8, 0):
+        from . import int8
+
+        return int8
+    if precision != "plain" and card is not None and card.capability >= (7, 0):
         from . import cublas, cuda
 
         return cuda if card.capability >= (8, 0) else cublas
@@ -54,9 +54,3 @@ def operations_on(device: torch.device, precision: Way = "exact") -> Operations:
 @cache
 def _keep_freed_memory() -> None:
     operations.keep_freed_memory()
-
-
-def _device_name(device: torch.device) -> str:
-    card = card_of(device)
-    without = ", without Triton," if card is None and is_nvidia(device) else ""
-    return (device_name(device) if card is None else card.name) + without

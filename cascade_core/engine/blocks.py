@@ -11,7 +11,7 @@ x may be held divided by `scale`, for fp16 (networks/fp16.py): then so are the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,25 +19,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..networks.fp16 import divide, divide_
+from ..networks.quantisation import E4M3, QuantisedLayer, QuantisedWeight, dequantise
 from .layout import as_image, concatenated, resized
 from .state import ForwardState, RunCache
+from .workspace import empty
 
-Pack = Callable[[Any], Any]  # of operations that multiply by another form of the weights: `Operations.pack`
+Formats = Collection[torch.dtype]  # 8-bit ones that products take as they are: `Operations.formats`
 
 
-class PackedWeight:
-    """The weights of layers side by side as a product takes them: themselves, or what `pack` makes of them."""
+class ProductWeight:
+    """The weights of layers side by side as a product takes them.
 
-    def __init__(self, layers: Sequence[Any], pack: Pack | None):
-        self.layers = layers
-        self.packed = None if pack is None else pack(self._weights())
+    8-bit weights are given as they are in those `formats`; else dequantised for this product alone.
+    """
 
-    def _weights(self) -> Tensor | list[Tensor]:
-        # A 1×1 convolution's too, as (C_out, C_in).
-        return side_by_side([layer.weight.flatten(1) for layer in self.layers])
+    def __init__(self, layers: Sequence[Any], formats: Formats):
+        self.layers, self.formats = layers, formats
 
     def __call__(self) -> Any:
-        return self._weights() if self.packed is None else self.packed
+        first: Any = self.layers[0]
+        if not isinstance(first, QuantisedLayer):
+            # A 1×1 convolution's too, as (C_out, C_in).
+            return side_by_side([layer.weight.flatten(1) for layer in self.layers])
+        parts = [layer.quantised for layer in self.layers]
+        if first.weight.dtype in self.formats:
+            return quantised_side_by_side(parts)
+        return scratch(parts, first.bias)
+
+
+def scratch(parts: Sequence[QuantisedWeight], like: Any) -> Tensor:
+    """8-bit weights (C_i, K) in the dtype of `like`, as one (Σ C_i, K)."""
+    sizes = [len(part.weight8) for part in parts]
+    out = empty((sum(sizes), parts[0].weight8.shape[1]), like)
+    for part, rows in zip(parts, out.split(sizes), strict=True):
+        dequantise(part, like.dtype, rows)
+    return out
 
 
 class DividedBias:
@@ -76,14 +92,14 @@ class BoundFeedForward(BoundBlock):
     deferred_bias: Tensor  # (C,) float32
     rounded_bias: Tensor  # the same in the precision of the weights
 
-    def __init__(self, block: Any, pack: Pack | None, scale: float, with_skip: bool = False):
+    def __init__(self, block: Any, formats: Formats, scale: float, with_skip: bool = False):
         self.block, self.eps = block, block.norm.eps
         self.scale = scale
         self.h_scale = (
             scale if with_skip else 1.0
         )  # a skip is not normed, so what it is multiplied with is divided
         expand, contract = block.channelwise[0], block.channelwise[4]
-        self.expand, self.contract = PackedWeight([expand], pack), PackedWeight([contract], pack)
+        self.expand, self.contract = ProductWeight([expand], formats), ProductWeight([contract], formats)
         self.expand_bias = DividedBias(expand, self.h_scale)
         self.prepared = False
 
@@ -97,9 +113,9 @@ class BoundFeedForward(BoundBlock):
         _, _, response, _, contract = self.block.channelwise
         self.gamma = float32_copy(response.gamma.flatten())
         # W·(h + beta) + b = W·h + (W·beta + b)
-        beta = divide(response.beta.flatten().to(contract.weight.dtype), self.scale)
-        self.deferred_bias = contract.weight.mv(beta).float() + contract.bias.float() / self.scale
-        self.rounded_bias = self.deferred_bias.to(contract.weight.dtype)
+        beta = divide(response.beta.flatten().to(contract.bias.dtype), self.scale)
+        self.deferred_bias = matrix_of(contract).mv(beta).float() + contract.bias.float() / self.scale
+        self.rounded_bias = self.deferred_bias.to(contract.bias.dtype)
 
     def run(self, state: ForwardState) -> None:
         self.add_mlp(state, state.ops.norm(state.x, self.eps))
@@ -121,8 +137,8 @@ class BoundFeedForward(BoundBlock):
 class BoundResBlock(BoundFeedForward):
     """A ResBlock, which may also take a skip and a ControlNet's residual."""
 
-    def __init__(self, block: Any, pack: Pack | None, scale: float, with_skip: bool):
-        super().__init__(block, pack, scale, with_skip)
+    def __init__(self, block: Any, formats: Formats, scale: float, with_skip: bool):
+        super().__init__(block, formats, scale, with_skip)
         self.with_skip = with_skip
         self.depthwise_bias = DividedBias(block.depthwise, scale)
 
@@ -196,13 +212,16 @@ class BoundAttention(BoundBlock):
     """An AttnBlock, fused with the TimestepBlock before it where there is one."""
 
     def __init__(
-        self, block: Any, timestep: BoundTimestep | None, index: int, pack: Pack | None, scale: float
+        self, block: Any, timestep: BoundTimestep | None, index: int, formats: Formats, scale: float
     ):
         attention = block.attention.attn
         self.block, self.timestep, self.index, self.scale = block, timestep, index, scale
         self.eps, self.heads, self.self_attn = block.norm.eps, attention.heads, block.self_attn
         self.projections = [attention.to_q, attention.to_k, attention.to_v]
-        self.qkv, self.out = PackedWeight(self.projections, pack), PackedWeight([attention.out_proj], pack)
+        self.qkv, self.out = (
+            ProductWeight(self.projections, formats),
+            ProductWeight([attention.out_proj], formats),
+        )
         self.prepared = False
         if timestep is not None:
             timestep.fused = True
@@ -213,7 +232,8 @@ class BoundAttention(BoundBlock):
             bias = self.block.attention.attn.out_proj.bias
             self.out_bias = float32_copy(bias) / self.scale
             self.rounded_bias = self.out_bias.to(bias.dtype)
-            self.peak = None if self.qkv.packed is None else largest_output(self.projections[2])
+            quantises = E4M3 in self.qkv.formats and isinstance(self.projections[2], QuantisedLayer)
+            self.peak = largest_output(self.projections[2]) if quantises else None
             self.prepared = True
         if cache.cond_tokens is not None:
             self._keep(cache.keys, cache.values, computed=self.condition(cache.cond_tokens))
@@ -247,6 +267,13 @@ class BoundAttention(BoundBlock):
         ops.add_linear_(x, attended, self.out())
 
 
+def matrix_of(layer: Any) -> Tensor:
+    """A layer's weight (C_out, K) in the precision that it computes in."""
+    if isinstance(layer, QuantisedLayer):
+        return dequantise(layer.quantised, layer.bias.dtype)  # type: ignore[union-attr] (a block's layers have one)
+    return layer.weight
+
+
 def float32_copy(value: Tensor) -> Tensor:
     return value.to(torch.float32, copy=True)
 
@@ -256,8 +283,8 @@ def largest_output(layer: Any) -> Tensor:
 
     A quarter more for the rounding of both to e4m3.
     """
-    norms = torch.linalg.vector_norm(layer.weight, dim=1, keepdim=True, dtype=torch.float32)
-    largest = norms[:, 0] * layer.weight.shape[1] ** 0.5 + layer.bias.float().abs()
+    weight = dequantise(layer.quantised, torch.float32)
+    largest = torch.linalg.vector_norm(weight, dim=1) * weight.shape[1] ** 0.5 + layer.bias.float().abs()
     return 1.25 * largest.amax().view(1)
 
 
@@ -267,7 +294,7 @@ def taps_of(convolution: Any) -> Tensor:
 
 
 def side_by_side(weights: list[Tensor]) -> Tensor | list[Tensor]:
-    """Weights (C_i, K) that are adjacent in memory as one view (Σ C_i, K); other weights as they are."""
+    """Tensors (C_i, …) that are adjacent in memory as one view (Σ C_i, …); others as they are."""
     first, end = weights[0], weights[0].storage_offset()
     if len(weights) == 1:
         return first
@@ -276,17 +303,31 @@ def side_by_side(weights: list[Tensor]) -> Tensor | list[Tensor]:
         if not (same_storage and weight.is_contiguous() and weight.storage_offset() == end):
             return weights
         end += weight.numel()
-    return first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), first.stride())
+    return first.as_strided((sum(len(weight) for weight in weights), *first.shape[1:]), first.stride())
+
+
+def quantised_side_by_side(weights: list[QuantisedWeight]) -> QuantisedWeight | list[QuantisedWeight]:
+    """`side_by_side` of both parts."""
+    weight8, scale = (side_by_side(list(parts)) for parts in zip(*weights, strict=True))
+    if isinstance(weight8, Tensor) and isinstance(scale, Tensor):
+        return QuantisedWeight(weight8, scale)
+    return weights
 
 
 def join_(block: Any) -> None:
     """Moves an AttnBlock's weights of to_q, to_k and to_v next to each other, so that one product serves all three."""
     attention = block.attention.attn
     layers = [attention.to_q, attention.to_k, attention.to_v]
-    if isinstance(side_by_side([layer.weight for layer in layers]), Tensor):
+    _join_tensors([layer.weight for layer in layers])
+    if isinstance(attention.to_q, QuantisedLayer):
+        _join_tensors([layer.weight_scale for layer in layers])
+
+
+def _join_tensors(tensors: list[Tensor]) -> None:
+    if isinstance(side_by_side(tensors), Tensor):
         return
-    # A parameter can take only data made in the mode, inference or not, that it was made in itself.
-    with torch.inference_mode(layers[0].weight.is_inference()), torch.no_grad():
-        joined = torch.cat([layer.weight.detach() for layer in layers])
-        for layer, part in zip(layers, joined.split([len(layer.weight) for layer in layers]), strict=True):
-            layer.weight.data = part
+    # A tensor can take only data made in the mode, inference or not, that it was made in itself.
+    with torch.inference_mode(tensors[0].is_inference()), torch.no_grad():
+        joined = torch.cat([tensor.detach() for tensor in tensors])
+        for tensor, part in zip(tensors, joined.split([len(tensor) for tensor in tensors]), strict=True):
+            tensor.data = part

@@ -13,7 +13,7 @@ from .graphs import can_capture
 from .kernels import attention as attention_kernel
 from .kernels import depthwise, modulation, products, resident, response
 from .kernels.launch import compile_ahead
-from .operations import EPS, pack
+from .operations import EPS, formats
 from .workspace import empty
 
 __all__ = [
@@ -23,11 +23,11 @@ __all__ = [
     "channelwise_",
     "compile_ahead",
     "depthwise_norm",
+    "formats",
     "linear",
     "modulate_",
     "modulate_norm_",
     "norm",
-    "pack",
     "project",
     "resample_by_products",
 ]

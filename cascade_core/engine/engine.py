@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError
 from ..networks.fp16 import stream_scale
 from ..networks.layers import AttnBlock
 from ..networks.precision import compute_dtype
+from ..networks.quantisation import E4M3, INT8, quantised_layers, weight_format
 from ..networks.stage_c import StageC
 from ..networks.unet import UNet
 from ..placement import WeightConsumer
@@ -43,32 +43,22 @@ class Engine(WeightConsumer):
         self,
         network: UNet,
         join: bool = False,
-        precision: Precision = "exact",
         notify: Notify | None = None,
     ):
         """join: on CUDA, move weights that are read together next to each other in memory.
 
-        precision: of the blocks' products. "exact" is that of the weights, best in bf16. "fp8" multiplies in e4m3:
-        faster, with a relative error of a few hundredths, on CUDA devices that support it; elsewhere a call raises
-        CascadeError. The network keeps its weights, for LoRAs and for its own forwards; the e4m3 copies take half as
-        much memory as bf16 weights in addition.
-
         notify: told once, in a sentence, that kernels failed and what that costs; by default the log.
         """
-        if precision not in get_args(Precision):
-            raise CascadeError(
-                f"The engine's precision {precision!r} is not known; choose {' or '.join(get_args(Precision))}."
-            )
         self.network, self.join = network, join
         self.graphs = True  # whether forwards of a new shape may be captured
-        self.precision: Precision = precision
+        self.precision: Precision = precision_of(network)
         self.config = network.config
         self._fallback = Fallback(
-            "Stage C" if isinstance(network, StageC) else "Stage B", WAYS[precision], notify
+            "Stage C" if isinstance(network, StageC) else "Stage B", WAYS[self.precision], notify
         )
         self._compilation: compilation.Compilation | None = None
         self._bound: BoundUNet | None = None
-        self._bound_way: Way = precision
+        self._bound_way: Way = self.precision
         self._weights = WeightSnapshot(network)
         self._tables: LRU[Tensor] = LRU(TABLES)
         self._shapes: LRU[ShapeCache] = LRU(SHAPES)
@@ -83,12 +73,12 @@ class Engine(WeightConsumer):
         self._compilation = compilation.begin(self.network, device, self.precision)
 
     def extra_bytes(self, tokens: int = 0) -> int:
-        """About how many bytes the engine takes beside the weights and a forward's workspace: packed weights, and keys
-        and values of `tokens` conditioning tokens, of all images together.
+        """About how many bytes the engine takes beside the weights and a forward's workspace: keys and values of
+        `tokens` conditioning tokens, of all images together, and the largest 8-bit weight dequantised.
         """
-        packed = sum(p.numel() for p in self.parameters()) if self.precision == "fp8" else 0
+        largest = max((layer.weight.numel() for _, layer in quantised_layers(self.network)), default=0)
         widths = sum(block.norm.normalized_shape[0] * repeats for block, repeats in self._attention_blocks())
-        return packed + 2 * tokens * widths * compute_dtype(self.network).itemsize
+        return (largest + 2 * tokens * widths) * compute_dtype(self.network).itemsize
 
     def _attention_blocks(self) -> Iterator[tuple[Any, int]]:
         """Each with the number of times that it runs in a forward."""
@@ -106,7 +96,6 @@ class Engine(WeightConsumer):
         control: Sequence[Tensor | None] | None = None,
         **conditions: Tensor | None,
     ) -> Tensor:
-        operations_on(x.device, self.precision)  # raises where there are none
         extra = {name: value for name, value in (("sca", sca), ("crp", crp)) if value is not None}
         noise = _scalars({"r": r, **extra})
         stream = self._follow_weights()
@@ -127,8 +116,7 @@ class Engine(WeightConsumer):
         control: Sequence[Tensor | None],
         stream: WeightStream | None,
     ) -> Tensor:
-        # Where memory is too short for the weights, there is none for packed copies of them.
-        ops, bound = self._bind(x, "exact" if way == "fp8" and stream is not None else way)
+        ops, bound = self._bind(x, way)
         if self._compilation is not None:
             self._compilation.finish()
             self._compilation = None
@@ -163,8 +151,6 @@ class Engine(WeightConsumer):
 
         Small values that depend only on the weights' values are kept: they stay valid when the weights come back.
         """
-        if self._bound_way == "fp8":
-            self._bound = None
         self._graph_memory = GraphMemory()
         for shape in self._shapes.values():
             shape.clear(self._graph_memory)
@@ -194,7 +180,7 @@ class Engine(WeightConsumer):
         if self._bound is None or (self._bound_way, self._bound.scale) != (way, scale):
             self.forget()
             join = self.join and x.is_cuda and self.placement is None  # a placement has joined them already
-            self._bound, self._bound_way = BoundUNet(self.network, join, ops.pack), way
+            self._bound, self._bound_way = BoundUNet(self.network, join, ops.formats), way
             self._weights = WeightSnapshot(self.network)  # joining moves some
         return ops, self._bound
 
@@ -211,6 +197,12 @@ class Engine(WeightConsumer):
         )
         graphs = self.graphs and ops.can_capture(x.device)
         return self._shapes.get_or_create(key, lambda: ShapeCache(self.network, self._graph_memory, graphs))
+
+
+def precision_of(network: UNet) -> Precision:
+    """What a network's blocks multiply in: "exact" is the precision of its weights."""
+    names: dict[torch.dtype | None, Precision] = {E4M3: "fp8", INT8: "int8"}
+    return names.get(weight_format(network), "exact")
 
 
 def _scalars(values: dict[str, Tensor]) -> dict[str, float] | None:

@@ -1,8 +1,8 @@
 """`cuda.py` with the blocks' products in e4m3: twice the throughput, for a relative error of a few hundredths.
 
-Weights are quantised once, with a scale per output channel; feature maps by the kernel that computes them, with a scale
-per row, as they are read by a product. Accumulators are float32, and a product adds to the residual stream itself. All
-other operations are those of `cuda.py`.
+Weights are the network's own (networks/quantisation.py), with a scale per output channel; feature maps are quantised by
+the kernel that computes them, with a scale per row, as they are read by a product. Accumulators are float32, and a
+product adds to the residual stream itself. All other operations are those of `cuda.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..networks.quantisation import E4M3, QuantisedWeight
 from . import cuda
 from .cuda import (
     can_capture,
@@ -26,8 +27,7 @@ from .cuda import (
     response_factors,
 )
 from .kernels import depthwise, modulation, products, resident
-from .kernels.fp8 import apply_response_quantise, quantise_rows, quantise_weight, quantised_linear
-from .kernels.quantise import E4M3
+from .kernels.fp8 import apply_response_quantise, quantise_rows, quantised_linear
 from .operations import EPS
 from .workspace import empty
 
@@ -38,11 +38,11 @@ __all__ = [
     "channelwise_",
     "compile_ahead",
     "depthwise_norm",
+    "formats",
     "linear",
     "modulate_",
     "modulate_norm_",
     "norm",
-    "pack",
     "project",
     "resample_by_products",
 ]
@@ -56,16 +56,7 @@ class Rows(NamedTuple):
     dtype: torch.dtype  # of what is computed from them
 
 
-class QuantisedWeight(NamedTuple):
-    """A quantised weight, weight8 · scale.  weight8: (out, K) e4m3, scale: (out,) float32"""
-
-    weight8: Tensor
-    scale: Tensor
-
-
-def pack(weight: Tensor | list[Tensor]) -> QuantisedWeight:
-    """An e4m3 copy of the weight, half the size of bf16; several weights are concatenated."""
-    return QuantisedWeight(*quantise_weight(weight if isinstance(weight, Tensor) else torch.cat(weight)))
+formats = (E4M3,)
 
 
 def depthwise_norm(

@@ -7,10 +7,9 @@ written in 16 bits to the workspace, mostly to the card's L2 cache, and cuBLAS m
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from ..networks.quantisation import INT8, QuantisedWeight
 from . import cuda
 from .cuda import (
     attention,
@@ -23,9 +22,7 @@ from .cuda import (
     norm,
     resample_by_products,
 )
-from .fp8 import QuantisedWeight
 from .kernels import products
-from .kernels.fp8 import quantise_weight_int8
 from .kernels.int8 import dequantise
 from .workspace import empty
 
@@ -36,21 +33,17 @@ __all__ = [
     "channelwise_",
     "compile_ahead",
     "depthwise_norm",
+    "formats",
     "linear",
     "modulate_",
     "modulate_norm_",
     "norm",
-    "pack",
     "project",
     "resample_by_products",
 ]
 
 
-def pack(weight: Tensor | list[Tensor]) -> Any:
-    """Quantised weights, each by itself where several are side by side."""
-    if isinstance(weight, Tensor):
-        return QuantisedWeight(*quantise_weight_int8(weight))
-    return [pack(part) for part in weight]
+formats = (INT8,)
 
 
 def project(x: Tensor, weight: QuantisedWeight | list[QuantisedWeight], bias: Tensor) -> Tensor:

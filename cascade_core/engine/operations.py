@@ -6,7 +6,7 @@ in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import torch
@@ -23,13 +23,13 @@ RESPONSE_EPS = 1e-6
 class Operations(Protocol):
     """What a module of operations offers; the functions below say what each computes.
 
-    A weight is a Tensor, several side by side as a list, or where there is a `pack`, what it returned for them. What
-    products alone read, a normed feature map or attention's, may be in another form too (fp8.py).
+    A weight is a Tensor, or a QuantisedWeight in one of `formats`; where it is several side by side, perhaps a list.
+    What products alone read, a normed feature map or attention's, may be in another form too (fp8.py).
     """
 
     @property
-    def pack(self) -> Callable[[Any], Any] | None:
-        """Another form of a weight, made once when a network is bound; None: products read the weights themselves."""
+    def formats(self) -> Collection[torch.dtype]:
+        """The 8-bit formats of weights that the blocks' products take as they are."""
         ...
 
     @property
@@ -81,7 +81,7 @@ class Operations(Protocol):
     ) -> Any: ...
 
 
-pack = None
+formats: Collection[torch.dtype] = ()
 resample_by_products = False
 
 

@@ -19,8 +19,8 @@ from .blocks import (
     BoundResBlock,
     BoundTimestep,
     DividedBias,
-    Pack,
-    PackedWeight,
+    Formats,
+    ProductWeight,
     join_,
 )
 from .layout import as_image, as_tokens, interpolated, patches, shuffle, unpatched, unshuffle
@@ -31,10 +31,10 @@ from .state import ForwardState, RunCache
 class BoundUNet:
     """A network's program. Valid while the weights keep their values, wherever they are."""
 
-    def __init__(self, network: UNet, join: bool = False, pack: Pack | None = None):
+    def __init__(self, network: UNet, join: bool = False, formats: Formats = ()):
         """join: move the attention's input weights next to each other in memory, which makes reading them faster.
 
-        pack: `Operations.pack` of the operations that the program will be run with
+        formats: `Operations.formats` of the operations that the program will be run with
         """
         self.network: Any = network  # its modules are attributes of any type
         self.scale = stream_scale(network)
@@ -43,7 +43,7 @@ class BoundUNet:
             for module in network.modules():
                 if isinstance(module, AttnBlock):
                     join_(module)
-        self._pack = None if pack is None else _pack_once(pack)
+        self._formats = formats
         self.program = self._compile()
 
     def embed_noise(self, r: float, extra: dict[str, float]) -> Tensor:
@@ -123,14 +123,14 @@ class BoundUNet:
                     if isinstance(block, AttnBlock):
                         last = self._attention(block, last if isinstance(last, BoundTimestep) else None)
                     elif isinstance(block, ResBlock):
-                        last = BoundResBlock(block, self._pack, self.scale, with_skip and i == 0)
+                        last = BoundResBlock(block, self._formats, self.scale, with_skip and i == 0)
                     else:
-                        last = BoundFeedForward(block, self._pack, self.scale)
+                        last = BoundFeedForward(block, self._formats, self.scale)
                 program.append(last)
             if isinstance(last, BoundFeedForward):
                 program.append(AddDeferredBias(last))
             if repeat < len(mappers):
-                program.append(BoundRepeatMapper(mappers[repeat], self._pack, self.scale))
+                program.append(BoundRepeatMapper(mappers[repeat], self._formats, self.scale))
         return program
 
     def _timestep(self, block: TimestepBlock, mlp: BoundFeedForward | None) -> BoundTimestep:
@@ -139,7 +139,7 @@ class BoundUNet:
         return bound
 
     def _attention(self, block: AttnBlock, timestep: BoundTimestep | None) -> BoundAttention:
-        bound = BoundAttention(block, timestep, self.attentions, self._pack, self.scale)
+        bound = BoundAttention(block, timestep, self.attentions, self._formats, self.scale)
         self.attentions += 1
         return bound
 
@@ -210,24 +210,8 @@ def square_product(convolution: Any, bias: Tensor) -> tuple[Tensor, Tensor]:
 class BoundRepeatMapper(BoundBlock):
     """The 1×1 convolution between two repeats of a level."""
 
-    def __init__(self, convolution: Any, pack: Pack | None, scale: float):
-        self.weight, self.bias = PackedWeight([convolution], pack), DividedBias(convolution, scale)
+    def __init__(self, convolution: Any, formats: Formats, scale: float):
+        self.weight, self.bias = ProductWeight([convolution], formats), DividedBias(convolution, scale)
 
     def run(self, state: ForwardState) -> None:
         state.x = state.ops.project(state.x, self.weight(), self.bias())
-
-
-def _pack_once(pack: Pack) -> Pack:
-    """The same packed weight for each repeat of a level, whose blocks are bound once per repeat."""
-    packed: dict[tuple[tuple[int, ...], ...], Any] = {}
-
-    def pack_once(weight: Tensor | list[Tensor]) -> Any:
-        parts = [weight] if isinstance(weight, Tensor) else weight
-        key = tuple(
-            (part.data_ptr(), *part.shape) for part in parts
-        )  # on the meta device none has an address
-        if key not in packed:
-            packed[key] = pack(weight)
-        return packed[key]
-
-    return pack_once

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..geometry import stage_b_size, stage_c_size
 from ..networks.config import NetworkConfig, StageAConfig, StageBConfig, StageCConfig
 from ..networks.fp16 import scale_residual_stream
+from ..networks.quantisation import FORMATS, quantise_network
 from ..networks.stage_a import StageA
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
@@ -63,7 +64,9 @@ def usual_engine(
         return DecoderEngine(network, notify=_fail)
     if isinstance(network, StageC) and dtype == torch.float16:
         scale_residual_stream(network)
-    return Engine(network, precision=precision, notify=_fail)
+    if precision != "exact":
+        quantise_network(network, FORMATS[precision])
+    return Engine(network, notify=_fail)
 
 
 def call_as_usual(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..networks.quantisation import is_quantised
 from ..placement.stream import WeightStream
 
 UNKNOWN = -1  # version of a tensor made in inference mode, which counts none
@@ -26,6 +27,9 @@ class WeightSnapshot:
         self._entries = [
             (m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None
         ]
+        self._quantised = [
+            is_quantised(m, name) for m in modules for name, p in m._parameters.items() if p is not None
+        ]
         self._hooks = [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
         self._cast = [m for m in modules if hasattr(m, "comfy_cast_weights") or hasattr(m, "weight_function")]
         parameters = self._parameters()
@@ -38,7 +42,11 @@ class WeightSnapshot:
 
     def _locate(self, parameters: list[Any]) -> None:
         self._addresses = _addresses(parameters)
-        self._devices_dtypes = {(p.device, p.dtype) for p in parameters}
+        # 8-bit weights are read in any dtype of x.
+        self._devices = {p.device for p in parameters}
+        self._dtypes = {
+            p.dtype for p, quantised in zip(parameters, self._quantised, strict=True) if not quantised
+        }
 
     def unchanged(self) -> bool:
         """Whether every parameter is the same tensor, at the same address, and was not written to since."""
@@ -77,7 +85,7 @@ class WeightSnapshot:
         stream: brings the weights to the device, by hooks of its own, or None where they are resident
         """
         if stream is None:
-            plain = self._devices_dtypes == {(x.device, x.dtype)} and not any(self._hooks)
+            plain = (self._devices, self._dtypes) == ({x.device}, {x.dtype}) and not any(self._hooks)
         else:
             plain = stream.streams_to(x.device, x.dtype, self._hooks)
         return plain and not any(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..adapters.apply import Patch, Steps, apply_steps, changes_by_target, check_shape, parameter_of
 from ..adapters.names import parameter_name
+from ..checkpoints.pages import forget_pages
+from ..networks.quantisation import QuantisedLayer, QuantisedWeight, quantise, quantised_layers
 from .device import Device
 from .loader import Loader, Transfer
 from .plan import StreamingPlan
@@ -62,6 +64,7 @@ class Placement:
 
     order      the units that can be streamed, as a forward runs them; one whose level repeats stands several times
     locations  unit and index of each parameter and buffer, by name
+    quantised  the layer of each 8-bit weight, by unit and index, and its scale's index there
     changes    what patches do to the units' weights on the device; main memory keeps them unpatched
     version    counts the changes of `changes`: values derived from the weights are of one version
     stream     prefetches the streamed units during a run; None between runs, and where all units are resident
@@ -75,9 +78,16 @@ class Placement:
         indices = {id(tensor): (unit, i) for unit in self.units for i, tensor in enumerate(unit.tensors)}
         tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers())
         self.locations = {name: indices[id(tensor)] for name, tensor in tensors}
+        self.quantised: dict[tuple[Unit, int], tuple[QuantisedLayer, int]] = {}
+        for name, layer in quantised_layers(network):
+            (unit, index), (_, scale) = (
+                self.locations[f"{name}.{part}"] for part in ("weight", "weight_scale")
+            )
+            self.quantised[unit, index] = (layer, scale)
         self.changes: Changes = {}
         self.version = 0
         self._keys: Mapping[Unit, Any] = {}
+        self._kept: dict[tuple[Unit, int], QuantisedWeight] = {}  # changed 8-bit weights of streamed units
         self.in_use = False
         self.stream: WeightStream | None = None
         self.last_run = 0
@@ -119,6 +129,9 @@ class Placement:
         """Makes these the changes of all that is onloaded from here on. keys: equal where a unit's are the same."""
         if keys != self._keys:
             self.version += 1
+            for unit, index in list(self._kept):
+                if keys.get(unit) != self._keys.get(unit):
+                    del self._kept[unit, index]
         self.changes, self._keys = changes, keys
 
     def offload(self, units: Sequence[Unit]) -> None:
@@ -164,12 +177,50 @@ class Placement:
 
     def new_stream(self, plan: StreamingPlan) -> WeightStream:
         """A stream of the plan's units, with its slots, for runs while `stream` is set to it."""
-        layouts = [layout for unit in self.units for layout in unit.layouts]
-        dtypes = {layout.dtype for layout in layouts if layout.dtype.is_floating_point}
+        eight_bit = {
+            (unit, i) for (unit, index), (_, scale) in self.quantised.items() for i in (index, scale)
+        }
+        dtypes = {
+            layout.dtype
+            for unit in self.units
+            for i, layout in enumerate(unit.layouts)
+            if layout.dtype.is_floating_point
+            and (unit, i) not in eight_bit  # those are read in any dtype of x
+        }
         return WeightStream(self.device, self.loader, self.order, plan, self.patch, dtypes)
 
     @torch.inference_mode()
     def patch(self, unit: Unit, weights: Sequence[Tensor]) -> None:
         """Applies the changes to a unit's weights, in place."""
         for index, change in self.changes.get(unit, {}).items():
-            weights[index].copy_(change.apply(weights[index]))
+            weight = weights[index]
+            if (unit, index) not in self.quantised:
+                weight.copy_(change.apply(weight))
+                continue
+            layer, scale = self.quantised[unit, index]
+            weight8, rows = self._requantised(unit, index, layer, change, weight.device)
+            weight.copy_(weight8.view(weight.shape), non_blocking=True)
+            weights[scale].copy_(rows[:, None], non_blocking=True)
+
+    def _requantised(
+        self, unit: Unit, index: int, layer: QuantisedLayer, change: WeightChange, device: torch.device
+    ) -> QuantisedWeight:
+        """A changed 8-bit weight, computed from its original in float32 and rounded once.
+
+        Where the unit is streamed, the result is kept in main memory for the next time.
+        """
+        kept = self._kept.get((unit, index))
+        if kept is not None:
+            return kept
+        original = layer.original_values(device)
+        forget_pages([t for t in [layer.original] if isinstance(t, Tensor)], self.loader.mapped_files)
+        computed = quantise(change.apply(original), layer.weight.dtype)
+        if self.stream is not None and unit in self.stream.plan.streamed:
+            self._kept[unit, index] = QuantisedWeight(*map(self._in_main_memory, computed))
+        return computed
+
+    def _in_main_memory(self, tensor: Tensor) -> Tensor:
+        pinned = self.device.pinned(tensor.nbytes)
+        if pinned is None:
+            return tensor.to("cpu", copy=True)
+        return pinned.view(tensor.dtype).view(tensor.shape).copy_(tensor)

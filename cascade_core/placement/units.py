@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks.precision import cast_dtype, dtype_on_device
+from ..networks.quantisation import quantised_layers
 from ..networks.unet import UNet
 
 # Blocks are joined up to this size: in Stage C 3.6 B a ResBlock with its TimestepBlock (65.5 MiB) and, alone, an
@@ -172,12 +173,15 @@ def _unassigned_tensors(
 ) -> list[Tensor]:
     """The parameters and buffers that are in no unit yet, of at least so many dimensions longer than 1.
 
-    Vectors come last: so the matrices of query, key and value, which the engine multiplies with at once, are adjacent.
+    The scales of 8-bit weights go with them. Vectors come last: so the matrices of query, key and value, which the
+    engine multiplies with at once, are adjacent.
     """
     tensors = []
     for module in modules:
+        scales = {id(layer.weight_scale) for _, layer in quantised_layers(module)}
         for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) not in assigned and _dimensions(tensor) >= min_dimensions:
+            large = _dimensions(tensor) >= min_dimensions or id(tensor) in scales
+            if id(tensor) not in assigned and large:
                 assigned.add(id(tensor))
                 tensors.append(tensor)
     return sorted(tensors, key=lambda tensor: _dimensions(tensor) < 2)

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..accelerators import ACCELERATORS, count, has_bf16, is_nvidia
 from ..adapters.apply import Patch, patched
-from ..engine import Precision, operations_on
 from ..errors import CascadeError, quoted
+from ..networks.quantisation import FORMATS
 from ..placement import CudaDevice, DeviceMemory, PlainMemory, WeightConsumer, parse_bytes
 from ..run import Observer
 
@@ -93,18 +93,15 @@ class ComputeDevice:
     def weight_dtype(self, name: str) -> torch.dtype:
         """Precision by its name in DTYPES. auto: float32 on the CPU, bf16 on a card, or fp16 where it has none.
 
-        fp8: bf16, of which the engine makes its own e4m3 copies (`engine_precision`).
-        Raises CascadeError for another name, and for fp8 on a device that cannot multiply in it.
+        fp8, int8: that of auto, beside weights in 8 bits (networks/quantisation.py).
+        Raises CascadeError for another name.
         """
-        if name == "auto":
+        if name in ("auto", *FORMATS):
             if self.device.type == "cpu":
                 return torch.float32
             return torch.bfloat16 if has_bf16(self.device) else torch.float16
-        if name == "fp8":
-            operations_on(self.device, "fp8")  # refuses the device before a file is read
-            return torch.bfloat16
         if not isinstance(name, str) or name not in _NAMED:
-            raise CascadeError(f"dtype {quoted(name)} is not known; choose auto, {', '.join(_NAMED)} or fp8.")
+            raise CascadeError(f"dtype {quoted(name)} is not known; choose {', '.join(DTYPES)}.")
         return _NAMED[name]
 
     def picture_dtype(self) -> torch.dtype:
@@ -115,11 +112,6 @@ class ComputeDevice:
     def encoder_dtype(self) -> torch.dtype:
         """CLIP's precision: float32 on the CPU, where halves are slow; else half precision, as it was published."""
         return torch.float32 if self.device.type == "cpu" else torch.float16
-
-
-def engine_precision(dtype: str) -> Precision:
-    """The precision that the engine multiplies in, by the name of a dtype."""
-    return "fp8" if dtype == "fp8" else "exact"
 
 
 def chosen_device(device: str | torch.device) -> torch.device:

@@ -21,12 +21,13 @@ from ..geometry import STAGE_B_COMPRESSION
 from ..networks import activations
 from ..networks.fp16 import scale_residual_stream
 from ..networks.precision import compute_dtype
+from ..networks.quantisation import FORMATS
 from ..networks.stage_b import StageB
 from ..networks.tiles import ALIGNMENT, predict_in_tiles
 from ..pictures import finite_values
 from ..run import SamplingResult, SamplingRun, Stopwatch, sample
 from .control import RunControls
-from .device import ComputeDevice, engine_precision
+from .device import ComputeDevice
 from .prompt import Prompt
 
 SCALE_FACTOR = 0.43  # latents outside are this times what Stage B diffuses: the published codebook's units
@@ -215,11 +216,17 @@ def load_stage(kind: str, path: Path, dtype: str, device: ComputeDevice) -> Diff
     precision = device.weight_dtype(dtype)
     network: Any
     network, kind, _ = load_model(
-        path, expect=kind, dtype=precision, notify=device.observer.notify, placed=device.places
+        path,
+        expect=kind,
+        dtype=precision,
+        notify=device.observer.notify,
+        placed=device.places,
+        eight_bit=FORMATS.get(dtype),
+        quantise_on=device.device,
     )
     if kind == "stage_c" and precision == torch.float16:
         scale_residual_stream(network)
-    engine = Engine(network, True, engine_precision(dtype), device.observer.notify)
+    engine = Engine(network, True, device.observer.notify)
     engine.compile_in_background(device.device)
     return DiffusionStage(kind, path.name, network, engine, device)
 

@@ -21,7 +21,7 @@ from cascade_nodes.cascade_core.checkpoints import (
     read_weights,
     write_safetensors,
 )
-from cascade_nodes.cascade_core.checkpoints.quantised import fp8_layout, rescaled, unscaled
+from cascade_nodes.cascade_core.checkpoints.quantised import as_float, fp8_layout, rescaled, split_quantised
 from cascade_nodes.cascade_core.model_files import ModelFiles
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, encode_tokens
 from cascade_nodes.cascade_core.vision import ImageEncoder
@@ -286,7 +286,9 @@ def test_fp8_is_written_as_comfyui_does(dtype, written):
     assert json.loads(bytes(parts["a.comfy_quant"].tolist())) == {"format": str(dtype).removeprefix("torch.")}
     assert parts["a.weight_scale"] == weight.abs().max() / torch.finfo(dtype).max
     assert close(
-        unscaled("x", parts)["a.weight"].float(), weight, 0.08 if dtype == torch.float8_e4m3fn else 0.15
+        as_float(split_quantised("x", parts)[1]["a.weight"]).float(),
+        weight,
+        0.08 if dtype == torch.float8_e4m3fn else 0.15,
     )
     assert fp8_layout("a.weight", torch.zeros(2, 2))["a.weight_scale"] == 1
     tensors, _ = read_safetensors(written / "comfyui_fp8.safetensors")
@@ -316,13 +318,16 @@ OTHERS = {
         f"{LAYER}.weight_scale": BYTES,
         f"{LAYER}.weight_scale_2": torch.ones(()),
     },
-    "ComfyUI's int8_tensorwise": {
+    "ComfyUI's int8_tensorwise with convrot": {
         f"{LAYER}.weight": BYTES.to(torch.int8),
-        f"{LAYER}.weight_scale": torch.ones(()),
-        f"{LAYER}.comfy_quant": conf(format="int8_tensorwise"),
+        f"{LAYER}.weight_scale": torch.ones(8, 1),
+        f"{LAYER}.comfy_quant": conf(format="int8_tensorwise", convrot=True, convrot_groupsize=256),
     },
     "ComfyUI's mxfp8": {f"{LAYER}.weight_scale": BYTES, f"{LAYER}.comfy_quant": conf(format="mxfp8")},
-    "8-bit whole numbers": {f"{LAYER}.weight": BYTES.to(torch.int8), f"{LAYER}.scale": torch.ones(8)},
+    "8-bit whole numbers without scales": {
+        f"{LAYER}.weight": BYTES.to(torch.int8),
+        f"{LAYER}.scale": torch.ones(8),
+    },
 }
 
 

@@ -27,7 +27,6 @@ from cascade_nodes.cascade_core.engine.kernels import products
 from cascade_nodes.cascade_core.engine.kernels.described import compile_for
 from cascade_nodes.cascade_core.engine.kernels.tuned import TABLE, choose, device_key, for_device
 from cascade_nodes.cascade_core.engine.usual_forwards import usual_forward
-from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.networks.config import StageAConfig, StageBConfig, StageCConfig
 
 CARDS = [
@@ -92,16 +91,11 @@ def multiply(op: str, m: int, n: int, k: int) -> None:
 
 
 def precisions(card: Card) -> list[Precision]:
+    """Those with operations of their own on a card: elsewhere weights are dequantised."""
     with described(card):
-        return [precision for precision in get_args(Precision) if _offered(precision)]
-
-
-def _offered(precision: Precision) -> bool:
-    try:
-        operations_on(torch.device("meta"), precision)
-    except CascadeError:
-        return False
-    return True
+        exact = operations_on(torch.device("meta"))
+        own = [name for name in get_args(Precision) if operations_on(torch.device("meta"), name) is not exact]
+    return ["exact", *own]
 
 
 class Covering:

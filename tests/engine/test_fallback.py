@@ -11,6 +11,7 @@ from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.engine.kernels import vqgan as vqgan_kernels
 from cascade_nodes.cascade_core.errors import CascadeError, Interrupted
 from cascade_nodes.cascade_core.networks.config import StageAConfig
+from cascade_nodes.cascade_core.networks.quantisation import E4M3, quantise_network
 from cascade_nodes.cascade_core.networks.stage_a import StageA
 from cascade_nodes.cascade_core.placement import DeviceMemory, SimulatedDevice
 from cascade_nodes.tests.engine.test_engine import STAGE_B, STAGE_C, build, stage_b_inputs, stage_c_inputs
@@ -130,23 +131,25 @@ def test_changed_weights_stay_in_plain_pytorch(use):
 
 
 def test_fp8_goes_on_exactly_and_then_plainly(use):
-    network, call, said = build(StageC, STAGE_C), stage_c_inputs(STAGE_C), []
+    network, call, said = quantise_network(build(StageC, STAGE_C), E4M3), stage_c_inputs(STAGE_C), []
     use(exact=cuda)
     exact = forward(Engine(network), *call)
     use(fp8=Failing(fp8, "project", LAUNCH), exact=cuda)
-    engine = Engine(network, precision="fp8", notify=said.append)
+    engine = Engine(network, notify=said.append)
     assert torch.equal(forward(engine, *call), exact)
     assert len(said) == 1
     assert "Stage C: a kernel failed" in said[0]
-    assert said[0].endswith("it goes on in the precision of its weights, which takes longer.")
+    assert said[0].endswith(
+        "it goes on in the precision of its biases, weight after weight, which takes longer."
+    )
 
     said.clear()
-    use(fp8=Failing(fp8, "pack", LAUNCH), exact=CompileFails(cuda, "", LAUNCH))
-    engine = Engine(network, precision="fp8", notify=said.append)
+    use(fp8=Failing(fp8, "project", LAUNCH), exact=CompileFails(cuda, "", LAUNCH))
+    engine = Engine(network, notify=said.append)
     expected = operations_alone(network, call)
     assert all(torch.equal(forward(engine, *call), expected) for _ in range(2))
     assert [sentence.rpartition("goes on ")[2] for sentence in said] == [
-        "in the precision of its weights, which takes longer.",
+        "in the precision of its biases, weight after weight, which takes longer.",
         "in plain PyTorch, which takes about twice as long.",
     ]
 

@@ -13,6 +13,7 @@ from cascade_nodes.cascade_core.adapters.apply import patched
 from cascade_nodes.cascade_core.engine import Engine
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream
+from cascade_nodes.cascade_core.networks.quantisation import E4M3, quantise_network
 from cascade_nodes.tests.core import overflowing
 from cascade_nodes.tests.core.overflowing import GROWTH
 from cascade_nodes.tests.core.test_fp16 import TRAJECTORY, in_fp16, lora, prompt, randn, residuals
@@ -116,6 +117,6 @@ def test_products_in_fp8(stage_c):
     with torch.inference_mode():
         expected = stage_c(x, torch.tensor([0.7]), **conditions)
     network = in_fp16(stage_c, STREAM_SCALE)
-    in_float32 = computed(stage_c, Engine(stage_c, precision="fp8"), x, conditions)
-    in_half = computed(network, Engine(network, precision="fp8"), x.half(), halves(conditions))
+    in_float32 = computed(stage_c, Engine(quantise_network(stage_c, E4M3)), x, conditions)
+    in_half = computed(network, Engine(quantise_network(network, E4M3)), x.half(), halves(conditions))
     assert relative_error(in_half.float(), expected) <= 1.25 * relative_error(in_float32, expected)

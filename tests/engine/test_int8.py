@@ -8,9 +8,9 @@ from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.engine import Engine, int8
 from cascade_nodes.cascade_core.engine import engine as engine_module
 from cascade_nodes.cascade_core.engine.kernels import products
-from cascade_nodes.cascade_core.engine.kernels.fp8 import quantise_weight, quantise_weight_int8
 from cascade_nodes.cascade_core.engine.kernels.int8 import dequantise
 from cascade_nodes.cascade_core.engine.kernels.tuned import Config
+from cascade_nodes.cascade_core.networks.quantisation import E4M3, INT8, quantise, quantise_network
 from cascade_nodes.tests.engine.test_engine import (
     STAGE_B,
     STAGE_C,
@@ -42,7 +42,7 @@ def round_weights(network) -> None:
         else:
             continue
         for layer in layers:
-            weight8, scale = quantise_weight_int8(layer.weight.flatten(1))
+            weight8, scale = quantise(layer.weight, INT8)
             layer.weight.copy_((weight8.float() * scale[:, None]).view_as(layer.weight))
 
 
@@ -54,13 +54,17 @@ def round_weights(network) -> None:
 def test_a_forward_is_that_of_the_rounded_weights(monkeypatch, network_class, config, inputs, way):
     monkeypatch.setattr(engine_module, "operations_on", lambda device, precision: int8)
     monkeypatch.setattr(products, "choose", lambda op, *_: way.get(op))
-    network, (x, conditions) = build(network_class, config), inputs(config)
+    network, rounded, (x, conditions) = (
+        build(network_class, config),
+        build(network_class, config),
+        inputs(config),
+    )
     noise = torch.full((len(x),), 0.7)
     with torch.inference_mode():
         exact = network(x, noise, **conditions)
-        computed = Engine(network)(x, noise, **conditions)
-        round_weights(network)
-        expected = network(x, noise, **conditions)
+        computed = Engine(quantise_network(network, INT8))(x, noise, **conditions)
+        round_weights(rounded)
+        expected = rounded(x, noise, **conditions)
     # Keys and values of the conditioning, computed once a run, come from the layers' own weights.
     assert relative_error(computed, exact) < 0.05
     assert relative_error(computed, expected) < 0.3 * relative_error(computed, exact)
@@ -70,6 +74,6 @@ def test_a_forward_is_that_of_the_rounded_weights(monkeypatch, network_class, co
 @pytest.mark.parametrize("size", [(48, 80), (5, 37), (33, 1040)], ids=str)
 def test_dequantised(size, dtype):
     weight: Tensor = torch.randn(*size, generator=torch.Generator().manual_seed(0))
-    for weight8, scale in (quantise_weight_int8(weight), quantise_weight(weight)):
+    for weight8, scale in (quantise(weight, INT8), quantise(weight, E4M3)):
         out = dequantise(weight8, scale, torch.empty(size, dtype=dtype))
         assert torch.equal(out, (weight8.float() * scale[:, None]).to(dtype))

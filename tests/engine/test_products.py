@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.engine.kernels import fp8, products, response
 from cascade_nodes.cascade_core.engine.kernels.tuned import PORTABLE, TABLE, Config, nearest
+from cascade_nodes.cascade_core.networks.quantisation import E4M3, INT8, quantise
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # half a step, relative
 SIZES = [(2, 36, 40, 24), (2, 96, 72, 80), (3, 64, 48, 56)]  # images, rows of each, K, out
@@ -115,7 +116,7 @@ def test_every_step_is_taken_once_whatever_the_number_of_programs():
 def test_quantised_rows_are_within_the_format(dtype):
     x = (normal(37, 80) * torch.logspace(-6, 6, 37)[:, None]).to(dtype)
     x[5] = 0
-    for (x8, scale), exact in ((fp8.quantise_rows(x), False), (fp8.quantise_weight(x), True)):
+    for (x8, scale), exact in ((fp8.quantise_rows(x), False), (quantise(x, E4M3), True)):
         back = x8.double() * scale[:, None].double()
         bound = torch.maximum(x.double().abs() / 16, scale[:, None].double() / 1024)
         assert ((back - x.double()).abs() <= bound * (1 + 1e-5)).all()
@@ -142,7 +143,7 @@ def test_response_is_applied_as_it_is_quantised():
 @pytest.mark.parametrize("n", [48, 40], ids=["PyTorch's product", "ours"])
 def test_quantised_product(n):
     x, w, bias = operands((2, 36, 80, n), torch.bfloat16)
-    (x8, sx), (w8, sw) = fp8.quantise_rows(x), fp8.quantise_weight(w)
+    (x8, sx), (w8, sw) = fp8.quantise_rows(x), quantise(w, E4M3)
     expected = F.linear(x8.double() * sx[:, None], w8.double() * sw[:, None], bias.double())
     for product in (fp8.quantised_linear, fp8.scaled_product):
         out = product(x8, sx, w8, sw, bias, x.new_empty(72, n))
@@ -156,8 +157,8 @@ def test_a_product_is_added_to_what_is_there(config):
     before = normal(72, 48, dtype=torch.bfloat16, seed=3)
     (x8, sx), (w8, sw), (w_int8, s_int8) = (
         fp8.quantise_rows(x),
-        fp8.quantise_weight(w),
-        fp8.quantise_weight_int8(w),
+        quantise(w, E4M3),
+        quantise(w, INT8),
     )
     kinds = [
         ((x, w), (None, None), F.linear(x.double(), w.double())),
@@ -173,7 +174,7 @@ def test_a_product_is_added_to_what_is_there(config):
 @pytest.mark.parametrize("rows", [64, 36])
 def test_response_of_a_quantised_product(config, rows):
     x, w, bias = operands((2, rows, 80, 48), torch.bfloat16)
-    (x8, sx), (w8, sw) = fp8.quantise_rows(x), fp8.quantise_weight(w)
+    (x8, sx), (w8, sw) = fp8.quantise_rows(x), quantise(w, E4M3)
     out, partial = x.new_empty(2 * rows, 48), torch.empty(2, products.response_chunks(rows, config), 48)
     products.linear_gelu_response(x8, w8, bias, rows, out, partial, config, sx, sw)
     expected = F.gelu(F.linear(x8.double() * sx[:, None], w8.double() * sw[:, None], bias.double()))
@@ -184,7 +185,7 @@ def test_response_of_a_quantised_product(config, rows):
 @configs
 def test_int8_weights(config):
     x, w, bias = operands((2, 36, 80, 48), torch.bfloat16)
-    w8, scale = fp8.quantise_weight_int8(w)
+    w8, scale = quantise(w, INT8)
     assert ((w8 * scale[:, None] - w).abs() <= 0.5001 * scale[:, None]).all()
     out = fp8.linear_int8(x, w8, scale, bias, x.new_empty(72, 48), config)
     assert_near(out, F.linear(x.double(), w8.double() * scale[:, None], bias.double()), 2**-8)

@@ -23,6 +23,7 @@ from cascade_nodes.cascade_core.engine.layout import (
 from cascade_nodes.cascade_core.networks.config import StageAConfig
 from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream
 from cascade_nodes.cascade_core.networks.layers import resize
+from cascade_nodes.cascade_core.networks.quantisation import FORMATS, quantise_network
 from cascade_nodes.cascade_core.networks.stage_a import StageA
 from cascade_nodes.tests.engine.interpreted import interpreter
 from cascade_nodes.tests.engine.test_engine import (
@@ -170,6 +171,7 @@ FORWARDS: dict[str, tuple[Any, ...]] = {
     "C, with control": (StageC, STAGE_C, WITH_CONTROL, "cuda", 1.0),
     "C, unusual": (StageC, UNUSUAL, stage_c_inputs(UNUSUAL), "cuda", 1.0),
     "C, fp8": (StageC, STAGE_C, stage_c_inputs(STAGE_C), "fp8", 1.0),
+    "C, dequantised": (StageC, STAGE_C, stage_c_inputs(STAGE_C), "int8", 1.0),
     "B": (StageB, STAGE_B, stage_b_inputs(STAGE_B, size=(8, 8)), "cuda", 1.0),
     # Levels that do not divide the one above
     "B, odd": (StageB, STAGE_B, stage_b_inputs(STAGE_B, size=(10, 14)), "cuda", 1.0),
@@ -189,7 +191,7 @@ def test_a_forward_takes_no_other_memory(monkeypatch, network_class, config, inp
     """Interpreted kernels, whose own work in main memory is not seen: all that PyTorch computes."""
     from cascade_nodes.cascade_core.engine import cublas, cuda, fp8
 
-    modules = {"cuda": cuda, "fp8": fp8, "cublas": cublas}
+    modules = {"cuda": cuda, "fp8": fp8, "int8": cuda, "cublas": cublas}
     monkeypatch.setattr(engine_module, "operations_on", lambda device, precision: modules[ops])
     found: list[str] = []
 
@@ -201,9 +203,11 @@ def test_a_forward_takes_no_other_memory(monkeypatch, network_class, config, inp
 
     monkeypatch.setattr(shapes.ShapeCache, "run", run)
     network = build(network_class, config)
+    if ops in FORMATS:
+        quantise_network(network, FORMATS[ops])
     x, conditions = inputs
     scale_residual_stream(network, scale)
-    Engine(network, precision="fp8" if ops == "fp8" else "exact")(x, torch.full((len(x),), 0.7), **conditions)
+    Engine(network)(x, torch.full((len(x),), 0.7), **conditions)
     assert set(found) == ALLOCATING.get(ops, set())
 
 

@@ -23,7 +23,7 @@ from cascade_nodes.cascade_core.diffusion.noise import NoiseSource
 from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS
 from cascade_nodes.cascade_core.engine import Engine, graphs, operations, operations_on
 from cascade_nodes.cascade_core.engine import engine as engine_module
-from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.cascade_core.networks.quantisation import E4M3, quantise_network
 from cascade_nodes.tests.core.sampling import sample_from
 from cascade_nodes.tests.engine.test_engine import UNUSUAL
 from cascade_nodes.tests.gpu.compared import (
@@ -42,7 +42,6 @@ from cascade_nodes.tests.gpu.compared import (
     errors_of,
     inputs,
     network_of,
-    noise,
     runs,
     same_bits,
 )
@@ -197,7 +196,7 @@ def test_fp8(case: Forward, dtype: torch.dtype, device: torch.device, replays: R
     network.to(dtype)
     before = replays.count
     x, conditions = inputs(case.config, network, case.batch, case.size, **case.input_options)
-    in_fp8 = errors(network, Engine(network, precision="fp8"), x, conditions)
+    in_fp8 = errors(network, Engine(quantise_network(network, E4M3)), x, conditions)
     assert replays.since(before) == len(LEVELS) - 1
     assert in_bf16.eager < in_fp8.engine < OVER_BF16 * in_bf16.eager
 
@@ -206,22 +205,13 @@ def test_fp8(case: Forward, dtype: torch.dtype, device: torch.device, replays: R
 def test_fp8_follows_a_lora(device: torch.device):
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     x, conditions = inputs(SHALLOW_C, network)
-    engine = Engine(network, precision="fp8")
+    engine = Engine(quantise_network(network, E4M3))
     before = runs(engine, x, conditions)
     with patched(network, [Patch("a LoRA", {LORA[0]: low_rank(network, LORA[0])}, 1.0)]):
         (expected,) = runs(network, x, conditions, 1)
         for after, without in zip(runs(engine, x, conditions), before, strict=True):
             assert (after - expected).norm() < 0.5 * (without - expected).norm()
     assert same_bits(runs(engine, x, conditions), before)
-
-
-def test_fp8_where_it_cannot_be(device: torch.device, capability: tuple[int, int]):
-    if capability >= (8, 9):
-        device = torch.device("cpu")
-    network = network_of(SHALLOW_C, torch.bfloat16, device)
-    x, conditions = inputs(SHALLOW_C, network)
-    with pytest.raises(CascadeError, match="fp8 needs an NVIDIA card"):
-        Engine(network, precision="fp8")(x, noise(x, 0.7), **conditions)
 
 
 # What changes between calls

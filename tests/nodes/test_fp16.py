@@ -10,7 +10,6 @@ import torch
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
 from cascade_nodes.cascade_core.networks.fp16 import STREAM_SCALE, stream_scale
-from cascade_nodes.cascade_core.stages import device
 from cascade_nodes.cascade_core.stages.device import ComputeDevice
 from cascade_nodes.nodes.hosts.headless.model import load_network
 from cascade_nodes.tests.core.overflowing import STAGE_B, STAGE_C, overflowing
@@ -50,19 +49,11 @@ def test_only_stage_c_in_fp16_is_held(tmp_path, dtype):
     assert stream_scale(load_network("stage_b", stage_b, dtype).network) == 1
 
 
-def test_fp8_is_bf16_with_products_in_fp8(tmp_path, monkeypatch):
-    path = write(tmp_path, "stage_b", StageB.from_config(STAGE_B), STAGE_B)
-    assert load_network("stage_b", path, "bf16").engine.precision == "exact"
-    monkeypatch.setattr(device, "operations_on", lambda device, precision: None)  # as on a card that has it
-    model = load_network("stage_b", path, "fp8")
-    assert {p.dtype for p in model.network.parameters()} == {torch.bfloat16}
-    assert model.engine.precision == "fp8"
-
-
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_on_a_card(monkeypatch, has_bf16, expected):
     card = ComputeDevice("cpu")
     card.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     assert card.weight_dtype("auto") == expected
+    assert card.weight_dtype("fp8") == card.weight_dtype("int8") == expected
     assert card.weight_dtype("bf16") == torch.bfloat16

@@ -12,28 +12,11 @@ from torch import Tensor
 from . import products
 from .launch import launch
 from .products import Config
-from .quantise import E4M3, E4M3_MAX, store_rows
+from .quantise import E4M3, store_rows
 from .rows import row_tile
 
 ELEMENTS = 8192  # of a tile, by eight warps
 WARPS = 8
-
-
-def quantise_weight(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w: (out, K) -> e4m3 (out, K), scales (out,) float32, with w ≈ e4m3 · scale"""
-    scale = _scale(w, E4M3_MAX.value)
-    return (w / scale[:, None]).to(E4M3), scale
-
-
-def quantise_weight_int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w: (out, K) -> int8 (out, K), scales (out,) float32, with w ≈ int8 · scale"""
-    scale = _scale(w, 127.0)
-    return (w / scale[:, None]).round_().to(torch.int8), scale
-
-
-def _scale(w: Tensor, format_max: float) -> Tensor:
-    peak = w.abs().amax(dim=1).float()
-    return torch.where(peak > 0, peak / format_max, 1.0)
 
 
 def quantise_rows(x: Tensor, x8: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,213 @@
+"""8-bit weights: their rounding, networks and files of them, LoRAs on them, and their placement."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cascade_nodes.cascade_core import StageB, StageC
+from cascade_nodes.cascade_core.adapters import LowRank
+from cascade_nodes.cascade_core.adapters.apply import Patch, changed_weight, patched
+from cascade_nodes.cascade_core.checkpoints import load_model
+from cascade_nodes.cascade_core.checkpoints.quantised import quantised_layout
+from cascade_nodes.cascade_core.engine import Engine
+from cascade_nodes.cascade_core.networks.quantisation import (
+    E4M3,
+    INT8,
+    QuantisedWeight,
+    dequantise,
+    quantisable,
+    quantise,
+    quantise_network,
+    quantised_layers,
+    weight_format,
+)
+from cascade_nodes.cascade_core.placement import DeviceMemory
+from cascade_nodes.tests.core.placements import Counting, Late
+from cascade_nodes.tests.engine.test_engine import STAGE_B, STAGE_C, build, stage_b_inputs, stage_c_inputs
+from cascade_nodes.tests.golden_weights import relative_error
+from cascade_nodes.tests.nodes.tiny import CONFIGS
+
+FORMATS = pytest.mark.parametrize("dtype", [E4M3, INT8], ids=["e4m3", "int8"])
+STAGES = pytest.mark.parametrize(
+    ("network_class", "config", "inputs"),
+    [(StageC, STAGE_C, stage_c_inputs), (StageB, STAGE_B, stage_b_inputs)],
+    ids=["C", "B"],
+)
+LAYER = "down_blocks.1.0.channelwise.0"
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bits of tensors, also of 8-bit ones."""
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(one, other, strict=True))
+
+
+def e4m3_grid() -> Tensor:
+    values = torch.arange(256, dtype=torch.uint8).view(E4M3).double()
+    return values[values.isfinite()].unique()
+
+
+def lora(seed: int = 0, rank: int = 4) -> dict[str, LowRank]:
+    generator = torch.Generator().manual_seed(seed)
+    up, down = torch.randn(256, rank, generator=generator), torch.randn(rank, 64, generator=generator)
+    return {LAYER: LowRank(down, 0.1 * up)}
+
+
+@torch.inference_mode()
+def forward(model: Any, x: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+    return model(x, torch.full((len(x),), 0.7), **conditions)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(E4M3, 448.0), (INT8, 127.0)])
+def test_each_row_is_rounded_to_the_nearest(dtype, largest):
+    weight = torch.randn(40, 60) * torch.logspace(-20, 20, 40)[:, None]
+    weight[3] = 0
+    weight8, scale = quantise(weight, dtype)
+    assert (weight8.dtype, weight8.shape, scale.dtype, scale.shape) == (dtype, (40, 60), torch.float32, (40,))
+    assert scale[3] == 1
+    peaks = weight.abs().amax(1)
+    assert torch.equal(scale[peaks > 0], (peaks / largest)[peaks > 0])
+    grid = e4m3_grid() if dtype == E4M3 else torch.arange(-127, 128).double()
+    exact = weight.double() / scale.double()[:, None]
+    nearest = (exact[..., None] - grid).abs().min(-1).values
+    # A quotient in float32 may fall on the other side of a tie.
+    assert ((weight8.double() - exact).abs() - nearest).max() <= largest * 2**-23
+    assert torch.equal(quantise(dequantise(QuantisedWeight(weight8, scale), torch.float64), dtype).weight8.float(),
+                       weight8.float())  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(E4M3, 0.02, 0.03), (INT8, 0.005, 0.012)])
+def test_the_error_of_a_product(dtype, least, most):
+    weight, x = torch.randn(512, 2048), torch.randn(64, 2048)
+    rounded = dequantise(quantise(weight, dtype), torch.float32)
+    assert least < relative_error(x @ rounded.T, x @ weight.T) < most
+
+
+@FORMATS
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16, torch.float16])
+def test_dequantised_once(dtype, wide):
+    quantised = quantise(torch.randn(24, 40), dtype)
+    exact = quantised.weight8.float() * quantised.scale[:, None]
+    assert torch.equal(dequantise(quantised, wide), exact.to(wide))
+
+
+def test_not_a_number_is_not_lost():
+    weight = torch.randn(4, 8)
+    weight[1, 2], weight[2, 3] = torch.nan, torch.inf
+    for dtype in (E4M3, INT8):
+        finite = dequantise(quantise(weight, dtype), torch.float32).isfinite().all(1)
+        assert finite.tolist() == [True, False, False, True]
+
+
+@FORMATS
+@STAGES
+def test_a_network_in_8_bits(dtype, network_class, config, inputs):
+    """Its own forward and the engine's, which dequantises on the processor, are those of the rounded weights."""
+    network, call = build(network_class, config), inputs(config)
+    exact, rounded = forward(network, *call), build(network_class, config)
+    with torch.no_grad():
+        for _, layer in quantisable(rounded):
+            layer.weight.copy_(
+                dequantise(quantise(layer.weight, dtype), torch.float32).view(layer.weight.shape)
+            )
+    expected = forward(rounded, *call)
+    quantise_network(network, dtype)
+    assert weight_format(network) == dtype
+    assert torch.equal(forward(network, *call), expected)
+    assert torch.equal(forward(Engine(network), *call), forward(Engine(rounded), *call))
+    assert 0 < relative_error(expected, exact) < (0.2 if dtype == E4M3 else 0.06)
+    assert network.state_dict().keys() == rounded.state_dict().keys()
+
+
+def test_half_of_the_memory_of_bf16():
+    with torch.device("meta"):
+        network = StageC.from_config({})
+    network.bfloat16()
+    before = sum(p.nbytes for p in network.parameters())
+    quantise_network(network, INT8)
+    after = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    assert after < 0.53 * before
+    assert after < 3.9e9
+
+
+@FORMATS
+def test_a_lora_is_rounded_with_its_weight(dtype):
+    """From the original in float32, once; and afterwards the same bits as before."""
+    network: Any = build(StageC, STAGE_C).bfloat16()
+    original = network.get_submodule(LAYER).weight.detach().clone()
+    layer: Any = quantise_network(network, dtype).get_submodule(LAYER)
+    before = layer.quantised
+    (change,) = lora().values()
+    with patched(network, [Patch("a LoRA", lora(), 0.7)]):
+        assert same(layer.quantised, quantise(changed_weight(original, change, 0.7), dtype))
+    assert same(layer.quantised, before)
+
+
+@FORMATS
+@pytest.mark.parametrize("share", [0.45, 0.7, 2])
+@pytest.mark.parametrize("device", [Counting, Late])
+def test_placed_and_streamed(dtype, share, device):
+    """Every forward gives the bits of the weights in main memory, with and without a LoRA."""
+    network, call = quantise_network(build(StageC, STAGE_C), dtype), stage_c_inputs(STAGE_C)
+    patches = [Patch("a LoRA", lora(), 1.0)]
+    expected = forward(Engine(network), *call)
+    with patched(network, patches):
+        expected_with = forward(Engine(network), *call)
+    assert not torch.equal(expected, expected_with)
+    engine, size = Engine(network), sum(p.nbytes for p in network.parameters())
+    pool = DeviceMemory(device(int(size * share)), unit_bytes=40_000)
+    for changes, result in [
+        ([], expected),
+        (patches, expected_with),
+        (patches, expected_with),
+        ([], expected),
+    ]:
+        outs = pool.run(
+            network, lambda _: [forward(engine, *call) for _ in range(3)], patches=changes, consumer=engine
+        )
+        assert all(torch.equal(out, result) for out in outs)
+
+
+def written(path: Path, network: Any) -> Path:
+    tensors = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    for name, layer in quantised_layers(network):
+        tensors |= quantised_layout(f"{name}.weight", layer.quantised, layer.weight.shape)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+@FORMATS
+@pytest.mark.parametrize("kind", ["stage_c", "stage_b"])
+def test_a_file_comes_back_to_the_bit(tmp_path, dtype, kind):
+    classes: Any = {"stage_c": StageC, "stage_b": StageB}
+    save_file(classes[kind].from_config(CONFIGS[kind]).state_dict(), tmp_path / "float.safetensors")
+    network, _, _ = load_model(tmp_path / "float.safetensors", kind, eight_bit=dtype)
+    again, _, _ = load_model(written(tmp_path / "x.safetensors", network), kind, eight_bit=dtype)
+    for (name, one), (_, other) in zip(quantised_layers(network), quantised_layers(again), strict=True):
+        assert same(one.quantised, other.quantised), name
+        assert other.original is None
+    floats: Any = load_model(tmp_path / "x.safetensors", kind)[0]
+    for name, layer in quantised_layers(network):
+        weight: Any = floats.get_submodule(name).weight
+        assert torch.equal(weight, layer.dequantised(torch.bfloat16))
+
+
+def test_one_scale_stays_one(tmp_path):
+    """As of ComfyUI's fp8 weights."""
+    weight8 = torch.randn(8, 16).to(E4M3)
+    parts = quantised_layout("a.weight", QuantisedWeight(weight8, torch.full((8,), 0.3)), (8, 16))
+    assert parts["a.weight_scale"].shape == ()
+    parts = quantised_layout("a.weight", QuantisedWeight(weight8, torch.rand(8)), (8, 16))
+    assert parts["a.weight_scale"].shape == (8, 1)
+    assert bytes(parts["a.comfy_quant"].tolist()) == b'{"format": "float8_e4m3fn"}'
+
+
+def test_another_format_is_rounded_from_the_files(tmp_path):
+    save_file(StageC.from_config(CONFIGS["stage_c"]).state_dict(), tmp_path / "float.safetensors")
+    network, _, _ = load_model(tmp_path / "float.safetensors", "stage_c", eight_bit=INT8)
+    other, _, _ = load_model(written(tmp_path / "x.safetensors", network), "stage_c", eight_bit=E4M3)
+    for (_, one), (_, layer) in zip(quantised_layers(network), quantised_layers(other), strict=True):
+        assert same(layer.quantised, quantise(one.dequantised(torch.float32), E4M3))
