@@ -10,7 +10,6 @@ come.
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import statistics
@@ -31,23 +30,17 @@ from cascade_nodes.cascade_core.engine.kernels import products, tuned
 from cascade_nodes.cascade_core.engine.kernels.fp8 import (
     apply_response_quantise,
     quantise_rows,
-    quantise_weight,
-    quantise_weight_int8,
     quantised_linear,
 )
 from cascade_nodes.cascade_core.engine.kernels.int8 import dequantise
 from cascade_nodes.cascade_core.engine.kernels.tuned import CUBLAS, Config, device_key
 from cascade_nodes.cascade_core.engine.workspace import empty
+from cascade_nodes.cascade_core.networks.quantisation import E4M3, INT8, quantise, quantise_network
 from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
 from networks import forward_inputs, full, random_network
 from product_cases import CACHE, CALLS, REPLAYS
 from timing import relative_error
-
-try:
-    quantisation: Any = importlib.import_module("cascade_nodes.cascade_core.networks.quantisation")
-except ImportError:  # engines pack the weights themselves
-    quantisation = None
 
 SIDE, ROWS, ROUNDS, PER_ROUND = 1024, 2, 6, 5
 PRODUCTS = [  # (op, rows, out, K) of the blocks that there are most of: Stage B's third level, then Stage C
@@ -130,8 +123,8 @@ class Forward:
         setup = full(torch.device("cuda"))
         network: Any = random_network(kind, setup)
         self.ops = ops
-        if weights is not None and quantisation is not None:
-            quantisation.quantise_network(network, weights)
+        if weights is not None:
+            quantise_network(network, weights)
         self.engine = Engine(network)
         self.x, noise, conditions = forward_inputs(kind, setup, ROWS, SIDE)
         self.conditions: dict[str, Any] = {**conditions}
@@ -262,8 +255,8 @@ class Tuned:
         self.scratch, self.row_scale = self.weights[0].clone(), None
         self.scales: list[Any] = [None] * self.copies
         if kind != "bf16":
-            quantise = quantise_weight if kind == "e4m3" else quantise_weight_int8
-            self.weights, self.scales = map(list, zip(*map(quantise, self.weights), strict=True))
+            quantised = [quantise(weight, E4M3 if kind == "e4m3" else INT8) for weight in self.weights]
+            self.weights, self.scales = map(list, zip(*quantised, strict=True))
         if kind == "e4m3":
             self.x, self.row_scale = quantise_rows(self.x)
 

@@ -112,6 +112,12 @@ def split_quantised(
     return weights, quantised
 
 
+def unscaled(file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Multiplies 8-bit weights by their scales, to bf16; leaves everything else unchanged."""
+    weights, quantised = split_quantised(file, tensors)
+    return {**weights, **{name: as_float(weight) for name, weight in quantised.items()}}
+
+
 def as_float(weight: QuantisedWeight) -> Tensor:
     """A weight of a file, in bf16."""
     return dequantised(weight).to(torch.bfloat16)
