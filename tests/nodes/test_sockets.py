@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.networks.quantisation import weight_format
 from cascade_nodes.headless.registry import describe
 from cascade_nodes.nodes.conditioning import CascadeImagePrompt, CascadeTextEncode
 from cascade_nodes.nodes.extension import NODES
@@ -157,8 +158,10 @@ def test_files_of_another_kind(tiny):
 def test_precisions(tiny):
     half = StageBLoader.execute("tiny_stage_b.safetensors", "bf16")[0]
     assert half.network.clip_mapper.weight.dtype == torch.bfloat16
-    with pytest.raises(CascadeError, match=r"fp8 needs an NVIDIA card.*the processor is not one"):
-        StageBLoader.execute("tiny_stage_b.safetensors", "fp8")
+    eight_bit = StageBLoader.execute("tiny_stage_b.safetensors", "fp8")[0]
+    assert eight_bit.engine.precision == "fp8"
+    assert weight_format(eight_bit.network) == torch.float8_e4m3fn
+    assert eight_bit.network.clip_mapper.weight.dtype == torch.float32
     with pytest.raises(CascadeError, match="dtype 'int4' is not known"):
         StageBLoader.execute("tiny_stage_b.safetensors", "int4")
 
