@@ -11,8 +11,8 @@ CATEGORY = "Stable Cascade/loaders"
 
 DTYPE_TOOLTIP = (
     "Precision of the weights. auto: what the device computes fastest in (float32 on the CPU). fp8 halves "
-    "the memory of bf16 in ComfyUI; without it, it multiplies bf16 weights in fp8: faster, in half as much "
-    "memory again, on cards of compute capability 8.9 and later."
+    "the memory of bf16, for a little accuracy. Without ComfyUI it is faster too from compute capability 8.9 "
+    "on (RTX 40 series), and slower elsewhere."
 )
 
 
