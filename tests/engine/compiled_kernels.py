@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 import triton
 
-from cascade_nodes.cascade_core.engine import Precision, operations_on
+from cascade_nodes.cascade_core.engine import Precision, int8, operations_on
 from cascade_nodes.cascade_core.engine.card import Card, described
 from cascade_nodes.cascade_core.engine.kernels import products
 from cascade_nodes.cascade_core.engine.kernels.described import compile_for
@@ -40,6 +40,11 @@ CARDS = [
     Card((12, 0), "NVIDIA GeForce RTX 5090", 170),
 ]
 EXACT: list[Precision] = ["exact"]
+OPERANDS = {  # of a product, by the end of its name in the table of the fastest
+    "_e4m3": (torch.float8_e4m3fn, torch.float8_e4m3fn),
+    "_int8": (torch.bfloat16, torch.int8),
+    "": (torch.bfloat16, torch.bfloat16),
+}
 MATRIX_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 LITE_C = replace(StageCConfig(), c_cond=1536, c_hidden=(1536, 1536), nhead=(24, 24))
 LITE_B = replace(
@@ -81,13 +86,42 @@ def tuned(card: Card) -> Iterator[tuple[str, Any]]:
 
 def multiply(op: str, m: int, n: int, k: int) -> None:
     config = choose(op, m, n, k, "meta")
-    if config is not None:
-        x, w, out = (
-            torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((m, k), (n, k), (m, n))
-        )
-        partial = torch.empty(1, products.response_chunks(m, config), n, device="meta")
-        more = (m, out, partial) if op == "linear_gelu_response" else (out,)
-        getattr(products, op)(x, w, w[:, 0], *more, config)
+    if config is None:
+        return
+    name, suffix = next((op.removesuffix(end), end) for end in OPERANDS if op.endswith(end))
+    x_type, w_type = OPERANDS[suffix]
+    x, w = empty(m, k, dtype=x_type), empty(n, k, dtype=w_type)
+    out, bias = empty(m, n), empty(n)
+    scales: dict[str, Any] = (
+        {} if w_type == torch.bfloat16 else {"column_scale": empty(n, dtype=torch.float32)}
+    )
+    if x_type != torch.bfloat16:
+        scales["row_scale"] = empty(m, dtype=torch.float32)
+    if name == "linear_gelu_response":
+        partial = empty(1, products.response_chunks(m, config), n, dtype=torch.float32)
+        products.linear_gelu_response(x, w, bias, m, out, partial, config, **scales)
+    elif name == "add_linear":
+        products.add_linear(x, w, out, config, **scales)
+    else:
+        getattr(products, name)(x, w, bias, out, config, **scales)
+
+
+def with_int8_weights(card: Card) -> Iterator[tuple[str, Any]]:
+    """Products of the widths of both stages."""
+    if card.capability < (8, 0):
+        return
+    for width, positions in ((2048, 576), (1280, 1024), (640, 4096), (320, 16384)):
+        yield f"int8 {width}", lambda width=width, positions=positions: multiply_int8(width, positions)
+
+
+def multiply_int8(width: int, positions: int) -> None:
+    x, weight = empty(2, positions, width), int8.pack(empty(width, width))
+    int8.project(x, weight, empty(width))
+    int8.add_linear_(x, x, weight)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def precisions(card: Card) -> list[Precision]:
@@ -150,7 +184,9 @@ def main() -> None:
     triton.knobs.runtime.jit_cache_hook = Covering(card) if arguments.cover else None
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
-        for name, forward in chain(usual(card), tuned(card), unusual(card) if arguments.unusual else ()):
+        for name, forward in chain(
+            usual(card), with_int8_weights(card), tuned(card), unusual(card) if arguments.unusual else ()
+        ):
             sys.stderr.write(name + "\n")
             compile_for(card, forward)
 
