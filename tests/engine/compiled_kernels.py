@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 import triton
 
-from cascade_nodes.cascade_core.engine import Precision, int8, operations_on
+from cascade_nodes.cascade_core.engine import Precision, operations_on
 from cascade_nodes.cascade_core.engine.card import Card, described
 from cascade_nodes.cascade_core.engine.kernels import products
 from cascade_nodes.cascade_core.engine.kernels.described import compile_for
@@ -106,20 +106,6 @@ def multiply(op: str, m: int, n: int, k: int) -> None:
         getattr(products, name)(x, w, bias, out, config, **scales)
 
 
-def with_int8_weights(card: Card) -> Iterator[tuple[str, Any]]:
-    """Products of the widths of both stages."""
-    if card.capability < (8, 0):
-        return
-    for width, positions in ((2048, 576), (1280, 1024), (640, 4096), (320, 16384)):
-        yield f"int8 {width}", lambda width=width, positions=positions: multiply_int8(width, positions)
-
-
-def multiply_int8(width: int, positions: int) -> None:
-    x, weight = empty(2, positions, width), int8.pack(empty(width, width))
-    int8.project(x, weight, empty(width))
-    int8.add_linear_(x, x, weight)
-
-
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Any:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -184,9 +170,7 @@ def main() -> None:
     triton.knobs.runtime.jit_cache_hook = Covering(card) if arguments.cover else None
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
-        for name, forward in chain(
-            usual(card), with_int8_weights(card), tuned(card), unusual(card) if arguments.unusual else ()
-        ):
+        for name, forward in chain(usual(card), tuned(card), unusual(card) if arguments.unusual else ()):
             sys.stderr.write(name + "\n")
             compile_for(card, forward)
 
