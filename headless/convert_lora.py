@@ -42,7 +42,9 @@ def add_convert_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument("-h", "--help", action=_Help)
-    convert.add_argument("source", type=Path, metavar="IN", help="a LoRA in a safetensors file")
+    convert.add_argument(
+        "source", type=Path, metavar="IN", help="a LoRA in a safetensors file, or PEFT's folder"
+    )
     convert.add_argument(
         "target", type=Path, metavar="OUT", help="the file to write; with --to peft also a folder"
     )

@@ -108,15 +108,16 @@ def _named(name: str, text: str | None) -> list[str]:
 
 
 def _describe_networks(path: Path) -> Description | None:
-    """Of a file or a folder of diffusers; None for a file without a network."""
+    """Of a file or a folder of diffusers; None for a file without a network, and for PEFT's folder."""
     from ..cascade_core.adapters.about import describe_training, training_facts
+    from ..cascade_core.adapters.peft import adapter_file
     from ..cascade_core.checkpoints import PART_NAMES, networks_stored, read_header
 
     stored = networks_stored(path)
-    if not stored and os.path.isdir(path):
+    if not stored and os.path.isdir(adapter_file(path)):
         raise CascadeError(
             f"{printable(str(path))} is a folder without networks of Stable Cascade; give a picture, a graph, a LoRA, "
-            "a network, or a folder as diffusers has them."
+            "a network, or a folder as diffusers or PEFT has them."
         )
     if not stored:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from .patterns import texts
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 HEADER_ENTRY = "lora_adapter_metadata"  # where diffusers writes the same configuration into the tensors' file
 LARGEST_ALPHA = 1e6
+_TEXT = "text_"  # in every name of the text encoder and of its layers, and in none of Stage C's
 # `init_lora_weights` that leave the network's own weights as they are; others move a part of them into the LoRA.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _OTHER_KINDS = {"kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "use_qalora": "QALoRA"}
@@ -76,16 +78,26 @@ def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) ->
     if not networks:
         return StatedAlpha(lambda layer, rank: alpha, given=True) if alpha else None
     alphas = {network: _alpha_of(config, where, alpha) for network, config in networks.items()}
+    only = next(iter(alphas)) if len(alphas) == 1 else None
 
     def of(layer: str, rank: int) -> float | None:
         name = layer.removeprefix("base_model.model.")
         network, _, inside = name.partition(".")
         if network in alphas:  # diffusers keeps several networks in one file
             return alphas[network](inside, rank)
-        return alphas[""](name, rank) if "" in alphas else alpha or None
+        # The one network that is stated may stand under another name in its layers, or under none.
+        if only is not None and (only == "" or (_TEXT in only) == (_TEXT in name)):
+            return alphas[only](name, rank)
+        return alpha or None
 
     config = next(iter(networks.values())) if len(networks) == 1 else {}
     return StatedAlpha(of, " ".join(notes), config, bool(alpha))
+
+
+def adapter_file(path: Path) -> Path:
+    """The file of an adapter's tensors at `path`, which may be PEFT's folder of it."""
+    inside = path / WEIGHTS_FILE
+    return inside if os.path.isfile(inside) else path
 
 
 def assumed_alpha(name: str) -> str:
@@ -124,7 +136,7 @@ def _in_header(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         return {"": entries}
     networks: dict[str, dict[str, Any]] = {}
     for entry, value in entries.items():
-        network, _, name = entry.partition(".")
+        network, _, name = entry.rpartition(".")
         networks.setdefault(network, {})[name] = value
     return {network: config for network, config in networks.items() if "lora_alpha" in config}
 

@@ -33,7 +33,7 @@ from .fused import split
 from .names import FUSED, stage_c_layer, text_layer
 from .official import is_official, read_official
 from .order import Filters, parse_filters
-from .peft import StatedAlpha, assumed_alpha, stated_alpha
+from .peft import StatedAlpha, adapter_file, assumed_alpha, stated_alpha
 
 _LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 _BUNDLED, _BUNDLED_ENDINGS = "bundle_emb.", (".clip_g", ".clip_g_out", ".string_to_param.*")
@@ -52,14 +52,14 @@ def read_adapter(
     alpha: float = 0.0,
     filters: str = "",
 ) -> Adapter:
-    """Reads a LoRA or embedding file; the tensors are views of the mapped file.
+    """Reads a LoRA or embedding file, or PEFT's folder; the tensors are views of the mapped file.
 
     stage_c: the network it is for. Only the official dialect, which numbers its layers, asks for it, and not for the
     published sizes. alpha, filters: what the file's training had and the file may not say, the alpha of layers without
     one (0: as stated beside it, or else their rank) and the `module_filters` of an official file ("": as the shapes
     tell). Raises CascadeError where the file cannot be read or is of something else.
     """
-    path = Path(path)
+    path = adapter_file(Path(path))
     tensors, metadata = read_safetensors(path)
     stated = stated_alpha(path, metadata, alpha)
     return parse_adapter(tensors, metadata, path.name, stage_c, stated, parse_filters(filters))

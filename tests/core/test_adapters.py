@@ -367,6 +367,22 @@ def test_diffusers_writes_the_configuration_into_the_file(tmp_path):
         assert "states no alpha" in read_adapter(path).notes[0]
 
 
+@pytest.mark.parametrize("stated", ["prior", "unet", "base_model.model"])
+@pytest.mark.parametrize("named", ["prior", "unet", "base_model.model", "base_model.model.prior", ""])
+def test_the_one_network_that_is_stated_may_be_named_otherwise_in_its_layers(stated, named, tmp_path):
+    pair = {"lora_A.weight": torch.ones(4, 64), "lora_B.weight": torch.ones(64, 4)}
+    stage_c, text = "down_blocks.0.2.attention.to_q", "text_model.encoder.layers.0.self_attn.q_proj"
+    layers = [f"{named}.{stage_c}".removeprefix("."), f"text_encoder.{text}"]
+    tensors = {f"{layer}.{part}": tensor.clone() for layer in layers for part, tensor in pair.items()}
+    metadata = {"lora_adapter_metadata": json.dumps({f"{stated}.r": 4, f"{stated}.lora_alpha": 16})}
+    write_safetensors(tmp_path / "a.safetensors", tensors, metadata)
+    adapter = read_adapter(tmp_path / "a.safetensors")
+    assert scales(adapter) == {4}
+    of_text = {change.scale for change in low_rank_changes(adapter.text).values()}
+    assert of_text == {1}  # of which nothing is stated
+    assert "states no alpha" in adapter.notes[0]
+
+
 def test_files_whose_program_multiplies_alpha_in_say_nothing(tmp_path):
     low_rank = {"down_blocks.0.2.attention.attn.to_q": change((64, 64))}
     for dialect in ("diffusers", "kohya", "official"):

@@ -175,6 +175,18 @@ def test_peft_gets_its_folder(folder, capsys):
         capsys.readouterr()
 
 
+def test_the_folder_that_peft_reads_is_read(folder, capsys):
+    assert convert("official.safetensors", "style", *PEFT) == 0
+    assert convert("style", "a.safetensors", "--to", "kohya") == 0
+    assert convert("style/adapter_model.safetensors", "b.safetensors", "--to", "kohya") == 0
+    assert (folder / "a.safetensors").read_bytes() == (folder / "b.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(["show", "style"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "adapter_model.safetensors (peft): 24 layers of Stage C, rank 3"
+    )
+
+
 def test_a_file_for_peft_states_its_own_alpha_and_touches_nothing_beside_it(folder, capsys):
     (folder / "adapter_config.json").write_text("another's")
     for name, *force in (("style.safetensors",), ("b.safetensors",), ("b.safetensors", "--force")):
