@@ -131,19 +131,19 @@ ALL_IN_ONE = "ComfyUI all-in-one"
 _ALL_IN_ONE_UNET = "model.diffusion_model."
 _DIFFUSERS_STAGE_B = (*_ATTENTION, ("clip_txt_pooled_mapper.", "clip_mapper."))
 
-# Tried in this order: the more particular first.
+# Tried in this order, but those that rename something first: they are told by those names.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "stage_c": (
-        Layout("diffusers in an all-in-one", _ALL_IN_ONE_UNET, renamed=_ATTENTION),
         Layout(ALL_IN_ONE, _ALL_IN_ONE_UNET),
         Layout("diffusers", renamed=_ATTENTION),
         PUBLISHED,
+        Layout("diffusers in an all-in-one", _ALL_IN_ONE_UNET, renamed=_ATTENTION),
     ),
     "stage_b": (
-        Layout("diffusers in an all-in-one", _ALL_IN_ONE_UNET, renamed=_DIFFUSERS_STAGE_B),
         Layout(ALL_IN_ONE, _ALL_IN_ONE_UNET),
         Layout("diffusers", renamed=_DIFFUSERS_STAGE_B),
         PUBLISHED,
+        Layout("diffusers in an all-in-one", _ALL_IN_ONE_UNET, renamed=_DIFFUSERS_STAGE_B),
     ),
     "stage_a": (
         Layout(ALL_IN_ONE, "vae."),
@@ -202,7 +202,8 @@ def parts_in(names: Iterable[str]) -> dict[str, Layout]:
 
 
 def _layout_of(part: str, layouts: Iterable[Layout], names: list[str]) -> Layout | None:
-    return next((layout for layout in layouts if layout.holds(part, names)), None)
+    renaming_first = sorted(layouts, key=lambda layout: not layout.renamed)
+    return next((layout for layout in renaming_first if layout.holds(part, names)), None)
 
 
 def without_wrapped_modules(name: str) -> str:

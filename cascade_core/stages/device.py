@@ -94,8 +94,10 @@ class ComputeDevice:
         """Precision by its name in DTYPES. auto: float32 on the CPU, bf16 on a card, or fp16 where it has none.
 
         fp8, int8: that of auto, beside weights in 8 bits (networks/quantisation.py).
-        Raises CascadeError for another name.
+        Raises CascadeError for another name, and for fp8 on Apple's devices.
         """
+        if name == "fp8" and self.device.type == "mps":
+            raise CascadeError("Apple's devices have no fp8; choose auto or fp16.")
         if name in ("auto", *FORMATS):
             if self.device.type == "cpu":
                 return torch.float32

@@ -42,9 +42,9 @@ def test_the_graphs_are_good_where_nothing_is_bad(graph, working_folder, capsys)
             "Node 7 (CascadePriorSampler): input 'model' is connected to output 0 of node 3, which gives "
             "VAE, but it takes MODEL.",
         ),
-        ("7.steps=many", "Node 7 (CascadePriorSampler): input 'steps' is 'many', but it takes INT."),
-        ("7.cfg=NaN", "Node 7 (CascadePriorSampler): input 'cfg' is nan, but it takes FLOAT."),
-        ("6.width=wide", "Node 6 (CascadeEmptyLatent): input 'width' is 'wide', but it takes INT."),
+        ("7.steps=many", "Node 7 (CascadePriorSampler): input 'steps' is 'many', but it takes a whole number (INT)."),
+        ("7.cfg=NaN", "Node 7 (CascadePriorSampler): input 'cfg' is nan, but it takes a number (FLOAT)."),
+        ("6.width=wide", "Node 6 (CascadeEmptyLatent): input 'width' is 'wide', but it takes a whole number (INT)."),
         (
             "7.steps=0",
             "Node 7 (CascadePriorSampler): input 'steps' is 0, but it must be between 1 and 10000.",

@@ -28,6 +28,18 @@ class _Module:
     def current_device(self) -> int:
         return 0
 
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """It draws no numbers."""
+
+    def get_rng_state(self, device: torch.device) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: torch.device) -> None:
+        """It draws no numbers."""
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16]
 

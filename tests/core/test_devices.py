@@ -43,10 +43,7 @@ def test_amd_gets_nothing_of_nvidias(amd):
     assert device.device == AMD
     assert isinstance(device.pool, PlainMemory)
     assert device.weight_dtype("auto") == torch.bfloat16
-    with pytest.raises(
-        CascadeError, match=r"fp8 needs an NVIDIA card .* and AMD Radeon RX 7900 XTX.* is not one"
-    ):
-        device.weight_dtype("fp8")
+    assert device.weight_dtype("fp8") == torch.bfloat16  # in which weights of 8 bits are multiplied
 
 
 def available(monkeypatch, **counts: int) -> None:
@@ -99,7 +96,7 @@ def test_precisions_on_apples(monkeypatch, macos_14, weights):
     assert device.encoder_dtype() == torch.float16
     assert operations_on(device.device) is operations
     assert isinstance(device.pool, PlainMemory)
-    with pytest.raises(CascadeError, match="fp8 needs an NVIDIA card"):
+    with pytest.raises(CascadeError, match="Apple's devices have no fp8"):
         device.weight_dtype("fp8")
 
 

@@ -245,6 +245,7 @@ ALLOWED = {
     "nodes/hosts/comfyui/vision.py": "into a temporary folder of its own",
     "benchmarks/served_programs.py": "a server and its log, in a temporary folder of its own",
     "benchmarks/random_files.py": "into a temporary folder of its own",
+    "benchmarks/rehearsed.py": "what its cells print, to its error stream",
     "benchmarks/load.py": "into a temporary folder of its own",
 }
 

@@ -57,9 +57,7 @@ def test_prompts_are_what_their_workflows_say(name, tmp_path):
 def test_a_group_node_is_refused_and_its_prompt_runs(tmp_path):
     texts = official("inpaint_controlnet")
     path = save_picture(tmp_path / "a.png", workflow=texts["workflow"])
-    with pytest.raises(
-        CascadeError, match=r"'workflow/StableCascadeInpaintCnet' \(id 68\).*run with --server"
-    ):
+    with pytest.raises(CascadeError, match=r"'StableCascadeInpaintCnet' \(id 68\).*Export \(API\)"):
         read_source(path, known)
     save_picture(path, **texts)
     assert read_source(path, known).graph == texts["prompt"]
