@@ -207,14 +207,35 @@ async function enlarge(page) {
   return { steps };
 }
 
+/** Waits until a node shows a picture, which may be another than the one it showed before. */
+const pictureShown = (page, id, picture) =>
+  page.waitForFunction(
+    ([id, picture]) => {
+      const shown = window.app.graph.getNodeById(id).imgs?.[0];
+      return shown?.naturalWidth && new URL(shown.src).searchParams.get("filename") === picture;
+    },
+    [id, picture],
+  );
+
 /** Places a picture's node and one that takes it; returns both ids once the picture is loaded. Not connected yet. */
 async function placeWithPicture(page, type, picture) {
   const source = await place(page, "LoadImage", [100, 200]);
   await setWidget(page, source, "image", picture);
   const id = await place(page, type, [700, 200]);
-  await page.waitForFunction((id) => window.app.graph.getNodeById(id).imgs?.[0]?.naturalWidth, source);
-  await page.waitForTimeout(300);
+  await pictureShown(page, source, picture);
   return [source, id];
+}
+
+/** A node's panel of sizes, once it shows any: it looks for its picture now and then. */
+async function sizesShown(page, id) {
+  await page.waitForFunction(
+    (id) => {
+      const panel = window.app.graph.getNodeById(id).widgets.find((widget) => widget.name === "cascade_size");
+      return panel.element.querySelector(".cascade-panel-sizes").textContent;
+    },
+    id,
+  );
+  return panel(page, id, "cascade_size");
 }
 
 const connectPicture = (page, source, id) =>
@@ -236,17 +257,18 @@ async function encode(page, { picture, workflows }) {
   await setWidget(page, id, "width", 0);
   await setWidget(page, id, "height", 0);
   await connectPicture(page, source, id);
-  await page.waitForTimeout(900); // where the picture was not shown yet, it is looked for again
-  seen.known = await panel(page, id, "cascade_size");
+  seen.known = await sizesShown(page, id);
   await setWidget(page, id, "height", 1104);
   seen.resized = await panel(page, id, "cascade_size");
   await load(page, "inpaint", workflows.inpaint); // its picture comes later than its nodes
   const [first, second] = await page.evaluate(() =>
     ["LoadImage", "CascadeEncode"].map((type) => window.app.graph._nodes.find((node) => node.type === type).id),
   );
-  await page.waitForFunction((id) => window.app.graph.getNodeById(id).imgs?.[0]?.naturalWidth, first);
-  await page.waitForTimeout(900);
-  seen.loaded = await panel(page, second, "cascade_size");
+  await pictureShown(page, first, await page.evaluate(
+    (id) => window.app.graph.getNodeById(id).widgets.find((widget) => widget.name === "image").value, first,
+  ));
+  await page.evaluate(() => new Promise((resolve) => setTimeout(resolve, 900))); // after the panel has looked once more
+  seen.loaded = await sizesShown(page, second);
   return seen;
 }
 
@@ -255,8 +277,7 @@ async function scale(page, { picture }) {
   const [source, id] = await placeWithPicture(page, "CascadeSuperResolutionHint", picture);
   const unknown = await panel(page, id, "cascade_size");
   await connectPicture(page, source, id);
-  await page.waitForTimeout(900); // where the picture was not shown yet, it is looked for again
-  const twice = await panel(page, id, "cascade_size");
+  const twice = await sizesShown(page, id);
   await setWidget(page, id, "scale", 1.3);
   return { unknown, twice, less: await panel(page, id, "cascade_size") };
 }
