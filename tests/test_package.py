@@ -1,7 +1,6 @@
 """The folder as a package: one identity, no heavy import at the door, arrows that only point one way."""
 
 import ast
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,15 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 from xml.etree import ElementTree
+
+from cascade_nodes.tests.registry import (
+    LARGEST_ARCHIVE,
+    OWNER,
+    archive_names,
+    publishing_steps,
+    run_step,
+    tracked_names,
+)
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -141,34 +149,55 @@ def test_no_import_of_the_core_leads_back():
 
 
 def test_the_registry_gets_what_users_need():
-    """The archive holds every file that git tracks but those named in .comfyignore."""
-    ignored = [
-        line
-        for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
-        if line and not line.startswith("#")
-    ]
-    assert all((ROOT / entry).exists() for entry in ignored)
-    for needed in ("demo/weights/x", "web/cascade.js", "locales/ja/main.json", "example_workflows/x.json"):
-        assert not any(needed.startswith(entry) for entry in ignored)
+    """Every file that works or is read there, and nothing that only the project's own development needs."""
+    names = archive_names()
+    rooms = (
+        "cascade_core/",
+        "demo/",
+        "example_workflows/",
+        "headless/",
+        "locales/",
+        "nodes/",
+        "subgraphs/",
+        "web/",
+    )
+    assert {name for name in tracked_names() if name.startswith(rooms)} <= names
+    assert {"__init__.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md"} <= names
+    assert {name for name in tracked_names() if name.startswith("docs/") and name.endswith(".md")} <= names
+    not_for_users = ("tests/", "benchmarks/", "typings/", ".github/", ".ci/", "docs/images/", "Makefile")
+    assert not [name for name in names if name.startswith(not_for_users)]
+    # Weights do not compress: of the files' own sizes nearly all is in the archive.
+    assert sum((ROOT / name).stat().st_size for name in names) <= LARGEST_ARCHIVE
+    ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    assert all((ROOT / entry).exists() for entry in ignored if entry and not entry.startswith("#"))
     comfy = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["comfy"]
     assert comfy["requires-comfyui"] == ">=0.3.64"
     assert "web" not in comfy  # beside WEB_DIRECTORY it would serve every script twice
+    assert not (
+        ROOT / "requirements.txt"
+    ).exists()  # ComfyUI has what the nodes need: nothing is installed over it
 
 
-def test_publishing_names_the_repository_and_the_icon(tmp_path):
+def test_publishing_names_publisher_repository_and_icon(tmp_path):
     """As the release workflow does it, wherever the repository lives; nothing else changes."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
-    script = workflow.split("run: |\n")[1].split("\n      - ")[0]
-    environment = {**os.environ, "GITHUB_REPOSITORY": "someone/cascade-nodes"}
-    subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=environment, check=True)
+    naming = run_step(next(iter(publishing_steps().values())), tmp_path)
+    assert naming.returncode == 0, naming.stderr
     before, after = (
         tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")) for folder in (ROOT, tmp_path)
     )
-    assert after["project"].pop("urls") == {"Repository": "https://github.com/someone/cascade-nodes"}
+    assert after["project"].pop("urls") == {"Repository": f"https://github.com/{OWNER}/cascade-nodes"}
     icon = after["tool"]["comfy"].pop("Icon")
-    assert icon == "https://raw.githubusercontent.com/someone/cascade-nodes/main/icon.svg"
+    assert icon == f"https://raw.githubusercontent.com/{OWNER}/cascade-nodes/main/icon.svg"
+    assert after["tool"]["comfy"].pop("PublisherId") == OWNER
+    before["tool"]["comfy"].pop("PublisherId")
     assert after == before
+
+
+def test_publishing_without_a_key_says_which_secret_is_missing(tmp_path):
+    published = run_step(publishing_steps()["Publish"], tmp_path, REGISTRY_ACCESS_TOKEN="")
+    assert published.returncode != 0
+    assert "REGISTRY_ACCESS_TOKEN: is missing: make a key" in published.stderr
 
 
 def test_the_icon_is_square_and_small():
