@@ -12,10 +12,16 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "web" / "docs"
 INFO = {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in NODES)}
 LANGUAGES = ("en", "ja", "zh")
-HELP_LANGUAGES = ("en", "ja")
 HEADINGS = {
     "en": ["Inputs", "Outputs", "Typical values", "Errors"],
     "ja": ["入力", "出力", "よく使う値", "エラー"],
+    "zh": ["输入", "输出", "常用值", "错误"],
+}
+# What pages show in bold beside the names of the pack's nodes, inputs and outputs: a key, and nodes of ComfyUI.
+OTHER_TERMS = {
+    "en": {"R", "KSampler", "SamplerCustomAdvanced", "Apply ControlNet"},
+    "ja": {"R", "KSampler", "SamplerCustomAdvanced"},
+    "zh": {"R", "K采样器", "自定义采样器（高级）"},
 }
 SCRIPTS = {"ja": r"[\u3040-\u30ff]", "zh": r"[\u4e00-\u9fff]"}  # kana, Chinese characters
 
@@ -104,22 +110,49 @@ def test_panels_say_only_what_the_locales_have():
 def test_help_is_there_for_every_node_and_no_other():
     assert {path.name for path in DOCS.iterdir()} == set(INFO)
     for name in INFO:
-        assert {path.name for path in (DOCS / name).iterdir()} == {
-            f"{language}.md" for language in HELP_LANGUAGES
-        }
+        assert {path.name for path in (DOCS / name).iterdir()} == {f"{language}.md" for language in LANGUAGES}
 
 
-@pytest.mark.parametrize("language", HELP_LANGUAGES)
+@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("name", INFO)
 def test_help_explains_the_node_as_it_is(name, language):
     text = (DOCS / name / f"{language}.md").read_text(encoding="utf-8")
     names = NODE_TEXTS[language][name]
     title, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
     assert title.startswith(f"# {names['display_name']}\n\n")
-    assert len(title.split("\n\n", 1)[1].strip()) > 60
+    assert len(title.split("\n\n", 1)[1].strip()) > (40 if language == "zh" else 60)
     assert [section.splitlines()[0] for section in sections] == HEADINGS[language]
     for kind, section in zip(("inputs", "outputs"), sections[:2], strict=True):
         rows = re.findall(r"^\| \*\*(.+?)\*\* \| (.+) \|$", section, flags=re.MULTILINE)
         assert rows == [(entry["name"], entry["tooltip"]) for entry in names[kind].values()]
     for section in sections[2:]:
         assert re.search(r"^- ", section, flags=re.MULTILINE)
+
+
+def items(name, language):
+    """The list items of a help page, section by section."""
+    text = (DOCS / name / f"{language}.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[3:]
+    return [re.findall(r"^- (.+)$", section, flags=re.MULTILINE) for section in sections]
+
+
+@pytest.mark.parametrize("language", ["ja", "zh"])
+@pytest.mark.parametrize("name", INFO)
+def test_help_says_as_much_in_every_language(name, language):
+    """The same values and the same errors, which are quoted as they are shown, in English."""
+    values, errors = items(name, language)
+    english_values, english_errors = items(name, "en")
+    assert len(values) == len(english_values)
+    quoted = [[re.findall(r"^\*(.+?)\*", error) for error in page] for page in (errors, english_errors)]
+    assert quoted[0] == quoted[1]
+    assert all(re.search(SCRIPTS[language], item) for item in values + errors)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_help_calls_things_as_the_interface_does(language):
+    terms = {
+        text for path, text in leaves(NODE_TEXTS[language]).items() if path[-1] in ("name", "display_name")
+    }
+    for name in INFO:
+        text = (DOCS / name / f"{language}.md").read_text(encoding="utf-8")
+        assert set(re.findall(r"\*\*(.+?)\*\*", text)) <= terms | OTHER_TERMS[language], name
