@@ -2,7 +2,7 @@
 
 from .attention import fuse_attention, split_attention
 from .files import check_writable, read_header, read_json, read_safetensors, read_text, write_safetensors
-from .layouts import LAYOUTS, Layout, parts_in
+from .layouts import ALL_IN_ONE, DIFFUSERS, LAYOUTS, Layout, layout_named, parts_in
 from .load import (
     KIND_NAMES,
     NETWORKS,
@@ -21,6 +21,8 @@ from .load import (
 from .source import in_model_folder, locate, networks_in, networks_stored, read_named, read_weights
 
 __all__ = [
+    "ALL_IN_ONE",
+    "DIFFUSERS",
     "KIND_NAMES",
     "LAYOUTS",
     "NETWORKS",
@@ -36,6 +38,7 @@ __all__ = [
     "holds",
     "identify",
     "in_model_folder",
+    "layout_named",
     "load_model",
     "load_published_state_dict",
     "locate",

@@ -128,26 +128,27 @@ def _comfyui_clip(name: str, prefix: str) -> tuple[Layout, Layout]:
 
 PUBLISHED = Layout("published")
 ALL_IN_ONE = "ComfyUI all-in-one"
+DIFFUSERS = "diffusers"
 _ALL_IN_ONE_UNET = "model.diffusion_model."
 _DIFFUSERS_STAGE_B = (*_ATTENTION, ("clip_txt_pooled_mapper.", "clip_mapper."))
 
-# Tried in this order, but those that rename something first: they are told by those names.
+# Tried in this order. Those that rename something come first: they are told by those names.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "stage_c": (
-        Layout(ALL_IN_ONE, _ALL_IN_ONE_UNET),
-        Layout("diffusers", renamed=_ATTENTION),
-        PUBLISHED,
+        Layout(DIFFUSERS, renamed=_ATTENTION),
         Layout("diffusers in an all-in-one", _ALL_IN_ONE_UNET, renamed=_ATTENTION),
+        Layout(ALL_IN_ONE, _ALL_IN_ONE_UNET),
+        PUBLISHED,
     ),
     "stage_b": (
-        Layout(ALL_IN_ONE, _ALL_IN_ONE_UNET),
-        Layout("diffusers", renamed=_DIFFUSERS_STAGE_B),
-        PUBLISHED,
+        Layout(DIFFUSERS, renamed=_DIFFUSERS_STAGE_B),
         Layout("diffusers in an all-in-one", _ALL_IN_ONE_UNET, renamed=_DIFFUSERS_STAGE_B),
+        Layout(ALL_IN_ONE, _ALL_IN_ONE_UNET),
+        PUBLISHED,
     ),
     "stage_a": (
+        Layout(DIFFUSERS, renamed=(("vquantizer.embedding.", "vquantizer.codebook."),)),
         Layout(ALL_IN_ONE, "vae."),
-        Layout("diffusers", renamed=(("vquantizer.embedding.", "vquantizer.codebook."),)),
         PUBLISHED,
     ),
     "controlnet": (PUBLISHED,),
@@ -170,6 +171,14 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 }
 
 
+def layout_named(part: str, name: str) -> Layout:
+    """The first layout of that name, such as ALL_IN_ONE, for a part. Raises KeyError where the part has none."""
+    for layout in LAYOUTS[part]:
+        if layout.name == name:
+            return layout
+    raise KeyError(name)
+
+
 def parts_in(names: Iterable[str]) -> dict[str, Layout]:
     """The networks that a file with these names holds, each with its layout; its prefix includes WRAPPERS.
 
@@ -183,11 +192,9 @@ def parts_in(names: Iterable[str]) -> dict[str, Layout]:
         if count:
             wrapped.setdefault(".".join(words[:count]) + ".", []).append(".".join(words[count:]))
     parts = {}
-    for part, layouts in LAYOUTS.items():
-        layout = _layout_of(part, layouts, names)
-        inside = (
-            {} if layout else {prefix: _layout_of(part, layouts, group) for prefix, group in wrapped.items()}
-        )
+    for part in LAYOUTS:
+        layout = _layout_of(part, names)
+        inside = {} if layout else {prefix: _layout_of(part, group) for prefix, group in wrapped.items()}
         found = [
             replace(one, prefix=prefix + one.prefix) for prefix, one in inside.items() if one is not None
         ]
@@ -201,9 +208,8 @@ def parts_in(names: Iterable[str]) -> dict[str, Layout]:
     return parts
 
 
-def _layout_of(part: str, layouts: Iterable[Layout], names: list[str]) -> Layout | None:
-    renaming_first = sorted(layouts, key=lambda layout: not layout.renamed)
-    return next((layout for layout in renaming_first if layout.holds(part, names)), None)
+def _layout_of(part: str, names: list[str]) -> Layout | None:
+    return next((layout for layout in LAYOUTS[part] if layout.holds(part, names)), None)
 
 
 def without_wrapped_modules(name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ...cascade_core.checkpoints import LAYOUTS, load_model, locate, read_json
+from ...cascade_core.checkpoints import DIFFUSERS, layout_named, load_model, locate, read_json
 from ...cascade_core.diffusion.noise import NoiseSource
 from ...cascade_core.diffusion.samplers import log_snr_range
 from ...cascade_core.diffusion.schedule import noise_cond
@@ -160,7 +160,7 @@ def paella() -> Any:
 
 def _shared(kind: str, network: Any, theirs: Any) -> Any:
     """Assigns the same tensors under diffusers' names."""
-    layout = next(layout for layout in LAYOUTS[kind] if layout.name == "diffusers")
+    layout = layout_named(kind, DIFFUSERS)
     theirs.load_state_dict(layout.from_published(network.state_dict()), strict=True, assign=True)
     return theirs.eval().requires_grad_(False)
 

@@ -18,7 +18,10 @@ from cascade_nodes.cascade_core import (
     infer_config,
 )
 from cascade_nodes.cascade_core.checkpoints import (
+    ALL_IN_ONE,
+    DIFFUSERS,
     LAYOUTS,
+    layout_named,
     load_model,
     networks_in,
     parts_in,
@@ -59,7 +62,7 @@ PUBLISHED = {
     "text": ("text_encoder_clip_bigg",),
     "vision": ("image_encoder_clip_vit_l14",),
 }
-DIFFUSERS = {
+DIFFUSERS_FILES = {
     "diffusers_prior": ("stage_c", "stage_c_3.6b"),
     "diffusers_prior_lite": ("stage_c", "stage_c_1b"),
     "diffusers_decoder": ("stage_b", "stage_b_1.5b"),
@@ -116,9 +119,9 @@ def test_full_size_by_manifest(part, layout):
             assert infer_config(back) == infer_config(on_meta(manifest))
 
 
-@pytest.mark.parametrize("manifest", DIFFUSERS)
+@pytest.mark.parametrize("manifest", DIFFUSERS_FILES)
 def test_what_diffusers_publishes(manifest):
-    part, published = DIFFUSERS[manifest]
+    part, published = DIFFUSERS_FILES[manifest]
     found = parts_in(on_meta(manifest))
     assert {name: layout.name for name, layout in found.items()} == {part: "diffusers"}
     back = found[part].to_published(on_meta(manifest))
@@ -130,7 +133,7 @@ def test_an_all_in_one_of_stage_c(tmp_path):
     tensors = {
         name: tensor
         for part, published in networks.items()
-        for name, tensor in LAYOUTS[part][0].from_published(published).items()
+        for name, tensor in layout_named(part, ALL_IN_ONE).from_published(published).items()
     }
     tensors |= {"vae.encoder.mean": torch.zeros(3), "vae.encoder.std": torch.ones(3)}
     text = {"text_encoder.clip_g.logit_scale": torch.zeros(())}
@@ -159,7 +162,7 @@ def test_text_encoders(layout, tmp_path):
 def test_image_encoder_of_an_all_in_one(tmp_path):
     published, metadata = read_weights(WEIGHTS / "demo_image_encoder.safetensors", "vision")
     path = tmp_path / "x.safetensors"
-    write_safetensors(path, LAYOUTS["vision"][0].from_published(published), metadata)
+    write_safetensors(path, layout_named("vision", ALL_IN_ONE).from_published(published), metadata)
     image = torch.rand(1, 96, 96, 3)
     expected = ImageEncoder.load(WEIGHTS / "demo_image_encoder.safetensors").encode(image)
     assert torch.equal(ImageEncoder.load(path).encode(image), expected)
@@ -167,7 +170,7 @@ def test_image_encoder_of_an_all_in_one(tmp_path):
 
 def diffusers_folder(root, shards=0):
     """prior/ with Stage C, in one file or in shards, and vqgan/ with Stage A."""
-    stage_c = LAYOUTS["stage_c"][1].from_published(tiny("stage_c"))
+    stage_c = layout_named("stage_c", DIFFUSERS).from_published(tiny("stage_c"))
     if shards:
         names = sorted(stage_c)
         files = {f"x-{n:05}-of-{shards:05}.safetensors": names[n::shards] for n in range(shards)}
@@ -180,7 +183,7 @@ def diffusers_folder(root, shards=0):
         write_safetensors(root / "prior" / "diffusion_pytorch_model.safetensors", stage_c, {})
         halves = {name: tensor.bfloat16() for name, tensor in stage_c.items()}
         write_safetensors(root / "prior" / "diffusion_pytorch_model.bf16.safetensors", halves, {})
-    stage_a = LAYOUTS["stage_a"][1].from_published(tiny("stage_a"))
+    stage_a = layout_named("stage_a", DIFFUSERS).from_published(tiny("stage_a"))
     write_safetensors(root / "vqgan" / "diffusion_pytorch_model.safetensors", stage_a, {})
 
 

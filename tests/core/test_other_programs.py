@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save, save_file
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.checkpoints import (
-    LAYOUTS,
+    ALL_IN_ONE,
+    DIFFUSERS,
     fuse_attention,
+    layout_named,
     load_model,
     networks_in,
     read_safetensors,
@@ -141,7 +143,7 @@ def test_variants_beside_the_full_precision(index, written, answers, tmp_path):
 
 
 def test_the_full_precision_in_shards_before_a_whole_variant(tmp_path):
-    stage_c = LAYOUTS["stage_c"][1].from_published(tiny("stage_c"))
+    stage_c = layout_named("stage_c", DIFFUSERS).from_published(tiny("stage_c"))
     folder, shard = tmp_path / "prior", "diffusion_pytorch_model-00001-of-00001.safetensors"
     write_safetensors(folder / shard, stage_c, {})
     halves = {name: tensor.bfloat16() for name, tensor in stage_c.items()}
@@ -168,7 +170,7 @@ PREFIXES = ("module.", "_orig_mod.", "generator.", "diffusion_model.", "prior.",
 def test_prefixes_of_trainers(prefix, layout, tmp_path):
     """Also a trainer's counters beside the network are no part of it."""
     expected = tiny("stage_c")
-    names = next(one for one in LAYOUTS["stage_c"] if one.name == layout).from_published(expected)
+    names = layout_named("stage_c", layout).from_published(expected)
     tensors = {prefix + name: tensor for name, tensor in names.items()}
     tensors |= {"step": torch.tensor(7), "global_step": torch.tensor([7]), "ema.decay": torch.tensor(0.9)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
@@ -254,7 +256,7 @@ def test_fp8_of_comfyui(written, tmp_path):
     assert any(name.endswith(".input_scale") for name in tensors)
     theirs = load_file(written / "comfyui_fp8_answer.safetensors")["stage_c"]
     assert close(answer("stage_c", path), theirs, 1e-2)  # the products of values and scales are in bf16
-    published = LAYOUTS["stage_c"][0].to_published(tensors)
+    published = layout_named("stage_c", ALL_IN_ONE).to_published(tensors)
     exact = {
         name: rescaled("x", name, published[name], published.get(f"{name}_scale", torch.tensor(1.0)))
         for name in read

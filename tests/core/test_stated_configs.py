@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from cascade_nodes.cascade_core import CascadeError
-from cascade_nodes.cascade_core.checkpoints import LAYOUTS, NETWORKS, load_model, write_safetensors
+from cascade_nodes.cascade_core.checkpoints import (
+    DIFFUSERS,
+    NETWORKS,
+    layout_named,
+    load_model,
+    write_safetensors,
+)
 from cascade_nodes.cascade_core.stages.codec import load_stage_a
 from cascade_nodes.cascade_core.stages.device import ComputeDevice
 from cascade_nodes.cascade_core.stages.diffusion import SCALE_FACTOR, load_stage
@@ -27,7 +33,7 @@ ODD = {
     "stage_b": {"nhead": [-1, 16], "self_attn": False},
     "stage_a": {"scale_factor": 0.3764},
 }
-DIFFUSERS = {  # as its config.json has them
+DIFFUSERS_CONFIGS = {  # as its config.json has them
     "stage_c": {
         "_class_name": "StableCascadeUNet",
         "num_attention_heads": [4, 8],
@@ -83,7 +89,7 @@ def kind(request) -> str:
 def diffusers_folder(root, kind, config):
     """Weights in diffusers' names and folder, with that config.json."""
     network = network_of(kind)
-    layout = next(layout for layout in LAYOUTS[kind] if layout.name == "diffusers")
+    layout = layout_named(kind, DIFFUSERS)
     folder = root / FOLDERS[kind]
     file = folder / "diffusion_pytorch_model.safetensors"
     write_safetensors(file, layout.from_published(network.state_dict()), {})
@@ -93,7 +99,7 @@ def diffusers_folder(root, kind, config):
 
 
 def test_config_json_is_followed(kind, tmp_path):
-    network, file = diffusers_folder(tmp_path, kind, DIFFUSERS[kind])
+    network, file = diffusers_folder(tmp_path, kind, DIFFUSERS_CONFIGS[kind])
     for path in (tmp_path, file.parent, file):
         loaded, _, _ = load_model(path, expect=kind)
         assert close(output_of(kind, loaded), output_of(kind, network))
@@ -103,7 +109,7 @@ def test_config_json_is_followed(kind, tmp_path):
 
 
 def test_a_file_of_another_name_is_not_the_folders(kind, tmp_path):
-    _, file = diffusers_folder(tmp_path, kind, DIFFUSERS[kind])
+    _, file = diffusers_folder(tmp_path, kind, DIFFUSERS_CONFIGS[kind])
     file.rename(file.with_name("mine.safetensors"))
     _, _, config = load_model(file.with_name("mine.safetensors"), expect=kind)
     assert {name: config.get(name) for name in ODD[kind]} != ODD[kind]
@@ -142,7 +148,7 @@ def test_a_scale_factor_is_a_number(scale, tmp_path):
 
 def test_pictures_of_another_scale_factor(tmp_path):
     """Latents outside are the published factor times what Stage B diffuses, whatever the file's own is."""
-    network, _ = diffusers_folder(tmp_path, "stage_a", DIFFUSERS["stage_a"])
+    network, _ = diffusers_folder(tmp_path, "stage_a", DIFFUSERS_CONFIGS["stage_a"])
     diffused = torch.randn(1, 4, 4, 4)
     codec = load_stage_a(tmp_path / "vqgan", ComputeDevice("cpu"))
     expected = network.decode(diffused).clamp(0, 1).movedim(1, -1)

@@ -21,7 +21,14 @@ from cascade_nodes.cascade_core.adapters import (
     read_adapter,
     write_adapter,
 )
-from cascade_nodes.cascade_core.checkpoints import LAYOUTS, holds, read_weights, write_safetensors
+from cascade_nodes.cascade_core.checkpoints import (
+    ALL_IN_ONE,
+    DIFFUSERS,
+    holds,
+    layout_named,
+    read_weights,
+    write_safetensors,
+)
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.pipeline import StableCascade, StageSettings
@@ -100,9 +107,9 @@ class World:
                 ("stage_a", "Stage A"),
             )
         }
-        whole = LAYOUTS["stage_c"][0].from_published(networks["stage_c"]) | LAYOUTS["compressor"][
-            0
-        ].from_published(networks["compressor"])
+        whole = layout_named("stage_c", ALL_IN_ONE).from_published(networks["stage_c"]) | layout_named(
+            "compressor", ALL_IN_ONE
+        ).from_published(networks["compressor"])
         write_safetensors(
             folder / "whole.safetensors", {name: tensor.clone() for name, tensor in whole.items()}, {}
         )
@@ -120,7 +127,7 @@ class World:
         for part, place in (("stage_b", "decoder"), ("stage_a", "vqgan"), ("stage_c", "prior")):
             tensors = {
                 name: tensor.clone()
-                for name, tensor in LAYOUTS[part][1].from_published(networks[part]).items()
+                for name, tensor in layout_named(part, DIFFUSERS).from_published(networks[part]).items()
             }
             write_safetensors(
                 folder / "diffusers" / place / "diffusion_pytorch_model.safetensors", tensors, {}

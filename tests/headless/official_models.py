@@ -14,7 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cascade_nodes.cascade_core.checkpoints import LAYOUTS, read_weights, write_safetensors
+from cascade_nodes.cascade_core.checkpoints import (
+    ALL_IN_ONE,
+    layout_named,
+    read_weights,
+    write_safetensors,
+)
 from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.cascade_core.vision import build_vision_model
 from cascade_nodes.nodes.hosts.roles import DEMO_FOLDER, DEMO_NAMES
@@ -52,7 +57,7 @@ def write_models(models: Path) -> None:
         for name, parts in CHECKPOINTS.items():
             tensors = {}
             for part in parts:
-                tensors |= LAYOUTS[part][0].from_published(_weights(part))
+                tensors |= layout_named(part, ALL_IN_ONE).from_published(_weights(part))
             write_safetensors(models / "checkpoints" / f"{name}.safetensors", tensors, {})
     (models / "controlnet").mkdir(exist_ok=True)
     for kind in ("canny", "inpainting"):

@@ -12,8 +12,10 @@ from cascade_nodes.cascade_core.adapters.apply import Patch, patched
 from cascade_nodes.cascade_core.adapters.merge import MergedFile
 from cascade_nodes.cascade_core.adapters.names import parameter_shapes, stage_c_shapes
 from cascade_nodes.cascade_core.checkpoints import (
-    LAYOUTS,
+    ALL_IN_ONE,
+    DIFFUSERS,
     fuse_attention,
+    layout_named,
     load_model,
     networks_in,
     read_safetensors,
@@ -21,7 +23,7 @@ from cascade_nodes.cascade_core.checkpoints import (
     split_attention,
     write_safetensors,
 )
-from cascade_nodes.cascade_core.checkpoints.layouts import ALL_IN_ONE, PUBLISHED
+from cascade_nodes.cascade_core.checkpoints.layouts import PUBLISHED
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.headless.cli import main
 from cascade_nodes.tests.core.lora_files import CONFIG, STAGE_C_ABOUT, change
@@ -92,7 +94,7 @@ def test_merged_is_as_patched(layout, dtype, folder):
         "published": fuse_attention(ours),
         "split": ours,
         "all-in-one": {f"model.diffusion_model.{name}": tensor for name, tensor in ours.items()},
-        "diffusers": LAYOUTS["stage_c"][1].from_published(ours),
+        "diffusers": layout_named("stage_c", DIFFUSERS).from_published(ours),
         "module.": {f"module.{name}": tensor for name, tensor in ours.items()} | {"step": torch.tensor(3)},
     }[layout]
     write_safetensors("in.safetensors", tensors, ABOUT)
@@ -193,7 +195,8 @@ def test_an_all_in_one_in_one_file_or_apart(folder):
     text, _ = read_weights(TEXT_ENCODER, "text")
     generator = torch.Generator().manual_seed(3)
     text["text_projection.weight"] = torch.randn(text["text_projection.weight"].shape, generator=generator)
-    open_clip = next(layout for layout in LAYOUTS["text"] if layout.name == ALL_IN_ONE and layout.transposed)
+    open_clip = layout_named("text", ALL_IN_ONE)
+    assert open_clip.transposed
     stage = {f"model.diffusion_model.{name}": tensor for name, tensor in fuse_attention(stage_c()).items()}
     other = {"vae.mean": torch.zeros(2)}
     write_safetensors(

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from cascade_nodes.cascade_core.checkpoints import LAYOUTS
+from cascade_nodes.cascade_core.checkpoints import ALL_IN_ONE, DIFFUSERS, LAYOUTS, layout_named
 from cascade_nodes.headless import models
 from cascade_nodes.headless.catalogue import FILES, WORKFLOWS
 from cascade_nodes.headless.cli import main
@@ -158,15 +158,15 @@ def test_every_copy_is_listed_in_the_order_of_the_roots(root, tmp_path, monkeypa
 def test_a_checkpoint_serves_with_all_it_holds(root, capsys):
     """The checkpoint loader gives every network of an all-in-one file, and of a diffusers folder."""
 
-    def names(name, part, number):
+    def names(name, part, layout):
         meta = {key: torch.empty(shape, device="meta") for key, shape in shapes_of(name).items()}
-        theirs = LAYOUTS[part][number].from_published(meta)
+        theirs = layout_named(part, layout).from_published(meta)
         return {key: tuple(tensor.shape) for key, tensor in theirs.items()}
 
-    all_in_one = names("stage_c", "stage_c", 0) | names("text_encoder", "text", 0)
+    all_in_one = names("stage_c", "stage_c", ALL_IN_ONE) | names("text_encoder", "text", ALL_IN_ONE)
     write_sparse(root / "checkpoints" / "c.safetensors", all_in_one, "BF16")
     pipeline = root / "diffusers" / "decoder"
-    write_sparse(pipeline / "decoder" / "model.safetensors", names("stage_b", "stage_b", 1), "BF16")
+    write_sparse(pipeline / "decoder" / "model.safetensors", names("stage_b", "stage_b", DIFFUSERS), "BF16")
     write_published(pipeline / "vqgan" / "model.safetensors", "stage_a")
     data = listed(capsys)
     assert data["files"]["text_encoder"]["found"] == ["models/checkpoints/c.safetensors"]

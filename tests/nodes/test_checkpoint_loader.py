@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from cascade_nodes.cascade_core.checkpoints import LAYOUTS, read_weights, write_safetensors
+from cascade_nodes.cascade_core.checkpoints import (
+    ALL_IN_ONE,
+    DIFFUSERS,
+    layout_named,
+    read_weights,
+    write_safetensors,
+)
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.nodes.conditioning import CascadeImagePrompt, CascadeTextEncode
 from cascade_nodes.nodes.hosts.roles import DEMO_FOLDER, DEMO_NAMES
@@ -31,7 +37,7 @@ def write_all_in_one(path, parts):
     """As ComfyUI saves one: no config anywhere, so that every size is read from the shapes."""
     tensors = {}
     for part in parts:
-        tensors |= LAYOUTS[part][0].from_published(published(part))
+        tensors |= layout_named(part, ALL_IN_ONE).from_published(published(part))
     write_safetensors(path, tensors, {})
 
 
@@ -84,7 +90,7 @@ def test_other_loaders_take_their_part(models):
 def test_a_folder_of_diffusers(models):
     folder = models / "diffusers" / "stable-cascade"
     for part, place in (("stage_b", "decoder"), ("stage_a", "vqgan")):
-        tensors = LAYOUTS[part][1].from_published(published(part))
+        tensors = layout_named(part, DIFFUSERS).from_published(published(part))
         write_safetensors(folder / place / "diffusion_pytorch_model.safetensors", tensors, {})
     (folder / "model_index.json").write_text("{}", encoding="utf-8")
     choices = CascadeCheckpointLoader.GET_NODE_INFO_V1()["input"]["required"]["file"][1]["options"]

@@ -22,7 +22,12 @@ from interop import encode, make_run, only
 from torch import Tensor
 
 import nodes
-from cascade_nodes.cascade_core.checkpoints import LAYOUTS, fuse_attention, write_safetensors
+from cascade_nodes.cascade_core.checkpoints import (
+    ALL_IN_ONE,
+    fuse_attention,
+    layout_named,
+    write_safetensors,
+)
 from cascade_nodes.nodes import loaders
 from cascade_nodes.nodes.hosts import comfyui
 
@@ -72,7 +77,7 @@ def files() -> Iterator[None]:
 def write_files(folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for part, manifest in PARTS.items():
-        weights = LAYOUTS[part][0].from_published(random_weights(manifest))
+        weights = layout_named(part, ALL_IN_ONE).from_published(random_weights(manifest))
         tensors |= fuse_attention(weights) if part == "stage_c" else weights
     write_safetensors(folder / AIO, tensors, {})
     write_safetensors(folder / STAGE_B, random_weights("stage_b_700m"), {})
