@@ -5,6 +5,7 @@ A step on the published Stage C launches thousands of kernels, most of them shor
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..engine.fallback import reason_of, still_computes
 from ..engine.graphs import capture
 from ..engine.lru import LRU
+
+logger = logging.getLogger(__name__)
 
 SHAPES = 12  # whose graphs are kept; a bucket of another aspect ratio is another shape
 
@@ -25,7 +29,7 @@ class GraphedFunction:
     the arguments are read where they are; other arguments are copied.
 
     All shapes share the memory of the largest. A forward must not be replayed between another forward and its
-    backward; such calls run eagerly.
+    backward; such calls run eagerly, and all do once a capture has failed.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -33,8 +37,11 @@ class GraphedFunction:
         self.awaits_backward = False
         self._graphs: LRU[_Shape] = LRU(SHAPES)
         self._pool: Any = None
+        self._eager = False
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        if self._eager:
+            return self.function(*inputs)
         gradients = torch.is_grad_enabled()
         key = gradients, *((tuple(value.shape), value.dtype, value.requires_grad) for value in inputs)
         shape = self._graphs.get_or_create(key, _Shape)
@@ -43,13 +50,23 @@ class GraphedFunction:
             return self.function(*inputs)
         if shape.passes is None:
             shape.passes = self._capture(inputs)
+        if shape.passes is None:
+            self._eager = True
+            return self.function(*inputs)
         return _Replay.apply(self, shape.passes, *inputs)  # type: ignore[return-value]
 
-    def _capture(self, inputs: Sequence[Tensor]) -> CapturedPasses:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # the memory of the eager pass
-        return CapturedPasses(self.function, inputs, self._pool)
+    def _capture(self, inputs: Sequence[Tensor]) -> CapturedPasses | None:
+        try:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()  # the memory of the eager pass
+            return CapturedPasses(self.function, inputs, self._pool)
+        except Exception as error:  # what fails eagerly too is said by the eager pass
+            still_computes(inputs[0].device)  # so that the error is not the next launch's
+            logger.warning(
+                "No CUDA graph could be captured (%s): training steps take longer.", reason_of(error)
+            )
+        return None
 
 
 class _Shape:

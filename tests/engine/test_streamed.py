@@ -213,15 +213,15 @@ def test_weights_that_come_back_are_recognised(monkeypatch):
 
 
 class Captured:
-    """Stands in for a captured CUDA graph: counts its replays, or runs out of memory as it is captured."""
+    """Stands in for a captured CUDA graph: counts its replays, or fails as it is captured."""
 
     captures: list[Any]
-    out_of_memory = False
+    error: Exception | None = None
 
     def __init__(self, forward: Any, x: Any, plan: Any, memory: Any):
         self.captures.append(self)
-        if self.out_of_memory:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if self.error is not None:
+            raise self.error
         self.forward, self.plan, self.memory, self.replays = forward, plan, memory, 0
 
     def __call__(self, x: Any) -> Any:
@@ -256,16 +256,30 @@ def test_graphs_are_captured_anew_where_weights_come_back_to(graphs):
     assert replays(graphs) == [2, 2]  # none where weights are streamed
 
 
-def test_without_a_graph_where_it_does_not_fit(graphs, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "warnings"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), []),
+        (
+            RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing"),
+            [
+                "No CUDA graph could be captured (RuntimeError: CUDA error: operation not permitted): forwards take "
+                "longer."
+            ],
+        ),
+    ],
+    ids=["no memory", "refused"],
+)
+def test_without_a_graph_where_none_can_be_captured(error, warnings, graphs, monkeypatch, caplog):
     network = build(StageC, STAGE_C)
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.5, 0.7)]
-    monkeypatch.setattr(Captured, "out_of_memory", True)
+    monkeypatch.setattr(Captured, "error", error)
     messages: list[str] = []
     results = engine_outputs(
         DeviceMemory(Counting(2 * size_of(network)), 1), Engine(network), calls, notify=messages.append
     )
     assert_close(results, network_outputs(network, calls))
-    assert (len(graphs), messages) == (1, [])
+    assert (len(graphs), messages, caplog.messages) == (1, [], warnings)
 
 
 def test_memory_of_graphs_is_counted_while_they_live(graphs):
