@@ -98,13 +98,24 @@ def limit_card(settings: Settings) -> None:
     size, cuda = settings.card, torch.cuda
     cuda.init()
     real_info, real_properties = cuda.mem_get_info, cuda.get_device_properties
-    free, total = real_info()
-    context = total - free - settings.held
-    cuda.set_per_process_memory_fraction(max(size - context, 0) / total)
+    real_share = cuda.set_per_process_memory_fraction
+    share = 1.0  # of the smaller card, as the project set it
+
+    def taken_bytes() -> int:
+        free, total = real_info()
+        return total - free - settings.held
+
+    def set_share(fraction: float, device: Any = None) -> None:
+        nonlocal share
+        share = fraction
+        # The context grows with each kernel that is loaded, and PyTorch gets what is left.
+        context = taken_bytes() - cuda.memory_reserved()
+        real_share(max(min(fraction * size, size - context), 0) / real_info()[1])
 
     def mem_get_info(*arguments: Any, **options: Any) -> tuple[int, int]:
-        free, total = real_info(*arguments, **options)
-        return max(size - (total - free - settings.held), 0), size
+        return max(size - taken_bytes(), 0), size
+
+    set_share(share)
 
     def get_device_properties(*arguments: Any, **options: Any) -> Any:
         return SmallerCard(real_properties(*arguments, **options), size)
@@ -117,7 +128,8 @@ def limit_card(settings: Settings) -> None:
         "get_device_capability": get_device_capability,  # of the real card: Triton compiles for it
         "mem_get_info": mem_get_info,
         "get_device_properties": get_device_properties,
-        "get_per_process_memory_fraction": lambda *_: 1.0,  # of the card that is told
+        "get_per_process_memory_fraction": lambda *_: share,
+        "set_per_process_memory_fraction": set_share,
     }
     for name, function in replaced.items():
         for module in (cuda, cuda.memory):

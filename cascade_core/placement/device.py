@@ -17,11 +17,13 @@ from .pinned import pinned_pages
 
 MARGIN = 0.03  # of the memory: what the allocator loses to fragmentation
 WORKSPACE = 64 << 20  # bytes: of the matrix libraries
+KERNELS = 256 << 20  # bytes: what CUDA loads beside PyTorch's memory as it goes on, kernels above all
 MESSAGES = (  # of errors that say out of memory, beside torch.OutOfMemoryError
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory",
     "Triton Error [CUDA]: out of memory", "HIPBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory",
     "MPS backend out of memory", "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "not enough GPU video memory",
 )  # fmt: skip
+FRACTION = "get_per_process_memory_fraction"  # of torch.cuda from torch 2.8 on
 SEGMENT = 2 << 20  # bytes: PyTorch's allocator takes large blocks in multiples of this
 
 
@@ -82,13 +84,15 @@ class CudaDevice:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        if self.limit is None or self._is_limited:
+        unknown = not hasattr(torch.cuda, FRACTION)  # what it was could not be set again
+        if self._is_limited or (self.limit is None and unknown):
             yield
             return
-        # Only during a run, so that others in this process keep their own limits.
+        # Only during a run, so that others in this process keep their own limits. Without one PyTorch would keep what
+        # was freed until the card is full, and the next kernel that is loaded would find no room.
         fraction = self._memory_fraction()
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(self.limit / total, fraction), self.device)
+        most, total = self._most_bytes()
+        torch.cuda.set_per_process_memory_fraction(min(most / total, fraction), self.device)
         self._is_limited = True
         try:
             yield
@@ -97,14 +101,18 @@ class CudaDevice:
             torch.cuda.set_per_process_memory_fraction(fraction, self.device)
 
     def _memory_fraction(self) -> float:
-        query = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # torch ≥ 2.8
+        query = getattr(torch.cuda, FRACTION, None)
         return 1.0 if query is None else query(self.device)
 
-    def budget(self, resident_bytes: int) -> int:
+    def _most_bytes(self) -> tuple[int, int]:
+        """Bytes that PyTorch may have reserved in this process, by the limit and by what is free; the card's bytes."""
         free, total = torch.cuda.mem_get_info(self.device)
-        usable = min(free + torch.cuda.memory_reserved(self.device), int(self._memory_fraction() * total))
-        if self.limit is not None:
-            usable = min(usable, self.limit)
+        most = max(free + torch.cuda.memory_reserved(self.device) - KERNELS, 0)
+        return most if self.limit is None else min(most, self.limit), total
+
+    def budget(self, resident_bytes: int) -> int:
+        most, total = self._most_bytes()
+        usable = min(most, int(self._memory_fraction() * total))
         other_bytes = max(torch.cuda.memory_allocated(self.device) - resident_bytes, 0)
         return int(usable * (1 - MARGIN)) - WORKSPACE - other_bytes
 

@@ -24,6 +24,7 @@ from cascade_nodes.cascade_core.placement import (
     out_of_memory,
     parse_bytes,
 )
+from cascade_nodes.cascade_core.placement.device import KERNELS, MARGIN, WORKSPACE
 from cascade_nodes.cascade_core.placement.plan import plan_streaming
 from cascade_nodes.cascade_core.placement.units import Unit, split_into_units
 from cascade_nodes.cascade_core.text.encoder import build_text_model
@@ -326,14 +327,28 @@ def test_an_allocation_that_fails_while_a_network_is_placed(failing):
     assert len(messages) == 1
 
 
+class Memory:
+    """What torch.cuda says of a card on which others have `others` bytes, and this process has reserved `reserved`."""
+
+    def __init__(self, monkeypatch, total: int, others: int = 0, reserved: int = 0):
+        self.fractions = [1.0]
+        card = SimpleNamespace(total_memory=total)
+        answers = {
+            "Stream": lambda device: None,
+            "get_device_properties": lambda device: card,
+            "mem_get_info": lambda device: (total - others - reserved, total),
+            "memory_reserved": lambda device: reserved,
+            "memory_allocated": lambda device: reserved // 2,
+            "get_per_process_memory_fraction": lambda device: self.fractions[-1],
+            "set_per_process_memory_fraction": lambda fraction, device: self.fractions.append(fraction),
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer, raising=False)
+
+
 def test_a_limit_holds_during_runs_alone(monkeypatch):
-    fractions = [1.0]
-    card = SimpleNamespace(total_memory=16_000)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda d: fractions[-1], raising=False)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, device: fractions.append(f))
-    small, large, whole = (CudaDevice(torch.device("cuda", 0), limit) for limit in (4_000, 8_000, None))
+    fractions = Memory(monkeypatch, 16 << 30).fractions
+    small, large = (CudaDevice(torch.device("cuda", 0), limit) for limit in (4 << 30, 8 << 30))
     with suppress(KeyError), small.limited(), small.limited():
         assert fractions[-1] == 0.25
         raise KeyError
@@ -343,8 +358,19 @@ def test_a_limit_holds_during_runs_alone(monkeypatch):
         with small.limited(), large.limited():
             assert fractions[-1] == 0.25
         assert fractions[-1] == 0.5
+
+
+def test_kernels_find_room_beside_what_torch_reserves(monkeypatch):
+    """PyTorch keeps freed memory: on a full card the next kernel could not be loaded."""
+    gib = 1 << 30
+    fractions = Memory(monkeypatch, 16 * gib, others=gib, reserved=6 * gib).fractions
+    whole = CudaDevice(torch.device("cuda", 0))
+    usable = 15 * gib - KERNELS
+    assert whole.budget(3 * gib) == int(usable * (1 - MARGIN)) - WORKSPACE
     with whole.limited():
-        assert fractions[-1] == 1.0
+        assert fractions[-1] == usable / (16 * gib)
+        assert whole.budget(3 * gib) == int(usable * (1 - MARGIN)) - WORKSPACE
+    assert fractions[-1] == 1.0
 
 
 def test_what_counts_as_out_of_memory():
