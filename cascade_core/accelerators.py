@@ -52,11 +52,12 @@ def synchronize(device: torch.device) -> None:
         wait() if device.type == "mps" else wait(device)
 
 
-def begin_peak(device: torch.device) -> None:
-    """Begins to measure `peak_bytes`."""
+def begin_peak(device: torch.device) -> bool:
+    """Begins to measure `peak_bytes`; whether the device measures it from here on."""
     reset = _function(device, "reset_peak_memory_stats")
     if reset is not None:
         reset(device)
+    return reset is not None
 
 
 def peak_bytes(device: torch.device) -> int:

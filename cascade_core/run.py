@@ -108,7 +108,7 @@ class SamplingResult:
 
     latent      (B, C, h, w) float32 on the CPU
     seconds     for all steps, without loading
-    peak_bytes  of the device's memory, or of the process where that is the CPU's
+    peak_bytes  of the device's memory, within the run; 0 where the device does not measure that, such as the CPU
     device      its name
     """
 
@@ -124,16 +124,14 @@ class Stopwatch:
     def __init__(self, device: torch.device):
         self.device = device
         synchronize(device)
-        begin_peak(device)
+        self.measures_peak = begin_peak(device)
         self.start = time.perf_counter()
 
     def stop(self, latent: Tensor) -> SamplingResult:
         """The run's latent with its figures."""
         synchronize(self.device)
-        peak, name = peak_bytes(self.device), str(self.device)
-        if self.device.type == "cpu":
-            peak = process_peak()
-        elif self.device.type != "mps":
+        peak, name = peak_bytes(self.device) if self.measures_peak else 0, str(self.device)
+        if self.device.type not in ("cpu", "mps"):
             name = f"{name} {device_name(self.device)}"
         return SamplingResult(latent, time.perf_counter() - self.start, peak, name)
 

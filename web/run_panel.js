@@ -1,4 +1,4 @@
-/** What a sampler's last run took: time for each step, and the most memory. */
+/** What a sampler's last run took: time for each step, and on a card the most memory. */
 
 import { addPanel, after, element } from "./panel.js";
 import { say } from "./words.js";
@@ -34,7 +34,8 @@ export function addRunPanel(node) {
     time.textContent = say("run.time", {
       steps, step: duration(seconds / Math.max(steps, 1)), total: duration(seconds),
     });
-    space.textContent = say("run.memory", { peak: memory(peak_bytes), device });
+    // 0 where the device does not measure a run's own memory, such as the CPU.
+    space.textContent = peak_bytes ? say("run.memory", { peak: memory(peak_bytes), device }) : device;
     space.title = device;
   });
 }

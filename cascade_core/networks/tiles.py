@@ -117,12 +117,12 @@ def predict_in_tiles(
     height, width = x.shape[-2:]
     if max(height, width) <= tile_positions:
         return predict(x, effnet)
-    effnet = resize(effnet, (height // patch_size, width // patch_size))
+    effnet = resize(effnet, (-(-height // patch_size), -(-width // patch_size)))
     blended = weights = None
     for rows in overlapping(height, tile_positions):
         for columns in overlapping(width, tile_positions):
             area = rows, columns
-            seen = tuple(slice(span.start // patch_size, span.stop // patch_size) for span in area)
+            seen = tuple(slice(span.start // patch_size, -(-span.stop // patch_size)) for span in area)
             part = predict(x[(..., *area)], effnet[(..., *seen)])
             weight = _ramp(rows, height, part)[:, None] * _ramp(columns, width, part)
             if blended is None or weights is None:
@@ -132,6 +132,24 @@ def predict_in_tiles(
     assert blended is not None
     assert weights is not None
     return blended / weights
+
+
+def in_whole_patches(predict: Callable[[Tensor], Tensor], x: Tensor, patch_size: int) -> Tensor:
+    """predict(x) of a latent whose sides may end within a patch: mirrored on to whole patches, and cut off again.
+
+    x: (B, C, h, w) -> like x
+    """
+    height, width = x.shape[-2:]
+    if height % patch_size == 0 and width % patch_size == 0:
+        return predict(x)
+    rows, columns = (_mirrored(side, patch_size, x.device) for side in (height, width))
+    return predict(x[..., rows, :][..., columns])[..., :height, :width]
+
+
+def _mirrored(side: int, patch_size: int, device: torch.device) -> Tensor:
+    """Positions 0, 1, …, side - 1 and on, back from the last one, up to whole patches."""
+    position = torch.arange(-(-side // patch_size) * patch_size, device=device)
+    return (side - 1 - (side - 1 - position).abs()).clamp(min=0)
 
 
 def overlapping(length: int, tile_positions: int) -> list[slice]:

@@ -23,7 +23,7 @@ from ..networks.fp16 import scale_residual_stream
 from ..networks.precision import compute_dtype
 from ..networks.quantisation import FORMATS
 from ..networks.stage_b import StageB
-from ..networks.tiles import ALIGNMENT, predict_in_tiles
+from ..networks.tiles import ALIGNMENT, in_whole_patches, predict_in_tiles
 from ..pictures import finite_values
 from ..run import SamplingResult, SamplingRun, Stopwatch, sample
 from .control import RunControls
@@ -170,7 +170,7 @@ class StepGuiders:
             ]
         model: Any = self.stage.engine if self.with_engine else self.stage.network
         dtype = compute_dtype(self.stage.network)
-        if self.tile_positions:
+        if self.stage.kind == "stage_b":
             model = in_tiles(model, self.tile_positions, self.stage.device.observer.check_interrupted)
         positive, negative = sides
         return Guider(model, positive, negative, self.guidance.cfg, self.guidance.cfg_rescale, dtype)
@@ -179,14 +179,23 @@ class StepGuiders:
 def in_tiles(
     network: StageB | Engine, tile_positions: int, check_interrupted: Callable[[], object]
 ) -> Callable[..., Tensor]:
-    """Stage B predicting in tiles of so many positions a side; can be stopped between them."""
+    """Stage B predicting a latent of any size in tiles of so many positions a side, or whole (0).
+
+    Can be stopped between tiles.
+    """
+
+    patch_size = network.config.patch_size
 
     def whole(x: Tensor, r: Tensor, effnet: Tensor, **conditions: Any) -> Tensor:
         def predict(part: Tensor, seen: Tensor) -> Tensor:
             check_interrupted()
-            return network(part, r, effnet=seen, **conditions)
+            return in_whole_patches(
+                lambda patches: network(patches, r, effnet=seen, **conditions), part, patch_size
+            )
 
-        return predict_in_tiles(predict, x, effnet, tile_positions, network.config.patch_size)
+        if not tile_positions:
+            return predict(x, effnet)
+        return predict_in_tiles(predict, x, effnet, tile_positions, patch_size)
 
     return whole
 

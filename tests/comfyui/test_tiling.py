@@ -32,3 +32,14 @@ def test_the_wrapper_of_another_node_is_called_with_the_whole(measured):
 
 def test_interrupt_ends_the_run_before_the_next_tile(measured):
     assert measured["tiles after Interrupt"] == 0
+
+
+def test_stage_b_takes_a_latent_that_ends_within_a_patch(measured):
+    assert len(measured["odd"]) == 5
+    assert {name: value for name, value in measured["odd"].items() if not value <= 1e-4} == {}
+
+
+def test_without_a_previewer_each_way_of_decoding_says_so(measured):
+    sentences = measured["without previewer"]
+    assert len(sentences) == 4
+    assert all("choose a previewer file in its loader" in sentence for sentence in sentences)

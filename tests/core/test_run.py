@@ -104,8 +104,9 @@ def test_a_mask_of_any_size_and_batch_fits_the_latent():
     assert torch.equal(fitted[0, 0, :, 0], torch.tensor([1.0, 1, 1, 0, 0, 0]))
 
 
-def test_the_stopwatch_tells_seconds_and_peak():
+def test_the_stopwatch_tells_seconds_and_no_peak_that_is_not_the_runs_own():
     result = Stopwatch(torch.device("cpu")).stop(latent())
     assert torch.equal(result.latent, latent())
     assert result.seconds >= 0
     assert result.device == "cpu"
+    assert result.peak_bytes == 0

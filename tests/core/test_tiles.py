@@ -15,6 +15,7 @@ from cascade_nodes.cascade_core.networks.tiles import (
     decode_halo,
     encode_halo,
     fitting_tile,
+    in_whole_patches,
     join_tiles,
     overlapping,
     predict_in_tiles,
@@ -148,4 +149,38 @@ def test_stage_b_in_one_tile_is_stage_b():
     tiled = predict_in_tiles(predict, x, effnet, 16, 2)
     assert tiled.shape == whole.shape
     assert difference(tiled, whole) > 1e-4  # Stage B is not local
+    assert (tiled - whole).square().mean() < 0.05 * whole.square().mean()
+
+
+def test_a_latent_that_ends_within_a_patch_is_mirrored_on_and_cut_again():
+    seen = []
+
+    def predict(part):
+        seen.append(part)
+        return part * 2
+
+    x = torch.arange(15.0).reshape(1, 1, 3, 5)
+    assert torch.equal(in_whole_patches(predict, x, 2), x * 2)
+    assert seen[0].shape[-2:] == (4, 6)
+    assert seen[0][0, 0, :, -1].tolist() == [
+        3,
+        8,
+        13,
+        8,
+    ]  # the last column but one, its last row mirrored as well
+    whole = torch.zeros(1, 1, 4, 6)
+    in_whole_patches(predict, whole, 2)
+    assert seen[1] is whole
+
+
+def test_stage_b_in_tiles_takes_a_latent_that_ends_within_a_patch():
+    stage_b = network(StageB, **CONFIGS["stage_b"])
+    x, effnet, clip = torch.randn(1, 4, 33, 47), torch.randn(1, 16, 2, 2), torch.randn(1, 1, 64)
+
+    def predict(part, conditioning):
+        return in_whole_patches(lambda p: stage_b(p, torch.tensor([0.5]), conditioning, clip), part, 2)
+
+    whole = predict(x, effnet)
+    assert whole.shape == x.shape
+    tiled = predict_in_tiles(predict, x, effnet, 32, 2)
     assert (tiled - whole).square().mean() < 0.05 * whole.square().mean()

@@ -19,6 +19,7 @@ from ....cascade_core.errors import CascadeError, quoted
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream, stream_scale
 from ....cascade_core.networks.stage_c import StageC
+from ....cascade_core.networks.tiles import in_whole_patches
 from ....cascade_core.networks.unet import UNet
 from ....cascade_core.stages.diffusion import min_latent_side
 from ..run import NetworkDescription
@@ -77,7 +78,12 @@ class HostedNetwork(Hosted):
             scale = STREAM_SCALE if x.dtype == torch.float16 else 1.0
             if stream_scale(self.network) != scale:
                 scale_residual_stream(self.network, scale)
-        options = transformer_options or {}
+        side = self.network.config.patch_size
+        return in_whole_patches(
+            lambda patches: self._predict(patches, r, transformer_options or {}, conditions), x, side
+        )
+
+    def _predict(self, x: Tensor, r: Tensor, options: dict, conditions: dict[str, Any]) -> Tensor:
         if self.residence is not None and self.residence.device.device == x.device:
             self.residence.open()
         if not options.get(ENGINE, True):

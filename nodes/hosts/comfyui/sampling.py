@@ -119,8 +119,8 @@ class CascadeSampler(comfy.samplers.Sampler):
 def sample(request: SamplingRequest) -> SamplingResult:
     run = request.run
     patcher = with_shift(request.model, run.shift)
-    if request.tile_positions:
-        patcher = in_tiles(patcher, request.tile_positions)
+    if request.kind == "stage_b":
+        patcher = in_tiles(patcher, request.tile_positions, run.latent.shape[-2:])
     if not request.engine:
         patcher = patcher.clone()
         patcher.model_options["transformer_options"][ENGINE] = False

@@ -2,7 +2,7 @@
 """VAE in ComfyUI: a subclass of its own VAE around Stage A, or around the compressor and the previewer."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,10 @@ class HostedStageA(Hosted):
 
 
 class HostedCoder(nn.Module):
-    """Compressor as encoder and previewer as decoder, under the names of the host's own pair."""
+    """Compressor as encoder and previewer as decoder, under the names of the host's own pair.
+
+    The host asks for a decoding's memory before anything else, and there it hears that there is no previewer.
+    """
 
     def __init__(self, encoder: nn.Module, previewer: nn.Module | None):
         super().__init__()
@@ -71,11 +74,20 @@ class HostedCoder(nn.Module):
         return self.encoder(image)
 
     def decode(self, latent: Tensor) -> Tensor:
+        return self.decoder(latent)
+
+    @property
+    def decoder(self) -> Any:
+        """The previewer. Raises CascadeError where there is none."""
         if self.previewer is None:
             raise CascadeError(
                 "This VAE only encodes: choose a previewer file in its loader to see Stage C latents."
             )
-        return self.previewer(latent)
+        return self.previewer
+
+    def decoding_values(self, shape: Sequence[int]) -> int:
+        """Values alive while latents of a shape are decoded. Raises CascadeError without a previewer."""
+        return activations.previewer(self.decoder.config, 1, *shape[-2:])
 
 
 class CascadeVAE(comfy.sd.VAE):
@@ -173,7 +185,8 @@ def load_compressor(compressor: Path, previewer: Path | None) -> CascadeVAE:
         decoder, _, _ = checkpoints.load_model(
             previewer, expect="previewer", operations=WholeLayers(comfy.ops.manual_cast)
         )
-    vae = CascadeVAE(HostedCoder(encoder, decoder))
+    coder = HostedCoder(encoder, decoder)
+    vae = CascadeVAE(coder)
     vae.downscale_ratio = 32
     vae.upscale_ratio = 8
     vae.latent_channels = config["c_latent"]
@@ -181,9 +194,7 @@ def load_compressor(compressor: Path, previewer: Path | None) -> CascadeVAE:
     vae.memory_used_encode = lambda shape, dtype: (
         size(dtype) * activations.compressor(encoder.config, 1, *shape[-2:])
     )
-    vae.memory_used_decode = lambda shape, dtype: (
-        size(dtype) * activations.previewer(decoder.config, 1, *shape[-2:]) if decoder else 0
-    )
+    vae.memory_used_decode = lambda shape, dtype: size(dtype) * coder.decoding_values(shape)
     remember_file(vae, compressor.name if previewer is None else f"{compressor.name} or {previewer.name}")
     return vae
 

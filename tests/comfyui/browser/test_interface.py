@@ -118,8 +118,7 @@ def test_the_samplers_show_what_the_run_took(seen):
         time, memory = last(panel, 2)
         assert time.startswith(f"{steps} steps · ")
         assert " a step · " in time
-        assert memory.startswith("peak ")
-        assert memory.endswith(" · cpu")
+        assert memory == "cpu"  # which measures no run's own memory
 
 
 def steps_of(facts: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -10,12 +10,16 @@ from comparing import relative
 from interop import only
 from torch import Tensor
 
+import nodes
+from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.demo.pipeline import WEIGHTS
 from cascade_nodes.nodes.hosts import comfyui, headless
+from cascade_nodes.nodes.hosts.comfyui.tiling import in_tiles
 from cascade_nodes.nodes.hosts.run import SamplingRequest
 from cascade_nodes.nodes.latents import CascadeDecode
 
 SIDES = 50, 66  # latent positions: 200 × 264 pixels
+ODD = 51, 75  # of a picture of 204 × 300 pixels
 TILE = 32
 STAGE_A, STAGE_B = WEIGHTS / "demo_stage_a.safetensors", WEIGHTS / "demo_stage_b.safetensors"
 NETWORKS = {"stage_b": STAGE_B, "stage_c": WEIGHTS / "demo_stage_c.safetensors"}
@@ -79,6 +83,52 @@ def stage_b() -> dict[str, Any]:
         "sampled whole and in one tile": relative(one_tile, whole),
         "sampled after tiles": relative(comfyui.sample(make_run(ours, tile_positions=0)).latent, whole),
     }
+
+
+def odd() -> dict[str, float]:
+    """Stage B on a latent that ends within its patches, as VAEEncode of 300 × 200 pixels makes one."""
+    latent = torch.randn(1, 4, *ODD)
+    models = {
+        "ours": (comfyui, comfyui.load_network("stage_b", STAGE_B, "fp32")),
+        "native": (comfyui, native.model("stage_b", STAGE_B)),
+        "headless": (headless, headless.load_network("stage_b", STAGE_B, "fp32")),
+    }
+    figures = {}
+    for tile in (0, TILE):
+        made = {
+            name: host.sample(make_run(model, latent=latent, denoise=0.4, tile_positions=tile)).latent
+            for name, (host, model) in models.items()
+        }
+        assert all(one.shape == latent.shape for one in made.values())
+        for name in ("ours", "native"):
+            difference = relative(made[name], made["headless"])
+            figures[f"odd in tiles of {tile}, {name} and headless"] = difference
+    prompts = (make_run(None).positive, make_run(None).negative)
+    ours, theirs = (
+        only(nodes.KSampler().sample(
+            model, 3, 3, 1.5, "ddim", "simple", *prompts, {"samples": latent}, denoise=0.4
+        ))["samples"]
+        for model in (models["ours"][1], in_tiles(models["native"][1], 0, ODD))
+    )  # fmt: skip
+    return {**figures, "odd by KSampler, ours and native": relative(ours, theirs)}
+
+
+def without_previewer() -> list[str]:
+    """What each way of decoding says where there is no previewer."""
+    vae = comfyui.load_compressor(WEIGHTS / "demo_compressor.safetensors", None)
+    latent = {"samples": torch.randn(1, 16, 23, 17)}
+    sentences = []
+    for decode in (
+        lambda: CascadeDecode.execute(vae, latent, 0),
+        lambda: CascadeDecode.execute(vae, latent, 64),
+        lambda: nodes.VAEDecode().decode(vae, latent),
+        lambda: nodes.VAEDecodeTiled().decode(vae, latent, 512),
+    ):
+        try:
+            decode()
+        except CascadeError as error:
+            sentences.append(str(error))
+    return sentences
 
 
 def seen() -> dict[str, Any]:
@@ -147,4 +197,6 @@ def measure() -> dict[str, Any]:
         "seen": seen(),
         "tiles after Interrupt": interrupted(),
         "graph memory": graph_memory(),
+        "odd": odd(),
+        "without previewer": without_previewer(),
     }
