@@ -34,7 +34,8 @@ from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.text.encoder import TextStates
 from cascade_nodes.cascade_core.training.data.batches import Batch
-from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress, build_accelerator
+from cascade_nodes.cascade_core.training.launch import build_accelerator
+from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress
 from cascade_nodes.cascade_core.training.run import compute_dtype, prepare_blocks
 from cascade_nodes.cascade_core.training.settings import (
     ControlNetSettings,

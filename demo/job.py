@@ -14,7 +14,8 @@ from cascade_nodes.cascade_core.checkpoints import check_writable, load_model, w
 from cascade_nodes.cascade_core.networks.layers import AttnBlock, ResBlock, TimestepBlock
 from cascade_nodes.cascade_core.networks.stage_a import MixingResidualBlock
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
-from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress, build_accelerator
+from cascade_nodes.cascade_core.training.launch import build_accelerator
+from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress
 from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
 from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.dataset import for_compressor, pictures

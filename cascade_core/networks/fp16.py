@@ -100,7 +100,7 @@ class ScaledMLP(ChannelMLP):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         expand, gelu, response_norm, dropout, contract = self
         h = divided_bias(expand, x, scale)  # (B, H, W, 4 · c_out)
-        h = gelu(h) if scale == 1 else divided_gelu_(h, scale)
+        h = gelu(h) if scale == 1 else divided_gelu(h, scale)
         h = dropout(response_norm(h, scale))
         return divided_bias(contract, h, self.stream_scale)
 
@@ -198,6 +198,13 @@ def divide_(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x.mul_(1 / scale)
 
 
+def divided_gelu(x: Tensor, scale: float) -> Tensor:
+    """As `divided_gelu_`, which writes over x, where nothing has to be kept for a backward pass."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return divide(F.gelu(x.float() * scale), scale).to(x.dtype)
+    return divided_gelu_(x, scale)
+
+
 def divided_gelu_(x: Tensor, scale: float) -> Tensor:
     """GELU(scale · x) / scale in place, also where scale · x is past the end of x's dtype.  x: (B, H, …)"""
     for rows in x.chunk(8, dim=1):  # a few at a time, for the memory that float32 takes
@@ -231,7 +238,7 @@ class _DividedBias(TorchFunctionMode):
         self.reached = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _AFFINE:
+        if func in _AFFINE and len(args) > 2:  # products without a bias are a LoRA's that is trained
             x, weight, bias, *others = args
             self.reached, args = True, (x, weight, divide(bias, self.scale), *others)
         return func(*args, **(kwargs or {}))

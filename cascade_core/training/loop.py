@@ -33,8 +33,10 @@ from .state import (
     copy_into,
     first_not_finite,
     load_optimiser,
+    load_scaler,
     optimiser_tensors,
     read_state,
+    scaler_tensors,
     step_of,
     write_state,
 )
@@ -50,6 +52,10 @@ Prepared = tuple[
 
 PREFETCHED = 3  # batches that are prepared while a step runs
 CURVE_SECONDS = 20.0  # between two drawings of the curve
+# The loss of a run in fp16 is scaled: by this at its beginning, by half where gradients overflow, and by twice as much
+# after so many steps in which none does.
+LOSS_SCALE, LOSS_SCALE_STEPS = 2.0**10, 500
+MIN_LOSS_SCALE = 2.0**-16  # gradients that overflow at less are not numbers
 
 
 class Batches(Protocol):
@@ -96,16 +102,6 @@ def step_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def build_accelerator(accumulate: int = 1) -> Accelerator:
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise CascadeError(
-            "Training runs on accelerate, which is not installed; run: pip install accelerate"
-        ) from None
-    return Accelerator(gradient_accumulation_steps=accumulate)
-
-
 class Loop(Generic[AnyTask]):
     """Trains a task to the end of its settings, or until it is stopped.
 
@@ -135,6 +131,9 @@ class Loop(Generic[AnyTask]):
         copied = () if task.average_buffers else dict(task.trained.named_buffers())
         ema = settings.train.ema
         self.average = EMA(task.trained.state_dict(), ema, copied) if ema else None
+        self.scaler = torch.amp.GradScaler(
+            task.device.type, LOSS_SCALE, growth_interval=LOSS_SCALE_STEPS, enabled=task.scale_loss
+        )
 
     @property
     def state(self) -> State:
@@ -242,14 +241,16 @@ class Loop(Generic[AnyTask]):
             inputs = next_inputs()
             torch.manual_seed(step_seed(train.seed, self.step, part, self.accelerator.process_index))
             terms = self.task.loss(inputs)
-            self.accelerator.backward(terms["loss"])  # divides by `accumulate`
+            self.scaler.scale(terms["loss"] / train.accumulate).backward()
             for name, value in terms.items():
                 value = value.detach() / train.accumulate
                 total[name] = total[name] + value if name in total else value
         self._share_gradients()
+        self.scaler.unscale_(self.optimiser)
         if train.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)  # unless a gradient overflowed
+        self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
         self._share_statistics()
         if self.average:
@@ -291,13 +292,22 @@ class Loop(Generic[AnyTask]):
 
     def _report(self, terms: dict[str, float], started: float, first_step: int) -> None:
         train = self.settings.train
+        scale = self.scaler.get_scale()
         if not math.isfinite(terms["loss"]):
             raise CascadeError(
                 f"The loss is {terms['loss']} at step {self.step}, so the run has diverged; its state stays as it "
                 "was before. Lower train.learning_rate and begin anew with --fresh."
             )
+        if scale < MIN_LOSS_SCALE:
+            raise CascadeError(
+                f"The gradients overflow in fp16 at any scale of the loss, at step {self.step}, so the run has "
+                "diverged; its state stays as it was before. Lower train.learning_rate, or set train.precision to "
+                "fp32, and begin anew with --fresh."
+            )
         if not self.accelerator.is_main_process:
             return
+        if self.scaler.is_enabled():
+            terms = {**terms, "loss_scale": scale}
         seconds = time.monotonic() - started
         speed = (self.step - first_step) / seconds
         rate = learning_rate(self.step - 1, train)
@@ -334,6 +344,7 @@ class Loop(Generic[AnyTask]):
                 "average": self.average.tensors if self.average else {},
                 "optimiser": optimiser_tensors(self.optimiser),
                 "buffers": self.task.buffers(),
+                "scaler": scaler_tensors(self.scaler),
             }
             metadata = {"step": str(self.step), "settings": self.settings.as_json()}
             if self.contents:
@@ -357,6 +368,7 @@ class Loop(Generic[AnyTask]):
             # A run that had no average begins one with its weights.
             copy_into(self.average.tensors, parts["average"] or parts["trained"], path)
         load_optimiser(self.optimiser, parts["optimiser"], path)
+        load_scaler(self.scaler, parts["scaler"], path)
         self.step = step
         return True
 

@@ -16,6 +16,7 @@ from ..engine.graphs import can_allocate_in_capture
 from ..errors import CascadeError, Interrupted
 from ..file_names import numbered
 from ..networks.compressor import SemanticCompressor
+from ..networks.fp16 import scale_residual_stream
 from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
@@ -29,8 +30,9 @@ from .data.image_prompts import ImagePrompts
 from .data.sources import LEFT_OUT, find_pictures, write_left_out
 from .data.text_cache import TextCache
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
+from .launch import build_accelerator, compute_dtype
 from .log import duration
-from .loop import Loop, Outcome, TrainingProgress, build_accelerator
+from .loop import Loop, Outcome, TrainingProgress
 from .run_folder import Notify, begun, cache_of, locked
 from .samples import Samples
 from .settings import Settings, TrainSettings
@@ -64,7 +66,7 @@ def train(
     how many there are to encode; stop: asked at each file and after each step; find_faces: for the identity hint;
     check: raises CascadeError for a path of training data, its links followed, that may not be read.
     """
-    accelerator = build_accelerator(settings.train.accumulate)
+    accelerator = build_accelerator(settings.train.precision)
     if not accelerator.is_main_process:
         notify, report, caching = (lambda sentence: None), (lambda progress: None), None
     check_output(settings, keep_existing)
@@ -217,6 +219,8 @@ def prepare(
         device,
         StageC,
     )
+    if dtype == torch.float16:
+        scale_residual_stream(stage_c)
     if image_prompts is not None:
         check_image_prompts(image_prompts.width, stage_c)
     task = build_task(settings, stage_c, text, dtype, compressor, trained_encoder, data.captions, find_faces)
@@ -245,12 +249,6 @@ def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
         checkpoint_blocks(stage_c, task.changes.current if isinstance(task, LoRATask) else nullcontext)
     if settings.cuda_graphs and can_allocate_in_capture(task.device):
         task.use_cuda_graphs()
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
 def load_network(path: str, kind: str, dtype: torch.dtype, device: torch.device, cls):

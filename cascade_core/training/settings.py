@@ -93,7 +93,8 @@ class TrainSettings:
     # of the average that is written; 0 writes the last weights
     ema: Annotated[float, Range(0, 1, below=True)] = 0.999
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on an accelerator
+    # auto: on an accelerator bf16, or fp16 where it does not compute in bf16; on the processor fp32
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     gradient_checkpointing: bool | None = None  # null: where Stage C is large
     compile: bool = False
     cuda_graphs: bool = True  # on an accelerator, where a step draws nothing at random within the network

@@ -13,7 +13,7 @@ from ..errors import CascadeError, quoted
 STATE = "state.safetensors"
 ANEW = "put an earlier copy back, or begin anew with --fresh."
 MAX_TABLE = 4096  # numbers of a table of an 8-bit optimiser
-PARTS = ("trained", "average", "optimiser", "buffers")
+PARTS = ("trained", "average", "optimiser", "buffers", "scaler")
 
 
 def write_state(path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> None:
@@ -106,6 +106,26 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tenso
             value.item() if plain else _in_layout_of(parameters[number], value)
         )
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def scaler_tensors(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
+    """The scale of the loss, and how many steps it has held; nothing where the loss is not scaled."""
+    state = scaler.state_dict()
+    names = {"scale": torch.float64, "_growth_tracker": torch.int64}
+    return {name: torch.tensor(state[name], dtype=dtype) for name, dtype in names.items() if state}
+
+
+def load_scaler(scaler: torch.amp.GradScaler, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Restore what `scaler_tensors` gave; a run that had none begins anew with it."""
+    if not (tensors and scaler.is_enabled()):
+        return
+    values = {name: value.item() for name, value in tensors.items() if value.numel() == 1}
+    scale, growth = values.get("scale"), values.get("_growth_tracker")
+    if not (
+        isinstance(scale, float) and 0 < scale < float("inf") and isinstance(growth, int) and growth >= 0
+    ):
+        raise CascadeError(f"{path} holds no scale of the loss that a run can go on with; {ANEW}")
+    scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": growth})
 
 
 def _in_layout_of(parameter: Tensor, value: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.checkpoints import read_safetensors
 from cascade_nodes.cascade_core.training.run import train
 from cascade_nodes.cascade_core.training.settings import Settings
-from cascade_nodes.tests.core.training_runs import settings_of, write_world
+from cascade_nodes.tests.core.training_runs import same, settings_of, write_world
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,55 @@ def test_more_prompts_than_a_bucket_has_pictures(world, tmp_path):
     settings = settings_of(world, "controlnet", tmp_path, train={"steps": 1}, output=output)
     assert train(settings).finished
     assert (tmp_path / "samples" / "000001.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        (
+            "USE_FSDP",
+            "true",
+            "accelerate is configured for FSDP (fsdp_config), which training here does not use;",
+        ),
+        ("USE_DEEPSPEED", "true", "accelerate is configured for DeepSpeed (deepspeed_config), which"),
+        ("USE_MEGATRON_LM", "true", "accelerate is configured for Megatron-LM (megatron_lm_config), which"),
+        ("USE_PARALLELISM_CONFIG", "true", "accelerate is configured for a parallelism_config, which"),
+        (
+            "DYNAMO_BACKEND",
+            "INDUCTOR",
+            "for dynamo_backend 'inductor', which training here does not use; set train",
+        ),
+        (
+            "MIXED_PRECISION",
+            "fp16",
+            "for mixed_precision 'fp16', which training here does not use; this run computes ",
+        ),
+        ("MIXED_PRECISION", "fp8", "for mixed_precision 'fp8', which"),
+        ("MIXED_PRECISION", "bf16", "computes in fp32: choose by train.precision in the settings file"),
+    ],
+)
+def test_what_accelerate_is_configured_for_besides(world, tmp_path, monkeypatch, variable, value, sentence):
+    """`accelerate launch` hands its configuration over so; obeyed by half, it trained something else."""
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    assert sentence in refusal(settings_of(world, "lora", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_accelerate_says_by_default_is_taken(world, tmp_path, monkeypatch):
+    """And what changes nothing, as accelerate would apply it to what is handed to it: here nothing is."""
+    weights = []
+    for run, variables in {
+        "plain": {},
+        "default": {"USE_FSDP": "false", "DYNAMO_BACKEND": "NO", "MIXED_PRECISION": "no"},
+        "agreeing": {"MIXED_PRECISION": "fp16", "GRADIENT_ACCUMULATION_STEPS": "3"},
+    }.items():
+        precision = "fp16" if run == "agreeing" else "fp32"
+        settings = settings_of(world, "lora", tmp_path / run, train={"precision": precision, "steps": 2})
+        with monkeypatch.context() as context:
+            for variable, value in variables.items():
+                context.setenv(f"ACCELERATE_{variable}", value)
+            train(settings)
+        weights.append(read_safetensors(tmp_path / run / "out.safetensors")[0])
+    train(settings_of(world, "lora", tmp_path / "fp16", train={"precision": "fp16", "steps": 2}))
+    assert same(weights[0], weights[1])
+    assert same(weights[2], read_safetensors(tmp_path / "fp16" / "out.safetensors")[0])

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.checkpoints import load_model
-from cascade_nodes.cascade_core.training.loop import Batches, Loop, build_accelerator
+from cascade_nodes.cascade_core.training.launch import build_accelerator
+from cascade_nodes.cascade_core.training.loop import Batches, Loop
 from cascade_nodes.cascade_core.training.run import prepare
 from cascade_nodes.cascade_core.training.settings import Settings
 from cascade_nodes.cascade_core.training.typed_yaml import build
@@ -117,7 +118,7 @@ def settings_of(world: Path, name: str, run: Path, **sections: Any) -> Settings:
 def loop_of(settings: Settings, **arguments: Any) -> Loop:
     """A loop that stands before its first step."""
     torch.manual_seed(99)  # what went before shall not matter
-    loop = prepare(settings, build_accelerator(settings.train.accumulate))
+    loop = prepare(settings, build_accelerator(settings.train.precision))
     for name, value in arguments.items():
         setattr(loop, name, value)
     return loop

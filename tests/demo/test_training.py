@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import CascadeError, StageA, StageB, StageC
+from cascade_nodes.cascade_core.training.launch import build_accelerator
 from cascade_nodes.cascade_core.training.log import LOG
-from cascade_nodes.cascade_core.training.loop import Loop, build_accelerator
+from cascade_nodes.cascade_core.training.loop import Loop
 from cascade_nodes.cascade_core.training.losses import diffusion_loss
 from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
 from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet

@@ -22,11 +22,13 @@ class Task:
 
     trained           the module whose parameters the optimiser changes, in float32
     device            where it lies
+    scale_loss        whether gradients come from fp16, in which small ones vanish unless the loss is scaled
     average_buffers   whether the average of the weights averages buffers too (batch norms' statistics), or copies them
     """
 
     trained: nn.Module
     device: torch.device
+    scale_loss = False
     average_buffers = True
 
     def groups(self) -> list[dict[str, Any]]:

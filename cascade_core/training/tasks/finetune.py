@@ -14,10 +14,11 @@ from torch.func import functional_call
 from ...checkpoints import fuse_attention, write_safetensors
 from ...errors import CascadeError, quoted
 from ...networks.stage_c import StageC
+from ..launch import DTYPES
 from ..settings import FinetuneSettings, ObjectiveSettings
 from .base import State
 from .conditions import CachedText
-from .stage_c import DTYPES, StageCInputs, StageCTask
+from .stage_c import StageCInputs, StageCTask
 
 
 class FinetuneTask(StageCTask):

@@ -15,12 +15,13 @@ from ...diffusion.guidance import guide
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
 from ..cuda_graphs import GraphedFunction
+from ..launch import DTYPES
 from ..losses import consistency_loss
 from ..settings import LoRASettings, ObjectiveSettings, TokenSettings
 from .base import State
 from .conditions import CachedText, Conditions
 from .low_rank import LowRankChanges, change_without_values, check_rank, select_layers
-from .stage_c import DTYPES, StageCInputs, StageCTask
+from .stage_c import StageCInputs, StageCTask
 from .textual_inversion import LearnedTokens
 from .trainable_text import TrainableText
 

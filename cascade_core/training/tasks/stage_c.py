@@ -20,12 +20,6 @@ from .base import State, Task
 from .conditions import CachedText, Conditions
 from .trainable_text import TrainableText
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}  # of files, as settings name them
-
 
 @dataclass(frozen=True)
 class StageCInputs:
@@ -56,6 +50,7 @@ class StageCTask(Task):
 
     def __init__(self, stage_c: StageC, text: CachedText, objective: ObjectiveSettings, dtype: torch.dtype):
         self.stage_c, self.text, self.objective, self.dtype = stage_c, text, objective, dtype
+        self.scale_loss = dtype == torch.float16
         self.device = next(stage_c.parameters()).device
         self.loss_weight = _loss_weight(objective).to(self.device)
 

@@ -1,0 +1,85 @@
+"""accelerate: the device, the processes and the exchange between them, and nothing else that it can be configured to.
+
+Precision, accumulation and compilation are the settings file's, and every process holds the whole network. What else
+`accelerate config` writes reaches a process as an environment variable, and is refused here by name: obeyed by half, it
+would train something else.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..accelerators import has_bf16
+from ..errors import CascadeError, quoted
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHARDED = {  # ways to divide a network among processes
+    "ACCELERATE_USE_FSDP": "FSDP (fsdp_config)",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (deepspeed_config)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (megatron_lm_config)",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+def build_accelerator(precision: str = "auto") -> Accelerator:
+    """Raises CascadeError where accelerate is missing, or configured to do what training here does not.
+
+    precision: `train.precision` of the settings, which a mixed_precision that is given must agree with.
+    """
+    _check_configuration()
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise CascadeError(
+            "Training runs on accelerate, which is not installed; run: pip install accelerate"
+        ) from None
+    accelerator = Accelerator(mixed_precision="no")
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise _refusal(kind, "launch one process for each GPU (distributed_type: MULTI_GPU)")
+    asked, own = _choice("MIXED_PRECISION"), compute_dtype(precision, accelerator.device)
+    if asked != "no" and DTYPES.get(asked) != own:
+        computed = next(name for name, dtype in DTYPES.items() if dtype == own)
+        raise _refusal(
+            f"mixed_precision {quoted(asked)}",
+            f"this run computes in {computed}: choose by train.precision in the settings file, and leave "
+            "mixed_precision at no",
+        )
+    return accelerator
+
+
+def _check_configuration() -> None:
+    for variable, name in SHARDED.items():
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise _refusal(
+                name,
+                "every process holds the whole network: launch without it (distributed_type: MULTI_GPU)",
+            )
+    if _choice("DYNAMO_BACKEND") != "no":
+        raise _refusal(
+            f"dynamo_backend {quoted(_choice('DYNAMO_BACKEND'))}",
+            "set train.compile in the settings file instead, and leave it at no",
+        )
+
+
+def _choice(name: str) -> str:
+    return os.environ.get(f"ACCELERATE_{name}", "").lower() or "no"
+
+
+def _refusal(what: str, advice: str) -> CascadeError:
+    return CascadeError(f"accelerate is configured for {what}, which training here does not use; {advice}.")
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What networks compute in. auto: bf16 where the device computes in it, else fp16; float32 on the processor."""
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if has_bf16(device) else torch.float16
