@@ -62,5 +62,11 @@ NODES: list[type[io.ComfyNode]] = [
 class CascadeExtension(ComfyExtension):
     """Extension that registers the nodes of Stable Cascade."""
 
+    async def on_load(self) -> None:
+        """Called by ComfyUI alone, once, in versions that have replacements of nodes."""
+        from .hosts.comfyui.replacements import register_replacements
+
+        await register_replacements()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return list(NODES)

@@ -2,6 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { addRunPanel } from "./run_panel.js";
+import { loadReplacements, offerReplacement } from "./replace.js";
 import { addSizePanel } from "./size_panel.js";
 import { addTextPanel } from "./text_panel.js";
 import { loadWords } from "./words.js";
@@ -18,8 +19,9 @@ const PANELS = {
 
 app.registerExtension({
   name: "cascade_nodes.panels",
-  init: loadWords,
+  init: () => Promise.all([loadWords(), loadReplacements()]),
   nodeCreated(node) {
     PANELS[node.comfyClass]?.(node);
+    offerReplacement(node);
   },
 });

@@ -99,7 +99,7 @@ def test_panels_fill_the_same_places(language):
 
 def test_panels_say_only_what_the_locales_have():
     scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "web").glob("*.js"))
-    used_keys = set(re.findall(r'"((?:size|run)\.\w+)"', scripts))
+    used_keys = set(re.findall(rf'"((?:{"|".join(MAIN["en"]["cascadeNodes"])})\.\w+)"', scripts))
     verdicts = re.search(r'@typedef \{("trained".+?)\} Verdict', scripts)
     assert verdicts
     used_keys |= {f"size.{name}" for name in re.findall(r'"(\w+)"', verdicts.group(1))}

@@ -325,6 +325,43 @@ async function connections(page) {
 }
 
 /** The same nodes in Japanese, with their help. */
+/** ComfyUI's own nodes, replaced from their menu by ours, with their values and links. */
+async function replaced(page) {
+  await page.evaluate(async () => {
+    const { graph, canvas } = window.app;
+    const add = (type) => {
+      const node = window.LiteGraph.createNode(type);
+      graph.add(node);
+      return node;
+    };
+    const [size, picture, encode, prior, hint, preview] = [
+      "StableCascade_EmptyLatentImage", "LoadImage", "StableCascade_StageC_VAEEncode", "KSampler",
+      "StableCascade_SuperResolutionControlnet", "PreviewImage",
+    ].map(add); // prettier-ignore
+    size.widgets.find((widget) => widget.name === "width").value = 1152;
+    const input = (node, name) => node.inputs.findIndex((entry) => entry.name === name);
+    size.connect(0, prior, input(prior, "latent_image"));
+    picture.connect(0, encode, input(encode, "image"));
+    picture.connect(0, hint, input(hint, "image"));
+    hint.connect(0, preview, 0);
+    for (const node of [size, encode, hint]) {
+      const options = canvas.getNodeMenuOptions(node);
+      options.find((option) => option?.content?.includes("Cascade ")).callback();
+    }
+  });
+  return page.evaluate(() => {
+    const { nodes } = window.app.graph.serialize();
+    const type = (id) => nodes.find((node) => String(node.id) === String(id)).type;
+    const links = [...window.app.graph.links.values()];
+    const width = window.app.graph.findNodesByType("CascadeEmptyLatent")[0].widgets[0].value;
+    return {
+      types: nodes.map((node) => node.type).sort(),
+      links: links.map((link) => [type(link.origin_id), link.origin_slot, type(link.target_id)].join(" ")).sort(),
+      width,
+    };
+  });
+}
+
 async function japanese(page, { url }) {
   await store(url, { "Comfy.Locale": "ja" });
   await open(page, url);
@@ -353,4 +390,4 @@ async function japanese(page, { url }) {
   return { words, panels, help: await help.innerText() };
 }
 
-export const SCENARIOS = { search, examples, sizes, enlarge, encode, scale, sentences, training, connections, run, japanese };
+export const SCENARIOS = { search, examples, sizes, enlarge, encode, scale, sentences, training, connections, replaced, run, japanese };

@@ -243,3 +243,17 @@ def test_the_help_is_japanese(seen):
     page = Path(PACK / "web" / "docs" / "CascadePriorSampler" / "ja.md").read_text(encoding="utf-8")
     headline = page.splitlines()[0].removeprefix("# ")
     assert told(seen, "japanese")["help"].splitlines()[0] == headline
+
+
+def test_comfyuis_own_nodes_are_replaced_from_their_menu(seen):
+    facts = told(seen, "replaced")
+    assert facts["types"] == [
+        "CascadeEmptyLatent", "CascadeEncode", "CascadeSuperResolutionHint", "KSampler", "LoadImage", "PreviewImage",
+    ]  # fmt: skip
+    assert facts["links"] == [
+        "CascadeEmptyLatent 0 KSampler",
+        "CascadeSuperResolutionHint 0 PreviewImage",
+        "LoadImage 0 CascadeEncode",
+        "LoadImage 0 CascadeSuperResolutionHint",
+    ]
+    assert facts["width"] == 1152
