@@ -1,10 +1,12 @@
 """What can be known of a run before its networks are loaded and its pictures are encoded: whether it can end well."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoints import load_model
 from ..checkpoints.files import check_writable
@@ -16,9 +18,9 @@ from ..vision import ImageEncoder
 from .data.hints import FindFaces
 from .data.pictures import TrainingPicture
 from .identity import input_files
-from .optimisers import optimiser_class
-from .settings import Settings
-from .state import STATE
+from .optimisers import SOURCES, build_optimiser, optimiser_class
+from .settings import Settings, TrainSettings
+from .state import STATE, load_optimiser, optimiser_tensors
 from .tasks.controlnet import check_controlnet
 from .tasks.finetune import select_parameters
 from .tasks.lora import check_lora
@@ -54,7 +56,7 @@ def check_networks(
 ) -> None:
     """Raise CascadeError where networks, packages, captions and settings do not go together; no weights are read."""
     models, captions = settings.models, [caption for picture in pictures for caption in picture.captions]
-    optimiser_class(settings.train)
+    check_optimiser(settings.train)
     stage_c, _, _ = load_model(models.stage_c, "stage_c", read_ahead=False)
     compressor, _, _ = load_model(models.compressor, "compressor", read_ahead=False)
     assert isinstance(stage_c, StageC)
@@ -74,6 +76,51 @@ def check_networks(
             check_faces(find_faces)
     elif settings.task == "finetune":
         select_parameters(stage_c, settings.finetune.modules)
+
+
+def check_optimiser(settings: TrainSettings) -> None:
+    """Raise CascadeError unless the optimiser can be had; one by its class is tried: it steps, and goes on exactly."""
+    optimiser_class(settings)
+    if settings.optimizer in SOURCES and not settings.optimizer_arguments:
+        return
+    try:
+        resumes = _resumes(partial(build_optimiser, settings=settings))
+    except CascadeError:
+        raise
+    except Exception as error:  # whatever a class from elsewhere raises
+        reason = " ".join(str(error).split())[:200]
+        raise CascadeError(
+            f"train.optimizer {settings.optimizer} with train.optimizer_arguments "
+            f"{quoted(settings.optimizer_arguments)} cannot be used ({type(error).__name__}: {reason}); change its "
+            "arguments, or choose adamw."
+        ) from None
+    if not resumes:
+        raise CascadeError(
+            f"train.optimizer {settings.optimizer} keeps something that a checkpoint does not hold, so a run with it "
+            "would not go on as it was; choose another."
+        )
+
+
+def _resumes(build: Callable[..., torch.optim.Optimizer]) -> bool:
+    """Whether a small vector gets the same steps from an optimiser and from one that its state was loaded into."""
+    random = torch.Generator().manual_seed(0)
+    values, gradients = torch.randn(600, generator=random), torch.randn(6, 600, generator=random)
+
+    def step(parameter: Tensor, optimiser: torch.optim.Optimizer, rows: slice) -> None:
+        for gradient in gradients[rows]:
+            parameter.grad = gradient.clone()
+            optimiser.step()
+
+    whole = torch.nn.Parameter(values.clone())
+    optimiser = build([{"params": [whole]}])
+    step(whole, optimiser, slice(3))
+    resumed = torch.nn.Parameter(whole.detach().clone())
+    other = build([{"params": [resumed]}])
+    tensors = {name: value.clone() for name, value in optimiser_tensors(optimiser).items()}
+    load_optimiser(other, tensors, Path("a trial"))
+    step(whole, optimiser, slice(3, 6))
+    step(resumed, other, slice(3, 6))
+    return torch.equal(whole, resumed)
 
 
 def check_image_prompts(width: int, stage_c: StageC) -> None:

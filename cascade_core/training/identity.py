@@ -34,6 +34,7 @@ WITHOUT_EFFECT = (
     "data.tars",
     "data.cache",
     "train.steps",
+    "train.epochs",
     "train.gradient_checkpointing",
     "train.compile",
     "train.cuda_graphs",

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ..errors import CascadeError, Interrupted, quoted
 from .determinism import deterministic_kernels
 from .ema import EMA
 from .log import CURVE, Log, draw_curve
-from .optimisers import build_optimiser, learning_rate
+from .optimisers import averages_itself, build_optimiser, learning_rate
 from .settings import OutputSettings, TrainSettings
 from .state import (
     ANEW,
@@ -129,7 +129,7 @@ class Loop(Generic[AnyTask]):
         self.optimiser = build_optimiser(task.groups(), settings.train)
         self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         copied = () if task.average_buffers else dict(task.trained.named_buffers())
-        ema = settings.train.ema
+        ema = 0.0 if averages_itself(self.optimiser) else settings.train.ema
         self.average = EMA(task.trained.state_dict(), ema, copied) if ema else None
         self.scaler = torch.amp.GradScaler(
             task.device.type, LOSS_SCALE, growth_interval=LOSS_SCALE_STEPS, enabled=task.scale_loss
@@ -138,7 +138,20 @@ class Loop(Generic[AnyTask]):
     @property
     def state(self) -> State:
         """The result of the run: the average where one is kept, else the weights themselves."""
+        if averages_itself(self.optimiser):
+            return self._averaged_by_optimiser()
         return self.average.tensors if self.average else self.task.trained.state_dict()
+
+    @torch.no_grad()
+    def _averaged_by_optimiser(self) -> State:
+        """A copy of the optimiser's average. The weights of steps are put back: there and back would change bits."""
+        before, optimiser = [parameter.clone() for parameter in self.parameters], cast(Any, self.optimiser)
+        optimiser.eval()
+        state = {name: value.clone() for name, value in self.task.trained.state_dict().items()}
+        optimiser.train()
+        for parameter, value in zip(self.parameters, before, strict=True):
+            parameter.copy_(value)
+        return state
 
     def run(self) -> Outcome:
         """Train from the present step on, then write a checkpoint."""

@@ -23,10 +23,11 @@ from ..vision import ImageEncoder
 from ..writing import move_to_free, temporary_file
 from .checks import check_image_prompts, check_networks, check_output
 from .data.access import Access
-from .data.batches import Found, TrainingData, fill_cache
+from .data.batches import Found, TrainingData, epoch_steps, fill_cache
 from .data.cache import fingerprint
 from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
+from .data.pictures import TrainingPicture
 from .data.sources import LEFT_OUT, find_pictures, write_left_out
 from .data.text_cache import TextCache
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
@@ -76,6 +77,9 @@ def train(
             on_main_process(accelerator, lambda: held.enter_context(locked(folder, notify)))
             access = Access(stop, check)
             pictures = find_pictures(settings.data.folder, settings.data.tars, access)
+            settings = on_main_process(
+                accelerator, lambda: with_steps(settings, pictures[0], accelerator.num_processes, access)
+            )
             standing = on_main_process(
                 accelerator,
                 lambda: begun(settings, pictures[0], accelerator.num_processes, notify, fresh, access.ask),
@@ -95,6 +99,21 @@ def train(
     if not outcome.finished:
         notify("Stopped; the same command goes on from here.")
     return outcome
+
+
+def with_steps(
+    settings: Settings, pictures: list[TrainingPicture], processes: int, access: Access
+) -> Settings:
+    """The settings with as many steps as their epochs have, where they are given in epochs."""
+    train = settings.train
+    if train.epochs is None:
+        return settings
+    data = replace(settings.data, cache=cache_of(settings))
+    batches = epoch_steps(
+        data, pictures, train.batch_size * processes, access, settings.models.image_encoder is not None
+    )
+    steps = max(round(train.epochs * batches / train.accumulate), 1)
+    return replace(settings, train=replace(train, steps=steps))
 
 
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..errors import CascadeError
 from .data.pictures import TrainingPicture
 from .identity import contents_of, differences, refusal, same_file, saved, unknown_parts
+from .optimisers import learning_rate
 from .settings import Settings
 from .state import STATE, read_state, step_of
 
@@ -80,12 +81,15 @@ def begun(
             "or begin anew with --fresh."
         )
     if before is not None and before.train.steps != steps:
-        cosine = settings.train.schedule == "cosine" and step > settings.train.warmup
-        shape = (
-            f"; from here on the learning rate follows the cosine of {steps} steps, so the result is not that of a run "
-            f"of {steps} steps from its beginning"
+        looked_at = (0, step // 2, step - 1) if step else ()
+        then, now = (
+            [learning_rate(each, train) for each in looked_at] for train in (before.train, settings.train)
         )
-        notify(f"train.steps was {before.train.steps} and is {steps} now{shape * cosine}.")
+        shape = (
+            f"; from here on the learning rate follows the {settings.train.schedule} of {steps} steps, so the result "
+            f"is not that of a run of {steps} steps from its beginning"
+        )
+        notify(f"train.steps was {before.train.steps} and is {steps} now{shape * (then != now)}.")
     file = Path(settings.output.file)
     written = file.is_file() and file.stat().st_mtime_ns >= path.stat().st_mtime_ns
     finished = step == steps and written and same_file(settings, metadata)

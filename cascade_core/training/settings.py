@@ -14,12 +14,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from ..errors import CascadeError, quoted
 from ..hints.kinds import KindName
 from .ranges import Range, check_ranges
-from .typed_yaml import build, read_yaml
+from .typed_yaml import build, read_yaml, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,11 @@ MAX_PROMPTS = 64  # all are drawn in one batch
 Share = Annotated[float, Range(0, 1)]
 Steps = Annotated[int, Range(1, 100_000_000)]
 RateFactor = Annotated[float, Range(0, 10_000, above=True)]  # by which the learning rate is multiplied
+StepsOrShare = Annotated[int | float, Range(0, 100_000_000)]  # steps; below 1 a share of the run's
+
+OptimizerName = Literal[
+    "adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"
+]
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,14 @@ class TrainSettings:
     batch_size: Annotated[int, Range(1, 65_536)] = 4
     accumulate: Annotated[int, Range(1, 65_536)] = 1
     learning_rate: Annotated[float, Range(1e-12, 10)] = 1e-4
-    schedule: Literal["constant", "cosine"] = "cosine"
-    final_learning_rate: Share = 0.0  # where the cosine ends, as a share of the learning rate
-    warmup: Annotated[int, Range(0, 100_000_000)] = 50  # steps
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    epochs: Annotated[float | None, Range(0, 1e6, above=True)] = None  # instead of steps
+    schedule: Literal["constant", "cosine", "linear", "stable_decay"] = "cosine"
+    final_learning_rate: Share = 0.0  # where the schedule ends, as a share of the learning rate
+    warmup: StepsOrShare = 50
+    restarts: Annotated[int, Range(0, 10_000)] = 0  # how often cosine or linear begins anew, in equal parts
+    decay: StepsOrShare = 0.2  # of stable_decay: how long it falls at its end
+    optimizer: OptimizerName | str = "adamw"  # or module.Class, in a settings file of the command line alone
+    optimizer_arguments: dict[str, Any] = field(default_factory=dict)  # in such a file alone, too
     weight_decay: Annotated[float, Range(0, 10)] = 0.01
     betas: Annotated[tuple[float, ...], Range(0, 1, below=True)] = (0.9, 0.99)
     max_grad_norm: Annotated[float, Range(0, 1e12)] = 1.0  # of the gradient; 0 is none
@@ -104,6 +113,28 @@ class TrainSettings:
         check_ranges(self, "train")
         if len(self.betas) != 2:
             raise CascadeError(f"train.betas is {quoted(list(self.betas))}; two numbers are expected.")
+        for name in ("warmup", "decay"):
+            if (value := getattr(self, name)) >= 1 and value != int(value):
+                raise CascadeError(
+                    f"train.{name} is {quoted(value)}; whole steps, or a share of the run below 1, are expected."
+                )
+        check_optimizer_name(self.optimizer)
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            raise CascadeError(
+                f"train.learning_rate is {quoted(self.learning_rate)}, but prodigy finds the rate itself, times "
+                "this; give 1."
+            )
+        if self.restarts and self.schedule not in ("cosine", "linear"):
+            raise CascadeError(
+                f"train.restarts is {self.restarts}, but {self.schedule} has none; choose cosine or linear."
+            )
+
+
+def check_optimizer_name(name: str) -> None:
+    """Raise CascadeError for what is neither a known optimiser nor spelled as `module.Class`."""
+    spelled = len(name) <= 200 and "." in name and all(part.isidentifier() for part in name.split("."))
+    if name not in get_args(OptimizerName) and not spelled:
+        raise CascadeError(unknown_name(f"train.optimizer is {quoted(name)}", name, get_args(OptimizerName)))
 
 
 @dataclass(frozen=True)
@@ -264,6 +295,11 @@ class Settings:
             raise CascadeError(
                 "tokens is missing; name at least one, as `tokens: [{name: '[blob]', initial: star}]`."
             )
+        if self.train.optimizer == "prodigy" and len(rates := self.rate_factors()) > 1:
+            raise CascadeError(
+                f"prodigy has one rate for all that is trained, but here are several ({', '.join(sorted(rates))} of "
+                "it); give 1 for each, or choose another optimizer."
+            )
         if self.objective.kind == "consistency" and self.task != "lora":
             raise CascadeError("objective.kind consistency trains a LoRA; use `cascade train lora`.")
         if self.objective.kind == "consistency" and (self.lora.text_encoder or self.tokens):
@@ -274,6 +310,14 @@ class Settings:
             raise CascadeError(
                 "output.sample_every makes pictures of output.prompts by models.previewer; give both, or leave it at 0."
             )
+
+    def rate_factors(self) -> set[str]:
+        """The shares of the learning rate that parts of what is trained have."""
+        if self.task != "lora":
+            return {"1"}
+        lora = self.lora
+        text = {f"{lora.text_learning_rate:g}"} if lora.text_encoder else set()
+        return {"1", *text, *({f"{lora.token_learning_rate:g}"} if self.tokens else ())}
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -302,13 +346,20 @@ FORMER_VALUES = {  # of keys, by section: what were weights for an error in x0, 
 
 
 def read_settings(path: Path, task: TaskName) -> Settings:
-    """Read the settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it."""
-    return settings_of(read_yaml(path), task, str(path))
+    """Read the settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it.
+
+    It is the user's own: any optimiser may be named in it.
+    """
+    return settings_of(read_yaml(path), task, str(path), any_optimizer=True)
 
 
-def settings_of(values: Mapping[str, Any], task: TaskName, where: str) -> Settings:
+def settings_of(
+    values: Mapping[str, Any], task: TaskName, where: str, any_optimizer: bool = False
+) -> Settings:
     """Build settings from a file's values. where: the file's name, for messages.
 
+    any_optimizer: whether the values may name a class that is imported and called with arguments; never for values
+    that another than the user can give, such as a client of a server.
     Keys under their former names are read; one line of warning is logged for all of them.
     """
     try:
@@ -320,9 +371,24 @@ def settings_of(values: Mapping[str, Any], task: TaskName, where: str) -> Settin
                 raise CascadeError(f"{section} does not belong to `cascade train {task}`; remove it.")
         if "task" in values:
             raise CascadeError("'task' is not a setting; it is the command's: `cascade train lora`.")
-        return build(Settings, {**values, "task": task})
+        settings = build(Settings, {**values, "task": task})
+        if not any_optimizer:
+            _check_no_class(settings.train)
+        return settings
     except CascadeError as error:
         raise CascadeError(f"{where}: {error}") from None
+
+
+def _check_no_class(train: TrainSettings) -> None:
+    if train.optimizer not in get_args(OptimizerName):
+        raise CascadeError(
+            f"train.optimizer is {quoted(train.optimizer)}, but only `cascade train` imports a class, from its own "
+            f"settings file; choose one of {', '.join(get_args(OptimizerName))}."
+        )
+    if train.optimizer_arguments:
+        raise CascadeError(
+            "train.optimizer_arguments are for `cascade train` and its own settings file; remove them."
+        )
 
 
 def settings_from_json(text: str) -> Settings | None:

@@ -13,6 +13,8 @@ from ..errors import CascadeError, quoted
 STATE = "state.safetensors"
 ANEW = "put an earlier copy back, or begin anew with --fresh."
 MAX_TABLE = 4096  # numbers of a table of an 8-bit optimiser
+GROUP = "group."
+OF_THE_SCHEDULE = ("lr", "share")  # of a group: given at each step
 PARTS = ("trained", "average", "optimiser", "buffers", "scaler")
 
 
@@ -73,39 +75,77 @@ def copy_into(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: P
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter number and field; plain numbers as scalars of float64 or int64.
 
-    Read from the optimiser's own table: `state_dict()` leaves some of bitsandbytes' state out.
+    Read from the optimiser's own table: `state_dict()` leaves some of bitsandbytes' state out. The numbers of groups
+    are state too: Prodigy keeps the rate that it found there, schedule-free optimisers how far they are.
     """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    return {
-        f"{index}.{name}": value
-        if isinstance(value, Tensor)
-        else torch.tensor(value, dtype=_number_type(value))
+    tensors = {
+        f"{index}.{name}": _as_tensor(value, name)
         for index, parameter in enumerate(parameters)
         for name, value in optimiser.state.get(parameter, {}).items()
     }
+    for index, group in enumerate(optimiser.param_groups):
+        numbers = {
+            name: value
+            for name, value in group.items()
+            if name not in OF_THE_SCHEDULE and isinstance(value, int | float | Tensor)
+        }
+        tensors |= {f"{GROUP}{index}.{name}": _as_tensor(value, name) for name, value in numbers.items()}
+    return tensors
 
 
-def _number_type(value: Any) -> torch.dtype:
-    return torch.float64 if isinstance(value, float) else torch.int64
+def _as_tensor(value: Any, name: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, int | float):
+        raise CascadeError(
+            f"The optimiser keeps {quoted(name)} as a {type(value).__name__}, which a checkpoint does not hold; choose "
+            "another optimizer."
+        )
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Restore the state that `optimiser_tensors` gave. Raises CascadeError where it is another optimiser's."""
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
+    groups = optimiser.state_dict()["param_groups"]
     for name, value in tensors.items():
-        index, _, field = name.partition(".")
-        number = int(index) if index.isascii() and index.isdecimal() and len(index) < 10 else len(parameters)
+        index, _, field = name.removeprefix(GROUP).partition(".")
+        if name.startswith(GROUP):
+            _restore_number(groups, _number(index, len(groups)), field, value, path)
+            continue
+        number = _number(index, len(parameters))
         # 8-bit state is flat, or has a few numbers for each block of a parameter
         if number >= len(parameters) or value.numel() > max(parameters[number].numel(), MAX_TABLE):
-            raise CascadeError(
-                f"{path} holds {quoted(f'optimiser.{name}')}, which is of another optimiser or parameter; {ANEW}"
-            )
-        plain = value.ndim == 0 and value.dtype in (torch.float64, torch.int64)
+            raise _of_another(path, name)
         state.setdefault(number, {})[field] = (
-            value.item() if plain else _in_layout_of(parameters[number], value)
+            value.item() if _is_plain(value) else _in_layout_of(parameters[number], value)
         )
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _number(text: str, count: int) -> int:
+    """A parameter's or group's number, or `count` where there is none of it."""
+    return min(int(text), count) if text.isascii() and text.isdecimal() and len(text) < 10 else count
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.ndim == 0 and value.dtype in (torch.float64, torch.int64)
+
+
+def _of_another(path: Path, name: str) -> CascadeError:
+    return CascadeError(
+        f"{path} holds {quoted(f'optimiser.{name}')}, which is of another optimiser or parameter; {ANEW}"
+    )
+
+
+def _restore_number(groups: list[dict[str, Any]], index: int, field: str, value: Tensor, path: Path) -> None:
+    """Put a group's number back, as a truth value where it is one."""
+    if index == len(groups) or field in ("params", *OF_THE_SCHEDULE) or value.ndim:
+        raise _of_another(path, f"{GROUP}{index}.{field}")
+    plain = value.item() if _is_plain(value) else value.clone()
+    groups[index][field] = bool(plain) if isinstance(groups[index].get(field), bool) else plain
 
 
 def scaler_tensors(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
     for name in values:
         if name not in fields:
             raise CascadeError(
-                _unknown_name(f"{where + ': ' if where else ''}{quoted(name)} is not a setting", name, fields)
+                unknown_name(f"{where + ': ' if where else ''}{quoted(name)} is not a setting", name, fields)
             )
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -97,7 +97,7 @@ def _joined(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def _unknown_name(sentence: str, name: Any, names: Mapping[str, Any] | tuple) -> str:
+def unknown_name(sentence: str, name: Any, names: Mapping[str, Any] | tuple) -> str:
     close = get_close_matches(str(name)[:100], [str(each) for each in names], n=1)
     return (
         f"{sentence}; did you mean {close[0]}?"
@@ -113,7 +113,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value not in arguments or isinstance(value, bool):
             name = value if isinstance(value, str) else ""
-            raise CascadeError(_unknown_name(f"{where} is {quoted(value)}", name, arguments))
+            raise CascadeError(unknown_name(f"{where} is {quoted(value)}", name, arguments))
         return value
     if origin is tuple:
         listed = value if isinstance(value, list) else [value]  # one value stands for a list of one

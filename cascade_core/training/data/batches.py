@@ -1,5 +1,6 @@
 """Training data: pictures and captions as batches of Stage C latents, each a pure function of (seed, step, rank)."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,6 +70,22 @@ def _assign_buckets(
 ) -> tuple[list[BucketedPicture], list[Skipped]]:
     sizes = Cache(settings.cache, "sizes")
     return assign_buckets(pictures, buckets(settings.size, settings.bucket_step), sizes, access.ask)
+
+
+def epoch_steps(
+    settings: DataSettings,
+    pictures: list[TrainingPicture],
+    rows_of_a_batch: int,
+    access: Access,
+    with_prompts: bool = False,
+) -> int:
+    """How many batches an epoch has, by the pictures' headers: before any is encoded."""
+    bucketed, _ = _assign_buckets(settings, pictures, access)
+    counts = Counter(
+        (each.bucket, len(each.picture.image_prompts) if with_prompts else 0) for each in bucketed
+    )
+    repeat = epoch_repeats(max(len(bucketed), 1), settings.repeat)
+    return sum(batches_per_epoch(count, repeat, rows_of_a_batch) for count in counts.values())
 
 
 def _latent_encoder(
