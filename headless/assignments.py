@@ -1,10 +1,11 @@
-"""`--set NODE.INPUT=VALUE`: values put into a graph before it runs."""
+"""`--set NODE.INPUT=VALUE`, and the columns of a batch: values put into a graph before it runs."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from ..cascade_core.errors import CascadeError, printable, quoted
@@ -27,24 +28,47 @@ def assign(graph: Graph, assignments: Iterable[str], input_types: InputTypes) ->
     graph = copy.deepcopy(graph)
     for assignment in assignments:
         target, equals, text = assignment.partition("=")
-        if equals and target in SEED_INPUTS:
-            _assign_seeds(graph, assignment, text)
-            continue
-        node, dot, name = target.rpartition(".")
-        if not (equals and dot and node and name):
-            raise CascadeError(f"--set {quoted(assignment)} is not NODE.INPUT=VALUE, such as 3.steps=20.")
-        node_id = _find_node(graph, node)
-        types = input_types(str(graph[node_id].get("class_type")))
-        if types is not None and name not in types:
-            raise CascadeError(
-                f"Node {name_of(graph, node_id)} has no input {quoted(name)}; its inputs: {_listed(types)}."
-            )
-        graph[node_id]["inputs"][name] = _read_value(assignment, text, (types or {}).get(name))
+        name = f"--set {quoted(assignment)}"
+        if not equals or (target not in SEED_INPUTS and not is_target(target)):
+            raise CascadeError(f"{name} is not NODE.INPUT=VALUE, such as 3.steps=20.")
+        _assign(graph, target, input_types, partial(_read_value, name, text))
     check_shape(graph, "The graph with the values of --set")
     return graph
 
 
-def _assign_seeds(graph: Graph, assignment: str, text: str) -> None:
+def assign_values(graph: Graph, values: Mapping[str, Any], input_types: InputTypes) -> Graph:
+    """The same with values by `NODE.INPUT`, as a table has them: a text is itself where the input takes one."""
+    graph = copy.deepcopy(graph)
+    for target, value in values.items():
+        if target not in SEED_INPUTS and not is_target(target):
+            raise CascadeError(f"{quoted(target)} is not NODE.INPUT, such as 3.steps, nor seed or name.")
+        _assign(graph, target, input_types, partial(_table_value, quoted(target), value))
+    check_shape(graph, "The graph with the values of the row")
+    return graph
+
+
+def is_target(text: str) -> bool:
+    """Whether a text is NODE.INPUT."""
+    node, dot, name = text.rpartition(".")
+    return bool(dot and node and name)
+
+
+def _assign(graph: Graph, target: str, input_types: InputTypes, read: Callable[[str | None], Any]) -> None:
+    """Sets one input, or all seeds. `read`: the value for an input of a type, None where that is not known."""
+    if target in SEED_INPUTS:
+        _assign_seeds(graph, read)
+        return
+    node, _, name = target.rpartition(".")
+    node_id = _find_node(graph, node)
+    types = input_types(str(graph[node_id].get("class_type")))
+    if types is not None and name not in types:
+        raise CascadeError(
+            f"Node {name_of(graph, node_id)} has no input {quoted(name)}; its inputs: {_listed(types)}."
+        )
+    graph[node_id]["inputs"][name] = read((types or {}).get(name))
+
+
+def _assign_seeds(graph: Graph, read: Callable[[str | None], Any]) -> None:
     """Gives each seed that is a value, and not connected, this one."""
     seeds = [
         (node["inputs"], name)
@@ -55,7 +79,7 @@ def _assign_seeds(graph: Graph, assignment: str, text: str) -> None:
     if not seeds:
         raise CascadeError("The graph has no seed to set; name the node and its input, such as 3.steps=20.")
     for inputs, name in seeds:
-        inputs[name] = _read_value(assignment, text, "INT")
+        inputs[name] = read("INT")
 
 
 def _find_node(graph: Graph, name: str) -> str:
@@ -67,7 +91,7 @@ def _find_node(graph: Graph, name: str) -> str:
             return matches[0]
         if matches:
             raise CascadeError(
-                f"Several nodes are called {quoted(name)} (ids {_listed(matches)}); use an id with --set."
+                f"Several nodes are called {quoted(name)} (ids {_listed(matches)}); name one by its id."
             )
     nodes = _listed(name_of(graph, node_id) for node_id in graph)
     raise CascadeError(f"The graph has no node {quoted(name)} (id, class or title); its nodes: {nodes}.")
@@ -83,18 +107,31 @@ def _class_of(node: dict[str, Any]) -> object:
     return node.get("class_type")
 
 
-def _read_value(assignment: str, text: str, input_type: str | None) -> Any:
+def _table_value(name: str, value: Any, input_type: str | None) -> Any:
+    if not isinstance(value, str):
+        number = isinstance(value, int | float)  # as a text: a prompt may be 7
+        return _typed(name, json.dumps(value) if number and input_type == "STRING" else value, input_type)
+    # A cell of a CSV file is a text, also where the input takes a number; a prompt may look like one.
+    as_json = input_type in (None, "INT", "FLOAT", "BOOLEAN")
+    return _read_value(name, value, input_type) if as_json else value
+
+
+def _read_value(name: str, text: str, input_type: str | None) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # not JSON, or JSON that cannot be an input's value
         value = text
     if input_type == "STRING" and not isinstance(value, (str, list)):
         return text  # a prompt may be "1.50" or "true"
+    return _typed(name, value, input_type)
+
+
+def _typed(name: str, value: Any, input_type: str | None) -> Any:
     try:
         if input_type == "INT" and isinstance(value, float):
             return whole_number(value)
         if input_type == "BOOLEAN" and isinstance(value, str):
             return truth(value)
     except ValueError as error:
-        raise CascadeError(f"--set {quoted(assignment)}: {error}.") from None
+        raise CascadeError(f"{name}: {error}.") from None
     return value

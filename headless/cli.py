@@ -1,4 +1,4 @@
-"""Command line: `cascade run GRAPH`, `show FILE`, `train TASK CONFIG.yaml`, `nodes`, `models`, `fetch`.
+"""Command line: `cascade run GRAPH`, `batch GRAPH ROWS`, `show FILE`, `train TASK CONFIG.yaml`, and more.
 
 Nothing heavy is imported before it is needed, so that `cascade --help` answers at once.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError, escaped
+from .batch.command import add_batch_command
 from .convert_lora import add_convert_command
 from .merge import CommandParser, add_merge_command
 from .signals import INTERRUPTED, Stopped, stopping_on_signals
@@ -31,6 +32,7 @@ _EXAMPLES = """examples:
   cascade run graph.json --set seed=random
   cascade run picture.png
   cascade run graph.json --server http://127.0.0.1:8188
+  cascade batch graph.json prompts.csv --output pictures
   cascade show picture.png
   cascade nodes CascadePriorSampler
   cascade models
@@ -116,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--server", metavar="URL", help="run on this ComfyUI instead of in this process")
     run.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     run.set_defaults(command=_run)
+    add_batch_command(commands)
     show = commands.add_parser(
         "show", help="print what made a picture, or what a graph, a LoRA or a network is"
     )

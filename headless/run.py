@@ -24,6 +24,7 @@ def run_graph(
     assignments: Iterable[str] = (),
     input_folder: Path | str = "input",
     output_folder: Path | str = "output",
+    graph_folder: Path | str | None = None,
     nodes: Mapping[str, NodeClass] | None = None,
     executor: Executor | None = None,
     extra_pnginfo: dict[str, Any] | None = None,
@@ -36,6 +37,7 @@ def run_graph(
                  /prompt, or a workflow of the canvas whose nodes are all known
     assignments  `NODE.INPUT=VALUE` texts, as with `cascade run --set`
     nodes        {node id: class}; by default all of ours, and those of ComfyUI's own that `cascade nodes` lists
+    graph_folder where LoadImage looks too, by default the folder of the graph's file
     executor     caches outputs from run to run when given, so that nodes with the same inputs do not run again
     partial      run the valid outputs when others are not (`Result.node_errors` has those), as ComfyUI does
     memory       limit of the GPU's memory, such as "6GB"; by default $CASCADE_MEMORY, else what is free
@@ -52,6 +54,8 @@ def run_graph(
     else:
         folder, source = Path(), source_of(graph, "The graph", inputs_of)
     executor = executor or Executor(keep=False)
+    if graph_folder is not None:
+        folder = Path(graph_folder)
     folders = Folders(Path(input_folder), Path(output_folder), folder)
     with using_folders(folders), computing_with(memory) if memory else nullcontext():
         ready = prepared(source, assignments, inputs_of, executor.observer)

@@ -74,8 +74,8 @@ def test_the_last_of_several_wins_and_the_graph_is_left_alone():
         (".value=3", "--set '.value=3' is not NODE.INPUT=VALUE, such as 3.steps=20."),
         ("2.=3", "--set '2.=3' is not NODE.INPUT=VALUE, such as 3.steps=20."),
         ("2.steps=3", "Node 2 (ToyNumber) has no input 'steps'; its inputs: value, scale."),
-        ("ToyNumber.value=3", "Several nodes are called 'ToyNumber' (ids 2, 3); use an id with --set."),
-        ("Twice.value=3", "Several nodes are called 'Twice' (ids 2, 3); use an id with --set."),
+        ("ToyNumber.value=3", "Several nodes are called 'ToyNumber' (ids 2, 3); name one by its id."),
+        ("Twice.value=3", "Several nodes are called 'Twice' (ids 2, 3); name one by its id."),
         ("2.value=1.5", "--set '2.value=1.5': 1.5 is not a whole number; give one such as 20."),
         ("1.flip=no", "--set '1.flip=no': 'no' is neither true nor false; give true or false."),
         (

@@ -21,15 +21,26 @@ def compute_device() -> ComputeDevice:
 @contextmanager
 def computing_with(memory: str | None) -> Iterator[ComputeDevice]:
     """Limits nodes that run inside the block to so much of the card's memory ("6GB"); None: what is free."""
-    token = _running.set(ComputeDevice(memory=memory, observer=Observer(notify, check_interrupted)))
+    with computing_on(device_with(memory)) as device:
+        yield device
+
+
+@contextmanager
+def computing_on(device: ComputeDevice) -> Iterator[ComputeDevice]:
+    """Makes nodes that run inside the block compute on a device, which keeps what is loaded on it."""
+    token = _running.set(device)
     try:
-        yield compute_device()
+        yield device
     finally:
         _running.reset(token)
+
+
+def device_with(memory: str | None) -> ComputeDevice:
+    """A device of its own, with so much of the card's memory; None: what is free."""
+    return ComputeDevice(memory=memory, observer=Observer(notify, check_interrupted))
 
 
 @cache
 def _device_of_the_process() -> ComputeDevice:
     """For nodes that are called from Python. `$CASCADE_MEMORY` caps its memory, as for the command line."""
-    memory = os.environ.get("CASCADE_MEMORY")
-    return ComputeDevice(memory=memory, observer=Observer(notify, check_interrupted))
+    return device_with(os.environ.get("CASCADE_MEMORY"))

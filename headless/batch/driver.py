@@ -1,0 +1,75 @@
+"""The loop that hands out a batch's rows and alone writes what is done."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ...cascade_core.errors import CascadeError
+from .journal import Journal
+from .progress import BatchProgress
+from .work import Crew, Job, Outcome, sentence_of
+
+TRIES = 3  # of a row whose worker is gone: perhaps it is the row that ends workers
+_LOOK = 1.0  # seconds between two looks at signals
+
+
+@dataclass
+class Summary:
+    """Names of rows that were made, (name, sentence) of those that could not be, and those that are left."""
+
+    made: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+class Driver:
+    """Gives each free worker one row, so that nothing is lost in a queue, and puts back the rows of lost workers."""
+
+    def __init__(self, jobs: Iterable[Job], crew: Crew, journal: Journal, progress: BatchProgress):
+        self.queue = deque(jobs)
+        self.crew, self.journal, self.progress = crew, journal, progress
+        self.under_way: dict[str, Job] = {}
+        self.losses: Counter[str] = Counter()
+        self.summary = Summary()
+        progress.under_way = self.under_way
+        progress.begin(len(self.queue))
+
+    def run(self, signals: list[int]) -> Summary:
+        """Works until all is done, or until `signals` has one and the rows under way are finished."""
+        try:
+            while self.under_way or (self.queue and not signals):
+                while self.queue and self.crew.free() and not signals:
+                    job = self.queue.popleft()
+                    self.under_way[job.name] = job
+                    self.crew.give(job)
+                for outcome in self.crew.ended(_LOOK):
+                    self._take(outcome)
+                self.progress.say_stopping()
+        finally:
+            self.summary.left = [*self.under_way, *(job.name for job in self.queue)]
+        return self.summary
+
+    def _take(self, outcome: Outcome) -> None:
+        job = self.under_way.pop(outcome.name)
+        error = outcome.error
+        if outcome.lost:
+            self.losses[job.name] += 1
+            if self.losses[job.name] < TRIES:
+                self.progress.row_again(job.name, outcome.error or "its worker is gone.")
+                self.queue.appendleft(job)
+                return
+            error = f"{TRIES} workers were lost with it; the last: {outcome.error}"
+        if error is None:
+            try:
+                paths = self.journal.save(job, outcome)
+            except CascadeError as refusal:
+                error = sentence_of(refusal)
+            else:
+                self.summary.made.append(job.name)
+                self.progress.row_made(job.name, outcome.seconds, paths)
+                return
+        self.journal.fail(job.name, error)
+        self.summary.failed.append((job.name, error))
+        self.progress.row_failed(job.name, error)

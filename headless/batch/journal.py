@@ -1,0 +1,164 @@
+"""What of a batch is done: lines of JSON beside its pictures, one for each row, written before its pictures are.
+
+A line claims the names of a row's pictures. So a row is done when its line and all pictures are there, whatever was
+killed when: pictures without a line are not of this batch, and those that a line claims are replaced by the row alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ...cascade_core.errors import CascadeError, printable
+from ...cascade_core.file_names import inside
+from ...cascade_core.writing import write_file
+from .work import Job, Outcome
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """`batch.jsonl` in a folder, or `batch.3-of-8.jsonl` of a shard; all of the folder are read, one is written."""
+
+    def __init__(self, folder: Path, shard: tuple[int, int] | None = None):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        part = f".{shard[0]}-of-{shard[1]}" if shard else ""
+        path = folder / f"batch{part}.jsonl"
+        self.file = path.open("ab+")
+        self._lock(path)
+        self._end_line()
+        self.records: dict[str, Record] = {}
+        self.owners: dict[str, str] = {}  # of pictures' names
+        self.read()
+
+    def read(self) -> None:
+        """Reads what others have written since, too."""
+        for path in sorted(self.folder.glob("batch*.jsonl")):
+            for record in _records(path):
+                self._enter(record)
+
+    def _enter(self, record: Record) -> None:
+        self.records[record["name"]] = record
+        for picture in record["pictures"]:
+            self.owners[picture] = record["name"]
+
+    def pictures(self, name: str) -> list[Path]:
+        """Pictures of a row that are there."""
+        listed = self.records.get(name, {"pictures": []})["pictures"]
+        return [path for picture in listed if os.path.isfile(path := self.folder / picture)]
+
+    def is_done(self, job: Job) -> bool:
+        """Whether a row's pictures are there. Raises CascadeError where others lie under its name."""
+        record, there = self.records.get(job.name), self.pictures(job.name)
+        if record is None:
+            self._check_free(job, [self.folder / f"{job.name}.png"])
+            return False
+        if there and record["digest"] != job.digest:
+            raise CascadeError(
+                f"{there[0]} was made by this name with other values, or another graph; give the row another name, or "
+                "delete that picture."
+            )
+        return bool(there) and len(there) == len(record["pictures"])
+
+    def save(self, job: Job, outcome: Outcome) -> list[Path]:
+        """Writes a row's line, then its pictures. Raises CascadeError for a name that is taken."""
+        names = _names(job, outcome)
+        paths = [self.folder / name for name in names]
+        self._check_free(job, paths)
+        record = {"name": job.name, "digest": job.digest, "pictures": names}
+        self._write({**record, "seconds": round(outcome.seconds, 3), "worker": outcome.worker})
+        self._enter(record)
+        for path, picture in zip(paths, outcome.pictures, strict=True):
+            write_file(path, picture.content)
+        return paths
+
+    def fail(self, name: str, error: str) -> None:
+        """Notes why a row could not be made. It is tried again when the batch is run again."""
+        self._write({"name": name, "error": error})
+
+    def _check_free(self, job: Job, paths: list[Path]) -> None:
+        for path in paths:
+            name = path.relative_to(self.folder).as_posix()
+            if inside(self.folder, name) is None:
+                raise CascadeError(f"{path} leads out of the folder over a link; give the row another name.")
+            owner = self.owners.get(name)
+            if owner != job.name and os.path.lexists(path):
+                whose = f"the row {owner}'s" if owner else "not of this batch"
+                raise CascadeError(f"{path} is there already and is {whose}; give the row another name.")
+
+    def _write(self, record: Record) -> None:
+        self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        self.file.flush()
+        with suppress(OSError):  # of file systems that cannot; a lost line costs a row's time
+            os.fsync(self.file.fileno())
+
+    def _end_line(self) -> None:
+        """Ends the line that a kill broke off."""
+        if self.file.seek(0, os.SEEK_END):
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":
+                self.file.write(b"\n")
+
+    def _lock(self, path: Path) -> None:
+        if not _locked(self.file):
+            raise CascadeError(
+                f"Another `cascade batch` is writing {printable(str(path))}; wait for it, or give each a --shard."
+            )
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _names(job: Job, outcome: Outcome) -> list[str]:
+    """Names of a row's pictures: its own, with numbers of the saving node and the picture where there are several."""
+    of_saver = Counter(picture.node_id for picture in outcome.pictures)
+    numbers: Counter[str] = Counter()
+    names = []
+    for picture in outcome.pictures:
+        name, saver = job.name, picture.node_id
+        numbers[saver] += 1
+        if len(job.savers) > 1:
+            name += f"_{job.savers.index(saver) + 1}"
+        if of_saver[saver] > 1:
+            name += f"_{numbers[saver]}"
+        names.append(name + picture.suffix)
+    return names
+
+
+def _records(path: Path) -> Iterator[Record]:
+    """The lines that say a row is done; a line that a kill broke off is none."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if (
+                isinstance(record, dict)
+                and isinstance(record.get("name"), str)
+                and isinstance(record.get("digest"), str)
+                and isinstance(record.get("pictures"), list)
+                and all(isinstance(picture, str) for picture in record["pictures"])
+            ):
+                yield record
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Locks a file for this process; True also where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network drives
+        return True
+    return True

@@ -1,0 +1,102 @@
+"""From rows to jobs: values put into the graph, names for its pictures, and what can be refused before the work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ...cascade_core.errors import CascadeError
+from ..assignments import assign, assign_values
+from ..canvas import InputsOf
+from ..folders import Folders, using_folders
+from ..graph import Graph
+from ..registry import InputInfo
+from .journal import Journal
+from .rows import Row
+from .work import Job, sentence_of
+
+PREFIX = "filename_prefix"
+
+
+@dataclass
+class Plan:
+    """What is to be done of a batch: jobs, rows done before, and (name, sentence) of rows that cannot be done."""
+
+    jobs: list[Job] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
+
+
+def remembering(inputs_of: InputsOf) -> InputsOf:
+    """Asks for the inputs of each class once: a batch has the same nodes in every row."""
+    known: dict[str, Mapping[str, InputInfo] | None] = {}
+
+    def remembered(class_type: str) -> Mapping[str, InputInfo] | None:
+        if class_type not in known:
+            known[class_type] = inputs_of(class_type)
+        return known[class_type]
+
+    return remembered
+
+
+def make_plan(
+    graph: Graph,
+    rows: Iterable[Row],
+    assignments: Iterable[str],
+    inputs_of: InputsOf,
+    journal: Journal,
+    check: Callable[[Graph], None],
+) -> Plan:
+    """Sorts the rows. `check` raises CascadeError for a graph that cannot run, before anything is loaded."""
+
+    def input_types(class_type: str) -> dict[str, str] | None:
+        inputs = inputs_of(class_type)
+        return None if inputs is None else {name: entry.type for name, entry in inputs.items()}
+
+    graph = assign(graph, assignments, input_types)
+    savers = tuple(node_id for node_id, node in graph.items() if isinstance(node["inputs"].get(PREFIX), str))
+    if not savers:
+        raise CascadeError(
+            "The graph has no node that saves pictures, such as SaveImage, so a batch keeps none."
+        )
+    plan = Plan()
+    for row in rows:
+        try:
+            if row.fault is not None:
+                raise CascadeError(row.fault)
+            job = _job(row, assign_values(graph, row.values, input_types), savers)
+            if journal.is_done(job):
+                plan.done.append(job.name)
+                continue
+            check(job.graph)
+        except CascadeError as error:
+            plan.faults.append((row.name, sentence_of(error)))
+        else:
+            plan.jobs.append(job)
+    return plan
+
+
+def _job(row: Row, graph: Graph, savers: tuple[str, ...]) -> Job:
+    digest = hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:16]
+    for number, node_id in enumerate(savers, 1):
+        graph[node_id]["inputs"][PREFIX] = row.name + (f"_{number}" if len(savers) > 1 else "")
+    return Job(row.name, graph, savers, digest)
+
+
+def checking(folders: Folders) -> Callable[[Graph], None]:
+    """Checks graphs as `cascade run` does before it executes one."""
+    from ..registry import available_nodes
+    from ..sentences import GraphError
+    from ..validation import validate
+
+    classes = available_nodes()
+
+    def check(graph: Graph) -> None:
+        with using_folders(folders):
+            validation = validate(graph, classes)
+        if validation.error is not None or validation.node_errors:
+            raise GraphError(validation.error, validation.node_errors, classes)
+
+    return check

@@ -1,0 +1,199 @@
+"""Rows of a batch: JSON lines or CSV, and every combination of a grid's values."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ...cascade_core.errors import CascadeError, excerpt, printable, quoted
+from ...cascade_core.file_names import LONGEST_NAME, name_fault, path_fault
+from ...cascade_core.reading import encoding_of, open_regular
+from ..assignments import is_target
+from ..seeds import SEED_INPUTS
+
+NAME = "name"  # the column that names a row's pictures
+_LONGEST_LABEL = 40  # characters of a value in a name
+_MOST_ROWS = 1_000_000  # of a grid: each further list multiplies them
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: the name of its pictures, and values by `NODE.INPUT`; or the sentence that says why it cannot be one."""
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A list of a grid: the input that takes its values, one after the other."""
+
+    target: str
+    values: list[str]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A contact sheet: the rows of a grid's combinations, the last axis fastest."""
+
+    name: str
+    axes: Sequence[Axis]
+    rows: list[str]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads a table. A row without a name is called by its number, one that cannot be read is a fault of its own."""
+    name = printable(str(path))
+    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv": _csv}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise CascadeError(f"{name} is not a table by its name; give a .jsonl or a .csv file.")
+    try:
+        with open_regular(path) as file:
+            encoding = encoding_of(file.read(3))
+        with path.open(encoding=encoding, newline="") as text:
+            rows = [_row(number, cells) for number, cells in enumerate(reader(name, text), 1)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CascadeError(f"{name} cannot be read as a table: {excerpt(str(error))}.") from error
+    except OSError as error:
+        raise CascadeError(f"Cannot read the table {name}: {error.strerror}.") from error
+    if not rows:
+        raise CascadeError(f"{name} has no rows, so there is nothing to make.")
+    return _distinct(rows)
+
+
+def _json_lines(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
+    """Yields each line's object, or why it is none; empty lines are passed over."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield f"line {number} of {name} is not JSON ({excerpt(str(error), 100)}); give an object in one line."
+            continue
+        if isinstance(value, dict):
+            yield value
+        else:
+            yield f"line {number} of {name} is {quoted(value)}, but an object of values by NODE.INPUT was expected."
+
+
+def _csv(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
+    """Yields each line's cells by column. Spreadsheets separate by commas, semicolons or tabs."""
+    lines = iter(lines)
+    header = next(lines, "")
+    separator = max(",;\t", key=header.count)
+    table = csv.reader(itertools.chain([header], lines), delimiter=separator)
+    columns = [column.strip() for column in next(table, [])]
+    for column in columns:
+        if column not in (NAME, *SEED_INPUTS) and not is_target(column):
+            raise CascadeError(f"The column {quoted(column)} of {name} is not NODE.INPUT, {NAME} or seed.")
+    if len(set(columns)) < len(columns):
+        raise CascadeError(
+            f"{name} has two columns of one name; its columns: {excerpt(', '.join(columns), 500)}."
+        )
+    for cells in table:
+        if not cells:
+            continue
+        if len(cells) > len(columns):
+            yield f"line {table.line_num} of {name} has {len(cells)} cells for {len(columns)} columns."
+            continue
+        yield {column: cell for column, cell in zip(columns, cells, strict=False) if cell != ""}
+
+
+def _row(number: int, cells: dict[str, Any] | str) -> Row:
+    """A row of cells. What is null, or an empty cell of a CSV file, is left as the graph has it."""
+    default = f"{number:05}"
+    if isinstance(cells, str):
+        return Row(default, fault=cells)
+    values = {target: value for target, value in cells.items() if target != NAME and value is not None}
+    name = cells.get(NAME)
+    name = default if name is None else str(name).replace("\\", "/").removesuffix(".png")
+    fault = picture_fault(name)
+    if fault is not None:
+        return Row(default, fault=f"the name {quoted(name)} {fault}; give it another.")
+    return Row(PurePosixPath(name).as_posix(), values)
+
+
+def picture_fault(name: str) -> str | None:
+    """Why pictures cannot be saved under a row's name, as the end of a sentence; or None."""
+    folder, slash, last = name.rpartition("/")
+    if "%" in name:
+        return "holds %, which begins a pattern in names of pictures"
+    return path_fault(folder + slash) or name_fault(last)
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    """The rows; one whose name an earlier one has is a fault. To many disks names that differ in case alone are one."""
+    seen: set[str] = set()
+    distinct = []
+    for number, row in enumerate(rows, 1):
+        key = row.name.casefold()
+        if key in seen and row.fault is None:
+            row = Row(
+                row.name, fault=f"row {number} has the name of an earlier one; give each a name of its own."
+            )
+        seen.add(key)
+        distinct.append(row)
+    return distinct
+
+
+def read_axis(text: str) -> Axis:
+    """`NODE.INPUT=a,b,"c, d"` as an axis of a grid."""
+    target, equals, listed = text.partition("=")
+    if not equals or (target not in SEED_INPUTS and not is_target(target)):
+        raise CascadeError(f"--grid {quoted(text)} is not NODE.INPUT=a,b,c, such as 3.cfg=2,4,6.")
+    try:
+        (values,) = csv.reader([listed], skipinitialspace=True, strict=True)
+    except (ValueError, csv.Error):
+        raise CascadeError(
+            f'--grid {quoted(text)} has no list of values behind "="; write a,b,c, with quotes around one with commas.'
+        ) from None
+    if len(set(values)) < len(values):
+        raise CascadeError(f"--grid {quoted(text)} names a value twice.")
+    return Axis(target, values)
+
+
+def grid_rows(rows: list[Row], axes: Sequence[Axis]) -> tuple[list[Row], list[Sheet]]:
+    """Every row with every combination of the axes' values, and a contact sheet for each row."""
+    count = len(rows)
+    for axis in axes:
+        count *= len(axis.values)
+    if count > _MOST_ROWS:
+        raise CascadeError(
+            f"--grid makes {count:,} rows, but {_MOST_ROWS:,} is the most; give shorter lists."
+        )
+    if len({axis.target for axis in axes}) < len(axes):
+        raise CascadeError("--grid names one input twice; give all its values in one list.")
+    crossed, sheets = [], []
+    for row in rows:
+        if row.fault is not None:
+            crossed.append(row)
+            continue
+        names = []
+        for number, values in enumerate(itertools.product(*(axis.values for axis in axes)), 1):
+            targets = [axis.target for axis in axes]
+            labels = "_".join(_label(target, value) for target, value in zip(targets, values, strict=True))
+            # By its number first: labels are cut, and values of different inputs may look the same.
+            name = f"{row.name}_{number:03}_{labels}"
+            if len(name.rpartition("/")[2].encode()) > LONGEST_NAME - 20:
+                name = f"{row.name}_{number:03}"
+            crossed.append(
+                replace(row, name=name, values=row.values | dict(zip(targets, values, strict=True)))
+            )
+            names.append(name)
+        sheets.append(Sheet(row.name, axes, names))
+    return _distinct(crossed), sheets
+
+
+def _label(target: str, value: str) -> str:
+    """`3.cfg` and `4.0` as cfg-4.0."""
+    name = target.rpartition(".")[2]
+    return f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', value).strip('-.')[:_LONGEST_LABEL]}".rstrip("-.")

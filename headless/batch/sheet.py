@@ -1,0 +1,114 @@
+"""Contact sheets: the pictures of a grid side by side, each row and column labelled with its values."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ...cascade_core.errors import printable
+from ...cascade_core.pictures import PictureError, open_picture, upright
+from ...cascade_core.writing import write_file
+from .journal import Journal
+from .progress import BatchProgress
+from .rows import Axis, Sheet
+
+_LARGEST_CELL, _LARGEST_SIDE = 512, 8192  # pixels of a picture, and of a sheet
+_SMALLEST_CELL = 64  # for labels to be read
+_GAP = 8
+_PAPER, _INK, _EMPTY = "white", "black", "#dddddd"
+_LONGEST_LABEL = 60  # characters
+SUFFIX = "_sheet.png"
+
+
+def draw_sheets(sheets: Iterable[Sheet], journal: Journal, progress: BatchProgress) -> None:
+    """Writes the sheets that have a picture. Other processes' pictures are on them: the last one's sheets are whole."""
+    journal.read()
+    for sheet in sheets:
+        cells = [next(iter(journal.pictures(name)), None) for name in sheet.rows]
+        if not any(cells):
+            continue
+        path = journal.folder / f"{sheet.name}{SUFFIX}"
+        stream = io.BytesIO()
+        picture = draw_sheet(sheet, cells)
+        if picture is None:
+            progress.notify(
+                f"{printable(str(path))}: more pictures than one sheet shows; give shorter lists."
+            )
+            continue
+        picture.save(stream, format="PNG")
+        write_file(path, stream.getvalue())
+        progress.file_written(path)
+
+
+def draw_sheet(sheet: Sheet, cells: list[Path | None]) -> Image.Image | None:
+    """One sheet: the last axis from left to right, the others from top to bottom. None where it would be too large."""
+    *above, across = sheet.axes
+    columns, lines = len(across.values), len(cells) // len(across.values)
+    sides = [max(_size(cell)) for cell in cells if cell is not None]
+    room = _LARGEST_SIDE // (max(columns, lines) + 1) - _GAP
+    cell = min(max(*sides, _SMALLEST_CELL), _LARGEST_CELL, room)
+    if room < _SMALLEST_CELL:
+        return None
+    size = max(10, cell // 20)
+    font = ImageFont.load_default(size)
+    titles = [" · ".join(labels) for labels in itertools.product(*map(_labels, above))]
+    heads = [_wrapped(label, font, cell) for label in _labels(across)]
+    titles = [_wrapped(title, font, cell) for title in titles]
+    line = int(size * 1.25)
+    top = line * max(text.count("\n") + 1 for text in heads) + 2 * _GAP
+    left = cell + 2 * _GAP if above else _GAP
+    paper = Image.new("RGB", (left + columns * (cell + _GAP), top + lines * (cell + _GAP)), _PAPER)
+    draw = ImageDraw.Draw(paper)
+    for column, head in enumerate(heads):
+        draw.multiline_text((left + column * (cell + _GAP), _GAP), head, _INK, font)
+    for number, title in enumerate(titles if above else []):
+        draw.multiline_text((_GAP, top + number * (cell + _GAP)), title, _INK, font)
+    for number, path in enumerate(cells):
+        x, y = left + number % columns * (cell + _GAP), top + number // columns * (cell + _GAP)
+        thumbnail = _thumbnail(path, cell)
+        if thumbnail is None:
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), _EMPTY)
+        else:
+            paper.paste(thumbnail, (x, y))
+    return paper
+
+
+def _labels(axis: Axis) -> list[str]:
+    name = axis.target.rpartition(".")[2]
+    return [f"{name} {printable(value, _LONGEST_LABEL)}" for value in axis.values]
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with open_picture(path) as picture:
+            return picture.size
+    except PictureError:
+        return (_SMALLEST_CELL, _SMALLEST_CELL)
+
+
+def _thumbnail(path: Path | None, side: int) -> Image.Image | None:
+    if path is None:
+        return None
+    try:
+        with open_picture(path) as picture:
+            small = upright(picture).convert("RGB")
+            small.thumbnail((side, side), Image.Resampling.LANCZOS)
+            return small
+    except PictureError:  # changed by somebody since
+        return None
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """A text in lines of at most `width` pixels, as far as its words let it."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""What a batch hands to those who work for it, and gets back; and the worker that runs graphs in its process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ...cascade_core.errors import CascadeError, excerpt
+from ..graph import Graph
+from ..results import Observer, Result
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row that can be run: its name, its graph, the nodes that save its pictures, and what tells it from others."""
+
+    name: str
+    graph: Graph
+    savers: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as a file's content, and the node that saved it."""
+
+    node_id: str
+    suffix: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job. `lost`: whoever had it is gone, which says nothing of the job."""
+
+    name: str
+    pictures: tuple[Picture, ...] = ()
+    error: str | None = None
+    lost: bool = False
+    seconds: float = 0.0
+    worker: str = ""
+
+
+class Crew(Protocol):
+    """Those who work on a batch, each on one job at a time."""
+
+    def free(self) -> int:
+        """How many jobs can be given now."""
+        ...
+
+    def give(self, job: Job) -> None:
+        """Hands a job to somebody who is free."""
+        ...
+
+    def ended(self, seconds: float) -> list[Outcome]:
+        """Waits for at least one job's end, at most so long. Raises CascadeError when nobody is left to work."""
+        ...
+
+    def close(self) -> None:
+        """Ends the work; what is under way is dropped."""
+        ...
+
+
+def pictures_of(job: Job, result: Result) -> tuple[Picture, ...]:
+    """The pictures that a run saved for good, read back. Raises CascadeError where there is none."""
+    saved = [picture for picture in result.pictures if picture.node_id in job.savers]
+    if not saved:
+        raise CascadeError("the graph saved no picture.")
+    return tuple(Picture(one.node_id, one.path.suffix, one.path.read_bytes()) for one in saved)
+
+
+class GraphWorker:
+    """Runs graphs in this process. Models stay loaded from job to job."""
+
+    def __init__(
+        self, input_folder: Path, graph_folder: Path, memory: str | None, observer: Observer | None = None
+    ):
+        from ...nodes.hosts.headless.device import compute_device, device_with
+        from ..execution import Executor
+
+        self.input_folder, self.graph_folder = input_folder, graph_folder
+        self.executor = Executor(observer)
+        self.device = device_with(memory) if memory else compute_device()
+        self.label = f"{socket.gethostname()}:{os.getpid()}"
+
+    def make(self, job: Job) -> Outcome:
+        """Runs a job. Errors are told by their sentence: not every exception survives the way to another process."""
+        from ...nodes.hosts.headless.device import computing_on
+        from ..run import run_graph
+
+        started = time.perf_counter()
+        try:
+            with computing_on(self.device), tempfile.TemporaryDirectory(prefix="cascade-batch-") as folder:
+                result = run_graph(
+                    job.graph,
+                    input_folder=self.input_folder,
+                    output_folder=folder,
+                    graph_folder=self.graph_folder,
+                    executor=self.executor,
+                )
+                pictures = pictures_of(job, result)
+        except Exception as error:
+            text, broken = sentence_of(error), _card_is_broken(error)
+            return Outcome(job.name, error=text, lost=broken, worker=self.label)
+        return Outcome(job.name, pictures, seconds=time.perf_counter() - started, worker=self.label)
+
+
+def sentence_of(error: Exception) -> str:
+    """An error in one line."""
+    text = str(error) if isinstance(error, CascadeError) else f"{type(error).__name__}: {error}"
+    return excerpt(" ".join(text.split()))
+
+
+def _card_is_broken(error: Exception) -> bool:
+    """Whether no further kernel will run in this process, such as after an illegal memory access."""
+    text = str(error)
+    return ("CUDA error" in text or "HIP error" in text) and "out of memory" not in text
+
+
+class LocalCrew:
+    """This process, on one job after the other."""
+
+    def __init__(self, worker: GraphWorker):
+        self.worker = worker
+        self.job: Job | None = None
+
+    def free(self) -> int:
+        return self.job is None
+
+    def give(self, job: Job) -> None:
+        self.job = job
+
+    def ended(self, seconds: float) -> list[Outcome]:
+        if self.job is None:
+            return []
+        outcome = self.worker.make(self.job)
+        self.job = None
+        if outcome.lost:
+            raise CascadeError(f"{outcome.name}: {outcome.error} The same command goes on in a new process.")
+        return [outcome]
+
+    def close(self) -> None:
+        self.job = None

@@ -1,0 +1,324 @@
+"""`cascade batch` in one process: rows, names, what is done again, contact sheets, shards and Ctrl-C."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cascade_nodes.headless import run_graph
+from cascade_nodes.headless.batch.work import GraphWorker, Job
+from cascade_nodes.headless.cli import main
+from cascade_nodes.headless.results import Observer
+from cascade_nodes.tests.headless.command import errors_of, start
+from cascade_nodes.tests.headless.record_comfyui import node
+
+GRAPH = {
+    "1": node("EmptyImage", "Paper", width=8, height=8, batch_size=1, color=0),
+    "2": node("SaveImage", images=["1", 0], filename_prefix="graph"),
+}
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a graph; no launcher's variables around it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "graph.json").write_text(json.dumps(GRAPH))
+    return tmp_path
+
+
+def table(*rows):
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def batch(*more):
+    return main(["batch", "graph.json", "rows.jsonl", "--output", "made", *more])
+
+
+def colours(folder="made"):
+    """{name of a picture: colour of its first pixel}"""
+    root = Path(folder)
+    return {
+        path.relative_to(root).as_posix(): Image.open(path).convert("RGB").getpixel((0, 0))
+        for path in sorted(root.rglob("*.png"))
+    }
+
+
+def lines(name="batch.jsonl"):
+    return [json.loads(line) for line in (Path("made") / name).read_text().splitlines()]
+
+
+def test_rows_set_inputs_and_name_their_pictures(folder, capsys):
+    table(
+        {"name": "red", "EmptyImage.color": 0xFF0000},
+        {"name": "plants/green", "Paper.color": 0x00FF00, "1.batch_size": 2},
+        {"1.color": "255"},
+    )
+    assert batch() == 0
+    assert colours() == {
+        "00003.png": BLUE,
+        "plants/green_1.png": GREEN,
+        "plants/green_2.png": GREEN,
+        "red.png": RED,
+    }
+    printed = capsys.readouterr()
+    paths = ["red.png", "plants/green_1.png", "plants/green_2.png", "00003.png"]
+    assert printed.out.splitlines() == [str(Path("made") / path) for path in paths]
+    assert printed.err.splitlines()[-1] == "3 of 3 rows made."
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_of_any_spreadsheet(separator, folder):
+    """An empty cell stays as the graph has it."""
+    cells = [["name", "1.color", "1.width"], ["a", "255", "16"], ["b", "", "24"]]
+    text = "\r\n".join(separator.join(row) for row in cells)
+    Path("rows.csv").write_text(text, encoding="utf-8-sig")
+    assert main(["batch", "graph.json", "rows.csv", "--output", "made", "--set", "1.color=65280"]) == 0
+    assert colours() == {"a.png": BLUE, "b.png": GREEN}
+    assert [Image.open(f"made/{name}.png").width for name in "ab"] == [16, 24]
+
+
+def test_a_picture_is_the_one_that_a_run_makes(folder):
+    table({"name": "one", "1.color": 0xFF0000})
+    assert batch() == 0
+    run_graph("graph.json", assignments=["1.color=16711680", "2.filename_prefix=one"], output_folder="run")
+    assert Path("made/one.png").read_bytes() == Path("run/one_00001_.png").read_bytes()
+
+
+def test_a_row_that_cannot_be_done_stops_nothing(folder, capsys):
+    Path("rows.jsonl").write_text(
+        """
+        {"name": "first", "1.color": 255}
+        {"name": "first", "1.color": 1}
+        a star
+        {"name": "low", "1.width": -3}
+        {"name": "words", "1.width": "wide"}
+        {"name": "../out"}
+        {"name": "100%"}
+        {"name": "gone", "Sampler.seed": 1}
+        {"name": "what", "prompt": "a star"}
+        {"name": "last", "1.color": 255}
+        """
+    )
+    assert batch() == 1
+    assert list(colours()) == ["first.png", "last.png"]
+    said = capsys.readouterr().err
+    for sentence in (
+        "first: row 2 has the name of an earlier one; give each a name of its own.",
+        "00003: line 4 of rows.jsonl is not JSON (",
+        "low: Node 1 (EmptyImage): input 'width' is -3, but it must be between 1 and 16384.",
+        "words: Node 1 (EmptyImage): input 'width' is 'wide', but it takes a whole number (INT).",
+        "00006: the name '../out' leads out of the folder; give it another.",
+        "00007: the name '100%' holds %, which begins a pattern in names of pictures; give it another.",
+        "gone: The graph has no node 'Sampler' (id, class or title); its nodes: 1 (EmptyImage), 2 (SaveImage).",
+        "what: 'prompt' is not NODE.INPUT, such as 3.steps, nor seed or name.",
+    ):
+        assert f"error: {sentence}" in said
+    assert "2 of 10 rows made, 8 could not be made." in said
+    assert [line["name"] for line in lines() if "error" in line].count("low") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["rows.txt"], "rows.txt is not a table by its name; give a .jsonl or a .csv file."),
+        (["no.csv"], "Cannot read the table no.csv: No such file or directory."),
+        (["prompt.csv"], "The column 'prompt' of prompt.csv is not NODE.INPUT, name or seed."),
+        (["twice.csv"], "twice.csv has two columns of one name; its columns: seed, seed."),
+        ([], "There are no rows; give a table (.jsonl or .csv) or --grid NODE.INPUT=a,b,c."),
+        (["--grid", "cfg=1,2"], "--grid 'cfg=1,2' is not NODE.INPUT=a,b,c, such as 3.cfg=2,4,6."),
+        (["--grid", "1.color=1,1"], "--grid '1.color=1,1' names a value twice."),
+        (
+            ["--grid", "1.color=1", "1.color=2"],
+            "--grid names one input twice; give all its values in one list.",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_whole_is_said_before_the_work(arguments, sentence, folder, capsys):
+    Path("prompt.csv").write_text("prompt\na star\n")
+    Path("twice.csv").write_text("seed,seed\n1,2\n")
+    assert main(["batch", "graph.json", *arguments, "--output", "made"]) == 1
+    assert capsys.readouterr().err.splitlines() == [f"error: {sentence}"]
+    assert not Path("made").exists() or os.listdir("made") == []
+
+
+def test_a_graph_that_saves_nothing(folder, capsys):
+    Path("graph.json").write_text(json.dumps({"1": GRAPH["1"], "2": node("PreviewImage", images=["1", 0])}))
+    table({"1.color": 1})
+    assert batch() == 1
+    assert "The graph has no node that saves pictures" in capsys.readouterr().err
+
+
+def test_two_nodes_that_save(folder):
+    three = node("SaveImage", images=["1", 0], filename_prefix="more")
+    Path("graph.json").write_text(json.dumps(GRAPH | {"3": three}))
+    table({"name": "a", "1.batch_size": 2})
+    assert batch() == 0
+    assert list(colours()) == ["a_1_1.png", "a_1_2.png", "a_2_1.png", "a_2_2.png"]
+
+
+def test_the_same_command_makes_what_is_missing(folder, capsys):
+    table({"name": "a", "1.color": 1}, {"name": "b", "1.batch_size": 2}, {"name": "c", "1.width": 0})
+    assert batch() == 1
+    before = {path: path.stat().st_mtime_ns for path in Path("made").glob("*.png")}
+    os.unlink("made/b_2.png")
+    capsys.readouterr()
+    table({"name": "a", "1.color": 1}, {"name": "b", "1.batch_size": 2}, {"name": "c", "1.width": 4})
+    assert batch() == 0
+    said = capsys.readouterr().err
+    assert "1 of 3 rows are there already." in said
+    assert "2 of 3 rows made." in said
+    assert sorted(colours()) == ["a.png", "b_1.png", "b_2.png", "c.png"]
+    assert Path("made/a.png").stat().st_mtime_ns == before[Path("made/a.png")]
+    assert batch() == 0
+    assert "3 of 3 rows are there already." in capsys.readouterr().err
+
+
+def test_a_kill_at_any_moment_costs_one_row_and_leaves_no_second_picture(folder):
+    """Between a row's line and its pictures, and within a line."""
+    table({"name": "a", "1.color": 255}, {"name": "b", "1.batch_size": 2}, {"name": "c"})
+    assert batch() == 0
+    first, second, third = Path("made/batch.jsonl").read_bytes().splitlines(keepends=True)
+    Path("made/batch.jsonl").write_bytes(first + second + third[: len(third) // 2])
+    for name in ("a", "b_2", "c"):
+        os.unlink(f"made/{name}.png")
+    assert batch() == 0
+    assert list(colours()) == ["a.png", "b_1.png", "b_2.png", "c.png"]
+    assert batch() == 0
+
+
+def test_no_picture_of_another_is_replaced(folder, capsys):
+    Path("made").mkdir()
+    Path("made/a.png").write_bytes(b"mine")
+    Path("made/b_2.png").write_bytes(b"mine too")
+    table({"name": "a"}, {"name": "b", "1.batch_size": 2}, {"name": "c"})
+    assert batch() == 1
+    assert Path("made/a.png").read_bytes() == b"mine"
+    assert Path("made/b_2.png").read_bytes() == b"mine too"
+    assert sorted(os.listdir("made")) == ["a.png", "b_2.png", "batch.jsonl", "c.png"]
+    table({"name": "a"}, {"name": "c", "1.color": 255})
+    assert batch() == 1
+    said = capsys.readouterr().err
+    assert "made/a.png is there already and is not of this batch; give the row another name." in said
+    assert "made/c.png was made by this name with other values, or another graph;" in said
+    assert Image.open("made/c.png").getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_two_batches_do_not_write_one_list(folder, capsys):
+    import fcntl
+
+    Path("made").mkdir()
+    table({"name": "a"})
+    with open("made/batch.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert batch() == 1
+    assert "Another `cascade batch` is writing made/batch.jsonl; wait for it" in capsys.readouterr().err
+    assert batch() == 0
+
+
+def test_nodes_with_the_same_inputs_run_once(folder):
+    """As loaders have them in every row."""
+    started: list[str] = []
+
+    class Listener(Observer):
+        def node_started(self, index, total, name):
+            started.append(name)
+
+    worker = GraphWorker(Path("input"), Path(), None, Listener())
+    for name in ("a", "b"):
+        graph = GRAPH | {"2": node("SaveImage", images=["1", 0], filename_prefix=name)}
+        assert len(worker.make(Job(name, graph, ("2",), "")).pictures) == 1
+    assert started == ["1 (EmptyImage)", "2 (SaveImage)", "2 (SaveImage)"]
+
+
+def test_a_grid_and_its_contact_sheet(folder):
+    grid = ["--grid", "1.color=255,65280", "1.height=32,64,0"]
+    assert main(["batch", "graph.json", "--output", "made", "--set", "1.width=32", *grid]) == 1
+    pictures = colours()
+    assert list(pictures) == [
+        "grid_001_color-255_height-32.png",
+        "grid_002_color-255_height-64.png",
+        "grid_004_color-65280_height-32.png",
+        "grid_005_color-65280_height-64.png",
+        "grid_sheet.png",
+    ]
+    sheet = Image.open("made/grid_sheet.png")
+    width, height = sheet.size
+    cell, gap = 64, 8
+    corners = [
+        [
+            sheet.getpixel((width - (3 - column) * (cell + gap), height - (2 - line) * (cell + gap)))
+            for column in range(3)
+        ]
+        for line in range(2)
+    ]
+    grey = (0xDD, 0xDD, 0xDD)  # what could not be made
+    assert corners == [[BLUE, BLUE, grey], [GREEN, GREEN, grey]]
+    labels = (
+        sheet.crop((0, 0, width - 3 * (cell + gap), height)),
+        sheet.crop((0, 0, width, height - 2 * (cell + gap))),
+    )
+    for label in labels:
+        dark, light = label.convert("L").getextrema()
+        assert dark < 64 < light == 255
+
+
+def test_a_grid_of_each_row(folder):
+    table({"name": "a", "1.width": 16}, {"name": "b"})
+    assert batch("--grid", "1.color=1,2") == 0
+    assert list(colours()) == [
+        "a_001_color-1.png", "a_002_color-2.png", "a_sheet.png", "b_001_color-1.png", "b_002_color-2.png",
+        "b_sheet.png",
+    ]  # fmt: skip
+
+
+def test_shards_make_all_rows_once(folder, monkeypatch, capsys):
+    """The last of them draws the whole sheet; a run without shards has nothing left to do."""
+    table(*({"name": f"r{number}"} for number in range(5)), {"name": "bad", "1.width": 0})
+    assert batch("--shard", "1/3") == 0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert batch() == 0
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert batch() == 0  # though a row could not be made: torchrun would end the others
+    names = [f"batch.{number}-of-3.jsonl" for number in (1, 2, 3)]
+    assert [[line["name"] for line in lines(name)] for name in names] == [
+        ["r0", "r3"], ["r1", "r4"], ["bad", "r2"],
+    ]  # fmt: skip
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name)
+    capsys.readouterr()
+    assert batch() == 1
+    assert "5 of 6 rows are there already." in capsys.readouterr().err
+    assert sorted(colours()) == [f"r{number}.png" for number in range(5)]
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "1/10000000"])
+def test_shards_that_there_are_not(text, folder, capsys):
+    with pytest.raises(SystemExit):
+        batch("--shard", text)
+    assert "is not K/N with K from 1 to N, such as 3/8" in capsys.readouterr().err
+
+
+def test_ctrl_c_finishes_the_row_under_way(folder):
+    table(*({"name": f"r{number}", "1.color": number} for number in range(500)))
+    process = start("batch", "graph.json", "rows.jsonl", "--output", "made", cwd=folder)
+    with process:
+        while not (line := errors_of(process).readline()).startswith("[3/500] r2: "):
+            assert line
+        process.send_signal(signal.SIGINT)
+        said = errors_of(process).read()
+        assert process.wait() == 130
+    assert "Stopping after " in said
+    made = [line["name"] for line in lines()]
+    assert 3 <= len(made) < 500
+    assert sorted(colours()) == sorted(f"{name}.png" for name in made)
+    assert (
+        f"{len(made)} of 500 rows made, {500 - len(made)} left, with which the same command goes on." in said
+    )
