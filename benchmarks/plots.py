@@ -1,4 +1,4 @@
-"""Plots for the README from the results of benchmarks/gpu.py and benchmarks/memory.py.
+"""Plots for docs/performance.md from the results of benchmarks/gpu.py and benchmarks/memory.py.
 
     python benchmarks/plots.py --gpu gpu.json [--memory memory.json] --folder docs/pictures
 

@@ -3,7 +3,7 @@
     python benchmarks/served_pages.py [FILE ...]
 
 Draws docs/images/served.svg and served_by_memory.svg, and writes what stands between `<!-- served … -->` and
-`<!-- end -->` in README.md, README.ja.md and docs/performance.md, all from benchmarks/measurements/served.json. The
+`<!-- end -->` in README.md, docs/performance.md and the Japanese pages, all from benchmarks/measurements/served.json. The
 rows of FILEs take its place before, without profiles; of several files the last that has a row counts.
 """
 
@@ -47,7 +47,7 @@ ENGLISH = {
     "predicted": "The columns with GB/s are predicted, for a card on a slower bus.",
     "s": "{} s",
     "pitch": "**In ComfyUI {version} as it comes** a picture of 1024×1024 takes {ours} on an {device}, where\n"
-    "ComfyUI's own nodes take {native}{less} ([measured](#speed-on-a-gpu) with random weights of the published sizes).",
+    "ComfyUI's own nodes take {native}{less} ([measured](docs/performance.md) with random weights of the published sizes).",
     "pitch 8 GB": "; with 8 GB of it {}",
     "figure": "Seconds of a picture in ComfyUI as it comes",
     "by memory": "Seconds of a picture by the card's memory",
@@ -72,7 +72,7 @@ JAPANESE = {
     "predicted": "GB/s の列は、もっと遅いバスのカードについての予測値です。",
     "s": "{} 秒",
     "pitch": "**既定の設定の ComfyUI {version}** で、1024×1024 の画像一枚は {device} で {ours}です{less}。"
-    "ComfyUI 自身のノードでは {native}です（[測定](#gpu-での速さ)、公開されている大きさの乱数の重み）。",
+    "ComfyUI 自身のノードでは {native}です（[測定](docs/ja/performance.md)、公開されている大きさの乱数の重み）。",
     "pitch 8 GB": "（そのうち 8 GB だけなら {}）",
     "figure": "既定の ComfyUI での画像一枚の秒数",
     "by memory": "カードのメモリと画像一枚の秒数",
@@ -307,6 +307,7 @@ PAGES = {
     PACK / "README.md": (ENGLISH, "docs/images/"),
     PACK / "README.ja.md": (JAPANESE, "docs/images/"),
     PACK / "docs" / "performance.md": (ENGLISH, "images/"),
+    PACK / "docs" / "ja" / "performance.md": (JAPANESE, "../images/"),
 }
 
 
