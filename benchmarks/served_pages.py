@@ -3,8 +3,9 @@
     python benchmarks/served_pages.py [FILE ...]
 
 Draws docs/images/served.svg and served_by_memory.svg, and writes what stands between `<!-- served … -->` and
-`<!-- end -->` in README.md, docs/performance.md and the Japanese pages, all from benchmarks/measurements/served.json. The
-rows of FILEs take its place before, without profiles; of several files the last that has a row counts.
+`<!-- end -->` in README.md, docs/performance.md and their Japanese pages, from
+benchmarks/measurements/served.json. The rows of FILEs take its place before, without
+profiles; of several files the last that has a row counts.
 """
 
 import argparse
@@ -47,7 +48,8 @@ ENGLISH = {
     "predicted": "The columns with GB/s are predicted, for a card on a slower bus.",
     "s": "{} s",
     "pitch": "**In ComfyUI {version} as it comes** a picture of 1024×1024 takes {ours} on an {device}, where\n"
-    "ComfyUI's own nodes take {native}{less} ([measured](docs/performance.md) with random weights of the published sizes).",
+    "ComfyUI's own nodes take {native}{less}\n"
+    "([measured](docs/performance.md) with random weights of the published sizes).",
     "pitch 8 GB": "; with 8 GB of it {}",
     "figure": "Seconds of a picture in ComfyUI as it comes",
     "by memory": "Seconds of a picture by the card's memory",
