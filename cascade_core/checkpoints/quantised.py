@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CascadeError, printable, quoted
-from ..networks.quantisation import E4M3, INT8, LARGEST, QuantisedWeight, rounded
+from ..networks.quantisation import E4M3, INT8, LARGEST, QuantisedWeight, quantise, rounded
 from .files import FLOATING
 
 FP8 = {"float8_e4m3fn": E4M3, "float8_e5m2": torch.float8_e5m2}  # ComfyUI's names of them
@@ -198,6 +198,15 @@ def quantised_layout(name: str, weight: QuantisedWeight, shape: Sequence[int]) -
     weight8, scale = weight
     same = not scale.is_meta and bool((scale == scale[0]).all())
     return stored_layout(name, weight8.view(*shape), scale[0].clone() if same else scale[:, None])
+
+
+def written_layout(name: str, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A `….weight` of float values in 8 bits as our files have it: each format as ComfyUI's own products take it on a
+    card, fp8 with one scale, int8 with one for each row.
+    """
+    if dtype == INT8:
+        return quantised_layout(name, quantise(values, INT8), values.shape)
+    return fp8_layout(name, values, dtype)
 
 
 def stored_layout(name: str, weight8: Tensor, scale: Tensor) -> dict[str, Tensor]:

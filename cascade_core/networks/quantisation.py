@@ -78,12 +78,19 @@ class QuantisedLayer(nn.Module):
         """The weight as it is now, patched or not."""
         return QuantisedWeight(self.weight.detach().flatten(1), self.weight_scale[:, 0])
 
-    def original_values(self, device: torch.device | None = None) -> Tensor:
-        """The unpatched weight in float32, on `device` (None: where it is)."""
-        source = self.quantised if self.original is None else self.original
+    def original_values(
+        self, device: torch.device | None = None, unpatched: QuantisedWeight | None = None
+    ) -> Tensor:
+        """The unpatched weight in float32, on `device` (None: where it is).
+
+        unpatched: the 8-bit weight without patches, where it may be patched now
+        """
+        source = self.original if self.original is not None else unpatched or self.quantised
         if isinstance(source, QuantisedWeight):
-            moved = QuantisedWeight(*(part.to(device) for part in source))
-            return dequantise(moved, torch.float32).view(self.weight.shape)
+            weight8, scale = (part.to(device) for part in source)
+            return dequantise(QuantisedWeight(weight8.flatten(1), scale), torch.float32).view(
+                self.weight.shape
+            )
         return source.detach().to(device).float()
 
     def put(self, quantised: QuantisedWeight) -> None:
@@ -92,26 +99,29 @@ class QuantisedLayer(nn.Module):
         self.weight = nn.Parameter(weight8.view(self.weight.shape), requires_grad=False)
         self.weight_scale = scale[:, None]
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """The weight as it is now, in its own shape."""
-        return dequantise(self.quantised, dtype).view(self.weight.shape)
+    def dequantised(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """The weight as it is now, in its own shape, on `device` (None: where it is)."""
+        moved = QuantisedWeight(*(part.to(device) for part in self.quantised))
+        return dequantise(moved, dtype).view(self.weight.shape)
 
-    def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(dtype)
+    def values_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) in the dtype and on the device of what they are multiplied with."""
+        bias = None if self.bias is None else self.bias.to(x)
+        return self.dequantised(x.dtype, x.device), bias
 
 
 class QuantisedLinear(QuantisedLayer, nn.Linear):
     """Linear with an 8-bit weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantised(x.dtype), self._bias_in(x.dtype))
+        return F.linear(x, *self.values_for(x))
 
 
 class QuantisedConv2d(QuantisedLayer, nn.Conv2d):
     """1×1 convolution with an 8-bit weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.dequantised(x.dtype), self._bias_in(x.dtype))
+        return F.conv2d(x, *self.values_for(x))
 
 
 def quantisable(network: nn.Module) -> Iterator[tuple[str, Any]]:

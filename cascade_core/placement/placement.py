@@ -193,14 +193,22 @@ class Placement:
     def patch(self, unit: Unit, weights: Sequence[Tensor]) -> None:
         """Applies the changes to a unit's weights, in place."""
         for index, change in self.changes.get(unit, {}).items():
-            weight = weights[index]
             if (unit, index) not in self.quantised:
-                weight.copy_(change.apply(weight))
+                weights[index].copy_(change.apply(weights[index]))
                 continue
-            layer, scale = self.quantised[unit, index]
-            weight8, rows = self._requantised(unit, index, layer, change, weight.device)
-            weight.copy_(weight8.view(weight.shape), non_blocking=True)
-            weights[scale].copy_(rows[:, None], non_blocking=True)
+            for part, values in self.patched(unit, index, weights[index].device).items():
+                weights[part].copy_(values, non_blocking=True)
+
+    def patched(self, unit: Unit, index: int, device: torch.device) -> dict[int, Tensor]:
+        """A weight with its changes, computed on the device from what is in main memory, by its index in the unit; of
+        one in 8 bits the scales too.
+        """
+        change, weight = self.changes[unit][index], unit.host_tensors[index]
+        if (unit, index) not in self.quantised:
+            return {index: change.apply(weight.to(device))}
+        layer, scale = self.quantised[unit, index]
+        weight8, rows = self._requantised(unit, index, layer, change, device)
+        return {index: weight8.view(weight.shape), scale: rows[:, None]}
 
     def _requantised(
         self, unit: Unit, index: int, layer: QuantisedLayer, change: WeightChange, device: torch.device
@@ -212,7 +220,9 @@ class Placement:
         kept = self._kept.get((unit, index))
         if kept is not None:
             return kept
-        original = layer.original_values(device)
+        _, scale = self.quantised[unit, index]
+        stored = QuantisedWeight(unit.host_tensors[index], unit.host_tensors[scale][:, 0])
+        original = layer.original_values(device, stored)
         forget_pages([t for t in [layer.original] if isinstance(t, Tensor)], self.loader.mapped_files)
         computed = quantise(change.apply(original), layer.weight.dtype)
         if self.stream is not None and unit in self.stream.plan.streamed:

@@ -19,7 +19,7 @@ from ..run import Observer
 
 T = TypeVar("T")
 
-DTYPES = ("auto", "bf16", "fp16", "fp32", "fp8")
+DTYPES = ("auto", "bf16", "fp16", "fp32", *FORMATS)
 _NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -96,8 +96,7 @@ class ComputeDevice:
         fp8, int8: that of auto, beside weights in 8 bits (networks/quantisation.py).
         Raises CascadeError for another name, and for fp8 on Apple's devices.
         """
-        if name == "fp8" and self.device.type == "mps":
-            raise CascadeError("Apple's devices have no fp8; choose auto or fp16.")
+        check_eight_bit(name, self.device)
         if name in ("auto", *FORMATS):
             if self.device.type == "cpu":
                 return torch.float32
@@ -114,6 +113,12 @@ class ComputeDevice:
     def encoder_dtype(self) -> torch.dtype:
         """CLIP's precision: float32 on the CPU, where halves are slow; else half precision, as it was published."""
         return torch.float32 if self.device.type == "cpu" else torch.float16
+
+
+def check_eight_bit(name: str, device: torch.device) -> None:
+    """Raises CascadeError for weights in fp8 on Apple's devices."""
+    if name == "fp8" and device.type == "mps":
+        raise CascadeError("Apple's devices have no fp8; choose auto, fp16 or int8.")
 
 
 def chosen_device(device: str | torch.device) -> torch.device:

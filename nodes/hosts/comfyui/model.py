@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 from ....cascade_core import checkpoints
+from ....cascade_core.accelerators import is_nvidia
 from ....cascade_core.engine import Engine
 from ....cascade_core.errors import CascadeError, quoted
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream, stream_scale
+from ....cascade_core.networks.quantisation import E4M3, FORMATS
 from ....cascade_core.networks.stage_c import StageC
 from ....cascade_core.networks.tiles import in_whole_patches
 from ....cascade_core.networks.unet import UNet
+from ....cascade_core.stages.device import DTYPES, check_eight_bit
 from ....cascade_core.stages.diffusion import min_latent_side
 from ..run import NetworkDescription
 from .conditions import lasting, new_schedule
+from .eight_bits import EightBitWeights
 from .hosted import Hosted, WholeLayers
 from .patcher import CascadePatcher
 from .progress import notify
 from .residence import Residence
 from .weights import remember_file
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp8": torch.float8_e4m3fn,
-}
+NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+QUANTISING = 512 << 20  # bytes of a card that its largest matrix takes at most
 GRAPHS = not getattr(comfy.cli_args.args, "disable_cuda_graphs", False)
 WORKSPACE = 80 * 2**20  # bytes that cuDNN takes at most for convolutions, at some sizes
 
@@ -45,7 +45,11 @@ NOISE = "cascade_noise"  # a step's sigma with its noise condition, which is rea
 
 
 class HostedNetwork(Hosted):
-    """Stage B or Stage C as ComfyUI calls a diffusion model. `dtype`: of its weights; `name`: of its file."""
+    """Stage B or Stage C as ComfyUI calls a diffusion model.
+
+    dtype  of its weights, but for those in 8 bits
+    name   of its file
+    """
 
     def __init__(self, network: UNet, dtype: torch.dtype, name: str):
         super().__init__(network)
@@ -111,6 +115,7 @@ class PlacedModel:
         model.model_type, model.model_sampling = types.STABLE_CASCADE, new_schedule(model_config)
         # By a way past nn.Module, and past whoever wraps `diffusion_model` for a while.
         model.__dict__["hosted"] = model.diffusion_model
+        model.__dict__["eight_bits"] = EightBitWeights(model.diffusion_model)
 
     @property
     def residence(self) -> Residence | None:
@@ -122,6 +127,14 @@ class PlacedModel:
         if value is None:
             hosted.engine.placement = None
         hosted.residence = value
+
+    def state_dict_for_saving(self, *state_dicts: Any, **more: Any) -> dict[str, Tensor]:
+        """What ModelSave writes, with the scales of 8-bit weights."""
+        model: Any = self
+        base: Any = super()
+        tensors = base.state_dict_for_saving(*state_dicts, **more)
+        eight_bits = model.eight_bits.file_tensors()
+        return {**tensors, **model.model_config.process_unet_state_dict_for_saving(eight_bits)}
 
 
 class StageCModel(PlacedModel, comfy.model_base.StableCascade_C):
@@ -192,7 +205,7 @@ class StageBModel(PlacedModel, comfy.model_base.StableCascade_B):
 def forward_bytes(values: int, network: HostedNetwork) -> int:
     """Bytes of a forward whose values take so many, beside what the network's CUDA graphs hold for them already."""
     device = comfy.model_management.get_torch_device()
-    size = values + min(WORKSPACE, values // 2)
+    size = values + min(WORKSPACE, values // 2) + network.engine.extra_bytes()
     network.forward_bytes.append(size)
     return max(size - network.engine.graph_bytes(device), 0)
 
@@ -219,8 +232,9 @@ def image_tokens(prompts: list[dict], width: int) -> Tensor:
 
 
 def load_network(kind: str, path: Path, dtype: str) -> Any:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise CascadeError(f"dtype {quoted(dtype)} is not known; choose auto, {', '.join(DTYPES)}.")
+    if dtype not in DTYPES:
+        raise CascadeError(f"dtype {quoted(dtype)} is not known; choose {', '.join(DTYPES)}.")
+    check_eight_bit(dtype, comfy.model_management.get_torch_device())
     return load_patcher(kind, str(path), dtype)
 
 
@@ -233,13 +247,27 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     load_device = comfy.model_management.get_torch_device()
     supported = _computed_in(kind, config, load_device)
     weight_dtype = _weight_dtype(tensors, dtype, supported)
+    eight_bit = FORMATS.get(dtype, E4M3 if weight_dtype == E4M3 else None)
+    quantise_on = None
+    if eight_bit is not None:
+        # What the host would cast such weights to is what the others are in.
+        weight_dtype = comfy.model_management.unet_manual_cast(E4M3, load_device, supported)
+        if is_nvidia(load_device):
+            comfy.model_management.free_memory(QUANTISING, load_device)
+            quantise_on = load_device
     cast = comfy.model_management.unet_manual_cast(weight_dtype, load_device, supported)
     config.set_inference_dtype(weight_dtype, cast)
 
     def build(operations: Any, **ignored: Any) -> HostedNetwork:
         network: Any  # StageB or StageC
         network, _, _ = checkpoints.load_model(
-            path, expect=kind, dtype=weight_dtype, operations=WholeLayers(operations), notify=notify
+            path,
+            expect=kind,
+            dtype=weight_dtype,
+            operations=WholeLayers(operations),
+            notify=notify,
+            eight_bit=eight_bit,
+            quantise_on=quantise_on,
         )
         return HostedNetwork(network, weight_dtype, Path(path).name)
 
@@ -269,9 +297,9 @@ def _computed_in(kind: str, config: Any, device: torch.device) -> list[torch.dty
 
 
 def _weight_dtype(tensors: dict[str, Tensor], name: str, supported: list[torch.dtype]) -> torch.dtype:
-    """Dtype of the weights: the chosen one, or for "auto" the host's own choice for such a file."""
-    if name != "auto":
-        return DTYPES[name]
+    """Dtype of the weights: the chosen one, or else the host's own choice for such a file."""
+    if name in NAMED:
+        return NAMED[name]
     return comfy.model_management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(tensors),
         supported_dtypes=supported,

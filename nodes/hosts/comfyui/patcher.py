@@ -18,6 +18,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ....cascade_core.accelerators import is_nvidia
+from .eight_bits import FloatState
 from .residence import Residence, card_loader
 from .weight_patches import PREFIX, PatchedWeight
 
@@ -50,6 +51,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         if not is_nvidia(self.load_device) or self.load_device == self.offload_device:
             return None
         # Loaded by the host's own patcher, when this was one for the processor.
+        self.model.eight_bits.unpatch()
         if self.backup or self.model.current_weight_patches_uuid is not None:
             super().unpatch_model(self.offload_device, unpatch_weights=True)
         loader = card_loader(self.load_device)
@@ -71,7 +73,12 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         residence = self.residence()
         if residence is None:
+            eight_bits = self.model.eight_bits
+            eight_bits.unwrap()  # as the host does with its own layers
             super().load(device_to, lowvram_model_memory, force_patch_weights, full_load)
+            for key in self.patches:
+                if eight_bits.holds(key) and not (key in eight_bits.steps or key in self.backup):
+                    self.patch_weight_to_device(key)  # of a layer that stays in main memory
             return
         with self.use_ejected():
             room = float("inf") if full_load else lowvram_model_memory
@@ -135,10 +142,10 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
             return
         self._clear_casts()
         for name, layer in self.model.named_modules():
-            if hasattr(layer, "comfy_cast_weights"):
+            if hasattr(layer, "weight_function"):
                 functions = [wrappers.get(f"{name}.{each}", []) for each in ("weight", "bias")]
                 layer.comfy_force_cast_weights = force
-                if force or any(functions):
+                if hasattr(layer, "comfy_cast_weights") and (force or any(functions)):
                     layer.prev_comfy_cast_weights = layer.comfy_cast_weights
                     layer.comfy_cast_weights = True
                 layer.weight_function, layer.bias_function = map(list, functions)
@@ -149,6 +156,11 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
             for layer in self.model.modules():
                 comfy.model_patcher.wipe_lowvram_weight(layer)
             self.model.casts = False
+
+    def model_size(self):
+        if not self.size:
+            self.size = super().model_size() + self.model.eight_bits.scale_bytes
+        return self.size
 
     def loaded_size(self):
         residence = self.model.residence
@@ -171,6 +183,8 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         residence = self.residence() if unpatch_weights else None
         if residence is None:
+            if unpatch_weights:
+                self.model.eight_bits.unpatch()
             super().unpatch_model(device_to, unpatch_weights)
             return
         self.eject_model()
@@ -188,6 +202,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
             if hooks is not None or self.hook_backup:
                 self.model.hosted.engine.forget()  # what follows writes into weights that count no versions
             super().patch_hooks(hooks)
+            self.model.eight_bits.hook({} if hooks is None else self.get_combined_hook_patches(hooks))
             return
         with self.use_ejected():
             residence.hook({} if hooks is None else self.get_combined_hook_patches(hooks))
@@ -197,9 +212,15 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         if self.model.residence is None:
             if self.hook_backup:
                 self.model.hosted.engine.forget()
+            if not whitelist_keys_set:
+                self.model.eight_bits.unhook()
             super().unpatch_hooks(whitelist_keys_set)
         else:
             self.patch_hooks(None)
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, *arguments, **options):
+        if key not in self.model.eight_bits.layers:
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, *arguments, **options)
 
     # Weights, for merging and saving
 
@@ -211,12 +232,33 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
                 unpatched = residence.host_tensor(key.removeprefix(PREFIX))
                 if unpatched is not None:
                     patches[0] = (unpatched, patches[0][1])
+        for key in keyed.keys() & self.model.eight_bits.layers.keys():
+            keyed[key][0] = self.model.eight_bits.original(key)
         return keyed
+
+    def model_state_dict(self, filter_prefix=None):
+        """The host's, in which 8-bit weights are float32: its nodes compute with them."""
+        tensors, eight_bits = super().model_state_dict(filter_prefix), self.model.eight_bits
+        if not eight_bits.layers:
+            return tensors
+        patches = self.patches if self.model.current_weight_patches_uuid == self.patches_uuid else {}
+        return FloatState(
+            tensors,
+            eight_bits.layers,
+            lambda key: eight_bits.values(key, patches.get(key, ()), self.load_device),
+        )
 
     def patch_weight_to_device(
         self, key, device_to=None, inplace_update=False, return_weight=False, **options
     ):
-        residence = self.residence()
+        residence, eight_bits = self.residence(), self.model.eight_bits
+        if key in eight_bits.layers:
+            steps = self.patches.get(key, ())
+            if return_weight:
+                return eight_bits.values(key, steps, device_to)
+            if residence is None and steps:
+                eight_bits.patch(key, steps, device_to)
+            return None
         weight = None if residence is None else residence.host_tensor(key.removeprefix(PREFIX))
         if weight is None:
             return super().patch_weight_to_device(

@@ -17,7 +17,7 @@ from ....cascade_core.placement import CudaDevice, Device, Loader, Placement, Un
 from ....cascade_core.placement.plan import SLOTS, StreamingPlan, plan_streaming
 from ....cascade_core.placement.stream import WeightStream
 from ....cascade_core.placement.units import UNIT_BYTES
-from .weight_patches import PatchedWeight, Patches, UnitPatches, by_unit, keys_of, unchanged_kept
+from .weight_patches import Patches, UnitPatches, by_unit, keys_of, unchanged_kept
 
 if TYPE_CHECKING:
     from .model import HostedNetwork
@@ -167,9 +167,9 @@ class Residence:
         """Gives streamed weights patched copies in main memory, for whoever reads parameters where they lie."""
         self.close()
         for unit in self.streamed:
-            for index, patched in self._patched.get(unit, {}).items():
-                weight = unit.host_tensors[index]
-                unit.tensors[index].data = patched.apply(weight.to(self.device.device)).to(weight.device)
+            for index in self._patched.get(unit, ()):
+                for part, values in self.placement.patched(unit, index, self.device.device).items():
+                    unit.tensors[part].data = values.to(unit.host_tensors[part].device)
                 self._host_patched = True
 
     def _undo_host_patches(self) -> None:
@@ -183,7 +183,13 @@ class Residence:
         """The plan for so many bytes: the present one, if another would not be much better."""
         plan = self._plan_for(room)
         if plan.streamed:  # then the factors of patches are kept beside the slots
-            plan = self._plan_for(room - sum(each.factor_bytes for each in _weights(patched, plan)))
+            factors = (
+                weight.factor_bytes
+                for unit in plan.streamed
+                for index, weight in patched.get(unit, {}).items()
+                if (unit, index) not in self.placement.quantised
+            )
+            plan = self._plan_for(room - sum(factors))
         present = self._plan
         if present is None or not plan.streamed or self._bytes(present) > room:
             return plan
@@ -232,16 +238,12 @@ class Residence:
         if self._plan is None:
             return
         for unit, weights in self._patched.items():
-            for weight in weights.values():
-                if unit in self._plan.streamed:
+            for index, weight in weights.items():
+                # Those in 8 bits are patched once too, and kept in main memory.
+                if unit in self._plan.streamed and (unit, index) not in self.placement.quantised:
                     weight.keep_on(self.device.device)
                 else:
                     weight.drop()  # patched once, when the unit comes to the device
-
-
-def _weights(patched: UnitPatches, plan: StreamingPlan) -> list[PatchedWeight]:
-    """The patched weights that a plan streams."""
-    return [weight for unit in plan.streamed for weight in patched.get(unit, {}).values()]
 
 
 class HostCard(CudaDevice):

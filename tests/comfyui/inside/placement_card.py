@@ -23,6 +23,7 @@ from interop import make_run
 from torch import Tensor, nn
 
 from cascade_nodes.cascade_core.checkpoints import NETWORKS, write_safetensors
+from cascade_nodes.cascade_core.networks.quantisation import FORMATS
 from cascade_nodes.nodes.hosts import comfyui
 from cascade_nodes.nodes.hosts.comfyui.patcher import CascadePatcher
 from cascade_nodes.nodes.hosts.comfyui.residence import Residence
@@ -171,9 +172,10 @@ def sample(kind: str, model: Any, **changed: Any) -> Tensor:
 
 
 def core(kind: str, path: Path, dtype: str = "fp32") -> Any:
-    """A MODEL by our loader, in ComfyUI's own patcher."""
+    """A MODEL by our loader, in ComfyUI's own patcher; one with 8-bit weights in ours, as it is without a card."""
     loaded = comfyui.load_network(kind, path, dtype)
-    return comfy.model_patcher.ModelPatcher(loaded.model, load_device=LOAD, offload_device=OFFLOAD)
+    patcher = CascadePatcher if dtype in FORMATS else comfy.model_patcher.ModelPatcher
+    return patcher(loaded.model, load_device=LOAD, offload_device=OFFLOAD)
 
 
 class CardPatcher(CascadePatcher):

@@ -147,7 +147,9 @@ CASES = [
     ("stage_c", "bf16", ["none", "core's LoRA", "ours, DoRA of rows"]),
     ("stage_b", "bf16", ["none", "core's LoRA"]),
     ("stage_c", "fp16", ["none", "core's LoRA"]),
-    ("stage_c", "fp8", ["none", "core's LoRA", "ours"]),
+    ("stage_c", "fp8", ["none", "core's LoRA", "ours", "wrapped weights"]),
+    ("stage_c", "int8", ["none", "two of core's", "another precision"]),
+    ("stage_b", "int8", ["none", "core's LoRA", "strength_model"]),
 ]
 
 
@@ -263,6 +265,7 @@ def hooks(files: dict[str, Path]) -> dict[str, Any]:
     for kind, dtype, name, areas in (
         ("stage_c", "fp32", "ours", False), ("stage_c", "fp32", "none", True), ("stage_b", "fp32", "core's LoRA", True),
         ("stage_c", "bf16", "ours", False), ("stage_c", "fp8", "core's LoRA", True),
+        ("stage_b", "int8", "none", False),
     ):  # fmt: skip
         run = partial(run_hooked, kind, areas)
         with reference(kind, files[kind], dtype) as model:
@@ -326,6 +329,7 @@ def saving(files: dict[str, Path]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for kind, dtype, name in (
         ("stage_c", "fp32", "ours"), ("stage_c", "bf16", "core's LoRA"), ("stage_b", "fp32", "core's LoRA"),
+        ("stage_c", "fp8", "ours"), ("stage_b", "int8", "core's LoRA"),
     ):  # fmt: skip
         folder = files[kind].parent
         with reference(kind, files[kind], dtype) as model:
