@@ -44,7 +44,7 @@ class Merge:
     source         Stage C, or an all-in-one
     text_encoder   to bake the LoRAs into too, where the source holds none
     text_output    the text encoder's own file; one_file: it is written into the target
-    fp8            Stage C's matrices become fp8
+    fp8, int8      what Stage C's large matrices become, with scales
     alpha          and filters: as in `read_adapter`
     force          overwrite what is there
     """
@@ -56,6 +56,7 @@ class Merge:
     text_output: Path | None = None
     one_file: bool = False
     fp8: bool = False
+    int8: bool = False
     alpha: float = 0.0
     filters: str = ""
     force: bool = False
@@ -128,8 +129,11 @@ def add_merge_command(commands: Any) -> None:
     merge.add_argument("--text-output", type=Path, metavar="FILE", help="the file to write it to")
     one_file = "write Stage C and the text encoder into OUT, as an all-in-one in ComfyUI's names"
     merge.add_argument("--one-file", action="store_true", help=one_file)
-    fp8 = "write Stage C's matrices in fp8 with a scale each, as ComfyUI reads it since 2025"
-    merge.add_argument("--fp8", action="store_true", help=fp8)
+    eight_bit = merge.add_mutually_exclusive_group()
+    fp8 = "write Stage C's large matrices in fp8 with a scale each, as ComfyUI reads it since 2025"
+    eight_bit.add_argument("--fp8", action="store_true", help=fp8)
+    int8 = "write them in int8 with a scale for each row, as ComfyUI reads it since 2026"
+    eight_bit.add_argument("--int8", action="store_true", help=int8)
     merge.add_argument("--alpha", type=float, default=0.0, metavar="NUMBER", help="as in convert-lora")
     merge.add_argument("--filters", default="", metavar="LIST", help="as in convert-lora")
     merge.add_argument("--force", action="store_true", help="overwrite what is there")
@@ -165,18 +169,23 @@ def _lora(words: Sequence[str]) -> Lora:
 
 def merge(job: Merge) -> list[str]:
     """Writes the files and returns the lines of the report. Raises CascadeError, and writes nothing, on failure."""
-    from ..cascade_core.adapters.merge import MergedFile
+    from ..cascade_core.adapters.merge import EightBit, MergedFile
     from ..cascade_core.checkpoints import write_safetensors
+    from ..cascade_core.checkpoints.quantised import without_stated
+    from ..cascade_core.networks.quantisation import E4M3, INT8
 
     _check_outputs(job)
-    model, config = _read_stage_c(job.source)
+    model, config, matrices = _read_stage_c(job.source)
     text = _read_text_encoder(job, model)
     lines, patches = _read_loras(job, config, text is not None)
 
     file = MergedFile()
     text_file = MergedFile() if job.text_output is not None else file
     stage_c_name, text_name = (_all_in_one(part) if job.one_file else None for part in ("stage_c", "text"))
-    rest = file.add_network(model.tensors, model.parts["stage_c"], patches["stage_c"], stage_c_name, job.fp8)
+    eight_bit = EightBit(E4M3 if job.fp8 else INT8 if job.int8 else None, matrices)
+    rest = file.add_network(
+        model.tensors, model.parts["stage_c"], patches["stage_c"], stage_c_name, eight_bit
+    )
     changed = file.changed
     lines.append(f"Stage C: {changed} weights and biases change")
     if text is not None:
@@ -196,7 +205,7 @@ def merge(job: Merge) -> list[str]:
     if text is not None and job.text_output is not None:
         outputs[job.text_output] = (text_file, text.metadata)
     for path, (merged, metadata) in outputs.items():
-        kept = _metadata(metadata, job)
+        kept = without_stated(_metadata(metadata, job), merged.tensors)
         write_safetensors(path, merged.tensors, kept, overwrite=job.force, value=merged.value)
         lines.append(f"Written: {path}")
     return lines
@@ -220,19 +229,23 @@ def _check_outputs(job: Merge) -> None:
             )
 
 
-def _read_stage_c(source: Path) -> tuple[NamedTensors, StageCConfig]:
+def _read_stage_c(source: Path) -> tuple[NamedTensors, StageCConfig, set[str]]:
+    """The file, the network's configuration, and the names of its matrices that files hold in 8 bits."""
     import torch
 
     from ..cascade_core.checkpoints import check_weights, identify, read_named, split_attention
     from ..cascade_core.networks.config import StageCConfig
+    from ..cascade_core.networks.quantisation import quantisable
     from ..cascade_core.networks.stage_c import StageC
 
     model = read_named(source, "stage_c")
     weights = model.stored("stage_c") if "stage_c" in model.parts else model.tensors
     config = StageCConfig.from_dict(identify(source, weights, model.metadata, "stage_c")[1])
     with torch.device("meta"):
-        check_weights(StageC(config), split_attention(weights))
-    return model, config
+        network = StageC(config)
+    check_weights(network, split_attention(weights))
+    matrices = {f"{name}.weight" for name, layer in quantisable(network) if layer.weight.ndim == 2}
+    return model, config, matrices
 
 
 def _read_text_encoder(job: Merge, model: NamedTensors) -> NamedTensors | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,10 +12,31 @@ from torch import Tensor
 from ..checkpoints import Layout, split_attention
 from ..checkpoints.attention import FUSED, THIRDS
 from ..checkpoints.pages import forget_pages, mapped_files
-from ..checkpoints.quantised import fp8_layout, requantised, rescaled, scale_name
+from ..checkpoints.quantised import is_beside, requantised, rescaled, scale_name, written_layout
 from ..errors import CascadeError, printable
 from .apply import Patch, Steps, apply_steps, changes_by_target, check_shape
 from .names import parameter_name
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """Which weights become 8-bit: `matrices` of a network, by their published names with split attention."""
+
+    dtype: torch.dtype | None
+    matrices: Collection[str] = ()
+
+    def of(self, tensor: Tensor, published: str) -> torch.dtype | None:
+        """The format that a tensor of a file becomes; None: it stays as it is."""
+        return self.dtype if published in self.matrices and tensor.dtype != self.dtype else None
+
+    def stale(self, tensors: Mapping[str, Tensor], layout: Layout) -> set[str]:
+        """The names of what tells of such weights' format before."""
+        weights = {name: f"{name.rpartition('.')[0]}.weight" for name in tensors if is_beside(name)}
+        return {
+            name
+            for name, weight in weights.items()
+            if weight in tensors and self.of(tensors[weight], layout.published_name(weight) or "")
+        }
 
 
 @dataclass(frozen=True)
@@ -69,17 +91,20 @@ class MergedFile:
         layout: Layout,
         patches: Sequence[Patch],
         name_of: Callable[[str], str] | None = None,
-        fp8: bool = False,
+        eight_bit: EightBit | None = None,
     ) -> list[str]:
         """Adds a network of a file with patches applied; returns the names of the file that are not the network's.
 
-        name_of  what a published name is called in the new file; None: as in the old one
-        fp8      matrices of 16 or 32 bits become fp8 with a scale each, in ComfyUI's layout
+        name_of    what a published name is called in the new file; None: as in the old one
+        eight_bit  which weights become 8-bit, with scales in ComfyUI's layout
         Raises CascadeError for a patch that changes what is not there, or is of another shape.
         """
         changes = changes_by_target(patches)
         targets = {parameter_name(target): target for target in changes}
-        scales = {scale for name in tensors if (scale := scale_name(name, tensors)) is not None}
+        eight_bit = eight_bit or EightBit(None)
+        own_names = [name for name in tensors if layout.published_name(name) is not None]
+        scales = {scale for name in own_names if (scale := scale_name(name, tensors)) is not None}
+        scales |= eight_bit.stale(tensors, layout)
         others = []
 
         def renamed(name: str) -> str:
@@ -87,12 +112,12 @@ class MergedFile:
             return name_of(published) if name_of and published else name
 
         for name, tensor in tensors.items():
+            if name in scales:
+                continue  # goes with its weight
             published = layout.published_name(name)
             if published is None:
                 others.append(name)
                 continue
-            if name in scales:
-                continue  # goes with its weight
             turned = published in layout.transposed and tensor.ndim == 2
             if turned and name_of:  # the new names are of matrices the right way round
                 tensor, turned = tensor.T, False
@@ -103,15 +128,16 @@ class MergedFile:
                 steps.append([] if target is None else changes[target])
                 check_shape(row.shape, target or part, steps[-1])
             self.changed += sum(map(bool, steps))
-            if len(parts) > 1 and (fp8 or name_of):
+            if len(parts) > 1 and (eight_bit.dtype or name_of):
                 before, _, leaf = name.rpartition(FUSED)
-                for third, row, own in zip(THIRDS, parts.values(), steps, strict=True):
-                    self._add_weight(_Weight(renamed(f"{before}{third}.{leaf}"), row, False, [own]), fp8)
+                for third, (part, row), own in zip(THIRDS, parts.items(), steps, strict=True):
+                    split = _Weight(renamed(f"{before}{third}.{leaf}"), row, False, [own])
+                    self._add_weight(split, eight_bit.of(row, part))
                 continue
             weight = _Weight(renamed(name), tensor, turned, steps)
-            scale = scale_name(name, tensors)
-            if scale is None:
-                self._add_weight(weight, fp8)
+            scale, dtype = scale_name(name, tensors), eight_bit.of(tensor, published)
+            if scale is None or dtype is not None:
+                self._add_weight(weight, dtype, None if scale is None else tensors[scale])
             else:
                 self._add_scaled(weight, renamed(scale), tensors[scale])
         if targets:
@@ -122,23 +148,31 @@ class MergedFile:
             )
         return others
 
-    def _add_weight(self, weight: _Weight, fp8: bool) -> None:
+    def _add_weight(
+        self, weight: _Weight, eight_bit: torch.dtype | None, scale: Tensor | None = None
+    ) -> None:
         stored = weight.stored
-        if (
-            fp8
-            and weight.name.endswith(".weight")
-            and stored.ndim == 2
-            and stored.is_floating_point()
-            and stored.itemsize > 1
-        ):
-            for name, like in fp8_layout(weight.name, stored.to("meta")).items():
-                self._put(
-                    name, like, lambda name=name: fp8_layout(weight.name, weight.values())[name], stored
-                )
+        if eight_bit is not None:
+            self._add_eight_bit(weight, eight_bit, scale)
         elif any(weight.steps):
             self._put(weight.name, stored, lambda: weight.values().to(stored.dtype), stored)
         else:
             self.add(weight.name, stored)
+
+    def _add_eight_bit(self, weight: _Weight, dtype: torch.dtype, scale: Tensor | None) -> None:
+        """Adds a weight in 8 bits with what belongs to it.  scale: that of the file's own weight"""
+        stored, small = weight.stored, {}
+
+        def value(name: str) -> Tensor:
+            if name in small:
+                return small[name]
+            floats = stored if scale is None else rescaled("The file", weight.name, stored, scale)
+            made = written_layout(weight.name, replace(weight, stored=floats).values().float(), dtype)
+            small.update({part: tensor for part, tensor in made.items() if part != weight.name})
+            return made[name]
+
+        for name, like in written_layout(weight.name, stored.to("meta").float(), dtype).items():
+            self._put(name, like, partial(value, name), stored)
 
     def _add_scaled(self, weight: _Weight, scale_name: str, scale: Tensor) -> None:
         """Adds an fp8 weight with its scale, which is made anew where the weight changes."""

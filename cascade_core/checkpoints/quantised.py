@@ -83,6 +83,15 @@ def _header_formats(metadata: Mapping[str, str]) -> set[str]:
         ) from None
 
 
+def without_stated(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata, whose header states no format of weights that have a `comfy_quant` among the tensors."""
+    if not _header_formats(metadata):
+        return dict(metadata)
+    header = json.loads(metadata[_HEADER])
+    kept = {layer: conf for layer, conf in header["layers"].items() if f"{layer}.comfy_quant" not in tensors}
+    return {**metadata, _HEADER: json.dumps({**header, "layers": kept})}
+
+
 def scale_name(name: str, tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the scale that belongs to a `….weight`, or None."""
     stem = name.removesuffix(".weight")
@@ -205,7 +214,8 @@ def written_layout(name: str, values: Tensor, dtype: torch.dtype) -> dict[str, T
     card, fp8 with one scale, int8 with one for each row.
     """
     if dtype == INT8:
-        return quantised_layout(name, quantise(values, INT8), values.shape)
+        weight8, scale = quantise(values, INT8)
+        return stored_layout(name, weight8.view(values.shape), scale[:, None])
     return fp8_layout(name, values, dtype)
 
 

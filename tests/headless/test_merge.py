@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from cascade_nodes.cascade_core.checkpoints import (
     write_safetensors,
 )
 from cascade_nodes.cascade_core.checkpoints.layouts import PUBLISHED
+from cascade_nodes.cascade_core.networks.quantisation import E4M3, INT8, quantisable, quantised_layers
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.headless.cli import main
 from cascade_nodes.tests.core.lora_files import CONFIG, STAGE_C_ABOUT, change
@@ -276,21 +278,82 @@ def test_scaled_fp8_stays_so(scale, per_row, folder):
                 assert torch.equal(read[name].float(), expected), name
 
 
-def test_fp8_is_written_as_comfyui_reads_it(folder):
+def large_matrices() -> set[str]:
+    """The weights that our loaders hold in 8 bits, but for those of convolutions."""
+    layers = quantisable(StageC(CONFIG))
+    return {f"{name}.weight" for name, layer in layers if layer.weight.ndim == 2}
+
+
+@pytest.mark.parametrize(("option", "stated"), [("--fp8", "float8_e4m3fn"), ("--int8", "int8_tensorwise")])
+def test_8_bits_are_written_as_comfyui_reads_them(option, stated, folder):
+    """fp8 with one scale a matrix, int8 with one a row; what is not large stays."""
     write_safetensors("in.safetensors", fuse_attention(stage_c(torch.bfloat16)), ABOUT)
     assert merge("in.safetensors", "plain16.safetensors", "--lora", "plain.safetensors") == 0
-    assert merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", "--fp8") == 0
+    assert merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", option) == 0
     written, _ = read_safetensors("out.safetensors")
-    expected = split_attention(read_safetensors("plain16.safetensors")[0])
+    expected, large = split_attention(read_safetensors("plain16.safetensors")[0]), large_matrices()
+    assert len(large) > 10
     for name, tensor in expected.items():
-        if name.endswith(".weight") and tensor.ndim == 2:
+        if name in large:
             layer = name.removesuffix(".weight")
-            assert json.loads(bytes(written[f"{layer}.comfy_quant"].tolist())) == {"format": "float8_e4m3fn"}
-            back = written[name].float() * written[f"{layer}.weight_scale"]
-            assert (back - tensor.float()).abs().max() <= 0.04 * tensor.abs().max(), name
+            assert json.loads(bytes(written[f"{layer}.comfy_quant"].tolist())) == {"format": stated}
+            scale = written[f"{layer}.weight_scale"]
+            assert scale.shape == (() if option == "--fp8" else (len(tensor), 1))
+            error = (written[name].float() * scale - tensor.float()).abs().max() / tensor.abs().max()
+            assert 0 < error <= 0.04, name
         else:
             assert torch.equal(written[name], tensor), name
+    assert len(written) == len(expected) + 2 * len(large)
     assert load_model("out.safetensors", expect="stage_c")[0].config == CONFIG
+
+
+@pytest.mark.parametrize("layout", ["published", "all-in-one", "diffusers"])
+@pytest.mark.parametrize(("option", "dtype"), [("--fp8", E4M3), ("--int8", INT8)])
+def test_8_bits_are_read_back(layout, option, dtype, folder):
+    """In any layout; int8 to the bit as the LoRA makes it at run time, fp8 as near as another rounding is."""
+    ours = stage_c()
+    tensors = {
+        "published": fuse_attention(ours),
+        "all-in-one": {f"model.diffusion_model.{name}": tensor for name, tensor in ours.items()},
+        "diffusers": LAYOUTS["stage_c"][1].from_published(ours),
+    }[layout]
+    write_safetensors("in.safetensors", tensors, ABOUT)
+    assert merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", "0.7", option) == 0
+    network: Any = load_model("in.safetensors", "stage_c", eight_bit=dtype)[0]
+    merged: Any = load_model("out.safetensors", "stage_c", eight_bit=dtype)[0]
+    with patched(network, [Patch("plain", read_adapter("plain.safetensors").stage_c, 0.7)]):
+        for name, layer in quantised_layers(network):
+            other = merged.get_submodule(name)
+            if dtype == INT8:
+                assert torch.equal(layer.weight, other.weight), name
+                assert torch.equal(layer.weight_scale, other.weight_scale), name
+            values, others = (each.dequantised(torch.float32) for each in (layer, other))
+            assert (values - others).norm() <= 0.05 * values.norm(), name
+
+
+def test_from_one_8_bit_format_to_another(folder):
+    """What said of what it was goes: the scales, and the statement in the header."""
+    tensors = fp8_file("in.safetensors", ".weight_scale", per_row=False)
+    layers = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
+    header = {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}}
+    write_safetensors("in.safetensors", tensors, {**ABOUT, "_quantization_metadata": json.dumps(header)},
+                      overwrite=True)  # fmt: skip
+    assert merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", "0.7", "--int8") == 0
+    written, metadata = read_safetensors("out.safetensors")
+    large = large_matrices()
+    assert {name for name, tensor in written.items() if tensor.dtype == torch.int8} == large
+    stated = json.loads(metadata["_quantization_metadata"])["layers"]
+    assert stated.keys() == set(layers) - {name.removesuffix(".weight") for name in large}
+    before, after = (read_weights(f"{name}.safetensors", "stage_c")[0] for name in ("in", "out"))
+    for name in large:
+        if name.removesuffix(".weight") not in LAYERS:
+            assert (after[name] - before[name]).float().norm() <= 0.02 * before[name].float().norm(), name
+
+
+def test_one_8_bit_format_at_a_time(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", "--fp8", "--int8")
+    assert "not allowed with argument --fp8" in capsys.readouterr().err
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path):

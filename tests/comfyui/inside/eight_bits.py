@@ -20,7 +20,6 @@ from cascade_nodes.cascade_core import checkpoints
 from cascade_nodes.cascade_core.adapters import Adapter, LowRank
 from cascade_nodes.cascade_core.networks.quantisation import FORMATS, quantised_layers
 from cascade_nodes.nodes.hosts import comfyui, headless
-from cascade_nodes.nodes.hosts.comfyui.patcher import CascadePatcher
 
 CPU = torch.device("cpu")
 
