@@ -171,6 +171,27 @@ def test_placed_and_streamed(dtype, share, device):
         assert all(torch.equal(out, result) for out in outs)
 
 
+@FORMATS
+def test_streamed_without_another_original(dtype):
+    """Weights that a file holds in 8 bits are their own original, patched or not."""
+    network, call = quantise_network(build(StageC, STAGE_C), dtype), stage_c_inputs(STAGE_C)
+    for _, layer in quantised_layers(network):
+        layer.original = None
+    patches, other = [Patch("a LoRA", lora(), 1.0)], [Patch("another", lora(1), 0.5)]
+    expected = {}
+    for name, changes in (("none", []), ("one", patches), ("other", other)):
+        with patched(network, changes):
+            expected[name] = forward(Engine(network), *call), changes
+    engine, size = Engine(network), sum(p.nbytes for p in network.parameters())
+    pool = DeviceMemory(Late(int(size * 0.45)), unit_bytes=40_000)
+    for name in ("one", "none", "other", "one", "none"):
+        result, changes = expected[name]
+        outs = pool.run(
+            network, lambda _: [forward(engine, *call) for _ in range(2)], patches=changes, consumer=engine
+        )
+        assert all(torch.equal(out, result) for out in outs), name
+
+
 def written(path: Path, network: Any) -> Path:
     tensors = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     for name, layer in quantised_layers(network):

@@ -59,7 +59,7 @@ def lora(folder: Path, weights: dict[str, Tensor]) -> Path:
 def precisions(path: Path) -> dict[str, str]:
     """What each choice of dtype is kept and computed in, on such a card."""
     values = {}
-    for dtype in ("auto", "bf16", "fp8", "fp16", "fp32"):
+    for dtype in ("auto", "bf16", "fp8", "int8", "fp16", "fp32"):
         with card_without_bf16():
             model = comfyui.load_network("stage_c", path, dtype).model
         values[dtype] = f"{model.get_dtype()}, {model.manual_cast_dtype}".replace("torch.", "")

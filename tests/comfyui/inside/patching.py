@@ -127,7 +127,9 @@ def precision_and_placement(prompts: Any) -> dict[str, float]:
     }
     results["the engine"] = relative(reference, plain)
     stored = {
-        p.dtype for name, p in models["fp8"].model.diffusion_model.state_dict().items() if "to_q" in name
+        p.dtype
+        for name, p in models["fp8"].model.diffusion_model.state_dict().items()
+        if "to_q.weight" in name
     }
     assert stored == {torch.float8_e4m3fn}, stored
     results["a clone"] = relative(predicted(models["fp32"].clone()), reference)
