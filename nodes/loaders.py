@@ -10,9 +10,9 @@ from .hosts.roles import DTYPES
 CATEGORY = "Stable Cascade/loaders"
 
 DTYPE_TOOLTIP = (
-    "Precision of the weights. auto: what the device computes fastest in (float32 on the CPU). fp8 halves "
-    "the memory of bf16, for a little accuracy. Without ComfyUI it is faster too from compute capability 8.9 "
-    "on (RTX 40 series), and slower elsewhere."
+    "Precision of the weights. auto: what the device computes fastest in (float32 on the CPU). fp8 and int8 "
+    "halve the memory of bf16 for a little accuracy, of which int8 costs less. From compute capability 8.9 on "
+    "(RTX 40 series) fp8 is faster too; elsewhere both are slower."
 )
 
 

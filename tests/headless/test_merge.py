@@ -315,7 +315,7 @@ def test_8_bits_are_read_back(layout, option, dtype, folder):
     tensors = {
         "published": fuse_attention(ours),
         "all-in-one": {f"model.diffusion_model.{name}": tensor for name, tensor in ours.items()},
-        "diffusers": LAYOUTS["stage_c"][1].from_published(ours),
+        "diffusers": layout_named("stage_c", DIFFUSERS).from_published(ours),
     }[layout]
     write_safetensors("in.safetensors", tensors, ABOUT)
     assert merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", "0.7", option) == 0

@@ -113,9 +113,7 @@ def _values(entry: list) -> Tensor:
     return convert(tensor.to(torch.float32, copy=True), inplace=True)
 
 
-def saved(
-    kind: str, dtype: str, path: Path, model: Any, patched: Any, latent: Tensor
-) -> dict[str, Any]:
+def saved(kind: str, dtype: str, path: Path, model: Any, patched: Any, latent: Tensor) -> dict[str, Any]:
     """ModelSave's file of a patched MODEL, read by both hosts and by ComfyUI's own network."""
     file = path.parent / f"saved_{kind}_{dtype}.safetensors"
     metadata = {"kind": kind, "config": json.dumps(CONFIGS[kind])}
