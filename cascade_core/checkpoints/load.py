@@ -16,7 +16,7 @@ from ..networks.controlnet import ControlNet
 from ..networks.inference import infer_config, stated_config
 from ..networks.precision import cast_on_the_way
 from ..networks.previewer import Previewer
-from ..networks.quantisation import QuantisedWeight, quantisable, quantise_network
+from ..networks.quantisation import QuantisedWeight, quantisable, quantise_network, quantised_layers
 from ..networks.stage_a import StageA
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
@@ -296,7 +296,8 @@ def first_non_finite(model: nn.Module) -> str | None:
 
     Reads every weight, so call it only to explain a failure.
     """
-    return next(non_finite(model.state_dict()), None)
+    scales = {f"{name}.weight": layer.weight_scale for name, layer in quantised_layers(model)}
+    return next(non_finite({**model.state_dict(), **scales}), None)
 
 
 def non_finite(weights: Mapping[str, Tensor]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cascade_nodes.cascade_core import StageB, StageC
 from cascade_nodes.cascade_core.adapters import LowRank
 from cascade_nodes.cascade_core.adapters.apply import Patch, changed_weight, patched
-from cascade_nodes.cascade_core.checkpoints import load_model
+from cascade_nodes.cascade_core.checkpoints import first_non_finite, load_model
 from cascade_nodes.cascade_core.checkpoints.quantised import quantised_layout
 from cascade_nodes.cascade_core.engine import Engine
 from cascade_nodes.cascade_core.networks.quantisation import (
@@ -100,6 +100,14 @@ def test_not_a_number_is_not_lost():
     for dtype in (E4M3, INT8):
         finite = dequantise(quantise(weight, dtype), torch.float32).isfinite().all(1)
         assert finite.tolist() == [True, False, False, True]
+
+
+@FORMATS
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_weight_at_fault_is_named(dtype, value):
+    network: Any = build(StageC, STAGE_C)
+    network.get_submodule(LAYER).weight.data[1, 2] = value
+    assert first_non_finite(quantise_network(network, dtype)) == f"{LAYER}.weight"
 
 
 @FORMATS
