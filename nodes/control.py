@@ -19,7 +19,7 @@ from ..cascade_core.hints.kinds import KINDS
 from .api import io
 from .faces import find_faces
 from .hosts import host
-from .sizes import compression_input, empty_stage_b, empty_stage_c
+from .sizes import compression_input, empty_stage_b, empty_stage_c, picture_report
 from .sockets import check_connected, check_finite, check_mask, check_picture, check_prompts, check_vae
 
 CATEGORY = "Stable Cascade/ControlNet"
@@ -261,6 +261,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
             hint.movedim(1, -1),
             empty_stage_c(batch, height, width, compression),
             empty_stage_b(batch, height, width),
+            ui=picture_report(image),
         )
 
 

@@ -21,7 +21,7 @@ from ..cascade_core.hints.masks import latent_mask
 from ..cascade_core.pictures import resized
 from .api import io
 from .hosts import host
-from .sizes import chosen_size, compression_input, empty_stage_b, empty_stage_c
+from .sizes import chosen_size, compression_input, empty_stage_b, empty_stage_c, picture_report
 from .sockets import (
     VAE_WORDS,
     check_connected,
@@ -190,7 +190,7 @@ class CascadeEncode(io.ComfyNode):
             stage_c["noise_mask"] = latent_mask(mask, batch, size, grow)
             if stage_a is not None:  # an empty latent has nothing to keep
                 stage_b["noise_mask"] = latent_mask(mask, batch, stage_b["samples"].shape[-2:])
-        return io.NodeOutput(stage_c, stage_b)
+        return io.NodeOutput(stage_c, stage_b, ui=picture_report(image))
 
 
 class CascadeUpscaleLatent(io.ComfyNode):

@@ -64,3 +64,8 @@ def chosen_size(picture_size: Sequence[int], height: int, width: int) -> tuple[i
         width or round(picture_size[1] * height / picture_size[0]),
     )
     return whole_size(*sides)
+
+
+def picture_report(image: Tensor) -> dict[str, Any]:
+    """What the panel of a node is told of its picture (B, H, W, C), which may come from any other node."""
+    return {"cascade_picture": [{"width": image.shape[2], "height": image.shape[1]}]}

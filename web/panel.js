@@ -1,5 +1,7 @@
 /** A piece of HTML in a node, below its widgets; it holds no value and is in no saved workflow. */
 
+import { app } from "../../scripts/app.js";
+
 const MARGIN = 10; // as wide as the widgets above
 
 const STYLE = `
@@ -10,6 +12,7 @@ const STYLE = `
   .cascade-panel select, .cascade-panel button { font: inherit; color: inherit; border-radius: 6px;
     border: 1px solid var(--border-color, #4e4e4e); background: var(--comfy-input-bg, #222);
     height: 24px; padding: 0 6px; cursor: pointer; }
+  .cascade-panel button { flex: none; white-space: nowrap; }
   .cascade-panel select { flex: 1 1 0; min-width: 0; }
   .cascade-panel :disabled { opacity: 0.4; cursor: default; }
   .cascade-panel-sizes { font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -42,6 +45,7 @@ export function addPanel(node, name, content, height) {
   const style = element("style", "", [STYLE]);
   const panel = element("div", "cascade-panel", [style, content]);
   panel.style.height = `${height}px`;
+  panel.style.minHeight = `${height}px`; // Nodes 2.0 take the other back, and a longer sentence would move the node
   const widget = node.addDOMWidget(name, "cascade_panel", panel, {
     serialize: false, // not sent to the server
     hideOnZoom: false,
@@ -68,4 +72,33 @@ export function after(target, event, action) {
     action(...values);
     return result;
   };
+}
+
+/** @param {object} node @param {string} name of a widget of the node */
+export const findWidget = (node, name) => node.widgets?.find((widget) => widget.name === name);
+
+/**
+ * Sets a widget as a hand would.
+ * @param {object} node
+ * @param {string} name of a widget
+ * @param {any} value
+ */
+export function setWidget(node, name, value) {
+  const widget = findWidget(node, name);
+  widget.value = value;
+  widget.callback?.(value);
+}
+
+/**
+ * Changes the graph as one step of undo. The canvas tells the interface of it: from the graph it hears of no change.
+ * @param {() => void} change
+ */
+export function asOneChange(change) {
+  app.canvas.emitBeforeChange();
+  try {
+    change();
+  } finally {
+    app.canvas.emitAfterChange();
+    app.canvas.setDirty(true, true);
+  }
 }

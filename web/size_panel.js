@@ -1,8 +1,8 @@
 /** Sizes on the nodes that decide them: presets, swap, both latents, what was trained. */
 
-import { addPanel, after, element } from "./panel.js";
+import { addPanel, after, asOneChange, element, findWidget, setWidget } from "./panel.js";
 import {
-  AREAS, ASPECTS, COMPRESSION, LARGE_AREAS, chosenSize, fittingCompression, presetOf, presetSize, scaledSize,
+  AREAS, ASPECTS, COMPRESSION, LARGE_AREAS, chosenSize, decodedVerdict, fittingCompression, presetOf, presetSize, scaledSize,
   secondVerdict, stageBSize, stageCSize, verdict,
 } from "./sizes.js";
 import { say } from "./words.js";
@@ -11,9 +11,12 @@ const CUSTOM = "";
 const WIDTH = 300; // the sizes of both latents in one line
 const LINKED = "size.linked";
 const UNKNOWN = "size.unknown";
+const OUTPAINTED_SIDES = ["left", "top", "right", "bottom"];
 
-const find = (node, name) => node.widgets?.find((widget) => widget.name === name);
-const valueOf = (node, name) => find(node, name).value;
+/** @type {WeakMap<object, {width: number, height: number}>} by node, the picture that its last run took */
+const sizesOfRuns = new WeakMap();
+
+const valueOf = (node, name) => findWidget(node, name).value;
 
 /** Whether a widget's value comes over a link, so that it says nothing here. */
 const linked = (node, name) =>
@@ -21,14 +24,9 @@ const linked = (node, name) =>
 
 /** Sets widgets as a hand would, as one step of undo. */
 function set(node, values) {
-  node.graph?.beforeChange?.();
-  for (const [name, value] of Object.entries(values)) {
-    const widget = find(node, name);
-    widget.value = value;
-    widget.callback?.(value);
-  }
-  node.graph?.afterChange?.();
-  node.graph?.setDirtyCanvas?.(true, true);
+  asOneChange(() => {
+    for (const [name, value] of Object.entries(values)) setWidget(node, name, value);
+  });
 }
 
 /** The size in the node's own widgets, or LINKED. */
@@ -37,11 +35,34 @@ function writtenSize(node) {
   return { width: valueOf(node, "width"), height: valueOf(node, "height") };
 }
 
-/** The size of the picture that comes into the node, where the node that it comes from shows it; else null. */
+/**
+ * The size of the picture that comes into the node: as the node shows that it comes from, or as the last run said;
+ * null where neither does.
+ */
 function pictureSize(node) {
   const slot = node.inputs?.findIndex((input) => input.name === "image") ?? -1;
-  const picture = slot < 0 ? null : node.getInputNode(slot)?.imgs?.[0];
-  return picture?.naturalWidth ? { width: picture.naturalWidth, height: picture.naturalHeight } : null;
+  const source = slot < 0 ? null : node.getInputNode(slot);
+  if (source?.comfyClass === "CascadeOutpaint") return outpaintedSize(source);
+  const picture = source?.imgs?.[0];
+  if (picture?.naturalWidth) return { width: picture.naturalWidth, height: picture.naturalHeight };
+  return sizesOfRuns.get(node) ?? null;
+}
+
+/** The size that Cascade Outpaint makes of its picture; null where that is not known. */
+function outpaintedSize(node) {
+  const own = pictureSize(node);
+  if (!own || OUTPAINTED_SIDES.some((side) => linked(node, side))) return null;
+  const [left, top, right, bottom] = OUTPAINTED_SIDES.map((side) => valueOf(node, side));
+  return { width: own.width + left + right, height: own.height + top + bottom };
+}
+
+/**
+ * Whether Stage C is not to work on a node's latent: it goes to Stage B or to a decoder alone, so that nothing but
+ * Stage B's training bounds its size.
+ */
+function bypassesStageC(node) {
+  const targets = (node.getOutputNodes?.(0) ?? []).map((target) => target.comfyClass);
+  return targets.length > 0 && targets.every((name) => name === "CascadeDecoderSampler" || name === "CascadeDecode");
 }
 
 /**
@@ -66,7 +87,8 @@ const KINDS = {
       const asked = writtenSize(node);
       return asked === LINKED ? LINKED : (chosenSize(pictureSize(node), asked) ?? UNKNOWN);
     },
-    verdict,
+    verdict: (size, compression, node) =>
+      bypassesStageC(node) ? decodedVerdict(size, compression) : verdict(size, compression),
     fit: fittingCompression,
   },
   CascadeSuperResolutionHint: {
@@ -153,8 +175,8 @@ export function addSizePanel(node) {
       judgement.textContent = say(unknown);
       return;
     }
-    const found = kind.verdict(size, compression);
-    const fine = ["trained", "demo", "second"].includes(found);
+    const found = kind.verdict(size, compression, node);
+    const fine = ["trained", "demo", "second", "decoded"].includes(found);
     sizes.textContent = say("size.latents", {
       stage_c: times(stageCSize(size, compression)),
       stage_b: times(stageBSize(size)),
@@ -171,6 +193,11 @@ export function addSizePanel(node) {
   addPanel(node, "cascade_size", content, kind.height);
   node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]); // of a new node: a saved one brings its own
   for (const widget of node.widgets) after(widget, "callback", show);
+  after(node, "onExecuted", (output) => {
+    const picture = output?.cascade_picture?.[0];
+    if (picture) sizesOfRuns.set(node, picture);
+  });
+  after(node, "onConnectionsChange", () => sizesOfRuns.delete(node));
   for (const event of ["onConfigure", "onConnectionsChange", "onExecuted"]) after(node, event, show);
   if (!kind.areas) {
     // A picture is there some time after its node or its new name, and no event tells of it in both kinds of nodes.

@@ -2,7 +2,7 @@
  * What sizes mean to Stable Cascade: mathematics only, the same as in nodes/sizes.py.
  *
  * @typedef {{width: number, height: number}} Size
- * @typedef {"trained" | "demo" | "few" | "many" | "long" | "compression" | "second"} Verdict
+ * @typedef {"trained" | "demo" | "few" | "many" | "long" | "compression" | "second" | "decoded"} Verdict
  */
 
 export const COMPRESSION = 42.67; // published: 1024 pixels become 24 latent positions
@@ -146,6 +146,16 @@ export function verdict(size, compression) {
  */
 export function secondVerdict(size, compression) {
   return compression < LEAST_COMPRESSION || compression > MOST_COMPRESSION ? "compression" : "second";
+}
+
+/**
+ * The same for a latent that Stage C does not work on, such as a finished picture's that Stage B makes anew.
+ * @param {Size} size in pixels
+ * @param {number} compression
+ * @returns {Verdict}
+ */
+export function decodedVerdict(size, compression) {
+  return secondVerdict(size, compression) === "second" ? "decoded" : "compression";
 }
 
 /**

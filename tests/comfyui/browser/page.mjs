@@ -47,10 +47,11 @@ export async function open(page, url) {
 /** An empty canvas, whose nodes get ids that none has had: newer front ends keep a widget's value by its node's id. */
 export async function clear(page) {
   await page.evaluate(() => {
-    const last = window.app.graph.last_node_id;
+    // Above those of the examples, which take the count back.
+    window.lastNodeId = Math.max(window.lastNodeId ?? 100, window.app.graph.last_node_id);
     window.app.clean?.(); // pictures of earlier nodes
     window.app.graph.clear();
-    window.app.graph.last_node_id = Math.max(last, 100); // above those of the examples
+    window.app.graph.last_node_id = window.lastNodeId;
     window.app.canvas.ds.scale = 1;
     window.app.canvas.ds.offset = [0, 0];
     window.app.canvas.setDirty(true, true);

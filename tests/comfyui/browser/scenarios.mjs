@@ -186,6 +186,88 @@ async function sizes(page) {
   return { steps, saved, sent: output[String(id)].inputs, presets: await selects.nth(0).locator("option").count() };
 }
 
+/** Each press of Control + Z takes back one thing that was done in a panel. */
+async function undo(page) {
+  const id = await place(page, "CascadeEmptyLatent");
+  await page.evaluate(() => {
+    window.app.canvas.emitBeforeChange(); // as if the node had been placed by hand
+    window.app.canvas.emitAfterChange();
+  });
+  await page.waitForTimeout(300);
+  const selects = page.locator(".cascade-panel select");
+  const swap = page.locator(".cascade-panel button:visible").first();
+  const seen = [];
+  const note = async () => {
+    const { width, height } = await widgets(page, id);
+    seen.push([width, height]);
+  };
+  await note();
+  await selects.nth(0).selectOption("16:9");
+  await note();
+  await swap.click();
+  await note();
+  await selects.nth(1).selectOption("2");
+  await note();
+  const done = [...seen];
+  seen.length = 0;
+  for (const size of done.slice(0, -1).reverse()) {
+    await page.keyboard.press("Control+z");
+    await page.waitForFunction(
+      ([id, [width, height]]) => {
+        const values = Object.fromEntries(
+          (window.app.graph.getNodeById(id)?.widgets ?? []).map((widget) => [widget.name, widget.value]),
+        );
+        const tracker = window.app.extensionManager.workflow.activeWorkflow.changeTracker;
+        return values.width === width && values.height === height && !tracker._restoringState; // it takes no key till then
+      },
+      [id, size],
+    );
+    await note();
+  }
+  return { done, undone: seen };
+}
+
+/** Cascade Encode behind other nodes than Load Image, and where Stage B alone takes its latent. */
+async function behind(page, { workflows }) {
+  await load(page, "outpaint", workflows.outpaint);
+  const padded = await sizesShown(page, 8);
+  await load(page, "high_resolution", workflows.high_resolution);
+  return { padded, second: await sizesShown(page, 11) };
+}
+
+/** A picture of another node than Load Image: its size comes with the run. */
+async function made(page) {
+  const id = await place(page, "CascadeEncode");
+  await page.waitForTimeout(300);
+  const before = await panel(page, id, "cascade_size");
+  await page.evaluate(
+    (id) => window.app.api.dispatchCustomEvent("executed", {
+      node: String(id), display_node: String(id), output: { cascade_picture: [{ width: 1280, height: 720 }] },
+    }),
+    id,
+  );
+  return { before, after: await sizesShown(page, id) };
+}
+
+/** A button lies whole within its panel, also beside the longest sentence. */
+async function buttons(page) {
+  const id = await place(page, "CascadeEmptyLatent");
+  await setWidget(page, id, "width", 256);
+  await setWidget(page, id, "height", 320);
+  await page.waitForTimeout(300);
+  return page.evaluate((id) => {
+    const { element } = window.app.graph.getNodeById(id).widgets.find((widget) => widget.name === "cascade_size");
+    const outer = element.getBoundingClientRect();
+    const button = [...element.querySelectorAll("button")].at(-1);
+    const inner = button.getBoundingClientRect();
+    return {
+      text: button.textContent,
+      whole: button.scrollWidth <= button.clientWidth && inner.right <= outer.right + 1 && inner.bottom <= outer.bottom + 1,
+      panel: element.scrollHeight <= element.clientHeight,
+    };
+  }, id);
+}
+
 /** Presets and readout on Cascade Upscale Latent, whose sizes are larger and whose Stage C has composed already. */
 async function enlarge(page) {
   const id = await place(page, "CascadeUpscaleLatent");
@@ -390,4 +472,7 @@ async function japanese(page, { url }) {
   return { words, panels, help: await help.innerText() };
 }
 
-export const SCENARIOS = { search, examples, sizes, enlarge, encode, scale, sentences, training, connections, replaced, run, japanese };
+export const SCENARIOS = {
+  search, examples, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, training, connections, replaced, run,
+  japanese,
+};

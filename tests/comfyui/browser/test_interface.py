@@ -184,7 +184,7 @@ def test_the_size_helper_of_a_second_pass(seen):
 
 def test_encode_shows_the_sizes_of_its_picture(seen):
     facts = told(seen, "encode")
-    assert last(facts["unknown"], 1) == ["The size is that of the picture, once it is loaded."]
+    assert last(facts["unknown"], 1) == ["The size is that of the picture, which shows once it is loaded or made."]
     assert facts["asked"]["lines"][0] == read_out(512, 512, STAGE_C_COMPRESSION)
     assert last(facts["known"], 2) == [
         "Stage C 30 × 17 · Stage B 320 × 180 · 1 : 42.67",
@@ -195,9 +195,42 @@ def test_encode_shows_the_sizes_of_its_picture(seen):
     assert facts["loaded"]["lines"][0] == read_out(256, 256, STAGE_C_COMPRESSION)
 
 
+def test_each_step_of_undo_takes_back_one_change_of_a_panel(seen):
+    facts = told(seen, "undo")
+    assert facts["done"] == [[1024, 1024], [1344, 768], [768, 1344], [1088, 1920]]
+    assert facts["undone"] == facts["done"][-2::-1]
+
+
+def test_encode_knows_the_picture_of_outpaint_and_where_stage_c_is_left_out(seen):
+    facts = told(seen, "behind")
+    assert last(facts["padded"], 2) == [
+        read_out(256, 256, STAGE_C_COMPRESSION),
+        "The size of the bundled demo cascade.",
+    ]
+    assert last(facts["second"], 2) == [
+        read_out(512, 512, STAGE_C_COMPRESSION),
+        "Stage C leaves it as it is: any size.",
+    ]
+
+
+def test_encode_is_told_of_its_picture_by_the_run(seen):
+    facts = told(seen, "made")
+    assert last(facts["before"], 1) == [
+        "The size is that of the picture, which shows once it is loaded or made."
+    ]
+    assert facts["after"]["lines"][0] == read_out(*PICTURE, STAGE_C_COMPRESSION)
+
+
+def test_a_button_of_a_panel_is_not_cut_off(seen):
+    facts = told(seen, "buttons")
+    assert facts["text"].startswith("Set ")
+    assert facts["whole"]
+    assert facts["panel"]
+
+
 def test_super_resolution_shows_the_sizes_of_what_is_made(seen):
     facts = told(seen, "scale")
-    assert last(facts["unknown"], 1) == ["The size is that of the picture, once it is loaded."]
+    assert last(facts["unknown"], 1) == ["The size is that of the picture, which shows once it is loaded or made."]
     assert facts["twice"]["lines"][0] == read_out(2 * PICTURE[0], 2 * PICTURE[1], STAGE_C_COMPRESSION)
     assert facts["twice"]["lines"][1].startswith("Larger than trained")
     height, width = whole_size(*(round(side * 1.3) for side in PICTURE[::-1]))
