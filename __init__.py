@@ -21,7 +21,11 @@ async def comfy_entrypoint():
     package.
     """
     from .nodes.extension import CascadeExtension
+    from .nodes.hosts import host
+    from .nodes.hosts.example_pictures import place_pictures
 
+    if folder := host().input_folder():
+        place_pictures(folder)
     return CascadeExtension()
 
 

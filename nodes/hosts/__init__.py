@@ -156,6 +156,10 @@ class Host(Protocol):
         """Where earlier versions kept a run by its task and name alone."""
         ...
 
+    def input_folder(self) -> Path | None:
+        """Folder whose pictures the host's Load Image offers to all; None where it has none of the kind."""
+        ...
+
     def interrupted(self) -> bool:
         """Whether what runs was asked to stop."""
         ...

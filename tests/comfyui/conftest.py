@@ -7,7 +7,6 @@ measured inside ComfyUI, which are measured all at once.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,12 +65,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def prepare(base: Path) -> Path:
-    """A folder for a server, with a tiny cascade and the pictures of the examples.
+    """A folder for a server, with a tiny cascade; the pack brings the pictures of the examples itself.
 
     The tests' own nodes are a pack in it, and training's accelerate is at hand.
     """
     write_cascade(base / "models")
-    shutil.copytree(EXAMPLE_PICTURES, base / "input")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "cascade-tests").symlink_to(TEST_NODES)
     (base / "packages").mkdir()

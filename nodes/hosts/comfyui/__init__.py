@@ -8,7 +8,7 @@ from .adapters import stage_c_config, text_network, with_adapter
 from .client_files import data_check, data_path, former_training_folder, training_folder
 from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
-from .folders import find_file, list_files
+from .folders import find_file, input_folder, list_files
 from .model import describe_network, load_network
 from .progress import notify
 from .sampling import sample, with_guidance
@@ -31,6 +31,7 @@ __all__ = [
     "find_file",
     "first_non_finite",
     "former_training_folder",
+    "input_folder",
     "interrupted",
     "list_files",
     "load_compressor",

@@ -20,6 +20,11 @@ def register() -> None:
     folder_paths.add_model_folder_path(DEMO_CATEGORY, str(roles.DEMO_FOLDER))
 
 
+def input_folder() -> Path:
+    """The folder whose pictures Load Image offers."""
+    return Path(folder_paths.get_input_directory())
+
+
 register()  # before the first schema asks for a list
 
 

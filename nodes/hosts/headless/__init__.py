@@ -7,7 +7,7 @@ from ..reporting import notify
 from .adapters import stage_c_config, text_network, with_adapter
 from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
-from .folders import find_file, list_files
+from .folders import find_file, input_folder, list_files
 from .model import describe_network, load_network
 from .sampling import sample, with_guidance
 from .training import (
@@ -37,6 +37,7 @@ __all__ = [
     "find_file",
     "first_non_finite",
     "former_training_folder",
+    "input_folder",
     "interrupted",
     "list_files",
     "load_compressor",

@@ -59,3 +59,7 @@ def find_file(role: str, name: str) -> Path:
         f"No {roles.ROLE_WORDS[role]} file {quoted(name)} was found under {places} (in "
         f"{', '.join(roles.FOLDERS[role])}); put it there, set CASCADE_MODELS, or give its path."
     )
+
+
+def input_folder() -> None:
+    """None: a run brings its own folder, and the pictures beside its graph are found without it."""

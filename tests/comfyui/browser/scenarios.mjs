@@ -211,6 +211,7 @@ async function undo(page) {
   const done = [...seen];
   seen.length = 0;
   for (const size of done.slice(0, -1).reverse()) {
+    await page.evaluate(() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))));
     await page.keyboard.press("Control+z");
     await page.waitForFunction(
       ([id, [width, height]]) => {

@@ -184,7 +184,9 @@ def test_the_size_helper_of_a_second_pass(seen):
 
 def test_encode_shows_the_sizes_of_its_picture(seen):
     facts = told(seen, "encode")
-    assert last(facts["unknown"], 1) == ["The size is that of the picture, which shows once it is loaded or made."]
+    assert last(facts["unknown"], 1) == [
+        "The size is that of the picture, which shows once it is loaded or made."
+    ]
     assert facts["asked"]["lines"][0] == read_out(512, 512, STAGE_C_COMPRESSION)
     assert last(facts["known"], 2) == [
         "Stage C 30 × 17 · Stage B 320 × 180 · 1 : 42.67",
@@ -230,7 +232,9 @@ def test_a_button_of_a_panel_is_not_cut_off(seen):
 
 def test_super_resolution_shows_the_sizes_of_what_is_made(seen):
     facts = told(seen, "scale")
-    assert last(facts["unknown"], 1) == ["The size is that of the picture, which shows once it is loaded or made."]
+    assert last(facts["unknown"], 1) == [
+        "The size is that of the picture, which shows once it is loaded or made."
+    ]
     assert facts["twice"]["lines"][0] == read_out(2 * PICTURE[0], 2 * PICTURE[1], STAGE_C_COMPRESSION)
     assert facts["twice"]["lines"][1].startswith("Larger than trained")
     height, width = whole_size(*(round(side * 1.3) for side in PICTURE[::-1]))
