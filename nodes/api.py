@@ -7,7 +7,8 @@ management, and with it its command line and its choice of device.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or "comfy.model_management" not in sys.modules:
     from .hosts import schema as io
@@ -15,4 +16,15 @@ if TYPE_CHECKING or "comfy.model_management" not in sys.modules:
 else:
     from comfy_api.latest import ComfyExtension, io
 
-__all__ = ["ComfyExtension", "io"]
+__all__ = ["ComfyExtension", "io", "searched_as"]
+
+_HAS_ALIASES = any(entry.name == "search_aliases" for entry in fields(io.Schema))
+
+
+def searched_as(words: str) -> dict[str, Any]:
+    """Keyword for `io.Schema`: other names under which a node is searched for, with commas between them.
+
+    Versions of ComfyUI without the keyword get none: there web/search.js puts some of the words behind the names that
+    the search shows.
+    """
+    return {"search_aliases": words.split(", ")} if _HAS_ALIASES else {}

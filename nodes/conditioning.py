@@ -5,7 +5,7 @@ from typing import Any
 from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.stages.prompt import check_text
-from .api import io
+from .api import io, searched_as
 from .hosts import host
 from .sockets import check_connected, check_finite, check_picture, check_prompts
 
@@ -38,6 +38,9 @@ class CascadeTextEncode(io.ComfyNode):
             description=(
                 "Encodes what the picture should and should not show. (word:1.3) weighs a word, \\( is a "
                 "bracket."
+            ),
+            **searched_as(
+                "stable cascade, prompt, negative prompt, clip text encode, text to image, txt2img"
             ),
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder."),
@@ -80,6 +83,7 @@ class CascadeImagePrompt(io.ComfyNode):
             display_name="Cascade Image Prompt",
             category=CATEGORY,
             description="Adds a picture to a prompt: Stage C makes variations of what it shows.",
+            **searched_as("stable cascade, image variation, remix, unclip, clip vision, reference image"),
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The prompt that the picture is added to."),
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder."),

@@ -16,7 +16,7 @@ from ..cascade_core.hints.filters import (
     super_resolution_input,
 )
 from ..cascade_core.hints.kinds import KINDS
-from .api import io
+from .api import io, searched_as
 from .faces import find_faces
 from .hosts import host
 from .sizes import compression_input, empty_stage_b, empty_stage_c, picture_report
@@ -39,6 +39,7 @@ class CascadeControlNetApply(io.ComfyNode):
                 "Lets a ControlNet steer Stage C by a hint, such as the edges of a picture. Several of these in a row "
                 "work together; Stage B takes no notice of them."
             ),
+            **searched_as("stable cascade, apply controlnet"),
             inputs=[
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not show."),
@@ -113,6 +114,7 @@ class CascadeCanny(io.ComfyNode):
             display_name=KINDS["canny"].node,
             category=CATEGORY,
             description="The edges of a picture, as the published canny ControlNet was trained on them.",
+            **searched_as("stable cascade, edges, line art, controlnet preprocessor"),
             inputs=[
                 io.Image.Input("image", tooltip="The picture whose edges are to be followed."),
                 io.Int.Input(
@@ -163,6 +165,7 @@ class CascadeInpaintHint(io.ComfyNode):
             display_name=KINDS["inpainting"].node,
             category=CATEGORY,
             description="A picture with its masked part white, and the mask, for the inpainting ControlNet.",
+            **searched_as("stable cascade, inpaint, mask, controlnet preprocessor"),
             inputs=[
                 io.Image.Input("image", tooltip="The picture to paint in."),
                 io.Mask.Input("mask", tooltip="1 where the picture is painted anew."),
@@ -202,6 +205,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
             description=(
                 "A small picture as the super-resolution ControlNet reads it, and the empty latents of the large one."
             ),
+            **searched_as("stable cascade, upscale, super resolution, controlnet preprocessor"),
             inputs=[
                 io.Vae.Input("vae", tooltip="The semantic compressor, from Load Cascade Compressor."),
                 io.Image.Input("image", tooltip="The small picture."),
@@ -280,6 +284,7 @@ class CascadeIdentityHint(io.ComfyNode):
                 "Whose face is where in a picture, for an identity ControlNet. Needs the package insightface and its "
                 "two networks."
             ),
+            **searched_as("stable cascade, face, portrait, controlnet preprocessor"),
             inputs=[
                 io.Image.Input("image", tooltip="A picture of a face, or of several."),
                 io.Combo.Input(

@@ -6,7 +6,7 @@ from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.geometry import MAX_SIZE, check_pixels
 from ..cascade_core.hints.masks import composite, expand
-from .api import io
+from .api import io, searched_as
 from .sockets import check_mask, check_picture
 
 CATEGORY = "Stable Cascade/inpainting"
@@ -27,6 +27,7 @@ class CascadeOutpaint(io.ComfyNode):
             display_name="Cascade Outpaint",
             category=CATEGORY,
             description="Adds room around a picture, and gives the mask of that room, to go on as for inpainting.",
+            **searched_as("stable cascade, pad image for outpainting, extend, size, mask"),
             inputs=[
                 io.Image.Input("image", tooltip="The picture to go beyond."),
                 side("left", 128),
@@ -76,6 +77,7 @@ class CascadeInpaintComposite(io.ComfyNode):
             description=(
                 "Puts what was painted into the source. Outside the mask the source stays as it was, bit for bit."
             ),
+            **searched_as("stable cascade, inpaint, mask, paste, blend"),
             inputs=[
                 io.Image.Input("image", tooltip="The painted picture, from Cascade Decode."),
                 io.Image.Input("source", tooltip="The picture that was painted in; the result has its size."),

@@ -19,7 +19,7 @@ from ..cascade_core.geometry import (
 )
 from ..cascade_core.hints.masks import latent_mask
 from ..cascade_core.pictures import resized
-from .api import io
+from .api import io, searched_as
 from .hosts import host
 from .sizes import chosen_size, compression_input, empty_stage_b, empty_stage_c, picture_report
 from .sockets import (
@@ -47,6 +47,7 @@ class CascadeEmptyLatent(io.ComfyNode):
             display_name="Cascade Empty Latent",
             category=CATEGORY,
             description="The empty latents of both stages for a picture of this size.",
+            **searched_as("stable cascade, size, resolution, aspect ratio, text to image, txt2img"),
             inputs=[
                 io.Int.Input("width", **side, tooltip="Width of the picture in pixels, a multiple of 8."),
                 io.Int.Input("height", **side, tooltip="Height of the picture in pixels, a multiple of 8."),
@@ -114,6 +115,7 @@ class CascadeEncode(io.ComfyNode):
                 "A picture as a Stage C latent, with the Stage B latent of its size: empty, or the picture's where "
                 "Stage A is connected."
             ),
+            **searched_as("stable cascade, img2img, image to image, vae encode, inpaint, mask"),
             inputs=[
                 io.Vae.Input("vae", tooltip="The semantic compressor, from Load Cascade Compressor."),
                 io.Image.Input("image", tooltip="The picture, of any size."),
@@ -207,6 +209,7 @@ class CascadeUpscaleLatent(io.ComfyNode):
                 "Enlarges a Stage C latent, and gives the empty Stage B latent of that size. So a picture is composed "
                 "at the size that Stage C was trained at, and made at this one."
             ),
+            **searched_as("stable cascade, hires fix, upscale, size, high resolution"),
             inputs=[
                 io.Latent.Input(
                     "stage_c", tooltip="The latent of the first pass, from Cascade Prior Sampler."
@@ -266,6 +269,7 @@ class CascadeDecode(io.ComfyNode):
             description=(
                 "Turns a latent into a picture: Stage B's by Stage A, or Stage C's, small and rough, by the previewer."
             ),
+            **searched_as("stable cascade, vae decode"),
             inputs=[
                 io.Vae.Input("vae", tooltip="Stage A for Stage B's latent, or the compressor for Stage C's."),
                 io.Latent.Input("samples", tooltip="The latent to decode."),

@@ -2,7 +2,7 @@
 
 from ..cascade_core.checkpoints import PART_NAMES, networks_in
 from ..cascade_core.errors import CascadeError
-from .api import io
+from .api import io, searched_as
 from .files import NO_FILE, check, file_input, find, fingerprint
 from .hosts import host
 from .hosts.roles import DTYPES
@@ -26,6 +26,7 @@ class StageCLoader(io.ComfyNode):
             display_name="Load Stage C",
             category=CATEGORY,
             description="Loads Stage C, the network that turns a prompt into a small semantic latent.",
+            **searched_as("stable cascade, wuerstchen, würstchen, prior, load diffusion model, unet loader"),
             inputs=[
                 file_input("file", "stage_c", "Stage C checkpoint (3.6 B or 1.0 B), a safetensors file."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="auto", tooltip=DTYPE_TOOLTIP),
@@ -58,6 +59,9 @@ class StageBLoader(io.ComfyNode):
             description=(
                 "Loads Stage B, the network that unfolds Stage C's latent into the picture's own latent."
             ),
+            **searched_as(
+                "stable cascade, wuerstchen, würstchen, decoder, load diffusion model, unet loader"
+            ),
             inputs=[
                 file_input("file", "stage_b", "Stage B checkpoint (1.5 B or 0.7 B), a safetensors file."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="auto", tooltip=DTYPE_TOOLTIP),
@@ -88,6 +92,7 @@ class StageAVAE(io.ComfyNode):
             display_name="Load Stage A VAE",
             category=CATEGORY,
             description="Loads Stage A, which turns Stage B's latent into the picture and back.",
+            **searched_as("stable cascade, wuerstchen, load vae, vae loader, vqgan"),
             inputs=[file_input("file", "stage_a", "Stage A checkpoint (stage_a.safetensors).")],
             outputs=[io.Vae.Output(display_name="VAE", tooltip="For Cascade Decode, and any VAE node.")],
         )
@@ -119,6 +124,7 @@ class CascadeCompressorLoader(io.ComfyNode):
                 "previewer, "
                 "which shows one."
             ),
+            **searched_as("stable cascade, img2img, image to image, effnet, previewer"),
             inputs=[
                 file_input(
                     "file", "compressor", "Semantic compressor (effnet_encoder.safetensors): encodes."
@@ -161,6 +167,7 @@ class CascadeTextEncoderLoader(io.ComfyNode):
             display_name="Load Cascade Text Encoder",
             category=CATEGORY,
             description="Loads the text encoder (CLIP ViT-bigG/14 for the published networks).",
+            **searched_as("stable cascade, load clip, clip loader"),
             inputs=[
                 file_input(
                     "file",
@@ -199,6 +206,7 @@ class CascadeVisionLoader(io.ComfyNode):
             description=(
                 "Loads the image encoder (CLIP ViT-L/14 for the published networks) for image prompts."
             ),
+            **searched_as("stable cascade, clip vision, load clip vision, unclip, image variation"),
             inputs=[file_input("file", "vision", "Image encoder: a safetensors file.")],
             outputs=[io.ClipVision.Output(display_name="CLIP_VISION", tooltip="For Cascade Image Prompt.")],
         )
@@ -229,6 +237,7 @@ class CascadeControlNetLoader(io.ComfyNode):
                 "Loads a Stable Cascade ControlNet of any kind and size: canny, inpainting, super resolution, "
                 "identity."
             ),
+            **searched_as("stable cascade, load controlnet model"),
             inputs=[file_input("file", "controlnet", "ControlNet checkpoint, a safetensors file.")],
             outputs=[
                 io.ControlNet.Output(
@@ -262,6 +271,7 @@ class CascadeCheckpointLoader(io.ComfyNode):
             description=(
                 "Loads an all-in-one checkpoint, or a diffusers folder: Stage C or B with what else it holds."
             ),
+            **searched_as("stable cascade, wuerstchen, load checkpoint, diffusers"),
             inputs=[
                 file_input("file", "checkpoint", "All-in-one checkpoint, or a folder with model_index.json."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="auto", tooltip=DTYPE_TOOLTIP),

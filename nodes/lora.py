@@ -14,7 +14,7 @@ from ..cascade_core.adapters import (
 )
 from ..cascade_core.adapters.text_changes import check_text_changes
 from ..cascade_core.adapters.tokens import NewToken, parse_new_tokens
-from .api import io
+from .api import io, searched_as
 from .files import check, file_input, find, fingerprint
 from .hosts import host
 from .sockets import check_connected, check_network
@@ -40,6 +40,7 @@ class CascadeLoRAApply(io.ComfyNode):
                 "Applies a LoRA, whatever program trained it, to Stage C and the text encoder. A token that its file "
                 "teaches is written as [name] in the prompt. Several of these in a row work together."
             ),
+            **searched_as("stable cascade, load lora, lora loader, textual inversion, embedding, token"),
             inputs=[
                 io.Model.Input("model", tooltip="Stage C, from Load Stage C or another of these nodes."),
                 file_input(

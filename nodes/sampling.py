@@ -10,7 +10,7 @@ from ..cascade_core.diffusion.samplers import SAMPLERS
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.run import SamplingRun, check_sampler
 from ..cascade_core.stages.diffusion import stage_b_tile
-from .api import io
+from .api import io, searched_as
 from .hosts import host
 from .hosts.run import SamplingRequest
 from .sockets import (
@@ -108,6 +108,7 @@ class CascadePriorSampler(io.ComfyNode):
             display_name="Cascade Prior Sampler",
             category=CATEGORY,
             description="Samples Stage C: what the picture shows.",
+            **searched_as("stable cascade, wuerstchen, ksampler, text to image, txt2img, img2img"),
             inputs=[
                 io.Model.Input("model", tooltip="Stage C."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
@@ -140,6 +141,7 @@ class CascadeDecoderSampler(io.ComfyNode):
             display_name="Cascade Decoder Sampler",
             category=CATEGORY,
             description="Samples Stage B: unfolds Stage C's latent into all the detail of the picture.",
+            **searched_as("stable cascade, wuerstchen, ksampler, text to image, txt2img, img2img"),
             inputs=[
                 io.Model.Input("model", tooltip="Stage B."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),

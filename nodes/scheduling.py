@@ -5,7 +5,7 @@ import torch
 from ..cascade_core import limits
 from ..cascade_core.diffusion.samplers import log_snr_range
 from ..cascade_core.errors import CascadeError
-from .api import io
+from .api import io, searched_as
 from .hosts import host
 from .sockets import check_connected
 
@@ -22,6 +22,7 @@ class CascadeScheduler(io.ComfyNode):
             display_name="Cascade Scheduler",
             category=CATEGORY,
             description="The published schedule as sigmas, for Sampler Custom Advanced.",
+            **searched_as("stable cascade, sigmas, steps"),
             inputs=[
                 io.Int.Input(
                     "steps",
@@ -79,6 +80,7 @@ class CascadeGuidance(io.ComfyNode):
             display_name="Cascade Guidance",
             category=CATEGORY,
             description="Gives ComfyUI's own samplers the published guidance with its rescale, and a shift.",
+            **searched_as("stable cascade, cfg, rescale cfg, model sampling, shift"),
             inputs=[
                 io.Model.Input("model", tooltip="Stage B or C."),
                 io.Float.Input(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..cascade_core.errors import CascadeError, quoted
 from ..cascade_core.file_names import LONGEST_NAME, inside, path_fault
 from ..cascade_core.hints.kinds import KINDS
-from .api import io
+from .api import io, searched_as
 from .files import check, file_input, find, stamp
 from .hosts import host
 from .training_data import folder_path, folder_stamp
@@ -268,6 +268,7 @@ class CascadeTrainLoRA(TrainingNode):
             display_name="Cascade Train LoRA",
             category=CATEGORY,
             description="Trains a LoRA of Stage C on a folder of pictures. A run that was interrupted goes on.",
+            **searched_as("stable cascade, training, fine-tune, dreambooth"),
             inputs=[
                 *common_inputs("lora"),
                 io.Int.Input(
@@ -303,6 +304,7 @@ class CascadeTrainControlNet(TrainingNode):
                 "Trains a ControlNet on a folder of pictures; the hints are made of them. A run that was "
                 "interrupted goes on."
             ),
+            **searched_as("stable cascade, training, fine-tune"),
             inputs=[
                 *common_inputs("controlnet"),
                 io.Combo.Input(
@@ -338,6 +340,7 @@ class CascadeTrainTokens(TrainingNode):
                 "Learns a word of your own, a token, from a folder of pictures whose captions hold it. A run that was "
                 "interrupted goes on."
             ),
+            **searched_as("stable cascade, training, textual inversion, embedding"),
             inputs=[
                 *common_inputs("token"),
                 io.String.Input(

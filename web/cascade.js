@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { addRunPanel } from "./run_panel.js";
 import { loadReplacements, offerReplacement } from "./replace.js";
+import { addSearchWords } from "./search.js";
 import { addSizePanel } from "./size_panel.js";
 import { addTextPanel } from "./text_panel.js";
 import { loadWords } from "./words.js";
@@ -20,6 +21,7 @@ const PANELS = {
 app.registerExtension({
   name: "cascade_nodes.panels",
   init: () => Promise.all([loadWords(), loadReplacements()]),
+  beforeRegisterVueAppNodeDefs: addSearchWords,
   nodeCreated(node) {
     PANELS[node.comfyClass]?.(node);
     offerReplacement(node);

@@ -99,6 +99,24 @@ async function search(page, { names }) {
   return found;
 }
 
+/** The names that the search lists for words that people look for. */
+async function words(page, { words }) {
+  const listed = {};
+  for (const word of words) {
+    await clear(page);
+    const field = await openSearch(page);
+    await field.fill(word);
+    await page.waitForFunction((word) => document.querySelector("input[role=combobox]").value === word, word);
+    await page.waitForTimeout(350); // the list follows the words with a short delay
+    listed[word] = await page.evaluate(() =>
+      [...document.querySelectorAll("[role=option], [data-testid='result-item']")].map((entry) => entry.innerText),
+    );
+    await page.keyboard.press("Escape");
+    await field.waitFor({ state: "hidden" });
+  }
+  return listed;
+}
+
 /** The examples load whole, and make the prompts of their API files. */
 async function examples(page, { workflows }) {
   const seen = {};
@@ -474,6 +492,6 @@ async function japanese(page, { url }) {
 }
 
 export const SCENARIOS = {
-  search, examples, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, training, connections, replaced, run,
+  search, words, examples, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, training, connections, replaced, run,
   japanese,
 };

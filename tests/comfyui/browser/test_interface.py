@@ -24,6 +24,11 @@ MODES = {"classic": False, "nodes2": True}
 WORDS = json.loads((PACK / "locales" / "ja" / "main.json").read_text(encoding="utf-8"))["cascadeNodes"]
 NAMES = json.loads((PACK / "locales" / "ja" / "nodeDefs.json").read_text(encoding="utf-8"))
 
+SOUGHT = [
+    "stable cascade", "wuerstchen", "img2img", "image to image", "unclip", "image variation", "clip vision",
+    "text to image", "mask", "size", "remix",
+]  # fmt: skip
+
 _played: dict[tuple[str, str], dict[str, Any]] = {}
 
 
@@ -42,6 +47,7 @@ def seen(request: pytest.FixtureRequest, server: Server) -> dict[str, Any]:
             nodes2=MODES[mode],
             workflows=WORKFLOWS,
             names=searched(server, mode),
+            words=SOUGHT,
             picture="teal.png",
             # Another seed for each page: what is cached on the server does not run, and shows no times.
             settings=[[7, "seed", len(_played)], *([node, "steps", steps] for node, steps in STEPS.items())],
@@ -81,6 +87,13 @@ def test_every_node_is_found_by_search_and_dropped(seen, server, request):
     names = [name for name in facts if name not in ("seconds", "errors")]
     assert names == searched(server, request.node.callspec.params["seen"])
     assert {name: facts[name] for name in names} == {name: [types[name]] for name in names}
+
+
+@pytest.mark.parametrize("word", SOUGHT)
+def test_a_word_that_people_look_for_finds_our_nodes(seen, server, word):
+    names = {info["display_name"] for info in our_nodes(server).values()}
+    listed = told(seen, "words")[word]
+    assert any(name in entry for entry in listed for name in names), listed
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
