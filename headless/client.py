@@ -35,6 +35,10 @@ from .sentences import GraphError, sentences, shortened
 _PAUSES = (0.1, 0.2, 0.5, 1.0)  # seconds between two looks at the history; the last one repeats
 
 
+class ServerLostError(CascadeError):
+    """The server cannot be reached, or has forgotten the graph; which says nothing of the graph."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a server's answers may cost: bytes and seconds of each, and how many pictures a run may have."""
@@ -103,13 +107,13 @@ class Server:
         try:
             status, phrase, content = _exchange(self._opener, request, limit, seconds)
         except _Broken as error:
-            raise CascadeError(
+            raise ServerLostError(
                 f"{self._place(path)} {error}; try again, or see that server's log."
             ) from error
         except (URLError, HTTPException, OSError, ValueError) as error:
             reason = printable(str(getattr(error, "reason", None) or error))
             advice = "start ComfyUI, correct --server, or leave it out to run here"
-            raise CascadeError(f"No ComfyUI answers at {self.url} ({reason}); {advice}.") from error
+            raise ServerLostError(f"No ComfyUI answers at {self.url} ({reason}); {advice}.") from error
         if status // 100 == 2:
             return content
         with self.reading(path):
@@ -307,7 +311,9 @@ def _wait(server: Server, prompt_id: str, observer: Observer) -> Any:
                 [item[1] for item in queue[f"queue_{kind}"]] for kind in ("running", "pending")
             )
         if prompt_id not in running + pending:
-            raise CascadeError(f"{server.url} lost the graph: it was taken off the queue, or it restarted.")
+            raise ServerLostError(
+                f"{server.url} lost the graph: it was taken off the queue, or it restarted."
+            )
         ahead = len(running) + sum(queued != prompt_id for queued in pending)
         state = "running" if prompt_id in running else f"waiting behind {ahead} in the queue"
         observer.status(f"{server.url}: {state}, {time.monotonic() - started:.0f} s")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from ..registry import InputInfo
     from .driver import Summary
     from .journal import Journal
+    from .plan import Plan
     from .progress import BatchProgress
     from .rows import Row, Sheet
+    from .work import Crew
 
 _EPILOG = """rows:
-  A table is lines of JSON or CSV. Its columns are inputs of the graph, NODE.INPUT by id, class or title, `seed` for all
-  seeds, and `name` for the pictures. What is null or an empty cell stays as the graph has it.
+  A table is lines of JSON, CSV or Parquet. Its columns are inputs of the graph, NODE.INPUT by id, class or title,
+  `seed` for all seeds, and `name` for the pictures. What is null or an empty cell stays as the graph has it.
 
     {"name": "star", "CascadeTextEncode.positive": "a red star", "seed": 7}
 
@@ -33,6 +36,8 @@ examples:
   cascade batch graph.json prompts.csv --output pictures
   cascade batch graph.json --output pictures --grid seed=1,2,3 CascadePriorSampler.cfg=2,4,6
   cascade batch graph.json prompts.jsonl --output pictures --shard 3/8
+  cascade batch graph.json prompts.jsonl --output pictures --workers 2
+  cascade batch graph.json prompts.jsonl --output pictures --server http://gpu1:8188 http://gpu2:8188
 """
 _MOST_SHARDS = 1_000_000
 _MOST_FAILURES = 20  # listed at the end
@@ -47,7 +52,7 @@ def add_batch_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     batch.add_argument("graph", type=Path, metavar="GRAPH", help="as `cascade run` takes it")
-    batch.add_argument("rows", type=Path, nargs="?", metavar="ROWS", help="a table: .jsonl or .csv")
+    batch.add_argument("rows", type=Path, nargs="?", metavar="ROWS", help="a table: .jsonl, .csv or .parquet")
     batch.add_argument(
         "--output",
         type=Path,
@@ -87,6 +92,31 @@ def add_batch_command(commands: Any) -> None:
         metavar="K/N",
         help="make the rows K, K + N, … alone, as one of N processes; default: RANK and WORLD_SIZE, where they are set",
     )
+    batch.add_argument(
+        "--server",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="URL",
+        help="run on these ComfyUIs, one row at a time on each, instead of in this process",
+    )
+    batch.add_argument(
+        "--workers",
+        type=_count_of_workers,
+        metavar="N",
+        help="run in so many processes of Ray's (pip install 'cascade-nodes[cluster]'); default: one for each GPU",
+    )
+    batch.add_argument(
+        "--gpus-per-worker",
+        type=_gpus,
+        metavar="G",
+        help="GPUs of each worker, or a part of one; default: 1, else 0",
+    )
+    batch.add_argument(
+        "--address",
+        metavar="auto|HOST:PORT",
+        help="join this Ray cluster, whose members may run code here (see SECURITY.md); default: this machine alone",
+    )
     batch.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     batch.set_defaults(command=run_batch)
 
@@ -98,6 +128,36 @@ def _shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _count_of_workers(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,4}", text):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of processes, such as 2")
+    return int(text)
+
+
+def _gpus(text: str) -> float:
+    """GPUs of a worker: 0, a part of one, or a whole number, as Ray takes them."""
+    match = re.fullmatch(r"\d{1,3}(\.\d{1,3})?", text)
+    gpus = float(text) if match else -1.0
+    if gpus < 0 or (gpus > 1 and not gpus.is_integer()):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of GPUs, such as 1, or 0.5 of one")
+    return gpus
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises CascadeError for options of which one would be without effect."""
+    on_ray = options.workers is not None or options.address is not None
+    if options.server and on_ray:
+        raise CascadeError(
+            "--server runs on ComfyUIs, and --workers and --address on Ray; give one or the other."
+        )
+    if options.server and options.memory:
+        raise CascadeError(
+            "--memory is this program's; start the ComfyUIs of --server with their own options."
+        )
+    if options.gpus_per_worker is not None and not on_ray:
+        raise CascadeError("--gpus-per-worker is for --workers; say how many of them.")
+
+
 def run_batch(options: argparse.Namespace) -> int:
     """Runs a batch. Returns the exit status."""
     from ..saving import check_folder
@@ -106,8 +166,10 @@ def run_batch(options: argparse.Namespace) -> int:
     from .progress import BatchProgress, listed
     from .sheet import draw_sheets
 
+    _check_options(options)
     rows, sheets = _rows(options)
-    shard = options.shard or launched_shard(os.environ)
+    in_one_process = not options.server and options.workers is None and options.address is None
+    shard = options.shard or (launched_shard(os.environ) if in_one_process else None)
     if shard is not None:
         rows = rows[shard[0] - 1 :: shard[1]]
     check_folder(options.output)
@@ -137,7 +199,9 @@ def _rows(options: argparse.Namespace) -> tuple[list[Row], list[Sheet]]:
 
     axes = [read_axis(text) for text in options.grid]
     if options.rows is None and not axes:
-        raise CascadeError("There are no rows; give a table (.jsonl or .csv) or --grid NODE.INPUT=a,b,c.")
+        raise CascadeError(
+            "There are no rows; give a table (.jsonl, .csv or .parquet) or --grid NODE.INPUT=a,b,c."
+        )
     rows = [Row("grid")] if options.rows is None else read_rows(options.rows)
     return grid_rows(rows, axes) if axes else (rows, [])
 
@@ -161,18 +225,63 @@ def launched_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
 def _work(
     options: argparse.Namespace, rows: list[Row], journal: Journal, progress: BatchProgress, stack: ExitStack
 ) -> Summary:
-    from ..folders import Folders
-    from ..registry import available_nodes, describe
-    from ..sources import read_source
-    from .driver import Driver
-    from .plan import checking, make_plan, remembering
-    from .work import GraphWorker, LocalCrew
+    from .driver import Driver, Summary
 
+    place = _on_servers(options, progress) if options.server else _here(options, progress)
+    plan = place.plan(rows, options.assignments, journal)
+    for name, error in plan.faults:
+        journal.fail(name, error)
+        progress.notify(f"{name}: {error}")
+    if plan.done:
+        progress.notify(f"{len(plan.done)} of {len(rows)} rows are there already.")
+    summary = Summary()
+    if plan.jobs:
+        crew = place.crew()
+        stack.callback(crew.close)
+        summary = Driver(plan.jobs, crew, journal, progress).run(progress.signals)
+    summary.failed[:0] = plan.faults
+    return summary
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where graphs run: how rows are made jobs there, and who works on them."""
+
+    plan: Callable[[list[Row], list[str], Journal], Plan]
+    crew: Callable[[], Crew]
+
+
+def _on_servers(options: argparse.Namespace, progress: BatchProgress) -> _Place:
+    from ..client import Server
+    from ..sources import read_source
+    from .plan import make_plan, remembering
+    from .servers import ServersCrew
+
+    servers = [Server(url) for url in dict.fromkeys(options.server)]
+    for server in servers:
+        server.get("/queue")  # one that does not answer is found now
+    inputs_of = remembering(servers[0].inputs_of)
+    graph = read_source(options.graph, inputs_of).graph
+
+    def plan(rows: list[Row], assignments: list[str], journal: Journal) -> Plan:
+        return make_plan(graph, rows, assignments, inputs_of, journal)
+
+    return _Place(plan, lambda: ServersCrew(servers, progress.notify))
+
+
+def _here(options: argparse.Namespace, progress: BatchProgress) -> _Place:
+    """In this process, or in Ray's workers."""
     if options.memory is not None:
         from ...cascade_core.placement import parse_bytes
 
         parse_bytes(options.memory)
     _choose_card(os.environ)
+    from ..folders import Folders
+    from ..registry import available_nodes, describe
+    from ..sources import read_source
+    from .plan import checking, make_plan, remembering
+    from .work import GraphWorker, LocalCrew
+
     classes = available_nodes()
 
     @remembering
@@ -181,18 +290,21 @@ def _work(
 
     graph = read_source(options.graph, inputs_of).graph
     folder = options.graph.parent
-    check = checking(Folders(options.input, options.output, folder))
-    plan = make_plan(graph, rows, options.assignments, inputs_of, journal, check)
-    for name, error in plan.faults:
-        journal.fail(name, error)
-        progress.notify(f"{name}: {error}")
-    if plan.done:
-        progress.notify(f"{len(plan.done)} of {len(rows)} rows are there already.")
-    crew = LocalCrew(GraphWorker(options.input, folder, options.memory, progress))
-    stack.callback(crew.close)
-    summary = Driver(plan.jobs, crew, journal, progress).run(progress.signals)
-    summary.failed[:0] = plan.faults
-    return summary
+    # On a cluster the models and pictures lie on its machines, and perhaps not here.
+    check = checking(Folders(options.input, options.output, folder)) if options.address is None else None
+
+    def plan(rows: list[Row], assignments: list[str], journal: Journal) -> Plan:
+        return make_plan(graph, rows, assignments, inputs_of, journal, check)
+
+    def crew() -> Crew:
+        if options.workers is None and options.address is None:
+            return LocalCrew(GraphWorker(options.input, folder, options.memory, progress))
+        from .on_ray import RayCrew
+
+        arguments = (options.input.resolve(), folder.resolve(), options.memory)
+        return RayCrew(options.workers, options.gpus_per_worker, options.address, arguments, progress.notify)
+
+    return _Place(plan, crew)
 
 
 def _choose_card(environment: MutableMapping[str, str]) -> None:
@@ -216,6 +328,8 @@ def _tell(summary: Summary, total: int, progress: BatchProgress) -> None:
     if summary.left:
         parts.append(f"{len(summary.left)} left, with which the same command goes on")
     progress.notify(", ".join(parts) + ".")
+    if summary.ended_by:
+        progress.notify(f"error: {summary.ended_by}")
     for name, error in summary.failed[:_MOST_FAILURES]:
         progress.notify(f"error: {printable(name)}: {error}")
     if len(summary.failed) > _MOST_FAILURES:

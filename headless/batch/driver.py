@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ...cascade_core.errors import CascadeError
 from .journal import Journal
 from .progress import BatchProgress
-from .work import Crew, Job, Outcome, sentence_of
+from .work import Crew, CrewLostError, Job, Outcome, sentence_of
 
 TRIES = 3  # of a row whose worker is gone: perhaps it is the row that ends workers
 _LOOK = 1.0  # seconds between two looks at signals
@@ -17,11 +17,15 @@ _LOOK = 1.0  # seconds between two looks at signals
 
 @dataclass
 class Summary:
-    """Names of rows that were made, (name, sentence) of those that could not be, and those that are left."""
+    """Names of rows that were made, (name, sentence) of those that could not be, and those that are left.
+
+    ended_by: why nobody is left to work on these.
+    """
 
     made: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    ended_by: str | None = None
 
 
 class Driver:
@@ -47,6 +51,8 @@ class Driver:
                 for outcome in self.crew.ended(_LOOK):
                     self._take(outcome)
                 self.progress.say_stopping()
+        except CrewLostError as error:
+            self.summary.ended_by = str(error)
         finally:
             self.summary.left = [*self.under_way, *(job.name for job in self.queue)]
         return self.summary

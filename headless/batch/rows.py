@@ -1,4 +1,4 @@
-"""Rows of a batch: JSON lines or CSV, and every combination of a grid's values."""
+"""Rows of a batch: JSON lines, CSV or Parquet, and every combination of a grid's values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from ...cascade_core.errors import CascadeError, excerpt, printable, quoted
 from ...cascade_core.file_names import LONGEST_NAME, name_fault, path_fault
@@ -19,7 +20,8 @@ from ..seeds import SEED_INPUTS
 
 NAME = "name"  # the column that names a row's pictures
 _LONGEST_LABEL = 40  # characters of a value in a name
-_MOST_ROWS = 1_000_000  # of a grid: each further list multiplies them
+_MOST_ROWS = 1_000_000  # of a grid, whose lists multiply each other, and of a table that is packed
+_LARGEST_TABLE = 2**30  # bytes, unpacked
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,11 @@ class Sheet:
 def read_rows(path: Path) -> list[Row]:
     """Reads a table. A row without a name is called by its number, one that cannot be read is a fault of its own."""
     name = printable(str(path))
-    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv": _csv}
-    reader = readers.get(path.suffix.lower())
+    reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise CascadeError(f"{name} is not a table by its name; give a .jsonl or a .csv file.")
+        raise CascadeError(f"{name} is not a table by its name; give a .jsonl, a .csv or a .parquet file.")
     try:
-        with open_regular(path) as file:
-            encoding = encoding_of(file.read(3))
-        with path.open(encoding=encoding, newline="") as text:
-            rows = [_row(number, cells) for number, cells in enumerate(reader(name, text), 1)]
+        rows = [_row(number, cells) for number, cells in enumerate(reader(path, name), 1)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise CascadeError(f"{name} cannot be read as a table: {excerpt(str(error))}.") from error
     except OSError as error:
@@ -69,8 +67,21 @@ def read_rows(path: Path) -> list[Row]:
     return _distinct(rows)
 
 
-def _json_lines(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    with open_regular(path) as file:
+        encoding = encoding_of(file.read(3))
+    with path.open(encoding=encoding, newline="") as text:
+        yield text
+
+
+def _json_lines(path: Path, name: str) -> Iterator[dict[str, Any] | str]:
     """Yields each line's object, or why it is none; empty lines are passed over."""
+    with _opened(path) as lines:
+        yield from _objects(name, lines)
+
+
+def _objects(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -85,16 +96,18 @@ def _json_lines(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | st
             yield f"line {number} of {name} is {quoted(value)}, but an object of values by NODE.INPUT was expected."
 
 
-def _csv(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
+def _csv(path: Path, name: str) -> Iterator[dict[str, Any] | str]:
     """Yields each line's cells by column. Spreadsheets separate by commas, semicolons or tabs."""
-    lines = iter(lines)
+    with _opened(path) as lines:
+        yield from _cells(name, lines)
+
+
+def _cells(name: str, lines: Iterator[str]) -> Iterator[dict[str, Any] | str]:
     header = next(lines, "")
     separator = max(",;\t", key=header.count)
     table = csv.reader(itertools.chain([header], lines), delimiter=separator)
     columns = [column.strip() for column in next(table, [])]
-    for column in columns:
-        if column not in (NAME, *SEED_INPUTS) and not is_target(column):
-            raise CascadeError(f"The column {quoted(column)} of {name} is not NODE.INPUT, {NAME} or seed.")
+    _check_columns(columns, name)
     if len(set(columns)) < len(columns):
         raise CascadeError(
             f"{name} has two columns of one name; its columns: {excerpt(', '.join(columns), 500)}."
@@ -106,6 +119,40 @@ def _csv(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
             yield f"line {table.line_num} of {name} has {len(cells)} cells for {len(columns)} columns."
             continue
         yield {column: cell for column, cell in zip(columns, cells, strict=False) if cell != ""}
+
+
+def _parquet(path: Path, name: str) -> Iterator[dict[str, Any] | str]:
+    """Yields each row's values by column."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise CascadeError(
+            f"{name} needs pyarrow, which is not installed: pip install 'cascade-nodes[parquet]'."
+        ) from error
+    try:
+        with open_regular(path) as source, ParquetFile(source) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            unpacked = sum(group.total_byte_size for group in groups)
+            if file.metadata.num_rows > _MOST_ROWS or unpacked > _LARGEST_TABLE:
+                raise CascadeError(
+                    f"{name} holds {file.metadata.num_rows:,} rows of {unpacked:,} bytes, but {_MOST_ROWS:,} of "
+                    f"{_LARGEST_TABLE:,} are the most; cut it into several."
+                )
+            _check_columns(file.schema_arrow.names, name)
+            for batch in file.iter_batches(1000):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise CascadeError(f"{name} cannot be read as a table: {excerpt(str(error))}.") from error
+
+
+def _check_columns(columns: Iterable[str], name: str) -> None:
+    for column in columns:
+        if column not in (NAME, *SEED_INPUTS) and not is_target(column):
+            raise CascadeError(f"The column {quoted(column)} of {name} is not NODE.INPUT, {NAME} or seed.")
+
+
+_READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
 
 
 def _row(number: int, cells: dict[str, Any] | str) -> Row:

@@ -46,6 +46,10 @@ class Outcome:
     worker: str = ""
 
 
+class CrewLostError(CascadeError):
+    """Nobody is left to work on a batch."""
+
+
 class Crew(Protocol):
     """Those who work on a batch, each on one job at a time."""
 
@@ -58,7 +62,7 @@ class Crew(Protocol):
         ...
 
     def ended(self, seconds: float) -> list[Outcome]:
-        """Waits for at least one job's end, at most so long. Raises CascadeError when nobody is left to work."""
+        """Waits for at least one job's end, at most so long. Raises CrewLostError when nobody is left."""
         ...
 
     def close(self) -> None:
@@ -141,7 +145,7 @@ class LocalCrew:
         outcome = self.worker.make(self.job)
         self.job = None
         if outcome.lost:
-            raise CascadeError(f"{outcome.name}: {outcome.error} The same command goes on in a new process.")
+            raise CrewLostError(f"{outcome.name}: {outcome.error} The same command goes on in a new process.")
         return [outcome]
 
     def close(self) -> None:

@@ -5,8 +5,10 @@ import os
 import signal
 from pathlib import Path
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from cascade_nodes.headless import run_graph
 from cascade_nodes.headless.batch.work import GraphWorker, Job
@@ -83,6 +85,21 @@ def test_a_csv_of_any_spreadsheet(separator, folder):
     assert [Image.open(f"made/{name}.png").width for name in "ab"] == [16, 24]
 
 
+def test_parquet(folder, capsys):
+    """Whole numbers beside missing ones are fractions there; what is not JSON's costs a row."""
+    columns = {"name": ["a", "b"], "1.color": [255.0, None], "1.width": [16, 24]}
+    parquet.write_table(pyarrow.table(columns), "rows.parquet")
+    assert main(["batch", "graph.json", "rows.parquet", "--output", "made"]) == 0
+    assert colours() == {"a.png": BLUE, "b.png": (0, 0, 0)}
+    parquet.write_table(pyarrow.table({"1.width": [b"16"]}), "bytes.parquet")
+    assert main(["batch", "graph.json", "bytes.parquet", "--output", "made"]) == 1
+    assert "holds b'16', which is not a value that JSON has." in capsys.readouterr().err
+    for content in (b"", b"PAR1", Path("rows.parquet").read_bytes()[:-20]):
+        Path("rows.parquet").write_bytes(content)
+        assert main(["batch", "graph.json", "rows.parquet", "--output", "made"]) == 1
+        assert "error: rows.parquet cannot be read as a table: " in capsys.readouterr().err
+
+
 def test_a_picture_is_the_one_that_a_run_makes(folder):
     table({"name": "one", "1.color": 0xFF0000})
     assert batch() == 0
@@ -126,11 +143,11 @@ def test_a_row_that_cannot_be_done_stops_nothing(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["rows.txt"], "rows.txt is not a table by its name; give a .jsonl or a .csv file."),
+        (["rows.txt"], "rows.txt is not a table by its name; give a .jsonl, a .csv or a .parquet file."),
         (["no.csv"], "Cannot read the table no.csv: No such file or directory."),
         (["prompt.csv"], "The column 'prompt' of prompt.csv is not NODE.INPUT, name or seed."),
         (["twice.csv"], "twice.csv has two columns of one name; its columns: seed, seed."),
-        ([], "There are no rows; give a table (.jsonl or .csv) or --grid NODE.INPUT=a,b,c."),
+        ([], "There are no rows; give a table (.jsonl, .csv or .parquet) or --grid NODE.INPUT=a,b,c."),
         (["--grid", "cfg=1,2"], "--grid 'cfg=1,2' is not NODE.INPUT=a,b,c, such as 3.cfg=2,4,6."),
         (["--grid", "1.color=1,1"], "--grid '1.color=1,1' names a value twice."),
         (

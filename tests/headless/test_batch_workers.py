@@ -1,0 +1,240 @@
+"""`cascade batch` on ComfyUI servers and on Ray: what is lost with a worker, a server or a machine is made again."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cascade_nodes.headless.batch import on_ray
+from cascade_nodes.headless.signals import REPEATED
+from cascade_nodes.tests.headless.comfyui_server import ComfyUI
+from cascade_nodes.tests.headless.command import errors_of, start
+from cascade_nodes.tests.headless.test_batch import batch, colours, folder, lines, table
+
+__all__ = ["folder"]  # the fixture
+
+ROWS = [
+    {"name": f"r{number:02}", "1.color": number, "1.width": 1000, "1.height": 1000} for number in range(40)
+]
+NAMES = [row["name"] for row in ROWS]
+
+
+@pytest.fixture
+def servers(folder) -> Iterator[list[ComfyUI]]:
+    started = [ComfyUI(folder / f"server{number}") for number in (1, 2)]
+    yield started
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def test_servers_share_the_rows(folder, servers):
+    table(*({"name": f"r{number}", "1.color": number, "1.batch_size": 2} for number in range(5)))
+    urls = [server.url for server in servers]
+    assert batch("--server", *urls) == 0
+    assert {line["worker"] for line in lines()} == set(urls)
+    assert sorted(line["name"] for line in lines()) == [f"r{number}" for number in range(5)]
+    assert colours() == {f"r{number}_{one}.png": (0, 0, number) for number in range(5) for one in (1, 2)}
+    assert batch("--server", *urls) == 0
+    assert len(lines()) == 5
+
+
+def test_a_row_that_a_server_refuses(folder, servers, capsys):
+    table({"name": "a"}, {"name": "b", "1.width": 0}, {"name": "c", "1.width": "wide"})
+    assert batch("--server", servers[0].url) == 1
+    assert list(colours()) == ["a.png"]
+    said = capsys.readouterr().err
+    assert "error: b: Node 1 (EmptyImage): input 'width' is 0, but it must be between 1 and 16384." in said
+    assert (
+        "error: c: Node 1 (EmptyImage): input 'width' is 'wide', but it takes a whole number (INT)." in said
+    )
+
+
+def test_the_row_of_a_lost_server_goes_to_another(folder, servers, capsys):
+    """It has the row, and never looks at it."""
+    lost, other = servers
+    lost.patience = 10**9
+    other.patience = 1
+    table(*({"name": f"r{number}", "1.color": number} for number in range(5)))
+    execute = other._execute
+
+    def execute_and_lose(validation):
+        if lost.pending:
+            lost.pending.clear()  # as one that was restarted
+        return execute(validation)
+
+    other._execute = execute_and_lose
+    assert batch("--server", lost.url, other.url) == 0
+    assert {line["worker"] for line in lines()} == {other.url}
+    assert sorted(colours()) == [f"r{number}.png" for number in range(5)]
+    assert f"{lost.url} lost the graph: it was taken off the queue, or it restarted. It is done again." in (
+        capsys.readouterr().err
+    )
+
+
+def test_ctrl_c_twice_takes_the_row_off_the_server(folder, servers):
+    (server, _) = servers
+    server.patience = 10**9
+    table({"name": "a"}, {"name": "b"})
+    with batch_process(folder, "--server", server.url) as process:
+        wait_for(lambda: server.pending, process)
+        process.send_signal(signal.SIGINT)
+        said = ""
+        while "once more drops" not in said:
+            said += errors_of(process).readline()
+        time.sleep(REPEATED + 0.1)  # sooner it would be the same one
+        process.send_signal(signal.SIGINT)
+        said += errors_of(process).read()
+    assert process.returncode == 130
+    assert "Stopping after a; once more drops what is under way." in said
+    assert "Dropped a; the same command makes what is missing." in said
+    assert [path for path, _ in server.posts] == ["/prompt", "/queue", "/interrupt"]
+    assert colours() == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--server", "127.0.0.1:9", "--workers", "2"],
+            "--server runs on ComfyUIs, and --workers and --address on Ray",
+        ),
+        (["--server", "127.0.0.1:9", "--memory", "4GB"], "--memory is this program's; start the ComfyUIs"),
+        (["--server", "127.0.0.1:9"], "No ComfyUI answers at http://127.0.0.1:9"),
+        (["--gpus-per-worker", "1"], "--gpus-per-worker is for --workers; say how many of them."),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, sentence, folder, capsys):
+    table({"name": "a"})
+    assert batch(*arguments) == 1
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--workers", "0"], ["--workers", "two"], ["--gpus-per-worker", "1.5"], ["--gpus-per-worker", "-1"]],
+)
+def test_numbers_that_there_are_not(arguments, folder, capsys):
+    with pytest.raises(SystemExit):
+        batch(*arguments)
+    assert "is not a number of " in capsys.readouterr().err
+
+
+def test_the_row_of_a_killed_worker_is_made_again(folder):
+    """And all that listens on the way is on loopback."""
+    table(*ROWS)
+    with batch_process(folder, "--workers", "2") as process:
+        first = next(wait_for(workers, process))
+        os.kill(first, signal.SIGSTOP)  # with a row, which it cannot finish
+        addresses = {address for one in family(process) for address in listening(one)}
+        assert addresses == {"127.0.0.1"}
+        wait_for(lambda: len(made()) == len(ROWS) - 1, process)
+        os.kill(first, signal.SIGKILL)
+        said = errors_of(process).read()
+        assert process.wait() == 0, said
+    check_all_made(said)
+    assert len(set(workers())) > 1
+
+
+@pytest.mark.nightly
+def test_the_rows_of_a_lost_machine_are_made_again(folder, monkeypatch):
+    """Of two machines, each with a worker."""
+    environment = dict(os.environ)
+    on_ray.prepare(environment, alone=True)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    from ray.cluster_utils import Cluster
+
+    table(*ROWS)
+    head = {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        (raylet,) = lost.all_processes["raylet"]
+
+        def is_lost(worker: int) -> bool:
+            return psutil.Process(worker).ppid() == raylet.process.pid
+
+        options = ["--workers", "2", "--address", cluster.address]
+        with batch_process(folder, *options) as process:
+            first = next(wait_for(workers, process))
+            os.kill(first, signal.SIGSTOP)
+            if not is_lost(first):  # then it waits for the other one
+                second = next(wait_for(lambda: (worker for worker in workers() if worker != first), process))
+                os.kill(second, signal.SIGSTOP)
+                os.kill(first, signal.SIGCONT)
+                assert is_lost(second)
+            wait_for(lambda: len(made()) == len(ROWS) - 1, process)
+            cluster.remove_node(lost, allow_graceful=False)
+            said = errors_of(process).read()
+            assert process.wait() == 0, said
+        check_all_made(said)
+    finally:
+        cluster.shutdown()
+
+
+def check_all_made(said: str) -> None:
+    """All rows once, and no other picture."""
+    assert sorted(made()) == NAMES
+    assert colours() == {f"{row['name']}.png": (0, 0, row["1.color"]) for row in ROWS}
+    assert "It is done again." in said
+    assert said.splitlines()[-1] == f"{len(ROWS)} of {len(ROWS)} rows made."
+
+
+def made() -> list[str]:
+    return [line["name"] for line in whole_lines()]
+
+
+def workers() -> Iterator[int]:
+    """Processes that made rows, in the order of these."""
+    return iter([int(line["worker"].rpartition(":")[2]) for line in whole_lines()])
+
+
+def whole_lines() -> list[dict]:
+    path = Path("made/batch.jsonl")
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def wait_for(condition: Callable, process: subprocess.Popen[str]):
+    """What a condition gives once it holds; of an iterator, that it has something."""
+    while True:
+        assert process.poll() is None, errors_of(process).read()
+        value = condition()
+        if isinstance(value, Iterator):
+            value = list(value)
+            if value:
+                return iter(value)
+        elif value:
+            return value
+        time.sleep(0.01)
+
+
+@contextmanager
+def batch_process(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """The command as a process; what of it and its workers still runs at the end is killed."""
+    process = start("batch", "graph.json", "rows.jsonl", "--output", "made", *options, cwd=folder)
+    with process:
+        try:
+            yield process
+        finally:
+            for one in family(process) if process.poll() is None else ():
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def listening(process: psutil.Process) -> list[str]:
+    connections = process.net_connections(kind="tcp")
+    return [one.laddr.ip.removeprefix("::ffff:") for one in connections if one.status == psutil.CONN_LISTEN]
