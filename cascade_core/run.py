@@ -110,12 +110,14 @@ class SamplingResult:
     seconds     for all steps, without loading
     peak_bytes  of the device's memory, within the run; 0 where the device does not measure that, such as the CPU
     device      its name
+    notices     sentences about what a host did otherwise than its settings say
     """
 
     latent: Tensor
     seconds: float
     peak_bytes: int
     device: str
+    notices: tuple[str, ...] = ()
 
 
 class Stopwatch:

@@ -251,4 +251,5 @@ def run_sampler(
         "peak_bytes": result.peak_bytes,
         "device": result.device,
     }
-    return io.NodeOutput({**latent, "samples": result.latent}, ui={"cascade_run": [took]})
+    ui = {"cascade_run": [took], **({"text": list(result.notices)} if result.notices else {})}
+    return io.NodeOutput({**latent, "samples": result.latent}, ui=ui)

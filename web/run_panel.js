@@ -1,6 +1,7 @@
-/** What a sampler's last run took: time for each step, and on a card the most memory. */
+/** What a sampler's last run took: time for each step, on a card the most memory, and what the node has to say about it. */
 
 import { addPanel, after, element } from "./panel.js";
+import { addTextPanel } from "./text_panel.js";
 import { say } from "./words.js";
 
 const HEIGHT = 36;
@@ -27,7 +28,13 @@ export function addRunPanel(node) {
   content.style.display = "contents";
   addPanel(node, "cascade_run", content, HEIGHT);
 
+  let notices = null; // there only once a run had some
   after(node, "onExecuted", (output) => {
+    if (output?.text?.length && !notices) {
+      notices = addTextPanel(node);
+      node.setSize?.([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+    }
+    notices?.(output?.text ?? []);
     const run = output?.cascade_run?.[0];
     if (!run) return;
     const { steps, seconds, peak_bytes, device } = run;

@@ -24,7 +24,7 @@ from .lru import LRU
 from .operations import Operations
 from .shapes import Conditions, ShapeCache
 from .unet import BoundUNet
-from .weights import WeightSnapshot
+from .weights import OwnModules, WeightSnapshot
 
 SHAPES = 4  # that are cached, on CUDA with their graphs
 TABLES = 64  # noise conditions whose scales and shifts are cached: 1 MB each for Stage C 3.6 B
@@ -36,7 +36,8 @@ class Engine(WeightConsumer):
     Made once per network. It follows the network where its weights are changed or moved; where placement streams them,
     it runs each block while its weights are available, without graphs. Where a kernel fails it goes on without them
     (fallback.py). It calls the network itself for convolutions other than 3 × 3, noise conditions that differ within
-    the batch, and weights on another device than x, in another dtype, or changed as they are used.
+    the batch, modules that somebody replaced, and weights on another device than x, in another dtype, or changed as
+    they are used.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Engine(WeightConsumer):
         self._bound: BoundUNet | None = None
         self._bound_way: Way = self.precision
         self._weights = WeightSnapshot(network)
+        self._modules = OwnModules(network)
         self._tables: LRU[Tensor] = LRU(TABLES)
         self._shapes: LRU[ShapeCache] = LRU(SHAPES)
         self._graph_memory = GraphMemory()
+        self.replaced: str | None = None  # a module that was not the network's own at the last call
         self._patched = 0  # the placement's version that all this was made from
 
     def parameters(self) -> Any:
@@ -99,7 +102,8 @@ class Engine(WeightConsumer):
         extra = {name: value for name, value in (("sca", sca), ("crp", crp)) if value is not None}
         noise = _scalars({"r": r, **extra})
         stream = self._follow_weights()
-        readable = self._weights.readable(x, stream)
+        self.replaced = self._modules.replaced()
+        readable = self.replaced is None and self._weights.readable(x, stream)
         if noise is None or self.config.kernel_size != 3 or not readable:
             extra = {**extra, **({} if control is None else {"control": control})}
             return self.network(x, r.to(x.device), **conditions, **extra)

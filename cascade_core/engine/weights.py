@@ -6,6 +6,7 @@ Checked before every forward, for thousands of parameters and modules: so everyt
 from __future__ import annotations
 
 import weakref
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -91,6 +92,41 @@ class WeightSnapshot:
         return plain and not any(
             getattr(m, "comfy_cast_weights", False) or getattr(m, "weight_function", None) for m in self._cast
         )
+
+
+class OwnModules:
+    """A network's blocks and layers as they were made, to see whether somebody replaced one, or its forward."""
+
+    def __init__(self, network: nn.Module):
+        modules = list(network.named_modules())
+        # The dicts stay the same objects here too. A forward of a block's own is found before its class's; that of the
+        # network itself is called where the engine is not.
+        self._modules = modules[1:]
+        self._attributes = [m.__dict__ for _, m in self._modules]
+        self._dicts = [m._modules for _, m in modules for _ in m._modules]
+        self._names = [name for _, m in modules for name in m._modules]
+        self._own = [child for _, m in modules for child in m._modules.values()]
+        self._paths = [f"{path}.{name}".lstrip(".") for path, m in modules for name in m._modules]
+
+    def replaced(self) -> str | None:
+        """Name of the first that is not the network's own."""
+        children = list(map(dict.get, self._dicts, self._names))
+        if not all(map(is_, children, self._own)):
+            same = map(is_, children, self._own)
+            return next(path for path, same in zip(self._paths, same, strict=True) if not same)
+        if any(map(dict.__contains__, self._attributes, repeat("forward"))):
+            return next((path for path, module in self._modules if _forward_replaced(module)), None)
+        return None
+
+
+def _forward_replaced(module: nn.Module) -> bool:
+    """Whether a module has another forward than its class's, which hosts give back as an attribute."""
+    forward = module.__dict__.get("forward")
+    own = (module, type(module).forward)
+    return (
+        forward is not None
+        and (getattr(forward, "__self__", None), getattr(forward, "__func__", None)) != own
+    )
 
 
 def _addresses(parameters: list) -> list[int]:

@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
 from ....cascade_core import checkpoints
@@ -30,6 +31,7 @@ from .conditions import lasting, new_schedule
 from .eight_bits import EightBitWeights
 from .hosted import Hosted, WholeLayers
 from .patcher import CascadePatcher
+from .patches import ATTENTION, NOTICES, Notices, OverriddenAttention, origin, without_effect
 from .progress import notify
 from .residence import Residence
 from .weights import remember_file
@@ -58,6 +60,10 @@ class HostedNetwork(Hosted):
         self.engine = Engine(network, notify=notify)
         self.residence: Residence | None = None
         self.forward_bytes: deque[int] = deque(maxlen=2)  # that the host asked for: one prompt's, and both
+        self._told: tuple[Any, Notices] = (
+            None,
+            Notices(),
+        )  # of the host's samplers: a run's sigmas, and what was told
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Drops the engine's derived weights where the host moves the network as a whole."""
@@ -74,6 +80,22 @@ class HostedNetwork(Hosted):
         **conditions: Any,
     ) -> Tensor:
         """`conditions` are what `extra_conds` below returned; `context` stays empty, as in the host's own."""
+        options = transformer_options or {}
+        for sentence in without_effect(options, self.words):
+            self._notices(options).add(sentence)
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        run = WrapperExecutor.new_class_executor(self._forward, self, wrappers).execute
+        return run(x, r, context, control, options, **conditions)
+
+    def _forward(
+        self,
+        x: Tensor,
+        r: Tensor,
+        context: Tensor | None,
+        control: dict | None,
+        transformer_options: dict,
+        **conditions: Any,
+    ) -> Tensor:
         if isinstance(self.network, StageC):
             if control is not None:
                 # The host's list is popped from its end, block after block.
@@ -84,22 +106,52 @@ class HostedNetwork(Hosted):
                 scale_residual_stream(self.network, scale)
         side = self.network.config.patch_size
         return in_whole_patches(
-            lambda patches: self._predict(patches, r, transformer_options or {}, conditions), x, side
+            lambda patches: self._predict(patches, r, transformer_options, conditions), x, side
         )
 
     def _predict(self, x: Tensor, r: Tensor, options: dict, conditions: dict[str, Any]) -> Tensor:
         if self.residence is not None and self.residence.device.device == x.device:
             self.residence.open()
+        if ATTENTION in options:
+            self._without_engine(
+                options, f"Attention was replaced on the MODEL by {origin(options[ATTENTION])}"
+            )
+            with OverriddenAttention(options):
+                return self.network(x, r, **conditions)
         if not options.get(ENGINE, True):
             return self.network(x, r, **conditions)
         # Another thread may run a copy on another device at the same time, and only one may capture.
         self.engine.graphs = GRAPHS and "multigpu_thread_device" not in options
         sigma, noise = options.get(NOISE, (None, 0.0))
-        if sigma is not None and sigma is options.get("sigmas"):
+        if sigma is not None and sigma is options.get("sigmas") and not options.get("wrappers"):
             r = torch.full((len(r),), noise)
         # What is compiled would be slower, and would be compiled anew whenever weights move.
         engine: Any = torch.compiler.disable(self.engine) if torch.compiler.is_compiling() else self.engine
-        return engine(x, r, **conditions)
+        out = engine(x, r, **conditions)
+        if self.engine.replaced is not None:
+            self._without_engine(
+                options, f"{self.engine.replaced} of the network was replaced by another node"
+            )
+        return out
+
+    @property
+    def words(self) -> str:
+        return "Stage C" if isinstance(self.network, StageC) else "Stage B"
+
+    def _without_engine(self, options: dict, reason: str) -> None:
+        if options.get(ENGINE, True):
+            self._notices(options).add(
+                f"{reason}, which plain PyTorch alone follows: this run is without the engine."
+            )
+
+    def _notices(self, options: dict) -> Notices:
+        """Of the run of a sampler of ours; of the host's samplers, whose nodes show what they are told meanwhile."""
+        if NOTICES in options:
+            return options[NOTICES]
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None or sigmas is not self._told[0]:
+            self._told = sigmas, Notices(notify)
+        return self._told[1]
 
 
 class PlacedModel:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ....cascade_core.accelerators import is_nvidia
 from .eight_bits import FloatState
+from .patches import NOTICES, foreign_schedule, unread_by_network
+from .progress import notify
 from .residence import Residence, card_loader
 from .weight_patches import PREFIX, PatchedWeight
 
@@ -282,6 +284,11 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
     def pre_run(self):
         self._free_bytes = None
         super().pre_run()
+        if NOTICES not in self.model_options["transformer_options"]:  # a sampler of the host's
+            for sentence in foreign_schedule(self):
+                notify(f"{sentence}, so that no picture can come of it: take it out of the graph.")
+            for sentence in unread_by_network(self, self.model.hosted.words):
+                notify(sentence)
 
     def cleanup(self):
         if self.model.residence is not None:

@@ -6,8 +6,9 @@ samplers work with a·x0 + b·epsilon and predict epsilon.
 """
 
 import copy
+from collections import UserDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -15,46 +16,120 @@ import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ....cascade_core.checkpoints import KIND_NAMES
 from ....cascade_core.diffusion.guidance import guide
 from ....cascade_core.diffusion.samplers import SamplerStep
-from ....cascade_core.diffusion.schedule import alpha_sigma, per_image
+from ....cascade_core.diffusion.schedule import alpha_sigma, log_snr, per_image
+from ....cascade_core.errors import CascadeError
 from ....cascade_core.run import SamplingResult, SamplingRun, Stopwatch
 from ....cascade_core.run import sample as sample_run
 from ..run import SamplingRequest
 from .conditions import keep_on_device, new_schedule
-from .model import ENGINE, NOISE
+from .model import ENGINE, NOISE, HostedNetwork
+from .patches import (
+    NOTICES,
+    Notices,
+    called_for_each_tile,
+    failure,
+    foreign_schedule,
+    native_without_effect,
+    origin,
+    unread_by_host,
+    unread_by_network,
+    without_effect,
+)
 from .progress import step_callback
 from .tiling import in_tiles
 
+NOISELESS = 60.0  # a log-SNR at which float32 shows no noise
+
 
 class CascadeGuider(comfy.samplers.CFGGuider):
-    """The host's guider with the published guidance, which brings the contrast back per image."""
+    """The host's guider with the published guidance, unless the MODEL carries another."""
 
-    def __init__(self, patcher: Any, cfg: float, cfg_rescale: float):
+    def __init__(self, patcher: Any, cfg: float, cfg_rescale: float, notices: Notices):
         super().__init__(patcher)
         self.set_cfg(cfg)
-        self.cfg_rescale = cfg_rescale
+        self.guidance = RescaledGuidance(cfg_rescale)
+        self.notices = notices
 
     def predict_noise(self, x, timestep, model_options=None, seed=None) -> Tensor:
-        options = {**(model_options or {}), "sampler_cfg_function": rescaled(self.cfg_rescale)}
+        options = {"sampler_cfg_function": self.guidance, **(model_options or {})}
+        guidance, rescale = options["sampler_cfg_function"], self.guidance.cfg_rescale
+        if guidance != self.guidance and (rescale != 0 or isinstance(guidance, RescaledGuidance)):
+            self._not_used(guidance)
+        elif rescale != 0 and "sampler_post_cfg_function" in options:
+            options["sampler_post_cfg_function"] = list(
+                map(self._watched, options["sampler_post_cfg_function"])
+            )
         negative, positive = self.conds.get("negative"), self.conds.get("positive")
         return comfy.samplers.sampling_function(
             self.inner_model, x, timestep, negative, positive, self.cfg, model_options=options, seed=seed
         )
 
+    def _watched(self, after_guidance: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """The same function, of which is told if it makes its own guidance of the two predictions."""
 
-def rescaled(cfg_rescale: float) -> Callable[[dict[str, Any]], Tensor]:
-    """Our guidance as the host's `sampler_cfg_function`."""
+        def call(values: dict[str, Any]) -> Tensor:
+            watched = WatchedDict(values)
+            result = after_guidance(watched)
+            if "denoised" not in watched.read:
+                self._not_used(after_guidance)
+            return result
 
-    def guided(values: dict[str, Any]) -> Tensor:
+        return call
+
+    def _not_used(self, guidance: Any) -> None:
+        self.notices.add(
+            f"The MODEL's own guidance is used ({origin(guidance)}); cfg_rescale {self.guidance.cfg_rescale:g} of this "
+            "node is not."
+        )
+
+
+class WatchedDict(UserDict):
+    """A dict that knows which of its values were read."""
+
+    def __init__(self, values: dict[str, Any]):
+        self.read: set[str] = set()
+        super().__init__(values)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+@dataclass(frozen=True)
+class RescaledGuidance:
+    """The published guidance, which brings the contrast back per image, as the host's `sampler_cfg_function`."""
+
+    cfg_rescale: float
+
+    def __call__(self, values: dict[str, Any]) -> Tensor:
         # x - denoised is sigma·epsilon, and the guidance of a multiple is the multiple of the guidance.
         if values["cond_scale"] == 1:
             return values["cond"]
-        return guide(values["cond"], values["uncond"], values["cond_scale"], cfg_rescale)
+        return guide(values["cond"], values["uncond"], values["cond_scale"], self.cfg_rescale)
 
-    return guided
+
+@dataclass(frozen=True)
+class LevelledRun(SamplingRun):
+    """A run whose levels of noise others gave: the MODEL's schedule, or a wrapper around the sampler."""
+
+    levels: Tensor | None = None
+
+    def log_snrs(self) -> Tensor:
+        return super().log_snrs() if self.levels is None else self.levels
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Noise alone where the first level is as noisy as the whole schedule's."""
+        first = self.log_snrs()[:1]
+        if self.denoise == 1 and first <= super().log_snrs()[0] + 1e-4:
+            return super().start(noise)
+        a, b = alpha_sigma(first.to(noise.device))
+        return a * self.latent + b * noise
 
 
 class CascadeSampler(comfy.samplers.Sampler):
@@ -77,9 +152,10 @@ class CascadeSampler(comfy.samplers.Sampler):
         disable_pbar=False,
     ) -> Tensor:
         self.stopwatch = Stopwatch(noise.device)
+        run = self._run_at(sigmas.cpu())
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         model.latent_image, model.noise = latent_image, noise  # what it keeps outside the mask
-        steps = self.run.steps
+        steps = run.steps
         model_options = extra_args["model_options"]
         options = model_options.setdefault("transformer_options", {})
         schedule = model_wrap.inner_model.model_sampling
@@ -112,39 +188,117 @@ class CascadeSampler(comfy.samplers.Sampler):
         draws = chain([noise], iter(self.later_noise, None))
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
         # The mask is the host's to apply at each step, so that its nodes may change it.
-        sampled = sample_run(replace(self.run, latent=latent, mask=None), predict, report, draws.__next__)
-        return sampled if denoise_mask is None else torch.lerp(latent, sampled, denoise_mask)
+        sampled = sample_run(replace(run, latent=latent, mask=None), predict, report, draws.__next__)
+        if denoise_mask is None:
+            return sampled
+        if "denoise_mask_function" in model_options:  # where the last step was allowed to change it
+            change = model_options["denoise_mask_function"]
+            options_of_mask = {"model": model_wrap, "sigmas": sigmas}
+            sigma = sigmas[-2].expand(len(sampled))
+            denoise_mask = change(sigma, denoise_mask, extra_options=options_of_mask)
+        return torch.lerp(latent, sampled, denoise_mask)
+
+    def _run_at(self, sigmas: Tensor) -> SamplingRun:
+        """The run at the levels that arrived: wrappers on the MODEL may have changed those that were sent."""
+        if torch.equal(sigmas, sigmas_of(self.run)):
+            return self.run
+        levels = (-2 * sigmas.float().log()).clamp(max=NOISELESS)
+        return LevelledRun(**{**vars(self.run), "steps": len(sigmas) - 1, "levels": levels})
 
 
 def sample(request: SamplingRequest) -> SamplingResult:
-    run = request.run
-    patcher = with_shift(request.model, run.shift)
+    notices = Notices()
+    stage = KIND_NAMES[request.kind]
+    patcher, run = scheduled(request.model, request.run, notices)
+    for sentence in (*unread_by_host(patcher), *unread_by_network(patcher, stage)):
+        notices.add(sentence)
     if request.kind == "stage_b":
+        if request.tile_positions:
+            for sentence in called_for_each_tile(patcher):
+                notices.add(sentence)
         patcher = in_tiles(patcher, request.tile_positions, run.latent.shape[-2:])
-    if not request.engine:
-        patcher = patcher.clone()
-        patcher.model_options["transformer_options"][ENGINE] = False
+    patcher = patcher.clone()
+    options = patcher.model_options["transformer_options"]
+    options.update({ENGINE: request.engine, NOTICES: notices})
+    if not isinstance(patcher.get_model_object("diffusion_model"), HostedNetwork):
+        tell_of_native(patcher, stage, notices)
     source = run.noise()
-    guider = CascadeGuider(patcher, request.cfg, request.cfg_rescale)
+    guider = CascadeGuider(patcher, request.cfg, request.cfg_rescale, notices)
     guider.set_conds(request.positive, request.negative)
     sampler = CascadeSampler(run, source.draw)
-    sampled = guider.sample(
-        source.draw(),
-        run.latent,
-        sampler,
-        (run.log_snrs() / -2).exp(),
-        denoise_mask=run.mask,
-        callback=step_callback(patcher, run.steps, request.kind),
-        seed=run.seed,
-    )
+    try:
+        sampled = guider.sample(
+            source.draw(),
+            run.latent,
+            sampler,
+            sigmas_of(run),
+            denoise_mask=run.mask,
+            callback=step_callback(patcher, run.steps, request.kind),
+            seed=run.seed,
+        )
+    except Exception as error:
+        if (explained := failure(error, patcher, stage)) is not None:
+            raise explained from error
+        raise
     stopwatch = sampler.stopwatch or Stopwatch(patcher.load_device)
-    return stopwatch.stop(sampled.to(comfy.model_management.intermediate_device(), torch.float32))
+    result = stopwatch.stop(sampled.to(comfy.model_management.intermediate_device(), torch.float32))
+    return replace(result, notices=tuple(notices.sentences))
+
+
+def sigmas_of(run: SamplingRun) -> Tensor:
+    """The host's measure of noise, b / a, at each level of a run."""
+    return (run.log_snrs() / -2).exp()
+
+
+def tell_of_native(patcher: Any, stage: str, notices: Notices) -> None:
+    """What the host's own network will not do of what is on its MODEL, as our own networks tell themselves."""
+    for sentence in native_without_effect(patcher, stage):
+        notices.add(sentence)
+
+    def apply(
+        execute, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds
+    ):
+        for sentence in without_effect(transformer_options or {}, stage):
+            notices.add(sentence)
+        return execute(x, t, c_concat, c_crossattn, control, transformer_options or {}, **conds)
+
+    patcher.add_wrapper(WrappersMP.APPLY_MODEL, apply)
+
+
+def scheduled(patcher: Any, run: SamplingRun, notices: Notices) -> tuple[Any, SamplingRun]:
+    """The MODEL and the run with one schedule: that which a node put on the MODEL, if it is of Cascade's kind, else
+    the run's own.
+    """
+    schedule = patcher.object_patches.get("model_sampling")
+    if schedule is None:
+        return with_shift(patcher, run.shift), run
+    for sentence in foreign_schedule(patcher):
+        notices.add(f"{sentence}: shift {run.shift:g} of this node is used instead.")
+        return with_shift(patcher, run.shift), run
+    node = origin(type(schedule))
+    times = torch.linspace(run.denoise, 0, run.steps + 1)
+    levels = -2 * schedule.sigma(times).float().log()
+    if not (schedule.shift > 0 and levels.isfinite().all()):
+        raise CascadeError(
+            f"The schedule that {node} put on the MODEL (shift {schedule.shift:g}) has no levels of noise; choose a "
+            "shift above 0 there."
+        )
+    if schedule.shift != run.shift:
+        notices.add(
+            f"The MODEL's own schedule is used ({node}, shift {schedule.shift:g}); shift {run.shift:g} of this node "
+            "is not."
+        )
+    run = replace(run, shift=schedule.shift)
+    middle = torch.linspace(0.1, 0.9, 9)  # the ends are limited in another order by the host
+    if not torch.allclose(-2 * schedule.sigma(middle).log(), log_snr(middle, schedule.shift), atol=1e-2):
+        run = LevelledRun(**{**vars(run), "levels": levels})
+    return patcher, run
 
 
 def with_guidance(patcher: Any, cfg_rescale: float, shift: float) -> Any:
     patched = with_shift(patcher, shift)
     patched = patcher.clone() if patched is patcher else patched
-    patched.set_model_sampler_cfg_function(rescaled(cfg_rescale))
+    patched.set_model_sampler_cfg_function(RescaledGuidance(cfg_rescale))
     return patched
 
 

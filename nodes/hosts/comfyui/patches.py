@@ -1,0 +1,220 @@
+# pyright: reportMissingImports=false
+"""What other nodes put on a MODEL, and what becomes of it.
+
+Most of it the host applies by itself, in our samplers as in its own. What a sampler's settings do not count beside, and
+what has no effect on Stage B or C, is told in sentences.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_sampling
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ....cascade_core.errors import CascadeError, excerpt, printable, quoted
+
+PACKAGE = __name__.partition(".nodes.hosts")[0]
+
+# In the host's transformer_options:
+OURS = "cascade_"
+NOTICES = f"{OURS}notices"  # the `Notices` of a run of our samplers
+ATTENTION = "optimized_attention_override"  # a function in place of attention
+PLACES = "patches", "patches_replace"  # functions for blocks of a network
+WRAPPING = "wrappers", "callbacks"  # functions around what the host does
+
+# What of the host reads a MODEL's options while it samples.
+READERS = {
+    f"comfy.{name}"
+    for name in ("samplers", "sampler_helpers", "model_patcher", "hooks", "context_windows", "multigpu")
+}
+
+
+class Notices:
+    """Sentences about a run, each once. The host copies lists and dicts from step to step, but shares this."""
+
+    def __init__(self, tell: Callable[[str], object] | None = None):
+        """tell: called with each at once, where nobody shows them after the run"""
+        self.sentences: list[str] = []
+        self._tell = tell
+
+    def add(self, sentence: str) -> None:
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)
+            if self._tell is not None:
+                self._tell(sentence)
+
+
+def origin(patch: Any) -> str:
+    """Name of the node that made a patch; where it was not made inside a node, of its function or class."""
+    patch = _unwrapped(patch)
+    named = patch if hasattr(patch, "__qualname__") else type(patch)
+    if named.__module__.startswith(f"{PACKAGE}."):
+        return "Cascade Guidance"
+    return printable(named.__qualname__.partition(".")[0], 60)
+
+
+def _unwrapped(patch: Any) -> Any:
+    """The function that a patch was made of, where Python or the host has wrapped it."""
+    while True:
+        inner = [cell.cell_contents for cell in getattr(patch, "__closure__", None) or ()]
+        if isinstance(patch, partial):
+            patch = patch.func
+        elif getattr(patch, "__qualname__", "").startswith("ModelPatcher.") and any(map(callable, inner)):
+            patch = next(filter(callable, inner))
+        else:
+            return patch
+
+
+def patches_of(options: Any) -> Iterator[Any]:
+    """All functions and objects in nested options."""
+    if isinstance(options, dict):
+        options = list(options.values())
+    if isinstance(options, list | tuple | set):
+        for entry in options:
+            yield from patches_of(entry)
+    else:
+        yield _unwrapped(options)
+
+
+def foreign_schedule(patcher: Any) -> Iterator[str]:
+    """Begins a sentence about a schedule on the MODEL that is not of Stable Cascade's kind."""
+    schedule = patcher.get_model_object("model_sampling")
+    if not isinstance(schedule, comfy.model_sampling.StableCascadeSampling):
+        yield (
+            f"{origin(type(schedule))} put a schedule on the MODEL that is not Stable Cascade's, which its networks "
+            "were not trained on"
+        )
+
+
+def without_effect(options: dict[str, Any], network: str) -> Iterator[str]:
+    """A sentence for each node that patches blocks which Stage B and C do not have.
+
+    options: the transformer_options of a forward; network: in words
+    """
+    names_by_node: dict[str, dict[str, None]] = {}
+    for place in PLACES:
+        for name, patches in (options.get(place) or {}).items():
+            for patch in patches_of(patches):
+                names_by_node.setdefault(origin(patch), {})[str(name)] = None
+    for node, names in names_by_node.items():
+        blocks = printable(" and ".join(names), 120)
+        yield f"{node} patches {blocks}, which {network} does not have: it changes nothing in the network."
+
+
+def native_without_effect(patcher: Any, network: str) -> Iterator[str]:
+    """A sentence for each node whose wrapper the host's own Stage B and C do not call, though ours do."""
+    for node in _wrapping(patcher, WrappersMP.DIFFUSION_MODEL):
+        yield (
+            f"{node} wraps the network, which ComfyUI's own {network} does not allow: it changes nothing in the "
+            f"network; use Load {network}."
+        )
+
+
+def called_for_each_tile(patcher: Any) -> Iterator[str]:
+    """A sentence for each node whose wrapper is called around the network, for nodes that remember its outputs."""
+    for node in _wrapping(patcher, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
+        yield f"{node} is called for each tile by itself, as if each were a step: with a cache, set tile_size to 0."
+
+
+def _wrapping(patcher: Any, *kinds: str) -> list[str]:
+    """Nodes whose wrappers of these kinds are on the MODEL."""
+    options = patcher.model_options["transformer_options"]
+    wrappers = [
+        w for kind in kinds for w in (*get_all_wrappers(kind, options), *patcher.get_all_wrappers(kind))
+    ]
+    return list(dict.fromkeys(map(origin, wrappers)))
+
+
+def unread_by_network(patcher: Any, network: str) -> Iterator[str]:
+    """A sentence for each option for networks that neither Stage B and C nor any patch on the MODEL reads."""
+    modules = _modules_of_patches(patcher)
+    for key in patcher.model_options["transformer_options"]:
+        if (
+            key not in (*PLACES, *WRAPPING, ATTENTION)
+            and not key.startswith(OURS)
+            and not _any_names(modules, key)
+        ):
+            yield f"{quoted(key)} was put on the MODEL for other networks: it changes nothing in {network}."
+
+
+def unread_by_host(patcher: Any) -> Iterator[str]:
+    """A sentence for each other option that neither the host nor any patch on the MODEL reads."""
+    modules = READERS | _modules_of_patches(patcher)
+    for key in patcher.model_options:
+        if not _any_names(modules, key):
+            yield f"{quoted(key)} was put on the MODEL for other samplers: it changes nothing in this one."
+
+
+def _modules_of_patches(patcher: Any) -> set[str]:
+    everything = (patcher.model_options, patcher.wrappers, patcher.callbacks)
+    return {str(getattr(patch, "__module__", "")) for patch in patches_of(everything)}
+
+
+def _any_names(modules: set[str], key: Any) -> bool:
+    return any(f'"{key}"' in text or f"'{key}'" in text for text in map(_source, modules))
+
+
+@cache
+def _source(module: str) -> str:
+    """A module's text, or nothing where it has none."""
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return ""
+
+
+def failure(error: Exception, patcher: Any, network: str) -> CascadeError | None:
+    """The error to raise where a patch on the MODEL failed; None where something else did."""
+    if isinstance(error, CascadeError | comfy.model_management.OOM_EXCEPTION):
+        return None
+    patches = [
+        *patches_of(patcher.model_options),
+        *patches_of(patcher.wrappers),
+        *patches_of(patcher.callbacks),
+    ]
+    by_code = {_code(patch): patch for patch in patches}
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    for frame in reversed(frames):  # the innermost first: a wrapper is not to blame for what it calls
+        if str(frame.f_globals.get("__name__")).startswith(("comfy.", f"{PACKAGE}.")):
+            return None
+        if frame.f_code in by_code:
+            return CascadeError(
+                f"{origin(by_code[frame.f_code])}, which patched the MODEL, failed on {network}: "
+                f"{excerpt(str(error), 200)}. It may be for other networks; take it out of the graph."
+            )
+    return None
+
+
+def _code(patch: Any) -> Any:
+    """The code that runs when a patch is called."""
+    called = patch if hasattr(patch, "__code__") else vars(type(patch)).get("__call__")
+    return getattr(called, "__code__", None)
+
+
+class OverriddenAttention(TorchFunctionMode):
+    """Computes attention by the function that a node put on the MODEL, called as in the host's own Stage C."""
+
+    def __init__(self, options: dict[str, Any]):
+        super().__init__()
+        self.options = options
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        heads = args[0].shape[1]
+        q, k, v = (value.transpose(1, 2).flatten(2) for value in args)  # (B, N or M, C)
+        attention = comfy.ldm.modules.attention.optimized_attention
+        out: Tensor = attention(q, k, v, heads, transformer_options=self.options)
+        return out.unflatten(2, (heads, -1)).transpose(1, 2)
