@@ -105,14 +105,14 @@ class OwnModules:
         self._attributes = [m.__dict__ for _, m in self._modules]
         self._dicts = [m._modules for _, m in modules for _ in m._modules]
         self._names = [name for _, m in modules for name in m._modules]
-        self._own = [child for _, m in modules for child in m._modules.values()]
+        self._made = [child for _, m in modules for child in m._modules.values()]
         self._paths = [f"{path}.{name}".lstrip(".") for path, m in modules for name in m._modules]
 
     def replaced(self) -> str | None:
         """Name of the first that is not the network's own."""
         children = list(map(dict.get, self._dicts, self._names))
-        if not all(map(is_, children, self._own)):
-            same = map(is_, children, self._own)
+        if not all(map(is_, children, self._made)):
+            same = map(is_, children, self._made)
             return next(path for path, same in zip(self._paths, same, strict=True) if not same)
         if any(map(dict.__contains__, self._attributes, repeat("forward"))):
             return next((path for path, module in self._modules if _forward_replaced(module)), None)
@@ -122,11 +122,10 @@ class OwnModules:
 def _forward_replaced(module: nn.Module) -> bool:
     """Whether a module has another forward than its class's, which hosts give back as an attribute."""
     forward = module.__dict__.get("forward")
-    own = (module, type(module).forward)
-    return (
-        forward is not None
-        and (getattr(forward, "__self__", None), getattr(forward, "__func__", None)) != own
-    )
+    if forward is None:
+        return False
+    bound_to, function = getattr(forward, "__self__", None), getattr(forward, "__func__", None)
+    return bound_to is not module or function is not type(module).forward
 
 
 def _addresses(parameters: list) -> list[int]:
