@@ -105,14 +105,14 @@ class OwnModules:
         self._attributes = [m.__dict__ for _, m in self._modules]
         self._dicts = [m._modules for _, m in modules for _ in m._modules]
         self._names = [name for _, m in modules for name in m._modules]
-        self._made = [child for _, m in modules for child in m._modules.values()]
+        self._original = [child for _, m in modules for child in m._modules.values()]
         self._paths = [f"{path}.{name}".lstrip(".") for path, m in modules for name in m._modules]
 
     def replaced(self) -> str | None:
         """Name of the first that is not the network's own."""
         children = list(map(dict.get, self._dicts, self._names))
-        if not all(map(is_, children, self._made)):
-            same = map(is_, children, self._made)
+        if not all(map(is_, children, self._original)):
+            same = map(is_, children, self._original)
             return next(path for path, same in zip(self._paths, same, strict=True) if not same)
         if any(map(dict.__contains__, self._attributes, repeat("forward"))):
             return next((path for path, module in self._modules if _forward_replaced(module)), None)

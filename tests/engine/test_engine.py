@@ -184,6 +184,27 @@ def test_bf16_is_as_near_to_float32_as_the_network_itself():
     assert error <= 1.2 * own_error <= 0.02 * exact.norm()
 
 
+def test_it_follows_layers_and_methods_that_were_replaced():
+    network = build(StageC, STAGE_C)
+    engine = Engine(network)
+    x, conditions = stage_c_inputs(STAGE_C)
+    assert_same(network, engine, x, conditions)
+    layer = network.clf[1]
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    assert_same(network, engine, x, conditions)
+    assert engine.replaced == "clf.1"
+    layer.forward = forward  # as hosts give it back
+    assert_same(network, engine, x, conditions)
+    assert engine.replaced is None
+    network.clf[1] = torch.nn.Sequential(layer, torch.nn.Tanh())
+    assert_same(network, engine, x, conditions)
+    assert engine.replaced == "clf.1"
+    network.clf[1] = layer
+    assert_same(network, engine, x, conditions)
+    assert engine.replaced is None
+
+
 def test_what_it_cannot_do_the_network_does():
     network = build(StageC, STAGE_C)
     engine = Engine(network)

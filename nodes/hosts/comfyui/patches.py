@@ -40,16 +40,16 @@ READERS = {
 class Notices:
     """Sentences about a run, each once. The host copies lists and dicts from step to step, but shares this."""
 
-    def __init__(self, tell: Callable[[str], object] | None = None):
-        """tell: called with each at once, where nobody shows them after the run"""
+    def __init__(self, notify: Callable[[str], object] | None = None):
+        """notify: called with each at once, where nobody shows them after the run"""
         self.sentences: list[str] = []
-        self._tell = tell
+        self._notify = notify
 
     def add(self, sentence: str) -> None:
         if sentence not in self.sentences:
             self.sentences.append(sentence)
-            if self._tell is not None:
-                self._tell(sentence)
+            if self._notify is not None:
+                self._notify(sentence)
 
 
 def origin(patch: Any) -> str:
