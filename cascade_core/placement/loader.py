@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from queue import SimpleQueue
@@ -19,10 +20,14 @@ CHUNK = 32 << 20  # bytes
 
 
 class Transfer:
-    """A copy to the device. event: of its end, or the future of it while the weights are still being read."""
+    """A copy to the device.
 
-    def __init__(self, device: Device, event: Any | Future):
-        self.device, self.event = device, event
+    event    of its end, or the future of it while the weights are still being read
+    changed  what it brings of the unit's `changed`
+    """
+
+    def __init__(self, device: Device, event: Any | Future, changed: Mapping[int, Tensor] | None = None):
+        self.device, self.event, self.changed = device, event, changed or {}
 
     def wait(self) -> None:
         """Makes later computations wait for the copy. Raises what went wrong while the weights were read."""
@@ -58,7 +63,10 @@ class Loader:
         at the second fetch. Pinned, they replace the weights that were in main memory before.
         """
         if unit.pinned is not None:
-            return Transfer(self.device, self.device.copy(target, unit.pinned, after))
+            event, changed = None, dict(unit.changed)
+            for start, piece in unit.pieces(unit.pinned, changed):
+                event = self.device.copy(target[start : start + len(piece)], piece, after)
+            return Transfer(self.device, event, changed)
         pin, unit.fetched = repeated or unit.fetched, True
         chunks = self._chunks  # made here, by one thread
         return Transfer(self.device, self._readers.submit(self._read, unit, target, after, pin, chunks))

@@ -87,7 +87,6 @@ class Placement:
         self.changes: Changes = {}
         self.version = 0
         self._keys: Mapping[Unit, Any] = {}
-        self._kept: dict[tuple[Unit, int], QuantisedWeight] = {}  # changed 8-bit weights of streamed units
         self.in_use = False
         self.stream: WeightStream | None = None
         self.last_run = 0
@@ -129,9 +128,9 @@ class Placement:
         """Makes these the changes of all that is onloaded from here on. keys: equal where a unit's are the same."""
         if keys != self._keys:
             self.version += 1
-            for unit, index in list(self._kept):
+            for unit in self.units:
                 if keys.get(unit) != self._keys.get(unit):
-                    del self._kept[unit, index]
+                    unit.changed = {}
         self.changes, self._keys = changes, keys
 
     def offload(self, units: Sequence[Unit]) -> None:
@@ -168,9 +167,9 @@ class Placement:
                 with suppress(Exception):
                     transfer.wait()
             raise
-        for unit, buffer in buffers:
+        for (unit, buffer), transfer in zip(buffers, transfers, strict=True):
             weights = unit.views(buffer)
-            self.patch(unit, weights)
+            self.patch(unit, weights, transfer.changed)
             unit.device_buffer = buffer
             unit.point_to(weights)  # only what is whole
             unit.patch_key = self._keys.get(unit)
@@ -190,11 +189,16 @@ class Placement:
         return WeightStream(self.device, self.loader, self.order, plan, self.patch, dtypes)
 
     @torch.inference_mode()
-    def patch(self, unit: Unit, weights: Sequence[Tensor]) -> None:
-        """Applies the changes to a unit's weights, in place."""
+    def patch(self, unit: Unit, weights: Sequence[Tensor], brought: Mapping[int, Tensor]) -> None:
+        """Applies the changes to a unit's weights, in place, but for those that were brought with them."""
+        for index, values in brought.items():
+            if unit.changed.get(index) is not values:  # other patches since they were fetched
+                weights[index].copy_(unit.host_tensors[index], non_blocking=True)
         for index, change in self.changes.get(unit, {}).items():
             if (unit, index) not in self.quantised:
                 weights[index].copy_(change.apply(weights[index]))
+                continue
+            if index in brought and brought[index] is unit.changed.get(index):
                 continue
             for part, values in self.patched(unit, index, weights[index].device).items():
                 weights[part].copy_(values, non_blocking=True)
@@ -203,6 +207,9 @@ class Placement:
         """A weight with its changes, computed on the device from what is in main memory, by its index in the unit; of
         one in 8 bits the scales too.
         """
+        if index in unit.changed:
+            parts = (index, self.quantised[unit, index][1])
+            return {part: unit.layouts[part].alone(unit.changed[part]) for part in parts}
         change, weight = self.changes[unit][index], unit.host_tensors[index]
         if (unit, index) not in self.quantised:
             return {index: change.apply(weight.to(device))}
@@ -217,20 +224,20 @@ class Placement:
 
         Where the unit is streamed, the result is kept in main memory for the next time.
         """
-        kept = self._kept.get((unit, index))
-        if kept is not None:
-            return kept
-        _, scale = self.quantised[unit, index]
+        scale = self.quantised[unit, index][1]
         stored = QuantisedWeight(unit.host_tensors[index], unit.host_tensors[scale][:, 0])
         original = layer.original_values(device, stored)
         forget_pages([t for t in [layer.original] if isinstance(t, Tensor)], self.loader.mapped_files)
         computed = quantise(change.apply(original), layer.weight.dtype)
         if self.stream is not None and unit in self.stream.plan.streamed:
-            self._kept[unit, index] = QuantisedWeight(*map(self._in_main_memory, computed))
+            self._keep(unit, index, computed.weight8.view(unit.layouts[index].shape))
+            self._keep(unit, scale, computed.scale[:, None])
         return computed
 
-    def _in_main_memory(self, tensor: Tensor) -> Tensor:
-        pinned = self.device.pinned(tensor.nbytes)
-        if pinned is None:
-            return tensor.to("cpu", copy=True)
-        return pinned.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    def _keep(self, unit: Unit, index: int, values: Tensor) -> None:
+        """Keeps a changed tensor in main memory, to be copied with its unit from now on."""
+        layout = unit.layouts[index]
+        memory = self.device.pinned(layout.size)
+        memory = torch.empty(layout.size, dtype=torch.uint8) if memory is None else memory
+        layout.alone(memory).copy_(values)
+        unit.changed[index] = memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +23,8 @@ class WeightStream:
     blocks, reports it itself (`pre_forward`, `post_forward`). Units are prefetched in the order in which forwards need
     them, as far as there are free slots, from one forward into the next.
 
-    onloaded(unit, weights): is called when a unit's weights are in their slot, before they are used.
+    onloaded(unit, weights, changed): is called when a unit's weights are in their slot, before they are used, with what
+        the copy brought of its `changed`.
     dtypes: of the network's weights on the device, the resident ones' too.
     """
 
@@ -33,7 +34,7 @@ class WeightStream:
         loader: Loader,
         order: Sequence[Unit],
         plan: StreamingPlan,
-        onloaded: Callable[[Unit, list[Tensor]], None],
+        onloaded: Callable[[Unit, list[Tensor], Mapping[int, Tensor]], None],
         dtypes: Set[torch.dtype],
     ):
         self.device, self.loader, self.onloaded, self.dtypes = device, loader, onloaded, dtypes
@@ -97,7 +98,7 @@ class WeightStream:
         transfer.wait()
         if (unit, slot) not in self.views:
             self.views[unit, slot] = unit.views(self.slots[slot])
-        self.onloaded(unit, self.views[unit, slot])
+        self.onloaded(unit, self.views[unit, slot], transfer.changed)
         unit.point_to(self.views[unit, slot])
 
     def _free_slot(self, unit: Unit) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,10 @@ class TensorLayout:
         tensor_bytes = memory[self.start : self.start + self.size].view(self.dtype)
         return tensor_bytes.as_strided(self.shape, self.stride)
 
+    def alone(self, memory: Tensor) -> Tensor:
+        """The tensor in `memory` of its own (uint8)."""
+        return memory.view(self.dtype).as_strided(self.shape, self.stride)
+
 
 class Unit:
     """Consecutive blocks with their parameters and buffers, in `dtype` on the device (None: as they are stored).
@@ -41,6 +45,7 @@ class Unit:
     tensors        the parameters and buffers
     host_tensors   each of them in main memory: views of the file, the loader's tensors, or views of `pinned`
     pinned         all of them in pinned memory as the device has them, once that pays
+    changed        bytes, by index, of tensors with their patches, to be copied in place of those in `pinned`
     device_buffer  all of them on the device, while the unit is resident there
     patch_key      tells apart how the weights in `device_buffer` are patched
     """
@@ -64,6 +69,7 @@ class Unit:
             end += size
         self.size = max(-(-end // ALIGNMENT) * ALIGNMENT, ALIGNMENT)  # bytes
         self.pinned: Tensor | None = None
+        self.changed: dict[int, Tensor] = {}
         self.device_buffer: Tensor | None = None
         self.fetched = False  # at least once
         self.patch_key: Any = None
@@ -90,6 +96,18 @@ class Unit:
                 size, begin = layout.dtype.itemsize, layout.start
                 values = values_of(tensor)[(first - begin) // size : (last - begin) // size]
                 target[first - start : last - start].view(layout.dtype).copy_(values)
+
+    def pieces(self, pinned: Tensor, changed: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """(start, bytes) of the whole unit: what is `changed`, and what lies between it in `pinned`."""
+        start = 0
+        for index, values in sorted(changed.items()):  # as they lie there
+            layout = self.layouts[index]
+            if layout.start > start:
+                yield start, pinned[start : layout.start]
+            yield layout.start, values
+            start = layout.start + layout.size
+        if start < len(pinned):
+            yield start, pinned[start:]
 
     def offload(self) -> None:
         """Takes the unit off the device: its tensors are in main memory, unpatched."""

@@ -25,7 +25,7 @@ from cascade_nodes.cascade_core.networks.quantisation import (
     quantised_layers,
     weight_format,
 )
-from cascade_nodes.cascade_core.placement import DeviceMemory
+from cascade_nodes.cascade_core.placement import DeviceMemory, Placement
 from cascade_nodes.tests.core.placements import Counting, Late
 from cascade_nodes.tests.engine.test_engine import STAGE_B, STAGE_C, build, stage_b_inputs, stage_c_inputs
 from cascade_nodes.tests.golden_weights import relative_error
@@ -240,3 +240,26 @@ def test_another_format_is_rounded_from_the_files(tmp_path):
     other, _, _ = load_model(written(tmp_path / "x.safetensors", network), "stage_c", eight_bit=E4M3)
     for (_, one), (_, layer) in zip(quantised_layers(network), quantised_layers(other), strict=True):
         assert same(layer.quantised, quantise(one.dequantised(torch.float32), E4M3))
+
+
+def test_a_streamed_lora_is_copied_once(monkeypatch):
+    """Once patched weights are known they come with their units, in place of the others."""
+    network, call = quantise_network(build(StageC, STAGE_C), INT8), stage_c_inputs(STAGE_C)
+    engine, size = Engine(network), sum(p.nbytes for p in network.parameters())
+    pool, written = DeviceMemory(Late(int(size * 0.45)), unit_bytes=40_000), []
+    patched_weight = Placement.patched
+    monkeypatch.setattr(
+        Placement, "patched", lambda *arguments: written.append(1) or patched_weight(*arguments)
+    )
+    counts, outs = [], []
+    for changes in (patches := [Patch("a LoRA", lora(), 1.0)], patches, [], patches):
+        written.clear()
+        outs.append(
+            pool.run(network, lambda _: forward(engine, *call), patches=changes, consumer=engine).clone()
+        )
+        counts.append(len(written))
+    assert counts[0] > 0
+    assert counts[1:3] == [0, 0]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[3])
+    assert not torch.equal(outs[0], outs[2])
