@@ -68,6 +68,13 @@ class DataSettings:
     flip: bool = False  # half of the rows are mirrored
     cache: str | None = None  # folder where latents are kept between runs
     repeat: Annotated[int, Range(1, 10_000)] = 1  # how often an epoch shows each picture
+    # Which pictures are left out: by their shorter side in pixels; by how many times they would be enlarged (1: all
+    # that are smaller than their bucket); by the share of their area that would be cropped. null and 1: none are.
+    min_side: Annotated[int, Range(16, 65_536)] = 16
+    max_enlarge: Annotated[float | None, Range(1, 10_000)] = None
+    max_crop: Share = 1.0
+    enlarge: bool = True  # false: a picture smaller than its bucket goes into one of its own size
+    max_aspect: Annotated[float, Range(1, 16)] = 2.5  # of the buckets: what is longer is cropped to it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tars", (self.tars,) if isinstance(self.tars, str) else tuple(self.tars))

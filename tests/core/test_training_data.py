@@ -396,8 +396,40 @@ def test_damaged_pictures_are_left_out_and_named(tmp_path):
 
 
 def test_small_pictures_are_enlarged_and_counted(tmp_path):
-    data = open_data(write_set(tmp_path, [(64, 64), (256, 256), (300, 300)]))
-    assert "3 of 256 × 256; 1 are smaller and were enlarged." in data.summary()
+    data = open_data(write_set(tmp_path, [(48, 48), (256, 256), (80, 512), (300, 300), (100, 128)]))
+    assert data.summary().endswith(
+        "4 of 256 × 256; 3 are smaller and enlarged, 000.png the most, 5.33 times; 2 are cropped by more than 10%, "
+        "002.png the most, of which 26% stays (data.max_enlarge, data.max_crop)."
+    )
+
+
+LIMITS = [(48, 48), (256, 256), (80, 512), (300, 300), (100, 128)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "reason"),
+    [
+        ({"max_enlarge": 1}, "1 3", "it would be enlarged by more than data.max_enlarge, 1"),
+        ({"max_enlarge": 2.6}, "1 2 3 4", "it would be enlarged by more than data.max_enlarge, 2.6"),
+        ({"max_crop": 0.5}, "0 1 3 4", "more of it would be cropped than data.max_crop, 50%"),
+        ({"min_side": 90}, "1 3 4", "48 × 48 pixels are too few; give 90 a side or more"),
+        ({"max_crop": 0.1, "max_aspect": 6.4, "bucket_step": 16}, "0 1 2 3 4", ""),
+    ],
+)
+def test_limits_of_what_is_cropped_and_enlarged(tmp_path, settings, kept, reason):
+    data = open_data(write_set(tmp_path, LIMITS), **settings)
+    assert sorted(int(each.picture.path.stem) for each in data.pictures) == list(map(int, kept.split()))
+    assert len(data.skipped) == 5 - len(data.pictures)
+    assert any(each.reason == reason for each in data.skipped) == bool(reason)
+
+
+def test_small_pictures_are_not_enlarged_where_that_is_asked_for(tmp_path):
+    """They go into buckets of their own size; only what has less than 64 pixels a side grows to them."""
+    data = open_data(write_set(tmp_path, LIMITS), enlarge=False)
+    sizes = {int(each.picture.path.stem): str(each.bucket) for each in data.pictures}
+    assert sizes == {0: "64 × 64", 1: "256 × 256", 2: "128 × 64", 3: "256 × 256", 4: "128 × 64"}
+    assert [round(each.scale, 2) for each in sorted(data.pictures, key=lambda each: each.scale)][-1] == 1.33
+    assert {batch.latents.shape[-2:] for batch in epoch(data)} == {(6, 6), (2, 2), (2, 3)}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from cascade_nodes.cascade_core.training.data.pictures import (
 from cascade_nodes.cascade_core.training.data.sources import find_pictures, write_left_out
 from cascade_nodes.cascade_core.training.data.tars import expand
 from cascade_nodes.cascade_core.training.data.threads import map_in_threads
+from cascade_nodes.cascade_core.training.settings import DataSettings
 from cascade_nodes.nodes.sizes import compression_input, empty_stage_c
 from cascade_nodes.tests.core.training_sets import blocks, png, write_set, write_tar
 
@@ -425,7 +426,7 @@ def test_odd_names_are_names_and_are_told_escaped(tmp_path):
     assert all(len(each.image_prompts) == 1 for each in pictures)
     assert len(skipped) == 5
     assert all(str(each).isprintable() for each in skipped)
-    bucketed, _ = assign_buckets(pictures, buckets(256, 64), Cache(None, ""))
+    bucketed, _ = assign_buckets(pictures, DataSettings(folder=".", size=256), Cache(None, ""))
     assert len({each.key(False) for each in bucketed}) == 5
     write_left_out(tmp_path / "left_out.txt", skipped)
     assert len((tmp_path / "left_out.txt").read_text(encoding="utf-8").splitlines()) == 5
@@ -490,7 +491,7 @@ def test_every_file_asks_whether_to_stop(tmp_path):
                 find_pictures(folder, tars, stops_at(call))
     pictures, _ = find_pictures(tmp_path / "set", ())
     with pytest.raises(Interrupted):
-        assign_buckets(pictures, buckets(256, 64), Cache(None, ""), stops_at(3).ask)
+        assign_buckets(pictures, DataSettings(folder=".", size=256), Cache(None, ""), stops_at(3).ask)
     began = threading.Event()
     with pytest.raises(Interrupted):  # also while one file takes long
         list(map_in_threads(lambda _: began.wait(60), [1], 1, stops_at(3).ask))

@@ -12,8 +12,8 @@ from ...errors import CascadeError
 from ..settings import DataSettings
 from .access import Access
 from .bucket_data import BucketData
-from .bucketing import BucketedPicture, assign_buckets
-from .buckets import Bucket, buckets
+from .bucketing import BucketedPicture, assign_buckets, resized
+from .buckets import Bucket
 from .cache import Cache
 from .decoding import PictureDecoder
 from .epochs import EpochPlan, batches_per_epoch, epoch_repeats, generator
@@ -69,7 +69,7 @@ def _assign_buckets(
     settings: DataSettings, pictures: list[TrainingPicture], access: Access
 ) -> tuple[list[BucketedPicture], list[Skipped]]:
     sizes = Cache(settings.cache, "sizes")
-    return assign_buckets(pictures, buckets(settings.size, settings.bucket_step), sizes, access.ask)
+    return assign_buckets(pictures, settings, sizes, access.ask)
 
 
 def epoch_steps(
@@ -168,11 +168,16 @@ class TrainingData:
     def __len__(self) -> int:
         return sum(map(len, self._buckets))
 
+    @property
+    def pictures(self) -> list[BucketedPicture]:
+        """All that are trained on, by bucket."""
+        return [each for bucket in self._buckets for each in bucket.pictures]
+
     def summary(self) -> str:
         """One sentence for people."""
         sizes = ", ".join(map(str, self._buckets))
-        enlarged = sum(each.scale > 1 for bucket in self._buckets for each in bucket.pictures)
-        notes = f"; {enlarged} are smaller and were enlarged" if enlarged else ""
+        changed = resized(self.pictures).sentence()
+        notes = f"; {changed} (data.max_enlarge, data.max_crop)" if changed else ""
         if self.unused_prompts:
             notes += f"; the image prompts of {self.unused_prompts} are not used, as models.image_encoder is not given"
         if self.skipped:

@@ -2,26 +2,40 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .buckets import Bucket, nearest
+from ...errors import printable
+from ..settings import DataSettings
+from .buckets import Bucket, buckets, nearest, own_bucket
 from .cache import Cache, Key, key_of
 from .pictures import PictureError, Skipped, TrainingPicture, picture_size, read_picture
 from .threads import map_in_threads
 
+CROPPED = 0.1  # of a picture's area; what loses less is not told of
 HEADER_BYTES = 65_536  # most pictures state their size within them
-MIN_SIDE = 16  # pixels; what is smaller shows nothing
 
 
 @dataclass(frozen=True, slots=True)
 class BucketedPicture:
-    """A picture in its bucket. scale: by which it is resized to the bucket's size"""
+    """A picture in its bucket. size: its own, (height, width) in pixels"""
 
     picture: TrainingPicture
     bucket: Bucket
-    scale: float
+    size: tuple[int, int]
+
+    @property
+    def scale(self) -> float:
+        """By which it is resized: above 1 it is enlarged."""
+        return max(self.bucket.height / self.size[0], self.bucket.width / self.size[1])
+
+    @property
+    def kept(self) -> float:
+        """The share of its area that the bucket shows; the rest is cropped."""
+        shown = self.bucket.height * self.bucket.width / self.scale**2
+        return min(shown / (self.size[0] * self.size[1]), 1.0)
 
     def key(self, mirrored: bool) -> Key:
         """Key of its latent in a cache."""
@@ -32,13 +46,39 @@ class BucketedPicture:
         return read_picture(self.picture.read(), self.bucket, size)
 
 
+class Chooser:
+    """Which bucket a picture goes into, and whether it is left out, as the settings say."""
+
+    def __init__(self, settings: DataSettings):
+        self.settings = settings
+        self.buckets = buckets(settings.size, settings.bucket_step, settings.max_aspect)
+
+    def bucket(self, height: int, width: int) -> Bucket:
+        """The bucket nearest to the aspect ratio; without `enlarge`, for a smaller picture, one of its own size."""
+        chosen = nearest(self.buckets, height, width)
+        if self.settings.enlarge or (height >= chosen.height and width >= chosen.width):
+            return chosen
+        return own_bucket(height, width, self.settings.bucket_step, self.settings.max_aspect)
+
+    def fault(self, picture: BucketedPicture) -> str | None:
+        """Why a picture is left out, in a few words that many share; None where it is not."""
+        s, (height, width) = self.settings, picture.size
+        if min(height, width) < s.min_side:
+            return f"{width} × {height} pixels are too few; give {s.min_side} a side or more"
+        if s.max_enlarge is not None and picture.scale > s.max_enlarge:
+            return f"it would be enlarged by more than data.max_enlarge, {s.max_enlarge:g}"
+        if 1 - picture.kept > s.max_crop:
+            return f"more of it would be cropped than data.max_crop, {s.max_crop:.0%}"
+        return None
+
+
 def assign_buckets(
     pictures: Sequence[TrainingPicture],
-    buckets: tuple[Bucket, ...],
+    settings: DataSettings,
     sizes: Cache,
     ask: Callable[[], None] = lambda: None,
 ) -> tuple[list[BucketedPicture], list[Skipped]]:
-    """Assign each picture to the bucket nearest to its aspect ratio; pictures that cannot be read are skipped.
+    """Assign each picture to its bucket; pictures that cannot be read, or are beyond the settings' limits, are skipped.
 
     sizes: (height, width) in pixels of pictures that were read before, (2,) int32 each; new ones are added.
     ask: called at each picture; raises Interrupted where the run should end.
@@ -55,22 +95,52 @@ def assign_buckets(
             new_sizes[key] = size
     if new_sizes:
         sizes.add(list(new_sizes), torch.tensor(list(new_sizes.values()), dtype=torch.int32))
-    bucketed = []
+    bucketed, chooser = [], Chooser(settings)
     for key, picture in zip(keys, pictures, strict=True):
         if key not in sizes:
             continue
         height, width = sizes.rows[key].tolist()
-        if min(height, width) < MIN_SIDE:
-            skipped.append(
-                Skipped(
-                    picture.name, f"{width} × {height} pixels are too few; give {MIN_SIDE} a side or more"
-                )
-            )
-            continue
-        bucket = nearest(buckets, height, width)
-        scale = max(bucket.height / height, bucket.width / width)
-        bucketed.append(BucketedPicture(picture, bucket, scale))
+        placed = BucketedPicture(picture, chooser.bucket(height, width), (height, width))
+        fault = chooser.fault(placed)
+        if fault is None:
+            bucketed.append(placed)
+        else:
+            skipped.append(Skipped(picture.name, fault))
     return bucketed, skipped
+
+
+class Resized(NamedTuple):
+    """What becomes of pictures in their buckets, for people."""
+
+    enlarged: list[BucketedPicture]
+    cropped: list[BucketedPicture]  # those that lose more than CROPPED of their area
+
+    def sentence(self) -> str:
+        """Empty where nothing happens to any."""
+        parts = []
+        if self.enlarged:
+            most = max(self.enlarged, key=lambda each: each.scale)
+            parts.append(
+                f"{len(self.enlarged):,} {_are(self.enlarged)} smaller and enlarged, {printable(most.picture.name)} "
+                f"the most, {most.scale:.3g} times"
+            )
+        if self.cropped:
+            most = min(self.cropped, key=lambda each: each.kept)
+            parts.append(
+                f"{len(self.cropped):,} {_are(self.cropped)} cropped by more than {CROPPED:.0%}, "
+                f"{printable(most.picture.name)} the most, of which {most.kept:.0%} stays"
+            )
+        return "; ".join(parts)
+
+
+def resized(pictures: Sequence[BucketedPicture]) -> Resized:
+    return Resized(
+        [each for each in pictures if each.scale > 1], [each for each in pictures if 1 - each.kept > CROPPED]
+    )
+
+
+def _are(pictures: Sequence[BucketedPicture]) -> str:
+    return "is" if len(pictures) == 1 else "are"
 
 
 def _size(picture: TrainingPicture) -> tuple[int, int]:

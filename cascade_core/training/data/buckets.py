@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from ...geometry import compressor_size, stage_c_size
 
-MAX_ASPECT = 2.5  # a longer picture is cropped to it
+MAX_ASPECT = 2.5  # a longer picture is cropped to it, unless the settings say otherwise
+MIN_BUCKET = 64  # pixels; a side of fewer has less than two of Stage C's positions
 
 
 class Bucket(NamedTuple):
@@ -29,14 +30,22 @@ class Bucket(NamedTuple):
         return f"{self.width} × {self.height}"
 
 
-def buckets(size: int, step: int) -> tuple[Bucket, ...]:
+def buckets(size: int, step: int, max_aspect: float = MAX_ASPECT) -> tuple[Bucket, ...]:
     """The square of that side, and every rectangle of no more area whose sides are multiples of `step`."""
     sizes = {Bucket(size, size)}
-    for long in range(-(-size // step) * step, int(size * math.sqrt(MAX_ASPECT)) + 1, step):
+    for long in range(-(-size // step) * step, int(size * math.sqrt(max_aspect)) + 1, step):
         short = int(size * size / long) // step * step
-        if short and long / short <= MAX_ASPECT:
+        if short and long / short <= max_aspect:
             sizes |= {Bucket(short, long), Bucket(long, short)}
     return tuple(sorted(sizes))
+
+
+def own_bucket(height: int, width: int, step: int, max_aspect: float = MAX_ASPECT) -> Bucket:
+    """The largest bucket within a picture: its sides rounded down to multiples of `step`, not too long or small."""
+    short = max(min(height, width) // step * step, -(-MIN_BUCKET // step) * step)
+    long = min(max(height, width) // step * step, int(short * max_aspect) // step * step)
+    long = max(long, short)
+    return Bucket(short, long) if height < width else Bucket(long, short)
 
 
 @lru_cache(maxsize=100_000)
