@@ -207,6 +207,12 @@ _WORKFLOWS = (
         "text to image, from ComfyUI's two checkpoints",
         (("comfyui_stage_c",), ("comfyui_stage_b",)),
     ),
+    # What `cascade train` names by default, and what makes a picture with its result.
+    Workflow(
+        "training",
+        "a LoRA trained on pictures of one's own, and tried",
+        (("stage_c_bf16",), ("text_encoder",), ("effnet_encoder",), _ANY_STAGE_B, ("stage_a",)),
+    ),
     Workflow("image_variation", "pictures like a given one", (*_ANY, ("image_encoder",))),
     Workflow("image_to_image", "a picture as the start", (*_ANY, ("effnet_encoder",))),
     Workflow("edges", "along the edges of a picture", (*_ANY, ("controlnet_canny",))),

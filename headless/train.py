@@ -31,6 +31,7 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
 
     from ..cascade_core.training.run import train
     from ..cascade_core.training.settings import read_settings, resolve
+    from .trial import how_to_try
 
     read = read_settings(path, task)
     folder = path.resolve().parent
@@ -45,6 +46,8 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
             )
         finally:
             leave_group()
+    if outcome.file is not None and outcome.seconds:  # else it was there
+        line.notify(how_to_try(settings, outcome.file))
     # of several processes one alone may have had the signal
     return 0 if outcome.finished else 128 + next(iter(signals), signal.SIGINT)
 

@@ -207,7 +207,13 @@ def in_own_folder(settings: Settings, name: str, pictures: str) -> Settings:
 
 
 # What the host decides: a graph from elsewhere must not write where it likes.
-_FIXED = (("output", "file"), ("output", "folder"), ("data", "folder"), ("data", "cache"))
+_FIXED = (
+    ("output", "file"),
+    ("output", "folder"),
+    ("output", "prompts_file"),
+    ("data", "folder"),
+    ("data", "cache"),
+)
 
 
 def checked_settings(text: str) -> dict[str, Any]:

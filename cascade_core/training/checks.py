@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .data.hints import FindFaces
 from .data.pictures import TrainingPicture
 from .identity import input_files
 from .optimisers import SOURCES, build_optimiser, optimiser_class
-from .settings import Settings, TrainSettings
+from .settings import DECODERS, Settings, TrainSettings
 from .state import STATE, load_optimiser, optimiser_tensors
 from .tasks.controlnet import check_controlnet
 from .tasks.finetune import select_parameters
@@ -62,11 +63,14 @@ def check_networks(
     assert isinstance(stage_c, StageC)
     assert isinstance(compressor, SemanticCompressor)
     compressor.config.check_stride(Path(models.compressor).name)
-    if models.previewer is not None:
-        load_model(models.previewer, "previewer", read_ahead=False)
+    for kind in DECODERS:
+        if (file := getattr(models, kind)) is not None:
+            load_model(file, kind, read_ahead=False)
     if models.image_encoder is not None:
         check_image_prompts(ImageEncoder.load(models.image_encoder).model.config.projection_dim, stage_c)
     encoder = TextEncoder.load(models.text_encoder)
+    if models.stage_b is not None:
+        check_stage_b(models.stage_b, encoder)
     check_names(settings.tokens, captions)
     if settings.task == "lora":
         check_lora(settings.lora, settings.tokens, stage_c, encoder)
@@ -129,6 +133,18 @@ def check_image_prompts(width: int, stage_c: StageC) -> None:
         raise CascadeError(
             f"models.image_encoder gives vectors of {width}, but this Stage C takes {stage_c.config.c_clip_img}; "
             "choose the image encoder that belongs to it."
+        )
+
+
+def check_stage_b(file: str, encoder: TextEncoder) -> None:
+    """Raise CascadeError for a Stage B that is not the text encoder's, by which samples are decoded."""
+    stage_b: Any
+    stage_b, _, _ = load_model(file, "stage_b", read_ahead=False)
+    width, given = stage_b.config.c_clip, encoder.model.config.projection_dim
+    if width != given:
+        raise CascadeError(
+            f"models.stage_b is {quoted(file)}, which takes vectors of {width}, but the text encoder gives {given}; "
+            "name the Stage B and Stage A that belong to it, or models.previewer."
         )
 
 

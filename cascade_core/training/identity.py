@@ -13,7 +13,7 @@ from ..reading import open_regular
 from .data.cache import KEY_BYTES, Cache
 from .data.fingerprint import pictures_digest
 from .data.pictures import TrainingPicture
-from .settings import Settings, settings_from_json
+from .settings import DECODERS, Settings, settings_from_json
 
 BLOCKS, BLOCK_BYTES = 2048, 8192  # of a large file that are read for its digest: of 7 GB every 3.5 MB
 MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")  # of a model's folder
@@ -83,7 +83,7 @@ def _networks(settings: Settings) -> dict[str, Path]:
     names = {
         f"models.{key}": name
         for key, name in dataclasses.asdict(settings.models).items()
-        if key != "previewer"  # makes samples alone
+        if key not in DECODERS  # which make samples alone
     }
     if _starts_from_a_file(settings):
         names["controlnet.start"] = settings.controlnet.start

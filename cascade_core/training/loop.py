@@ -162,6 +162,8 @@ class Loop(Generic[AnyTask]):
         means = _RunningMeans()
         drawn = time.monotonic()
         with deterministic_kernels(train.deterministic), self._prefetching() as next_inputs:
+            if output.sample_every and self.step == 0:
+                self._sample()
             while self.step < train.steps and not stopped:
                 terms = self._update(next_inputs)
                 if terms is None:

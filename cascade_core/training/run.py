@@ -15,8 +15,12 @@ from ..checkpoints import load_model
 from ..engine.graphs import can_allocate_in_capture
 from ..errors import CascadeError, Interrupted
 from ..file_names import numbered
+from ..geometry import largest_size
 from ..networks.compressor import SemanticCompressor
 from ..networks.fp16 import scale_residual_stream
+from ..networks.previewer import Previewer
+from ..networks.stage_a import StageA
+from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
@@ -34,8 +38,9 @@ from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_bl
 from .launch import build_accelerator, compute_dtype
 from .log import duration
 from .loop import Loop, Outcome, TrainingProgress
+from .prompts import sample_prompts, texts_of, with_prompts_of_file
 from .run_folder import Notify, begun, cache_of, locked
-from .samples import Samples
+from .samples import CascadeDecoder, Decoder, PreviewDecoder, Samples
 from .settings import Settings, TrainSettings
 from .state import STATE
 from .tasks.conditions import CachedText
@@ -44,6 +49,7 @@ from .tasks.finetune import FinetuneTask
 from .tasks.lora import LoRATask
 from .tasks.stage_c import StageCTask
 from .tasks.textual_inversion import TokensTask
+from .telling import at_beginning, at_end
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,6 +76,7 @@ def train(
     accelerator = build_accelerator(settings.train.precision)
     if not accelerator.is_main_process:
         notify, report, caching = (lambda sentence: None), (lambda progress: None), None
+    settings = replace(settings, output=with_prompts_of_file(settings.output))
     check_output(settings, keep_existing)
     try:
         with ExitStack() as held:
@@ -155,7 +162,7 @@ def _run(
     notify(f"{outcome.step} steps, {duration(outcome.seconds)} this time{memory}.")
     if outcome.finished and accelerator.is_main_process:
         path = _write(loop, Path(settings.output.file), keep_existing)
-        notify(f"Wrote {path}.")
+        notify(at_end(loop, path))
         outcome = replace(outcome, file=path)
     return outcome
 
@@ -226,7 +233,9 @@ def prepare(
         encoder.model.to(device)
         texts = TextCache(encoder, cache)
         text_is_trained = bool(settings.tokens) or (settings.task == "lora" and settings.lora.text_encoder)
-        texts.fill([] if text_is_trained else [*data.captions, *settings.output.prompts], ask=access.ask)
+        texts.fill(
+            [] if text_is_trained else [*data.captions, *texts_of(settings.output.prompts)], ask=access.ask
+        )
     text = CachedText(texts, [""] if text_is_trained else data.captions, device)
     texts.release()
     trained_encoder = encoder if text_is_trained else None
@@ -244,7 +253,11 @@ def prepare(
         check_image_prompts(image_prompts.width, stage_c)
     task = build_task(settings, stage_c, text, dtype, compressor, trained_encoder, data.captions, find_faces)
     prepare_blocks(task, settings.train)
-    return Loop(task, data, settings, accelerator, report, stop, _samples(settings, task, data, device, stop))
+    samples = _samples(settings, task, data, dtype, stop)
+    loop = Loop(task, data, settings, accelerator, report, stop, samples)
+    steps = data.steps_per_epoch(settings.train.batch_size, accelerator.num_processes)
+    notify(at_beginning(loop, steps, data.rows_per_epoch, settings.output.file))
+    return loop
 
 
 def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> ImagePrompts | None:
@@ -302,22 +315,35 @@ def build_task(
 
 
 def _samples(
-    settings: Settings, task: StageCTask, data: TrainingData, device: torch.device, stop: Callable[[], bool]
+    settings: Settings,
+    task: StageCTask,
+    data: TrainingData,
+    dtype: torch.dtype,
+    stop: Callable[[], bool],
 ) -> Samples | None:
-    output, models = settings.output, settings.models
-    if not output.sample_every:
+    if not settings.output.sample_every:
         return None
-    assert models.previewer is not None  # the settings ask for it
-    from ..networks.previewer import Previewer
-
-    previewer = load_network(models.previewer, "previewer", torch.float32, device, Previewer)
-    batch = data.batch(0, len(output.prompts))
-    hints = {}
+    prompts, hints = sample_prompts(settings), None
     if settings.task == "controlnet":
+        batch = data.batch(0, len(prompts))
         hint = task.prepare(batch, torch.Generator().manual_seed(0)).hint
         assert hint is not None
-        hints["hint"] = hint[
-            torch.arange(len(output.prompts)) % len(hint)
-        ]  # a bucket may have fewer pictures
-    height, width = batch.latents.shape[-2:]
-    return Samples(task, output, (height, width), previewer, settings.train.seed, hints, stop)
+        height, width = batch.latents.shape[-2:]
+        # A bucket may have fewer pictures than there are prompts.
+        hints = hint[torch.arange(len(prompts)) % len(hint)], (height, width)
+        prompts = [replace(prompt, size=largest_size((height, width))[::-1]) for prompt in prompts]
+    return Samples(task, settings.output, prompts, _decoder(settings, task.device, dtype), hints, stop)
+
+
+def _decoder(settings: Settings, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """Stage B and Stage A, in main memory until they are used, or the previewer."""
+    models = settings.models
+    if models.stage_b is not None and models.stage_a is not None:
+        cpu = torch.device("cpu")
+        stage_b = load_network(models.stage_b, "stage_b", dtype, cpu, StageB)
+        # Stage A's rounding in bf16 is below 8 bits; in fp16 it overflows.
+        exact = torch.float32 if dtype == torch.float16 else dtype
+        stage_a = load_network(models.stage_a, "stage_a", exact, cpu, StageA)
+        return CascadeDecoder(stage_b, stage_a, device, dtype)
+    assert models.previewer is not None  # `resolve` asks for it
+    return PreviewDecoder(load_network(models.previewer, "previewer", torch.float32, device, Previewer))

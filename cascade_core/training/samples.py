@@ -1,27 +1,91 @@
 """Pictures of what a run has learned so far: the same prompts and noise each time, side by side."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusion.guidance import Guider
 from ..diffusion.samplers import SamplerStep
 from ..errors import Interrupted
+from ..geometry import stage_b_size, stage_c_size
+from ..networks.previewer import Previewer
+from ..networks.stage_a import StageA
+from ..networks.stage_b import StageB
 from ..run import SamplingRun, by_log_snr, sample
 from ..writing import replacing
-from .settings import OutputSettings
+from .settings import OutputSettings, SamplePrompt
 from .tasks.base import State
 from .tasks.conditions import Conditions
 from .tasks.stage_c import StageCTask
 
-Decode = Callable[[Tensor], Tensor]  # Stage C's latents (N, 16, h, w) -> pictures (N, 3, H, W) in [0, 1]
+STAGE_B_STEPS, STAGE_B_CFG = 10, 1.1  # published
+
+
+class Sampled(NamedTuple):
+    """What Stage C made of a prompt. pooled: of the prompt and the negative one, (1, P) each"""
+
+    prompt: SamplePrompt
+    latent: Tensor  # (1, 16, h, w)
+    pooled: tuple[Tensor, Tensor]
+
+
+class Decoder(Protocol):
+    def __call__(self, sampled: Sampled, ask: Callable[[SamplerStep], None]) -> Tensor:
+        """(3, H, W), about [0, 1]. ask: called at each step, raises Interrupted."""
+        ...
+
+
+class PreviewDecoder:
+    """The previewer: a small picture at once."""
+
+    def __init__(self, previewer: Previewer):
+        self.previewer = previewer
+
+    def __call__(self, sampled: Sampled, ask: Callable[[SamplerStep], None]) -> Tensor:
+        return self.previewer(sampled.latent)[0]
+
+
+class CascadeDecoder:
+    """Stage B and Stage A: the picture itself. They are on the device while they are used, and else in main memory."""
+
+    def __init__(self, stage_b: StageB, stage_a: StageA, device: torch.device, dtype: torch.dtype):
+        self.stage_b, self.stage_a, self.device, self.dtype = stage_b, stage_a, device, dtype
+
+    def __call__(self, sampled: Sampled, ask: Callable[[SamplerStep], None]) -> Tensor:
+        width, height = _size(sampled.prompt)
+        channels = self.stage_b.config.c_in
+        run = SamplingRun(
+            torch.zeros(1, channels, *stage_b_size(height, width), device=self.device),
+            sampled.prompt.seed or 0,
+            STAGE_B_STEPS,
+        )
+        sides = [
+            {"clip": pooled[:, None].to(self.dtype), "effnet": sampled.latent.to(self.dtype)}
+            for pooled in sampled.pooled
+        ]
+        with _on(self.stage_b, self.device):
+            guider = Guider(self.stage_b, *sides, cfg=STAGE_B_CFG, dtype=self.dtype)
+            latent = sample(run, by_log_snr(guider), ask)
+        with _on(self.stage_a, self.device):
+            return self.stage_a.decode(latent)[0]
+
+
+@contextmanager
+def _on(network: nn.Module, device: torch.device) -> Iterator[None]:
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to("cpu")
 
 
 class Samples:
-    """size: of Stage C's latent; more: further arguments of what `Task.using` gives, a row for each prompt.
+    """prompts: with nothing left open; hints: (N, C, H, W) of a ControlNet, one for each, and their latents' size.
 
     stop: asked at each step; where it says so, Interrupted is raised.
     """
@@ -30,44 +94,62 @@ class Samples:
         self,
         task: StageCTask,
         output: OutputSettings,
-        size: tuple[int, int],
-        decode: Decode,
-        seed: int = 0,
-        more: Mapping[str, Tensor] | None = None,
+        prompts: Sequence[SamplePrompt],
+        decode: Decoder,
+        hints: tuple[Tensor, tuple[int, int]] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ):
-        self.task, self.output, self.size, self.decode, self.seed = task, output, size, decode, seed
-        self.more, self.stop = dict(more or {}), stop
+        self.task, self.output, self.prompts, self.decode = task, output, prompts, decode
+        self.hints, self.stop = hints, stop
 
     @torch.no_grad()
     def __call__(self, step: int, state: State) -> Tensor:
         """All prompts' pictures as one: (3, H, W) in [0, 1] on the CPU"""
-        task, output = self.task, self.output
-        latent = torch.zeros(len(output.prompts), task.stage_c.config.c_in, *self.size, device=task.device)
-        run = SamplingRun(latent, self.seed, output.sample_steps, output.sample_shift, output.sample_sampler)
-        with task.using(state) as network:
-            sides = [
-                {**Conditions.of(*text, task.stage_c.config.c_clip_img, task.dtype)._asdict(), **self.more}
-                for text in (task.prompts(output.prompts), task.prompts([""]))
-            ]
-            guider = Guider(network, *sides, cfg=output.sample_cfg, dtype=task.dtype)
-            latents = sample(run, by_log_snr(guider), self._ask)
-        return grid(self.decode(latents).float().clamp(0, 1).cpu())
+        with self.task.using(state) as network:
+            sampled = [self._sample(network, i, prompt) for i, prompt in enumerate(self.prompts)]
+        return grid([self.decode(each, self._ask).float().clamp(0, 1).cpu() for each in sampled])
+
+    def _sample(self, network: Callable[..., Tensor], index: int, prompt: SamplePrompt) -> Sampled:
+        task, config = self.task, self.task.stage_c.config
+        width, height = _size(prompt)
+        more, positions = {}, stage_c_size(height, width)
+        if self.hints is not None:
+            more, positions = {"hint": self.hints[0][index : index + 1]}, self.hints[1]
+        latent = torch.zeros(1, config.c_in, *positions, device=task.device)
+        run = SamplingRun(
+            latent,
+            prompt.seed or 0,
+            prompt.steps or self.output.sample_steps,
+            self.output.sample_shift,
+            self.output.sample_sampler,
+        )
+        texts = [task.prompts([text]) for text in (prompt.prompt, prompt.negative)]
+        sides = [{**Conditions.of(*text, config.c_clip_img, task.dtype)._asdict(), **more} for text in texts]
+        cfg = self.output.sample_cfg if prompt.cfg is None else prompt.cfg
+        guider = Guider(network, *sides, cfg=cfg, dtype=task.dtype)
+        (_, positive), (_, negative) = texts
+        return Sampled(prompt, sample(run, by_log_snr(guider), self._ask), (positive, negative))
 
     def _ask(self, step: SamplerStep) -> None:
         if self.stop():
             raise Interrupted("The run was stopped.")
 
 
-def grid(pictures: Tensor, gap: int = 4) -> Tensor:
-    """(N, 3, H, W) -> (3, …), about as many rows as columns, on white"""
-    count, _, height, width = pictures.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
+def _size(prompt: SamplePrompt) -> tuple[int, int]:
+    """(width, height) in pixels"""
+    assert prompt.size is not None
+    return prompt.size[0], prompt.size[-1]
+
+
+def grid(pictures: Sequence[Tensor], gap: int = 4) -> Tensor:
+    """(3, H, W) each, which may differ in size -> (3, …), about as many rows as columns, on white"""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    height, width = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
     page = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
     for i, picture in enumerate(pictures):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
-        page[:, top : top + height, left : left + width] = picture
+        page[:, top : top + picture.shape[1], left : left + picture.shape[2]] = picture
     return page
 
 

@@ -11,7 +11,8 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -30,7 +31,7 @@ Weighting = Literal[
     "x0_min_snr_plus_one", "x0_truncated_snr", "x0_sigmoid",
 ]  # fmt: skip
 
-MAX_PROMPTS = 64  # all are drawn in one batch
+MAX_PROMPTS = 64
 
 # Ranges that several numbers have
 Share = Annotated[float, Range(0, 1)]
@@ -45,11 +46,17 @@ OptimizerName = Literal[
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Networks by file name. `previewer` decodes samples; `image_encoder` encodes image prompts."""
+    """Networks by file name. `image_encoder` encodes image prompts.
+
+    Samples are decoded by `stage_b` and `stage_a`, or else by `previewer`; where none is named, by the published ones
+    that are found.
+    """
 
     stage_c: str = "stage_c_bf16.safetensors"
     text_encoder: str = "stable_cascade_text_encoder.safetensors"
     compressor: str = "effnet_encoder.safetensors"
+    stage_b: str | None = None
+    stage_a: str | None = None
     previewer: str | None = None
     image_encoder: str | None = None
 
@@ -260,6 +267,36 @@ class TokenSettings:
 
 
 @dataclass(frozen=True)
+class SamplePrompt:
+    """A picture to make while training. What is null is as it is for all: the seed that of the run, one more for each
+    prompt; the size data.size."""
+
+    prompt: str
+    negative: str = ""
+    seed: Annotated[int | None, Range(0, 2**63 - 1)] = None
+    size: Annotated[tuple[int, ...] | None, Range(64, 4096)] = (
+        None  # width and height in pixels, or one for both
+    )
+    steps: Annotated[int | None, Range(1, 10_000)] = None
+    cfg: Annotated[float | None, Range(-1000, 1000)] = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "output.prompts")
+        if self.size is not None and (len(self.size) not in (1, 2) or any(side % 8 for side in self.size)):
+            raise CascadeError(
+                f"output.prompts.size is {quoted(list(self.size))}; width and height in multiples of 8 are expected, "
+                "as [512, 768]."
+            )
+
+
+def check_prompt_count(prompts: Sequence[Any], where: str = "output.prompts") -> None:
+    if len(prompts) > MAX_PROMPTS:
+        raise CascadeError(
+            f"{where} has {len(prompts)} entries; at most {MAX_PROMPTS} stand side by side in a sample."
+        )
+
+
+@dataclass(frozen=True)
 class OutputSettings:
     """`file` is what the run gives; `folder` holds its checkpoint, log, curve and samples (null: runs/NAME)."""
 
@@ -268,7 +305,8 @@ class OutputSettings:
     log_every: Steps = 10
     checkpoint_every: Steps = 500
     sample_every: Annotated[int, Range(0, 100_000_000)] = 0  # 0 is never
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str | SamplePrompt, ...] = ()
+    prompts_file: str | None = None  # more of them
     sample_steps: Annotated[int, Range(1, 10_000)] = 20
     sample_cfg: Annotated[float, Range(-1000, 1000)] = 4.0
     sample_shift: Annotated[float, Range(0.001, 1000)] = 2.0
@@ -276,10 +314,7 @@ class OutputSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, "output")
-        if len(self.prompts) > MAX_PROMPTS:
-            raise CascadeError(
-                f"output.prompts has {len(self.prompts)} entries; at most {MAX_PROMPTS} stand side by side in a sample."
-            )
+        check_prompt_count(self.prompts)
 
 
 @dataclass(frozen=True)
@@ -313,9 +348,18 @@ class Settings:
             raise CascadeError(
                 "objective.kind consistency trains Stage C alone; leave text_encoder and tokens out."
             )
-        if self.output.sample_every and not (self.output.prompts and self.models.previewer):
+        if self.output.sample_every and not (self.output.prompts or self.output.prompts_file):
             raise CascadeError(
-                "output.sample_every makes pictures of output.prompts by models.previewer; give both, or leave it at 0."
+                "output.sample_every makes pictures of output.prompts; give them, or leave it at 0."
+            )
+        if (self.models.stage_b is None) != (self.models.stage_a is None):
+            raise CascadeError(
+                "models.stage_b and models.stage_a make samples together; give both, or neither."
+            )
+        sized = any(isinstance(each, SamplePrompt) and each.size for each in self.output.prompts)
+        if self.task == "controlnet" and sized:
+            raise CascadeError(
+                "output.prompts: the samples of a ControlNet have the size of its hints; leave size out."
             )
 
     def rate_factors(self) -> set[str]:
@@ -331,6 +375,11 @@ class Settings:
 
 
 ROLES = {"image_encoder": "vision"}  # as the loaders call what `models` names otherwise
+DECODERS = {  # published files that decode samples where no network for that is named, the first that is found
+    "stage_b": tuple(f"stage_b{size}.safetensors" for size in ("_bf16", "", "_lite_bf16", "_lite")),
+    "stage_a": ("stage_a.safetensors",),
+    "previewer": ("previewer.safetensors",),
+}
 SECTIONS = ("lora", "controlnet", "finetune", "tokens")  # each is of the task of its name
 FORMER_NAMES = {  # of keys, by section: still read
     "train": {"clip_norm": "max_grad_norm"},
@@ -435,6 +484,33 @@ def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     return current, renamed
 
 
+def _decoders(
+    names: Mapping[str, str | None], find_model: Callable[[str, str], Path]
+) -> dict[str, str | None]:
+    """The networks that decode samples: those that are named, or the published ones that are found.
+
+    Raises CascadeError where there is none.
+    """
+    if any(names[key] for key in DECODERS):
+        return {}
+
+    def found(key: str) -> str | None:
+        for name in DECODERS[key]:
+            with suppress(CascadeError):
+                find_model(key, name)
+                return name
+        return None
+
+    stages = {"stage_b": found("stage_b"), "stage_a": found("stage_a")}
+    chosen = stages if all(stages.values()) else {"previewer": found("previewer")}
+    if not all(chosen.values()):
+        raise CascadeError(
+            "output.sample_every makes pictures by models.stage_b and models.stage_a, or by models.previewer, and none "
+            "is named or found; name them, run `cascade fetch previewer`, or leave it at 0."
+        )
+    return chosen
+
+
 def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], Path]) -> Settings:
     """Make paths absolute: files and folders relative to `folder`, networks by find_model(role, name)."""
 
@@ -450,12 +526,15 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     )
     output = settings.output
     run = output.folder or f"runs/{Path(output.file).stem}"
-    output = dataclasses.replace(output, file=at(output.file), folder=at(run))
+    prompts_file = at(output.prompts_file) if output.prompts_file else None
+    output = dataclasses.replace(output, file=at(output.file), folder=at(run), prompts_file=prompts_file)
 
     def model(role: str, name: str | None) -> str | None:
         return None if name is None else os.path.realpath(find_model(role, name))
 
     names = dataclasses.asdict(settings.models)
+    if output.sample_every:
+        names |= _decoders(names, find_model)
     files = {key: model(ROLES.get(key, key), name) for key, name in names.items()}
     control = settings.controlnet
     if settings.task == "controlnet" and control.start not in ("compressor", "random"):

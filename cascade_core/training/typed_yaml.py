@@ -20,21 +20,25 @@ MAX_BYTES = 1_000_000  # of a file
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a file's mapping, as plain values. Raises CascadeError for any other file, and for a repeated key."""
+    return parse_yaml(read_text(path, "YAML"), str(path))
+
+
+def read_text(path: Path, kind: str = "plain text") -> str:
+    """Read a file of settings, in UTF-8 or UTF-16 with its mark. kind: as it is called for people."""
     try:
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CascadeError(
-            f"{printable(str(path))} cannot be read ({error.strerror or error}); give a settings file in YAML."
+            f"{printable(str(path))} cannot be read ({error.strerror or error}); give a settings file in {kind}."
         ) from None
     _check_size(len(data), str(path))
     try:
-        text = data.decode(encoding_of(data))
+        return data.decode(encoding_of(data))
     except UnicodeDecodeError as error:
         raise CascadeError(
-            f"{path} is not YAML in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
+            f"{path} is not {kind} in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
         ) from None
-    return parse_yaml(text, str(path))
 
 
 def _check_size(size: int, where: str) -> None:

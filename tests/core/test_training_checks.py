@@ -136,9 +136,7 @@ def test_a_network_that_only_the_samples_need(world, tmp_path):
         ("none", "none does not exist"),
     ):
         assert sentence in refusal(replace(settings, models=replace(settings.models, previewer=file)))
-    with pytest.raises(
-        CascadeError, match=r"makes pictures of output.prompts by models.previewer; give both"
-    ):
+    with pytest.raises(CascadeError, match=r"makes pictures of output.prompts; give them, or leave it at 0"):
         settings_of(world, "lora", tmp_path, output={"sample_every": 2})
     with pytest.raises(CascadeError, match=r"output.prompts has 65 entries; at most 64"):
         settings_of(world, "lora", tmp_path, output={"prompts": ["a star"] * 65})

@@ -1,16 +1,29 @@
 """docs/tasks/training.md: its settings files are read as they stand, and no setting is missing on it."""
 
 import dataclasses
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cascade_nodes.cascade_core.training import settings
 from cascade_nodes.cascade_core.training.settings import DataSettings
 from cascade_nodes.cascade_core.training.typed_yaml import parse_yaml
+from cascade_nodes.headless.catalogue import FILES as PUBLISHED
+from cascade_nodes.headless.catalogue import WORKFLOWS
+from cascade_nodes.headless.train import finder
 
-PAGE = (Path(__file__).parents[2] / "docs" / "tasks" / "training.md").read_text(encoding="utf-8")
+PACK = Path(__file__).parents[2]
+PAGE = (PACK / "docs" / "tasks" / "training.md").read_text(encoding="utf-8")
+DEMO_COMMANDS, PUBLISHED_COMMANDS = (
+    [shlex.split(line) for line in block.splitlines()]
+    for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL)[:2]
+)
 FILES = re.findall(r"```yaml\n# cascade train (\w+) \S+\n(.*?)```", PAGE, re.DOTALL)
 SECTIONS = [
     settings.ModelSettings,
@@ -21,6 +34,7 @@ SECTIONS = [
     settings.ControlNetSettings,
     settings.FinetuneSettings,
     settings.TokenSettings,
+    settings.SamplePrompt,
     settings.OutputSettings,
 ]
 
@@ -39,3 +53,38 @@ def test_there_is_a_settings_file_for_each_task():
 def test_every_setting_is_explained(section):
     missing = [field.name for field in dataclasses.fields(section) if f"`{field.name}`" not in PAGE]
     assert missing == []
+
+
+def test_the_three_commands_of_the_demo_belong_together():
+    draw, train, run = DEMO_COMMANDS
+    recipe = PACK / train[-1]
+    read = settings.read_settings(recipe, "lora")
+    resolved = settings.resolve(
+        read, recipe.parent, finder(recipe.parent)
+    )  # raises for a network that is missing
+    assert (draw[2:4], resolved.data.folder) == (["cascade_nodes.demo.taught", "house"], str(PACK / draw[4]))
+    assert str(PACK / run[-1]) == f"{resolved.output.folder}/try.json"
+    assert all(" ".join(command) in recipe.read_text() for command in DEMO_COMMANDS)
+
+
+def test_the_three_commands_of_the_published_weights_belong_together():
+    fetch, train, run = PUBLISHED_COMMANDS
+    first = [PUBLISHED[need[0]].saved_as for need in WORKFLOWS[fetch[-1]].needs]
+    models = settings.ModelSettings()
+    assert {models.stage_c, models.text_encoder, models.compressor} <= set(first)
+    assert all(name in first for name in (settings.DECODERS["stage_b"][0], *settings.DECODERS["stage_a"]))
+    assert train[:3] == ["cascade", "train", "lora"]
+    assert run[-1] == f"runs/{Path(train[-1]).stem}/try.json"
+
+
+@pytest.mark.nightly
+def test_the_three_commands_of_the_demo_as_they_stand(tmp_path):
+    """In a folder of their own, which holds the recipe."""
+    recipe = tmp_path / DEMO_COMMANDS[1][-1]
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text((PACK / DEMO_COMMANDS[1][-1]).read_text())
+    programs = {"python": [sys.executable], "cascade": [sys.executable, "-m", "cascade_nodes.headless"]}
+    for program, *arguments in DEMO_COMMANDS:
+        subprocess.run([*programs[program], *arguments], cwd=tmp_path, check=True, env=dict(os.environ))
+    (picture,) = (tmp_path / "output").iterdir()
+    assert Image.open(picture).size == (256, 256)

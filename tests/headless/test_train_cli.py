@@ -449,8 +449,15 @@ def test_three_steps_on_the_demo(world, capsys):
     assert lines[0] == "encoded 4/4"
     assert lines[1].startswith("4 pictures with 1 captions: 4 of 256 × 256")
     assert "; 1 is left out (left_out.txt lists all): of_a_phone.heic (pictures of kind .heic are" in lines[1]
-    assert [line.split("  ")[0] for line in lines[2:5]] == ["step 1/3", "step 2/3", "step 3/3"]
-    assert lines[-1] == f"Wrote {world / 'made' / 'style.safetensors'}."
+    assert lines[2].startswith("Training on the processor in fp32, 1 process: ")
+    assert [line.split("  ")[0] for line in lines[3:6]] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert lines[-2].startswith(
+        f"Wrote {world / 'made' / 'style.safetensors'}: a LoRA of rank 16 of 87 layers"
+    )
+    assert lines[-1] == "Try it: cascade run runs/style/try.json"
+    assert main(lines[-1].split()[3:]) == 0  # the demo's own Stage B and A are found
+    assert Image.open(world / "output" / "style_00001_.png").size == (256, 256)
+    capsys.readouterr()
     adapter = read_adapter(world / "made" / "style.safetensors")
     assert adapter.dialect == "kohya"
     assert all(change.rank == 16 for change in adapter.stage_c.values())
@@ -465,6 +472,7 @@ def test_three_steps_on_the_demo(world, capsys):
         "loss.png",
         "samples",
         "state.safetensors",
+        "try.json",
     }
 
     assert main(["train", "lora", "config.yaml"]) == 0  # nothing is left to do

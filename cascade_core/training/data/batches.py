@@ -192,6 +192,10 @@ class TrainingData:
             for each in self._buckets
         ]
 
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self) * self._repeat
+
     def steps_per_epoch(self, batch_size: int, ranks: int = 1) -> int:
         total = batch_size * ranks
         return sum(batches_per_epoch(len(each), self._repeat, total) for each in self._buckets)

@@ -62,9 +62,7 @@ class Chooser:
 
     def fault(self, picture: BucketedPicture) -> str | None:
         """Why a picture is left out, in a few words that many share; None where it is not."""
-        s, (height, width) = self.settings, picture.size
-        if min(height, width) < s.min_side:
-            return f"{width} × {height} pixels are too few; give {s.min_side} a side or more"
+        s = self.settings
         if s.max_enlarge is not None and picture.scale > s.max_enlarge:
             return f"it would be enlarged by more than data.max_enlarge, {s.max_enlarge:g}"
         if 1 - picture.kept > s.max_crop:
@@ -100,6 +98,10 @@ def assign_buckets(
         if key not in sizes:
             continue
         height, width = sizes.rows[key].tolist()
+        if min(height, width) < settings.min_side:
+            few = f"{width} × {height} pixels are too few; give {settings.min_side} a side or more"
+            skipped.append(Skipped(picture.name, few))
+            continue
         placed = BucketedPicture(picture, chooser.bucket(height, width), (height, width))
         fault = chooser.fault(placed)
         if fault is None:

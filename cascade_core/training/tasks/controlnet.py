@@ -66,6 +66,11 @@ class ControlNetTask(StageCTask):
         hint = self.make_hint(images, generator, self.tools)
         return self.inputs(batch, hint)
 
+    @property
+    def described(self) -> str:
+        config: Any = self.trained.config
+        return f"a ControlNet with {len(config.proj_blocks)} outputs for a Stage C of width {config.c_proj}"
+
     def use_cuda_graphs(self) -> None:
         config: Any = self.trained.config
         if not (self.trained.training and config.drop_path):  # it would drop the same blocks each time

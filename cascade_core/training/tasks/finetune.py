@@ -47,6 +47,11 @@ class FinetuneTask(StageCTask):
         with self._autocast():
             return self.diffusion_loss(lambda x, r: self.stage_c(x, r, *conditions), inputs.latents)
 
+    @property
+    def described(self) -> str:
+        count = sum(1 for _ in self.stage_c.parameters())
+        return f"a whole Stage C, {len(self.names)} of its {count} tensors trained, in {self.settings.dtype}"
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 

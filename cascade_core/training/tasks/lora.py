@@ -77,6 +77,15 @@ class LoRATask(StageCTask):
         self.student = GraphedFunction(self.student)
         self.teacher = GraphedFunction(self.teacher)
 
+    @property
+    def described(self) -> str:
+        text, tokens = self.text_changes, self.learned
+        parts = [f"of {len(self.changes.layers)} layers of Stage C"]
+        parts += [f"{len(text.layers)} of the text encoder"] if text is not None else []
+        parts += [f"{len(tokens.counts)} learned tokens"] if tokens is not None else []
+        s = self.settings
+        return f"a LoRA of rank {s.rank} {' and '.join(parts)}, as {s.dialect} writes it, in {s.dtype}"
+
     def _changed(self, vector: Tensor, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
         with self.changes.applied(vector):
             return self.stage_c(x, r, *conditions)

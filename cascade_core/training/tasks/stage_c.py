@@ -77,6 +77,11 @@ class StageCTask(Task):
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    @property
+    def described(self) -> str:
+        """What the file that it writes holds, in words."""
+        raise NotImplementedError
+
     def use_cuda_graphs(self) -> None:
         """Replay the networks' passes from CUDA graphs from now on, where they are the same in each step."""
 

@@ -82,6 +82,10 @@ class TokensTask(StageCTask):
         self.trainable_text = self.trained.trainable_text(encoder, captions)
         self.frozen: Callable[..., Tensor] = stage_c
 
+    @property
+    def described(self) -> str:
+        return f"learned tokens ({', '.join(self.trained.counts)})"
+
     def use_cuda_graphs(self) -> None:
         self.frozen = GraphedFunction(self.frozen)
 

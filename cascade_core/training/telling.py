@@ -1,0 +1,42 @@
+"""What a run says for people at its beginning and at its end."""
+
+from pathlib import Path
+
+from ..accelerators import device_name
+from .launch import DTYPES
+from .loop import Loop
+from .tasks.stage_c import StageCTask
+
+
+def at_beginning(loop: Loop[StageCTask], steps_per_epoch: int, rows_per_epoch: int, file: str) -> str:
+    """Where and how it computes, what is trained, how many pictures a step takes, and where it writes.
+
+    steps_per_epoch: batches of an epoch; rows_per_epoch: pictures in them.
+    """
+    task, train, accelerator = loop.task, loop.settings.train, loop.accelerator
+    processes = accelerator.num_processes
+    precision = next(name for name, dtype in DTYPES.items() if dtype == task.dtype)
+    trained = sum(parameter.numel() for parameter in loop.parameters)
+    whole = sum(parameter.numel() for parameter in task.stage_c.parameters())
+    size = train.batch_size * train.accumulate * processes
+    mean = rows_per_epoch / max(steps_per_epoch, 1) * train.accumulate
+    fewer = f", {mean:.3g} on average, as buckets hold fewer" if mean < 0.95 * size else ""
+    factors = f"{train.batch_size} × {train.accumulate} accumulated × {_count(processes, 'process', 'es')}"
+    epoch = steps_per_epoch / train.accumulate
+    return (
+        f"Training on {device_name(task.device)} in {precision}, {_count(processes, 'process', 'es')}: {trained:,} "
+        f"trained numbers beside Stage C's {whole:,}. A step takes {_count(size, 'picture')} ({factors}){fewer}; an "
+        f"epoch is {epoch:.3g} step{'s' * (epoch != 1)}, and {_count(train.steps, 'step')} are "
+        f"{train.steps / epoch:.3g} of them. Checkpoint, log and samples go to {loop.folder}, the result to {file}."
+    )
+
+
+def at_end(loop: Loop[StageCTask], path: Path) -> str:
+    """What the file holds."""
+    averaged = f", averaged over steps (train.ema {loop.settings.train.ema:g})" if loop.average else ""
+    size = path.stat().st_size / 1e6
+    return f"Wrote {path}: {loop.task.described} after {_count(loop.step, 'step')}{averaged}, {size:.3g} MB."
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
