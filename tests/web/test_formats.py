@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from cascade_nodes.headless.catalogue import FILES
+from cascade_nodes.tests.web import subgraph
 from cascade_nodes.tests.web.formats import layout_of, schemas, to_api, to_ui
 
 EXAMPLES = Path(__file__).parents[2] / "example_workflows"
@@ -81,3 +82,8 @@ def test_models_are_those_of_the_catalogue(name):
         node for node in read(EXAMPLES / f"{name}.json")["nodes"] if node["properties"].get("models")
     ]
     assert len(published) == (4 if name.endswith("_published") else 0)
+
+
+def test_the_subgraph_is_written_from_the_example():
+    """After a change of text_to_image_published: python -m cascade_nodes.tests.web.subgraph"""
+    assert subgraph.SUBGRAPH.read_text(encoding="utf-8") == subgraph.text()

@@ -463,6 +463,31 @@ async function replaced(page) {
   });
 }
 
+/** The pack's subgraph, where the server offers one, and on the canvas: its widgets, and the prompt that it becomes. */
+async function subgraph(page, { subgraph, served }) {
+  const offered = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('subgraph')";
+  if (served) {
+    await page.waitForFunction(
+      `${offered}.subgraphBlueprints.some((entry) => entry.display_name === "Stable Cascade")`,
+    );
+  }
+  await load(page, "subgraph", subgraph);
+  return page.evaluate(async () => {
+    const { graph } = window.app;
+    const box = graph.nodes[0];
+    const save = window.LiteGraph.createNode("SaveImage");
+    graph.add(save);
+    box.connect(0, save, 0);
+    for (const [name, value] of Object.entries({ prompt: "a red star", negative: "", width: 256, height: 256, seed: 7 })) {
+      const widget = box.widgets.find((entry) => entry.name === name);
+      widget.value = value;
+      widget.callback?.(value);
+    }
+    const { output } = await window.app.graphToPrompt();
+    return { widgets: box.widgets.map((widget) => widget.name), output };
+  });
+}
+
 async function japanese(page, { url }) {
   await store(url, { "Comfy.Locale": "ja" });
   await open(page, url);
@@ -492,6 +517,6 @@ async function japanese(page, { url }) {
 }
 
 export const SCENARIOS = {
-  search, words, examples, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, training, connections, replaced, run,
-  japanese,
+  search, words, examples, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, training, connections, replaced, subgraph,
+  run, japanese,
 };
