@@ -5,6 +5,7 @@ from typing import Any
 from ..cascade_core import limits
 from ..cascade_core.errors import CascadeError
 from ..cascade_core.stages.prompt import check_text
+from ..cascade_core.text.foreign_syntax import foreign_syntax
 from .api import io, searched_as
 from .hosts import host
 from .sockets import check_connected, check_finite, check_picture, check_prompts
@@ -68,9 +69,9 @@ class CascadeTextEncode(io.ComfyNode):
     @classmethod
     def execute(cls, clip, positive, negative) -> io.NodeOutput:
         sockets = (("positive", positive), ("negative", negative))
-        return io.NodeOutput(
-            *(encode_prompt(clip, socket, text, "Cascade Text Encode") for socket, text in sockets)
-        )
+        encoded = [encode_prompt(clip, socket, text, "Cascade Text Encode") for socket, text in sockets]
+        pieces = [(kind, text[:60]) for kind, text in foreign_syntax(f"{positive}\n{negative}")]
+        return io.NodeOutput(*encoded, **({"ui": {"cascade_syntax": pieces}} if pieces else {}))
 
 
 class CascadeImagePrompt(io.ComfyNode):

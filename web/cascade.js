@@ -5,6 +5,7 @@ import { addRunPanel } from "./run_panel.js";
 import { loadReplacements, offerReplacement } from "./replace.js";
 import { addSearchWords } from "./search.js";
 import { addSizePanel } from "./size_panel.js";
+import { addSyntaxPanel } from "./syntax_panel.js";
 import { addTextPanel } from "./text_panel.js";
 import { loadWords } from "./words.js";
 
@@ -16,6 +17,7 @@ const PANELS = {
   CascadePriorSampler: addRunPanel,
   CascadeDecoderSampler: addRunPanel,
   CascadeLoRAApply: addTextPanel,
+  CascadeTextEncode: addSyntaxPanel,
 };
 
 app.registerExtension({

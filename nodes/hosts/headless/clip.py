@@ -6,6 +6,8 @@ from typing import Any
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.stages.prompt import TextStage
 from ....cascade_core.stages.prompt import load_text_encoder as load
+from ....cascade_core.text.foreign_syntax import describe_syntax, foreign_syntax
+from ..reporting import notify
 from .device import compute_device
 from .embeddings import embeddings_in
 from .values import words_for
@@ -18,5 +20,7 @@ def load_text_encoder(path: Path) -> TextStage:
 def encode_text(clip: Any, prompt: str) -> list:
     if not isinstance(clip, TextStage):
         raise CascadeError(f"The CLIP is {words_for(clip)}; connect Load Cascade Text Encoder.")
+    if pieces := foreign_syntax(prompt):  # ComfyUI's node shows them in its panel
+        notify(" ".join(describe_syntax(pieces)))
     encoded = clip.encode([prompt], embeddings_in)
     return [[encoded.states, {"pooled_output": encoded.pooled}]]
