@@ -19,14 +19,16 @@ CHECKPOINTED = (AttnBlock, FeedForwardBlock, ResBlock)
 
 
 def checkpoint_blocks(
-    network: nn.Module, recompute_context: Callable[[], AbstractContextManager] = nullcontext
+    network: nn.Module,
+    recompute_context: Callable[[], AbstractContextManager] = nullcontext,
+    draws: bool = False,
 ) -> None:
-    """Checkpoint the network's blocks, in place.
+    """Checkpoint the network's blocks, in place. draws: whether they draw at random though they are not in training.
 
     recompute_context: called in each block's forward pass; returns the context in which it is recomputed.
     """
     for block in blocks_of(network, CHECKPOINTED):
-        block.forward = _checkpointed(block, block.forward, recompute_context)
+        block.forward = _checkpointed(block, block.forward, recompute_context, draws)
 
 
 def blocks_of(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Any]:
@@ -34,7 +36,10 @@ def blocks_of(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[An
 
 
 def _checkpointed(
-    block: nn.Module, forward: Callable[..., Any], recompute_context: Callable[[], AbstractContextManager]
+    block: nn.Module,
+    forward: Callable[..., Any],
+    recompute_context: Callable[[], AbstractContextManager],
+    draws: bool,
 ) -> Callable[..., Any]:
     @wraps(forward)
     def run(*inputs: Any) -> Any:
@@ -44,7 +49,8 @@ def _checkpointed(
             forward,
             *inputs,
             use_reentrant=False,
-            preserve_rng_state=block.training,  # for dropout; costs a synchronisation with the accelerator
+            preserve_rng_state=block.training
+            or draws,  # for dropout; costs a synchronisation with the accelerator
             context_fn=lambda: (nullcontext(), recompute_context()),
         )
 

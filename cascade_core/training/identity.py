@@ -23,6 +23,7 @@ PARTS = {  # as the core calls what settings name
     "models.compressor": "compressor",
     "models.image_encoder": "vision",
     "controlnet.start": "controlnet",
+    "lora.start": "lora",
 }
 SHOWN = 8  # differences in a message
 
@@ -87,6 +88,7 @@ def _networks(settings: Settings) -> dict[str, Path]:
     }
     if _starts_from_a_file(settings):
         names["controlnet.start"] = settings.controlnet.start
+    names["lora.start"] = settings.lora.start
     return {key: Path(name) for key, name in names.items() if name is not None}
 
 
@@ -156,6 +158,7 @@ def _deciding(settings: Settings) -> dict[str, Any]:
     values["lora.alpha"] = settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha
     if _starts_from_a_file(settings):
         values["controlnet.start"] = "a file"
+    values["lora.start"] = "a file" if settings.lora.start else None
     return values
 
 

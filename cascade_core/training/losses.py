@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..diffusion.forward_process import diffuse, random_t
 from ..diffusion.loss_weights import AdaptiveLossWeight, debiased
@@ -18,6 +19,10 @@ def diffusion_loss(
     pure_noise_share: float = 0.05,
     loss_weight: Callable[..., Tensor] = debiased,
     shift: float = 1.0,
+    t_range: tuple[float, ...] = (0.0, 1.0),
+    noise_offset: float = 0.0,
+    multires_noise: float = 0.0,
+    huber: float | None = None,
 ) -> dict[str, Tensor]:
     """Weighted error of the predicted noise: predict(noised, noise_cond) against epsilon.
 
@@ -25,15 +30,47 @@ def diffusion_loss(
     default weight is the debiased one, clamped to `max_loss_weight`, and `pure_noise_share` of the batch is taken at
     t = 1 itself. The published training has neither: p2, no clamp, no share. An AdaptiveLossWeight is updated with the
     errors.
+
+    t_range: what the times are spread over; noise_offset, multires_noise: of `training_noise`; huber: of
+    `pseudo_huber`, which then takes the square's place.
     """
     t = random_t(len(x0)).to(x0.device)
+    if t_range != (0.0, 1.0):
+        t = t_range[0] + (t_range[1] - t_range[0]) * t
     t[: int(pure_noise_share * len(x0))] = 1.0
-    diffused = diffuse(x0, torch.randn_like(x0), t, shift, loss_weight)
-    prediction = predict(diffused.noised, diffused.noise_cond).float()
-    error = (prediction - diffused.target).square().mean(dim=(1, 2, 3))  # (B,)
+    diffused = diffuse(x0, training_noise(x0, noise_offset, multires_noise), t, shift, loss_weight)
+    difference = predict(diffused.noised, diffused.noise_cond).float() - diffused.target
+    squares = difference.square() if huber is None else pseudo_huber(difference, huber)
+    error = squares.mean(dim=(1, 2, 3))  # (B,)
     if isinstance(loss_weight, AdaptiveLossWeight):
         loss_weight.update_buckets(diffused.log_snr, error.detach())
     return {"loss": (error * _clamp(diffused.loss_weight, max_loss_weight)).mean(), "epsilon": error.mean()}
+
+
+def training_noise(x0: Tensor, offset: float = 0.0, multires: float = 0.0) -> Tensor:
+    """Gaussian noise like x0 (B, C, h, w).
+
+    offset: of noise that is the same at all positions of a channel, added (crosslabs.org, "Diffusion with Offset
+    Noise", 2023). multires: the strength of noise of half the size; that of a quarter has its square, and so on; the
+    sum is brought back to a standard deviation of 1 (wandb.ai, "Multi-Resolution Noise for Diffusion Model Training").
+    """
+    noise = torch.randn_like(x0)
+    strength, (height, width) = multires, x0.shape[-2:]
+    while multires and min(height, width) > 1:
+        height, width = height // 2, width // 2
+        coarse = torch.randn(*x0.shape[:2], height, width, device=x0.device, dtype=x0.dtype)
+        noise = noise + strength * F.interpolate(coarse, x0.shape[-2:], mode="bilinear")
+        strength *= multires
+    if multires:
+        noise = noise / noise.std(dim=(1, 2, 3), keepdim=True)
+    if offset:
+        noise = noise + offset * torch.randn(*x0.shape[:2], 1, 1, device=x0.device, dtype=x0.dtype)
+    return noise
+
+
+def pseudo_huber(difference: Tensor, delta: float) -> Tensor:
+    """2·δ·(sqrt(d² + δ²) − δ): d² where d is small beside δ, 2·δ·|d| where it is large."""
+    return 2 * delta * ((difference.square() + delta**2).sqrt() - delta)
 
 
 def consistency_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -278,7 +278,10 @@ def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
     if checkpointing is None:
         checkpointing = sum(parameter.numel() for parameter in stage_c.parameters()) > LARGE_NETWORK
     if checkpointing:
-        checkpoint_blocks(stage_c, task.changes.current if isinstance(task, LoRATask) else nullcontext)
+        if isinstance(task, LoRATask):
+            checkpoint_blocks(stage_c, task.changes.current, task.draws)
+        else:
+            checkpoint_blocks(stage_c)
     if settings.cuda_graphs and can_allocate_in_capture(task.device):
         task.use_cuda_graphs()
 

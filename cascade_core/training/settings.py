@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from ..errors import CascadeError, quoted
+from ..errors import CascadeError, printable, quoted
 from ..hints.kinds import KindName
 from .ranges import Range, check_ranges
 from .typed_yaml import build, read_yaml, unknown_name
@@ -166,6 +166,14 @@ class ObjectiveSettings:
     pure_noise_share: Share = 0.0  # of a batch that is trained at pure noise
     # of the schedule that times are drawn from; above 1 is more noise
     shift: Annotated[float, Range(0.001, 1000)] = 1.0
+    # diffusion: the bounds of the times that are drawn; 0 is the picture, 1 pure noise
+    t_range: Annotated[tuple[float, ...], Range(0, 1)] = (0.0, 1.0)
+    noise_offset: Share = (
+        0.0  # of noise that is one number for each channel, so that brightness is learned too
+    )
+    multires_noise: Share = 0.0  # how strong noise of half the size is, that of a quarter with its square, …
+    # the error from which on it counts as its amount and no longer as its square; null: never
+    huber: Annotated[float | None, Range(0, 1e6, above=True)] = None
     # consistency: the teacher's cfg; of two bounds, another for each picture
     guidance: Annotated[tuple[float, ...], Range(-1000, 1000)] = (4.0,)
     cfg_rescale: Share = 0.7
@@ -177,6 +185,21 @@ class ObjectiveSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, "objective")
+        if len(self.t_range) != 2 or not self.t_range[0] < self.t_range[1]:
+            raise CascadeError(
+                f"objective.t_range is {quoted(list(self.t_range))}; two times, the smaller first, are expected."
+            )
+        if self.pure_noise_share and self.t_range[1] < 1:
+            raise CascadeError(
+                f"objective.pure_noise_share is {self.pure_noise_share} at t = 1, but t_range ends at "
+                f"{self.t_range[1]}; set one of them back."
+            )
+        if self.kind == "consistency" and (
+            self.t_range != (0.0, 1.0) or self.noise_offset or self.multires_noise or self.huber is not None
+        ):
+            raise CascadeError(
+                "objective.t_range, noise_offset, multires_noise and huber are of the kind diffusion; leave them out."
+            )
         if len(self.guidance) not in (1, 2):
             raise CascadeError(
                 f"objective.guidance is {quoted(list(self.guidance))}; one number or two bounds are expected."
@@ -194,9 +217,39 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True)
-class LoRASettings:
-    """`targets`: all (linear layers and 1×1 convolutions), attention, or patterns such as `up_blocks.*to_q`."""
+class _Rank:
+    value: Annotated[int, Range(1, 16_384)]
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "lora.ranks")
+
+
+@dataclass(frozen=True)
+class _Rate:
+    value: RateFactor
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "lora.rates")
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """`targets`: all (linear layers and 1×1 convolutions), attention, or patterns such as `up_blocks.*to_q`.
+
+    Layers that match a pattern of `ranks` or `rates` have another rank, or so many times the learning rate.
+    """
+
+    algorithm: Literal["lora", "loha", "lokr"] = "lora"
+    dora: bool = False  # rows' magnitudes are learned apart from their directions
+    rslora: bool = False  # scaled by alpha / sqrt(rank) instead of alpha / rank
+    factor: Annotated[int | None, Range(2, 16_384)] = None  # lokr: at most so many rows of its small matrix
+    start: str | None = None  # the file of a LoRA to go on from
+    ranks: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, Any] = field(default_factory=dict)
+    up_learning_rate: RateFactor = 1.0  # LoRA+: of `up`, as a multiple of the learning rate; 16 is published
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of the values between down and up
+    rank_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of ranks; of loha and lokr, of rows
+    module_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of whole layers' changes
     rank: Annotated[int, Range(1, 16_384)] = 16
     alpha: Annotated[float | None, Range(1e-6, 1e6)] = None  # null: the rank
     targets: tuple[str, ...] = ("all",)
@@ -208,6 +261,14 @@ class LoRASettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, "lora")
+        for key, kind in (("ranks", _Rank), ("rates", _Rate)):
+            for pattern, value in getattr(self, key).items():
+                build(kind, {"value": value}, f"lora.{key}.{printable(pattern)}")
+        if self.algorithm != "lora" and (self.dropout or self.up_learning_rate != 1):
+            raise CascadeError(
+                f"lora.dropout and lora.up_learning_rate are of the algorithm lora; {self.algorithm} has rank_dropout, "
+                "module_dropout and rates."
+            )
         if not self.targets:
             raise CascadeError(
                 "lora.targets is empty, so nothing would be trained; give all, attention, or patterns."
@@ -368,7 +429,9 @@ class Settings:
             return {"1"}
         lora = self.lora
         text = {f"{lora.text_learning_rate:g}"} if lora.text_encoder else set()
-        return {"1", *text, *({f"{lora.token_learning_rate:g}"} if self.tokens else ())}
+        layers = {f"{float(rate):g}" for rate in lora.rates.values()}
+        ups = {f"{lora.up_learning_rate:g}"}
+        return {"1", *layers, *ups, *text, *({f"{lora.token_learning_rate:g}"} if self.tokens else ())}
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -539,10 +602,12 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     control = settings.controlnet
     if settings.task == "controlnet" and control.start not in ("compressor", "random"):
         control = dataclasses.replace(control, start=model("controlnet", control.start))
+    lora = dataclasses.replace(settings.lora, start=model("lora", settings.lora.start))
     return dataclasses.replace(
         settings,
         data=data,
         output=output,
         controlnet=control,
+        lora=lora,
         models=ModelSettings(**files),  # type: ignore[arg-type]
     )

@@ -5,11 +5,19 @@ import math
 import pytest
 import torch
 
+from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.diffusion.guidance import guide
 from cascade_nodes.cascade_core.diffusion.loss_weights import AdaptiveLossWeight, p2
 from cascade_nodes.cascade_core.diffusion.samplers import SAMPLERS
 from cascade_nodes.cascade_core.diffusion.schedule import alpha_sigma, log_snr, noise_cond, undiffuse
-from cascade_nodes.cascade_core.training.losses import along_path, consistency_loss, diffusion_loss
+from cascade_nodes.cascade_core.training.losses import (
+    along_path,
+    consistency_loss,
+    diffusion_loss,
+    pseudo_huber,
+    training_noise,
+)
+from cascade_nodes.cascade_core.training.settings import ObjectiveSettings
 from cascade_nodes.tests.core.sampling import sample_from
 
 SIGMA = 0.5  # of data whose every value is drawn from a normal distribution
@@ -199,3 +207,66 @@ def test_epsilon_and_x0_are_one_and_the_same():
     a, b = level(r)
     epsilon = torch.randn_like(x)
     assert torch.allclose(undiffuse(x, log_snr(r), epsilon), (x - b * epsilon) / a, atol=1e-5)
+
+
+def test_times_within_a_range():
+    seen = []
+
+    def predict(x, r):
+        seen.append(r)
+        return torch.zeros_like(x)
+
+    x0 = torch.zeros(500, 1, 1, 1)
+    diffusion_loss(predict, x0, None, 0.0, p2, t_range=(0.25, 0.5))
+    limits = noise_cond(log_snr(torch.tensor([0.25, 0.5])))
+    assert limits[0] <= seen[0].min() < limits[0] + 0.02
+    assert limits[1] - 0.02 < seen[0].max() <= limits[1] + 1e-3
+
+
+def test_noise_offset_and_multires_noise():
+    """The offset is one number for each channel; coarse noise makes neighbours alike and keeps the deviation."""
+    x0 = torch.zeros(64, 4, 16, 16)
+    torch.manual_seed(0)
+    plain = training_noise(x0)
+    torch.manual_seed(0)
+    assert torch.equal(plain, torch.randn_like(x0))
+    torch.manual_seed(0)
+    offset = training_noise(x0, offset=0.5) - plain
+    assert torch.allclose(offset, offset[..., :1, :1].expand_as(offset), atol=1e-6)
+    assert offset[..., 0, 0].std().item() == pytest.approx(0.5, rel=0.15)
+    coarse = training_noise(x0, multires=0.8)
+    assert torch.allclose(coarse.std(dim=(1, 2, 3)), torch.ones(64), atol=1e-5)
+
+    def alike(noise):
+        return (noise[..., 1:] * noise[..., :-1]).mean().item()
+
+    assert abs(alike(plain)) < 0.05
+    assert alike(coarse) > 0.3
+    assert training_noise(torch.zeros(1, 2, 1, 1), multires=0.8).shape == (1, 2, 1, 1)
+
+
+def test_huber_is_the_square_of_small_errors_and_the_amount_of_large_ones():
+    small, large = torch.tensor([1e-2, -2e-2]), torch.tensor([100.0, -200.0])
+    assert torch.allclose(pseudo_huber(small, 1.0), small.square(), rtol=1e-3)
+    assert torch.allclose(pseudo_huber(large, 0.1), 0.2 * large.abs(), rtol=2e-3)
+    x0 = torch.randn(8, 2, 3, 3)
+    torch.manual_seed(1)
+    huber = diffusion_loss(lambda x, r: torch.zeros_like(x), x0, None, 0.0, p2, huber=1e4)
+    torch.manual_seed(1)
+    squared = diffusion_loss(lambda x, r: torch.zeros_like(x), x0, None, 0.0, p2)
+    assert huber["epsilon"].item() == pytest.approx(squared["epsilon"].item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"t_range": (0.5, 0.5)}, "two times, the smaller first, are expected"),
+        ({"t_range": (0.0, 1.5)}, "must be at least 0 and at most 1"),
+        ({"t_range": (0.0, 0.5), "pure_noise_share": 0.1}, "but t_range ends at 0.5"),
+        ({"kind": "consistency", "huber": 1.0}, "are of the kind diffusion; leave them out"),
+    ],
+)
+def test_objectives_that_say_nothing_sensible(values, sentence):
+    with pytest.raises(CascadeError) as error:
+        ObjectiveSettings(**values)
+    assert sentence in str(error.value)

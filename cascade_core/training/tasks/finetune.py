@@ -18,6 +18,7 @@ from ..launch import DTYPES
 from ..settings import FinetuneSettings, ObjectiveSettings
 from .base import State
 from .conditions import CachedText
+from .names import check_patterns
 from .stage_c import StageCInputs, StageCTask
 
 
@@ -80,6 +81,7 @@ class FinetuneTask(StageCTask):
 def select_parameters(network: nn.Module, patterns: Sequence[str]) -> set[str]:
     """The names of the parameters that lie in modules of these names; all of them for `all`."""
     names = [name for name, _ in network.named_parameters()]
+    check_patterns(patterns, "finetune.modules")
     chosen: set[str] = set()
     for pattern in patterns:
         matches = names if pattern == "all" else [n for n in names if _inside(n, pattern)]

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...adapters import Adapter, LearnedToken, to_dialect, write_adapter
+from ...adapters import Adapter, LearnedToken, read_adapter, to_dialect, write_adapter
+from ...adapters.changes import AddedChange
 from ...adapters.tokens import name_in_prompt
 from ...adapters.write import check_dialect
 from ...diffusion.guidance import guide
+from ...errors import CascadeError
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
 from ..cuda_graphs import GraphedFunction
@@ -20,7 +23,7 @@ from ..losses import consistency_loss
 from ..settings import LoRASettings, ObjectiveSettings, TokenSettings
 from .base import State
 from .conditions import CachedText, Conditions
-from .low_rank import LowRankChanges, change_without_values, check_rank, select_layers
+from .low_rank import LowRankChanges, changes_without_values, select_layers
 from .stage_c import StageCInputs, StageCTask
 from .textual_inversion import LearnedTokens
 from .trainable_text import TrainableText
@@ -46,15 +49,14 @@ class LoRATask(StageCTask):
         self.settings = settings
         generator = torch.Generator().manual_seed(seed)
         layers = select_layers(stage_c, settings.targets)
-        check_rank(layers, settings.rank)
-        self.changes = LowRankChanges(layers, settings.rank, settings.alpha, dtype, generator).to(self.device)
+        self.changes = LowRankChanges.of(stage_c, layers, settings, dtype, generator).to(self.device)
         self.trained = nn.ModuleDict({"stage_c": self.changes})
         self.student: Callable[..., Tensor] = self._changed
         self.teacher: Callable[..., Tensor] = stage_c
         self.text_changes, self.learned = None, None
         if encoder is not None and settings.text_encoder:
             layers = select_layers(encoder.model, _text_targets(settings.targets))
-            changes = LowRankChanges(layers, settings.rank, settings.alpha, generator=generator)
+            changes = LowRankChanges.of(encoder.model, layers, _for_text(settings), generator=generator)
             self.trained["text"] = self.text_changes = changes.to(self.device)
         if encoder is not None:
             self.trainable_text = TrainableText(encoder, captions)
@@ -62,18 +64,27 @@ class LoRATask(StageCTask):
                 self.learned = LearnedTokens(tokens, encoder, captions).to(self.device)
                 self.trained["tokens"] = self.learned
                 self.trainable_text = self.learned.trainable_text(encoder, captions)
+        if settings.start is not None:
+            begin_as(read_adapter(settings.start, stage_c), self.changes, self.text_changes)
         # Raises CascadeError now rather than after the run, where the dialect cannot hold the LoRA.
         to_dialect(self.adapter(self.trained.state_dict(), "the LoRA"), settings.dialect, stage_c)
 
     def groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = [{"params": [self.changes.vector]}]
+        groups = self.changes.groups()
         if self.text_changes is not None:
-            groups.append({"params": [self.text_changes.vector], "share": self.settings.text_learning_rate})
+            groups += self.text_changes.groups(self.settings.text_learning_rate)
         if self.learned is not None:
             groups.append(self.learned.group(self.settings.token_learning_rate))
         return groups
 
+    @property
+    def draws(self) -> bool:
+        """Whether something is drawn at random within the network."""
+        return any(self.changes.dropout)
+
     def use_cuda_graphs(self) -> None:
+        if self.draws:
+            return
         self.student = GraphedFunction(self.student)
         self.teacher = GraphedFunction(self.teacher)
 
@@ -96,7 +107,7 @@ class LoRATask(StageCTask):
         with self.text_changes.applied() if self.text_changes is not None else nullcontext():
             conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         return self.diffusion_loss(
-            lambda x, r: self.student(self.changes.vector, x.to(self.dtype), r, *conditions), inputs.latents
+            lambda x, r: self.student(self.changes.values(), x.to(self.dtype), r, *conditions), inputs.latents
         )
 
     def _consistency(self, inputs: StageCInputs) -> dict[str, Tensor]:
@@ -113,7 +124,7 @@ class LoRATask(StageCTask):
         cfgs = (low + (high - low) * torch.rand(len(x0))).tolist() if low != high else [low]
 
         def predict(x: Tensor, r: Tensor) -> Tensor:
-            return self.student(self.changes.vector, x.to(self.dtype), r, *conditions)
+            return self.student(self.changes.values(), x.to(self.dtype), r, *conditions)
 
         def teacher(x: Tensor, r: Tensor) -> Tensor:
             cond, uncond = self.teacher(x.to(self.dtype).repeat(2, 1, 1, 1), r.repeat(2), *both).chunk(2)
@@ -128,9 +139,11 @@ class LoRATask(StageCTask):
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
         with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(self.changes.applied(state["stage_c.vector"]))
+            self.trained.eval()
+            stack.callback(self.trained.train)
+            stack.enter_context(self.changes.applied(self.changes.values(state, "stage_c.")))
             if self.text_changes is not None:
-                stack.enter_context(self.text_changes.applied(state["text.vector"]))
+                stack.enter_context(self.text_changes.applied(self.text_changes.values(state, "text.")))
             if self.learned is not None:
                 stack.enter_context(self.learned.replaced(state["tokens.vectors"]))
             yield self.stage_c
@@ -145,8 +158,8 @@ class LoRATask(StageCTask):
         return Adapter(
             name,
             self.settings.dialect,
-            stage_c=self.changes.as_adapter(state["stage_c.vector"].to(dtype)),
-            text=text.as_adapter(state["text.vector"].to(dtype)) if text is not None else {},
+            stage_c=self.changes.as_adapter(self.changes.values(state, "stage_c.").to(dtype)),
+            text=text.as_adapter(text.values(state, "text.").to(dtype)) if text is not None else {},
             tokens=learned.tokens(state["tokens.vectors"].detach().cpu()) if learned is not None else (),
         )
 
@@ -156,18 +169,44 @@ def check_lora(
 ) -> None:
     """Raise CascadeError where the networks have no such layers or rank, or the dialect cannot hold the LoRA."""
     layers = select_layers(stage_c, settings.targets)
-    check_rank(layers, settings.rank)
-    text = select_layers(encoder.model, _text_targets(settings.targets)) if settings.text_encoder else {}
-    changes = [
-        {name: change_without_values(layer, settings.rank, settings.alpha) for name, layer in each.items()}
-        for each in (layers, text)
-    ]
+    changes = [changes_without_values(stage_c, layers, settings), {}]
+    if settings.text_encoder:
+        layers = select_layers(encoder.model, _text_targets(settings.targets))
+        changes[1] = changes_without_values(encoder.model, layers, _for_text(settings))
     width = encoder.model.config.hidden_size
     learned = tuple(
         LearnedToken(name_in_prompt(token.name), torch.empty(token.vectors, width, device="meta"))
         for token in tokens
     )
     check_dialect(Adapter("the LoRA", settings.dialect, *changes, tokens=learned), settings.dialect)
+
+
+def _for_text(settings: LoRASettings) -> LoRASettings:
+    """The text encoder's settings: patterns of Stage C's names are not for it."""
+    return replace(settings, ranks=_general(settings.ranks), rates=_general(settings.rates))
+
+
+def _general(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {pattern: value for pattern, value in values.items() if pattern in ("all", "attention")}
+
+
+def begin_as(adapter: Adapter, changes: LowRankChanges, text: LowRankChanges | None) -> None:
+    """Take a file's changes over. Raises CascadeError for what would be lost."""
+    if adapter.tokens or (adapter.text and text is None):
+        part = "learned tokens" if adapter.tokens else "changes of the text encoder"
+        raise CascadeError(
+            f"lora.start: {adapter.name} holds {part}, which would be lost; give text_encoder: true, or a file of "
+            "Stage C's changes alone."
+        )
+    for each, own in ((adapter.stage_c, changes), (adapter.text, text)):
+        other = [change.algorithm for change in each.values() if not isinstance(change, AddedChange)]
+        if other:
+            raise CascadeError(
+                f"lora.start: {adapter.name} has changes by {other[0]}, which are not trained here; give a LoRA, LoHa "
+                "or LoKr."
+            )
+        if own is not None:
+            own.begin_as({name: c for name, c in each.items() if isinstance(c, AddedChange)}, adapter.name)
 
 
 def _text_targets(targets: Sequence[str]) -> Sequence[str]:

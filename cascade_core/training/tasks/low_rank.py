@@ -1,25 +1,28 @@
 """Low-rank changes (LoRA, Hu et al. 2021, arXiv 2106.09685) of a frozen network, while they are trained.
 
-The network's weights stay as they are: a layer's output gets up(down(x)) added. All factors of a network lie in one
-float32 vector, so that a step casts them once, and the optimiser, the average and several accelerators deal with one
-tensor instead of thousands.
+The network's weights stay as they are: a layer's output gets up(down(x)) added, or what LoHa, LoKr and DoRA make of it.
+All factors of a network lie in one float32 vector, or one for each learning rate, so that a step casts them once, and
+the optimiser, the average and several accelerators deal with one tensor instead of thousands.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from itertools import groupby
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ...adapters import LowRank
+from ...adapters.changes import AddedChange
 from ...errors import CascadeError, quoted
 from ...networks.layers import Attention
+from ..settings import LoRASettings
+from .algorithms import Dropout, LoRA, Shapes, algorithm_of
+from .names import check_patterns, is_match
 
-Factors = list[tuple[Tensor, Tensor]]
+Factors = list[tuple[Tensor, ...]]
+MAGNITUDE = "magnitude"
 
 
 def is_target(layer: nn.Module) -> bool:
@@ -35,56 +38,105 @@ def select_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
     A pattern matches a layer's whole name, or its end after a dot. Raises CascadeError for one that matches nothing.
     """
     layers = {name: layer for name, layer in network.named_modules() if is_target(layer)}
-    inside = {
-        id(layer) for module in network.modules() if _is_attention(module) for layer in module.modules()
-    }
-    chosen: dict[str, nn.Module] = {}
-    for pattern in patterns:
-        if pattern == "all":
-            matches = layers
-        elif pattern == "attention":
-            matches = {name: layer for name, layer in layers.items() if id(layer) in inside}
-        else:
-            matches = {
-                name: layer
-                for name, layer in layers.items()
-                if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-            }
-        if not matches:
-            raise CascadeError(
-                f"{quoted(pattern)} matches none of the {len(layers)} layers of {type(network).__name__} that can be "
-                f"changed, such as {', '.join(list(layers)[:3])}; give all, attention, or a pattern of such names."
-            )
-        chosen |= matches
+    check_patterns(patterns, "lora.targets")
+    chosen = {name for pattern in patterns for name in _matching(network, layers, pattern)}
     return {name: layer for name, layer in layers.items() if name in chosen}  # in the network's order
 
 
-def check_rank(layers: Mapping[str, nn.Module], rank: int) -> None:
+def _matching(network: nn.Module, layers: Mapping[str, nn.Module], pattern: str) -> list[str]:
+    if pattern == "all":
+        return list(layers)
+    if pattern == "attention":
+        attention = [module for module in network.modules() if _is_attention(module)]
+        inside = {id(layer) for module in attention for layer in module.modules()}
+        matches = [name for name, layer in layers.items() if id(layer) in inside]
+    else:
+        matches = [name for name in layers if is_match(name, pattern)]
+    if not matches:
+        raise CascadeError(
+            f"{quoted(pattern)} matches none of the {len(layers)} layers of {type(network).__name__} that can be "
+            f"changed, such as {', '.join(list(layers)[:3])}; give all, attention, or a pattern of such names."
+        )
+    return matches
+
+
+def by_pattern(
+    network: nn.Module, layers: Mapping[str, nn.Module], values: Mapping[str, Any], key: str
+) -> dict[str, Any]:
+    """{layer: value} of the layers that match a pattern; the last pattern that matches counts. key: for messages."""
+    check_patterns(values, key)
+    found: dict[str, Any] = {}
+    for pattern, value in values.items():
+        found |= dict.fromkeys(_matching(network, layers, pattern), value)
+    return found
+
+
+class Plan(NamedTuple):
+    """The rank, alpha and scale, and the share of the learning rate, of each layer that gets a change."""
+
+    ranks: list[int]
+    alphas: list[float | None]  # as files state them
+    scales: list[float]
+    rates: list[float]
+
+    @classmethod
+    def of(cls, network: nn.Module, layers: Mapping[str, nn.Module], settings: LoRASettings) -> "Plan":
+        rank_of = by_pattern(network, layers, settings.ranks, "lora.ranks")
+        rate_of = by_pattern(network, layers, settings.rates, "lora.rates")
+        ranks = [rank_of.get(name, settings.rank) for name in layers]
+        alphas: list[float | None] = [settings.alpha] * len(ranks)
+        if settings.rslora:  # alpha / sqrt(rank), said as an alpha over the rank
+            alphas = [(settings.alpha or rank) * sqrt(rank) for rank in ranks]
+        scales = [1.0 if alpha is None else alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
+        return cls(ranks, alphas, scales, [float(rate_of.get(name, 1.0)) for name in layers])
+
+
+def check_rank(layers: Mapping[str, nn.Module], ranks: int | Iterable[int]) -> None:
     """Raise CascadeError for a rank that no layer can have: it adds nothing but memory."""
     largest = max(min(layer.get_parameter("weight").shape[:2]) for layer in layers.values())
-    if rank > largest:
-        raise CascadeError(
-            f"lora.rank is {rank}, but no change of these {len(layers)} layers has a rank above {largest}; give at "
-            f"most {largest}, such as 16."
-        )
+    for rank in [ranks] if isinstance(ranks, int) else set(ranks):
+        if rank > largest:
+            raise CascadeError(
+                f"lora.rank is {rank}, but no change of these {len(layers)} layers has a rank above {largest}; give at "
+                f"most {largest}, such as 16."
+            )
 
 
-def change_without_values(layer: nn.Module, rank: int, alpha: float | None) -> LowRank:
-    """A change as `as_adapter` gives it, on the meta device: what a file would hold, before anything is trained."""
-    rows, columns, *kernel = layer.get_parameter("weight").shape
-    down, up = (torch.empty(*shape, *kernel, device="meta") for shape in ((rank, columns), (rows, rank)))
-    return LowRank(down, up, alpha)
+def changes_without_values(
+    network: nn.Module, layers: Mapping[str, nn.Module], settings: LoRASettings
+) -> dict[str, AddedChange]:
+    """Changes as `as_adapter` gives them, on the meta device: what a file would hold, before anything is trained."""
+    with torch.device("meta"):
+        changes = LowRankChanges.of(network, layers, settings, hooked=False)
+        return changes.as_adapter(changes.values())
 
 
 def _is_attention(module: nn.Module) -> bool:
     return isinstance(module, Attention) or type(module).__name__.endswith("CLIPAttention")
 
 
+class Slot(NamedTuple):
+    """A factor of a layer, in its place in the vectors."""
+
+    layer: int
+    name: str
+    shape: tuple[int, int]
+    scale: float
+    rate: float
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
 class LowRankChanges(nn.Module):
     """Changes of `layers`, which are added inside `applied()` and nowhere else.
 
-    vector    (N,) float32: every layer's down (rank, c_in), then every layer's up (c_out, rank)
+    vector    (N,) float32: every layer's down (rank, c_in), then every layer's up (c_out, rank); other algorithms'
+              factors likewise. Where there are several learning rates: vector_0, vector_1, …, one for each
     """
+
+    vector: nn.Parameter
 
     def __init__(
         self,
@@ -93,41 +145,102 @@ class LowRankChanges(nn.Module):
         alpha: float | None = None,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        settings: LoRASettings | None = None,
+        plan: Plan | None = None,
+        hooked: bool = True,
     ):
+        """settings, plan: what differs from a LoRA of that rank and alpha on every layer."""
         super().__init__()
+        count, settings = len(layers), settings or LoRASettings()
         self.layers: dict[str, Any] = dict(layers)  # a plain dict: they are another network's
-        self.rank, self.alpha, self.dtype = rank, alpha, dtype
-        self.scale = 1.0 if alpha is None else alpha / rank
-        self.down_shapes = [(rank, layer.weight.shape[1]) for layer in self.layers.values()]
-        self.up_shapes = [(layer.weight.shape[0], rank) for layer in self.layers.values()]
-        downs = [
-            # torch's own initial values of a linear layer; with up at zero, training begins with no change
-            torch.empty(shape).uniform_(-1 / sqrt(shape[1]), 1 / sqrt(shape[1]), generator=generator)
-            for shape in self.down_shapes
-        ]
-        ups = [torch.zeros(shape) for shape in self.up_shapes]
-        self.vector = nn.Parameter(torch.cat([part.flatten() for part in (*downs, *ups)]))
-        self._hooks = [layer.register_forward_hook(_add_change) for layer in self.layers.values()]
+        scale = 1.0 if alpha is None else alpha / rank
+        self.plan = plan or Plan([rank] * count, [alpha] * count, [scale] * count, [1.0] * count)
+        self.dtype = dtype
+        self.algorithm = algorithm_of(settings.algorithm, settings.factor)
+        self.dropout = Dropout(settings.dropout, settings.rank_dropout, settings.module_dropout)
+        self.shapes: list[Shapes] = []
+        for layer, layer_rank in zip(self.layers.values(), self.plan.ranks, strict=True):
+            rows, columns = layer.weight.shape[:2]
+            shapes = self.algorithm.shapes(rows, columns, layer_rank)
+            self.shapes.append({**shapes, MAGNITUDE: (rows, 1)} if settings.dora else shapes)
+        names = list(dict.fromkeys(name for shapes in self.shapes for name in shapes))
+        slots = [
+            self._slot(i, name, settings.up_learning_rate) for name in names for i in range(count)
+            if name in self.shapes[i]
+        ]  # fmt: skip
+        values = [self._initial(slot, generator) for slot in slots]
+        rates = list(dict.fromkeys(slot.rate for slot in slots))
+        order = sorted(range(len(slots)), key=lambda i: rates.index(slots[i].rate))
+        self.slots = [slots[i] for i in order]
+        self.names = ["vector"] if len(rates) == 1 else [f"vector_{i}" for i in range(len(rates))]
+        for name, rate in zip(self.names, rates, strict=True):
+            part = torch.cat([values[i].flatten() for i in order if slots[i].rate == rate])
+            self.register_parameter(name, nn.Parameter(part))
+        self.rates = rates
+        # Neighbours of one scale are scaled and cast at once
+        self._runs = [(scale, list(run)) for scale, run in groupby(self.slots, lambda slot: slot.scale)]
+        self._hooks = [layer.register_forward_hook(_add_change) for layer in self.layers.values() if hooked]
         self._set(None)
 
+    @classmethod
+    def of(
+        cls,
+        network: nn.Module,
+        layers: Mapping[str, nn.Module],
+        settings: LoRASettings,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+        hooked: bool = True,
+    ) -> "LowRankChanges":
+        """Changes of some of a network's layers as the settings have them."""
+        plan = Plan.of(network, layers, settings)
+        check_rank(layers, plan.ranks)
+        return cls(layers, settings.rank, settings.alpha, dtype, generator, settings, plan, hooked)
+
+    def _slot(self, layer: int, name: str, up_rate: float) -> Slot:
+        scaled = name == self.algorithm.scaled and self.algorithm.is_scaled(self.shapes[layer])
+        rate = self.plan.rates[layer] * (up_rate if name == "up" else 1.0)
+        return Slot(layer, name, self.shapes[layer][name], self.plan.scales[layer] if scaled else 1.0, rate)
+
+    def _initial(self, slot: Slot, generator: torch.Generator | None) -> Tensor:
+        if slot.name != MAGNITUDE:
+            return self.algorithm.initial(slot.name, slot.shape, generator)
+        weight = list(self.layers.values())[slot.layer].weight
+        return _row_norms(weight.detach().flatten(1).float()).to(torch.get_default_device())
+
+    def groups(self, share: float = 1.0) -> list[dict[str, Any]]:
+        """The optimiser's groups. share: of the learning rate, that all of them have."""
+        pairs = zip(self.names, self.rates, strict=True)
+        return [{"params": [self.get_parameter(name)], "share": rate * share} for name, rate in pairs]
+
+    def values(self, state: Mapping[str, Tensor] | None = None, prefix: str = "") -> Tensor:
+        """All factors as one vector: those that are trained, or those of a state under the prefix."""
+        parts = [
+            self.get_parameter(name) if state is None else state[f"{prefix}{name}"] for name in self.names
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def factors(self, vector: Tensor | None = None, dtype: torch.dtype | None = None) -> Factors:
-        """(down, up · scale) of each layer, views of the vector cast once."""
-        vector = self.vector if vector is None else vector
-        sizes = [rows * columns for rows, columns in (*self.down_shapes, *self.up_shapes)]
-        count = len(self.layers)
-        down, up = vector.split([sum(sizes[:count]), sum(sizes[count:])])
-        up = up * self.scale if self.scale != 1 else up
-        dtype = dtype or self.dtype
-        downs, ups = down.to(dtype).split(sizes[:count]), up.to(dtype).split(sizes[count:])
+        """Each layer's factors, one of them scaled, views of the vector cast once."""
+        vector = self.values() if vector is None else vector
+        parts: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        sizes = [sum(slot.size for slot in run) for _, run in self._runs]
+        for (scale, run), part in zip(self._runs, vector.split(sizes), strict=True):
+            part = (part * scale if scale != 1 else part).to(dtype or self.dtype)
+            for slot, value in zip(run, part.split([slot.size for slot in run]), strict=True):
+                parts[slot.layer][slot.name] = value.view(slot.shape)
         return [
-            (a.view(a_shape), b.view(b_shape))
-            for a, a_shape, b, b_shape in zip(downs, self.down_shapes, ups, self.up_shapes, strict=True)
+            tuple(values[name] for name in shapes) for values, shapes in zip(parts, self.shapes, strict=True)
         ]
 
     @contextmanager
     def applied(self, vector: Tensor | None = None) -> Iterator[None]:
         """Add the changes inside the block. vector: other values for them, such as their average."""
-        with self._with(self.factors(vector)):
+        factors: list[tuple[Tensor, ...] | None] = list(self.factors(vector))
+        if self.training and self.dropout.layer:
+            kept = (torch.rand(len(factors)) >= self.dropout.layer).tolist()
+            factors = [values if keep else None for values, keep in zip(factors, kept, strict=True)]
+        with self._with(factors):
             yield
 
     def current(self):
@@ -135,18 +248,19 @@ class LowRankChanges(nn.Module):
         return self._with(self._current)
 
     @contextmanager
-    def _with(self, factors: Factors | None) -> Iterator[None]:
-        before = self._current
+    def _with(self, factors: Sequence[tuple[Tensor, ...] | None] | None) -> Iterator[None]:
+        before = self._current if hasattr(self, "_current") else None
         self._set(factors)
         try:
             yield
         finally:
             self._set(before)
 
-    def _set(self, factors: Factors | None) -> None:
+    def _set(self, factors: Sequence[tuple[Tensor, ...] | None] | None) -> None:
         self._current = factors
-        for layer, pair in zip(self.layers.values(), factors or [None] * len(self.layers), strict=True):
-            layer.__dict__["low_rank"] = pair  # nn.Module's own way takes ten times as long
+        for layer, values in zip(self.layers.values(), factors or [None] * len(self.layers), strict=True):
+            # nn.Module's own way takes ten times as long
+            layer.__dict__["low_rank"] = None if values is None else (self, values)
 
     def remove(self) -> None:
         """Leave the network as it was before."""
@@ -155,26 +269,125 @@ class LowRankChanges(nn.Module):
         for layer in self.layers.values():
             layer.__dict__.pop("low_rank", None)
 
-    def as_adapter(self, vector: Tensor) -> dict[str, LowRank]:
-        """The changes by layer, for a file, in the dtype of the vector; factors of convolutions have their shape."""
-        plain = vector.detach().cpu()
-        sizes = [rows * columns for rows, columns in (*self.down_shapes, *self.up_shapes)]
-        parts = plain.split(sizes)
-        count = len(self.layers)
+    def as_adapter(self, vector: Tensor) -> dict[str, AddedChange]:
+        """The changes by layer, for a file, in the dtype of the vector; a LoRA's of convolutions have their shape."""
+        plain = vector.detach()
+        plain = plain if plain.is_meta else plain.cpu()
+        values: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        for slot, part in zip(self.slots, plain.split([slot.size for slot in self.slots]), strict=True):
+            values[slot.layer][slot.name] = part.view(slot.shape)
         changes = {}
         for i, (name, layer) in enumerate(self.layers.items()):
-            down, up = parts[i].view(self.down_shapes[i]), parts[count + i].view(self.up_shapes[i])
-            if isinstance(layer, nn.Conv2d):
-                down, up = down[..., None, None], up[..., None, None]
-            changes[name] = LowRank(down, up, self.alpha)
+            magnitude = values[i].pop(MAGNITUDE, None)
+            if isinstance(layer, nn.Conv2d) and isinstance(self.algorithm, LoRA):
+                values[i] = {key: value[..., None, None] for key, value in values[i].items()}
+            changes[name] = self.algorithm.change(values[i], self.plan.alphas[i], magnitude)
         return changes
+
+    @torch.no_grad()
+    def begin_as(self, changes: Mapping[str, AddedChange], file: str) -> None:
+        """Take a file's changes over, to go on from. Those of a lower rank keep further ranks as they began.
+
+        Raises CascadeError for what this does not hold.
+        """
+        unknown = sorted(changes.keys() - self.layers.keys())
+        if unknown:
+            raise CascadeError(
+                f"lora.start: {file} changes {len(unknown)} layers that lora.targets leaves out, such as "
+                f"{quoted(unknown[0])}; give targets that hold them."
+            )
+        parts = dict(zip(self.names, (self.get_parameter(name) for name in self.names), strict=True))
+        whole = torch.cat([part.detach().flatten() for part in parts.values()])
+        views: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        for slot, part in zip(self.slots, whole.split([slot.size for slot in self.slots]), strict=True):
+            views[slot.layer][slot.name] = part.view(slot.shape)
+        for i, (name, layer) in enumerate(self.layers.items()):
+            if name in changes:
+                self._begin_layer_as(views[i], changes[name], layer, self.plan.scales[i], f"{file}: {name}")
+        sizes = [part.numel() for part in parts.values()]
+        for part, value in zip(parts.values(), whole.split(sizes), strict=True):
+            part.copy_(value)
+
+    def _begin_layer_as(
+        self, views: dict[str, Tensor], change: AddedChange, layer: Any, scale: float, where: str
+    ) -> None:
+        own = self.algorithm.change({key: v for key, v in views.items() if key != MAGNITUDE}, None, None)
+        if type(own) is not type(change):
+            raise CascadeError(
+                f"lora.start: {where} is a change by {change.algorithm}, but lora.algorithm makes {own.algorithm}; "
+                "give the algorithm of the file."
+            )
+        magnitude = change.magnitude
+        if magnitude is not None and (MAGNITUDE not in views or len(magnitude) != magnitude.numel()):
+            raise CascadeError(
+                f"lora.start: {where} has DoRA's magnitudes of {'rows' if MAGNITUDE not in views else 'columns'}; give "
+                "dora: true, or a file that has none."
+            )
+        alpha, rank = getattr(change, "alpha", None), change.rank
+        stated = 1.0 if alpha is None or rank is None else alpha / rank
+        for key, view in views.items():
+            if key == MAGNITUDE:
+                continue
+            value = getattr(change, key, None)
+            value = value.float().flatten(1).to(view.device) if value is not None else view.new_zeros(0, 0)
+            if key == self.algorithm.scaled and self.algorithm.is_scaled(dict.fromkeys(views, (0, 0))):
+                value = value * (stated / scale)
+            padded = isinstance(self.algorithm, LoRA) and all(
+                size <= most for size, most in zip(value.shape, view.shape, strict=True)
+            )
+            if value.shape != view.shape and not (padded and value.numel()):
+                raise CascadeError(
+                    f"lora.start: {where} has {key} of {' × '.join(map(str, value.shape))}, but "
+                    f"{' × '.join(map(str, view.shape))} is trained; give the rank of the file"
+                    f"{' or more' if isinstance(self.algorithm, LoRA) else ''}."
+                )
+            if key == "up":
+                view.zero_()
+            view[: value.shape[0], : value.shape[1]] = value
+        if MAGNITUDE in views:
+            weight = layer.weight.detach().flatten(1).float().to(views[MAGNITUDE].device)
+            own = change.delta((len(weight), weight.shape[1])).to(weight.device)
+            values = _row_norms(weight + own) if magnitude is None else magnitude.float().reshape(-1, 1)
+            views[MAGNITUDE].copy_(values)
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    """(rows, 1)"""
+    return torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+
+
+NO_DROPOUT = Dropout()
 
 
 def _add_change(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     if layer.low_rank is None:
         return None
-    down, up = layer.low_rank
-    x = inputs[0].to(down.dtype)
-    if isinstance(layer, nn.Conv2d):  # (B, C, H, W) in channels-last memory: the permutes are views
-        return output + F.linear(F.linear(x.permute(0, 2, 3, 1), down), up).permute(0, 3, 1, 2)
-    return output + F.linear(F.linear(x, down), up)
+    changes, values = layer.low_rank
+    dropout = changes.dropout if changes.training else NO_DROPOUT
+    x = inputs[0].to(values[0].dtype)
+    convolution = isinstance(layer, nn.Conv2d)
+    if convolution:  # (B, C, H, W) in channels-last memory: the permutes are views
+        x, output = x.permute(0, 2, 3, 1), output.permute(0, 2, 3, 1)
+    if MAGNITUDE in changes.shapes[0]:
+        result = _decomposed(layer, x, output, changes, values, dropout)
+    else:
+        result = output + changes.algorithm.added(x, values, dropout)
+    return result.permute(0, 3, 1, 2) if convolution else result
+
+
+def _decomposed(
+    layer: Any,
+    x: Tensor,
+    output: Tensor,
+    changes: LowRankChanges,
+    values: tuple[Tensor, ...],
+    dropout: Dropout,
+) -> Tensor:
+    """DoRA (Liu et al. 2024, arXiv 2402.09353): magnitude · (W + ΔW) / ‖W + ΔW‖, the norm over rows, as a constant."""
+    *factors, magnitude = values
+    with torch.no_grad():
+        changed = layer.weight.flatten(1).float() + changes.algorithm.delta([f.float() for f in factors])
+        norm = _row_norms(changed).clamp_min(torch.finfo(torch.float32).eps)
+    bias = 0 if layer.bias is None else layer.bias
+    factor = (magnitude.float() / norm).flatten().to(output.dtype)
+    return (output - bias + changes.algorithm.added(x, factors, dropout)) * factor + bias

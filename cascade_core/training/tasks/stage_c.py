@@ -103,7 +103,10 @@ class StageCTask(Task):
 
     def diffusion_loss(self, predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> dict[str, Tensor]:
         o = self.objective
-        return diffusion_loss(predict, x0, o.max_loss_weight, o.pure_noise_share, self.loss_weight, o.shift)
+        noise = o.t_range, o.noise_offset, o.multires_noise, o.huber
+        return diffusion_loss(
+            predict, x0, o.max_loss_weight, o.pure_noise_share, self.loss_weight, o.shift, *noise
+        )
 
     def buffers(self) -> dict[str, Tensor]:
         """The adaptive loss weight's buckets."""
