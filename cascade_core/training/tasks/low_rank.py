@@ -71,7 +71,7 @@ def by_pattern(
     return found
 
 
-class Plan(NamedTuple):
+class LayerPlan(NamedTuple):
     """The rank, alpha and scale, and the share of the learning rate, of each layer that gets a change."""
 
     ranks: list[int]
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
     rates: list[float]
 
     @classmethod
-    def of(cls, network: nn.Module, layers: Mapping[str, nn.Module], settings: LoRASettings) -> "Plan":
+    def of(cls, network: nn.Module, layers: Mapping[str, nn.Module], settings: LoRASettings) -> "LayerPlan":
         rank_of = by_pattern(network, layers, settings.ranks, "lora.ranks")
         rate_of = by_pattern(network, layers, settings.rates, "lora.rates")
         ranks = [rank_of.get(name, settings.rank) for name in layers]
@@ -146,7 +146,7 @@ class LowRankChanges(nn.Module):
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
         settings: LoRASettings | None = None,
-        plan: Plan | None = None,
+        plan: LayerPlan | None = None,
         hooked: bool = True,
     ):
         """settings, plan: what differs from a LoRA of that rank and alpha on every layer."""
@@ -154,7 +154,7 @@ class LowRankChanges(nn.Module):
         count, settings = len(layers), settings or LoRASettings()
         self.layers: dict[str, Any] = dict(layers)  # a plain dict: they are another network's
         scale = 1.0 if alpha is None else alpha / rank
-        self.plan = plan or Plan([rank] * count, [alpha] * count, [scale] * count, [1.0] * count)
+        self.plan = plan or LayerPlan([rank] * count, [alpha] * count, [scale] * count, [1.0] * count)
         self.dtype = dtype
         self.algorithm = algorithm_of(settings.algorithm, settings.factor)
         self.dropout = Dropout(settings.dropout, settings.rank_dropout, settings.module_dropout)
@@ -193,7 +193,7 @@ class LowRankChanges(nn.Module):
         hooked: bool = True,
     ) -> "LowRankChanges":
         """Changes of some of a network's layers as the settings have them."""
-        plan = Plan.of(network, layers, settings)
+        plan = LayerPlan.of(network, layers, settings)
         check_rank(layers, plan.ranks)
         return cls(layers, settings.rank, settings.alpha, dtype, generator, settings, plan, hooked)
 
