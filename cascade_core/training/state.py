@@ -113,9 +113,9 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     for name, value in tensors.items():
         index, _, field = name.removeprefix(GROUP).partition(".")
         if name.startswith(GROUP):
-            _restore_number(groups, _number(index, len(groups)), field, value, path)
+            _restore_number(groups, _index_of(index, len(groups)), field, value, path)
             continue
-        number = _number(index, len(parameters))
+        number = _index_of(index, len(parameters))
         # 8-bit state is flat, or has a few numbers for each block of a parameter
         if number >= len(parameters) or value.numel() > max(parameters[number].numel(), MAX_TABLE):
             raise _of_another(path, name)
@@ -125,7 +125,7 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     optimiser.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _number(text: str, count: int) -> int:
+def _index_of(text: str, count: int) -> int:
     """A parameter's or group's number, or `count` where there is none of it."""
     return min(int(text), count) if text.isascii() and text.isdecimal() and len(text) < 10 else count
 
