@@ -13,7 +13,7 @@ from cascade_nodes.headless.registry import InputInfo, NodeInfo, available_nodes
 Graph = dict[str, Any]
 
 NOTES = {"Note", "MarkdownNote"}  # known to the interface alone
-SEED_CONTROL = "fixed"  # the widget below a seed: what becomes of it after a run
+SEED_CONTROLS = ("fixed", "randomize")  # the widget below a seed: what becomes of it after a run
 UPLOAD = "image"  # the button below the name of a picture, which is saved with the widgets
 LAYOUT = ("pos", "size", "flags", "order", "mode", "properties", "title", "color", "bgcolor")
 
@@ -71,9 +71,15 @@ def layout_of(ui: Graph) -> Graph:
     """What a graph has beside its prompt: places, notes, groups."""
     return {
         "nodes": {str(n["id"]): {key: n[key] for key in LAYOUT if key in n} for n in ui["nodes"]},
+        "controls": {str(n["id"]): seed_control(n["widgets_values"]) for n in ui["nodes"]},
         "notes": [node for node in ui["nodes"] if node["type"] in NOTES],
         "rest": {key: ui[key] for key in ui if key not in ("nodes", "links")},
     }
+
+
+def seed_control(values: list[Any]) -> str:
+    """What a node's widgets say of its seed after a run."""
+    return next((value for value in values if value in SEED_CONTROLS), SEED_CONTROLS[0])
 
 
 def to_ui(prompt: Graph, nodes: dict[str, NodeInfo], layout: Graph) -> Graph:
@@ -105,7 +111,7 @@ def to_ui(prompt: Graph, nodes: dict[str, NodeInfo], layout: Graph) -> Graph:
             "type": node["class_type"],
             "inputs": sockets,
             "outputs": outputs,
-            "widgets_values": list(widget_values(node["inputs"], info)),
+            "widgets_values": list(widget_values(node["inputs"], info, layout["controls"][key])),
             **layout["nodes"].get(key, {}),
         }
     for number, source, slot, *_ in links:
@@ -113,13 +119,13 @@ def to_ui(prompt: Graph, nodes: dict[str, NodeInfo], layout: Graph) -> Graph:
     return {**layout["rest"], "nodes": [*ui_nodes.values(), *layout["notes"]], "links": links}
 
 
-def widget_values(inputs: Graph, info: NodeInfo):
+def widget_values(inputs: Graph, info: NodeInfo, control: str):
     """The values of a node's widgets in their order; a linked one keeps its default."""
     for name, entry in info.inputs.items():
         if is_widget(entry):
             value = inputs.get(name)
             yield entry.options.get("default") if isinstance(value, list) or value is None else value
             if has_control(entry):
-                yield SEED_CONTROL
+                yield control
     if has_upload(info):
         yield UPLOAD

@@ -1,5 +1,6 @@
 """The example graphs: both formats of each say the same, and each can be made from the other."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 from cascade_nodes.headless.catalogue import FILES
 from cascade_nodes.tests.web import subgraph
 from cascade_nodes.tests.web.formats import layout_of, schemas, to_api, to_ui
+from cascade_nodes.tests.web.lay_out import lay_out
 
 EXAMPLES = Path(__file__).parents[2] / "example_workflows"
 NAMES = sorted(path.stem for path in (EXAMPLES / "api").glob("*.json"))
@@ -69,6 +71,14 @@ def test_nodes_lie_in_groups_and_on_no_other(name):
         for other_node, (x0, y0, x1, y1) in boxes.items():
             apart = right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
             assert box_node == other_node or apart, f"nodes {box_node} and {other_node} overlap"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_have_the_room_that_both_kinds_of_nodes_take(name):
+    graph = read(EXAMPLES / f"{name}.json")
+    again = copy.deepcopy(graph)
+    lay_out(again)
+    assert again == graph, "run python -m cascade_nodes.tests.web.lay_out"
 
 
 @pytest.mark.parametrize("name", NAMES)
