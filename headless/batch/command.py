@@ -275,7 +275,7 @@ def _here(options: argparse.Namespace, progress: BatchProgress) -> _Place:
         from ...cascade_core.placement import parse_bytes
 
         parse_bytes(options.memory)
-    _choose_card(os.environ)
+    choose_card(os.environ)
     from ..folders import Folders
     from ..registry import available_nodes, describe
     from ..sources import read_source
@@ -307,7 +307,7 @@ def _here(options: argparse.Namespace, progress: BatchProgress) -> _Place:
     return _Place(plan, crew)
 
 
-def _choose_card(environment: MutableMapping[str, str]) -> None:
+def choose_card(environment: MutableMapping[str, str]) -> None:
     """Gives each process of a launcher on this machine a card of its own, before any is used."""
     if "LOCAL_RANK" not in environment or launched_shard(environment) is None:
         return

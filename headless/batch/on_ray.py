@@ -34,7 +34,15 @@ _LEAST_SHARE = 0.001  # of a card
 class RayWorker(GraphWorker):
     """A worker in a process of Ray's."""
 
-    def __init__(self, input_folder: Path, graph_folder: Path, memory: str | None, folder: str, threads: int):
+    def __init__(
+        self,
+        input_folder: Path,
+        graph_folder: Path,
+        memory: str | None,
+        folder: str,
+        threads: int,
+        scratch: str | None,
+    ):
         import torch
 
         with suppress(OSError):  # on machines that have it: names of models may be relative to it
@@ -42,6 +50,7 @@ class RayWorker(GraphWorker):
         if threads:
             torch.set_num_threads(threads)
         super().__init__(input_folder, graph_folder, memory)
+        self.scratch = scratch
 
     def hello(self) -> str:
         """Where it runs."""
@@ -63,7 +72,7 @@ class RayCrew:
         self.notify = notify
         self.folder: str | None = None
         self.actors: list[Any] = []
-        self.ray = self._connect(address, workers or 1)
+        self.ray = self._connect(address)
         try:
             gpus = self._share(gpus_per_worker)
             count = self._count(workers, gpus)
@@ -76,7 +85,7 @@ class RayCrew:
         actor = self.ray.remote(num_cpus=0 if gpus else 1, max_restarts=0, max_task_retries=0, **options)(
             RayWorker
         )
-        self.start = partial(actor.remote, *arguments, os.getcwd(), threads)
+        self.start = partial(actor.remote, *arguments, os.getcwd(), threads, self.folder)
         self.starting: dict[Any, Any] = {}  # by references to what they answer, as Ray has them
         self.idle: deque[Any] = deque()
         self.busy: dict[Any, tuple[Any, Job]] = {}
@@ -158,7 +167,7 @@ class RayCrew:
             self.waiting_since = math.inf
             self.notify("No worker has started yet: the cluster's cards may be in use, or its machines gone.")
 
-    def _connect(self, address: str | None, workers: int) -> Any:
+    def _connect(self, address: str | None) -> Any:
         """Starts Ray on this machine alone, or joins a cluster; returns the module."""
         prepare(os.environ, alone=address is None)
         try:
@@ -175,7 +184,7 @@ class RayCrew:
             self.folder = tempfile.mkdtemp(prefix="cascade-ray-")
             ray.init(
                 address="local",  # also where RAY_ADDRESS names a cluster
-                num_cpus=max(workers, os.cpu_count() or 1),
+                num_cpus=max(2, os.cpu_count() or 1),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -211,9 +220,7 @@ class RayCrew:
             )
         if workers > room:
             cards = f"{gpus:g} GPU" if gpus else "one CPU"
-            raise CascadeError(
-                f"--workers {workers} of {cards} each do not fit: the {len(nodes)} machines have room for {room}."
-            )
+            raise CascadeError(f"--workers {workers} with {cards} each do not fit; there is room for {room}.")
         return workers
 
 

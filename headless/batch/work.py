@@ -90,6 +90,7 @@ class GraphWorker:
         self.input_folder, self.graph_folder = input_folder, graph_folder
         self.executor = Executor(observer)
         self.device = device_with(memory) if memory else compute_device()
+        self.scratch: str | None = None  # where a job's pictures are until they are handed over
         self.label = f"{socket.gethostname()}:{os.getpid()}"
 
     def make(self, job: Job) -> Outcome:
@@ -99,7 +100,8 @@ class GraphWorker:
 
         started = time.perf_counter()
         try:
-            with computing_on(self.device), tempfile.TemporaryDirectory(prefix="cascade-batch-") as folder:
+            scratch = tempfile.TemporaryDirectory(prefix="cascade-batch-", dir=self.scratch)
+            with computing_on(self.device), scratch as folder:
                 result = run_graph(
                     job.graph,
                     input_folder=self.input_folder,

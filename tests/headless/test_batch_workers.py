@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,8 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cascade_nodes.headless.batch import on_ray
+from cascade_nodes.headless.batch.command import choose_card
+from cascade_nodes.headless.batch.driver import Driver
+from cascade_nodes.headless.batch.journal import Journal
+from cascade_nodes.headless.batch.progress import BatchProgress
+from cascade_nodes.headless.batch.work import Job, Outcome, Picture
+from cascade_nodes.headless.cli import main
 from cascade_nodes.headless.signals import REPEATED
 from cascade_nodes.tests.headless.comfyui_server import ComfyUI
 from cascade_nodes.tests.headless.command import errors_of, start
@@ -115,6 +123,75 @@ def test_options_that_do_not_go_together(arguments, sentence, folder, capsys):
     table({"name": "a"})
     assert batch(*arguments) == 1
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+class Vanishing:
+    """Workers that are lost with one row, every time."""
+
+    def __init__(self, row: str):
+        self.row = row
+        self.job: Job | None = None
+
+    def free(self) -> int:
+        return self.job is None
+
+    def give(self, job: Job) -> None:
+        self.job = job
+
+    def ended(self, seconds: float) -> list[Outcome]:
+        job, self.job = self.job, None
+        if job is None:
+            return []
+        if job.name == self.row:
+            return [Outcome(job.name, error="its worker is gone.", lost=True)]
+        return [Outcome(job.name, (Picture("2", ".png", job.name.encode()),))]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_a_row_that_ends_workers_is_given_up(folder):
+    jobs = [Job(name, {}, ("2",), "") for name in "abc"]
+    journal = Journal(Path("made"))
+    summary = Driver(jobs, Vanishing("b"), journal, BatchProgress()).run([])
+    journal.close()
+    assert summary.made == ["a", "c"]
+    assert summary.failed == [("b", "3 workers were lost with it; the last: its worker is gone.")]
+    assert [line.get("error") for line in lines()] == [None, summary.failed[0][1], None]
+
+
+def test_each_process_of_a_launcher_has_a_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    launched = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    for visible, expected in ((None, "1"), ("4,7", "7"), ("GPU-a,GPU-b", "GPU-b")):
+        environment = launched | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+        choose_card(environment)
+        assert environment["CUDA_VISIBLE_DEVICES"] == expected
+    alone = {"LOCAL_RANK": "1"}
+    choose_card(alone)
+    assert alone == {"LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize("package", ["ray", "pyarrow"])
+def test_an_extra_that_is_not_installed(package, folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    table({"name": "a"})
+    Path("rows.parquet").write_bytes(b"")
+    arguments = {"ray": ["rows.jsonl", "--workers", "2"], "pyarrow": ["rows.parquet"]}[package]
+    assert main(["batch", "graph.json", *arguments, "--output", "made"]) == 1
+    extra = {"ray": "cluster", "pyarrow": "parquet"}[package]
+    assert f"which is not installed: pip install 'cascade-nodes[{extra}]'." in capsys.readouterr().err
+
+
+def test_ray_reads_no_address_and_counts_nobody():
+    alone, joined = {"RAY_USAGE_STATS_ENABLED": "1"}, {}
+    on_ray.prepare(alone, alone=True)
+    on_ray.prepare(joined, alone=False)
+    assert len(alone.pop("RAY_AUTH_TOKEN")) == 64
+    assert alone == {
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token",
+    }  # fmt: skip
+    assert joined == {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @pytest.mark.parametrize(
