@@ -26,7 +26,7 @@ from .tasks.stage_c import StageCTask
 STAGE_B_STEPS, STAGE_B_CFG = 10, 1.1  # published
 
 
-class Sampled(NamedTuple):
+class PromptLatent(NamedTuple):
     """What Stage C made of a prompt. pooled: of the prompt and the negative one, (1, P) each"""
 
     prompt: SamplePrompt
@@ -35,7 +35,7 @@ class Sampled(NamedTuple):
 
 
 class Decoder(Protocol):
-    def __call__(self, sampled: Sampled, ask: Callable[[SamplerStep], None]) -> Tensor:
+    def __call__(self, sampled: PromptLatent, ask: Callable[[SamplerStep], None]) -> Tensor:
         """(3, H, W), about [0, 1]. ask: called at each step, raises Interrupted."""
         ...
 
@@ -46,7 +46,7 @@ class PreviewDecoder:
     def __init__(self, previewer: Previewer):
         self.previewer = previewer
 
-    def __call__(self, sampled: Sampled, ask: Callable[[SamplerStep], None]) -> Tensor:
+    def __call__(self, sampled: PromptLatent, ask: Callable[[SamplerStep], None]) -> Tensor:
         return self.previewer(sampled.latent)[0]
 
 
@@ -56,7 +56,7 @@ class CascadeDecoder:
     def __init__(self, stage_b: StageB, stage_a: StageA, device: torch.device, dtype: torch.dtype):
         self.stage_b, self.stage_a, self.device, self.dtype = stage_b, stage_a, device, dtype
 
-    def __call__(self, sampled: Sampled, ask: Callable[[SamplerStep], None]) -> Tensor:
+    def __call__(self, sampled: PromptLatent, ask: Callable[[SamplerStep], None]) -> Tensor:
         width, height = _size(sampled.prompt)
         channels = self.stage_b.config.c_in
         run = SamplingRun(
@@ -109,7 +109,7 @@ class Samples:
             sampled = [self._sample(network, i, prompt) for i, prompt in enumerate(self.prompts)]
         return grid([self.decode(each, self._ask).float().clamp(0, 1).cpu() for each in sampled])
 
-    def _sample(self, network: Callable[..., Tensor], index: int, prompt: SamplePrompt) -> Sampled:
+    def _sample(self, network: Callable[..., Tensor], index: int, prompt: SamplePrompt) -> PromptLatent:
         task, config = self.task, self.task.stage_c.config
         width, height = _size(prompt)
         more, positions = {}, stage_c_size(height, width)
@@ -128,7 +128,7 @@ class Samples:
         cfg = self.output.sample_cfg if prompt.cfg is None else prompt.cfg
         guider = Guider(network, *sides, cfg=cfg, dtype=task.dtype)
         (_, positive), (_, negative) = texts
-        return Sampled(prompt, sample(run, by_log_snr(guider), self._ask), (positive, negative))
+        return PromptLatent(prompt, sample(run, by_log_snr(guider), self._ask), (positive, negative))
 
     def _ask(self, step: SamplerStep) -> None:
         if self.stop():
