@@ -49,6 +49,8 @@ OF_THE_FILE = (
     "lora.dialect",
     "lora.dtype",
     "finetune.dtype",
+    "output.about",
+    "output.captions_in_file",
 )  # decide how the result is written
 
 

@@ -34,6 +34,7 @@ from .data.image_prompts import ImagePrompts
 from .data.pictures import TrainingPicture
 from .data.sources import LEFT_OUT, find_pictures, write_left_out
 from .data.text_cache import TextCache
+from .file_metadata import file_metadata
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
 from .launch import build_accelerator, compute_dtype
 from .log import duration
@@ -100,7 +101,7 @@ def train(
             on_main_process(accelerator, lambda: check_networks(settings, pictures[0], find_faces))
             loop = prepare(settings, accelerator, notify, report, caching, stop, find_faces, pictures)
             loop.contents = standing.contents
-            outcome = _run(loop, settings, accelerator, notify, fresh, keep_existing)
+            outcome = _run(loop, settings, accelerator, notify, fresh, keep_existing, pictures[0])
     except Interrupted:
         outcome = Outcome(step=0, finished=False, seconds=0.0, peak_bytes=0)
     if not outcome.finished:
@@ -150,6 +151,7 @@ def _run(
     notify: Notify,
     fresh: bool,
     keep_existing: bool,
+    pictures: list[TrainingPicture],
 ) -> Outcome:
     if fresh and accelerator.is_main_process:
         (loop.folder / STATE).unlink(missing_ok=True)
@@ -161,14 +163,17 @@ def _run(
     memory = f", at most {peak:.1f} GB of the accelerator" if peak else ""
     notify(f"{outcome.step} steps, {duration(outcome.seconds)} this time{memory}.")
     if outcome.finished and accelerator.is_main_process:
-        path = _write(loop, Path(settings.output.file), keep_existing)
+        path = _write(loop, settings, pictures, keep_existing)
         notify(at_end(loop, path))
         outcome = replace(outcome, file=path)
     return outcome
 
 
-def _write(loop: Loop[StageCTask], path: Path, keep_existing: bool) -> Path:
-    metadata = {"trained_steps": str(loop.step)}
+def _write(
+    loop: Loop[StageCTask], settings: Settings, pictures: list[TrainingPicture], keep_existing: bool
+) -> Path:
+    path = Path(settings.output.file)
+    metadata = file_metadata(settings, loop.step, pictures)
     if not keep_existing:
         loop.task.write(loop.state, path, metadata)
         return path

@@ -31,6 +31,10 @@ Weighting = Literal[
     "x0_min_snr_plus_one", "x0_truncated_snr", "x0_sigmoid",
 ]  # fmt: skip
 
+ABOUT = (  # entries of ModelSpec that a person gives
+    "title", "author", "description", "trigger_phrase", "usage_hint", "tags", "license", "date"
+)  # fmt: skip
+MAX_ABOUT = 4096
 MAX_PROMPTS = 64
 
 # Ranges that several numbers have
@@ -372,9 +376,18 @@ class OutputSettings:
     sample_cfg: Annotated[float, Range(-1000, 1000)] = 4.0
     sample_shift: Annotated[float, Range(0.001, 1000)] = 2.0
     sample_sampler: Literal["ddpm", "ddim", "lcm", "dpmpp_2m"] = "ddpm"
+    about: dict[str, Any] = field(default_factory=dict)  # what the file says of itself, of ABOUT
+    captions_in_file: bool = False  # whether it tells the captions' tags and the folders' names
 
     def __post_init__(self) -> None:
         check_ranges(self, "output")
+        for key, value in self.about.items():
+            if key not in ABOUT:
+                raise CascadeError(unknown_name(f"output.about holds {quoted(key)}", key, ABOUT))
+            if not (isinstance(value, str) and len(value) <= MAX_ABOUT):
+                raise CascadeError(
+                    f"output.about.{key} is {quoted(value)}; a text of at most {MAX_ABOUT:,} characters is expected."
+                )
         check_prompt_count(self.prompts)
 
 
