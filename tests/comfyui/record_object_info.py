@@ -26,7 +26,6 @@ ADDED_LATER = {
     "is_input_list": False,
     "output_matchtypes": None,
     "price_badge": None,
-    "search_aliases": None,
 }
 
 
@@ -37,6 +36,7 @@ def told(server: Server) -> dict[str, Any]:
 
 def _frozen_form(answer: dict[str, Any]) -> dict[str, Any]:
     (info,) = answer.values()
+    info.pop("search_aliases", None)  # of versions whose search reads them
     for kind in ("required", "optional"):  # hidden ones are the server's
         for input_id, (_, options) in info["input"].get(kind, {}).items():
             if input_id in FILE_INPUTS and "options" in options:
