@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import CascadeError, printable, quoted
 from ..networks.inference import stated_table
 from ..networks.quantisation import QuantisedWeight
+from .carried import carried_metadata, is_carried
 from .control_blocks import stated_blocks
 from .files import read_header, read_json, read_safetensors
 from .foreign import foreign_name
@@ -82,6 +83,8 @@ def read_named(path: str | Path, part: str) -> NamedTensors:
     """As `read_weights`, under the file's own names, and as stored. Raises CascadeError as it does."""
     located = locate(path, part)
     tensors, metadata = read_tensors(located)
+    carried = {name: tensor for name, tensor in tensors.items() if is_carried(name)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in carried}
     scheme = quantisation(tensors, metadata)
     if scheme is not None and foreign_name(tensors) is None:
         raise CascadeError(
@@ -97,6 +100,8 @@ def read_named(path: str | Path, part: str) -> NamedTensors:
     parts = parts_in(tensors)
     if len(parts) > 1:  # a config in the metadata would be of the file's only network
         metadata = {name: text for name, text in metadata.items() if name != "config"}
+    if carried and part in parts:
+        metadata = {**metadata, **carried_metadata(carried, parts[part].prefix)}
     return NamedTensors(tensors, metadata, parts)
 
 

@@ -123,10 +123,10 @@ def stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     return config if ours > len(config) - ours else {}
 
 
-def stated_table(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+def stated_table(metadata: Mapping[str, str] | None, key: str = "config") -> dict[str, Any]:
     """The table that `config` of a safetensors header is in JSON; empty for anything else."""
     try:
-        table = json.loads((metadata or {}).get("config") or "{}")
+        table = json.loads((metadata or {}).get(key) or "{}")
     except (ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}

@@ -260,6 +260,15 @@ def _config(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], part: str)
     return completed(CONFIGS[part], inferred, stated, len(tensors))
 
 
+def told_by(shapes: Shapes, config: Mapping[str, Any], part: str) -> bool:
+    """Whether a configuration follows from its tensors' names and shapes alone."""
+    inferred = {"text": infer_text_config, "vision": infer_vision_config}[part](shapes)
+    stated = {key: config[key] for key in CONFIG_KEYS[part] if key in config}
+    if "num_attention_heads" not in inferred:
+        return False
+    return CONFIGS[part].from_dict(inferred) == CONFIGS[part].from_dict(stated)
+
+
 def _stated_config(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
     """The config that the metadata, or the config.json beside the weights, states; empty where neither does."""
     config = stated_table(metadata)

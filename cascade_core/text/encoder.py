@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints import in_model_folder
+from ..checkpoints import in_model_folder, read_named
+from ..checkpoints.carried import VOCABULARY
 from ..errors import CascadeError
+from ..networks.inference import stated_table
 from .clip import CLIP_TOKENS, CONFIG_KEYS, explain_non_finite, infer_text_config, load_clip
 from .learned_tokens import LearnedToken, TokenTable
 from .tokenizer import Chunk, Tokenizer
+from .vocabulary import tokenizer_table
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
@@ -186,6 +189,12 @@ def _tokens(chunk: Chunk) -> tuple[int, ...]:
 
 
 def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer that a text encoder's file carries, that lies beside it, or CLIP's own.
+
+    Raises CascadeError where there is none for so many tokens.
+    """
+    if table := stated_table(read_named(path, "text").metadata, VOCABULARY):
+        return Tokenizer.from_vocabulary(*tokenizer_table(table, path))
     folder = path if path.is_dir() else path.parent
     if in_model_folder(path) or vocab_size < CLIP_TOKENS:
         beside = ("tokenizer", "prior_tokenizer")  # in a pipeline's folder, which this is or lies in

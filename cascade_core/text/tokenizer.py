@@ -6,10 +6,11 @@ Supervision", section 2.4); the `tokenizers` library does the merging.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CascadeError, printable
 from .prompt_weights import parse_weights
@@ -78,6 +79,11 @@ class Tokenizer:
             f"{folder} holds no tokenizer; expected vocab.json and merges.txt, or tokenizer.json. "
             "Copy them from where the text encoder came from."
         )
+
+    def table(self) -> dict[str, Any]:
+        """What `tokenizer.json` says of the vocabulary and the merges."""
+        model = json.loads(self.backend.to_str())["model"]
+        return {"model": {name: model[name] for name in ("vocab", "merges")}}
 
     def __len__(self) -> int:
         """Number of tokens, the special ones included."""

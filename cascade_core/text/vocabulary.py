@@ -103,7 +103,11 @@ def read_tokenizer(path: Path) -> tuple[dict[str, int], Merges]:
 
     Raises CascadeError for a tokenizer of another kind.
     """
-    content = read_json(path)
+    return tokenizer_table(read_json(path), path)
+
+
+def tokenizer_table(content: Mapping[str, Any], path: Path) -> tuple[dict[str, int], Merges]:
+    """`read_tokenizer` of its content.  path: where it is from, for messages"""
     try:
         tokens, merges = content["model"]["vocab"], content["model"]["merges"]
         pairs = [(left, right) for left, right in (m.split(" ") if isinstance(m, str) else m for m in merges)]

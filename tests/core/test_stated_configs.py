@@ -15,6 +15,7 @@ from cascade_nodes.cascade_core.checkpoints import (
     load_model,
     write_safetensors,
 )
+from cascade_nodes.cascade_core.checkpoints.carried import CONFIG, as_tensor, carried_config
 from cascade_nodes.cascade_core.stages.codec import load_stage_a
 from cascade_nodes.cascade_core.stages.device import ComputeDevice
 from cascade_nodes.cascade_core.stages.diffusion import SCALE_FACTOR, load_stage
@@ -220,3 +221,49 @@ def test_transformers_config_json_is_followed(part, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**odd, **wrong}))
         with pytest.raises(CascadeError, match=message):
             load_clip(tmp_path, part, build)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("kind", ["stage_c", "stage_b"])
+def test_what_a_program_saves_as_tensors_states_a_config(tmp_path, kind, prefix, dtype):
+    network = network_of(kind)
+    carried = {name: tensor.to(dtype) for name, tensor in carried_config(network).items()}
+    assert carried
+    tensors = {prefix + name: tensor for name, tensor in {**network.state_dict(), **carried}.items()}
+    path = tmp_path / "saved.safetensors"
+    write_safetensors(path, tensors, {"prompt": "{}"})
+    loaded, _, _ = load_model(path, expect=kind)
+    assert loaded.config == network.config
+    assert loaded.state_dict().keys() == network.state_dict().keys()
+
+
+def test_what_the_tensors_tell_is_not_stated_again():
+    with torch.device("meta"):
+        for kind in NETWORKS:
+            if kind != "controlnet":  # which ComfyUI does not save
+                assert carried_config(NETWORKS[kind].from_config({})) == {}
+
+
+def load_stating(tmp_path, text: bytes) -> Any:
+    tensors = {
+        **network_of("stage_b").state_dict(),
+        CONFIG: torch.frombuffer(bytearray(text), dtype=torch.uint8),
+    }
+    write_safetensors(tmp_path / "strange.safetensors", tensors, {})
+    return load_model(tmp_path / "strange.safetensors", expect="stage_b")[0]
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b'{"nhead": [0, 0], "c_hidden": [32, 32]}'], ids=str)
+def test_a_stated_config_of_strangers_is_refused(tmp_path, text):
+    with pytest.raises(CascadeError):
+        load_stating(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", [b"{}", b"[" * 100_000], ids=["nothing", "deep"])
+def test_a_stated_config_that_is_none_costs_nothing(tmp_path, text):
+    assert load_stating(tmp_path, text).config.c_hidden == tuple(CONFIGS["stage_b"]["c_hidden"])
+
+
+def test_a_config_as_a_tensor_is_its_json():
+    assert bytes(as_tensor({"nhead": [4]}).tolist()) == b'{"nhead": [4]}'

@@ -6,6 +6,7 @@ They keep the host's names (`clip_g.transformer.text_model.…`), which its LoRA
 
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,14 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import folder_paths
-from torch import nn
+from torch import Tensor, nn
 
 from ....cascade_core.adapters.embeddings import LEFT_OUT, embedding_names, missing, spellings
-from ....cascade_core.text.clip import TextConfig, load_clip
+from ....cascade_core.checkpoints.carried import CONFIG, VOCABULARY, as_tensor
+from ....cascade_core.text.clip import Shapes, TextConfig, load_clip, told_by
 from ....cascade_core.text.encoder import find_tokenizer
 from ....cascade_core.text.tokenizer import Tokenizer
+from ....cascade_core.text.vocabulary import bundled_vocabulary
 from ..roles import leaves_folder
 from .progress import notify
 from .weights import remember_file
@@ -90,6 +93,27 @@ class BackendAdapter:
         return self.tokenizer.backend.get_vocab()
 
 
+class SavedTokenizer(comfy.sd1_clip.SDTokenizer):
+    """Host's chunking, with what its save nodes put beside the weights: they ask the tokenizer for more tensors."""
+
+    def __init__(self, *arguments: Any, carried: Callable[[], dict[str, Tensor]], **others: Any):
+        super().__init__(*arguments, **others)
+        self.carried = carried
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.carried()
+
+
+def carried_tensors(config: dict[str, Any], shapes: Shapes, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """What a text encoder's tensors do not tell: its configuration, and a vocabulary that is not CLIP's own."""
+    tensors = {}
+    if not told_by(shapes, config, "text"):
+        tensors[f"clip_g.{CONFIG}"] = as_tensor(config)
+    if tokenizer.backend.get_vocab() != bundled_vocabulary()[0]:
+        tensors[f"clip_g.{VOCABULARY}"] = as_tensor(tokenizer.table())
+    return tensors
+
+
 def _on_meta(config: dict[str, Any], device: Any) -> TextModel:
     """The names and shapes of a file's tensors, without transformers' classes, which take a second to import."""
     complete = asdict(TextConfig.from_dict(config))
@@ -103,8 +127,11 @@ def load_text_encoder(path: Path) -> comfy.sd.CLIP:
     config: dict[str, Any] = network.config
     tokenizer = find_tokenizer(path, config["vocab_size"])
     config |= {"bos_token_id": tokenizer.start_token, "eos_token_id": tokenizer.end_token}
+    weights = network.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     chunker = partial(
-        comfy.sd1_clip.SDTokenizer,
+        SavedTokenizer,
+        carried=partial(carried_tensors, config, shapes, tokenizer),
         embedding_size=config["hidden_size"],
         embedding_key="clip_g",
         tokenizer_class=BackendAdapter(tokenizer),
@@ -113,7 +140,6 @@ def load_text_encoder(path: Path) -> comfy.sd.CLIP:
         partial(comfy.sd1_clip.SD1Tokenizer, clip_name="g", tokenizer=chunker),
         partial(comfy.sd1_clip.SD1ClipModel, clip_name="g", clip_model=partial(TextEncoder, config)),
     )
-    weights = network.state_dict()
     parameters = sum(tensor.numel() for tensor in weights.values())
     embeddings = folder_paths.get_folder_paths("embeddings")
     if (

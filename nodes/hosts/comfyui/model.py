@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ....cascade_core import checkpoints
 from ....cascade_core.accelerators import is_nvidia
+from ....cascade_core.checkpoints.carried import carried_config
 from ....cascade_core.engine import Engine
 from ....cascade_core.errors import CascadeError, quoted
 from ....cascade_core.networks import activations
@@ -168,6 +169,14 @@ class PlacedModel:
         # By a way past nn.Module, and past whoever wraps `diffusion_model` for a while.
         model.__dict__["hosted"] = model.diffusion_model
         model.__dict__["eight_bits"] = EightBitWeights(model.diffusion_model)
+
+    def state_dict_for_saving(self, *arguments: Any, **others: Any) -> dict[str, Tensor]:
+        """The host's, with what is otherwise lost of the configuration: it saves tensors alone."""
+        host: Any = super()
+        tensors, model = host.state_dict_for_saving(*arguments, **others), self.__dict__["hosted"]
+        config: Any = self.__dict__["model_config"]
+        carried = carried_config(model.network)
+        return {**tensors, **config.process_unet_state_dict_for_saving(carried)}
 
     @property
     def residence(self) -> Residence | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ....cascade_core import checkpoints
+from ....cascade_core.checkpoints.carried import carried_config
 from ....cascade_core.engine.vqgan import DecoderEngine
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks import activations
@@ -112,6 +113,15 @@ class CascadeVAE(comfy.sd.VAE):
         # Not paged as newer hosts page larger networks: the engine reads weights that lie still.
         patcher_class = comfy.model_patcher.ModelPatcher
         self.patcher = patcher_class(network, load_device=self.device, offload_device=offload_device)
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """The tensors that the host saves, with what they do not tell of each network's configuration."""
+        tensors, stage = dict(super().get_sd()), self.first_stage_model
+        networks = {"": stage.network} if isinstance(stage, HostedStageA) else dict(stage.named_children())
+        for name, network in networks.items():
+            prefix = f"{name}." if name else ""
+            tensors |= {prefix + key: value for key, value in carried_config(network).items()}
+        return tensors
 
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
         """(B, C, h, w) -> (B, H, W, 3) in [0, 1], on a card clamped and laid out there before it is copied."""

@@ -9,14 +9,28 @@ from typing import Any
 import comfy.clip_vision
 from torch import Tensor
 
+from ....cascade_core.checkpoints.carried import CONFIG, as_tensor
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.text.clip import CONFIG_KEYS, told_by
 from ....cascade_core.vision import middle_square
 from .clip import set_norm_eps
 from .progress import notify
 from .weights import remember_file
 
 
-def load_vision(path: Path) -> comfy.clip_vision.ClipVisionModel:
+class Vision(comfy.clip_vision.ClipVisionModel):
+    """Host's image encoder, saved with what its tensors do not tell.  config: of its file"""
+
+    config: dict[str, Any]
+
+    def get_sd(self) -> dict[str, Tensor]:
+        tensors = dict(super().get_sd())
+        if not told_by({name: tuple(t.shape) for name, t in tensors.items()}, self.config, "vision"):
+            tensors[CONFIG] = as_tensor({key: self.config[key] for key in CONFIG_KEYS["vision"]})
+        return tensors
+
+
+def load_vision(path: Path) -> Vision:
     from ....cascade_core.vision import ImageEncoder
 
     core = ImageEncoder.load(path, notify=notify)
@@ -24,7 +38,8 @@ def load_vision(path: Path) -> comfy.clip_vision.ClipVisionModel:
     with tempfile.TemporaryDirectory() as folder:  # the host takes its configuration from a file
         config_path = Path(folder) / "config.json"
         config_path.write_text(json.dumps(config, default=str), encoding="utf-8")
-        vision = comfy.clip_vision.ClipVisionModel(str(config_path))
+        vision = Vision(str(config_path))
+    vision.config = config
     set_norm_eps(vision.model, config)
     missing_keys, _ = vision.load_sd(core.model.state_dict())
     if missing_keys:
