@@ -155,6 +155,15 @@ class CascadeEncode(io.ComfyNode):
                         "inpainting ControlNet, which shows where the hole is; 0 without it."
                     ),
                 ),
+                io.Boolean.Input(
+                    "soft",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Keeps the mask's grey values, by which Differential Diffusion lets each place change for a "
+                        "part of the steps. Off: each position changes or does not."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="stage_c", tooltip="The picture's Stage C latent."),
@@ -167,7 +176,17 @@ class CascadeEncode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae, image, compression, mask=None, stage_a=None, tile_size=0, width=0, height=0, grow=0
+        cls,
+        vae,
+        image,
+        compression,
+        mask=None,
+        stage_a=None,
+        tile_size=0,
+        width=0,
+        height=0,
+        grow=0,
+        soft=False,
     ) -> io.NodeOutput:
         check_vae(vae, "compressor", "Cascade Encode", "Load Cascade Compressor")
         check_picture(image, "image")
@@ -180,8 +199,8 @@ class CascadeEncode(io.ComfyNode):
         check_pixels(width, height, batch)
         size = stage_c_size(height, width, compression)
         pixels = resized(image, compressor_size(height, width, compression))
-        stage_c = {"samples": host().encode_pixels(vae, pixels)}
-        check_finite(stage_c.values(), vae, "The compressor's latent")
+        stage_c: dict[str, Any] = {"samples": host().encode_pixels(vae, pixels), "compression": compression}
+        check_finite([stage_c["samples"]], vae, "The compressor's latent")
         picture_size = whole_size(height, width)
         stage_b = empty_stage_b(batch, *picture_size)
         if stage_a is not None:
@@ -189,9 +208,9 @@ class CascadeEncode(io.ComfyNode):
             stage_b = {"samples": host().encode_pixels(stage_a, resized(image, picture_size), tile_size)}
             check_finite(stage_b.values(), stage_a, "Stage A's latent")
         if mask is not None:
-            stage_c["noise_mask"] = latent_mask(mask, batch, size, grow)
+            stage_c["noise_mask"] = latent_mask(mask, batch, size, grow, soft)
             if stage_a is not None:  # an empty latent has nothing to keep
-                stage_b["noise_mask"] = latent_mask(mask, batch, stage_b["samples"].shape[-2:])
+                stage_b["noise_mask"] = latent_mask(mask, batch, stage_b["samples"].shape[-2:], soft=soft)
         return io.NodeOutput(stage_c, stage_b, ui=picture_report(image))
 
 
@@ -254,7 +273,9 @@ class CascadeUpscaleLatent(io.ComfyNode):
         larger = F.interpolate(samples, size=size, mode="bilinear", align_corners=False)
         stage_b = empty_stage_b(len(samples), height, width)
         indices = {name: stage_c[name] for name in ("batch_index",) if name in stage_c}
-        return io.NodeOutput({**stage_c, "samples": larger}, {**stage_b, **indices})
+        return io.NodeOutput(
+            {**stage_c, "samples": larger, "compression": compression}, {**stage_b, **indices}
+        )
 
 
 class CascadeDecode(io.ComfyNode):

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..cascade_core import limits
 from ..cascade_core.diffusion.samplers import SAMPLERS
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.geometry import STAGE_C_COMPRESSION
 from ..cascade_core.run import SamplingRun, check_sampler
 from ..cascade_core.stages.diffusion import stage_b_tile
 from .api import io, searched_as
@@ -240,7 +241,10 @@ def run_sampler(
         latent.get("noise_mask"),
         latent.get("batch_index"),
     )
-    request = SamplingRequest(kind, model, positive, negative, run, cfg, cfg_rescale, tile_positions, engine)
+    compression = latent.get("compression", STAGE_C_COMPRESSION)
+    request = SamplingRequest(
+        kind, model, positive, negative, run, cfg, cfg_rescale, tile_positions, engine, compression
+    )
     result = host().sample(request)
     what = f"The latent that {host().describe_network(model).name} sampled"
     advice = "lower cfg and the weights in the prompt, or choose dtype bf16 or fp32 in its loader"

@@ -32,10 +32,10 @@ def compression_input() -> Any:
     )
 
 
-def empty_stage_c(batch: int, height: int, width: int, compression: float) -> dict[str, Tensor]:
-    """Zero Stage C latent of pictures of height × width pixels."""
+def empty_stage_c(batch: int, height: int, width: int, compression: float) -> dict[str, Any]:
+    """Zero Stage C latent of pictures of height × width pixels, which says its compression."""
     shape = (batch, LATENT_CHANNELS["stage_c"], *stage_c_size(height, width, compression))
-    return {"samples": zeros(shape, f"{width} × {height}")}
+    return {"samples": zeros(shape, f"{width} × {height}"), "compression": compression}
 
 
 def empty_stage_b(batch: int, height: int, width: int) -> dict[str, Tensor]:

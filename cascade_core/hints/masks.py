@@ -10,8 +10,8 @@ from ..errors import CascadeError
 from .filters import mask_of
 
 
-def latent_mask(mask: Tensor, batch: int, size: Sequence[int], grow: int = 0) -> Tensor:
-    """Resizes a mask (B or 1, H, W) to a latent of h × w positions: (batch, 1, h, w), 0 or 1.
+def latent_mask(mask: Tensor, batch: int, size: Sequence[int], grow: int = 0, soft: bool = False) -> Tensor:
+    """Resizes a mask (B or 1, H, W) to a latent of h × w positions: (batch, 1, h, w), 0 or 1, or `soft` between.
 
     A position may change if it is masked more than half as much as the most masked one, or lies within `grow`
     positions of such a one.  Grow the mask only with the inpainting ControlNet; without it, content spills into the
@@ -19,7 +19,7 @@ def latent_mask(mask: Tensor, batch: int, size: Sequence[int], grow: int = 0) ->
     """
     mask = mask_of(mask, batch, (mask.shape[-2], mask.shape[-1])).clamp(0, 1)
     share = F.adaptive_avg_pool2d(mask, (size[0], size[1]))
-    changeable = (share > share.amax(dim=(1, 2, 3), keepdim=True) / 2).float()
+    changeable = share if soft else (share > share.amax(dim=(1, 2, 3), keepdim=True) / 2).float()
     return F.max_pool2d(changeable, 2 * grow + 1, stride=1, padding=grow)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ...cascade_core.geometry import STAGE_C_COMPRESSION
 from ...cascade_core.run import SamplingRun
 
 
@@ -32,6 +33,7 @@ class SamplingRequest:
     run             with the latent and its mask in the units of sockets
     tile_positions  of Stage B: side of a tile in latent positions, 0: whole
     engine          whether the engine is called where it can be
+    compression     pixels for a position of Stage C's latent
     """
 
     kind: str
@@ -43,3 +45,4 @@ class SamplingRequest:
     cfg_rescale: float
     tile_positions: int = 0
     engine: bool = True
+    compression: float = STAGE_C_COMPRESSION

@@ -88,3 +88,11 @@ def test_one_source_serves_several_results_of_another_size():
     assert torch.equal(made, source.expand(3, -1, -1, -1))
     with pytest.raises(CascadeError, match="3 results came with 2 sources"):
         composite(result, source.repeat(2, 1, 1, 1), torch.zeros(1, 16, 16), 0)
+
+
+def test_a_soft_mask_keeps_what_lies_between():
+    ramp = torch.linspace(0, 1, 16).expand(1, 16, 16)
+    soft = latent_mask(ramp, 1, (4, 4), soft=True)
+    torch.testing.assert_close(soft[0, 0, 0], ramp[0, 0].reshape(4, 4).mean(1))
+    assert latent_mask(ramp, 1, (4, 4))[0, 0, 0].tolist() == [0, 0, 1, 1]
+    assert torch.equal(latent_mask(ramp, 1, (4, 4), 1, soft=True)[0, 0, 0, :3], soft[0, 0, 0, 1:])

@@ -1,5 +1,7 @@
 """Sizes, encoding and decoding."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -91,6 +93,7 @@ def test_a_picture_is_encoded_at_another_size(compressor, tiny):
     stage_a = StageAVAE.execute("tiny_stage_a.safetensors")[0]
     image = torch.rand(1, 64, 96, 3)
     larger = resized(image, (128, 192))
+    sides: dict[str, Any]
     for sides in ({"width": 192, "height": 128}, {"width": 192}, {"height": 128}):
         stage_c, stage_b = CascadeEncode.execute(
             compressor, image, 32.0, stage_a=stage_a, tile_size=64, **sides

@@ -10,6 +10,8 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
+from ....cascade_core.networks.layers import resize
+
 
 class LastingCond(comfy.conds.CONDRegular):
     """A condition whose batch is the same tensor at every step, so that the engine knows it without comparing values.
@@ -31,6 +33,34 @@ class LastingCond(comfy.conds.CONDRegular):
         if self._joined is None or not _same(self._joined[0], others):
             self._joined = list(others), super().concat(others)
         return self._joined[1]
+
+
+class LastingPrior(LastingCond):
+    """Stage C's latent, of which the prompt of an area is given the part that lies there, as a tile is.
+
+    grid: (height, width) of Stage B's latent in patches of so many positions a side
+    """
+
+    def __init__(self, cond: Tensor, grid: tuple[int, int], patch_size: int):
+        super().__init__(cond)
+        self.grid, self.patch_size = grid, patch_size
+        self._parts: dict[tuple[int, ...], LastingCond] = {}
+
+    def _copy_with(self, cond: Tensor) -> LastingCond:
+        return LastingCond(cond)
+
+    def process_cond(self, batch_size: int, area: Any = None, **options: Any) -> Any:
+        if area is None:
+            return super().process_cond(batch_size, **options)
+        height, width, top, left = area
+        if (height, width, top, left) not in self._parts:
+            rows, columns = (
+                slice(start // self.patch_size, -(-(start + size) // self.patch_size))
+                for size, start in ((height, top), (width, left))
+            )
+            part = resize(self.cond, self.grid)[..., rows, columns]
+            self._parts[height, width, top, left] = LastingCond(part)
+        return self._parts[height, width, top, left].process_cond(batch_size, **options)
 
 
 def _same(values: list[Any], others: list[Any]) -> bool:

@@ -28,7 +28,8 @@ from ....cascade_core.networks.unet import UNet
 from ....cascade_core.stages.device import DTYPES, check_eight_bit
 from ....cascade_core.stages.diffusion import min_latent_side
 from ..run import NetworkDescription
-from .conditions import lasting, new_schedule
+from .areas import count_in_pixels, wraps_the_network
+from .conditions import LastingPrior, lasting, new_schedule
 from .eight_bits import EightBitWeights
 from .hosted import Hosted, WholeLayers
 from .patcher import CascadePatcher
@@ -124,7 +125,7 @@ class HostedNetwork(Hosted):
         # Another thread may run a copy on another device at the same time, and only one may capture.
         self.engine.graphs = GRAPHS and "multigpu_thread_device" not in options
         sigma, noise = options.get(NOISE, (None, 0.0))
-        if sigma is not None and sigma is options.get("sigmas") and not options.get("wrappers"):
+        if sigma is not None and sigma is options.get("sigmas") and not wraps_the_network(options):
             r = torch.full((len(r),), noise)
         # What is compiled would be slower, and would be compiled anew whenever weights move.
         engine: Any = torch.compiler.disable(self.engine) if torch.compiler.is_compiling() else self.engine
@@ -253,7 +254,11 @@ class StageBModel(PlacedModel, comfy.model_base.StableCascade_B):
             channels = self.diffusion_model.network.config.c_effnet
             prior = torch.zeros(1, channels, 1, 1)  # of any size: the network resizes it
         values["effnet"] = prior
-        return lasting(self, values, kwargs["device"])
+        conditions = lasting(self, values, kwargs["device"])
+        patch_size = self.diffusion_model.network.config.patch_size
+        height, width = (-(-side // patch_size) for side in kwargs["noise"].shape[-2:])
+        conditions["effnet"] = LastingPrior(conditions["effnet"].cond, (height, width), patch_size)
+        return conditions
 
     def memory_required(self, input_shape, cond_shapes=None) -> int:
         """Bytes of a forward pass beside the weights."""
@@ -337,6 +342,7 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     patcher = CascadePatcher(model, load_device=load_device, offload_device=offload_device)
+    count_in_pixels(patcher)
     model.hosted.engine.compile_in_background(load_device)
     remember_file(patcher, f"{Path(path).name} ({checkpoints.KIND_NAMES[kind]})")
     patcher.cached_patcher_init = (load_patcher, (kind, path, dtype))

@@ -27,6 +27,7 @@ from ....cascade_core.errors import CascadeError
 from ....cascade_core.run import SamplingResult, SamplingRun, Stopwatch
 from ....cascade_core.run import sample as sample_run
 from ..run import SamplingRequest
+from .areas import with_pixel_areas, wraps_the_network
 from .conditions import keep_on_device, new_schedule
 from .model import ENGINE, NOISE, HostedNetwork
 from .patches import (
@@ -164,7 +165,7 @@ class CascadeSampler(comfy.samplers.Sampler):
             """The noise condition of all rows, known before the device is asked; None where others may change it."""
             if (
                 "model_function_wrapper" in model_options
-                or options.get("wrappers")
+                or wraps_the_network(options)
                 or log_snr.unique().numel() > 1
             ):
                 return None
@@ -212,6 +213,7 @@ def sample(request: SamplingRequest) -> SamplingResult:
     patcher, run = scheduled(request.model, request.run, notices)
     for sentence in (*unread_by_host(patcher), *unread_by_network(patcher, stage)):
         notices.add(sentence)
+    patcher = with_pixel_areas(patcher, request.compression)
     if request.kind == "stage_b":
         if request.tile_positions:
             for sentence in called_for_each_tile(patcher):

@@ -36,9 +36,9 @@ def masks_and_ranges(model: Any, prompts: Any, other_prompt: Any) -> dict[str, f
     area, between = nodes.ConditioningSetArea(), nodes.ConditioningSetTimestepRange()
     combined = only(nodes.ConditioningCombine().combine(positive, positive))
     mixed = only(nodes.ConditioningCombine().combine(positive, other_prompt))
-    whole = only(area.append(positive, 48, 48, 0, 0, 1.0))
+    whole = only(area.append(positive, 256, 256, 0, 0, 1.0))
     half = only(
-        nodes.ConditioningCombine().combine(positive, only(area.append(other_prompt, 24, 48, 0, 0, 1.0)))
+        nodes.ConditioningCombine().combine(positive, only(area.append(other_prompt, 128, 256, 0, 0, 1.0)))
     )
     always = only(between.set_range(positive, 0.0, 1.0))
     early = only(between.set_range(positive, 0.0, 0.5))

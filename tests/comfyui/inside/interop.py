@@ -135,7 +135,8 @@ class RunToZero(SamplingRun):
         return levels
 
 
-REQUEST = ("cfg", "cfg_rescale", "tile_positions", "engine")  # settings of the request, all others of its run
+# Settings of the request; all others are of its run.
+REQUEST = ("cfg", "cfg_rescale", "tile_positions", "engine", "compression")
 
 
 def make_run(

@@ -1,0 +1,105 @@
+# pyright: reportMissingImports=false
+"""Areas of prompts, in positions of a stage's latent.
+
+ComfyUI counts an area as if every latent had 8 pixels for a position: Stage C's has 42.67, or what its node was told,
+and Stage B's has 4.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import comfy.model_base
+import comfy.samplers
+from comfy.patcher_extension import WrappersMP
+
+from ....cascade_core.geometry import STAGE_B_COMPRESSION, STAGE_C_COMPRESSION
+
+UNIT = 8  # pixels of ComfyUI's numbers
+KEY = "cascade_areas"
+# In the host's transformer_options: pixels for a position of Stage C's latent, where the run knows.
+COMPRESSION = "cascade_compression"
+
+
+class Positions(tuple):
+    """(height, width, top, left) of an area in positions of the latent: what has become of one."""
+
+
+def count_in_pixels(patcher: Any) -> None:
+    """Makes samplers of the host read areas in pixels on this MODEL."""
+    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare)
+
+
+def with_pixel_areas(patcher: Any, compression: float) -> Any:
+    """The MODEL, ours or the host's own, for a run whose Stage C latent has so many pixels for a position."""
+    patched = patcher.clone()
+    count_in_pixels(patched)
+    patched.model_options["transformer_options"][COMPRESSION] = compression
+    return patched
+
+
+def wraps_the_network(options: dict[str, Any]) -> bool:
+    """Whether wrappers are called within a step, where they may change what the network is given."""
+    return bool(set(options.get("wrappers") or {}) - {WrappersMP.PREPARE_SAMPLING})
+
+
+def _prepare(
+    execute: Callable[..., Any], model: Any, noise_shape: Sequence[int], conds: dict, *rest, **options
+):
+    sides = tuple(noise_shape[2:])
+    if len(sides) == 2:
+        run_options = (options.get("model_options") or {}).get("transformer_options", {})
+        grid = Grid(model.model, sides, run_options.get(COMPRESSION, STAGE_C_COMPRESSION))
+        conds = {
+            name: [grid.placed(cond, model.load_device) for cond in side] for name, side in conds.items()
+        }
+    return execute(model, noise_shape, conds, *rest, **options)
+
+
+class Grid:
+    """The positions of a stage's latent.  sides: (height, width); compression: pixels for a position of Stage C's"""
+
+    def __init__(self, base: Any, sides: tuple[int, ...], compression: float):
+        self.sides = sides
+        self.pixels, self.patch, self.least = compression, 1, 1
+        if isinstance(base, comfy.model_base.StableCascade_B):
+            network = base.diffusion_model
+            self.pixels, self.patch = STAGE_B_COMPRESSION, network.embedding[0].downscale_factor
+            self.least = self.patch * 2 ** (
+                len(network.down_blocks) - 1
+            )  # less would vanish at its innermost level
+
+    def placed(self, cond: dict[str, Any], device: Any) -> dict[str, Any]:
+        """A prompt with its area, or its mask's, in positions."""
+        area = cond.get("area")
+        if isinstance(area, Positions) or not (area or cond.get("set_area_to_bounds")):
+            return cond
+        if area and area[0] != "percentage":
+            if len(area) != 4:
+                return cond
+            cond = {**cond, "area": self._of_pixels(area)}
+        resolved = [cond]  # shares of the sides, and bounds of masks, by the host
+        comfy.samplers.resolve_areas_and_cond_masks_multidim(resolved, self.sides, device)
+        return {**resolved[0], "area": self._within(resolved[0]["area"]), "set_area_to_bounds": False}
+
+    def _of_pixels(self, area: Sequence[int]) -> tuple[int, ...]:
+        """Edges at the nearest positions, so that areas side by side neither overlap nor leave a gap."""
+        starts, stops = [], []
+        for size, start, side in zip(area[:2], area[2:], self.sides, strict=True):
+            stop = (start + size) * UNIT / self.pixels
+            starts.append(round(start * UNIT / self.pixels))
+            stops.append(
+                side if stop > side - 1 else round(stop)
+            )  # the last position may end outside the picture
+        return (*(stop - start for start, stop in zip(starts, stops, strict=True)), *starts)
+
+    def _within(self, area: Sequence[int]) -> Positions:
+        """The same on whole patches, within the latent, and no smaller than the network takes."""
+        sizes, starts = [], []
+        for size, start, side in zip(area[:2], area[2:], self.sides, strict=True):
+            stop = min(-(-(start + max(size, 1)) // self.patch) * self.patch, side)
+            start = min(start, side - 1) // self.patch * self.patch
+            stop = min(max(stop, start + self.least), side)
+            start = max(min(start, (stop - self.least) // self.patch * self.patch), 0)
+            sizes.append(stop - start)
+            starts.append(start)
+        return Positions((*sizes, *starts))
