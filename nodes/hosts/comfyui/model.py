@@ -171,14 +171,6 @@ class PlacedModel:
         model.__dict__["hosted"] = model.diffusion_model
         model.__dict__["eight_bits"] = EightBitWeights(model.diffusion_model)
 
-    def state_dict_for_saving(self, *arguments: Any, **others: Any) -> dict[str, Tensor]:
-        """The host's, with what is otherwise lost of the configuration: it saves tensors alone."""
-        host: Any = super()
-        tensors, model = host.state_dict_for_saving(*arguments, **others), self.__dict__["hosted"]
-        config: Any = self.__dict__["model_config"]
-        carried = carried_config(model.network)
-        return {**tensors, **config.process_unet_state_dict_for_saving(carried)}
-
     @property
     def residence(self) -> Residence | None:
         return self.__dict__["hosted"].residence
@@ -191,12 +183,12 @@ class PlacedModel:
         hosted.residence = value
 
     def state_dict_for_saving(self, *state_dicts: Any, **more: Any) -> dict[str, Tensor]:
-        """What ModelSave writes, with the scales of 8-bit weights."""
+        """What ModelSave writes, with the scales of 8-bit weights and what its tensors do not tell of the network."""
         model: Any = self
         base: Any = super()
         tensors = base.state_dict_for_saving(*state_dicts, **more)
-        eight_bits = model.eight_bits.file_tensors()
-        return {**tensors, **model.model_config.process_unet_state_dict_for_saving(eight_bits)}
+        beside = {**model.eight_bits.file_tensors(), **carried_config(model.hosted.network)}
+        return {**tensors, **model.model_config.process_unet_state_dict_for_saving(beside)}
 
 
 class StageCModel(PlacedModel, comfy.model_base.StableCascade_C):
