@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cascade_nodes.cascade_core import checkpoints
 from cascade_nodes.cascade_core.adapters import Adapter, LowRank
+from cascade_nodes.cascade_core.checkpoints.carried import is_carried
 from cascade_nodes.cascade_core.networks.quantisation import FORMATS, quantised_layers
 from cascade_nodes.nodes.hosts import comfyui, headless
 
@@ -148,6 +149,9 @@ def by_comfyui(kind: str, file: Path, tensors: dict[str, Tensor], ours: Any) -> 
     config.quant_config = comfy.utils.detect_layer_quantization(weights, "")
     config.set_inference_dtype(torch.float32, torch.float32)
     base = config.get_model({}, device="cpu")
+    weights = {
+        name: tensor for name, tensor in weights.items() if not is_carried(name)
+    }  # it loads by names it knows
     base.diffusion_model.load_state_dict(weights, strict=True)
     generator = torch.Generator().manual_seed(4)
 
