@@ -40,7 +40,7 @@ ASKED = (
 
 @contextmanager
 def recorded(patcher: Any) -> Iterator[list[str]]:
-    """Writes down what a patcher is asked, without what it asks itself."""
+    """Writes down what a patcher and its clones are asked, without what they ask themselves."""
     calls: list[str] = []
     depth = 0
 
@@ -62,10 +62,17 @@ def recorded(patcher: Any) -> Iterator[list[str]]:
         return call
 
     names = [name for name in ASKED if hasattr(patcher, name)]
-    for name in names:
-        setattr(patcher, name, wrap(name, getattr(patcher, name)))
+
+    def record(patcher: Any) -> Any:
+        for name in names:
+            setattr(patcher, name, wrap(name, getattr(patcher, name)))
+        clone = patcher.clone
+        patcher.clone = lambda *args, **kwargs: record(clone(*args, **kwargs))
+        return patcher
+
+    record(patcher)
     yield calls
-    for name in names:
+    for name in (*names, "clone"):
         delattr(patcher, name)
 
 
