@@ -33,6 +33,7 @@ export function addRunPanel(node) {
     if (output?.text?.length && !notices) {
       notices = addTextPanel(node);
       node.setSize?.([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+      node.setDirtyCanvas?.(true, true); // older front ends show it once they draw
     }
     notices?.(output?.text ?? []);
     const run = output?.cascade_run?.[0];

@@ -398,6 +398,19 @@ async function sentences(page) {
   return { before, after: await panel(page, id, "cascade_text") };
 }
 
+/** A sampler has room for sentences about its run once there are some. */
+async function notices(page) {
+  const id = await place(page, "CascadePriorSampler");
+  const tell = (output) => page.evaluate(([id, output]) => window.app.graph.getNodeById(id).onExecuted(output), [id, output]);
+  await tell({});
+  const before = await panel(page, id, "cascade_text").catch(() => null);
+  await tell({ text: ["The MODEL's own guidance is used.", "shift is not."] });
+  await page.getByText("The MODEL's own guidance is used.").first().waitFor();
+  const after = await panel(page, id, "cascade_text");
+  await tell({});
+  return { before, after, later: await panel(page, id, "cascade_text") };
+}
+
 /** The values of a training node, as the interface has them. */
 async function training(page) {
   const id = await place(page, "CascadeTrainLoRA");
@@ -517,6 +530,6 @@ async function japanese(page, { url }) {
 }
 
 export const SCENARIOS = {
-  search, words, examples, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, training, connections, replaced, subgraph,
-  run, japanese,
+  search, words, examples, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, notices, training, connections, replaced,
+  subgraph, run, japanese,
 };

@@ -267,6 +267,13 @@ def test_a_lora_says_what_it_holds(seen):
     assert facts["after"]["lines"] == ["style (kohya): rank 4. Left out: two."]
 
 
+def test_a_sampler_says_what_counts_once_there_is_something_to_say(seen):
+    facts = told(seen, "notices")
+    assert not (facts["before"] or {}).get("lines")
+    assert facts["after"]["lines"] == ["The MODEL's own guidance is used. shift is not."]
+    assert facts["later"]["lines"] == []
+
+
 def test_the_seed_of_a_training_stays(seen, server):
     """The interface would change it after each run, and a run that was cancelled would begin anew."""
     (info,) = server.get("/object_info/CascadeTrainLoRA").values()
