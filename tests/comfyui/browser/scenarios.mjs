@@ -321,6 +321,8 @@ const pictureShown = (page, id, picture) =>
 /** Places a picture's node and one that takes it; returns both ids once the picture is loaded. Not connected yet. */
 async function placeWithPicture(page, type, picture) {
   const source = await place(page, "LoadImage", [100, 200]);
+  const first = (await widgets(page, source)).image;
+  await pictureShown(page, source, first); // one that comes after the chosen one would take its place
   await setWidget(page, source, "image", picture);
   const id = await place(page, type, [700, 200]);
   await pictureShown(page, source, picture);
@@ -485,6 +487,12 @@ async function subgraph(page, { subgraph, served }) {
     );
   }
   await load(page, "subgraph", subgraph);
+  if (!served) {
+    const dialog = page.locator(".p-dialog"); // the models that it lacks, over everything
+    await dialog.waitFor();
+    await page.keyboard.press("Escape");
+    await dialog.waitFor({ state: "hidden" });
+  }
   return page.evaluate(async () => {
     const { graph } = window.app;
     const box = graph.nodes[0];
