@@ -172,6 +172,11 @@ def _add_train_command(commands: Any) -> None:
     train.add_argument(
         "--fresh", action="store_true", help="begin anew instead of going on from a checkpoint"
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the buckets, draw a page of the pictures, and train nothing",
+    )
     train.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     train.set_defaults(command=_train)
 
@@ -288,4 +293,4 @@ def _fetch(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from .train import run_training
 
-    return run_training(options.task, options.config, options.fresh)
+    return run_training(options.task, options.config, options.fresh, options.dry_run)

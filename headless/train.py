@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 FACES = 4  # of a picture, as published
 
 
-def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
+def run_training(task: TaskName, path: Path, fresh: bool = False, dry: bool = False) -> int:
     """Train, with progress on standard error. Returns the exit status: 0, or 128 + the signal that stopped the run."""
     # Before torch: a workspace of its own makes cuBLAS give the same bits each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
+    from ..cascade_core.training.dry_run import dry_run
     from ..cascade_core.training.run import train
     from ..cascade_core.training.settings import read_settings, resolve
     from .trial import how_to_try
@@ -39,6 +40,9 @@ def run_training(task: TaskName, path: Path, fresh: bool = False) -> int:
     fast = settings.train.precision != "fp32"  # then products too are in float32, and not in TF32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
     line = ProgressLine()
+    if dry:
+        dry_run(settings, line.notify)
+        return 0
     with recording_signals() as signals:
         try:
             outcome = train(

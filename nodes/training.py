@@ -212,6 +212,7 @@ _FIXED = (
     ("output", "folder"),
     ("output", "prompts_file"),
     ("data", "folder"),
+    ("data", "sets"),
     ("data", "cache"),
 )
 

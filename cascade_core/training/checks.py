@@ -16,6 +16,7 @@ from ..networks.compressor import SemanticCompressor
 from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
+from .data.captions import trained_captions
 from .data.hints import FindFaces
 from .data.pictures import TrainingPicture
 from .identity import input_files
@@ -56,7 +57,14 @@ def check_networks(
     settings: Settings, pictures: Sequence[TrainingPicture], find_faces: FindFaces | None = None
 ) -> None:
     """Raise CascadeError where networks, packages, captions and settings do not go together; no weights are read."""
-    models, captions = settings.models, [caption for picture in pictures for caption in picture.captions]
+    models, captions = (
+        settings.models,
+        [
+            caption
+            for picture in pictures
+            for caption in trained_captions(picture.captions, settings.data, picture.set)
+        ],
+    )
     check_optimiser(settings.train)
     stage_c, _, _ = load_model(models.stage_c, "stage_c", read_ahead=False)
     compressor, _, _ = load_model(models.compressor, "compressor", read_ahead=False)

@@ -158,6 +158,10 @@ def _deciding(settings: Settings) -> dict[str, Any]:
     }
     values["objective.weighting"] = settings.objective.loss_weight
     values["lora.alpha"] = settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha
+    places = ("folder", "tars")  # whose pictures are compared
+    values["data.sets"] = [
+        {key: value for key, value in each.items() if key not in places} for each in values["data.sets"]
+    ]
     if _starts_from_a_file(settings):
         values["controlnet.start"] = "a file"
     values["lora.start"] = "a file" if settings.lora.start else None

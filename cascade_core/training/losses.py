@@ -23,6 +23,7 @@ def diffusion_loss(
     noise_offset: float = 0.0,
     multires_noise: float = 0.0,
     huber: float | None = None,
+    picture_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Weighted error of the predicted noise: predict(noised, noise_cond) against epsilon.
 
@@ -32,7 +33,7 @@ def diffusion_loss(
     errors.
 
     t_range: what the times are spread over; noise_offset, multires_noise: of `training_noise`; huber: of
-    `pseudo_huber`, which then takes the square's place.
+    `pseudo_huber`, which then takes the square's place. picture_weights: (B,), of each row; None where all are 1.
     """
     t = random_t(len(x0)).to(x0.device)
     if t_range != (0.0, 1.0):
@@ -44,7 +45,10 @@ def diffusion_loss(
     error = squares.mean(dim=(1, 2, 3))  # (B,)
     if isinstance(loss_weight, AdaptiveLossWeight):
         loss_weight.update_buckets(diffused.log_snr, error.detach())
-    return {"loss": (error * _clamp(diffused.loss_weight, max_loss_weight)).mean(), "epsilon": error.mean()}
+    weight = _clamp(diffused.loss_weight, max_loss_weight)
+    if picture_weights is not None:
+        weight = weight * picture_weights
+    return {"loss": (error * weight).mean(), "epsilon": error.mean()}
 
 
 def training_noise(x0: Tensor, offset: float = 0.0, multires: float = 0.0) -> Tensor:

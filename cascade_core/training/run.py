@@ -32,7 +32,7 @@ from .data.cache import fingerprint
 from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
 from .data.pictures import TrainingPicture
-from .data.sources import LEFT_OUT, find_pictures, write_left_out
+from .data.sources import LEFT_OUT, find_all, write_left_out
 from .data.text_cache import TextCache
 from .file_metadata import file_metadata
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
@@ -84,7 +84,7 @@ def train(
             folder = Path(settings.output.folder or "")
             on_main_process(accelerator, lambda: held.enter_context(locked(folder, notify)))
             access = Access(stop, check)
-            pictures = find_pictures(settings.data.folder, settings.data.tars, access)
+            pictures = find_all(settings.data, access)
             settings = on_main_process(
                 accelerator, lambda: with_steps(settings, pictures[0], accelerator.num_processes, access)
             )

@@ -36,6 +36,7 @@ ABOUT = (  # entries of ModelSpec that a person gives
 )  # fmt: skip
 MAX_ABOUT = 4096
 MAX_PROMPTS = 64
+MAX_SETS = 100
 
 # Ranges that several numbers have
 Share = Annotated[float, Range(0, 1)]
@@ -66,11 +67,28 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class DataSetSettings:
+    """One of several sets. `weight`: of its pictures in the loss, as regularisation pictures have less than 1."""
+
+    folder: str | None = None
+    tars: tuple[str, ...] = ()
+    repeat: Annotated[int, Range(1, 10_000)] = 1  # times data.repeat
+    weight: Annotated[float, Range(0, 1000)] = 1.0
+    trigger: str | None = None  # words before each of its captions; null: data.trigger
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data.sets")
+        if self.folder is None and not self.tars:
+            raise CascadeError("data.sets: a set has neither a folder nor tars; name one of them.")
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Where pictures come from, and how they are shown."""
 
     folder: str | None = None  # of pictures with captions, subfolders too
     tars: tuple[str, ...] = ()  # webdataset tars: paths or patterns
+    sets: tuple[DataSetSettings, ...] = ()  # more of them, each shown and weighed in its own way
     # pixels as generated: a picture's area is at most size²; 1024 gives latents of 24 × 24
     size: Annotated[int, Range(64, 4096)] = 1024
     bucket_step: int = 64  # pixels; sides of the buckets are multiples of it
@@ -86,11 +104,28 @@ class DataSettings:
     max_crop: Share = 1.0
     enlarge: bool = True  # false: a picture smaller than its bucket goes into one of its own size
     max_aspect: Annotated[float, Range(1, 16)] = 2.5  # of the buckets: what is longer is cropped to it
+    # What is trained of captions: words before each; tags, which stand between separators, in another order and some of
+    # them left out, but for the first keep_tags; so many variants of each caption are drawn beforehand and encoded
+    trigger: str = ""
+    shuffle_tags: bool = False
+    keep_tags: Annotated[int, Range(0, 1000)] = 0
+    tag_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    tag_separator: str = ","
+    caption_variants: Annotated[int, Range(1, 64)] = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tars", (self.tars,) if isinstance(self.tars, str) else tuple(self.tars))
         check_ranges(self, "data")
-        if self.folder is None and not self.tars:
+        if not self.tag_separator.strip() or len(self.tag_separator) > 16:
+            raise CascadeError(
+                f"data.tag_separator is {quoted(self.tag_separator)}; a sign such as , or ; is expected."
+            )
+        for trigger in (self.trigger, *(each.trigger or "" for each in self.sets)):
+            if len(trigger) > 500:
+                raise CascadeError(f"data.trigger is {quoted(trigger)}; at most 500 characters are expected.")
+        if len(self.sets) > MAX_SETS:
+            raise CascadeError(f"data.sets has {len(self.sets)} entries; give at most {MAX_SETS}.")
+        if self.folder is None and not self.tars and not self.sets:
             raise CascadeError("The training data has neither a folder nor tars; name one of them.")
         if not 8 <= self.bucket_step <= self.size:
             raise CascadeError(
@@ -418,6 +453,10 @@ class Settings:
             )
         if self.objective.kind == "consistency" and self.task != "lora":
             raise CascadeError("objective.kind consistency trains a LoRA; use `cascade train lora`.")
+        if self.objective.kind == "consistency" and any(each.weight != 1 for each in self.data.sets):
+            raise CascadeError(
+                "objective.kind consistency weighs all pictures alike; leave weight out of data.sets."
+            )
         if self.objective.kind == "consistency" and (self.lora.text_encoder or self.tokens):
             raise CascadeError(
                 "objective.kind consistency trains Stage C alone; leave text_encoder and tokens out."
@@ -598,6 +637,12 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
         settings.data,
         folder=at(settings.data.folder) if settings.data.folder else None,
         tars=tuple(map(at, settings.data.tars)),
+        sets=tuple(
+            dataclasses.replace(
+                each, folder=at(each.folder) if each.folder else None, tars=tuple(map(at, each.tars))
+            )
+            for each in settings.data.sets
+        ),
         cache=at(settings.data.cache) if settings.data.cache else None,
     )
     output = settings.output

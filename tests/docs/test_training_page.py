@@ -35,6 +35,7 @@ SECTIONS = [
     settings.FinetuneSettings,
     settings.TokenSettings,
     settings.SamplePrompt,
+    settings.DataSetSettings,
     settings.OutputSettings,
 ]
 

@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 from ...errors import CascadeError
-from ..settings import DataSettings
+from ..settings import DataSetSettings, DataSettings
 from .access import Access
 from .bucket_data import BucketData
 from .bucketing import BucketedPicture, assign_buckets, resized
 from .buckets import Bucket
 from .cache import Cache
+from .captions import trained_captions
 from .decoding import PictureDecoder
-from .epochs import EpochPlan, batches_per_epoch, epoch_repeats, generator
+from .epochs import MAX_ROWS, EpochPlan, batches_per_epoch, epoch_repeats, generator
 from .image_prompts import ImagePrompts
 from .latents import LatentEncoder
 from .pictures import Skipped, TrainingPicture
-from .sources import LEFT_OUT, find_pictures, reasons
+from .sources import LEFT_OUT, find_all, reasons
 
-Found = tuple[list[TrainingPicture], list[Skipped]]  # what `find_pictures` gives
+Found = tuple[list[TrainingPicture], list[Skipped]]  # what `find_all` gives
+_ALONE = DataSetSettings(folder=".")  # of pictures that are in no set of data.sets
 MAX_BYTES_IN_MEMORY = 4_000_000_000  # of latents; more stay in the mapped files of the cache
 
 
@@ -36,6 +38,7 @@ class Batch:
     images: Tensor | None  # (B, 3, 32·h, 32·w) uint8, as the compressor reads them, where the task needs them
     caption_ids: Tensor  # (B,) int64, indices into TrainingData.captions
     image_prompts: Tensor | None = None  # (B, n, E) float32, zeros where they are left out; None where n is 0
+    weights: Tensor | None = None  # (B,) float32, of each picture in the loss; None where all are 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def fill_cache(
 ) -> None:
     """Encode this rank's share of the latents: all ranks fill one cache, where `TrainingData` finds them."""
     access = access or Access()
-    pictures, _ = found or find_pictures(settings.folder, settings.tars, access)
+    pictures, _ = found or find_all(settings, access)
     bucketed, _ = _assign_buckets(settings, pictures, access)
     _latent_encoder(settings, encode, fingerprint, report, access).fill(bucketed[rank::ranks])
 
@@ -81,11 +84,17 @@ def epoch_steps(
 ) -> int:
     """How many batches an epoch has, by the pictures' headers: before any is encoded."""
     bucketed, _ = _assign_buckets(settings, pictures, access)
-    counts = Counter(
-        (each.bucket, len(each.picture.image_prompts) if with_prompts else 0) for each in bucketed
-    )
-    repeat = epoch_repeats(max(len(bucketed), 1), settings.repeat)
+    counts = Counter()
+    for each in bucketed:
+        bucket = each.bucket, len(each.picture.image_prompts) if with_prompts else 0
+        counts[bucket] += set_of(settings, each.picture).repeat
+    repeat = epoch_repeats(max(counts.total(), 1), settings.repeat)
     return sum(batches_per_epoch(count, repeat, rows_of_a_batch) for count in counts.values())
+
+
+def set_of(settings: DataSettings, picture: TrainingPicture) -> DataSetSettings:
+    """The set of data.sets that a picture is of."""
+    return settings.sets[picture.set] if picture.set >= 0 else _ALONE
 
 
 def _latent_encoder(
@@ -101,7 +110,7 @@ class TrainingData:
     fingerprint: changes with what encode computes (`cache.fingerprint`).
     report: called with how many latents are encoded and how many there are to encode.
     image_prompts: embeds the pictures that prompt for others, and is then released.
-    pictures: what `find_pictures` gave, where it was asked already.
+    pictures: what `find_all` gave, where it was asked already.
     access: what may be read, and whether to stop.
     captions: every caption that a batch can have; the empty one is the first.
     skipped: pictures that are left out, and why.
@@ -121,7 +130,7 @@ class TrainingData:
     ):
         self.settings, self.seed, self.image_prompts = settings, seed, image_prompts
         access = access or Access()
-        found, left_out = pictures or find_pictures(settings.folder, settings.tars, access)
+        found, left_out = pictures or find_all(settings, access)
         self.skipped = list(left_out)
         bucketed, unreadable = _assign_buckets(settings, found, access)
         encoder = _latent_encoder(settings, encode, fingerprint, report, access)
@@ -148,22 +157,43 @@ class TrainingData:
                 "PNG, JPEG or WebP."
             )
         ids: dict[str, int] = {"": 0}
+        captions = {
+            each: trained_captions(each.picture.captions, settings, each.picture.set) for each in usable
+        }
         for each in usable:
-            for text in each.picture.captions:
+            for text in captions[each]:
                 ids.setdefault(text, len(ids))
         self.captions = list(ids)
         grouped: dict[tuple[Bucket, int], list[BucketedPicture]] = {}
         for each in usable:
             count = len(each.picture.image_prompts) if image_prompts is not None else 0
             grouped.setdefault((each.bucket, count), []).append(each)
-        self._buckets = [BucketData(grouped[key], encoder, ids, key[1]) for key in sorted(grouped)]
+        self._buckets = [
+            BucketData(
+                grouped[key],
+                encoder,
+                [[ids[text] for text in captions[each]] for each in grouped[key]],
+                key[1],
+                [self._set(each.picture).repeat for each in grouped[key]],
+            )
+            for key in sorted(grouped)
+        ]
+        shown = sum(len(bucket.shown) for bucket in self._buckets)
+        if shown > MAX_ROWS:
+            raise CascadeError(
+                f"The repeats of data.sets make {shown:,} pictures an epoch, but at most {MAX_ROWS:,} are shown; give "
+                "smaller ones."
+            )
         if sum(bucket.nbytes for bucket in self._buckets) <= MAX_BYTES_IN_MEMORY:
             for bucket in self._buckets:
                 bucket.load_to_memory()
             encoder.cache.rows.clear()
         self._plan: tuple[tuple[int, int], EpochPlan] | None = None
-        self._repeat = epoch_repeats(len(usable), settings.repeat)
+        self._repeat = epoch_repeats(shown, settings.repeat)
         self._decoder = PictureDecoder() if with_images else None
+
+    def _set(self, picture: TrainingPicture) -> DataSetSettings:
+        return set_of(self.settings, picture)
 
     def __len__(self) -> int:
         return sum(map(len, self._buckets))
@@ -194,11 +224,11 @@ class TrainingData:
 
     @property
     def rows_per_epoch(self) -> int:
-        return len(self) * self._repeat
+        return sum(len(each.shown) for each in self._buckets) * self._repeat
 
     def steps_per_epoch(self, batch_size: int, ranks: int = 1) -> int:
         total = batch_size * ranks
-        return sum(batches_per_epoch(len(each), self._repeat, total) for each in self._buckets)
+        return sum(batches_per_epoch(len(each.shown), self._repeat, total) for each in self._buckets)
 
     def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Batch:
         """The batch of this rank at this step; the same whatever was asked for before.
@@ -224,12 +254,18 @@ class TrainingData:
             images,
             rows.caption_ids,
             prompts,
+            self._weights(rows.pictures),
         )
+
+    def _weights(self, pictures: list[BucketedPicture]) -> Tensor | None:
+        weights = [self._set(each.picture).weight for each in pictures]
+        return torch.tensor(weights) if any(weight != 1 for weight in weights) else None
 
     def _choose(self, step: int, batch_size: int, rank: int, ranks: int) -> "_Rows":
         total = batch_size * ranks
         epoch, position = divmod(step, self.steps_per_epoch(batch_size, ranks))
-        number, indices = self._epoch(epoch, total)[position]
+        number, rows = self._epoch(epoch, total)[position]
+        indices = self._buckets[number].shown[rows]
         random = generator(self.seed, "rows", step)
         chance = torch.rand(3, len(indices), generator=random)
         prompted = torch.rand(len(indices), generator=random) >= self.settings.image_prompt_dropout
@@ -247,7 +283,7 @@ class TrainingData:
     def _epoch(self, epoch: int, total_batch_size: int) -> EpochPlan:
         """The epoch's plan; the last one is kept."""
         if self._plan is None or self._plan[0] != (epoch, total_batch_size):
-            counts = [len(each) for each in self._buckets]
+            counts = [len(each.shown) for each in self._buckets]
             plan = EpochPlan(counts, total_batch_size, self._repeat, self.seed, epoch)
             self._plan = (epoch, total_batch_size), plan
         return self._plan[1]

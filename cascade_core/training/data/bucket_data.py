@@ -1,6 +1,6 @@
 """The pictures of one bucket as tensors: latents and captions by row."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,16 +19,20 @@ class BucketData:
         self,
         pictures: list[BucketedPicture],
         encoder: LatentEncoder,
-        ids: Mapping[str, int],
+        captions: Sequence[Sequence[int]],
         image_prompts: int = 0,
+        repeats: Sequence[int] = (),
     ):
-        """ids: each caption's index; image_prompts: how many each picture has."""
+        """captions: the indices of each picture's; image_prompts: how many each picture has; repeats: of each."""
         self.pictures, self.encoder, self.image_prompts = pictures, encoder, image_prompts
         self.bucket = pictures[0].bucket
-        captions = [[ids[text] for text in each.picture.captions] for each in pictures]
         longest = max(map(len, captions))
         self.caption_counts = torch.tensor([len(each) for each in captions])
-        self.caption_ids = torch.tensor([each + [-1] * (longest - len(each)) for each in captions])
+        self.caption_ids = torch.tensor([[*each, *[-1] * (longest - len(each))] for each in captions])
+        # (M,), the rows that an epoch shows: each as often as its set says
+        self.shown = torch.arange(len(pictures))
+        if repeats:
+            self.shown = self.shown.repeat_interleave(torch.tensor(repeats))
         self.in_memory: Tensor | None = None  # (N, F, 16, h, w)
 
     def __len__(self) -> int:

@@ -1,9 +1,12 @@
 """Captions as they lie beside pictures: text files, and rows of metadata."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any
 
 from ...reading import encoding_of
+from ..settings import DataSettings
 
 SUFFIXES = (".txt", ".caption")  # of the picture's name; one caption a line
 KEYS = ("text", "caption", "captions")  # in metadata.jsonl and in a tar's .json
@@ -57,3 +60,35 @@ def checked(captions: Sequence[str]) -> tuple[str, ...]:
     except UnicodeEncodeError:
         raise CaptionError("it holds halves of characters (lone surrogates)") from None
     return tuple(captions)
+
+
+def trained_captions(captions: Sequence[str], settings: DataSettings, number: int = -1) -> tuple[str, ...]:
+    """The captions that a picture is trained with: variants of its own, as the settings say, behind the trigger.
+
+    They follow from the caption and the settings alone, so that each is encoded once, on every machine alike.
+    number: of data.sets, -1 for none of them.
+    """
+    own = settings.sets[number].trigger if number >= 0 else None
+    trigger = settings.trigger if own is None else own
+    separator, varied = settings.tag_separator, settings.shuffle_tags or settings.tag_dropout > 0
+    if not (varied or trigger):
+        return tuple(captions)
+    trained: dict[str, None] = {}
+    for caption in captions:
+        for variant in range(settings.caption_variants if varied else 1):
+            text = _varied(caption, settings, variant) if varied else caption
+            glue = f"{separator.strip()} " if text else ""
+            trained.setdefault(f"{trigger.strip()}{glue}{text}" if trigger.strip() else text)
+    return tuple(trained)
+
+
+def _varied(caption: str, settings: DataSettings, variant: int) -> str:
+    """One variant of a caption: its first tags as they stand, the others in another order and some left out."""
+    tags = [tag.strip() for tag in caption.split(settings.tag_separator) if tag.strip()]
+    digest = hashlib.blake2b(f"{variant}\n{caption}".encode(), digest_size=8).digest()
+    random = Random(int.from_bytes(digest, "big"))
+    kept, others = tags[: settings.keep_tags], tags[settings.keep_tags :]
+    if settings.shuffle_tags:
+        random.shuffle(others)
+    others = [tag for tag in others if random.random() >= settings.tag_dropout]
+    return f"{settings.tag_separator.strip()} ".join([*kept, *others])

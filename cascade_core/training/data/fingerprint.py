@@ -46,7 +46,8 @@ def pictures_digest(
         prompts = picture.image_prompts if image_prompts else ()
         rows = (contents.rows.get(key_of(file.identity)) for file in (picture, *prompts))
         held = [bytes(row.tolist()) if row is not None else b"" for row in rows]  # b"": it cannot be read
-        digest.update(key_of(repr((held, picture.captions))))
+        of_a_set = (picture.set,) if picture.set >= 0 else ()
+        digest.update(key_of(repr((held, picture.captions, *of_a_set))))
     return digest.hexdigest()
 
 

@@ -1,12 +1,14 @@
 """A folder of pictures, with captions beside them or in a metadata.jsonl, and with pictures that prompt for them."""
 
+import csv
 import errno
 import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 from ...errors import CascadeError, printable
 from ...reading import encoding_of, open_regular, regular_status
@@ -23,7 +25,7 @@ from .pictures import (
     kind_not_read,
 )
 
-METADATA = "metadata.jsonl"
+METADATA, TABLE = "metadata.jsonl", "metadata.csv"
 MAX_LINE = 1_000_000  # characters of a line of metadata
 LEADS_OUT = "a link that leads out of the folders that may be read"
 
@@ -43,8 +45,9 @@ def folder_pictures(folder: Path, access: Access) -> Listing:
             yield found
             continue
         place, names = found
-        if METADATA in names:
-            metadata |= _read_metadata(Path(place, METADATA), access)
+        for name, rows in ((TABLE, _csv_rows), (METADATA, _json_rows)):
+            if name in names:
+                metadata |= _read_metadata(Path(place, name), rows, access)
         yield from _pictures_in(place, folder, names, metadata, access)
 
 
@@ -129,9 +132,9 @@ def _suffix(name: str) -> str:
 
 
 def _caption_files(names: list[str]) -> dict[str, str]:
-    """Text files by their name without ending; .txt goes before .caption, and lower case before upper."""
+    """Caption files by their name without ending: .txt goes before .caption, then .json; lower case first."""
     files: dict[str, str] = {}
-    for suffix in reversed(SUFFIXES):
+    for suffix in reversed((*SUFFIXES, ".json")):
         files |= {Path(name).stem: name for name in names if _suffix(name) == suffix}
     return files
 
@@ -161,33 +164,62 @@ def _read_captions(path: Path, access: Access) -> tuple[str, ...]:
         raise CaptionError(LEADS_OUT)
     try:
         with open_regular(path) as file:
-            return caption_lines(decoded(file.read(MAX_BYTES + 1)))
+            text = decoded(file.read(MAX_BYTES + 1))
     except OSError as error:
         raise CaptionError(error.strerror) from None
+    if path.suffix.lower() != ".json":
+        return caption_lines(text)
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        raise CaptionError("it is not JSON") from None
+    return caption_values(row) if isinstance(row, dict) else ()
 
 
-def _read_metadata(path: Path, access: Access) -> dict[str, tuple[str, ...]]:
-    """Read path -> captions, as Hugging Face's image folders have it: `file_name` is relative to the file's folder."""
+def _read_metadata(
+    path: Path, rows: Callable[[TextIO, str, Access], Iterator[tuple[str, tuple[str, ...]]]], access: Access
+) -> dict[str, tuple[str, ...]]:
+    """Read path -> captions, as Hugging Face's image folders have it: `file_name` is relative to the file's folder.
+
+    rows: yields (a picture's path, its captions) of the file's text.
+    """
     if access.leads_out(path):
         raise CascadeError(f"{printable(str(path))} is {LEADS_OUT}; put the file itself there.")
-    captions: dict[str, tuple[str, ...]] = {}
     shown = printable(str(path))
+    kind = "a table with commas" if path.name == TABLE else "JSON lines"
     try:
         with open_regular(path) as file:
             encoding = encoding_of(file.read(2))
             file.seek(0)
-            lines = io.TextIOWrapper(file, encoding)
-            for number in itertools.count(1):
-                access.ask()
-                line = lines.readline(MAX_LINE)
-                if not line:
-                    break
-                if line.strip():
-                    name, values = _row(line, f"{shown}, line {number}")
-                    captions[os.path.normpath(path.parent / name)] = values
+            lines = io.TextIOWrapper(file, encoding, newline="" if path.name == TABLE else None)
+            return {
+                os.path.normpath(path.parent / name): values for name, values in rows(lines, shown, access)
+            }
     except (OSError, UnicodeError) as error:
-        raise CascadeError(f"{shown} cannot be read ({error}); it must be JSON lines in UTF-8.") from None
-    return captions
+        raise CascadeError(f"{shown} cannot be read ({error}); it must be {kind} in UTF-8.") from None
+
+
+def _json_rows(lines: TextIO, shown: str, access: Access) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for number in itertools.count(1):
+        access.ask()
+        line = lines.readline(MAX_LINE)
+        if not line:
+            return
+        if line.strip():
+            yield _row(line, f"{shown}, line {number}")
+
+
+def _csv_rows(lines: TextIO, shown: str, access: Access) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Rows of a table whose first line names its columns: file_name, and text or caption."""
+    table = csv.DictReader(iter(lambda: lines.readline(MAX_LINE), ""), strict=True)
+    try:
+        for row in table:
+            access.ask()
+            yield _fields(row, f"{shown}, line {table.line_num}")
+    except csv.Error as error:
+        raise CascadeError(
+            f"{shown}, line {table.line_num} is not of a table ({error}); mend the line."
+        ) from None
 
 
 def _row(line: str, where: str) -> tuple[str, tuple[str, ...]]:
@@ -198,10 +230,21 @@ def _row(line: str, where: str) -> tuple[str, tuple[str, ...]]:
         )
     try:
         row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise _no_row(where) from None
+    return _fields(row, where)
+
+
+def _fields(row: Any, where: str) -> tuple[str, tuple[str, ...]]:
+    try:
         return os.path.join(row["file_name"]), caption_values(row)
     except CaptionError as error:
         raise CascadeError(f"{where} cannot be trained on: {error}; mend the line.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CascadeError(
-            f'{where} is not as {{"file_name": "picture.png", "text": "its caption"}}; mend the line.'
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _no_row(where) from None
+
+
+def _no_row(where: str) -> CascadeError:
+    return CascadeError(
+        f'{where} is not as {{"file_name": "picture.png", "text": "its caption"}}; mend the line.'
+    )

@@ -72,6 +72,7 @@ class TrainingPicture(PictureFile):
 
     captions: tuple[str, ...]  # at least one
     image_prompts: tuple[PictureFile, ...] = ()
+    set: int = -1  # which of data.sets it is of
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import CascadeError, printable
 from ...writing import replacing
+from ..settings import DataSettings
 from .access import Access
 from .folders import METADATA, folder_pictures
 from .pictures import PICTURES, Skipped, TrainingPicture
@@ -13,6 +15,21 @@ from .tars import expand, tar_pictures
 
 LEFT_OUT = "left_out.txt"  # in a run's folder
 TOLD = 5  # reasons for which pictures are left out, in a sentence
+
+
+def find_all(
+    settings: DataSettings, access: Access | None = None
+) -> tuple[list[TrainingPicture], list[Skipped]]:
+    """The pictures of data.folder and data.tars, then those of each set. Raises CascadeError as `find_pictures`."""
+    access = access or Access()
+    pictures, skipped = [], []
+    if settings.folder is not None or settings.tars:
+        pictures, skipped = find_pictures(settings.folder, settings.tars, access)
+    for number, each in enumerate(settings.sets):
+        found, left_out = find_pictures(each.folder, each.tars, access)
+        pictures += [replace(picture, set=number) for picture in found]
+        skipped += left_out
+    return pictures, skipped
 
 
 def find_pictures(

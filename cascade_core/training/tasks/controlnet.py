@@ -83,7 +83,7 @@ class ControlNetTask(StageCTask):
         def predict(x: Tensor, r: Tensor) -> Tensor:
             return self.controlled(x.to(self.dtype), r, *others, *self.trained.parameters())
 
-        return self.diffusion_loss(predict, inputs.latents)
+        return self.diffusion_loss(predict, inputs)
 
     def _controlled(self, x: Tensor, r: Tensor, hint: Tensor, *others: Tensor) -> Tensor:
         """others: Stage C's conditions, then the ControlNet's parameters."""

@@ -46,7 +46,7 @@ class FinetuneTask(StageCTask):
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         with self._autocast():
-            return self.diffusion_loss(lambda x, r: self.stage_c(x, r, *conditions), inputs.latents)
+            return self.diffusion_loss(lambda x, r: self.stage_c(x, r, *conditions), inputs)
 
     @property
     def described(self) -> str:

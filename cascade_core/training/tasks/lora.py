@@ -107,7 +107,7 @@ class LoRATask(StageCTask):
         with self.text_changes.applied() if self.text_changes is not None else nullcontext():
             conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
         return self.diffusion_loss(
-            lambda x, r: self.student(self.changes.values(), x.to(self.dtype), r, *conditions), inputs.latents
+            lambda x, r: self.student(self.changes.values(), x.to(self.dtype), r, *conditions), inputs
         )
 
     def _consistency(self, inputs: StageCInputs) -> dict[str, Tensor]:

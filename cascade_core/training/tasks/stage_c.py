@@ -30,9 +30,10 @@ class StageCInputs:
     text: tuple[Tensor, Tensor] | None = None  # states, pooled
     hint: Tensor | None = None
     image_prompts: Tensor | None = None
+    weights: Tensor | None = None  # (B,), of each picture in the loss
 
     def tensors(self) -> Iterator[Tensor]:
-        values = (self.latents, *(self.text or ()), self.hint, self.image_prompts)
+        values = (self.latents, *(self.text or ()), self.hint, self.image_prompts, self.weights)
         return (value for value in values if value is not None)
 
 
@@ -65,6 +66,7 @@ class StageCTask(Task):
             None if self.trainable_text else self.text(batch.caption_ids),
             hint,
             prompts.to(self.device) if prompts is not None else None,
+            batch.weights.to(self.device) if batch.weights is not None else None,
         )
 
     def text_of(self, inputs: StageCInputs) -> tuple[Tensor, Tensor]:
@@ -101,12 +103,13 @@ class StageCTask(Task):
     def conditions(self, text: tuple[Tensor, Tensor], image_prompts: Tensor | None = None) -> Conditions:
         return Conditions.of(*text, self.stage_c.config.c_clip_img, self.dtype, image_prompts)
 
-    def diffusion_loss(self, predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor) -> dict[str, Tensor]:
+    def diffusion_loss(
+        self, predict: Callable[[Tensor, Tensor], Tensor], inputs: StageCInputs
+    ) -> dict[str, Tensor]:
         o = self.objective
-        noise = o.t_range, o.noise_offset, o.multires_noise, o.huber
-        return diffusion_loss(
-            predict, x0, o.max_loss_weight, o.pure_noise_share, self.loss_weight, o.shift, *noise
-        )
+        more = o.t_range, o.noise_offset, o.multires_noise, o.huber, inputs.weights
+        shares = o.max_loss_weight, o.pure_noise_share
+        return diffusion_loss(predict, inputs.latents, *shares, self.loss_weight, o.shift, *more)
 
     def buffers(self) -> dict[str, Tensor]:
         """The adaptive loss weight's buckets."""

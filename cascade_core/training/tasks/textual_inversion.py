@@ -94,7 +94,7 @@ class TokensTask(StageCTask):
 
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
-        return self.diffusion_loss(lambda x, r: self.frozen(x.to(self.dtype), r, *conditions), inputs.latents)
+        return self.diffusion_loss(lambda x, r: self.frozen(x.to(self.dtype), r, *conditions), inputs)
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:

@@ -1,0 +1,65 @@
+"""What a run would see, before anything is loaded: its buckets, and a page of pictures as they are cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from ..errors import printable
+from .data.access import Access
+from .data.bucketing import BucketedPicture, assign_buckets, resized
+from .data.cache import Cache
+from .data.captions import trained_captions
+from .data.pictures import PictureError
+from .data.sources import find_all, reasons
+from .run_folder import Notify
+from .samples import grid, write_picture
+from .settings import Settings
+
+SHEET, SHOWN, SIDE = "contact_sheet.png", 64, 192  # pictures on it, and pixels of the longer side of each
+
+
+def dry_run(settings: Settings, notify: Notify, stop: Callable[[], bool] = lambda: False) -> Path:
+    """Say which buckets there are and what becomes of pictures, and draw some of them. Returns the page's file."""
+    access = Access(stop)
+    pictures, skipped = find_all(settings.data, access)
+    bucketed, left_out = assign_buckets(pictures, settings.data, Cache(None, ""), access.ask)
+    skipped += left_out
+    by_bucket: dict[str, list[BucketedPicture]] = {}
+    for each in sorted(bucketed, key=lambda each: each.bucket):
+        by_bucket.setdefault(str(each.bucket), []).append(each)
+    for bucket, members in by_bucket.items():
+        first = members[0].picture
+        caption = trained_captions(first.captions, settings.data, first.set)[0]
+        notify(f"{bucket}: {len(members):,}, such as {printable(first.name)}: {printable(caption)}")
+    for sentence in (resized(bucketed).sentence(), skipped and f"left out: {reasons(skipped)}"):
+        if sentence:
+            notify(f"{sentence}.")
+    path = Path(settings.output.folder or ".") / SHEET
+    write_picture(path, grid([_small(each) for each in _spread(bucketed)]))
+    notify(
+        f"{len(bucketed):,} of {len(bucketed) + len(skipped):,} pictures would be trained on; {path} shows some."
+    )
+    return path
+
+
+def _spread(pictures: list[BucketedPicture]) -> list[BucketedPicture]:
+    """As many as a page holds, evenly from all buckets."""
+    ordered = sorted(pictures, key=lambda each: (each.bucket, each.picture.name))
+    count = min(len(ordered), SHOWN)
+    return [ordered[i * len(ordered) // count] for i in range(count)]
+
+
+def _small(picture: BucketedPicture) -> torch.Tensor:
+    """(3, H, W) in [0, 1]: what the compressor reads, smaller; grey where the picture is damaged."""
+    height, width = picture.bucket.compressor
+    scale = SIDE / max(height, width)
+    size = max(round(height * scale), 1), max(round(width * scale), 1)
+    try:
+        pixels = picture.pixels((height, width)).float() / 255
+    except PictureError:
+        return torch.full((3, *size), 0.5)
+    return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
