@@ -60,13 +60,12 @@ class Grid:
 
     def __init__(self, base: Any, sides: tuple[int, ...], compression: float):
         self.sides = sides
-        self.pixels, self.patch, self.least = compression, 1, 1
+        self.pixels, self.patch, self.min_side = compression, 1, 1
         if isinstance(base, comfy.model_base.StableCascade_B):
             network = base.diffusion_model
             self.pixels, self.patch = STAGE_B_COMPRESSION, network.embedding[0].downscale_factor
-            self.least = self.patch * 2 ** (
-                len(network.down_blocks) - 1
-            )  # less would vanish at its innermost level
+            # Less would vanish at its innermost level.
+            self.min_side = self.patch * 2 ** (len(network.down_blocks) - 1)
 
     def placed(self, cond: dict[str, Any], device: Any) -> dict[str, Any]:
         """A prompt with its area, or its mask's, in positions."""
@@ -98,8 +97,8 @@ class Grid:
         for size, start, side in zip(area[:2], area[2:], self.sides, strict=True):
             stop = min(-(-(start + max(size, 1)) // self.patch) * self.patch, side)
             start = min(start, side - 1) // self.patch * self.patch
-            stop = min(max(stop, start + self.least), side)
-            start = max(min(start, (stop - self.least) // self.patch * self.patch), 0)
+            stop = min(max(stop, start + self.min_side), side)
+            start = max(min(start, (stop - self.min_side) // self.patch * self.patch), 0)
             sizes.append(stop - start)
             starts.append(start)
         return Positions((*sizes, *starts))
