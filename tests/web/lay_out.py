@@ -22,7 +22,7 @@ HEIGHTS = {
     "CascadeControlNetLoader": 94, "CascadeCompressorLoader": 122, "CascadeVisionLoader": 94, "LoadImage": 340,
     "CascadeCanny": 150, "PreviewImage": 330, "CascadeTextEncode": 300, "CascadeEmptyLatent": 300,
     "CascadeControlNetApply": 210, "CascadePriorSampler": 400, "CascadeDecoderSampler": 450, "CascadeDecode": 114,
-    "CascadeInpaintHint": 114, "CascadeEncode": 340, "CascadeInpaintComposite": 134, "CascadeLoRAApply": 350,
+    "CascadeInpaintHint": 114, "CascadeEncode": 365, "CascadeInpaintComposite": 134, "CascadeLoRAApply": 350,
     "CascadeImagePrompt": 134, "CascadeOutpaint": 226, "CascadeSuperResolutionHint": 260, "SaveImage": 480,
 }  # fmt: skip
 LETTER, LINE, NOTE = 6.0, 20, 44  # pixels of a note: of a letter, of a line, of its borders
