@@ -16,12 +16,12 @@ from cascade_nodes.cascade_core.writing import write_file
 EXAMPLES = Path(__file__).parents[2] / "example_workflows"
 TITLE, GAP, BORDER = 30, 24, 20  # pixels: a node's title, between nodes, around them in a group
 HEAD = 60  # a group's title, above the titles of its first nodes
-# Heights without the title, of the higher kind of nodes. Pictures may grow beyond, where the column ends.
+# Heights without the title, of the higher kind of nodes, with a picture's of 256 × 256 where samplers show one.
 HEIGHTS = {
     "StageCLoader": 146, "StageBLoader": 146, "StageAVAE": 118, "CascadeTextEncoderLoader": 118,
     "CascadeControlNetLoader": 94, "CascadeCompressorLoader": 122, "CascadeVisionLoader": 94, "LoadImage": 340,
     "CascadeCanny": 150, "PreviewImage": 330, "CascadeTextEncode": 300, "CascadeEmptyLatent": 300,
-    "CascadeControlNetApply": 210, "CascadePriorSampler": 400, "CascadeDecoderSampler": 450, "CascadeDecode": 114,
+    "CascadeControlNetApply": 210, "CascadePriorSampler": 610, "CascadeDecoderSampler": 680, "CascadeDecode": 114,
     "CascadeInpaintHint": 114, "CascadeEncode": 365, "CascadeInpaintComposite": 134, "CascadeLoRAApply": 350,
     "CascadeImagePrompt": 134, "CascadeOutpaint": 226, "CascadeSuperResolutionHint": 260, "SaveImage": 480,
 }  # fmt: skip
