@@ -240,12 +240,15 @@ WRITES = re.compile(
 ALLOWED = {
     "cascade_core/writing.py": "the one place",
     "cascade_core/training/log.py": "appends; a line that a kill cut off is left out at the next reading",
+    "headless/batch/journal.py": "appends; a line that a kill cut off is ended at the next opening",
+    "headless/batch/work.py": "a worker's name, in no file's name",
     "headless/fetch.py": "its parts are kept and resumed, under names of their own and a lock",
     "headless/cli.py": "the null device",
     "nodes/hosts/comfyui/vision.py": "into a temporary folder of its own",
     "benchmarks/served_programs.py": "a server and its log, in a temporary folder of its own",
     "benchmarks/random_files.py": "into a temporary folder of its own",
     "benchmarks/rehearsed.py": "what its cells print, to its error stream",
+    "benchmarks/batch.py": "into a temporary folder of its own",
     "benchmarks/load.py": "into a temporary folder of its own",
 }
 
