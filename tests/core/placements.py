@@ -20,6 +20,7 @@ class Counting(SimulatedDevice):
         super().__init__(size)
         self.now = self.peak = self.copied = 0
         self.failing: set[int] = set()
+        self._counting = threading.Lock()  # copies are begun by several threads
 
     def empty(self, size: int) -> Tensor:
         fails = 0 in self.failing
@@ -34,7 +35,8 @@ class Counting(SimulatedDevice):
         return memory
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        self.copied += len(target)
+        with self._counting:
+            self.copied += len(target)
         return super().copy(target, source, after)
 
     def _gone(self, size: int) -> None:
