@@ -69,11 +69,16 @@ class Loader:
             return Transfer(self.device, event, changed)
         pin, unit.fetched = repeated or unit.fetched, True
         chunks = self._chunks  # made here, by one thread
-        return Transfer(self.device, self._readers.submit(self._read, unit, target, after, pin, chunks))
+        return Transfer(self.device, self._readers.submit(self._read, unit, [target], after, pin, chunks))
 
     @torch.inference_mode()
-    def _read(self, unit: Unit, target: Tensor, after: Any, pin: bool, chunks: SimpleQueue) -> Any:
-        """The event of the end of the unit's copy."""
+    def _read(self, unit: Unit, targets: list[Tensor], after: Any, pin: bool, chunks: SimpleQueue) -> Any:
+        """The event of the end of the unit's copy.
+
+        targets: the one target, taken out of it: a thread keeps its arguments for a moment after it has ended, and
+            memory that seems taken then would send the next run to a smaller placement.
+        """
+        target = targets.pop()
         pinned = self.device.pinned(unit.size) if pin else None
         if pinned is not None:
             unit.read_bytes(pinned)

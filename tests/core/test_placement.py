@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +185,30 @@ def test_only_what_does_not_fit_is_streamed():
         assert missing * total + slot <= streamed <= missing * total + 4 * slot
         assert streamed > previous
         previous = streamed
+
+
+def test_a_thread_that_has_read_keeps_no_memory_of_the_device():
+    """It keeps its arguments until it is given the next: for a moment, or here for ever."""
+
+    class Readers:
+        def __init__(self) -> None:
+            self.kept: list[Any] = []
+
+        def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+            self.kept.append(arguments)
+            future: Future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    loader = DeviceMemory(device := Counting(10**6), UNIT).loader
+    loader.__dict__["_readers"] = Readers()
+    unit = split_into_units(network("stage_c")[0], UNIT)[0][0]
+    target = device.empty(unit.size)
+    transfer = loader.fetch(unit, target, None, repeated=False)
+    del target
+    transfer.wait()
+    assert device.copied == unit.size
+    assert device.now == 0
 
 
 def test_streamed_units_are_spread_and_repeated_ones_stay():
