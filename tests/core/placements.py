@@ -20,7 +20,7 @@ class Counting(SimulatedDevice):
         super().__init__(size)
         self.now = self.peak = self.copied = 0
         self.failing: set[int] = set()
-        self._counting = threading.Lock()  # copies are begun by several threads
+        self.lock = threading.Lock()  # copies are begun by several threads
 
     def empty(self, size: int) -> Tensor:
         fails = 0 in self.failing
@@ -35,7 +35,7 @@ class Counting(SimulatedDevice):
         return memory
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        with self._counting:
+        with self.lock:
             self.copied += len(target)
         return super().copy(target, source, after)
 
@@ -48,7 +48,6 @@ class Late(Counting):
 
     def __init__(self, size: int):
         super().__init__(size)
-        self.lock = threading.Lock()
         self.begun: list[tuple[Tensor, Tensor]] = []
         self.done = 0
 

@@ -13,7 +13,7 @@ from cascade_nodes.cascade_core.checkpoints import read_safetensors
 from cascade_nodes.cascade_core.training.run import train
 from cascade_nodes.cascade_core.training.state import STATE, read_state
 from cascade_nodes.cascade_core.training.tasks.low_rank import select_layers
-from cascade_nodes.tests.core.training_runs import Dying, loop_of, same, settings_of, write_world
+from cascade_nodes.tests.core.training_runs import loop_of, run_until_killed, same, settings_of, write_world
 
 KINDS = {
     "lora": {"rank": 4, "alpha": 2.0},
@@ -61,10 +61,7 @@ def test_the_file_is_what_was_trained_and_a_killed_run_goes_on(world, tmp_path, 
         layer.__dict__.pop("low_rank", None)
     assert whole.run().finished
     settings = of_kind(world, name, tmp_path / "killed")
-    killed = loop_of(settings)
-    killed.data = Dying(killed.data, 5)
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
+    run_until_killed(settings, 5)
     resumed = loop_of(settings)
     assert resumed.resume()
     resumed.run()

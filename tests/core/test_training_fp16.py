@@ -14,7 +14,7 @@ from cascade_nodes.cascade_core.training.launch import compute_dtype
 from cascade_nodes.cascade_core.training.state import STATE, read_state, write_state
 from cascade_nodes.cascade_core.training.tasks.low_rank import LowRankChanges, select_layers
 from cascade_nodes.tests.core.overflowing import STAGE_C, overflowing
-from cascade_nodes.tests.core.training_runs import Dying, loop_of, same, settings_of, write_world
+from cascade_nodes.tests.core.training_runs import loop_of, run_until_killed, same, settings_of, write_world
 
 KINDS = ["lora", "lora, adaptive", "controlnet", "finetune", "tokens"]
 FP16 = {"precision": "fp16"}
@@ -43,10 +43,7 @@ def test_a_killed_run_goes_on_with_its_scale_bit_for_bit(world, tmp_path, name, 
     assert scales[-1] < 2.0**17
     assert len(set(scales)) > 1
     settings = settings_of(world, name, tmp_path / "killed", train=FP16)
-    killed = loop_of(settings)
-    killed.data = Dying(killed.data, 5 * settings.train.accumulate)
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
+    run_until_killed(settings, 5 * settings.train.accumulate)
     resumed = loop_of(settings)
     assert resumed.resume()
     assert resumed.step == 3

@@ -13,7 +13,7 @@ from cascade_nodes.cascade_core.training.run import train
 from cascade_nodes.cascade_core.training.settings import TrainSettings, read_settings
 from cascade_nodes.cascade_core.training.state import STATE, read_state
 from cascade_nodes.nodes.training import CascadeTrainLoRA, CascadeTrainTokens, node_settings
-from cascade_nodes.tests.core.training_runs import Dying, loop_of, same, settings_of, write_world
+from cascade_nodes.tests.core.training_runs import loop_of, run_until_killed, same, settings_of, write_world
 
 OPTIMISERS = {
     **{name: {"optimizer": name} for name in SOURCES},
@@ -44,10 +44,7 @@ def test_each_trains_and_goes_on_to_the_bit(world, tmp_path, name):
     before = whole.state["stage_c.vector"].clone()
     assert whole.run().finished
     killed = settings_of(world, "lora", tmp_path / "killed", train=OPTIMISERS[name], output=output)
-    loop = loop_of(killed)
-    loop.data = Dying(loop.data, 5)
-    with pytest.raises(KeyboardInterrupt):
-        loop.run()
+    run_until_killed(killed, 5)
     resumed = loop_of(killed)
     assert resumed.resume()
     assert resumed.step == 3
@@ -63,10 +60,7 @@ def test_a_state_of_before_groups_were_kept_goes_on(world, tmp_path):
     whole = loop_of(settings_of(world, "lora", tmp_path / "whole"))
     whole.run()
     settings = settings_of(world, "lora", tmp_path)
-    killed = loop_of(settings)
-    killed.data = Dying(killed.data, 5)
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
+    run_until_killed(settings, 5)
     tensors, metadata = read_safetensors(tmp_path / STATE)
     former = {name: v.clone() for name, v in tensors.items() if not name.startswith("optimiser.group.")}
     assert former.keys() < tensors.keys()

@@ -23,8 +23,8 @@ from cascade_nodes.cascade_core.training.state import (
 )
 from cascade_nodes.tests.core.training_runs import (
     TASKS,
-    Dying,
     loop_of,
+    run_until_killed,
     same,
     settings_of,
     with_steps,
@@ -67,10 +67,7 @@ def test_a_killed_run_resumes_bit_for_bit(world, tmp_path, name):
     assert whole.run().finished
     settings = settings_of(world, name, tmp_path / "killed")
 
-    killed = loop_of(settings)
-    killed.data = Dying(killed.data, 5 * settings.train.accumulate)
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
+    run_until_killed(settings, 5 * settings.train.accumulate)
     resumed = loop_of(settings)
     assert resumed.resume()
     assert resumed.step == 3  # the last checkpoint
@@ -96,10 +93,7 @@ def whole_lora(world, tmp_path_factory):
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 6, 7])
 def test_killed_at_any_step(world, tmp_path, number, whole_lora):
     settings = settings_of(world, "lora", tmp_path / "killed")
-    killed = loop_of(settings)
-    killed.data = Dying(killed.data, number)
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
+    run_until_killed(settings, number)
     resumed = loop_of(settings)
     assert resumed.resume() == (number >= 3)
     resumed.run()
@@ -157,10 +151,7 @@ def test_a_checkpoint_is_whole_or_the_one_before(world, tmp_path, monkeypatch):
 
 def test_the_log_of_a_killed_run_goes_on_from_the_checkpoint(world, tmp_path):
     settings = settings_of(world, "lora", tmp_path, output={"log_every": 1})
-    killed = loop_of(settings)
-    killed.data = Dying(killed.data, 5)
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
+    run_until_killed(settings, 5)
     with (tmp_path / LOG).open("a") as file:
         file.write('{"step": 6, "lo')  # the kill came while it was written
     resumed = loop_of(settings)

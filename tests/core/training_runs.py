@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -134,6 +135,14 @@ class Dying:
         if step >= self.number:
             raise KeyboardInterrupt
         return self.data.batch(step, batch_size, rank, ranks)
+
+
+def run_until_killed(settings: Settings, number: int) -> None:
+    """Runs a training that is killed where the batch of this number is asked for."""
+    killed = loop_of(settings)
+    killed.data = Dying(killed.data, number)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
 
 
 def with_steps(settings: Settings, steps: int) -> Settings:

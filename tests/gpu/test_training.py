@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from cascade_nodes.tests.core.test_training_resume import everything
-from cascade_nodes.tests.core.training_runs import TASKS, Dying, loop_of, same, settings_of, write_world
+from cascade_nodes.tests.core.training_runs import (
+    TASKS,
+    loop_of,
+    run_until_killed,
+    same,
+    settings_of,
+    write_world,
+)
 from cascade_nodes.tests.gpu.conftest import Replays
 
 
@@ -39,10 +46,7 @@ def test_a_killed_run_resumes_bit_for_bit(world, tmp_path, name, recompute):
     whole = loop_of(settings_of(world, name, tmp_path / "whole", train=train))
     assert whole.run().finished
     settings = settings_of(world, name, tmp_path / "killed", train=train)
-    killed = loop_of(settings)
-    killed.data = Dying(killed.data, 8)
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
+    run_until_killed(settings, 8)
     resumed = loop_of(settings)
     assert resumed.resume()
     assert resumed.run().finished

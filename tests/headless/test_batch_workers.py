@@ -19,7 +19,7 @@ from cascade_nodes.headless.batch.command import choose_card
 from cascade_nodes.headless.batch.driver import Driver
 from cascade_nodes.headless.batch.journal import Journal
 from cascade_nodes.headless.batch.progress import BatchProgress
-from cascade_nodes.headless.batch.work import Job, Outcome, Picture
+from cascade_nodes.headless.batch.work import Job, LocalCrew, Outcome, Picture
 from cascade_nodes.headless.cli import main
 from cascade_nodes.headless.signals import REPEATED
 from cascade_nodes.tests.headless.comfyui_server import ComfyUI
@@ -125,18 +125,12 @@ def test_options_that_do_not_go_together(arguments, sentence, folder, capsys):
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
 
 
-class Vanishing:
+class Vanishing(LocalCrew):
     """Workers that are lost with one row, every time."""
 
     def __init__(self, row: str):
         self.row = row
-        self.job: Job | None = None
-
-    def free(self) -> int:
-        return self.job is None
-
-    def give(self, job: Job) -> None:
-        self.job = job
+        self.job = None
 
     def ended(self, seconds: float) -> list[Outcome]:
         job, self.job = self.job, None
@@ -145,9 +139,6 @@ class Vanishing:
         if job.name == self.row:
             return [Outcome(job.name, error="its worker is gone.", lost=True)]
         return [Outcome(job.name, (Picture("2", ".png", job.name.encode()),))]
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def test_a_row_that_ends_workers_is_given_up(folder):
