@@ -219,7 +219,6 @@ def sample(request: SamplingRequest) -> SamplingResult:
             for sentence in called_for_each_tile(patcher):
                 notices.add(sentence)
         patcher = in_tiles(patcher, request.tile_positions, run.latent.shape[-2:])
-    patcher = patcher.clone()
     options = patcher.model_options["transformer_options"]
     options.update({ENGINE: request.engine, NOTICES: notices})
     if not isinstance(patcher.get_model_object("diffusion_model"), HostedNetwork):
