@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cascade_core.errors import CascadeError
+from ..cascade_core.geometry import STAGE_C_COMPRESSION
 from ..cascade_core.writing import write_file
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def decoding_stages(settings: Settings) -> tuple[str, str]:
 
 def trial_graph(settings: Settings, file: Path, stage_b: str, stage_a: str) -> dict[str, Any]:
     """Text to image of the first sample's prompt, by the networks of the run and what it gave."""
+    from ..cascade_core.training.samples import STAGE_B_CFG, STAGE_B_STEPS
+
     models, output = settings.models, settings.output
     first: Any = output.prompts[0] if output.prompts else "a photograph"
     prompt, negative = (first, "") if isinstance(first, str) else (first.prompt, first.negative)
@@ -72,7 +75,9 @@ def trial_graph(settings: Settings, file: Path, stage_b: str, stage_a: str) -> d
     return {
         **graph,
         "6": _node("CascadeTextEncode", clip=clip, positive=prompt, negative=negative),
-        "7": _node("CascadeEmptyLatent", width=side, height=side, batch_size=1, compression=42.67),
+        "7": _node(
+            "CascadeEmptyLatent", width=side, height=side, batch_size=1, compression=STAGE_C_COMPRESSION
+        ),
         "8": _node(
             "CascadePriorSampler",
             model=model,
@@ -92,8 +97,8 @@ def trial_graph(settings: Settings, file: Path, stage_b: str, stage_a: str) -> d
             negative=["6", 1],
             stage_c=["8", 0],
             latent=["7", 1],
-            steps=10,
-            cfg=1.1,
+            steps=STAGE_B_STEPS,
+            cfg=STAGE_B_CFG,
             shift=1.0,
             sampler="ddpm",
             tile_size=0,

@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+PRECISIONS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}  # by the names in settings
+
 
 def cast_on_the_way(network: Any, dtype: torch.dtype | None) -> None:
     """Makes `dtype` the precision of the network's weights wherever placement takes them; None: their own."""

@@ -13,6 +13,7 @@ from torch import nn
 from ..accelerators import ACCELERATORS, count, has_bf16, is_nvidia
 from ..adapters.apply import Patch, patched
 from ..errors import CascadeError, quoted
+from ..networks.precision import PRECISIONS
 from ..networks.quantisation import FORMATS
 from ..placement import CudaDevice, DeviceMemory, PlainMemory, WeightConsumer, parse_bytes
 from ..run import Observer
@@ -20,7 +21,6 @@ from ..run import Observer
 T = TypeVar("T")
 
 DTYPES = ("auto", "bf16", "fp16", "fp32", *FORMATS)
-_NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class ComputeDevice:
@@ -101,9 +101,9 @@ class ComputeDevice:
             if self.device.type == "cpu":
                 return torch.float32
             return torch.bfloat16 if has_bf16(self.device) else torch.float16
-        if not isinstance(name, str) or name not in _NAMED:
+        if not isinstance(name, str) or name not in PRECISIONS:
             raise CascadeError(f"dtype {quoted(name)} is not known; choose {', '.join(DTYPES)}.")
-        return _NAMED[name]
+        return PRECISIONS[name]
 
     def picture_dtype(self) -> torch.dtype:
         """Stage A's precision: bf16 on cards that have it (its rounding is below 8 bits), else float32."""

@@ -14,11 +14,11 @@ import torch
 
 from ..accelerators import has_bf16
 from ..errors import CascadeError, quoted
+from ..networks.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARDED = {  # ways to divide a network among processes
     "ACCELERATE_USE_FSDP": "FSDP (fsdp_config)",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (deepspeed_config)",
@@ -44,8 +44,8 @@ def build_accelerator(precision: str = "auto") -> Accelerator:
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise _refusal(kind, "launch one process for each GPU (distributed_type: MULTI_GPU)")
     asked, own = _choice("MIXED_PRECISION"), compute_dtype(precision, accelerator.device)
-    if asked != "no" and DTYPES.get(asked) != own:
-        computed = next(name for name, dtype in DTYPES.items() if dtype == own)
+    if asked != "no" and PRECISIONS.get(asked) != own:
+        computed = next(name for name, dtype in PRECISIONS.items() if dtype == own)
         raise _refusal(
             f"mixed_precision {quoted(asked)}",
             f"this run computes in {computed}: choose by train.precision in the settings file, and leave "
@@ -79,7 +79,7 @@ def _refusal(what: str, advice: str) -> CascadeError:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What networks compute in. auto: bf16 where the device computes in it, else fp16; float32 on the processor."""
     if precision != "auto":
-        return DTYPES[precision]
+        return PRECISIONS[precision]
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if has_bf16(device) else torch.float16

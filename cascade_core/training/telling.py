@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..accelerators import device_name
-from .launch import DTYPES
+from ..networks.precision import PRECISIONS
 from .loop import Loop
 from .tasks.stage_c import StageCTask
 
@@ -15,7 +15,7 @@ def at_beginning(loop: Loop[StageCTask], steps_per_epoch: int, rows_per_epoch: i
     """
     task, train, accelerator = loop.task, loop.settings.train, loop.accelerator
     processes = accelerator.num_processes
-    precision = next(name for name, dtype in DTYPES.items() if dtype == task.dtype)
+    precision = next(name for name, dtype in PRECISIONS.items() if dtype == task.dtype)
     trained = sum(parameter.numel() for parameter in loop.parameters)
     whole = sum(parameter.numel() for parameter in task.stage_c.parameters())
     size = train.batch_size * train.accumulate * processes

@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from ...checkpoints import fuse_attention, write_safetensors
 from ...errors import CascadeError, quoted
+from ...networks.precision import PRECISIONS
 from ...networks.stage_c import StageC
-from ..launch import DTYPES
 from ..settings import FinetuneSettings, ObjectiveSettings
 from .base import State
 from .conditions import CachedText
@@ -70,7 +70,7 @@ class FinetuneTask(StageCTask):
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
         """Write the whole network under its published names."""
-        dtype = DTYPES[self.settings.dtype]
+        dtype = PRECISIONS[self.settings.dtype]
         whole = {
             name: state.get(name, value).to("cpu", dtype) for name, value in self.stage_c.state_dict().items()
         }

@@ -15,10 +15,10 @@ from ...adapters.tokens import name_in_prompt
 from ...adapters.write import check_dialect
 from ...diffusion.guidance import guide
 from ...errors import CascadeError
+from ...networks.precision import PRECISIONS
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
 from ..cuda_graphs import GraphedFunction
-from ..launch import DTYPES
 from ..losses import consistency_loss
 from ..settings import LoRASettings, ObjectiveSettings, TokenSettings
 from .base import State
@@ -154,7 +154,7 @@ class LoRATask(StageCTask):
 
     def adapter(self, state: State, name: str) -> Adapter:
         """All that was trained, as in a file of that name."""
-        text, learned, dtype = self.text_changes, self.learned, DTYPES[self.settings.dtype]
+        text, learned, dtype = self.text_changes, self.learned, PRECISIONS[self.settings.dtype]
         return Adapter(
             name,
             self.settings.dialect,

@@ -21,6 +21,7 @@ from ....cascade_core.engine import Engine
 from ....cascade_core.errors import CascadeError, quoted
 from ....cascade_core.networks import activations
 from ....cascade_core.networks.fp16 import STREAM_SCALE, scale_residual_stream, stream_scale
+from ....cascade_core.networks.precision import PRECISIONS
 from ....cascade_core.networks.quantisation import E4M3, FORMATS
 from ....cascade_core.networks.stage_c import StageC
 from ....cascade_core.networks.tiles import in_whole_patches
@@ -38,7 +39,6 @@ from .progress import notify
 from .residence import Residence
 from .weights import remember_file
 
-NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 QUANTISING = 512 << 20  # bytes of a card that its largest matrix takes at most
 GRAPHS = not getattr(comfy.cli_args.args, "disable_cuda_graphs", False)
 WORKSPACE = 80 * 2**20  # bytes that cuDNN takes at most for convolutions, at some sizes
@@ -357,8 +357,8 @@ def _computed_in(kind: str, config: Any, device: torch.device) -> list[torch.dty
 
 def _weight_dtype(tensors: dict[str, Tensor], name: str, supported: list[torch.dtype]) -> torch.dtype:
     """Dtype of the weights: the chosen one, or else the host's own choice for such a file."""
-    if name in NAMED:
-        return NAMED[name]
+    if name in PRECISIONS:
+        return PRECISIONS[name]
     return comfy.model_management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(tensors),
         supported_dtypes=supported,
