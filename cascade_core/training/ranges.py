@@ -1,7 +1,7 @@
 """Ranges of numbers, stated beside a setting's type: `steps: Annotated[int, Range(1, 1000)]`."""
 
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from ..errors import CascadeError, quoted
 
@@ -42,3 +42,10 @@ def check_ranges(settings: Any, section: str) -> None:
             for number in values:
                 if number is not None and number not in allowed:
                     raise CascadeError(f"{section}.{name} is {quoted(number)}; it must be {allowed}.")
+
+
+# Ranges that several numbers have
+Share = Annotated[float, Range(0, 1)]
+Steps = Annotated[int, Range(1, 100_000_000)]
+RateFactor = Annotated[float, Range(0, 10_000, above=True)]  # by which the learning rate is multiplied
+StepsOrShare = Annotated[int | float, Range(0, 100_000_000)]  # steps; below 1 a share of the run's

@@ -1,0 +1,59 @@
+"""`models`: the networks, by the names that the loaders offer."""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import CascadeError
+
+ROLES = {"image_encoder": "vision"}  # as the loaders call what `models` names otherwise
+DECODERS = {  # published files that decode samples where no network for that is named, the first that is found
+    "stage_b": tuple(f"stage_b{size}.safetensors" for size in ("_bf16", "", "_lite_bf16", "_lite")),
+    "stage_a": ("stage_a.safetensors",),
+    "previewer": ("previewer.safetensors",),
+}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Networks by file name. `image_encoder` encodes image prompts.
+
+    Samples are decoded by `stage_b` and `stage_a`, or else by `previewer`; where none is named, by the published ones
+    that are found.
+    """
+
+    stage_c: str = "stage_c_bf16.safetensors"
+    text_encoder: str = "stable_cascade_text_encoder.safetensors"
+    compressor: str = "effnet_encoder.safetensors"
+    stage_b: str | None = None
+    stage_a: str | None = None
+    previewer: str | None = None
+    image_encoder: str | None = None
+
+
+def decoders_of(
+    names: Mapping[str, str | None], find_model: Callable[[str, str], Path]
+) -> dict[str, str | None]:
+    """The networks that decode samples: those that are named, or the published ones that are found.
+
+    Raises CascadeError where there is none.
+    """
+    if any(names[key] for key in DECODERS):
+        return {}
+
+    def found(key: str) -> str | None:
+        for name in DECODERS[key]:
+            with suppress(CascadeError):
+                find_model(key, name)
+                return name
+        return None
+
+    stages = {"stage_b": found("stage_b"), "stage_a": found("stage_a")}
+    chosen = stages if all(stages.values()) else {"previewer": found("previewer")}
+    if not all(chosen.values()):
+        raise CascadeError(
+            "output.sample_every makes pictures by models.stage_b and models.stage_a, or by models.previewer, and none "
+            "is named or found; name them, run `cascade fetch previewer`, or leave it at 0."
+        )
+    return chosen

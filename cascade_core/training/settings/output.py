@@ -1,0 +1,75 @@
+"""`output`: what a run writes, and the pictures that it makes on the way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from ...errors import CascadeError, quoted
+from ..ranges import Range, Steps, check_ranges
+from ..typed_yaml import unknown_name
+
+ABOUT = (  # entries of ModelSpec that a person gives
+    "title", "author", "description", "trigger_phrase", "usage_hint", "tags", "license", "date"
+)  # fmt: skip
+MAX_ABOUT = 4096
+MAX_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A picture to make while training. What is null is as it is for all: the seed that of the run, one more for each
+    prompt; the size data.size."""
+
+    prompt: str
+    negative: str = ""
+    seed: Annotated[int | None, Range(0, 2**63 - 1)] = None
+    size: Annotated[tuple[int, ...] | None, Range(64, 4096)] = (
+        None  # width and height in pixels, or one for both
+    )
+    steps: Annotated[int | None, Range(1, 10_000)] = None
+    cfg: Annotated[float | None, Range(-1000, 1000)] = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "output.prompts")
+        if self.size is not None and (len(self.size) not in (1, 2) or any(side % 8 for side in self.size)):
+            raise CascadeError(
+                f"output.prompts.size is {quoted(list(self.size))}; width and height in multiples of 8 are expected, "
+                "as [512, 768]."
+            )
+
+
+def check_prompt_count(prompts: Sequence[Any], where: str = "output.prompts") -> None:
+    if len(prompts) > MAX_PROMPTS:
+        raise CascadeError(
+            f"{where} has {len(prompts)} entries; at most {MAX_PROMPTS} stand side by side in a sample."
+        )
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """`file` is what the run gives; `folder` holds its checkpoint, log, curve and samples (null: runs/NAME)."""
+
+    file: str
+    folder: str | None = None
+    log_every: Steps = 10
+    checkpoint_every: Steps = 500
+    sample_every: Annotated[int, Range(0, 100_000_000)] = 0  # 0 is never
+    prompts: tuple[str | SamplePrompt, ...] = ()
+    prompts_file: str | None = None  # more of them
+    sample_steps: Annotated[int, Range(1, 10_000)] = 20
+    sample_cfg: Annotated[float, Range(-1000, 1000)] = 4.0
+    sample_shift: Annotated[float, Range(0.001, 1000)] = 2.0
+    sample_sampler: Literal["ddpm", "ddim", "lcm", "dpmpp_2m"] = "ddpm"
+    about: dict[str, Any] = field(default_factory=dict)  # what the file says of itself, of ABOUT
+    captions_in_file: bool = False  # whether it tells the captions' tags and the folders' names
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "output")
+        for key, value in self.about.items():
+            if key not in ABOUT:
+                raise CascadeError(unknown_name(f"output.about holds {quoted(key)}", key, ABOUT))
+            if not (isinstance(value, str) and len(value) <= MAX_ABOUT):
+                raise CascadeError(
+                    f"output.about.{key} is {quoted(value)}; a text of at most {MAX_ABOUT:,} characters is expected."
+                )
+        check_prompt_count(self.prompts)

@@ -1,0 +1,118 @@
+"""Settings from files, under present and former names."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from ...errors import CascadeError, quoted
+from ..typed_yaml import build, read_yaml
+from .tasks import TaskName
+from .train import OptimizerName, TrainSettings
+from .whole import Settings
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = ("lora", "controlnet", "finetune", "tokens")  # each is of the task of its name
+FORMER_NAMES = {  # of keys, by section: still read
+    "train": {"clip_norm": "max_grad_norm"},
+    "objective": {
+        "largest_weight": "max_loss_weight",
+        "share_at_start": "pure_noise_share",
+        "own_path": "on_policy_share",
+    },
+}
+
+
+FORMER_VALUES = {  # of keys, by section: what were weights for an error in x0, without saying so
+    "objective": {
+        "weighting": {
+            name: f"x0_{name}"
+            for name in ("snr", "snr_plus_one", "min_snr", "min_snr_plus_one", "truncated_snr", "sigmoid")
+        }
+    }
+}
+
+
+def read_settings(path: Path, task: TaskName) -> Settings:
+    """Read the settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it.
+
+    It is the user's own: any optimiser may be named in it.
+    """
+    return settings_of(read_yaml(path), task, str(path), any_optimizer=True)
+
+
+def settings_of(
+    values: Mapping[str, Any], task: TaskName, where: str, any_optimizer: bool = False
+) -> Settings:
+    """Build settings from a file's values. where: the file's name, for messages.
+
+    any_optimizer: whether the values may name a class that is imported and called with arguments; never for values
+    that another than the user can give, such as a client of a server.
+    Keys under their former names are read; one line of warning is logged for all of them.
+    """
+    try:
+        values, renamed = with_current_names(values)
+        if renamed:
+            logger.warning("%s: %s. The former names are still read.", where, "; ".join(renamed))
+        for section in SECTIONS:
+            if section in values and section != task and (section, task) != ("tokens", "lora"):
+                raise CascadeError(f"{section} does not belong to `cascade train {task}`; remove it.")
+        if "task" in values:
+            raise CascadeError("'task' is not a setting; it is the command's: `cascade train lora`.")
+        settings = build(Settings, {**values, "task": task})
+        if not any_optimizer:
+            _check_no_class(settings.train)
+        return settings
+    except CascadeError as error:
+        raise CascadeError(f"{where}: {error}") from None
+
+
+def _check_no_class(train: TrainSettings) -> None:
+    if train.optimizer not in get_args(OptimizerName):
+        raise CascadeError(
+            f"train.optimizer is {quoted(train.optimizer)}, but only `cascade train` imports a class, from its own "
+            f"settings file; choose one of {', '.join(get_args(OptimizerName))}."
+        )
+    if train.optimizer_arguments:
+        raise CascadeError(
+            "train.optimizer_arguments are for `cascade train` and its own settings file; remove them."
+        )
+
+
+def settings_from_json(text: str) -> Settings | None:
+    """Read what `Settings.as_json` gave, also under former names; None where it is something else."""
+    try:
+        values, _ = with_current_names(json.loads(text))
+        return build(Settings, values)
+    except (ValueError, TypeError, RecursionError):  # CascadeError among them
+        return None
+
+
+def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(values by the keys' current names, a phrase for each key and each value that was renamed).
+
+    Raises CascadeError where a key stands under both names.
+    """
+    current, renamed = dict(values), []
+    for section, names in FORMER_NAMES.items():
+        keys = current.get(section)
+        if not isinstance(keys, Mapping):
+            continue
+        for former in names.keys() & keys.keys():
+            name = names[former]
+            if name in keys:
+                raise CascadeError(
+                    f"{section} holds both {name} and {former}, which is its former name; remove {former}."
+                )
+        current[section] = {names.get(key, key): value for key, value in keys.items()}
+        renamed += [f"{section}.{key} is now called {section}.{names[key]}" for key in keys if key in names]
+    for section, former_values in FORMER_VALUES.items():
+        for key, names in former_values.items():
+            keys = current.get(section)
+            value = keys.get(key) if isinstance(keys, Mapping) else None
+            if isinstance(value, str) and value in names:
+                current[section] = {**current[section], key: names[value]}
+                renamed.append(f"{section}.{key} {value} is now called {names[value]}")
+    return current, renamed

@@ -1,0 +1,54 @@
+"""Settings with absolute paths, and with the networks that are found for what they do not name."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from .models import ROLES, ModelSettings, decoders_of
+from .whole import Settings
+
+
+def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], Path]) -> Settings:
+    """Make paths absolute: files and folders relative to `folder`, networks by find_model(role, name)."""
+
+    def at(path: str) -> str:
+        # os.path raises neither for an unknown ~user nor for links in a circle; whoever opens the file says so
+        return os.path.realpath(folder / os.path.expanduser(path))
+
+    data = dataclasses.replace(
+        settings.data,
+        folder=at(settings.data.folder) if settings.data.folder else None,
+        tars=tuple(map(at, settings.data.tars)),
+        sets=tuple(
+            dataclasses.replace(
+                each, folder=at(each.folder) if each.folder else None, tars=tuple(map(at, each.tars))
+            )
+            for each in settings.data.sets
+        ),
+        cache=at(settings.data.cache) if settings.data.cache else None,
+    )
+    output = settings.output
+    run = output.folder or f"runs/{Path(output.file).stem}"
+    prompts_file = at(output.prompts_file) if output.prompts_file else None
+    output = dataclasses.replace(output, file=at(output.file), folder=at(run), prompts_file=prompts_file)
+
+    def model(role: str, name: str | None) -> str | None:
+        return None if name is None else os.path.realpath(find_model(role, name))
+
+    names = dataclasses.asdict(settings.models)
+    if output.sample_every:
+        names |= decoders_of(names, find_model)
+    files = {key: model(ROLES.get(key, key), name) for key, name in names.items()}
+    control = settings.controlnet
+    if settings.task == "controlnet" and control.start not in ("compressor", "random"):
+        control = dataclasses.replace(control, start=model("controlnet", control.start))
+    lora = dataclasses.replace(settings.lora, start=model("lora", settings.lora.start))
+    return dataclasses.replace(
+        settings,
+        data=data,
+        output=output,
+        controlnet=control,
+        lora=lora,
+        models=ModelSettings(**files),  # type: ignore[arg-type]
+    )

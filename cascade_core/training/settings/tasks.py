@@ -1,0 +1,123 @@
+"""`lora`, `controlnet`, `finetune` and `tokens`: each belongs to the task of its name."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from ...errors import CascadeError, printable, quoted
+from ...hints.kinds import KindName
+from ..ranges import Range, RateFactor, check_ranges
+from ..typed_yaml import build
+
+TaskName = Literal["lora", "controlnet", "finetune", "tokens"]
+Reads = Literal["small", "enlarged"]
+
+
+@dataclass(frozen=True)
+class _Rank:
+    value: Annotated[int, Range(1, 16_384)]
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "lora.ranks")
+
+
+@dataclass(frozen=True)
+class _Rate:
+    value: RateFactor
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "lora.rates")
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """`targets`: all (linear layers and 1×1 convolutions), attention, or patterns such as `up_blocks.*to_q`.
+
+    Layers that match a pattern of `ranks` or `rates` have another rank, or so many times the learning rate.
+    """
+
+    algorithm: Literal["lora", "loha", "lokr"] = "lora"
+    dora: bool = False  # rows' magnitudes are learned apart from their directions
+    rslora: bool = False  # scaled by alpha / sqrt(rank) instead of alpha / rank
+    factor: Annotated[int | None, Range(2, 16_384)] = None  # lokr: at most so many rows of its small matrix
+    start: str | None = None  # the file of a LoRA to go on from
+    ranks: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, Any] = field(default_factory=dict)
+    up_learning_rate: RateFactor = 1.0  # LoRA+: of `up`, as a multiple of the learning rate; 16 is published
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of the values between down and up
+    rank_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of ranks; of loha and lokr, of rows
+    module_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of whole layers' changes
+    rank: Annotated[int, Range(1, 16_384)] = 16
+    alpha: Annotated[float | None, Range(1e-6, 1e6)] = None  # null: the rank
+    targets: tuple[str, ...] = ("all",)
+    text_encoder: bool = False
+    text_learning_rate: RateFactor = 0.5  # as a share of the learning rate
+    token_learning_rate: RateFactor = 5.0  # the same for `tokens`, which a LoRA may learn with it
+    dialect: str = "kohya"
+    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # of the file
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "lora")
+        for key, kind in (("ranks", _Rank), ("rates", _Rate)):
+            for pattern, value in getattr(self, key).items():
+                build(kind, {"value": value}, f"lora.{key}.{printable(pattern)}")
+        if self.algorithm != "lora" and (self.dropout or self.up_learning_rate != 1):
+            raise CascadeError(
+                f"lora.dropout and lora.up_learning_rate are of the algorithm lora; {self.algorithm} has rank_dropout, "
+                "module_dropout and rates."
+            )
+        if not self.targets:
+            raise CascadeError(
+                "lora.targets is empty, so nothing would be trained; give all, attention, or patterns."
+            )
+
+
+@dataclass(frozen=True)
+class ControlNetSettings:
+    """`start`: compressor (its backbone's weights), random, or the file of a ControlNet to go on from.
+
+    `config` gives what differs from the published one: proj_blocks, bottleneck_mode, stem, stages, c_last, …
+    """
+
+    hint: KindName = "canny"
+    start: str = "compressor"
+    config: dict[str, Any] = field(default_factory=dict)
+    # super_resolution: how many times smaller the small picture is, a side
+    scale: Annotated[float, Range(1, 16)] = 2.0
+    reads: Reads = (
+        "small"  # super_resolution: what the compressor reads, as published, or the picture enlarged
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "controlnet")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """`modules`: all, or patterns of Stage C's modules, such as `up_blocks.1.*`."""
+
+    modules: tuple[str, ...] = ("all",)
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the file
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise CascadeError(
+                "finetune.modules is empty, so nothing would be trained; give all, or patterns."
+            )
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """A token to learn: its name (`blob` is [blob] in captions), words that it begins as, how many vectors it has."""
+
+    name: str
+    initial: str = ""
+    vectors: Annotated[int, Range(1, 75)] = 1  # as many as a prompt's chunk holds
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "tokens")
+        name = self.name
+        if not name.strip("[]<> ") or len(name) > 100 or not name.isprintable() or set(name) & set("()\\"):
+            raise CascadeError(
+                f"tokens.name is {quoted(name)}; a token's name is a word or a few, such as [blob], at most 100 "
+                "characters and without parentheses, which weigh words in prompts."
+            )

@@ -1,0 +1,69 @@
+"""`train`: the loop, its optimiser and its learning rate."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
+
+from ...errors import CascadeError, quoted
+from ..ranges import Range, Share, Steps, StepsOrShare, check_ranges
+from ..typed_yaml import unknown_name
+
+OptimizerName = Literal[
+    "adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"
+]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The loop. A batch is `batch_size` pictures on each accelerator, `accumulate` times a step."""
+
+    steps: Steps = 1000
+    batch_size: Annotated[int, Range(1, 65_536)] = 4
+    accumulate: Annotated[int, Range(1, 65_536)] = 1
+    learning_rate: Annotated[float, Range(1e-12, 10)] = 1e-4
+    epochs: Annotated[float | None, Range(0, 1e6, above=True)] = None  # instead of steps
+    schedule: Literal["constant", "cosine", "linear", "stable_decay"] = "cosine"
+    final_learning_rate: Share = 0.0  # where the schedule ends, as a share of the learning rate
+    warmup: StepsOrShare = 50
+    restarts: Annotated[int, Range(0, 10_000)] = 0  # how often cosine or linear begins anew, in equal parts
+    decay: StepsOrShare = 0.2  # of stable_decay: how long it falls at its end
+    optimizer: OptimizerName | str = "adamw"  # or module.Class, in a settings file of the command line alone
+    optimizer_arguments: dict[str, Any] = field(default_factory=dict)  # in such a file alone, too
+    weight_decay: Annotated[float, Range(0, 10)] = 0.01
+    betas: Annotated[tuple[float, ...], Range(0, 1, below=True)] = (0.9, 0.99)
+    max_grad_norm: Annotated[float, Range(0, 1e12)] = 1.0  # of the gradient; 0 is none
+    # of the average that is written; 0 writes the last weights
+    ema: Annotated[float, Range(0, 1, below=True)] = 0.999
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    # auto: on an accelerator bf16, or fp16 where it does not compute in bf16; on the processor fp32
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    gradient_checkpointing: bool | None = None  # null: where Stage C is large
+    compile: bool = False
+    cuda_graphs: bool = True  # on an accelerator, where a step draws nothing at random within the network
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "train")
+        if len(self.betas) != 2:
+            raise CascadeError(f"train.betas is {quoted(list(self.betas))}; two numbers are expected.")
+        for name in ("warmup", "decay"):
+            if (value := getattr(self, name)) >= 1 and value != int(value):
+                raise CascadeError(
+                    f"train.{name} is {quoted(value)}; whole steps, or a share of the run below 1, are expected."
+                )
+        check_optimizer_name(self.optimizer)
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            raise CascadeError(
+                f"train.learning_rate is {quoted(self.learning_rate)}, but prodigy finds the rate itself, times "
+                "this; give 1."
+            )
+        if self.restarts and self.schedule not in ("cosine", "linear"):
+            raise CascadeError(
+                f"train.restarts is {self.restarts}, but {self.schedule} has none; choose cosine or linear."
+            )
+
+
+def check_optimizer_name(name: str) -> None:
+    """Raise CascadeError for what is neither a known optimiser nor spelled as `module.Class`."""
+    spelled = len(name) <= 200 and "." in name and all(part.isidentifier() for part in name.split("."))
+    if name not in get_args(OptimizerName) and not spelled:
+        raise CascadeError(unknown_name(f"train.optimizer is {quoted(name)}", name, get_args(OptimizerName)))
