@@ -125,7 +125,7 @@ class Forward:
         self.ops = ops
         if weights is not None:
             quantise_network(network, weights)
-        self.engine = Engine(network)
+        self.engine = Engine(network, join=True)  # as a placement joins queries, keys and values
         self.x, noise, conditions = forward_inputs(kind, setup, ROWS, SIDE)
         self.conditions: dict[str, Any] = {**conditions}
         self.noise = noise.cpu()

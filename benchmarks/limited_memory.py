@@ -71,13 +71,18 @@ class Cascade:
 
 
 def measure_pictures(
-    folder: Path, device: torch.device, size: tuple[int, tuple[int, int]], runs: int, decoded: Sequence[int]
+    folder: Path,
+    device: torch.device,
+    size: tuple[int, tuple[int, int]],
+    runs: int,
+    decoded: Sequence[int],
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """Seconds and memory of pictures of `size` (pixels a side, steps), after two; of decoding other sides."""
     messages = KeptMessages()
     with reporting.reporting_to(messages):
         start = time.perf_counter()
-        cascade = Cascade(folder, *size)
+        cascade = Cascade(folder, *size, dtype)
         cascade.picture(0)
         synchronise(device)
         first = time.perf_counter() - start

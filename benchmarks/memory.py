@@ -7,8 +7,11 @@ when all that can stay is on the card and what comes and goes is pinned in main 
 decoding, beside its weights; and Stage C's way from a file that no cache holds to its first step, with the main memory
 that it takes.
 
-    python benchmarks/memory.py [--limits 16 12 8 6 4] [--runs 2] [--folder FOLDER] [--json FILE] [--toy]
+    python benchmarks/memory.py [--limits 16 12 8 6 4] [--runs 2] [--dtype int8] [--folder FOLDER] [--files FILES]
+                                [--no-loading] [--json FILE] [--toy]
 
+--dtype: of Stage C and B where there is a limit; without one they stay in the file's, which the ratios are of.
+--files: the four files stay there, for the next run or for precisions.py.
 --toy runs all of it on a processor with tiny networks, main memory in the card's place.
 """
 
@@ -58,16 +61,18 @@ TOY_TEXT = {
 
 
 def write_all(folder: Path, toy: bool) -> dict[str, int]:
-    """{kind: bytes} of the four networks' files, `kind.safetensors`."""
+    """{kind: bytes} of the four networks' files, `kind.safetensors`; those that are there stay."""
     configs = dict((tiny if toy else full)(torch.device("cpu")).configs)
     if toy:
         configs["stage_c"] = {**configs["stage_c"], "c_clip_text": 64, "c_clip_text_pooled": 64}
         configs["stage_b"] = {**configs["stage_b"], "c_clip": 64}
-    sizes = {
-        kind: write_network(folder / f"{kind}.safetensors", kind, config) for kind, config in configs.items()
-    }
-    text = folder / "text.safetensors"
-    return {**sizes, "text": write_network(text, "text", TOY_TEXT if toy else BIG_G, torch.float16)}
+    files = {kind: (config, torch.bfloat16) for kind, config in configs.items()}
+    files["text"] = (TOY_TEXT if toy else BIG_G, torch.float16)
+    sizes = {}
+    for kind, (config, dtype) in files.items():
+        path = folder / f"{kind}.safetensors"
+        sizes[kind] = path.stat().st_size if path.exists() else write_network(path, kind, config, dtype)
+    return sizes
 
 
 def run_child(options: argparse.Namespace) -> None:
@@ -83,7 +88,7 @@ def run_child(options: argparse.Namespace) -> None:
     else:
         size = (64, (2, 2)) if options.toy else (1024, (20, 10))
         sides = [side // (64 if options.toy else 1) for side in DECODED] if options.limit is None else []
-        measured = measure_pictures(options.folder, device, size, options.runs, sides)
+        measured = measure_pictures(options.folder, device, size, options.runs, sides, options.dtype)
     print(json.dumps({"gb": options.limit, **measured}))
 
 
@@ -102,7 +107,7 @@ def start_child(
         str(options.runs),
     ]
     command += ["--scale", str(scale)] + (["--toy"] if options.toy else [])
-    command += [] if limit is None else ["--limit", str(limit)]
+    command += [] if limit is None else ["--limit", str(limit), "--dtype", options.dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         measured = {"gb": limit, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
@@ -113,23 +118,29 @@ def start_child(
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs all measurements, on files that are removed afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="cascade_memory_", dir=options.folder))
+    """Runs all measurements, on files that are removed afterwards, unless they have a place of their own."""
+    folder = options.files or Path(tempfile.mkdtemp(prefix="cascade_memory_", dir=options.folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    loading: dict[str, Any] = {"error": "it was left out"}
+    disk = math.nan
     try:
         sizes = write_all(folder, options.toy)
         scale = sum(sizes.values()) / 11.8e9  # 1 but for the toy: its card is as much smaller as it is itself
         limits = [start_child(options, folder, "pictures", scale, limit) for limit in (None, *options.limits)]
-        path = folder / "stage_c.safetensors"
-        drop_from_cache(path)
-        disk = read_sequentially(path)
-        drop_from_cache(path)
-        loading = start_child(options, folder, "loading", scale, None)
+        if not options.no_loading:
+            path = folder / "stage_c.safetensors"
+            drop_from_cache(path)
+            disk = read_sequentially(path)
+            drop_from_cache(path)
+            loading = start_child(options, folder, "loading", scale, None)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not options.files:
+            shutil.rmtree(folder, ignore_errors=True)
     card = "" if options.toy else f", {torch.cuda.get_device_name()}"
     return {
         "machine": describe_machine() + card,
         "sizes": sizes,
+        "dtype": options.dtype,
         "resident": limits[0].get("seconds", math.nan),
         "unlimited": limits[0],
         "limits": limits[1:],
@@ -205,6 +216,9 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where 12 GB of files go"
     )
+    parser.add_argument("--dtype", default="auto", help="of Stage C and B where memory is limited")
+    parser.add_argument("--files", type=Path, help="keep the files here")
+    parser.add_argument("--no-loading", action="store_true", help="pictures alone")
     parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
     parser.add_argument("--toy", action="store_true", help="tiny networks on a processor: do all lines run?")
     parser.add_argument("--child", choices=["pictures", "loading"], help=argparse.SUPPRESS)

@@ -3,7 +3,8 @@
 The whole cascade with random weights, as benchmarks/memory.py has it: 1024 × 1024, 20 and 10 steps with guidance in
 both, text encoding and decoding included, by the nodes as `cascade run` calls them. Medians after two to warm up.
 
-    python benchmarks/precisions.py [--dtypes bf16,fp16] [--runs 5] [--folder FOLDER] [--json FILE] [--toy]
+    python benchmarks/precisions.py [--dtypes bf16,fp16] [--runs 5] [--folder FOLDER] [--files FILES] [--json FILE]
+                                    [--toy]
 
 --toy runs all of it on a processor with tiny networks.
 """
@@ -67,6 +68,9 @@ def main() -> None:
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bf16", "fp16"])
     parser.add_argument("--runs", type=int, default=5, help="pictures of each median")
     parser.add_argument("--folder", type=Path, help="where the random files lie meanwhile")
+    parser.add_argument(
+        "--files", type=Path, help="keep the files here, for the next run or benchmarks/memory.py"
+    )
     parser.add_argument("--json", type=output_file, help="also keep the numbers here")
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args()
@@ -75,8 +79,10 @@ def main() -> None:
     if not (options.toy or torch.cuda.is_available()):
         raise SystemExit("There is no CUDA device here; --toy runs tiny networks on the processor.")
     with tempfile.TemporaryDirectory(prefix="cascade_precisions_", dir=options.folder) as folder:
-        write_all(Path(folder), options.toy)
-        results = measure(Path(folder), options.dtypes, options.runs, options.toy)
+        files = options.files or Path(folder)
+        files.mkdir(parents=True, exist_ok=True)
+        write_all(files, options.toy)
+        results = measure(files, options.dtypes, options.runs, options.toy)
     report(results, options.dtypes[0])
     if options.json:
         card = "" if options.toy else f", {torch.cuda.get_device_name()}"

@@ -8,6 +8,7 @@ Published sizes with random weights, 1024 × 1024, 20 + 10 steps, guidance in bo
 flags, with a browser that listens. Each row is a process of its own:
 
 ours      this pack's example for the published files
+int8      the same with Stage C's and B's weights in 8 bits
 mixed     ComfyUI's samplers and decoder on this pack's MODELs and VAE
 native    ComfyUI's own nodes
 headless  the example by `cascade run`'s machinery in a warm process without ComfyUI, bf16

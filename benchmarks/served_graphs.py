@@ -70,6 +70,15 @@ def ours(seed: int, text: str) -> Graph:
     return {number: each for number, each in graph.items() if each["class_type"] != "SaveImage"}
 
 
+def int8(seed: int, text: str) -> Graph:
+    """`ours` with Stage C's and B's weights in 8 bits."""
+    graph = ours(seed, text)
+    for each in graph.values():
+        if each["class_type"] in ("StageCLoader", "StageBLoader"):
+            each["inputs"] = {**each["inputs"], "dtype": "int8"}
+    return graph
+
+
 def in_main_memory(graph: Graph) -> Graph:
     """Ends with 64 × 64 pixels of the picture, whose PNG takes no time."""
     crop = node("ImageCrop", image=["picture", 0], width=64, height=64, x=0, y=0)
@@ -94,6 +103,7 @@ def made_small(graph: Graph) -> Graph:
 
 ROWS: dict[str, Callable[[int, str], Graph]] = {
     "ours": ours,
+    "int8": int8,
     "mixed": mixed,
     "native": native,
     "headless": ours,
