@@ -55,14 +55,16 @@ class Settings:
 def main_memory(pid: int | str = "self") -> dict[str, int]:
     """Bytes of main memory of a process, by kind: anonymous (what it pinned itself included), shared and of files.
 
-    What several processes share counts for each in part. Empty where the process is gone.
+    Anonymous and shared memory of several processes counts for each in part; pages of files count for each in full,
+    so that other programs that map the same file change nothing. Empty where the process is gone.
     """
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+        text += Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return {}
     found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE))
-    names = {"anonymous": "Pss_Anon", "shared": "Pss_Shmem", "files": "Pss_File"}
+    names = {"anonymous": "Pss_Anon", "shared": "Pss_Shmem", "files": "RssFile"}
     return {kind: 1024 * int(found.get(name, found.get("Pss", 0))) for kind, name in names.items()}
 
 
