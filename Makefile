@@ -3,6 +3,7 @@
 # make test     everything that must hold before a change lands
 # make nightly  the same with the long tests: before an issue is called resolved
 # make gpu      what only an NVIDIA card shows, and the speed in ComfyUI against what is promised: COMFYUI_PATH, 40 minutes
+# make docs     the documentation as a site, into build/site
 # make clean    back to a fresh checkout
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # Threads that spin while they wait make sampling on a busy machine many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo check test nightly gpu lint clean
+.PHONY: demo check test nightly gpu docs lint clean
 
 demo: .venv/.installed
 	$(BIN)/cascade run $(GRAPH)
@@ -46,6 +47,10 @@ gpu: .venv/.installed-dev
 	$(BIN)/python benchmarks/served.py --table --json output/served.json $(SERVED) || status=1; \
 	exit $$status
 
+docs: .venv/.installed-docs
+	$(BIN)/python docs/site/write.py
+	$(BIN)/zensical build --strict --clean --config-file build/mkdocs.yml
+
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,6 +71,10 @@ clean:
 .venv/.installed: .venv/.python requirements.lock pyproject.toml setup.py
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/.installed-docs: .venv/.python requirements-docs.lock
+	$(BIN)/pip install --quiet -r requirements-docs.lock
 	touch $@
 
 # pyright cannot run the import hook of an editable install: it finds `cascade_nodes` by the link in typing/.
