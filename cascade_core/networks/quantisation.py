@@ -7,18 +7,19 @@ and 1 %.
 Only the large matrices are quantised, those of attention and of the MLPs, with the mappers between repeats: 97 % of a
 network's bytes. The timesteps' mappers, norms, biases, depthwise and resampling convolutions, input and output stay.
 
-A quantised layer computes by itself on any device: it dequantises its weight for each call. The engine reads the 8-bit
-weight instead. `original` is what patches are applied to: the file's own values, mapped, so that a LoRA is computed in
-float32 and rounded once.
+A quantised layer computes by itself on any device: it dequantises its weight for each call, and again for a gradient,
+so that a network can be trained around it. The engine reads the 8-bit weight instead. `original` is what
+patches are applied to: the file's own values, mapped, so that a LoRA is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .layers import AttnBlock, FeedForwardBlock, ResBlock
@@ -114,14 +115,43 @@ class QuantisedLinear(QuantisedLayer, nn.Linear):
     """Linear with an 8-bit weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self.values_for(x))
+        return FrozenProduct.of(x, self)
 
 
 class QuantisedConv2d(QuantisedLayer, nn.Conv2d):
     """1×1 convolution with an 8-bit weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, *self.values_for(x))
+        return FrozenProduct.of(x, self)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """Product of a frozen layer, linear or a 1×1 convolution, that dequantises its weight for each call.
+
+    Its way back dequantises it anew, where autograd would keep it in 16 bits.
+    """
+
+    @staticmethod
+    def of(x: Tensor, layer: Any) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return FrozenProduct.apply(x, layer)  # type: ignore[return-value]
+        return _product(layer)(x, *layer.values_for(x))
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return _product(layer)(x, *layer.values_for(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.layer.dequantised(gradients[0].dtype, gradients[0].device)
+        turned = weight.transpose(0, 1)
+        return _product(ctx.layer)(gradients[0], turned), None
+
+
+def _product(layer: nn.Module) -> Callable[..., Tensor]:
+    return F.linear if isinstance(layer, nn.Linear) else F.conv2d
 
 
 def quantisable(network: nn.Module) -> Iterator[tuple[str, Any]]:

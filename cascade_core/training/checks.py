@@ -19,6 +19,7 @@ from ..vision import ImageEncoder
 from .data.captions import trained_captions
 from .data.hints import FindFaces
 from .data.pictures import TrainingPicture
+from .frozen import check_base
 from .identity import input_files
 from .optimisers import SOURCES, build_optimiser, optimiser_class
 from .settings import DECODERS, Settings, TrainSettings
@@ -66,6 +67,7 @@ def check_networks(
         ],
     )
     check_optimiser(settings.train)
+    check_base(settings.train.base_weights)
     stage_c, _, _ = load_model(models.stage_c, "stage_c", read_ahead=False)
     compressor, _, _ = load_model(models.compressor, "compressor", read_ahead=False)
     assert isinstance(stage_c, StageC)

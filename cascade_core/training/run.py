@@ -35,6 +35,7 @@ from .data.pictures import TrainingPicture
 from .data.sources import LEFT_OUT, find_all, write_left_out
 from .data.text_cache import TextCache
 from .file_metadata import file_metadata
+from .frozen import load_frozen, parameter_count
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
 from .launch import build_accelerator, compute_dtype
 from .log import duration
@@ -245,13 +246,7 @@ def prepare(
     texts.release()
     trained_encoder = encoder if text_is_trained else None
     del encoder  # frees its memory before Stage C is loaded
-    stage_c = load_network(
-        settings.models.stage_c,
-        "stage_c",
-        torch.float32 if settings.task == "finetune" else dtype,
-        device,
-        StageC,
-    )
+    stage_c = load_trained_for(settings, dtype, device)
     if dtype == torch.float16:
         scale_residual_stream(stage_c)
     if image_prompts is not None:
@@ -281,7 +276,7 @@ def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
         compile_blocks(stage_c)
     checkpointing = settings.gradient_checkpointing
     if checkpointing is None:
-        checkpointing = sum(parameter.numel() for parameter in stage_c.parameters()) > LARGE_NETWORK
+        checkpointing = parameter_count(stage_c) > LARGE_NETWORK
     if checkpointing:
         if isinstance(task, LoRATask):
             checkpoint_blocks(stage_c, task.changes.current, task.draws)
@@ -295,6 +290,16 @@ def load_network(path: str, kind: str, dtype: torch.dtype, device: torch.device,
     network, _, _ = load_model(path, expect=kind, dtype=dtype, device=device)
     assert isinstance(network, cls)
     return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def load_trained_for(settings: Settings, dtype: torch.dtype, device: torch.device) -> StageC:
+    """The network that is trained, or that something is trained for."""
+    path, base = settings.models.stage_c, settings.train.base_weights
+    if settings.task == "finetune":
+        return load_network(path, "stage_c", torch.float32, device, StageC)
+    if base == "full":
+        return load_network(path, "stage_c", dtype, device, StageC)
+    return load_frozen(path, "stage_c", base, dtype, device).to(memory_format=torch.channels_last)
 
 
 def build_task(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..accelerators import device_name
 from ..networks.precision import PRECISIONS
+from .frozen import parameter_count
 from .loop import Loop
 from .tasks.stage_c import StageCTask
 
@@ -17,7 +18,7 @@ def at_beginning(loop: Loop[StageCTask], steps_per_epoch: int, rows_per_epoch: i
     processes = accelerator.num_processes
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == task.dtype)
     trained = sum(parameter.numel() for parameter in loop.parameters)
-    whole = sum(parameter.numel() for parameter in task.stage_c.parameters())
+    whole = parameter_count(task.stage_c)
     size = train.batch_size * train.accumulate * processes
     mean = rows_per_epoch / max(steps_per_epoch, 1) * train.accumulate
     fewer = f", {mean:.3g} on average, as buckets hold fewer" if mean < 0.95 * size else ""

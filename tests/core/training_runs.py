@@ -49,6 +49,8 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "lora with image prompts": {"data": {"image_prompt_dropout": 0.2}},
     "lora for few steps with image prompts": {"objective": {"kind": "consistency", "solver_steps": 10}},
+    "lora over int8": {"train": {"base_weights": "int8"}},
+    "lora over nf4": {"train": {"base_weights": "nf4"}, "lora": {"dora": True}},
     "controlnet": {"train": {"learning_rate": 1e-2}},
     "controlnet with image prompts": {"train": {"learning_rate": 1e-2}},
     "controlnet from nothing": {"controlnet": {"hint": "inpainting", "start": "random", "config": BACKBONE}},

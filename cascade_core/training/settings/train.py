@@ -36,6 +36,8 @@ class TrainSettings:
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     # auto: on an accelerator bf16, or fp16 where it does not compute in bf16; on the processor fp32
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    # in what the large weights of the frozen network are held: as it computes, or in 8 or 4 bits
+    base_weights: Literal["full", "int8", "nf4"] = "full"
     gradient_checkpointing: bool | None = None  # null: where Stage C is large
     compile: bool = False
     cuda_graphs: bool = True  # on an accelerator, where a step draws nothing at random within the network

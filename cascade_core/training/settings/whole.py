@@ -38,6 +38,11 @@ class Settings:
                 f"prodigy has one rate for all that is trained, but here are several ({', '.join(sorted(rates))} of "
                 "it); give 1 for each, or choose another optimizer."
             )
+        if self.task == "finetune" and self.train.base_weights != "full":
+            raise CascadeError(
+                f"train.base_weights is {self.train.base_weights}, but finetune trains those weights themselves; "
+                "train a LoRA, or leave it out."
+            )
         if self.objective.kind == "consistency" and self.task != "lora":
             raise CascadeError("objective.kind consistency trains a LoRA; use `cascade train lora`.")
         if self.objective.kind == "consistency" and any(each.weight != 1 for each in self.data.sets):

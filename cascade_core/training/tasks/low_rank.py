@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...adapters.changes import AddedChange
 from ...errors import CascadeError, quoted
 from ...networks.layers import Attention
+from ..frozen import float_weight
 from ..settings import LoRASettings
 from .algorithms import Dropout, LoRA, Shapes, algorithm_of
 from .names import check_patterns, is_match
@@ -30,6 +31,13 @@ def is_target(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d):
         return layer.kernel_size == (1, 1) and layer.groups == 1
     return isinstance(layer, nn.Linear)
+
+
+def matrix_size(layer: Any) -> tuple[int, int]:
+    """Rows and columns of a layer's weight, in whatever form it is held."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels
 
 
 def select_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
@@ -93,7 +101,7 @@ class LayerPlan(NamedTuple):
 
 def check_rank(layers: Mapping[str, nn.Module], ranks: int | Iterable[int]) -> None:
     """Raise CascadeError for a rank that no layer can have: it adds nothing but memory."""
-    largest = max(min(layer.get_parameter("weight").shape[:2]) for layer in layers.values())
+    largest = max(min(matrix_size(layer)) for layer in layers.values())
     for rank in [ranks] if isinstance(ranks, int) else set(ranks):
         if rank > largest:
             raise CascadeError(
@@ -160,7 +168,7 @@ class LowRankChanges(nn.Module):
         self.dropout = Dropout(settings.dropout, settings.rank_dropout, settings.module_dropout)
         self.shapes: list[Shapes] = []
         for layer, layer_rank in zip(self.layers.values(), self.plan.ranks, strict=True):
-            rows, columns = layer.weight.shape[:2]
+            rows, columns = matrix_size(layer)
             shapes = self.algorithm.shapes(rows, columns, layer_rank)
             self.shapes.append({**shapes, MAGNITUDE: (rows, 1)} if settings.dora else shapes)
         names = list(dict.fromkeys(name for shapes in self.shapes for name in shapes))
@@ -205,8 +213,8 @@ class LowRankChanges(nn.Module):
     def _initial(self, slot: Slot, generator: torch.Generator | None) -> Tensor:
         if slot.name != MAGNITUDE:
             return self.algorithm.initial(slot.name, slot.shape, generator)
-        weight = list(self.layers.values())[slot.layer].weight
-        return _row_norms(weight.detach().flatten(1).float()).to(torch.get_default_device())
+        weight = float_weight(list(self.layers.values())[slot.layer])
+        return _row_norms(weight).to(torch.get_default_device())
 
     def groups(self, share: float = 1.0) -> list[dict[str, Any]]:
         """The optimiser's groups. share: of the learning rate, that all of them have."""
@@ -345,7 +353,7 @@ class LowRankChanges(nn.Module):
                 view.zero_()
             view[: value.shape[0], : value.shape[1]] = value
         if MAGNITUDE in views:
-            weight = layer.weight.detach().flatten(1).float().to(views[MAGNITUDE].device)
+            weight = float_weight(layer).to(views[MAGNITUDE].device)
             own = change.delta((len(weight), weight.shape[1])).to(weight.device)
             values = _row_norms(weight + own) if magnitude is None else magnitude.float().reshape(-1, 1)
             views[MAGNITUDE].copy_(values)
@@ -386,7 +394,7 @@ def _decomposed(
     """DoRA (Liu et al. 2024, arXiv 2402.09353): magnitude · (W + ΔW) / ‖W + ΔW‖, the norm over rows, as a constant."""
     *factors, magnitude = values
     with torch.no_grad():
-        changed = layer.weight.flatten(1).float() + changes.algorithm.delta([f.float() for f in factors])
+        changed = float_weight(layer) + changes.algorithm.delta([f.float() for f in factors])
         norm = _row_norms(changed).clamp_min(torch.finfo(torch.float32).eps)
     bias = 0 if layer.bias is None else layer.bias
     factor = (magnitude.float() / norm).flatten().to(output.dtype)
