@@ -21,6 +21,7 @@ OUTSIDE = {
     "docs/README.md": "contents.md",
     "docs/tasks/README.md": "tasks/index.md",
     "docs/ja/README.md": "ja/index.md",
+    "docs/decisions/README.md": "decisions/index.md",
     "demo/README.md": "demo.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
