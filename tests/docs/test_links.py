@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_links_lead_somewhere(page):
         if re.match(r"[a-z]+:", link):  # an address
             continue
         path, _, anchor = link.partition("#")
-        target = page.parent / path if path else page
+        target = page.parent / unquote(path) if path else page
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []

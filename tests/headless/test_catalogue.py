@@ -28,7 +28,7 @@ def test_the_examples_offer_the_same_files():
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]
         for entry in node.get("properties", {}).get("models", [])
     ]
-    assert len(offered) >= 4
+    assert len(offered) == 2
     for entry in offered:
         file = files_by_name[entry["name"]]
         assert entry["url"] == f"https://huggingface.co/{file.repo}/resolve/main/{file.path}"

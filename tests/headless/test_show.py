@@ -16,10 +16,11 @@ from cascade_nodes.headless.summary import parameters, summarise
 from cascade_nodes.nodes.hosts.roles import PACK
 from cascade_nodes.tests.headless.pictured import official, save_picture
 from cascade_nodes.tests.headless.record_comfyui import node
+from cascade_nodes.tests.web.examples import api_file, canvas_file, read
 
 
 def example(name):
-    return json.loads((PACK / "example_workflows" / "api" / f"{name}.json").read_text())
+    return read(api_file(name))
 
 
 def test_a_picture_of_comfyui(tmp_path, capsys):
@@ -55,7 +56,7 @@ def test_for_programs(tmp_path, capsys):
 
 
 def test_graphs_and_workflows_are_shown_alike():
-    lines = [show(PACK / "example_workflows" / folder / "lora.json").splitlines() for folder in (".", "api")]
+    lines = [show(path("lora")).splitlines() for path in (canvas_file, api_file)]
     assert lines[0] == lines[1]
     assert (
         "file      demo_lora_house.safetensors, strength_model 1, strength_clip 1  (5 CascadeLoRAApply)"

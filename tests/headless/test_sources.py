@@ -13,9 +13,9 @@ from cascade_nodes.headless.cli import main
 from cascade_nodes.headless.registry import available_nodes, describe
 from cascade_nodes.headless.results import Observer
 from cascade_nodes.headless.sources import Source, prepared, read_source
-from cascade_nodes.nodes.hosts.roles import PACK
 from cascade_nodes.tests.headless.pictured import save_picture
 from cascade_nodes.tests.headless.record_comfyui import node
+from cascade_nodes.tests.web.examples import TITLES, api_file, canvas_file, read
 
 COPY = {
     "1": node("LoadImage", image="in.png"),
@@ -34,7 +34,6 @@ CANVAS = {
     ],
     "links": [[7, 1, 0, 2, 0, "IMAGE"]],
 }
-EXAMPLES = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
 
 
 @pytest.fixture
@@ -158,10 +157,10 @@ def values_of(graph):
     return {node_id: (entry["class_type"], entry["inputs"]) for node_id, entry in graph.items()}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", TITLES)
 def test_examples_for_the_canvas_become_those_for_the_command_line(name):
-    source = read_source(PACK / "example_workflows" / f"{name}.json", known)
-    api = json.loads((PACK / "example_workflows" / "api" / f"{name}.json").read_text())
+    source = read_source(canvas_file(name), known)
+    api = read(api_file(name))
     assert values_of(source.graph) == values_of(api)
 
 

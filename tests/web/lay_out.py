@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from cascade_nodes.cascade_core.writing import write_file
+from cascade_nodes.tests.web.examples import TITLES, canvas_file
 
-EXAMPLES = Path(__file__).parents[2] / "example_workflows"
 TITLE, GAP, BORDER = 30, 24, 20  # pixels: a node's title, between nodes, around them in a group
 HEAD = 60  # a group's title, above the titles of its first nodes
 # Heights without the title, of the higher kind of nodes, with a picture's of 256 × 256 where samplers show one.
 HEIGHTS = {
     "StageCLoader": 146, "StageBLoader": 146, "StageAVAE": 118, "CascadeTextEncoderLoader": 118,
+    "CascadeCheckpointLoader": 214,
     "CascadeControlNetLoader": 94, "CascadeCompressorLoader": 122, "CascadeVisionLoader": 94, "LoadImage": 340,
     "CascadeCanny": 150, "PreviewImage": 330, "CascadeTextEncode": 300, "CascadeEmptyLatent": 300,
     "CascadeControlNetApply": 210, "CascadePriorSampler": 610, "CascadeDecoderSampler": 680, "CascadeDecode": 114,
@@ -61,7 +61,7 @@ def lay_out(graph: dict[str, Any]) -> None:
 
 def main() -> None:
     """Every example's, each written anew where it changed."""
-    for path in sorted(EXAMPLES.glob("*.json")):
+    for path in map(canvas_file, TITLES):
         text = path.read_text(encoding="utf-8")
         graph = json.loads(text)
         lay_out(graph)

@@ -13,8 +13,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from cascade_nodes.tests.web.examples import canvas_file, read
+
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "example_workflows" / "text_to_image_published.json"
+EXAMPLE = canvas_file("text_to_image_checkpoints")
 SUBGRAPH = ROOT / "subgraphs" / "Stable Cascade.json"  # the file's name is what ComfyUI shows
 ID = "3f0c2a52-7a1d-4e0c-9a57-5d0f4c5b1e10"
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ComfyUI's ids for a subgraph's two ends
@@ -36,7 +38,7 @@ def identifier(name: str) -> str:
 
 def make() -> dict[str, Any]:
     """The subgraph as ComfyUI saves one: a workflow with a single node, and what is in it beside."""
-    example = copy.deepcopy(json.loads(EXAMPLE.read_text(encoding="utf-8")))
+    example = copy.deepcopy(read(EXAMPLE))
     left_out = {
         node["id"] for node in example["nodes"] if node["type"] in ("SaveImage", "MarkdownNote", "Note")
     }

@@ -1,24 +1,25 @@
 """The example graphs: both formats of each say the same, and each can be made from the other."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from cascade_nodes.headless.catalogue import FILES
 from cascade_nodes.tests.web import subgraph
+from cascade_nodes.tests.web.examples import (
+    EXAMPLES,
+    FOR_THE_COMMAND_LINE,
+    TITLES,
+    api_file,
+    canvas_file,
+    read,
+)
 from cascade_nodes.tests.web.formats import layout_of, schemas, to_api, to_ui
 from cascade_nodes.tests.web.lay_out import lay_out
 
-EXAMPLES = Path(__file__).parents[2] / "example_workflows"
-NAMES = sorted(path.stem for path in (EXAMPLES / "api").glob("*.json"))
+NAMES = sorted(TITLES)
 PUBLISHED = {(file.saved_as, file.folder): file for file in FILES.values()}
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +28,27 @@ def nodes():
 
 
 def test_every_example_is_there_twice_and_has_a_picture():
-    assert NAMES
-    assert sorted(path.stem for path in EXAMPLES.glob("*.json")) == NAMES
+    assert {path.stem for path in EXAMPLES.glob("*.json")} == set(TITLES.values())
+    assert {path.stem for path in (EXAMPLES / "api").glob("*.json")} == {*NAMES, FOR_THE_COMMAND_LINE}
     for name in NAMES:
-        with Image.open(EXAMPLES / f"{name}.jpg") as thumbnail:
+        with Image.open(canvas_file(name).with_suffix(".jpg")) as thumbnail:
             assert thumbnail.format == "JPEG"
             assert max(thumbnail.size) <= 800
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_graph_converts_to_the_prompt(name, nodes):
-    assert to_api(read(EXAMPLES / f"{name}.json"), nodes) == read(EXAMPLES / "api" / f"{name}.json")
+    assert to_api(read(canvas_file(name)), nodes) == read(api_file(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prompt_converts_to_the_graph(name, nodes):
-    graph = read(EXAMPLES / f"{name}.json")
-    assert to_ui(read(EXAMPLES / "api" / f"{name}.json"), nodes, layout_of(graph)) == graph
+    graph = read(canvas_file(name))
+    assert to_ui(read(api_file(name)), nodes, layout_of(graph)) == graph
 
 
 def test_what_cannot_be_converted_is_refused(nodes):
-    graph = read(EXAMPLES / "text_to_image.json")
+    graph = read(canvas_file("text_to_image"))
     graph["nodes"][0]["mode"] = 4
     with pytest.raises(ValueError, match=r"node 1 .* bypassed"):
         to_api(graph, nodes)
@@ -55,7 +56,7 @@ def test_what_cannot_be_converted_is_refused(nodes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_lie_in_groups_and_on_no_other(name):
-    graph = read(EXAMPLES / f"{name}.json")
+    graph = read(canvas_file(name))
     title = 30  # pixels above a node's place
     boxes = {
         node["id"]: (x, y - title, x + width, y + height)
@@ -75,7 +76,7 @@ def test_nodes_lie_in_groups_and_on_no_other(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_have_the_room_that_both_kinds_of_nodes_take(name):
-    graph = read(EXAMPLES / f"{name}.json")
+    graph = read(canvas_file(name))
     again = copy.deepcopy(graph)
     lay_out(again)
     assert again == graph, "run python -m cascade_nodes.tests.web.lay_out"
@@ -83,17 +84,16 @@ def test_nodes_have_the_room_that_both_kinds_of_nodes_take(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_models_are_those_of_the_catalogue(name):
-    for node in read(EXAMPLES / f"{name}.json")["nodes"]:
+    for node in read(canvas_file(name))["nodes"]:
         for model in node["properties"].get("models", []):
             file = PUBLISHED[model["name"], model["directory"]]
+            assert model["url"].endswith(f"/{model['name']}")  # as a browser saves it
             assert model["url"] == f"https://huggingface.co/{file.repo}/resolve/main/{file.path}"
             assert model["name"] == node["widgets_values"][0]
-    published = [
-        node for node in read(EXAMPLES / f"{name}.json")["nodes"] if node["properties"].get("models")
-    ]
-    assert len(published) == (4 if name.endswith("_published") else 0)
+    published = [node for node in read(canvas_file(name))["nodes"] if node["properties"].get("models")]
+    assert len(published) == (2 if name == "text_to_image_checkpoints" else 0)
 
 
 def test_the_subgraph_is_written_from_the_example():
-    """After a change of text_to_image_published: python -m cascade_nodes.tests.web.subgraph"""
+    """After a change of its example: python -m cascade_nodes.tests.web.subgraph"""
     assert subgraph.SUBGRAPH.read_text(encoding="utf-8") == subgraph.text()

@@ -153,6 +153,20 @@ async function missingModels(page) {
   return text;
 }
 
+/** The template browser has the pack's graphs under its name; a card shows its title and picture, and opens. */
+async function templates(page, { title }) {
+  await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.BrowseTemplates"));
+  await page.getByText("Stable Cascade", { exact: true }).first().click();
+  const card = page.getByText(title).first();
+  await card.scrollIntoViewIfNeeded();
+  await page.waitForFunction(() =>
+    [...document.querySelectorAll("[role=dialog] img")].some((image) => image.src.startsWith("blob:") && image.naturalWidth),
+  );
+  await card.click();
+  await page.waitForFunction((title) => window.app.extensionManager.workflow.activeWorkflow.filename === title, title);
+  return { count: await page.evaluate(() => window.app.graph._nodes.length) };
+}
+
 /** The button makes a picture, and it appears in its node. */
 async function run(page, { workflows, settings }) {
   await load(page, "text_to_image", workflows.text_to_image);
@@ -538,6 +552,6 @@ async function japanese(page, { url }) {
 }
 
 export const SCENARIOS = {
-  search, words, examples, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, notices, training, connections, replaced,
+  search, words, examples, templates, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, notices, training, connections, replaced,
   subgraph, run, japanese,
 };

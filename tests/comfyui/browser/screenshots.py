@@ -22,9 +22,9 @@ from PIL import Image
 
 from cascade_nodes.tests.comfyui.browser import browser
 from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, PACK, Server
+from cascade_nodes.tests.web.examples import EXAMPLES, TITLES, canvas_file, read
 
 SHOOTER = Path(__file__).parent / "screenshot.mjs"
-EXAMPLES = PACK / "example_workflows"
 INPUT = EXAMPLES / "input"
 IMAGES = PACK / "docs" / "images"
 SIDE, GAP = 256, 8  # pixels of a picture in a thumbnail, and between two
@@ -40,16 +40,16 @@ def main(names: Sequence[str]) -> None:
         base = Path(folder)
         shutil.copytree(INPUT, base / "input")
         with Server(CHECKOUTS[-1], base) as server:
-            for path in sorted(EXAMPLES.glob("*.json")):
-                if not names or path.stem in names:
-                    draw(server, path)
+            for name in names or TITLES:
+                draw(server, name)
 
 
-def draw(server: Server, path: Path) -> None:
+def draw(server: Server, name: str) -> None:
     """The picture of one graph, and its thumbnail."""
-    graph = json.loads(path.read_text(encoding="utf-8"))
+    path = canvas_file(name)
+    graph = read(path)
     runs = not any(node["properties"].get("models") for node in graph["nodes"])
-    picture = IMAGES / f"graph_{path.stem}.png"
+    picture = IMAGES / f"graph_{name}.png"
     before = set((server.base / "output").glob("*.png"))
     (save,) = of_type(graph, "SaveImage")
     shoot(server.url, graph, picture, save["id"] if runs else None)

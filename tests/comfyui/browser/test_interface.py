@@ -14,11 +14,10 @@ from cascade_nodes.cascade_core.geometry import STAGE_C_COMPRESSION, stage_c_siz
 from cascade_nodes.nodes.sizes import chosen_size
 from cascade_nodes.tests.comfyui.browser import browser
 from cascade_nodes.tests.comfyui.checkout import CHECKOUTS, PACK, Server
+from cascade_nodes.tests.headless.record_comfyui import node
+from cascade_nodes.tests.web.examples import TITLES, api_file, canvas_file, read
 
-EXAMPLES = PACK / "example_workflows"
-WORKFLOWS = {
-    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXAMPLES.glob("*.json"))
-}
+WORKFLOWS = {name: read(canvas_file(name)) for name in TITLES}
 SUBGRAPH = PACK / "subgraphs" / "Stable Cascade.json"
 PICTURE = (1280, 720)
 STEPS = {7: 3, 8: 2}  # of the two samplers in text_to_image
@@ -50,6 +49,7 @@ def seen(request: pytest.FixtureRequest, server: Server) -> dict[str, Any]:
             workflows=WORKFLOWS,
             names=searched(server, mode),
             words=SOUGHT,
+            title=TITLES["lora"],
             picture="teal.png",
             subgraph=json.loads(SUBGRAPH.read_text(encoding="utf-8")),
             served=server.checkout == CHECKOUTS[-1],  # 0.3.64 offers no subgraphs of packs
@@ -106,15 +106,24 @@ def test_the_example_loads_whole_and_makes_its_prompt(seen, name):
     assert facts["unknown"] == []
     assert facts["count"] == len(WORKFLOWS[name]["nodes"])
     assert facts["groups"] == len(WORKFLOWS[name]["groups"])
-    assert facts["prompt"] == json.loads((EXAMPLES / "api" / f"{name}.json").read_text(encoding="utf-8"))
-    for node in WORKFLOWS[name]["nodes"]:  # the panels shift no saved value
-        assert (facts["values"].get(str(node["id"])) or []) == node["widgets_values"]
+    assert facts["prompt"] == read(api_file(name))
+    for saved in WORKFLOWS[name]["nodes"]:  # the panels shift no saved value
+        assert (facts["values"].get(str(saved["id"])) or []) == saved["widgets_values"]
+
+
+def test_templates_are_the_packs_own_under_titles_of_their_own(seen, server):
+    names = server.get("/workflow_templates")["cascade-nodes"]
+    assert sorted(names) == list(TITLES.values())
+    own = {template["name"] for part in server.get("/templates/index.json") for template in part["templates"]}
+    assert not own & set(names)
+    facts = told(seen, "templates")
+    assert facts["count"] == len(WORKFLOWS["lora"]["nodes"])
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_missing_models_are_offered(seen, name):
     text = told(seen, "examples")[name]["missing"]
-    offered = [model for node in WORKFLOWS[name]["nodes"] for model in node["properties"].get("models", [])]
+    offered = [model for saved in WORKFLOWS[name]["nodes"] for model in saved["properties"].get("models", [])]
     for model in offered:
         assert model["name"] in text
         assert model["directory"] in text
@@ -331,7 +340,7 @@ def test_the_subgraph_is_text_to_image_in_one_box(seen, server, client, right_pi
         for name, value in entry["inputs"].items():
             if isinstance(value, list):
                 entry["inputs"][name] = [value[0].removeprefix(f"{box}:"), value[1]]
-    example = json.loads((EXAMPLES / "api" / "text_to_image_published.json").read_text(encoding="utf-8"))
+    example = read(api_file("text_to_image_checkpoints"))
     values = {
         "CascadeTextEncode": {"positive": "a red star", "negative": ""},
         "CascadeEmptyLatent": {"width": 256, "height": 256},
@@ -343,15 +352,18 @@ def test_the_subgraph_is_text_to_image_in_one_box(seen, server, client, right_pi
         entry.pop("_meta", None)
         entry["inputs"].update(values.get(entry["class_type"], {}))
     assert {node_id: prompt[node_id] for node_id in inside} == inside
-    files = {  # of the tests' networks in place of the published ones
-        "StageCLoader": "tiny_stage_c.safetensors",
-        "StageBLoader": "tiny_stage_b.safetensors",
-        "StageAVAE": "tiny_stage_a.safetensors",
-        "CascadeTextEncoderLoader": "tiny_text_encoder",
+    loaders = {  # of the tests' networks, each by itself, in place of the published checkpoints
+        ("1", 0): node("StageCLoader", file="tiny_stage_c.safetensors", dtype="auto"),
+        ("1", 1): node("CascadeTextEncoderLoader", file="tiny_text_encoder"),
+        ("2", 0): node("StageBLoader", file="tiny_stage_b.safetensors", dtype="auto"),
+        ("2", 2): node("StageAVAE", file="tiny_stage_a.safetensors"),
     }
+    del prompt["1"], prompt["2"]
     for entry in prompt.values():
-        if entry["class_type"] in files:
-            entry["inputs"]["file"] = files[entry["class_type"]]
+        for name, value in entry["inputs"].items():
+            if isinstance(value, list) and tuple(value) in loaders:
+                entry["inputs"][name] = ["-".join(map(str, value)), 0]
+    prompt |= {"-".join(map(str, place)): loader for place, loader in loaders.items()}
     execution = client.run(prompt)
     assert execution.error is None
     (picture,) = client.pictures(execution)
