@@ -1,8 +1,9 @@
 /** Stable Cascade in ComfyUI's interface: panels on the nodes that have something to show. */
 
 import { app } from "../../scripts/app.js";
-import { addRunPanel } from "./run_panel.js";
+import { loadPresets } from "./presets.js";
 import { loadReplacements, offerReplacement } from "./replace.js";
+import { addRunPanel } from "./run_panel.js";
 import { addSearchWords } from "./search.js";
 import { addSizePanel } from "./size_panel.js";
 import { addSyntaxPanel } from "./syntax_panel.js";
@@ -22,7 +23,7 @@ const PANELS = {
 
 app.registerExtension({
   name: "cascade_nodes.panels",
-  init: () => Promise.all([loadWords(), loadReplacements()]),
+  init: () => Promise.all([loadWords(), loadReplacements(), loadPresets()]),
   beforeRegisterVueAppNodeDefs: addSearchWords,
   nodeCreated(node) {
     PANELS[node.comfyClass]?.(node);

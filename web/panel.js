@@ -77,6 +77,15 @@ export function after(target, event, action) {
 /** @param {object} node @param {string} name of a widget of the node */
 export const findWidget = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
+/** Whether a widget's value comes over a link, so that the widget itself says nothing. */
+export const linked = (node, name) =>
+  node.inputs?.some((input) => (input.widget?.name ?? input.name) === name && input.link != null);
+
+/** @param {HTMLSelectElement} select @param {[string, string][]} entries values with their texts */
+export function options(select, entries) {
+  select.replaceChildren(...entries.map(([value, text]) => new Option(text, value)));
+}
+
 /**
  * Sets a widget as a hand would.
  * @param {object} node

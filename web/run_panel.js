@@ -1,10 +1,11 @@
-/** What a sampler's last run took: time for each step, on a card the most memory, and what the node has to say about it. */
+/** On a sampler: presets, and what its last run took: time for each step, on a card the most memory, and notices. */
 
 import { addPanel, after, element } from "./panel.js";
+import { presetChoice } from "./presets.js";
 import { addTextPanel } from "./text_panel.js";
 import { say } from "./words.js";
 
-const HEIGHT = 36;
+const HEIGHT = 66;
 const UNITS = ["B", "kB", "MB", "GB", "TB"];
 
 /** @param {number} bytes @returns {string} such as "1.24 GB" (powers of 1000, three digits) */
@@ -24,7 +25,7 @@ export function duration(seconds) {
 export function addRunPanel(node) {
   const time = element("div", "cascade-panel-faint cascade-panel-sizes", [say("run.none")]);
   const space = element("div", "cascade-panel-faint cascade-panel-sizes");
-  const content = element("div", "", [time, space]);
+  const content = element("div", "", [presetChoice(node), time, space]);
   content.style.display = "contents";
   addPanel(node, "cascade_run", content, HEIGHT);
 

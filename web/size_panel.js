@@ -1,6 +1,6 @@
 /** Sizes on the nodes that decide them: presets, swap, both latents, what was trained. */
 
-import { addPanel, after, asOneChange, element, findWidget, setWidget } from "./panel.js";
+import { addPanel, after, asOneChange, element, findWidget, linked, options, setWidget } from "./panel.js";
 import {
   AREAS, ASPECTS, COMPRESSION, LARGE_AREAS, chosenSize, decodedVerdict, fittingCompression, presetOf, presetSize, scaledSize,
   secondVerdict, stageBSize, stageCSize, verdict,
@@ -17,10 +17,6 @@ const OUTPAINTED_SIDES = ["left", "top", "right", "bottom"];
 const sizesOfRuns = new WeakMap();
 
 const valueOf = (node, name) => findWidget(node, name).value;
-
-/** Whether a widget's value comes over a link, so that it says nothing here. */
-const linked = (node, name) =>
-  node.inputs?.some((input) => (input.widget?.name ?? input.name) === name && input.link != null);
 
 /** Sets widgets as a hand would, as one step of undo. */
 function set(node, values) {
@@ -102,10 +98,6 @@ const KINDS = {
     fit: fittingCompression,
   },
 };
-
-function options(select, entries) {
-  select.replaceChildren(...entries.map(([value, text]) => new Option(text, value)));
-}
 
 const times = ({ width, height }) => `${width} × ${height}`;
 

@@ -23,6 +23,7 @@ OTHER_TERMS = {
     "ja": {"R", "KSampler", "SamplerCustomAdvanced"},
     "zh": {"R", "K采样器", "自定义采样器（高级）"},
 }
+PRESETS = json.loads((ROOT / "web" / "presets.json").read_text(encoding="utf-8"))
 SCRIPTS = {"ja": r"[\u3040-\u30ff]", "zh": r"[\u4e00-\u9fff]"}  # kana, Chinese characters
 
 
@@ -103,8 +104,24 @@ def test_panels_say_only_what_the_locales_have():
     verdicts = re.search(r'@typedef \{("trained".+?)\} Verdict', scripts)
     assert verdicts
     used_keys |= {f"size.{name}" for name in re.findall(r'"(\w+)"', verdicts.group(1))}
+    used_keys |= {f"preset.{name}" for name in PRESETS}
     locale_keys = {f"{group}.{name}" for group, texts in MAIN["en"]["cascadeNodes"].items() for name in texts}
     assert used_keys == {key for key in locale_keys if not key.startswith("search.")}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_sets_the_same_of_both_samplers_and_values_that_they_have(preset):
+    for name, values in PRESETS[preset].items():
+        assert values.keys() == {"steps", "cfg", "cfg_rescale", "shift", "sampler"}
+        for setting, value in values.items():
+            kind, options = inputs_of(INFO[name])[setting]
+            if kind == "COMBO":
+                assert value in options["options"]
+            else:
+                assert options["min"] <= value <= options["max"]
+            if preset == "published":
+                assert value == options["default"]
+    assert PRESETS[preset].keys() == {"CascadePriorSampler", "CascadeDecoderSampler"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

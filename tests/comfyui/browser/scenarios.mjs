@@ -260,6 +260,54 @@ async function undo(page) {
   return { done, undone: seen };
 }
 
+/** A preset chosen on one sampler sets the other of its picture as well, as one step of undo. */
+async function presets(page, { workflows }) {
+  const samplers = async () => {
+    const ids = await page.evaluate(() =>
+      window.app.graph._nodes.filter((node) => node.type.endsWith("Sampler")).map((node) => node.id).sort((a, b) => a - b),
+    );
+    return Promise.all(
+      ids.map((id) =>
+        page.evaluate((id) => {
+          const { widgets } = window.app.graph.getNodeById(id);
+          const value = (name) => widgets.find((widget) => widget.name === name).value;
+          const panel = widgets.find((widget) => widget.name === "cascade_run").element;
+          return {
+            id: Number(id), shown: panel.querySelector("select").value,
+            settings: Object.fromEntries(["steps", "cfg", "cfg_rescale", "shift", "sampler"].map((name) => [name, value(name)])),
+          };
+        }, id),
+      ),
+    );
+  };
+  const choose = async (id, preset) => {
+    const select = await page.evaluateHandle(
+      (id) =>
+        window.app.graph.getNodeById(id).widgets.find((widget) => widget.name === "cascade_run").element.querySelector("select"),
+      id,
+    );
+    await select.selectOption(preset);
+    return samplers();
+  };
+  await load(page, "text_to_image", workflows.text_to_image);
+  await page.waitForTimeout(300);
+  const before = await samplers();
+  const few = await choose(7, "few");
+  const detail = await choose(8, "detail");
+  await page.evaluate(() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))));
+  await page.keyboard.press("Control+z");
+  await page.waitForFunction(() => {
+    const value = (id) => window.app.graph.getNodeById(id)?.widgets.find((widget) => widget.name === "steps").value;
+    const tracker = window.app.extensionManager.workflow.activeWorkflow.changeTracker;
+    return value(7) === 10 && value(8) === 5 && !tracker._restoringState;
+  });
+  const undone = await samplers();
+  await load(page, "high_resolution", workflows.high_resolution);
+  await page.waitForTimeout(300);
+  const passes = await samplers();
+  return { before, few, detail, undone, passes, set: await choose(passes[1].id, "published") };
+}
+
 /** Cascade Encode behind other nodes than Load Image, and where Stage B alone takes its latent. */
 async function behind(page, { workflows }) {
   await load(page, "outpaint", workflows.outpaint);
@@ -552,6 +600,6 @@ async function japanese(page, { url }) {
 }
 
 export const SCENARIOS = {
-  search, words, examples, templates, sizes, undo, behind, made, buttons, enlarge, encode, scale, sentences, notices, training, connections, replaced,
+  search, words, examples, templates, sizes, undo, presets, behind, made, buttons, enlarge, encode, scale, sentences, notices, training, connections, replaced,
   subgraph, run, japanese,
 };

@@ -18,6 +18,7 @@ from cascade_nodes.tests.headless.record_comfyui import node
 from cascade_nodes.tests.web.examples import TITLES, api_file, canvas_file, read
 
 WORKFLOWS = {name: read(canvas_file(name)) for name in TITLES}
+PRESETS = json.loads((PACK / "web" / "presets.json").read_text(encoding="utf-8"))
 SUBGRAPH = PACK / "subgraphs" / "Stable Cascade.json"
 PICTURE = (1280, 720)
 STEPS = {7: 3, 8: 2}  # of the two samplers in text_to_image
@@ -139,7 +140,7 @@ def test_the_button_makes_a_picture_that_appears_in_its_node(seen, server):
 
 def test_the_samplers_show_what_the_run_took(seen):
     facts = told(seen, "run")
-    assert facts["before"] == [["Not run yet"], ["Not run yet"]]
+    assert [lines[-1] for lines in facts["before"]] == ["Not run yet"] * 2
     for steps, panel in zip(STEPS.values(), facts["after"], strict=True):
         time, memory = last(panel, 2)
         assert time.startswith(f"{steps} steps · ")
@@ -227,6 +228,20 @@ def test_each_step_of_undo_takes_back_one_change_of_a_panel(seen):
     facts = told(seen, "undo")
     assert facts["done"] == [[1024, 1024], [1344, 768], [768, 1344], [1088, 1920]]
     assert facts["undone"] == facts["done"][-2::-1]
+
+
+def test_a_preset_sets_both_samplers_as_one_step_of_undo(seen):
+    facts = told(seen, "presets")
+
+    def settings(name):
+        return [PRESETS[name][sampler] for sampler in ("CascadePriorSampler", "CascadeDecoderSampler")]
+
+    for moment, preset in (("before", "demo"), ("few", "few"), ("detail", "detail"), ("undone", "few")):
+        assert [sampler["shown"] for sampler in facts[moment]] == [preset] * 2
+        assert [sampler["settings"] for sampler in facts[moment]] == settings(preset)
+    first, second, over = facts["set"]  # the last is a second pass's, which is left as it is
+    assert [first["settings"], second["settings"]] == settings("published")
+    assert over == facts["passes"][2]
 
 
 def test_encode_knows_the_picture_of_outpaint_and_where_stage_c_is_left_out(seen):
