@@ -6,6 +6,7 @@ chosen that torch documents.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,3 +94,23 @@ def _function(device: torch.device, name: str) -> Any:
         return getattr(torch.get_device_module(device.type), name, None)
     except RuntimeError:  # no such module: of a backend that is not torch's own
         return None
+
+
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The CUDA stream of all captures: cuBLAS keeps a workspace for each stream that it was used on."""
+    return _capture_stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A CUDA stream that is not that of captures: what another thread launches there stays out of a capture.
+
+    PyTorch hands out 32 streams in turn, so that a new one may be any of those before.
+    """
+    captures = capture_stream(device)
+    stream = torch.cuda.Stream(device)
+    return torch.cuda.Stream(device) if stream == captures else stream

@@ -6,14 +6,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from ..accelerators import is_nvidia
+from ..accelerators import capture_stream, is_nvidia
 from ..placement import out_of_memory
 from . import workspace
 from .collector import collector_paused
@@ -34,12 +33,6 @@ def can_capture(device: torch.device) -> bool:
 def can_allocate_in_capture(device: torch.device) -> bool:
     """Whether what is captured may allocate: not with the allocator cudaMallocAsync, ComfyUI's default."""
     return is_nvidia(device) and torch.cuda.get_allocator_backend() == "native"
-
-
-@cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures: cuBLAS keeps a workspace for each stream that it was used on."""
-    return torch.cuda.Stream(device)
 
 
 @contextmanager

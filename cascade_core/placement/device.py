@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..accelerators import side_stream
 from .pinned import pinned_pages
 
 MARGIN = 0.03  # of the memory: what the allocator loses to fragmentation
@@ -78,7 +79,7 @@ class CudaDevice:
 
     def __init__(self, device: torch.device, limit: int | None = None):
         self.device = device
-        self.copies = torch.cuda.Stream(device)
+        self.copies = side_stream(device)
         self.limit = limit
         self._is_limited = False
 

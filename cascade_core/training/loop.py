@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..accelerators import side_stream
 from ..errors import CascadeError, Interrupted, quoted
 from .determinism import deterministic_kernels
 from .ema import EMA
@@ -196,7 +197,7 @@ class Loop(Generic[AnyTask]):
         rank, ranks = accelerator.process_index, accelerator.num_processes
         index, end = self.step * train.accumulate, train.steps * train.accumulate
         pool, pending = ThreadPoolExecutor(1, initializer=self._enter_thread), deque[Future[Prepared]]()
-        stream = torch.cuda.Stream(self.task.device) if self.task.device.type == "cuda" else None
+        stream = side_stream(self.task.device) if self.task.device.type == "cuda" else None
         if stream is not None:  # what the thread reads may still be being written
             stream.wait_stream(torch.cuda.current_stream(self.task.device))
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
+from ...cascade_core.accelerators import side_stream
 from ...cascade_core.errors import quoted
 
 INTERVAL = 0.25  # seconds from one preview to the next, at least
@@ -103,7 +104,7 @@ class SideStream:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = side_stream(device)
 
     def launch(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Launched:
         """Launches work(x) after everything that the current stream has to do so far, which does not wait for it."""

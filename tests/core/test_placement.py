@@ -25,6 +25,7 @@ from cascade_nodes.cascade_core.placement import (
     out_of_memory,
     parse_bytes,
 )
+from cascade_nodes.cascade_core.placement import device as placement_device
 from cascade_nodes.cascade_core.placement.device import KERNELS, MARGIN, WORKSPACE
 from cascade_nodes.cascade_core.placement.plan import plan_streaming
 from cascade_nodes.cascade_core.placement.units import Unit, split_into_units
@@ -359,7 +360,6 @@ class Memory:
         self.fractions = [1.0]
         card = SimpleNamespace(total_memory=total)
         answers = {
-            "Stream": lambda device: None,
             "get_device_properties": lambda device: card,
             "mem_get_info": lambda device: (total - others - reserved, total),
             "memory_reserved": lambda device: reserved,
@@ -369,6 +369,7 @@ class Memory:
         }
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, answer, raising=False)
+        monkeypatch.setattr(placement_device, "side_stream", lambda device: None)
 
 
 def test_a_limit_holds_during_runs_alone(monkeypatch):

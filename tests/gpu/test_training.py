@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from cascade_nodes.cascade_core.accelerators import capture_stream, side_stream
 from cascade_nodes.tests.core.test_training_resume import everything
 from cascade_nodes.tests.core.training_runs import (
     TASKS,
@@ -51,3 +53,11 @@ def test_a_killed_run_resumes_bit_for_bit(world, tmp_path, name, recompute):
     assert resumed.resume()
     assert resumed.run().finished
     assert same(everything(whole), everything(resumed))
+
+
+def test_no_stream_of_another_thread_is_that_of_captures(device: torch.device):
+    """PyTorch's ring of streams comes round: a copy on the stream of a capture would break it."""
+    captures = capture_stream(device)
+    ring = {torch.cuda.Stream(device) for _ in range(100)}
+    assert captures in ring
+    assert captures not in {side_stream(device) for _ in range(100)}
