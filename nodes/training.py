@@ -213,6 +213,7 @@ _FIXED = (
     ("output", "prompts_file"),
     ("data", "folder"),
     ("data", "sets"),
+    ("data", "mask_folder"),
     ("data", "cache"),
 )
 

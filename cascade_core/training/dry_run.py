@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from ..errors import printable
 from .data.access import Access
-from .data.bucketing import BucketedPicture, assign_buckets, resized
+from .data.batches import crops_of
+from .data.bucketing import BucketedPicture, Crops, assign_buckets, resized
 from .data.cache import Cache
 from .data.captions import trained_captions
 from .data.pictures import PictureError
@@ -19,6 +20,7 @@ from .run_folder import Notify
 from .samples import grid, write_picture
 from .settings import Settings
 
+DIMMED = 0.25  # how bright the sheet shows what a mask leaves out
 SHEET, SHOWN, SIDE = "contact_sheet.png", 64, 192  # pictures on it, and pixels of the longer side of each
 
 
@@ -39,7 +41,7 @@ def dry_run(settings: Settings, notify: Notify, stop: Callable[[], bool] = lambd
         if sentence:
             notify(f"{sentence}.")
     path = Path(settings.output.folder or ".") / SHEET
-    write_picture(path, grid([_small(each) for each in _spread(bucketed)]))
+    write_picture(path, grid([_small(each, crops_of(settings.data)) for each in _spread(bucketed)]))
     notify(
         f"{len(bucketed):,} of {len(bucketed) + len(skipped):,} pictures would be trained on; {path} shows some."
     )
@@ -53,13 +55,17 @@ def _spread(pictures: list[BucketedPicture]) -> list[BucketedPicture]:
     return [ordered[i * len(ordered) // count] for i in range(count)]
 
 
-def _small(picture: BucketedPicture) -> torch.Tensor:
-    """(3, H, W) in [0, 1]: what the compressor reads, smaller; grey where the picture is damaged."""
+def _small(picture: BucketedPicture, crops: Crops) -> torch.Tensor:
+    """(3, H, W) in [0, 1]: what the compressor reads, smaller and dark outside its mask; grey where it is damaged."""
+    crop = crops.of(picture, 0)
     height, width = picture.bucket.compressor
     scale = SIDE / max(height, width)
     size = max(round(height * scale), 1), max(round(width * scale), 1)
     try:
-        pixels = picture.pixels((height, width)).float() / 255
+        pixels = picture.pixels((height, width), crop).float() / 255
+        if picture.picture.mask is not None:
+            mask = F.interpolate(picture.mask(crop)[None, None].float() / 255, (height, width))[0]
+            pixels = pixels * (DIMMED + (1 - DIMMED) * mask)
     except PictureError:
         return torch.full((3, *size), 0.5)
     return F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)

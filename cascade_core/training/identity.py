@@ -33,6 +33,7 @@ WITHOUT_EFFECT = (
     "output",
     "data.folder",
     "data.tars",
+    "data.mask_folder",
     "data.cache",
     "train.steps",
     "train.epochs",
@@ -66,7 +67,8 @@ def contents_of(
     asked: called now and then, may raise.
     """
     with_prompts = settings.models.image_encoder is not None
-    digest = pictures_digest(pictures, Cache(cache, "contents"), with_prompts, asked)
+    named = settings.data.crops > 1
+    digest = pictures_digest(pictures, Cache(cache, "contents"), with_prompts, asked, named)
     contents = {
         "pictures and captions": f"{len(pictures)} pictures ({digest[:16]})",
         "processes": str(processes),
@@ -158,7 +160,7 @@ def _deciding(settings: Settings) -> dict[str, Any]:
     }
     values["objective.weighting"] = settings.objective.loss_weight
     values["lora.alpha"] = settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha
-    places = ("folder", "tars")  # whose pictures are compared
+    places = ("folder", "tars", "mask_folder")  # whose pictures are compared
     values["data.sets"] = [
         {key: value for key, value in each.items() if key not in places} for each in values["data.sets"]
     ]

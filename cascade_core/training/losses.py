@@ -24,6 +24,7 @@ def diffusion_loss(
     multires_noise: float = 0.0,
     huber: float | None = None,
     picture_weights: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Weighted error of the predicted noise: predict(noised, noise_cond) against epsilon.
 
@@ -34,6 +35,7 @@ def diffusion_loss(
 
     t_range: what the times are spread over; noise_offset, multires_noise: of `training_noise`; huber: of
     `pseudo_huber`, which then takes the square's place. picture_weights: (B,), of each row; None where all are 1.
+    masks: (B, h, w), the weight of each position; None where all are 1.
     """
     t = random_t(len(x0)).to(x0.device)
     if t_range != (0.0, 1.0):
@@ -42,6 +44,8 @@ def diffusion_loss(
     diffused = diffuse(x0, training_noise(x0, noise_offset, multires_noise), t, shift, loss_weight)
     difference = predict(diffused.noised, diffused.noise_cond).float() - diffused.target
     squares = difference.square() if huber is None else pseudo_huber(difference, huber)
+    if masks is not None:
+        squares = squares * masks[:, None]
     error = squares.mean(dim=(1, 2, 3))  # (B,)
     if isinstance(loss_weight, AdaptiveLossWeight):
         loss_weight.update_buckets(diffused.log_snr, error.detach())

@@ -31,7 +31,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "tokens": {"tokens": [{"name": "blob", "initial": "star", "vectors": 1}]},
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {  # keys that are not in the basic file, with values that work
-    "data": {"flip": True, "repeat": 1, "caption_dropout": 0.1, "image_prompt_dropout": 0.1, "tars": []},
+    "data": {"flip": True, "repeat": 1, "caption_dropout": 0.1, "image_prompt_dropout": 0.1, "tars": [],
+    "crops": 2, "crop_zoom": 1.5, "masks": "beside", "mask_folder": "pictures", "unmasked_weight": 0.1,
+    "unmasked_share": 0.1, "caption": "a star", "caption_suffix": ".txt", "min_bucket_side": 32,
+    "max_bucket_side": 128, "sets": [{"folder": "pictures", "masks": "alpha", "size": 64}]},
     "train": {"accumulate": 1, "schedule": "cosine", "final_learning_rate": 0.1, "optimizer": "adamw",
     "weight_decay": 0.01, "betas": [0.9, 0.99],
               "max_grad_norm": 1.0, "ema": 0.5, "seed": 1, "precision": "fp32", "gradient_checkpointing": None,

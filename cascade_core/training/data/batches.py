@@ -12,14 +12,15 @@ from ...errors import CascadeError
 from ..settings import DataSetSettings, DataSettings
 from .access import Access
 from .bucket_data import BucketData
-from .bucketing import BucketedPicture, assign_buckets, resized
+from .bucketing import BucketedPicture, Crops, assign_buckets, resized
 from .buckets import Bucket
 from .cache import Cache
 from .captions import trained_captions
-from .decoding import PictureDecoder
+from .decoding import PictureDecoder, View
 from .epochs import MAX_ROWS, EpochPlan, batches_per_epoch, epoch_repeats, generator
 from .image_prompts import ImagePrompts
 from .latents import LatentEncoder
+from .loss_masks import LossMasks
 from .pictures import Skipped, TrainingPicture
 from .sources import LEFT_OUT, find_all, reasons
 
@@ -39,6 +40,9 @@ class Batch:
     caption_ids: Tensor  # (B,) int64, indices into TrainingData.captions
     image_prompts: Tensor | None = None  # (B, n, E) float32, zeros where they are left out; None where n is 0
     weights: Tensor | None = None  # (B,) float32, of each picture in the loss; None where all are 1
+    masks: Tensor | None = (
+        None  # (B, h, w) float32, of each position in the loss, 1 on average; None without masks
+    )
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class BucketTensors:
     """All of a bucket, for training that keeps its data on the accelerator."""
 
     bucket: Bucket
-    latents: Tensor  # (N, F, 16, h, w) float32; F is 2 where pictures are mirrored: as they are, mirrored
+    latents: Tensor  # (N, F, 16, h, w) float32; F is 2 where pictures are mirrored, for each crop: as it is, mirrored
     caption_ids: Tensor  # (N, K) int64, indices into TrainingData.captions; -1 beyond a picture's own
     caption_counts: Tensor  # (N,) int64
 
@@ -97,10 +101,15 @@ def set_of(settings: DataSettings, picture: TrainingPicture) -> DataSetSettings:
     return settings.sets[picture.set] if picture.set >= 0 else _ALONE
 
 
+def crops_of(settings: DataSettings) -> Crops:
+    return Crops(settings.crops, settings.crop_zoom)
+
+
 def _latent_encoder(
     settings: DataSettings, encode, fingerprint: str, report, access: Access
 ) -> LatentEncoder:
-    return LatentEncoder(encode, Cache(settings.cache, fingerprint), settings.flip, report, access.ask)
+    cache = Cache(settings.cache, fingerprint)
+    return LatentEncoder(encode, cache, settings.flip, report, access.ask, crops_of(settings))
 
 
 class TrainingData:
@@ -130,54 +139,27 @@ class TrainingData:
     ):
         self.settings, self.seed, self.image_prompts = settings, seed, image_prompts
         access = access or Access()
+        self.crops = crops_of(settings)
         found, left_out = pictures or find_all(settings, access)
-        self.skipped = list(left_out)
         bucketed, unreadable = _assign_buckets(settings, found, access)
+        self.unused_prompts = self._count_prompts(bucketed)
         encoder = _latent_encoder(settings, encode, fingerprint, report, access)
-        prompted = sum(bool(each.picture.image_prompts) for each in bucketed)
-        self.unused_prompts = prompted if image_prompts is None else 0
-        if image_prompts is not None and not prompted:
-            raise CascadeError(
-                "models.image_encoder is given, but no picture has image prompts; put them beside the pictures "
-                "(0001.prompt0.png beside 0001.png), or leave it out."
-            )
-        damaged = encoder.fill(bucketed)
+        masks = LossMasks(Cache(settings.cache, "masks"), self.crops, settings.unmasked_weight)
+        faults = encoder.fill(bucketed) | masks.fill(bucketed, access.ask)
         if image_prompts is not None:
             unprompted = image_prompts.fill([each.picture for each in bucketed], report, access.ask)
-            damaged |= {each: unprompted[each.picture] for each in bucketed if each.picture in unprompted}
+            faults |= {each: unprompted[each.picture] for each in bucketed if each.picture in unprompted}
             image_prompts.release()
-        usable = [each for each in bucketed if each not in damaged]
-        self.skipped += [
-            *unreadable,
-            *(Skipped(each.picture.name, reason) for each, reason in damaged.items()),
-        ]
+        usable = [each for each in bucketed if each not in faults]
+        faulty = [Skipped(each.picture.name, reason) for each, reason in faults.items()]
+        self.skipped = [*left_out, *unreadable, *faulty]
         if not usable:
             raise CascadeError(
                 f"None of the {len(found):,} pictures can be trained on: {reasons(self.skipped)}; give pictures as "
                 "PNG, JPEG or WebP."
             )
-        ids: dict[str, int] = {"": 0}
-        captions = {
-            each: trained_captions(each.picture.captions, settings, each.picture.set) for each in usable
-        }
-        for each in usable:
-            for text in captions[each]:
-                ids.setdefault(text, len(ids))
-        self.captions = list(ids)
-        grouped: dict[tuple[Bucket, int], list[BucketedPicture]] = {}
-        for each in usable:
-            count = len(each.picture.image_prompts) if image_prompts is not None else 0
-            grouped.setdefault((each.bucket, count), []).append(each)
-        self._buckets = [
-            BucketData(
-                grouped[key],
-                encoder,
-                [[ids[text] for text in captions[each]] for each in grouped[key]],
-                key[1],
-                [self._set(each.picture).repeat for each in grouped[key]],
-            )
-            for key in sorted(grouped)
-        ]
+        self.captions = [""]
+        self._buckets = self._group(usable, encoder, masks)
         shown = sum(len(bucket.shown) for bucket in self._buckets)
         if shown > MAX_ROWS:
             raise CascadeError(
@@ -191,6 +173,46 @@ class TrainingData:
         self._plan: tuple[tuple[int, int], EpochPlan] | None = None
         self._repeat = epoch_repeats(shown, settings.repeat)
         self._decoder = PictureDecoder() if with_images else None
+
+    def _count_prompts(self, pictures: list[BucketedPicture]) -> int:
+        """How many pictures have image prompts that are not used. Raises CascadeError where there are none to use."""
+        prompted = sum(bool(each.picture.image_prompts) for each in pictures)
+        if self.image_prompts is None:
+            return prompted
+        if not prompted:
+            raise CascadeError(
+                "models.image_encoder is given, but no picture has image prompts; put them beside the pictures "
+                "(0001.prompt0.png beside 0001.png), or leave it out."
+            )
+        return 0
+
+    def _group(
+        self, pictures: list[BucketedPicture], encoder: LatentEncoder, masks: LossMasks
+    ) -> list[BucketData]:
+        """The pictures by bucket and number of image prompts; their captions are added to `captions`."""
+        ids = {"": 0}
+        texts = {
+            each: trained_captions(each.picture.captions, self.settings, each.picture.set)
+            for each in pictures
+        }
+        grouped: dict[tuple[Bucket, int], list[BucketedPicture]] = {}
+        for each in pictures:
+            for text in texts[each]:
+                ids.setdefault(text, len(ids))
+            count = len(each.picture.image_prompts) if self.image_prompts is not None else 0
+            grouped.setdefault((each.bucket, count), []).append(each)
+        self.captions = list(ids)
+        return [
+            BucketData(
+                members,
+                encoder,
+                [[ids[text] for text in texts[each]] for each in members],
+                prompts,
+                [self._set(each.picture).repeat for each in members],
+                masks.rows(members),
+            )
+            for (_, prompts), members in sorted(grouped.items())
+        ]
 
     def _set(self, picture: TrainingPicture) -> DataSetSettings:
         return set_of(self.settings, picture)
@@ -241,8 +263,8 @@ class TrainingData:
         images = None
         if self._decoder is not None:
             next_rows = self._choose(step + 1, batch_size, rank, ranks)
-            images = self._decoder.images(rows.pictures, rows.mirrored)
-            self._decoder.prefetch(next_rows.pictures)
+            images = self._decoder.images(self._views(rows), rows.mirrored)
+            self._decoder.prefetch(self._views(next_rows))
         prompts = None
         if self.image_prompts is not None and bucket.image_prompts:
             prompts = self.image_prompts.embeddings([each.picture for each in rows.pictures])
@@ -250,12 +272,26 @@ class TrainingData:
         return Batch(
             [each.picture.name for each in rows.pictures],
             [self.captions[i] for i in rows.caption_ids.tolist()],
-            bucket.latents(rows.indices, rows.mirrored),
+            bucket.latents(rows.indices, rows.mirrored, rows.crops),
             images,
             rows.caption_ids,
             prompts,
             self._weights(rows.pictures),
+            self._masks(rows),
         )
+
+    def _views(self, rows: "_Rows") -> list[View]:
+        crops = rows.crops.tolist()
+        return [
+            (each, self.crops.of(each, number)) for each, number in zip(rows.pictures, crops, strict=True)
+        ]
+
+    def _masks(self, rows: "_Rows") -> Tensor | None:
+        bucket = self._buckets[rows.bucket]
+        weights = bucket.mask_weights(rows.indices, rows.mirrored, rows.crops, self.settings.unmasked_weight)
+        if weights is None:
+            return None
+        return torch.where(rows.unmasked[:, None, None], torch.ones(()), weights)
 
     def _weights(self, pictures: list[BucketedPicture]) -> Tensor | None:
         weights = [self._set(each.picture).weight for each in pictures]
@@ -269,16 +305,18 @@ class TrainingData:
         random = generator(self.seed, "rows", step)
         chance = torch.rand(3, len(indices), generator=random)
         prompted = torch.rand(len(indices), generator=random) >= self.settings.image_prompt_dropout
+        views = torch.rand(2, len(indices), generator=generator(self.seed, "crops and masks", step))
         share = slice(rank, None, ranks)
         if len(indices) < ranks:  # a bucket with fewer pictures: some ranks share a row rather than have none
             share = slice(rank % len(indices), rank % len(indices) + 1)
-        indices, chance, prompted = indices[share], chance[:, share], prompted[share]
+        indices, chance, prompted, views = indices[share], chance[:, share], prompted[share], views[:, share]
+        crops, unmasked = (views[0] * self.crops.count).long(), views[1] < self.settings.unmasked_share
         mirrored = (chance[0] < 0.5).long() if self.settings.flip else torch.zeros_like(indices)
         bucket = self._buckets[number]
         without_words = chance[2] < self.settings.caption_dropout
         caption_ids = torch.where(without_words, 0, bucket.captions(indices, chance[1]))
         pictures = [bucket.pictures[index] for index in indices.tolist()]
-        return _Rows(number, indices, mirrored, caption_ids, prompted, pictures)
+        return _Rows(number, indices, mirrored, caption_ids, prompted, pictures, crops, unmasked)
 
     def _epoch(self, epoch: int, total_batch_size: int) -> EpochPlan:
         """The epoch's plan; the last one is kept."""
@@ -298,3 +336,5 @@ class _Rows(NamedTuple):
     caption_ids: Tensor  # (B,)
     prompted: Tensor  # (B,) whether with its image prompts
     pictures: list[BucketedPicture]
+    crops: Tensor  # (B,) which part of each
+    unmasked: Tensor  # (B,) bool, whether its mask is left out

@@ -22,8 +22,12 @@ class BucketData:
         captions: Sequence[Sequence[int]],
         image_prompts: int = 0,
         repeats: Sequence[int] = (),
+        masks: Tensor | None = None,
     ):
-        """captions: the indices of each picture's; image_prompts: how many each picture has; repeats: of each."""
+        """captions: the indices of each picture's; image_prompts: how many each picture has; repeats: of each.
+
+        masks: (N, crops, h, w) uint8; None where no picture has one.
+        """
         self.pictures, self.encoder, self.image_prompts = pictures, encoder, image_prompts
         self.bucket = pictures[0].bucket
         longest = max(map(len, captions))
@@ -34,6 +38,7 @@ class BucketData:
         if repeats:
             self.shown = self.shown.repeat_interleave(torch.tensor(repeats))
         self.in_memory: Tensor | None = None  # (N, F, 16, h, w)
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -45,29 +50,41 @@ class BucketData:
 
     @property
     def nbytes(self) -> int:
-        latent = self.encoder.cache.rows[self.pictures[0].key(False)]
-        return latent.nbytes * len(self.pictures) * len(self.encoder.variants)
+        latent = self.encoder.cache.rows[self.encoder.keys(self.pictures[0])[0]]
+        return latent.nbytes * len(self.pictures) * self.encoder.variants
 
     def all_latents(self) -> Tensor:
-        """(N, F, 16, h, w) float32; F is 2 where pictures are mirrored: as they are, mirrored."""
+        """(N, F, 16, h, w) float32; F is 2 where pictures are mirrored, for each crop: as it is, mirrored."""
         if self.in_memory is not None:
             return self.in_memory
-        variants = [
-            self.encoder.cache.stack(picture.key(mirrored) for picture in self.pictures)
-            for mirrored in self.encoder.variants
-        ]
-        return torch.stack(variants, dim=1)
+        keys = [self.encoder.keys(picture) for picture in self.pictures]
+        return torch.stack([self.encoder.cache.stack(each) for each in zip(*keys, strict=True)], dim=1)
 
     def load_to_memory(self) -> None:
         """Gather all rows in one tensor, so that a batch is one indexing operation."""
         self.in_memory = self.all_latents()
 
-    def latents(self, rows: Tensor, mirrored: Tensor) -> Tensor:
-        """(B, 16, h, w) of these rows (B,), from memory or from the mapped files; mirrored: (B,) 0 or 1."""
+    def latents(self, rows: Tensor, mirrored: Tensor, crops: Tensor) -> Tensor:
+        """(B, 16, h, w) of these rows, from memory or from the mapped files. All (B,); mirrored: 0 or 1."""
+        variants = crops * len(self.encoder.mirrorings) + mirrored
         if self.in_memory is not None:
-            return self.in_memory[rows, mirrored]
-        variants = zip(rows.tolist(), mirrored.tolist(), strict=True)
-        return self.encoder.cache.stack(self.pictures[row].key(bool(flipped)) for row, flipped in variants)
+            return self.in_memory[rows, variants]
+        chosen = zip(rows.tolist(), variants.tolist(), strict=True)
+        keys = (self.encoder.keys(self.pictures[row])[variant] for row, variant in chosen)
+        return self.encoder.cache.stack(keys)
+
+    def mask_weights(self, rows: Tensor, mirrored: Tensor, crops: Tensor, unmasked: float) -> Tensor | None:
+        """(B, h, w) float32, of each position in the loss, 1 on average; None where no picture has a mask.
+
+        unmasked: the weight of what a mask leaves out, beside that of what it shows.
+        """
+        if self.masks is None:
+            return None
+        masks = self.masks[rows, crops].float() / 255
+        masks = torch.where(mirrored.bool()[:, None, None], masks.flip(-1), masks)
+        weights = unmasked + (1 - unmasked) * masks
+        # So that a small mask has as much of the loss as a large one; a crop beside it has none.
+        return weights / weights.mean((1, 2), keepdim=True).clamp(min=1e-6)
 
     def captions(self, rows: Tensor, chance: Tensor) -> Tensor:
         """Draw a caption of each row, by chance (B,) in [0, 1): its id, (B,)."""

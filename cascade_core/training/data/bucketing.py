@@ -1,7 +1,9 @@
 """Bucketing by aspect ratio: which bucket each picture goes into."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,16 @@ from ...errors import printable
 from ..settings import DataSettings
 from .buckets import Bucket, buckets, nearest, own_bucket
 from .cache import Cache, Key, key_of
-from .pictures import PictureError, Skipped, TrainingPicture, picture_size, read_picture
+from .pictures import (
+    CENTRE,
+    Crop,
+    PictureError,
+    Skipped,
+    TrainingPicture,
+    picture_size,
+    read_mask,
+    read_picture,
+)
 from .threads import map_in_threads
 
 CROPPED = 0.1  # of a picture's area; what loses less is not told of
@@ -37,28 +48,70 @@ class BucketedPicture:
         shown = self.bucket.height * self.bucket.width / self.scale**2
         return min(shown / (self.size[0] * self.size[1]), 1.0)
 
-    def key(self, mirrored: bool) -> Key:
+    def key(self, mirrored: bool, crop: Crop = CENTRE) -> Key:
         """Key of its latent in a cache."""
-        return key_of(self.picture.identity, *self.bucket, mirrored)
+        part = () if crop == CENTRE else crop
+        return key_of(self.picture.identity, *self.bucket, mirrored, *part)
 
-    def pixels(self, size: tuple[int, int]) -> Tensor:
+    def pixels(self, size: tuple[int, int], crop: Crop = CENTRE) -> Tensor:
         """uint8 (3, *size). Raises PictureError."""
-        return read_picture(self.picture.read(), self.bucket, size)
+        return read_picture(self.picture.read(), self.bucket, size, crop)
+
+    def mask(self, crop: Crop = CENTRE) -> Tensor:
+        """uint8 (h, w) of the latent's size, of a picture that has a mask. Raises PictureError."""
+        file, (height, width) = self.picture.mask, self.size
+        assert file is not None
+        transparency = file.identity == self.picture.identity
+        return read_mask(file.read(), self.bucket, self.bucket.latent, crop, transparency, width / height)
+
+
+class Crops(NamedTuple):
+    """How many parts of each picture are shown, and down to which share of a side: 1 / zoom."""
+
+    count: int = 1
+    zoom: float = 1.0
+
+    def of(self, picture: BucketedPicture, number: int) -> Crop:
+        """One of them, at random, but the same on every machine and in every run; the centre where there is one.
+
+        No part is so small that it would be enlarged.
+        """
+        if self.count == 1:
+            return CENTRE
+        random = Random(key_of("crop", picture.picture.name, number))
+        x, y, share = random.random(), random.random(), random.random()
+        most = max(min(self.zoom, 1 / picture.scale), 1.0)
+        return Crop(x, y, 1 + (most - 1) * share)
+
+    def all_of(self, picture: BucketedPicture) -> list[Crop]:
+        return [self.of(picture, number) for number in range(self.count)]
+
+
+CENTRES = Crops()
 
 
 class Chooser:
     """Which bucket a picture goes into, and whether it is left out, as the settings say."""
 
     def __init__(self, settings: DataSettings):
-        self.settings = settings
-        self.buckets = buckets(settings.size, settings.bucket_step, settings.max_aspect)
+        self.settings = s = settings
+        self.sides = s.min_bucket_side or 0, s.max_bucket_side or math.inf
+        self.buckets = {
+            size: buckets(size, s.bucket_step, s.max_aspect, *self.sides)
+            for size in {s.size, *(each.size or s.size for each in s.sets)}
+        }
 
-    def bucket(self, height: int, width: int) -> Bucket:
-        """The bucket nearest to the aspect ratio; without `enlarge`, for a smaller picture, one of its own size."""
-        chosen = nearest(self.buckets, height, width)
-        if self.settings.enlarge or (height >= chosen.height and width >= chosen.width):
+    def bucket(self, height: int, width: int, number: int = -1) -> Bucket:
+        """The bucket nearest to the aspect ratio; without `enlarge`, for a smaller picture, one of its own size.
+
+        number: of data.sets, which may have a size of its own.
+        """
+        s = self.settings
+        size = (s.sets[number].size if number >= 0 else None) or s.size
+        chosen = nearest(self.buckets[size], height, width)
+        if s.enlarge or (height >= chosen.height and width >= chosen.width):
             return chosen
-        return own_bucket(height, width, self.settings.bucket_step, self.settings.max_aspect)
+        return own_bucket(height, width, s.bucket_step, s.max_aspect, self.sides[0])
 
     def fault(self, picture: BucketedPicture) -> str | None:
         """Why a picture is left out, in a few words that many share; None where it is not."""
@@ -102,7 +155,7 @@ def assign_buckets(
             few = f"{width} × {height} pixels are too few; give {settings.min_side} a side or more"
             skipped.append(Skipped(picture.name, few))
             continue
-        placed = BucketedPicture(picture, chooser.bucket(height, width), (height, width))
+        placed = BucketedPicture(picture, chooser.bucket(height, width, picture.set), (height, width))
         fault = chooser.fault(placed)
         if fault is None:
             bucketed.append(placed)

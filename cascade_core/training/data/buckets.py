@@ -30,19 +30,30 @@ class Bucket(NamedTuple):
         return f"{self.width} × {self.height}"
 
 
-def buckets(size: int, step: int, max_aspect: float = MAX_ASPECT) -> tuple[Bucket, ...]:
-    """The square of that side, and every rectangle of no more area whose sides are multiples of `step`."""
+def buckets(
+    size: int,
+    step: int,
+    max_aspect: float = MAX_ASPECT,
+    min_side: int = 0,
+    max_side: float = math.inf,
+) -> tuple[Bucket, ...]:
+    """The square of that side, and every rectangle of no more area whose sides are multiples of `step`.
+
+    min_side, max_side: bounds of the rectangles' sides.
+    """
     sizes = {Bucket(size, size)}
     for long in range(-(-size // step) * step, int(size * math.sqrt(max_aspect)) + 1, step):
         short = int(size * size / long) // step * step
-        if short and long / short <= max_aspect:
+        if short and long / short <= max_aspect and min_side <= short and long <= max_side:
             sizes |= {Bucket(short, long), Bucket(long, short)}
     return tuple(sorted(sizes))
 
 
-def own_bucket(height: int, width: int, step: int, max_aspect: float = MAX_ASPECT) -> Bucket:
+def own_bucket(
+    height: int, width: int, step: int, max_aspect: float = MAX_ASPECT, min_side: int = 0
+) -> Bucket:
     """The largest bucket within a picture: its sides rounded down to multiples of `step`, not too long or small."""
-    short = max(min(height, width) // step * step, -(-MIN_BUCKET // step) * step)
+    short = max(min(height, width) // step * step, -(-max(min_side, MIN_BUCKET) // step) * step)
     long = min(max(height, width) // step * step, int(short * max_aspect) // step * step)
     long = max(long, short)
     return Bucket(short, long) if height < width else Bucket(long, short)

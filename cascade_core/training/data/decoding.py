@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ...errors import CascadeError, printable
 from .bucketing import BucketedPicture
-from .pictures import PictureError
+from .pictures import Crop, PictureError
 from .threads import thread_pool
 
+View = tuple[BucketedPicture, Crop]
 CACHE_BYTES = 4_000_000_000  # of decoded pictures that are kept in memory
 
 
@@ -22,23 +23,19 @@ class PictureDecoder:
 
     def __init__(self) -> None:
         self.pool, self.free_bytes = thread_pool(), CACHE_BYTES
-        self.pending: dict[BucketedPicture, Future[Tensor]] = {}
-        self.cached: dict[BucketedPicture, Tensor] = {}
+        self.pending: dict[View, Future[Tensor]] = {}
+        self.cached: dict[View, Tensor] = {}
 
-    def prefetch(self, pictures: Sequence[BucketedPicture]) -> None:
+    def prefetch(self, views: Sequence[View]) -> None:
         """Begin decoding the next batch; what was prefetched before and not asked for is dropped."""
-        self.pending = {
-            picture: self._submit(picture)
-            for picture in dict.fromkeys(pictures)
-            if picture not in self.cached
-        }
+        self.pending = {view: self._submit(view) for view in dict.fromkeys(views) if view not in self.cached}
 
-    def images(self, pictures: Sequence[BucketedPicture], mirrored: Tensor) -> Tensor:
+    def images(self, views: Sequence[View], mirrored: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, as the compressor reads them; mirrored: (B,), 1 where to mirror."""
-        for picture in pictures:
-            if picture not in self.cached and picture not in self.pending:
-                self.pending[picture] = self._submit(picture)
-        images = [self._pixels(picture) for picture in pictures]
+        for view in views:
+            if view not in self.cached and view not in self.pending:
+                self.pending[view] = self._submit(view)
+        images = [self._pixels(view) for view in views]
         return torch.stack(
             [
                 image.flip(-1) if flipped else image
@@ -46,14 +43,16 @@ class PictureDecoder:
             ]
         )
 
-    def _submit(self, picture: BucketedPicture) -> Future[Tensor]:
-        return self.pool.submit(picture.pixels, picture.bucket.compressor)
+    def _submit(self, view: View) -> Future[Tensor]:
+        picture, crop = view
+        return self.pool.submit(picture.pixels, picture.bucket.compressor, crop)
 
-    def _pixels(self, picture: BucketedPicture) -> Tensor:
-        if picture in self.cached:
-            return self.cached[picture]
+    def _pixels(self, view: View) -> Tensor:
+        if view in self.cached:
+            return self.cached[view]
+        picture, _ = view
         try:
-            image = self.pending[picture].result()
+            image = self.pending[view].result()
         except PictureError as error:
             raise CascadeError(
                 f"The picture {printable(picture.picture.name)} could be read as its latent was made, but no longer "
@@ -61,5 +60,5 @@ class PictureDecoder:
             ) from None
         if image.nbytes <= self.free_bytes:
             self.free_bytes -= image.nbytes
-            self.cached[picture] = image
+            self.cached[view] = image
         return image

@@ -19,15 +19,20 @@ AT_ONCE = 1000
 
 
 def pictures_digest(
-    pictures: Sequence[TrainingPicture], contents: Cache, image_prompts: bool, asked: Callable[[], None]
+    pictures: Sequence[TrainingPicture],
+    contents: Cache,
+    image_prompts: bool,
+    asked: Callable[[], None],
+    named: bool = False,
 ) -> str:
     """A digest of the pictures in their order, with their captions, and with their image prompts where they count.
 
     contents: digests of pictures that were read before; new ones are added. asked: called now and then, may raise.
+    named: whether the pictures' names count, from which the places of crops follow.
     """
     files: dict[Key, PictureFile] = {}
     for picture in pictures:
-        for file in (picture, *picture.image_prompts) if image_prompts else (picture,):
+        for file in _files(picture, image_prompts):
             files.setdefault(key_of(file.identity), file)
     for key in files:
         contents.keep(key, (KEY_BYTES,), torch.uint8)
@@ -43,12 +48,18 @@ def pictures_digest(
             contents.add(list(new), torch.tensor([list(value) for value in new.values()], dtype=torch.uint8))
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for picture in pictures:
-        prompts = picture.image_prompts if image_prompts else ()
-        rows = (contents.rows.get(key_of(file.identity)) for file in (picture, *prompts))
+        rows = (contents.rows.get(key_of(file.identity)) for file in _files(picture, image_prompts))
         held = [bytes(row.tolist()) if row is not None else b"" for row in rows]  # b"": it cannot be read
         of_a_set = (picture.set,) if picture.set >= 0 else ()
-        digest.update(key_of(repr((held, picture.captions, *of_a_set))))
+        more = ("masked",) * (picture.mask is not None) + (picture.name,) * named
+        digest.update(key_of(repr((held, picture.captions, *of_a_set, *more))))
     return digest.hexdigest()
+
+
+def _files(picture: TrainingPicture, image_prompts: bool) -> list[PictureFile]:
+    """The files that a picture's part in training follows from."""
+    mask = [picture.mask] if picture.mask is not None else []
+    return [picture, *(picture.image_prompts if image_prompts else ()), *mask]
 
 
 def _content(file: PictureFile) -> bytes:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,21 +17,25 @@ from .access import Access
 from .captions import MAX_BYTES, SUFFIXES, CaptionError, caption_lines, caption_values, decoded
 from .pictures import (
     IMAGE_PROMPT,
+    NONE_BESIDE,
     NOT_READ,
     PICTURES,
+    Companions,
     Listing,
     PictureFile,
     Skipped,
     TrainingPicture,
     kind_not_read,
+    mask_of,
 )
 
 METADATA, TABLE = "metadata.jsonl", "metadata.csv"
 MAX_LINE = 1_000_000  # characters of a line of metadata
+UNUSED_MASK = "a mask, by its name, and no caption; data.masks: beside makes use of it"
 LEADS_OUT = "a link that leads out of the folders that may be read"
 
 
-def folder_pictures(folder: Path, access: Access) -> Listing:
+def folder_pictures(folder: Path, access: Access, companions: Companions = NONE_BESIDE) -> Listing:
     """List a folder's pictures; hidden files and folders, which begin with a dot, are left out."""
     if not os.path.isdir(folder):
         problem = "is a file" if os.path.exists(folder) else "does not exist"
@@ -39,6 +44,7 @@ def folder_pictures(folder: Path, access: Access) -> Listing:
         )
     access.permit(folder)
     folder = folder.resolve()
+    masks = _masks_of_folder(companions.mask_folder, access)
     metadata: dict[str, tuple[str, ...]] = {}  # by path, from every metadata.jsonl on the way down
     for found in _walk(folder, access):
         if isinstance(found, Skipped):
@@ -48,7 +54,7 @@ def folder_pictures(folder: Path, access: Access) -> Listing:
         for name, rows in ((TABLE, _csv_rows), (METADATA, _json_rows)):
             if name in names:
                 metadata |= _read_metadata(Path(place, name), rows, access)
-        yield from _pictures_in(place, folder, names, metadata, access)
+        yield from _pictures_in(place, folder, names, metadata, access, companions, masks)
 
 
 def _walk(folder: Path, access: Access) -> Iterator[tuple[str, list[str]] | Skipped]:
@@ -92,19 +98,51 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _masks_of_folder(folder: Path | None, access: Access) -> dict[str, PictureFile] | None:
+    """A folder's pictures by their path within it, without ending; None where there is no folder."""
+    if folder is None:
+        return None
+    access.permit(folder)
+    if not os.path.isdir(folder):
+        raise CascadeError(
+            f"data.mask_folder {printable(str(folder))} is not a folder; give one of masks with the pictures' names."
+        )
+    folder, masks = folder.resolve(), {}
+    for found in _walk(folder, access):
+        place, names = found if not isinstance(found, Skipped) else ("", [])
+        for name in names:
+            if _suffix(name) in PICTURES and not name.startswith("."):
+                with suppress(OSError):
+                    file = PictureFile(*_file_fields(Path(place, name), folder, access))
+                    masks.setdefault(file.name[: -len(Path(name).suffix)], file)
+    return masks
+
+
 def _pictures_in(
-    place: str, folder: Path, names: list[str], metadata: Mapping[str, tuple[str, ...]], access: Access
+    place: str,
+    folder: Path,
+    names: list[str],
+    metadata: Mapping[str, tuple[str, ...]],
+    access: Access,
+    companions: Companions,
+    masks: Mapping[str, PictureFile] | None,
 ) -> Listing:
     visible = [name for name in names if not name.startswith(".")]
     pictures = [name for name in visible if _suffix(name) in PICTURES]
-    caption_files = _caption_files(names)
+    caption_files = _caption_files(names, companions.caption_suffix)
     prompts = _image_prompts(pictures)
-    prompt_names = {name for names in prompts.values() for name in names}
+    stems = {Path(name).stem for name in pictures}
+    mask_names = {
+        picture: name
+        for name in pictures
+        if companions.masks == "beside" and (picture := mask_of(Path(name).stem)) in stems
+    }
+    passed_over = {name for names in (*prompts.values(), mask_names.values()) for name in names}
     for name in visible:
         shown = Path(place, name).relative_to(folder).as_posix()
         if _suffix(name) in NOT_READ:
             yield Skipped(shown, kind_not_read(_suffix(name)))
-        if _suffix(name) not in PICTURES or name in prompt_names:
+        if _suffix(name) not in PICTURES or name in passed_over:
             continue
         path = Path(place, name)
         captions, beside = metadata.get(str(path)), caption_files.get(path.stem)
@@ -117,24 +155,35 @@ def _pictures_in(
             )
             if not captions and beside:
                 captions = _read_captions(Path(place, beside), access)
+            mask = PictureFile(*file) if companions.masks == "alpha" else None
+            if masks is not None:
+                mask = masks.get(shown[: -len(path.suffix)])
+            elif path.stem in mask_names:
+                mask = PictureFile(*_file_fields(Path(place, mask_names[path.stem]), folder, access))
         except OSError as error:
             yield Skipped(shown, f"it cannot be read: {error.strerror}")
         except CaptionError as error:
             yield Skipped(shown, f"its caption {printable(str(beside))} cannot be read: {error}")
         else:
-            yield (
-                TrainingPicture(*file, captions, image_prompts) if captions else Skipped(shown, "no caption")
-            )
+            if not captions and mask_of(path.stem) in stems:
+                yield Skipped(shown, UNUSED_MASK)
+            elif captions := captions or companions.own:
+                yield TrainingPicture(*file, captions, image_prompts, mask=mask)
+            else:
+                yield Skipped(shown, "no caption")
 
 
 def _suffix(name: str) -> str:
     return Path(name).suffix.lower()
 
 
-def _caption_files(names: list[str]) -> dict[str, str]:
-    """Caption files by their name without ending: .txt goes before .caption, then .json; lower case first."""
+def _caption_files(names: list[str], only: str | None = None) -> dict[str, str]:
+    """Caption files by their name without ending: .txt goes before .caption, then .json; lower case first.
+
+    only: the one suffix that is looked for instead.
+    """
     files: dict[str, str] = {}
-    for suffix in reversed((*SUFFIXES, ".json")):
+    for suffix in [only.lower()] if only else reversed((*SUFFIXES, ".json")):
         files |= {Path(name).stem: name for name in names if _suffix(name) == suffix}
     return files
 

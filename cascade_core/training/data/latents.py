@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...errors import CascadeError
 from ...geometry import LATENT_CHANNELS
-from .bucketing import BucketedPicture
+from .bucketing import CENTRES, BucketedPicture, Crops
 from .buckets import Bucket
 from .cache import Cache, Key
 from .pictures import PictureError
@@ -22,7 +22,7 @@ FILE_SECONDS = 30.0  # or as many as come in this time: what a killed run has to
 class LatentEncoder:
     """Fills a cache with latents.
 
-    encode: (B, 3, H, W) float32 in [0, 1] -> (B, 16, h, w); flip: mirrored pictures as well;
+    encode: (B, 3, H, W) float32 in [0, 1] -> (B, 16, h, w); flip: mirrored pictures as well; crops: which parts;
     report: called with how many pictures are encoded and how many there are to encode; ask: called at each picture,
     raises Interrupted where the run should end.
     """
@@ -34,22 +34,33 @@ class LatentEncoder:
         flip: bool,
         report: Callable[[int, int], None] | None = None,
         ask: Callable[[], None] = lambda: None,
+        crops: Crops = CENTRES,
     ):
-        self.encode, self.cache, self.report, self.ask = encode, cache, report, ask
-        self.variants = (False, True) if flip else (False,)
+        self.encode, self.cache, self.report, self.ask, self.crops = encode, cache, report, ask, crops
+        self.mirrorings = (False, True) if flip else (False,)
         self.done = self.total = 0
+
+    @property
+    def variants(self) -> int:
+        """How many latents a picture has."""
+        return self.crops.count * len(self.mirrorings)
+
+    def keys(self, picture: BucketedPicture) -> list[Key]:
+        """The keys of all of a picture's latents: of each crop as it is, then mirrored."""
+        crops = self.crops.all_of(picture)
+        return [picture.key(mirrored, crop) for crop in crops for mirrored in self.mirrorings]
 
     def fill(self, pictures: Sequence[BucketedPicture]) -> dict[BucketedPicture, str]:
         """Encode the latents that are not cached yet; returns the damaged pictures, and what is wrong with each."""
         missing: dict[Bucket, list[BucketedPicture]] = {}
         for picture in pictures:
-            keys = [picture.key(mirrored) for mirrored in self.variants]
+            keys = self.keys(picture)
             for key in keys:
                 shape = LATENT_CHANNELS["stage_c"], *picture.bucket.latent
                 self.cache.keep(key, shape, torch.float32)
             if not all(key in self.cache for key in keys):
                 missing.setdefault(picture.bucket, []).append(picture)
-        self.done, self.total = 0, sum(map(len, missing.values()))
+        self.done, self.total = 0, self.crops.count * sum(map(len, missing.values()))
         damaged: dict[BucketedPicture, str] = {}
         for bucket in sorted(missing):
             file = _CacheFile(self.cache)
@@ -67,18 +78,21 @@ class LatentEncoder:
         damaged: dict[BucketedPicture, str] = {}
         keys: list[Key] = []
         images: list[Tensor] = []
-        for picture, pixels in map_in_threads(
-            lambda each: each.pixels(size), pictures, 2 * at_once, self.ask
+        views = [(each, crop) for each in pictures for crop in self.crops.all_of(each)]
+        last = views[-1]
+        for view, pixels in map_in_threads(
+            lambda view: view[0].pixels(size, view[1]), views, 2 * at_once, self.ask
         ):
+            picture, crop = view
             self.done += 1
             if isinstance(pixels, PictureError):
                 damaged[picture] = pixels.reason
             else:
-                for mirrored in self.variants:
-                    if (key := picture.key(mirrored)) not in self.cache:
+                for mirrored in self.mirrorings:
+                    if (key := picture.key(mirrored, crop)) not in self.cache:
                         keys.append(key)
                         images.append(pixels.flip(-1) if mirrored else pixels)
-            if images and (len(images) >= at_once or picture is pictures[-1]):
+            if images and (len(images) >= at_once or view is last):
                 file.add(keys, self._encode(images, bucket))
                 keys, images = [], []
                 if self.report is not None:

@@ -1,9 +1,11 @@
 """Pictures as bytes in files -> pixels of a bucket: upright, cropped to its centre, RGB."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ NOT_READ = (  # pictures that are left out with a word, where other files are no
 IMAGE_PROMPT = re.compile(
     r"(.*)\.prompt(\d{1,4})", re.DOTALL
 )  # 0001.prompt0, without its ending, prompts for 0001
+MASKS = (".mask", "-masklabel")  # 0001.mask.png is the mask of 0001.png; the second as OneTrainer has it
 ORIENTATION = 0x0112  # EXIF tag
 # How a picture is turned upright, by the tag's value (EXIF 2.3, section 4.6.4).
 UPRIGHT = {
@@ -37,6 +40,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 LYING = (5, 6, 7, 8)  # stored with width and height exchanged
+SAME_ASPECT = 0.03  # as a logarithm: what rounding to pixels makes of a mask's proportions
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,29 @@ class TrainingPicture(PictureFile):
     captions: tuple[str, ...]  # at least one
     image_prompts: tuple[PictureFile, ...] = ()
     set: int = -1  # which of data.sets it is of
+    mask: PictureFile | None = None  # itself, where its transparency is its mask
+
+
+class Companions(NamedTuple):
+    """What lies beside a set's pictures."""
+
+    masks: str = "none"  # or beside, alpha
+    mask_folder: Path | None = None
+    caption: str | None = None  # of pictures that have none
+    caption_suffix: str | None = None  # of the only caption files that are read
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The caption of a picture that has none, if there is one."""
+        return () if self.caption is None else (self.caption,)
+
+
+NONE_BESIDE = Companions()
+
+
+def mask_of(stem: str) -> str | None:
+    """The picture, without its ending, whose mask a file of this name without ending may be."""
+    return next((stem[: -len(mark)] for mark in MASKS if stem.endswith(mark)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +131,19 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return (width, height) if orientation in LYING else (height, width)
 
 
-def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
-    """The largest part of the bucket's aspect ratio around the centre, resized: uint8 (3, *size).
+class Crop(NamedTuple):
+    """Which part of the bucket's aspect ratio is shown: where, as shares of the room that there is, and how small."""
+
+    x: float = 0.5
+    y: float = 0.5
+    zoom: float = 1.0  # the largest part that there is has so many times its sides
+
+
+CENTRE = Crop()
+
+
+def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int], crop: Crop = CENTRE) -> Tensor:
+    """A part of the bucket's aspect ratio, by default the largest around the centre, resized: uint8 (3, *size).
 
     size: (height, width), such as what the compressor reads for the bucket. Resized once, from the file's own pixels,
     with antialiasing.
@@ -118,12 +156,41 @@ def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int]) -> Tensor:
         if orientation in LYING:
             shape, (height, width) = Bucket(bucket.width, bucket.height), (width, height)
         # JPEG can be decoded at half or less the size in a fraction of the time; twice what is needed is kept.
-        picture.draft(None, (2 * width, 2 * height))
-        box = _centre(picture.size, shape)
+        picture.draft(None, (math.ceil(2 * width * crop.zoom), math.ceil(2 * height * crop.zoom)))
+        box = _box(picture.size, shape, _as_stored(crop, orientation))
         resized = _as_rgb(picture).resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
         if orientation in UPRIGHT:
             resized = resized.transpose(UPRIGHT[orientation])
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+def read_mask(
+    data: bytes, bucket: Bucket, size: tuple[int, int], crop: Crop, transparency: bool, aspect: float
+) -> Tensor:
+    """The same part of a mask: uint8 `size`, white where the picture counts, the mean of what lies in each cell.
+
+    transparency: the picture's own, white where it is opaque. aspect: width / height of the picture, which the mask
+    must have. Raises PictureError.
+    """
+    with open_picture(data) as picture:
+        if isinstance(picture, TiffImageFile):
+            picture.load()
+        orientation = _orientation(picture)
+        mask = _opacity(picture) if transparency else _as_rgb(picture).convert("L")
+        if orientation in UPRIGHT:
+            mask = mask.transpose(UPRIGHT[orientation])
+        if abs(math.log(mask.width / mask.height / aspect)) > SAME_ASPECT:
+            raise PictureError("its mask has other proportions than the picture")
+        height, width = size
+        box = _box(mask.size, bucket, crop)
+        return torch.from_numpy(np.array(mask.resize((width, height), Image.Resampling.BOX, box)))
+
+
+def _opacity(picture: Image.Image) -> Image.Image:
+    picture = as_8_bit(picture)
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        return picture.convert("RGBA").getchannel("A")
+    return Image.new("L", picture.size, 255)
 
 
 def read_whole(data: bytes, side: int) -> Tensor:
@@ -139,13 +206,22 @@ def read_whole(data: bytes, side: int) -> Tensor:
         return torch.from_numpy(np.array(whole)).permute(2, 0, 1)
 
 
-def _centre(size: tuple[int, int], shape: Bucket) -> tuple[float, float, float, float]:
+def _box(size: tuple[int, int], shape: Bucket, crop: Crop) -> tuple[float, float, float, float]:
     """The box (left, top, right, bottom) within (width, height) that has the bucket's aspect ratio."""
     width, height = size
-    scale = min(height / shape.height, width / shape.width)
+    scale = min(height / shape.height, width / shape.width) / crop.zoom
     h, w = shape.height * scale, shape.width * scale
-    left, top = (width - w) / 2, (height - h) / 2
+    left, top = (width - w) * crop.x, (height - h) * crop.y
     return max(left, 0.0), max(top, 0.0), min(left + w, width), min(top + h, height)
+
+
+def _as_stored(crop: Crop, orientation: int) -> Crop:
+    """A crop of the upright picture, as of the pixels that are stored."""
+    x, y, zoom = crop
+    stored = {
+        2: (1 - x, y), 3: (1 - x, 1 - y), 4: (x, 1 - y), 5: (y, x), 6: (y, 1 - x), 7: (1 - y, 1 - x), 8: (1 - y, x),
+    }.get(orientation, (x, y))  # fmt: skip
+    return Crop(*stored, zoom)
 
 
 def _orientation(picture: Image.Image) -> int:

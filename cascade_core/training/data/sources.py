@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ...errors import CascadeError, printable
 from ...writing import replacing
-from ..settings import DataSettings
+from ..settings import DataSetSettings, DataSettings
 from .access import Access
 from .folders import METADATA, folder_pictures
-from .pictures import PICTURES, Skipped, TrainingPicture
+from .pictures import NONE_BESIDE, PICTURES, Companions, Skipped, TrainingPicture
 from .tars import expand, tar_pictures
 
 LEFT_OUT = "left_out.txt"  # in a run's folder
@@ -24,28 +24,43 @@ def find_all(
     access = access or Access()
     pictures, skipped = [], []
     if settings.folder is not None or settings.tars:
-        pictures, skipped = find_pictures(settings.folder, settings.tars, access)
+        pictures, skipped = find_pictures(settings.folder, settings.tars, access, companions_of(settings))
     for number, each in enumerate(settings.sets):
-        found, left_out = find_pictures(each.folder, each.tars, access)
+        found, left_out = find_pictures(each.folder, each.tars, access, companions_of(settings, each))
         pictures += [replace(picture, set=number) for picture in found]
         skipped += left_out
     return pictures, skipped
 
 
+def companions_of(settings: DataSettings, own: DataSetSettings | None = None) -> Companions:
+    """What lies beside the pictures of a set, or of the data's own folder and tars. Raises CascadeError."""
+    given = own or settings
+    folder = Path(given.mask_folder) if given.mask_folder else None
+    return Companions(
+        given.masks or settings.masks,
+        folder,
+        settings.caption if given.caption is None else given.caption,
+        given.caption_suffix or settings.caption_suffix,
+    )
+
+
 def find_pictures(
-    folder: str | Path | None, tars: Sequence[str], access: Access | None = None
+    folder: str | Path | None,
+    tars: Sequence[str],
+    access: Access | None = None,
+    companions: Companions = NONE_BESIDE,
 ) -> tuple[list[TrainingPicture], list[Skipped]]:
     """List every picture with a caption: in the folder and its subfolders by name, then in the tars in their order.
 
-    tars: paths or patterns such as `data/*.tar`; access: what may be read, and whether to stop. Raises CascadeError
-    where nothing can be trained on.
+    tars: paths or patterns such as `data/*.tar`; access: what may be read, and whether to stop; companions: what lies
+    beside them. Raises CascadeError where nothing can be trained on.
     """
     access = access or Access()
     listing: list[TrainingPicture | Skipped] = []
     if folder is not None:
-        listing += folder_pictures(Path(folder), access)
+        listing += folder_pictures(Path(folder), access, companions)
     for path in expand(tars, access):
-        listing += tar_pictures(path, access)
+        listing += tar_pictures(path, access, companions)
     pictures = [each for each in listing if isinstance(each, TrainingPicture)]
     skipped = [each for each in listing if isinstance(each, Skipped)]
     if not pictures:

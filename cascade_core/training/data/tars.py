@@ -20,8 +20,10 @@ from .access import Access
 from .captions import MAX_BYTES, SUFFIXES, caption_lines, caption_values, decoded
 from .pictures import (
     IMAGE_PROMPT,
+    NONE_BESIDE,
     NOT_READ,
     PICTURES,
+    Companions,
     Listing,
     PictureFile,
     Skipped,
@@ -113,7 +115,7 @@ class Member(NamedTuple):
     size: int
 
 
-def tar_pictures(path: Path, access: Access) -> Listing:
+def tar_pictures(path: Path, access: Access, companions: Companions = NONE_BESIDE) -> Listing:
     """List a tar's pictures, in their order."""
     access.permit(path)
     path = path.resolve()
@@ -131,19 +133,28 @@ def tar_pictures(path: Path, access: Access) -> Listing:
                     continue
                 name = f"{path.name}/{key}{suffix}"
                 try:
-                    captions = _captions(file, members)
+                    captions = _captions(file, members, companions.caption_suffix) or companions.own
                 except (ValueError, RecursionError) as error:
                     yield Skipped(name, f"its caption cannot be read: {error}")
                     continue
                 if not captions:
                     yield Skipped(name, "no caption")
                     continue
+                mask = _mask(members, suffix, companions)
                 prompts = [
                     PictureFile(f"{path.name}/{key}{each}", path, *members[each], status.st_mtime_ns)
                     for each in _image_prompts(members)
                 ]
                 yield TrainingPicture(
-                    name, path, *members[suffix], status.st_mtime_ns, captions, tuple(prompts)
+                    name,
+                    path,
+                    *members[suffix],
+                    status.st_mtime_ns,
+                    captions,
+                    tuple(prompts),
+                    mask=PictureFile(f"{path.name}/{key}{mask}", path, *members[mask], status.st_mtime_ns)
+                    if mask is not None
+                    else None,
                 )
     except OSError as error:
         raise CascadeError(
@@ -224,9 +235,17 @@ def _image_prompts(members: Mapping[str, Member]) -> list[str]:
     return [suffix for _, suffix in sorted(prompts)]
 
 
-def _captions(file: BinaryIO, members: Mapping[str, Member]) -> tuple[str, ...]:
+def _mask(members: Mapping[str, Member], picture: str, companions: Companions) -> str | None:
+    """Which of one basename's members is the picture's mask: itself for its transparency, or `.mask.png`."""
+    if companions.masks == "alpha":
+        return picture
+    masks = (suffix for suffix in members if suffix.startswith(".mask.") and suffix[5:] in PICTURES)
+    return next(masks, None) if companions.masks == "beside" else None
+
+
+def _captions(file: BinaryIO, members: Mapping[str, Member], only: str | None = None) -> tuple[str, ...]:
     """The captions of one basename's members. Raises ValueError where a caption is not text, or is far too long."""
-    for suffix in (*SUFFIXES, ".json"):
+    for suffix in [only.lower()] if only else (*SUFFIXES, ".json"):
         member = members.get(suffix)
         if member is None:
             continue

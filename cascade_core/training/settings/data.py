@@ -1,12 +1,18 @@
 """`data`: where pictures come from, how they are cut, and what is trained of their captions."""
 
+import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ...errors import CascadeError, quoted
 from ..ranges import Range, Share, check_ranges
 
 MAX_SETS = 100
+MAX_CAPTION = 500  # characters of what stands before captions, or in their place
+
+# Where masks are: nowhere; files beside the pictures, `star.mask.png` or `star-masklabel.png` for `star.png`; the
+# pictures' own transparency
+Masks = Literal["none", "beside", "alpha"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +21,11 @@ class DataSetSettings:
 
     folder: str | None = None
     tars: tuple[str, ...] = ()
+    size: Annotated[int | None, Range(64, 4096)] = None  # null: data.size
+    masks: Masks | None = None  # null: data.masks
+    mask_folder: str | None = None  # of its masks
+    caption: str | None = None  # of its pictures without one; null: data.caption
+    caption_suffix: str | None = None  # of its caption files; null: data.caption_suffix
     repeat: Annotated[int, Range(1, 10_000)] = 1  # times data.repeat
     weight: Annotated[float, Range(0, 1000)] = 1.0
     trigger: str | None = None  # words before each of its captions; null: data.trigger
@@ -47,6 +58,21 @@ class DataSettings:
     max_crop: Share = 1.0
     enlarge: bool = True  # false: a picture smaller than its bucket goes into one of its own size
     max_aspect: Annotated[float, Range(1, 16)] = 2.5  # of the buckets: what is longer is cropped to it
+    min_bucket_side: Annotated[int | None, Range(16, 16_384)] = None  # pixels, of the buckets
+    max_bucket_side: Annotated[int | None, Range(64, 16_384)] = None
+    # How many parts of each picture are shown, one at a time, drawn beforehand at random places and each with latents
+    # of its own; 1: the centre. Their sides are those of the largest part or down to 1 / crop_zoom of them.
+    crops: Annotated[int, Range(1, 256)] = 1
+    crop_zoom: Annotated[float, Range(1, 8)] = 1.0
+    # Masks: white where a picture counts in the loss
+    masks: Masks = "none"
+    mask_folder: str | None = (
+        None  # of pictures with the names of those in data.folder, which are their masks
+    )
+    unmasked_weight: Share = 0.1  # of what masks leave out, beside that of what they show
+    unmasked_share: Share = 0.0  # of rows that are trained without their mask
+    caption: str | None = None  # of pictures that have none; null: they are left out
+    caption_suffix: str | None = None  # of caption files; null: .txt, .caption and .json
     # What is trained of captions: words before each; tags, which stand between separators, in another order and some of
     # them left out, but for the first keep_tags; so many variants of each caption are drawn beforehand and encoded
     trigger: str = ""
@@ -63,9 +89,13 @@ class DataSettings:
             raise CascadeError(
                 f"data.tag_separator is {quoted(self.tag_separator)}; a sign such as , or ; is expected."
             )
-        for trigger in (self.trigger, *(each.trigger or "" for each in self.sets)):
-            if len(trigger) > 500:
-                raise CascadeError(f"data.trigger is {quoted(trigger)}; at most 500 characters are expected.")
+        for each in (self, *self.sets):
+            for name in ("trigger", "caption"):
+                if len(text := getattr(each, name) or "") > MAX_CAPTION:
+                    raise CascadeError(
+                        f"data.{name} is {quoted(text)}; at most {MAX_CAPTION} characters are expected."
+                    )
+            _check_suffix(each.caption_suffix)
         if len(self.sets) > MAX_SETS:
             raise CascadeError(f"data.sets has {len(self.sets)} entries; give at most {MAX_SETS}.")
         if self.folder is None and not self.tars and not self.sets:
@@ -74,3 +104,25 @@ class DataSettings:
             raise CascadeError(
                 f"data.bucket_step is {quoted(self.bucket_step)}; it must lie within 8 and the size, {self.size}."
             )
+        self._check_sizes()
+
+    @property
+    def masked(self) -> bool:
+        """Whether pictures may have masks."""
+        return any(each.masks not in (None, "none") or each.mask_folder for each in (self, *self.sets))
+
+    def _check_sizes(self) -> None:
+        least, largest = self.min_bucket_side or 0, self.max_bucket_side or math.inf
+        for size in (self.size, *(each.size for each in self.sets)):
+            if size is not None and not max(self.bucket_step, least) <= size <= largest:
+                raise CascadeError(
+                    f"data.size is {size}, a bucket's side, which data.bucket_step, min_bucket_side or max_bucket_side "
+                    "does not allow; change one of them."
+                )
+
+
+def _check_suffix(suffix: str | None) -> None:
+    if suffix is not None and not (suffix.startswith(".") and suffix[1:].isalnum() and len(suffix) <= 16):
+        raise CascadeError(
+            f"data.caption_suffix is {quoted(suffix)}; the ending of a file's name such as .txt is expected."
+        )

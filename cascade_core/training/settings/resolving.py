@@ -22,10 +22,14 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
         tars=tuple(map(at, settings.data.tars)),
         sets=tuple(
             dataclasses.replace(
-                each, folder=at(each.folder) if each.folder else None, tars=tuple(map(at, each.tars))
+                each,
+                folder=at(each.folder) if each.folder else None,
+                tars=tuple(map(at, each.tars)),
+                mask_folder=at(each.mask_folder) if each.mask_folder else None,
             )
             for each in settings.data.sets
         ),
+        mask_folder=at(settings.data.mask_folder) if settings.data.mask_folder else None,
         cache=at(settings.data.cache) if settings.data.cache else None,
     )
     output = settings.output

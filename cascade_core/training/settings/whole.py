@@ -49,6 +49,10 @@ class Settings:
             raise CascadeError(
                 "objective.kind consistency weighs all pictures alike; leave weight out of data.sets."
             )
+        if self.objective.kind == "consistency" and self.data.masked:
+            raise CascadeError(
+                "objective.kind consistency learns Stage C's own path at all places alike; leave masks out of data."
+            )
         if self.objective.kind == "consistency" and (self.lora.text_encoder or self.tokens):
             raise CascadeError(
                 "objective.kind consistency trains Stage C alone; leave text_encoder and tokens out."

@@ -31,9 +31,11 @@ class StageCInputs:
     hint: Tensor | None = None
     image_prompts: Tensor | None = None
     weights: Tensor | None = None  # (B,), of each picture in the loss
+    masks: Tensor | None = None  # (B, h, w), of each position
 
     def tensors(self) -> Iterator[Tensor]:
-        values = (self.latents, *(self.text or ()), self.hint, self.image_prompts, self.weights)
+        more = self.hint, self.image_prompts, self.weights, self.masks
+        values = (self.latents, *(self.text or ()), *more)
         return (value for value in values if value is not None)
 
 
@@ -67,6 +69,7 @@ class StageCTask(Task):
             hint,
             prompts.to(self.device) if prompts is not None else None,
             batch.weights.to(self.device) if batch.weights is not None else None,
+            batch.masks.to(self.device) if batch.masks is not None else None,
         )
 
     def text_of(self, inputs: StageCInputs) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,7 @@ class StageCTask(Task):
         self, predict: Callable[[Tensor, Tensor], Tensor], inputs: StageCInputs
     ) -> dict[str, Tensor]:
         o = self.objective
-        more = o.t_range, o.noise_offset, o.multires_noise, o.huber, inputs.weights
+        more = o.t_range, o.noise_offset, o.multires_noise, o.huber, inputs.weights, inputs.masks
         shares = o.max_loss_weight, o.pure_noise_share
         return diffusion_loss(predict, inputs.latents, *shares, self.loss_weight, o.shift, *more)
 
