@@ -1,4 +1,6 @@
-"""Signed distances of the toy world's eight shapes, and of one that is taught later, in units of the object's radius.
+"""Signed distances of the toy world's eight shapes, of one that is taught later, and of some that have no name in it.
+
+All in units of the object's radius.
 
 Each function takes x and y (tensors of one size; x to the right, y down, the centre at 0) and returns the
 distance to the outline: negative inside, exact outside, so that shadows and soft edges follow the form.
@@ -19,6 +21,9 @@ DIAMOND_HALF = (0.70, 1.0)
 TRIANGLE_TOP, TRIANGLE_BASE, TRIANGLE_HALF = -0.88, 0.76, 0.98
 STAR_TIP, STAR_NOTCH, STAR_CENTRE = 1.03, 0.46, 0.07
 HEART_SIDE, HEART_CENTRE = 1.12, 0.08
+ELLIPSE_HALF = (1.0, 0.6)
+BAR_HALF, BAR_ROUND = (1.0, 0.45), 0.2
+SLAB_HALF = (0.85, 0.5)
 HOUSE_TOP, HOUSE_EAVES, HOUSE_BASE, HOUSE_HALF = -1.0, -0.10, 0.85, 0.66
 
 
@@ -110,3 +115,44 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 # Never trained on: what a LoRA is taught.
 TAUGHT_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"house": house}
+
+
+# Shapes without a word: only what decodes pictures sees them, in colours that are nobody's.
+
+
+def ellipse(x: Tensor, y: Tensor) -> Tensor:
+    """Not the distance but an estimate, exact at the outline: a length over that of its gradient."""
+    a, b = ELLIPSE_HALF
+    scaled, slope = torch.hypot(x / a, y / b), torch.hypot(x / a**2, y / b**2)
+    return scaled * (scaled - 1) / slope.clamp_min(1e-4)
+
+
+def bar(x: Tensor, y: Tensor) -> Tensor:
+    return _box(x, y, BAR_HALF[0] - BAR_ROUND, BAR_HALF[1] - BAR_ROUND) - BAR_ROUND
+
+
+def slab(x: Tensor, y: Tensor) -> Tensor:
+    return _box(x, y, *SLAB_HALF)
+
+
+def _polygon(sides: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Regular polygon: the plane is folded into half of one side's sector."""
+    sector = 2 * pi / sides
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        angle = torch.remainder(torch.atan2(x, -y), sector) - sector / 2
+        radius = torch.hypot(x, y)
+        along, away = radius * angle.abs().sin(), radius * angle.cos() - cos(sector / 2)
+        beyond = (along - sin(sector / 2)).clamp_min(0)
+        return torch.where(away > 0, torch.hypot(away, beyond), away)
+
+    return distance
+
+
+OTHER_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ellipse": ellipse,
+    "bar": bar,
+    "slab": slab,
+    "pentagon": _polygon(5),
+    "hexagon": _polygon(6),
+}

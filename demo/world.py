@@ -1,6 +1,7 @@
 """Pictures of the toy world: soft edges from signed distances, shading lit from the top left, soft shadows.
 
-The scenes themselves are in `scenes.py`; their names are importable from here as well.
+The scenes themselves are in `scenes.py`; their names are importable from here as well. A frame's proportions do not
+matter: lengths are fractions of its shorter side.
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,12 @@ from cascade_nodes.demo.scenes import (
     SIZES,
     Scene,
     SceneObject,
+    SceneTable,
     held_out_reason,
     sample_scenes,
 )
+from cascade_nodes.demo.shapes import OTHER_SHAPES, TAUGHT_SHAPES
 from cascade_nodes.demo.shapes import SHAPES as SHAPE_DISTANCES
-from cascade_nodes.demo.shapes import TAUGHT_SHAPES
 
 __all__ = [
     "BACKGROUNDS",
@@ -37,6 +39,7 @@ __all__ = [
     "Packed",
     "Scene",
     "SceneObject",
+    "SceneTable",
     "held_out_reason",
     "pack",
     "render",
@@ -75,93 +78,122 @@ BACKGROUND_RGB = (
 )
 
 LIGHT = (-0.55, -0.83)  # towards the light, in the plane of the picture
-SHADOW_OFFSET, SHADOW_BLUR = (0.010, 0.018), 0.022  # fractions of the frame
+SHADOW_OFFSET, SHADOW_BLUR = (0.010, 0.018), 0.022  # fractions of the shorter side
 SHADOW_DEPTH = 0.30  # share of the light
 BEVEL = 0.40  # how far the rounding of an edge reaches inwards, in radii
 HIGHLIGHT = (-0.30, -0.36, 0.24, 0.38)  # centre x, y and width in radii; strength
 FAR = 9.0  # the distance of a missing object
 
-_DRAWN = {**SHAPE_DISTANCES, **TAUGHT_SHAPES}
-_SHAPE_INDEX = {name: index for index, name in enumerate(_DRAWN)}
+DRAWN = {**SHAPE_DISTANCES, **TAUGHT_SHAPES, **OTHER_SHAPES}
+_SHAPE_INDEX = {name: index for index, name in enumerate(DRAWN)}
 _COLOUR_INDEX = {name: index for index, name in enumerate(COLOURS)}
 
 
 class Packed(NamedTuple):
-    """Scenes as tensors. Slot 1 of a single object has shape -1."""
+    """Scenes as tensors, of any number of slots for objects; one without an object has shape -1."""
 
-    shape: Tensor  # (N, 2) int64, index into SHAPES and then TAUGHT_SHAPES
-    colour: Tensor  # (N, 2, 3) float32 in [0, 1]
-    centre: Tensor  # (N, 2, 2) float32, (x, y)
-    radius: Tensor  # (N, 2) float32
+    shape: Tensor  # (N, slots) int64, index into DRAWN, which begins with SHAPES
+    colour: Tensor  # (N, slots, 3) float32 in [0, 1]
+    centre: Tensor  # (N, slots, 2) float32, (x, y), fractions of the frame
+    radius: Tensor  # (N, slots) float32, fractions of the frame's shorter side
     background: Tensor  # (N, 2, 3) float32 in [0, 1], top and bottom
+    angle: Tensor | None = None  # (N, slots) float32, in radians: by how much an object is turned
+
+    def rows(self, rows: slice, device: str | torch.device) -> "Packed":
+        """Some of the scenes, on a device."""
+        angle = None if self.angle is None else self.angle[rows].to(device)
+        return Packed._make([*(column[rows].to(device) for column in self[:5]), angle])
 
 
-def pack(scenes: Sequence[Scene]) -> Packed:
-    """Packs scenes into CPU tensors, for `render`."""
-    n = len(scenes)
-    shape, colour = np.full((n, 2), -1, np.int64), np.zeros((n, 2), np.int64)
-    pose = np.full((n, 2, 3), 0.5, np.float32)
-    for i, scene in enumerate(scenes):
-        for slot, o in enumerate(scene.objects):
-            shape[i, slot], colour[i, slot] = _SHAPE_INDEX[o.shape], _COLOUR_INDEX[o.colour]
-            pose[i, slot] = o.x, o.y, o.radius
-    background = np.array([BACKGROUNDS.index(scene.background) for scene in scenes], np.int64)
+def pack(scenes: Sequence[Scene] | SceneTable) -> Packed:
+    """Packs scenes into CPU tensors, for `render`; a table of them without a loop."""
+    if isinstance(scenes, SceneTable):
+        kind, pose = scenes.kind, np.concatenate([scenes.centre, scenes.radius[..., None]], 2)
+        shape, colour = np.where(kind < 0, -1, kind // 8), np.where(kind < 0, 0, kind % 8)
+        pose, background = np.where(kind[..., None] < 0, 0.5, pose).astype(np.float32), scenes.background
+    else:
+        n, slots = len(scenes), max([2, *(len(scene.objects) for scene in scenes)])
+        shape, colour = np.full((n, slots), -1, np.int64), np.zeros((n, slots), np.int64)
+        pose = np.full((n, slots, 3), 0.5, np.float32)
+        for i, scene in enumerate(scenes):
+            for slot, o in enumerate(scene.objects):
+                shape[i, slot], colour[i, slot] = _SHAPE_INDEX[o.shape], _COLOUR_INDEX[o.colour]
+                pose[i, slot] = o.x, o.y, o.radius
+        background = np.array([BACKGROUNDS.index(scene.background) for scene in scenes], np.int64)
     return Packed(
         torch.from_numpy(shape),
         torch.from_numpy(COLOUR_RGB[colour]),
         torch.from_numpy(pose[..., :2].copy()),
         torch.from_numpy(pose[..., 2].copy()),
-        torch.from_numpy(BACKGROUND_RGB[background].reshape(n, 2, 3)),
+        torch.from_numpy(BACKGROUND_RGB[background].reshape(len(shape), 2, 3)),
     )
 
 
 def render(
-    scenes: Sequence[Scene] | Packed, size: int = 256, device: str | torch.device = "cpu", chunk: int = 128
+    scenes: Sequence[Scene] | SceneTable | Packed,
+    size: int | tuple[int, int] = 256,
+    device: str | torch.device = "cpu",
+    chunk: int = 128,
 ) -> Tensor:
-    """Pictures (N, 3, size, size), uint8 sRGB, on `device`; `chunk` scenes are drawn at a time."""
+    """Pictures (N, 3, height, width), uint8 sRGB, on `device`; `chunk` scenes are drawn at a time.
+
+    size: pixels of both sides, or (height, width).
+    """
+    height, width = (size, size) if isinstance(size, int) else size
     packed = scenes if isinstance(scenes, Packed) else pack(scenes)
-    pictures = torch.empty(len(packed.shape), 3, size, size, dtype=torch.uint8, device=device)
+    pictures = torch.empty(len(packed.shape), 3, height, width, dtype=torch.uint8, device=device)
     for start in range(0, len(pictures), chunk):
-        batch = Packed(*(tensor[start : start + chunk].to(device) for tensor in packed))
-        pictures[start : start + chunk] = _draw(batch, size)
+        rows = slice(start, start + chunk)
+        pictures[rows] = _draw(packed.rows(rows, device), height, width)
     return pictures
 
 
 @torch.no_grad()
-def _draw(packed: Packed, size: int) -> Tensor:
-    """(n scenes) -> (n, 3, size, size) uint8"""
-    grid = (torch.arange(size, device=packed.radius.device) + 0.5) / size
+def _draw(packed: Packed, height: int, width: int) -> Tensor:
+    """(n scenes) -> (n, 3, H, W) uint8"""
+    short = min(height, width)
+    down, across = (torch.arange(side, device=packed.radius.device) + 0.5 for side in (height, width))
     top, bottom = packed.background[:, 0, :, None, None], packed.background[:, 1, :, None, None]
-    canvas = (top + (bottom - top) * grid[:, None]).repeat(1, 1, 1, size)  # (n, 3, H, W)
-    for slot in range(2):
-        x, y = _local(packed, slot, grid, SHADOW_OFFSET)
-        distance = _distance(packed.shape[:, slot], x, y) * packed.radius[:, slot, None, None]
+    canvas = (top + (bottom - top) * (down / height)[:, None]).repeat(1, 1, 1, width)  # (n, 3, H, W)
+    # From here on in units of the shorter side.
+    sides = packed.centre.new_tensor([width / short, height / short])
+    packed, down, across = packed._replace(centre=packed.centre * sides), down / short, across / short
+    slots = range(packed.shape.shape[1])
+    for slot in slots:
+        x, y = _local(packed, slot, down, across, SHADOW_OFFSET)
+        distance = _distance(packed, slot, x, y) * packed.radius[:, slot, None, None]
         depth = (0.5 - 0.5 * distance / SHADOW_BLUR).clamp(0, 1)
         depth = depth * depth * (3 - 2 * depth)  # smoothstep
         canvas = canvas * (1 - SHADOW_DEPTH * depth)[:, None]
-    for slot in range(2):
-        x, y = _local(packed, slot, grid, (0.0, 0.0))
-        distance = _distance(packed.shape[:, slot], x, y)
-        cover = (0.5 - distance * packed.radius[:, slot, None, None] * size).clamp(0, 1)[:, None]
+    for slot in slots:
+        x, y = _local(packed, slot, down, across, (0.0, 0.0))
+        distance = _distance(packed, slot, x, y)
+        cover = (0.5 - distance * packed.radius[:, slot, None, None] * short).clamp(0, 1)[:, None]
         canvas = canvas + (_shade(packed.colour[:, slot], x, y, distance) - canvas) * cover
     return (canvas * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _local(packed: Packed, slot: int, grid: Tensor, offset: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def _local(
+    packed: Packed, slot: int, down: Tensor, across: Tensor, offset: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
     """x and y of every pixel from the object's centre plus offset, in the object's radii: (n, H, W) each."""
     centre, radius = packed.centre[:, slot], packed.radius[:, slot, None]
-    x = (grid - centre[:, :1] - offset[0]) / radius  # (n, W)
-    y = (grid - centre[:, 1:] - offset[1]) / radius  # (n, H)
-    return x[:, None, :].expand(-1, len(grid), -1), y[:, :, None].expand(-1, -1, len(grid))
+    x = (across - centre[:, :1] - offset[0]) / radius  # (n, W)
+    y = (down - centre[:, 1:] - offset[1]) / radius  # (n, H)
+    return x[:, None, :].expand(-1, len(down), -1), y[:, :, None].expand(-1, -1, len(across))
 
 
-def _distance(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of every scene's own shape (n,), in radii: (n, H, W); FAR where there is no object."""
+def _distance(packed: Packed, slot: int, x: Tensor, y: Tensor) -> Tensor:
+    """Signed distance of every scene's own shape, in radii: (n, H, W); FAR where there is no object."""
     distance = torch.full(x.shape, FAR, device=x.device)
-    for index, function in enumerate(_DRAWN.values()):
-        chosen = (shape == index).nonzero()[:, 0]
+    for index, function in enumerate(DRAWN.values()):
+        chosen = (packed.shape[:, slot] == index).nonzero()[:, 0]
         if len(chosen):
-            distance[chosen] = function(x[chosen], y[chosen])
+            own_x, own_y = x[chosen], y[chosen]
+            if packed.angle is not None:
+                cos, sin = (f(packed.angle[chosen, slot, None, None]) for f in (torch.cos, torch.sin))
+                own_x, own_y = cos * own_x + sin * own_y, cos * own_y - sin * own_x
+            distance[chosen] = function(own_x, own_y)
     return distance
 
 
