@@ -67,7 +67,7 @@ class Host(Protocol):
         """Describes a MODEL and the widths of its inputs."""
         ...
 
-    def first_non_finite(self, model: Any) -> str | None:
+    def first_non_finite(self, value: Any) -> str | None:
         """First weight of a MODEL, CLIP, VAE or CLIP_VISION that holds NaN or infinity, or None.
 
         For example "clf.1.weight of stage_c.safetensors (Stage C)".

@@ -9,31 +9,31 @@ from cascade_nodes.cascade_core import limits
 from cascade_nodes.nodes.extension import NODES
 from cascade_nodes.nodes.hosts import roles
 
+from .record_nodes import FROZEN, frozen_forms, lost
+
 ROOT = Path(__file__).parents[2]
-FROZEN = json.loads((Path(__file__).parent / "frozen_nodes.json").read_text(encoding="utf-8"))
-FILE_INPUTS = ("file", "previewer", "stage_c", "text_encoder", "compressor")
 INFO = {info["name"]: info for info in (node.GET_NODE_INFO_V1() for node in NODES)}
 
 
-def frozen_form(info):
-    """What workflows rely on: inputs with their types and options, and outputs; without lists of files."""
-    inputs = {}
-    for kind in ("required", "optional"):
-        for name, (socket, options) in info["input"].get(kind, {}).items():
-            limits = {key: options[key] for key in ("default", "min", "max") if key in options}
-            if socket == "COMBO" and name not in FILE_INPUTS:
-                limits["options"] = options["options"]
-            if socket == "COMBO" and name in FILE_INPUTS:
-                limits.pop("default", None)
-            inputs[name] = [socket, kind, limits]
-    return {
-        "inputs": inputs,
-        "outputs": [list(pair) for pair in zip(info["output"], info["output_name"], strict=True)],
-    }
-
-
 def test_released_nodes_never_change():
-    assert {name: frozen_form(info) for name, info in INFO.items()} == FROZEN
+    assert frozen_forms() == json.loads(FROZEN.read_text(encoding="utf-8"))
+
+
+def test_only_what_saved_workflows_do_not_need_can_be_recorded():
+    before = frozen_forms()
+    now = json.loads(json.dumps(before))
+    now["CascadeNew"] = now["CascadeDecode"]
+    sampler = now["CascadePriorSampler"]["inputs"]["sampler"][2]
+    sampler["options"] = ["heun", *sampler["options"]]
+    assert lost(before, now) == []
+    sampler["options"].remove("ddim")
+    now["CascadeDecode"]["inputs"]["soft"] = ["BOOLEAN", "required", {}]
+    del now["CascadeCanny"]
+    assert lost(before, now) == [
+        "CascadeCanny is gone",
+        "CascadePriorSampler.sampler is not what it was",
+        "CascadeDecode.soft is new and required",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def with_adapter(
     adapter: Adapter,
     strength_model: float,
     strength_clip: float,
-    new: Sequence[NewToken],
+    new_tokens: Sequence[NewToken],
 ) -> tuple[DiffusionStage, TextStage | None]:
     if strength_model:
         model = replace(model, patches=(*model.patches, Patch(adapter.name, adapter.stage_c, strength_model)))
     if clip is not None and strength_clip:
         text_network(clip)  # refuses what is not a CLIP
-        clip = clip.with_adapter(adapter, strength_clip, new)
+        clip = clip.with_adapter(adapter, strength_clip, new_tokens)
     return model, clip
