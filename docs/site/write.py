@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 ROOT = Path(__file__).parents[2]
 # Pages outside docs/, and what they are called on the site; README.md is its first page.
@@ -24,6 +25,7 @@ OUTSIDE = {
     "docs/decisions/README.md": "decisions/index.md",
     "demo/README.md": "demo.md",
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "tests/fuzz/README.md": "tests/fuzz.md",
     "tests/golden/README.md": "tests/golden.md",
@@ -60,7 +62,7 @@ def links(page: str) -> Iterator[tuple[str, bool]]:
 
 def resolve(page: str, target: str) -> str:
     """A relative link of a page as a path in the repository."""
-    return posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page), unquote(target)))
 
 
 def picture_place(path: str) -> str:
@@ -82,9 +84,9 @@ def rewrite(page: str, repository: str = "") -> str:
         if match["picture"]:
             place = picture_place(path)
         if place:
-            target = posixpath.relpath(place, here) + hash_ + anchor
+            target = quote(posixpath.relpath(place, here)) + hash_ + anchor
         elif repository:
-            target = f"{repository}/blob/main/{path}"
+            target = f"{repository}/blob/main/{quote(path)}"
         else:
             return match["label"]
         return f"{match['picture']}[{match['label']}]({target})"

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *ROOT.glob("README*.md"),
-    *(ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "demo/README.md")),
+    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "demo/README.md")),
     *ROOT.glob("docs/**/*.md"),
     *ROOT.glob("notebooks/*.ipynb"),
 ]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -57,7 +58,7 @@ def test_every_link_leads_somewhere(written):
             continue
         for link in site.LINK.finditer(site.FENCE.sub("", page.read_text(encoding="utf-8"))):
             path, _, anchor = link["target"].partition("#")
-            target = page.parent / path if path else page
+            target = page.parent / unquote(path) if path else page
             if not re.match(r"[a-z]+:", path) and (
                 not target.is_file() or (anchor and anchor not in anchors(target))
             ):
