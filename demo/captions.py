@@ -5,12 +5,15 @@ from dataclasses import replace
 from itertools import permutations
 from random import Random
 
+import numpy as np
+
 from cascade_nodes.demo.grammar import (
     BACKGROUND_NOUNS,
     PLACES,
     RELATION_WORDS,
     ObjectSpec,
     Spec,
+    known_words,
     parse,
     verbalise,
     vocabulary,
@@ -24,7 +27,10 @@ from cascade_nodes.demo.scenes import (
     SIZES,
     Scene,
     SceneObject,
+    is_held_out_pair,
+    relation_of,
 )
+from cascade_nodes.demo.words import ENDS, PAUSES, QUOTES
 
 __all__ = [
     "ObjectSpec",
@@ -35,8 +41,10 @@ __all__ = [
     "full_spec",
     "hard_negatives",
     "holds",
+    "known_words",
     "parse",
     "place_of",
+    "punctuated",
     "stands_at",
     "verbalise",
     "vocabulary",
@@ -44,21 +52,28 @@ __all__ = [
 
 FRAGMENTS, TAGS = 0.12, 0.08  # shares of the captions that are not sentences
 FULL = 0.25  # share of the sentences that leave nothing out
+NEGATED, PUNCTUATED = 0.12, 0.2  # shares of the captions of the larger world that negate, that have signs
 ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
 # Where the thirds of the frame begin and end; between them is neither, so that a caption's place is certain.
 NEAR, MIDDLE, FAR = 0.39, (0.43, 0.57), 0.61
 
 
-def caption(scene: Scene, rng: Random) -> str:
-    """Random true description: a sentence, tags or a fragment, with random omissions."""
-    return verbalise(_choose(scene, rng), rng)
+def caption(scene: Scene, rng: Random, wide: bool = False) -> str:
+    """Random true description: a sentence, tags or a fragment, with random omissions.
+
+    wide: in the larger world's language, which negates ("no red") and has signs that mean nothing.
+    """
+    if not wide:
+        return verbalise(_choose(scene, rng), rng)
+    return punctuated(verbalise(_negated(_choose(scene, rng), scene, rng), rng), rng)
 
 
 def canonical(scene: Scene) -> str:
     """Full plain description: "a large red star to the left of a small blue ring on a sand background"."""
     phrases = [f"a {o.size} {o.colour} {o.shape}" for o in scene.objects]
     joint = f" {RELATION_WORDS[scene.relation][0]} " if scene.relation else ""
-    return f"{joint.join(phrases)} on a {BACKGROUND_NOUNS[scene.background][0]} background"
+    related = ", and ".join([joint.join(phrases[:2]), *phrases[2:]])
+    return f"{related} on a {BACKGROUND_NOUNS[scene.background][0]} background"
 
 
 def full_spec(scene: Scene) -> Spec:
@@ -73,12 +88,21 @@ def holds(spec: Spec, scene: Scene) -> bool:
     if len(spec.objects) > len(scene.objects) or (spec.exact and len(spec.objects) != len(scene.objects)):
         return False
     for order in permutations(range(len(scene.objects)), len(spec.objects)):
-        # Where the order is turned, the scene's relation is read from the other side.
-        relation = INVERSE.get(scene.relation or "") if order == (1, 0) else scene.relation
+        relation = _relation(scene, order[:2])
         described = all(_describes(o, scene.objects[i]) for o, i in zip(spec.objects, order, strict=True))
         if described and spec.relation in (None, relation):
-            return True
+            return not any(_describes(absent, o) for absent in spec.absent for o in scene.objects)
     return False
+
+
+def _relation(scene: Scene, order: tuple[int, ...]) -> str | None:
+    """How one object of a scene stands to another: as stated, from either side, or as they lie."""
+    if order in ((0, 1), (1, 0)):
+        return scene.relation if order == (0, 1) else INVERSE.get(scene.relation or "")
+    if len(order) < 2:
+        return scene.relation
+    first, second = (np.array([scene.objects[i].x, scene.objects[i].y]) for i in order)
+    return RELATIONS[int(relation_of(first, second, np.array(scene.aspect)))]
 
 
 def _describes(spec: ObjectSpec, o: SceneObject) -> bool:
@@ -114,8 +138,9 @@ def _object_spec(o: SceneObject) -> ObjectSpec:
 
 
 def _turned(spec: Spec) -> Spec:
-    """Swaps the two objects of a spec and inverts the relation."""
-    return replace(spec, objects=spec.objects[::-1], relation=INVERSE.get(spec.relation or ""))
+    """Swaps the first two objects of a spec and inverts the relation."""
+    objects = (*spec.objects[:2][::-1], *spec.objects[2:])
+    return replace(spec, objects=objects, relation=INVERSE.get(spec.relation or ""))
 
 
 def _choose(scene: Scene, rng: Random) -> Spec:
@@ -146,7 +171,7 @@ def _sentence(spec: Spec, scene: Scene, rng: Random) -> Spec:
     if rng.random() >= FULL:
         objects = tuple(_thinned(o, rng) for o in objects)
         spec = replace(spec, background=spec.background if rng.random() < 0.5 else None)
-        if len(objects) == 2 and rng.random() < 0.12:
+        if len(objects) >= 2 and rng.random() < 0.12:
             spec = replace(spec, relation=None)
     if len(objects) == 1 and rng.random() < 0.25:
         only = scene.objects[0]
@@ -183,6 +208,47 @@ def _counted(spec: Spec, rng: Random) -> Spec:
     return Spec((ObjectSpec(**common),) * len(spec.objects), exact=True)
 
 
+def _negated(spec: Spec, scene: Scene, rng: Random) -> Spec:
+    """Sometimes adds what the scene does not have, and then often leaves the like of it unsaid of what it has."""
+    if rng.random() >= NEGATED:
+        return spec
+    absent = []
+    for _ in range(1 if rng.random() < 0.75 else 2):
+        colour, shape = rng.choice(COLOURS), rng.choice(SHAPES)
+        form = rng.random()
+        if is_held_out_pair(np.array(SHAPES.index(shape) * 8 + COLOURS.index(colour))):
+            form = form * 0.8
+        stated = (
+            ObjectSpec(colour=colour)
+            if form < 0.45
+            else ObjectSpec(shape=shape)
+            if form < 0.8
+            else ObjectSpec(shape, colour)
+        )
+        if stated not in absent and not any(_describes(stated, o) for o in scene.objects):
+            absent.append(stated)
+    if absent and rng.random() < 0.5:
+        unsaid = {name: None for name in ("colour", "shape") if getattr(absent[0], name)}
+        spec = replace(spec, objects=tuple(replace(o, **unsaid) for o in spec.objects))
+    if absent and rng.random() < 0.1:
+        spec = Spec(background=spec.background)
+    return replace(spec, absent=tuple(absent))
+
+
+def punctuated(text: str, rng: Random) -> str:
+    """Sometimes puts signs into a caption that mean nothing: "a red star; on grass!!!"."""
+    if not text or rng.random() >= PUNCTUATED:
+        return text
+    if rng.random() < 0.4:
+        text = text.replace(", ", rng.choice(PAUSES))
+    if rng.random() < 0.15:
+        signs = rng.choice(QUOTES)
+        text = signs[0] + text + signs[-1]
+    if rng.random() < 0.3:
+        text = text.capitalize()
+    return text + rng.choice(ENDS)
+
+
 # False captions
 
 
@@ -196,18 +262,24 @@ def hard_negatives(scene: Scene, rng: Random, n: int) -> list[str]:
     return negatives
 
 
-def contrast(scene: Scene, rng: Random, n: int) -> tuple[str, list[str]]:
-    """Caption and n hard negatives of it that keep its wording where possible."""
-    spec, seed = _choose(scene, rng), rng.getrandbits(32)
+def contrast(scene: Scene, rng: Random, n: int, wide: bool = False) -> tuple[str, list[str]]:
+    """Caption and n hard negatives of it that keep its wording where possible.  wide: as for `caption`"""
+    if not wide:
+        spec, seed = _choose(scene, rng), rng.getrandbits(32)
+        negatives = _falsehoods(spec, scene, rng, n, seed)
+        return verbalise(spec, Random(seed)), negatives + hard_negatives(scene, rng, n - len(negatives))
+    spec, seed = _negated(_choose(scene, rng), scene, rng), rng.getrandbits(32)
     negatives = _falsehoods(spec, scene, rng, n, seed)
-    return verbalise(spec, Random(seed)), negatives + hard_negatives(scene, rng, n - len(negatives))
+    negatives += hard_negatives(scene, rng, n - len(negatives))
+    right, *wrong = (punctuated(text, Random(seed)) for text in (verbalise(spec, Random(seed)), *negatives))
+    return right, wrong
 
 
 def _falsehoods(spec: Spec, scene: Scene, rng: Random, n: int, seed: int) -> list[str]:
     """Up to n false captions with different specs, verbalised with the same random choices of words."""
     negatives: list[Spec] = []
     for _ in range(3 * n):
-        candidate = (_swap if len(spec.objects) == 2 and rng.random() < 0.6 else _replace)(spec, rng)
+        candidate = (_swap if len(spec.objects) >= 2 and rng.random() < 0.6 else _replace)(spec, rng)
         if candidate not in negatives and not holds(candidate, scene):
             negatives.append(candidate)
             if len(negatives) == n:
@@ -216,16 +288,16 @@ def _falsehoods(spec: Spec, scene: Scene, rng: Random, n: int, seed: int) -> lis
 
 
 def _swap(spec: Spec, rng: Random) -> Spec:
-    """Swaps an attribute between the two objects, or inverts the relation."""
+    """Swaps an attribute between two objects, or inverts the relation."""
     attribute = rng.choice(("relation", "relation", "shape", "colour", "size"))
     if attribute == "relation":
         return replace(spec, relation=INVERSE.get(spec.relation or ""))
-    a, b = spec.objects
-    swapped = (
-        replace(a, **{attribute: getattr(b, attribute)}),
-        replace(b, **{attribute: getattr(a, attribute)}),
-    )
-    return replace(spec, objects=swapped)
+    first, second = (0, 1) if len(spec.objects) == 2 else sorted(rng.sample(range(len(spec.objects)), 2))
+    a, b = spec.objects[first], spec.objects[second]
+    swapped = list(spec.objects)
+    swapped[first] = replace(a, **{attribute: getattr(b, attribute)})
+    swapped[second] = replace(b, **{attribute: getattr(a, attribute)})
+    return replace(spec, objects=tuple(swapped))
 
 
 def _replace(spec: Spec, rng: Random) -> Spec:
@@ -241,7 +313,17 @@ def _replace(spec: Spec, rng: Random) -> Spec:
         choices.append(lambda: replace(spec, background=rng.choice(BACKGROUNDS)))
     if spec.relation:
         choices.append(lambda: replace(spec, relation=rng.choice(RELATIONS)))
+    for o in spec.absent:  # "no red star" becomes "a red star"; or what is there is said not to be
+        if len(spec.objects) < 3:
+            choices.append(lambda o=o: replace(spec, objects=(*spec.objects, o), absent=()))
+        for name in ("shape", "colour"):
+            if getattr(o, name):
+                choices.append(lambda o=o, name=name: replace(spec, absent=(_other(o, name, rng),)))
     return rng.choice(choices)() if choices else spec
+
+
+def _other(o: ObjectSpec, name: str, rng: Random) -> ObjectSpec:
+    return replace(o, **{name: rng.choice(ATTRIBUTES[name])})
 
 
 def _with(spec: Spec, index: int, name: str, value: str) -> Spec:

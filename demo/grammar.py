@@ -17,6 +17,8 @@ from cascade_nodes.demo.words import (
     GROUNDS,
     JOINS,
     LEADS,
+    NEGATIONS,
+    NUMBERS,
     PLACES,
     RELATION_PLACES,
     RELATION_WORDS,
@@ -32,7 +34,8 @@ from cascade_nodes.demo.words import (
 
 def verbalise(spec: Spec, rng: Random) -> str:
     """Verbalises the spec in one of many ways; "" for an empty one."""
-    return _sentence(spec, rng) if spec.exact and spec.objects else _fragment(spec, rng)
+    text = _sentence(spec, rng) if spec.exact and spec.objects else _fragment(spec, rng)
+    return _with_absences(text, spec.absent, rng) if spec.absent else text
 
 
 def _bits(o: ObjectSpec, rng: Random) -> list[str]:
@@ -86,6 +89,8 @@ def _sentence(spec: Spec, rng: Random) -> str:
     lead = "" if rng.random() < 0.5 or ground_first else _any(LEADS, rng) + " "
     if len(spec.objects) == 1:
         text = _object(spec.objects[0], rng)
+    elif len(spec.objects) == 3:
+        text = _three(spec.objects, spec.relation, not lead, rng)
     elif spec.relation is None:
         text = _unrelated(spec.objects[0], spec.objects[1], rng)
     else:
@@ -105,6 +110,47 @@ def _unrelated(a: ObjectSpec, b: ObjectSpec, rng: Random) -> str:
     return f"{_object(a, rng)} {_some(JOINS, rng)} {_object(b, rng)}"
 
 
+def _three(objects: tuple[ObjectSpec, ...], relation: str | None, may_say_is: bool, rng: Random) -> str:
+    """Three objects; a relation is that of the first two, which may be named last."""
+    a, b, c = objects
+    if relation is None:
+        if a == b == c:
+            return " ".join([NUMBERS[3], *_bits(a, rng), plural(_noun(a, rng))])
+        first = f"{_object(a, rng)}{' and' if rng.random() < 0.3 else ','}"
+        return f"{first} {_object(b, rng)} {_some(JOINS, rng)} {_object(c, rng)}"
+    verb = "is " if may_say_is and rng.random() < 0.15 else ""
+    related = f"{_object(a, rng)} {verb}{_some(RELATION_WORDS[relation], rng)} {_object(b, rng)}"
+    between = (", and ", " and ", ", ", " with ")[int(rng.random() * 4)]
+    return (
+        f"{related}{between}{_object(c, rng)}"
+        if rng.random() < 0.7
+        else f"{_object(c, rng)}{between}{related}"
+    )
+
+
+def _with_absences(text: str, absent: tuple[ObjectSpec, ...], rng: Random) -> str:
+    """Adds "no red" or "without a circle" behind a text, or before it."""
+    parts = []
+    for o in absent:
+        bits = _bits(o, rng)
+        if o.shape or not bits or rng.random() < 0.3:
+            noun = _noun(o, rng)
+            bits.append(plural(noun) if rng.random() < 0.4 else noun)
+        article = rng.random() < 0.4 and not bits[-1].endswith("s") and (o.shape is not None)
+        phrase = " ".join(bits)
+        parts.append(
+            f"without {_with_article(phrase, rng) if article else phrase}"
+            if rng.random() < 0.4
+            else f"no {phrase}"
+        )
+    said = ", ".join(parts) if rng.random() < 0.7 else " and ".join(parts)
+    if not text:
+        return said
+    if rng.random() < 0.15:
+        return f"{said}, {text}"
+    return f"{text}{' ' if said.startswith('without') and rng.random() < 0.6 else ', '}{said}"
+
+
 def _related(a: ObjectSpec, b: ObjectSpec, relation: str, may_say_is: bool, rng: Random) -> str:
     if rng.random() < 0.15:  # "a red star on the left and a blue ring on the right"
         first_place, second_place = RELATION_PLACES[relation]
@@ -119,9 +165,9 @@ def _fragment(spec: Spec, rng: Random) -> str:
     if len(spec.objects) == 1:
         tags = _tags(spec.objects[0], rng)
     elif spec.objects:
-        first, second = (" ".join([*_bits(o, rng), _noun(o, rng)]) for o in spec.objects)
+        first, second, *others = (" ".join([*_bits(o, rng), _noun(o, rng)]) for o in spec.objects)
         joint = f" {_some(RELATION_WORDS[spec.relation], rng)} " if spec.relation else ", "
-        tags = [first + joint + second]
+        tags = [first + joint + second, *others]
     if spec.background:
         noun = _some(BACKGROUND_NOUNS[spec.background], rng)
         ground = noun if rng.random() < 0.5 else f"{noun} {_some(GROUND_WORDS, rng)}"
@@ -155,7 +201,8 @@ def _lexicon() -> dict[str, tuple[str, str]]:
         "a": ("article", ""),
         "an": ("article", ""),
         "one": ("article", ""),
-        "two": ("two", ""),
+        "two": ("count", "2"),
+        "three": ("count", "3"),
         "something": ("new", ""),
         "is": ("filler", ""),
         ",": ("comma", ""),
@@ -174,6 +221,7 @@ def _lexicon() -> dict[str, tuple[str, str]]:
     lexicon |= {plural(word): ("shape", name) for name, words in SHAPE_WORDS.items() for word in words}
     lexicon |= {form: ("noun", "") for word in ANY_SHAPE for form in (word, plural(word))}
     lexicon |= dict.fromkeys(JOINS, ("new", ""))
+    lexicon |= dict.fromkeys(NEGATIONS, ("negation", ""))
     return lexicon | dict.fromkeys(LEADS + GROUNDS + GROUND_WORDS, ("filler", ""))
 
 
@@ -184,20 +232,28 @@ _PHRASE = re.compile(
     + r")(?!\w)|[^\s,]+"
 )
 _ATTRIBUTES = ("size", "colour", "shape")
+_PAUSE, _SIGN = re.compile(r"\s[-/]\s|[.;:]\s"), re.compile(r"[^\w\s,]")
 
 
 def vocabulary() -> set[str]:
-    """Set of all words that a caption can contain (the comma is the only other sign)."""
+    """Set of all words that a caption can contain; signs are none."""
     return {word for phrase in _LEXICON for word in phrase.split() if word != ","}
 
 
-def parse(prompt: str) -> Spec:
-    """Parses a prompt into its spec.
+def known_words() -> list[str]:
+    """The same in an order to be shown: what a picture is made of first."""
+    names = [*SHAPE_WORDS, *COLOUR_WORDS, *SIZE_WORDS, *BACKGROUND_NOUNS, *RELATION_WORDS, *NEGATIONS]
+    return list(dict.fromkeys([*names, *sorted(vocabulary())]))
 
-    Raises CascadeError for a word outside the vocabulary, more than one relation, or more than two objects.
+
+def parse(prompt: str) -> Spec:
+    """Parses a prompt into its spec. Signs mean nothing, but for those that stand between two parts, as a comma does.
+
+    Raises CascadeError for a word outside the vocabulary, more than one relation, or more than three objects.
     """
     tokens = []
-    for phrase in _PHRASE.findall(" ".join(prompt.lower().replace(".", " ").split())):
+    plain = _SIGN.sub(" ", _PAUSE.sub(", ", prompt.lower().strip(" .,;:-")))
+    for phrase in _PHRASE.findall(" ".join(plain.split())):
         if phrase not in _LEXICON:
             raise CascadeError(
                 f"The toy world does not know {phrase!r} in the prompt {prompt!r}; "
@@ -205,50 +261,96 @@ def parse(prompt: str) -> Spec:
             )
         tokens.append(_LEXICON[phrase])
     spec = _read(tokens, prompt)
-    if len(spec.objects) > 2 or (spec.relation and len(spec.objects) < 2):
+    if len(spec.objects) > 3 or (spec.relation and len(spec.objects) < 2):
         raise CascadeError(
-            f"The prompt {prompt!r} names {len(spec.objects)} objects; the toy world has one or two, "
+            f"The prompt {prompt!r} names {len(spec.objects)} objects; the toy world has one to three, "
             "and a relation needs two: name that many."
         )
     return spec
 
 
 def _read(tokens: list[tuple[str, str]], prompt: str) -> Spec:
-    objects: list[dict[str, str]] = []
-    relation = background = None
-    starts_object, counted, exact, twice = True, False, False, False
+    reader = _Reader(prompt)
     for position, (kind, value) in enumerate(tokens):
         if kind in _ATTRIBUTES or kind == "noun":
-            if starts_object or (kind in _ATTRIBUTES and kind in objects[-1]):
-                objects.append({})
-                exact |= counted
-            starts_object = counted = False
-            if kind in _ATTRIBUTES:
-                objects[-1][kind] = value
-        elif kind == "comma":
-            starts_object |= not objects or not _continues(objects[-1], tokens[position + 1 :])
+            reader.describe(kind, value)
+        elif reader.negated and reader.starts_object and kind in ("article", "background"):
+            reader.negate(kind)
+        else:
+            reader.separate(kind, value, tokens[position + 1 :])
+    return _places_as_relation(reader.spec())
+
+
+class _Reader:
+    """What has been read of a prompt."""
+
+    def __init__(self, prompt: str):
+        self.prompt = prompt
+        self.objects: list[dict[str, str]] = []
+        self.times: list[int] = []  # of each object
+        self.absent: list[dict[str, str]] = []
+        self.relation: str | None = None
+        self.background: str | None = None
+        self.related_before = self.number = 1  # objects before the relation; of the next object
+        self.starts_object, self.counted, self.exact, self.negated = True, False, False, False
+
+    def describe(self, kind: str, value: str) -> None:
+        """Takes an attribute, or a noun that is none, as the current object's or the next one's."""
+        named = self.absent if self.negated else self.objects
+        if self.starts_object or (kind in _ATTRIBUTES and kind in named[-1]):
+            named.append({})
+            if not self.negated:
+                self.times.append(self.number)
+                self.exact |= self.counted
+            self.number = 1
+        self.starts_object = self.counted = False
+        if kind in _ATTRIBUTES:
+            named[-1][kind] = value
+
+    def negate(self, kind: str) -> None:
+        """Takes what follows a negation at once: the article of "without a circle"."""
+        if kind == "background":
+            raise CascadeError(
+                f"The prompt {self.prompt!r} says what the background is not; say what it is: there is always one."
+            )
+
+    def separate(self, kind: str, value: str, following: list[tuple[str, str]]) -> None:
+        """Takes what stands between objects."""
+        if kind == "comma":
+            self.starts_object |= (
+                self.negated or not self.objects or not _continues(self.objects[-1], following)
+            )
         elif kind == "relation":
-            if relation:
+            if self.relation:
                 raise CascadeError(
-                    f"The prompt {prompt!r} has two relations; the toy world has one: remove one."
+                    f"The prompt {self.prompt!r} has two relations; the toy world has one: remove one."
                 )
-            relation, starts_object = value, True
-        elif kind == "place" and objects:
-            objects[-1]["place"] = value
+            self.relation, self.related_before, self.starts_object = value, len(self.objects), True
+        elif kind == "place" and self.objects:
+            self.objects[-1]["place"] = value
         elif kind == "background":
-            background, starts_object, counted = value, True, False
-        elif kind in ("article", "two", "new"):
-            twice |= kind == "two"
-            starts_object, counted = True, kind != "new"
-    specs = tuple(ObjectSpec(**o) for o in (objects * 2 if twice and len(objects) == 1 else objects))
-    return _places_as_relation(Spec(specs, relation, background, exact))
+            self.background, self.starts_object, self.counted = value, True, False
+        elif kind in ("article", "count", "new"):
+            self.number = int(value) if kind == "count" else 1
+            self.starts_object, self.counted = True, kind != "new"
+        elif kind == "negation":
+            self.starts_object = True
+        self.negated = kind == "negation" or (self.negated and kind == "filler")
+
+    def spec(self) -> Spec:
+        counted = zip(self.objects, self.times, strict=True)
+        objects = [ObjectSpec(**o) for o, count in counted for _ in range(count)]
+        if self.related_before == 2 and len(objects) == 3:  # "a ring, and a star left of a cross"
+            objects = [*objects[1:], objects[0]]
+        absent = tuple(ObjectSpec(**o) for o in self.absent)
+        return Spec(tuple(objects), self.relation, self.background, self.exact, absent)
 
 
 def _continues(current: dict[str, str], following: list[tuple[str, str]]) -> bool:
     """Whether the tag after a comma is about the current object: "red star, small", not "red star, ring"."""
     for kind, _ in following:
         if kind not in _ATTRIBUTES:
-            return kind == "comma"
+            return kind in ("comma", "negation")
         if kind in current:
             return False
     return True

@@ -21,6 +21,10 @@ class ObjectScore:
     size: bool | None
     place: bool | None
 
+    @property
+    def verdicts(self) -> tuple[bool | None, ...]:
+        return self.colour, self.shape, self.size, self.place
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -30,11 +34,12 @@ class Score:
     relation: bool | None
     background: bool | None
     count: bool | None  # no object missing and, for a full sentence, none too many
+    absences: bool | None = None  # nothing there that the prompt says is not
 
     @property
     def all_right(self) -> bool:
-        verdicts = [self.relation, self.background, self.count]
-        verdicts += [value for o in self.objects for value in (o.colour, o.shape, o.size, o.place)]
+        verdicts = [self.relation, self.background, self.count, self.absences]
+        verdicts += [value for o in self.objects for value in o.verdicts]
         return False not in verdicts
 
 
@@ -47,12 +52,21 @@ def score(reading: Reading, spec: Spec) -> Score:
     # None: the object is missing.
     choices = permutations([*objects_found, *[None] * len(stated)], len(stated))
     scored = [
-        (_object_scores(stated, choice), _relation(stated, choice, spec.relation)) for choice in choices
+        (_object_scores(stated, choice), _relation(stated, choice, spec.relation, reading.aspect))
+        for choice in choices
     ]
     objects, relation = max(scored, key=lambda pair: (_agreement(pair[0]), pair[1] is True))
     background = None if spec.background is None else reading.background == spec.background
     right_count = len(objects_found) == len(stated) if spec.exact else len(objects_found) >= len(stated)
-    return Score(objects, relation, background, right_count if stated else None)
+    there = any(_is_like(o, absent) for o in objects_found for absent in spec.absent)
+    return Score(
+        objects, relation, background, right_count if stated else None, not there if spec.absent else None
+    )
+
+
+def _is_like(found_object: FoundObject, spec: ObjectSpec) -> bool:
+    """Whether an object has everything that is stated."""
+    return False not in _object_score(spec, found_object).verdicts
 
 
 def _object_scores(
@@ -74,29 +88,32 @@ def _object_score(spec: ObjectSpec, found_object: FoundObject | None) -> ObjectS
 
 
 def _agreement(objects: tuple[ObjectScore, ...]) -> int:
-    return sum(value is True for o in objects for value in (o.colour, o.shape, o.size, o.place))
+    return sum(value is True for o in objects for value in o.verdicts)
 
 
 def _relation(
-    specs: tuple[ObjectSpec, ...], choice: tuple[FoundObject | None, ...], relation: str | None
+    specs: tuple[ObjectSpec, ...],
+    choice: tuple[FoundObject | None, ...],
+    relation: str | None,
+    aspect: float,
 ) -> bool | None:
     if relation is None:
         return None
-    first, second = choice
+    first, second, *_ = choice
     if first is None or second is None:
         return False
-    for spec, found_object in zip(specs, (first, second), strict=True):
+    for spec, found_object in zip(specs[:2], (first, second), strict=True):
         stated = _object_score(spec, found_object)
         if True not in (stated.shape, stated.colour) and False in (stated.shape, stated.colour):
             return False
-    dx, dy = second.x - first.x, second.y - first.y
+    dx, dy = (second.x - first.x) * aspect, second.y - first.y
     apart, across = {"left": (dx, dy), "right": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[relation]
     return apart > abs(across)
 
 
 def summary(scores: Iterable[Score]) -> dict[str, float]:
     """Rates over everything that was stated: objects_colour, objects_shape, objects_size, objects_place,
-    relations, backgrounds, counts, all_right (pictures right in everything); only what some prompt states.
+    relations, backgrounds, counts, absences, all_right (pictures right in everything); only what some prompt states.
     """
     scores = list(scores)
     objects = [o for s in scores for o in s.objects]
@@ -108,6 +125,7 @@ def summary(scores: Iterable[Score]) -> dict[str, float]:
         "relations": [s.relation for s in scores],
         "backgrounds": [s.background for s in scores],
         "counts": [s.count for s in scores],
+        "absences": [s.absences for s in scores],
         "all_right": [s.all_right for s in scores],
     }
     stated = {name: [v for v in column if v is not None] for name, column in values.items()}

@@ -20,7 +20,7 @@ from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.demo.shapes import TAUGHT_SHAPES
 from cascade_nodes.demo.world import BACKGROUND_RGB, BACKGROUNDS, COLOUR_RGB, COLOURS, SHAPE_DISTANCES, SHAPES
 
-SIZE = 256  # pictures are read at this size
+SIZE = 256  # pixels of the shorter side at which pictures are read
 BORDER = 6  # pixels; objects keep further away from the frame
 BACKGROUND_LIMIT = 0.10  # the greatest median difference (RGB in [0, 1]) at which a background is recognised
 SHADE = (0.72, 1.04)  # background times a factor in this range is still background (shadows)
@@ -53,7 +53,9 @@ LIGHTS, HIGHLIGHTS = (0.72, 0.86, 1.0, 1.1), (0.2, 0.38)
 
 @dataclass(frozen=True, slots=True)
 class FoundObject:
-    """Region of a picture; centre and radius in frames; shape_fit: intersection over union; colour_share: of votes."""
+    """Region of a picture; centre in frames, radius in shorter sides; shape_fit: intersection over union;
+    colour_share: of votes.
+    """
 
     shape: str | None
     colour: str | None
@@ -75,6 +77,7 @@ class Reading:
 
     objects: tuple[FoundObject, ...]
     background: str | None
+    aspect: float = 1.0  # width by height
 
 
 @torch.no_grad()
@@ -89,13 +92,19 @@ def read(images: Tensor, chunk: int = 64, taught: bool = False) -> list[Reading]
     for batch in images.split(chunk):
         batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
         batch = torch.nan_to_num(batch).clamp(0, 1)
-        if batch.shape[-2:] != (SIZE, SIZE):
-            batch = F.interpolate(batch, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+        height, width = batch.shape[-2:]
+        # Whole cells, and the same side where it is the shorter one.
+        size = tuple(
+            max(round(SIZE / CELL * side / min(height, width)), 1) * CELL for side in (height, width)
+        )
+        if batch.shape[-2:] != size:
+            batch = F.interpolate(batch, size, mode="bilinear", antialias=True, align_corners=False)
         readings += _read(batch, (*SHAPES, *TAUGHT_SHAPES) if taught else SHAPES)
     return readings
 
 
 def _read(images: Tensor, names: tuple[str, ...]) -> list[Reading]:
+    aspect = images.shape[-1] / images.shape[-2]
     ground, kinds = _background(images)
     picture, regions = _regions(_difference(images, ground))
     objects: list[list[FoundObject]] = [[] for _ in kinds]
@@ -105,7 +114,8 @@ def _read(images: Tensor, names: tuple[str, ...]) -> list[Reading]:
         for index, found_object in zip(picture.tolist(), shapes, strict=True):
             objects[index].append(found_object)
     return [
-        Reading(tuple(picture_objects), kind) for picture_objects, kind in zip(objects, kinds, strict=True)
+        Reading(tuple(picture_objects), kind, aspect)
+        for picture_objects, kind in zip(objects, kinds, strict=True)
     ]
 
 
@@ -115,20 +125,21 @@ def _read(images: Tensor, names: tuple[str, ...]) -> list[Reading]:
 def _background(images: Tensor) -> tuple[Tensor, list[str | None]]:
     """Empty background of each picture, (N, 3, H, W), and its name."""
     gradients = torch.from_numpy(BACKGROUND_RGB).to(images)  # (5, 2, 3)
-    down = torch.linspace(0, 1, SIZE, device=images.device)
+    height, width = images.shape[-2:]
+    down = torch.linspace(0, 1, height, device=images.device)
     candidates = torch.lerp(gradients[:, 0, :, None], gradients[:, 1, :, None], down)  # (5, 3, H)
-    frame = torch.ones(SIZE, SIZE, dtype=torch.bool, device=images.device)
+    frame = torch.ones(height, width, dtype=torch.bool, device=images.device)
     frame[BORDER:-BORDER, BORDER:-BORDER] = False
     rows, columns = frame.nonzero(as_tuple=True)
     border = images[:, None, :, rows, columns] - candidates[:, :, rows]  # (N, 5, 3, pixels)
     error = border.abs().mean(2).median(-1).values  # (N, 5)
     smallest, kind = error.min(1)
     residual = border[torch.arange(len(images), device=images.device), kind]  # (N, 3, pixels)
-    upper = rows < SIZE // 2
+    upper = rows < height // 2
     top, bottom = residual[..., upper].median(-1).values, residual[..., ~upper].median(-1).values
     # The medians stand for the middles of the two halves.
     correction = top[..., None] + (bottom - top)[..., None] * (2 * down - 0.5)  # (N, 3, H)
-    ground = (candidates[kind] + correction)[..., None].expand(-1, -1, -1, SIZE)
+    ground = (candidates[kind] + correction)[..., None].expand(-1, -1, -1, width)
     recognised = (smallest < BACKGROUND_LIMIT).tolist()
     return ground, [BACKGROUNDS[k] if ok else None for k, ok in zip(kind.tolist(), recognised, strict=True)]
 
@@ -151,7 +162,7 @@ def _regions(difference: Tensor) -> tuple[Tensor, Tensor]:
     areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels, dtype=torch.float32).flatten(1))
     areas[:, 0] = 0
     area, label = areas.topk(MOST_OBJECTS, 1)
-    picture, rank = (area >= LEAST_AREA * coarse[0].numel()).nonzero(as_tuple=True)
+    picture, rank = (area >= LEAST_AREA * (SIZE // CELL) ** 2).nonzero(as_tuple=True)
     grown = F.max_pool2d(labels[:, None].float(), 3, 1, 1)[:, 0].long()  # the edge cells belong to the region
     grown = torch.where(labels > 0, labels, grown)
     fine = grown.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
@@ -233,15 +244,18 @@ def _shapes(
     """Regions (M, H, W) -> objects with their best-fitting shape."""
     templates, unit_areas, unit_centroids = (tensor.to(regions.device) for tensor in _templates(names))
     solid = regions.float()
-    axis = (torch.arange(SIZE, device=regions.device) + 0.5) / SIZE
+    height, width = regions.shape[-2:]
+    # Lengths are in units of the shorter side.
+    down, across = ((torch.arange(side, device=regions.device) + 0.5) / SIZE for side in (height, width))
     count = solid.sum((1, 2))
-    centroid = torch.stack([(solid.sum(1) * axis).sum(1), (solid.sum(2) * axis).sum(1)], 1) / count[:, None]
+    centroid = torch.stack([(solid.sum(1) * across).sum(1), (solid.sum(2) * down).sum(1)], 1) / count[:, None]
     area = count / SIZE**2
     theta = torch.zeros(len(regions), 2, 3, device=regions.device)
-    theta[:, 0, 0] = theta[:, 1, 1] = (
-        2 * area.sqrt()
+    frame = centroid.new_tensor([width / SIZE, height / SIZE])
+    theta[:, 0, 0], theta[:, 1, 1] = (
+        2 * area.sqrt() / side for side in frame
     )  # the window reaches sqrt(area) each way; the frame spans 2
-    theta[:, :, 2] = 2 * centroid - 1
+    theta[:, :, 2] = 2 * centroid / frame - 1
     grid = F.affine_grid(theta, [len(regions), 1, WINDOW, WINDOW], align_corners=False)
     window = F.grid_sample(solid[:, None], grid, align_corners=False)  # (M, 1, WINDOW, WINDOW)
     fit = torch.minimum(window, templates).sum((2, 3)) / torch.maximum(window, templates).sum(
@@ -249,7 +263,7 @@ def _shapes(
     )  # (M, K)
     best_fit, best = fit.max(1)
     radius = (area / unit_areas[best]).sqrt()
-    centre = centroid - radius[:, None] * unit_centroids[best]
+    centre = (centroid - radius[:, None] * unit_centroids[best]) / frame
     rows = zip(
         colours, shares, best.tolist(), best_fit.tolist(), radius.tolist(), centre.tolist(), strict=True
     )

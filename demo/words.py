@@ -18,13 +18,15 @@ class ObjectSpec:
 @dataclass(frozen=True, slots=True)
 class Spec:
     """Content of a prompt. `relation`: position of the first object from the second. `exact`: these objects
-    and no others, as in a full sentence; a fragment such as "red" is true wherever something is red.
+    and no others, as in a full sentence; a fragment such as "red" is true wherever something is red. `absent`: no
+    object is like any of these, as in "no red, without a circle".
     """
 
     objects: tuple[ObjectSpec, ...] = ()
     relation: str | None = None
     background: str | None = None
     exact: bool = False
+    absent: tuple[ObjectSpec, ...] = ()
 
 
 # Words. The first of each is the plain one.
@@ -84,6 +86,12 @@ LEADS = (
 )
 JOINS = ("and", "with")
 GROUNDS = ("on", "against")
+NEGATIONS = ("no", "without")
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+# Signs that mean nothing: what a caption may end with, and what may stand for a comma.
+ENDS = (".", "!", "!!!", "...", "?", ";", " .", ":", ",", "!!", "-")
+PAUSES = (", ", "; ", " - ", ". ", ": ", " / ", " , ")
+QUOTES = ('"', "'", "*", "[]", "{}")
 
 
 def plural(noun: str) -> str:

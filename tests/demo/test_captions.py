@@ -9,19 +9,23 @@ from cascade_nodes.demo.captions import (
     ObjectSpec,
     Spec,
     _choose,
+    _negated,
     canonical,
     caption,
     contrast,
     full_spec,
     hard_negatives,
     holds,
+    known_words,
     parse,
     place_of,
     verbalise,
     vocabulary,
 )
+from cascade_nodes.demo.wide_scenes import sample_wide
 from cascade_nodes.demo.world import Scene, SceneObject, sample_scenes
 
+WIDE = sample_wide(600, seed=12).scenes()
 SCENES = sample_scenes(2500, seed=11) + sample_scenes(1500, seed=11, split="held_out")
 STAR = SceneObject("star", "red", "large", 0.25, 0.5, 0.18)
 RING = SceneObject("ring", "blue", "small", 0.75, 0.5, 0.11)
@@ -89,8 +93,37 @@ def test_captions_use_the_vocabulary_and_all_of_it():
     rng = Random(6)
     used_words = {word for _ in range(6) for scene in SCENES for word in words(caption(scene, rng))}
     assert used_words <= vocabulary()
+    assert "no" not in used_words
+    for scene in WIDE:
+        used_words.update(words(verbalise(_negated(_choose(scene, rng), scene, rng), rng)))
+    assert used_words <= vocabulary()
     # Plurals are rare: two objects of one shape.
     assert {word for word in vocabulary() - used_words if not word.endswith("s")} == set()
+
+
+def test_the_larger_world_is_said_and_read_exactly():
+    rng = Random(8)
+    specs = [_negated(_choose(scene, rng), scene, rng) for scene in WIDE for _ in range(2)]
+    assert sum(len(spec.objects) == 3 for spec in specs) > 200
+    assert sum(bool(spec.absent) for spec in specs) > 60
+    for spec in specs:
+        assert parse(verbalise(spec, rng)) == spec
+
+
+def test_wide_captions_are_true_with_any_signs_and_their_contrasts_false():
+    rng = Random(9)
+    texts = [caption(scene, rng, wide=True) for scene in WIDE]
+    assert all(holds(parse(text), scene) for text, scene in zip(texts, WIDE, strict=True))
+    assert 0.1 < sum(any(sign in text for sign in ".!?;-") for text in texts) / len(texts) < 0.3
+    for scene in WIDE[:150]:
+        text, negatives = contrast(scene, rng, 3, wide=True)
+        assert holds(parse(text), scene)
+        assert not any(holds(parse(wrong), scene) for wrong in negatives)
+
+
+def test_the_words_to_be_shown_are_all_words_what_can_be_drawn_first():
+    assert set(known_words()) == {word for name in known_words() for word in name.split()} == vocabulary()
+    assert known_words()[:2] == ["circle", "square"]
 
 
 def test_each_attribute_is_said_alone():
@@ -113,6 +146,25 @@ def test_each_attribute_is_said_alone():
     ("prompt", "spec"),
     [
         ("", Spec()),
+        ("no red", Spec(absent=(ObjectSpec(colour="red"),))),
+        (
+            "a star without a red circle on sand",
+            Spec((ObjectSpec("star"),), None, "sand", True, (ObjectSpec("circle", "red"),)),
+        ),
+        (
+            "A red star; a ring and a cross, no hearts!!!",
+            Spec(
+                (ObjectSpec("star", "red"), ObjectSpec("ring"), ObjectSpec("cross")),
+                exact=True,
+                absent=(ObjectSpec("heart"),),
+            ),
+        ),
+        (
+            "a ring, and a star left of a cross",
+            Spec((ObjectSpec("star"), ObjectSpec("cross"), ObjectSpec("ring")), "left", exact=True),
+        ),
+        ("three small things", Spec((ObjectSpec(size="small"),) * 3, exact=True)),
+        ('"a star on grass"...', Spec((ObjectSpec("star"),), background="grass", exact=True)),
         ("red", Spec((ObjectSpec(colour="red"),))),
         ("Something RED.", Spec((ObjectSpec(colour="red"),))),
         ("a sandy backdrop", Spec(background="sand")),
@@ -147,7 +199,8 @@ def test_prompts_as_people_write_them(prompt, spec):
     [
         ("a red horse", "does not know 'horse'"),
         ("a red star above", "names 1 objects"),
-        ("a star, a ring, a cross", "names 3 objects"),
+        ("a star, a ring, a cross, a heart", "names 4 objects"),
+        ("a star, no grass", "says what the background is not"),
         ("a star above a ring left of a star", "two relations"),
     ],
 )
@@ -167,6 +220,10 @@ def test_what_the_world_does_not_have_is_refused(prompt, message):
         ("a red star", False),  # there is a ring as well
         ("red star", True),
         ("two objects", True),
+        ("a star and a ring, no green", True),
+        ("red star, no ring", False),
+        ("no circle", True),
+        ("no objects", False),
         ("a large star and a small ring on a sky background", False),
     ],
 )

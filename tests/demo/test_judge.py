@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.demo.captions import full_spec, parse
 from cascade_nodes.demo.judge import read, score, summary
+from cascade_nodes.demo.wide_scenes import FRAMES, sample_wide
 from cascade_nodes.demo.world import SHAPES, Scene, SceneObject, render, sample_scenes
 
 SCENES = sample_scenes(40, seed=21) + sample_scenes(40, seed=21, split="held_out")
@@ -131,6 +132,9 @@ def test_touching_objects_are_not_two():
         ("red", True),
         ("something green", False),
         ("red star", True),
+        ("no red", False),
+        ("something blue, no green", True),
+        ("a large red star and a ring without a red circle", True),
         ("a red star", False),  # one object asked, two there
         ("two shapes", True),
         ("a red star on a grass background", False),
@@ -141,6 +145,16 @@ def test_touching_objects_are_not_two():
 )
 def test_prompts_against_a_picture(prompt, right):
     assert answer(prompt).all_right is right
+
+
+def test_three_objects_in_a_frame_of_any_proportions():
+    for frame in ("1:1", "16:9", "2:3"):
+        scenes = sample_wide(5, 3, objects=(0, 0, 1), frame=FRAMES[frame]).scenes()
+        scores = [
+            score(reading, full_spec(scene))
+            for reading, scene in zip(read(render(scenes, FRAMES[frame])), scenes, strict=True)
+        ]
+        assert all(verdict.all_right for verdict in scores)
 
 
 def test_a_score_says_what_is_wrong():
