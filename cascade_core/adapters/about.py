@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ _ENTRIES = {
     "licence": ("modelspec.license", "license"),
 }
 _FREQUENT_TAGS = 5
+_MOST_TRIGGERS = 2000  # characters
 _LONGEST = 120  # characters of a value that are shown
 
 
@@ -40,6 +42,12 @@ def training_facts(metadata: Mapping[str, str]) -> dict[str, str]:
     if tags and "trigger words" not in facts:
         facts["frequent in its captions"] = listed(tags, _FREQUENT_TAGS)
     return facts
+
+
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The words, in lower case, that a file says make a prompt ask for what it teaches."""
+    stated = next((text for name in _ENTRIES["trigger words"] if (text := metadata.get(name, ""))), "")
+    return tuple(re.findall(r"[^\W_]+", stated[:_MOST_TRIGGERS].lower()))
 
 
 def frequent_tags(text: str) -> list[str]:

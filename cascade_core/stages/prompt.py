@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, LearnedToken
+from ..adapters.about import trigger_words
 from ..adapters.apply import Patch
 from ..adapters.tokens import NewToken, taught_tokens
 from ..errors import CascadeError
 from ..networks import activations
 from ..networks.precision import compute_dtype
+from ..text.known_words import describe_unknown_words
 from ..text.prompt_weights import LONGEST_PROMPT
 from .device import ComputeDevice
 from .weights import naming_non_finite
@@ -69,6 +71,7 @@ class TextStage:
     device: ComputeDevice
     patches: tuple[Patch, ...] = ()
     learned: tuple[LearnedToken, ...] = ()
+    taught_words: tuple[str, ...] = ()  # that LoRAs say they teach
 
     def networks(self) -> list[tuple[nn.Module, str]]:
         """The network with the name of its file."""
@@ -87,6 +90,10 @@ class TextStage:
         model = self.encoder.model
         files = [token for prompt in prompts for token in embeddings(prompt, model.config.hidden_size)]
         learned = [*self.learned, *files]
+        if words := self.encoder.tokenizer.words:
+            names = [token.name for token in learned]
+            if notice := describe_unknown_words(prompts, (*words, *self.taught_words), names):
+                self.device.observer.notify(notice)
         # Each prompt's chunks, and the empty one that weights need.
         rows = sum(len(self.encoder.tokenizer.chunks(prompt)) for prompt in prompts) + 1
         values = activations.clip_encoder(model.config, rows, self.encoder.tokenizer.length)
@@ -107,7 +114,12 @@ class TextStage:
         embedding = network.get_input_embeddings().weight.to(compute_dtype(network))
         taught = taught_tokens(adapter, strength, vocabulary, embedding, new_tokens)
         patch = Patch(adapter.name, adapter.text, strength)
-        return replace(self, patches=(*self.patches, patch), learned=(*self.learned, *taught))
+        return replace(
+            self,
+            patches=(*self.patches, patch),
+            learned=(*self.learned, *taught),
+            taught_words=(*self.taught_words, *trigger_words(adapter.metadata)),
+        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..checkpoints.carried import VOCABULARY
 from ..errors import CascadeError
 from ..networks.inference import stated_table
 from .clip import CLIP_TOKENS, CONFIG_KEYS, explain_non_finite, infer_text_config, load_clip
+from .known_words import stated_words
 from .learned_tokens import LearnedToken, TokenTable
 from .tokenizer import Chunk, Tokenizer
 from .vocabulary import tokenizer_table
@@ -193,7 +194,14 @@ def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
     Raises CascadeError where there is none for so many tokens.
     """
-    if table := stated_table(read_named(path, "text").metadata, VOCABULARY):
+    metadata = read_named(path, "text").metadata
+    tokenizer = _tokenizer(path, vocab_size, metadata)
+    tokenizer.words = stated_words(metadata)
+    return tokenizer
+
+
+def _tokenizer(path: Path, vocab_size: int, metadata: Mapping[str, str]) -> Tokenizer:
+    if table := stated_table(metadata, VOCABULARY):
         return Tokenizer.from_vocabulary(*tokenizer_table(table, path))
     folder = path if path.is_dir() else path.parent
     if in_model_folder(path) or vocab_size < CLIP_TOKENS:

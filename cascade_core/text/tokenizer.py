@@ -40,11 +40,15 @@ Chunk = list[tuple[int, float]]
 
 
 class Tokenizer:
-    """Prompts -> chunks of (token, weight), equal to those of ComfyUI's Stable Cascade tokenizer."""
+    """Prompts -> chunks of (token, weight), equal to those of ComfyUI's Stable Cascade tokenizer.
 
-    def __init__(self, backend: tokenizers.Tokenizer, length: int = CHUNK_LENGTH):
+    words: those that its text encoder was taught, where the file states them; none: any
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, length: int = CHUNK_LENGTH, words: Sequence[str] = ()):
         self.backend = backend
         self.length = length
+        self.words = tuple(words)
         self.start_token = _special_token(backend, START)
         self.end_token = _special_token(backend, END)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ....cascade_core.adapters import Adapter, Change, LowRank
+from ....cascade_core.adapters.about import trigger_words
 from ....cascade_core.adapters.apply import changed_weight
 from ....cascade_core.adapters.names import parameter_name
 from ....cascade_core.adapters.tokens import NewToken, taught_tokens
@@ -17,7 +18,7 @@ from ....cascade_core.errors import CascadeError
 from ....cascade_core.networks.config import StageCConfig
 from ....cascade_core.networks.inference import infer_config
 from .model import HostedNetwork
-from .tokens import with_learned
+from .tokens import with_learned, with_words
 
 STAGE_C, TEXT = "diffusion_model.", "clip_g.transformer."  # before the layers' names
 EMBEDDING = f"{TEXT}text_model.embeddings.token_embedding.weight"
@@ -105,6 +106,7 @@ def with_text(clip: Any, adapter: Adapter, strength: float, new_tokens: Sequence
             f"{adapter.name} teaches tokens at the text encoder's output, which ComfyUI's text encoders do not offer; "
             "set strength_clip to 0 to use the rest of it."
         )
+    clip.tokenizer = with_words(clip.tokenizer, trigger_words(adapter.metadata))
     if learned_tokens:
         clip.tokenizer = with_learned(clip.tokenizer, {token.name: token.vectors for token in learned_tokens})
     return clip

@@ -6,7 +6,7 @@ They keep the host's names (`clip_g.transformer.text_model.…`), which its LoRA
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from ....cascade_core.adapters.embeddings import LEFT_OUT, embedding_names, miss
 from ....cascade_core.checkpoints.carried import CONFIG, VOCABULARY, as_tensor
 from ....cascade_core.text.clip import Shapes, TextConfig, load_clip, told_by
 from ....cascade_core.text.encoder import find_tokenizer
+from ....cascade_core.text.known_words import describe_unknown_words
 from ....cascade_core.text.tokenizer import Tokenizer
 from ....cascade_core.text.vocabulary import bundled_vocabulary
 from ..roles import leaves_folder
@@ -94,11 +95,26 @@ class BackendAdapter:
 
 
 class SavedTokenizer(comfy.sd1_clip.SDTokenizer):
-    """Host's chunking, with what its save nodes put beside the weights: they ask the tokenizer for more tensors."""
+    """Host's chunking, with what its save nodes put beside the weights: they ask the tokenizer for more tensors.
 
-    def __init__(self, *arguments: Any, carried: Callable[[], dict[str, Tensor]], **others: Any):
+    words: those that the text encoder was taught; none: any. A prompt is told of others in whichever node encodes it.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        carried: Callable[[], dict[str, Tensor]],
+        words: Sequence[str] = (),
+        **others: Any,
+    ):
         super().__init__(*arguments, **others)
         self.carried = carried
+        self.words = tuple(words)
+
+    def tokenize_with_weights(self, text: str, *arguments: Any, **options: Any) -> Any:
+        if notice := describe_unknown_words([text], self.words):
+            notify(notice)
+        return super().tokenize_with_weights(text, *arguments, **options)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.carried()
@@ -132,6 +148,7 @@ def load_text_encoder(path: Path) -> comfy.sd.CLIP:
     chunker = partial(
         SavedTokenizer,
         carried=partial(carried_tensors, config, shapes, tokenizer),
+        words=tokenizer.words,
         embedding_size=config["hidden_size"],
         embedding_key="clip_g",
         tokenizer_class=BackendAdapter(tokenizer),

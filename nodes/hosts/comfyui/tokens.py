@@ -7,7 +7,7 @@ of the tokenizer, and their names such words; so weights, chunks and other embed
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -56,6 +56,21 @@ class LearnedTokenizer:
         if name == "inner":  # not set yet: a copy in the making
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+
+def with_words(tokenizer: Any, words: Sequence[str]) -> Any:
+    """Adds words that a LoRA teaches to those that a CLIP's tokenizer knows, if it knows which ones it does."""
+    chunker = getattr(tokenizer, KEY)
+    base, vectors = (
+        (chunker.base, chunker.vectors) if isinstance(chunker, LearnedTokenizer) else (chunker, {})
+    )
+    if not words or not getattr(base, "words", ()):
+        return tokenizer
+    base = copy.copy(base)
+    base.words = (*base.words, *words)
+    tokenizer = copy.copy(tokenizer)
+    setattr(tokenizer, KEY, LearnedTokenizer(base, vectors) if vectors else base)
+    return tokenizer
 
 
 def with_learned(tokenizer: Any, vectors: Mapping[str, Tensor]) -> Any:

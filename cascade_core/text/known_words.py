@@ -1,0 +1,69 @@
+"""Words that a text encoder was taught, where its file states them, and words of a prompt that are none of them.
+
+A small encoder, such as the demo's, takes any text and makes something of it; so a prompt with a word that it was never
+taught gives a picture of something else. CLIP's own states no words, and nothing is said of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..errors import quoted
+from .prompt_weights import parse_weights
+from .tokenizer import learned_names
+
+WORDS = "words"  # in a safetensors header: a JSON list, those first that tell most of what can be drawn
+MOST_WORDS, LONGEST_WORD = 10_000, 64
+SHOWN_UNKNOWN, SHOWN_KNOWN = 6, 24
+_WORD = re.compile(r"[^\W_]+")
+_EMBEDDING = re.compile(r"embedding:\s*\S+")  # a file's name, which is no word
+
+
+def stated_words(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
+    """The words that a safetensors header states, in lower case; none for anything that is not a list of words."""
+    try:
+        words = json.loads((metadata or {}).get(WORDS) or "[]")
+    except (ValueError, RecursionError):
+        return ()
+    if not isinstance(words, list) or len(words) > MOST_WORDS:
+        return ()
+    return tuple(word.lower() for word in words if isinstance(word, str) and 0 < len(word) <= LONGEST_WORD)
+
+
+def unknown_words(prompt: str, words: Iterable[str], names: Iterable[str] = ()) -> list[str]:
+    """Words of a prompt that are none of `words`, each once, as they are written.
+
+    names: what stands in a prompt for learned tokens, "[loop]". Weights, embeddings and signs are no words.
+    """
+    learned = tuple(names)
+    known, unknown = set(words), {}
+    for text, _ in parse_weights(prompt):
+        text = _EMBEDDING.sub(" ", text)
+        for word in _WORD.findall(learned_names(learned).sub(" ", text) if learned else text):
+            if word.lower() not in known:
+                unknown.setdefault(word.lower(), word)
+    return list(unknown.values())
+
+
+def describe_unknown_words(
+    prompts: Iterable[str], words: Sequence[str], names: Iterable[str] = ()
+) -> str | None:
+    """A sentence about the words of prompts that an encoder was not taught, and which it was; None without any."""
+    if not words:
+        return None
+    learned = tuple(names)
+    unknown = list(
+        dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt, words, learned))
+    )
+    if not unknown:
+        return None
+    shown = ", ".join(quoted(word, LONGEST_WORD) for word in unknown[:SHOWN_UNKNOWN])
+    more = f" and {len(unknown) - SHOWN_UNKNOWN:,} more" if len(unknown) > SHOWN_UNKNOWN else ""
+    some = ", ".join(quoted(word, LONGEST_WORD)[1:-1] for word in words[:SHOWN_KNOWN])
+    rest = f" and {len(words) - SHOWN_KNOWN:,} more" if len(words) > SHOWN_KNOWN else ""
+    return (
+        f"The text encoder was never taught {shown}{more}, so the picture may show anything for it, unless a LoRA "
+        f"teaches it; the words it knows are {some}{rest}."
+    )
