@@ -23,7 +23,7 @@ STAR_TIP, STAR_NOTCH, STAR_CENTRE = 1.03, 0.46, 0.07
 HEART_SIDE, HEART_CENTRE = 1.12, 0.08
 ELLIPSE_HALF = (1.0, 0.6)
 BAR_HALF, BAR_ROUND = (1.0, 0.45), 0.2
-SLAB_HALF = (0.85, 0.5)
+OBLONG_HALF = (0.85, 0.5)
 HOUSE_TOP, HOUSE_EAVES, HOUSE_BASE, HOUSE_HALF = -1.0, -0.10, 0.85, 0.66
 
 
@@ -131,8 +131,8 @@ def bar(x: Tensor, y: Tensor) -> Tensor:
     return _box(x, y, BAR_HALF[0] - BAR_ROUND, BAR_HALF[1] - BAR_ROUND) - BAR_ROUND
 
 
-def slab(x: Tensor, y: Tensor) -> Tensor:
-    return _box(x, y, *SLAB_HALF)
+def oblong(x: Tensor, y: Tensor) -> Tensor:
+    return _box(x, y, *OBLONG_HALF)
 
 
 def _polygon(sides: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -152,7 +152,7 @@ def _polygon(sides: int) -> Callable[[Tensor, Tensor], Tensor]:
 OTHER_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ellipse": ellipse,
     "bar": bar,
-    "slab": slab,
+    "oblong": oblong,
     "pentagon": _polygon(5),
     "hexagon": _polygon(6),
 }
