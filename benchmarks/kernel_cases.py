@@ -188,9 +188,8 @@ def response_scale(draw: Draw, level: Level) -> Case:
 
 def response_in_one(draw: Draw, level: Level) -> Case | None:
     h, gamma = tokens(draw, level, 4), draw(4 * level.channels)
-    if h.device.type != "cuda" or not resident.fits(
-        h
-    ):  # its programs wait for each other, which the interpreter cannot do
+    if h.device.type != "cuda" or not resident.fits(h):
+        # Its programs wait for each other, which the interpreter cannot do.
         return None
     workspace = resident.response_workspace(level.batch, h.shape[2], h.device)
 

@@ -176,9 +176,8 @@ def rehearse(settings: Settings, folder: Path) -> dict[str, Any]:
         else:
             watch.look()
             cell = event["ended"] | watch.peaks
-            cell["main"] += cell.get(
-                "pinned_by_torch", 0
-            )  # the driver's pages, which the system counts nowhere
+            # The driver's pages, which the system counts nowhere.
+            cell["main"] += cell.get("pinned_by_torch", 0)
             cells.append(cell)
     status = process.wait()
     watch.close()

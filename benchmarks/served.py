@@ -350,9 +350,8 @@ def main() -> int:
             run_row(row, checkout, base, options, begun + options.budget)
             longest = max(longest, row["row_seconds"])
             measured.append(row)
-            if (
-                time.monotonic() - begun > options.budget
-            ):  # cut off: it must not take the place of a whole one
+            if time.monotonic() - begun > options.budget:
+                # A row that was cut off must not take the place of a whole one.
                 left_out.append(name_of(row))
             else:
                 store(results, row, options.json)

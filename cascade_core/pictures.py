@@ -32,9 +32,8 @@ MAX_PIXELS = 2**27  # 134 million: a camera of 100 million fits
 MAX_FRAMES = 4096
 MAX_BYTES = 2**30  # MAX_PIXELS of 16-bit RGBA as they are
 MAX_SCANS = 64  # of a JPEG; a progressive one has about ten
-_MARKER = re.compile(
-    rb"\xff[^\x00\x01\xd0-\xd8\xff]"
-)  # of a JPEG's segment that states its length, or its end
+# The marker of a JPEG's segment that states its length, or of its end.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 
 class PictureError(CascadeError):

@@ -482,9 +482,8 @@ class StableCascade:
             notes = describe_notes(adapter)
             if text_strength and (adapter.text or adapter.tokens):
                 notes += check_text_changes(adapter, self.text_stage().encoder.model, named)
-                self.text_stage().with_adapter(
-                    adapter, text_strength, named
-                )  # refuses tokens that do not fit
+                # Refuses tokens that do not fit.
+                self.text_stage().with_adapter(adapter, text_strength, named)
             for note in notes:
                 logger.info(note)
             name = _free_name(path.name, self._loras)

@@ -1,7 +1,7 @@
 """Files written whole or not at all, by however many threads, processes and machines share a folder.
 
 What is written goes to a temporary file of a random name beside its place, and is linked or renamed when it is on
-the disk. A process id is no name: each container's first process is number 1. A killed process leaves its temporary
+the disk. A process id does not name a process: each container's first process is number 1. A killed process leaves its temporary
 file, `.0123456789abcdef.part`; the next run that checks the folder removes those of more than a day ago.
 """
 

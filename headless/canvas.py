@@ -106,7 +106,7 @@ class _Workflow:
         }
 
     def _group(self, class_type: str) -> str | None:
-        """What holds other nodes and is no node of a server's, in words.
+        """What holds other nodes and is not a node of a server's, in words.
 
         Versions of the canvas differ in where they save the values of its widgets, so that none is taken for sure.
         """

@@ -157,9 +157,8 @@ def _out_of_range(reason: Error, extra: Error) -> str:
 
 def _not_in_list(reason: Error, extra: Error) -> str:
     kind, options = _options(extra)
-    choices = (
-        kind if isinstance(kind, list) else options.get("options", [])
-    )  # a list as type: the older nodes'
+    # Older nodes have the list in place of the type.
+    choices = kind if isinstance(kind, list) else options.get("options", [])
     listed = ", ".join(map(_name, choices[:_MOST_CHOICES])) or "nothing: the list is empty"
     if len(choices) > _MOST_CHOICES:
         listed += f", … ({len(choices)} in all)"

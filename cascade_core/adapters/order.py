@@ -125,7 +125,7 @@ def _stated_order(text: str, count: int, name: str) -> list[str]:
     named = [layer for layer in layers if layer is not None]
     if len(named) != count or len(layers) != count:
         raise CascadeError(
-            f"{name}: the order in its metadata is no JSON list of the {count} layers that it changes; download it "
+            f"{name}: the order in its metadata is not a JSON list of the {count} layers that it changes; download it "
             "again."
         )
     return named

@@ -205,9 +205,8 @@ def _assumes_alpha(
     return any(
         isinstance(change, LowRank | Hadamard | Kronecker)
         and change.alpha is None
-        and (
-            change.rank or (dialect == "peft" and stated is None)
-        )  # a LoKr of whole matrices has a scale in PEFT alone
+        # A LoKr of whole matrices has a scale in PEFT alone.
+        and (change.rank or (dialect == "peft" and stated is None))
         for change in changes
     )
 

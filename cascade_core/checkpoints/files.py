@@ -164,7 +164,7 @@ def _check_header(path: Path) -> None:
     if not path.exists():
         raise CascadeError(f"{path} does not exist; expected a safetensors file there.")
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no ordinary file"
+        kind = "a folder" if path.is_dir() else "not an ordinary file"
         raise CascadeError(f"{path} is {kind}, but a safetensors file is expected; give the file itself.")
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -173,7 +173,7 @@ def _check_header(path: Path) -> None:
             header = json.loads(file.read(length), object_pairs_hook=_unambiguous)
         except (ValueError, RecursionError):
             raise CascadeError(
-                f"{path} is no safetensors file: its header is no JSON; choose another, or download it again."
+                f"{path} is not a safetensors file: its header is not JSON; choose another, or download it again."
             ) from None
     expected = 8 + length + _last_offset(header)
     if size < expected:
@@ -202,15 +202,15 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
         if start and path.suffix.lower() in _FOREIGN_SUFFIXES:
             raise CascadeError(f"{path} {_FOREIGN_SUFFIXES[path.suffix.lower()]}.")
         if len(start) < 9:
-            raise CascadeError(f"{path} holds {size} bytes, which is no safetensors file; download it again.")
+            raise CascadeError(f"{path} holds {size} bytes, which is not a safetensors file; download it again.")
         raise CascadeError(
-            f"{path} is no safetensors file: it begins with {start[:8]!r}; choose another, or download it "
+            f"{path} is not a safetensors file: it begins with {start[:8]!r}; choose another, or download it "
             "again."
         )
     (length,) = struct.unpack("<Q", start[:8])
     if length > MAX_HEADER:
         raise CascadeError(
-            f"{path} is no safetensors file: its header claims {length} bytes, but {MAX_HEADER} at most are "
+            f"{path} is not a safetensors file: its header claims {length} bytes, but {MAX_HEADER} at most are "
             "allowed; download it again."
         )
     if length > size - 8:

@@ -43,9 +43,8 @@ def forget_pages(tensors: Iterable[Tensor], files: Iterable[tuple[int, int]]) ->
     for tensor in tensors:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         if any(first <= start and end <= last for first, last in files):
-            start = (
-                -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            )  # what shares a page with another's tensor stays
+            # What shares a page with another's tensor stays.
+            start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
             length = (end // mmap.PAGESIZE) * mmap.PAGESIZE - start
             if length > 0:
                 _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)

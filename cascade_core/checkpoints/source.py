@@ -247,7 +247,7 @@ def _read_shards(index: Path, read: Callable[[Path], tuple]) -> tuple[dict[str, 
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise CascadeError(
-            f"{index} is no index of a sharded checkpoint (expected JSON with a weight_map); download it again."
+            f"{index} is not the index of a sharded checkpoint (expected JSON with a weight_map); download it again."
         )
     files = set(places.values())
     if len(files) > MOST_SHARDS:

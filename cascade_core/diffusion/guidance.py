@@ -12,9 +12,8 @@ from torch import Tensor
 from ..errors import CascadeError
 from .schedule import at_least_float32
 
-Conditions = Mapping[
-    str, Any
-]  # argument of the model -> Tensor (B or 1, …), a list of Tensor and None, or None
+# Argument of the model -> Tensor (B or 1, …), a list of Tensor and None, or None.
+Conditions = Mapping[str, Any]
 
 
 def guide(cond: Tensor, uncond: Tensor, cfg: float, cfg_rescale: float) -> Tensor:

@@ -95,9 +95,8 @@ class BoundFeedForward(BoundBlock):
     def __init__(self, block: Any, formats: Formats, scale: float, with_skip: bool = False):
         self.block, self.eps = block, block.norm.eps
         self.scale = scale
-        self.h_scale = (
-            scale if with_skip else 1.0
-        )  # a skip is not normed, so what it is multiplied with is divided
+        # A skip is not normed, so what it is multiplied with is divided.
+        self.h_scale = scale if with_skip else 1.0
         expand, contract = block.channelwise[0], block.channelwise[4]
         self.expand, self.contract = ProductWeight([expand], formats), ProductWeight([contract], formats)
         self.expand_bias = DividedBias(expand, self.h_scale)

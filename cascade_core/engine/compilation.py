@@ -49,9 +49,8 @@ class Compilation:
     """A running process that compiles a network's kernels.  order: what `compilation_process.main` takes"""
 
     def __init__(self, order: dict[str, Any]):
-        below_normal = getattr(
-            subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0
-        )  # on Windows; elsewhere it is nice
+        # Of Windows; elsewhere the process is nice.
+        below_normal = getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0)
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(Path(__file__).parents[1]), json.dumps(order)],
             stdin=subprocess.PIPE,  # never written to: the process ends where it is closed, as by the end of this one

@@ -37,11 +37,12 @@ resample_by_products = True
 HEAD_WIDTHS = (16, 32, 64, 128)  # supported by the attention kernel
 MAX_BATCH, MAX_HIDDEN = 64, 8192  # of a feature map that fits the device's registers
 LONG_SEQUENCE = 512  # positions from which HOPPER_ATTENTION is faster
+# With 96 registers a multiprocessor runs five programs instead of four.
 HOPPER_ATTENTION = {
     "num_stages": 2,
     "tma": True,
     "registers": 96,
-}  # five programs per multiprocessor, not four
+}
 
 
 def norm(x: Tensor, eps: float = EPS) -> Tensor:

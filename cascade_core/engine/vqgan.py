@@ -213,6 +213,7 @@ class DoublingConv:
             raise ValueError(f"{convolution} does not double an image as Stage A's does.")
         self.bias: Any = convolution.bias
         taps = {0: [3, 1], 1: [2, 0]}  # of the kernel, for even and odd positions, over the two of the input
+        # (C_out, 2 · 2 · C) each
         self.weights = {
             (y, x): convolution.weight[:, :, taps[y]][..., taps[x]]
             .permute(1, 2, 3, 0)
@@ -220,7 +221,7 @@ class DoublingConv:
             .contiguous()
             for y in taps
             for x in taps
-        }  # (C_out, 2 · 2 · C)
+        }
 
     def __call__(self, image: Tensor) -> Tensor:
         batch, channels, height, width = image.shape
@@ -239,18 +240,16 @@ class DoublingConv:
         height, width, channels = len(bordered) - 2, bordered.shape[1] - 2, bordered.shape[2]
         squares = bordered.unfold(0, 2, 1).unfold(1, 2, 1).permute(0, 1, 3, 4, 2)  # (h + 1, w + 1, 2, 2, C)
         row = width + 1
-        rows = empty(
-            ((height + 1) * row + 1, 4 * channels), bordered
-        )  # one more, for the end of the last product
+        # One row more, for the end of the last product.
+        rows = empty(((height + 1) * row + 1, 4 * channels), bordered)
         rows[:-1].view(squares.shape).copy_(squares)
         rows[-1].zero_()
         for (y, x), weight in self.weights.items():
             first = y * row + x
             product = empty((height * row, len(self.bias)), bordered)
             torch.addmm(self.bias, rows[first : first + height * row], weight.T, out=product)
-            out[y::2, x::2].copy_(
-                product.view(height, row, -1)[:, :width]
-            )  # without what wraps to the next line
+            # Without what wraps to the next line.
+            out[y::2, x::2].copy_(product.view(height, row, -1)[:, :width])
 
 
 class PlainMixingBlock(BoundMixingBlock):

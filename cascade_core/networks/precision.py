@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+# By the names in settings.
 PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
-}  # by the names in settings
+}
 
 
 def cast_on_the_way(network: Any, dtype: torch.dtype | None) -> None:

@@ -142,9 +142,8 @@ class VisionStage:
         model, batch = self.encoder.model, min(len(pictures), IMAGES_AT_ONCE)
         positions = (model.config.image_size // model.config.patch_size) ** 2 + 1
         workspace = activations.clip_encoder(model.config, batch, positions) * compute_dtype(model).itemsize
-        workspace += (
-            8 * pictures[:batch].numel()
-        )  # the pictures in float32, and once more while they are resized
+        # The pictures in float32, and once more while they are resized.
+        workspace += 8 * pictures[:batch].numel()
         with naming_non_finite(self):
             return self.device.run(
                 model, lambda _: self.encoder.encode(pictures).cpu(), workspace, single_use=True

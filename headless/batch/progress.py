@@ -65,9 +65,8 @@ class BatchProgress(ConsoleProgress):
         if self.made > 1 and self.count < self.total:
             from ...cascade_core.training.log import duration
 
-            each = (now - self.first_end) / (
-                self.made - 1
-            )  # from the first end on: models were loaded before
+            # From the first end on: models were loaded before.
+            each = (now - self.first_end) / (self.made - 1)
             left = f", {duration(each * (self.total - self.count))} left"
         self._finish(f"[{self.count}/{self.total}] {printable(name)}: {text}{left}")
 

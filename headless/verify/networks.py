@@ -55,9 +55,8 @@ def fixed_inputs(part: str, network: Any) -> dict[str, Any]:
 
     if part == "text":
         return {"prompt": PROMPT}
-    if (
-        part == "vision"
-    ):  # in steps of 8 bits and of the network's own size, so that nothing is rounded or resized
+    if part == "vision":
+        # In steps of 8 bits and of the network's own size, so that nothing is rounded or resized.
         side = network.image_size
         return {"image": (255 * uniform(1, side, side, 3)).round() / 255}
     config = network.config

@@ -35,7 +35,7 @@ BAD = {
     "truncated": "bad.safetensors is truncated: ",
     "pickle": "bad.safetensors is a pickle (.ckpt, .pt), which can run code when opened",
     "gguf": "bad.safetensors is a GGUF file, a form that no program has for Stable Cascade; choose the network's",
-    "text": "bad.safetensors is no safetensors file: it begins with b'Not Foun'",
+    "text": "bad.safetensors is not a safetensors file: it begins with b'Not Foun'",
     "foreign": "model.layers.0.weight",
 }
 
@@ -121,9 +121,8 @@ NAN = {
 def test_nan_in_a_file_is_named_with_the_file(kind, working_folder, models, refused):
     loader, graph = LOADERS[kind]
     weight, description = NAN[kind]
-    shutil.copytree(
-        (models / TINY_FILES[kind]).parent, working_folder / "folder"
-    )  # a text encoder has a vocabulary
+    # A text encoder has its vocabulary beside it.
+    shutil.copytree((models / TINY_FILES[kind]).parent, working_folder / "folder")
     file = working_folder / "folder" / Path(TINY_FILES[kind]).name
     tensors, metadata = read_safetensors(file)
     tensors[weight] = tensors[weight].clone()

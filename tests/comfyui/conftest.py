@@ -73,9 +73,8 @@ def prepare(base: Path) -> Path:
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "cascade-tests").symlink_to(TEST_NODES)
     (base / "packages").mkdir()
-    for path in (
-        Path(accelerate.__file__).parents[1].glob("accelerate*")
-    ):  # it needs nothing that ComfyUI has not
+    for path in Path(accelerate.__file__).parents[1].glob("accelerate*"):
+        # It needs nothing that ComfyUI lacks.
         (base / "packages" / path.name).symlink_to(path)
     return base
 

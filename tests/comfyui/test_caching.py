@@ -57,9 +57,8 @@ def test_progress_and_previews_arrive(client):
         values = [
             data["value"] for data in execution.of("progress") if data["node"] == sampler and data["value"]
         ]
-        assert values == sorted(
-            set(values)
-        )  # newer versions leave out some that follow each other too closely
+        # Newer versions leave out some that follow each other too closely.
+        assert values == sorted(set(values))
         assert (values[0], values[-1]) == (1, steps)
         assert {data["max"] for data in execution.of("progress") if data["node"] == sampler} == {steps}
     assert 2 <= len(execution.previews) <= 6 + 5  # each sampler's first at once

@@ -122,9 +122,8 @@ def test_clones_and_models_that_die(found):
 
 def test_load_device_set_to_the_processor(found):
     for case, result in found("other device").items():
-        assert result.pop("on the processor") <= 1e-5, (
-            case
-        )  # which adds in another order where it reads the file
+        # The processor adds in another order where it reads the file.
+        assert result.pop("on the processor") <= 1e-5, case
         assert result == {"left": 0, "back": 0, "uncounted": 0, "changed": 0}, case
 
 

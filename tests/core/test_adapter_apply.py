@@ -78,9 +78,8 @@ def test_an_error_inside_leaves_nothing_changed(stage_c):
     before = dict(stage_c.named_parameters())
     with pytest.raises(KeyboardInterrupt), patched(stage_c, [Patch("golden", golden_changes())]):
         raise KeyboardInterrupt
-    wrong = golden_changes() | {
-        "clf.1": LowRank(randn(2, 5), randn(16, 2))
-    }  # the last: others come before it
+    # The last change is the wrong one.
+    wrong = golden_changes() | {"clf.1": LowRank(randn(2, 5), randn(16, 2))}
     with pytest.raises(CascadeError), patched(stage_c, [Patch("golden", wrong)]):
         pass
     assert all(weight is before[name] for name, weight in stage_c.named_parameters())
@@ -156,9 +155,8 @@ def test_dora_written_out(name, by, strength):
     magnitude = randn(*shape, seed=2).abs() + 0.1
     change = change_of(LAYERS[name], alpha=1.0, magnitude=magnitude)
     full = weight + 0.5 * torch.einsum("or,r...->o...", change.up.flatten(1), change.down)
-    for index in range(
-        weight.shape[kept]
-    ):  # each row or column by itself has the norm that the magnitude says
+    for index in range(weight.shape[kept]):
+        # Each row or column by itself has the norm that the magnitude says.
         part = full.select(kept, index)
         part.mul_(magnitude.flatten()[index] / part.norm())
     expected = weight + strength * (full - weight)

@@ -222,7 +222,7 @@ def test_the_golden_lora_needs_its_stage_c_or_its_order():
 )
 def test_a_stated_order_that_is_none(order):
     with pytest.raises(
-        CascadeError, match=r"golden: the order in its metadata is no JSON list of the 12 layers"
+        CascadeError, match=r"golden: the order in its metadata is not a JSON list of the 12 layers"
     ):
         parse_adapter(golden("official"), {"order": order}, "golden")
 

@@ -50,10 +50,10 @@ class Bomb:
 
 
 BAD_FILES = {
-    "empty": (b"", "holds 0 bytes, which is no safetensors file; download it again."),
-    "a few bytes": (b"abc", "holds 3 bytes, which is no safetensors file; download it again."),
-    "text": (b"a picture of a star", "is no safetensors file: it begins with b'a pictur'; choose another"),
-    "zeros": (bytes(100), r"is no safetensors file: it begins with b'\x00\x00"),
+    "empty": (b"", "holds 0 bytes, which is not a safetensors file; download it again."),
+    "a few bytes": (b"abc", "holds 3 bytes, which is not a safetensors file; download it again."),
+    "text": (b"a picture of a star", "is not a safetensors file: it begins with b'a pictur'; choose another"),
+    "zeros": (bytes(100), r"is not a safetensors file: it begins with b'\x00\x00"),
     "web page": (b"<!DOCTYPE html><html>", "is a web page in place of the file; download the file again."),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "is Git LFS's pointer in place of the file"),
     "zip": (b"PK\x03\x04" + bytes(90), "is an archive; unpack it, and choose the safetensors file in it."),
@@ -85,11 +85,11 @@ BAD_FILES = {
         "is truncated: 72 of 73 bytes are there; download it again.",
     ),
     "more than the header tells": (packed(entry(), bytes(8)), DAMAGED),
-    "header is no JSON": (packed(b"{x}"), "is no safetensors file: its header is no JSON"),
-    "header is no UTF-8": (packed(b'{"\xff":1}'), "is no safetensors file: its header is no JSON"),
-    "header is nested deeply": (packed(b'{"a":' * 99_999), "is no safetensors file: its header is no JSON"),
-    "header is a list": (packed([1, 2]), "is no safetensors file: it begins with"),
-    "number of 5000 digits": (packed(b'{"a":%s}' % (b"1" * 5000)), "its header is no JSON"),
+    "header is not JSON": (packed(b"{x}"), "is not a safetensors file: its header is not JSON"),
+    "header is not UTF-8": (packed(b'{"\xff":1}'), "is not a safetensors file: its header is not JSON"),
+    "header is nested deeply": (packed(b'{"a":' * 99_999), "is not a safetensors file: its header is not JSON"),
+    "header is a list": (packed([1, 2]), "is not a safetensors file: it begins with"),
+    "number of 5000 digits": (packed(b'{"a":%s}' % (b"1" * 5000)), "its header is not JSON"),
     "tensor is a number": (packed({"a": 5}), DAMAGED),
     "no offsets": (packed({"a": {"dtype": "F32", "shape": [1]}}), DAMAGED),
     "offsets are text": (packed(entry(data_offsets=["0", "4"])), DAMAGED),
@@ -113,7 +113,7 @@ BAD_FILES = {
         "but 25000000 at most are allowed",
     ),
     "lone surrogate": (packed(rb'{"\ud800":%s}' % json.dumps(FLOAT).encode()), DAMAGED),
-    "metadata is no text": (packed({"__metadata__": {"a": 5}} | entry()), DAMAGED),
+    "metadata is not text": (packed({"__metadata__": {"a": 5}} | entry()), DAMAGED),
 }
 
 
@@ -165,13 +165,13 @@ def test_what_no_reader_opens(read, tmp_path):
         with pytest.raises(CascadeError, match=r"\.$"):
             read(tmp_path / path)
     for device in ("/dev/zero", "/dev/null"):
-        with pytest.raises(CascadeError, match="is no ordinary file"):
+        with pytest.raises(CascadeError, match="is not an ordinary file"):
             read(Path(device))
 
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
-    assert "is no ordinary file, but a safetensors file is expected" in refusal(tmp_path / "pipe")
+    assert "is not an ordinary file, but a safetensors file is expected" in refusal(tmp_path / "pipe")
     assert "is a folder, but a safetensors file is expected; give the file" in refusal(tmp_path)
     assert "does not exist; expected a safetensors file there" in refusal(tmp_path / "gone")
 

@@ -121,7 +121,7 @@ NOT_WHOLE = {
         lambda tensors: tensors.update({"clip_txt_mapper.weight": torch.zeros(())}),
         r"named as a Stable Cascade network's \(stage_c\), but some shapes are not its own; download",
     ),
-    "fused rows that are no three parts": (
+    "fused rows that are not three parts": (
         lambda tensors: tensors.update({"attn.in_proj_bias": torch.zeros(4)}),
         r"attn.in_proj_bias has the shape \(4,\), whose rows do not make three equal parts",
     ),

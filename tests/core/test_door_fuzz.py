@@ -262,9 +262,8 @@ def check(cascade: StableCascade, seed: int) -> None:
 def test_a_call_works_or_is_refused_with_a_sentence(cascade, plain, seed):
     check(cascade, seed)
     if seed == SAMPLE - 1:
-        assert torch.equal(
-            cascade("a red star", output="tensor"), plain
-        )  # nothing is left of what was refused
+        # Nothing is left of what was refused.
+        assert torch.equal(cascade("a red star", output="tensor"), plain)
 
 
 @pytest.mark.nightly

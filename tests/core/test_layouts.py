@@ -239,7 +239,7 @@ def pipe_in_place_of(path):
         ),
         (
             lambda folder: (folder / "x.safetensors.index.json").write_text('{"weight_map": {"a": 5}}'),
-            "is no index of a sharded checkpoint",
+            "is not the index of a sharded checkpoint",
         ),
         (
             lambda folder: rewrite(

@@ -44,9 +44,8 @@ def test_the_weights_are_the_other_programs(name, tmp_path):
         weight, change = before(target, tuple(expected.shape)), changes[target]
         assert change.fits(expected.shape)
         larger = [size + 1 for size in expected.shape]
-        assert name == "PEFT oft shared" or not change.fits(
-            larger
-        )  # one block serves as many columns as there are
+        # One block serves as many columns as there are.
+        assert name == "PEFT oft shared" or not change.fits(larger)
         full = changed_weight(weight, change, 1.0)
         assert full.dtype == torch.float32
         assert relative_error(full, expected) <= 1e-5

@@ -168,7 +168,7 @@ PREFIXES = ("module.", "_orig_mod.", "generator.", "diffusion_model.", "prior.",
     ],
 )
 def test_prefixes_of_trainers(prefix, layout, tmp_path):
-    """Also a trainer's counters beside the network are no part of it."""
+    """Also a trainer's counters beside the network are not part of it."""
     expected = tiny("stage_c")
     names = layout_named("stage_c", layout).from_published(expected)
     tensors = {prefix + name: tensor for name, tensor in names.items()}

@@ -1,4 +1,4 @@
-"""Opening pictures: kinds, orientation, depth; what a small file may cost; what is no file never blocks."""
+"""Opening pictures: kinds, orientation, depth; what a small file may cost; what is not a file never blocks."""
 
 import io
 import os

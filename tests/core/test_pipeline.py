@@ -409,9 +409,8 @@ def test_of_several_files_the_largest_in_half_precision_is_taken(tmp_path):
         "larger_elsewhere.safetensors"
     )
     shutil.rmtree(tmp_path / "vae")
-    assert (
-        chosen() == "larger_elsewhere.safetensors"
-    )  # anywhere in the folder, where the usual places hold none
+    # Anywhere in the folder, where the usual places hold none.
+    assert chosen() == "larger_elsewhere.safetensors"
 
 
 def test_damaged_and_foreign_files_are_passed_over(tmp_path):

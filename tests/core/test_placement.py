@@ -499,9 +499,8 @@ def test_what_graphs_hold_is_no_room_until_they_leave_with_weights():
     assert memory.resident_share(prior) == 1  # its graphs are counted once
     memory.run(prior, lambda _: forward(), workspace_bytes)
     assert memory.resident_share(decoder) == 1
-    memory.run(
-        decoder, lambda _: decode(), workspace_bytes, consumer=decoder_graphs
-    )  # there is not as much beside the graphs
+    # The graphs leave less room than that.
+    memory.run(decoder, lambda _: decode(), workspace_bytes, consumer=decoder_graphs)
     assert memory.resident_share(prior) < 1
     assert not prior_graphs.size
     decoder_graphs.size = size_of(decoder)

@@ -162,12 +162,13 @@ def test_a_latent_that_ends_within_a_patch_is_mirrored_on_and_cut_again():
     x = torch.arange(15.0).reshape(1, 1, 3, 5)
     assert torch.equal(in_whole_patches(predict, x, 2), x * 2)
     assert seen[0].shape[-2:] == (4, 6)
+    # The last column but one, its last row mirrored as well.
     assert seen[0][0, 0, :, -1].tolist() == [
         3,
         8,
         13,
         8,
-    ]  # the last column but one, its last row mirrored as well
+    ]
     whole = torch.zeros(1, 1, 4, 6)
     in_whole_patches(predict, whole, 2)
     assert seen[1] is whole

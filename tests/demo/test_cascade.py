@@ -19,11 +19,8 @@ def cascade() -> DemoCascade:
     return DemoCascade.load()
 
 
-TAUGHT = (
-    "demo_controlnet_",
-    "demo_lora_",
-    "demo_token_",
-)  # trained on the cascade afterwards, by cascade train
+# Trained on the cascade afterwards, by `cascade train`.
+TAUGHT = ("demo_controlnet_", "demo_lora_", "demo_token_")
 
 
 def test_weights_are_small_half_precision_safetensors():

@@ -18,10 +18,11 @@ SEED = 5
 PRIOR: dict[str, Any] = {"seed": SEED, "steps": 2}  # so few steps that all tasks take seconds
 DECODER = StageSettings(1, cfg=1.4, cfg_rescale=0.0)
 HOLE = Image.open(INPUT / "cascade_hole.png")
+# The mask of LoadImage: what is transparent.
 PAINTED = {
     "image": HOLE,
     "mask": ImageOps.invert(HOLE.getchannel("A")),
-}  # LoadImage's mask: what is transparent
+}
 Make = Callable[[StableCascade, str], Any]
 
 

@@ -60,9 +60,8 @@ def test_the_three_commands_of_the_demo_belong_together():
     draw, train, run = DEMO_COMMANDS
     recipe = PACK / train[-1]
     read = settings.read_settings(recipe, "lora")
-    resolved = settings.resolve(
-        read, recipe.parent, finder(recipe.parent)
-    )  # raises for a network that is missing
+    # Raises for a network that is missing.
+    resolved = settings.resolve(read, recipe.parent, finder(recipe.parent))
     assert (draw[2:4], resolved.data.folder) == (["cascade_nodes.demo.taught", "house"], str(PACK / draw[4]))
     assert str(PACK / run[-1]) == f"{resolved.output.folder}/try.json"
     assert all(" ".join(command) in recipe.read_text() for command in DEMO_COMMANDS)

@@ -22,7 +22,7 @@ SHARED = {  # KiB of shared memory that a program can have, by compute capabilit
 REGISTERS = 65536  # of a multiprocessor
 THREAD_REGISTERS = 255
 SPILLED = 128  # bytes a thread that a kernel may keep in memory for want of registers
-# 392 where an image's rows are no multiple of the tuned product's tile, which then loads without TMA.
+# 392 where an image's rows are not a multiple of the tuned product's tile, which then loads without TMA.
 SPILLED_AT_UNUSUAL_SIZES = 400
 
 

@@ -87,9 +87,8 @@ def test_stage_c(config, batch, size, tokens, images):
     assert_same(network, Engine(network), *stage_c_inputs(config, batch, size, tokens, images))
 
 
-@pytest.mark.parametrize(
-    "size", [(8, 8), (12, 20), (10, 14)]
-)  # the last: levels that do not divide the one above
+# With the last size a level does not divide the one above.
+@pytest.mark.parametrize("size", [(8, 8), (12, 20), (10, 14)])
 def test_stage_b(size):
     network = build(StageB, STAGE_B)
     x, conditions = stage_b_inputs(STAGE_B, size=size)

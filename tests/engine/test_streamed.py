@@ -31,9 +31,8 @@ NETWORKS = [
     (StageC, UNUSUAL, stage_c_inputs),
     (StageB, STAGE_B, stage_b_inputs),
 ]
-DEVICES = pytest.mark.parametrize(
-    "device_class", [Counting, Late]
-)  # copies as early, and as late, as they are allowed to
+# Copies as early, and as late, as they may come.
+DEVICES = pytest.mark.parametrize("device_class", [Counting, Late])
 
 
 def size_of(network) -> int:
@@ -73,9 +72,8 @@ def assert_close(results: list[Any], expected: list[Any]) -> None:
 
 
 @DEVICES
-@pytest.mark.parametrize(
-    ("unit", "share"), [(1, 0.8), (1, 0.35), (60_000, 0.7), (150_000, 0.7)]
-)  # bytes: each block alone, few together, several
+# Bytes of a unit: each block alone, few together, several.
+@pytest.mark.parametrize(("unit", "share"), [(1, 0.8), (1, 0.35), (60_000, 0.7), (150_000, 0.7)])
 @pytest.mark.parametrize(("network_class", "config", "inputs"), NETWORKS)
 def test_as_the_network(network_class, config, inputs, unit, share, device_class):
     network = build(network_class, config)

@@ -44,12 +44,8 @@ NAMES = (
     "/dev/zero", "/dev/urandom", "/proc/self/environ", "/proc/kcore", "/dev/stdin", "model.gguf", "model.pt",
     "model.ckpt",
 )  # fmt: skip
-TRAINED = (
-    "models/loras/",
-    "models/controlnet/",
-    "models/embeddings/",
-    "models/training/",
-)  # where training nodes write
+# Where training nodes write.
+TRAINED = ("models/loras/", "models/controlnet/", "models/embeddings/", "models/training/")
 PREFIXES = (
     "stars/red", "a/b/c/d", "%year%-%month%", "%width%x%height%", "%batch_num%", "temp/x", "x/", "./x", "../x",
     "link/x", "a/../b",

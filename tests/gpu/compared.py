@@ -22,7 +22,7 @@ from cascade_nodes.cascade_core.engine import operations
 from cascade_nodes.cascade_core.networks.config import StageAConfig, StageBConfig, StageCConfig
 
 # Depths, repeats and the heads' width of 64 are the published ones. Of the widths, those of the smaller network of each
-# stage are no powers of two, as theirs are not.
+# stage are not powers of two, as theirs are not.
 CLIP: dict[str, Any] = {"c_clip_text": 48, "c_clip_text_pooled": 48, "c_clip_img": 32}
 STAGE_C_3_6B = StageCConfig(c_cond=64, c_hidden=(128, 128), nhead=(2, 2), **CLIP)
 STAGE_C_1B = StageCConfig(

@@ -232,7 +232,7 @@ def test_names_do_not_speak_to_a_terminal(root, capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    assert r"\udcff\x1b[2J.safetensors holds 2 bytes, which is no safetensors file" in out
+    assert r"\udcff\x1b[2J.safetensors holds 2 bytes, which is not a safetensors file" in out
     assert "pipe" not in out
     assert f"models/vae/{name}" in listed(capsys)["others"]
 

@@ -306,11 +306,8 @@ def test_a_name_that_is_not_text(tiny, verified):
     previewer = tiny / "vae" / "tiny_previewer.safetensors"
     previewer.rename(previewer.with_name(os.fsdecode(b"\xff\x1b[2J.safetensors")))
     status, report, shown = verified(tiny / "vae", "--no-picture")
-    assert (status, len(report["problems"]), len(report["files"])) == (
-        1,
-        1,
-        1,
-    )  # safetensors opens no such path
+    # safetensors opens no such path.
+    assert (status, len(report["problems"]), len(report["files"])) == (1, 1, 1)
     assert report["problems"][0].startswith("\udcff\x1b[2J.safetensors")
     assert "alice" not in report["problems"][0]
     assert "\x1b" not in shown

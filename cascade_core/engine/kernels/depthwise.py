@@ -115,9 +115,8 @@ def convolved(
     """The convolution at (y, x) for channels c.  y, x: (P, 1), c: (1, BLOCK) -> (P, BLOCK) float32"""
     inside = c < channels
     total = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32) + tl.zeros_like(y).to(tl.float32)
-    for up in tl.range(
-        3, loop_unroll_factor=1
-    ):  # unrolled, all 9 loads are in flight at once and take 200 registers a thread
+    for up in tl.range(3, loop_unroll_factor=1):
+        # Unrolled, all 9 loads would be in flight at once and take 200 registers a thread.
         row = y + (up - 1)
         for left in tl.static_range(3):
             column = x + (left - 1)

@@ -55,9 +55,8 @@ def compile_ahead(forward: Callable[[], object]) -> None:
     """
     if _compiled.get() is not None:  # compiling already
         forward()
-    elif hasattr(
-        triton, "AsyncCompileMode"
-    ):  # since Triton 3.5; older versions compile each kernel at its first launch
+    elif hasattr(triton, "AsyncCompileMode"):
+        # Since Triton 3.5; older versions compile each kernel at its first launch.
         copy_context().run(_compile, forward)  # the mode ends with the context, also after an error
 
 

@@ -75,9 +75,8 @@ def _accumulate(
         column = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), n - 1)
         x_at = x + row.to(tl.int64)[:, None] * k + depth[None, :]
         w_at = w + column.to(tl.int64)[:, None] * k + depth[None, :]
-    for step in range(
-        tl.maximum(tl.cdiv(k, BLOCK_K), 1)
-    ):  # the maximum tells the compiler that the loop runs
+    for step in range(tl.maximum(tl.cdiv(k, BLOCK_K), 1)):
+        # The maximum tells the compiler that the loop runs.
         at = step * BLOCK_K
         if TMA:
             a = x.load([tile_m * BLOCK_M, at])

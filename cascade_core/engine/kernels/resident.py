@@ -22,6 +22,7 @@ from .launch import launch
 from .quantise import power_of_two
 from .response import EPS, gelu_of_fraction, response_share
 
+# Channels of the main part and of the rest.
 STRIPES = (
     (128, 0),
     (64, 32),
@@ -29,7 +30,7 @@ STRIPES = (
     (64, 0),
     (32, 16),
     (32, 0),
-)  # channels of the main part and of the rest
+)
 WARPS = (16, 8, 4)
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 2048  # resident on a multiprocessor at most

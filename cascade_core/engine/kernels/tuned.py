@@ -48,9 +48,8 @@ _PERSISTENT = Config(128, 128, 128, warps=4, schedule="loop", tma=True, per_sm=2
 UNMEASURED = {  # by major compute capability and op; any other is left to cuBLAS
     (9, "linear_e4m3"): _PERSISTENT,
     (9, "linear_gelu_response_e4m3"): _PERSISTENT,
-    (9, "add_linear_e4m3"): Config(
-        128, 128, 128, warps=8, stages=4, tma=True
-    ),  # more registers for what is added
+    # This leaves more registers for what is added.
+    (9, "add_linear_e4m3"): Config(128, 128, 128, warps=8, stages=4, tma=True),
 }
 
 

@@ -86,9 +86,8 @@ class Grid:
         for size, start, side in zip(area[:2], area[2:], self.sides, strict=True):
             stop = (start + size) * UNIT / self.pixels
             starts.append(round(start * UNIT / self.pixels))
-            stops.append(
-                side if stop > side - 1 else round(stop)
-            )  # the last position may end outside the picture
+            # The last position may end outside the picture.
+            stops.append(side if stop > side - 1 else round(stop))
         return (*(stop - start for start, stop in zip(starts, stops, strict=True)), *starts)
 
     def _within(self, area: Sequence[int]) -> Positions:

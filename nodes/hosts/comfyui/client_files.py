@@ -52,9 +52,8 @@ def data_check() -> Callable[[Path], None]:
     root, owner_folders = Path(folder_paths.get_input_directory()), cache(_owner_folders)
 
     def check(path: Path) -> None:
-        if not (
-            _inside(path, [root]) or _inside(path, owner_folders())
-        ):  # the path is not for clients either
+        if not (_inside(path, [root]) or _inside(path, owner_folders())):
+            # The message leaves out the path, which is not for clients either.
             raise CascadeError(
                 "A link in the training data leads where clients read nothing; put the file itself there."
             )

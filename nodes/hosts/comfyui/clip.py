@@ -159,9 +159,8 @@ def load_text_encoder(path: Path) -> comfy.sd.CLIP:
     )
     parameters = sum(tensor.numel() for tensor in weights.values())
     embeddings = folder_paths.get_folder_paths("embeddings")
-    if (
-        "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters
-    ):  # newer: filled before it is placed
+    if "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters:
+        # Newer versions fill it before it is placed.
         clip = comfy.sd.CLIP(target, embeddings, parameters=parameters, state_dict=[weights])
     else:
         clip = comfy.sd.CLIP(target, embeddings, parameters=parameters)

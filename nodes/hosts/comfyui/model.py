@@ -62,10 +62,11 @@ class HostedNetwork(Hosted):
         self.engine = Engine(network, notify=notify)
         self.residence: Residence | None = None
         self.forward_bytes: deque[int] = deque(maxlen=2)  # that the host asked for: one prompt's, and both
+        # For the host's samplers: a run's sigmas, and what the user was told of it.
         self._told: tuple[Any, Notices] = (
             None,
             Notices(),
-        )  # of the host's samplers: a run's sigmas, and what was told
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Drops the engine's derived weights where the host moves the network as a whole."""

@@ -99,9 +99,8 @@ class CascadeVAE(comfy.sd.VAE):
             super().__init__(sd={})  # sets every attribute that this version of the host knows
         self.first_stage_model = network.eval().requires_grad_(False)
         self.process_input = lambda image: image
-        self.process_output = lambda image: image.clamp_(
-            0.0, 1.0
-        )  # newer hosts use only what it does in place
+        # In place, since newer hosts ignore what it returns.
+        self.process_output = lambda image: image.clamp_(0.0, 1.0)
         self.device = comfy.model_management.vae_device()
         self.vae_dtype = comfy.model_management.vae_dtype(self.device, self.working_dtypes)
         self.output_device = comfy.model_management.intermediate_device()
@@ -221,9 +220,8 @@ def describe_vae(vae: Any) -> str:
 
 def encode_pixels(vae: Any, image: Tensor, tile_pixels: int = 0) -> Tensor:
     image = image[..., :3]
-    if (
-        not tile_pixels or describe_vae(vae) != "stage_a"
-    ):  # the compressor weighs its channels by the whole picture
+    if not tile_pixels or describe_vae(vae) != "stage_a":
+        # The compressor weighs its channels by the whole picture, so it is not tiled.
         return vae.encode(image).float()
     config = stage_a_config(vae)
     side = 2**config.levels  # pixels of a latent position

@@ -149,9 +149,8 @@ def by_comfyui(kind: str, file: Path, tensors: dict[str, Tensor], ours: Any) -> 
     config.quant_config = comfy.utils.detect_layer_quantization(weights, "")
     config.set_inference_dtype(torch.float32, torch.float32)
     base = config.get_model({}, device="cpu")
-    weights = {
-        name: tensor for name, tensor in weights.items() if not is_carried(name)
-    }  # it loads by names it knows
+    # It loads only names that it knows.
+    weights = {name: tensor for name, tensor in weights.items() if not is_carried(name)}
     base.diffusion_model.load_state_dict(weights, strict=True)
     generator = torch.Generator().manual_seed(4)
 
