@@ -100,7 +100,7 @@ def operations(module: Any, **changed: Any) -> Any:
 
 
 def variants() -> dict[str, tuple[Any, torch.dtype | None]]:
-    """By name: operations, and the format of the weights."""
+    """Operations and the format of the weights, by name."""
     before = operations(
         cuda,
         **{name: getattr(fp8, name) for name in ("formats", "pack") if hasattr(fp8, name)},

@@ -102,7 +102,7 @@ class Nodes:
                 self.inclusive[node][name] += elapsed
 
     def _name(self, frame: Any) -> str:
-        """Such as engine/graphs.py capture."""
+        """File and function, such as engine/graphs.py capture."""
         code = frame.f_code
         if code not in self.names:
             self.names[code] = f"{'/'.join(code.co_filename.split('/')[-2:])} {code.co_name}"

@@ -41,7 +41,7 @@ def microseconds(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def copy_microseconds(traffic: int) -> float:
-    """Of reading half of so many bytes and writing the other half, cold."""
+    """Time of reading half of so many bytes and writing the other half, cold."""
     source = torch.empty(traffic // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 1000 * testing.do_bench(lambda: target.copy_(source), return_mode="median")

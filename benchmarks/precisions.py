@@ -29,7 +29,7 @@ WARM = 2
 
 
 def measure(folder: Path, dtypes: list[str], runs: int, toy: bool) -> dict[str, Any]:
-    """By dtype: seconds of each picture, and how far the picture of a seed is from that of the first dtype."""
+    """Seconds of each picture by dtype, and how far a seed's picture is from that of the first dtype."""
     device = torch.device("cpu" if toy else "cuda")
     side, steps = (64, (2, 2)) if toy else (1024, (20, 10))
     cascades = {dtype: Cascade(folder, side, steps, dtype) for dtype in dtypes}

@@ -310,7 +310,7 @@ def pack_version() -> str:
 
 
 def configurations(toy: bool) -> dict[str, Any]:
-    """Of the networks, where they are not the published ones."""
+    """Configurations of the networks, where they are not the published ones."""
     if not toy:
         return {"text": BIG_G}
     small = tiny(torch.device("cpu")).configs

@@ -18,7 +18,7 @@ from inside_server import Measuring
 
 
 class ImageCrop(io.ComfyNode):
-    """As much of ComfyUI's node as the benchmark's graphs take."""
+    """The part of ComfyUI's node that the benchmark's graphs use."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -244,7 +244,7 @@ def place(measured: Measured, words: dict[str, str]) -> str:
 
 
 def card(row: Row) -> str:
-    """Such as NVIDIA H200."""
+    """The card's name, such as NVIDIA H200."""
     return row["device"].partition(" ")[2] or row["device"]
 
 

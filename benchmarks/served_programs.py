@@ -99,7 +99,7 @@ class Program:
     picture: Path | None = None  # file of the last one
 
     def seconds(self, graph: Graph) -> float:
-        """From the start of the graph to its end, as the program tells."""
+        """Seconds from the start of the graph to its end, as the program tells."""
         raise NotImplementedError
 
     def measuring(self, step: str, argument: str) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def start(
 
 
 def version_of(checkout: Path) -> str:
-    """Such as 0.33.0."""
+    """The version, such as 0.33.0."""
     return (checkout / "comfyui_version.py").read_text(encoding="utf-8").split('"')[1]
 
 

@@ -60,7 +60,7 @@ WITHOUT_COMFYUI = [Target("without ComfyUI, text and PNG included", "s", 0.72, _
 
 
 def compared(rows: Iterable[dict[str, Any]]) -> list[list[str]]:
-    """For each version and promise: version, target, measured, promised, met or missed.
+    """Version, target, measured, promised, met or missed, for each version and promise.
 
     A flag is promised where a version was started with it: the others do not have it.
     """
@@ -80,7 +80,7 @@ def _by_place(rows: Iterable[dict[str, Any]]) -> Results:
 
 
 def numbers(version: str) -> list[int]:
-    """Such as [0, 33, 0]."""
+    """The version's numbers, such as [0, 33, 0]."""
     return [int(part) for part in version.split(".") if part.isdigit()]
 
 

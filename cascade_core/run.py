@@ -150,7 +150,7 @@ def process_peak() -> int:
 
 @dataclass(frozen=True)
 class Observer:
-    """Who is told of a run, and may stop it.
+    """Somebody who is told of a run and may stop it.
 
     notify             called with a sentence that the user should know, such as a retry in less memory
     check_interrupted  called between steps and tiles; raises Interrupted where the run should stop

@@ -86,7 +86,7 @@ class ImageEncoder:
         notify: Callable[[str], object] = logger.warning,
         placed: bool = False,
     ) -> ImageEncoder:
-        """From a safetensors file or a model folder, for inference, in the file's dtype unless given one.
+        """Loads a safetensors file or a model folder for inference, in the file's dtype unless one is given.
 
         placed: it is read and cast where placement takes it to a device.
         """

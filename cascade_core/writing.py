@@ -1,8 +1,8 @@
 """Files written whole or not at all, by however many threads, processes and machines share a folder.
 
 What is written goes to a temporary file of a random name beside its place, and is linked or renamed when it is on
-the disk. A process id does not name a process: each container's first process is number 1. A killed process leaves its temporary
-file, `.0123456789abcdef.part`; the next run that checks the folder removes those of more than a day ago.
+the disk. A process id does not name a process: each container's first one is number 1. A killed process leaves its
+temporary file, `.0123456789abcdef.part`; the next run that checks the folder removes those of more than a day ago.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def _check_kind(path: Path) -> None:
 
 
 def output_file(text: str) -> Path:
-    """As argparse's `type`: the path of a file that can be written, which is found out before the work."""
+    """The path of a file that can be written, found out before the work; argparse's `type`."""
     try:
         check_file(Path(text))
     except OSError as error:

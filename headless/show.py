@@ -108,7 +108,7 @@ def _named(name: str, text: str | None) -> list[str]:
 
 
 def _describe_networks(path: Path) -> Description | None:
-    """Of a file or a folder of diffusers; None for a file without a network, and for PEFT's folder."""
+    """Description of a file or a folder of diffusers; None for a file without a network, and for PEFT's folder."""
     from ..cascade_core.adapters.about import describe_training, training_facts
     from ..cascade_core.adapters.peft import adapter_file
     from ..cascade_core.checkpoints import PART_NAMES, networks_stored, read_header

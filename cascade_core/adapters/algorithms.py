@@ -64,7 +64,7 @@ Parts = Mapping[str, Tensor]
 
 
 class Layer(NamedTuple):
-    """Whose tensors are read.
+    """The layer whose tensors are read.
 
     name      ours
     theirs    the file's

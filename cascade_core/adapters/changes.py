@@ -138,7 +138,7 @@ class LowRank(AddedChange):
 
 
 def low_rank_changes(changes: Mapping[str, Change]) -> dict[str, LowRank]:
-    """Those of the changes that are low-rank."""
+    """The changes that are low-rank."""
     return {target: change for target, change in changes.items() if isinstance(change, LowRank)}
 
 

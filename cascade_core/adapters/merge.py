@@ -54,7 +54,7 @@ class _Weight:
     steps: Sequence[Steps]
 
     def values(self) -> Tensor:
-        """With all changes applied, in float32."""
+        """Values with all changes applied, in float32."""
         rows = (self.stored.T if self.turned else self.stored).chunk(len(self.steps))
         merged = [apply_steps(part, steps).float() for part, steps in zip(rows, self.steps, strict=True)]
         whole = merged[0] if len(merged) == 1 else torch.cat(merged)

@@ -202,7 +202,9 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
         if start and path.suffix.lower() in _FOREIGN_SUFFIXES:
             raise CascadeError(f"{path} {_FOREIGN_SUFFIXES[path.suffix.lower()]}.")
         if len(start) < 9:
-            raise CascadeError(f"{path} holds {size} bytes, which is not a safetensors file; download it again.")
+            raise CascadeError(
+                f"{path} holds {size} bytes, which is not a safetensors file; download it again."
+            )
         raise CascadeError(
             f"{path} is not a safetensors file: it begins with {start[:8]!r}; choose another, or download it "
             "again."

@@ -80,7 +80,7 @@ class NamedTensors(NamedTuple):
 
 
 def read_named(path: str | Path, part: str) -> NamedTensors:
-    """As `read_weights`, under the file's own names, and as stored. Raises CascadeError as it does."""
+    """Reads weights under the file's own names, as stored. Raises CascadeError as `read_weights` does."""
     located = locate(path, part)
     tensors, metadata = read_tensors(located)
     carried = {name: tensor for name, tensor in tensors.items() if is_carried(name)}

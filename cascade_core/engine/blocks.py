@@ -188,7 +188,7 @@ class BoundTimestep(BoundBlock):
             cache.table[self.columns] = self.scale_shift(cache.noise_embedding)
 
     def scale_shift(self, embedding: Tensor) -> Tensor:
-        """Of one noise condition, the shift divided.  embedding: (1, R · (1 + conds)) -> (2C,) float32"""
+        """Scale and divided shift of one noise condition.  embedding: (1, R · (1 + conds)) -> (2C,) float32"""
         first, *others = divide(embedding, self.scale).chunk(len(self.block.conds) + 1, dim=1)
         modulation = self._map(self.block.mapper, first)
         for name, part in zip(self.block.conds, others, strict=True):

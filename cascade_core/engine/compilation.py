@@ -130,7 +130,7 @@ def _can_start() -> bool:
 
 
 def _digest(order: dict[str, Any]) -> str:
-    """Of all that the kernels depend on: when it changes, they are compiled again."""
+    """Digest of all that the kernels depend on: when it changes, they are compiled again."""
     digest = hashlib.sha256(json.dumps([order, version("triton"), torch.__version__]).encode())
     engine = Path(__file__).parent
     for path in sorted([*engine.rglob("*.py"), *engine.glob("*.json")]):

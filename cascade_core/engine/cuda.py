@@ -129,7 +129,7 @@ def add_linear_(x: Tensor, h: Tensor, weight: Tensor) -> None:
 
 
 def measured(op: str, x: Tensor, weight: Tensor) -> products.Config | None:
-    """Of a product of x (B, N, K) and weight (out, K): the Config with which ours is faster than cuBLAS's."""
+    """The Config with which our product of x (B, N, K) and weight (out, K) is faster than cuBLAS's."""
     if x.element_size() != 2 or not weight.is_contiguous():
         return None
     n, k = weight.shape

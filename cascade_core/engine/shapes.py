@@ -24,7 +24,7 @@ Versioned = tuple[Tensor | None, int]  # with the tensor's version, which counts
 
 
 class ShapeCache:
-    """For one shape of x and all conditions: the run's constant values, and the CUDA graph of a forward."""
+    """Constant values of a run and the CUDA graph of a forward, for one shape of x and all conditions."""
 
     def __init__(self, network: UNet, memory: GraphMemory, graphs: bool):
         self.network, self.graphs = network, graphs
@@ -106,7 +106,7 @@ def _embed_stage_b(
 
 
 def _versioned(value: Tensor | None) -> Versioned:
-    """With its version; tensors made in inference mode have none."""
+    """A tensor with its version; tensors made in inference mode have none."""
     return value, 0 if value is None or value.is_inference() else value._version
 
 

@@ -135,7 +135,7 @@ class BoundMixingBlock:
 
 
 class FusedMixingBlock(BoundMixingBlock):
-    """With fused kernels, a large image some lines at a time: its hidden values take most of the memory."""
+    """MixingBlock in fused kernels, some lines of a large image at a time: hidden values take most of the memory."""
 
     hidden_bytes = HIDDEN_BYTES
 
@@ -253,7 +253,7 @@ class DoublingConv:
 
 
 class PlainMixingBlock(BoundMixingBlock):
-    """In plain PyTorch, for the CPU, with the gammas folded into the weights of the operations next to them."""
+    """MixingBlock in plain PyTorch, for the CPU, with the gammas folded into the weights next to them."""
 
     hidden_bytes = CACHED_BYTES
 

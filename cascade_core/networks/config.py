@@ -88,7 +88,7 @@ class UNetConfig(NetworkConfig):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """As published: one `dropout` or `self_attn` serves all levels, and `block_repeat` may be None."""
+        """Reads a published config: one `dropout` or `self_attn` serves all levels, `block_repeat` may be None."""
         full = {"self_attn": True, **config}
         widths = full.get("c_hidden", cls.c_hidden)
         levels = len(widths) if isinstance(widths, list | tuple) else 1

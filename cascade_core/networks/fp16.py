@@ -199,7 +199,7 @@ def divide_(x: Tensor, scale: float) -> Tensor:
 
 
 def divided_gelu(x: Tensor, scale: float) -> Tensor:
-    """As `divided_gelu_`, which writes over x, where nothing has to be kept for a backward pass."""
+    """Divided GELU; `divided_gelu_` writes over x where nothing has to be kept for a backward pass."""
     if torch.is_grad_enabled() and x.requires_grad:
         return divide(F.gelu(x.float() * scale), scale).to(x.dtype)
     return divided_gelu_(x, scale)

@@ -99,7 +99,7 @@ class PlainMemory:
             present.in_use -= 1
 
     def _others(self, network: nn.Module) -> list[nn.Module]:
-        """Those on the device that no run is in; first the one that ran longest ago."""
+        """Networks on the device that no run is in; first the one that ran longest ago."""
         present = list(self._present.items())
         return [other for other, where in present if other is not network and not where.in_use]
 

@@ -114,7 +114,7 @@ class WeightStream:
             self.next = (self.next + 1) % len(self.order)
 
     def _restart_at(self, unit: Unit) -> None:
-        """For a forward in another order, or a new one after one was interrupted: drops what was prefetched."""
+        """Drops what was prefetched, for a forward in another order or after one that was interrupted."""
         self._drop_active()
         self._drop_prefetched()
         self.next = self.order.index(unit)

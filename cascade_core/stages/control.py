@@ -96,7 +96,7 @@ class RunControls:
         return [None if residual is None else for_batch(residual, len(latent)) for residual in residuals]
 
     def active_at(self, log_snr: Tensor) -> frozenset[AppliedControlNet]:
-        """Those that are on at a level of noise, a tensor of one number."""
+        """ControlNets that are on at a level of noise, a tensor of one number."""
         level = level_of(log_snr.cpu())
         return frozenset(one for one in self.residuals if is_on(level, *self.ranges[one]))
 

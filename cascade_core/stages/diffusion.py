@@ -86,7 +86,7 @@ class DiffusionStage:
         units = LATENT_UNITS[self.kind]
 
         def body(device: torch.device) -> SamplingResult:
-            """From the noise on: run anew in a smaller placement, it gives the same."""
+            """Samples from the noise on; run anew in a smaller placement, it gives the same."""
             stopwatch = Stopwatch(device)
             latent = run.latent.to(device, torch.float32) / units
 
@@ -154,7 +154,7 @@ class StepGuiders:
         self.guider: Guider | None = None
 
     def at(self, log_snr: Tensor) -> Guider:
-        """For a level of noise, the same for each image (B,)."""
+        """The predictor at a level of noise, the same for each image (B,)."""
         controls = self.controls
         active = controls.active_at(log_snr[0]) if controls and controls.residuals else frozenset()
         if self.guider is None or active != self.active:

@@ -125,7 +125,7 @@ class TextEncoder:
         notify: Callable[[str], object] = logger.warning,
         placed: bool = False,
     ) -> TextEncoder:
-        """From a safetensors file or a model folder, for inference, in the file's dtype unless one is given.
+        """Loads a safetensors file or a model folder for inference, in the file's dtype unless one is given.
 
         placed: it is read and cast where placement takes it to a device.
 

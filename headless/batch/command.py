@@ -270,7 +270,7 @@ def _on_servers(options: argparse.Namespace, progress: BatchProgress) -> _Place:
 
 
 def _here(options: argparse.Namespace, progress: BatchProgress) -> _Place:
-    """In this process, or in Ray's workers."""
+    """Runs the batch in this process, or in Ray's workers."""
     if options.memory is not None:
         from ...cascade_core.placement import parse_bytes
 

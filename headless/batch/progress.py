@@ -73,10 +73,10 @@ class BatchProgress(ConsoleProgress):
     # Of the nodes of a graph in this process: one line, where it can be drawn over.
 
     def picture_saved(self, picture: SavedPicture) -> None:
-        """It goes under the row's name first."""
+        """Shows nothing: the picture goes under its row's name first."""
 
     def seed_drawn(self, seed: int) -> None:
-        """The picture holds it."""
+        """Shows nothing: the picture holds it."""
 
     def node_started(self, index: int, total: int, name: str) -> None:
         rows = "".join(self.under_way)

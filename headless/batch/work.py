@@ -51,7 +51,7 @@ class CrewLostError(CascadeError):
 
 
 class Crew(Protocol):
-    """Those who work on a batch, each on one job at a time."""
+    """Workers of a batch, each on one job at a time."""
 
     def free(self) -> int:
         """How many jobs can be given now."""

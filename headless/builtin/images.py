@@ -213,7 +213,7 @@ def _planes(mask: Tensor) -> Tensor:
 
 
 def _batch(tensor: Tensor, batch: int) -> Tensor:
-    """So many rows of a tensor, used in turn where there are fewer."""
+    """A batch of so many rows, used in turn where there are fewer."""
     rounds = -(-batch // len(tensor))
     return tensor.repeat(rounds, 1, 1, 1)[:batch] if len(tensor) < batch else tensor[:batch]
 

@@ -97,7 +97,7 @@ class KSamplerRun(SamplingRun):
         return KSamplerNoise(self)
 
     def start(self, noise: Tensor) -> Tensor:
-        """At the highest level the noise comes in at full strength, as in the core."""
+        """Noises the start; at the highest level the noise comes in at full strength, as in the core."""
         level = simple_sigmas(self.steps, self.shift, self.denoise)[0]
         highest = sigma(1.0, self.shift)
         a, b = alpha_sigma(-2 * level.log())

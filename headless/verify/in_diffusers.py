@@ -90,7 +90,7 @@ def _stage_a(library: Any, network: Any, inputs: Mapping[str, Any], path: Path) 
 
 
 def _text(library: Any, network: Any, inputs: Mapping[str, Any], path: Path) -> Outputs:
-    """By the prior pipeline, with transformers' own tokenizer on the same vocabulary."""
+    """Text encoded by the prior pipeline, with transformers' own tokenizer on the same vocabulary."""
     merges = json.loads(network.tokenizer.backend.to_str())["model"]["merges"]
     transformers = importlib.import_module("transformers")
     with tempfile.TemporaryDirectory() as folder:
@@ -323,7 +323,7 @@ def _scheduler(library: Any, shift: float) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without its warnings that Stable Cascade is deprecated there, which whoever reads a report knows."""
+    """Silences diffusers' warnings that Stable Cascade is deprecated there, which readers of a report know."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -156,5 +156,5 @@ def make_picture(
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Of a card's memory since its last run began, or of main memory."""
+    """Peak of a card's memory since its last run began, or of main memory."""
     return process_peak() if device.type == "cpu" else peak_bytes(device)

@@ -87,7 +87,10 @@ BAD_FILES = {
     "more than the header tells": (packed(entry(), bytes(8)), DAMAGED),
     "header is not JSON": (packed(b"{x}"), "is not a safetensors file: its header is not JSON"),
     "header is not UTF-8": (packed(b'{"\xff":1}'), "is not a safetensors file: its header is not JSON"),
-    "header is nested deeply": (packed(b'{"a":' * 99_999), "is not a safetensors file: its header is not JSON"),
+    "header is nested deeply": (
+        packed(b'{"a":' * 99_999),
+        "is not a safetensors file: its header is not JSON",
+    ),
     "header is a list": (packed([1, 2]), "is not a safetensors file: it begins with"),
     "number of 5000 digits": (packed(b'{"a":%s}' % (b"1" * 5000)), "its header is not JSON"),
     "tensor is a number": (packed({"a": 5}), DAMAGED),

@@ -58,7 +58,7 @@ class Plan(NamedTuple):
         return ROWS * self.main // self.rest if self.rest else 1
 
     def tiles(self, n: int) -> tuple[int, int]:
-        """Of the main part and of the rest, for n positions."""
+        """Tiles of the main part and of the rest, for n positions."""
         return triton.cdiv(n, ROWS), triton.cdiv(n, self.rest_rows()) if self.rest else 0
 
     def data_registers(self, n: int) -> int:

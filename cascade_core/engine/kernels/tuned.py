@@ -78,7 +78,7 @@ def device_key(card: Card) -> str:
 
 
 def for_device(table: dict[str, Any], key: str) -> dict[str, Any]:
-    """By function, what was measured on the device, or on the first other one with its compute capability."""
+    """Measurements on the device, or on the first other one with its compute capability, by function."""
     capability, _, _ = key.partition(" ")
     names = [name for name in table if name.split()[0] == capability and name != key]
     winners: dict[str, Any] = {}

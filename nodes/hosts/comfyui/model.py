@@ -148,7 +148,7 @@ class HostedNetwork(Hosted):
             )
 
     def _notices(self, options: dict) -> Notices:
-        """Of the run of a sampler of ours; of the host's samplers, whose nodes show what they are told meanwhile."""
+        """Notices of our sampler's run, or of the host's samplers, whose nodes show what they are told meanwhile."""
         if NOTICES in options:
             return options[NOTICES]
         sigmas = options.get("sample_sigmas")

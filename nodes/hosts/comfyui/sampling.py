@@ -322,7 +322,7 @@ def with_shift(patcher: Any, shift: float) -> Any:
 
 
 def _set_tables(schedule: Any, sigmas: Tensor) -> None:
-    """As plain attributes, not buffers.
+    """Sets tables as plain attributes, not buffers.
 
     Where the host pages weights (dynamic VRAM) it keeps a model's buffers by name and gives them back to whichever
     schedule is in place by then: this one's would become the model's own.

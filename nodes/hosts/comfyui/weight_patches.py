@@ -121,7 +121,7 @@ def _same(steps: Sequence[tuple], others: Sequence[tuple]) -> bool:
 
 
 def _same_step(step: tuple, other: tuple) -> bool:
-    """By identity of tensors and adapters, by value of strengths."""
+    """Whether two steps are the same: tensors and adapters by identity, strengths by value."""
     return step is other or (
         len(step) == len(other)
         and all(a is b or (isinstance(a, int | float) and a == b) for a, b in zip(step, other, strict=True))

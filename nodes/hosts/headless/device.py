@@ -42,5 +42,5 @@ def device_with(memory: str | None) -> ComputeDevice:
 
 @cache
 def _device_of_the_process() -> ComputeDevice:
-    """For nodes that are called from Python. `$CASCADE_MEMORY` caps its memory, as for the command line."""
+    """Device of nodes that are called from Python. `$CASCADE_MEMORY` caps its memory, as for the command line."""
     return device_with(os.environ.get("CASCADE_MEMORY"))
