@@ -76,7 +76,7 @@ class GraphMemory:
         return self.memory.nbytes if self.memory is not None and self.memory.device == device else 0
 
     def reserve(self, size: int, device: torch.device, user: Graphed) -> Tensor:
-        """Memory of at least `size` bytes, kept as long as `user`. As it grows, graphs in the old memory are dropped."""
+        """Memory of at least `size` bytes, kept as long as `user`. Growing drops graphs in the old memory."""
         if self.memory is None or self.size(device) < size:
             for other in list(self.users):
                 other.drop()
