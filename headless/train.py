@@ -124,8 +124,9 @@ class ProgressLine:
 
         p = progress
         left = duration(p.seconds_left) if p.seconds_left is not None else "?"
+        held_out = f"  held out {p.validation:.4g}" if p.validation is not None else ""
         self._show(
-            f"step {p.step}/{p.steps}  loss {p.loss:.4g}  {p.steps_per_second:.3g} steps/s  {left} left"
+            f"step {p.step}/{p.steps}  loss {p.loss:.4g}{held_out}  {p.steps_per_second:.3g} steps/s  {left} left"
         )
 
     def _show(self, text: str) -> None:

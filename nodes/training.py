@@ -215,6 +215,8 @@ _FIXED = (
     ("data", "sets"),
     ("data", "mask_folder"),
     ("data", "cache"),
+    ("validation", "folder"),
+    ("validation", "tars"),
 )
 
 

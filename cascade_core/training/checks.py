@@ -28,6 +28,7 @@ from .tasks.controlnet import check_controlnet
 from .tasks.finetune import select_parameters
 from .tasks.lora import check_lora
 from .tasks.textual_inversion import check_names
+from .trackers import check_trackers
 
 SUFFIX = ".safetensors"
 
@@ -66,6 +67,7 @@ def check_networks(
             for caption in trained_captions(picture.captions, settings.data, picture.set)
         ],
     )
+    check_trackers(settings.output.log_with)
     check_optimiser(settings.train)
     check_base(settings.train.base_weights)
     stage_c, _, _ = load_model(models.stage_c, "stage_c", read_ahead=False)

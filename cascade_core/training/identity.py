@@ -31,6 +31,7 @@ SHOWN = 8  # differences in a message
 WITHOUT_EFFECT = (
     "models",
     "output",
+    "validation",  # which pictures are held out is seen by those that are trained on
     "data.folder",
     "data.tars",
     "data.mask_folder",
@@ -40,6 +41,8 @@ WITHOUT_EFFECT = (
     "train.gradient_checkpointing",
     "train.compile",
     "train.cuda_graphs",
+    "train.stop_at",
+    "train.stop_after",
     "train.deterministic",
     "lora.dialect",
     "lora.dtype",
@@ -52,6 +55,7 @@ OF_THE_FILE = (
     "finetune.dtype",
     "output.about",
     "output.captions_in_file",
+    "output.raw",
 )  # decide how the result is written
 
 

@@ -45,17 +45,25 @@ def duration(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
+TRAINED, SMOOTHED, VALIDATED, AXIS, LINE = "#a9c4e6", "#1f5fbf", "#d9731a", "#555555", "#dddddd"
+
+
 def draw_curve(rows: list[Row], steps: int, path: Path, size: tuple[int, int] = (720, 400)) -> None:
-    """Draw the loss over steps on a logarithmic scale, as logged and smoothed over a twentieth of the run."""
+    """Draw the loss over steps on a logarithmic scale, as logged and smoothed over a twentieth of the run.
+
+    The error on held-out pictures is drawn with it, where rows have one.
+    """
     from PIL import Image, ImageDraw
 
-    points = [(row["step"], row["loss"]) for row in rows if row.get("loss", 0) > 0]
+    points, validated = (
+        [(row["step"], row[name]) for row in rows if row.get(name, 0) > 0] for name in ("loss", "validation")
+    )
     if len(points) < 2:
         return
     width, height = size
-    left, top, right, bottom = 64, 16, width - 16, height - 32
-    losses = [loss for _, loss in points]
-    low, high = round_out(min(losses), up=False), round_out(max(losses), up=True)
+    left, top, right, bottom = 64, 32, width - 16, height - 48
+    values = [value for _, value in (*points, *validated)]
+    low, high = round_out(min(values), up=False), round_out(max(values), up=True)
 
     def position(step: float, value: float) -> tuple[float, float]:
         x = left + (right - left) * step / steps
@@ -67,14 +75,23 @@ def draw_curve(rows: list[Row], steps: int, path: Path, size: tuple[int, int] = 
     draw = ImageDraw.Draw(image)
     for value in _ticks(low, high):
         y = position(0, value)[1]
-        draw.line([(left, y), (right, y)], fill="#dddddd")
-        draw.text((left - 6, y), f"{value:.3g}", fill="#555555", anchor="rm")
+        draw.line([(left, y), (right, y)], fill=LINE)
+        draw.text((left - 6, y), f"{value:.3g}", fill=AXIS, anchor="rm")
     for share in (0, 0.25, 0.5, 0.75, 1):
         x = position(steps * share, low)[0]
-        draw.line([(x, top), (x, bottom)], fill="#dddddd")
-        draw.text((x, bottom + 6), f"{round(steps * share)}", fill="#555555", anchor="mt")
-    draw.line([position(*point) for point in points], fill="#a9c4e6", width=1)
-    draw.line([position(*point) for point in _smoothed(points)], fill="#1f5fbf", width=2)
+        draw.line([(x, top), (x, bottom)], fill=LINE)
+        draw.text((x, bottom + 6), f"{round(steps * share)}", fill=AXIS, anchor="mt")
+    draw.text(((left + right) / 2, height - 14), "step", fill=AXIS, anchor="mm")
+    draw.text((left, 14), "loss (logarithmic)", fill=AXIS, anchor="lm")
+    legend = [("as logged", TRAINED), ("smoothed", SMOOTHED), ("held-out pictures", VALIDATED)]
+    for i, (text, colour) in enumerate(legend if validated else legend[:2]):
+        draw.text((left + 200 + 110 * i, 14), text, fill=colour, anchor="lm")
+    draw.line([position(*point) for point in points], fill=TRAINED, width=1)
+    draw.line([position(*point) for point in _smoothed(points)], fill=SMOOTHED, width=2)
+    if validated:
+        draw.line([position(*point) for point in validated], fill=VALIDATED, width=2)
+    for x, y in (position(*point) for point in validated):
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=VALIDATED)
     with replacing(path) as temporary:
         image.save(temporary, "PNG")
 

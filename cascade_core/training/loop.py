@@ -42,6 +42,7 @@ from .state import (
     write_state,
 )
 from .tasks.base import Inputs, State, Task
+from .trackers import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,7 +78,9 @@ class LoopSettings(Protocol):
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Reported once in `log_every` steps. seconds_left: None where it is not known yet; terms: of the loss, by name."""
+    """Reported once in `log_every` steps. seconds_left: None where it is not known yet; terms: of the loss, by name.
+
+    validation: the last error on pictures that are held out."""
 
     step: int
     steps: int
@@ -85,6 +88,7 @@ class TrainingProgress:
     steps_per_second: float
     seconds_left: float | None
     terms: dict[str, float] = field(default_factory=dict)
+    validation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class Loop(Generic[AnyTask]):
     report   called with the progress
     stop     asked after each batch; True writes a checkpoint and ends the run
     sample   makes a picture (3, H, W) in [0, 1] of a step and a state, every `output.sample_every` steps
+    validate the error of a state on pictures that are held out, every so many steps
+    keep     writes the weights so far, every `output.save_every` steps
     """
 
     def __init__(
@@ -125,6 +131,10 @@ class Loop(Generic[AnyTask]):
         self.report, self.stop, self.sample = report, stop, sample
         assert settings.output.folder is not None
         self.folder = Path(settings.output.folder)
+        self.validate: tuple[int, Callable[[State], float]] | None = None
+        self.validated: float | None = None
+        self.keep: Callable[[], None] = lambda: None
+        self.trackers = Trackers(settings.output.log_with, self.folder, settings.as_json())
         self.contents: dict[str, str] = {}  # of `identity`, which a state keeps
         self.step = 0
         self.optimiser = build_optimiser(task.groups(), settings.train)
@@ -165,6 +175,8 @@ class Loop(Generic[AnyTask]):
         with deterministic_kernels(train.deterministic), self._prefetching() as next_inputs:
             if output.sample_every and self.step == 0:
                 self._sample()
+            if self.step == 0:
+                self._validate()
             while self.step < train.steps and not stopped:
                 terms = self._update(next_inputs)
                 if terms is None:
@@ -175,13 +187,18 @@ class Loop(Generic[AnyTask]):
                     if time.monotonic() - drawn > CURVE_SECONDS:
                         drawn = time.monotonic()
                         self._draw()
-                if output.sample_every and self.step % output.sample_every == 0:
+                if self._due(output.sample_every):
                     self._sample()
+                if self.validate is not None and self._due(self.validate[0]):
+                    self._validate()
+                if self._due(output.save_every) and self.step < train.steps:
+                    self.keep()
                 stopped = self._asked_to_stop()
-                if self.step % output.checkpoint_every == 0 and self.step < train.steps and not stopped:
+                if self._due(output.checkpoint_every) and self.step < train.steps and not stopped:
                     self.save()
         self.save()
         self._draw()
+        self.trackers.close()
         cuda = self.task.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.task.device) if cuda else 0
         return Outcome(self.step, self.step >= train.steps, time.monotonic() - started, peak)
@@ -327,9 +344,25 @@ class Loop(Generic[AnyTask]):
         seconds = time.monotonic() - started
         speed = (self.step - first_step) / seconds
         rate = learning_rate(self.step - 1, train)
-        self.log.add({"step": self.step, "seconds": round(seconds, 1), "learning_rate": rate, **terms})
+        self._log({"learning_rate": rate, **terms}, seconds=round(seconds, 1))
         left = (train.steps - self.step) / speed
-        self.report(TrainingProgress(self.step, train.steps, terms["loss"], speed, left, terms))
+        self.report(
+            TrainingProgress(self.step, train.steps, terms["loss"], speed, left, terms, self.validated)
+        )
+
+    def _due(self, every: int | str) -> bool:
+        """Whether something that happens every so many steps happens now; epochs are steps by now."""
+        return isinstance(every, int) and every > 0 and self.step % every == 0
+
+    def _validate(self) -> None:
+        if self.validate is None or not self.accelerator.is_main_process:
+            return
+        self.validated = self.validate[1](self.state)
+        self._log({"validation": self.validated})
+
+    def _log(self, values: dict[str, float], **others: float) -> None:
+        self.log.add({"step": self.step, **others, **values})
+        self.trackers.log(values, self.step)
 
     def _draw(self) -> None:
         if self.accelerator.is_main_process:
@@ -345,6 +378,7 @@ class Loop(Generic[AnyTask]):
         except Interrupted:  # as the run will be
             return
         write_picture(self.folder / "samples" / f"{self.step:06}.png", picture)
+        self.trackers.log_picture(picture, self.step)
 
     def save(self) -> None:
         """Write everything that resuming needs, whole or not at all. Raises CascadeError for weights that diverged."""

@@ -1,5 +1,6 @@
 """Ranges of numbers, stated beside a setting's type: `steps: Annotated[int, Range(1, 1000)]`."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -30,6 +31,28 @@ class Range:
         )
 
 
+EPOCHS = re.compile(r"(\d{1,6}(?:\.\d{1,6})?) epochs?")
+
+
+class StepsOrEpochs(Range):
+    """Whole steps, or a text such as `2 epochs`."""
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, str):
+            match = EPOCHS.fullmatch(value)
+            return match is not None and float(match[1]) > 0
+        return isinstance(value, int) and super().__contains__(value)
+
+    def __str__(self) -> str:
+        return f"whole steps, {super().__str__()}, or epochs, such as '1 epoch'"
+
+
+def in_steps(value: int | str, steps_per_epoch: float) -> int:
+    """A number of steps that is given in steps or epochs."""
+    match = EPOCHS.fullmatch(value) if isinstance(value, str) else None
+    return max(round(float(match[1]) * steps_per_epoch), 1) if match else int(value)
+
+
 def check_ranges(settings: Any, section: str) -> None:
     """Raise CascadeError for a number of a dataclass outside the range of its annotation; null has none.
 
@@ -49,3 +72,4 @@ Share = Annotated[float, Range(0, 1)]
 Steps = Annotated[int, Range(1, 100_000_000)]
 RateFactor = Annotated[float, Range(0, 10_000, above=True)]  # by which the learning rate is multiplied
 StepsOrShare = Annotated[int | float, Range(0, 100_000_000)]  # steps; below 1 a share of the run's
+Every = Annotated[int | str, StepsOrEpochs(0, 100_000_000)]  # 0 is never

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from ..checkpoints import load_model
 from ..engine.graphs import can_allocate_in_capture
 from ..errors import CascadeError, Interrupted
-from ..file_names import numbered
 from ..geometry import largest_size
 from ..networks.compressor import SemanticCompressor
 from ..networks.fp16 import scale_residual_stream
@@ -24,26 +24,28 @@ from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
-from ..writing import move_to_free, temporary_file
 from .checks import check_image_prompts, check_networks, check_output
 from .data.access import Access
 from .data.batches import Found, TrainingData, epoch_steps, fill_cache
 from .data.cache import fingerprint
+from .data.held_out import FoundPictures, as_they_are, find_and_hold_out
 from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
 from .data.pictures import TrainingPicture
-from .data.sources import LEFT_OUT, find_all, write_left_out
+from .data.sources import LEFT_OUT, write_left_out
 from .data.text_cache import TextCache
-from .file_metadata import file_metadata
+from .deadline import stop_time, stopping
 from .frozen import load_frozen, parameter_count
 from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
 from .launch import build_accelerator, compute_dtype
 from .log import duration
 from .loop import Loop, Outcome, TrainingProgress
 from .prompts import sample_prompts, texts_of, with_prompts_of_file
+from .ranges import in_steps
+from .results import Results
 from .run_folder import Notify, begun, cache_of, locked
 from .samples import CascadeDecoder, Decoder, PreviewDecoder, Samples
-from .settings import Settings, TrainSettings
+from .settings import DataSettings, Settings, TrainSettings
 from .state import STATE
 from .tasks.conditions import CachedText
 from .tasks.controlnet import ControlNetTask
@@ -52,6 +54,7 @@ from .tasks.lora import LoRATask
 from .tasks.stage_c import StageCTask
 from .tasks.textual_inversion import TokensTask
 from .telling import at_beginning, at_end
+from .validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,18 +83,22 @@ def train(
         notify, report, caching = (lambda sentence: None), (lambda progress: None), None
     settings = replace(settings, output=with_prompts_of_file(settings.output))
     check_output(settings, keep_existing)
+    end = stop_time(settings.train, datetime.now())
+    ended = stopping(lambda: False, end)
+    stop = stopping(stop, end)
     try:
         with ExitStack() as held:
             folder = Path(settings.output.folder or "")
             on_main_process(accelerator, lambda: held.enter_context(locked(folder, notify)))
             access = Access(stop, check)
-            pictures = find_all(settings.data, access)
+            pictures = find_and_hold_out(settings.data, settings.validation, access)
+            trained = pictures.trained
             settings = on_main_process(
-                accelerator, lambda: with_steps(settings, pictures[0], accelerator.num_processes, access)
+                accelerator, lambda: with_steps(settings, trained, accelerator.num_processes, access)
             )
             standing = on_main_process(
                 accelerator,
-                lambda: begun(settings, pictures[0], accelerator.num_processes, notify, fresh, access.ask),
+                lambda: begun(settings, trained, accelerator.num_processes, notify, fresh, access.ask),
             )
             if standing.file is not None and not keep_existing:
                 notify(
@@ -99,14 +106,20 @@ def train(
                     "more train.steps to go on, or --fresh to begin anew."
                 )
                 return Outcome(settings.train.steps, True, seconds=0.0, peak_bytes=0, file=standing.file)
-            on_main_process(accelerator, lambda: check_networks(settings, pictures[0], find_faces))
+            on_main_process(
+                accelerator,
+                lambda: check_networks(settings, [*trained, *pictures.held_out], find_faces),
+            )
             loop = prepare(settings, accelerator, notify, report, caching, stop, find_faces, pictures)
             loop.contents = standing.contents
-            outcome = _run(loop, settings, accelerator, notify, fresh, keep_existing, pictures[0])
+            results = Results(settings, trained, keep_existing)
+            loop.keep = lambda: results.save(loop)
+            outcome = _run(loop, results, notify, fresh)
     except Interrupted:
         outcome = Outcome(step=0, finished=False, seconds=0.0, peak_bytes=0)
     if not outcome.finished:
-        notify("Stopped; the same command goes on from here.")
+        at = f" at {end:%Y-%m-%d %H:%M}, as train.stop_at or stop_after says" if ended() else ""
+        notify(f"Stopped{at}; the same command goes on from here.")
     return outcome
 
 
@@ -114,15 +127,24 @@ def with_steps(
     settings: Settings, pictures: list[TrainingPicture], processes: int, access: Access
 ) -> Settings:
     """The settings with as many steps as their epochs have, where they are given in epochs."""
-    train = settings.train
-    if train.epochs is None:
+    train, output, validation = settings.train, settings.output, settings.validation
+    every = {name: getattr(output, name) for name in ("checkpoint_every", "sample_every", "save_every")}
+    if train.epochs is None and not any(
+        isinstance(each, str) for each in (*every.values(), validation.every)
+    ):
         return settings
     data = replace(settings.data, cache=cache_of(settings))
     batches = epoch_steps(
         data, pictures, train.batch_size * processes, access, settings.models.image_encoder is not None
     )
-    steps = max(round(train.epochs * batches / train.accumulate), 1)
-    return replace(settings, train=replace(train, steps=steps))
+    epoch = batches / train.accumulate
+    steps = train.steps if train.epochs is None else max(round(train.epochs * epoch), 1)
+    return replace(
+        settings,
+        train=replace(train, steps=steps),
+        output=replace(output, **{name: in_steps(each, epoch) for name, each in every.items()}),
+        validation=replace(validation, every=in_steps(validation.every, epoch)),
+    )
 
 
 T = TypeVar("T")
@@ -145,15 +167,8 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def _run(
-    loop: Loop[StageCTask],
-    settings: Settings,
-    accelerator: Accelerator,
-    notify: Notify,
-    fresh: bool,
-    keep_existing: bool,
-    pictures: list[TrainingPicture],
-) -> Outcome:
+def _run(loop: Loop[StageCTask], results: Results, notify: Notify, fresh: bool) -> Outcome:
+    accelerator = loop.accelerator
     if fresh and accelerator.is_main_process:
         (loop.folder / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -164,23 +179,10 @@ def _run(
     memory = f", at most {peak:.1f} GB of the accelerator" if peak else ""
     notify(f"{outcome.step} steps, {duration(outcome.seconds)} this time{memory}.")
     if outcome.finished and accelerator.is_main_process:
-        path = _write(loop, settings, pictures, keep_existing)
+        path = results.write(loop)
         notify(at_end(loop, path))
         outcome = replace(outcome, file=path)
     return outcome
-
-
-def _write(
-    loop: Loop[StageCTask], settings: Settings, pictures: list[TrainingPicture], keep_existing: bool
-) -> Path:
-    path = Path(settings.output.file)
-    metadata = file_metadata(settings, loop.step, pictures)
-    if not keep_existing:
-        loop.task.write(loop.state, path, metadata)
-        return path
-    with temporary_file(path.parent) as temporary:
-        loop.task.write(loop.state, temporary, metadata)
-        return move_to_free(temporary, numbered(path))
 
 
 def prepare(
@@ -191,7 +193,7 @@ def prepare(
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
     find_faces: FindFaces | None = None,
-    pictures: Found | None = None,
+    pictures: FoundPictures | None = None,
 ) -> Loop[StageCTask]:
     """Everything up to the first step. Raises Interrupted where `stop` says so while latents are encoded.
 
@@ -199,7 +201,7 @@ def prepare(
     """
     device = accelerator.device
     dtype = compute_dtype(settings.train.precision, device)
-    cache = cache_of(settings)
+    cache, validation = cache_of(settings), settings.validation
     compressor = load_network(
         settings.models.compressor, "compressor", torch.float32, device, SemanticCompressor
     )
@@ -208,6 +210,7 @@ def prepare(
         return compressor(pixels.to(device))
 
     access = Access(stop)
+    pictures = pictures or find_and_hold_out(settings.data, validation, access)
 
     def report_caching(done: int, total: int) -> None:
         if caching is not None:
@@ -216,36 +219,33 @@ def prepare(
 
     data_settings, compressor_digest = replace(settings.data, cache=cache), fingerprint(compressor)
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    found = pictures.trained, pictures.skipped
     if ranks > 1:  # each encodes its share of the latents
-        fill_cache(data_settings, encode, compressor_digest, rank, ranks, report_caching, pictures, access)
+        fill_cache(data_settings, encode, compressor_digest, rank, ranks, report_caching, found, access)
         accelerator.wait_for_everyone()
+
+    def open_data(
+        settings_of_data: DataSettings, found: Found, seed: int, prompts: ImagePrompts | None
+    ) -> TrainingData:
+        with_images = settings.task == "controlnet"
+        more = with_images, report_caching, prompts, found, access
+        return TrainingData(settings_of_data, encode, compressor_digest, seed, *more)
+
     with accelerator.main_process_first():  # the others then find the text states in the cache
         image_prompts = image_prompts_of(settings, cache, device)
-        data = TrainingData(
-            data_settings,
-            encode,
-            compressor_digest,
-            settings.train.seed,
-            with_images=settings.task == "controlnet",
-            report=report_caching,
-            image_prompts=image_prompts,
-            pictures=pictures,
-            access=access,
-        )
+        data = open_data(data_settings, found, settings.train.seed, image_prompts)
         notify(data.summary())
+        held_out = None
+        if pictures.held_out and accelerator.is_main_process:
+            measured = pictures.held_out[: validation.pictures]
+            held_out = open_data(as_they_are(data_settings), (measured, []), 0, None)
+            notify(
+                f"{len(pictures.held_out):,} pictures are held out, and {len(held_out):,} of them measured on."
+            )
         if accelerator.is_main_process:
             write_left_out(Path(settings.output.folder or "") / LEFT_OUT, data.skipped)
-        encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
-        encoder.model.to(device)
-        texts = TextCache(encoder, cache)
-        text_is_trained = bool(settings.tokens) or (settings.task == "lora" and settings.lora.text_encoder)
-        texts.fill(
-            [] if text_is_trained else [*data.captions, *texts_of(settings.output.prompts)], ask=access.ask
-        )
-    text = CachedText(texts, [""] if text_is_trained else data.captions, device)
-    texts.release()
-    trained_encoder = encoder if text_is_trained else None
-    del encoder  # frees its memory before Stage C is loaded
+        more_texts = [*texts_of(settings.output.prompts), *(held_out.captions if held_out else ())]
+        text, trained_encoder = _text_of(settings, data.captions, more_texts, cache, device, access)
     stage_c = load_trained_for(settings, dtype, device)
     if dtype == torch.float16:
         scale_residual_stream(stage_c)
@@ -255,9 +255,33 @@ def prepare(
     prepare_blocks(task, settings.train)
     samples = _samples(settings, task, data, dtype, stop)
     loop = Loop(task, data, settings, accelerator, report, stop, samples)
+    if held_out is not None and isinstance(validation.every, int):
+        measure = Validation(task, held_out, validation, settings.train.batch_size)
+        loop.validate = validation.every, measure
     steps = data.steps_per_epoch(settings.train.batch_size, accelerator.num_processes)
     notify(at_beginning(loop, steps, data.rows_per_epoch, settings.output.file))
     return loop
+
+
+def _text_of(
+    settings: Settings,
+    captions: list[str],
+    more_texts: list[str],
+    cache: str,
+    device: torch.device,
+    access: Access,
+) -> tuple[CachedText, TextEncoder | None]:
+    """The captions' cached states, and the text encoder where it or what it reads is trained; else it is released."""
+    encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
+    encoder.model.to(device)
+    texts = TextCache(encoder, cache)
+    if settings.tokens or (settings.task == "lora" and settings.lora.text_encoder):
+        text, trained = CachedText(texts, [""], device), encoder
+    else:
+        texts.fill([*captions, *more_texts], ask=access.ask)
+        text, trained = CachedText(texts, captions, device), None
+    texts.release()
+    return text, trained
 
 
 def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> ImagePrompts | None:

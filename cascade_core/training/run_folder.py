@@ -22,6 +22,11 @@ def cache_of(settings: Settings) -> str:
     return settings.data.cache or f"{settings.output.folder}/cache"
 
 
+def raw_file(path: Path) -> Path:
+    """Where the weights without their average are written, beside a file with it."""
+    return path.with_name(f"{path.stem}_raw{path.suffix}")
+
+
 @contextmanager
 def locked(folder: Path, notify: Notify) -> Iterator[None]:
     """Hold a run's folder alone inside the block. The system ends the lock with the process; its file may stay."""
@@ -91,6 +96,7 @@ def begun(
         )
         notify(f"train.steps was {before.train.steps} and is {steps} now{shape * (then != now)}.")
     file = Path(settings.output.file)
-    written = file.is_file() and file.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    files = (file, raw_file(file)) if settings.output.raw else (file,)
+    written = all(each.is_file() and each.stat().st_mtime_ns >= path.stat().st_mtime_ns for each in files)
     finished = step == steps and written and same_file(settings, metadata)
     return Begun(contents, file if finished else None)

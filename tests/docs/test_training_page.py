@@ -37,6 +37,7 @@ SECTIONS = [
     settings.SamplePrompt,
     settings.DataSetSettings,
     settings.OutputSettings,
+    settings.ValidationSettings,
 ]
 
 

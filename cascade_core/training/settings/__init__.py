@@ -22,6 +22,7 @@ from .tasks import (
     TokenSettings,
 )
 from .train import OptimizerName, TrainSettings
+from .validation import ValidationSettings
 from .whole import Settings
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "TaskName",
     "TokenSettings",
     "TrainSettings",
+    "ValidationSettings",
     "Weighting",
     "check_prompt_count",
     "read_settings",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from ...errors import CascadeError, quoted
-from ..ranges import Range, Steps, check_ranges
+from ..ranges import Every, Range, Steps, StepsOrEpochs, check_ranges
 from ..typed_yaml import unknown_name
 
 ABOUT = (  # entries of ModelSpec that a person gives
@@ -52,8 +52,14 @@ class OutputSettings:
     file: str
     folder: str | None = None
     log_every: Steps = 10
-    checkpoint_every: Steps = 500
-    sample_every: Annotated[int, Range(0, 100_000_000)] = 0  # 0 is never
+    checkpoint_every: Annotated[int | str, StepsOrEpochs(1, 100_000_000)] = (
+        500  # or epochs, such as `1 epoch`
+    )
+    sample_every: Every = 0  # the same; 0 is never
+    save_every: Every = 0  # how often the file so far is written into the folder, too
+    keep_last: Annotated[int | None, Range(1, 100_000)] = None  # how many of those stay; null: all
+    raw: bool = False  # whether the weights of the last step are written beside their average
+    log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()  # programs that get the numbers, too
     prompts: tuple[str | SamplePrompt, ...] = ()
     prompts_file: str | None = None  # more of them
     sample_steps: Annotated[int, Range(1, 10_000)] = 20

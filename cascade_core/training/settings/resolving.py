@@ -32,6 +32,11 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
         mask_folder=at(settings.data.mask_folder) if settings.data.mask_folder else None,
         cache=at(settings.data.cache) if settings.data.cache else None,
     )
+    validation = dataclasses.replace(
+        settings.validation,
+        folder=at(settings.validation.folder) if settings.validation.folder else None,
+        tars=tuple(map(at, settings.validation.tars)),
+    )
     output = settings.output
     run = output.folder or f"runs/{Path(output.file).stem}"
     prompts_file = at(output.prompts_file) if output.prompts_file else None
@@ -51,6 +56,7 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     return dataclasses.replace(
         settings,
         data=data,
+        validation=validation,
         output=output,
         controlnet=control,
         lora=lora,

@@ -1,6 +1,7 @@
 """`train`: the loop, its optimiser and its learning rate."""
 
 from dataclasses import dataclass, field
+from datetime import datetime, time
 from typing import Annotated, Any, Literal, get_args
 
 from ...errors import CascadeError, quoted
@@ -40,6 +41,8 @@ class TrainSettings:
     base_weights: Literal["full", "int8", "nf4"] = "full"
     gradient_checkpointing: bool | None = None  # null: where Stage C is large
     compile: bool = False
+    stop_at: str | None = None  # a time of day such as '07:30', or a date with it, at which the run stops
+    stop_after: Annotated[float | None, Range(0, 100_000, above=True)] = None  # hours
     cuda_graphs: bool = True  # on an accelerator, where a step draws nothing at random within the network
     deterministic: bool = True
 
@@ -53,6 +56,8 @@ class TrainSettings:
                     f"train.{name} is {quoted(value)}; whole steps, or a share of the run below 1, are expected."
                 )
         check_optimizer_name(self.optimizer)
+        if self.stop_at is not None:
+            _check_time(self.stop_at)
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             raise CascadeError(
                 f"train.learning_rate is {quoted(self.learning_rate)}, but prodigy finds the rate itself, times "
@@ -62,6 +67,15 @@ class TrainSettings:
             raise CascadeError(
                 f"train.restarts is {self.restarts}, but {self.schedule} has none; choose cosine or linear."
             )
+
+
+def _check_time(text: str) -> None:
+    try:
+        (time if len(text) <= 5 else datetime).fromisoformat(text if len(text) != 4 else f"0{text}")
+    except ValueError:
+        raise CascadeError(
+            f"train.stop_at is {quoted(text)}; a time of day such as '07:30' is expected, or '2030-01-31 07:30'."
+        ) from None
 
 
 def check_optimizer_name(name: str) -> None:

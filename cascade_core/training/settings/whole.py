@@ -11,6 +11,7 @@ from .objective import ObjectiveSettings
 from .output import OutputSettings, SamplePrompt
 from .tasks import ControlNetSettings, FinetuneSettings, LoRASettings, TaskName, TokenSettings
 from .train import TrainSettings
+from .validation import ValidationSettings
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Settings:
     output: OutputSettings
     models: ModelSettings = field(default_factory=ModelSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     lora: LoRASettings = field(default_factory=LoRASettings)
     controlnet: ControlNetSettings = field(default_factory=ControlNetSettings)
@@ -43,20 +45,12 @@ class Settings:
                 f"train.base_weights is {self.train.base_weights}, but finetune trains those weights themselves; "
                 "train a LoRA, or leave it out."
             )
-        if self.objective.kind == "consistency" and self.task != "lora":
-            raise CascadeError("objective.kind consistency trains a LoRA; use `cascade train lora`.")
-        if self.objective.kind == "consistency" and any(each.weight != 1 for each in self.data.sets):
+        if self.output.raw and (not self.train.ema or self.train.optimizer == "schedulefree"):
             raise CascadeError(
-                "objective.kind consistency weighs all pictures alike; leave weight out of data.sets."
+                "output.raw writes the weights beside their average, but train.ema makes none here; leave it out."
             )
-        if self.objective.kind == "consistency" and self.data.masked:
-            raise CascadeError(
-                "objective.kind consistency learns Stage C's own path at all places alike; leave masks out of data."
-            )
-        if self.objective.kind == "consistency" and (self.lora.text_encoder or self.tokens):
-            raise CascadeError(
-                "objective.kind consistency trains Stage C alone; leave text_encoder and tokens out."
-            )
+        if self.objective.kind == "consistency":
+            self._check_consistency()
         if self.output.sample_every and not (self.output.prompts or self.output.prompts_file):
             raise CascadeError(
                 "output.sample_every makes pictures of output.prompts; give them, or leave it at 0."
@@ -69,6 +63,28 @@ class Settings:
         if self.task == "controlnet" and sized:
             raise CascadeError(
                 "output.prompts: the samples of a ControlNet have the size of its hints; leave size out."
+            )
+
+    def _check_consistency(self) -> None:
+        """Raise CascadeError for what distillation does not have."""
+        if self.validation.every:
+            raise CascadeError(
+                "validation measures the error in the noise, which objective.kind consistency does not train; leave it "
+                "out."
+            )
+        if self.task != "lora":
+            raise CascadeError("objective.kind consistency trains a LoRA; use `cascade train lora`.")
+        if any(each.weight != 1 for each in self.data.sets):
+            raise CascadeError(
+                "objective.kind consistency weighs all pictures alike; leave weight out of data.sets."
+            )
+        if self.data.masked:
+            raise CascadeError(
+                "objective.kind consistency learns Stage C's own path at all places alike; leave masks out of data."
+            )
+        if self.lora.text_encoder or self.tokens:
+            raise CascadeError(
+                "objective.kind consistency trains Stage C alone; leave text_encoder and tokens out."
             )
 
     def rate_factors(self) -> set[str]:

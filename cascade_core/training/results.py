@@ -1,0 +1,63 @@
+"""The files that a run writes: its result, the weights without their average, and those on the way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..file_names import numbered
+from ..writing import move_to_free, temporary_file
+from .data.pictures import TrainingPicture
+from .file_metadata import file_metadata
+from .loop import Loop
+from .run_folder import raw_file
+from .settings import Settings
+from .tasks.base import State
+from .tasks.stage_c import StageCTask
+
+SAVED = "saved"  # in the run's folder
+
+
+class Results:
+    """Writes a run's weights as they are in the end, or so far.
+
+    pictures: those that were trained on; keep_existing: a file of that name is not replaced by the result.
+    """
+
+    def __init__(self, settings: Settings, pictures: Sequence[TrainingPicture], keep_existing: bool = False):
+        self.settings, self.pictures, self.keep_existing = settings, pictures, keep_existing
+
+    def write(self, loop: Loop[StageCTask]) -> Path:
+        """Write `output.file`, and beside it the raw weights where they are asked for."""
+        path = Path(self.settings.output.file)
+        if self.settings.output.raw:
+            self._write(loop, loop.task.trained.state_dict(), raw_file(path))
+        return self._write(loop, loop.state, path)
+
+    def _write(self, loop: Loop[StageCTask], state: State, path: Path) -> Path:
+        metadata = file_metadata(self.settings, loop.step, self.pictures)
+        if not self.keep_existing:
+            loop.task.write(state, path, metadata)
+            return path
+        with temporary_file(path.parent) as temporary:
+            loop.task.write(state, temporary, metadata)
+            return move_to_free(temporary, numbered(path))
+
+    def save(self, loop: Loop[StageCTask]) -> None:
+        """Write the weights of this step into the run's folder, and remove those of all but the last steps kept."""
+        output = self.settings.output
+        folder, stem = loop.folder / SAVED, Path(output.file).stem
+        path = folder / f"{stem}-{loop.step:08}.safetensors"
+        folder.mkdir(exist_ok=True)
+        metadata = file_metadata(self.settings, loop.step, self.pictures)
+        loop.task.write(loop.state, path, metadata)
+        if output.raw:
+            loop.task.write(loop.task.trained.state_dict(), raw_file(path), metadata)
+        if output.keep_last is not None:
+            own = re.compile(re.escape(stem) + r"-(\d{8})(_raw)?\.safetensors")
+            files = [(match[1], each) for each in folder.iterdir() if (match := own.fullmatch(each.name))]
+            kept = sorted({step for step, _ in files if int(step) <= loop.step})[-output.keep_last :]
+            for step, file in files:
+                if step not in kept and int(step) <= loop.step:
+                    file.unlink()
