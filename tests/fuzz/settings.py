@@ -44,7 +44,8 @@ MORE: dict[str, dict[str, Any]] = {  # keys that are not in the basic file, with
                   "cfg_rescale": 0.7, "solver_steps": 10, "sampling_steps": 5, "on_policy_share": 0.0},
     "output": {"log_every": 1, "checkpoint_every": 1, "sample_every": 1, "prompts": ["a red star"],
     "sample_steps": 1, "sample_cfg": 1.0,
-               "sample_shift": 1.0, "sample_sampler": "ddim", "save_every": "1 epoch", "keep_last": 1, "raw": True, "log_with": []},
+               "sample_shift": 1.0, "sample_sampler": "ddim",
+    "save_every": "1 epoch", "keep_last": 1, "raw": True, "log_with": []},
     "validation": {"every": 1, "share": 0.2, "folder": "pictures", "pictures": 2, "times": 1},
     "models": {"previewer": "tiny_previewer.safetensors", "image_encoder": "tiny_vision.safetensors"},
 }  # fmt: skip
