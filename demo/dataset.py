@@ -1,4 +1,4 @@
-"""Training data: scenes drawn once, captioned and tokenised once, and kept on the accelerator."""
+"""Training data: scenes with their pictures, drawn on the accelerator, and their captions, tokenised."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,21 +11,56 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cascade_nodes.cascade_core.geometry import compressor_size
 from cascade_nodes.cascade_core.text.tokenizer import CHUNK_LENGTH, Tokenizer
 from cascade_nodes.demo.captions import caption, contrast
-from cascade_nodes.demo.recipe import COMPRESSED, PICTURE
+from cascade_nodes.demo.recipe import PICTURE
+from cascade_nodes.demo.scenes import BACKGROUNDS, MARGIN, SceneTable
+from cascade_nodes.demo.wide_pictures import wide_pictures
 from cascade_nodes.demo.world import Scene, pack, render
+
+Size = tuple[int, int]  # height and width in pixels
+Scenes = Sequence[Scene] | SceneTable
+AT_ONCE = 1024  # pictures that are resized together
 
 
 def pictures(
-    scenes: Sequence[Scene], device: torch.device, size: int = PICTURE, smaller: int | None = None
+    scenes: Scenes, device: torch.device, size: int | Size = PICTURE, smaller: int | None = None
 ) -> Tensor:
-    """Renders scenes: uint8 (N, 3, size, size), or resized to `smaller` after drawing."""
+    """Renders scenes: uint8 (N, 3, *size), or resized to `smaller` after drawing."""
+    packed = pack(scenes)
     batches = []
-    for start in range(0, len(scenes), 4096):
-        images = render(pack(scenes[start : start + 4096]), size, device)
-        batches.append(images if smaller is None else to_uint8(resized(as_float(images), smaller)))
+    for start in range(0, len(packed.shape), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        images = render(packed.rows(rows, device), size, device)
+        batches.append(images if smaller is None else shrunk(images, smaller))
     return torch.cat(batches).contiguous(memory_format=torch.channels_last)
+
+
+def wide(count: int, seed: int, device: torch.device, size: int | Size = PICTURE) -> Tensor:
+    """Pictures of any colours, shapes and places, of nothing that is held out: uint8 (N, 3, *size)"""
+    return wide_pictures(count, size, torch.Generator(device).manual_seed(seed), device)
+
+
+def alone(table: SceneTable, slot: int, seed: int) -> SceneTable:
+    """One object of each scene, alone anywhere on a background, which is its scene's for half of them."""
+    rng = np.random.default_rng([seed, slot])
+    n, low = len(table.kind), MARGIN + table.radius[:, slot, None]
+    background = np.where(rng.random(n) < 0.5, table.background, rng.integers(0, len(BACKGROUNDS), n))
+    return SceneTable(
+        table.kind[:, slot : slot + 1],
+        table.size[:, slot : slot + 1],
+        (low + (1 - 2 * low) * rng.random((n, 2)))[:, None],
+        table.radius[:, slot : slot + 1],
+        np.full(n, -1),
+        background,
+        np.ones(n),
+    )
+
+
+def shrunk(images: Tensor, size: int) -> Tensor:
+    """uint8 pictures, resized: uint8 (N, 3, size, size)"""
+    return torch.cat([to_uint8(resized(as_float(part), size)) for part in images.split(AT_ONCE)])
 
 
 def as_float(images: Tensor) -> Tensor:
@@ -45,43 +80,57 @@ def resized(images: Tensor, size: int | Sequence[int]) -> Tensor:
 
 
 def for_compressor(images: Tensor) -> Tensor:
-    """uint8 pictures -> float (N, 3, side, side) at the compressor's size."""
-    return resized(as_float(images), COMPRESSED)
+    """uint8 pictures (N, 3, H, W) -> float at the compressor's size of them."""
+    return resized(as_float(images), compressor_size(*images.shape[-2:]))
 
 
-def _caption_scenes(numbered: tuple[int, Sequence[Scene]], count: int) -> list[str]:
+def _one_by_one(scenes: Scenes) -> Sequence[Scene]:
+    return scenes.scenes() if isinstance(scenes, SceneTable) else scenes
+
+
+def _count(scenes: Scenes) -> int:
+    return len(scenes.kind) if isinstance(scenes, SceneTable) else len(scenes)
+
+
+def _caption_scenes(numbered: tuple[int, Scenes], count: int) -> list[str]:
     number, scenes = numbered
     rng = Random(number)
-    return [caption(scene, rng) for scene in scenes for _ in range(count)]
+    return [caption(scene, rng) for scene in _one_by_one(scenes) for _ in range(count)]
 
 
-def _contrast_scenes(numbered: tuple[int, Sequence[Scene]], count: int) -> list[str]:
+def _contrast_scenes(numbered: tuple[int, Scenes], count: int) -> list[str]:
     number, scenes = numbered
     rng = Random(number)
     texts = []
-    for scene in scenes:
+    for scene in _one_by_one(scenes):
         right, wrong = contrast(scene, rng, count)
         texts += [right, *wrong]
     return texts
 
 
-def _in_parallel(work, scenes: Sequence[Scene], seed: int) -> list[str]:
+def _in_parallel(work, scenes: Scenes, seed: int) -> list[str]:
     """Runs work((seed, some scenes)) over all scenes, in order, on every core; the number of cores does not matter."""
-    jobs = [(seed + start, scenes[start : start + 5000]) for start in range(0, len(scenes), 5000)]
+    parts = (slice(start, start + 2000) for start in range(0, _count(scenes), 2000))
+    jobs = [
+        (seed + part.start, scenes.rows(part) if isinstance(scenes, SceneTable) else scenes[part])
+        for part in parts
+    ]
+    if len(jobs) == 1:
+        return work(jobs[0])
     with ProcessPoolExecutor(min(cpu_count() or 1, len(jobs))) as pool:
         return [text for texts in pool.map(work, jobs) for text in texts]
 
 
-def captions(scenes: Sequence[Scene], count: int, tokenizer: Tokenizer, seed: int) -> Tensor:
+def captions(scenes: Scenes, count: int, tokenizer: Tokenizer, seed: int) -> Tensor:
     """`count` random captions of every scene, as tokens: int16 (N, count, 77)."""
     texts = _in_parallel(partial(_caption_scenes, count=count), scenes, seed)
-    return tokenise(texts, tokenizer).view(len(scenes), count, CHUNK_LENGTH)
+    return tokenise(texts, tokenizer).view(_count(scenes), count, CHUNK_LENGTH)
 
 
-def contrasts(scenes: Sequence[Scene], negatives: int, tokenizer: Tokenizer, seed: int) -> Tensor:
+def contrasts(scenes: Scenes, negatives: int, tokenizer: Tokenizer, seed: int) -> Tensor:
     """Captions of every scene and `negatives` false ones in similar words: int16 (N, 1 + negatives, 77)."""
     texts = _in_parallel(partial(_contrast_scenes, count=negatives), scenes, seed)
-    return tokenise(texts, tokenizer).view(len(scenes), 1 + negatives, CHUNK_LENGTH)
+    return tokenise(texts, tokenizer).view(_count(scenes), 1 + negatives, CHUNK_LENGTH)
 
 
 def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:

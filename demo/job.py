@@ -1,8 +1,10 @@
 """One training run of the demo: where it reads and writes, on what, for how long; and what the runs share."""
 
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,25 +13,40 @@ import torch
 from torch import Tensor, nn
 
 from cascade_nodes.cascade_core.checkpoints import check_writable, load_model, write_safetensors
+from cascade_nodes.cascade_core.checkpoints.files import read_header
 from cascade_nodes.cascade_core.networks.layers import AttnBlock, ResBlock, TimestepBlock
 from cascade_nodes.cascade_core.networks.stage_a import MixingResidualBlock
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
 from cascade_nodes.cascade_core.training.launch import build_accelerator
 from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress
 from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
+from cascade_nodes.cascade_core.training.state import STATE
+from cascade_nodes.cascade_core.writing import write_file
 from cascade_nodes.demo.captions import vocabulary
-from cascade_nodes.demo.dataset import for_compressor, pictures
-from cascade_nodes.demo.network_task import NetworkTask, RandomRows, RunSettings
-from cascade_nodes.demo.world import Scene, sample_scenes
+from cascade_nodes.demo.captured_loss import Loss
+from cascade_nodes.demo.network_task import Batch, NetworkTask, RunSettings, Steps
+from cascade_nodes.demo.pool import Pool
 
 COMPILED = (ResBlock, AttnBlock, TimestepBlock, MixingResidualBlock)
-PART = 8192  # scenes that are drawn at a time
-LOG_EVERY, CHECKPOINT_EVERY = 50, 1000  # steps
+PART = 2048  # scenes that are drawn at a time
+LOG_EVERY, CHECKPOINT_EVERY = 50, 2500  # steps
+EXPORT_EVERY = 200.0  # seconds between two exports of the present average, of a run by the clock
+FINISHED = "finished.json"
+SPENT = "seconds"  # in a state's contents: how long the run has trained
+MANY_STEPS = 10_000_000  # of a run that the clock ends
+
+Weights = Mapping[str, Mapping[str, Tensor]]  # averaged tensors by network and name
+Export = Callable[[Weights], None]
 
 
 @dataclass
 class Job:
-    """One run: where it reads and writes, on what, for how long."""
+    """One run: where it reads and writes, on what, for how long.
+
+    minutes   stop here, to go on later
+    fit       train for so many minutes in all, instead of a number of steps
+    until     train until then, by `time.time`, instead of a number of steps
+    """
 
     settings: TrainSettings
     folder: Path  # checkpoint and log
@@ -37,111 +54,168 @@ class Job:
     out: Path  # what this run gives
     device: torch.device
     scenes: int
-    minutes: float | None  # stop here, to go on later
-    fit: float | None  # choose the number of steps for so many minutes
-    compiled: bool
+    minutes: float | None = None
+    fit: float | None = None
+    until: float | None = None
+    compiled: bool = False
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         for folder in (self.folder, self.out):
             check_writable(folder / "network.safetensors")  # before the work
 
-    def train_scenes(self, share: float = 1.0) -> list[Scene]:
-        return sample_scenes(max(int(self.scenes * share), 64), seed=self.settings.seed, split="train")
+    @property
+    def by_clock(self) -> bool:
+        return self.fit is not None or self.until is not None
+
+    def seed(self, *what: object) -> int:
+        """A seed of its own for each thing that is drawn, far from those of the measurements."""
+        return 1_000_000 + zlib.crc32(repr((self.settings.seed, *what)).encode())
+
+    def pool(
+        self,
+        draw: Callable[[int, int], Sequence[Tensor]],
+        share: float,
+        first: float = 0.25,
+        every: int = 50,
+        endless: bool = False,
+    ) -> Pool:
+        """Data of a share of so many rows as the run has scenes; draw(number, rows) gives a part.
+
+        first: share of it that is drawn before the first step; every, endless: of `Pool`.
+        """
+        rows = max(int(self.scenes * share), 16)
+        size = min(PART, rows)
+        parts = rows // size
+        return Pool(lambda number: draw(number, size), parts, max(round(parts * first), 1), every, endless)
 
     def compile(self, network: nn.Module) -> nn.Module:
         """Compiles each kind of block once, in place: whole networks take minutes to compile."""
         if self.compiled:
-            torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, times widths and sizes
             for block in network.modules():
                 if isinstance(block, COMPILED):
-                    block.compile()
+                    block.compile(dynamic=False)
         return network
+
+    def compile_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False) if self.compiled else function
 
     def train(
         self,
         networks: dict[str, nn.Module],
-        loss: Callable[[Tensor], dict[str, Tensor]],
-        rows: int,
+        draw: Callable[[int], Batch],
+        loss: Loss,
+        export: Export,
         learning_rates: dict[str, float] | None = None,
-    ) -> dict[str, nn.Module]:
-        """Train by loss(random indices of so many rows); returns the networks with their averaged weights."""
-        task = NetworkTask(networks, loss, self.settings.precision == "bf16", learning_rates)
-        settings = RunSettings(self.settings, self._output())
-        data = RandomRows(rows, self.settings.seed)
-        loop = Loop(task, data, settings, build_accelerator(), self._print_progress)
-        loop.resume()
-        if self.fit is not None and loop.step < self.settings.warmup:
-            self._fit(loop)
-        if self.minutes is not None:
-            deadline = time.monotonic() + self.minutes * 60
-            loop.stop = lambda: time.monotonic() >= deadline
-        if loop.stop():
+    ) -> None:
+        """Train by loss(*draw(step)), and write the networks with their averaged weights by `export`."""
+        bf16 = self.settings.precision == "bf16"
+        task = NetworkTask(networks, draw, loss, bf16, learning_rates, self.graphs)
+        loop = Loop(task, Steps(), self.run_settings(), build_accelerator(), self._print_progress)
+        spent = 0.0
+        if loop.resume():
+            spent = self._spent()
+            print(f"{self.folder.name}: goes on from step {loop.step}, after {spent:.0f} s", flush=True)
+        clock = Clock(self, loop, spent, lambda: export(_by_network(loop.state)))
+        loop.stop = clock.ended
+        if clock.ended():
             loop.save()
         else:
+            loop.settings = self.run_settings()
             loop.run()
-        task.trained.load_state_dict(loop.state)
-        task.trained.eval()
-        return networks
+        export(_by_network(loop.state))
+        if clock.finished:
+            figures = {"steps": loop.step, "seconds": round(clock.spent)}
+            write_file(self.folder / FINISHED, json.dumps(figures) + "\n")
+        if self.device.type == "cuda":
+            gigabytes = torch.cuda.max_memory_allocated(self.device) / 1e9
+            print(f"{self.folder.name}: {gigabytes:.1f} GB at most", flush=True)
 
-    def _output(self) -> OutputSettings:
-        return OutputSettings(str(self.out), str(self.folder), LOG_EVERY, CHECKPOINT_EVERY)
+    def _spent(self) -> float:
+        metadata = read_header(self.folder / STATE).metadata
+        return float(json.loads(metadata.get("contents", "{}")).get(SPENT, 0))
+
+    def run_settings(self, steps: int | None = None) -> RunSettings:
+        output = OutputSettings(str(self.out), str(self.folder), LOG_EVERY, CHECKPOINT_EVERY)
+        if steps is None:
+            steps = MANY_STEPS if self.by_clock else self.settings.steps
+        return RunSettings(replace(self.settings, steps=steps), output)
 
     def _print_progress(self, progress: TrainingProgress) -> None:
         terms = " ".join(f"{name} {value:.4g}" for name, value in progress.terms.items())
         speed = f"{progress.steps_per_second:.3g} steps/s"
         print(f"{self.folder.name} {progress.step}/{progress.steps} {speed} {terms}", flush=True)
 
-    def _fit(self, loop: Loop) -> None:
-        """Set the number of steps so that training takes about `fit` minutes; the warm-up does not depend on it."""
-        assert self.fit is not None
-        began = time.monotonic()
-        self._run_to(loop, 60)  # compiles
-        warm = time.monotonic()
-        self._run_to(loop, 160)
-        left = self.fit * 60 - (time.monotonic() - began)
-        steps = max(160 + int(left / (time.monotonic() - warm) * 100), 200)
-        loop.settings = self._with_steps(steps)
-        print(f"{self.folder.name}: {steps} steps in {self.fit} minutes", flush=True)
-
-    def _run_to(self, loop: Loop, step: int) -> None:
-        loop.settings = self._with_steps(step)
-        loop.run()
-
-    def _with_steps(self, steps: int) -> RunSettings:
-        return RunSettings(replace(self.settings, steps=steps), self._output())
-
     def load(self, name: str) -> Any:
         path = self.weights / f"demo_{name}.safetensors"
         return load_model(path, dtype=torch.float32, device=self.device)[0]
 
-    def export(self, name: str, kind: str, network: nn.Module, config: dict) -> None:
+    def export(self, name: str, kind: str, tensors: Mapping[str, Tensor], config: dict) -> None:
         """Writes half-precision weights with their configuration."""
-        tensors = {
-            key: value.half() if value.is_floating_point() else value
-            for key, value in network.state_dict().items()
-        }
-        write_safetensors(self.out / name, tensors, {"kind": kind, "config": json.dumps(config)})
+        half = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
+        write_safetensors(self.out / name, half, {"kind": kind, "config": json.dumps(config)})
 
 
-def export_text_encoder(job: Job, model: nn.Module, config: dict, tokenizer: Tokenizer) -> None:
+class Clock:
+    """Ends a run in time, and brings its learning rate down by then.
+
+    A run by the clock has no number of steps; the learning rate's schedule is told the number that it would have at
+    this pace, so that it follows the share of the time that has passed.
+    """
+
+    def __init__(self, job: Job, loop: Loop, spent: float, export: Callable[[], None]):
+        self.job, self.loop, self.before, self.export = job, loop, spent, export
+        self.began = self.exported = time.monotonic()
+        self.total: float | None = None
+        if job.fit is not None:
+            self.total = job.fit * 60
+        elif job.until is not None:
+            self.total = spent + max(job.until - time.time(), 0)
+
+    @property
+    def spent(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    @property
+    def finished(self) -> bool:
+        if self.total is None:
+            return self.loop.step >= self.job.settings.steps
+        return self.spent >= self.total
+
+    def ended(self) -> bool:
+        """Whether the run is to end at this step. Asked after each."""
+        spent, job = self.spent, self.job
+        self.loop.contents[SPENT] = f"{spent:.1f}"
+        if self.total is not None:
+            if self.loop.step % 10 == 0 or self.loop.step < 10:
+                share = min(max(spent / self.total, 1e-4), 1.0) if self.total else 1.0
+                self.loop.settings = job.run_settings(max(math.ceil(self.loop.step / share), 1))
+            if time.monotonic() - self.exported > EXPORT_EVERY:
+                self.export()
+                self.exported = time.monotonic()
+        return self.finished or (job.minutes is not None and spent - self.before >= job.minutes * 60)
+
+
+def _by_network(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of a module of networks, by network and name."""
+    networks: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        network, _, rest = name.partition(".")
+        networks.setdefault(network, {})[rest] = value
+    return networks
+
+
+def export_text_encoder(job: Job, tensors: Mapping[str, Tensor], config: dict) -> None:
     """The text encoder's folder: weights and its own vocabulary."""
-    job.export("demo_text_encoder/model.safetensors", "text_encoder", model, config)
+    job.export("demo_text_encoder/model.safetensors", "text_encoder", tensors, config)
     save_vocabulary(job.out / "demo_text_encoder", *build_small_vocabulary(vocabulary() | {","}))
 
 
+def own_tokenizer() -> Tokenizer:
+    return Tokenizer.from_vocabulary(*build_small_vocabulary(vocabulary() | {","}))
+
+
 @torch.no_grad()
-def in_parts(function: Callable[[Tensor], Tensor], data: Tensor, size: int = 2048) -> Tensor:
+def in_parts(function: Callable[[Tensor], Tensor], data: Tensor, size: int = 1024) -> Tensor:
     """function over all rows of data, a part at a time."""
     return torch.cat([function(part) for part in data.split(size)])
-
-
-def semantic_latents(job: Job, scenes: Sequence[Scene]) -> Tensor:
-    """The compressor's latents of the scenes: (N, 16, 6, 6)"""
-    compressor = job.load("compressor")
-    parts = range(0, len(scenes), PART)
-    return torch.cat(
-        [
-            in_parts(lambda p: compressor(for_compressor(p)), pictures(scenes[i : i + PART], job.device))
-            for i in parts
-        ]
-    )

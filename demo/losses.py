@@ -1,25 +1,55 @@
-"""Losses of the demo's networks that predict no noise. Images are (B, 3, H, W) in [0, 1]; every loss is a scalar."""
+"""Losses of the demo's networks. Images are (B, 3, H, W) in [0, 1]; every loss is a scalar."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cascade_nodes.cascade_core.diffusion.loss_weights import debiased
+from cascade_nodes.cascade_core.diffusion.schedule import alpha_sigma, log_snr, noise_cond, per_image
 from cascade_nodes.cascade_core.networks.stage_a import StageA
 
+OUTLINE = 5  # pixels in which a picture's outlines are looked for
+FULL_CONTRAST = 0.25  # the range of a colour within them that counts as an outline in full
+USUAL_SHARE = 0.08  # of a picture that is outlines
+STRENGTH, MOST = 4.0, 3.0  # of the weight of outlines; how much more of it a picture with few of them has
 
-def stage_a_loss(model: StageA, image: Tensor, noise: float = 0.05) -> dict[str, Tensor]:
-    """Reconstruction through the codebook for one half of the batch, through a noisy latent for the other.
+
+@torch.no_grad()
+def outline_weights(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Weights (B, 1, *size) that stress outlines, and those of pictures with few outlines more: small objects."""
+    padded = F.pad(image.float(), (OUTLINE // 2,) * 4, mode="replicate")
+    spread = F.max_pool2d(padded, OUTLINE, 1) + F.max_pool2d(-padded, OUTLINE, 1)  # (B, 3, H, W)
+    outline = (spread.amax(1, keepdim=True) / FULL_CONTRAST).clamp(max=1)
+    outline = F.interpolate(outline, tuple(size), mode="bilinear", antialias=True)
+    share = outline.mean(dim=(2, 3), keepdim=True)
+    return 1 + STRENGTH * outline * (USUAL_SHARE / share.clamp(min=1e-3)).clamp(0.5, MOST)
+
+
+def weighted_mse(image: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean of the squared error by weights (B, 1, H, W)."""
+    return ((image.float() - target).square() * weight).mean()
+
+
+def stage_a_loss(
+    model: StageA, image: Tensor, noise: Tensor, quantised_share: float = 0.25
+) -> dict[str, Tensor]:
+    """Reconstruction through the codebook for some of the batch, through a noisy latent for the others.
 
     Stage B's latents reach the decoder without quantisation, so it must read both.
+    noise: what is added to the latents, (B, c_latent, H/4, W/4), of which the first rows' is not used.
     Codebook and commitment terms: van den Oord et al. 2017, arXiv 1711.00937.
     """
     latent = model.encode(image)  # (B, c_latent, H/4, W/4)
-    quantised, _ = model.quantize(latent)
-    codebook = F.mse_loss(quantised, latent.detach()) + 0.25 * F.mse_loss(latent, quantised.detach())
-    straight_through = latent + (quantised - latent).detach()
-    half = len(image) // 2
-    noisy = latent + noise * torch.randn_like(latent)
-    decoded = model.decode(torch.cat([straight_through[:half], noisy[half:]]))
+    count = max(round(quantised_share * len(image)), 1)
+    through_codebook = latent[:count]
+    quantised, _ = model.quantize(through_codebook)
+    codebook = F.mse_loss(quantised, through_codebook.detach()) + 0.25 * F.mse_loss(
+        through_codebook, quantised.detach()
+    )
+    straight_through = through_codebook + (quantised - through_codebook).detach()
+    decoded = model.decode(torch.cat([straight_through, latent[count:] + noise[count:]]))
     pixels = F.mse_loss(decoded, image)
     loss = pixels + 0.1 * F.l1_loss(decoded, image) + 0.1 * codebook
     return {"loss": loss, "pixels": pixels, "codebook": codebook}
@@ -40,3 +70,35 @@ def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, log_scale: Tens
     texts_loss = F.cross_entropy(matching.T, target)
     hard = (matching.diagonal()[:, None] > own_wrong).float().mean()
     return {"loss": (images_loss + texts_loss) / 2, "right_over_wrong": hard}
+
+
+class NoiseLevels:
+    """The training times of `diffusion_loss` as a table on the accelerator: drawing from it waits for nothing.
+
+    As there, the weight is 1/√SNR, cut at `max_loss_weight`, and `pure_noise_share` of a batch is pure noise.
+    """
+
+    def __init__(self, device: torch.device, max_loss_weight: float = 16.0, pure_noise_share: float = 0.05):
+        self.pure_noise_share = pure_noise_share
+        level = log_snr(torch.linspace(0.001, 1, 4096))
+        a, b = alpha_sigma(level)
+        weight = debiased(level).clamp(max=max_loss_weight)
+        self.table = torch.stack([a, b, noise_cond(level), weight]).to(device)  # (4, times)
+
+    def noise(self, x0: Tensor) -> list[Tensor]:
+        """Latents x0 (B, C, h, w), noised -> noised, noise conditions (B,), epsilon, weights (B,)"""
+        times = torch.randint(self.table.shape[1], (len(x0),), device=x0.device)
+        times[: int(self.pure_noise_share * len(x0))] = self.table.shape[1] - 1
+        a, b, condition, weight = self.table[:, times]
+        epsilon = torch.randn_like(x0)
+        return [per_image(a, x0) * x0 + per_image(b, x0) * epsilon, condition, epsilon, weight]
+
+
+def epsilon_loss(
+    predicted: Tensor, epsilon: Tensor, weight: Tensor, places: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Weighted error of predicted noise (B, C, h, w).  weight: (B,); places: (B, 1, h, w), weights of positions"""
+    squares = (predicted.float() - epsilon).square()
+    error = squares.mean(dim=(1, 2, 3))  # (B,)
+    placed = error if places is None else (squares * places).mean(dim=(1, 2, 3))
+    return {"loss": (placed * weight).mean(), "epsilon": error.mean()}

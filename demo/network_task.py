@@ -1,16 +1,16 @@
-"""Networks trained from nothing as a task of the core's training loop, on data that lies on the accelerator."""
+"""Networks trained from nothing as a task of the core's training loop, on data that is drawn on the accelerator."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cascade_nodes.cascade_core.training.data.epochs import generator
 from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
 from cascade_nodes.cascade_core.training.tasks.base import Task
+from cascade_nodes.demo.captured_loss import CapturedLoss, Loss, Terms
 
 
 @dataclass(frozen=True)
@@ -24,31 +24,37 @@ class RunSettings:
         return json.dumps(asdict(self))
 
 
-class Rows(NamedTuple):
-    """A batch: indices of the data's rows, (B,) int64 on the accelerator."""
+class Step(NamedTuple):
+    """A step's number, from which its batch follows."""
 
-    rows: Tensor
+    number: int
 
     def tensors(self) -> Iterator[Tensor]:
-        yield self.rows
+        return iter(())
 
 
-class RandomRows:
-    """Batches of random rows, out of `count`, with replacement."""
+class Steps:
+    """Batches of which only the number is known before the step."""
 
-    def __init__(self, count: int, seed: int = 0):
-        self.count, self.seed = count, seed
+    def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Step:
+        return Step(step)
 
-    def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Tensor:
-        random = generator(self.seed, "rows", step * ranks + rank)
-        return torch.randint(self.count, (batch_size,), generator=random)
+
+class Batch(NamedTuple):
+    """What the loss is computed of. rare: of a shape that is not worth the time of compiling blocks for it."""
+
+    tensors: Sequence[Tensor]
+    rare: bool = False
 
 
 class NetworkTask(Task):
-    """Trains `networks` by loss(rows), where rows (B,) are those of the batch.
+    """Trains `networks` by loss(*tensors) of the batch that draw(step) gives.
 
+    draw             draws all that is random in a step; runs without gradients, in float32
+    loss             of the drawn tensors alone, as `CapturedLoss` wants it
     learning_rates   by network name, as a share of the settings', 1 where absent
     bf16             whether the loss runs under bf16 autocast
+    graphs           whether its passes are captured, on a CUDA device
     """
 
     trained: nn.ModuleDict
@@ -57,14 +63,19 @@ class NetworkTask(Task):
     def __init__(
         self,
         networks: Mapping[str, nn.Module],
-        loss: Callable[[Tensor], dict[str, Tensor]],
+        draw: Callable[[int], Batch],
+        loss: Loss,
         bf16: bool = True,
         learning_rates: Mapping[str, float] | None = None,
+        graphs: bool = True,
     ):
         self.trained = nn.ModuleDict(networks).train()
-        self.device = next(self.trained.parameters()).device
-        self.loss_of_rows, self.bf16 = loss, bf16
+        parameters = [parameter for parameter in self.trained.parameters() if parameter.requires_grad]
+        self.device = parameters[0].device
+        self.draw, self.loss_of_tensors, self.bf16 = draw, loss, bf16
         self.learning_rates = learning_rates or {}
+        self.captured = CapturedLoss(self._autocast_loss, parameters)
+        self.captured.eager |= not graphs
 
     def groups(self) -> list[dict[str, Any]]:
         return [
@@ -75,9 +86,15 @@ class NetworkTask(Task):
             for name, network in self.trained.items()
         ]
 
-    def prepare(self, batch: Tensor, generator: torch.Generator) -> Rows:
-        return Rows(batch.to(self.device))
+    def prepare(self, batch: Step, generator: torch.Generator) -> Step:
+        return batch
 
-    def loss(self, inputs: Rows) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.loss_of_rows(inputs.rows)
+    def loss(self, inputs: Step) -> Terms:
+        with torch.no_grad():
+            batch = self.draw(inputs.number)
+        return self.captured(batch.tensors, batch.rare)
+
+    def _autocast_loss(self, *tensors: Tensor) -> Terms:
+        # Without autocast's cache, the weights' casts are part of what is captured.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            return self.loss_of_tensors(*tensors)

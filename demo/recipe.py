@@ -10,8 +10,20 @@ LATENT = (16, 6, 6)  # Stage C
 STAGE_B_LATENT = (4, 64, 64)
 
 TRAIN_SCENES = 200_000
-CAPTIONS_PER_SCENE = 6
+CAPTIONS_PER_SCENE = 4
 WRONG_CAPTIONS_PER_SCENE = 6
+OBJECTS = (0.4, 0.6, 0.0)  # shares of the scenes of one, two and three objects
+SCENE_WEIGHTS = {"small": 1.5, "white": 1.5}  # against the others of their kind
+
+OTHER_FRAMES_SHARE = 0.15  # of the compressor's and Stage B's steps, in other proportions than the square
+STAGE_A_NOISE = 0.05  # of Stage A's latents
+COMPRESSOR_NOISE = 0.15  # of the compressor's latents
+EFFNET_NOISE = 0.25  # the most that Stage B sees of it in them
+PICTURE_SHARE = 30.0  # of the error of pictures from their embeddings, beside the contrast
+# Shares of Stage C's steps: of other proportions, and of scenes whose objects are each a picture of its own (of these,
+# of three objects).
+STAGE_C_WIDE = 0.15  # of a batch of the others, wide pictures from their embeddings alone
+STAGE_C_STEPS = {"frames": 0.22, "together": 0.2, "three": 0.2}
 
 STAGE_A = {
     "levels": 2, "bottleneck_blocks": 4, "c_hidden": 96, "c_latent": 4, "codebook_size": 1024, "scale_factor": 0.43,
@@ -45,8 +57,8 @@ STAGE_C = {
     "dropout": [0.0, 0.0], "self_attn": True, "t_conds": ["sca", "crp"], "switch_level": [False],
 }  # fmt: skip
 STAGE_B = {
-    "c_in": 4, "c_out": 4, "c_r": 64, "patch_size": 2, "c_cond": 192, "c_hidden": [96, 192, 288],
-    "nhead": [-1, -1, 6], "blocks": [[2, 3, 2], [2, 3, 2]], "block_repeat": [[1, 1, 1], [2, 2, 2]],
+    "c_in": 4, "c_out": 4, "c_r": 64, "patch_size": 2, "c_cond": 192, "c_hidden": [64, 128, 320],
+    "nhead": [-1, -1, 5], "blocks": [[2, 2, 2], [2, 3, 2]], "block_repeat": [[1, 1, 1], [1, 1, 1]],
     "level_config": ["CT", "CT", "CTA"], "c_clip": 192, "c_clip_seq": 4, "c_effnet": 16, "c_pixels": 3,
     "kernel_size": 3, "dropout": [0, 0, 0], "self_attn": True, "t_conds": ["sca"],
 }  # fmt: skip

@@ -1,18 +1,17 @@
 """Trains the demo cascade, one network a run: `python -m cascade_nodes.demo.train NETWORK`.
 
 Order: stage_a, compressor (with the previewer) and clip (text and image encoder) need nothing; stage_c needs the last
-two, stage_b all three. A run that was stopped goes on from its last checkpoint.
+two, stage_b all three. A run that was stopped goes on from its last checkpoint. `everything.py` runs them all.
 """
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor
 from cascade_nodes.cascade_core.networks.previewer import Previewer
@@ -20,142 +19,203 @@ from cascade_nodes.cascade_core.networks.stage_a import StageA
 from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model, encode_tokens
-from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary
-from cascade_nodes.cascade_core.training.losses import diffusion_loss
-from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder, build_vision_model
+from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, build_vision_model
 from cascade_nodes.demo import recipe
-from cascade_nodes.demo.captions import vocabulary
-from cascade_nodes.demo.dataset import as_float, captions, contrasts, for_compressor, pictures, resized
-from cascade_nodes.demo.detail import DetailDecoder
+from cascade_nodes.demo.dataset import (
+    as_float,
+    captions,
+    contrasts,
+    for_compressor,
+    pictures,
+    resized,
+    shrunk,
+    wide,
+)
+from cascade_nodes.demo.detail import DetailDecoder, EmbeddingDecoder
+from cascade_nodes.demo.drawing import OTHER_FRAMES, mixed_pictures, ordinary_scenes, other_frame
 from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet
-from cascade_nodes.demo.job import PART, Job, export_text_encoder, in_parts, semantic_latents
-from cascade_nodes.demo.losses import contrastive_loss, stage_a_loss
+from cascade_nodes.demo.job import FINISHED, Job, Weights, export_text_encoder, in_parts, own_tokenizer
+from cascade_nodes.demo.losses import (
+    NoiseLevels,
+    contrastive_loss,
+    epsilon_loss,
+    outline_weights,
+    stage_a_loss,
+    weighted_mse,
+)
+from cascade_nodes.demo.network_task import Batch
+from cascade_nodes.demo.stage_c_data import StageCData
+from cascade_nodes.demo.text_states import encoder_layer, text_states
+from cascade_nodes.demo.wide_scenes import FRAMES
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 def train_stage_a(job: Job) -> None:
-    images = pictures(job.train_scenes(0.1), job.device)
+    pool = job.pool(lambda number, count: [mixed_pictures(job, count, number)], 0.15, every=100, endless=True)
     model = initialise_stage_a(StageA.from_config(recipe.STAGE_A)).to(job.device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     # Held at 0.43, so that in the published units (÷ 0.43) every channel has a standard deviation of one.
     norm = model.down_blocks[-1].get_submodule("1")  # the last BatchNorm
     nn.init.constant_(norm.requires_grad_(False).get_parameter("weight"), recipe.STAGE_A["scale_factor"])
     job.compile(model)
-    average = job.train(
-        {"stage_a": model}, lambda rows: stage_a_loss(model, as_float(images[rows])), len(images)
-    )
-    job.export("demo_stage_a.safetensors", "stage_a", average["stage_a"], recipe.STAGE_A)
+
+    def draw(step: int) -> Batch:
+        pool.advance(step)
+        images = pool.take(job.settings.batch_size)[0]
+        height, width = images.shape[-2:]
+        noise = torch.randn(
+            len(images), recipe.STAGE_A["c_latent"], height // 4, width // 4, device=job.device
+        )
+        return Batch([images, recipe.STAGE_A_NOISE * noise])
+
+    def loss(images: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        return stage_a_loss(model, as_float(images), noise)
+
+    def export(weights: Weights) -> None:
+        job.export("demo_stage_a.safetensors", "stage_a", weights["stage_a"], recipe.STAGE_A)
+
+    job.train({"stage_a": model}, draw, loss, export)
 
 
 def train_compressor(job: Job) -> None:
     """The compressor with two decoders of its (noisy) latent: the previewer, and one for detail that is thrown away."""
-    images = pictures(job.train_scenes(0.3), job.device)
-    networks = {
+    pool = job.pool(lambda number, count: [mixed_pictures(job, count, number)], 0.3, every=60, endless=True)
+    others = {
+        frame: job.pool(
+            lambda number, count, frame=frame: [mixed_pictures(job, count, number, frame, frame=frame)],
+            0.01, first=1,
+        )
+        for frame in OTHER_FRAMES
+    }  # fmt: skip
+    networks: dict[str, nn.Module] = {
         "compressor": SemanticCompressor.from_config(recipe.COMPRESSOR),
         "previewer": Previewer.from_config(recipe.PREVIEWER),
         "detail": DetailDecoder(recipe.LATENT[0]),
     }
     networks = {
-        name: n.to(device=job.device, memory_format=torch.channels_last) for name, n in networks.items()
+        name: n.to(device=job.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        for name, n in networks.items()
     }
     compressor, previewer, detail = (job.compile(network) for network in networks.values())
 
-    def loss(rows: Tensor) -> dict[str, Tensor]:
-        batch = images[rows]
-        latent = compressor(for_compressor(batch))  # (B, 16, 6, 6)
-        # Noise makes near latents mean near pictures, which Stage C can then hit.
-        latent = latent + 0.15 * torch.randn_like(latent)
-        preview, large = previewer(latent).float(), detail(latent).float()
-        preview_target, target = (
-            resized(as_float(batch), preview.shape[-1]),
-            resized(as_float(batch), large.shape[-1]),
-        )
-        preview_loss = F.mse_loss(preview, preview_target)
-        detail_loss = F.mse_loss(large, target)
-        absolute = F.l1_loss(large, target) + F.l1_loss(preview, preview_target)
-        return {
-            "loss": preview_loss + 2 * detail_loss + 0.1 * absolute,
-            "preview": preview_loss,
-            "detail": detail_loss,
-        }
+    def draw(step: int) -> Batch:
+        frame = other_frame(job, step, recipe.OTHER_FRAMES_SHARE)
+        chosen = pool if frame is None else others[frame]
+        chosen.advance(step)
+        images = chosen.take(job.settings.batch_size)[0]
+        height, width = (side // 32 for side in for_compressor(images[:1]).shape[-2:])
+        noise = torch.randn(len(images), recipe.LATENT[0], height, width, device=job.device)
+        return Batch([images, recipe.COMPRESSOR_NOISE * noise], rare=frame is not None)
 
-    average = job.train(networks, loss, len(images))
-    job.export("demo_compressor.safetensors", "compressor", average["compressor"], recipe.COMPRESSOR)
-    job.export("demo_previewer.safetensors", "previewer", average["previewer"], recipe.PREVIEWER)
+    def loss(batch: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        images = as_float(batch)
+        # Noise makes near latents mean near pictures, which Stage C can then hit.
+        latent = compressor(for_compressor(batch)) + noise  # (B, 16, 6, 6)
+        terms: dict[str, Tensor] = {}
+        total = torch.zeros((), device=job.device)
+        for name, decoded, share in (("preview", previewer(latent), 1.0), ("detail", detail(latent), 2.0)):
+            target = resized(images, decoded.shape[-2:])
+            weight = outline_weights(images, decoded.shape[-2:])
+            error = weighted_mse(decoded, target, weight)
+            absolute = ((decoded.float() - target).abs() * weight).mean()
+            total = total + share * error + 0.1 * absolute
+            terms[name] = (decoded.float() - target).square().mean()
+        return {"loss": total, **terms}
+
+    def export(weights: Weights) -> None:
+        job.export("demo_compressor.safetensors", "compressor", weights["compressor"], recipe.COMPRESSOR)
+        job.export("demo_previewer.safetensors", "previewer", weights["previewer"], recipe.PREVIEWER)
+
+    job.train(networks, draw, loss, export)
 
 
 def train_clip(job: Job) -> None:
-    """Text and image encoder, told apart by captions that are wrong in one thing."""
-    tokenizer = Tokenizer.from_vocabulary(*build_small_vocabulary(vocabulary() | {","}))
+    """Text and image encoder, told apart by captions that are wrong in one thing.
+
+    What is in a picture beside words, the image encoder learns from a decoder of its embedding that is thrown away.
+    """
+    tokenizer = own_tokenizer()
     text_config, vision_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}, recipe.VISION
-    scenes = job.train_scenes()
-    images = pictures(scenes, job.device, smaller=vision_config["image_size"])
-    texts = contrasts(scenes, recipe.WRONG_CAPTIONS_PER_SCENE, tokenizer, job.settings.seed).to(job.device)
+    scenes = ordinary_scenes(job, job.scenes)
+    texts = contrasts(scenes, recipe.WRONG_CAPTIONS_PER_SCENE, tokenizer, job.settings.seed)
     longest = int((texts != tokenizer.end_token).sum(-1).max()) + 1  # nothing sees past the end token
-    texts = texts[..., :longest].contiguous()
+    texts = texts[..., : min(-(-longest // 8) * 8, texts.shape[-1])].contiguous().to(job.device)
+    side = vision_config["image_size"]
+
+    def scene_part(number: int, count: int) -> list[Tensor]:
+        rows = slice(number * count, number * count + count)
+        return [pictures(scenes.rows(rows), job.device, smaller=side), texts[rows]]
+
+    def wide_part(number: int, count: int) -> list[Tensor]:
+        return [shrunk(wide(count, job.seed("wide", number), job.device), side)]
+
+    pool, wide_pool = job.pool(scene_part, 1, first=0.1), job.pool(wide_part, 0.3, every=200, endless=True)
     mean, std = (torch.tensor(v, device=job.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     networks = {
         "text": build_text_model(text_config).to(job.device),
         "image": build_vision_model(vision_config).to(job.device),
         "scale": nn.ParameterList([torch.tensor(2.0, device=job.device)]),
-    }
-    text_model, image_model, scale = networks.values()
+        "decoder": EmbeddingDecoder(vision_config["projection_dim"]).to(
+            device=job.device, memory_format=torch.channels_last  # pyright: ignore[reportCallIssue]
+        ),
+    }  # fmt: skip
+    text_model, image_model, scale, decoder = networks.values()
+    job.compile(decoder)
+    layer = job.compile_function(encoder_layer)
 
-    def loss(rows: Tensor) -> dict[str, Tensor]:
-        image = image_model(pixel_values=(as_float(images[rows]) - mean) / std).image_embeds  # (B, E)
-        tokens = texts[rows].long()  # (B, 1 + N, T)
-        pooled = encode_tokens(text_model, tokens.flatten(0, 1), tokenizer.end_token).pooled
-        pooled = pooled.unflatten(0, tokens.shape[:2])  # (B, 1 + N, E)
-        return contrastive_loss(image, pooled[:, 0], pooled[:, 1:], scale[0])
+    def draw(step: int) -> Batch:
+        pool.advance(step)
+        wide_pool.advance(step)
+        images, tokens = pool.take(job.settings.batch_size)
+        more = wide_pool.take(max(job.settings.batch_size // 4, 1))[0]
+        return Batch([images, tokens, more])
 
-    average = job.train(networks, loss, len(images))
-    job.export("demo_image_encoder.safetensors", "image_encoder", average["image"], vision_config)
-    export_text_encoder(job, average["text"], text_config, tokenizer)
+    def loss(images: Tensor, tokens: Tensor, more: Tensor) -> dict[str, Tensor]:
+        pixels = as_float(torch.cat([images, more]))
+        embedded = image_model(pixel_values=(pixels - mean) / std).image_embeds  # (B + M, E)
+        pooled = text_states(
+            text_model, tokens.flatten(0, 1).long(), tokenizer.end_token, layer
+        ).pooled.unflatten(0, tokens.shape[:2])  # (B, 1 + N, E)
+        terms = contrastive_loss(embedded[: len(images)], pooled[:, 0], pooled[:, 1:], scale[0])
+        decoded = decoder(embedded)
+        size = decoded.shape[-2:]
+        error = weighted_mse(decoded, resized(pixels, size), outline_weights(pixels, size))
+        return {
+            **terms,
+            "loss": terms["loss"] + recipe.PICTURE_SHARE * error,
+            "contrast": terms["loss"],
+            "picture": error,
+        }
+
+    def export(weights: Weights) -> None:
+        job.export("demo_image_encoder.safetensors", "image_encoder", weights["image"], vision_config)
+        export_text_encoder(job, weights["text"], text_config)
+
+    job.train(networks, draw, loss, export)
 
 
 def train_stage_c(job: Job) -> None:
     """Stage C, and the text encoder with it: contrast alone leaves most of the states untaught."""
+    tokenizer = own_tokenizer()
+    data = StageCData(job, tokenizer)
     encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
-    text_model, tokenizer = encoder.model.to(job.device).requires_grad_(True), encoder.tokenizer
-    vision = ImageEncoder.load(job.weights / "demo_image_encoder.safetensors", dtype=torch.float32)
-    vision.model.to(job.device)
-    scenes = job.train_scenes()
-    latents = semantic_latents(job, scenes)
-    size = recipe.VISION["image_size"]
-    parts = range(0, len(scenes), PART)
-    images = torch.cat(
-        [
-            in_parts(
-                lambda p: vision.encode(as_float(p).movedim(1, -1)),
-                pictures(scenes[i : i + PART], job.device, smaller=size),
-            )
-            for i in parts
-        ]
-    )  # (N, E)
-    texts = captions(scenes, recipe.CAPTIONS_PER_SCENE, tokenizer, job.settings.seed).to(job.device)
-    empty = torch.tensor([token for token, _ in tokenizer.empty_chunk()], device=job.device)
+    text_model = encoder.model.to(job.device).requires_grad_(True)
     model = initialise_unet(StageC.from_config(recipe.STAGE_C)).to(job.device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    network = job.compile(model)
+    network, layer = job.compile(model), job.compile_function(encoder_layer)
 
-    def loss(rows: Tensor) -> dict[str, Tensor]:
-        chance = torch.rand(3, len(rows), device=job.device)
-        with_image = chance[0] < 0.3
-        without_text = torch.where(with_image, chance[1] < 0.5, chance[1] < 0.1)
-        pick = (chance[2] * texts.shape[1]).long()
-        tokens = torch.where(without_text[:, None], empty, texts[rows, pick].long())
-        states, pooled = encode_tokens(text_model, tokens, tokenizer.end_token)
-        image = images[rows] * with_image[:, None]
+    def loss(
+        noised: Tensor, r: Tensor, epsilon: Tensor, weight: Tensor, tokens: Tensor, images: Tensor
+    ) -> dict[str, Tensor]:
+        states, pooled = text_states(text_model, tokens, tokenizer.end_token, layer)
+        return epsilon_loss(network(noised, r, states, pooled[:, None], images), epsilon, weight)
 
-        def predict(noised: Tensor, r: Tensor) -> Tensor:
-            return network(noised, r, states, pooled[:, None], image[:, None])
+    def export(weights: Weights) -> None:
+        job.export("demo_stage_c.safetensors", "stage_c", weights["stage_c"], recipe.STAGE_C)
+        export_text_encoder(job, weights["text"], {**recipe.TEXT, "vocab_size": len(tokenizer)})
 
-        return diffusion_loss(predict, latents[rows])
-
-    average = job.train({"stage_c": model, "text": text_model}, loss, len(latents), {"text": 0.5})
-    job.export("demo_stage_c.safetensors", "stage_c", average["stage_c"], recipe.STAGE_C)
-    export_text_encoder(job, average["text"], {**recipe.TEXT, "vocab_size": len(tokenizer)}, tokenizer)
+    job.train({"stage_c": model, "text": text_model}, data.draw, loss, export, {"text": 0.5})
 
 
 def train_stage_b(job: Job) -> None:
@@ -166,38 +226,70 @@ def train_stage_b(job: Job) -> None:
     """
     encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
     encoder.model.to(job.device).requires_grad_(False)
-    stage_a = job.load("stage_a")
-    compressor = job.load("compressor")
-    scenes = job.train_scenes(0.6)
-    latents, conditions = [], []
-    for start in range(0, len(scenes), PART):
-        images = pictures(scenes[start : start + PART], job.device)
-        latents.append(in_parts(lambda p: stage_a.encode(as_float(p)).half(), images, 256))
-        conditions.append(in_parts(lambda p: compressor(for_compressor(p)), images, 1024))
-    latents, conditions = torch.cat(latents), torch.cat(conditions)  # (N, 4, 64, 64), (N, 16, 6, 6)
-    texts = captions(scenes, 1, encoder.tokenizer, job.settings.seed)[:, 0].to(job.device)
-    end = encoder.tokenizer.end_token
-    pooled = in_parts(lambda p: encode_tokens(encoder.model, p.long(), end).pooled, texts)  # (N, P)
+    tokenizer, end = encoder.tokenizer, encoder.tokenizer.end_token
+    stage_a, compressor = (job.load(name).requires_grad_(False) for name in ("stage_a", "compressor"))
+    no_words = torch.tensor([[token for token, _ in tokenizer.empty_chunk()]], device=job.device)
+    with torch.no_grad():
+        no_words = encode_tokens(encoder.model, no_words, end).pooled[0]  # (P,)
+
+    def part(number: int, count: int, *frame: tuple[int, int]) -> list[Tensor]:
+        size = frame[0] if frame else FRAMES["1:1"]
+        table = ordinary_scenes(job, count - count // 2, number, *frame, frame=size)
+        wide_images = wide(count // 2, job.seed("wide", number, *frame), job.device, size)
+        images = torch.cat([pictures(table, job.device, size), wide_images])
+        texts = captions(table, 1, tokenizer, job.seed("captions", number, *frame))[:, 0].to(job.device)
+        pooled = in_parts(lambda p: encode_tokens(encoder.model, p.long(), end).pooled, texts)  # (N, P)
+        pooled = torch.cat([pooled, no_words.expand(count // 2, -1)])
+        latents = in_parts(lambda p: stage_a.encode(as_float(p)).half(), images, 256)
+        conditions = in_parts(lambda p: compressor(for_compressor(p)), images)
+        shape = latents.shape[-2:]
+        places = in_parts(lambda p: outline_weights(as_float(p), shape).half(), images, 256)
+        return [latents, conditions, places, pooled]  # (N, 4, 64, 64), (N, 16, 6, 6), (N, 1, 64, 64), (N, P)
+
+    pool = job.pool(part, 0.6, first=0.15, every=60, endless=True)
+    others = {
+        frame: job.pool(
+            lambda number, count, frame=frame: part(number, count, frame), 0.03, first=0.3, every=600
+        )
+        for frame in OTHER_FRAMES
+    }
     model = initialise_unet(StageB.from_config(recipe.STAGE_B)).to(job.device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network = job.compile(model)
+    levels = NoiseLevels(job.device)
 
-    def loss(rows: Tensor) -> dict[str, Tensor]:
-        chance = torch.rand(3, len(rows), 1, device=job.device)
-        clip = pooled[torch.where(chance[0, :, 0] < 0.25, rows.roll(1), rows)] * (chance[1] < 0.5)
-        effnet = conditions[rows]
-        strength = 0.25 * torch.rand(len(rows), 1, 1, 1, device=job.device)
-        effnet = effnet + strength * torch.randn_like(effnet)
-        effnet = effnet * (chance[2] >= 0.05)[..., None, None]
-        return diffusion_loss(
-            lambda noised, r: network(noised, r, effnet, clip[:, None]), latents[rows].float()
+    def draw(step: int) -> Batch:
+        frame = other_frame(job, step, recipe.OTHER_FRAMES_SHARE)
+        chosen = pool if frame is None else others[frame]
+        chosen.advance(step)
+        latents, effnet, places, pooled = chosen.take(job.settings.batch_size)
+        chance = torch.rand(5, len(latents), 1, device=job.device)
+        clip = torch.where(chance[0] < 0.25, pooled.roll(1, 0), pooled)
+        clip = torch.where(chance[1] < 0.3, no_words, clip) * (chance[2] < 0.6)
+        strength = recipe.EFFNET_NOISE * chance[3].square()[..., None, None]
+        effnet = (effnet + strength * torch.randn_like(effnet)) * (chance[4] >= 0.05)[..., None, None]
+        return Batch(
+            [*levels.noise(latents.float()), effnet, clip[:, None], places.float()], rare=frame is not None
         )
 
-    average = job.train({"stage_b": model}, loss, len(latents))
-    job.export("demo_stage_b.safetensors", "stage_b", average["stage_b"], recipe.STAGE_B)
+    def loss(
+        noised: Tensor,
+        r: Tensor,
+        epsilon: Tensor,
+        weight: Tensor,
+        effnet: Tensor,
+        clip: Tensor,
+        places: Tensor,
+    ) -> dict[str, Tensor]:
+        return epsilon_loss(network(noised, r, effnet, clip), epsilon, weight, places)
+
+    def export(weights: Weights) -> None:
+        job.export("demo_stage_b.safetensors", "stage_b", weights["stage_b"], recipe.STAGE_B)
+
+    job.train({"stage_b": model}, draw, loss, export)
 
 
-STAGES = {
+STAGES: dict[str, Callable[[Job], None]] = {
     "stage_a": train_stage_a,
     "compressor": train_compressor,
     "clip": train_clip,
@@ -221,11 +313,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--minutes", type=float, help="stop and write a checkpoint after so long")
+    parser.add_argument("--fit", type=float, help="train for so many minutes instead of a number of steps")
     parser.add_argument(
-        "--fit", type=float, help="choose the number of steps so that it takes so many minutes"
+        "--until", type=float, help="train until then (seconds since 1970) instead of a number of steps"
     )
     parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="compile no blocks")
+    parser.add_argument("--no-graphs", action="store_true", help="capture no CUDA graphs")
     options = parser.parse_args(arguments)
     changes = {
         "steps": options.steps,
@@ -236,15 +330,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe.SETTINGS[options.network], **{k: v for k, v in changes.items() if v is not None}
     )
     device = torch.device(options.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    compiled = device.type == "cuda" and not options.no_compile
+    cuda = device.type == "cuda"
+    if cuda:
+        fast_kernels()
     job = Job(
         settings, options.work / options.network, options.weights, options.out or options.weights, device,
-        options.scenes, options.minutes, options.fit, compiled,
+        options.scenes, options.minutes, options.fit, options.until, cuda and not options.no_compile,
+        cuda and not options.no_graphs,
     )  # fmt: skip
+    if options.steps is None and (job.folder / FINISHED).exists():
+        print(f"{options.network}: trained already, as {job.folder / FINISHED} says", flush=True)
+        return
     started = time.monotonic()
     STAGES[options.network](job)
     print(f"{options.network}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def fast_kernels() -> None:
+    """TF32, chosen convolutions, and blocks that do not compile running as they are."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, times widths and sizes
+    torch._dynamo.config.suppress_errors = True
 
 
 if __name__ == "__main__":

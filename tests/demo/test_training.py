@@ -14,7 +14,7 @@ from cascade_nodes.cascade_core.training.losses import diffusion_loss
 from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
 from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet
 from cascade_nodes.demo.losses import contrastive_loss, stage_a_loss
-from cascade_nodes.demo.network_task import NetworkTask, RandomRows, RunSettings
+from cascade_nodes.demo.network_task import Batch, NetworkTask, RunSettings, Steps
 from cascade_nodes.demo.train import STAGES, main
 
 STAGE_A = {"c_hidden": 16, "bottleneck_blocks": 1, "codebook_size": 32}
@@ -34,14 +34,17 @@ def tiny_run(folder, bf16, steps=12):
     )
     settings = RunSettings(train, OutputSettings("", str(folder), log_every=4, checkpoint_every=5))
 
-    def loss(rows):
-        condition = conditions[rows]
+    def draw(step):
+        rows = torch.randint(20, (3,))
+        return Batch([latents[rows], conditions[rows]])
+
+    def loss(latents, condition):
         return diffusion_loss(
-            lambda x, r: network(x, r, condition, condition[:, :1], condition[:, 1:]), latents[rows]
+            lambda x, r: network(x, r, condition, condition[:, :1], condition[:, 1:]), latents
         )
 
-    task = NetworkTask({"stage_c": network}, loss, bf16)
-    return Loop(task, RandomRows(20), settings, build_accelerator())
+    task = NetworkTask({"stage_c": network}, draw, loss, bf16)
+    return Loop(task, Steps(), settings, build_accelerator())
 
 
 def same(a, b):
@@ -140,7 +143,7 @@ def test_stage_a_loss_reaches_every_weight():
     torch.manual_seed(0)
     model = initialise_stage_a(StageA.from_config(STAGE_A)).train()
     image = torch.rand(4, 3, 16, 16)
-    terms = stage_a_loss(model, image)
+    terms = stage_a_loss(model, image, 0.05 * torch.randn(len(image), 4, 4, 4))
     terms["loss"].backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == []
@@ -154,7 +157,7 @@ def test_stage_a_learns():
     image = F.interpolate(torch.rand(8, 3, 4, 4), (16, 16), mode="bilinear")
     errors = []
     for _ in range(150):
-        terms = stage_a_loss(model, image)
+        terms = stage_a_loss(model, image, 0.05 * torch.randn(len(image), 4, 4, 4))
         optimiser.zero_grad()
         terms["loss"].backward()
         optimiser.step()

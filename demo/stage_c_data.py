@@ -1,0 +1,151 @@
+"""What Stage C is trained on: latents, captions, and pictures as prompts, alone or several together."""
+
+from random import Random
+
+import torch
+from torch import Tensor
+
+from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
+from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder
+from cascade_nodes.demo import recipe
+from cascade_nodes.demo.dataset import Size, alone, as_float, captions, for_compressor, pictures, shrunk, wide
+from cascade_nodes.demo.drawing import OTHER_FRAMES, SQUARE, ordinary_scenes
+from cascade_nodes.demo.job import Job, in_parts
+from cascade_nodes.demo.losses import NoiseLevels
+from cascade_nodes.demo.network_task import Batch
+from cascade_nodes.demo.pool import Pool
+from cascade_nodes.demo.scenes import SceneTable
+
+TOGETHER = {2: 1 / 4}  # objects that are each a picture of its own: their scenes, as a share of all
+FRAME_SHARE = 1 / 8  # of the scenes of each of the other proportions
+
+
+class StageCData:
+    """Batches of latents with words and image embeddings, by step.
+
+    Captions are made first, by all cores, before anything is on the accelerator.
+    """
+
+    def __init__(self, job: Job, tokenizer: Tokenizer):
+        self.job, self.tokenizer = job, tokenizer
+        self.empty = torch.tensor([token for token, _ in tokenizer.empty_chunk()], device=job.device)
+        scenes = self._captioned(ordinary_scenes(job, job.scenes), "all")
+        of_frames = {
+            frame: self._captioned(ordinary_scenes(job, self._rows(FRAME_SHARE), frame, frame=frame), frame)
+            for frame in OTHER_FRAMES
+        }
+        of_objects: dict[int, tuple[SceneTable, Tensor]] = {}
+        for n, share in TOGETHER.items():
+            table = ordinary_scenes(job, self._rows(share), n, objects=[float(n == i) for i in (1, 2, 3)])
+            of_objects[n] = self._captioned(table, n)
+        print(f"{job.folder.name}: captions are there", flush=True)
+
+        self.compressor = job.load("compressor").requires_grad_(False)
+        self.vision = ImageEncoder.load(job.weights / "demo_image_encoder.safetensors", dtype=torch.float32)
+        self.vision.model.to(job.device)
+        self.mean, self.std = (
+            torch.tensor(v, device=job.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD)
+        )
+        self.levels = NoiseLevels(job.device)
+        self.scenes = job.pool(lambda i, n: self._scenes(*scenes, i, n), 1, first=0.1)
+        self.wide = job.pool(self._wide, 0.2, first=0.2, every=200)
+        self.frames = {
+            frame: job.pool(
+                lambda i, n, frame=frame: self._framed(*of_frames[frame], frame, i, n),
+                FRAME_SHARE, first=0.2, every=400,
+            )
+            for frame in OTHER_FRAMES
+        }  # fmt: skip
+        self.together = {
+            count: job.pool(
+                lambda i, n, count=count: self._together(*of_objects[count], count, i, n),
+                share, first=0.2, every=200,
+            )
+            for count, share in TOGETHER.items()
+        }  # fmt: skip
+
+    def _rows(self, share: float) -> int:
+        return max(int(self.job.scenes * share), 16)
+
+    def _captioned(self, table: SceneTable, what: object) -> tuple[SceneTable, Tensor]:
+        seed = self.job.seed("captions", what)
+        return table, captions(table, recipe.CAPTIONS_PER_SCENE, self.tokenizer, seed)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> (N, E)"""
+        side = self.vision.image_size
+        return in_parts(
+            lambda part: self.vision.encode_pixels((as_float(shrunk(part, side)) - self.mean) / self.std),
+            images,
+        )
+
+    def _compress(self, images: Tensor) -> Tensor:
+        return in_parts(lambda part: self.compressor(for_compressor(part)), images)
+
+    # Parts of the pools: latents (N, 16, h, w), image embeddings (N, n, E), captions (N, K, 77).
+
+    def _scenes(self, table: SceneTable, texts: Tensor, number: int, size: int) -> list[Tensor]:
+        """Scenes with their whole picture as a prompt."""
+        rows = slice(number * size, number * size + size)
+        images = pictures(table.rows(rows), self.job.device)
+        return [self._compress(images), self._embed(images)[:, None], texts[rows].to(self.job.device)]
+
+    def _framed(self, table: SceneTable, texts: Tensor, frame: Size, number: int, size: int) -> list[Tensor]:
+        """Scenes in other proportions, without pictures as prompts, which see the middle square alone."""
+        rows = slice(number * size, number * size + size)
+        latents = self._compress(pictures(table.rows(rows), self.job.device, frame))
+        nothing = latents.new_zeros(size, 1, recipe.STAGE_C["c_clip_img"])
+        return [latents, nothing, texts[rows].to(self.job.device)]
+
+    def _together(self, table: SceneTable, texts: Tensor, count: int, number: int, size: int) -> list[Tensor]:
+        """Scenes of `count` objects, with a picture of each object alone as prompts."""
+        rows, device = slice(number * size, number * size + size), self.job.device
+        table = table.rows(rows)
+        single = [
+            self._embed(pictures(alone(table, slot, self.job.seed("alone", count, number)), device))
+            for slot in range(count)
+        ]
+        images = pictures(table, device)
+        return [self._compress(images), torch.stack(single, dim=1), texts[rows].to(device)]
+
+    def _wide(self, number: int, size: int) -> list[Tensor]:
+        """Wide pictures, which have no words."""
+        images = wide(size, self.job.seed("wide", number), self.job.device, SQUARE)
+        return [self._compress(images), self._embed(images)[:, None]]
+
+    def draw(self, step: int) -> Batch:
+        """Noised latents, noise conditions, epsilon, weights, tokens (B, 77), image embeddings (B, n, E)."""
+        batch, random = self.job.settings.batch_size, Random(self.job.seed("kind", step))
+        pool, image_share, rare = self._choose(random)
+        pool.advance(step)
+        latents, images, tokens = pool.take(batch)
+        with_image = self._chance(batch) < image_share
+        without_words = torch.where(with_image, self._chance(batch) < 0.5, self._chance(batch) < 0.1)
+        if pool is self.scenes:
+            rows = int(recipe.STAGE_C_WIDE * batch)
+            self.wide.advance(step)
+            latents[:rows], images[:rows] = self.wide.take(rows)
+            with_image[:rows], without_words[:rows] = True, True
+        images = images * with_image[:, None, None]
+        words = self._worded(tokens, without_words)
+        order = torch.randperm(batch, device=self.job.device)  # the first rows are pure noise
+        return Batch([*self.levels.noise(latents[order]), words[order], images[order]], rare)
+
+    def _choose(self, random: Random) -> tuple[Pool, float, bool]:
+        """A step's pool, the share of its rows that have image prompts, and whether its shape is rare."""
+        kind, shares = random.random(), recipe.STAGE_C_STEPS
+        if kind < shares["frames"]:
+            return self.frames[random.choice(OTHER_FRAMES)], 0.0, True
+        if kind < shares["frames"] + shares["together"]:
+            count = max(TOGETHER) if random.random() < shares["three"] else 2
+            return self.together[count], 0.75, count > 2
+        return self.scenes, 0.3, False
+
+    def _chance(self, size: int) -> Tensor:
+        return torch.rand(size, device=self.job.device)
+
+    def _worded(self, tokens: Tensor, without: Tensor) -> Tensor:
+        """One of each row's captions (B, K, 77), none where `without`: (B, 77) int64"""
+        pick = torch.randint(tokens.shape[1], (len(tokens), 1, 1), device=tokens.device)
+        chosen = tokens.gather(1, pick.expand(-1, 1, tokens.shape[-1]))[:, 0]
+        return torch.where(without[:, None], self.empty, chosen.long())

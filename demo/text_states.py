@@ -1,0 +1,42 @@
+"""CLIP's text encoder for training: the same states as `encode_tokens`, without a wait for the accelerator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cascade_nodes.cascade_core.text.encoder import TextStates
+
+Layer = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def encoder_layer(layer: Any, x: Tensor, seen: Tensor) -> Tensor:
+    """One of CLIP's layers.  x: (N, T, C); seen: (N, 1, T, T), which positions each position attends to"""
+    attention = layer.self_attn
+    h = layer.layer_norm1(x)
+    q, k, v = (
+        projection(h).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (N, heads, T, C / heads)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    x = x + attention.out_proj(h.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.layer_norm2(x))
+
+
+def text_states(model: Any, tokens: Tensor, end_token: int, layer: Layer = encoder_layer) -> TextStates:
+    """tokens: (N, T) ids, an end token in every row -> states (N, T, C) before the final norm, pooled (N, P)
+
+    transformers looks at the mask's values on the CPU, which a CUDA graph cannot hold.
+    """
+    text = model.text_model
+    end = (tokens == end_token).int().argmax(dim=-1)  # (N,)
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    seen = (place[:, None] >= place) & (place <= end[:, None])[:, None]  # (N, T, T)
+    embeddings = text.embeddings
+    x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight[: tokens.shape[1]]
+    for block in text.encoder.layers:
+        x = layer(block, x, seen[:, None])
+    at_end = x.gather(1, end[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]  # (N, C)
+    return TextStates(x, model.text_projection(text.final_layer_norm(at_end)))
