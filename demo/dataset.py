@@ -1,9 +1,9 @@
 """Training data: scenes with their pictures, drawn on the accelerator, and their captions, tokenised."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from os import cpu_count
+from os import cpu_count, environ
 from random import Random
 
 import numpy as np
@@ -21,6 +21,7 @@ from cascade_nodes.demo.world import Scene, pack, render
 
 Size = tuple[int, int]  # height and width in pixels
 Scenes = Sequence[Scene] | SceneTable
+Words = Callable[[Scene, Random], list[str]]  # of a scene
 AT_ONCE = 1024  # pictures that are resized together
 
 
@@ -32,14 +33,19 @@ def pictures(
     batches = []
     for start in range(0, len(packed.shape), AT_ONCE):
         rows = slice(start, start + AT_ONCE)
-        images = render(packed.rows(rows, device), size, device)
+        images = render(packed.rows(rows, device), size, device, _chunk(device))
         batches.append(images if smaller is None else shrunk(images, smaller))
     return torch.cat(batches).contiguous(memory_format=torch.channels_last)
 
 
 def wide(count: int, seed: int, device: torch.device, size: int | Size = PICTURE) -> Tensor:
     """Pictures of any colours, shapes and places, of nothing that is held out: uint8 (N, 3, *size)"""
-    return wide_pictures(count, size, torch.Generator(device).manual_seed(seed), device)
+    return wide_pictures(count, size, torch.Generator(device).manual_seed(seed), device, _chunk(device))
+
+
+def _chunk(device: torch.device) -> int:
+    """Pictures that are drawn at a time."""
+    return 512 if device.type == "cuda" else 128
 
 
 def alone(table: SceneTable, slot: int, seed: int) -> SceneTable:
@@ -92,45 +98,52 @@ def _count(scenes: Scenes) -> int:
     return len(scenes.kind) if isinstance(scenes, SceneTable) else len(scenes)
 
 
-def _caption_scenes(numbered: tuple[int, Scenes], count: int) -> list[str]:
-    number, scenes = numbered
+def _caption_scenes(scene: Scene, rng: Random, count: int) -> list[str]:
+    return [caption(scene, rng) for _ in range(count)]
+
+
+def _contrast_scenes(scene: Scene, rng: Random, count: int) -> list[str]:
+    right, wrong = contrast(scene, rng, count)
+    return [right, *wrong]
+
+
+def _write(job: tuple[int, Scenes], words: Words, tokenizer: Tokenizer) -> np.ndarray:
+    """The words of some scenes, as tokens: (texts, 77)"""
+    number, scenes = job
     rng = Random(number)
-    return [caption(scene, rng) for scene in _one_by_one(scenes) for _ in range(count)]
+    texts = [text for scene in _one_by_one(scenes) for text in words(scene, rng)]
+    return tokenise(texts, tokenizer).numpy()
 
 
-def _contrast_scenes(numbered: tuple[int, Scenes], count: int) -> list[str]:
-    number, scenes = numbered
-    rng = Random(number)
-    texts = []
-    for scene in _one_by_one(scenes):
-        right, wrong = contrast(scene, rng, count)
-        texts += [right, *wrong]
-    return texts
-
-
-def _in_parallel(work, scenes: Scenes, seed: int) -> list[str]:
-    """Runs work((seed, some scenes)) over all scenes, in order, on every core; the number of cores does not matter."""
+def _in_parallel(words: Words, scenes: Scenes, tokenizer: Tokenizer, seed: int) -> Tensor:
+    """The words of all scenes, as tokens, by every core: (texts, 77); the number of cores does not matter."""
     parts = (slice(start, start + 2000) for start in range(0, _count(scenes), 2000))
     jobs = [
         (seed + part.start, scenes.rows(part) if isinstance(scenes, SceneTable) else scenes[part])
         for part in parts
     ]
+    write = partial(_write, words=words, tokenizer=tokenizer)
     if len(jobs) == 1:
-        return work(jobs[0])
-    with ProcessPoolExecutor(min(cpu_count() or 1, len(jobs))) as pool:
-        return [text for texts in pool.map(work, jobs) for text in texts]
+        return torch.from_numpy(write(jobs[0]))
+    with ProcessPoolExecutor(min(cpu_count() or 1, len(jobs)), initializer=_one_thread) as pool:
+        return torch.from_numpy(np.concatenate(list(pool.map(write, jobs))))
+
+
+def _one_thread() -> None:
+    environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
 
 
 def captions(scenes: Scenes, count: int, tokenizer: Tokenizer, seed: int) -> Tensor:
     """`count` random captions of every scene, as tokens: int16 (N, count, 77)."""
-    texts = _in_parallel(partial(_caption_scenes, count=count), scenes, seed)
-    return tokenise(texts, tokenizer).view(_count(scenes), count, CHUNK_LENGTH)
+    tokens = _in_parallel(partial(_caption_scenes, count=count), scenes, tokenizer, seed)
+    return tokens.view(_count(scenes), count, CHUNK_LENGTH)
 
 
 def contrasts(scenes: Scenes, negatives: int, tokenizer: Tokenizer, seed: int) -> Tensor:
     """Captions of every scene and `negatives` false ones in similar words: int16 (N, 1 + negatives, 77)."""
-    texts = _in_parallel(partial(_contrast_scenes, count=negatives), scenes, seed)
-    return tokenise(texts, tokenizer).view(_count(scenes), 1 + negatives, CHUNK_LENGTH)
+    tokens = _in_parallel(partial(_contrast_scenes, count=negatives), scenes, tokenizer, seed)
+    return tokens.view(_count(scenes), 1 + negatives, CHUNK_LENGTH)
 
 
 def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:

@@ -34,7 +34,7 @@ IN_TURN = (
     ({"stage_c": 0}, 0.32),
 )
 SAFER = ((), ("--no-graphs",), ("--no-graphs", "--no-compile"))
-SILENT = 150.0  # seconds without a word after which a process counts as stuck
+SILENT = 200.0  # seconds without a word after which a process counts as stuck
 TELL_EVERY = 20.0
 MEASURED = ("adherence", "reconstruction")
 

@@ -116,6 +116,7 @@ class Job:
         if loop.resume():
             spent = self._spent()
             print(f"{self.folder.name}: goes on from step {loop.step}, after {spent:.0f} s", flush=True)
+        print(f"{self.folder.name}: the data is ready", flush=True)
         clock = Clock(self, loop, spent, lambda: export(_by_network(loop.state)))
         loop.stop = clock.ended
         if clock.ended():

@@ -28,7 +28,6 @@ class StageCData:
 
     def __init__(self, job: Job, tokenizer: Tokenizer):
         self.job, self.tokenizer = job, tokenizer
-        self.empty = torch.tensor([token for token, _ in tokenizer.empty_chunk()], device=job.device)
         scenes = self._captioned(ordinary_scenes(job, job.scenes), "all")
         of_frames = {
             frame: self._captioned(ordinary_scenes(job, self._rows(FRAME_SHARE), frame, frame=frame), frame)
@@ -40,6 +39,7 @@ class StageCData:
             of_objects[n] = self._captioned(table, n)
         print(f"{job.folder.name}: captions are there", flush=True)
 
+        self.empty = torch.tensor([token for token, _ in tokenizer.empty_chunk()], device=job.device)
         self.compressor = job.load("compressor").requires_grad_(False)
         self.vision = ImageEncoder.load(job.weights / "demo_image_encoder.safetensors", dtype=torch.float32)
         self.vision.model.to(job.device)

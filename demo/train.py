@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cascade_nodes.cascade_core.geometry import stage_c_size
 from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor
 from cascade_nodes.cascade_core.networks.previewer import Previewer
 from cascade_nodes.cascade_core.networks.stage_a import StageA
@@ -104,8 +105,8 @@ def train_compressor(job: Job) -> None:
         chosen = pool if frame is None else others[frame]
         chosen.advance(step)
         images = chosen.take(job.settings.batch_size)[0]
-        height, width = (side // 32 for side in for_compressor(images[:1]).shape[-2:])
-        noise = torch.randn(len(images), recipe.LATENT[0], height, width, device=job.device)
+        size = stage_c_size(*images.shape[-2:])
+        noise = torch.randn(len(images), recipe.LATENT[0], *size, device=job.device)
         return Batch([images, recipe.COMPRESSOR_NOISE * noise], rare=frame is not None)
 
     def loss(batch: Tensor, noise: Tensor) -> dict[str, Tensor]:
