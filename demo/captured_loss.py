@@ -5,6 +5,7 @@ The demo's networks are so small that Python is slower at handing out a step's k
 
 import gc
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,7 @@ class CapturedLoss:
             return self.loss(*inputs)
 
     def _capture(self, key: Any, inputs: Sequence[Tensor], rare: bool) -> None:
-        device = self.parameters[0].device
+        device, started = self.parameters[0].device, time.monotonic()
         try:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
@@ -63,6 +64,8 @@ class CapturedLoss:
                 self._captured[key] = _Captured(
                     self.loss, self.parameters, self._gradients, inputs, self._pool
                 )
+            shapes = " ".join("×".join(map(str, value.shape)) for value in inputs)
+            print(f"captured in {time.monotonic() - started:.0f} s: {shapes}", flush=True)
         except Exception as error:  # what fails eagerly too is said by the eager step
             self.eager = True
             still_computes(device)  # so that the error is not the next launch's

@@ -45,13 +45,13 @@ def stage_a_loss(
     count = max(round(quantised_share * len(image)), 1)
     through_codebook = latent[:count]
     quantised, _ = model.quantize(through_codebook)
-    codebook = F.mse_loss(quantised, through_codebook.detach()) + 0.25 * F.mse_loss(
-        through_codebook, quantised.detach()
-    )
+    codebook = F.mse_loss(quantised, through_codebook.detach())
+    commitment = F.mse_loss(through_codebook, quantised.detach())
     straight_through = through_codebook + (quantised - through_codebook).detach()
     decoded = model.decode(torch.cat([straight_through, latent[count:] + noise[count:]]))
     pixels = F.mse_loss(decoded, image)
-    loss = pixels + 0.1 * F.l1_loss(decoded, image) + 0.1 * codebook
+    # The encoder follows the pixels; what is quantised is a quarter of them.
+    loss = pixels + 0.02 * F.l1_loss(decoded, image) + 0.1 * codebook + 0.002 * commitment
     return {"loss": loss, "pixels": pixels, "codebook": codebook}
 
 

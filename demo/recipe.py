@@ -15,8 +15,8 @@ WRONG_CAPTIONS_PER_SCENE = 6
 OBJECTS = (0.4, 0.6, 0.0)  # shares of the scenes of one, two and three objects
 SCENE_WEIGHTS = {"small": 1.5, "white": 1.5}  # against the others of their kind
 
-OTHER_FRAMES_SHARE = 0.15  # of the compressor's and Stage B's steps, in other proportions than the square
-STAGE_A_NOISE = 0.05  # of Stage A's latents
+OTHER_FRAMES_SHARE = 0.1  # of the compressor's and Stage B's steps, in other proportions than the square
+STAGE_A_NOISE = 0.02  # of Stage A's latents
 COMPRESSOR_NOISE = 0.15  # of the compressor's latents
 EFFNET_NOISE = 0.25  # the most that Stage B sees of it in them
 PICTURE_SHARE = 30.0  # of the error of pictures from their embeddings, beside the contrast

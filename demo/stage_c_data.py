@@ -135,7 +135,7 @@ class StageCData:
         """A step's pool, the share of its rows that have image prompts, and whether its shape is rare."""
         kind, shares = random.random(), recipe.STAGE_C_STEPS
         if kind < shares["frames"]:
-            return self.frames[random.choice(OTHER_FRAMES)], 0.0, True
+            return self.frames[random.choice(OTHER_FRAMES)], 0.0, False
         if kind < shares["frames"] + shares["together"]:
             count = max(TOGETHER) if random.random() < shares["three"] else 2
             return self.together[count], 0.75, count > 2
