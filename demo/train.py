@@ -22,6 +22,7 @@ from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model, encode_tokens
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, build_vision_model
 from cascade_nodes.demo import recipe
+from cascade_nodes.demo.clip_states import encoder_layer, image_embeddings, text_states
 from cascade_nodes.demo.dataset import (
     as_float,
     captions,
@@ -46,7 +47,6 @@ from cascade_nodes.demo.losses import (
 )
 from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.stage_c_data import StageCData
-from cascade_nodes.demo.text_states import encoder_layer, text_states
 from cascade_nodes.demo.wide_scenes import FRAMES
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -174,7 +174,7 @@ def train_clip(job: Job) -> None:
 
     def loss(images: Tensor, tokens: Tensor, more: Tensor) -> dict[str, Tensor]:
         pixels = as_float(torch.cat([images, more]))
-        embedded = image_model(pixel_values=(pixels - mean) / std).image_embeds  # (B + M, E)
+        embedded = image_embeddings(image_model, (pixels - mean) / std, layer)  # (B + M, E)
         pooled = text_states(
             text_model, tokens.flatten(0, 1).long(), tokenizer.end_token, layer
         ).pooled.unflatten(0, tokens.shape[:2])  # (B, 1 + N, E)

@@ -14,9 +14,11 @@ from cascade_nodes.cascade_core.diffusion.schedule import log_snr, noise_cond
 from cascade_nodes.cascade_core.networks.inference import infer_config
 from cascade_nodes.cascade_core.text.encoder import build_text_model, encode_tokens
 from cascade_nodes.cascade_core.training.losses import diffusion_loss
+from cascade_nodes.cascade_core.vision import build_vision_model
 from cascade_nodes.demo import job as jobs
 from cascade_nodes.demo import recipe, train
 from cascade_nodes.demo.captured_loss import CapturedLoss
+from cascade_nodes.demo.clip_states import image_embeddings, text_states
 from cascade_nodes.demo.dataset import alone, captions, tokenise
 from cascade_nodes.demo.job import FINISHED, Job, own_tokenizer
 from cascade_nodes.demo.losses import NoiseLevels, epsilon_loss, outline_weights
@@ -24,7 +26,6 @@ from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.pool import Pool
 from cascade_nodes.demo.scenes import held_out_reason
 from cascade_nodes.demo.stage_c_data import StageCData
-from cascade_nodes.demo.text_states import text_states
 from cascade_nodes.demo.wide_scenes import sample_wide
 from cascade_nodes.demo.world import render, sample_scenes
 
@@ -64,6 +65,13 @@ def test_text_states_are_those_of_the_text_encoder():
     found = text_states(model, tokens, tokenizer.end_token)
     for name in ("states", "pooled"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5)
+
+
+def test_image_embeddings_are_those_of_the_image_encoder():
+    torch.manual_seed(0)
+    model = build_vision_model({**recipe.VISION, "num_hidden_layers": 2}).eval()
+    pixels = torch.randn(2, 3, 96, 96)
+    assert torch.allclose(image_embeddings(model, pixels), model(pixel_values=pixels).image_embeds, atol=1e-5)
 
 
 def test_noise_and_its_loss_are_those_of_the_diffusion_loss():

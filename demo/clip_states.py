@@ -1,4 +1,4 @@
-"""CLIP's text encoder for training: the same states as `encode_tokens`, without a wait for the accelerator."""
+"""CLIP's encoders for training: the same outputs without a wait for the accelerator, by layers that can be compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.text.encoder import TextStates
 
-Layer = Callable[[Any, Tensor, Tensor], Tensor]
+Layer = Callable[[Any, Tensor, Tensor | None], Tensor]
 
 
-def encoder_layer(layer: Any, x: Tensor, seen: Tensor) -> Tensor:
-    """One of CLIP's layers.  x: (N, T, C); seen: (N, 1, T, T), which positions each position attends to"""
+def encoder_layer(layer: Any, x: Tensor, seen: Tensor | None) -> Tensor:
+    """One of CLIP's layers.  x: (N, T, C); seen: (N, 1, T, T), which positions each attends to, absent: all"""
     attention = layer.self_attn
     h = layer.layer_norm1(x)
     q, k, v = (
@@ -26,7 +26,7 @@ def encoder_layer(layer: Any, x: Tensor, seen: Tensor) -> Tensor:
 
 
 def text_states(model: Any, tokens: Tensor, end_token: int, layer: Layer = encoder_layer) -> TextStates:
-    """tokens: (N, T) ids, an end token in every row -> states (N, T, C) before the final norm, pooled (N, P)
+    """As `encode_tokens`.  tokens: (N, T) ids, an end token in every row -> states (N, T, C) before the final norm, pooled (N, P)
 
     transformers looks at the mask's values on the CPU, which a CUDA graph cannot hold.
     """
@@ -40,3 +40,12 @@ def text_states(model: Any, tokens: Tensor, end_token: int, layer: Layer = encod
         x = layer(block, x, seen[:, None])
     at_end = x.gather(1, end[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]  # (N, C)
     return TextStates(x, model.text_projection(text.final_layer_norm(at_end)))
+
+
+def image_embeddings(model: Any, pixels: Tensor, layer: Layer = encoder_layer) -> Tensor:
+    """pixels: (B, 3, size, size) in CLIP's units -> (B, E), projected"""
+    vision = model.vision_model
+    x = vision.pre_layrnorm(vision.embeddings(pixels))  # (B, 1 + patches, C)
+    for block in vision.encoder.layers:
+        x = layer(block, x, None)
+    return model.visual_projection(vision.post_layernorm(x[:, 0]))
