@@ -26,7 +26,9 @@ def encoder_layer(layer: Any, x: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def text_states(model: Any, tokens: Tensor, end_token: int, layer: Layer = encoder_layer) -> TextStates:
-    """As `encode_tokens`.  tokens: (N, T) ids, an end token in every row -> states (N, T, C) before the final norm, pooled (N, P)
+    """As `encode_tokens`.  tokens: (N, T) ids, an end token in every row
+
+    -> states (N, T, C) before the final norm, pooled (N, P)
 
     transformers looks at the mask's values on the CPU, which a CUDA graph cannot hold.
     """
