@@ -15,13 +15,14 @@ from cascade_nodes.cascade_core.geometry import compressor_size
 from cascade_nodes.cascade_core.text.tokenizer import CHUNK_LENGTH, Tokenizer
 from cascade_nodes.demo.captions import caption, contrast
 from cascade_nodes.demo.recipe import PICTURE
-from cascade_nodes.demo.scenes import BACKGROUNDS, MARGIN, SceneTable
+from cascade_nodes.demo.scenes import BACKGROUNDS, MARGIN, SceneTable, held_out_reason
 from cascade_nodes.demo.wide_pictures import wide_pictures
 from cascade_nodes.demo.world import Scene, pack, render
 
 Size = tuple[int, int]  # height and width in pixels
 Scenes = Sequence[Scene] | SceneTable
 Words = Callable[[Scene, Random], list[str]]  # of a scene
+EDIT_MARGIN = 0.035  # around an object that is replaced, as a share of the frame
 AT_ONCE = 1024  # pictures that are resized together
 
 
@@ -62,6 +63,27 @@ def alone(table: SceneTable, slot: int, seed: int) -> SceneTable:
         background,
         np.ones(n),
     )
+
+
+def edited(table: SceneTable, seed: int) -> tuple[SceneTable, Tensor]:
+    """The same scenes with another last object of the same size, and masks (N, 256, 256) of where it stands.
+
+    A scene that would then show what is held out, or one thing twice, stays as it is.
+    """
+    rng = np.random.default_rng([seed, 9])
+    rows = np.arange(len(table.kind))
+    last = (table.kind >= 0).sum(1) - 1
+    kind = table.kind.copy()
+    kind[rows, last] = rng.permutation(table.kind[rows, last])
+    changed = table._replace(kind=kind)
+    for row, scene in enumerate(changed.scenes()):
+        twins = len({(o.shape, o.colour) for o in scene.objects}) < len(scene.objects)
+        if twins or held_out_reason(scene) is not None:
+            changed.kind[row] = table.kind[row]
+    centre, reach = table.centre[rows, last], table.radius[rows, last] + EDIT_MARGIN
+    place = (np.arange(PICTURE) + 0.5) / PICTURE
+    across, down = (np.abs(place - centre[:, axis, None]) < reach[:, None] for axis in (0, 1))
+    return changed, torch.from_numpy(down[:, :, None] & across[:, None, :]).float()
 
 
 def shrunk(images: Tensor, size: int) -> Tensor:

@@ -23,6 +23,7 @@ PICTURE_SHARE = 30.0  # of the error of pictures from their embeddings, beside t
 # Shares of Stage C's steps: of other proportions, and of scenes whose objects are each a picture of its own (of these,
 # of three objects).
 STAGE_C_WIDE = 0.15  # of a batch of the others, wide pictures from their embeddings alone
+STAGE_C_EDITED = 0.1  # and what a mask's surroundings tell another object of
 STAGE_C_STEPS = {"frames": 0.22, "together": 0.2, "three": 0.2}
 
 STAGE_A = {

@@ -5,10 +5,21 @@ from random import Random
 import torch
 from torch import Tensor
 
+from cascade_nodes.cascade_core.hints.masks import latent_mask
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder
 from cascade_nodes.demo import recipe
-from cascade_nodes.demo.dataset import Size, alone, as_float, captions, for_compressor, pictures, shrunk, wide
+from cascade_nodes.demo.dataset import (
+    Size,
+    alone,
+    as_float,
+    captions,
+    edited,
+    for_compressor,
+    pictures,
+    shrunk,
+    wide,
+)
 from cascade_nodes.demo.drawing import OTHER_FRAMES, SQUARE, ordinary_scenes
 from cascade_nodes.demo.job import Job, in_parts
 from cascade_nodes.demo.losses import NoiseLevels
@@ -56,6 +67,7 @@ class StageCData:
             )
             for frame in OTHER_FRAMES
         }  # fmt: skip
+        self.edited = job.pool(lambda i, n: self._edited(*scenes, i, n), 0.2, first=0.2, every=200)
         self.together = {
             count: job.pool(
                 lambda i, n, count=count: self._together(*of_objects[count], count, i, n),
@@ -108,28 +120,52 @@ class StageCData:
         images = pictures(table, device)
         return [self._compress(images), torch.stack(single, dim=1), texts[rows].to(device)]
 
+    def _edited(self, table: SceneTable, texts: Tensor, number: int, size: int) -> list[Tensor]:
+        """Scenes whose latents outside a mask (N, 1, 6, 6) are those of another object in it, as in inpainting.
+
+        What lies beside an object tells of it; where that is another's, words must count more.
+        """
+        rows, device = slice(number * size, number * size + size), self.job.device
+        table = table.rows(rows)
+        before, masks = edited(table, self.job.seed("edited", number))
+        inside = latent_mask(masks, size, recipe.LATENT[1:]).to(device)
+        images, others = (pictures(scenes, device) for scenes in (table, before))
+        latents = torch.where(inside > 0, self._compress(images), self._compress(others))
+        return [latents, inside, texts[rows].to(device)]
+
     def _wide(self, number: int, size: int) -> list[Tensor]:
         """Wide pictures, which have no words."""
         images = wide(size, self.job.seed("wide", number), self.job.device, SQUARE)
         return [self._compress(images), self._embed(images)[:, None]]
 
     def draw(self, step: int) -> Batch:
-        """Noised latents, noise conditions, epsilon, weights, tokens (B, 77), image embeddings (B, n, E)."""
+        """Noised latents, noise conditions, epsilon, weights, tokens (B, 77), image embeddings (B, n, E), places.
+
+        places: (B, 1, h, w), weights of the latents' positions.
+        """
         batch, random = self.job.settings.batch_size, Random(self.job.seed("kind", step))
         pool, image_share, rare = self._choose(random)
         pool.advance(step)
         latents, images, tokens = pool.take(batch)
         with_image = self._chance(batch) < image_share
         without_words = torch.where(with_image, self._chance(batch) < 0.5, self._chance(batch) < 0.1)
+        places = torch.ones_like(latents[:, :1])
         if pool is self.scenes:
-            rows = int(recipe.STAGE_C_WIDE * batch)
+            rows = slice(0, int(recipe.STAGE_C_WIDE * batch))
             self.wide.advance(step)
-            latents[:rows], images[:rows] = self.wide.take(rows)
-            with_image[:rows], without_words[:rows] = True, True
+            latents[rows], images[rows] = self.wide.take(rows.stop)
+            with_image[rows], without_words[rows] = True, True
+            rows = slice(rows.stop, rows.stop + int(recipe.STAGE_C_EDITED * batch))
+            self.edited.advance(step)
+            latents[rows], inside, tokens[rows] = self.edited.take(rows.stop - rows.start)
+            with_image[rows] = False
+            without_words[rows] = self._chance(len(inside)) < 0.1
+            places[rows] = inside / inside.mean(dim=(1, 2, 3), keepdim=True)
         images = images * with_image[:, None, None]
         words = self._worded(tokens, without_words)
         order = torch.randperm(batch, device=self.job.device)  # the first rows are pure noise
-        return Batch([*self.levels.noise(latents[order]), words[order], images[order]], rare)
+        noised = self.levels.noise(latents[order])
+        return Batch([*noised, words[order], images[order], places[order]], rare)
 
     def _choose(self, random: Random) -> tuple[Pool, float, bool]:
         """A step's pool, the share of its rows that have image prompts, and whether its shape is rare."""

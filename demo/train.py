@@ -207,10 +207,16 @@ def train_stage_c(job: Job) -> None:
     network, layer = job.compile(model), job.compile_function(encoder_layer)
 
     def loss(
-        noised: Tensor, r: Tensor, epsilon: Tensor, weight: Tensor, tokens: Tensor, images: Tensor
+        noised: Tensor,
+        r: Tensor,
+        epsilon: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        images: Tensor,
+        places: Tensor,
     ) -> dict[str, Tensor]:
         states, pooled = text_states(text_model, tokens, tokenizer.end_token, layer)
-        return epsilon_loss(network(noised, r, states, pooled[:, None], images), epsilon, weight)
+        return epsilon_loss(network(noised, r, states, pooled[:, None], images), epsilon, weight, places)
 
     def export(weights: Weights) -> None:
         job.export("demo_stage_c.safetensors", "stage_c", weights["stage_c"], recipe.STAGE_C)

@@ -19,7 +19,7 @@ from cascade_nodes.demo import job as jobs
 from cascade_nodes.demo import recipe, train
 from cascade_nodes.demo.captured_loss import CapturedLoss
 from cascade_nodes.demo.clip_states import image_embeddings, text_states
-from cascade_nodes.demo.dataset import alone, captions, tokenise
+from cascade_nodes.demo.dataset import alone, captions, edited, tokenise
 from cascade_nodes.demo.job import FINISHED, Job, own_tokenizer
 from cascade_nodes.demo.losses import NoiseLevels, epsilon_loss, outline_weights
 from cascade_nodes.demo.network_task import Batch
@@ -129,6 +129,21 @@ def test_objects_alone_are_those_of_the_scene():
             assert lone.radius < lone.y < 1 - lone.radius
     grounds = [single.background == scene.background for single, scene in zip(singles, scenes, strict=True)]
     assert 0.3 < sum(grounds) / 40 < 0.9
+
+
+def test_an_edit_replaces_the_last_object_alone():
+    table = sample_wide(30, 8, objects=(1, 1, 1))
+    changed, masks = edited(table, 3)
+    count = 0
+    for before, after, mask in zip(table.scenes(), changed.scenes(), masks, strict=True):
+        assert held_out_reason(after) is None
+        assert before.objects[:-1] == after.objects[:-1]
+        last, o = after.objects[-1], before.objects[-1]
+        assert (last.x, last.y, last.radius, last.size) == (o.x, o.y, o.radius, o.size)
+        difference = (render([before]).int() - render([after]).int()).abs().amax((0, 1))
+        assert not (difference > 60)[mask == 0].any()  # a shadow reaches a little beyond
+        count += (difference > 60).any().item()
+    assert count > 15
 
 
 def test_captions_of_a_table_are_those_of_its_scenes():
@@ -250,9 +265,10 @@ def test_what_stage_c_learns_from(toy):
     data = StageCData(job, own_tokenizer())
     seen = {}
     for step in range(40):
-        noised, r, epsilon, weight, tokens, images = data.draw(step).tensors
+        noised, r, epsilon, weight, tokens, images, places = data.draw(step).tensors
         assert noised.shape == epsilon.shape
         assert len(r) == len(weight) == len(tokens) == len(images) == 40
+        assert places.mean().item() == pytest.approx(1)
         seen.setdefault((images.shape[1], *noised.shape[-2:]), []).append((tokens, images))
     square = (1, 6, 6)
     assert square in seen
@@ -265,7 +281,7 @@ def test_what_stage_c_learns_from(toy):
         if shape[1:] != (6, 6):
             assert not with_image.any()
             continue
-        expected = 0.75 if shape[0] > 1 else 0.15 + 0.85 * 0.3
+        expected = 0.75 if shape[0] > 1 else 0.15 + 0.75 * 0.3
         assert with_image.float().mean().item() == pytest.approx(expected, abs=0.1)
         assert (with_image & ~worded).any()
         assert (~with_image & worded).any()
