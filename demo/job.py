@@ -4,7 +4,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from cascade_nodes.demo.pool import Pool
 
 COMPILED = (ResBlock, AttnBlock, TimestepBlock, MixingResidualBlock)
 PART = 2048  # scenes that are drawn at a time
-LOG_EVERY, CHECKPOINT_EVERY = 50, 2500  # steps
+LOG_EVERY, CHECKPOINT_EVERY = 25, 2500  # steps
 EXPORT_EVERY = 200.0  # seconds between two exports of the present average, of a run by the clock
 FINISHED = "finished.json"
 SPENT = "seconds"  # in a state's contents: how long the run has trained
@@ -37,6 +37,7 @@ MANY_STEPS = 10_000_000  # of a run that the clock ends
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # averaged tensors by network and name
 Export = Callable[[Weights], None]
+Draw = Callable[[int], Batch]
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Job:
     minutes   stop here, to go on later
     fit       train for so many minutes in all, instead of a number of steps
     until     train until then, by `time.time`, instead of a number of steps
+    waits     whether the networks that it needs are being trained beside it
     """
 
     settings: TrainSettings
@@ -59,6 +61,7 @@ class Job:
     until: float | None = None
     compiled: bool = False
     graphs: bool = False
+    waits: bool = False
 
     def __post_init__(self) -> None:
         for folder in (self.folder, self.out):
@@ -103,14 +106,29 @@ class Job:
     def train(
         self,
         networks: dict[str, nn.Module],
-        draw: Callable[[int], Batch],
+        prepare: Callable[[], Draw],
         loss: Loss,
         export: Export,
         learning_rates: dict[str, float] | None = None,
+        rehearsals: Iterable[Sequence[Tensor]] = (),
+        needed: int = 1,
+        inputs: Sequence[str] = (),
     ) -> None:
-        """Train by loss(*draw(step)), and write the networks with their averaged weights by `export`."""
+        """Train by loss(*draw(step)), and write the networks with their averaged weights by `export`.
+
+        prepare: makes the data, after the networks that are its `inputs` have been trained, and returns `draw`
+        rehearsals: batches of any values, whose shapes are compiled and captured before; the first `needed` in any
+        case, the others while the inputs are not there
+        """
         bf16 = self.settings.precision == "bf16"
-        task = NetworkTask(networks, draw, loss, bf16, learning_rates, self.graphs)
+        task = NetworkTask(networks, _nothing_yet, loss, bf16, learning_rates, self.graphs)
+        if self.graphs:
+            for number, tensors in enumerate(rehearsals):
+                if number >= needed and self._are_there(inputs):
+                    break
+                task.rehearse(tensors)
+        self._wait_for(inputs)
+        task.draw = prepare()
         loop = Loop(task, Steps(), self.run_settings(), build_accelerator(), self._print_progress)
         spent = 0.0
         if loop.resume():
@@ -131,6 +149,18 @@ class Job:
         if self.device.type == "cuda":
             gigabytes = torch.cuda.max_memory_allocated(self.device) / 1e9
             print(f"{self.folder.name}: {gigabytes:.1f} GB at most", flush=True)
+
+    def _are_there(self, inputs: Sequence[str]) -> bool:
+        return not self.waits or all((self.folder.parent / name / FINISHED).exists() for name in inputs)
+
+    def _wait_for(self, inputs: Sequence[str]) -> None:
+        told = time.monotonic()
+        print(f"{self.folder.name}: waits for {' '.join(inputs)}", flush=True)
+        while not self._are_there(inputs):
+            time.sleep(0.2)
+            if time.monotonic() - told > 15:
+                told = time.monotonic()
+                print(f"{self.folder.name}: waits for {' '.join(inputs)}", flush=True)
 
     def _spent(self) -> float:
         metadata = read_header(self.folder / STATE).metadata
@@ -195,6 +225,10 @@ class Clock:
                 self.export()
                 self.exported = time.monotonic()
         return self.finished or (job.minutes is not None and spent - self.before >= job.minutes * 60)
+
+
+def _nothing_yet(step: int) -> Batch:
+    raise NotImplementedError
 
 
 def _by_network(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -89,6 +89,11 @@ class NetworkTask(Task):
     def prepare(self, batch: Step, generator: torch.Generator) -> Step:
         return batch
 
+    def rehearse(self, tensors: Sequence[Tensor]) -> None:
+        """Compile and capture for a shape, with any values; the weights stay as they are."""
+        if not self.captured.eager:
+            self.captured(tensors)
+
     def loss(self, inputs: Step) -> Terms:
         with torch.no_grad():
             batch = self.draw(inputs.number)
