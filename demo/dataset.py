@@ -121,11 +121,11 @@ def _count(scenes: Scenes) -> int:
 
 
 def _caption_scenes(scene: Scene, rng: Random, count: int) -> list[str]:
-    return [caption(scene, rng) for _ in range(count)]
+    return [caption(scene, rng, wide=True) for _ in range(count)]
 
 
 def _contrast_scenes(scene: Scene, rng: Random, count: int) -> list[str]:
-    right, wrong = contrast(scene, rng, count)
+    right, wrong = contrast(scene, rng, count, wide=True)
     return [right, *wrong]
 
 

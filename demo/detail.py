@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from cascade_nodes.cascade_core.networks.layers import ResBlock
 
-WIDTHS = (256, 192, 128, 96, 48)
-PICTURE_WIDTHS = (256, 192, 128, 64, 48)
+WIDTHS = (256, 192, 128, 64, 32)
+PICTURE_WIDTHS = (256, 192, 128, 48, 24)
 
 
 def _upwards(widths: tuple[int, ...]) -> list[nn.Module]:

@@ -1,8 +1,9 @@
 """Trains the whole demo cascade: `python -m cascade_nodes.demo.everything --gpus 0,1 --seconds 1000 --weights DIR`.
 
-Each network is a process of its own (`train.py`) with a log of its own in the folder of checkpoints. What is finished
-is not done again, what was stopped goes on. A process that fails, or says nothing for long, is begun again from its
-last checkpoint, without CUDA graphs, then without compiled blocks too.
+Each network is a process of its own (`train.py`) with a log of its own in the folder of checkpoints. On two GPUs all
+begin at once, and what needs others compiles its kernels until those are trained; on one GPU each has its turn. What
+is finished is not done again, what was stopped goes on. A process that fails, or says nothing for long, is begun again
+from its last checkpoint, without compiled blocks, then without CUDA graphs too.
 """
 
 import argparse
@@ -11,42 +12,53 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.demo.job import FINISHED
 from cascade_nodes.demo.train import WEIGHTS
 
-# Turns: networks that train side by side, by GPU (the first or the last of those that there are), and the turn's share
-# of the time. The last turn's need the others'.
-SIDE_BY_SIDE = (
-    ({"compressor": 0, "clip": -1, "stage_a": -1}, 0.27),
-    ({"stage_b": 0, "stage_c": -1}, 0.73),
-)
-IN_TURN = (
-    ({"compressor": 0}, 0.14),
-    ({"clip": 0}, 0.10),
-    ({"stage_a": 0}, 0.08),
-    ({"stage_b": 0}, 0.36),
-    ({"stage_c": 0}, 0.32),
-)
-SAFER = ((), ("--no-graphs",), ("--no-graphs", "--no-compile"))
-SILENT = 200.0  # seconds without a word after which a process counts as stuck
+
+class Place(NamedTuple):
+    """Where a network trains, and until which share of the time."""
+
+    gpu: int  # the first or the last of those that there are
+    until: float
+
+
+# Stage A needs less than the others, and leaves its GPU to them.
+SIDE_BY_SIDE = {
+    "compressor": Place(0, 0.28),
+    "clip": Place(-1, 0.28),
+    "stage_a": Place(-1, 0.20),
+    "stage_b": Place(0, 1.0),
+    "stage_c": Place(-1, 1.0),
+}
+IN_TURN = {
+    "compressor": Place(0, 0.14),
+    "clip": Place(0, 0.24),
+    "stage_a": Place(0, 0.32),
+    "stage_b": Place(0, 0.67),
+    "stage_c": Place(0, 1.0),
+}
+SAFER = ((), ("--no-compile",), ("--no-compile", "--no-graphs"))
+SILENT_WAITING, SILENT = 240.0, 120.0  # seconds without a word after which a process counts as stuck
 TELL_EVERY = 20.0
 MEASURED = ("adherence", "reconstruction")
 
 
 @dataclass
 class Training:
-    """One network's process."""
+    """One network's process. due: when it should be training, and no longer wait for others (by `time.time`)"""
 
     network: str
     options: Sequence[str]
-    environment: dict[str, str]
+    environment: Mapping[str, str]
     log: Path
+    due: float
     tries: int = 0
     process: subprocess.Popen[bytes] | None = None
     output: IO[bytes] | None = field(default=None, repr=False)
@@ -54,18 +66,19 @@ class Training:
     def start(self) -> None:
         self.output = self.log.open("ab")
         os.utime(self.log)
+        command = [sys.executable, "-u", "-m", "cascade_nodes.demo.train", self.network]
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "cascade_nodes.demo.train", self.network,
-             *self.options, *SAFER[self.tries]],
-            stdout=self.output, stderr=subprocess.STDOUT, env=self.environment,
+            [*command, *self.options, *SAFER[self.tries]],
+            stdout=self.output, stderr=subprocess.STDOUT, env=dict(self.environment),
         )  # fmt: skip
 
     def running(self) -> bool:
         """Whether it still trains; begins it anew where it failed. Raises CascadeError where nothing helped."""
         assert self.process is not None
         assert self.output is not None
-        code = self.process.poll()
-        if code is None and time.time() - self.log.stat().st_mtime < SILENT:
+        code, now = self.process.poll(), time.time()
+        patience = SILENT_WAITING if now < self.due + SILENT else SILENT
+        if code is None and now - self.log.stat().st_mtime < patience:
             return True
         if code is None:
             self.stop()
@@ -90,23 +103,11 @@ class Training:
 
     def last_words(self) -> str:
         lines = self.log.read_bytes()[-2000:].decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"{self.network} begins"
+        return lines[-1][:160] if lines else f"{self.network} begins"
 
 
-def train_turn(
-    networks: dict[str, int], until: float, gpus: Sequence[str], options: argparse.Namespace
-) -> None:
-    """Trains networks side by side until then (by `time.time`)."""
-    common = ["--work", str(options.work), "--weights", str(options.weights), "--until", f"{until:.0f}"]
-    trainings = []
-    for network, gpu in networks.items():
-        environment = {
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": gpus[gpu],
-            "TORCHINDUCTOR_CACHE_DIR": str((options.work / "kernels").absolute()),
-        }
-        log = options.work / f"{network}.log"
-        trainings.append(Training(network, [*common, *options.options], environment, log))
+def train_together(trainings: Sequence[Training]) -> None:
+    """Trains networks side by side, and tells how far they are."""
     try:
         for training in trainings:
             training.start()
@@ -124,19 +125,39 @@ def train_turn(
 
 
 def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> None:
-    """Trains what is not finished yet; the time is shared by the turns that are left."""
-    turns = SIDE_BY_SIDE if len(gpus) > 1 else IN_TURN
-    left = [
-        (
-            {name: gpu for name, gpu in networks.items() if not (options.work / name / FINISHED).exists()},
-            share,
-        )
-        for networks, share in turns
-    ]
-    left = [(networks, share) for networks, share in left if networks]
-    for i, (networks, share) in enumerate(left):
-        shares = sum(share for _, share in left[i:])
-        train_turn(networks, time.time() + (end - time.time()) * share / shares, gpus, options)
+    """Trains what is not finished yet. The time that finished ones would have taken is the others'."""
+    together = len(gpus) > 1
+    places = {
+        name: place
+        for name, place in (SIDE_BY_SIDE if together else IN_TURN).items()
+        if not (options.work / name / FINISHED).exists()
+    }
+    began, seconds = time.time(), end - time.time()
+    first = 0.0  # share of the time that is not needed any more
+    if together:
+        first = 0.0 if places.keys() - {"stage_b", "stage_c"} else SIDE_BY_SIDE["compressor"].until
+    threads = max((os.cpu_count() or 1) // (len(places) + 1), 2) if together else os.cpu_count() or 1
+    trainings = []
+    for name, place in places.items():
+        until = began + seconds * (place.until - first) / (1 - first)
+        waits = ["--wait"] if together and name in ("stage_b", "stage_c") else []
+        trainings.append(
+            Training(
+                name,
+                ["--work", str(options.work), "--weights", str(options.weights), "--until", f"{until:.0f}", *waits,
+                 *options.options],
+                {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[place.gpu],
+                 "TORCHINDUCTOR_CACHE_DIR": str((options.work / "kernels").absolute()),
+                 "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
+                options.work / f"{name}.log",
+                began + seconds * SIDE_BY_SIDE["compressor"].until * bool(waits) * (first == 0),
+            )
+        )  # fmt: skip
+    if together:
+        train_together(trainings)
+    else:
+        for training in trainings:
+            train_together([training])
 
 
 def measure(options: argparse.Namespace, gpus: Sequence[str], seconds: float) -> None:

@@ -22,7 +22,7 @@ from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress
 from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
 from cascade_nodes.cascade_core.training.state import STATE
 from cascade_nodes.cascade_core.writing import write_file
-from cascade_nodes.demo.captions import vocabulary
+from cascade_nodes.demo.captions import known_words, vocabulary
 from cascade_nodes.demo.captured_loss import Loss
 from cascade_nodes.demo.network_task import Batch, NetworkTask, RunSettings, Steps
 from cascade_nodes.demo.pool import Pool
@@ -134,7 +134,6 @@ class Job:
         if loop.resume():
             spent = self._spent()
             print(f"{self.folder.name}: goes on from step {loop.step}, after {spent:.0f} s", flush=True)
-        print(f"{self.folder.name}: the data is ready", flush=True)
         clock = Clock(self, loop, spent, lambda: export(_by_network(loop.state)))
         loop.stop = clock.ended
         if clock.ended():
@@ -154,13 +153,13 @@ class Job:
         return not self.waits or all((self.folder.parent / name / FINISHED).exists() for name in inputs)
 
     def _wait_for(self, inputs: Sequence[str]) -> None:
-        told = time.monotonic()
-        print(f"{self.folder.name}: waits for {' '.join(inputs)}", flush=True)
+        told = -math.inf
         while not self._are_there(inputs):
-            time.sleep(0.2)
             if time.monotonic() - told > 15:
                 told = time.monotonic()
                 print(f"{self.folder.name}: waits for {' '.join(inputs)}", flush=True)
+            time.sleep(0.2)
+        print(f"{self.folder.name}: its data is made", flush=True)
 
     def _spent(self) -> float:
         metadata = read_header(self.folder / STATE).metadata
@@ -181,10 +180,10 @@ class Job:
         path = self.weights / f"demo_{name}.safetensors"
         return load_model(path, dtype=torch.float32, device=self.device)[0]
 
-    def export(self, name: str, kind: str, tensors: Mapping[str, Tensor], config: dict) -> None:
-        """Writes half-precision weights with their configuration."""
+    def export(self, name: str, kind: str, tensors: Mapping[str, Tensor], config: dict, **more: str) -> None:
+        """Writes half-precision weights with their configuration. more: further metadata"""
         half = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
-        write_safetensors(self.out / name, half, {"kind": kind, "config": json.dumps(config)})
+        write_safetensors(self.out / name, half, {"kind": kind, "config": json.dumps(config), **more})
 
 
 class Clock:
@@ -242,7 +241,8 @@ def _by_network(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def export_text_encoder(job: Job, tensors: Mapping[str, Tensor], config: dict) -> None:
     """The text encoder's folder: weights and its own vocabulary."""
-    job.export("demo_text_encoder/model.safetensors", "text_encoder", tensors, config)
+    words = json.dumps(known_words())
+    job.export("demo_text_encoder/model.safetensors", "text_encoder", tensors, config, words=words)
     save_vocabulary(job.out / "demo_text_encoder", *build_small_vocabulary(vocabulary() | {","}))
 
 

@@ -1,12 +1,14 @@
 """What Stage C is trained on: latents, captions, and pictures as prompts, alone or several together."""
 
+from collections.abc import Iterator
 from random import Random
 
 import torch
 from torch import Tensor
 
+from cascade_nodes.cascade_core.geometry import stage_c_size
 from cascade_nodes.cascade_core.hints.masks import latent_mask
-from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
+from cascade_nodes.cascade_core.text.tokenizer import CHUNK_LENGTH, Tokenizer
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.dataset import (
@@ -27,7 +29,7 @@ from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.pool import Pool
 from cascade_nodes.demo.scenes import SceneTable
 
-TOGETHER = {2: 1 / 4}  # objects that are each a picture of its own: their scenes, as a share of all
+TOGETHER = {2: 1 / 4, 3: 1 / 8}  # objects that are each a picture of its own: their scenes, as a share of all
 FRAME_SHARE = 1 / 8  # of the scenes of each of the other proportions
 
 
@@ -39,18 +41,37 @@ class StageCData:
 
     def __init__(self, job: Job, tokenizer: Tokenizer):
         self.job, self.tokenizer = job, tokenizer
-        scenes = self._captioned(ordinary_scenes(job, job.scenes), "all")
-        of_frames = {
+        self.scene_table = self._captioned(ordinary_scenes(job, job.scenes), "all")
+        self.frame_tables = {
             frame: self._captioned(ordinary_scenes(job, self._rows(FRAME_SHARE), frame, frame=frame), frame)
             for frame in OTHER_FRAMES
         }
-        of_objects: dict[int, tuple[SceneTable, Tensor]] = {}
+        self.object_tables: dict[int, tuple[SceneTable, Tensor]] = {}
         for n, share in TOGETHER.items():
             table = ordinary_scenes(job, self._rows(share), n, objects=[float(n == i) for i in (1, 2, 3)])
-            of_objects[n] = self._captioned(table, n)
+            self.object_tables[n] = self._captioned(table, n)
         print(f"{job.folder.name}: captions are there", flush=True)
 
-        self.empty = torch.tensor([token for token, _ in tokenizer.empty_chunk()], device=job.device)
+    def rehearsals(self) -> Iterator[list[Tensor]]:
+        """Batches of any values: of one picture as a prompt and of two in the square, then in other proportions."""
+        shapes = [(1, SQUARE), (2, SQUARE), *((1, frame) for frame in OTHER_FRAMES)]
+        batch, device = self.job.settings.batch_size, self.job.device
+        for pictures_each, frame in shapes:
+            size = stage_c_size(*frame)
+            yield [
+                torch.randn(batch, recipe.LATENT[0], *size, device=device),
+                torch.rand(batch, device=device),
+                torch.randn(batch, recipe.LATENT[0], *size, device=device),
+                torch.ones(batch, device=device),
+                torch.full((batch, CHUNK_LENGTH), self.tokenizer.end_token, device=device),
+                torch.randn(batch, pictures_each, recipe.STAGE_C["c_clip_img"], device=device),
+                torch.ones(batch, 1, *size, device=device),
+            ]
+
+    def load(self) -> None:
+        """Load what makes the data; everything that it needs is trained."""
+        job = self.job
+        self.empty = torch.tensor([token for token, _ in self.tokenizer.empty_chunk()], device=job.device)
         self.compressor = job.load("compressor").requires_grad_(False)
         self.vision = ImageEncoder.load(job.weights / "demo_image_encoder.safetensors", dtype=torch.float32)
         self.vision.model.to(job.device)
@@ -58,19 +79,19 @@ class StageCData:
             torch.tensor(v, device=job.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD)
         )
         self.levels = NoiseLevels(job.device)
-        self.scenes = job.pool(lambda i, n: self._scenes(*scenes, i, n), 1, first=0.1)
+        self.scenes = job.pool(lambda i, n: self._scenes(*self.scene_table, i, n), 1, first=0.1)
         self.wide = job.pool(self._wide, 0.2, first=0.2, every=200)
+        self.edited = job.pool(lambda i, n: self._edited(*self.scene_table, i, n), 0.2, first=0.2, every=200)
         self.frames = {
             frame: job.pool(
-                lambda i, n, frame=frame: self._framed(*of_frames[frame], frame, i, n),
+                lambda i, n, frame=frame: self._framed(*self.frame_tables[frame], frame, i, n),
                 FRAME_SHARE, first=0.2, every=400,
             )
             for frame in OTHER_FRAMES
         }  # fmt: skip
-        self.edited = job.pool(lambda i, n: self._edited(*scenes, i, n), 0.2, first=0.2, every=200)
         self.together = {
             count: job.pool(
-                lambda i, n, count=count: self._together(*of_objects[count], count, i, n),
+                lambda i, n, count=count: self._together(*self.object_tables[count], count, i, n),
                 share, first=0.2, every=200,
             )
             for count, share in TOGETHER.items()
@@ -171,7 +192,7 @@ class StageCData:
         """A step's pool, the share of its rows that have image prompts, and whether its shape is rare."""
         kind, shares = random.random(), recipe.STAGE_C_STEPS
         if kind < shares["frames"]:
-            return self.frames[random.choice(OTHER_FRAMES)], 0.0, False
+            return self.frames[random.choice(OTHER_FRAMES)], 0.0, True
         if kind < shares["frames"] + shares["together"]:
             count = max(TOGETHER) if random.random() < shares["three"] else 2
             return self.together[count], 0.75, count > 2

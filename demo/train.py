@@ -13,19 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cascade_nodes.cascade_core.geometry import stage_c_size
+from cascade_nodes.cascade_core.geometry import stage_b_size, stage_c_size
 from cascade_nodes.cascade_core.networks.compressor import SemanticCompressor
 from cascade_nodes.cascade_core.networks.previewer import Previewer
 from cascade_nodes.cascade_core.networks.stage_a import StageA
 from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.networks.stage_c import StageC
-from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model, encode_tokens
+from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, build_vision_model
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.clip_states import encoder_layer, image_embeddings, text_states
 from cascade_nodes.demo.dataset import (
     as_float,
-    captions,
     contrasts,
     for_compressor,
     pictures,
@@ -36,9 +35,8 @@ from cascade_nodes.demo.dataset import (
 from cascade_nodes.demo.detail import DetailDecoder, EmbeddingDecoder
 from cascade_nodes.demo.drawing import OTHER_FRAMES, mixed_pictures, ordinary_scenes, other_frame
 from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet
-from cascade_nodes.demo.job import FINISHED, Job, Weights, export_text_encoder, in_parts, own_tokenizer
+from cascade_nodes.demo.job import FINISHED, Draw, Job, Weights, export_text_encoder, own_tokenizer
 from cascade_nodes.demo.losses import (
-    NoiseLevels,
     contrastive_loss,
     epsilon_loss,
     outline_weights,
@@ -46,8 +44,8 @@ from cascade_nodes.demo.losses import (
     weighted_mse,
 )
 from cascade_nodes.demo.network_task import Batch
+from cascade_nodes.demo.stage_b_data import StageBData
 from cascade_nodes.demo.stage_c_data import StageCData
-from cascade_nodes.demo.wide_scenes import FRAMES
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -64,11 +62,8 @@ def train_stage_a(job: Job) -> None:
     def draw(step: int) -> Batch:
         pool.advance(step)
         images = pool.take(job.settings.batch_size)[0]
-        height, width = images.shape[-2:]
-        noise = torch.randn(
-            len(images), recipe.STAGE_A["c_latent"], height // 4, width // 4, device=job.device
-        )
-        return Batch([images, recipe.STAGE_A_NOISE * noise])
+        shape = len(images), recipe.STAGE_A["c_latent"], *stage_b_size(*images.shape[-2:])
+        return Batch([images, recipe.STAGE_A_NOISE * torch.randn(shape, device=job.device)])
 
     def loss(images: Tensor, noise: Tensor) -> dict[str, Tensor]:
         return stage_a_loss(model, as_float(images), noise)
@@ -76,7 +71,7 @@ def train_stage_a(job: Job) -> None:
     def export(weights: Weights) -> None:
         job.export("demo_stage_a.safetensors", "stage_a", weights["stage_a"], recipe.STAGE_A)
 
-    job.train({"stage_a": model}, draw, loss, export)
+    job.train({"stage_a": model}, lambda: draw, loss, export)
 
 
 def train_compressor(job: Job) -> None:
@@ -98,7 +93,8 @@ def train_compressor(job: Job) -> None:
         name: n.to(device=job.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         for name, n in networks.items()
     }
-    compressor, previewer, detail = (job.compile(network) for network in networks.values())
+    # Not compiled: that takes longer than it would save here.
+    compressor, previewer, detail = networks.values()
 
     def draw(step: int) -> Batch:
         frame = other_frame(job, step, recipe.OTHER_FRAMES_SHARE)
@@ -128,7 +124,7 @@ def train_compressor(job: Job) -> None:
         job.export("demo_compressor.safetensors", "compressor", weights["compressor"], recipe.COMPRESSOR)
         job.export("demo_previewer.safetensors", "previewer", weights["previewer"], recipe.PREVIEWER)
 
-    job.train(networks, draw, loss, export)
+    job.train(networks, lambda: draw, loss, export)
 
 
 def train_clip(job: Job) -> None:
@@ -139,7 +135,7 @@ def train_clip(job: Job) -> None:
     tokenizer = own_tokenizer()
     text_config, vision_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}, recipe.VISION
     scenes = ordinary_scenes(job, job.scenes)
-    texts = contrasts(scenes, recipe.WRONG_CAPTIONS_PER_SCENE, tokenizer, job.settings.seed)
+    texts = contrasts(scenes, recipe.WRONG_CAPTIONS_PER_SCENE, tokenizer, job.seed("contrasts"))
     longest = int((texts != tokenizer.end_token).sum(-1).max()) + 1  # nothing sees past the end token
     texts = texts[..., : min(-(-longest // 8) * 8, texts.shape[-1])].contiguous().to(job.device)
     side = vision_config["image_size"]
@@ -162,14 +158,13 @@ def train_clip(job: Job) -> None:
         ),
     }  # fmt: skip
     text_model, image_model, scale, decoder = networks.values()
-    job.compile(decoder)
     layer = job.compile_function(encoder_layer)
 
     def draw(step: int) -> Batch:
         pool.advance(step)
         wide_pool.advance(step)
         images, tokens = pool.take(job.settings.batch_size)
-        more = wide_pool.take(max(job.settings.batch_size // 4, 1))[0]
+        more = wide_pool.take(max(job.settings.batch_size // 4, 1))[0]  # M
         return Batch([images, tokens, more])
 
     def loss(images: Tensor, tokens: Tensor, more: Tensor) -> dict[str, Tensor]:
@@ -179,8 +174,8 @@ def train_clip(job: Job) -> None:
             text_model, tokens.flatten(0, 1).long(), tokenizer.end_token, layer
         ).pooled.unflatten(0, tokens.shape[:2])  # (B, 1 + N, E)
         terms = contrastive_loss(embedded[: len(images)], pooled[:, 0], pooled[:, 1:], scale[0])
-        decoded = decoder(embedded)
-        size = decoded.shape[-2:]
+        decoded = decoder(embedded[-2 * len(more) :])  # of as many ordinary pictures as wide ones
+        pixels, size = pixels[-len(decoded) :], decoded.shape[-2:]
         error = weighted_mse(decoded, resized(pixels, size), outline_weights(pixels, size))
         return {
             **terms,
@@ -193,18 +188,24 @@ def train_clip(job: Job) -> None:
         job.export("demo_image_encoder.safetensors", "image_encoder", weights["image"], vision_config)
         export_text_encoder(job, weights["text"], text_config)
 
-    job.train(networks, draw, loss, export)
+    job.train(networks, lambda: draw, loss, export)
 
 
 def train_stage_c(job: Job) -> None:
     """Stage C, and the text encoder with it: contrast alone leaves most of the states untaught."""
     tokenizer = own_tokenizer()
     data = StageCData(job, tokenizer)
-    encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
-    text_model = encoder.model.to(job.device).requires_grad_(True)
+    text_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}
+    text_model = build_text_model(text_config).to(job.device)
     model = initialise_unet(StageC.from_config(recipe.STAGE_C)).to(job.device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network, layer = job.compile(model), job.compile_function(encoder_layer)
+
+    def prepare() -> Draw:
+        encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
+        text_model.load_state_dict(encoder.model.state_dict())
+        data.load()
+        return data.draw
 
     def loss(
         noised: Tensor,
@@ -220,9 +221,12 @@ def train_stage_c(job: Job) -> None:
 
     def export(weights: Weights) -> None:
         job.export("demo_stage_c.safetensors", "stage_c", weights["stage_c"], recipe.STAGE_C)
-        export_text_encoder(job, weights["text"], {**recipe.TEXT, "vocab_size": len(tokenizer)})
+        export_text_encoder(job, weights["text"], text_config)
 
-    job.train({"stage_c": model, "text": text_model}, data.draw, loss, export, {"text": 0.5})
+    job.train(
+        {"stage_c": model, "text": text_model}, prepare, loss, export, {"text": 0.5},
+        data.rehearsals(), needed=2, inputs=("compressor", "clip"),
+    )  # fmt: skip
 
 
 def train_stage_b(job: Job) -> None:
@@ -231,53 +235,14 @@ def train_stage_b(job: Job) -> None:
     The latent says all that the pooled text does, so the text is often left out or another's: Stage B must not lean
     on it.
     """
-    encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
-    encoder.model.to(job.device).requires_grad_(False)
-    tokenizer, end = encoder.tokenizer, encoder.tokenizer.end_token
-    stage_a, compressor = (job.load(name).requires_grad_(False) for name in ("stage_a", "compressor"))
-    no_words = torch.tensor([[token for token, _ in tokenizer.empty_chunk()]], device=job.device)
-    with torch.no_grad():
-        no_words = encode_tokens(encoder.model, no_words, end).pooled[0]  # (P,)
-
-    def part(number: int, count: int, *frame: tuple[int, int]) -> list[Tensor]:
-        size = frame[0] if frame else FRAMES["1:1"]
-        table = ordinary_scenes(job, count - count // 2, number, *frame, frame=size)
-        wide_images = wide(count // 2, job.seed("wide", number, *frame), job.device, size)
-        images = torch.cat([pictures(table, job.device, size), wide_images])
-        texts = captions(table, 1, tokenizer, job.seed("captions", number, *frame))[:, 0].to(job.device)
-        pooled = in_parts(lambda p: encode_tokens(encoder.model, p.long(), end).pooled, texts)  # (N, P)
-        pooled = torch.cat([pooled, no_words.expand(count // 2, -1)])
-        latents = in_parts(lambda p: stage_a.encode(as_float(p)).half(), images, 256)
-        conditions = in_parts(lambda p: compressor(for_compressor(p)), images)
-        shape = latents.shape[-2:]
-        places = in_parts(lambda p: outline_weights(as_float(p), shape).half(), images, 256)
-        return [latents, conditions, places, pooled]  # (N, 4, 64, 64), (N, 16, 6, 6), (N, 1, 64, 64), (N, P)
-
-    pool = job.pool(part, 0.6, first=0.15, every=60, endless=True)
-    others = {
-        frame: job.pool(
-            lambda number, count, frame=frame: part(number, count, frame), 0.03, first=0.3, every=600
-        )
-        for frame in OTHER_FRAMES
-    }
+    data = StageBData(job)
     model = initialise_unet(StageB.from_config(recipe.STAGE_B)).to(job.device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network = job.compile(model)
-    levels = NoiseLevels(job.device)
 
-    def draw(step: int) -> Batch:
-        frame = other_frame(job, step, recipe.OTHER_FRAMES_SHARE)
-        chosen = pool if frame is None else others[frame]
-        chosen.advance(step)
-        latents, effnet, places, pooled = chosen.take(job.settings.batch_size)
-        chance = torch.rand(5, len(latents), 1, device=job.device)
-        clip = torch.where(chance[0] < 0.25, pooled.roll(1, 0), pooled)
-        clip = torch.where(chance[1] < 0.3, no_words, clip) * (chance[2] < 0.6)
-        strength = recipe.EFFNET_NOISE * chance[3].square()[..., None, None]
-        effnet = (effnet + strength * torch.randn_like(effnet)) * (chance[4] >= 0.05)[..., None, None]
-        return Batch(
-            [*levels.noise(latents.float()), effnet, clip[:, None], places.float()], rare=frame is not None
-        )
+    def prepare() -> Draw:
+        data.load()
+        return data.draw
 
     def loss(
         noised: Tensor,
@@ -293,7 +258,10 @@ def train_stage_b(job: Job) -> None:
     def export(weights: Weights) -> None:
         job.export("demo_stage_b.safetensors", "stage_b", weights["stage_b"], recipe.STAGE_B)
 
-    job.train({"stage_b": model}, draw, loss, export)
+    job.train(
+        {"stage_b": model}, prepare, loss, export, rehearsals=data.rehearsals(),
+        inputs=("stage_a", "compressor", "clip"),
+    )  # fmt: skip
 
 
 STAGES: dict[str, Callable[[Job], None]] = {
@@ -325,6 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--until", type=float, help="train until then (seconds since 1970) instead of a number of steps"
     )
     parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
+    parser.add_argument(
+        "--wait", action="store_true", help="for the networks that it needs, which are trained beside it"
+    )
     parser.add_argument("--no-compile", action="store_true", help="compile no blocks")
     parser.add_argument("--no-graphs", action="store_true", help="capture no CUDA graphs")
     options = parser.parse_args(arguments)
@@ -343,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     job = Job(
         settings, options.work / options.network, options.weights, options.out or options.weights, device,
         options.scenes, options.minutes, options.fit, options.until, cuda and not options.no_compile,
-        cuda and not options.no_graphs,
+        cuda and not options.no_graphs, options.wait,
     )  # fmt: skip
     if options.steps is None and (job.folder / FINISHED).exists():
         print(f"{options.network}: trained already, as {job.folder / FINISHED} says", flush=True)

@@ -25,6 +25,7 @@ from cascade_nodes.demo.losses import NoiseLevels, epsilon_loss, outline_weights
 from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.pool import Pool
 from cascade_nodes.demo.scenes import held_out_reason
+from cascade_nodes.demo.stage_b_data import StageBData
 from cascade_nodes.demo.stage_c_data import StageCData
 from cascade_nodes.demo.wide_scenes import sample_wide
 from cascade_nodes.demo.world import render, sample_scenes
@@ -166,11 +167,12 @@ def learns(job: Job, steps: int) -> list[dict]:
     def draw(step: int) -> Batch:
         return Batch([torch.randn(8, 1)])
 
+    def loss(x):
+        return {"loss": (weight(x) - 3 * x).square().mean()}
+
     written = []
     job.settings = replace(job.settings, steps=steps, warmup=2, learning_rate=1e-2, ema=0.5)
-    job.train(
-        {"weight": weight}, draw, lambda x: {"loss": (weight(x) - 3 * x).square().mean()}, written.append
-    )
+    job.train({"weight": weight}, lambda: draw, loss, written.append)
     return written
 
 
@@ -263,17 +265,22 @@ def test_what_stage_c_learns_from(toy):
     job.settings = replace(job.settings, batch_size=40)
     job.scenes = 16
     data = StageCData(job, own_tokenizer())
-    seen = {}
-    for step in range(40):
+    rehearsed = {tuple((v.shape, v.dtype) for v in tensors) for tensors in data.rehearsals()}
+    data.load()
+    seen, drawn = {}, set()
+    for step in range(30):
         noised, r, epsilon, weight, tokens, images, places = data.draw(step).tensors
         assert noised.shape == epsilon.shape
         assert len(r) == len(weight) == len(tokens) == len(images) == 40
         assert places.mean().item() == pytest.approx(1)
+        drawn.add(tuple((v.shape, v.dtype) for v in data.draw(step).tensors))
         seen.setdefault((images.shape[1], *noised.shape[-2:]), []).append((tokens, images))
     square = (1, 6, 6)
     assert square in seen
     assert (2, 6, 6) in seen
     assert {shape[1:] for shape in seen if shape[0] == 1} >= {(6, 6), (5, 8)}
+    assert len(drawn & rehearsed) >= 4  # captured before
+    assert {shapes[5][0][1] for shapes in drawn - rehearsed} <= {3}  # three pictures as one prompt are rare
     empty = data.empty
     for shape, batches in seen.items():
         worded = torch.cat([(tokens != empty).any(1) for tokens, _ in batches])
@@ -287,6 +294,14 @@ def test_what_stage_c_learns_from(toy):
         assert (~with_image & worded).any()
         if shape[0] > 1:
             assert (with_image & worded).any()
+
+
+def test_stage_b_is_rehearsed_with_the_shapes_that_it_trains_on(toy):
+    data = StageBData(a_job(toy, "stage_b"))
+    data.job.scenes = 16
+    data.load()
+    shapes = [[(v.shape, v.dtype) for v in data.draw(step).tensors] for step in range(4)]
+    assert [(v.shape, v.dtype) for v in next(data.rehearsals())] in shapes
 
 
 def test_nothing_held_out_is_drawn_to_learn_from(toy):

@@ -40,7 +40,7 @@ def test_captions_are_of_their_scene_and_repeatable():
     assert first.shape == (6, 2, 77)
     assert torch.equal(first, repeated)
     assert not torch.equal(first, captions(scenes, 2, tokenizer, 10))
-    right, wrong = contrast(scenes[0], Random(4), 3)
+    right, wrong = contrast(scenes[0], Random(4), 3, wide=True)
     token_rows = contrasts(scenes, 3, tokenizer, 4)
     assert token_rows.shape == (6, 4, 77)
     assert torch.equal(token_rows[0], tokenise([right, *wrong], tokenizer))
