@@ -202,6 +202,8 @@ def quantise_network(
     """
     for name, layer in list(quantisable(network)):
         _quantise_layer(layer, dtype, (stored or {}).get(f"{name}.weight"), device)
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()  # what it took is in pieces, into which nothing larger fits
     return network
 
 

@@ -10,7 +10,7 @@ from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.model_sampling
@@ -24,6 +24,7 @@ from ....cascade_core.diffusion.guidance import guide
 from ....cascade_core.diffusion.samplers import SamplerStep
 from ....cascade_core.diffusion.schedule import alpha_sigma, log_snr, per_image
 from ....cascade_core.errors import CascadeError
+from ....cascade_core.placement import out_of_memory
 from ....cascade_core.run import SamplingResult, SamplingRun, Stopwatch
 from ....cascade_core.run import sample as sample_run
 from ..run import SamplingRequest
@@ -45,6 +46,7 @@ from .patches import (
 from .progress import step_callback
 from .tiling import in_tiles
 
+T = TypeVar("T")
 NOISELESS = 60.0  # a log-SNR at which float32 shows no noise
 
 
@@ -223,11 +225,12 @@ def sample(request: SamplingRequest) -> SamplingResult:
     options.update({ENGINE: request.engine, NOTICES: notices})
     if not isinstance(patcher.get_model_object("diffusion_model"), HostedNetwork):
         tell_of_native(patcher, stage, notices)
-    source = run.noise()
-    guider = CascadeGuider(patcher, request.cfg, request.cfg_rescale, notices)
-    guider.set_conds(request.positive, request.negative)
-    sampler = CascadeSampler(run, source.draw)
-    try:
+
+    def sample_once() -> tuple[Tensor, CascadeSampler]:
+        source = run.noise()
+        guider = CascadeGuider(patcher, request.cfg, request.cfg_rescale, notices)
+        guider.set_conds(request.positive, request.negative)
+        sampler = CascadeSampler(run, source.draw)
         sampled = guider.sample(
             source.draw(),
             run.latent,
@@ -237,6 +240,10 @@ def sample(request: SamplingRequest) -> SamplingResult:
             callback=step_callback(patcher, run.steps, request.kind),
             seed=run.seed,
         )
+        return sampled, sampler
+
+    try:
+        sampled, sampler = with_room(sample_once, notices)
     except Exception as error:
         if (explained := failure(error, patcher, stage)) is not None:
             raise explained from error
@@ -244,6 +251,23 @@ def sample(request: SamplingRequest) -> SamplingResult:
     stopwatch = sampler.stopwatch or Stopwatch(patcher.load_device)
     result = stopwatch.stop(sampled.to(comfy.model_management.intermediate_device(), torch.float32))
     return replace(result, notices=tuple(notices.sentences))
+
+
+def with_room(sample_once: Callable[[], T], notices: Notices) -> T:
+    """Samples; once more from the beginning, with no other model on the card, where the memory was not enough."""
+    try:
+        return sample_once()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    # Only here are the frames gone that referred to the run's tensors.
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    notices.add(
+        "The card ran out of memory; the run was begun again with the other models off it. Where this happens each "
+        "time, a smaller batch or size is faster."
+    )
+    return sample_once()
 
 
 def sigmas_of(run: SamplingRun) -> Tensor:

@@ -165,10 +165,15 @@ def prompts(kind: str, seed: int = 1) -> tuple[Any, Any]:
 
 
 def sample(kind: str, model: Any, **changed: Any) -> Tensor:
-    """The latent after two steps of our sampler, on the MODEL itself: its own schedule serves."""
+    """The latent of `sampled`."""
+    return sampled(kind, model, **changed).latent
+
+
+def sampled(kind: str, model: Any, **changed: Any) -> Any:
+    """The result of two steps of our sampler, on the MODEL itself: its own schedule serves."""
     shift = model.get_model_object("model_sampling").shift
     settings = {"latent": torch.zeros(LATENTS[kind]), "shift": shift, "steps": 2, **changed}
-    return comfyui.sample(make_run(kind, model, settings.pop("prompts", prompts(kind)), **settings)).latent
+    return comfyui.sample(make_run(kind, model, settings.pop("prompts", prompts(kind)), **settings))
 
 
 def core(kind: str, path: Path, dtype: str = "fp32") -> Any:

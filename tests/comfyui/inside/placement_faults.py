@@ -19,6 +19,7 @@ from placement_card import (
     ours,
     same,
     sample,
+    sampled,
     scenarios,
     uncounted,
 )
@@ -171,7 +172,48 @@ def emptied(files: dict[str, Path]) -> dict[str, Any]:
     return results
 
 
-SCENARIOS = {"interrupted": interrupted, "out of memory": out_of_memory, "emptied": emptied}
+def begun_again(files: dict[str, Path]) -> dict[str, Any]:
+    """Runs whose first attempt is out of memory in the middle of its forwards: another is made, and said."""
+    results: dict[str, Any] = {}
+    for kind, share in (("stage_c", 2.0), ("stage_b", 0.5)):
+        with watched(kind, files, share) as (model, _, wrong):
+            right, network = sample(kind, model), model.model.diffusion_model
+            faults, told = [], []
+            for fails in (0, 1):
+                with failing_forward(network, fails):
+                    result = sampled(kind, model)
+                faults += [] if same(result.latent, right) else [f"{fails}: another latent"]
+                faults += [f"{fails}: {fault}" for fault in wrong()]
+                told.append(any("ran out of memory" in notice for notice in result.notices))
+            results[f"{kind}, {share}"] = {"faults": faults, "told": told}
+    return results
+
+
+@contextmanager
+def failing_forward(network: Any, number: int) -> Iterator[None]:
+    """A forward, counted from 0, is out of memory."""
+    forward, count = network.forward, 0
+
+    def fail(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == number + 1:
+            raise torch.OutOfMemoryError("this one fails")
+        return forward(*arguments, **options)
+
+    network.forward = fail
+    try:
+        yield
+    finally:
+        del network.forward
+
+
+SCENARIOS = {
+    "begun again": begun_again,
+    "interrupted": interrupted,
+    "out of memory": out_of_memory,
+    "emptied": emptied,
+}
 
 
 def measure() -> dict[str, Any]:
