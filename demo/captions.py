@@ -235,9 +235,9 @@ def _negated(spec: Spec, scene: Scene, rng: Random) -> Spec:
     return replace(spec, absent=tuple(absent))
 
 
-def punctuated(text: str, rng: Random) -> str:
-    """Sometimes puts signs into a caption that mean nothing: "a red star; on grass!!!"."""
-    if not text or rng.random() >= PUNCTUATED:
+def punctuated(text: str, rng: Random, share: float = PUNCTUATED) -> str:
+    """Puts signs into a share of the captions that mean nothing: "a red star; on grass!!!"."""
+    if not text or rng.random() >= share:
         return text
     if rng.random() < 0.4:
         text = text.replace(", ", rng.choice(PAUSES))

@@ -1,7 +1,10 @@
 """Measures the demo cascade on held-out scenes: `python -m cascade_nodes.demo.evaluate`.
 
 Prompts are of scenes with a held-out (shape, colour) pair or (object, relation, object) triple; the judge reads the
-pictures. Prints a table, and with --json FILE writes the figures.
+pictures. Prints a table, and with --json FILE writes the figures, of objects also by pair, size and colour; shares as
+[share, low, high, count] with Wilson's interval. --only pairs (each pair of shape and colour), renderer (Stage B alone,
+from the renderer's latents), three (objects), negation, punctuation, proportions and judges (the second beside the
+first) measure sets of their own.
 """
 
 import argparse
@@ -21,36 +24,31 @@ from cascade_nodes.cascade_core.writing import output_file, replacing, write_fil
 from cascade_nodes.demo.captions import ObjectSpec, Spec, full_spec, verbalise
 from cascade_nodes.demo.dataset import as_float, pictures, to_uint8
 from cascade_nodes.demo.judge import read, score, summary
+from cascade_nodes.demo.measuring import SEED, prompts_of
 from cascade_nodes.demo.pipeline import DECODER, PRIOR, WEIGHTS, DemoCascade, Sampling
-from cascade_nodes.demo.world import BACKGROUNDS, SHAPES, Scene, sample_scenes
+from cascade_nodes.demo.shares import Groups, Share, by_kind, lowest
+from cascade_nodes.demo.wide_tasks import WIDE_TASKS, Figures
+from cascade_nodes.demo.world import BACKGROUNDS, SHAPES, sample_scenes
 
-SEED = 20_000
-MEASUREMENTS = ("adherence", "unguided", "negative", "reconstruction", "judge")
-
-
-def prompts_of(scenes: Sequence[Scene]) -> tuple[list[str], list[Spec]]:
-    """Prompts that state everything, in random words, and their specs."""
-    rng = Random(SEED)
-    specs = [full_spec(scene) for scene in scenes]
-    return [verbalise(spec, rng) for spec in specs], specs
+MEASUREMENTS = ("adherence", "unguided", "negative", "reconstruction", "judge", *WIDE_TASKS)
 
 
 def adherence(
     cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling
-) -> tuple[dict[str, float], Tensor]:
-    """Adherence rates of `count` held-out prompts, and the pictures."""
+) -> tuple[dict[str, float], Tensor, Groups]:
+    """Adherence rates of `count` held-out prompts, the pictures, and objects right by what they are."""
     prompts, specs = prompts_of(sample_scenes(count, SEED, "held_out"))
     images = cascade.pictures(prompts, SEED, prior, decoder)
     scores = [score(reading, spec) for reading, spec in zip(read(images), specs, strict=True)]
-    return summary(scores), images
+    return summary(scores), images, by_kind(scores, specs)
 
 
 def reconstruction(cascade: DemoCascade, count: int, decoder: Sampling) -> float:
     """Mean PSNR in dB of held-out scenes through compressor, Stage B and Stage A."""
     images = pictures(sample_scenes(count, SEED + 1, "held_out"), cascade.device)
     psnr = []
-    for start in range(0, count, 50):
-        batch = images[start : start + 50]
+    for start in range(0, count, cascade.batch):
+        batch = images[start : start + cascade.batch]
         error = (
             (cascade.reconstruct(batch, SEED + start, decoder) - as_float(batch).cpu())
             .square()
@@ -75,7 +73,7 @@ def red_objects(cascade: DemoCascade, count: int, negative: str, prior: Sampling
 def judge_on_renders(count: int, device: torch.device) -> float:
     """Share of rendered held-out scenes that the judge reads fully right."""
     scenes = sample_scenes(count, SEED + 2, "held_out")
-    readings = read(pictures(scenes, device).cpu())
+    readings = read(pictures(scenes, device))
     rates = summary(score(reading, full_spec(scene)) for reading, scene in zip(readings, scenes, strict=True))
     return rates["all_right"]
 
@@ -104,18 +102,19 @@ def write_sheet(images: Tensor, path: Path, count: int = 48, columns: int = 8) -
 
 def evaluate(
     cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling, measurements: Sequence[str] = ()
-) -> tuple[dict[str, float], Tensor | None]:
-    """Figures of `measurements` (empty: all), and the pictures of the held-out prompts.
+) -> tuple[Figures, dict[str, Tensor]]:
+    """Figures of `measurements` (empty: all), and the pictures of those that make some.
 
     Adherence takes `count` prompts, the comparisons half as many.
     """
-    figures: dict[str, float] = {}
-    images = None
+    figures: Figures = {}
+    images: dict[str, Tensor] = {}
     chosen = set(measurements or MEASUREMENTS)
     if "adherence" in chosen:
-        figures, images = adherence(cascade, count, prior, decoder)
+        rates, images["adherence"], groups = adherence(cascade, count, prior, decoder)
+        figures |= {**rates, "by": groups}
     if "unguided" in chosen:
-        rates, _ = adherence(cascade, count // 2, replace(prior, cfg=1.0), decoder)
+        rates, *_ = adherence(cascade, count // 2, replace(prior, cfg=1.0), decoder)
         figures |= {f"{name}_at_guidance_1": rates[name] for name in ("objects_shape", "all_right")}
     if "negative" in chosen:
         figures["red_objects"] = red_objects(cascade, count // 2, "", prior, decoder)
@@ -124,7 +123,24 @@ def evaluate(
         figures["reconstruction_psnr_db"] = reconstruction(cascade, min(count, 200), decoder)
     if "judge" in chosen:
         figures["judge_on_renders"] = judge_on_renders(4 * count, cascade.device)
+    for name in WIDE_TASKS:
+        if name in chosen:
+            found, images[name] = WIDE_TASKS[name](cascade, count, prior, decoder)
+            figures |= {f"{name}_{key}": value for key, value in found.items()}
     return figures, images
+
+
+def lines(figures: Figures) -> list[str]:
+    """The figures as text: shares with their intervals, of groups the smallest shares."""
+    text = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            text += [f"{name} {kind}: lowest {lowest(groups)}" for kind, groups in value.items()]
+        elif isinstance(value, Share):
+            text.append(f"{name:32} {value.share:.4f} ({value.low:.3f} to {value.high:.3f} of {value.count})")
+        else:
+            text.append(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--sheet", type=output_file, help="write a contact sheet of the pictures here (.jpg, .png)"
     )
+    parser.add_argument("--sheets", type=Path, help="write a contact sheet of each set into this folder")
     options = parser.parse_args(arguments)
     started = time.monotonic()
     cascade = DemoCascade.load(options.weights, options.device)
@@ -152,13 +169,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     machine = machine_name(options.device)
     context = {"count": options.count, "machine": machine, "date": date.today().isoformat()}
-    for name, value in figures.items():
-        print(f"{name:32} {value:.4f}" if isinstance(value, float) else f"{name:32} {value}")
+    print("\n".join(lines(figures)))
     print(f"{options.count} prompts on {machine}, {time.monotonic() - started:.0f} s")
     if options.json:
         write_file(options.json, json.dumps(context | figures, indent=2) + "\n")
-    if options.sheet and images is not None:
-        write_sheet(images, options.sheet)
+    for name, shown in images.items():
+        if options.sheet and name == "adherence":
+            write_sheet(shown, options.sheet)
+        if options.sheets:
+            write_sheet(shown, options.sheets / f"{name}.jpg")
 
 
 if __name__ == "__main__":

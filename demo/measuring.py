@@ -1,15 +1,25 @@
 """Rates, PSNR and batches for the measurements of the demo's tasks."""
 
 from collections.abc import Callable, Sequence
+from random import Random
 
 import torch
 from torch import Tensor
 
-from cascade_nodes.demo.captions import Spec
+from cascade_nodes.demo.captions import Spec, full_spec, verbalise
 from cascade_nodes.demo.judge import read, score, summary
+from cascade_nodes.demo.scenes import Scene
 
+SEED = 20_000
 BATCH = 50
 Figures = dict[str, float]
+
+
+def prompts_of(scenes: Sequence[Scene]) -> tuple[list[str], list[Spec]]:
+    """Prompts that state everything, in random words, and their specs."""
+    rng = Random(SEED)
+    specs = [full_spec(scene) for scene in scenes]
+    return [verbalise(spec, rng) for spec in specs], specs
 
 
 def rates(images: Tensor, specs: Sequence[Spec]) -> Figures:

@@ -82,14 +82,16 @@ class Reading:
 
 @torch.no_grad()
 def read(images: Tensor, chunk: int = 64, taught: bool = False) -> list[Reading]:
-    """Reads pictures (N, 3, H, W), uint8 or float in [0, 1], on any device.
+    """Reads pictures (N, 3, H, W), uint8 or float in [0, 1], on any device; on a CUDA device where there is one.
 
     taught: also look for shapes that the demo was not trained on.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise CascadeError(f"read expects pictures (N, 3, H, W); it was given {tuple(images.shape)}.")
     readings = []
+    device = images.device if images.is_cuda or not torch.cuda.is_available() else torch.device("cuda")
     for batch in images.split(chunk):
+        batch = batch.to(device)
         batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
         batch = torch.nan_to_num(batch).clamp(0, 1)
         height, width = batch.shape[-2:]
@@ -157,7 +159,7 @@ def _regions(difference: Tensor) -> tuple[Tensor, Tensor]:
     """Connected regions, the largest first: the picture's index (M,), the region (M, H, W) bool."""
     mask = difference > OBJECT_LIMIT
     coarse = F.avg_pool2d(mask[:, None].float(), CELL)[:, 0] >= 0.5
-    labels = _label(coarse)  # (N, h, w)
+    labels = label_regions(coarse)  # (N, h, w)
     areas = torch.zeros(len(mask), coarse[0].numel() + 1, device=mask.device)
     areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels, dtype=torch.float32).flatten(1))
     areas[:, 0] = 0
@@ -173,7 +175,7 @@ def _regions(difference: Tensor) -> tuple[Tensor, Tensor]:
     return picture, region & (difference > EDGE * contrast[:, None, None])
 
 
-def _label(mask: Tensor) -> Tensor:
+def label_regions(mask: Tensor) -> Tensor:
     """Connected regions of (N, h, w): one number > 0 for each, by spreading the greatest number within it."""
     numbers = torch.arange(1, mask[0].numel() + 1, device=mask.device, dtype=torch.float32)
     labels = numbers.view(1, *mask.shape[1:]) * mask

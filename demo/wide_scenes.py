@@ -72,7 +72,7 @@ def sample_wide(
         tries = np.repeat(missing, max(TRIES // len(missing), 1))
         kind = _draw_kinds(rng, want[tries], count[tries], weights)
         relation = np.where(count[tries] > 1, rng.integers(0, 4, len(tries)), -1)
-        centre, radius = _place(rng, drawn.size[tries], relation, count[tries], frame)
+        centre, radius = place(rng, drawn.size[tries], relation, count[tries], frame)
         right = _fits(kind, relation, centre, radius, count[tries], want[tries], frame).nonzero()[0]
         rows, first = np.unique(tries[right], return_index=True)
         chosen = right[first]
@@ -102,7 +102,7 @@ def _draw_kinds(
     return np.where(np.arange(MOST_OBJECTS) < count[:, None], shape * 8 + colour, -1)
 
 
-def _place(
+def place(
     rng: np.random.Generator,
     size: np.ndarray,
     relation: np.ndarray,
