@@ -47,6 +47,11 @@ def escaped(line: str) -> str:
     return "".join(shown)
 
 
+def on_one_line(error: BaseException) -> str:
+    """Kind and text of an error that is not a sentence for users."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def excerpt(text: str, limit: int = 2000) -> str:
     """A sentence of another's as part of a message: cut, and `escaped`."""
     return escaped(text if len(text) <= limit else f"{text[:limit]}…")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cascade_core.errors import CascadeError, escaped
+from ..cascade_core.errors import CascadeError, escaped, on_one_line
 from .batch.command import add_batch_command
 from .convert_lora import add_convert_command
 from .merge import CommandParser, add_merge_command
@@ -79,8 +79,7 @@ def _run_command(options: argparse.Namespace) -> int:
     except Exception as error:  # a fault of ours: still one line
         if options.traceback:
             traceback.print_exception(error)
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        _complain(f"error: {message} (--traceback shows where; please report this).")
+        _complain(f"error: {on_one_line(error)} (--traceback shows where; please report this).")
         return 1
 
 

@@ -284,7 +284,7 @@ def _check_known(
     if not (matched and (for_stage_c or not unread)):
         unknown = f" (unknown: {listed(unread)})" if unread else ""
         raise CascadeError(
-            f"{name} is no LoRA for Stable Cascade: {counts}{unknown}; choose a Stable Cascade LoRA."
+            f"{name} is not a LoRA for Stable Cascade: {counts}{unknown}; choose a Stable Cascade LoRA."
         )
 
 

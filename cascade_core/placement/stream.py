@@ -51,10 +51,6 @@ class WeightStream:
         begin = device.record_event()  # freed memory may still be in use until then
         self.free_slots: deque[tuple[int, Any]] = deque((slot, begin) for slot in range(plan.slots))
 
-    @property
-    def is_open(self) -> bool:
-        return bool(self.hooks)
-
     def open(self) -> None:
         """Registers the hooks and begins to prefetch; after it the blocks can be run."""
         for block in self.first_blocks:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ...cascade_core.errors import CascadeError, excerpt
+from ...cascade_core.errors import CascadeError, excerpt, on_one_line
 from ..graph import Graph
 from ..results import Observer, Result
 
@@ -118,8 +118,7 @@ class GraphWorker:
 
 def sentence_of(error: Exception) -> str:
     """An error in one line."""
-    text = str(error) if isinstance(error, CascadeError) else f"{type(error).__name__}: {error}"
-    return excerpt(" ".join(text.split()))
+    return excerpt(" ".join(str(error).split()) if isinstance(error, CascadeError) else on_one_line(error))
 
 
 def _card_is_broken(error: Exception) -> bool:

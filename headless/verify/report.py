@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...cascade_core import writing
-from ...cascade_core.errors import CascadeError, Interrupted
+from ...cascade_core.errors import CascadeError, Interrupted, on_one_line
 from ..saving import check_folder
 from .machine import machine, versions
 
@@ -61,8 +61,7 @@ class Report:
             named = path is not None and path.name in str(error)
             self.add_problem(str(error) if named else f"{subject}: {error}", path)
         except Exception as error:  # of torch, of a library, of ours
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self.add_problem(f"{subject}: {reason[:500]}", path)
+            self.add_problem(f"{subject}: {on_one_line(error)[:500]}", path)
         if torch.cuda.is_available():  # the next network needs what an unfinished one has left
             torch.cuda.empty_cache()
 

@@ -65,8 +65,8 @@ def test_other_programs_keys_for_other_models(key, model):
 
 
 def test_a_lora_that_matches_nothing():
-    with pytest.raises(CascadeError, match=r"^style is no LoRA for Stable Cascade: 0 of its 3 tensors match \(unknown: "
-                       r"lora_unet_a.lora_down.weight, lora_unet_a.lora_up.weight, lora_unet_a.alpha\)"):  # fmt: skip
+    with pytest.raises(CascadeError, match=r"^style is not a LoRA for Stable Cascade: 0 of its 3 tensors match \(un"
+                       r"known: lora_unet_a.lora_down.weight, lora_unet_a.lora_up.weight, lora_unet_a.alpha\)"):  # fmt: skip
         parse_adapter(kohya_file({"a": (4, 4)}), {}, "style")
     with pytest.raises(CascadeError, match=r"0 of its 0 tensors match; choose"):
         parse_adapter({}, {}, "style")
@@ -74,7 +74,7 @@ def test_a_lora_that_matches_nothing():
 
 def test_a_text_encoders_alone_with_an_unknown_network():
     with pytest.raises(
-        CascadeError, match=r"style is no LoRA for Stable Cascade: 18 of its 21 tensors match"
+        CascadeError, match=r"style is not a LoRA for Stable Cascade: 18 of its 21 tensors match"
     ):
         parse_adapter(kohya_file(TEXT, "lora_te_") | kohya_file({"a": (4, 4)}), {}, "style")
     assert len(parse_adapter(kohya_file(TEXT, "lora_te_"), {}, "style").text) == 6

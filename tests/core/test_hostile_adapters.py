@@ -172,7 +172,7 @@ def test_long_names_cost_no_more_than_they_are_long():
     """Many beginnings of a name that a pattern would follow to its end, one after the other."""
     tensors = {"attn2.to_k." * 90 + str(i): torch.ones(1, 1) for i in range(200)}
     with pytest.raises(
-        CascadeError, match="is no LoRA for Stable Cascade: 0 of its 200 tensors match"
+        CascadeError, match="is not a LoRA for Stable Cascade: 0 of its 200 tensors match"
     ) as caught:
         parse_adapter(tensors, {}, "style")
     assert len(str(caught.value)) < 1000

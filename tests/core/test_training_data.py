@@ -248,11 +248,11 @@ def test_a_changed_picture_is_encoded_anew(tmp_path):
     open_data(folder, cache=cache)
     blocks(256, 256, seed=99).save(folder / "002.png")
     blocks(100, 256, seed=98).save(folder / "more" / "001.png")  # another bucket now
-    (folder / "more" / "003.txt").write_text("a new caption is no new picture")
+    (folder / "more" / "003.txt").write_text("a new caption is not a new picture")
     encode = MeanColours()
     cached = open_data(folder, encode, cache=cache)
     assert encode.pictures == 2
-    assert "a new caption is no new picture" in cached.captions
+    assert "a new caption is not a new picture" in cached.captions
     fresh = open_data(folder)
     assert all(same_batch(a, b) for a, b in zip(epoch(cached), epoch(fresh), strict=True))
 

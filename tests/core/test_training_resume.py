@@ -180,7 +180,7 @@ def test_other_settings_of_what_is_trained_are_refused(world, tmp_path):
 
 
 def test_an_optimiser_with_plain_numbers_in_its_state_comes_back(world, tmp_path):
-    """As bitsandbytes' has them: a step that is no tensor, bytes with their scales, and a table that all share."""
+    """As bitsandbytes' has them: a step that is not a tensor, bytes with their scales, and a table that all share."""
     settings = settings_of(world, "lora", tmp_path).train
     parameters = [torch.nn.Parameter(torch.randn(6)) for _ in range(2)]
     optimiser = build_optimiser([{"params": parameters}], settings)

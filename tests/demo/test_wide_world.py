@@ -115,7 +115,7 @@ def test_pictures_of_any_colour_never_show_a_held_out_pair():
     trained = shape < len(SHAPES)
     own = palette[(3 * shape + 2) % 8]
     assert (colour - own)[trained].norm(dim=1).min() >= NEAR
-    # What is no shape of the world has no colour of the world, and what is taught later is not drawn.
+    # What is not a shape of the world has no colour of the world, and what is taught later is not drawn.
     assert torch.cdist(colour[~trained], palette).min() >= NEAR
     assert set(shape.tolist()) == set(range(len(SHAPES))) | {list(DRAWN).index(name) for name in OTHER_SHAPES}
     # Each other pair is drawn, in its very colour.

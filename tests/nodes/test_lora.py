@@ -295,7 +295,7 @@ def test_refusals(sockets, loras):
     cases = {
         "wide": "is a LoRA for another Stage C: of the 1 layers that it changes 1 have another size",
         "wide_text": "is a LoRA for another text encoder",
-        "stage": "is no LoRA for Stable Cascade: 0 of its 1 tensors match",
+        "stage": "is not a LoRA for Stable Cascade: 0 of its 1 tensors match",
         "nan": "nan.safetensors holds NaN or infinity in a learned token",
         "broken": "broken.safetensors holds NaN or infinity in down of down_blocks",
         "absent": "No LoRA file 'absent.safetensors' was found",
