@@ -40,9 +40,8 @@ class Sampling:
 # The demo graph's own: gentler guidance in Stage C than the published 4 at shift 2, a little more in Stage B.
 PRIOR = Sampling(steps=20, cfg=3.0, sampler="dpmpp_2m")
 DECODER = Sampling(steps=10, cfg=1.4)
-SECOND_PASS = Sampling(
-    steps=5, cfg=1.0, denoise=0.3
-)  # Stage B at a larger size, from the first pass's picture
+# Stage B at a larger size, from the first pass's picture.
+SECOND_PASS = Sampling(steps=5, cfg=1.0, denoise=0.3)
 
 
 class DemoCascade:

@@ -29,10 +29,8 @@ EDGE = 0.40  # of an object's mean distance: where its edge is
 CELL = 4  # pixels; regions are connected on a coarser grid
 LEAST_AREA = 0.003  # of the frame; smaller specks are overlooked
 MOST_OBJECTS = 6  # a picture's largest regions
-COLOUR_LIMIT, COLOUR_SHARE = (
-    0.20,
-    0.55,
-)  # a pixel's greatest distance from its colour; the least share of votes
+# A pixel's greatest distance from its colour, and the least share of votes.
+COLOUR_LIMIT, COLOUR_SHARE = (0.20, 0.55)
 # The least intersection over union: a wobbly outline costs a thin shape more, and any blot is fairly round.
 SHAPE_FIT = {
     "circle": 0.80,
@@ -254,15 +252,12 @@ def _shapes(
     area = count / SIZE**2
     theta = torch.zeros(len(regions), 2, 3, device=regions.device)
     frame = centroid.new_tensor([width / SIZE, height / SIZE])
-    theta[:, 0, 0], theta[:, 1, 1] = (
-        2 * area.sqrt() / side for side in frame
-    )  # the window reaches sqrt(area) each way; the frame spans 2
+    # The window reaches sqrt(area) each way; the frame spans 2.
+    theta[:, 0, 0], theta[:, 1, 1] = (2 * area.sqrt() / side for side in frame)
     theta[:, :, 2] = 2 * centroid / frame - 1
     grid = F.affine_grid(theta, [len(regions), 1, WINDOW, WINDOW], align_corners=False)
     window = F.grid_sample(solid[:, None], grid, align_corners=False)  # (M, 1, WINDOW, WINDOW)
-    fit = torch.minimum(window, templates).sum((2, 3)) / torch.maximum(window, templates).sum(
-        (2, 3)
-    )  # (M, K)
+    fit = torch.minimum(window, templates).sum((2, 3)) / torch.maximum(window, templates).sum((2, 3))
     best_fit, best = fit.max(1)
     radius = (area / unit_areas[best]).sqrt()
     centre = (centroid - radius[:, None] * unit_centroids[best]) / frame

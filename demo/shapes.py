@@ -121,7 +121,7 @@ TAUGHT_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"house": house}
 
 
 def ellipse(x: Tensor, y: Tensor) -> Tensor:
-    """Not the distance but an estimate, exact at the outline: a length over that of its gradient."""
+    """Estimate of the distance, exact at the outline: a length over that of its gradient."""
     a, b = ELLIPSE_HALF
     scaled, slope = torch.hypot(x / a, y / b), torch.hypot(x / a**2, y / b**2)
     return scaled * (scaled - 1) / slope.clamp_min(1e-4)

@@ -207,8 +207,7 @@ def _shade(colour: Tensor, x: Tensor, y: Tensor, distance: Tensor) -> Tensor:
     lit = colour[:, :, None, None] * light[:, None]
     hx, hy, width, strength = HIGHLIGHT
     highlight = strength * torch.exp(-((x - hx) ** 2 + (y - hy) ** 2) / (2 * width**2))
-    highlight = (
-        highlight * (0.4 + 0.6 * colour.amax(1))[:, None, None]
-    )  # less on black, which it would turn grey
+    # Less on black, which it would turn grey.
+    highlight = highlight * (0.4 + 0.6 * colour.amax(1))[:, None, None]
     ambient = 0.07 * (light - 0.8).clamp_min(0)  # so that black, too, shows its form
     return (lit + ambient[:, None] + (1 - lit) * highlight[:, None]).clamp(0, 1)

@@ -49,7 +49,7 @@ def dry_run(settings: Settings, notify: Notify, stop: Callable[[], bool] = lambd
 
 
 def _spread(pictures: list[BucketedPicture]) -> list[BucketedPicture]:
-    """As many as a page holds, evenly from all buckets."""
+    """Pictures for one page, evenly from all buckets."""
     ordered = sorted(pictures, key=lambda each: (each.bucket, each.picture.name))
     count = min(len(ordered), SHOWN)
     return [ordered[i * len(ordered) // count] for i in range(count)]

@@ -48,6 +48,7 @@ WITHOUT_EFFECT = (
     "lora.dtype",
     "finetune.dtype",
 )
+# They decide how the result is written.
 OF_THE_FILE = (
     "output.file",
     "lora.dialect",
@@ -56,7 +57,7 @@ OF_THE_FILE = (
     "output.about",
     "output.captions_in_file",
     "output.raw",
-)  # decide how the result is written
+)
 
 
 def contents_of(

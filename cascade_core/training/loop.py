@@ -48,9 +48,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 AnyTask = TypeVar("AnyTask", bound=Task)
-Prepared = tuple[
-    Inputs, "torch.cuda.Event | None"
-]  # a batch on the accelerator, and the event after its copies
+# A batch on the accelerator, and the event after its copies.
+Prepared = tuple[Inputs, "torch.cuda.Event | None"]
 
 PREFETCHED = 3  # batches that are prepared while a step runs
 CURVE_SECONDS = 20.0  # between two drawings of the curve

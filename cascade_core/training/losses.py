@@ -79,9 +79,8 @@ def training_noise(x0: Tensor, offset: float = 0.0, multires: float = 0.0) -> Te
 def pseudo_huber(difference: Tensor, delta: float) -> Tensor:
     """2·δ·(sqrt(d² + δ²) − δ): d² where d is small beside δ, 2·δ·|d| where it is large."""
     squares = difference.square()
-    return (
-        2 * delta * squares / ((squares + delta**2).sqrt() + delta)
-    )  # without the difference, which loses digits
+    # Without the difference, which loses digits.
+    return 2 * delta * squares / ((squares + delta**2).sqrt() + delta)
 
 
 def consistency_loss(

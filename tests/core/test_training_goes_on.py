@@ -106,9 +106,8 @@ def test_other_pictures_captions_and_networks_are_refused(world):
     caption.write_text(words)
     shutil.copy(world / "pictures" / "1.png", world / "pictures" / "0.png")
     assert "(pictures and captions 10 pictures (" in refusal(settings)
-    shutil.copy(
-        settings.models.compressor, settings.models.previewer or ""
-    )  # what samples show decides nothing
+    # What samples show decides nothing.
+    shutil.copy(settings.models.compressor, settings.models.previewer or "")
     tensors, metadata = read_safetensors(settings.models.stage_c)
     tensors = {name: value.clone() for name, value in tensors.items()}
     next(iter(tensors.values())).flatten()[-1] += 1

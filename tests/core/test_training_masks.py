@@ -164,9 +164,8 @@ def test_crops_are_drawn_once_and_for_all_machines(tmp_path):
     (wide,) = (each for each in first._buckets if each.bucket.width > each.bucket.height)
     assert len({tuple(row.flatten().tolist()) for row in wide.all_latents()[0]}) == 5
     square = next(each for each in first._buckets if each.bucket.width == each.bucket.height)
-    assert (
-        len({tuple(row.flatten().tolist()) for row in square.all_latents()[0]}) == 1
-    )  # nothing to cut off it
+    # Nothing is to be cut off it.
+    assert len({tuple(row.flatten().tolist()) for row in square.all_latents()[0]}) == 1
 
 
 def test_images_of_a_controlnet_are_cropped_like_the_latents(tmp_path):

@@ -72,9 +72,8 @@ def test_what_is_learned_for_four_steps_stands_where_their_sampler_does():
     wrong = distilled(ideal, solver_steps=20, student_steps=4)
     assert right < 1e-3
     assert wrong > 30 * right
-    assert right < 0.2 * distilled(
-        end_of_path, solver_steps=4
-    )  # which follows the teacher in one step of first order
+    # This student follows the teacher in one step of first order.
+    assert right < 0.2 * distilled(end_of_path, solver_steps=4)
 
 
 def test_a_share_of_the_batch_comes_from_the_students_own_step():

@@ -88,9 +88,8 @@ def test_tags_in_another_order_with_some_left_out():
     )
     tags = ["girl", "hat", "tree", "sky", "sea"]
     variants = trained_captions([", ".join(tags)], settings)
-    assert (
-        variants == trained_captions([",".join(tags)], settings) or len(variants) > 5
-    )  # from the caption alone
+    # Variants come from the caption alone.
+    assert variants == trained_captions([",".join(tags)], settings) or len(variants) > 5
     split = [variant.split(", ") for variant in variants]
     assert all(variant[0] == "girl" for variant in split)
     assert all(len(set(variant)) == len(variant) and set(variant) <= set(tags) for variant in split)

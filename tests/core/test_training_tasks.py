@@ -405,9 +405,8 @@ def test_masks_lie_around_one_thing_of_a_picture():
     assert set(map(tuple, whole.tolist())) == {(1.0, 0.0), (0.0, 1.0)}
     sizes = masks.sum((1, 2))
     assert sizes.min() >= 24 * 32
-    assert sizes.max() <= (24 + 2 * 9.6 + 5) * (
-        32 + 2 * 19.2 + 9
-    )  # room of a tenth to each side, and the cells' own
+    # Room of a tenth to each side, and the cells' own.
+    assert sizes.max() <= (24 + 2 * 9.6 + 5) * (32 + 2 * 19.2 + 9)
 
 
 def test_nothing_stands_out_of_an_even_picture_and_masks_are_anywhere():

@@ -39,7 +39,7 @@ class BucketedPicture:
 
     @property
     def scale(self) -> float:
-        """By which it is resized: above 1 it is enlarged."""
+        """Factor by which the picture is resized: above 1 it is enlarged."""
         return max(self.bucket.height / self.size[0], self.bucket.width / self.size[1])
 
     @property

@@ -43,9 +43,8 @@ class Cache:
         self.rows: dict[Key, Tensor] = {}
         if self.folder is not None and self.folder.is_dir():
             with suppress(OSError):
-                check_folder(
-                    self.folder
-                )  # removes what killed runs left; whether it can be written to, `add` says
+                # Removes what killed runs left; `add` finds out whether the folder can be written to.
+                check_folder(self.folder)
             for path in sorted(self.folder.glob("*.safetensors")):
                 self._read(path)
 

@@ -51,8 +51,7 @@ class EpochPlan:
         bucket = bisect.bisect_right(self.starts, batch) - 1
         first, end = self.starts[bucket : bucket + 2]
         batch -= first
-        size, larger = divmod(
-            len(self.rows[bucket]), end - first
-        )  # as tensor_split: the first ones are one larger
+        # As tensor_split has it: the first ones are one larger.
+        size, larger = divmod(len(self.rows[bucket]), end - first)
         start = batch * size + min(batch, larger)
         return bucket, self.rows[bucket][start : start + size + (batch < larger)]

@@ -10,11 +10,8 @@ from .pictures import PictureError, PictureFile, TrainingPicture
 from .threads import map_in_threads
 
 END_BYTES = 65_536  # of a picture that are read at its beginning and at its end
-PLAIN = (
-    ".bmp",
-    ".tif",
-    ".tiff",
-)  # read whole: a change in their middle may leave their length and their ends alone
+# Read whole: a change in their middle may leave their length and their ends alone.
+PLAIN = (".bmp", ".tif", ".tiff")
 AT_ONCE = 1000
 
 

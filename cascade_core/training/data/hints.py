@@ -36,7 +36,7 @@ MakeHint = Callable[[Tensor, torch.Generator, Tools], Tensor]
 
 
 def _canny(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
-    """As `canny_hint`, but on the images' device: where its resizing rounds otherwise, a pixel in thousands differs."""
+    """Edges like those of `canny_hint`, on the images' device: its resizing may round otherwise, a pixel in thousands."""
     pixels = F.interpolate(images, (CANNY_SIZE, CANNY_SIZE), mode="bilinear")
     edges = canny(pixels.mul(255).clamp(0, 255).to(torch.uint8), 100, 200).float()
     return F.interpolate(edges, images.shape[-2:], mode="bilinear")

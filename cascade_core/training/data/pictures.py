@@ -24,9 +24,8 @@ NOT_READ = (  # pictures that are left out with a word, where other files are no
     ".jpe", ".jxl", ".kra", ".nef", ".orf", ".pbm", ".pgm", ".ppm", ".psb", ".psd", ".qoi", ".raf", ".raw", ".rw2",
     ".svg", ".tga", ".xcf",
 )  # fmt: skip
-IMAGE_PROMPT = re.compile(
-    r"(.*)\.prompt(\d{1,4})", re.DOTALL
-)  # 0001.prompt0, without its ending, prompts for 0001
+# 0001.prompt0, without its ending, prompts for 0001.
+IMAGE_PROMPT = re.compile(r"(.*)\.prompt(\d{1,4})", re.DOTALL)
 MASKS = (".mask", "-masklabel")  # 0001.mask.png is the mask of 0001.png; the second as OneTrainer has it
 ORIENTATION = 0x0112  # EXIF tag
 # How a picture is turned upright, by the tag's value (EXIF 2.3, section 4.6.4).
@@ -59,7 +58,7 @@ class PictureFile:
         return f"{self.path}\n{self.offset}\n{self.length}\n{self.stamp}"
 
     def read(self, at_most: int | None = None) -> bytes:
-        """Its bytes, or the first of them. Raises PictureError."""
+        """The picture's bytes, or the first of them. Raises PictureError."""
         if at_most is None and self.length > MAX_BYTES:
             raise PictureError(f"its file has {self.length:,} bytes, and at most {MAX_BYTES:,} are read")
         try:

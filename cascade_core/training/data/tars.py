@@ -225,7 +225,7 @@ def _members(file: _Headers, path: Path) -> tuple[dict[str, dict[str, Member]], 
 
 
 def _image_prompts(members: Mapping[str, Member]) -> list[str]:
-    """Those of one basename's members that prompt for its picture (`.prompt0.png`), in the order of their numbers."""
+    """Members of one basename that prompt for its picture (`.prompt0.png`), in the order of their numbers."""
     prompts = []
     for suffix in members:
         stem, dot, ending = suffix.rpartition(".")

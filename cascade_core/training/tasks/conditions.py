@@ -62,9 +62,8 @@ class CachedText:
         )
         for start in range(0, count, AT_ONCE):
             part = self.cache.states(self.captions[start : start + AT_ONCE])
-            if (
-                part.states.shape[1] != states.shape[1]
-            ):  # a long caption: the short ones need no padding to it
+            if part.states.shape[1] != states.shape[1]:
+                # A long caption: the short ones need no padding to it.
                 return None
             for rows, values in zip(table, part, strict=True):
                 rows[start : start + len(values)] = values

@@ -115,7 +115,7 @@ class ControlNetTask(StageCTask):
 
 
 def _half(value: Tensor) -> Tensor:
-    """In half precision, unless a value exceeds its range, as a batch norm's variance may."""
+    """A tensor in half precision, unless a value exceeds its range, as a batch norm's variance may."""
     if not value.is_floating_point():
         return value
     half = value.half()

@@ -114,9 +114,8 @@ class LoRATask(StageCTask):
         """Consistency distillation; the teacher is the same Stage C without the changes, guided."""
         o, x0 = self.objective, inputs.latents
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
-        without_words = self.conditions(
-            self.text(torch.zeros(len(x0), dtype=torch.long))
-        )  # id 0 is the empty caption
+        # Id 0 is the empty caption.
+        without_words = self.conditions(self.text(torch.zeros(len(x0), dtype=torch.long)))
         both = Conditions(
             *(torch.cat(_same_length(pair)) for pair in zip(conditions, without_words, strict=True))
         )
