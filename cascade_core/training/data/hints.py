@@ -36,7 +36,7 @@ MakeHint = Callable[[Tensor, torch.Generator, Tools], Tensor]
 
 
 def _canny(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
-    """Edges like those of `canny_hint`, on the images' device: its resizing may round otherwise, a pixel in thousands."""
+    """Edges like those of `canny_hint`, on the images' device: its resizing may round otherwise."""
     pixels = F.interpolate(images, (CANNY_SIZE, CANNY_SIZE), mode="bilinear")
     edges = canny(pixels.mul(255).clamp(0, 255).to(torch.uint8), 100, 200).float()
     return F.interpolate(edges, images.shape[-2:], mode="bilinear")
