@@ -48,7 +48,7 @@ class StageBData:
         empty = torch.tensor([[token for token, _ in self.tokenizer.empty_chunk()]], device=job.device)
         self.no_words = self._pooled(empty)[0]  # (P,)
         self.levels = NoiseLevels(job.device)
-        self.pool = job.pool(self._part, 0.6, first=0.15, every=60, endless=True)
+        self.pool = job.pool(self._part, 0.6, first=0.35, every=300, endless=True)
         self.others = {
             frame: job.pool(
                 lambda number, count, frame=frame: self._part(number, count, frame),

@@ -79,7 +79,7 @@ class StageCData:
             torch.tensor(v, device=job.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD)
         )
         self.levels = NoiseLevels(job.device)
-        self.scenes = job.pool(lambda i, n: self._scenes(*self.scene_table, i, n), 1, first=0.1)
+        self.scenes = job.pool(lambda i, n: self._scenes(*self.scene_table, i, n), 1, first=0.15, every=120)
         self.wide = job.pool(self._wide, 0.2, first=0.2, every=200)
         self.edited = job.pool(lambda i, n: self._edited(*self.scene_table, i, n), 0.2, first=0.2, every=200)
         self.frames = {

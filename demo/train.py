@@ -51,7 +51,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def train_stage_a(job: Job) -> None:
-    pool = job.pool(lambda number, count: [mixed_pictures(job, count, number)], 0.15, every=100, endless=True)
+    pool = job.pool(
+        lambda number, count: [mixed_pictures(job, count, number)], 0.15, first=0.4, every=200, endless=True
+    )
     model = initialise_stage_a(StageA.from_config(recipe.STAGE_A)).to(job.device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     # Held at 0.43, so that in the published units (÷ 0.43) every channel has a standard deviation of one.
@@ -76,7 +78,9 @@ def train_stage_a(job: Job) -> None:
 
 def train_compressor(job: Job) -> None:
     """The compressor with two decoders of its (noisy) latent: the previewer, and one for detail that is thrown away."""
-    pool = job.pool(lambda number, count: [mixed_pictures(job, count, number)], 0.3, every=60, endless=True)
+    pool = job.pool(
+        lambda number, count: [mixed_pictures(job, count, number)], 0.3, first=0.4, every=150, endless=True
+    )
     others = {
         frame: job.pool(
             lambda number, count, frame=frame: [mixed_pictures(job, count, number, frame, frame=frame)],
@@ -147,7 +151,10 @@ def train_clip(job: Job) -> None:
     def wide_part(number: int, count: int) -> list[Tensor]:
         return [shrunk(wide(count, job.seed("wide", number), job.device), side)]
 
-    pool, wide_pool = job.pool(scene_part, 1, first=0.1), job.pool(wide_part, 0.3, every=200, endless=True)
+    pool, wide_pool = (
+        job.pool(scene_part, 1, first=0.2, every=60),
+        job.pool(wide_part, 0.3, every=200, endless=True),
+    )
     mean, std = (torch.tensor(v, device=job.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     networks = {
         "text": build_text_model(text_config).to(job.device),
@@ -325,9 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fast_kernels() -> None:
-    """TF32, chosen convolutions, and blocks that do not compile running as they are."""
+    """TF32, and blocks that do not compile running as they are."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
     torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, times widths and sizes
     torch._dynamo.config.suppress_errors = True
 

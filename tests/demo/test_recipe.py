@@ -313,6 +313,7 @@ def test_nothing_held_out_is_drawn_to_learn_from(toy):
     assert any(held_out_reason(scene) for scene in sample_scenes(4, 1, "held_out"))
 
 
+@pytest.mark.nightly
 def test_stage_b_learns_a_picture(toy, monkeypatch):
     """On one batch of pure noise levels the weighted error falls well below that of predicting nothing."""
     job = a_job(toy, "stage_b")
