@@ -47,7 +47,7 @@ IN_TURN = {
 SAFER = ((), ("--no-compile",), ("--no-compile", "--no-graphs"))
 SILENT_WAITING, SILENT = 240.0, 120.0  # seconds without a word after which a process counts as stuck
 TELL_EVERY = 20.0
-MEASURED = ("adherence", "reconstruction")
+MEASURED = (("adherence",), ("reconstruction", "renderer"))
 
 
 @dataclass
@@ -163,13 +163,13 @@ def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> N
 def measure(options: argparse.Namespace, gpus: Sequence[str], seconds: float) -> None:
     """Measures the cascade on all GPUs, each measurement a process, none for longer than so many seconds."""
     processes = {
-        name: subprocess.Popen(
+        names[0]: subprocess.Popen(
             [sys.executable, "-m", "cascade_nodes.demo.evaluate", "--weights", str(options.weights),
-             "--only", name, "--json", str(options.work / f"{name}.json"),
-             *(["--sheet", str(options.work / "sheet.jpg")] if name == "adherence" else [])],
+             "--only", *names, "--json", str(options.work / f"{names[0]}.json"),
+             *(["--sheet", str(options.work / "sheet.jpg")] if i == 0 else [])],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]},
         )
-        for i, name in enumerate(MEASURED)
+        for i, names in enumerate(MEASURED)
     }  # fmt: skip
     end = time.monotonic() + seconds
     for name, process in processes.items():
