@@ -27,8 +27,10 @@ SHADOW = (-0.40, 0.06)  # logarithm of how much darker, or lighter, a background
 OBJECT_LIMIT = 0.14  # the least distance from that, in logarithms
 FLOOR = 0.06  # added to both before the logarithm, which black would make large
 GRID = 2  # pixels; regions are connected on a coarser grid
+COVER = 0.37  # of its mean colour: where an object's edge is
 DIRECTIONS, STEPS, REACH = 90, 72, 2.1  # of the profile; REACH in radii of a disc of the same area
-PROFILE_LIMIT = 0.15  # the greatest root mean square difference of profiles
+# The greatest root mean square difference of profiles: a wobbly outline costs a shape with thin parts more.
+PROFILE_LIMIT = dict.fromkeys(SHAPES, 0.115) | {"star": 0.15, "ring": 0.15, "cross": 0.15}
 BLACK, WHITE = (
     0.30,
     (0.16, 0.62),
@@ -97,7 +99,16 @@ def _regions(images: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
     area, label = areas.topk(MOST_OBJECTS, 1)
     picture, rank = (area >= LEAST_AREA * (SIZE // GRID) ** 2).nonzero(as_tuple=True)
     fine = labels.repeat_interleave(GRID, 1).repeat_interleave(GRID, 2)
-    return picture, (fine[picture] == label[picture, rank][:, None, None]) & mask[picture]
+    region = (fine[picture] == label[picture, rank][:, None, None]) & mask[picture]
+    return picture, region & (_cover(images[picture], ground[picture], region) > COVER)
+
+
+def _cover(images: Tensor, ground: Tensor, regions: Tensor) -> Tensor:
+    """How much of each pixel (M, H, W) is the object's, as if it were its mean colour over the background."""
+    weight = regions[:, None].float()
+    mean = (images * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1)
+    whole = mean - ground  # (M, 3, H, 1)
+    return ((images - ground) * whole).sum(1) / whole.square().sum(1).clamp_min(1e-4)
 
 
 def _objects(images: Tensor, regions: Tensor) -> list[FoundObject]:
@@ -116,7 +127,7 @@ def _objects(images: Tensor, regions: Tensor) -> list[FoundObject]:
     found = []
     rows = zip(best.tolist(), smallest.tolist(), radius.tolist(), centre.tolist(), strict=True)
     for number, (shape, distance, r, (x, y)) in enumerate(rows):
-        right = distance < PROFILE_LIMIT and RADII[0] < r < RADII[1]
+        right = distance < PROFILE_LIMIT[names[shape]] and RADII[0] < r < RADII[1]
         colour = _colour(images[number], regions[number])
         found.append(
             FoundObject(
