@@ -27,7 +27,7 @@ from .state import STATE, load_optimiser, optimiser_tensors
 from .tasks.controlnet import check_controlnet
 from .tasks.finetune import select_parameters
 from .tasks.lora import check_lora
-from .tasks.textual_inversion import check_names
+from .tasks.textual_inversion import check_names, first_vectors
 from .trackers import check_trackers
 
 SUFFIX = ".safetensors"
@@ -84,6 +84,9 @@ def check_networks(
     if models.stage_b is not None:
         check_stage_b(models.stage_b, encoder)
     check_names(settings.tokens, captions)
+    for token in settings.tokens:
+        if token.start is not None:
+            first_vectors(encoder, token)
     if settings.task == "lora":
         check_lora(settings.lora, settings.tokens, stage_c, encoder)
     elif settings.task == "controlnet":

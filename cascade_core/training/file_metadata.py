@@ -66,12 +66,16 @@ def _of_the_data(pictures: list[TrainingPicture], settings: Settings) -> dict[st
     """kohya's `ss_dataset_dirs` and `ss_tag_frequency`: folders with their numbers of pictures, captions' tags."""
     counts: dict[str, Counter[str]] = {}
     images: Counter[str] = Counter()
+    repeats: dict[str, int] = {}
     for picture in pictures:
-        folder = PurePath(picture.name).parent.name or PurePath(settings.data.folder or "tars").name
+        own = settings.data.sets[picture.set] if picture.set >= 0 else None
+        place = (settings.data if own is None else own).folder or "tars"
+        folder = PurePath(picture.name).parent.name or PurePath(place).name
         images[folder] += 1
+        repeats[folder] = settings.data.repeat * (1 if own is None else own.repeat)
         tags = (tag.strip() for caption in picture.captions for tag in caption.split(","))
         counts.setdefault(folder, Counter()).update(tag for tag in tags if tag)
-    folders = {name: {"n_repeats": settings.data.repeat, "img_count": images[name]} for name in images}
+    folders = {name: {"n_repeats": repeats[name], "img_count": images[name]} for name in images}
     return {"ss_dataset_dirs": as_json(folders), "ss_tag_frequency": as_json(counts)}
 
 

@@ -79,13 +79,13 @@ def contents_of(
         "processes": str(processes),
     }
     for key, path in _networks(settings).items():
-        contents[f"{key} file"] = network_digest(path, PARTS[key], asked)[:16]
+        contents[f"{key} file"] = network_digest(path, _part(key), asked)[:16]
     return contents
 
 
 def input_files(settings: Settings) -> dict[str, Path]:
     """The file that each network is read from, by its key in the settings."""
-    return {key: locate(path, PARTS[key]) for key, path in _networks(settings).items()}
+    return {key: locate(path, _part(key)) for key, path in _networks(settings).items()}
 
 
 def _networks(settings: Settings) -> dict[str, Path]:
@@ -98,7 +98,12 @@ def _networks(settings: Settings) -> dict[str, Path]:
     if _starts_from_a_file(settings):
         names["controlnet.start"] = settings.controlnet.start
     names["lora.start"] = settings.lora.start
+    names |= {f"tokens.{number}.start": each.start for number, each in enumerate(settings.tokens)}
     return {key: Path(name) for key, name in names.items() if name is not None}
+
+
+def _part(key: str) -> str:
+    return PARTS.get(key, "tokens")
 
 
 def differences(settings: Settings, contents: Mapping[str, str], metadata: Mapping[str, str]) -> list[str]:
@@ -172,6 +177,7 @@ def _deciding(settings: Settings) -> dict[str, Any]:
     if _starts_from_a_file(settings):
         values["controlnet.start"] = "a file"
     values["lora.start"] = "a file" if settings.lora.start else None
+    values["tokens"] = [{**each, "start": each["start"] and "a file"} for each in values["tokens"]]
     return values
 
 

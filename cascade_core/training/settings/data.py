@@ -19,7 +19,9 @@ Masks = Literal["none", "beside", "alpha"]
 class DataSetSettings:
     """One of several sets. `weight`: of its pictures in the loss, as regularisation pictures have less than 1."""
 
+    # of pictures with captions, subfolders too
     folder: str | None = None
+    # webdataset tars: paths or patterns
     tars: tuple[str, ...] = ()
     size: Annotated[int | None, Range(64, 4096)] = None  # null: data.size
     masks: Masks | None = None  # null: data.masks
@@ -27,6 +29,7 @@ class DataSetSettings:
     caption: str | None = None  # of its pictures without one; null: data.caption
     caption_suffix: str | None = None  # of its caption files; null: data.caption_suffix
     repeat: Annotated[int, Range(1, 10_000)] = 1  # times data.repeat
+    # of its pictures in the loss
     weight: Annotated[float, Range(0, 1000)] = 1.0
     trigger: str | None = None  # words before each of its captions; null: data.trigger
 
@@ -51,19 +54,21 @@ class DataSettings:
     flip: bool = False  # half of the rows are mirrored
     cache: str | None = None  # folder where latents are kept between runs
     repeat: Annotated[int, Range(1, 10_000)] = 1  # how often an epoch shows each picture
-    # Which pictures are left out: by their shorter side in pixels; by how many times they would be enlarged (1: all
-    # that are smaller than their bucket); by the share of their area that would be cropped. null and 1: none are.
+    # pixels; pictures whose shorter side has fewer are left out
     min_side: Annotated[int, Range(16, 65_536)] = 16
+    # pictures that would be enlarged more often are left out; 1: all that are smaller than their bucket
     max_enlarge: Annotated[float | None, Range(1, 10_000)] = None
-    max_crop: Share = 1.0
+    max_crop: Share = 1.0  # pictures of whose area a larger share would be cropped are left out
     enlarge: bool = True  # false: a picture smaller than its bucket goes into one of its own size
     max_aspect: Annotated[float, Range(1, 16)] = 2.5  # of the buckets: what is longer is cropped to it
     min_bucket_side: Annotated[int | None, Range(16, 16_384)] = None  # pixels, of the buckets
-    max_bucket_side: Annotated[int | None, Range(64, 16_384)] = None
+    max_bucket_side: Annotated[int | None, Range(64, 16_384)] = None  # the same
     # How many parts of each picture are shown, one at a time, drawn beforehand at random places and each with latents
-    # of its own; 1: the centre. Their sides are those of the largest part or down to 1 / crop_zoom of them.
+    # of its own; 1: the centre.
     crops: Annotated[int, Range(1, 256)] = 1
-    crop_zoom: Annotated[float, Range(1, 8)] = 1.0
+    crop_zoom: Annotated[float, Range(1, 8)] = (
+        1.0  # their sides go down to 1 / crop_zoom of the largest part's
+    )
     # Masks: white where a picture counts in the loss
     masks: Masks = "none"
     mask_folder: str | None = (
@@ -73,14 +78,12 @@ class DataSettings:
     unmasked_share: Share = 0.0  # of rows that are trained without their mask
     caption: str | None = None  # of pictures that have none; null: they are left out
     caption_suffix: str | None = None  # of caption files; null: .txt, .caption and .json
-    # What is trained of captions: words before each; tags, which stand between separators, in another order and some of
-    # them left out, but for the first keep_tags; so many variants of each caption are drawn beforehand and encoded
-    trigger: str = ""
-    shuffle_tags: bool = False
-    keep_tags: Annotated[int, Range(0, 1000)] = 0
-    tag_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
-    tag_separator: str = ","
-    caption_variants: Annotated[int, Range(1, 64)] = 8
+    trigger: str = ""  # words before each caption
+    shuffle_tags: bool = False  # whether tags are trained in other orders
+    keep_tags: Annotated[int, Range(0, 1000)] = 0  # how many of the first stay as they are
+    tag_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # the share of the others that is left out
+    tag_separator: str = ","  # what stands between tags
+    caption_variants: Annotated[int, Range(1, 64)] = 8  # of each caption, drawn beforehand and encoded once
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tars", (self.tars,) if isinstance(self.tars, str) else tuple(self.tars))

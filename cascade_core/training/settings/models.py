@@ -23,12 +23,19 @@ class ModelSettings:
     that are found.
     """
 
+    # what is trained, or trained for
     stage_c: str = "stage_c_bf16.safetensors"
+    # reads the captions
     text_encoder: str = "stable_cascade_text_encoder.safetensors"
+    # makes the latents
     compressor: str = "effnet_encoder.safetensors"
+    # makes the samples' pictures
     stage_b: str | None = None
+    # with it
     stage_a: str | None = None
+    # makes small ones instead
     previewer: str | None = None
+    # reads image prompts, where pictures have them
     image_encoder: str | None = None
 
 

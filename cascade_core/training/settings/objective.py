@@ -20,9 +20,11 @@ class ObjectiveSettings:
     consistency   the end of its own guided path in one step, for few steps of the `lcm` sampler (LoRA alone)
     """
 
+    # by the pictures' noise, or for few steps
     kind: Literal["diffusion", "consistency"] = "diffusion"
     weighting: Weighting | None = None  # null: p2; for consistency, which begins at pure noise, debiased
     snr_gamma: Annotated[float, Range(0, 1e6, above=True)] = 5.0  # of min_snr_gamma
+    # larger weights are clamped to it
     max_loss_weight: Annotated[float | None, Range(0, 1e9, above=True)] = None
     pure_noise_share: Share = 0.0  # of a batch that is trained at pure noise
     # of the schedule that times are drawn from; above 1 is more noise
@@ -37,6 +39,7 @@ class ObjectiveSettings:
     huber: Annotated[float | None, Range(0, 1e6, above=True)] = None
     # consistency: the teacher's cfg; of two bounds, another for each picture
     guidance: Annotated[tuple[float, ...], Range(-1000, 1000)] = (4.0,)
+    # consistency: of the guided path
     cfg_rescale: Share = 0.7
     # consistency: into how many steps the teacher's path is cut
     solver_steps: Annotated[int, Range(2, 10_000)] = 50

@@ -20,13 +20,18 @@ class SamplePrompt:
     """A picture to make while training. What is null is as it is for all: the seed that of the run, one more for each
     prompt; the size data.size."""
 
+    # what it shows
     prompt: str
+    # what it does not show
     negative: str = ""
+    # null: the run's, one more for each prompt
     seed: Annotated[int | None, Range(0, 2**63 - 1)] = None
     size: Annotated[tuple[int, ...] | None, Range(64, 4096)] = (
         None  # width and height in pixels, or one for both
     )
+    # null: output.sample_steps
     steps: Annotated[int | None, Range(1, 10_000)] = None
+    # null: output.sample_cfg
     cfg: Annotated[float | None, Range(-1000, 1000)] = None
 
     def __post_init__(self) -> None:
@@ -49,8 +54,11 @@ def check_prompt_count(prompts: Sequence[Any], where: str = "output.prompts") ->
 class OutputSettings:
     """`file` is what the run gives; `folder` holds its checkpoint, log, curve and samples (null: runs/NAME)."""
 
+    # what the run gives; its name ends in .safetensors
     file: str
+    # for checkpoint, log, curve and samples; null: runs/NAME
     folder: str | None = None
+    # steps
     log_every: Steps = 10
     checkpoint_every: Annotated[int | str, StepsOrEpochs(1, 100_000_000)] = (
         500  # or epochs, such as `1 epoch`
@@ -60,11 +68,16 @@ class OutputSettings:
     keep_last: Annotated[int | None, Range(1, 100_000)] = None  # how many of those stay; null: all
     raw: bool = False  # whether the weights of the last step are written beside their average
     log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()  # programs that get the numbers, too
+    # of the samples
     prompts: tuple[str | SamplePrompt, ...] = ()
     prompts_file: str | None = None  # more of them
+    # how samples are made
     sample_steps: Annotated[int, Range(1, 10_000)] = 20
+    # guidance of samples
     sample_cfg: Annotated[float, Range(-1000, 1000)] = 4.0
+    # of samples
     sample_shift: Annotated[float, Range(0.001, 1000)] = 2.0
+    # of samples
     sample_sampler: Literal["ddpm", "ddim", "lcm", "dpmpp_2m"] = "ddpm"
     about: dict[str, Any] = field(default_factory=dict)  # what the file says of itself, of ABOUT
     captions_in_file: bool = False  # whether it tells the captions' tags and the folders' names

@@ -53,8 +53,12 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     if settings.task == "controlnet" and control.start not in ("compressor", "random"):
         control = dataclasses.replace(control, start=model("controlnet", control.start))
     lora = dataclasses.replace(settings.lora, start=model("lora", settings.lora.start))
+    tokens = tuple(
+        dataclasses.replace(each, start=model("embedding", each.start)) for each in settings.tokens
+    )
     return dataclasses.replace(
         settings,
+        tokens=tokens,
         data=data,
         validation=validation,
         output=output,

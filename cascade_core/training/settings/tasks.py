@@ -35,23 +35,30 @@ class LoRASettings:
     Layers that match a pattern of `ranks` or `rates` have another rank, or so many times the learning rate.
     """
 
+    # loha and lokr hold more in fewer numbers
     algorithm: Literal["lora", "loha", "lokr"] = "lora"
     dora: bool = False  # rows' magnitudes are learned apart from their directions
     rslora: bool = False  # scaled by alpha / sqrt(rank) instead of alpha / rank
     factor: Annotated[int | None, Range(2, 16_384)] = None  # lokr: at most so many rows of its small matrix
     start: str | None = None  # the file of a LoRA to go on from
+    # of layers by pattern
     ranks: dict[str, Any] = field(default_factory=dict)
+    # of layers by pattern, times the learning rate
     rates: dict[str, Any] = field(default_factory=dict)
     up_learning_rate: RateFactor = 1.0  # LoRA+: of `up`, as a multiple of the learning rate; 16 is published
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of the values between down and up
     rank_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of ranks; of loha and lokr, of rows
     module_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of whole layers' changes
+    # how much it can hold: 4 to 8 for a style, 16 to 64 for things
     rank: Annotated[int, Range(1, 16_384)] = 16
     alpha: Annotated[float | None, Range(1e-6, 1e6)] = None  # null: the rank
+    # which layers
     targets: tuple[str, ...] = ("all",)
+    # whether the text encoder is trained too
     text_encoder: bool = False
     text_learning_rate: RateFactor = 0.5  # as a share of the learning rate
     token_learning_rate: RateFactor = 5.0  # the same for `tokens`, which a LoRA may learn with it
+    # of the file, as in docs/tasks/lora.md
     dialect: str = "kohya"
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # of the file
 
@@ -78,8 +85,11 @@ class ControlNetSettings:
     `config` gives what differs from the published one: proj_blocks, bottleneck_mode, stem, stages, c_last, …
     """
 
+    # what is made of the pictures
     hint: KindName = "canny"
+    # what it begins as
     start: str = "compressor"
+    # what shall be otherwise than in the published one
     config: dict[str, Any] = field(default_factory=dict)
     # super_resolution: how many times smaller the small picture is, a side
     scale: Annotated[float, Range(1, 16)] = 2.0
@@ -95,6 +105,7 @@ class ControlNetSettings:
 class FinetuneSettings:
     """`modules`: all, or patterns of Stage C's modules, such as `up_blocks.1.*`."""
 
+    # what is trained
     modules: tuple[str, ...] = ("all",)
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the file
 
@@ -109,12 +120,19 @@ class FinetuneSettings:
 class TokenSettings:
     """A token to learn: its name (`blob` is [blob] in captions), words that it begins as, how many vectors it has."""
 
+    # stands in captions and prompts; mycat is written [mycat]
     name: str
+    # words that it begins as, near to what it shall be
     initial: str = ""
     vectors: Annotated[int, Range(1, 75)] = 1  # as many as a prompt's chunk holds
+    start: str | None = None  # the file of a learned token to go on from, instead of initial
 
     def __post_init__(self) -> None:
         check_ranges(self, "tokens")
+        if self.initial and self.start is not None:
+            raise CascadeError(
+                "tokens: start and initial both say what a token begins as; leave one of them out."
+            )
         name = self.name
         if not name.strip("[]<> ") or len(name) > 100 or not name.isprintable() or set(name) & set("()\\"):
             raise CascadeError(

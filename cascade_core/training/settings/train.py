@@ -17,33 +17,44 @@ OptimizerName = Literal[
 class TrainSettings:
     """The loop. A batch is `batch_size` pictures on each accelerator, `accumulate` times a step."""
 
+    # of the optimiser
     steps: Steps = 1000
+    # pictures at once on each accelerator
     batch_size: Annotated[int, Range(1, 65_536)] = 4
+    # how many batches make a step
     accumulate: Annotated[int, Range(1, 65_536)] = 1
+    # 1e-4 for LoRAs and ControlNets, 1e-5 for Stage C, 1e-3 for tokens
     learning_rate: Annotated[float, Range(1e-12, 10)] = 1e-4
     epochs: Annotated[float | None, Range(0, 1e6, above=True)] = None  # instead of steps
+    # falls over the run as a cosine or a line, stays constant, or falls at the end alone
     schedule: Literal["constant", "cosine", "linear", "stable_decay"] = "cosine"
     final_learning_rate: Share = 0.0  # where the schedule ends, as a share of the learning rate
+    # rises over so many steps, or below 1 over that share of the run
     warmup: StepsOrShare = 50
     restarts: Annotated[int, Range(0, 10_000)] = 0  # how often cosine or linear begins anew, in equal parts
     decay: StepsOrShare = 0.2  # of stable_decay: how long it falls at its end
     optimizer: OptimizerName | str = "adamw"  # or module.Class, in a settings file of the command line alone
     optimizer_arguments: dict[str, Any] = field(default_factory=dict)  # in such a file alone, too
+    # of the optimisers that have one
     weight_decay: Annotated[float, Range(0, 10)] = 0.01
+    # of the optimisers that have them
     betas: Annotated[tuple[float, ...], Range(0, 1, below=True)] = (0.9, 0.99)
     max_grad_norm: Annotated[float, Range(0, 1e12)] = 1.0  # of the gradient; 0 is none
     # of the average that is written; 0 writes the last weights
     ema: Annotated[float, Range(0, 1, below=True)] = 0.999
+    # decides all that is random
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     # auto: on an accelerator bf16, or fp16 where it does not compute in bf16; on the processor fp32
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     # in what the large weights of the frozen network are held: as it computes, or in 8 or 4 bits
     base_weights: Literal["full", "int8", "nf4"] = "full"
     gradient_checkpointing: bool | None = None  # null: where Stage C is large
+    # torch.compile of the blocks
     compile: bool = False
     stop_at: str | None = None  # a time of day such as '07:30', or a date with it, at which the run stops
     stop_after: Annotated[float | None, Range(0, 100_000, above=True)] = None  # hours
     cuda_graphs: bool = True  # on an accelerator, where a step draws nothing at random within the network
+    # the same bits each time; false is somewhat faster
     deterministic: bool = True
 
     def __post_init__(self) -> None:

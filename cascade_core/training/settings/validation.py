@@ -16,8 +16,11 @@ class ValidationSettings:
     """
 
     every: Every = 0  # steps, or epochs such as `1 epoch`; 0 is never
+    # of the data's pictures that are held out
     share: Annotated[float, Range(0, 0.5)] = 0.0
+    # of other pictures
     folder: str | None = None
+    # of other pictures
     tars: tuple[str, ...] = ()
     pictures: Annotated[int, Range(1, 10_000)] = 64  # at most so many of them are looked at
     times: Annotated[int, Range(1, 100)] = 4  # evenly spread amounts of noise on each picture

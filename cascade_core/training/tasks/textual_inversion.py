@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapters import Adapter, LearnedToken, write_adapter
+from ...adapters import Adapter, LearnedToken, read_adapter, write_adapter
 from ...adapters.tokens import name_in_prompt
 from ...errors import CascadeError
 from ...networks.stage_c import StageC
@@ -31,7 +31,7 @@ class LearnedTokens(nn.Module):
         self.counts = {name_in_prompt(token.name): token.vectors for token in tokens}
         config = encoder.model.config
         self.first, self.width = config.vocab_size, config.hidden_size
-        self.vectors = nn.Parameter(torch.cat([initial_vectors(encoder, token) for token in tokens]))
+        self.vectors = nn.Parameter(torch.cat([first_vectors(encoder, token) for token in tokens]))
         self._override: Tensor | None = None
 
     def tokens(self, vectors: Tensor) -> tuple[LearnedToken, ...]:
@@ -117,6 +117,28 @@ def check_names(tokens: Sequence[TokenSettings], captions: Sequence[str]) -> Non
                 f"No caption holds {name}, so nothing would be learned; write it into the captions as you will into "
                 "prompts."
             )
+
+
+def first_vectors(encoder: TextEncoder, token: TokenSettings) -> Tensor:
+    """(vectors, C) that a token begins as: those of the file that it goes on from, or `initial_vectors`."""
+    if token.start is None:
+        return initial_vectors(encoder, token)
+    learned = read_adapter(token.start).tokens
+    named = [each for each in learned if each.name.lower() == name_in_prompt(token.name).lower()]
+    chosen = named or (learned if len(learned) == 1 else ())
+    if not chosen:
+        names = ", ".join(each.name for each in learned) or "none"
+        raise CascadeError(
+            f"tokens.start: {token.start} holds the tokens {names}; give the token the name of one of them."
+        )
+    vectors, width = chosen[0].vectors, encoder.model.config.hidden_size
+    if vectors.shape != (token.vectors, width):
+        raise CascadeError(
+            f"tokens.start: {token.start} has {len(vectors)} vectors of {vectors.shape[-1]} for {chosen[0].name}, but "
+            f"vectors is {token.vectors} and the text encoder's have {width}; give vectors: {len(vectors)}, or another "
+            "file."
+        )
+    return vectors.float()
 
 
 def initial_vectors(encoder: TextEncoder, token: TokenSettings) -> Tensor:
