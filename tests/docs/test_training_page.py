@@ -82,3 +82,29 @@ def test_the_three_commands_of_the_demo_as_they_stand(tmp_path):
         subprocess.run([*programs[program], *arguments], cwd=tmp_path, check=True, env=dict(os.environ))
     (picture,) = (tmp_path / "output").iterdir()
     assert Image.open(picture).size == (256, 256)
+
+
+FEATURES = re.findall(
+    r"`(core/\w+\.py)::(\w+)`", (PACK / "docs/tasks/training_features.md").read_text(encoding="utf-8")
+)
+
+
+def test_each_feature_names_a_test_that_is_there():
+    assert len(FEATURES) > 40
+    missing = [
+        f"{file}::{name}"
+        for file, name in FEATURES
+        if f"def {name}(" not in (PACK / "tests" / file).read_text(encoding="utf-8")
+    ]
+    assert missing == []
+
+
+def test_each_feature_is_under_a_key_that_exists():
+    page = (PACK / "docs/tasks/training_features.md").read_text(encoding="utf-8")
+    keys = set(re.findall(r"`((?:data|models|train|objective|output|lora|finetune)\.[a-z_]+)", page))
+    known = {
+        f"{section}.{field.name}"
+        for section, cls in training_settings.SECTIONS.items()
+        for field in dataclasses.fields(cls)
+    }
+    assert keys - known == {"data.sets"} - known

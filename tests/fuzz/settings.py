@@ -54,7 +54,7 @@ WORDS = ("p2", "adaptive", "min_snr", "min_snr_gamma", "snr", "sech", "consisten
          "all", "attention", "up_blocks.*", "(a+)+$", "[", "official", "peft", "embedding", "adamw8bit", "bf16",
          "fp16", "dpmpp_2m", "out", "/", "/etc/passwd",
          "/dev/full", "/proc/x", "out/earlier.safetensors", "x" * 300 + ".safetensors", "a.ckpt",
-         "pictures/0.png", "{0..99999999}.tar", "*", "gone")  # fmt: skip
+         "07:30", "1 epoch", "pictures/0.png", "{0..99999999}.tar", "*", "gone")  # fmt: skip
 SCALARS = ("2024-01-01", "1:30:00", "0o17", "0x1F", ".inf", "-.inf", ".nan", "~", "1e-4", "1e400",
     "!!binary aGVsbG8=", "!!python/object:os.system x", "!!set {a, b}",
            "!!timestamp 2001-12-14", "!!float 1", "!!int '7'", "&a [*a]", "*gone", "yes", "'\\ud800'",
