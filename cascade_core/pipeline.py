@@ -236,6 +236,7 @@ class StableCascade:
         mask: Picture | None = None,
         room: tuple[int, int, int, int] | None = None,
         grow: int = 0,
+        soft: bool = False,
         feather: int | None = None,
         image_prompts: Sequence[Picture | tuple[Picture, float]] = (),
         controls: Sequence[Control] = (),
@@ -258,6 +259,7 @@ class StableCascade:
         mask           inpainting: white where the picture may change; the source is put back everywhere else
         room           outpainting: (left, top, right, bottom), pixels to add around `image`
         grow           Stage C positions by which its mask is wider; 1 with the inpainting ControlNet
+        soft           keeps the mask's grey values: such a place changes in part. Without it each changes or does not
         feather        pixels inside the mask over which the new part begins; by default 8, or 24 with `room`
         image_prompts  pictures beside the words, each with its strength (1 by default)
         controls       ControlNets with their pictures
@@ -281,7 +283,7 @@ class StableCascade:
                 source, hole = expanded(source, mask, room)
             else:
                 hole = checked_mask(mask, source)
-            grow = whole_number("grow", grow, limits.GROW)
+            grow, soft = whole_number("grow", grow, limits.GROW), checked_flag("soft", soft)
             edge = (24 if room is not None else 8) if feather is None else feather
             edge = whole_number("feather", edge, limits.FEATHER)
             size = self._size(size, source)
@@ -291,10 +293,10 @@ class StableCascade:
             self.stage("stage_b").check_picture_size(*size)  # before Stage C is sampled
             prompts = self._encode_text(*texts)
             latent = self._sample_prior(
-                prompts, size, batch, sampling, source, None, hole, grow, pictures, controls
+                prompts, size, batch, sampling, source, None, hole, grow, soft, pictures, controls
             )
             start = None if hole is None else source
-            decoded = self._sample_decoder(latent, prompts, size, decoding, start, hole, tile_size)
+            decoded = self._sample_decoder(latent, prompts, size, decoding, start, hole, soft, tile_size)
             if hole is not None and source is not None:
                 decoded = composite(decoded.movedim(-1, 1), source.movedim(-1, 1), hole, edge).movedim(1, -1)
             return _as_output(decoded, output)
@@ -317,6 +319,7 @@ class StableCascade:
         denoise: float = 1.0,
         mask: Picture | None = None,
         grow: int = 0,
+        soft: bool = False,
         image_prompts: Sequence[Picture | tuple[Picture, float]] = (),
         controls: Sequence[Control] = (),
         engine: bool = True,
@@ -335,7 +338,7 @@ class StableCascade:
             start = source if semantic is None else semantic
             check_start(denoise, start, "image or latent")
             hole = checked_mask(mask, start)
-            grow = whole_number("grow", grow, limits.GROW)
+            grow, soft = whole_number("grow", grow, limits.GROW), checked_flag("soft", soft)
             if size is not None and semantic is not None:
                 check_latent_size(semantic, checked_size(size))
             size = self._size(size, source, semantic)
@@ -345,7 +348,7 @@ class StableCascade:
             prompts = self._encode_text(*texts)
             return _owned(
                 self._sample_prior(
-                    prompts, size, batch, sampling, source, semantic, hole, grow, pictures, controls
+                    prompts, size, batch, sampling, source, semantic, hole, grow, soft, pictures, controls
                 )
             )
 
@@ -365,6 +368,7 @@ class StableCascade:
         image: Picture | None = None,
         denoise: float = 1.0,
         mask: Picture | None = None,
+        soft: bool = False,
         tile_size: int = 0,
         engine: bool = True,
         output: Output = "pil",
@@ -392,7 +396,8 @@ class StableCascade:
             batch_size(len(semantic), size, prompts=texts[0], images=source, masks=hole)
             self._check_files("text_encoder", "stage_b", "stage_a")
             prompts = self._encode_text(*texts)
-            decoded = self._sample_decoder(semantic, prompts, size, decoding, source, hole, tile_size)
+            soft = checked_flag("soft", soft)
+            decoded = self._sample_decoder(semantic, prompts, size, decoding, source, hole, soft, tile_size)
             return _as_output(decoded, output)
 
     def encode(
@@ -441,7 +446,7 @@ class StableCascade:
             self.stage("stage_b").check_picture_size(*size)
             encoded = self._encode_picture(source, size, False, tile_size)
             prompts = self._encode_text(*texts)
-            decoded = self._sample_decoder(encoded.stage_c, prompts, size, decoding, source, None, tile_size)
+            decoded = self._sample_decoder(encoded.stage_c, prompts, size, decoding, source, None, False, tile_size)
             return _as_output(decoded, output)
 
     # LoRAs and learned tokens
@@ -654,6 +659,7 @@ class StableCascade:
         latent: Tensor | None,
         mask: Tensor | None,
         grow: int,
+        soft: bool,
         pictures: Sequence[tuple[Tensor, float]],
         controls: Sequence[Control],
     ) -> Tensor:
@@ -669,7 +675,7 @@ class StableCascade:
         latent = _repeated(latent, batch)
         if sampling.denoise == 0:
             return latent
-        noise_mask = None if mask is None else latent_mask(mask, batch, tuple(latent.shape[-2:]), grow)
+        noise_mask = None if mask is None else latent_mask(mask, batch, latent.shape[-2:], grow, soft)
         positive, negative = prompts
         positive = replace(positive, pictures=self._picture_prompts(pictures))
         applied = tuple(
@@ -686,6 +692,7 @@ class StableCascade:
         sampling: Sampling,
         source: Tensor | None,
         mask: Tensor | None,
+        soft: bool,
         tile_size: int,
     ) -> Tensor:
         width, height = size
@@ -698,7 +705,7 @@ class StableCascade:
             encoded = codec.encode(resized(source, whole_size(height, width)), tile_size)
             check_stage_finite([encoded], codec, "Stage A's latent")
             latent = _repeated(encoded, batch)
-        noise_mask = None if mask is None else latent_mask(mask, batch, tuple(latent.shape[-2:]))
+        noise_mask = None if mask is None else latent_mask(mask, batch, latent.shape[-2:], soft=soft)
         if sampling.denoise:
             positive, negative = prompts
             positive = replace(positive, effnet=semantic)

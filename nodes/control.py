@@ -121,7 +121,7 @@ class CascadeCanny(io.ComfyNode):
                     "low",
                     default=100,
                     **limits.CANNY.input(),
-                    tooltip="Contrasts weaker than this are no edge. Lower finds more edges.",
+                    tooltip="Contrasts weaker than this are not edges. Lower finds more edges.",
                 ),
                 io.Int.Input(
                     "high",

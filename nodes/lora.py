@@ -135,7 +135,7 @@ class CascadeLoRAApply(io.ComfyNode):
         text_notes = _text_notes(adapter, clip, new) if strength_clip else []
         patched = host().with_adapter(model, clip, adapter, strength_model, strength_clip, new)
         if notes := [*describe_notes(adapter), *text_notes]:
-            host().notify(" ".join(notes))
+            host().notify(" ".join(notes), in_panel=True)
         return io.NodeOutput(*patched, ui={"text": [*describe_file(adapter), *text_notes]})
 
 

@@ -13,6 +13,7 @@ from ..cascade_core.run import SamplingRun, check_sampler
 from ..cascade_core.stages.diffusion import stage_b_tile
 from .api import io, searched_as
 from .hosts import host
+from .hosts.notices import shown
 from .hosts.run import SamplingRequest
 from .sockets import (
     check_conditioning,
@@ -255,5 +256,6 @@ def run_sampler(
         "peak_bytes": result.peak_bytes,
         "device": result.device,
     }
-    ui = {"cascade_run": [took], **({"text": list(result.notices)} if result.notices else {})}
-    return io.NodeOutput({**latent, "samples": result.latent}, ui=ui)
+    return io.NodeOutput(
+        {**latent, "samples": result.latent}, ui={"cascade_run": [took], **shown(result.notices)}
+    )

@@ -1,6 +1,7 @@
 /** Stable Cascade in ComfyUI's interface: panels on the nodes that have something to show. */
 
 import { app } from "../../scripts/app.js";
+import { translateExample } from "./example_words.js";
 import { loadPresets } from "./presets.js";
 import { loadReplacements, offerReplacement } from "./replace.js";
 import { addRunPanel } from "./run_panel.js";
@@ -25,6 +26,7 @@ app.registerExtension({
   name: "cascade_nodes.panels",
   init: () => Promise.all([loadWords(), loadReplacements(), loadPresets()]),
   beforeRegisterVueAppNodeDefs: addSearchWords,
+  afterConfigureGraph: translateExample,
   nodeCreated(node) {
     PANELS[node.comfyClass]?.(node);
     offerReplacement(node);

@@ -16,7 +16,8 @@ const STYLE = `
   .cascade-panel select { flex: 1 1 0; min-width: 0; }
   .cascade-panel :disabled { opacity: 0.4; cursor: default; }
   .cascade-panel-sizes { font-variant-numeric: tabular-nums; white-space: nowrap; }
-  .cascade-panel-text { max-height: 100%; overflow-y: auto; overflow-wrap: anywhere; user-select: text; }
+  .cascade-panel-text { max-height: 100%; overflow-y: auto; overflow-wrap: anywhere;
+    white-space: pre-line; user-select: text; }
   .cascade-panel-faint { color: var(--descrip-text, #999); }
   .cascade-panel-warning { color: #e2a33c; }
 `;
@@ -57,6 +58,12 @@ export function addPanel(node, name, content, height) {
   });
   widget.serialize = false; // not in the saved workflow: the values there are told apart by their places
   return widget;
+}
+
+/** Gives a node the room that a panel takes which it got after its creation, and has it drawn. @param {object} node */
+export function makeRoom(node) {
+  node.setSize?.([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+  node.setDirtyCanvas?.(true, true); // older front ends show a panel once they draw
 }
 
 /**

@@ -1,6 +1,6 @@
 /** On a sampler: presets, and what its last run took: time for each step, on a card the most memory, and notices. */
 
-import { addPanel, after, element } from "./panel.js";
+import { addPanel, after, element, makeRoom } from "./panel.js";
 import { presetChoice } from "./presets.js";
 import { addTextPanel } from "./text_panel.js";
 import { say } from "./words.js";
@@ -19,6 +19,10 @@ export function duration(seconds) {
   return seconds < 0.1 ? `${Number((seconds * 1000).toPrecision(3))} ms` : `${Number(seconds.toPrecision(3))} s`;
 }
 
+/** What a sampler has to say, in the language of the interface where its server sends more than the English. */
+const noticesOf = (output) =>
+  output?.cascade_notices?.map(([name, values]) => say(`notice.${name}`, values)) ?? output?.text;
+
 /**
  * @param {object} node a sampler, just created
  */
@@ -31,12 +35,12 @@ export function addRunPanel(node) {
 
   let notices = null; // there only once a run had some
   after(node, "onExecuted", (output) => {
-    if (output?.text?.length && !notices) {
-      notices = addTextPanel(node);
-      node.setSize?.([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
-      node.setDirtyCanvas?.(true, true); // older front ends show it once they draw
+    const sentences = noticesOf(output) ?? [];
+    if (sentences.length && !notices) {
+      notices = addTextPanel(node, noticesOf);
+      makeRoom(node);
     }
-    notices?.(output?.text ?? []);
+    notices?.(sentences);
     const run = output?.cascade_run?.[0];
     if (!run) return;
     const { steps, seconds, peak_bytes, device } = run;

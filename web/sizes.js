@@ -48,7 +48,7 @@ function wholeSize({ width, height }) {
 }
 
 /**
- * The Stage B latent of a picture; sides that are no multiple of 8 are cut down to one.
+ * The Stage B latent of a picture; sides that are not multiples of 8 are cut down to one.
  * @param {Size} size in pixels
  * @returns {Size} in positions
  */

@@ -1,7 +1,7 @@
 /** Names syntax of other programs in a prompt, after the run that met it, and what to do instead. */
 
 import { api } from "../../scripts/api.js";
-import { addPanel, after, element } from "./panel.js";
+import { addPanel, after, element, makeRoom } from "./panel.js";
 import { say } from "./words.js";
 
 const HEIGHT = 68; // four lines
@@ -19,8 +19,11 @@ export function addSyntaxPanel(node) {
   api.addEventListener("execution_start", () => (text.textContent = ""));
   after(node, "onExecuted", (output) => {
     if (!output?.cascade_syntax) return;
-    if (!shown) addPanel(node, "cascade_syntax", text, HEIGHT);
-    shown = true;
-    text.textContent = output.cascade_syntax.map(([kind, piece]) => say(SENTENCES[kind], { text: piece })).join(" ");
+    if (!shown) {
+      addPanel(node, "cascade_syntax", text, HEIGHT);
+      makeRoom(node);
+      shown = true;
+    }
+    text.textContent = output.cascade_syntax.map(([kind, piece]) => say(SENTENCES[kind], { text: piece })).join("\n");
   });
 }

@@ -6,18 +6,20 @@ import { say } from "./words.js";
 const HEIGHT = 68; // four lines
 
 /**
- * @param {object} node one that returns sentences as `text`
+ * @param {object} node
+ * @param {(output: object) => string[] | undefined} sentencesOf what the node returned; by default its `text`
  * @returns {(sentences: string[]) => void} shows others
  */
-export function addTextPanel(node) {
+export function addTextPanel(node, sentencesOf = (output) => output?.text) {
   const text = element("div", "cascade-panel-faint cascade-panel-text", [say("run.none")]);
   addPanel(node, "cascade_text", text, HEIGHT);
 
   const show = (sentences) => {
-    text.textContent = sentences.join(" ");
+    text.textContent = sentences.join("\n");
   };
   after(node, "onExecuted", (output) => {
-    if (output?.text) show(output.text);
+    const sentences = sentencesOf(output);
+    if (sentences) show(sentences);
   });
   return show;
 }

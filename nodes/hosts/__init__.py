@@ -126,8 +126,11 @@ class Host(Protocol):
         """
         ...
 
-    def notify(self, text: str) -> None:
-        """Sends the user a message about the running node, beside its progress."""
+    def notify(self, text: str, in_panel: bool = False) -> None:
+        """Sends the user a message about the running node, beside its progress.
+
+        in_panel: the node returns it as `ui` as well, so that nothing is said twice where panels show that
+        """
         ...
 
     def data_path(self, name: str) -> Path:

@@ -43,8 +43,8 @@ def report(step: int, total: int, preview: Any = None) -> None:
         sink.step(step, total, preview)
 
 
-def notify(text: str) -> None:
-    """Sends the user a message about the running node, or to the log where none runs."""
+def notify(text: str, in_panel: bool = False) -> None:
+    """Sends the user a message about the running node, or to the log where none runs; there are no panels here."""
     sink = _sink.get()
     if sink is not None:
         sink.notify(text)

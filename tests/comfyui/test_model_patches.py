@@ -51,6 +51,7 @@ def test_becomes_of_it_what_the_page_says(measured, checkout, name):
         assert name == "ForgottenOption" or len(found["told"]) == 1  # by KSampler too
     elif verdict == "fails":
         assert re.match(rf"CascadeError: {name}, which patched the MODEL, failed on Stage C", found["error"])
+        assert found["by KSampler"] == found["error"]
     else:
         assert found["node"]
 

@@ -230,6 +230,7 @@ def test_a_preview_loads_nothing_once_the_cascade_is_closed():
             "mask holds values from 0 to 255",
         ),
         ({"image": torch.rand(64, 64, 3), "mask": torch.ones(64, 64), "grow": -1}, "grow is -1"),
+        ({"image": torch.rand(64, 64, 3), "mask": torch.ones(64, 64), "soft": "no"}, "soft is 'no'"),
         ({"image": torch.rand(64, 64, 3), "mask": torch.ones(64, 64), "feather": -1}, "feather is -1"),
         ({"prompt": 3}, "prompt is of type int; give text"),
         ({"prompt": ["a red star", None]}, r"prompt\[1\] is of type NoneType; give text"),
@@ -275,6 +276,18 @@ def test_what_is_not_a_latent_is_refused(cascade, latent, message):
             cascade.prior("a red star", latent=latent, denoise=denoise)
     with pytest.raises(CascadeError, match=message):
         cascade.decode(latent)
+
+
+def test_a_grey_mask_changes_in_part_where_soft(cascade):
+    latent = torch.ones(1, 16, 2, 2)
+    white, grey = torch.ones(64, 64), torch.full((64, 64), 0.5)
+
+    def sampled(mask, soft):
+        return cascade.prior("a red star", latent=latent, mask=mask, soft=soft, steps=2)
+
+    assert torch.equal(sampled(grey, soft=False), sampled(white, soft=False))
+    assert torch.equal(sampled(white, soft=True), sampled(white, soft=False))
+    assert not torch.equal(sampled(grey, soft=True), sampled(white, soft=True))
 
 
 def test_a_mask_needs_the_picture_that_it_belongs_to(cascade):

@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 
 from cascade_nodes.nodes.extension import NODES
+from cascade_nodes.nodes.hosts.notices import SENTENCES
+from cascade_nodes.tests.web.examples import TITLES, canvas_file
+from cascade_nodes.tests.web.examples import read as read_graph
+from cascade_nodes.tests.web.formats import NOTES
+from cascade_nodes.tests.web.help_copies import TRADITIONAL, copies
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "web" / "docs"
@@ -104,9 +109,24 @@ def test_panels_say_only_what_the_locales_have():
     verdicts = re.search(r'@typedef \{("trained".+?)\} Verdict', scripts)
     assert verdicts
     used_keys |= {f"size.{name}" for name in re.findall(r'"(\w+)"', verdicts.group(1))}
-    used_keys |= {f"preset.{name}" for name in PRESETS}
+    used_keys |= {f"preset.{name}" for name in PRESETS} | {f"notice.{name}" for name in SENTENCES}
     locale_keys = {f"{group}.{name}" for group, texts in MAIN["en"]["cascadeNodes"].items() for name in texts}
-    assert used_keys == {key for key in locale_keys if not key.startswith("search.")}
+    assert used_keys == {key for key in locale_keys if not key.startswith(("search.", "example."))}
+
+
+def test_the_texts_of_the_examples_are_translated():
+    texts = set()
+    for graph in (read_graph(canvas_file(name)) for name in TITLES):
+        texts |= {group["title"] for group in graph["groups"]}
+        texts |= {node["widgets_values"][0] for node in graph["nodes"] if node["type"] in NOTES}
+    for language in LANGUAGES:
+        translations = MAIN[language]["cascadeNodes"]["example"]
+        assert len(set(translations.values())) == len(translations)  # so that each leads back to its English
+    assert set(MAIN["en"]["cascadeNodes"]["example"].values()) == texts
+
+
+def test_notices_are_in_english_what_the_server_says():
+    assert MAIN["en"]["cascadeNodes"]["notice"] == SENTENCES
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -133,9 +153,14 @@ def test_words_to_search_for_keep_the_name_of_the_node(language):
 
 
 def test_help_is_there_for_every_node_and_no_other():
-    assert {path.name for path in DOCS.iterdir()} == set(INFO)
+    assert {path.name for path in DOCS.iterdir()} == {*INFO, *(f"{name}.md" for name in INFO)}
+    languages = {*LANGUAGES, TRADITIONAL}
     for name in INFO:
-        assert {path.name for path in (DOCS / name).iterdir()} == {f"{language}.md" for language in LANGUAGES}
+        assert {path.name for path in (DOCS / name).iterdir()} == {f"{language}.md" for language in languages}
+    for page, copy in copies():
+        assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), (
+            "run python -m cascade_nodes.tests.web.help_copies"
+        )
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -6,6 +6,7 @@ and Stage B's has 4.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import comfy.model_base
@@ -13,6 +14,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 
 from ....cascade_core.geometry import STAGE_B_COMPRESSION, STAGE_C_COMPRESSION
+from .conditions import LastingPrior
 
 UNIT = 8  # pixels of ComfyUI's numbers
 KEY = "cascade_areas"
@@ -37,9 +39,21 @@ def with_pixel_areas(patcher: Any, compression: float) -> Any:
     return patched
 
 
+def part_the_prior(patcher: Any) -> None:
+    """Makes the host's own Stage B show an area its part of Stage C's latent, as ours does, not all of it squeezed."""
+    patcher.add_object_patch("extra_conds", partial(_native_conditions, patcher.model))
+
+
+def _native_conditions(model: Any, **prompt: Any) -> dict[str, Any]:
+    conditions = type(model).extra_conds(model, **prompt)
+    patch_size = model.diffusion_model.embedding[0].downscale_factor
+    conditions["effnet"] = LastingPrior.of_latent(conditions["effnet"].cond, prompt["noise"], patch_size)
+    return conditions
+
+
 def wraps_the_network(options: dict[str, Any]) -> bool:
     """Whether wrappers are called within a step, where they may change what the network is given."""
-    return bool(set(options.get("wrappers") or {}) - {WrappersMP.PREPARE_SAMPLING})
+    return bool(set(options.get("wrappers") or {}) - {WrappersMP.PREPARE_SAMPLING, WrappersMP.OUTER_SAMPLE})
 
 
 def _prepare(

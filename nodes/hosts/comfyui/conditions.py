@@ -46,6 +46,12 @@ class LastingPrior(LastingCond):
         self.grid, self.patch_size = grid, patch_size
         self._parts: dict[tuple[int, ...], LastingCond] = {}
 
+    @classmethod
+    def of_latent(cls, cond: Tensor, latent: Tensor, patch_size: int) -> "LastingPrior":
+        """The same for Stage B's latent (…, H, W)."""
+        height, width = (-(-side // patch_size) for side in latent.shape[-2:])
+        return cls(cond, (height, width), patch_size)
+
     def _copy_with(self, cond: Tensor) -> LastingCond:
         return LastingCond(cond)
 

@@ -28,13 +28,22 @@ from ....cascade_core.networks.tiles import in_whole_patches
 from ....cascade_core.networks.unet import UNet
 from ....cascade_core.stages.device import DTYPES, check_eight_bit
 from ....cascade_core.stages.diffusion import min_latent_side
+from ..notices import Notice
 from ..run import NetworkDescription
 from .areas import count_in_pixels, wraps_the_network
 from .conditions import LastingPrior, lasting, new_schedule
 from .eight_bits import EightBitWeights
 from .hosted import Hosted, WholeLayers
 from .patcher import CascadePatcher
-from .patches import ATTENTION, NOTICES, Notices, OverriddenAttention, origin, without_effect
+from .patches import (
+    ATTENTION,
+    NOTICES,
+    Notices,
+    OverriddenAttention,
+    explain_failures,
+    origin,
+    without_effect,
+)
 from .progress import notify
 from .residence import Residence
 from .weights import remember_file
@@ -116,9 +125,7 @@ class HostedNetwork(Hosted):
         if self.residence is not None and self.residence.device.device == x.device:
             self.residence.open()
         if ATTENTION in options:
-            self._without_engine(
-                options, f"Attention was replaced on the MODEL by {origin(options[ATTENTION])}"
-            )
+            self._without_engine(options, Notice("attention", node=origin(options[ATTENTION])))
             with OverriddenAttention(options):
                 return self.network(x, r, **conditions)
         if not options.get(ENGINE, True):
@@ -132,20 +139,16 @@ class HostedNetwork(Hosted):
         engine: Any = torch.compiler.disable(self.engine) if torch.compiler.is_compiling() else self.engine
         out = engine(x, r, **conditions)
         if self.engine.replaced is not None:
-            self._without_engine(
-                options, f"{self.engine.replaced} of the network was replaced by another node"
-            )
+            self._without_engine(options, Notice("layer", layer=self.engine.replaced))
         return out
 
     @property
     def words(self) -> str:
         return "Stage C" if isinstance(self.network, StageC) else "Stage B"
 
-    def _without_engine(self, options: dict, reason: str) -> None:
+    def _without_engine(self, options: dict, notice: Notice) -> None:
         if options.get(ENGINE, True):
-            self._notices(options).add(
-                f"{reason}, which plain PyTorch alone follows: this run is without the engine."
-            )
+            self._notices(options).add(notice)
 
     def _notices(self, options: dict) -> Notices:
         """Notices of our sampler's run, or of the host's samplers, whose nodes show what they are told meanwhile."""
@@ -249,8 +252,7 @@ class StageBModel(PlacedModel, comfy.model_base.StableCascade_B):
         values["effnet"] = prior
         conditions = lasting(self, values, kwargs["device"])
         patch_size = self.diffusion_model.network.config.patch_size
-        height, width = (-(-side // patch_size) for side in kwargs["noise"].shape[-2:])
-        conditions["effnet"] = LastingPrior(conditions["effnet"].cond, (height, width), patch_size)
+        conditions["effnet"] = LastingPrior.of_latent(conditions["effnet"].cond, kwargs["noise"], patch_size)
         return conditions
 
     def memory_required(self, input_shape, cond_shapes=None) -> int:
@@ -336,6 +338,7 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
         model.to(offload_device)
     patcher = CascadePatcher(model, load_device=load_device, offload_device=offload_device)
     count_in_pixels(patcher)
+    explain_failures(patcher, checkpoints.KIND_NAMES[kind])
     model.hosted.engine.compile_in_background(load_device)
     remember_file(patcher, f"{Path(path).name} ({checkpoints.KIND_NAMES[kind]})")
     patcher.cached_patcher_init = (load_patcher, (kind, path, dtype))

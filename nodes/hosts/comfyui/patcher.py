@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ....cascade_core.accelerators import is_nvidia
 from .eight_bits import FloatState
-from .patches import NOTICES, foreign_schedule, unread_by_network
+from .patches import NOTICES, has_foreign_schedule, origin, unread_by_network
 from .progress import notify
 from .residence import Residence, card_loader
 from .weight_patches import PREFIX, PatchedWeight
@@ -285,8 +285,12 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         self._free_bytes = None
         super().pre_run()
         if NOTICES not in self.model_options["transformer_options"]:  # a sampler of the host's
-            for sentence in foreign_schedule(self):
-                notify(f"{sentence}, so that no picture can come of it: take it out of the graph.")
+            if has_foreign_schedule(self):
+                node = origin(type(self.get_model_object("model_sampling")))
+                notify(
+                    f"{node} put a schedule on the MODEL that is not Stable Cascade's, which its networks were not "
+                    "trained on, so that no picture can come of it: take it out of the graph."
+                )
             for sentence in unread_by_network(self, self.model.hosted.words):
                 notify(sentence)
 

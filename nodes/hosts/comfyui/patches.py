@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ....cascade_core.errors import CascadeError, excerpt, printable, quoted
+from ....cascade_core.placement import out_of_memory
+from ..notices import Notice
 
 PACKAGE = __name__.partition(".nodes.hosts")[0]
 
@@ -38,14 +40,14 @@ READERS = {
 
 
 class Notices:
-    """Sentences about a run, each once. The host copies lists and dicts from step to step, but shares this."""
+    """What there is to say about a run, once. The host copies lists and dicts from step to step, but shares this."""
 
     def __init__(self, notify: Callable[[str], object] | None = None):
         """notify: called with each at once, where nobody shows them after the run"""
-        self.sentences: list[str] = []
+        self.sentences: list[Notice] = []
         self._notify = notify
 
-    def add(self, sentence: str) -> None:
+    def add(self, sentence: Notice) -> None:
         if sentence not in self.sentences:
             self.sentences.append(sentence)
             if self._notify is not None:
@@ -84,17 +86,13 @@ def patches_of(options: Any) -> Iterator[Any]:
         yield _unwrapped(options)
 
 
-def foreign_schedule(patcher: Any) -> Iterator[str]:
-    """Begins a sentence about a schedule on the MODEL that is not of Stable Cascade's kind."""
+def has_foreign_schedule(patcher: Any) -> bool:
+    """Whether the schedule on the MODEL is not of Stable Cascade's kind."""
     schedule = patcher.get_model_object("model_sampling")
-    if not isinstance(schedule, comfy.model_sampling.StableCascadeSampling):
-        yield (
-            f"{origin(type(schedule))} put a schedule on the MODEL that is not Stable Cascade's, which its networks "
-            "were not trained on"
-        )
+    return not isinstance(schedule, comfy.model_sampling.StableCascadeSampling)
 
 
-def without_effect(options: dict[str, Any], network: str) -> Iterator[str]:
+def without_effect(options: dict[str, Any], network: str) -> Iterator[Notice]:
     """A sentence for each node that patches blocks which Stage B and C do not have.
 
     options: the transformer_options of a forward; network: in words
@@ -106,22 +104,19 @@ def without_effect(options: dict[str, Any], network: str) -> Iterator[str]:
                 names_by_node.setdefault(origin(patch), {})[str(name)] = None
     for node, names in names_by_node.items():
         blocks = printable(" and ".join(names), 120)
-        yield f"{node} patches {blocks}, which {network} does not have: it changes nothing in the network."
+        yield Notice("blocks", node=node, blocks=blocks, network=network)
 
 
-def native_without_effect(patcher: Any, network: str) -> Iterator[str]:
+def native_without_effect(patcher: Any, network: str) -> Iterator[Notice]:
     """A sentence for each node whose wrapper the host's own Stage B and C do not call, though ours do."""
     for node in _wrapping(patcher, WrappersMP.DIFFUSION_MODEL):
-        yield (
-            f"{node} wraps the network, which ComfyUI's own {network} does not allow: it changes nothing in the "
-            f"network; use Load {network}."
-        )
+        yield Notice("wrapped", node=node, network=network)
 
 
-def called_for_each_tile(patcher: Any) -> Iterator[str]:
+def called_for_each_tile(patcher: Any) -> Iterator[Notice]:
     """A sentence for each node whose wrapper is called around the network, for nodes that remember its outputs."""
     for node in _wrapping(patcher, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
-        yield f"{node} is called for each tile by itself, as if each were a step: with a cache, set tile_size to 0."
+        yield Notice("tiles", node=node)
 
 
 def _wrapping(patcher: Any, *kinds: str) -> list[str]:
@@ -133,7 +128,7 @@ def _wrapping(patcher: Any, *kinds: str) -> list[str]:
     return list(dict.fromkeys(map(origin, wrappers)))
 
 
-def unread_by_network(patcher: Any, network: str) -> Iterator[str]:
+def unread_by_network(patcher: Any, network: str) -> Iterator[Notice]:
     """A sentence for each option for networks that neither Stage B and C nor any patch on the MODEL reads."""
     modules = _modules_of_patches(patcher)
     for key in patcher.model_options["transformer_options"]:
@@ -142,15 +137,15 @@ def unread_by_network(patcher: Any, network: str) -> Iterator[str]:
             and not key.startswith(OURS)
             and not _any_names(modules, key)
         ):
-            yield f"{quoted(key)} was put on the MODEL for other networks: it changes nothing in {network}."
+            yield Notice("network", key=quoted(key), network=network)
 
 
-def unread_by_host(patcher: Any) -> Iterator[str]:
+def unread_by_host(patcher: Any) -> Iterator[Notice]:
     """A sentence for each other option that neither the host nor any patch on the MODEL reads."""
     modules = READERS | _modules_of_patches(patcher)
     for key in patcher.model_options:
         if not _any_names(modules, key):
-            yield f"{quoted(key)} was put on the MODEL for other samplers: it changes nothing in this one."
+            yield Notice("sampler", key=quoted(key))
 
 
 def _modules_of_patches(patcher: Any) -> set[str]:
@@ -173,7 +168,7 @@ def _source(module: str) -> str:
 
 def failure(error: Exception, patcher: Any, network: str) -> CascadeError | None:
     """The error to raise where a patch on the MODEL failed; None where something else did."""
-    if isinstance(error, CascadeError | comfy.model_management.OOM_EXCEPTION):
+    if isinstance(error, CascadeError | comfy.model_management.OOM_EXCEPTION) or out_of_memory(error):
         return None
     patches = [
         *patches_of(patcher.model_options),
@@ -195,6 +190,20 @@ def failure(error: Exception, patcher: Any, network: str) -> CascadeError | None
                 f"{excerpt(str(error), 200)}. It may be for other networks; take it out of the graph."
             )
     return None
+
+
+def explain_failures(patcher: Any, network: str) -> None:
+    """Makes a run by any sampler say which patch on the MODEL failed."""
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, f"{OURS}failures", partial(_explained, network))
+
+
+def _explained(network: str, execute: Any, *arguments: Any, **options: Any) -> Any:
+    try:
+        return execute(*arguments, **options)
+    except Exception as error:
+        if (explained := failure(error, execute.class_obj.model_patcher, network)) is not None:
+            raise explained from error
+        raise
 
 
 def _code(patch: Any) -> Any:

@@ -39,15 +39,19 @@ def running_server() -> Any:
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-def notify(text: str) -> None:
+def notify(text: str, in_panel: bool = False) -> None:
     """Writes a message to the log, and into the running node in the browser of who queued it.
 
     Browsers take it for HTML, and it may hold names that strangers chose: nothing of it is left that acts.
+
+    in_panel: the node's panel shows it, as a result of the run; it goes to the log alone
     """
     text = "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
     ).translate({ord("<"): "‹", ord(">"): "›"})
     logging.info("%s", text)
+    if in_panel:
+        return
     server = running_server()
     node, client = getattr(server, "last_node_id", None), getattr(server, "client_id", None)
     if server is not None and node is not None and client is not None:  # without one, everybody would read it

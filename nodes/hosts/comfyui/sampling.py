@@ -27,16 +27,17 @@ from ....cascade_core.errors import CascadeError
 from ....cascade_core.placement import out_of_memory
 from ....cascade_core.run import SamplingResult, SamplingRun, Stopwatch
 from ....cascade_core.run import sample as sample_run
+from ..notices import Notice
 from ..run import SamplingRequest
-from .areas import with_pixel_areas, wraps_the_network
+from .areas import part_the_prior, with_pixel_areas, wraps_the_network
 from .conditions import keep_on_device, new_schedule
 from .model import ENGINE, NOISE, HostedNetwork
 from .patches import (
     NOTICES,
     Notices,
     called_for_each_tile,
-    failure,
-    foreign_schedule,
+    explain_failures,
+    has_foreign_schedule,
     native_without_effect,
     origin,
     unread_by_host,
@@ -86,10 +87,7 @@ class CascadeGuider(comfy.samplers.CFGGuider):
         return call
 
     def _not_used(self, guidance: Any) -> None:
-        self.notices.add(
-            f"The MODEL's own guidance is used ({origin(guidance)}); cfg_rescale {self.guidance.cfg_rescale:g} of this "
-            "node is not."
-        )
+        self.notices.add(Notice("guidance", node=origin(guidance), value=f"{self.guidance.cfg_rescale:g}"))
 
 
 class WatchedDict(UserDict):
@@ -225,6 +223,9 @@ def sample(request: SamplingRequest) -> SamplingResult:
     options.update({ENGINE: request.engine, NOTICES: notices})
     if not isinstance(patcher.get_model_object("diffusion_model"), HostedNetwork):
         tell_of_native(patcher, stage, notices)
+        explain_failures(patcher, stage)
+        if request.kind == "stage_b":
+            part_the_prior(patcher)
 
     def sample_once() -> tuple[Tensor, CascadeSampler]:
         source = run.noise()
@@ -242,12 +243,7 @@ def sample(request: SamplingRequest) -> SamplingResult:
         )
         return sampled, sampler
 
-    try:
-        sampled, sampler = with_room(sample_once, notices)
-    except Exception as error:
-        if (explained := failure(error, patcher, stage)) is not None:
-            raise explained from error
-        raise
+    sampled, sampler = with_room(sample_once, notices)
     stopwatch = sampler.stopwatch or Stopwatch(patcher.load_device)
     result = stopwatch.stop(sampled.to(comfy.model_management.intermediate_device(), torch.float32))
     return replace(result, notices=tuple(notices.sentences))
@@ -263,10 +259,7 @@ def with_room(sample_once: Callable[[], T], notices: Notices) -> T:
     # Only here are the frames gone that referred to the run's tensors.
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    notices.add(
-        "The card ran out of memory; the run was begun again with the other models off it. Where this happens each "
-        "time, a smaller batch or size is faster."
-    )
+    notices.add(Notice("memory"))
     return sample_once()
 
 
@@ -297,10 +290,10 @@ def scheduled(patcher: Any, run: SamplingRun, notices: Notices) -> tuple[Any, Sa
     schedule = patcher.object_patches.get("model_sampling")
     if schedule is None:
         return with_shift(patcher, run.shift), run
-    for sentence in foreign_schedule(patcher):
-        notices.add(f"{sentence}: shift {run.shift:g} of this node is used instead.")
-        return with_shift(patcher, run.shift), run
     node = origin(type(schedule))
+    if has_foreign_schedule(patcher):
+        notices.add(Notice("foreign", node=node, value=f"{run.shift:g}"))
+        return with_shift(patcher, run.shift), run
     times = torch.linspace(run.denoise, 0, run.steps + 1)
     levels = -2 * schedule.sigma(times).float().log()
     if not (schedule.shift > 0 and levels.isfinite().all()):
@@ -309,10 +302,7 @@ def scheduled(patcher: Any, run: SamplingRun, notices: Notices) -> tuple[Any, Sa
             "shift above 0 there."
         )
     if schedule.shift != run.shift:
-        notices.add(
-            f"The MODEL's own schedule is used ({node}, shift {schedule.shift:g}); shift {run.shift:g} of this node "
-            "is not."
-        )
+        notices.add(Notice("schedule", node=node, shift=f"{schedule.shift:g}", value=f"{run.shift:g}"))
     run = replace(run, shift=schedule.shift)
     middle = torch.linspace(0.1, 0.9, 9)  # the ends are limited in another order by the host
     if not torch.allclose(-2 * schedule.sigma(middle).log(), log_snr(middle, schedule.shift), atol=1e-2):

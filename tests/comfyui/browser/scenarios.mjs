@@ -475,6 +475,26 @@ async function notices(page) {
   return { before, after, later: await panel(page, id, "cascade_text") };
 }
 
+/** What a prompt holds of other programs' syntax is named in its node after the run, and no longer at the next. */
+async function syntax(page) {
+  const id = await place(page, "CascadeTextEncode");
+  const node = String(id);
+  const output = { cascade_syntax: [["lora", "<lora:ink:1>"], ["break", "BREAK"], ["schedule", "[a:b:0.5]"], ["choice", "{a|b}"]] };
+  await page.evaluate(
+    ([node, output]) => window.app.api.dispatchCustomEvent("executed", { node, display_node: node, output }),
+    [node, output],
+  );
+  await page.getByText("<lora:ink:1>").first().waitFor();
+  const { shown, lines } = await panel(page, id, "cascade_syntax");
+  const within = await page.evaluate((id) => {
+    const { element } = window.app.graph.getNodeById(id).widgets.find((widget) => widget.name === "cascade_syntax");
+    const text = element.querySelector(".cascade-panel-text");
+    return text.getBoundingClientRect().bottom <= element.getBoundingClientRect().bottom + 1;
+  }, id);
+  await page.evaluate(() => window.app.api.dispatchCustomEvent("execution_start", { prompt_id: "another" }));
+  return { shown, lines, within, later: (await panel(page, id, "cascade_syntax")).lines };
+}
+
 /** The values of a training node, as the interface has them. */
 async function training(page) {
   const id = await place(page, "CascadeTrainLoRA");
@@ -502,7 +522,6 @@ async function connections(page) {
   return { wrong, right: (await linked()) === model };
 }
 
-/** The same nodes in Japanese, with their help. */
 /** ComfyUI's own nodes, replaced from their menu by ours, with their values and links. */
 async function replaced(page) {
   await page.evaluate(async () => {
@@ -571,9 +590,18 @@ async function subgraph(page, { subgraph, served }) {
   });
 }
 
-async function japanese(page, { url }) {
+/** The same nodes in Japanese, with their help, and an example with its notes. */
+async function japanese(page, { url, workflows }) {
   await store(url, { "Comfy.Locale": "ja" });
   await open(page, url);
+  await load(page, "few_steps", workflows.few_steps);
+  const example = await page.evaluate(async () => ({
+    groups: window.app.graph._groups.map((group) => group.title),
+    note: window.app.graph._nodes.find((node) => node.type === "MarkdownNote").widgets[0].value,
+    changed: window.app.extensionManager.workflow.activeWorkflow.isModified,
+  }));
+  await page.getByText(example.note.split("**")[0]).first().waitFor();
+  await clear(page);
   const sampler = await place(page, "CascadePriorSampler", [300, 200]);
   const latent = await place(page, "CascadeEmptyLatent", [800, 200]);
   await page.waitForTimeout(500);
@@ -591,15 +619,23 @@ async function japanese(page, { url }) {
     [sampler, latent],
   );
   const panels = [await panel(page, sampler, "cascade_run"), await panel(page, latent, "cascade_size")];
+  await page.evaluate(
+    (id) => window.app.graph.getNodeById(id).onExecuted({
+      text: ["In English."], cascade_notices: [["sampler", { key: "'a_key'" }]],
+    }),
+    sampler,
+  );
+  await page.getByText("'a_key'").first().waitFor();
+  const notice = await panel(page, sampler, "cascade_text");
   await page.evaluate((id) => window.app.canvas.selectNode(window.app.graph.getNodeById(id)), sampler);
   // The button may lie under the menu: it is pressed as the keyboard would.
   await page.locator("[data-testid='info-button']").dispatchEvent("click");
   const help = page.locator(".node-help-content");
   await help.locator("h1, h2").first().waitFor();
-  return { words, panels, help: await help.innerText() };
+  return { example, words, panels, notice, help: await help.innerText() };
 }
 
 export const SCENARIOS = {
-  search, words, examples, templates, sizes, undo, presets, behind, made, buttons, enlarge, encode, scale, sentences, notices, training, connections, replaced,
+  search, words, examples, templates, sizes, undo, presets, behind, made, buttons, enlarge, encode, scale, sentences, notices, syntax, training, connections, replaced,
   subgraph, run, japanese,
 };

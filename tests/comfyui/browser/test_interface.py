@@ -23,7 +23,10 @@ SUBGRAPH = PACK / "subgraphs" / "Stable Cascade.json"
 PICTURE = (1280, 720)
 STEPS = {7: 3, 8: 2}  # of the two samplers in text_to_image
 MODES = {"classic": False, "nodes2": True}
-WORDS = json.loads((PACK / "locales" / "ja" / "main.json").read_text(encoding="utf-8"))["cascadeNodes"]
+WORDS, ENGLISH = (
+    json.loads((PACK / "locales" / language / "main.json").read_text(encoding="utf-8"))["cascadeNodes"]
+    for language in ("ja", "en")
+)
 NAMES = json.loads((PACK / "locales" / "ja" / "nodeDefs.json").read_text(encoding="utf-8"))
 
 SOUGHT = [
@@ -288,13 +291,23 @@ def test_super_resolution_shows_the_sizes_of_what_is_made(seen):
 def test_a_lora_says_what_it_holds(seen):
     facts = told(seen, "sentences")
     assert last(facts["before"], 1) == ["Not run yet"]
-    assert facts["after"]["lines"] == ["style (kohya): rank 4. Left out: two."]
+    assert facts["after"]["lines"] == ["style (kohya): rank 4.", "Left out: two."]
+
+
+def test_syntax_of_other_programs_is_named_until_the_next_run(seen):
+    facts = told(seen, "syntax")
+    assert facts["shown"]
+    assert facts["within"]
+    pieces = ("<lora:ink:1>", "BREAK", "[a:b:0.5]", "{a|b}")
+    for piece, line in zip(pieces, facts["lines"], strict=True):
+        assert line.startswith(f"{piece} is read as")
+    assert facts["later"] == []
 
 
 def test_a_sampler_says_what_counts_once_there_is_something_to_say(seen):
     facts = told(seen, "notices")
     assert not (facts["before"] or {}).get("lines")
-    assert facts["after"]["lines"] == ["The MODEL's own guidance is used. shift is not."]
+    assert facts["after"]["lines"] == ["The MODEL's own guidance is used.", "shift is not."]
     assert facts["later"]["lines"] == []
 
 
@@ -322,6 +335,15 @@ def test_the_japanese_interface_is_japanese(seen):
     run, sizes = facts["panels"]
     assert last(run, 1) == [WORDS["run"]["none"]]
     assert last(sizes, 1) == [WORDS["size"]["trained"]]
+    assert last(facts["notice"], 1) == [WORDS["notice"]["sampler"].replace("{key}", "'a_key'")]
+
+
+def test_an_example_is_japanese(seen):
+    example, english = told(seen, "japanese")["example"], WORKFLOWS["few_steps"]
+    keys = {text: key for key, text in ENGLISH["example"].items()}
+    assert example["groups"] == [WORDS["example"][keys[group["title"]]] for group in english["groups"]]
+    assert example["note"] == WORDS["example"]["note_few_steps"]
+    assert not example["changed"]  # as if it had been saved so
 
 
 def test_the_help_is_japanese(seen):

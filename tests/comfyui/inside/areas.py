@@ -3,6 +3,7 @@
 from typing import Any
 
 import comfy.model_management
+import native
 import torch
 from interop import encode, make_run, only
 from torch import Tensor
@@ -104,12 +105,15 @@ def measure() -> dict[str, Any]:
         if kind == "stage_b":
             prompts = with_prior(positive, PRIOR), with_prior(negative, torch.zeros_like(PRIOR))
         both = only(nodes.ConditioningCombine().combine(prompts[0], in_area(prompts[0], 128, 256, 128, 0)))
-        for sampler in ("ours", "KSampler"):
-            found, priors = seen(kind, models[kind], sampler, both, prompts[1], shape)
-            sides[f"{kind}, {sampler}"] = found
+        runs = {"ours": (models[kind], "ours"), "KSampler": (models[kind], "KSampler")}
+        if kind == "stage_b":
+            runs["ours, native"] = native.model(kind, WEIGHTS / "demo_stage_b.safetensors"), "ours"
+        for name, (model, sampler) in runs.items():
+            found, priors = seen(kind, model, sampler, both, prompts[1], shape)
+            sides[f"{kind}, {name}"] = found
             if kind == "stage_b":
                 expected = resize(PRIOR, (32, 32))[..., 16:]
-                parts[sampler] = min(
+                parts[name] = min(
                     (row - expected[0]).abs().max().item() for prior in priors for row in prior.float()
                 )
     finer, _ = seen("stage_c", models["stage_c"], "ours", both, negative, (1, 16, 8, 8), compression=32.0)

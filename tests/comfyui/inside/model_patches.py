@@ -209,7 +209,7 @@ def case(
         return {"node": f"{type(error).__name__}: {error}"}
     result, error = attempt(lambda: samplers.ours(patched))
     if result is None:
-        return {"error": error}
+        return {"error": error, "by KSampler": attempt(lambda: samplers.ksampler(patched))[1]}
     found = {"effect": relative(result.latent, plain), "notices": list(result.notices)}
     if full:
         theirs, error = attempt(lambda: samplers.ksampler(patched))

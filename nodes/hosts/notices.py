@@ -1,0 +1,53 @@
+"""What a sampler says of its run beside the picture: in English for every client, by key for the panel's language."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SENTENCES = {
+    "guidance": "The MODEL's own guidance is used ({node}); cfg_rescale {value} of this node is not.",
+    "schedule": "The MODEL's own schedule is used ({node}, shift {shift}); shift {value} of this node is not.",
+    "foreign": (
+        "{node} put a schedule on the MODEL that is not Stable Cascade's, which its networks were not trained on: "
+        "shift {value} of this node is used instead."
+    ),
+    "blocks": "{node} patches {blocks}, which {network} does not have: it changes nothing in the network.",
+    "wrapped": (
+        "{node} wraps the network, which ComfyUI's own {network} does not allow: it changes nothing in the network; "
+        "use Load {network}."
+    ),
+    "tiles": "{node} is called for each tile by itself, as if each were a step: with a cache, set tile_size to 0.",
+    "network": "{key} was put on the MODEL for other networks: it changes nothing in {network}.",
+    "sampler": "{key} was put on the MODEL for other samplers: it changes nothing in this one.",
+    "attention": (
+        "Attention was replaced on the MODEL by {node}, which plain PyTorch alone follows: this run is without the "
+        "engine."
+    ),
+    "layer": (
+        "{layer} of the network was replaced by another node, which plain PyTorch alone follows: this run is without "
+        "the engine."
+    ),
+    "memory": (
+        "The card ran out of memory; the run was begun again with the other models off it. Where this happens each "
+        "time, a smaller batch or size is faster."
+    ),
+}
+
+
+class Notice(str):
+    """One of SENTENCES with its values in place."""
+
+    key: str
+    values: dict[str, str]
+
+    def __new__(cls, key: str, /, **values: str) -> Notice:
+        notice = super().__new__(cls, SENTENCES[key].format(**values))
+        notice.key, notice.values = key, values
+        return notice
+
+
+def shown(notices: Any) -> dict[str, list[Any]]:
+    """What a node returns as its `ui` to show them; nothing where there are none."""
+    if not notices:
+        return {}
+    return {"text": list(notices), "cascade_notices": [[notice.key, notice.values] for notice in notices]}
