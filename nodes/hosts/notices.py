@@ -45,9 +45,16 @@ class Notice(str):
         notice.key, notice.values = key, values
         return notice
 
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:
+        """What copies are made of."""
+        return (self.key,), self.values
+
 
 def shown(notices: Any) -> dict[str, list[Any]]:
     """What a node returns as its `ui` to show them; nothing where there are none."""
     if not notices:
         return {}
-    return {"text": list(notices), "cascade_notices": [[notice.key, notice.values] for notice in notices]}
+    return {
+        "text": [str(notice) for notice in notices],
+        "cascade_notices": [[notice.key, notice.values] for notice in notices],
+    }

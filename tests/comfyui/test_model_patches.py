@@ -157,6 +157,8 @@ def test_the_node_shows_it(client, name):
     plain = client.run(demo(few))
     patched = client.run(demo({**few, "101": patch, "7.model": ["101", 0]}))
     (shown,) = [data["output"] for data in patched.of("executed") if data["node"] == PRIOR]
+    history = client.server.get(f"/history/{patched.prompt_id}")
+    assert history[patched.prompt_id]["outputs"][PRIOR] == shown  # which the server copied
     (sentence,) = shown["text"]
     assert words in sentence
     (without,) = [data["output"] for data in plain.of("executed") if data["node"] == PRIOR] or [{}]
