@@ -70,7 +70,7 @@ def test_same_picture_as_without_comfyui(client, right_picture, lora):
     (texts,) = [data["output"]["text"] for data in execution.of("executed") if data["node"] == LORA]
     note = f"{FILE} teaches [sun], to be written so in the prompt."
     assert texts == [f"{FILE} (onetrainer): 4 layers of Stage C, rank 2, 1 learned token ([sun])", note]
-    assert execution.texts == [(LORA, note)]
+    assert execution.texts == []  # it is said once, in the panel
     without = tiny({"5.positive": "a (red:1.2) [sun] star"})
     (plain,) = client.pictures(client.run(without))
     assert np.abs(plain.astype(int) - picture).max() > 1
