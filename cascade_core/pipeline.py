@@ -446,7 +446,9 @@ class StableCascade:
             self.stage("stage_b").check_picture_size(*size)
             encoded = self._encode_picture(source, size, False, tile_size)
             prompts = self._encode_text(*texts)
-            decoded = self._sample_decoder(encoded.stage_c, prompts, size, decoding, source, None, False, tile_size)
+            decoded = self._sample_decoder(
+                encoded.stage_c, prompts, size, decoding, source, None, False, tile_size
+            )
             return _as_output(decoded, output)
 
     # LoRAs and learned tokens
