@@ -48,21 +48,27 @@ def run_training(task: TaskName, path: Path, fresh: bool = False, dry: bool = Fa
             outcome = train(
                 settings, line.notify, line.progress, line.caching, lambda: bool(signals), fresh, find_faces
             )
-        finally:
-            leave_group()
+        except BaseException:
+            leave_group(together=False)
+            raise
+        leave_group()
     if outcome.file is not None and outcome.seconds:  # else it was there
         line.notify(how_to_try(settings, outcome.file))
     # of several processes one alone may have had the signal
     return 0 if outcome.finished else 128 + next(iter(signals), signal.SIGINT)
 
 
-def leave_group() -> None:
-    """End gloo's threads, by which processes on the CPU are one run; at the end of Python they would abort it."""
+def leave_group(together: bool = True) -> None:
+    """End the threads by which processes exchange what is in main memory; at the end of Python they would abort it.
+
+    together: whether all processes come here, so that none leaves while another still asks it.
+    """
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+    if distributed.is_available() and distributed.is_initialized():
         gc.collect()  # what of the run is left in circles refers to the group
-        distributed.barrier()  # no process leaves while another still asks it
+        if together:
+            distributed.barrier()
         distributed.destroy_process_group()
 
 

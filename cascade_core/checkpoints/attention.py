@@ -32,14 +32,20 @@ def split_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return split
 
 
+def parts_of_fused(name: str) -> list[str]:
+    """The names of what a tensor of `fuse_attention` is made of, in its order: three of the attention's, or its own."""
+    stem, fused, leaf = name.rpartition(FUSED)
+    return [f"{stem}{part}.{leaf}" for part in THIRDS] if fused else [name]
+
+
 def fuse_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inverse of `split_attention`: `attn.to_q/to_k/to_v` -> the published `attn.in_proj_*`."""
     fused: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         stem, part, leaf = name.rpartition("to_q.")
         if part:
-            rows = [state_dict[f"{stem}{part}.{leaf}"] for part in THIRDS]
-            fused[f"{stem}{FUSED}{leaf}"] = torch.cat(rows, dim=0)
+            whole = f"{stem}{FUSED}{leaf}"
+            fused[whole] = torch.cat([state_dict[part] for part in parts_of_fused(whole)], dim=0)
         elif not any(f".attn.{part}." in f".{name}" for part in THIRDS[1:]):
             fused[name] = tensor
     return fused

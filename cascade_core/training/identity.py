@@ -39,6 +39,7 @@ WITHOUT_EFFECT = (
     "train.steps",
     "train.epochs",
     "train.gradient_checkpointing",
+    "train.fsdp",
     "train.compile",
     "train.cuda_graphs",
     "train.stop_at",
@@ -48,6 +49,8 @@ WITHOUT_EFFECT = (
     "lora.dtype",
     "finetune.dtype",
 )
+# Each machine may have them elsewhere.
+PLACES = ("output.file", "output.folder", "output.prompts_file")
 # They decide how the result is written.
 OF_THE_FILE = (
     "output.file",
@@ -106,6 +109,16 @@ def _part(key: str) -> str:
     return PARTS.get(key, "tokens")
 
 
+def shared_settings(settings: Settings) -> dict[str, str]:
+    """What all processes of a run must have alike: all settings but the places of files, of which each has its own."""
+    values = _deciding(settings) | {
+        key: value
+        for key, value in _flat(settings).items()
+        if key.partition(".")[0] in ("train", "output") and key not in PLACES
+    }
+    return {key: json.dumps(value) for key, value in values.items() if key != "train.precision"}
+
+
 def differences(settings: Settings, contents: Mapping[str, str], metadata: Mapping[str, str]) -> list[str]:
     """What decides the result and is not as a state's metadata has it: "train.seed 0 → 1".
 
@@ -116,6 +129,8 @@ def differences(settings: Settings, contents: Mapping[str, str], metadata: Mappi
     now = _deciding(settings) if saved_settings is not None else {}
     if (saved_contents := _saved_contents(metadata)) is not None:
         before, now = {**before, **saved_contents}, {**now, **contents}
+        if settings.train.fsdp:  # any number of processes can go on with its parts
+            before, now = ({k: v for k, v in each.items() if k != "processes"} for each in (before, now))
     return [
         f"{key} {_shown(before.get(key))} → {_shown(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
@@ -129,6 +144,12 @@ def refusal(path: Path, differing: Sequence[str]) -> CascadeError:
         f"{path} is of a run with other settings ({'; '.join(differing[:SHOWN])}{more}); put them back, or begin anew "
         "with --fresh."
     )
+
+
+def other_processes(contents: Mapping[str, str], metadata: Mapping[str, str]) -> str | None:
+    """How many processes a state is of, where they are not as many as now."""
+    before = (_saved_contents(metadata) or {}).get("processes")
+    return None if before in (None, contents.get("processes")) else before
 
 
 def unknown_parts(metadata: Mapping[str, str]) -> list[str]:

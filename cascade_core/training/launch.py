@@ -1,23 +1,19 @@
 """accelerate: the device, the processes and the exchange between them, and nothing else that it can be configured to.
 
-Precision, accumulation and compilation are the settings file's, and every process holds the whole network. What else
-`accelerate config` writes reaches a process as an environment variable, and is refused here by name: obeyed by half, it
-would train something else.
+Precision, accumulation, compilation and FSDP are the settings file's. What else `accelerate config` writes reaches a
+process as an environment variable, and is refused here by name: obeyed by half, it would train something else.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..accelerators import has_bf16
 from ..errors import CascadeError, quoted
 from ..networks.precision import PRECISIONS
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from .processes import Processes
 
 SHARDED = {  # ways to divide a network among processes
     "ACCELERATE_USE_FSDP": "FSDP (fsdp_config)",
@@ -27,7 +23,7 @@ SHARDED = {  # ways to divide a network among processes
 }
 
 
-def build_accelerator(precision: str = "auto") -> Accelerator:
+def build_accelerator(precision: str = "auto") -> Processes:
     """Raises CascadeError where accelerate is missing, or configured to do what training here does not.
 
     precision: `train.precision` of the settings, which a mixed_precision that is given must agree with.
@@ -51,7 +47,7 @@ def build_accelerator(precision: str = "auto") -> Accelerator:
             f"this run computes in {computed}: choose by train.precision in the settings file, and leave "
             "mixed_precision at no",
         )
-    return accelerator
+    return Processes(accelerator)
 
 
 def _check_configuration() -> None:
@@ -59,7 +55,7 @@ def _check_configuration() -> None:
         if os.environ.get(variable, "").lower() in ("true", "1"):
             raise _refusal(
                 name,
-                "every process holds the whole network: launch without it (distributed_type: MULTI_GPU)",
+                "launch without it (distributed_type: MULTI_GPU); train.fsdp in the settings file divides a network",
             )
     if _choice("DYNAMO_BACKEND") != "no":
         raise _refusal(
@@ -83,3 +79,8 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if has_bf16(device) else torch.float16
+
+
+def computing(precision: str, device: torch.device) -> dict[str, str]:
+    """What a process computes on and in, which is the same for all of a run."""
+    return {"train.precision": f"{compute_dtype(precision, device)} on {device.type}".removeprefix("torch.")}

@@ -16,40 +16,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..accelerators import side_stream
-from ..errors import CascadeError, Interrupted, quoted
+from ..errors import CascadeError, Interrupted
 from .determinism import deterministic_kernels
 from .ema import EMA
 from .log import CURVE, Log, draw_curve
 from .optimisers import averages_itself, build_optimiser, learning_rate
+from .processes import Processes
 from .settings import OutputSettings, TrainSettings
-from .state import (
-    ANEW,
-    STATE,
-    copy_into,
-    first_not_finite,
-    load_optimiser,
-    load_scaler,
-    optimiser_tensors,
-    read_state,
-    scaler_tensors,
-    step_of,
-    write_state,
-)
+from .shared_state import Targets, read_together, write_together
+from .state import STATE, first_not_finite, load_scaler, optimiser_tensors, scaler_tensors, step_of
 from .tasks.base import Inputs, State, Task
 from .trackers import Trackers
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 AnyTask = TypeVar("AnyTask", bound=Task)
-# A batch on the accelerator, and the event after its copies.
-Prepared = tuple[Inputs, "torch.cuda.Event | None"]
+# A batch on the accelerator, how much its mean counts beside those of other processes, and the event after its copies
+Prepared = tuple[Inputs, float, "torch.cuda.Event | None"]
 
 PREFETCHED = 3  # batches that are prepared while a step runs
 CURVE_SECONDS = 20.0  # between two drawings of the curve
@@ -121,12 +108,12 @@ class Loop(Generic[AnyTask]):
         task: AnyTask,
         data: Batches,
         settings: LoopSettings,
-        accelerator: Accelerator,
+        processes: Processes,
         report: Callable[[TrainingProgress], None] = lambda progress: None,
         stop: Callable[[], bool] = lambda: False,
         sample: Callable[[int, State], Tensor] | None = None,
     ):
-        self.task, self.data, self.settings, self.accelerator = task, data, settings, accelerator
+        self.task, self.data, self.settings, self.processes = task, data, settings, processes
         self.report, self.stop, self.sample = report, stop, sample
         assert settings.output.folder is not None
         self.folder = Path(settings.output.folder)
@@ -136,6 +123,9 @@ class Loop(Generic[AnyTask]):
         self.trackers = Trackers(settings.output.log_with, self.folder, settings.as_json())
         self.contents: dict[str, str] = {}  # of `identity`, which a state keeps
         self.step = 0
+        if task.shards is None:  # else each has rows of its own, of one file
+            for value in task.trained.state_dict().values():
+                processes.same(value)
         self.optimiser = build_optimiser(task.groups(), settings.train)
         self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         copied = () if task.average_buffers else dict(task.trained.named_buffers())
@@ -152,6 +142,12 @@ class Loop(Generic[AnyTask]):
             return self._averaged_by_optimiser()
         return self.average.tensors if self.average else self.task.trained.state_dict()
 
+    @property
+    def trained_numbers(self) -> int:
+        """How many numbers are trained, in all processes together where each has rows of its own."""
+        own = sum(parameter.numel() for parameter in self.parameters)
+        return own if self.task.shards is None else sum(self.processes.gather(own))
+
     @torch.no_grad()
     def _averaged_by_optimiser(self) -> State:
         """A copy of the optimiser's average. The weights of steps are put back: there and back would change bits."""
@@ -167,7 +163,7 @@ class Loop(Generic[AnyTask]):
         """Train from the present step on, then write a checkpoint."""
         train, output = self.settings.train, self.settings.output
         started, first_step, stopped = time.monotonic(), self.step, False
-        if self.accelerator.is_main_process:
+        if self.processes.is_main_process:
             self.log = Log(self.folder, self.step)
         means = _RunningMeans()
         drawn = time.monotonic()
@@ -182,7 +178,7 @@ class Loop(Generic[AnyTask]):
                     break
                 means.add(terms)
                 if self.step % output.log_every == 0 or self.step == train.steps:
-                    self._report(means.take(self._mean), started, first_step)
+                    self._report(means.take(self.processes.mean), started, first_step)
                     if time.monotonic() - drawn > CURVE_SECONDS:
                         drawn = time.monotonic()
                         self._draw()
@@ -203,14 +199,14 @@ class Loop(Generic[AnyTask]):
         return Outcome(self.step, self.step >= train.steps, time.monotonic() - started, peak)
 
     @contextmanager
-    def _prefetching(self) -> Iterator[Callable[[], Inputs]]:
-        """Yield a function that returns the next batch, on the accelerator; a thread prepares the ones after it.
+    def _prefetching(self) -> Iterator[Callable[[], tuple[Inputs, float]]]:
+        """Yield a function that returns the next batch and its weight; a thread prepares the ones after it.
 
         On CUDA that thread has a stream of its own: in the step's stream a copy from main memory would wait for the
         step before, and the next step for the copy.
         """
-        train, accelerator = self.settings.train, self.accelerator
-        rank, ranks = accelerator.process_index, accelerator.num_processes
+        train = self.settings.train
+        rank, ranks = self.processes.process_index, self.processes.num_processes
         index, end = self.step * train.accumulate, train.steps * train.accumulate
         pool, pending = ThreadPoolExecutor(1, initializer=self._enter_thread), deque[Future[Prepared]]()
         stream = side_stream(self.task.device) if self.task.device.type == "cuda" else None
@@ -223,24 +219,25 @@ class Loop(Generic[AnyTask]):
             with torch.cuda.stream(stream):
                 batch = self.data.batch(index, train.batch_size, rank, ranks)
                 inputs = self.task.prepare(batch, generator)
+                weight = getattr(batch, "share", 1.0)
                 if stream is None:
-                    return inputs, None
+                    return inputs, weight, None
                 ready = torch.cuda.Event()
                 ready.record(stream)
-                return inputs, ready
+                return inputs, weight, ready
 
-        def next_inputs() -> Inputs:
+        def next_inputs() -> tuple[Inputs, float]:
             nonlocal index
             while len(pending) <= PREFETCHED and index < end:
                 pending.append(pool.submit(prepare, index))
                 index += 1
-            inputs, ready = pending.popleft().result()
+            inputs, weight, ready = pending.popleft().result()
             if ready is not None:
                 stream = torch.cuda.current_stream(self.task.device)
                 stream.wait_event(ready)
                 for tensor in inputs.tensors():
                     tensor.record_stream(stream)  # or its memory would be reused while it is read
-            return inputs
+            return inputs, weight
 
         try:
             yield next_inputs
@@ -251,13 +248,13 @@ class Loop(Generic[AnyTask]):
         if self.task.device.index is not None:  # a new thread would use the first accelerator
             torch.cuda.set_device(self.task.device)
 
-    def _update(self, next_inputs: Callable[[], Inputs]) -> dict[str, Tensor] | None:
+    def _update(self, next_inputs: Callable[[], tuple[Inputs, float]]) -> dict[str, Tensor] | None:
         """One step of the optimiser. Returns the terms of the loss, on the accelerator.
 
         None where the run was asked to stop between the batches of the step, which then has not happened.
         """
         train = self.settings.train
-        asking = train.accumulate > 1 and self.accelerator.num_processes == 1
+        asking = train.accumulate > 1 and self.processes.num_processes == 1
         changing = [*self.task.trained.buffers(), *self.task.buffers().values()] if asking else []
         before = [buffer.clone() for buffer in changing]
         rate = learning_rate(self.step, train)
@@ -270,17 +267,17 @@ class Loop(Generic[AnyTask]):
                     buffer.copy_(value)
                 self.optimiser.zero_grad(set_to_none=True)
                 return None
-            inputs = next_inputs()
-            torch.manual_seed(step_seed(train.seed, self.step, part, self.accelerator.process_index))
+            inputs, weight = next_inputs()
+            torch.manual_seed(step_seed(train.seed, self.step, part, self.processes.process_index))
             terms = self.task.loss(inputs)
-            self.scaler.scale(terms["loss"] / train.accumulate).backward()
+            self.scaler.scale(terms["loss"] * weight / train.accumulate).backward()
             for name, value in terms.items():
-                value = value.detach() / train.accumulate
+                value = value.detach() * weight / train.accumulate
                 total[name] = total[name] + value if name in total else value
         self._share_gradients()
         self.scaler.unscale_(self.optimiser)
         if train.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
+            self._clip(train.max_grad_norm)
         self.scaler.step(self.optimiser)  # unless a gradient overflowed
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
@@ -291,36 +288,49 @@ class Loop(Generic[AnyTask]):
         return total
 
     def _share_gradients(self) -> None:
-        self._share([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        if self.task.shards is not None:  # FSDP has reduced them
+            self.task.shards.take_gradients()
+        else:
+            self._share([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+
+    def _clip(self, largest: float) -> None:
+        """Clip the gradient to a norm. With train.fsdp it is the same whichever number of processes have it."""
+        if not self.settings.train.fsdp:
+            nn.utils.clip_grad_norm_(self.parameters, largest)
+            return
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        # In float64 the sums of any division are the same numbers when they are rounded to float32.
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
+        square = (
+            torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.task.device).double()
+        )
+        if self.task.shards is not None:
+            square = self.processes.mean(square) * self.processes.num_processes
+        norm = square.sqrt().float()
+        factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # as torch has it
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _share_statistics(self) -> None:
-        """Average batch norms' statistics over all processes, where they are learned."""
-        if self.task.trained.training:
-            self._share([buffer for buffer in self.task.trained.buffers() if buffer.is_floating_point()])
+        """Average what is learned beside weights over all processes: batch norms' statistics, the loss's weights."""
+        changing = [*self.task.trained.buffers()] if self.task.trained.training else []
+        self._share([b for b in (*changing, *self.task.buffers().values()) if b.is_floating_point()])
 
     def _share(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over all processes, in one exchange."""
-        if self.accelerator.num_processes == 1 or not tensors:
+        if self.processes.num_processes == 1 or not tensors:
             return
-        flat = self._mean(torch.cat([tensor.flatten() for tensor in tensors]))
+        flat = self.processes.mean(torch.cat([tensor.flatten() for tensor in tensors]))
         parts = flat.split([tensor.numel() for tensor in tensors])
         values = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
         torch._foreach_copy_(tensors, values)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _mean(self, value: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return value
-        reduced = self.accelerator.reduce(value, reduction="mean")
-        assert isinstance(reduced, Tensor)
-        return reduced
-
     def _asked_to_stop(self) -> bool:
         """All processes stop at the same step; many ask one another at logging alone, as that makes them wait."""
-        if self.accelerator.num_processes == 1:
+        if self.processes.num_processes == 1:
             return self.stop()
         if self.step % self.settings.output.log_every:
             return False
-        return self._mean(torch.tensor(float(self.stop()), device=self.task.device)).item() > 0
+        return self.processes.mean(torch.tensor(float(self.stop()), device=self.task.device)).item() > 0
 
     def _report(self, terms: dict[str, float], started: float, first_step: int) -> None:
         train = self.settings.train
@@ -336,7 +346,7 @@ class Loop(Generic[AnyTask]):
                 "diverged; its state stays as it was before. Lower train.learning_rate, or set train.precision to "
                 "fp32, and begin anew with --fresh."
             )
-        if not self.accelerator.is_main_process:
+        if not self.processes.is_main_process:
             return
         if self.scaler.is_enabled():
             terms = {**terms, "loss_scale": scale}
@@ -354,21 +364,24 @@ class Loop(Generic[AnyTask]):
         return isinstance(every, int) and every > 0 and self.step % every == 0
 
     def _validate(self) -> None:
-        if self.validate is None or not self.accelerator.is_main_process:
+        # A network that is divided is run by all of its processes.
+        if self.validate is None or not (self.processes.is_main_process or self.task.shards is not None):
             return
         self.validated = self.validate[1](self.state)
-        self._log({"validation": self.validated})
+        if self.processes.is_main_process:
+            self._log({"validation": self.validated})
 
     def _log(self, values: dict[str, float], **others: float) -> None:
         self.log.add({"step": self.step, **others, **values})
         self.trackers.log(values, self.step)
 
     def _draw(self) -> None:
-        if self.accelerator.is_main_process:
+        if self.processes.is_main_process:
             draw_curve(self.log.rows, self.settings.train.steps, self.folder / CURVE)
 
     def _sample(self) -> None:
-        if self.sample is None or not self.accelerator.is_main_process:
+        # A network that is divided is run by all of its processes.
+        if self.sample is None or not (self.processes.is_main_process or self.task.shards is not None):
             return
         from .samples import write_picture
 
@@ -376,49 +389,45 @@ class Loop(Generic[AnyTask]):
             picture = self.sample(self.step, self.state)
         except Interrupted:  # as the run will be
             return
-        write_picture(self.folder / "samples" / f"{self.step:06}.png", picture)
-        self.trackers.log_picture(picture, self.step)
+        if self.processes.is_main_process:
+            write_picture(self.folder / "samples" / f"{self.step:06}.png", picture)
+            self.trackers.log_picture(picture, self.step)
 
     def save(self) -> None:
         """Write everything that resuming needs, whole or not at all. Raises CascadeError for weights that diverged."""
         weights = self.task.trained.state_dict()
-        if name := first_not_finite(weights):
+        found = self.processes.gather(first_not_finite(weights))  # in rows of one process alone, it may be
+        if name := next(filter(None, found), None):
             raise CascadeError(
                 f"{name} holds NaN or infinity after step {self.step}, so the run has diverged; its state stays as it "
                 "was before. Lower train.learning_rate and begin anew with --fresh."
             )
-        if self.accelerator.is_main_process:
-            parts = {
-                "trained": weights,
-                "average": self.average.tensors if self.average else {},
-                "optimiser": optimiser_tensors(self.optimiser),
-                "buffers": self.task.buffers(),
-                "scaler": scaler_tensors(self.scaler),
-            }
-            metadata = {"step": str(self.step), "settings": self.settings.as_json()}
-            if self.contents:
-                metadata["contents"] = json.dumps(self.contents, sort_keys=True)
-            write_state(self.folder / STATE, parts, metadata)
-        self.accelerator.wait_for_everyone()
+        state = {
+            "trained": weights,
+            "average": self.average.tensors if self.average else {},
+            "optimiser": optimiser_tensors(self.optimiser),
+            "buffers": self.task.buffers(),
+            "scaler": scaler_tensors(self.scaler),
+        }
+        metadata = {"step": str(self.step), "settings": self.settings.as_json()}
+        if self.contents:
+            metadata["contents"] = json.dumps(self.contents, sort_keys=True)
+        write_together(self.folder, self.processes, state, metadata, divided=self.task.shards is not None)
 
     def resume(self) -> bool:
-        """Load the folder's checkpoint if there is one; returns whether there is."""
-        path = self.folder / STATE
-        if not path.exists():
+        """Load the checkpoint of the main process's folder if there is one; returns whether there is."""
+        average = self.average.tensors if self.average else {}
+        targets = Targets(self.task.trained.state_dict(), average, self.task.buffers(), self.optimiser)
+        if (shards := self.task.shards) is not None:
+            numbers = {id(parameter): shards.rows[name] for name, parameter in shards.parameters.items()}
+            targets.rows, targets.of_optimiser = shards.rows, [numbers[id(p)] for p in self.parameters]
+            targets.index, targets.parts = self.processes.process_index, self.processes.num_processes
+        read = read_together(self.folder, self.processes, targets)
+        if read is None:
             return False
-        parts, metadata = read_state(path)
-        step = step_of(metadata, path)
-        for part in ("trained", "average", "buffers"):
-            if name := first_not_finite(parts[part]):
-                raise CascadeError(f"{path} holds NaN or infinity in {quoted(f'{part}.{name}')}; {ANEW}")
-        copy_into(self.task.trained.state_dict(), parts["trained"], path)
-        copy_into(self.task.buffers(), parts["buffers"], path)
-        if self.average:
-            # A run that had no average begins one with its weights.
-            copy_into(self.average.tensors, parts["average"] or parts["trained"], path)
-        load_optimiser(self.optimiser, parts["optimiser"], path)
-        load_scaler(self.scaler, parts["scaler"], path)
-        self.step = step
+        metadata, scaler = read
+        load_scaler(self.scaler, scaler, self.folder / STATE)
+        self.step = step_of(metadata, self.folder / STATE)
         return True
 
 

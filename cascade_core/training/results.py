@@ -37,7 +37,7 @@ class Results:
 
     def _write(self, loop: Loop[StageCTask], state: State, path: Path) -> Path:
         metadata = file_metadata(self.settings, loop.step, self.pictures)
-        if not self.keep_existing:
+        if not (self.keep_existing and loop.processes.is_main_process):
             loop.task.write(state, path, metadata)
             return path
         with temporary_file(path.parent) as temporary:
@@ -49,12 +49,13 @@ class Results:
         output = self.settings.output
         folder, stem = loop.folder / SAVED, Path(output.file).stem
         path = folder / f"{stem}-{loop.step:08}.safetensors"
-        folder.mkdir(exist_ok=True)
+        if loop.processes.is_main_process:
+            folder.mkdir(exist_ok=True)
         metadata = file_metadata(self.settings, loop.step, self.pictures)
         loop.task.write(loop.state, path, metadata)
         if output.raw:
             loop.task.write(loop.task.trained.state_dict(), raw_file(path), metadata)
-        if output.keep_last is not None:
+        if output.keep_last is not None and loop.processes.is_main_process:
             own = re.compile(re.escape(stem) + r"-(\d{8})(_raw)?\.safetensors")
             files = [(match[1], each) for each in folder.iterdir() if (match := own.fullmatch(each.name))]
             kept = sorted({step for step, _ in files if int(step) <= loop.step})[-output.keep_last :]

@@ -7,14 +7,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..checkpoints import load_model
 from ..engine.graphs import can_allocate_in_capture
-from ..errors import CascadeError, Interrupted
+from ..errors import Interrupted
 from ..geometry import largest_size
 from ..networks.compressor import SemanticCompressor
 from ..networks.fp16 import scale_residual_stream
@@ -40,10 +39,11 @@ from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_bl
 from .launch import build_accelerator, compute_dtype
 from .log import duration
 from .loop import Loop, Outcome, TrainingProgress
+from .processes import Processes
 from .prompts import sample_prompts, texts_of, with_prompts_of_file
 from .ranges import in_steps
 from .results import Results
-from .run_folder import Notify, begun, cache_of, locked
+from .run_folder import Notify, begun, cache_of, compared, locked
 from .samples import CascadeDecoder, Decoder, PreviewDecoder, Samples
 from .settings import DataSettings, Settings, TrainSettings
 from .state import STATE
@@ -55,9 +55,6 @@ from .tasks.stage_c import StageCTask
 from .tasks.textual_inversion import TokensTask
 from .telling import at_beginning, at_end
 from .validation import Validation
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 def train(
@@ -78,42 +75,50 @@ def train(
     how many there are to encode; stop: asked at each file and after each step; find_faces: for the identity hint;
     check: raises CascadeError for a path of training data, its links followed, that may not be read.
     """
-    accelerator = build_accelerator(settings.train.precision)
-    if not accelerator.is_main_process:
+    processes = build_accelerator(settings.train.precision)
+    if not processes.is_main_process:
         notify, report, caching = (lambda sentence: None), (lambda progress: None), None
-    settings = replace(settings, output=with_prompts_of_file(settings.output))
-    check_output(settings, keep_existing)
-    end = stop_time(settings.train, datetime.now())
+
+    def read_prompts() -> Settings:
+        given = replace(settings, output=with_prompts_of_file(settings.output))
+        check_output(given, keep_existing)
+        return given
+
+    end = processes.on_each(lambda: stop_time(settings.train, datetime.now()))
     ended = stopping(lambda: False, end)
     stop = stopping(stop, end)
     try:
         with ExitStack() as held:
+            settings = processes.on_each(read_prompts)
             folder = Path(settings.output.folder or "")
-            on_main_process(accelerator, lambda: held.enter_context(locked(folder, notify)))
+            processes.on_main(lambda: held.enter_context(locked(folder, notify)))
             access = Access(stop, check)
-            pictures = find_and_hold_out(settings.data, settings.validation, access)
+            pictures = processes.on_each(
+                lambda: find_and_hold_out(settings.data, settings.validation, access)
+            )
             trained = pictures.trained
-            settings = on_main_process(
-                accelerator, lambda: with_steps(settings, trained, accelerator.num_processes, access)
-            )
-            standing = on_main_process(
-                accelerator,
-                lambda: begun(settings, trained, accelerator.num_processes, notify, fresh, access.ask),
-            )
-            if standing.file is not None and not keep_existing:
+            settings = with_steps(settings, trained, processes, access)
+            contents = compared(settings, trained, processes, access.ask)
+
+            def standing() -> str | None:
+                file = begun(settings, contents, notify, fresh)
+                return None if file is None else str(file)
+
+            if (file := processes.on_main(standing)) is not None and not keep_existing:
                 notify(
-                    f"The run is finished, at step {settings.train.steps}, and its result is {standing.file}. Give "
-                    "more train.steps to go on, or --fresh to begin anew."
+                    f"The run is finished, at step {settings.train.steps}, and its result is {file}. Give more "
+                    "train.steps to go on, or --fresh to begin anew."
                 )
-                return Outcome(settings.train.steps, True, seconds=0.0, peak_bytes=0, file=standing.file)
-            on_main_process(
-                accelerator,
-                lambda: check_networks(settings, [*trained, *pictures.held_out], find_faces),
-            )
-            loop = prepare(settings, accelerator, notify, report, caching, stop, find_faces, pictures)
-            loop.contents = standing.contents
+                return Outcome(settings.train.steps, True, seconds=0.0, peak_bytes=0, file=Path(file))
+            processes.on_main(lambda: check_networks(settings, [*trained, *pictures.held_out], find_faces))
+            loop = prepare(settings, processes, notify, report, caching, stop, find_faces, pictures)
+            loop.contents = contents
             results = Results(settings, trained, keep_existing)
-            loop.keep = lambda: results.save(loop)
+
+            def keep() -> None:
+                write_together(loop, results.save)
+
+            loop.keep = keep
             outcome = _run(loop, results, notify, fresh)
     except Interrupted:
         outcome = Outcome(step=0, finished=False, seconds=0.0, peak_bytes=0)
@@ -124,7 +129,7 @@ def train(
 
 
 def with_steps(
-    settings: Settings, pictures: list[TrainingPicture], processes: int, access: Access
+    settings: Settings, pictures: list[TrainingPicture], processes: Processes, access: Access
 ) -> Settings:
     """The settings with as many steps as their epochs have, where they are given in epochs."""
     train, output, validation = settings.train, settings.output, settings.validation
@@ -134,9 +139,8 @@ def with_steps(
     ):
         return settings
     data = replace(settings.data, cache=cache_of(settings))
-    batches = epoch_steps(
-        data, pictures, train.batch_size * processes, access, settings.models.image_encoder is not None
-    )
+    rows, with_prompts = train.batch_size * processes.num_processes, settings.models.image_encoder is not None
+    batches = processes.on_main(lambda: epoch_steps(data, pictures, rows, access, with_prompts))
     epoch = batches / train.accumulate
     steps = train.steps if train.epochs is None else max(round(train.epochs * epoch), 1)
     return replace(
@@ -147,47 +151,34 @@ def with_steps(
     )
 
 
-T = TypeVar("T")
-
-
-def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Do something in the main process alone; its result, or what it raises, is every process's."""
-    outcome: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [work()]
-        except (CascadeError, Interrupted) as error:
-            outcome = [error]
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+def write_together(loop: Loop[StageCTask], write: Callable[[Loop[StageCTask]], object]) -> object:
+    """Write files in the main process. Of a network that is divided, each has rows that all take part to gather."""
+    if loop.task.shards is not None:
+        return write(loop)
+    return loop.processes.on_main(lambda: str(write(loop)))
 
 
 def _run(loop: Loop[StageCTask], results: Results, notify: Notify, fresh: bool) -> Outcome:
-    accelerator = loop.accelerator
-    if fresh and accelerator.is_main_process:
+    if fresh:
         (loop.folder / STATE).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+        loop.processes.wait()
     if loop.resume():
         notify(f"Going on from step {loop.step} of {loop.folder / STATE}.")
     outcome = loop.run()
     peak = outcome.peak_bytes / 1e9
     memory = f", at most {peak:.1f} GB of the accelerator" if peak else ""
     notify(f"{outcome.step} steps, {duration(outcome.seconds)} this time{memory}.")
-    if outcome.finished and accelerator.is_main_process:
-        path = results.write(loop)
+    if not outcome.finished:
+        return outcome
+    path = Path(str(write_together(loop, results.write)))
+    if loop.processes.is_main_process:
         notify(at_end(loop, path))
-        outcome = replace(outcome, file=path)
-    return outcome
+    return replace(outcome, file=path)
 
 
 def prepare(
     settings: Settings,
-    accelerator: Accelerator,
+    processes: Processes,
     notify: Notify = lambda sentence: None,
     report: Callable[[TrainingProgress], None] = lambda progress: None,
     caching: Callable[[int, int], None] | None = None,
@@ -199,15 +190,12 @@ def prepare(
 
     pictures: those of the data where they are listed already.
     """
-    device = accelerator.device
+    device = processes.device
     dtype = compute_dtype(settings.train.precision, device)
-    cache, validation = cache_of(settings), settings.validation
-    compressor = load_network(
-        settings.models.compressor, "compressor", torch.float32, device, SemanticCompressor
+    validation, file = settings.validation, settings.models.compressor
+    compressor = processes.on_each(
+        lambda: load_network(file, "compressor", torch.float32, device, SemanticCompressor)
     )
-
-    def encode(pixels: Tensor) -> Tensor:
-        return compressor(pixels.to(device))
 
     access = Access(stop)
     pictures = pictures or find_and_hold_out(settings.data, validation, access)
@@ -217,68 +205,109 @@ def prepare(
             caching(done, total)
         access.ask()
 
+    data, held_out, image_prompts = _data_of(
+        settings, pictures, compressor, processes, report_caching, access
+    )
+    notify(data.summary())
+    if held_out is not None:
+        notify(
+            f"{len(pictures.held_out):,} pictures are held out, and {len(held_out):,} of them measured on."
+        )
+    if processes.is_main_process:
+        write_left_out(Path(settings.output.folder or "") / LEFT_OUT, data.skipped)
+    own_texts = held_out.captions if held_out is not None else []
+    text, trained_encoder = _text_of(settings, data.captions, own_texts, processes, access)
+
+    def load_task() -> StageCTask:
+        stage_c = load_trained_for(settings, dtype, device)
+        if dtype == torch.float16:
+            scale_residual_stream(stage_c)
+        if image_prompts is not None:
+            check_image_prompts(image_prompts.width, stage_c)
+        return build_task(
+            settings, stage_c, text, dtype, compressor, trained_encoder, data.captions, find_faces
+        )
+
+    task = processes.on_each(load_task)
+    prepare_blocks(task, settings.train)
+    if settings.train.fsdp and processes.num_processes > 1:
+        task.divide(processes)
+    # All run a network that is divided, so that none may leave it alone.
+    asked = stop if task.shards is None else lambda: False
+    samples = processes.on_each(lambda: _samples(settings, task, data, dtype, asked))
+    loop = Loop(task, data, settings, processes, report, stop, samples)
+    if held_out is not None and isinstance(validation.every, int):
+        measure = Validation(task, held_out, validation, settings.train.batch_size)
+        loop.validate = validation.every, measure
+    steps = data.steps_per_epoch(settings.train.batch_size, processes.num_processes)
+    notify(at_beginning(loop, steps, data.rows_per_epoch, settings.output.file))
+    return loop
+
+
+def _data_of(
+    settings: Settings,
+    pictures: FoundPictures,
+    compressor: SemanticCompressor,
+    processes: Processes,
+    report: Callable[[int, int], None],
+    access: Access,
+) -> tuple[TrainingData, TrainingData | None, ImagePrompts | None]:
+    """What is trained on, the held-out pictures where this process measures on them, and image prompts."""
+    device, cache, validation = processes.device, cache_of(settings), settings.validation
     data_settings, compressor_digest = replace(settings.data, cache=cache), fingerprint(compressor)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
     found = pictures.trained, pictures.skipped
-    if ranks > 1:  # each encodes its share of the latents
-        fill_cache(data_settings, encode, compressor_digest, rank, ranks, report_caching, found, access)
-        accelerator.wait_for_everyone()
+
+    def encode(pixels: Tensor) -> Tensor:
+        return compressor(pixels.to(device))
+
+    image_prompts = processes.on_each(lambda: image_prompts_of(settings, cache, device))
+    if processes.num_processes > 1:  # each encodes its share
+        parts = processes, report, image_prompts, found, access
+        fill_cache(data_settings, encode, compressor_digest, *parts)
 
     def open_data(
         settings_of_data: DataSettings, found: Found, seed: int, prompts: ImagePrompts | None
     ) -> TrainingData:
         with_images = settings.task == "controlnet"
-        more = with_images, report_caching, prompts, found, access
+        more = with_images, report, prompts, found, access
         return TrainingData(settings_of_data, encode, compressor_digest, seed, *more)
 
-    with accelerator.main_process_first():  # the others then find the text states in the cache
-        image_prompts = image_prompts_of(settings, cache, device)
-        data = open_data(data_settings, found, settings.train.seed, image_prompts)
-        notify(data.summary())
-        held_out = None
-        if pictures.held_out and accelerator.is_main_process:
-            measured = pictures.held_out[: validation.pictures]
-            held_out = open_data(as_they_are(data_settings), (measured, []), 0, None)
-            notify(
-                f"{len(pictures.held_out):,} pictures are held out, and {len(held_out):,} of them measured on."
-            )
-        if accelerator.is_main_process:
-            write_left_out(Path(settings.output.folder or "") / LEFT_OUT, data.skipped)
-        more_texts = [*texts_of(settings.output.prompts), *(held_out.captions if held_out else ())]
-        text, trained_encoder = _text_of(settings, data.captions, more_texts, cache, device, access)
-    stage_c = load_trained_for(settings, dtype, device)
-    if dtype == torch.float16:
-        scale_residual_stream(stage_c)
-    if image_prompts is not None:
-        check_image_prompts(image_prompts.width, stage_c)
-    task = build_task(settings, stage_c, text, dtype, compressor, trained_encoder, data.captions, find_faces)
-    prepare_blocks(task, settings.train)
-    samples = _samples(settings, task, data, dtype, stop)
-    loop = Loop(task, data, settings, accelerator, report, stop, samples)
-    if held_out is not None and isinstance(validation.every, int):
-        measure = Validation(task, held_out, validation, settings.train.batch_size)
-        loop.validate = validation.every, measure
-    steps = data.steps_per_epoch(settings.train.batch_size, accelerator.num_processes)
-    notify(at_beginning(loop, steps, data.rows_per_epoch, settings.output.file))
-    return loop
+    seed = settings.train.seed
+    data = processes.on_each(lambda: open_data(data_settings, found, seed, image_prompts))
+    processes.compare({"what can be trained on": data.summary()})
+    fsdp = settings.train.fsdp
+    measured = pictures.held_out[: validation.pictures] if processes.is_main_process or fsdp else []
+
+    def open_held_out() -> TrainingData | None:
+        return open_data(as_they_are(data_settings), (measured, []), 0, None) if measured else None
+
+    return data, processes.on_each(open_held_out), image_prompts
 
 
 def _text_of(
     settings: Settings,
     captions: list[str],
-    more_texts: list[str],
-    cache: str,
-    device: torch.device,
+    own_texts: list[str],
+    processes: Processes,
     access: Access,
 ) -> tuple[CachedText, TextEncoder | None]:
-    """The captions' cached states, and the text encoder where it or what it reads is trained; else it is released."""
-    encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
-    encoder.model.to(device)
-    texts = TextCache(encoder, cache)
+    """The captions' cached states, and the text encoder where it or what it reads is trained; else it is released.
+
+    own_texts: more of them, of this process alone.
+    """
+    device, cache = processes.device, cache_of(settings)
+
+    def load() -> tuple[TextEncoder, TextCache]:
+        encoder = TextEncoder.load(settings.models.text_encoder, dtype=torch.float32)
+        encoder.model.to(device)
+        return encoder, TextCache(encoder, cache)
+
+    encoder, texts = processes.on_each(load)
     if settings.tokens or (settings.task == "lora" and settings.lora.text_encoder):
         text, trained = CachedText(texts, [""], device), encoder
     else:
-        texts.fill([*captions, *more_texts], ask=access.ask)
+        texts.fill_together([*captions, *texts_of(settings.output.prompts)], processes, access.ask)
+        processes.on_each(lambda: texts.fill(own_texts, ask=access.ask))
         text, trained = CachedText(texts, captions, device), None
     texts.release()
     return text, trained

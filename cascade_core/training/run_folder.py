@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-from ..errors import CascadeError
+from ..errors import CascadeError, printable
 from .data.pictures import TrainingPicture
-from .identity import contents_of, differences, refusal, same_file, saved, unknown_parts
+from .identity import (
+    contents_of,
+    differences,
+    other_processes,
+    refusal,
+    same_file,
+    saved,
+    shared_settings,
+    unknown_parts,
+)
+from .launch import computing
 from .optimisers import learning_rate
+from .processes import Processes
 from .settings import Settings
 from .state import STATE, read_state, step_of
 
@@ -48,36 +58,45 @@ def locked(folder: Path, notify: Notify) -> Iterator[None]:
         lock.release()
 
 
-class Begun(NamedTuple):
-    """How far a run folder's run is. contents: of `identity`; file: its result, where it is at its end."""
+def compared(
+    settings: Settings, pictures: Sequence[TrainingPicture], processes: Processes, ask: Callable[[], None]
+) -> dict[str, str]:
+    """`contents_of` the main process, after all have compared theirs, and their settings; nothing is loaded yet.
 
-    contents: dict[str, str]
-    file: Path | None = None
+    ask: called now and then, raises Interrupted. Raises CascadeError, the same in all, where they differ.
+    """
+    processes.compare(shared_settings(settings) | computing(settings.train.precision, processes.device))
+    contents: dict[str, str] = {}
+
+    def read() -> None:
+        if processes.is_local_main_process:  # for all of its machine
+            contents.update(contents_of(settings, pictures, cache_of(settings), processes.num_processes, ask))
+
+    processes.on_each(read)
+    processes.compare(contents)
+    return contents
 
 
-def begun(
-    settings: Settings,
-    pictures: Sequence[TrainingPicture],
-    processes: int,
-    notify: Notify,
-    fresh: bool,
-    ask: Callable[[], None],
-) -> Begun:
+def begun(settings: Settings, contents: dict[str, str], notify: Notify, fresh: bool) -> Path | None:
     """Compare the run folder's state with the settings, before anything is loaded or encoded.
 
-    ask: called now and then, raises Interrupted. Raises CascadeError where another result would come of it than the
-    state was trained for.
+    contents: of `identity`. Returns the run's result, where it is at its end. Raises CascadeError where another result
+    would come of it than the state was trained for.
     """
-    contents = contents_of(settings, pictures, cache_of(settings), processes, ask)
     path = Path(settings.output.folder or "") / STATE
     if fresh or not path.exists():
-        return Begun(contents)
+        return None
     _, metadata = read_state(path)
     if differing := differences(settings, contents, metadata):
         raise refusal(path, differing)
     if unknown := unknown_parts(metadata):
         notify(
             f"{path} is of an earlier version and does not tell its {' and '.join(unknown)}; they are taken as given."
+        )
+    if (others := other_processes(contents, metadata)) is not None:
+        notify(
+            f"{path} is of {printable(others)} processes, and {contents['processes']} go on with it; a step takes as "
+            "many times train.batch_size, so the result is not that of a run by either."
         )
     step, steps, before = step_of(metadata, path), settings.train.steps, saved(metadata)
     if step > steps:
@@ -99,4 +118,4 @@ def begun(
     files = (file, raw_file(file)) if settings.output.raw else (file,)
     written = all(each.is_file() and each.stat().st_mtime_ns >= path.stat().st_mtime_ns for each in files)
     finished = step == steps and written and same_file(settings, metadata)
-    return Begun(contents, file if finished else None)
+    return file if finished else None

@@ -49,6 +49,12 @@ def step_of(metadata: Mapping[str, str], path: Path) -> int:
     return int(text)
 
 
+def rows_of(rows: int, index: int, parts: int) -> tuple[int, int]:
+    """(first, end) of part `index` of a tensor's rows: as `torch.chunk` divides them, and FSDP2; some may be empty."""
+    size = -(-rows // parts)
+    return min(index * size, rows), min((index + 1) * size, rows)
+
+
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or infinity, or None."""
     floating = ((name, value) for name, value in tensors.items() if value.is_floating_point())
@@ -105,8 +111,13 @@ def _as_tensor(value: Any, name: str) -> Tensor:
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
-def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Restore the state that `optimiser_tensors` gave. Raises CascadeError where it is another optimiser's."""
+def load_optimiser(
+    optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path, copy: bool = True
+) -> None:
+    """Restore the state that `optimiser_tensors` gave. Raises CascadeError where it is another optimiser's.
+
+    copy: whether the tensors are somebody else's, such as a file's; else the optimiser keeps them.
+    """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     groups = optimiser.state_dict()["param_groups"]
@@ -119,9 +130,10 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         # 8-bit state is flat, or has a few numbers for each block of a parameter
         if number >= len(parameters) or value.numel() > max(parameters[number].numel(), MAX_TABLE):
             raise _of_another(path, name)
-        state.setdefault(number, {})[field] = (
-            value.item() if _is_plain(value) else _in_layout_of(parameters[number], value)
-        )
+        if _is_plain(value):
+            state.setdefault(number, {})[field] = value.item()
+        else:
+            state.setdefault(number, {})[field] = _in_layout_of(parameters[number], value) if copy else value
     optimiser.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -14,20 +14,20 @@ def at_beginning(loop: Loop[StageCTask], steps_per_epoch: int, rows_per_epoch: i
 
     steps_per_epoch: batches of an epoch; rows_per_epoch: pictures in them.
     """
-    task, train, accelerator = loop.task, loop.settings.train, loop.accelerator
-    processes = accelerator.num_processes
+    task, train, processes = loop.task, loop.settings.train, loop.processes.num_processes
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == task.dtype)
-    trained = sum(parameter.numel() for parameter in loop.parameters)
+    trained = loop.trained_numbers
     whole = parameter_count(task.stage_c)
     size = train.batch_size * train.accumulate * processes
     mean = rows_per_epoch / max(steps_per_epoch, 1) * train.accumulate
     fewer = f", {mean:.3g} on average, as buckets hold fewer" if mean < 0.95 * size else ""
     factors = f"{train.batch_size} × {train.accumulate} accumulated × {_count(processes, 'process', 'es')}"
+    divided = f", the network divided among {processes} (train.fsdp)" if task.shards is not None else ""
     epoch = steps_per_epoch / train.accumulate
     return (
-        f"Training on {device_name(task.device)} in {precision}, {_count(processes, 'process', 'es')}: {trained:,} "
-        f"trained numbers beside Stage C's {whole:,}. A step takes {_count(size, 'picture')} ({factors}){fewer}; an "
-        f"epoch is {epoch:.3g} step{'s' * (epoch != 1)}, and {_count(train.steps, 'step')} are "
+        f"Training on {device_name(task.device)} in {precision}, {_count(processes, 'process', 'es')}{divided}: "
+        f"{trained:,} trained numbers beside Stage C's {whole:,}. A step takes {_count(size, 'picture')} "
+        f"({factors}){fewer}; an epoch is {epoch:.3g} step{'s' * (epoch != 1)}, and {_count(train.steps, 'step')} are "
         f"{train.steps / epoch:.3g} of them. Checkpoint, log and samples go to {loop.folder}, the result to {file}."
     )
 

@@ -17,7 +17,7 @@ from cascade_nodes.cascade_core.training.data import batches as data_module
 from cascade_nodes.cascade_core.training.data import decoding, epochs
 from cascade_nodes.cascade_core.training.data import latents as latents_module
 from cascade_nodes.cascade_core.training.data.access import Access
-from cascade_nodes.cascade_core.training.data.batches import TrainingData, fill_cache
+from cascade_nodes.cascade_core.training.data.batches import TrainingData
 from cascade_nodes.cascade_core.training.data.buckets import Bucket
 from cascade_nodes.cascade_core.training.data.cache import fingerprint
 from cascade_nodes.cascade_core.training.data.epochs import EpochPlan, epoch_repeats, generator
@@ -231,16 +231,20 @@ def test_latents_are_made_once(folder, tmp_path):
     assert other.pictures == 14
 
 
-def test_ranks_fill_one_cache_together(folder, tmp_path):
-    settings = DataSettings(folder=str(folder), size=256, cache=str(tmp_path))
-    encoders = [MeanColours() for _ in range(3)]
-    for rank, encode in enumerate(encoders):
-        fill_cache(settings, encode, "mean", rank, 3)
-    assert [encode.pictures for encode in encoders] == [5, 5, 4]
-    encode = MeanColours()
-    data = open_data(folder, encode, cache=str(tmp_path))
-    assert encode.calls == 0
-    assert all(same_batch(a, b) for a, b in zip(epoch(data), epoch(open_data(folder)), strict=True))
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_each_row_of_a_batch_counts_alike_however_many_share_it(folder, ranks):
+    """In the mean over the processes of each one's mean, by the batch's share: also of uneven and of tiny batches."""
+    data, sizes = open_data(folder), set()
+    for step in range(data.steps_per_epoch(2, ranks)):
+        counts: dict[str, float] = {}
+        for rank in range(ranks):
+            batch = data.batch(step, 2, rank, ranks)
+            for key in batch.keys:
+                counts[key] = counts.get(key, 0) + batch.share / len(batch.keys) / ranks
+        sizes.add(len(counts) % ranks)
+        assert list(counts.values()) == pytest.approx([1 / len(counts)] * len(counts))
+    assert len(sizes) > 1
+    assert data.batch(0, 2).share == 1
 
 
 def test_a_changed_picture_is_encoded_anew(tmp_path):

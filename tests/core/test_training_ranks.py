@@ -1,49 +1,151 @@
-"""Two processes train as one: the same weights in both at every step, killed or not."""
+"""Two processes train as one, each with folders of its own as on two machines: killed or not, divided or not."""
 
 import json
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from cascade_nodes.tests.core.training_runs import write_world
+from cascade_nodes.cascade_core.checkpoints import read_safetensors
+from cascade_nodes.cascade_core.training.data import latents, text_cache
+from cascade_nodes.cascade_core.training.state import STATE, rows_of
+from cascade_nodes.tests.core.training_ranks import (
+    DIVIDED,
+    InTurn,
+    digest,
+    everything,
+    seed_by_batch,
+)
+from cascade_nodes.tests.core.training_runs import loop_of, settings_of, write_world
 
-TASKS = ["lora", "controlnet from nothing"]
+TASKS = ["lora, adaptive", "controlnet from nothing"]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """What came of each of TASKS, trained one after the other by the same two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    world = write_world(tmp_path_factory.mktemp("world"))
-    finished = subprocess.run(
-        [*command, "-m", "cascade_nodes.tests.core.training_ranks", str(world), *TASKS],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    names = [*TASKS, "twice"]
-    lines = finished.stdout.splitlines()[-len(names) :]
-    return {name: json.loads(line) for name, line in zip(names, lines, strict=True)}
+def world(tmp_path_factory):
+    """What each of the two machines has; the second also has a folder with a picture less."""
+    first = write_world(tmp_path_factory.mktemp("first") / "world")
+    second = shutil.copytree(first, tmp_path_factory.mktemp("second") / "its own")
+    shutil.copytree(first / "pictures", second / "without")
+    (second / "without" / "3.png").unlink()
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """The finetune by one process, which accumulates the batches of both."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "ENCODED_AT_ONCE", 1)  # as `encode_one_by_one`
+        patch.setattr(text_cache, "CHUNKS_AT_ONCE", 1)
+        return accumulating(world[0], run)
+
+
+def accumulating(world, run):
+    train = {**DIVIDED["train"], "accumulate": 2}
+    loop = seed_by_batch(loop_of(settings_of(world, "finetune", run, **{**DIVIDED, "train": train})))
+    loop.data = InTurn(loop.data)
+    loop.run()
+    loop.task.write(loop.state, run / "out.safetensors", {})
+    return loop
+
+
+@pytest.fixture(scope="module")
+def outcomes(world, alone, tmp_path_factory):
+    """What came of each run, of both processes."""
+    meeting = tmp_path_factory.mktemp("meeting") / "store"
+    running = []
+    for rank, own in enumerate(world):
+        run = shutil.copytree(alone.folder, own / "alone")
+        several = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        several |= {"MASTER_ADDR": "they meet in a file", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
+        environment = {**os.environ, **several, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "cascade_nodes.tests.core.training_ranks", str(own), str(run)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen([*command, str(meeting), *TASKS], env=environment, **pipes))
+    found = []
+    for process in running:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        found.append({line["name"]: line for line in lines})
+    return found
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_two_processes_agree_and_resume_bit_for_bit(outcomes, name):
-    outcome = outcomes[name]
-    assert outcome["processes"] == 2
-    assert outcome["moved"] > 1e-3
-    assert outcome["between_processes"] == 0
-    assert outcome["after_resuming"] == 0
-    assert outcome["logged"] == [2, 4, 6, 8]
+    first, second = (outcome[name] for outcome in outcomes)
+    assert first["moved"] > 1e-3
+    assert first["whole"] == second["whole"] == first["resumed"] == second["resumed"]
+    assert first["resumed_at"] == second["resumed_at"] == 3
+    assert first["logged"] == [2, 4, 6, 8]
+    assert (first["files"], second["files"]) == ([STATE], [])  # the second was told
 
 
 def test_two_processes_leave_a_finished_run_as_it_is(outcomes):
     """The main one alone has the folder's lock and compares its state; both end."""
-    told, (first, again) = outcomes["twice"]["told"], outcomes["twice"]["files"]
+    told, (first, again) = outcomes[0]["twice"]["told"], outcomes[0]["twice"]["files"]
     assert told[-2].startswith(f"Wrote {first}: a LoRA of rank 16 of ")
     assert told[-1].startswith("The run is finished, at step 2")
     assert first == again
+    assert outcomes[1]["twice"]["told"] == []
+
+
+def test_a_divided_network_trains_as_a_whole_one_bit_for_bit(outcomes, alone, world):
+    """Weights, average, optimiser, samples and the file: two processes with their rows, and one that has all."""
+    whole = everything(alone)
+    for rank, own in enumerate(world):
+        rows, _ = read_safetensors(own / "divided whole" / "everything.safetensors")
+        for name, value in whole.items():
+            start, end = rows_of(len(value), rank, 2) if value.ndim else (0, 0)
+            expected = value[start:end] if value.ndim else value
+            if name in rows:
+                assert torch.equal(rows[name], expected), name
+            else:  # the optimiser's, of a tensor of a single row, which is the first process's
+                assert name.startswith("optimiser.")
+                assert len(expected) == 0 if value.ndim else rank == 1
+    run = world[0] / "divided whole"
+    for name in ("out.safetensors", "samples/000000.png", "samples/000008.png"):
+        assert (run / name).read_bytes() == (alone.folder / name).read_bytes(), name
+    assert not (world[1] / "divided whole" / "out.safetensors").exists()
+
+
+def test_a_divided_run_that_was_killed_goes_on_bit_for_bit(outcomes):
+    """Each process from its own part, which is in its own folder alone."""
+    for rank, outcome in enumerate(outcomes):
+        found = outcome["divided"]
+        assert found["resumed_at"] == 3
+        assert found["whole"] == found["resumed"]
+        parts = [name for name in found["files"] if name != STATE]
+        assert [part.endswith(f".{rank}-of-2.safetensors") for part in parts] == [True]
+        assert (STATE in found["files"]) == (rank == 0)
+
+
+def test_another_number_of_processes_goes_on_with_a_divided_run(outcomes, alone, world, tmp_path):
+    assert [outcome["divided"]["of_one"] for outcome in outcomes] == [
+        outcome["divided"]["whole"] for outcome in outcomes
+    ]
+    for own in world:
+        shutil.copytree(own / "divided whole", tmp_path / "run", dirs_exist_ok=True)
+    loop = loop_of(settings_of(world[0], "finetune", tmp_path / "run", **DIVIDED))
+    assert loop.resume()
+    assert digest(everything(loop)) == digest(everything(alone))
+    loop.save()
+    assert [path.name for path in (tmp_path / "run").glob("state.*")] == [STATE]
+
+
+def test_processes_that_would_train_something_else_are_told_what_and_where(outcomes):
+    """Before anything is loaded, and the same in both."""
+    first, second = (outcome["refused"] for outcome in outcomes)
+    assert first == second
+    where = f"Process 1 of 2, on {socket.gethostname()}"
+    end = "; give all of them the same settings, pictures and networks."
+    assert first["seed"] == f"{where}, would train something else than process 0 (train.seed: 0 → 7){end}"
+    assert first["steps"] == f"{where}, would train something else than process 0 (train.steps: 2 → 3){end}"
+    assert re.search(r"\(pictures and captions: 10 pictures \(.*\) → 9 pictures \(.*\)\)", first["pictures"])
+    assert first["network"].startswith(f"{where}: nothing.safetensors")

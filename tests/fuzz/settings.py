@@ -38,7 +38,7 @@ MORE: dict[str, dict[str, Any]] = {  # keys that are not in the basic file, with
     "train": {"accumulate": 1, "schedule": "cosine", "final_learning_rate": 0.1, "optimizer": "adamw",
     "weight_decay": 0.01, "betas": [0.9, 0.99],
               "max_grad_norm": 1.0, "ema": 0.5, "seed": 1, "precision": "fp32", "gradient_checkpointing": None,
-              "compile": False, "deterministic": True, "stop_at": "2100-01-01 00:00", "stop_after": 1.0},
+              "compile": False, "deterministic": True, "fsdp": False, "stop_at": "2100-01-01 00:00", "stop_after": 1.0},
     "objective": {"kind": "diffusion", "weighting": "p2", "max_loss_weight": 5.0, "pure_noise_share": 0.1,
     "shift": 2.0, "guidance": [2.0, 4.0],
                   "cfg_rescale": 0.7, "solver_steps": 10, "sampling_steps": 5, "on_policy_share": 0.0},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CascadeError
+from ..processes import Processes
 from ..settings import DataSetSettings, DataSettings
 from .access import Access
 from .bucket_data import BucketData
@@ -18,6 +19,7 @@ from .cache import Cache
 from .captions import trained_captions
 from .decoding import PictureDecoder, View
 from .epochs import MAX_ROWS, EpochPlan, batches_per_epoch, epoch_repeats, generator
+from .exchange import exchange
 from .image_prompts import ImagePrompts
 from .latents import LatentEncoder
 from .loss_masks import LossMasks
@@ -43,6 +45,8 @@ class Batch:
     masks: Tensor | None = (
         None  # (B, h, w) float32, of each position in the loss, 1 on average; None without masks
     )
+    # by how much its mean counts in that of all processes, so that each picture counts alike whoever has more of them
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,31 @@ def fill_cache(
     settings: DataSettings,
     encode: Callable[[Tensor], Tensor],
     fingerprint: str,
-    rank: int,
-    ranks: int,
+    processes: Processes,
     report: Callable[[int, int], None] | None = None,
+    image_prompts: ImagePrompts | None = None,
     found: Found | None = None,
     access: Access | None = None,
 ) -> None:
-    """Encode this rank's share of the latents: all ranks fill one cache, where `TrainingData` finds them."""
+    """Encode this process's share of latents and image prompts, and share it: `TrainingData` then finds all of them."""
     access = access or Access()
     pictures, _ = found or find_all(settings, access)
-    bucketed, _ = _assign_buckets(settings, pictures, access)
-    _latent_encoder(settings, encode, fingerprint, report, access).fill(bucketed[rank::ranks])
+    rank, ranks = processes.process_index, processes.num_processes
+
+    def encode_share() -> tuple[list[BucketedPicture], LatentEncoder]:
+        bucketed, _ = _assign_buckets(settings, pictures, access)
+        encoder = _latent_encoder(settings, encode, fingerprint, report, access)
+        encoder.fill(bucketed[rank::ranks])
+        if image_prompts is not None:
+            image_prompts.fill([each.picture for each in bucketed[rank::ranks]], report, access.ask)
+        return bucketed, encoder
+
+    bucketed, encoder = processes.on_each(encode_share)
+    keys = [key for each in bucketed for key in encoder.keys(each)]
+    exchange(encoder.cache, keys, processes)
+    if image_prompts is not None:
+        prompts = image_prompts.keys(each.picture for each in bucketed)
+        exchange(image_prompts.cache, prompts, processes)
 
 
 def _assign_buckets(
@@ -278,6 +296,7 @@ class TrainingData:
             prompts,
             self._weights(rows.pictures),
             self._masks(rows),
+            rows.share,
         )
 
     def _views(self, rows: "_Rows") -> list[View]:
@@ -306,17 +325,19 @@ class TrainingData:
         chance = torch.rand(3, len(indices), generator=random)
         prompted = torch.rand(len(indices), generator=random) >= self.settings.image_prompt_dropout
         views = torch.rand(2, len(indices), generator=generator(self.seed, "crops and masks", step))
-        share = slice(rank, None, ranks)
-        if len(indices) < ranks:  # a bucket with fewer pictures: some ranks share a row rather than have none
-            share = slice(rank % len(indices), rank % len(indices) + 1)
-        indices, chance, prompted, views = indices[share], chance[:, share], prompted[share], views[:, share]
+        count, part = len(indices), slice(rank, None, ranks)
+        if count < ranks:  # a bucket with fewer pictures: some ranks share a row rather than have none
+            part = slice(rank % count, rank % count + 1)
+        indices, chance, prompted, views = indices[part], chance[:, part], prompted[part], views[:, part]
         crops, unmasked = (views[0] * self.crops.count).long(), views[1] < self.settings.unmasked_share
+        copies = len(range(rank % count, ranks, count)) if count < ranks else 1  # of a row, among all ranks
+        share = len(indices) / copies * ranks / count
         mirrored = (chance[0] < 0.5).long() if self.settings.flip else torch.zeros_like(indices)
         bucket = self._buckets[number]
         without_words = chance[2] < self.settings.caption_dropout
         caption_ids = torch.where(without_words, 0, bucket.captions(indices, chance[1]))
         pictures = [bucket.pictures[index] for index in indices.tolist()]
-        return _Rows(number, indices, mirrored, caption_ids, prompted, pictures, crops, unmasked)
+        return _Rows(number, indices, mirrored, caption_ids, prompted, pictures, crops, unmasked, share)
 
     def _epoch(self, epoch: int, total_batch_size: int) -> EpochPlan:
         """The epoch's plan; the last one is kept."""
@@ -338,3 +359,4 @@ class _Rows(NamedTuple):
     pictures: list[BucketedPicture]
     crops: Tensor  # (B,) which part of each
     unmasked: Tensor  # (B,) bool, whether its mask is left out
+    share: float  # as Batch has it

@@ -41,12 +41,20 @@ class Cache:
     def __init__(self, folder: str | Path | None, fingerprint: str):
         self.folder = Path(folder).expanduser() / fingerprint if folder is not None else None
         self.rows: dict[Key, Tensor] = {}
+        self._read_files: set[str] = set()
         if self.folder is not None and self.folder.is_dir():
             with suppress(OSError):
                 # Removes what killed runs left; `add` finds out whether the folder can be written to.
                 check_folder(self.folder)
+            self.read()
+
+    def read(self) -> None:
+        """Read what others have added to the folder."""
+        if self.folder is not None:
             for path in sorted(self.folder.glob("*.safetensors")):
-                self._read(path)
+                if path.name not in self._read_files:
+                    self._read_files.add(path.name)
+                    self._read(path)
 
     def _read(self, path: Path) -> None:
         try:
@@ -70,12 +78,16 @@ class Cache:
         """Add rows of one shape; they are on disk when it returns."""
         rows = rows.detach().cpu().contiguous()
         if self.folder is not None:
-            key_bytes = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(
-                len(keys), KEY_BYTES
-            )
-            name = key_of(*keys).hex()
-            write_safetensors(self.folder / f"{name}.safetensors", {"keys": key_bytes, "rows": rows}, {})
+            self._read_files.add(self.write(keys, rows))
         self.rows |= zip(keys, rows.unbind(), strict=True)
+
+    def write(self, keys: Sequence[Key], rows: Tensor) -> str:
+        """Write rows of one shape to the folder, where `read` finds them; returns the file's name."""
+        assert self.folder is not None
+        key_bytes = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), KEY_BYTES)
+        name = f"{key_of(*keys).hex()}.safetensors"
+        write_safetensors(self.folder / name, {"keys": key_bytes, "rows": rows}, {})
+        return name
 
     def stack(self, keys: Iterable[Key]) -> Tensor:
         """The keys' rows as one tensor in memory."""

@@ -1,6 +1,6 @@
 """Image prompts: the embeddings of pictures that prompt for a training picture, each encoded once and cached."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,10 @@ class ImagePrompts:
         self.width = encoder.model.config.projection_dim
         below = Path(folder).expanduser() / "image_prompts" if folder is not None else None
         self.cache = Cache(below, fingerprint(encoder.model) if below else "")
+
+    def keys(self, pictures: Iterable[TrainingPicture]) -> list[Key]:
+        """The names of all prompts in the cache, each once."""
+        return list(dict.fromkeys(_key(prompt) for picture in pictures for prompt in picture.image_prompts))
 
     def fill(
         self,

@@ -9,7 +9,9 @@ from torch import Tensor
 from ...errors import CascadeError, quoted
 from ...text.encoder import TextEncoder, TextStates
 from ...text.tokenizer import CHUNK_LENGTH
+from ..processes import Processes
 from .cache import Cache, fingerprint, key_of
+from .exchange import exchange
 
 ENCODED_AT_ONCE = 256  # captions, and in a file of the cache
 CHUNKS_AT_ONCE = 4096  # of longer ones: a gigabyte and a half
@@ -30,6 +32,17 @@ class TextCache:
             self.cache = Cache(Path(folder).expanduser() / "text", mark)
         self.config = encoder.model.config
         self.fill([""])  # what shorter captions are followed by
+
+    def fill_together(
+        self, captions: Sequence[str], processes: Processes, ask: Callable[[], None] = lambda: None
+    ) -> None:
+        """`fill` by several processes, each of which encodes its share and gets the others'."""
+        distinct = list(dict.fromkeys(captions))
+        rank, ranks = processes.process_index, processes.num_processes
+        processes.on_each(lambda: self.fill(distinct[rank::ranks], ask=ask))
+        keys = [key_of(part, text) for text in distinct for part in TextStates._fields]
+        exchange(self.cache, keys, processes)
+        processes.on_each(lambda: self.fill(distinct, ask=ask))
 
     def fill(
         self,

@@ -11,6 +11,7 @@ from ..typed_yaml import unknown_name
 OptimizerName = Literal[
     "adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"
 ]
+DIVISIBLE = ("adamw", "adamw8bit", "paged_adamw8bit", "lion")  # treat each number, or a few, by themselves
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class TrainSettings:
     compile: bool = False
     stop_at: str | None = None  # a time of day such as '07:30', or a date with it, at which the run stops
     stop_after: Annotated[float | None, Range(0, 100_000, above=True)] = None  # hours
+    # finetune: each process holds its part of the network, of the optimiser's state and of the average (FSDP2)
+    fsdp: bool = False
     cuda_graphs: bool = True  # on an accelerator, where a step draws nothing at random within the network
     # the same bits each time; false is somewhat faster
     deterministic: bool = True
@@ -69,6 +72,15 @@ class TrainSettings:
         check_optimizer_name(self.optimizer)
         if self.stop_at is not None:
             _check_time(self.stop_at)
+        if self.fsdp and self.optimizer not in DIVISIBLE:
+            raise CascadeError(
+                f"train.fsdp divides every tensor among the processes, which {quoted(self.optimizer)} would not see as "
+                f"a whole; choose one of {', '.join(DIVISIBLE)}."
+            )
+        if self.fsdp and self.precision == "fp16":
+            raise CascadeError(
+                "train.fsdp trains in bf16 or fp32, not in fp16; set train.precision to one of them."
+            )
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             raise CascadeError(
                 f"train.learning_rate is {quoted(self.learning_rate)}, but prodigy finds the rate itself, times "

@@ -45,6 +45,11 @@ class Settings:
                 f"train.base_weights is {self.train.base_weights}, but finetune trains those weights themselves; "
                 "train a LoRA, or leave it out."
             )
+        if self.train.fsdp and self.task != "finetune":
+            raise CascadeError(
+                f"train.fsdp divides a network that is trained itself, but {self.task} trains a few numbers beside a "
+                "frozen one; leave it out."
+            )
         if self.output.raw and (not self.train.ema or self.train.optimizer == "schedulefree"):
             raise CascadeError(
                 "output.raw writes the weights beside their average, but train.ema makes none here; leave it out."

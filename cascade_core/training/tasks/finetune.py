@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...checkpoints import fuse_attention, write_safetensors
+from ...checkpoints.attention import parts_of_fused
 from ...errors import CascadeError, quoted
 from ...networks.precision import PRECISIONS
 from ...networks.stage_c import StageC
+from ..processes import Processes
 from ..settings import FinetuneSettings, ObjectiveSettings
+from ..sharding import Shards
 from .base import State
 from .conditions import CachedText
 from .names import check_patterns
@@ -41,7 +44,15 @@ class FinetuneTask(StageCTask):
             parameter.data = parameter.data.to(torch.float32 if chosen else dtype)
             parameter.requires_grad_(chosen)
         stage_c.train()  # with dropout, as published
-        self.trained = _ParameterSubset(stage_c, self.names)
+        self.trained = _ParameterSubset(dict(stage_c.named_parameters()), self.names)
+
+    def divide(self, processes: Processes) -> None:
+        if self.scale_loss:
+            raise CascadeError(
+                "train.fsdp trains in bf16 or fp32, but this accelerator computes in fp16; set train.precision to fp32."
+            )
+        self.shards = Shards(self.stage_c, processes)
+        self.trained = _ParameterSubset(self.shards.parameters, self.names)
 
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
@@ -54,28 +65,55 @@ class FinetuneTask(StageCTask):
         return f"a whole Stage C, {len(self.names)} of its {count} tensors trained, in {self.settings.dtype}"
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        # Of a network that is divided, the weights in 16 bits would be kept though the gathered ones are let go.
+        enabled, cache = self.dtype != torch.float32, self.shards is None
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=cache)
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
         def predict(*inputs: Tensor, **conditions: Tensor) -> Tensor:
+            if self.shards is not None:
+                return self.stage_c(*inputs, **conditions)
             return functional_call(self.stage_c, dict(state), inputs, conditions)
 
+        held = self.shards.holding(state) if self.shards is not None else nullcontext()
         self.stage_c.eval()
         try:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self._autocast(), held:
                 yield predict
         finally:
             self.stage_c.train()
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the whole network under its published names."""
-        dtype = PRECISIONS[self.settings.dtype]
-        whole = {
-            name: state.get(name, value).to("cpu", dtype) for name, value in self.stage_c.state_dict().items()
-        }
-        config = json.dumps(asdict(self.stage_c.config))
-        write_safetensors(path, fuse_attention(whole), {**metadata, "kind": "stage_c", "config": config})
+        """Write the whole network under its published names, one tensor at a time.
+
+        All processes of a network that is divided call it; the main one writes.
+        """
+        dtype, shards = PRECISIONS[self.settings.dtype], self.shards
+        own = shards.parameters if shards is not None else self.stage_c.state_dict()
+
+        def value(name: str) -> Tensor:
+            rows = state.get(name, own[name]).detach().to(dtype)
+            return rows.cpu() if shards is None else shards.gather(name, rows)
+
+        whole = self.stage_c.state_dict()
+        shapes = {name: torch.empty(each.shape, dtype=dtype, device="meta") for name, each in whole.items()}
+        about = {**metadata, "kind": "stage_c", "config": json.dumps(asdict(self.stage_c.config))}
+        fused = fuse_attention(shapes)
+
+        def write(give: Callable[[str], Tensor]) -> None:
+            write_safetensors(path, fused, about, value=lambda name: fused_value(name, give))
+
+        if shards is None:
+            write(value)
+        else:
+            shards.processes.serve(value, write)
+
+
+def fused_value(name: str, value: Callable[[str], Tensor]) -> Tensor:
+    """A tensor of `fuse_attention`, made of those alone that it holds."""
+    parts = parts_of_fused(name)
+    return torch.cat([value(part) for part in parts]) if len(parts) > 1 else value(name)
 
 
 def select_parameters(network: nn.Module, patterns: Sequence[str]) -> set[str]:
@@ -102,9 +140,9 @@ def _inside(parameter: str, pattern: str) -> bool:
 class _ParameterSubset(nn.Module):
     """Some of a network's parameters under their own names."""
 
-    def __init__(self, network: nn.Module, names: set[str]):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], names: set[str]):
         super().__init__()
-        self.chosen = {name: p for name, p in network.named_parameters() if name in names}
+        self.chosen = {name: p for name, p in parameters.items() if name in names}
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return iter(self.chosen.values())
