@@ -4,8 +4,10 @@ A LoRA of all linear layers and a ControlNet, by the loop that `cascade train` r
 states) is random here. With --published, a checkout of Stability AI's StableCascade, the same by its own network,
 LoRA and loop: float32 weights under autocast, without the encoders that it runs in every step.
 
-    python benchmarks/training.py [--tasks lora controlnet] [--latent 24] [--batch 4] [--published PATH] [--json FILE]
-    accelerate launch --num_processes 2 benchmarks/training.py …
+    python benchmarks/training.py [--tasks lora controlnet finetune] [--latent 24] [--batch 4] [--published PATH]
+    accelerate launch --num_processes 2 benchmarks/training.py [--fsdp] …
+
+`benchmarks/ranks.py` compares one GPU with two.
 
 A latent of 24 × 24 is a picture of 768 pixels as the published training counts them, 1024 as generated.
 """
@@ -40,6 +42,7 @@ from cascade_nodes.cascade_core.training.run import compute_dtype, prepare_block
 from cascade_nodes.cascade_core.training.settings import (
     ControlNetSettings,
     DataSettings,
+    FinetuneSettings,
     LoRASettings,
     ObjectiveSettings,
     OutputSettings,
@@ -48,6 +51,7 @@ from cascade_nodes.cascade_core.training.settings import (
 )
 from cascade_nodes.cascade_core.training.tasks.conditions import CachedText
 from cascade_nodes.cascade_core.training.tasks.controlnet import ControlNetTask, published_blocks
+from cascade_nodes.cascade_core.training.tasks.finetune import FinetuneTask
 from cascade_nodes.cascade_core.training.tasks.lora import LoRATask
 from cascade_nodes.cascade_core.training.tasks.stage_c import StageCTask
 from cascade_nodes.cascade_core.writing import output_file, write_file
@@ -111,9 +115,10 @@ def settings_of(options: argparse.Namespace, task: Any, folder: str) -> Settings
         compile=options.compile,
         cuda_graphs=options.cuda_graphs,
         deterministic=options.deterministic,
+        fsdp=options.fsdp and task == "finetune",
         warmup=0,
     )
-    output = OutputSettings("out.safetensors", folder, log_every=WINDOW, checkpoint_every=10**9)
+    output = OutputSettings("out.safetensors", folder, log_every=WINDOW, checkpoint_every=10**8)
     return Settings(task, DataSettings(folder), output, train=train)
 
 
@@ -126,16 +131,20 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         settings = settings_of(options, name, folder)
         dtype = compute_dtype(options.precision, device)
         torch.manual_seed(0)
-        stage_c = random_stage_c(options.size, dtype, device)
+        stage_c = random_stage_c(options.size, torch.float32 if name == "finetune" else dtype, device)
         text = CachedText(cast(Any, RandomText(stage_c.config)), CAPTIONS, device)
         task: StageCTask
         if name == "lora":
             task = LoRATask(stage_c, text, LoRASettings(rank=options.rank), ObjectiveSettings(), dtype)
+        elif name == "finetune":
+            task = FinetuneTask(stage_c, text, FinetuneSettings(), ObjectiveSettings(), dtype)
         else:
             task = ControlNetTask(
                 stage_c, text, ControlNetSettings(start="random"), ObjectiveSettings(), dtype
             )
         prepare_blocks(task, settings.train)
+        if settings.train.fsdp and accelerator.num_processes > 1:
+            task.divide(accelerator)
         marks: list[tuple[int, float]] = []
         losses: list[float] = []  # the same to the bit with CUDA graphs and without
 
@@ -144,12 +153,13 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
             losses.append(progress.loss)
 
         loop = Loop(task, RandomBatches(options.latent, name == "controlnet"), settings, accelerator, mark)
+        loop.save = lambda: None  # 57 GB of a finetune
         outcome = loop.run()
+    trained = loop.trained_numbers
     if not accelerator.is_main_process:  # which alone is told of the steps
         return {}
     first = next(i for i, (step, _) in enumerate(marks) if step >= options.warm)
     (step, began), (last, ended) = marks[first], marks[-1]
-    trained = sum(parameter.numel() for parameter in loop.parameters)
     speed = (last - step) / (ended - began)
     return {
         "steps_per_second": speed,
@@ -272,7 +282,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", choices=("lora", "controlnet"), default=["lora", "controlnet"])
+    parser.add_argument(
+        "--tasks", nargs="+", choices=("lora", "controlnet", "finetune"), default=["lora", "controlnet"]
+    )
     parser.add_argument("--size", choices=("3.6b", "1b", "tiny"), default="3.6b")
     parser.add_argument("--latent", type=int, default=24, help="positions a side")
     parser.add_argument("--batch", type=int, default=4)
@@ -286,6 +298,9 @@ def main() -> None:
     )
     parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--fsdp", action="store_true", help="divide what a finetune trains among the processes"
+    )
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--published", type=Path, help="a checkout of Stability-AI/StableCascade to compare with"
