@@ -1,6 +1,7 @@
 """What other nodes put on a MODEL is honoured or told, as docs/comfyui-nodes.md says it of each."""
 
 import re
+import time
 
 import pytest
 
@@ -157,7 +158,8 @@ def test_the_node_shows_it(client, name):
     plain = client.run(demo(few))
     patched = client.run(demo({**few, "101": patch, "7.model": ["101", 0]}))
     (shown,) = [data["output"] for data in patched.of("executed") if data["node"] == PRIOR]
-    history = client.server.get(f"/history/{patched.prompt_id}")
+    while not (history := client.server.get(f"/history/{patched.prompt_id}")):
+        time.sleep(0.05)  # it comes after the last message
     assert history[patched.prompt_id]["outputs"][PRIOR] == shown  # which the server copied
     (sentence,) = shown["text"]
     assert words in sentence
