@@ -31,17 +31,17 @@ class Place(NamedTuple):
 
 # Stage A needs less than the others, and leaves its GPU to them.
 SIDE_BY_SIDE = {
-    "compressor": Place(0, 0.28),
-    "clip": Place(-1, 0.28),
+    "compressor": Place(0, 0.34),
+    "clip": Place(-1, 0.34),
     "stage_a": Place(-1, 0.20),
     "stage_b": Place(0, 1.0),
     "stage_c": Place(-1, 1.0),
 }
 IN_TURN = {
     "compressor": Place(0, 0.14),
-    "clip": Place(0, 0.24),
-    "stage_a": Place(0, 0.32),
-    "stage_b": Place(0, 0.67),
+    "clip": Place(0, 0.29),
+    "stage_a": Place(0, 0.36),
+    "stage_b": Place(0, 0.68),
     "stage_c": Place(0, 1.0),
 }
 SAFER = ((), ("--no-compile",), ("--no-compile", "--no-graphs"))
