@@ -1,0 +1,70 @@
+"""The command on two machines, by both launchers: two nodes on this one, with folders and ports of their own."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from cascade_nodes.cascade_core.checkpoints import read_safetensors
+from cascade_nodes.cascade_core.training.state import STATE
+from cascade_nodes.tests.core.training_runs import write_world
+
+TRAIN = ["-m", "cascade_nodes.headless", "train", "lora", "settings.yaml"]
+
+
+def launch(kind: str, node: int, port: int) -> list[str]:
+    if kind == "torchrun":
+        nodes = ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
+        return [sys.executable, "-m", "torch.distributed.run", *nodes, "--master-addr", "127.0.0.1",
+                "--master-port", str(port), *TRAIN]  # fmt: skip
+    nodes = ["--num_machines", "2", "--machine_rank", str(node), "--num_processes", "2", "--multi_gpu"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *nodes, "--main_process_ip", "127.0.0.1",
+            "--main_process_port", str(port), *TRAIN]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def train(worlds, kind: str, run: str, steps: int) -> None:
+    port, running = free_port(), []
+    for node, world in enumerate(worlds):
+        values = {
+            "data": {"folder": "pictures", "size": 64, "bucket_step": 32},
+            "models": {
+                "stage_c": "models/diffusion_models/tiny_stage_c.safetensors",
+                "text_encoder": "models/text_encoders/tiny_text_encoder",
+                "compressor": "models/stable_cascade/tiny_compressor.safetensors",
+            },
+            "train": {"steps": steps, "batch_size": 2, "schedule": "constant", "warmup": 0},
+            "output": {"file": f"{run}/out.safetensors", "folder": run, "log_every": 1},
+        }
+        (world / "settings.yaml").write_text(yaml.safe_dump(values))
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen(launch(kind, node, port), cwd=world, env=environment, **pipes))
+    for process in running:
+        told, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, told[-3000:]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["torchrun", "accelerate"])
+def test_two_machines_go_on_from_what_the_first_one_has(tmp_path, kind):
+    first = write_world(tmp_path / "first")
+    worlds = first, shutil.copytree(first, tmp_path / "second")
+    train(worlds, kind, "whole", 4)
+    train(worlds, kind, "parts", 2)
+    train(worlds, kind, "parts", 4)
+    assert (worlds[0] / "parts" / STATE).exists()
+    assert not (worlds[1] / "parts" / STATE).exists()
+    whole, parts = (read_safetensors(first / run / "out.safetensors")[0] for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
