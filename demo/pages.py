@@ -71,7 +71,7 @@ TABLES: dict[str, Sequence[tuple[str, str]]] = {
         ("LoRA that teaches a ninth shape, a house: that object right, with it, without it", "{lora_houses_right:.1%}, {lora_houses_right_without:.1%}"),
         ("the same LoRA: the whole caption right; ordinary held-out prompts right with it", "{lora_right_in_everything:.1%}, {lora_ordinary_prompts_right_with_it:.1%}"),
         ("a name that was learned for the green ring: that object right, by the name, in words", "{token_object_right:.1%}, {token_object_right_in_words:.1%}"),
-        ("few steps: right in everything at 20 steps, at 4 of `lcm` with the distilled LoRA, at 4 without", "{few_steps_right_at_20_steps:.1%}, {few_steps_right_at_4_steps:.1%}, {few_steps_right_at_4_steps_without_lora:.1%}"),
+        ("few steps: right in everything at 20 steps, at 4 and 2 of `lcm` with the distilled LoRA, at 4 without", "{few_steps_right_at_20_steps:.1%}, {few_steps_right_at_4_steps:.1%}, {few_steps_right_at_2_steps:.1%}, {few_steps_right_at_4_steps_without_lora:.1%}"),
         ("super resolution, 16 to 256 pixels: PSNR of the whole picture against bicubic; at the outlines", "{super_resolution_psnr_db:.1f}, {super_resolution_psnr_db_bicubic:.1f} dB; {super_resolution_outlines_psnr_db:.1f}, {super_resolution_outlines_psnr_db_bicubic:.1f} dB"),
         ("high resolution: right in everything at 256×256, in two passes at 512×512", "{high_2_all_right_at_1x:.1%}, {high_2_all_right_at_2x:.1%}"),
         ("the same at 256×256, in two passes at 1024×1024", "{high_4_all_right_at_1x:.1%}, {high_4_all_right_at_4x:.1%}"),

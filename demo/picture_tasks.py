@@ -57,11 +57,12 @@ def variation(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
 
 def mixing(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Measures two pictures of one object each as one prompt, with the LoRA that teaches it.
+    """Measures two pictures of one object each as one prompt, with the LoRA that teaches it where the weights have one.
 
     Also measures the LoRA's effect on variations of one picture.
     """
-    changes = adapter(cascade, "demo_lora_two_pictures.safetensors").stage_c
+    file = "demo_lora_two_pictures.safetensors"
+    changes = adapter(cascade, file).stage_c if (cascade.weights / file).is_file() else {}
 
     def mix_at(embedded: Tensor, strength: float) -> Tensor:
         with cascade.patched([Patch("two pictures", changes, strength)]):
