@@ -6,6 +6,9 @@ LoRA and loop: float32 weights under autocast, without the encoders that it runs
 
     python benchmarks/training.py [--tasks lora controlnet finetune] [--latent 24] [--batch 4] [--published PATH]
     accelerate launch --num_processes 2 benchmarks/training.py [--fsdp] …
+    python benchmarks/training.py --tasks lora --base int8 --batch 1     # frozen weights in 8 bits; nf4: in 4
+    python benchmarks/training.py --tasks stage_b                        # a LoRA of Stage B
+    python benchmarks/training.py --presets [8gb 12gb …]                 # each within the memory of its card
 
 `benchmarks/ranks.py` compares one GPU with two.
 
@@ -31,13 +34,24 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import StageC
 from cascade_nodes.cascade_core.diffusion.forward_process import diffuse, random_t
-from cascade_nodes.cascade_core.geometry import COMPRESSOR_STRIDE, LATENT_CHANNELS
+from cascade_nodes.cascade_core.geometry import (
+    COMPRESSOR_STRIDE,
+    LATENT_CHANNELS,
+    STAGE_C_COMPRESSION,
+    stage_b_size,
+    stage_c_size,
+)
 from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
+from cascade_nodes.cascade_core.networks.quantisation import INT8, quantise_network, quantised_layers
+from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.text.encoder import TextStates
 from cascade_nodes.cascade_core.training.data.batches import Batch
+from cascade_nodes.cascade_core.training.frozen import quantise_to_nf4
 from cascade_nodes.cascade_core.training.launch import build_accelerator
 from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress
+from cascade_nodes.cascade_core.training.presets import NAMES, with_preset
+from cascade_nodes.cascade_core.training.presets import PRESETS as PRESETS_BY_TASK
 from cascade_nodes.cascade_core.training.run import compute_dtype, prepare_blocks
 from cascade_nodes.cascade_core.training.settings import (
     ControlNetSettings,
@@ -47,6 +61,7 @@ from cascade_nodes.cascade_core.training.settings import (
     ObjectiveSettings,
     OutputSettings,
     Settings,
+    StageBSettings,
     TrainSettings,
 )
 from cascade_nodes.cascade_core.training.tasks.conditions import CachedText
@@ -59,6 +74,10 @@ from machine import describe_machine, print_table
 
 CAPTIONS = [f"caption {number}" for number in range(64)]
 TINY = {"c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[1, 2], [2, 1]]}  # to try the script
+TINY_B = {"c_cond": 32, "c_hidden": [16, 32], "nhead": [-1, 2], "blocks": [[1, 1], [1, 1]],
+          "block_repeat": [[1, 1], [1, 1]], "level_config": ["CT", "CTA"], "dropout": [0, 0.1],
+          "self_attn": [True, True], "c_clip": 64, "c_r": 16}  # fmt: skip
+CONTEXT_BYTES = 0.6 * 2**30  # that CUDA and its kernels take of a card beside PyTorch's memory
 WINDOW = 5  # steps between two looks at the clock
 
 
@@ -66,7 +85,8 @@ class RandomText:
     """Text cache of random states for any caption."""
 
     def __init__(self, config: Any):
-        self.states_shape, self.pooled_shape = (77, config.c_clip_text), (config.c_clip_text_pooled,)
+        pooled = getattr(config, "c_clip_text_pooled", None) or config.c_clip
+        self.states_shape, self.pooled_shape = (77, getattr(config, "c_clip_text", pooled)), (pooled,)
 
     def fill(self, captions: Sequence[str]) -> None:
         """Encodes nothing: the states are random."""
@@ -90,7 +110,8 @@ class RandomBatches:
         )
         size = (batch_size, 3, COMPRESSOR_STRIDE * self.side, COMPRESSOR_STRIDE * self.side)
         images = torch.rand(size, generator=generator) if self.with_images else None
-        return Batch([""] * batch_size, [CAPTIONS[i] for i in ids], latents, images, ids)
+        keys = [b""] * batch_size
+        return Batch([""] * batch_size, [CAPTIONS[i] for i in ids], latents, images, ids, cache_keys=keys)
 
 
 def random_stage_c(size: str, dtype: torch.dtype, device: torch.device) -> StageC:
@@ -105,10 +126,66 @@ def random_stage_c(size: str, dtype: torch.dtype, device: torch.device) -> Stage
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
+def frozen_network(
+    kind: Any, config: dict[str, Any], base: str, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A network whose large weights are in `base`, quantised one after the other as at loading; random values.
+
+    It begins as zeros, which take no memory until they are written.
+    """
+    with torch.device("meta"):
+        network = kind.from_config(config).to(dtype).eval().requires_grad_(False)
+    network = network.to_empty(device="cpu")
+    for parameter in network.parameters():
+        parameter.data = torch.zeros(parameter.shape, dtype=dtype)
+    if base == "int8":
+        quantise_network(network, INT8, device=device)
+        for _, layer in quantised_layers(network):
+            layer.original = None
+    elif base == "nf4":
+        quantise_to_nf4(network, device)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.data.uniform_(-0.02, 0.02)
+    for _, layer in quantised_layers(network):
+        layer.weight.data.random_(-64, 64)
+        layer.weight_scale.fill_(0.02 / 64)
+    return network
+
+
+def network_of(options: argparse.Namespace, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    if name == "stage_b":
+        size = "stage_b_700m" if options.size == "1b" else "stage_b_1.5b"
+        config = TINY_B if options.size == "tiny" else PRESETS[size][1]
+        return frozen_network(StageB, config, options.base, dtype, device)
+    if options.base == "full":
+        return random_stage_c(options.size, dtype, device)
+    config = TINY if options.size == "tiny" else PRESETS[f"stage_c_{options.size}"][1]
+    return frozen_network(StageC, config, options.base, dtype, device)
+
+
+class RandomStageB:
+    """What Stage B is trained on, at random: Stage A's latents and the compressor's."""
+
+    settings = StageBSettings()
+
+    def __init__(self, side: int):
+        self.pixels = int(side * STAGE_C_COMPRESSION) // 8 * 8
+        self.side = side
+
+    def __call__(self, keys: Sequence[bytes], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        positions = stage_b_size(self.pixels, self.pixels)
+        shapes = (LATENT_CHANNELS["stage_b"], *positions), (LATENT_CHANNELS["stage_c"], self.side, self.side)
+        latents, effnet = (torch.randn(len(keys), *shape, generator=generator) for shape in shapes)
+        return latents, effnet
+
+
 def settings_of(options: argparse.Namespace, task: Any, folder: str) -> Settings:
     train = TrainSettings(
         steps=options.warm + options.steps,
         batch_size=options.batch,
+        accumulate=options.accumulate,
         optimizer=options.optimizer,
         precision=options.precision,
         gradient_checkpointing=options.recompute,
@@ -119,7 +196,7 @@ def settings_of(options: argparse.Namespace, task: Any, folder: str) -> Settings
         warmup=0,
     )
     output = OutputSettings("out.safetensors", folder, log_every=WINDOW, checkpoint_every=10**8)
-    return Settings(task, DataSettings(folder), output, train=train)
+    return Settings("lora" if task == "stage_b" else task, DataSettings(folder), output, train=train)
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -131,11 +208,14 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         settings = settings_of(options, name, folder)
         dtype = compute_dtype(options.precision, device)
         torch.manual_seed(0)
-        stage_c = random_stage_c(options.size, torch.float32 if name == "finetune" else dtype, device)
+        stage_c = network_of(options, name, torch.float32 if name == "finetune" else dtype, device)
         text = CachedText(cast(Any, RandomText(stage_c.config)), CAPTIONS, device)
         task: StageCTask
-        if name == "lora":
-            task = LoRATask(stage_c, text, LoRASettings(rank=options.rank), ObjectiveSettings(), dtype)
+        if name in ("lora", "stage_b"):
+            kind = "stage_b" if name == "stage_b" else "stage_c"
+            lora = LoRASettings(network=kind, rank=options.rank)
+            data = cast(Any, RandomStageB(options.latent)) if name == "stage_b" else None
+            task = LoRATask(stage_c, text, lora, ObjectiveSettings(), dtype, stage_b=data)
         elif name == "finetune":
             task = FinetuneTask(stage_c, text, FinetuneSettings(), ObjectiveSettings(), dtype)
         else:
@@ -164,6 +244,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return {
         "steps_per_second": speed,
         "peak_gb": outcome.peak_bytes / 1e9,
+        "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else 0.0,
         "trained_parameters": trained,
         "losses": losses,
     }
@@ -266,6 +347,33 @@ def _published_step(
     return step
 
 
+def measure_preset(options: argparse.Namespace, preset: str, task: str) -> dict[str, Any]:
+    """One task by a preset's settings, with no more memory than a card that is named after it leaves PyTorch."""
+    section = with_preset({"preset": preset}, task)
+    train, size = section.get("train", {}), section.get("data", {}).get("size", 1024)
+    own = argparse.Namespace(**vars(options))
+    own.batch, own.accumulate = train.get("batch_size", 4), train.get("accumulate", 1)
+    own.base, own.optimizer = train.get("base_weights", "full"), train.get("optimizer", "adamw")
+    own.recompute, own.latent = train.get("gradient_checkpointing"), stage_c_size(size, size)[0]
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        bound = int(preset.removesuffix("gb")) * 2**30 - CONTEXT_BYTES
+        torch.cuda.set_per_process_memory_fraction(min(bound / total, 1.0))
+    try:
+        result = measure(own, task)
+    except torch.OutOfMemoryError as error:
+        result = {
+            "steps_per_second": 0.0,
+            "peak_gb": 0.0,
+            "trained_parameters": 0,
+            "failed": str(error)[:200],
+        }
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    return result
+
+
 def reset(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
@@ -283,7 +391,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--tasks", nargs="+", choices=("lora", "controlnet", "finetune"), default=["lora", "controlnet"]
+        "--tasks",
+        nargs="+",
+        choices=("lora", "controlnet", "finetune", "stage_b"),
+        default=["lora", "controlnet"],
+    )
+    parser.add_argument("--base", choices=("full", "int8", "nf4"), default="full", help="frozen weights")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument(
+        "--presets", nargs="*", choices=NAMES, help="measure these, or all, by the memory of a card"
     )
     parser.add_argument("--size", choices=("3.6b", "1b", "tiny"), default="3.6b")
     parser.add_argument("--latent", type=int, default=24, help="positions a side")
@@ -309,7 +425,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     results: dict[str, dict[str, Any]] = {}
-    for task in options.tasks:
+    names = [] if options.presets is None else options.presets or list(NAMES)
+    for preset in names:
+        for task in (each for each in options.tasks if each in PRESETS_BY_TASK):
+            results[f"{task}, {preset}"] = measure_preset(options, preset, task)
+            print(task, preset, results[f"{task}, {preset}"], flush=True)
+    for task in options.tasks if not names else ():
         results[task] = measure(options, task)
         if results[task]:
             print(task, results[task], flush=True)  # printed before the next task, which may fail
@@ -331,10 +452,11 @@ def main() -> None:
             f"{r['steps_per_second']:.3g}",
             f"{r['steps_per_second'] * together:.3g}",
             f"{r['peak_gb']:.1f}",
+            f"{r.get('reserved_gb', 0.0):.1f}",
         ]
         for name, r in results.items()
     ]
-    print_table(["task", "trained", "steps/s", "pictures/s", "peak GB"], rows)
+    print_table(["task", "trained", "steps/s", "pictures/s", "peak GB", "reserved GB"], rows)
     if options.json is not None:
         option_values = {
             key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()

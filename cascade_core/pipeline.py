@@ -483,9 +483,10 @@ class StableCascade:
             path = self.files.named("lora", file)
             adapter = read_adapter(path, self.stage("stage_c").network.config, alpha, module_filters)
             named = tuple(parse_new_tokens(new_tokens))
+            kind = "stage_b" if adapter.stage_b else "stage_c"
             if strength:
-                check_fits(adapter, self.stage("stage_c").network.config)
-                check_finite_changes(adapter.stage_c, adapter.name)
+                check_fits(adapter, self.stage(kind).network.config, kind)
+                check_finite_changes(adapter.diffusion, adapter.name)
             notes = describe_notes(adapter)
             if text_strength and (adapter.text or adapter.tokens):
                 notes += check_text_changes(adapter, self.text_stage().encoder.model, named)
@@ -600,12 +601,12 @@ class StableCascade:
         path = self.files.named("controlnet", file)
         return self._load("controlnet", path, lambda path: load_controlnet(path, self.device))
 
-    def _prior_with_loras(self) -> DiffusionStage:
-        stage = self.stage("stage_c")
+    def _with_loras(self, kind: str) -> DiffusionStage:
+        stage = self.stage(kind)
         patches = tuple(
-            Patch(lora.adapter.name, lora.adapter.stage_c, lora.strength)
+            Patch(lora.adapter.name, changes, lora.strength)
             for lora in self._loras.values()
-            if lora.strength
+            if (changes := getattr(lora.adapter, kind)) and lora.strength
         )
         return replace(stage, patches=patches)
 
@@ -666,7 +667,7 @@ class StableCascade:
         controls: Sequence[Control],
     ) -> Tensor:
         width, height = size
-        stage = self._prior_with_loras()
+        stage = self._with_loras("stage_c")
         check_widths(prompts[0], stage)
         if latent is not None:
             check_channels(latent, stage)
@@ -698,7 +699,7 @@ class StableCascade:
         tile_size: int,
     ) -> Tensor:
         width, height = size
-        stage, codec = self.stage("stage_b"), self.stage_a()
+        stage, codec = self._with_loras("stage_b"), self.stage_a()
         check_channels(semantic, stage)
         stage.check_picture_size(width, height)
         batch = len(semantic)

@@ -172,6 +172,11 @@ def _add_train_command(commands: Any) -> None:
         "--fresh", action="store_true", help="begin anew instead of going on from a checkpoint"
     )
     train.add_argument(
+        "--preset",
+        metavar="SIZE",
+        help="defaults for a card of 8gb, 12gb, 16gb, 24gb or 48gb; auto: as this one has",
+    )
+    train.add_argument(
         "--dry-run",
         action="store_true",
         help="print the buckets, draw a page of the pictures, and train nothing",
@@ -292,4 +297,4 @@ def _fetch(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from .train import run_training
 
-    return run_training(options.task, options.config, options.fresh, options.dry_run)
+    return run_training(options.task, options.config, options.fresh, options.dry_run, options.preset)

@@ -126,7 +126,7 @@ def convert_lora(
     if without:
         lines.append(f"Left out: {', '.join(without)}")
     converted = replace(adapter, **{part: NOTHING[part] for part in without})
-    if not (converted.stage_c or converted.text or converted.tokens):
+    if not (converted.stage_c or converted.stage_b or converted.text or converted.tokens):
         raise CascadeError(f"Nothing of {source.name} is left to write; leave out less (--without).")
     write_adapter(
         target, converted, dialect, config, metadata=adapter.metadata, overwrite=force, configuration=beside

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +172,7 @@ def merge(job: Merge) -> list[str]:
     """Writes the files and returns the lines of the report. Raises CascadeError, and writes nothing, on failure."""
     from ..cascade_core.adapters.merge import EightBit, MergedFile
     from ..cascade_core.checkpoints import write_safetensors
+    from ..cascade_core.checkpoints.layouts import all_in_one_name
     from ..cascade_core.checkpoints.quantised import without_stated
     from ..cascade_core.networks.quantisation import E4M3, INT8
 
@@ -181,7 +183,9 @@ def merge(job: Merge) -> list[str]:
 
     file = MergedFile()
     text_file = MergedFile() if job.text_output is not None else file
-    stage_c_name, text_name = (_all_in_one(part) if job.one_file else None for part in ("stage_c", "text"))
+    stage_c_name, text_name = (
+        partial(all_in_one_name, part) if job.one_file else None for part in ("stage_c", "text")
+    )
     eight_bit = EightBit(E4M3 if job.fp8 else INT8 if job.int8 else None, matrices)
     rest = file.add_network(
         model.tensors, model.parts["stage_c"], patches["stage_c"], stage_c_name, eight_bit
@@ -303,7 +307,7 @@ def _read_loras(
     patches: dict[str, list[Patch]] = {"stage_c": [], "text": []}
     for lora in job.loras:
         adapter = read_adapter(lora.path, config, alpha, job.filters)
-        check_fits(adapter, config)
+        check_fits(adapter, config)  # also that it is of Stage C
         check_finite_adapter(adapter)
         if not (adapter.stage_c or adapter.text):
             raise CascadeError(
@@ -329,15 +333,6 @@ def _read_loras(
         if adapter.text:
             patches["text"].append(Patch(adapter.name, adapter.text, lora.strength_clip))
     return lines, patches
-
-
-def _all_in_one(part: str) -> Callable[[str], str]:
-    """Says what ComfyUI's all-in-one checkpoints call a tensor, of its published name."""
-    from ..cascade_core.checkpoints import LAYOUTS
-    from ..cascade_core.checkpoints.layouts import ALL_IN_ONE
-
-    layouts = [layout for layout in LAYOUTS[part] if layout.name == ALL_IN_ONE]
-    return next(layout for layout in layouts if not layout.transposed).their_name
 
 
 def _metadata(metadata: Mapping[str, str], job: Merge) -> dict[str, str]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 FACES = 4  # of a picture, as published
 
 
-def run_training(task: TaskName, path: Path, fresh: bool = False, dry: bool = False) -> int:
+def run_training(
+    task: TaskName, path: Path, fresh: bool = False, dry: bool = False, preset: str | None = None
+) -> int:
     """Train, with progress on standard error. Returns the exit status: 0, or 128 + the signal that stopped the run."""
     # Before torch: a workspace of its own makes cuBLAS give the same bits each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -34,7 +36,7 @@ def run_training(task: TaskName, path: Path, fresh: bool = False, dry: bool = Fa
     from ..cascade_core.training.settings import read_settings, resolve
     from .trial import how_to_try
 
-    read = read_settings(path, task)
+    read = read_settings(path, task, preset)
     folder = path.resolve().parent
     settings = resolve(read, folder, finder(folder))
     fast = settings.train.precision != "fp32"  # then products too are in float32, and not in TF32

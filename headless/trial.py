@@ -56,20 +56,30 @@ def trial_graph(settings: Settings, file: Path, stage_b: str, stage_a: str) -> d
     models, output = settings.models, settings.output
     first: Any = output.prompts[0] if output.prompts else "a photograph"
     prompt, negative = (first, "") if isinstance(first, str) else (first.prompt, first.negative)
-    model, clip = ["1", 0], ["4", 0]
-    graph = {
-        "1": _node(
-            "StageCLoader", file=str(file if settings.task == "finetune" else models.stage_c), dtype="auto"
-        ),
-        "2": _node("StageBLoader", file=stage_b, dtype="auto"),
-        "3": _node("StageAVAE", file=stage_a),
-        "4": _node("CascadeTextEncoderLoader", file=models.text_encoder),
-    }
-    if settings.task != "finetune":
-        graph["5"] = _node(
-            "CascadeLoRAApply", model=model, clip=clip, file=str(file), strength_model=1.0, strength_clip=1.0
+    files = {"stage_c": models.stage_c, "stage_b": stage_b, "text_encoder": models.text_encoder}
+    if settings.task == "finetune":
+        files |= {settings.network: str(file)} | (
+            {"text_encoder": str(file)} if settings.text_with_stage_c else {}
         )
-        model, clip = ["5", 0], ["5", 1]
+    graph = {
+        "1": _node("StageCLoader", file=files["stage_c"], dtype="auto"),
+        "2": _node("StageBLoader", file=files["stage_b"], dtype="auto"),
+        "3": _node("StageAVAE", file=stage_a),
+        "4": _node("CascadeTextEncoderLoader", file=files["text_encoder"]),
+    }
+    model, decoder, clip = ["1", 0], ["2", 0], ["4", 0]
+    if settings.task != "finetune":
+        changed = decoder if settings.network == "stage_b" else model
+        graph["5"] = _node(
+            "CascadeLoRAApply",
+            model=changed,
+            clip=clip,
+            file=str(file),
+            strength_model=1.0,
+            strength_clip=1.0,
+        )
+        model, decoder = (model, ["5", 0]) if settings.network == "stage_b" else (["5", 0], decoder)
+        clip = ["5", 1]
     side = settings.data.size // 8 * 8
     sampling = {"seed": 7, "cfg_rescale": 0.7, "denoise": 1.0}
     return {
@@ -92,7 +102,7 @@ def trial_graph(settings: Settings, file: Path, stage_b: str, stage_a: str) -> d
         ),
         "9": _node(
             "CascadeDecoderSampler",
-            model=["2", 0],
+            model=decoder,
             positive=["6", 0],
             negative=["6", 1],
             stage_c=["8", 0],

@@ -14,6 +14,7 @@ from ..cascade_core.adapters import (
 )
 from ..cascade_core.adapters.text_changes import check_text_changes
 from ..cascade_core.adapters.tokens import NewToken, parse_new_tokens
+from ..cascade_core.networks.config import StageCConfig
 from .api import io, searched_as
 from .files import check, file_input, find, fingerprint
 from .hosts import host
@@ -122,21 +123,31 @@ class CascadeLoRAApply(io.ComfyNode):
         alpha=0.0,
         module_filters="",
     ) -> io.NodeOutput:
-        check_network(model, "stage_c", "Cascade LoRA Apply", "Load Stage C")
+        kind = _kind_of(model)
         check_connected(clip, "The CLIP of Cascade LoRA Apply", "Load Cascade Text Encoder")
         if strength_model == 0 and strength_clip == 0:
             return io.NodeOutput(model, clip)
-        config = host().stage_c_config(model)
-        adapter = read_adapter(find("lora", file), config, alpha, module_filters)
+        config = host().stage_config(model)
+        stage_c = config if isinstance(config, StageCConfig) else None
+        adapter = read_adapter(find("lora", file), stage_c, alpha, module_filters)
         new = parse_new_tokens(new_tokens)
         if strength_model:
-            check_fits(adapter, config)
-            check_finite_changes(adapter.stage_c, adapter.name)
+            check_fits(adapter, config, kind)
+            check_finite_changes(adapter.diffusion, adapter.name)
         text_notes = _text_notes(adapter, clip, new) if strength_clip else []
         patched = host().with_adapter(model, clip, adapter, strength_model, strength_clip, new)
         if notes := [*describe_notes(adapter), *text_notes]:
             host().notify(" ".join(notes), in_panel=True)
         return io.NodeOutput(*patched, ui={"text": [*describe_file(adapter), *text_notes]})
+
+
+def _kind_of(model: Any) -> str:
+    """Which stage a MODEL is. Raises CascadeError for anything but Stage B and Stage C."""
+    connected = model is not None and not isinstance(model, str | int | float | list | dict)
+    if connected and host().describe_network(model).kind == "stage_b":
+        return "stage_b"
+    check_network(model, "stage_c", "Cascade LoRA Apply", "Load Stage C")
+    return "stage_c"
 
 
 def _text_notes(adapter: Adapter, clip: Any, new: Sequence[NewToken]) -> list[str]:

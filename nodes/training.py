@@ -18,10 +18,22 @@ from .hosts import host
 from .training_data import folder_path, folder_stamp
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL import Image
+
+    from ..cascade_core.training.loop import TrainingProgress
     from ..cascade_core.training.settings import Settings
 
 CATEGORY = "Stable Cascade/training"
 SUFFIX = ".safetensors"
+PRESETS = (
+    "8gb",
+    "12gb",
+    "16gb",
+    "24gb",
+    "48gb",
+)  # of cascade_core/training/presets.py, which takes time to import
 LONGEST_SETTINGS = 20_000  # characters; ComfyUI answers nobody while they are read
 MODELS = ("stage_c", "text_encoder", "compressor")
 
@@ -87,6 +99,19 @@ def common_inputs(kind: str) -> list[Any]:
     ]
 
 
+def preset_input() -> Any:
+    return io.Combo.Input(
+        "preset",
+        options=["none", "auto", *PRESETS],
+        default="none",
+        optional=True,
+        tooltip=(
+            "Settings for a card of so much memory, auto: of as much as this one has. They count before size and "
+            "batch_size above; settings counts before them."
+        ),
+    )
+
+
 def settings_input() -> Any:
     return io.String.Input(
         "settings",
@@ -112,6 +137,7 @@ def node_settings(task: Any, inputs: dict[str, Any], sections: dict[str, Any]) -
 
     inputs: of the node, those that are known; sections: the task's own settings.
     """
+    from ..cascade_core.training.presets import preset_values
     from ..cascade_core.training.settings import settings_of
 
     def known(*names: str) -> dict[str, Any]:
@@ -124,6 +150,11 @@ def node_settings(task: Any, inputs: dict[str, Any], sections: dict[str, Any]) -
         "output": {"file": ".", "folder": "."},
         **sections,
     }
+    preset = inputs.get("preset", "none")
+    if preset != "none":
+        values["preset"], defaults = preset_values(preset, task)
+        for section, more in defaults.items():
+            values[section] = {**values.get(section, {}), **more}
     for section, more in checked_settings(inputs.get("settings", "")).items():
         mixed = isinstance(more, dict) and isinstance(values.get(section), dict)
         values[section] = {**values[section], **more} if mixed else more
@@ -150,19 +181,59 @@ def train_file(task: Any, role: str, inputs: dict[str, Any], sections: dict[str,
     with host().training() as report:
         settings = replace(settings, output=replace(settings.output, file=str(file)))
         settings = in_own_folder(resolve(settings, Path.cwd(), find), name, inputs["pictures"])
+        view = LiveView(report, settings.train.steps)
         outcome = train(
             settings,
             host().notify,
-            lambda progress: report(progress.step, progress.steps),
+            view.progress,
             report,
             host().interrupted,
             keep_existing=True,
             check=host().data_check(),
+            show=view.show,
         )
         if outcome.finished:  # its run goes on no more; the log and the samples stay
             Path(settings.output.folder or "", STATE).unlink(missing_ok=True)
     assert outcome.file is not None
     return io.NodeOutput(outcome.file.relative_to(models).as_posix())
+
+
+class LiveView:
+    """A run as its node shows it: the bar, and the latest curve above the latest samples as one picture.
+
+    report: the host's; steps: of the run
+    """
+
+    def __init__(self, report: Callable[..., None], steps: int) -> None:
+        self.report, self.step, self.steps = report, 0, steps
+        self.files: dict[str, Path] = {}
+
+    def progress(self, progress: TrainingProgress) -> None:
+        self.step, self.steps = progress.step, progress.steps
+        self.report(self.step, self.steps)
+
+    def show(self, path: Path) -> None:
+        """Show a picture that the run wrote."""
+        if path.exists():  # a curve needs two points
+            self.files["samples" if path.parent.name == "samples" else "curve"] = path
+            self.report(self.step, self.steps, self._page())
+
+    def _page(self) -> Image.Image:
+        from PIL import Image
+
+        parts = []
+        for kind in ("curve", "samples"):
+            if kind in self.files:
+                with Image.open(self.files[kind]) as picture:
+                    parts.append(picture.convert("RGB"))
+        page = Image.new(
+            "RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white"
+        )
+        top = 0
+        for part in parts:
+            page.paste(part, ((page.width - part.width) // 2, top))
+            top += part.height
+        return page
 
 
 def file_name(text: str) -> str:
@@ -241,13 +312,20 @@ class TrainingNode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, name=None, pictures=None, stage_c=None, text_encoder=None, compressor=None, settings=None
+        cls,
+        name=None,
+        pictures=None,
+        stage_c=None,
+        text_encoder=None,
+        compressor=None,
+        settings=None,
+        preset=None,
     ) -> bool | str:
         """What can be known before a graph is queued. None: comes over a link, and is checked later."""
         from ..cascade_core.training.settings import resolve
 
         networks = dict(zip(MODELS, (stage_c, text_encoder, compressor), strict=True))
-        inputs = {"pictures": pictures, "settings": settings, **networks}
+        inputs = {"pictures": pictures, "settings": settings, "preset": preset, **networks}
         inputs = {key: value for key, value in inputs.items() if value is not None}
         try:
             if name is not None:
@@ -289,6 +367,7 @@ class CascadeTrainLoRA(TrainingNode):
                     tooltip="How much the LoRA can hold; 4 to 64 are usual.",
                 ),
                 settings_input(),
+                preset_input(),
             ],
             outputs=file_output("LoRA", "Cascade LoRA Apply"),
             is_output_node=True,
@@ -324,6 +403,7 @@ class CascadeTrainControlNet(TrainingNode):
                     tooltip="What the ControlNet learns to follow: edges, a picture with a hole, or a small picture.",
                 ),
                 settings_input(),
+                preset_input(),
             ],
             outputs=file_output("ControlNet", "Load Cascade ControlNet"),
             is_output_node=True,
@@ -371,6 +451,7 @@ class CascadeTrainTokens(TrainingNode):
                     tooltip="How much the token can hold; 1 to 8 are usual.",
                 ),
                 settings_input(),
+                preset_input(),
             ],
             outputs=file_output("token", "Cascade LoRA Apply"),
             is_output_node=True,

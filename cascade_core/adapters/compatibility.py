@@ -9,21 +9,38 @@ import torch
 from torch import nn
 
 from ..errors import CascadeError, printable
-from ..networks.config import StageCConfig
+from ..networks.config import StageBConfig, StageCConfig
 from ..text.learned_tokens import LearnedToken
 from .adapter import Adapter
 from .changes import AddedChange, Change, LowRank
-from .names import layer_of, parameter_shapes, stage_c_parameters
+from .names import layer_of, parameter_shapes, stage_parameters
 
-_NETWORKS = {"stage_c": "Stage C", "text": "text encoder"}
+_NETWORKS = {"stage_c": "Stage C", "stage_b": "Stage B", "text": "text encoder"}
 
 
-def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = "stage_c") -> None:
+def check_kind(adapter: Adapter, kind: str) -> None:
+    """Raises CascadeError for an adapter of the other stage than the network that it is to change."""
+    other = {"stage_c": "stage_b", "stage_b": "stage_c"}[kind]
+    if getattr(adapter, other) and not getattr(adapter, kind):
+        raise CascadeError(
+            f"{adapter.name} is a LoRA of {_NETWORKS[other]}, but the network here is {_NETWORKS[kind]}; apply it to "
+            f"{_NETWORKS[other]}, or choose another LoRA."
+        )
+
+
+def check_fits(
+    adapter: Adapter, network: nn.Module | StageCConfig | StageBConfig, part: str = "stage_c"
+) -> None:
     """Raises CascadeError, with counts and sizes, unless the network has every layer that the adapter changes.
 
-    part: "stage_c" or "text", which of the adapter's changes are meant.
+    part: "stage_c", "stage_b" or "text", which of the adapter's changes are meant.
     """
-    shapes = stage_c_parameters(network) if isinstance(network, StageCConfig) else parameter_shapes(network)
+    if part != "text":
+        check_kind(adapter, part)
+    if isinstance(network, StageCConfig | StageBConfig):
+        shapes = stage_parameters(network)
+    else:
+        shapes = parameter_shapes(network)
     changes: Mapping[str, Change] = getattr(adapter, part)
     missing = [layer for layer in changes if layer not in shapes]
     misshapen = [
@@ -47,7 +64,7 @@ def check_fits(adapter: Adapter, network: nn.Module | StageCConfig, part: str = 
 
 def check_finite_adapter(adapter: Adapter) -> None:
     """Raises CascadeError where anything that an adapter holds is NaN or infinity. Reads every tensor."""
-    for changes in (adapter.stage_c, adapter.text):
+    for changes in (adapter.stage_c, adapter.stage_b, adapter.text):
         check_finite_changes(changes, adapter.name)
     for token in adapter.tokens:
         check_finite_token(token, adapter.name)
@@ -80,12 +97,13 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 
 def adapter_facts(adapter: Adapter) -> dict[str, Any]:
     """What a file holds, for programs: dialect, kinds, layers, ranks, alphas and learned tokens."""
-    changes = [*adapter.stage_c.values(), *adapter.text.values()]
+    changes = [*adapter.stage_c.values(), *adapter.stage_b.values(), *adapter.text.values()]
     decomposed = sum(isinstance(change, AddedChange) and change.magnitude is not None for change in changes)
     return {
         "dialect": adapter.dialect,
         "kinds": list(dict.fromkeys(change.algorithm for change in changes)),
         "stage_c_layers": len({layer_of(target) for target in adapter.stage_c}),
+        "stage_b_layers": len({layer_of(target) for target in adapter.stage_b}),
         "text_layers": len({layer_of(target) for target in adapter.text}),
         "ranks": sorted({change.rank for change in changes if change.rank is not None}),
         "alphas": sorted(
@@ -105,6 +123,7 @@ def describe_adapter(adapter: Adapter) -> str:
     ranks, tokens = facts["ranks"], facts["tokens"]
     contents = [
         (facts["stage_c_layers"], f"{facts['stage_c_layers']} layers of Stage C"),
+        (facts["stage_b_layers"], f"{facts['stage_b_layers']} layers of Stage B"),
         (facts["text_layers"], f"{facts['text_layers']} layers of the text encoder"),
         (len(others), ", ".join(others)),
         (

@@ -44,6 +44,7 @@ class Dialect:
     algorithms        what it has keys for beside LoRA and DoRA, all of them LyCORIS'
     caution           what a user has to know who writes it, in a sentence
     for_comfyui       whether ComfyUI's own nodes read it
+    stage_b           whether it holds layers of Stage B, under the names that ComfyUI's own nodes read
     """
 
     about: str
@@ -62,6 +63,7 @@ class Dialect:
     algorithms: frozenset[str] = frozenset()
     caution: str = ""
     for_comfyui: bool = False
+    stage_b: bool = False
 
     def stage_c_name(self, layer: str) -> str:
         """Their name of one of our layers of Stage C."""
@@ -92,7 +94,7 @@ DIALECTS: dict[str, Dialect] = {
     ),
     "kohya": Dialect(
         "kohya-ss sd-scripts since 25 February 2024; ComfyUI's own nodes read it too",
-        "lora_unet_", "lora_te_", "_", NATIVE, algorithms=_LYCORIS, for_comfyui=True,
+        "lora_unet_", "lora_te_", "_", NATIVE, algorithms=_LYCORIS, for_comfyui=True, stage_b=True,
     ),
     "kohya_to_out": Dialect(
         "kohya-ss sd-scripts of 22 to 25 February 2024",
@@ -139,7 +141,7 @@ DIALECTS: dict[str, Dialect] = {
     "comfyui": Dialect(
         "ComfyUI's own trainer and its generic names; ComfyUI's own nodes read it",
         "diffusion_model.", "text_encoders.clip_g.transformer.", ".", NATIVE, tokens=_BUNDLED,
-        algorithms=_LYCORIS - {"(IA)³"}, for_comfyui=True,
+        algorithms=_LYCORIS - {"(IA)³"}, for_comfyui=True, stage_b=True,
     ),
     "embedding": Dialect(
         "embedding files of ComfyUI and OneTrainer: one learned token and no LoRA", tokens="", kind="embedding",

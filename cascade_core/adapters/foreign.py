@@ -27,7 +27,6 @@ _MODELS = (
         "Stable Diffusion",
     ),
     (r"transformer_blocks[._]\d", "a diffusion transformer"),
-    (r"effnet_mapper|pixels_mapper|clip_mapper", "Stable Cascade's Stage B"),
 )
 # A telling part of a name, and the algorithm that is not read; the first that is found counts.
 _ALGORITHMS = (

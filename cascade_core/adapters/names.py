@@ -13,7 +13,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from ..networks.config import StageCConfig
+from ..networks.config import StageBConfig, StageCConfig
+from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 
 # The attention's layers as programs spell them, after "attention." -> ours. One fused input stands for q, k and v.
@@ -48,6 +49,11 @@ _STAGE_C = (
     "down_blocks|up_blocks.N.N.kv_mapper.N",
     *(f"down_blocks|up_blocks.N.N.attention.{spelled}" for spelled in ATTENTION),
 )
+_STAGE_B_ALONE = (  # which Stage C has none of, as it has two levels
+    "effnet_mapper|pixels_mapper.N",
+    "clip_mapper",
+    "down_downscalers|up_upscalers.N.N",
+)
 _TEXT = (
     "text_model.encoder.layers.N.self_attn.q_proj|k_proj|v_proj|out_proj",
     "text_model.encoder.layers.N.mlp.fc1|fc2",
@@ -66,7 +72,9 @@ def _compiled(templates: tuple[str, ...]) -> list[re.Pattern[str]]:
     ]
 
 
-_STAGE_C_PATTERNS, _TEXT_PATTERNS = _compiled(_STAGE_C), _compiled(_TEXT)
+_STAGE_C_PATTERNS, _TEXT_PATTERNS = _compiled((*_STAGE_C, *_STAGE_B_ALONE)), _compiled(_TEXT)
+_STAGE_B_PATTERNS = _compiled(_STAGE_B_ALONE)
+_LEVELS = re.compile(r"(?:down_blocks|up_blocks)\.(\d+)\.")
 _CONVOLUTION_PATTERNS = _compiled(_CONVOLUTIONS)
 
 
@@ -76,12 +84,18 @@ def _dotted(patterns: list[re.Pattern[str]], name: str) -> str | None:
 
 
 def stage_c_layer(name: str) -> str | None:
-    """Our name of a layer of Stage C, with dots or underscores and any spelling of the attention; None for others."""
+    """Our name of a layer of Stage C or B, with dots or underscores and any spelling of the attention; else None."""
     dotted = _dotted(_STAGE_C_PATTERNS, name)
     if dotted is None:
         return None
     block, attention, spelled = dotted.partition(".attention.")
     return block + attention + ATTENTION[spelled] if attention else dotted
+
+
+def is_stage_b(layer: str) -> bool:
+    """Whether a layer, by our name, is Stage B's alone; most have names that Stage C has too."""
+    level = _LEVELS.match(layer)
+    return (level is not None and int(level[1]) > 1) or _dotted(_STAGE_B_PATTERNS, layer) is not None
 
 
 def text_layer(name: str) -> str | None:
@@ -123,10 +137,10 @@ def parameter_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @cache
-def stage_c_parameters(config: StageCConfig) -> dict[str, tuple[int, ...]]:
-    """{our layer or parameter: its shape} of a Stage C."""
+def stage_parameters(config: StageCConfig | StageBConfig) -> dict[str, tuple[int, ...]]:
+    """{our layer or parameter: its shape} of a Stage C or B."""
     with torch.device("meta"):
-        return parameter_shapes(StageC(config))
+        return parameter_shapes(StageC(config) if isinstance(config, StageCConfig) else StageB(config))
 
 
 @cache

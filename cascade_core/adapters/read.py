@@ -30,7 +30,7 @@ from .compatibility import listed
 from .dialects import DIALECTS, STAGE_C_PREFIXES, TEXT_PREFIXES, Dialect
 from .foreign import foreign_model, other_algorithms
 from .fused import split
-from .names import FUSED, stage_c_layer, text_layer
+from .names import FUSED, is_stage_b, layer_of, stage_c_layer, text_layer
 from .official import is_official, read_official
 from .order import Filters, parse_filters
 from .peft import StatedAlpha, adapter_file, assumed_alpha, stated_alpha
@@ -43,6 +43,7 @@ _ADAPTER_NAME = re.compile(
     r"(?:(\.lora_[AB]|\.lora_magnitude_vector)|\.modules_to_save)\.[^.]+(?=\.(?:weight|bias)$)"
 )
 _LORA_WRAPPERS = {*WRAPPERS} - {"decoder"}  # which is Stage B's, and its layers have the same names
+ARCHITECTURE_KEY, STAGE_B = "modelspec.architecture", "stable-cascade-v1-stage-b"
 _EMBEDDING = ("clip_g", "clip_g_out", "emb_params", "string_to_param.*")
 
 
@@ -86,7 +87,7 @@ def parse_adapter(
     elif any(key in tensors for key in _EMBEDDING):
         adapter = _embedding(tensors, name)
     else:
-        adapter = _named(tensors, name, alpha)
+        adapter = _of_stage_b(_named(tensors, name, alpha), metadata)
     notes = list(adapter.notes)
     if filters is not None and not any(is_official([key]) and "lora_" in key for key in tensors):
         notes.append(
@@ -95,6 +96,14 @@ def parse_adapter(
     if alpha is not None and alpha.given and adapter.dialect in ("official", "embedding"):
         notes.append(_without_effect(name))
     return replace(adapter, notes=tuple(notes), metadata=metadata)
+
+
+def _of_stage_b(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
+    """The adapter with its changes where they belong: most names are both stages', some are Stage B's alone."""
+    stated = STAGE_B in metadata.get(ARCHITECTURE_KEY, "")
+    if not (stated or any(map(is_stage_b, map(layer_of, adapter.stage_c)))):
+        return adapter
+    return replace(adapter, stage_c={}, stage_b=adapter.stage_c)
 
 
 def _without_effect(name: str) -> str:

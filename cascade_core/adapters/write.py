@@ -31,7 +31,12 @@ from .official import HEADER, is_new, joined_tokens, write_official
 from .order import SIZES
 from .peft import HEADER_ENTRY
 
-PARTS = {"stage_c": {}, "text": {}, "tokens": ()}  # what can be left out of an adapter: its empty value
+PARTS = {
+    "stage_c": {},
+    "stage_b": {},
+    "text": {},
+    "tokens": (),
+}  # what can be left out of an adapter: its empty value
 
 
 def write_adapter(
@@ -105,7 +110,7 @@ def check_dialect(adapter: Adapter, dialect: str) -> None:
         ways = [f"choose one that can ({', '.join(able)})"] if able else []
         for part, nothing in PARTS.items():
             less = replace(adapter, **{part: nothing})
-            anything = less.stage_c or less.text or less.tokens
+            anything = less.stage_c or less.stage_b or less.text or less.tokens
             if getattr(adapter, part) and anything and not obstacles(less, dialect):
                 ways.append(f"leave them out (--without {part} in cascade convert-lora)")
         ways = ways or ["bake it into its model with cascade merge, which can hold them"]
@@ -122,7 +127,8 @@ def cautions(adapter: Adapter, dialect: str, in_folder: bool = False) -> list[st
     """
     spoken = DIALECTS[dialect]
     notes = [spoken.caution] if spoken.caution and not in_folder else []
-    added = [c for c in (*adapter.stage_c.values(), *adapter.text.values()) if isinstance(c, AddedChange)]
+    changes = *adapter.stage_c.values(), *adapter.stage_b.values(), *adapter.text.values()
+    added = [change for change in changes if isinstance(change, AddedChange)]
     by_row = [change.magnitude is not None and len(change.magnitude) > 1 for change in added]
     if spoken.for_comfyui and any(by_row):
         notes.append(
@@ -184,14 +190,15 @@ def as_json(config: Mapping[str, Any]) -> str:
 def obstacles(adapter: Adapter, dialect: str) -> list[str]:
     """Lists what a dialect cannot hold of an adapter, in words; empty if it can hold everything."""
     spoken = DIALECTS[dialect]
-    changes = [*adapter.stage_c.values(), *adapter.text.values()]
+    parts = adapter.stage_c, adapter.stage_b, adapter.text
+    changes = [change for part in parts for change in part.values()]
     added = [change for change in changes if isinstance(change, AddedChange)]
     magnitudes = [change.magnitude for change in added if change.magnitude is not None]
     by_column = sum(len(magnitude) == 1 for magnitude in magnitudes)
     new = [token for token in adapter.tokens if token.index is None]
     numbered = spoken.kind == "numbered"
     names = {token.name for token in new}
-    algorithms = [algorithm_in_file(*each) for each in (*adapter.stage_c.items(), *adapter.text.items())]
+    algorithms = [algorithm_in_file(*each) for part in parts for each in part.items()]
     unknown = [
         algorithm or "whole parameters"
         for algorithm in algorithms
@@ -199,6 +206,7 @@ def obstacles(adapter: Adapter, dialect: str) -> list[str]:
     ]
     counts = {
         "layers of Stage C": len(adapter.stage_c) if spoken.stage_c is None else 0,
+        "layers of Stage B": 0 if spoken.stage_b else len(adapter.stage_b),
         "layers of the text encoder": len(adapter.text) if spoken.text is None else 0,
         "DoRA magnitudes of rows": len(magnitudes) - by_column if spoken.row_magnitude is None else 0,
         "DoRA magnitudes of columns": by_column if spoken.column_magnitude is None else 0,
@@ -235,7 +243,10 @@ def _config(adapter: Adapter, stage_c: StageC | StageCConfig | None) -> StageCCo
 
 def _named(adapter: Adapter, dialect: Dialect) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for changes, name_of in ((adapter.stage_c, dialect.stage_c_name), (adapter.text, dialect.text_name)):
+    for changes, name_of in (
+        ({**adapter.stage_c, **adapter.stage_b}, dialect.stage_c_name),
+        (adapter.text, dialect.text_name),
+    ):
         for target, change in changes.items():
             name = name_of(layer_of(target))
             if isinstance(change, LowRank):

@@ -179,6 +179,12 @@ def layout_named(part: str, name: str) -> Layout:
     raise KeyError(name)
 
 
+def all_in_one_name(part: str, published: str) -> str:
+    """What ComfyUI's all-in-one checkpoints call a tensor of a part."""
+    layouts = (layout for layout in LAYOUTS[part] if layout.name == ALL_IN_ONE and not layout.transposed)
+    return next(layouts).their_name(published)
+
+
 def parts_in(names: Iterable[str]) -> dict[str, Layout]:
     """The networks that a file with these names holds, each with its layout; its prefix includes WRAPPERS.
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import in_model_folder, read_named
-from ..checkpoints.carried import VOCABULARY
+from ..checkpoints.carried import CONFIG, VOCABULARY, as_tensor
 from ..errors import CascadeError
 from ..networks.inference import stated_table
-from .clip import CLIP_TOKENS, CONFIG_KEYS, explain_non_finite, infer_text_config, load_clip
+from .clip import CLIP_TOKENS, CONFIG_KEYS, Shapes, explain_non_finite, infer_text_config, load_clip, told_by
 from .known_words import stated_words
 from .learned_tokens import LearnedToken, TokenTable
 from .tokenizer import Chunk, Tokenizer
-from .vocabulary import tokenizer_table
+from .vocabulary import bundled_vocabulary, tokenizer_table
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
@@ -215,3 +215,13 @@ def _tokenizer(path: Path, vocab_size: int, metadata: Mapping[str, str]) -> Toke
         f"The text encoder {path} embeds {vocab_size} tokens, not CLIP's {CLIP_TOKENS}, and no tokenizer "
         "lies beside it; put its vocab.json and merges.txt there."
     )
+
+
+def carried_by(config: Mapping[str, Any], shapes: Shapes, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """What a text encoder's tensors do not tell: its configuration, and a vocabulary that is not CLIP's own."""
+    tensors = {}
+    if not told_by(shapes, config, "text"):
+        tensors[CONFIG] = as_tensor(config)
+    if tokenizer.backend.get_vocab() != bundled_vocabulary()[0]:
+        tensors[VOCABULARY] = as_tensor(tokenizer.table())
+    return tensors

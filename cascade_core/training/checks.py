@@ -13,6 +13,8 @@ from ..checkpoints import load_model
 from ..checkpoints.files import check_writable
 from ..errors import CascadeError, quoted
 from ..networks.compressor import SemanticCompressor
+from ..networks.stage_a import StageA
+from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from ..text.encoder import TextEncoder
 from ..vision import ImageEncoder
@@ -70,31 +72,59 @@ def check_networks(
     check_trackers(settings.output.log_with)
     check_optimiser(settings.train)
     check_base(settings.train.base_weights)
-    stage_c, _, _ = load_model(models.stage_c, "stage_c", read_ahead=False)
     compressor, _, _ = load_model(models.compressor, "compressor", read_ahead=False)
-    assert isinstance(stage_c, StageC)
     assert isinstance(compressor, SemanticCompressor)
     compressor.config.check_stride(Path(models.compressor).name)
     for kind in DECODERS:
         if (file := getattr(models, kind)) is not None:
             load_model(file, kind, read_ahead=False)
-    if models.image_encoder is not None:
-        check_image_prompts(ImageEncoder.load(models.image_encoder).model.config.projection_dim, stage_c)
     encoder = TextEncoder.load(models.text_encoder)
     if models.stage_b is not None:
         check_stage_b(models.stage_b, encoder)
+    network = _trained_for(settings, compressor)
+    if models.image_encoder is not None:
+        assert isinstance(network, StageC)
+        check_image_prompts(ImageEncoder.load(models.image_encoder).model.config.projection_dim, network)
     check_names(settings.tokens, captions)
     for token in settings.tokens:
         if token.start is not None:
             first_vectors(encoder, token)
     if settings.task == "lora":
-        check_lora(settings.lora, settings.tokens, stage_c, encoder)
+        check_lora(settings.lora, settings.tokens, network, encoder)
     elif settings.task == "controlnet":
-        check_controlnet(settings.controlnet, stage_c, compressor)
+        assert isinstance(network, StageC)
+        check_controlnet(settings.controlnet, network, compressor)
         if settings.controlnet.hint == "identity":
             check_faces(find_faces)
     elif settings.task == "finetune":
-        select_parameters(stage_c, settings.finetune.modules)
+        finetune = settings.finetune
+        target = encoder.model if settings.network == "text_encoder" else network
+        select_parameters(target, finetune.modules, finetune.depth)
+
+
+def _trained_for(settings: Settings, compressor: SemanticCompressor) -> StageC | StageB:
+    """The stage that is trained, or that something is trained for, without its weights; Stage B's parts fit."""
+    models = settings.models
+    if settings.network != "stage_b" or settings.output.sample_every:
+        stage_c, _, _ = load_model(models.stage_c, "stage_c", read_ahead=False)
+        assert isinstance(stage_c, StageC)
+        if settings.network != "stage_b":
+            return stage_c
+    stage_b, stage_a = (
+        load_model(str(getattr(models, kind)), kind, read_ahead=False)[0] for kind in ("stage_b", "stage_a")
+    )
+    assert isinstance(stage_b, StageB)
+    assert isinstance(stage_a, StageA)
+    for name, given, wanted in (
+        ("models.stage_a", stage_a.config.c_latent, stage_b.config.c_in),
+        ("models.compressor", compressor.config.c_latent, stage_b.config.c_effnet),
+    ):
+        if given != wanted:
+            raise CascadeError(
+                f"{name} makes latents of {given} channels, but this Stage B takes {wanted}; choose the one that "
+                "belongs to it."
+            )
+    return stage_b
 
 
 def check_optimiser(settings: TrainSettings) -> None:

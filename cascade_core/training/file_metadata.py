@@ -13,7 +13,11 @@ from pathlib import Path, PurePath
 from .data.pictures import TrainingPicture
 from .settings import Settings
 
-ARCHITECTURE = "stable-cascade-v1-stage-c"
+ARCHITECTURES = {  # as SwarmUI calls them; a LoRA of the text encoder is used with Stage C
+    "stage_c": "stable-cascade-v1-stage-c",
+    "stage_b": "stable-cascade-v1-stage-b",
+    "text_encoder": "stable-cascade-v1-text-encoder",
+}
 KINDS = {"lora": "/lora", "controlnet": "/controlnet", "finetune": "", "tokens": "/textual-inversion"}
 MODULES = {
     "lora": "networks.lora", "loha": "lycoris.kohya", "lokr": "lycoris.kohya"
@@ -23,19 +27,23 @@ MODULES = {
 def file_metadata(settings: Settings, step: int, pictures: Iterable[TrainingPicture]) -> dict[str, str]:
     """The metadata of `output.file` after `step`. pictures: those that were trained on."""
     output, train, pictures = settings.output, settings.train, list(pictures)
-    size = settings.data.size
+    size, network = settings.data.size, settings.network
+    if settings.task == "lora" and network == "text_encoder":
+        network = "stage_c"
+    architecture = ARCHITECTURES[network]
+    model = getattr(settings.models, network) or settings.models.stage_c
     entries: dict[str, object] = {
         "trained_steps": step,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ARCHITECTURE + KINDS[settings.task],
+        "modelspec.architecture": architecture + KINDS[settings.task],
         "modelspec.implementation": "https://github.com/Stability-AI/StableCascade",
         "modelspec.title": output.about.get("title", Path(output.file).stem),
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.prediction_type": "epsilon",
         **{f"modelspec.{key}": value for key, value in output.about.items()},
         "ss_output_name": Path(output.file).stem,
-        "ss_sd_model_name": PurePath(settings.models.stage_c).name,
-        "ss_base_model_version": ARCHITECTURE,
+        "ss_sd_model_name": PurePath(model).name,
+        "ss_base_model_version": architecture,
         "ss_steps": step,
         "ss_max_train_steps": train.steps,
         "ss_learning_rate": train.learning_rate,

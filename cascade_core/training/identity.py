@@ -13,13 +13,15 @@ from ..reading import open_regular
 from .data.cache import KEY_BYTES, Cache
 from .data.fingerprint import pictures_digest
 from .data.pictures import TrainingPicture
-from .settings import DECODERS, Settings, settings_from_json
+from .settings import Settings, settings_from_json
 
 BLOCKS, BLOCK_BYTES = 2048, 8192  # of a large file that are read for its digest: of 7 GB every 3.5 MB
 MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")  # of a model's folder
 PARTS = {  # as the core calls what settings name
     "models.stage_c": "stage_c",
     "models.text_encoder": "text",
+    "models.stage_b": "stage_b",
+    "models.stage_a": "stage_a",
     "models.compressor": "compressor",
     "models.image_encoder": "vision",
     "controlnet.start": "controlnet",
@@ -32,6 +34,7 @@ WITHOUT_EFFECT = (
     "models",
     "output",
     "validation",  # which pictures are held out is seen by those that are trained on
+    "preset",
     "data.folder",
     "data.tars",
     "data.mask_folder",
@@ -96,7 +99,7 @@ def _networks(settings: Settings) -> dict[str, Path]:
     names = {
         f"models.{key}": name
         for key, name in dataclasses.asdict(settings.models).items()
-        if key not in DECODERS  # which make samples alone
+        if key in settings.deciding_models
     }
     if _starts_from_a_file(settings):
         names["controlnet.start"] = settings.controlnet.start

@@ -122,6 +122,9 @@ class Loop(Generic[AnyTask]):
         self.keep: Callable[[], None] = lambda: None
         self.trackers = Trackers(settings.output.log_with, self.folder, settings.as_json())
         self.contents: dict[str, str] = {}  # of `identity`, which a state keeps
+        self.show: Callable[[Path], None] = lambda path: (
+            None
+        )  # called with each curve and sample that is written
         self.step = 0
         if task.shards is None:  # else each has rows of its own, of one file
             for value in task.trained.state_dict().values():
@@ -378,6 +381,7 @@ class Loop(Generic[AnyTask]):
     def _draw(self) -> None:
         if self.processes.is_main_process:
             draw_curve(self.log.rows, self.settings.train.steps, self.folder / CURVE)
+            self.show(self.folder / CURVE)
 
     def _sample(self) -> None:
         # A network that is divided is run by all of its processes.
@@ -390,8 +394,10 @@ class Loop(Generic[AnyTask]):
         except Interrupted:  # as the run will be
             return
         if self.processes.is_main_process:
-            write_picture(self.folder / "samples" / f"{self.step:06}.png", picture)
+            path = self.folder / "samples" / f"{self.step:06}.png"
+            write_picture(path, picture)
             self.trackers.log_picture(picture, self.step)
+            self.show(path)
 
     def save(self) -> None:
         """Write everything that resuming needs, whole or not at all. Raises CascadeError for weights that diverged."""

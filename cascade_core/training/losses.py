@@ -25,6 +25,7 @@ def diffusion_loss(
     huber: float | None = None,
     picture_weights: Tensor | None = None,
     masks: Tensor | None = None,
+    pyramid: bool = False,
 ) -> dict[str, Tensor]:
     """Weighted error of the predicted noise: predict(noised, noise_cond) against epsilon.
 
@@ -35,13 +36,14 @@ def diffusion_loss(
 
     t_range: what the times are spread over; noise_offset, multires_noise: of `training_noise`; huber: of
     `pseudo_huber`, which then takes the square's place. picture_weights: (B,), of each row; None where all are 1.
-    masks: (B, h, w), the weight of each position; None where all are 1.
+    masks: (B, h, w), the weight of each position; None where all are 1. pyramid: the noise is `pyramid_noise`.
     """
     t = random_t(len(x0)).to(x0.device)
     if t_range != (0.0, 1.0):
         t = t_range[0] + (t_range[1] - t_range[0]) * t
     t[: int(pure_noise_share * len(x0))] = 1.0
-    diffused = diffuse(x0, training_noise(x0, noise_offset, multires_noise), t, shift, loss_weight)
+    noise = pyramid_noise(x0) if pyramid else training_noise(x0, noise_offset, multires_noise)
+    diffused = diffuse(x0, noise, t, shift, loss_weight)
     difference = predict(diffused.noised, diffused.noise_cond).float() - diffused.target
     squares = difference.square() if huber is None else pseudo_huber(difference, huber)
     if masks is not None:
@@ -74,6 +76,24 @@ def training_noise(x0: Tensor, offset: float = 0.0, multires: float = 0.0) -> Te
     if offset:
         noise = noise + offset * torch.randn(*x0.shape[:2], 1, 1, device=x0.device, dtype=x0.dtype)
     return noise
+
+
+def pyramid_noise(x0: Tensor, largest: int = 16, decay: float = 0.75) -> Tensor:
+    """Gaussian noise like x0 (B, C, h, w) with that of coarser sizes, as Stage B's published training has it.
+
+    To the noise of each position comes that of a half, a quarter, … of the height where at most `largest` rows are
+    left, square and enlarged without smoothing, times decay^level; the variance is brought back to 1.
+    """
+    noise, variance = torch.randn_like(x0), 1.0
+    for level in range(1, 10):
+        side = x0.shape[-2] // 2**level
+        if 1 <= side <= largest:
+            coarse = torch.randn(*x0.shape[:2], side, side, device=x0.device, dtype=x0.dtype)
+            noise = noise + decay**level * F.interpolate(coarse, x0.shape[-2:])
+            variance += decay ** (2 * level)
+        if side <= 1:
+            break
+    return noise / variance**0.5
 
 
 def pseudo_huber(difference: Tensor, delta: float) -> Tensor:

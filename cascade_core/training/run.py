@@ -32,6 +32,7 @@ from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
 from .data.pictures import TrainingPicture
 from .data.sources import LEFT_OUT, write_left_out
+from .data.stage_b import StageBData
 from .data.text_cache import TextCache
 from .deadline import stop_time, stopping
 from .frozen import load_frozen, parameter_count
@@ -44,7 +45,7 @@ from .prompts import sample_prompts, texts_of, with_prompts_of_file
 from .ranges import in_steps
 from .results import Results
 from .run_folder import Notify, begun, cache_of, compared, locked
-from .samples import CascadeDecoder, Decoder, PreviewDecoder, Samples
+from .samples import CascadeDecoder, Decoder, PreviewDecoder, Samples, StageBSamples
 from .settings import DataSettings, Settings, TrainSettings
 from .state import STATE
 from .tasks.conditions import CachedText
@@ -67,13 +68,15 @@ def train(
     find_faces: FindFaces | None = None,
     keep_existing: bool = False,
     check: Callable[[Path], None] | None = None,
+    show: Callable[[Path], None] = lambda path: None,
 ) -> Outcome:
     """Train by resolved settings and write `output.file`; resume from the run's checkpoint unless `fresh`.
 
     keep_existing: a file of that name is not replaced, and the new one gets a number instead.
     notify: called with sentences for people; report: with the progress; caching: with how many latents are encoded and
     how many there are to encode; stop: asked at each file and after each step; find_faces: for the identity hint;
-    check: raises CascadeError for a path of training data, its links followed, that may not be read.
+    check: raises CascadeError for a path of training data, its links followed, that may not be read; show:
+    called with the file of each curve and each sample as it is written.
     """
     processes = build_accelerator(settings.train.precision)
     if not processes.is_main_process:
@@ -112,7 +115,7 @@ def train(
                 return Outcome(settings.train.steps, True, seconds=0.0, peak_bytes=0, file=Path(file))
             processes.on_main(lambda: check_networks(settings, [*trained, *pictures.held_out], find_faces))
             loop = prepare(settings, processes, notify, report, caching, stop, find_faces, pictures)
-            loop.contents = contents
+            loop.contents, loop.show = contents, show
             results = Results(settings, trained, keep_existing)
 
             def keep() -> None:
@@ -218,14 +221,15 @@ def prepare(
     own_texts = held_out.captions if held_out is not None else []
     text, trained_encoder = _text_of(settings, data.captions, own_texts, processes, access)
 
+    stage_b, stage_a = processes.on_each(
+        lambda: stage_b_data(settings, data, compressor, report_caching, access)
+    )
+
     def load_task() -> StageCTask:
-        stage_c = load_trained_for(settings, dtype, device)
-        if dtype == torch.float16:
-            scale_residual_stream(stage_c)
-        if image_prompts is not None:
-            check_image_prompts(image_prompts.width, stage_c)
+        network = load_trained_for(settings, dtype, device, image_prompts)
+        captions = data.captions
         return build_task(
-            settings, stage_c, text, dtype, compressor, trained_encoder, data.captions, find_faces
+            settings, network, text, dtype, compressor, trained_encoder, captions, find_faces, stage_b
         )
 
     task = processes.on_each(load_task)
@@ -234,13 +238,13 @@ def prepare(
         task.divide(processes)
     # All run a network that is divided, so that none may leave it alone.
     asked = stop if task.shards is None else lambda: False
-    samples = processes.on_each(lambda: _samples(settings, task, data, dtype, asked))
+    samples = processes.on_each(lambda: _samples(settings, task, data, dtype, asked, stage_a))
     loop = Loop(task, data, settings, processes, report, stop, samples)
     if held_out is not None and isinstance(validation.every, int):
         measure = Validation(task, held_out, validation, settings.train.batch_size)
         loop.validate = validation.every, measure
     steps = data.steps_per_epoch(settings.train.batch_size, processes.num_processes)
-    notify(at_beginning(loop, steps, data.rows_per_epoch, settings.output.file))
+    notify(at_beginning(loop, steps, data.rows_per_epoch, settings.output.file, settings.preset))
     return loop
 
 
@@ -303,7 +307,7 @@ def _text_of(
         return encoder, TextCache(encoder, cache)
 
     encoder, texts = processes.on_each(load)
-    if settings.tokens or (settings.task == "lora" and settings.lora.text_encoder):
+    if settings.text_is_trained:
         text, trained = CachedText(texts, [""], device), encoder
     else:
         texts.fill_together([*captions, *texts_of(settings.output.prompts)], processes, access.ask)
@@ -323,15 +327,15 @@ def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> Im
 
 
 def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
-    """Compile and checkpoint Stage C's blocks, and use CUDA graphs, as the settings say."""
-    stage_c = task.stage_c
+    """Compile and checkpoint the network's blocks, and use CUDA graphs, as the settings say."""
+    stage_c = task.network
     if settings.compile:
         compile_blocks(stage_c)
     checkpointing = settings.gradient_checkpointing
     if checkpointing is None:
         checkpointing = parameter_count(stage_c) > LARGE_NETWORK
     if checkpointing:
-        if isinstance(task, LoRATask):
+        if isinstance(task, LoRATask) and task.changes is not None:
             checkpoint_blocks(stage_c, task.changes.current, task.draws)
         else:
             checkpoint_blocks(stage_c)
@@ -345,39 +349,84 @@ def load_network(path: str, kind: str, dtype: torch.dtype, device: torch.device,
     return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def load_trained_for(settings: Settings, dtype: torch.dtype, device: torch.device) -> StageC:
-    """The network that is trained, or that something is trained for."""
+def load_trained_for(
+    settings: Settings, dtype: torch.dtype, device: torch.device, image_prompts: ImagePrompts | None = None
+) -> StageC | StageB:
+    """The stage that is trained, or that something is trained for."""
+    kind, cls = ("stage_b", StageB) if settings.network == "stage_b" else ("stage_c", StageC)
+    path, base = getattr(settings.models, kind), settings.train.base_weights
+    if settings.task == "finetune" and settings.network != "text_encoder":
+        network = load_network(path, kind, torch.float32, device, cls)
+    elif base == "full":
+        network = load_network(path, kind, dtype, device, cls)
+    else:
+        network = load_frozen(path, kind, base, dtype, device).to(memory_format=torch.channels_last)
+    if isinstance(network, StageC):
+        if dtype == torch.float16:
+            scale_residual_stream(network)
+        if image_prompts is not None:
+            check_image_prompts(image_prompts.width, network)
+    return network
+
+
+def _stage_c(settings: Settings, dtype: torch.dtype, device: torch.device) -> StageC:
+    """A Stage C for samples, in the precision that the run's network has."""
     path, base = settings.models.stage_c, settings.train.base_weights
-    if settings.task == "finetune":
-        return load_network(path, "stage_c", torch.float32, device, StageC)
-    if base == "full":
-        return load_network(path, "stage_c", dtype, device, StageC)
-    return load_frozen(path, "stage_c", base, dtype, device).to(memory_format=torch.channels_last)
+    if base != "full":
+        return load_frozen(path, "stage_c", base, dtype, device)
+    stage_c = load_network(path, "stage_c", dtype, device, StageC)
+    if dtype == torch.float16:
+        scale_residual_stream(stage_c)
+    return stage_c
+
+
+def stage_b_data(
+    settings: Settings,
+    data: TrainingData,
+    compressor: SemanticCompressor,
+    report: Callable[[int, int], None],
+    access: Access,
+) -> tuple[StageBData | None, StageA | None]:
+    """What Stage B is trained on, where it is, and the Stage A whose latents it is, in main memory."""
+    if settings.network != "stage_b":
+        return None, None
+    device = next(compressor.parameters()).device
+    stage_a = load_network(str(settings.models.stage_a), "stage_a", torch.float32, device, StageA)
+
+    def encode(pixels: Tensor) -> Tensor:
+        return stage_a.encode(pixels.to(device))
+
+    def compress(pixels: Tensor) -> Tensor:
+        return compressor(pixels.to(device))
+
+    made = (encode, fingerprint(stage_a)), (compress, fingerprint(compressor))
+    found = StageBData(settings.stage_b, data, *made, stage_a.config.c_latent, report, access.ask)
+    return found, stage_a.to("cpu")
 
 
 def build_task(
     settings: Settings,
-    stage_c: StageC,
+    network: StageC | StageB,
     text: CachedText,
     dtype: torch.dtype,
     compressor: SemanticCompressor,
     encoder: TextEncoder | None,
     captions: list[str],
     find_faces: FindFaces | None,
+    stage_b: StageBData | None = None,
 ) -> StageCTask:
     objective, seed = settings.objective, settings.train.seed
     if settings.task == "lora":
-        return LoRATask(
-            stage_c, text, settings.lora, objective, dtype, seed, encoder, captions, settings.tokens
-        )
-    if settings.task == "controlnet":
-        return ControlNetTask(
-            stage_c, text, settings.controlnet, objective, dtype, seed, compressor, find_faces
-        )
+        more = encoder, captions, settings.tokens, stage_b
+        return LoRATask(network, text, settings.lora, objective, dtype, seed, *more)
     if settings.task == "finetune":
-        return FinetuneTask(stage_c, text, settings.finetune, objective, dtype)
+        return FinetuneTask(network, text, settings.finetune, objective, dtype, stage_b, encoder, captions)
+    assert isinstance(network, StageC)
+    if settings.task == "controlnet":
+        more = dtype, seed, compressor, find_faces
+        return ControlNetTask(network, text, settings.controlnet, objective, *more)
     assert encoder is not None
-    return TokensTask(stage_c, text, settings.tokens, objective, dtype, encoder, captions)
+    return TokensTask(network, text, settings.tokens, objective, dtype, encoder, captions)
 
 
 def _samples(
@@ -386,10 +435,19 @@ def _samples(
     data: TrainingData,
     dtype: torch.dtype,
     stop: Callable[[], bool],
-) -> Samples | None:
+    stage_a: StageA | None = None,
+) -> Samples | StageBSamples | None:
+    """stage_a: where Stage B is trained"""
     if not settings.output.sample_every:
         return None
     prompts, hints = sample_prompts(settings), None
+    if stage_a is not None:
+        task.network.to("cpu")  # both together would need more memory than training does
+        samples = StageBSamples(
+            task, _stage_c(settings, dtype, task.device), settings.output, prompts, stage_a, stop
+        )
+        task.network.to(task.device)
+        return samples
     if settings.task == "controlnet":
         batch = data.batch(0, len(prompts))
         hint = task.prepare(batch, torch.Generator().manual_seed(0)).hint

@@ -16,6 +16,7 @@ from ..geometry import stage_b_size, stage_c_size
 from ..networks.previewer import Previewer
 from ..networks.stage_a import StageA
 from ..networks.stage_b import StageB
+from ..networks.stage_c import StageC
 from ..run import SamplingRun, by_log_snr, sample
 from ..writing import replacing
 from .settings import OutputSettings, SamplePrompt
@@ -57,20 +58,9 @@ class CascadeDecoder:
         self.stage_b, self.stage_a, self.device, self.dtype = stage_b, stage_a, device, dtype
 
     def __call__(self, sampled: PromptLatent, ask: Callable[[SamplerStep], None]) -> Tensor:
-        width, height = _size(sampled.prompt)
         channels = self.stage_b.config.c_in
-        run = SamplingRun(
-            torch.zeros(1, channels, *stage_b_size(height, width), device=self.device),
-            sampled.prompt.seed or 0,
-            STAGE_B_STEPS,
-        )
-        sides = [
-            {"clip": pooled[:, None].to(self.dtype), "effnet": sampled.latent.to(self.dtype)}
-            for pooled in sampled.pooled
-        ]
         with _on(self.stage_b, self.device):
-            guider = Guider(self.stage_b, *sides, cfg=STAGE_B_CFG, dtype=self.dtype)
-            latent = sample(run, by_log_snr(guider), ask)
+            latent = sample_stage_b(self.stage_b, sampled, channels, self.dtype, ask)
         with _on(self.stage_a, self.device):
             return self.stage_a.decode(latent)[0]
 
@@ -87,7 +77,7 @@ def _on(network: nn.Module, device: torch.device) -> Iterator[None]:
 class Samples:
     """prompts: with nothing left open; hints: (N, C, H, W) of a ControlNet, one for each, and their latents' size.
 
-    stop: asked at each step; where it says so, Interrupted is raised.
+    stop: asked at each step; where it says so, Interrupted is raised. stage_c: where it is not the task's network.
     """
 
     def __init__(
@@ -98,19 +88,25 @@ class Samples:
         decode: Decoder,
         hints: tuple[Tensor, tuple[int, int]] | None = None,
         stop: Callable[[], bool] = lambda: False,
+        stage_c: StageC | None = None,
     ):
         self.task, self.output, self.prompts, self.decode = task, output, prompts, decode
         self.hints, self.stop = hints, stop
+        self.config = (stage_c or task.stage_c).config
 
     @torch.no_grad()
     def __call__(self, step: int, state: State) -> Tensor:
         """All prompts' pictures as one: (3, H, W) in [0, 1] on the CPU"""
         with self.task.using(state) as network:
-            sampled = [self._sample(network, i, prompt) for i, prompt in enumerate(self.prompts)]
-        return grid([self.decode(each, self._ask).float().clamp(0, 1).cpu() for each in sampled])
+            sampled = self.latents(network)
+        return grid([self.decode(each, self.ask).float().clamp(0, 1).cpu() for each in sampled])
+
+    def latents(self, network: Callable[..., Tensor]) -> list[PromptLatent]:
+        """What a Stage C makes of each prompt."""
+        return [self._sample(network, i, prompt) for i, prompt in enumerate(self.prompts)]
 
     def _sample(self, network: Callable[..., Tensor], index: int, prompt: SamplePrompt) -> PromptLatent:
-        task, config = self.task, self.task.stage_c.config
+        task, config = self.task, self.config
         width, height = _size(prompt)
         more, positions = {}, stage_c_size(height, width)
         if self.hints is not None:
@@ -128,11 +124,60 @@ class Samples:
         cfg = self.output.sample_cfg if prompt.cfg is None else prompt.cfg
         guider = Guider(network, *sides, cfg=cfg, dtype=task.dtype)
         (_, positive), (_, negative) = texts
-        return PromptLatent(prompt, sample(run, by_log_snr(guider), self._ask), (positive, negative))
+        return PromptLatent(prompt, sample(run, by_log_snr(guider), self.ask), (positive, negative))
 
-    def _ask(self, step: SamplerStep) -> None:
+    def ask(self, step: SamplerStep) -> None:
         if self.stop():
             raise Interrupted("The run was stopped.")
+
+
+class StageBSamples:
+    """The same prompts by a Stage B that is trained: Stage C samples them once, before the first step, and leaves."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        task: StageCTask,
+        stage_c: StageC,
+        output: OutputSettings,
+        prompts: Sequence[SamplePrompt],
+        stage_a: StageA,
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        self.task, self.stage_a = task, stage_a
+        self.samples = Samples(task, output, prompts, self._decode, stop=stop, stage_c=stage_c)
+        self.network: Callable[..., Tensor] | None = None
+        self.sampled = self.samples.latents(stage_c)
+
+    @torch.no_grad()
+    def __call__(self, step: int, state: State) -> Tensor:
+        """All prompts' pictures as one: (3, H, W) in [0, 1] on the CPU"""
+        with self.task.using(state) as self.network:
+            pictures = [self._decode(each, self.samples.ask) for each in self.sampled]
+        return grid([picture.float().clamp(0, 1).cpu() for picture in pictures])
+
+    def _decode(self, sampled: PromptLatent, ask: Callable[[SamplerStep], None]) -> Tensor:
+        assert self.network is not None
+        latent = sample_stage_b(self.network, sampled, self.stage_a.config.c_latent, self.task.dtype, ask)
+        with _on(self.stage_a, self.task.device):
+            return self.stage_a.decode(latent)[0]
+
+
+def sample_stage_b(
+    network: Callable[..., Tensor],
+    sampled: PromptLatent,
+    channels: int,
+    dtype: torch.dtype,
+    ask: Callable[[SamplerStep], None],
+) -> Tensor:
+    """Stage A's latent (1, C, h, w) of what Stage C made of a prompt."""
+    width, height = _size(sampled.prompt)
+    start = torch.zeros(1, channels, *stage_b_size(height, width), device=sampled.latent.device)
+    run = SamplingRun(start, sampled.prompt.seed or 0, STAGE_B_STEPS)
+    effnet = sampled.latent.to(dtype)
+    sides = [{"clip": pooled[:, None].to(dtype), "effnet": effnet} for pooled in sampled.pooled]
+    guider = Guider(network, *sides, cfg=STAGE_B_CFG, dtype=dtype)
+    return sample(run, by_log_snr(guider), ask)
 
 
 def _size(prompt: SamplePrompt) -> tuple[int, int]:

@@ -9,24 +9,28 @@ from .loop import Loop
 from .tasks.stage_c import StageCTask
 
 
-def at_beginning(loop: Loop[StageCTask], steps_per_epoch: int, rows_per_epoch: int, file: str) -> str:
+def at_beginning(
+    loop: Loop[StageCTask], steps_per_epoch: int, rows_per_epoch: int, file: str, preset: str | None = None
+) -> str:
     """Where and how it computes, what is trained, how many pictures a step takes, and where it writes.
 
-    steps_per_epoch: batches of an epoch; rows_per_epoch: pictures in them.
+    steps_per_epoch: batches of an epoch; rows_per_epoch: pictures in them; preset: by which it was set.
     """
     task, train, processes = loop.task, loop.settings.train, loop.processes.num_processes
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == task.dtype)
+    stage = "Stage C" if task.kind == "stage_c" else "Stage B"
     trained = loop.trained_numbers
-    whole = parameter_count(task.stage_c)
+    whole = parameter_count(task.network)
     size = train.batch_size * train.accumulate * processes
     mean = rows_per_epoch / max(steps_per_epoch, 1) * train.accumulate
     fewer = f", {mean:.3g} on average, as buckets hold fewer" if mean < 0.95 * size else ""
     factors = f"{train.batch_size} × {train.accumulate} accumulated × {_count(processes, 'process', 'es')}"
     divided = f", the network divided among {processes} (train.fsdp)" if task.shards is not None else ""
     epoch = steps_per_epoch / train.accumulate
+    by = f", by the preset {preset}" if preset else ""
     return (
-        f"Training on {device_name(task.device)} in {precision}, {_count(processes, 'process', 'es')}{divided}: "
-        f"{trained:,} trained numbers beside Stage C's {whole:,}. A step takes {_count(size, 'picture')} "
+        f"Training on {device_name(task.device)} in {precision}{by}, {_count(processes, 'process', 'es')}{divided}: "
+        f"{trained:,} trained numbers beside {stage}'s {whole:,}. A step takes {_count(size, 'picture')} "
         f"({factors}){fewer}; an epoch is {epoch:.3g} step{'s' * (epoch != 1)}, and {_count(train.steps, 'step')} are "
         f"{train.steps / epoch:.3g} of them. Checkpoint, log and samples go to {loop.folder}, the result to {file}."
     )

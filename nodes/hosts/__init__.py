@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...cascade_core.adapters import Adapter
 from ...cascade_core.adapters.tokens import NewToken
-from ...cascade_core.networks.config import StageCConfig
+from ...cascade_core.networks.config import StageBConfig, StageCConfig
 from ...cascade_core.run import SamplingResult
 from .control import ControlNetDescription
 from .run import NetworkDescription, SamplingRequest
@@ -103,8 +103,8 @@ class Host(Protocol):
         """Adds a ControlNet to both prompts; hint: (B, H, W, C), start and end: shares of the schedule."""
         ...
 
-    def stage_c_config(self, model: Any) -> StageCConfig:
-        """Configuration of a Stage C MODEL."""
+    def stage_config(self, model: Any) -> StageCConfig | StageBConfig:
+        """Configuration of a Stage C or Stage B MODEL."""
         ...
 
     def text_network(self, clip: Any) -> nn.Module:
@@ -120,7 +120,7 @@ class Host(Protocol):
         strength_clip: float,
         new_tokens: Sequence[NewToken],
     ) -> tuple[Any, Any]:
-        """Adds a LoRA, which fits both, to copies of a Stage C MODEL and a CLIP (or None).
+        """Adds a LoRA, which fits both, to copies of a MODEL and a CLIP (or None).
 
         new_tokens: names of the adapter's tokens behind the vocabulary.
         """
@@ -167,8 +167,8 @@ class Host(Protocol):
         """Whether what runs was asked to stop."""
         ...
 
-    def training(self) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Yields report of a run: report(step, steps) moves the node's bar.
+    def training(self) -> AbstractContextManager[Callable[..., None]]:
+        """Yields report of a run: report(step, steps, picture) moves the node's bar and shows a PIL picture, or None.
 
         Gradients are enabled inside the block. A run that was asked to stop ends the graph after the block.
         """

@@ -232,6 +232,16 @@ def test_an_interrupt_ends_what_would_take_long(client, many, begun, changes):
     assert client.run({"1": node("PreviewAny", source=str(changes))}).of("execution_success")
 
 
+def test_the_curve_and_the_samples_are_shown_while_it_trains(client):
+    settings = "models: {previewer: tiny_previewer.safetensors}\n"
+    settings += "output: {log_every: 1, sample_every: 2, prompts: [a star], sample_steps: 1}"
+    execution = client.run(training(steps=3, size=64, name="shown", settings=settings))
+    assert execution.error is None
+    first, *_, last = execution.previews  # the samples before the first step; in the end the curve above them
+    assert first.shape[0] == first.shape[1]
+    assert last.shape[0] < last.shape[1]
+
+
 SOURCES = {
     "MODEL": node("StageCLoader", file="tiny_stage_c.safetensors", dtype="auto"),
     "CLIP": node("CascadeTextEncoderLoader", file="tiny_text_encoder"),

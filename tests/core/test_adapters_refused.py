@@ -32,7 +32,6 @@ OTHERS = {
     "Flux": {"double_blocks_0_img_attn_qkv": (9216, 3072)},
     "Wan": {"blocks_0_cross_attn_k": (1536, 1536)},
     "a diffusion transformer": {"transformer_blocks_0_attn1_to_q": (64, 64)},
-    "Stable Cascade's Stage B": {"effnet_mapper_0": (1280, 16)},
 }
 
 

@@ -1,18 +1,28 @@
 """What is trained, and around which frozen weights."""
 
+import re
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import CascadeError, StageC
+from cascade_nodes.cascade_core.adapters import check_fits, describe_adapter, parse_adapter, read_adapter
+from cascade_nodes.cascade_core.adapters.apply import Patch, patched
+from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors
 from cascade_nodes.cascade_core.networks.quantisation import INT8, quantise_network
+from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.training.checks import check_networks
+from cascade_nodes.cascade_core.training.file_metadata import file_metadata
 from cascade_nodes.cascade_core.training.frozen import NF4Linear, float_weight, quantise_to_nf4
+from cascade_nodes.cascade_core.training.losses import pyramid_noise
+from cascade_nodes.cascade_core.training.settings import settings_of as read_values
+from cascade_nodes.cascade_core.training.tasks.finetune import select_parameters
 from cascade_nodes.cascade_core.training.tasks.low_rank import matrix_size
-from cascade_nodes.tests.core.training_runs import settings_of, write_world
+from cascade_nodes.tests.core.training_runs import loop_of, settings_of, write_world
 from cascade_nodes.tests.golden_weights import relative_error
 from cascade_nodes.tests.nodes.tiny import CONFIGS
 
@@ -74,3 +84,190 @@ def test_nf4_without_its_package_is_told_before_anything_is_loaded(world, tmp_pa
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(CascadeError, match="pip install bitsandbytes, or choose int8"):
         check_networks(settings, [])
+
+
+def trained(world, name, tmp_path, **sections):
+    """A run of an entry of TASKS with its file written."""
+    settings = settings_of(world, name, tmp_path, **sections)
+    loop = loop_of(settings)
+    loop.run()
+    loop.task.write(loop.state, tmp_path / "out.safetensors", file_metadata(settings, loop.step, []))
+    return settings, loop, tmp_path / "out.safetensors"
+
+
+def stage_b_inputs():
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"x": (1, 4, 16, 16), "effnet": (1, 16, 2, 2), "clip": (1, 1, 64)}
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {**values, "r": torch.tensor([0.5])}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "key"), [("kohya", "lora_unet_clip_mapper"), ("comfyui", "diffusion_model.clip_mapper")]
+)
+def test_a_lora_of_stage_b_gives_the_trained_network(world, tmp_path, dialect, key):
+    settings, loop, path = trained(
+        world, "lora of stage b", tmp_path, lora={"network": "stage_b", "dialect": dialect}
+    )
+    assert f"{key}.lora_up.weight" in read_safetensors(path)[0]
+    adapter = read_adapter(path)
+    assert not adapter.stage_c
+    assert "layers of Stage B, rank 16" in describe_adapter(adapter)
+    assert adapter.metadata["modelspec.architecture"] == "stable-cascade-v1-stage-b/lora"
+    network = load_model(str(settings.models.stage_b), "stage_b", torch.float32)[0]
+    values = stage_b_inputs()
+    with torch.no_grad():
+        plain = network(**values)
+    with loop.task.using(loop.state) as changed:
+        wanted = changed(**values)
+    with patched(network, [Patch("out", adapter.stage_b)]), torch.no_grad():
+        assert relative_error(network(**values), wanted) < 1e-5
+    assert relative_error(plain, wanted) > 1e-3
+
+
+def test_stage_b_is_told_by_names_that_it_alone_has_and_else_by_the_metadata():
+    def file(layer):
+        return {f"lora_unet_{layer}.lora_down.weight": torch.zeros(1, 8),
+                f"lora_unet_{layer}.lora_up.weight": torch.zeros(8, 1)}  # fmt: skip
+
+    both = file("up_blocks_0_1_channelwise_0")
+    assert parse_adapter(both, {}, "x").stage_c
+    assert parse_adapter(both, {"modelspec.architecture": "stable-cascade-v1-stage-b/lora"}, "x").stage_b
+    for alone in ("up_blocks_2_1_channelwise_0", "clip_mapper", "effnet_mapper_0"):
+        assert len(parse_adapter({**both, **file(alone)}, {}, "x").stage_b) == 2, alone
+
+
+def test_a_lora_of_the_other_stage_is_refused_by_name(world, tmp_path):
+    _, _, path = trained(world, "lora of stage b", tmp_path)
+    network = load_model(world / "models/diffusion_models/tiny_stage_c.safetensors", "stage_c")[0]
+    with pytest.raises(CascadeError, match="is a LoRA of Stage B, but the network here is Stage C"):
+        check_fits(read_adapter(path), network)
+
+
+def test_dialects_without_names_for_stage_b_are_refused_before_the_work(world, tmp_path):
+    settings = settings_of(
+        world, "lora of stage b", tmp_path, lora={"network": "stage_b", "dialect": "official"}
+    )
+    with pytest.raises(
+        CascadeError, match=r"layers of Stage B, which the dialect official has no keys for; .*kohya"
+    ):
+        check_networks(settings, [])
+
+
+def test_a_lora_of_the_text_encoder_alone_holds_nothing_else(world, tmp_path):
+    settings, loop, path = trained(world, "lora of the text encoder", tmp_path)
+    adapter = read_adapter(path)
+    assert not adapter.stage_c
+    assert all(name.startswith("lora_te_text_") for name in read_safetensors(path)[0])
+    encoder = TextEncoder.load(settings.models.text_encoder, torch.float32)
+    plain = encoder.encode(["a red star"]).states
+    with loop.task.using(loop.state):
+        wanted, _ = loop.task.prompts(["a red star"])
+    with patched(encoder.model, [Patch("out", adapter.text)]):
+        assert relative_error(encoder.encode(["a red star"]).states, wanted) < 1e-5
+    assert relative_error(plain, wanted) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["finetune of the text encoder", "finetune with text"])
+def test_a_text_encoder_that_was_trained_is_loaded_with_its_words(world, tmp_path, name):
+    _, loop, path = trained(world, name, tmp_path, finetune={"dtype": "fp32"})
+    with loop.task.using(loop.state) as network:
+        wanted, _ = loop.task.prompts(["a red star"])
+        stage = network(**stage_c_inputs())
+    found = TextEncoder.load(path, torch.float32).encode(["a red star"]).states
+    assert relative_error(found, wanted) < 1e-5
+    if name == "finetune with text":  # one file, as ComfyUI's checkpoints are
+        names = read_safetensors(path)[0]
+        assert "model.diffusion_model.clip_txt_mapper.weight" in names
+        assert "text_encoder.clip_g.transformer.text_model.final_layer_norm.weight" in names
+        with torch.no_grad():
+            written = load_model(path, "stage_c", torch.float32)[0](**stage_c_inputs())
+        assert relative_error(written, stage) < 1e-5
+
+
+def stage_c_inputs():
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "x": (1, 16, 4, 4),
+        "clip_text": (1, 5, 64),
+        "clip_text_pooled": (1, 1, 64),
+        "clip_img": (1, 1, 48),
+    }
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {**values, "r": torch.tensor([0.5])}
+
+
+def test_the_text_encoder_has_a_rate_of_its_own(world, tmp_path):
+    loop = loop_of(settings_of(world, "finetune with text", tmp_path))
+    assert [group["share"] for group in loop.optimiser.param_groups] == [1.0, 0.1]
+
+
+def test_depth_chooses_blocks_in_the_order_of_a_forward_pass():
+    network = StageC.from_config(CONFIGS["stage_c"])
+    half = select_parameters(network, ["all"], (0.5, 1.0))
+    assert {name.split(".")[0] for name in half} == {"up_blocks"}
+    assert len(half) == sum(1 for name, _ in network.named_parameters() if name.startswith("up_blocks."))
+    with pytest.raises(CascadeError, match=r"depth .* leaves none of the"):
+        select_parameters(network, ["clf"], (0.5, 1.0))
+
+
+def test_stage_b_learns_from_the_compressor_at_several_sizes_and_without_it(world, tmp_path):
+    loop = loop_of(
+        settings_of(world, "lora of stage b", tmp_path, stage_b={"scales": [0.5, 1.0], "dropout": 0.5})
+    )
+    batches = [loop.data.batch(step, 3) for step in range(8)]
+    drawn = [loop.task.prepare(each, torch.Generator().manual_seed(i)) for i, each in enumerate(batches)]
+    for batch, inputs in zip(batches, drawn, strict=True):
+        assert inputs.latents.shape[-1] >= 4 * batch.latents.shape[-1]
+        assert inputs.latents.shape[1] == 4
+    assert len({tuple(each.effnet.shape[-2:]) for each in drawn}) > 1
+    empty = [bool((row == 0).all()) for each in drawn for row in each.effnet]
+    assert 0 < sum(empty) < len(empty)
+
+
+def test_pyramid_noise_is_the_published_one():
+    """train_b.py's `_pyramid_noise`, of the same random numbers."""
+    x0 = torch.zeros(2, 4, 40, 24)
+    torch.manual_seed(3)
+    found = pyramid_noise(x0)
+    torch.manual_seed(3)
+    epsilon, multipliers = torch.randn_like(x0), [1.0]
+    for i in range(1, 10):
+        m, h = 0.75**i, 40 // 2**i
+        if 1 <= h <= 16:
+            epsilon = epsilon + F.interpolate(torch.randn(2, 4, h, h), size=(40, 24), mode="nearest") * m
+            multipliers.append(m)
+        if h <= 1:
+            break
+    assert torch.equal(found, epsilon / sum(m**2 for m in multipliers) ** 0.5)
+
+
+def test_samples_of_stage_b_are_pictures_of_the_prompts(world, tmp_path):
+    output = {"sample_every": 8, "prompts": ["a red star"], "sample_steps": 2}
+    loop = loop_of(settings_of(world, "lora of stage b", tmp_path, output=output))
+    loop.run()
+    first, last = (tmp_path / "samples" / f"{step:06}.png" for step in (0, 8))
+    with Image.open(first) as before, Image.open(last) as after:
+        assert before.size == after.size == (64, 64)
+        assert before.tobytes() != after.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "words"),
+    [
+        ("lora", {"lora": {"network": "text_encoder", "text_encoder": True}}, "leave one of them out"),
+        ("lora", {"lora": {"network": "stage_b"}, "tokens": [{"name": "blob"}]}, "neither tokens nor image prompts"),
+        ("finetune", {"finetune": {"depth": [0.7, 0.2]}}, "two shares of the network's blocks"),
+        ("finetune", {"finetune": {"network": "text_encoder", "depth": [0, 0.5]}}, "for the text encoder give modules"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(world, tmp_path, name, sections, words):
+    with pytest.raises(CascadeError, match=words):
+        settings_of(world, name, tmp_path, **sections)
+
+
+def test_the_section_of_stage_b_is_for_stage_b():
+    values = {"data": {"folder": "."}, "output": {"file": "x"}, "stage_b": {}}
+    with pytest.raises(CascadeError, match=re.escape("it is for `lora: {network: stage_b}`")):
+        read_values(values, "lora", "x.yaml")
+    read_values({**values, "lora": {"network": "stage_b"}}, "lora", "x.yaml")

@@ -357,6 +357,7 @@ def test_the_teacher_of_few_steps_is_the_untrained_network_guided(world, tmp_pat
     )
     loop = loop_of(settings)
     assert isinstance(loop.task, LoRATask)
+    assert loop.task.changes is not None
     torch.nn.init.normal_(loop.task.changes.vector, std=0.3)
     inputs, network = inputs_of(loop, 2), stage_c_of(settings)
     states, pooled = loop.task.text_of(inputs)

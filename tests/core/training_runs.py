@@ -56,6 +56,11 @@ TASKS: dict[str, dict[str, Any]] = {
     "controlnet from nothing": {"controlnet": {"hint": "inpainting", "start": "random", "config": BACKBONE}},
     "finetune": {},
     "finetune of some": {"finetune": {"modules": ["up_blocks.*"]}, "train": {"ema": 0.0}},
+    "finetune with text": {"finetune": {"text_encoder": True, "depth": [0.5, 1]}},
+    "lora of stage b": {"lora": {"network": "stage_b"}, "data": {"flip": True}},
+    "finetune of stage b": {"finetune": {"network": "stage_b"}, "stage_b": {"scales": [0.75], "noise": 0.1}},
+    "lora of the text encoder": {"lora": {"network": "text_encoder"}},
+    "finetune of the text encoder": {"finetune": {"network": "text_encoder", "modules": ["*.layers.1"]}},
     "tokens": {
         "tokens": [{"name": "blob", "initial": "star", "vectors": 2}],
         "train": {"learning_rate": 3e-2},
@@ -106,6 +111,9 @@ def settings_of(world: Path, name: str, run: Path, **sections: Any) -> Settings:
     }
     if "image prompts" in name:
         files["image_encoder"] = models / "clip_vision" / "tiny_vision.safetensors"
+    if "stage b" in name:
+        files["stage_b"] = models / "unet" / "tiny_stage_b.safetensors"
+        files["stage_a"] = models / "vae" / "tiny_stage_a.safetensors"
     values: dict[str, Any] = {
         "task": name.split()[0].rstrip(","),
         "models": {k: str(v) for k, v in files.items()},

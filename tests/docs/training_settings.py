@@ -29,6 +29,7 @@ SECTIONS: dict[str, Any] = {
     "lora": settings.LoRASettings,
     "controlnet": settings.ControlNetSettings,
     "finetune": settings.FinetuneSettings,
+    "stage_b": settings.StageBSettings,
     "tokens": settings.TokenSettings,
 }
 LISTS = ("data.sets", "output.prompts", "tokens")

@@ -25,9 +25,10 @@ BASIC: dict[str, Any] = {
 }  # fmt: skip
 TASKS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 4, "alpha": 2.0, "targets": ["attention"], "dialect": "kohya", "dtype": "fp32",
-    "text_encoder": False}},
+    "text_encoder": False, "network": "stage_c"}},
     "controlnet": {"controlnet": {"hint": "canny", "start": "random", "config": BACKBONE}},
-    "finetune": {"finetune": {"modules": ["up_blocks.*"], "dtype": "fp16"}},
+    "finetune": {"finetune": {"network": "stage_c", "modules": ["up_blocks.*"], "depth": [0.5, 1.0], "dtype": "fp16",
+    "text_encoder": False}},
     "tokens": {"tokens": [{"name": "blob", "initial": "star", "vectors": 1}]},
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {  # keys that are not in the basic file, with values that work
@@ -37,8 +38,10 @@ MORE: dict[str, dict[str, Any]] = {  # keys that are not in the basic file, with
     "max_bucket_side": 128, "sets": [{"folder": "pictures", "masks": "alpha", "size": 64}]},
     "train": {"accumulate": 1, "schedule": "cosine", "final_learning_rate": 0.1, "optimizer": "adamw",
     "weight_decay": 0.01, "betas": [0.9, 0.99],
-              "max_grad_norm": 1.0, "ema": 0.5, "seed": 1, "precision": "fp32", "gradient_checkpointing": None,
-              "compile": False, "deterministic": True, "fsdp": False, "stop_at": "2100-01-01 00:00", "stop_after": 1.0},
+              "max_grad_norm": 1.0, "ema": 0.5, "seed": 1, "precision": "fp32", "base_weights": "full",
+              "gradient_checkpointing": None,
+              "compile": False, "deterministic": True, "fsdp": False,
+              "stop_at": "2100-01-01 00:00", "stop_after": 1.0},
     "objective": {"kind": "diffusion", "weighting": "p2", "max_loss_weight": 5.0, "pure_noise_share": 0.1,
     "shift": 2.0, "guidance": [2.0, 4.0],
                   "cfg_rescale": 0.7, "solver_steps": 10, "sampling_steps": 5, "on_policy_share": 0.0},

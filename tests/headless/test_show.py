@@ -164,6 +164,7 @@ def test_a_lora_in_json_as_in_text(tmp_path, monkeypatch, capsys):
         "dialect": "onetrainer",
         "kinds": ["LoRA"],
         "stage_c_layers": 2,
+        "stage_b_layers": 0,
         "text_layers": 0,
         "ranks": [2, 3],
         "alphas": [1.0, 2.0],

@@ -5,6 +5,7 @@ import unicodedata
 
 import pytest
 import torch
+from PIL import Image
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters import read_adapter
@@ -17,7 +18,9 @@ from cascade_nodes.nodes.training import (
     CascadeTrainControlNet,
     CascadeTrainLoRA,
     CascadeTrainTokens,
+    LiveView,
     file_name,
+    node_settings,
 )
 from cascade_nodes.tests.core.training_runs import write_world
 
@@ -89,6 +92,30 @@ def test_a_lora_is_trained_and_found_by_its_node(world):
     (run,) = (world / "output" / "training").glob("lora_style_*")
     assert (run / "log.jsonl").is_file()
     assert not (run / "state.safetensors").exists()  # a finished run goes on no more
+
+
+def test_a_preset_counts_before_the_inputs_and_after_the_settings(world):
+    inputs = {**GIVEN, "settings": "train: {precision: fp32, accumulate: 3}", "preset": "8gb"}
+    settings = node_settings("lora", inputs, {"lora": {"rank": 4}})
+    train = settings.train
+    assert (train.batch_size, train.accumulate, train.base_weights, settings.data.size) == (1, 3, "int8", 768)
+    assert node_settings("lora", {**inputs, "preset": "none"}, {}).train.base_weights == "full"
+
+
+def test_a_run_shows_its_curve_above_its_samples(tmp_path):
+    shown = []
+    view = LiveView(lambda step, steps, picture=None: shown.append((step, steps, picture)), 7)
+    view.show(tmp_path / "loss.png")  # which is not there yet
+    (tmp_path / "samples").mkdir()
+    for name, colour, size in (("samples/000000.png", "red", (4, 3)), ("loss.png", "blue", (10, 5))):
+        Image.new("RGB", size, colour).save(tmp_path / name)
+        view.show(tmp_path / name)
+    assert [(step, steps) for step, steps, _ in shown] == [(0, 7), (0, 7)]
+    samples, both = (picture for *_, picture in shown)
+    assert samples.size == (4, 3)
+    assert both.size == (10, 8)
+    assert both.getpixel((5, 0)) == (0, 0, 255)
+    assert both.getpixel((5, 7)) == (255, 0, 0)
 
 
 def test_an_interrupted_run_goes_on(world):

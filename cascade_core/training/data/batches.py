@@ -1,7 +1,7 @@
 """Training data: pictures and captions as batches of Stage C latents, each a pure function of (seed, step, rank)."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from .access import Access
 from .bucket_data import BucketData
 from .bucketing import BucketedPicture, Crops, assign_buckets, resized
 from .buckets import Bucket
-from .cache import Cache
+from .cache import Cache, Key
 from .captions import trained_captions
 from .decoding import PictureDecoder, View
 from .epochs import MAX_ROWS, EpochPlan, batches_per_epoch, epoch_repeats, generator
@@ -47,6 +47,7 @@ class Batch:
     )
     # by how much its mean counts in that of all processes, so that each picture counts alike whoever has more of them
     share: float = 1.0
+    cache_keys: Sequence[Key] = ()  # of the pictures as they are shown, under which their latents are cached
 
 
 @dataclass(frozen=True)
@@ -297,6 +298,10 @@ class TrainingData:
             self._weights(rows.pictures),
             self._masks(rows),
             rows.share,
+            [
+                picture.key(bool(mirrored), crop)
+                for (picture, crop), mirrored in zip(self._views(rows), rows.mirrored.tolist(), strict=True)
+            ],
         )
 
     def _views(self, rows: "_Rows") -> list[View]:

@@ -1,7 +1,8 @@
-"""Stage C latents of pictures by the semantic compressor, each encoded once and cached."""
+"""Latents of pictures, Stage C's by the semantic compressor and others, each encoded once and cached."""
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,31 @@ FILE_BYTES = 32_000_000  # of latents in a file of the cache
 FILE_SECONDS = 30.0  # or as many as come in this time: what a killed run has to encode again
 
 
+class LatentForm(NamedTuple):
+    """What an encoder reads and makes of a bucket's pictures: pixels, and channels at positions."""
+
+    network: str
+    channels: int
+    pixels: Callable[[Bucket], tuple[int, int]]
+    positions: Callable[[Bucket], tuple[int, int]]
+
+    def shape(self, bucket: Bucket) -> tuple[int, ...]:
+        return self.channels, *self.positions(bucket)
+
+
+STAGE_C_LATENTS = LatentForm(
+    "semantic compressor",
+    LATENT_CHANNELS["stage_c"],
+    lambda bucket: bucket.compressor,
+    lambda bucket: bucket.latent,
+)
+
+
 class LatentEncoder:
     """Fills a cache with latents.
 
-    encode: (B, 3, H, W) float32 in [0, 1] -> (B, 16, h, w); flip: mirrored pictures as well; crops: which parts;
+    encode: (B, 3, H, W) float32 in [0, 1] -> (B, C, h, w); flip: mirrored pictures as well; crops: which parts;
+    form: what is encoded;
     report: called with how many pictures are encoded and how many there are to encode; ask: called at each picture,
     raises Interrupted where the run should end.
     """
@@ -35,8 +57,10 @@ class LatentEncoder:
         report: Callable[[int, int], None] | None = None,
         ask: Callable[[], None] = lambda: None,
         crops: Crops = CENTRES,
+        form: LatentForm = STAGE_C_LATENTS,
     ):
         self.encode, self.cache, self.report, self.ask, self.crops = encode, cache, report, ask, crops
+        self.form = form
         self.mirrorings = (False, True) if flip else (False,)
         self.done = self.total = 0
 
@@ -56,8 +80,7 @@ class LatentEncoder:
         for picture in pictures:
             keys = self.keys(picture)
             for key in keys:
-                shape = LATENT_CHANNELS["stage_c"], *picture.bucket.latent
-                self.cache.keep(key, shape, torch.float32)
+                self.cache.keep(key, self.form.shape(picture.bucket), torch.float32)
             if not all(key in self.cache for key in keys):
                 missing.setdefault(picture.bucket, []).append(picture)
         self.done, self.total = 0, self.crops.count * sum(map(len, missing.values()))
@@ -73,7 +96,7 @@ class LatentEncoder:
     def _fill_bucket(
         self, bucket: Bucket, pictures: list[BucketedPicture], file: "_CacheFile"
     ) -> dict[BucketedPicture, str]:
-        size = bucket.compressor
+        size = self.form.pixels(bucket)
         at_once = max(ENCODED_AT_ONCE // (size[0] * size[1]), 1)
         damaged: dict[BucketedPicture, str] = {}
         keys: list[Key] = []
@@ -102,14 +125,15 @@ class LatentEncoder:
     @torch.no_grad()
     def _encode(self, images: list[Tensor], bucket: Bucket) -> Tensor:
         latents = self.encode(torch.stack(images).float() / 255).float().cpu()
-        if latents.shape[0] != len(images) or latents.shape[-2:] != bucket.latent:
+        network, expected = self.form.network, (len(images), *self.form.shape(bucket))
+        if (len(latents), *latents.shape[-2:]) != (len(images), *self.form.positions(bucket)):
             raise CascadeError(
-                f"The compressor made latents of shape {tuple(latents.shape)} from {len(images)} pictures of {bucket}; "
-                f"expected {(len(images), LATENT_CHANNELS['stage_c'], *bucket.latent)}. Is it the semantic compressor?"
+                f"The {network} made latents of shape {tuple(latents.shape)} from {len(images)} pictures of {bucket}; "
+                f"expected {expected}. Is it the {network}?"
             )
         if not latents.isfinite().all():
             raise CascadeError(
-                "The compressor's latents hold NaN or infinity; run it in float32, or use another file."
+                f"The {network}'s latents hold NaN or infinity; run it in float32, or use another file."
             )
         return latents
 

@@ -18,6 +18,7 @@ from .tasks import (
     FinetuneSettings,
     LoRASettings,
     Reads,
+    StageBSettings,
     TaskName,
     TokenSettings,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Reads",
     "SamplePrompt",
     "Settings",
+    "StageBSettings",
     "TaskName",
     "TokenSettings",
     "TrainSettings",

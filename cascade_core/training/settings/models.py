@@ -48,19 +48,36 @@ def decoders_of(
     """
     if any(names[key] for key in DECODERS):
         return {}
-
-    def found(key: str) -> str | None:
-        for name in DECODERS[key]:
-            with suppress(CascadeError):
-                find_model(key, name)
-                return name
-        return None
-
-    stages = {"stage_b": found("stage_b"), "stage_a": found("stage_a")}
-    chosen = stages if all(stages.values()) else {"previewer": found("previewer")}
+    stages = {key: _found(key, find_model) for key in ("stage_b", "stage_a")}
+    chosen = stages if all(stages.values()) else {"previewer": _found("previewer", find_model)}
     if not all(chosen.values()):
         raise CascadeError(
             "output.sample_every makes pictures by models.stage_b and models.stage_a, or by models.previewer, and none "
             "is named or found; name them, run `cascade fetch previewer`, or leave it at 0."
         )
     return chosen
+
+
+def trained_decoder(
+    names: Mapping[str, str | None], find_model: Callable[[str, str], Path]
+) -> dict[str, str | None]:
+    """The Stage B that is trained and its Stage A: those that are named, or the published ones that are found.
+
+    Raises CascadeError where there is none.
+    """
+    chosen = {key: names[key] or _found(key, find_model) for key in ("stage_b", "stage_a")}
+    for key, name in chosen.items():
+        if name is None:
+            raise CascadeError(
+                f"Stage B is trained, but models.{key} is not named, and no published one is found; name it, or run "
+                "`cascade fetch`."
+            )
+    return chosen
+
+
+def _found(key: str, find_model: Callable[[str, str], Path]) -> str | None:
+    for name in DECODERS[key]:
+        with suppress(CascadeError):
+            find_model(key, name)
+            return name
+    return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...errors import CascadeError, quoted
+from ..presets import with_preset
 from ..typed_yaml import build, read_yaml
 from .tasks import TaskName
 from .train import OptimizerName, TrainSettings
@@ -35,12 +36,15 @@ FORMER_VALUES = {  # of keys, by section: what were weights for an error in x0, 
 }
 
 
-def read_settings(path: Path, task: TaskName) -> Settings:
+def read_settings(path: Path, task: TaskName, preset: str | None = None) -> Settings:
     """Read the settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it.
 
-    It is the user's own: any optimiser may be named in it.
+    It is the user's own: any optimiser may be named in it. preset: in place of the file's own.
     """
-    return settings_of(read_yaml(path), task, str(path), any_optimizer=True)
+    values = read_yaml(path)
+    if preset is not None:
+        values = {**values, "preset": preset}
+    return settings_of(values, task, str(path), any_optimizer=True)
 
 
 def settings_of(
@@ -59,14 +63,21 @@ def settings_of(
         for section in SECTIONS:
             if section in values and section != task and (section, task) != ("tokens", "lora"):
                 raise CascadeError(f"{section} does not belong to `cascade train {task}`; remove it.")
+        if "stage_b" in values and _network(values, task) != "stage_b":
+            raise CascadeError(f"stage_b does not belong here; it is for `{task}: {{network: stage_b}}`.")
         if "task" in values:
             raise CascadeError("'task' is not a setting; it is the command's: `cascade train lora`.")
-        settings = build(Settings, {**values, "task": task})
+        settings = build(Settings, {**with_preset(values, task), "task": task})
         if not any_optimizer:
             _check_no_class(settings.train)
         return settings
     except CascadeError as error:
         raise CascadeError(f"{where}: {error}") from None
+
+
+def _network(values: Mapping[str, Any], task: TaskName) -> Any:
+    section = values.get(task)
+    return section.get("network") if isinstance(section, Mapping) else None
 
 
 def _check_no_class(train: TrainSettings) -> None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .models import ROLES, ModelSettings, decoders_of
+from .models import ROLES, ModelSettings, decoders_of, trained_decoder
 from .whole import Settings
 
 
@@ -46,9 +46,15 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
         return None if name is None else os.path.realpath(find_model(role, name))
 
     names = dataclasses.asdict(settings.models)
-    if output.sample_every:
+    if settings.network == "stage_b":
+        names |= trained_decoder(names, find_model)
+    elif output.sample_every:
         names |= decoders_of(names, find_model)
-    files = {key: model(ROLES.get(key, key), name) for key, name in names.items()}
+    needed = names if output.sample_every else settings.deciding_models  # Stage B is trained without Stage C
+    files = {
+        key: model(ROLES.get(key, key), name) if key != "stage_c" or key in needed else name
+        for key, name in names.items()
+    }
     control = settings.controlnet
     if settings.task == "controlnet" and control.start not in ("compressor", "random"):
         control = dataclasses.replace(control, start=model("controlnet", control.start))

@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal
 
 from ...errors import CascadeError, printable, quoted
 from ...hints.kinds import KindName
-from ..ranges import Range, RateFactor, check_ranges
+from ..ranges import Range, RateFactor, Share, check_ranges
 from ..typed_yaml import build
 
 TaskName = Literal["lora", "controlnet", "finetune", "tokens"]
 Reads = Literal["small", "enlarged"]
+Network = Literal["stage_c", "stage_b", "text_encoder"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LoRASettings:
     Layers that match a pattern of `ranks` or `rates` have another rank, or so many times the learning rate.
     """
 
+    # what it is of; text_encoder: of that alone
+    network: Network = "stage_c"
     # loha and lokr hold more in fewer numbers
     algorithm: Literal["lora", "loha", "lokr"] = "lora"
     dora: bool = False  # rows' magnitudes are learned apart from their directions
@@ -54,7 +57,7 @@ class LoRASettings:
     alpha: Annotated[float | None, Range(1e-6, 1e6)] = None  # null: the rank
     # which layers
     targets: tuple[str, ...] = ("all",)
-    # whether the text encoder is trained too
+    # whether the text encoder is trained too, beside Stage C
     text_encoder: bool = False
     text_learning_rate: RateFactor = 0.5  # as a share of the learning rate
     token_learning_rate: RateFactor = 5.0  # the same for `tokens`, which a LoRA may learn with it
@@ -103,16 +106,61 @@ class ControlNetSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """`modules`: all, or patterns of Stage C's modules, such as `up_blocks.1.*`."""
+    """`modules`: all, or patterns of the network's modules, such as `up_blocks.1.*`."""
 
     # what is trained
+    network: Network = "stage_c"
+    # which of its modules
     modules: tuple[str, ...] = ("all",)
+    # of Stage C or B: the bounds of the blocks that are trained, as shares of a forward pass; 0 is where it begins
+    depth: Annotated[tuple[float, ...], Range(0, 1)] = (0.0, 1.0)
+    text_encoder: bool = False  # train it whole too, beside Stage C
+    text_learning_rate: RateFactor = 0.1  # as a share of the learning rate
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the file
 
     def __post_init__(self) -> None:
+        check_ranges(self, "finetune")
+        if len(self.depth) != 2 or not self.depth[0] < self.depth[1]:
+            raise CascadeError(
+                f"finetune.depth is {quoted(list(self.depth))}; two shares of the network's blocks, the smaller first, "
+                "are expected, as [0.5, 1]."
+            )
+        if self.depth != (0.0, 1.0) and self.network == "text_encoder":
+            raise CascadeError(
+                "finetune.depth counts Stage C's and Stage B's blocks; for the text encoder give modules, such as "
+                "text_model.encoder.layers.3*."
+            )
         if not self.modules:
             raise CascadeError(
                 "finetune.modules is empty, so nothing would be trained; give all, or patterns."
+            )
+
+
+@dataclass(frozen=True)
+class StageBSettings:
+    """How Stage B is trained: on what the compressor makes of each picture, at one of several sizes.
+
+    The published training draws any size of half the picture's to the whole; here a few are made beforehand and kept.
+    """
+
+    scales: Annotated[tuple[float, ...], Range(0.1, 1)] = (
+        0.5,
+        0.625,
+        0.75,
+        0.875,
+        1.0,
+    )  # of a picture's sides
+    dropout: Share = (
+        0.1  # the share of rows that are trained without the compressor's latent, which guidance needs
+    )
+    noise: Annotated[float, Range(0, 10)] = 0.0  # that is added to it, at most, for latents that Stage C made
+    pyramid_noise: bool = True  # noise of coarser sizes too, as published
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "stage_b")
+        if not 1 <= len(self.scales) <= 32:
+            raise CascadeError(
+                f"stage_b.scales has {len(self.scales)} numbers; give 1 to 32, such as [0.75]."
             )
 
 

@@ -5,11 +5,20 @@ import json
 from dataclasses import dataclass, field
 
 from ...errors import CascadeError
+from ..presets import PresetName
 from .data import DataSettings
 from .models import ModelSettings
 from .objective import ObjectiveSettings
 from .output import OutputSettings, SamplePrompt
-from .tasks import ControlNetSettings, FinetuneSettings, LoRASettings, TaskName, TokenSettings
+from .tasks import (
+    ControlNetSettings,
+    FinetuneSettings,
+    LoRASettings,
+    Network,
+    StageBSettings,
+    TaskName,
+    TokenSettings,
+)
 from .train import TrainSettings
 from .validation import ValidationSettings
 
@@ -29,6 +38,8 @@ class Settings:
     controlnet: ControlNetSettings = field(default_factory=ControlNetSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     tokens: tuple[TokenSettings, ...] = ()
+    stage_b: StageBSettings = field(default_factory=StageBSettings)
+    preset: PresetName | None = None  # defaults by the memory of a card, which the sections hold already
 
     def __post_init__(self) -> None:
         if self.task == "tokens" and not self.tokens:
@@ -40,16 +51,19 @@ class Settings:
                 f"prodigy has one rate for all that is trained, but here are several ({', '.join(sorted(rates))} of "
                 "it); give 1 for each, or choose another optimizer."
             )
-        if self.task == "finetune" and self.train.base_weights != "full":
+        if self.task == "finetune" and self.network != "text_encoder" and self.train.base_weights != "full":
             raise CascadeError(
                 f"train.base_weights is {self.train.base_weights}, but finetune trains those weights themselves; "
                 "train a LoRA, or leave it out."
             )
-        if self.train.fsdp and self.task != "finetune":
+        if self.train.fsdp and (
+            self.task != "finetune" or self.network != "stage_c" or self.text_with_stage_c
+        ):
             raise CascadeError(
-                f"train.fsdp divides a network that is trained itself, but {self.task} trains a few numbers beside a "
-                "frozen one; leave it out."
+                f"train.fsdp divides a Stage C that is trained itself and alone, but {self.task} trains something else "
+                "here; leave it out."
             )
+        self._check_network()
         if self.output.raw and (not self.train.ema or self.train.optimizer == "schedulefree"):
             raise CascadeError(
                 "output.raw writes the weights beside their average, but train.ema makes none here; leave it out."
@@ -92,8 +106,52 @@ class Settings:
                 "objective.kind consistency trains Stage C alone; leave text_encoder and tokens out."
             )
 
+    def _check_network(self) -> None:
+        other = self.network if self.network != "stage_c" else None
+        if other is None:
+            return
+        where = f"{self.task}.network is {other}"
+        if self.text_with_stage_c:
+            raise CascadeError(f"{where}, but text_encoder trains it beside Stage C; leave one of them out.")
+        if self.objective.kind == "consistency":
+            raise CascadeError(
+                f"{where}, but objective.kind consistency trains Stage C alone; leave one out."
+            )
+        if other == "stage_b" and self.validation.every:
+            raise CascadeError(
+                f"{where}, whose error is not measured on held-out pictures; leave validation out."
+            )
+        if other == "stage_b" and (self.tokens or self.models.image_encoder):
+            raise CascadeError(f"{where}, which reads neither tokens nor image prompts; leave them out.")
+
+    @property
+    def network(self) -> Network:
+        """What is trained, or what a ControlNet or tokens are trained for."""
+        sections = {"lora": self.lora, "finetune": self.finetune}
+        return sections[self.task].network if self.task in sections else "stage_c"
+
+    @property
+    def text_with_stage_c(self) -> bool:
+        """Whether the text encoder is trained beside Stage C."""
+        sections = {"lora": self.lora, "finetune": self.finetune}
+        return self.task in sections and sections[self.task].text_encoder
+
+    @property
+    def text_is_trained(self) -> bool:
+        """Whether captions go through the text encoder in each step."""
+        return bool(self.tokens) or self.text_with_stage_c or self.network == "text_encoder"
+
+    @property
+    def deciding_models(self) -> tuple[str, ...]:
+        """The keys of `models` whose files decide the result; others make samples alone."""
+        if self.network == "stage_b":
+            return ("stage_b", "stage_a", "text_encoder", "compressor")
+        return ("stage_c", "text_encoder", "compressor", "image_encoder")
+
     def rate_factors(self) -> set[str]:
         """The shares of the learning rate that parts of what is trained have."""
+        if self.task == "finetune":
+            return {"1", *({f"{self.finetune.text_learning_rate:g}"} if self.text_with_stage_c else ())}
         if self.task != "lora":
             return {"1"}
         lora = self.lora

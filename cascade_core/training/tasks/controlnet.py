@@ -78,7 +78,7 @@ class ControlNetTask(StageCTask):
 
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         assert inputs.hint is not None
-        others = inputs.hint, *self.conditions(self.text_of(inputs), inputs.image_prompts)
+        others = inputs.hint, *self.conditions_of(inputs)
 
         def predict(x: Tensor, r: Tensor) -> Tensor:
             return self.controlled(x.to(self.dtype), r, *others, *self.trained.parameters())

@@ -1,4 +1,4 @@
-"""Stage C itself, whole or in part."""
+"""Stage C, Stage B or the text encoder itself, whole or in part; Stage C with the text encoder too."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,17 @@ from torch.func import functional_call
 
 from ...checkpoints import fuse_attention, write_safetensors
 from ...checkpoints.attention import parts_of_fused
+from ...checkpoints.carried import carried_config
+from ...checkpoints.layouts import all_in_one_name
 from ...errors import CascadeError, quoted
 from ...networks.precision import PRECISIONS
+from ...networks.stage_b import StageB
 from ...networks.stage_c import StageC
+from ...text.clip import CONFIG_KEYS
+from ...text.encoder import TextEncoder, carried_by
+from ...text.known_words import WORDS
+from ..cuda_graphs import GraphedFunction
+from ..data.stage_b import StageBData
 from ..processes import Processes
 from ..settings import FinetuneSettings, ObjectiveSettings
 from ..sharding import Shards
@@ -23,28 +32,53 @@ from .base import State
 from .conditions import CachedText
 from .names import check_patterns
 from .stage_c import StageCInputs, StageCTask
+from .trainable_text import TrainableText
+
+TEXT = "text."  # before the text encoder's parameters in a state, beside Stage C's
 
 
 class FinetuneTask(StageCTask):
-    """Stage C, its trained parameters in float32, the others and all products in `dtype`."""
+    """Networks whose trained parameters are in float32, the others and all products in `dtype`.
+
+    stage_names   the parameters of the stage that are trained
+    text_names    those of the text encoder
+    """
+
+    trained: "_ParameterSubset"
 
     def __init__(
         self,
-        stage_c: StageC,
+        network: StageC | StageB,
         text: CachedText,
         settings: FinetuneSettings,
         objective: ObjectiveSettings,
         dtype: torch.dtype,
+        stage_b: StageBData | None = None,
+        encoder: TextEncoder | None = None,
+        captions: Sequence[str] = (),
     ):
-        super().__init__(stage_c, text, objective, dtype)
-        self.settings = settings
-        self.names = select_parameters(stage_c, settings.modules)
-        for name, parameter in stage_c.named_parameters():
-            chosen = name in self.names
-            parameter.data = parameter.data.to(torch.float32 if chosen else dtype)
-            parameter.requires_grad_(chosen)
-        stage_c.train()  # with dropout, as published
-        self.trained = _ParameterSubset(dict(stage_c.named_parameters()), self.names)
+        """encoder: the text encoder on its device, where it is trained; captions: the data's, by id."""
+        super().__init__(network, text, objective, dtype, stage_b)
+        self.settings, self.encoder = settings, encoder
+        self.stage_names, self.text_names = set[str](), set[str]()
+        self.frozen: Callable[..., Tensor] = network  # where the text encoder alone is trained
+        if settings.network != "text_encoder":
+            self.stage_names = select_parameters(network, settings.modules, settings.depth)
+            for name, parameter in network.named_parameters():
+                parameter.data = parameter.data.to(torch.float32 if name in self.stage_names else dtype)
+            network.train()  # with dropout, as published
+        if encoder is not None:
+            patterns = settings.modules if settings.network == "text_encoder" else ("all",)
+            self.text_names = select_parameters(encoder.model, patterns)
+            self.trainable_text = TrainableText(encoder, captions)
+        chosen: dict[str, nn.Parameter] = {}
+        for part, names, prefix in self._parts():
+            part.requires_grad_(False)
+            parameters = dict(part.named_parameters())
+            chosen |= {prefix + name: parameters[name] for name in parameters if name in names}
+        for parameter in chosen.values():
+            parameter.requires_grad_(True)
+        self.trained = _ParameterSubset(chosen)
 
     def divide(self, processes: Processes) -> None:
         if self.scale_loss:
@@ -52,17 +86,54 @@ class FinetuneTask(StageCTask):
                 "train.fsdp trains in bf16 or fp32, but this accelerator computes in fp16; set train.precision to fp32."
             )
         self.shards = Shards(self.stage_c, processes)
-        self.trained = _ParameterSubset(self.shards.parameters, self.names)
+        divided = self.shards.parameters.items()
+        self.trained = _ParameterSubset({name: p for name, p in divided if name in self.stage_names})
+
+    def _parts(self) -> Iterator[tuple[nn.Module, set[str], str]]:
+        """Networks of which something is trained: which parameters, and what stands before their names in a state."""
+        if self.stage_names:
+            yield self.network, self.stage_names, ""
+        if self.encoder is not None:
+            yield self.encoder.model, self.text_names, TEXT if self.stage_names else ""
+
+    def groups(self) -> list[dict[str, Any]]:
+        if not (self.stage_names and self.text_names):
+            return super().groups()
+        both = self.trained.chosen.items()
+        return [
+            {"params": [p for name, p in both if not name.startswith(TEXT)]},
+            {
+                "params": [p for name, p in both if name.startswith(TEXT)],
+                "share": self.settings.text_learning_rate,
+            },
+        ]
+
+    def use_cuda_graphs(self) -> None:
+        if not self.stage_names:
+            self.frozen = GraphedFunction(self.frozen)
 
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
-        conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
+        if not self.stage_names:
+            with self._autocast():
+                conditions = self.conditions_of(inputs)
+            return self.diffusion_loss(lambda x, r: self.frozen(x.to(self.dtype), r, *conditions), inputs)
+        with self._autocast() if self.encoder is not None else nullcontext():
+            conditions = self.conditions_of(inputs)
         with self._autocast():
-            return self.diffusion_loss(lambda x, r: self.stage_c(x, r, *conditions), inputs)
+            return self.diffusion_loss(lambda x, r: self.network(x, r, *conditions), inputs)
 
     @property
     def described(self) -> str:
-        count = sum(1 for _ in self.stage_c.parameters())
-        return f"a whole Stage C, {len(self.names)} of its {count} tensors trained, in {self.settings.dtype}"
+        s, parts = self.settings, []
+        if self.stage_names:
+            parts.append(("Stage C" if self.kind == "stage_c" else "Stage B", self.network, self.stage_names))
+        if self.encoder is not None:
+            parts.append(("text encoder", self.encoder.model, self.text_names))
+        words = [
+            f"a whole {name}, {len(names)} of its {sum(1 for _ in part.parameters())} tensors trained"
+            for name, part, names in parts
+        ]
+        return f"{' and '.join(words)}, in {s.dtype}"
 
     def _autocast(self) -> torch.autocast:
         # Of a network that is divided, the weights in 16 bits would be kept though the gathered ones are let go.
@@ -71,34 +142,86 @@ class FinetuneTask(StageCTask):
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
+        own = {name: value for name, value in state.items() if name in self.stage_names}
+
         def predict(*inputs: Tensor, **conditions: Tensor) -> Tensor:
             if self.shards is not None:
-                return self.stage_c(*inputs, **conditions)
-            return functional_call(self.stage_c, dict(state), inputs, conditions)
+                return self.network(*inputs, **conditions)
+            return functional_call(self.network, own, inputs, conditions)
 
-        held = self.shards.holding(state) if self.shards is not None else nullcontext()
-        self.stage_c.eval()
+        held = self.shards.holding(state) if self.shards is not None else self._text_as(state)
+        self.network.eval()
         try:
-            with torch.no_grad(), self._autocast(), held:
+            with torch.no_grad(), held, self._autocast() if own else nullcontext():
                 yield predict
         finally:
-            self.stage_c.train()
+            self.network.train(bool(self.stage_names))
+
+    @contextmanager
+    def _text_as(self, state: State) -> Iterator[None]:
+        """The text encoder with a state's values inside the block."""
+        chosen = self.trained.chosen
+        names = [name for name in state if name not in self.stage_names]
+        before = {name: chosen[name].data for name in names}
+        for name in names:
+            chosen[name].data = state[name]
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                chosen[name].data = value
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the whole network under its published names, one tensor at a time.
+        """Write the whole network under its published names; two of them as ComfyUI's all-in-one checkpoints do."""
+        if self.encoder is None:
+            self._write_stage(state, path, metadata)
+            return
+        parts = {}
+        if self.stage_names:
+            weights = fuse_attention(self._weights(state, self.network, ""))
+            parts[self.kind] = weights, {"kind": self.kind, "config": json.dumps(asdict(self.network.config))}
+        model, tokenizer = self.encoder.model, self.encoder.tokenizer
+        weights = self._weights(state, model, TEXT if self.stage_names else "")
+        shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        config = {key: value for key, value in model.config.to_dict().items() if key in CONFIG_KEYS["text"]}
+        parts["text"] = {**weights, **carried_by(config, shapes, tokenizer)}, {}
+        if tokenizer.words:
+            metadata = {**metadata, WORDS: json.dumps(tokenizer.words)}
+        if len(parts) == 1:
+            write_safetensors(path, parts["text"][0], metadata)
+            return
+        both = {
+            all_in_one_name(part, name): value
+            for part, (weights, _) in parts.items()
+            for name, value in weights.items()
+        }
+        carried = carried_config(self.network).items()
+        both |= {all_in_one_name(self.kind, name): value for name, value in carried}
+        write_safetensors(path, both, metadata)
+
+    def _weights(self, state: State, network: nn.Module, prefix: str) -> dict[str, Tensor]:
+        dtype = PRECISIONS[self.settings.dtype]
+        tensors = network.state_dict()
+        return {
+            name: state.get(prefix + name, value).to("cpu", dtype if value.is_floating_point() else None)
+            for name, value in tensors.items()
+        }
+
+    def _write_stage(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write a stage under its published names, one tensor at a time.
 
         All processes of a network that is divided call it; the main one writes.
         """
         dtype, shards = PRECISIONS[self.settings.dtype], self.shards
-        own = shards.parameters if shards is not None else self.stage_c.state_dict()
+        own = shards.parameters if shards is not None else self.network.state_dict()
 
         def value(name: str) -> Tensor:
             rows = state.get(name, own[name]).detach().to(dtype)
             return rows.cpu() if shards is None else shards.gather(name, rows)
 
-        whole = self.stage_c.state_dict()
+        whole = self.network.state_dict()
         shapes = {name: torch.empty(each.shape, dtype=dtype, device="meta") for name, each in whole.items()}
-        about = {**metadata, "kind": "stage_c", "config": json.dumps(asdict(self.stage_c.config))}
+        about = {**metadata, "kind": self.kind, "config": json.dumps(asdict(self.network.config))}
         fused = fuse_attention(shapes)
 
         def write(give: Callable[[str], Tensor]) -> None:
@@ -116,8 +239,13 @@ def fused_value(name: str, value: Callable[[str], Tensor]) -> Tensor:
     return torch.cat([value(part) for part in parts]) if len(parts) > 1 else value(name)
 
 
-def select_parameters(network: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """The names of the parameters that lie in modules of these names; all of them for `all`."""
+def select_parameters(
+    network: nn.Module, patterns: Sequence[str], depth: Sequence[float] = (0.0, 1.0)
+) -> set[str]:
+    """The names of the parameters that lie in modules of these names, all of them for `all`, and at these depths.
+
+    depth: bounds of the blocks, as shares of a forward pass; outside of (0, 1) nothing but blocks is chosen.
+    """
     names = [name for name, _ in network.named_parameters()]
     check_patterns(patterns, "finetune.modules")
     chosen: set[str] = set()
@@ -129,7 +257,23 @@ def select_parameters(network: nn.Module, patterns: Sequence[str]) -> set[str]:
                 f"patterns of names such as {names[len(names) // 2].rpartition('.')[0]}."
             )
         chosen |= set(matches)
-    return chosen
+    if tuple(depth) == (0.0, 1.0):
+        return chosen
+    deep = _at_depth(network, depth)
+    if not chosen & deep:
+        raise CascadeError(
+            f"finetune.depth {quoted(list(depth))} leaves none of the {len(chosen)} tensors of finetune.modules; give "
+            "wider bounds."
+        )
+    return chosen & deep
+
+
+def _at_depth(network: Any, depth: Sequence[float]) -> set[str]:
+    """The parameters of the blocks that begin within these shares of a forward pass."""
+    blocks = [block for blocks, _ in network.levels() for block in blocks]
+    first, last = (round(bound * len(blocks)) for bound in depth)
+    inside = {id(parameter) for block in blocks[first:last] for parameter in block.parameters()}
+    return {name for name, parameter in network.named_parameters() if id(parameter) in inside}
 
 
 def _inside(parameter: str, pattern: str) -> bool:
@@ -138,11 +282,11 @@ def _inside(parameter: str, pattern: str) -> bool:
 
 
 class _ParameterSubset(nn.Module):
-    """Some of a network's parameters under their own names."""
+    """Some of the parameters of networks, by name."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], names: set[str]):
+    def __init__(self, chosen: Mapping[str, nn.Parameter]):
         super().__init__()
-        self.chosen = {name: p for name, p in parameters.items() if name in names}
+        self.chosen = dict(chosen)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return iter(self.chosen.values())

@@ -1,4 +1,7 @@
-"""A LoRA of Stage C, with the text encoder and new tokens where asked for; by the data, or distilled for few steps."""
+"""A LoRA of Stage C, Stage B or the text encoder, or of Stage C with the text encoder and new tokens.
+
+It is trained by the data, or distilled for few steps.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -11,14 +14,17 @@ from torch import Tensor, nn
 
 from ...adapters import Adapter, LearnedToken, read_adapter, to_dialect, write_adapter
 from ...adapters.changes import AddedChange
+from ...adapters.compatibility import check_kind
 from ...adapters.tokens import name_in_prompt
 from ...adapters.write import check_dialect
 from ...diffusion.guidance import guide
 from ...errors import CascadeError
 from ...networks.precision import PRECISIONS
+from ...networks.stage_b import StageB
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
 from ..cuda_graphs import GraphedFunction
+from ..data.stage_b import StageBData
 from ..losses import consistency_loss
 from ..settings import LoRASettings, ObjectiveSettings, TokenSettings
 from .base import State
@@ -30,11 +36,16 @@ from .trainable_text import TrainableText
 
 
 class LoRATask(StageCTask):
-    """Low-rank changes in float32 of a frozen Stage C in `dtype`."""
+    """Low-rank changes in float32 of a frozen Stage C or B in `dtype`, of a text encoder in float32, or of both.
+
+    changes: of the stage; None where the text encoder is trained alone
+    """
+
+    changes: LowRankChanges | None = None
 
     def __init__(
         self,
-        stage_c: StageC,
+        network: StageC | StageB,
         text: CachedText,
         settings: LoRASettings,
         objective: ObjectiveSettings,
@@ -43,20 +54,24 @@ class LoRATask(StageCTask):
         encoder: TextEncoder | None = None,
         captions: Sequence[str] = (),
         tokens: Sequence[TokenSettings] = (),
+        stage_b: StageBData | None = None,
     ):
         """encoder: the text encoder on its device, where it or tokens are trained; captions: the data's, by id."""
-        super().__init__(stage_c, text, objective, dtype)
+        super().__init__(network, text, objective, dtype, stage_b)
         self.settings = settings
         generator = torch.Generator().manual_seed(seed)
-        layers = select_layers(stage_c, settings.targets)
-        self.changes = LowRankChanges.of(stage_c, layers, settings, dtype, generator).to(self.device)
-        self.trained = nn.ModuleDict({"stage_c": self.changes})
+        self.trained = nn.ModuleDict()
+        if settings.network != "text_encoder":
+            layers = select_layers(network, settings.targets)
+            self.changes = LowRankChanges.of(network, layers, settings, dtype, generator).to(self.device)
+            self.trained[self.kind] = self.changes
         self.student: Callable[..., Tensor] = self._changed
-        self.teacher: Callable[..., Tensor] = stage_c
+        self.teacher: Callable[..., Tensor] = network
         self.text_changes, self.learned = None, None
-        if encoder is not None and settings.text_encoder:
-            layers = select_layers(encoder.model, _text_targets(settings.targets))
-            changes = LowRankChanges.of(encoder.model, layers, _for_text(settings), generator=generator)
+        if encoder is not None and with_text(settings):
+            settings_of_text = _for_text(settings)
+            layers = select_layers(encoder.model, settings_of_text.targets)
+            changes = LowRankChanges.of(encoder.model, layers, settings_of_text, generator=generator)
             self.trained["text"] = self.text_changes = changes.to(self.device)
         if encoder is not None:
             self.trainable_text = TrainableText(encoder, captions)
@@ -65,14 +80,15 @@ class LoRATask(StageCTask):
                 self.trained["tokens"] = self.learned
                 self.trainable_text = self.learned.trainable_text(encoder, captions)
         if settings.start is not None:
-            begin_as(read_adapter(settings.start, stage_c), self.changes, self.text_changes)
+            begin_as(read_start(settings.start, network), self.changes, self.text_changes)
         # Raises CascadeError now rather than after the run, where the dialect cannot hold the LoRA.
-        to_dialect(self.adapter(self.trained.state_dict(), "the LoRA"), settings.dialect, stage_c)
+        to_dialect(self.adapter(self.trained.state_dict(), "the LoRA"), settings.dialect, self._numbered)
 
     def groups(self) -> list[dict[str, Any]]:
-        groups = self.changes.groups()
+        groups = self.changes.groups() if self.changes is not None else []
         if self.text_changes is not None:
-            groups += self.text_changes.groups(self.settings.text_learning_rate)
+            alone = self.changes is None
+            groups += self.text_changes.groups(1.0 if alone else self.settings.text_learning_rate)
         if self.learned is not None:
             groups.append(self.learned.group(self.settings.token_learning_rate))
         return groups
@@ -80,7 +96,12 @@ class LoRATask(StageCTask):
     @property
     def draws(self) -> bool:
         """Whether something is drawn at random within the network."""
-        return any(self.changes.dropout)
+        return self.changes is not None and any(self.changes.dropout)
+
+    @property
+    def _numbered(self) -> StageC | None:
+        """The network whose layers the official dialect numbers."""
+        return self.network if isinstance(self.network, StageC) else None
 
     def use_cuda_graphs(self) -> None:
         if self.draws:
@@ -91,24 +112,32 @@ class LoRATask(StageCTask):
     @property
     def described(self) -> str:
         text, tokens = self.text_changes, self.learned
-        parts = [f"of {len(self.changes.layers)} layers of Stage C"]
-        parts += [f"{len(text.layers)} of the text encoder"] if text is not None else []
+        stage = "Stage C" if self.kind == "stage_c" else "Stage B"
+        parts = [f"{len(self.changes.layers)} layers of {stage}"] if self.changes is not None else []
+        layers = "" if parts else " layers"
+        parts += [f"{len(text.layers)}{layers} of the text encoder"] if text is not None else []
         parts += [f"{len(tokens.counts)} learned tokens"] if tokens is not None else []
         s = self.settings
-        return f"a LoRA of rank {s.rank} {' and '.join(parts)}, as {s.dialect} writes it, in {s.dtype}"
+        return f"a LoRA of rank {s.rank} of {' and '.join(parts)}, as {s.dialect} writes it, in {s.dtype}"
 
     def _changed(self, vector: Tensor, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
+        assert self.changes is not None
         with self.changes.applied(vector):
-            return self.stage_c(x, r, *conditions)
+            return self.network(x, r, *conditions)
+
+    def _predict(self, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
+        """The noise by the network with its changes, or, where the text encoder alone has some, as it is."""
+        x = x.to(self.dtype)
+        if self.changes is None:
+            return self.teacher(x, r, *conditions)
+        return self.student(self.changes.values(), x, r, *conditions)
 
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         if self.objective.kind == "consistency":
             return self._consistency(inputs)
         with self.text_changes.applied() if self.text_changes is not None else nullcontext():
-            conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
-        return self.diffusion_loss(
-            lambda x, r: self.student(self.changes.values(), x.to(self.dtype), r, *conditions), inputs
-        )
+            conditions = self.conditions_of(inputs)
+        return self.diffusion_loss(lambda x, r: self._predict(x, r, *conditions), inputs)
 
     def _consistency(self, inputs: StageCInputs) -> dict[str, Tensor]:
         """Consistency distillation; the teacher is the same Stage C without the changes, guided."""
@@ -123,7 +152,7 @@ class LoRATask(StageCTask):
         cfgs = (low + (high - low) * torch.rand(len(x0))).tolist() if low != high else [low]
 
         def predict(x: Tensor, r: Tensor) -> Tensor:
-            return self.student(self.changes.values(), x.to(self.dtype), r, *conditions)
+            return self._predict(x, r, *conditions)
 
         def teacher(x: Tensor, r: Tensor) -> Tensor:
             cond, uncond = self.teacher(x.to(self.dtype).repeat(2, 1, 1, 1), r.repeat(2), *both).chunk(2)
@@ -140,56 +169,82 @@ class LoRATask(StageCTask):
         with ExitStack() as stack, torch.no_grad():
             self.trained.eval()
             stack.callback(self.trained.train)
-            stack.enter_context(self.changes.applied(self.changes.values(state, "stage_c.")))
+            if self.changes is not None:
+                stack.enter_context(self.changes.applied(self.changes.values(state, f"{self.kind}.")))
             if self.text_changes is not None:
                 stack.enter_context(self.text_changes.applied(self.text_changes.values(state, "text.")))
             if self.learned is not None:
                 stack.enter_context(self.learned.replaced(state["tokens.vectors"]))
-            yield self.stage_c
+            yield self.network
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
         adapter = self.adapter(state, path.name)
-        write_adapter(path, adapter, adapter.dialect, self.stage_c, metadata=metadata)
+        write_adapter(path, adapter, adapter.dialect, self._numbered, metadata=metadata)
 
     def adapter(self, state: State, name: str) -> Adapter:
         """All that was trained, as in a file of that name."""
         text, learned, dtype = self.text_changes, self.learned, PRECISIONS[self.settings.dtype]
+        changes = self.changes
+        stages: dict[str, Any] = {}
+        if changes is not None:
+            stages[self.kind] = changes.as_adapter(changes.values(state, f"{self.kind}.").to(dtype))
         return Adapter(
             name,
             self.settings.dialect,
-            stage_c=self.changes.as_adapter(self.changes.values(state, "stage_c.").to(dtype)),
+            **stages,
             text=text.as_adapter(text.values(state, "text.").to(dtype)) if text is not None else {},
             tokens=learned.tokens(state["tokens.vectors"].detach().cpu()) if learned is not None else (),
         )
 
 
 def check_lora(
-    settings: LoRASettings, tokens: Sequence[TokenSettings], stage_c: StageC, encoder: TextEncoder
+    settings: LoRASettings,
+    tokens: Sequence[TokenSettings],
+    network: StageC | StageB,
+    encoder: TextEncoder,
 ) -> None:
     """Raise CascadeError where the networks have no such layers or rank, or the dialect cannot hold the LoRA."""
-    layers = select_layers(stage_c, settings.targets)
-    changes = [changes_without_values(stage_c, layers, settings), {}]
-    if settings.text_encoder:
-        layers = select_layers(encoder.model, _text_targets(settings.targets))
-        changes[1] = changes_without_values(encoder.model, layers, _for_text(settings))
+    kind = "stage_b" if isinstance(network, StageB) else "stage_c"
+    changes: dict[str, Any] = {}
+    if settings.network != "text_encoder":
+        layers = select_layers(network, settings.targets)
+        changes[kind] = changes_without_values(network, layers, settings)
+    if with_text(settings):
+        settings_of_text = _for_text(settings)
+        layers = select_layers(encoder.model, settings_of_text.targets)
+        changes["text"] = changes_without_values(encoder.model, layers, settings_of_text)
+    if settings.start is not None:
+        check_kind(read_start(settings.start, network), kind)
     width = encoder.model.config.hidden_size
     learned = tuple(
         LearnedToken(name_in_prompt(token.name), torch.empty(token.vectors, width, device="meta"))
         for token in tokens
     )
-    check_dialect(Adapter("the LoRA", settings.dialect, *changes, tokens=learned), settings.dialect)
+    check_dialect(Adapter("the LoRA", settings.dialect, **changes, tokens=learned), settings.dialect)
+
+
+def with_text(settings: LoRASettings) -> bool:
+    """Whether the text encoder gets changes, alone or beside Stage C."""
+    return settings.text_encoder or settings.network == "text_encoder"
+
+
+def read_start(path: str, network: StageC | StageB) -> Adapter:
+    return read_adapter(path, network if isinstance(network, StageC) else None)
 
 
 def _for_text(settings: LoRASettings) -> LoRASettings:
     """The text encoder's settings: patterns of Stage C's names are not for it."""
-    return replace(settings, ranks=_general(settings.ranks), rates=_general(settings.rates))
+    if settings.network == "text_encoder":
+        return settings
+    targets = tuple(_text_targets(settings.targets))
+    return replace(settings, targets=targets, ranks=_general(settings.ranks), rates=_general(settings.rates))
 
 
 def _general(values: Mapping[str, Any]) -> dict[str, Any]:
     return {pattern: value for pattern, value in values.items() if pattern in ("all", "attention")}
 
 
-def begin_as(adapter: Adapter, changes: LowRankChanges, text: LowRankChanges | None) -> None:
+def begin_as(adapter: Adapter, changes: LowRankChanges | None, text: LowRankChanges | None) -> None:
     """Take a file's changes over. Raises CascadeError for what would be lost."""
     if adapter.tokens or (adapter.text and text is None):
         part = "learned tokens" if adapter.tokens else "changes of the text encoder"
@@ -197,7 +252,12 @@ def begin_as(adapter: Adapter, changes: LowRankChanges, text: LowRankChanges | N
             f"lora.start: {adapter.name} holds {part}, which would be lost; give text_encoder: true, or a file of "
             "Stage C's changes alone."
         )
-    for each, own in ((adapter.stage_c, changes), (adapter.text, text)):
+    if adapter.diffusion and changes is None:
+        raise CascadeError(
+            f"lora.start: {adapter.name} changes Stage C or B, which would be lost; give network: stage_c with "
+            "text_encoder: true, or a file of the text encoder's changes alone."
+        )
+    for each, own in ((adapter.diffusion, changes), (adapter.text, text)):
         other = [change.algorithm for change in each.values() if not isinstance(change, AddedChange)]
         if other:
             raise CascadeError(

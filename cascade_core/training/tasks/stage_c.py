@@ -1,19 +1,25 @@
-"""What the four tasks share: a Stage C that predicts noise, with text, image prompts and hints as its conditions."""
+"""What the four tasks share: a Stage C or B that predicts noise, with its conditions.
+
+Stage C's are text, image prompts and hints; Stage B's the pooled text and the compressor's latent.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...diffusion import loss_weights
+from ...networks.stage_b import StageB
 from ...networks.stage_c import StageC
 from ..data.batches import Batch
+from ..data.stage_b import StageBData
 from ..losses import diffusion_loss
 from ..settings import ObjectiveSettings
 from .base import State, Task
@@ -23,7 +29,10 @@ from .trainable_text import TrainableText
 
 @dataclass(frozen=True)
 class StageCInputs:
-    """A batch on the accelerator. latents: (B, 16, h, w) float32; hint: (B, C, H, W); image_prompts: (B, n, E)"""
+    """A batch on the accelerator. latents: (B, 16, h, w) float32; hint: (B, C, H, W); image_prompts: (B, n, E)
+
+    Of Stage B: latents (B, 4, h, w), Stage A's; effnet (B, 16, h', w'), the compressor's.
+    """
 
     latents: Tensor
     caption_ids: Tensor  # (B,) int64, on the CPU
@@ -32,9 +41,10 @@ class StageCInputs:
     image_prompts: Tensor | None = None
     weights: Tensor | None = None  # (B,), of each picture in the loss
     masks: Tensor | None = None  # (B, h, w), of each position
+    effnet: Tensor | None = None
 
     def tensors(self) -> Iterator[Tensor]:
-        more = self.hint, self.image_prompts, self.weights, self.masks
+        more = self.hint, self.image_prompts, self.weights, self.masks, self.effnet
         values = (self.latents, *(self.text or ()), *more)
         return (value for value in values if value is not None)
 
@@ -42,7 +52,7 @@ class StageCInputs:
 class StageCTask(Task):
     """Base of the four tasks.
 
-    stage_c          the network, on its device
+    network          Stage C or B, on its device
     text             the captions' cached states
     trainable_text   computes them in each step instead, for a text encoder or tokens that are trained
     dtype            what Stage C computes in
@@ -51,14 +61,41 @@ class StageCTask(Task):
     with_images = False
     trainable_text: TrainableText | None = None
 
-    def __init__(self, stage_c: StageC, text: CachedText, objective: ObjectiveSettings, dtype: torch.dtype):
-        self.stage_c, self.text, self.objective, self.dtype = stage_c, text, objective, dtype
+    def __init__(
+        self,
+        network: StageC | StageB,
+        text: CachedText,
+        objective: ObjectiveSettings,
+        dtype: torch.dtype,
+        stage_b: StageBData | None = None,
+    ):
+        """stage_b: what Stage B is trained on."""
+        self.network, self.text, self.objective, self.dtype = network, text, objective, dtype
+        self.stage_b = stage_b
         self.scale_loss = dtype == torch.float16
-        self.device = next(stage_c.parameters()).device
+        self.device = next(network.parameters()).device
         self.loss_weight = _loss_weight(objective).to(self.device)
 
+    @property
+    def kind(self) -> str:
+        return "stage_b" if isinstance(self.network, StageB) else "stage_c"
+
+    @property
+    def stage_c(self) -> StageC:
+        """The network of a task that has Stage C."""
+        assert isinstance(self.network, StageC)
+        return self.network
+
     def prepare(self, batch: Batch, generator: torch.Generator) -> StageCInputs:
-        return self.inputs(batch)
+        inputs = self.inputs(batch)
+        if self.stage_b is None:
+            return inputs
+        latents, effnet = self.stage_b(batch.cache_keys, generator)
+        masks = inputs.masks
+        if masks is not None:  # of Stage C's positions
+            masks = F.interpolate(masks[:, None], latents.shape[-2:])[:, 0]
+        latents, effnet = latents.to(self.device), effnet.to(self.device)
+        return replace(inputs, latents=latents, effnet=effnet, masks=masks)
 
     def inputs(self, batch: Batch, hint: Tensor | None = None) -> StageCInputs:
         prompts = batch.image_prompts
@@ -91,7 +128,7 @@ class StageCTask(Task):
         """Replay the networks' passes from CUDA graphs from now on, where they are the same in each step."""
 
     def using(self, state: State) -> AbstractContextManager[Callable[..., Tensor]]:
-        """Inside the block: Stage C with this state, for samples."""
+        """Inside the block: the network with this state, for samples."""
         raise NotImplementedError
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
@@ -103,6 +140,14 @@ class StageCTask(Task):
         text = self.text if self.trainable_text is None else self.trainable_text
         return text.of(prompts)
 
+    def conditions_of(self, inputs: StageCInputs) -> tuple[Tensor, ...]:
+        """The network's arguments after x and r."""
+        text = self.text_of(inputs)
+        if self.kind == "stage_c":
+            return self.conditions(text, inputs.image_prompts)
+        assert inputs.effnet is not None
+        return inputs.effnet.to(self.dtype), text[1].to(self.dtype)[:, None]
+
     def conditions(self, text: tuple[Tensor, Tensor], image_prompts: Tensor | None = None) -> Conditions:
         return Conditions.of(*text, self.stage_c.config.c_clip_img, self.dtype, image_prompts)
 
@@ -112,6 +157,7 @@ class StageCTask(Task):
         o = self.objective
         more = o.t_range, o.noise_offset, o.multires_noise, o.huber, inputs.weights, inputs.masks
         shares = o.max_loss_weight, o.pure_noise_share
+        more += (self.stage_b is not None and self.stage_b.settings.pyramid_noise,)
         return diffusion_loss(predict, inputs.latents, *shares, self.loss_weight, o.shift, *more)
 
     def buffers(self) -> dict[str, Tensor]:

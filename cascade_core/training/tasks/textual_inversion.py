@@ -93,7 +93,7 @@ class TokensTask(StageCTask):
         return [self.trained.group()]
 
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
-        conditions = self.conditions(self.text_of(inputs), inputs.image_prompts)
+        conditions = self.conditions_of(inputs)
         return self.diffusion_loss(lambda x, r: self.frozen(x.to(self.dtype), r, *conditions), inputs)
 
     @contextmanager

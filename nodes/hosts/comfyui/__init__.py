@@ -4,7 +4,7 @@ Only this package imports `comfy`, `folder_paths` and the like. Written for 0.3.
 versions differ, the code tests for features, not for version numbers.
 """
 
-from .adapters import stage_c_config, text_network, with_adapter
+from .adapters import stage_config, text_network, with_adapter
 from .client_files import data_check, data_path, former_training_folder, training_folder
 from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
@@ -43,7 +43,7 @@ __all__ = [
     "new_files_folder",
     "notify",
     "sample",
-    "stage_c_config",
+    "stage_config",
     "text_network",
     "training",
     "training_folder",

@@ -15,12 +15,12 @@ from ....cascade_core.adapters.apply import changed_weight
 from ....cascade_core.adapters.names import parameter_name
 from ....cascade_core.adapters.tokens import NewToken, taught_tokens
 from ....cascade_core.errors import CascadeError
-from ....cascade_core.networks.config import StageCConfig
+from ....cascade_core.networks.config import StageBConfig, StageCConfig
 from ....cascade_core.networks.inference import infer_config
 from .model import HostedNetwork
 from .tokens import with_learned, with_words
 
-STAGE_C, TEXT = "diffusion_model.", "clip_g.transformer."  # before the layers' names
+NETWORK, TEXT = "diffusion_model.", "clip_g.transformer."  # before the layers' names
 EMBEDDING = f"{TEXT}text_model.embeddings.token_embedding.weight"
 
 
@@ -55,11 +55,12 @@ class RowsAdapter(comfy.weight_adapter.WeightAdapterBase):
         return weight.index_add_(0, tokens, (strength * rows).to(weight.dtype))
 
 
-def stage_c_config(model: Any) -> StageCConfig:
+def stage_config(model: Any) -> StageCConfig | StageBConfig:
     network = model.model.diffusion_model
     if isinstance(network, HostedNetwork):
         return network.network.config
-    return StageCConfig.from_dict(infer_config(network.state_dict())[1])
+    kind, config = infer_config(network.state_dict())
+    return (StageBConfig if kind == "stage_b" else StageCConfig).from_dict(config)
 
 
 def text_network(clip: Any) -> nn.Module:
@@ -80,9 +81,9 @@ def with_adapter(
     strength_clip: float,
     new_tokens: Sequence[NewToken],
 ) -> tuple[Any, Any]:
-    if strength_model and adapter.stage_c:
+    if strength_model and adapter.diffusion:
         model = model.clone()
-        model.add_patches(weight_patches(adapter.stage_c, STAGE_C), strength_model)
+        model.add_patches(weight_patches(adapter.diffusion, NETWORK), strength_model)
     if clip is not None and strength_clip:
         clip = with_text(clip, adapter, strength_clip, new_tokens)
     return model, clip

@@ -20,12 +20,10 @@ import folder_paths
 from torch import Tensor, nn
 
 from ....cascade_core.adapters.embeddings import LEFT_OUT, embedding_names, missing, spellings
-from ....cascade_core.checkpoints.carried import CONFIG, VOCABULARY, as_tensor
-from ....cascade_core.text.clip import Shapes, TextConfig, load_clip, told_by
-from ....cascade_core.text.encoder import find_tokenizer
+from ....cascade_core.text.clip import Shapes, TextConfig, load_clip
+from ....cascade_core.text.encoder import carried_by, find_tokenizer
 from ....cascade_core.text.known_words import describe_unknown_words
 from ....cascade_core.text.tokenizer import Tokenizer
-from ....cascade_core.text.vocabulary import bundled_vocabulary
 from ..roles import leaves_folder
 from .progress import notify
 from .weights import remember_file
@@ -120,14 +118,8 @@ class SavedTokenizer(comfy.sd1_clip.SDTokenizer):
         return self.carried()
 
 
-def carried_tensors(config: dict[str, Any], shapes: Shapes, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """What a text encoder's tensors do not tell: its configuration, and a vocabulary that is not CLIP's own."""
-    tensors = {}
-    if not told_by(shapes, config, "text"):
-        tensors[f"clip_g.{CONFIG}"] = as_tensor(config)
-    if tokenizer.backend.get_vocab() != bundled_vocabulary()[0]:
-        tensors[f"clip_g.{VOCABULARY}"] = as_tensor(tokenizer.table())
-    return tensors
+def _carried(config: dict[str, Any], shapes: Shapes, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    return {f"clip_g.{name}": value for name, value in carried_by(config, shapes, tokenizer).items()}
 
 
 def _on_meta(config: dict[str, Any], device: Any) -> TextModel:
@@ -147,7 +139,7 @@ def load_text_encoder(path: Path) -> comfy.sd.CLIP:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     chunker = partial(
         SavedTokenizer,
-        carried=partial(carried_tensors, config, shapes, tokenizer),
+        carried=partial(_carried, config, shapes, tokenizer),
         words=tokenizer.words,
         embedding_size=config["hidden_size"],
         embedding_key="clip_g",

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -12,6 +13,8 @@ import torch
 
 from ....cascade_core.errors import Interrupted
 from .. import roles
+
+PICTURE_SIDE = 1024  # pixels of the curve and the samples that the node shows, at most
 
 
 def new_files_folder(role: str) -> Path:
@@ -25,17 +28,18 @@ def interrupted() -> bool:
 
 
 @contextmanager
-def training() -> Iterator[Callable[[int, int], None]]:
+def training() -> Iterator[Callable[..., None]]:
     """Yields report of a run, after ComfyUI's models have left the accelerator's memory."""
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     bars: dict[int, comfy.utils.ProgressBar] = {}
 
-    def report(step: int, steps: int) -> None:
+    def report(step: int, steps: int, picture: Any = None) -> None:
+        preview = None if picture is None else ("JPEG", picture, PICTURE_SIDE)
         if steps not in bars:
             bars[steps] = comfy.utils.ProgressBar(steps)
         try:
-            bars[steps].update_absolute(step, steps)
+            bars[steps].update_absolute(step, steps, preview)
         except comfy.model_management.InterruptProcessingException:
             # Which forgets that it was asked. The run asks for itself, and ends when its checkpoint is written.
             comfy.model_management.interrupt_current_processing()

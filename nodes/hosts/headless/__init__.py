@@ -4,7 +4,7 @@ Weights stay on the device between nodes as its memory allows; what it does not,
 """
 
 from ..reporting import notify
-from .adapters import stage_c_config, text_network, with_adapter
+from .adapters import stage_config, text_network, with_adapter
 from .clip import encode_text, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, input_folder, list_files
@@ -49,7 +49,7 @@ __all__ = [
     "new_files_folder",
     "notify",
     "sample",
-    "stage_c_config",
+    "stage_config",
     "text_network",
     "training",
     "training_folder",

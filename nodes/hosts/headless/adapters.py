@@ -10,13 +10,13 @@ from ....cascade_core.adapters import Adapter
 from ....cascade_core.adapters.apply import Patch
 from ....cascade_core.adapters.tokens import NewToken
 from ....cascade_core.errors import CascadeError
-from ....cascade_core.networks.config import StageCConfig
+from ....cascade_core.networks.config import StageBConfig, StageCConfig
 from ....cascade_core.stages.diffusion import DiffusionStage
 from ....cascade_core.stages.prompt import TextStage
 from .values import words_for
 
 
-def stage_c_config(model: DiffusionStage) -> StageCConfig:
+def stage_config(model: DiffusionStage) -> StageCConfig | StageBConfig:
     return model.network.config
 
 
@@ -35,7 +35,9 @@ def with_adapter(
     new_tokens: Sequence[NewToken],
 ) -> tuple[DiffusionStage, TextStage | None]:
     if strength_model:
-        model = replace(model, patches=(*model.patches, Patch(adapter.name, adapter.stage_c, strength_model)))
+        model = replace(
+            model, patches=(*model.patches, Patch(adapter.name, adapter.diffusion, strength_model))
+        )
     if clip is not None and strength_clip:
         text_network(clip)  # refuses what is not a CLIP
         clip = clip.with_adapter(adapter, strength_clip, new_tokens)

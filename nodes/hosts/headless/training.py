@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,8 +49,16 @@ def interrupted() -> bool:
 
 
 @contextmanager
-def training() -> Iterator[Callable[[int, int], None]]:
-    """Yields report of a run. One that was asked to end ends the graph after the block."""
+def training() -> Iterator[Callable[..., None]]:
+    """Yields report of a run. One that was asked to end ends the graph after the block.
+
+    Its pictures are not shown here: they lie in the run's folder.
+    """
+
+    def report_steps(step: int, steps: int, picture: Any = None) -> None:
+        if picture is None:
+            report(step, steps)
+
     with torch.inference_mode(False), torch.enable_grad():
-        yield report
+        yield report_steps
     check_interrupted()

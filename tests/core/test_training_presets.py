@@ -1,0 +1,79 @@
+"""Presets by memory: what they set, what counts before them, and which one a card has."""
+
+from itertools import pairwise
+
+import pytest
+
+from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core.training.presets import NAMES, PRESETS, preset_for
+from cascade_nodes.cascade_core.training.settings import TaskName, settings_from_json, settings_of
+
+TASKS: list[TaskName] = ["lora", "controlnet", "finetune", "tokens"]
+TOKENS = {"tokens": [{"name": "blob"}]}
+
+
+def read(task: TaskName, **sections):
+    values = {
+        "data": {"folder": "."},
+        "output": {"file": "x.safetensors"},
+        **(TOKENS if task == "tokens" else {}),
+    }
+    return settings_of({**values, **sections}, task, "x.yaml")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_learns_from_as_many_pictures_by_every_preset(task, name):
+    settings = read(task, preset=name)
+    assert settings.train.batch_size * settings.train.accumulate == 4
+    assert settings.preset == name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_less_memory_never_takes_more(task):
+    def bits(name):
+        settings = read(task, preset=name)
+        weights = {"nf4": 4, "int8": 8, "full": 16}[settings.train.base_weights]
+        return weights, settings.train.batch_size, settings.data.size, -settings.finetune.depth[0]
+
+    for smaller, larger in pairwise(NAMES):
+        assert all(a <= b for a, b in zip(bits(smaller), bits(larger), strict=True)), (smaller, larger)
+    assert PRESETS[task]
+
+
+def test_the_file_counts_before_its_preset():
+    settings = read(
+        "lora", preset="8gb", train={"batch_size": 2, "steps": 7}, data={"folder": ".", "size": 512}
+    )
+    assert (settings.train.batch_size, settings.train.steps, settings.data.size) == (2, 7, 512)
+    assert (settings.train.base_weights, settings.train.optimizer) == ("int8", "adamw8bit")
+
+
+def test_modules_of_a_finetune_are_not_cut_by_a_preset():
+    settings = read("finetune", preset="24gb", finetune={"modules": ["up_blocks.*"]})
+    assert settings.finetune.depth == (0.0, 1.0)
+    assert settings.train.optimizer == "adamw8bit"
+
+
+def test_a_state_keeps_what_a_preset_set():
+    settings = read("lora", preset="12gb")
+    assert settings_from_json(settings.as_json()) == settings
+
+
+@pytest.mark.parametrize(
+    ("gib", "name"),
+    [(4, "8gb"), (7.6, "8gb"), (11.9, "12gb"), (15.7, "16gb"), (23.6, "24gb"), (47.4, "48gb"), (140, "48gb")],
+)
+def test_a_card_has_the_preset_of_its_memory(gib, name):
+    assert preset_for(int(gib * 2**30)) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("12 gb", "x.yaml: preset is '12 gb'; did you mean 12gb?"), ("auto", "there is none; leave it out")],
+)
+def test_a_preset_that_cannot_be_had_is_told(name, words, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(CascadeError) as raised:
+        read("lora", preset=name)
+    assert words in str(raised.value)
