@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.geometry import compressor_size
 from cascade_nodes.cascade_core.text.tokenizer import CHUNK_LENGTH, Tokenizer
-from cascade_nodes.demo.captions import caption, contrast
+from cascade_nodes.demo.placing import captioned, contrasted
 from cascade_nodes.demo.recipe import PICTURE
 from cascade_nodes.demo.scenes import BACKGROUNDS, MARGIN, SceneTable, held_out_reason
 from cascade_nodes.demo.wide_pictures import wide_pictures
@@ -121,12 +121,7 @@ def _count(scenes: Scenes) -> int:
 
 
 def _caption_scenes(scene: Scene, rng: Random, count: int) -> list[str]:
-    return [caption(scene, rng, wide=True) for _ in range(count)]
-
-
-def _contrast_scenes(scene: Scene, rng: Random, count: int) -> list[str]:
-    right, wrong = contrast(scene, rng, count, wide=True)
-    return [right, *wrong]
+    return [captioned(scene, rng) for _ in range(count)]
 
 
 def _write(job: tuple[int, Scenes], words: Words, tokenizer: Tokenizer) -> np.ndarray:
@@ -163,9 +158,9 @@ def captions(scenes: Scenes, count: int, tokenizer: Tokenizer, seed: int) -> Ten
 
 
 def contrasts(scenes: Scenes, negatives: int, tokenizer: Tokenizer, seed: int) -> Tensor:
-    """Captions of every scene and `negatives` false ones in similar words: int16 (N, 1 + negatives, 77)."""
-    tokens = _in_parallel(partial(_contrast_scenes, count=negatives), scenes, tokenizer, seed)
-    return tokens.view(_count(scenes), 1 + negatives, CHUNK_LENGTH)
+    """`contrasted` captions of every scene, as tokens: int16 (N, 2 + negatives, 77)."""
+    tokens = _in_parallel(partial(contrasted, count=negatives), scenes, tokenizer, seed)
+    return tokens.view(_count(scenes), 2 + negatives, CHUNK_LENGTH)
 
 
 def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:

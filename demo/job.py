@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade_nodes.cascade_core.checkpoints import check_writable, load_model, write_safetensors
-from cascade_nodes.cascade_core.checkpoints.files import read_header
+from cascade_nodes.cascade_core.checkpoints.files import read_header, read_safetensors
 from cascade_nodes.cascade_core.networks.layers import AttnBlock, ResBlock, TimestepBlock
 from cascade_nodes.cascade_core.networks.stage_a import MixingResidualBlock
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
@@ -32,6 +32,15 @@ PART = 2048  # scenes that are drawn at a time
 LOG_EVERY, CHECKPOINT_EVERY = 25, 2500  # steps
 EXPORT_EVERY = 200.0  # seconds between two exports of the present average, of a run by the clock
 FINISHED = "finished.json"
+FILES = {  # where the networks of a run are exported to, by their names in it
+    "stage_a": "demo_stage_a.safetensors",
+    "compressor": "demo_compressor.safetensors",
+    "previewer": "demo_previewer.safetensors",
+    "text": "demo_text_encoder/model.safetensors",
+    "image": "demo_image_encoder.safetensors",
+    "stage_b": "demo_stage_b.safetensors",
+    "stage_c": "demo_stage_c.safetensors",
+}
 SPENT = "seconds"  # in a state's contents: how long the run has trained
 MANY_STEPS = 10_000_000  # of a run that the clock ends
 
@@ -48,6 +57,7 @@ class Job:
     fit       train for so many minutes in all, instead of a number of steps
     until     train until then, by `time.time`, instead of a number of steps
     waits     whether the networks that it needs are being trained beside it
+    start     folder of exported weights to begin with, instead of random ones
     """
 
     settings: TrainSettings
@@ -62,6 +72,7 @@ class Job:
     compiled: bool = False
     graphs: bool = False
     waits: bool = False
+    start: Path | None = None
 
     def __post_init__(self) -> None:
         for folder in (self.folder, self.out):
@@ -127,6 +138,8 @@ class Job:
                 if number >= needed and self._are_there(inputs):
                     break
                 task.rehearse(tensors)
+        if self.start is not None:
+            self._begin_with(self.start, networks)
         self._wait_for(inputs)
         task.draw = prepare()
         loop = Loop(task, Steps(), self.run_settings(), build_accelerator(), self._print_progress)
@@ -148,6 +161,21 @@ class Job:
         if self.device.type == "cuda":
             gigabytes = torch.cuda.max_memory_allocated(self.device) / 1e9
             print(f"{self.folder.name}: {gigabytes:.1f} GB at most", flush=True)
+
+    @torch.no_grad()
+    def _begin_with(self, folder: Path, networks: Mapping[str, nn.Module]) -> None:
+        """Copy the exported weights of these names and shapes into the networks; what no file has stays as it is."""
+        for name, network in networks.items():
+            path = folder / FILES.get(name, name)
+            if not path.is_file():
+                continue
+            own, given = network.state_dict(), read_safetensors(path)[0]
+            fitting = [key for key, value in given.items() if key in own and own[key].shape == value.shape]
+            for key in fitting:
+                own[key].copy_(given[key])
+            print(
+                f"{self.folder.name}: begins with {len(fitting)} of {len(own)} tensors of {path}", flush=True
+            )
 
     def _are_there(self, inputs: Sequence[str]) -> bool:
         return not self.waits or all((self.folder.parent / name / FINISHED).exists() for name in inputs)

@@ -72,6 +72,13 @@ def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, log_scale: Tens
     return {"loss": (images_loss + texts_loss) / 2, "right_over_wrong": hard}
 
 
+def share_right(image: Tensor, right: Tensor, wrong: Tensor, counted: Tensor) -> Tensor:
+    """Share of the images (B, E) that are nearer to the right text than to the wrong one, of those counted (B,)."""
+    image, right, wrong = (F.normalize(value.float(), dim=-1) for value in (image, right, wrong))
+    nearer = (image * right).sum(1) > (image * wrong).sum(1)
+    return (nearer & counted).sum() / counted.sum().clamp(min=1)
+
+
 class NoiseLevels:
     """The training times of `diffusion_loss` as a table on the accelerator: drawing from it waits for nothing.
 

@@ -11,7 +11,7 @@ STAGE_B_LATENT = (4, 64, 64)
 
 TRAIN_SCENES = 200_000
 CAPTIONS_PER_SCENE = 4
-WRONG_CAPTIONS_PER_SCENE = 6
+WRONG_CAPTIONS_PER_SCENE = 4  # and one whose relation is turned round
 OBJECTS = (0.35, 0.4, 0.25)  # shares of the scenes of one, two and three objects
 SCENE_WEIGHTS = {"small": 1.5, "white": 1.5}  # against the others of their kind
 

@@ -5,6 +5,7 @@ two, stage_b all three. A run that was stopped goes on from its last checkpoint.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from cascade_nodes.cascade_core.networks.stage_a import StageA
 from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model
+from cascade_nodes.cascade_core.training.log import LOG
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, build_vision_model
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.clip_states import encoder_layer, image_embeddings, text_states
@@ -40,6 +42,7 @@ from cascade_nodes.demo.losses import (
     contrastive_loss,
     epsilon_loss,
     outline_weights,
+    share_right,
     stage_a_loss,
     weighted_mse,
 )
@@ -47,6 +50,8 @@ from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.stage_b_data import StageBData
 from cascade_nodes.demo.stage_c_data import StageCData
 
+RELATIONS = "relations"  # of clip's log: captions right over themselves with the relation turned round
+ENOUGH_RELATIONS = 0.9
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -179,13 +184,15 @@ def train_clip(job: Job) -> None:
         embedded = image_embeddings(image_model, (pixels - mean) / std, layer)  # (B + M, E)
         pooled = text_states(
             text_model, tokens.flatten(0, 1).long(), tokenizer.end_token, layer
-        ).pooled.unflatten(0, tokens.shape[:2])  # (B, 1 + N, E)
+        ).pooled.unflatten(0, tokens.shape[:2])  # (B, 2 + N, E)
         terms = contrastive_loss(embedded[: len(images)], pooled[:, 0], pooled[:, 1:], scale[0])
         decoded = decoder(embedded[-2 * len(more) :])  # of as many ordinary pictures as wide ones
         pixels, size = pixels[-len(decoded) :], decoded.shape[-2:]
         error = weighted_mse(decoded, resized(pixels, size), outline_weights(pixels, size))
+        states_relation = tokens[:, -1, 1] != tokenizer.end_token  # else the last caption is empty
         return {
             **terms,
+            RELATIONS: share_right(embedded[: len(images)], pooled[:, 0], pooled[:, -1], states_relation),
             "loss": terms["loss"] + recipe.PICTURE_SHARE * error,
             "contrast": terms["loss"],
             "picture": error,
@@ -209,6 +216,7 @@ def train_stage_c(job: Job) -> None:
     network, layer = job.compile(model), job.compile_function(encoder_layer)
 
     def prepare() -> Draw:
+        tell_relations(job)
         encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
         text_model.load_state_dict(encoder.model.state_dict())
         data.load()
@@ -230,12 +238,23 @@ def train_stage_c(job: Job) -> None:
         job.export("demo_stage_c.safetensors", "stage_c", weights["stage_c"], recipe.STAGE_C)
         export_text_encoder(job, weights["text"], text_config)
 
-    # A text encoder that is a bag of words after `clip` (right_over_wrong 0.83 there) stays one: relations come out by
-    # chance, whatever Stage C's loss says.
     job.train(
         {"stage_c": model, "text": text_model}, prepare, loss, export, {"text": 0.5},
         data.rehearsals(), needed=2, inputs=("compressor", "clip"),
     )  # fmt: skip
+
+
+def tell_relations(job: Job) -> None:
+    """Says so where CLIP has not learned relations: a bag of words stays one, whatever Stage C's loss says."""
+    path = job.folder.parent / "clip" / LOG
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    right = json.loads(rows[-1]).get(RELATIONS, 1.0) if rows else 1.0
+    if right < ENOUGH_RELATIONS:
+        print(
+            f"stage_c: clip tells only {right:.0%} of the relations from their opposites, and pictures will show them "
+            "by chance; train clip for longer",
+            flush=True,
+        )
 
 
 def train_stage_b(job: Job) -> None:
@@ -291,6 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--work", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)"
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="networks trained before")
+    parser.add_argument(
+        "--from", dest="start", type=Path, help="begin with the weights of this folder, where they fit"
+    )
     parser.add_argument("--out", type=Path, help="where the trained network goes (default: --weights)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scenes", type=int, default=recipe.TRAIN_SCENES)
@@ -323,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     job = Job(
         settings, options.work / options.network, options.weights, options.out or options.weights, device,
         options.scenes, options.minutes, options.fit, options.until, cuda and not options.no_compile,
-        cuda and not options.no_graphs, options.wait,
+        cuda and not options.no_graphs, options.wait, options.start,
     )  # fmt: skip
     if options.steps is None and (job.folder / FINISHED).exists():
         print(f"{options.network}: trained already, as {job.folder / FINISHED} says", flush=True)

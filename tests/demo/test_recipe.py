@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -17,14 +18,16 @@ from cascade_nodes.cascade_core.training.losses import diffusion_loss
 from cascade_nodes.cascade_core.vision import build_vision_model
 from cascade_nodes.demo import job as jobs
 from cascade_nodes.demo import recipe, train
+from cascade_nodes.demo.captions import holds, parse, verbalise
 from cascade_nodes.demo.captured_loss import CapturedLoss
 from cascade_nodes.demo.clip_states import image_embeddings, text_states
 from cascade_nodes.demo.dataset import alone, captions, edited, tokenise
 from cascade_nodes.demo.job import FINISHED, Job, own_tokenizer
-from cascade_nodes.demo.losses import NoiseLevels, epsilon_loss, outline_weights
+from cascade_nodes.demo.losses import NoiseLevels, epsilon_loss, outline_weights, share_right
 from cascade_nodes.demo.network_task import Batch
+from cascade_nodes.demo.placing import contrasted, misplaced, placed, turned
 from cascade_nodes.demo.pool import Pool
-from cascade_nodes.demo.scenes import held_out_reason
+from cascade_nodes.demo.scenes import INVERSE, held_out_reason
 from cascade_nodes.demo.stage_b_data import StageBData
 from cascade_nodes.demo.stage_c_data import StageCData
 from cascade_nodes.demo.wide_scenes import sample_wide
@@ -98,6 +101,69 @@ def test_outlines_of_small_objects_weigh_most():
     assert all(value.min() >= 1 for value in weights)
     assert weights[0].amax(1).mean() > 1.3 * weights[1].amax(1).mean()
     assert torch.equal(outline_weights(torch.ones(1, 3, 256, 256), (64, 64)), torch.ones(1, 1, 64, 64))
+
+
+def test_a_turned_caption_is_false_by_its_relation_alone():
+    rng, count = Random(0), 0
+    for scene in sample_wide(60, 4, objects=(1, 1, 1)).scenes():
+        right, *wrong, back = contrasted(scene, rng, 3)
+        assert len(wrong) == 3
+        assert holds(parse(right), scene)
+        if back:
+            count += 1
+            before, after = parse(right), parse(back)
+            assert not holds(after, scene)
+            assert after.relation == INVERSE[before.relation or ""]
+            assert replace(after, relation=before.relation) == before
+        else:
+            assert parse(right).relation is None or holds(parse(turned(right, scene)), scene)
+    assert count > 15
+    assert turned("a red star to the left of a blue ring", scene).endswith("to the right of a blue ring")
+
+
+def test_places_are_told_and_mistaken():
+    rng, told = Random(1), 0
+    for scene in sample_wide(40, 6, objects=(1, 1, 0)).scenes():
+        spec = placed(scene, rng)
+        if spec is None:
+            continue
+        told += 1
+        text = verbalise(spec, Random(3))
+        assert holds(parse(text), scene)
+        wrong = misplaced(spec, scene, rng, 2, 3)
+        assert wrong
+        assert text not in wrong
+        assert not any(holds(parse(false), scene) for false in wrong)
+    assert told > 20
+
+
+def test_the_share_of_relations_that_are_told_apart():
+    image, right = torch.eye(4), torch.eye(4)
+    wrong = torch.stack([*torch.eye(4)[1:3], 2 * torch.eye(4)[2] + torch.eye(4)[3], torch.eye(4)[3]])
+    right = torch.where(torch.tensor([[False], [False], [True], [False]]), torch.eye(4)[0], right)
+    counted = torch.tensor([True, True, True, False])
+    assert share_right(image, right, wrong, counted).item() == pytest.approx(2 / 3)
+
+
+def test_a_run_begins_with_exported_weights(toy, monkeypatch, capsys):
+    job = a_job(toy, "stage_b", start=toy)
+    job.folder, job.scenes = toy / "work" / "from", 16
+    seen = {}
+    monkeypatch.setattr(jobs.Loop, "run", lambda loop: seen.update(loop.task.trained.state_dict()))
+    train.train_stage_b(job)
+    tensors, _ = read_safetensors(toy / "demo_stage_b.safetensors")
+    assert all(torch.equal(seen[f"stage_b.{name}"], value.float()) for name, value in tensors.items())
+    assert f"begins with {len(tensors)} of {len(tensors)} tensors" in capsys.readouterr().out
+
+
+def test_stage_c_says_so_where_clip_is_a_bag_of_words(tmp_path, capsys):
+    job = a_job(tmp_path, "stage_c")
+    log = tmp_path / "work" / "clip" / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    for share, told in ((0.97, False), (0.52, True)):
+        log.write_text(json.dumps({"step": 1, "relations": share}) + "\n")
+        train.tell_relations(job)
+        assert ("52% of the relations" in capsys.readouterr().out) is told
 
 
 def test_a_pool_follows_from_the_step_alone():

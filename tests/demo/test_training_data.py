@@ -7,8 +7,9 @@ import torch
 from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary
 from cascade_nodes.demo import recipe, train
-from cascade_nodes.demo.captions import contrast, vocabulary
+from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.dataset import as_float, captions, contrasts, pictures, resized, to_uint8, tokenise
+from cascade_nodes.demo.placing import contrasted
 from cascade_nodes.demo.world import render, sample_scenes
 
 
@@ -40,10 +41,9 @@ def test_captions_are_of_their_scene_and_repeatable():
     assert first.shape == (6, 2, 77)
     assert torch.equal(first, repeated)
     assert not torch.equal(first, captions(scenes, 2, tokenizer, 10))
-    right, wrong = contrast(scenes[0], Random(4), 3, wide=True)
     token_rows = contrasts(scenes, 3, tokenizer, 4)
-    assert token_rows.shape == (6, 4, 77)
-    assert torch.equal(token_rows[0], tokenise([right, *wrong], tokenizer))
+    assert token_rows.shape == (6, 5, 77)
+    assert torch.equal(token_rows[0], tokenise(contrasted(scenes[0], Random(4), 3), tokenizer))
 
 
 def test_pictures_are_drawn_and_resized():
