@@ -18,7 +18,7 @@ WORDS = "words"  # in a safetensors header: a JSON list, those first that tell m
 MOST_WORDS, LONGEST_WORD = 10_000, 64
 SHOWN_UNKNOWN, SHOWN_KNOWN = 6, 24
 _WORD = re.compile(r"[^\W_]+")
-_EMBEDDING = re.compile(r"embedding:\s*\S+")  # a file's name, which is no word
+_EMBEDDING = re.compile(r"embedding:\s*\S+")  # a file's name, not a word
 
 
 def stated_words(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def stated_words(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
 def unknown_words(prompt: str, words: Iterable[str], names: Iterable[str] = ()) -> list[str]:
     """Words of a prompt that are none of `words`, each once, as they are written.
 
-    names: what stands in a prompt for learned tokens, "[loop]". Weights, embeddings and signs are no words.
+    names: what stands in a prompt for learned tokens, "[loop]". Weights, embeddings and signs are not words.
     """
     learned = tuple(names)
     known, unknown = set(words), {}

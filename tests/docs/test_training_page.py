@@ -85,7 +85,8 @@ def test_the_three_commands_of_the_demo_as_they_stand(tmp_path):
 
 
 FEATURES = re.findall(
-    r"`((?:core|nodes|comfyui)/\w+\.py)::(\w+)`", (PACK / "docs/tasks/training_features.md").read_text(encoding="utf-8")
+    r"`((?:core|nodes|comfyui)/\w+\.py)::(\w+)`",
+    (PACK / "docs/tasks/training_features.md").read_text(encoding="utf-8"),
 )
 
 
