@@ -34,7 +34,7 @@ Figures = dict[str, float | Share | Groups]
 def sample_pairs(each: int, seed: int) -> SceneTable:
     """Scenes whose first object is each of the 64 pairs of shape and colour `each` times, by turns small and large.
 
-    A third of them are alone, the others beside an object of another shape and colour that is no held-out pair.
+    A third of them are alone, the others beside an object of another shape and colour that is not a held-out pair.
     """
     rng = np.random.default_rng([seed, 64])
     kind, n = np.repeat(np.arange(64), each), 64 * each
