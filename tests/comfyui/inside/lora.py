@@ -217,7 +217,7 @@ def against_headless(value: dict[str, Any], prompts: Any) -> dict[str, float]:
 def with_file(host: Any, value: dict[str, Any], file: str) -> dict[str, Any]:
     """As the node does it, on either host."""
     path = folder_paths.get_full_path_or_raise("loras", f"{file}.safetensors")
-    adapter = read_adapter(path, host.stage_c_config(value["model"]))
+    adapter = read_adapter(path, host.stage_config(value["model"]))
     new = [NewToken("[sun]", "^star</w>")]
     model, clip = host.with_adapter(value["model"], value["clip"], adapter, 0.7, 0.7, new)
     return {"model": model, "clip": clip}

@@ -11,7 +11,7 @@ from torch import Tensor
 from cascade_nodes.cascade_core.adapters import to_dialect
 from cascade_nodes.cascade_core.adapters.names import parameter_name
 from cascade_nodes.cascade_core.adapters.write import obstacles
-from cascade_nodes.nodes.hosts.comfyui.adapters import STAGE_C, TEXT, weight_patches
+from cascade_nodes.nodes.hosts.comfyui.adapters import NETWORK, TEXT, weight_patches
 from cascade_nodes.tests.core.other_adapters import before, cases, read
 
 
@@ -33,17 +33,17 @@ def measure() -> dict[str, float]:
     for name, case in cases().items():
         with tempfile.TemporaryDirectory() as folder:
             adapter = read(name, Path(folder))
-            patches = weight_patches(adapter.stage_c, STAGE_C) | weight_patches(adapter.text, TEXT)
-            results[name] = error(patches, (STAGE_C, TEXT), case.changed)
+            patches = weight_patches(adapter.stage_c, NETWORK) | weight_patches(adapter.text, TEXT)
+            results[name] = error(patches, (NETWORK, TEXT), case.changed)
             if not obstacles(adapter, "comfyui"):
                 keys = {
                     f"{prefix}{target}": f"{of_host}{target}.weight"
                     for target in case.changed
-                    for prefix, of_host in ((STAGE_C, STAGE_C), (f"text_encoders.{TEXT}", TEXT))
+                    for prefix, of_host in ((NETWORK, NETWORK), (f"text_encoders.{TEXT}", TEXT))
                 }
                 file = {
                     key: torch.as_tensor(value) for key, value in to_dialect(adapter, "comfyui")[0].items()
                 }
                 patches = comfy.lora.load_lora(file, keys, log_missing=False)
-                results[f"{name}, by ComfyUI's loader"] = error(patches, (STAGE_C, TEXT), case.changed)
+                results[f"{name}, by ComfyUI's loader"] = error(patches, (NETWORK, TEXT), case.changed)
     return results
