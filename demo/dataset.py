@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.geometry import compressor_size
 from cascade_nodes.cascade_core.text.tokenizer import CHUNK_LENGTH, Tokenizer
-from cascade_nodes.demo.placing import captioned, contrasted
+from cascade_nodes.demo.places import captioned, contrasted
 from cascade_nodes.demo.recipe import PICTURE
 from cascade_nodes.demo.scenes import BACKGROUNDS, MARGIN, SceneTable, held_out_reason
 from cascade_nodes.demo.wide_pictures import wide_pictures

@@ -25,7 +25,7 @@ from cascade_nodes.demo.dataset import alone, captions, edited, tokenise
 from cascade_nodes.demo.job import FINISHED, Job, own_tokenizer
 from cascade_nodes.demo.losses import NoiseLevels, epsilon_loss, outline_weights, share_right
 from cascade_nodes.demo.network_task import Batch
-from cascade_nodes.demo.placing import contrasted, misplaced, placed, turned
+from cascade_nodes.demo.places import contrasted, misplaced, placed, turned
 from cascade_nodes.demo.pool import Pool
 from cascade_nodes.demo.scenes import INVERSE, held_out_reason
 from cascade_nodes.demo.stage_b_data import StageBData

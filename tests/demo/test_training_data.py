@@ -9,7 +9,7 @@ from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_voc
 from cascade_nodes.demo import recipe, train
 from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.dataset import as_float, captions, contrasts, pictures, resized, to_uint8, tokenise
-from cascade_nodes.demo.placing import contrasted
+from cascade_nodes.demo.places import contrasted
 from cascade_nodes.demo.world import render, sample_scenes
 
 
