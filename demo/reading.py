@@ -9,6 +9,7 @@ A picture is read in four steps:
 An attribute that fits nothing is None, so that a blot is not mistaken for an object.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -86,21 +87,24 @@ def read(images: Tensor, chunk: int = 64, taught: bool = False) -> list[Reading]
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise CascadeError(f"read expects pictures (N, 3, H, W); it was given {tuple(images.shape)}.")
-    readings = []
+    names = (*SHAPES, *TAUGHT_SHAPES) if taught else SHAPES
+    return [reading for batch in prepared(images, chunk, CELL) for reading in _read(batch, names)]
+
+
+def prepared(images: Tensor, chunk: int, cell: int) -> Iterator[Tensor]:
+    """Yields pictures in [0, 1] on the device that reads them, of whole cells and with a shorter side of about SIZE."""
     device = images.device if images.is_cuda or not torch.cuda.is_available() else torch.device("cuda")
     for batch in images.split(chunk):
         batch = batch.to(device)
         batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
         batch = torch.nan_to_num(batch).clamp(0, 1)
         height, width = batch.shape[-2:]
-        # Whole cells, and the same side where it is the shorter one.
         size = tuple(
-            max(round(SIZE / CELL * side / min(height, width)), 1) * CELL for side in (height, width)
+            max(round(SIZE / cell * side / min(height, width)), 1) * cell for side in (height, width)
         )
         if batch.shape[-2:] != size:
             batch = F.interpolate(batch, size, mode="bilinear", antialias=True, align_corners=False)
-        readings += _read(batch, (*SHAPES, *TAUGHT_SHAPES) if taught else SHAPES)
-    return readings
+        yield batch
 
 
 def _read(images: Tensor, names: tuple[str, ...]) -> list[Reading]:
@@ -158,16 +162,12 @@ def _regions(difference: Tensor) -> tuple[Tensor, Tensor]:
     mask = difference > OBJECT_LIMIT
     coarse = F.avg_pool2d(mask[:, None].float(), CELL)[:, 0] >= 0.5
     labels = label_regions(coarse)  # (N, h, w)
-    areas = torch.zeros(len(mask), coarse[0].numel() + 1, device=mask.device)
-    areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels, dtype=torch.float32).flatten(1))
-    areas[:, 0] = 0
-    area, label = areas.topk(MOST_OBJECTS, 1)
-    picture, rank = (area >= LEAST_AREA * (SIZE // CELL) ** 2).nonzero(as_tuple=True)
+    picture, label = largest_regions(labels, CELL)
     grown = F.max_pool2d(labels[:, None].float(), 3, 1, 1)[:, 0].long()  # the edge cells belong to the region
     grown = torch.where(labels > 0, labels, grown)
     fine = grown.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
     difference = difference[picture]
-    region = (fine[picture] == label[picture, rank][:, None, None]) & (difference > OBJECT_LIMIT)
+    region = (fine[picture] == label[:, None, None]) & (difference > OBJECT_LIMIT)
     # A blurred edge lies where the object's own contrast is halved, not where the background ends.
     contrast = (difference * region).sum((1, 2)) / region.sum((1, 2))
     return picture, region & (difference > EDGE * contrast[:, None, None])
@@ -184,6 +184,16 @@ def label_regions(mask: Tensor) -> Tensor:
         if torch.equal(spread, labels):
             return labels.long()
         labels = spread
+
+
+def largest_regions(labels: Tensor, cell: int) -> tuple[Tensor, Tensor]:
+    """The picture's index (M,) and the label (M,) of each region of (N, h, w) that may be an object, largest first."""
+    areas = torch.zeros(len(labels), labels[0].numel() + 1, device=labels.device)
+    areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels, dtype=torch.float32).flatten(1))
+    areas[:, 0] = 0
+    area, label = areas.topk(MOST_OBJECTS, 1)
+    picture, rank = (area >= LEAST_AREA * (SIZE // cell) ** 2).nonzero(as_tuple=True)
+    return picture, label[picture, rank]
 
 
 # 3. Colour

@@ -16,11 +16,18 @@ from torch import Tensor
 
 from cascade_nodes.demo.captions import Spec
 from cascade_nodes.demo.judge import read, score
-from cascade_nodes.demo.reading import LARGE, LEAST_AREA, MOST_OBJECTS, FoundObject, Reading, label_regions
+from cascade_nodes.demo.reading import (
+    LARGE,
+    SIZE,
+    FoundObject,
+    Reading,
+    label_regions,
+    largest_regions,
+    prepared,
+)
 from cascade_nodes.demo.shares import Share, share
 from cascade_nodes.demo.world import BACKGROUND_RGB, BACKGROUNDS, COLOUR_RGB, COLOURS, SHAPE_DISTANCES, SHAPES
 
-SIZE = 256  # pixels of the shorter side
 SIDE = 6  # pixels of the frame's sides
 BACKGROUND_LIMIT = 0.10  # the greatest mean difference (RGB in [0, 1]) at which a background is recognised
 SHADOW = (-0.40, 0.06)  # logarithm of how much darker, or lighter, a background still is
@@ -31,10 +38,8 @@ COVER = 0.37  # of its mean colour: where an object's edge is
 DIRECTIONS, STEPS, REACH = 90, 72, 2.1  # of the profile; REACH in radii of a disc of the same area
 # The greatest root mean square difference of profiles: a wobbly outline costs a shape with thin parts more.
 PROFILE_LIMIT = dict.fromkeys(SHAPES, 0.115) | {"star": 0.15, "ring": 0.15, "cross": 0.15}
-BLACK, WHITE = (
-    0.30,
-    (0.16, 0.62),
-)  # brightness of black; the most saturation and the least brightness of white
+BLACK = 0.30  # its brightness
+WHITE = 0.16, 0.62  # its most saturation and least brightness
 LEAST_SATURATION, MOST_HUE = 0.35, 22.0  # of the other colours; degrees
 RADII = (0.06, 0.30)
 
@@ -42,19 +47,7 @@ RADII = (0.06, 0.30)
 @torch.no_grad()
 def read_again(images: Tensor, chunk: int = 64) -> list[Reading]:
     """Reads pictures (N, 3, H, W), uint8 or float in [0, 1]; on a CUDA device where there is one."""
-    device = images.device if images.is_cuda or not torch.cuda.is_available() else torch.device("cuda")
-    readings: list[Reading] = []
-    for batch in images.split(chunk):
-        pictures = batch.to(device).float() / (255 if batch.dtype == torch.uint8 else 1)
-        pictures = torch.nan_to_num(pictures).clamp(0, 1)
-        height, width = batch.shape[-2:]
-        size = tuple(
-            max(round(SIZE / GRID * side / min(height, width)), 1) * GRID for side in (height, width)
-        )
-        if batch.shape[-2:] != size:
-            pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)
-        readings += _read(pictures)
-    return readings
+    return [reading for batch in prepared(images, chunk, GRID) for reading in _read(batch)]
 
 
 def _read(images: Tensor) -> list[Reading]:
@@ -93,13 +86,9 @@ def _regions(images: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
     mask = F.avg_pool2d(mask[:, None], 5, 1, 2)[:, 0] > 0.5  # the majority around each pixel
     coarse = F.avg_pool2d(mask[:, None].float(), GRID)[:, 0] >= 0.5
     labels = label_regions(coarse)
-    areas = torch.zeros(len(mask), coarse[0].numel() + 1, device=mask.device)
-    areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels, dtype=torch.float32).flatten(1))
-    areas[:, 0] = 0
-    area, label = areas.topk(MOST_OBJECTS, 1)
-    picture, rank = (area >= LEAST_AREA * (SIZE // GRID) ** 2).nonzero(as_tuple=True)
+    picture, label = largest_regions(labels, GRID)
     fine = labels.repeat_interleave(GRID, 1).repeat_interleave(GRID, 2)
-    region = (fine[picture] == label[picture, rank][:, None, None]) & mask[picture]
+    region = (fine[picture] == label[:, None, None]) & mask[picture]
     return picture, region & (_cover(images[picture], ground[picture], region) > COVER)
 
 
