@@ -8,7 +8,7 @@ meanwhile has the state before. Any number of processes can read either: whoever
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ _DTYPES = {
 }
 
 
-def part_name(run: str, index: int, count: int) -> str:
+def part_name(run: str, index: int | str, count: int | str) -> str:
     return f"{Path(STATE).stem}.{run}.{index}-of-{count}.safetensors"
 
 
@@ -52,9 +52,9 @@ def write_together(
         remove_parts(folder, keep)
 
 
-def remove_parts(folder: Path, keep: set[str] = frozenset()) -> None:  # pyright: ignore[reportArgumentType]
+def remove_parts(folder: Path, keep: Collection[str] = ()) -> None:
     """Remove the parts of states before this one."""
-    for path in folder.glob(part_name("*", "*", "*")):  # pyright: ignore[reportArgumentType]
+    for path in folder.glob(part_name("*", "*", "*")):
         if path.name not in keep:
             path.unlink(missing_ok=True)
 

@@ -16,30 +16,33 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
         # os.path raises neither for an unknown ~user nor for links in a circle; whoever opens the file says so
         return os.path.realpath(folder / os.path.expanduser(path))
 
+    def at_given(path: str | None) -> str | None:
+        return at(path) if path else None
+
     data = dataclasses.replace(
         settings.data,
-        folder=at(settings.data.folder) if settings.data.folder else None,
+        folder=at_given(settings.data.folder),
         tars=tuple(map(at, settings.data.tars)),
         sets=tuple(
             dataclasses.replace(
                 each,
-                folder=at(each.folder) if each.folder else None,
+                folder=at_given(each.folder),
                 tars=tuple(map(at, each.tars)),
-                mask_folder=at(each.mask_folder) if each.mask_folder else None,
+                mask_folder=at_given(each.mask_folder),
             )
             for each in settings.data.sets
         ),
-        mask_folder=at(settings.data.mask_folder) if settings.data.mask_folder else None,
-        cache=at(settings.data.cache) if settings.data.cache else None,
+        mask_folder=at_given(settings.data.mask_folder),
+        cache=at_given(settings.data.cache),
     )
     validation = dataclasses.replace(
         settings.validation,
-        folder=at(settings.validation.folder) if settings.validation.folder else None,
+        folder=at_given(settings.validation.folder),
         tars=tuple(map(at, settings.validation.tars)),
     )
     output = settings.output
     run = output.folder or f"runs/{Path(output.file).stem}"
-    prompts_file = at(output.prompts_file) if output.prompts_file else None
+    prompts_file = at_given(output.prompts_file)
     output = dataclasses.replace(output, file=at(output.file), folder=at(run), prompts_file=prompts_file)
 
     def model(role: str, name: str | None) -> str | None:
