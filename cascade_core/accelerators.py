@@ -1,7 +1,7 @@
-"""Kinds of devices, and what torch knows of each: `cuda` are NVIDIA's and AMD's, `xpu` Intel's, `mps` Apple's.
+"""Kinds of accelerators and what torch reports about each: `cuda` is NVIDIA and AMD, `xpu` Intel, `mps` Apple.
 
-What is made for NVIDIA's cards alone asks `is_nvidia`. The other kinds were never run on: for them the plainest is
-chosen that torch documents.
+Code that works on NVIDIA cards alone asks `is_nvidia`. The other kinds were never tried; for them only the plainest
+documented calls of torch are used.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ ACCELERATORS = ("cuda", "xpu", "mps")  # in the order in which they are chosen
 
 
 def is_nvidia(device: torch.device) -> bool:
-    """Whether a device is an NVIDIA card: not an AMD card by ROCm, or by ZLUDA, which passes for CUDA."""
+    """Whether a device is an NVIDIA card; False for an AMD card under ROCm, or under ZLUDA, which poses as CUDA."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return "[ZLUDA]" not in torch.cuda.get_device_name(device)
 
 
 def count(kind: str) -> int:
-    """How many devices of a kind torch finds."""
+    """Number of devices of a kind that torch finds."""
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     module: Any = getattr(torch, kind, None)
@@ -47,14 +47,14 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Returns once the device has computed all that it was given."""
+    """Waits until the device has finished all queued work."""
     wait = None if device.type == "cpu" else _function(device, "synchronize")
     if wait is not None:
         wait() if device.type == "mps" else wait(device)
 
 
 def begin_peak(device: torch.device) -> bool:
-    """Begins to measure `peak_bytes`; whether the device measures it from here on."""
+    """Starts measuring `peak_bytes`; returns whether the device can measure it."""
     reset = _function(device, "reset_peak_memory_stats")
     if reset is not None:
         reset(device)
@@ -62,7 +62,7 @@ def begin_peak(device: torch.device) -> bool:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes of the device that this process had since `begin_peak`; of Apple's, what it has now; or 0."""
+    """Peak bytes allocated by this process since `begin_peak`; on Apple devices, those allocated now; else 0."""
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     peak = _function(device, "max_memory_allocated")
@@ -82,7 +82,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def trim(device: torch.device) -> None:
-    """Gives memory that torch keeps for later allocations back to the device."""
+    """Returns memory that torch keeps cached for later allocations to the device."""
     empty_cache = _function(device, "empty_cache")
     if empty_cache is not None:
         empty_cache()
@@ -107,9 +107,9 @@ def _capture_stream(index: int) -> torch.cuda.Stream:
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A CUDA stream that is not that of captures: what another thread launches there stays out of a capture.
+    """A CUDA stream other than `capture_stream`: work that another thread launches on it stays out of a capture.
 
-    PyTorch hands out 32 streams in turn, so that a new one may be any of those before.
+    PyTorch hands out 32 streams in turn, so a "new" stream may be one that is in use already.
     """
     captures = capture_stream(device)
     stream = torch.cuda.Stream(device)

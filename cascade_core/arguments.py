@@ -1,4 +1,4 @@
-"""What the front door is given: settings, and the check of every argument before a network is loaded for it."""
+"""Arguments of the front door: settings, and the check of every argument before a network is loaded."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SECOND_PASS = StageSettings(steps=5, cfg=1.0, cfg_rescale=0.0)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one stage is sampled in a call: `settings` and numbers are Python's own, and in range."""
+    """How one stage is sampled in a call. All numbers are Python's own types and in range."""
 
     settings: StageSettings
     seed: int
@@ -61,7 +61,7 @@ def checked_sampling(
     denoise: float = 1.0,
     owner: str = "",
 ) -> Sampling:
-    """Raises CascadeError for what no stage can be sampled with.  owner: of `settings`, for messages: `decoder`"""
+    """Raises CascadeError for arguments that no stage can be sampled with.  owner: name of `settings` in messages"""
     if callback is not None and not callable(callback):
         raise CascadeError(
             f"callback is of type {type(callback).__name__}; give a function of a StageProgress."
@@ -83,15 +83,15 @@ def chosen_settings(
     shift: float | None,
     sampler: str | None,
 ) -> StageSettings:
-    """A stage's settings with those of a call in their place."""
+    """A stage's settings, each replaced by the call's own where the call gives one."""
     stated = {"steps": steps, "cfg": cfg, "cfg_rescale": cfg_rescale, "shift": shift, "sampler": sampler}
     return replace(settings, **{name: value for name, value in stated.items() if value is not None})
 
 
 def checked_settings(settings: StageSettings, owner: str = "") -> StageSettings:
-    """Settings with numbers of Python's own.  Raises CascadeError for those that no stage can be sampled with.
+    """Settings whose numbers are Python's own types.  Raises CascadeError for settings out of range.
 
-    owner: of the settings, for messages; none where each is an argument of its own
+    owner: name of the settings in messages; empty where each setting is an argument of its own
     """
     if not isinstance(settings, StageSettings):
         raise CascadeError(f"{owner} is of type {type(settings).__name__}; give StageSettings(…).")
@@ -107,13 +107,13 @@ def checked_settings(settings: StageSettings, owner: str = "") -> StageSettings:
 
 
 def checked_prompts(prompt: str | Sequence[str], negative: str) -> tuple[list[str], str]:
-    """The prompts, one or one for each picture, and the negative one.  Raises CascadeError for what is not text."""
+    """The prompts (one for all pictures, or one each) and the negative.  Raises CascadeError for what is not text."""
     check_text("negative", negative)
     if isinstance(prompt, str):
         check_text("prompt", prompt)
         return [prompt], negative
     try:
-        # The order of a set is any.
+        # A set has no order.
         texts = None if isinstance(prompt, bytes | bytearray | Mapping | Set) else iter(prompt)
     except TypeError:
         texts = None
@@ -146,7 +146,7 @@ def checked_mask(mask: Picture | None, owner: Tensor | None) -> Tensor | None:
 
 
 def check_start(denoise: float, start: Tensor | None, names: str = "image") -> None:
-    """Raises CascadeError where a part of nothing is to be kept."""
+    """Raises CascadeError for a denoise below 1 without a latent or picture to start from."""
     if denoise < 1 and start is None:
         raise CascadeError(
             f"denoise is {denoise:g}, which keeps a part of what it starts from, but nothing was given; give {names}."
@@ -183,20 +183,20 @@ def checked_controls(controls: Sequence[Control]) -> list[Control]:
 
 
 def checked_tile(tile_size: int) -> int:
-    """Pixels, 0: whole.  Raises CascadeError for a side that no tile can have."""
+    """Side of a tile in pixels, 0: no tiles.  Raises CascadeError for a side that no tile can have."""
     tile_size = whole_number("tile_size", tile_size, limits.TILE)
     stage_b_tile(tile_size)
     return tile_size
 
 
 def check_output(output: str) -> None:
-    """Raises CascadeError for a form that pictures are not given in."""
+    """Raises CascadeError for an output that is neither "pil" nor "tensor"."""
     if not isinstance(output, str) or output not in ("pil", "tensor"):
         raise CascadeError(f"output is {quoted(output)}; choose 'pil' or 'tensor'.")
 
 
 def checked_flag(name: str, value: bool) -> bool:
-    """Raises CascadeError for anything but True and False: of a text, such as "no", any is true."""
+    """Raises CascadeError for anything but True and False, because Python takes any text for true, even "no"."""
     if not isinstance(value, bool | np.bool_):
         raise CascadeError(f"{name} is {quoted(value)}; give True or False.")
     return bool(value)
@@ -213,7 +213,7 @@ def checked_size(size: Size) -> Size:
 
 
 def check_latent_size(latent: Tensor, size: Size) -> None:
-    """Raises CascadeError for a latent (B, C, h, w) of pictures of another size."""
+    """Raises CascadeError for a latent (B, C, h, w) that belongs to another picture size."""
     width, height = size
     positions, expected = tuple(latent.shape[-2:]), stage_c_size(height, width)
     if positions != expected:
@@ -224,7 +224,7 @@ def check_latent_size(latent: Tensor, size: Size) -> None:
 
 
 def batch_size(batch: int | None, size: Size, **counts: Sequence[Any] | Tensor | None) -> int:
-    """How many pictures of a size are made of so many prompts, images, masks or latents.
+    """Number of pictures to make, from the numbers of prompts, images, masks and latents.
 
     Raises CascadeError where their counts disagree, and for more pixels than a call may make.
     """

@@ -1,14 +1,14 @@
-"""What ends a run: an error that the user can mend, or the user."""
+"""Exceptions that end a run: an error that the user can mend, or the user's own interruption."""
 
 import reprlib
 import unicodedata
 
 
 class CascadeError(ValueError):
-    """Something the user can mend: one sentence that says what, where, what was expected and what to do.
+    """An error that the user can mend: one sentence that says what, where, what was expected and what to do.
 
-    Halves of characters, which a name may hold, are escaped: no log can be written with them, and ComfyUI's thread
-    that runs prompts ends at such a log.
+    Lone surrogates, which a file name may hold, are escaped: they cannot be written to a log, and ComfyUI's thread
+    that runs prompts dies when it tries.
     """
 
     def __init__(self, sentence: str = ""):
@@ -22,8 +22,8 @@ class Interrupted(Exception):  # noqa: N818 (not an error)
 def quoted(value: object, limit: int = 80) -> str:
     """A value for a message, as Python writes it, cut to about `limit` characters.
 
-    What it costs is bounded too: of a list that holds itself a thousand times, or of a text of a gigabyte, only the
-    beginning is looked at. Control characters are escaped, so that no value speaks to a terminal.
+    Time and memory are bounded too: only the beginning is read of a list that holds itself a thousand times, or of a
+    text of a gigabyte. Control characters are escaped, so that no value can control a terminal.
     """
     short = _Short()
     short.maxlevel, short.maxstring, short.maxother = 3, limit + 3, limit
@@ -32,12 +32,12 @@ def quoted(value: object, limit: int = 80) -> str:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """A name or another's message as it is where it can be shown so, else `quoted`."""
+    """A name, or another program's message, unchanged if it is printable and short, else `quoted`."""
     return text if text.isprintable() and len(text) <= limit else quoted(text, limit)
 
 
 def escaped(line: str) -> str:
-    """A line for a terminal: characters that do not show but act are written as Python writes them."""
+    """A line for a terminal: control characters are written as Python's escapes."""
     if line.isprintable():
         return line
     shown = (
@@ -53,11 +53,11 @@ def on_one_line(error: BaseException) -> str:
 
 
 def excerpt(text: str, limit: int = 2000) -> str:
-    """A sentence of another's as part of a message: cut, and `escaped`."""
+    """Another program's text as part of a message: cut, and `escaped`."""
     return escaped(text if len(text) <= limit else f"{text[:limit]}…")
 
 
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write one of thousands of digits.
+        # Python refuses to print an integer of thousands of digits.
         return repr(x) if x.bit_length() < 400 else f"<a number of {x.bit_length()} bits>"

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and a number and an ending may be added
 LONGEST_PATH = 4000  # characters
-# Categories of what does not show but acts: controls, directions, surrogates, line ends.
+# Unicode categories of invisible characters that act: controls, text directions, surrogates, line ends.
 _ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _RESERVED = {
     "con",
@@ -23,7 +23,7 @@ _FORBIDDEN = '/\\<>:"|?*' if os.name == "nt" else "/\\"
 
 
 def name_fault(name: object) -> str | None:
-    """Why a value is not the name of a file or a folder that is safe anywhere, as the end of a sentence; or None."""
+    """Why a value is not a safe name of a file or folder on every system, as the end of a sentence; None if it is."""
     if not isinstance(name, str) or not name:
         return "is not a name"
     if any(unicodedata.category(character) in _ACTING for character in name):
@@ -42,7 +42,7 @@ def name_fault(name: object) -> str | None:
 
 
 def path_fault(path: object) -> str | None:
-    """The same of a relative path of folders, such as `stars/red`; an empty one is good."""
+    """Why a value is not a safe relative path of folders, such as `stars/red`; None if it is, or if it is empty."""
     if not isinstance(path, str) or len(path) > LONGEST_PATH:
         return "is not a path of folders"
     if path.startswith(("/", "\\")):
@@ -54,9 +54,9 @@ def path_fault(path: object) -> str | None:
 
 
 def inside(folder: Path, path: str) -> Path | None:
-    """The place of a relative path in `folder`; None where it, or a link on the way, leads out."""
+    """A relative path in `folder`; None where the path, or a symbolic link on the way, leads out of the folder."""
     place = folder / PurePosixPath(path.replace("\\", "/"))
-    real = Path(os.path.realpath(place))  # unlike Path.resolve, also of links that lead in a circle
+    real = Path(os.path.realpath(place))  # unlike Path.resolve, also works for links in a circle
     return place if real.is_relative_to(os.path.realpath(folder)) else None
 
 

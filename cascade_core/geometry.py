@@ -1,4 +1,4 @@
-"""Sizes: how many positions a picture of so many pixels has in each latent.  All are (height, width)."""
+"""Sizes: how many positions of each latent belong to a picture of a given size.  All are (height, width)."""
 
 import math
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def stage_b_size(height: int, width: int) -> tuple[int, int]:
 
 
 def largest_size(positions: Sequence[int]) -> tuple[int, int]:
-    """Pixels of the largest picture, with sides in multiples of 8, whose Stage C latent has so many positions."""
+    """Pixels of the largest picture, with sides in multiples of 8, whose Stage C latent has these positions."""
     height, width = (math.floor(side * STAGE_C_COMPRESSION) for side in positions)
     return whole_size(height, width)
 
@@ -50,7 +50,7 @@ def whole_size(height: int, width: int) -> tuple[int, int]:
 def check_size(width: int | None, height: int | None) -> None:
     """Raises CascadeError unless a picture's sides are positive multiples of 8.  None: not known yet.
 
-    The sentence speaks of both sides, as hosts show it at each input that was looked at.
+    The sentence names both sides, because hosts show it at each input that was checked.
     """
     sides = {"width": width, "height": height}
     pixels = {name: side for name, side in sides.items() if side is not None}
@@ -66,7 +66,7 @@ def check_size(width: int | None, height: int | None) -> None:
 
 
 def check_pixels(width: int, height: int, pictures: int = 1) -> None:
-    """Raises CascadeError for pictures that are larger, alone or together, than any machine should try."""
+    """Raises CascadeError for pictures with a side above MAX_SIZE, or with more than MAX_PIXELS together."""
     if max(width, height) > MAX_SIZE or width * height * pictures > MAX_PIXELS:
         raise CascadeError(
             f"{pictures:,} picture{'s' * (pictures != 1)} of {width:,} × {height:,} pixels would be made, but no side "

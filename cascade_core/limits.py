@@ -58,7 +58,7 @@ def whole_number(name: str, value: Any, within: Bounds[int]) -> int:
 
 
 def real_number(name: str, value: Any, within: Bounds[float]) -> float:
-    """A number of any library as Python's own. Raises CascadeError for anything else, and out of range, as NaN is."""
+    """A number of any library as Python's own. Raises CascadeError for anything else, NaN, and out of range."""
     try:
         number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:

@@ -70,8 +70,8 @@ def subfolders(category: str) -> tuple[str, ...]:
 
 
 def names_in(folder: Path, role: str) -> list[str]:
-    """Safetensors files under `folder`, relative to it; of text encoders also their folders."""
-    if not os.path.isdir(folder):  # unlike Path.is_dir, False for one that must not be looked into
+    """Safetensors files under `folder`, relative to it; for text encoders and whole pipelines also their folders."""
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False where access is denied
         return []
     files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and os.path.isfile(path)]
     names = {path.relative_to(folder).as_posix() for path in files}
@@ -96,7 +96,7 @@ def is_pipeline_folder(folder: Path) -> bool:
     return os.path.isfile(folder / "model_index.json")
 
 
-# The roles whose value may be a folder, and how one is known.
+# The roles whose value may be a folder, each with the test that recognises one.
 FOLDER_TESTS = {"text_encoder": is_encoder_folder, "checkpoint": is_pipeline_folder}
 
 
@@ -107,12 +107,12 @@ def leaves_folder(name: str) -> bool:
 
 
 def embedding_in(folders: Iterable[Path], name: str) -> Path | None:
-    """The embedding of that name, with or without its ending, in the folders or in folders within."""
+    """The embedding of that name, with or without its extension, in the folders or their subfolders."""
     if leaves_folder(name):
         return None
     for folder in folders:
         for listed in names_in(folder, "embedding"):
-            stem, _, _ = listed.rpartition(".")  # the ending in any case
+            stem, _, _ = listed.rpartition(".")  # the extension in upper or lower case
             if f"/{listed}".endswith(f"/{name}") or f"/{stem}".endswith(f"/{name}"):
                 return folder / listed
     return None
@@ -120,7 +120,7 @@ def embedding_in(folders: Iterable[Path], name: str) -> Path | None:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A file or folder that holds a network.  values: how many numbers its weights are; half: in 16 bits or fewer"""
+    """A file or folder that holds a network.  values: number of weights; half: in 16 bits or fewer"""
 
     path: Path
     values: int
@@ -128,14 +128,14 @@ class _Candidate:
 
 
 class ModelFiles:
-    """The files of one cascade: of a `models` folder as ComfyUI's, of any folder of files, or of diffusers' folders.
+    """The files of one cascade, in a `models` folder like ComfyUI's, any folder of files, or diffusers' folders.
 
     folder   where to look
     chosen   {role: a path, or a name inside the folder}, for roles whose file is chosen by hand
     prefer   "full": of several networks for a role the largest is taken; "lite": the smallest
-    full_precision  of one network in several files, the one in float32 is taken, else the one in 16 bits
+    full_precision  True: of one network in several precisions, the float32 file is taken; False: the one in 16 bits
 
-    Ties go by name. Files are recognised by what is in them, whatever their names; only headers are read.
+    Ties are broken by name. Files are recognised by their contents, whatever their names; only headers are read.
     """
 
     def __init__(

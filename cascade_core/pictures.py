@@ -26,11 +26,11 @@ Picture = Any  # what `as_image` takes
 
 ROUNDING = 1e-3  # by which values may leave [0, 1]
 KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # an EPS would start another program
-FREE_PIXELS = 2**26  # 8192 × 8192: what any file may hold, all frames together …
-PIXELS_PER_BYTE = 64  # … and for each of its bytes, far more than photographs and drawings have
+FREE_PIXELS = 2**26  # 8192 × 8192: what any file may hold, in all its frames
+PIXELS_PER_BYTE = 64  # a larger file may hold this many per byte: far more than photos do
 MAX_PIXELS = 2**27  # 134 million: a camera of 100 million fits
 MAX_FRAMES = 4096
-MAX_BYTES = 2**30  # MAX_PIXELS of 16-bit RGBA as they are
+MAX_BYTES = 2**30  # MAX_PIXELS of uncompressed 16-bit RGBA
 MAX_SCANS = 64  # of a JPEG; a progressive one has about ten
 # The marker of a JPEG's segment that states its length, or of its end.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
@@ -56,7 +56,7 @@ def open_picture(source: str | Path | bytes, name: str | None = None) -> Iterato
 
 
 def read_frames(source: str | Path | bytes, name: str | None = None) -> list[Image]:
-    """A picture's frames of the first one's size, `upright`; a photograph's (MPO) is one. Raises PictureError."""
+    """Those frames of a picture that have its first one's size, `upright`; of an MPO the first. Raises PictureError."""
     from PIL import ImageSequence
 
     with _bounded(source, name) as (picture, limit):
@@ -124,7 +124,7 @@ def _pixels(picture: Image) -> int:
 
 
 def _scans(jpeg: bytes) -> int:
-    """How many scans a JPEG without its first marker has, each of which may go over all of its pixels."""
+    """Number of scans in a JPEG (given without its first marker); decoding each may pass over all pixels."""
     count, place = 0, 0
     while count <= MAX_SCANS and (marker := _MARKER.search(jpeg, place)) and marker[0] != b"\xff\xd9":
         count += marker[0] == b"\xff\xda"
@@ -164,7 +164,8 @@ def as_mask(mask: Picture, name: str = "The mask") -> Tensor:
 def finite_values(tensor: Tensor, name: str) -> Tensor:
     """A tensor's values in float32 in main memory.
 
-    Raises CascadeError where it holds NaN or infinity, and where it is of a kind that has no such values.
+    Raises CascadeError where it holds NaN or infinity, and for a kind of tensor that cannot be read as dense real
+    values.
     """
     kind = next((kind for kind, is_kind in _WITHOUT_VALUES.items() if is_kind(tensor)), None)
     if kind is not None:
@@ -310,7 +311,7 @@ def as_8_bit(image: Image) -> Image:
 
 
 def _fills_bytes(image: Image) -> bool:
-    """Whether floats can be meant as 0 to 255, which Pillow takes them for: up to 1 they would be black."""
+    """Whether floats can be meant as 0 to 255, as Pillow reads them: those up to 1 would come out black."""
     values = np.asarray(image)
     return bool(values.min() >= 0 and (values.max() == 0 or 1 < values.max() <= 255))
 

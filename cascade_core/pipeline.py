@@ -210,7 +210,8 @@ class StableCascade:
             decoder,
             size,
         )
-        # Of the event, not of the cascade: one that is dropped shall be gone at once, not when cycles are collected.
+        # Bound to the event, not to the cascade, so that a dropped cascade is freed at once, not when cycles are
+        # collected.
         check = partial(_check_cancelled, cascade._cancelled)
         cascade.device.observer = replace(observer, check_interrupted=check)
         return cascade
@@ -259,7 +260,8 @@ class StableCascade:
         mask           inpainting: white where the picture may change; the source is put back everywhere else
         room           outpainting: (left, top, right, bottom), pixels to add around `image`
         grow           Stage C positions by which its mask is wider; 1 with the inpainting ControlNet
-        soft           keeps the mask's grey values: such a place changes in part. Without it each changes or does not
+        soft           keeps the mask's grey values, where the picture changes in part; otherwise a mask is yes or no
+                       everywhere
         feather        pixels inside the mask over which the new part begins; by default 8, or 24 with `room`
         image_prompts  pictures beside the words, each with its strength (1 by default)
         controls       ControlNets with their pictures
@@ -499,7 +501,7 @@ class StableCascade:
             return name
 
     def remove_lora(self, name: str) -> None:
-        """Takes a LoRA or learned token back. Raises CascadeError for one that is not there."""
+        """Removes a LoRA or learned token. Raises CascadeError for one that is not there."""
         with self._running():
             if not isinstance(name, str) or name not in self._loras:
                 applied = ", ".join(self._loras) or "none is"
@@ -748,7 +750,7 @@ class StableCascade:
 
         def report(step: SamplerStep) -> None:
             preview = self._preview_prior if kind == "stage_c" else self._preview_decoder
-            # A sampler may read x0 again: the callback's is its own. What it computes is the caller's, too.
+            # The callback gets a copy of x0, which the sampler may read again, and runs outside of inference mode.
             progress = StageProgress(kind, step.index + 1, step.steps, _owned(step.x0), preview)
             with torch.inference_mode(False), torch.no_grad():
                 cancelled = callback(progress) is False
@@ -786,7 +788,7 @@ class StableCascade:
         return AppliedControlNet(stage, hint, control.strength, control.start, control.end)
 
     def _size(self, size: Size | None, source: Tensor | None, latent: Tensor | None = None) -> Size:
-        """The size that is stated, the picture's, the cascade's own where the latent is of it, or the latent's."""
+        """The given size, else the picture's, else the cascade's own if the latent fits it, else the latent's."""
         if size is not None:
             return checked_size(size)
         if source is not None:
@@ -830,7 +832,7 @@ def _owned(tensor: Tensor) -> Tensor:
 
 
 def _free_name(name: str, taken: Mapping[str, object]) -> str:
-    """The name, with a number behind it where it is taken."""
+    """The name, with a number appended where it is taken."""
     number = 2
     free = name
     while free in taken:

@@ -1,4 +1,4 @@
-"""Files of other people: regular ones alone, and no more of them than was meant."""
+"""Reading of untrusted files: regular files only."""
 
 import codecs
 import errno
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def encoding_of(start: bytes) -> str:
-    """The encoding of a text that starts so: UTF-16 where a mark says so, else UTF-8, with or without its mark."""
+    """The encoding of a text with these first bytes: UTF-16 if a byte order mark says so, else UTF-8, mark or not."""
     return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 

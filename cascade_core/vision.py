@@ -88,7 +88,7 @@ class ImageEncoder:
     ) -> ImageEncoder:
         """Loads a safetensors file or a model folder for inference, in the file's dtype unless one is given.
 
-        placed: it is read and cast where placement takes it to a device.
+        placed: placement reads and casts it later, on its way to a device.
         """
         return cls(load_clip(path, "vision", build_vision_model, dtype, notify, placed))
 

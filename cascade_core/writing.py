@@ -64,7 +64,7 @@ def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
         try:
             os.link(temporary, target)
         except FileExistsError:
-            # Or else a network drive lost its first answer, and asked itself again.
+            # Otherwise a network drive lost its first answer and sent the request again.
             if temporary.stat().st_nlink == 1:
                 continue
         except (OSError, AttributeError):  # no hard links, or a target that moving cannot reach either

@@ -5,9 +5,9 @@ error in epsilon of one noised latent is an error in x0 by b/a:
 
     |x0 error|² = |epsilon error|² / SNR        |v error|² = |epsilon error|² · (SNR + 1) / SNR
 
-So a weight w of the error in x0 is w / SNR of that in epsilon. Those of the names `x0_…` are such w: on the error in
-epsilon they do the reverse of what they are published for (`x0_min_snr` stresses little noise). They are as the
-published code has them; `min_snr_gamma`, `debiased`, `p2` and `sech` are weights of the error in epsilon.
+So a weight w of the error in x0 is w / SNR of that in epsilon. The functions named `x0_…` are such w, as in the
+published code: used on the error in epsilon, they do the reverse of what their papers intend (`x0_min_snr` stresses
+little noise). `min_snr_gamma`, `debiased`, `p2` and `sech` are weights of the error in epsilon.
 
 `shift` first moves the log-SNR by 2·log(shift), which undoes the shift of a schedule.
 """
@@ -51,12 +51,12 @@ def sech(log_snr: Tensor, shift: float = 1.0, div: float = 2.0) -> Tensor:
 
 
 def x0_snr(log_snr: Tensor, shift: float = 1.0) -> Tensor:
-    """SNR: of the error in x0, the plain loss on epsilon."""
+    """SNR. As a weight on the error in x0: the plain loss on epsilon."""
     return _unshift(log_snr, shift).exp().clamp(*WEIGHT_RANGE)
 
 
 def x0_snr_plus_one(log_snr: Tensor, shift: float = 1.0) -> Tensor:
-    """SNR + 1: of the error in x0, the plain loss on v.  Salimans & Ho 2022, arXiv 2202.00512."""
+    """SNR + 1. As a weight on the error in x0: the plain loss on v.  Salimans & Ho 2022, arXiv 2202.00512."""
     return (_unshift(log_snr, shift).exp() + 1).clamp(*WEIGHT_RANGE)
 
 
@@ -76,7 +76,7 @@ def x0_truncated_snr(log_snr: Tensor, shift: float = 1.0, min_snr: float = 1.0) 
 
 
 def x0_sigmoid(log_snr: Tensor, shift: float = 1.0, s: float = 1.0) -> Tensor:
-    """sigmoid(s · log_snr): of the error in x0, at s = 1, Kingma & Gao's sigmoid weight of that in epsilon."""
+    """sigmoid(s · log_snr). As a weight on the error in x0, at s = 1: Kingma & Gao's `p2` weight on epsilon."""
     return (_unshift(log_snr, shift) * s).sigmoid()
 
 

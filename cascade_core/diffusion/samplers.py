@@ -180,7 +180,7 @@ def _fresh(noise: Noise, x: Tensor) -> Tensor:
     if drawn.shape != x.shape:  # broadcasting would give several images the same noise
         raise _wrong_noise(drawn, x)
     if x.is_cuda and not drawn.is_cuda:
-        # From memory that may be paged out the copy would wait, and the host with it, for the forward before.
+        # From pageable memory, the copy would make the host wait for the forward before it.
         return drawn.pin_memory().to(x, non_blocking=True)
     return drawn.to(x)
 

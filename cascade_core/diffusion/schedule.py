@@ -31,7 +31,7 @@ def log_snr(t: Tensor, shift: float = 1.0) -> Tensor:
 
 @cache
 def log_snr_limits() -> tuple[float, float]:
-    """(lowest, highest) log-SNR: about -9.2102 at t = 1 and 9.2102 at t = 0, rounded as float32 has it."""
+    """(lowest, highest) log-SNR: about -9.2102 at t = 1 and 9.2102 at t = 0, rounded to float32."""
     lowest, highest = _cosine_log_snr(torch.tensor([1.0, 0.0], device="cpu")).tolist()
     return lowest, highest
 

@@ -14,7 +14,7 @@ from .operations import Operations
 Precision = Literal["exact", "fp8", "int8"]
 Way = Literal["exact", "fp8", "int8", "plain"]  # a precision, or plain PyTorch in that of the biases
 
-# What goes on where the kernels of a precision fail, each with what is lost where it is left (`Fallback`).
+# The ways to compute at each precision, fastest first; the text says what the next way is like (`Fallback`).
 _DEQUANTISED = "in the precision of its biases, weight after weight, which takes longer"
 _EXACT: list[tuple[Way, str]] = [
     ("exact", "in plain PyTorch, which takes about twice as long"),

@@ -24,13 +24,13 @@ from .layout import as_image, concatenated, resized
 from .state import ForwardState, RunCache
 from .workspace import empty
 
-Formats = Collection[torch.dtype]  # 8-bit ones that products take as they are: `Operations.formats`
+Formats = Collection[torch.dtype]  # 8-bit formats that products take undequantised: `Operations.formats`
 
 
 class ProductWeight:
-    """The weights of layers side by side as a product takes them.
+    """The weights of several layers, side by side, in the form that a product takes.
 
-    8-bit weights are given as they are in those `formats`; else dequantised for this product alone.
+    8-bit weights are passed on unchanged if their format is in `formats`; else dequantised for this product alone.
     """
 
     def __init__(self, layers: Sequence[Any], formats: Formats):
@@ -39,7 +39,7 @@ class ProductWeight:
     def __call__(self) -> Any:
         first: Any = self.layers[0]
         if not isinstance(first, QuantisedLayer):
-            # A 1×1 convolution's too, as (C_out, C_in).
+            # Flattened, because a 1×1 convolution's weight is (C_out, C_in, 1, 1).
             return side_by_side([layer.weight.flatten(1) for layer in self.layers])
         parts = [layer.quantised for layer in self.layers]
         if first.weight.dtype in self.formats:
@@ -57,7 +57,7 @@ def scratch(parts: Sequence[QuantisedWeight], like: Any) -> Tensor:
 
 
 class DividedBias:
-    """A layer's bias divided by `scale`: its own where that is 1, else a copy made when it is first read."""
+    """A layer's bias divided by `scale`: the layer's own tensor where scale is 1, else a copy made on first use."""
 
     def __init__(self, layer: Any, scale: float):
         self.layer, self.scale = layer, scale
@@ -95,7 +95,7 @@ class BoundFeedForward(BoundBlock):
     def __init__(self, block: Any, formats: Formats, scale: float, with_skip: bool = False):
         self.block, self.eps = block, block.norm.eps
         self.scale = scale
-        # A skip is not normed, so what it is multiplied with is divided.
+        # A skip is not normalised, so it comes divided by `scale`, and so must what it is joined to.
         self.h_scale = scale if with_skip else 1.0
         expand, contract = block.channelwise[0], block.channelwise[4]
         self.expand, self.contract = ProductWeight([expand], formats), ProductWeight([contract], formats)
@@ -241,7 +241,7 @@ class BoundAttention(BoundBlock):
                 self._keep(cache.peaks, computed=[torch.maximum(self.peak, conditions)])
 
     def _keep(self, *lists: list[Any], computed: Sequence[Tensor]) -> None:
-        """Each value at this block's index of its list, at the address of the one before."""
+        """Stores each value at this block's index of its list, at the address of the previous value."""
         for entries, value in zip(lists, computed, strict=True):
             entry = entries[self.index]
             entries[self.index] = value if entry is None else entry.copy_(value)
@@ -278,7 +278,7 @@ def float32_copy(value: Tensor) -> Tensor:
 
 
 def largest_output(layer: Any) -> Tensor:
-    """A bound of the magnitudes (1,) that the layer makes of normed rows (·, C), whose length is √C at most.
+    """Upper bound (1,) of the magnitudes of the layer's output for normed rows (·, C) of a length up to √C.
 
     A quarter more for the rounding of both to e4m3.
     """
@@ -325,7 +325,7 @@ def join_(block: Any) -> None:
 def _join_tensors(tensors: list[Tensor]) -> None:
     if isinstance(side_by_side(tensors), Tensor):
         return
-    # A tensor can take only data made in the mode, inference or not, that it was made in itself.
+    # A tensor's data can only be replaced by data made in the same mode (inference or not) as the tensor itself.
     with torch.inference_mode(tensors[0].is_inference()), torch.no_grad():
         joined = torch.cat([tensor.detach() for tensor in tensors])
         for tensor, part in zip(tensors, joined.split([len(tensor) for tensor in tensors]), strict=True):

@@ -1,7 +1,7 @@
-"""What kernels are chosen and compiled for: the card of a CUDA device or, without one, a card that is described.
+"""The card that kernels are chosen and compiled for: that of a CUDA device or, without one, a described card.
 
-Tensors on the meta device stand for tensors on a described card. So a forward's kernels are compiled, for any card,
-where there is none: in the tests, and in the processes that compile ahead of the first picture.
+Tensors on the meta device stand for tensors on a described card. So the kernels of a forward can be compiled for any
+card without having one: in the tests, and in the processes that compile ahead of the first picture.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def card_of(device: torch.device) -> Card | None:
 
 @contextmanager
 def described(card: Card) -> Iterator[None]:
-    """Tensors on the meta device stand for tensors on this card inside the block."""
+    """Context in which tensors on the meta device stand for tensors on this card."""
     token = _described.set(card)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Python's collector of cyclic garbage, where it must not run."""
+"""Code sections in which Python's collector of cyclic garbage must not run."""
 
 import gc
 from collections.abc import Iterator

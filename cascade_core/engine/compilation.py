@@ -1,13 +1,13 @@
 """Compiles a network's kernels in a process beside this one, while its file is read and the text is encoded.
 
-Triton needs some seconds for a network's kernels on a card's first picture, mostly under Python's lock, which more
-threads do not shorten. So each network's are begun in a process of its own as soon as the network is made. It puts
-them into Triton's cache on disk, where the first forward finds them. The process sees no card, since a context would
-take the card's memory; it is told what the card is (`card.py`), and runs the forwards that are usual on the meta device
+For the first picture on a card, Triton spends some seconds compiling a network's kernels, mostly under Python's lock,
+so that more threads do not help. So as soon as a network is made, a process of its own starts compiling its kernels
+into Triton's cache on disk, where the first forward finds them. That process sees no card, since a context would take
+the card's memory; it gets a description of the card (`card.py`), and runs usual forwards on the meta device
 (`usual_forwards.py`).
 
-It only ever saves time: it is not started where it may not help or cannot be, ends with this process, and whatever it
-fails at is compiled where it always was, by the first forward.
+It can only save time: it is not started where it could not help, it ends with this process, and kernels that it fails
+to compile are compiled by the first forward, as without it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .backend import Precision, operations_on
 from .card import card_of
 
 SWITCH = "CASCADE_COMPILE_AHEAD"  # of the environment: "0" starts no processes
-CORES = 4  # from which on a machine has some to spare
+CORES = 4  # the fewest of a machine that has some to spare
 MEMORY = 4 * 2**30  # bytes of main memory that have to be free; a process takes less than one
-LONGEST = 10  # seconds that a forward waits for a process: on a busy machine it is sooner done by itself
+LONGEST = 10  # seconds that a forward waits for a process before it compiles by itself
 PROCESS = """
 import sys, types
 core = types.ModuleType("cascade_core")  # whatever the package is called here, and without its front door
@@ -46,10 +46,10 @@ main(sys.argv[2])
 
 
 class Compilation:
-    """A running process that compiles a network's kernels.  order: what `compilation_process.main` takes"""
+    """A running process that compiles a network's kernels.  order: argument of `compilation_process.main`"""
 
     def __init__(self, order: dict[str, Any]):
-        # Of Windows; elsewhere the process is nice.
+        # On Windows alone; elsewhere the process sets its own niceness.
         below_normal = getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0)
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(Path(__file__).parents[1]), json.dumps(order)],
@@ -74,8 +74,8 @@ class Compilation:
         return self
 
     def finish(self) -> None:
-        """Waits for a process that compiles already, and ends one that still prepares to: who began first is done
-        first.
+        """Waits for the process if it has begun to compile, and kills it if it is still starting up: then compiling
+        here is done sooner.
         """
         if self._has_begun.is_set():
             try:

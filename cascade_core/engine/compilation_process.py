@@ -1,4 +1,4 @@
-"""What a process of `compilation.py` does."""
+"""Main function of the processes that `compilation.py` starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCHES = {"StageBConfig": (2, 1)}  # a host's own sampler runs Stage B without 
 
 
 def main(order: str) -> None:
-    """Compiles the kernels of a network, and then creates the file `marker`. Says one byte when it begins.
+    """Compiles the kernels of a network, then creates the file `marker`. Writes one byte to stdout when it begins.
 
     order: JSON of config (its class and its values), dtype, precision, card, marker
     """
@@ -44,5 +44,5 @@ def main(order: str) -> None:
 
 
 def _end_with_parent() -> None:
-    os.read(0, 1)  # nothing comes: it ends where the other side is closed
+    os.read(0, 1)  # returns when the parent closes its end, since nothing is ever sent
     os._exit(1)

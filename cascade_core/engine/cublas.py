@@ -1,8 +1,9 @@
 """The operations of `cuda.py` for NVIDIA cards before Ampere, for which Triton has no matrix instructions.
 
-Products are cuBLAS's and attention is PyTorch's; the kernels serve what moves memory. They are those that need nothing
-of a newer card: the response norm takes three launches, since the registers that one would need are counted for Ampere.
-PyTorch's attention allocates its result, so that forwards are captured under PyTorch's own allocator alone.
+Products are cuBLAS's and attention is PyTorch's; the kernels do the memory-bound rest. Only kernels without features
+of newer cards are used: the response norm takes three launches, since the registers that a single one would need are
+counted for Ampere. PyTorch's attention allocates its result, so that forwards are captured under PyTorch's own
+allocator alone.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ __all__ = [
 resample_by_products = True
 
 HEAD_WIDTHS = (16, 32, 64, 128)  # supported by the attention kernel
-MAX_BATCH, MAX_HIDDEN = 64, 8192  # of a feature map that fits the device's registers
+MAX_BATCH, MAX_HIDDEN = 64, 8192  # largest sizes of a feature map that fits the device's registers
 LONG_SEQUENCE = 512  # positions from which HOPPER_ATTENTION is faster
 # With 96 registers a multiprocessor runs five programs instead of four.
 HOPPER_ATTENTION = {
@@ -129,7 +129,7 @@ def add_linear_(x: Tensor, h: Tensor, weight: Tensor) -> None:
 
 
 def measured(op: str, x: Tensor, weight: Tensor) -> products.Config | None:
-    """The Config with which our product of x (B, N, K) and weight (out, K) is faster than cuBLAS's."""
+    """The Config with which our product of x (B, N, K) and weight (out, K) is faster than cuBLAS's, or None."""
     if x.element_size() != 2 or not weight.is_contiguous():
         return None
     n, k = weight.shape

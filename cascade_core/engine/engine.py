@@ -26,7 +26,7 @@ from .shapes import Conditions, ShapeCache
 from .unet import BoundUNet
 from .weights import OwnModules, WeightSnapshot
 
-SHAPES = 4  # that are cached, on CUDA with their graphs
+SHAPES = 4  # cached input shapes, on CUDA with their graphs
 TABLES = 64  # noise conditions whose scales and shifts are cached: 1 MB each for Stage C 3.6 B
 
 
@@ -34,10 +34,10 @@ class Engine(WeightConsumer):
     """`engine(x, r, **conditions)` as `network(x, r, **conditions)`, for StageB and StageC in evaluation.
 
     Made once per network. It follows the network where its weights are changed or moved; where placement streams them,
-    it runs each block while its weights are available, without graphs. Where a kernel fails it goes on without them
-    (fallback.py). It calls the network itself for convolutions other than 3 × 3, noise conditions that differ within
-    the batch, modules that somebody replaced, and weights on another device than x, in another dtype, or changed as
-    they are used.
+    it runs each block while its weights are available, without graphs. Where a kernel fails, it goes on without
+    kernels (fallback.py). It calls the network itself for convolutions other than 3 × 3, for noise conditions that
+    differ within the batch, for modules that a host replaced, and for weights on another device than x, in another
+    dtype, or changed by hooks while they are used.
     """
 
     def __init__(
@@ -66,25 +66,25 @@ class Engine(WeightConsumer):
         self._shapes: LRU[ShapeCache] = LRU(SHAPES)
         self._graph_memory = GraphMemory()
         self.replaced: str | None = None  # a module that was not the network's own at the last call
-        self._patched = 0  # the placement's version that all this was made from
+        self._patched = 0  # version of the placement that the cached values were derived from
 
     def parameters(self) -> Any:
         return self.network.parameters()
 
     def compile_in_background(self, device: torch.device) -> None:
-        """Begins to compile what forwards on a device launch, before there is one to run."""
+        """Begins to compile the kernels of forwards on a device, before the first one runs."""
         self._compilation = compilation.begin(self.network, device, self.precision)
 
     def extra_bytes(self, tokens: int = 0) -> int:
-        """About how many bytes the engine takes beside the weights and a forward's workspace: keys and values of
-        `tokens` conditioning tokens, of all images together, and the largest 8-bit weight dequantised.
+        """Estimate of the bytes that the engine takes beside the weights and a forward's workspace: keys and values
+        of `tokens` conditioning tokens, of all images together, and the largest 8-bit weight dequantised.
         """
         largest = max((layer.weight.numel() for _, layer in quantised_layers(self.network)), default=0)
         widths = sum(block.norm.normalized_shape[0] * repeats for block, repeats in self._attention_blocks())
         return (largest + 2 * tokens * widths) * compute_dtype(self.network).itemsize
 
     def _attention_blocks(self) -> Iterator[tuple[Any, int]]:
-        """Each with the number of times that it runs in a forward."""
+        """Each AttnBlock with the number of times that it runs in a forward."""
         for blocks, repeats in self.network.levels():
             yield from ((block, repeats) for block in blocks if isinstance(block, AttnBlock))
 
@@ -139,7 +139,7 @@ class Engine(WeightConsumer):
             out = shape.run(bound, ops, x, cache)
         else:
             out = bound.run_streamed(ops, x, cache, stream)
-        # Only now: a forward that was interrupted leaves no entry that is incomplete.
+        # Only after the forward, so that an interrupted one leaves no incomplete entry.
         self._tables.get_or_create(key, cache.table.clone)
         shape.complete(conditions)
         return out
@@ -204,7 +204,7 @@ class Engine(WeightConsumer):
 
 
 def precision_of(network: UNet) -> Precision:
-    """What a network's blocks multiply in: "exact" is the precision of its weights."""
+    """The precision of the products in a network's blocks; "exact" is that of its weights."""
     names: dict[torch.dtype | None, Precision] = {E4M3: "fp8", INT8: "int8"}
     return names.get(weight_format(network), "exact")
 

@@ -1,4 +1,4 @@
-"""What goes on where a kernel fails to compile or to launch: the same computation in a slower way."""
+"""Fallback for kernels that fail to compile or to launch: the same computation in a slower way."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 class Fallback(Generic[Way]):
     """The ways in which a network can be computed, from the fastest that has not failed on.
 
-    Without reading errors, which name kernels in a dozen ways: what fails in one way and not in the next was that way's
-    fault. What fails in the last as well is raised, and costs no way.
+    Error texts are not read, since kernels are named in them in a dozen forms. If a forward fails in one way and not
+    in the next, the first way was at fault and is left. If it fails in the last way too, its error is raised and no
+    way is left.
 
     name     of the network, for messages
-    ways     each with what is lost where it is left, as the end of a sentence; the last is never left
+    ways     each with what its successor costs, as the end of a sentence; the last is never left
     notify   told once of each way that is left
     """
 
@@ -35,9 +36,9 @@ class Fallback(Generic[Way]):
         self.notify = notify or logger.warning
 
     def run(self, compute: Callable[[Way], T], device: torch.device) -> T:
-        """compute(way) in the first way that does not fail. It starts from the beginning each time.
+        """Calls compute(way) with the first way that does not fail; each attempt starts from the beginning.
 
-        Raises CascadeError where the device computes nothing any more, until the process ends.
+        Raises CascadeError where the device does not compute any more for the rest of this process.
         """
         reasons: list[str] = []
         while True:
@@ -52,8 +53,8 @@ class Fallback(Generic[Way]):
                     raise
                 if not still_computes(device):
                     raise CascadeError(
-                        f"{self.name}: {device_name(device)} stopped computing ({reason_of(error)}), and does so for "
-                        "this process until it ends; start the program again."
+                        f"{self.name}: {device_name(device)} stopped computing ({reason_of(error)}), and will not "
+                        "compute again in this process; start the program again."
                     ) from error
                 if len(reasons) + 1 == len(self.ways):
                     raise
@@ -67,13 +68,13 @@ class Fallback(Generic[Way]):
 
 
 def still_computes(device: torch.device) -> bool:
-    """Whether a device computes at all: after some errors CUDA does not, in this process.
+    """Whether a device still computes: after some CUDA errors it does not, for the rest of the process.
 
-    Afterwards no error is left that the next launch would report as its own.
+    It also clears an earlier error, which the next launch would otherwise report as its own.
     """
     if device.type == "cpu":
         return True
-    for _ in range(2):  # the first may report what is left of the error before
+    for _ in range(2):  # the first may report a leftover of the previous error
         try:
             torch.zeros(1, device=device).add_(1)
             synchronize(device)
@@ -85,6 +86,6 @@ def still_computes(device: torch.device) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error on one line: its kind, and the first line of what it says."""
+    """An error on one line: its kind, and the first line of its message."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return excerpt(f"{type(error).__name__}: {first}" if first else type(error).__name__, 200)

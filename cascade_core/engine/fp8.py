@@ -49,11 +49,11 @@ __all__ = [
 
 
 class Rows(NamedTuple):
-    """A feature map as products read it, rows8 · scale.  rows8: (B, N, K) e4m3, scale: (B · N,) float32"""
+    """A feature map in the form that products read, rows8 · scale.  rows8: (B, N, K) e4m3, scale: (B · N,) float32"""
 
     rows8: Tensor
     scale: Tensor
-    dtype: torch.dtype  # of what is computed from them
+    dtype: torch.dtype  # of the results computed from them
 
 
 formats = (E4M3,)
@@ -167,7 +167,7 @@ def _quantised(x: Tensor | Rows) -> Rows:
 
 
 def _rows_like(x: Tensor) -> Rows:
-    """Room for the quantised rows of x (B, N, K)."""
+    """Uninitialised memory for the quantised rows of x (B, N, K)."""
     return Rows(empty(x.shape, x, E4M3), empty((len(x) * x.shape[1],), x, torch.float32), x.dtype)
 
 

@@ -21,8 +21,8 @@ from .workspace import AllocatesError
 
 logger = logging.getLogger(__name__)
 
-_CAPTURING = threading.Lock()  # cudaMallocAsync bears one capture in a process
-REHEARSALS = 2  # the first on a stream takes cuBLAS's workspace there, which stays
+_CAPTURING = threading.Lock()  # cudaMallocAsync supports one capture at a time in a process
+REHEARSALS = 2  # the first call on a stream allocates cuBLAS's workspace, which stays
 
 
 def can_capture(device: torch.device) -> bool:
@@ -31,13 +31,13 @@ def can_capture(device: torch.device) -> bool:
 
 
 def can_allocate_in_capture(device: torch.device) -> bool:
-    """Whether what is captured may allocate: not with the allocator cudaMallocAsync, ComfyUI's default."""
+    """Whether a captured forward may allocate: not with the allocator cudaMallocAsync, ComfyUI's default."""
     return is_nvidia(device) and torch.cuda.get_allocator_backend() == "native"
 
 
 @contextmanager
 def capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
-    """Captures the launches inside the block. What they allocate comes from `pool`."""
+    """Captures the launches inside the block, which allocate from `pool`."""
     # Collecting an old graph inside the block would end the capture.
     with collector_paused(), _CAPTURING, on_stream(capture_stream(device)):
         # Other threads of a host may call the CUDA API meanwhile.
@@ -54,7 +54,7 @@ def capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None)
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Launches inside the block on `stream`, after all before the block and before all after it."""
+    """Runs the block's launches on `stream`, after all earlier launches and before all later ones."""
     before = torch.cuda.current_stream(stream.device)
     stream.wait_stream(before)
     try:
@@ -65,14 +65,14 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 class GraphMemory:
-    """One piece of memory for the intermediate values of all of a network's graphs: only one of them runs at a time."""
+    """One block of memory for the intermediate values of all graphs of a network, of which one runs at a time."""
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
         self.users: WeakSet[Graphed] = WeakSet()
 
     def size(self, device: torch.device) -> int:
-        """Bytes that it takes on the device."""
+        """Its size in bytes on the device."""
         return self.memory.nbytes if self.memory is not None and self.memory.device == device else 0
 
     def reserve(self, size: int, device: torch.device, user: Graphed) -> Tensor:
@@ -90,9 +90,9 @@ class GraphMemory:
 class Graphed:
     """`forward(x)` of one shape of x: eager the first time, captured the second time, replayed from then on.
 
-    The eager one compiles kernels and tells what memory the forward needs. A forward that allocates beside that is
-    captured where the allocator allows it, and stays eager elsewhere, as does one for which there is no memory.
-    Everything else that it reads must stay at the same addresses.
+    The eager call compiles kernels and plans the memory that the forward needs. A forward that allocates further
+    memory is captured only where the allocator allows it; otherwise it stays eager, as does one for which memory is
+    short. Everything else that it reads must stay at the same addresses.
     """
 
     def __init__(self, memory: GraphMemory):
@@ -130,7 +130,7 @@ class Graphed:
             logger.warning("%s It runs without a CUDA graph, which takes longer.", error)
         except Exception as error:
             if not out_of_memory(error):
-                still_computes(x.device)  # clears it; where it was a kernel's, the eager forward says so
+                still_computes(x.device)  # clears the error; a kernel's comes back in the eager forward
                 logger.warning(
                     "No CUDA graph could be captured (%s): forwards take longer.", reason_of(error)
                 )
@@ -140,7 +140,7 @@ class Graphed:
 class CapturedForward:
     """`forward(x)`, captured with its intermediate values in `memory`.
 
-    Raises AllocatesError, before anything is captured, for a forward that allocates where a capture must not.
+    Raises AllocatesError, before the capture, for a forward that allocates where a capture may not.
     """
 
     def __init__(
@@ -167,9 +167,9 @@ class CapturedForward:
 
 
 def allocates(run: Callable[[], object], device: torch.device) -> bool:
-    """Whether a call takes memory of the allocator, even if it gives it back.
+    """Whether a call allocates memory, even if it frees it again.
 
-    cudaMallocAsync counts in pieces of some kB, so that a smaller temporary value does not show.
+    cudaMallocAsync counts in units of several kB, so a smaller temporary value goes unnoticed.
     """
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

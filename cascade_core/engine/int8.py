@@ -1,6 +1,6 @@
 """`cuda.py` with the blocks' weights in int8, with a scale per output channel: half the memory of 16 bits.
 
-They are converted to the precision of what they multiply, so an error of about a hundredth is that of the weights
+Weights are converted to the precision of the feature map, so the error of about a hundredth comes from the weights
 alone. A product converts them as it loads them where that was measured to be faster (`tuned.json`); else they are
 written in 16 bits to the workspace, mostly to the card's L2 cache, and cuBLAS multiplies them there.
 """

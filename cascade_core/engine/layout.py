@@ -1,6 +1,6 @@
 """Feature maps as tokens (B, N, C), N = height · width, and as images, with the copies between the two.
 
-What is copied goes to the forward's workspace.
+Copies are made in the forward's workspace.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def shuffle(tokens: Tensor, size: Size, side: int) -> Tensor:
 
 
 def patches(tokens: Tensor, size: Size) -> Tensor:
-    """Squares of 2 × 2 positions, what is odd at the end left out: (B, N, C) at `size` -> (B, N / 4, 4C)"""
+    """Squares of 2 × 2 positions, without an odd last row or column: (B, N, C) at `size` -> (B, N / 4, 4C)"""
     height, width = size[0] // 2, size[1] // 2
     image = tokens.unflatten(1, size)[:, : 2 * height, : 2 * width]
     squares = image.unflatten(2, (width, 2)).unflatten(1, (height, 2)).transpose(2, 3)  # (B, h, w, 2, 2, C)

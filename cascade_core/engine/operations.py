@@ -21,10 +21,10 @@ RESPONSE_EPS = 1e-6
 
 
 class Operations(Protocol):
-    """What a module of operations offers; the functions below say what each computes.
+    """Interface of a module of operations; the functions below document each.
 
-    A weight is a Tensor, or a QuantisedWeight in one of `formats`; where it is several side by side, perhaps a list.
-    What products alone read, a normed feature map or attention's, may be in another form too (fp8.py).
+    A weight is a Tensor, or a QuantisedWeight in one of `formats`; several side by side may be a list. Values that
+    only products read (a normed feature map, or attention's result) may be in a form of the module's own (fp8.py).
     """
 
     @property
@@ -86,11 +86,11 @@ resample_by_products = False
 
 
 def compile_ahead(forward: Callable[[], object]) -> None:
-    """Compiles the kernels of a forward: here there are none."""
+    """Does nothing: plain PyTorch has no kernels to compile."""
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether forwards can be captured as CUDA graphs: these take most of their memory beside the workspace."""
+    """Whether forwards can be captured as CUDA graphs: not these, which allocate mostly outside the workspace."""
     return False
 
 
@@ -119,7 +119,7 @@ def depthwise_norm(
 ) -> Tensor:
     """LayerNorm of a depthwise 3×3 convolution.  x: (B, N, C) at `size`, weight: (9, C) -> (B, N, C)
 
-    joins: as a Tensor, to be joined with others
+    joins: return a Tensor, because it will be concatenated
     """
     channels = x.shape[-1]
     image = x.unflatten(1, size).permute(0, 3, 1, 2)  # (B, C, H, W) in channels-last memory, a view

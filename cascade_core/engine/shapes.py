@@ -1,4 +1,4 @@
-"""What is cached for forwards of one shape: the run's constant values, and the CUDA graph."""
+"""Cache for forwards of one shape: the run's constant values and the CUDA graph."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .state import RunCache
 from .unet import BoundUNet
 
 Conditions = Mapping[str, Tensor | None]
-Versioned = tuple[Tensor | None, int]  # with the tensor's version, which counts writes to it
+Versioned = tuple[Tensor | None, int]  # a tensor with its version, which counts writes to it
 
 
 class ShapeCache:
@@ -35,7 +35,7 @@ class ShapeCache:
         """Drops everything but the compiled kernels. Graphs use this memory from now on."""
         self._graphed = Graphed(memory) if self.graphs else None
         self._cache: RunCache | None = None
-        self._conditions: dict[str, Versioned] | None = None  # of the cache; None while it is incomplete
+        self._conditions: dict[str, Versioned] | None = None  # of the cache; None: it is incomplete
         self._control: list[Versioned] = []
 
     def prepare(
@@ -43,7 +43,8 @@ class ShapeCache:
     ) -> RunCache:
         """The cache of a forward with these conditions, but for its table.
 
-        Unless the conditions are those of the last call, its keys and values are to be computed from `cond_tokens`.
+        Unless the conditions are those of the last call, its keys and values still have to be computed from
+        `cond_tokens`.
         """
         cache = self._cache
         if cache is None or self._conditions is None or not _same_values(conditions, self._conditions):
@@ -111,7 +112,7 @@ def _versioned(value: Tensor | None) -> Versioned:
 
 
 def _is_unchanged(value: Tensor | None, before: Versioned) -> bool:
-    """Whether it is the same tensor, and was not written to since."""
+    """Whether it is the same tensor as before, not written to since."""
     return value is before[0] and _versioned(value)[1] == before[1]
 
 

@@ -1,4 +1,4 @@
-"""What the bound blocks read and change: the cache of a run, and the state of one forward."""
+"""Data that the bound blocks read and change: the cache of a run, and the state of one forward."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Forwards of usual shapes on the meta device, without weights or a card: for the sake of the kernels they launch.
+"""Forwards of usual shapes on the meta device, without weights or a card, run only to compile their kernels.
 
-Nearly all kernels of a network are the same at every size. What a size decides: whether a feature map fits the
+Nearly all kernels of a network are the same at every size. The size decides only whether a feature map fits the
 registers of the card, how many keys full blocks leave over, and the nearest entry of the table of products.
 """
 
@@ -44,7 +44,7 @@ def usual_forward(
 ) -> Callable[[], object]:
     """A forward of a network of this configuration on the meta device, to be called where a card is `described`.
 
-    size: of the picture, (height, width); batch: of what Stage C or B computes at once
+    size: of the picture, (height, width); batch: rows that Stage C or B computes at once
     """
     engine = usual_engine(config, dtype, precision)
     return lambda: call_as_usual(engine, dtype, size, batch)
@@ -53,7 +53,7 @@ def usual_forward(
 def usual_engine(
     config: Any, dtype: torch.dtype, precision: Precision = "exact", device: torch.device | None = None
 ) -> Any:
-    """The engine of a network of this configuration, but no deeper than launches every kernel. device: or meta"""
+    """The engine of a network of this configuration, only deep enough to launch every kernel. device: None: meta"""
     if hasattr(config, "blocks"):
         blocks = tuple(tuple(min(count, BLOCKS) for count in half) for half in config.blocks)
         config = replace(config, blocks=blocks)
@@ -72,7 +72,7 @@ def usual_engine(
 def call_as_usual(
     engine: Any, dtype: torch.dtype, size: tuple[int, int] = SIZE, batch: int = BATCH
 ) -> object:
-    """Calls an engine of `usual_engine` with inputs of the usual shapes, of any values."""
+    """Calls an engine of `usual_engine` with inputs of the usual shapes; their values do not matter."""
     network: Any = engine.stage_a if isinstance(engine, DecoderEngine) else engine.network
     device = next(network.parameters()).device
     semantic, latent = stage_c_size(*size), stage_b_size(*size)
@@ -100,5 +100,5 @@ def call_as_usual(
 
 
 def _fail(message: str) -> None:
-    """The engine's way out, plain PyTorch, launches nothing."""
+    """Raises the engine's notice of a fallback as an error: plain PyTorch would launch no kernels."""
     raise RuntimeError(message)

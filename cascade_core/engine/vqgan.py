@@ -44,7 +44,7 @@ class DecoderEngine(WeightConsumer):
         self.forget()
 
     def compile_in_background(self, device: torch.device) -> None:
-        """Begins to compile what decoding on a device launches, before there is anything to decode."""
+        """Begins to compile the kernels of decoding on a device, before there is anything to decode."""
         self._compilation = compilation.begin(self.stage_a, device)
 
     def forget(self) -> None:
@@ -87,12 +87,12 @@ class DecoderEngine(WeightConsumer):
         batch, _, height, width = latent.shape
         if batch * height * width > MAX_GRAPH_POSITIONS or not can_capture(latent.device):
             return self._decode(latent)
-        # A size that does not come again, such as a tile's, is not captured.
+        # A size that comes only once, such as a tile's, is not captured.
         graphed = self._graphs.get_or_create(tuple(latent.shape), lambda: Graphed(self._graph_memory))
         return graphed(self._decode, latent)
 
     def _modules(self) -> Iterator[nn.Module]:
-        """The decoder's, in the order in which they run."""
+        """The decoder's modules, in the order in which they run."""
         for block in (*self.stage_a.up_blocks, self.stage_a.out_block):
             yield from block if isinstance(block, nn.Sequential) else (block,)
 
@@ -135,7 +135,7 @@ class BoundMixingBlock:
 
 
 class FusedMixingBlock(BoundMixingBlock):
-    """MixingBlock in fused kernels, some lines of a large image at a time: hidden values take most of the memory."""
+    """MixingResidualBlock in fused kernels; a large image is done in parts of some lines, to save memory."""
 
     hidden_bytes = HIDDEN_BYTES
 
@@ -172,7 +172,7 @@ class FusedMixingBlock(BoundMixingBlock):
 
 
 def lines_per_part(lines: int, limit: int) -> int:
-    """Lines of each part, up to `limit`, such that the last has about as many: products of similar sizes."""
+    """Lines of each part, up to `limit`, chosen so that all parts, and so their products, have about the same size."""
     parts = -(-lines // max(limit, 1))
     return -(-lines // parts)
 
@@ -201,11 +201,11 @@ class PixelShuffle:
 
 
 class DoublingConv:
-    """A transposed convolution of 4 × 4 with a stride of 2 as products: cuDNN takes memory, which a graph must not.
+    """A transposed convolution of 4 × 4 with a stride of 2 as products: cuDNN allocates, which a graph must not.
 
-    An output position is a sum over 2 × 2 positions of the bordered input: which, and by what weights, depends on
-    whether its line and its column are even. All four read the same squares. Some lines at a time, since the squares
-    take four times the memory of the input.
+    An output position is a weighted sum over 2 × 2 positions of the bordered input; which positions and weights
+    depends on whether its line and its column are even. All four cases read the same squares. Some lines at a time,
+    since the squares take four times the memory of the input.
     """
 
     def __init__(self, convolution: nn.ConvTranspose2d):
@@ -248,12 +248,12 @@ class DoublingConv:
             first = y * row + x
             product = empty((height * row, len(self.bias)), bordered)
             torch.addmm(self.bias, rows[first : first + height * row], weight.T, out=product)
-            # Without what wraps to the next line.
+            # Without the columns that wrap to the next line.
             out[y::2, x::2].copy_(product.view(height, row, -1)[:, :width])
 
 
 class PlainMixingBlock(BoundMixingBlock):
-    """MixingBlock in plain PyTorch, for the CPU, with the gammas folded into the weights next to them."""
+    """MixingResidualBlock in plain PyTorch, for the CPU, with the gammas folded into the weights next to them."""
 
     hidden_bytes = CACHED_BYTES
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..networks.quantisation import is_quantised
 from ..placement.stream import WeightStream
 
-UNKNOWN = -1  # version of a tensor made in inference mode, which counts none
+UNKNOWN = -1  # version of a tensor made in inference mode, which has no counter
 
 
 class WeightSnapshot:
@@ -109,7 +109,7 @@ class OwnModules:
         self._paths = [f"{path}.{name}".lstrip(".") for path, m in modules for name in m._modules]
 
     def replaced(self) -> str | None:
-        """Name of the first that is not the network's own."""
+        """Name of the first module that is not the network's own, or None."""
         children = list(map(dict.get, self._dicts, self._names))
         if not all(map(is_, children, self._original)):
             same = map(is_, children, self._original)
@@ -120,7 +120,7 @@ class OwnModules:
 
 
 def _forward_replaced(module: nn.Module) -> bool:
-    """Whether a module has another forward than its class's, which hosts give back as an attribute."""
+    """Whether a module's forward is not its class's; a host that restores the original leaves it as an attribute."""
     forward = module.__dict__.get("forward")
     if forward is None:
         return False

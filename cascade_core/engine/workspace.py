@@ -1,8 +1,8 @@
-"""Memory of a forward's intermediate values: planned during the first one, then one piece, at the same addresses.
+"""Memory of a forward's intermediate values: planned during the first forward, then one block at fixed addresses.
 
 A CUDA graph keeps the addresses that it was captured with. What is allocated during a capture belongs to the graph;
 cudaMallocAsync, ComfyUI's allocator, gives it addresses that Triton cannot use. So a captured forward allocates
-nothing: all that it needs comes from memory that stands before, laid out by what an eager forward asked for.
+nothing: all its memory is allocated before the capture, laid out by the requests of an eager forward.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-ALIGNMENT = 256  # bytes: what every kernel and every copy likes
+ALIGNMENT = 256  # bytes, which suits every kernel and copy
 
 
 class AllocatesError(RuntimeError):
-    """A forward takes other memory than its workspace, which a captured one must not."""
+    """A forward allocates memory outside its workspace, which a captured one must not."""
 
 
 class _Memory(Protocol):
@@ -42,14 +42,14 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
 
 @dataclass
 class MemoryPlan:
-    """Where each request of a forward lies, in their order.  size: bytes of the whole"""
+    """Position of each memory request of a forward, in order.  size: bytes of the whole"""
 
     requests: list[tuple[int, int]] = field(default_factory=list)  # offset and bytes
     size: int = 0
 
 
 class _Recorder:
-    """Hands out memory of its own and notes where it would lie: at the lowest offset that is free by then."""
+    """Hands out new memory, and records the lowest offset free at that time as its place in the plan."""
 
     def __init__(self) -> None:
         self.plan = MemoryPlan()
@@ -85,7 +85,7 @@ class _Planned:
 
 @contextmanager
 def planning() -> Iterator[MemoryPlan]:
-    """Notes what the forward inside the block asks for; the plan is complete at its end."""
+    """Records the memory requests of the forward inside the block; the plan is complete at its end."""
     recorder = _Recorder()
     token = _current.set(recorder)
     try:

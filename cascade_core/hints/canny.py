@@ -13,7 +13,7 @@ from ..errors import CascadeError
 
 SHIFT = 15  # fixed-point bits
 TAN_22_5 = 13573  # tan(22.5°) · 2^15, rounded
-FURTHER = 16  # pixels that an edge grows between two looks at whether it still does
+FURTHER = 16  # pixels by which edges grow between two checks that they still grow
 
 
 def canny_hint(images: Tensor, low: int = 100, high: int = 200, size: int = 224) -> Tensor:
@@ -52,7 +52,7 @@ def canny(pixels: Tensor, low: int, high: int) -> Tensor:
 def _strongest_gradient(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Sobel dx and dy, each int32 (B, 1, H, W), of every pixel's channel with the largest |dx| + |dy|.
 
-    Outside the image its border pixels go on.  The first of equal channels wins.
+    The image's border pixels are repeated outside it.  The first of equal channels wins.
     """
     p = F.pad(pixels.float(), (1, 1, 1, 1), mode="replicate").to(torch.int32)  # (B, C, H + 2, W + 2)
     down = p[..., :-2, :] + 2 * p[..., 1:-1, :] + p[..., 2:, :]  # (B, C, H, W + 2)
@@ -68,7 +68,7 @@ def _strongest_gradient(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_ridge(gradient: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
-    """Non-maximum suppression: where the gradient is largest along its direction, one of four; bool (B, 1, H, W).
+    """Non-maximum suppression: True where the gradient is largest along its direction (one of four); (B, 1, H, W).
 
     Of two equal neighbours along an axis, the left or upper one is kept; on a diagonal neither is.  Outside
     the image the gradient is 0.
@@ -98,7 +98,7 @@ def connected(strong: Tensor, weak: Tensor) -> Tensor:
     `strong` is part of `weak`; bool (B, 1, H, W).
     """
     edges, count = strong, -1
-    # An accelerator waits for each count that is read, so that it goes several pixels further before it looks.
+    # Reading a count makes the host wait for an accelerator, so there edges grow by several pixels between checks.
     further = 1 if edges.device.type == "cpu" else FURTHER
     while (now := int(edges.sum())) != count:
         count = now
@@ -108,8 +108,8 @@ def connected(strong: Tensor, weak: Tensor) -> Tensor:
 
 
 def _dilated(mask: Tensor) -> Tensor:
-    """`mask` (B, 1, H, W), bool, grown by a pixel to all 8 neighbours. In bytes, many times as fast as a maximum
-    of floats.
+    """`mask` (B, 1, H, W), bool, grown by a pixel to all 8 neighbours; on bytes, which is many times faster than max
+    pooling of floats.
     """
     padded = F.pad(mask, (0, 0, 1, 1))
     rows = padded[:, :, :-2] | mask | padded[:, :, 2:]

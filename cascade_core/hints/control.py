@@ -13,7 +13,7 @@ from .kinds import kind_of
 
 Residuals = list[Tensor | None]  # (B, C, h, w) by the number of Stage C's residual block, None in the gaps
 
-ROUNDING = 1e-4  # by which two ways to compute the same level of noise may differ, relatively
+ROUNDING = 1e-4  # relative difference allowed between two ways to compute the same noise level
 
 
 def residual_blocks(network: Any) -> list[int]:
@@ -45,7 +45,7 @@ def check_blocks(config: ControlNetConfig, name: str, widths: list[int]) -> None
 
 
 def check_hint(config: ControlNetConfig, name: str, channels: int) -> None:
-    """Raises CascadeError unless the hint has the channels that the ControlNet takes; any can be made grey."""
+    """Raises CascadeError unless the hint has the ControlNet's channels; one channel takes any hint, as grey."""
     if config.c_in in (1, channels):
         return
     kind = kind_of(config.c_in)
@@ -81,7 +81,7 @@ def _centre_crop(hint: Tensor, size: tuple[int, int]) -> Tensor:
     """The largest part in the middle that has the proportions of `size`."""
     height, width = hint.shape[-2:]
     aspect = size[1] / size[0]
-    left = min(max(round((width - height * aspect) / 2), 0), (width - 1) // 2)  # a pixel stays of a thin one
+    left = min(max(round((width - height * aspect) / 2), 0), (width - 1) // 2)  # at least a pixel stays
     top = min(max(round((height - width / aspect) / 2), 0), (height - 1) // 2)
     return hint[..., top : height - top, left : width - left]
 

@@ -66,8 +66,8 @@ def super_resolution_hint(
 def super_resolution_input(pictures: Tensor, size: tuple[int, int], scale: float) -> Tensor:
     """The small picture as the compressor reads it for `super_resolution_hint`.
 
-    pictures: (B, H, W, 3) in [0, 1]; size: (h, w) of the large picture's latent; scale: by how much fewer positions the
-    small one has a side, 1 where the ControlNet was trained to read it enlarged -> (B, 3, 32 · h / scale, …)
+    pictures: (B, H, W, 3) in [0, 1]; size: (h, w) of the large picture's latent; scale: how many times smaller a side
+    of the small picture is; 1 where the ControlNet was trained to read it enlarged -> (B, 3, 32 · h / scale, …)
     """
     pixels = [max(round(side / scale), 1) * COMPRESSOR_STRIDE for side in size]
     return resized(pictures, pixels).movedim(-1, 1)
@@ -100,7 +100,7 @@ def identity_map(
     height, width = size
     result = torch.zeros(1, embeddings.shape[1], height, width, device=embeddings.device)
     scale = torch.tensor([width / picture[1], height / picture[0]] * 2)
-    # Published: boxes in whole pixels of a picture with 32 of them to a position.
+    # Published: boxes in whole pixels of a picture that has 32 pixels per position.
     positions = (
         ((boxes.cpu().float() * scale * COMPRESSOR_STRIDE).int() / COMPRESSOR_STRIDE)
         .clamp(min=0)

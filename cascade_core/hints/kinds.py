@@ -38,5 +38,5 @@ KINDS: Mapping[str, ControlNetKind] = MappingProxyType(
 
 
 def kind_of(channels: int) -> ControlNetKind | None:
-    """The kind whose hint has so many channels, or None."""
+    """The kind whose hint has this number of channels, or None."""
     return next((kind for kind in KINDS.values() if kind.channels == channels), None)

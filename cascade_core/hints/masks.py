@@ -1,4 +1,4 @@
-"""Masks for inpainting: at a latent's size, with soft edges, of room around a picture; and compositing."""
+"""Masks for inpainting and outpainting, at a latent's size or with soft edges; and compositing."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,8 @@ def expand(
 ) -> tuple[Tensor, Tensor]:
     """Adds room around a picture, and gives the mask of what is to be painted.
 
-    images: (B, C, H, W) -> (B, C, top + H + bottom, left + W + right), its borders drawn out, and a mask (1, H', W'):
+    images: (B, C, H, W) -> (B, C, top + H + bottom, left + W + right), its border pixels repeated, and a mask (1, H',
+    W'):
     1 in the new part, falling to 0 over `feather` pixels of the old one.
     """
     if min(left, top, right, bottom, feather) < 0:
@@ -42,7 +43,7 @@ def expand(
 
 
 def _distances(length: int, before: int, after: int, feather: int) -> Tensor:
-    """Ramp over a side: 0 in the room, rising to 1 within `feather` of it; ends without room do not count."""
+    """Ramp along a side: 0 in the room, rising to 1 over the next `feather` pixels; none at ends without room."""
     position = torch.arange(length) + 0.5
     inside = torch.ones(length)
     for room, distance in ((before, position), (after, length - position)):

@@ -20,7 +20,7 @@ from .config import (
 )
 from .stage_a import HIDDEN_VALUES
 
-# Of a level's width at each of its positions: a residual block holds its input, the skip, and three times the
+# In units of the level's width, per position: a residual block holds its input, the skip, and three times the
 # fourfold hidden width.
 RES_BLOCK = 15
 TOKEN = 8  # of the tokens' width: mapped, joined, normed, and as keys and values

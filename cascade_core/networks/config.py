@@ -18,7 +18,7 @@ MOST_BLOCKS = 1000  # residual blocks of a Stage C that a ControlNet can number;
 
 
 class NetworkConfig:
-    """Base of all configurations: made from a dict, with unknown names and values of other types refused."""
+    """Base of all configurations. `from_dict` raises CascadeError for unknown names and values of other types."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -45,13 +45,13 @@ class NetworkConfig:
 
 
 def _frozen(value: Any, depth: int = 3) -> Any:
-    """Lists as tuples, as deep as configurations have them."""
+    """Lists as tuples, to the depth that configurations have."""
     listed = depth and isinstance(value, list | tuple)
     return tuple(_frozen(item, depth - 1) for item in value) if listed else value
 
 
 def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type: a bool is not a number, and numbers are of a size that a network has."""
+    """Whether a value is of an annotated type; a bool is not a number, and numbers have to be within LARGEST."""
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_is_of(item, get_args(hint)[0]) for item in value)
     if get_origin(hint) is UnionType:
@@ -59,7 +59,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     if hint is EfficientNetStage:  # `stage_table` reads it
         return isinstance(value, tuple)
     if hint in (int, float):
-        return type(value) in {int, hint} and -1 <= value < LARGEST  # which NaN is not
+        return type(value) in {int, hint} and -1 <= value < LARGEST  # False for NaN
     return isinstance(value, hint)
 
 
@@ -290,7 +290,7 @@ class CompressorConfig(NetworkConfig):
         return sum(stage.layers for stage in self.stages)
 
     def check_stride(self, name: str) -> None:
-        """Raises CascadeError, naming the file, where a position is not 32 pixels: the weights do not tell."""
+        """Raises CascadeError, naming the file, unless a position is 32 pixels; shapes show no strides."""
         stride = 2 * prod(stage.stride for stage in self.stages)
         if stride != COMPRESSOR_STRIDE:
             raise CascadeError(
@@ -354,7 +354,7 @@ class ControlNetConfig(NetworkConfig):
         return COMPRESSOR_STRIDE if self.bottleneck_mode in (None, "effnet") else 1
 
 
-# What the published files hold, so that a size can be named and made without a file.
+# The published configurations, so that a network of a named size can be built without its file.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "stage_c_3.6b": ("stage_c", {}),
     "stage_c_1b": (

@@ -19,7 +19,7 @@ BATCH_NORM_EPS = 1e-3  # torchvision's for the V2 family; torch's own default is
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation that in eval mode follows its input's device and precision.
 
-    Hosts inject convolutions that do so but have no BatchNorm2d of that kind, or only lately.
+    Hosts inject convolutions that do so, but only their newest versions have such a BatchNorm2d.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ class _DividedBias(TorchFunctionMode):
         self.reached = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _AFFINE and len(args) > 2:  # products without a bias are a LoRA's that is trained
+        if func in _AFFINE and len(args) > 2:  # a product without a bias is that of a LoRA in training
             x, weight, bias, *others = args
             self.reached, args = True, (x, weight, divide(bias, self.scale), *others)
         return func(*args, **(kwargs or {}))

@@ -52,7 +52,8 @@ def infer_config(
     """Read the kind and the configuration of a checkpoint back from its names and shapes.
 
     state_dict: published (or split-attention) names, to anything that has a `shape`; metadata: of the safetensors
-    header, whose JSON `config` takes precedence over the shapes, but cannot ask for more blocks than these are tensors.
+    header, whose JSON `config` takes precedence over the shapes, but cannot ask for more blocks than there are
+    tensors.
     Kinds: stage_a stage_b stage_c compressor previewer controlnet. Raises CascadeError for any other checkpoint.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
@@ -85,7 +86,7 @@ def infer_config(
 def _check_blocks_are_known(
     inferred: Mapping[str, Any], metadata: Mapping[str, str] | None, tensors: int
 ) -> None:
-    """Raises CascadeError for a ControlNet of which nothing says where its residuals go."""
+    """Raises CascadeError for a ControlNet whose target blocks are stated nowhere."""
     if {"proj_blocks": True, **inferred, **stated_config(metadata)}["proj_blocks"] == []:
         raise CascadeError(
             "nothing says which of Stage C's residual blocks this ControlNet's projections are for; write the "
@@ -97,10 +98,10 @@ def _check_blocks_are_known(
 def completed(
     config_class: type[NetworkConfig], inferred: dict[str, Any], stated: Mapping[str, Any], tensors: int
 ) -> dict[str, Any]:
-    """A stated configuration, completed by what the tensors tell; the widths are compared when it is built.
+    """A stated configuration, completed from the tensors; widths are compared later, when the network is built.
 
-    Raises CascadeError where it holds what no network has, or more blocks than there are tensors: so what is built,
-    without values, is bounded by the file.
+    Raises CascadeError for values that no network has, and for more blocks than there are tensors, so that the file
+    bounds the size of the network built (without values) from it.
     """
     config = {**inferred, **stated}
     blocks = config_class.from_dict(config).block_count
@@ -113,10 +114,10 @@ def completed(
 
 
 def stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """The JSON `config` of a safetensors header; empty where there is none, or only another program's.
+    """The JSON `config` of a safetensors header; empty where there is none, or where it is another program's.
 
-    Anything may be called so: a trainer's settings, a text. A network's own config is a table most of whose names are
-    those of configurations here.
+    Other programs store trainer settings or plain text under this name. A table counts as a network's config if most
+    of its names are those of a configuration here.
     """
     config = stated_table(metadata)
     ours = len(_CONFIG_NAMES & set(config))
@@ -124,7 +125,7 @@ def stated_config(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def stated_table(metadata: Mapping[str, str] | None, key: str = "config") -> dict[str, Any]:
-    """The table that `config` of a safetensors header is in JSON; empty for anything else."""
+    """A table in JSON under a key of a safetensors header; empty for anything else."""
     try:
         table = json.loads((metadata or {}).get(key) or "{}")
     except (ValueError, RecursionError):
@@ -142,7 +143,7 @@ _BLOCK_SIGNATURES = (
 
 
 def _count(shapes: Shapes, template: str) -> int:
-    """How many tensors there are of a name that holds its number as `{}`, from 0 on."""
+    """Number of tensors whose names fit the template, numbered from 0 on at its `{}`."""
     return next(number for number in count() if template.format(number) not in shapes)
 
 
@@ -159,7 +160,7 @@ def _block_kinds(shapes: Shapes, prefix: str) -> str:
 
 def _period(kinds: str) -> tuple[str, int]:
     """The shortest pattern that repeats to `kinds`, and how often."""
-    length = (kinds + kinds).find(kinds, 1)  # the first turn that changes nothing
+    length = (kinds + kinds).find(kinds, 1)  # the first rotation that changes nothing
     return (kinds[:length], len(kinds) // length) if kinds else ("", 0)
 
 
@@ -192,7 +193,7 @@ def _infer_unet(shapes: Shapes, patch_size: int) -> dict[str, Any]:
 
 
 def infer_stage_c(shapes: Shapes) -> dict[str, Any] | None:
-    """Infer Stage C, which has one mapper for the text states that Stage B lacks."""
+    """Infer Stage C, which alone has a mapper for the text encoder's states."""
     if (
         not {"clip_txt_mapper.weight", "clip_img_mapper.weight", "embedding.1.weight", "clf.1.weight"}
         <= shapes.keys()
@@ -287,8 +288,8 @@ def infer_controlnet(shapes: Shapes) -> dict[str, Any] | None:
     """Config of the ControlNet whose state dict has these keys and shapes, or None where it is not one.
 
     The widths of a published backbone are left out, those of another are returned whole. Which blocks the
-    projections are for is not in the shapes: 8 and 64 of them mean the published lists; of another number
-    they have to be stated, and none are given here.
+    projections are for is not in the shapes: 8 or 64 projections mean the published lists; for any other number the
+    blocks have to be stated elsewhere, and the result has none.
     """
     projections = _count(shapes, "projections.{}.0.weight")
     inner, outer = shapes.get("projections.0.0.weight"), shapes.get("projections.0.2.weight")

@@ -1,7 +1,7 @@
 """The precision that a network computes in, where main memory keeps its weights in another.
 
-A file in bf16 or float32 stays mapped as it is, also where the card computes in fp16: placement casts each unit on its
-way there. Cast in main memory, Stage C alone would take 7.2 GB of it, of 12.7 that a free machine of Colab has.
+A file in bf16 or float32 stays mapped as it is, also where the card computes in fp16: placement casts each unit on
+its way to the card. Casting in main memory would take 7.2 GB for Stage C alone, and a free Colab machine has 12.7 GB.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def cast_on_the_way(network: Any, dtype: torch.dtype | None) -> None:
 
 
 def cast_dtype(network: nn.Module) -> torch.dtype | None:
-    """What placement casts the network's weights to, or None: they are placed as they are."""
+    """The dtype that placement casts the network's weights to; None: they are not cast."""
     return getattr(network, "compute_dtype", None)
 
 
@@ -35,5 +35,5 @@ def compute_dtype(network: nn.Module) -> torch.dtype:
 
 
 def dtype_on_device(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    """What a stored tensor is cast to: `dtype` if it is floating-point and anything is asked for."""
+    """The dtype of a tensor after casting: `dtype`, or its own where that is not floating-point or `dtype` is None."""
     return stored if dtype is None or not stored.is_floating_point else dtype

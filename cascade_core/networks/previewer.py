@@ -40,5 +40,5 @@ class Previewer(nn.Module):
         return cls(PreviewerConfig.from_dict(config), operations)
 
     def forward(self, latent: Tensor) -> Tensor:
-        # Else a card's convolutions turn each feature map round and back, in twice the memory.
+        # Otherwise a card's convolutions convert each feature map to channels-last and back, in twice the memory.
         return self.blocks(latent.contiguous(memory_format=torch.channels_last))

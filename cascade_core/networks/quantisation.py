@@ -1,11 +1,12 @@
 """8-bit weights: e4m3 or int8 with a float32 scale for each row, in half the memory of bf16.
 
 A row is an output channel's weights. Its scale maps its largest value to the largest of the format, so the rounding
-error is at most 1/16 of a value or, near zero, 2⁻¹⁰ scales in e4m3, and half a scale in int8: of a product about 2.7 %
-and 1 %.
+error is at most 1/16 of a value or, near zero, 2⁻¹⁰ scales in e4m3, and half a scale in int8; for a product that is
+about 2.7 % and 1 %.
 
 Only the large matrices are quantised, those of attention and of the MLPs, with the mappers between repeats: 97 % of a
-network's bytes. The timesteps' mappers, norms, biases, depthwise and resampling convolutions, input and output stay.
+network's bytes. Timestep mappers, norms, biases, depthwise and resampling convolutions, input and output layers are
+left alone.
 
 A quantised layer computes by itself on any device: it dequantises its weight for each call, and again for a gradient,
 so that a network can be trained around it. The engine reads the 8-bit weight instead. `original` is what
@@ -48,7 +49,7 @@ def quantise(weight: Tensor, dtype: torch.dtype) -> QuantisedWeight:
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values within the range of an 8-bit format, to the nearest in it; halves to the even one."""
+    """Values, which have to be within its range, rounded to the nearest of an 8-bit format; ties to even."""
     return (values.round() if dtype == INT8 else values).to(dtype)
 
 
@@ -128,7 +129,7 @@ class QuantisedConv2d(QuantisedLayer, nn.Conv2d):
 class FrozenProduct(torch.autograd.Function):
     """Product of a frozen layer, linear or a 1×1 convolution, that dequantises its weight for each call.
 
-    Its way back dequantises it anew, where autograd would keep it in 16 bits.
+    The backward pass dequantises it again, where autograd would keep a copy in 16 bits.
     """
 
     @staticmethod
@@ -196,14 +197,14 @@ def quantise_network(
 ) -> Any:
     """Makes a network's large weights 8-bit, in place.
 
-    stored  weights that a file holds in 8 bits, by name: taken as they are where their format is `dtype`, else what
-            the layers' original is
+    stored  weights that a file holds in 8 bits, by name: used as they are where their format is `dtype`; else they
+            become the layers' `original`
     device  to quantise on, one weight at a time (None: where it is); the bits are the same
     """
     for name, layer in list(quantisable(network)):
         _quantise_layer(layer, dtype, (stored or {}).get(f"{name}.weight"), device)
     if device is not None and device.type == "cuda":
-        torch.cuda.empty_cache()  # what it took is in pieces, into which nothing larger fits
+        torch.cuda.empty_cache()  # else the cache stays in pieces too small for anything larger
     return network
 
 

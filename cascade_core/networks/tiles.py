@@ -71,9 +71,9 @@ def join_tiles(
 
 
 def fitting_tile(height: int, width: int, halo: int, fits: Callable[[int], bool]) -> int:
-    """Side of the largest even tiles for which `fits(positions with their halo)`; 0 where the whole does.
+    """Side of the largest equal tiles whose positions, halo included, satisfy `fits`; 0 where the whole picture does.
 
-    At least 1, whatever fits.
+    At least 1, even where nothing fits.
     """
     longer = max(height, width)
     for parts in range(1, longer + 1):
@@ -147,7 +147,7 @@ def in_whole_patches(predict: Callable[[Tensor], Tensor], x: Tensor, patch_size:
 
 
 def _mirrored(side: int, patch_size: int, device: torch.device) -> Tensor:
-    """Positions 0, 1, …, side - 1 and on, back from the last one, up to whole patches."""
+    """Positions 0, 1, …, side - 1, then back from the last one until the patches are whole."""
     position = torch.arange(-(-side // patch_size) * patch_size, device=device)
     return (side - 1 - (side - 1 - position).abs()).clamp(min=0)
 
@@ -167,7 +167,7 @@ def overlapping(length: int, tile_positions: int) -> list[slice]:
 
 
 def _ramp(span: slice, length: int, like: Tensor) -> Tensor:
-    """The weight of each position: falls towards the tile's ends, but not towards the whole's.  (span,)"""
+    """Blending weight of each position: falls towards the tile's ends, but not where the picture ends.  (span,)"""
     position = torch.arange(span.start, span.stop, device=like.device, dtype=torch.float32) + 0.5
     fade = (span.stop - span.start) * OVERLAP
     rise = (position - span.start) / fade if span.start else torch.ones_like(position)

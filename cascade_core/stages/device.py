@@ -49,7 +49,7 @@ class ComputeDevice:
 
     @cached_property
     def pool(self) -> DeviceMemory | PlainMemory | None:
-        """What the memory of a card is shared by; None on the CPU."""
+        """The pool that shares a card's memory among networks; None on the CPU."""
         if self.device.type == "cpu":
             return None
         if is_nvidia(self.device):
@@ -71,7 +71,8 @@ class ComputeDevice:
         single_use       the body runs the network once
         consumer         the engine that the body calls in the network's place
 
-        Out of memory, the body is run again from its beginning in a smaller placement, and the observer is told.
+        Where memory runs out, the body is run again from its beginning in a smaller placement, and the observer is
+        told.
         """
         if self.pool is not None:
             return self.pool.run(
@@ -87,7 +88,7 @@ class ComputeDevice:
 
     @property
     def places(self) -> bool:
-        """Whether weights are read and cast on their way to a card, by the pool, and not by a loader."""
+        """Whether the pool, and not the loader, reads and casts weights on their way to a card."""
         return self.pool is not None
 
     def weight_dtype(self, name: str) -> torch.dtype:

@@ -123,7 +123,7 @@ class DiffusionStage:
             side = tile_positions or max(height, width)
             values = activations.stage_b(config, batch, min(height, side), min(width, side))
         workspace = values * compute_dtype(self.network).itemsize
-        # A CUDA graph is recorded when the runs before it are over, and counted from then on (engine/graphs.py).
+        # A CUDA graph is captured after earlier runs have ended, and its memory counts from then on (engine/graphs.py).
         return workspace + self.engine.extra_bytes(batch * tokens) if with_engine else workspace
 
 

@@ -30,9 +30,9 @@ class Control:
     strength    how strongly it pulls; 0: not at all
     start, end  the shares of the steps that it is on for
     mask        of an inpainting ControlNet; None: the call's own
-    hint        the hint itself, (B, H, W, C), for kinds that make none of a picture (identity) or for one that is made
-                already
-    low, high   canny: contrasts below and above which an edge is none, or always one
+    hint        the hint itself, (B, H, W, C), for kinds whose hint is not made from a picture (identity), or if you
+                have made it
+    low, high   canny: contrasts; nothing below `low` is an edge, and everything above `high` is
     reads       super resolution: whether it was trained to read the "small" picture or the same "enlarged"
     """
 
@@ -140,7 +140,7 @@ def _checked_hint(hint: Any, name: str) -> Tensor:
 def _super_resolution(control: Control, image: Tensor, size: tuple[int, int], compressor: Codec) -> Tensor:
     width, height = size
     positions = stage_c_size(height, width)
-    # A picture that is larger than the one to be made is read in that one's size, not in as many positions as it has.
+    # A picture larger than the one to be made is read at that one's size, not at its own.
     scale = max(width / image.shape[2], 1) if control.reads == "small" else 1
     small = super_resolution_input(image, positions, scale)
     return super_resolution_hint(

@@ -174,7 +174,8 @@ def load_image_encoder(path: Path, device: ComputeDevice) -> VisionStage:
 
 def check_text(name: str, text: str) -> None:
     """Raises CascadeError for what is not text, for half a surrogate pair, as from bytes that are not UTF-8, and for
-    more than LONGEST_PROMPT characters: 75 tokens take a forward of the text encoder, and lengthen Stage C's attention.
+    more than LONGEST_PROMPT characters: every 75 tokens cost a forward of the text encoder, and lengthen Stage C's
+    attention.
 
     name: of the input
     """

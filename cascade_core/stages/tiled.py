@@ -1,4 +1,4 @@
-"""A network that looks only so far, on pictures of any size: whole where that fits the memory, else in tiles."""
+"""A network with a bounded receptive field on pictures of any size: whole where memory allows, else in tiles."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ..placement import WeightConsumer, out_of_memory
 from .device import ComputeDevice
 
 MOST = 2_500_000_000  # bytes beside the weights: beyond it larger tiles are hardly faster
-LEAST = 500_000_000  # bytes for which other networks leave the device rather than that tiles get smaller
+LEAST = 500_000_000  # bytes for which other networks are evicted, before tiles get smaller than this
 LEAST_TILE = 16  # positions a side
 
 
@@ -23,7 +23,7 @@ class Tiled:
 
     device    where it runs
     estimate  of `activations`: values alive for (config, batch, height, width) in positions
-    down, up  what a position is in what goes in and in what comes out, in values a side
+    down, up  values a side of one position, in the input and in the output
     consumer  the engine that `function` calls in the network's place
     """
 
@@ -39,7 +39,7 @@ class Tiled:
     def __call__(self, x: Tensor, tile_positions: int) -> Tensor:
         """x: (B, C, h · down, w · down) -> (B, C', h · up, w · up) float32 in main memory.
 
-        tile_positions: positions a side, 0: as the memory allows, and smaller ones where it turns out not to.
+        tile_positions: positions a side, 0: as the memory allows. Tiles get smaller where memory runs out nevertheless.
         """
         automatic = not tile_positions
         if automatic:
@@ -73,7 +73,7 @@ class Tiled:
         return x.shape[-2] // self.down, x.shape[-1] // self.down
 
     def _area(self, x: Tensor, tile_positions: int) -> int:
-        """Positions that are seen at once."""
+        """Number of positions that a tile reads, halo included."""
         height, width = self._positions(x)
         seen = tile_positions + 2 * self.halo if tile_positions else max(height, width)
         return min(height, seen) * min(width, seen)

@@ -14,7 +14,7 @@ NON_FINITE_WEIGHT = "The weight {weight} holds NaN or infinity; download the fil
 
 
 class Stage(Protocol):
-    """Loaded networks that a file name is known of."""
+    """Loaded networks whose file names are known."""
 
     def networks(self) -> list[tuple[nn.Module, str]]:
         """Each network with the name of its file, and what it is."""
@@ -32,7 +32,7 @@ def non_finite_weight(stage: Stage) -> str | None:
 
 @contextmanager
 def naming_non_finite(stage: Stage) -> Iterator[None]:
-    """Names the file where an encoder of the core, which does not know it, refuses NaN."""
+    """Adds the file's name where an encoder of the core, which does not know it, refuses NaN."""
     try:
         yield
     except CascadeError:

@@ -110,7 +110,7 @@ def load_block(
 def attend(
     state, q, k, v, scale, count, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """The state after a block of keys, of which only the first `count` count where MASKED.
+    """The state after a block of keys; where MASKED, only the first `count` keys are used.
 
     state: weighted sum of values (BLOCK_M, D), highest logit and sum of weights (BLOCK_M,) so far
     """
@@ -207,7 +207,7 @@ def _attention(
     )  # fmt: skip
     total, peak, weight = state
     total = total / weight[:, None] * (1.0 / X_SCALE)
-    if row_scale is not None:  # one for all heads of a row, which other programs compute
+    if row_scale is not None:  # one for all heads of a row, though other programs compute them
         row_factor, inverse = power_of_two(tl.load(value_peak) * (1.0 / X_SCALE))
         total *= inverse
         row_at = row_scale + tl.program_id(2) * n + row

@@ -32,7 +32,7 @@ def depthwise_norm(
     batch, _, channels = x.shape
     tuned_elements, tuned_warps = norm_tile(channels)
     if row_scale is not None and tuned_elements > 2048:
-        tuned_warps *= 2  # whose registers hold the values until their largest is known
+        tuned_warps *= 2  # registers hold the values until the largest is known
     elements, num_warps = elements or tuned_elements, num_warps or tuned_warps
     block = triton.next_power_of_2(channels)
     tile_h, tile_w = rectangle(max(1, elements // block))

@@ -1,4 +1,4 @@
-"""Compiling for a card that is not there.  Kernels that are compiled are kept in Triton's cache on disk, as always."""
+"""Compiling for a card that this machine does not have.  As always, compiled kernels go into Triton's cache on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .launch import compile_ahead
 
 
 class DescribedDriver:
-    """What Triton's compiler asks of a driver, for a card that is described. It launches nothing."""
+    """Triton driver for a described card: it answers the compiler's questions and launches nothing."""
 
     def __init__(self, card: Card):
         major, minor = card.capability
@@ -22,7 +22,7 @@ class DescribedDriver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # kernels in memory are kept by it
+        return self.capability  # the key of Triton's cache in memory
 
     def get_current_stream(self, device: int) -> int:
         return 0

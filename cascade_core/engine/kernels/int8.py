@@ -1,4 +1,4 @@
-"""Weights of 8 bits as the 16 bits that cuBLAS multiplies, where that is faster than to convert them in a product."""
+"""Dequantises 8-bit weights to 16 bits for cuBLAS, where that is faster than converting them within a product."""
 
 import triton
 import triton.language as tl

@@ -23,7 +23,8 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 
     def compile_once(*arguments: Any, **options: Any) -> None:
         values = (*arguments, *options.values())
-        # Without this set the compiler would look in its own cache for each of a thousand launches: a second.
+        # Without this set, the compiler would search its own cache for each of a thousand launches, which takes a
+        # second.
         key = kernel, *options, *map(_specialisation, values)
         if key not in compiled:
             compiled.add(key)
@@ -33,7 +34,7 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 
 
 def _specialisation(value: Any) -> Hashable:
-    """The part of an argument that a kernel is compiled for."""
+    """The property of an argument that selects a compiled kernel."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if hasattr(value, "block_shape"):  # a TensorDescriptor

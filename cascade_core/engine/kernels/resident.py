@@ -162,7 +162,7 @@ def unpack(pair, DTYPE: tl.constexpr):
 
 @triton.jit
 def opaque(pair, INTERPRETED: tl.constexpr):
-    """The identity, hidden from the compiler: so it keeps one register instead of the two halves it knows already."""
+    """Identity that the compiler cannot see through, so it keeps the one packed register, not the two halves."""
     if not INTERPRETED:
         pair = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [pair], tl.int32, is_pure=False, pack=1)
     return pair
@@ -209,7 +209,7 @@ def grid_sum(value, sums, arrivals, SLOTS: tl.constexpr):
 
 @triton.jit
 def grid_peak(peaks, SLOTS: tl.constexpr):
-    """The largest of what the programs of grid axis 0 stored at peaks + program before `grid_sum`."""
+    """The largest of the values that the programs of grid axis 0 stored at peaks + program before `grid_sum`."""
     slot = tl.arange(0, SLOTS)
     present = slot < tl.num_programs(0)
     return tl.max(tl.load(peaks + slot, mask=present, other=0.0, cache_modifier=".cg"))
@@ -269,8 +269,8 @@ def load_activated(
     high_sum = tl.zeros((ROWS, PAIRS), tl.float32)
     for tile in tl.static_range(TILES):
         pairs = tl.zeros((ROWS, PAIRS), tl.int32)
-        # Always true, which the compiler cannot know: it finishes tile by tile instead of leaving all roundings for
-        # the end, where registers run out.
+        # Always true, but the compiler cannot know that. So it finishes tile by tile; otherwise it would leave all
+        # rounding for the end, and run out of registers.
         if tile * ROWS < n:
             # Only the last tile may be short. Addresses are one base plus constants, to save registers.
             present = inside & (row < n - tile * ROWS) if tile == TILES - 1 else inside & (row >= 0)

@@ -1,8 +1,8 @@
 """Tile configurations of fused matrix products, and the table of the fastest measured ones.
 
 `benchmarks/tune_products.py` writes `tuned.json`: by device, function of products.py and size "MxNxK", the fields of a
-Config, or "cublas" where PyTorch's own product followed by separate kernels is faster. What was
-not measured on a device is as on another of the same compute capability (an H200 has what an H100 has).
+Config, or "cublas" where PyTorch's own product followed by separate kernels is faster. A device without measurements
+uses those of another with the same compute capability (an H200 uses the H100's).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PERSISTENT = Config(128, 128, 128, warps=4, schedule="loop", tma=True, per_sm=2
 UNMEASURED = {  # by major compute capability and op; any other is left to cuBLAS
     (9, "linear_e4m3"): _PERSISTENT,
     (9, "linear_gelu_response_e4m3"): _PERSISTENT,
-    # This leaves more registers for what is added.
+    # Leaves more registers for the matrix that is added.
     (9, "add_linear_e4m3"): Config(128, 128, 128, warps=8, stages=4, tma=True),
 }
 
@@ -56,7 +56,7 @@ UNMEASURED = {  # by major compute capability and op; any other is left to cuBLA
 def choose(op: str, m: int, n: int, k: int, device: torch.device | str) -> Config | None:
     """The fastest known Config of `op` for x: (m, k), w: (n, k); None for cuBLAS.
 
-    op: a function of products.py, with the type of what it multiplies: "add_linear_e4m3"; of w's alone: "linear_int8"
+    op: a function of products.py, with the type of both factors, "add_linear_e4m3", or of w alone, "linear_int8"
     """
     card = card_of(torch.device(device))
     return None if card is None else _choose(op, m, n, k, card)
