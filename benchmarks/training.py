@@ -6,8 +6,8 @@ LoRA and loop: float32 weights under autocast, without the encoders that it runs
 
     python benchmarks/training.py [--tasks lora controlnet finetune] [--latent 24] [--batch 4] [--published PATH]
     accelerate launch --num_processes 2 benchmarks/training.py [--fsdp] …
-    python benchmarks/training.py --tasks lora --base int8 --batch 1     # frozen weights in 8 bits; nf4: in 4
-    python benchmarks/training.py --tasks stage_b                        # a LoRA of Stage B
+    python benchmarks/training.py --tasks lora --base int8 nf4 --batch 1   # frozen weights in 8 bits, and in 4
+    python benchmarks/training.py --tasks stage_b text_encoder           # LoRAs of Stage B and of the text encoder
     python benchmarks/training.py --presets [8gb 12gb …]                 # each within the memory of its card
 
 `benchmarks/ranks.py` compares one GPU with two.
@@ -19,12 +19,14 @@ import argparse
 import gc
 import importlib
 import json
+import os
 import sys
 import tempfile
 import time
 import types
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,11 +45,17 @@ from cascade_nodes.cascade_core.geometry import (
 )
 from cascade_nodes.cascade_core.networks.config import PRESETS
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
-from cascade_nodes.cascade_core.networks.quantisation import INT8, quantise_network, quantised_layers
+from cascade_nodes.cascade_core.networks.quantisation import (
+    INT8,
+    QuantisedWeight,
+    quantisable,
+    quantise_network,
+)
 from cascade_nodes.cascade_core.networks.stage_b import StageB
-from cascade_nodes.cascade_core.text.encoder import TextStates
+from cascade_nodes.cascade_core.text.encoder import TextEncoder, TextStates, build_text_model
+from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
 from cascade_nodes.cascade_core.training.data.batches import Batch
-from cascade_nodes.cascade_core.training.frozen import quantise_to_nf4
+from cascade_nodes.cascade_core.training.frozen import quantise_layer_to_nf4
 from cascade_nodes.cascade_core.training.launch import build_accelerator
 from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress
 from cascade_nodes.cascade_core.training.presets import NAMES, with_preset
@@ -71,12 +79,22 @@ from cascade_nodes.cascade_core.training.tasks.lora import LoRATask
 from cascade_nodes.cascade_core.training.tasks.stage_c import StageCTask
 from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
+from memory import BIG_G, TOY_TEXT
 
+LORAS: dict[str, Any] = {
+    "lora": "stage_c",
+    "stage_b": "stage_b",
+    "text_encoder": "text_encoder",
+}  # networks by task
 CAPTIONS = [f"caption {number}" for number in range(64)]
-TINY = {"c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[1, 2], [2, 1]]}  # to try the script
+# fmt: off
+TINY = {"c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[1, 2], [2, 1]],
+        "c_clip_text": 64, "c_clip_text_pooled": 64}  # to try the script
 TINY_B = {"c_cond": 32, "c_hidden": [16, 32], "nhead": [-1, 2], "blocks": [[1, 1], [1, 1]],
           "block_repeat": [[1, 1], [1, 1]], "level_config": ["CT", "CTA"], "dropout": [0, 0.1],
-          "self_attn": [True, True], "c_clip": 64, "c_r": 16}  # fmt: skip
+          "self_attn": [True, True], "c_clip": 64, "c_r": 16}
+# fmt: on
+SPREAD = 0.02  # of random weights
 CONTEXT_BYTES = 0.6 * 2**30  # that CUDA and its kernels take of a card beside PyTorch's memory
 WINDOW = 5  # steps between two looks at the clock
 
@@ -126,43 +144,62 @@ def random_stage_c(size: str, dtype: torch.dtype, device: torch.device) -> Stage
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
+@torch.no_grad()
 def frozen_network(
     kind: Any, config: dict[str, Any], base: str, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """A network whose large weights are in `base`, quantised one after the other as at loading; random values.
-
-    It begins as zeros, which take no memory until they are written.
-    """
+    """A network whose large weights are in `base`, of random values that are drawn on the device, layer by layer."""
     with torch.device("meta"):
         network = kind.from_config(config).to(dtype).eval().requires_grad_(False)
-    network = network.to_empty(device="cpu")
-    for parameter in network.parameters():
-        parameter.data = torch.zeros(parameter.shape, dtype=dtype)
+    layers = list(quantisable(network))
     if base == "int8":
-        quantise_network(network, INT8, device=device)
-        for _, layer in quantised_layers(network):
-            layer.original = None
+        stored = {
+            f"{name}.weight": random_int8(layer.weight.flatten(1).shape, device) for name, layer in layers
+        }
+        quantise_network(network, INT8, stored)
     elif base == "nf4":
-        quantise_to_nf4(network, device)
-    network = network.to(device).to(memory_format=torch.channels_last)
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            parameter.data.uniform_(-0.02, 0.02)
-    for _, layer in quantised_layers(network):
-        layer.weight.data.random_(-64, 64)
-        layer.weight_scale.fill_(0.02 / 64)
-    return network
+        for _, layer in layers:
+            materialise(layer, device)
+            if isinstance(layer, nn.Linear):
+                quantise_layer_to_nf4(layer, device)
+    for module in network.modules():
+        materialise(module, device)
+    return network.to(memory_format=torch.channels_last)
 
 
-def network_of(options: argparse.Namespace, name: str, dtype: torch.dtype, device: torch.device) -> Any:
+def random_int8(shape: torch.Size, device: torch.device) -> QuantisedWeight:
+    weight8 = torch.randint(-64, 64, shape, dtype=torch.int8, device=device)
+    return QuantisedWeight(weight8, torch.full(shape[:1], SPREAD / 64, device=device))
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Gives a module's own parameters random values where they have none."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta:
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            values.uniform_(-SPREAD, SPREAD)
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+
+
+def network_of(
+    options: argparse.Namespace, name: str, base: str, dtype: torch.dtype, device: torch.device
+) -> Any:
+    if name == "finetune":
+        return random_stage_c(options.size, dtype, device)
     if name == "stage_b":
         size = "stage_b_700m" if options.size == "1b" else "stage_b_1.5b"
         config = TINY_B if options.size == "tiny" else PRESETS[size][1]
-        return frozen_network(StageB, config, options.base, dtype, device)
-    if options.base == "full":
-        return random_stage_c(options.size, dtype, device)
+        return frozen_network(StageB, config, base, dtype, device)
     config = TINY if options.size == "tiny" else PRESETS[f"stage_c_{options.size}"][1]
-    return frozen_network(StageC, config, options.base, dtype, device)
+    return frozen_network(StageC, config, base, dtype, device)
+
+
+def random_text_encoder(stage_c: StageC, device: torch.device) -> TextEncoder:
+    """CLIP's text encoder for a Stage C, in float32 as it is trained, with the bundled vocabulary."""
+    config = TOY_TEXT if stage_c.config.c_clip_text == TOY_TEXT["hidden_size"] else BIG_G
+    with device:
+        model = build_text_model(config, device).eval().requires_grad_(False)
+    return TextEncoder(model, Tokenizer.bundled())
 
 
 class RandomStageB:
@@ -196,32 +233,37 @@ def settings_of(options: argparse.Namespace, task: Any, folder: str) -> Settings
         warmup=0,
     )
     output = OutputSettings("out.safetensors", folder, log_every=WINDOW, checkpoint_every=10**8)
-    return Settings("lora" if task == "stage_b" else task, DataSettings(folder), output, train=train)
+    return Settings("lora" if task in LORAS else task, DataSettings(folder), output, train=train)
 
 
-def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Steps per second and peak memory of one task by our loop."""
+def measure(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]:
+    """Steps per second and peak memory of one task by our loop, its frozen weights in `base`."""
     accelerator = build_accelerator()
     device = accelerator.device
     reset(device)
+    began_building = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(options, name, folder)
         dtype = compute_dtype(options.precision, device)
         torch.manual_seed(0)
-        stage_c = network_of(options, name, torch.float32 if name == "finetune" else dtype, device)
+        stage_c = network_of(options, name, base, torch.float32 if name == "finetune" else dtype, device)
         text = CachedText(cast(Any, RandomText(stage_c.config)), CAPTIONS, device)
         task: StageCTask
-        if name in ("lora", "stage_b"):
-            kind = "stage_b" if name == "stage_b" else "stage_c"
-            lora = LoRASettings(network=kind, rank=options.rank)
+        if name in LORAS:
+            lora = LoRASettings(network=LORAS[name], rank=options.rank)
             data = cast(Any, RandomStageB(options.latent)) if name == "stage_b" else None
-            task = LoRATask(stage_c, text, lora, ObjectiveSettings(), dtype, stage_b=data)
+            encoder = random_text_encoder(stage_c, device) if name == "text_encoder" else None
+            more = 0, encoder, CAPTIONS, (), data
+            task = LoRATask(stage_c, text, lora, ObjectiveSettings(), dtype, *more)
         elif name == "finetune":
             task = FinetuneTask(stage_c, text, FinetuneSettings(), ObjectiveSettings(), dtype)
         else:
             task = ControlNetTask(
                 stage_c, text, ControlNetSettings(start="random"), ObjectiveSettings(), dtype
             )
+        synchronise(device)
+        built = time.perf_counter() - began_building
+        reset(device)  # of building
         prepare_blocks(task, settings.train)
         if settings.train.fsdp and accelerator.num_processes > 1:
             task.divide(accelerator)
@@ -246,6 +288,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "peak_gb": outcome.peak_bytes / 1e9,
         "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else 0.0,
         "trained_parameters": trained,
+        "seconds": {"building": built, "training": outcome.seconds},
         "losses": losses,
     }
 
@@ -353,25 +396,28 @@ def measure_preset(options: argparse.Namespace, preset: str, task: str) -> dict[
     train, size = section.get("train", {}), section.get("data", {}).get("size", 1024)
     own = argparse.Namespace(**vars(options))
     own.batch, own.accumulate = train.get("batch_size", 4), train.get("accumulate", 1)
-    own.base, own.optimizer = train.get("base_weights", "full"), train.get("optimizer", "adamw")
+    base, own.optimizer = train.get("base_weights", "full"), train.get("optimizer", "adamw")
     own.recompute, own.latent = train.get("gradient_checkpointing"), stage_c_size(size, size)[0]
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         bound = int(preset.removesuffix("gb")) * 2**30 - CONTEXT_BYTES
         torch.cuda.set_per_process_memory_fraction(min(bound / total, 1.0))
     try:
-        result = measure(own, task)
-    except torch.OutOfMemoryError as error:
-        result = {
-            "steps_per_second": 0.0,
-            "peak_gb": 0.0,
-            "trained_parameters": 0,
-            "failed": str(error)[:200],
-        }
+        return {**measured(lambda: measure(own, task, base)), "batch": own.batch}
     finally:
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(1.0)
-    return result
+
+
+def measured(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a measurement gives; the others are taken where one fails, unless other processes wait for it."""
+    try:
+        return measure()
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise
+        reason = f"{type(error).__name__}: {error}"[:300]
+        return {"steps_per_second": 0.0, "peak_gb": 0.0, "trained_parameters": 0, "failed": reason}
 
 
 def reset(device: torch.device) -> None:
@@ -393,10 +439,16 @@ def main() -> None:
     parser.add_argument(
         "--tasks",
         nargs="+",
-        choices=("lora", "controlnet", "finetune", "stage_b"),
+        choices=(*LORAS, "controlnet", "finetune"),
         default=["lora", "controlnet"],
     )
-    parser.add_argument("--base", choices=("full", "int8", "nf4"), default="full", help="frozen weights")
+    parser.add_argument(
+        "--base",
+        nargs="+",
+        choices=("full", "int8", "nf4"),
+        default=["full"],
+        help="frozen weights, one by one",
+    )
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument(
         "--presets", nargs="*", choices=NAMES, help="measure these, or all, by the memory of a card"
@@ -421,53 +473,69 @@ def main() -> None:
     parser.add_argument(
         "--published", type=Path, help="a checkout of Stability-AI/StableCascade to compare with"
     )
-    parser.add_argument("--json", type=output_file, help="also write the numbers here")
+    parser.add_argument(
+        "--json", type=output_file, help="also write the numbers here, beside those that are there"
+    )
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     results: dict[str, dict[str, Any]] = {}
+    measurements: dict[str, Callable[[], dict[str, Any]]] = {}
     names = [] if options.presets is None else options.presets or list(NAMES)
     for preset in names:
         for task in (each for each in options.tasks if each in PRESETS_BY_TASK):
-            results[f"{task}, {preset}"] = measure_preset(options, preset, task)
-            print(task, preset, results[f"{task}, {preset}"], flush=True)
+            measurements[f"{task}, {preset}"] = partial(measure_preset, options, preset, task)
     for task in options.tasks if not names else ():
-        results[task] = measure(options, task)
-        if results[task]:
-            print(task, results[task], flush=True)  # printed before the next task, which may fail
+        for base in options.base if task != "finetune" else ["full"]:
+            name = task if base == "full" else f"{task}, {base}"
+            measurements[name] = partial(measure, options, task, base)
         if options.published is not None:
-            name = f"{task}, published"
-            results[name] = measure_published(options, task)
-            print(name, results[name], flush=True)
+            measurements[f"{task}, published"] = partial(measure_published, options, task)
+    for name, measurement in measurements.items():
+        result = measured(measurement)
+        if result:
+            results[name] = {"batch": options.batch, **result}
+            print(name, results[name], flush=True)  # before the next one, which may take long
+            if options.json is not None:
+                write_results(options, results)
     accelerator = build_accelerator()
     if not accelerator.is_main_process:
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
-    together = accelerator.num_processes * options.batch
-    print(f"{describe_machine()}, {accelerator.num_processes} × {device}")
-    print(f"Stage C {options.size}, batch {together}, latents {options.latent} × {options.latent}\n")
+    together = accelerator.num_processes
+    print(f"{describe_machine()}, {together} × {device_name()}")
+    print(f"Stage C {options.size}, latents {options.latent} × {options.latent}\n")
     rows = [
         [
             name,
             f"{r['trained_parameters'] / 1e6:.1f} M",
+            f"{r['batch'] * together}",
             f"{r['steps_per_second']:.3g}",
-            f"{r['steps_per_second'] * together:.3g}",
+            f"{r['steps_per_second'] * r['batch'] * together:.3g}",
             f"{r['peak_gb']:.1f}",
             f"{r.get('reserved_gb', 0.0):.1f}",
         ]
         for name, r in results.items()
     ]
-    print_table(["task", "trained", "steps/s", "pictures/s", "peak GB", "reserved GB"], rows)
-    if options.json is not None:
-        option_values = {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
-        }
-        record = {
-            "machine": describe_machine(),
-            "device": device,
-            "options": option_values,
-            "results": results,
-        }
-        write_file(options.json, json.dumps(record, indent=1) + "\n")
+    print_table(["task", "trained", "batch", "steps/s", "pictures/s", "peak GB", "reserved GB"], rows)
+    if any("failed" in result for result in results.values()):
+        sys.exit(1)
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
+
+
+def write_results(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    """Writes the results so far beside those of other runs that the file holds."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    file = options.json
+    before = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else {}
+    record = {
+        "machine": describe_machine(),
+        "device": device_name(),
+        "options": values,
+        "results": before | results,
+    }
+    write_file(file, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -60,17 +60,21 @@ class NF4Linear(nn.Linear):
         return FrozenProduct.of(x, self)
 
 
-@torch.no_grad()
 def quantise_to_nf4(network: nn.Module, device: torch.device) -> None:
     """Make a network's large linear layers `NF4Linear`, one after the other, on the device."""
+    for _, layer in quantisable(network):
+        if isinstance(layer, nn.Linear):
+            quantise_layer_to_nf4(layer, device)
+
+
+@torch.no_grad()
+def quantise_layer_to_nf4(layer: nn.Linear, device: torch.device) -> None:
     from bitsandbytes.functional import quantize_4bit
 
-    linear = [layer for _, layer in quantisable(network) if isinstance(layer, nn.Linear)]
-    for layer in linear:
-        weight = layer.weight.detach().to(device).contiguous()
-        packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        layer.__class__, layer.weight = NF4Linear, nn.Parameter(packed, requires_grad=False)
-        layer.__dict__["state"] = state
+    weight = layer.weight.detach().to(device).contiguous()
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    layer.__class__, layer.weight = NF4Linear, nn.Parameter(packed, requires_grad=False)
+    layer.__dict__["state"] = state
 
 
 def float_weight(layer: Any) -> Tensor:
