@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { translateExample } from "./example_words.js";
-import { loadPresets } from "./presets.js";
+import { loadPresets, offerPresets } from "./presets.js";
 import { loadReplacements, offerReplacement } from "./replace.js";
 import { addRunPanel } from "./run_panel.js";
 import { addSearchWords } from "./search.js";
@@ -30,5 +30,6 @@ app.registerExtension({
   nodeCreated(node) {
     PANELS[node.comfyClass]?.(node);
     offerReplacement(node);
+    offerPresets(node);
   },
 });

@@ -308,6 +308,70 @@ async function presets(page, { workflows }) {
   return { before, few, detail, undone, passes, set: await choose(passes[1].id, "published") };
 }
 
+/** Presets reach the other sampler over a subgraph's border, and both from the menu of a box that holds them. */
+async function borders(page, { workflows, subgraph }) {
+  const settings = () =>
+    page.evaluate(() => {
+      const { graph } = window.app;
+      const nodes = [graph, ...graph.subgraphs.values()].flatMap((part) => part.nodes);
+      const samplers = nodes.filter((node) => node.comfyClass?.endsWith("Sampler"));
+      const names = ["steps", "cfg", "cfg_rescale", "shift", "sampler"];
+      const value = (node, name) => node.widgets.find((widget) => widget.name === name).value;
+      return Object.fromEntries(
+        samplers.map((node) => [node.comfyClass, Object.fromEntries(names.map((name) => [name, value(node, name)]))]),
+      );
+    });
+  const choose = (type, preset) =>
+    page.evaluate(
+      ([type, preset]) => {
+        const { graph } = window.app;
+        const nodes = [graph, ...graph.subgraphs.values()].flatMap((part) => part.nodes);
+        const node = nodes.find((entry) => entry.comfyClass === type);
+        const select = node.widgets.find((widget) => widget.name === "cascade_run").element.querySelector("select");
+        select.value = preset;
+        select.dispatchEvent(new Event("change"));
+      },
+      [type, preset],
+    );
+  const fromMenu = (entry) =>
+    page.evaluate((entry) => {
+      const { graph, canvas } = window.app;
+      const box = graph.nodes.find((node) => node.subgraph);
+      const menu = canvas.getNodeMenuOptions(box).find((option) => option?.content === "Stable Cascade settings");
+      menu.submenu.options.find((option) => option.content === entry).callback();
+    }, entry);
+  const seen = {};
+  await load(page, "text_to_image", workflows.text_to_image);
+  await page.evaluate(() => {
+    const { graph } = window.app;
+    graph.convertToSubgraph(new Set([graph.nodes.find((node) => node.comfyClass === "CascadeDecoderSampler")]));
+  });
+  await choose("CascadePriorSampler", "few");
+  seen.into = await settings();
+  await choose("CascadeDecoderSampler", "detail");
+  seen.outOf = await settings();
+  await fromMenu("published");
+  seen.menu = await settings();
+  // A widget that was led out to the box is set there.
+  seen.ledOut = await page.evaluate(() => {
+    const { graph } = window.app;
+    const box = graph.nodes.find((node) => node.subgraph);
+    const sampler = box.subgraph.nodes.find((node) => node.comfyClass === "CascadeDecoderSampler");
+    const slot = sampler.inputs.find((input) => input.name === "steps");
+    box.subgraph.addInput("steps", "INT").connect(slot, sampler);
+    return box.widgets.map((widget) => widget.name);
+  });
+  await choose("CascadePriorSampler", "few");
+  seen.box = await page.evaluate(
+    () => window.app.graph.nodes.find((node) => node.subgraph).widgets.find((widget) => widget.name === "steps").value,
+  );
+  await load(page, "subgraph", subgraph);
+  await page.keyboard.press("Escape");
+  await fromMenu("high detail");
+  seen.whole = await settings();
+  return seen;
+}
+
 /** Cascade Encode behind other nodes than Load Image, and where Stage B alone takes its latent. */
 async function behind(page, { workflows }) {
   await load(page, "outpaint", workflows.outpaint);
@@ -636,6 +700,6 @@ async function japanese(page, { url, workflows }) {
 }
 
 export const SCENARIOS = {
-  search, words, examples, templates, sizes, undo, presets, behind, made, buttons, enlarge, encode, scale, sentences, notices, syntax, training, connections, replaced,
+  search, words, examples, templates, sizes, undo, presets, borders, behind, made, buttons, enlarge, encode, scale, sentences, notices, syntax, training, connections, replaced,
   subgraph, run, japanese,
 };

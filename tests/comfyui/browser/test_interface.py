@@ -247,6 +247,16 @@ def test_a_preset_sets_both_samplers_as_one_step_of_undo(seen):
     assert over == facts["passes"][2]
 
 
+def test_a_preset_crosses_the_border_of_a_subgraph(seen):
+    facts = told(seen, "borders")
+    moments = {"into": "few", "outOf": "detail", "menu": "published", "whole": "detail"}
+    assert {moment: facts[moment] for moment in moments} == {
+        moment: PRESETS[preset] for moment, preset in moments.items()
+    }
+    assert "steps" in facts["ledOut"]
+    assert facts["box"] == PRESETS["few"]["CascadeDecoderSampler"]["steps"]
+
+
 def test_encode_knows_the_picture_of_outpaint_and_where_stage_c_is_left_out(seen):
     facts = told(seen, "behind")
     assert last(facts["padded"], 2) == [
