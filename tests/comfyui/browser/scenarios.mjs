@@ -34,6 +34,16 @@ const widgets = (page, id) =>
 const load = (page, name, graph) =>
   page.evaluate(async ([name, graph]) => window.app.loadGraphData(graph, true, true, name), [name, graph]);
 
+/** The pack's subgraph. Older versions tell of the models that it lacks in a dialog over everything. */
+async function loadSubgraph(page, subgraph, served) {
+  await load(page, "subgraph", subgraph);
+  if (served) return;
+  const dialog = page.locator(".p-dialog");
+  await dialog.waitFor();
+  await page.keyboard.press("Escape");
+  await dialog.waitFor({ state: "hidden" });
+}
+
 /** The words in the panel of a node, wherever the interface puts it. */
 const panel = (page, id, name) =>
   page.evaluate(
@@ -309,7 +319,7 @@ async function presets(page, { workflows }) {
 }
 
 /** Presets reach the other sampler over a subgraph's border, and both from the menu of a box that holds them. */
-async function borders(page, { workflows, subgraph }) {
+async function borders(page, { workflows, subgraph, served }) {
   const settings = () =>
     page.evaluate(() => {
       const { graph } = window.app;
@@ -365,8 +375,7 @@ async function borders(page, { workflows, subgraph }) {
   seen.box = await page.evaluate(
     () => window.app.graph.nodes.find((node) => node.subgraph).widgets.find((widget) => widget.name === "steps").value,
   );
-  await load(page, "subgraph", subgraph);
-  await page.keyboard.press("Escape");
+  await loadSubgraph(page, subgraph, served);
   await fromMenu("high detail");
   seen.whole = await settings();
   return seen;
@@ -631,13 +640,7 @@ async function subgraph(page, { subgraph, served }) {
       `${offered}.subgraphBlueprints.some((entry) => entry.display_name === "Stable Cascade")`,
     );
   }
-  await load(page, "subgraph", subgraph);
-  if (!served) {
-    const dialog = page.locator(".p-dialog"); // the models that it lacks, over everything
-    await dialog.waitFor();
-    await page.keyboard.press("Escape");
-    await dialog.waitFor({ state: "hidden" });
-  }
+  await loadSubgraph(page, subgraph, served);
   return page.evaluate(async () => {
     const { graph } = window.app;
     const box = graph.nodes[0];
