@@ -136,6 +136,7 @@ def write(folder: Path, repository: str = "") -> None:
     for picture in {path for page in pages() for path, is_picture in links(page) if is_picture}:
         (pages_folder / picture_place(picture)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / picture, pages_folder / picture_place(picture))
+    shutil.copy(ROOT / "docs" / "site" / "site.css", pages_folder / "site.css")
     settings = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
     (folder / "mkdocs.yml").write_text(settings + reference(), encoding="utf-8")
 
