@@ -1,4 +1,4 @@
-"""What a LoRA's file says of its training: trigger words, base model, rank, licence."""
+"""Training facts in a LoRA file's metadata: trigger words, base model, rank, licence."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..errors import printable
 from .adapter import Adapter
 from .compatibility import describe_adapter, describe_unknown, listed
 
-# What is told, and where it stands: the names of Stability AI's ModelSpec, which kohya and OneTrainer write, before
-# kohya's own; the first that is there counts.
+# Each fact with its metadata keys, of which the first present one counts: those of Stability AI's ModelSpec, which
+# kohya and OneTrainer write, before kohya's own.
 _ENTRIES = {
     "title": ("modelspec.title", "ss_output_name"),
     "author": ("modelspec.author",),
@@ -31,7 +31,7 @@ _LONGEST = 120  # characters of a value that are shown
 
 
 def training_facts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """{what: its value, as it can be shown} of a file's metadata, in the order of importance."""
+    """{fact: its printable value} from a file's metadata, the most important first."""
     facts = {}
     for fact, names in _ENTRIES.items():
         stated = (metadata.get(name, "").strip() for name in names)
@@ -45,7 +45,7 @@ def training_facts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The words, in lower case, that a file says make a prompt ask for what it teaches."""
+    """The file's trigger words, in lower case: those that a prompt needs to ask for what it teaches."""
     stated = next((text for name in _ENTRIES["trigger words"] if (text := metadata.get(name, ""))), "")
     return tuple(re.findall(r"[^\W_]+", stated[:_MOST_TRIGGERS].lower()))
 
@@ -65,17 +65,17 @@ def frequent_tags(text: str) -> list[str]:
 
 
 def describe_training(name: str, metadata: Mapping[str, str]) -> str | None:
-    """What a file says of its training, in a sentence; None if nothing."""
+    """A file's training facts in a sentence; None if it states none."""
     stated = "; ".join(f"{fact} {value}" for fact, value in training_facts(metadata).items())
     return f"{name} says of itself: {stated}." if stated else None
 
 
 def describe_notes(adapter: Adapter) -> list[str]:
-    """Sentences about what was assumed of a file, and what of it is left out."""
+    """Sentences about assumptions made in reading a file, and about its tensors that are left out."""
     return [note for note in (*adapter.notes, describe_unknown(adapter)) if note]
 
 
 def describe_file(adapter: Adapter) -> list[str]:
-    """Lines about a LoRA file: what it holds, what it says of itself, and what was assumed."""
+    """Lines about a LoRA file: its contents, its stated training, and the assumptions made in reading it."""
     training = describe_training(adapter.name, adapter.metadata)
     return [describe_adapter(adapter), *([training] if training else []), *describe_notes(adapter)]

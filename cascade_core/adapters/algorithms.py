@@ -1,4 +1,4 @@
-"""Changes by the tensors that a file has of one layer, whatever algorithm they are of.
+"""Builds the change of one layer from a file's tensors, whatever their algorithm.
 
 Shapes are checked here, so that a change is built only where its factors belong together; whether it fits a network is
 checked by `Change.fits`, from the factors' shapes alone.
@@ -29,7 +29,7 @@ from .names import is_convolution
 from .peft import LARGEST_ALPHA, with_singular_values
 from .rotations import ColumnRotation, RowRotation
 
-# What stands after a layer's name in one program or another, and what it is.
+# The endings that programs put after a layer's name, and the part that each means.
 ENDINGS = {
     **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora_A", ".lora.down.weight",
                      "_lora.down.weight", ".lora_linear_layer.down.weight"), "down"),
@@ -51,12 +51,12 @@ ENDINGS = {
     ".oft_R.weight": "oft_R",
     ".set_weight": "weight",
 }  # fmt: skip
-# PEFT's `modules_to_save` and biases, and (IA)³ of LyCORIS: read only where the file says that they are such.
+# Endings of PEFT's `modules_to_save` and biases, and of LyCORIS' (IA)³, read only if the file says that it holds these.
 WHOLE = {".weight": "weight", ".bias": "bias", ".gamma": "gamma", ".beta": "beta"}
 NOT_FLOATING = ("alpha", "on_input")
 READ = "LoRA, DoRA, LoHa, LoKr, full differences, (IA)³, OFT and BOFT"
 
-_LARGEST_KERNEL = 15  # of a convolution in Tucker form, whose kernels are multiplied out
+_LARGEST_KERNEL = 15  # side of a convolution's kernel in Tucker form, which is multiplied out
 _MOST_TERMS = 100  # of a Neumann series
 _WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -70,7 +70,7 @@ class Layer(NamedTuple):
     theirs    the file's
     where     the file and the layer, for messages
     settings  PEFT's configuration, or nothing
-    alpha_of  the alpha of a rank where the file has none; None: the rank
+    alpha_of  gives the alpha of a rank where the file has none; None: the rank
     """
 
     name: str
@@ -81,8 +81,8 @@ class Layer(NamedTuple):
 
 
 def changes_of(layer: Layer, parts: Parts) -> dict[str, Change]:
-    """{the layer, or a parameter of it: its change}; empty where the parts are of none. Raises CascadeError where they
-    do not belong together, or change one parameter in two ways.
+    """{the layer, or a parameter of it: its change}; empty for parts of no known algorithm. Raises CascadeError for
+    parts that do not belong together, or that change one parameter in two ways.
     """
     found = [algorithm for algorithm in _ALGORITHMS if algorithm.keys & parts.keys()]
     names = " and ".join(algorithm.name for algorithm in found)
@@ -90,7 +90,7 @@ def changes_of(layer: Layer, parts: Parts) -> dict[str, Change]:
     if found and others:
         raise CascadeError(
             f"{layer.where} has {', '.join(sorted(others))} beside {names}, which is not known to belong to it; merge "
-            "it into its model where it was made."
+            "it into its model with the program that made it."
         )
     changes: dict[str, Change] = {}
     for algorithm in found:
@@ -172,12 +172,12 @@ def _kronecker(layer: Layer, parts: Parts) -> dict[str, Change]:
         alpha = _alpha(layer, parts, min(ranks))
     else:
         alpha = None
-        rank = layer.settings.get("r")  # PEFT scales whole factors too; the file does not tell by what
+        rank = layer.settings.get("r")  # PEFT scales whole factors too; the file states no scale
         stated = layer.alpha_of(rank) if type(rank) is int and rank > 0 else None
         if stated is not None and layer.settings.get("rank_pattern"):
             raise CascadeError(
                 f"{layer.where} is a LoKr of whole matrices, whose rank in rank_pattern cannot be told; merge it into "
-                "its model where it was made."
+                "its model with the program that made it."
             )
         if stated is not None and type(rank) is int:
             left = left.float() * (stated / rank)
@@ -188,7 +188,7 @@ def _kronecker(layer: Layer, parts: Parts) -> dict[str, Change]:
 
 
 def _factor(layer: Layer, parts: Parts, name: str) -> tuple[Tensor, Tensor | None]:
-    """One of LoKr's two: a matrix, or its low-rank factors."""
+    """One of LoKr's two factors: (matrix, None), or its own low-rank factors (up, down)."""
     if name in parts:
         return _part(layer, parts, name).flatten(1), None
     up, down = (_part(layer, parts, f"{name}_{letter}") for letter in "ab")
@@ -214,7 +214,7 @@ def _whole(layer: Layer, parts: Parts) -> dict[str, Change]:
     return {
         "" if part == "weight" else part: Replacement(_checked(layer, part, parts[part], dims=(1, 2, 4)))
         for part in WHOLE.values()
-        if part in parts and not (part == "weight" and "on_input" in parts)  # which is a scaling's
+        if part in parts and not (part == "weight" and "on_input" in parts)  # that weight is a scaling's
     }
 
 
@@ -231,7 +231,7 @@ def _peft_scaling(layer: Layer, parts: Parts) -> dict[str, Change]:
     if factor.ndim == 4 or 1 not in factor.shape:
         raise CascadeError(
             f"{layer.where} has an (IA)³ of the shape {_shape(factor)}, of which it cannot be told whether it scales "
-            "rows or columns; merge it into its model where it was made."
+            "rows or columns; merge it into its model with the program that made it."
         )
     by_row = factor.shape[1] == 1
     return {"": Scaling(factor), **({"bias": Scaling(factor)} if by_row else {})}
@@ -241,7 +241,7 @@ def _row_rotation(layer: Layer, parts: Parts) -> dict[str, Change]:
     blocks = _blocks(layer, _checked(layer, "oft_blocks", parts["oft_blocks"], dims=(3, 4)))
     rows = blocks.shape[-3] * blocks.shape[-1]
     constraint = _alpha(layer, parts, 1) if "alpha" in parts else None
-    # LyCORIS states the constraint for one row, ComfyUI's trainer for all of them.
+    # LyCORIS states the constraint per row, ComfyUI's trainer for all rows together.
     everywhere = layer.theirs.startswith(("diffusion_model.", "text_encoders."))
     return {
         "": RowRotation(
@@ -271,7 +271,7 @@ def _rotation_settings(layer: Layer) -> tuple[int | None, float | None]:
     if settings.get("peft_type") != "OFT" or type(neumann) is not bool or type(constrained) is not bool:
         raise CascadeError(
             f"{layer.where} is an OFT whose file does not say how its rotations are computed; put PEFT's "
-            "adapter_config.json beside it, or merge it into its model where it was made."
+            "adapter_config.json beside it, or merge it into its model with the program that made it."
         )
     version = str(settings.get("peft_version", "0")).split(".")
     old = not all(part.isdecimal() for part in version[:2]) or [int(part[:4]) for part in version[:2]] < [
@@ -295,7 +295,7 @@ def _rotation_settings(layer: Layer) -> tuple[int | None, float | None]:
 
 
 def _blocks(layer: Layer, blocks: Tensor) -> Tensor:
-    """OFT's blocks, which are square; a butterfly's join as many rows as there are."""
+    """OFT's or BOFT's blocks, checked to be square; a butterfly's have to cover all rows."""
     count, size = blocks.shape[-3], blocks.shape[-1]
     levels = len(blocks) if blocks.ndim == 4 else 1
     joined = levels == 1 or (size % 2 == 0 and levels <= count and count % 2 ** (levels - 1) == 0)
@@ -314,7 +314,7 @@ def _rescale(layer: Layer, parts: Parts, name: str, rows: int | None) -> Tensor 
 
 
 class _Algorithm(NamedTuple):
-    """keys: parts by which it is known; others: that it may have beside them"""
+    """keys: the parts that identify it; others: parts that may stand beside them"""
 
     name: str
     keys: set[str]
@@ -382,7 +382,7 @@ def _alpha(layer: Layer, parts: Parts, rank: int) -> float | None:
         return layer.alpha_of(rank)
     alpha = parts["alpha"]
     number = alpha.dtype in FLOATING or alpha.dtype in _WHOLE_NUMBERS
-    if not (number and alpha.numel() == 1 and abs(alpha.item()) <= LARGEST_ALPHA):  # which NaN is not
+    if not (number and alpha.numel() == 1 and abs(alpha.item()) <= LARGEST_ALPHA):  # False for NaN
         value = alpha.item() if alpha.numel() == 1 else alpha.flatten()[:9].tolist()
         raise CascadeError(
             f"{layer.where} has an alpha of {quoted(value)}, but one number is expected, of at most "
@@ -396,12 +396,12 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def _magnitude(layer: Layer, rows: int, columns: int, parts: Parts) -> Tensor | None:
-    """DoRA's: (c_out, 1), one for each row of the weight, or (1, c_in), one for each column; None for a plain LoRA."""
+    """DoRA's magnitudes: (c_out, 1), one per row of the weight, or (1, c_in), one per column; None for a plain LoRA."""
     magnitude = parts.get("row_magnitude", parts.get("magnitude"))
     if magnitude is None:
         return None
     if layer.name.endswith("depthwise"):
-        rows, columns = (columns, 1) if rows == 1 else (rows, 1)  # OneTrainer's form of it has one row
+        rows, columns = (columns, 1) if rows == 1 else (rows, 1)  # OneTrainer's depthwise form has one row
     count, first = magnitude.numel(), (*magnitude.shape, 0)[0]
     if count == rows and ("row_magnitude" in parts or magnitude.ndim == 1 or first == rows):
         return magnitude.reshape(rows, 1)

@@ -1,4 +1,4 @@
-"""Applies adapters to a network: for a while, by patching its weights, or weight by weight."""
+"""Applies adapters to a network: temporarily, by patching its weights, or weight by weight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Patch:
     """Changes of one network by one adapter.
 
     name      of its file, for messages
-    changes   by layer, whose weight they change, or by another parameter's name
+    changes   by the name of a layer, whose weight is changed, or of another parameter
     strength  of all of them: 0 is none, negative is the opposite
     """
 
@@ -48,8 +48,8 @@ def patched(
 
     Patches are applied one after the other; their order matters where a change is not a plain sum, as DoRA's. Each
     changed weight is computed in float32, cast to the weight's own dtype and placed on `device` (None: that of the
-    weight). An 8-bit one is computed from what it was quantised from, and quantised once. Nothing else is copied.
-    Not thread-safe: the network itself is changed.
+    weight). An 8-bit weight is computed anew from its original and quantised once. Nothing else is copied. Not
+    thread-safe: the network itself is changed.
 
     Raises CascadeError for a change that the network has no layer for, or one of another shape.
     """
@@ -72,7 +72,7 @@ def patched(
             setattr(layer, name, original)
 
 
-Steps = list[tuple[Patch, Change]]  # what patches do to one parameter, in their order
+Steps = list[tuple[Patch, Change]]  # the changes of one parameter, in the order of the patches
 
 
 def changes_by_target(patches: Sequence[Patch]) -> dict[str, Steps]:
@@ -104,8 +104,8 @@ def apply_steps(weight: Tensor, steps: Steps) -> Tensor:
 
 
 def parameter_of(network: nn.Module, target: str, patch: Patch) -> tuple[Any, str, nn.Parameter]:
-    """(layer, the parameter's name in it, the parameter) of a layer's name, which stands for its weight, or of another
-    parameter's. Raises CascadeError, naming the patch, if the network has none.
+    """(layer, name of the parameter in it, the parameter) of a target: a layer's name, which stands for its weight,
+    or another parameter's name. Raises CascadeError, naming the patch, if the network has no such parameter.
     """
     path, _, name = parameter_name(target).rpartition(".")
     try:

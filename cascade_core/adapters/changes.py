@@ -1,6 +1,6 @@
-"""Changes of one parameter: LoRA, and what other algorithms put in its place.
+"""Changes of one parameter by LoRA and other algorithms.
 
-Each keeps the factors of its file and builds the change where it is applied, one parameter at a time.
+A change holds the factors of its file, and multiplies them out only when it is applied, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Change:
 
     @property
     def rank(self) -> int | None:
-        """The rank of the factors, where there are such."""
+        """The rank of the factors; None where the algorithm has none."""
         return None
 
     @property
@@ -45,12 +45,12 @@ class Change:
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the file, by what they are called here."""
+        """The file's tensors by the names of this class's fields."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
-        """The same with other tensors, such as those moved to another device."""
+        """The same change with other tensors, such as copies on another device."""
         return replace(self, **tensors)  # pyright: ignore[reportArgumentType]
 
 
@@ -93,7 +93,7 @@ def matrix_of(shape: Shape) -> tuple[int, int]:
 
 
 def _fits(rows: int, columns: int, shape: Shape) -> bool:
-    """Whether a matrix is a weight of that shape, or one row of all of a depthwise convolution's, as in OneTrainer."""
+    """Whether a matrix is a weight of that shape, or a depthwise convolution's weight as one row, as in OneTrainer."""
     depthwise = len(shape) == 4 and shape[1] == 1
     return (rows, columns) == matrix_of(shape) or (depthwise and (rows, columns) == (1, prod(shape)))
 
@@ -242,7 +242,7 @@ class Difference(AddedChange):
 
 
 def _without_ones(shape: Shape) -> list[int]:
-    """A shape's sizes but 1: a vector may be (C,) in one program and (1, 1, 1, C) in another."""
+    """A shape's sizes other than 1: a vector is (C,) in one program and (1, 1, 1, C) in another."""
     return [size for size in shape if size != 1]
 
 
@@ -269,7 +269,7 @@ class Scaling(Change):
     """(IA)³ (Liu et al. 2022, arXiv 2205.05638): W' = (offset + factor) · W, of each row or of each column.
 
     factor: (c_out, 1) or (1, c_in); of a bias (c_out, 1)
-    offset: 1 where the file holds the factors' difference from it (LyCORIS), 0 where it holds themselves (PEFT)
+    offset: 1 where the file holds the factors' difference from 1 (LyCORIS), 0 where it holds the factors (PEFT)
     """
 
     factor: Tensor

@@ -19,7 +19,7 @@ _NETWORKS = {"stage_c": "Stage C", "stage_b": "Stage B", "text": "text encoder"}
 
 
 def check_kind(adapter: Adapter, kind: str) -> None:
-    """Raises CascadeError for an adapter of the other stage than the network that it is to change."""
+    """Raises CascadeError for an adapter that was trained for the other stage than this network."""
     other = {"stage_c": "stage_b", "stage_b": "stage_c"}[kind]
     if getattr(adapter, other) and not getattr(adapter, kind):
         raise CascadeError(
@@ -33,7 +33,7 @@ def check_fits(
 ) -> None:
     """Raises CascadeError, with counts and sizes, unless the network has every layer that the adapter changes.
 
-    part: "stage_c", "stage_b" or "text", which of the adapter's changes are meant.
+    part: "stage_c", "stage_b" or "text": the adapter's changes to check.
     """
     if part != "text":
         check_kind(adapter, part)
@@ -90,7 +90,7 @@ def _product(shape: Iterable[int]) -> str:
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Joins the first few names, as they can be shown, with an ellipsis if there are more."""
+    """Joins the first few names, in printable form, with an ellipsis if there are more."""
     names = list(names)
     return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
 
@@ -142,6 +142,6 @@ def describe_unknown(adapter: Adapter) -> str | None:
         return None
     count = len(adapter.unknown)
     return (
-        f"{adapter.name} holds {count} tensor{'s' * (count > 1)} that no layer or token of Stable Cascade is known by, "
+        f"{adapter.name} holds {count} tensor{'s' * (count > 1)} of no known layer or token of Stable Cascade, "
         f"and {'they are' if count > 1 else 'it is'} left out: {listed(adapter.unknown)}."
     )

@@ -31,18 +31,19 @@ class Dialect:
 
     about             for users: which program, when
     kind              "named"; "numbered", the official file; "embedding", a learned token and nothing else
-    stage_c, text     before the names of Stage C's layers, the text encoder's; None: it holds none of these
+    stage_c, text     prefixes of Stage C's and the text encoder's layers; None: it holds none of these
     separator         between the parts of a layer's name
     attention         how the attention's layers are spelled
-    down, up          after the names
-    alpha             after the names; None: alpha / rank is multiplied into `up`
-    row_magnitude     DoRA's, one for each output row, and one for each input column; None: it cannot be said
+    down, up          suffixes of the names
+    alpha             suffix; None: alpha / rank is multiplied into `up`
+    row_magnitude     suffixes of DoRA's magnitudes, one per output row and one per input column; None: it cannot hold
+                      them
     column_magnitude
     bare_magnitude    whether a magnitude has one dimension, (c_out,), or for a convolution (1, c_out, 1, 1), instead of
                       the weight's number of them
-    tokens            before a learned token's name; None: it holds none
-    algorithms        what it has keys for beside LoRA and DoRA, all of them LyCORIS'
-    caution           what a user has to know who writes it, in a sentence
+    tokens            prefix of a learned token's name; None: it holds none
+    algorithms        the algorithms of LyCORIS that it has keys for, beside LoRA and DoRA
+    caution           what a user who writes it has to know, in a sentence
     for_comfyui       whether ComfyUI's own nodes read it
     stage_b           whether it holds layers of Stage B, under the names that ComfyUI's own nodes read
     """
@@ -66,13 +67,13 @@ class Dialect:
     stage_b: bool = False
 
     def stage_c_name(self, layer: str) -> str:
-        """Their name of one of our layers of Stage C."""
+        """The dialect's name of one of our layers of Stage C."""
         block, attention, leaf = layer.partition(".attention.")
         theirs = block + attention + self.attention.get(leaf, leaf) if attention else layer
         return f"{self.stage_c}{theirs.replace('.', self.separator)}"
 
     def text_name(self, layer: str) -> str:
-        """Their name of a layer of the text encoder."""
+        """The dialect's name of a layer of the text encoder."""
         return f"{self.text}{layer.replace('.', self.separator)}"
 
 
@@ -148,7 +149,7 @@ DIALECTS: dict[str, Dialect] = {
     ),
 }  # fmt: skip
 
-# What stands before names in files, the longer first: the dialects' own, and what is also found.
+# Prefixes of names in files, the longer first: those of the dialects, and others that occur.
 STAGE_C_PREFIXES = sorted(
     {*(d.stage_c for d in DIALECTS.values() if d.kind == "named" and d.stage_c is not None),
      "lora_prior_prior_", "lycoris_"},

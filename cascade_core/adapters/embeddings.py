@@ -44,12 +44,12 @@ def embedding_names(prompt: str) -> list[str]:
 
 
 def spellings(name: str) -> list[str]:
-    """A name as it is written, and without the commas around it, which may belong to the sentence, as in ComfyUI."""
+    """A name as written, and without commas around it, which may be the sentence's own, as in ComfyUI."""
     return list(dict.fromkeys((name, name.strip(","))))
 
 
 def missing(name: str, places: str) -> str:
-    """The beginning of the message that an embedding is not there."""
+    """The beginning of a message about a missing embedding."""
     return f"The prompt asks for {PREFIX}{printable(name.strip(','), 80)}, but no such file is in {places}"
 
 
@@ -62,7 +62,7 @@ def embedding_tokens(
 ) -> list[LearnedToken]:
     """The tokens of every embedding that a prompt asks for.
 
-    width: of the text encoder's vectors; find(name): its file or None; places: where was looked, for the message;
+    width: of the text encoder's vectors; find(name): its file or None; places: the searched folders, for the message;
     notify: is told of a file that is missing, whose name is then left out of the prompt, as in ComfyUI.
     Raises CascadeError where a file is not an embedding, and, without `notify`, where it is missing.
     """
@@ -80,8 +80,8 @@ def embedding_tokens(
     return tokens
 
 
-# What the vectors are called in a file, the first that is there: ComfyUI's and OneTrainer's own, those bundled with a
-# LoRA, Automatic1111's.
+# Names of the vectors in a file, of which the first present one counts: ComfyUI's and OneTrainer's own, those bundled
+# with a LoRA, Automatic1111's.
 EMBEDDING_KEYS = (
     r"clip_g",
     r"bundle_emb\..*\.string_to_param\.\*",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-# How wide the text is that the cross attention of a Stable Diffusion UNet takes.
+# Width of the text states that a Stable Diffusion UNet's cross attention takes.
 _UNETS = {
     768: "Stable Diffusion 1.5",
     1024: "Stable Diffusion 2",
@@ -16,7 +16,7 @@ _UNETS = {
 }
 _CROSS_ATTENTION = re.compile(r"attn2[._]to_[kv]\b")
 _DOWN = re.compile(r"lora_down|lora_A|lora\.down")
-# A telling part of a name, with dots or underscores, and the model; the first that is found counts.
+# A characteristic part of a name, with dots or underscores, and its model; the first match counts.
 _MODELS = (
     (r"(double|single)_blocks[._]\d|single_transformer_blocks[._]\d", "Flux"),
     (r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn[._]add_k_proj", "Stable Diffusion 3"),
@@ -28,7 +28,7 @@ _MODELS = (
     ),
     (r"transformer_blocks[._]\d", "a diffusion transformer"),
 )
-# A telling part of a name, and the algorithm that is not read; the first that is found counts.
+# A characteristic part of a name, and the unsupported algorithm that writes it; the first match counts.
 _ALGORITHMS = (
     (r"\.(a|b)[12]\.weight$|\.bm\.weight$|\.glora_", "GLoRA"),
     (r"\.(q|p)_layer\.weight$|\.lambda_layer$", "T-LoRA"),
@@ -89,7 +89,7 @@ def foreign_model(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def other_algorithms(names: Iterable[str]) -> dict[str, list[str]]:
-    """Groups a file's names by the algorithm that writes such and is not read: {algorithm: names}."""
+    """Groups a file's names by the unsupported algorithms that write them: {algorithm: names}."""
     algorithms: dict[str, list[str]] = {}
     for name in names:
         for part, algorithm in _ALGORITHMS:

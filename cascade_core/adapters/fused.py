@@ -1,4 +1,4 @@
-"""Splits low-rank changes of the published attention input, one layer, into those of ours, three; and fuses them."""
+"""Splits low-rank changes of the published fused attention input into those of our three layers, and fuses them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .names import FUSED, QKV
 def split(change: Change, target: str) -> dict[str, Change]:
     """Splits a change of the fused input (3C rows) into those of `attn.to_q`, `attn.to_k`, `attn.to_v`: a third each.
 
-    target: its layer, or its bias. Raises CascadeError for what has no thirds.
+    target: its layer, or its bias. Raises CascadeError for a change that cannot be split.
     """
     block, _, parameter = target.partition(FUSED)
     thirds = _thirds(change)

@@ -11,7 +11,7 @@ from .rotations import RowRotation
 
 
 def algorithm_in_file(target: str, change: Change) -> str | None:
-    """What a dialect must have keys for to hold a change of a layer or parameter; None: none has such keys."""
+    """The algorithm whose keys a dialect needs to hold a change of a layer or parameter; None: no dialect has any."""
     part = target.rpartition(".")[2]
     if part in ("gamma", "beta") or (part == "bias" and not isinstance(change, Difference)):
         return None
@@ -53,7 +53,7 @@ def tensors_of(name: str, target: str, change: Change, constraint_of_a_row: bool
 
 
 def _alpha(alpha: float | None, rank: int | None) -> Tensor:
-    """The scale is 1 where there is no alpha, and where there is no rank any alpha is left out of account."""
+    """The alpha to write: the rank, for a scale of 1, where there is none; without a rank its value has no effect."""
     return torch.tensor(float(rank or 1) if alpha is None else alpha)
 
 

@@ -20,7 +20,7 @@ from .names import parameter_name
 
 @dataclass(frozen=True)
 class EightBit:
-    """Which weights become 8-bit: `matrices` of a network, by their published names with split attention."""
+    """The weights that become 8-bit: `matrices` of a network, by their published names with split attention."""
 
     dtype: torch.dtype | None
     matrices: Collection[str] = ()
@@ -30,7 +30,7 @@ class EightBit:
         return self.dtype if published in self.matrices and tensor.dtype != self.dtype else None
 
     def stale(self, tensors: Mapping[str, Tensor], layout: Layout) -> set[str]:
-        """The names of what tells of such weights' format before."""
+        """Names of tensors that describe the former 8-bit format of such weights."""
         weights = {name: f"{name.rpartition('.')[0]}.weight" for name in tensors if is_beside(name)}
         return {
             name
@@ -41,7 +41,7 @@ class EightBit:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A tensor of the file, or of its fused ones a third.
+    """A tensor of the file, or a third of a fused one.
 
     name    in the new file
     turned  whether it is stored transposed
@@ -76,7 +76,7 @@ class MergedFile:
         self._read: list[Tensor] = []  # from the file for the last value
 
     def value(self, name: str) -> Tensor:
-        """The values of one of `tensors`; those of the one before are let go."""
+        """The values of one of `tensors`; frees those of the previous one."""
         forget_pages(self._read, self._mapped)
         self._read = []
         return self._values[name]()
@@ -95,9 +95,9 @@ class MergedFile:
     ) -> list[str]:
         """Adds a network of a file with patches applied; returns the names of the file that are not the network's.
 
-        name_of    what a published name is called in the new file; None: as in the old one
+        name_of    gives the new file's name for a published name; None: names stay as in the old file
         eight_bit  which weights become 8-bit, with scales in ComfyUI's layout
-        Raises CascadeError for a patch that changes what is not there, or is of another shape.
+        Raises CascadeError for a patch of a parameter that the network does not have, or has in another shape.
         """
         changes = changes_by_target(patches)
         targets = {parameter_name(target): target for target in changes}
@@ -113,15 +113,15 @@ class MergedFile:
 
         for name, tensor in tensors.items():
             if name in scales:
-                continue  # goes with its weight
+                continue  # is added together with its weight
             published = layout.published_name(name)
             if published is None:
                 others.append(name)
                 continue
             turned = published in layout.transposed and tensor.ndim == 2
-            if turned and name_of:  # the new names are of matrices the right way round
+            if turned and name_of:  # the new names stand for matrices that are not transposed
                 tensor, turned = tensor.T, False
-            parts = split_attention({published: tensor.T if turned else tensor})  # itself, or its three
+            parts = split_attention({published: tensor.T if turned else tensor})  # or three, of a fused one
             steps: list[Steps] = []
             for part, row in parts.items():
                 target = targets.pop(part, None)
@@ -160,7 +160,7 @@ class MergedFile:
             self.add(weight.name, stored)
 
     def _add_eight_bit(self, weight: _Weight, dtype: torch.dtype, scale: Tensor | None) -> None:
-        """Adds a weight in 8 bits with what belongs to it.  scale: that of the file's own weight"""
+        """Adds a weight in 8 bits with its scale and format.  scale: that of the file's own weight"""
         stored, small = weight.stored, {}
 
         def value(name: str) -> Tensor:
@@ -175,7 +175,7 @@ class MergedFile:
             self._put(name, like, partial(value, name), stored)
 
     def _add_scaled(self, weight: _Weight, scale_name: str, scale: Tensor) -> None:
-        """Adds an fp8 weight with its scale, which is made anew where the weight changes."""
+        """Adds an fp8 weight with its scale, which is computed anew if the weight was changed."""
         if not any(weight.steps):
             self.add(weight.name, weight.stored)
             self.add(scale_name, scale)

@@ -17,7 +17,7 @@ from ..networks.config import StageBConfig, StageCConfig
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 
-# The attention's layers as programs spell them, after "attention." -> ours. One fused input stands for q, k and v.
+# The attention's layers as programs spell them after "attention." -> our names. One fused input stands for q, k, v.
 ATTENTION = {
     **{name: name for name in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.out_proj", "attn.in_proj")},
     "attn.to_out": "attn.out_proj",
@@ -49,7 +49,7 @@ _STAGE_C = (
     "down_blocks|up_blocks.N.N.kv_mapper.N",
     *(f"down_blocks|up_blocks.N.N.attention.{spelled}" for spelled in ATTENTION),
 )
-_STAGE_B_ALONE = (  # which Stage C has none of, as it has two levels
+_STAGE_B_ALONE = (  # Stage C has none of these, since it has two levels
     "effnet_mapper|pixels_mapper.N",
     "clip_mapper",
     "down_downscalers|up_upscalers.N.N",
@@ -65,7 +65,7 @@ _TEXT = (
 
 
 def _compiled(templates: tuple[str, ...]) -> list[re.Pattern[str]]:
-    """Patterns that catch each part of a name, whichever way the parts are joined."""
+    """Patterns with a group for each part of a name, whichever way the parts are joined."""
     return [
         re.compile(r"[._]".join(f"({part})" for part in template.replace("N", r"\d+").split(".")))
         for template in templates
@@ -93,7 +93,7 @@ def stage_c_layer(name: str) -> str | None:
 
 
 def is_stage_b(layer: str) -> bool:
-    """Whether a layer, by our name, is Stage B's alone; most have names that Stage C has too."""
+    """Whether a layer, by our name, belongs to Stage B alone; Stage C has layers of most names too."""
     level = _LEVELS.match(layer)
     return (level is not None and int(level[1]) > 1) or _dotted(_STAGE_B_PATTERNS, layer) is not None
 
@@ -122,12 +122,12 @@ def weight_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_name(target: str) -> str:
-    """The parameter that a change is for: itself, or the weight of a layer that is named alone."""
+    """The parameter's name of a target, which names a parameter, or a layer and so its weight."""
     return target if target.endswith((".bias", ".gamma", ".beta")) else f"{target}.weight"
 
 
 def layer_of(target: str) -> str:
-    """The layer that a change is of: itself, or that of another parameter than its weight."""
+    """The layer's name of a target, which names a layer, or another parameter of it than its weight."""
     return parameter_name(target).rpartition(".")[0]
 
 
@@ -153,8 +153,8 @@ def stage_c_shapes(config: StageCConfig) -> dict[str, tuple[int, ...]]:
 def published_layers(config: StageCConfig) -> dict[str, tuple[int, ...]]:
     """{layer: weight's shape} in the order in which the published trainer's `modules()` finds its LoRA modules.
 
-    The attention input is one layer (`attn.in_proj`, 3C rows). It comes after the output projection, because what
-    parametrises a module's own weight comes after the module's children.
+    The attention input is one layer (`attn.in_proj`, 3C rows). It comes after the output projection, because the
+    parametrisation of a module's own weight is listed after the module's children.
     """
     shapes = stage_c_shapes(config)
     ordered: dict[str, tuple[int, ...]] = {}

@@ -26,7 +26,7 @@ from .names import FUSED, QKV, is_convolution, published_layers, published_param
 from .order import FILTERS, Filters, kind, layer_order
 
 _NUMBERED = re.compile(r"weights\.(\d{1,6})\.lora_(down|up)")
-HEADER = ("order", "module_filters", "rank", "train_tokens")  # what our own files say of themselves
+HEADER = ("order", "module_filters", "rank", "train_tokens")  # stated by our own files
 _TOKENS = ("embeddings.embeddings", "embeddings.indices")
 
 Pair = tuple[Tensor, Tensor]  # down, up
@@ -79,7 +79,7 @@ def _pairs(tensors: Mapping[str, Tensor], name: str) -> list[Pair]:
 
 
 def _layer_change(layer: str, down: Tensor, up: Tensor, kernel: int) -> LowRank:
-    """Converts a pair to a change of the layer. The trainer adds the same to every position of a depthwise kernel."""
+    """Converts a pair to a change of the layer. The trainer adds one value to all positions of a depthwise kernel."""
     if is_convolution(layer):
         size = kernel if layer.endswith("depthwise") else 1
         down = down[:, :, None, None].expand(-1, -1, size, size)
@@ -109,7 +109,7 @@ def _tokens(
 
 
 def _stated_names(metadata: Mapping[str, str], indices: Tensor) -> dict[int, str]:
-    """{row: name} of new tokens that began as zeros, so that the file has all of them. They are numbered last."""
+    """{row: name} of new tokens that began as zeros, whose rows are therefore whole. They are numbered last."""
     new = [entry for entry in _train_tokens(metadata.get("train_tokens", "[]")) if is_new(entry[0])]
     rows = sorted(set(map(int, indices.tolist())))[len(indices) - len(new) :]
     if len(rows) != len(new):
@@ -118,8 +118,9 @@ def _stated_names(metadata: Mapping[str, str], indices: Tensor) -> dict[int, str
 
 
 def _train_tokens(text: str) -> list[tuple[str, Any]]:
-    """The published setting, as JSON: names of new tokens, or patterns of such as the vocabulary has, in the order of
-    their rows, each with a pattern of the tokens whose mean a new one began as, or None for zeros.
+    """Reads the published setting from JSON: pairs in the order of the rows. The first of a pair is a new token's
+    name, or a pattern of tokens in the vocabulary; the second is a pattern of the tokens whose mean a new token began
+    as, or None for zeros.
     """
     try:
         return [(str(name), pattern) for name, pattern in json.loads(text)]
@@ -128,7 +129,7 @@ def _train_tokens(text: str) -> list[tuple[str, Any]]:
 
 
 def joined_tokens(old: str, new: str) -> str:
-    """The setting `train_tokens` with new tokens after the old ones; of one name, the new one counts."""
+    """The setting `train_tokens` with new tokens after the old ones; of two with one name, the new one is kept."""
     added = _train_tokens(new)
     names = {name for name, _ in added}
     return json.dumps([entry for entry in _train_tokens(old) if entry[0] not in names] + added)
@@ -172,7 +173,7 @@ def write_official(
 
 
 def _token_tensors(tokens: Sequence[LearnedToken], width: int, vocabulary: int) -> dict[str, Tensor]:
-    """Numbers new tokens behind all others."""
+    """The tensors of the tokens; new ones are numbered after the vocabulary."""
     rows = torch.cat([token.vectors for token in tokens] or [torch.zeros(0, width)])
     indices = [token.index for token in tokens]
     new = count(max([vocabulary, *(index + 1 for index in indices if index is not None)]))
@@ -194,7 +195,7 @@ def _fused_changes(
 
 
 def _numbered(change: LowRank, layer: str, rank: int) -> dict[str, Tensor]:
-    """{down: (rank, c_in), up: (c_out, rank)} with ΔW = up @ down / rank, of zeros where the change's rank is less."""
+    """{down: (rank, c_in), up: (c_out, rank)} with ΔW = up @ down / rank, padded with zeros up to this rank."""
     down, up = change.down, change.up
     if layer.endswith("depthwise"):
         if len(up) == 1 or not torch.equal(down, down[..., :1, :1].expand_as(down)):

@@ -1,7 +1,8 @@
 """The layer behind each number of an official LoRA file.
 
 The published trainer numbers the layers whose modules' names contain one of its `module_filters` (by default ".attn"),
-in the network's own order. Its files hold neither, so both are found by the shapes, or told by the user.
+in the network's own order. Its files hold neither the filters nor the layers' names, so both are inferred from the
+shapes, or given by the user.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ FILTERS = (
     ".attn", "kv_mapper", "channelwise", "depthwise", ".mapper", "clip_", "embedding", "clf", "scalers",
     "repeat_mappers",
 )  # fmt: skip
-# The same, as fine as a filter without a block's number can tell them apart; of several in a name, the first counts.
+# Finer kinds, as far as a filter without a block's number can tell layers apart; the first found in a name counts.
 _FINE_FILTERS = (
     "out_proj", ".attn", "kv_mapper", "channelwise.0", "channelwise.4", "depthwise", "mapper_sca", "mapper_crp",
     ".mapper", "clip_txt_mapper", "clip_txt_pooled", "clip_img", "embedding", "clf", "downscalers", "upscalers",
     "down_repeat", "up_repeat",
 )  # fmt: skip
-_IMPLIED = {".attn": {"out_proj"}, ".mapper": {"mapper_sca", "mapper_crp"}}  # what a filter cannot do without
+_IMPLIED = {".attn": {"out_proj"}, ".mapper": {"mapper_sca", "mapper_crp"}}  # which a filter finds as well
 _LONGEST_FILTERS = 10_000  # characters
-_MOST_LEVELS = 8  # of blocks, down and up together, of which whole ones are looked for
+_MOST_LEVELS = 8  # of blocks, down and up together, up to which combinations are tried
 SIZES = {
     name.removeprefix("stage_c_").upper().replace("B", " B"): StageCConfig.from_dict(config)
     for name, (kind, config) in PRESETS.items()
@@ -75,7 +76,7 @@ def layer_order(
     config: StageCConfig | None,
     filters: Filters | None = None,
 ) -> list[str]:
-    """The published layer of each numbered change: as stated, or the only way in which the shapes fit.
+    """The published layer of each numbered change: as stated, or from the only assignment that fits the shapes.
 
     config: the Stage C it is for; None: one of the published sizes. filters: the trainer's `module_filters`; None: as
     the metadata states, or not known. Raises CascadeError where the shapes fit none, or several.
@@ -86,7 +87,7 @@ def layer_order(
         return []
     filters = _stated_filters(metadata) if filters is None else filters
     file = f"{name} is an official LoRA of {len(shapes)} numbered layers (the first {shapes[0][0]} × {shapes[0][1]})"
-    readings: dict[tuple[str, ...], Filters] = {}  # layers: the first filters that find them
+    readings: dict[tuple[str, ...], Filters] = {}  # layers -> the first filters that find them
     for size in SIZES.values() if config is None else [config]:
         for said, order in _readings(shapes, size, filters):
             readings.setdefault(tuple(order), said)
@@ -152,9 +153,10 @@ def _readings(
 
 
 def _choices(shapes: Shapes, layers: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[Filters, set[str]]]:
-    """Yields (filters, layers) of whole levels of blocks and kinds of layers, as many of each shape as in the file.
+    """Yields (filters, layers) for combinations of whole levels and kinds of layers with the file's count of each
+    shape.
 
-    Filters with a block's number in them are not tried; with them any layers at all could be meant.
+    Filters with a block's number are not tried, since with them any set of layers would be possible.
     """
     file = Counter(shapes)
     fine = {layer: next(part for part in _FINE_FILTERS if part in layer) for layer in layers}
@@ -170,7 +172,7 @@ def _choices(shapes: Shapes, layers: Mapping[str, tuple[int, ...]]) -> Iterator[
             if layer not in inside:
                 members.setdefault(fine[layer], []).append(layer)
         counts = {part: _shapes(found, layers) for part, found in members.items()}
-        alike: dict[tuple[int, ...], list[str]] = {}  # kinds of layers by the shape that most of them have
+        alike: dict[tuple[int, ...], list[str]] = {}  # kinds of layers by their most frequent shape
         for part, count in counts.items():
             if not count - file:
                 alike.setdefault(count.most_common(1)[0][0], []).append(part)

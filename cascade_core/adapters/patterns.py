@@ -1,4 +1,4 @@
-"""Patterns of names from files and prompts: of regular expressions only those that are a few texts, and none is run.
+"""Patterns of names from files and prompts: only those that stand for a few plain texts; no regular expression is run.
 
 A regular expression of twenty characters can keep `re` busy for years.
 """
@@ -15,7 +15,7 @@ LONGEST_PATTERN = 10_000  # characters
 
 
 class Text(NamedTuple):
-    """One text that a pattern stands for, and whether it has to begin and to end the name."""
+    """One text that a pattern stands for, and whether it has to be at the name's start and at its end."""
 
     text: str
     at_start: bool
@@ -32,7 +32,8 @@ class Text(NamedTuple):
 def texts(pattern: str, plain: str = "") -> list[Text] | None:
     r"""The texts of a pattern made of `|`, `^`, `$`, optional characters (`stars?`) and escaped ones (`\.`).
 
-    plain: further signs that stand for themselves. None for a pattern of anything else, or of LONGEST_PATTERN and more.
+    plain: further characters that stand for themselves. None for a pattern of anything else, or of LONGEST_PATTERN
+    and more.
     """
     if len(pattern) >= LONGEST_PATTERN:
         return None

@@ -1,4 +1,4 @@
-"""The scale of a PEFT LoRA, which stands in a file beside its tensors, or nowhere."""
+"""The scale of a PEFT LoRA, which is stated in a file beside its tensors, in their header, or nowhere."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 HEADER_ENTRY = "lora_adapter_metadata"  # where diffusers writes the same configuration into the tensors' file
 LARGEST_ALPHA = 1e6
 _TEXT = "text_"  # in every name of the text encoder and of its layers, and in none of Stage C's
-# `init_lora_weights` that leave the network's own weights as they are; others move a part of them into the LoRA.
+# Values of `init_lora_weights` that leave the network's weights alone; others move a part of them into the LoRA.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _OTHER_KINDS = {"kasa_config": "KaSA", "monteclora_config": "MonteCLoRA", "use_qalora": "QALoRA"}
 
-# The types that are read, and the entry of each that scales it.
+# The supported types, and the configuration entry that scales each.
 _ALPHA_ENTRIES = {
     None: "lora_alpha", "LORA": "lora_alpha", "ADALORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha",
     "OFT": None, "BOFT": None, "IA3": None,
@@ -38,7 +38,7 @@ AlphaOf = Callable[[str, int], float | None]  # a layer by the file's name of it
 class StatedAlpha:
     """Alphas of the layers that have none of their own.
 
-    of       says a layer's, or None where nothing states it
+    of       gives a layer's alpha, or None where nothing states it
     note     what was assumed, in a sentence, or ""
     config   the whole of PEFT's configuration of a file of one network, as it is written
     given    whether the user gave one alpha for all
@@ -51,7 +51,7 @@ class StatedAlpha:
 
     @property
     def unread_type(self) -> str | None:
-        """PEFT's word for an adapter of a kind that is not read, or None."""
+        """PEFT's name of the adapter's type if it is unsupported, else None."""
         peft_type = self.config.get("peft_type")
         return None if peft_type in _ALPHA_ENTRIES else peft_type
 
@@ -59,9 +59,9 @@ class StatedAlpha:
 def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) -> StatedAlpha | None:
     """The alphas of the LoRA at `path`: as given (0: not), else as PEFT's configuration says; None without one.
 
-    The configuration stands in the file's own metadata, as diffusers writes it, or in adapter_config.json beside it,
-    which is taken for a file of any name if no other is there that it could be of. Raises CascadeError where it is
-    damaged, or states a LoRA that the network's own weights have been changed for.
+    The configuration is in the file's own metadata, as diffusers writes it, or in adapter_config.json beside it,
+    which is used for a file of any name if it is the only one in its folder. Raises CascadeError where it is damaged,
+    or states a LoRA whose training changed the network's own weights as well.
     """
     networks, where, notes = _in_header(metadata), f"{path} ({HEADER_ENTRY})", []
     beside = path.with_name(CONFIG_FILE)
@@ -85,7 +85,7 @@ def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) ->
         network, _, inside = name.partition(".")
         if network in alphas:  # diffusers keeps several networks in one file
             return alphas[network](inside, rank)
-        # The one network that is stated may stand under another name in its layers, or under none.
+        # The only network in the configuration may have another name in its layers' names, or none.
         if only is not None and (only == "" or (_TEXT in only) == (_TEXT in name)):
             return alphas[only](name, rank)
         return alpha or None
@@ -101,7 +101,7 @@ def adapter_file(path: Path) -> Path:
 
 
 def assumed_alpha(name: str) -> str:
-    """Says, in a sentence, what is assumed of a file without alphas."""
+    """A sentence about the alphas assumed for a file that states none."""
     return (
         f"{name} states no alpha, and each layer's rank is taken for it; if its training had another (lora_alpha in "
         f"PEFT's {CONFIG_FILE}), give that as alpha."
@@ -123,8 +123,8 @@ def _is_alone(path: Path) -> bool:
 
 
 def _in_header(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """{network: its configuration} in a file's metadata. diffusers writes the network before every entry,
-    `prior.lora_alpha`, as before the names of its layers, or nothing, here "", for a network by itself.
+    """{network: its configuration} in a file's metadata. diffusers writes the network before every entry
+    (`prior.lora_alpha`), as before its layers' names; for a file of one network it may write none, here "".
     """
     try:
         entries = json.loads(metadata.get(HEADER_ENTRY, "{}"))
@@ -162,7 +162,7 @@ def _check_plain(config: Mapping[str, Any], where: str) -> None:
 
 def _alpha_of(config: Mapping[str, Any], where: str, given: float) -> AlphaOf:
     """Alphas by PEFT's configuration, or given ones. rsLoRA (arXiv 2312.03732) divides alpha by the root of the rank;
-    AdaLoRA scales by the rank that it began with, whatever was left of it.
+    AdaLoRA scales by the rank that it began with, not by the one that was left.
     """
     peft_type = config.get("peft_type")
     entry = _ALPHA_ENTRIES.get(peft_type)
@@ -193,7 +193,7 @@ def _alpha_of(config: Mapping[str, Any], where: str, given: float) -> AlphaOf:
 
 
 def _by_name(patterns: dict[str, Any], where: str) -> dict[str, tuple[int, float]]:
-    """{a name's last parts, or ^ and the whole name: (the pattern's number, its alpha)}; the first pattern counts.
+    """{the end of a name, or ^ and the whole name: (number of the pattern, its alpha)}; the first pattern counts.
 
     PEFT runs them as regular expressions, `(.*\\.)?(pattern)$`; here they are names.
     """
@@ -212,4 +212,4 @@ def _by_name(patterns: dict[str, Any], where: str) -> dict[str, tuple[int, float
 
 
 def _is_alpha(value: Any) -> TypeGuard[float]:
-    return type(value) in (int, float) and 0 < value <= LARGEST_ALPHA  # which NaN is not
+    return type(value) in (int, float) and 0 < value <= LARGEST_ALPHA  # False for NaN

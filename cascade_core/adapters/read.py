@@ -1,7 +1,7 @@
 """LoRA files of every dialect, read into one form.
 
-Whatever the spelling, a key is a layer's name and which of its tensors it is. So names and endings are each read by one
-table for all programs, mixtures included; which dialect a file is of is asked only afterwards.
+Whatever the spelling, a key consists of a layer's name and an ending for one of its tensors. So one table of names
+and one of endings serve all programs, mixtures included; the file's dialect is determined only afterwards.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from .peft import StatedAlpha, adapter_file, assumed_alpha, stated_alpha
 _LONGEST_FIRST = sorted(ENDINGS, key=len, reverse=True)
 _BUNDLED, _BUNDLED_ENDINGS = "bundle_emb.", (".clip_g", ".clip_g_out", ".string_to_param.*")
 _PEFT = "base_model.model."
-# What PEFT calls an adapter in a model in memory, `default` if nothing else was said; its files leave it out.
+# PEFT's name for an adapter in memory, by default `default`; files saved by PEFT itself leave it out.
 _ADAPTER_NAME = re.compile(
     r"(?:(\.lora_[AB]|\.lora_magnitude_vector)|\.modules_to_save)\.[^.]+(?=\.(?:weight|bias)$)"
 )
-_LORA_WRAPPERS = {*WRAPPERS} - {"decoder"}  # which is Stage B's, and its layers have the same names
+_LORA_WRAPPERS = {*WRAPPERS} - {"decoder"}  # "decoder" means Stage B, whose layers have the same names
 ARCHITECTURE_KEY, STAGE_B = "modelspec.architecture", "stable-cascade-v1-stage-b"
 _EMBEDDING = ("clip_g", "clip_g_out", "emb_params", "string_to_param.*")
 
@@ -55,10 +55,10 @@ def read_adapter(
 ) -> Adapter:
     """Reads a LoRA or embedding file, or PEFT's folder; the tensors are views of the mapped file.
 
-    stage_c: the network it is for. Only the official dialect, which numbers its layers, asks for it, and not for the
-    published sizes. alpha, filters: what the file's training had and the file may not say, the alpha of layers without
-    one (0: as stated beside it, or else their rank) and the `module_filters` of an official file ("": as the shapes
-    tell). Raises CascadeError where the file cannot be read or is of something else.
+    stage_c: the network that it is for; needed only for the official dialect, which numbers its layers, and there
+    only for sizes that were not published. alpha: of layers for which the file states none (0: as stated beside the
+    file, else their rank). filters: the `module_filters` that an official file was trained with ("": inferred from
+    the shapes). Raises CascadeError for a file that cannot be read or is not an adapter of Stable Cascade.
     """
     path = adapter_file(Path(path))
     tensors, metadata = read_safetensors(path)
@@ -76,8 +76,8 @@ def parse_adapter(
 ) -> Adapter:
     """Parses a file's tensors into an adapter; name: of the file.
 
-    stage_c, filters: as in `read_adapter`; alpha: says that of layers that have none of their own (None: the rank).
-    Raises CascadeError where they are of another model, of another kind of change, or not whole.
+    stage_c, filters: as in `read_adapter`; alpha: gives the alpha of layers without one of their own (None: the
+    rank). Raises CascadeError for tensors of another model or of an unsupported algorithm, and for incomplete ones.
     """
     tensors = _unwrapped(tensors, name)
     _check_types(tensors, name)
@@ -99,7 +99,7 @@ def parse_adapter(
 
 
 def _of_stage_b(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
-    """The adapter with its changes where they belong: most names are both stages', some are Stage B's alone."""
+    """The adapter with its changes assigned to their stage: most names occur in both, some in Stage B alone."""
     stated = STAGE_B in metadata.get(ARCHITECTURE_KEY, "")
     if not (stated or any(map(is_stage_b, map(layer_of, adapter.stage_c)))):
         return adapter
@@ -111,10 +111,10 @@ def _without_effect(name: str) -> str:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors without what torch and trainers put around: wrappers and PEFT's name of the adapter in names, scales
-    of fp8, and lone numbers such as `step`.
+    """The tensors without additions of torch and trainers: wrappers and PEFT's adapter name in names, fp8 scales, and
+    single numbers such as `step`.
 
-    Those in fp8 become fp16, which holds every value of either fp8, and which torch can compute with.
+    fp8 tensors become fp16, which holds every value of both fp8 formats, and which torch can compute with.
     """
     unwrapped: dict[str, Tensor] = {}
     for key, tensor in unscaled(name, tensors).items():
@@ -162,7 +162,7 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha: StatedAlpha | None) 
     if alpha is not None and alpha.unread_type is not None:
         stated = {printable(alpha.unread_type): ["by its configuration"]}
         _refuse(other_algorithms(tensors) or stated, name)
-    layers: dict[str, dict[str, Tensor]] = {}  # by the file's names
+    layers: dict[str, dict[str, Tensor]] = {}  # by the layers' names in the file
     keys: dict[str, list[str]] = {}
     tokens, unknown = [], []
     for key, tensor in tensors.items():
@@ -208,26 +208,26 @@ def _named(tensors: Mapping[str, Tensor], name: str, alpha: StatedAlpha | None) 
 def _assumes_alpha(
     changes: Iterable[Change], dialect: str, tensors: Iterable[str], stated: StatedAlpha | None
 ) -> bool:
-    """Whether layers without an alpha are taken to have their rank. ComfyUI's LoraSave multiplies it into tensors."""
+    """Whether layers without an alpha are read as if it were their rank. ComfyUI's LoraSave multiplies it in."""
     if dialect == "comfyui" and not any(".lora_A." in key for key in tensors):
         return False
     return any(
         isinstance(change, LowRank | Hadamard | Kronecker)
         and change.alpha is None
-        # A LoKr of whole matrices has a scale in PEFT alone.
+        # A LoKr of whole matrices is scaled only in PEFT.
         and (change.rank or (dialect == "peft" and stated is None))
         for change in changes
     )
 
 
 def _parted(key: str, endings: Iterable[str]) -> tuple[str, str] | None:
-    """(what stands before, the ending) of a key with the first of these endings."""
+    """(the part before the ending, the ending) of a key, for the first of these endings that it has."""
     ending = next((ending for ending in endings if key.endswith(ending) and len(key) > len(ending)), None)
     return None if ending is None else (key.removesuffix(ending), ending)
 
 
 def _locate(theirs: str) -> tuple[str, str] | None:
-    """(network, our name) of a layer by a file's name of it."""
+    """(network, our name) of a layer by its name in the file."""
     theirs = theirs.removeprefix(_PEFT)
     first, _, rest = theirs.partition(".")
     if first in _LORA_WRAPPERS and rest and (located := _locate(rest)):
@@ -259,7 +259,7 @@ def _layer(layer: str, theirs: str, stated: StatedAlpha | None, name: str, asked
 
 
 def _put(changes: dict[str, Change], targets: Mapping[str, Change], name: str) -> None:
-    """Adds changes, the fused attention input's as its three."""
+    """Adds changes; those of the fused attention input are split into three."""
     for target, change in targets.items():
         parts = split(change, target) if FUSED in target else {target: change}
         twice = changes.keys() & parts.keys()
@@ -273,7 +273,7 @@ def _put(changes: dict[str, Change], targets: Mapping[str, Change], name: str) -
 def _check_known(
     tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor], for_stage_c: bool, matched: bool, name: str
 ) -> None:
-    """Raises CascadeError for files of another model and for changes that are not low-rank, by the unread tensors."""
+    """Raises CascadeError where the unread tensors show a file of another model or of an unsupported algorithm."""
     _refuse(other_algorithms(unread), name)
     weights = None if matched else _whole_weights(tensors)
     if weights == f"a {EMBEDDING}":
@@ -303,7 +303,7 @@ def _refuse(algorithms: Mapping[str, list[str]], name: str) -> None:
         contents = ", ".join(f"{algorithm} ({listed(names, 1)})" for algorithm, names in algorithms.items())
         raise CascadeError(
             f"{name} is an adapter of another kind, {contents}, which is not read: {READ} are; merge it into its model "
-            "where it was made, or train it as a LoRA."
+            "with the program that made it, or train it as a LoRA."
         )
 
 
@@ -315,7 +315,7 @@ def _whole_weights(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _dialect(spelled: list[tuple[str, str, str]], tensors: Mapping[str, Tensor]) -> str:
-    """The dialect that would have written most of the file's keys; the first in the table of several."""
+    """The dialect that would have written most of the file's keys; of several, the first in the table."""
 
     def written(dialect: Dialect) -> int:
         score = 0

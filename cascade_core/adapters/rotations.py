@@ -100,7 +100,7 @@ class ColumnRotation(Change):
         else:
             q = self.blocks.float()
             for level, rotation in enumerate(cayley(0.5 * (q.mT - q))):
-                # The blocks of a level join halves that are so far apart, as in a Fourier transform.
+                # A level's blocks join halves at a distance that grows by level, as in a fast Fourier transform.
                 order = torch.arange(columns.shape[1], device=columns.device)
                 order = order.view(-1, 2**level, 2, self.size // 2).transpose(1, 2).flatten()
                 columns = columns[:, order.argsort()]

@@ -1,4 +1,4 @@
-"""An adapter's part for the text encoder: whether it fits, and what it teaches."""
+"""An adapter's changes of the text encoder: checks that they fit, and names the tokens that they teach."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from .tokens import NewToken, name_in_prompt
 
 
 def check_text_changes(adapter: Adapter, network: Any, new_tokens: Sequence[NewToken]) -> list[str]:
-    """Sentences about the tokens that an adapter teaches a text encoder.
+    """Checks an adapter's part for a text encoder; returns sentences about the tokens that it teaches.
 
     new_tokens: names for tokens that its file does not name. Raises CascadeError where a change does not fit.
     """

@@ -16,12 +16,12 @@ from .adapter import Adapter
 from .compatibility import check_finite_token
 from .patterns import MOST_TEXTS, texts
 
-MOST_TOKENS = 100  # that one adapter's node names
+MOST_TOKENS = 100  # named by one adapter's node
 
 
 class NewToken(NamedTuple):
-    """A token that the published training added to the vocabulary; its row began as the mean of all tokens in whose
-    spelling the pattern is found ("^dog</w>", as `patterns.texts` reads it), or as zeros.
+    """A token that the published training added to the vocabulary. Its row began as the mean of all tokens whose
+    spelling matches the pattern ("^dog</w>", read by `patterns.texts`), or as zeros.
     """
 
     name: str
@@ -57,7 +57,7 @@ def taught_tokens(
 
     vocabulary  {spelling: token}
     embedding   (tokens, C), the encoder's own
-    new         names of the adapter's tokens behind the vocabulary; those without one are left out
+    new         names of the adapter's tokens numbered after the vocabulary; tokens without a name are left out
 
     Raises CascadeError for rows of another width.
     """

@@ -36,7 +36,7 @@ PARTS = {
     "stage_b": {},
     "text": {},
     "tokens": (),
-}  # what can be left out of an adapter: its empty value
+}  # the parts that can be left out of an adapter, with their empty values
 
 
 def write_adapter(
@@ -52,8 +52,8 @@ def write_adapter(
     """Writes the file as the dialect's program would, whole or not at all.
 
     metadata: the header of the file that the adapter comes from, kept but for the entries of another dialect;
-    overwrite: whether a file that is there is replaced; configuration: where PEFT's is written as well, before the
-    tensors take their place; the other arguments are those of `to_dialect`.
+    overwrite: whether a file that is there is replaced; configuration: path of PEFT's configuration, written before
+    the tensors; None: not written; the other arguments are those of `to_dialect`.
     """
     tensors, header = to_dialect(adapter, dialect, stage_c, vocabulary)
     rest = {key: text for key, text in (metadata or {}).items() if key not in (*HEADER, HEADER_ENTRY)}
@@ -79,9 +79,9 @@ def to_dialect(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of an adapter in a dialect of `DIALECTS`, no two tensors in the same memory.
 
-    stage_c: what the official dialect numbers the layers of, where it is none of the published sizes; vocabulary: how
-    many tokens the text encoder has, behind which the official dialect numbers new ones.
-    Raises CascadeError for what the dialect cannot say.
+    stage_c: the network whose layers the official dialect numbers, where it does not have a published size;
+    vocabulary: number of tokens in the text encoder, after which the official dialect numbers new ones. Raises
+    CascadeError for contents that the dialect cannot hold.
     """
     check_dialect(adapter, dialect)
     spoken = DIALECTS[dialect]
@@ -99,7 +99,7 @@ def to_dialect(
 
 
 def check_dialect(adapter: Adapter, dialect: str) -> None:
-    """Raises CascadeError for a dialect that does not exist, and for what it cannot hold of an adapter."""
+    """Raises CascadeError for a dialect that does not exist, and for contents of the adapter that it cannot hold."""
     if dialect not in DIALECTS:
         raise CascadeError(
             f"There is no LoRA dialect {quoted(dialect)}; choose one of {', '.join(DIALECTS)}."
@@ -121,7 +121,7 @@ def check_dialect(adapter: Adapter, dialect: str) -> None:
 
 
 def cautions(adapter: Adapter, dialect: str, in_folder: bool = False) -> list[str]:
-    """Sentences about what programs make of an adapter in a dialect, which is written all the same.
+    """Warnings, in sentences, about how programs will read an adapter in this dialect; it is written nevertheless.
 
     in_folder: whether it is written as PEFT reads it
     """
@@ -141,8 +141,8 @@ def cautions(adapter: Adapter, dialect: str, in_folder: bool = False) -> list[st
 
 
 def peft_config(tensors: Mapping[str, Tensor], dialect: Dialect, network: str) -> dict[str, Any]:
-    """PEFT's configuration of a LoRA whose alphas are multiplied in, so that each is the rank; network: what stands
-    before the names of its layers.
+    """PEFT's configuration of a LoRA whose alphas are multiplied in, so that each alpha is the rank; network: prefix
+    of its layers' names.
     """
     tensors = {key.removeprefix(network): t for key, t in tensors.items() if key.startswith(network)}
     ranks = {
@@ -172,7 +172,7 @@ def peft_config(tensors: Mapping[str, Tensor], dialect: Dialect, network: str) -
 
 
 def _diffusers_config(tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Any]:
-    """The same of each network in a file, as diffusers writes it."""
+    """PEFT's configuration of each network in a file, as diffusers writes it."""
     networks = [prefix for prefix in (dialect.stage_c, dialect.text) if prefix is not None]
     configs = {network: peft_config(tensors, dialect, network) for network in networks}
     return {
@@ -188,7 +188,7 @@ def as_json(config: Mapping[str, Any]) -> str:
 
 
 def obstacles(adapter: Adapter, dialect: str) -> list[str]:
-    """Lists what a dialect cannot hold of an adapter, in words; empty if it can hold everything."""
+    """Lists, in words, the contents of an adapter that a dialect cannot hold; empty if it can hold everything."""
     spoken = DIALECTS[dialect]
     parts = adapter.stage_c, adapter.stage_b, adapter.text
     changes = [change for part in parts for change in part.values()]
@@ -224,7 +224,7 @@ def obstacles(adapter: Adapter, dialect: str) -> list[str]:
 
 
 def _config(adapter: Adapter, stage_c: StageC | StageCConfig | None) -> StageCConfig:
-    """The Stage C whose layers are numbered: the given one, or the published one that the adapter fits."""
+    """The config of the Stage C whose layers are numbered: the given one, or a published one that the adapter fits."""
     if stage_c is not None:
         config = stage_c.config if isinstance(stage_c, StageC) else stage_c
         check_fits(adapter, config)
@@ -293,7 +293,7 @@ def _token_tensors(tokens: Sequence[LearnedToken], prefix: str, name: str) -> di
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gives each tensor memory of its own, which the file format requires; q, k and v may share a `down`."""
+    """Gives each tensor its own memory, as the file format requires, since q, k and v may share a `down`."""
     seen: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Checkpoint files: what they hold, how their names map to ours, and how they are read and written."""
+"""Checkpoint files: their contents, the mapping of their names to ours, reading and writing."""
 
 from .attention import fuse_attention, split_attention
 from .files import check_writable, read_header, read_json, read_safetensors, read_text, write_safetensors

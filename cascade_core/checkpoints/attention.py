@@ -33,7 +33,7 @@ def split_attention(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def parts_of_fused(name: str) -> list[str]:
-    """The names of what a tensor of `fuse_attention` is made of, in its order: three of the attention's, or its own."""
+    """The names of the tensors that `fuse_attention` joins into this one, in order: three, or its own alone."""
     stem, fused, leaf = name.rpartition(FUSED)
     return [f"{stem}{part}.{leaf}" for part in THIRDS] if fused else [name]
 

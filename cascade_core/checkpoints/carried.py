@@ -1,6 +1,7 @@
-"""What a file states beside its weights, as tensors: for programs that save tensors alone, as ComfyUI does.
+"""A file's metadata stored as tensors, for programs that save tensors alone, as ComfyUI does.
 
-They stand with their network's weights, under its prefix, and only where the weights do not tell the same.
+These tensors are stored with their network's weights, under its prefix, and only where the weights alone do not
+determine the same.
 """
 
 import json
@@ -16,7 +17,7 @@ from ..networks.inference import infer_config
 from .files import MAX_HEADER
 
 CONFIG, VOCABULARY = "cascade_config", "cascade_vocabulary"
-# What each becomes in the metadata of who reads it.
+# The metadata key that each is read back as.
 METADATA_KEYS = {CONFIG: "config", VOCABULARY: VOCABULARY}
 
 
@@ -26,21 +27,21 @@ def as_tensor(table: Mapping[str, Any]) -> Tensor:
 
 
 def carried_config(network: Any) -> dict[str, Tensor]:
-    """{CONFIG: …} of a network whose configuration its tensors' names and shapes do not tell, else nothing."""
+    """{CONFIG: …} of a network whose configuration cannot be inferred from its tensors' names and shapes, else {}."""
     config = network.config
     _, inferred = infer_config(network.state_dict())
     return {} if type(config).from_dict(inferred) == config else {CONFIG: as_tensor(asdict(config))}
 
 
 def is_carried(name: str) -> bool:
-    """Whether a tensor is what a file states, not a weight."""
+    """Whether a tensor is stored metadata and not a weight."""
     return name.rpartition(".")[2] in METADATA_KEYS
 
 
 def carried_metadata(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
     """The metadata that a network's carried tensors stand for, whatever precision they were cast to.
 
-    prefix: of the network's names.  Raises CascadeError for what is not text.
+    prefix: of the network's names.  Raises CascadeError for bytes that are not text.
     """
     metadata = {}
     for name, key in METADATA_KEYS.items():

@@ -1,4 +1,4 @@
-"""Which of Stage C's residual blocks a ControlNet's projections are for, where its file's metadata has no `config`."""
+"""Stage C's residual blocks that a ControlNet's projections are for, if its file's metadata has no `config`."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _IN_LINES = re.compile(rf"^{NAME}:[ \t]*\n((?:[ \t]*-[ \t]*\d{{1,9}}[ \t]*(?:\n|
 def stated_blocks(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     """{config: JSON} of the blocks that a file's metadata states, or the YAML settings of the same name beside it.
 
-    Empty where neither does. Raises CascadeError where they are not a list of numbers.
+    Empty where neither states them. Raises CascadeError for anything but a list of numbers.
     """
     beside = next(
         (path.with_suffix(end) for end in (".yaml", ".yml") if path.with_suffix(end).exists()), None

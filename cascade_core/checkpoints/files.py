@@ -35,14 +35,14 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# What networks can be cast from.
+# The dtypes that a network's weights may have in a file.
 FLOATING = tuple(dtype for dtype in _DTYPES.values() if dtype.is_floating_point)
 # A published file's header takes less than a megabyte, a LoRA's with its trainer's notes a few. The format allows
 # 100 MB, which would take gigabytes to read.
 MAX_HEADER = 25_000_000
 MAX_NAME = 1000  # characters of a tensor's name; names are compared with many patterns
 
-# What is often found in place of a safetensors file, by its first bytes.
+# Other kinds of files that users often have in place of a safetensors file, by their first bytes.
 _PICKLE = (
     "is a pickle (.ckpt, .pt), which can run code when opened, and only safetensors files are loaded; convert it on a "
     "machine you can spare"
@@ -66,7 +66,7 @@ _FOREIGN = (
     ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"), "is a picture; choose the network's safetensors file"),
 )
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
-# The same by names, where the first bytes say nothing.
+# Further kinds, by the extension, where the first bytes are not characteristic.
 _FOREIGN_SUFFIXES = {
     ".onnx": "is an ONNX file, which is not read; choose the network's safetensors file",
     **dict.fromkeys(_PICKLE_SUFFIXES, _PICKLE),
@@ -87,7 +87,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """Checks a file's header first; turns what the parser raises inside the block into a CascadeError."""
+    """Checks a file's header first; turns the parser's exceptions inside the block into a CascadeError."""
     try:
         _check_header(path)
         yield
@@ -100,7 +100,7 @@ def _refusals(path: Path) -> Iterator[None]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The table in a JSON file that lies beside weights, such as their config or an index of shards.
+    """The table in a JSON file beside weights, such as their config or an index of shards.
 
     Raises CascadeError where there is none, or one of more than MAX_HEADER bytes.
     """
@@ -115,9 +115,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text that lies beside weights, such as a vocabulary.
+    """The contents of a text file beside weights, such as a vocabulary.
 
-    Raises CascadeError for more than MAX_HEADER bytes, for what is not a file, and for bytes that are not UTF-8.
+    Raises CascadeError for more than MAX_HEADER bytes, for a path that is not a file, and for bytes that are not UTF-8.
     """
     try:
         with open_regular(path) as file:
@@ -160,7 +160,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def _check_header(path: Path) -> None:
-    """Raises CascadeError with a helpful sentence for a file that the parser would refuse with a bare one."""
+    """Raises CascadeError, in a helpful sentence, for a file that the parser would refuse in a terse one."""
     if not path.exists():
         raise CascadeError(f"{path} does not exist; expected a safetensors file there.")
     if not path.is_file():
@@ -181,7 +181,7 @@ def _check_header(path: Path) -> None:
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A table of the header. Of two entries of one name, one reader takes the one and another the other."""
+    """A table of the header. Raises ValueError for duplicate names, of which readers would take different entries."""
     table = dict(pairs)
     if len(table) < len(pairs):
         raise SafetensorError("a name in its header stands twice")
@@ -248,9 +248,9 @@ def write_safetensors(
     """Writes a file atomically: under a temporary name beside `path`, renamed at the end.
 
     The same tensors and metadata give the same bytes, those of the safetensors library with its metadata sorted (it
-    writes them in random order). One tensor at a time is copied. value: gives the values of each name, where `tensors`
-    say their shapes and types alone.
-    Raises CascadeError if that fails (no permission, disk full); a file that was at `path` is then unchanged.
+    writes them in random order). One tensor at a time is copied. value: gives the values of a name, where `tensors`
+    have only shapes and types. Raises CascadeError if that fails (no permission, disk full); a file that was at
+    `path` is then unchanged.
     """
     path = Path(path)
     try:
@@ -259,14 +259,14 @@ def write_safetensors(
             file.write(struct.pack("<Q", len(header)) + header)
             for name in names:
                 tensor = tensors[name] if value is None else value(name)
-                values = tensor.detach().cpu().contiguous()  # of this tensor alone
+                values = tensor.detach().cpu().contiguous()  # a copy of this tensor alone
                 file.write(values.flatten().view(torch.uint8).numpy().data)
     except (OSError, ValueError) as error:
         raise _cannot_write(path, getattr(error, "strerror", None) or error) from None
 
 
 def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """(header, names in the order of the data). Raises ValueError for what the format cannot hold."""
+    """(header, names in the order of the data). Raises ValueError for a dtype that the format does not have."""
     unknown = sorted({str(tensor.dtype) for tensor in tensors.values()} - {str(dtype) for dtype in _NAMES})
     if unknown:
         raise ValueError(f"the format has no {unknown[0]}")
@@ -287,7 +287,7 @@ def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises CascadeError unless a file can be written at `path`: asked before the work that the file is to hold."""
+    """Raises CascadeError unless a file can be written at `path`; called before the work whose result it will hold."""
     try:
         check_file(Path(path))
     except OSError as error:

@@ -26,11 +26,11 @@ _NAMES = (
     ("cond_mapper.0.weight", "Würstchen v2 prior"),
     ("effnet_mappers.", "Würstchen v2 decoder"),
 )
-# Of every layer of the network that UltraPixel trains beside Stage C, by its trainer's numbers.
+# In the name of every layer of the network that UltraPixel trains beside Stage C, after its trainer's numbers.
 _ULTRAPIXEL = ".wtoken_postfc."
-# The same inside a Stage C, with its other parts.
+# Prefixes of that network's parts where it is stored inside a Stage C.
 _ULTRAPIXEL_PARTS = ("agg_net.", "agg_net_up.", "norm_down_blocks.", "norm_up_blocks.")
-MOST_EMBEDDINGS = 4  # tensors of an embedding's file that has names of its own
+MOST_EMBEDDINGS = 4  # tensors of an embedding file with unknown names
 _LORA_ENDINGS = (
     ".lora_down.weight",
     ".lora_up.weight",
@@ -39,7 +39,7 @@ _LORA_ENDINGS = (
     ".lora_down",
     ".lora_up",
 )
-# How wide the text is that the cross attention of a Stable Diffusion UNet takes.
+# Width of the text states that a Stable Diffusion UNet's cross attention takes.
 _UNETS = {
     768: "Stable Diffusion 1.5",
     1024: "Stable Diffusion 2",

@@ -11,13 +11,13 @@ from torch import Tensor
 from ..errors import CascadeError, printable
 from .attention import split_attention
 
-# What programs put before all names of a network, one or several of these: data-parallel training, trainers, pipelines
-# and ComfyUI.
+# Prefixes, one or several, that programs put before all names of a network: data-parallel training, trainers,
+# pipelines and ComfyUI.
 WRAPPERS = ("module", "model", "diffusion_model", "generator", "prior", "decoder")
-# What torch puts anywhere in names: torch.compile, and sharded or checkpointed training.
+# Parts that torch inserts anywhere in names: torch.compile, and sharded or checkpointed training.
 _WRAPPED_MODULES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
-# A tensor that every network of a part has, in published names, and that no other part's has.
+# For each part, a tensor by its published name that all of its networks have, and those of no other part.
 SIGNATURES = {
     "stage_c": "clip_txt_mapper.weight",
     "stage_b": "effnet_mapper.0.weight",
@@ -38,7 +38,7 @@ class Layout:
     renamed     pairs of parts of names: theirs, published
     transposed  published names of matrices that are stored the other way round
     ignored     names after the prefix that are constants of the program, not weights
-    needed      names after the prefix without which it is another layout
+    needed      names after the prefix that a file of this layout must have
     """
 
     name: str
@@ -49,7 +49,7 @@ class Layout:
     needed: tuple[str, ...] = ()
 
     def published_name(self, name: str) -> str | None:
-        """The published name of one of theirs; None for a name of something else."""
+        """The published name of a name in this layout; None for a name outside of the network."""
         name = without_wrapped_modules(name)
         if not name.startswith(self.prefix) or name.removeprefix(self.prefix) in self.ignored:
             return None
@@ -59,9 +59,9 @@ class Layout:
         return name
 
     def to_published(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Their tensors of this network under published names, as views.
+        """The tensors of this network in a file, under published names, as views.
 
-        Raises CascadeError where two of theirs have one published name.
+        Raises CascadeError for two tensors with the same published name.
         """
         renamed = {}
         for name, tensor in tensors.items():
@@ -132,7 +132,7 @@ DIFFUSERS = "diffusers"
 _ALL_IN_ONE_UNET = "model.diffusion_model."
 _DIFFUSERS_STAGE_B = (*_ATTENTION, ("clip_txt_pooled_mapper.", "clip_mapper."))
 
-# Tried in this order. Those that rename something come first: they are told by those names.
+# Tried in this order. Layouts that rename something come first, since those names identify them.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "stage_c": (
         Layout(DIFFUSERS, renamed=_ATTENTION),
@@ -180,7 +180,7 @@ def layout_named(part: str, name: str) -> Layout:
 
 
 def all_in_one_name(part: str, published: str) -> str:
-    """What ComfyUI's all-in-one checkpoints call a tensor of a part."""
+    """The name of a part's tensor in ComfyUI's all-in-one checkpoints."""
     layouts = (layout for layout in LAYOUTS[part] if layout.name == ALL_IN_ONE and not layout.transposed)
     return next(layouts).their_name(published)
 
@@ -191,7 +191,7 @@ def parts_in(names: Iterable[str]) -> dict[str, Layout]:
     Raises CascadeError for a file that holds a network twice, under several prefixes.
     """
     names = [without_wrapped_modules(name) for name in names]
-    wrapped: dict[str, list[str]] = {}  # by what stands before the network's own names
+    wrapped: dict[str, list[str]] = {}  # by the prefix of the network's own names
     for name in names:
         words = name.split(".")
         count = next((number for number, word in enumerate(words) if word not in WRAPPERS), 0)
@@ -219,7 +219,7 @@ def _layout_of(part: str, names: list[str]) -> Layout | None:
 
 
 def without_wrapped_modules(name: str) -> str:
-    """A name without what torch puts anywhere in it."""
+    """A name without the parts that torch inserts."""
     for wrapper in _WRAPPED_MODULES:
         name = name.replace(wrapper, "")
     return name

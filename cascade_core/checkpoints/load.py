@@ -1,4 +1,4 @@
-"""From a file or a state dict to a module with its weights."""
+"""Loads a module with its weights from a file or a state dict."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ KIND_NAMES = {
     "previewer": "previewer",
     "controlnet": "ControlNet",
 }
-# Of levels with attention, in heads of 64.
+# Widths of published levels with attention, whose heads are 64 wide.
 PUBLISHED_WIDTHS = {"stage_c": {1536, 2048}, "stage_b": {1152, 1280}}
 READERS = 4
 PAGE = 4096  # bytes; where pages are larger, some are touched twice
@@ -120,12 +120,12 @@ def load_model(
 
     expect: the kind to load, where the file may hold several or another.
     The weights are the file's own pages, mapped, unless `dtype` or `device` ask for others.
-    read_ahead: bring them into memory now, for use from there; else they are read when first used.
-    placed: they stay so, and are read and cast to `dtype` where placement takes them to a device.
+    read_ahead: read them into memory now; otherwise they are read when first used.
+    placed: they stay mapped; placement reads and casts them to `dtype` on their way to a device.
     notify: is told where the number of heads is a guess.
-    eight_bit: the format of Stage B's and C's large weights (networks/quantisation.py): a file's own where it has them
-        in it, else made on the device `quantise_on`. `dtype` and `device` are then of the others.
-    Raises CascadeError where the file cannot be read, is not of the kind `expect`, or is not whole.
+    eight_bit: the format of Stage B's and C's large weights (networks/quantisation.py): taken from a file that has
+    them in this format, else quantised on the device `quantise_on`. `dtype` and `device` then apply to the other
+    weights. Raises CascadeError where the file cannot be read, is not of the kind `expect`, or is not whole.
     """
     stored: dict[str, QuantisedWeight] = {}
     if expect is None:
@@ -169,12 +169,12 @@ def load_model(
 
 
 def _stand_in(weight: QuantisedWeight) -> Tensor:
-    """What a weight in 8 bits is compared with a network by."""
+    """A tensor on the meta device in place of an 8-bit weight, to compare its shape with a network's."""
     return torch.empty(weight.weight8.shape, dtype=torch.bfloat16, device="meta")
 
 
 def heads_notice(path: str | Path, widths: Iterable[int]) -> str:
-    """A sentence about a network whose heads nothing states, so that they were taken for 64 wide."""
+    """A sentence about a network that states no number of heads, for which heads of 64 were assumed."""
     return (
         f"{Path(path).name} does not say how many attention heads it has, and {' and '.join(map(str, sorted(widths)))} "
         "is not a published width: heads of 64 are assumed, and with any others its pictures are wrong. Use a file "
@@ -201,9 +201,9 @@ def converted(
 
 
 def _read_ahead(weights: Iterable[Tensor]) -> None:
-    """Prefetches mapped weights with several readers at once, which most disks serve faster than one.
+    """Prefetches mapped weights by several threads at once, which is faster than one on most disks.
 
-    Weights of more than half of the machine's memory are left to be read on first use.
+    Weights that take more than half of the machine's memory are not prefetched.
     """
     weights = list(weights)
     if sum(tensor.nbytes for tensor in weights) > _memory() / 2:
@@ -305,7 +305,7 @@ def non_finite(weights: Mapping[str, Tensor]) -> Iterator[str]:
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
             continue
-        if tensor.itemsize == 1:  # torch cannot ask float8 itself
+        if tensor.itemsize == 1:  # torch has no isfinite for float8
             tensor = tensor.float()
         if not tensor.isfinite().all():
             yield name

@@ -43,7 +43,7 @@ def forget_pages(tensors: Iterable[Tensor], files: Iterable[tuple[int, int]]) ->
     for tensor in tensors:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         if any(first <= start and end <= last for first, last in files):
-            # What shares a page with another's tensor stays.
+            # A page shared with another tensor stays.
             start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
             length = (end // mmap.PAGESIZE) * mmap.PAGESIZE - start
             if length > 0:

@@ -1,4 +1,4 @@
-"""8-bit weights with their scales, as ComfyUI writes them today and wrote them before, and by name what is not read.
+"""8-bit weights with scales in ComfyUI's present and former layouts; other quantisations are recognised but not read.
 
 ComfyUI's present layout: beside an 8-bit `….weight` its `weight_scale` (float32), `comfy_quant` (JSON as bytes, or all
 of them in the header as `_quantization_metadata`), and perhaps the `input_scale` of its fp8 products, which we do not
@@ -67,7 +67,7 @@ def _format(name: str, conf: bytes) -> str:
 
 
 def _scheme(stated: Any) -> Any:
-    """The format of a layer; weights that are rotated before they are rounded are another than its name says."""
+    """The format of a layer; one whose weights are rotated before rounding does not have the format it states."""
     rotated = stated.get("convrot") or (stated.get("params") or {}).get("convrot")
     return f"{stated['format']} with convrot" if rotated else stated["format"]
 
@@ -84,7 +84,7 @@ def _header_formats(metadata: Mapping[str, str]) -> set[str]:
 
 
 def without_stated(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The metadata, whose header states no format of weights that have a `comfy_quant` among the tensors."""
+    """The metadata without the stated formats of weights that have their own `comfy_quant` tensor."""
     if not _header_formats(metadata):
         return dict(metadata)
     header = json.loads(metadata[_HEADER])
@@ -99,14 +99,14 @@ def scale_name(name: str, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def is_beside(name: str) -> bool:
-    """Whether a tensor only belongs to another's quantisation."""
+    """Whether a tensor only describes the quantisation of another."""
     return name.endswith(_BESIDE) or name == "scaled_fp8"
 
 
 def split_quantised(
     file: str, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, QuantisedWeight]]:
-    """(weights, those in 8 bits with a scale for each row); with other scales they are multiplied, to bf16."""
+    """(weights, 8-bit weights with one scale per row); 8-bit weights with other scales are dequantised to bf16."""
     weights = {name: tensor for name, tensor in tensors.items() if not is_beside(name)}
     quantised = {}
     for name, tensor in list(weights.items()):
@@ -146,8 +146,8 @@ def rescaled(file: str, name: str, weight: Tensor, scale: Tensor) -> Tensor:
 def checked_scale(file: str, name: str, weight: Tensor, scale: Tensor) -> Tensor:
     """A scale that broadcasts with its weight.
 
-    Raises CascadeError for one that would change its weight's shape: a product of a row and a column is as large as a
-    file claims, not as it is.
+    Raises CascadeError for a scale that would change its weight's shape: the product of a row and a column may be far
+    larger than the file.
     """
     scale = _by_row(scale, weight)
     floating = scale.dtype in FLOATING and (weight.dtype in FLOATING or weight.dtype == INT8)
@@ -160,7 +160,7 @@ def checked_scale(file: str, name: str, weight: Tensor, scale: Tensor) -> Tensor
 
 
 def _row_scale(weight: Tensor, scale: Tensor) -> Tensor | None:
-    """A scale that broadcasts, as one for each row (out,) float32; None where it differs along one."""
+    """A broadcasting scale as one per row, (out,) float32; None where it differs within a row."""
     if weight.ndim < 2 or weight.numel() == 0:
         return None
     if scale.numel() == 1:
@@ -178,7 +178,7 @@ def _broadcasts(scale: Tensor, weight: Tensor) -> bool:
 
 
 def _by_row(scale: Tensor, weight: Tensor) -> Tensor:
-    """A list of one scale a row as a column, which else would be one for each column of a square."""
+    """A list of one scale per row as a column; for a square matrix it would otherwise count as one per column."""
     one_a_row = scale.ndim == 1 and weight.ndim > 1 and len(scale) == len(weight)
     return scale.view(-1, *[1] * (weight.ndim - 1)) if one_a_row else scale
 
@@ -202,7 +202,7 @@ def fp8_layout(name: str, values: Tensor, dtype: torch.dtype = E4M3) -> dict[str
 def quantised_layout(name: str, weight: QuantisedWeight, shape: Sequence[int]) -> dict[str, Tensor]:
     """A `….weight` of this shape in 8 bits, in ComfyUI's present layout.
 
-    Scales that are all the same become one: so a file of ComfyUI's comes back as it was.
+    Scales that are all equal become one, so that ComfyUI's files are reproduced exactly.
     """
     weight8, scale = weight
     same = not scale.is_meta and bool((scale == scale[0]).all())

@@ -27,10 +27,10 @@ SUBFOLDERS = {
     "text": ("text_encoder", "prior_text_encoder"),
     "vision": ("image_encoder", "prior_image_encoder"),
 }
-_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")  # a shard's number, before its ending or before a variant
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")  # a shard's number, before the extension or a variant
 MOST_SHARDS = 1000
 _WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
-# What a config.json beside diffusers' weights states that their shapes do not tell: its names, and the published ones.
+# Entries of a config.json beside diffusers' weights that cannot be inferred from shapes: its names -> published names.
 _UNET_CONFIG = {
     "num_attention_heads": "nhead", "timestep_conditioning_type": "t_conds", "in_channels": "c_in",
     "out_channels": "c_out", **{name: name for name in ("patch_size", "self_attn", "switch_level", "dropout", "nhead",
@@ -58,7 +58,7 @@ def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[s
 def read_quantised(
     path: str | Path, part: str
 ) -> tuple[dict[str, Tensor], dict[str, QuantisedWeight], dict[str, str]]:
-    """`read_weights`, with the weights that a file holds in 8 bits with their scales apart, as they are stored."""
+    """As `read_weights`, but returns the file's 8-bit weights and their scales separately, as stored."""
     tensors, metadata, parts = read_named(path, part)
     if part not in parts:
         return tensors, {}, metadata
@@ -74,7 +74,7 @@ class NamedTensors(NamedTuple):
     parts: dict[str, Layout]
 
     def stored(self, part: str) -> dict[str, Tensor]:
-        """A network's own tensors under published names, as stored: without scales and a trainer's counters."""
+        """A network's own tensors under published names, as stored, without scales and trainers' counters."""
         published = self.parts[part].to_published(self.tensors)
         return {name: t for name, t in published.items() if not (is_beside(name) or is_counter(name, t))}
 
@@ -98,7 +98,7 @@ def read_named(path: str | Path, part: str) -> NamedTensors:
     if part == "controlnet" and not metadata.get("config"):
         metadata = {**metadata, **stated_blocks(located, metadata)}
     parts = parts_in(tensors)
-    if len(parts) > 1:  # a config in the metadata would be of the file's only network
+    if len(parts) > 1:  # a config in the metadata describes the network of a file that has only one
         metadata = {name: text for name, text in metadata.items() if name != "config"}
     if carried and part in parts:
         metadata = {**metadata, **carried_metadata(carried, parts[part].prefix)}
@@ -106,23 +106,24 @@ def read_named(path: str | Path, part: str) -> NamedTensors:
 
 
 def is_counter(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a lone number of a trainer, such as `step`; BatchNorm's are a network's."""
+    """Whether a tensor is a trainer's single number, such as `step`; BatchNorm's counters belong to the network."""
     return (tensor.ndim == 0 and not name.endswith(".num_batches_tracked")) or (
         tensor.numel() == 1 and "." not in name
     )
 
 
 def in_model_folder(path: str | Path) -> bool:
-    """Whether files beside the weights belong to them: the path is a folder, or a file named as in such a folder.
+    """Whether files beside the weights belong to them: the path is a folder, or a file with a name usual in model
+    folders.
 
-    A file of any other name may be in a folder of many models.
+    A file with any other name may lie in a folder of many models.
     """
     path = Path(path)
     return os.path.isdir(path) or path.name.startswith(_WEIGHT_NAMES)
 
 
 def _config_beside(weights: Path, part: str) -> dict[str, str]:
-    """{config: JSON} of what config.json states of a network, in the published names; empty without one."""
+    """{config: JSON} with the entries of config.json in published names; empty without such a file."""
     path = weights.with_name("config.json")
     if part not in SUBFOLDERS or not path.exists():
         return {}
@@ -175,8 +176,8 @@ def _holds(path: Path, part: str) -> bool:
 def locate(path: str | Path, part: str) -> Path:
     """The file of a part: the path itself, or the only weights in that folder or in its subfolder for the part.
 
-    Of several precisions in a folder the full one is taken, without a variant in its name. A folder without weights
-    is returned unchanged.
+    Of several precisions in a folder, the full one is taken, whose name has no variant. A folder without weights is
+    returned unchanged.
     """
     path = Path(path)
     if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
@@ -217,7 +218,7 @@ def _name_and_variant(file: Path) -> tuple[str, str]:
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file is named as one of several that make a whole."""
+    """Whether a file is named as one of several shards."""
     return _SHARD.search(path.name) is not None
 
 
@@ -234,7 +235,7 @@ def read_shapes(path: Path) -> dict[str, Tensor]:
 
 
 def _index_of(path: Path) -> Path | None:
-    """The index that a path is, or that a shard belongs to; None for a file of its own."""
+    """The index file that a path names, or that a shard belongs to; None for a single file."""
     if path.suffix == ".json":
         return path if path in _indices_in(path.parent) else None
     if not _SHARD.search(path.name):

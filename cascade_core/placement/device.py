@@ -1,7 +1,7 @@
-"""What placement needs of a device: memory, copies that overlap computation, and events to order them.
+"""Interface of a device for placement: memory, copies that overlap computation, and events to order them.
 
-All memory is allocated in inference mode: parameters that were made in it can point to no other memory; those that
-were not can point to either.
+All memory is allocated in inference mode: parameters that were made in that mode can share no other memory, while
+those made outside of it can share both.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from ..accelerators import side_stream
 from .pinned import pinned_pages
 
-MARGIN = 0.03  # of the memory: what the allocator loses to fragmentation
+MARGIN = 0.03  # share of the memory that the allocator loses to fragmentation
 WORKSPACE = 64 << 20  # bytes: of the matrix libraries
-KERNELS = 256 << 20  # bytes: what CUDA loads beside PyTorch's memory as it goes on, kernels above all
-MESSAGES = (  # of errors that say out of memory, beside torch.OutOfMemoryError
+KERNELS = 256 << 20  # bytes that CUDA loads over time outside of PyTorch's memory, above all kernels
+MESSAGES = (  # of errors that mean out of memory, beside torch.OutOfMemoryError
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory",
     "Triton Error [CUDA]: out of memory", "HIPBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory",
     "MPS backend out of memory", "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", "not enough GPU video memory",
@@ -34,11 +34,11 @@ class Device(Protocol):
     device: torch.device
 
     def limited(self) -> AbstractContextManager[None]:
-        """Inside the block this process gets no more of the device than the limit that it was made with."""
+        """Limits this process's memory on the device, inside the block, to the limit that the device was made with."""
         ...
 
     def budget(self, resident_bytes: int) -> int:
-        """Bytes for weights, CUDA graphs and runs. resident_bytes: of weights that are there already, counted in it."""
+        """Bytes for weights, CUDA graphs and runs, including resident_bytes, those of weights already on the device."""
         ...
 
     def footprint(self, size: int) -> int:
@@ -54,19 +54,19 @@ class Device(Protocol):
         ...
 
     def record_event(self) -> Any:
-        """The event of all that has been computed so far."""
+        """An event at the end of all computation launched so far."""
         ...
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Begins to copy once the event `after` is reached; the event of its end. Called from any thread."""
+        """Starts a copy that waits for the event `after`; returns the event of its end. Callable from any thread."""
         ...
 
     def wait(self, event: Any) -> None:
-        """Makes what is computed from now on wait for the event."""
+        """Makes computation launched from now on wait for the event."""
         ...
 
     def synchronize(self, event: Any) -> None:
-        """Returns once the event is reached."""
+        """Waits for the event."""
         ...
 
     def trim(self) -> None:
@@ -85,12 +85,12 @@ class CudaDevice:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        unknown = not hasattr(torch.cuda, FRACTION)  # what it was could not be set again
+        unknown = not hasattr(torch.cuda, FRACTION)  # the previous limit could not be restored
         if self._is_limited or (self.limit is None and unknown):
             yield
             return
-        # Only during a run, so that others in this process keep their own limits. Without one PyTorch would keep what
-        # was freed until the card is full, and the next kernel that is loaded would find no room.
+        # Only during a run, so that other code in this process keeps its own limit. Without a limit, PyTorch would
+        # keep freed memory until the card is full, and there would be no room to load the next kernel.
         fraction = self._memory_fraction()
         most, total = self._most_bytes()
         torch.cuda.set_per_process_memory_fraction(min(most / total, fraction), self.device)
@@ -106,7 +106,7 @@ class CudaDevice:
         return 1.0 if query is None else query(self.device)
 
     def _most_bytes(self) -> tuple[int, int]:
-        """Bytes that PyTorch may have reserved in this process, by the limit and by what is free; the card's bytes."""
+        """Bytes that PyTorch may reserve in this process, by the limit and the free memory; the card's bytes."""
         free, total = torch.cuda.mem_get_info(self.device)
         most = max(free + torch.cuda.memory_reserved(self.device) - KERNELS, 0)
         return most if self.limit is None else min(most, self.limit), total
@@ -142,7 +142,7 @@ class CudaDevice:
     def _unpin(self, address: int) -> None:
         runtime: Any = torch.cuda.cudart()
         with suppress(Exception):  # when the process ends the device may be gone
-            torch.cuda.synchronize(self.device)  # no copy may read what is unpinned
+            torch.cuda.synchronize(self.device)  # no copy may read memory while it is unpinned
             runtime.cudaHostUnregister(address)
 
     def record_event(self) -> torch.cuda.Event:

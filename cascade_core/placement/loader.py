@@ -1,4 +1,4 @@
-"""Copies weights to the device: pinned ones in one copy, those of a file through a few pinned chunks."""
+"""Copies weights to the device: pinned weights in one copy, weights of a mapped file through a few pinned chunks."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CHUNK = 32 << 20  # bytes
 class Transfer:
     """A copy to the device.
 
-    event    of its end, or the future of it while the weights are still being read
-    changed  what it brings of the unit's `changed`
+    event    of its end, or a future of that event while the weights are still being read
+    changed  the unit's `changed` tensors that the copy includes
     """
 
     def __init__(self, device: Device, event: Any | Future, changed: Mapping[int, Tensor] | None = None):
         self.device, self.event, self.changed = device, event, changed or {}
 
     def wait(self) -> None:
-        """Makes later computations wait for the copy. Raises what went wrong while the weights were read."""
+        """Makes later computations wait for the copy. Raises the error, if any, of reading the weights."""
         self.device.wait(self.event.result() if isinstance(self.event, Future) else self.event)
 
 
@@ -39,7 +39,7 @@ class Loader:
 
     def __init__(self, device: Device):
         self.device = device
-        self.mapped_files: list[tuple[int, int]] = []  # whose pages may be dropped once they were read
+        self.mapped_files: list[tuple[int, int]] = []  # whose pages may be dropped after reading
 
     @cached_property
     def _readers(self) -> ThreadPoolExecutor:
@@ -57,10 +57,10 @@ class Loader:
 
     @torch.inference_mode()
     def fetch(self, unit: Unit, target: Tensor, after: Any, repeated: bool) -> Transfer:
-        """Begins to copy a unit's bytes to `target`, once the event `after` is reached.
+        """Starts to copy a unit's bytes to `target`, after the event `after`.
 
-        repeated: the unit will be fetched again and again, so that its weights are pinned at once; otherwise they are
-        at the second fetch. Pinned, they replace the weights that were in main memory before.
+        repeated: the unit will be fetched many times, so its weights are pinned at once; otherwise they are pinned at
+        the second fetch. The pinned weights replace those that were in main memory before.
         """
         if unit.pinned is not None:
             event, changed = None, dict(unit.changed)
@@ -73,10 +73,10 @@ class Loader:
 
     @torch.inference_mode()
     def _read(self, unit: Unit, targets: list[Tensor], after: Any, pin: bool, chunks: SimpleQueue) -> Any:
-        """The event of the end of the unit's copy.
+        """Copies the unit, and returns the event of the copy's end.
 
-        targets: the one target, taken out of it: a thread keeps its arguments for a moment after it has ended, and
-            memory that seems taken then would send the next run to a smaller placement.
+        targets: a list of the one target, which is taken out of it: a thread keeps its arguments for a moment after
+        it has ended, and memory that seems in use then would put the next run into a smaller placement.
         """
         target = targets.pop()
         pinned = self.device.pinned(unit.size) if pin else None

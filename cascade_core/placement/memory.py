@@ -1,7 +1,7 @@
 """One device's memory, shared by the networks that run on it.
 
 Placement falls back in three steps: next to the other networks; after evicting as few of their units as possible;
-streamed. A run that is out of memory all the same is run again in the next smaller placement.
+streamed. A run that nevertheless runs out of memory is repeated in the next smaller placement.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .units import UNIT_BYTES
 
 T = TypeVar("T")
 
-STALE_RUNS = 8  # a network that so many runs have not used is evicted first
+STALE_RUNS = 8  # a network unused for this many runs is evicted first
 
 
 class DeviceMemory:
@@ -50,9 +50,9 @@ class DeviceMemory:
         """body(device) with the network on the device, patched.
 
         Where the body runs out of memory, it is called again in the next smaller placement: it must start from the
-        beginning each time. Afterwards as much of the network stays on the device as was resident.
+        beginning each time. Afterwards the resident part of the network stays on the device.
 
-        workspace_bytes: what the body takes next to the weights, memory of the network's CUDA graphs included.
+        workspace_bytes: memory that the body takes beside the weights, including that of the network's CUDA graphs.
         notify: is told of each smaller placement, in a sentence.
         single_use: stream this network instead of evicting others; each weight is read only once anyway.
         consumer: the engine that the body calls in place of the network. It is given the placement, and is told before
@@ -77,13 +77,13 @@ class DeviceMemory:
                     smaller = self._smaller_plan(placement, plan) if out_of_memory(error) else None
                     if smaller is None:
                         raise
-                # Only here are the frames gone that referred to the run's tensors.
+                # Only outside of the except block are the frames gone that referred to the run's tensors.
                 plan, description = smaller
                 self.device.trim()
                 notify(f"out of memory; trying again {description}.")
 
     def free_bytes(self, network: nn.Module, keep_others: bool = False) -> int:
-        """Bytes that a run has next to the network's weights, if the others are evicted or (keep_others) are not."""
+        """Bytes left to a run beside the network's weights, if the others are evicted, or (keep_others) stay."""
         placement = self._placement(network)
         others = (
             sum(candidate.resident_bytes for candidate in self._evictable(placement)) if keep_others else 0
@@ -101,7 +101,7 @@ class DeviceMemory:
             placement.offload(placement.resident)
         self.device.trim()
 
-    # What is where
+    # Contents
 
     def _placement(self, network: nn.Module) -> Placement:
         if network not in self.placements:
@@ -110,10 +110,11 @@ class DeviceMemory:
         return self.placements[network]
 
     def _evictable(self, placement: Placement) -> list[Placement]:
-        """The other networks that could be evicted, in that order.
+        """The other networks that can be evicted, in the order of eviction.
 
-        Stages run in turn, so the one that ran last is needed last. Before it come those that no run needs any more,
-        and those without consumers: what a consumer has derived would have to be made again.
+        Stages run in turn, so the one that ran last is needed last and goes first. Before it go networks that no run
+        needs any more, and those without consumers, since the values that a consumer derived would have to be
+        computed again.
         """
         idle = [each for each in self.placements.values() if each is not placement and not each.in_use]
         return sorted(
@@ -131,12 +132,12 @@ class DeviceMemory:
     # Placements
 
     def _budget(self, placement: Placement, keep_others: bool) -> int:
-        """Bytes for weights and this network's runs, if graphs of the others go with them or (keep_others) stay."""
+        """Bytes for weights and this network's runs, if the others' graphs are freed, or (keep_others) stay."""
         evicted = [] if keep_others else self._evictable(placement)
         return self._device_budget() + sum(self._graph_bytes(candidate) for candidate in evicted)
 
     def _device_budget(self) -> int:
-        """Bytes for weights and runs, next to all graphs that there are."""
+        """Bytes for weights and runs, beside all existing graphs."""
         graphs = sum(self._graph_bytes(placement) for placement in self.placements.values())
         return self.device.budget(self._all_resident_bytes() + graphs) - graphs
 
@@ -173,10 +174,10 @@ class DeviceMemory:
         return smaller, description
 
     def _evict(self, placement: Placement, needed_bytes: int) -> None:
-        """Offloads units of others, from their last on, until `needed_bytes` fit next to what is resident."""
+        """Offloads units of other networks, the last first, until `needed_bytes` fit beside the resident ones."""
         evicted = False
         for candidate in self._evictable(placement):
-            # The budget grows as well: graphs go with weights.
+            # The budget grows as well, since graphs are freed with the weights.
             excess = self._all_resident_bytes() + needed_bytes - self._device_budget()
             units = []
             for unit in reversed(candidate.resident):

@@ -1,4 +1,4 @@
-"""Pinned memory, which a device reads by itself, and amounts of memory as they are written."""
+"""Pinned memory, which a device reads by itself, and parsing of amounts of memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def pinned_pages(size: int, pin: Callable[[int, int], bool], unpin: Callable[[in
     """(size,) uint8 that `pin(address, size)` has pinned for the device, or None where memory is short.
 
     Exactly `size` bytes: torch's own allocator of pinned memory rounds up to powers of two. Where pinning fails (the
-    system limits it) the pages are used as they are, at the speed of ordinary ones. They are freed with the last view.
+    system limits it), the pages are used unpinned, at the speed of ordinary memory. They are freed with the last
+    view.
     """
     available = available_bytes()
     if available is not None and available < size + RESERVED:
@@ -66,7 +67,7 @@ def pinned_pages(size: int, pin: Callable[[int, int], bool], unpin: Callable[[in
         return None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # of a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to make and to pin
+            pages.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to create and pin
     with torch.inference_mode():
         memory = torch.frombuffer(pages, dtype=torch.uint8)
     address = memory.data_ptr()

@@ -22,15 +22,16 @@ from .units import UNIT_BYTES, Unit, split_into_units
 
 
 class WeightConsumer:
-    """Base of what keeps values that depend on where a network's weights are: bound views, copies, CUDA graphs.
+    """Base of classes that hold values depending on the addresses of a network's weights: bound views, copies, CUDA
+    graphs.
 
-    placement: of its network, since a run of `DeviceMemory` was given this consumer; None before.
+    placement: that of its network; None until the consumer is passed to a run of `DeviceMemory`.
     """
 
     placement: Placement | None = None
 
     def offload(self) -> None:
-        """Free what becomes invalid, or is not worth its memory, when weights leave the device: called before."""
+        """Frees values that weights leaving the device make invalid, or not worth their memory; called before."""
         raise NotImplementedError
 
     def graph_bytes(self, device: torch.device) -> int:
@@ -39,7 +40,7 @@ class WeightConsumer:
 
 
 class WeightChange(Protocol):
-    """What patches do to one weight."""
+    """The change of one weight by patches."""
 
     def apply(self, weight: Tensor) -> Tensor:
         """The changed weight, of the same shape, in any dtype. `weight` may be overwritten only with it."""
@@ -125,7 +126,7 @@ class Placement:
         return changes
 
     def set_changes(self, changes: Changes, keys: Mapping[Unit, Any]) -> None:
-        """Makes these the changes of all that is onloaded from here on. keys: equal where a unit's are the same."""
+        """Sets the changes of all units onloaded from now on. keys: by unit, equal for equal changes."""
         if keys != self._keys:
             self.version += 1
             for unit in self.units:
@@ -146,7 +147,7 @@ class Placement:
             consumer.offload()
 
     def onload(self, units: Sequence[Unit]) -> None:
-        """Copies units to the device that are not there as `changes` says, for what is computed from here on."""
+        """Copies units to the device that are not there, or not with these `changes`. Later computation waits."""
         buffers: list[tuple[Unit, Tensor]] = []
         for unit in units:
             if unit.device_buffer is None:
@@ -154,7 +155,7 @@ class Placement:
             elif unit.patch_key != self._keys.get(unit):
                 buffers.append((unit, unit.device_buffer))
         for unit, _ in buffers:
-            unit.offload()  # until it is complete
+            unit.offload()  # in main memory until the copy is complete
         after = self.device.record_event()  # freed memory may still be in use until then
         transfers: list[Transfer] = []
         try:
@@ -171,7 +172,7 @@ class Placement:
             weights = unit.views(buffer)
             self.patch(unit, weights, transfer.changed)
             unit.device_buffer = buffer
-            unit.point_to(weights)  # only what is whole
+            unit.point_to(weights)  # only after a complete copy
             unit.patch_key = self._keys.get(unit)
 
     def new_stream(self, plan: StreamingPlan) -> WeightStream:
@@ -190,9 +191,9 @@ class Placement:
 
     @torch.inference_mode()
     def patch(self, unit: Unit, weights: Sequence[Tensor], brought: Mapping[int, Tensor]) -> None:
-        """Applies the changes to a unit's weights, in place, but for those that were brought with them."""
+        """Applies the changes to a unit's weights in place, except those that were copied already changed."""
         for index, values in brought.items():
-            if unit.changed.get(index) is not values:  # other patches since they were fetched
+            if unit.changed.get(index) is not values:  # patches have changed since the fetch
                 weights[index].copy_(unit.host_tensors[index], non_blocking=True)
         for index, change in self.changes.get(unit, {}).items():
             if (unit, index) not in self.quantised:
@@ -204,8 +205,8 @@ class Placement:
                 weights[part].copy_(values, non_blocking=True)
 
     def patched(self, unit: Unit, index: int, device: torch.device) -> dict[int, Tensor]:
-        """A weight with its changes, computed on the device from what is in main memory, by its index in the unit; of
-        one in 8 bits the scales too.
+        """{index in the unit: tensor} of a weight with its changes, computed on the device from main memory; for an
+        8-bit weight, its scales too.
         """
         if index in unit.changed:
             parts = (index, self.quantised[unit, index][1])

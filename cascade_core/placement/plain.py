@@ -1,4 +1,4 @@
-"""Networks on a device of which little is known: moved there whole, and off it for each other where it is short."""
+"""Placement without CUDA: networks are moved to the device whole, and off it again where memory is short."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from .placement import WeightConsumer
 
 T = TypeVar("T")
 
-ENDLESS = 2**62  # bytes: where nobody says how many are free
+ENDLESS = 2**62  # bytes, where the number of free ones is unknown
 
 
 class PlainMemory:
-    """The networks on a device that is not an NVIDIA card, as `DeviceMemory` has them on one. Not thread-safe.
+    """The networks on a device that is not an NVIDIA card; has the methods of `DeviceMemory`. Not thread-safe.
 
-    Weights are copied one by one, by PyTorch alone: nothing is pinned, streamed or read as parts of a buffer, which
-    Apple's backend gets wrong. Their places in main memory are kept, so that they leave without a copy.
+    Weights are copied one by one, by PyTorch alone: nothing is pinned or streamed, and no weight is a view into a
+    larger buffer, which Apple's backend gets wrong. The copies in main memory are kept, so that weights leave the
+    device without a copy.
 
     limit: bytes that weights and runs may take at most; None: what is free
     """
@@ -45,20 +46,20 @@ class PlainMemory:
     ) -> T:
         """body(device) with the network on the device, patched; see `DeviceMemory.run`.
 
-        Out of memory, it is run again from its beginning with all others off the device.
+        Where memory runs out, the body is run again from its beginning with all other networks off the device.
         """
         try:
             return self._run(network, body, workspace_bytes, patches, consumer)
         except Exception as error:
             if not out_of_memory(error) or not self._others(network):
                 raise
-        # Only here are the frames gone that referred to the run's tensors.
+        # Only outside of the except block are the frames gone that referred to the run's tensors.
         self._evict(self._others(network))
         notify("out of memory; trying again with the other stages off the device.")
         return self._run(network, body, workspace_bytes, patches, consumer)
 
     def free_bytes(self, network: nn.Module, keep_others: bool = False) -> int:
-        """Bytes that a run has next to the network's weights, if the others are evicted or (keep_others) are not."""
+        """Bytes left to a run beside the network's weights, if the others are evicted, or (keep_others) stay."""
         others = 0 if keep_others else sum(map(_bytes, self._others(network)))
         return self._free() + others - self._missing_bytes(network)
 
@@ -84,7 +85,7 @@ class PlainMemory:
             self._evict([other])
         try:
             present = self._present.pop(network, None) or _Present(network)
-            self._present[network] = present  # the last of them, as the one that ran last
+            self._present[network] = present  # moves it to the end: it ran last
             present.onload(self.device)
         except BaseException:
             self._evict([network])
@@ -99,7 +100,7 @@ class PlainMemory:
             present.in_use -= 1
 
     def _others(self, network: nn.Module) -> list[nn.Module]:
-        """Networks on the device that no run is in; first the one that ran longest ago."""
+        """Networks on the device that are not running, least recently used first."""
         present = list(self._present.items())
         return [other for other, where in present if other is not network and not where.in_use]
 
@@ -121,7 +122,7 @@ class PlainMemory:
 
 
 class _Present:
-    """Where a network's weights are in main memory, while they are on the device."""
+    """A network on the device, with its weights' tensors in main memory."""
 
     def __init__(self, network: nn.Module):
         self.consumers: WeakSet[WeightConsumer] = WeakSet()

@@ -13,7 +13,7 @@ from .units import Unit
 # without a pause. A third slot would hide nothing more, and its own bytes would have to be streamed too.
 SLOTS = 2
 
-Footprint = Callable[[int], int]  # bytes that an allocation of so many bytes takes
+Footprint = Callable[[int], int]  # size in bytes -> bytes that such an allocation takes
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class StreamingPlan:
 def plan_streaming(
     units: Sequence[Unit], order: Sequence[Unit], free_bytes: float, footprint: Footprint = int
 ) -> StreamingPlan:
-    """Streams as few bytes as possible: units that a forward uses least often, and of those the last, evenly spread.
+    """Streams as few bytes as possible, choosing units that a forward uses least often, evenly spread, from the end.
 
     Spread, because while a resident unit computes, the next streamed one is copied: if the streamed ones were
     neighbours, the forward would wait for all of them but the first. A slot is as large as the largest streamed unit
-    and takes memory itself: so only small units are streamed where these are enough. Where even the smallest plan does
-    not fit, it is tried.
+    and takes memory itself, so only small units are streamed where these suffice. The smallest plan is returned even
+    if it does not fit.
 
     units: all of the network's. order: those that can be streamed, as a forward runs them.
     """
@@ -55,7 +55,7 @@ def plan_streaming(
 def _stream_excess(
     candidates: Sequence[Unit], uses: Mapping[Unit, int], excess: float, footprint: Footprint
 ) -> StreamingPlan:
-    """Streams so many of the candidates that `excess` bytes are not resident."""
+    """Streams enough of the candidates that `excess` bytes are not resident."""
     streamed: list[Unit] = []
     for count in sorted(set(uses.values())):
         group = [unit for unit in candidates if uses[unit] == count]
@@ -68,7 +68,7 @@ def _stream_excess(
 
 
 def _select_spread(group: Sequence[Unit], excess: float, footprint: Footprint) -> list[Unit]:
-    """Units of `excess` bytes in total, or all of them; evenly among the others, from the last on."""
+    """Units of at least `excess` bytes in total, or all; spread evenly among the group, from the end."""
     group_bytes = sum(footprint(unit.size) for unit in group)
     share = min(excess / group_bytes, 1.0)
     selected: list[Unit] = []

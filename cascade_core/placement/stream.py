@@ -1,4 +1,4 @@
-"""Streams units through a few slots: the next is copied while the one before it computes."""
+"""Streams units through a few slots: the next unit is copied while the previous one computes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class WeightStream:
     blocks, reports it itself (`pre_forward`, `post_forward`). Units are prefetched in the order in which forwards need
     them, as far as there are free slots, from one forward into the next.
 
-    onloaded(unit, weights, changed): is called when a unit's weights are in their slot, before they are used, with what
-        the copy brought of its `changed`.
+    onloaded(unit, weights, changed): called when a unit's weights are in their slot, before they are used, with those
+    of its `changed` tensors that the copy included.
     dtypes: of the network's weights on the device, the resident ones' too.
     """
 
@@ -124,7 +124,7 @@ class WeightStream:
 
     def _drop_prefetched(self) -> None:
         for _, slot, transfer in self.prefetched:
-            with suppress(Exception):  # of the reading: it is raised again when the unit is needed
+            with suppress(Exception):  # an error of reading is raised again when the unit is needed
                 transfer.wait()
             self.free_slots.append((slot, self.device.record_event()))
         self.prefetched.clear()

@@ -13,15 +13,15 @@ from ..networks.precision import cast_dtype, dtype_on_device
 from ..networks.quantisation import quantised_layers
 from ..networks.unet import UNet
 
-# Blocks are joined up to this size: in Stage C 3.6 B a ResBlock with its TimestepBlock (65.5 MiB) and, alone, an
-# AttnBlock (40 MiB). Two of the latter are the smallest slots that stream enough for a card of 5 GB.
+# Blocks are joined up to this size: in Stage C 3.6 B, a ResBlock with its TimestepBlock (65.5 MiB), and an AttnBlock
+# by itself (40 MiB). Two slots of the latter's size are the smallest that stream enough for a card of 5 GB.
 UNIT_BYTES = 66 << 20
 ALIGNMENT = 256  # bytes, as CUDA aligns its allocations
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Where one tensor is in its unit's bytes. start, size: in bytes; stride: in elements; dtype: on the device."""
+    """Position of one tensor in its unit's bytes. start, size: in bytes; stride: in elements; dtype: on the device."""
 
     start: int
     size: int
@@ -35,19 +35,19 @@ class TensorLayout:
         return tensor_bytes.as_strided(self.shape, self.stride)
 
     def alone(self, memory: Tensor) -> Tensor:
-        """The tensor in `memory` of its own (uint8)."""
+        """The tensor in `memory` (uint8) that holds it alone."""
         return memory.view(self.dtype).as_strided(self.shape, self.stride)
 
 
 class Unit:
-    """Consecutive blocks with their parameters and buffers, in `dtype` on the device (None: as they are stored).
+    """Consecutive blocks with their parameters and buffers, in `dtype` on the device (None: the stored one).
 
     tensors        the parameters and buffers
     host_tensors   each of them in main memory: views of the file, the loader's tensors, or views of `pinned`
-    pinned         all of them in pinned memory as the device has them, once that pays
+    pinned         all of them in pinned memory in the device's layout, once that pays off
     changed        bytes, by index, of tensors with their patches, to be copied in place of those in `pinned`
     device_buffer  all of them on the device, while the unit is resident there
-    patch_key      tells apart how the weights in `device_buffer` are patched
+    patch_key      identifies the patches of the weights in `device_buffer`
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Unit:
         self.pinned: Tensor | None = None
         self.changed: dict[int, Tensor] = {}
         self.device_buffer: Tensor | None = None
-        self.fetched = False  # at least once
+        self.fetched = False  # whether it was, at least once
         self.patch_key: Any = None
 
     def views(self, memory: Tensor) -> list[Tensor]:
@@ -98,9 +98,9 @@ class Unit:
                 target[first - start : last - start].view(layout.dtype).copy_(values)
 
     def pieces(self, pinned: Tensor, changed: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """(start, bytes) of the whole unit: what is `changed`, and what lies between it in `pinned`."""
+        """(start, bytes) of the whole unit: its `changed` tensors, and the bytes between them in `pinned`."""
         start = 0
-        for index, values in sorted(changed.items()):  # as they lie there
+        for index, values in sorted(changed.items()):  # in the order of their positions
             layout = self.layouts[index]
             if layout.start > start:
                 yield start, pinned[start : layout.start]
@@ -110,7 +110,7 @@ class Unit:
             yield start, pinned[start:]
 
     def offload(self) -> None:
-        """Takes the unit off the device: its tensors are in main memory, unpatched."""
+        """Takes the unit off the device; its tensors then are those in main memory, unpatched."""
         self.point_to(self.host_tensors)
         self.device_buffer, self.patch_key = None, None
 
@@ -134,9 +134,10 @@ def values_of(tensor: Tensor) -> Tensor:
 
 
 def split_into_units(network: nn.Module, unit_bytes: int = UNIT_BYTES) -> tuple[list[Unit], list[Unit]]:
-    """(units, order): a network's units, of which the first is always resident; the others as a forward runs them.
+    """(units, order): a network's units, of which the first is always resident, and the others in the order of a
+    forward.
 
-    unit_bytes: of a unit at most, unless one block has more, on the device.
+    unit_bytes: maximum of a unit on the device, unless a single block has more.
 
     Always resident are the weights outside the blocks and all vectors: a thousandth of the bytes, and most of the
     tensors. A unit whose level repeats stands several times in the order.
@@ -156,7 +157,7 @@ def split_into_units(network: nn.Module, unit_bytes: int = UNIT_BYTES) -> tuple[
 
 
 def _levels(network: nn.Module) -> list[tuple[list[nn.Module], int]]:
-    """Blocks, each list with how often it is run, in the order of a forward. Empty: cannot be streamed."""
+    """Lists of blocks in the order of a forward, each with how often it runs. Empty: the network cannot be streamed."""
     if isinstance(network, UNet):
         return network.levels()
     for name in ("text_model", "vision_model"):  # CLIP's
@@ -191,8 +192,8 @@ def _unassigned_tensors(
 ) -> list[Tensor]:
     """The parameters and buffers that are in no unit yet, of at least so many dimensions longer than 1.
 
-    The scales of 8-bit weights go with them. Vectors come last: so the matrices of query, key and value, which the
-    engine multiplies with at once, are adjacent.
+    The scales of 8-bit weights follow them. Vectors come last, so that the matrices of query, key and value, which
+    the engine multiplies in one product, are adjacent.
     """
     tensors = []
     for module in modules:

@@ -41,7 +41,7 @@ PUBLISHED_HEADS = {
 # ones are OpenCLIP's and use the exact one. A file that differs says so in its config.
 WIDEST_QUICK_GELU = {"text": 768, "vision": 1024}
 
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")  # that both hosts compute
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")  # those that both hosts can compute
 LAYER_TENSORS = 16
 
 
@@ -114,8 +114,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def infer_text_config(shapes: Shapes) -> dict[str, Any]:
     """Constructor arguments of a CLIP text encoder from its tensors' names and shapes.
 
-    Heads are as in PUBLISHED_HEADS, elsewhere 64 wide; the activation follows WIDEST_QUICK_GELU; the special tokens are
-    the vocabulary's last two (49406 and 49407 in CLIP's own, also where further tokens were added to it).
+    Heads are those of PUBLISHED_HEADS, for other widths 64 wide; the activation follows WIDEST_QUICK_GELU; the
+    special tokens are the vocabulary's last two (49406 and 49407 in CLIP's own, also where further tokens were added
+    to it).
     """
     vocabulary, _ = _shape(shapes, "text", "text_model.embeddings.token_embedding.weight", 2)
     positions, _ = _shape(shapes, "text", "text_model.embeddings.position_embedding.weight", 2)
@@ -153,10 +154,10 @@ def load_clip(
     """Loads one encoder ("text" or "vision") from a safetensors file or a model folder, for inference.
 
     build: its constructor, `build(config, device)`; notify: is told where the number of heads is a guess.
-    placed: the weights stay mapped, and are read and cast to `dtype` where placement takes them to a device.
-    The weights are the file's own pages, mapped, unless `dtype` asks for another. The config is the file's own
-    (metadata `config`), or the model folder's `config.json`, completed by what the shapes tell. Of a file that holds
-    both halves of CLIP, the other half is left alone. Raises CascadeError for a file of anything else.
+    placed: the weights stay mapped; placement reads and casts them to `dtype` on their way to a device. The weights
+    are the file's own pages, mapped, unless `dtype` asks for another. The config is the file's own (metadata
+    `config`), or the model folder's `config.json`, completed by what the shapes tell. The other half is ignored in a
+    file that holds both halves of CLIP. Raises CascadeError for a file of anything else.
     """
     file = weights_file(path, part)
     tensors, metadata = read_weights(path, part)
@@ -203,7 +204,7 @@ def weights_file(path: str | Path, part: str) -> Path:
     """The safetensors file that a path means: itself, or a folder's weights, or those of its subfolder for the part."""
     located = locate(path, part)
     if not located.is_dir():
-        return located  # whether it exists and what it is, its reader says
+        return located  # its reader checks that it exists, and its kind
     names = sorted(file.name for file in located.glob("*.safetensors"))
     files = ", ".join(map(printable, names[:3])) + (", …" if len(names) > 3 else "") or "none"
     raise CascadeError(
@@ -249,7 +250,7 @@ def _shape(shapes: Shapes, part: str, name: str, dimensions: int) -> Sequence[in
 
 
 def _config(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The stated configuration, completed by what the shapes tell."""
+    """The stated configuration, completed from the tensors' shapes."""
     infer = {"text": infer_text_config, "vision": infer_vision_config}[part]
     inferred = infer({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if "num_attention_heads" not in {**inferred, **stated}:
@@ -261,7 +262,7 @@ def _config(tensors: Mapping[str, Tensor], stated: Mapping[str, Any], part: str)
 
 
 def told_by(shapes: Shapes, config: Mapping[str, Any], part: str) -> bool:
-    """Whether a configuration follows from its tensors' names and shapes alone."""
+    """Whether a configuration can be inferred from the tensors' names and shapes alone."""
     inferred = {"text": infer_text_config, "vision": infer_vision_config}[part](shapes)
     stated = {key: config[key] for key in CONFIG_KEYS[part] if key in config}
     if "num_attention_heads" not in inferred:
@@ -272,7 +273,7 @@ def told_by(shapes: Shapes, config: Mapping[str, Any], part: str) -> bool:
 def _stated_config(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
     """The config that the metadata, or the config.json beside the weights, states; empty where neither does."""
     config = stated_table(metadata)
-    config = config.get(f"{part}_config", config)  # of a whole CLIP
+    config = config.get(f"{part}_config", config)  # in the config of a whole CLIP
     if not isinstance(config, dict):
         raise CascadeError(
             f"its {part}_config is not a table of names and values; download its config again."

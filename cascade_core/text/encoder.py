@@ -127,10 +127,10 @@ class TextEncoder:
     ) -> TextEncoder:
         """Loads a safetensors file or a model folder for inference, in the file's dtype unless one is given.
 
-        placed: it is read and cast where placement takes it to a device.
+        placed: placement reads and casts it later, on its way to a device.
 
         The tokenizer is the folder's: its own, its `tokenizer` subfolder's or its `tokenizer` neighbour's.
-        A single file that embeds all of CLIP's own vocabulary is served by the bundled one.
+        For a single file that embeds CLIP's whole vocabulary it is the bundled one.
         """
         model = load_clip(path, "text", build_text_model, dtype, notify, placed)
         return cls(model, find_tokenizer(Path(path), model.config.vocab_size))
@@ -190,9 +190,9 @@ def _tokens(chunk: Chunk) -> tuple[int, ...]:
 
 
 def find_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer that a text encoder's file carries, that lies beside it, or CLIP's own.
+    """The tokenizer stored in a text encoder's file or in the files beside it, else CLIP's own.
 
-    Raises CascadeError where there is none for so many tokens.
+    Raises CascadeError where none of them has this number of tokens.
     """
     metadata = read_named(path, "text").metadata
     tokenizer = _tokenizer(path, vocab_size, metadata)
@@ -205,7 +205,7 @@ def _tokenizer(path: Path, vocab_size: int, metadata: Mapping[str, str]) -> Toke
         return Tokenizer.from_vocabulary(*tokenizer_table(table, path))
     folder = path if path.is_dir() else path.parent
     if in_model_folder(path) or vocab_size < CLIP_TOKENS:
-        beside = ("tokenizer", "prior_tokenizer")  # in a pipeline's folder, which this is or lies in
+        beside = ("tokenizer", "prior_tokenizer")  # in a pipeline's folder: this one or its parent
         for place in (folder, *(root / name for root in (folder, folder.parent) for name in beside)):
             if (place / "vocab.json").is_file() or (place / "tokenizer.json").is_file():
                 return Tokenizer.from_folder(place)
@@ -218,7 +218,7 @@ def _tokenizer(path: Path, vocab_size: int, metadata: Mapping[str, str]) -> Toke
 
 
 def carried_by(config: Mapping[str, Any], shapes: Shapes, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """What a text encoder's tensors do not tell: its configuration, and a vocabulary that is not CLIP's own."""
+    """Tensors that state a text encoder's configuration and vocabulary, where its weights do not determine them."""
     tensors = {}
     if not told_by(shapes, config, "text"):
         tensors[CONFIG] = as_tensor(config)

@@ -1,4 +1,4 @@
-"""Syntax of other programs in a prompt, which is read as plain words here: what it is, and what to do instead."""
+"""Recognises prompt syntax of other programs, which is read as plain words here, and says what to do instead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ForeignSyntax(NamedTuple):
 
 
 def foreign_syntax(prompt: str) -> list[ForeignSyntax]:
-    """The first piece of each kind, in time linear in the prompt: no pattern reads on beyond its own next opening."""
+    """The first piece of each kind. Takes linear time, since no pattern reads past the next opening of its kind."""
     first: dict[str, str] = {}
     for kind, text in _pieces(prompt):
         first.setdefault(kind, text)

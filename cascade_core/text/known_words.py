@@ -1,7 +1,7 @@
-"""Words that a text encoder was taught, where its file states them, and words of a prompt that are none of them.
+"""Words that a text encoder was taught, if its file states them, and unknown words of a prompt.
 
-A small encoder, such as the demo's, takes any text and makes something of it; so a prompt with a word that it was never
-taught gives a picture of something else. CLIP's own states no words, and nothing is said of it.
+A small encoder, such as the demo's, accepts any text; so a prompt with a word that it was never taught gives a
+picture of something else. Files of CLIP itself state no words, so all words count as known.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import quoted
 from .prompt_weights import parse_weights
 from .tokenizer import learned_names
 
-WORDS = "words"  # in a safetensors header: a JSON list, those first that tell most of what can be drawn
+WORDS = "words"  # key in a safetensors header: a JSON list of words, the most helpful examples first
 MOST_WORDS, LONGEST_WORD = 10_000, 64
 SHOWN_UNKNOWN, SHOWN_KNOWN = 6, 24
 _WORD = re.compile(r"[^\W_]+")
@@ -33,9 +33,9 @@ def stated_words(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
 
 
 def unknown_words(prompt: str, words: Iterable[str], names: Iterable[str] = ()) -> list[str]:
-    """Words of a prompt that are none of `words`, each once, as they are written.
+    """Words of a prompt that are not in `words`, each once, in the prompt's spelling.
 
-    names: what stands in a prompt for learned tokens, "[loop]". Weights, embeddings and signs are not words.
+    names: those of learned tokens, such as "[loop]". Weights, embeddings and punctuation are not words.
     """
     learned = tuple(names)
     known, unknown = set(words), {}
@@ -50,7 +50,7 @@ def unknown_words(prompt: str, words: Iterable[str], names: Iterable[str] = ()) 
 def describe_unknown_words(
     prompts: Iterable[str], words: Sequence[str], names: Iterable[str] = ()
 ) -> str | None:
-    """A sentence about the words of prompts that an encoder was not taught, and which it was; None without any."""
+    """A sentence about the words of prompts that an encoder was not taught, and some that it was; else None."""
     if not words:
         return None
     learned = tuple(names)

@@ -1,4 +1,4 @@
-"""Learned tokens: rows that stand in a prompt for a name, and changes of tokens that the vocabulary has.
+"""Learned tokens: embedding rows for a name in a prompt, and changes of tokens in the vocabulary.
 
 The text encoder's embedding matrix is neither copied nor written to: learned rows are numbered behind its own.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 class LearnedToken:
     """A token as an adapter or an embedding file defines it.
 
-    name      in the prompt, such as "[fernando]"; "" for a change of a token that the vocabulary has
+    name      in the prompt, such as "[fernando]"; "" for a change of a token in the vocabulary
     vectors   (V, C) float32: one or more rows, which stand in the prompt one after the other
     index     the vocabulary's token that `vectors` (one row) is added to; None for a token of its own
     output    whether the rows stand in place of the encoder's states at the token's positions (OneTrainer's "output
@@ -33,8 +33,8 @@ class LearnedToken:
 class TokenTable:
     """Learned tokens numbered from `first` on, the size of a vocabulary of `width` columns.
 
-    ids  {name: its tokens}, for `Tokenizer.chunks`. Of two tokens of one name the later counts; what one learned at the
-         encoder's input and another at its output go together.
+    ids  {name: its tokens}, for `Tokenizer.chunks`. Of two tokens with one name, the later counts; but rows for the
+         encoder's input and rows for its output are combined.
 
     Changes of one token add up. Differentiable in the tokens' vectors.
     """
@@ -59,7 +59,7 @@ class TokenTable:
     def _rows(
         self, named: Mapping[str, Mapping[bool, Tensor]], output: bool, absent: float, width: int
     ) -> Tensor:
-        """(K, C): those learned at the one end, `absent` for the others."""
+        """(K, C): the rows for the input, or for the output; `absent` for tokens without such rows."""
         rows = [torch.empty(0, width)]
         for name, ends in named.items():
             learned = ends.get(output, next(iter(ends.values()))[:0])
@@ -67,7 +67,7 @@ class TokenTable:
         return torch.cat(rows[1:] or rows)
 
     def in_vocabulary(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, T) with the learned ones replaced by one that the vocabulary has."""
+        """Tokens (N, T) in which a token of the vocabulary replaces the learned ones."""
         return tokens.where(tokens < self.first, 0)
 
     def embed(self, tokens: Tensor, embedded: Tensor) -> Tensor:

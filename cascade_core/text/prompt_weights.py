@@ -15,7 +15,7 @@ from ..errors import CascadeError, printable
 
 EMPHASIS = 1.1
 LONGEST_PROMPT = 2**17  # characters: about 400 chunks of 75 tokens, each of which is encoded
-MOST_READ = 10**7  # characters: those within brackets are read once for each bracket around them
+MOST_READ = 10**7  # characters; those inside brackets count once for each bracket around them
 LARGEST_WEIGHT = 3e38  # float32 holds no more
 # Escaped brackets hide behind control characters, which nobody types, while brackets are matched.
 HIDDEN_BRACKETS = {"\\)": "\0\1", "\\(": "\0\2"}
@@ -87,7 +87,7 @@ def _read_group(inside: str, weight: float) -> tuple[str, float]:
             return text, _checked(float(number), inside)
         except CascadeError:
             raise
-        except ValueError:  # a colon that is part of the prompt
+        except ValueError:  # the colon is part of the prompt
             pass
     return inside, _checked(weight * EMPHASIS, inside)
 

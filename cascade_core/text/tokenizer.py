@@ -33,8 +33,8 @@ __all__ = ["CHUNK_LENGTH", "Chunk", "Tokenizer", "build_small_vocabulary", "save
 
 CHUNK_LENGTH = 77
 BREAKABLE = 8  # a segment of this many tokens may be cut by the end of a chunk; a shorter one moves on whole
-EMBEDDING_NAME = r"(?<=\s)(?=embedding:)"  # the host begins a segment at each embedding's name
-EMBEDDING_SPACE = r"^(embedding:)\s+"  # and takes the first word behind the colon, if need be behind spaces
+EMBEDDING_NAME = r"(?<=\s)(?=embedding:)"  # a segment begins at each embedding's name
+EMBEDDING_SPACE = r"^(embedding:)\s+"  # and takes the first word after the colon and any spaces
 
 Chunk = list[tuple[int, float]]
 
@@ -42,7 +42,7 @@ Chunk = list[tuple[int, float]]
 class Tokenizer:
     """Prompts -> chunks of (token, weight), equal to those of ComfyUI's Stable Cascade tokenizer.
 
-    words: those that its text encoder was taught, where the file states them; none: any
+    words: those that its text encoder was taught, if the file states them; empty: all words are known
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, length: int = CHUNK_LENGTH, words: Sequence[str] = ()):
@@ -85,7 +85,7 @@ class Tokenizer:
         )
 
     def table(self) -> dict[str, Any]:
-        """What `tokenizer.json` says of the vocabulary and the merges."""
+        """The table in `tokenizer.json` with the vocabulary and the merges."""
         model = json.loads(self.backend.to_str())["model"]
         return {"model": {name: model[name] for name in ("vocab", "merges")}}
 
@@ -108,8 +108,8 @@ class Tokenizer:
     def chunks(self, prompt: str, learned: Mapping[str, Sequence[int]] | None = None) -> list[Chunk]:
         """A prompt -> one or more chunks of 77 (token, weight): start, text, end, padded with the end token.
 
-        learned: what stands in the prompt for tokens that are none of the vocabulary's, `{"[fernando]": [49408]}`, or
-        for none.
+        learned: names in the prompt with tokens that are not in the vocabulary, `{"[fernando]": [49408]}`, or with no
+        tokens at all.
 
         A segment (a run of text under one weight, or a learned name) that does not fit begins the next chunk if
         it has fewer than 8 tokens, and is cut otherwise.
@@ -135,13 +135,13 @@ class Tokenizer:
         ]
 
     def _pieces(self, text: str, learned: Mapping[str, Sequence[int]]) -> list[Sequence[int]]:
-        """The tokens of each learned name in a text, and of what stands between them."""
+        """The tokens of each learned name in a text, and of the text between them."""
         if not learned:
             return [self.tokens(text)] if text else []
         names = {name.lower(): tokens for name, tokens in learned.items()} | dict(learned)
         pieces: list[Sequence[int]] = []
         for part in re.split(learned_names(learned), text):
-            tokens = names.get(part, names.get(part.lower()))  # none at all for what is left out of a prompt
+            tokens = names.get(part, names.get(part.lower()))  # empty for a name that is left out
             pieces.append(self.tokens(part) if tokens is None else tokens)
         return pieces
 

@@ -1,7 +1,7 @@
-"""Vocabularies in CLIP's format: the one that ships with the package, small ones built from it, their files.
+"""Vocabularies in CLIP's format: the bundled one, small ones built from it, and their files.
 
 A vocabulary is 256 bytes, the same 256 at a word's end, one token for each merge, and two special tokens,
-last; so the merges say it all, and `data/clip/merges.txt.gz` is all that ships. It is OpenAI's
+last. So the merges determine it, and only `data/clip/merges.txt.gz` ships with the package. It is OpenAI's
 `bpe_simple_vocab_16e6.txt.gz`, of which CLIP uses the first 48,894 merges, under its MIT licence.
 """
 
@@ -26,7 +26,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 MOST_TOKENS = 10**7
 MERGES_HEADER = "#version: 0.2"
-# What CLIP takes for one word: the special tokens, English endings, letters, one digit, or punctuation.
+# Pattern of one word in CLIP: the special tokens, English endings, letters, one digit, or punctuation.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 Merges = list[tuple[str, str]]
@@ -41,11 +41,11 @@ def bundled_vocabulary() -> tuple[dict[str, int], Merges]:
 
 
 def build_small_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], Merges]:
-    """A vocabulary in which each of `words` is one token, `word</w>`; any other text falls to pieces.
+    """A vocabulary in which each of `words` is one token, `word</w>`; any other text splits into several.
 
     Holds CLIP's own merges as far as the words need them, in CLIP's order, and then further merges for words
-    that CLIP itself leaves in pieces. What CLIP never merges (`blue-green`, `don't`, two digits) becomes one
-    token for each part.
+    that CLIP itself leaves in pieces. Parts that CLIP never merges (`blue-green`, `don't`, two digits) become one
+    token each.
     """
     full, clip_merges = bundled_vocabulary()
     backend = byte_pair_backend(full, clip_merges)
@@ -83,7 +83,7 @@ def save_vocabulary(folder: str | Path, vocabulary: dict[str, int], merges: Merg
 
 
 def read_vocabulary(vocabulary: Path, merges: Path) -> tuple[dict[str, int], Merges]:
-    """Read `vocab.json` and `merges.txt`. Raises CascadeError where either is not what its name says."""
+    """Read `vocab.json` and `merges.txt`. Raises CascadeError where either does not have its format."""
     try:
         tokens = read_json(vocabulary)
         pairs = _parse_merges(read_text(merges))
@@ -99,7 +99,7 @@ def read_vocabulary(vocabulary: Path, merges: Path) -> tuple[dict[str, int], Mer
 
 
 def read_tokenizer(path: Path) -> tuple[dict[str, int], Merges]:
-    """The vocabulary and the merges of a `tokenizer.json`, whose regular expressions are CLIP's and not run from there.
+    """The vocabulary and the merges of a `tokenizer.json`. Its regular expressions are not run; CLIP's are.
 
     Raises CascadeError for a tokenizer of another kind.
     """

@@ -127,7 +127,7 @@ def test_what_is_not_known_is_kept_apart_and_named():
     assert list(adapter.stage_c) == ["down_blocks.0.2.attention.attn.to_q"]
     assert len(adapter.unknown) == 5
     assert describe_unknown(adapter) == (
-        "style holds 5 tensors that no layer or token of Stable Cascade is known by, and they are left out: "
+        "style holds 5 tensors of no known layer or token of Stable Cascade, and they are left out: "
         f"lora_unet_{layer}.own, lora_unet_someone_s_own.lora_down.weight, "
         "lora_unet_someone_s_own.lora_up.weight, …."
     )

@@ -277,9 +277,7 @@ def test_what_matches_in_part_is_said_and_not_refused(sockets, loras):
     listener = Listener()
     with reporting.reporting_to(listener):
         patched, ui = apply(sockets, "partial", 0.7, 0.7)
-    assert ui[1].startswith(
-        "partial.safetensors holds 1 tensor that no layer or token of Stable Cascade is known by"
-    )
+    assert ui[1].startswith("partial.safetensors holds 1 tensor of no known layer or token of Stable Cascade")
     assert listener.said == [" ".join(ui[1:])]
     assert torch.equal(latent(patched), latent(apply(sockets, "both", 0.7, 0.7)[0]))
 
