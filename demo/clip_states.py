@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.text.encoder import TextStates
+from cascade_nodes.cascade_core.text.learned_tokens import TokenTable
 
 Layer = Callable[[Any, Tensor, Tensor | None], Tensor]
 
@@ -25,8 +26,14 @@ def encoder_layer(layer: Any, x: Tensor, seen: Tensor | None) -> Tensor:
     return x + layer.mlp(layer.layer_norm2(x))
 
 
-def text_states(model: Any, tokens: Tensor, end_token: int, layer: Layer = encoder_layer) -> TextStates:
-    """As `encode_tokens`.  tokens: (N, T) ids, an end token in every row
+def text_states(
+    model: Any,
+    tokens: Tensor,
+    end_token: int,
+    layer: Layer = encoder_layer,
+    learned: TokenTable | None = None,
+) -> TextStates:
+    """As `encode_tokens`.  tokens: (N, T) ids, an end token in every row; learned: tokens at the encoder's input
 
     -> states (N, T, C) before the final norm, pooled (N, P)
 
@@ -37,7 +44,11 @@ def text_states(model: Any, tokens: Tensor, end_token: int, layer: Layer = encod
     place = torch.arange(tokens.shape[1], device=tokens.device)
     seen = (place[:, None] >= place) & (place <= end[:, None])[:, None]  # (N, T, T)
     embeddings = text.embeddings
-    x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight[: tokens.shape[1]]
+    if learned is None:
+        x = embeddings.token_embedding(tokens)
+    else:
+        x = learned.embed(tokens, embeddings.token_embedding(learned.in_vocabulary(tokens)))
+    x = x + embeddings.position_embedding.weight[: tokens.shape[1]]
     for block in text.encoder.layers:
         x = layer(block, x, seen[:, None])
     at_end = x.gather(1, end[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]  # (N, C)

@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from os import cpu_count, environ
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +18,20 @@ from cascade_nodes.demo.places import captioned, contrasted
 from cascade_nodes.demo.recipe import PICTURE
 from cascade_nodes.demo.scenes import BACKGROUNDS, MARGIN, SceneTable, held_out_reason
 from cascade_nodes.demo.wide_pictures import wide_pictures
-from cascade_nodes.demo.world import Scene, pack, render
+from cascade_nodes.demo.world import Packed, Scene, pack, render
 
 Size = tuple[int, int]  # height and width in pixels
 Scenes = Sequence[Scene] | SceneTable
-Words = Callable[[Scene, Random], list[str]]  # of a scene
+Words = Callable[[Any, Random], list[str]]  # of a scene, or of whatever says what a caption is of
 EDIT_MARGIN = 0.035  # around an object that is replaced, as a share of the frame
 AT_ONCE = 1024  # pictures that are resized together
 
 
 def pictures(
-    scenes: Scenes, device: torch.device, size: int | Size = PICTURE, smaller: int | None = None
+    scenes: Scenes | Packed, device: torch.device, size: int | Size = PICTURE, smaller: int | None = None
 ) -> Tensor:
     """Renders scenes: uint8 (N, 3, *size), or resized to `smaller` after drawing."""
-    packed = pack(scenes)
+    packed = scenes if isinstance(scenes, Packed) else pack(scenes)
     batches = []
     for start in range(0, len(packed.shape), AT_ONCE):
         rows = slice(start, start + AT_ONCE)
@@ -112,11 +113,11 @@ def for_compressor(images: Tensor) -> Tensor:
     return resized(as_float(images), compressor_size(*images.shape[-2:]))
 
 
-def _one_by_one(scenes: Scenes) -> Sequence[Scene]:
+def _one_by_one(scenes: Sequence[Any] | SceneTable) -> Sequence[Any]:
     return scenes.scenes() if isinstance(scenes, SceneTable) else scenes
 
 
-def _count(scenes: Scenes) -> int:
+def _count(scenes: Sequence[Any] | SceneTable) -> int:
     return len(scenes.kind) if isinstance(scenes, SceneTable) else len(scenes)
 
 
@@ -124,7 +125,7 @@ def _caption_scenes(scene: Scene, rng: Random, count: int) -> list[str]:
     return [captioned(scene, rng) for _ in range(count)]
 
 
-def _write(job: tuple[int, Scenes], words: Words, tokenizer: Tokenizer) -> np.ndarray:
+def _write(job: tuple[int, Sequence[Any] | SceneTable], words: Words, tokenizer: Tokenizer) -> np.ndarray:
     """The words of some scenes, as tokens: (texts, 77)"""
     number, scenes = job
     rng = Random(number)
@@ -132,7 +133,7 @@ def _write(job: tuple[int, Scenes], words: Words, tokenizer: Tokenizer) -> np.nd
     return tokenise(texts, tokenizer).numpy()
 
 
-def _in_parallel(words: Words, scenes: Scenes, tokenizer: Tokenizer, seed: int) -> Tensor:
+def write_words(words: Words, scenes: Sequence[Any] | SceneTable, tokenizer: Tokenizer, seed: int) -> Tensor:
     """The words of all scenes, as tokens, by every core: (texts, 77); the number of cores does not matter."""
     parts = (slice(start, start + 2000) for start in range(0, _count(scenes), 2000))
     jobs = [
@@ -153,13 +154,13 @@ def _one_thread() -> None:
 
 def captions(scenes: Scenes, count: int, tokenizer: Tokenizer, seed: int) -> Tensor:
     """`count` random captions of every scene, as tokens: int16 (N, count, 77)."""
-    tokens = _in_parallel(partial(_caption_scenes, count=count), scenes, tokenizer, seed)
+    tokens = write_words(partial(_caption_scenes, count=count), scenes, tokenizer, seed)
     return tokens.view(_count(scenes), count, CHUNK_LENGTH)
 
 
 def contrasts(scenes: Scenes, negatives: int, tokenizer: Tokenizer, seed: int) -> Tensor:
     """`contrasted` captions of every scene, as tokens: int16 (N, 2 + negatives, 77)."""
-    tokens = _in_parallel(partial(contrasted, count=negatives), scenes, tokenizer, seed)
+    tokens = write_words(partial(contrasted, count=negatives), scenes, tokenizer, seed)
     return tokens.view(_count(scenes), 2 + negatives, CHUNK_LENGTH)
 
 

@@ -53,13 +53,17 @@ MEASURED = (("adherence",), ("reconstruction", "renderer"))
 
 @dataclass
 class Training:
-    """One network's process. due: when it should be training, and no longer wait for others (by `time.time`)"""
+    """One network's process, by the command of a module.
+
+    due: when it should be training, and no longer wait for others (by `time.time`)
+    """
 
     network: str
     options: Sequence[str]
     environment: Mapping[str, str]
     log: Path
     due: float
+    module: str = "train"
     tries: int = 0
     process: subprocess.Popen[bytes] | None = None
     output: IO[bytes] | None = field(default=None, repr=False)
@@ -67,7 +71,7 @@ class Training:
     def start(self) -> None:
         self.output = self.log.open("ab")
         os.utime(self.log)
-        command = [sys.executable, "-u", "-m", "cascade_nodes.demo.train", self.network]
+        command = [sys.executable, "-u", "-m", f"cascade_nodes.demo.{self.module}", self.network]
         self.process = subprocess.Popen(
             [*command, *self.options, *SAFER[self.tries]],
             stdout=self.output, stderr=subprocess.STDOUT, env=dict(self.environment),
@@ -107,22 +111,34 @@ class Training:
         return lines[-1][:160] if lines else f"{self.network} begins"
 
 
-def train_together(trainings: Sequence[Training]) -> None:
-    """Trains networks side by side, and tells how far they are."""
+def train_together(lanes: Sequence[Sequence[Training]]) -> None:
+    """Trains lanes of networks side by side, those of a lane one after the other, and tells how far they are."""
+    lanes = [list(lane) for lane in lanes]
+    begun: list[Training] = []
     try:
-        for training in trainings:
-            training.start()
         told = time.monotonic()
-        while running := [training for training in trainings if training.running()]:
+        while True:
+            running: list[Training] = []
+            for lane in lanes:
+                while lane:
+                    if lane[0] not in begun:
+                        begun.append(lane[0])
+                        lane[0].start()
+                    if lane[0].running():
+                        running.append(lane[0])
+                        break
+                    lane.pop(0)
+            if not running:
+                break
             time.sleep(0.5)
             if time.monotonic() - told >= TELL_EVERY:
                 told = time.monotonic()
                 print(" | ".join(training.last_words() for training in running), flush=True)
     finally:
-        for training in trainings:
+        for training in begun:
             if training.process is not None and training.process.poll() is None:
                 training.stop()
-    print(" | ".join(training.last_words() for training in trainings), flush=True)
+    print(" | ".join(training.last_words() for training in begun), flush=True)
 
 
 def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> None:
@@ -154,11 +170,7 @@ def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> N
                 began + seconds * SIDE_BY_SIDE["compressor"].until * bool(waits) * (first == 0),
             )
         )  # fmt: skip
-    if together:
-        train_together(trainings)
-    else:
-        for training in trainings:
-            train_together([training])
+    train_together([[training] for training in trainings] if together else [trainings])
 
 
 def measure(options: argparse.Namespace, gpus: Sequence[str], seconds: float) -> None:

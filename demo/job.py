@@ -58,6 +58,8 @@ class Job:
     until     train until then, by `time.time`, instead of a number of steps
     waits     whether the networks that it needs are being trained beside it
     start     folder of exported weights to begin with, instead of random ones
+    checkpoint_every   steps
+    trained_steps      that the networks have had at an export
     """
 
     settings: TrainSettings
@@ -73,6 +75,8 @@ class Job:
     graphs: bool = False
     waits: bool = False
     start: Path | None = None
+    checkpoint_every: int = CHECKPOINT_EVERY
+    trained_steps: int = 0
 
     def __post_init__(self) -> None:
         for folder in (self.folder, self.out):
@@ -147,14 +151,22 @@ class Job:
         if loop.resume():
             spent = self._spent()
             print(f"{self.folder.name}: goes on from step {loop.step}, after {spent:.0f} s", flush=True)
-        clock = Clock(self, loop, spent, lambda: export(_by_network(loop.state)))
+
+        def write() -> None:
+            self.trained_steps = loop.step
+            export(_by_network(loop.state))
+
+        clock = Clock(self, loop, spent, write)
         loop.stop = clock.ended
         if clock.ended():
             loop.save()
         else:
             loop.settings = self.run_settings()
             loop.run()
-        export(_by_network(loop.state))
+        if not loop.step:
+            print(f"{self.folder.name}: no time was left for a step, and nothing is written", flush=True)
+            return
+        write()
         if clock.finished:
             figures = {"steps": loop.step, "seconds": round(clock.spent)}
             write_file(self.folder / FINISHED, json.dumps(figures) + "\n")
@@ -194,7 +206,7 @@ class Job:
         return float(json.loads(metadata.get("contents", "{}")).get(SPENT, 0))
 
     def run_settings(self, steps: int | None = None) -> RunSettings:
-        output = OutputSettings(str(self.out), str(self.folder), LOG_EVERY, CHECKPOINT_EVERY)
+        output = OutputSettings(str(self.out), str(self.folder), LOG_EVERY, self.checkpoint_every)
         if steps is None:
             steps = MANY_STEPS if self.by_clock else self.settings.steps
         return RunSettings(replace(self.settings, steps=steps), output)

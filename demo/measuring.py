@@ -11,7 +11,6 @@ from cascade_nodes.demo.judge import read, score, summary
 from cascade_nodes.demo.scenes import Scene
 
 SEED = 20_000
-BATCH = 50
 Figures = dict[str, float]
 
 
@@ -37,6 +36,10 @@ def psnr(images: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tenso
     return -10 * mean.clamp_min(1e-10).log10()
 
 
-def in_batches(function: Callable[[slice], Tensor], count: int, batch: int = BATCH) -> Tensor:
-    """Runs function(slice of the rows) over all rows and joins the results on the CPU."""
+def in_batches(function: Callable[[slice], Tensor], count: int, batch: int | None = None) -> Tensor:
+    """Runs function(slice of the rows) over all rows and joins the results on the CPU.
+
+    batch: rows at once; None for what keeps the device busy
+    """
+    batch = batch or (100 if torch.cuda.is_available() else 50)
     return torch.cat([function(slice(i, min(i + batch, count))).cpu() for i in range(0, count, batch)])

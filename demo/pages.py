@@ -15,18 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.writing import write_file
-from cascade_nodes.demo import evaluate, example_pictures, high_resolution, tasks
+from cascade_nodes.demo import example_pictures, figures
 from cascade_nodes.demo.pipeline import WEIGHTS
 from cascade_nodes.demo.shares import Share, lowest
 
 ROOT = Path(__file__).parents[1]
 README, SHEET = ROOT / "demo" / "README.md", ROOT / "docs" / "images" / "contact_sheet.jpg"
 SCREENSHOTS = "cascade_nodes.tests.comfyui.browser.screenshots"
-LARGER = {2: 100, 4: 16}  # times the size, and pictures of it
 
 # What stands in the README between <!-- figures NAME --> and <!-- end -->: rows of which all figures are there.
 # ruff: noqa: E501 (a row is a line)
@@ -140,22 +137,14 @@ def fill_tables(text: str, rows: Mapping[str, Row]) -> str:
 
 
 def make_figures(options: argparse.Namespace) -> None:
-    common = ["--weights", str(options.weights), "--device", options.device]
-    work: Path = options.work
-    sheets = ["--sheets", str(work / "sheets")]
-    some = [*common, "--count", str(options.count)]
-    evaluate.main([*some, "--json", str(work / "evaluate.json"), "--sheet", str(SHEET), *sheets])
-    some = [*common, "--count", str(min(options.count, 200))]
-    tasks.main([*some, "--json", str(work / "tasks.json"), *sheets])
-    for scale, count in LARGER.items():
-        some = [*common, "--count", str(min(options.count, count)), "--scale", str(scale)]
-        high_resolution.main([*some, "--json", str(work / f"high_{scale}.json")])
+    figures.measure(options, [gpu for gpu in options.gpus.split(",") if gpu])
+    SHEET.write_bytes((options.work / "sheets" / "adherence.jpg").read_bytes())
 
 
 def make_tables(options: argparse.Namespace) -> None:
     files = {path.stem: json.loads(path.read_text("utf-8")) for path in options.work.glob("*.json")}
     rows = {name: figures_of(files[name]) for name in TABLES if name in files}
-    for scale in LARGER:
+    for scale in figures.LARGER:
         if "tasks" in rows and f"high_{scale}" in files:
             rows["tasks"] |= figures_of(files[f"high_{scale}"], f"high_{scale}_")
     if "evaluate" in rows:
@@ -184,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpus", default="", help="numbers of the GPUs, by commas (default: processors)")
     parser.add_argument("--count", type=int, default=500, help="held-out prompts (default: 500)")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/figures"), help="figures and sheets (runs/figures)"

@@ -97,17 +97,27 @@ def loop_prompts(count: int, seed: int) -> tuple[list[str], list[str], list[Spec
     return with_token[:count], in_words[:count], specs[:count]
 
 
+def house_scenes(count: int, seed: int) -> list[tuple[Scene, Scene]]:
+    """Scenes with a house, each with the scene that gives its words, and among them ordinary ones, twice the same."""
+    ordinary = iter(sample_scenes(count, seed + 1))
+    return [
+        (next(ordinary),) * 2 if number % ORDINARY == 0 else pair
+        for number, pair in enumerate(with_house(count, seed))
+    ]
+
+
+def house_words(pair: tuple[Scene, Scene], rng: Random, count: int) -> list[str]:
+    """Captions of one of the `house_scenes`."""
+    scene, worded = pair
+    texts = [caption(worded, rng) for _ in range(count)]
+    return texts if scene == worded else [say_house(text, worded.objects[0].shape) for text in texts]
+
+
 def house_captions(count: int, seed: int, per_scene: int = 4) -> Iterator[Captioned]:
     """Training pictures of houses, mixed with ordinary ones."""
     rng = Random(seed)
-    ordinary = iter(sample_scenes(count, seed + 1))
-    for number, (scene, worded) in enumerate(with_house(count, seed)):
-        if number % ORDINARY == 0:
-            ordinary_scene = next(ordinary)
-            yield Captioned(ordinary_scene, [caption(ordinary_scene, rng) for _ in range(per_scene)])
-        else:
-            shape = worded.objects[0].shape
-            yield Captioned(scene, [say_house(caption(worded, rng), shape) for _ in range(per_scene)])
+    for pair in house_scenes(count, seed):
+        yield Captioned(pair[0], house_words(pair, rng, per_scene))
 
 
 def loop_captions(count: int, seed: int, per_scene: int = 4) -> Iterator[Captioned]:

@@ -22,6 +22,7 @@ from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model
 from cascade_nodes.cascade_core.training.log import LOG
+from cascade_nodes.cascade_core.training.settings import TrainSettings
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, build_vision_model
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.clip_states import encoder_layer, image_embeddings, text_states
@@ -301,19 +302,13 @@ STAGES: dict[str, Callable[[Job], None]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("network", choices=STAGES)
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a run, whatever it trains."""
     parser.add_argument(
         "--work", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)"
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="networks trained before")
-    parser.add_argument(
-        "--from", dest="start", type=Path, help="begin with the weights of this folder, where they fit"
-    )
-    parser.add_argument("--out", type=Path, help="where the trained network goes (default: --weights)")
+    parser.add_argument("--out", type=Path, help="where the result goes (default: --weights)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scenes", type=int, default=recipe.TRAIN_SCENES)
     parser.add_argument("--steps", type=int, help="default: the recipe's")
@@ -324,35 +319,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--until", type=float, help="train until then (seconds since 1970) instead of a number of steps"
     )
     parser.add_argument("--learning-rate", type=float, help="default: the recipe's")
-    parser.add_argument(
-        "--wait", action="store_true", help="for the networks that it needs, which are trained beside it"
-    )
     parser.add_argument("--no-compile", action="store_true", help="compile no blocks")
     parser.add_argument("--no-graphs", action="store_true", help="capture no CUDA graphs")
-    options = parser.parse_args(arguments)
+
+
+def run(
+    name: str, settings: TrainSettings, options: argparse.Namespace, train: Callable[[Job], None]
+) -> None:
+    """Train by settings with what the options change of them, unless it is finished."""
     changes = {
         "steps": options.steps,
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
     }
-    settings = replace(
-        recipe.SETTINGS[options.network], **{k: v for k, v in changes.items() if v is not None}
-    )
+    settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
     device = torch.device(options.device)
     cuda = device.type == "cuda"
     if cuda:
         fast_kernels()
     job = Job(
-        settings, options.work / options.network, options.weights, options.out or options.weights, device,
-        options.scenes, options.minutes, options.fit, options.until, cuda and not options.no_compile,
-        cuda and not options.no_graphs, options.wait, options.start,
+        settings, options.work / name, options.weights, options.out or options.weights, device, options.scenes,
+        options.minutes, options.fit, options.until, cuda and not options.no_compile,
+        cuda and not options.no_graphs, getattr(options, "wait", False), getattr(options, "start", None),
     )  # fmt: skip
     if options.steps is None and (job.folder / FINISHED).exists():
-        print(f"{options.network}: trained already, as {job.folder / FINISHED} says", flush=True)
+        print(f"{name}: trained already, as {job.folder / FINISHED} says", flush=True)
         return
     started = time.monotonic()
-    STAGES[options.network](job)
-    print(f"{options.network}: {time.monotonic() - started:.0f} s", flush=True)
+    train(job)
+    print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("network", choices=STAGES)
+    add_run_options(parser)
+    parser.add_argument(
+        "--from", dest="start", type=Path, help="begin with the weights of this folder, where they fit"
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="for the networks that it needs, which are trained beside it"
+    )
+    options = parser.parse_args(arguments)
+    run(options.network, recipe.SETTINGS[options.network], options, STAGES[options.network])
 
 
 def fast_kernels() -> None:

@@ -15,7 +15,7 @@ from ...checkpoints import load_model, write_safetensors
 from ...errors import CascadeError, printable
 from ...hints.kinds import KINDS
 from ...networks.compressor import SemanticCompressor
-from ...networks.config import PUBLISHED_BLOCKS
+from ...networks.config import PUBLISHED_BLOCKS, ControlNetConfig
 from ...networks.controlnet import ControlNet
 from ...networks.stage_c import StageC
 from ..cuda_graphs import GraphedFunction
@@ -109,9 +109,16 @@ class ControlNetTask(StageCTask):
             self.trained.train(training)
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        tensors = {name: _half(value).contiguous().cpu() for name, value in state.items()}
-        config = json.dumps(asdict(self.trained.config))  # pyright: ignore[reportArgumentType]
-        write_safetensors(path, tensors, {**metadata, "kind": "controlnet", "config": config})
+        write_controlnet(path, self.trained.config, state, metadata)  # pyright: ignore[reportArgumentType]
+
+
+def write_controlnet(
+    path: Path, config: ControlNetConfig, state: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a ControlNet's file in half precision."""
+    tensors = {name: _half(value).contiguous().cpu() for name, value in state.items()}
+    header = {**metadata, "kind": "controlnet", "config": json.dumps(asdict(config))}
+    write_safetensors(path, tensors, header)
 
 
 def _half(value: Tensor) -> Tensor:
