@@ -138,7 +138,7 @@ def fill_tables(text: str, rows: Mapping[str, Row]) -> str:
 
 def make_figures(options: argparse.Namespace) -> None:
     figures.measure(options, [gpu for gpu in options.gpus.split(",") if gpu])
-    SHEET.write_bytes((options.work / "sheets" / "adherence.jpg").read_bytes())
+    write_file(SHEET, (options.work / "sheets" / "adherence.jpg").read_bytes())
 
 
 def make_tables(options: argparse.Namespace) -> None:

@@ -100,10 +100,11 @@ def loop_prompts(count: int, seed: int) -> tuple[list[str], list[str], list[Spec
 def house_scenes(count: int, seed: int) -> list[tuple[Scene, Scene]]:
     """Scenes with a house, each with the scene that gives its words, and among them ordinary ones, twice the same."""
     ordinary = iter(sample_scenes(count, seed + 1))
-    return [
-        (next(ordinary),) * 2 if number % ORDINARY == 0 else pair
-        for number, pair in enumerate(with_house(count, seed))
-    ]
+    pairs = with_house(count, seed)
+    for number in range(0, len(pairs), ORDINARY):
+        scene = next(ordinary)
+        pairs[number] = scene, scene
+    return pairs
 
 
 def house_words(pair: tuple[Scene, Scene], rng: Random, count: int) -> list[str]:

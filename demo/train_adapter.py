@@ -164,7 +164,8 @@ def few_steps_loss(
 
         def teacher(x: Tensor, r: Tensor) -> Tensor:
             predicted = base.predict(x.repeat(2, 1, 1, 1), r.repeat(2), (both[0], both[1]))
-            return guide(*predicted.chunk(2), guidance, objective.cfg_rescale)
+            with_words, without_words = predicted.chunk(2)
+            return guide(with_words, without_words, guidance, objective.cfg_rescale)
 
         def predict(x: Tensor, r: Tensor) -> Tensor:
             with changes.applied():

@@ -246,6 +246,7 @@ ALLOWED = {
     "headless/cli.py": "the null device",
     "nodes/hosts/comfyui/vision.py": "into a temporary folder of its own",
     "demo/everything.py": "appends what its processes say to their logs",
+    "demo/figures.py": "what its processes say, in their logs",
     "benchmarks/served_programs.py": "a server and its log, in a temporary folder of its own",
     "benchmarks/random_files.py": "into a temporary folder of its own",
     "benchmarks/rehearsed.py": "what its cells print, to its error stream",
