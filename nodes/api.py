@@ -24,7 +24,7 @@ _HAS_ALIASES = any(entry.name == "search_aliases" for entry in fields(io.Schema)
 def searched_as(words: str) -> dict[str, Any]:
     """Keyword for `io.Schema`: other names under which a node is searched for, with commas between them.
 
-    Versions of ComfyUI without the keyword get none: there web/search.js puts some of the words behind the names that
-    the search shows.
+    Versions of ComfyUI without the keyword get none: there web/search.js appends some of these words to the names
+    that the search shows.
     """
     return {"search_aliases": words.split(", ")} if _HAS_ALIASES else {}

@@ -14,7 +14,7 @@ CATEGORY = "Stable Cascade/conditioning"
 
 
 def encode_prompt(clip: Any, socket: str, prompt: str, node: str) -> list:
-    """The CONDITIONING of a prompt. Raises CascadeError for what is not a text, and for a CLIP that is none."""
+    """The CONDITIONING of a prompt. Raises CascadeError for values that are not text, or not a CLIP."""
     if clip is None:
         raise CascadeError("The checkpoint holds no text encoder; connect Load Cascade Text Encoder.")
     check_connected(clip, f"The CLIP of {node}", "Load Cascade Text Encoder")

@@ -63,7 +63,7 @@ class CascadeExtension(ComfyExtension):
     """Extension that registers the nodes of Stable Cascade."""
 
     async def on_load(self) -> None:
-        """Called by ComfyUI alone, once, in versions that have replacements of nodes."""
+        """Called once, by ComfyUI versions that can replace nodes."""
         from .hosts.comfyui.replacements import register_replacements
 
         await register_replacements()

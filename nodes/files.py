@@ -16,7 +16,7 @@ MOST_FILES = 10_000
 
 
 def file_input(input_id: str, role: str, tooltip: str, optional_file: bool = False) -> Any:
-    """Combo of the files that the host finds for a role, listed anew for each schema."""
+    """Combo of the files that the host finds for a role; the list is made anew for each schema."""
     names = ([NO_FILE] if optional_file else []) + host().list_files(role)
     default = DEMO_NAMES.get(role) if DEMO_NAMES.get(role) in names else None
     return io.Combo.Input(input_id, options=names, default=default, tooltip=tooltip)
@@ -34,7 +34,7 @@ def find(role: str, name: str) -> Path:
 
 
 def check(role: str, name: str | None) -> bool | str:
-    """True, or an error message, for `validate_inputs`. None: the value comes over a link, and is checked later."""
+    """True, or an error message, for `validate_inputs`. name None: the value comes over a link and is checked later."""
     if name is None:
         return True
     try:
@@ -54,7 +54,7 @@ def fingerprint(role: str, name: str) -> str:
 
 
 def files_under(folder: Path) -> list[Path]:
-    """The files of a folder and of those within, the first MOST_FILES: a model has dozens, a whole disk millions."""
+    """The files of a folder and its subfolders, at most MOST_FILES: a model has dozens, a whole disk millions."""
     paths = (Path(place, name) for place, folders, names in os.walk(folder) for name in (*folders, *names))
     return sorted(islice(paths, MOST_FILES))
 

@@ -68,7 +68,7 @@ class CascadeEmptyLatent(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, width=None, height=None) -> bool | str:
         """Checks multiples before anything runs; the host checks minimum and maximum."""
-        # None comes over a link; the host refuses what is not a number, but ComfyUI still calls this.
+        # None: the value comes over a link. The host refuses values that are not numbers, but ComfyUI still calls this.
         sides = [side if isinstance(side, int) else None for side in (width, height)]
         try:
             check_size(*sides)
@@ -209,7 +209,7 @@ class CascadeEncode(io.ComfyNode):
             check_finite(stage_b.values(), stage_a, "Stage A's latent")
         if mask is not None:
             stage_c["noise_mask"] = latent_mask(mask, batch, size, grow, soft)
-            if stage_a is not None:  # an empty latent has nothing to keep
+            if stage_a is not None:  # an empty latent has no content to keep
                 stage_b["noise_mask"] = latent_mask(mask, batch, stage_b["samples"].shape[-2:], soft=soft)
         return io.NodeOutput(stage_c, stage_b, ui=picture_report(image))
 
@@ -268,7 +268,7 @@ class CascadeUpscaleLatent(io.ComfyNode):
             )
         samples = stage_c["samples"]
         check_pixels(width, height, len(samples))
-        # Bilinear is nearest to the latent that the compressor makes of the enlarged picture.
+        # Of all filters, bilinear comes nearest to the compressor's latent of the enlarged picture.
         size = stage_c_size(height, width, compression)
         larger = F.interpolate(samples, size=size, mode="bilinear", align_corners=False)
         stage_b = empty_stage_b(len(samples), height, width)

@@ -142,7 +142,7 @@ class CascadeLoRAApply(io.ComfyNode):
 
 
 def _kind_of(model: Any) -> str:
-    """Which stage a MODEL is. Raises CascadeError for anything but Stage B and Stage C."""
+    """The kind of a MODEL: stage_b or stage_c. Raises CascadeError for any other."""
     connected = model is not None and not isinstance(model, str | int | float | list | dict)
     if connected and host().describe_network(model).kind == "stage_b":
         return "stage_b"
@@ -151,7 +151,7 @@ def _kind_of(model: Any) -> str:
 
 
 def _text_notes(adapter: Adapter, clip: Any, new: Sequence[NewToken]) -> list[str]:
-    """What the user should know of an adapter's part for the text encoder, which is checked to fit."""
+    """Checks an adapter's part for the text encoder, and returns notes about it for the user."""
     if clip is None:
         unused = bool(adapter.text or adapter.tokens)
         return (

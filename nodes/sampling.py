@@ -183,7 +183,7 @@ class CascadeDecoderSampler(io.ComfyNode):
         semantic = semantic_latent(stage_c, len(latent["samples"]))
         for socket, prompt in (("positive", positive), ("negative", negative)):
             check_conditioning(prompt, network, socket)
-        # ControlNets are Stage C's: prompts may come here with them, as they went to Cascade Prior Sampler.
+        # ControlNets drive Stage C only, but the prompts of Cascade Prior Sampler may be connected here with theirs.
         positive, negative = (without_values(prompt, "control") for prompt in (positive, negative))
         positive = with_values(positive, stable_cascade_prior=semantic)
         negative = with_values(negative, stable_cascade_prior=torch.zeros_like(semantic))
@@ -226,7 +226,7 @@ def run_sampler(
     tile_positions: int = 0,
     engine: bool = True,
 ) -> io.NodeOutput:
-    """A new LATENT with the sampled latent, and all else that the given one holds; shows what the run took."""
+    """A new LATENT with the sampled latent and all other entries of the given one; shows the run's time and memory."""
     check_sampler(sampler)
     if not 0 <= denoise <= 1:
         raise CascadeError(f"denoise is {denoise}; it must lie within 0 and 1.")

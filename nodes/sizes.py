@@ -1,4 +1,4 @@
-"""What nodes do with sizes: the input for the compression, and empty latents."""
+"""Sizes in nodes: the compression input, empty latents, and sizes of pictures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def compression_input() -> Any:
 
 
 def empty_stage_c(batch: int, height: int, width: int, compression: float) -> dict[str, Any]:
-    """Zero Stage C latent of pictures of height × width pixels, which says its compression."""
+    """Zero Stage C latent of pictures of height × width pixels, with its compression stored in it."""
     shape = (batch, LATENT_CHANNELS["stage_c"], *stage_c_size(height, width, compression))
     return {"samples": zeros(shape, f"{width} × {height}"), "compression": compression}
 
@@ -48,7 +48,7 @@ def zeros(shape: tuple[int, ...], size: str) -> Tensor:
     """Zero latent. size: of the picture, for the message where memory does not suffice."""
     try:
         return torch.zeros(shape)
-    except RuntimeError as error:  # torch has no class of its own for this on the CPU
+    except RuntimeError as error:  # on the CPU, torch has no exception class for this
         raise CascadeError(
             f"{shape[0]} latents for pictures of {size} pixels do not fit into memory; choose a smaller size or "
             "batch_size."
@@ -56,7 +56,7 @@ def zeros(shape: tuple[int, ...], size: str) -> Tensor:
 
 
 def chosen_size(picture_size: Sequence[int], height: int, width: int) -> tuple[int, int]:
-    """Target (height, width) of a picture of `picture_size`; a side of 0 follows from its proportions."""
+    """Target (height, width) of a picture of `picture_size`; a side of 0 is computed from its proportions."""
     if not height and not width:
         return picture_size[0], picture_size[1]
     sides = (
@@ -67,5 +67,5 @@ def chosen_size(picture_size: Sequence[int], height: int, width: int) -> tuple[i
 
 
 def picture_report(image: Tensor) -> dict[str, Any]:
-    """What the panel of a node is told of its picture (B, H, W, C), which may come from any other node."""
+    """Data for a node's panel about its picture (B, H, W, C), which may come from any other node."""
     return {"cascade_picture": [{"width": image.shape[2], "height": image.shape[1]}]}

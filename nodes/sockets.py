@@ -15,11 +15,11 @@ from .hosts.run import NetworkDescription
 
 VAE_WORDS = {"stage_a": "Stage A", "compressor": "the semantic compressor"}
 
-_LITERALS = str | int | float | list | dict  # what a graph can hold in place of a connection
+_LITERALS = str | int | float | list | dict  # types that a graph can have in place of a connection
 
 
 def check_connected(value: Any, socket: str, source: str) -> None:
-    """Raises CascadeError where a graph gives a value in place of a connection, which ComfyUI lets through."""
+    """Raises CascadeError for a plain value in place of a connection, which ComfyUI lets through."""
     if isinstance(value, _LITERALS):
         raise CascadeError(f"{socket} is {quoted(value)}, but a connection is expected; connect {source}.")
 
@@ -51,7 +51,7 @@ def check_vae(vae, kind: str, node: str, loader: str) -> None:
 
 
 def check_picture(image: Tensor, socket: str) -> None:
-    """Raises CascadeError unless an IMAGE is (B, H, W, C), none of which is 0, of finite numbers."""
+    """Raises CascadeError unless an IMAGE is (B, H, W, C), without a size of 0, and all finite."""
     shape = _shape(image, socket, "an IMAGE")
     if len(shape) != 4 or 0 in shape:
         raise CascadeError(
@@ -62,7 +62,7 @@ def check_picture(image: Tensor, socket: str) -> None:
 
 
 def check_mask(mask: Tensor, socket: str) -> None:
-    """Raises CascadeError unless a MASK is (B, H, W), none of which is 0."""
+    """Raises CascadeError unless a MASK is (B, H, W), without a size of 0."""
     shape = _shape(mask, socket, "a MASK")
     if len(shape) < 2 or 0 in shape:
         raise CascadeError(

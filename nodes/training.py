@@ -33,8 +33,8 @@ PRESETS = (
     "16gb",
     "24gb",
     "48gb",
-)  # of cascade_core/training/presets.py, which takes time to import
-LONGEST_SETTINGS = 20_000  # characters; ComfyUI answers nobody while they are read
+)  # as in cascade_core/training/presets.py, which takes long to import
+LONGEST_SETTINGS = 20_000  # characters; ComfyUI's server is blocked while they are parsed
 MODELS = ("stage_c", "text_encoder", "compressor")
 
 
@@ -92,7 +92,7 @@ def common_inputs(kind: str) -> list[Any]:
             default=0,
             min=0,
             max=2**32 - 1,
-            # The interface lets a seed change after each run by itself, and a run that is cancelled could not go on.
+            # Otherwise the interface would change the seed after each run, and a cancelled run could not go on.
             control_after_generate=False,
             tooltip="Decides what is random: the same seed trains the same file again.",
         ),
@@ -126,16 +126,16 @@ def settings_input() -> Any:
 
 
 def file_output(kind: str, node: str) -> list[Any]:
-    """The name of what was trained. node: the one that lists it."""
+    """Output with the trained file's name. node: the loader that lists it."""
     return [
         io.String.Output(display_name="file", tooltip=f"The name of the {kind}'s file, to choose in {node}.")
     ]
 
 
 def node_settings(task: Any, inputs: dict[str, Any], sections: dict[str, Any]) -> Settings:
-    """The settings of a run, typed, its data where the host lets clients read. Raises CascadeError.
+    """The typed settings of a run. Raises CascadeError for bad values, and for data that clients must not read.
 
-    inputs: of the node, those that are known; sections: the task's own settings.
+    inputs: the node's inputs known so far; sections: the task's own settings.
     """
     from ..cascade_core.training.presets import preset_values
     from ..cascade_core.training.settings import settings_of
@@ -192,14 +192,14 @@ def train_file(task: Any, role: str, inputs: dict[str, Any], sections: dict[str,
             check=host().data_check(),
             show=view.show,
         )
-        if outcome.finished:  # its run goes on no more; the log and the samples stay
+        if outcome.finished:  # a finished run needs no state; log and samples stay
             Path(settings.output.folder or "", STATE).unlink(missing_ok=True)
     assert outcome.file is not None
     return io.NodeOutput(outcome.file.relative_to(models).as_posix())
 
 
 class LiveView:
-    """A run as its node shows it: the bar, and the latest curve above the latest samples as one picture.
+    """A run's view in its node: the bar, and one picture of the latest curve above the latest samples.
 
     report: the host's; steps: of the run
     """
@@ -237,9 +237,9 @@ class LiveView:
 
 
 def file_name(text: str) -> str:
-    """The new file's name in its one spelling: composed Unicode, `/` between folders, no blanks around, the suffix.
+    """The new file's name in normal form: composed Unicode, `/` between folders, stripped, with the suffix.
 
-    Raises CascadeError for one that leads out of the models folder, or that some system cannot hold.
+    Raises CascadeError for a name that leads out of the models folder, or that some file system does not allow.
     """
     plain = unicodedata.normalize("NFC", text[: 20 * LONGEST_NAME]).replace("\\", "/")
     stem = plain.strip()[: -len(SUFFIX)] if plain.strip().lower().endswith(SUFFIX) else plain
@@ -251,9 +251,9 @@ def file_name(text: str) -> str:
 
 
 def in_own_folder(settings: Settings, name: str, pictures: str) -> Settings:
-    """The settings with a folder that no run but this very one has, and with the latents of all runs in one place.
+    """The settings with a folder unique to this run, and with a common folder for the latents of all runs.
 
-    So what has begun goes on where everything is as it was, and begins anew, beside it, where anything is not.
+    So a run is resumed if nothing has changed, and otherwise starts anew, in a folder beside the old one.
     """
     from ..cascade_core.training.data.access import Access
     from ..cascade_core.training.data.tars import expand
@@ -277,7 +277,7 @@ def in_own_folder(settings: Settings, name: str, pictures: str) -> Settings:
     )
 
 
-# What the host decides: a graph from elsewhere must not write where it likes.
+# Decided by the host: a graph from elsewhere must not choose where to write.
 _FIXED = (
     ("output", "file"),
     ("output", "folder"),
@@ -305,7 +305,7 @@ def checked_settings(text: str) -> dict[str, Any]:
 
 
 class TrainingNode(io.ComfyNode):
-    """Base of the three nodes. TASK: of `cascade train`; SECTIONS: settings that stand for the node's own inputs."""
+    """Base of the three nodes. TASK: of `cascade train`; SECTIONS: settings that the node's own inputs stand for."""
 
     TASK: ClassVar[str]
     SECTIONS: ClassVar[dict[str, Any]] = {}
@@ -321,7 +321,7 @@ class TrainingNode(io.ComfyNode):
         settings=None,
         preset=None,
     ) -> bool | str:
-        """What can be known before a graph is queued. None: comes over a link, and is checked later."""
+        """Checks before a graph is queued. None: the value comes over a link, and is checked later."""
         from ..cascade_core.training.settings import resolve
 
         networks = dict(zip(MODELS, (stage_c, text_encoder, compressor), strict=True))

@@ -1,4 +1,4 @@
-"""The folder that a training node reads: where it is, and whether it has changed."""
+"""A training node's folder: its path, and a stamp that shows changes."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ MOST_STAMPED = 10_000  # files; ComfyUI asks for the stamp before each prompt
 
 
 def folder_path(name: str) -> Path:
-    """The folder of that name. Raises CascadeError where there is none, or none for clients."""
+    """The folder of that name. Raises CascadeError where it does not exist, or where clients must not read it."""
     folder = host().data_path(name)
     if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long
         raise CascadeError(
@@ -23,7 +23,7 @@ def folder_path(name: str) -> Path:
 
 
 def folder_stamp(name: str) -> str:
-    """A text that changes when a file of the folder does; of a very large one when a file comes or goes."""
+    """A text that changes when a file in the folder does; in a very large folder, when a file is added or removed."""
     try:
         folder = host().data_path(name)
     except CascadeError as error:
@@ -39,7 +39,7 @@ def folder_stamp(name: str) -> str:
 
 
 def _below(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
-    """All that is in a folder and its subfolders, links followed where `check` lets them; each folder once."""
+    """All paths in a folder and its subfolders; follows links that `check` allows, and visits each folder once."""
     waiting, entered = [folder], set[tuple[int, int]]()
     while waiting:
         place = waiting.pop()
@@ -56,7 +56,7 @@ def _below(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
                     yield path
                     if entry.is_dir():
                         waiting.append(path)
-        except OSError:  # what cannot be read is named by those who read pictures
+        except OSError:  # unreadable files are reported when pictures are read
             continue
 
 

@@ -1,6 +1,7 @@
-"""PyYAML's safe loader with bounds: on how deep values are nested and how many there are, aliases included.
+"""PyYAML's safe loader with bounds on the depth of nesting and on the number of values, counting aliases.
 
-Numbers that YAML 1.1 reads to base 8 or 60 and people do not, repeated names and names that are not texts are refused.
+It refuses numbers that YAML 1.1 reads in base 8 or 60, which people do not expect, repeated names, and names that are
+not text.
 """
 
 import re
@@ -21,7 +22,7 @@ class BoundedLoader(yaml.SafeLoader):
     def __init__(self, text: str, where: str):
         super().__init__(text)
         self.where, self.depth, self.count = where, 0, 0
-        self.sizes: dict[int, int] = {}  # of whole nodes by id: how many values they stand for
+        self.sizes: dict[int, int] = {}  # number of values in a finished node, by its id
 
     def error(self, mark: Any, problem: str) -> CascadeError:
         return CascadeError(f"{self.where}, line {mark.line + 1}: {problem}")

@@ -1,4 +1,4 @@
-"""What can be known of a run before its networks are loaded and its pictures are encoded: whether it can end well."""
+"""Checks of a run before its networks are loaded and its pictures are encoded."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ SUFFIX = ".safetensors"
 
 
 def check_output(settings: Settings, keep_existing: bool = False) -> None:
-    """Raise CascadeError unless `output.file` and the run's folder can be written, and no network is lost by it."""
+    """Raise CascadeError unless `output.file` and the run's folder can be written without replacing a network."""
     file, state = Path(settings.output.file), Path(settings.output.folder or "", STATE)
     if file.suffix.lower() != SUFFIX:
         raise CascadeError(
@@ -103,7 +103,7 @@ def check_networks(
 
 
 def _trained_for(settings: Settings, compressor: SemanticCompressor) -> StageC | StageB:
-    """The stage that is trained, or that something is trained for, without its weights; Stage B's parts fit."""
+    """The stage that is trained, or trained for, without its weights. Raises CascadeError if its parts do not fit."""
     models = settings.models
     if settings.network != "stage_b" or settings.output.sample_every:
         stage_c, _, _ = load_model(models.stage_c, "stage_c", read_ahead=False)
@@ -128,7 +128,7 @@ def _trained_for(settings: Settings, compressor: SemanticCompressor) -> StageC |
 
 
 def check_optimiser(settings: TrainSettings) -> None:
-    """Raise CascadeError unless the optimiser can be had; one by its class is tried: it steps, and goes on exactly."""
+    """Raise CascadeError unless the optimiser is available and, if given by its class, steps and resumes exactly."""
     optimiser_class(settings)
     if settings.optimizer in SOURCES and not settings.optimizer_arguments:
         return
@@ -136,7 +136,7 @@ def check_optimiser(settings: TrainSettings) -> None:
         resumes = _resumes(partial(build_optimiser, settings=settings))
     except CascadeError:
         raise
-    except Exception as error:  # whatever a class from elsewhere raises
+    except Exception as error:  # a foreign class may raise anything
         reason = " ".join(str(error).split())[:200]
         raise CascadeError(
             f"train.optimizer {settings.optimizer} with train.optimizer_arguments "
@@ -151,7 +151,7 @@ def check_optimiser(settings: TrainSettings) -> None:
 
 
 def _resumes(build: Callable[..., torch.optim.Optimizer]) -> bool:
-    """Whether a small vector gets the same steps from an optimiser and from one that its state was loaded into."""
+    """Whether an optimiser and another one, loaded with its state, take the same steps on a small vector."""
     random = torch.Generator().manual_seed(0)
     values, gradients = torch.randn(600, generator=random), torch.randn(6, 600, generator=random)
 
@@ -182,7 +182,7 @@ def check_image_prompts(width: int, stage_c: StageC) -> None:
 
 
 def check_stage_b(file: str, encoder: TextEncoder) -> None:
-    """Raise CascadeError for a Stage B that is not the text encoder's, by which samples are decoded."""
+    """Raise CascadeError for a Stage B, which decodes samples, that does not fit the text encoder."""
     stage_b: Any
     stage_b, _, _ = load_model(file, "stage_b", read_ahead=False)
     width, given = stage_b.config.c_clip, encoder.model.config.projection_dim
@@ -194,7 +194,7 @@ def check_stage_b(file: str, encoder: TextEncoder) -> None:
 
 
 def check_faces(find_faces: FindFaces | None) -> None:
-    """Find the faces of an empty picture, for which the package and its networks must be there."""
+    """Try to find faces in an empty picture, for which the package and its networks must be installed."""
     if find_faces is None:
         raise CascadeError("The identity hint needs something that finds faces; train it by `cascade train`.")
     for _ in find_faces(torch.zeros(1, 3, 64, 64)):

@@ -19,14 +19,14 @@ from ..engine.lru import LRU
 
 logger = logging.getLogger(__name__)
 
-SHAPES = 12  # whose graphs are kept; a bucket of another aspect ratio is another shape
+SHAPES = 12  # input shapes whose graphs are kept; each bucket has its own
 
 
 class GraphedFunction:
     """`function` of tensors: eager the first time that a shape is seen, captured the second time, then replayed.
 
-    It returns one tensor, reads nothing that changes but its arguments, and draws no random numbers. Parameters among
-    the arguments are read where they are; other arguments are copied.
+    The function returns one tensor, reads no changing values beside its arguments, and draws no random numbers.
+    Parameters among the arguments are read in place; other arguments are copied.
 
     All shapes share the memory of the largest. A forward must not be replayed between another forward and its
     backward; such calls run eagerly, and all do once a capture has failed.
@@ -61,8 +61,8 @@ class GraphedFunction:
                 self._pool = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()  # the memory of the eager pass
             return CapturedPasses(self.function, inputs, self._pool)
-        except Exception as error:  # what fails eagerly too is said by the eager pass
-            still_computes(inputs[0].device)  # so that the error is not the next launch's
+        except Exception as error:  # an error not of the capture recurs in the eager pass
+            still_computes(inputs[0].device)  # clears the error, which the next launch would report
             logger.warning(
                 "No CUDA graph could be captured (%s): training steps take longer.", reason_of(error)
             )
@@ -70,7 +70,7 @@ class GraphedFunction:
 
 
 class _Shape:
-    """Inputs of one shape: whether they were seen, and what was captured for them."""
+    """State of one input shape: whether it was seen, and its captured passes."""
 
     seen = False
     passes: CapturedPasses | None = None

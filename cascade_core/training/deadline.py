@@ -1,4 +1,4 @@
-"""When a run stops by itself: at a time of day, or after some hours."""
+"""The time at which a run stops by itself: a time of day, or after some hours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .settings import TrainSettings
 
 
 def stop_time(settings: TrainSettings, now: datetime) -> datetime | None:
-    """The time at which a run that begins now stops; None where it goes on to its end. Raises CascadeError."""
+    """The time at which a run that begins now stops; None: at its last step. Raises CascadeError."""
     times = []
     if settings.stop_after is not None:
         times.append(now + timedelta(hours=settings.stop_after))
@@ -21,7 +21,7 @@ def stop_time(settings: TrainSettings, now: datetime) -> datetime | None:
 
 
 def _at(text: str, now: datetime) -> datetime:
-    if len(text) <= 5:  # a time of day, the next that comes
+    if len(text) <= 5:  # a time of day: its next occurrence
         hour, minute = map(int, text.split(":"))
         today = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
         return today if today > now else today + timedelta(days=1)
@@ -36,7 +36,7 @@ def _at(text: str, now: datetime) -> datetime:
 
 
 def stopping(stop: Callable[[], bool], at: datetime | None) -> Callable[[], bool]:
-    """`stop`, or the time has come."""
+    """True when `stop` is, or when the time has come."""
     if at is None:
         return stop
     end = time.monotonic() + (at - datetime.now()).total_seconds()

@@ -1,4 +1,4 @@
-"""What a run would see, before anything is loaded: its buckets, and a page of pictures as they are cropped."""
+"""Dry run, without loading networks: a run's buckets, and a page of pictures as they would be cropped."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .run_folder import Notify
 from .samples import grid, write_picture
 from .settings import Settings
 
-DIMMED = 0.25  # how bright the sheet shows what a mask leaves out
+DIMMED = 0.25  # brightness of masked-out areas on the sheet
 SHEET, SHOWN, SIDE = "contact_sheet.png", 64, 192  # pictures on it, and pixels of the longer side of each
 
 
 def dry_run(settings: Settings, notify: Notify, stop: Callable[[], bool] = lambda: False) -> Path:
-    """Say which buckets there are and what becomes of pictures, and draw some of them. Returns the page's file."""
+    """Report the buckets and the treatment of pictures, and draw some of them. Returns the page's file."""
     access = Access(stop)
     pictures, skipped = find_all(settings.data, access)
     bucketed, left_out = assign_buckets(pictures, settings.data, Cache(None, ""), access.ask)
@@ -56,7 +56,7 @@ def _spread(pictures: list[BucketedPicture]) -> list[BucketedPicture]:
 
 
 def _small(picture: BucketedPicture, crops: Crops) -> torch.Tensor:
-    """(3, H, W) in [0, 1]: what the compressor reads, smaller and dark outside its mask; grey where it is damaged."""
+    """(3, H, W) in [0, 1]: the compressor's input made smaller, dark outside its mask; grey for a damaged picture."""
     crop = crops.of(picture, 0)
     height, width = picture.bucket.compressor
     scale = SIDE / max(height, width)

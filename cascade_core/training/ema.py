@@ -12,7 +12,7 @@ def ema_decay(step: int, decay: float) -> float:
 
 
 class EMA:
-    """The average of a state's tensors. copied: names that are copied instead, as is what is not floating point."""
+    """The average of a state's tensors. copied: names of those that are copied instead, as are all integers."""
 
     def __init__(self, state: Mapping[str, Tensor], decay: float, copied: Collection[str] = ()):
         self.decay, self.copied = decay, frozenset(copied)

@@ -1,8 +1,8 @@
-"""What a trained file says of itself, under the names that other programs show.
+"""Metadata of a trained file, under the names that other programs show.
 
 `modelspec.*` is Stability AI's ModelSpec 1.0.1, which ComfyUI's model library, SwarmUI and OneTrainer read; `ss_*` is
-kohya's, which A1111, Forge and the civitai tools read. Nothing of it is a time or a place, so that the same run writes
-the same bytes; captions and folder names stand in it where the settings ask for them alone.
+kohya's, which A1111, Forge and the civitai tools read. None of it is a time or a path, so that the same run writes
+the same bytes; captions and folder names are included only if the settings ask for them.
 """
 
 import json

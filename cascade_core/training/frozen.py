@@ -1,4 +1,4 @@
-"""Frozen networks whose weights are held in fewer bits than they compute in, while something is trained around them.
+"""Frozen networks with quantised weights, around which something is trained.
 
 int8 is the module that sampling uses (networks/quantisation.py): half of 16 bits, on every device. nf4 (Dettmers et
 al. 2023, arXiv 2305.14314) is a quarter, by bitsandbytes' kernels. Either weight is dequantised for each product, and
@@ -22,7 +22,7 @@ def load_frozen(path: str, kind: str, base: str, dtype: torch.dtype, device: tor
     if base == "int8":
         network, _, _ = load_model(path, kind, dtype, device, eight_bit=INT8, quantise_on=device)
         for _, layer in quantised_layers(network):
-            layer.original = None  # of no use here, where nothing is patched
+            layer.original = None  # unused here, since nothing is patched
     else:
         network, _, _ = load_model(path, kind, dtype)
         quantise_to_nf4(network, device)
@@ -30,7 +30,7 @@ def load_frozen(path: str, kind: str, base: str, dtype: torch.dtype, device: tor
 
 
 def check_base(base: str) -> None:
-    """Raise CascadeError unless the package that makes such weights is there."""
+    """Raise CascadeError unless the package that quantises to this format is installed."""
     if base != "nf4":
         return
     try:
@@ -85,5 +85,5 @@ def float_weight(layer: Any) -> Tensor:
 
 
 def parameter_count(network: nn.Module) -> int:
-    """How many weights a network has; of those in 4 bits, two are in a byte."""
+    """Number of weights of a network; a byte holds two of those in 4 bits."""
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in network.parameters())

@@ -1,6 +1,6 @@
 """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): activations are recomputed in the backward pass.
 
-Each block stores its input alone, a tenth of what its backward pass needs, for a third more time.
+Each block stores only its input, a tenth of the memory of its activations, at the cost of a third more time.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ def checkpoint_blocks(
     recompute_context: Callable[[], AbstractContextManager] = nullcontext,
     draws: bool = False,
 ) -> None:
-    """Checkpoint the network's blocks, in place. draws: whether they draw at random though they are not in training.
+    """Checkpoint the network's blocks, in place. draws: whether they draw random numbers although they are in
+    evaluation mode.
 
     recompute_context: called in each block's forward pass; returns the context in which it is recomputed.
     """

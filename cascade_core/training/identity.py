@@ -1,4 +1,4 @@
-"""What decides the result of a run: its settings, and what its pictures and networks hold."""
+"""Identity of a run: everything that decides its result, that is settings, and contents of pictures and networks."""
 
 import dataclasses
 import hashlib
@@ -15,9 +15,9 @@ from .data.fingerprint import pictures_digest
 from .data.pictures import TrainingPicture
 from .settings import Settings, settings_from_json
 
-BLOCKS, BLOCK_BYTES = 2048, 8192  # of a large file that are read for its digest: of 7 GB every 3.5 MB
+BLOCKS, BLOCK_BYTES = 2048, 8192  # read of a large file for its digest: a block every 3.5 MB in 7 GB
 MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json")  # of a model's folder
-PARTS = {  # as the core calls what settings name
+PARTS = {  # the core's names of networks in the settings
     "models.stage_c": "stage_c",
     "models.text_encoder": "text",
     "models.stage_b": "stage_b",
@@ -29,11 +29,11 @@ PARTS = {  # as the core calls what settings name
 }
 SHOWN = 8  # differences in a message
 
-# Settings that leave the trained weights as they are, or stand for files whose contents are compared.
+# Settings without effect on the trained weights, or of files whose contents are compared instead.
 WITHOUT_EFFECT = (
     "models",
     "output",
-    "validation",  # which pictures are held out is seen by those that are trained on
+    "validation",  # held-out pictures change the result only through the pictures trained on
     "preset",
     "data.folder",
     "data.tars",
@@ -54,7 +54,7 @@ WITHOUT_EFFECT = (
 )
 # Each machine may have them elsewhere.
 PLACES = ("output.file", "output.folder", "output.prompts_file")
-# They decide how the result is written.
+# Settings that decide how the result is written.
 OF_THE_FILE = (
     "output.file",
     "lora.dialect",
@@ -73,9 +73,9 @@ def contents_of(
     processes: int,
     asked: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
-    """What settings do not say: what the pictures and the networks' files hold, and how many processes share a batch.
+    """Facts outside of the settings: digests of pictures and networks' files, and the number of processes.
 
-    asked: called now and then, may raise.
+    asked: called from time to time; may raise Interrupted.
     """
     with_prompts = settings.models.image_encoder is not None
     named = settings.data.crops > 1
@@ -113,7 +113,7 @@ def _part(key: str) -> str:
 
 
 def shared_settings(settings: Settings) -> dict[str, str]:
-    """What all processes of a run must have alike: all settings but the places of files, of which each has its own."""
+    """The settings that must be the same in all processes: all but the paths of files, which may differ."""
     values = _deciding(settings) | {
         key: value
         for key, value in _flat(settings).items()
@@ -123,9 +123,9 @@ def shared_settings(settings: Settings) -> dict[str, str]:
 
 
 def differences(settings: Settings, contents: Mapping[str, str], metadata: Mapping[str, str]) -> list[str]:
-    """What decides the result and is not as a state's metadata has it: "train.seed 0 → 1".
+    """The deciding values that differ from those in a state's metadata, such as "train.seed 0 → 1".
 
-    A state of an earlier version has no contents; they are taken to be the same.
+    A state of an earlier version has no contents; they are assumed to be the same.
     """
     saved_settings = saved(metadata)
     before = _deciding(saved_settings) if saved_settings is not None else {}
@@ -150,25 +150,25 @@ def refusal(path: Path, differing: Sequence[str]) -> CascadeError:
 
 
 def other_processes(contents: Mapping[str, str], metadata: Mapping[str, str]) -> str | None:
-    """How many processes a state is of, where they are not as many as now."""
+    """The number of processes that a state was written by, if it is not the present one."""
     before = (_saved_contents(metadata) or {}).get("processes")
     return None if before in (None, contents.get("processes")) else before
 
 
 def unknown_parts(metadata: Mapping[str, str]) -> list[str]:
-    """What a state of an earlier version does not tell, in words."""
+    """The facts that a state of an earlier version lacks, in words."""
     return ["settings"] * (saved(metadata) is None) + ["pictures and networks"] * (
         _saved_contents(metadata) is None
     )
 
 
 def saved(metadata: Mapping[str, str]) -> Settings | None:
-    """The settings that a state was written with; None where it does not tell them."""
+    """The settings that a state was written with; None where it does not hold them."""
     return settings_from_json(metadata.get("settings", ""))
 
 
 def same_file(settings: Settings, metadata: Mapping[str, str]) -> bool:
-    """Whether the result is written as it was with the state's settings."""
+    """Whether the settings write the result in the same form as those of the state."""
     before, now = saved(metadata), _flat(settings)
     return before is not None and all(_flat(before)[key] == now[key] for key in OF_THE_FILE)
 
@@ -186,7 +186,7 @@ def _saved_contents(metadata: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _deciding(settings: Settings) -> dict[str, Any]:
-    """The settings that decide the result, by "section.key"; a default that stands for another value is that value."""
+    """The settings that decide the result, by "section.key"; null is replaced by the value that it stands for."""
     values = {
         key: value
         for key, value in _flat(settings).items()
@@ -194,7 +194,7 @@ def _deciding(settings: Settings) -> dict[str, Any]:
     }
     values["objective.weighting"] = settings.objective.loss_weight
     values["lora.alpha"] = settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha
-    places = ("folder", "tars", "mask_folder")  # whose pictures are compared
+    places = ("folder", "tars", "mask_folder")  # the pictures in them are compared instead
     values["data.sets"] = [
         {key: value for key, value in each.items() if key not in places} for each in values["data.sets"]
     ]
@@ -220,7 +220,7 @@ def _flat(settings: Settings) -> dict[str, Any]:
 
 
 def network_digest(path: Path, part: str, asked: Callable[[], None]) -> str:
-    """A digest of a network's file, its shards and what a model's folder says of it. asked: as in `contents_of`."""
+    """A digest of a network's file, its shards and its configuration in a folder. asked: as in `contents_of`."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for file in _files_of(path, part):
         for block in _blocks(file):

@@ -1,7 +1,8 @@
-"""accelerate: the device, the processes and the exchange between them, and nothing else that it can be configured to.
+"""accelerate supplies the device, the processes and their communication, and none of its other features.
 
-Precision, accumulation, compilation and FSDP are the settings file's. What else `accelerate config` writes reaches a
-process as an environment variable, and is refused here by name: obeyed by half, it would train something else.
+Precision, accumulation, compilation and FSDP are set in the settings file. Other choices of `accelerate config` reach
+a process as environment variables and are refused here by name, since obeying them in part would train something
+else.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ SHARDED = {  # ways to divide a network among processes
 
 
 def build_accelerator(precision: str = "auto") -> Processes:
-    """Raises CascadeError where accelerate is missing, or configured to do what training here does not.
+    """Raises CascadeError where accelerate is missing, or configured for a feature that training here does not use.
 
-    precision: `train.precision` of the settings, which a mixed_precision that is given must agree with.
+    precision: `train.precision` of the settings, with which accelerate's mixed_precision, if given, must agree.
     """
     _check_configuration()
     try:
@@ -73,7 +74,7 @@ def _refusal(what: str, advice: str) -> CascadeError:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What networks compute in. auto: bf16 where the device computes in it, else fp16; float32 on the processor."""
+    """The dtype that networks compute in. auto: bf16 on a device that supports it, else fp16; float32 on the CPU."""
     if precision != "auto":
         return PRECISIONS[precision]
     if device.type == "cpu":
@@ -82,5 +83,5 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def computing(precision: str, device: torch.device) -> dict[str, str]:
-    """What a process computes on and in, which is the same for all of a run."""
+    """A process's device and precision in words, which must be the same in all processes of a run."""
     return {"train.precision": f"{compute_dtype(precision, device)} on {device.type}".removeprefix("torch.")}

@@ -12,7 +12,7 @@ LOG, CURVE = "log.jsonl", "loss.png"
 
 
 class Log:
-    """`log.jsonl` in the run's folder. What a killed run wrote beyond its last checkpoint is dropped at resuming."""
+    """`log.jsonl` in the run's folder. Resuming drops the lines that a killed run wrote after its last checkpoint."""
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / LOG

@@ -35,19 +35,19 @@ from .tasks.base import Inputs, State, Task
 from .trackers import Trackers
 
 AnyTask = TypeVar("AnyTask", bound=Task)
-# A batch on the accelerator, how much its mean counts beside those of other processes, and the event after its copies
+# A batch on the accelerator, the weight of its mean among those of all processes, and the event after its copies
 Prepared = tuple[Inputs, float, "torch.cuda.Event | None"]
 
 PREFETCHED = 3  # batches that are prepared while a step runs
 CURVE_SECONDS = 20.0  # between two drawings of the curve
-# The loss of a run in fp16 is scaled: by this at its beginning, by half where gradients overflow, and by twice as much
-# after so many steps in which none does.
+# Loss scaling in fp16: the initial scale, which is halved where gradients overflow, and the number of steps without
+# overflow after which it is doubled.
 LOSS_SCALE, LOSS_SCALE_STEPS = 2.0**10, 500
-MIN_LOSS_SCALE = 2.0**-16  # gradients that overflow at less are not numbers
+MIN_LOSS_SCALE = 2.0**-16  # gradients that overflow even below this are NaN or infinite
 
 
 class Batches(Protocol):
-    """Where batches come from: `TrainingData`, or anything that gives the same batch for the same arguments."""
+    """Source of batches: `TrainingData`, or any object that returns the same batch for the same arguments."""
 
     def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Any: ...
 
@@ -64,9 +64,9 @@ class LoopSettings(Protocol):
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Reported once in `log_every` steps. seconds_left: None where it is not known yet; terms: of the loss, by name.
+    """Reported every `log_every` steps. seconds_left: None while unknown; terms: of the loss, by name.
 
-    validation: the last error on pictures that are held out."""
+    validation: the last error on held-out pictures."""
 
     step: int
     steps: int
@@ -79,7 +79,7 @@ class TrainingProgress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did. peak_bytes: of the accelerator's memory, 0 on the CPU; file: what was written in the end."""
+    """Result of a run. peak_bytes: of the accelerator's memory, 0 on the CPU; file: written at the end."""
 
     step: int
     finished: bool
@@ -89,7 +89,7 @@ class Outcome:
 
 
 def step_seed(*numbers: int) -> int:
-    """A seed of its own for each combination of numbers."""
+    """A different seed for each combination of numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -97,9 +97,9 @@ class Loop(Generic[AnyTask]):
     """Trains a task to the end of its settings, or until it is stopped.
 
     report   called with the progress
-    stop     asked after each batch; True writes a checkpoint and ends the run
+    stop     called after each batch; True writes a checkpoint and ends the run
     sample   makes a picture (3, H, W) in [0, 1] of a step and a state, every `output.sample_every` steps
-    validate the error of a state on pictures that are held out, every so many steps
+    validate gives the error of a state on held-out pictures, every `validation.every` steps
     keep     writes the weights so far, every `output.save_every` steps
     """
 
@@ -121,12 +121,10 @@ class Loop(Generic[AnyTask]):
         self.validated: float | None = None
         self.keep: Callable[[], None] = lambda: None
         self.trackers = Trackers(settings.output.log_with, self.folder, settings.as_json())
-        self.contents: dict[str, str] = {}  # of `identity`, which a state keeps
-        self.show: Callable[[Path], None] = lambda path: (
-            None
-        )  # called with each curve and sample that is written
+        self.contents: dict[str, str] = {}  # of `identity`, stored in the state
+        self.show: Callable[[Path], None] = lambda path: None  # called with the file of each curve and sample
         self.step = 0
-        if task.shards is None:  # else each has rows of its own, of one file
+        if task.shards is None:  # else each process has its own rows of one file
             for value in task.trained.state_dict().values():
                 processes.same(value)
         self.optimiser = build_optimiser(task.groups(), settings.train)
@@ -147,13 +145,13 @@ class Loop(Generic[AnyTask]):
 
     @property
     def trained_numbers(self) -> int:
-        """How many numbers are trained, in all processes together where each has rows of its own."""
+        """Number of trained values, summed over processes where each has its own rows."""
         own = sum(parameter.numel() for parameter in self.parameters)
         return own if self.task.shards is None else sum(self.processes.gather(own))
 
     @torch.no_grad()
     def _averaged_by_optimiser(self) -> State:
-        """A copy of the optimiser's average. The weights of steps are put back: there and back would change bits."""
+        """A copy of the optimiser's average. The weights are saved and restored, since converting back changes bits."""
         before, optimiser = [parameter.clone() for parameter in self.parameters], cast(Any, self.optimiser)
         optimiser.eval()
         state = {name: value.clone() for name, value in self.task.trained.state_dict().items()}
@@ -163,7 +161,7 @@ class Loop(Generic[AnyTask]):
         return state
 
     def run(self) -> Outcome:
-        """Train from the present step on, then write a checkpoint."""
+        """Train from the current step on, then write a checkpoint."""
         train, output = self.settings.train, self.settings.output
         started, first_step, stopped = time.monotonic(), self.step, False
         if self.processes.is_main_process:
@@ -205,15 +203,15 @@ class Loop(Generic[AnyTask]):
     def _prefetching(self) -> Iterator[Callable[[], tuple[Inputs, float]]]:
         """Yield a function that returns the next batch and its weight; a thread prepares the ones after it.
 
-        On CUDA that thread has a stream of its own: in the step's stream a copy from main memory would wait for the
-        step before, and the next step for the copy.
+        On CUDA that thread has its own stream: in the step's stream, a copy from main memory would wait for the
+        previous step, and the next step for the copy.
         """
         train = self.settings.train
         rank, ranks = self.processes.process_index, self.processes.num_processes
         index, end = self.step * train.accumulate, train.steps * train.accumulate
         pool, pending = ThreadPoolExecutor(1, initializer=self._enter_thread), deque[Future[Prepared]]()
         stream = side_stream(self.task.device) if self.task.device.type == "cuda" else None
-        if stream is not None:  # what the thread reads may still be being written
+        if stream is not None:  # the thread's inputs may still be in the making
             stream.wait_stream(torch.cuda.current_stream(self.task.device))
 
         @torch.no_grad()
@@ -239,7 +237,7 @@ class Loop(Generic[AnyTask]):
                 stream = torch.cuda.current_stream(self.task.device)
                 stream.wait_event(ready)
                 for tensor in inputs.tensors():
-                    tensor.record_stream(stream)  # or its memory would be reused while it is read
+                    tensor.record_stream(stream)  # else its memory could be reused while it is read
             return inputs, weight
 
         try:
@@ -248,13 +246,13 @@ class Loop(Generic[AnyTask]):
             pool.shutdown(cancel_futures=True)
 
     def _enter_thread(self) -> None:
-        if self.task.device.index is not None:  # a new thread would use the first accelerator
+        if self.task.device.index is not None:  # a new thread starts on the first accelerator
             torch.cuda.set_device(self.task.device)
 
     def _update(self, next_inputs: Callable[[], tuple[Inputs, float]]) -> dict[str, Tensor] | None:
         """One step of the optimiser. Returns the terms of the loss, on the accelerator.
 
-        None where the run was asked to stop between the batches of the step, which then has not happened.
+        None where the run was asked to stop between the batches of the step, which then is not taken.
         """
         train = self.settings.train
         asking = train.accumulate > 1 and self.processes.num_processes == 1
@@ -302,7 +300,7 @@ class Loop(Generic[AnyTask]):
             nn.utils.clip_grad_norm_(self.parameters, largest)
             return
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        # In float64 the sums of any division are the same numbers when they are rounded to float32.
+        # In float64, so that sums over any division among processes round to the same float32.
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
         square = (
             torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.task.device).double()
@@ -310,11 +308,11 @@ class Loop(Generic[AnyTask]):
         if self.task.shards is not None:
             square = self.processes.mean(square) * self.processes.num_processes
         norm = square.sqrt().float()
-        factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # as torch has it
+        factor = (largest / (norm + 1e-6)).clamp(max=1.0)  # as in torch
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _share_statistics(self) -> None:
-        """Average what is learned beside weights over all processes: batch norms' statistics, the loss's weights."""
+        """Average values learned without gradients over all processes: batch norms' statistics, loss weights."""
         changing = [*self.task.trained.buffers()] if self.task.trained.training else []
         self._share([b for b in (*changing, *self.task.buffers().values()) if b.is_floating_point()])
 
@@ -328,7 +326,7 @@ class Loop(Generic[AnyTask]):
         torch._foreach_copy_(tensors, values)  # pyright: ignore[reportPrivateImportUsage]
 
     def _asked_to_stop(self) -> bool:
-        """All processes stop at the same step; many ask one another at logging alone, as that makes them wait."""
+        """Whether to stop, the same in all processes. Several compare only when logging, since it makes them wait."""
         if self.processes.num_processes == 1:
             return self.stop()
         if self.step % self.settings.output.log_every:
@@ -363,7 +361,7 @@ class Loop(Generic[AnyTask]):
         )
 
     def _due(self, every: int | str) -> bool:
-        """Whether something that happens every so many steps happens now; epochs are steps by now."""
+        """Whether an action that happens `every` this many steps is due now; epochs were converted to steps before."""
         return isinstance(every, int) and every > 0 and self.step % every == 0
 
     def _validate(self) -> None:
@@ -391,7 +389,7 @@ class Loop(Generic[AnyTask]):
 
         try:
             picture = self.sample(self.step, self.state)
-        except Interrupted:  # as the run will be
+        except Interrupted:  # the run is about to end too
             return
         if self.processes.is_main_process:
             path = self.folder / "samples" / f"{self.step:06}.png"
@@ -402,7 +400,7 @@ class Loop(Generic[AnyTask]):
     def save(self) -> None:
         """Write everything that resuming needs, whole or not at all. Raises CascadeError for weights that diverged."""
         weights = self.task.trained.state_dict()
-        found = self.processes.gather(first_not_finite(weights))  # in rows of one process alone, it may be
+        found = self.processes.gather(first_not_finite(weights))  # it may be in one process's rows only
         if name := next(filter(None, found), None):
             raise CascadeError(
                 f"{name} holds NaN or infinity after step {self.step}, so the run has diverged; its state stays as it "
@@ -421,7 +419,7 @@ class Loop(Generic[AnyTask]):
         write_together(self.folder, self.processes, state, metadata, divided=self.task.shards is not None)
 
     def resume(self) -> bool:
-        """Load the checkpoint of the main process's folder if there is one; returns whether there is."""
+        """Load the checkpoint from the main process's folder; returns whether there is one."""
         average = self.average.tensors if self.average else {}
         targets = Targets(self.task.trained.state_dict(), average, self.task.buffers(), self.optimiser)
         if (shards := self.task.shards) is not None:
@@ -438,7 +436,7 @@ class Loop(Generic[AnyTask]):
 
 
 class _RunningMeans:
-    """Means of the terms since they were last taken, kept on the accelerator so that no step waits for them."""
+    """Running means of the loss terms, kept on the accelerator so that no step waits for them."""
 
     def __init__(self) -> None:
         self.sums, self.count = dict[str, Tensor](), 0
@@ -449,7 +447,7 @@ class _RunningMeans:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def take(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means, over all processes by `mean`; begins anew."""
+        """The means since the last call, averaged over all processes by `mean`; resets them."""
         values = mean(torch.stack(list(self.sums.values())) / self.count).tolist()
         means = dict(zip(self.sums, values, strict=True))
         self.sums, self.count = {}, 0

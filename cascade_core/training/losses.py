@@ -34,9 +34,9 @@ def diffusion_loss(
     t = 1 itself. The published training has neither: p2, no clamp, no share. An AdaptiveLossWeight is updated with the
     errors.
 
-    t_range: what the times are spread over; noise_offset, multires_noise: of `training_noise`; huber: of
-    `pseudo_huber`, which then takes the square's place. picture_weights: (B,), of each row; None where all are 1.
-    masks: (B, h, w), the weight of each position; None where all are 1. pyramid: the noise is `pyramid_noise`.
+    t_range: bounds of the times; noise_offset, multires_noise: arguments of `training_noise`; huber: the delta of
+    `pseudo_huber`, which then replaces the square. picture_weights: (B,), of each row; None: all 1. masks: (B, h, w),
+    the weight of each position; None: all 1. pyramid: use `pyramid_noise`.
     """
     t = random_t(len(x0)).to(x0.device)
     if t_range != (0.0, 1.0):
@@ -60,9 +60,9 @@ def diffusion_loss(
 def training_noise(x0: Tensor, offset: float = 0.0, multires: float = 0.0) -> Tensor:
     """Gaussian noise like x0 (B, C, h, w).
 
-    offset: of noise that is the same at all positions of a channel, added (crosslabs.org, "Diffusion with Offset
-    Noise", 2023). multires: the strength of noise of half the size; that of a quarter has its square, and so on; the
-    sum is brought back to a standard deviation of 1 (wandb.ai, "Multi-Resolution Noise for Diffusion Model Training").
+    offset: strength of added noise that is constant over a channel's positions (crosslabs.org, "Diffusion with Offset
+    Noise", 2023). multires: strength of added noise at half the resolution; at a quarter it is squared, and so on;
+    the sum is scaled to a standard deviation of 1 (wandb.ai, "Multi-Resolution Noise for Diffusion Model Training").
     """
     noise = torch.randn_like(x0)
     strength, (height, width) = multires, x0.shape[-2:]
@@ -79,10 +79,10 @@ def training_noise(x0: Tensor, offset: float = 0.0, multires: float = 0.0) -> Te
 
 
 def pyramid_noise(x0: Tensor, largest: int = 16, decay: float = 0.75) -> Tensor:
-    """Gaussian noise like x0 (B, C, h, w) with that of coarser sizes, as Stage B's published training has it.
+    """Gaussian noise like x0 (B, C, h, w) with added noise of lower resolutions, as in Stage B's published training.
 
-    To the noise of each position comes that of a half, a quarter, … of the height where at most `largest` rows are
-    left, square and enlarged without smoothing, times decay^level; the variance is brought back to 1.
+    To the noise of each position is added square noise of a half, a quarter, … of the height, where at most `largest`
+    rows are left, enlarged without smoothing and weighted by decay^level; the variance is scaled to 1.
     """
     noise, variance = torch.randn_like(x0), 1.0
     for level in range(1, 10):
@@ -99,7 +99,7 @@ def pyramid_noise(x0: Tensor, largest: int = 16, decay: float = 0.75) -> Tensor:
 def pseudo_huber(difference: Tensor, delta: float) -> Tensor:
     """2·δ·(sqrt(d² + δ²) − δ): d² where d is small beside δ, 2·δ·|d| where it is large."""
     squares = difference.square()
-    # Without the difference, which loses digits.
+    # Rewritten without the difference of two near numbers, which would lose digits.
     return 2 * delta * squares / ((squares + delta**2).sqrt() + delta)
 
 
@@ -118,9 +118,9 @@ def consistency_loss(
     """Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378 and 2311.05556).
 
     The teacher's path is cut into `solver_steps`. At the start of each step the student learns to predict the end of
-    the path that it predicts one step further on. With `student_steps`, it is trained at the times of so many steps
-    of the `lcm` sampler alone (Heek et al. 2024, arXiv 2403.06807): fewer things to learn, and the prediction at pure
-    noise is bootstrapped from the teacher in `student_steps` jumps instead of `solver_steps`.
+    the path that it predicts one step further on. With `student_steps`, it is trained only at the times of that many
+    steps of the `lcm` sampler (Heek et al. 2024, arXiv 2403.06807): there is less to learn, and the prediction at
+    pure noise is bootstrapped from the teacher in `student_steps` jumps instead of `solver_steps`.
 
     teacher: the guided prediction, (noised, noise_cond) -> epsilon. The student's x0 is what `lcm` takes from it, with
     no skip connection, so that at the end of the path it is the teacher's own. The target comes from the student's
@@ -134,7 +134,7 @@ def consistency_loss(
     step[: int(pure_noise_share * len(x0))] = student_steps
     if on_policy_share:
         x0 = _on_policy(predict, x0, step, student_steps, on_policy_share, shift)
-    jump = solver_steps // student_steps  # the teacher's steps in one of the student's
+    jump = solver_steps // student_steps  # teacher steps per student step
     times = [(step - i / jump) / student_steps for i in range(jump)] + [(step - 1) / student_steps]
     levels = [log_snr(time, shift).to(x0.device) for time in times]
     here, there = levels[0], levels[-1]

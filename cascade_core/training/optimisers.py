@@ -12,7 +12,7 @@ from .settings import TrainSettings
 
 
 class Source(NamedTuple):
-    """Where an optimiser comes from, and which of the settings it takes beside the learning rate."""
+    """Package and class of an optimiser, and the settings that it takes beside the learning rate."""
 
     module: str
     name: str
@@ -30,7 +30,7 @@ SOURCES = {
     # Dettmers et al. 2021, arXiv 2110.02861
     "adamw8bit": Source("bitsandbytes.optim", "AdamW8bit"),
     "paged_adamw8bit": Source("bitsandbytes.optim", "PagedAdamW8bit"),
-    # Shazeer & Stern 2018, arXiv 1804.04235; by the given rate, as AdamW, not by one of its own
+    # Shazeer & Stern 2018, arXiv 1804.04235; with the given rate, as AdamW, instead of a relative one of its own
     "adafactor": Source(
         "transformers.optimization",
         "Adafactor",
@@ -67,7 +67,7 @@ def build_optimiser(groups: Iterable[dict[str, Any]], settings: TrainSettings) -
 
 
 def optimiser_class(settings: TrainSettings) -> Callable[..., torch.optim.Optimizer]:
-    """Raises CascadeError where its package is missing, or where what `module.Class` names is not an optimiser."""
+    """Raises CascadeError where its package is missing, or where `module.Class` is not an optimiser."""
     name = settings.optimizer
     module, _, class_name = name.rpartition(".")
     source = SOURCES.get(name) or Source(module, class_name)
@@ -89,7 +89,7 @@ def optimiser_class(settings: TrainSettings) -> Callable[..., torch.optim.Optimi
 
 
 def averages_itself(optimiser: torch.optim.Optimizer) -> bool:
-    """Whether the weights are those of steps until `eval()` turns them into their average: schedule-free ones."""
+    """Whether the optimiser is schedule-free: its weights become their average only by `eval()`."""
     return all(callable(getattr(optimiser, mode, None)) for mode in ("train", "eval"))
 
 
@@ -98,7 +98,7 @@ def warmup_steps(settings: TrainSettings) -> int:
 
 
 def _steps(number: float, settings: TrainSettings) -> int:
-    """A number of steps; below 1 it is a share of the run's."""
+    """A setting as a number of steps; a value below 1 is a share of the run's."""
     return round(number * settings.steps) if number < 1 else int(number)
 
 

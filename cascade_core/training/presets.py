@@ -1,7 +1,7 @@
-"""Settings by the memory of a card, as defaults beneath what a file says: `preset: 12gb`, or `auto`.
+"""Presets by the memory of a card: defaults for settings that a file leaves open, `preset: 12gb` or `auto`.
 
-They change how a run fits, not what it learns: the pictures of a step stay four. Whole networks are an exception, of
-which a small card holds the last blocks alone.
+They change how a run fits into memory, not what it learns: a step always has four pictures. Whole networks are an
+exception, since on a small card only their last blocks can be trained.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from .typed_yaml import unknown_name
 
 PresetName = Literal["8gb", "12gb", "16gb", "24gb", "48gb"]
 Values = Mapping[str, Mapping[str, Any]]
-SPARE = 0.7  # GiB by which a card may have less than its name says
+SPARE = 0.7  # GiB that a card may have less than its nominal memory
 
 _SMALL: Values = {
     "train": {"batch_size": 1, "accumulate": 4, "base_weights": "int8", "optimizer": "adamw8bit"}
@@ -24,14 +24,14 @@ _WHOLE = {
     "ema": 0.0,
     "batch_size": 1,
     "accumulate": 4,
-}  # 10 bytes a trained weight, 2 others
+}  # 10 bytes per trained weight, 2 per frozen one
 
 
 def _blocks(first: float, **data: Any) -> Values:
     return {"train": _WHOLE, "finetune": {"depth": [first, 1.0]}, "data": data}
 
 
-# By task; what is missing is as without a preset.
+# By task; settings that are missing here keep their defaults.
 _FROZEN: dict[str, Values] = {"8gb": {**_SMALL, "data": {"size": 768}}, "12gb": _HALVES, "48gb": _ROOMY}
 PRESETS: dict[str, dict[str, Values]] = {
     "lora": _FROZEN,
@@ -54,14 +54,14 @@ NAMES = get_args(PresetName)
 
 
 def with_preset(values: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """The values of a settings file with those of its preset where it says nothing itself. Raises CascadeError."""
+    """The values of a settings file, with its preset's values for settings that it leaves open. Raises CascadeError."""
     if values.get("preset") is None:
         return dict(values)
     name, defaults = preset_values(values["preset"], task)
     merged = {**values, "preset": name}
     for section, more in defaults.items():
         own = values.get(section) or {}
-        if not isinstance(own, Mapping):  # a mistake, which is named where it is read
+        if not isinstance(own, Mapping):  # a mistake; reported where the section is read
             continue
         if section == "finetune" and (own.get("network") == "text_encoder" or "modules" in own):
             continue
@@ -70,7 +70,7 @@ def with_preset(values: Mapping[str, Any], task: str) -> dict[str, Any]:
 
 
 def preset_values(name: Any, task: str) -> tuple[str, Values]:
-    """A preset's name, of this card for `auto`, and its values by section.
+    """A preset's name (for `auto`, that for this card) and its values by section.
 
     Raises CascadeError for a preset that does not exist, or where `auto` finds no card.
     """
@@ -91,6 +91,6 @@ def preset_of_card() -> str:
 
 
 def preset_for(total_bytes: int) -> str:
-    """The largest preset that a card of so much memory is named after; the smallest for smaller cards."""
+    """The largest preset for a card with this much memory; the smallest preset for smaller cards."""
     size = total_bytes / 2**30 + SPARE
     return next((name for name in reversed(NAMES) if int(name.removesuffix("gb")) <= size), NAMES[0])

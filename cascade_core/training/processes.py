@@ -1,7 +1,7 @@
-"""The processes of a run, on one machine or several, and what they tell each other in main memory.
+"""The processes of a run, on one machine or several, and their communication in main memory.
 
-Nothing here goes through a shared folder. Whoever waits, waits as long as it takes: a process that works for hours ends
-nobody's patience, and one that dies ends its connections, which is seen at once.
+Nothing here needs a shared folder. Waiting has no timeout: a process may work for hours, and one that dies closes its
+connections, which the others notice at once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 PATIENCE = timedelta(days=30)
 SHOWN = 8  # differences in a message
-PART_BYTES = 64_000_000  # of a tensor that are sent at once
+PART_BYTES = 64_000_000  # of a tensor sent in one message
 
 T = TypeVar("T")
 
 
 class Processes:
-    """What training uses of accelerate, and an exchange in main memory beside the accelerators' own."""
+    """The parts of accelerate that training uses, and communication in main memory beside the accelerators' own."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -42,7 +42,7 @@ class Processes:
             self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over all processes, by the accelerators' own exchange."""
+        """The mean over all processes, by the accelerators' own communication."""
         if self.num_processes == 1:
             return value
         reduced = self.accelerator.reduce(value, reduction="mean")
@@ -50,12 +50,12 @@ class Processes:
         return reduced
 
     def wait(self) -> None:
-        """Wait until all have come here."""
+        """Barrier: wait until all processes have reached it."""
         if self._group is not None:
             torch.distributed.barrier(group=self._group)
 
     def tell(self, value: T, source: int = 0) -> T:
-        """The value of process `source`, in all; of what JSON holds."""
+        """Broadcast process `source`'s value, of JSON types, to all."""
         if self._group is None:
             return value
         own = self.process_index == source
@@ -68,7 +68,7 @@ class Processes:
         return _of_bytes(data)
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in all; of what JSON holds."""
+        """All processes' values, of JSON types, in every process."""
         if self._group is None:
             return [value]
         data = _as_bytes(value)
@@ -81,13 +81,13 @@ class Processes:
         return [_of_bytes(row[: int(length)]) for row, length in zip(rows, lengths, strict=True)]
 
     def spread(self, tensor: Tensor, source: int) -> None:
-        """Overwrite a tensor in main memory, contiguous and of one size everywhere, by that of process `source`."""
+        """Broadcast process `source`'s tensor in main memory into this one, contiguous and of the same size."""
         if self._group is not None:
             for part in _parts(tensor):
                 torch.distributed.broadcast(part, source, group=self._group)
 
     def to_main(self, tensor: Tensor, source: int) -> None:
-        """Overwrite a tensor in the main process's main memory by that of process `source`; for both to call."""
+        """Copy process `source`'s tensor in main memory into the main process's; called by these two alone."""
         if self._group is None or source == 0:
             return
         for part in _parts(tensor):
@@ -97,12 +97,12 @@ class Processes:
                 torch.distributed.send(part, 0, group=self._group)
 
     def same(self, tensor: Tensor) -> None:
-        """Overwrite a tensor on the accelerator by the main process's."""
+        """Overwrite a tensor on the accelerator with the main process's."""
         if self._group is not None:
             torch.distributed.broadcast(tensor, 0)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do something in the main process; what it returns, of what JSON holds, or raises is all processes'."""
+        """Call `work` in the main process; its result, of JSON types, or its error becomes that of all processes."""
         if self._group is None:
             return work()
         outcome: list[Any] = [None, None, None]
@@ -118,7 +118,7 @@ class Processes:
         return value
 
     def on_each(self, work: Callable[[], T]) -> T:
-        """Do something in every process. What one of them raises is raised in all, and says where."""
+        """Call `work` in every process. An error in one of them is raised in all, with the process's name."""
         if self._group is None:
             return work()
         value, outcome = None, list[Any]([None, None])
@@ -134,7 +134,7 @@ class Processes:
         return value  # pyright: ignore[reportReturnType]
 
     def serve(self, answer: Callable[[str], T], work: Callable[[Callable[[str], T]], None]) -> None:
-        """Do `work` in the main process; whenever it asks for a name, all processes call `answer` with it."""
+        """Call `work` in the main process; whenever it requests a name, all processes call `answer` with that name."""
 
         def ask(name: str) -> T:
             self.tell([name])
@@ -152,7 +152,7 @@ class Processes:
         self.on_main(ask_until_done)
 
     def compare(self, values: Mapping[str, str]) -> None:
-        """Raise CascadeError, in all, unless every process has the same values as the main one; by what they are of."""
+        """Raise CascadeError, in all, unless every process has the main one's values, which are given by name."""
         if self._group is None:
             return
         hosts, everyone = self.gather(socket.gethostname()), self.gather(dict(values))
@@ -169,11 +169,11 @@ class Processes:
                 )
 
     def name(self, index: int, host: str) -> str:
-        """What a process is called in a sentence."""
+        """A process's name in a sentence."""
         return f"Process {index} of {self.num_processes}, on {host}"
 
     def _end_together(self) -> None:
-        """Wait before an error that all raise: whoever ends first closes connections that others still read."""
+        """Wait before an error that all raise: the first process to end closes connections that others still read."""
         with suppress(RuntimeError):
             self.wait()
 
@@ -191,7 +191,7 @@ def _error(kind: str, message: str) -> Exception:
 
 
 def _parts(tensor: Tensor) -> Iterable[Tensor]:
-    """A tensor's bytes in parts that are small beside a machine's memory."""
+    """A tensor's bytes in parts of up to PART_BYTES."""
     return tensor.detach().reshape(-1).view(torch.uint8).split(PART_BYTES) if tensor.numel() else ()
 
 

@@ -1,4 +1,4 @@
-"""Prompts of the pictures that a run makes while training, in the settings or in a file of their own."""
+"""Prompts of the sample pictures that a run makes, from the settings or from a separate file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import CascadeError, printable, quoted
 from .settings import OutputSettings, SamplePrompt, Settings, check_prompt_count
 from .typed_yaml import build, read_text, read_yaml
 
-# As kohya's scripts have them at a line's end: "a star --n blurry --w 512 --h 768 --d 7 --s 20 --l 4".
+# Options at a line's end, as in kohya's scripts: "a star --n blurry --w 512 --h 768 --d 7 --s 20 --l 4".
 OPTIONS = {"n": "negative", "w": "width", "h": "height", "d": "seed", "s": "steps", "l": "cfg"}
 _OPTION = re.compile(r"\s--([a-z])\s+")
 
@@ -34,7 +34,7 @@ def with_prompts_of_file(output: OutputSettings) -> OutputSettings:
 def read_prompts(path: Path) -> list[str | SamplePrompt]:
     """Read a file: YAML or JSON with the key `prompts`, each as in the settings; or a text, one prompt a line.
 
-    In a text, lines that are empty or begin with # are passed over, and options may follow as in OPTIONS.
+    In a text, empty lines and lines beginning with # are skipped, and a prompt may end with OPTIONS.
     """
     if path.suffix.lower() in (".yaml", ".yml", ".json"):
         try:
@@ -65,7 +65,7 @@ def _of_line(line: str, path: Path) -> SamplePrompt:
 
 
 def sample_prompts(settings: Settings) -> list[SamplePrompt]:
-    """All prompts with nothing left open: what they do not say is as the settings have it."""
+    """All prompts, with values that they leave open filled in from the settings."""
     output, complete = settings.output, []
     for number, given in enumerate(output.prompts):
         prompt = SamplePrompt(given) if isinstance(given, str) else given
@@ -83,6 +83,6 @@ def sample_prompts(settings: Settings) -> list[SamplePrompt]:
 
 
 def texts_of(prompts: Sequence[str | SamplePrompt]) -> list[str]:
-    """Every text that is encoded for them."""
+    """Every text to encode for these prompts."""
     pairs = ((each, "") if isinstance(each, str) else (each.prompt, each.negative) for each in prompts)
     return [text for pair in pairs for text in pair]

@@ -48,15 +48,15 @@ class StepsOrEpochs(Range):
 
 
 def in_steps(value: int | str, steps_per_epoch: float) -> int:
-    """A number of steps that is given in steps or epochs."""
+    """A number of steps, from one given in steps or epochs."""
     match = EPOCHS.fullmatch(value) if isinstance(value, str) else None
     return max(round(float(match[1]) * steps_per_epoch), 1) if match else int(value)
 
 
 def check_ranges(settings: Any, section: str) -> None:
-    """Raise CascadeError for a number of a dataclass outside the range of its annotation; null has none.
+    """Raise CascadeError for a field of a dataclass outside its annotated range; null is always allowed.
 
-    section: where the settings stand in the file, for messages.
+    section: of the file, for messages.
     """
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         for allowed in getattr(kind, "__metadata__", ()):
@@ -67,7 +67,7 @@ def check_ranges(settings: Any, section: str) -> None:
                     raise CascadeError(f"{section}.{name} is {quoted(number)}; it must be {allowed}.")
 
 
-# Ranges that several numbers have
+# Ranges shared by several settings
 Share = Annotated[float, Range(0, 1)]
 Steps = Annotated[int, Range(1, 100_000_000)]
 RateFactor = Annotated[float, Range(0, 10_000, above=True)]  # by which the learning rate is multiplied

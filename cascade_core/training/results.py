@@ -1,4 +1,4 @@
-"""The files that a run writes: its result, the weights without their average, and those on the way."""
+"""The files that a run writes: its result, the raw weights without averaging, and intermediate weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SAVED = "saved"  # in the run's folder
 
 
 class Results:
-    """Writes a run's weights as they are in the end, or so far.
+    """Writes a run's final and intermediate weights.
 
-    pictures: those that were trained on; keep_existing: a file of that name is not replaced by the result.
+    pictures: those that were trained on; keep_existing: the result does not replace an existing file.
     """
 
     def __init__(self, settings: Settings, pictures: Sequence[TrainingPicture], keep_existing: bool = False):

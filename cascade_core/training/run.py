@@ -1,4 +1,4 @@
-"""A whole training run: networks and data loaded, latents and text states cached, a task trained, its file written."""
+"""A whole training run: loads networks and data, caches latents and text states, trains a task, writes its file."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def train(
     check: Callable[[Path], None] | None = None,
     show: Callable[[Path], None] = lambda path: None,
 ) -> Outcome:
-    """Train by resolved settings and write `output.file`; resume from the run's checkpoint unless `fresh`.
+    """Train with resolved settings and write `output.file`; resumes from the run's checkpoint unless `fresh`.
 
-    keep_existing: a file of that name is not replaced, and the new one gets a number instead.
+    keep_existing: an existing file is not replaced; the new one gets a number.
     notify: called with sentences for people; report: with the progress; caching: with how many latents are encoded and
     how many there are to encode; stop: asked at each file and after each step; find_faces: for the identity hint;
     check: raises CascadeError for a path of training data, its links followed, that may not be read; show:
@@ -134,7 +134,7 @@ def train(
 def with_steps(
     settings: Settings, pictures: list[TrainingPicture], processes: Processes, access: Access
 ) -> Settings:
-    """The settings with as many steps as their epochs have, where they are given in epochs."""
+    """The settings with epochs converted to steps."""
     train, output, validation = settings.train, settings.output, settings.validation
     every = {name: getattr(output, name) for name in ("checkpoint_every", "sample_every", "save_every")}
     if train.epochs is None and not any(
@@ -155,7 +155,7 @@ def with_steps(
 
 
 def write_together(loop: Loop[StageCTask], write: Callable[[Loop[StageCTask]], object]) -> object:
-    """Write files in the main process. Of a network that is divided, each has rows that all take part to gather."""
+    """Write files in the main process. For a network divided among processes, all take part to gather its rows."""
     if loop.task.shards is not None:
         return write(loop)
     return loop.processes.on_main(lambda: str(write(loop)))
@@ -189,9 +189,9 @@ def prepare(
     find_faces: FindFaces | None = None,
     pictures: FoundPictures | None = None,
 ) -> Loop[StageCTask]:
-    """Everything up to the first step. Raises Interrupted where `stop` says so while latents are encoded.
+    """Prepare a run up to its first step. Raises Interrupted where `stop` is True while latents are encoded.
 
-    pictures: those of the data where they are listed already.
+    pictures: those of the data, if they are listed already.
     """
     device = processes.device
     dtype = compute_dtype(settings.train.precision, device)
@@ -236,7 +236,7 @@ def prepare(
     prepare_blocks(task, settings.train)
     if settings.train.fsdp and processes.num_processes > 1:
         task.divide(processes)
-    # All run a network that is divided, so that none may leave it alone.
+    # All processes run a divided network together, so none may stop by itself.
     asked = stop if task.shards is None else lambda: False
     samples = processes.on_each(lambda: _samples(settings, task, data, dtype, asked, stage_a))
     loop = Loop(task, data, settings, processes, report, stop, samples)
@@ -256,7 +256,7 @@ def _data_of(
     report: Callable[[int, int], None],
     access: Access,
 ) -> tuple[TrainingData, TrainingData | None, ImagePrompts | None]:
-    """What is trained on, the held-out pictures where this process measures on them, and image prompts."""
+    """The training data, the held-out pictures if this process measures on them, and the image prompts."""
     device, cache, validation = processes.device, cache_of(settings), settings.validation
     data_settings, compressor_digest = replace(settings.data, cache=cache), fingerprint(compressor)
     found = pictures.trained, pictures.skipped
@@ -295,9 +295,9 @@ def _text_of(
     processes: Processes,
     access: Access,
 ) -> tuple[CachedText, TextEncoder | None]:
-    """The captions' cached states, and the text encoder where it or what it reads is trained; else it is released.
+    """The captions' cached states, and the text encoder if it or its tokens are trained; otherwise it is released.
 
-    own_texts: more of them, of this process alone.
+    own_texts: further texts, for this process only.
     """
     device, cache = processes.device, cache_of(settings)
 
@@ -352,7 +352,7 @@ def load_network(path: str, kind: str, dtype: torch.dtype, device: torch.device,
 def load_trained_for(
     settings: Settings, dtype: torch.dtype, device: torch.device, image_prompts: ImagePrompts | None = None
 ) -> StageC | StageB:
-    """The stage that is trained, or that something is trained for."""
+    """The stage that is trained, or for which something is trained."""
     kind, cls = ("stage_b", StageB) if settings.network == "stage_b" else ("stage_c", StageC)
     path, base = getattr(settings.models, kind), settings.train.base_weights
     if settings.task == "finetune" and settings.network != "text_encoder":
@@ -387,7 +387,7 @@ def stage_b_data(
     report: Callable[[int, int], None],
     access: Access,
 ) -> tuple[StageBData | None, StageA | None]:
-    """What Stage B is trained on, where it is, and the Stage A whose latents it is, in main memory."""
+    """Stage B's training data and the Stage A of its latents, in main memory; None where Stage B is not trained."""
     if settings.network != "stage_b":
         return None, None
     device = next(compressor.parameters()).device
@@ -437,7 +437,7 @@ def _samples(
     stop: Callable[[], bool],
     stage_a: StageA | None = None,
 ) -> Samples | StageBSamples | None:
-    """stage_a: where Stage B is trained"""
+    """stage_a: if Stage B is trained"""
     if not settings.output.sample_every:
         return None
     prompts, hints = sample_prompts(settings), None
@@ -460,7 +460,7 @@ def _samples(
 
 
 def _decoder(settings: Settings, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """Stage B and Stage A, in main memory until they are used, or the previewer."""
+    """The decoder of samples: Stage B and Stage A, in main memory until they are used, or the previewer."""
     models = settings.models
     if models.stage_b is not None and models.stage_a is not None:
         cpu = torch.device("cpu")

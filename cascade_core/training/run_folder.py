@@ -1,4 +1,4 @@
-"""A run's folder: held by one run at a time, with a state of that run or of none."""
+"""A run's folder: locked by one run at a time, and holding no other run's state."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def cache_of(settings: Settings) -> str:
 
 
 def raw_file(path: Path) -> Path:
-    """Where the weights without their average are written, beside a file with it."""
+    """The path of the raw weights without averaging, beside a file of averaged ones."""
     return path.with_name(f"{path.stem}_raw{path.suffix}")
 
 
 @contextmanager
 def locked(folder: Path, notify: Notify) -> Iterator[None]:
-    """Hold a run's folder alone inside the block. The system ends the lock with the process; its file may stay."""
+    """Lock a run's folder inside the block. The system releases the lock with the process; the lock file may stay."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,15 +61,16 @@ def locked(folder: Path, notify: Notify) -> Iterator[None]:
 def compared(
     settings: Settings, pictures: Sequence[TrainingPicture], processes: Processes, ask: Callable[[], None]
 ) -> dict[str, str]:
-    """`contents_of` the main process, after all have compared theirs, and their settings; nothing is loaded yet.
+    """The main process's `contents_of`, after all processes have compared theirs and their settings; nothing is
+    loaded yet.
 
-    ask: called now and then, raises Interrupted. Raises CascadeError, the same in all, where they differ.
+    ask: called from time to time; raises Interrupted. Raises CascadeError, the same in all, where they differ.
     """
     processes.compare(shared_settings(settings) | computing(settings.train.precision, processes.device))
     contents: dict[str, str] = {}
 
     def read() -> None:
-        if processes.is_local_main_process:  # for all of its machine
+        if processes.is_local_main_process:  # once per machine
             contents.update(contents_of(settings, pictures, cache_of(settings), processes.num_processes, ask))
 
     processes.on_each(read)
@@ -80,8 +81,8 @@ def compared(
 def begun(settings: Settings, contents: dict[str, str], notify: Notify, fresh: bool) -> Path | None:
     """Compare the run folder's state with the settings, before anything is loaded or encoded.
 
-    contents: of `identity`. Returns the run's result, where it is at its end. Raises CascadeError where another result
-    would come of it than the state was trained for.
+    contents: of `identity`. Returns the file of the result if the run is finished already. Raises CascadeError where
+    the settings would lead to another result than those of the state.
     """
     path = Path(settings.output.folder or "") / STATE
     if fresh or not path.exists():

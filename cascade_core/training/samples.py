@@ -1,4 +1,4 @@
-"""Pictures of what a run has learned so far: the same prompts and noise each time, side by side."""
+"""Sample pictures of a run's progress: the same prompts and noise each time, side by side."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ STAGE_B_STEPS, STAGE_B_CFG = 10, 1.1  # published
 
 
 class PromptLatent(NamedTuple):
-    """What Stage C made of a prompt. pooled: of the prompt and the negative one, (1, P) each"""
+    """Stage C's latent of a prompt. pooled: of the prompt and the negative one, (1, P) each"""
 
     prompt: SamplePrompt
     latent: Tensor  # (1, 16, h, w)
@@ -42,7 +42,7 @@ class Decoder(Protocol):
 
 
 class PreviewDecoder:
-    """The previewer: a small picture at once."""
+    """The previewer: a small picture, fast."""
 
     def __init__(self, previewer: Previewer):
         self.previewer = previewer
@@ -52,7 +52,7 @@ class PreviewDecoder:
 
 
 class CascadeDecoder:
-    """Stage B and Stage A: the picture itself. They are on the device while they are used, and else in main memory."""
+    """Stage B and Stage A: the picture itself. They are on the device only while they are used, else in main memory."""
 
     def __init__(self, stage_b: StageB, stage_a: StageA, device: torch.device, dtype: torch.dtype):
         self.stage_b, self.stage_a, self.device, self.dtype = stage_b, stage_a, device, dtype
@@ -75,9 +75,9 @@ def _on(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class Samples:
-    """prompts: with nothing left open; hints: (N, C, H, W) of a ControlNet, one for each, and their latents' size.
+    """prompts: with all values filled in; hints: (N, C, H, W) of a ControlNet, one for each, and their latents' size.
 
-    stop: asked at each step; where it says so, Interrupted is raised. stage_c: where it is not the task's network.
+    stop: called at each step; True raises Interrupted. stage_c: given if it is not the task's network.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Samples:
         return grid([self.decode(each, self.ask).float().clamp(0, 1).cpu() for each in sampled])
 
     def latents(self, network: Callable[..., Tensor]) -> list[PromptLatent]:
-        """What a Stage C makes of each prompt."""
+        """Each prompt's latent by a Stage C."""
         return [self._sample(network, i, prompt) for i, prompt in enumerate(self.prompts)]
 
     def _sample(self, network: Callable[..., Tensor], index: int, prompt: SamplePrompt) -> PromptLatent:
@@ -132,7 +132,7 @@ class Samples:
 
 
 class StageBSamples:
-    """The same prompts by a Stage B that is trained: Stage C samples them once, before the first step, and leaves."""
+    """Samples by a Stage B in training: Stage C samples the prompts once, before the first step, and is then freed."""
 
     @torch.no_grad()
     def __init__(
@@ -170,7 +170,7 @@ def sample_stage_b(
     dtype: torch.dtype,
     ask: Callable[[SamplerStep], None],
 ) -> Tensor:
-    """Stage A's latent (1, C, h, w) of what Stage C made of a prompt."""
+    """Stage A's latent (1, C, h, w) from Stage C's latent of a prompt."""
     width, height = _size(sampled.prompt)
     start = torch.zeros(1, channels, *stage_b_size(height, width), device=sampled.latent.device)
     run = SamplingRun(start, sampled.prompt.seed or 0, STAGE_B_STEPS)

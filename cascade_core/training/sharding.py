@@ -1,4 +1,4 @@
-"""Networks that are divided among the processes: FSDP2, torch's `fully_shard` (Zhao et al. 2023, arXiv 2304.11277).
+"""Networks divided among the processes by FSDP2, torch's `fully_shard` (Zhao et al. 2023, arXiv 2304.11277).
 
 Each process keeps its rows of every tensor, of their gradients, of the optimiser's state and of the average. A block is
 gathered while it runs, forward and backward, and its gradients are reduced to everyone's rows.
@@ -21,8 +21,8 @@ from .state import rows_of
 class Shards:
     """A network, each parameter of which is divided by its first dimension, in place.
 
-    parameters   this process's rows, by name: plain parameters that share the memory of the network's own, so that
-                 optimisers, averages and checkpoints need to know nothing of the others
+    parameters   this process's rows, by name: plain parameters that share the network's memory, so that optimisers,
+                 averages and checkpoints need no knowledge of other processes
     """
 
     def __init__(self, network: nn.Module, processes: Processes):
@@ -39,7 +39,7 @@ class Shards:
             _make_uniform(own)
             fully_shard(block, mesh=mesh)
             divided.update(block.parameters())
-        for block in blocks:  # older versions of torch lay rows elsewhere when they are first gathered
+        for block in blocks:  # older versions of torch move rows when they are first gathered
             block.unshard()
             block.reshard()
         self._divided: dict[str, Any] = dict(network.named_parameters())
@@ -50,11 +50,11 @@ class Shards:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many rows each whole parameter has."""
+        """The number of rows of each whole parameter."""
         return {name: shape[0] for name, shape in self.shapes.items()}
 
     def take_gradients(self) -> None:
-        """Move the gradients, which are reduced already, to `parameters`."""
+        """Move the gradients, already reduced, to `parameters`."""
         for name, parameter in self.parameters.items():
             whole = self._divided[name]
             if whole.grad is not None and parameter.numel():
@@ -63,7 +63,7 @@ class Shards:
 
     @contextmanager
     def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside the block the network has these rows, such as an average's, without memory for both."""
+        """Inside the block the network has these rows, such as an average's, without memory for a second copy."""
         pairs = [(self.parameters[name].data, value) for name, value in state.items()]
         pairs = [(own, other) for own, other in pairs if own.data_ptr() != other.data_ptr()]
         try:
@@ -76,7 +76,7 @@ class Shards:
     def gather(self, name: str, values: Tensor) -> Tensor:
         """The whole tensor of a parameter's name, in the main process's main memory; values: this process's rows.
 
-        What the others get is not to be used.
+        The results in other processes must not be used.
         """
         processes, shape = self.processes, self.shapes[name]
         own, main = values.detach().cpu().contiguous(), processes.is_main_process
@@ -99,7 +99,7 @@ def _exchange(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _make_uniform(parameters: list[nn.Parameter]) -> None:
-    """Make what is gathered at once of one type, and contiguous, as FSDP2 wants it. No value changes."""
+    """Make parameters that are gathered together contiguous and of one dtype, as FSDP2 requires. No value changes."""
     wide = any(parameter.dtype == torch.float32 for parameter in parameters)
     for parameter in parameters:
         dtype = torch.float32 if wide else parameter.dtype

@@ -1,8 +1,9 @@
-"""A run's state as its processes write and read it together, on however many machines.
+"""A run's state, written and read by its processes together, on one machine or several.
 
-The main process writes `state.safetensors`. Of a network that is divided among the processes, each writes its own rows
-beside it, `state.ID.0-of-2.safetensors`: all of them are there before the state names them, so a run that is killed
-meanwhile has the state before. Any number of processes can read either: whoever does not see a part is sent it.
+The main process writes `state.safetensors`. For a network divided among the processes, each writes its own rows
+beside it, `state.ID.0-of-2.safetensors`. All parts are complete before the state names them, so a run that is killed
+meanwhile keeps the previous state. Any number of processes can read either form: a part is sent to processes that do
+not see its file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .processes import Processes
 from .state import ANEW, GROUP, PARTS, STATE, load_optimiser, read_state, rows_of, step_of, write_state
 
 State = dict[str, dict[str, Tensor]]  # by part (of PARTS) and name
-DIVIDED = ("trained", "average")  # of which each process has its rows, and of the optimiser's state the most
+DIVIDED = ("trained", "average")  # divided into rows of each process, as is most of the optimiser's state
 MAX_PARTS = 65_536
 _DTYPES = {
     str(dtype): dtype
@@ -53,7 +54,7 @@ def write_together(
 
 
 def remove_parts(folder: Path, keep: Collection[str] = ()) -> None:
-    """Remove the parts of states before this one."""
+    """Remove the parts of earlier states."""
     for path in folder.glob(part_name("*", "*", "*")):
         if path.name not in keep:
             path.unlink(missing_ok=True)
@@ -65,11 +66,11 @@ def _is_own(part: str, name: str, value: Tensor) -> bool:
 
 @dataclass
 class Targets:
-    """Where a state goes: tensors of this process, which hold the rows of part `index` of `parts`.
+    """Destination of a state: tensors of this process, which hold the rows of part `index` of `parts`.
 
     average      empty where the run keeps none
-    rows         how many rows a whole tensor of `trained` has, where it is divided
-    of_optimiser the same of each of the optimiser's parameters, by their numbers
+    rows         number of rows of each whole tensor of `trained`, where it is divided
+    of_optimiser the same for each of the optimiser's parameters, by number
     """
 
     trained: Mapping[str, Tensor]
@@ -85,7 +86,7 @@ class Targets:
 def read_together(
     folder: Path, processes: Processes, targets: Targets
 ) -> tuple[dict[str, str], dict[str, Tensor]] | None:
-    """(metadata, the scaler's tensors) after the others were filled, the same in all; None where there is no state.
+    """Fills the targets; returns (metadata, the scaler's tensors), the same in all processes, or None without a state.
 
     The main process's folder decides. Raises CascadeError, the same in all, for a state that does not fit.
     """
@@ -131,12 +132,12 @@ def _count_of(metadata: Mapping[str, str], path: Path) -> int | None:
 
 
 def _read_parts(folder: Path, processes: Processes, filling: _Filling, mark: str, count: int) -> None:
-    """Read the parts that this process needs, and those that it is to send."""
+    """Read the parts that this process needs or has to send."""
     if not (mark.isascii() and mark.isalnum() and len(mark) <= 64):
         raise CascadeError(f"{folder / STATE} states {quoted(mark)} as the name of its parts; {ANEW}")
     names = [part_name(mark, index, count) for index in range(count)]
     targets = filling.targets
-    as_before = targets.parts == count  # each then needs its own part alone
+    as_before = targets.parts == count  # each process then needs only its own part
     seen = processes.gather([(folder / name).is_file() for name in names])
     needed = processes.gather([not as_before or index == targets.index for index in range(count)])
     sources = _sources(folder, names, seen, needed)
@@ -162,7 +163,7 @@ def _read_parts(folder: Path, processes: Processes, filling: _Filling, mark: str
 def _sources(
     folder: Path, names: list[str], seen: list[list[bool]], needed: list[list[bool]]
 ) -> dict[int, int]:
-    """By the index of each part that somebody needs and does not see: the process that sends it."""
+    """{index of a part that some process needs and does not see: the process that sends it}."""
     sources = {}
     for index, name in enumerate(names):
         if any(need[index] and not see[index] for need, see in zip(needed, seen, strict=True)):
@@ -183,7 +184,7 @@ def _part(path: Path, mark: str) -> State:
 
 
 def _told(processes: Processes, source: int, state: State) -> Iterator[tuple[str, str, Tensor]]:
-    """The tensors (part, name, values) of one process's state, in all processes, one after the other."""
+    """Yields, in all processes, the tensors (part, name, values) of one process's state."""
     entries = [
         [part, name, str(value.dtype), list(value.shape)]
         for part, values in state.items()
@@ -199,7 +200,7 @@ def _told(processes: Processes, source: int, state: State) -> Iterator[tuple[str
 
 
 class _Filling:
-    """Tensors that are filled with rows as they come. What is wrong is kept until the end: all come to it together."""
+    """Tensors that are filled with rows as these arrive. Faults are kept until the end, which all reach together."""
 
     def __init__(self, targets: Targets, path: Path):
         self.targets, self.path = targets, path
@@ -210,13 +211,13 @@ class _Filling:
             parameter for group in targets.optimiser.param_groups for parameter in group["params"]
         ]
         self.optimiser: dict[str, Tensor] = {}
-        self.lacking: dict[str, int] = {}  # rows of the optimiser's tensors that have not come
+        self.lacking: dict[str, int] = {}  # rows of the optimiser's tensors still missing
         self.fault: str | None = None
         self.has_average = False
 
     @torch.no_grad()
     def place(self, part: str, name: str, value: Tensor, origin: tuple[int, int]) -> None:
-        """Copy the rows of a tensor that are this process's. origin: (index, parts) of the rows that have come."""
+        """Copy those rows of a tensor that belong to this process. origin: (index, parts) of the rows received."""
         if part == "optimiser":
             self._place_in_optimiser(name, value, origin)
             return
@@ -235,7 +236,7 @@ class _Filling:
             self.missing[part, name] -= copied
 
     def _copy(self, target: Tensor, rows: int | None, value: Tensor, origin: tuple[int, int]) -> int | None:
-        """Copy what two parts of a tensor have in common; returns how many rows that are, None for another shape."""
+        """Copy the rows that two parts of a tensor share; returns their number, or None for another shape."""
         if rows is None and origin == (0, 1):
             if target.shape != value.shape:
                 return None
@@ -259,7 +260,7 @@ class _Filling:
             index.isascii() and index.isdecimal() and len(index) < 10 and int(index) < len(self.parameters)
         )
         if known and not self.parameters[int(index)].numel():
-            return  # no row of it is this process's
+            return  # it has no rows of this process
         if value.ndim and known:
             parameter = self.parameters[int(index)]
             rows = self.targets.of_optimiser[int(index)] if self.targets.of_optimiser else None
@@ -279,11 +280,11 @@ class _Filling:
         self.optimiser[name] = value.clone()
 
     def finish(self) -> None:
-        """Restore the optimiser. Raises CascadeError for what was wrong with what has come."""
+        """Restore the optimiser. Raises CascadeError for a fault in the received tensors."""
         if self.fault is not None:
             raise CascadeError(f"{self.path} {self.fault}; {ANEW}")
         if self.targets.average and not self.has_average:
-            # A run that had no average begins one with its weights.
+            # A state without an average starts one from its weights.
             with torch.no_grad():
                 for name, value in self.targets.average.items():
                     value.copy_(self.targets.trained[name])

@@ -1,4 +1,4 @@
-"""Checkpoints: all that resuming a run needs, in one safetensors file, written whole or not at all."""
+"""Checkpoints: everything needed to resume a run, in one safetensors file, written whole or not at all."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +12,9 @@ from ..errors import CascadeError, quoted
 
 STATE = "state.safetensors"
 ANEW = "put an earlier copy back, or begin anew with --fresh."
-MAX_TABLE = 4096  # numbers of a table of an 8-bit optimiser
+MAX_TABLE = 4096  # entries of an 8-bit optimiser's table
 GROUP = "group."
-OF_THE_SCHEDULE = ("lr", "share")  # of a group: given at each step
+OF_THE_SCHEDULE = ("lr", "share")  # entries of a group that are set anew at each step
 PARTS = ("trained", "average", "optimiser", "buffers", "scaler")
 
 
@@ -50,7 +50,7 @@ def step_of(metadata: Mapping[str, str], path: Path) -> int:
 
 
 def rows_of(rows: int, index: int, parts: int) -> tuple[int, int]:
-    """(first, end) of part `index` of a tensor's rows: as `torch.chunk` divides them, and FSDP2; some may be empty."""
+    """(first, end) of part `index` of a tensor's rows, divided as by `torch.chunk` and FSDP2; parts may be empty."""
     size = -(-rows // parts)
     return min(index * size, rows), min((index + 1) * size, rows)
 
@@ -81,8 +81,8 @@ def copy_into(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: P
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter number and field; plain numbers as scalars of float64 or int64.
 
-    Read from the optimiser's own table: `state_dict()` leaves some of bitsandbytes' state out. The numbers of groups
-    are state too: Prodigy keeps the rate that it found there, schedule-free optimisers how far they are.
+    Read from `optimiser.state`, since `state_dict()` omits some of bitsandbytes' state. The numbers in parameter
+    groups are state too: Prodigy keeps the rate that it found there, schedule-free optimisers their progress.
     """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     tensors = {
@@ -114,9 +114,9 @@ def _as_tensor(value: Any, name: str) -> Tensor:
 def load_optimiser(
     optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path, copy: bool = True
 ) -> None:
-    """Restore the state that `optimiser_tensors` gave. Raises CascadeError where it is another optimiser's.
+    """Restore the state that `optimiser_tensors` returned. Raises CascadeError for another optimiser's state.
 
-    copy: whether the tensors are somebody else's, such as a file's; else the optimiser keeps them.
+    copy: whether to copy the tensors, because they belong to a file, for example; else the optimiser keeps them.
     """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
@@ -127,7 +127,7 @@ def load_optimiser(
             _restore_number(groups, _index_of(index, len(groups)), field, value, path)
             continue
         number = _index_of(index, len(parameters))
-        # 8-bit state is flat, or has a few numbers for each block of a parameter
+        # 8-bit state is flat, or has a few values per block of a parameter
         if number >= len(parameters) or value.numel() > max(parameters[number].numel(), MAX_TABLE):
             raise _of_another(path, name)
         if _is_plain(value):
@@ -138,7 +138,7 @@ def load_optimiser(
 
 
 def _index_of(text: str, count: int) -> int:
-    """A parameter's or group's number, or `count` where there is none of it."""
+    """A parameter's or group's number, or `count` where it does not exist."""
     return min(int(text), count) if text.isascii() and text.isdecimal() and len(text) < 10 else count
 
 
@@ -153,7 +153,7 @@ def _of_another(path: Path, name: str) -> CascadeError:
 
 
 def _restore_number(groups: list[dict[str, Any]], index: int, field: str, value: Tensor, path: Path) -> None:
-    """Put a group's number back, as a truth value where it is one."""
+    """Restore a number of a group, as a bool where it was one."""
     if index == len(groups) or field in ("params", *OF_THE_SCHEDULE) or value.ndim:
         raise _of_another(path, f"{GROUP}{index}.{field}")
     plain = value.item() if _is_plain(value) else value.clone()
@@ -161,14 +161,14 @@ def _restore_number(groups: list[dict[str, Any]], index: int, field: str, value:
 
 
 def scaler_tensors(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
-    """The scale of the loss, and how many steps it has held; nothing where the loss is not scaled."""
+    """The scale of the loss, and for how many steps it has been unchanged; empty where the loss is not scaled."""
     state = scaler.state_dict()
     names = {"scale": torch.float64, "_growth_tracker": torch.int64}
     return {name: torch.tensor(state[name], dtype=dtype) for name, dtype in names.items() if state}
 
 
 def load_scaler(scaler: torch.amp.GradScaler, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Restore what `scaler_tensors` gave; a run that had none begins anew with it."""
+    """Restore the result of `scaler_tensors`; without one, the scale starts anew."""
     if not (tensors and scaler.is_enabled()):
         return
     values = {name: value.item() for name, value in tensors.items() if value.numel() == 1}
@@ -181,7 +181,7 @@ def load_scaler(scaler: torch.amp.GradScaler, tensors: Mapping[str, Tensor], pat
 
 
 def _in_layout_of(parameter: Tensor, value: Tensor) -> Tensor:
-    """A copy in the parameter's memory format where it has its shape, as fused AdamW needs it."""
+    """A copy in the parameter's memory format, if it has the parameter's shape, as fused AdamW requires."""
     if value.shape != parameter.shape:
         return value.clone()
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)

@@ -1,4 +1,4 @@
-"""What a run says for people at its beginning and at its end."""
+"""Sentences for the user at the beginning and end of a run."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from .tasks.stage_c import StageCTask
 def at_beginning(
     loop: Loop[StageCTask], steps_per_epoch: int, rows_per_epoch: int, file: str, preset: str | None = None
 ) -> str:
-    """Where and how it computes, what is trained, how many pictures a step takes, and where it writes.
+    """Device and precision, what is trained, pictures per step, and the files that the run writes.
 
-    steps_per_epoch: batches of an epoch; rows_per_epoch: pictures in them; preset: by which it was set.
+    steps_per_epoch: batches of an epoch; rows_per_epoch: pictures in them; preset: its name, if one was used.
     """
     task, train, processes = loop.task, loop.settings.train, loop.processes.num_processes
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == task.dtype)
@@ -37,7 +37,7 @@ def at_beginning(
 
 
 def at_end(loop: Loop[StageCTask], path: Path) -> str:
-    """What the file holds."""
+    """The result's file and its contents."""
     averaged = f", averaged over steps (train.ema {loop.settings.train.ema:g})" if loop.average else ""
     size = path.stat().st_size / 1e6
     return f"Wrote {path}: {loop.task.described} after {_count(loop.step, 'step')}{averaged}, {size:.3g} MB."

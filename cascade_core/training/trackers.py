@@ -1,7 +1,7 @@
 """A run's numbers and samples for TensorBoard and Weights & Biases, through accelerate's trackers.
 
-The log in the run's folder stays the truth: a killed run has written there what it drops when it goes on, and trackers
-keep what they were told.
+The log in the run's folder remains authoritative: a resumed run drops the lines after its last checkpoint there,
+while trackers keep the numbers that they received.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CascadeError
 
-FOLDER = "trackers"  # in the run's
+FOLDER = "trackers"  # inside the run's folder
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Started with the first number. settings: as JSON."""
+    """The trackers of a run, started with the first number. settings: as JSON."""
 
     def __init__(self, names: Sequence[str], folder: Path, settings: str):
         self.names, self.folder, self.settings = names, folder, settings
@@ -74,7 +74,7 @@ class Trackers:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as plain values by `section.key`, which trackers take."""
+    """Settings as plain values by `section.key`, as trackers require."""
     flat: dict[str, Any] = {}
     for section, values in settings.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:

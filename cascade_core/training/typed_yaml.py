@@ -24,7 +24,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path, kind: str = "plain text") -> str:
-    """Read a file of settings, in UTF-8 or UTF-16 with its mark. kind: as it is called for people."""
+    """Read a settings file in UTF-8, or in UTF-16 with a byte order mark. kind: its name in messages."""
     try:
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
@@ -65,7 +65,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         raise
     except (
         Exception
-    ) as error:  # PyYAML lets through whatever comes of a 99th of May, 5,000 digits or `!!bool maybe`
+    ) as error:  # PyYAML lets other exceptions through, as for May 99, 5,000 digits or `!!bool maybe`
         known = isinstance(error, yaml.YAMLError | ValueError)
         reason = printable(" ".join(str(error).split()), 400) if known else "a value does not fit its tag"
         raise CascadeError(f"{where} is not YAML: {reason}") from None
@@ -79,7 +79,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def build(cls: type[T], values: Any, where: str = "") -> T:
-    """Build a dataclass of these values; the other fields keep their defaults. where: the section, for messages."""
+    """Build a dataclass from these values; other fields keep their defaults. where: the section, for messages."""
     if not isinstance(values, Mapping):
         raise CascadeError(f"{where} is {quoted(values)}, but names with values are expected there.")
     kinds = get_type_hints(cls)
@@ -143,7 +143,7 @@ def _one_of(kinds: tuple, value: Any, where: str) -> Any:
 
 
 def build_mapping(value: Any, where: str) -> dict[str, Any]:
-    """A mapping of names to plain values: what JSON holds."""
+    """A mapping of names to plain values, those of JSON types."""
     if not isinstance(value, Mapping):
         raise CascadeError(f"{where} is {quoted(value)}, but names with values are expected there.")
     return {
@@ -169,7 +169,7 @@ def _json_value(value: Any, where: str) -> Any:
 def _plain(kind: type, value: Any, where: str) -> Any:
     if kind is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML takes 1e-4 for a text
+            return float(value)  # YAML 1.1 reads 1e-4 as text
         except (TypeError, ValueError, OverflowError):
             pass
     elif type(value) is kind:
@@ -180,7 +180,7 @@ def _plain(kind: type, value: Any, where: str) -> Any:
 
 
 def _check_characters(text: str, where: str) -> None:
-    """Raise CascadeError for what neither a file's name nor a caption holds: NUL, escapes, halves of a surrogate."""
+    """Raise CascadeError for characters that neither a file name nor a caption has: NUL, escapes, lone surrogates."""
     for char in text:
         if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r":
             raise CascadeError(

@@ -1,4 +1,4 @@
-"""The error on pictures that are never trained on, with the same noise each time and in every run."""
+"""The error on held-out pictures, with the same noise each time and in every run."""
 
 from dataclasses import replace
 
@@ -14,10 +14,10 @@ from .tasks.stage_c import StageCTask
 
 
 class Validation:
-    """The mean squared error of the predicted noise: over all pictures, at evenly spread times, not weighed.
+    """The mean squared error of the predicted noise over all held-out pictures, at evenly spread times, unweighted.
 
-    data: of the held-out pictures, as `as_they_are` shows them. The noise of a picture follows from its name and the
-    time, whatever the run's seed and its batches are. Without image prompts.
+    data: of the held-out pictures, by the settings of `as_they_are`, without image prompts. The noise of a picture
+    depends on its name and the time alone, not on the run's seed or batches.
     """
 
     def __init__(self, task: StageCTask, data: TrainingData, settings: ValidationSettings, batch_size: int):
@@ -34,9 +34,9 @@ class Validation:
         return torch.cat(errors).mean().item()
 
     def _errors(self, network, batch: Batch, number: int) -> Tensor:
-        """(B,) at one of the times."""
+        """The errors (B,) at one of the times."""
         task, count = self.task, len(batch.keys)
-        # The captions are looked up as prompts are: their ids are not those of the pictures that are trained on.
+        # The captions are looked up by text, as prompts are, since their ids are not those of the training captions.
         plain = replace(batch, caption_ids=torch.zeros(count, dtype=torch.int64))
         inputs = task.prepare(plain, torch.Generator().manual_seed(_seed("hint", *batch.keys)))
         noise = torch.stack(

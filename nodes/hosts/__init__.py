@@ -68,7 +68,7 @@ class Host(Protocol):
         ...
 
     def first_non_finite(self, value: Any) -> str | None:
-        """First weight of a MODEL, CLIP, VAE or CLIP_VISION that holds NaN or infinity, or None.
+        """First weight of a MODEL, CLIP, VAE or CLIP_VISION with NaN or infinity, or None.
 
         For example "clf.1.weight of stage_c.safetensors (Stage C)".
         """
@@ -79,7 +79,7 @@ class Host(Protocol):
         ...
 
     def encode_pixels(self, vae: Any, image: Tensor, tile_pixels: int = 0) -> Tensor:
-        """(B, H, W, 3) in [0, 1] -> a latent in socket units; `tile_pixels`: as in decode_latent, of Stage A alone."""
+        """(B, H, W, 3) in [0, 1] -> a latent in socket units; `tile_pixels`: as in decode_latent, for Stage A only."""
         ...
 
     def decode_latent(self, vae: Any, latent: Tensor, tile_pixels: int) -> Tensor:
@@ -122,60 +122,61 @@ class Host(Protocol):
     ) -> tuple[Any, Any]:
         """Adds a LoRA, which fits both, to copies of a MODEL and a CLIP (or None).
 
-        new_tokens: names of the adapter's tokens behind the vocabulary.
+        new_tokens: names of the adapter's tokens that are numbered after the vocabulary.
         """
         ...
 
     def notify(self, text: str, in_panel: bool = False) -> None:
         """Sends the user a message about the running node, beside its progress.
 
-        in_panel: the node returns it as `ui` as well, so that nothing is said twice where panels show that
+        in_panel: the node also returns it as `ui`; a host whose panels show that does not repeat it beside the node
         """
         ...
 
     def data_path(self, name: str) -> Path:
         """Path of a file or folder of training data, by its name in the input folder or by path.
 
-        Raises CascadeError, whatever is there, for what a client of the host must not read.
+        Raises CascadeError for a path that a client of the host must not read, whether it exists or not.
         """
         ...
 
     def data_check(self) -> Callable[[Path], None] | None:
-        """A function that raises CascadeError for the end of a link, among training data, that is not for clients.
+        """A function that raises CascadeError for a link in training data whose target clients must not read.
 
-        None where all is.
+        None where everything may be read.
         """
         ...
 
     def new_files_folder(self, role: str) -> Path:
-        """Folder of new files of that role, in which its loader finds them."""
+        """Folder for new files of that role, where its loader finds them."""
         ...
 
     def training_folder(self) -> Path:
-        """Folder of the runs' checkpoints, logs, samples and latents, from which clients are served nothing."""
+        """Folder of the runs' checkpoints, logs, samples and latents, which the host does not serve to clients."""
         ...
 
     def former_training_folder(self) -> Path:
-        """Where earlier versions kept a run by its task and name alone."""
+        """Folder in which earlier versions kept runs by task and name."""
         ...
 
     def input_folder(self) -> Path | None:
-        """Folder whose pictures the host's Load Image offers to all; None where it has none of the kind."""
+        """Folder of pictures that the host's Load Image offers to everybody; None where it has no such folder."""
         ...
 
     def interrupted(self) -> bool:
-        """Whether what runs was asked to stop."""
+        """Whether the running prompt was asked to stop."""
         ...
 
     def training(self) -> AbstractContextManager[Callable[..., None]]:
-        """Yields report of a run: report(step, steps, picture) moves the node's bar and shows a PIL picture, or None.
+        """Yields a function report(step, steps, picture) that moves the node's bar and shows a PIL picture (None: no
+        change).
 
         Gradients are enabled inside the block. A run that was asked to stop ends the graph after the block.
         """
         ...
 
     def sample(self, request: SamplingRequest) -> SamplingResult:
-        """The sampled latent in the units of sockets, and what the run took."""
+        """The sampled latent in the units of sockets, with the run's time and memory."""
         ...
 
     def with_guidance(self, model: Any, cfg_rescale: float, shift: float) -> Any:

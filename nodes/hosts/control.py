@@ -10,7 +10,7 @@ class ControlNetDescription:
     """Contents of a CONTROL_NET.
 
     name     of its file, or in words
-    cascade  whether it is for Stage C
+    cascade  whether it is a ControlNet for Stage C
     config   of a network of ours, None for ComfyUI's own
     """
 

@@ -1,4 +1,4 @@
-"""Pictures that the example graphs start from, put where the host's Load Image finds them."""
+"""Copies the example graphs' input pictures to the folder of the host's Load Image."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ PICTURES = PACK / "example_workflows" / "input"
 
 
 def place_pictures(folder: Path) -> None:
-    """Copies those whose names are free into a folder. One that cannot be written leaves a line in the log."""
+    """Copies the pictures whose names are not taken into a folder; logs those that cannot be written."""
     for picture in sorted(PICTURES.glob("*.png")):
         target = folder / picture.name
         if os.path.lexists(target):
@@ -21,7 +21,7 @@ def place_pictures(folder: Path) -> None:
             with replacing(target, overwrite=False) as temporary:
                 shutil.copyfile(picture, temporary)
         except OSError as error:
-            if os.path.lexists(target):  # another ComfyUI with this folder was faster
+            if os.path.lexists(target):  # another ComfyUI with this folder has written it meanwhile
                 continue
             logging.warning(
                 "Stable Cascade: the pictures of the example workflows could not be copied into %s (%s); copy them "

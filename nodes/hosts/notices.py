@@ -1,4 +1,4 @@
-"""What a sampler says of its run beside the picture: in English for every client, by key for the panel's language."""
+"""A sampler's notices about its run: in English for every client, and by key for the panel in the user's language."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Notice(str):
         return notice
 
     def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:
-        """What copies are made of."""
+        """The arguments for making copies."""
         return (self.key,), self.values
 
 
 def shown(notices: Any) -> dict[str, list[Any]]:
-    """What a node returns as its `ui` to show them; nothing where there are none."""
+    """The `ui` data of a node that shows these notices; empty without any."""
     if not notices:
         return {}
     return {

@@ -1,7 +1,7 @@
-"""Previews of a sampling run that it does not wait for: seldom, small, and on a card beside it.
+"""Previews of a sampling run that never delay it: few, small, and on a card computed beside it.
 
-They are begun and fetched between two steps, in the thread that samples, so that none allocates while it captures a
-CUDA graph.
+They are launched and fetched between two steps, in the sampling thread, so that none allocates during the capture of
+a CUDA graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...cascade_core.accelerators import side_stream
 from ...cascade_core.errors import quoted
 
 INTERVAL = 0.25  # seconds from one preview to the next, at least
-PAUSE = 10  # and where a run waits for them, times what the last took: they are a tenth of its time
+PAUSE = 10  # if a run waits for them, times the last one's duration: a tenth of the run's time
 AHEAD = 2  # steps that the host may be ahead of a card
 
 
@@ -38,7 +38,7 @@ class Event(Protocol):
 class ColourFactors(nn.Module):
     """Each position's channels times factors for red, green and blue.  (1, C, h, w) -> (1, 3, h, w), about [0, 1]
 
-    factors (C, 3) and bias (3,), or None, give [-1, 1].
+    factors (C, 3) and bias (3,) or None map a latent to [-1, 1].
     """
 
     def __init__(self, factors: Sequence[Sequence[float]], bias: Sequence[float] | None = None):
@@ -64,7 +64,7 @@ class Previewer:
         self._side_stream: SideStream | None = None
 
     def side_stream(self, device: torch.device) -> SideStream | None:
-        """The stream for previews on a card: always the same, as libraries keep memory for each they were used on."""
+        """The stream for previews on a card: always the same one, since libraries keep memory for each stream."""
         if device.type != "cuda":
             return None
         if self._side_stream is None or self._side_stream.device != device:
@@ -85,35 +85,35 @@ class Previewer:
 
 @dataclass(frozen=True)
 class Launched:
-    """A picture on its way to main memory."""
+    """A picture being copied to main memory."""
 
     picture: Tensor
     arrived: Event
 
 
 class Launcher(Protocol):
-    """What a run does not wait for."""
+    """Launches work that a run does not wait for."""
 
     def launch(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Launched:
-        """Launches work(x) after everything that has been launched so far; x is the work's alone."""
+        """Launches work(x) after all earlier launches; nobody else uses x."""
         ...
 
 
 class SideStream:
-    """CUDA stream beside the one that samples."""
+    """CUDA stream beside the sampling stream."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = side_stream(device)
 
     def launch(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Launched:
-        """Launches work(x) after everything that the current stream has to do so far, which does not wait for it."""
+        """Launches work(x) after all work launched on the current stream so far, without delaying that stream."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        # x may be freed at once: its memory is not used again before the work is done.
+        # x may be freed at once; its memory is only reused after the work is done.
         x.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
             result = work(x)
-            # To memory that may be paged out the copy would wait, and the host with it, for the steps before.
+            # A copy to pageable memory would make the host wait for all earlier steps.
             copy = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
             copy.copy_(result, non_blocking=True)
             return Launched(copy, self.stream.record_event())
@@ -122,8 +122,8 @@ class SideStream:
 class Previews:
     """Previews of one run.
 
-    previewer    None: there are none
-    side_stream  where they are computed; None: in the run's own time, at once
+    previewer    None: no previews
+    side_stream  computes them; None: they are computed at once, during the run
     """
 
     def __init__(self, previewer: Previewer | None, side_stream: Launcher | None = None):
@@ -132,9 +132,9 @@ class Previews:
         self._due = -math.inf
 
     def after_step(self, x0: Tensor, last: bool = False) -> Image.Image | None:
-        """Takes a step's clean latent (B, C, h, w), of which it shows the first image; gives a picture if one is ready.
+        """Takes a step's clean latent (B, C, h, w), to preview its first image; returns a picture if one is ready.
 
-        A card's picture of the last step would come too late, so that it is not made.
+        On a card, the last step's picture would be ready too late, so it is not made.
         """
         shown = self.ready()
         if (
@@ -150,7 +150,7 @@ class Previews:
             return self._give_up(error)
 
     def ready(self) -> Image.Image | None:
-        """The picture that has arrived since it was last asked for."""
+        """The picture that has become ready since the last call, or None."""
         try:
             if self._launched is None or not self._launched.arrived.query():
                 return None
@@ -161,7 +161,7 @@ class Previews:
 
     def _begin(self, previewer: Previewer, x0: Tensor) -> Image.Image | None:
         start = monotonic()
-        latent = x0[:1].to(torch.float32, copy=True)  # in the run's own order: it may overwrite x0 afterwards
+        latent = x0[:1].to(torch.float32, copy=True)  # copied in the run's stream: it may overwrite x0 later
         if self._side_stream is not None:
             self._launched = self._side_stream.launch(previewer.picture, latent)
             self._due = start + INTERVAL
@@ -171,27 +171,27 @@ class Previews:
         return picture
 
     def _give_up(self, error: Exception) -> None:
-        """Goes on without previews: no run fails for them."""
+        """Goes on without previews, since they must not make a run fail."""
         logging.getLogger(__name__).warning("This run shows no previews: %s", quoted(error))
         self._previewer = self._launched = None
 
 
 class Pace:
-    """Keeps the host at most AHEAD steps before a card, whose queue is never empty all the same.
+    """Keeps the host at most AHEAD steps ahead of a card, without letting the card's queue run empty.
 
-    Else the host has launched all steps in a moment: the bar stands at its end, no preview can be shown, and no
-    Interrupt is heard while the card still works through the run.
+    Otherwise the host would launch all steps in a moment: the bar would be at its end, no preview could be shown, and
+    no interruption take effect, while the card still works through the run.
     """
 
     def __init__(self) -> None:
         self._steps: deque[Event] = deque()
 
     def add_step(self, event: Event) -> None:
-        """Counts a step that ends at this event."""
+        """Records a step that ends at this event."""
         self._steps.append(event)
 
     def caught_up(self) -> bool:
-        """Whether the card is near enough for the next step to be launched."""
+        """Whether the card has caught up enough to launch the next step."""
         while len(self._steps) > AHEAD and self._steps[0].query():
             self._steps.popleft()
         return len(self._steps) <= AHEAD

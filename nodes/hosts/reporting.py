@@ -44,7 +44,7 @@ def report(step: int, total: int, preview: Any = None) -> None:
 
 
 def notify(text: str, in_panel: bool = False) -> None:
-    """Sends the user a message about the running node, or to the log where none runs; there are no panels here."""
+    """Sends the user a message about the running node, or logs it where no node runs; there are no panels here."""
     sink = _sink.get()
     if sink is not None:
         sink.notify(text)

@@ -1,4 +1,4 @@
-"""Which files a loader offers: ComfyUI's folders for each role, our own, and the bundled demo cascade."""
+"""Files that a loader offers: from ComfyUI's folders for each role, our own, and the bundled demo cascade."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ DEMO_NAMES: dict[str, str] = {
     "vision": "demo_image_encoder.safetensors",
 }
 
-# Of these roles the demo has any number of files; learned tokens are loaded as LoRAs are.
+# The demo may have several files for these roles; learned tokens are loaded by the LoRA loader.
 DEMO_SETS: dict[str, tuple[str, ...]] = {
     "controlnet": ("demo_controlnet_*.safetensors",),
     "lora": ("demo_lora_*.safetensors", "demo_token_*.safetensors"),
@@ -56,18 +56,18 @@ DEMO_SETS: dict[str, tuple[str, ...]] = {
 
 
 def demo_file(role: str) -> Path | None:
-    """The demo cascade's file for a role, where the weights are there."""
+    """The demo cascade's file for a role, if the weights are present, else None."""
     path = DEMO_FOLDER / DEMO_NAMES[role] if role in DEMO_NAMES else None
     return path if path is not None and path.exists() else None
 
 
 def demo_names(role: str) -> list[str]:
-    """The demo cascade's files for a role, those that are there."""
+    """Names of the demo cascade's existing files for a role."""
     if role in DEMO_SETS:
         return sorted(path.name for pattern in DEMO_SETS[role] for path in DEMO_FOLDER.glob(pattern))
     return [DEMO_NAMES[role]] if demo_file(role) else []
 
 
 def spellings(name: str) -> list[str]:
-    """A file's name as it is written, and with `/` where a graph was saved on Windows."""
+    """A file's name as written, and with `/` in place of backslashes, for graphs saved on Windows."""
     return list(dict.fromkeys((name, name.replace("\\", "/"))))

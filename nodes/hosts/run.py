@@ -1,4 +1,4 @@
-"""What both hosts know of a MODEL, and what a sampler node asks of them."""
+"""Description of a MODEL and of a sampling request, the same for both hosts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from ...cascade_core.run import SamplingRun
 
 @dataclass(frozen=True)
 class NetworkDescription:
-    """What a MODEL holds.
+    """Description of a MODEL.
 
     kind             stage_c, stage_b, or None for any other model
     name             in words, for messages, such as "a Stage B model"
@@ -33,7 +33,7 @@ class SamplingRequest:
     run             with the latent and its mask in the units of sockets
     tile_positions  of Stage B: side of a tile in latent positions, 0: whole
     engine          whether the engine is called where it can be
-    compression     pixels for a position of Stage C's latent
+    compression     pixels per position of Stage C's latent
     """
 
     kind: str

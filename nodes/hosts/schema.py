@@ -1,8 +1,8 @@
 """Subset of ComfyUI's V3 node API (`comfy_api.latest`) that our nodes use, for machines without ComfyUI.
 
 Names, keywords and dictionaries are those of ComfyUI 0.3.64, so that a node which runs here registers there
-too: a keyword that 0.3.64 does not know is a TypeError here as well. What the embedded host cannot execute
-(list inputs and outputs, lazy inputs, node expansion, execution blockers) is left out on purpose.
+too: a keyword that 0.3.64 does not know is a TypeError here as well. Features that the embedded host cannot execute
+(list inputs and outputs, lazy inputs, node expansion, execution blockers) are left out on purpose.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Schema:
     not_idempotent: bool = False
 
     def finalize(self) -> None:
-        """Names the unnamed outputs, and gives output nodes the graph to write into their files."""
+        """Names the unnamed outputs, and adds hidden inputs for the graph that output nodes write into files."""
         if self.is_output_node:
             graph_values = (Hidden.prompt, Hidden.extra_pnginfo)
             self.hidden = self.hidden + [hidden for hidden in graph_values if hidden not in self.hidden]

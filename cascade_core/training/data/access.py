@@ -1,4 +1,4 @@
-"""What listing training data may read, how much of it, and until when."""
+"""Limits on listing training data: readable paths, number of files, and the request to stop."""
 
 import os
 from collections.abc import Callable
@@ -12,10 +12,10 @@ MAX_NAMES = (
 
 
 class Access:
-    """Counts the names that are looked at, and asks on the way whether to stop.
+    """Counts the names that are listed, and checks along the way whether to stop.
 
-    stop: whether the run should end; asked at every file. check: raises CascadeError for a path, its links followed,
-    that may not be read; None where every path may.
+    stop: whether the run should end; called at every file. check: raises CascadeError for a path, with links
+    resolved, that may not be read; None: every path may.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Access:
             raise Interrupted("The run was stopped; the latents encoded so far are kept.")
 
     def count(self, place: str | Path) -> None:
-        """Count one more name, of a folder or a tar. Raises CascadeError where they are too many."""
+        """Count one more name in a folder or a tar. Raises CascadeError for more than MAX_NAMES."""
         self.ask()
         self.names += 1
         if self.names > MAX_NAMES:
@@ -41,12 +41,12 @@ class Access:
             )
 
     def permit(self, path: str | Path) -> None:
-        """Raise CascadeError for a path that leads, its links followed, where nothing may be read."""
+        """Raise CascadeError for a path that, with links resolved, lies outside of the readable folders."""
         if self.check is not None:
             self.check(Path(os.path.realpath(path)))
 
     def leads_out(self, path: str | Path) -> bool:
-        """Whether this name of a permitted folder is a link that leads where nothing may be read."""
+        """Whether this path in a permitted folder is a link that leads outside of the readable folders."""
         if self.check is not None and os.path.islink(path):
             try:
                 self.permit(path)

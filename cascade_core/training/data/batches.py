@@ -27,7 +27,7 @@ from .pictures import Skipped, TrainingPicture
 from .sources import LEFT_OUT, find_all, reasons
 
 Found = tuple[list[TrainingPicture], list[Skipped]]  # what `find_all` gives
-_ALONE = DataSetSettings(folder=".")  # of pictures that are in no set of data.sets
+_ALONE = DataSetSettings(folder=".")  # for pictures outside of data.sets
 MAX_BYTES_IN_MEMORY = 4_000_000_000  # of latents; more stay in the mapped files of the cache
 
 
@@ -45,14 +45,15 @@ class Batch:
     masks: Tensor | None = (
         None  # (B, h, w) float32, of each position in the loss, 1 on average; None without masks
     )
-    # by how much its mean counts in that of all processes, so that each picture counts alike whoever has more of them
+    # weight of this batch's mean in the mean over processes, so that every picture counts the same even if batches
+    # differ in size
     share: float = 1.0
-    cache_keys: Sequence[Key] = ()  # of the pictures as they are shown, under which their latents are cached
+    cache_keys: Sequence[Key] = ()  # of the pictures as shown (mirrored, cropped), for cached latents
 
 
 @dataclass(frozen=True)
 class BucketTensors:
-    """All of a bucket, for training that keeps its data on the accelerator."""
+    """A whole bucket in memory, for training that keeps its data on the accelerator."""
 
     bucket: Bucket
     latents: Tensor  # (N, F, 16, h, w) float32; F is 2 where pictures are mirrored, for each crop: as it is, mirrored
@@ -70,7 +71,7 @@ def fill_cache(
     found: Found | None = None,
     access: Access | None = None,
 ) -> None:
-    """Encode this process's share of latents and image prompts, and share it: `TrainingData` then finds all of them."""
+    """Encode this process's share of latents and image prompts, and exchange it, so that all are in the cache."""
     access = access or Access()
     pictures, _ = found or find_all(settings, access)
     rank, ranks = processes.process_index, processes.num_processes
@@ -105,7 +106,7 @@ def epoch_steps(
     access: Access,
     with_prompts: bool = False,
 ) -> int:
-    """How many batches an epoch has, by the pictures' headers: before any is encoded."""
+    """Number of batches in an epoch, computed from the pictures' headers before any is encoded."""
     bucketed, _ = _assign_buckets(settings, pictures, access)
     counts = Counter()
     for each in bucketed:
@@ -116,7 +117,7 @@ def epoch_steps(
 
 
 def set_of(settings: DataSettings, picture: TrainingPicture) -> DataSetSettings:
-    """The set of data.sets that a picture is of."""
+    """The set of data.sets that a picture belongs to."""
     return settings.sets[picture.set] if picture.set >= 0 else _ALONE
 
 
@@ -132,14 +133,14 @@ def _latent_encoder(
 
 
 class TrainingData:
-    """Pictures with their latents, in buckets; image prompts count where there is an encoder for them.
+    """Pictures with their latents, in buckets; with image prompts where there is an encoder for them.
 
     encode: (B, 3, H, W) float32 in [0, 1], of a size that the compressor reads -> (B, 16, h, w).
     fingerprint: changes with what encode computes (`cache.fingerprint`).
-    report: called with how many latents are encoded and how many there are to encode.
+    report: called with the number of latents encoded so far and in total.
     image_prompts: embeds the pictures that prompt for others, and is then released.
-    pictures: what `find_all` gave, where it was asked already.
-    access: what may be read, and whether to stop.
+    pictures: result of `find_all`, if it was called already.
+    access: limits on reading, and the request to stop.
     captions: every caption that a batch can have; the empty one is the first.
     skipped: pictures that are left out, and why.
     """
@@ -194,7 +195,7 @@ class TrainingData:
         self._decoder = PictureDecoder() if with_images else None
 
     def _count_prompts(self, pictures: list[BucketedPicture]) -> int:
-        """How many pictures have image prompts that are not used. Raises CascadeError where there are none to use."""
+        """Number of pictures with unused image prompts. Raises CascadeError for an encoder that has none to encode."""
         prompted = sum(bool(each.picture.image_prompts) for each in pictures)
         if self.image_prompts is None:
             return prompted
@@ -208,7 +209,7 @@ class TrainingData:
     def _group(
         self, pictures: list[BucketedPicture], encoder: LatentEncoder, masks: LossMasks
     ) -> list[BucketData]:
-        """The pictures by bucket and number of image prompts; their captions are added to `captions`."""
+        """Pictures grouped by bucket and number of image prompts. Adds their captions to `captions`."""
         ids = {"": 0}
         texts = {
             each: trained_captions(each.picture.captions, self.settings, each.picture.set)
@@ -241,7 +242,7 @@ class TrainingData:
 
     @property
     def pictures(self) -> list[BucketedPicture]:
-        """All that are trained on, by bucket."""
+        """All pictures that are trained on, by bucket."""
         return [each for bucket in self._buckets for each in bucket.pictures]
 
     def summary(self) -> str:
@@ -257,7 +258,7 @@ class TrainingData:
         return f"{len(self)} pictures with {len(self.captions) - 1} captions: {sizes}{notes}."
 
     def as_tensors(self) -> list[BucketTensors]:
-        """Every bucket in memory as a whole."""
+        """All buckets, each as a whole in memory."""
         return [
             BucketTensors(each.bucket, each.all_latents(), each.caption_ids, each.caption_counts)
             for each in self._buckets
@@ -272,7 +273,7 @@ class TrainingData:
         return sum(batches_per_epoch(len(each.shown), self._repeat, total) for each in self._buckets)
 
     def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Batch:
-        """The batch of this rank at this step; the same whatever was asked for before.
+        """The batch of this rank at this step, whatever batches were requested before.
 
         The ranks share the rows of one batch of batch_size · ranks: rank 0 of 2 has every second one. With images,
         those of the next step are decoded in the meantime.
@@ -331,11 +332,11 @@ class TrainingData:
         prompted = torch.rand(len(indices), generator=random) >= self.settings.image_prompt_dropout
         views = torch.rand(2, len(indices), generator=generator(self.seed, "crops and masks", step))
         count, part = len(indices), slice(rank, None, ranks)
-        if count < ranks:  # a bucket with fewer pictures: some ranks share a row rather than have none
+        if count < ranks:  # too few pictures for all ranks: some ranks share a row
             part = slice(rank % count, rank % count + 1)
         indices, chance, prompted, views = indices[part], chance[:, part], prompted[part], views[:, part]
         crops, unmasked = (views[0] * self.crops.count).long(), views[1] < self.settings.unmasked_share
-        copies = len(range(rank % count, ranks, count)) if count < ranks else 1  # of a row, among all ranks
+        copies = len(range(rank % count, ranks, count)) if count < ranks else 1  # of one row, over all ranks
         share = len(indices) / copies * ranks / count
         mirrored = (chance[0] < 0.5).long() if self.settings.flip else torch.zeros_like(indices)
         bucket = self._buckets[number]
@@ -354,7 +355,7 @@ class TrainingData:
 
 
 class _Rows(NamedTuple):
-    """The rows of a batch, and how each is shown."""
+    """The rows of a batch, with mirroring, caption, prompts, crop and mask of each."""
 
     bucket: int  # its index
     indices: Tensor  # (B,) of the bucket's rows
@@ -364,4 +365,4 @@ class _Rows(NamedTuple):
     pictures: list[BucketedPicture]
     crops: Tensor  # (B,) which part of each
     unmasked: Tensor  # (B,) bool, whether its mask is left out
-    share: float  # as Batch has it
+    share: float  # as in Batch

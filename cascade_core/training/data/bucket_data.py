@@ -33,7 +33,7 @@ class BucketData:
         longest = max(map(len, captions))
         self.caption_counts = torch.tensor([len(each) for each in captions])
         self.caption_ids = torch.tensor([[*each, *[-1] * (longest - len(each))] for each in captions])
-        # (M,), the rows that an epoch shows: each as often as its set says
+        # (M,), the rows of an epoch: each as often as its set repeats it
         self.shown = torch.arange(len(pictures))
         if repeats:
             self.shown = self.shown.repeat_interleave(torch.tensor(repeats))
@@ -76,16 +76,16 @@ class BucketData:
     def mask_weights(self, rows: Tensor, mirrored: Tensor, crops: Tensor, unmasked: float) -> Tensor | None:
         """(B, h, w) float32, of each position in the loss, 1 on average; None where no picture has a mask.
 
-        unmasked: the weight of what a mask leaves out, beside that of what it shows.
+        unmasked: the weight of positions outside of the mask, where those inside have 1.
         """
         if self.masks is None:
             return None
         masks = self.masks[rows, crops].float() / 255
         masks = torch.where(mirrored.bool()[:, None, None], masks.flip(-1), masks)
         weights = unmasked + (1 - unmasked) * masks
-        # So that a small mask has as much of the loss as a large one; a crop beside it has none.
+        # So that a small mask weighs as much in the loss as a large one; a crop outside of the mask weighs nothing.
         return weights / weights.mean((1, 2), keepdim=True).clamp(min=1e-6)
 
     def captions(self, rows: Tensor, chance: Tensor) -> Tensor:
-        """Draw a caption of each row, by chance (B,) in [0, 1): its id, (B,)."""
+        """Draw a caption for each row by chance, (B,) in [0, 1). Returns caption ids (B,)."""
         return self.caption_ids[rows, (chance * self.caption_counts[rows]).long()]

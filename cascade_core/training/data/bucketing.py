@@ -25,7 +25,7 @@ from .pictures import (
 )
 from .threads import map_in_threads
 
-CROPPED = 0.1  # of a picture's area; what loses less is not told of
+CROPPED = 0.1  # share of a picture's area; smaller losses are not reported
 HEADER_BYTES = 65_536  # most pictures state their size within them
 
 
@@ -66,15 +66,15 @@ class BucketedPicture:
 
 
 class Crops(NamedTuple):
-    """How many parts of each picture are shown, and down to which share of a side: 1 / zoom."""
+    """How many parts of each picture are shown, whose sides are at least 1 / zoom of the largest part's."""
 
     count: int = 1
     zoom: float = 1.0
 
     def of(self, picture: BucketedPicture, number: int) -> Crop:
-        """One of them, at random, but the same on every machine and in every run; the centre where there is one.
+        """A part at random, but the same on every machine and in every run; if there is only one, the centre.
 
-        No part is so small that it would be enlarged.
+        No part is so small that it would have to be enlarged.
         """
         if self.count == 1:
             return CENTRE
@@ -91,7 +91,7 @@ CENTRES = Crops()
 
 
 class Chooser:
-    """Which bucket a picture goes into, and whether it is left out, as the settings say."""
+    """Chooses a picture's bucket, or leaves the picture out, by the settings."""
 
     def __init__(self, settings: DataSettings):
         self.settings = s = settings
@@ -104,7 +104,7 @@ class Chooser:
     def bucket(self, height: int, width: int, number: int = -1) -> Bucket:
         """The bucket nearest to the aspect ratio; without `enlarge`, for a smaller picture, one of its own size.
 
-        number: of data.sets, which may have a size of its own.
+        number: of the picture's set in data.sets, which may have its own size.
         """
         s = self.settings
         size = (s.sets[number].size if number >= 0 else None) or s.size
@@ -114,7 +114,7 @@ class Chooser:
         return own_bucket(height, width, s.bucket_step, s.max_aspect, self.sides[0])
 
     def fault(self, picture: BucketedPicture) -> str | None:
-        """Why a picture is left out, in a few words that many share; None where it is not."""
+        """Why a picture is left out, in words that are the same for many pictures; None where it is not."""
         s = self.settings
         if s.max_enlarge is not None and picture.scale > s.max_enlarge:
             return f"it would be enlarged by more than data.max_enlarge, {s.max_enlarge:g}"
@@ -132,7 +132,7 @@ def assign_buckets(
     """Assign each picture to its bucket; pictures that cannot be read, or are beyond the settings' limits, are skipped.
 
     sizes: (height, width) in pixels of pictures that were read before, (2,) int32 each; new ones are added.
-    ask: called at each picture; raises Interrupted where the run should end.
+    ask: called for each picture; raises Interrupted to end the run.
     """
     keys = [key_of(picture.identity) for picture in pictures]
     for key in keys:
@@ -165,13 +165,13 @@ def assign_buckets(
 
 
 class Resized(NamedTuple):
-    """What becomes of pictures in their buckets, for people."""
+    """Report of how many pictures are enlarged and cropped for their buckets."""
 
     enlarged: list[BucketedPicture]
     cropped: list[BucketedPicture]  # those that lose more than CROPPED of their area
 
     def sentence(self) -> str:
-        """Empty where nothing happens to any."""
+        """The report in words; empty where no picture is enlarged or cropped."""
         parts = []
         if self.enlarged:
             most = max(self.enlarged, key=lambda each: each.scale)

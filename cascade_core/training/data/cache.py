@@ -27,7 +27,7 @@ def key_of(*parts: object) -> Key:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """A digest of a network's weights: what it computes changes with them alone."""
+    """A digest of a network's weights, which alone determine what it computes."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for name, value in network.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -44,12 +44,12 @@ class Cache:
         self._read_files: set[str] = set()
         if self.folder is not None and self.folder.is_dir():
             with suppress(OSError):
-                # Removes what killed runs left; `add` finds out whether the folder can be written to.
+                # Removes temporary files of killed runs. An unwritable folder is reported by `add`.
                 check_folder(self.folder)
             self.read()
 
     def read(self) -> None:
-        """Read what others have added to the folder."""
+        """Read rows that other processes have added to the folder."""
         if self.folder is not None:
             for path in sorted(self.folder.glob("*.safetensors")):
                 if path.name not in self._read_files:
@@ -60,13 +60,13 @@ class Cache:
         try:
             tensors, _ = read_safetensors(path)
             keys, rows = tensors["keys"], tensors["rows"]
-        except (CascadeError, KeyError):  # damaged by other hands: encoded anew
+        except (CascadeError, KeyError):  # a damaged file: its rows are encoded anew
             return
         if keys.dtype == torch.uint8 and keys.ndim == 2 and keys.shape == (*rows.shape[:1], KEY_BYTES):
             self.rows |= zip(map(bytes, keys.numpy()), rows.unbind(), strict=True)
 
     def keep(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Forget a row of another shape or kind, as damage leaves it: it is then made anew."""
+        """Keep a row only if it has this shape and dtype; a damaged one is dropped, and so encoded anew."""
         row = self.rows.get(key)
         if row is not None and (row.shape != shape or row.dtype != dtype):
             del self.rows[key]

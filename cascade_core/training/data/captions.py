@@ -1,4 +1,4 @@
-"""Captions as they lie beside pictures: text files, and rows of metadata."""
+"""Captions beside pictures: text files, and rows of metadata."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ MAX_CHARACTERS = 10_000  # of a caption: about 2,500 tokens
 
 
 class CaptionError(ValueError):
-    """What is wrong with a picture's captions, in a few words; training goes on without it."""
+    """A fault in a picture's captions, in a few words; training goes on without the picture."""
 
 
 def decoded(data: bytes) -> str:
@@ -27,7 +27,7 @@ def decoded(data: bytes) -> str:
         text = data.decode(encoding_of(data))
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:  # as UTF-16 without a mark has it
+    if "\0" in text:  # as in UTF-16 without a byte order mark
         raise CaptionError("it is not in UTF-8; save it so")
     return text
 
@@ -65,8 +65,8 @@ def checked(captions: Sequence[str]) -> tuple[str, ...]:
 def trained_captions(captions: Sequence[str], settings: DataSettings, number: int = -1) -> tuple[str, ...]:
     """The captions that a picture is trained with: variants of its own, as the settings say, behind the trigger.
 
-    They follow from the caption and the settings alone, so that each is encoded once, on every machine alike.
-    number: of data.sets, -1 for none of them.
+    Variants depend on the caption and the settings alone, so that all machines have the same, and each is encoded once.
+    number: of the picture's set in data.sets; -1: none.
     """
     own = settings.sets[number].trigger if number >= 0 else None
     trigger = settings.trigger if own is None else own
@@ -83,7 +83,7 @@ def trained_captions(captions: Sequence[str], settings: DataSettings, number: in
 
 
 def _varied(caption: str, settings: DataSettings, variant: int) -> str:
-    """One variant of a caption: its first tags as they stand, the others in another order and some left out."""
+    """A variant of a caption: the first tags unchanged, the others shuffled and some of them left out."""
     tags = [tag.strip() for tag in caption.split(settings.tag_separator) if tag.strip()]
     digest = hashlib.blake2b(f"{variant}\n{caption}".encode(), digest_size=8).digest()
     random = Random(int.from_bytes(digest, "big"))

@@ -16,9 +16,9 @@ CACHE_BYTES = 4_000_000_000  # of decoded pictures that are kept in memory
 
 
 class PictureDecoder:
-    """The pixels of batches; the next batch is decoded while this one is trained on.
+    """Decodes the pictures of batches; the next batch is decoded while the present one is trained on.
 
-    Decoded pictures are kept as long as there is room, so that a set that fits is decoded once and not in every epoch.
+    Decoded pictures are kept while there is room, so that a set that fits is decoded only once, not in every epoch.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class PictureDecoder:
         self.cached: dict[View, Tensor] = {}
 
     def prefetch(self, views: Sequence[View]) -> None:
-        """Begin decoding the next batch; what was prefetched before and not asked for is dropped."""
+        """Begin decoding the next batch; drops prefetched pictures that were not requested."""
         self.pending = {view: self._submit(view) for view in dict.fromkeys(views) if view not in self.cached}
 
     def images(self, views: Sequence[View], mirrored: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def batches_per_epoch(count: int, repeat: int, total_batch_size: int) -> int:
 
 
 def epoch_repeats(count: int, repeat: int) -> int:
-    """How often one epoch shows each of `count` pictures; what is beyond MAX_ROWS is for the epochs after it."""
+    """How often an epoch shows each of `count` pictures; repeats beyond MAX_ROWS follow in later epochs."""
     return max(min(repeat, MAX_ROWS // count), 1)
 
 
@@ -31,7 +31,8 @@ class EpochPlan:
     """The batches of an epoch in random order; plan[position] is (index of the bucket, indices of its rows).
 
     counts: pictures in each bucket; total_batch_size: of all ranks together. Each row occurs `repeat` times. A bucket
-    is cut into as few batches as will do, of equal size or one apart, so that none is left with a row or two.
+    is cut into as few batches as possible, whose sizes differ by at most one, so that no batch is left with a row or
+    two.
     """
 
     def __init__(self, counts: Sequence[int], total_batch_size: int, repeat: int, seed: int, epoch: int):
@@ -43,7 +44,7 @@ class EpochPlan:
                 torch.randperm(count, generator=random, out=each)
             self.rows.append(rows.flatten())
         batches = [batches_per_epoch(count, repeat, total_batch_size) for count in counts]
-        self.starts = [0, *itertools.accumulate(batches)]  # each bucket's first batch, and the number of all
+        self.starts = [0, *itertools.accumulate(batches)]  # each bucket's first batch, then their total
         self.order = torch.randperm(self.starts[-1], generator=random)
 
     def __getitem__(self, position: int) -> tuple[int, Tensor]:
@@ -51,7 +52,7 @@ class EpochPlan:
         bucket = bisect.bisect_right(self.starts, batch) - 1
         first, end = self.starts[bucket : bucket + 2]
         batch -= first
-        # As tensor_split has it: the first ones are one larger.
+        # As in tensor_split, the first batches are one row larger.
         size, larger = divmod(len(self.rows[bucket]), end - first)
         start = batch * size + min(batch, larger)
         return bucket, self.rows[bucket][start : start + size + (batch < larger)]

@@ -1,4 +1,4 @@
-"""Rows of a cache that several processes made, in all of them: by a folder that they share, or sent."""
+"""Exchange of cache rows among processes, through a shared folder or by sending."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,9 +13,9 @@ SENT_AT_ONCE = 256  # rows
 
 
 def exchange(cache: Cache, keys: Sequence[Key], processes: Processes) -> None:
-    """Give each process the rows that any of them has.
+    """Give every process all rows that any of them has.
 
-    keys: this process's names of all rows, in an order that all processes have in common.
+    keys: this process's keys of all rows, in an order that is the same in all processes.
     """
     if processes.num_processes == 1:
         return
@@ -35,16 +35,16 @@ def exchange(cache: Cache, keys: Sequence[Key], processes: Processes) -> None:
             raise failures[0]
         cache.read()
 
-    processes.wait()  # until all of them are written
+    processes.wait()  # until all rows are written
     processes.on_each(read)
 
 
 def _send(
     cache: Cache, keys: Sequence[Key], owner: int, processes: Processes, failures: list[CascadeError]
 ) -> None:
-    """Send rows of one process to all others. Of each machine the first process writes them to its folder.
+    """Send rows of one process to all others. The first process of each machine writes them to its folder.
 
-    failures: gets what could not be written, as all others would wait for a process that leaves here.
+    failures: collects errors of writing; a process that raised here would keep all others waiting.
     """
     own = processes.process_index == owner
     by_shape: dict[tuple[tuple[int, ...], str], list[int]] = {}

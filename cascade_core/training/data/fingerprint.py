@@ -1,4 +1,4 @@
-"""A digest of what pictures and captions hold, wherever they lie and whenever they were copied."""
+"""A digest of the contents of pictures and captions, whatever their folders and dates."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ from .cache import KEY_BYTES, Cache, Key, key_of
 from .pictures import PictureError, PictureFile, TrainingPicture
 from .threads import map_in_threads
 
-END_BYTES = 65_536  # of a picture that are read at its beginning and at its end
-# Read whole: a change in their middle may leave their length and their ends alone.
+END_BYTES = 65_536  # read at a picture's beginning, and at its end
+# Uncompressed, so read as a whole: a change in the middle may leave length and ends unchanged.
 PLAIN = (".bmp", ".tif", ".tiff")
 AT_ONCE = 1000
 
@@ -22,10 +22,11 @@ def pictures_digest(
     asked: Callable[[], None],
     named: bool = False,
 ) -> str:
-    """A digest of the pictures in their order, with their captions, and with their image prompts where they count.
+    """A digest of the pictures in their order, with their captions and, where they are used, their image prompts.
 
-    contents: digests of pictures that were read before; new ones are added. asked: called now and then, may raise.
-    named: whether the pictures' names count, from which the places of crops follow.
+    contents: digests of pictures read before; new ones are added. asked: called from time to time; may raise
+    Interrupted.
+    named: whether the pictures' names count, because they determine the crops.
     """
     files: dict[Key, PictureFile] = {}
     for picture in pictures:
@@ -46,7 +47,7 @@ def pictures_digest(
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     for picture in pictures:
         rows = (contents.rows.get(key_of(file.identity)) for file in _files(picture, image_prompts))
-        held = [bytes(row.tolist()) if row is not None else b"" for row in rows]  # b"": it cannot be read
+        held = [bytes(row.tolist()) if row is not None else b"" for row in rows]  # b"": an unreadable file
         of_a_set = (picture.set,) if picture.set >= 0 else ()
         more = ("masked",) * (picture.mask is not None) + (picture.name,) * named
         digest.update(key_of(repr((held, picture.captions, *of_a_set, *more))))
@@ -54,13 +55,13 @@ def pictures_digest(
 
 
 def _files(picture: TrainingPicture, image_prompts: bool) -> list[PictureFile]:
-    """The files that a picture's part in training follows from."""
+    """The files that determine a picture's part in training."""
     mask = [picture.mask] if picture.mask is not None else []
     return [picture, *(picture.image_prompts if image_prompts else ()), *mask]
 
 
 def _content(file: PictureFile) -> bytes:
-    """A digest of a picture's length, beginning and end; compressed, it differs there wherever it was changed."""
+    """A digest of a picture's length, beginning and end; any change of a compressed picture shows in one of these."""
     digest = hashlib.blake2b(str(file.length).encode(), digest_size=KEY_BYTES)
     end = PictureFile(file.name, file.path, file.offset + file.length - END_BYTES, END_BYTES, file.stamp)
     whole = file.length <= 2 * END_BYTES or file.name.lower().endswith(PLAIN)

@@ -1,4 +1,4 @@
-"""A folder of pictures, with captions beside them or in a metadata.jsonl, and with pictures that prompt for them."""
+"""A folder of pictures, with captions beside them or in a metadata.jsonl, and with image prompts."""
 
 import csv
 import errno
@@ -45,7 +45,7 @@ def folder_pictures(folder: Path, access: Access, companions: Companions = NONE_
     access.permit(folder)
     folder = folder.resolve()
     masks = _masks_of_folder(companions.mask_folder, access)
-    metadata: dict[str, tuple[str, ...]] = {}  # by path, from every metadata.jsonl on the way down
+    metadata: dict[str, tuple[str, ...]] = {}  # by path, from the metadata.jsonl of every folder read so far
     for found in _walk(folder, access):
         if isinstance(found, Skipped):
             yield found
@@ -58,8 +58,8 @@ def folder_pictures(folder: Path, access: Access, companions: Companions = NONE_
 
 
 def _walk(folder: Path, access: Access) -> Iterator[tuple[str, list[str]] | Skipped]:
-    """Each folder with its files, by name, the upper one first; links are followed, but never in circles."""
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(str(folder), ())]  # path, the folders above it
+    """Each folder with its files, sorted by name, parents first; links are followed, but never in circles."""
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(str(folder), ())]  # path, parents' identities
     while waiting:
         place, above = waiting.pop()
         shown = Path(place).relative_to(folder).as_posix()
@@ -99,7 +99,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _masks_of_folder(folder: Path | None, access: Access) -> dict[str, PictureFile] | None:
-    """A folder's pictures by their path within it, without ending; None where there is no folder."""
+    """A folder's pictures by their path within it, without extension; None where no folder is given."""
     if folder is None:
         return None
     access.permit(folder)
@@ -178,9 +178,10 @@ def _suffix(name: str) -> str:
 
 
 def _caption_files(names: list[str], only: str | None = None) -> dict[str, str]:
-    """Caption files by their name without ending: .txt goes before .caption, then .json; lower case first.
+    """Caption files by name without extension; .txt takes precedence over .caption and .json, lower case over upper
+    case.
 
-    only: the one suffix that is looked for instead.
+    only: the single suffix to look for instead.
     """
     files: dict[str, str] = {}
     for suffix in [only.lower()] if only else reversed((*SUFFIXES, ".json")):
@@ -189,7 +190,7 @@ def _caption_files(names: list[str], only: str | None = None) -> dict[str, str]:
 
 
 def _image_prompts(pictures: list[str]) -> dict[str, list[str]]:
-    """Which of a folder's pictures prompt for another, by its name without ending, in the order of their numbers."""
+    """{name of a picture, without extension: its image prompts in a folder, in the order of their numbers}."""
     stems = {Path(name).stem for name in pictures}
     numbered: dict[str, list[tuple[int, str]]] = {}
     for name in pictures:
@@ -228,9 +229,10 @@ def _read_captions(path: Path, access: Access) -> tuple[str, ...]:
 def _read_metadata(
     path: Path, rows: Callable[[TextIO, str, Access], Iterator[tuple[str, tuple[str, ...]]]], access: Access
 ) -> dict[str, tuple[str, ...]]:
-    """Read path -> captions, as Hugging Face's image folders have it: `file_name` is relative to the file's folder.
+    """Read {path: captions} in the format of Hugging Face's image folders: `file_name` is relative to the file's
+    folder.
 
-    rows: yields (a picture's path, its captions) of the file's text.
+    rows: yields (a picture's path, its captions) from the file's text.
     """
     if access.leads_out(path):
         raise CascadeError(f"{printable(str(path))} is {LEADS_OUT}; put the file itself there.")

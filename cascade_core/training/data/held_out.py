@@ -1,4 +1,4 @@
-"""Pictures that are held out of training, to measure on them what was learned."""
+"""Pictures held out of training, on which the error is measured."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from .sources import companions_of, find_all, find_pictures
 
 
 class FoundPictures(NamedTuple):
-    """What is trained on, what is left out, and what is held out."""
+    """The pictures to train on, those that are left out, and those that are held out."""
 
     trained: list[TrainingPicture]
     skipped: list[Skipped]
@@ -20,9 +20,9 @@ class FoundPictures(NamedTuple):
 
 
 def find_and_hold_out(data: DataSettings, validation: ValidationSettings, access: Access) -> FoundPictures:
-    """List the pictures of `data`; what `validation` measures on is not trained on. Raises CascadeError.
+    """List the pictures of `data`, without those that `validation` holds out of training. Raises CascadeError.
 
-    Which those are follows from their names, so that it is the same for every seed.
+    Held-out pictures are chosen by their names, so that they are the same for every seed.
     """
     pictures, skipped = find_all(data, access)
     if not validation.every:
@@ -43,7 +43,7 @@ def find_and_hold_out(data: DataSettings, validation: ValidationSettings, access
 
 
 def as_they_are(data: DataSettings) -> DataSettings:
-    """The settings for pictures that are measured on: each is shown once, whole, with its words."""
+    """The settings for held-out pictures: each is shown once, uncropped, with its caption."""
     plain = DataSettings(folder=".")
     same = {
         name: getattr(plain, name)

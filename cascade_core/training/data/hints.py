@@ -1,4 +1,4 @@
-"""The hint of each kind of ControlNet, made from a training picture; what is random in it comes from a generator."""
+"""Makes the hint of each kind of ControlNet from a training picture; random choices come from a generator."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ Compress = Callable[[Tensor], Tensor]
 # (B, 3, H, W) in [0, 1] -> of each picture embeddings (N, 512) and boxes (N, 4): left, top, right, bottom in pixels
 FindFaces = Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]]
 CANNY_SIZE = 224  # published
-WHOLE_FACE = 0.3  # published: the share of single faces that are put everywhere
+WHOLE_FACE = 0.3  # published: the share of single faces whose embedding fills the whole map
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What some hints need besides the picture."""
+    """Networks and functions that some hints need besides the picture."""
 
     compress: Compress | None = None
     find_faces: FindFaces | None = None
@@ -36,7 +36,7 @@ MakeHint = Callable[[Tensor, torch.Generator, Tools], Tensor]
 
 
 def _canny(images: Tensor, generator: torch.Generator, tools: Tools) -> Tensor:
-    """Edges like those of `canny_hint`, on the images' device: its resizing may round otherwise."""
+    """Edges as by `canny_hint`, but resized on the images' device, which may round differently."""
     pixels = F.interpolate(images, (CANNY_SIZE, CANNY_SIZE), mode="bilinear")
     edges = canny(pixels.mul(255).clamp(0, 255).to(torch.uint8), 100, 200).float()
     return F.interpolate(edges, images.shape[-2:], mode="bilinear")
@@ -76,7 +76,7 @@ def _latent_size(images: Tensor) -> tuple[int, int]:
 
 
 def _small_and_back(images: Tensor, scale: float) -> Tensor:
-    """Pictures (B, 3, H, W) of the compressor's size as the hint's node enlarges small ones: H × W again."""
+    """Pictures (B, 3, H, W) of the compressor's size, shrunk and enlarged to H × W again as the hint's node does."""
     # The picture itself has 42.67 pixels for each of the compressor's 32.
     sides = [
         max(round(side / COMPRESSOR_STRIDE * STAGE_C_COMPRESSION / scale), 1) for side in images.shape[-2:]
@@ -99,7 +99,7 @@ def _identity(images: Tensor, generator: torch.Generator, tools: Tools) -> Tenso
 
 
 def hint_maker(settings: ControlNetSettings) -> MakeHint:
-    """What makes the hint that a run's settings ask for."""
+    """The function that makes the hint that a run's settings ask for."""
     if settings.hint == "super_resolution":
         return partial(_super_resolution, scale=settings.scale, reads=settings.reads)
     return MAKERS[settings.hint]

@@ -1,4 +1,4 @@
-"""Image prompts: the embeddings of pictures that prompt for a training picture, each encoded once and cached."""
+"""Embeddings of the pictures that serve as image prompts of training pictures, each encoded once and cached."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ IN_A_FILE = 4096  # embeddings, of the cache
 
 
 class ImagePrompts:
-    """embeddings(pictures) as ImageEncoder.encode gives them, from memory or, with a folder, from mapped files."""
+    """Cache of ImageEncoder.encode for image prompts, in memory or, with a folder, in mapped files."""
 
     def __init__(self, encoder: ImageEncoder, folder: str | Path | None = None):
         self.encoder: ImageEncoder | None = encoder
@@ -26,7 +26,7 @@ class ImagePrompts:
         self.cache = Cache(below, fingerprint(encoder.model) if below else "")
 
     def keys(self, pictures: Iterable[TrainingPicture]) -> list[Key]:
-        """The names of all prompts in the cache, each once."""
+        """The cache keys of all prompts, each once."""
         return list(dict.fromkeys(_key(prompt) for picture in pictures for prompt in picture.image_prompts))
 
     def fill(
@@ -35,10 +35,10 @@ class ImagePrompts:
         report: Callable[[int, int], None] | None = None,
         ask: Callable[[], None] = lambda: None,
     ) -> dict[TrainingPicture, str]:
-        """Encode the prompts that are not cached yet; returns the pictures with a damaged one, and what it is.
+        """Encode the prompts that are not cached yet; returns the pictures with a damaged prompt, and its fault.
 
-        report: called with how many prompts are encoded and how many there are to encode. ask: called at each prompt;
-        raises Interrupted where the run should end.
+        report: called with the number of prompts encoded so far and in total. ask: called for each prompt; raises
+        Interrupted to end the run.
         """
         prompts = {_key(prompt): prompt for picture in pictures for prompt in picture.image_prompts}
         for key in prompts:
@@ -100,4 +100,4 @@ class ImagePrompts:
 
 
 def _key(prompt: PictureFile) -> Key:
-    return key_of(prompt.identity, "298 × 224")  # 400 × 300, as it is resized: before it was 299
+    return key_of(prompt.identity, "298 × 224")  # the resized 400 × 300; in earlier versions 299 wide

@@ -1,4 +1,4 @@
-"""Latents of pictures, Stage C's by the semantic compressor and others, each encoded once and cached."""
+"""Latents of pictures, by the semantic compressor or another encoder, each encoded once and cached."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from .threads import map_in_threads
 
 ENCODED_AT_ONCE = 16 * 768 * 768  # pixels
 FILE_BYTES = 32_000_000  # of latents in a file of the cache
-FILE_SECONDS = 30.0  # or as many as come in this time: what a killed run has to encode again
+FILE_SECONDS = 30.0  # or as many as are encoded in this time, the most that a killed run loses
 
 
 class LatentForm(NamedTuple):
-    """What an encoder reads and makes of a bucket's pictures: pixels, and channels at positions."""
+    """Shape of an encoder's input and output for a bucket: pixels, channels and positions."""
 
     network: str
     channels: int
@@ -43,10 +43,9 @@ STAGE_C_LATENTS = LatentForm(
 class LatentEncoder:
     """Fills a cache with latents.
 
-    encode: (B, 3, H, W) float32 in [0, 1] -> (B, C, h, w); flip: mirrored pictures as well; crops: which parts;
-    form: what is encoded;
-    report: called with how many pictures are encoded and how many there are to encode; ask: called at each picture,
-    raises Interrupted where the run should end.
+    encode: (B, 3, H, W) float32 in [0, 1] -> (B, C, h, w); flip: mirrored pictures as well; crops: parts of each
+    picture; form: shapes of input and output; report: called with the number of pictures encoded so far and in total;
+    ask: called for each picture, raises Interrupted to end the run.
     """
 
     def __init__(
@@ -66,11 +65,11 @@ class LatentEncoder:
 
     @property
     def variants(self) -> int:
-        """How many latents a picture has."""
+        """Number of latents of a picture."""
         return self.crops.count * len(self.mirrorings)
 
     def keys(self, picture: BucketedPicture) -> list[Key]:
-        """The keys of all of a picture's latents: of each crop as it is, then mirrored."""
+        """The keys of all latents of a picture: for each crop, unmirrored and then mirrored."""
         crops = self.crops.all_of(picture)
         return [picture.key(mirrored, crop) for crop in crops for mirrored in self.mirrorings]
 
@@ -89,7 +88,7 @@ class LatentEncoder:
             file = _CacheFile(self.cache)
             try:
                 damaged |= self._fill_bucket(bucket, missing[bucket], file)
-            finally:  # also where it is interrupted: what is encoded is kept
+            finally:  # after an interruption too, so that encoded latents are kept
                 file.close()
         return damaged
 
@@ -139,7 +138,7 @@ class LatentEncoder:
 
 
 class _CacheFile:
-    """Rows gathered until they are worth a file."""
+    """Rows collected until there are enough for a file."""
 
     def __init__(self, cache: Cache):
         self.cache = cache

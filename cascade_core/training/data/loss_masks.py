@@ -1,4 +1,4 @@
-"""Masks beside pictures, which say where a picture counts in the loss; read once, at the latents' size, and cached."""
+"""Masks beside pictures, which mark where a picture counts in the loss; read once, at the latents' size, and cached."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,8 @@ from .threads import map_in_threads
 class LossMasks:
     """Fills a cache with masks.  uint8 (h, w) each, white where the picture counts
 
-    unmasked: the weight of what masks leave out; where it is 0, a mask that is black all over leaves its picture out.
+    unmasked: the weight of positions outside of masks; where it is 0, a picture with an entirely black mask is left
+    out.
     """
 
     def __init__(self, cache: Cache, crops: Crops, unmasked: float):

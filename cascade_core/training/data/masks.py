@@ -1,21 +1,21 @@
-"""Masks that an inpainting ControlNet is trained with: anywhere, or around what stands out in the picture."""
+"""Random masks for training an inpainting ControlNet: anywhere, or around a salient object of the picture."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GRID = 48  # cells a side, on which things are looked for
-AROUND_THINGS = 0.5  # the share of masks that surround a thing, where there is one
-MARGIN = 0.1  # at most, to each side of a thing, of the picture's side
-SMALLEST, LARGEST = 0.002, 0.5  # of a thing, of the picture's area
+GRID = 48  # cells a side, on which objects are searched for
+AROUND_THINGS = 0.5  # the share of masks that surround an object, if there is one
+MARGIN = 0.1  # largest distance to an object, as a share of the picture's side
+SMALLEST, LARGEST = 0.002, 0.5  # sizes of an object, as shares of the picture's area
 
 
 def training_masks(images: Tensor, generator: torch.Generator) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> (B, H, W) in {0, 1}, on the images' device: half of each kind.
 
-    Of masks that lie anywhere alone, a ControlNet learns that a hole may show a part of something larger. Painted
-    into a hole that something is to fill, things then reach out of it and are cut off. The published training masks
-    what a saliency network finds.
+    From masks at random places alone, a ControlNet learns that a hole may show a part of something larger. Objects
+    painted into a hole would then reach beyond it and be cut off. The published training masks the objects that a
+    saliency network finds.
     """
     anywhere = random_masks(len(images), images.shape[-2:], generator, images.device)
     around, has_thing = masks_around_things(images, generator)
@@ -50,10 +50,10 @@ def random_masks(
 
 
 def masks_around_things(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A box around one thing of each picture, with room at each side: (B, H, W) in {0, 1}, and where one is, bool (B,).
+    """A box around an object of each picture, with a margin: (B, H, W) in {0, 1}, and whether there is one, bool (B,).
 
-    What stands out differs from the picture's usual colour by over twice the mean difference (frequency-tuned
-    saliency, Achanta et al. 2009, with the median for the mean); a thing is what of it hangs together.
+    Salient cells differ from the picture's median colour by over twice the mean difference (frequency-tuned saliency,
+    Achanta et al. 2009, with the median in place of the mean); an object is a connected group of such cells.
     """
     batch, _, height, width = images.shape
     device = images.device
@@ -76,7 +76,7 @@ def masks_around_things(images: Tensor, generator: torch.Generator) -> tuple[Ten
 
 
 def _within(taken: Tensor, length: int, before: Tensor, after: Tensor) -> Tensor:
-    """Which of a side's pixels lie between the first and the last taken cell (B, GRID), with room: bool (B, length)."""
+    """Mask of a side's pixels from the first to the last taken cell (B, GRID), with a margin: bool (B, length)."""
     cell = torch.arange(GRID, device=taken.device)
     first = torch.where(taken > 0, cell, GRID).amin(1, keepdim=True) / GRID
     last = (torch.where(taken > 0, cell, -1).amax(1, keepdim=True) + 1) / GRID

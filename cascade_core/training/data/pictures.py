@@ -1,4 +1,4 @@
-"""Pictures as bytes in files -> pixels of a bucket: upright, cropped to its centre, RGB."""
+"""Reads pictures from files: RGB, upright, cropped to their centre, at a bucket's size."""
 
 import math
 import re
@@ -19,12 +19,12 @@ from ...reading import open_regular
 from .buckets import Bucket
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
-NOT_READ = (  # pictures that are left out with a word, where other files are not of interest
+NOT_READ = (  # unsupported kinds of pictures, which are reported; other files are ignored
     ".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif", ".hif", ".ico", ".jfif", ".jp2",
     ".jpe", ".jxl", ".kra", ".nef", ".orf", ".pbm", ".pgm", ".ppm", ".psb", ".psd", ".qoi", ".raf", ".raw", ".rw2",
     ".svg", ".tga", ".xcf",
 )  # fmt: skip
-# 0001.prompt0, without its ending, prompts for 0001.
+# 0001.prompt0.png is an image prompt of 0001.png.
 IMAGE_PROMPT = re.compile(r"(.*)\.prompt(\d{1,4})", re.DOTALL)
 MASKS = (".mask", "-masklabel")  # 0001.mask.png is the mask of 0001.png; the second as OneTrainer has it
 ORIENTATION = 0x0112  # EXIF tag
@@ -39,14 +39,14 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 LYING = (5, 6, 7, 8)  # stored with width and height exchanged
-SAME_ASPECT = 0.03  # as a logarithm: what rounding to pixels makes of a mask's proportions
+SAME_ASPECT = 0.03  # in logarithms: tolerance for a mask whose sides were rounded to pixels
 
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
     """A picture's bytes within a file."""
 
-    name: str  # for people: its path within the folder, or the tar's and its own
+    name: str  # for messages: its path within the folder, or the tar's path and its own
     path: Path  # the file that holds it
     offset: int  # bytes
     length: int
@@ -54,7 +54,7 @@ class PictureFile:
 
     @property
     def identity(self) -> str:
-        """A text that changes where the picture may have changed."""
+        """A text that changes whenever the picture may have changed."""
         return f"{self.path}\n{self.offset}\n{self.length}\n{self.stamp}"
 
     def read(self, at_most: int | None = None) -> bytes:
@@ -71,25 +71,25 @@ class PictureFile:
 
 @dataclass(frozen=True, slots=True)
 class TrainingPicture(PictureFile):
-    """A picture to train on, and what prompts for it."""
+    """A picture to train on, with its captions, image prompts and mask."""
 
     captions: tuple[str, ...]  # at least one
     image_prompts: tuple[PictureFile, ...] = ()
-    set: int = -1  # which of data.sets it is of
-    mask: PictureFile | None = None  # itself, where its transparency is its mask
+    set: int = -1  # index of its set in data.sets; -1: none
+    mask: PictureFile | None = None  # the picture itself if its transparency is the mask
 
 
 class Companions(NamedTuple):
-    """What lies beside a set's pictures."""
+    """The files beside a set's pictures: where to find masks and captions."""
 
     masks: str = "none"  # or beside, alpha
     mask_folder: Path | None = None
-    caption: str | None = None  # of pictures that have none
-    caption_suffix: str | None = None  # of the only caption files that are read
+    caption: str | None = None  # for pictures without one
+    caption_suffix: str | None = None  # the only kind of caption files to read
 
     @property
     def own(self) -> tuple[str, ...]:
-        """The caption of a picture that has none, if there is one."""
+        """The captions of a picture without captions of its own: one or none."""
         return () if self.caption is None else (self.caption,)
 
 
@@ -97,13 +97,13 @@ NONE_BESIDE = Companions()
 
 
 def mask_of(stem: str) -> str | None:
-    """The picture, without its ending, whose mask a file of this name without ending may be."""
+    """The name of the picture whose mask this file would be by its name, both without extension; else None."""
     return next((stem[: -len(mark)] for mark in MASKS if stem.endswith(mark)), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A picture that is left out, and why."""
+    """A picture that is left out, and the reason."""
 
     name: str
     reason: str
@@ -131,11 +131,11 @@ def picture_size(data: bytes) -> tuple[int, int]:
 
 
 class Crop(NamedTuple):
-    """Which part of the bucket's aspect ratio is shown: where, as shares of the room that there is, and how small."""
+    """A part of a picture in the bucket's aspect ratio: its position, as shares of the free room, and its size."""
 
     x: float = 0.5
     y: float = 0.5
-    zoom: float = 1.0  # the largest part that there is has so many times its sides
+    zoom: float = 1.0  # how many times longer the sides of the largest possible part are
 
 
 CENTRE = Crop()
@@ -149,12 +149,13 @@ def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int], crop: Crop 
     """
     with open_picture(data) as picture:
         if isinstance(picture, TiffImageFile):
-            picture.load()  # which turns it upright, and then its tag is gone
+            picture.load()  # turns it upright and removes its tag
         orientation = _orientation(picture)
         shape, (height, width) = bucket, size
         if orientation in LYING:
             shape, (height, width) = Bucket(bucket.width, bucket.height), (width, height)
-        # JPEG can be decoded at half or less the size in a fraction of the time; twice what is needed is kept.
+        # A JPEG can be decoded at half the size or less in a fraction of the time; keeps at least twice the needed
+        # size.
         picture.draft(None, (math.ceil(2 * width * crop.zoom), math.ceil(2 * height * crop.zoom)))
         box = _box(picture.size, shape, _as_stored(crop, orientation))
         resized = _as_rgb(picture).resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
@@ -166,10 +167,10 @@ def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int], crop: Crop 
 def read_mask(
     data: bytes, bucket: Bucket, size: tuple[int, int], crop: Crop, transparency: bool, aspect: float
 ) -> Tensor:
-    """The same part of a mask: uint8 `size`, white where the picture counts, the mean of what lies in each cell.
+    """The same part of a mask: uint8 of `size`, white where the picture counts; a cell is the mean of its pixels.
 
-    transparency: the picture's own, white where it is opaque. aspect: width / height of the picture, which the mask
-    must have. Raises PictureError.
+    transparency: use the picture's own transparency, white where opaque. aspect: width / height of the picture, which
+    the mask must share. Raises PictureError.
     """
     with open_picture(data) as picture:
         if isinstance(picture, TiffImageFile):
@@ -196,7 +197,7 @@ def read_whole(data: bytes, side: int) -> Tensor:
     """All of a picture, upright: uint8 (3, H, W). side: a JPEG is decoded at no less than twice this."""
     with open_picture(data) as picture:
         if isinstance(picture, TiffImageFile):
-            picture.load()  # which turns it upright, and then its tag is gone
+            picture.load()  # turns it upright and removes its tag
         orientation = _orientation(picture)
         picture.draft(None, (2 * side, 2 * side))
         whole = _as_rgb(picture)
@@ -215,7 +216,7 @@ def _box(size: tuple[int, int], shape: Bucket, crop: Crop) -> tuple[float, float
 
 
 def _as_stored(crop: Crop, orientation: int) -> Crop:
-    """A crop of the upright picture, as of the pixels that are stored."""
+    """A crop of the upright picture, converted to the pixels as stored."""
     x, y, zoom = crop
     stored = {
         2: (1 - x, y), 3: (1 - x, 1 - y), 4: (x, 1 - y), 5: (y, x), 6: (y, 1 - x), 7: (1 - y, 1 - x), 8: (1 - y, x),
@@ -224,14 +225,14 @@ def _as_stored(crop: Crop, orientation: int) -> Crop:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none. A PNG's would be sought by decoding all of it."""
+    """The EXIF orientation, 1 where there is none. Not read from PNG, which Pillow would have to decode."""
     if picture.format == "PNG" and "exif" not in picture.info:
         return 1
     return picture.getexif().get(ORIENTATION, 1)
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    """8-bit RGB; 16-bit greyscale scaled, which Pillow would clip, and what is transparent laid on white."""
+    """8-bit RGB, on white where transparent; 16-bit greyscale is scaled, where Pillow would clip it."""
     picture = as_8_bit(picture)
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")

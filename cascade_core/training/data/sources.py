@@ -14,7 +14,7 @@ from .pictures import NONE_BESIDE, PICTURES, Companions, Skipped, TrainingPictur
 from .tars import expand, tar_pictures
 
 LEFT_OUT = "left_out.txt"  # in a run's folder
-TOLD = 5  # reasons for which pictures are left out, in a sentence
+TOLD = 5  # reasons named in a sentence about pictures that are left out
 
 
 def find_all(
@@ -33,7 +33,7 @@ def find_all(
 
 
 def companions_of(settings: DataSettings, own: DataSetSettings | None = None) -> Companions:
-    """What lies beside the pictures of a set, or of the data's own folder and tars. Raises CascadeError."""
+    """The companions of a set's pictures, or of those in the data's own folder and tars. Raises CascadeError."""
     given = own or settings
     folder = Path(given.mask_folder) if given.mask_folder else None
     return Companions(
@@ -52,8 +52,8 @@ def find_pictures(
 ) -> tuple[list[TrainingPicture], list[Skipped]]:
     """List every picture with a caption: in the folder and its subfolders by name, then in the tars in their order.
 
-    tars: paths or patterns such as `data/*.tar`; access: what may be read, and whether to stop; companions: what lies
-    beside them. Raises CascadeError where nothing can be trained on.
+    tars: paths or patterns such as `data/*.tar`; access: limits on reading, and the request to stop; companions: the
+    files beside pictures. Raises CascadeError where no picture can be trained on.
     """
     access = access or Access()
     listing: list[TrainingPicture | Skipped] = []
@@ -69,7 +69,7 @@ def find_pictures(
 
 
 def reasons(skipped: Sequence[Skipped]) -> str:
-    """Why pictures are left out, the most frequent reason first, each with the first picture of which it is true."""
+    """Why pictures are left out: the most frequent reason first, each with its first picture."""
     counts = Counter(each.reason for each in skipped)
     first = {each.reason: each.name for each in reversed(skipped)}
     told = [

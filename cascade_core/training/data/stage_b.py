@@ -1,4 +1,4 @@
-"""What Stage B is trained on: Stage A's latents, and the compressor's of the same pictures at several sizes, cached."""
+"""Stage B's training data: Stage A's latents, and the compressor's of the same pictures at several sizes, cached."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,15 +40,15 @@ def stage_a_form(channels: int) -> LatentForm:
 
 
 def compressor_form(scale: float) -> LatentForm:
-    """Of the compressor, as it reads a picture whose sides are so large a share of its bucket's."""
+    """The compressor's form for a picture resized to this share of its bucket's sides."""
     pixels, positions = partial(_compressor_pixels, scale), partial(_compressor_positions, scale)
     return LatentForm("compressor", LATENT_CHANNELS["stage_c"], pixels, positions)
 
 
 class StageBData:
-    """Stage A's latents of pictures, and the compressor's at a size that is drawn for each batch.
+    """Stage A's latents of pictures, and the compressor's latents at a size drawn for each batch.
 
-    stage_a, compress: what encodes, each with the digest of its network; channels: of Stage A's latent
+    stage_a, compress: the encoding functions, each with the digest of its network; channels: of Stage A's latent
     """
 
     def __init__(

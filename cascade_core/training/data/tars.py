@@ -1,6 +1,6 @@
 """Webdataset tars, read in place: members of one basename belong together (`0001.jpg`, `0001.txt`).
 
-Nothing is extracted: the archive's headers say where each picture's bytes lie, and these are read when they are needed.
+Nothing is extracted: the archive's headers give the position of each picture's bytes, which are read when needed.
 """
 
 import fnmatch
@@ -39,7 +39,7 @@ MAX_HEADER = 65_536  # bytes of a member's own headers: a long name, times and o
 def expand(patterns: Iterable[str], access: Access | None = None) -> list[Path]:
     """The files of patterns: `data/*.tar`, or webdataset's `data/{0000..0012}.tar`.
 
-    Raises CascadeError where there is none, or where they are more than MAX_TARS.
+    Raises CascadeError for no files, or for more than MAX_TARS.
     """
     access = access or Access()
     paths: list[Path] = []
@@ -58,7 +58,7 @@ def expand(patterns: Iterable[str], access: Access | None = None) -> list[Path]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """A pattern's {0000..0012} expanded, the first slowest; they are counted before."""
+    """Expands a pattern's {0000..0012}, the first one varying slowest; the results are counted beforehand."""
     pieces = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)  # text, first, last, text, first, last, …, text
     choices, count = [], 1
     for first, last in zip(pieces[1::3], pieces[2::3], strict=True):
@@ -82,7 +82,7 @@ def _too_many(pattern: str) -> CascadeError:
 
 
 def _matches(pattern: str, access: Access) -> list[Path]:
-    """The files that a pattern of *, ? and [] matches, sorted; as `glob.glob`, but counted, and it can be stopped."""
+    """The sorted files that match a pattern of *, ? and []: `glob.glob` with a count and the possibility to stop."""
     path = Path(pattern)
     places = [path.anchor]
     for part in path.parts[bool(path.anchor) :]:
@@ -104,12 +104,12 @@ def _names(folder: str, access: Access) -> Iterator[str]:
             for entry in entries:
                 access.count(folder)
                 yield entry.name
-    except OSError:  # not a folder, or none that may be looked into: nothing in it matches
+    except OSError:  # not a folder, or an unreadable one: no matches
         return
 
 
 class Member(NamedTuple):
-    """Where a plain file's bytes lie in a tar."""
+    """Position of a plain file's bytes in a tar."""
 
     offset: int
     size: int
@@ -164,11 +164,11 @@ def tar_pictures(path: Path, access: Access, companions: Companions = NONE_BESID
         yield Skipped(path.name, f"the tar is damaged: {cut}")
 
 
-_MANY_DIGITS = re.compile(rb"\d{100}")  # which tarfile searches for hours before Python 3.12.6
+_MANY_DIGITS = re.compile(rb"\d{100}")  # tarfile before Python 3.12.6 would parse these for hours
 
 
 class _Headers:
-    """A tar's file as tarfile reads it: headers of MAX_HEADER bytes at most, and no place beyond its end."""
+    """A tar's file object for tarfile, which refuses headers above MAX_HEADER bytes and positions beyond the end."""
 
     def __init__(self, file: BinaryIO, size: int, access: Access):
         self.file, self.size, self.access = file, size, access
@@ -190,16 +190,16 @@ class _Headers:
 
 
 def _members(file: _Headers, path: Path) -> tuple[dict[str, dict[str, Member]], str]:
-    """Plain files by basename and suffix, and what is wrong with the archive's end, if anything is.
+    """Plain files by basename and suffix, and the fault of a damaged end of the archive, or "".
 
-    Links, devices and sparse files are passed over: what a name or a link points to is never opened.
+    Links, devices and sparse files are skipped: the target of a link is never opened.
     """
     groups: dict[str, dict[str, Member]] = {}
     cut, last = "", -1
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:  # pyright: ignore[reportArgumentType, reportCallIssue]
             while (member := archive.next()) is not None:
-                archive.members.clear()  # which nothing asks for, and which grows with the tar
+                archive.members.clear()  # unused, and grows with the tar
                 file.access.count(path)
                 if member.offset <= last or member.size < 0 or member.offset_data + member.size > file.size:
                     cut = f"it ends within {printable(member.name)}"
@@ -209,12 +209,12 @@ def _members(file: _Headers, path: Path) -> tuple[dict[str, dict[str, Member]], 
                     continue
                 name = PurePosixPath(member.name).name
                 stem, dot, suffix = name.partition(".")
-                if stem:  # else hidden
+                if stem:  # without a stem it is a hidden file
                     key = member.name[: len(member.name) - len(dot + suffix)]
                     groups.setdefault(key, {})[dot + suffix.lower()] = Member(member.offset_data, member.size)
     except (CascadeError, Interrupted, OSError):
         raise
-    except Exception as error:  # tarfile lets through whatever it meets in a damaged file
+    except Exception as error:  # tarfile lets any exception through from a damaged file
         if not groups:
             raise CascadeError(
                 f"{printable(str(path))} is not a tar that can be read in place ({error}); a compressed one must be "
@@ -225,7 +225,7 @@ def _members(file: _Headers, path: Path) -> tuple[dict[str, dict[str, Member]], 
 
 
 def _image_prompts(members: Mapping[str, Member]) -> list[str]:
-    """Members of one basename that prompt for its picture (`.prompt0.png`), in the order of their numbers."""
+    """Members of one basename that are image prompts (`.prompt0.png`), in the order of their numbers."""
     prompts = []
     for suffix in members:
         stem, dot, ending = suffix.rpartition(".")
@@ -236,7 +236,7 @@ def _image_prompts(members: Mapping[str, Member]) -> list[str]:
 
 
 def _mask(members: Mapping[str, Member], picture: str, companions: Companions) -> str | None:
-    """Which of one basename's members is the picture's mask: itself for its transparency, or `.mask.png`."""
+    """The member of one basename that is the picture's mask: itself, for its transparency, or `.mask.png`."""
     if companions.masks == "alpha":
         return picture
     masks = (suffix for suffix in members if suffix.startswith(".mask.") and suffix[5:] in PICTURES)

@@ -1,4 +1,4 @@
-"""Captions' states, each distinct caption encoded once; afterwards the text encoder can be released."""
+"""Cache of captions' text states: each distinct caption is encoded once, then the text encoder can be released."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from .cache import Cache, fingerprint, key_of
 from .exchange import exchange
 
 ENCODED_AT_ONCE = 256  # captions, and in a file of the cache
-CHUNKS_AT_ONCE = 4096  # of longer ones: a gigabyte and a half
+CHUNKS_AT_ONCE = 4096  # in one batch of longer captions: 1.5 GB
 
 
 class TextCache:
-    """states(captions) as TextEncoder.encode gives them, from memory or, with a folder, from mapped files.
+    """Cache of TextEncoder.encode for captions, in memory or, with a folder, in mapped files.
 
     Kept in half precision, which holds a value to 11 bits; bfloat16, in which training multiplies, has 8.
     """
@@ -31,12 +31,12 @@ class TextCache:
             mark = key_of(fingerprint(encoder.model), encoder.tokenizer.backend.to_str()).hex()
             self.cache = Cache(Path(folder).expanduser() / "text", mark)
         self.config = encoder.model.config
-        self.fill([""])  # what shorter captions are followed by
+        self.fill([""])  # padding of shorter captions
 
     def fill_together(
         self, captions: Sequence[str], processes: Processes, ask: Callable[[], None] = lambda: None
     ) -> None:
-        """`fill` by several processes, each of which encodes its share and gets the others'."""
+        """`fill` by several processes, each of which encodes its share and receives the others'."""
         distinct = list(dict.fromkeys(captions))
         rank, ranks = processes.process_index, processes.num_processes
         processes.on_each(lambda: self.fill(distinct[rank::ranks], ask=ask))
@@ -50,9 +50,9 @@ class TextCache:
         report: Callable[[int, int], None] | None = None,
         ask: Callable[[], None] = lambda: None,
     ) -> None:
-        """Encode captions that are not cached yet; report: called with how many are encoded and how many there are.
+        """Encode captions that are not cached yet; report: called with the number encoded so far and in total.
 
-        ask: called before each few of them; raises Interrupted where the run should end.
+        ask: called before each group of captions; raises Interrupted to end the run.
         """
         missing = [text for text in dict.fromkeys(captions) if text not in self]
         if missing and self.encoder is None:
@@ -75,13 +75,13 @@ class TextCache:
             or len(states) % CHUNK_LENGTH
             or not len(states)
         ):
-            return False  # the last three: damaged
+            return False  # the last three: a damaged file
         width, projected = self.config.hidden_size, self.config.projection_dim
         return states.shape[1:] == (width,) and pooled.shape == (projected,) and states.dtype == torch.float16
 
     def _encode(self, captions: Sequence[str], ask: Callable[[], None]) -> None:
         assert self.encoder is not None
-        by_length: dict[int, list[str]] = {}  # of one number of chunks, so that none is padded
+        by_length: dict[int, list[str]] = {}  # by number of chunks, so that none is padded
         for text in captions:
             by_length.setdefault(len(self.encoder.tokenizer.chunks(text)), []).append(text)
         for chunks, all_texts in by_length.items():

@@ -23,8 +23,8 @@ def map_in_threads(
 ) -> Iterator[tuple[T, R | PictureError]]:
     """Yield each item with work(item), in order; a damaged picture's error stands in place of its result.
 
-    ahead: how many items are submitted before the first result is taken. ask: called at each item and every
-    ASKED_EVERY seconds; what it raises ends the work.
+    ahead: number of items submitted before the first result is taken. ask: called at each item and every ASKED_EVERY
+    seconds; what it raises ends the work.
     """
     pool = thread_pool()
     pending: deque[tuple[T, Future[R]]] = deque()
@@ -36,7 +36,7 @@ def map_in_threads(
         while pending:
             yield _result(*pending.popleft(), ask)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # not even for what has begun
+        pool.shutdown(wait=False, cancel_futures=True)  # without waiting even for running items
 
 
 def _result(item: T, future: Future[R], ask: Callable[[], None]) -> tuple[T, R | PictureError]:

@@ -15,8 +15,8 @@ from .whole import Settings
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = ("lora", "controlnet", "finetune", "tokens")  # each is of the task of its name
-FORMER_NAMES = {  # of keys, by section: still read
+SECTIONS = ("lora", "controlnet", "finetune", "tokens")  # each belongs to the task of its name
+FORMER_NAMES = {  # former names of keys, by section; still read
     "train": {"clip_norm": "max_grad_norm"},
     "objective": {
         "largest_weight": "max_loss_weight",
@@ -26,7 +26,7 @@ FORMER_NAMES = {  # of keys, by section: still read
 }
 
 
-FORMER_VALUES = {  # of keys, by section: what were weights for an error in x0, without saying so
+FORMER_VALUES = {  # former values of keys, by section: weights of an error in x0, unmarked
     "objective": {
         "weighting": {
             name: f"x0_{name}"
@@ -39,7 +39,7 @@ FORMER_VALUES = {  # of keys, by section: what were weights for an error in x0, 
 def read_settings(path: Path, task: TaskName, preset: str | None = None) -> Settings:
     """Read the settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it.
 
-    It is the user's own: any optimiser may be named in it. preset: in place of the file's own.
+    The file is the user's own, so it may name any optimiser. preset: replaces the file's own.
     """
     values = read_yaml(path)
     if preset is not None:
@@ -52,9 +52,9 @@ def settings_of(
 ) -> Settings:
     """Build settings from a file's values. where: the file's name, for messages.
 
-    any_optimizer: whether the values may name a class that is imported and called with arguments; never for values
-    that another than the user can give, such as a client of a server.
-    Keys under their former names are read; one line of warning is logged for all of them.
+    any_optimizer: whether the values may name a class to import and call with arguments; never for values from
+    anybody but the user, such as a client of a server. Keys under their former names are read; one line of warning is
+    logged for all of them.
     """
     try:
         values, renamed = with_current_names(values)
@@ -93,7 +93,7 @@ def _check_no_class(train: TrainSettings) -> None:
 
 
 def settings_from_json(text: str) -> Settings | None:
-    """Read what `Settings.as_json` gave, also under former names; None where it is something else."""
+    """Read the result of `Settings.as_json`, also under former names; None for anything else."""
     try:
         values, _ = with_current_names(json.loads(text))
         return build(Settings, values)
@@ -102,7 +102,7 @@ def settings_from_json(text: str) -> Settings | None:
 
 
 def with_current_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(values by the keys' current names, a phrase for each key and each value that was renamed).
+    """(values under current names, a phrase for each renamed key and value).
 
     Raises CascadeError where a key stands under both names.
     """

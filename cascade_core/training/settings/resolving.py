@@ -1,4 +1,4 @@
-"""Settings with absolute paths, and with the networks that are found for what they do not name."""
+"""Resolves settings: makes paths absolute, and fills in networks that they do not name."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], P
     """Make paths absolute: files and folders relative to `folder`, networks by find_model(role, name)."""
 
     def at(path: str) -> str:
-        # os.path raises neither for an unknown ~user nor for links in a circle; whoever opens the file says so
+        # os.path does not raise for an unknown ~user or circular links; opening the file does
         return os.path.realpath(folder / os.path.expanduser(path))
 
     def at_given(path: str | None) -> str | None:

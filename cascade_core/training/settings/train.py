@@ -11,7 +11,7 @@ from ..typed_yaml import unknown_name
 OptimizerName = Literal[
     "adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"
 ]
-DIVISIBLE = ("adamw", "adamw8bit", "paged_adamw8bit", "lion")  # treat each number, or a few, by themselves
+DIVISIBLE = ("adamw", "adamw8bit", "paged_adamw8bit", "lion")  # treat values one by one, or in small blocks
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A whole settings file, and what its sections are to each other."""
+"""A whole settings file, and checks across its sections."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ class Settings:
             )
 
     def _check_consistency(self) -> None:
-        """Raise CascadeError for what distillation does not have."""
+        """Raise CascadeError for settings that distillation does not support."""
         if self.validation.every:
             raise CascadeError(
                 "validation measures the error in the noise, which objective.kind consistency does not train; leave it "
@@ -126,7 +126,7 @@ class Settings:
 
     @property
     def network(self) -> Network:
-        """What is trained, or what a ControlNet or tokens are trained for."""
+        """The network that is trained, or that a ControlNet or tokens are trained for."""
         sections = {"lora": self.lora, "finetune": self.finetune}
         return sections[self.task].network if self.task in sections else "stage_c"
 
@@ -143,13 +143,13 @@ class Settings:
 
     @property
     def deciding_models(self) -> tuple[str, ...]:
-        """The keys of `models` whose files decide the result; others make samples alone."""
+        """The keys of `models` whose files decide the result; the others only make samples."""
         if self.network == "stage_b":
             return ("stage_b", "stage_a", "text_encoder", "compressor")
         return ("stage_c", "text_encoder", "compressor", "image_encoder")
 
     def rate_factors(self) -> set[str]:
-        """The shares of the learning rate that parts of what is trained have."""
+        """The factors of the learning rate that different parts are trained with."""
         if self.task == "finetune":
             return {"1", *({f"{self.finetune.text_learning_rate:g}"} if self.text_with_stage_c else ())}
         if self.task != "lora":

@@ -1,1 +1,1 @@
-"""What is trained: LoRAs, ControlNets, Stage C itself, learned tokens."""
+"""Training tasks: LoRAs, ControlNets, whole networks, learned tokens."""

@@ -1,4 +1,4 @@
-"""What a layer's trained change is made of: LoRA, LoHa and LoKr, each with the factors of its files."""
+"""Algorithms of a layer's trained change: LoRA, LoHa and LoKr, each with the factors that its files hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Values = Sequence[Tensor]  # of a layer's factors, in the order of their shapes
 
 
 class Dropout(NamedTuple):
-    """Shares that are left out while training: of hidden values, of ranks or rows, of whole layers' changes."""
+    """Dropout rates in training: of hidden values, of ranks or rows, of whole layers' changes."""
 
     hidden: float = 0.0
     rank: float = 0.0
@@ -25,12 +25,12 @@ class Dropout(NamedTuple):
 
 
 class Algorithm:
-    """ΔW (rows, columns) of a layer out of `factors`. scaled: the one that alpha / rank multiplies."""
+    """Computes ΔW (rows, columns) of a layer from `factors`. scaled: the factor that is multiplied by alpha / rank."""
 
     scaled = "up"
 
     def shapes(self, rows: int, columns: int, rank: int) -> Shapes:
-        """The factors by name, those of which one is zero at the beginning last."""
+        """The factors' shapes by name; factors that start at zero come last."""
         raise NotImplementedError
 
     def is_scaled(self, shapes: Shapes) -> bool:
@@ -67,7 +67,7 @@ class LoRA(Algorithm):
         hidden = F.linear(x, down)
         if dropout.hidden:
             hidden = F.dropout(hidden, dropout.hidden)
-        if dropout.rank:  # other ranks for each picture
+        if dropout.rank:  # drawn for each picture separately
             hidden = hidden * _mask((len(hidden), *[1] * (hidden.ndim - 2), len(down)), dropout.rank, hidden)
         return F.linear(hidden, up)
 
@@ -106,7 +106,7 @@ class LoHa(Algorithm):
 class LoKr(Algorithm):
     """left ⊗ right (Edalati et al. 2022, arXiv 2212.10650); right is low-rank where that is smaller.
 
-    factor: left has at most so many rows and columns; None: about the root of the layer's
+    factor: largest number of rows and columns of `left`; None: about the square root of the layer's
     """
 
     scaled = "left"
@@ -148,7 +148,7 @@ def algorithm_of(name: str, factor: int | None) -> Algorithm:
 
 
 def _as_linear(shape: tuple[int, int], generator: torch.Generator | None) -> Tensor:
-    """torch's own initial values of a linear layer."""
+    """torch's default initial values of a linear layer."""
     return torch.empty(shape).uniform_(-1 / sqrt(shape[1]), 1 / sqrt(shape[1]), generator=generator)
 
 

@@ -1,4 +1,4 @@
-"""What the training loop asks of a task: parameters, batches on the accelerator, a loss."""
+"""Interface between the training loop and a task: parameters, batches on the accelerator, a loss."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from ..processes import Processes
 from ..sharding import Shards
 
-State = Mapping[str, Tensor]  # of the trained module, or of its average
+State = Mapping[str, Tensor]  # values of the trained module, or their average
 
 
 class Inputs(Protocol):
     """A batch on the accelerator."""
 
     def tensors(self) -> Iterable[Tensor]:
-        """Everything that lies there."""
+        """All tensors of the batch on the accelerator."""
         ...
 
 
@@ -24,9 +24,9 @@ class Task:
     """Something to train.
 
     trained           the module whose parameters the optimiser changes, in float32
-    device            where it lies
-    scale_loss        whether gradients come from fp16, in which small ones vanish unless the loss is scaled
-    shards            the network's division among the processes, by which `trained` is this process's rows, or None
+    device            the device of that module
+    scale_loss        whether gradients are computed in fp16, where small ones vanish unless the loss is scaled
+    shards            the network's division among processes, where `trained` holds this process's rows; else None
     average_buffers   whether the average of the weights averages buffers too (batch norms' statistics), or copies them
     """
 
@@ -41,11 +41,11 @@ class Task:
         return [{"params": [p for p in self.trained.parameters() if p.requires_grad]}]
 
     def divide(self, processes: Processes) -> None:
-        """Divide the network among the processes (train.fsdp), before anything else is done with its parameters."""
+        """Divide the network among the processes (train.fsdp); called before any other use of its parameters."""
         raise NotImplementedError
 
     def prepare(self, batch: Any, generator: torch.Generator) -> Inputs:
-        """Bring a batch to the accelerator; runs in a thread of its own, ahead of the step."""
+        """Copy a batch to the accelerator; runs in a separate thread, ahead of the step."""
         raise NotImplementedError
 
     def loss(self, inputs: Any) -> dict[str, Tensor]:

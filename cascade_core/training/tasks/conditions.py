@@ -9,7 +9,7 @@ from torch import Tensor
 from ..data.text_cache import TextCache
 
 MAX_BYTES_ON_ACCELERATOR = 6_000_000_000  # bytes of text states that are kept on the accelerator
-AT_ONCE = 1024  # captions, on their way there
+AT_ONCE = 1024  # captions copied there in one piece
 
 
 class Conditions(NamedTuple):
@@ -35,7 +35,7 @@ class Conditions(NamedTuple):
 
 
 class CachedText:
-    """The states of `captions` by their ids, which are their indices; all on the accelerator where they fit."""
+    """The states of `captions` by id, the index of a caption; all are kept on the accelerator if they fit."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class CachedText:
         for start in range(0, count, AT_ONCE):
             part = self.cache.states(self.captions[start : start + AT_ONCE])
             if part.states.shape[1] != states.shape[1]:
-                # A long caption: the short ones need no padding to it.
+                # With a long caption, all others would be padded to its length.
                 return None
             for rows, values in zip(table, part, strict=True):
                 rows[start : start + len(values)] = values
@@ -78,6 +78,6 @@ class CachedText:
         return states.to(self.device), pooled.to(self.device)
 
     def of(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States and pooled states of texts that were cached besides."""
+        """States and pooled states of texts, which must be among those that were cached."""
         states, pooled = self.cache.states(texts)
         return states.to(self.device), pooled.to(self.device)

@@ -26,14 +26,14 @@ from .base import State
 from .conditions import CachedText, Conditions
 from .stage_c import StageCInputs, StageCTask
 
-MAX_WEIGHTS = 4_000_000_000  # as many as the largest Stage C has
+MAX_WEIGHTS = 4_000_000_000  # about as many as the largest Stage C has
 CONDITIONS = len(Conditions._fields)
 
 
 class ControlNetTask(StageCTask):
     """The ControlNet in float32, its products in `dtype`; Stage C frozen, wholly in `dtype`.
 
-    Batch norms keep the statistics that they came with, as published, unless the backbone starts at random.
+    Batch norms keep their loaded statistics, as published, unless the backbone starts from random weights.
     """
 
     with_images = True
@@ -49,7 +49,7 @@ class ControlNetTask(StageCTask):
         compressor: SemanticCompressor | None = None,
         find_faces: FindFaces | None = None,
     ):
-        """compressor: on its device, where the backbone or the hint needs it."""
+        """compressor: on its device; given if the backbone or the hint needs it."""
         super().__init__(stage_c, text, objective, dtype)
         self.make_hint = hint_maker(settings)
         self.tools = Tools(compressor if settings.hint == "super_resolution" else None, find_faces)
@@ -73,7 +73,7 @@ class ControlNetTask(StageCTask):
 
     def use_cuda_graphs(self) -> None:
         config: Any = self.trained.config
-        if not (self.trained.training and config.drop_path):  # it would drop the same blocks each time
+        if not (self.trained.training and config.drop_path):  # a graph would drop the same blocks each time
             self.controlled = GraphedFunction(self.controlled)
 
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ class ControlNetTask(StageCTask):
 
     @contextmanager
     def using(self, state: State) -> Iterator[Callable[..., Tensor]]:
-        """Inside the block: Stage C with the ControlNet, called with a `hint` besides its own arguments."""
+        """Context with Stage C and the ControlNet, called with a `hint` besides Stage C's own arguments."""
 
         def predict(x: Tensor, r: Tensor, hint: Tensor, **conditions: Tensor) -> Tensor:
             return self.stage_c(x, r, **conditions, control=functional_call(self.trained, dict(state), hint))
@@ -132,7 +132,7 @@ def _half(value: Tensor) -> Tensor:
 def build_controlnet(
     settings: ControlNetSettings, stage_c: StageC, compressor: SemanticCompressor | None
 ) -> ControlNet:
-    """Build a ControlNet by the settings, of Stage C's width, whose output is zero; or load the one of a file."""
+    """Build a ControlNet for Stage C by the settings, with an output of zero; or load the one to go on from."""
     if settings.start not in ("compressor", "random"):
         network, _, _ = load_model(settings.start, expect="controlnet", dtype=torch.float32)
         assert isinstance(network, ControlNet)
@@ -157,7 +157,7 @@ def build_controlnet(
 
 
 def check_controlnet(settings: ControlNetSettings, stage_c: StageC, compressor: SemanticCompressor) -> None:
-    """Raise CascadeError where the settings make no ControlNet of this Stage C; no weights are made or read."""
+    """Raise CascadeError unless the settings describe a ControlNet for this Stage C; no weights are made or read."""
     if settings.start not in ("compressor", "random"):
         network, _, _ = load_model(settings.start, expect="controlnet", read_ahead=False)
         _check_width(network, stage_c, settings.start)
@@ -167,7 +167,7 @@ def check_controlnet(settings: ControlNetSettings, stage_c: StageC, compressor: 
             network = build_controlnet(settings, stage_c, compressor)
     except CascadeError as error:
         raise CascadeError(f"controlnet.config: {error}") from None
-    except Exception as error:  # values of the wrong kinds fail in many ways
+    except Exception as error:  # wrong types fail in many ways
         raise CascadeError(
             f"controlnet.config: no ControlNet can be built of it ({printable(' '.join(str(error)[:200].split()))}); "
             "leave it out for the published one."
@@ -181,7 +181,7 @@ def check_controlnet(settings: ControlNetSettings, stage_c: StageC, compressor: 
 
 
 def published_blocks(stage_c: StageC) -> list[int]:
-    """The published choice of 8 of 64 residual blocks, for any number: the first and the last quarter, spread."""
+    """The published choice of 8 of 64 residual blocks, for any number: spread over the first and last quarter."""
     down, up = stage_c.config.blocks
     count = sum(down) + sum(up)
     if count <= len(PUBLISHED_BLOCKS[8]):
@@ -190,9 +190,10 @@ def published_blocks(stage_c: StageC) -> list[int]:
 
 
 def copy_backbone(network: ControlNet, compressor: SemanticCompressor) -> None:
-    """Copy the compressor's weights where shapes agree; its first layer's, over the colours' sum, for other channels.
+    """Copy the compressor's weights. For a hint of other channels, the first layer's weights are summed over the
+    colours.
 
-    Raises CascadeError where the config makes another network of it.
+    Raises CascadeError where the config describes a backbone of other sizes.
     """
     target, source = network.backbone.state_dict(), compressor.backbone.state_dict()
     first = "0.0.weight"  # (C, c_in, 3, 3)
@@ -204,14 +205,14 @@ def copy_backbone(network: ControlNet, compressor: SemanticCompressor) -> None:
             f"controlnet.config makes a backbone of other sizes than the compressor's ({', '.join(differing[:3])}); "
             "leave stem, stages and c_last out, or begin with `start: random`."
         )
-    if target[first].is_meta:  # the sizes alone were asked for
+    if target[first].is_meta:  # only the sizes are checked
         return
     channels = target[first].shape[1]
     if channels != 3:
         weight = torch.zeros_like(target[first])
         weight[:, : min(channels, 3)] = source[first][:, : min(channels, 3)]
         if channels == 1:
-            weight = source[first].sum(1, keepdim=True).to(weight)  # grey is all three colours alike
+            weight = source[first].sum(1, keepdim=True).to(weight)  # a grey picture has three equal colours
         source = {**source, first: weight}
     network.backbone.load_state_dict(source)
 

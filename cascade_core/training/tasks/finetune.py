@@ -34,14 +34,14 @@ from .names import check_patterns
 from .stage_c import StageCInputs, StageCTask
 from .trainable_text import TrainableText
 
-TEXT = "text."  # before the text encoder's parameters in a state, beside Stage C's
+TEXT = "text."  # prefix of the text encoder's parameters in a state that has Stage C's too
 
 
 class FinetuneTask(StageCTask):
     """Networks whose trained parameters are in float32, the others and all products in `dtype`.
 
     stage_names   the parameters of the stage that are trained
-    text_names    those of the text encoder
+    text_names    those of the text encoder that are trained
     """
 
     trained: "_ParameterSubset"
@@ -57,11 +57,11 @@ class FinetuneTask(StageCTask):
         encoder: TextEncoder | None = None,
         captions: Sequence[str] = (),
     ):
-        """encoder: the text encoder on its device, where it is trained; captions: the data's, by id."""
+        """encoder: the text encoder on its device, if it is trained; captions: the data's, by id."""
         super().__init__(network, text, objective, dtype, stage_b)
         self.settings, self.encoder = settings, encoder
         self.stage_names, self.text_names = set[str](), set[str]()
-        self.frozen: Callable[..., Tensor] = network  # where the text encoder alone is trained
+        self.frozen: Callable[..., Tensor] = network  # used if only the text encoder is trained
         if settings.network != "text_encoder":
             self.stage_names = select_parameters(network, settings.modules, settings.depth)
             for name, parameter in network.named_parameters():
@@ -90,7 +90,7 @@ class FinetuneTask(StageCTask):
         self.trained = _ParameterSubset({name: p for name, p in divided if name in self.stage_names})
 
     def _parts(self) -> Iterator[tuple[nn.Module, set[str], str]]:
-        """Networks of which something is trained: which parameters, and what stands before their names in a state."""
+        """The networks with trained parameters: (network, their names, the prefix of these names in a state)."""
         if self.stage_names:
             yield self.network, self.stage_names, ""
         if self.encoder is not None:
@@ -136,7 +136,7 @@ class FinetuneTask(StageCTask):
         return f"{' and '.join(words)}, in {s.dtype}"
 
     def _autocast(self) -> torch.autocast:
-        # Of a network that is divided, the weights in 16 bits would be kept though the gathered ones are let go.
+        # For a divided network, autocast would keep copies in 16 bits of weights that are freed after use.
         enabled, cache = self.dtype != torch.float32, self.shards is None
         return torch.autocast(self.device.type, self.dtype, enabled=enabled, cache_enabled=cache)
 
@@ -159,7 +159,7 @@ class FinetuneTask(StageCTask):
 
     @contextmanager
     def _text_as(self, state: State) -> Iterator[None]:
-        """The text encoder with a state's values inside the block."""
+        """Context in which the text encoder has a state's values."""
         chosen = self.trained.chosen
         names = [name for name in state if name not in self.stage_names]
         before = {name: chosen[name].data for name in names}
@@ -210,7 +210,7 @@ class FinetuneTask(StageCTask):
     def _write_stage(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
         """Write a stage under its published names, one tensor at a time.
 
-        All processes of a network that is divided call it; the main one writes.
+        For a divided network, all processes call it; the main one writes.
         """
         dtype, shards = PRECISIONS[self.settings.dtype], self.shards
         own = shards.parameters if shards is not None else self.network.state_dict()
@@ -234,7 +234,7 @@ class FinetuneTask(StageCTask):
 
 
 def fused_value(name: str, value: Callable[[str], Tensor]) -> Tensor:
-    """A tensor of `fuse_attention`, made of those alone that it holds."""
+    """A tensor of `fuse_attention`'s result, made from only those tensors that it joins."""
     parts = parts_of_fused(name)
     return torch.cat([value(part) for part in parts]) if len(parts) > 1 else value(name)
 
@@ -242,9 +242,9 @@ def fused_value(name: str, value: Callable[[str], Tensor]) -> Tensor:
 def select_parameters(
     network: nn.Module, patterns: Sequence[str], depth: Sequence[float] = (0.0, 1.0)
 ) -> set[str]:
-    """The names of the parameters that lie in modules of these names, all of them for `all`, and at these depths.
+    """The names of the parameters in modules that match a pattern (`all`: in any module) and lie at these depths.
 
-    depth: bounds of the blocks, as shares of a forward pass; outside of (0, 1) nothing but blocks is chosen.
+    depth: bounds of the blocks, as shares of a forward pass; unless they are (0, 1), only blocks are chosen.
     """
     names = [name for name, _ in network.named_parameters()]
     check_patterns(patterns, "finetune.modules")
@@ -269,7 +269,7 @@ def select_parameters(
 
 
 def _at_depth(network: Any, depth: Sequence[float]) -> set[str]:
-    """The parameters of the blocks that begin within these shares of a forward pass."""
+    """The parameters of the blocks that begin between these two shares of a forward pass."""
     blocks = [block for blocks, _ in network.levels() for block in blocks]
     first, last = (round(bound * len(blocks)) for bound in depth)
     inside = {id(parameter) for block in blocks[first:last] for parameter in block.parameters()}

@@ -1,6 +1,6 @@
 """A LoRA of Stage C, Stage B or the text encoder, or of Stage C with the text encoder and new tokens.
 
-It is trained by the data, or distilled for few steps.
+It is trained on the data, or distilled for sampling in few steps.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,9 +36,9 @@ from .trainable_text import TrainableText
 
 
 class LoRATask(StageCTask):
-    """Low-rank changes in float32 of a frozen Stage C or B in `dtype`, of a text encoder in float32, or of both.
+    """Low-rank changes, in float32, of a frozen Stage C or B in `dtype`, of a text encoder in float32, or of both.
 
-    changes: of the stage; None where the text encoder is trained alone
+    changes: of the stage; None if only the text encoder is trained
     """
 
     changes: LowRankChanges | None = None
@@ -56,7 +56,7 @@ class LoRATask(StageCTask):
         tokens: Sequence[TokenSettings] = (),
         stage_b: StageBData | None = None,
     ):
-        """encoder: the text encoder on its device, where it or tokens are trained; captions: the data's, by id."""
+        """encoder: the text encoder on its device, if it or tokens are trained; captions: the data's, by id."""
         super().__init__(network, text, objective, dtype, stage_b)
         self.settings = settings
         generator = torch.Generator().manual_seed(seed)
@@ -81,7 +81,7 @@ class LoRATask(StageCTask):
                 self.trainable_text = self.learned.trainable_text(encoder, captions)
         if settings.start is not None:
             begin_as(read_start(settings.start, network), self.changes, self.text_changes)
-        # Raises CascadeError now rather than after the run, where the dialect cannot hold the LoRA.
+        # Raises CascadeError for a dialect that cannot hold the LoRA, now rather than after the run.
         to_dialect(self.adapter(self.trained.state_dict(), "the LoRA"), settings.dialect, self._numbered)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ class LoRATask(StageCTask):
 
     @property
     def draws(self) -> bool:
-        """Whether something is drawn at random within the network."""
+        """Whether the network draws random numbers (dropout)."""
         return self.changes is not None and any(self.changes.dropout)
 
     @property
@@ -126,7 +126,7 @@ class LoRATask(StageCTask):
             return self.network(x, r, *conditions)
 
     def _predict(self, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
-        """The noise by the network with its changes, or, where the text encoder alone has some, as it is."""
+        """The noise predicted by the network, with its changes unless only the text encoder has some."""
         x = x.to(self.dtype)
         if self.changes is None:
             return self.teacher(x, r, *conditions)
@@ -182,7 +182,7 @@ class LoRATask(StageCTask):
         write_adapter(path, adapter, adapter.dialect, self._numbered, metadata=metadata)
 
     def adapter(self, state: State, name: str) -> Adapter:
-        """All that was trained, as in a file of that name."""
+        """The trained changes and tokens as an adapter of that name."""
         text, learned, dtype = self.text_changes, self.learned, PRECISIONS[self.settings.dtype]
         changes = self.changes
         stages: dict[str, Any] = {}
@@ -224,7 +224,7 @@ def check_lora(
 
 
 def with_text(settings: LoRASettings) -> bool:
-    """Whether the text encoder gets changes, alone or beside Stage C."""
+    """Whether the text encoder is changed, alone or beside Stage C."""
     return settings.text_encoder or settings.network == "text_encoder"
 
 
@@ -233,7 +233,7 @@ def read_start(path: str, network: StageC | StageB) -> Adapter:
 
 
 def _for_text(settings: LoRASettings) -> LoRASettings:
-    """The text encoder's settings: patterns of Stage C's names are not for it."""
+    """The text encoder's settings, without patterns of Stage C's names."""
     if settings.network == "text_encoder":
         return settings
     targets = tuple(_text_targets(settings.targets))
@@ -245,7 +245,7 @@ def _general(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def begin_as(adapter: Adapter, changes: LowRankChanges | None, text: LowRankChanges | None) -> None:
-    """Take a file's changes over. Raises CascadeError for what would be lost."""
+    """Start from a file's changes. Raises CascadeError for changes that would be lost."""
     if adapter.tokens or (adapter.text and text is None):
         part = "learned tokens" if adapter.tokens else "changes of the text encoder"
         raise CascadeError(
@@ -269,12 +269,12 @@ def begin_as(adapter: Adapter, changes: LowRankChanges | None, text: LowRankChan
 
 
 def _text_targets(targets: Sequence[str]) -> Sequence[str]:
-    """The text encoder's targets: all layers, where patterns of Stage C's names are given."""
+    """The text encoder's targets: all layers, if patterns of Stage C's names are given."""
     return targets if set(targets) <= {"all", "attention"} else ("all",)
 
 
 def _same_length(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Text states (B, T, C) of fewer chunks are followed by those of the empty caption, which `short` here is.
+    """Repeats the states (B, T, C) of the shorter one, the empty caption, up to the chunks of the longer.
 
     So are the zeros of no image, where there are several.
     """

@@ -1,8 +1,8 @@
 """Low-rank changes (LoRA, Hu et al. 2021, arXiv 2106.09685) of a frozen network, while they are trained.
 
-The network's weights stay as they are: a layer's output gets up(down(x)) added, or what LoHa, LoKr and DoRA make of it.
+The network's weights do not change: up(down(x)), or the change by LoHa, LoKr or DoRA, is added to a layer's output.
 All factors of a network lie in one float32 vector, or one for each learning rate, so that a step casts them once, and
-the optimiser, the average and several accelerators deal with one tensor instead of thousands.
+the optimiser, the average and the exchange between accelerators handle one tensor instead of thousands.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,14 +34,14 @@ def is_target(layer: nn.Module) -> bool:
 
 
 def matrix_size(layer: Any) -> tuple[int, int]:
-    """Rows and columns of a layer's weight, in whatever form it is held."""
+    """Rows and columns of a layer's weight, quantised or not."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     return layer.out_channels, layer.in_channels
 
 
 def select_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
-    """The layers to change, by name: all, attention (Stage C's and CLIP's), or patterns as `up_blocks.*.to_q`.
+    """The layers to change, by name: all, attention (Stage C's and CLIP's), or patterns such as `up_blocks.*.to_q`.
 
     A pattern matches a layer's whole name, or its end after a dot. Raises CascadeError for one that matches nothing.
     """
@@ -93,14 +93,14 @@ class LayerPlan(NamedTuple):
         rate_of = by_pattern(network, layers, settings.rates, "lora.rates")
         ranks = [rank_of.get(name, settings.rank) for name in layers]
         alphas: list[float | None] = [settings.alpha] * len(ranks)
-        if settings.rslora:  # alpha / sqrt(rank), said as an alpha over the rank
+        if settings.rslora:  # alpha / sqrt(rank), expressed as another alpha / rank
             alphas = [(settings.alpha or rank) * sqrt(rank) for rank in ranks]
         scales = [1.0 if alpha is None else alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
         return cls(ranks, alphas, scales, [float(rate_of.get(name, 1.0)) for name in layers])
 
 
 def check_rank(layers: Mapping[str, nn.Module], ranks: int | Iterable[int]) -> None:
-    """Raise CascadeError for a rank that no layer can have: it adds nothing but memory."""
+    """Raise CascadeError for a rank above that of every layer, which would only cost memory."""
     largest = max(min(matrix_size(layer)) for layer in layers.values())
     for rank in [ranks] if isinstance(ranks, int) else set(ranks):
         if rank > largest:
@@ -113,7 +113,7 @@ def check_rank(layers: Mapping[str, nn.Module], ranks: int | Iterable[int]) -> N
 def changes_without_values(
     network: nn.Module, layers: Mapping[str, nn.Module], settings: LoRASettings
 ) -> dict[str, AddedChange]:
-    """Changes as `as_adapter` gives them, on the meta device: what a file would hold, before anything is trained."""
+    """Changes as by `as_adapter`, on the meta device: the contents of the later file, before training."""
     with torch.device("meta"):
         changes = LowRankChanges.of(network, layers, settings, hooked=False)
         return changes.as_adapter(changes.values())
@@ -124,7 +124,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 class Slot(NamedTuple):
-    """A factor of a layer, in its place in the vectors."""
+    """Position of a layer's factor in the vectors."""
 
     layer: int
     name: str
@@ -157,10 +157,10 @@ class LowRankChanges(nn.Module):
         plan: LayerPlan | None = None,
         hooked: bool = True,
     ):
-        """settings, plan: what differs from a LoRA of that rank and alpha on every layer."""
+        """settings, plan: differences from a LoRA of that rank and alpha on every layer."""
         super().__init__()
         count, settings = len(layers), settings or LoRASettings()
-        self.layers: dict[str, Any] = dict(layers)  # a plain dict: they are another network's
+        self.layers: dict[str, Any] = dict(layers)  # a plain dict: the modules are another network's
         scale = 1.0 if alpha is None else alpha / rank
         self.plan = plan or LayerPlan([rank] * count, [alpha] * count, [scale] * count, [1.0] * count)
         self.dtype = dtype
@@ -185,7 +185,7 @@ class LowRankChanges(nn.Module):
             part = torch.cat([values[i].flatten() for i in order if slots[i].rate == rate])
             self.register_parameter(name, nn.Parameter(part))
         self.rates = rates
-        # Neighbours of one scale are scaled and cast at once
+        # Neighbours with the same scale are scaled and cast together
         self._runs = [(scale, list(run)) for scale, run in groupby(self.slots, lambda slot: slot.scale)]
         self._hooks = [layer.register_forward_hook(_add_change) for layer in self.layers.values() if hooked]
         self._set(None)
@@ -200,7 +200,7 @@ class LowRankChanges(nn.Module):
         generator: torch.Generator | None = None,
         hooked: bool = True,
     ) -> "LowRankChanges":
-        """Changes of some of a network's layers as the settings have them."""
+        """Changes of some of a network's layers, by the settings."""
         plan = LayerPlan.of(network, layers, settings)
         check_rank(layers, plan.ranks)
         return cls(layers, settings.rank, settings.alpha, dtype, generator, settings, plan, hooked)
@@ -217,12 +217,12 @@ class LowRankChanges(nn.Module):
         return _row_norms(weight).to(torch.get_default_device())
 
     def groups(self, share: float = 1.0) -> list[dict[str, Any]]:
-        """The optimiser's groups. share: of the learning rate, that all of them have."""
+        """The optimiser's groups. share: of the learning rate, common to all groups."""
         pairs = zip(self.names, self.rates, strict=True)
         return [{"params": [self.get_parameter(name)], "share": rate * share} for name, rate in pairs]
 
     def values(self, state: Mapping[str, Tensor] | None = None, prefix: str = "") -> Tensor:
-        """All factors as one vector: those that are trained, or those of a state under the prefix."""
+        """All factors as one vector: the trained ones, or those of a state under the prefix."""
         parts = [
             self.get_parameter(name) if state is None else state[f"{prefix}{name}"] for name in self.names
         ]
@@ -252,7 +252,7 @@ class LowRankChanges(nn.Module):
             yield
 
     def current(self):
-        """A context with the changes as they are now, for what is recomputed in the backward pass."""
+        """A context with the present changes, for recomputation in the backward pass."""
         return self._with(self._current)
 
     @contextmanager
@@ -267,18 +267,18 @@ class LowRankChanges(nn.Module):
     def _set(self, factors: Sequence[tuple[Tensor, ...] | None] | None) -> None:
         self._current = factors
         for layer, values in zip(self.layers.values(), factors or [None] * len(self.layers), strict=True):
-            # nn.Module's own way takes ten times as long
+            # nn.Module.__setattr__ takes ten times as long
             layer.__dict__["low_rank"] = None if values is None else (self, values)
 
     def remove(self) -> None:
-        """Leave the network as it was before."""
+        """Restore the network's own forwards."""
         for hook in self._hooks:
             hook.remove()
         for layer in self.layers.values():
             layer.__dict__.pop("low_rank", None)
 
     def as_adapter(self, vector: Tensor) -> dict[str, AddedChange]:
-        """The changes by layer, for a file, in the dtype of the vector; a LoRA's of convolutions have their shape."""
+        """The changes by layer, for a file, in the dtype of the vector; for convolutions, a LoRA's are kernels."""
         plain = vector.detach()
         plain = plain if plain.is_meta else plain.cpu()
         values: list[dict[str, Tensor]] = [{} for _ in self.layers]
@@ -294,9 +294,9 @@ class LowRankChanges(nn.Module):
 
     @torch.no_grad()
     def begin_as(self, changes: Mapping[str, AddedChange], file: str) -> None:
-        """Take a file's changes over, to go on from. Those of a lower rank keep further ranks as they began.
+        """Start from a file's changes. For changes of a lower rank, the further ranks keep their initial values.
 
-        Raises CascadeError for what this does not hold.
+        Raises CascadeError for changes that these factors cannot hold.
         """
         unknown = sorted(changes.keys() - self.layers.keys())
         if unknown:

@@ -9,9 +9,9 @@ MOST_PATTERNS, LONGEST_PATTERN = 200, 200  # each is compared with thousands of 
 
 
 def check_patterns(patterns: Collection[str], key: str) -> None:
-    """Raise CascadeError for more patterns, or longer ones, than are compared with a network's names.
+    """Raise CascadeError for too many or too long patterns to compare with a network's names.
 
-    fnmatch itself takes no more than pattern times name: its stars do not go back.
+    fnmatch itself takes at most the time of pattern length × name length, since its stars do not backtrack.
     """
     if len(patterns) > MOST_PATTERNS:
         raise CascadeError(f"{key} has {len(patterns):,} patterns; give at most {MOST_PATTERNS}.")

@@ -1,6 +1,6 @@
-"""What the four tasks share: a Stage C or B that predicts noise, with its conditions.
+"""Common base of the four tasks: a Stage C or B that predicts noise, with its conditions.
 
-Stage C's are text, image prompts and hints; Stage B's the pooled text and the compressor's latent.
+Stage C's conditions are text, image prompts and hints; Stage B's are the pooled text and the compressor's latent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .trainable_text import TrainableText
 class StageCInputs:
     """A batch on the accelerator. latents: (B, 16, h, w) float32; hint: (B, C, H, W); image_prompts: (B, n, E)
 
-    Of Stage B: latents (B, 4, h, w), Stage A's; effnet (B, 16, h', w'), the compressor's.
+    For Stage B: latents (B, 4, h, w) of Stage A; effnet (B, 16, h', w'), the compressor's.
     """
 
     latents: Tensor
@@ -54,8 +54,8 @@ class StageCTask(Task):
 
     network          Stage C or B, on its device
     text             the captions' cached states
-    trainable_text   computes them in each step instead, for a text encoder or tokens that are trained
-    dtype            what Stage C computes in
+    trainable_text   computes these states in each step instead, if the text encoder or tokens are trained
+    dtype            precision of Stage C's computation
     """
 
     with_images = False
@@ -69,7 +69,7 @@ class StageCTask(Task):
         dtype: torch.dtype,
         stage_b: StageBData | None = None,
     ):
-        """stage_b: what Stage B is trained on."""
+        """stage_b: Stage B's training data."""
         self.network, self.text, self.objective, self.dtype = network, text, objective, dtype
         self.stage_b = stage_b
         self.scale_loss = dtype == torch.float16
@@ -92,7 +92,7 @@ class StageCTask(Task):
             return inputs
         latents, effnet = self.stage_b(batch.cache_keys, generator)
         masks = inputs.masks
-        if masks is not None:  # of Stage C's positions
+        if masks is not None:  # at Stage C's positions
             masks = F.interpolate(masks[:, None], latents.shape[-2:])[:, 0]
         latents, effnet = latents.to(self.device), effnet.to(self.device)
         return replace(inputs, latents=latents, effnet=effnet, masks=masks)
@@ -121,18 +121,18 @@ class StageCTask(Task):
 
     @property
     def described(self) -> str:
-        """What the file that it writes holds, in words."""
+        """The contents of the file that it writes, in words."""
         raise NotImplementedError
 
     def use_cuda_graphs(self) -> None:
-        """Replay the networks' passes from CUDA graphs from now on, where they are the same in each step."""
+        """Replay the networks' passes from CUDA graphs from now on, if they are the same in each step."""
 
     def using(self, state: State) -> AbstractContextManager[Callable[..., Tensor]]:
-        """Inside the block: the network with this state, for samples."""
+        """Context with the network in this state, for samples."""
         raise NotImplementedError
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the file that the run is for."""
+        """Write the run's result."""
         raise NotImplementedError
 
     def prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class LearnedTokens(nn.Module):
         return tuple(LearnedToken(name, part) for name, part in zip(self.counts, parts, strict=True))
 
     def table(self) -> TokenTable:
-        """The vectors that stand for the names in the text encoder, as they are now."""
+        """The learned tokens with their present vectors, for the text encoder."""
         vectors = self.vectors if self._override is None else self._override
         return TokenTable(self.tokens(vectors), self.first, self.width)
 
@@ -57,7 +57,7 @@ class LearnedTokens(nn.Module):
             self._override = None
 
     def group(self, share: float = 1.0) -> dict[str, Any]:
-        # weight decay would draw the vectors to zero, where no word lies
+        # weight decay would pull the vectors to zero, far from all words
         return {"params": [self.vectors], "share": share, "weight_decay": 0.0}
 
 
@@ -107,7 +107,7 @@ class TokensTask(StageCTask):
 
 
 def check_names(tokens: Sequence[TokenSettings], captions: Sequence[str]) -> None:
-    """Raise CascadeError for a token that no caption has, and for two of one name."""
+    """Raise CascadeError for a token that no caption contains, and for two tokens with the same name."""
     names = [name_in_prompt(token.name) for token in tokens]
     for i, name in enumerate(names):
         if name.lower() in (before.lower() for before in names[:i]):
@@ -120,7 +120,7 @@ def check_names(tokens: Sequence[TokenSettings], captions: Sequence[str]) -> Non
 
 
 def first_vectors(encoder: TextEncoder, token: TokenSettings) -> Tensor:
-    """(vectors, C) that a token begins as: those of the file that it goes on from, or `initial_vectors`."""
+    """Initial values (vectors, C) of a token: those of the file that it goes on from, or `initial_vectors`."""
     if token.start is None:
         return initial_vectors(encoder, token)
     learned = read_adapter(token.start).tokens

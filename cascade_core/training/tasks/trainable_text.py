@@ -1,4 +1,4 @@
-"""Captions through a text encoder that is being trained, or that learned tokens go through: with gradients."""
+"""Encodes captions with gradients, for training the text encoder or learned tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,10 +12,11 @@ Names = Mapping[str, Sequence[int]]
 
 
 class TrainableText:
-    """Captions by their ids, tokenised once, in chunks as `TextEncoder.encode` has them; prompt weights do not count.
+    """Encodes captions by id; they are tokenised once, into the chunks of `TextEncoder.encode`, and prompt weights
+    are ignored.
 
     encoder    on its device
-    names      of learned tokens, as captions have them, with the ids of their vectors
+    names      of learned tokens in captions, with the ids of their vectors
     table      returns the learned tokens' present vectors
     """
 

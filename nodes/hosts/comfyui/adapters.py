@@ -20,14 +20,14 @@ from ....cascade_core.networks.inference import infer_config
 from .model import HostedNetwork
 from .tokens import with_learned, with_words
 
-NETWORK, TEXT = "diffusion_model.", "clip_g.transformer."  # before the layers' names
+NETWORK, TEXT = "diffusion_model.", "clip_g.transformer."  # prefixes of the layers' names
 EMBEDDING = f"{TEXT}text_model.embeddings.token_embedding.weight"
 
 
 class ChangeAdapter(comfy.weight_adapter.WeightAdapterBase):
-    """Any change of ours but plain LoRA. weights: (its class, the values of its fields)
+    """Any change of ours other than a plain LoRA. weights: (its class, the values of its fields)
 
-    So DoRA has the row norms of W + ΔW, as in the paper and in PEFT; the host's own takes those of W.
+    So DoRA uses the row norms of W + ΔW, as in the paper and in PEFT; the host's own DoRA uses those of W.
     """
 
     name = "cascade_change"
@@ -128,6 +128,6 @@ def weight_adapter(change: Change) -> Any:
 
 
 def unpatched(value: Any, key: str) -> Tensor:
-    """Weight as loaded, without the patches on it."""
+    """A weight as loaded, without patches."""
     weight, _ = value.patcher.get_key_patches(key.removesuffix(".weight"))[key][0]
     return weight

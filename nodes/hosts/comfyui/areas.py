@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false
 """Areas of prompts, in positions of a stage's latent.
 
-ComfyUI counts an area as if every latent had 8 pixels for a position: Stage C's has 42.67, or what its node was told,
+ComfyUI counts areas as if every latent had 8 pixels per position. Stage C's latent has 42.67, or its node's setting,
 and Stage B's has 4.
 """
 
@@ -18,21 +18,21 @@ from .conditions import LastingPrior
 
 UNIT = 8  # pixels of ComfyUI's numbers
 KEY = "cascade_areas"
-# In the host's transformer_options: pixels for a position of Stage C's latent, where the run knows.
+# In the host's transformer_options: pixels per position of Stage C's latent, if the run knows them.
 COMPRESSION = "cascade_compression"
 
 
 class Positions(tuple):
-    """(height, width, top, left) of an area in positions of the latent: what has become of one."""
+    """(height, width, top, left) of an area, converted to positions of the latent."""
 
 
 def count_in_pixels(patcher: Any) -> None:
-    """Makes samplers of the host read areas in pixels on this MODEL."""
+    """Makes the host's samplers read areas in pixels for this MODEL."""
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare)
 
 
 def with_pixel_areas(patcher: Any, compression: float) -> Any:
-    """The MODEL, ours or the host's own, for a run whose Stage C latent has so many pixels for a position."""
+    """The MODEL, ours or the host's own, for a run whose Stage C latent has `compression` pixels per position."""
     patched = patcher.clone()
     count_in_pixels(patched)
     patched.model_options["transformer_options"][COMPRESSION] = compression
@@ -40,7 +40,7 @@ def with_pixel_areas(patcher: Any, compression: float) -> Any:
 
 
 def part_the_prior(patcher: Any) -> None:
-    """Makes the host's own Stage B show an area its part of Stage C's latent, as ours does, not all of it squeezed."""
+    """Makes the host's own Stage B give an area only its part of Stage C's latent, as ours does."""
     patcher.add_object_patch("extra_conds", partial(_native_conditions, patcher.model))
 
 
@@ -52,7 +52,7 @@ def _native_conditions(model: Any, **prompt: Any) -> dict[str, Any]:
 
 
 def wraps_the_network(options: dict[str, Any]) -> bool:
-    """Whether wrappers are called within a step, where they may change what the network is given."""
+    """Whether there are wrappers called within a step, which may change the network's arguments."""
     return bool(set(options.get("wrappers") or {}) - {WrappersMP.PREPARE_SAMPLING, WrappersMP.OUTER_SAMPLE})
 
 
@@ -70,7 +70,7 @@ def _prepare(
 
 
 class Grid:
-    """The positions of a stage's latent.  sides: (height, width); compression: pixels for a position of Stage C's"""
+    """The positions of a stage's latent.  sides: (height, width); compression: pixels per position of Stage C's"""
 
     def __init__(self, base: Any, sides: tuple[int, ...], compression: float):
         self.sides = sides
@@ -78,7 +78,7 @@ class Grid:
         if isinstance(base, comfy.model_base.StableCascade_B):
             network = base.diffusion_model
             self.pixels, self.patch = STAGE_B_COMPRESSION, network.embedding[0].downscale_factor
-            # Less would vanish at its innermost level.
+            # A smaller side would vanish at the network's innermost level.
             self.min_side = self.patch * 2 ** (len(network.down_blocks) - 1)
 
     def placed(self, cond: dict[str, Any], device: Any) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Grid:
             if len(area) != 4:
                 return cond
             cond = {**cond, "area": self._of_pixels(area)}
-        resolved = [cond]  # shares of the sides, and bounds of masks, by the host
+        resolved = [cond]  # the host resolves shares of the sides, and bounds of masks
         comfy.samplers.resolve_areas_and_cond_masks_multidim(resolved, self.sides, device)
         return {**resolved[0], "area": self._within(resolved[0]["area"]), "set_area_to_bounds": False}
 
@@ -105,7 +105,7 @@ class Grid:
         return (*(stop - start for start, stop in zip(starts, stops, strict=True)), *starts)
 
     def _within(self, area: Sequence[int]) -> Positions:
-        """The same on whole patches, within the latent, and no smaller than the network takes."""
+        """The area moved to whole patches, within the latent, and enlarged to the network's smallest side."""
         sizes, starts = [], []
         for size, start, side in zip(area[:2], area[2:], self.sides, strict=True):
             stop = min(-(-(start + max(size, 1)) // self.patch) * self.patch, side)

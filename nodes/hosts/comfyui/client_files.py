@@ -1,9 +1,9 @@
 # pyright: reportMissingImports=false
-"""What clients of the server may read and write by training: they may be strangers to its owner.
+"""Files that clients of the server, who may be strangers to its owner, can read and write by training.
 
 Pictures come from ComfyUI's input folder and from folders that the owner lists in `cascade_nodes.yaml`, in ComfyUI's
-user folder. Runs are kept beside it, in a folder that no route of ComfyUI serves: names with two underscores are no
-user's.
+user folder. Runs are kept beside it, in a folder that no route of ComfyUI serves, because names of two underscores
+never belong to a user.
 """
 
 import json
@@ -21,20 +21,20 @@ from ....cascade_core.errors import CascadeError, quoted
 OWN_FOLDER = "__cascade_nodes"
 SETTINGS = "cascade_nodes.yaml"
 KEY = "picture_folders"
-LONGEST_PATH = 4096  # of Linux; others have less
+LONGEST_PATH = 4096  # of Linux; other systems allow less
 
 
 @dataclass(frozen=True)
 class OwnerSettings:
-    """The owner's file."""
+    """Settings in the owner's file."""
 
     picture_folders: tuple[str, ...] = ()
 
 
 def data_path(name: str) -> Path:
-    """Path of a file or folder of training data. Raises CascadeError, whatever is there, for one outside.
+    """Path of a file or folder of training data. Raises CascadeError for one outside of the folders, existing or not.
 
-    A path is compared as it is written first: what lies outside is not even looked at.
+    A path is first compared as written, so that nothing outside is even looked up.
     """
     root = Path(folder_paths.get_input_directory())
     path = Path(os.path.normpath(root / name))
@@ -48,12 +48,12 @@ def data_path(name: str) -> Path:
 
 
 def data_check() -> Callable[[Path], None]:
-    """Raises CascadeError for the end of a link, among training data, that clients must not read."""
+    """A function that raises CascadeError for a link in training data whose target clients must not read."""
     root, owner_folders = Path(folder_paths.get_input_directory()), cache(_owner_folders)
 
     def check(path: Path) -> None:
         if not (_inside(path, [root]) or _inside(path, owner_folders())):
-            # The message leaves out the path, which is not for clients either.
+            # The message does not show the path, which clients must not see either.
             raise CascadeError(
                 "A link in the training data leads where clients read nothing; put the file itself there."
             )
@@ -62,15 +62,15 @@ def data_check() -> Callable[[Path], None]:
 
 
 def _inside(path: Path, folders: list[Path]) -> bool:
-    """Whether a path leads into one of the folders, by how it is written and by where its links lead."""
-    if len(str(path)) > LONGEST_PATH:  # each of its parts would be looked at
+    """Whether a path lies in one of the folders, both as written and with its links resolved."""
+    if len(str(path)) > LONGEST_PATH:  # every part of it would be looked up
         return False
     try:
         real = {folder: Path(os.path.realpath(folder)) for folder in folders}
         return any(map(path.is_relative_to, [*real, *real.values()])) and any(
             map(Path(os.path.realpath(path)).is_relative_to, real.values())
         )
-    except ValueError:  # NUL or half a character
+    except ValueError:  # NUL or a lone surrogate
         return False
 
 
@@ -80,7 +80,7 @@ def training_folder() -> Path:
 
 
 def former_training_folder() -> Path:
-    """Where earlier versions kept a run by its task and name alone."""
+    """Folder in which earlier versions kept runs by task and name."""
     return Path(folder_paths.get_output_directory()) / "training"
 
 
@@ -97,6 +97,6 @@ def _owner_folders() -> list[Path]:
     try:
         settings = build(OwnerSettings, read_yaml(path))
     except CascadeError as error:
-        logging.warning("Stable Cascade: %s", error)  # what stands in the file is not for clients
+        logging.warning("Stable Cascade: %s", error)  # clients must not see the file's contents
         raise CascadeError(f"{path} cannot be used; the server's log says why.") from None
     return [Path(os.path.normpath(path.parent / folder)) for folder in settings.picture_folders]

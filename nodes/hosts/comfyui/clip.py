@@ -30,7 +30,7 @@ from .weights import remember_file
 
 
 class TextModel(comfy.clip_model.CLIPTextModel):
-    """Host's text transformer with a vocabulary and a projection of any size.  config: of the file it is built for"""
+    """Host's text transformer with a vocabulary and a projection of any size.  config: of its file"""
 
     config: dict[str, Any]
 
@@ -45,7 +45,7 @@ class TextModel(comfy.clip_model.CLIPTextModel):
 
 
 def set_norm_eps(network: nn.Module, config: dict[str, Any]) -> None:
-    """The stated epsilon, where the host's classes have torch's own."""
+    """Sets the config's epsilon; the host's classes use torch's default."""
     for module in network.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = config["layer_norm_eps"]
@@ -93,9 +93,9 @@ class BackendAdapter:
 
 
 class SavedTokenizer(comfy.sd1_clip.SDTokenizer):
-    """Host's chunking, with what its save nodes put beside the weights: they ask the tokenizer for more tensors.
+    """Host's chunking, plus tensors that the host's save nodes request from the tokenizer and store beside the weights.
 
-    words: those that the text encoder was taught; none: any. A prompt is told of others in whichever node encodes it.
+    words: those that the text encoder was taught; empty: all. The node that encodes a prompt reports unknown words.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ def _carried(config: dict[str, Any], shapes: Shapes, tokenizer: Tokenizer) -> di
 
 
 def _on_meta(config: dict[str, Any], device: Any) -> TextModel:
-    """The names and shapes of a file's tensors, without transformers' classes, which take a second to import."""
+    """The model without values, built without transformers' classes, which take a second to import."""
     complete = asdict(TextConfig.from_dict(config))
     network = TextModel(complete, None, device, nn)
     network.config = complete
@@ -152,7 +152,7 @@ def load_text_encoder(path: Path) -> comfy.sd.CLIP:
     parameters = sum(tensor.numel() for tensor in weights.values())
     embeddings = folder_paths.get_folder_paths("embeddings")
     if "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters:
-        # Newer versions fill it before it is placed.
+        # Newer versions load the weights before placing the model.
         clip = comfy.sd.CLIP(target, embeddings, parameters=parameters, state_dict=[weights])
     else:
         clip = comfy.sd.CLIP(target, embeddings, parameters=parameters)
@@ -174,7 +174,7 @@ def _has_embedding(name: str) -> bool:
 
 
 def encode_text(clip: Any, prompt: str) -> list:
-    for name in embedding_names(prompt):  # also refuses what ComfyUI's own reading would fail at
+    for name in embedding_names(prompt):  # also refuses names that ComfyUI's own parser would fail at
         if not _has_embedding(name):
             notify(f"{missing(name, ', '.join(folder_paths.get_folder_paths('embeddings')))}; {LEFT_OUT}.")
     return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Conditions and schedule of our models, such that a step of sampling need not wait for the device."""
+"""Conditions and schedule of our models, made so that a sampling step never waits for the device."""
 
 from functools import cache
 from typing import Any
@@ -14,15 +14,16 @@ from ....cascade_core.networks.layers import resize
 
 
 class LastingCond(comfy.conds.CONDRegular):
-    """A condition whose batch is the same tensor at every step, so that the engine knows it without comparing values.
+    """A condition whose batch is the same tensor at every step, so that the engine recognises it without comparing
+    values.
 
-    The host makes its batches anew for each step.
+    The host's own conditions make a new batch for each step.
     """
 
     def __init__(self, cond: Tensor):
         super().__init__(cond)
         self._batches: dict[int, Any] = {}
-        self._joined: tuple[list[Any], Tensor] | None = None  # of these others
+        self._joined: tuple[list[Any], Tensor] | None = None  # (other conditions, the batch joined with them)
 
     def process_cond(self, batch_size: int, **options: Any) -> Any:
         if batch_size not in self._batches:
@@ -36,9 +37,9 @@ class LastingCond(comfy.conds.CONDRegular):
 
 
 class LastingPrior(LastingCond):
-    """Stage C's latent, of which the prompt of an area is given the part that lies there, as a tile is.
+    """Stage C's latent; an area's prompt gets the part inside the area, as a tile does.
 
-    grid: (height, width) of Stage B's latent in patches of so many positions a side
+    grid: (height, width) of Stage B's latent in patches
     """
 
     def __init__(self, cond: Tensor, grid: tuple[int, int], patch_size: int):
@@ -84,7 +85,7 @@ TABLES = ("sigmas", "log_sigmas")
 
 
 class LazySchedule(comfy.model_sampling.StableCascadeSampling, comfy.model_sampling.EPS):
-    """The host's schedule. Its table of sigmas, which takes it half a second, is made where its schedulers read it."""
+    """The host's schedule. Its table of sigmas, which takes half a second, is only made when a scheduler reads it."""
 
     def set_parameters(self, shift: float = 1.0, cosine_s: float = 8e-3) -> None:
         for name in TABLES:
@@ -95,7 +96,7 @@ class LazySchedule(comfy.model_sampling.StableCascadeSampling, comfy.model_sampl
 
     def __getattr__(self, name: str) -> Any:
         if name in TABLES and name not in self._buffers:
-            self._buffers.update(dict.fromkeys(TABLES))  # registering them asks whether they are there
+            self._buffers.update(dict.fromkeys(TABLES))  # registering a buffer checks whether the name exists
             super().set_parameters(self.shift, self.cosine_s.item())
         return super().__getattr__(name)
 
@@ -107,9 +108,9 @@ def new_schedule(model_config: Any) -> Any:
 
 
 def keep_on_device(schedule: Any) -> None:
-    """Makes a Stable Cascade schedule of the host's keep its constants on each device where it is asked for times.
+    """Makes a Stable Cascade schedule of the host keep its constants on each device where it computes times.
 
-    It copies them there twice a step otherwise, and each copy waits for all that the device has to do.
+    Otherwise it copies them there twice a step, and each copy waits for all work queued on the device.
     """
     schedule.__class__ = _kept(type(schedule))
 

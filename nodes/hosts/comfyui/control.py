@@ -47,7 +47,7 @@ class CascadeControl(comfy.controlnet.ControlBase):
         self.patcher = patcher
         self.blocks = 0  # residual blocks of the MODEL that is being sampled
         self.residuals: controlnets.Residuals | None = None
-        self.size: tuple[int, int] | None = None  # of the latent that the residuals are for
+        self.size: tuple[int, int] | None = None  # of the latent that the residuals belong to
 
     @property
     def control(self) -> HostedControl:

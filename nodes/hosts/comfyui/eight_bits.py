@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false
-"""8-bit weights of a MODEL: patched and merged by their originals, saved with their scales.
+"""8-bit weights of a MODEL: patched and merged in their original precision, saved with their scales.
 
-ComfyUI knows a weight as one tensor of a name. That of an 8-bit layer is half of it, the other half its scales: so
-what ComfyUI would do to the one, this does to both.
+To ComfyUI a weight is one tensor with a name. For an 8-bit layer that tensor is only one half of the weight, and its
+scales are the other: this module does to both what ComfyUI would do to the one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .weight_patches import PREFIX, PatchedWeight
 if TYPE_CHECKING:
     from .model import HostedNetwork
 
-Halves = tuple[nn.Parameter, Tensor]  # of a layer: weight, weight_scale
+Halves = tuple[nn.Parameter, Tensor]  # weight and weight_scale of a layer
 
 
 class WrappedLayer(QuantisedLayer):
-    """An 8-bit layer with the functions that nodes put around weights (`add_weight_wrapper`)."""
+    """An 8-bit layer that applies the functions which nodes wrap around weights (`add_weight_wrapper`)."""
 
     weight_function: list[Callable[[Tensor], Tensor]]
     bias_function: list[Callable[[Tensor], Tensor]]
@@ -59,7 +59,7 @@ class WrappedConv2d(WrappedLayer, QuantisedConv2d):
 class EightBitWeights:
     """The 8-bit weights of a BaseModel, which all its patchers share; `layers` by the names of their weights in it.
 
-    Where a `Residence` moves the weights it patches them too; elsewhere `patch` and `hook` do.
+    A `Residence` that moves the weights patches them too; without one, `patch` and `hook` do.
     """
 
     def __init__(self, hosted: HostedNetwork):
@@ -69,7 +69,7 @@ class EightBitWeights:
         for layer in self.layers.values():
             layer.__class__ = WrappedConv2d if issubclass(type(layer), nn.Conv2d) else WrappedLinear
         self.unwrap()
-        self.steps: dict[str, Sequence[tuple]] = {}  # of the weights that `patch` has changed
+        self.steps: dict[str, Sequence[tuple]] = {}  # patches of the weights changed by `patch`
         self._unpatched: dict[str, Halves] = {}
         self._unhooked: dict[str, Halves] = {}
 
@@ -79,11 +79,11 @@ class EightBitWeights:
         return sum(layer.weight_scale.nbytes for layer in self.layers.values())
 
     def holds(self, key: str) -> bool:
-        """Whether a weight or bias is of an 8-bit layer."""
+        """Whether a weight or bias belongs to an 8-bit layer."""
         return f"{key.rpartition('.')[0]}.weight" in self.layers
 
     def unwrap(self) -> None:
-        """Takes the functions of nodes off the weights."""
+        """Removes the functions that nodes wrapped around the weights."""
         for layer in self.layers.values():
             layer.weight_function, layer.bias_function = [], []
 
@@ -98,7 +98,7 @@ class EightBitWeights:
         return QuantisedWeight(halves[0].detach(), halves[1][:, 0])
 
     def original(self, key: str) -> tuple[Tensor, Callable[..., Tensor]]:
-        """(tensor, what makes its values of it once it is cast), as `get_key_patches` gives them."""
+        """(tensor, function that computes its values after a cast), as returned by `get_key_patches`."""
         source = self.layers[key].original
         if isinstance(source, Tensor):
             return source, lambda values, **_: values
@@ -113,21 +113,21 @@ class EightBitWeights:
         return PatchedWeight(key, steps, layer.weight).apply(original) if steps else original
 
     def patch(self, key: str, steps: Sequence[tuple], device: torch.device | None = None) -> None:
-        """Patches a weight, computed on `device` (None: where it is), where it then is."""
+        """Patches a weight in place, computed on `device` (None: the weight's own)."""
         layer = self.layers[key]
         self._unpatched.setdefault(key, (layer.weight, layer.weight_scale))
         self._put(key, steps, device)
         self.steps[key] = steps
 
     def unpatch(self) -> None:
-        """Makes all weights those that were loaded: the very same tensors."""
+        """Restores all weights to the very tensors that were loaded."""
         self.unhook()
         for key, halves in self._unpatched.items():
             self._restore(key, halves)
         self._unpatched, self.steps = {}, {}
 
     def hook(self, patches: Mapping[str, Sequence[tuple]]) -> None:
-        """Adds patches to those of `patch`, in place of those of the last call."""
+        """Adds patches to those of `patch`; replaces those of the previous call."""
         self.unhook()
         for key in patches.keys() & self.layers.keys():
             layer = self.layers[key]
@@ -135,7 +135,7 @@ class EightBitWeights:
             self._put(key, [*self.steps.get(key, ()), *patches[key]], layer.weight.device)
 
     def unhook(self) -> None:
-        """Ends what `hook` added."""
+        """Removes the patches that `hook` added."""
         for key, halves in self._unhooked.items():
             self._restore(key, halves)
         self._unhooked = {}
@@ -150,9 +150,10 @@ class EightBitWeights:
 
     @torch.inference_mode()
     def file_tensors(self) -> dict[str, Tensor]:
-        """The weights under their names in the network, with all patches but those of hooks, as files have them.
+        """The weights under their names in the network, in the form of files, with all patches except those of hooks.
 
-        Those of convolutions, which ComfyUI's own loaders read in no 8 bits, are in the precision of the others.
+        Weights of convolutions, which ComfyUI's own loaders cannot read in 8 bits, get the precision of the other
+        weights.
         """
         residence = self._hosted.residence
         steps, device = self.steps, None
@@ -174,7 +175,7 @@ class EightBitWeights:
 
 
 class FloatState(dict[str, Tensor]):
-    """A state dict with `values_of` these `keys` in place of their tensors, computed whenever they are asked for."""
+    """A state dict in which the tensors of these `keys` are replaced by `values_of` them, computed at each access."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], keys: Container[str], values_of: Callable[[str], Tensor]

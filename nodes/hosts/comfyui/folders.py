@@ -51,9 +51,9 @@ def list_files(role: str) -> list[str]:
 
 
 def find_file(role: str, name: str) -> Path:
-    """Finds the file or folder of that name, as `list_files` gives them: nothing else that lies in the folders.
+    """Finds the file or folder of a name that `list_files` gives, and no other file in those folders.
 
-    Names come over links too, and ComfyUI compares those with no list. `\\` separates as `/` does.
+    Names may also come over links, and ComfyUI does not compare those with the list. `\\` separates as `/` does.
     """
     if roles.leaves_folder(name.replace("\\", "/")):
         raise CascadeError(
@@ -73,7 +73,7 @@ def find_file(role: str, name: str) -> Path:
 
 
 def _find(role: str, name: str) -> Path | None:
-    if name.lower().endswith(roles.SUFFIXES) or role == "face":  # InsightFace's files, which no loader lists
+    if name.lower().endswith(roles.SUFFIXES) or role == "face":  # InsightFace's are in no loader's list
         for category in roles.FOLDERS[role]:
             path = folder_paths.get_full_path(category, name)
             if path is not None:

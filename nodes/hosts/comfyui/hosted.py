@@ -17,13 +17,13 @@ class Hosted(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        # The same dicts, not copies: what the host replaces in one is replaced in the other.
+        # The same dicts, not copies, so that a replacement by the host takes effect in both.
         self._modules, self._parameters, self._buffers = (
             network._modules,
             network._parameters,
             network._buffers,
         )
-        self.__dict__["network"] = network  # past nn.Module, which would register it as a child
+        self.__dict__["network"] = network  # bypasses nn.Module, which would register it as a child
         self.eval().requires_grad_(False)
 
 

@@ -48,13 +48,13 @@ from .progress import notify
 from .residence import Residence
 from .weights import remember_file
 
-QUANTISING = 512 << 20  # bytes of a card that its largest matrix takes at most
+QUANTISING = 512 << 20  # bytes of a card for quantising the largest matrix, at most
 GRAPHS = not getattr(comfy.cli_args.args, "disable_cuda_graphs", False)
 WORKSPACE = 80 * 2**20  # bytes that cuDNN takes at most for convolutions, at some sizes
 
 # In the host's transformer_options:
 ENGINE = "cascade_engine"  # whether the engine is used
-NOISE = "cascade_noise"  # a step's sigma with its noise condition, which is read from the device otherwise
+NOISE = "cascade_noise"  # a step's sigma and its noise condition, which saves reading them from the device
 
 
 class HostedNetwork(Hosted):
@@ -70,8 +70,8 @@ class HostedNetwork(Hosted):
         self.name = name
         self.engine = Engine(network, notify=notify)
         self.residence: Residence | None = None
-        self.forward_bytes: deque[int] = deque(maxlen=2)  # that the host asked for: one prompt's, and both
-        # For the host's samplers: a run's sigmas, and what the user was told of it.
+        self.forward_bytes: deque[int] = deque(maxlen=2)  # as the host asked: for one prompt, for both
+        # For the host's samplers: a run's sigmas, and the notices given to the user about it.
         self._told: tuple[Any, Notices] = (
             None,
             Notices(),
@@ -91,7 +91,7 @@ class HostedNetwork(Hosted):
         transformer_options: dict | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """`conditions` are what `extra_conds` below returned; `context` stays empty, as in the host's own."""
+        """`conditions` are those returned by `extra_conds` below; `context` stays empty, as in the host's own."""
         options = transformer_options or {}
         for sentence in without_effect(options, self.words):
             self._notices(options).add(sentence)
@@ -112,7 +112,7 @@ class HostedNetwork(Hosted):
             if control is not None:
                 # The host's list is popped from its end, block after block.
                 conditions["control"] = list(reversed(control.get("input", [])))
-            # Here, because the host's nodes may change the precision of a MODEL that is loaded.
+            # Set at each call, because the host's nodes may change the precision of a loaded MODEL.
             scale = STREAM_SCALE if x.dtype == torch.float16 else 1.0
             if stream_scale(self.network) != scale:
                 scale_residual_stream(self.network, scale)
@@ -135,7 +135,7 @@ class HostedNetwork(Hosted):
         sigma, noise = options.get(NOISE, (None, 0.0))
         if sigma is not None and sigma is options.get("sigmas") and not wraps_the_network(options):
             r = torch.full((len(r),), noise)
-        # What is compiled would be slower, and would be compiled anew whenever weights move.
+        # Compiled by torch it would be slower, and recompiled whenever weights move.
         engine: Any = torch.compiler.disable(self.engine) if torch.compiler.is_compiling() else self.engine
         out = engine(x, r, **conditions)
         if self.engine.replaced is not None:
@@ -151,7 +151,7 @@ class HostedNetwork(Hosted):
             self._notices(options).add(notice)
 
     def _notices(self, options: dict) -> Notices:
-        """Notices of our sampler's run, or of the host's samplers, whose nodes show what they are told meanwhile."""
+        """Notices of our sampler's run; or new ones for the host's samplers, whose nodes show them at once."""
         if NOTICES in options:
             return options[NOTICES]
         sigmas = options.get("sample_sigmas")
@@ -163,15 +163,15 @@ class HostedNetwork(Hosted):
 class PlacedModel:
     """Base of the host's models whose weights a `Residence` moves: state that all patchers of a model share."""
 
-    casts = False  # whether layers cast or wrap their weights, as nodes asked for
+    casts = False  # whether layers cast or wrap their weights at a node's request
 
     def build(self, model_config: Any, build: Any, device: Any) -> None:
-        """What the host's classes do, with our network and a schedule that costs nothing."""
+        """Builds what the host's classes build, but with our network and a schedule that takes no time."""
         model: Any = self
-        types = comfy.model_base.ModelType  # EPS: how it predicts, and its schedule is soon made
+        types = comfy.model_base.ModelType  # EPS: predicts epsilon, with a schedule that is made fast
         comfy.model_base.BaseModel.__init__(model, model_config, types.EPS, device=device, unet_model=build)
         model.model_type, model.model_sampling = types.STABLE_CASCADE, new_schedule(model_config)
-        # By a way past nn.Module, and past whoever wraps `diffusion_model` for a while.
+        # Bypasses nn.Module, and nodes that wrap `diffusion_model` temporarily.
         model.__dict__["hosted"] = model.diffusion_model
         model.__dict__["eight_bits"] = EightBitWeights(model.diffusion_model)
 
@@ -187,7 +187,7 @@ class PlacedModel:
         hosted.residence = value
 
     def state_dict_for_saving(self, *state_dicts: Any, **more: Any) -> dict[str, Tensor]:
-        """What ModelSave writes, with the scales of 8-bit weights and what its tensors do not tell of the network."""
+        """The tensors that ModelSave writes, with the scales of 8-bit weights and the network's configuration."""
         model: Any = self
         base: Any = super()
         tensors = base.state_dict_for_saving(*state_dicts, **more)
@@ -264,7 +264,7 @@ class StageBModel(PlacedModel, comfy.model_base.StableCascade_B):
 
 
 def forward_bytes(values: int, network: HostedNetwork) -> int:
-    """Bytes of a forward whose values take so many, beside what the network's CUDA graphs hold for them already."""
+    """Bytes of a forward with these `values`, minus the bytes that the network's CUDA graphs already hold for them."""
     device = comfy.model_management.get_torch_device()
     size = values + min(WORKSPACE, values // 2) + network.engine.extra_bytes()
     network.forward_bytes.append(size)
@@ -302,7 +302,7 @@ def load_network(kind: str, path: Path, dtype: str) -> Any:
 def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False) -> Any:
     """Builds the patcher of a file. The host calls this again, by `cached_patcher_init`, for a second copy."""
     tensors, metadata = checkpoints.read_weights(path, kind)
-    checkpoints.identify(path, tensors, metadata, kind)  # before anything is chosen for it
+    checkpoints.identify(path, tensors, metadata, kind)  # before precision or device are chosen
     model_class, config_class = HOST_CLASSES[kind]
     config = config_class({"stable_cascade_stage": kind[-1]})
     load_device = comfy.model_management.get_torch_device()
@@ -311,7 +311,7 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
     eight_bit = FORMATS.get(dtype, E4M3 if weight_dtype == E4M3 else None)
     quantise_on = None
     if eight_bit is not None:
-        # What the host would cast such weights to is what the others are in.
+        # The other weights get the precision that the host would cast such weights to.
         weight_dtype = comfy.model_management.unet_manual_cast(E4M3, load_device, supported)
         if is_nvidia(load_device):
             comfy.model_management.free_memory(QUANTISING, load_device)
@@ -348,8 +348,8 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
 def _computed_in(kind: str, config: Any, device: torch.device) -> list[torch.dtype]:
     """Precisions that the host may compute a network in, the best first.
 
-    The host keeps Stage C out of fp16, where its own overflows. Ours does not: it is for cards without bf16, and for
-    --force-fp16.
+    The host does not run Stage C in fp16, where its own network overflows. Ours does not overflow, so fp16 serves
+    cards without bf16, and --force-fp16.
     """
     supported = config.supported_inference_dtypes
     if kind == "stage_c" and (
@@ -360,7 +360,7 @@ def _computed_in(kind: str, config: Any, device: torch.device) -> list[torch.dty
 
 
 def _weight_dtype(tensors: dict[str, Tensor], name: str, supported: list[torch.dtype]) -> torch.dtype:
-    """Dtype of the weights: the chosen one, or else the host's own choice for such a file."""
+    """Dtype of the weights: the chosen one, or the host's default for such a file."""
     if name in PRECISIONS:
         return PRECISIONS[name]
     return comfy.model_management.unet_dtype(
@@ -370,7 +370,7 @@ def _weight_dtype(tensors: dict[str, Tensor], name: str, supported: list[torch.d
     )
 
 
-# Layers whose input widths are the network's; the same names in our networks and the host's.
+# Layers that show a network's input widths; they have the same names in our networks and the host's.
 WIDTH_LAYERS = {
     "stage_c": {"text": "clip_txt_mapper", "pooled": "clip_txt_pooled_mapper", "image": "clip_img_mapper"},
     "stage_b": {"pooled": "clip_mapper"},

@@ -1,10 +1,10 @@
 # pyright: reportMissingImports=false
-"""ComfyUI's patcher of Stage B and C: its memory manager says how many bytes, our placement which weights.
+"""ComfyUI's patcher of Stage B and C: its memory manager decides how many bytes, our placement which weights.
 
-The manager asks a patcher to load in so many bytes, to give some back, or to leave. Clones of a MODEL may be asked in
-place of each other, so all state of the weights is their BaseModel's (`residence`). What ComfyUI's own patcher does to
-weights is replaced as a whole: it would copy resident weights to main memory, write hooks into the mapped file, and
-cast layer by layer what the engine reads.
+The manager asks a patcher to load in so many bytes, to give some back, or to leave. It may ask any clone of a MODEL
+in place of another, so all state of the weights belongs to their BaseModel (`residence`). ComfyUI's own handling of
+weights is replaced entirely: it would copy resident weights to main memory, write hooks into the mapped file, and
+cast, layer by layer, the weights that the engine reads.
 """
 
 import logging
@@ -24,8 +24,8 @@ from .progress import notify
 from .residence import Residence, card_loader
 from .weight_patches import PREFIX, PatchedWeight
 
-BATCH_MARGIN = 1.5  # ComfyUI runs both prompts at once where so many times their memory is free
-ENDLESS = 1e30  # bytes: it says that memory does not matter by numbers above
+BATCH_MARGIN = 1.5  # ComfyUI runs both prompts at once if this many times their memory is free
+ENDLESS = 1e30  # bytes; above it, ComfyUI's number means that memory does not matter
 
 
 class CascadePatcher(comfy.model_patcher.ModelPatcher):
@@ -34,10 +34,10 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
     Without an NVIDIA card, or where all models stay on it (--highvram, --gpu-only), it is ComfyUI's own.
     """
 
-    _free_bytes: int | None = None  # of the card, as a run began
+    _free_bytes: int | None = None  # of the card, when the run began
 
     def residence(self) -> Residence | None:
-        """Where this model's weights are, if our placement moves them to this patcher's device."""
+        """The residence of this model's weights, if our placement moves them to this patcher's device."""
         model, present = self.model, self.model.residence
         if present is not None and present.load_device == self.load_device != self.offload_device:
             return present
@@ -52,7 +52,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         """None without an NVIDIA card, and where all models stay on it."""
         if not is_nvidia(self.load_device) or self.load_device == self.offload_device:
             return None
-        # Loaded by the host's own patcher, when this was one for the processor.
+        # They were loaded by the host's own patcher, when this one was for the CPU.
         self.model.eight_bits.unpatch()
         if self.backup or self.model.current_weight_patches_uuid is not None:
             super().unpatch_model(self.offload_device, unpatch_weights=True)
@@ -76,11 +76,11 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         residence = self.residence()
         if residence is None:
             eight_bits = self.model.eight_bits
-            eight_bits.unwrap()  # as the host does with its own layers
+            eight_bits.unwrap()  # as the host does for its own layers
             super().load(device_to, lowvram_model_memory, force_patch_weights, full_load)
             for key in self.patches:
                 if eight_bits.holds(key) and not (key in eight_bits.steps or key in self.backup):
-                    self.patch_weight_to_device(key)  # of a layer that stays in main memory
+                    self.patch_weight_to_device(key)  # for a layer that stays in main memory
             return
         with self.use_ejected():
             room = float("inf") if full_load else lowvram_model_memory
@@ -106,11 +106,11 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         self.apply_hooks(self.forced_hooks, force_apply=True)
 
     def _room(self, residence: Residence, extra: float) -> float:
-        """Bytes for weights, by the number that the manager gives beside what is loaded.
+        """Bytes for weights, from `extra`, the bytes that the manager offers beside the loaded ones.
 
-        It leaves its least (0.8 GiB) beside what our graphs hold already, which are part of the forward that it leaves
-        it for: without the difference a second run had less room than the first. And it leaves a forward of one
-        prompt, where both at once take half as many copies.
+        The manager keeps its minimum (0.8 GiB) free for a forward, although our graphs already hold part of that
+        forward's memory; without this correction, a second run had less room than the first. The manager also
+        reserves a forward of one prompt only, while running both at once copies streamed weights half as often.
         """
         if extra >= ENDLESS:
             return float("inf")
@@ -118,27 +118,27 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         needs = self.model.hosted.forward_bytes or [0]
         least = management.minimum_inference_memory() - management.extra_reserved_memory()
         loaded, free = residence.bytes, management.get_free_memory(self.load_device)
-        # The manager never says less than nothing, of which a credit would make more than there is.
+        # The manager never offers less than 0, to which a credit would add memory that does not exist.
         extra = min(extra, free - management.minimum_inference_memory())
         credit = max(0, graphs - max(0, min(needs) - least))
         together = loaded + free - BATCH_MARGIN * max(0, max(needs) - graphs)
         return min(loaded + extra + credit, together)
 
     def _count(self, residence: Residence) -> None:
-        """Sets what the host reads of a loaded model."""
+        """Sets the attributes that the host reads from a loaded model."""
         self.model.model_loaded_weight_memory = residence.bytes
         self.model.model_lowvram = bool(residence.streamed)
         self.model.lowvram_patch_counter = residence.streamed_patches
 
     def _count_none(self) -> None:
-        """The same of one that is not loaded."""
+        """Sets the attributes that the host reads from a model that is not loaded."""
         self.model.model_loaded_weight_memory = self.model.lowvram_patch_counter = 0
         self.model.model_lowvram = False
         self.model.current_weight_patches_uuid = None
         self.model.device = self.offload_device
 
     def _set_casts(self) -> None:
-        """Makes layers cast or wrap their weights where nodes ask for it, as the host's own loading does."""
+        """Makes layers cast or wrap their weights at a node's request, as the host's own loading does."""
         wrappers, force = self.weight_wrapper_patches, self.force_cast_weights
         if not (wrappers or force or self.model.casts):
             return
@@ -202,7 +202,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         residence = self.residence()
         if residence is None:
             if hooks is not None or self.hook_backup:
-                self.model.hosted.engine.forget()  # what follows writes into weights that count no versions
+                self.model.hosted.engine.forget()  # the next lines write into weights without versions
             super().patch_hooks(hooks)
             self.model.eight_bits.hook({} if hooks is None else self.get_combined_hook_patches(hooks))
             return
@@ -239,7 +239,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         return keyed
 
     def model_state_dict(self, filter_prefix=None):
-        """The host's, in which 8-bit weights are float32: its nodes compute with them."""
+        """The host's state dict, with 8-bit weights as float32, since the host's nodes compute with them."""
         tensors, eight_bits = super().model_state_dict(filter_prefix), self.model.eight_bits
         if not eight_bits.layers:
             return tensors
@@ -270,7 +270,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
                 **({"return_weight": True} if return_weight else {}),
                 **options,
             )
-        # Weights that are loaded are patched already.
+        # Loaded weights are already patched.
         return self._patched(key, weight, device_to) if return_weight else None
 
     def _patched(self, key: str, weight: Tensor, device: torch.device | None) -> Tensor:
@@ -284,7 +284,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
     def pre_run(self):
         self._free_bytes = None
         super().pre_run()
-        if NOTICES not in self.model_options["transformer_options"]:  # a sampler of the host's
+        if NOTICES not in self.model_options["transformer_options"]:  # the host's own sampler
             if has_foreign_schedule(self):
                 node = origin(type(self.get_model_object("model_sampling")))
                 notify(
@@ -301,7 +301,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         super().cleanup()
 
     def get_free_memory(self, device):
-        """Free bytes, asked once a run, so that all its steps run as many prompts at once."""
+        """Free bytes, measured once a run, so that all its steps run the same number of prompts at once."""
         if device != self.load_device:
             return super().get_free_memory(device)
         if self._free_bytes is None:

@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false
-"""What other nodes put on a MODEL, and what becomes of it.
+"""Patches that other nodes put on a MODEL, and notices about their effect.
 
-Most of it the host applies by itself, in our samplers as in its own. What a sampler's settings do not count beside, and
-what has no effect on Stage B or C, is told in sentences.
+The host itself applies most patches, in our samplers as in its own. Sentences tell the user of patches that override
+a sampler's settings, and of those without effect on Stage B or C.
 """
 
 import inspect
@@ -32,7 +32,7 @@ ATTENTION = "optimized_attention_override"  # a function in place of attention
 PLACES = "patches", "patches_replace"  # functions for blocks of a network
 WRAPPING = "wrappers", "callbacks"  # functions around what the host does
 
-# What of the host reads a MODEL's options while it samples.
+# The host's modules that read a MODEL's options during sampling.
 READERS = {
     f"comfy.{name}"
     for name in ("samplers", "sampler_helpers", "model_patcher", "hooks", "context_windows", "multigpu")
@@ -40,10 +40,10 @@ READERS = {
 
 
 class Notices:
-    """What there is to say about a run, once. The host copies lists and dicts from step to step, but shares this."""
+    """The notices of a run, each given once. The host copies lists and dicts at each step, but not this object."""
 
     def __init__(self, notify: Callable[[str], object] | None = None):
-        """notify: called with each at once, where nobody shows them after the run"""
+        """notify: called with each notice at once, where nothing shows them after the run"""
         self.sentences: list[Notice] = []
         self._notify = notify
 
@@ -55,7 +55,7 @@ class Notices:
 
 
 def origin(patch: Any) -> str:
-    """Name of the node that made a patch; where it was not made inside a node, of its function or class."""
+    """Name of the node that made a patch; for one made elsewhere, the name of its function or class."""
     patch = _unwrapped(patch)
     named = patch if hasattr(patch, "__qualname__") else type(patch)
     if named.__module__.startswith(f"{PACKAGE}."):
@@ -64,7 +64,7 @@ def origin(patch: Any) -> str:
 
 
 def _unwrapped(patch: Any) -> Any:
-    """The function that a patch was made of, where Python or the host has wrapped it."""
+    """The original function of a patch that Python or the host has wrapped."""
     while True:
         inner = [cell.cell_contents for cell in getattr(patch, "__closure__", None) or ()]
         if isinstance(patch, partial):
@@ -87,13 +87,13 @@ def patches_of(options: Any) -> Iterator[Any]:
 
 
 def has_foreign_schedule(patcher: Any) -> bool:
-    """Whether the schedule on the MODEL is not of Stable Cascade's kind."""
+    """Whether the MODEL carries a schedule of another kind than Stable Cascade's."""
     schedule = patcher.get_model_object("model_sampling")
     return not isinstance(schedule, comfy.model_sampling.StableCascadeSampling)
 
 
 def without_effect(options: dict[str, Any], network: str) -> Iterator[Notice]:
-    """A sentence for each node that patches blocks which Stage B and C do not have.
+    """Notices for nodes that patch blocks which Stage B and C do not have.
 
     options: the transformer_options of a forward; network: in words
     """
@@ -108,19 +108,19 @@ def without_effect(options: dict[str, Any], network: str) -> Iterator[Notice]:
 
 
 def native_without_effect(patcher: Any, network: str) -> Iterator[Notice]:
-    """A sentence for each node whose wrapper the host's own Stage B and C do not call, though ours do."""
+    """Notices for nodes whose wrappers the host's own Stage B and C do not call, although ours do."""
     for node in _wrapping(patcher, WrappersMP.DIFFUSION_MODEL):
         yield Notice("wrapped", node=node, network=network)
 
 
 def called_for_each_tile(patcher: Any) -> Iterator[Notice]:
-    """A sentence for each node whose wrapper is called around the network, for nodes that remember its outputs."""
+    """Notices for nodes whose wrappers are called once per tile, which confuses nodes that cache outputs."""
     for node in _wrapping(patcher, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
         yield Notice("tiles", node=node)
 
 
 def _wrapping(patcher: Any, *kinds: str) -> list[str]:
-    """Nodes whose wrappers of these kinds are on the MODEL."""
+    """Names of the nodes whose wrappers of the network are on the MODEL."""
     options = patcher.model_options["transformer_options"]
     wrappers = [
         w for kind in kinds for w in (*get_all_wrappers(kind, options), *patcher.get_all_wrappers(kind))
@@ -129,7 +129,7 @@ def _wrapping(patcher: Any, *kinds: str) -> list[str]:
 
 
 def unread_by_network(patcher: Any, network: str) -> Iterator[Notice]:
-    """A sentence for each option for networks that neither Stage B and C nor any patch on the MODEL reads."""
+    """Notices for options meant for networks that neither Stage B, Stage C nor any patch on the MODEL reads."""
     modules = _modules_of_patches(patcher)
     for key in patcher.model_options["transformer_options"]:
         if (
@@ -141,7 +141,7 @@ def unread_by_network(patcher: Any, network: str) -> Iterator[Notice]:
 
 
 def unread_by_host(patcher: Any) -> Iterator[Notice]:
-    """A sentence for each other option that neither the host nor any patch on the MODEL reads."""
+    """Notices for other options that neither the host nor any patch on the MODEL reads."""
     modules = READERS | _modules_of_patches(patcher)
     for key in patcher.model_options:
         if not _any_names(modules, key):
@@ -159,7 +159,7 @@ def _any_names(modules: set[str], key: Any) -> bool:
 
 @cache
 def _source(module: str) -> str:
-    """A module's text, or nothing where it has none."""
+    """A module's source, or "" where it has none."""
     try:
         return inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
@@ -167,7 +167,7 @@ def _source(module: str) -> str:
 
 
 def failure(error: Exception, patcher: Any, network: str) -> CascadeError | None:
-    """The error to raise where a patch on the MODEL failed; None where something else did."""
+    """The error to raise if a patch on the MODEL failed; None if something else did."""
     if isinstance(error, CascadeError | comfy.model_management.OOM_EXCEPTION) or out_of_memory(error):
         return None
     patches = [
@@ -181,7 +181,7 @@ def failure(error: Exception, patcher: Any, network: str) -> CascadeError | None
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
-    for frame in reversed(frames):  # the innermost first: a wrapper is not to blame for what it calls
+    for frame in reversed(frames):  # innermost first, since a wrapper is not to blame for its callee
         if str(frame.f_globals.get("__name__")).startswith(("comfy.", f"{PACKAGE}.")):
             return None
         if frame.f_code in by_code:
@@ -193,7 +193,7 @@ def failure(error: Exception, patcher: Any, network: str) -> CascadeError | None
 
 
 def explain_failures(patcher: Any, network: str) -> None:
-    """Makes a run by any sampler say which patch on the MODEL failed."""
+    """Makes a run by any sampler name the patch on the MODEL that failed."""
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, f"{OURS}failures", partial(_explained, network))
 
 
@@ -207,13 +207,13 @@ def _explained(network: str, execute: Any, *arguments: Any, **options: Any) -> A
 
 
 def _code(patch: Any) -> Any:
-    """The code that runs when a patch is called."""
+    """The code object that runs when a patch is called."""
     called = patch if hasattr(patch, "__code__") else vars(type(patch)).get("__call__")
     return getattr(called, "__code__", None)
 
 
 class OverriddenAttention(TorchFunctionMode):
-    """Computes attention by the function that a node put on the MODEL, called as in the host's own Stage C."""
+    """Computes attention with the function that a node put on the MODEL, called as the host's own Stage C calls it."""
 
     def __init__(self, options: dict[str, Any]):
         super().__init__()

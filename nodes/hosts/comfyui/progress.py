@@ -26,12 +26,12 @@ from . import folders
 
 # ComfyUI's preview methods that a learned previewer may replace.
 LEARNED = (LatentPreviewMethod.Auto, LatentPreviewMethod.TAESD)
-# Previewer of each stage's latents, its configuration's name for their channels, its pixels for a position of them.
+# For each stage: the previewer of its latents, the config entry of their channels, and its pixels per position.
 PREVIEWERS = {"stage_c": ("previewer", "c_in", 8), "stage_b": ("stage_a", "c_latent", STAGE_B_COMPRESSION)}
-LEARNED_SIDE = 256  # pixels of a learned previewer's pictures, at most: they take its memory and its time
-# Where a model keeps its learned previewer, with the files that it was chosen from.
+LEARNED_SIDE = 256  # largest side of a learned previewer's pictures, for their memory and time
+# Attribute of a model for its learned previewer and the files that it was chosen from.
 KEPT = "cascade_previewer"
-POLL = 5e-4  # seconds between two looks at a card
+POLL = 5e-4  # seconds between two polls of a card
 
 
 def running_server() -> Any:
@@ -42,9 +42,9 @@ def running_server() -> Any:
 def notify(text: str, in_panel: bool = False) -> None:
     """Writes a message to the log, and into the running node in the browser of who queued it.
 
-    Browsers take it for HTML, and it may hold names that strangers chose: nothing of it is left that acts.
+    Browsers read it as HTML, and it may contain names chosen by strangers, so everything active is escaped.
 
-    in_panel: the node's panel shows it, as a result of the run; it goes to the log alone
+    in_panel: the node's panel shows it as a result of the run, so here it only goes to the log
     """
     text = "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
@@ -54,14 +54,14 @@ def notify(text: str, in_panel: bool = False) -> None:
         return
     server = running_server()
     node, client = getattr(server, "last_node_id", None), getattr(server, "client_id", None)
-    if server is not None and node is not None and client is not None:  # without one, everybody would read it
+    if server is not None and node is not None and client is not None:  # without one, all would get it
         server.send_progress_text(text, node, client)
 
 
 def step_callback(patcher: Any, steps: int, kind: str) -> Callable[..., None]:
     """Callback (step, x0, x, steps) for each step that moves the node's bar and shows previews of x0.
 
-    ComfyUI makes JPEGs of them in the thread of its server.
+    ComfyUI's server thread encodes them as JPEG.
     """
     bar = comfy.utils.ProgressBar(steps)
     previews = previews_of_run(patcher, kind) if bar.hook is not None else Previews(None)
@@ -94,32 +94,32 @@ def previews_of_run(patcher: Any, kind: str) -> Previews:
         previewer = previewer or approximation(patcher.model.latent_format)
         previewer.network.to(patcher.load_device)
         return Previews(previewer, previewer.side_stream(patcher.load_device))
-    except Exception as error:  # no run fails for its previews
+    except Exception as error:  # previews must not make a run fail
         logging.warning("This run shows no previews: %s", quoted(error))
         return Previews(None)
 
 
 def preview_method() -> LatentPreviewMethod:
-    """How previews are made: as the front end asks for this prompt, or the server's command line; else `auto`.
+    """The preview method: chosen by the front end for this prompt, or by the server's command line; else `auto`.
 
-    `none` is ComfyUI's default as well, and looks the same in `args` as a `none` that somebody chose.
+    `none` is also ComfyUI's default, and cannot be told in `args` from a `none` that somebody chose.
     """
     server, method = running_server(), LatentPreviewMethod.NoPreviews
     if args.preview_method != method or (comfy.options.args_parsing and states_method(sys.argv[1:])):
         return args.preview_method
     if server is not None and (server.client_id is None or asks_for_none(server)):
-        return method  # without a client, everybody who is connected would see what nobody asked for
+        return method  # without a client, previews would go to everybody who is connected
     return LatentPreviewMethod.Auto
 
 
 def states_method(words: Sequence[str]) -> bool:
-    """Whether a command line has --preview-method, or its beginning, which ComfyUI takes where it is unambiguous."""
+    """Whether a command line has --preview-method, or an abbreviation of it that argparse accepts."""
     names = [word.partition("=")[0] for word in words]
     return any(name.startswith("--preview-m") and "--preview-method".startswith(name) for name in names)
 
 
 def asks_for_none(server: Any) -> bool:
-    """Whether the prompt that runs was queued with `none`, as front ends do that know such a setting."""
+    """Whether the running prompt was queued with `none` by a front end with a setting for it."""
     for _, prompt_id, _, extra_data, *_ in list(server.prompt_queue.currently_running.values()):
         if prompt_id == server.last_prompt_id and isinstance(extra_data, dict):
             return extra_data.get("preview_method") == LatentPreviewMethod.NoPreviews.value
@@ -127,23 +127,23 @@ def asks_for_none(server: Any) -> bool:
 
 
 def approximation(latent_format: Any) -> Previewer:
-    """ComfyUI's, by the RGB factors that it has for a family's latents."""
+    """ComfyUI's approximation, by its RGB factors for a family of latents."""
     network = ColourFactors(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
     return Previewer(network, 1, latent_preview.MAX_PREVIEW_RESOLUTION)
 
 
 def learned_previewer(base: Any, kind: str) -> Previewer | None:
-    """Learned previewer of a model's own family, loaded once for all its runs, until files come, go or change.
+    """Learned previewer of a model's own family, loaded once for all runs until the files change.
 
-    Stage B has one in the demo alone: its Stage A, which is fast. ComfyUI's approximation of Stage B's latents fits the
-    published Stage A, which is slow.
+    Only the demo's Stage B has one: its Stage A, which is fast. The published Stage A is too slow, and ComfyUI's
+    approximation fits its latents.
     """
     paths = previewer_files(getattr(base.diffusion_model, "name", ""), kind)
     files = [(path, (status := path.stat()).st_mtime_ns, status.st_size) for path in paths]
     kept_files, previewer = getattr(base, KEPT, (None, None))
     if kept_files != files:
         previewer = load_previewer(paths, kind, base.latent_format.latent_channels)
-        setattr(base, KEPT, (files, previewer))  # in a tuple, so that it does not become a part of the model
+        setattr(base, KEPT, (files, previewer))  # in a tuple, so that it is not registered as a submodule
     return previewer
 
 
@@ -160,7 +160,7 @@ def previewer_files(name: str, kind: str) -> list[Path]:
 
 
 def load_previewer(paths: Sequence[Path], kind: str, latent_channels: int) -> Previewer | None:
-    """The first that is one, by what is in the file, and whole."""
+    """The first file that is a complete previewer by its contents."""
     role, channels, stride = PREVIEWERS[kind]
     for path in paths:
         try:

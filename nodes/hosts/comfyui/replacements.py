@@ -1,4 +1,4 @@
-"""Which of ComfyUI's nodes ours stand in for, told to versions that offer to replace nodes."""
+"""Table of ComfyUI's nodes that ours can replace, for versions that offer to replace nodes."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ TABLE = Path(__file__).parents[3] / "web" / "replacements.json"  # the interface
 
 
 async def register_replacements() -> None:
-    """Registers the table. Versions without such a list, as 0.3.64, are left alone."""
+    """Registers the table; does nothing in versions without replacements, such as 0.3.64."""
     if not hasattr(io, "NodeReplace"):
         return
     for entry in json.loads(TABLE.read_text(encoding="utf-8")):

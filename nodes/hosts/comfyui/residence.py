@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Where the weights of a MODEL are, in as many bytes as ComfyUI's memory manager gives them."""
+"""Placement of a MODEL's weights within the bytes that ComfyUI's memory manager gives them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from .weight_patches import Patches, UnitPatches, by_unit, keys_of, unchanged_ke
 if TYPE_CHECKING:
     from .model import HostedNetwork
 
-SMALLER_PLANS = 2  # that are tried after one for which the memory was not enough
+SMALLER_PLANS = 2  # number of smaller plans tried after one that ran out of memory
 
 
 class Residence:
     """Units of one network on one device: resident, or streamed through slots while it runs.
 
-    It belongs to the BaseModel, of which ComfyUI's patchers share one: any of them may ask another's weights to leave.
+    It belongs to the BaseModel, which all of ComfyUI's patchers of a MODEL share, since any of them may be told to
+    free the weights.
 
-    load_device  the device as the host names it
-    patches      of the weights on the device, but for those of hooks
+    load_device  the device, in the host's terms
+    patches      of the weights on the device, except those of hooks
     """
 
     def __init__(
@@ -54,12 +55,12 @@ class Residence:
         self._stream: WeightStream | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
-        """A copy of the network begins where its weights are copied to."""
+        """A copy of the network gets no residence: its weights lie where they were copied to."""
         return
 
     @property
     def bytes(self) -> int:
-        """Bytes on the device: resident units, slots, and the patches' factors that are kept there."""
+        """Bytes on the device: resident units, slots, and the factors of patches kept there."""
         slots = 0 if self._stream is None else self.placement.slot_bytes(self._stream.plan)
         factors = sum(weight.device_bytes for each in self._patched.values() for weight in each.values())
         return self.placement.resident_bytes + slots + factors
@@ -76,7 +77,7 @@ class Residence:
 
     @property
     def streamed_patches(self) -> int:
-        """How many weights are patched whenever they come to the device."""
+        """Number of weights that are patched each time they are copied to the device."""
         return sum(len(self._patched.get(unit, ())) for unit in self.streamed)
 
     def host_tensor(self, name: str) -> Tensor | None:
@@ -86,9 +87,9 @@ class Residence:
 
     @torch.inference_mode()
     def place(self, room: float, patches: Patches) -> None:
-        """Brings as much of the network, patched, as fits into `room` bytes; the rest will be streamed.
+        """Copies as much of the patched network to the device as fits into `room` bytes; the rest will be streamed.
 
-        Raises torch.OutOfMemoryError where not even that finds the memory.
+        Raises torch.OutOfMemoryError where even the smallest plan does not fit.
         """
         self._undo_host_patches()
         self.patches, self._hooked = patches, False
@@ -101,7 +102,7 @@ class Residence:
             except Exception as error:
                 if not out_of_memory(error) or attempt == SMALLER_PLANS:
                     raise
-            # Only here are the frames gone that referred to what was taken.
+            # Only outside of the except block are the frames gone that referred to the memory.
             self._stream = self._plan = None
             self.device.trim()
             plan = self._smaller(plan)
@@ -121,7 +122,7 @@ class Residence:
 
     @torch.inference_mode()
     def release(self) -> None:
-        """Takes everything off the device: all weights are in main memory, unpatched."""
+        """Frees everything on the device; all weights are then in main memory, unpatched."""
         self.close()
         self._undo_host_patches()
         self._stream = self._plan = None
@@ -133,7 +134,7 @@ class Residence:
 
     @torch.inference_mode()
     def hook(self, patches: Patches) -> None:
-        """Adds patches to those of `place`, for the forwards from here on. {}: none."""
+        """Adds patches to those of `place` for all following forwards. {}: none."""
         if not patches and not self._hooked:
             return
         self._hooked = bool(patches)
@@ -143,13 +144,13 @@ class Residence:
 
     @torch.inference_mode()
     def open(self) -> None:
-        """Makes the network ready to run: what is not on the device is streamed until `close`."""
+        """Makes the network ready to run: units that are not on the device are streamed until `close`."""
         if self.placement.stream is not None or not (missing := self.streamed):
             return
         self._undo_host_patches()
         blocks = frozenset(missing) & frozenset(self.placement.order)
         if self._stream is None or self._stream.plan.streamed != frozenset(missing):
-            # Nobody has asked for a load since weights had to leave.
+            # No load was requested since weights were freed.
             largest = max((unit.size for unit in blocks), default=0)
             self._apply(StreamingPlan(blocks, min(SLOTS, len(blocks)), largest), self._patched)
         if self._stream is not None:
@@ -157,14 +158,14 @@ class Residence:
             self._stream.open()
 
     def close(self) -> None:
-        """Ends streaming: what was streamed is in main memory again. The slots stay."""
+        """Ends streaming: streamed weights are in main memory again. The slots stay."""
         stream, self.placement.stream = self.placement.stream, None
         if stream is not None:
             stream.close()
 
     @torch.inference_mode()
     def patch_host(self) -> None:
-        """Gives streamed weights patched copies in main memory, for whoever reads parameters where they lie."""
+        """Patches copies of streamed weights in main memory, for code that reads parameters directly."""
         self.close()
         for unit in self.streamed:
             for index in self._patched.get(unit, ()):
@@ -180,9 +181,9 @@ class Residence:
             self._host_patched = False
 
     def _choose(self, room: float, patched: UnitPatches) -> StreamingPlan:
-        """The plan for so many bytes: the present one, if another would not be much better."""
+        """The plan for `room` bytes; keeps the present one unless another is much better."""
         plan = self._plan_for(room)
-        if plan.streamed:  # then the factors of patches are kept beside the slots
+        if plan.streamed:  # then the slots share the memory with the factors of patches
             factors = (
                 weight.factor_bytes
                 for unit in plan.streamed
@@ -197,7 +198,7 @@ class Residence:
         return present if gain < 2 * plan.slot_bytes else plan
 
     def _leaving(self, size: int, plan: StreamingPlan) -> list[Unit]:
-        """Resident units of so many bytes: those that the plan streams, then others, from the last on."""
+        """Resident units of at least `size` bytes: first those that the plan streams, then others, from the last on."""
         resident = [*reversed(self.placement.resident)]
         leaving: list[Unit] = []
         for unit in sorted(resident, key=lambda unit: unit not in plan.streamed):
@@ -211,7 +212,7 @@ class Residence:
         return plan_streaming(self.placement.units, self.placement.order, room, self.device.footprint)
 
     def _smaller(self, plan: StreamingPlan) -> StreamingPlan:
-        """Half of what the plan keeps on the device."""
+        """A plan that keeps half as many bytes on the device."""
         return self._plan_for(self._bytes(plan) // 2)
 
     def _bytes(self, plan: StreamingPlan) -> int:
@@ -232,22 +233,22 @@ class Residence:
             self._stream = self.placement.new_stream(plan)
 
     def _set_patched(self, patched: UnitPatches) -> None:
-        """Patches weights so from here on. What is patched as before keeps the factors that are on the device."""
+        """Sets the patches of weights from now on. Unchanged patches keep their factors on the device."""
         self._patched = unchanged_kept(self._patched, patched)
         self.placement.set_changes(self._patched, keys_of(self._patched))
         if self._plan is None:
             return
         for unit, weights in self._patched.items():
             for index, weight in weights.items():
-                # Those in 8 bits are patched once too, and kept in main memory.
+                # 8-bit weights are patched only once as well, and then kept in main memory.
                 if unit in self._plan.streamed and (unit, index) not in self.placement.quantised:
                     weight.keep_on(self.device.device)
                 else:
-                    weight.drop()  # patched once, when the unit comes to the device
+                    weight.drop()  # patched only once, when the unit is copied to the device
 
 
 class HostCard(CudaDevice):
-    """A card whose pinned memory is counted by the host, where it counts (0.33.0)."""
+    """A card whose pinned memory is registered with the host, in versions that count it (0.33.0)."""
 
     def _pin(self, address: int, size: int) -> bool:
         pin = getattr(comfy.model_management, "pin_memory", None)
@@ -255,7 +256,7 @@ class HostCard(CudaDevice):
             return super()._pin(address, size)
         management = comfy.model_management
         if management.TOTAL_PINNED_MEMORY + size > management.MAX_PINNED_MEMORY:
-            return False  # it would pin beyond its own limit
+            return False  # pinning would exceed the host's own limit
         return bool(pin(_memory_at(address, size)))
 
     def _unpin(self, address: int) -> None:
@@ -265,16 +266,16 @@ class HostCard(CudaDevice):
             super()._unpin(address)
             return
         with suppress(Exception):  # when the process ends the device may be gone
-            torch.cuda.synchronize(self.device)  # no copy may read what is unpinned
+            torch.cuda.synchronize(self.device)  # no copy may read memory while it is unpinned
             unpin(_memory_at(address, size))
 
 
 def _memory_at(address: int, size: int) -> Tensor:
-    """Memory as a tensor, which does not keep it."""
+    """Memory at an address as a tensor that does not own it."""
     return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
 @cache
 def card_loader(load_device: torch.device) -> Loader:
-    """The loader of a card, whose few pinned chunks all networks share."""
+    """The loader of a card; all networks share its few pinned chunks."""
     return Loader(HostCard(load_device))

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""A sampling run inside ComfyUI's guider: our guidance and samplers; areas, hooks, LoRA and memory are its.
+"""A sampling run inside ComfyUI's guider, with our guidance and samplers; ComfyUI handles areas, hooks, LoRA, memory.
 
 The host works with x / a, noised by sigma = b / a = exp(-log_snr / 2), and predicts the clean latent; our
 samplers work with a·x0 + b·epsilon and predict epsilon.
@@ -48,7 +48,7 @@ from .progress import step_callback
 from .tiling import in_tiles
 
 T = TypeVar("T")
-NOISELESS = 60.0  # a log-SNR at which float32 shows no noise
+NOISELESS = 60.0  # log-SNR at which noise vanishes in float32
 
 
 class CascadeGuider(comfy.samplers.CFGGuider):
@@ -75,7 +75,7 @@ class CascadeGuider(comfy.samplers.CFGGuider):
         )
 
     def _watched(self, after_guidance: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        """The same function, of which is told if it makes its own guidance of the two predictions."""
+        """Wraps the function, and records a notice if it computes its own guidance from the two predictions."""
 
         def call(values: dict[str, Any]) -> Tensor:
             watched = WatchedDict(values)
@@ -104,12 +104,12 @@ class WatchedDict(UserDict):
 
 @dataclass(frozen=True)
 class RescaledGuidance:
-    """The published guidance, which brings the contrast back per image, as the host's `sampler_cfg_function`."""
+    """The published guidance, which rescales the contrast per image, as the host's `sampler_cfg_function`."""
 
     cfg_rescale: float
 
     def __call__(self, values: dict[str, Any]) -> Tensor:
-        # x - denoised is sigma·epsilon, and the guidance of a multiple is the multiple of the guidance.
+        # x - denoised is sigma·epsilon, and guidance is linear in a common factor.
         if values["cond_scale"] == 1:
             return values["cond"]
         return guide(values["cond"], values["uncond"], values["cond_scale"], self.cfg_rescale)
@@ -117,7 +117,7 @@ class RescaledGuidance:
 
 @dataclass(frozen=True)
 class LevelledRun(SamplingRun):
-    """A run whose levels of noise others gave: the MODEL's schedule, or a wrapper around the sampler."""
+    """A run with given noise levels, from the MODEL's schedule or a wrapper around the sampler."""
 
     levels: Tensor | None = None
 
@@ -125,7 +125,7 @@ class LevelledRun(SamplingRun):
         return super().log_snrs() if self.levels is None else self.levels
 
     def start(self, noise: Tensor) -> Tensor:
-        """Noise alone where the first level is as noisy as the whole schedule's."""
+        """Pure noise if the first level is the noisiest of the schedule."""
         first = self.log_snrs()[:1]
         if self.denoise == 1 and first <= super().log_snrs()[0] + 1e-4:
             return super().start(noise)
@@ -155,14 +155,14 @@ class CascadeSampler(comfy.samplers.Sampler):
         self.stopwatch = Stopwatch(noise.device)
         run = self._run_at(sigmas.cpu())
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
-        model.latent_image, model.noise = latent_image, noise  # what it keeps outside the mask
+        model.latent_image, model.noise = latent_image, noise  # kept outside of the mask
         steps = run.steps
         model_options = extra_args["model_options"]
         options = model_options.setdefault("transformer_options", {})
         schedule = model_wrap.inner_model.model_sampling
 
         def noise_of(log_snr: Tensor) -> float | None:
-            """The noise condition of all rows, known before the device is asked; None where others may change it."""
+            """The noise condition of all rows, without reading the device; None where wrappers may change it."""
             if (
                 "model_function_wrapper" in model_options
                 or wraps_the_network(options)
@@ -188,11 +188,11 @@ class CascadeSampler(comfy.samplers.Sampler):
 
         draws = chain([noise], iter(self.later_noise, None))
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
-        # The mask is the host's to apply at each step, so that its nodes may change it.
+        # The host applies the mask at each step, so that its nodes can change it.
         sampled = sample_run(replace(run, latent=latent, mask=None), predict, report, draws.__next__)
         if denoise_mask is None:
             return sampled
-        if "denoise_mask_function" in model_options:  # where the last step was allowed to change it
+        if "denoise_mask_function" in model_options:  # a node changed the mask, so the last step's is used
             change = model_options["denoise_mask_function"]
             options_of_mask = {"model": model_wrap, "sigmas": sigmas}
             sigma = sigmas[-2].expand(len(sampled))
@@ -200,7 +200,7 @@ class CascadeSampler(comfy.samplers.Sampler):
         return torch.lerp(latent, sampled, denoise_mask)
 
     def _run_at(self, sigmas: Tensor) -> SamplingRun:
-        """The run at the levels that arrived: wrappers on the MODEL may have changed those that were sent."""
+        """The run at the levels received, which wrappers on the MODEL may have changed."""
         if torch.equal(sigmas, sigmas_of(self.run)):
             return self.run
         levels = (-2 * sigmas.float().log()).clamp(max=NOISELESS)
@@ -250,13 +250,13 @@ def sample(request: SamplingRequest) -> SamplingResult:
 
 
 def with_room(sample_once: Callable[[], T], notices: Notices) -> T:
-    """Samples; once more from the beginning, with no other model on the card, where the memory was not enough."""
+    """Samples. Where memory runs out, unloads all other models and samples again from the beginning."""
     try:
         return sample_once()
     except Exception as error:
         if not out_of_memory(error):
             raise
-    # Only here are the frames gone that referred to the run's tensors.
+    # Only outside of the except block are the frames gone that referred to the run's tensors.
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     notices.add(Notice("memory"))
@@ -264,12 +264,12 @@ def with_room(sample_once: Callable[[], T], notices: Notices) -> T:
 
 
 def sigmas_of(run: SamplingRun) -> Tensor:
-    """The host's measure of noise, b / a, at each level of a run."""
+    """Sigma = b / a, the host's measure of noise, at each level of a run."""
     return (run.log_snrs() / -2).exp()
 
 
 def tell_of_native(patcher: Any, stage: str, notices: Notices) -> None:
-    """What the host's own network will not do of what is on its MODEL, as our own networks tell themselves."""
+    """Notices about patches on the host's own network that have no effect; our networks give theirs themselves."""
     for sentence in native_without_effect(patcher, stage):
         notices.add(sentence)
 
@@ -284,7 +284,7 @@ def tell_of_native(patcher: Any, stage: str, notices: Notices) -> None:
 
 
 def scheduled(patcher: Any, run: SamplingRun, notices: Notices) -> tuple[Any, SamplingRun]:
-    """The MODEL and the run with one schedule: that which a node put on the MODEL, if it is of Cascade's kind, else
+    """The MODEL and the run with one schedule: the one that a node put on the MODEL, if it is of Cascade's kind, else
     the run's own.
     """
     schedule = patcher.object_patches.get("model_sampling")
@@ -304,7 +304,7 @@ def scheduled(patcher: Any, run: SamplingRun, notices: Notices) -> tuple[Any, Sa
     if schedule.shift != run.shift:
         notices.add(Notice("schedule", node=node, shift=f"{schedule.shift:g}", value=f"{run.shift:g}"))
     run = replace(run, shift=schedule.shift)
-    middle = torch.linspace(0.1, 0.9, 9)  # the ends are limited in another order by the host
+    middle = torch.linspace(0.1, 0.9, 9)  # the host clamps the ends in another order
     if not torch.allclose(-2 * schedule.sigma(middle).log(), log_snr(middle, schedule.shift), atol=1e-2):
         run = LevelledRun(**{**vars(run), "levels": levels})
     return patcher, run
@@ -318,7 +318,7 @@ def with_guidance(patcher: Any, cfg_rescale: float, shift: float) -> Any:
 
 
 def with_shift(patcher: Any, shift: float) -> Any:
-    """The MODEL with the run's schedule, by which the host turns shares of the steps into sigmas."""
+    """The MODEL with the run's schedule, which the host uses to convert shares of the steps to sigmas."""
     current = patcher.get_model_object("model_sampling")
     if not isinstance(current, comfy.model_sampling.StableCascadeSampling):
         current = new_schedule(patcher.model.model_config)
@@ -327,7 +327,7 @@ def with_shift(patcher: Any, shift: float) -> Any:
     schedule = copy.deepcopy(current)
     keep_on_device(schedule)
     schedule.shift = shift
-    # What the host's `set_parameters` does one time after another, which takes a second.
+    # As the host's `set_parameters`, which computes one time after another and takes a second.
     times = torch.arange(1, schedule.num_timesteps + 1) / schedule.num_timesteps
     _set_tables(schedule, schedule.sigma(times).float())
     patched = patcher.clone()
@@ -338,8 +338,8 @@ def with_shift(patcher: Any, shift: float) -> Any:
 def _set_tables(schedule: Any, sigmas: Tensor) -> None:
     """Sets tables as plain attributes, not buffers.
 
-    Where the host pages weights (dynamic VRAM) it keeps a model's buffers by name and gives them back to whichever
-    schedule is in place by then: this one's would become the model's own.
+    Where the host pages weights (dynamic VRAM), it saves a model's buffers by name and restores them to whatever
+    schedule is set at that time, so this schedule's buffers would end up in the model's own.
     """
     for name, table in (("sigmas", sigmas), ("log_sigmas", sigmas.log())):
         schedule._buffers.pop(name, None)

@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false
 """Stage B in tiles inside ComfyUI: a MODEL that predicts tile by tile and asks for a tile's memory.
 
-And for latents whose sides end within a patch, which the host's own Stage B does not take.
+Also pads latents whose sides are not whole patches, which the host's own Stage B cannot process.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ def in_tiles(patcher: Any, tile_positions: int, sides: Sequence[int]) -> Any:
     """Returns the Stage B MODEL, ours or the host's own, for a latent with these sides.
 
     tile_positions: side of its tiles, in latent positions; 0: whole.
-    The host calls it once for all prompts that it runs together, as before. A wrapper that another node has set is
-    called around the tiles.
+    The host calls it once for all prompts that it runs together, as without tiles. A wrapper set by another node is
+    called around each tile.
     """
     patch_size = patcher.model.diffusion_model.embedding[0].downscale_factor
     if not tile_positions and not any(side % patch_size for side in sides):

@@ -1,8 +1,9 @@
 # pyright: reportMissingImports=false
 """Learned tokens in ComfyUI's own tokenizer.
 
-ComfyUI has embeddings, files that a prompt names by `embedding:`. The vectors become such files, in a temporary folder
-of the tokenizer, and their names such words; so weights, chunks and other embeddings are handled by the host.
+ComfyUI has embeddings, files that a prompt names by `embedding:`. Learned vectors are written as such files into a
+temporary folder of the tokenizer, and their names in prompts are replaced by such words, so that the host handles
+weights, chunks and other embeddings.
 """
 
 import copy
@@ -48,18 +49,18 @@ class LearnedTokenizer:
         return self.inner.tokenize_with_weights(text, return_word_ids, **options)
 
     def _word(self, name: str) -> str:
-        """The host's word for a name in any case; what only other forms of its letters make a name stays as it is."""
+        """The host's word for a name in upper or lower case; a text equal only by Unicode folding is unchanged."""
         files = {known.lower(): file for known, file in self.files.items()}
         return f" {PREFIX}{files[name.lower()]} " if name.lower() in files else name
 
     def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # not set yet: a copy in the making
+        if name == "inner":  # not set yet while it is being copied
             raise AttributeError(name)
         return getattr(self.inner, name)
 
 
 def with_words(tokenizer: Any, words: Sequence[str]) -> Any:
-    """Adds words that a LoRA teaches to those that a CLIP's tokenizer knows, if it knows which ones it does."""
+    """Adds words that a LoRA teaches to a CLIP's tokenizer, if its known words are stated at all."""
     chunker = getattr(tokenizer, KEY)
     base, vectors = (
         (chunker.base, chunker.vectors) if isinstance(chunker, LearnedTokenizer) else (chunker, {})
@@ -74,7 +75,7 @@ def with_words(tokenizer: Any, words: Sequence[str]) -> Any:
 
 
 def with_learned(tokenizer: Any, vectors: Mapping[str, Tensor]) -> Any:
-    """Adds names to a CLIP's tokenizer; of one name the later vectors count."""
+    """Adds learned names to a CLIP's tokenizer; later vectors replace earlier ones of the same name."""
     base = getattr(tokenizer, KEY)
     if isinstance(base, LearnedTokenizer):
         base, vectors = base.base, {**base.vectors, **vectors}

@@ -14,7 +14,7 @@ import torch
 from ....cascade_core.errors import Interrupted
 from .. import roles
 
-PICTURE_SIDE = 1024  # pixels of the curve and the samples that the node shows, at most
+PICTURE_SIDE = 1024  # largest side, in pixels, of the curve and samples in the node
 
 
 def new_files_folder(role: str) -> Path:
@@ -41,7 +41,8 @@ def training() -> Iterator[Callable[..., None]]:
         try:
             bars[steps].update_absolute(step, steps, preview)
         except comfy.model_management.InterruptProcessingException:
-            # Which forgets that it was asked. The run asks for itself, and ends when its checkpoint is written.
+            # Reading the request clears it, so it is set again; the run checks for itself, and ends after its
+            # checkpoint is written.
             comfy.model_management.interrupt_current_processing()
 
     try:

@@ -63,7 +63,7 @@ class HostedStageA(Hosted):
 class HostedCoder(nn.Module):
     """Compressor as encoder and previewer as decoder, under the names of the host's own pair.
 
-    The host asks for a decoding's memory before anything else, and there it hears that there is no previewer.
+    The host asks for the memory of a decoding first, so a missing previewer is reported there.
     """
 
     def __init__(self, encoder: nn.Module, previewer: nn.Module | None):
@@ -92,11 +92,11 @@ class HostedCoder(nn.Module):
 
 
 class CascadeVAE(comfy.sd.VAE):
-    """Host's VAE with a network of ours, whose pictures are in [0, 1] at both ends."""
+    """Host's VAE around a network of ours, whose pictures are in [0, 1] for encoding and decoding."""
 
     def __init__(self, network: nn.Module):
         with _quiet():
-            super().__init__(sd={})  # sets every attribute that this version of the host knows
+            super().__init__(sd={})  # sets all attributes that this version of the host has
         self.first_stage_model = network.eval().requires_grad_(False)
         self.process_input = lambda image: image
         # In place, since newer hosts ignore what it returns.
@@ -109,12 +109,12 @@ class CascadeVAE(comfy.sd.VAE):
         if archive_dtypes is not None:
             archive_dtypes(network)
         offload_device = comfy.model_management.vae_offload_device()
-        # Not paged as newer hosts page larger networks: the engine reads weights that lie still.
+        # Not paged, as newer hosts page larger networks, because the engine needs weights at fixed addresses.
         patcher_class = comfy.model_patcher.ModelPatcher
         self.patcher = patcher_class(network, load_device=self.device, offload_device=offload_device)
 
     def get_sd(self) -> dict[str, Tensor]:
-        """The tensors that the host saves, with what they do not tell of each network's configuration."""
+        """The tensors that the host saves, with each network's configuration where they do not determine it."""
         tensors, stage = dict(super().get_sd()), self.first_stage_model
         networks = {"": stage.network} if isinstance(stage, HostedStageA) else dict(stage.named_children())
         for name, network in networks.items():
@@ -123,7 +123,7 @@ class CascadeVAE(comfy.sd.VAE):
         return tensors
 
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] | None = None) -> Tensor:
-        """(B, C, h, w) -> (B, H, W, 3) in [0, 1], on a card clamped and laid out there before it is copied."""
+        """(B, C, h, w) -> (B, H, W, 3) in [0, 1]. On a card, clamps and permutes there, before the copy."""
         if self.device.type == "cuda" and samples_in.ndim == 4:
             try:
                 return self._decode_whole(samples_in)
@@ -172,7 +172,7 @@ def load_stage_a(path: Path) -> CascadeVAE:
     hosted.engine.compile_in_background(vae.device)
     vae.downscale_ratio = vae.upscale_ratio = 2 ** config["levels"]
     vae.latent_channels = config["c_latent"]
-    size, side = comfy.model_management.dtype_size, vae.downscale_ratio  # of one picture, as the host asks
+    size, side = comfy.model_management.dtype_size, vae.downscale_ratio  # for one picture, as the host asks
     vae.memory_used_decode = lambda shape, dtype: (
         size(dtype) * activations.stage_a(network.config, 1, *shape[-2:])
     )
@@ -221,7 +221,7 @@ def describe_vae(vae: Any) -> str:
 def encode_pixels(vae: Any, image: Tensor, tile_pixels: int = 0) -> Tensor:
     image = image[..., :3]
     if not tile_pixels or describe_vae(vae) != "stage_a":
-        # The compressor weighs its channels by the whole picture, so it is not tiled.
+        # The compressor weights its channels by averages over the whole picture, so it cannot be tiled.
         return vae.encode(image).float()
     config = stage_a_config(vae)
     side = 2**config.levels  # pixels of a latent position

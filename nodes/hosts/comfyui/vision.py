@@ -19,7 +19,7 @@ from .weights import remember_file
 
 
 class Vision(comfy.clip_vision.ClipVisionModel):
-    """Host's image encoder, saved with what its tensors do not tell.  config: of its file"""
+    """Host's image encoder, saved with its configuration where tensors do not determine it.  config: of its file"""
 
     config: dict[str, Any]
 
@@ -51,8 +51,8 @@ def load_vision(path: Path) -> Vision:
 
 
 def encode_image(vision: Any, image: Tensor) -> Any:
-    """The host's own, on pictures of the size that it asks for: it would round their longer side, by which they were
-    resized, where CLIP's authors cut it down.
+    """Encodes with the host's own encoder, but resizes pictures here: the host rounds the longer side after resizing,
+    where CLIP's authors truncate it.
     """
     # CLIP's own encoders, which always see a square.
     if getattr(vision, "model_type", "clip_vision_model") == "clip_vision_model":

@@ -16,24 +16,24 @@ from ....cascade_core.errors import CascadeError
 from ....cascade_core.placement import Placement, Unit
 
 SCRATCH = 3  # float32 copies of a weight that patching it takes at once
-PREFIX = "diffusion_model."  # of a network's names in a BaseModel
+PREFIX = "diffusion_model."  # prefix of a network's names in a BaseModel
 Patches = Mapping[str, Sequence[tuple]]  # a weight's name in the BaseModel -> its patches, in their order
 
 
 class PatchedWeight:
     """The patches of one weight.
 
-    steps: the host's tuples (strength, what, strength of the model, offset, function).
+    steps: the host's tuples (strength, patch, strength of the model, offset, function).
     """
 
     def __init__(self, key: str, steps: Sequence[tuple], weight: Tensor):
         self.key, self.steps = key, tuple(steps)
         size = sum(tensor.nbytes for tensor in _tensors(self.steps))
-        # What is copied to the device once, where the weight comes there at every forward. Larger factors, as of a
-        # merged model, would take as much as the weights.
+        # Bytes of factors kept on the device for a weight that is streamed there at every forward. Larger factors, as
+        # of a merged model, would take as much memory as the weights.
         self.factor_bytes = size if size <= weight.nbytes // 4 else 0
         self._steps_there: Sequence[tuple] = self.steps
-        self.device_bytes = 0  # of the factors that are kept on the device
+        self.device_bytes = 0  # of factors now on the device
 
     def keep_on(self, device: torch.device) -> None:
         """Keeps small factors on the device."""
@@ -50,9 +50,9 @@ class PatchedWeight:
 
         Raises CascadeError for patches that change its shape.
         """
-        # The host's adapters leave a weight as it is, with a line in the log, where memory is short: better fail here.
+        # Where memory is short, the host's adapters only log it and leave the weight unpatched; so fail here instead.
         torch.empty(SCRATCH * weight.numel(), dtype=torch.float32, device=weight.device)
-        # What a patch by another model's weight is compared with.
+        # The weight that a patch by another model's weight is compared with.
         original = {self.key: [(weight, _unchanged)]}
         copied = weight.to(torch.float32, copy=True)
         changed = comfy.lora.calculate_weight(
@@ -63,12 +63,12 @@ class PatchedWeight:
                 f"A patch makes {self.key} a weight of {tuple(changed.shape)}, but it is {tuple(weight.shape)} here; "
                 "choose a LoRA that was made for this model."
             )
-        seed = crc32(self.key.encode())  # the host's own, wherever its versions keep it
+        seed = crc32(self.key.encode())  # the host's seed, which versions keep in different places
         return comfy.float.stochastic_rounding(changed, weight.dtype, seed=seed)
 
 
 class PatchKey:
-    """What a unit's weights are patched by; equal where it is the same, as clones of a MODEL share parts of patches."""
+    """Identity of a unit's patches; equal for equal patches, since clones of a MODEL share parts of them."""
 
     def __init__(self, changes: Mapping[int, PatchedWeight]):
         self._steps = {index: change.steps for index, change in changes.items()}
@@ -96,7 +96,7 @@ def by_unit(placement: Placement, patches: Patches) -> UnitPatches:
 
 
 def unchanged_kept(before: UnitPatches, after: UnitPatches) -> UnitPatches:
-    """`after`, with those of `before` that do the same."""
+    """`after`, in which objects of `before` replace those that are equal."""
     return {
         unit: {index: _kept(before.get(unit, {}).get(index), weight) for index, weight in weights.items()}
         for unit, weights in after.items()
@@ -108,7 +108,7 @@ def _kept(before: PatchedWeight | None, after: PatchedWeight) -> PatchedWeight:
 
 
 def keys_of(patches: UnitPatches) -> dict[Unit, PatchKey]:
-    """What tells apart how units are patched."""
+    """The key of each unit's patches."""
     return {unit: PatchKey(each) for unit, each in patches.items()}
 
 
@@ -129,7 +129,7 @@ def _same_step(step: tuple, other: tuple) -> bool:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of patches, however nested."""
+    """All tensors in nested patches."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, comfy.weight_adapter.WeightAdapterBase):

@@ -1,6 +1,6 @@
 """The host of a process without ComfyUI: the same functions as `hosts.comfyui`, on nothing but torch.
 
-Weights stay on the device between nodes as its memory allows; what it does not, leaves or is streamed (`device.py`).
+Weights stay on the device between nodes as far as its memory allows; others are evicted or streamed (`device.py`).
 """
 
 from ..reporting import notify

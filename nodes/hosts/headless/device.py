@@ -1,4 +1,4 @@
-"""The device that nodes compute on without ComfyUI: of the graph that is running, else one for the process."""
+"""The device that nodes compute on without ComfyUI: the running graph's, else one for the process."""
 
 import os
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ _running: ContextVar[ComputeDevice | None] = ContextVar("cascade_device", defaul
 
 
 def compute_device() -> ComputeDevice:
-    """Where what is loaded now will run."""
+    """The device for networks that are loaded now."""
     return _running.get() or _device_of_the_process()
 
 
 @contextmanager
 def computing_with(memory: str | None) -> Iterator[ComputeDevice]:
-    """Limits nodes that run inside the block to so much of the card's memory ("6GB"); None: what is free."""
+    """Limits nodes that run inside the block to this much of the card's memory ("6GB"); None: the free memory."""
     with computing_on(device_with(memory)) as device:
         yield device
 
 
 @contextmanager
 def computing_on(device: ComputeDevice) -> Iterator[ComputeDevice]:
-    """Makes nodes that run inside the block compute on a device, which keeps what is loaded on it."""
+    """Makes nodes that run inside the block compute on a device, which keeps the loaded networks."""
     token = _running.set(device)
     try:
         yield device
@@ -36,11 +36,11 @@ def computing_on(device: ComputeDevice) -> Iterator[ComputeDevice]:
 
 
 def device_with(memory: str | None) -> ComputeDevice:
-    """A device of its own, with so much of the card's memory; None: what is free."""
+    """A new device with this much of the card's memory; None: the free memory."""
     return ComputeDevice(memory=memory, observer=Observer(notify, check_interrupted))
 
 
 @cache
 def _device_of_the_process() -> ComputeDevice:
-    """Device of nodes that are called from Python. `$CASCADE_MEMORY` caps its memory, as for the command line."""
+    """The device for nodes called from Python. `$CASCADE_MEMORY` limits its memory, as for the command line."""
     return device_with(os.environ.get("CASCADE_MEMORY"))

@@ -1,4 +1,4 @@
-"""What `embedding:name` in a prompt stands for without ComfyUI: files in `models/embeddings`, found as ComfyUI does."""
+"""Files for `embedding:name` in a prompt, without ComfyUI: in `models/embeddings`, found as ComfyUI does."""
 
 from ....cascade_core.adapters import LearnedToken
 from ....cascade_core.adapters.embeddings import embedding_tokens
@@ -8,9 +8,9 @@ from .folders import search_folders
 
 
 def embeddings_in(prompt: str, width: int) -> list[LearnedToken]:
-    """The tokens of every embedding that a prompt asks for; the user is told of one that is missing.
+    """The tokens of every embedding that a prompt asks for; notifies the user of missing files.
 
-    width: of the text encoder's own
+    width: of the text encoder's vectors
     """
     folders = search_folders("embedding")
     places = ", ".join(str(folder) for folder in folders)

@@ -1,8 +1,8 @@
-"""Where model files are found without ComfyUI.
+"""Finds model files without ComfyUI.
 
 Roots, in this order: every folder of `$CASCADE_MODELS`, ComfyUI's own `models` where the pack lies in its
 `custom_nodes`, `./models`, `models` in the pack; each with ComfyUI's subfolders. The bundled demo weights are
-always offered, and any existing path is taken as it is.
+always offered, and any existing path is accepted.
 """
 
 import os
@@ -13,7 +13,7 @@ from .. import roles
 
 
 def roots() -> list[Path]:
-    """The folders that play the part of ComfyUI's `models`; new files go to the first."""
+    """The folders in the role of ComfyUI's `models`; new files go to the first."""
     stated = [Path(entry) for entry in os.environ.get("CASCADE_MODELS", "").split(os.pathsep) if entry]
     return [*stated, *_comfyui_models(), Path("models"), roles.PACK / "models"]
 
@@ -34,14 +34,14 @@ def search_folders(role: str) -> list[Path]:
 
 
 def list_files(role: str) -> list[str]:
-    """Names that `find_file` knows, the demo's first."""
+    """Names that `find_file` can find, the demo's first."""
     found = {name for folder in search_folders(role) for name in roles.names_in(folder, role)}
     demo = roles.demo_names(role)
     return demo + sorted(found - set(demo))
 
 
 def find_file(role: str, name: str) -> Path:
-    """The file or folder of that name; a path that exists is its own name."""
+    """The file or folder of a name, or at an existing path."""
     spellings = roles.spellings(name)
     for spelling in spellings:
         if not roles.leaves_folder(spelling):
@@ -62,4 +62,4 @@ def find_file(role: str, name: str) -> Path:
 
 
 def input_folder() -> None:
-    """None: a run brings its own folder, and the pictures beside its graph are found without it."""
+    """None: each run has its own folder, and pictures beside its graph are found without it."""

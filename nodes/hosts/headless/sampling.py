@@ -26,7 +26,7 @@ def sample(request: SamplingRequest) -> SamplingResult:
 
 
 def prompt_of(conditioning: list, socket: str) -> Prompt:
-    """The one prompt of a CONDITIONING."""
+    """The single prompt of a CONDITIONING."""
     if len(conditioning) != 1:
         raise CascadeError(
             f"{socket} holds {len(conditioning)} prompts, but exactly one can be sampled outside ComfyUI; "

@@ -1,4 +1,4 @@
-"""Where training reads and writes without ComfyUI, and how it is watched."""
+"""Folders and progress of training without ComfyUI."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,17 +15,17 @@ from .folders import roots
 
 
 def data_path(name: str) -> Path:
-    """Path of training data: in ./input, or any path, as who runs a graph here is the owner of the files."""
+    """Path of training data: in ./input, or any path, since a graph here is run by the owner of the files."""
     inside = Path("input") / name
     return inside if os.path.exists(inside) else Path(name).expanduser()
 
 
 def data_check() -> None:
-    """Nothing: links may lead anywhere."""
+    """None: links may lead anywhere."""
 
 
 def new_files_folder(role: str) -> Path:
-    """Folder of new files of that role, in which its loader finds them."""
+    """Folder for new files of that role, where its loader finds them."""
     return roots()[0] / roles.subfolders(roles.FOLDERS[role][0])[0]
 
 
@@ -35,7 +35,7 @@ def training_folder() -> Path:
 
 
 def former_training_folder() -> Path:
-    """Where earlier versions kept a run by its task and name alone."""
+    """Folder in which earlier versions kept runs by task and name."""
     return training_folder()
 
 
@@ -50,9 +50,9 @@ def interrupted() -> bool:
 
 @contextmanager
 def training() -> Iterator[Callable[..., None]]:
-    """Yields report of a run. One that was asked to end ends the graph after the block.
+    """Yields the report function of a run. A run that was asked to stop ends the graph after the block.
 
-    Its pictures are not shown here: they lie in the run's folder.
+    The run's pictures are not shown here, but lie in its folder.
     """
 
     def report_steps(step: int, steps: int, picture: Any = None) -> None:

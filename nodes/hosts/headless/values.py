@@ -1,4 +1,4 @@
-"""What the values on the sockets are called, for messages."""
+"""Names of the values on sockets, for messages."""
 
 from typing import Any
 
@@ -17,5 +17,5 @@ _SOCKETS: dict[type, str] = {
 
 
 def words_for(value: Any) -> str:
-    """A value by its socket, such as "a VAE"; any other by its class."""
+    """A value in words by its socket type, such as "a VAE", or else by its class."""
     return f"a {_SOCKETS.get(type(value), type(value).__name__)}"

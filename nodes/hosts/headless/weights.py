@@ -1,4 +1,4 @@
-"""Which weight of a MODEL, CLIP, VAE or CLIP_VISION is at fault."""
+"""Finds the weight of a MODEL, CLIP, VAE or CLIP_VISION that holds NaN or infinity."""
 
 from ....cascade_core.stages.weights import Stage, non_finite_weight
 
