@@ -1,87 +1,228 @@
-"""Training on two GPUs beside one, the same batch on each: a full finetune by FSDP2, a LoRA and a ControlNet.
+"""Training on two GPUs beside one, the same batch on each: full finetunes by FSDP2, a LoRA and a ControlNet.
 
-    python benchmarks/ranks.py [--size 3.6b] [--batch 8] [--steps 15] [--tasks finetune lora controlnet] [--json FILE]
+    python benchmarks/ranks.py [--tasks finetune lora controlnet] [--size 3.6b] [--seconds 100] [--json FILE]
 
-Each run is `benchmarks/training.py`, with random weights. First one GPU each, both at once: the finetune on the first,
-the others on the second. Then all of it on two, by torchrun. Asked: of the finetune at most 0.6 of the memory on each
-and at least 1.8 times the pictures a second; of the others at least 1.9 times.
+Each measurement is `benchmarks/training.py` with random weights, in processes of its own, which import while others
+measure. Those on one GPU go beside each other where they can. Each row is written as soon as it is there, and one
+that fails or takes too long leaves the others alone. Asked: of a finetune at most 0.6 of the memory on each and at
+least 1.8 times the pictures a second; of the others at least 1.9 times. Without GPUs, two processes of the processor.
 """
 
 import argparse
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
 
 TRAINING = Path(__file__).with_name("training.py")
-ASKED = {"finetune": 1.8, "lora": 1.9, "controlnet": 1.9}
-ASKED_MEMORY = 0.6
+PICTURES = {"finetune": 1.8, "lora": 1.9, "controlnet": 1.9}  # times as many
+MEMORY = {"finetune": 0.6}
+WARM = 5  # steps: the first looks at kernels, the second captures CUDA graphs
+# On one machine: the loopback for gloo, and no NVLink multicast, which can put shared hosts' GPUs out of service.
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "4"}
 
 
-def begin(
-    options: argparse.Namespace, tasks: list[str], batch: int, folder: Path, gpu: int | None
-) -> tuple[subprocess.Popen, Path]:
-    """Start a run on one GPU, or on two where none is named; returns it and where its figures will be."""
-    file = folder / f"{'-'.join(tasks)} {gpu}.json"
-    launch = [sys.executable] if gpu is not None else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    ]  # fmt: skip
-    command = [*launch, str(TRAINING), "--tasks", *tasks, "--size", options.size, "--batch", str(batch)]
-    command += ["--steps", str(options.steps), "--warm", "5", "--json", str(file)]
-    command += ["--latent", str(options.latent), *(["--fsdp"] if gpu is None else [])]
-    visible = "0,1" if gpu is None else str(gpu)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": "4"}
-    return subprocess.Popen(command, env=environment), file
+@dataclass
+class Measurement:
+    """A task on some GPUs: its processes, which wait for `turn`, and what came of it."""
+
+    task: str
+    gpus: tuple[int, ...]
+    folder: Path
+    processes: list[subprocess.Popen] = field(default_factory=list)
+    ends: float = 0.0
+    figures: dict[str, Any] | None = None
+    failure: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}, {'one GPU' if len(self.gpus) == 1 else 'two'}"
+
+    def file(self, what: str) -> Path:
+        return self.folder / f"{self.task}-{len(self.gpus)}.{what}"
+
+    def start(self, options: argparse.Namespace) -> None:
+        """Start the processes, which import and then wait."""
+        batch = options.batch if self.task in MEMORY else options.small_batch
+        command = [sys.executable, str(TRAINING), "--tasks", self.task, "--size", options.size]
+        command += ["--batch", str(batch), "--steps", str(options.steps), "--warm", str(WARM)]
+        command += ["--latent", str(options.latent), "--json", str(self.file("json"))]
+        command += ["--after", str(self.file("turn"))]
+        world: dict[str, str] = {}
+        if len(self.gpus) > 1:
+            command += ["--fsdp"]
+            world = {
+                "WORLD_SIZE": str(len(self.gpus)),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": free_port(),
+            }
+        visible = ",".join(map(str, self.gpus))
+        for rank in range(len(self.gpus)):
+            own = {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world else {}
+            with self.file(f"{rank}.log").open("wb") as log:
+                outputs: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
+                environment = {**ENVIRONMENT, **os.environ, "CUDA_VISIBLE_DEVICES": visible, **own}
+                self.processes.append(subprocess.Popen(command, env=environment, **outputs))
+
+    def look(self) -> bool:
+        """Whether it has ended: as one, by its figures, whichever of its processes fails, or when it takes too long."""
+        codes = [process.poll() for process in self.processes]
+        if self.file("json").exists():
+            result = json.loads(self.file("json").read_text(encoding="utf-8"))["results"][self.task]
+            self.failure = result.get("failed")
+            self.figures = result if self.failure is None else None
+        elif any(codes):
+            self.failure = f"ended with exit status {next(filter(None, codes))}"
+        elif time.monotonic() > self.ends:
+            self.failure = "took too long"
+        elif None in codes:
+            return False
+        else:
+            self.failure = "ended without figures"
+        self.end()
+        return True
+
+    def end(self) -> None:
+        """End the processes, and with them what they hold of the GPUs."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+    def told(self) -> str:
+        """The end of what the processes printed."""
+        logs = [self.file(f"{rank}.log") for rank in range(len(self.gpus))]
+        return "\n".join(log.read_text(encoding="utf-8", errors="replace")[-2000:] for log in logs)
 
 
-def figures(runs: list[tuple[subprocess.Popen, Path]]) -> dict[str, dict[str, Any]]:
-    """What runs that were begun print, by task; a run that fails has none."""
-    found: dict[str, dict[str, Any]] = {}
-    for process, file in runs:
-        if process.wait() == 0:
-            found |= json.loads(file.read_text(encoding="utf-8"))["results"]
-    return found
+def free_port() -> str:
+    """A free port below those that the system gives out itself, so that it is still free later."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as found:
+            try:
+                found.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return str(port)
 
 
-def row(task: str, one: dict[str, Any], two: dict[str, Any]) -> list[str]:
-    pictures = 2 * two["steps_per_second"] / one["steps_per_second"]
-    memory = two["peak_gb"] / one["peak_gb"] if one["peak_gb"] else 0.0
-    met = pictures >= ASKED[task] and (task != "finetune" or memory <= ASKED_MEMORY)
-    cells = [f"{one['steps_per_second']:.3g}", f"{two['steps_per_second']:.3g}", f"{pictures:.2f}"]
-    cells += [f"{one['peak_gb']:.1f}", f"{two['peak_gb']:.1f}", f"{memory:.2f}"]
-    return [task, *cells, "met" if met else "missed"]
+def measure(measurements: list[Measurement], options: argparse.Namespace, began: float) -> None:
+    """Give each its turn, in this order, as soon as its GPUs are free; write the rows so far after each."""
+    waiting, running = list(measurements), list[Measurement]()
+    for each in waiting:
+        each.start(options)
+    try:
+        while waiting or running:
+            taken = {gpu for each in running for gpu in each.gpus}
+            for each in list(waiting):
+                if taken.isdisjoint(each.gpus):
+                    each.ends = min(time.monotonic() + options.limit, began + options.seconds)
+                    each.file("turn").touch()
+                    waiting.remove(each)
+                    running.append(each)
+                taken.update(each.gpus)
+            time.sleep(0.05)
+            for each in [each for each in running if each.look()]:
+                running.remove(each)
+                print(
+                    f"{time.monotonic() - began:4.0f} s  {each.name}: {each.figures or each.failure}",
+                    flush=True,
+                )
+                if each.failure:
+                    print(each.told(), flush=True)
+                write(measurements, options, began)
+    finally:
+        for each in measurements:
+            each.end()
+
+
+def rows_of(measurements: list[Measurement]) -> dict[str, dict[str, Any]]:
+    """By task: what was measured on one and on two, and how many times the other the one is."""
+    rows: dict[str, dict[str, Any]] = {}
+    for each in measurements:
+        row = rows.setdefault(
+            each.task, {"asked": PICTURES[each.task], "asked_memory": MEMORY.get(each.task)}
+        )
+        row["one" if len(each.gpus) == 1 else "two"] = each.figures
+    for row in rows.values():
+        one, two = row["one"], row["two"]
+        if one and two:
+            row["times"] = 2 * two["steps_per_second"] / one["steps_per_second"]
+            row["memory"] = two["peak_gb"] / one["peak_gb"] if one["peak_gb"] else None
+            enough = row["asked_memory"] is None or (row["memory"] or 0) <= row["asked_memory"]
+            row["met"] = row["times"] >= row["asked"] and enough
+    return rows
+
+
+def write(measurements: list[Measurement], options: argparse.Namespace, began: float) -> None:
+    if options.json is None:
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
+    record = {
+        "machine": describe_machine(),
+        "device": device,
+        "options": {key: value for key, value in vars(options).items() if key != "json"},
+        "seconds": time.monotonic() - began,
+        "rows": rows_of(measurements),
+        "failed": {each.name: each.failure for each in measurements if each.failure},
+    }
+    write_file(options.json, json.dumps(record, indent=1) + "\n")
+
+
+def cells(task: str, row: dict[str, Any]) -> list[str]:
+    one, two = row["one"] or {}, row["two"] or {}
+
+    def cell(value: float | None, form: str) -> str:
+        return "—" if value is None else format(value, form)
+
+    shown = [cell(each.get("steps_per_second"), ".3g") for each in (one, two)] + [
+        cell(row.get("times"), ".2f")
+    ]
+    shown += [cell(each.get("peak_gb"), ".1f") for each in (one, two)] + [cell(row.get("memory"), ".2f")]
+    return [task, *shown, {True: "met", False: "missed", None: "not measured"}[row.get("met")]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", choices=tuple(ASKED), default=list(ASKED))
+    parser.add_argument("--tasks", nargs="+", choices=tuple(PICTURES), default=list(PICTURES))
     parser.add_argument("--size", choices=("3.6b", "1b", "tiny"), default="3.6b")
     parser.add_argument("--latent", type=int, default=24, help="positions a side")
-    parser.add_argument("--batch", type=int, default=8, help="of the finetune on each GPU; the others have 4")
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--json", type=output_file, help="also write the numbers here")
+    parser.add_argument("--batch", type=int, default=16, help="of a finetune, on each GPU")
+    parser.add_argument("--small-batch", type=int, default=4, help="of the others")
+    parser.add_argument("--steps", type=int, default=10, help=f"measured, after {WARM}")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of each from its turn on")
+    parser.add_argument(
+        "--seconds", type=float, default=100, help="of all together; what is not done then is left out"
+    )
+    parser.add_argument("--json", type=output_file, help="also write the numbers here, after each of them")
     options = parser.parse_args()
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        sys.exit("There is one GPU; two are expected.")
     began = time.monotonic()
-    small = [task for task in options.tasks if task != "finetune"]
-    groups = [(["finetune"], options.batch)] if "finetune" in options.tasks else []
-    groups += [(small, 4)] if small else []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        one = figures([begin(options, *group, folder, gpu) for gpu, group in enumerate(groups)])
-        two: dict[str, dict[str, Any]] = {}
-        for group in groups:
-            two |= figures([begin(options, *group, folder, None)])
-    rows = [row(task, one[task], two[task]) for task in options.tasks if task in one and task in two]
-    print(f"\n{describe_machine()}, Stage C {options.size}, {time.monotonic() - began:.0f} s\n")
+        # The first on one GPU beside the others on the other one; then each on both.
+        alone = [
+            Measurement(task, (int(number > 0),), Path(name)) for number, task in enumerate(options.tasks)
+        ]
+        both = [Measurement(task, (0, 1), Path(name)) for task in options.tasks]
+        measurements = [*alone, *both]
+        measure(measurements, options, began)
+    print(f"\n{describe_machine()}, {time.monotonic() - began:.0f} s\n")
     columns = [
         "task",
         "steps/s, one",
@@ -92,13 +233,10 @@ def main() -> None:
         "× memory",
         "asked",
     ]
-    print_table(columns, rows)
-    if options.json is not None:
-        write_file(
-            options.json, json.dumps({"machine": describe_machine(), "one": one, "two": two}, indent=1)
-        )
-    if len(rows) < len(options.tasks):
-        sys.exit("Some of the runs failed; what they said is above.")
+    rows = rows_of(measurements)
+    print_table(columns, [cells(task, row) for task, row in rows.items()])
+    if any(each.failure for each in measurements):
+        sys.exit("Some of the measurements failed; what they said is above.")
 
 
 if __name__ == "__main__":

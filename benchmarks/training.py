@@ -5,7 +5,7 @@ states) is random here. With --published, a checkout of Stability AI's StableCas
 LoRA and loop: float32 weights under autocast, without the encoders that it runs in every step.
 
     python benchmarks/training.py [--tasks lora controlnet finetune] [--latent 24] [--batch 4] [--published PATH]
-    accelerate launch --num_processes 2 benchmarks/training.py [--fsdp] …
+    torchrun --nproc-per-node 2 benchmarks/training.py [--fsdp] …
     python benchmarks/training.py --tasks lora --base int8 nf4 --batch 1   # frozen weights in 8 bits, and in 4
     python benchmarks/training.py --tasks stage_b text_encoder           # LoRAs of Stage B and of the text encoder
     python benchmarks/training.py --presets [8gb 12gb …]                 # each within the memory of its card
@@ -277,7 +277,7 @@ def measure(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]
         loop = Loop(task, RandomBatches(options.latent, name == "controlnet"), settings, accelerator, mark)
         loop.save = lambda: None  # 57 GB of a finetune
         outcome = loop.run()
-    trained = loop.trained_numbers
+    trained, peak = loop.trained_numbers, max(accelerator.gather(outcome.peak_bytes))
     if not accelerator.is_main_process:  # which alone is told of the steps
         return {}
     first = next(i for i, (step, _) in enumerate(marks) if step >= options.warm)
@@ -285,7 +285,7 @@ def measure(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]
     speed = (last - step) / (ended - began)
     return {
         "steps_per_second": speed,
-        "peak_gb": outcome.peak_bytes / 1e9,
+        "peak_gb": peak / 1e9,
         "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else 0.0,
         "trained_parameters": trained,
         "seconds": {"building": built, "training": outcome.seconds},
@@ -476,7 +476,10 @@ def main() -> None:
     parser.add_argument(
         "--json", type=output_file, help="also write the numbers here, beside those that are there"
     )
+    parser.add_argument("--after", type=Path, help="wait for this file before anything is built")
     options = parser.parse_args()
+    while options.after is not None and not options.after.exists():
+        time.sleep(0.05)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     results: dict[str, dict[str, Any]] = {}
     measurements: dict[str, Callable[[], dict[str, Any]]] = {}

@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from ..accelerators import has_bf16
+from ..accelerators import count, has_bf16
 from ..errors import CascadeError, quoted
 from ..networks.precision import PRECISIONS
 from .processes import Processes
@@ -36,7 +36,15 @@ def build_accelerator(precision: str = "auto") -> Processes:
         raise CascadeError(
             "Training runs on accelerate, which is not installed; run: pip install accelerate"
         ) from None
-    accelerator = Accelerator(mixed_precision="no")
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and "LOCAL_RANK" not in os.environ:
+        raise CascadeError(
+            f"WORLD_SIZE is {quoted(os.environ['WORLD_SIZE'])}, but nothing says which GPU is this process's "
+            "(LOCAL_RANK), so that it would train alone; start the processes by torchrun or accelerate "
+            "launch, or unset it."
+        )
+    # Where there is no accelerator, processes would each train alone as well.
+    accelerator = Accelerator(mixed_precision="no", cpu=several and not (count("cuda") or count("xpu")))
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise _refusal(kind, "launch one process for each GPU (distributed_type: MULTI_GPU)")

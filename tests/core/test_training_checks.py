@@ -8,6 +8,7 @@ import pytest
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import read_safetensors
+from cascade_nodes.cascade_core.training.launch import build_accelerator
 from cascade_nodes.cascade_core.training.run import train
 from cascade_nodes.cascade_core.training.settings import Settings
 from cascade_nodes.tests.core.training_runs import same, settings_of, write_world
@@ -188,6 +189,13 @@ def test_what_accelerate_is_configured_for_besides(world, tmp_path, monkeypatch,
     monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     assert sentence in refusal(settings_of(world, "lora", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_would_train_alone_though_it_is_one_of_many_is_refused(monkeypatch):
+    """As srun starts them, which says RANK's number under other names, and whose GPU is whose not at all."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(CascadeError, match="WORLD_SIZE is '8', but nothing says which GPU is this"):
+        build_accelerator()
 
 
 def test_what_accelerate_says_by_default_is_taken(world, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def train(worlds, kind: str, run: str, steps: int) -> None:
             "output": {"file": f"{run}/out.safetensors", "folder": run, "log_every": 1},
         }
         (world / "settings.yaml").write_text(yaml.safe_dump(values))
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         running.append(subprocess.Popen(launch(kind, node, port), cwd=world, env=environment, **pipes))
     for process in running:

@@ -63,7 +63,7 @@ def outcomes(world, alone, tmp_path_factory):
     for rank, own in enumerate(world):
         run = shutil.copytree(alone.folder, own / "alone")
         several = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        several |= {"MASTER_ADDR": "they meet in a file", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
+        several |= {"MASTER_ADDR": "they meet in a file", "MASTER_PORT": "0"}
         environment = {**os.environ, **several, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "cascade_nodes.tests.core.training_ranks", str(own), str(run)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
