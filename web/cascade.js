@@ -6,6 +6,7 @@ import { loadPresets, offerPresets } from "./presets.js";
 import { loadReplacements, offerReplacement } from "./replace.js";
 import { addRunPanel } from "./run_panel.js";
 import { addSearchWords } from "./search.js";
+import { listen, loadSentences } from "./sentences.js";
 import { addSizePanel } from "./size_panel.js";
 import { addSyntaxPanel } from "./syntax_panel.js";
 import { addTextPanel } from "./text_panel.js";
@@ -22,9 +23,10 @@ const PANELS = {
   CascadeTextEncode: addSyntaxPanel,
 };
 
+listen();
 app.registerExtension({
   name: "cascade_nodes.panels",
-  init: () => Promise.all([loadWords(), loadReplacements(), loadPresets()]),
+  init: () => Promise.all([loadWords().then(loadSentences), loadReplacements(), loadPresets()]),
   beforeRegisterVueAppNodeDefs: addSearchWords,
   afterConfigureGraph: translateExample,
   nodeCreated(node) {

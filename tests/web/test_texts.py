@@ -12,6 +12,7 @@ from cascade_nodes.tests.web.examples import TITLES, canvas_file
 from cascade_nodes.tests.web.examples import read as read_graph
 from cascade_nodes.tests.web.formats import NOTES
 from cascade_nodes.tests.web.help_copies import TRADITIONAL, copies
+from cascade_nodes.tests.web.sentences import sentences, words
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "web" / "docs"
@@ -36,6 +37,10 @@ def read(language, name):
     return json.loads((ROOT / "locales" / language / name).read_text(encoding="utf-8"))
 
 
+TRANSLATIONS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "web" / "sentences").iterdir())
+}
 NODE_TEXTS = {language: read(language, "nodeDefs.json") for language in LANGUAGES}
 MAIN = {language: read(language, "main.json") for language in LANGUAGES}
 
@@ -127,6 +132,25 @@ def test_the_texts_of_the_examples_are_translated():
 
 def test_notices_are_in_english_what_the_server_says():
     assert MAIN["en"]["cascadeNodes"]["notice"] == SENTENCES
+
+
+@pytest.mark.parametrize("language", TRANSLATIONS)
+def test_what_nodes_say_is_translated(language):
+    tables = TRANSLATIONS[language]
+    tooltips = {options["tooltip"] for info in INFO.values() for _, options in inputs_of(info).values()}
+    assert sentences() - tooltips <= tables["sentences"].keys()
+    for name, table in tables.items():
+        assert table.keys() == TRANSLATIONS["ja"][name].keys()
+        for text, translation in table.items():
+            places = {int(place) for place in re.findall(r"{(\w+)}", translation)}
+            assert places <= set(range(1, 1 + text.count("{}"))), text
+            assert name != "sentences" or re.search(SCRIPTS[language], translation), text
+
+
+def test_no_translation_is_of_what_nobody_says():
+    said = words()
+    keys = [key for table in TRANSLATIONS["ja"].values() for key in table]
+    assert [key for key in keys for piece in key.split("{}") if piece.strip(" .,;:()") not in said] == []
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -657,6 +657,54 @@ async function subgraph(page, { subgraph, served }) {
   });
 }
 
+/** An error of a run and a refused file, as the Japanese interface tells of them, and what a LoRA holds. */
+async function japaneseErrors(page) {
+  await clear(page);
+  await page.evaluate(() => {
+    const { graph } = window.app;
+    const [size, vae, decode, save] = ["CascadeEmptyLatent", "StageAVAE", "CascadeDecode", "SaveImage"].map((type) => {
+      const node = window.LiteGraph.createNode(type);
+      graph.add(node);
+      return node;
+    });
+    size.connect(0, decode, decode.findInputSlot("samples"));
+    vae.connect(0, decode, decode.findInputSlot("vae"));
+    decode.connect(0, save, 0);
+  });
+  const run = await page.evaluate(
+    () =>
+      new Promise((resolve) => {
+        const told = ({ detail }) => {
+          window.app.api.removeEventListener("execution_error", told);
+          resolve(detail.exception_message);
+        };
+        window.app.api.addEventListener("execution_error", told);
+        window.app.queuePrompt(0, 1);
+      }),
+  );
+  const refused = await page.evaluate(async () => {
+    const loader = window.app.graph._nodes.find((node) => node.type === "StageAVAE");
+    loader.widgets.find((widget) => widget.name === "file").value = "gone.safetensors";
+    await window.app.queuePrompt(0, 1);
+    return window.app.lastNodeErrors[loader.id].errors[0].details;
+  });
+  await page.keyboard.press("Escape");
+  await clear(page);
+  const lora = await place(page, "CascadeLoRAApply");
+  await page.evaluate(
+    (id) => window.app.graph.getNodeById(id).onExecuted({
+      text: [
+        "a.safetensors (kohya): 12 layers of Stage C, rank 4 to 8, 1 learned token ([star])",
+        "a.safetensors says of itself: trigger words ink, red; rank 4.",
+        "Of another node.",
+      ],
+    }),
+    lora,
+  );
+  await page.getByText("[star]").first().waitFor();
+  return { run, refused, lora: (await panel(page, lora, "cascade_text")).lines };
+}
+
 /** The same nodes in Japanese, with their help, and an example with its notes. */
 async function japanese(page, { url, workflows }) {
   await store(url, { "Comfy.Locale": "ja" });
@@ -699,7 +747,8 @@ async function japanese(page, { url, workflows }) {
   await page.locator("[data-testid='info-button']").dispatchEvent("click");
   const help = page.locator(".node-help-content");
   await help.locator("h1, h2").first().waitFor();
-  return { example, words, panels, notice, help: await help.innerText() };
+  const seen = { example, words, panels, notice, help: await help.innerText() };
+  return { ...seen, told: await japaneseErrors(page) };
 }
 
 export const SCENARIOS = {

@@ -356,6 +356,22 @@ def test_an_example_is_japanese(seen):
     assert not example["changed"]  # as if it had been saved so
 
 
+def test_errors_and_what_a_lora_holds_are_japanese(seen):
+    facts = told(seen, "japanese")["told"]
+    run, english = facts["run"].split("\n")
+    assert run == (
+        "「Cascade デコード」の潜在表現は 16 チャンネルですが、Stage A がデコードするのは Stage B の 4 チャンネルです。"
+        "「Cascade Decoder サンプラー」をつなぐか、Stage C の潜在表現を見るなら圧縮器をつないでください。"
+    )
+    assert english.startswith("Cascade Decode got a latent of 16 channels")  # as the help quotes it
+    assert facts["refused"].startswith("file - Stage A のファイル 'gone.safetensors' が ")
+    assert facts["lora"] == [
+        "a.safetensors（kohya）：Stage C の 12 層、ランク 4 ～ 8、1 個の学習済みトークン（[star]）",
+        "a.safetensors の情報：トリガーワード ink, red、ランク 4。",
+        "Of another node.",
+    ]
+
+
 def test_the_help_is_japanese(seen):
     page = Path(PACK / "web" / "docs" / "CascadePriorSampler" / "ja.md").read_text(encoding="utf-8")
     headline = page.splitlines()[0].removeprefix("# ")
