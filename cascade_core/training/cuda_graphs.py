@@ -25,8 +25,10 @@ SHAPES = 12  # input shapes whose graphs are kept; each bucket has its own
 class GraphedFunction:
     """`function` of tensors: eager the first time that a shape is seen, captured the second time, then replayed.
 
-    The function returns one tensor, reads no changing values beside its arguments, and draws no random numbers.
-    Parameters among the arguments are read in place; other arguments are copied.
+    The function returns one tensor and reads no changing values beside its arguments. Parameters among the arguments
+    are read in place; other arguments are copied. It may draw random numbers of the device's default generator, which
+    is registered with every graph: a replay continues from the generator's seed and offset, as an eager pass does. It
+    must not set that generator back.
 
     All shapes share the memory of the largest. A forward must not be replayed between another forward and its
     backward; such calls run eagerly, and all do once a capture has failed.

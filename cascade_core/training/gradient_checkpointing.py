@@ -14,34 +14,29 @@ from torch.utils.checkpoint import checkpoint
 
 from ..networks.layers import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
 
+Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 LARGE_NETWORK = 300_000_000  # parameters from which Stage C's blocks are checkpointed by default
 CHECKPOINTED = (AttnBlock, FeedForwardBlock, ResBlock)
 
 
 def checkpoint_blocks(
     network: nn.Module,
-    recompute_context: Callable[[], AbstractContextManager] = nullcontext,
-    draws: bool = False,
+    contexts: Contexts = lambda: (nullcontext(), nullcontext()),
 ) -> None:
-    """Checkpoint the network's blocks, in place. draws: whether they draw random numbers although they are in
-    evaluation mode.
+    """Checkpoint the network's blocks, in place.
 
-    recompute_context: called in each block's forward pass; returns the context in which it is recomputed.
+    contexts: called in each block's forward pass; returns the context of that and the one of its recomputation, which
+        sees to it that what the block draws is the same. A network in training draws its dropout again.
     """
     for block in blocks_of(network, CHECKPOINTED):
-        block.forward = _checkpointed(block, block.forward, recompute_context, draws)
+        block.forward = _checkpointed(block, block.forward, contexts)
 
 
 def blocks_of(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Any]:
     return [block for block in network.modules() if isinstance(block, kinds)]
 
 
-def _checkpointed(
-    block: nn.Module,
-    forward: Callable[..., Any],
-    recompute_context: Callable[[], AbstractContextManager],
-    draws: bool,
-) -> Callable[..., Any]:
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], contexts: Contexts) -> Callable[..., Any]:
     @wraps(forward)
     def run(*inputs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -50,9 +45,8 @@ def _checkpointed(
             forward,
             *inputs,
             use_reentrant=False,
-            preserve_rng_state=block.training
-            or draws,  # for dropout; costs a synchronisation with the accelerator
-            context_fn=lambda: (nullcontext(), recompute_context()),
+            preserve_rng_state=block.training,  # for dropout; costs a synchronisation with the accelerator
+            context_fn=contexts,
         )
 
     return run

@@ -336,7 +336,7 @@ def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
         checkpointing = parameter_count(stage_c) > LARGE_NETWORK
     if checkpointing:
         if isinstance(task, LoRATask) and task.changes is not None:
-            checkpoint_blocks(stage_c, task.changes.current, task.draws)
+            checkpoint_blocks(stage_c, task.changes.contexts)
         else:
             checkpoint_blocks(stage_c)
     if settings.cuda_graphs and can_allocate_in_capture(task.device):

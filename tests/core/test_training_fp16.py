@@ -81,7 +81,7 @@ def test_gradients_of_a_stream_past_the_end_of_fp16_are_those_of_float32(checkpo
                 torch.randn(changes.vector.shape, generator=torch.Generator().manual_seed(2)) / 1000
             )
         if checkpointed:
-            checkpoint_blocks(copied, changes.current)
+            checkpoint_blocks(copied, changes.contexts)
         with changes.applied():
             r, *conditions = others
             out = copied(latent.to(dtype), r, *(value.to(dtype) for value in conditions))

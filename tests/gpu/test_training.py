@@ -40,6 +40,22 @@ def test_with_graphs_and_without(world, tmp_path, replays: Replays, name):
     assert same(*map(everything, loops))
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["blocks kept", "blocks computed again"])
+@pytest.mark.parametrize("algorithm", ["lora", "lokr"])
+def test_dropout_is_drawn_anew_in_each_replay(world, tmp_path, replays: Replays, algorithm, recompute):
+    """The weights are those of eager passes, which a capture that drew once for all of its replays would miss."""
+    lora = {"algorithm": algorithm, "rank": 4, "rank_dropout": 0.3, "module_dropout": 0.3}
+    if algorithm == "lora":
+        lora["dropout"] = 0.3
+    loops = []
+    for graphs in (False, True):
+        train = {**steps("lora"), "cuda_graphs": graphs, "gradient_checkpointing": recompute}
+        loops.append(loop_of(settings_of(world, "lora", tmp_path / str(graphs), train=train, lora=lora)))
+        assert loops[-1].run().finished
+        assert (replays.count > 0) == graphs
+    assert same(*map(everything, loops))
+
+
 @pytest.mark.parametrize("name", ["lora", "lora for few steps", "controlnet", "tokens"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["blocks kept", "blocks computed again"])
 def test_a_killed_run_resumes_bit_for_bit(world, tmp_path, name, recompute):

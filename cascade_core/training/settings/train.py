@@ -56,7 +56,7 @@ class TrainSettings:
     stop_after: Annotated[float | None, Range(0, 100_000, above=True)] = None  # hours
     # finetune: each process holds its part of the network, of the optimiser's state and of the average (FSDP2)
     fsdp: bool = False
-    cuda_graphs: bool = True  # on an accelerator, where a step draws nothing at random within the network
+    cuda_graphs: bool = True  # on an accelerator; a finetune, whose network has dropout, runs without
     # the same bits each time; false is somewhat faster
     deterministic: bool = True
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import isqrt, sqrt
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,59 @@ Shapes = dict[str, tuple[int, int]]
 Values = Sequence[Tensor]  # of a layer's factors, in the order of their shapes
 
 
-class Dropout(NamedTuple):
-    """Dropout rates in training: of hidden values, of ranks or rows, of whole layers' changes."""
+class Dropout:
+    """Dropout rates in training: of hidden values, of ranks or rows, of whole layers' changes.
 
-    hidden: float = 0.0
-    rank: float = 0.0
-    layer: float = 0.0
+    Masks are kept rather than drawn again where a backward pass recomputes a block: no CUDA graph could set the random
+    generator back.
+    """
+
+    def __init__(self, hidden: float = 0.0, rank: float = 0.0, layer: float = 0.0):
+        self.hidden, self.rank, self.layer = hidden, rank, layer
+        self._kept: list[Tensor] | None = None
+        self._taken: Iterator[Tensor] | None = None
+
+    def hidden_mask(self, like: Tensor) -> Tensor:
+        """What hidden values are multiplied with."""
+        return self._mask(lambda: F.dropout(torch.ones_like(like), self.hidden))
+
+    def rank_mask(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """What ranks or rows are multiplied with."""
+
+        def draw() -> Tensor:
+            return (torch.rand(shape, device=like.device) >= self.rank).to(like.dtype) / (1 - self.rank)
+
+        return self._mask(draw)
+
+    def kept_layers(self, count: int) -> Tensor | None:
+        """(count,) bool, on the CPU: the layers whose change is kept; None for all."""
+        return torch.rand(count) >= self.layer if self.layer else None
+
+    def _mask(self, draw: Callable[[], Tensor]) -> Tensor:
+        if self._taken is not None:
+            return next(self._taken)
+        mask = draw()
+        if self._kept is not None:
+            self._kept.append(mask)
+        return mask
+
+    @contextmanager
+    def keeping(self, masks: list[Tensor]) -> Iterator[None]:
+        """Add the masks that are drawn inside the block to a list."""
+        self._kept = masks
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    @contextmanager
+    def taking(self, masks: list[Tensor]) -> Iterator[None]:
+        """Take masks of a list inside the block, in its order."""
+        self._taken = iter(masks)
+        try:
+            yield
+        finally:
+            self._taken = None
 
 
 class Algorithm:
@@ -66,9 +113,9 @@ class LoRA(Algorithm):
         down, up = values
         hidden = F.linear(x, down)
         if dropout.hidden:
-            hidden = F.dropout(hidden, dropout.hidden)
+            hidden = hidden * dropout.hidden_mask(hidden)
         if dropout.rank:  # drawn for each picture separately
-            hidden = hidden * _mask((len(hidden), *[1] * (hidden.ndim - 2), len(down)), dropout.rank, hidden)
+            hidden = hidden * dropout.rank_mask((len(hidden), *[1] * (hidden.ndim - 2), len(down)), hidden)
         return F.linear(hidden, up)
 
     def delta(self, values: Values) -> Tensor:
@@ -157,9 +204,5 @@ def _divisor(size: int, factor: int | None) -> int:
     return next(divisor for divisor in range(most, 0, -1) if size % divisor == 0)
 
 
-def _mask(shape: Sequence[int], share: float, like: Tensor) -> Tensor:
-    return (torch.rand(shape, device=like.device) >= share).to(like.dtype) / (1 - share)
-
-
 def _rows_dropped(output: Tensor, dropout: Dropout) -> Tensor:
-    return output * _mask(output.shape[-1:], dropout.rank, output) if dropout.rank else output
+    return output * dropout.rank_mask(output.shape[-1:], output) if dropout.rank else output

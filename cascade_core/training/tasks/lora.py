@@ -94,18 +94,11 @@ class LoRATask(StageCTask):
         return groups
 
     @property
-    def draws(self) -> bool:
-        """Whether the network draws random numbers (dropout)."""
-        return self.changes is not None and any(self.changes.dropout)
-
-    @property
     def _numbered(self) -> StageC | None:
         """The network whose layers the official dialect numbers."""
         return self.network if isinstance(self.network, StageC) else None
 
     def use_cuda_graphs(self) -> None:
-        if self.draws:
-            return
         self.student = GraphedFunction(self.student)
         self.teacher = GraphedFunction(self.teacher)
 
@@ -120,22 +113,26 @@ class LoRATask(StageCTask):
         s = self.settings
         return f"a LoRA of rank {s.rank} of {' and '.join(parts)}, as {s.dialect} writes it, in {s.dtype}"
 
-    def _changed(self, vector: Tensor, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
+    def _changed(self, vector: Tensor, *inputs: Tensor) -> Tensor:
+        """inputs: the layers that are kept, where some are not; the network's"""
         assert self.changes is not None
-        with self.changes.applied(vector):
-            return self.network(x, r, *conditions)
+        kept, inputs = (inputs[0], inputs[1:]) if self.changes.dropout.layer else (None, inputs)
+        with self.changes.applied(vector, kept):
+            return self.network(*inputs)
 
     def _predict(self, x: Tensor, r: Tensor, *conditions: Tensor) -> Tensor:
         """The noise predicted by the network, with its changes unless only the text encoder has some."""
         x = x.to(self.dtype)
         if self.changes is None:
             return self.teacher(x, r, *conditions)
-        return self.student(self.changes.values(), x, r, *conditions)
+        kept = self.changes.draw_layers()
+        return self.student(self.changes.values(), *([] if kept is None else [kept]), x, r, *conditions)
 
     def loss(self, inputs: StageCInputs) -> dict[str, Tensor]:
         if self.objective.kind == "consistency":
             return self._consistency(inputs)
-        with self.text_changes.applied() if self.text_changes is not None else nullcontext():
+        text = self.text_changes
+        with text.applied(kept=text.draw_layers()) if text is not None else nullcontext():
             conditions = self.conditions_of(inputs)
         return self.diffusion_loss(lambda x, r: self._predict(x, r, *conditions), inputs)
 

@@ -6,7 +6,7 @@ the optimiser, the average and the exchange between accelerators handle one tens
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
 from math import sqrt
 from typing import Any, NamedTuple
@@ -242,33 +242,45 @@ class LowRankChanges(nn.Module):
         ]
 
     @contextmanager
-    def applied(self, vector: Tensor | None = None) -> Iterator[None]:
-        """Add the changes inside the block. vector: other values for them, such as their average."""
-        factors: list[tuple[Tensor, ...] | None] = list(self.factors(vector))
-        if self.training and self.dropout.layer:
-            kept = (torch.rand(len(factors)) >= self.dropout.layer).tolist()
-            factors = [values if keep else None for values, keep in zip(factors, kept, strict=True)]
-        with self._with(factors):
+    def applied(self, vector: Tensor | None = None, kept: Tensor | None = None) -> Iterator[None]:
+        """Add the changes inside the block.
+
+        vector: other values for them, such as their average; kept: `draw_layers`, on the changes' device
+        """
+        layers = [None] * len(self.layers) if kept is None else kept.unbind()
+        current = [Applied(self, *each) for each in zip(self.factors(vector), layers, strict=True)]
+        with self._with(current):
             yield
 
-    def current(self):
-        """A context with the present changes, for recomputation in the backward pass."""
-        return self._with(self._current)
+    def draw_layers(self) -> Tensor | None:
+        """The layers whose change is kept in a step, on the changes' device; None for all."""
+        kept = self.dropout.kept_layers(len(self.layers)) if self.training else None
+        return None if kept is None else kept.to(self.get_parameter(self.names[0]).device)
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts of a block's forward pass and of its recomputation: the same changes, dropout by the same masks."""
+        masks: list[Tensor] = []
+        return self.dropout.keeping(masks), self._again(self._current, masks)
 
     @contextmanager
-    def _with(self, factors: Sequence[tuple[Tensor, ...] | None] | None) -> Iterator[None]:
+    def _again(self, current: "Sequence[Applied] | None", masks: list[Tensor]) -> Iterator[None]:
+        with self._with(current), self.dropout.taking(masks):
+            yield
+
+    @contextmanager
+    def _with(self, current: "Sequence[Applied] | None") -> Iterator[None]:
         before = self._current if hasattr(self, "_current") else None
-        self._set(factors)
+        self._set(current)
         try:
             yield
         finally:
             self._set(before)
 
-    def _set(self, factors: Sequence[tuple[Tensor, ...] | None] | None) -> None:
-        self._current = factors
-        for layer, values in zip(self.layers.values(), factors or [None] * len(self.layers), strict=True):
+    def _set(self, current: "Sequence[Applied] | None") -> None:
+        self._current = current
+        for layer, values in zip(self.layers.values(), current or [None] * len(self.layers), strict=True):
             # nn.Module.__setattr__ takes ten times as long
-            layer.__dict__["low_rank"] = None if values is None else (self, values)
+            layer.__dict__["low_rank"] = values
 
     def remove(self) -> None:
         """Restore the network's own forwards."""
@@ -359,6 +371,14 @@ class LowRankChanges(nn.Module):
             views[MAGNITUDE].copy_(values)
 
 
+class Applied(NamedTuple):
+    """A layer's change while it is added. kept: () bool, whether it is in this step, or None"""
+
+    changes: LowRankChanges
+    values: tuple[Tensor, ...]
+    kept: Tensor | None
+
+
 def _row_norms(weight: Tensor) -> Tensor:
     """(rows, 1)"""
     return torch.linalg.vector_norm(weight, dim=1, keepdim=True)
@@ -370,7 +390,7 @@ NO_DROPOUT = Dropout()
 def _add_change(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     if layer.low_rank is None:
         return None
-    changes, values = layer.low_rank
+    changes, values, kept = layer.low_rank
     dropout = changes.dropout if changes.training else NO_DROPOUT
     x = inputs[0].to(values[0].dtype)
     convolution = isinstance(layer, nn.Conv2d)
@@ -380,6 +400,8 @@ def _add_change(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tenso
         result = _decomposed(layer, x, output, changes, values, dropout)
     else:
         result = output + changes.algorithm.added(x, values, dropout)
+    if kept is not None:
+        result = torch.where(kept, result, output)
     return result.permute(0, 3, 1, 2) if convolution else result
 
 
