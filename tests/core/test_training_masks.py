@@ -1,6 +1,7 @@
 """Masks beside pictures, crops at random places, sizes and captions of sets: what reaches the loss."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -114,6 +115,27 @@ def test_a_small_mask_has_as_much_of_the_loss_as_a_large_one():
     for masks in (small, large):
         assert torch.equal(loss(masks, 1.0 + outside)["loss"], loss(masks, 1.0)["loss"])
     assert torch.equal(loss(torch.ones(2, 6, 6), 1.0)["loss"], plain["loss"])
+
+
+def test_each_picture_is_shown_in_several_sizes(tmp_path):
+    """Once in each, with latents of its own; in none that would enlarge it too much, in none twice."""
+    large = write_set(tmp_path / "large", [(512, 512)] * 2)
+    small = write_set(tmp_path / "small", [(256, 256)])
+    sets = [{"folder": str(large)}, {"folder": str(small), "more_sizes": [320, 384]}]
+    data = data_of(sets=sets, size=256, more_sizes=[512, 256], max_enlarge=1.3)
+    shown = Counter((each.picture.set, each.picture.name, each.bucket) for each in data.pictures)
+    assert set(shown.values()) == {1}
+    sides = sorted(each.bucket.width for each in data.pictures)
+    assert sides == [256, 256, 256, 320, 512, 512]  # 384 is 1.5 times the small one's side
+    assert not data.skipped
+    latents = {tuple(data.batch(step, 1).latents.shape[-2:]) for step in range(data.steps_per_epoch(1))}
+    assert len(latents) == 3
+    with pytest.raises(CascadeError, match=r"data.more_sizes has 8 sizes; give at most 7\."):
+        data_of(folder=str(large), size=256, more_sizes=[256] * 8)
+    with pytest.raises(
+        CascadeError, match=r"data.more_sizes is 32; it must be at least 64 and at most 4,096\."
+    ):
+        data_of(folder=str(large), size=256, more_sizes=[32])
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7, 8])

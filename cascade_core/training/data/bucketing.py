@@ -91,23 +91,30 @@ CENTRES = Crops()
 
 
 class Chooser:
-    """Chooses a picture's bucket, or leaves the picture out, by the settings."""
+    """Chooses a picture's buckets, one of each size, or leaves the picture out, by the settings."""
 
     def __init__(self, settings: DataSettings):
         self.settings = s = settings
         self.sides = s.min_bucket_side or 0, s.max_bucket_side or math.inf
         self.buckets = {
             size: buckets(size, s.bucket_step, s.max_aspect, *self.sides)
-            for size in {s.size, *(each.size or s.size for each in s.sets)}
+            for size in {size for number in range(-1, len(s.sets)) for size in s.sizes_of(number)}
         }
 
-    def bucket(self, height: int, width: int, number: int = -1) -> Bucket:
-        """The bucket nearest to the aspect ratio; without `enlarge`, for a smaller picture, one of its own size.
+    def choose(
+        self, picture: TrainingPicture, height: int, width: int
+    ) -> tuple[list[BucketedPicture], str | None]:
+        """The picture in its bucket of each size that suits it; or none, and why."""
+        sizes = self.settings.sizes_of(picture.set)
+        distinct = dict.fromkeys(self.bucket(height, width, size) for size in sizes)
+        bucketed = [BucketedPicture(picture, bucket, (height, width)) for bucket in distinct]
+        faults = [self.fault(each) for each in bucketed]
+        suiting = [each for each, fault in zip(bucketed, faults, strict=True) if fault is None]
+        return suiting, None if suiting else faults[0]
 
-        number: of the picture's set in data.sets, which may have its own size.
-        """
+    def bucket(self, height: int, width: int, size: int) -> Bucket:
+        """The bucket nearest to the aspect ratio; without `enlarge`, for a smaller picture, one of its own size."""
         s = self.settings
-        size = (s.sets[number].size if number >= 0 else None) or s.size
         chosen = nearest(self.buckets[size], height, width)
         if s.enlarge or (height >= chosen.height and width >= chosen.width):
             return chosen
@@ -155,11 +162,9 @@ def assign_buckets(
             few = f"{width} × {height} pixels are too few; give {settings.min_side} a side or more"
             skipped.append(Skipped(picture.name, few))
             continue
-        placed = BucketedPicture(picture, chooser.bucket(height, width, picture.set), (height, width))
-        fault = chooser.fault(placed)
-        if fault is None:
-            bucketed.append(placed)
-        else:
+        chosen, fault = chooser.choose(picture, height, width)
+        bucketed += chosen
+        if fault is not None:
             skipped.append(Skipped(picture.name, fault))
     return bucketed, skipped
 

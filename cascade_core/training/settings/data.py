@@ -8,6 +8,7 @@ from ...errors import CascadeError, quoted
 from ..ranges import Range, Share, check_ranges
 
 MAX_SETS = 100
+MAX_SIZES = 8
 MAX_CAPTION = 500  # characters of what stands before captions, or in their place
 
 # Where masks are: nowhere; files beside the pictures, `star.mask.png` or `star-masklabel.png` for `star.png`; the
@@ -24,6 +25,7 @@ class DataSetSettings:
     # webdataset tars: paths or patterns
     tars: tuple[str, ...] = ()
     size: Annotated[int | None, Range(64, 4096)] = None  # null: data.size
+    more_sizes: Annotated[tuple[int, ...] | None, Range(64, 4096)] = None  # null: data.more_sizes
     masks: Masks | None = None  # null: data.masks
     mask_folder: str | None = None  # of its masks
     caption: str | None = None  # of its pictures without one; null: data.caption
@@ -48,6 +50,9 @@ class DataSettings:
     sets: tuple[DataSetSettings, ...] = ()  # more of them, each shown and weighed in its own way
     # pixels as generated: a picture's area is at most size²; 1024 gives latents of 24 × 24
     size: Annotated[int, Range(64, 4096)] = 1024
+    # Further sizes: each picture is shown once in each of them. One that does not suit a picture, as too much of it
+    # would be cropped or enlarged, is passed over
+    more_sizes: Annotated[tuple[int, ...], Range(64, 4096)] = ()
     bucket_step: int = 64  # pixels; sides of the buckets are multiples of it
     caption_dropout: Share = 0.05  # the share of rows that are trained without words
     image_prompt_dropout: Share = 0.05  # the same without their image prompts, chosen apart from the words
@@ -114,10 +119,23 @@ class DataSettings:
         """Whether pictures may have masks."""
         return any(each.masks not in (None, "none") or each.mask_folder for each in (self, *self.sets))
 
+    def sizes_of(self, number: int) -> tuple[int, ...]:
+        """The sizes in which pictures of a set are shown. number: of the set in `sets`; -1 for none"""
+        if number < 0:
+            return self.size, *self.more_sizes
+        own = self.sets[number]
+        more = self.more_sizes if own.more_sizes is None else own.more_sizes
+        return self.size if own.size is None else own.size, *more
+
     def _check_sizes(self) -> None:
         least, largest = self.min_bucket_side or 0, self.max_bucket_side or math.inf
-        for size in (self.size, *(each.size for each in self.sets)):
-            if size is not None and not max(self.bucket_step, least) <= size <= largest:
+        for number in range(-1, len(self.sets)):
+            if len(self.sizes_of(number)) > MAX_SIZES:
+                raise CascadeError(
+                    f"data.more_sizes has {len(self.sizes_of(number)) - 1} sizes; give at most {MAX_SIZES - 1}."
+                )
+        for size in {size for number in range(-1, len(self.sets)) for size in self.sizes_of(number)}:
+            if not max(self.bucket_step, least) <= size <= largest:
                 raise CascadeError(
                     f"data.size is {size}, a bucket's side, which data.bucket_step, min_bucket_side or max_bucket_side "
                     "does not allow; change one of them."
