@@ -163,9 +163,6 @@ class Job:
         else:
             loop.settings = self.run_settings()
             loop.run()
-        if not loop.step:
-            print(f"{self.folder.name}: no time was left for a step, and nothing is written", flush=True)
-            return
         write()
         if clock.finished:
             figures = {"steps": loop.step, "seconds": round(clock.spent)}

@@ -8,6 +8,7 @@ Every shape lies within [-1, 1] in both axes.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from math import cos, pi, sin
 
 import torch
@@ -117,7 +118,8 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 TAUGHT_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"house": house}
 
 
-# Shapes without a word: only what decodes pictures sees them, in colours that are nobody's.
+# Shapes without a word: only what decodes pictures sees them. Those that may look like one of the eight have colours
+# that are nobody's; those of UNLIKE, which no turn makes like one, any.
 
 
 def ellipse(x: Tensor, y: Tensor) -> Tensor:
@@ -149,10 +151,30 @@ def _polygon(sides: int) -> Callable[[Tensor, Tensor], Tensor]:
     return distance
 
 
+Point = tuple[float, float]
+
+
+def _mirrored(*corners: Point) -> Callable[[Tensor, Tensor], Tensor]:
+    """Polygon of which these corners, from the lowest on its axis to the highest, are the right half."""
+
+    def distance(x: Tensor, y: Tensor) -> Tensor:
+        x = x.abs()
+        return _enclosed(*(_edge(x, y, start, end) for start, end in pairwise(corners)))
+
+    return distance
+
+
+UNLIKE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pencil": _mirrored((0.0, 0.95), (0.42, 0.95), (0.42, -0.3), (0.0, -1.0)),
+    "post": _mirrored((0.0, 1.0), (0.36, 1.0), (0.36, -0.55), (0.0, -1.0)),
+    "boat": _mirrored((0.0, 0.5), (0.6, 0.5), (1.0, -0.5), (0.0, -0.5)),
+    "chevron": _mirrored((0.0, -0.05), (0.95, 0.6), (0.95, 0.1), (0.0, -0.6)),
+}
 OTHER_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ellipse": ellipse,
     "bar": bar,
     "oblong": oblong,
     "pentagon": _polygon(5),
     "hexagon": _polygon(6),
+    **UNLIKE,
 }

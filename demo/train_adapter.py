@@ -28,7 +28,7 @@ from cascade_nodes.cascade_core.training.tasks.textual_inversion import LearnedT
 from cascade_nodes.demo.adapter_data import AdapterData, source_of
 from cascade_nodes.demo.clip_states import text_states
 from cascade_nodes.demo.few_steps import Jumps, consistency_terms
-from cascade_nodes.demo.job import Draw, Job, Weights
+from cascade_nodes.demo.job import FINISHED, Draw, Job, Weights
 from cascade_nodes.demo.losses import epsilon_loss
 from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.train import add_run_options, run
@@ -206,12 +206,17 @@ def _train(
         return draw or data.draw
 
     def export(weights: Weights) -> None:
+        if not job.trained_steps:
+            return
         metadata = file_metadata(settings, job.trained_steps, [])
         scenes = {"ss_num_train_images": f"{len(data.source.tokens)}"}
         state = {name: value.detach() for name, value in weights[ADAPTER].items()}
         write(state, job.out / Path(settings.output.file).name, metadata | scenes)
 
     job.train({ADAPTER: trained}, prepare, loss, export)
+    if not job.trained_steps:
+        (job.folder / FINISHED).unlink(missing_ok=True)
+        print(f"{job.folder.name}: no time was left for a step, and nothing is written", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Generator, Tensor
 
 from cascade_nodes.demo.scenes import GAP
-from cascade_nodes.demo.shapes import OTHER_SHAPES, SHAPES
+from cascade_nodes.demo.shapes import OTHER_SHAPES, SHAPES, UNLIKE
 from cascade_nodes.demo.world import BACKGROUND_RGB, COLOUR_RGB, DRAWN, Packed, render
 
 MOST_OBJECTS = 4
 OBJECTS = (0.04, 0.16, 0.24, 0.26, 0.30)  # shares of pictures with 0 to 4
 RADIUS = (0.08, 0.24)  # of the frame's shorter side
 MARGIN = 0.02
-OTHERS = 0.15  # share of objects of a shape that has no word
+OTHERS = 0.3  # share of objects of a shape that has no word; with fewer, decoders draw the nearest of the eight for any
 PALETTE = 0.5  # share of objects in one of the eight colours, and of pictures on one of the five backgrounds
 TRIES = 24  # colours, and places, of which the first fitting one is taken; without one the object is left out
 
@@ -45,14 +45,15 @@ def _from_segment(point: Tensor, start: Tensor, end: Tensor) -> Tensor:
 
 
 def is_held_out(shape: Tensor, colour: Tensor) -> Tensor:
-    """Whether an object is a held-out pair or near one; one of the other shapes, which may look much like one of the
-    eight, is wherever its colour is near any of the palette.
+    """Whether an object is a held-out pair or near one; one of the other shapes that may look much like one of the
+    eight is wherever its colour is near any of the palette.
 
     shape: (…) index into DRAWN; colour: (…, 3).
     """
     near = near_palette(colour)  # (…, 8)
     own = near.gather(-1, ((3 * shape + 2) % 8)[..., None])[..., 0]
-    return torch.where(shape < len(SHAPES), own, near.any(-1))
+    other = near.any(-1) & (shape < len(DRAWN) - len(UNLIKE))
+    return torch.where(shape < len(SHAPES), own, other)
 
 
 def wide_scenes(
