@@ -29,22 +29,24 @@ class Place(NamedTuple):
     until: float
 
 
-# CLIP has a GPU of its own: with less than about 5,000 steps it stays a bag of words, and Stage C with it. Stage A
-# needs less than the others.
+# CLIP has a GPU of its own. Stage A needs less than the others.
 SIDE_BY_SIDE = {
     "compressor": Place(0, 0.36),
-    "clip": Place(-1, 0.36),
+    "clip": Place(-1, 0.30),
+    "layout": Place(-1, 0.36),
     "stage_a": Place(0, 0.16),
     "stage_b": Place(0, 1.0),
     "stage_c": Place(-1, 1.0),
 }
 IN_TURN = {
     "compressor": Place(0, 0.14),
-    "clip": Place(0, 0.29),
+    "clip": Place(0, 0.27),
+    "layout": Place(0, 0.31),
     "stage_a": Place(0, 0.36),
     "stage_b": Place(0, 0.68),
     "stage_c": Place(0, 1.0),
 }
+WAITING = "layout", "stage_b", "stage_c"  # for others, which train beside them
 SAFER = ((), ("--no-compile",), ("--no-compile", "--no-graphs"))
 SILENT_WAITING, SILENT = 240.0, 120.0  # seconds without a word after which a process counts as stuck
 TELL_EVERY = 20.0
@@ -152,12 +154,12 @@ def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> N
     began, seconds = time.time(), end - time.time()
     first = 0.0  # share of the time that is not needed any more
     if together:
-        first = 0.0 if places.keys() - {"stage_b", "stage_c"} else SIDE_BY_SIDE["compressor"].until
+        first = 0.0 if places.keys() - {"stage_b", "stage_c"} else SIDE_BY_SIDE["layout"].until
     threads = max((os.cpu_count() or 1) // (len(places) + 1), 2) if together else os.cpu_count() or 1
     trainings = []
     for name, place in places.items():
         until = began + seconds * (place.until - first) / (1 - first)
-        waits = ["--wait"] if together and name in ("stage_b", "stage_c") else []
+        waits = ["--wait"] if together and name in WAITING else []
         trainings.append(
             Training(
                 name,
@@ -167,7 +169,7 @@ def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> N
                  "TORCHINDUCTOR_CACHE_DIR": str((options.work / "kernels").absolute()),
                  "TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
                 options.work / f"{name}.log",
-                began + seconds * SIDE_BY_SIDE["compressor"].until * bool(waits) * (first == 0),
+                began + seconds * SIDE_BY_SIDE["layout"].until * bool(waits) * (first == 0),
             )
         )  # fmt: skip
     train_together([[training] for training in trainings] if together else [trainings])

@@ -11,17 +11,29 @@ from cascade_nodes.cascade_core.diffusion.schedule import alpha_sigma, log_snr, 
 from cascade_nodes.cascade_core.networks.stage_a import StageA
 
 OUTLINE = 5  # pixels in which a picture's outlines are looked for
-FULL_CONTRAST = 0.25  # the range of a colour within them that counts as an outline in full
+SHADING, FULL_CONTRAST = (
+    0.15,
+    0.25,
+)  # ranges of a colour within them: below, shading; above, an outline in full
+STRONG_CONTRAST, FAINT = (
+    0.75,
+    2.5,
+)  # of a saturated colour on a light ground; how much more the faintest weighs
 USUAL_SHARE = 0.08  # of a picture that is outlines
 STRENGTH, MOST = 4.0, 3.0  # of the weight of outlines; how much more of it a picture with few of them has
 
 
 @torch.no_grad()
 def outline_weights(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Weights (B, 1, *size) that stress outlines, and those of pictures with few outlines more: small objects."""
+    """Weights (B, 1, *size) that stress outlines, more where they are faint or few: white objects, and small ones.
+
+    At the outline of a white object on a light ground the wrong shape is a small error.
+    """
     padded = F.pad(image.float(), (OUTLINE // 2,) * 4, mode="replicate")
     spread = F.max_pool2d(padded, OUTLINE, 1) + F.max_pool2d(-padded, OUTLINE, 1)  # (B, 3, H, W)
-    outline = (spread.amax(1, keepdim=True) / FULL_CONTRAST).clamp(max=1)
+    contrast = spread.amax(1, keepdim=True)
+    outline = ((contrast - SHADING) / (FULL_CONTRAST - SHADING)).clamp(0, 1)
+    outline = outline * (STRONG_CONTRAST / contrast.clamp(min=SHADING)).clamp(1, FAINT)
     outline = F.interpolate(outline, tuple(size), mode="bilinear", antialias=True)
     share = outline.mean(dim=(2, 3), keepdim=True)
     return 1 + STRENGTH * outline * (USUAL_SHARE / share.clamp(min=1e-3)).clamp(0.5, MOST)

@@ -13,7 +13,7 @@ TRAIN_SCENES = 200_000
 CAPTIONS_PER_SCENE = 4
 WRONG_CAPTIONS_PER_SCENE = 4  # and one whose relation is turned round
 OBJECTS = (0.35, 0.4, 0.25)  # shares of the scenes of one, two and three objects
-SCENE_WEIGHTS = {"small": 1.5, "white": 1.5}  # against the others of their kind
+SCENE_WEIGHTS = {"small": 2.0, "white": 2.0}  # against the others of their kind
 
 OTHER_FRAMES_SHARE = 0.1  # of the compressor's and Stage B's steps, in other proportions than the square
 STAGE_A_NOISE = 0.02  # of Stage A's latents
@@ -74,6 +74,7 @@ SETTINGS = {
     ),
     "compressor": TrainSettings(steps=3_067, learning_rate=2e-3, batch_size=256, **TRAINED),
     "clip": TrainSettings(steps=4_599, learning_rate=1e-3, batch_size=1024, weight_decay=0.05, **TRAINED),
+    "layout": TrainSettings(steps=4_000, learning_rate=1e-3, batch_size=1024, weight_decay=0.05, **TRAINED),
     "stage_b": TrainSettings(steps=6_253, learning_rate=1e-3, batch_size=256, ema=0.9995, **TRAINED),
     "stage_c": TrainSettings(steps=8_819, learning_rate=1e-3, batch_size=1024, ema=0.9995, **TRAINED),
 }

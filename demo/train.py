@@ -1,7 +1,8 @@
 """Trains the demo cascade, one network a run: `python -m cascade_nodes.demo.train NETWORK`.
 
-Order: stage_a, compressor (with the previewer) and clip (text and image encoder) need nothing; stage_c needs the last
-two, stage_b all three. A run that was stopped goes on from its last checkpoint. `everything.py` runs them all.
+Order: stage_a, compressor (with the previewer) and clip (text and image encoder) need nothing; layout (the text encoder
+alone) needs clip, stage_c compressor and layout, stage_b stage_a as well. A run that was stopped goes on from its last
+checkpoint. `everything.py` runs them all.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from cascade_nodes.cascade_core.networks.stage_a import StageA
 from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model
+from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
 from cascade_nodes.cascade_core.training.log import LOG
 from cascade_nodes.cascade_core.training.settings import TrainSettings
 from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, build_vision_model
@@ -39,6 +41,7 @@ from cascade_nodes.demo.detail import DetailDecoder, EmbeddingDecoder
 from cascade_nodes.demo.drawing import OTHER_FRAMES, mixed_pictures, ordinary_scenes, other_frame
 from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet
 from cascade_nodes.demo.job import FINISHED, Draw, Job, Weights, export_text_encoder, own_tokenizer
+from cascade_nodes.demo.layout import Layout, LayoutReader, layout_loss, layout_of, place_error
 from cascade_nodes.demo.losses import (
     contrastive_loss,
     epsilon_loss,
@@ -146,8 +149,7 @@ def train_clip(job: Job) -> None:
     text_config, vision_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}, recipe.VISION
     scenes = ordinary_scenes(job, job.scenes)
     texts = contrasts(scenes, recipe.WRONG_CAPTIONS_PER_SCENE, tokenizer, job.seed("contrasts"))
-    longest = int((texts != tokenizer.end_token).sum(-1).max()) + 1  # nothing sees past the end token
-    texts = texts[..., : min(-(-longest // 8) * 8, texts.shape[-1])].contiguous().to(job.device)
+    texts = shortened(texts, tokenizer).to(job.device)
     side = vision_config["image_size"]
 
     def scene_part(number: int, count: int) -> list[Tensor]:
@@ -206,6 +208,53 @@ def train_clip(job: Job) -> None:
     job.train(networks, lambda: draw, loss, export)
 
 
+def train_layout(job: Job) -> None:
+    """The text encoder after `clip`, by what its captions say: no pictures, so that a step takes a tenth of clip's."""
+    tokenizer = own_tokenizer()
+    text_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}
+    scenes = ordinary_scenes(job, job.scenes, "layout")
+    texts = shortened(contrasts(scenes, 0, tokenizer, job.seed("layout")), tokenizer).to(job.device)
+    layouts = layout_of(scenes, job.device)
+    networks = {
+        "text": build_text_model(text_config).to(job.device),
+        "reader": LayoutReader(text_config["projection_dim"]).to(job.device),
+    }
+    text_model, reader = networks.values()
+    layer = job.compile_function(encoder_layer)
+
+    def prepare() -> Draw:
+        encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
+        text_model.load_state_dict(encoder.model.state_dict())
+        return draw
+
+    def draw(step: int) -> Batch:
+        rows = torch.randint(len(texts), (job.settings.batch_size,), device=job.device)
+        return Batch([texts[rows], *(column[rows] for column in layouts)])
+
+    def loss(tokens: Tensor, *columns: Tensor) -> dict[str, Tensor]:
+        layout = Layout(*columns)
+        pooled = text_states(text_model, tokens.flatten(0, 1).long(), tokenizer.end_token, layer).pooled
+        pooled = pooled.unflatten(
+            0, tokens.shape[:2]
+        )  # (B, 2, E): the caption, and with its relation turned round
+        read = reader(pooled[:, 0])
+        states_relation = tokens[:, 1, 1] != tokenizer.end_token  # else it is empty
+        nearer = place_error(read[1], layout) < place_error(reader(pooled[:, 1])[1], layout)
+        relations = (nearer & states_relation).sum() / states_relation.sum().clamp(min=1)
+        return {**layout_loss(read, layout), RELATIONS: relations}
+
+    job.train(
+        networks, prepare, loss, lambda weights: export_text_encoder(job, weights["text"], text_config),
+        inputs=("clip",),
+    )  # fmt: skip
+
+
+def shortened(texts: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Tokens (..., 77) without the columns of padding alone, in eights: nothing sees past the end token."""
+    longest = int((texts != tokenizer.end_token).sum(-1).max()) + 1
+    return texts[..., : min(-(-longest // 8) * 8, texts.shape[-1])].contiguous()
+
+
 def train_stage_c(job: Job) -> None:
     """Stage C, and the text encoder with it: contrast alone leaves most of the states untaught."""
     tokenizer = own_tokenizer()
@@ -241,19 +290,19 @@ def train_stage_c(job: Job) -> None:
 
     job.train(
         {"stage_c": model, "text": text_model}, prepare, loss, export, {"text": 0.5},
-        data.rehearsals(), needed=2, inputs=("compressor", "clip"),
+        data.rehearsals(), needed=2, inputs=("compressor", "layout"),
     )  # fmt: skip
 
 
 def tell_relations(job: Job) -> None:
-    """Says so where CLIP has not learned relations: a bag of words stays one, whatever Stage C's loss says."""
-    path = job.folder.parent / "clip" / LOG
+    """Says so where the text encoder is a bag of words: it stays one, whatever Stage C's loss is."""
+    path = job.folder.parent / "layout" / LOG
     rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     right = json.loads(rows[-1]).get(RELATIONS, 1.0) if rows else 1.0
     if right < ENOUGH_RELATIONS:
         print(
-            f"stage_c: clip tells only {right:.0%} of the relations from their opposites, and pictures will show them "
-            "by chance; train clip for longer",
+            f"stage_c: layout tells only {right:.0%} of the relations from their opposites, and pictures will show "
+            "them by chance; train it for longer",
             flush=True,
         )
 
@@ -289,7 +338,7 @@ def train_stage_b(job: Job) -> None:
 
     job.train(
         {"stage_b": model}, prepare, loss, export, rehearsals=data.rehearsals(),
-        inputs=("stage_a", "compressor", "clip"),
+        inputs=("stage_a", "compressor", "layout"),
     )  # fmt: skip
 
 
@@ -297,6 +346,7 @@ STAGES: dict[str, Callable[[Job], None]] = {
     "stage_a": train_stage_a,
     "compressor": train_compressor,
     "clip": train_clip,
+    "layout": train_layout,
     "stage_b": train_stage_b,
     "stage_c": train_stage_c,
 }

@@ -156,9 +156,9 @@ def test_a_run_begins_with_exported_weights(toy, monkeypatch, capsys):
     assert f"begins with {len(tensors)} of {len(tensors)} tensors" in capsys.readouterr().out
 
 
-def test_stage_c_says_so_where_clip_is_a_bag_of_words(tmp_path, capsys):
+def test_stage_c_says_so_where_the_text_encoder_is_a_bag_of_words(tmp_path, capsys):
     job = a_job(tmp_path, "stage_c")
-    log = tmp_path / "work" / "clip" / "log.jsonl"
+    log = tmp_path / "work" / "layout" / "log.jsonl"
     log.parent.mkdir(parents=True)
     for share, told in ((0.97, False), (0.52, True)):
         log.write_text(json.dumps({"step": 1, "relations": share}) + "\n")
@@ -308,7 +308,7 @@ def toy(tmp_path_factory):
                 nn.Linear(width, 3 * 16), nn.Unflatten(1, (3, 4, 4)), nn.Upsample(scale_factor=12)
             ),
         )
-        for name in ("stage_a", "compressor", "clip", "stage_c", "stage_b"):
+        for name in ("stage_a", "compressor", "clip", "layout", "stage_c", "stage_b"):
             job = a_job(folder, name)
             job.scenes = 16
             train.STAGES[name](job)
