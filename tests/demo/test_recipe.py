@@ -23,11 +23,12 @@ from cascade_nodes.demo.captured_loss import CapturedLoss
 from cascade_nodes.demo.clip_states import image_embeddings, text_states
 from cascade_nodes.demo.dataset import alone, captions, edited, tokenise
 from cascade_nodes.demo.job import FINISHED, Job, own_tokenizer
+from cascade_nodes.demo.layout import PLACE_SHARE, layout_loss, layout_of, place_error
 from cascade_nodes.demo.losses import NoiseLevels, epsilon_loss, outline_weights, share_right
 from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.places import contrasted, misplaced, placed, turned
 from cascade_nodes.demo.pool import Pool
-from cascade_nodes.demo.scenes import INVERSE, held_out_reason
+from cascade_nodes.demo.scenes import BACKGROUNDS, COLOURS, INVERSE, SHAPES, held_out_reason
 from cascade_nodes.demo.stage_b_data import StageBData
 from cascade_nodes.demo.stage_c_data import StageCData
 from cascade_nodes.demo.wide_scenes import sample_wide
@@ -391,3 +392,24 @@ def test_stage_b_learns_a_picture(toy, monkeypatch):
     rows = [json.loads(line) for line in (job.folder / "log.jsonl").read_text().splitlines()]
     assert rows[0]["epsilon"] == pytest.approx(1, abs=0.15)
     assert rows[-1]["epsilon"] < 0.93 * rows[0]["epsilon"]
+
+
+def test_a_layout_is_read_by_kind_and_its_loss_is_least_where_all_is_right():
+    scenes = sample_wide(4, 3, objects=(0, 1, 0))
+    layout = layout_of(scenes, torch.device("cpu"))
+    present, places = torch.full((4, 64), -20.0), torch.full((4, 64, 2), 0.5)
+    large, background = torch.zeros(4, 64), torch.full((4, 5), -20.0)
+    for row, scene in enumerate(scenes.scenes()):
+        for o in scene.objects:
+            kind = SHAPES.index(o.shape) * 8 + COLOURS.index(o.colour)
+            present[row, kind], places[row, kind] = 20.0, torch.tensor([o.x, o.y])
+            large[row, kind] = 20.0 if o.size == "large" else -20.0
+        background[row, BACKGROUNDS.index(scene.background)] = 20.0
+    right = layout_loss((present, places, large, background), layout)
+    assert right["loss"].item() == pytest.approx(0, abs=1e-5)
+    moved = places.clone()
+    moved[..., 0] += 0.3
+    assert place_error(moved, layout).tolist() == pytest.approx([0.09] * 4, abs=1e-5)
+    assert layout_loss((present, moved, large, background), layout)["loss"].item() == pytest.approx(
+        0.09 * PLACE_SHARE, abs=1e-4
+    )
