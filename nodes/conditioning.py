@@ -88,7 +88,7 @@ class CascadeImagePrompt(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The prompt that the picture is added to."),
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder."),
-                io.Image.Input("image", tooltip="The picture; of several, each is added."),
+                io.Image.Input("image", tooltip="The picture; if there are several, each is added."),
                 io.Float.Input(
                     "strength",
                     default=1.0,

@@ -36,8 +36,8 @@ class CascadeControlNetApply(io.ComfyNode):
             display_name="Cascade ControlNet Apply",
             category=CATEGORY,
             description=(
-                "Lets a ControlNet steer Stage C by a hint, such as the edges of a picture. Several of these in a row "
-                "work together; Stage B takes no notice of them."
+                "Lets a ControlNet steer Stage C by a hint, such as the edges of a picture. Several of "
+                "these in a row work together; Stage B is not affected."
             ),
             **searched_as("stable cascade, apply controlnet"),
             inputs=[
@@ -63,14 +63,16 @@ class CascadeControlNetApply(io.ComfyNode):
                     default=0.0,
                     **limits.SHARE.input(),
                     step=0.001,
-                    tooltip="From which share of the steps on: 0 is the first, where the composition forms.",
+                    tooltip=(
+                        "The share of the steps at which it begins: 0 is the first step, where the composition forms."
+                    ),
                 ),
                 io.Float.Input(
                     "end",
                     default=1.0,
                     **limits.SHARE.input(),
                     step=0.001,
-                    tooltip="Up to which share of the steps. Below 1 the last details are left to the prompt.",
+                    tooltip="The share of the steps at which it ends. Below 1 the last details are left to the prompt.",
                 ),
             ],
             outputs=[
@@ -127,7 +129,7 @@ class CascadeCanny(io.ComfyNode):
                     "high",
                     default=200,
                     **limits.CANNY.input(),
-                    tooltip="Contrasts stronger than this always are; those between, where they join such an edge.",
+                    tooltip="Contrasts stronger than this always are edges; those in between only where they join one.",
                 ),
                 io.Int.Input(
                     "size",
@@ -235,7 +237,7 @@ class CascadeSuperResolutionHint(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     display_name="hint",
-                    tooltip="For Cascade ControlNet Apply: 16 channels, no picture to look at.",
+                    tooltip="For Cascade ControlNet Apply: 16 channels, not a picture to look at.",
                 ),
                 io.Latent.Output(display_name="stage_c", tooltip="For Cascade Prior Sampler, empty."),
                 io.Latent.Output(display_name="stage_b", tooltip="For Cascade Decoder Sampler, empty."),
@@ -281,7 +283,7 @@ class CascadeIdentityHint(io.ComfyNode):
             display_name=KINDS["identity"].node,
             category=CATEGORY,
             description=(
-                "Whose face is where in a picture, for an identity ControlNet. Needs the package insightface and its "
+                "Tells an identity ControlNet whose face is where in a picture. Needs the package insightface and its "
                 "two networks."
             ),
             **searched_as("stable cascade, face, portrait, controlnet preprocessor"),
@@ -291,7 +293,7 @@ class CascadeIdentityHint(io.ComfyNode):
                     "place",
                     options=list(cls.PLACES),
                     default=cls.PLACES[0],
-                    tooltip="Where the face may appear: where it is in this picture, or, of a single face, anywhere.",
+                    tooltip="Where the face may appear: where it is in this picture, or, with a single face, anywhere.",
                 ),
                 io.Int.Input(
                     "faces",
@@ -305,7 +307,7 @@ class CascadeIdentityHint(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     display_name="hint",
-                    tooltip="For Cascade ControlNet Apply: 512 channels, no picture to look at.",
+                    tooltip="For Cascade ControlNet Apply: 512 channels, not a picture to look at.",
                 )
             ],
         )

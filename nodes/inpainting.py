@@ -26,7 +26,7 @@ class CascadeOutpaint(io.ComfyNode):
             node_id="CascadeOutpaint",
             display_name="Cascade Outpaint",
             category=CATEGORY,
-            description="Adds room around a picture, and gives the mask of that room, to go on as for inpainting.",
+            description="Adds room around a picture, and gives the mask of that room; the rest is as for inpainting.",
             **searched_as("stable cascade, pad image for outpainting, extend, size, mask"),
             inputs=[
                 io.Image.Input("image", tooltip="The picture to go beyond."),

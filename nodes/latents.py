@@ -112,8 +112,8 @@ class CascadeEncode(io.ComfyNode):
             display_name="Cascade Encode",
             category=CATEGORY,
             description=(
-                "A picture as a Stage C latent, with the Stage B latent of its size: empty, or the picture's where "
-                "Stage A is connected."
+                "Turns a picture into a Stage C latent, with the Stage B latent of its size: empty, or the "
+                "picture's own where Stage A is connected."
             ),
             **searched_as("stable cascade, img2img, image to image, vae encode, inpaint, mask"),
             inputs=[
@@ -151,8 +151,9 @@ class CascadeEncode(io.ComfyNode):
                     max=MAX_GROW,
                     optional=True,
                     tooltip=(
-                        "Stage C positions, of about 43 pixels, by which its mask is wider than the mask. 1 with the "
-                        "inpainting ControlNet, which shows where the hole is; 0 without it."
+                        "By how many Stage C positions, of about 43 pixels each, Stage C's mask is wider "
+                        "than the given one. 1 with the inpainting ControlNet, which shows where the hole "
+                        "is; 0 without it."
                     ),
                 ),
                 io.Boolean.Input(
@@ -225,8 +226,8 @@ class CascadeUpscaleLatent(io.ComfyNode):
             display_name="Cascade Upscale Latent",
             category=CATEGORY,
             description=(
-                "Enlarges a Stage C latent, and gives the empty Stage B latent of that size. So a picture is composed "
-                "at the size that Stage C was trained at, and made at this one."
+                "Enlarges a Stage C latent, and gives the empty Stage B latent of that size. So a picture "
+                "is composed at the size that Stage C was trained at and made at the larger one."
             ),
             **searched_as("stable cascade, hires fix, upscale, size, high resolution"),
             inputs=[

@@ -269,7 +269,7 @@ class CascadeCheckpointLoader(io.ComfyNode):
             display_name="Load Cascade Checkpoint",
             category=CATEGORY,
             description=(
-                "Loads an all-in-one checkpoint, or a diffusers folder: Stage C or B with what else it holds."
+                "Loads an all-in-one checkpoint, or a diffusers folder: Stage C or B, and the other networks in it."
             ),
             **searched_as("stable cascade, wuerstchen, load checkpoint, diffusers"),
             inputs=[
@@ -283,7 +283,7 @@ class CascadeCheckpointLoader(io.ComfyNode):
                 io.Clip.Output(display_name="CLIP", tooltip="The text encoder."),
                 io.Vae.Output(
                     display_name="VAE",
-                    tooltip="Stage A, or the compressor with the previewer beside Stage C.",
+                    tooltip="Stage A, or, where it holds Stage C, the compressor with the previewer.",
                 ),
                 io.ClipVision.Output(display_name="CLIP_VISION", tooltip="The image encoder."),
             ],

@@ -67,8 +67,9 @@ class CascadeLoRAApply(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip=(
-                        "Only for official LoRAs with new tokens, which their files do not name: each one's name and "
-                        "pattern from the training's train_tokens, such as [fernando] ^dog</w>, with a ; between."
+                        "Only for official LoRAs with new tokens, whose names are not in the file: the name "
+                        "and pattern of each from the training's train_tokens, such as [fernando] ^dog</w>, "
+                        "separated by ;."
                     ),
                 ),
                 io.Float.Input(
@@ -78,8 +79,8 @@ class CascadeLoRAApply(io.ComfyNode):
                     step=0.5,
                     optional=True,
                     tooltip=(
-                        "Only for files that do not say the alpha they were trained with, as PEFT's without their "
-                        "adapter_config.json. 0: as the file says, or else each layer's rank."
+                        "Only for files that do not say which alpha they were trained with, such as PEFT's "
+                        "without adapter_config.json. 0: as the file says, else each layer's rank."
                     ),
                 ),
                 io.String.Input(
@@ -87,8 +88,8 @@ class CascadeLoRAApply(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip=(
-                        "Only for official LoRAs whose layers could be several: the training's module_filters, such as "
-                        ".attn, kv_mapper."
+                        "Only for official LoRAs that could belong to several kinds of layers: the "
+                        "training's module_filters, such as .attn, kv_mapper."
                     ),
                 ),
             ],

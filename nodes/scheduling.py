@@ -95,7 +95,7 @@ class CascadeGuidance(io.ComfyNode):
                     default=2.0,
                     **limits.SHIFT.input(),
                     step=0.05,
-                    tooltip="Of ComfyUI's schedulers. Published: 2 for Stage C, 1 for Stage B.",
+                    tooltip="The shift of ComfyUI's schedulers. Published: 2 for Stage C, 1 for Stage B.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="For KSampler and other samplers.")],

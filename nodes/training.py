@@ -44,7 +44,7 @@ def common_inputs(kind: str) -> list[Any]:
         io.String.Input(
             "name",
             default=f"my_{kind}",
-            tooltip="Name of the new file in the models folder, without its ending.",
+            tooltip="Name of the new file in the models folder, without an extension.",
         ),
         io.String.Input(
             "pictures",
@@ -54,7 +54,7 @@ def common_inputs(kind: str) -> list[Any]:
                 "star.png is described by star.txt, one caption a line."
             ),
         ),
-        file_input("stage_c", "stage_c", "The Stage C that is trained for; its own file stays as it is."),
+        file_input("stage_c", "stage_c", "The Stage C to train on; its own file stays as it is."),
         file_input("text_encoder", "text_encoder", "The text encoder that reads the captions."),
         file_input(
             "compressor", "compressor", "The semantic compressor, which turns the pictures into latents."
@@ -106,8 +106,8 @@ def preset_input() -> Any:
         default="none",
         optional=True,
         tooltip=(
-            "Settings for a card of so much memory, auto: of as much as this one has. They count before size and "
-            "batch_size above; settings counts before them."
+            "Settings for a card with this much memory; auto: for this card. They take precedence over size "
+            "and batch_size above, and settings over them."
         ),
     )
 
@@ -119,8 +119,8 @@ def settings_input() -> Any:
         multiline=True,
         optional=True,
         tooltip=(
-            "Further settings of `cascade train`, in YAML; the help page shows some. They count before the inputs "
-            "above."
+            "Further settings of `cascade train`, in YAML; the help page shows some. They take precedence "
+            "over the inputs above."
         ),
     )
 
@@ -390,7 +390,7 @@ class CascadeTrainControlNet(TrainingNode):
             display_name="Cascade Train ControlNet",
             category=CATEGORY,
             description=(
-                "Trains a ControlNet on a folder of pictures; the hints are made of them. A run that was "
+                "Trains a ControlNet on a folder of pictures; the hints are made from them. A run that was "
                 "interrupted goes on."
             ),
             **searched_as("stable cascade, training, fine-tune"),

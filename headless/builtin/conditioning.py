@@ -190,12 +190,15 @@ class ControlNetApplyAdvanced(io.ComfyNode):
                 io.Image.Input("image", tooltip="The hint."),
                 _strength_input(),
                 io.Float.Input(
-                    "start_percent", default=0.0, **share, tooltip="From which share of the steps on."
+                    "start_percent",
+                    default=0.0,
+                    **share,
+                    tooltip="The share of the steps at which it begins.",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, **share, tooltip="Up to which share of the steps."
+                    "end_percent", default=1.0, **share, tooltip="The share of the steps at which it ends."
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Of no use to ControlNets of Stable Cascade."),
+                io.Vae.Input("vae", optional=True, tooltip="Stable Cascade's ControlNets do not use it."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),

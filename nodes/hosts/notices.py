@@ -20,16 +20,16 @@ SENTENCES = {
     "network": "{key} was put on the MODEL for other networks: it changes nothing in {network}.",
     "sampler": "{key} was put on the MODEL for other samplers: it changes nothing in this one.",
     "attention": (
-        "Attention was replaced on the MODEL by {node}, which plain PyTorch alone follows: this run is without the "
+        "{node} replaced the MODEL's attention, which only plain PyTorch can do: this run does without the "
         "engine."
     ),
     "layer": (
-        "{layer} of the network was replaced by another node, which plain PyTorch alone follows: this run is without "
-        "the engine."
+        "Another node replaced {layer} of the network, which only plain PyTorch can do: this run does "
+        "without the engine."
     ),
     "memory": (
-        "The card ran out of memory; the run was begun again with the other models off it. Where this happens each "
-        "time, a smaller batch or size is faster."
+        "The card ran out of memory; the run was begun again with the other models off the card. If this "
+        "happens each time, a smaller batch or size is faster."
     ),
 }
 

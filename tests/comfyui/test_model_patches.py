@@ -87,7 +87,7 @@ def test_the_same_guidance_and_shift_are_no_contradiction(measured):
 @pytest.mark.parametrize("name", ["Injected", "OtherAttention", "ReplacedLayer"])
 def test_what_plain_pytorch_alone_follows_is_told(measured, name):
     (sentence,) = measured["ours"][name]["notices"]
-    assert sentence.endswith("this run is without the engine.")
+    assert sentence.endswith("this run does without the engine.")
     assert measured["ours"][name]["told"] == [sentence]
 
 

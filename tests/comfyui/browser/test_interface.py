@@ -207,7 +207,7 @@ def test_the_size_helper_of_a_second_pass(seen):
     for step in steps.values():
         check_read_out(step)
     assert judgement["new"] == judgement["3:2"] == judgement["fitted"]
-    assert judgement["new"] == "A second pass of Stage C: at a low denoise."
+    assert judgement["new"] == "For a second pass of Stage C use a low denoise."
     assert judgement["untrained"] == "Stage B was trained on compressions of 32 to 64."
     assert steps["fitted"]["widgets"]["compression"] == STAGE_C_COMPRESSION
 
@@ -215,7 +215,7 @@ def test_the_size_helper_of_a_second_pass(seen):
 def test_encode_shows_the_sizes_of_its_picture(seen):
     facts = told(seen, "encode")
     assert last(facts["unknown"], 1) == [
-        "The size is that of the picture, which shows once it is loaded or made."
+        "The size is the picture's; it is shown once the picture is loaded or made."
     ]
     assert facts["asked"]["lines"][0] == read_out(512, 512, STAGE_C_COMPRESSION)
     assert last(facts["known"], 2) == [
@@ -265,14 +265,14 @@ def test_encode_knows_the_picture_of_outpaint_and_where_stage_c_is_left_out(seen
     ]
     assert last(facts["second"], 2) == [
         read_out(512, 512, STAGE_C_COMPRESSION),
-        "Stage C leaves it as it is: any size.",
+        "Stage C does not run on it: any size will do.",
     ]
 
 
 def test_encode_is_told_of_its_picture_by_the_run(seen):
     facts = told(seen, "made")
     assert last(facts["before"], 1) == [
-        "The size is that of the picture, which shows once it is loaded or made."
+        "The size is the picture's; it is shown once the picture is loaded or made."
     ]
     assert facts["after"]["lines"][0] == read_out(*PICTURE, STAGE_C_COMPRESSION)
 
@@ -287,7 +287,7 @@ def test_a_button_of_a_panel_is_not_cut_off(seen):
 def test_super_resolution_shows_the_sizes_of_what_is_made(seen):
     facts = told(seen, "scale")
     assert last(facts["unknown"], 1) == [
-        "The size is that of the picture, which shows once it is loaded or made."
+        "The size is the picture's; it is shown once the picture is loaded or made."
     ]
     assert facts["twice"]["lines"][0] == read_out(2 * PICTURE[0], 2 * PICTURE[1], STAGE_C_COMPRESSION)
     assert facts["twice"]["lines"][1].startswith("Larger than trained")
