@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cascade_nodes.cascade_core.diffusion.samplers import (
     log_snr_range,
 )
 from cascade_nodes.cascade_core.diffusion.schedule import alpha_sigma, log_snr, noise_cond
+from cascade_nodes.cascade_core.training.settings import OutputSettings
 from cascade_nodes.tests.core.sampling import sample_from
 
 SHAPE = (16, 6, 8)
@@ -285,3 +287,7 @@ def test_noise_of_another_shape_is_refused():
         )
     with pytest.raises(CascadeError, match="noise has shape"):
         add_noise(torch.zeros(2, *SHAPE), noise.draw(), 0.5, 1.0)
+
+
+def test_the_samples_of_a_training_may_use_each_of_them():
+    assert get_args(get_type_hints(OutputSettings)["sample_sampler"]) == tuple(SAMPLERS)
