@@ -65,10 +65,6 @@ class FoundObject:
     shape_fit: float
     colour_share: float
 
-    @property
-    def confidence(self) -> float:
-        return min(self.shape_fit, self.colour_share)
-
 
 @dataclass(frozen=True, slots=True)
 class Reading:

@@ -86,6 +86,13 @@ def add_batch_command(commands: Any) -> None:
     batch.add_argument(
         "--memory", metavar="SIZE", help="how much of the GPU's memory to take, as in `cascade run`"
     )
+    _add_workers(batch)
+    batch.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+    batch.set_defaults(command=run_batch)
+
+
+def _add_workers(batch: argparse.ArgumentParser) -> None:
+    """Options of who makes the rows: one process of several, servers, or workers of Ray."""
     batch.add_argument(
         "--shard",
         type=_shard,
@@ -117,8 +124,6 @@ def add_batch_command(commands: Any) -> None:
         metavar="auto|HOST:PORT",
         help="join this Ray cluster, whose members may run code here (see SECURITY.md); default: this machine alone",
     )
-    batch.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
-    batch.set_defaults(command=run_batch)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -317,13 +317,13 @@ def test_sets_beyond_memory_give_the_same_batches(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(data_module, "MAX_BYTES_IN_MEMORY", 0)
     mapped = open_data(folder, flip=True, cache=str(tmp_path))
     assert all(same_batch(a, b) for a, b in zip(epoch(whole), epoch(mapped), strict=True))
-    for a, b in zip(whole.as_tensors(), mapped.as_tensors(), strict=True):
-        assert torch.equal(a.latents, b.latents)
+    for a, b in zip(whole._buckets, mapped._buckets, strict=True):
+        assert torch.equal(a.all_latents(), b.all_latents())
 
 
-def test_whole_buckets_as_tensors(folder):
-    buckets = open_data(folder, flip=True).as_tensors()
-    assert [tuple(each.latents.shape) for each in buckets] == [
+def test_whole_buckets(folder):
+    buckets = open_data(folder, flip=True)._buckets
+    assert [tuple(each.all_latents().shape) for each in buckets] == [
         (4, 2, 16, 5, 8),
         (7, 2, 16, 6, 6),
         (3, 2, 16, 8, 5),
@@ -333,16 +333,16 @@ def test_whole_buckets_as_tensors(folder):
     assert torch.equal(
         torch.cat([each.caption_ids for each in buckets]).flatten().sort().values, torch.arange(1, 29)
     )
-    (plain, mirrored) = buckets[1].latents.unbind(1)
+    (plain, mirrored) = buckets[1].all_latents().unbind(1)
     assert (plain.flip(-1) - mirrored).abs().max() < 1e-5
 
 
 def test_pictures_with_fewer_captions_are_padded(tmp_path):
     folder = write_set(tmp_path, [(256, 256)] * 2, captions=3)
     (folder / "000.txt").write_text("the only one")
-    (tensors,) = open_data(folder).as_tensors()
-    assert tensors.caption_ids.tolist() == [[1, -1, -1], [2, 3, 4]]
-    assert tensors.caption_counts.tolist() == [1, 3]
+    (bucket,) = open_data(folder)._buckets
+    assert bucket.caption_ids.tolist() == [[1, -1, -1], [2, 3, 4]]
+    assert bucket.caption_counts.tolist() == [1, 3]
 
 
 # Tars
@@ -355,12 +355,14 @@ def test_a_tar_trains_as_its_folder_does(folder, tmp_path):
     single = open_data(folder, flip=True, with_images=True)
     latents = {
         f"set.tar/{name}": rows
-        for tensors, rows_of in zip(single.as_tensors(), single._buckets, strict=True)
-        for name, rows in zip([each.picture.name for each in rows_of.pictures], tensors.latents, strict=True)
+        for bucket in single._buckets
+        for name, rows in zip(
+            [each.picture.name for each in bucket.pictures], bucket.all_latents(), strict=True
+        )
     }
     assert len(latents) == 14
-    for tensors, rows_of in zip(packed.as_tensors(), packed._buckets, strict=True):
-        for each, rows in zip(rows_of.pictures, tensors.latents, strict=True):
+    for bucket in packed._buckets:
+        for each, rows in zip(bucket.pictures, bucket.all_latents(), strict=True):
             assert torch.equal(rows, latents[each.picture.name])
     assert set(packed.captions) == set(single.captions)
     encode = MeanColours()

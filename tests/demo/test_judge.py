@@ -58,7 +58,7 @@ def test_centre_and_radius_are_found(pictures):
             assert abs(nearest.x - o.x) < 0.008
             assert abs(nearest.y - o.y) < 0.008
             assert abs(nearest.radius - o.radius) < 0.012
-            assert nearest.confidence > 0.85
+            assert min(nearest.shape_fit, nearest.colour_share) > 0.85
 
 
 def test_blur_and_noise(pictures):

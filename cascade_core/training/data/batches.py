@@ -51,16 +51,6 @@ class Batch:
     cache_keys: Sequence[Key] = ()  # of the pictures as shown (mirrored, cropped), for cached latents
 
 
-@dataclass(frozen=True)
-class BucketTensors:
-    """A whole bucket in memory, for training that keeps its data on the accelerator."""
-
-    bucket: Bucket
-    latents: Tensor  # (N, F, 16, h, w) float32; F is 2 where pictures are mirrored, for each crop: as it is, mirrored
-    caption_ids: Tensor  # (N, K) int64, indices into TrainingData.captions; -1 beyond a picture's own
-    caption_counts: Tensor  # (N,) int64
-
-
 def fill_cache(
     settings: DataSettings,
     encode: Callable[[Tensor], Tensor],
@@ -256,13 +246,6 @@ class TrainingData:
             are = "is" if len(self.skipped) == 1 else "are"
             notes += f"; {len(self.skipped):,} {are} left out ({LEFT_OUT} lists all): {reasons(self.skipped)}"
         return f"{len(self)} pictures with {len(self.captions) - 1} captions: {sizes}{notes}."
-
-    def as_tensors(self) -> list[BucketTensors]:
-        """All buckets, each as a whole in memory."""
-        return [
-            BucketTensors(each.bucket, each.all_latents(), each.caption_ids, each.caption_counts)
-            for each in self._buckets
-        ]
 
     @property
     def rows_per_epoch(self) -> int:
