@@ -321,7 +321,7 @@ def test_sets_beyond_memory_give_the_same_batches(folder, tmp_path, monkeypatch)
         assert torch.equal(a.all_latents(), b.all_latents())
 
 
-def test_whole_buckets(folder):
+def test_whole_buckets_as_tensors(folder):
     buckets = open_data(folder, flip=True)._buckets
     assert [tuple(each.all_latents().shape) for each in buckets] == [
         (4, 2, 16, 5, 8),
