@@ -34,7 +34,7 @@ SHADOW = (-0.40, 0.06)  # logarithm of how much darker, or lighter, a background
 OBJECT_LIMIT = 0.14  # the least distance from that, in logarithms
 FLOOR = 0.06  # added to both before the logarithm, which black would make large
 GRID = 2  # pixels; regions are connected on a coarser grid
-COVER = 0.37  # of its mean colour: where an object's edge is
+COVER, AROUND = 0.5, 17  # of its colour within so many pixels: where an object's edge is
 DIRECTIONS, STEPS, REACH = 90, 72, 2.1  # of the profile; REACH in radii of a disc of the same area
 # The greatest root mean square difference of profiles: a wobbly outline costs a shape with thin parts more.
 PROFILE_LIMIT = dict.fromkeys(SHAPES, 0.115) | {"star": 0.15, "ring": 0.15, "cross": 0.15}
@@ -89,14 +89,21 @@ def _regions(images: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
     picture, label = largest_regions(labels, GRID)
     fine = labels.repeat_interleave(GRID, 1).repeat_interleave(GRID, 2)
     region = (fine[picture] == label[:, None, None]) & mask[picture]
-    return picture, region & (_cover(images[picture], ground[picture], region) > COVER)
+    near = (
+        F.max_pool2d(region[:, None].float(), 5, 1, 2)[:, 0] > 0
+    )  # a white object's edge is under the limit
+    return picture, near & (_cover(images[picture], ground[picture], region) > COVER)
 
 
 def _cover(images: Tensor, ground: Tensor, regions: Tensor) -> Tensor:
-    """How much of each pixel (M, H, W) is the object's, as if it were its mean colour over the background."""
+    """How much of each pixel (M, H, W) is the object's, as if it were its colour around there over the background.
+
+    Its mean colour would not do: the shaded side of a white object is nearer to a light background than to that.
+    """
     weight = regions[:, None].float()
-    mean = (images * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1)
-    whole = mean - ground  # (M, 3, H, 1)
+    around = F.avg_pool2d(images * weight, AROUND, 1, AROUND // 2)
+    share = F.avg_pool2d(weight, AROUND, 1, AROUND // 2)
+    whole = around / share.clamp_min(1e-3) - ground  # (M, 3, H, W)
     return ((images - ground) * whole).sum(1) / whole.square().sum(1).clamp_min(1e-4)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from cascade_nodes.demo import wide_tasks
 from cascade_nodes.demo.captions import full_spec, parse
@@ -68,6 +69,18 @@ def test_both_judges_read_renders_right_in_any_frame():
     assert all(
         score(reading, full_spec(scene)).all_right for reading, scene in zip(readings, wide, strict=True)
     )
+
+
+def test_white_on_light_ground_is_as_large_to_the_second_judge_as_it_is():
+    grounds = ("sky", "grass", "pink", "grey")
+    objects = [
+        SceneObject("diamond", "white", "large", 0.5, 0.5, 0.16),
+        SceneObject("cross", "white", "large", 0.5, 0.5, 0.16),
+    ]
+    images = render([Scene((each,), ground) for each in objects for ground in grounds]).float() / 255
+    blurred = F.avg_pool2d(F.pad(images, (2,) * 4, mode="replicate"), 5, 1)  # as decoders draw
+    radii = np.array([reading.objects[0].radius for reading in read_again(blurred)])
+    assert np.abs(radii / 0.16 - 1).max() < 0.04
 
 
 def test_the_second_judge_calls_no_mess_right():
