@@ -40,8 +40,10 @@ export function listen() {
     detail.exception_message = withEnglish(detail.exception_message.trim());
   });
   api.addEventListener("progress_text", ({ detail }) => {
-    const text = translateSentence(detail.text); // told once more, as it is shown already; a translation stays as it is
-    if (text !== detail.text) api.dispatchCustomEvent("progress_text", { ...detail, text });
+    const text = translateSentence(detail.text);
+    if (text === detail.text) return; // such as a translation
+    // Told once more after the English, which the interface may show before or after its turn comes here.
+    queueMicrotask(() => api.dispatchCustomEvent("progress_text", { ...detail, text }));
   });
   translateRefusals();
 }

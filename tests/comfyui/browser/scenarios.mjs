@@ -671,17 +671,12 @@ async function japaneseErrors(page) {
     vae.connect(0, decode, decode.findInputSlot("vae"));
     decode.connect(0, save, 0);
   });
-  const run = await page.evaluate(
-    () =>
-      new Promise((resolve) => {
-        const told = ({ detail }) => {
-          window.app.api.removeEventListener("execution_error", told);
-          resolve(detail.exception_message);
-        };
-        window.app.api.addEventListener("execution_error", told);
-        window.app.queuePrompt(0, 1);
-      }),
-  );
+  const run = await page.evaluate(async () => {
+    const { api } = window.app;
+    const error = new Promise((resolve) => api.addEventListener("execution_error", resolve, { once: true }));
+    await window.app.queuePrompt(0, 1); // while it is at it, it takes no other
+    return (await error).detail.exception_message;
+  });
   const refused = await page.evaluate(async () => {
     const loader = window.app.graph._nodes.find((node) => node.type === "StageAVAE");
     loader.widgets.find((widget) => widget.name === "file").value = "gone.safetensors";
@@ -689,6 +684,16 @@ async function japaneseErrors(page) {
     return window.app.lastNodeErrors[loader.id].errors[0].details;
   });
   await page.keyboard.press("Escape");
+  const notice = await page.evaluate(async () => {
+    const { api } = window.app;
+    const texts = [];
+    const heard = ({ detail }) => texts.push(detail.text);
+    api.addEventListener("progress_text", heard);
+    api.dispatchCustomEvent("progress_text", { nodeId: "1", text: "steps is 0; at least 1 is needed." });
+    await null; // what was queued in between
+    api.removeEventListener("progress_text", heard);
+    return texts;
+  });
   await clear(page);
   const lora = await place(page, "CascadeLoRAApply");
   await page.evaluate(
@@ -702,7 +707,7 @@ async function japaneseErrors(page) {
     lora,
   );
   await page.getByText("[star]").first().waitFor();
-  return { run, refused, lora: (await panel(page, lora, "cascade_text")).lines };
+  return { run, refused, notice, lora: (await panel(page, lora, "cascade_text")).lines };
 }
 
 /** The same nodes in Japanese, with their help, and an example with its notes. */

@@ -365,6 +365,10 @@ def test_errors_and_what_a_lora_holds_are_japanese(seen):
     )
     assert english.startswith("Cascade Decode got a latent of 16 channels")  # as the help quotes it
     assert facts["refused"].startswith("file - Stage A のファイル 'gone.safetensors' が ")
+    assert facts["notice"] == [
+        "steps is 0; at least 1 is needed.",
+        "ステップ数が 0 です。1 以上にしてください。",
+    ]
     assert facts["lora"] == [
         "a.safetensors（kohya）：Stage C の 12 層、ランク 4 ～ 8、1 個の学習済みトークン（[star]）",
         "a.safetensors の情報：トリガーワード ink, red、ランク 4。",
