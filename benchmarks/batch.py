@@ -1,21 +1,24 @@
-"""Rows a second of `cascade batch`: one default process against workers, in turn, steady state.
+"""Rows a second of `cascade batch`: one process against several, in turn, steady state.
 
-Steady: from the moment when every worker has made its first row, models loaded, to the end. Pictures are the demo's
-without --graph; on a machine with GPUs give a graph of the published size, such as
-example_workflows/api/text_to_image_published.json, whose files `cascade models` finds.
+Steady: from the moment when every worker has made its first row, models loaded, to that when the first of them has made
+its last. The workers are Ray's where it is installed; else, or with --shards, processes with a GPU and a share of the
+rows each. Pictures are the demo's, or with --published those of the shipped graph, for which random weights of the
+published size, 12 GB, are written to main memory or where --models says.
 
-    python benchmarks/batch.py [--workers 2] [--rows 40] [--graph FILE] [--target 1.6] [--json FILE]
+    python benchmarks/batch.py [--workers 2] [--rows 20] [--graph FILE | --published] [--shards] [--json FILE]
 
 Promised: two workers on two cores 1.6 times one default process, two H200s 1.9 times one. Exit status 1 for less.
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +26,147 @@ import torch
 
 from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
+from served import configurations
+from served_graphs import EXAMPLE, made_small
+from served_programs import write_files
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "example_workflows" / "api" / "text_to_image.json"
 TARGETS = {False: 1.6, True: 1.9}  # without and with GPUs
 
+MEMORY = "/dev/shm"
+ROOM = 14e9  # bytes that the random weights take, and the pictures
 
-def run_batch(graph: Path, rows: int, folder: Path, options: Sequence[str]) -> tuple[float, int]:
-    """Makes the rows. Returns the steady rows a second, and how many workers made them."""
+
+class FailedError(Exception):
+    """A run that made too little; its message says why."""
+
+
+def processes_of(options: argparse.Namespace, workers: int, folder: Path) -> list[subprocess.Popen]:
+    """Start a batch in `folder`: one process, one that has Ray's workers, or one for each share."""
     table = folder / "rows.jsonl"
-    table.write_text("".join(json.dumps({"name": f"{seed:05}", "seed": seed}) + "\n" for seed in range(rows)))
-    command = [sys.executable, "-m", "cascade_nodes.headless", "batch", str(graph), str(table), "--output"]
-    made = folder / "made"
+    rows = range(options.rows * workers)
+    table.write_text("".join(json.dumps({"name": f"{seed:05}", "seed": seed}) + "\n" for seed in rows))
+    command = [sys.executable, "-m", "cascade_nodes.headless", "batch", str(options.graph), str(table)]
+    command += ["--output", str(folder / "made")]
     # The default is measured: torch's own number of threads.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    subprocess.run([*command, str(made), *options], check=True, stdout=subprocess.DEVNULL, env=environment)
-    lines = [json.loads(line) for line in (made / "batch.jsonl").read_text().splitlines()]
-    ends = [((made / line["pictures"][0]).stat().st_mtime_ns / 1e9, line["worker"]) for line in lines]
-    workers = {worker: min(end for end, by in ends if by == worker) for _, worker in ends}
-    begun = max(workers.values())
-    later = [end for end, _ in ends if end > begun]
-    if len(later) < 2 * len(workers):
-        sys.exit(f"{rows} rows were nearly done before every worker had begun; give more --rows.")
-    return len(later) / (max(later) - begun), len(workers)
+    if options.models is not None:
+        environment["CASCADE_MODELS"] = str(options.models)
+    gpus, commands = torch.cuda.device_count(), [command]
+    if workers > 1 and options.shards:
+        commands = [[*command, "--shard", f"{number}/{workers}"] for number in range(1, workers + 1)]
+    elif workers > 1:
+        commands = [[*command, "--workers", str(workers)]]
+    started = []
+    for number, each in enumerate(commands):
+        if gpus and (len(commands) > 1 or workers == 1):
+            environment = {**environment, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
+        with (folder / f"{number}.log").open("wb") as log:
+            started.append(subprocess.Popen(each, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return started
+
+
+def run_batch(options: argparse.Namespace, workers: int) -> dict[str, Any]:
+    """Makes the rows. Returns the steady rows a second and more; raises FailedError."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = processes_of(options, workers, folder)
+        try:
+            codes = [process.wait(began + options.limit - time.monotonic()) for process in processes]
+        except subprocess.TimeoutExpired:
+            codes = [None]
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait()
+        if any(code != 0 for code in codes):
+            said = "\n".join(log.read_text(errors="replace")[-1500:] for log in sorted(folder.glob("*.log")))
+            reason = f"exit status {codes}" if None not in codes else f"not done after {options.limit:.0f} s"
+            raise FailedError(f"{reason}:\n{said}")
+        return steady(folder / "made", workers) | {"seconds": time.monotonic() - began}
+
+
+def steady(made: Path, workers: int) -> dict[str, Any]:
+    lines = [json.loads(line) for file in made.glob("batch*.jsonl") for line in file.read_text().splitlines()]
+    ends: dict[str, list[float]] = {}
+    for line in lines:
+        end = (made / line["pictures"][0]).stat().st_mtime_ns / 1e9
+        ends.setdefault(line["worker"], []).append(end)
+    if len(ends) < workers:
+        raise FailedError(f"{len(ends)} of {workers} workers made all {len(lines)} rows; give more --rows.")
+    begun, done = max(map(min, ends.values())), min(map(max, ends.values()))
+    within = [end for each in ends.values() for end in each if begun < end <= done]
+    if len(within) < 2 * workers:
+        raise FailedError(
+            f"{len(lines)} rows were nearly done before every worker had begun; give more --rows."
+        )
+    span = max(within) - begun
+    return {
+        "workers": len(ends),
+        "rows_per_second": len(within) / span,
+        "steady_rows": len(within),
+        "span": span,
+    }
+
+
+def write_models(options: argparse.Namespace, folder: Path) -> None:
+    """Random weights for the shipped graph, and the graph."""
+    options.models = options.models or folder / "models"
+    if options.toy:
+        options.graph = folder / "graph.json"
+        options.graph.write_text(json.dumps(made_small(json.loads(EXAMPLE.read_text()))))
+    else:
+        options.graph = EXAMPLE
+    # The folder of models is `models` in what it writes for a server.
+    folder_of_models = folder / "base"
+    folder_of_models.mkdir()
+    options.models.mkdir(parents=True, exist_ok=True)
+    (folder_of_models / "models").symlink_to(options.models.resolve())
+    write_files(folder_of_models, configurations(options.toy))
+
+
+def has_room(folder: str) -> bool:
+    return os.path.isdir(folder) and shutil.disk_usage(folder).free > ROOM
+
+
+def measure(options: argparse.Namespace, target: float) -> float | None:
+    """Run one process, then several; print and write each. Returns how many times as fast these are, if known."""
+    report: dict[str, Any] = {
+        "machine": describe_machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator",
+        "graph": options.graph.name,
+        "how": "shares" if options.shards else "Ray",
+        "target": target,
+        "runs": [],
+    }
+    times = None
+    for workers in (1, options.workers):
+        try:
+            run = {"failed": None, **run_batch(options, workers)}
+        except FailedError as error:
+            run = {"workers": workers, "failed": str(error)}
+        print(run, flush=True)
+        report["runs"].append(run)
+        if len(report["runs"]) == 2 and not any(each["failed"] for each in report["runs"]):
+            one, many = (each["rows_per_second"] for each in report["runs"])
+            times = report["times"] = many / one
+        if options.json:
+            write_file(options.json, json.dumps(report, indent=1) + "\n")
+    rows = [
+        (
+            str(run["workers"]),
+            f"{run['rows_per_second']:.3f}",
+            str(run["steady_rows"]),
+            f"{run['seconds']:.0f}",
+        )
+        for run in report["runs"]
+        if not run["failed"]
+    ]
+    print_table(("workers", "rows a second", "of steady rows", "s in all"), rows)
+    return times
 
 
 def main() -> int:
@@ -53,30 +174,29 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--rows", type=int, default=40, help="of each run; enough that loading is a small part"
-    )
+    parser.add_argument("--rows", type=int, default=20, help="for each worker; loading is a small part")
     parser.add_argument("--graph", type=Path, default=DEMO)
+    parser.add_argument("--published", action="store_true", help="the shipped graph, with random weights")
+    parser.add_argument(
+        "--toy", action="store_true", help="with --published: small networks, to try the script"
+    )
+    parser.add_argument("--models", type=Path, help="where they are, or are written")
+    parser.add_argument("--shards", action="store_true", help="without Ray")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds of each run")
     parser.add_argument("--target", type=float, help="how many times one process; default as promised")
     parser.add_argument("--json", type=output_file, metavar="FILE")
     options = parser.parse_args()
+    options.shards = options.shards or importlib.util.find_spec("ray") is None
     target = options.target or TARGETS[torch.cuda.is_available()] * options.workers / 2
-    measured: list[dict[str, Any]] = []
-    for arguments in ([], ["--workers", str(options.workers)]):
-        with tempfile.TemporaryDirectory() as folder:
-            rate, workers = run_batch(options.graph, options.rows, Path(folder), arguments)
-        measured.append(
-            {"options": " ".join(arguments) or "one process", "workers": workers, "rows_per_second": rate}
-        )
-    times = measured[1]["rows_per_second"] / measured[0]["rows_per_second"]
-    print_table(
-        ("options", "workers", "rows a second"),
-        [(row["options"], str(row["workers"]), f"{row['rows_per_second']:.3f}") for row in measured],
-    )
+    with tempfile.TemporaryDirectory(dir=MEMORY if options.published and has_room(MEMORY) else None) as name:
+        if options.published:
+            began = time.monotonic()
+            write_models(options, Path(name))
+            print(f"Random weights are there after {time.monotonic() - began:.0f} s.", flush=True)
+        times = measure(options, target)
+    if times is None:
+        return 1
     print(f"{times:.2f} times one process; promised: {target:.2f}")
-    if options.json:
-        report = {"machine": describe_machine(), "runs": measured, "times": times, "target": target}
-        write_file(options.json, json.dumps(report, indent=2) + "\n")
     return 0 if times >= target else 1
 
 
