@@ -1,6 +1,6 @@
 """Training on two GPUs beside one, the same batch on each: full finetunes by FSDP2, a LoRA and a ControlNet.
 
-    python benchmarks/ranks.py [--tasks finetune lora controlnet] [--size 3.6b] [--seconds 100] [--json FILE]
+    python benchmarks/ranks.py [--tasks finetune lora controlnet finetune_b] [--size 3.6b] [--seconds 100] [--json FILE]
 
 Each measurement is `benchmarks/training.py` with random weights, in processes of its own, which import while others
 measure. Those on one GPU go beside each other where they can. Each row is written as soon as it is there, and one
@@ -27,8 +27,9 @@ from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
 
 TRAINING = Path(__file__).with_name("training.py")
-PICTURES = {"finetune": 1.8, "lora": 1.9, "controlnet": 1.9}  # times as many
-MEMORY = {"finetune": 0.6}
+PICTURES = {"finetune": 1.8, "finetune_b": 1.8, "lora": 1.9, "controlnet": 1.9}  # times as many
+MEMORY = {"finetune": 0.6, "finetune_b": 0.6}
+DEFAULT = ("finetune", "lora", "controlnet", "finetune_b")  # the most wanted first
 WARM = 5  # steps: the first looks at kernels, the second captures CUDA graphs
 # On one machine: the loopback for gloo, and no NVLink multicast, which can put shared hosts' GPUs out of service.
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "4"}
@@ -55,7 +56,7 @@ class Measurement:
 
     def start(self, options: argparse.Namespace) -> None:
         """Start the processes, which import and then wait."""
-        batch = options.batch if self.task in MEMORY else options.small_batch
+        batch = options.batch if self.task == "finetune" else options.small_batch
         command = [sys.executable, str(TRAINING), "--tasks", self.task, "--size", options.size]
         command += ["--batch", str(batch), "--steps", str(options.steps), "--warm", str(WARM)]
         command += ["--latent", str(options.latent), "--json", str(self.file("json"))]
@@ -199,10 +200,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", choices=tuple(PICTURES), default=list(PICTURES))
+    parser.add_argument("--tasks", nargs="+", choices=tuple(PICTURES), default=list(DEFAULT))
     parser.add_argument("--size", choices=("3.6b", "1b", "tiny"), default="3.6b")
     parser.add_argument("--latent", type=int, default=24, help="positions a side")
-    parser.add_argument("--batch", type=int, default=16, help="of a finetune, on each GPU")
+    parser.add_argument("--batch", type=int, default=16, help="of Stage C's finetune, on each GPU")
     parser.add_argument("--small-batch", type=int, default=4, help="of the others")
     parser.add_argument("--steps", type=int, default=10, help=f"measured, after {WARM}")
     parser.add_argument("--limit", type=float, default=60, help="seconds of each from its turn on")

@@ -19,7 +19,12 @@ MEASURED = Path(__file__).parent / "measurements"
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 KINDS = {"runs": "batch", "rows": "ranks"}  # by a key that each file has
 BLOCK = re.compile(r"(<!-- (batch|arithmetic|ranks) -->\n).*?(<!-- end -->)", re.DOTALL)
-NAMES = {"finetune": "Stage C whole, FSDP2", "lora": "LoRA", "controlnet": "ControlNet"}
+NAMES = {
+    "finetune": "Stage C whole, FSDP2",
+    "finetune_b": "Stage B whole, FSDP2",
+    "lora": "LoRA",
+    "controlnet": "ControlNet",
+}
 # On an H200, of docs/performance.md, in seconds: a picture with a new prompt, its PNG, the first one after starting
 PICTURE, PNG, FIRST = 0.67, 0.12, 8.2
 MODELS = 11.8  # GB in 16 bits
@@ -104,7 +109,7 @@ def ranks(measured: dict[str, Any] | None) -> str:
     options = measured["options"]
     lines = [
         f"Measured by `benchmarks/ranks.py` on two {measured['device']}, a batch of {options['batch']} on each for",
-        f"whole networks and of {options['small_batch']} for the others:",
+        f"the whole Stage C and of {options['small_batch']} for the others:",
         "",
         "| | steps a second on one | on two | × the pictures | peak GB on one | on each of two | × the memory |",
         "|---|---|---|---|---|---|---|",
@@ -116,7 +121,8 @@ def ranks(measured: dict[str, Any] | None) -> str:
         times = f"{row['times']:.2f} ({row['asked']} asked)" if "times" in row else ""
         memory = f"{row['memory']:.2f}" if row.get("memory") else ""
         memory += f" (at most {row['asked_memory']} asked)" if memory and row["asked_memory"] else ""
-        lines.append(f"| {' | '.join([NAMES.get(task, task), *speeds, times, *peaks, memory])} |")
+        name = str(NAMES.get(task, task))
+        lines.append(f"| {' | '.join([name, *speeds, times, *peaks, memory])} |")
     return "\n".join(lines) + "\n"
 
 

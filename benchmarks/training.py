@@ -86,6 +86,7 @@ LORAS: dict[str, Any] = {
     "stage_b": "stage_b",
     "text_encoder": "text_encoder",
 }  # networks by task
+WHOLE: dict[str, Any] = {"finetune": "stage_c", "finetune_b": "stage_b"}  # the same
 CAPTIONS = [f"caption {number}" for number in range(64)]
 # fmt: off
 TINY = {"c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[1, 2], [2, 1]],
@@ -186,7 +187,7 @@ def network_of(
 ) -> Any:
     if name == "finetune":
         return random_stage_c(options.size, dtype, device)
-    if name == "stage_b":
+    if name in ("stage_b", "finetune_b"):
         size = "stage_b_700m" if options.size == "1b" else "stage_b_1.5b"
         config = TINY_B if options.size == "tiny" else PRESETS[size][1]
         return frozen_network(StageB, config, base, dtype, device)
@@ -229,11 +230,13 @@ def settings_of(options: argparse.Namespace, task: Any, folder: str) -> Settings
         compile=options.compile,
         cuda_graphs=options.cuda_graphs,
         deterministic=options.deterministic,
-        fsdp=options.fsdp and task == "finetune",
+        fsdp=options.fsdp and task in WHOLE,
         warmup=0,
     )
     output = OutputSettings("out.safetensors", folder, log_every=WINDOW, checkpoint_every=10**8)
-    return Settings("lora" if task in LORAS else task, DataSettings(folder), output, train=train)
+    kind = "lora" if task in LORAS else "finetune" if task in WHOLE else task
+    finetune = FinetuneSettings(network=WHOLE.get(task, "stage_c"))
+    return Settings(kind, DataSettings(folder), output, train=train, finetune=finetune)
 
 
 def measure(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]:
@@ -246,17 +249,17 @@ def measure(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]
         settings = settings_of(options, name, folder)
         dtype = compute_dtype(options.precision, device)
         torch.manual_seed(0)
-        stage_c = network_of(options, name, base, torch.float32 if name == "finetune" else dtype, device)
+        stage_c = network_of(options, name, base, torch.float32 if name in WHOLE else dtype, device)
         text = CachedText(cast(Any, RandomText(stage_c.config)), CAPTIONS, device)
         task: StageCTask
+        data = cast(Any, RandomStageB(options.latent)) if name in ("stage_b", "finetune_b") else None
         if name in LORAS:
             lora = LoRASettings(network=LORAS[name], rank=options.rank)
-            data = cast(Any, RandomStageB(options.latent)) if name == "stage_b" else None
             encoder = random_text_encoder(stage_c, device) if name == "text_encoder" else None
             more = 0, encoder, CAPTIONS, (), data
             task = LoRATask(stage_c, text, lora, ObjectiveSettings(), dtype, *more)
-        elif name == "finetune":
-            task = FinetuneTask(stage_c, text, FinetuneSettings(), ObjectiveSettings(), dtype)
+        elif name in WHOLE:
+            task = FinetuneTask(stage_c, text, settings.finetune, ObjectiveSettings(), dtype, data)
         else:
             task = ControlNetTask(
                 stage_c, text, ControlNetSettings(start="random"), ObjectiveSettings(), dtype
@@ -439,7 +442,7 @@ def main() -> None:
     parser.add_argument(
         "--tasks",
         nargs="+",
-        choices=(*LORAS, "controlnet", "finetune"),
+        choices=(*LORAS, "controlnet", *WHOLE),
         default=["lora", "controlnet"],
     )
     parser.add_argument(
@@ -488,7 +491,7 @@ def main() -> None:
         for task in (each for each in options.tasks if each in PRESETS_BY_TASK):
             measurements[f"{task}, {preset}"] = partial(measure_preset, options, preset, task)
     for task in options.tasks if not names else ():
-        for base in options.base if task != "finetune" else ["full"]:
+        for base in options.base if task not in WHOLE else ["full"]:
             name = task if base == "full" else f"{task}, {base}"
             measurements[name] = partial(measure, options, task, base)
         if options.published is not None:

@@ -47,6 +47,7 @@ from .results import Results
 from .run_folder import Notify, begun, cache_of, compared, locked
 from .samples import CascadeDecoder, Decoder, PreviewDecoder, Samples, StageBSamples
 from .settings import DataSettings, Settings, TrainSettings
+from .sharding import lay_out_as_divided
 from .state import STATE
 from .tasks.conditions import CachedText
 from .tasks.controlnet import ControlNetTask
@@ -234,8 +235,11 @@ def prepare(
 
     task = processes.on_each(load_task)
     prepare_blocks(task, settings.train)
-    if settings.train.fsdp and processes.num_processes > 1:
-        task.divide(processes)
+    if settings.train.fsdp:
+        if processes.num_processes > 1:
+            task.divide(processes)
+        else:
+            lay_out_as_divided(task.network)
     # All processes run a divided network together, so none may stop by itself.
     asked = stop if task.shards is None else lambda: False
     samples = processes.on_each(lambda: _samples(settings, task, data, dtype, asked, stage_a))
@@ -442,11 +446,16 @@ def _samples(
         return None
     prompts, hints = sample_prompts(settings), None
     if stage_a is not None:
-        task.network.to("cpu")  # both together would need more memory than training does
+        divided = (
+            task.shards is not None
+        )  # of which each process has a part, whose memory the optimiser knows
+        if not divided:
+            task.network.to("cpu")  # both together would need more memory than training does
         samples = StageBSamples(
             task, _stage_c(settings, dtype, task.device), settings.output, prompts, stage_a, stop
         )
-        task.network.to(task.device)
+        if not divided:
+            task.network.to(task.device)
         return samples
     if settings.task == "controlnet":
         batch = data.batch(0, len(prompts))

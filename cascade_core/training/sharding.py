@@ -98,6 +98,14 @@ def _exchange(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             other.copy_(before)
 
 
+def lay_out_as_divided(network: nn.Module) -> None:
+    """Give a network that one process has the memory layout of one that is divided, whose products round alike."""
+    for parameter in network.parameters():  # `contiguous` keeps that of 1 × 1 convolutions
+        parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device).copy_(
+            parameter.detach()
+        )
+
+
 def _make_uniform(parameters: list[nn.Parameter]) -> None:
     """Make parameters that are gathered together contiguous and of one dtype, as FSDP2 requires. No value changes."""
     wide = any(parameter.dtype == torch.float32 for parameter in parameters)

@@ -28,7 +28,10 @@ def test_a_measurement_that_fails_leaves_the_others_alone(module, tmp_path, monk
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
     monkeypatch.setattr(ranks, "TRAINING", script)
-    monkeypatch.setattr("sys.argv", ["ranks.py", "--limit", "3", "--json", str(path)])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["ranks.py", "--tasks", "finetune", "lora", "controlnet", "--limit", "3", "--json", str(path)],
+    )
     with pytest.raises(SystemExit, match="Some of the measurements failed"):
         ranks.main()
     written = json.loads(path.read_text(encoding="utf-8"))

@@ -38,17 +38,17 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
-    """The finetune by one process, which accumulates the batches of both."""
-    run = tmp_path_factory.mktemp("alone") / "run"
+    """The finetunes by one process, which accumulates the batches of both."""
+    runs = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latents, "ENCODED_AT_ONCE", 1)  # as `encode_one_by_one`
         patch.setattr(text_cache, "CHUNKS_AT_ONCE", 1)
-        return accumulating(world[0], run)
+        return {name: accumulating(world[0], name, runs / name) for name in DIVIDED}
 
 
-def accumulating(world, run):
-    train = {**DIVIDED["train"], "accumulate": 2}
-    loop = seed_by_batch(loop_of(settings_of(world, "finetune", run, **{**DIVIDED, "train": train})))
+def accumulating(world, name, run):
+    sections = {**DIVIDED[name], "train": {**DIVIDED[name]["train"], "accumulate": 2}}
+    loop = seed_by_batch(loop_of(settings_of(world, name, run, **sections)))
     loop.data = InTurn(loop.data)
     loop.run()
     loop.task.write(loop.state, run / "out.safetensors", {})
@@ -61,7 +61,7 @@ def outcomes(world, alone, tmp_path_factory):
     meeting = tmp_path_factory.mktemp("meeting") / "store"
     running = []
     for rank, own in enumerate(world):
-        run = shutil.copytree(alone.folder, own / "alone")
+        run = shutil.copytree(alone["finetune"].folder.parent, own / "alone")
         several = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         several |= {"MASTER_ADDR": "they meet in a file", "MASTER_PORT": "0"}
         environment = {**os.environ, **several, "OMP_NUM_THREADS": "1"}
@@ -96,11 +96,12 @@ def test_two_processes_leave_a_finished_run_as_it_is(outcomes):
     assert outcomes[1]["twice"]["told"] == []
 
 
-def test_a_divided_network_trains_as_a_whole_one_bit_for_bit(outcomes, alone, world):
+@pytest.mark.parametrize("task", DIVIDED)
+def test_a_divided_network_trains_as_a_whole_one_bit_for_bit(outcomes, alone, world, task):
     """Weights, average, optimiser, samples and the file: two processes with their rows, and one that has all."""
-    whole = everything(alone)
+    whole = everything(alone[task])
     for rank, own in enumerate(world):
-        rows, _ = read_safetensors(own / "divided whole" / "everything.safetensors")
+        rows, _ = read_safetensors(own / f"divided {task} whole" / "everything.safetensors")
         for name, value in whole.items():
             start, end = rows_of(len(value), rank, 2) if value.ndim else (0, 0)
             expected = value[start:end] if value.ndim else value
@@ -109,16 +110,17 @@ def test_a_divided_network_trains_as_a_whole_one_bit_for_bit(outcomes, alone, wo
             else:  # the optimiser's, of a tensor of a single row, which is the first process's
                 assert name.startswith("optimiser.")
                 assert len(expected) == 0 if value.ndim else rank == 1
-    run = world[0] / "divided whole"
+    run = world[0] / f"divided {task} whole"
     for name in ("out.safetensors", "samples/000000.png", "samples/000008.png"):
-        assert (run / name).read_bytes() == (alone.folder / name).read_bytes(), name
-    assert not (world[1] / "divided whole" / "out.safetensors").exists()
+        assert (run / name).read_bytes() == (alone[task].folder / name).read_bytes(), name
+    assert not (world[1] / f"divided {task} whole" / "out.safetensors").exists()
 
 
-def test_a_divided_run_that_was_killed_goes_on_bit_for_bit(outcomes):
+@pytest.mark.parametrize("task", DIVIDED)
+def test_a_divided_run_that_was_killed_goes_on_bit_for_bit(outcomes, task):
     """Each process from its own part, which is in its own folder alone."""
     for rank, outcome in enumerate(outcomes):
-        found = outcome["divided"]
+        found = outcome[f"divided {task}"]
         assert found["resumed_at"] == 3
         assert found["whole"] == found["resumed"]
         parts = [name for name in found["files"] if name != STATE]
@@ -126,15 +128,15 @@ def test_a_divided_run_that_was_killed_goes_on_bit_for_bit(outcomes):
         assert (STATE in found["files"]) == (rank == 0)
 
 
-def test_another_number_of_processes_goes_on_with_a_divided_run(outcomes, alone, world, tmp_path):
-    assert [outcome["divided"]["of_one"] for outcome in outcomes] == [
-        outcome["divided"]["whole"] for outcome in outcomes
-    ]
+@pytest.mark.parametrize("task", DIVIDED)
+def test_another_number_of_processes_goes_on_with_a_divided_run(outcomes, alone, world, tmp_path, task):
+    for outcome in outcomes:
+        assert outcome[f"divided {task}"]["of_one"] == outcome[f"divided {task}"]["whole"]
     for own in world:
-        shutil.copytree(own / "divided whole", tmp_path / "run", dirs_exist_ok=True)
-    loop = loop_of(settings_of(world[0], "finetune", tmp_path / "run", **DIVIDED))
+        shutil.copytree(own / f"divided {task} whole", tmp_path / "run", dirs_exist_ok=True)
+    loop = loop_of(settings_of(world[0], task, tmp_path / "run", **DIVIDED[task]))
     assert loop.resume()
-    assert digest(everything(loop)) == digest(everything(alone))
+    assert digest(everything(loop)) == digest(everything(alone[task]))
     loop.save()
     assert [path.name for path in (tmp_path / "run").glob("state.*")] == [STATE]
 

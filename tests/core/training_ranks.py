@@ -23,9 +23,13 @@ from cascade_nodes.cascade_core.training.state import optimiser_tensors
 from cascade_nodes.headless.train import leave_group
 from cascade_nodes.tests.core.training_runs import Dying, loop_of, settings_of
 
-DIVIDED: dict[str, Any] = {  # a whole finetune by FSDP2, with samples
+_WHOLE: dict[str, Any] = {  # a whole finetune by FSDP2, with samples
     "train": {"fsdp": True, "max_grad_norm": 0.5},
     "output": {"sample_every": 4, "prompts": ["a red star"], "sample_steps": 2},
+}
+DIVIDED: dict[str, dict[str, Any]] = {  # by their tasks; Stage B without what each process draws by itself
+    "finetune": _WHOLE,
+    "finetune of stage b": {**_WHOLE, "stage_b": {"scales": [0.75], "noise": 0.0, "dropout": 0.0}},
 }
 
 
@@ -110,23 +114,23 @@ def killed_and_whole(fresh: Callable[[str], Loop]) -> dict[str, Any]:
     }
 
 
-def divided(world: Path, alone: Path) -> None:
-    """The finetune of a network that is divided; and from the state that one process left in `alone`."""
+def divided(world: Path, name: str, alone: Path) -> None:
+    """A finetune of a network that is divided; and from the state that one process left in `alone`."""
 
     def fresh(run: str) -> Loop:
-        return seed_by_batch(loop_of(settings_of(world, "finetune", world / f"divided {run}", **DIVIDED)))
+        return seed_by_batch(
+            loop_of(settings_of(world, name, world / f"divided {name} {run}", **DIVIDED[name]))
+        )
 
     found = killed_and_whole(fresh)
     whole = fresh("whole")
     assert whole.resume()
     whole.task.write(whole.state, whole.folder / "out.safetensors", {})
     write_safetensors(whole.folder / "everything.safetensors", everything(whole), {})
-    settings = settings_of(
-        world, "finetune", alone if whole.processes.is_main_process else world / "nothing", **DIVIDED
-    )
-    of_one = loop_of(settings)
+    folder = alone / name if whole.processes.is_main_process else world / "nothing"
+    of_one = loop_of(settings_of(world, name, folder, **DIVIDED[name]))
     assert of_one.resume()
-    answer({"name": "divided", **found, "of_one": digest(everything(of_one))})
+    answer({"name": f"divided {name}", **found, "of_one": digest(everything(of_one))})
 
 
 def train_twice(world: Path) -> None:
@@ -162,6 +166,7 @@ if __name__ == "__main__":
     encode_one_by_one()
     for task in sys.argv[4:]:
         train(world, task)
-    divided(world, alone)
+    for task in DIVIDED:
+        divided(world, task, alone)
     train_twice(world)
     leave_group()

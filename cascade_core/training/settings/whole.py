@@ -57,11 +57,11 @@ class Settings:
                 "train a LoRA, or leave it out."
             )
         if self.train.fsdp and (
-            self.task != "finetune" or self.network != "stage_c" or self.text_with_stage_c
+            self.task != "finetune" or self.network == "text_encoder" or self.text_with_stage_c
         ):
             raise CascadeError(
-                f"train.fsdp divides a Stage C that is trained itself and alone, but {self.task} trains something else "
-                "here; leave it out."
+                f"train.fsdp divides a Stage C or B that is trained itself and alone, but {self.task} trains something "
+                "else here; leave it out."
             )
         self._check_network()
         if self.output.raw and (not self.train.ema or self.train.optimizer == "schedulefree"):
