@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import CascadeError, Interrupted, printable
+from ..errors import CascadeError, Interrupted, excerpt, on_one_line, printable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -171,6 +171,21 @@ class Processes:
     def name(self, index: int, host: str) -> str:
         """A process's name in a sentence."""
         return f"Process {index} of {self.num_processes}, on {host}"
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Say, in place of the exchange's own error, that another process is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            known = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+            if self._group is None or not known:
+                raise
+            own, reason = self.name(self.process_index, socket.gethostname()), on_one_line(error)
+            raise CascadeError(
+                f"{own}, has lost another one, which has ended or cannot be reached ({excerpt(reason, 160)}); its own "
+                "output says why. Start all of them again: the same command goes on from the last checkpoint."
+            ) from error
 
     def _end_together(self) -> None:
         """Wait before an error that all raise: the first process to end closes connections that others still read."""

@@ -93,6 +93,7 @@ def train(
     stop = stopping(stop, end)
     try:
         with ExitStack() as held:
+            held.enter_context(processes.naming_the_lost())
             settings = processes.on_each(read_prompts)
             folder = Path(settings.output.folder or "")
             processes.on_main(lambda: held.enter_context(locked(folder, notify)))

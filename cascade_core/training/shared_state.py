@@ -45,7 +45,11 @@ def write_together(
         own = {part: {n: v for n, v in state[part].items() if _is_own(part, n, v)} for part in PARTS}
         state = {part: {n: v for n, v in state[part].items() if n not in own[part]} for part in PARTS}
         name = part_name(mark, processes.process_index, count)
-        processes.on_each(lambda: write_state(folder / name, own, {"step": metadata["step"], "id": mark}))
+        try:
+            processes.on_each(lambda: write_state(folder / name, own, {"step": metadata["step"], "id": mark}))
+        except CascadeError:  # no state will name what of it was written
+            (folder / name).unlink(missing_ok=True)
+            raise
         metadata |= {"parts": str(count), "id": mark}
         keep = {part_name(mark, index, count) for index in range(count)}
     processes.on_main(lambda: write_state(folder / STATE, state, metadata))

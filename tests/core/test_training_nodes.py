@@ -5,7 +5,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -34,6 +36,12 @@ def free_port() -> int:
 
 
 def train(worlds, kind: str, run: str, steps: int) -> None:
+    for process in start(worlds, kind, run, steps):
+        told, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, told[-3000:]
+
+
+def start(worlds, kind: str, run: str, steps: int) -> list[subprocess.Popen]:
     port, running = free_port(), []
     for node, world in enumerate(worlds):
         values = {
@@ -44,15 +52,18 @@ def train(worlds, kind: str, run: str, steps: int) -> None:
                 "compressor": "models/stable_cascade/tiny_compressor.safetensors",
             },
             "train": {"steps": steps, "batch_size": 2, "schedule": "constant", "warmup": 0},
-            "output": {"file": f"{run}/out.safetensors", "folder": run, "log_every": 1},
+            "output": {
+                "file": f"{run}/out.safetensors",
+                "folder": run,
+                "log_every": 1,
+                "checkpoint_every": 2,
+            },
         }
         (world / "settings.yaml").write_text(yaml.safe_dump(values))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         running.append(subprocess.Popen(launch(kind, node, port), cwd=world, env=environment, **pipes))
-    for process in running:
-        told, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, told[-3000:]
+    return running
 
 
 @pytest.mark.nightly
@@ -68,3 +79,20 @@ def test_two_machines_go_on_from_what_the_first_one_has(tmp_path, kind):
     whole, parts = (read_safetensors(first / run / "out.safetensors")[0] for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.nightly
+def test_a_machine_that_is_killed_ends_the_other_with_a_sentence(tmp_path):
+    first = write_world(tmp_path / "first")
+    worlds = first, shutil.copytree(first, tmp_path / "second")
+    running = start(worlds, "torchrun", "killed", 100_000)
+    while not (first / "killed" / STATE).exists():
+        assert running[0].poll() is None
+        time.sleep(0.02)
+    workers = psutil.Process(running[1].pid).children(recursive=True)
+    for process in workers:
+        process.kill()
+    told = [process.communicate(timeout=300)[0] for process in running]
+    assert "error: Process 0 of 2, on " in told[0]
+    assert ", has lost another one, which has ended or cannot be reached (" in told[0]
+    assert (first / "killed" / STATE).exists()
