@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from .names import ATTENTION
 
+PROJECTION = "text_projection"  # the text encoder's last layer
 Spelling = Mapping[str, str]  # our names of the attention's layers -> theirs
 
 
@@ -46,6 +47,7 @@ class Dialect:
     caution           what a user who writes it has to know, in a sentence
     for_comfyui       whether ComfyUI's own nodes read it
     stage_b           whether it holds layers of Stage B, under the names that ComfyUI's own nodes read
+    projection        name under which we write the text projection, where it is another than the other layers'
     """
 
     about: str
@@ -65,6 +67,7 @@ class Dialect:
     caution: str = ""
     for_comfyui: bool = False
     stage_b: bool = False
+    projection: str | None = None
 
     def stage_c_name(self, layer: str) -> str:
         """The dialect's name of one of our layers of Stage C."""
@@ -75,6 +78,12 @@ class Dialect:
     def text_name(self, layer: str) -> str:
         """The dialect's name of a layer of the text encoder."""
         return f"{self.text}{layer.replace('.', self.separator)}"
+
+    def written_text_name(self, layer: str) -> str:
+        """The name under which we write a layer of the text encoder."""
+        if layer == PROJECTION and self.projection is not None:
+            return self.projection
+        return self.text_name(layer)
 
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -96,6 +105,8 @@ DIALECTS: dict[str, Dialect] = {
     "kohya": Dialect(
         "kohya-ss sd-scripts since 25 February 2024; ComfyUI's own nodes read it too",
         "lora_unet_", "lora_te_", "_", NATIVE, algorithms=_LYCORIS, for_comfyui=True, stage_b=True,
+        # kohya-ss' scripts train none; ComfyUI reads OneTrainer's name of it.
+        projection="lora_prior_te_text_projection",
     ),
     "kohya_to_out": Dialect(
         "kohya-ss sd-scripts of 22 to 25 February 2024",

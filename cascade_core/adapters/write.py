@@ -245,7 +245,7 @@ def _named(adapter: Adapter, dialect: Dialect) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for changes, name_of in (
         ({**adapter.stage_c, **adapter.stage_b}, dialect.stage_c_name),
-        (adapter.text, dialect.text_name),
+        (adapter.text, dialect.written_text_name),
     ):
         for target, change in changes.items():
             name = name_of(layer_of(target))

@@ -8,8 +8,14 @@ import pytest
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.adapters.about import frequent_tags, training_facts
 from cascade_nodes.cascade_core.checkpoints import read_safetensors
+from cascade_nodes.cascade_core.training.data.access import Access
+from cascade_nodes.cascade_core.training.data.sources import find_all
+from cascade_nodes.cascade_core.training.file_metadata import file_metadata
 from cascade_nodes.cascade_core.training.run import train
+from cascade_nodes.cascade_core.training.settings import DataSettings, OutputSettings, Settings
+from cascade_nodes.cascade_core.training.typed_yaml import build
 from cascade_nodes.tests.core.training_runs import settings_of, write_world
+from cascade_nodes.tests.core.training_sets import write_set
 
 ABOUT = {"title": "My style", "author": "A. Person", "trigger_phrase": "[blob]", "license": "CC0"}
 
@@ -63,6 +69,18 @@ def test_captions_and_folders_are_told_on_request_alone(world, tmp_path):
     metadata = read_safetensors(written(world, tmp_path, output={"captions_in_file": True}))[1]
     assert json.loads(metadata["ss_dataset_dirs"]) == {"pictures": {"img_count": 10, "n_repeats": 1}}
     assert "a red star" in frequent_tags(metadata["ss_tag_frequency"])
+
+
+def test_repeats_are_those_of_each_set(tmp_path):
+    """A set's times those of all, as kohya's folders state them; a picture in two sizes is one picture."""
+    art, reg = (write_set(tmp_path / name, [(64, 64)] * count) for name, count in (("art", 1), ("reg", 2)))
+    sets = [{"folder": str(art), "repeat": 4}, {"folder": str(reg)}]
+    data = build(DataSettings, {"size": 64, "more_sizes": [128], "repeat": 2, "sets": sets})
+    output = OutputSettings("a.safetensors", captions_in_file=True)
+    pictures, _ = find_all(data, Access(lambda: False))
+    folders = json.loads(file_metadata(Settings("lora", data, output), 1, pictures)["ss_dataset_dirs"])
+    assert folders["art"] == {"img_count": 1, "n_repeats": 8}
+    assert folders["reg"] == folders["more"] == {"img_count": 1, "n_repeats": 2}
 
 
 def test_the_same_run_writes_the_same_bytes(world, tmp_path):

@@ -124,11 +124,11 @@ def test_a_partial_match_is_converted_only_when_asked(folder, capsys):
     layers = {"down_blocks_0_2_attention_attn_to_q": (64, 64), "a": (4, 4)}
     write_safetensors("part.safetensors", kohya_file(layers), {})
     error = failing("part.safetensors", "a.safetensors", "--to", "omi", capsys=capsys)
-    assert "part.safetensors holds 3 tensors that no layer" in error
+    assert "part.safetensors holds 3 tensors of no known layer" in error
     assert "Nothing was written; --partial converts the rest." in error
     assert not (folder / "a.safetensors").exists()
     assert convert("part.safetensors", "a.safetensors", "--to", "omi", "--partial") == 0
-    assert "part.safetensors holds 3 tensors that no layer" in capsys.readouterr().out
+    assert "part.safetensors holds 3 tensors of no known layer" in capsys.readouterr().out
     assert list(read_adapter("a.safetensors").stage_c) == ["down_blocks.0.2.attention.attn.to_q"]
 
 

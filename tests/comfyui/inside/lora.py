@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.cli_args
+import comfy.lora
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
@@ -24,6 +25,8 @@ from cascade_nodes.cascade_core.adapters.changes import Change, Difference, Hada
 from cascade_nodes.cascade_core.adapters.rotations import RowRotation
 from cascade_nodes.cascade_core.adapters.tokens import NewToken
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.cascade_core.training.settings import LoRASettings, ObjectiveSettings
+from cascade_nodes.cascade_core.training.tasks.lora import LoRATask
 from cascade_nodes.demo.pipeline import WEIGHTS
 from cascade_nodes.nodes import conditioning, loaders
 from cascade_nodes.nodes.hosts import comfyui, headless
@@ -287,6 +290,42 @@ def tokens_in_native_clip(folder: Path, model: Any) -> dict[str, float]:
     return results
 
 
+def trained(network: Any, path: Path) -> dict[str, Any]:
+    """A LoRA of all layers, written as our trainer does after a run; returns its changes by layer."""
+    kind = "stage_b" if network == "stage_b" else "stage_c"
+    stage: Any = checkpoints.load_model(WEIGHTS / f"demo_{kind}.safetensors", kind, torch.float32)[0]
+    encoder = headless.load_text_encoder(WEIGHTS / "demo_text_encoder").encoder
+    settings = LoRASettings(network=network, rank=RANK, alpha=2.0, targets=("all",))
+    text: Any = None  # captions, of which a file has no need
+    more: Any = {"encoder": encoder} if network == "text_encoder" else {}
+    task = LoRATask(stage, text, settings, ObjectiveSettings(), torch.float32, **more)
+    state = {name: 0.02 * torch.randn_like(value) for name, value in task.trained.state_dict().items()}
+    task.write(state, path, {})
+    adapter = task.adapter(state, path.name)
+    return dict(adapter.text if network == "text_encoder" else adapter.diffusion)
+
+
+def trained_by_us(folder: Path, clip: Any) -> dict[str, float]:
+    """LoRAs of Stage B and of the text encoder through ComfyUI's own loader: every weight is the trained one."""
+    model = native.model("stage_b", WEIGHTS / "demo_stage_b.safetensors")
+    results = {}
+    for network in ("stage_b", "text_encoder"):
+        layers = trained(network, folder / "loras" / f"trained_{network}.safetensors")
+        both = nodes.LoraLoader().load_lora(model, clip, f"trained_{network}.safetensors", 1.0, 1.0)
+        patcher = both[0] if network == "stage_b" else both[1].patcher
+        weights, errors = patcher.model.state_dict(), []
+        for name, change in layers.items():
+            (key,) = [key for key in patcher.patches if key.endswith(f".{name}.weight")]
+            weight = weights[key].float()
+            patched = comfy.lora.calculate_weight(patcher.patches[key], weight.clone(), key)
+            errors.append(relative(patched, weight + change.delta(tuple(weight.shape))))
+        results[f"same: a trained LoRA of {network} by LoraLoader"] = max(errors)
+        results[f"none: layers of {network} that LoraLoader leaves out"] = float(
+            len(layers) - len(patcher.patches)
+        )
+    return results
+
+
 def refusal(value: dict[str, Any], file: str) -> str:
     """What the node says instead."""
     try:
@@ -322,6 +361,7 @@ def measure() -> dict[str, float]:
             **chains(ours, prompts),
             **against_headless(ours, prompts),
             **tokens_in_native_clip(folder, ours["model"]),
+            **trained_by_us(folder, clip),
         }
         check_refusals(folder, ours)
         return results
