@@ -19,7 +19,11 @@ def cascade() -> DemoCascade:
     return DemoCascade.load()
 
 
+# What the weights that are here must hold. New ones: set these anew, by what demo/evaluate.py says of 500 prompts less
+# what two of twelve pictures make.
 MOST_BYTES = 57e6  # of all together
+FLOORS = {"objects_colour": 0.95, "relations": 0.90, "objects_shape": 0.75, "all_right": 0.60}
+LEAST_PSNR = 24.0  # dB, of four reconstructed scenes
 # Trained on the cascade afterwards
 TAUGHT = ("demo_controlnet_", "demo_lora_", "demo_token_")
 
@@ -47,17 +51,13 @@ def test_held_out_prompts_are_followed(cascade):
     rng = Random(20_000)
     images = cascade.pictures([verbalise(spec, rng) for spec in specs], seed=20_000)
     rates = summary(score(reading, spec) for reading, spec in zip(read(images), specs, strict=True))
-    # Twelve prompts are not the figure (demo/evaluate.py takes 500): these floors leave room for two pictures.
-    assert rates["objects_colour"] >= 0.95
-    assert rates["relations"] >= 0.90
-    assert rates["objects_shape"] >= 0.75
-    assert rates["all_right"] >= 0.60
+    assert {name: rates[name] for name, floor in FLOORS.items() if rates[name] < floor} == {}
 
 
 def test_held_out_scenes_are_reconstructed(cascade):
     images = render(sample_scenes(4, 20_001, "held_out"))
     error = (cascade.reconstruct(images, seed=0) - as_float(images)).square().mean(dim=(1, 2, 3))
-    assert (-10 * error.log10()).mean() >= 24
+    assert (-10 * error.log10()).mean() >= LEAST_PSNR
 
 
 def test_a_picture_does_not_depend_on_its_batch(cascade):
