@@ -46,7 +46,8 @@ def processes_of(options: argparse.Namespace, workers: int, folder: Path) -> lis
     """Start a batch in `folder`: one process, one that has Ray's workers, or one for each share."""
     table = folder / "rows.jsonl"
     rows = range(options.rows * workers)
-    table.write_text("".join(json.dumps({"name": f"{seed:05}", "seed": seed}) + "\n" for seed in rows))
+    lines = (json.dumps({"name": f"{seed:05}", "seed": seed}) + "\n" for seed in rows)
+    table.write_text("".join(lines), encoding="utf-8")
     command = [sys.executable, "-m", "cascade_nodes.headless", "batch", str(options.graph), str(table)]
     command += ["--output", str(folder / "made")]
     # The default is measured: torch's own number of threads.
@@ -83,14 +84,16 @@ def run_batch(options: argparse.Namespace, workers: int) -> dict[str, Any]:
             for process in processes:
                 process.wait()
         if any(code != 0 for code in codes):
-            said = "\n".join(log.read_text(errors="replace")[-1500:] for log in sorted(folder.glob("*.log")))
+            logs = sorted(folder.glob("*.log"))
+            said = "\n".join(log.read_text(encoding="utf-8", errors="replace")[-1500:] for log in logs)
             reason = f"exit status {codes}" if None not in codes else f"not done after {options.limit:.0f} s"
             raise FailedError(f"{reason}:\n{said}")
         return steady(folder / "made", workers) | {"seconds": time.monotonic() - began}
 
 
 def steady(made: Path, workers: int) -> dict[str, Any]:
-    lines = [json.loads(line) for file in made.glob("batch*.jsonl") for line in file.read_text().splitlines()]
+    texts = [file.read_text(encoding="utf-8") for file in made.glob("batch*.jsonl")]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
     ends: dict[str, list[float]] = {}
     for line in lines:
         end = (made / line["pictures"][0]).stat().st_mtime_ns / 1e9
@@ -117,7 +120,8 @@ def write_models(options: argparse.Namespace, folder: Path) -> None:
     options.models = options.models or folder / "models"
     if options.toy:
         options.graph = folder / "graph.json"
-        options.graph.write_text(json.dumps(made_small(json.loads(EXAMPLE.read_text()))))
+        example = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+        options.graph.write_text(json.dumps(made_small(example)), encoding="utf-8")
     else:
         options.graph = EXAMPLE
     # The folder of models is `models` in what it writes for a server.

@@ -65,7 +65,9 @@ def measured(way: str, pause: float, switch: str) -> dict:
     with tempfile.TemporaryDirectory() as cache:
         program = [sys.executable, *sys.argv, "--child", "--pauses", str(pause)]
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, compilation.SWITCH: switch}
-        result = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        result = subprocess.run(
+            program, stdout=subprocess.PIPE, encoding="utf-8", check=True, env=environment
+        )
     times = json.loads(result.stdout)
     return {"way": way, "pause": pause, **times, "together": sum(times[stage] for stage in STAGES)}
 

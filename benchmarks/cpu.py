@@ -67,7 +67,7 @@ def time_command(graph: Path, output: Path) -> float:
     """Seconds of `cascade run` from start to end in a fresh process."""
     command = [sys.executable, "-m", "cascade_nodes.headless", "run", str(graph), "--output", str(output)]
     start = time.perf_counter()
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     seconds = time.perf_counter() - start
     if finished.returncode:
         raise SystemExit(f"`cascade run` ended with {finished.returncode}: {finished.stderr.strip()}")

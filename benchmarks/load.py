@@ -114,7 +114,7 @@ def load_and_touch(path: Path) -> dict[str, float]:
 def measure_load(path: Path) -> dict[str, float]:
     """Loads in a fresh process and watches its memory from outside."""
     command = [sys.executable, __file__, "--load-only", str(path)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     status = Path(f"/proc/{child.pid}/status")
     private = mapped = 0
     while child.poll() is None:

@@ -108,7 +108,7 @@ def start_child(
     ]
     command += ["--scale", str(scale)] + (["--toy"] if options.toy else [])
     command += [] if limit is None else ["--limit", str(limit), "--dtype", options.dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         measured = {"gb": limit, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     else:

@@ -165,7 +165,7 @@ class MemoryMonitor:
 def rehearse(settings: Settings, folder: Path) -> dict[str, Any]:
     """Runs the cells: {cells, stopped or failed in a sentence, or None}."""
     command = [sys.executable, str(HERE / "rehearsed.py"), "cells", json.dumps(asdict(settings))]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout is not None
     watch = MemoryMonitor(process, settings)
     cells: list[dict[str, Any]] = []

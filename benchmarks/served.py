@@ -304,7 +304,7 @@ def pack_version() -> str:
     """This project's commit, where git is at hand, and else its version."""
     command = ["git", "-C", str(PACK), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return __version__
 

@@ -67,7 +67,7 @@ def ballast(left: float | None) -> Iterator[None]:
         yield
         return
     program = [sys.executable, "-c", BALLAST.format(left=left)]
-    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -148,7 +148,7 @@ class Server(Program):
             f"sqlite:///{base / 'comfyui.db'}",
         ]
         command += ["--disable-auto-launch", "--disable-api-nodes", *flags]
-        with self.log.open("w") as log:
+        with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command, cwd=checkout, env=self.environment, stdout=log, stderr=log
             )
@@ -269,10 +269,10 @@ class Headless(Program):
         super().__init__(base, "headless", memory, deadline)
         self.environment |= {"CASCADE_MODELS": str(base / "models")}
         program = RUN_HEADLESS.format(folder=str(HERE), program=str(HERE / "served_headless.py"))
-        with self.log.open("w") as log:
+        with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", self.program + program, str(base / "output")],
-                env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8",
             )  # fmt: skip
 
     def wait(self) -> None:
@@ -350,7 +350,7 @@ def link_pack(base: Path) -> None:
     """Folders of a server, with this pack and inside_server.py as its only custom nodes."""
     for folder in ("custom_nodes", "input", "output", "temp", "user", "front"):
         (base / folder).mkdir(parents=True, exist_ok=True)
-    (base / "front" / "index.html").write_text("<html></html>")
+    (base / "front" / "index.html").write_text("<html></html>", encoding="utf-8")
     for name, target in {"cascade-nodes": PACK, "measuring.py": HERE / "inside_server.py"}.items():
         link = base / "custom_nodes" / name
         link.unlink(missing_ok=True)

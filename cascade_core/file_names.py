@@ -17,7 +17,9 @@ _RESERVED = {
     "prn",
     "aux",
     "nul",
-    *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)),
+    "conin$",
+    "conout$",
+    *(f"{port}{number}" for port in ("com", "lpt") for number in "123456789¹²³"),
 }
 _FORBIDDEN = '/\\<>:"|?*' if os.name == "nt" else "/\\"
 

@@ -110,10 +110,11 @@ def embedding_in(folders: Iterable[Path], name: str) -> Path | None:
     """The embedding of that name, with or without its extension, in the folders or their subfolders."""
     if leaves_folder(name):
         return None
+    endings = tuple(f"/{spelling}" for spelling in (name, name.replace("\\", "/")))  # the latter of Windows
     for folder in folders:
         for listed in names_in(folder, "embedding"):
-            stem, _, _ = listed.rpartition(".")  # the extension in upper or lower case
-            if f"/{listed}".endswith(f"/{name}") or f"/{stem}".endswith(f"/{name}"):
+            stem, _, _ = listed.rpartition(".")  # the ending in any case
+            if f"/{listed}".endswith(endings) or f"/{stem}".endswith(endings):
                 return folder / listed
     return None
 

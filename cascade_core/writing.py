@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part")
+WINDOWS = os.name == "nt"
+ATTEMPTS, PAUSE = 10, 0.1  # seconds between them: `_replace`
 _DAY = 24 * 60 * 60  # seconds; no file is written for so long without a byte arriving
 
 
@@ -46,9 +48,24 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[Path]:
         yield temporary
         if overwrite:
             flush(temporary)
-            os.replace(temporary, path)
+            _replace(temporary, path)
         else:
             move_to_free(temporary, [path])
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Put a file in another's place.
+
+    Windows refuses it while anybody has that one open, such as a virus scanner for a moment, or maps it into memory.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            if not WINDOWS or attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(PAUSE)
 
 
 def write_file(path: Path, data: str | bytes) -> None:
@@ -90,6 +107,8 @@ def _moved(temporary: Path, target: Path) -> bool:
             return False
         os.rename(temporary, target)
         return True
+    except FileExistsError:  # Windows does not replace it: somebody else has taken the name since
+        return False
     finally:
         reservation.unlink(missing_ok=True)
 

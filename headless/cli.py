@@ -46,10 +46,10 @@ _EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C, 143 for SIGTERM."""
-    options = _parser().parse_args(arguments)
-    # So that no name of a file fails to be written; standard error escapes by itself.
+    # So that no name of a file, and no help, fails to be written; standard error escapes by itself.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    options = _parser().parse_args(arguments)
     # Before torch starts its threads: on a shared machine, threads that spin while they wait are many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with stopping_on_signals():

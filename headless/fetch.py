@@ -104,13 +104,15 @@ def _fetch_file(file: PublishedFile, root: Path, endpoint: str | None, progress:
             stream.begin()
             _check_size(file, remote)
             _transfer(file, remote, stream)
+            stream.close_on_windows()
             progress.status(f"{progress.head}  verifying")
             _verify(partial, file, remote)
             with _writing(target):
-                os.fsync(stream.fileno())
+                stream.flush_to_disk()
                 os.replace(partial, target)
         finally:
-            if stream.tell() == 0:
+            if not stream.closed and stream.tell() == 0:
+                stream.close_on_windows()
                 partial.unlink(missing_ok=True)
     progress.file_arrived(target, time.monotonic() - begun)
     return target
@@ -144,6 +146,16 @@ class _PartialFile(io.FileIO):
 
     def _refuse(self) -> NoReturn:
         raise CascadeError(f"{self.path} is being fetched by another process; wait until it is done.")
+
+    def close_on_windows(self) -> None:
+        """Closes the file where no open one can be moved or removed; elsewhere it stays locked until it has moved."""
+        if fcntl is None:
+            self.flush_to_disk()
+            self.close()
+
+    def flush_to_disk(self) -> None:
+        if not self.closed:
+            os.fsync(self.fileno())
 
     def begin(self) -> None:
         """Checks that the disk has room for the remaining bytes; a part that is too long starts anew."""

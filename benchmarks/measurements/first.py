@@ -30,7 +30,7 @@ def measure(context: Context) -> dict[str, Any]:
 def _in_new_process(context: Context, cache: str) -> dict[str, float]:
     command = [sys.executable, str(PROGRAM), FLAG, *(["--toy"] if context.tiny else [])]
     environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if finished.returncode:
         raise RuntimeError(f"the first picture ended with {finished.returncode}: {finished.stderr[-2000:]}")
     return json.loads(finished.stdout.splitlines()[-1])

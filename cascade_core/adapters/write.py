@@ -63,7 +63,7 @@ def write_adapter(
     try:
         with replacing(configuration, overwrite) if configuration else nullcontext() as temporary:
             if temporary is not None:
-                temporary.write_text(header[HEADER_ENTRY])
+                temporary.write_bytes(header[HEADER_ENTRY].encode())
             write_safetensors(path, tensors, {**rest, **header}, overwrite)
     except OSError as error:
         raise CascadeError(

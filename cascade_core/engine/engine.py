@@ -14,7 +14,7 @@ from ..networks.precision import compute_dtype
 from ..networks.quantisation import E4M3, INT8, quantised_layers, weight_format
 from ..networks.stage_c import StageC
 from ..networks.unet import UNet
-from ..placement import WeightConsumer
+from ..placement import RunBytes, WeightConsumer
 from ..placement.stream import WeightStream
 from . import compilation
 from .backend import WAYS, Precision, Way, operations_on
@@ -120,6 +120,7 @@ class Engine(WeightConsumer):
         control: Sequence[Tensor | None],
         stream: WeightStream | None,
     ) -> Tensor:
+        self._graph_memory.shared = None if self.placement is None else self.placement.shared
         ops, bound = self._bind(x, way)
         if self._compilation is not None:
             self._compilation.finish()
@@ -148,7 +149,9 @@ class Engine(WeightConsumer):
         """Frees everything derived from the weights, with the graphs' memory."""
         self._bound = None
         self._tables.clear()
-        self.offload()
+        self._graph_memory = GraphMemory()
+        for shape in self._shapes.values():
+            shape.forget(self._graph_memory)
 
     def offload(self) -> None:
         """Frees what becomes invalid, or is not worth its memory, when the weights leave the device.
@@ -160,8 +163,28 @@ class Engine(WeightConsumer):
             shape.clear(self._graph_memory)
 
     def graph_bytes(self, device: torch.device) -> int:
-        """Bytes on the device that the CUDA graphs keep for their intermediate values."""
+        """Bytes on the device that the CUDA graphs keep for their intermediate values, if they are not shared."""
         return self._graph_memory.size(device)
+
+    def cache_bytes(self, device: torch.device) -> int:
+        """Bytes on the device of what is constant in runs."""
+        return sum(shape.cache_bytes(device) for shape in self._shapes.values())
+
+    def shared_workspace(self) -> Tensor | None:
+        return self._graph_memory.memory if self._graph_memory.is_shared else None
+
+    def known_bytes(self, shape: Sequence[int]) -> RunBytes | None:
+        """What runs on x of this shape are known to take; None where none of them has ended in a CUDA graph."""
+        way = self._bound_way, tuple(shape)
+        cached = [
+            each.known_bytes
+            for key, each in self._shapes.items()
+            if isinstance(key, tuple) and key[:2] == way
+        ]
+        known = [each for each in cached if each is not None]
+        if not known or len(known) < len(cached):
+            return None
+        return RunBytes(*map(max, zip(*known, strict=True)))
 
     def _follow_weights(self) -> WeightStream | None:
         """Invalidates stale caches. Returns the weight stream, or None if the weights are resident."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..accelerators import capture_stream, is_nvidia
 from ..placement import out_of_memory
+from ..placement.shared import SharedWorkspaces
 from . import workspace
 from .collector import collector_paused
 from .fallback import reason_of, still_computes
@@ -65,24 +66,34 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 class GraphMemory:
-    """One block of memory for the intermediate values of all graphs of a network, of which one runs at a time."""
+    """One block of memory for the intermediate values of all graphs of a network, of which one runs at a time.
 
-    def __init__(self) -> None:
+    shared: gives it to other networks of the device too, which run in turn; None: it is this network's own
+    """
+
+    def __init__(self, shared: SharedWorkspaces | None = None):
         self.memory: Tensor | None = None
+        self.is_shared = False
+        self.shared = shared
         self.users: WeakSet[Graphed] = WeakSet()
 
     def size(self, device: torch.device) -> int:
-        """Its size in bytes on the device."""
-        return self.memory.nbytes if self.memory is not None and self.memory.device == device else 0
+        """Bytes that it takes on the device, for this network alone."""
+        return 0 if self.is_shared or not self._has(device) else self.memory.nbytes  # type: ignore[union-attr]
+
+    def _has(self, device: torch.device, size: int = 0) -> bool:
+        return self.memory is not None and self.memory.device == device and self.memory.nbytes >= size
 
     def reserve(self, size: int, device: torch.device, user: Graphed) -> Tensor:
         """Memory of at least `size` bytes, kept as long as `user`. Growing drops graphs in the old memory."""
-        if self.memory is None or self.size(device) < size:
+        if not self._has(device, size):
             for other in list(self.users):
                 other.drop()
             self.users.clear()
             self.memory = None
-            self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+            self.is_shared = self.shared is not None
+            self.memory = (self.shared or SharedWorkspaces()).take(size, device)
+        assert self.memory is not None
         self.users.add(user)
         return self.memory
 
@@ -101,9 +112,19 @@ class Graphed:
         self._captured: CapturedForward | None = None
         self._eager = False
 
+    @property
+    def workspace_bytes(self) -> int | None:
+        """Bytes of the graph's intermediate values; None where there is no graph, or not yet."""
+        return None if self._plan is None or self._eager else self._plan.size
+
     def drop(self) -> None:
         """Frees the graph; it is captured again when it is needed."""
         self._captured = None
+
+    def move_to(self, memory: GraphMemory) -> None:
+        """Frees the graph, as `drop`; the next one is in this memory. How much it needs is known by then."""
+        self.drop()
+        self._memory, self._eager = memory, False
 
     def __call__(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self._eager:

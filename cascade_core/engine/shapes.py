@@ -13,6 +13,7 @@ from ..networks.fp16 import divide_
 from ..networks.stage_b import StageB
 from ..networks.stage_c import StageC
 from ..networks.unet import UNet
+from ..placement import RunBytes
 from .graphs import Graphed, GraphMemory
 from .layout import as_tokens
 from .operations import Operations
@@ -27,13 +28,16 @@ class ShapeCache:
     """Constant values of a run and the CUDA graph of a forward, for one shape of x and all conditions."""
 
     def __init__(self, network: UNet, memory: GraphMemory, graphs: bool):
-        self.network, self.graphs = network, graphs
+        self.network = network
         self._compiled = False
+        self._graphed = Graphed(memory) if graphs else None
+        self._complete_bytes = 0
         self.clear(memory)
 
     def clear(self, memory: GraphMemory) -> None:
-        """Drops everything but the compiled kernels. Graphs use this memory from now on."""
-        self._graphed = Graphed(memory) if self.graphs else None
+        """Drops everything but the compiled kernels and what a graph needs. Graphs use this memory from now on."""
+        if self._graphed is not None:
+            self._graphed.move_to(memory)
         self._cache: RunCache | None = None
         self._conditions: dict[str, Versioned] | None = None  # of the cache; None: it is incomplete
         self._control: list[Versioned] = []
@@ -63,10 +67,30 @@ class ShapeCache:
             self._control = [_versioned(residual) for residual in control]
         return cache
 
+    def forget(self, memory: GraphMemory) -> None:
+        """Drops what a graph needs too: forwards may be other ones."""
+        if self._graphed is not None:
+            self._graphed = Graphed(memory)
+        self.clear(memory)
+
+    def cache_bytes(self, device: torch.device) -> int:
+        """Bytes of the constant values on the device."""
+        if self._cache is None:
+            return 0
+        values = (*self._cache.keys, *self._cache.values, self._cache.conditions, *self._cache.control)
+        return sum(value.nbytes for value in values if value is not None and value.device == device)
+
+    @property
+    def known_bytes(self) -> RunBytes | None:
+        """What a run of this shape takes; None where there was no whole one yet that ended in a graph."""
+        workspace = None if self._graphed is None else self._graphed.workspace_bytes
+        return None if workspace is None else RunBytes(workspace, self._complete_bytes)
+
     def complete(self, conditions: Conditions) -> None:
         """Marks the cache as complete: a forward with these conditions has been run."""
         assert self._cache is not None
         self._cache.noise_embedding = self._cache.cond_tokens = None
+        self._complete_bytes = self.cache_bytes(self._cache.table.device)
         self._conditions = {name: _versioned(value) for name, value in conditions.items()}
 
     def run(self, bound: BoundUNet, ops: Operations, x: Tensor, cache: RunCache) -> Tensor:

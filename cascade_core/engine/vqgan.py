@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..networks.stage_a import MixingResidualBlock, StageA
-from ..placement import WeightConsumer
+from ..placement import RunBytes, WeightConsumer
 from . import compilation
 from .backend import WAYS
 from .blocks import taps_of
@@ -49,22 +49,38 @@ class DecoderEngine(WeightConsumer):
 
     def forget(self) -> None:
         """Frees everything derived from the weights, with the graphs' memory."""
-        self._weights = WeightSnapshot(self.stage_a)
-        self._blocks: list[Any] | None = None
         self._graphs: LRU[Graphed] = LRU(GRAPHS)
-        self._graph_memory = GraphMemory()
+        self.offload()
 
     def offload(self) -> None:
-        self.forget()
+        """`forget`, but for what the graphs need, which is the same wherever the weights are."""
+        self._weights = WeightSnapshot(self.stage_a)
+        self._blocks: list[Any] | None = None
+        self._graph_memory = GraphMemory()
+        for graphed in self._graphs.values():
+            graphed.move_to(self._graph_memory)
 
     def graph_bytes(self, device: torch.device) -> int:
-        """Bytes on the device that the CUDA graphs keep for their intermediate values."""
+        """Bytes on the device that the CUDA graphs keep for their intermediate values, if they are not shared."""
         return self._graph_memory.size(device)
+
+    def shared_workspace(self) -> Tensor | None:
+        return self._graph_memory.memory if self._graph_memory.is_shared else None
+
+    def known_bytes(self, shape: Sequence[int]) -> RunBytes | None:
+        """What decoding latents of this shape is known to take; None where it has not ended in a CUDA graph."""
+        graphed = self._graphs.get(tuple(shape))
+        workspace = None if graphed is None else graphed.workspace_bytes
+        return None if workspace is None else RunBytes(workspace, 0)
 
     @torch.inference_mode()
     def __call__(self, latent: Tensor) -> Tensor:
         if not self._weights.unchanged():
-            self.forget()
+            if self.placement is not None and self._weights.same_values():  # placement has moved them
+                self.offload()
+            else:
+                self.forget()
+        self._graph_memory.shared = None if self.placement is None else self.placement.shared
         kind = _kind(latent.device)
         if kind is None or latent.dtype == UNSUPPORTED_DTYPES[kind] or not self._weights.readable(latent):
             return self.stage_a.decode(latent)

@@ -70,6 +70,14 @@ def join_tiles(
     return joined
 
 
+def seen_sides(length: int, tile_positions: int, halo: int) -> set[int]:
+    """How long the tiles of `join_tiles` are that cover `length`, with what they see."""
+    if tile_positions < 1 or length <= tile_positions:
+        return {length}
+    seen = (_widened(span, halo, length) for span in _spans(length, tile_positions))
+    return {span.stop - span.start for span in seen}
+
+
 def fitting_tile(height: int, width: int, halo: int, fits: Callable[[int], bool]) -> int:
     """Side of the largest equal tiles whose positions, halo included, satisfy `fits`; 0 where the whole picture does.
 

@@ -5,6 +5,7 @@ units.py      a network split into units that are copied as one
 placement.py  one network's units, the patches of each, and who depends on them
 plan.py       which units stay resident and which are streamed, by the free memory
 stream.py     prefetches units into a few slots while the blocks before them compute
+shared.py     workspaces of CUDA graphs that networks use in turn
 loader.py     from the file, through pinned memory, to the device
 pinned.py     pinned memory, and amounts of memory as they are written
 plain.py      the same door for other than NVIDIA's cards, where networks are moved whole
@@ -17,6 +18,7 @@ from .memory import DeviceMemory
 from .pinned import parse_bytes
 from .placement import Placement, WeightConsumer
 from .plain import PlainMemory
+from .shared import RunBytes
 from .units import Unit
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Loader",
     "Placement",
     "PlainMemory",
+    "RunBytes",
     "SimulatedDevice",
     "Unit",
     "WeightConsumer",

@@ -17,6 +17,7 @@ from ..networks.quantisation import QuantisedLayer, QuantisedWeight, quantise, q
 from .device import Device
 from .loader import Loader, Transfer
 from .plan import StreamingPlan
+from .shared import RunBytes, SharedWorkspaces
 from .stream import WeightStream
 from .units import UNIT_BYTES, Unit, split_into_units
 
@@ -35,8 +36,20 @@ class WeightConsumer:
         raise NotImplementedError
 
     def graph_bytes(self, device: torch.device) -> int:
-        """Bytes on the device that this consumer's CUDA graphs keep."""
+        """Bytes on the device that this consumer's CUDA graphs keep, but for what is shared."""
         return 0
+
+    def cache_bytes(self, device: torch.device) -> int:
+        """Bytes on the device of other values that go with `offload`."""
+        return 0
+
+    def shared_workspace(self) -> Tensor | None:
+        """Memory of its CUDA graphs that other networks of the device use in turn."""
+        return None
+
+    def known_bytes(self, shape: Sequence[int]) -> RunBytes | None:
+        """What it is known to take for x of this shape beside the weights; None where that is not known."""
+        return None
 
 
 class WeightChange(Protocol):
@@ -70,11 +83,19 @@ class Placement:
     version    counts the changes of `changes`: values derived from the weights are of one version
     stream     prefetches the streamed units during a run; None between runs, and where all units are resident
     last_run   the number of the last run that used the network
+    shared     where its CUDA graphs may take their memory; None: each engine has its own
     consumers  who is told before units leave the device
     """
 
-    def __init__(self, network: nn.Module, device: Device, loader: Loader, unit_bytes: int = UNIT_BYTES):
-        self.device, self.loader = device, loader
+    def __init__(
+        self,
+        network: nn.Module,
+        device: Device,
+        loader: Loader,
+        unit_bytes: int = UNIT_BYTES,
+        shared: SharedWorkspaces | None = None,
+    ):
+        self.device, self.loader, self.shared = device, loader, shared
         self.units, self.order = split_into_units(network, unit_bytes)
         indices = {id(tensor): (unit, i) for unit in self.units for i, tensor in enumerate(unit.tensors)}
         tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers())
@@ -99,6 +120,11 @@ class Placement:
         return [unit for unit in self.units if unit.device_buffer is not None]
 
     @property
+    def reserved(self) -> list[Unit]:
+        """The units for which memory is kept on the device, whether they are there or not."""
+        return [unit for unit in self.units if unit.reserved_buffer is not None]
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes on the device that the resident units take."""
         return self.footprint(self.resident)
@@ -114,6 +140,15 @@ class Placement:
     def graph_bytes(self, device: torch.device) -> int:
         """Bytes on the device that CUDA graphs of the network keep."""
         return sum(consumer.graph_bytes(device) for consumer in self.consumers)
+
+    def cache_bytes(self, device: torch.device) -> int:
+        """Bytes on the device of other values that were made from the network."""
+        return sum(consumer.cache_bytes(device) for consumer in self.consumers)
+
+    def shared_workspaces(self) -> list[Tensor]:
+        """Memory of the network's CUDA graphs that other networks use in turn, each once."""
+        workspaces = [consumer.shared_workspace() for consumer in self.consumers]
+        return list({id(memory): memory for memory in workspaces if memory is not None}.values())
 
     def changes_by(self, network: nn.Module, patches: Sequence[Patch]) -> Changes:
         """What patches change, by unit. Raises CascadeError for one that does not fit."""
@@ -135,11 +170,12 @@ class Placement:
         self.changes, self._keys = changes, keys
 
     def offload(self, units: Sequence[Unit]) -> None:
-        """Takes units off the device, after all consumers have been told."""
+        """Takes units off the device and frees their memory, after all consumers have been told."""
         if units:
             self.tell_consumers()
         for unit in units:
             unit.offload()
+            unit.reserved_buffer, unit.evicted = None, False
 
     def tell_consumers(self) -> None:
         """Makes consumers free what depends on where the weights are."""
@@ -150,17 +186,18 @@ class Placement:
         """Copies units to the device that are not there, or not with these `changes`. Later computation waits."""
         buffers: list[tuple[Unit, Tensor]] = []
         for unit in units:
-            if unit.device_buffer is None:
-                buffers.append((unit, self.device.empty(unit.size)))
-            elif unit.patch_key != self._keys.get(unit):
-                buffers.append((unit, unit.device_buffer))
+            if unit.device_buffer is None or unit.patch_key != self._keys.get(unit):
+                buffer = (
+                    self.device.empty(unit.size) if unit.reserved_buffer is None else unit.reserved_buffer
+                )
+                buffers.append((unit, buffer))
         for unit, _ in buffers:
             unit.offload()  # in main memory until the copy is complete
         after = self.device.record_event()  # freed memory may still be in use until then
         transfers: list[Transfer] = []
         try:
             for unit, buffer in buffers:
-                transfers.append(self.loader.fetch(unit, buffer, after, repeated=False))
+                transfers.append(self.loader.fetch(unit, buffer[: unit.size], after, repeated=False))
             for transfer in transfers:
                 transfer.wait()
         except BaseException:
@@ -171,12 +208,12 @@ class Placement:
         for (unit, buffer), transfer in zip(buffers, transfers, strict=True):
             weights = unit.views(buffer)
             self.patch(unit, weights, transfer.changed)
-            unit.device_buffer = buffer
+            unit.reserved_buffer, unit.device_buffer = buffer, buffer[: unit.size]
             unit.point_to(weights)  # only after a complete copy
             unit.patch_key = self._keys.get(unit)
 
-    def new_stream(self, plan: StreamingPlan) -> WeightStream:
-        """A stream of the plan's units, with its slots, for runs while `stream` is set to it."""
+    def new_stream(self, plan: StreamingPlan, memory: Tensor | None = None) -> WeightStream:
+        """A stream of the plan's units, with its slots, for runs while `stream` is set to it. memory: for the slots"""
         eight_bit = {
             (unit, i) for (unit, index), (_, scale) in self.quantised.items() for i in (index, scale)
         }
@@ -187,7 +224,7 @@ class Placement:
             if layout.dtype.is_floating_point
             and (unit, i) not in eight_bit  # those are read in any dtype of x
         }
-        return WeightStream(self.device, self.loader, self.order, plan, self.patch, dtypes)
+        return WeightStream(self.device, self.loader, self.order, plan, self.patch, dtypes, memory)
 
     @torch.inference_mode()
     def patch(self, unit: Unit, weights: Sequence[Tensor], brought: Mapping[int, Tensor]) -> None:

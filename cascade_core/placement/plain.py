@@ -14,6 +14,7 @@ from ..adapters.apply import Patch, patched
 from ..networks.precision import cast_dtype, dtype_on_device
 from .device import out_of_memory
 from .placement import WeightConsumer
+from .shared import RunBytes
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ class PlainMemory:
         notify: Callable[[str], object] = lambda text: None,
         single_use: bool = False,
         consumer: WeightConsumer | None = None,
+        known_bytes: RunBytes | None = None,
     ) -> T:
         """body(device) with the network on the device, patched; see `DeviceMemory.run`.
 

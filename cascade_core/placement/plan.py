@@ -18,9 +18,13 @@ Footprint = Callable[[int], int]  # size in bytes -> bytes that such an allocati
 
 @dataclass(frozen=True)
 class StreamingPlan:
-    """streamed: the units that pass through `slots` slots of `slot_bytes` bytes; all others stay resident."""
+    """streamed: the units that pass through `slots` slots of `slot_bytes` bytes; all others stay resident.
+
+    on_host: but for these tables of embeddings, of which the rows are looked up in main memory
+    """
 
     streamed: frozenset[Unit] = field(default_factory=frozenset)
+    on_host: frozenset[Unit] = field(default_factory=frozenset, kw_only=True)
     slots: int = 0
     slot_bytes: int = 0
 

@@ -26,6 +26,7 @@ class WeightStream:
     onloaded(unit, weights, changed): called when a unit's weights are in their slot, before they are used, with those
     of its `changed` tensors that the copy included.
     dtypes: of the network's weights on the device, the resident ones' too.
+    memory: of at least all slots' bytes, which nobody else uses until `close`; None: it is allocated.
     """
 
     def __init__(
@@ -36,13 +37,17 @@ class WeightStream:
         plan: StreamingPlan,
         onloaded: Callable[[Unit, list[Tensor], Mapping[int, Tensor]], None],
         dtypes: Set[torch.dtype],
+        memory: Tensor | None = None,
     ):
         self.device, self.loader, self.onloaded, self.dtypes = device, loader, onloaded, dtypes
         self.plan = plan
         self.order = [unit for unit in order if unit in plan.streamed]
         self.first_blocks = {unit.blocks[0]: unit for unit in self.order}
         self.last_blocks = {unit.blocks[-1]: unit for unit in self.order}
-        self.slots = [device.empty(plan.slot_bytes) for _ in range(plan.slots)]
+        if memory is None:
+            self.slots = [device.empty(plan.slot_bytes) for _ in range(plan.slots)]
+        else:
+            self.slots = list(memory[: plan.slots * plan.slot_bytes].split(plan.slot_bytes))
         self.views: dict[tuple[Unit, int], list[Tensor]] = {}
         self.prefetched: deque[tuple[Unit, int, Transfer]] = deque()
         self.active: dict[Unit, int] = {}  # unit -> its slot, while its blocks run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..networks.unet import UNet
 # Blocks are joined up to this size: in Stage C 3.6 B, a ResBlock with its TimestepBlock (65.5 MiB), and an AttnBlock
 # by itself (40 MiB). Two slots of the latter's size are the smallest that stream enough for a card of 5 GB.
 UNIT_BYTES = 66 << 20
+TABLE_BYTES = 32 << 20  # from which on embeddings are a unit of their own: a forward reads a few rows
 ALIGNMENT = 256  # bytes, as CUDA aligns its allocations
 
 
@@ -47,6 +49,9 @@ class Unit:
     pinned         all of them in pinned memory in the device's layout, once that pays off
     changed        bytes, by index, of tensors with their patches, to be copied in place of those in `pinned`
     device_buffer  all of them on the device, while the unit is resident there
+    reserved_buffer  kept for it on the device: it comes back to the same addresses, which CUDA graphs need. Another
+                   network's unit may be there meanwhile. None: it comes to any memory
+    evicted        whether it had to leave for another network, the last time that its memory was freed
     patch_key      identifies the patches of the weights in `device_buffer`
     """
 
@@ -71,6 +76,8 @@ class Unit:
         self.pinned: Tensor | None = None
         self.changed: dict[int, Tensor] = {}
         self.device_buffer: Tensor | None = None
+        self.reserved_buffer: Tensor | None = None
+        self.evicted = False
         self.fetched = False  # whether it was, at least once
         self.patch_key: Any = None
 
@@ -109,6 +116,20 @@ class Unit:
         if start < len(pinned):
             yield start, pinned[start:]
 
+    @contextmanager
+    def looked_up_on_host(self, device: torch.device) -> Iterator[None]:
+        """Inside the block a table of embeddings that is in main memory gives its rows on the device."""
+        (table,), dtype = self.blocks, self.layouts[0].dtype
+        hooks = [
+            table.register_forward_pre_hook(lambda _, inputs: tuple(ids.cpu() for ids in inputs)),
+            table.register_forward_hook(lambda _, inputs, rows: rows.to(device, dtype)),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def offload(self) -> None:
         """Takes the unit off the device; its tensors then are those in main memory, unpatched."""
         self.point_to(self.host_tensors)
@@ -134,18 +155,21 @@ def values_of(tensor: Tensor) -> Tensor:
 
 
 def split_into_units(network: nn.Module, unit_bytes: int = UNIT_BYTES) -> tuple[list[Unit], list[Unit]]:
-    """(units, order): a network's units, of which the first is always resident, and the others in the order of a
-    forward.
+    """(units, order): a network's units, of which the first is always resident; `order` as a forward runs them.
 
     unit_bytes: maximum of a unit on the device, unless a single block has more.
 
     Always resident are the weights outside the blocks and all vectors: a thousandth of the bytes, and most of the
-    tensors. A unit whose level repeats stands several times in the order.
+    tensors. A unit whose level repeats stands several times in the order. Large tables of embeddings are units too, in
+    no order: `tables_of` finds them.
     """
     units: list[Unit] = []
     order: list[Unit] = []
     assigned: set[int] = set()
     dtype = cast_dtype(network)
+    for module in network.modules():
+        if isinstance(module, nn.Embedding) and module.weight.nbytes >= TABLE_BYTES:
+            units.append(Unit([module], _unassigned_tensors([module], assigned), dtype))
     for blocks, repeats in _levels(network):
         level = [
             Unit(group, _unassigned_tensors(group, assigned, min_dimensions=2), dtype)
@@ -154,6 +178,11 @@ def split_into_units(network: nn.Module, unit_bytes: int = UNIT_BYTES) -> tuple[
         units += level
         order += level * repeats
     return [Unit([], _unassigned_tensors([network], assigned), dtype), *units], order
+
+
+def tables_of(units: Iterable[Unit]) -> list[Unit]:
+    """The units that are a table of embeddings."""
+    return [unit for unit in units if len(unit.blocks) == 1 and isinstance(unit.blocks[0], nn.Embedding)]
 
 
 def _levels(network: nn.Module) -> list[tuple[list[nn.Module], int]]:

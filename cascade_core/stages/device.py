@@ -15,7 +15,7 @@ from ..adapters.apply import Patch, patched
 from ..errors import CascadeError, quoted
 from ..networks.precision import PRECISIONS
 from ..networks.quantisation import FORMATS
-from ..placement import CudaDevice, DeviceMemory, PlainMemory, WeightConsumer, parse_bytes
+from ..placement import CudaDevice, DeviceMemory, PlainMemory, RunBytes, WeightConsumer, parse_bytes
 from ..run import Observer
 
 T = TypeVar("T")
@@ -64,19 +64,28 @@ class ComputeDevice:
         patches: Sequence[Patch] = (),
         single_use: bool = False,
         consumer: WeightConsumer | None = None,
+        known_bytes: RunBytes | None = None,
     ) -> T:
         """body(device), with the network there and patched.
 
         workspace_bytes  what the body takes beside the weights
         single_use       the body runs the network once
         consumer         the engine that the body calls in the network's place
+        known_bytes      what the body is known to take beside weights that are resident
 
         Where memory runs out, the body is run again from its beginning in a smaller placement, and the observer is
         told.
         """
         if self.pool is not None:
             return self.pool.run(
-                network, body, workspace_bytes, patches, self.observer.notify, single_use, consumer
+                network,
+                body,
+                workspace_bytes,
+                patches,
+                self.observer.notify,
+                single_use,
+                consumer,
+                known_bytes,
             )
         with patched(network, patches):
             return body(self.device)

@@ -25,6 +25,7 @@ from ..networks.quantisation import FORMATS
 from ..networks.stage_b import StageB
 from ..networks.tiles import ALIGNMENT, in_whole_patches, predict_in_tiles
 from ..pictures import finite_values
+from ..placement import RunBytes
 from ..run import SamplingResult, SamplingRun, Stopwatch, sample
 from .control import RunControls
 from .device import ComputeDevice
@@ -98,7 +99,10 @@ class DiffusionStage:
             return stopwatch.stop((sampled * units).float().cpu())
 
         workspace = self._workspace_bytes(run, positive, guidance, tile_positions, with_engine)
-        return self.device.run(self.network, body, workspace, self.patches, consumer=self.engine)
+        known_bytes = self._known_bytes(run, guidance, tile_positions) if with_engine else None
+        return self.device.run(
+            self.network, body, workspace, self.patches, consumer=self.engine, known_bytes=known_bytes
+        )
 
     def check_picture_size(self, width: int, height: int) -> None:
         """Raises CascadeError for a picture so small that nothing is left of it at Stage B's innermost level."""
@@ -108,6 +112,13 @@ class DiffusionStage:
                 f"The picture is {width} × {height} pixels, but {self.described} makes none with a side under "
                 f"{least}; choose a larger width and height."
             )
+
+    def _known_bytes(self, run: SamplingRun, guidance: Guidance, tile_positions: int) -> RunBytes | None:
+        """What runs of this shape are known to take; None where there was none."""
+        batch, channels, height, width = run.latent.shape
+        batch *= 1 if guidance.cfg == 1 else 2
+        side = tile_positions or max(height, width)
+        return self.engine.known_bytes((batch, channels, min(height, side), min(width, side)))
 
     def _workspace_bytes(
         self, run: SamplingRun, positive: Prompt, guidance: Guidance, tile_positions: int, with_engine: bool

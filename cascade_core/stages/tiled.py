@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..networks.precision import compute_dtype
-from ..networks.tiles import fitting_tile, join_tiles
-from ..placement import WeightConsumer, out_of_memory
+from ..networks.tiles import fitting_tile, join_tiles, seen_sides
+from ..placement import RunBytes, WeightConsumer, out_of_memory
 from .device import ComputeDevice
 
 MOST = 2_500_000_000  # bytes beside the weights: beyond it larger tiles are hardly faster
@@ -67,7 +68,21 @@ class Tiled:
             return join_tiles(part, x, tile_positions, self.halo, self.down, self.up)
 
         workspace = self._bytes(x, self._area(x, tile_positions))
-        return self.device.run(self.network, run, workspace, consumer=self.consumer)
+        known_bytes = self._known_bytes(x, tile_positions)
+        return self.device.run(self.network, run, workspace, consumer=self.consumer, known_bytes=known_bytes)
+
+    def _known_bytes(self, x: Tensor, tile_positions: int) -> RunBytes | None:
+        """What tiles of these sizes are known to take; None where one of them was not there before."""
+        if self.consumer is None:
+            return None
+        sides = [seen_sides(side, tile_positions, self.halo) for side in self._positions(x)]
+        known = [
+            self.consumer.known_bytes((*x.shape[:2], height * self.down, width * self.down))
+            for height, width in product(*sides)
+        ]
+        if None in known:
+            return None
+        return max(each for each in known if each is not None)
 
     def _positions(self, x: Tensor) -> tuple[int, int]:
         return x.shape[-2] // self.down, x.shape[-1] // self.down

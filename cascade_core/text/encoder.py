@@ -174,7 +174,9 @@ class TextEncoder:
         return TokenTable(learned, config.vocab_size, config.hidden_size)
 
     def _encode_rows(self, rows: list[tuple[int, ...]], learned: TokenTable | None) -> TextStates:
-        tokens = torch.tensor(rows, device=self.model.device)  # (R, 77)
+        # Of the first weights, the tokens' embeddings, placement may look up the rows in main memory.
+        device = self.model.text_projection.weight.device
+        tokens = torch.tensor(rows, device=device)  # (R, 77)
         parts = [
             encode_tokens(self.model, part, self.tokenizer.end_token, learned)
             for part in tokens.split(CHUNKS_AT_ONCE)

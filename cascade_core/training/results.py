@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..file_names import numbered
@@ -61,4 +62,6 @@ class Results:
             kept = sorted({step for step, _ in files if int(step) <= loop.step})[-output.keep_last :]
             for step, file in files:
                 if step not in kept and int(step) <= loop.step:
-                    file.unlink()
+                    # Windows refuses it while a program has it open: then the next save tries again.
+                    with suppress(PermissionError):
+                        file.unlink()

@@ -60,7 +60,9 @@ def _commit() -> str | None:
         return None
     command = ["git", "-C", str(PACK), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        described = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        described = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=30
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return described.stdout.strip()

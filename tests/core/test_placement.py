@@ -26,6 +26,7 @@ from cascade_nodes.cascade_core.placement import (
     parse_bytes,
 )
 from cascade_nodes.cascade_core.placement import device as placement_device
+from cascade_nodes.cascade_core.placement import units as placement_units
 from cascade_nodes.cascade_core.placement.device import KERNELS, MARGIN, WORKSPACE
 from cascade_nodes.cascade_core.placement.plan import plan_streaming
 from cascade_nodes.cascade_core.placement.units import Unit, split_into_units
@@ -425,6 +426,33 @@ def test_stages_leave_as_little_as_need_be():
     assert device.copied - copied < 0.55 * total  # a fifth too much leaves and comes back, not everything
     assert memory.free_bytes(stages[0][0]) == device.size - size_of(stages[0][0])
     assert memory.free_bytes(stages[0][0], keep_others=True) < memory.free_bytes(stages[0][0])
+
+
+@pytest.mark.parametrize("device_class", [Counting, Late])
+def test_a_streamed_network_looks_its_embeddings_up_in_main_memory(device_class, monkeypatch):
+    monkeypatch.setattr(placement_units, "TABLE_BYTES", 80 * 64 * 4)
+    net, forward = network("text")
+    table: Any = net.get_submodule("text_model.embeddings.token_embedding")
+    expected, before = forward(), values(net)
+    units = split_into_units(net, UNIT)[0]
+    assert [unit.blocks for unit in units if unit.tensors[0] is table.weight] == [[table]]
+    for share, with_table in ((1.1, True), (0.5, False), (1.1, True)):
+        device = device_class(int(share * size_of(net)))
+        memory = DeviceMemory(device, UNIT)
+        assert torch.equal(memory.run(net, lambda _: forward()), expected)
+        resident = memory.placements[net].resident
+        assert any(table in unit.blocks for unit in resident) == with_table
+        assert not table._forward_hooks
+        memory.release()
+    assert same(net, before)
+    # A LoRA that changes it brings it to the device.
+    change = LowRank(torch.randn(2, 64), torch.randn(80, 2))
+    patch = Patch("some.safetensors", {"text_model.embeddings.token_embedding": change}, 0.3)
+    with patched(net, [patch]):
+        expected = forward()
+    memory = DeviceMemory(device_class(int(0.6 * size_of(net))), UNIT)
+    assert torch.equal(memory.run(net, lambda _: forward(), patches=[patch]), expected)
+    assert any(table in unit.blocks for unit in memory.placements[net].resident)
 
 
 def test_a_network_that_runs_once_is_streamed_rather_than_that_others_leave():

@@ -1,0 +1,47 @@
+"""Workspaces of CUDA graphs that the networks of a device share: only one of them runs at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+
+class RunBytes(NamedTuple):
+    """Bytes that runs of a shape are known to take, once one has been known_bytes.
+
+    workspace: of its CUDA graph, which may be shared; caches: of keys and values, which the network has for itself
+    """
+
+    workspace: int
+    caches: int
+
+
+class SharedWorkspaces:
+    """Pieces of memory, each for as long as any network's graphs keep it."""
+
+    def __init__(self) -> None:
+        self._pieces: list[ref[Tensor]] = []
+
+    def take(self, size: int, device: torch.device) -> Tensor:
+        """The smallest piece of at least `size` bytes, or a new one."""
+        fitting = [piece for piece in self.pieces() if piece.nbytes >= size and piece.device == device]
+        if fitting:
+            return min(fitting, key=lambda piece: piece.nbytes)
+        piece = self._empty(size, device)
+        self._pieces.append(ref(piece))
+        return piece
+
+    @staticmethod
+    def _empty(size: int, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    def pieces(self) -> list[Tensor]:
+        """All that are in use."""
+        self._pieces = [each for each in self._pieces if each() is not None]
+        return [piece for each in self._pieces if (piece := each()) is not None]
+
+    def largest(self) -> Tensor | None:
+        return max(self.pieces(), key=lambda piece: piece.nbytes, default=None)
