@@ -29,7 +29,7 @@ class Journal:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         part = f".{shard[0]}-of-{shard[1]}" if shard else ""
-        path = folder / f"batch{part}.jsonl"
+        self.path = path = folder / f"batch{part}.jsonl"
         self.file = path.open("ab+")
         self._lock(path)
         self._end_line()
@@ -93,6 +93,11 @@ class Journal:
                 raise CascadeError(f"{path} is there already and is {whose}; give the row another name.")
 
     def _write(self, record: Record) -> None:
+        if not (self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))):
+            raise CascadeError(
+                f"{printable(str(self.path))} was removed while this batch writes what is done into it, so it ends; "
+                "the same command makes what is missing."
+            )
         self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self.file.flush()
         with suppress(OSError):  # of file systems that cannot; a lost line costs a row's time

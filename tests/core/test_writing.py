@@ -251,6 +251,7 @@ ALLOWED = {
     "benchmarks/random_files.py": "into a temporary folder of its own",
     "benchmarks/rehearsed.py": "what its cells print, to its error stream",
     "benchmarks/batch.py": "into a temporary folder of its own",
+    "benchmarks/ranks.py": "logs of its processes, into a temporary folder of its own",
     "benchmarks/load.py": "into a temporary folder of its own",
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -340,3 +341,24 @@ def test_ctrl_c_finishes_the_row_under_way(folder):
     assert (
         f"{len(made)} of 500 rows made, {500 - len(made)} left, with which the same command goes on." in said
     )
+
+
+def test_an_output_folder_that_goes_away_ends_the_batch_and_a_re_run_makes_all(folder, capsys, monkeypatch):
+    """Before, pictures came into a new folder without a list, where a re-run refused them as not its own."""
+    table(*({"name": f"r{number}", "1.color": number} for number in range(4)))
+    run, made = GraphWorker.make, []
+
+    def run_and_lose(self, job):
+        made.append(job.name)
+        if len(made) == 2:
+            shutil.rmtree("made")
+        return run(self, job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphWorker, "make", run_and_lose)
+        assert batch() == 1
+    assert made == ["r0", "r1"]
+    assert "made/batch.jsonl was removed while this batch writes" in capsys.readouterr().err
+    assert not Path("made").exists()
+    assert batch() == 0
+    assert sorted(colours()) == [f"r{number}.png" for number in range(4)]
