@@ -37,7 +37,7 @@ def assign(graph: Graph, assignments: Iterable[str], input_types: InputTypes) ->
 
 
 def assign_values(graph: Graph, values: Mapping[str, Any], input_types: InputTypes) -> Graph:
-    """The same with values by `NODE.INPUT`, as a table has them: a text is itself where the input takes one."""
+    """`assign` with values by `NODE.INPUT`, as in a table: a text is taken literally where the input takes text."""
     graph = copy.deepcopy(graph)
     for target, value in values.items():
         if target not in SEED_INPUTS and not is_target(target):
@@ -54,7 +54,7 @@ def is_target(text: str) -> bool:
 
 
 def _assign(graph: Graph, target: str, input_types: InputTypes, read: Callable[[str | None], Any]) -> None:
-    """Sets one input, or all seeds. `read`: the value for an input of a type, None where that is not known."""
+    """Sets one input, or all seeds. `read`: gives the value for an input of a type (None: unknown)."""
     if target in SEED_INPUTS:
         _assign_seeds(graph, read)
         return
@@ -69,7 +69,7 @@ def _assign(graph: Graph, target: str, input_types: InputTypes, read: Callable[[
 
 
 def _assign_seeds(graph: Graph, read: Callable[[str | None], Any]) -> None:
-    """Gives each seed that is a value, and not connected, this one."""
+    """Sets every seed that is not connected."""
     seeds = [
         (node["inputs"], name)
         for node in graph.values()
@@ -109,7 +109,7 @@ def _class_of(node: dict[str, Any]) -> object:
 
 def _table_value(name: str, value: Any, input_type: str | None) -> Any:
     if not isinstance(value, str):
-        number = isinstance(value, int | float)  # as a text: a prompt may be 7
+        number = isinstance(value, int | float)  # kept as text, since a prompt may be 7
         return _typed(name, json.dumps(value) if number and input_type == "STRING" else value, input_type)
     # A cell of a CSV file is a text, also where the input takes a number; a prompt may look like one.
     as_json = input_type in (None, "INT", "FLOAT", "BOOLEAN")

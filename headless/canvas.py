@@ -1,6 +1,6 @@
-"""Workflows of ComfyUI's canvas as graphs: what its front end does before it queues one.
+"""Converts workflows of ComfyUI's canvas to graphs, as its front end does before it queues one.
 
-A workflow names a node's widgets by their order alone, so that only nodes can be converted whose inputs are known.
+A workflow identifies a node's widgets only by their order, so only nodes with known inputs can be converted.
 https://github.com/Comfy-Org/ComfyUI_frontend, `graphToPrompt`.
 """
 
@@ -19,12 +19,12 @@ InputsOf = Callable[[str], Mapping[str, InputInfo] | None]
 
 _WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 _NOTES = ("Note", "MarkdownNote")
-_REROUTE, _PRIMITIVE = "Reroute", "PrimitiveNode"  # known to the canvas alone
-_GROUPS = ("workflow>", "workflow/")  # before the name of a group node
+_REROUTE, _PRIMITIVE = "Reroute", "PrimitiveNode"  # node types that exist only on the canvas
+_GROUPS = ("workflow>", "workflow/")  # prefixes of a group node's name
 _MUTED, _BYPASSED = 2, 4  # LiteGraph's modes
-_SEEDS = ("seed", "noise_seed")  # below which the canvas has always put a widget for what becomes of them
+_SEEDS = ("seed", "noise_seed")  # followed by the canvas's widget `control_after_generate`
 _AFTER_A_RUN = ("fixed", "increment", "decrement", "randomize")
-_UPLOAD = "image"  # the button below a picture's name, which is saved as a widget
+_UPLOAD = "image"  # the upload button below a picture's name, saved as a widget
 
 
 def is_workflow(value: object) -> bool:
@@ -40,7 +40,7 @@ def to_graph(workflow: dict[str, Any], name: str, inputs_of: InputsOf) -> Graph:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turns the errors of taking a workflow apart into a sentence: it has another shape than the canvas's."""
+    """Turns errors of parsing a workflow into a sentence: its structure is not the canvas's."""
     try:
         yield
     except CascadeError:
@@ -106,16 +106,16 @@ class _Workflow:
         }
 
     def _group(self, class_type: str) -> str | None:
-        """What holds other nodes and is not a node of a server's, in words.
+        """A node's kind, in words, if it contains other nodes and exists only on the canvas; else None.
 
-        Versions of the canvas differ in where they save the values of its widgets, so that none is taken for sure.
+        Versions of the canvas save the widgets' values of such nodes in different places, so none is trusted.
         """
         if class_type in self.subgraphs:
             return f"the subgraph {quoted(self.subgraphs[class_type])}"
         return f"the group node {quoted(class_type[9:])}" if class_type.startswith(_GROUPS) else None
 
     def _source(self, link: Any) -> Any:
-        """What a link carries: [node id, output] past reroutes and bypassed nodes, a primitive's value, or None."""
+        """The source of a link: [node id, output] behind reroutes and bypassed nodes, a primitive's value, or None."""
         passed = set()
         while link is not None and link not in passed:
             passed.add(link)
@@ -135,7 +135,7 @@ class _Workflow:
 
 
 def _bypass(node: dict[str, Any], slot: int) -> Any:
-    """The link that a bypassed node passes on: of the input at the output's place, else the first, of its type."""
+    """The link that a bypassed node passes on: that of the same index if types match, else the first that does."""
     inputs, kind = node.get("inputs") or [], node["outputs"][slot]["type"]
     for socket in [*inputs[slot : slot + 1], *inputs]:
         if socket.get("type") == kind:
@@ -144,7 +144,7 @@ def _bypass(node: dict[str, Any], slot: int) -> Any:
 
 
 def _widget_values(values: Any, declared: Mapping[str, InputInfo]) -> dict[str, Any]:
-    """{widget: value} of a node, by order or by name; a widget that the workflow does not have yet has its default."""
+    """{widget: value} of a node, by order or by name; a widget missing in the workflow gets its default."""
     widgets = {
         name: entry
         for name, entry in declared.items()

@@ -151,7 +151,7 @@ _FILES = (
         "vae",
         "effnet_encoder.safetensors",
         "compressor",
-        {"c_latent": 16, "stages": None},  # widths are stated where they are not the published ones
+        {"c_latent": 16, "stages": None},  # None: the published widths; others are stated
     ),
     PublishedFile(
         "previewer",
@@ -207,7 +207,7 @@ _WORKFLOWS = (
         "text to image, from ComfyUI's two checkpoints",
         (("comfyui_stage_c",), ("comfyui_stage_b",)),
     ),
-    # What `cascade train` names by default, and what makes a picture with its result.
+    # The default networks of `cascade train`, and those that make a picture with its result.
     Workflow(
         "training",
         "a LoRA trained on pictures of one's own, and tried",

@@ -68,7 +68,7 @@ def _run_command(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as interrupt:
         _complain("Stopped.")
         return interrupt.status if isinstance(interrupt, Stopped) else INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of our output has closed it
         _close_output()
         return 1
     except OSError as error:
@@ -76,7 +76,7 @@ def _run_command(options: argparse.Namespace) -> int:
         _complain(f"error: {message} ({error.strerror or error}).")
         _close_output()
         return 1
-    except Exception as error:  # a fault of ours: still one line
+    except Exception as error:  # a bug: still reported in one line
         if options.traceback:
             traceback.print_exception(error)
         _complain(f"error: {on_one_line(error)} (--traceback shows where; please report this).")
@@ -140,7 +140,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_commands(commands: Any) -> None:
-    models = commands.add_parser("models", help="list the published files: found where, missing for what")
+    models = commands.add_parser(
+        "models", help="list the published files, where they are, and what each workflow lacks"
+    )
     models.add_argument("--json", action="store_true", help="the same for programs")
     models.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     models.set_defaults(command=_models)

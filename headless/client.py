@@ -1,7 +1,7 @@
 """Client of a running ComfyUI's HTTP API: queues a graph, waits, and downloads the pictures.
 
-What a server answers is not believed: each answer is bounded in bytes and seconds, its shape is checked as it is read,
-and only pictures are saved, under names that stay inside the output folder.
+A server's answers are not trusted: each is bounded in bytes and seconds, its structure is checked while reading, and
+only pictures are saved, under names that stay inside the output folder.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from .results import Observer, Result, SavedPicture
 from .saving import check_prefix, save_new
 from .sentences import GraphError, sentences, shortened
 
-_PAUSES = (0.1, 0.2, 0.5, 1.0)  # seconds between two looks at the history; the last one repeats
+_PAUSES = (0.1, 0.2, 0.5, 1.0)  # seconds between two polls of the history; the last one repeats
 
 
 class ServerLostError(CascadeError):
-    """The server cannot be reached, or has forgotten the graph; which says nothing of the graph."""
+    """The server cannot be reached, or has lost the graph, which may not be the graph's fault."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server's answers may cost: bytes and seconds of each, and how many pictures a run may have."""
+    """Limits of a server's answers: bytes and seconds of each, and the number of pictures of a run."""
 
     json_bytes: int = 64 * 2**20  # a queue holds every graph that waits in it
     json_seconds: float = 60.0
     picture_bytes: int = 2**30
     picture_seconds: float = 600.0
     pictures: int = 10_000
-    farewell_seconds: float = 3.0  # for taking a graph off the queue, while the user waits to get away
+    farewell_seconds: float = 3.0  # for removing a graph from the queue, while the user waits to exit
 
 
 class Server:
@@ -57,7 +57,7 @@ class Server:
     def __init__(self, url: str, limits: Limits | None = None):
         self.url = _address(url)
         self.limits = limits or Limits()
-        # Neither redirects nor files nor FTP: a ComfyUI answers itself.
+        # No redirects, files or FTP, which a ComfyUI does not use.
         self._opener = OpenerDirector()
         for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
             self._opener.add_handler(handler)
@@ -91,7 +91,7 @@ class Server:
 
     @contextmanager
     def reading(self, path: str) -> Iterator[None]:
-        """Turns the errors of taking an answer apart into a sentence: it has another shape than a ComfyUI's."""
+        """Turns errors of parsing an answer into a sentence: its structure is not a ComfyUI's."""
         try:
             yield
         except CascadeError:
@@ -134,7 +134,7 @@ class Server:
 
 
 def _input_info(entry: Any, required: bool) -> InputInfo:
-    """An input as /object_info has it; the older nodes write the options of a Combo in place of its type."""
+    """An input from /object_info, where older nodes have the options of a Combo in place of its type."""
     options = dict(entry[1]) if len(entry) > 1 else {}
     if isinstance(entry[0], list):
         return InputInfo("COMBO", required, {**options, "options": entry[0]})
@@ -147,7 +147,7 @@ class _Broken(Exception):  # noqa: N818 (the end of a sentence)
 
 def _address(text: str) -> str:
     """A server's address as http(s)://host[:port][/path]. Raises CascadeError for any other."""
-    if "@" in text.rpartition("://")[2].split("/")[0]:  # never quoted: it may be a password
+    if "@" in text.rpartition("://")[2].split("/")[0]:  # never shown, since it may be a password
         raise CascadeError(
             "--server holds a user name or a password, which a ComfyUI does not ask for; give the address alone."
         )
@@ -156,7 +156,7 @@ def _address(text: str) -> str:
         host = (url.hostname or "").encode("idna").decode()
         port = "" if url.port is None else f":{url.port}"
         path = quote(url.path.rstrip("/"), safe="/%")
-    except ValueError:  # of the port, of brackets around the host, of a host of characters that none has
+    except ValueError:  # an invalid port, bracket or host
         host = port = path = ""
         url = urlsplit("")
     plain = all(character.isprintable() and character != " " for character in text)
@@ -168,7 +168,7 @@ def _address(text: str) -> str:
 def _exchange(opener: OpenerDirector, request: Request, limit: int, seconds: float) -> tuple[int, str, bytes]:
     """Sends a request; returns the answer's status, its phrase and its content.
 
-    In a thread, because neither the search for an address nor a header that drips in ends by a socket's timeout.
+    In a thread, because a socket's timeout ends neither a DNS lookup nor a header that arrives byte by byte.
     """
     answers: SimpleQueue[tuple[int, str, bytes] | Exception] = SimpleQueue()
     deadline = time.monotonic() + seconds
@@ -177,7 +177,7 @@ def _exchange(opener: OpenerDirector, request: Request, limit: int, seconds: flo
         try:
             with opener.open(request, timeout=seconds) as answer:
                 answers.put((answer.status, answer.reason, _read(answer, limit, deadline)))
-        except Exception as error:  # raised again where the answer is awaited
+        except Exception as error:  # raised again in the waiting thread
             answers.put(error)
 
     Thread(target=exchange, daemon=True).start()
@@ -193,11 +193,11 @@ def _exchange(opener: OpenerDirector, request: Request, limit: int, seconds: flo
 
 
 def _read(answer: HTTPResponse, limit: int, deadline: float) -> bytes:
-    expected = answer.length  # None where the end of the connection, or of the chunks, is the answer's
+    expected = answer.length  # None: the answer ends with the connection, or is chunked
     content = bytearray()
     while len(content) <= limit and (expected is None or len(content) < expected):
         if time.monotonic() > deadline:
-            raise TimeoutError  # heard by nobody: the caller has left
+            raise TimeoutError  # ignored: the caller has left already
         part = answer.read1(2**16)
         if not part:
             break
@@ -229,11 +229,10 @@ def run_on_server(
 ) -> Result:
     """Runs a graph on a server and downloads the saved pictures into `folders.output`.
 
-    extra_pnginfo: what the pictures carry beside the graph, such as its workflow.
-    Outputs that the server found invalid are in `Result.node_errors`. When interrupted, the graph is removed
-    from the server first. Raises CascadeError where the server cannot be reached, refuses the graph (GraphError),
-    fails while executing it or loses it; for a file that is not a picture, or has no name for one, after the others
-    are saved.
+    extra_pnginfo: data stored in pictures beside the graph, such as its workflow. Outputs that the server found
+    invalid are in `Result.node_errors`. When interrupted, the graph is removed from the server first. Raises
+    CascadeError where the server cannot be reached, refuses the graph (GraphError), fails while executing it or loses
+    it; for a file that is not a picture, or has no name for one, after the others are saved.
     """
     observer = observer or Observer()
     started = time.perf_counter()
@@ -243,7 +242,7 @@ def run_on_server(
         history = _wait(server, prompt_id, observer)
     except KeyboardInterrupt:
         seconds = server.limits.farewell_seconds
-        with suppress(CascadeError):  # the user wants to get away, whether it answers or not
+        with suppress(CascadeError):  # the user wants to exit, whether it answers or not
             server.post("/queue", {"delete": [prompt_id]}, seconds)
             server.post("/interrupt", {"prompt_id": prompt_id}, seconds)
         raise
@@ -274,7 +273,7 @@ def run_on_server(
 
 
 def _check_prefixes(graph: Graph, folders: Folders) -> None:
-    """Raises CascadeError for pictures that the server would make in vain, since they cannot be saved here."""
+    """Raises CascadeError for pictures that could not be saved here after the server has made them."""
     for node_id, node in graph.items():
         prefix = node["inputs"].get("filename_prefix")
         if node.get("class_type") == "SaveImage" and isinstance(prefix, str):
@@ -292,7 +291,7 @@ def _queue(server: Server, graph: Graph, extra_pnginfo: dict[str, Any] | None) -
         prompt_id, node_errors = answer["prompt_id"], answer.get("node_errors") or {}
         if not isinstance(prompt_id, str):
             raise TypeError("prompt_id is not a text")
-        sentences(None, node_errors)  # as the caller will say them
+        sentences(None, node_errors)  # fails here for malformed errors, which the caller will put into words
     return prompt_id, node_errors
 
 
@@ -301,7 +300,7 @@ def _wait(server: Server, prompt_id: str, observer: Observer) -> Any:
     looks = 0
     started = time.monotonic()
     while True:
-        queue = server.get("/queue")  # before the history: a prompt that leaves the queue enters the history
+        queue = server.get("/queue")  # before the history, to which prompts move from the queue
         history = server.get(f"/history/{quote(prompt_id.encode(errors='surrogatepass'), safe='')}")
         with server.reading("/history"):
             if (entry := history.get(prompt_id)) is not None:
@@ -338,12 +337,12 @@ def _raise_if_failed(history: dict[str, Any], server: Server) -> None:
 
 
 class _RefusedError(CascadeError):
-    """A file that a server offers as a picture and that is not saved."""
+    """A file offered by a server as a picture that must not be saved."""
 
 
 @dataclass(frozen=True)
 class _ServerFile:
-    """A file of the server's as its history names it."""
+    """A file on the server, as named in its history."""
 
     name: str
     subfolder: str
@@ -382,7 +381,7 @@ def _download(server: Server, file: _ServerFile, folders: Folders) -> Path:
 
 
 def _picture_fault(content: bytes, suffix: str) -> str | None:
-    """Why bytes are not a picture of the kind that a file's ending says, as the end of a sentence; or None."""
+    """Why bytes are not a picture of the kind that the file extension states, as the end of a sentence; or None."""
     try:
         with open_picture(content) as picture:
             picture.verify()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..cascade_core.adapters import Adapter
     from ..cascade_core.networks.config import StageCConfig
 
-PARTS = ("stage_c", "text", "tokens")  # that can be left out
+PARTS = ("stage_c", "text", "tokens")  # the parts that can be left out
 
 
 class _Help(argparse.Action):
@@ -136,8 +136,8 @@ def convert_lora(
 
 
 def _outputs(target: Path, dialect: str) -> tuple[Path, Path | None]:
-    """(tensors, PEFT's configuration or None). For PEFT, OUT is its folder, or the tensors in one by their usual name;
-    a file of any other name holds its configuration itself, and nothing beside it is touched.
+    """(path of the tensors, path of PEFT's configuration or None). For PEFT, OUT is its folder, or the tensors' usual
+    file in one; a file with any other name holds its configuration itself, and nothing is written beside it.
     """
     from ..cascade_core.adapters.peft import CONFIG_FILE, WEIGHTS_FILE
 
@@ -148,7 +148,7 @@ def _outputs(target: Path, dialect: str) -> tuple[Path, Path | None]:
 
 
 def _check_configuration(beside: Path, target: Path, force: bool) -> None:
-    """Raises CascadeError where the configuration's place is taken; --force replaces it with its tensors alone."""
+    """Raises CascadeError where another configuration exists; --force replaces it only together with its tensors."""
     if os.path.lexists(beside) and not os.path.lexists(target):
         raise CascadeError(
             f"{beside} is there already, of another adapter than {target.name}; choose another folder."
@@ -172,7 +172,7 @@ def check_target(target: Path, force: bool) -> None:
 
 
 def check_place(target: Path, force: bool) -> None:
-    """Raises CascadeError where a file is that is not to be overwritten, or where none can be written."""
+    """Raises CascadeError for an existing file that must not be overwritten, and where no file can be written."""
     from ..cascade_core.checkpoints import check_writable
 
     if os.path.lexists(target) and not force:

@@ -1,7 +1,8 @@
-"""Texts inside pictures: the graph that made one, and what other programs say of how it was made.
+"""Texts inside pictures: the graph that made one, and other programs' descriptions of how it was made.
 
-PNG has them in text chunks; JPEG, WebP and AVIF in the EXIF, where ComfyUI writes `prompt:{…}` and `workflow:{…}` into
-the tags Model, Make and those before. How much is read is bounded by the file, and by Pillow for what is compressed.
+PNG has them in text chunks; JPEG, WebP and AVIF in the EXIF, where ComfyUI writes `prompt:{…}` and `workflow:{…}`
+into the tags Model, Make and those before. The size of the file bounds what is read, and Pillow bounds compressed
+chunks.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ KEYS = ("prompt", "workflow", "parameters")
 
 
 def is_picture(start: bytes) -> bool:
-    """Whether a file that begins so is a picture that may hold a graph."""
+    """Whether a file with these first bytes is a picture that may hold a graph."""
     return start.startswith(SIGNATURES) or start[4:12] == _AVIF
 
 
 def embedded_texts(path: Path) -> tuple[dict[str, str], tuple[int, int]]:
-    """({"prompt", "workflow", "parameters": text}, those that there are; (width, height)). Raises PictureError."""
+    """(existing texts of "prompt", "workflow" and "parameters"; (width, height)). Raises PictureError."""
     with open_picture(path) as picture:
         texts = _texts(picture.info)
         if isinstance(picture, PngImageFile):
-            if not texts:  # chunks behind the pixels, which are decoded on the way to them
+            if not texts:  # there may be chunks after the pixels, which have to be decoded to reach them
                 texts = _texts(picture.text)
         else:
             values = [value for value in picture.getexif().values() if isinstance(value, str)]

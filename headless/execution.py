@@ -30,7 +30,7 @@ class NodeError(CascadeError):
 
 @dataclass
 class _CachedOutput:
-    """Output of a node. `values` is None once no node needs them any more."""
+    """Cached output of a node. `values` is None once no node needs it any more."""
 
     values: tuple[Any, ...] | None
     ui: dict[str, Any] | None
@@ -40,13 +40,13 @@ class _LockedNodeClass(ABCMeta):
     """Metaclass that forbids setting attributes: node classes are stateless, as in ComfyUI."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        if name not in ("__abstractmethods__", "_abc_impl"):  # ABCMeta's own
+        if name not in ("__abstractmethods__", "_abc_impl"):  # set by ABCMeta itself
             raise AttributeError(f"Cannot modify class attribute '{name}' on locked class '{cls.__name__}'.")
         super().__setattr__(name, value)
 
 
 class Executor:
-    """Runs graphs. With `keep`, a later run reuses the outputs that nodes of the last one gave for the same inputs.
+    """Runs graphs. With `keep`, a run reuses outputs of nodes with the same inputs in the previous run.
 
     Without it each node's outputs are released as soon as the last node that takes them has run, so that one
     model leaves the memory before the next is loaded. Within a run no node runs twice on the same inputs.
@@ -83,7 +83,7 @@ class _Run:
         self.sources = sources_of(validation)
         self.order = execution_order(self.sources, validation.outputs)
         self.keys: dict[str, str] = {}
-        self.fingerprints: dict[str, Any] = {}  # of a class and its inputs, so that a file is read once
+        self.fingerprints: dict[str, Any] = {}  # by class and inputs, so that a file is read once
         self.uses: Counter[str] = Counter()
         self.result = Result(node_errors=validation.node_errors)
 
@@ -132,7 +132,7 @@ class _Run:
         if key not in self.fingerprints:
             self.fingerprints[key] = self._guard(node_id, info.fingerprint, constants)
         value = self.fingerprints[key]
-        if isinstance(value, float) and value != value:  # NaN, the host's word for "always run"
+        if isinstance(value, float) and value != value:  # NaN, which means "always run" to the host
             value = uuid.uuid4()
         return repr(value)
 
@@ -148,7 +148,7 @@ class _Run:
             if node_id in needed and self.keys[node_id] not in self.cache:
                 needed.update(self.sources[node_id])
         order = [node_id for node_id in self.order if node_id in needed]
-        for node_id in order:  # of nodes with one key the first is executed
+        for node_id in order:  # of nodes with equal keys, the first is executed
             key = self.keys[node_id]
             if key not in self.cache and key not in computed:
                 computed.add(key)
@@ -246,7 +246,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """Joins the lines of an error's text, cut and escaped: it may hold what came with a file."""
+    """Joins the lines of an error's text, cut and escaped, since it may contain text from a file."""
     return excerpt(" ".join(line.strip() for line in str(error).splitlines()))
 
 

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two fetches of one file apart there
+except ImportError:  # Windows: there, two fetches of the same file are not kept apart
     fcntl = None
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MOST_LARGER = 1.05  # than the catalogue's sizes, which are rounded
+MOST_LARGER = 1.05  # times the catalogue's sizes, which are rounded
 _RESUMABLE = "what has arrived is kept, and the same command goes on from there"
 
 
@@ -61,7 +61,7 @@ def fetch(names: Iterable[str], root: Path, endpoint: str | None, progress: Tran
 
 
 def _check_room(files: Iterable[PublishedFile], root: Path, endpoint: str | None) -> None:
-    """Raises CascadeError, before the first file comes, unless the disk has room for all that are still to come."""
+    """Raises CascadeError, before the first download, unless the disk has room for all remaining files."""
     missing = [file for file in files if not os.path.lexists(target_path(file, root))]
     remaining = 0
     for file in missing:
@@ -119,7 +119,7 @@ def _fetch_file(file: PublishedFile, root: Path, endpoint: str | None, progress:
 
 
 class _Complete(Exception):  # noqa: N818 (not an error)
-    """All the bytes that were stated have arrived; whatever else a server sends is not waited for."""
+    """All expected bytes have arrived; further bytes from the server are not waited for."""
 
 
 class _PartialFile(io.FileIO):
@@ -135,7 +135,7 @@ class _PartialFile(io.FileIO):
             if fcntl is not None:
                 fcntl.flock(self, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # other errors: the file system has no locks
                 self._refuse()
         try:
             moved = not os.path.samestat(os.fstat(self.fileno()), self.path.stat())
@@ -199,7 +199,7 @@ def _look_up(file: PublishedFile, endpoint: str | None) -> RemoteFile:
 
 
 def _transfer(file: PublishedFile, remote: RemoteFile, stream: _PartialFile) -> None:
-    """Appends the missing bytes to the part; retries as long as some arrive."""
+    """Appends the missing bytes to the part; retries as long as each attempt brings some."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -207,8 +207,8 @@ def _transfer(file: PublishedFile, remote: RemoteFile, stream: _PartialFile) -> 
     while (arrived := stream.tell()) < remote.size:
         with _asking(file, remote.url, _RESUMABLE):
             try:
-                # Not hf_hub_download: it keeps no part of a transfer that ended early. The size that we expect is for
-                # `_verify` to compare: http_get would only call another one a network issue.
+                # Not hf_hub_download, which discards a transfer that ended early. The expected size is compared by
+                # `_verify`, since http_get would report another size as a network issue.
                 headers = build_hf_headers(**_caller())
                 http_get(remote.url, stream, resume_size=arrived, headers=headers)  # type: ignore[arg-type]
                 return
@@ -244,7 +244,7 @@ def _caller() -> dict[str, Any]:
 
 
 def _check_size(file: PublishedFile, remote: RemoteFile) -> None:
-    """Raises CascadeError where a hub states much more than the published file has."""
+    """Raises CascadeError where a hub states a much larger size than the published file's."""
     if remote.size > MOST_LARGER * file.size:
         raise CascadeError(
             f"{remote.url} is said to have {in_words(remote.size)}, but the published {file.name} has "

@@ -11,7 +11,7 @@ from ..cascade_core.errors import CascadeError, printable, quoted
 from ..cascade_core.reading import open_regular
 
 LARGEST_FILE = 64 * 2**20  # bytes; graphs have thousands
-_LARGEST_BITS = 1024  # of a number; Python refuses to write one of thousands of digits
+_LARGEST_BITS = 1024  # of a number; Python refuses to print one of thousands of digits
 DEEPEST = 50  # levels of lists and objects within each other; a graph has four or five
 
 Graph = dict[str, dict[str, Any]]
@@ -36,7 +36,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_json(content: bytes | str, name: str) -> Any:
-    """The value that a JSON text holds; name: of where it stands, for the CascadeError of one that cannot be read."""
+    """The value of a JSON text. Raises CascadeError for invalid JSON; name: of its source, for the message."""
     try:
         return json.loads(content)  # UTF-8, -16 or -32, with or without a byte order mark
     except UnicodeDecodeError as error:
@@ -81,8 +81,8 @@ def check_shape(graph: object, name: str) -> None:
 
 
 def check_json(graph: dict[str, Any], name: str) -> None:
-    """Raises CascadeError where a graph is nested too deeply to be copied, or holds what JSON cannot."""
-    # Those of one level, each once though it may stand in many places.
+    """Raises CascadeError where a graph is nested too deeply to be copied, or holds values that JSON does not have."""
+    # Containers of one level, each once even if it is referenced in many places.
     containers: dict[int, Any] = {id(graph): graph}
     for _ in range(DEEPEST):
         inner: dict[int, Any] = {}
@@ -116,14 +116,14 @@ def is_link(value: object) -> bool:
 
 
 def whole_number(value: Any) -> int:
-    """A value as an INT takes it: 20, 20.0 or "20". Raises ValueError or TypeError for any other, also for 1.5."""
+    """A value converted for an INT input: 20, 20.0 or "20". Raises ValueError or TypeError for others, such as 1.5."""
     if isinstance(value, float) and not value.is_integer():
         raise ValueError(f"{value} is not a whole number; give one such as 20")
     return int(value)
 
 
 def truth(value: Any) -> bool:
-    """A value as a BOOLEAN takes it; of texts true and false alone, since any other would be true."""
+    """A value converted for a BOOLEAN input; of texts only "true" and "false", since Python takes any for true."""
     if isinstance(value, str) and value.lower() not in _TRUTHS:
         raise ValueError(f"{quoted(value)} is neither true nor false; give true or false")
     return _TRUTHS[value.lower()] if isinstance(value, str) else bool(value)
@@ -177,6 +177,6 @@ def name_of(graph: Graph, node_id: str) -> str:
 
 
 def title_of(node: dict[str, Any]) -> object:
-    """A node's title on the canvas, which a graph in API format may have lost."""
+    """A node's title on the canvas, which a graph in API format may lack."""
     meta = node.get("_meta")
     return meta.get("title") if isinstance(meta, dict) else None

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from ..cascade_core.networks.config import StageCConfig
 
 MERGED = "merged_loras"  # in the metadata of a merged file
-# What a file says of its own contents, which is true no more.
+# Metadata about the file's contents that merging invalidates.
 _STALE = ("modelspec.hash_sha256", "sshash_legacy", "sshs_model_hash", "sshs_legacy_hash")
-_ONE_NETWORK = ("kind", "config")  # which network a file is
+_ONE_NETWORK = ("kind", "config")  # metadata of a file with one network
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Lora:
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged, and where to.
+    """Arguments of a merge.
 
     source         Stage C, or an all-in-one
     text_encoder   to bake the LoRAs into too, where the source holds none
     text_output    the text encoder's own file; one_file: it is written into the target
-    fp8, int8      what Stage C's large matrices become, with scales
+    fp8, int8      format of Stage C's large matrices, with scales
     alpha          and filters: as in `read_adapter`
     force          overwrite what is there
     """
@@ -66,7 +66,7 @@ class Merge:
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command whose words may stand anywhere.
 
-    argparse takes IN and OUT for strengths of a LoRA, and refuses names behind an option that others stand before.
+    argparse alone would read IN and OUT as strengths of a LoRA, and refuse positional words on both sides of an option.
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -76,13 +76,13 @@ class CommandParser(argparse.ArgumentParser):
         ]
         if names and not any(word.startswith("-") for word in unknown):
             setattr(namespace, names[0], [*getattr(namespace, names[0]), *unknown])
-        elif unknown:  # said here, with the usage of this command
+        elif unknown:  # reported here, with this command's usage
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return namespace, []
 
 
 def _loras_last(words: list[str]) -> list[str]:
-    """The words with each `--lora FILE [STRENGTH [STRENGTH]]` behind the others."""
+    """The words, with every `--lora FILE [STRENGTH [STRENGTH]]` moved to the end."""
     words = [
         part for word in words for part in (word.split("=", 1) if word.startswith("--lora=") else [word])
     ]
@@ -158,7 +158,7 @@ def _lora(words: Sequence[str]) -> Lora:
     file, *numbers = words
     strengths = [float(number) if _is_number(number) else math.nan for number in numbers[:2]]
     for number, strength in zip(numbers, strengths, strict=False):
-        if not abs(strength) <= 1000:  # which NaN is not
+        if not abs(strength) <= 1000:  # also true for NaN
             raise CascadeError(
                 f"{quoted(number)} is not a strength; give a number such as 0.8 after --lora {file}."
             )
@@ -234,7 +234,7 @@ def _check_outputs(job: Merge) -> None:
 
 
 def _read_stage_c(source: Path) -> tuple[NamedTensors, StageCConfig, set[str]]:
-    """The file, the network's configuration, and the names of its matrices that files hold in 8 bits."""
+    """The file, the network's configuration, and the names of matrices that can be stored in 8 bits."""
     import torch
 
     from ..cascade_core.checkpoints import check_weights, identify, read_named, split_attention
@@ -253,7 +253,7 @@ def _read_stage_c(source: Path) -> tuple[NamedTensors, StageCConfig, set[str]]:
 
 
 def _read_text_encoder(job: Merge, model: NamedTensors) -> NamedTensors | None:
-    """The source itself, if it holds a text encoder, or the file that is named beside it."""
+    """The text encoder in the source, or in the file given by --text-encoder; None without either."""
     from ..cascade_core.checkpoints import read_named
 
     if job.text_encoder is None:
@@ -291,7 +291,7 @@ def _vocabulary_lines(text: NamedTensors) -> list[str]:
 def _read_loras(
     job: Merge, config: StageCConfig, with_text: bool
 ) -> tuple[list[str], dict[str, list[Patch]]]:
-    """The lines that tell of the LoRAs, and their patches of each network."""
+    """Report lines about the LoRAs, and their patches by network."""
     from ..cascade_core import limits
     from ..cascade_core.adapters import (
         check_finite_adapter,
@@ -307,7 +307,7 @@ def _read_loras(
     patches: dict[str, list[Patch]] = {"stage_c": [], "text": []}
     for lora in job.loras:
         adapter = read_adapter(lora.path, config, alpha, job.filters)
-        check_fits(adapter, config)  # also that it is of Stage C
+        check_fits(adapter, config)  # also checks that it is for Stage C
         check_finite_adapter(adapter)
         if not (adapter.stage_c or adapter.text):
             raise CascadeError(
@@ -336,8 +336,8 @@ def _read_loras(
 
 
 def _metadata(metadata: Mapping[str, str], job: Merge) -> dict[str, str]:
-    """The file's own metadata, with what was merged; without a digest of what it was, and without what says that it is
-    one network where it holds several.
+    """The file's metadata with a record of the merge, without digests of the old contents and, for a file of several
+    networks, without the metadata of a single one.
     """
     stale = (*_STALE, *_ONE_NETWORK) if job.one_file else _STALE
     try:

@@ -1,6 +1,6 @@
 """`cascade models`: lists the published files that are present, under any name, and what each workflow lacks.
 
-A file is recognised by the names and shapes of its tensors; of each only the header is read.
+A file is recognised by the names and shapes of its tensors; only headers are read.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _contents(path: Path, unrecognised: dict[Path, str]) -> list[FileNetwork]:
 
 
 def networks_of(path: Path) -> list[FileNetwork]:
-    """Networks of a file, in any layout, and the checkpoint that it is; only its header is read.
+    """Networks of a file, in any layout, and the file as a checkpoint; only its header is read.
 
     Raises CascadeError for a file without any, which names what it is instead, or for one that cannot be read.
     """
@@ -149,7 +149,7 @@ def networks_of(path: Path) -> list[FileNetwork]:
     precision = _precision(tensors, dtypes)
     layouts = parts_in(tensors)
     if not layouts:
-        identify(path, tensors, metadata)  # raises, naming what it is instead
+        identify(path, tensors, metadata)  # raises CascadeError that names the file's kind
     # A config in the metadata belongs to the only network of its file.
     network_metadata = metadata if len(layouts) == 1 else {}
     contents = []
@@ -205,7 +205,7 @@ def _has_demo() -> bool:
 
 
 def _arrived(file: PublishedFile) -> int:
-    """Bytes that an interrupted transfer has left."""
+    """Bytes left by an interrupted transfer."""
     partials = partial_files(target_path(file, new_files_root()))
     return max((partial.stat().st_size for partial in partials), default=0)
 

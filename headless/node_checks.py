@@ -1,9 +1,9 @@
 """Checks of one node's inputs, in ComfyUI's order and words.
 
-https://github.com/comfyanonymous/ComfyUI, `execution.py`, `validate_inputs` (version 0.33). But for what goes wrong
-there without a word: a value where only a link can be, such as a number for an IMAGE, which fails in the middle of the
-run; 1.5 for an INT, which becomes 1; and "false" for a BOOLEAN, which is true. Here "false" is false, and the others
-are refused.
+https://github.com/comfyanonymous/ComfyUI, `execution.py`, `validate_inputs` (version 0.33). They differ where ComfyUI
+silently goes wrong: for a value where only a link is possible, such as a number for an IMAGE, which fails during the
+run; for 1.5 as an INT, which becomes 1; and for "false" as a BOOLEAN, which counts as true. Here "false" is false,
+and the others are refused.
 """
 
 from __future__ import annotations
@@ -116,13 +116,13 @@ def _compatible(received: str, expected: str) -> bool:
 
 def _convert(name: str, entry: InputInfo, value: Any) -> Any:
     """Converts a value to its input's type; rejects NaN and infinity."""
-    if isinstance(value, dict) and "__value__" in value:  # how a list is given as a value, not as a link
+    if isinstance(value, dict) and "__value__" in value:  # the form of a list that is a value, not a link
         value = value["__value__"]
     if entry.type == "COMBO":
         return value
     convert = _CONVERSIONS.get(entry.type)
     if convert is None:
-        if value is None and not entry.required:  # as if it were left out
+        if value is None and not entry.required:  # counts as left out
             return None
         raise _Rejected(
             "value_on_socket",

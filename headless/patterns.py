@@ -1,8 +1,8 @@
-"""Patterns in a `filename_prefix` that ComfyUI's canvas fills in before it queues a graph: here too, in its words.
+"""Fills in patterns of a `filename_prefix`, as ComfyUI's canvas does before it queues a graph.
 
-`%date:yyyy-MM-dd%` is the time, `%KSampler.seed%` the value of a node's input, by class or title. Those that its
-SaveImage knows itself, such as %width%, and unknown ones stay as they are.
-https://github.com/Comfy-Org/ComfyUI_frontend, `applyTextReplacements` and `formatDate`.
+`%date:yyyy-MM-dd%` is the time, `%KSampler.seed%` the value of a node's input, by class or title. Patterns of
+SaveImage itself, such as %width%, and unknown ones are left unchanged. https://github.com/Comfy-Org/ComfyUI_frontend,
+`applyTextReplacements` and `formatDate`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _NOT_IN_NAMES = re.compile(r'[/?<>\\:*|"\x00-\x1f\x7f]')
 def fill_in_prefixes(graph: Graph) -> Graph:
     """Returns the graph with the patterns of its filename prefixes filled in.
 
-    A prefix too long for a path is left as it is, and a value too long for a name is cut to one that still is: saving
-    refuses both.
+    A prefix too long for a path is left unchanged, and a value too long for a name is cut, though not below that
+    length: saving refuses both.
     """
     now, nodes = time.localtime(), _nodes_by_name(graph)
 
@@ -64,7 +64,7 @@ def _nodes_by_name(graph: Graph) -> dict[str, dict[str, Any]]:
 
 
 def _as_text(value: Any) -> str | None:
-    """An input's value as the canvas writes it; None for a link, or for what is not there."""
+    """An input's value as the canvas writes it; None for a link or a missing input."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

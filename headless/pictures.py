@@ -46,7 +46,7 @@ def read_image(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _batch(tensors: list[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # one is not copied
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)  # avoids a copy of a single frame
 
 
 def read_mask(path: Path, name: str) -> Tensor:
@@ -61,10 +61,10 @@ def encode_png(
 ) -> bytes:
     """Encodes one image (H, W, C), C = 1, 3 or 4, clipped to [0, 1], as PNG.
 
-    texts: as JSON in text chunks; parameters: a text as it is, in the chunk of that name
+    texts: written as JSON into text chunks; parameters: a text, written unchanged into the chunk of that name
 
-    Filtered rows of a photograph hold few strings that repeat: looking for runs alone takes half the time, and the
-    file is as small. Drawings become a fifth larger.
+    The filtered rows of a photograph have few repeated strings, so zlib's run-length strategy takes half the time for
+    a file of the same size. Drawings become a fifth larger.
     """
     values = (255.0 * image.detach().float()).clamp_(0, 255).to(torch.uint8).cpu().numpy()
     picture = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)

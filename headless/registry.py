@@ -1,4 +1,4 @@
-"""Registry of the nodes, and what the host needs to know of each."""
+"""Registry of the nodes, with a description of each for the host."""
 
 from __future__ import annotations
 

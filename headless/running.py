@@ -1,6 +1,6 @@
-"""Which node of a graph is executing: one that saves a picture writes into it what it comes from.
+"""The node that is executing, so that a node that saves a picture can write its origin into it.
 
-Not a hidden input of the node, with which two equal nodes would no longer share their outputs.
+This is not a hidden input of the node, since two equal nodes would then no longer share their outputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where pictures are saved: a folder that can be written to, and names inside it that are free."""
+"""Saving of pictures: checks of the folder, and free names inside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ADVICE = {
     errno.EFBIG: "free some space or save elsewhere (--output)",
     errno.ENAMETOOLONG: "choose a shorter filename_prefix",
 }
-_WIDEST = 99_999  # as width, height and number of a picture that is still to be made
+_WIDEST = 99_999  # stands for the width, height and number of a picture not made yet
 
 
 def check_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from .graph import Graph
 
 SEED_INPUTS = ("seed", "noise_seed")
 RANDOM = "random"
-_MOST = 2**50  # as the canvas draws them: a browser's numbers hold them exactly
+_MOST = 2**50  # as on the canvas, since JavaScript's numbers hold these exactly
 
 
 def draw_seeds(graph: Graph) -> tuple[Graph, int | None]:

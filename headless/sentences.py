@@ -13,7 +13,7 @@ Error = dict[str, Any]
 _MOST_LINES = 20
 _MOST_CHOICES = 20
 _KINDS = {"INT": "a whole number (INT)", "FLOAT": "a number (FLOAT)", "BOOLEAN": "true or false (BOOLEAN)"}
-_LONGEST_NAME = 100  # characters of a class's name that are compared with those there are
+_LONGEST_NAME = 100  # characters of a class's name that are compared with existing names
 
 
 class GraphError(CascadeError):
@@ -43,7 +43,7 @@ def sentences(
 
 
 def shortened(lines: list[str]) -> list[str]:
-    """The first lines, and that there are more."""
+    """The first lines, and a note that there are more."""
     return (
         lines
         if len(lines) <= _MOST_LINES
@@ -52,7 +52,7 @@ def shortened(lines: list[str]) -> list[str]:
 
 
 def _name(value: object, limit: int = 80) -> str:
-    """A node's id or class, an input's type or an option, as a graph or a server has it."""
+    """A node's id or class, an input's type or an option, from a graph or a server, made printable."""
     return printable(value if isinstance(value, str) else quoted(value), limit)
 
 
@@ -84,8 +84,8 @@ def _whole_graph(error: Error, node_types: list[str]) -> str:
         )
     if error["type"] == "missing_node_type":
         hint = "`cascade nodes` lists those there are."
-        if node_types:  # this program's; a server has others
-            # A slip of the pen, not another node of ComfyUI's: those often begin or end alike.
+        if node_types:  # None for a server, which has other nodes
+            # Only a typing error, not another node of ComfyUI, whose names often begin or end alike.
             close = get_close_matches(class_type[:_LONGEST_NAME], node_types, n=1, cutoff=0.8)
             elsewhere = "run with --server, on a ComfyUI that has it"
             hint = (

@@ -1,4 +1,4 @@
-"""`cascade show FILE`: what made a picture, what a graph makes, what a LoRA or a network is."""
+"""`cascade show FILE`: describes how a picture was made, or a graph, a LoRA or a network."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .summary import FILE_SUFFIXES, Summary, summarise
 if TYPE_CHECKING:
     from .registry import InputInfo
 
-_WIDTH = 9  # of the names in front of lines
+_WIDTH = 9  # of the names that begin lines
 
-# What is known of a file, for programs, and lines for people.
+# Facts about a file for programs, and lines for people.
 Description = tuple[dict[str, Any], list[str]]
 
 
 def show(path: Path, as_json: bool = False) -> str:
-    """Text or JSON about a file. Raises CascadeError for one that says nothing of itself."""
+    """Text or JSON about a file. Raises CascadeError for a file without any information."""
     facts, lines = _describe(path)
     if as_json:
         return to_json({"file": path.name, **facts}, indent=2)
@@ -51,7 +51,7 @@ def _describe_graph(path: Path) -> Description:
     except CascadeError:
         if "parameters" not in texts:
             raise
-        source = None  # another program's picture, which says in words how it was made
+        source = None  # another program's picture, with a text about how it was made
     if source is None:
         return facts, [title, *texts["parameters"].splitlines()]
     summary = summarise(source.graph)
@@ -60,7 +60,7 @@ def _describe_graph(path: Path) -> Description:
 
 
 def _known_inputs(class_type: str) -> Mapping[str, InputInfo] | None:
-    from .registry import available_nodes, describe  # with torch: for workflows of the canvas alone
+    from .registry import available_nodes, describe  # imports torch; needed only for workflows of the canvas
 
     nodes = available_nodes()
     return describe(nodes[class_type]).inputs if class_type in nodes else None
@@ -93,14 +93,14 @@ def _lines(summary: Summary, source: Source) -> list[str]:
 
 
 def _setting(name: str, value: Any) -> str:
-    if isinstance(value, str):  # a sampler's or a scheduler's name
+    if isinstance(value, str):  # the name of a sampler or scheduler
         return value
     number = f"{value:g}" if isinstance(value, float) else str(value)
     return f"{number} steps" if name == "steps" else f"{name} {number}"
 
 
 def _named(name: str, text: str | None) -> list[str]:
-    """A text behind its name, its further lines below each other."""
+    """A text after its name, with further lines indented below."""
     first, *further = (text or "").splitlines() or [""]
     if not text:
         return []

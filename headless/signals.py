@@ -1,4 +1,4 @@
-"""Signals that ask the process to stop: SIGTERM of a scheduler, SIGHUP of a terminal that is closed, beside Ctrl-C."""
+"""Signals that ask the process to stop: Ctrl-C, a scheduler's SIGTERM, the SIGHUP of a closed terminal."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as in shells
 REPEATED = 2.0  # seconds; `timeout` and launchers of many processes send their signal more than once
 STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that ends the command as Ctrl-C does, with an exit status of its own."""
+    """A signal that ends the command as Ctrl-C does, but with its own exit status."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -24,11 +24,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Within the block, a signal that would end the process without a word raises Stopped.
+    """Within the block, a signal that would silently end the process raises Stopped.
 
-    One that the program around us handles, or ignores as `nohup` does, is left alone.
+    Signals that the surrounding program handles, or ignores as under `nohup`, are left alone.
     """
-    first: list[float] = []  # when the signal came that is being obeyed
+    first: list[float] = []  # time of the first signal, which is being obeyed
 
     def stop(number: int, frame: Any) -> None:
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Where graphs come from: API format, a body of POST /prompt, a workflow of the canvas, or a picture of either."""
+"""Sources of graphs: API format, a body of POST /prompt, a workflow of the canvas, or a picture with one of them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .summary import FILE_SUFFIXES
 
 @dataclass(frozen=True)
 class Source:
-    """A graph, and the workflow of the canvas that it comes from, where that is known."""
+    """A graph, and the workflow of the canvas that it comes from, if known."""
 
     graph: Graph
     workflow: dict[str, Any] | None = None
 
     @property
     def extra_pnginfo(self) -> dict[str, Any] | None:
-        """What pictures carry beside the graph, as ComfyUI has it."""
+        """The data that pictures hold beside the graph, as in ComfyUI."""
         return None if self.workflow is None else {"workflow": self.workflow}
 
 
 def read_source(path: Path, inputs_of: InputsOf) -> Source:
     """Reads a graph in whatever form a file has it.
 
-    Of a picture that holds both, the graph that ran is taken and not the workflow, which may have been changed since.
-    Raises CascadeError where the file is missing, too large, or holds no graph.
+    From a picture with both, the executed graph is taken, not the workflow, which may have been changed since. Raises
+    CascadeError where the file is missing, too large, or holds no graph.
     """
     name = printable(str(path))
     if path.suffix.lower() in FILE_SUFFIXES:
@@ -76,7 +76,7 @@ def starts_as_picture(path: Path) -> bool:
         with open_regular(path) as file:
             return is_picture(file.read(12))
     except (OSError, ValueError):
-        return False  # reading it as a graph says why
+        return False  # reading it as a graph will report the fault
 
 
 def _of_picture(path: Path, name: str, inputs_of: InputsOf) -> Source:
@@ -85,7 +85,7 @@ def _of_picture(path: Path, name: str, inputs_of: InputsOf) -> Source:
     for key in ("prompt", "workflow"):
         try:
             values[key] = parse_json(texts.get(key, ""), name)
-        except CascadeError:  # another program's text under that name
+        except CascadeError:  # text of another program in a chunk of that name
             values[key] = None
     workflow = values["workflow"] if is_workflow(values["workflow"]) else None
     if workflow is not None:
@@ -101,9 +101,9 @@ def _of_picture(path: Path, name: str, inputs_of: InputsOf) -> Source:
 
 
 def prepared(source: Source, assignments: Iterable[str], inputs_of: InputsOf, observer: Observer) -> Source:
-    """The graph as it is validated or sent: with values of --set, drawn seeds and filled-in prefixes.
+    """The graph ready to be validated or sent: with values of --set, drawn seeds and filled-in prefixes.
 
-    The workflow goes along only where the values are still its own: ComfyUI opens it in the graph's place.
+    The workflow is kept only while its values are unchanged, because ComfyUI opens it in place of the graph.
     """
 
     def input_types(class_type: str) -> dict[str, str] | None:

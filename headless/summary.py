@@ -1,6 +1,6 @@
-"""What a graph makes its picture with: prompt, seeds, steps and files, found by the names of inputs.
+"""Summary of a graph: prompt, seeds, steps and files, found by the names of inputs.
 
-So it reads graphs of other nodes too, as far as theirs are named as ComfyUI's are.
+So it also reads graphs with other nodes, as far as their inputs are named as in ComfyUI.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .graph import Graph, is_link
 from .seeds import SEED_INPUTS
 
 FILE_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx")
-_SETTINGS = {  # of a sampler, under ComfyUI's names and ours
+_SETTINGS = {  # settings of a sampler, by ComfyUI's names and ours
     "steps": "steps",
     "cfg": "cfg",
     "cfg_rescale": "cfg_rescale",
@@ -42,7 +42,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class File:
-    """A file that a graph loads; strengths: how much of it, where the node says so."""
+    """A file that a graph loads; strengths: those that the node states."""
 
     node: str
     class_type: str
@@ -52,10 +52,10 @@ class File:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a picture was made with.
+    """Prompt, samplers, files and pictures behind a saved picture.
 
     positive, negative  texts of the prompt; None where they are not found
-    samplers            those that the picture comes through, the last one first
+    samplers            those that the picture passes through, the last one first
     files               of models, as far as the graph names them
     pictures            that the graph starts from
     model               the file that the first stage samples with
@@ -70,13 +70,13 @@ class Summary:
 
     @property
     def first(self) -> Sampling | None:
-        """The sampler that decides what the picture shows: Stage C's, else the last one."""
+        """The sampler that decides the picture's content: Stage C's, else the last one."""
         stage_c = (sampling for sampling in self.samplers if sampling.stage == "Stage C")
         return next(stage_c, self.samplers[0] if self.samplers else None)
 
 
 def summarise(graph: Graph, node_id: str | None = None) -> Summary:
-    """Summary of what one node saves, by default of all that no other node takes from."""
+    """Summary of one node's picture; by default of all nodes whose outputs no other node takes."""
     upstream = _upstream(graph, [node_id] if node_id is not None else _ends(graph))
     summary = Summary(
         samplers=_samplers(graph, upstream),
@@ -106,7 +106,7 @@ def summarise(graph: Graph, node_id: str | None = None) -> Summary:
 def parameters(summary: Summary, width: int, height: int, batch: int = 1, index: int = 0) -> str | None:
     """The text chunk `parameters` that viewers show, in the form that AUTOMATIC1111's web UI began.
 
-    batch, index: how many pictures were made at once, and which of them this is. None without a prompt or a seed.
+    batch, index: number of pictures made at once, and this one's index. None without a prompt or a seed.
     """
     first = summary.first
     if first is None or summary.positive is None or "seed" not in first.settings:
@@ -133,7 +133,7 @@ def parameters(summary: Summary, width: int, height: int, batch: int = 1, index:
     line = ", ".join(f"{name}: {_entry(value)}" for name, value in entries.items() if value is not None)
     negative = [f"Negative prompt: {summary.negative}"] if summary.negative else []
     text = "\n".join([summary.positive, *negative, line])
-    # A chunk holds neither NUL nor half a character.
+    # A text chunk can hold neither NUL nor lone surrogates.
     return text.replace("\x00", "").encode("utf-8", "replace").decode()
 
 
@@ -147,7 +147,7 @@ def _stem(name: str) -> str:
 
 
 def _entry(value: Any) -> str:
-    """A value in the line of settings, in quotation marks where it would break it."""
+    """A value for the line of settings, quoted where its characters would break the line."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
 
@@ -158,17 +158,17 @@ def _ends(graph: Graph) -> list[str]:
 
 
 def _links(graph: Graph, node: str) -> Iterator[tuple[str, str, int]]:
-    """(input, source node, output) of each connection that leads somewhere."""
+    """(input, source node, output) of each connection to an existing node."""
     for name, value in graph[node]["inputs"].items():
         if is_link(value) and value[0] in graph:
             yield name, value[0], value[1]
 
 
 def _upstream(graph: Graph, ends: list[str]) -> dict[str, bool]:
-    """The nodes that others take from, nearest first, each with whether it is reached as Stage C's latent."""
+    """The upstream nodes, nearest first, each with whether it is reached through Stage C's latent."""
     found = dict.fromkeys(ends, False)
     pending = list(ends)
-    for node in pending:  # grows as it is walked
+    for node in pending:  # grows during the loop
         for name, source, _ in _links(graph, node):
             if source not in found:
                 found[source] = found[node] or name == "stage_c"
@@ -195,7 +195,7 @@ def _samplers(graph: Graph, upstream: dict[str, bool]) -> list[Sampling]:
 
 
 def _literal(graph: Graph, value: Any) -> Any:
-    """An input's value, also of a node that holds nothing but that value."""
+    """An input's value, directly or from a connected node that only holds a value."""
     if is_link(value):
         source = graph.get(value[0])
         value = source["inputs"].get("value") if source is not None else None
@@ -215,7 +215,7 @@ def _files(graph: Graph, node: str) -> Iterator[File]:
 
 
 def _text(graph: Graph, inputs: dict[str, Any], side: str) -> str | None:
-    """The text behind a connection: through nodes that take both sides, or a conditioning, to a text."""
+    """The prompt behind a connection, found through nodes that pass on both prompts or a conditioning."""
     value: Any = inputs.get(side)
     seen: set[str] = set()
     while is_link(value) and value[0] in graph and value[0] not in seen:

@@ -27,7 +27,7 @@ def run_training(
     task: TaskName, path: Path, fresh: bool = False, dry: bool = False, preset: str | None = None
 ) -> int:
     """Train, with progress on standard error. Returns the exit status: 0, or 128 + the signal that stopped the run."""
-    # Before torch: a workspace of its own makes cuBLAS give the same bits each time.
+    # Before torch is imported: with this workspace, cuBLAS is deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
@@ -39,7 +39,7 @@ def run_training(
     read = read_settings(path, task, preset)
     folder = path.resolve().parent
     settings = resolve(read, folder, finder(folder))
-    fast = settings.train.precision != "fp32"  # then products too are in float32, and not in TF32
+    fast = settings.train.precision != "fp32"  # fp32: products are computed in float32 too, not in TF32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
     line = ProgressLine()
     if dry:
@@ -54,33 +54,33 @@ def run_training(
             leave_group(together=False)
             raise
         leave_group()
-    if outcome.file is not None and outcome.seconds:  # else it was there
+    if outcome.file is not None and outcome.seconds:  # else the run was finished already
         line.notify(how_to_try(settings, outcome.file))
-    # of several processes one alone may have had the signal
+    # of several processes, only one may have received the signal
     return 0 if outcome.finished else 128 + next(iter(signals), signal.SIGINT)
 
 
 def leave_group(together: bool = True) -> None:
-    """End the threads by which processes exchange what is in main memory; at the end of Python they would abort it.
+    """End the threads of communication in main memory; at Python's exit they would abort the process.
 
-    together: whether all processes come here, so that none leaves while another still asks it.
+    together: whether all processes reach this point, so that none leaves while another still needs it.
     """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
-        gc.collect()  # what of the run is left in circles refers to the group
+        gc.collect()  # reference cycles of the run hold the group
         if together:
             distributed.barrier()
         distributed.destroy_process_group()
 
 
 def finder(folder: Path) -> Callable[[str, str], Path]:
-    """Find networks by name: beside the settings file, or where the loaders find them."""
+    """A function that finds networks by name: beside the settings file, or where loaders look."""
     from ..nodes.hosts.headless.folders import find_file
 
     def find(role: str, name: str) -> Path:
         beside = folder / name
-        return beside if os.path.exists(beside) else find_file(role, name)  # also where the name is too long
+        return beside if os.path.exists(beside) else find_file(role, name)  # takes too long names as well
 
     return find
 
@@ -98,7 +98,7 @@ def recording_signals() -> Iterator[list[int]]:
         first = first or time.monotonic()
         signals.append(number)
 
-    # None: a library handles it outside of Python, and could not be given it back.
+    # None: handled by a library outside of Python, whose handler could not be restored.
     stopping = [number for number in STOPPING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     with handling((signal.SIGINT, *stopping), record):
         yield signals
@@ -113,7 +113,7 @@ def find_faces(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class ProgressLine:
-    """One line on standard error that is overwritten; whole lines where that is not a terminal."""
+    """A status line on standard error that is overwritten; separate lines where that is not a terminal."""
 
     def __init__(self) -> None:
         self.live = sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""A graph that makes a picture with what was trained, and the command that runs it."""
+"""A graph that makes a picture with a training's result, and the command that runs it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def how_to_try(settings: Settings, file: Path) -> str:
 
 
 def decoding_stages(settings: Settings) -> tuple[str, str]:
-    """The files of Stage B and Stage A: those of the samples, the demo's for the demo, or the published ones.
+    """The files of Stage B and Stage A: those for samples, the demo's for the demo, or the published ones.
 
-    Raises CascadeError where they are not there.
+    Raises CascadeError where they are not found.
     """
     from ..cascade_core.training.settings import DECODERS
     from ..nodes.hosts.headless.folders import find_file, list_files
@@ -50,7 +50,7 @@ def decoding_stages(settings: Settings) -> tuple[str, str]:
 
 
 def trial_graph(settings: Settings, file: Path, stage_b: str, stage_a: str) -> dict[str, Any]:
-    """Text to image of the first sample's prompt, by the networks of the run and what it gave."""
+    """A text-to-image graph of the first sample's prompt, with the run's networks and result."""
     from ..cascade_core.training.samples import STAGE_B_CFG, STAGE_B_STEPS
 
     models, output = settings.models, settings.output
@@ -124,7 +124,7 @@ def _node(kind: str, **inputs: Any) -> dict[str, Any]:
 
 
 def _shown(path: Path) -> str:
-    """The path from here where it lies below, in quotes where a shell needs them."""
+    """The path, relative to the current folder if it lies inside, quoted if a shell needs it."""
     import shlex
 
     here = Path.cwd()

@@ -19,7 +19,7 @@ from .graph import Graph, check_shape, linked_inputs, name_of, title_of
 from .node_checks import NodeCheck, check_node
 from .registry import NodeClass, NodeInfo, describe
 
-_MOST_FAILING = 50  # nodes whose errors are told: each has a list of the outputs that depend on it
+_MOST_FAILING = 50  # nodes whose errors are listed, each with the outputs that depend on it
 _CYCLE_SHOWN = 10
 
 
@@ -42,7 +42,7 @@ class Validation:
 
 
 def validate(graph: Graph, classes: Mapping[str, NodeClass]) -> Validation:
-    """Checks a graph against the node classes. Raises CascadeError only for what is not a graph at all."""
+    """Checks a graph against the node classes. Raises CascadeError only for a value that is not a graph."""
     check_shape(graph, "The graph")
     graph = copy.deepcopy(graph)
     error = _first_unknown(graph, classes)
@@ -69,7 +69,7 @@ def _error(kind: str, message: str, details: str, **extra: Any) -> dict[str, Any
 
 
 def _first_unknown(graph: Graph, classes: Mapping[str, NodeClass]) -> dict[str, Any] | None:
-    """Error of the first node whose class is missing or unknown."""
+    """The error of the first node whose class is missing or unknown."""
     for node_id, node in graph.items():
         details = f"Node ID '#{node_id}'"
         class_type = node.get("class_type")
@@ -154,7 +154,7 @@ class _LinkTraversal:
         """Checks the output and all nodes upstream over well-formed links, each once; records cycles on the way."""
         if output in self.checked:
             return
-        path = {output: None}  # in order, and found at once
+        path = {output: None}  # a dict: ordered, with fast lookup
         branches = [iter(self._check(output).sources)]
         while branches:
             via, source = next(branches[-1], ("", None))
@@ -171,7 +171,7 @@ class _LinkTraversal:
                 path[source] = None
 
     def _downstream(self, node_ids: Iterable[str]) -> set[str]:
-        """These nodes and all that take from them."""
+        """These nodes and all nodes downstream of them."""
         seen = set(node_ids)
         pending = list(seen)
         while pending:
@@ -181,7 +181,7 @@ class _LinkTraversal:
         return seen
 
     def _note_cycle(self, start: str, path: Iterable[str]) -> None:
-        if start in self.cycle_errors:  # the nodes of that cycle are refused already
+        if start in self.cycle_errors:  # the nodes of that cycle are already refused
             return
         cycle = list(dropwhile(lambda node_id: node_id != start, path))
         names = [name_of(self.graph, node_id) for node_id in (*cycle[:_CYCLE_SHOWN], start)]

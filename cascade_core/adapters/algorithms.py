@@ -382,7 +382,7 @@ def _alpha(layer: Layer, parts: Parts, rank: int) -> float | None:
         return layer.alpha_of(rank)
     alpha = parts["alpha"]
     number = alpha.dtype in FLOATING or alpha.dtype in _WHOLE_NUMBERS
-    if not (number and alpha.numel() == 1 and abs(alpha.item()) <= LARGEST_ALPHA):  # False for NaN
+    if not (number and alpha.numel() == 1 and abs(alpha.item()) <= LARGEST_ALPHA):  # also true for NaN
         value = alpha.item() if alpha.numel() == 1 else alpha.flatten()[:9].tolist()
         raise CascadeError(
             f"{layer.where} has an alpha of {quoted(value)}, but one number is expected, of at most "

@@ -111,7 +111,7 @@ def _add_workers(batch: argparse.ArgumentParser) -> None:
         "--workers",
         type=_count_of_workers,
         metavar="N",
-        help="run in so many processes of Ray's (pip install 'cascade-nodes[cluster]'); default: one for each GPU",
+        help="run in this many processes of Ray's (pip install 'cascade-nodes[cluster]'); default: one for each GPU",
     )
     batch.add_argument(
         "--gpus-per-worker",
@@ -149,7 +149,7 @@ def _gpus(text: str) -> float:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """Raises CascadeError for options of which one would be without effect."""
+    """Raises CascadeError for combinations in which an option would have no effect."""
     on_ray = options.workers is not None or options.address is not None
     if options.server and on_ray:
         raise CascadeError(
@@ -212,7 +212,7 @@ def _rows(options: argparse.Namespace) -> tuple[list[Row], list[Sheet]]:
 
 
 def launched_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """This process's share as torchrun and other launchers say it: RANK from 0, and WORLD_SIZE."""
+    """This process's shard from RANK (from 0) and WORLD_SIZE, as set by torchrun and other launchers."""
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
     try:
@@ -250,7 +250,7 @@ def _work(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where graphs run: how rows are made jobs there, and who works on them."""
+    """Where graphs run: makes jobs of rows, and workers for them."""
 
     plan: Callable[[list[Row], list[str], Journal], Plan]
     crew: Callable[[], Crew]
@@ -264,7 +264,7 @@ def _on_servers(options: argparse.Namespace, progress: BatchProgress) -> _Place:
 
     servers = [Server(url) for url in dict.fromkeys(options.server)]
     for server in servers:
-        server.get("/queue")  # one that does not answer is found now
+        server.get("/queue")  # fails now if the server does not answer
     inputs_of = remembering(servers[0].inputs_of)
     graph = read_source(options.graph, inputs_of).graph
 
@@ -295,7 +295,7 @@ def _here(options: argparse.Namespace, progress: BatchProgress) -> _Place:
 
     graph = read_source(options.graph, inputs_of).graph
     folder = options.graph.parent
-    # On a cluster the models and pictures lie on its machines, and perhaps not here.
+    # On a cluster, models and pictures are on its machines, and perhaps not here.
     check = checking(Folders(options.input, options.output, folder)) if options.address is None else None
 
     def plan(rows: list[Row], assignments: list[str], journal: Journal) -> Plan:
@@ -313,7 +313,7 @@ def _here(options: argparse.Namespace, progress: BatchProgress) -> _Place:
 
 
 def choose_card(environment: MutableMapping[str, str]) -> None:
-    """Gives each process of a launcher on this machine a card of its own, before any is used."""
+    """Assigns each process of a launcher on this machine its own card, before any card is used."""
     if "LOCAL_RANK" not in environment or launched_shard(environment) is None:
         return
     import torch
@@ -326,7 +326,7 @@ def choose_card(environment: MutableMapping[str, str]) -> None:
 
 
 def _tell(summary: Summary, total: int, progress: BatchProgress) -> None:
-    """The end of a batch: how many of what, and again each row that could not be made, which may have scrolled away."""
+    """Reports the end of a batch: counts, and again each failed row, since earlier reports may have scrolled away."""
     parts = [f"{len(summary.made)} of {total} rows made"]
     if summary.failed:
         parts.append(f"{len(summary.failed)} could not be made")

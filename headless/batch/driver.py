@@ -1,4 +1,4 @@
-"""The loop that hands out a batch's rows and alone writes what is done."""
+"""The loop that hands out a batch's rows, and alone writes the journal."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .journal import Journal
 from .progress import BatchProgress
 from .work import Crew, CrewLostError, Job, Outcome, sentence_of
 
-TRIES = 3  # of a row whose worker is gone: perhaps it is the row that ends workers
-_LOOK = 1.0  # seconds between two looks at signals
+TRIES = 3  # of a row whose worker is lost, since the row may be what kills workers
+_LOOK = 1.0  # seconds between two checks for signals
 
 
 @dataclass
 class Summary:
     """Names of rows that were made, (name, sentence) of those that could not be, and those that are left.
 
-    ended_by: why nobody is left to work on these.
+    ended_by: why no worker is left for these.
     """
 
     made: list[str] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Driver:
         progress.begin(len(self.queue))
 
     def run(self, signals: list[int]) -> Summary:
-        """Works until all is done, or until `signals` has one and the rows under way are finished."""
+        """Works until all rows are done, or until `signals` is not empty and the rows under way are finished."""
         try:
             while self.under_way or (self.queue and not signals):
                 while self.queue and self.crew.free() and not signals:

@@ -1,7 +1,8 @@
-"""What of a batch is done: lines of JSON beside its pictures, one for each row, written before its pictures are.
+"""Journal of a batch: lines of JSON beside its pictures, one for each row, written before the row's pictures.
 
-A line claims the names of a row's pictures. So a row is done when its line and all pictures are there, whatever was
-killed when: pictures without a line are not of this batch, and those that a line claims are replaced by the row alone.
+A line claims the names of a row's pictures. So a row is done when its line and all its pictures exist, even after a
+kill at any time: pictures without a line do not belong to the batch, and those that a line claims are replaced only
+by that row.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class Journal:
         self._lock(path)
         self._end_line()
         self.records: dict[str, Record] = {}
-        self.owners: dict[str, str] = {}  # of pictures' names
+        self.owners: dict[str, str] = {}  # picture's name -> row's name
         self.read()
 
     def read(self) -> None:
-        """Reads what others have written since, too."""
+        """Reads all journals of the folder, including lines that other processes have added."""
         for path in sorted(self.folder.glob("batch*.jsonl")):
             for record in _records(path):
                 self._enter(record)
@@ -49,12 +50,12 @@ class Journal:
             self.owners[picture] = record["name"]
 
     def pictures(self, name: str) -> list[Path]:
-        """Pictures of a row that are there."""
+        """Existing pictures of a row."""
         listed = self.records.get(name, {"pictures": []})["pictures"]
         return [path for picture in listed if os.path.isfile(path := self.folder / picture)]
 
     def is_done(self, job: Job) -> bool:
-        """Whether a row's pictures are there. Raises CascadeError where others lie under its name."""
+        """Whether all of a row's pictures exist. Raises CascadeError for other pictures under its name."""
         record, there = self.records.get(job.name), self.pictures(job.name)
         if record is None:
             self._check_free(job, [self.folder / f"{job.name}.png"])
@@ -79,7 +80,7 @@ class Journal:
         return paths
 
     def fail(self, name: str, error: str) -> None:
-        """Notes why a row could not be made. It is tried again when the batch is run again."""
+        """Records why a row could not be made. The row is tried again in the next run of the batch."""
         self._write({"name": name, "error": error})
 
     def _check_free(self, job: Job, paths: list[Path]) -> None:
@@ -100,11 +101,11 @@ class Journal:
             )
         self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self.file.flush()
-        with suppress(OSError):  # of file systems that cannot; a lost line costs a row's time
+        with suppress(OSError):  # some file systems cannot; a lost line only costs one row's time
             os.fsync(self.file.fileno())
 
     def _end_line(self) -> None:
-        """Ends the line that a kill broke off."""
+        """Ends a line that a kill cut off."""
         if self.file.seek(0, os.SEEK_END):
             self.file.seek(-1, os.SEEK_END)
             if self.file.read(1) != b"\n":
@@ -137,7 +138,7 @@ def _names(job: Job, outcome: Outcome) -> list[str]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """The lines that say a row is done; a line that a kill broke off is none."""
+    """The records of rows that are done, without a line that a kill cut off."""
     with path.open("rb") as file:
         for line in file:
             try:

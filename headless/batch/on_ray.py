@@ -1,6 +1,6 @@
-"""Workers on Ray: processes on this machine, or on those of a cluster, each with a card of its own.
+"""Workers on Ray: processes on this machine or a cluster's machines, each with its own card.
 
-Plain actors, whose rows the driver holds: one that is killed costs the row that it had, and a new one takes its place.
+They are plain actors, and the driver holds the rows: a killed actor only loses the row under way, and is replaced.
 https://docs.ray.io/en/latest/ray-core/actors.html
 """
 
@@ -25,9 +25,9 @@ from ...cascade_core.errors import CascadeError, quoted
 from ..signals import STOPPING
 from .work import CrewLostError, GraphWorker, Job, Outcome, sentence_of
 
-FAILED_STARTS = 3  # of workers, one after the other, until the batch ends
-_OBJECTS = 512 * 2**20  # bytes of shared memory: pictures on their way
-_PATIENCE = 30.0  # seconds without any worker until that is said
+FAILED_STARTS = 3  # consecutive failed starts of workers that end the batch
+_OBJECTS = 512 * 2**20  # bytes of shared memory, for pictures in transit
+_PATIENCE = 30.0  # seconds without any worker before the user is told
 _LEAST_SHARE = 0.001  # of a card
 
 
@@ -45,7 +45,7 @@ class RayWorker(GraphWorker):
     ):
         import torch
 
-        with suppress(OSError):  # on machines that have it: names of models may be relative to it
+        with suppress(OSError):  # if the machine has the folder, since model paths may be relative to it
             os.chdir(folder)
         if threads:
             torch.set_num_threads(threads)
@@ -58,7 +58,7 @@ class RayWorker(GraphWorker):
 
 
 class RayCrew:
-    """Workers on Ray's actors, and the cluster that was started for them or joined."""
+    """Workers as Ray's actors, on a cluster that was started for them or joined."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class RayCrew:
             RayWorker
         )
         self.start = partial(actor.remote, *arguments, os.getcwd(), threads, self.folder)
-        self.starting: dict[Any, Any] = {}  # by references to what they answer, as Ray has them
+        self.starting: dict[Any, Any] = {}  # by Ray's references to their answers
         self.idle: deque[Any] = deque()
         self.busy: dict[Any, tuple[Any, Job]] = {}
         self.failed_starts = 0
@@ -114,7 +114,7 @@ class RayCrew:
         return outcomes
 
     def close(self) -> None:
-        """Ends the workers, and the cluster where it was started for them."""
+        """Ends the workers, and the cluster if it was started for them."""
         for actor in self.actors:
             with suppress(Exception):  # gone already
                 self.ray.kill(actor)
@@ -201,14 +201,14 @@ class RayCrew:
                     signal.signal(number, handler)
 
     def _share(self, given: float | None) -> float:
-        """Cards of a worker: as given, else one where there are any."""
+        """Cards per worker: as given, else one if there are cards."""
         cards = self.ray.cluster_resources().get("GPU", 0)
         if given is None:
             return 1.0 if cards else 0.0
         return given
 
     def _count(self, workers: int | None, gpus: float) -> int:
-        """How many workers. Raises CascadeError for more than there is room for: the others would wait for ever."""
+        """Number of workers. Raises CascadeError for more than fit, since the others would wait for ever."""
         kind, share = ("GPU", gpus) if gpus else ("CPU", 1.0)
         nodes = [node["Resources"].get(kind, 0) for node in self.ray.nodes() if node["Alive"]]
         room = sum(math.floor(there / share + 1e-6) for there in nodes)
@@ -225,7 +225,7 @@ class RayCrew:
 
 
 def prepare(environment: MutableMapping[str, str], alone: bool) -> None:
-    """What Ray reads as it is imported: no usage statistics; on one machine, everything on loopback behind a token."""
+    """Sets variables that Ray reads at import: no usage statistics; on one machine, loopback only, behind a token."""
     environment["RAY_USAGE_STATS_ENABLED"] = "0"
     if alone:
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # its name for: every port on 127.0.0.1

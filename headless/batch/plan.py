@@ -1,4 +1,4 @@
-"""From rows to jobs: values put into the graph, names for its pictures, and what can be refused before the work."""
+"""Makes jobs of rows: puts values into the graph, names the pictures, and refuses bad rows before the work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PREFIX = "filename_prefix"
 
 @dataclass
 class Plan:
-    """What is to be done of a batch: jobs, rows done before, and (name, sentence) of rows that cannot be done."""
+    """Plan of a batch: jobs, rows that are done already, and (name, sentence) of rows that cannot be done."""
 
     jobs: list[Job] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Plan:
 
 
 def remembering(inputs_of: InputsOf) -> InputsOf:
-    """Asks for the inputs of each class once: a batch has the same nodes in every row."""
+    """Caches the inputs of each class, since every row of a batch has the same nodes."""
     known: dict[str, Mapping[str, InputInfo] | None] = {}
 
     def remembered(class_type: str) -> Mapping[str, InputInfo] | None:

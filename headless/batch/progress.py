@@ -1,4 +1,4 @@
-"""Progress of a batch: a line for each row with the time that is left; paths on standard output."""
+"""Progress of a batch: a line for each row with the remaining time; paths go to standard output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_LISTED = 20  # rows, in one line
 
 
 class BatchProgress(ConsoleProgress):
-    """Observer of the graph that this process runs, and of the rows, wherever they are made."""
+    """Observer of the graph in this process, and of all rows, wherever they are made."""
 
     def __init__(self, signals: list[int] | None = None) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class BatchProgress(ConsoleProgress):
         self._count(name, error, counts=False)
 
     def row_again(self, name: str, reason: str) -> None:
-        """Says that a row's worker is gone, and that the row is done again."""
+        """Reports that a row's worker is lost, and that the row is tried again."""
         self.notify(f"{name}: {reason} It is done again.")
 
     def file_written(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class BatchProgress(ConsoleProgress):
         self._finish(text)
 
     def say_stopping(self) -> None:
-        """Says once what a signal to stop is waiting for."""
+        """Tells once which rows are being finished before the stop."""
         if self.signals and not self.told:
             self.told = True
             self.notify(f"Stopping after {listed(self.under_way)}; once more drops what is under way.")
@@ -65,18 +65,18 @@ class BatchProgress(ConsoleProgress):
         if self.made > 1 and self.count < self.total:
             from ...cascade_core.training.log import duration
 
-            # From the first end on: models were loaded before.
+            # Timed from the end of the first row, in which models were loaded.
             each = (now - self.first_end) / (self.made - 1)
             left = f", {duration(each * (self.total - self.count))} left"
         self._finish(f"[{self.count}/{self.total}] {printable(name)}: {text}{left}")
 
-    # Of the nodes of a graph in this process: one line, where it can be drawn over.
+    # Nodes of a graph in this process: one line, on terminals where it can be overwritten.
 
     def picture_saved(self, picture: SavedPicture) -> None:
-        """Shows nothing: the picture goes under its row's name first."""
+        """Does nothing: the picture first gets its row's name."""
 
     def seed_drawn(self, seed: int) -> None:
-        """Shows nothing: the picture holds it."""
+        """Does nothing: the picture contains the seed."""
 
     def node_started(self, index: int, total: int, name: str) -> None:
         rows = "".join(self.under_way)
@@ -93,10 +93,10 @@ class BatchProgress(ConsoleProgress):
         self.say_stopping()
 
     def node_finished(self, seconds: float) -> None:
-        """Counts for nothing: a row has a dozen nodes."""
+        """Does nothing: a row has a dozen nodes."""
 
     def node_reused(self, index: int, total: int, name: str) -> None:
-        """Models are, in every row."""
+        """Does nothing: models are reused in every row."""
 
 
 def listed(names: Iterable[str]) -> str:

@@ -20,13 +20,13 @@ from ..seeds import SEED_INPUTS
 
 NAME = "name"  # the column that names a row's pictures
 _LONGEST_LABEL = 40  # characters of a value in a name
-_MOST_ROWS = 1_000_000  # of a grid, whose lists multiply each other, and of a table that is packed
+_MOST_ROWS = 1_000_000  # of a grid, whose sizes multiply, and of a packed table
 _LARGEST_TABLE = 2**30  # bytes, unpacked
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row: the name of its pictures, and values by `NODE.INPUT`; or the sentence that says why it cannot be one."""
+    """A row: the name of its pictures, and values by `NODE.INPUT`; or the sentence on why it is invalid."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Axis:
-    """A list of a grid: the input that takes its values, one after the other."""
+    """An axis of a grid: an input, and the values that it takes."""
 
     target: str
     values: list[str]
@@ -51,7 +51,7 @@ class Sheet:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Reads a table. A row without a name is called by its number, one that cannot be read is a fault of its own."""
+    """Reads a table. A row without a name is named by its number; an unreadable row is a row with a fault."""
     name = printable(str(path))
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -76,7 +76,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
 
 def _json_lines(path: Path, name: str) -> Iterator[dict[str, Any] | str]:
-    """Yields each line's object, or why it is none; empty lines are passed over."""
+    """Yields each line's object, or the fault of the line; skips empty lines."""
     with _opened(path) as lines:
         yield from _objects(name, lines)
 
@@ -156,7 +156,7 @@ _READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".tsv":
 
 
 def _row(number: int, cells: dict[str, Any] | str) -> Row:
-    """A row of cells. What is null, or an empty cell of a CSV file, is left as the graph has it."""
+    """A row of cells. For null, or an empty cell of a CSV file, the graph keeps its value."""
     default = f"{number:05}"
     if isinstance(cells, str):
         return Row(default, fault=cells)
@@ -178,7 +178,7 @@ def picture_fault(name: str) -> str | None:
 
 
 def _distinct(rows: list[Row]) -> list[Row]:
-    """The rows; one whose name an earlier one has is a fault. To many disks names that differ in case alone are one."""
+    """The rows; a repeated name is a fault, also if only the case differs, which many file systems ignore."""
     seen: set[str] = set()
     distinct = []
     for number, row in enumerate(rows, 1):
@@ -228,7 +228,7 @@ def grid_rows(rows: list[Row], axes: Sequence[Axis]) -> tuple[list[Row], list[Sh
         for number, values in enumerate(itertools.product(*(axis.values for axis in axes)), 1):
             targets = [axis.target for axis in axes]
             labels = "_".join(_label(target, value) for target, value in zip(targets, values, strict=True))
-            # By its number first: labels are cut, and values of different inputs may look the same.
+            # With a number, since labels are cut, and values of different inputs may look the same.
             name = f"{row.name}_{number:03}_{labels}"
             if len(name.rpartition("/")[2].encode()) > LONGEST_NAME - 20:
                 name = f"{row.name}_{number:03}"

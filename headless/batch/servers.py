@@ -16,11 +16,11 @@ from ..folders import Folders
 from ..results import Observer
 from .work import CrewLostError, Job, Outcome, pictures_of, sentence_of
 
-_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)  # seconds in which a server that is gone may come back
+_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)  # seconds between attempts to reach a lost server
 
 
 class ServersCrew:
-    """Sends rows to servers. A server that is gone is waited for a minute; its row goes to another one."""
+    """Sends rows to servers. A lost server is waited for up to a minute; its row goes to another one."""
 
     def __init__(self, servers: Iterable[Server], notify: Callable[[str], None]):
         self.idle = deque(servers)
@@ -58,7 +58,7 @@ class ServersCrew:
         return outcomes
 
     def close(self) -> None:
-        """Takes what is under way off the servers."""
+        """Removes the rows under way from the servers."""
         self.closing.set()
         for thread in self.threads:
             thread.join(5.0)
@@ -89,7 +89,7 @@ class ServersCrew:
             self.results.put((server, Outcome(job.name, pictures, seconds=seconds, worker=server.url)))
 
     def _wait_for(self, server: Server) -> None:
-        """Gives a server back when it answers again, or gives it up."""
+        """Waits until a lost server answers again, and returns it to the crew, or gives it up."""
         for pause in _PAUSES:
             if self.closing.wait(pause):
                 return
@@ -104,7 +104,7 @@ class ServersCrew:
 
 
 class _Stopping(Observer):
-    """Ends the wait for a graph, which takes it off the server, once the batch is closed."""
+    """Observer that interrupts the wait for a graph once the batch is closed, which removes it from the server."""
 
     def __init__(self, closing: Event):
         self.closing = closing

@@ -17,7 +17,7 @@ from .progress import BatchProgress
 from .rows import Axis, Sheet
 
 _LARGEST_CELL, _LARGEST_SIDE = 512, 8192  # pixels of a picture, and of a sheet
-_SMALLEST_CELL = 64  # for labels to be read
+_SMALLEST_CELL = 64  # so that labels can be read
 _GAP = 8
 _PAPER, _INK, _EMPTY = "white", "black", "#dddddd"
 _LONGEST_LABEL = 60  # characters
@@ -25,7 +25,7 @@ SUFFIX = "_sheet.png"
 
 
 def draw_sheets(sheets: Iterable[Sheet], journal: Journal, progress: BatchProgress) -> None:
-    """Writes the sheets that have a picture. Other processes' pictures are on them: the last one's sheets are whole."""
+    """Writes the sheets that have a picture, including other processes' pictures; the last process's are complete."""
     journal.read()
     for sheet in sheets:
         cells = [next(iter(journal.pictures(name)), None) for name in sheet.rows]
@@ -98,12 +98,12 @@ def _thumbnail(path: Path | None, side: int) -> Image.Image | None:
             small = upright(picture).convert("RGB")
             small.thumbnail((side, side), Image.Resampling.LANCZOS)
             return small
-    except PictureError:  # changed by somebody since
+    except PictureError:  # changed since it was written
         return None
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """A text in lines of at most `width` pixels, as far as its words let it."""
+    """A text wrapped to `width` pixels where possible; words are not broken."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

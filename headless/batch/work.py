@@ -1,4 +1,4 @@
-"""What a batch hands to those who work for it, and gets back; and the worker that runs graphs in its process."""
+"""Jobs and outcomes of a batch, the interface of its workers, and the worker that runs graphs in this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..results import Observer, Result
 
 @dataclass(frozen=True)
 class Job:
-    """A row that can be run: its name, its graph, the nodes that save its pictures, and what tells it from others."""
+    """A row ready to run: its name, its graph, the nodes that save its pictures, and its digest."""
 
     name: str
     graph: Graph
@@ -36,7 +36,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job. `lost`: whoever had it is gone, which says nothing of the job."""
+    """Result of a job. `lost`: its worker is lost, which may not be the job's fault."""
 
     name: str
     pictures: tuple[Picture, ...] = ()
@@ -47,31 +47,31 @@ class Outcome:
 
 
 class CrewLostError(CascadeError):
-    """Nobody is left to work on a batch."""
+    """No worker is left for a batch."""
 
 
 class Crew(Protocol):
     """Workers of a batch, each on one job at a time."""
 
     def free(self) -> int:
-        """How many jobs can be given now."""
+        """Number of jobs that can be given now."""
         ...
 
     def give(self, job: Job) -> None:
-        """Hands a job to somebody who is free."""
+        """Gives a job to a free worker."""
         ...
 
     def ended(self, seconds: float) -> list[Outcome]:
-        """Waits for at least one job's end, at most so long. Raises CrewLostError when nobody is left."""
+        """Waits until at least one job ends, or for `seconds`. Raises CrewLostError when no worker is left."""
         ...
 
     def close(self) -> None:
-        """Ends the work; what is under way is dropped."""
+        """Ends the work, dropping jobs under way."""
         ...
 
 
 def pictures_of(job: Job, result: Result) -> tuple[Picture, ...]:
-    """The pictures that a run saved for good, read back. Raises CascadeError where there is none."""
+    """The pictures that a run saved (previews excluded), read back. Raises CascadeError where there is none."""
     saved = [picture for picture in result.pictures if picture.node_id in job.savers]
     if not saved:
         raise CascadeError("the graph saved no picture.")
@@ -90,11 +90,11 @@ class GraphWorker:
         self.input_folder, self.graph_folder = input_folder, graph_folder
         self.executor = Executor(observer)
         self.device = device_with(memory) if memory else compute_device()
-        self.scratch: str | None = None  # where a job's pictures are until they are handed over
+        self.scratch: str | None = None  # folder of a job's pictures until they are handed over
         self.label = f"{socket.gethostname()}:{os.getpid()}"
 
     def make(self, job: Job) -> Outcome:
-        """Runs a job. Errors are told by their sentence: not every exception survives the way to another process."""
+        """Runs a job. Errors are returned as sentences, since not every exception can be sent to another process."""
         from ...nodes.hosts.headless.device import computing_on
         from ..run import run_graph
 

@@ -1,8 +1,8 @@
 """ComfyUI's own nodes that run here, under their ids and inputs.
 
-Four that every graph needs, and those that stand in ComfyUI's own examples for Stable Cascade
-(https://comfyanonymous.github.io/ComfyUI_examples/stable_cascade). It is not a second ComfyUI: any other node, sampler
-or scheduler is refused, and runs with --server.
+Four that every graph needs, and those in ComfyUI's own examples for Stable Cascade
+(https://comfyanonymous.github.io/ComfyUI_examples/stable_cascade). It is not a second ComfyUI: any other node,
+sampler or scheduler is refused, and runs with --server.
 """
 
 from ...nodes.api import io

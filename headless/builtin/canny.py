@@ -1,4 +1,4 @@
-"""The edges that ComfyUI's Canny finds: the detector of Canny (1986) in floating point, as kornia has it.
+"""The edges of ComfyUI's Canny node: the detector of Canny (1986) in floating point, as in kornia.
 
 Grey by luma, a Gaussian blur of 5 × 5 pixels with deviation 1, Sobel's gradient (not normalised), non-maximum
 suppression along one of eight directions, hysteresis. `cascade_core/hints/canny.py` is the published filter, of whole
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ...cascade_core.hints.canny import connected
 
 _LUMA = (0.299, 0.587, 0.114)
-_FLAT = 1e-6  # under the root of the gradient's square; of pixels without one as well
+_FLAT = 1e-6  # added under the root of the squared gradient
 # Neighbours by direction, from the right on in steps of 45°, the y axis pointing down: (down, right).
 _NEIGHBOURS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))
 _RIGHT, _DOWN = 0, 2  # of equal pixels along an axis the left or the upper one is kept
@@ -47,7 +47,7 @@ def _blurred(grey: Tensor) -> Tensor:
 
 
 def _mirrored(pixels: Tensor, dim: int) -> Tensor:
-    """Two pixels more on each side of a dimension, mirrored in the outermost; a thin picture's are repeated first."""
+    """Pads a dimension by two mirrored pixels on each side; the pixels of a thin picture are repeated first."""
     size = pixels.shape[dim]
     places = torch.arange(-2, size + 2, device=pixels.device)
     period = max(2 * (size - 1), 1)
@@ -56,7 +56,7 @@ def _mirrored(pixels: Tensor, dim: int) -> Tensor:
 
 
 def _gradient(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sobel dx and dy (B, 1, H, W); outside the image its border pixels go on."""
+    """Sobel dx and dy (B, 1, H, W); border pixels are repeated outside the image."""
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(pixels)
     kernels = torch.stack([kernel, kernel.T])[:, None]
     dx, dy = F.conv2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), kernels).chunk(2, dim=1)
@@ -64,7 +64,7 @@ def _gradient(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_ridge(magnitude: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
-    """Where the gradient is the largest of the three along its direction; never where there is none."""
+    """Where the gradient is the largest of three along its direction; False where it is zero."""
     H, W = magnitude.shape[-2:]
     direction = (torch.atan2(dy, dx) * (4 / math.pi)).round().long() % 8
     flat = math.sqrt(_FLAT)

@@ -58,7 +58,7 @@ class CLIPVisionEncode(io.ComfyNode):
             inputs=[
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder."),
                 io.Image.Input("image", tooltip="The picture."),
-                # Newer than the examples, which have none.
+                # Newer than the examples, which lack it.
                 io.Combo.Input(
                     "crop", options=["center"], default="center", optional=True, tooltip="Its middle."
                 ),
@@ -145,7 +145,7 @@ def _strength_input() -> io.Float.Input:
 
 
 class ControlNetApply(io.ComfyNode):
-    """Adds a ControlNet to a prompt, and so to its negative one."""
+    """Adds a ControlNet to a prompt, and thereby to the negative one."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

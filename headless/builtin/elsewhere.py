@@ -1,4 +1,4 @@
-"""What of ComfyUI's nodes does not run here, and where it does."""
+"""Sentences about options of ComfyUI's nodes that do not run here, and where they do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ELSEWHERE = "run with --server, on a ComfyUI"
 
 
 def only(name: str, value: str | None, choices: Sequence[str]) -> str | None:
-    """Why a value that ComfyUI takes does not run here; None where it does, or comes over a link."""
+    """Why a value of ComfyUI's does not run here; None if it does, or if it comes over a link."""
     if value is None or value in choices:
         return None
     listed = " and ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)

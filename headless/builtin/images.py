@@ -213,13 +213,13 @@ def _planes(mask: Tensor) -> Tensor:
 
 
 def _batch(tensor: Tensor, batch: int) -> Tensor:
-    """A batch of so many rows, used in turn where there are fewer."""
+    """A batch of this many rows; fewer rows are used in turn."""
     rounds = -(-batch // len(tensor))
     return tensor.repeat(rounds, 1, 1, 1)[:batch] if len(tensor) < batch else tensor[:batch]
 
 
 def _with_channels(pixels: Tensor, channels: int) -> Tensor:
-    """Pixels (B, C, H, W) with so many channels: without their alpha, or with an opaque one."""
+    """Pixels (B, C, H, W) with this number of channels: drops alpha, or adds an opaque one."""
     if pixels.shape[1] >= channels:
         return pixels[:, :channels]
     return F.pad(pixels, (0, 0, 0, 0, 0, channels - pixels.shape[1]), value=1.0)

@@ -172,7 +172,7 @@ class VAEEncode(io.ComfyNode):
 
 
 def _encode(image: Tensor, vae: Any) -> Tensor:
-    """A picture's latent; what does not fill whole positions is cut off on both sides, as ComfyUI does."""
+    """A picture's latent; a remainder smaller than a position is cut off on both sides, as in ComfyUI."""
     check_connected(vae, "The VAE", "the checkpoint's")
     check_picture(image, "image")
     kind = host().describe_vae(vae) if vae is not None else "nothing"

@@ -22,7 +22,7 @@ def _checkpoint_input() -> Any:
 
 
 def _check_checkpoint(name: str | None) -> bool | str:
-    """Whether a checkpoint is there and one of ours; asked before the work, by its names of tensors alone."""
+    """Whether a checkpoint exists and is of Stable Cascade; checked before the work, by tensors' names alone."""
     verdict = check("checkpoint", name)
     if verdict is not True or name is None:
         return verdict
@@ -41,7 +41,7 @@ def _load(name: str) -> tuple[Any, ...]:
 
 
 class _CheckpointLoader(io.ComfyNode):
-    """What is asked of a checkpoint before it is loaded."""
+    """Checks of a checkpoint before it is loaded."""
 
     @classmethod
     def validate_inputs(cls, ckpt_name=None) -> bool | str:

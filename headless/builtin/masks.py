@@ -33,7 +33,7 @@ class InvertMask(io.ComfyNode):
 
 
 class ThresholdMask(io.ComfyNode):
-    """Makes a mask of 0 and 1 alone."""
+    """Makes a mask of only 0 and 1."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -88,7 +88,7 @@ class GrowMask(io.ComfyNode):
                 wider = torch.maximum(row, F.max_pool2d(grown, (3, 1), stride=1, padding=(1, 0)))
             else:
                 wider = F.max_pool2d(row, (3, 1), stride=1, padding=(1, 0))
-            if torch.equal(wider, grown):  # nothing is left to grow
+            if torch.equal(wider, grown):  # the mask fills the picture
                 break
             grown = wider
         return io.NodeOutput(sign * grown[:, 0])

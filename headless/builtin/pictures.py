@@ -38,7 +38,7 @@ def _is_there(name: object) -> bool | str:
     if not isinstance(name, str):
         return f"{quoted(name)} is not the name of a file."
     try:
-        # Its header; its pixels are read when it runs.
+        # Checks its header; pixels are read when the node runs.
         with open_picture(current_folders().find_picture(name)):
             return True
     except CascadeError as error:
@@ -107,7 +107,7 @@ class LoadImageMask(io.ComfyNode):
 
 
 def _can_save(prefix: str | None, kind: str) -> bool | str:
-    """Whether pictures can be saved under a prefix, None for one that is not known yet; asked before the work."""
+    """Whether pictures can be saved under a prefix (None: not known yet); checked before the work."""
     folder = current_folders().of_kind(kind)
     try:
         check_folder(folder)
@@ -168,7 +168,7 @@ class SaveImage(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, images: None, filename_prefix: str) -> str:
-        return str(current_folders().output.resolve())  # another folder is another file
+        return str(current_folders().output.resolve())  # so that another output folder saves again
 
     @classmethod
     def execute(cls, images: Tensor, filename_prefix: str) -> io.NodeOutput:

@@ -1,8 +1,8 @@
 """ComfyUI's KSampler as its examples for Stable Cascade set it: `euler_ancestral` over the `simple` scheduler.
 
 ComfyUI works with x / a, noised by σ = b / a, and Euler's ancestral step there (eta 1) is the DDPM step here: with
-σ_down = σ'² / σ, a'·σ_up is DDPM's deviation. So the core's sampler runs over ComfyUI's levels with ComfyUI's noise;
-what differs is rounding.
+σ_down = σ'² / σ, a'·σ_up is DDPM's deviation. So the core's sampler runs over ComfyUI's levels with ComfyUI's noise,
+and only rounding differs.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from .elsewhere import ELSEWHERE, only
 SAMPLERS = ["euler_ancestral"]
 SCHEDULERS = ["simple"]
 SHIFTS = {"stage_c": 2.0, "stage_b": 1.0}  # of ComfyUI's models
-TIMES = 10_000  # that ComfyUI's table of noise levels has
+TIMES = 10_000  # entries of ComfyUI's table of noise levels
 
 
 def sigma(time: float, shift: float) -> Tensor:
-    """ComfyUI's noise level σ = b / a at a time in (0, 1], in float32 as there: only the end of it is limited."""
+    """ComfyUI's noise level σ = b / a at a time in (0, 1], in float32 as there; clamped only at its end."""
     s = torch.tensor(COSINE_OFFSET)
     variance = (
         torch.cos((time + s) / (1 + s) * torch.pi * 0.5) ** 2 / torch.cos(s / (1 + s) * torch.pi * 0.5) ** 2
@@ -51,9 +51,9 @@ def sigma(time: float, shift: float) -> Tensor:
 
 
 def simple_sigmas(steps: int, shift: float, denoise: float = 1.0) -> Tensor:
-    """(steps + 1,), the levels of the `simple` scheduler: evenly through the table, and then none.
+    """(steps + 1,), the levels of the `simple` scheduler: evenly spaced in the table, then zero.
 
-    Below denoise 1 they are the last of so many more.
+    For a denoise below 1, they are the last levels of a longer schedule.
     """
     total = int(steps / denoise) if denoise <= 0.9999 else steps
     stride = TIMES / total
@@ -62,7 +62,7 @@ def simple_sigmas(steps: int, shift: float, denoise: float = 1.0) -> Tensor:
 
 
 class KSamplerNoise(NoiseSource):
-    """ComfyUI's noise: of the whole batch at once, and later on the device, on the CPU from the next seed."""
+    """ComfyUI's noise, of the whole batch at once; later noise is the device's, on the CPU from the next seed."""
 
     def __init__(self, run: SamplingRun):
         self.run = run
@@ -201,7 +201,7 @@ def _network(model: Any) -> NetworkDescription:
 
 
 def _prompts(network: NetworkDescription, positive: list, negative: list) -> tuple[list, list]:
-    """Both prompts as ComfyUI's models take them: Stage B's without ControlNets, and without a latent with zeros."""
+    """Both prompts as ComfyUI's models take them: Stage B's without ControlNets, a missing latent as zeros."""
     if network.kind == "stage_b":
         positive, negative = (without_values(prompt, "control") for prompt in (positive, negative))
         latents = [values.get("stable_cascade_prior") for _, values in [*positive, *negative]]

@@ -1,1 +1,1 @@
-"""`cascade verify`: what the model files that are here hold and give, in a JSON file for an issue."""
+"""`cascade verify`: checks the model files on this machine, and writes a JSON report for an issue."""

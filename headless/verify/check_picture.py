@@ -1,4 +1,4 @@
-"""The picture in the report, beside diffusers' where that is installed."""
+"""The report's picture, compared with diffusers' if that is installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .report import Report
 if TYPE_CHECKING:
     from ..progress import TransferProgress
 
-LEAST_PSNR = 30.0  # dB, where both compute in float32; in 16 bits both are right, and apart
+LEAST_PSNR = 30.0  # dB, if both compute in float32; in 16 bits both are right but differ more
 
 
 def check_picture(
@@ -36,9 +36,9 @@ def check_picture(
     library: Any,
     progress: TransferProgress,
 ) -> None:
-    """Makes the picture of a run and adds it to the report, or why it was not made.
+    """Makes the picture of a run and adds it to the report, or the reason why it was not made.
 
-    library: diffusers, or None.  Raises CascadeError for what fails.
+    library: diffusers, or None.  Raises CascadeError for failures.
     """
     entry: dict[str, Any] = {"settings": run.settings()}
     report.data["picture"] = entry

@@ -78,7 +78,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _fill(report: Report, paths: list[Path], options: argparse.Namespace, progress: TransferProgress) -> None:
-    """Does the work, which only an interruption ends early."""
+    """Does the work; only an interruption ends it early."""
     from .check_picture import check_picture
     from .files import check_file, shown_name
     from .in_diffusers import load_diffusers

@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors in the published files, which need not be here."""
+"""Names and shapes of the tensors in the published files, known without the files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def differences(shapes: Shapes, expected: Shapes) -> list[str]:
-    """How a file's names and shapes differ from the expected ones, in words; empty where they do not."""
+    """Differences between a file's names and shapes and the expected ones, in words; empty if there are none."""
     lists = {
         "missing": expected.keys() - shapes.keys(),
         "unexpected": shapes.keys() - expected.keys(),

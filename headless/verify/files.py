@@ -1,4 +1,4 @@
-"""Every file of Stable Cascade: its checksum, its weights, what its networks give for fixed inputs."""
+"""Checks every file of Stable Cascade: its checksum, its weights, its networks' outputs for fixed inputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PARTS = {"text_encoder": "text"}  # parts of `checkpoints` whose roles have ano
 
 
 def roots_of(folder: Path | None) -> list[Path]:
-    """The folder that was given, or the ones where loaders look.  Raises CascadeError for what is not a folder."""
+    """The given folder, or those where loaders look.  Raises CascadeError for a path that is not a folder."""
     if folder is None:
         return [root for root in folders.roots() if os.path.isdir(root)]
     if not os.path.isdir(folder):
@@ -46,7 +46,7 @@ def roots_of(folder: Path | None) -> list[Path]:
 
 
 def safetensors_in(folder: Path | None) -> list[Path]:
-    """Each safetensors file once: anywhere in a folder that was given, else in those where networks are looked for.
+    """Each safetensors file once: anywhere in the given folder, else in the folders where loaders look for networks.
 
     Raises CascadeError where there is none.
     """
@@ -71,12 +71,12 @@ def safetensors_in(folder: Path | None) -> list[Path]:
 
 
 def check_file(report: Report, path: Path, library: Any, progress: TransferProgress) -> None:
-    """Adds a file and its networks to the report; one of another model is counted alone.
+    """Adds a file and its networks to the report; a file of another model is only counted.
 
     library: diffusers, or None.  Raises CascadeError for a file that cannot be read.
     """
     header = read_header(path)
-    if is_shard(path) or not parts_in(header.tensors):  # nobody has published these networks in shards
+    if is_shard(path) or not parts_in(header.tensors):  # these networks were never published in shards
         report.data["others"] += 1
         return
     networks = [network for network in networks_of(path) if network.role != "checkpoint"]
@@ -102,13 +102,13 @@ def check_file(report: Report, path: Path, library: Any, progress: TransferProgr
 
 
 def shown_name(path: Path) -> str:
-    """A file's name, below diffusers' folder for its network, where all files have the same names."""
+    """A file's name; in a diffusers folder with the network's folder, since the files there have the same names."""
     known = {name for names in SUBFOLDERS.values() for name in names}
     return f"{path.parent.name}/{path.name}" if path.parent.name in known else path.name
 
 
 def _check_digest(report: Report, entry: dict[str, Any], name: str) -> None:
-    """The published file's own size and sha256, as far as the catalogue has them."""
+    """Compares size and sha256 with the published file's, as far as the catalogue has them."""
     file = FILES[name]
     entry["published_size"], entry["published_sha256"] = in_words(file.size), file.sha256
     if file.sha256 and entry["sha256"] != file.sha256:
@@ -150,7 +150,7 @@ def _check_network(
         report.add_problem(
             f"{path.name} holds NaN or infinity in {len(bad)} weights, such as {names}; download it again."
         )
-        return  # so do its outputs
+        return  # its outputs would be NaN too
     progress.status(f"{progress.head}  {part}: outputs for fixed inputs")
     begun = time.perf_counter()
     loaded = load_network(path, part)
@@ -200,7 +200,7 @@ def _compare_outputs(
 
 
 def _belongs(name: str, part: str) -> bool:
-    """Whether a tensor is of a part: of a file with both halves of CLIP only one is."""
+    """Whether a tensor belongs to a part, since a file may hold both halves of CLIP."""
     return part not in PROJECTION or is_weight_of(name, part)
 
 

@@ -1,4 +1,4 @@
-"""The same weights in diffusers' networks and pipelines, to compare what comes of them. Nothing is downloaded.
+"""The same weights in diffusers' networks and pipelines, to compare results. Nothing is downloaded.
 
 diffusers 0.35.2 is the last version that supports Stable Cascade; later ones still have it.
 """
@@ -40,7 +40,7 @@ NOT_THE_SAME = (
 
 
 def load_diffusers() -> Any | None:
-    """diffusers, or None where it is not installed.  Raises whatever it raises where it cannot be imported."""
+    """diffusers, or None where it is not installed.  Lets other exceptions of its import through."""
     try:
         with _quiet():
             library = importlib.import_module("diffusers")
@@ -57,7 +57,7 @@ def load_diffusers() -> Any | None:
 def outputs_in_diffusers(
     library: Any, part: str, network: Any, inputs: Mapping[str, Any], path: Path
 ) -> Outputs | None:
-    """What diffusers gives for the fixed inputs of a network; None for a network that it does not have.
+    """diffusers' outputs for the fixed inputs of a network; None for a network that it does not have.
 
     network  ours, of `networks.load_network`, whose weights are shared
     """
@@ -83,7 +83,7 @@ def _stage_b(library: Any, network: Any, inputs: Mapping[str, Any], path: Path) 
 
 def _stage_a(library: Any, network: Any, inputs: Mapping[str, Any], path: Path) -> Outputs:
     theirs, scale = shared_vqgan(network), network.config.scale_factor
-    with computing_in_float32(theirs):  # tuples: 0.35.2 fails to make its encoder's named output
+    with computing_in_float32(theirs):  # as tuples, since 0.35.2 fails to build its encoder's named output
         (picture,) = theirs.decode(inputs["latent"] * scale, return_dict=False)
         (latent,) = theirs.encode(inputs["image"], return_dict=False)
     return {"picture": picture, "latent": latent / scale}
@@ -250,7 +250,7 @@ def picture_in_diffusers(
             output_type="pt",
         ).image_embeddings
         del prior, network
-        gc.collect()  # a pipeline is a cycle, and Stage C would stay beside Stage B
+        gc.collect()  # a pipeline is a reference cycle, and Stage C would stay in memory beside Stage B
         network = _loaded(library, "stage_b", files, dtype)
         vqgan, _, _ = load_model(files["stage_a"], expect="stage_a", dtype=dtype)
         positions = stage_b_size(height, width)
@@ -260,7 +260,7 @@ def picture_in_diffusers(
             text_encoder=tiny_text_encoder(dtype),
             scheduler=_scheduler(library, run.decoder.shift),
             vqgan=shared_vqgan(vqgan),
-            # Positions of Stage B's latent for each of Stage C's; the product is rounded down.
+            # Ratio of Stage B's positions to Stage C's; diffusers rounds the product down.
             latent_dim_scale=positions[0] / latent.shape[-2] + 1e-3,
         ).to(device)
         pixels = decoder(
@@ -280,7 +280,7 @@ def _loaded(library: Any, kind: str, files: Mapping[str, Path], dtype: torch.dty
 
 
 def tiny_text_encoder(dtype: torch.dtype) -> Any:
-    """A text encoder that is never called: the pipelines read the precision of theirs alone."""
+    """A text encoder that is never called; the pipelines only read its dtype."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -288,7 +288,7 @@ def tiny_text_encoder(dtype: torch.dtype) -> Any:
 
 
 def _noise(run: PictureRun, kind: str, positions: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
-    """Our first noise, and a generator that draws what ours draws after it."""
+    """Our first noise, and a generator that continues with our later noise."""
     shape = (LATENT_CHANNELS[kind], *positions)
     generator = torch.Generator("cpu").manual_seed(run.seed)
     torch.randn(shape, generator=generator)

@@ -1,4 +1,4 @@
-"""The machine and the versions that a report was made with, without a name of either the machine or its user."""
+"""Machine and versions behind a report, without the names of the machine and its user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pi
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the project, of Python and of the libraries; None for what is not installed."""
+    """Versions of the project, Python and libraries; None for a library that is not installed."""
     from ... import __version__
 
     libraries = {name: _version(name) for name in _LIBRARIES}
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that can be had without swapping; None where the system does not say."""
+    """Bytes of main memory available without swapping; None where the system does not report them."""
     return _memory("MemAvailable")
 
 
@@ -56,7 +56,7 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit that the pack was cloned at, with `-dirty` where files were changed since."""
-    if not (PACK / ".git").exists():  # a folder within another repository has a commit that is not ours
+    if not (PACK / ".git").exists():  # inside another repository, git would report a foreign commit
         return None
     command = ["git", "-C", str(PACK), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -1,7 +1,7 @@
-"""A file's networks on fixed inputs, and what they give in numbers that two machines can compare.
+"""Runs a file's networks on fixed inputs, and condenses outputs to numbers that two machines can compare.
 
-Weights stay as the file has them, mapped; each layer's are cast to float32 while it computes. So a network takes the
-memory of its largest layer, and a file in 16 bits gives what its values say, not what 16 bits make of them.
+Weights stay mapped in the file's precision; each layer's are cast to float32 while it computes. So a network takes
+the memory of its largest layer, and the results of a 16-bit file are free of 16-bit rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Outputs = dict[str, Tensor]
 def load_network(path: Path, part: str) -> Any:
     """A network of a file for `outputs_of`: a module, or CLIP's encoder with its tokenizer or preparation.
 
-    CLIP alone is cast as a whole: transformers asks for the precision of its weights.
+    Only CLIP is cast as a whole, because transformers reads the dtype of its weights.
     """
     if part == "text":
         return TextEncoder.load(path, torch.float32)
@@ -56,7 +56,7 @@ def fixed_inputs(part: str, network: Any) -> dict[str, Any]:
     if part == "text":
         return {"prompt": PROMPT}
     if part == "vision":
-        # In steps of 8 bits and of the network's own size, so that nothing is rounded or resized.
+        # In 8-bit steps and at the network's own size, so that nothing is rounded or resized.
         side = network.image_size
         return {"image": (255 * uniform(1, side, side, 3)).round() / 255}
     config = network.config
@@ -89,7 +89,7 @@ def fixed_inputs(part: str, network: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def outputs_of(part: str, network: Any, inputs: dict[str, Any]) -> Outputs:
-    """What a network of `load_network` gives for its fixed inputs, in float32, by name."""
+    """Outputs of a network of `load_network` for its fixed inputs, in float32, by name."""
     if part == "text":
         states, pooled = network.encode([inputs["prompt"]])
         return {"states": states, "pooled": pooled}
@@ -120,8 +120,8 @@ _MODULES: dict[str, Callable[[Any, dict[str, Any]], Outputs]] = {
 
 @contextmanager
 def computing_in_float32(network: nn.Module) -> Iterator[None]:
-    """Within the block every layer computes in float32; its weights are copied while it does, and no longer."""
-    stored: dict[int, Tensor] = {}  # by the identity of the tensor that is cast
+    """Within the block every layer computes in float32, from copies of its weights that exist only meanwhile."""
+    stored: dict[int, Tensor] = {}  # by id of the cast tensor
 
     def cast(module: nn.Module, _: Any) -> None:
         for tensor in _own_tensors(module):
@@ -159,7 +159,7 @@ def statistics(values: Tensor) -> dict[str, Any]:
     """An output in a few numbers.
 
     values  eight of them, evenly spaced
-    digest  of the means of 64 equal parts in hundredths of the deviation: equal but for differences in rounding
+    digest  of the means of 64 equal parts in hundredths of the deviation, so that rounding rarely changes it
     """
     flat = values.detach().float().cpu().flatten().double()
     parts = torch.stack([part.mean() for part in flat.tensor_split(min(PARTS_OF_OUTPUT, len(flat)))])
@@ -178,13 +178,13 @@ def statistics(values: Tensor) -> dict[str, Any]:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
-    """How far two outputs are apart: at most, and relative to the largest value of `theirs`."""
+    """Difference of two outputs: its maximum, absolute and relative to the largest value of `theirs`."""
     ours, theirs = (values.detach().cpu().double() for values in (ours, theirs))
     largest = (ours - theirs).abs().max()
     return {"maximum": number(largest, 3), "relative": number(largest / theirs.abs().max(), 3)}
 
 
 def number(value: Tensor | float, digits: int = 5) -> float | str:
-    """A number of so many digits, for JSON, which knows neither NaN nor infinity."""
+    """A number with this many digits for JSON; NaN and infinity, which JSON lacks, as text."""
     rounded = float(f"{float(value):.{digits}g}")
     return rounded if rounded - rounded == 0 else str(rounded)

@@ -1,4 +1,4 @@
-"""One fixed picture by the front door, stage after stage, so that memory holds the networks of one alone."""
+"""Makes one fixed picture by the front door, stage by stage, so that memory holds only one stage's networks."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ WITHOUT_RESCALE = replace(PRIOR, cfg_rescale=0.0), replace(DECODER, cfg_rescale=
 
 
 class Skipped(CascadeError):  # noqa: N818 (not an error)
-    """The picture is not made, and nothing is wrong with it."""
+    """The picture was not made, for a reason that is not a fault."""
 
 
 @dataclass(frozen=True)
 class PictureRun:
-    """What picture is made: with the published settings, but for guidance's rescale, which diffusers does not have."""
+    """Settings of the picture: the published ones, without the rescale of guidance, which diffusers lacks."""
 
     prompt: str = PROMPT
     negative: str = ""
@@ -48,7 +48,7 @@ class PictureRun:
 
     @classmethod
     def small(cls, size: tuple[int, int] = (512, 512), steps: tuple[int, int] = (8, 4)) -> PictureRun:
-        """A picture for those who have little time."""
+        """A smaller and faster picture."""
         prior, decoder = (replace(stage, steps=n) for stage, n in zip(WITHOUT_RESCALE, steps, strict=True))
         return cls(size=size, prior=prior, decoder=decoder)
 
@@ -59,7 +59,7 @@ class PictureRun:
 
 @dataclass
 class MadePicture:
-    """What came of a run.
+    """Result of a run.
 
     prompts  positive and negative, encoded
     latent   (1, 16, h, w), Stage C's
@@ -76,7 +76,7 @@ class MadePicture:
 
 
 def find_files(roots: Iterable[Path], prefer: str, dtype: str) -> dict[str, Path]:
-    """The file of each role that a picture needs, by the front door's choice. Raises Skipped where one is missing."""
+    """The file for each role of a picture, as the front door chooses it. Raises Skipped where one is missing."""
     folders = [ModelFiles(root, prefer=prefer, full_precision=dtype == "fp32") for root in roots]
     found: dict[str, Path] = {}
     for role in ROLES:
@@ -90,9 +90,9 @@ def find_files(roots: Iterable[Path], prefer: str, dtype: str) -> dict[str, Path
 
 
 def check_memory(files: Mapping[str, Path], dtype: str, device: str) -> None:
-    """Raises Skipped where the weights of a stage would not fit into the main memory that is free.
+    """Raises Skipped where the weights of a stage would not fit into free main memory.
 
-    Weights in another precision than their file's are copies; the file's own are mapped and take none.
+    Weights cast to another precision are copies; others are mapped from the file and take no memory.
     """
     compute = ComputeDevice(device)
     free = free_memory()
@@ -110,7 +110,7 @@ def check_memory(files: Mapping[str, Path], dtype: str, device: str) -> None:
 
 
 def _copied_bytes(path: Path, role: str, dtype: torch.dtype) -> int:
-    """Bytes of a network's weights that are in another precision, once they are cast."""
+    """Bytes of the cast copies of a network's weights."""
     tensors = read_shapes(locate(path, PARTS[role]))
     weights = parts_in(tensors)[PARTS[role]].to_published(tensors)
     return sum(tensor.numel() * dtype.itemsize for tensor in weights.values() if tensor.dtype != dtype)
@@ -146,7 +146,7 @@ def make_picture(
     with cascade("stage_c") as loaded:
         encode = loaded.text_stage().encode
         prompts = encode([run.prompt]), encode([run.negative])
-        del encode  # or the encoder would stay beside Stage B
+        del encode  # else the encoder would stay in memory beside Stage B
         latent = loaded.prior(run.prompt, **texts)
         weights = str(loaded.device.weight_dtype(dtype)).removeprefix("torch.")
         used = str(loaded.device.device)

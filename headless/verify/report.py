@@ -1,4 +1,4 @@
-"""The report of `cascade verify`: its data, its sentences on what is wrong, its file."""
+"""The report of `cascade verify`: its data, its sentences about problems, its file."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .machine import machine, versions
 
 FORMAT = 1
 NAME = "cascade_verify"
-PICTURES = (".png", "_diffusers.png")  # what follows the report's name in those of its pictures
+PICTURES = (".png", "_diffusers.png")  # suffixes of its pictures' names, after the report's name
 
 
 class Report:
-    """What is found, in `data`; written to `json_path` after every file, so that no more than one is lost.
+    """The findings, in `data`, written to `json_path` after every file, so that a crash loses at most one.
 
-    roots   the folders that are looked in, which the report does not name
+    roots   the searched folders, which the report does not name
     output  the folder of the JSON file and the pictures
     """
 
@@ -52,7 +52,7 @@ class Report:
 
     @contextmanager
     def recording(self, subject: str, path: Path | None = None) -> Iterator[None]:
-        """Turns what goes wrong inside the block into a sentence, so that the rest goes on."""
+        """Turns errors inside the block into a sentence of the report, so that the rest goes on."""
         try:
             yield
         except Interrupted:
@@ -60,13 +60,13 @@ class Report:
         except CascadeError as error:
             named = path is not None and path.name in str(error)
             self.add_problem(str(error) if named else f"{subject}: {error}", path)
-        except Exception as error:  # of torch, of a library, of ours
+        except Exception as error:  # of torch, a library or our code
             self.add_problem(f"{subject}: {on_one_line(error)[:500]}", path)
-        if torch.cuda.is_available():  # the next network needs what an unfinished one has left
+        if torch.cuda.is_available():  # the next network needs the memory of the unfinished one
             torch.cuda.empty_cache()
 
     def add_problem(self, sentence: str, path: Path | None = None) -> None:
-        """Adds a sentence on what is wrong.  path: the file that it speaks of"""
+        """Adds a sentence about a problem.  path: the file concerned"""
         self.problems.append(self.names_only(sentence, path))
 
     def names_only(self, text: str, path: Path | None = None) -> str:
@@ -87,11 +87,11 @@ class Report:
         return [self.json_path.with_name(self.json_path.stem + end) for end in PICTURES]
 
     def _text(self) -> str:
-        text = json.dumps(self.data, indent=1)  # in ASCII: a name may hold what no encoding has
+        text = json.dumps(self.data, indent=1)  # in ASCII, since a name may hold lone surrogates
         return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", _on_one_line, text) + "\n"
 
     def _reserve(self, output: Path) -> Path:
-        """Writes the report as it is under the first name that is free, together with its pictures'."""
+        """Writes the present report under the first name that is free for it and its pictures."""
         stems = (NAME if number == 1 else f"{NAME}_{number}" for number in count(1))
         while True:
             path = output / f"{next(stems)}.json"
@@ -106,5 +106,5 @@ class Report:
 
 
 def _on_one_line(match: re.Match[str]) -> str:
-    """A list of numbers."""
+    """A list of numbers on one line."""
     return f"[{' '.join(match[1].split())}]"
