@@ -16,7 +16,7 @@ fp8_product: Any = vars(torch)["_scaled_mm"]  # torch has no public product of f
 
 
 def measure_ceilings(setup: Setup) -> dict[str, float]:
-    """TFLOP/s of one large product, in bf16 and where there is fp8 in that; GB/s of a copy, read and written."""
+    """TFLOP/s of one large product in bf16 and, if supported, fp8; GB/s of a copy, read and written."""
     device, side = setup.device, setup.product
     a, b = (torch.randn(side, side, device=device).to(setup.dtype) for _ in range(2))
     measured = {"bf16_tflops": 2 * side**3 / _best(lambda: a @ b, device) / 1e12}

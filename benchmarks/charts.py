@@ -1,4 +1,4 @@
-"""Bars and curves as PNG or SVG, with nothing but Pillow. A PNG is drawn at twice the size and shrunk: smooth lines."""
+"""Bars and curves as PNG or SVG, with only Pillow. A PNG is drawn at twice the size and shrunk, for smooth lines."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ class Chart:
 
 
 class SvgChart(Chart):
-    """The same as SVG, whose widths of text are those of Pillow's font."""
+    """A chart as SVG, with text widths measured in Pillow's font."""
 
     def __init__(self, title: str, size: tuple[int, int]):
         self.parts: list[str] = []
@@ -135,7 +135,7 @@ def curves(
     path: Path,
     named: Mapping[float, str] | None = None,
 ):
-    """Panels side by side, by what their y axis is; both axes are logarithmic. `named` are x that have names."""
+    """Panels side by side, by the label of their y axis; both axes are logarithmic. `named`: names of some x values."""
     chart = _new_chart(title, (760, 380), path)
     share = chart.width / len(panels)
     for i, (y_label, series) in enumerate(panels.items()):

@@ -1,9 +1,9 @@
-"""Seconds that a card's first forwards wait for kernels: compiled by themselves, or in processes beside.
+"""Seconds that a card's first forwards wait for kernels, compiled on demand or by processes ahead of time.
 
-A process with an empty Triton cache makes the engines of Stage C, B and A, has `--pauses` seconds for what a host does
-meanwhile (reads files, encodes text), and then calls each once, at the usual shapes. Weights and inputs are of any
-values, and levels two blocks deep: the kernels are those of whole networks. Without a card (--described) nothing runs,
-and the kernels are compiled for an H200.
+A process with an empty Triton cache makes the engines of Stage C, B and A, pauses for `--pauses` seconds, in which a
+host would read files and encode text, and then calls each once at the usual shapes. Weights and inputs have arbitrary
+values, and levels are two blocks deep, which needs the same kernels as whole networks. Without a card (--described)
+nothing runs, and the kernels are compiled for an H200.
 
     python benchmarks/compilation.py [--pauses 0 2 4 8] [--dtype bf16] [--described] [--json FILE]
 """
@@ -73,17 +73,17 @@ def measured(way: str, pause: float, switch: str) -> dict:
 
 
 def first_forwards(arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each stage's first forward, and the number of kernels that they found in no cache."""
+    """Seconds of each stage's first forward, and the number of kernels missing in the cache."""
     import triton
 
-    compilation.CORES = 1  # processes are started on small machines as well
+    compilation.CORES = 1  # so that processes are started on small machines too
     counted: Counter[bool] = Counter()
     triton.knobs.compilation.listener = lambda *, cache_hit, **_: counted.update([cache_hit])  # type: ignore[assignment]
     device = torch.device("meta") if arguments.described else torch.device("cuda", 0)
     dtype, times = DTYPES[arguments.dtype], {}
     if not arguments.described:
         product = torch.ones(16, 16, device=device, dtype=dtype)
-        product.mm(product)  # CUDA and cuBLAS take their own time
+        product.mm(product)  # excludes the initialisation of CUDA and cuBLAS
         torch.cuda.synchronize()
     engines = {name: usual_engine(config(), dtype, device=device) for name, config in STAGES.items()}
     with described(H200):

@@ -46,7 +46,7 @@ class Context:
         return Arithmetic(self.setup)
 
     def limit_ms(self, tflop: float, program: str = "") -> float:
-        """Time of so much arithmetic at the measured ceiling, in milliseconds."""
+        """Milliseconds for this much arithmetic at the measured ceiling."""
         ceiling = "fp8_tflops" if program == FP8 else "bf16_tflops"
         return 1000 * tflop / self.ceilings[ceiling]
 

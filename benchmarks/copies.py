@@ -1,6 +1,6 @@
-"""Bytes that a picture copies from main memory to the card, and what they would take over a slower bus.
+"""Bytes that a picture copies from main memory to the card, and the time that a slower bus would add.
 
-Reads the trace that inside_server.py leaves.
+Reads the trace written by inside_server.py.
 """
 
 import json
@@ -18,7 +18,7 @@ Interval = tuple[float, float]
 
 
 class Traced:
-    """Intervals, in seconds, of a trace's copies to the card with their bytes, and of its kernels."""
+    """Intervals (in seconds) of a trace: of copies to the card, with their bytes, and of kernels."""
 
     def __init__(self, path: Path):
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
@@ -36,7 +36,7 @@ class Traced:
         self.kernels = [_interval(event) for event in card if event["cat"] == "kernel"]
 
     def summary(self) -> dict[str, Any]:
-        """GB in all, of pinned and of pageable memory; seconds of copies, and of those beside no kernel."""
+        """GB in total, from pinned and pageable memory; seconds of copies, and of those without a kernel beside."""
         copying = merged(interval for interval, _, _ in self.copies)
         beside = total(common(copying, merged(self.kernels)))
 
@@ -55,8 +55,8 @@ class Traced:
     def slower(self, bus: float) -> float:
         """Seconds that the picture would take longer if no copy were faster than `bus` GB/s.
 
-        In each tenth of a second: copies that ran alone were waited for, and take longer in proportion; those beside
-        kernels stay hidden as far as the kernels last.
+        In each tenth of a second, copies without a concurrent kernel were waited for, and take longer in proportion;
+        copies beside kernels stay hidden for as long as the kernels run.
         """
         copying, computing = merged(interval for interval, _, _ in self.copies), merged(self.kernels)
         both = _by_window(copying, common(copying, computing))
@@ -78,7 +78,7 @@ def _interval(event: dict[str, Any]) -> Interval:
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
-    """Their union, in order."""
+    """The union of intervals, in order."""
     union: list[Interval] = []
     for start, end in sorted(intervals):
         if union and start <= union[-1][1]:
@@ -89,7 +89,7 @@ def merged(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def common(one: list[Interval], other: list[Interval]) -> list[Interval]:
-    """What is in both; each is in order and overlaps itself nowhere."""
+    """The intersection of two lists of intervals, each in order and without overlaps."""
     shared, i, j = [], 0, 0
     while i < len(one) and j < len(other):
         start, end = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])

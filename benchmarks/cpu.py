@@ -1,16 +1,16 @@
 """Time of a picture by the bundled demo cascade on this processor, by stage, and the time that the engine saves.
 
-The graph is executed by the embedded host as `cascade run` does it. First a whole command in a fresh process with
-interpreter, imports and loading. Then, in this process, pictures of each program in turn, each picture with another
-prompt and seed, so that nothing is reused but the models; the programs draw the same ones:
+The graph is executed by the embedded host as `cascade run` does it. First, a whole command in a fresh process, with
+interpreter, imports and loading. Then, in this process, pictures by each program in turn, each with another prompt
+and seed, so that only the models are reused; all programs draw the same pictures:
 
     eager                     the networks themselves, in float32
     engine                    the same arithmetic through the engine: what a user gets
     engine, Stage B in bf16   its dtype chosen, for processors that multiply bf16 (AVX-512 BF16, AMX)
 
-Each program's first picture loads the models and is not counted. Of the others the fastest is compared, for what else
-the machine does only ever adds to it, and its median printed beside. The networks' own time is measured in a process
-whose C library keeps freed memory as the engine has it do, which makes them faster than they are alone.
+Each program's first picture loads the models and is not counted. Of the others, the fastest is compared, since other
+load on the machine only adds time; the median is printed beside it. The plain networks are measured in a process
+whose C library keeps freed memory, as the engine sets it, which makes them faster than they would be otherwise.
 
     python benchmarks/cpu.py [--runs 5] [--threads N] [--json FILE]
 """
@@ -80,7 +80,7 @@ class TimedProgram:
     def __init__(self, name: str, graph: Path, output: Path):
         self.name, self.graph, self.output = name, graph, output
         self.executor = Executor()
-        self.seconds: list[dict[str, float]] = []  # of each picture by part
+        self.seconds: list[dict[str, float]] = []  # for each picture, by part
         self.pictures: list[np.ndarray] = []  # (H, W, 3) in [0, 1]
 
     def draw(self, number: int) -> None:

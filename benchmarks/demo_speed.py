@@ -1,4 +1,4 @@
-"""Times a picture of the demo on the CPU beside other weights': `python -m cascade_nodes.benchmarks.demo_speed OTHER`.
+"""Compares two demos' time per picture on the CPU: `python -m cascade_nodes.benchmarks.demo_speed OTHER`.
 
 Both make the same 256 × 256 picture after loading, in turns, at the shipped graph's steps and guidance. Prints the
 medians and their ratio. --random gives Stage B random weights of the recipe's configuration, to compare designs before
@@ -25,7 +25,7 @@ PROMPT = "a large red star to the left of a small blue ring on a sand background
 
 
 def with_random_stage_b(folder: Path) -> None:
-    """Copies the demo's weights to an empty folder, Stage B anew by the recipe's configuration."""
+    """Copies the demo's weights to an empty folder, with a random Stage B of the recipe's configuration."""
     shutil.copytree(WEIGHTS, folder, dirs_exist_ok=True)
     network = StageB.from_config(recipe.STAGE_B)
     tensors = {name: value.half() for name, value in network.state_dict().items()}
@@ -38,7 +38,7 @@ def load(folder: Path) -> StableCascade:
 
 
 def seconds(cascade: StableCascade) -> float:
-    """Of one picture."""
+    """Seconds of one picture."""
     started = time.perf_counter()
     cascade(PROMPT, seed=1)
     return time.perf_counter() - started

@@ -1,10 +1,9 @@
 """Stage C and B in bf16, fp8 and int8, before and after, in one process: forwards of two rows at 1024 × 1024.
 
-Each variant's forward is a CUDA graph; the variants take turns, so that a card that slows down does so for all. Beside
-the times: the error of the result against float32, the kernels that take longest, and tile configurations of the
-products that the networks spend most in (`--table FILE`: the winners, in the form of the engine's tuned.json, which
-further variants are timed with). A variant that fails says so and leaves the others alone; results are written as they
-come.
+Each variant's forward is a CUDA graph, and variants take turns, so that a card that slows down does so for all.
+Besides times, it reports the error against float32, the slowest kernels, and tile configurations of the products that
+take most time (`--table FILE`: the fastest, in the form of the engine's tuned.json, with which further variants are
+timed). A variant that fails is reported and does not affect the others; results are written as they come.
 
     python benchmarks/eight_bits.py --json FILE [--table FILE] [--seconds 180]
 """
@@ -43,7 +42,7 @@ from product_cases import CACHE, CALLS, REPLAYS
 from timing import relative_error
 
 SIDE, ROWS, ROUNDS, PER_ROUND = 1024, 2, 6, 5
-PRODUCTS = [  # (op, rows, out, K) of the blocks that there are most of: Stage B's third level, then Stage C
+PRODUCTS = [  # (op, rows, out, K) of the most frequent blocks: Stage B's third level, then Stage C
     ("add_linear", 2048, 1280, 5120),
     ("linear", 2048, 5120, 1280),
     ("linear", 2048, 3840, 1280),
@@ -59,10 +58,10 @@ PRODUCTS = [  # (op, rows, out, K) of the blocks that there are most of: Stage B
 ]
 KINDS = ("e4m3", "int8", "bf16")
 KINDS_OF_NETWORKS = ("stage_b", "stage_c")
-WRONG = 1e-2  # relative difference between two ways to compute a product
+WRONG = 1e-2  # relative difference from which a product counts as wrong
 
 
-# fp8 as it was: rows quantised by a kernel of their own, and what is added by another
+# fp8 as before: separate kernels quantise rows and add to the residual stream
 
 
 def _rows(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +93,7 @@ def _channelwise_before(
 
 
 def operations(module: Any, **changed: Any) -> Any:
-    """A module's operations but for those that are given."""
+    """A module's operations, with the given ones replaced."""
     names = {*module.__all__, *(name for name in ("formats", "pack") if hasattr(module, name))}
     return SimpleNamespace(**{**{name: getattr(module, name) for name in names}, **changed})
 
@@ -271,7 +270,7 @@ class Tuned:
         return call
 
     def other(self, i: int) -> None:
-        """cuBLAS's product, after the weight was dequantised, or before what it computes is added."""
+        """cuBLAS's product, with the separate kernels before it (dequantising) or after it (adding)."""
         weight: Any = self.weights[i]
         if self.kind == "e4m3":
             assert self.row_scale is not None
@@ -309,7 +308,7 @@ class Tuned:
         return statistics.median(times[1:])
 
     def winner(self) -> tuple[dict[str, float], Any]:
-        """Microseconds of cuBLAS's way and of each configuration, and the fastest."""
+        """Microseconds of cuBLAS and of each configuration, and the fastest of them."""
         expected = self.result(self.other)
         times: dict[str, float] = {CUBLAS: self.microseconds(self.other)}
         best: Any = CUBLAS
@@ -350,7 +349,7 @@ class Report:
         self.save()
 
     def tune(self) -> dict[str, Any]:
-        """The winners, in the form of a device's entry in tuned.json."""
+        """The fastest configurations, in the form of a device's entry in tuned.json."""
         winners: dict[str, Any] = {}
         for (op, m, n, k), kind in itertools.product(PRODUCTS, KINDS):
             if self.late(0.8):
@@ -370,7 +369,7 @@ class Report:
 
 
 def use(winners: dict[str, Any], card: Any) -> None:
-    """Chooses by these from now on."""
+    """Makes the engine choose by these from now on."""
     table, key = tuned._table(), device_key(card)
     table[key] = {**tuned.for_device(table, key), **winners}
     tuned._choose.cache_clear()

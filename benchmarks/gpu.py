@@ -14,7 +14,7 @@ error     the distance to float32
 first     the first picture of a process
 sizes     cost by size and batch
 
-Each measurement is printed and written as soon as it is done; a file of an earlier run keeps those not run anew.
+Each measurement is printed and written as soon as it is done; those not run again are kept in the file.
 """
 
 import argparse

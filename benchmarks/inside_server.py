@@ -2,8 +2,8 @@
 
 In ComfyUI this file is a custom node that adds two routes; the process without ComfyUI imports it.
 
-copies  what is copied from main memory to the card, whoever copies it, as the driver tells torch's profiler
-nodes   seconds of each node, the card's work included, and where its thread was meanwhile
+copies  bytes copied from main memory to the card by anything, as reported by the driver to torch's profiler
+nodes   seconds of each node, including the card's work, and the functions that its thread was in
 """
 
 import sys
@@ -45,7 +45,7 @@ class Copies:
 
 
 class Nodes:
-    """Seconds by node, and by function: the thread that runs the nodes is looked at every few milliseconds."""
+    """Seconds by node and by function, from samples of the executing thread every few milliseconds."""
 
     def __init__(self) -> None:
         self.node, self.since = BESIDE, time.perf_counter()
@@ -75,7 +75,7 @@ class Nodes:
         }
 
     def _functions(self, node: str) -> list[tuple[str, float, float]]:
-        """(function, its seconds with what it calls, its own), without those that merely enclose the node."""
+        """(function, inclusive seconds, own seconds), without functions that merely enclose the node."""
         whole = sum(self.own[node].values())
         told = [
             (name, round(spent, 4), round(self.own[node][name], 4))
@@ -135,7 +135,7 @@ class Measuring:
 
 
 def serve(module: Any) -> None:
-    """Adds the routes to ComfyUI's server, and is told of each node that it runs."""
+    """Adds the routes to ComfyUI's server, and hooks into the execution of nodes."""
     from aiohttp import web  # pyright: ignore[reportMissingImports]
 
     server, measuring = module.PromptServer.instance, Measuring()
@@ -146,7 +146,7 @@ def serve(module: Any) -> None:
             measuring.enter(data.get("node"))
         send(event, data, sid)
 
-    # Both are handled by one thread, which torch's profiler asks for.
+    # Both requests are handled by the same thread, as torch's profiler requires.
     @server.routes.post("/measuring/start")
     async def start(request: Any) -> Any:
         return web.json_response(measuring.start((await request.json())["what"]))

@@ -1,11 +1,11 @@
-"""Every kernel of the engine: how far from float32, and how near to what the card can do.
+"""Error and speed of every kernel of the engine, against float32 and the card's limits.
 
 Kernels run on random bfloat16 tensors, at the sizes of a 1024 × 1024 picture and at sizes that fill no tile. The error
-is |value − expected| / |expected| over all numbers, against float32 arithmetic on the same inputs: above the bound
-the program says so and exits with 1. Times are medians, `cold` with a flushed L2 cache, `warm` as one of many calls in
-a CUDA graph, as in a network. The column `beside` is the cold time of a reference: a copy of the bytes that the kernel
-has to read and write at least; for attention, PyTorch's on concatenated keys; for a product, PyTorch's followed by
-separate kernels.
+is |value − expected| / |expected| over all numbers, against float32 arithmetic on the same inputs: if it exceeds the
+bound, the program reports it and exits with 1. Times are medians, `cold` with a flushed L2 cache, `warm` as one of
+many calls in a CUDA graph, as in a network. The column `beside` is the cold time of a reference: a copy of the bytes
+that the kernel has to read and write at least; for attention, PyTorch's on concatenated keys; for a product,
+PyTorch's followed by separate kernels.
 
     python benchmarks/kernels.py [--only NAME] [--sweep] [--json FILE]
 """
@@ -41,7 +41,7 @@ def microseconds(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def copy_microseconds(traffic: int) -> float:
-    """Time of reading half of so many bytes and writing the other half, cold."""
+    """Time of reading half of this many bytes and writing the other half, cold."""
     source = torch.empty(traffic // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 1000 * testing.do_bench(lambda: target.copy_(source), return_mode="median")
@@ -62,7 +62,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def measure_product(case: Any) -> dict[str, Any]:
-    """The way that the engine chooses, with cold weights: in a network they are never in the cache."""
+    """Measures the engine's choice with cold weights, since in a network they are never in the cache."""
     operands = Operands(case)
     config = products.choose(case.op, case.m, case.n, case.k, "cuda")
     call = operands.fused(config) if config else operands.single_launch() or operands.separate()
@@ -80,7 +80,7 @@ def run(only: str, swept: bool) -> dict[str, Any]:
         if only in case.kernel:
             try:
                 rows.append(measure(case))
-            except OutOfResources:  # some configurations need more than the card has
+            except OutOfResources:  # some configurations need more resources than the card has
                 if not swept:
                     raise
         del case  # its tensors

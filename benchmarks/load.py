@@ -93,7 +93,7 @@ def bytes_from_disk() -> int:
 
 
 def load_and_touch(path: Path) -> dict[str, float]:
-    """Runs in the fresh process: loads, touches every page, and says how long it took."""
+    """Runs in the fresh process: loads, touches every page, and reports the time."""
     fetched, start = bytes_from_disk(), time.perf_counter()
     model, _, _ = load_model(path, expect="stage_c")
     loaded = time.perf_counter()
@@ -149,7 +149,7 @@ def run(folder: Path, preset: str, runs: int) -> dict[str, Any]:
         disk, cold = [], []
         for _ in range(runs):  # in turn, because a shared disk's speed drifts
             drop_from_cache(path)
-            read_sequentially(path)  # not counted: both of the next find memory as such a read has left it
+            read_sequentially(path)  # not counted: it brings memory into the same state for both
             drop_from_cache(path)
             disk.append(size / read_sequentially(path))
             drop_from_cache(path)

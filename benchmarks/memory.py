@@ -1,16 +1,16 @@
 """Time of a picture by the amount of a graphics card's memory that this project may use.
 
 The whole cascade with random weights (Stage C 3.6 B, Stage B 1.5 B, Stage A, CLIP's bigG), 1024 × 1024, 20 and 10 steps
-with guidance in both, text encoding and decoding included, by the nodes as `cascade run` calls them. Each limit is a
-process of its own that is held to it by `set_per_process_memory_fraction`: the third picture and later ones are timed,
-when all that can stay is on the card and what comes and goes is pinned in main memory. Then the memory of Stage A's
-decoding, beside its weights; and Stage C's way from a file that no cache holds to its first step, with the main memory
-that it takes.
+with guidance in both, text encoding and decoding included, by the nodes as `cascade run` calls them. Each limit has
+its own process, in which `set_per_process_memory_fraction` enforces it. Pictures are timed from the third on, when
+all resident weights are on the card and streamed ones are pinned in main memory. Then the memory of Stage A's
+decoding beside its weights, and the time from an uncached file of Stage C to its first step, with the main memory
+used.
 
     python benchmarks/memory.py [--limits 16 12 8 6 4] [--runs 2] [--dtype int8] [--folder FOLDER] [--files FILES]
                                 [--no-loading] [--json FILE] [--toy]
 
---dtype: of Stage C and B where there is a limit; without one they stay in the file's, which the ratios are of.
+--dtype: of Stage C and B under a limit; without a limit they keep the file's, to which the ratios refer.
 --files: the four files stay there, for the next run or for precisions.py.
 --toy runs all of it on a processor with tiny networks, main memory in the card's place.
 """
@@ -61,7 +61,7 @@ TOY_TEXT = {
 
 
 def write_all(folder: Path, toy: bool) -> dict[str, int]:
-    """{kind: bytes} of the four networks' files, `kind.safetensors`; those that are there stay."""
+    """Writes the four networks' files, `kind.safetensors`, unless they exist. Returns {kind: bytes}."""
     configs = dict((tiny if toy else full)(torch.device("cpu")).configs)
     if toy:
         configs["stage_c"] = {**configs["stage_c"], "c_clip_text": 64, "c_clip_text_pooled": 64}
@@ -95,7 +95,7 @@ def run_child(options: argparse.Namespace) -> None:
 def start_child(
     options: argparse.Namespace, folder: Path, child: str, scale: float, limit: float | None
 ) -> Any:
-    """Results of a process of its own; {"error": …} where it failed."""
+    """Results of a separate process; {"error": …} where it failed."""
     command = [
         sys.executable,
         __file__,
@@ -118,14 +118,14 @@ def start_child(
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs all measurements, on files that are removed afterwards, unless they have a place of their own."""
+    """Runs all measurements, on files that are removed afterwards unless --files is given."""
     folder = options.files or Path(tempfile.mkdtemp(prefix="cascade_memory_", dir=options.folder))
     folder.mkdir(parents=True, exist_ok=True)
     loading: dict[str, Any] = {"error": "it was left out"}
     disk = math.nan
     try:
         sizes = write_all(folder, options.toy)
-        scale = sum(sizes.values()) / 11.8e9  # 1 but for the toy: its card is as much smaller as it is itself
+        scale = sum(sizes.values()) / 11.8e9  # 1, or for the toy less: its card is smaller too
         limits = [start_child(options, folder, "pictures", scale, limit) for limit in (None, *options.limits)]
         if not options.no_loading:
             path = folder / "stage_c.safetensors"

@@ -22,7 +22,7 @@ GAIN, MODULATION_GAIN, SPREAD = 0.5, 0.1, 0.05
 
 @dataclass(frozen=True)
 class Setup:
-    """Sizes to measure. The standard picture is `side` × `side`, by `steps` of Stage C and B with guidance in both."""
+    """Sizes to measure. The standard picture is `side` × `side`, in `steps` of Stage C and B, with guidance in both."""
 
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
@@ -67,7 +67,7 @@ def tiny(device: torch.device) -> Setup:
 
 def random_network(kind: str, setup: Setup, seed: int = 0) -> nn.Module:
     """Network built on the measured device in its dtype, with weights that leave every activation finite."""
-    # Weights are loaded before anything is inferred; parameters made in inference mode would be of another kind.
+    # As when loading weights: parameters made in inference mode would behave differently.
     with torch.inference_mode(False), torch.no_grad():
         before = torch.get_default_dtype()
         torch.set_default_dtype(setup.dtype)
@@ -90,7 +90,7 @@ def random_network(kind: str, setup: Setup, seed: int = 0) -> nn.Module:
 
 
 def _fill(module: nn.Module, gain: float, generator: torch.Generator) -> None:
-    """Fills a layer's own weights: products of `gain` times their input's deviation, all others near identity."""
+    """Fills a layer's own weights: products get `gain` times their input's deviation, all else is near identity."""
     if isinstance(module, nn.BatchNorm2d):
         module.reset_running_stats()
         return
@@ -101,7 +101,7 @@ def _fill(module: nn.Module, gain: float, generator: torch.Generator) -> None:
 
 
 def _fan_in(layer: Any) -> float:
-    """Number of products that one output value sums."""
+    """Number of products summed in one output value."""
     if isinstance(layer, nn.Linear):
         return layer.in_features
     taps = math.prod(layer.kernel_size)
@@ -151,7 +151,7 @@ def conditions(kind: str, prompt: Prompt, latents: Tensor | None = None) -> dict
 def forward_inputs(
     kind: str, setup: Setup, rows: int, side: int, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(x, r, conditions) of a forward of so many rows; on the meta device only their shapes."""
+    """(x, r, conditions) of a forward with `rows` rows; on the meta device, only their shapes."""
     device, generator = device or setup.device, torch.Generator().manual_seed(2)
 
     def draw(stage: str) -> Tensor:

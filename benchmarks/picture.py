@@ -1,4 +1,4 @@
-"""Picture made by any program's networks with this project's guidance and samplers: the same loop for all."""
+"""Makes a picture by any program's networks with this project's guidance and samplers, in the same loop for all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

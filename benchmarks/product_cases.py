@@ -25,7 +25,7 @@ STAGE_A = {  # (positions at a time, channels, products per picture)
     "A1": (65536, 384, 12),
     "A0": (131072, 192, 2),
 }
-CACHE = 100e6  # bytes of weights that a graph's calls cycle through: more than a card's L2 cache
+CACHE = 100e6  # bytes of weights that a graph's calls cycle through, more than a card's L2 cache
 CALLS, REPLAYS = 16, 5
 
 
@@ -49,12 +49,12 @@ class Case:
         return self.m // BATCH
 
     def kernel(self, config: Config) -> tuple:
-        """Equal for products that one compiled kernel serves."""
+        """Key of the compiled kernel; equal for products that can share one."""
         return self.op, config, self.rows % config.block_m, self.k % config.block_k
 
 
 def cases() -> list[Case]:
-    """The products of a forward of Stage C, Stage B and Stage A that the engine has fused kernels for."""
+    """The products with fused kernels in forwards of Stage C, Stage B and Stage A."""
     response = [
         Case("linear_gelu_response", BATCH * positions, 4 * c, c, count)
         for positions, c, count in LEVELS.values()

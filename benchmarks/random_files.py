@@ -12,7 +12,7 @@ from torch import Tensor
 from cascade_nodes.cascade_core.checkpoints import NETWORKS, fuse_attention
 from cascade_nodes.cascade_core.text.encoder import build_text_model
 
-BLOCK = 8 << 20  # values; no row of a weight is as long, nor divides it, so that no two rows are alike
+BLOCK = 8 << 20  # values; longer than any row and not a multiple of one, so that no two rows are equal
 SPREAD = 0.02
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -22,7 +22,7 @@ def write_network(
 ) -> int:
     """Writes a network (or "text", CLIP's encoder) under published names. Returns the file's bytes.
 
-    sync: waits until the disk has them, so that they can be dropped from the cache.
+    sync: wait until the bytes are on disk, so that they can be dropped from the cache.
     """
     with torch.device("meta"):
         if kind == "text":

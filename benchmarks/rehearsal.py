@@ -2,11 +2,11 @@
 
     python benchmarks/rehearsal.py [--folder FOLDER] [--card GB] [--main GB] [--json FILE] [--toy] [--notebook FILE]
 
-The notebook's cells, with the switch for the published weights, in a process of its own, on random weights of the
-published files' names, sizes and precisions, which are written to --folder first (14 GB). The card says that it is a
-T4 (compute capability 7.5, so fp16) of 15 GB, and gives no more; how fast it computes is its own. Main memory is what
-is anonymous, pinned or shared; pages of mapped files, which the system may drop, are told apart. Where the cells take
-more of either, they are stopped, and a sentence says so. Lines that need the network are left out, and listed.
+Runs the notebook's cells, with the switch for the published weights set, in a separate process, on random weights
+with the published files' names, sizes and precisions, which are first written to --folder (14 GB). The card poses as
+a T4 (compute capability 7.5, so fp16) with 15 GB and provides no more; its speed is its own. Main memory counts
+anonymous, pinned and shared pages; pages of mapped files, which the system may drop, are reported separately. Cells
+that exceed either limit are stopped with a message. Lines that need the network are skipped and listed.
 
 --toy: the notebook as it is committed, on the demo, without a card.
 """
@@ -42,14 +42,14 @@ HERE = Path(__file__).resolve().parent
 NOTEBOOK = HERE.parent / "notebooks" / "stable_cascade_colab.ipynb"
 CARD, MAIN = 15.0, 12.7  # GB of Colab's free machine
 GB = 1e9
-OFTEN = 0.05  # seconds between two looks
-BLOCK = (8 << 20) + 1  # values; no row of a weight is as long, nor divides it, so that no two rows are alike
+OFTEN = 0.05  # seconds between two samples
+BLOCK = (8 << 20) + 1  # values; longer than any row and not a multiple of one, so that no two rows are equal
 SPREAD = 0.02
 PRECISIONS = {2: torch.bfloat16, 4: torch.float32}  # of published files, by bytes of a value
 
 
 def fetched(notebook: Path) -> list[str]:
-    """The published files that a notebook's setup fetches, by their names in the catalogue."""
+    """Catalogue names of the published files that a notebook's setup fetches."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     lines = re.findall(r"!cascade fetch --to models (.*)", source)
@@ -97,7 +97,7 @@ def write_random(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all that it began, as long as they run."""
+    """A process and all its running descendants."""
     found = [pid]
     for each in found:
         for children in Path(f"/proc/{each}/task").glob("*/children"):
@@ -109,7 +109,7 @@ def descendants(pid: int) -> list[int]:
 
 
 class MemoryMonitor:
-    """Looks at a process's memory and ends it where it takes more than there would be. Peaks in bytes, by cell."""
+    """Watches a process's memory and ends it when it exceeds a limit. Records peaks in bytes, by cell."""
 
     def __init__(self, process: subprocess.Popen[Any], settings: Settings):
         self.process, self.settings = process, settings
@@ -176,7 +176,7 @@ def rehearse(settings: Settings, folder: Path) -> dict[str, Any]:
         else:
             watch.look()
             cell = event["ended"] | watch.peaks
-            # The driver's pages, which the system counts nowhere.
+            # Pages pinned by the driver, which the system does not count.
             cell["main"] += cell.get("pinned_by_torch", 0)
             cells.append(cell)
     status = process.wait()
@@ -241,7 +241,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         return Settings(notebook, None, 0, main, published=False)
     torch.cuda.init()
     torch.zeros(1, device="cuda")
-    free, total = torch.cuda.mem_get_info()  # this process's own context is held, as is what others have
+    free, total = torch.cuda.mem_get_info()  # its own context counts as held, as do other programs
     card = int(options.card * GB)
     if free < card:
         raise SystemExit(f"{free / GB:.1f} GB of the card are free, of {options.card:g} that are asked for.")

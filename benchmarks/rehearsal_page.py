@@ -1,9 +1,9 @@
-"""The table of the rehearsal in docs/performance.md, from what benchmarks/rehearsal.py has measured.
+"""Writes the rehearsal's table in docs/performance.md from the results of benchmarks/rehearsal.py.
 
     python benchmarks/rehearsal_page.py [FILE]
 
-Writes what stands between `<!-- rehearsal -->` and `<!-- end -->` from benchmarks/measurements/rehearsal.json, whose
-place FILE takes before.
+Replaces the text between `<!-- rehearsal -->` and `<!-- end -->`, from benchmarks/measurements/rehearsal.json, which
+FILE replaces first.
 """
 
 import json
@@ -32,7 +32,7 @@ HEAD = (
 
 
 def table(result: dict[str, Any]) -> str:
-    """Where it was rehearsed, a row for each cell, what was left out, and what stopped it."""
+    """The table: the machine, a row for each cell, skipped lines, and the reason for an early end."""
     day = date.fromisoformat(result["date"][:10]).strftime("%-d %B %Y")
     card = f"{result['card'] / GB:g} GB of card" if result["card"] else "no card"
     lines = [

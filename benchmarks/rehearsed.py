@@ -1,10 +1,10 @@
-"""The process that benchmarks/rehearsal.py watches: a notebook's cells on a card that says it is a smaller one.
+"""The process watched by benchmarks/rehearsal.py: runs a notebook's cells on a card that poses as a smaller one.
 
     python rehearsed.py cells SETTINGS          the cells of the settings' notebook, in order
     python rehearsed.py command SETTINGS …      `cascade …`, as a cell runs it
 
-Every cell is told on standard output, a line of JSON before it and one after it. What the cells print goes to standard
-error. Nothing of the project is changed but what it can see of the machine.
+Writes a line of JSON to standard output before and after every cell; the cells' own output goes to standard error.
+Only the project's view of the machine is changed.
 """
 
 import io
@@ -35,10 +35,10 @@ ADDRESS = "the address of the repository"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the process is given.
+    """Arguments of the process.
 
-    card     bytes of the card, its context and all other programs' counted; None: no card
-    held     bytes of it that others hold already, which the smaller card does not have
+    card     bytes of the card, including its context and all other programs; None: no card
+    held     bytes already used by other programs, which the smaller card would not have
     main     bytes of main memory
     others   processes whose main memory counts too
     published  whether the notebook's switch is on
@@ -55,8 +55,8 @@ class Settings:
 def main_memory(pid: int | str = "self") -> dict[str, int]:
     """Bytes of main memory of a process, by kind: anonymous (what it pinned itself included), shared and of files.
 
-    Anonymous and shared memory of several processes counts for each in part; pages of files count for each in full,
-    so that other programs that map the same file change nothing. Empty where the process is gone.
+    Anonymous and shared memory of several processes is divided among them; file pages count fully for each, so that
+    other programs that map the same file change nothing. Empty if the process has ended.
     """
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
@@ -69,7 +69,7 @@ def main_memory(pid: int | str = "self") -> dict[str, int]:
 
 
 def taken(pids: Iterable[int | str]) -> int:
-    """Bytes of main memory that processes take, the pages of mapped files apart, told at once."""
+    """Bytes of main memory taken by processes, without pages of mapped files; cheap enough for frequent calls."""
     found: list[str] = []
     for pid in pids:
         try:
@@ -84,7 +84,7 @@ def taken(pids: Iterable[int | str]) -> int:
 
 
 class SmallerCard:
-    """A card's properties, but for those of a T4."""
+    """A card's properties, with a T4's where they differ."""
 
     def __init__(self, properties: Any, size: int):
         self._properties = properties
@@ -95,7 +95,7 @@ class SmallerCard:
 
 
 def limit_card(settings: Settings) -> None:
-    """Makes the card one of `settings.card` bytes: so it says, and PyTorch gives no more of it."""
+    """Makes the card report `settings.card` bytes, and PyTorch allocate no more."""
     assert settings.card is not None
     size, cuda = settings.card, torch.cuda
     cuda.init()
@@ -110,7 +110,7 @@ def limit_card(settings: Settings) -> None:
     def set_share(fraction: float, device: Any = None) -> None:
         nonlocal share
         share = fraction
-        # The context grows with each kernel that is loaded, and PyTorch gets what is left.
+        # The context grows with each loaded kernel, and PyTorch gets the rest.
         context = taken_bytes() - cuda.memory_reserved()
         real_share(max(min(fraction * size, size - context), 0) / real_info()[1])
 
@@ -127,7 +127,7 @@ def limit_card(settings: Settings) -> None:
         return properties.major, properties.minor
 
     replaced: dict[str, Callable[..., Any]] = {
-        "get_device_capability": get_device_capability,  # of the real card: Triton compiles for it
+        "get_device_capability": get_device_capability,  # the real card's, for which Triton compiles
         "mem_get_info": mem_get_info,
         "get_device_properties": get_device_properties,
         "get_per_process_memory_fraction": lambda *_: share,
@@ -137,13 +137,13 @@ def limit_card(settings: Settings) -> None:
         for module in (cuda, cuda.memory):
             if hasattr(module, name):
                 setattr(module, name, function)
-    # Kernels of attention that Turing does not have.
+    # Attention kernels that Turing lacks.
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def limit_main_memory(settings: Settings) -> None:
-    """Makes placement pin no more than the machine would have, as it learns from the system there."""
+    """Makes placement pin no more memory than the rehearsed machine would report."""
 
     def available_bytes() -> int:
         return max(settings.main - taken(("self", *settings.others)), 0)
@@ -221,12 +221,12 @@ class Cells:
         }
 
     def _switched(self, source: str) -> str:
-        """The cell with what a user of Colab sets in it."""
+        """The cell with the switch set as a user of Colab would."""
         source = source.replace('REPOSITORY = ""', f"REPOSITORY = {ADDRESS!r}")
         return source.replace("REAL = False", "REAL = True") if self.settings.published else source
 
     def run_line(self, line: str) -> None:
-        """A line of the shell: `cascade` in a process with the same limits; what needs the network is skipped."""
+        """Runs a shell line: `cascade` in a process with the same limits; lines that need the network are skipped."""
         if NETWORK.search(line):
             self.skipped.append(line)
             return
@@ -246,18 +246,18 @@ class Cells:
 
     @staticmethod
     def _stand_in(name: str, **contents: Any) -> None:
-        """A module of Colab's that is not here."""
+        """Stands in for a module that exists only in Colab."""
         parent, _, child = name.partition(".")
         package, module = ModuleType(parent), ModuleType(name)
         module.__dict__.update(contents)
         for each in (package, module):
-            each.__spec__ = ModuleSpec(each.__name__, None)  # other packages ask whether it is there
+            each.__spec__ = ModuleSpec(each.__name__, None)  # other packages check whether it exists
             sys.modules.setdefault(each.__name__, each)
         setattr(sys.modules[parent], child, sys.modules[name])
 
 
 def as_python(source: str) -> str:
-    """A cell as plain Python: its lines for the shell are run by `run_line`, with {names} filled in."""
+    """A cell as plain Python, in which `run_line` runs its shell lines, with {names} filled in."""
     lines = []
     for line in source.splitlines():
         indent = line[: len(line) - len(line.lstrip())]

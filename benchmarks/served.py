@@ -4,8 +4,8 @@
                                 [--quick] [--budget SECONDS] [--profile] [--folder FOLDER] [--json FILE]
     python benchmarks/served.py [CHECKOUT ...] --table [--resume] …       all rows and promises of served_targets.py
 
-Published sizes with random weights, 1024 × 1024, 20 + 10 steps, guidance in both stages, as the server decides without
-flags, with a browser that listens. Each row is a process of its own:
+Published sizes with random weights, 1024 × 1024, 20 + 10 steps, guidance in both stages, with the server's defaults
+and a listening browser. Each row has its own process:
 
 ours      this pack's example for the published files
 int8      the same with Stage C's and B's weights in 8 bits
@@ -70,7 +70,7 @@ PROMPTS = (
     "a bowl of cherries",
 )
 RUNS, QUICK_RUNS = 5, 2
-LONG = 15.0  # seconds of pictures, after which a median is of no more than QUICK_RUNS
+LONG = 15.0  # seconds of a picture from which medians use only QUICK_RUNS
 COLD = "cold"
 KINDS = (*ROWS, COLD)
 Row = dict[str, Any]
@@ -90,7 +90,7 @@ class Pictures:
 
 
 def measure(pictures: Pictures, row: Row, options: argparse.Namespace) -> None:
-    """Fills a row as far as it comes: the first picture, then medians after two to warm up."""
+    """Fills a row, keeping figures up to a failure: the first picture, then medians after two warm-ups."""
     program, text = pictures.program, PROMPTS[0]
     row |= program.description()
     with profiled(program, row, "first_profile", options.profile):
@@ -123,7 +123,7 @@ def measure(pictures: Pictures, row: Row, options: argparse.Namespace) -> None:
 
 
 class profiled:  # noqa: N801 (a context manager)
-    """Keeps in the row where the time of the pictures inside goes, if asked for."""
+    """Context that stores a time profile of its pictures in the row, if requested."""
 
     def __init__(self, program: Program, row: Row, name: str, asked: bool):
         self.program, self.row, self.name, self.asked = program, row, name, asked
@@ -144,7 +144,7 @@ def describe_picture(path: Path) -> dict[str, float]:
 
 
 def measure_copies(pictures: Pictures, text: str, seconds: float) -> Row:
-    """What one picture copies to the card, and the seconds predicted over slower buses."""
+    """GB that one picture copies to the card, and seconds predicted for slower buses."""
     program = pictures.program
     trace = program.base / "trace.json"
     try:
@@ -159,7 +159,7 @@ def measure_copies(pictures: Pictures, text: str, seconds: float) -> Row:
             "copies": traced.summary(),
             "predicted": {str(bus): seconds + traced.slower(bus) for bus in BUSES},
         }
-    except (RuntimeError, OSError, ValueError) as error:  # the row's own figures stand
+    except (RuntimeError, OSError, ValueError) as error:  # the row's other figures are kept
         return {"copies_missing": f"{type(error).__name__}: {error}"[:600]}
     finally:
         trace.unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def measure_copies(pictures: Pictures, text: str, seconds: float) -> Row:
 def run_row(
     row: Row, checkout: Path | None, base: Path, options: argparse.Namespace, deadline: float
 ) -> None:
-    """Measures a row; an error is kept in it."""
+    """Measures a row; stores an error in it."""
     begun = time.monotonic()
     try:
         with served_programs.ballast(row["memory"]), ExitStack() as stack:
@@ -186,7 +186,7 @@ def run_row(
 
 
 def rows_of(options: argparse.Namespace) -> Iterator[tuple[Row, Path | None]]:
-    """Rows to measure, with their checkouts; the one without ComfyUI once for each amount of memory."""
+    """Rows to measure, with their checkouts; the row without ComfyUI occurs once for each amount of memory."""
     asked = [(who, memory, options.flags) for memory in options.memory for who in options.rows]
     for who, memory, flags in TABLE if options.table else asked:
         if who == "headless":
@@ -203,7 +203,7 @@ def key(row: Row) -> tuple[Any, ...]:
 
 
 def store(results: dict[str, Any], row: Row, path: Path | None) -> None:
-    """Puts a row in the place of an earlier one of the same, and writes the file."""
+    """Replaces an earlier result of the same row, and writes the file."""
     row |= {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     row |= {name: results[name] for name in ("machine", "pack")}
     results["rows"] = [*(other for other in results["rows"] if key(other) != key(row)), row]
@@ -310,7 +310,7 @@ def pack_version() -> str:
 
 
 def configurations(toy: bool) -> dict[str, Any]:
-    """Configurations of the networks, where they are not the published ones."""
+    """Configurations of the networks, if not the published ones."""
     if not toy:
         return {"text": BIG_G}
     small = tiny(torch.device("cpu")).configs
@@ -351,7 +351,7 @@ def main() -> int:
             longest = max(longest, row["row_seconds"])
             measured.append(row)
             if time.monotonic() - begun > options.budget:
-                # A row that was cut off must not take the place of a whole one.
+                # A row that was cut off must not replace a complete one.
                 left_out.append(name_of(row))
             else:
                 store(results, row, options.json)

@@ -80,7 +80,7 @@ def int8(seed: int, text: str) -> Graph:
 
 
 def in_main_memory(graph: Graph) -> Graph:
-    """Ends with 64 × 64 pixels of the picture, whose PNG takes no time."""
+    """The graph with only 64 × 64 pixels of the picture saved, whose PNG takes no time."""
     crop = node("ImageCrop", image=["picture", 0], width=64, height=64, x=0, y=0)
     return {**graph, "crop": crop, "end": node("PreviewImage", images=["crop", 0])}
 
@@ -90,7 +90,7 @@ def with_png(graph: Graph) -> Graph:
 
 
 def made_small(graph: Graph) -> Graph:
-    """The same for networks of a toy: 64 × 64 pixels, two steps."""
+    """The graph for tiny networks: 64 × 64 pixels, two steps."""
     small = {"width": 64, "height": 64, "steps": 2}
     return {
         number: {

@@ -1,6 +1,6 @@
 """Process without ComfyUI for benchmarks/served.py: runs graphs as `cascade run` does, and keeps their nodes' outputs.
 
-Reads a line of JSON, [what, value], does it, and answers with one.
+Reads commands as lines of JSON, [command, value], and answers each with a line.
 """
 
 import json
@@ -37,7 +37,7 @@ class ImageCrop(io.ComfyNode):
 
 
 class Entered(Observer):
-    """Tells the measurement of each node."""
+    """Observer that reports each node to the measurement."""
 
     def __init__(self, measuring: Measuring):
         self.measuring = measuring

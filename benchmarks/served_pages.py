@@ -1,4 +1,4 @@
-"""Figures and tables of the pages from what benchmarks/served.py has measured.
+"""Writes figures and tables of the pages from the results of benchmarks/served.py.
 
     python benchmarks/served_pages.py [FILE ...]
 
@@ -84,7 +84,7 @@ JAPANESE = {
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Rows of the files; a later one replaces the same of an earlier."""
+    """Rows of the files; a row in a later file replaces the same row of an earlier one."""
     rows: dict[Any, Row] = {}
     for path in paths:
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
@@ -118,7 +118,7 @@ KEY = ("who", "comfyui", "memory", "flags")
 
 
 def pitch(measured: Measured, words: dict[str, str]) -> str:
-    """One sentence of the newest version."""
+    """One sentence about the newest version."""
     version = measured.versions[0]
     ours, native = measured.find("ours", version), measured.find("native", version)
     eight = measured.find("ours", version, 8.0)
@@ -138,7 +138,7 @@ def compiles(row: dict[str, Any]) -> bool:
 
 
 def whole(measured: Measured, words: dict[str, str]) -> str:
-    """Where it was measured, the figure, and the table of the whole card's memory."""
+    """The machine, the figure, and the table for the whole card's memory."""
     several = len(measured.versions) > 1
     rows = []
     for who in ORDER:
@@ -158,7 +158,7 @@ def whole(measured: Measured, words: dict[str, str]) -> str:
 
 
 def by_memory(measured: Measured, words: dict[str, str]) -> str:
-    """The figure and the table by memory, of the newest version; nothing where no limit was measured."""
+    """The figure and the table by memory, for the newest version; empty if no limit was measured."""
     limits, version = measured.limits(), measured.versions[0]
     if not limits:
         return ""
@@ -184,7 +184,7 @@ def by_memory(measured: Measured, words: dict[str, str]) -> str:
 
 
 def everything(measured: Measured, words: dict[str, str]) -> str:
-    """Each row that was measured, with its flags."""
+    """A table of all measured rows, with their flags."""
     rows = []
     for row in sorted(measured.all, key=_order):
         memory = words["all"] if row["memory"] is None else f"{row['memory']:g} GB"
@@ -231,7 +231,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 def place(measured: Measured, words: dict[str, str]) -> str:
-    """Card, versions and day, of the newest row that says them."""
+    """Card, versions and date, from the newest row that has them."""
     row = max((row for row in measured.rows if row["comfyui"]), key=lambda row: row["date"])
     told = {
         "device": card(row),
@@ -296,7 +296,7 @@ def draw(measured: Measured, folder: Path) -> None:
 
 
 def fill(text: str, measured: Measured, words: dict[str, str], images: str) -> str:
-    """The page with its blocks anew; `images` is the way from it to the pictures."""
+    """The page with its blocks filled anew; `images`: relative path from the page to the pictures."""
 
     def block(match: re.Match[str]) -> str:
         body = BLOCKS[match.group(2)](measured, words).replace("docs/images/", images)

@@ -1,4 +1,4 @@
-"""Programs that benchmarks/served.py times: a ComfyUI server with a browser at it, and this project without ComfyUI."""
+"""Programs timed by benchmarks/served.py: a ComfyUI server with a browser, and this project without ComfyUI."""
 
 import json
 import os
@@ -22,10 +22,10 @@ from served_graphs import FILES, PACK, Graph
 PATIENCE = 600  # seconds until a server has started, or a graph is done
 HERE = Path(__file__).resolve().parent
 CLIENT = "benchmark"
-BY_NODE = ("nodes", "functions")  # of what inside_server.py tells
+BY_NODE = ("nodes", "functions")  # results of inside_server.py that are by node
 
-# In the measured process: the card has no more memory than CARD_GB. ComfyUI chooses its allocator before torch is
-# imported: so the limit comes when torch does.
+# In the measured process, limits the card's reported memory to CARD_GB. Set when torch is imported, because ComfyUI
+# chooses its allocator before that.
 SMALLER_CARD = """
 import builtins, os
 _import = builtins.__import__
@@ -62,7 +62,7 @@ sys.stdin.read()
 
 @contextmanager
 def ballast(left: float | None) -> Iterator[None]:
-    """Another process that holds the card's memory but for `left` GB."""
+    """Another process that occupies all of the card's memory except `left` GB."""
     if left is None:
         yield
         return
@@ -80,7 +80,7 @@ def ballast(left: float | None) -> Iterator[None]:
 
 
 class Program:
-    """Process that makes pictures of graphs. Ends what it waits for at `deadline`, by time.monotonic()."""
+    """Process that makes pictures of graphs. Its waits end at `deadline`, by time.monotonic()."""
 
     def __init__(self, base: Path, name: str, memory: float | None, deadline: float):
         self.base, self.deadline = base, deadline
@@ -99,7 +99,7 @@ class Program:
     picture: Path | None = None  # file of the last one
 
     def seconds(self, graph: Graph) -> float:
-        """Seconds from the start of the graph to its end, as the program tells."""
+        """Seconds from the start of the graph to its end, as reported by the program."""
         raise NotImplementedError
 
     def measuring(self, step: str, argument: str) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Program:
 
 
 class Server(Program):
-    """A ComfyUI with the random files, this pack alone, and the flags; a browser listens to it."""
+    """A ComfyUI with the random files, only this pack, the flags, and a listening browser."""
 
     def __init__(
         self, checkout: Path, base: Path, name: str, flags: list[str], memory: float | None, deadline: float
@@ -222,7 +222,7 @@ class Server(Program):
 
 
 class Browser:
-    """Web socket to a server, as a browser has one: progress and previews are sent to it. It notes what has ended."""
+    """Web socket to a server, as of a browser, to which progress and previews are sent. Records ended prompts."""
 
     ENDED = re.compile(
         rb'"type": "execution_(?:success|error|interrupted)", "data": \{"prompt_id": "([^"]+)"'
@@ -240,7 +240,7 @@ class Browser:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def ended(self, number: str, seconds: float) -> bool:
-        """Whether the prompt has ended, which is waited for so long."""
+        """Waits up to `seconds` for the end of the prompt; returns whether it has ended."""
         with self.changed:
             return self.changed.wait_for(lambda: number in self.numbers, seconds)
 
@@ -251,7 +251,7 @@ class Browser:
         tail = b""
         try:
             while received := self.socket.recv(1 << 16):
-                tail += received  # messages are not masked, so that their text is found without their frames
+                tail += received  # messages are unmasked, so their text can be searched
                 found = {match.group(1).decode() for match in self.ENDED.finditer(tail)}
                 tail = tail[-1024:]
                 if found - self.numbers:
@@ -292,7 +292,7 @@ class Headless(Program):
     def _ask(self, what: str, value: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        # A pipe has no time limit of its own: past the deadline the process ends, and so does the pipe.
+        # Reading a pipe has no timeout; at the deadline the process is ended, which closes the pipe.
         watch = threading.Timer(max(self.until() - time.monotonic(), 0), self.process.kill)
         watch.start()
         try:
@@ -315,7 +315,7 @@ class Headless(Program):
 def start(
     who: str, checkout: Path | None, base: Path, flags: list[str], memory: float | None, deadline: float
 ) -> Server | Headless:
-    """The program of a row; RuntimeError where it does not come up."""
+    """The program of a row. Raises RuntimeError if it does not start."""
     if who == "headless":
         program: Server | Headless = Headless(base, memory, deadline)
     else:
@@ -341,13 +341,13 @@ def knows(checkout: Path, flags: Iterable[str]) -> bool:
 
 
 def forget_kernels(base: Path, checkout: Path | None) -> None:
-    """Leaves no compiled kernel for a checkout's server."""
+    """Removes all compiled kernels of a checkout's server."""
     assert checkout is not None
     shutil.rmtree(base / "kernels" / version_of(checkout), ignore_errors=True)
 
 
 def link_pack(base: Path) -> None:
-    """Folders of a server, with this pack and inside_server.py as its only custom nodes."""
+    """Makes a server's folders, with this pack and inside_server.py as the only custom nodes."""
     for folder in ("custom_nodes", "input", "output", "temp", "user", "front"):
         (base / folder).mkdir(parents=True, exist_ok=True)
     (base / "front" / "index.html").write_text("<html></html>", encoding="utf-8")
@@ -358,7 +358,7 @@ def link_pack(base: Path) -> None:
 
 
 def write_files(base: Path, configs: dict[str, Any]) -> None:
-    """Random weights of the published sizes, which are the configurations' defaults, or of others."""
+    """Writes random weights of the published sizes (the configurations' defaults), or of other sizes."""
     for kind, name in FILES.items():
         path = base / "models" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from targets import Results, Target
 STATIC = ("--disable-dynamic-vram",)
 LIMITS = (16.0, 12.0, 8.0, 6.0, 4.0)  # GB
 
-# (nodes, GB or all, flags) of `--table`, first those that most depends on.
+# (nodes, GB or all, flags) of `--table`, the most important first.
 TABLE: list[tuple[str, float | None, tuple[str, ...]]] = [
     ("cold", None, ()),
     *((who, None, ()) for who in ("ours", "mixed", "native", "headless")),
@@ -62,7 +62,7 @@ WITHOUT_COMFYUI = [Target("without ComfyUI, text and PNG included", "s", 0.72, _
 def compared(rows: Iterable[dict[str, Any]]) -> list[list[str]]:
     """Version, target, measured, promised, met or missed, for each version and promise.
 
-    A flag is promised where a version was started with it: the others do not have it.
+    A promise with a flag applies to versions that were started with it; others do not have the flag.
     """
     rows = list(rows)
     table = []
@@ -85,7 +85,7 @@ def numbers(version: str) -> list[int]:
 
 
 def report(rows: Iterable[dict[str, Any]]) -> bool:
-    """Prints what is promised beside what was measured. Whether all is met."""
+    """Prints promises beside measurements. Returns whether all are met."""
     table = compared(rows)
     print_table(["ComfyUI", "target", "measured", "promised", ""], table)
     missed = [row for row in table if row[-1] == "missed"]

@@ -47,7 +47,7 @@ def _faster_than(program: str) -> Callable[[Results], float]:
 
 
 def _error_over_eager(kind: str, quantity: str, program: str = ENGINE) -> Callable[[Results], float]:
-    """Error over eager's, to two decimals because both differ by rounding, up and down."""
+    """Error relative to eager's, to two decimals, because rounding moves both up and down."""
 
     def read(results: Results) -> float:
         programs = results["error"][kind]

@@ -1,8 +1,8 @@
-"""Speed and memory of Stage C's training: random weights of the published size, synthetic latents.
+"""Speed and memory of training Stage C, with random weights of the published size and synthetic latents.
 
-A LoRA of all linear layers and a ControlNet, by the loop that `cascade train` runs; what is cached there (latents, text
-states) is random here. With --published, a checkout of Stability AI's StableCascade, the same by its own network,
-LoRA and loop: float32 weights under autocast, without the encoders that it runs in every step.
+Trains a LoRA of all linear layers and a ControlNet in the loop of `cascade train`; latents and text states, which are
+cached there, are random here. --published (a checkout of Stability AI's StableCascade) measures the same with its own
+network, LoRA and loop: float32 weights under autocast, without the encoders that it runs in every step.
 
     python benchmarks/training.py [--tasks lora controlnet finetune] [--latent 24] [--batch 4] [--published PATH]
     torchrun --nproc-per-node 2 benchmarks/training.py [--fsdp] …
@@ -96,8 +96,8 @@ TINY_B = {"c_cond": 32, "c_hidden": [16, 32], "nhead": [-1, 2], "blocks": [[1, 1
           "self_attn": [True, True], "c_clip": 64, "c_r": 16}
 # fmt: on
 SPREAD = 0.02  # of random weights
-CONTEXT_BYTES = 0.6 * 2**30  # that CUDA and its kernels take of a card beside PyTorch's memory
-WINDOW = 5  # steps between two looks at the clock
+CONTEXT_BYTES = 0.6 * 2**30  # taken on a card by CUDA and its kernels outside of PyTorch's memory
+WINDOW = 5  # steps between two readings of the clock
 
 
 class RandomText:
@@ -116,7 +116,7 @@ class RandomText:
 
 
 class RandomBatches:
-    """Random latents of side × side positions, and pictures where a hint needs them."""
+    """Random latents of side × side positions, and pictures if a hint needs them."""
 
     def __init__(self, side: int, with_images: bool):
         self.side, self.with_images = side, with_images
@@ -149,7 +149,7 @@ def random_stage_c(size: str, dtype: torch.dtype, device: torch.device) -> Stage
 def frozen_network(
     kind: Any, config: dict[str, Any], base: str, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """A network whose large weights are in `base`, of random values that are drawn on the device, layer by layer."""
+    """A network with its large weights in `base`, whose random values are drawn on the device, layer by layer."""
     with torch.device("meta"):
         network = kind.from_config(config).to(dtype).eval().requires_grad_(False)
     layers = list(quantisable(network))
@@ -204,7 +204,7 @@ def random_text_encoder(stage_c: StageC, device: torch.device) -> TextEncoder:
 
 
 class RandomStageB:
-    """What Stage B is trained on, at random: Stage A's latents and the compressor's."""
+    """Random training data for Stage B: Stage A's latents and the compressor's."""
 
     settings = StageBSettings()
 
@@ -266,22 +266,22 @@ def measure(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]
             )
         synchronise(device)
         built = time.perf_counter() - began_building
-        reset(device)  # of building
+        reset(device)  # excludes the peak of building
         prepare_blocks(task, settings.train)
         if settings.train.fsdp and accelerator.num_processes > 1:
             task.divide(accelerator)
         marks: list[tuple[int, float]] = []
-        losses: list[float] = []  # the same to the bit with CUDA graphs and without
+        losses: list[float] = []  # equal to the bit with and without CUDA graphs
 
         def mark(progress: TrainingProgress) -> None:
             marks.append((progress.step, time.perf_counter()))
             losses.append(progress.loss)
 
         loop = Loop(task, RandomBatches(options.latent, name == "controlnet"), settings, accelerator, mark)
-        loop.save = lambda: None  # 57 GB of a finetune
+        loop.save = lambda: None  # would write 57 GB for a finetune
         outcome = loop.run()
     trained, peak = loop.trained_numbers, max(accelerator.gather(outcome.peak_bytes))
-    if not accelerator.is_main_process:  # which alone is told of the steps
+    if not accelerator.is_main_process:  # only the main process gets reports of steps
         return {}
     first = next(i for i, (step, _) in enumerate(marks) if step >= options.warm)
     (step, began), (last, ended) = marks[first], marks[-1]
@@ -331,7 +331,7 @@ def measure_published(options: argparse.Namespace, name: str) -> dict[str, Any]:
         arguments = TINY if options.size == "tiny" else PRESETS[f"stage_c_{options.size}"][1]
         with device:
             generator: nn.Module = stage_c.StageC(**arguments).requires_grad_(False)
-        for parameter in generator.parameters():  # its layers do not initialise themselves
+        for parameter in generator.parameters():  # its layers have no initialisation
             nn.init.normal_(parameter, std=0.02)
         control = None
         if name == "lora":
@@ -394,7 +394,7 @@ def _published_step(
 
 
 def measure_preset(options: argparse.Namespace, preset: str, task: str) -> dict[str, Any]:
-    """One task by a preset's settings, with no more memory than a card that is named after it leaves PyTorch."""
+    """One task with a preset's settings, within the memory that a card of that size leaves to PyTorch."""
     section = with_preset({"preset": preset}, task)
     train, size = section.get("train", {}), section.get("data", {}).get("size", 1024)
     own = argparse.Namespace(**vars(options))
@@ -413,7 +413,7 @@ def measure_preset(options: argparse.Namespace, preset: str, task: str) -> dict[
 
 
 def measured(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a measurement gives; the others are taken where one fails, unless other processes wait for it."""
+    """The result of a measurement. After a failure the others go on, unless other processes wait for it."""
     try:
         return measure()
     except Exception as error:

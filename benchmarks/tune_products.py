@@ -1,9 +1,9 @@
 """The fastest way to compute each matrix product on this card; writes the engine's table of winners.
 
-Every product of the published networks at 1024 × 1024, batch 2, that has a fused kernel is timed with it, in every
-configuration worth trying, and as PyTorch's product followed by separate kernels: up to the response norm, in one
-launch where it fits. A call is one of many in a CUDA graph, each with its own weights, since in a network no weight is
-in the cache when its turn comes. A slower configuration, or one with more error than rounding, is not chosen.
+Every product with a fused kernel in the published networks at 1024 × 1024, batch 2, is timed with that kernel in
+every sensible configuration, and as PyTorch's product followed by separate kernels (up to the response norm, in one
+launch if it fits). A call is one of many in a CUDA graph, each with its own weights, since in a network a weight is
+never in the cache when it is needed. A configuration that is slower, or whose error exceeds rounding, is not chosen.
 
     python benchmarks/tune_products.py [--table FILE] [--json FILE]
 """
@@ -31,7 +31,7 @@ TOLERANCE = 4e-3  # of bfloat16 results, relative, all numbers together
 
 
 def candidates() -> list[Config]:
-    """Tiles of 128 × 256 for two warp groups, half of that for one; smaller ones for few rows."""
+    """Candidates: tiles of 128 × 256 for two warp groups, half of that for one, smaller ones for few rows."""
     k = 64  # 128 bytes: the swizzle of shared memory
     large = [Config(128, 256, k), Config(128, 256, k, tma=True), Config(256, 128, k, tma=True)]
     large += [Config(128, 256, k, schedule="loop", tma=True), Config(128, 256, k, stages=4, tma=True)]
@@ -53,7 +53,7 @@ def compile_kernels(jobs: list[tuple[Case, Config]]) -> None:
 
 
 def compile_all(pairs: Iterable[tuple[Case, Config]]) -> None:
-    """Compile in one process per processor, each one kernel at a time."""
+    """Compile in one process per core, each one kernel at a time."""
     jobs = list({case.kernel(config): (case, config) for case, config in pairs}.values())
     workers = min(os.cpu_count() or 1, 16)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:

@@ -77,7 +77,7 @@ def free_bytes(device: torch.device) -> int | None:
             return module.recommended_max_memory() - module.current_allocated_memory()
         free, _ = module.mem_get_info(device)
         return free + module.memory_reserved(device) - module.memory_allocated(device)
-    except (AttributeError, RuntimeError):  # older versions, and drivers that do not tell
+    except (AttributeError, RuntimeError):  # older versions, and drivers that do not report it
         return None
 
 
@@ -92,7 +92,7 @@ def _function(device: torch.device, name: str) -> Any:
     """A function of torch's module for this kind of device, or None where it has none."""
     try:
         return getattr(torch.get_device_module(device.type), name, None)
-    except RuntimeError:  # no such module: of a backend that is not torch's own
+    except RuntimeError:  # no such module, for a backend outside of torch
         return None
 
 

@@ -174,7 +174,7 @@ def checked_image_prompts(image_prompts: Sequence[Any]) -> list[tuple[Tensor, fl
 
 
 def checked_controls(controls: Sequence[Control]) -> list[Control]:
-    """ControlNets with their pictures as tensors.  Raises CascadeError for what no ControlNet can use."""
+    """ControlNets with their pictures as tensors.  Raises CascadeError for values that no ControlNet can use."""
     if not isinstance(controls, list | tuple):
         raise CascadeError(
             f"controls is of type {type(controls).__name__}; give a list: [Control(file, image=…), …]."
@@ -243,7 +243,7 @@ def batch_size(batch: int | None, size: Size, **counts: Sequence[Any] | Tensor |
 def expanded(
     source: Tensor | None, mask: Picture | None, room: tuple[int, int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """A picture (B, H, W, 3) with room around it, and the mask of what is to be painted.  Raises CascadeError."""
+    """A picture (B, H, W, 3) with room around it, and the mask of the area to paint.  Raises CascadeError."""
     if source is None or mask is not None:
         raise CascadeError("room is for an image without a mask: it makes the mask; give one or the other.")
     try:

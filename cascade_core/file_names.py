@@ -1,4 +1,4 @@
-"""Names of files that come from elsewhere: from a graph, a client or a server."""
+"""Checks of file names from untrusted sources: a graph, a client or a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-LONGEST_NAME = 200  # bytes; file systems allow 255, and a number and an ending may be added
+LONGEST_NAME = 200  # bytes; file systems allow 255, and a number and an extension may be added
 LONGEST_PATH = 4000  # characters
 # Unicode categories of invisible characters that act: controls, text directions, surrogates, line ends.
 _ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}

@@ -19,7 +19,7 @@ MAX_PIXELS = MAX_SIZE**2  # of all pictures that are made together: 256 of 1024 
 
 
 def stage_c_size(height: int, width: int, compression: float = STAGE_C_COMPRESSION) -> tuple[int, int]:
-    """Positions of Stage C's latent of a picture.  Raises CascadeError for a compression that makes no sense."""
+    """Positions of Stage C's latent of a picture.  Raises CascadeError for a compression out of range."""
     if not 4 <= compression <= 128:
         raise CascadeError(f"compression is {compression}; it must lie within 4 and 128 (42.67 is usual).")
     return math.ceil(height / compression), math.ceil(width / compression)
@@ -37,7 +37,7 @@ def largest_size(positions: Sequence[int]) -> tuple[int, int]:
 
 
 def compressor_size(height: int, width: int, compression: float = STAGE_C_COMPRESSION) -> tuple[int, int]:
-    """Pixels to which a picture is resized, so that the compressor gives Stage C's latent of it."""
+    """Pixels to which a picture is resized for the compressor, so that its latent has Stage C's size."""
     h, w = stage_c_size(height, width, compression)
     return h * COMPRESSOR_STRIDE, w * COMPRESSOR_STRIDE
 

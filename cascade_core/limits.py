@@ -1,4 +1,4 @@
-"""The range of every number that a picture is made with: what the nodes offer is what the front door takes."""
+"""Ranges of all numbers for making a picture, the same for the nodes and the front door."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T", int, float)
 
 @dataclass(frozen=True, slots=True)
 class Bounds(Generic[T]):
-    """Numbers from `least` to `most`, both of which belong to it."""
+    """A range from `least` to `most`, both included."""
 
     least: T
     most: T
@@ -39,7 +39,7 @@ BATCH = Bounds(1, 4096)
 GROW = Bounds(0, 16)  # positions of Stage C, of which 1024 pixels have 24
 FEATHER = Bounds(0, 512)  # pixels; each takes a pass over the picture
 STRENGTH = Bounds(-10.0, 10.0)  # of LoRAs, learned tokens and picture prompts
-ALPHA = Bounds(0.0, 1e6)  # of LoRAs; 0: as the file says
+ALPHA = Bounds(0.0, 1e6)  # of LoRAs; 0: as the file states
 CONTROL_STRENGTH = Bounds(0.0, 10.0)
 SHARE = Bounds(0.0, 1.0)  # of the steps
 TILE = Bounds(0, 16_384)  # pixels; 0: whole

@@ -1,4 +1,4 @@
-"""Model files by role: the folders that ComfyUI keeps them in, and which file of a folder serves which network."""
+"""Model files by role: the folders that ComfyUI keeps them in, and the choice of a folder's file for each network."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .checkpoints import locate, parts_in
 from .checkpoints.source import read_shapes
 from .errors import CascadeError, printable, quoted
 
-# Names are ComfyUI's categories; `SUBFOLDERS` gives their folders. All but embeddings, which ComfyUI itself looks for,
-# are looked for in `stable_cascade` too.
+# Names are ComfyUI's categories; `SUBFOLDERS` gives their folders. Files are searched for in `stable_cascade` too,
+# except embeddings, which ComfyUI itself searches for.
 FOLDERS: dict[str, tuple[str, ...]] = {
     "stage_c": ("diffusion_models", "checkpoints", "stable_cascade"),
     "stage_b": ("diffusion_models", "checkpoints", "stable_cascade"),
@@ -147,7 +147,7 @@ class ModelFiles:
         full_precision: bool = False,
     ):
         _check_path("folder", folder)
-        self.folder = Path(folder).absolute()  # files are looked for later, perhaps from another directory
+        self.folder = Path(folder).absolute()  # since the working directory may change before a search
         self.chosen = dict(chosen or {})
         self.prefer, self.full_precision = prefer, full_precision
         unknown = sorted(set(self.chosen) - set(PARTS))
@@ -196,7 +196,7 @@ class ModelFiles:
         )
 
     def embedding(self, name: str) -> Path | None:
-        """The file of `embedding:name`, with or without its ending, in the folder's `embeddings` or within."""
+        """The file of `embedding:name`, with or without its extension, in the folder's `embeddings` or below."""
         return embedding_in(self._places("embedding"), name)
 
     def _places(self, role: str) -> list[Path]:
@@ -214,7 +214,7 @@ class ModelFiles:
         return min(candidates, key=order).path
 
     def _candidates(self, role: str) -> Iterator[_Candidate]:
-        """What holds the role's network: first in the role's folders, then anywhere in the folder."""
+        """Files and folders with the role's network: first in the role's folders, then anywhere in the folder."""
         places = [*self._places(role), *self._places("checkpoint")]
         for group in (dict.fromkeys(places), (self.folder,)):
             paths = dict.fromkeys(path for place in group for path in self._paths_in(place, role))

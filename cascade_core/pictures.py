@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
-Picture = Any  # what `as_image` takes
+Picture = Any  # any argument of `as_image`
 
-ROUNDING = 1e-3  # by which values may leave [0, 1]
-KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # an EPS would start another program
+ROUNDING = 1e-3  # tolerance for values outside of [0, 1]
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # EPS would start another program
 FREE_PIXELS = 2**26  # 8192 × 8192: what any file may hold, in all its frames
 PIXELS_PER_BYTE = 64  # a larger file may hold this many per byte: far more than photos do
-MAX_PIXELS = 2**27  # 134 million: a camera of 100 million fits
+MAX_PIXELS = 2**27  # 134 million, enough for a camera of 100 megapixels
 MAX_FRAMES = 4096
 MAX_BYTES = 2**30  # MAX_PIXELS of uncompressed 16-bit RGBA
 MAX_SCANS = 64  # of a JPEG; a progressive one has about ten
-# The marker of a JPEG's segment that states its length, or of its end.
+# Markers of JPEG segments that state their length, and of the end.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 
@@ -46,10 +46,10 @@ class PictureError(CascadeError):
 
 @contextmanager
 def open_picture(source: str | Path | bytes, name: str | None = None) -> Iterator[ImageFile]:
-    """Open a picture as Pillow does: its header is checked, its pixels are not decoded yet; `upright` does so.
+    """Open a picture as Pillow does: checks its header, but does not decode its pixels, which `upright` does.
 
-    source: a path or a file's bytes; name: what messages call it. Other kinds than KINDS, more pixels than a file of
-    that size may hold, and whatever else is wrong with the picture within the block raise PictureError.
+    source: a path or a file's bytes; name: of the picture in messages. Raises PictureError for kinds other than
+    KINDS, for more pixels than a file of that size may hold, and for any other fault of the picture within the block.
     """
     with _bounded(source, name) as (picture, _):
         yield picture
@@ -69,7 +69,7 @@ def read_frames(source: str | Path | bytes, name: str | None = None) -> list[Ima
                     "them smaller or fewer"
                 )
             stored.append(frame.copy())
-            if picture.format == "MPO":  # what follows are smaller versions
+            if picture.format == "MPO":  # the other frames are smaller versions
                 break
         frames = [upright(frame) for frame in stored]
     return [frame for frame in frames if frame.size == frames[0].size]
@@ -77,12 +77,12 @@ def read_frames(source: str | Path | bytes, name: str | None = None) -> list[Ima
 
 @contextmanager
 def _bounded(source: str | Path | bytes, name: str | None) -> Iterator[tuple[ImageFile, int]]:
-    """An opened picture, and how many pixels its frames may have together."""
+    """An opened picture, and the limit of the pixels of all its frames."""
     from PIL import Image, UnidentifiedImageError
 
     name = printable(name or ("in memory" if isinstance(source, bytes) else str(source)), 300)
     Image.init()
-    kinds = [kind for kind in KINDS if kind in Image.OPEN]  # AVIF comes with newer versions of Pillow alone
+    kinds = [kind for kind in KINDS if kind in Image.OPEN]  # AVIF needs a newer version of Pillow
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
             file_bytes = file.seek(0, os.SEEK_END)
@@ -116,7 +116,7 @@ def _bounded(source: str | Path | bytes, name: str | None) -> Iterator[tuple[Ima
 
 
 def _pixels(picture: Image) -> int:
-    """How many pixels decoding a frame takes: its own, or those of one tile of a TIFF where they are more."""
+    """Pixels in memory while a frame is decoded: its own, or those of a tile of a TIFF if they are more."""
     tags = getattr(picture, "tag_v2", {})
     width, height = tags.get(322, 0), tags.get(323, 0)
     tile = width * height if isinstance(width, int) and isinstance(height, int) else 0
@@ -172,7 +172,7 @@ def finite_values(tensor: Tensor, name: str) -> Tensor:
         raise CascadeError(f"{name} is a {kind} tensor; give a dense one of real numbers.")
     try:
         values = tensor.detach().to("cpu", torch.float32)
-    except RuntimeError:  # a type for storage alone
+    except RuntimeError:  # a dtype for storage only
         raise CascadeError(f"{name} is a tensor of {tensor.dtype}; give one of floats.") from None
     if not torch.isfinite(values).all():
         raise CascadeError(f"{name} holds NaN or infinity; make it anew.")
@@ -197,7 +197,7 @@ def to_pil(pictures: Tensor) -> list[Image]:
 
 
 def resized(pictures: Tensor, size: Sequence[int]) -> Tensor:
-    """Pictures (B, H, W, C) as RGB of that (height, width), in [0, 1]; of their own size they stay as they are."""
+    """Pictures (B, H, W, C) as RGB of that (height, width), in [0, 1]; pictures of that size are returned unchanged."""
     if tuple(pictures.shape[1:3]) == tuple(size):
         return pictures[..., :3]
     pixels = pictures[..., :3].movedim(-1, 1)
@@ -259,9 +259,9 @@ _EXPECTED = "give floats from 0 to 1, or uint8 from 0 to 255."
 
 
 def _numbers(values: Tensor | np.ndarray, name: str) -> tuple[Tensor, torch.dtype]:
-    """A tensor's or an array's finite values, and the type that they had."""
+    """A tensor's or an array's finite values as a tensor, and their former dtype."""
     if isinstance(values, np.ndarray):
-        try:  # torch takes neither negative strides nor another machine's order of bytes, and warns of read-only memory
+        try:  # torch takes neither negative strides nor a foreign byte order, and warns of read-only memory
             values = torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
         except TypeError:
             raise CascadeError(
@@ -277,7 +277,7 @@ def _check_range(values: Tensor, name: str) -> None:
 
 
 def _opened(picture: Any, name: str, mode: str) -> Image:
-    """A picture in a mode of Pillow's; a file's first frame."""
+    """A picture converted to a mode of Pillow; of a file, the first frame."""
     from PIL import Image
 
     if isinstance(picture, str | os.PathLike | bytes):

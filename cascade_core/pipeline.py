@@ -149,7 +149,7 @@ class _AppliedLoRA:
 class StableCascade:
     """A cascade's networks, loaded as they are first needed.
 
-    One call runs at a time: a second thread's waits. `close`, or leaving a `with` block, gives the memory back.
+    One call runs at a time; another thread's call waits. `close`, or leaving a `with` block, gives the memory back.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class StableCascade:
         decoder: StageSettings = DECODER,
         size: Size = (1024, 1024),
     ):
-        device.weight_dtype(dtype)  # refuses a wrong one before a file is read
+        device.weight_dtype(dtype)  # refuses an unknown dtype before a file is read
         self.files, self.device, self.dtype = files, device, dtype
         self.prior_settings = checked_settings(prior, "prior")
         self.decoder_settings = checked_settings(decoder, "decoder")
@@ -169,7 +169,7 @@ class StableCascade:
         self._loaded: dict[tuple[str, Path], Any] = {}
         self._loras: dict[str, _AppliedLoRA] = {}
         self._lock = threading.RLock()
-        self._depth = 0  # calls within each other, by way of a callback
+        self._depth = 0  # depth of nested calls, made by callbacks
         self._cancelled = threading.Event()
         self._closed = False
 
@@ -191,11 +191,11 @@ class StableCascade:
 
         dtype    of Stage B and C: auto, bf16, fp16, fp32 or fp8
         device   auto, cpu, cuda or cuda:N
-        memory   how much of a card to take, in bytes or as "8GB"; None: what is free
+        memory   how much of a card's memory to take, in bytes or as "8GB"; None: the free memory
         prefer   "full": the largest of several networks for a stage is taken; "lite": the smallest
         files    a file by its role, as a path or a name inside the folder: stage_c, stage_b, stage_a, compressor,
                  previewer, text_encoder, vision
-        prior, decoder, size  what a call takes where it does not say otherwise
+        prior, decoder, size  defaults for calls
 
         No network is loaded before it is needed. Raises CascadeError for a folder, device, dtype, memory or role that
         does not exist; for a missing file when it is needed.
@@ -250,13 +250,13 @@ class StableCascade:
 
         prompt         one for all pictures, or a sequence, one for each
         size           (width, height) in pixels, multiples of 8; without it that of `image`, rounded down to such
-                       multiples, else the cascade's own. What is painted in a mask is put back at the image's size
+                       multiples, else the cascade's own. A picture painted in a mask is returned at the image's size
         seed           of the first picture; picture i is drawn from seed + i
         batch          how many pictures; by default one, or as many as there are prompts or images
         steps … sampler  of Stage C; `decoder` holds Stage B's
         image          the picture to start from: a PIL image, a path, a tensor or array (B, H, W, 3) of floats in
                        [0, 1] or of uint8, or a list of these
-        denoise        how much of it is made anew: 1 starts from noise alone
+        denoise        how much of it changes: 1 starts from noise alone
         mask           inpainting: white where the picture may change; the source is put back everywhere else
         room           outpainting: (left, top, right, bottom), pixels to add around `image`
         grow           Stage C positions by which its mask is wider; 1 with the inpainting ControlNet
@@ -269,7 +269,7 @@ class StableCascade:
         engine         False: plain PyTorch
         callback       called with a StageProgress after each step; returning False cancels the run
 
-        Raises CascadeError for what does not fit, Interrupted where the run was cancelled.
+        Raises CascadeError for arguments that do not fit, Interrupted where the run was cancelled.
         """
         with self._running():
             chosen = chosen_settings(self.prior_settings, steps, cfg, cfg_rescale, shift, sampler)
@@ -464,13 +464,14 @@ class StableCascade:
         alpha: float = 0.0,
         module_filters: str = "",
     ) -> str:
-        """Applies a LoRA of any dialect, or a learned token, from here on; returns the name to remove it by.
+        """Applies a LoRA of any dialect, or a learned token, from now on; returns the name to remove it by.
 
         file           a path, or a name in the folder's `loras`
-        strength       of what changes Stage C: 0 not at all, 1 as trained
-        text_strength  of what changes the text encoder, tokens included; by default the same
+        strength       of its changes of Stage C: 0 not at all, 1 as trained
+        text_strength  of its changes of the text encoder, including tokens; by default the same
         new_tokens     names for the tokens of official LoRAs, which do not hold them: `[fernando] ^dog</w>; …`
-        alpha          what it was trained with, for files that do not say it; 0: as the file says, or else its rank
+        alpha          the alpha that it was trained with, for files that do not state it; 0: as stated, or else its
+                       rank
         module_filters  of an official LoRA's training, where its shapes fit several: `.attn, kv_mapper`
 
         A token that the file teaches is written as [name] in prompts. Raises CascadeError for a file that does not fit.
@@ -515,7 +516,7 @@ class StableCascade:
         """The names of the LoRAs and learned tokens that are applied."""
         return tuple(self._loras)
 
-    # Life
+    # Lifetime
 
     def cancel(self) -> None:
         """Ends the call that is running in another thread, which raises Interrupted there."""
@@ -546,9 +547,9 @@ class StableCascade:
         with self._lock:
             if self._closed:
                 raise CascadeError(CLOSED)
-            if not self._depth:  # a call within a callback leaves the outer one cancelled
+            if not self._depth:  # a call within a callback must not reset the outer one's cancellation
                 self._cancelled.clear()
-            # The caller's autocast and default device are for the caller's own networks.
+            # The caller's autocast and default device are meant for the caller's own networks.
             elsewhere = torch.get_default_device().type != "cpu"
             default_device = torch.device("cpu") if elsewhere else nullcontext()
             with (
@@ -565,14 +566,14 @@ class StableCascade:
     # Networks, loaded when they are first needed
 
     def _load(self, role: str, path: Path, load: Callable[[Path], T]) -> T:
-        if self._closed:  # by a callback, or asked for a preview afterwards
+        if self._closed:  # closed by a callback, or before a late preview
             raise CascadeError(CLOSED)
         if (role, path) not in self._loaded:
             self._loaded[role, path] = load(path)
         return self._loaded[role, path]
 
     def stage(self, kind: str) -> DiffusionStage:
-        """Stage C or Stage B (kind stage_c, stage_b) as loaded, without what LoRAs change."""
+        """Stage C or Stage B (kind stage_c, stage_b) as loaded, without changes by LoRAs."""
         if kind not in KINDS:
             raise CascadeError(f"kind is {quoted(kind)}; choose {' or '.join(KINDS)}.")
         path = self.files.find(kind)

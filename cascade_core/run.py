@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class SamplingRun:
     """What is sampled and how.
 
-    latent       (B, C, h, w), the latent to start from; what is kept of it depends on `denoise` and `mask`
+    latent       (B, C, h, w), the latent to start from, of which `denoise` and `mask` keep a part
     seed         of the first image; image i draws its noise from (seed + i) mod 2**64
     steps        how many, at least 1
     shift        of the schedule: above 1 spends more of the steps on high noise
@@ -53,7 +53,7 @@ class SamplingRun:
         return NoiseSource(self.seed, indices, tuple(self.latent.shape[1:]))
 
     def start(self, noise: Tensor) -> Tensor:
-        """The latent as the first step finds it, with this noise."""
+        """The noised latent that the first step starts from."""
         return add_noise(self.latent, noise, self.denoise, self.shift)
 
 
@@ -104,13 +104,13 @@ def mask_like(mask: Tensor, latent: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """A sampled latent, and what the run took.
+    """A sampled latent, with the run's time and memory.
 
     latent      (B, C, h, w) float32 on the CPU
     seconds     for all steps, without loading
     peak_bytes  of the device's memory, within the run; 0 where the device does not measure that, such as the CPU
     device      its name
-    notices     sentences about what a host did otherwise than its settings say
+    notices     sentences about settings that a host did not follow
     """
 
     latent: Tensor
@@ -121,7 +121,7 @@ class SamplingResult:
 
 
 class Stopwatch:
-    """Times a sampling run and measures its peak of memory, from where it is made to `stop`."""
+    """Measures time and peak memory of a sampling run, from its construction to `stop`."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -150,7 +150,7 @@ def process_peak() -> int:
 
 @dataclass(frozen=True)
 class Observer:
-    """Somebody who is told of a run and may stop it.
+    """Receives messages about a run, and may stop it.
 
     notify             called with a sentence that the user should know, such as a retry in less memory
     check_interrupted  called between steps and tiles; raises Interrupted where the run should stop

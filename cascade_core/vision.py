@@ -21,7 +21,7 @@ __all__ = ["ImageEncoder", "build_vision_model", "infer_vision_config", "preproc
 
 logger = logging.getLogger(__name__)
 
-# Of the pictures that CLIP was trained on (Radford et al. 2021), in sRGB.
+# Mean and deviation of CLIP's training pictures (Radford et al. 2021), in sRGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGES_AT_ONCE = 16
@@ -103,7 +103,7 @@ class ImageEncoder:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """The same for pictures as `preprocess_images` gives them, (B, 3, size, size)."""
+        """As `encode`, for the result of `preprocess_images`, (B, 3, size, size)."""
         model = self.model
         result = model(pixel_values=pixels.to(model.device, model.dtype)).image_embeds.float()
         explain_non_finite(model, result, "image encoder")

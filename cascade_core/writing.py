@@ -1,8 +1,8 @@
 """Files written whole or not at all, by however many threads, processes and machines share a folder.
 
-What is written goes to a temporary file of a random name beside its place, and is linked or renamed when it is on
-the disk. A process id does not name a process: each container's first one is number 1. A killed process leaves its
-temporary file, `.0123456789abcdef.part`; the next run that checks the folder removes those of more than a day ago.
+Data goes to a temporary file with a random name in the target's folder, which is linked or renamed once it is on
+disk. The name has no process id, since every container's first process is number 1. A killed process leaves its
+temporary file, `.0123456789abcdef.part`; the next run that checks the folder removes such files older than a day.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def temporary_file(folder: Path) -> Iterator[Path]:
 def replacing(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place at the end of the block.
 
-    An exception, also an interruption, leaves what was at `path` as it was. Raises OSError where that fails, for what
-    is there and is not a file (a folder, /dev/null), and FileExistsError for a file that may not be overwritten.
+    An exception, also an interruption, leaves what was at `path` as it was. Raises OSError where that fails or `path`
+    is something other than a file (a folder, /dev/null), and FileExistsError for a file that may not be overwritten.
     """
     _check_kind(path)
     with temporary_file(path.parent) as temporary:
@@ -84,7 +84,7 @@ def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
             # Otherwise a network drive lost its first answer and sent the request again.
             if temporary.stat().st_nlink == 1:
                 continue
-        except (OSError, AttributeError):  # no hard links, or a target that moving cannot reach either
+        except (OSError, AttributeError):  # no hard links, or an error that moving will meet too
             if not _moved(temporary, target):
                 continue
         return target
@@ -94,7 +94,7 @@ def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
 def _moved(temporary: Path, target: Path) -> bool:
     """Move a file where the file system has no hard links; False if the name is taken.
 
-    It is reserved under a hidden name made from its own, so that a kill in between leaves no empty file at `target`.
+    The name is reserved by a hidden file named after it, so that a kill in between leaves no empty file at `target`.
     """
     digest = hashlib.sha256(os.fsencode(target.name.casefold())).hexdigest()
     reservation = target.with_name(f".{digest[:16]}.part")
@@ -122,7 +122,7 @@ def flush(path: Path) -> None:
 def check_folder(folder: Path) -> None:
     """Raises OSError unless files can be made in `folder`, or it can be made; leaves nothing behind.
 
-    Called before the work, because what cannot be saved afterwards is lost. Removes what killed processes left there.
+    Called before the work, whose result would be lost if it could not be saved. Removes files left by killed processes.
     """
     _check_names(folder)
 
@@ -134,7 +134,7 @@ def check_file(path: Path) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    """Raises OSError for what is not to be replaced by a file: a folder, or a device, also over a link."""
+    """Raises OSError for a path that a file must not replace: a folder or a device, or a link to one."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
@@ -142,7 +142,7 @@ def _check_kind(path: Path) -> None:
 
 
 def output_file(text: str) -> Path:
-    """The path of a file that can be written, found out before the work; argparse's `type`."""
+    """The path of an output file, checked to be writable before the work; for argparse's `type`."""
     try:
         check_file(Path(text))
     except OSError as error:
@@ -151,7 +151,7 @@ def output_file(text: str) -> Path:
 
 
 def _check_names(folder: Path, *names: str) -> None:
-    """Raises OSError unless files of these names can be made in a folder, which may be there or not."""
+    """Raises OSError unless files with these names can be made in a folder, which need not exist yet."""
     parents = [folder, *folder.parents]
     ancestor = next((parent for parent in parents if os.path.lexists(parent)), parents[-1])
     for name in (*folder.parts[len(ancestor.parts) :], *names):

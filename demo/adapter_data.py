@@ -1,4 +1,4 @@
-"""What adapters are trained on: pictures with captions, as latents, and hints of them, drawn on the accelerator."""
+"""Training data of adapters: latents, captions and hints of pictures that are drawn on the accelerator."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,11 +30,11 @@ from cascade_nodes.demo.world import Packed, pack
 
 CAPTIONS = 4  # of each scene
 AT_ONCE = 256  # pictures whose hints are made together
-HOUSES, LOOPS = 30_000, 4_000  # scenes with what is taught, at most
-# Shares of the masks that an inpainting ControlNet is trained with: an object that another takes the place of, a part
-# of the frame at one side; the others as `cascade train` draws them.
+HOUSES, LOOPS = 30_000, 4_000  # most scenes with the taught object
+# Shares of the masks for an inpainting ControlNet: around an object that is replaced, and of a side of the frame; the
+# others are drawn as by `cascade train`.
 EDITED, SIDES = 0.5, 0.2
-OUTSIDE = 0.25  # weight of the positions that a mask leaves as they are
+OUTSIDE = 0.25  # weight of positions outside of the mask
 
 Names = dict[str, range]  # ids of learned tokens by their name in captions
 
@@ -65,13 +65,13 @@ def loops(job: Job, tokenizer: Tokenizer, names: Names) -> Captions:
 
 
 def _named(item: Captioned, tokenizer: Tokenizer, names: Names) -> list[list[int]]:
-    """A scene's captions, those that there are over again, as tokens, with the learned ones."""
+    """A scene's captions as tokens, learned tokens included; repeated if there are too few."""
     chunks = [tokenizer.chunks(text, names)[0] for text in islice(cycle(item.captions), CAPTIONS)]
     return [[token for token, _ in chunk] for chunk in chunks]
 
 
 class AdapterData:
-    """Batches by step, from latents and captions; of a ControlNet from hints too.
+    """Batches by step, of latents and captions; for a ControlNet, hints too.
 
     The captions are made before anything is on the accelerator.
     """
@@ -95,7 +95,8 @@ class AdapterData:
         controlnet = self.settings.controlnet
         return self._inpainted if controlnet.hint == "inpainting" else partial(self._hinted, controlnet)
 
-    # Parts of the pool: captions (N, K, 77), latents (N, 16, h, w), hints (N, C, H, W), weights of places (N, 1, h, w).
+    # Parts of the pool: captions (N, K, 77), latents (N, 16, h, w), hints (N, C, H, W), weights of positions (N, 1,
+    # h, w).
 
     def _scenes(self, number: int, count: int) -> tuple[Tensor, SceneTable | Packed]:
         rows, scenes = slice(number * count, number * count + count), self.source.scenes
@@ -121,9 +122,9 @@ class AdapterData:
         return [tokens, torch.cat(latents), torch.cat(hints), torch.ones_like(torch.cat(latents)[:, :1])]
 
     def _inpainted(self, number: int, count: int) -> list[Tensor]:
-        """Pictures whose latents outside a mask are of another picture: of what a mask replaces, or of nothing there.
+        """Pictures whose latents outside of a mask come from another picture: with the replaced object, or with none.
 
-        As in sampling: what is kept beside the mask still tells of what was in it.
+        As in sampling, where the kept latents beside the mask still show traces of the object that was in it.
         """
         tokens, scenes = self._scenes(number, count)
         assert isinstance(scenes, SceneTable)
@@ -159,7 +160,7 @@ class AdapterData:
         return [tokens, torch.cat(latents), torch.cat(hints), torch.cat(places)]
 
     def take(self, step: int) -> tuple[Tensor, list[Tensor]]:
-        """A step's tokens (B, 77), some without words, and the other columns of the pool."""
+        """A step's tokens (B, 77), some of them without words, and the pool's other tensors."""
         self.pool.advance(step)
         tokens, *others = self.pool.take(self.job.settings.batch_size)
         pick = torch.randint(tokens.shape[1], (len(tokens), 1, 1), device=tokens.device)
@@ -187,5 +188,5 @@ SOURCES: dict[str, Source] = {"house": houses, "loop": loops}
 
 
 def source_of(name: str) -> Source:
-    """What makes an adapter's scenes and captions, by its name."""
+    """The function that makes an adapter's scenes and captions, by the adapter's name."""
     return SOURCES.get(name, ordinary)

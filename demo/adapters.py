@@ -1,8 +1,8 @@
-"""Trains the demo's adapters on a base that is there: `python -m cascade_nodes.demo.adapters --gpus 0,1 --seconds 400`.
+"""Trains the demo's adapters on its networks: `python -m cascade_nodes.demo.adapters --gpus 0,1 --seconds 400`.
 
-ControlNets, LoRAs and a token, each a process of its own (`train_adapter.py`) with a log of its own in the folder of
-checkpoints. Several share a GPU, so that one's data is made while another computes; on each GPU they are in lanes, one
-after the other. What is finished is not done again, what was stopped goes on.
+Each ControlNet, LoRA and token is trained by its own process (`train_adapter.py`), with its own log in the folder of
+checkpoints. Several share a GPU, so that one makes data while another computes; each GPU has lanes of adapters that
+follow one another. Finished adapters are skipped, and interrupted ones are resumed.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from cascade_nodes.demo.everything import Training, train_together
 from cascade_nodes.demo.job import FINISHED
 from cascade_nodes.demo.train import WEIGHTS
 
-# Of each lane, until which share of the time each trains: the first two lanes have the first GPU, the others the last.
-# A GPU gives each process that is ready the same time, so that an adapter has half of one.
+# For each lane, the share of the time at which each adapter's training ends. The first two lanes run on the first
+# GPU, the others on the last. A GPU divides its time equally among ready processes, so an adapter gets half of a GPU.
 LANES: Sequence[Mapping[str, float]] = (
     {"canny": 1.0},
     {"house": 0.55, "super_resolution": 0.85, "loop": 1.0},
@@ -26,7 +26,7 @@ LANES: Sequence[Mapping[str, float]] = (
 
 
 def trainings(options: argparse.Namespace, gpus: Sequence[str]) -> list[list[Training]]:
-    """A process for each adapter that is not finished, in lanes."""
+    """A process for each unfinished adapter, in lanes."""
     began, lanes = time.time(), []
     threads = max((os.cpu_count() or 1) // len(LANES), 1)
     for number, shares in enumerate(LANES):

@@ -52,16 +52,16 @@ __all__ = [
 
 FRAGMENTS, TAGS = 0.12, 0.08  # shares of the captions that are not sentences
 FULL = 0.25  # share of the sentences that leave nothing out
-NEGATED, PUNCTUATED = 0.12, 0.2  # shares of the captions of the larger world that negate, that have signs
+NEGATED, PUNCTUATED = 0.12, 0.2  # in the larger world, shares of captions with negation, with punctuation
 ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
-# Where the thirds of the frame begin and end; between them is neither, so that a caption's place is certain.
+# Borders of the thirds of the frame, with gaps that belong to none, so that a stated place is certain.
 NEAR, MIDDLE, FAR = 0.39, (0.43, 0.57), 0.61
 
 
 def caption(scene: Scene, rng: Random, wide: bool = False) -> str:
     """Random true description: a sentence, tags or a fragment, with random omissions.
 
-    wide: in the larger world's language, which negates ("no red") and has signs that mean nothing.
+    wide: in the larger world's language, which has negations ("no red") and meaningless punctuation.
     """
     if not wide:
         return verbalise(_choose(scene, rng), rng)
@@ -96,7 +96,7 @@ def holds(spec: Spec, scene: Scene) -> bool:
 
 
 def _relation(scene: Scene, order: tuple[int, ...]) -> str | None:
-    """How one object of a scene stands to another: as stated, from either side, or as they lie."""
+    """The relation of one object to another: the stated one, seen from either object, or that of their positions."""
     if order in ((0, 1), (1, 0)):
         return scene.relation if order == (0, 1) else INVERSE.get(scene.relation or "")
     if len(order) < 2:
@@ -113,7 +113,7 @@ def _describes(spec: ObjectSpec, o: SceneObject) -> bool:
 
 
 def stands_at(x: float, y: float, place: str, slack: float = 0.0) -> bool:
-    """Whether the point is in that ninth of the frame, `slack` beyond its borders allowed."""
+    """Whether the point is in that ninth of the frame, or up to `slack` outside of it."""
 
     def within(value: float, low: str, high: str) -> bool:
         if low in place:
@@ -126,7 +126,7 @@ def stands_at(x: float, y: float, place: str, slack: float = 0.0) -> bool:
 
 
 def place_of(x: float, y: float) -> str | None:
-    """Ninth of the frame where the point certainly is, else None."""
+    """The ninth of the frame that certainly holds the point, else None."""
     return next((place for place in PLACES if stands_at(x, y, place)), None)
 
 
@@ -209,7 +209,7 @@ def _counted(spec: Spec, rng: Random) -> Spec:
 
 
 def _negated(spec: Spec, scene: Scene, rng: Random) -> Spec:
-    """Sometimes adds what the scene does not have, and then often leaves the like of it unsaid of what it has."""
+    """Sometimes adds something that the scene does not have; then often omits that kind of attribute of its objects."""
     if rng.random() >= NEGATED:
         return spec
     absent = []
@@ -236,7 +236,7 @@ def _negated(spec: Spec, scene: Scene, rng: Random) -> Spec:
 
 
 def punctuated(text: str, rng: Random, share: float = PUNCTUATED) -> str:
-    """Puts signs into a share of the captions that mean nothing: "a red star; on grass!!!"."""
+    """Adds meaningless punctuation to a share of the captions: "a red star; on grass!!!"."""
     if not text or rng.random() >= share:
         return text
     if rng.random() < 0.4:
@@ -253,7 +253,7 @@ def punctuated(text: str, rng: Random, share: float = PUNCTUATED) -> str:
 
 
 def hard_negatives(scene: Scene, rng: Random, n: int) -> list[str]:
-    """n captions that are false in one thing: relation, colours, shapes or sizes swapped, or one attribute replaced."""
+    """n captions false in one respect: relation, colours, shapes or sizes swapped, or one attribute replaced."""
     spec = full_spec(scene)
     negatives = []
     while len(negatives) < n:
@@ -313,7 +313,7 @@ def _replace(spec: Spec, rng: Random) -> Spec:
         choices.append(lambda: replace(spec, background=rng.choice(BACKGROUNDS)))
     if spec.relation:
         choices.append(lambda: replace(spec, relation=rng.choice(RELATIONS)))
-    for o in spec.absent:  # "no red star" becomes "a red star"; or what is there is said not to be
+    for o in spec.absent:  # "no red star" becomes "a red star", or an existing object is negated
         if len(spec.objects) < 3:
             choices.append(lambda o=o: replace(spec, objects=(*spec.objects, o), absent=()))
         for name in ("shape", "colour"):

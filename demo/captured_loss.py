@@ -1,6 +1,6 @@
 """A loss and its gradients as one CUDA graph for each shape of its inputs, so that a step never waits for Python.
 
-The demo's networks are so small that Python is slower at handing out a step's kernels than a GPU is at running them.
+The demo's networks are so small that Python launches a step's kernels more slowly than a GPU runs them.
 """
 
 import gc
@@ -29,11 +29,11 @@ WARM_UPS = 2  # before a capture: they compile kernels and choose convolutions
 
 
 class CapturedLoss:
-    """`loss(*inputs)` whose backward pass has run already: the gradients are in the parameters' `grad`.
+    """`loss(*inputs)` with its backward pass already run: the gradients are in the parameters' `grad`.
 
-    loss: gives scalars by name, of which `loss` is minimised; it draws nothing at random, waits for nothing, and reads
-    nothing that changes but its inputs, the parameters and the buffers. Where nothing can be captured it runs as it is,
-    and its caller runs the backward pass, which after a captured one does nothing.
+    loss: returns scalars by name, of which `loss` is minimised. It must not draw random numbers, nor synchronise, nor
+    read changing values other than its inputs, the parameters and the buffers. Where nothing can be captured, it runs
+    eagerly and its caller runs the backward pass, which after a captured one does nothing.
     """
 
     def __init__(self, loss: Loss, parameters: Iterable[Tensor]):
@@ -44,7 +44,7 @@ class CapturedLoss:
         self._pool: Any = None
 
     def __call__(self, inputs: Sequence[Tensor], rare: bool = False) -> Terms:
-        """rare: of a shape that is not worth the time of compiling blocks for it."""
+        """rare: the shape is too rare to be worth compiling blocks for it."""
         if not self.eager:
             key = tuple((tuple(value.shape), value.dtype) for value in inputs)
             if key not in self._captured:
@@ -66,9 +66,9 @@ class CapturedLoss:
                 )
             shapes = " ".join("×".join(map(str, value.shape)) for value in inputs)
             print(f"captured in {time.monotonic() - started:.0f} s: {shapes}", flush=True)
-        except Exception as error:  # what fails eagerly too is said by the eager step
+        except Exception as error:  # an error not of the capture recurs in the eager step
             self.eager = True
-            still_computes(device)  # so that the error is not the next launch's
+            still_computes(device)  # clears the error, which the next launch would report
             logger.warning(
                 "No CUDA graph could be captured (%s): training steps take longer.", reason_of(error)
             )
@@ -121,7 +121,7 @@ class _Captured:
 
 @contextmanager
 def _uncompiled(rare: bool) -> Iterator[None]:
-    """Inside, blocks that `compile` was called on run as they are, if `rare`."""
+    """Context in which compiled blocks run eagerly, if `rare`."""
     if not rare:
         yield
         return

@@ -1,4 +1,4 @@
-"""CLIP's encoders for training: the same outputs without a wait for the accelerator, by layers that can be compiled."""
+"""CLIP's encoders for training: the same outputs without synchronisation, from layers that can be compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ Layer = Callable[[Any, Tensor, Tensor | None], Tensor]
 
 
 def encoder_layer(layer: Any, x: Tensor, seen: Tensor | None) -> Tensor:
-    """One of CLIP's layers.  x: (N, T, C); seen: (N, 1, T, T), which positions each attends to, absent: all"""
+    """One of CLIP's layers.  x: (N, T, C); seen: (N, 1, T, T), mask of attended positions; None: all"""
     attention = layer.self_attn
     h = layer.layer_norm1(x)
     q, k, v = (
@@ -37,7 +37,7 @@ def text_states(
 
     -> states (N, T, C) before the final norm, pooled (N, P)
 
-    transformers looks at the mask's values on the CPU, which a CUDA graph cannot hold.
+    transformers reads the mask's values on the CPU, which cannot be captured in a CUDA graph.
     """
     text = model.text_model
     end = (tokens == end_token).int().argmax(dim=-1)  # (N,)

@@ -55,7 +55,7 @@ def overlap(mask: Tensor, reference: Tensor) -> float:
 
 
 def controlnet_canny(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Measures how closely pictures follow the edges of a held-out scene, against words alone."""
+    """Measures how closely pictures follow the edges of a held-out scene, compared with words alone."""
     scenes = sample_scenes(count, SEED + 20, "held_out")
     prompts, specs = prompts_of(scenes)
     sources = as_float(pictures(scenes, cascade.device))
@@ -193,7 +193,7 @@ def outpaint(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
 
 def _splits(scene: Scene) -> bool:
-    """Whether a line through the middle parts the two objects."""
+    """Whether a line through the middle separates the two objects."""
     first, second = scene.objects
     along = (first.x, second.x) if scene.relation in ("left", "right") else (first.y, second.y)
     nearer, further = (first, second) if along[0] < along[1] else (second, first)

@@ -27,12 +27,12 @@ def ordinary_scenes(
 
 
 def mixed_pictures(job: Job, count: int, *what: object, frame: Size = SQUARE) -> Tensor:
-    """Ordinary pictures and wide ones, half of each: uint8 (count, 3, *frame)"""
+    """Ordinary and wide pictures, half of each: uint8 (count, 3, *frame)"""
     ordinary = pictures(ordinary_scenes(job, count - count // 2, *what, frame=frame), job.device, frame)
     return torch.cat([ordinary, wide(count // 2, job.seed("wide", *what), job.device, frame)])
 
 
 def other_frame(job: Job, step: int, share: float) -> Size | None:
-    """The proportions of a step's pictures, (height, width); None for the square of most."""
+    """The frame (height, width) of a step's pictures; None for the square, as in most steps."""
     chance = Random(job.seed("frame", step))
     return chance.choice(OTHER_FRAMES) if chance.random() < share else None

@@ -1,9 +1,9 @@
 """Trains the whole demo cascade: `python -m cascade_nodes.demo.everything --gpus 0,1 --seconds 1000 --weights DIR`.
 
-Each network is a process of its own (`train.py`) with a log of its own in the folder of checkpoints. On two GPUs all
-begin at once, and what needs others compiles its kernels until those are trained; on one GPU each has its turn. What
-is finished is not done again, what was stopped goes on. A process that fails, or says nothing for long, is begun again
-from its last checkpoint, without compiled blocks, then without CUDA graphs too.
+Each network is trained by its own process (`train.py`), with its own log in the folder of checkpoints. On two GPUs
+all processes start at once, and those that need other networks compile their kernels until these are trained; on one
+GPU they take turns. Finished networks are skipped, and interrupted ones are resumed. A process that fails, or is
+silent for long, is restarted from its last checkpoint without compiled blocks, and then also without CUDA graphs.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from cascade_nodes.demo.train import WEIGHTS
 
 
 class Place(NamedTuple):
-    """Where a network trains, and until which share of the time."""
+    """A network's GPU, and the share of the time at which its training ends."""
 
-    gpu: int  # the first or the last of those that there are
+    gpu: int  # the first or the last of the given ones
     until: float
 
 
-# CLIP has a GPU of its own. Stage A needs less than the others.
+# CLIP has its own GPU. Stage A needs fewer steps than the others.
 SIDE_BY_SIDE = {
     "compressor": Place(0, 0.36),
     "clip": Place(-1, 0.30),
@@ -48,16 +48,16 @@ IN_TURN = {
 }
 WAITING = "layout", "stage_b", "stage_c"  # for others, which train beside them
 SAFER = ((), ("--no-compile",), ("--no-compile", "--no-graphs"))
-SILENT_WAITING, SILENT = 240.0, 120.0  # seconds without a word after which a process counts as stuck
+SILENT_WAITING, SILENT = 240.0, 120.0  # seconds without output after which a process counts as stuck
 TELL_EVERY = 20.0
 MEASURED = (("adherence",), ("reconstruction", "renderer"))
 
 
 @dataclass
 class Training:
-    """One network's process, by the command of a module.
+    """One network's process, which runs a module.
 
-    due: when it should be training, and no longer wait for others (by `time.time`)
+    due: time (of `time.time`) by which it should be training and no longer wait for other networks
     """
 
     network: str
@@ -80,7 +80,7 @@ class Training:
         )  # fmt: skip
 
     def running(self) -> bool:
-        """Whether it still trains; begins it anew where it failed. Raises CascadeError where nothing helped."""
+        """Whether it still trains. Restarts a failed process; raises CascadeError after the last attempt."""
         assert self.process is not None
         assert self.output is not None
         code, now = self.process.poll(), time.time()
@@ -114,7 +114,7 @@ class Training:
 
 
 def train_together(lanes: Sequence[Sequence[Training]]) -> None:
-    """Trains lanes of networks side by side, those of a lane one after the other, and tells how far they are."""
+    """Trains lanes of networks side by side, those of a lane one after the other, and reports progress."""
     lanes = [list(lane) for lane in lanes]
     begun: list[Training] = []
     try:
@@ -144,7 +144,7 @@ def train_together(lanes: Sequence[Sequence[Training]]) -> None:
 
 
 def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> None:
-    """Trains what is not finished yet. The time that finished ones would have taken is the others'."""
+    """Trains the unfinished networks, among which the time of finished ones is divided."""
     together = len(gpus) > 1
     places = {
         name: place
@@ -152,7 +152,7 @@ def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> N
         if not (options.work / name / FINISHED).exists()
     }
     began, seconds = time.time(), end - time.time()
-    first = 0.0  # share of the time that is not needed any more
+    first = 0.0  # share of the time freed by finished networks
     if together:
         first = 0.0 if places.keys() - {"stage_b", "stage_c"} else SIDE_BY_SIDE["layout"].until
     threads = max((os.cpu_count() or 1) // (len(places) + 1), 2) if together else os.cpu_count() or 1
@@ -176,7 +176,7 @@ def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> N
 
 
 def measure(options: argparse.Namespace, gpus: Sequence[str], seconds: float) -> None:
-    """Measures the cascade on all GPUs, each measurement a process, none for longer than so many seconds."""
+    """Measures the cascade on all GPUs, each measurement in a process of at most `seconds`."""
     processes = {
         names[0]: subprocess.Popen(
             [sys.executable, "-m", "cascade_nodes.demo.evaluate", "--weights", str(options.weights),

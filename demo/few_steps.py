@@ -1,6 +1,6 @@
-"""Consistency distillation for the demo: the core's `consistency_loss` with everything random drawn before.
+"""Consistency distillation for the demo: the core's `consistency_loss`, with all random numbers drawn beforehand.
 
-So that a step, with the teacher's whole way in it, is one CUDA graph.
+So a step, including the teacher's whole path, is one CUDA graph.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # noised latents (B, C, h, w), noi
 
 
 class Levels(NamedTuple):
-    """Noise levels of latents, each (B, 1, 1, 1): x = a·x0 + b·epsilon. ratio: of the step before, `dpmpp_2m`'s."""
+    """Noise levels of latents, each (B, 1, 1, 1): x = a·x0 + b·epsilon. ratio: `dpmpp_2m`'s, to the previous step."""
 
     a: Tensor
     b: Tensor
@@ -37,7 +37,7 @@ class Jumps:
         self.steps = objective.sampling_steps or solver_steps
         self.pure_noise_share = objective.pure_noise_share
         jump = solver_steps // self.steps
-        # As `consistency_loss` has them, to the bit
+        # As in `consistency_loss`, to the bit
         step = torch.arange(1, self.steps + 1)
         times = [(step - i / jump) / self.steps for i in range(jump)] + [(step - 1) / self.steps]
         snr = torch.stack([log_snr(time, objective.shift) for time in times])  # (J + 1, S)
@@ -53,7 +53,7 @@ class Jumps:
         self.weight = (weight if most is None else weight.clamp(max=most)).to(device)
 
     def draw(self, x0: Tensor) -> list[Tensor]:
-        """Latents (B, C, h, w), noised -> noised, levels (4, J + 1, B), weights (B,), whether each ends clean (B,)"""
+        """Latents (B, C, h, w) -> noised latents, levels (4, J + 1, B), weights (B,), whether each ends clean (B,)"""
         step = torch.randint(self.steps, (len(x0),), device=x0.device)
         step[: int(self.pure_noise_share * len(x0))] = self.steps - 1
         levels = self.table[..., step]
@@ -64,7 +64,7 @@ class Jumps:
 def consistency_terms(
     predict: Predict, teacher: Predict, x: Tensor, levels: Tensor, weight: Tensor, clean: Tensor
 ) -> dict[str, Tensor]:
-    """The loss of what `Jumps.draw` gives. teacher: the guided prediction."""
+    """The loss for the result of `Jumps.draw`. teacher: the guided prediction."""
     path = [Levels(*(value.view(-1, 1, 1, 1) for value in levels[:, i])) for i in range(levels.shape[1])]
     here, there = path[0], path[-1]
     with torch.no_grad():

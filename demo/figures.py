@@ -1,9 +1,8 @@
-"""Measures everything that demo/README tells: `python -m cascade_nodes.demo.figures --gpus 0,1 --weights DIR`.
+"""Measures all figures of demo/README: `python -m cascade_nodes.demo.figures --gpus 0,1 --weights DIR`.
 
-Sets are measured side by side, each in a process of its own (evaluate, tasks, high_resolution) with a log of its own,
-spread over the GPUs, or one after the other on processors. Their figures come together as evaluate.json, tasks.json and
-high_2.json, high_4.json in `--work`, from which `pages` fills the tables; a contact sheet of each set lies in its
-`sheets`.
+Sets are measured side by side on the GPUs, or one after the other on processors, each in its own process (evaluate,
+tasks, high_resolution) with its own log. Their figures are combined into evaluate.json, tasks.json, high_2.json and
+high_4.json in `--work`, from which `pages` fills the tables; `sheets` there holds a contact sheet of each set.
 """
 
 import argparse
@@ -20,9 +19,9 @@ from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.writing import write_file
 from cascade_nodes.demo.pipeline import WEIGHTS
 
-LARGER = {2: 100, 4: 16}  # times the size, and pictures of it
+LARGER = {2: 100, 4: 16}  # factor of the size -> number of pictures
 TASK_COUNT = 200  # pictures for each figure of a task
-# What is measured together, of about the same duration each, the longest first
+# Sets measured in one process, all of about the same duration, the longest first
 SETS = (
     ("pairs",),
     ("three", "negation"),
@@ -41,7 +40,7 @@ TASK_SETS = (
 
 
 class Measurement(NamedTuple):
-    """A process. whole: the file that its figures are part of"""
+    """One measuring process. whole: the file that its figures become part of"""
 
     name: str
     whole: str
@@ -49,7 +48,7 @@ class Measurement(NamedTuple):
 
 
 def measurements(options: argparse.Namespace, only: Sequence[str] = ()) -> Iterator[Measurement]:
-    """Yields what is to be measured, by the options' work folder, weights and count. only: of it, by name"""
+    """Yields the measurements for the options' work folder, weights and count. only: names of those to yield"""
     work, common = options.work, ["--weights", str(options.weights)]
     sheets = ["--sheets", str(work / "sheets")]
 
@@ -80,9 +79,9 @@ def measurements(options: argparse.Namespace, only: Sequence[str] = ()) -> Itera
 def measure(
     options: argparse.Namespace, gpus: Sequence[str], only: Sequence[str] = (), seconds: float = 1e6
 ) -> None:
-    """Measures side by side on GPUs (none: in turn), and writes the figures. Raises CascadeError for what failed.
+    """Measures side by side on GPUs (none: in turn), and writes the figures. Raises CascadeError for failed sets.
 
-    seconds: after which what is not measured is given up
+    seconds: after which unfinished measurements are given up
     """
     parts, logs = options.work / "parts", options.work / "logs"
     for folder in (parts, logs, options.work / "sheets"):
@@ -125,7 +124,7 @@ def _wait(process: subprocess.Popen[bytes], end: float) -> None:
 
 
 def _bring_together(planned: Sequence[Measurement], work: Path) -> None:
-    """Write the figures of all parts that are there into the files that they are part of, beside what is in those."""
+    """Write the figures of all existing parts into their common files, beside the figures already there."""
     found: dict[str, dict] = {}
     for each in planned:
         path = work / "parts" / f"{each.name}.json"

@@ -50,7 +50,7 @@ def _bits(o: ObjectSpec, rng: Random) -> list[str]:
 
 def _some(words: tuple[str, ...], rng: Random) -> str:
     """Draws the plain word half of the time, else any of them."""
-    chance = 2 * rng.random() - 1  # always one draw, so that one seed words two specs alike
+    chance = 2 * rng.random() - 1  # always one draw, so that a seed words two specs in the same way
     return words[0] if chance < 0 else words[int(chance * len(words))]
 
 
@@ -111,7 +111,7 @@ def _unrelated(a: ObjectSpec, b: ObjectSpec, rng: Random) -> str:
 
 
 def _three(objects: tuple[ObjectSpec, ...], relation: str | None, may_say_is: bool, rng: Random) -> str:
-    """Three objects; a relation is that of the first two, which may be named last."""
+    """Three objects; a relation belongs to the first two, which may be named last."""
     a, b, c = objects
     if relation is None:
         if a == b == c:
@@ -129,7 +129,7 @@ def _three(objects: tuple[ObjectSpec, ...], relation: str | None, may_say_is: bo
 
 
 def _with_absences(text: str, absent: tuple[ObjectSpec, ...], rng: Random) -> str:
-    """Adds "no red" or "without a circle" behind a text, or before it."""
+    """Adds "no red" or "without a circle" after a text or before it."""
     parts = []
     for o in absent:
         bits = _bits(o, rng)
@@ -236,18 +236,18 @@ _PAUSE, _SIGN = re.compile(r"\s[-/]\s|[.;:]\s"), re.compile(r"[^\w\s,]")
 
 
 def vocabulary() -> set[str]:
-    """Set of all words that a caption can contain; signs are none."""
+    """Set of all words that a caption can contain, without punctuation."""
     return {word for phrase in _LEXICON for word in phrase.split() if word != ","}
 
 
 def known_words() -> list[str]:
-    """The same in an order to be shown: what a picture is made of first."""
+    """The vocabulary in an order for display: objects and attributes first."""
     names = [*SHAPE_WORDS, *COLOUR_WORDS, *SIZE_WORDS, *BACKGROUND_NOUNS, *RELATION_WORDS, *NEGATIONS]
     return list(dict.fromkeys([*names, *sorted(vocabulary())]))
 
 
 def parse(prompt: str) -> Spec:
-    """Parses a prompt into its spec. Signs mean nothing, but for those that stand between two parts, as a comma does.
+    """Parses a prompt into its spec. Punctuation has no meaning, except where it separates two parts, as a comma does.
 
     Raises CascadeError for a word outside the vocabulary, more than one relation, or more than three objects.
     """
@@ -282,7 +282,7 @@ def _read(tokens: list[tuple[str, str]], prompt: str) -> Spec:
 
 
 class _Reader:
-    """What has been read of a prompt."""
+    """State of parsing a prompt."""
 
     def __init__(self, prompt: str):
         self.prompt = prompt
@@ -291,11 +291,11 @@ class _Reader:
         self.absent: list[dict[str, str]] = []
         self.relation: str | None = None
         self.background: str | None = None
-        self.related_before = self.number = 1  # objects before the relation; of the next object
+        self.related_before = self.number = 1  # number of objects before the relation; of the next one
         self.starts_object, self.counted, self.exact, self.negated = True, False, False, False
 
     def describe(self, kind: str, value: str) -> None:
-        """Takes an attribute, or a noun that is none, as the current object's or the next one's."""
+        """Assigns an attribute, or a noun without one, to the current object or the next."""
         named = self.absent if self.negated else self.objects
         if self.starts_object or (kind in _ATTRIBUTES and kind in named[-1]):
             named.append({})
@@ -308,14 +308,14 @@ class _Reader:
             named[-1][kind] = value
 
     def negate(self, kind: str) -> None:
-        """Takes what follows a negation at once: the article of "without a circle"."""
+        """Reads a negation, with the article of "without a circle"."""
         if kind == "background":
             raise CascadeError(
                 f"The prompt {self.prompt!r} says what the background is not; say what it is: there is always one."
             )
 
     def separate(self, kind: str, value: str, following: list[tuple[str, str]]) -> None:
-        """Takes what stands between objects."""
+        """Reads a separator between objects."""
         if kind == "comma":
             self.starts_object |= (
                 self.negated or not self.objects or not _continues(self.objects[-1], following)

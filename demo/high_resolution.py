@@ -71,7 +71,7 @@ def rates(images: Tensor, specs: Sequence[Spec]) -> dict[str, float]:
 
 
 def detail(images: Tensor) -> float:
-    """Root mean square that pictures in [0, 1] lose when they are halved and doubled."""
+    """Root mean square difference of pictures in [0, 1] to themselves halved and doubled in size."""
     halved = F.avg_pool2d(images, 2)
     doubled = F.interpolate(halved, scale_factor=2, mode="bilinear", align_corners=False)
     return (images - doubled).square().mean().sqrt().item()
@@ -82,8 +82,8 @@ def high_resolution(
 ) -> tuple[dict[str, float], Tensor]:
     """Figures of both passes over `count` held-out prompts, and the pictures of the second.
 
-    kept: share of the first pass's adherence (right in everything) that the second has; detail: its finest detail,
-    as a share of that of rendered scenes of that size.
+    kept: adherence (right in everything) of the second pass as a share of the first's; detail: finest detail of the
+    second, as a share of that of rendered scenes of that size.
     """
     scenes = sample_scenes(count, SEED, "held_out")
     prompts, specs = prompts_of(scenes)

@@ -20,7 +20,7 @@ def _xavier(module: nn.Module) -> None:
 
 
 def initialise_unet(model: UNet) -> UNet:
-    """Stage B or C: each residual branch starts small, every timestep block as the identity, the output at zero."""
+    """Stage B or C: residual branches start small, timestep blocks as the identity, and the output at zero."""
     model.apply(_xavier)
     for name in _CONDITION_MAPPERS:
         if hasattr(model, name):

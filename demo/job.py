@@ -1,4 +1,4 @@
-"""One training run of the demo: where it reads and writes, on what, for how long; and what the runs share."""
+"""One training run of the demo: its folders, device and duration, and functions shared by the runs."""
 
 import json
 import math
@@ -28,11 +28,11 @@ from cascade_nodes.demo.network_task import Batch, NetworkTask, RunSettings, Ste
 from cascade_nodes.demo.pool import Pool
 
 COMPILED = (ResBlock, AttnBlock, TimestepBlock, MixingResidualBlock)
-PART = 2048  # scenes that are drawn at a time
+PART = 2048  # scenes drawn at a time
 LOG_EVERY, CHECKPOINT_EVERY = 25, 2500  # steps
-EXPORT_EVERY = 200.0  # seconds between two exports of the present average, of a run by the clock
+EXPORT_EVERY = 200.0  # seconds between two exports of the average, in a run with a time limit
 FINISHED = "finished.json"
-FILES = {  # where the networks of a run are exported to, by their names in it
+FILES = {  # files that a run's networks are exported to, by their names in the run
     "stage_a": "demo_stage_a.safetensors",
     "compressor": "demo_compressor.safetensors",
     "previewer": "demo_previewer.safetensors",
@@ -42,7 +42,7 @@ FILES = {  # where the networks of a run are exported to, by their names in it
     "stage_c": "demo_stage_c.safetensors",
 }
 SPENT = "seconds"  # in a state's contents: how long the run has trained
-MANY_STEPS = 10_000_000  # of a run that the clock ends
+MANY_STEPS = 10_000_000  # limit for a run that ends by time
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # averaged tensors by network and name
 Export = Callable[[Weights], None]
@@ -51,21 +51,21 @@ Draw = Callable[[int], Batch]
 
 @dataclass
 class Job:
-    """One run: where it reads and writes, on what, for how long.
+    """One run: its folders, device and duration.
 
-    minutes   stop here, to go on later
-    fit       train for so many minutes in all, instead of a number of steps
-    until     train until then, by `time.time`, instead of a number of steps
-    waits     whether the networks that it needs are being trained beside it
-    start     folder of exported weights to begin with, instead of random ones
+    minutes   pause after this time, to go on later
+    fit       train for this many minutes in all, instead of a number of steps
+    until     train until this `time.time`, instead of for a number of steps
+    waits     whether to wait for needed networks that other processes are training
+    start     folder of exported weights to start from, instead of random ones
     checkpoint_every   steps
-    trained_steps      that the networks have had at an export
+    trained_steps      of the networks at an export
     """
 
     settings: TrainSettings
     folder: Path  # checkpoint and log
-    weights: Path  # what was trained before
-    out: Path  # what this run gives
+    weights: Path  # networks trained before
+    out: Path  # the run's results
     device: torch.device
     scenes: int
     minutes: float | None = None
@@ -87,7 +87,7 @@ class Job:
         return self.fit is not None or self.until is not None
 
     def seed(self, *what: object) -> int:
-        """A seed of its own for each thing that is drawn, far from those of the measurements."""
+        """A different seed for each kind of data, far from those of the measurements."""
         return 1_000_000 + zlib.crc32(repr((self.settings.seed, *what)).encode())
 
     def pool(
@@ -98,7 +98,7 @@ class Job:
         every: int = 50,
         endless: bool = False,
     ) -> Pool:
-        """Data of a share of so many rows as the run has scenes; draw(number, rows) gives a part.
+        """Data with a share of the run's number of scenes as rows; draw(number, rows) gives a part.
 
         first: share of it that is drawn before the first step; every, endless: of `Pool`.
         """
@@ -131,9 +131,9 @@ class Job:
     ) -> None:
         """Train by loss(*draw(step)), and write the networks with their averaged weights by `export`.
 
-        prepare: makes the data, after the networks that are its `inputs` have been trained, and returns `draw`
-        rehearsals: batches of any values, whose shapes are compiled and captured before; the first `needed` in any
-        case, the others while the inputs are not there
+        prepare: makes the data, after its `inputs` (other networks) have been trained, and returns `draw` rehearsals:
+        batches of arbitrary values, whose shapes are compiled and captured beforehand: the first `needed` always, the
+        others while waiting for the inputs
         """
         bf16 = self.settings.precision == "bf16"
         task = NetworkTask(networks, _nothing_yet, loss, bf16, learning_rates, self.graphs)
@@ -173,7 +173,7 @@ class Job:
 
     @torch.no_grad()
     def _begin_with(self, folder: Path, networks: Mapping[str, nn.Module]) -> None:
-        """Copy the exported weights of these names and shapes into the networks; what no file has stays as it is."""
+        """Copy exported weights of the same names and shapes into the networks; other weights are unchanged."""
         for name, network in networks.items():
             path = folder / FILES.get(name, name)
             if not path.is_file():
@@ -224,10 +224,10 @@ class Job:
 
 
 class Clock:
-    """Ends a run in time, and brings its learning rate down by then.
+    """Ends a run at its time, with the learning rate lowered by then.
 
-    A run by the clock has no number of steps; the learning rate's schedule is told the number that it would have at
-    this pace, so that it follows the share of the time that has passed.
+    A run with a time limit has no number of steps; the schedule of the learning rate gets the number expected at the
+    present pace, so that it follows the share of time that has passed.
     """
 
     def __init__(self, job: Job, loop: Loop, spent: float, export: Callable[[], None]):
@@ -250,7 +250,7 @@ class Clock:
         return self.spent >= self.total
 
     def ended(self) -> bool:
-        """Whether the run is to end at this step. Asked after each."""
+        """Whether the run ends at this step; called after each step."""
         spent, job = self.spent, self.job
         self.loop.contents[SPENT] = f"{spent:.1f}"
         if self.total is not None:
@@ -289,5 +289,5 @@ def own_tokenizer() -> Tokenizer:
 
 @torch.no_grad()
 def in_parts(function: Callable[[Tensor], Tensor], data: Tensor, size: int = 1024) -> Tensor:
-    """function over all rows of data, a part at a time."""
+    """Applies a function to all rows of data, a part at a time."""
     return torch.cat([function(part) for part in data.split(size)])

@@ -34,7 +34,7 @@ class Score:
     relation: bool | None
     background: bool | None
     count: bool | None  # no object missing and, for a full sentence, none too many
-    absences: bool | None = None  # nothing there that the prompt says is not
+    absences: bool | None = None  # nothing that the prompt negates is in the picture
 
     @property
     def all_right(self) -> bool:
@@ -44,9 +44,9 @@ class Score:
 
 
 def score(reading: Reading, spec: Spec) -> Score:
-    """Scores a picture against its prompt. The prompt's objects are matched with those of the picture that agree
-    best in their attributes; the relation decides only between equal agreements. A relation counts only
-    between objects of which the stated shape or colour is right.
+    """Scores a picture against its prompt. The prompt's objects are matched with the picture's so that attributes
+    agree best; the relation only breaks ties. A relation counts only between objects whose stated shape or colour is
+    right.
     """
     stated, objects_found = spec.objects, reading.objects
     # None: the object is missing.
@@ -112,8 +112,9 @@ def _relation(
 
 
 def summary(scores: Iterable[Score]) -> dict[str, float]:
-    """Rates over everything that was stated: objects_colour, objects_shape, objects_size, objects_place,
-    relations, backgrounds, counts, absences, all_right (pictures right in everything); only what some prompt states.
+    """Rates of correct statements: objects_colour, objects_shape, objects_size, objects_place, relations,
+    backgrounds, counts, absences, all_right (pictures right in everything). Only kinds of statements that some prompt
+    makes.
     """
     scores = list(scores)
     objects = [o for s in scores for o in s.objects]

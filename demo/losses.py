@@ -10,22 +10,18 @@ from cascade_nodes.cascade_core.diffusion.loss_weights import debiased
 from cascade_nodes.cascade_core.diffusion.schedule import alpha_sigma, log_snr, noise_cond, per_image
 from cascade_nodes.cascade_core.networks.stage_a import StageA
 
-OUTLINE = 5  # pixels in which a picture's outlines are looked for
-SHADING, FULL_CONTRAST = (
-    0.15,
-    0.25,
-)  # ranges of a colour within them: below, shading; above, an outline in full
-STRONG_CONTRAST, FAINT = (
-    0.75,
-    2.5,
-)  # of a saturated colour on a light ground; how much more the faintest weighs
-USUAL_SHARE = 0.08  # of a picture that is outlines
-STRENGTH, MOST = 4.0, 3.0  # of the weight of outlines; how much more of it a picture with few of them has
+OUTLINE = 5  # pixels of the window in which outlines are searched for
+# Ranges of a colour within the window: up to the first it is shading, from the second on it counts as a full outline.
+SHADING, FULL_CONTRAST = 0.15, 0.25
+# Range between a saturated colour and a light ground, and the largest factor by which fainter outlines weigh more.
+STRONG_CONTRAST, FAINT = 0.75, 2.5
+USUAL_SHARE = 0.08  # of outlines in a picture
+STRENGTH, MOST = 4.0, 3.0  # added weight of outlines; its largest factor, for pictures with few outlines
 
 
 @torch.no_grad()
 def outline_weights(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Weights (B, 1, *size) that stress outlines, more where they are faint or few: white objects, and small ones.
+    """Weights (B, 1, *size) that stress outlines, more so where they are faint or few: white and small objects.
 
     At the outline of a white object on a light ground the wrong shape is a small error.
     """
@@ -50,8 +46,8 @@ def stage_a_loss(
     """Reconstruction through the codebook for some of the batch, through a noisy latent for the others.
 
     Stage B's latents reach the decoder without quantisation, so it must read both.
-    noise: what is added to the latents, (B, c_latent, H/4, W/4), of which the first rows' is not used.
-    Codebook and commitment terms: van den Oord et al. 2017, arXiv 1711.00937.
+    noise: added to the latents, (B, c_latent, H/4, W/4); not used for the first, quantised rows. Codebook and
+    commitment terms: van den Oord et al. 2017, arXiv 1711.00937.
     """
     latent = model.encode(image)  # (B, c_latent, H/4, W/4)
     count = max(round(quantised_share * len(image)), 1)
@@ -85,14 +81,14 @@ def contrastive_loss(image: Tensor, text: Tensor, wrong: Tensor, log_scale: Tens
 
 
 def share_right(image: Tensor, right: Tensor, wrong: Tensor, counted: Tensor) -> Tensor:
-    """Share of the images (B, E) that are nearer to the right text than to the wrong one, of those counted (B,)."""
+    """Share of the counted images (B, E) that are nearer to the right text than to the wrong one. counted: (B,)"""
     image, right, wrong = (F.normalize(value.float(), dim=-1) for value in (image, right, wrong))
     nearer = (image * right).sum(1) > (image * wrong).sum(1)
     return (nearer & counted).sum() / counted.sum().clamp(min=1)
 
 
 class NoiseLevels:
-    """The training times of `diffusion_loss` as a table on the accelerator: drawing from it waits for nothing.
+    """The training times of `diffusion_loss` as a table on the accelerator, so that drawing does not synchronise.
 
     As there, the weight is 1/√SNR, cut at `max_loss_weight`, and `pure_noise_share` of a batch is pure noise.
     """
@@ -105,7 +101,7 @@ class NoiseLevels:
         self.table = torch.stack([a, b, noise_cond(level), weight]).to(device)  # (4, times)
 
     def noise(self, x0: Tensor) -> list[Tensor]:
-        """Latents x0 (B, C, h, w), noised -> noised, noise conditions (B,), epsilon, weights (B,)"""
+        """Latents x0 (B, C, h, w) -> noised latents, noise conditions (B,), epsilon, weights (B,)"""
         times = torch.randint(self.table.shape[1], (len(x0),), device=x0.device)
         times[: int(self.pure_noise_share * len(x0))] = self.table.shape[1] - 1
         a, b, condition, weight = self.table[:, times]

@@ -39,7 +39,7 @@ def psnr(images: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tenso
 def in_batches(function: Callable[[slice], Tensor], count: int, batch: int | None = None) -> Tensor:
     """Runs function(slice of the rows) over all rows and joins the results on the CPU.
 
-    batch: rows at once; None for what keeps the device busy
+    batch: rows at once; None: enough to keep the device busy
     """
     batch = batch or (100 if torch.cuda.is_available() else 50)
     return torch.cat([function(slice(i, min(i + batch, count))).cpu() for i in range(0, count, batch)])

@@ -1,4 +1,4 @@
-"""Networks trained from nothing as a task of the core's training loop, on data that is drawn on the accelerator."""
+"""Task of the core's training loop that trains networks from random weights, on data drawn on the accelerator."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from cascade_nodes.demo.captured_loss import CapturedLoss, Loss, Terms
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What the loop reads of a run's settings."""
+    """The settings of a run that the loop reads."""
 
     train: TrainSettings
     output: OutputSettings
@@ -34,14 +34,14 @@ class Step(NamedTuple):
 
 
 class Steps:
-    """Batches of which only the number is known before the step."""
+    """Batches that only consist of the step's number until the step draws them."""
 
     def batch(self, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Step:
         return Step(step)
 
 
 class Batch(NamedTuple):
-    """What the loss is computed of. rare: of a shape that is not worth the time of compiling blocks for it."""
+    """Arguments of the loss. rare: their shape is too rare to be worth compiling blocks for it."""
 
     tensors: Sequence[Tensor]
     rare: bool = False
@@ -50,15 +50,15 @@ class Batch(NamedTuple):
 class NetworkTask(Task):
     """Trains `networks` by loss(*tensors) of the batch that draw(step) gives.
 
-    draw             draws all that is random in a step; runs without gradients, in float32
-    loss             of the drawn tensors alone, as `CapturedLoss` wants it
+    draw             draws all random numbers of a step; runs without gradients, in float32
+    loss             of the drawn tensors alone, as `CapturedLoss` requires
     learning_rates   by network name, as a share of the settings', 1 where absent
     bf16             whether the loss runs under bf16 autocast
-    graphs           whether its passes are captured, on a CUDA device
+    graphs           whether passes are captured on a CUDA device
     """
 
     trained: nn.ModuleDict
-    average_buffers = False  # a batch norm's statistics are an average already
+    average_buffers = False  # a batch norm's statistics are averages already
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class NetworkTask(Task):
         return batch
 
     def rehearse(self, tensors: Sequence[Tensor]) -> None:
-        """Compile and capture for a shape, with any values; the weights stay as they are."""
+        """Compile and capture for a shape, with arbitrary values; the weights do not change."""
         if not self.captured.eager:
             self.captured(tensors)
 

@@ -1,9 +1,9 @@
-"""Makes what is shown of the demo anew from its weights: `python -m cascade_nodes.demo.pages`.
+"""Regenerates the demo's figures and pictures from its weights: `python -m cascade_nodes.demo.pages`.
 
-Figures into `--work` (evaluate, tasks, high_resolution; a GPU takes minutes, two cores hours), from them the tables of
-demo/README.md and the contact sheet, the example graphs' input pictures, and by ComfyUI and a browser (docs/testing.md)
-their thumbnails and screenshots. --only makes a part; tables are filled from figures that are there. Look at every
-picture before it is committed: each task's sheet is in `--work` too.
+Writes figures into `--work` (evaluate, tasks, high_resolution: minutes on a GPU, hours on two cores), and from them
+the tables of demo/README.md and the contact sheet; then the example graphs' input pictures and, by ComfyUI and a
+browser (docs/testing.md), their thumbnails and screenshots. --only makes a part; tables are filled from existing
+figures. Look at every picture before it is committed: each task's sheet is in `--work` too.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 README, SHEET = ROOT / "demo" / "README.md", ROOT / "docs" / "images" / "contact_sheet.jpg"
 SCREENSHOTS = "cascade_nodes.tests.comfyui.browser.screenshots"
 
-# What stands in the README between <!-- figures NAME --> and <!-- end -->: rows of which all figures are there.
+# Tables of the README between <!-- figures NAME --> and <!-- end -->; a row is written if all its figures exist.
 # ruff: noqa: E501 (a row is a line)
 TABLES: dict[str, Sequence[tuple[str, str]]] = {
     "evaluate": (
@@ -80,7 +80,7 @@ class Row(dict[str, Any]):
     """Figures by name, for a template with names that hold dots and colons; `{name}` or `{name:.1%}`."""
 
     def fill(self, template: str) -> str | None:
-        """The template with its figures; None where one is not there."""
+        """The template with its figures; None where a figure is missing."""
         names = re.findall(r"{(.+?)}", template)
         texts = [self._text(name) for name in names]
         if None in texts:
@@ -99,7 +99,7 @@ class Row(dict[str, Any]):
 
 
 def figures_of(contents: Mapping[str, Any], before: str = "") -> Row:
-    """A file's figures by name: tasks' before theirs, shares with their intervals, of groups the lowest in words."""
+    """A file's figures by name, with the task's as prefix; shares with intervals, groups as their lowest in words."""
     row = Row()
     for name, value in contents.items():
         if isinstance(value, list):
@@ -115,7 +115,7 @@ def figures_of(contents: Mapping[str, Any], before: str = "") -> Row:
 
 
 def table(name: str, row: Row) -> str:
-    """The rows of a table as Markdown, with where and when they were measured."""
+    """The rows of a table as Markdown, with the machine and date of the measurement."""
     filled = [(row.fill(label), row.fill(template)) for label, template in TABLES[name]]
     lines = [f"| {label} | {figure} |" for label, figure in filled if label and figure]
     measured = f"{row['count']} prompts, {row['machine']}, {row['date']}."
@@ -123,7 +123,7 @@ def table(name: str, row: Row) -> str:
 
 
 def fill_tables(text: str, rows: Mapping[str, Row]) -> str:
-    """A page with its tables made anew. Raises CascadeError where it has no place for one."""
+    """A page with its tables filled anew. Raises CascadeError where a table has no place in it."""
     for name, row in rows.items():
         pattern = rf"(<!-- figures {name} -->\n\n).*?(\n\n<!-- end -->)"
         made = table(name, row)

@@ -16,13 +16,13 @@ from cascade_nodes.demo.pipeline import PRIOR, DemoCascade, Sampling
 from cascade_nodes.demo.scenes import Scene, alone, sample_scenes
 from cascade_nodes.demo.taught_tasks import adapter
 
-# Chosen by other pictures than those that are measured: 86 % of 1,000, where the demo graph's own settings give 84 %.
+# Chosen on pictures other than the measured ones: 86 % of 1,000, where the demo graph's own settings give 84 %.
 VARIATION = replace(PRIOR, sampler="ddpm", cfg_rescale=0.5)
 SPLITS = {"train": "", "held_out": "_of_what_was_never_trained"}  # suffix of a figure's name
 
 
 def things(scene: Scene) -> Spec:
-    """Spec of a scene's shapes and colours alone."""
+    """Spec with only a scene's shapes and colours."""
     return Spec(tuple(ObjectSpec(shape=o.shape, colour=o.colour) for o in scene.objects), exact=True)
 
 
@@ -40,7 +40,7 @@ def prompted(cascade: DemoCascade, embedded: Tensor, seed: int, sampling: Sampli
 def variation(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     """Measures image prompts without words: shapes and colours are kept, and another seed gives another picture.
 
-    The pictures are new; in half of the measurement their content is too: a pair of shape and colour, or a triple,
+    The pictures are new, and in half of the measurement so is their content: a pair of shape and colour, or a triple,
     that was never trained on.
     """
     figures: Figures = {}
@@ -57,7 +57,7 @@ def variation(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
 
 def mixing(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Measures two pictures of one object each as one prompt, with the LoRA that teaches it where the weights have one.
+    """Measures two pictures of one object each as one prompt, with the LoRA for it if the weights include it.
 
     Also measures the LoRA's effect on variations of one picture.
     """
@@ -96,7 +96,7 @@ def mixing(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
 
 
 def image_to_image(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
-    """Measures the distance to the source by `denoise`, and the change to another background at 0.8."""
+    """Measures the likeness to the source by `denoise`, and the change to another background at 0.8."""
     scenes = sample_scenes(count, SEED + 12, "held_out")
     prompts, specs = prompts_of(scenes)
     sources = pictures(scenes, cascade.device)

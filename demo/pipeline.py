@@ -37,10 +37,10 @@ class Sampling:
     denoise: float = 1.0
 
 
-# The demo graph's own: gentler guidance in Stage C than the published 4 at shift 2, a little more in Stage B.
+# The demo graph's settings: weaker guidance in Stage C than the published 4 at shift 2, slightly stronger in Stage B.
 PRIOR = Sampling(steps=20, cfg=3.0, sampler="dpmpp_2m")
 DECODER = Sampling(steps=10, cfg=1.4)
-# Stage B at a larger size, from the first pass's picture.
+# Stage B at a larger size, starting from the first pass's picture.
 SECOND_PASS = Sampling(steps=5, cfg=1.0, denoise=0.3)
 
 
@@ -59,12 +59,12 @@ class DemoCascade:
 
     @property
     def batch(self) -> int:
-        """Pictures that are made at once: what keeps a device busy. The noise of each does not depend on it."""
+        """Pictures made at once, enough to keep the device busy. The noise of a picture does not depend on it."""
         return 125 if self.device.type == "cuda" else 50
 
     @property
     def stage_c(self) -> Any:
-        """The network, as loaded."""
+        """Stage C's network, as loaded."""
         return self.cascade.stage("stage_c").network
 
     @property
@@ -74,7 +74,7 @@ class DemoCascade:
 
     @contextmanager
     def patched(self, patches: Sequence[Patch]) -> Iterator[None]:
-        """Stage C is changed by these inside."""
+        """Applies patches to Stage C inside the block."""
         self.patches = tuple(patches)
         try:
             yield
@@ -141,7 +141,7 @@ class DemoCascade:
         stage: DiffusionStage, latent: Tensor, seed: int, how: Sampling, mask: Tensor | None,
         sides: Sequence[Prompt], tile_positions: int = 0,
     ) -> Tensor:  # fmt: skip
-        """latent: (B, C, h, w) to start from, zeros for noise alone; sides: what is shown, and what is not."""
+        """latent: (B, C, h, w) to start from, zeros for noise alone; sides: the positive and the negative prompt."""
         run = SamplingRun(latent, seed, how.steps, how.shift, how.sampler, how.denoise, mask)
         guidance = Guidance(how.cfg, how.cfg_rescale)
         positive, negative = sides
@@ -152,7 +152,7 @@ class DemoCascade:
         self, prompts: Sequence[str], seed: int = 0, prior: Sampling = PRIOR, decoder: Sampling = DECODER,
         negative: str = "", batch: int | None = None, size: Size = SIZE, learned: Sequence[LearnedToken] = (),
     ) -> Tensor:  # fmt: skip
-        """One picture for each prompt, of seeds seed, seed + 1, …: (N, 3, *size) in [0, 1] on the CPU"""
+        """One picture for each prompt, with seeds seed, seed + 1, …: (N, 3, *size) in [0, 1] on the CPU"""
         done = []
         batch = batch or self.batch
         for start in range(0, len(prompts), batch):

@@ -1,4 +1,4 @@
-"""Captions that train the words for where things are: places in the frame, and relations that are turned round."""
+"""Captions for training the words for positions: places in the frame, and inverted relations."""
 
 import re
 from dataclasses import replace
@@ -19,7 +19,7 @@ from cascade_nodes.demo.captions import (
 from cascade_nodes.demo.scenes import INVERSE, Scene
 from cascade_nodes.demo.words import PLACES, RELATION_WORDS
 
-PLACED = 0.15  # share of captions that tell places instead of relations
+PLACED = 0.15  # share of captions that state places instead of relations
 _TURNED = {
     phrase: RELATION_WORDS[INVERSE[relation]][min(i, len(RELATION_WORDS[INVERSE[relation]]) - 1)]
     for relation, phrases in RELATION_WORDS.items()
@@ -29,13 +29,13 @@ _RELATIONS = re.compile(rf"\b({'|'.join(sorted(_TURNED, key=len, reverse=True))}
 
 
 def captioned(scene: Scene, rng: Random) -> str:
-    """A random true caption, of places now and then."""
+    """A random true caption, sometimes with places."""
     spec = placed(scene, rng) if rng.random() < PLACED else None
     return verbalise(spec, rng) if spec else caption(scene, rng, wide=True)
 
 
 def contrasted(scene: Scene, rng: Random, count: int) -> list[str]:
-    """A true caption, `count` false ones in similar words, and the true one with its relation turned round, or ""."""
+    """A true caption, `count` false ones in similar words, and the true one with its relation inverted, or ""."""
     spec = placed(scene, rng) if rng.random() < PLACED else None
     if spec is None:
         right, wrong = contrast(scene, rng, count, wide=True)
@@ -60,7 +60,7 @@ def placed(scene: Scene, rng: Random) -> Spec | None:
 
 
 def misplaced(spec: Spec, scene: Scene, rng: Random, count: int, seed: int) -> list[str]:
-    """Up to `count` captions that are false by a place, worded as the true one of that seed."""
+    """Up to `count` captions with a false place, worded as the true one of that seed."""
     wrong: list[Spec] = []
     stated = [i for i, o in enumerate(spec.objects) if o.place]
     for _ in range(3 * count):
@@ -76,7 +76,7 @@ def misplaced(spec: Spec, scene: Scene, rng: Random, count: int, seed: int) -> l
 
 
 def turned(text: str, scene: Scene) -> str:
-    """The caption with its relation turned round; "" where it states none, or would still be true."""
+    """The caption with its relation inverted; "" if it states none, or would still be true."""
     if len(_RELATIONS.findall(text)) != 1:
         return ""
     changed = _RELATIONS.sub(lambda match: _TURNED[match[0]], text)

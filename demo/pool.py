@@ -1,4 +1,4 @@
-"""Training data that is drawn as training goes on, and stays on the accelerator."""
+"""Training data that is drawn during training and stays on the accelerator."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,11 +9,11 @@ Draw = Callable[[int], Sequence[Tensor]]
 
 
 class Pool:
-    """Rows of several tensors, drawn a part at a time: `first` parts before the first step, then one in `every` steps.
+    """Rows of several tensors, drawn in parts: `first` parts before the first step, then one every `every` steps.
 
-    draw(number) gives part `number`, each of its tensors with as many rows. There is room for `parts` of them; where
-    `endless`, a new part then takes the place of the oldest, else drawing ends. The rows at a step follow from the
-    step alone, so that a resumed run has the same.
+    draw(number) gives part `number`, each of its tensors with as many rows. There is room for `parts` of them. After
+    that, a new part replaces the oldest if `endless`, else drawing ends. The rows depend on the step alone, so that a
+    resumed run has the same.
     """
 
     def __init__(self, draw: Draw, parts: int, first: int = 1, every: int = 1000, endless: bool = False):
@@ -23,7 +23,7 @@ class Pool:
 
     @torch.no_grad()
     def advance(self, step: int) -> None:
-        """Draw what is due at this step."""
+        """Draw the parts that are due at this step."""
         due = self.first + step // self.every
         if not self.endless:
             due = min(due, self.parts)

@@ -6,7 +6,7 @@ A picture is read in four steps:
 3. colour: a vote of the pixels inside, each for the nearest palette colour in light, shade or highlight;
 4. shape: the region, moved to its centroid and scaled to unit area, against the eight shapes treated likewise
    (intersection over union). Size and centre follow from the shape that fits best.
-An attribute that fits nothing is None, so that a blot is not mistaken for an object.
+An attribute without a good match is None, so that a blot is not taken for an object.
 """
 
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ SIZE = 256  # pixels of the shorter side at which pictures are read
 BORDER = 6  # pixels; objects keep further away from the frame
 BACKGROUND_LIMIT = 0.10  # the greatest median difference (RGB in [0, 1]) at which a background is recognised
 SHADE = (0.72, 1.04)  # background times a factor in this range is still background (shadows)
-OBJECT_LIMIT = 0.11  # the least distance (RGB in [0, 1]) of an object's pixel from that
-EDGE = 0.40  # of an object's mean distance: where its edge is
+OBJECT_LIMIT = 0.11  # the least distance (RGB in [0, 1]) of an object's pixel from the background
+EDGE = 0.40  # share of an object's mean distance that marks its edge
 CELL = 4  # pixels; regions are connected on a coarser grid
-LEAST_AREA = 0.003  # of the frame; smaller specks are overlooked
+LEAST_AREA = 0.003  # share of the frame; smaller specks are ignored
 MOST_OBJECTS = 6  # a picture's largest regions
-# A pixel's greatest distance from its colour, and the least share of votes.
+# Greatest distance of a pixel from its colour, and smallest share of votes for a colour.
 COLOUR_LIMIT, COLOUR_SHARE = (0.20, 0.55)
 # The least intersection over union: a wobbly outline costs a thin shape more, and any blot is fairly round.
 SHAPE_FIT = {
@@ -42,9 +42,9 @@ SHAPE_FIT = {
     "ring": 0.70,
     "cross": 0.70,
     "diamond": 0.76,
-    "house": 0.82,  # above the overlap of any other shape with it
+    "house": 0.82,  # more than any other shape's overlap with it
 }
-RADII = (0.06, 0.30)  # in frames; what is smaller or larger has no shape, for the frame itself is a square
+RADII = (0.06, 0.30)  # in frames; outside of it, an object has no shape (the frame itself is a square)
 LARGE = 0.145  # radius, in frames, from which an object is large
 WINDOW = 48  # pixels of the normalised region
 LIGHTS, HIGHLIGHTS = (0.72, 0.86, 1.0, 1.1), (0.2, 0.38)
@@ -137,7 +137,7 @@ def _background(images: Tensor) -> tuple[Tensor, list[str | None]]:
     residual = border[torch.arange(len(images), device=images.device), kind]  # (N, 3, pixels)
     upper = rows < height // 2
     top, bottom = residual[..., upper].median(-1).values, residual[..., ~upper].median(-1).values
-    # The medians stand for the middles of the two halves.
+    # The medians count for the middles of the upper and the lower half.
     correction = top[..., None] + (bottom - top)[..., None] * (2 * down - 0.5)  # (N, 3, H)
     ground = (candidates[kind] + correction)[..., None].expand(-1, -1, -1, width)
     recognised = (smallest < BACKGROUND_LIMIT).tolist()
@@ -164,13 +164,13 @@ def _regions(difference: Tensor) -> tuple[Tensor, Tensor]:
     fine = grown.repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
     difference = difference[picture]
     region = (fine[picture] == label[:, None, None]) & (difference > OBJECT_LIMIT)
-    # A blurred edge lies where the object's own contrast is halved, not where the background ends.
+    # A blurred edge lies at half of the object's own contrast, not where the background ends.
     contrast = (difference * region).sum((1, 2)) / region.sum((1, 2))
     return picture, region & (difference > EDGE * contrast[:, None, None])
 
 
 def label_regions(mask: Tensor) -> Tensor:
-    """Connected regions of (N, h, w): one number > 0 for each, by spreading the greatest number within it."""
+    """Labels of connected regions of (N, h, w), > 0, by spreading the greatest number within each."""
     numbers = torch.arange(1, mask[0].numel() + 1, device=mask.device, dtype=torch.float32)
     labels = numbers.view(1, *mask.shape[1:]) * mask
     while True:
@@ -183,7 +183,7 @@ def label_regions(mask: Tensor) -> Tensor:
 
 
 def largest_regions(labels: Tensor, cell: int) -> tuple[Tensor, Tensor]:
-    """The picture's index (M,) and the label (M,) of each region of (N, h, w) that may be an object, largest first."""
+    """Picture index (M,) and label (M,) of each region of (N, h, w) large enough for an object, the largest first."""
     areas = torch.zeros(len(labels), labels[0].numel() + 1, device=labels.device)
     areas.scatter_add_(1, labels.flatten(1), torch.ones_like(labels, dtype=torch.float32).flatten(1))
     areas[:, 0] = 0
@@ -213,7 +213,7 @@ def _colours(images: Tensor, regions: Tensor) -> tuple[list[str | None], list[fl
     region, row, column = inside.nonzero(as_tuple=True)
     pixels = images[region, :, row, column]  # (P, 3)
     distance, nearest = torch.cdist(pixels, shades).min(1)
-    vote = torch.where(distance < COLOUR_LIMIT, owner[nearest], len(COLOURS))  # the last is for none
+    vote = torch.where(distance < COLOUR_LIMIT, owner[nearest], len(COLOURS))  # the last stands for none
     votes = torch.zeros(len(regions), len(COLOURS) + 1, device=images.device)
     votes.index_put_((region, vote), torch.ones_like(distance), accumulate=True)
     share, winner = (votes[:, :-1] / votes.sum(1, keepdim=True)).max(1)

@@ -5,21 +5,21 @@ from typing import Any
 from cascade_nodes.cascade_core.training.settings import TrainSettings
 
 PICTURE = 256  # pixels
-COMPRESSED = 192  # what the compressor sees: 32 times the latent's 6 × 6
+COMPRESSED = 192  # pixels of the compressor's input: 32 times the latent's 6 × 6
 LATENT = (16, 6, 6)  # Stage C
 STAGE_B_LATENT = (4, 64, 64)
 
 TRAIN_SCENES = 200_000
 CAPTIONS_PER_SCENE = 4
-WRONG_CAPTIONS_PER_SCENE = 4  # and one whose relation is turned round
+WRONG_CAPTIONS_PER_SCENE = 4  # and one with its relation inverted
 OBJECTS = (0.35, 0.4, 0.25)  # shares of the scenes of one, two and three objects
-SCENE_WEIGHTS = {"small": 2.0, "white": 2.0}  # against the others of their kind
+SCENE_WEIGHTS = {"small": 2.0, "white": 2.0}  # relative to other sizes and colours
 
-OTHER_FRAMES_SHARE = 0.1  # of the compressor's and Stage B's steps, in other proportions than the square
+OTHER_FRAMES_SHARE = 0.1  # of the compressor's and Stage B's steps with frames other than the square
 STAGE_A_NOISE = 0.02  # of Stage A's latents
 COMPRESSOR_NOISE = 0.15  # of the compressor's latents
-EFFNET_NOISE = 0.25  # the most that Stage B sees of it in them
-PICTURE_SHARE = 30.0  # of the error of pictures from their embeddings, beside the contrast
+EFFNET_NOISE = 0.25  # the most noise added to them for Stage B
+PICTURE_SHARE = 30.0  # weight of decoding pictures from embeddings, beside the contrastive loss
 # Shares of Stage C's steps: of other proportions, and of scenes whose objects are each a picture of its own (of these,
 # of three objects).
 STAGE_C_WIDE = 0.15  # of a batch of the others, wide pictures from their embeddings alone
@@ -64,7 +64,7 @@ STAGE_B = {
     "kernel_size": 3, "dropout": [0, 0, 0], "self_attn": True, "t_conds": ["sca"],
 }  # fmt: skip
 
-# In bf16 but for Stage A; kernels are the fastest ones, not the deterministic ones.
+# In bf16, except Stage A; with the fastest kernels instead of deterministic ones.
 TRAINED: dict[str, Any] = {
     "warmup": 200, "final_learning_rate": 0.02, "precision": "bf16", "deterministic": False,
 }  # fmt: skip

@@ -24,13 +24,13 @@ from cascade_nodes.demo.captions import caption
 from cascade_nodes.demo.recipe import PICTURE
 from cascade_nodes.demo.world import Scene, render, sample_scenes
 
-TOGETHER = 250  # pictures that a process draws and writes before it takes the next ones
+TOGETHER = 250  # pictures that a process draws and writes at a time
 T = TypeVar("T")
-TRIES = 10  # draws for each caption that differs from those before
+TRIES = 10  # attempts to draw a caption that differs from the earlier ones
 
 
 class Captioned(NamedTuple):
-    """Scene with its captions, and the scenes whose pictures prompt for it."""
+    """Scene with its captions, and the scenes whose pictures are its image prompts."""
 
     scene: Scene
     captions: Sequence[str]
@@ -123,7 +123,7 @@ def render_folder(
 ) -> Iterator[int]:
     """Writes the scenes' pictures into the folder `out`; yields the number written so far.
 
-    captions: at most so many of each scene. tars: pictures in each tar; None writes single files.
+    captions: largest number for each scene. tars: pictures in each tar; None writes single files.
     """
     if tars is not None and tars < 1:
         raise CascadeError(f"--tars is {tars}; at least one picture goes into a tar.")

@@ -1,4 +1,4 @@
-"""Scenes of the toy world: one to three coloured shapes on a background, and which are held out from training.
+"""Scenes of the toy world, one to three coloured shapes on a background, and the rule of held-out scenes.
 
 A scene's coordinates are fractions of the frame: x to the right, y down, the origin at the top left. Radii are
 fractions of the frame's shorter side. `sample_scenes` draws the first world, of one or two objects in a square, which
@@ -44,7 +44,7 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Scene of one to three objects; `relation`: position of the first from the second, such as "left"."""
+    """Scene of one to three objects; `relation`: position of the first relative to the second, such as "left"."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -95,7 +95,7 @@ def is_held_out_pair(kind: np.ndarray) -> np.ndarray:
 
 
 def is_held_out_triple(first: np.ndarray, relation: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Whether (object kind, relation, object kind) is never trained on; A left of B is B right of A."""
+    """Whether (object kind, relation, object kind) is never trained on; "A left of B" equals "B right of A"."""
     inverted = relation % 2 == 1  # "right" and "below": read them from the other side
     a, b = np.where(inverted, second, first), np.where(inverted, first, second)
     key = ((a * 64 + b) * 2 + relation // 2).astype(np.uint64)
@@ -117,7 +117,7 @@ def held_out_reason(scene: Scene) -> str | None:
 
 
 def relation_of(first: np.ndarray, second: np.ndarray, aspect: np.ndarray) -> np.ndarray:
-    """How centres (…, 2) stand to others, along the axis on which they are further apart: indices into RELATIONS."""
+    """Relations of centres (…, 2) to others, along the axis on which they are further apart: indices into RELATIONS."""
     dx, dy = (second[..., 0] - first[..., 0]) * aspect, second[..., 1] - first[..., 1]
     return np.where(np.abs(dx) >= np.abs(dy), np.where(dx >= 0, 0, 1), np.where(dy >= 0, 2, 3))
 
@@ -157,7 +157,7 @@ def _sample_kinds(n: int, rng: np.random.Generator, want: str) -> tuple[np.ndarr
 
 
 def _accepted(n: int, rng: np.random.Generator, want: str, single: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Kinds (n, 2) and relations (n,) by rejection; of a single, only the first kind counts."""
+    """Kinds (n, 2) and relations (n,) by rejection sampling; for a single object, only the first kind counts."""
     kinds, relations = np.empty((0, 2), np.int64), np.empty(0, np.int64)
     while len(kinds) < n:
         draw, relation = rng.integers(0, 64, (2 * n + 64, 2)), rng.integers(0, 4, 2 * n + 64)
@@ -186,7 +186,7 @@ def _build(kinds: np.ndarray, relation: np.ndarray, rng: np.random.Generator) ->
 
 
 def _place(size: np.ndarray, relation: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Radii (n, 2) of the sizes, and centres (n, 2 objects, 2) that stand as `relation` says; -1: a single."""
+    """Radii (n, 2) of the sizes, and centres (n, 2 objects, 2) that satisfy `relation`; -1: a single object."""
     n = len(relation)
     low, high = np.array([RADIUS[name] for name in SIZES]).T
     radius = low[size] + (high - low)[size] * rng.random((n, 2))
@@ -246,7 +246,7 @@ def place_pairs(
     rng: np.random.Generator,
     extent: tuple[float, float] = (1.0, 1.0),
 ) -> np.ndarray:
-    """Centres (n, 2 objects, 2) of objects of the given radii that stand as `relation` says, well apart.
+    """Centres (n, 2 objects, 2) of objects with these radii that satisfy `relation`, well apart.
 
     extent: the frame's width and height. All in units of its shorter side.
     """

@@ -1,9 +1,10 @@
-"""A second judge, of another method than `reading`, to be compared with it.
+"""A second judge with other methods than `reading`, for comparison.
 
 1. the background: a straight line through each channel of the frame's sides, row by row;
-2. the objects: connected regions whose ratio to it, in logarithms, is not a shadow's, which darkens all channels alike;
+2. the objects: connected regions whose log ratio to the background is not that of a shadow, which darkens all
+   channels equally;
 3. colour: hue, saturation and brightness of a region's median;
-4. shape: how far a region reaches from its centroid in each direction, and from where on, against the eight shapes.
+4. shape: the region's outer and inner reach from its centroid in each direction, compared with the eight shapes.
 """
 
 from collections.abc import Sequence
@@ -30,16 +31,17 @@ from cascade_nodes.demo.world import BACKGROUND_RGB, BACKGROUNDS, COLOUR_RGB, CO
 
 SIDE = 6  # pixels of the frame's sides
 BACKGROUND_LIMIT = 0.10  # the greatest mean difference (RGB in [0, 1]) at which a background is recognised
-SHADOW = (-0.40, 0.06)  # logarithm of how much darker, or lighter, a background still is
-OBJECT_LIMIT = 0.14  # the least distance from that, in logarithms
-FLOOR = 0.06  # added to both before the logarithm, which black would make large
+SHADOW = (-0.40, 0.06)  # range of the log ratio in which a pixel is still background
+OBJECT_LIMIT = 0.14  # least distance of an object from that range, in logarithms
+FLOOR = 0.06  # added to both before the logarithm, which is steep near black
 GRID = 2  # pixels; regions are connected on a coarser grid
-COVER, AROUND = 0.5, 17  # of its colour within so many pixels: where an object's edge is
+# Share of its local colour that marks an object's edge, and the pixels across which that colour is averaged.
+COVER, AROUND = 0.5, 17
 DIRECTIONS, STEPS, REACH = 90, 72, 2.1  # of the profile; REACH in radii of a disc of the same area
 # The greatest root mean square difference of profiles: a wobbly outline costs a shape with thin parts more.
 PROFILE_LIMIT = dict.fromkeys(SHAPES, 0.115) | {"star": 0.15, "ring": 0.15, "cross": 0.15}
-BLACK = 0.30  # its brightness
-WHITE = 0.16, 0.62  # its most saturation and least brightness
+BLACK = 0.30  # greatest brightness of black
+WHITE = 0.16, 0.62  # greatest saturation and least brightness of white
 LEAST_SATURATION, MOST_HUE = 0.35, 22.0  # of the other colours; degrees
 RADII = (0.06, 0.30)
 
@@ -96,9 +98,9 @@ def _regions(images: Tensor, ground: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cover(images: Tensor, ground: Tensor, regions: Tensor) -> Tensor:
-    """How much of each pixel (M, H, W) is the object's, as if it were its colour around there over the background.
+    """Coverage of each pixel (M, H, W) by the object, modelled as its local colour blended over the background.
 
-    Its mean colour would not do: the shaded side of a white object is nearer to a light background than to that.
+    With its mean colour instead, the shaded side of a white object would be nearer to a light background.
     """
     weight = regions[:, None].float()
     around = F.avg_pool2d(images * weight, AROUND, 1, AROUND // 2)
@@ -208,7 +210,7 @@ def _templates() -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
 
 
 def agreement(images: Tensor, specs: Sequence[Spec]) -> dict[str, Share]:
-    """On how many pictures the judges agree whether all is right; how many are right by the first and the second."""
+    """Shares of pictures on which both judges agree whether all is right, and of those right by either judge."""
     first = [score(reading, spec).all_right for reading, spec in zip(read(images), specs, strict=True)]
     second = [score(reading, spec).all_right for reading, spec in zip(read_again(images), specs, strict=True)]
     return {

@@ -1,4 +1,4 @@
-"""Signed distances of the toy world's eight shapes, of one that is taught later, and of some that have no name in it.
+"""Signed distances of the toy world's eight shapes, of one taught later, and of some without a name.
 
 All in units of the object's radius.
 
@@ -50,7 +50,7 @@ def cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _edge(x: Tensor, y: Tensor, start: tuple[float, float], end: tuple[float, float]) -> Tensor:
-    """Distance to the segment from start to end, negative on the left of whoever walks it (y down)."""
+    """Distance to the segment from start to end, negative on its left side as seen along it (y down)."""
     ex, ey = end[0] - start[0], end[1] - start[1]
     px, py = x - start[0], y - start[1]
     along = ((px * ex + py * ey) / (ex * ex + ey * ey)).clamp(0, 1)
@@ -59,7 +59,7 @@ def _edge(x: Tensor, y: Tensor, start: tuple[float, float], end: tuple[float, fl
 
 
 def _enclosed(*edges: Tensor) -> Tensor:
-    """Distance to the outline that the edges make: inside is where all of them are negative."""
+    """Distance to the outline made of these edges; negative (inside) where all edges are."""
     distances = torch.stack(edges)
     nearest = distances.abs().amin(0)
     return torch.where((distances < 0).all(0), -nearest, nearest)
@@ -114,12 +114,12 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "diamond": diamond,
 }
 
-# Never trained on: what a LoRA is taught.
+# Never trained on; taught by a LoRA.
 TAUGHT_SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"house": house}
 
 
-# Shapes without a word: only what decodes pictures sees them. Those that may look like one of the eight have colours
-# that are nobody's; those of UNLIKE, which no turn makes like one, any.
+# Shapes without a word, seen only by networks that decode pictures. Those that may look like one of the eight have
+# colours without a name; those of UNLIKE, which resemble none at any angle, have any colour.
 
 
 def ellipse(x: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Shares with their intervals, and of objects by what they are, so that an average hides nothing."""
+"""Shares with confidence intervals, also by kind of object, so that an average hides nothing."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ Z = 1.96  # of an interval that holds the true share in 95 of 100 cases
 
 
 class Share(NamedTuple):
-    """So many of so many, with Wilson's interval (Wilson 1927, "Probable inference")."""
+    """A proportion of a count, with Wilson's confidence interval (Wilson 1927, "Probable inference")."""
 
     share: float
     low: float
@@ -34,9 +34,9 @@ Groups = dict[str, dict[str, Share]]  # {"shape": {"star": …}, …}
 
 
 def by_kind(scores: Sequence[Score], specs: Sequence[Spec], only: int | None = None) -> Groups:
-    """Objects right in everything that is stated, by shape, colour, size and by pair of shape and colour.
+    """Shares of objects right in every stated attribute, by shape, colour, size, and pair of shape and colour.
 
-    only: the place of the objects in their specs that are looked at; None: all.
+    only: index of the object to count in each spec; None: all objects.
     """
     groups: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for score, spec in zip(scores, specs, strict=True):
@@ -56,6 +56,6 @@ def by_kind(scores: Sequence[Score], specs: Sequence[Spec], only: int | None = N
 
 
 def lowest(groups: dict[str, Share], count: int = 8) -> str:
-    """The groups of the smallest shares, in words."""
+    """The groups with the smallest shares, in words."""
     least = sorted(groups.items(), key=lambda group: group[1].share)[:count]
     return ", ".join(f"{name} {s.share:.2f} ({s.low:.2f}-{s.high:.2f})" for name, s in least)

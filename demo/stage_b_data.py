@@ -1,4 +1,4 @@
-"""What Stage B is trained on: Stage A's latents of pictures, the compressor's, weights of outlines, and pooled text."""
+"""Stage B's training data: Stage A's and the compressor's latents of pictures, weights of outlines, and pooled text."""
 
 from collections.abc import Iterator
 
@@ -16,13 +16,13 @@ from cascade_nodes.demo.network_task import Batch
 
 
 class StageBData:
-    """Batches of Stage A's latents, half of ordinary pictures and half of wide ones, by step."""
+    """Batches by step: Stage A's latents, half of ordinary and half of wide pictures."""
 
     def __init__(self, job: Job):
         self.job = job
 
     def rehearsals(self) -> Iterator[list[Tensor]]:
-        """A batch of any values in the square."""
+        """A batch of arbitrary values for the square frame."""
         device, batch = self.job.device, self.job.settings.batch_size
         yield [
             torch.randn(batch, recipe.STAGE_B_LATENT[0], *stage_b_size(*SQUARE), device=device),
@@ -35,7 +35,7 @@ class StageBData:
         ]
 
     def load(self) -> None:
-        """Load what makes the data; everything that it needs is trained."""
+        """Load the trained networks that make the data."""
         job = self.job
         encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
         self.text_model, self.tokenizer = (

@@ -1,4 +1,4 @@
-"""What Stage C is trained on: latents, captions, and pictures as prompts, alone or several together."""
+"""Stage C's training data: latents, captions, and pictures as prompts, one or several."""
 
 from collections.abc import Iterator
 from random import Random
@@ -29,14 +29,14 @@ from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.pool import Pool
 from cascade_nodes.demo.scenes import SceneTable
 
-TOGETHER = {2: 1 / 4, 3: 1 / 8}  # objects that are each a picture of its own: their scenes, as a share of all
-FRAME_SHARE = 1 / 8  # of the scenes of each of the other proportions
+TOGETHER = {2: 1 / 4, 3: 1 / 8}  # number of objects, each a picture prompt of its own -> share of such scenes
+FRAME_SHARE = 1 / 8  # share of scenes for each other frame
 
 
 class StageCData:
     """Batches of latents with words and image embeddings, by step.
 
-    Captions are made first, by all cores, before anything is on the accelerator.
+    Captions are made first, on all cores, before the accelerator is used.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer):
@@ -53,7 +53,7 @@ class StageCData:
         print(f"{job.folder.name}: captions are there", flush=True)
 
     def rehearsals(self) -> Iterator[list[Tensor]]:
-        """Batches of any values: of one picture as a prompt and of two in the square, then in other proportions."""
+        """Batches of arbitrary values: one and two picture prompts in the square, then other frames."""
         shapes = [(1, SQUARE), (2, SQUARE), *((1, frame) for frame in OTHER_FRAMES)]
         batch, device = self.job.settings.batch_size, self.job.device
         for pictures_each, frame in shapes:
@@ -69,7 +69,7 @@ class StageCData:
             ]
 
     def load(self) -> None:
-        """Load what makes the data; everything that it needs is trained."""
+        """Load the trained networks that make the data."""
         job = self.job
         self.empty = torch.tensor([token for token, _ in self.tokenizer.empty_chunk()], device=job.device)
         self.compressor = job.load("compressor").requires_grad_(False)
@@ -118,20 +118,20 @@ class StageCData:
     # Parts of the pools: latents (N, 16, h, w), image embeddings (N, n, E), captions (N, K, 77).
 
     def _scenes(self, table: SceneTable, texts: Tensor, number: int, size: int) -> list[Tensor]:
-        """Scenes with their whole picture as a prompt."""
+        """Scenes with the whole picture as a prompt."""
         rows = slice(number * size, number * size + size)
         images = pictures(table.rows(rows), self.job.device)
         return [self._compress(images), self._embed(images)[:, None], texts[rows].to(self.job.device)]
 
     def _framed(self, table: SceneTable, texts: Tensor, frame: Size, number: int, size: int) -> list[Tensor]:
-        """Scenes in other proportions, without pictures as prompts, which see the middle square alone."""
+        """Scenes in other frames, without picture prompts, which would only show the middle square."""
         rows = slice(number * size, number * size + size)
         latents = self._compress(pictures(table.rows(rows), self.job.device, frame))
         nothing = latents.new_zeros(size, 1, recipe.STAGE_C["c_clip_img"])
         return [latents, nothing, texts[rows].to(self.job.device)]
 
     def _together(self, table: SceneTable, texts: Tensor, count: int, number: int, size: int) -> list[Tensor]:
-        """Scenes of `count` objects, with a picture of each object alone as prompts."""
+        """Scenes of `count` objects, with a separate picture of each object as prompts."""
         rows, device = slice(number * size, number * size + size), self.job.device
         table = table.rows(rows)
         single = [
@@ -142,9 +142,10 @@ class StageCData:
         return [self._compress(images), torch.stack(single, dim=1), texts[rows].to(device)]
 
     def _edited(self, table: SceneTable, texts: Tensor, number: int, size: int) -> list[Tensor]:
-        """Scenes whose latents outside a mask (N, 1, 6, 6) are those of another object in it, as in inpainting.
+        """Scenes whose latents outside of a mask (N, 1, 6, 6) come from a scene with another object in the mask, as
+        in inpainting.
 
-        What lies beside an object tells of it; where that is another's, words must count more.
+        Latents beside an object show traces of it; where these are another object's, words must count more.
         """
         rows, device = slice(number * size, number * size + size), self.job.device
         table = table.rows(rows)
@@ -155,7 +156,7 @@ class StageCData:
         return [latents, inside, texts[rows].to(device)]
 
     def _wide(self, number: int, size: int) -> list[Tensor]:
-        """Wide pictures, which have no words."""
+        """Wide pictures, which have no captions."""
         images = wide(size, self.job.seed("wide", number), self.job.device, SQUARE)
         return [self._compress(images), self._embed(images)[:, None]]
 
@@ -189,7 +190,7 @@ class StageCData:
         return Batch([*noised, words[order], images[order], places[order]], rare)
 
     def _choose(self, random: Random) -> tuple[Pool, float, bool]:
-        """A step's pool, the share of its rows that have image prompts, and whether its shape is rare."""
+        """A step's pool, the share of its rows with image prompts, and whether its shape is rare."""
         kind, shares = random.random(), recipe.STAGE_C_STEPS
         if kind < shares["frames"]:
             return self.frames[random.choice(OTHER_FRAMES)], 0.0, True
@@ -202,7 +203,7 @@ class StageCData:
         return torch.rand(size, device=self.job.device)
 
     def _worded(self, tokens: Tensor, without: Tensor) -> Tensor:
-        """One of each row's captions (B, K, 77), none where `without`: (B, 77) int64"""
+        """One of each row's captions (B, K, 77), the empty one where `without`: (B, 77) int64"""
         pick = torch.randint(tokens.shape[1], (len(tokens), 1, 1), device=tokens.device)
         chosen = tokens.gather(1, pick.expand(-1, 1, tokens.shape[-1]))[:, 0]
         return torch.where(without[:, None], self.empty, chosen.long())

@@ -1,6 +1,6 @@
 """Measures the demo's tasks besides text to image: `python -m cascade_nodes.demo.tasks [TASK …]`.
 
-Every figure is of scenes that were never trained on; the judge reads the pictures.
+All figures are measured on scenes that were never trained on; the judge reads the pictures.
 """
 
 import argparse

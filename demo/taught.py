@@ -1,5 +1,5 @@
-"""Training data for what the demo learns later: a new shape and prompts of two pictures by LoRAs; a name for a held-out
-object by a token.
+"""Training data for the demo's adapters: a new shape and prompts of two pictures for LoRAs, and a name for a held-out
+object for a token.
 
 `python -m cascade_nodes.demo.taught house OUT` (or loop, mixing) writes pictures with captions for `cascade train`.
 """
@@ -19,11 +19,11 @@ from cascade_nodes.demo.words import SHAPE_WORDS
 LOOP = ("ring", "green")  # shape and colour; held out from all training
 LOOP_NAME = "[loop]"
 PAIRS = 0.5  # of the scenes with two objects: the share that two pictures prompt for, one of each object
-ORDINARY = 4  # of so many pictures for the LoRA one is without a house, so that the rest is not forgotten
+ORDINARY = 4  # one of this many pictures for the LoRA has no house, so that other shapes are not forgotten
 
 
 def with_house(count: int, seed: int) -> list[tuple[Scene, Scene]]:
-    """Pairs of a scene whose first object is a house, and the scene with another shape that gives its words."""
+    """Pairs of a scene whose first object is a house, and the same scene with another shape, for its words."""
     rng = Random(seed)
     pairs = []
     for scene in sample_scenes(2 * count, seed):
@@ -35,7 +35,7 @@ def with_house(count: int, seed: int) -> list[tuple[Scene, Scene]]:
 
 
 def with_loop(count: int, seed: int) -> list[Scene]:
-    """Scenes with a green ring each, beside nothing that is green or a ring."""
+    """Scenes with a green ring, beside objects that are neither green nor rings."""
     rng = Random(seed)
     shape, colour = LOOP
     scenes = []

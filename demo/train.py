@@ -54,7 +54,7 @@ from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.stage_b_data import StageBData
 from cascade_nodes.demo.stage_c_data import StageCData
 
-RELATIONS = "relations"  # of clip's log: captions right over themselves with the relation turned round
+RELATIONS = "relations"  # in clip's log: share of captions preferred to themselves with an inverted relation
 ENOUGH_RELATIONS = 0.9
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -65,7 +65,7 @@ def train_stage_a(job: Job) -> None:
     )
     model = initialise_stage_a(StageA.from_config(recipe.STAGE_A)).to(job.device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    # Held at 0.43, so that in the published units (÷ 0.43) every channel has a standard deviation of one.
+    # Fixed at 0.43, so that in the published units (÷ 0.43) every channel has a standard deviation of 1.
     norm = model.down_blocks[-1].get_submodule("1")  # the last BatchNorm
     nn.init.constant_(norm.requires_grad_(False).get_parameter("weight"), recipe.STAGE_A["scale_factor"])
     job.compile(model)
@@ -86,7 +86,7 @@ def train_stage_a(job: Job) -> None:
 
 
 def train_compressor(job: Job) -> None:
-    """The compressor with two decoders of its (noisy) latent: the previewer, and one for detail that is thrown away."""
+    """The compressor with two decoders of its (noisy) latent: the previewer, and one for detail that is discarded."""
     pool = job.pool(
         lambda number, count: [mixed_pictures(job, count, number)], 0.3, first=0.4, every=150, endless=True
     )
@@ -106,7 +106,7 @@ def train_compressor(job: Job) -> None:
         name: n.to(device=job.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         for name, n in networks.items()
     }
-    # Not compiled: that takes longer than it would save here.
+    # Not compiled, which would take longer than it saves here.
     compressor, previewer, detail = networks.values()
 
     def draw(step: int) -> Batch:
@@ -120,7 +120,7 @@ def train_compressor(job: Job) -> None:
 
     def loss(batch: Tensor, noise: Tensor) -> dict[str, Tensor]:
         images = as_float(batch)
-        # Noise makes near latents mean near pictures, which Stage C can then hit.
+        # Noise makes similar latents mean similar pictures, so that Stage C need not be exact.
         latent = compressor(for_compressor(batch)) + noise  # (B, 16, 6, 6)
         terms: dict[str, Tensor] = {}
         total = torch.zeros((), device=job.device)
@@ -141,9 +141,9 @@ def train_compressor(job: Job) -> None:
 
 
 def train_clip(job: Job) -> None:
-    """Text and image encoder, told apart by captions that are wrong in one thing.
+    """Text and image encoder, with a contrastive loss against captions that are wrong in one respect.
 
-    What is in a picture beside words, the image encoder learns from a decoder of its embedding that is thrown away.
+    Content that no caption states is learned by the image encoder through a decoder of its embedding that is discarded.
     """
     tokenizer = own_tokenizer()
     text_config, vision_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}, recipe.VISION
@@ -189,7 +189,7 @@ def train_clip(job: Job) -> None:
             text_model, tokens.flatten(0, 1).long(), tokenizer.end_token, layer
         ).pooled.unflatten(0, tokens.shape[:2])  # (B, 2 + N, E)
         terms = contrastive_loss(embedded[: len(images)], pooled[:, 0], pooled[:, 1:], scale[0])
-        decoded = decoder(embedded[-2 * len(more) :])  # of as many ordinary pictures as wide ones
+        decoded = decoder(embedded[-2 * len(more) :])  # of wide pictures and as many ordinary ones
         pixels, size = pixels[-len(decoded) :], decoded.shape[-2:]
         error = weighted_mse(decoded, resized(pixels, size), outline_weights(pixels, size))
         states_relation = tokens[:, -1, 1] != tokenizer.end_token  # else the last caption is empty
@@ -209,7 +209,7 @@ def train_clip(job: Job) -> None:
 
 
 def train_layout(job: Job) -> None:
-    """The text encoder after `clip`, by what its captions say: no pictures, so that a step takes a tenth of clip's."""
+    """Trains the text encoder further after `clip`, on captions alone: a step takes a tenth of the time of clip's."""
     tokenizer = own_tokenizer()
     text_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}
     scenes = ordinary_scenes(job, job.scenes, "layout")
@@ -234,11 +234,9 @@ def train_layout(job: Job) -> None:
     def loss(tokens: Tensor, *columns: Tensor) -> dict[str, Tensor]:
         layout = Layout(*columns)
         pooled = text_states(text_model, tokens.flatten(0, 1).long(), tokenizer.end_token, layer).pooled
-        pooled = pooled.unflatten(
-            0, tokens.shape[:2]
-        )  # (B, 2, E): the caption, and with its relation turned round
+        pooled = pooled.unflatten(0, tokens.shape[:2])  # the caption and its inverted one
         read = reader(pooled[:, 0])
-        states_relation = tokens[:, 1, 1] != tokenizer.end_token  # else it is empty
+        states_relation = tokens[:, 1, 1] != tokenizer.end_token  # else the inverted caption is empty
         nearer = place_error(read[1], layout) < place_error(reader(pooled[:, 1])[1], layout)
         relations = (nearer & states_relation).sum() / states_relation.sum().clamp(min=1)
         return {**layout_loss(read, layout), RELATIONS: relations}
@@ -250,13 +248,13 @@ def train_layout(job: Job) -> None:
 
 
 def shortened(texts: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Tokens (..., 77) without the columns of padding alone, in eights: nothing sees past the end token."""
+    """Tokens (..., 77) cut after the longest, at a multiple of 8, since nothing sees past the end token."""
     longest = int((texts != tokenizer.end_token).sum(-1).max()) + 1
     return texts[..., : min(-(-longest // 8) * 8, texts.shape[-1])].contiguous()
 
 
 def train_stage_c(job: Job) -> None:
-    """Stage C, and the text encoder with it: contrast alone leaves most of the states untaught."""
+    """Stage C and the text encoder together, since the contrastive loss alone trains only the pooled state."""
     tokenizer = own_tokenizer()
     data = StageCData(job, tokenizer)
     text_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}
@@ -295,7 +293,7 @@ def train_stage_c(job: Job) -> None:
 
 
 def tell_relations(job: Job) -> None:
-    """Says so where the text encoder is a bag of words: it stays one, whatever Stage C's loss is."""
+    """Warns if the text encoder has not learned relations: a bag of words stays one, whatever Stage C's loss."""
     path = job.folder.parent / "layout" / LOG
     rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     right = json.loads(rows[-1]).get(RELATIONS, 1.0) if rows else 1.0
@@ -308,10 +306,10 @@ def tell_relations(job: Job) -> None:
 
 
 def train_stage_b(job: Job) -> None:
-    """Stage B on Stage A's latents, from the compressor's, sometimes noisy or absent.
+    """Stage B on Stage A's latents, conditioned on the compressor's, which are sometimes noisy or absent.
 
-    The latent says all that the pooled text does, so the text is often left out or another's: Stage B must not lean
-    on it.
+    The latent has all information of the pooled text, so the text is often left out or replaced by another's: Stage B
+    must not rely on it.
     """
     data = StageBData(job)
     model = initialise_unet(StageB.from_config(recipe.STAGE_B)).to(job.device)
@@ -353,7 +351,7 @@ STAGES: dict[str, Callable[[Job], None]] = {
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a run, whatever it trains."""
+    """Options common to all runs."""
     parser.add_argument(
         "--work", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)"
     )
@@ -376,7 +374,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def run(
     name: str, settings: TrainSettings, options: argparse.Namespace, train: Callable[[Job], None]
 ) -> None:
-    """Train by settings with what the options change of them, unless it is finished."""
+    """Train with the settings as changed by the options, unless the run is finished."""
     changes = {
         "steps": options.steps,
         "batch_size": options.batch_size,
@@ -417,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def fast_kernels() -> None:
-    """TF32, and blocks that do not compile running as they are."""
+    """Enables TF32, and eager execution of blocks that fail to compile."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, times widths and sizes
     torch._dynamo.config.suppress_errors = True

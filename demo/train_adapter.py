@@ -1,7 +1,7 @@
 """Trains one of the demo's adapters: `python -m cascade_nodes.demo.train_adapter NAME`, from the settings in `recipes`.
 
-What `cascade train` does with pictures in a folder, on pictures that are drawn on the accelerator, and with a step as
-one CUDA graph. A run that was stopped goes on from its last checkpoint. `adapters.py` runs them all.
+As `cascade train`, but on pictures drawn on the accelerator instead of those in a folder, and with a step as one CUDA
+graph. A run that was stopped goes on from its last checkpoint. `adapters.py` runs them all.
 """
 
 import argparse
@@ -44,7 +44,7 @@ TASKS: dict[str, TaskName] = {
 }
 SCENES = 60_000
 CHECKPOINT_EVERY = 500  # steps
-ADAPTER = "adapter"  # what is trained, among a run's networks
+ADAPTER = "adapter"  # name of the trained network in a run
 
 
 def recipe_of(name: str, device: torch.device) -> Settings:
@@ -86,7 +86,7 @@ def train_adapter(name: str, job: Job, settings: Settings) -> None:
         base = Base(job)
         train_tokens(job, settings, base, source)
         return
-    captions = source(job, tokenizer)  # by processes, before anything is on the accelerator
+    captions = source(job, tokenizer)  # in processes, before the accelerator is used
     base = Base(job)
     data = AdapterData(job, settings, base.encoder, captions)
     trainer = train_controlnet if settings.task == "controlnet" else train_lora
@@ -145,7 +145,7 @@ def train_lora(job: Job, settings: Settings, base: Base, data: AdapterData) -> N
 def few_steps_loss(
     job: Job, settings: Settings, base: Base, data: AdapterData, changes: LowRankChanges
 ) -> tuple[Callable[..., dict[str, Tensor]], Draw]:
-    """What makes a step of the distillation, and what draws it."""
+    """The loss of a distillation step, and the function that draws its inputs."""
     objective, jumps = settings.objective, Jumps(settings.objective, job.device)
     (guidance,) = objective.guidance
     empty = data.empty.to(job.device)

@@ -1,8 +1,9 @@
-"""Pictures for the networks that decode: objects of any colour and radius on any background, drawn on the accelerator.
+"""Pictures for training decoding networks: objects of any colour and radius on any background, drawn on the
+accelerator.
 
-Compressor, Stage A and Stage B have to draw what no training scene shows: held-out pairs of shape and colour. They
-learn it from a wider range of pictures, fresh for every batch, which still never show a held-out pair, nor a colour
-near it.
+Compressor, Stage A and Stage B have to draw held-out pairs of shape and colour, which no training scene shows. They
+learn it from a wider range of pictures, new for every batch, which still never show a held-out pair, nor a similar
+colour of its shape.
 """
 
 import torch
@@ -16,13 +17,14 @@ MOST_OBJECTS = 4
 OBJECTS = (0.04, 0.16, 0.24, 0.26, 0.30)  # shares of pictures with 0 to 4
 RADIUS = (0.08, 0.24)  # of the frame's shorter side
 MARGIN = 0.02
-OTHERS = 0.3  # share of objects of a shape that has no word; with fewer, decoders draw the nearest of the eight for any
+# Share of objects with a nameless shape. With fewer, decoders draw the nearest of the eight for any shape.
+OTHERS = 0.3
 PALETTE = 0.5  # share of objects in one of the eight colours, and of pictures on one of the five backgrounds
-TRIES = 24  # colours, and places, of which the first fitting one is taken; without one the object is left out
+TRIES = 24  # colours, and places, of which the first that fits is taken; else the object is left out
 
-# A colour in light, shade and highlight: from 0.7 of it to 1.1, and from it two fifths of the way to white.
+# A colour in shade (0.7 of it), in light (1.1) and in highlights (two fifths of the way to white).
 SHADES = (0.7, 1.1, 0.4)
-NEAR = 0.25  # distance in RGB, in [0, 1], from any of them: nearer than this a colour counts as the same
+NEAR = 0.25  # distance in RGB, in [0, 1], from any of these below which a colour counts as the same
 
 
 def near_palette(colour: Tensor) -> Tensor:
@@ -45,8 +47,8 @@ def _from_segment(point: Tensor, start: Tensor, end: Tensor) -> Tensor:
 
 
 def is_held_out(shape: Tensor, colour: Tensor) -> Tensor:
-    """Whether an object is a held-out pair or near one; one of the other shapes that may look much like one of the
-    eight is wherever its colour is near any of the palette.
+    """Whether an object is a held-out pair or similar to one. Nameless shapes that may look much like one of the eight
+    count as held out if their colour is near any of the palette's.
 
     shape: (…) index into DRAWN; colour: (…, 3).
     """
@@ -59,7 +61,7 @@ def is_held_out(shape: Tensor, colour: Tensor) -> Tensor:
 def wide_scenes(
     n: int, size: int | tuple[int, int], generator: Generator, device: torch.device | str
 ) -> Packed:
-    """n random scenes of none to four objects, none over another, for frames of a size (height, width)."""
+    """n random scenes of 0 to 4 objects that do not overlap, for frames of a size (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -100,7 +102,7 @@ def wide_scenes(
 
 
 def _first(candidates: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of candidates (…, TRIES, C) that is right (…, TRIES), and whether there is one."""
+    """The first candidate (…, TRIES, C) that is right (…, TRIES), and whether there is one."""
     index = (
         right.to(torch.uint8).argmax(-1)[..., None, None].expand(*right.shape[:-1], 1, candidates.shape[-1])
     )

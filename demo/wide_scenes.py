@@ -21,8 +21,8 @@ from cascade_nodes.demo.scenes import (
 )
 
 MOST_OBJECTS = 3
-TRIES = 4096  # scenes that are drawn at once, for those that none has fitted yet
-# (height, width), multiples of 8 of about the area of a square of 256
+TRIES = 4096  # candidates drawn at once for scenes without a fitting one
+# (height, width), multiples of 8 with about the area of 256 × 256
 FRAMES = {
     "1:1": (256, 256),
     "3:2": (208, 312),
@@ -40,12 +40,12 @@ def sample_wide(
     weights: Mapping[str, float] | None = None,
     frame: tuple[int, int] = FRAMES["1:1"],
 ) -> SceneTable:
-    """n random scenes of one to three objects, none over another.
+    """n random scenes of one to three objects that do not overlap.
 
-    split: "train" has nothing held out, however its objects stand to each other; "held_out" has, by turns, a held-out
-    pair, and a held-out triple as the first relation; of a single object, always a pair.
+    split: "train" has no held-out pair, nor a held-out triple of any two of its objects; "held_out" has, alternately,
+    a held-out pair, and a held-out triple as the first relation; for a single object always a pair.
     objects: shares of scenes with one, two and three.
-    weights: of sizes, colours and shapes against the others of their kind, `{"small": 2.0, "white": 2.0}`.
+    weights: of sizes, colours and shapes relative to others of their kind, `{"small": 2.0, "white": 2.0}`.
     frame: (height, width); only its proportions matter.
     """
     if split not in ("train", "held_out"):
@@ -93,7 +93,7 @@ def _draw(
 def _draw_kinds(
     rng: np.random.Generator, want: np.ndarray, count: np.ndarray, weights: Mapping[str, float]
 ) -> np.ndarray:
-    """Kinds (n, 3), with a held-out pair somewhere where one is wanted; -1 beyond the count."""
+    """Kinds (n, 3), including a held-out pair where one is wanted; -1 beyond the count."""
     shape = _draw(rng, SHAPES, weights, (len(want), MOST_OBJECTS))
     colour = _draw(rng, COLOURS, weights, shape.shape)
     slot = (rng.random(len(want)) * count).astype(np.int64)
@@ -109,7 +109,7 @@ def place(
     count: np.ndarray,
     frame: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Centres (n, 3, 2) and radii (n, 3): the first two as related, a single and a third anywhere."""
+    """Centres (n, 3, 2) and radii (n, 3): the first two by their relation, a single or third object anywhere."""
     n = len(size)
     extent = np.array([frame[1], frame[0]]) / min(frame)
     low, high = np.array([RADIUS[name] for name in SIZES]).T
@@ -130,7 +130,7 @@ def _fits(
     want: np.ndarray,
     frame: tuple[int, int],
 ) -> np.ndarray:
-    """Whether a scene has what is wanted, no two equal objects, and room between any two of them."""
+    """Whether a scene has the wanted combination, no two equal objects, and room between any two objects."""
     extent = np.array([frame[1], frame[0]]) / min(frame)
     aspect = np.array(frame[1] / frame[0])
     pair = (is_held_out_pair(kind) & (kind >= 0)).any(1)

@@ -1,4 +1,4 @@
-"""Measures the larger world, and objects by their pair of shape and colour, on sets of their own."""
+"""Measures the larger world, and objects by pair of shape and colour, on separate sets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,7 +32,8 @@ Figures = dict[str, float | Share | Groups]
 
 
 def sample_pairs(each: int, seed: int) -> SceneTable:
-    """Scenes whose first object is each of the 64 pairs of shape and colour `each` times, by turns small and large.
+    """Scenes in which each of the 64 pairs of shape and colour is the first object `each` times, alternately small
+    and large.
 
     A third of them are alone, the others beside an object of another shape and colour that is not a held-out pair.
     """
@@ -68,7 +69,7 @@ def _pair_figures(images: Tensor, scenes: SceneTable, specs: Sequence[Spec]) -> 
 
 
 def pairs(cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling) -> tuple[Figures, Tensor]:
-    """Measures each of the 64 pairs of shape and colour in so many pictures, from prompts."""
+    """Measures each of the 64 pairs of shape and colour in pictures of prompts."""
     scenes = sample_pairs(max(EACH * count // 500, 2), SEED + 40)
     prompts, specs = prompts_of(scenes.scenes())
     images = cascade.pictures(prompts, SEED, prior, decoder)
@@ -76,7 +77,7 @@ def pairs(cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling) 
 
 
 def renderer(cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling) -> tuple[Figures, Tensor]:
-    """Measures what Stage B makes of the renderer's own latents: objects that are read back right."""
+    """Measures Stage B on the renderer's own latents: shares of objects read back right."""
     scenes = sample_pairs(max(EACH * count // 500, 2), SEED + 41)
     prompts, specs = prompts_of(scenes.scenes())
     sources = render(scenes, device=cascade.device)
@@ -105,7 +106,7 @@ def three(cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling) 
 
 
 def negation(cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling) -> tuple[Figures, Tensor]:
-    """Measures prompts that say what is not there, of an object of which they leave it open; and without saying it."""
+    """Measures prompts that negate an attribute left open otherwise, and the same prompts without the negation."""
     rng = Random(SEED + 43)
     specs = []
     for number in range(count):
@@ -125,7 +126,7 @@ def negation(cascade: DemoCascade, count: int, prior: Sampling, decoder: Samplin
 def punctuation(
     cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling
 ) -> tuple[Figures, Tensor]:
-    """Measures held-out prompts with signs that mean nothing."""
+    """Measures held-out prompts with meaningless punctuation."""
     prompts, specs = prompts_of(sample_scenes(count, SEED, "held_out"))
     rng = Random(SEED + 44)
     return _prompted(cascade, [punctuated(p, rng, 1.0) for p in prompts], specs, prior, decoder)

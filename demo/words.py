@@ -7,7 +7,7 @@ from cascade_nodes.demo.scenes import COLOURS, SHAPES
 
 @dataclass(frozen=True, slots=True)
 class ObjectSpec:
-    """Stated attributes of one object; None is left open. `place` is one of PLACES."""
+    """Stated attributes of one object; None: not stated. `place` is one of PLACES."""
 
     shape: str | None = None
     colour: str | None = None
@@ -17,7 +17,7 @@ class ObjectSpec:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Content of a prompt. `relation`: position of the first object from the second. `exact`: these objects
+    """Content of a prompt. `relation`: position of the first object relative to the second. `exact`: these objects
     and no others, as in a full sentence; a fragment such as "red" is true wherever something is red. `absent`: no
     object is like any of these, as in "no red, without a circle".
     """
@@ -29,7 +29,7 @@ class Spec:
     absent: tuple[ObjectSpec, ...] = ()
 
 
-# Words. The first of each is the plain one.
+# Words. The first of each list is the plain one.
 
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 COLOUR_WORDS = {colour: (colour,) for colour in COLOURS} | {"purple": ("purple", "violet")}
@@ -88,7 +88,7 @@ JOINS = ("and", "with")
 GROUNDS = ("on", "against")
 NEGATIONS = ("no", "without")
 NUMBERS = {1: "one", 2: "two", 3: "three"}
-# Signs that mean nothing: what a caption may end with, and what may stand for a comma.
+# Meaningless punctuation: endings of captions, and replacements for a comma.
 ENDS = (".", "!", "!!!", "...", "?", ";", " .", ":", ",", "!!", "-")
 PAUSES = (", ", "; ", " - ", ". ", ": ", " / ", " , ")
 QUOTES = ('"', "'", "*", "[]", "{}")

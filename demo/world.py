@@ -90,7 +90,7 @@ _COLOUR_INDEX = {name: index for index, name in enumerate(COLOURS)}
 
 
 class Packed(NamedTuple):
-    """Scenes as tensors, of any number of slots for objects; one without an object has shape -1."""
+    """Scenes as tensors, with any number of slots for objects; an empty slot has shape -1."""
 
     shape: Tensor  # (N, slots) int64, index into DRAWN, which begins with SHAPES
     colour: Tensor  # (N, slots, 3) float32 in [0, 1]
@@ -106,7 +106,7 @@ class Packed(NamedTuple):
 
 
 def pack(scenes: Sequence[Scene] | SceneTable) -> Packed:
-    """Packs scenes into CPU tensors, for `render`; a table of them without a loop."""
+    """Packs scenes into CPU tensors for `render`; a SceneTable is packed without a loop."""
     if isinstance(scenes, SceneTable):
         kind, pose = scenes.kind, np.concatenate([scenes.centre, scenes.radius[..., None]], 2)
         shape, colour = np.where(kind < 0, -1, kind // 8), np.where(kind < 0, 0, kind % 8)
@@ -155,7 +155,7 @@ def _draw(packed: Packed, height: int, width: int) -> Tensor:
     down, across = (torch.arange(side, device=packed.radius.device) + 0.5 for side in (height, width))
     top, bottom = packed.background[:, 0, :, None, None], packed.background[:, 1, :, None, None]
     canvas = (top + (bottom - top) * (down / height)[:, None]).repeat(1, 1, 1, width)  # (n, 3, H, W)
-    # From here on in units of the shorter side.
+    # From here on, lengths are in units of the shorter side.
     sides = packed.centre.new_tensor([width / short, height / short])
     packed, down, across = packed._replace(centre=packed.centre * sides), down / short, across / short
     slots = range(packed.shape.shape[1])
@@ -207,7 +207,7 @@ def _shade(colour: Tensor, x: Tensor, y: Tensor, distance: Tensor) -> Tensor:
     lit = colour[:, :, None, None] * light[:, None]
     hx, hy, width, strength = HIGHLIGHT
     highlight = strength * torch.exp(-((x - hx) ** 2 + (y - hy) ** 2) / (2 * width**2))
-    # Less on black, which it would turn grey.
+    # Weaker on black, which it would turn grey.
     highlight = highlight * (0.4 + 0.6 * colour.amax(1))[:, None, None]
     ambient = 0.07 * (light - 0.8).clamp_min(0)  # so that black, too, shows its form
     return (lit + ambient[:, None] + (1 - lit) * highlight[:, None]).clamp(0, 1)

@@ -1,6 +1,6 @@
 """ComfyUI: its own modules in our loop, and its own sampling of the same weights, all of them on the device.
 
-From a checkout that --comfyui or COMFYUI_PATH names (of several, the last), imported into this process.
+The checkout given by --comfyui or COMFYUI_PATH (the last of several) is imported into this process.
 """
 
 import importlib
@@ -45,7 +45,7 @@ class ComfyUI:
 
     @cached_property
     def models(self) -> dict[str, Any]:
-        """Stage C and B as its loaders make them, each in its patcher."""
+        """Stage C and B as made by its loaders, each in its patcher."""
         classes = self.comfy.supported_models
         management = self.comfy.model_management
         patchers = self.comfy.model_patcher
@@ -116,7 +116,7 @@ class ComfyUI:
 
 
 class OnDevice:
-    """ComfyUI network with noise conditions moved to the device; our samplers give them on the processor."""
+    """ComfyUI's network with noise conditions moved to the device, since our samplers pass them on the CPU."""
 
     def __init__(self, network: nn.Module):
         self.network = network
@@ -127,7 +127,7 @@ class OnDevice:
 
 
 def _imported(checkout: Path, device: torch.device) -> SimpleNamespace:
-    """Imports its modules, which choose their device as they are imported."""
+    """Imports ComfyUI's modules, which choose their device at import."""
     sys.path.append(str(checkout))
     importlib.import_module("comfy.cli_args").args.cpu = device.type == "cpu"
     modules = {name.rpartition(".")[2]: importlib.import_module(f"comfy.{name}") for name in MODULE_NAMES}

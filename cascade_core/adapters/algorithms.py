@@ -214,7 +214,7 @@ def _whole(layer: Layer, parts: Parts) -> dict[str, Change]:
     return {
         "" if part == "weight" else part: Replacement(_checked(layer, part, parts[part], dims=(1, 2, 4)))
         for part in WHOLE.values()
-        if part in parts and not (part == "weight" and "on_input" in parts)  # that weight is a scaling's
+        if part in parts and not (part == "weight" and "on_input" in parts)  # a scaling's own weight
     }
 
 

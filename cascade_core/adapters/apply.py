@@ -22,7 +22,7 @@ class Patch:
 
     name      of its file, for messages
     changes   by the name of a layer, whose weight is changed, or of another parameter
-    strength  of all of them: 0 is none, negative is the opposite
+    strength  of all changes: 0 is none, negative is the opposite
     """
 
     name: str
@@ -34,7 +34,7 @@ def changed_weight(weight: Tensor, change: Change, strength: float) -> Tensor:
     """Applies one change: W + strength · (W' − W) in float32, W' being the weight with the change at full strength.
 
     weight: of any dtype. For a plain LoRA this is W + strength · ΔW. DoRA's W' (Liu et al. 2024, arXiv 2402.09353) has
-    its own magnitudes, so that strength moves between W and it, as in ComfyUI.
+    its own magnitudes, so strength interpolates between W and W', as in ComfyUI.
     """
     there = {name: tensor.to(weight.device) for name, tensor in change.tensors().items()}
     return change.with_tensors(there).apply(weight.float(), strength)
@@ -46,7 +46,7 @@ def patched(
 ) -> Iterator[None]:
     """Applies patches to a network's weights inside the block; restores the very same tensors after it.
 
-    Patches are applied one after the other; their order matters where a change is not a plain sum, as DoRA's. Each
+    Patches are applied one after the other; their order matters where a change is not a plain sum, as with DoRA. Each
     changed weight is computed in float32, cast to the weight's own dtype and placed on `device` (None: that of the
     weight). An 8-bit weight is computed anew from its original and quantised once. Nothing else is copied. Not
     thread-safe: the network itself is changed.

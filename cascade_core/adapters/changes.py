@@ -33,7 +33,7 @@ class Change:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The parameter's shape, as far as the file tells it."""
+        """The parameter's shape, as far as the file determines it."""
         raise NotImplementedError
 
     def fits(self, shape: Shape) -> bool:
@@ -76,7 +76,7 @@ class AddedChange(Change):
 
 def decomposed(weight: Tensor, magnitude: Tensor) -> Tensor:
     """DoRA's magnitude · weight / ‖weight‖, normed over each row or each column, by the magnitude's shape."""
-    axis = 0 if _by_row(weight, magnitude) else 1  # the dimension that the magnitudes go along
+    axis = 0 if _by_row(weight, magnitude) else 1  # the dimension that the magnitudes vary along
     normed = [dim for dim in range(weight.ndim) if dim != axis]
     norm = torch.linalg.vector_norm(weight, dim=normed, keepdim=True)
     magnitude = magnitude.to(weight.device, torch.float32).view(norm.shape)
@@ -126,7 +126,7 @@ class LowRank(AddedChange):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that `up` and `down` make: the weight's, but for OneTrainer's depthwise form."""
+        """The shape that `up` and `down` make: the weight's, except in OneTrainer's depthwise form."""
         return (len(self.up), *self.down.shape[1:])
 
     def fits(self, shape: Shape) -> bool:

@@ -63,7 +63,7 @@ def check_fits(
 
 
 def check_finite_adapter(adapter: Adapter) -> None:
-    """Raises CascadeError where anything that an adapter holds is NaN or infinity. Reads every tensor."""
+    """Raises CascadeError where an adapter holds NaN or infinity. Reads every tensor."""
     for changes in (adapter.stage_c, adapter.stage_b, adapter.text):
         check_finite_changes(changes, adapter.name)
     for token in adapter.tokens:
@@ -96,7 +96,7 @@ def listed(names: Iterable[str], most: int = 3) -> str:
 
 
 def adapter_facts(adapter: Adapter) -> dict[str, Any]:
-    """What a file holds, for programs: dialect, kinds, layers, ranks, alphas and learned tokens."""
+    """An adapter's contents for programs: dialect, kinds, layers, ranks, alphas and learned tokens."""
     changes = [*adapter.stage_c.values(), *adapter.stage_b.values(), *adapter.text.values()]
     decomposed = sum(isinstance(change, AddedChange) and change.magnitude is not None for change in changes)
     return {

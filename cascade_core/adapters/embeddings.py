@@ -1,4 +1,4 @@
-"""Embedding files, which a prompt asks for by `embedding:name`, as in ComfyUI."""
+"""Embedding files, which a prompt requests by `embedding:name`, as in ComfyUI."""
 
 from __future__ import annotations
 

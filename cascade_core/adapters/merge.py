@@ -62,10 +62,10 @@ class _Weight:
 
 
 class MergedFile:
-    """What a file holds once patches are applied: `tensors` on the meta device, and the `value` of each when asked.
+    """A file's contents after patching: `tensors` on the meta device, and the `value` of each on request.
 
-    Each changed weight is computed in float32 and has its own dtype again, as `apply.patched` gives it; an fp8 weight
-    with a scale gets a new scale. Only the tensor that is asked for takes memory.
+    Each changed weight is computed in float32 and cast back to its own dtype, as by `apply.patched`; an fp8 weight
+    with a scale gets a new scale. Only the requested tensor takes memory.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class MergedFile:
         return self._values[name]()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Adds a tensor as it is."""
+        """Adds a tensor unchanged."""
         self._put(name, tensor, lambda: tensor, tensor)
 
     def add_network(

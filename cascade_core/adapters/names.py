@@ -1,8 +1,7 @@
 """The layers that a LoRA can change: their names in any spelling, and Stage C's in the published order.
 
-Programs differ in what stands before a layer's name, in whether its parts are joined by dots or underscores, and in
-what they call the attention's layers. The vocabulary is small and regular, so a name is read by a grammar, at any
-depth.
+Programs differ in the prefix of a layer's name, in joining its parts by dots or underscores, and in their names for
+the attention's layers. The vocabulary is small and regular, so a name is read by a grammar, at any depth.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..networks.stage_c import StageC
 ATTENTION = {
     **{name: name for name in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.out_proj", "attn.in_proj")},
     "attn.to_out": "attn.out_proj",
-    "attn.to_out_proj": "attn.out_proj",  # OneTrainer's, for a few days from 20 February 2024
+    "attn.to_out_proj": "attn.out_proj",  # used by OneTrainer for a few days from 20 February 2024
     "to_q": "attn.to_q",
     "to_k": "attn.to_k",
     "to_v": "attn.to_v",

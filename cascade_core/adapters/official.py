@@ -1,7 +1,7 @@
 """The published trainer's files: layers are numbered in the network's own order, and the attention input is one layer.
 
-`weights.N.lora_down` (rank, c_in), `weights.N.lora_up` (c_out, rank), ΔW = up @ down / rank; `embeddings.indices` (n,)
-of the vocabulary's rows that `embeddings.embeddings` (n, C) is added to.
+`weights.N.lora_down` (rank, c_in), `weights.N.lora_up` (c_out, rank), ΔW = up @ down / rank; `embeddings.indices`
+(n,) are the rows of the vocabulary that `embeddings.embeddings` (n, C) is added to.
 """
 
 from __future__ import annotations
@@ -143,9 +143,10 @@ def is_new(name: str) -> bool:
 def write_official(
     adapter: Adapter, config: StageCConfig, vocabulary: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata). Layers of the same kinds that the adapter leaves alone get zeros, and all get one rank.
+    """(tensors, metadata). Layers of the same kinds that the adapter does not change get zeros, and all layers get
+    the same rank.
 
-    vocabulary: how many tokens the text encoder has; new ones are numbered from there.
+    vocabulary: number of tokens in the text encoder, from which new ones are numbered.
     """
     layers = published_layers(config)
     changes = _fused_changes(low_rank_changes(adapter.stage_c), layers)

@@ -17,7 +17,7 @@ from ..errors import CascadeError, quoted
 from ..networks.config import PRESETS, StageCConfig
 from .names import FUSED, published_layers, stage_c_layer
 
-# Parts of names that tell Stage C's kinds of layers apart, as the trainer's `module_filters` would.
+# Parts of names that distinguish Stage C's kinds of layers, usable as the trainer's `module_filters`.
 FILTERS = (
     ".attn", "kv_mapper", "channelwise", "depthwise", ".mapper", "clip_", "embedding", "clf", "scalers",
     "repeat_mappers",
@@ -28,7 +28,7 @@ _FINE_FILTERS = (
     ".mapper", "clip_txt_mapper", "clip_txt_pooled", "clip_img", "embedding", "clf", "downscalers", "upscalers",
     "down_repeat", "up_repeat",
 )  # fmt: skip
-_IMPLIED = {".attn": {"out_proj"}, ".mapper": {"mapper_sca", "mapper_crp"}}  # which a filter finds as well
+_IMPLIED = {".attn": {"out_proj"}, ".mapper": {"mapper_sca", "mapper_crp"}}  # kinds that a filter includes
 _LONGEST_FILTERS = 10_000  # characters
 _MOST_LEVELS = 8  # of blocks, down and up together, up to which combinations are tried
 SIZES = {

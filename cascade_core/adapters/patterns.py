@@ -1,6 +1,6 @@
 """Patterns of names from files and prompts: only those that stand for a few plain texts; no regular expression is run.
 
-A regular expression of twenty characters can keep `re` busy for years.
+`re` can take years for a regular expression of twenty characters.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..errors import CascadeError, quoted
 from .patterns import texts
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-HEADER_ENTRY = "lora_adapter_metadata"  # where diffusers writes the same configuration into the tensors' file
+HEADER_ENTRY = "lora_adapter_metadata"  # of the tensors' file, where diffusers writes the same configuration
 LARGEST_ALPHA = 1e6
 _TEXT = "text_"  # in every name of the text encoder and of its layers, and in none of Stage C's
 # Values of `init_lora_weights` that leave the network's weights alone; others move a part of them into the LoRA.
@@ -31,7 +31,7 @@ _ALPHA_ENTRIES = {
     "OFT": None, "BOFT": None, "IA3": None,
 }  # fmt: skip
 
-AlphaOf = Callable[[str, int], float | None]  # a layer by the file's name of it, its rank -> alpha
+AlphaOf = Callable[[str, int], float | None]  # a layer's name in the file, its rank -> alpha
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ class StatedAlpha:
 
 
 def stated_alpha(path: Path, metadata: Mapping[str, str], alpha: float = 0.0) -> StatedAlpha | None:
-    """The alphas of the LoRA at `path`: as given (0: not), else as PEFT's configuration says; None without one.
+    """The alphas of the LoRA at `path`: the given alpha (0: none given), else those of PEFT's configuration; None
+    without one.
 
     The configuration is in the file's own metadata, as diffusers writes it, or in adapter_config.json beside it,
-    which is used for a file of any name if it is the only one in its folder. Raises CascadeError where it is damaged,
-    or states a LoRA whose training changed the network's own weights as well.
+    which is used for a file of any name if that is the only safetensors file in the folder. Raises CascadeError where
+    it is damaged, or states a LoRA whose training changed the network's own weights as well.
     """
     networks, where, notes = _in_header(metadata), f"{path} ({HEADER_ENTRY})", []
     beside = path.with_name(CONFIG_FILE)

@@ -31,7 +31,7 @@ class NewToken(NamedTuple):
 def parse_new_tokens(text: str) -> tuple[NewToken, ...]:
     """Name and pattern of each, "[fernando] ^dog</w>; [rex]", in the order of the published `train_tokens`.
 
-    Raises CascadeError for more than MOST_TOKENS: a pattern is looked for in the whole vocabulary.
+    Raises CascadeError for more than MOST_TOKENS: each pattern is searched for in the whole vocabulary.
     """
     entries = [entry.strip() for entry in re.split(r"[;\n]", text) if entry.strip()]
     if len(entries) > MOST_TOKENS:
@@ -85,7 +85,7 @@ def _mean_row(name: str, pattern: str | None, vocabulary: Mapping[str, int], emb
     if pattern is None:
         return torch.zeros(1, embedding.shape[1])
     alternatives = texts(pattern)
-    if alternatives is None or len(alternatives) > MOST_TEXTS:  # each is looked for in every token
+    if alternatives is None or len(alternatives) > MOST_TEXTS:  # each is searched for in every token
         raise CascadeError(
             f"The pattern {quoted(pattern)} of {printable(name)} is not one of those that are read: at most "
             f"{MOST_TEXTS} words, with |, ^, $ and ? such as ^dog</w>; write it so."

@@ -51,9 +51,9 @@ def write_adapter(
 ) -> None:
     """Writes the file as the dialect's program would, whole or not at all.
 
-    metadata: the header of the file that the adapter comes from, kept but for the entries of another dialect;
-    overwrite: whether a file that is there is replaced; configuration: path of PEFT's configuration, written before
-    the tensors; None: not written; the other arguments are those of `to_dialect`.
+    metadata: the header of the file that the adapter comes from, kept except for entries of another dialect;
+    overwrite: whether an existing file is replaced; configuration: path of PEFT's configuration, written before the
+    tensors; None: not written; the other arguments are those of `to_dialect`.
     """
     tensors, header = to_dialect(adapter, dialect, stage_c, vocabulary)
     rest = {key: text for key, text in (metadata or {}).items() if key not in (*HEADER, HEADER_ENTRY)}
@@ -123,7 +123,7 @@ def check_dialect(adapter: Adapter, dialect: str) -> None:
 def cautions(adapter: Adapter, dialect: str, in_folder: bool = False) -> list[str]:
     """Warnings, in sentences, about how programs will read an adapter in this dialect; it is written nevertheless.
 
-    in_folder: whether it is written as PEFT reads it
+    in_folder: whether it is written into a folder for PEFT
     """
     spoken = DIALECTS[dialect]
     notes = [spoken.caution] if spoken.caution and not in_folder else []

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import CascadeError
 from .files import read_text
 
-NAME = "controlnet_blocks"  # as the published training and inference settings call it
+NAME = "controlnet_blocks"  # its name in the published settings of training and inference
 _IN_FLOW = re.compile(rf"^{NAME}:[ \t]*\[([^\]]{{0,9999}})\]", re.MULTILINE)
 _IN_LINES = re.compile(rf"^{NAME}:[ \t]*\n((?:[ \t]*-[ \t]*\d{{1,9}}[ \t]*(?:\n|$)){{1,999}})", re.MULTILINE)
 

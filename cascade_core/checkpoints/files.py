@@ -136,7 +136,7 @@ def read_text(path: str | Path) -> str:
 
 
 class Header(NamedTuple):
-    """What a file holds, without its values.  tensors: on the meta device; dtypes: in safetensors' words, by name"""
+    """A file's contents without values.  tensors: on the meta device; dtypes: in safetensors' words, by name"""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]

@@ -118,8 +118,8 @@ def load_model(
 ) -> tuple[nn.Module, str, dict[str, Any]]:
     """Loads a network in evaluation mode from a file of any layout or a folder of diffusers: (module, kind, config).
 
-    expect: the kind to load, where the file may hold several or another.
-    The weights are the file's own pages, mapped, unless `dtype` or `device` ask for others.
+    expect: the kind to load, since the file may hold several networks, or another one. The weights are the file's own
+    pages, mapped, unless `dtype` or `device` ask for others.
     read_ahead: read them into memory now; otherwise they are read when first used.
     placed: they stay mapped; placement reads and casts them to `dtype` on their way to a device.
     notify: is told where the number of heads is a guess.
@@ -148,7 +148,7 @@ def load_model(
         large = {f"{name}.weight" for name, _ in quantisable(model)} if eight_bit is not None else set()
         weights |= {name: as_float(weight) for name, weight in stored.items() if name not in large}
         for name in large - stored.keys():
-            if weights[name].dtype == eight_bit:  # cast without a scale
+            if weights[name].dtype == eight_bit:  # a plain cast to 8 bits, without a scale
                 stored[name] = QuantisedWeight(weights[name], torch.ones(len(weights[name])))
         if placed and eight_bit is None:
             cast_on_the_way(model, dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def mapped_files() -> list[tuple[int, int]]:
-    """(start, end) of every file mapped into this process without a changed page; empty on systems but Linux.
+    """(start, end) of every file mapped into this process without a changed page; empty on systems other than Linux.
 
     Writes to a private mapping exist in the process alone and would be lost with their page.
     """

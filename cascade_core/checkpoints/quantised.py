@@ -3,7 +3,7 @@
 ComfyUI's present layout: beside an 8-bit `….weight` its `weight_scale` (float32), `comfy_quant` (JSON as bytes, or all
 of them in the header as `_quantization_metadata`), and perhaps the `input_scale` of its fp8 products, which we do not
 need. Before: `scale_weight`, `scale_input`, and one `scaled_fp8` for the file. ComfyUI's own fp8 weights have one scale
-each, its int8 weights one or one for each row; ours have one for each row, written as one where all are the same.
+each, its int8 weights one or one for each row; ours have one for each row, which are written as one if all are equal.
 """
 
 import json
@@ -133,7 +133,7 @@ def as_float(weight: QuantisedWeight) -> Tensor:
 
 
 def dequantised(weight: QuantisedWeight) -> Tensor:
-    """A weight of a file in its own shape, in float32."""
+    """A weight of a file in its original shape, in float32."""
     weight8, scale = weight
     return weight8.float() * scale.view(-1, *[1] * (weight8.ndim - 1))
 
@@ -195,7 +195,7 @@ def requantised(values: Tensor, dtype: torch.dtype, scale: Tensor) -> tuple[Tens
 
 
 def fp8_layout(name: str, values: Tensor, dtype: torch.dtype = E4M3) -> dict[str, Tensor]:
-    """A `….weight` in fp8 with one scale, in ComfyUI's present layout and as its own cards' products take it."""
+    """A `….weight` in fp8 with one scale, in ComfyUI's present layout, as its own products on cards require."""
     return stored_layout(name, *requantised(values.float(), dtype, torch.ones(())))
 
 
@@ -210,8 +210,8 @@ def quantised_layout(name: str, weight: QuantisedWeight, shape: Sequence[int]) -
 
 
 def written_layout(name: str, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A `….weight` of float values in 8 bits as our files have it: each format as ComfyUI's own products take it on a
-    card, fp8 with one scale, int8 with one for each row.
+    """A `….weight` of float values in 8 bits, in the form of our files: as ComfyUI's own products on cards require,
+    fp8 with one scale, int8 with one for each row.
     """
     if dtype == INT8:
         weight8, scale = quantise(values, INT8)

@@ -19,7 +19,8 @@ from .foreign import foreign_name
 from .layouts import Layout, parts_in
 from .quantised import as_float, is_beside, quantisation, split_quantised
 
-# Where diffusers' folders keep each network, in the order to look; `prior_…` in those of the combined pipeline.
+# Subfolders of each network in diffusers' folders, in the order of search; `prior_…` are those of the combined
+# pipeline.
 SUBFOLDERS = {
     "stage_c": ("prior", "prior_prior", "prior_lite"),
     "stage_b": ("decoder", "decoder_lite"),
@@ -47,9 +48,9 @@ def read_weights(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[s
     """(tensors, metadata) of one network, under published names, as views of mapped files.
 
     path: a safetensors file, a shard or an index of shards, or a folder of diffusers; part: of `layouts.SIGNATURES`.
-    A config.json that belongs to the weights is given as the metadata's `config` where that states none.
-    A file without such a network is returned unchanged, so that the caller can say what it holds instead.
-    Raises CascadeError where files are missing or damaged.
+    If the metadata has no `config`, it gets the config.json that belongs to the weights. A file without such a
+    network is returned unchanged, so that the caller can say what it holds instead. Raises CascadeError where files
+    are missing or damaged.
     """
     weights, quantised, metadata = read_quantised(path, part)
     return {**weights, **{name: as_float(weight) for name, weight in quantised.items()}}, metadata
@@ -91,7 +92,7 @@ def read_named(path: str | Path, part: str) -> NamedTensors:
             f"{located.name} holds {scheme}, which is not read; choose the network in bf16, fp16, float32, fp8 or int8 "
             "(with scales)."
         )
-    if "_class_name" in (config := stated_table(metadata)):  # diffusers' config.json, in the header
+    if "_class_name" in (config := stated_table(metadata)):  # diffusers' config.json stored in the header
         metadata = {**metadata, "config": "", **_as_published(config, part)}
     if not metadata.get("config") and in_model_folder(path):
         metadata = {**metadata, **_config_beside(located, part)}
@@ -207,7 +208,7 @@ def _weights_in(folder: Path) -> Path | None:
 
 
 def _indices_in(folder: Path) -> list[Path]:
-    """The indices of shards in a folder: `….safetensors.index.json`, with a variant wherever programs put it."""
+    """The indices of shards in a folder: `….safetensors.index.json`, with a variant in any place."""
     return [file for file in folder.glob("*.json") if {"safetensors", "index"} <= set(file.name.split("."))]
 
 

@@ -17,11 +17,11 @@ Conditions = Mapping[str, Any]
 
 
 def guide(cond: Tensor, uncond: Tensor, cfg: float, cfg_rescale: float) -> Tensor:
-    """The guided prediction (B, C, H, W), in float32, from the one with and the one without the prompt.
+    """The guided prediction (B, C, H, W), in float32, from the predictions with and without the prompt.
 
-    cfg 1 is `cond` itself.  `cfg_rescale` in [0, 1] (published name `cfg_rho`) blends in the prediction
-    brought back to the standard deviation of `cond`.  The deviation is each image's own, so that an image
-    does not depend on its batch; the published code takes it over the whole batch.
+    cfg 1 is `cond` itself.  `cfg_rescale` in [0, 1] (published name `cfg_rho`) blends in the prediction rescaled to
+    the standard deviation of `cond`.  The deviation is computed per image, so that an image does not depend on its
+    batch; the published code computes it over the whole batch.
     """
     check_guidance(cfg, cfg_rescale)
     cond, uncond = at_least_float32(cond), at_least_float32(uncond)
@@ -62,7 +62,7 @@ class Guider:
         self.positive = positive
         self.negative = None if cfg == 1 else negative
         self._prepared_for: tuple[int, torch.device] | None = None  # batch and device of `_conditions`
-        self._conditions: list[dict[str, Any]] = []  # of each forward in a step
+        self._conditions: list[dict[str, Any]] = []  # for each forward of a step
 
     def __call__(self, x: Tensor, noise_cond: Tensor) -> Tensor:
         if self._prepared_for != (len(x), x.device):

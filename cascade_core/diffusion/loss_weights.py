@@ -23,14 +23,14 @@ WEIGHT_RANGE = (-1e9, 1e9)  # of every weight, as published
 
 
 def constant(log_snr: Tensor, shift: float = 1.0, value: float = 1.0) -> Tensor:
-    """The same weight everywhere."""
+    """A constant weight."""
     return torch.full_like(_unshift(log_snr, shift), value)
 
 
 def p2(log_snr: Tensor, shift: float = 1.0, k: float = 1.0, gamma: float = 1.0, s: float = 1.0) -> Tensor:
     """(k + SNR^s)^-gamma.  Choi et al. 2022, arXiv 2204.00227.
 
-    As it stands, 1 / (1 + SNR) = sigmoid(-log_snr), the sigmoid weight of Kingma & Gao 2023 (arXiv 2303.00848).
+    With the defaults, 1 / (1 + SNR) = sigmoid(-log_snr), the sigmoid weight of Kingma & Gao 2023 (arXiv 2303.00848).
     """
     return ((k + (_unshift(log_snr, shift) * s).exp()) ** -gamma).clamp(*WEIGHT_RANGE)
 
@@ -114,7 +114,7 @@ class AdaptiveLossWeight(nn.Module):
     def update_buckets(self, log_snr: Tensor, loss: Tensor, beta: float = 0.99) -> None:
         """Move each bucket that was hit towards its loss.  log_snr, loss: (B,), one per image.
 
-        Where several images fall into one bucket their mean counts once (published: the last one alone).
+        Where several images fall into one bucket, their mean is used once (in the published code, only the last image).
         """
         bucket = self._bucket(at_least_float32(log_snr)).to(self.bucket_losses.device)
         loss, nothing = loss.to(self.bucket_losses), torch.zeros_like(self.bucket_losses)

@@ -53,7 +53,7 @@ def ddpm(
     for index, (level, following) in enumerate(pairwise(levels)):
         x0, epsilon = _predict(denoise, x, level)
         (a, b), (a_next, b_next) = alpha_sigma(level), alpha_sigma(following)
-        # Where the level hardly moves, rounding alone can bring the two differences below zero.
+        # Where the level hardly changes, rounding can make both differences negative.
         sigma = (b_next**2 / b**2).sqrt() * (1 - a**2 / a_next**2).clamp(min=0).sqrt()
         direction = (b_next**2 - sigma**2).clamp(min=0).sqrt()
         x = a_next * x0 + direction * epsilon + sigma * _fresh(noise, x)
@@ -129,8 +129,8 @@ def log_snr_range(steps: int, shift: float, t_start: float = 1.0, t_end: float =
 def add_noise(latent: Tensor, noise: Tensor, t_start: float, shift: float) -> Tensor:
     """Noises a latent (B, C, H, W) to `t_start`, from which a sampler goes on (image to image).
 
-    At t_start = 1 the noise comes in at full strength, not at its weight b = 0.99995, so that an empty latent
-    (zeros) gives the published start of text to image: the noise itself.
+    At t_start = 1 the noise has full strength instead of its weight b = 0.99995, so that an empty latent (zeros)
+    gives the published start of text to image: the noise itself.
     """
     _check_time_and_shift(t_start, shift)
     if noise.shape != latent.shape:

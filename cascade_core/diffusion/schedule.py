@@ -45,7 +45,7 @@ def alpha_sigma(log_snr: Tensor) -> tuple[Tensor, Tensor]:
 def noise_cond(log_snr: Tensor, shift: float = 1.0) -> Tensor:
     """The network's noise condition: the t in [0, 1] at which the unshifted cosine schedule has this log-SNR.
 
-    A log-SNR from a shifted schedule is passed as it is; `shift` here undoes a shift first.
+    Pass a log-SNR from a shifted schedule unchanged; `shift` would first undo a shift.
     """
     level = at_least_float32(log_snr)
     if shift != 1.0:

@@ -1,4 +1,4 @@
-"""Which operations run on a device: the fused kernels, those with fp8 products, or plain PyTorch."""
+"""Chooses the operations for a device: fused kernels, those with 8-bit products, or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .card import card_of
 from .operations import Operations
 
 Precision = Literal["exact", "fp8", "int8"]
-Way = Literal["exact", "fp8", "int8", "plain"]  # a precision, or plain PyTorch in that of the biases
+Way = Literal["exact", "fp8", "int8", "plain"]  # a precision, or plain PyTorch in the biases' precision
 
 # The ways to compute at each precision, fastest first; the text says what the next way is like (`Fallback`).
 _DEQUANTISED = "in the precision of its biases, weight after weight, which takes longer"

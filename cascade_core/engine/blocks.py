@@ -3,10 +3,11 @@
 A bound block changes the feature map x (B, N, C) in place. It leaves out its last bias (`deferred_bias`), so that its
 last product can add straight to x; a TimestepBlock after it adds that bias with its shift, at no cost.
 
-Weights may be at another address at every call, and available only while their block runs. So a block reads them where
-they are when it runs; values derived from them are small copies, made by `prepare` when the weights are first there.
+Weights may be at another address at every call, and available only while their block runs. So a block looks up their
+addresses when it runs. Values derived from weights are small copies, made by `prepare` when the weights are first
+available.
 
-x may be held divided by `scale`, for fp16 (networks/fp16.py): then so are the biases of what is added to it.
+For fp16, x may be divided by `scale` (networks/fp16.py); biases of values added to it then are divided too.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class BoundResBlock(BoundFeedForward):
 
 
 class AddDeferredBias(BoundBlock):
-    """The last bias of an MLP, where no TimestepBlock follows that could add it."""
+    """Adds the deferred bias of an MLP that no TimestepBlock follows."""
 
     def __init__(self, mlp: BoundFeedForward):
         self.mlp = mlp
@@ -280,7 +281,7 @@ def float32_copy(value: Tensor) -> Tensor:
 def largest_output(layer: Any) -> Tensor:
     """Upper bound (1,) of the magnitudes of the layer's output for normed rows (·, C) of a length up to √C.
 
-    A quarter more for the rounding of both to e4m3.
+    The bound includes a quarter more for the rounding of rows and weights to e4m3.
     """
     weight = dequantise(layer.quantised, torch.float32)
     largest = torch.linalg.vector_norm(weight, dim=1) * weight.shape[1] ** 0.5 + layer.bias.float().abs()
@@ -306,7 +307,7 @@ def side_by_side(weights: list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def quantised_side_by_side(weights: list[QuantisedWeight]) -> QuantisedWeight | list[QuantisedWeight]:
-    """`side_by_side` of both parts."""
+    """`side_by_side` for weights and scales."""
     weight8, scale = (side_by_side(list(parts)) for parts in zip(*weights, strict=True))
     if isinstance(weight8, Tensor) and isinstance(scale, Tensor):
         return QuantisedWeight(weight8, scale)

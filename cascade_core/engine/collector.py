@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Keeps Python from looking for cycles of garbage inside the block."""
+    """Pauses the search for cyclic garbage inside the block."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -53,7 +53,7 @@ class Compilation:
         below_normal = getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0)
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(Path(__file__).parents[1]), json.dumps(order)],
-            stdin=subprocess.PIPE,  # never written to: the process ends where it is closed, as by the end of this one
+            stdin=subprocess.PIPE,  # never written to; the process ends when it closes, also with this one
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
@@ -87,7 +87,7 @@ class Compilation:
 
 
 def begin(network: Any, device: torch.device, precision: Precision = "exact") -> Compilation | None:
-    """Begins to compile what forwards of a network will launch on a device, or None where there is nothing to gain."""
+    """Begins to compile the kernels of a network's forwards on a device; None where this would gain nothing."""
     card, dtype = card_of(device), compute_dtype(network)
     if card is None or operations_on(device, precision) is operations:
         return None
@@ -130,7 +130,7 @@ def _can_start() -> bool:
 
 
 def _digest(order: dict[str, Any]) -> str:
-    """Digest of all that the kernels depend on: when it changes, they are compiled again."""
+    """Digest of everything that the kernels depend on; when it changes, they are compiled again."""
     digest = hashlib.sha256(json.dumps([order, version("triton"), torch.__version__]).encode())
     engine = Path(__file__).parent
     for path in sorted([*engine.rglob("*.py"), *engine.glob("*.json")]):

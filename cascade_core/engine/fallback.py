@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Fallback(Generic[Way]):
-    """The ways in which a network can be computed, from the fastest that has not failed on.
+    """The remaining ways to compute a network, starting with the fastest that has not failed.
 
     Error texts are not read, since kernels are named in them in a dozen forms. If a forward fails in one way and not
     in the next, the first way was at fault and is left. If it fails in the last way too, its error is raised and no
@@ -58,7 +58,7 @@ class Fallback(Generic[Way]):
                     ) from error
                 if len(reasons) + 1 == len(self.ways):
                     raise
-                reasons.append(reason_of(error))  # not the error: its frames hold the tensors of the attempt
+                reasons.append(reason_of(error))  # not the error, whose frames hold the attempt's tensors
         left, self.ways = self.ways[: len(reasons)], self.ways[len(reasons) :]
         for (_, loss), reason in zip(left, reasons, strict=True):
             self.notify(

@@ -61,7 +61,7 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     try:
         with torch.cuda.stream(stream):
             yield
-    finally:  # also after an error: memory that is freed then may still be in use on the stream
+    finally:  # after an error too, since memory freed then may still be in use on the stream
         before.wait_stream(stream)
 
 

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class LRU(OrderedDict[Hashable, T]):
-    """Up to `size` entries; `get_or_create` drops those that it returned longest ago."""
+    """Up to `size` entries; `get_or_create` drops the least recently returned ones."""
 
     def __init__(self, size: int):
         super().__init__()

@@ -29,12 +29,12 @@ class Operations(Protocol):
 
     @property
     def formats(self) -> Collection[torch.dtype]:
-        """The 8-bit formats of weights that the blocks' products take as they are."""
+        """The 8-bit formats of weights that the blocks' products take undequantised."""
         ...
 
     @property
     def resample_by_products(self) -> bool:
-        """Whether the convolutions between levels are computed as products, which need no memory but the workspace."""
+        """Whether the convolutions between levels are computed as products, in the workspace alone."""
         ...
 
     def compile_ahead(self, forward: Callable[[], object]) -> None: ...

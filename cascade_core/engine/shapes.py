@@ -45,7 +45,7 @@ class ShapeCache:
     def prepare(
         self, bound: BoundUNet, x: Tensor, conditions: Conditions, control: Sequence[Tensor | None]
     ) -> RunCache:
-        """The cache of a forward with these conditions, but for its table.
+        """The cache of a forward with these conditions, except its table.
 
         Unless the conditions are those of the last call, its keys and values still have to be computed from
         `cond_tokens`.

@@ -26,7 +26,7 @@ from .vqgan import DecoderEngine
 
 SIZE = (1024, 1024)  # of a picture
 BATCH = 2  # one picture with guidance
-BLOCKS = 2  # of a level: more launch the same kernels again
+BLOCKS = 2  # of a level; more would launch the same kernels
 TEXT_TOKENS = 77  # of a prompt of usual length
 NETWORKS: dict[type[NetworkConfig], type[nn.Module]] = {
     StageAConfig: StageA,

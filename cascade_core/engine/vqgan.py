@@ -23,7 +23,7 @@ from .weights import WeightSnapshot
 from .workspace import empty
 
 HIDDEN_BYTES = 2**28  # of hidden values at a time: more than those of 1024 × 1024 pixels at 384 channels
-CACHED_BYTES = 2**21  # the same on the CPU: they stay in its cache until they are read again
+CACHED_BYTES = 2**21  # the same on the CPU, small enough to stay in its cache until they are read again
 GRAPHS = 2  # sizes of latent whose graphs are kept
 MAX_GRAPH_POSITIONS = 2**18  # of all latents of a batch: 2048 × 2048 pixels
 
@@ -228,7 +228,7 @@ class DoublingConv:
         if (convolution.kernel_size, convolution.stride, convolution.padding) != ((4, 4), (2, 2), (1, 1)):
             raise ValueError(f"{convolution} does not double an image as Stage A's does.")
         self.bias: Any = convolution.bias
-        taps = {0: [3, 1], 1: [2, 0]}  # of the kernel, for even and odd positions, over the two of the input
+        taps = {0: [3, 1], 1: [2, 0]}  # of the kernel over two input positions, for even and odd output
         # (C_out, 2 · 2 · C) each
         self.weights = {
             (y, x): convolution.weight[:, :, taps[y]][..., taps[x]]

@@ -1,6 +1,6 @@
-"""Whether a network's weights are still those that the engine derived values from, and whether it can read them.
+"""Checks whether a network's weights are still those that the engine derived values from, and whether it can read them.
 
-Checked before every forward, for thousands of parameters and modules: so everything is looked up once.
+This is checked before every forward, for thousands of parameters and modules, so all look-ups are done once beforehand.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class WeightSnapshot:
         versions = _versions(parameters)
         if versions == self._versions:
             return True
-        # Placement's copies on a device have no version; then the last known one counts.
+        # Placement's copies on a device have no version, so the last known one is used.
         if any(
             UNKNOWN not in pair and pair[0] != pair[1] for pair in zip(versions, self._versions, strict=True)
         ):
@@ -95,12 +95,12 @@ class WeightSnapshot:
 
 
 class OwnModules:
-    """A network's blocks and layers as they were made, to see whether somebody replaced one, or its forward."""
+    """A network's original blocks and layers, to detect that a host replaced one of them, or its forward."""
 
     def __init__(self, network: nn.Module):
         modules = list(network.named_modules())
-        # The dicts stay the same objects here too. A forward of a block's own is found before its class's; that of the
-        # network itself is called where the engine is not.
+        # The dicts stay the same objects here too. A forward set on a block takes precedence over its class's. The
+        # network itself is left out, since its forward is called in place of the engine.
         self._modules = modules[1:]
         self._attributes = [m.__dict__ for _, m in self._modules]
         self._dicts = [m._modules for _, m in modules for _ in m._modules]

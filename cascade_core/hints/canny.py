@@ -21,8 +21,8 @@ def canny_hint(images: Tensor, low: int = 100, high: int = 200, size: int = 224)
 
     The edges are found at size × size pixels, the published filter's 224, and resized back, so their lines
     are soft.  `low` and `high` bound the hysteresis, in units of the 8-bit gradient |dx| + |dy|.  All is
-    computed on the CPU: other devices resize with other roundings, and a pixel of 8 bits may then differ.
-    Raises CascadeError for another shape, an integer image, or thresholds out of order.
+    computed on the CPU: other devices round differently when resizing, so that an 8-bit pixel might differ. Raises
+    CascadeError for another shape, an integer image, or thresholds out of order.
     """
     if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise CascadeError(

@@ -1,4 +1,4 @@
-"""ControlNets in a sampling run: whether one fits Stage C and its hint, the residuals, and when it is on."""
+"""ControlNets in a sampling run: checks against Stage C and the hint, residuals, and the range in which one is on."""
 
 from collections.abc import Callable
 from typing import Any

@@ -11,7 +11,8 @@ from .filters import mask_of
 
 
 def latent_mask(mask: Tensor, batch: int, size: Sequence[int], grow: int = 0, soft: bool = False) -> Tensor:
-    """Resizes a mask (B or 1, H, W) to a latent of h × w positions: (batch, 1, h, w), 0 or 1, or `soft` between.
+    """Resizes a mask (B or 1, H, W) to a latent of h × w positions: (batch, 1, h, w), 0 or 1, and with `soft` also
+    between.
 
     A position may change if it is masked more than half as much as the most masked one, or lies within `grow`
     positions of such a one.  Grow the mask only with the inpainting ControlNet; without it, content spills into the
@@ -26,7 +27,7 @@ def latent_mask(mask: Tensor, batch: int, size: Sequence[int], grow: int = 0, so
 def expand(
     images: Tensor, left: int, top: int, right: int, bottom: int, feather: int
 ) -> tuple[Tensor, Tensor]:
-    """Adds room around a picture, and gives the mask of what is to be painted.
+    """Adds room around a picture; returns it with the mask of the area to paint.
 
     images: (B, C, H, W) -> (B, C, top + H + bottom, left + W + right), its border pixels repeated, and a mask (1, H',
     W'):

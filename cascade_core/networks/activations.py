@@ -1,8 +1,8 @@
 """Memory of a forward pass beside the weights, so that a host can make room for it.
 
 Each function returns the largest number of values that are alive at once; times the bytes of one value, that is the
-memory. The place of the peak follows from the network, its height was measured (tests/core/test_activations.py): the
-estimates are never below it, and at most half above it.
+memory. The layer with the peak follows from the network, and the size of the peak was measured
+(tests/core/test_activations.py): estimates are never below it, and at most half above it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .stage_a import HIDDEN_VALUES
 # In units of the level's width, per position: a residual block holds its input, the skip, and three times the
 # fourfold hidden width.
 RES_BLOCK = 15
-TOKEN = 8  # of the tokens' width: mapped, joined, normed, and as keys and values
+TOKEN = 8  # in units of the tokens' width: mapped, joined, normed, and as keys and values
 
 
 def stage_c(config: StageCConfig, batch: int, height: int, width: int, tokens: int) -> int:

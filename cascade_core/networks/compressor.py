@@ -42,6 +42,7 @@ def normalise(image: Tensor) -> Tensor:
             f"The semantic compressor got an image of shape {tuple(image.shape)}, expected (B, 3, H, W): "
             "RGB, channels first; drop an alpha channel before it."
         )
-    # Scalars, not buffers: the published file has no such keys, and a buffer it lacks would stay on meta.
+    # Scalars instead of buffers, since the published file has no such keys, and a buffer missing there would stay on
+    # meta.
     channels = zip(image.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)

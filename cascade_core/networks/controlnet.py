@@ -40,7 +40,7 @@ class ControlNet(nn.Module):
 
 def _effnet_backbone(config: ControlNetConfig, operations) -> tuple[nn.Module, int]:
     c_last = config.c_last or PUBLISHED_LAST
-    # The published first convolution is unpadded wherever it was replaced, which is for c_in != 3.
+    # In the published code, the first convolution is unpadded where it was replaced, that is for c_in != 3.
     padding = 1 if config.c_in == 3 else 0
     backbone = EfficientNetV2(
         config.c_in, config.stem, config.stages, c_last, padding, config.drop_path, operations

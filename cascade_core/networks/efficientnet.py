@@ -120,8 +120,8 @@ def stochastic_depth(h: Tensor, probability: float) -> Tensor:
 class EfficientNetV2(nn.Sequential):
     """Features of an image.  x: (B, c_in, H, W) -> (B, c_last, H / s, W / s), s = 2 × the stages' strides.
 
-    `stem_padding` 0 is what the published ControlNets have where their hint has not three channels.
-    `drop_path` is the stochastic depth in training, rising linearly from 0 at the first block.
+    `stem_padding` is 0 in the published ControlNets whose hint does not have three channels. `drop_path` is the
+    stochastic depth in training, rising linearly from 0 at the first block.
     """
 
     def __init__(

@@ -3,20 +3,20 @@
 fp16 ends at 65,504. In a trained Stage C the residual stream x grows past that, which gives black pictures. So the
 network holds x / s, and computes what is added to x as that fraction from the start:
 
-    x                   divided once, where it begins; a ControlNet's residual where it is added
+    x                   divided once, at its start; a ControlNet's residual when it is added
     what reads x        LayerNorms with eps / s²; a depthwise convolution before one as W·(x/s) + b/s: both norms see
                         what they see in the published network
     what is added to x  the last layer of a block as W·(h/s) + b/s; of a timestep's modulation the shift alone
     a skip              stays divided; what it is concatenated with is divided too
 
-s is a power of two, so that each of these is exact: in float32 nothing changes. In fp16 neither does accuracy, because
-the stream begins with a standard deviation of one and fp16 reaches as far below one (6e-8) as above. What is lost is
-6e-8 · s, beside the rounding of 5e-4 that fp16 has anyway. s is the same for every network: nothing is measured, no
-step repeated, and a picture depends on its seed alone.
+s is a power of two, so that each of these is exact: in float32 nothing changes. In fp16, accuracy does not change
+either, because the stream starts with a standard deviation of one, and fp16 reaches as far below one (6e-8) as above.
+The loss is 6e-8 · s, beside the usual rounding of fp16, 5e-4. s is the same for every network: nothing is measured,
+no step repeated, and a picture depends on its seed alone.
 
 No weight changes, nor any name in the state dict. `scale_residual_stream` gives the network and its blocks the classes
 below, each of which computes what its base does on the divided stream; biases are divided where a layer uses them, so
-that LoRAs of any host apply as they are. What is not divided has its own bounds: hidden values are products with a
+that LoRAs of any host apply as they are. Undivided values are bounded otherwise: hidden values are products with a
 normed input, and attention and the response norm sum in float32.
 """
 
@@ -43,7 +43,7 @@ from .stage_b import StageB
 from .stage_c import StageC
 from .unet import UNet
 
-# fp16 then holds up to 67 million, and what is above 1 / 16 with all of its 11 bits.
+# fp16 then holds values up to 67 million, and those above 1 / 16 with all of its 11 bits.
 STREAM_SCALE = 1024.0
 
 _AFFINE = (F.linear, torch.conv2d, torch.conv_transpose2d)  # each as (x, weight, bias, …)
@@ -199,7 +199,7 @@ def divide_(x: Tensor, scale: float) -> Tensor:
 
 
 def divided_gelu(x: Tensor, scale: float) -> Tensor:
-    """Divided GELU; `divided_gelu_` writes over x where nothing has to be kept for a backward pass."""
+    """`divided_gelu_`, or out of place where a backward pass needs x."""
     if torch.is_grad_enabled() and x.requires_grad:
         return divide(F.gelu(x.float() * scale), scale).to(x.dtype)
     return divided_gelu_(x, scale)
@@ -230,7 +230,7 @@ def divided_bias(layer: nn.Module, x: Tensor, scale: float) -> Tensor:
 
 
 class _DividedBias(TorchFunctionMode):
-    """Divides the bias where a layer uses it, after all that a host has done to it: moved, cast, patched."""
+    """Divides the bias at the moment a layer uses it, after a host has moved, cast and patched it."""
 
     def __init__(self, scale: float):
         super().__init__()

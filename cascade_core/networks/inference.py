@@ -1,8 +1,8 @@
 """Configurations read back from names and shapes, one function per network.
 
 Each takes {name: shape} and returns the published constructor's arguments, or None where the names belong to
-another network. What shapes do not tell (dropout, Stage A's scale, level switching) is as published; heads are 64
-wide.
+another network. Values that shapes do not show (dropout, Stage A's scale, level switching) are the published ones;
+heads are 64 wide.
 """
 
 import json
@@ -133,7 +133,7 @@ def stated_table(metadata: Mapping[str, str] | None, key: str = "config") -> dic
     return table if isinstance(table, dict) else {}
 
 
-# The name after `….N.` that gives a block's kind away, in the order to test: a ResBlock has a `channelwise` too.
+# Names after `….N.` that identify a block's kind, in the order of testing, since a ResBlock also has a `channelwise`.
 _BLOCK_SIGNATURES = (
     ("depthwise.weight", "C"),
     ("kv_mapper.1.weight", "A"),
@@ -263,7 +263,7 @@ def infer_previewer(shapes: Shapes) -> dict[str, Any] | None:
 def infer_compressor(shapes: Shapes) -> dict[str, Any] | None:
     """Config of the compressor whose state dict has these keys and shapes, or None where it is not one.
 
-    The published backbone is left out, so that its file gives `{"c_latent": 16}`; another is returned whole.
+    A published backbone is left out, so that its file gives `{"c_latent": 16}`; any other is returned in full.
     """
     mapper = shapes.get("mapper.0.weight")
     if mapper is None or len(mapper) != 4 or "mapper.1.running_mean" not in shapes:

@@ -65,7 +65,7 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # In float32: over all positions the squares of fp16 add up past its end.
+        # In float32, since a sum of squares over all positions overflows fp16.
         wide = torch.promote_types(x.dtype, torch.float32)
         response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (B, 1, 1, C)
         share = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         return self.project(h.transpose(1, 2).flatten(2))
 
     def project(self, h: Tensor) -> Tensor:
-        """What is added to the residual stream.  (B, N, C) -> (B, N, C)"""
+        """Output projection, whose result is added to the residual stream.  (B, N, C) -> (B, N, C)"""
         return self.out_proj(h)
 
 

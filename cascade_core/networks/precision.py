@@ -20,7 +20,7 @@ PRECISIONS = {
 
 
 def cast_on_the_way(network: Any, dtype: torch.dtype | None) -> None:
-    """Makes `dtype` the precision of the network's weights wherever placement takes them; None: their own."""
+    """Makes placement cast the network's weights to `dtype` on the device; None: no cast."""
     network.compute_dtype = dtype
 
 

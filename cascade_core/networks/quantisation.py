@@ -9,8 +9,8 @@ network's bytes. Timestep mappers, norms, biases, depthwise and resampling convo
 left alone.
 
 A quantised layer computes by itself on any device: it dequantises its weight for each call, and again for a gradient,
-so that a network can be trained around it. The engine reads the 8-bit weight instead. `original` is what
-patches are applied to: the file's own values, mapped, so that a LoRA is computed in float32 and rounded once.
+so that a network can be trained around it. The engine reads the 8-bit weight instead. Patches are applied to
+`original`, the file's own mapped values, so that a LoRA is computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class QuantisedLayer(nn.Module):
 
     @property
     def quantised(self) -> QuantisedWeight:
-        """The weight as it is now, patched or not."""
+        """The current weight, patched or not."""
         return QuantisedWeight(self.weight.detach().flatten(1), self.weight_scale[:, 0])
 
     def original_values(
@@ -85,7 +85,7 @@ class QuantisedLayer(nn.Module):
     ) -> Tensor:
         """The unpatched weight in float32, on `device` (None: where it is).
 
-        unpatched: the 8-bit weight without patches, where it may be patched now
+        unpatched: the 8-bit weight without patches, if the layer's own may be patched
         """
         source = self.original if self.original is not None else unpatched or self.quantised
         if isinstance(source, QuantisedWeight):
@@ -96,18 +96,18 @@ class QuantisedLayer(nn.Module):
         return source.detach().to(device).float()
 
     def put(self, quantised: QuantisedWeight) -> None:
-        """Takes another weight."""
+        """Replaces the weight."""
         weight8, scale = quantised
         self.weight = nn.Parameter(weight8.view(self.weight.shape), requires_grad=False)
         self.weight_scale = scale[:, None]
 
     def dequantised(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        """The weight as it is now, in its own shape, on `device` (None: where it is)."""
+        """The current weight in the layer's original shape, on `device` (None: where it is)."""
         moved = QuantisedWeight(*(part.to(device) for part in self.quantised))
         return dequantise(moved, dtype).view(self.weight.shape)
 
     def values_for(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) in the dtype and on the device of what they are multiplied with."""
+        """(weight, bias) in the dtype and on the device of x."""
         bias = None if self.bias is None else self.bias.to(x)
         return self.dequantised(x.dtype, x.device), bias
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .config import StageAConfig
 from .efficientnet import BatchNorm2d
 
-HIDDEN_VALUES = 1 << 25  # alive at once in a residual block
+HIDDEN_VALUES = 1 << 25  # of a residual block's MLP, kept in memory at a time
 
 
 class MixingResidualBlock(nn.Module):
@@ -39,7 +39,7 @@ class MixingResidualBlock(nn.Module):
         return torch.addcmul(x, self._mlp(h).permute(0, 3, 1, 2), gate2)
 
     def _mlp(self, h: Tensor) -> Tensor:
-        """Run the MLP on a few rows at a time where the picture is large: its hidden values are most of the memory.
+        """Run the MLP, for a large picture on a few rows at a time, since its hidden values take most of the memory.
 
         h: (B, H, W, C) -> (B, H, W, C)
         """

@@ -50,7 +50,7 @@ class StageB(UNet):
 
         x: (B, c_in, H, W) -> (B, c_hidden[0], H / patch, W / patch) each, added to the embedding of x
         """
-        if pixels is None:  # zeros are mapped too: their bias is part of what Stage B was trained with
+        if pixels is None:  # zeros are mapped too, since Stage B was trained with the mapper's bias
             pixels = x.new_zeros(x.shape[0], self.config.c_pixels, 8, 8)
         size = (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size)
         return (

@@ -1,8 +1,9 @@
 """Large pictures a tile at a time, so that memory depends on the tile and not on the picture.
 
-Stage A and the previewer have a small receptive field: tiles with a halo of that many positions, cut off afterwards,
-give what the whole picture gives, to rounding. Stage B sees the whole picture (global response norm, attention): as
-in MultiDiffusion (arXiv 2302.08113), its tiles overlap, and their predictions are blended at every step.
+Stage A and the previewer have a small receptive field: tiles with a halo of that many positions, which is cut off
+afterwards, give the same result as the whole picture, up to rounding. Stage B sees the whole picture (global response
+norm, attention): as in MultiDiffusion (arXiv 2302.08113), its tiles overlap, and their predictions are blended at
+every step.
 
 Tiles, halos and overlaps are in positions of the latent.
 """
@@ -118,7 +119,7 @@ def predict_in_tiles(
 ) -> Tensor:
     """predict(x, effnet) of Stage B, blended from overlapping tiles of `tile_positions` a side.
 
-    Each tile sees its part of the conditioning as the whole would see it: resized to the whole first, then cut.
+    Each tile gets its part of the conditioning, which is first resized for the whole picture and then cut.
 
     x: (B, 4, h, w), effnet: (B, 16, h', w') of any size -> like x
     """
@@ -143,7 +144,8 @@ def predict_in_tiles(
 
 
 def in_whole_patches(predict: Callable[[Tensor], Tensor], x: Tensor, patch_size: int) -> Tensor:
-    """predict(x) of a latent whose sides may end within a patch: mirrored on to whole patches, and cut off again.
+    """predict(x) for a latent whose sides may end within a patch: x is padded to whole patches by mirroring, and the
+    result is cropped.
 
     x: (B, C, h, w) -> like x
     """
@@ -163,7 +165,7 @@ def _mirrored(side: int, patch_size: int, device: torch.device) -> Tensor:
 def overlapping(length: int, tile_positions: int) -> list[slice]:
     """Spans of `tile_positions` that cover `length` and overlap by `OVERLAP` of a tile or more, evenly placed.
 
-    They begin where a level of the network does; the last is shorter where `length` is not a multiple of that.
+    They begin at multiples of ALIGNMENT; the last span is shorter where `length` is not such a multiple.
     """
     if length <= tile_positions:
         return [slice(0, length)]

@@ -125,7 +125,7 @@ class UNet(nn.Module):
         return x
 
     def _apply_resampler(self, x: Tensor, resampler: Any) -> Tensor:
-        """Take x from one level to the next; into the outermost level nothing changes."""
+        """Take x from one level to the next; there is no resampler into the outermost level."""
         return resampler(x)
 
     def _apply_mapper(self, x: Tensor, mapper: nn.Module) -> Tensor:

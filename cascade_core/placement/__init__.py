@@ -2,7 +2,7 @@
 
 memory.py     the door: `DeviceMemory.run` onloads a network, runs a function on it, and retries in less memory
 units.py      a network split into units that are copied as one
-placement.py  one network's units, the patches of each, and who depends on them
+placement.py  one network's units, their patches, and the consumers that depend on them
 plan.py       which units stay resident and which are streamed, by the free memory
 stream.py     prefetches units into a few slots while the blocks before them compute
 shared.py     workspaces of CUDA graphs that networks use in turn

@@ -75,7 +75,7 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """A CUDA device. limit: bytes that this process may take of it at most during a run; None: all."""
+    """A CUDA device. limit: most bytes of it that this process may use during a run; None: all."""
 
     def __init__(self, device: torch.device, limit: int | None = None):
         self.device = device
@@ -170,7 +170,7 @@ class CudaDevice:
 
 
 class SimulatedDevice:
-    """A device of `size` bytes simulated in main memory, where copies are synchronous: for trying placements."""
+    """A device of `size` bytes simulated in main memory, where copies are synchronous, for testing placements."""
 
     def __init__(self, size: int):
         self.device = torch.device("cpu")

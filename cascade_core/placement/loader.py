@@ -68,7 +68,7 @@ class Loader:
                 event = self.device.copy(target[start : start + len(piece)], piece, after)
             return Transfer(self.device, event, changed)
         pin, unit.fetched = repeated or unit.fetched, True
-        chunks = self._chunks  # made here, by one thread
+        chunks = self._chunks  # created here, since only one thread may
         return Transfer(self.device, self._readers.submit(self._read, unit, [target], after, pin, chunks))
 
     @torch.inference_mode()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CascadeError, quoted
 
-RESERVED = 1 << 30  # bytes of main memory that pinned weights leave to others
+RESERVED = 1 << 30  # bytes of main memory that pinned weights leave free
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -66,7 +66,7 @@ def pinned_pages(size: int, pin: Callable[[int, int], bool], unpin: Callable[[in
     except OSError:
         return None
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # of a kernel without them
+        with suppress(OSError):  # the kernel may lack huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to create and pin
     with torch.inference_mode():
         memory = torch.frombuffer(pages, dtype=torch.uint8)

@@ -56,7 +56,7 @@ class WeightChange(Protocol):
     """The change of one weight by patches."""
 
     def apply(self, weight: Tensor) -> Tensor:
-        """The changed weight, of the same shape, in any dtype. `weight` may be overwritten only with it."""
+        """The changed weight, of the same shape, in any dtype. It may overwrite `weight`, but only with the result."""
         ...
 
 
@@ -74,13 +74,14 @@ Changes = Mapping[Unit, UnitChanges]
 
 
 class Placement:
-    """A network's units on one device. Refers to its blocks, not to the network: without users its memory is free.
+    """A network's units on one device. Refers to the network's blocks, not to the network, so that an unused network
+    is freed.
 
-    order      the units that can be streamed, as a forward runs them; one whose level repeats stands several times
+    order      the units that can be streamed, in the order of a forward; one whose level repeats occurs several times
     locations  unit and index of each parameter and buffer, by name
     quantised  the layer of each 8-bit weight, by unit and index, and its scale's index there
-    changes    what patches do to the units' weights on the device; main memory keeps them unpatched
-    version    counts the changes of `changes`: values derived from the weights are of one version
+    changes    changes of the units' weights on the device by patches; in main memory, weights stay unpatched
+    version    number of times that `changes` was replaced, so that values derived from weights can be told stale
     stream     prefetches the streamed units during a run; None between runs, and where all units are resident
     last_run   the number of the last run that used the network
     shared     where its CUDA graphs may take their memory; None: each engine has its own
@@ -151,7 +152,7 @@ class Placement:
         return list({id(memory): memory for memory in workspaces if memory is not None}.values())
 
     def changes_by(self, network: nn.Module, patches: Sequence[Patch]) -> Changes:
-        """What patches change, by unit. Raises CascadeError for one that does not fit."""
+        """The changes by patches, by unit. Raises CascadeError for a patch that does not fit."""
         changes: dict[Unit, dict[int, LayerChange]] = {}
         for target, steps in changes_by_target(patches).items():
             _, _, parameter = parameter_of(network, target, steps[0][0])
@@ -178,7 +179,7 @@ class Placement:
             unit.reserved_buffer, unit.evicted = None, False
 
     def tell_consumers(self) -> None:
-        """Makes consumers free what depends on where the weights are."""
+        """Makes consumers free values that depend on the weights' addresses."""
         for consumer in list(self.consumers):
             consumer.offload()
 
@@ -222,7 +223,7 @@ class Placement:
             for unit in self.units
             for i, layout in enumerate(unit.layouts)
             if layout.dtype.is_floating_point
-            and (unit, i) not in eight_bit  # those are read in any dtype of x
+            and (unit, i) not in eight_bit  # 8-bit weights are read in any dtype of x
         }
         return WeightStream(self.device, self.loader, self.order, plan, self.patch, dtypes, memory)
 
@@ -260,7 +261,7 @@ class Placement:
     ) -> QuantisedWeight:
         """A changed 8-bit weight, computed from its original in float32 and rounded once.
 
-        Where the unit is streamed, the result is kept in main memory for the next time.
+        If the unit is streamed, the result is kept in main memory for the next forward.
         """
         scale = self.quantised[unit, index][1]
         stored = QuantisedWeight(unit.host_tensors[index], unit.host_tensors[scale][:, 0])

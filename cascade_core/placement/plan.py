@@ -1,4 +1,4 @@
-"""Which units of a network stay resident and which are streamed, by the bytes that are free for its weights."""
+"""Chooses the units of a network that stay resident and those that are streamed, by the bytes free for its weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from .units import Unit
 
-# One unit computes while the next is copied. Stage C's AttnBlocks take 0.8 ms each at 50 GB/s and compute in 0.1 ms or
-# so; spread evenly, a unit's slot is free again long before the next copy has ended, so copies follow one another
-# without a pause. A third slot would hide nothing more, and its own bytes would have to be streamed too.
+# One unit computes while the next is copied. Stage C's AttnBlocks take 0.8 ms each to copy at 50 GB/s and about 0.1
+# ms to compute. If they are spread evenly, a unit's slot is free long before the next copy ends, so copies follow one
+# another without a pause. A third slot would hide nothing more, and the bytes that it takes would have to be streamed
+# too.
 SLOTS = 2
 
 Footprint = Callable[[int], int]  # size in bytes -> bytes that such an allocation takes

@@ -17,7 +17,7 @@ from .units import Unit
 
 
 class WeightStream:
-    """Streams a plan's units for as many forwards as are run between `open` and `close`, which keeps the slots.
+    """Streams a plan's units during all forwards between `open` and `close`; the slots stay allocated after `close`.
 
     Hooks on the blocks report when a unit is needed and when it has been used; the engine, which does not call the
     blocks, reports it itself (`pre_forward`, `post_forward`). Units are prefetched in the order in which forwards need
@@ -82,7 +82,7 @@ class WeightStream:
         )
 
     def close(self) -> None:
-        """Ends streaming, also in the middle of a forward: all weights are in main memory as before."""
+        """Ends streaming, even in the middle of a forward: all weights are then those in main memory."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
@@ -115,7 +115,7 @@ class WeightStream:
             self.next = (self.next + 1) % len(self.order)
 
     def _restart_at(self, unit: Unit) -> None:
-        """Drops what was prefetched, for a forward in another order or after one that was interrupted."""
+        """Drops prefetched units, for a forward in another order or after an interrupted one."""
         self._drop_active()
         self._drop_prefetched()
         self.next = self.order.index(unit)

@@ -94,7 +94,7 @@ class Unit:
     def read_bytes(self, target: Tensor, start: int = 0) -> None:
         """Fills `target` with the unit's bytes from `start` on, cast to the dtypes that they have on the device.
 
-        start and target's ends lie on whole values, as multiples of ALIGNMENT do.
+        start and the end of target must lie between whole values, as multiples of ALIGNMENT do.
         """
         end = start + len(target)
         for layout, tensor in zip(self.layouts, self.host_tensors, strict=True):
@@ -219,7 +219,7 @@ def _group_blocks(
 def _unassigned_tensors(
     modules: Iterable[nn.Module], assigned: set[int], min_dimensions: int = 0
 ) -> list[Tensor]:
-    """The parameters and buffers that are in no unit yet, of at least so many dimensions longer than 1.
+    """The parameters and buffers not yet in a unit, with at least `min_dimensions` dimensions longer than 1.
 
     The scales of 8-bit weights follow them. Vectors come last, so that the matrices of query, key and value, which
     the engine multiplies in one product, are adjacent.
@@ -236,5 +236,5 @@ def _unassigned_tensors(
 
 
 def _dimensions(tensor: Tensor) -> int:
-    """How many dimensions are longer than 1."""
+    """Number of dimensions longer than 1."""
     return sum(size > 1 for size in tensor.shape)

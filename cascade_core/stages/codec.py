@@ -21,9 +21,8 @@ from .tiled import Tiled
 class Codec:
     """An encoder and a decoder of latents, in the units of LATENT sockets.
 
-    Stage A's latents are SCALE_FACTOR (0.43) times what Stage B diffuses, as in ComfyUI, whatever factor the file
-    has.
-    `encoder` and `decoder` are the same network for Stage A; the compressor may lack a decoder.
+    Stage A's latents are SCALE_FACTOR (0.43) times those that Stage B diffuses, as in ComfyUI, whatever the file's
+    factor. `encoder` and `decoder` are the same network for Stage A; the compressor may lack a decoder.
     """
 
     kind: str  # stage_a or compressor
@@ -34,7 +33,7 @@ class Codec:
     engine: Any = None  # of Stage A's decoder
 
     def networks(self) -> list[tuple[nn.Module, str]]:
-        """Each network with the name of its file."""
+        """Each network with its file's name."""
         pairs = zip((self.encoder, self.decoder), self.files, strict=True)
         return [(network, file) for network, file in pairs if network is not None]
 
@@ -79,8 +78,8 @@ class Codec:
         return decode(latent, tile_pixels // side).clamp(0, 1).movedim(1, -1)
 
     def _decode(self, latent: Tensor) -> Tensor:
-        """Stage A's decoder, by the engine on a card."""
-        if not latent.is_cuda:  # the engine would gain a hundredth of a picture's time, and round otherwise
+        """Runs Stage A's decoder, with the engine on a card."""
+        if not latent.is_cuda:  # the engine would save a hundredth of a picture's time, and round differently
             return self.decoder.decode(latent)
         return self.engine(latent)
 

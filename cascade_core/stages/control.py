@@ -68,7 +68,7 @@ def load_controlnet(path: Path, device: ComputeDevice) -> ControlNetStage:
 
 
 class RunControls:
-    """The ControlNets of one run on Stage C: checked first, then computed once, each on the device by itself."""
+    """The ControlNets of one run on Stage C: first checked, then computed once, one after the other on the device."""
 
     def __init__(
         self, stage_c: Any, run: SamplingRun, applied: Sequence[AppliedControlNet], observer: Observer
@@ -96,14 +96,14 @@ class RunControls:
         return [None if residual is None else for_batch(residual, len(latent)) for residual in residuals]
 
     def active_at(self, log_snr: Tensor) -> frozenset[AppliedControlNet]:
-        """ControlNets that are on at a level of noise, a tensor of one number."""
+        """The ControlNets that are on at a noise level, a tensor with one element."""
         level = level_of(log_snr.cpu())
         return frozenset(one for one in self.residuals if is_on(level, *self.ranges[one]))
 
     def merged(
         self, applied: Sequence[AppliedControlNet], active: frozenset[AppliedControlNet]
     ) -> Residuals | None:
-        """The residuals of a prompt's ControlNets, of those that are on; None where none is."""
+        """The summed residuals of those of a prompt's ControlNets that are on; None if there are none."""
         merged: Residuals = []
         for one in applied:
             if one in active:

@@ -27,7 +27,7 @@ class ComputeDevice:
     """A device, and the memory that the networks on it share.
 
     device    "auto": the first accelerator that torch finds (CUDA or ROCm, XPU, MPS), else the CPU
-    memory    how much of a card's memory to take, in bytes or as text ("6GB"); None: what is free
+    memory    how much of a card's memory to take, in bytes or as text ("6GB"); None: the free memory
     observer  told where a run begins again in less memory, and asked whether to stop
 
     On the CPU weights are where they are used. On an NVIDIA card they stay as far as they fit, make room for each
@@ -68,7 +68,7 @@ class ComputeDevice:
     ) -> T:
         """body(device), with the network there and patched.
 
-        workspace_bytes  what the body takes beside the weights
+        workspace_bytes  memory that the body takes beside the weights
         single_use       the body runs the network once
         consumer         the engine that the body calls in the network's place
         known_bytes      what the body is known to take beside weights that are resident
@@ -101,10 +101,10 @@ class ComputeDevice:
         return self.pool is not None
 
     def weight_dtype(self, name: str) -> torch.dtype:
-        """Precision by its name in DTYPES. auto: float32 on the CPU, bf16 on a card, or fp16 where it has none.
+        """Precision by its name in DTYPES. auto: float32 on the CPU, bf16 on a card that has it, else fp16.
 
-        fp8, int8: that of auto, beside weights in 8 bits (networks/quantisation.py).
-        Raises CascadeError for another name, and for fp8 on Apple's devices.
+        fp8, int8: large weights in 8 bits (networks/quantisation.py), and the others as for auto. Raises CascadeError
+        for another name, and for fp8 on Apple's devices.
         """
         check_eight_bit(name, self.device)
         if name in ("auto", *FORMATS):
@@ -121,7 +121,7 @@ class ComputeDevice:
         return torch.bfloat16 if halves else torch.float32
 
     def encoder_dtype(self) -> torch.dtype:
-        """CLIP's precision: float32 on the CPU, where halves are slow; else half precision, as it was published."""
+        """CLIP's precision: float32 on the CPU, where half precision is slow; else half precision, as published."""
         return torch.float32 if self.device.type == "cpu" else torch.float16
 
 

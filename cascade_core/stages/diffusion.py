@@ -1,4 +1,4 @@
-"""Stage C and Stage B, loaded: a sampling run with guidance, ControlNets and tiles, by the engine where it can."""
+"""Stage C and Stage B, loaded: sampling runs with guidance, ControlNets and tiles, by the engine where possible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .control import RunControls
 from .device import ComputeDevice
 from .prompt import Prompt
 
-SCALE_FACTOR = 0.43  # latents outside are this times what Stage B diffuses: the published codebook's units
+SCALE_FACTOR = 0.43  # latents in sockets are this times those that Stage B diffuses, in the codebook's units
 LEAST_TILE = 128  # pixels
 LATENT_UNITS = {"stage_c": 1.0, "stage_b": SCALE_FACTOR}
 
@@ -46,7 +46,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class DiffusionStage:
-    """Stage C or Stage B in evaluation mode. What LoRAs change of it is kept beside it: others share the network."""
+    """Stage C or Stage B in evaluation mode. Changes by LoRAs are kept beside the network, which others share."""
 
     kind: str  # stage_c or stage_b
     file: str
@@ -56,7 +56,7 @@ class DiffusionStage:
     patches: tuple[Patch, ...] = ()
 
     def networks(self) -> list[tuple[nn.Module, str]]:
-        """The network with its file and what that holds."""
+        """The network with its file and the file's contents in words."""
         return [(self.network, self.described)]
 
     @property
@@ -79,7 +79,7 @@ class DiffusionStage:
 
         tile_positions  side of Stage B's tiles; 0: whole
         with_engine     whether the engine is called in the network's place
-        callback        called after each step; called anew where the run begins again in less memory
+        callback        called after each step; also for the steps of a run that begins again in less memory
 
         Raises CascadeError for ControlNets that do not fit, Interrupted where the observer says so.
         """
@@ -87,7 +87,7 @@ class DiffusionStage:
         units = LATENT_UNITS[self.kind]
 
         def body(device: torch.device) -> SamplingResult:
-            """Samples from the noise on; run anew in a smaller placement, it gives the same."""
+            """Samples from the start; repeated in a smaller placement, it gives the same latent."""
             stopwatch = Stopwatch(device)
             latent = run.latent.to(device, torch.float32) / units
 
@@ -139,7 +139,7 @@ class DiffusionStage:
 
 
 class StepGuiders:
-    """The Guider of each step of a run: another one where other ControlNets are on."""
+    """The Guider of each step of a run, made anew when other ControlNets are on."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class StepGuiders:
 def in_tiles(
     network: StageB | Engine, tile_positions: int, check_interrupted: Callable[[], object]
 ) -> Callable[..., Tensor]:
-    """Stage B predicting a latent of any size in tiles of so many positions a side, or whole (0).
+    """Stage B as a function that predicts a latent of any size in tiles of `tile_positions` a side, or whole (0).
 
     Can be stopped between tiles.
     """
@@ -257,7 +257,7 @@ def min_latent_side(kind: str, config: Any) -> int:
 
 
 def stage_b_tile(tile_size: int) -> int:
-    """The side in latent positions of Stage B's tiles of so many pixels, 0: whole. Tiles lie where its levels do.
+    """The side of Stage B's tiles in latent positions, from pixels, rounded to its levels; 0: whole.
 
     Raises CascadeError for tiles that are too small.
     """
@@ -269,7 +269,7 @@ def stage_b_tile(tile_size: int) -> int:
 
 
 def checked_semantic(latent: Any, name: str = "latent") -> Tensor:
-    """A latent of Stage C (B, C, h, w) in float32 in main memory.  Raises CascadeError for what is not one.
+    """A latent of Stage C (B, C, h, w) in float32 in main memory.  Raises CascadeError for anything else.
 
     name: of the argument, for messages
     """

@@ -1,4 +1,4 @@
-"""The hint that a ControlNet reads, made of a picture by the ControlNet's kind."""
+"""Makes a ControlNet's hint from a picture, by the ControlNet's kind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Control:
     hint        the hint itself, (B, H, W, C), for kinds whose hint is not made from a picture (identity), or if you
                 have made it
     low, high   canny: contrasts; nothing below `low` is an edge, and everything above `high` is
-    reads       super resolution: whether it was trained to read the "small" picture or the same "enlarged"
+    reads       super resolution: "small" or "enlarged", the form of the small picture that it was trained to read
     """
 
     file: str | Path
@@ -49,7 +49,7 @@ class Control:
 
 
 def checked_control(control: object, name: str) -> Control:
-    """A control with its pictures and its hint as tensors.  Raises CascadeError for what no ControlNet can use.
+    """A control with its pictures and its hint as tensors.  Raises CascadeError for values that no ControlNet can use.
 
     name: of the argument, for messages
     """

@@ -37,7 +37,7 @@ class PicturePrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the stages are conditioned on.
+    """The conditions of the stages.
 
     states       (1 or B, T, C), the text encoder's states; for Stage C
     pooled       (1 or B, P), its pooled vector
@@ -64,14 +64,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TextStage:
-    """A text encoder with its tokenizer. What LoRAs change of it is kept beside it: others share the encoder."""
+    """A text encoder with its tokenizer. Changes by LoRAs are kept beside the encoder, which others share."""
 
     encoder: TextEncoder
     file: str
     device: ComputeDevice
     patches: tuple[Patch, ...] = ()
     learned: tuple[LearnedToken, ...] = ()
-    taught_words: tuple[str, ...] = ()  # that LoRAs say they teach
+    taught_words: tuple[str, ...] = ()  # stated by LoRAs as what they teach
 
     def networks(self) -> list[tuple[nn.Module, str]]:
         """The network with the name of its file."""
@@ -83,7 +83,7 @@ class TextStage:
         prompts: Sequence[str],
         embeddings: Callable[[str, int], Sequence[LearnedToken]] = lambda prompt, width: (),
     ) -> Prompt:
-        """Prompts together, on the CPU in float32.
+        """Encodes prompts together; the result is on the CPU in float32.
 
         embeddings(prompt, width) gives the tokens of files that a prompt asks for by `embedding:name`.
         """
@@ -108,7 +108,7 @@ class TextStage:
             )
 
     def with_adapter(self, adapter: Adapter, strength: float, new_tokens: Sequence[NewToken] = ()) -> Self:
-        """The encoder with a LoRA or learned tokens more, which fit it (`adapters.text_changes`)."""
+        """The encoder with another LoRA or learned tokens, already checked to fit (`adapters.text_changes`)."""
         network: Any = self.encoder.model
         vocabulary = self.encoder.tokenizer.backend.get_vocab()
         embedding = network.get_input_embeddings().weight.to(compute_dtype(network))
@@ -173,9 +173,9 @@ def load_image_encoder(path: Path, device: ComputeDevice) -> VisionStage:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises CascadeError for what is not text, for half a surrogate pair, as from bytes that are not UTF-8, and for
-    more than LONGEST_PROMPT characters: every 75 tokens cost a forward of the text encoder, and lengthen Stage C's
-    attention.
+    """Raises CascadeError for a value that is not text, for lone surrogates, as from bytes that are not UTF-8, and
+    for more than LONGEST_PROMPT characters: every 75 tokens cost a forward of the text encoder, and lengthen Stage
+    C's attention.
 
     name: of the input
     """

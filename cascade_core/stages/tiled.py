@@ -107,6 +107,6 @@ class Tiled:
         return fitting_tile(*self._positions(x), self.halo, lambda area: self._bytes(x, area) <= free)
 
     def _half(self, x: Tensor, tile_positions: int) -> int:
-        """The next smaller tile: it sees half as much."""
+        """The next smaller tile, which reads half as many positions."""
         most = self._area(x, tile_positions) // 2
         return fitting_tile(*self._positions(x), self.halo, lambda area: area <= most)

@@ -1,4 +1,4 @@
-"""Which weight is at fault where a network gives NaN or infinity."""
+"""Finds the weight at fault where a network's output has NaN or infinity."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -61,5 +61,5 @@ def check_finite_output(
 
 
 def check_stage_finite(tensors: Iterable[Tensor], stage: Stage, subject: str, *advice: str) -> None:
-    """Raises CascadeError where what a stage gave holds NaN or infinity (`check_finite_output`)."""
+    """Raises CascadeError where a stage's output holds NaN or infinity (`check_finite_output`)."""
     check_finite_output(tensors, lambda: non_finite_weight(stage), subject, *advice)

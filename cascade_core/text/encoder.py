@@ -2,7 +2,7 @@
 
 Stable Cascade takes the last layer's states before the final layer norm (`hidden_states[-1]`) at all 77
 positions, and the pooled vector: the state at the first end token, normed and projected. Within the encoder
-no position looks past the first end token.
+no position attends past the first end token.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def encode_tokens(
     """
     first_end = (tokens == end_token).int().argmax(dim=-1)  # (N,)
     mask = torch.arange(tokens.shape[1], device=tokens.device) <= first_end.unsqueeze(1)  # (N, T)
-    # hidden_states[-1] has always been what enters CLIP's final norm, but some versions of transformers put
-    # the normed states there for other models; so take it where it cannot change.
+    # In CLIP, hidden_states[-1] has always been the input of the final norm, but some versions of transformers return
+    # the normed states there for other models; so the norm's input itself is taken.
     before_norm: list[Tensor] = []
     final_norm = model.text_model.final_layer_norm
     hooks = [final_norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))]
@@ -142,9 +142,9 @@ class TextEncoder:
         learned: tokens outside the vocabulary, and changes of tokens in it.
 
         A prompt's chunks are joined along the positions. A prompt of fewer chunks than the longest is
-        followed by chunks of the empty prompt; its own positions hold what it gives alone. A token's weight
-        w moves its state about the empty prompt's at the same position, `empty + w·(state − empty)`. The
-        pooled vector is the first chunk's, and weights leave it alone.
+        followed by chunks of the empty prompt; its own positions hold the same states as alone. A token's weight w
+        scales its state's difference to the empty prompt's at the same position, `empty + w·(state − empty)`. The
+        pooled vector is the first chunk's, and weights do not change it.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         table = self._table(learned) if learned else None

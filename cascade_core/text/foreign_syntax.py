@@ -35,7 +35,7 @@ def foreign_syntax(prompt: str) -> list[ForeignSyntax]:
 
 
 def describe_syntax(pieces: list[ForeignSyntax]) -> list[str]:
-    """A sentence for each."""
+    """A sentence for each piece."""
     return [f"In the prompt {quoted(text)} {ADVICE[kind]}." for kind, text in pieces]
 
 

@@ -1,6 +1,6 @@
 """Learned tokens: embedding rows for a name in a prompt, and changes of tokens in the vocabulary.
 
-The text encoder's embedding matrix is neither copied nor written to: learned rows are numbered behind its own.
+The text encoder's embedding matrix is neither copied nor written to: learned rows are numbered after its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LearnedToken:
 
 
 class TokenTable:
-    """Learned tokens numbered from `first` on, the size of a vocabulary of `width` columns.
+    """Learned tokens, numbered from `first` on, the size of the vocabulary. width: columns of its embeddings.
 
     ids  {name: its tokens}, for `Tokenizer.chunks`. Of two tokens with one name, the later counts; but rows for the
          encoder's input and rows for its output are combined.

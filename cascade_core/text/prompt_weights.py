@@ -2,8 +2,8 @@
 
 - `(text)` multiplies the weight around it by 1.1; `(text:1.3)` sets it to 1.3, whatever surrounds it.
 - Brackets nest; `\\(` and `\\)` are literal brackets.
-- Unbalanced brackets are never an error. `(a` and `a)` are plain text; after a bracket closed once too
-  often, the next opening bracket only makes up for it: `a) (b:2)` is plain text altogether.
+- Unbalanced brackets are never an error. `(a` and `a)` are plain text; after a surplus closing bracket, the next
+opening bracket only compensates for it: `a) (b:2)` is plain text altogether.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EMPHASIS = 1.1
 LONGEST_PROMPT = 2**17  # characters: about 400 chunks of 75 tokens, each of which is encoded
 MOST_READ = 10**7  # characters; those inside brackets count once for each bracket around them
 LARGEST_WEIGHT = 3e38  # float32 holds no more
-# Escaped brackets hide behind control characters, which nobody types, while brackets are matched.
+# While brackets are matched, escaped ones are replaced by control characters, which nobody types.
 HIDDEN_BRACKETS = {"\\)": "\0\1", "\\(": "\0\2"}
 
 

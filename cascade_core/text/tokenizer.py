@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["CHUNK_LENGTH", "Chunk", "Tokenizer", "build_small_vocabulary", "save_vocabulary"]
 
 CHUNK_LENGTH = 77
-BREAKABLE = 8  # a segment of this many tokens may be cut by the end of a chunk; a shorter one moves on whole
+BREAKABLE = 8  # a segment of this many tokens may be cut at a chunk's end; a shorter one moves to the next
 EMBEDDING_NAME = r"(?<=\s)(?=embedding:)"  # a segment begins at each embedding's name
 EMBEDDING_SPACE = r"^(embedding:)\s+"  # and takes the first word after the colon and any spaces
 

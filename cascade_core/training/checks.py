@@ -60,7 +60,7 @@ def check_output(settings: Settings, keep_existing: bool = False) -> None:
 def check_networks(
     settings: Settings, pictures: Sequence[TrainingPicture], find_faces: FindFaces | None = None
 ) -> None:
-    """Raise CascadeError where networks, packages, captions and settings do not go together; no weights are read."""
+    """Raise CascadeError where networks, packages, captions and settings do not fit each other; no weights are read."""
     models, captions = (
         settings.models,
         [

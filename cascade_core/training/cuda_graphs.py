@@ -61,7 +61,7 @@ class GraphedFunction:
         try:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            torch.cuda.empty_cache()  # the memory of the eager pass
+            torch.cuda.empty_cache()  # frees the memory of the eager pass
             return CapturedPasses(self.function, inputs, self._pool)
         except Exception as error:  # an error not of the capture recurs in the eager pass
             still_computes(inputs[0].device)  # clears the error, which the next launch would report

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from .data.pictures import TrainingPicture
 from .settings import Settings
 
-ARCHITECTURES = {  # as SwarmUI calls them; a LoRA of the text encoder is used with Stage C
+ARCHITECTURES = {  # in SwarmUI's terms; a LoRA of the text encoder counts as one of Stage C
     "stage_c": "stable-cascade-v1-stage-c",
     "stage_b": "stable-cascade-v1-stage-b",
     "text_encoder": "stable-cascade-v1-text-encoder",
@@ -71,7 +71,7 @@ def file_metadata(settings: Settings, step: int, pictures: Iterable[TrainingPict
 
 
 def _of_the_data(pictures: list[TrainingPicture], settings: Settings) -> dict[str, str]:
-    """kohya's `ss_dataset_dirs` and `ss_tag_frequency`: folders with their numbers of pictures, captions' tags."""
+    """kohya's `ss_dataset_dirs` (folders with their numbers of pictures) and `ss_tag_frequency` (captions' tags)."""
     counts: dict[str, Counter[str]] = {}
     images: Counter[str] = Counter()
     repeats: dict[str, int] = {}

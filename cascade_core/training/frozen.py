@@ -1,8 +1,8 @@
 """Frozen networks with quantised weights, around which something is trained.
 
-int8 is the module that sampling uses (networks/quantisation.py): half of 16 bits, on every device. nf4 (Dettmers et
-al. 2023, arXiv 2305.14314) is a quarter, by bitsandbytes' kernels. Either weight is dequantised for each product, and
-again for the gradient, so that no second copy is kept.
+int8 uses the module of sampling (networks/quantisation.py): half the memory of 16 bits, on every device. nf4
+(Dettmers et al. 2023, arXiv 2305.14314) takes a quarter, with bitsandbytes' kernels. Both kinds of weights are
+dequantised for each product, and again for the gradient, so that no second copy is kept.
 """
 
 import importlib

@@ -132,7 +132,7 @@ def differences(settings: Settings, contents: Mapping[str, str], metadata: Mappi
     now = _deciding(settings) if saved_settings is not None else {}
     if (saved_contents := _saved_contents(metadata)) is not None:
         before, now = {**before, **saved_contents}, {**now, **contents}
-        if settings.train.fsdp:  # any number of processes can go on with its parts
+        if settings.train.fsdp:  # any number of processes can resume from its parts
             before, now = ({k: v for k, v in each.items() if k != "processes"} for each in (before, now))
     return [
         f"{key} {_shown(before.get(key))} → {_shown(now.get(key))}"

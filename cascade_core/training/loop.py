@@ -1,7 +1,8 @@
 """The training loop, on one accelerator or many: everything random in a step follows from (seed, step, rank) alone.
 
 So a run that was killed and resumed from its last checkpoint gives the same weights, bit for bit, as one that was not.
-`accelerate` gives the device, the processes, and the exchange between them; `accelerate launch` makes one run of many.
+`accelerate` provides the device, the processes, and the exchange between them; `accelerate launch` runs several
+processes as one run.
 """
 
 from __future__ import annotations

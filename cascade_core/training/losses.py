@@ -117,15 +117,15 @@ def consistency_loss(
 ) -> dict[str, Tensor]:
     """Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378 and 2311.05556).
 
-    The teacher's path is cut into `solver_steps`. At the start of each step the student learns to predict the end of
-    the path that it predicts one step further on. With `student_steps`, it is trained only at the times of that many
-    steps of the `lcm` sampler (Heek et al. 2024, arXiv 2403.06807): there is less to learn, and the prediction at
-    pure noise is bootstrapped from the teacher in `student_steps` jumps instead of `solver_steps`.
+    The teacher's path is cut into `solver_steps`. At the start of each step, the student learns to predict the end of
+    the path as it predicts it itself from the end of that step. With `student_steps`, it is trained only at the times
+    of that many steps of the `lcm` sampler (Heek et al. 2024, arXiv 2403.06807): there is less to learn, and the
+    prediction at pure noise is bootstrapped from the teacher in `student_steps` jumps instead of `solver_steps`.
 
-    teacher: the guided prediction, (noised, noise_cond) -> epsilon. The student's x0 is what `lcm` takes from it, with
-    no skip connection, so that at the end of the path it is the teacher's own. The target comes from the student's
-    current weights, without gradient (Song & Dhariwal 2023, arXiv 2310.14189, section 3.2).
-    The error is weighed as in `diffusion_loss`, as an error in epsilon.
+    teacher: the guided prediction, (noised, noise_cond) -> epsilon. The student's x0 is computed as in `lcm`, without
+    a skip connection, so that at the end of the path it is the teacher's own. The target comes from the student's
+    current weights, without gradient (Song & Dhariwal 2023, arXiv 2310.14189, section 3.2). The error is weighed as
+    in `diffusion_loss`, as an error in epsilon.
     on_policy_share: the share of the batch whose x0 is the student's own, after one step of `lcm` from one time back,
     instead of the picture's (Kohler et al. 2024, arXiv 2405.05224): the student then learns to correct its own errors.
     """
@@ -158,7 +158,7 @@ def _on_policy(
     share: float,
     shift: float,
 ) -> Tensor:
-    """x0; in the batch's last `share`, the student's x0 from one step nearer to the noise, if there is one."""
+    """x0, or in the batch's last `share`, the student's x0 from one step closer to the noise, if there is one."""
     level = log_snr((step + 1).clamp(max=student_steps) / student_steps, shift).to(x0.device)
     a, b = (per_image(value, x0) for value in alpha_sigma(level))
     x = a * x0 + b * torch.randn_like(x0)

@@ -30,7 +30,7 @@ class Results:
         self.settings, self.pictures, self.keep_existing = settings, pictures, keep_existing
 
     def write(self, loop: Loop[StageCTask]) -> Path:
-        """Write `output.file`, and beside it the raw weights where they are asked for."""
+        """Write `output.file`, and beside it the raw weights if the settings ask for them."""
         path = Path(self.settings.output.file)
         if self.settings.output.raw:
             self._write(loop, loop.task.trained.state_dict(), raw_file(path))

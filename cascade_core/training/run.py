@@ -74,9 +74,9 @@ def train(
     """Train with resolved settings and write `output.file`; resumes from the run's checkpoint unless `fresh`.
 
     keep_existing: an existing file is not replaced; the new one gets a number.
-    notify: called with sentences for people; report: with the progress; caching: with how many latents are encoded and
-    how many there are to encode; stop: asked at each file and after each step; find_faces: for the identity hint;
-    check: raises CascadeError for a path of training data, its links followed, that may not be read; show:
+    notify: called with sentences for the user; report: with the progress; caching: with the number of latents encoded
+    so far and in total; stop: called at each file and after each step; find_faces: for the identity hint; check:
+    raises CascadeError for a path of training data, with links resolved, that may not be read; show:
     called with the file of each curve and each sample as it is written.
     """
     processes = build_accelerator(settings.train.precision)
@@ -447,11 +447,10 @@ def _samples(
         return None
     prompts, hints = sample_prompts(settings), None
     if stage_a is not None:
-        divided = (
-            task.shards is not None
-        )  # of which each process has a part, whose memory the optimiser knows
+        # Each process holds only its shard, whose device memory the optimiser refers to.
+        divided = task.shards is not None
         if not divided:
-            task.network.to("cpu")  # both together would need more memory than training does
+            task.network.to("cpu")  # both networks together would need more memory than training does
         samples = StageBSamples(
             task, _stage_c(settings, dtype, task.device), settings.output, prompts, stage_a, stop
         )

@@ -19,7 +19,7 @@ from .state import rows_of
 
 
 class Shards:
-    """A network, each parameter of which is divided by its first dimension, in place.
+    """A network whose parameters are divided by their first dimension, in place.
 
     parameters   this process's rows, by name: plain parameters that share the network's memory, so that optimisers,
                  averages and checkpoints need no knowledge of other processes

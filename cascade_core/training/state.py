@@ -25,7 +25,7 @@ def write_state(path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata:
 
 
 def read_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """Read (parts, metadata) as written. Raises CascadeError, which offers to begin anew, for a damaged file."""
+    """Read (parts, metadata) as written. Raises CascadeError for a damaged file, with the advice to begin anew."""
     try:
         tensors, metadata = read_safetensors(path)
     except CascadeError as error:

@@ -49,7 +49,7 @@ def quantised_linear(
     """
     if config or out.dtype != torch.bfloat16 or w8.shape[0] % 16 or w8.shape[1] % 16:
         return scaled_product(x8, row_scale, w8, column_scale, bias, out, config)
-    if out.is_meta:  # compiling ahead: PyTorch does not know the shape of its own product
+    if out.is_meta:  # compiling ahead: PyTorch's product has no meta implementation
         return out
     scales = row_scale[:, None], column_scale[None, :]
     return torch.ops.aten._scaled_mm.out(x8, w8.T, *scales, bias, None, out.dtype, True, out=out)

@@ -1,10 +1,10 @@
-"""One Triton matrix product, with what the networks do right after it as options.
+"""One Triton matrix product, with the operations that follow it in the networks as options.
 
     out = epilogue(x · wᵀ + bias)        x: (M, K), w: (N, K), out: (M, N); float32 accumulators
 
 Integer weights are converted to x's type as they are loaded; then a tile is computed transposed, since a Hopper card
-takes only the first factor from registers. Epilogue: the scales of quantised rows of x and w; what `out` held is added;
-GELU and the sums of squares that the global response norm needs.
+takes only the first factor from registers. Epilogue: multiplies by the scales of quantised rows of x and w, adds the
+former contents of `out`, applies GELU, and sums the squares for the global response norm.
 
 Rows are tokens; every image has `rows` of them. Sums of squares are per chunk of CHUNK rows of one image; a tile
 covers one chunk or several. Where CHUNK does not divide `rows`, each image is padded to whole chunks (`padded` rows)
@@ -118,7 +118,7 @@ def _finish(
     if ADD:
         acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     y = acc.to(out.dtype.element_ty)
-    if RESPONSE:  # of the rounded values, as a kernel that reads them back would sum them
+    if RESPONSE:  # squares of the rounded values, as if a kernel read them back
         square = y.to(tl.float32)
         square = tl.where(valid[:, None], square * square, 0.0)
         square = tl.sum(tl.reshape(square, (BLOCK_M // CHUNK, CHUNK, BLOCK_N)), axis=1)

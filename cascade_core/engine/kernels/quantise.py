@@ -1,8 +1,8 @@
-"""Rows in e4m3, as the kernels that compute them store them: each row with a scale.
+"""Quantises rows to e4m3, each with a scale, within the kernels that compute them.
 
-Scales of feature maps are powers of two. e4m3 is a floating format, so then a value's rounding is the same whatever the
-scale, but for values below 2⁻¹⁵ of the largest that the scale allows. So a scale may come from a bound of a row's
-values where its largest is not known as it is stored.
+Scales of feature maps are powers of two. e4m3 is a floating-point format, so a value's relative rounding does not
+depend on the scale, except for values below 2⁻¹⁵ of the largest that the scale allows. So a scale may be computed
+from a bound of a row's values, where the largest is not known in time.
 """
 
 import torch

@@ -111,8 +111,8 @@ def gelu_response_norm(
 
     h: (B, N, K) for which `fits`, divided by h_scale before and by x_scale after, gamma: (K,),
     workspace: `response_workspace` of this device, on one stream at a time
-    out8 (B, N, K) e4m3, row_scale (B · N,) float32: take the result where they are given, and h is left as it is. All
-    rows of an image have the same scale, a bound of its values: no program sees a whole row
+    out8 (B, N, K) e4m3, row_scale (B · N,) float32: receive the result if they are given, and h is left unchanged.
+    All rows of an image have the same scale, a bound of its values: no program sees a whole row
     """
     batch, n, k = h.shape
     division = _plan_of(h)
@@ -180,7 +180,7 @@ def pack(low, high, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
             "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], tl.int32, is_pure=False, pack=1
         )
     else:
-        # One instruction from 8.0 on as well; written as two, it assembles for older cards.
+        # Compiled to one instruction from 8.0 on too; in this form it also assembles for older cards.
         pair = tl.inline_asm_elementwise(
             "{.reg .b16 l, h; cvt.rn.f16.f32 h, $1; cvt.rn.f16.f32 l, $2; mov.b32 $0, {l, h};}",
             "=r,f,f", [high, low], tl.int32, is_pure=False, pack=1,

@@ -6,7 +6,7 @@ the next layer's bias.
 Three launches for any size, or one where h fits the registers of the whole device (`resident.py`). Sums are added in a
 fixed order, so results are deterministic.
 
-h may be given as a fraction h / h_scale and wanted as h / x_scale, for fp16 (`networks/fp16.py`): powers of two.
+For fp16 (`networks/fp16.py`), h may come divided by h_scale, and the result be divided by x_scale, both powers of two.
 """
 
 import triton

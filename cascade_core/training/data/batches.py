@@ -26,7 +26,7 @@ from .loss_masks import LossMasks
 from .pictures import Skipped, TrainingPicture
 from .sources import LEFT_OUT, find_all, reasons
 
-Found = tuple[list[TrainingPicture], list[Skipped]]  # what `find_all` gives
+Found = tuple[list[TrainingPicture], list[Skipped]]  # result of `find_all`
 _ALONE = DataSetSettings(folder=".")  # for pictures outside of data.sets
 MAX_BYTES_IN_MEMORY = 4_000_000_000  # of latents; more stay in the mapped files of the cache
 
@@ -128,7 +128,7 @@ class TrainingData:
     encode: (B, 3, H, W) float32 in [0, 1], of a size that the compressor reads -> (B, 16, h, w).
     fingerprint: changes with what encode computes (`cache.fingerprint`).
     report: called with the number of latents encoded so far and in total.
-    image_prompts: embeds the pictures that prompt for others, and is then released.
+    image_prompts: embeds the image prompts, and is then released.
     pictures: result of `find_all`, if it was called already.
     access: limits on reading, and the request to stop.
     captions: every caption that a batch can have; the empty one is the first.

@@ -54,7 +54,7 @@ class BucketData:
         return latent.nbytes * len(self.pictures) * self.encoder.variants
 
     def all_latents(self) -> Tensor:
-        """(N, F, 16, h, w) float32; F is 2 where pictures are mirrored, for each crop: as it is, mirrored."""
+        """(N, F, 16, h, w) float32, F the number of crops, or twice that: for each crop itself and its mirror image."""
         if self.in_memory is not None:
             return self.in_memory
         keys = [self.encoder.keys(picture) for picture in self.pictures]

@@ -7,18 +7,18 @@ from typing import NamedTuple
 from ...geometry import compressor_size, stage_c_size
 
 MAX_ASPECT = 2.5  # a longer picture is cropped to it, unless the settings say otherwise
-MIN_BUCKET = 64  # pixels; a side of fewer has less than two of Stage C's positions
+MIN_BUCKET = 64  # pixels; a shorter side has fewer than two positions of Stage C
 
 
 class Bucket(NamedTuple):
-    """A size in pixels, as one would ask for when generating."""
+    """A size in pixels, as used for generating."""
 
     height: int
     width: int
 
     @property
     def latent(self) -> tuple[int, int]:
-        """(h, w) of Stage C's latent, as the nodes have it."""
+        """(h, w) of Stage C's latent, as in the nodes."""
         return stage_c_size(self.height, self.width)
 
     @property
@@ -52,7 +52,7 @@ def buckets(
 def own_bucket(
     height: int, width: int, step: int, max_aspect: float = MAX_ASPECT, min_side: int = 0
 ) -> Bucket:
-    """The largest bucket within a picture: its sides rounded down to multiples of `step`, not too long or small."""
+    """The largest bucket within a picture: its sides rounded down to multiples of `step`, within the bounds."""
     short = max(min(height, width) // step * step, -(-max(min_side, MIN_BUCKET) // step) * step)
     long = min(max(height, width) // step * step, int(short * max_aspect) // step * step)
     long = max(long, short)

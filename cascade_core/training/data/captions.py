@@ -63,7 +63,7 @@ def checked(captions: Sequence[str]) -> tuple[str, ...]:
 
 
 def trained_captions(captions: Sequence[str], settings: DataSettings, number: int = -1) -> tuple[str, ...]:
-    """The captions that a picture is trained with: variants of its own, as the settings say, behind the trigger.
+    """The captions that a picture is trained with: variants of its own by the settings, after the trigger.
 
     Variants depend on the caption and the settings alone, so that all machines have the same, and each is encoded once.
     number: of the picture's set in data.sets; -1: none.

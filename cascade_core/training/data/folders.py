@@ -201,7 +201,7 @@ def _image_prompts(pictures: list[str]) -> dict[str, list[str]]:
 
 
 def _file_fields(path: Path, folder: Path, access: Access) -> tuple[str, Path, int, int, int]:
-    """The fields of `PictureFile` for a whole file. Raises OSError for what is not a file, or may not be read."""
+    """The fields of `PictureFile` for a whole file. Raises OSError for a path that is not a file or may not be read."""
     if access.leads_out(path):
         raise PermissionError(errno.EACCES, LEADS_OUT)
     status = regular_status(path)

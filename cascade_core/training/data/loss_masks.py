@@ -26,7 +26,7 @@ class LossMasks:
     ) -> dict[BucketedPicture, str]:
         """Read the masks that are not cached yet; returns the pictures that cannot be trained on, and why.
 
-        ask: called at each mask; raises Interrupted where the run should end.
+        ask: called for each mask; raises Interrupted to end the run.
         """
         masked = [each for each in pictures if each.picture.mask is not None]
         views = [(each, crop) for each in masked for crop in self.crops.all_of(each)]

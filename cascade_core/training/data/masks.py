@@ -29,7 +29,8 @@ def random_masks(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """(count, H, W) in {0, 1}: up to four boxes and ellipses together, one in ten the picture's outside or all of it.
+    """(count, H, W) in {0, 1}: unions of up to four boxes and ellipses; one in ten masks everything outside of them,
+    or everything.
 
     Made on the device from numbers drawn on the CPU. They cover a third on average.
     """

@@ -26,7 +26,7 @@ NOT_READ = (  # unsupported kinds of pictures, which are reported; other files a
 )  # fmt: skip
 # 0001.prompt0.png is an image prompt of 0001.png.
 IMAGE_PROMPT = re.compile(r"(.*)\.prompt(\d{1,4})", re.DOTALL)
-MASKS = (".mask", "-masklabel")  # 0001.mask.png is the mask of 0001.png; the second as OneTrainer has it
+MASKS = (".mask", "-masklabel")  # 0001.mask.png is the mask of 0001.png; the second suffix is OneTrainer's
 ORIENTATION = 0x0112  # EXIF tag
 # How a picture is turned upright, by the tag's value (EXIF 2.3, section 4.6.4).
 UPRIGHT = {
@@ -125,7 +125,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     with open_picture(data) as picture:
         width, height = picture.size
         orientation = _orientation(picture)
-        if isinstance(picture, TiffImageFile):  # picture.size is upright in newer versions of Pillow alone
+        if isinstance(picture, TiffImageFile):  # picture.size is upright only in newer versions of Pillow
             width, height = picture.tag_v2[256], picture.tag_v2[257]
         return (width, height) if orientation in LYING else (height, width)
 
@@ -144,8 +144,8 @@ CENTRE = Crop()
 def read_picture(data: bytes, bucket: Bucket, size: tuple[int, int], crop: Crop = CENTRE) -> Tensor:
     """A part of the bucket's aspect ratio, by default the largest around the centre, resized: uint8 (3, *size).
 
-    size: (height, width), such as what the compressor reads for the bucket. Resized once, from the file's own pixels,
-    with antialiasing.
+    size: (height, width), such as the compressor's for the bucket. Resized once, from the file's own pixels, with
+    antialiasing.
     """
     with open_picture(data) as picture:
         if isinstance(picture, TiffImageFile):

@@ -20,7 +20,7 @@ CHUNKS_AT_ONCE = 4096  # in one batch of longer captions: 1.5 GB
 class TextCache:
     """Cache of TextEncoder.encode for captions, in memory or, with a folder, in mapped files.
 
-    Kept in half precision, which holds a value to 11 bits; bfloat16, in which training multiplies, has 8.
+    States are kept in float16, whose 11 significant bits suffice, since training multiplies in bfloat16, which has 8.
     """
 
     def __init__(self, encoder: TextEncoder, folder: str | Path | None = None):
@@ -107,5 +107,5 @@ class TextCache:
 
 
 def _padded(row: Tensor, empty: Tensor, length: int) -> Tensor:
-    """A caption of fewer chunks is followed by the empty caption's."""
+    """Pads the states of a caption with those of the empty caption up to `length`."""
     return row if len(row) == length else torch.cat([row, *[empty] * ((length - len(row)) // len(empty))])

@@ -1,4 +1,4 @@
-"""Work on many pictures at once, in a pool of threads."""
+"""Maps a function over many items in a pool of threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

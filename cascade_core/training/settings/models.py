@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...errors import CascadeError
 
-ROLES = {"image_encoder": "vision"}  # as the loaders call what `models` names otherwise
-DECODERS = {  # published files that decode samples where no network for that is named, the first that is found
+ROLES = {"image_encoder": "vision"}  # the loaders' roles where `models` has other names
+DECODERS = {  # published files that decode samples if no network is named; the first one found is used
     "stage_b": tuple(f"stage_b{size}.safetensors" for size in ("_bf16", "", "_lite_bf16", "_lite")),
     "stage_a": ("stage_a.safetensors",),
     "previewer": ("previewer.safetensors",),

@@ -26,7 +26,7 @@ FORMER_NAMES = {  # former names of keys, by section; still read
 }
 
 
-FORMER_VALUES = {  # former values of keys, by section: weights of an error in x0, unmarked
+FORMER_VALUES = {  # former values of keys: weights of the error in x0, not named so
     "objective": {
         "weighting": {
             name: f"x0_{name}"

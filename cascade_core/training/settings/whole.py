@@ -39,7 +39,7 @@ class Settings:
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     tokens: tuple[TokenSettings, ...] = ()
     stage_b: StageBSettings = field(default_factory=StageBSettings)
-    preset: PresetName | None = None  # defaults by the memory of a card, which the sections hold already
+    preset: PresetName | None = None  # defaults for a card's memory, already merged into the sections
 
     def __post_init__(self) -> None:
         if self.task == "tokens" and not self.tokens:

@@ -96,7 +96,7 @@ class Algorithm:
     def change(
         self, values: Mapping[str, Tensor], alpha: float | None, magnitude: Tensor | None
     ) -> AddedChange:
-        """The change as adapters have it."""
+        """The change in the form that adapters use."""
         raise NotImplementedError
 
 

@@ -273,7 +273,7 @@ def _text_targets(targets: Sequence[str]) -> Sequence[str]:
 def _same_length(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Repeats the states (B, T, C) of the shorter one, the empty caption, up to the chunks of the longer.
 
-    So are the zeros of no image, where there are several.
+    Likewise the zeros of an absent image prompt, if there are several image prompts.
     """
     long, short = pair
     return long, short.repeat(1, long.shape[1] // short.shape[1], 1) if long.shape != short.shape else short

@@ -229,7 +229,7 @@ class LowRankChanges(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def factors(self, vector: Tensor | None = None, dtype: torch.dtype | None = None) -> Factors:
-        """Each layer's factors, one of them scaled, views of the vector cast once."""
+        """Each layer's factors, as views of the vector, which is cast once; one factor of each layer is scaled."""
         vector = self.values() if vector is None else vector
         parts: list[dict[str, Tensor]] = [{} for _ in self.layers]
         sizes = [sum(slot.size for slot in run) for _, run in self._runs]
