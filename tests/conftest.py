@@ -1,5 +1,5 @@
-"""What every test runs under: one thread, who shares a process, what is left to `make nightly`; and a word on all that
-did not run.
+"""Settings of every test: one thread, which tests share a process, which are left to `make nightly`; and a report of
+all that did not run.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def seed(request: pytest.FixtureRequest) -> int:
-    """Of what is tried at random: another one every day; the head of the report says which."""
+    """Seed of random tests, a new one every day; the head of the report states it."""
     return int(request.config.option.seed)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Those of one file, unless it has said otherwise, so that what they share is made once; the longest files first.
+    """Groups tests by file, unless a file states other groups, so that shared fixtures are made once; longest files
+    first.
 
-    What is marked `nightly` is skipped, not left out: of what is left out the reporting process hears nothing.
+    Tests marked `nightly` are skipped instead of deselected, since the reporting process does not see deselected ones.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
@@ -74,7 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def place(item: pytest.Item) -> int:
-    """Of a test's file among the longest; those in ComfyUI, which have an order of their own, come before them."""
+    """Rank of a test's file among the longest; tests in ComfyUI, which have their own order, come first."""
     if "comfyui" in item.path.parts:
         return -1
     return next((i for i, name in enumerate(LONGEST) if item.path.match(f"tests/{name}")), len(LONGEST))
@@ -83,7 +84,7 @@ def place(item: pytest.Item) -> int:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Make skipped suites loud.
 
-    Here and not beside them: where there are several processes, the one that reports loads no conftest below this one.
+    It is here because with several processes the reporting one loads no conftest below this one.
     """
     reasons: dict[str, Counter[str]] = {folder: Counter() for folder in LOUD}
     nightly: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""What is built from a clean clone holds what users need and nothing else, and works without the clone beside it."""
+"""The package built from a clean clone holds the files that users need and no others, and works without the clone."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Names: one word for one thing. No public class of the core shares its name, and no name that was given up is back.
+"""Names: one word for one thing. No two public classes of the core share a name, and no abandoned name is used again.
 
 A name counts where it is defined: a module (`name.py`, also a package), a class, a function, an attribute or a
 constant of a module.

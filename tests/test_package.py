@@ -113,7 +113,7 @@ def test_arrows_point_one_way():
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, ...]]:
-    """What a file of the core imports of it, as paths below it, at any depth of the code and for types alone."""
+    """The core's modules that one of its files imports, as paths; nested imports and those for types included."""
     package = path.relative_to(CORE).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -132,7 +132,7 @@ def file_of(name: tuple[str, ...]) -> Path | None:
 
 
 def test_no_import_of_the_core_leads_back():
-    """Neither from file to file nor from room to room; imports within functions count."""
+    """No cycles between files, nor between folders; imports within functions count."""
     files: dict[Path, set[Path]] = {}
     rooms: dict[str, set[str]] = {}
     for path in CORE.rglob("*.py"):

@@ -88,7 +88,7 @@ def test_a_file_of_another_kind_in_every_loader(kind, other_kind, models, refuse
 
 
 def test_text_states_too_wide_for_the_demo(working_folder, models, refused):
-    """The published text encoder's width before the demo's own Stage C."""
+    """A text encoder of the published width with the demo's narrower Stage C."""
     demo = roles.DEMO_FOLDER / roles.DEMO_NAMES["text_encoder"]
     wide = {**TRANSFORMER, "hidden_size": 1280, "intermediate_size": 64, "projection_dim": 1280}
     wide |= {"num_hidden_layers": 1, "num_attention_heads": 20}

@@ -1,4 +1,4 @@
-"""Pictures for LoadImage that are none, or cost more than they look: a sentence before the work."""
+"""Bad files for LoadImage, and small ones that would cost much memory or time: refused in a sentence beforehand."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""benchmarks/rehearsal.py: what it measures against known allocations, what it stops, and the files that it writes."""
+"""benchmarks/rehearsal.py: its measurements of known allocations, what it stops, and the files that it writes."""
 
 import importlib
 import json

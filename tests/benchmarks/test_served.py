@@ -87,7 +87,7 @@ def test_a_trace_that_was_cut_off_is_not_counted(module, tmp_path: Path):
         ([(PINNED, 0, 0.1, 5 * 10**9), ("gemm", 0, 0.06, 0)], 0.1),  # in part
         ([(PAGEABLE, 0, 1.0, 5 * 10**9)], 0.0),  # slower than the bus already
         ([("gemm", 0, 1.0, 0)], 0.0),
-        # As many bytes and kernels, a second later: those do not hide these.
+        # The same bytes and kernels, but the kernels a second later, so they do not hide the copies.
         ([(PINNED, 0, 0.05, 25 * 10**8), ("gemm", 1.0, 1.1, 0)], 0.05),
     ],
 )
@@ -141,7 +141,7 @@ def test_promises_are_read_from_the_rows_of_a_version(module, capsys: pytest.Cap
 
 
 def test_the_table_has_every_row_that_is_promised(module, monkeypatch: pytest.MonkeyPatch):
-    """Rows in which every quantity is a second leave no promise unmeasured."""
+    """Given rows in which every quantity is one second, the table has a row for every promise."""
     targets = module("served_targets")
     quantities = dict.fromkeys(("seed", "prompt", "png", "first"), 1.0)
     rows = [

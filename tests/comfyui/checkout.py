@@ -38,7 +38,7 @@ class Outcome:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What it measured; RuntimeError where it failed."""
+        """The script's measurements; RuntimeError if it failed."""
         if self.error:
             raise RuntimeError(self.error)
         return self.found
@@ -63,7 +63,7 @@ class Checkout:
         return match.group(1) if match else "unknown"
 
     def inside(self, *names: str, flags: Sequence[str] = (), timeout: float = 1200) -> dict[str, Outcome]:
-        """Measures with ComfyUI's own modules at hand: what came of each `inside/<name>.py`, run in one process.
+        """Runs each `inside/<name>.py` in one process with ComfyUI's own modules; returns its outcome by name.
 
         flags: of ComfyUI's command line; without any it is set to the CPU.
         """
@@ -84,12 +84,12 @@ class Checkout:
         }
 
     def _search_path(self) -> list[str]:
-        """ComfyUI's own modules first, then what is named already."""
+        """Python's search path with ComfyUI's own modules first."""
         return [str(self.path), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def find_checkouts() -> list[Checkout]:
-    """Those that can be started, oldest version first; RuntimeError for a named one that cannot."""
+    """Checkouts that can be started, oldest version first; RuntimeError if a named one cannot."""
     stated = os.environ.get("COMFYUI_PATH")
     if stated:
         folders = [Path(entry).expanduser() for entry in stated.split(os.pathsep) if entry]
@@ -166,7 +166,7 @@ class Server:
         self.stop()
 
     def _wait(self) -> None:
-        """Until it answers. RuntimeError, with the end of its log, where it does not."""
+        """Waits until the server answers; RuntimeError, with the end of its log, if it does not."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
             try:

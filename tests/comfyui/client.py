@@ -24,7 +24,7 @@ END = {"execution_success", "execution_error", "execution_interrupted"}
 
 @dataclass
 class Execution:
-    """What was heard of one prompt: its messages in order, and the previews and texts that came between them."""
+    """All that the server sent about one prompt: its messages in order, and the previews and texts between them."""
 
     prompt_id: str
     messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Client:
     def follow(
         self, prompt_id: str, on_message: Callable[[str, dict[str, Any]], None] | None = None
     ) -> Execution:
-        """Everything about a prompt until it ends."""
+        """Follows a prompt to its end; returns all that the server sent about it."""
         execution = Execution(prompt_id)
         for kind, data in self._messages():
             if kind == "preview":

@@ -1,7 +1,7 @@
-"""ComfyUI itself, in every version that is there.
+"""ComfyUI itself, in every version found on this machine.
 
-Of what takes long nothing is done twice: a version's tests on its server run in one process, and so do those of numbers
-measured inside ComfyUI, which are measured all at once.
+Slow work is never done twice: all tests on a version's server run in one process, and so do all tests of numbers that
+are measured inside ComfyUI, which are measured together.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GROUPS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """By version and by what they share; before all others."""
+    """Groups these tests by version and by shared fixtures, and runs them before all others."""
 
     def shared(item: pytest.Item) -> list[str]:
         return [name for name in GROUPS if name in getattr(item, "fixturenames", ())]
@@ -119,7 +119,7 @@ def measured(
     checkout: Checkout,
     measurements: Callable[[Checkout, str], dict[str, Any]],
 ) -> dict[str, Any]:
-    """What the script measures that is named as the test's file is."""
+    """Measurements of the script with the same name as the test's file."""
     return measurements(checkout, script_of(request.path))
 
 
@@ -162,7 +162,7 @@ def right_pictures(
 def right_picture(
     right_pictures: Callable[[dict[str, Any]], list[np.ndarray]],
 ) -> Callable[[dict[str, Any]], np.ndarray]:
-    """The same of a graph that saves a single one."""
+    """The same for a graph that saves a single picture."""
 
     def picture(graph: dict[str, Any]) -> np.ndarray:
         (only,) = right_pictures(graph)

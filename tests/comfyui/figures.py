@@ -1,4 +1,4 @@
-"""How far ours and ComfyUI's own are apart, in every version that is there, as the table of docs/nodes.md.
+"""Differences between our results and ComfyUI's own in every version found, as the table of docs/nodes.md.
 
     COMFYUI_PATH=… python -m cascade_nodes.tests.comfyui.figures
 

@@ -1,4 +1,4 @@
-"""What only a graphics card shows, in every ComfyUI that is there: device memory, weights loaded in part, `--lowvram`.
+"""Tests that need a graphics card, in every ComfyUI found: device memory, partly loaded weights, `--lowvram`.
 
     COMFYUI_PATH=… python -m cascade_nodes.tests.comfyui.gpu [flags for every ComfyUI]
 
@@ -56,7 +56,7 @@ def flag_sets(checkout: Checkout) -> list[list[str]]:
 
 
 class Card:
-    """What a server holds on its card."""
+    """Memory that a server holds on its card."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -131,7 +131,7 @@ def attempt(call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, A
 
 
 def measure(further: list[str]) -> dict[str, Any]:
-    """The servers at once, each of which counts its own; then those that ask for the card's free memory."""
+    """Runs all servers at once, each counting its own memory; then the jobs that depend on the card's free memory."""
     serving = [(checkout, flags) for checkout in CHECKOUTS for flags in flag_sets(checkout)]
     alone = [(checkout, []) for checkout in CHECKOUTS]
     with ThreadPoolExecutor(len(serving)) as pool:

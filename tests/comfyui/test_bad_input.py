@@ -1,6 +1,6 @@
 """Bad values, files and folders in ComfyUI: the node says what is wrong, and the next prompt works.
 
-What only one prompt is needed for is queued together, with one good prompt after all of them.
+Cases that need a single prompt are queued together, followed by one good prompt.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""A client of a ComfyUI server may be a stranger: what it must not read, write, learn or hold up by our nodes."""
+"""A client of a ComfyUI server may be hostile: it must not read, write, learn or block anything through our nodes."""
 
 import json
 import os
@@ -170,7 +170,7 @@ def test_nothing_is_overwritten_and_nothing_served(client, server):
 
 
 def served(server, address):
-    """What a server answers, also to who calls himself by our folder's name; None where it refuses."""
+    """A server's answer to a client that calls itself by our folder's name; None if it refuses."""
     request = urllib.request.Request(server.url + address, headers={"comfy-user": "__cascade_nodes"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:

@@ -12,6 +12,6 @@ def test_whole(measured, dialect):
 @pytest.mark.parametrize("dialect", ["kohya_to_out", "onetrainer_first", "omi", "diffusers", "onetrainer_kohya",
                                      "onetrainer_original", "onetrainer_comfy", "peft"])  # fmt: skip
 def test_others_in_part_or_not_at_all(measured, dialect):
-    """So they are worth converting; a version of ComfyUI that reads one may be told to users."""
+    """So converting them is worthwhile; if a version of ComfyUI begins to read one, the docs should say so."""
     assert measured[dialect]["stage_c"] < 1.0
     assert measured[dialect]["error"] <= 1e-5

@@ -1,4 +1,4 @@
-"""What other nodes put on a MODEL is honoured or told, as docs/comfyui-nodes.md says it of each."""
+"""Patches of other nodes on a MODEL take effect, or a notice names them, as docs/comfyui-nodes.md states for each."""
 
 import re
 import time

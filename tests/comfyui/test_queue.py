@@ -1,4 +1,4 @@
-"""Prompts queued, interrupted and deleted in any order: the server stays up, keeps no memory, paints what is right."""
+"""Prompts queued, interrupted and deleted in any order: the server leaks no memory and makes the right pictures."""
 
 import random
 from pathlib import Path
@@ -20,7 +20,7 @@ def graph(seed):
 
 
 def check(client, right_picture, seed):
-    """What was cancelled half-way is made whole the next time."""
+    """A prompt that was cancelled half-way gives the right picture the next time."""
     execution = client.run(graph(seed))
     assert execution.error is None
     assert execution.of("execution_success")

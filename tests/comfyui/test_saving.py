@@ -5,4 +5,4 @@ def test_every_network_is_the_same_when_it_is_loaded_again(measured):
     differences = measured["differences"]
     assert len(differences) == 2 * 2 * 8
     assert {name: value for name, value in differences.items() if not value <= 1e-4} == {}
-    assert all(measured["carried"].values())  # the demo's are none that their tensors alone tell
+    assert all(measured["carried"].values())  # the demo's configurations cannot be inferred from tensors

@@ -37,7 +37,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("model", list(OTHERS))
 def test_a_lora_for_another_model_is_refused_by_name(model):
-    """Though its text encoder's layers may have the names of ours."""
+    """Even if its text encoder's layers have the same names as ours."""
     file = kohya_file(OTHERS[model]) | kohya_file(TEXT, "lora_te_")
     with pytest.raises(CascadeError, match=rf"^style is a LoRA for {model}, not for Stable Cascade's Stage C: 18 of "
                        r"its 21 tensors match; choose a Stable Cascade LoRA\.$"):  # fmt: skip
@@ -273,7 +273,7 @@ def random_file(pick):
 
 
 def test_whatever_a_file_holds_is_read_or_refused_in_words():
-    """And what is read can be described, written and compared with a network, or is refused in words."""
+    """A file that is read can also be described, written and compared with a network, or is refused in words."""
     read, written = 0, 0
     for seed in range(2000):
         tensors, metadata = random_file(random.Random(seed))

@@ -160,7 +160,7 @@ def test_what_only_the_name_tells(name, tmp_path):
     "read", [read_safetensors, read_header, lambda path: read_weights(path, "stage_c"), load_model]
 )
 def test_what_no_reader_opens(read, tmp_path):
-    """Nothing waits for a pipe, reads a device to its end or follows a name that no file has."""
+    """Pipes, folders, devices, circular links and impossible names are refused without waiting or reading."""
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
@@ -253,7 +253,7 @@ def every_dtype() -> dict[str, torch.Tensor]:
 
 
 def test_files_are_equal_to_the_byte(tmp_path):
-    """Whatever process writes, in whatever order; all but the metadata's order is the safetensors library's own."""
+    """Whichever process writes, in whatever order; only the metadata's order differs from the safetensors library's."""
     tensors = every_dtype()
     metadata = {f"key {i}": f'wört\n\x01\x7f"\\/{i}' for i in range(20)}
 

@@ -27,7 +27,7 @@ def amd(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    # As ROCm says of an RX 7900: a capability as high as a 4090's is nothing to go by
+    # ROCm reports for an RX 7900 a capability as high as a 4090's, so the capability alone decides nothing.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (11, 0))
     card._card.cache_clear()
     yield

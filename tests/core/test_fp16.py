@@ -65,7 +65,7 @@ def prompt(seed: int) -> dict[str, Tensor]:
 
 
 def residuals(network: StageC) -> list[Tensor | None]:
-    """As large as what the blocks add themselves, for every block but the second."""
+    """Residuals as large as the blocks' own contributions, for every block but the second."""
     count = sum(isinstance(block, ResBlock) for block in network.modules())
     count += 3 * 2  # of the levels that run twice
     return [None if i == 1 else randn(1, 64, 5, 6, seed=i) * GROWTH / 10 for i in range(count)]

@@ -1,4 +1,4 @@
-"""Files made to cost more than they are: whatever they claim, they are loaded or refused in their own size."""
+"""Files that claim more than they hold: loading or refusing them takes no more memory than their own size."""
 
 import json
 import struct
@@ -85,7 +85,7 @@ def nested(value: Any) -> Any:
 )
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_config_claims_no_more_than_the_tensors_are(kind, hostile, networks, tmp_path):
-    """It is refused, or what is built is what the tensors are."""
+    """The file is refused, or the network built is no larger than its tensors."""
     weights, path = networks[kind], tmp_path / "x.safetensors"
     refused = 0
     for config in claims(CONFIGS[kind], hostile):

@@ -190,7 +190,7 @@ def test_only_what_does_not_fit_is_streamed():
 
 
 def test_a_thread_that_has_read_keeps_no_memory_of_the_device():
-    """It keeps its arguments until it is given the next: for a moment, or here for ever."""
+    """A thread keeps its arguments until it gets the next ones: usually for a moment, here for ever."""
 
     class Readers:
         def __init__(self) -> None:
@@ -578,7 +578,7 @@ STORED = {torch.bfloat16: torch.float16, torch.float32: torch.bfloat16, torch.fl
 @pytest.mark.parametrize(("stored", "computed"), STORED.items())
 @torch.inference_mode()
 def test_a_file_in_another_precision_is_cast_on_its_way(tmp_path, stored, computed, share, device_class):
-    """To the same values as in main memory, which holds the file's own pages alone, or what is pinned."""
+    """It has the same values as in main memory, where only the file's pages or the pinned weights are held."""
     net, _ = network("stage_c")
     path = tmp_path / "stage_c.safetensors"
     write_safetensors(path, {name: tensor.to(stored) for name, tensor in net.state_dict().items()}, {})

@@ -1,4 +1,4 @@
-"""What shapes do not tell is read where it stands, or it is said that nothing states it."""
+"""Settings that shapes do not determine are read from where they are stated; a message tells if nothing states them."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What can be known before the work is said before it: no picture is encoded for a run that cannot end well."""
+"""Errors that can be known beforehand are reported first: no picture is encoded for a run that would fail."""
 
 import sys
 from dataclasses import replace
@@ -185,21 +185,21 @@ def test_more_prompts_than_a_bucket_has_pictures(world, tmp_path):
     ],
 )
 def test_what_accelerate_is_configured_for_besides(world, tmp_path, monkeypatch, variable, value, sentence):
-    """`accelerate launch` hands its configuration over so; obeyed by half, it trained something else."""
+    """`accelerate launch` sets these variables; a run that ignored some would train something else."""
     monkeypatch.setenv(f"ACCELERATE_{variable}", value)
     assert sentence in refusal(settings_of(world, "lora", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_would_train_alone_though_it_is_one_of_many_is_refused(monkeypatch):
-    """As srun starts them, which says RANK's number under other names, and whose GPU is whose not at all."""
+    """srun starts such processes: it gives the rank under other names, and does not assign GPUs."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(CascadeError, match="WORLD_SIZE is '8', but nothing says which GPU is this"):
         build_accelerator()
 
 
 def test_what_accelerate_says_by_default_is_taken(world, tmp_path, monkeypatch):
-    """And what changes nothing, as accelerate would apply it to what is handed to it: here nothing is."""
+    """So are settings without effect here: accelerate applies them only to objects passed to it, and none are."""
     weights = []
     for run, variables in {
         "plain": {},

@@ -233,7 +233,7 @@ def test_latents_are_made_once(folder, tmp_path):
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_each_row_of_a_batch_counts_alike_however_many_share_it(folder, ranks):
-    """In the mean over the processes of each one's mean, by the batch's share: also of uneven and of tiny batches."""
+    """The mean of the processes' means, each weighted by its share of the batch; also for uneven and tiny batches."""
     data, sizes = open_data(folder), set()
     for step in range(data.steps_per_epoch(2, ranks)):
         counts: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""A run goes on with what decides its result and with nothing else; a finished one is left as it is."""
+"""A run resumes only if everything that decides its result is unchanged; a finished one is left as it is."""
 
 import json
 import os

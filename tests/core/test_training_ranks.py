@@ -28,7 +28,7 @@ TASKS = ["lora, adaptive", "controlnet from nothing"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """What each of the two machines has; the second also has a folder with a picture less."""
+    """Files of each of the two machines; the second also has a folder with one picture fewer."""
     first = write_world(tmp_path_factory.mktemp("first") / "world")
     second = shutil.copytree(first, tmp_path_factory.mktemp("second") / "its own")
     shutil.copytree(first / "pictures", second / "without")

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, whoever else writes and whenever the writer is killed."""
+"""Files are written whole or not at all, whatever other writers do and whenever the writer is killed."""
 
 import argparse
 import errno
@@ -159,7 +159,7 @@ def test_a_dangling_link_is_a_taken_name(links, tmp_path):
 
 @pytest.mark.parametrize("linked", [False, True])
 def test_what_is_not_a_file_is_not_replaced(linked, tmp_path):
-    """Root, who may, would leave the machine without /dev/null."""
+    """Root is allowed to, and would leave the machine without /dev/null."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name, reason in {"pipe": "a pipe or a device", "folder": "Is a directory"}.items():
@@ -176,7 +176,7 @@ def test_what_is_not_a_file_is_not_replaced(linked, tmp_path):
 
 
 def test_a_network_drive_that_answers_twice(tmp_path, monkeypatch):
-    """The first answer is lost, and the repeated request finds the name taken: by itself."""
+    """The first answer is lost, and the repeated request finds the name taken by the first one."""
     link = os.link
 
     def link_twice(*arguments):

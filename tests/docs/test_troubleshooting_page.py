@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: the messages that it explains are ones that the code has."""
+"""docs/troubleshooting.md: every message that it explains is one of the code's."""
 
 import re
 from pathlib import Path

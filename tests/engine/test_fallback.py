@@ -23,7 +23,7 @@ CALLS = {
 
 
 class Failing:
-    """Operations of which some raise as a kernel does that was called in this shape, after others have changed x."""
+    """Operations of which some raise an error, as a kernel would at this shape, after others have changed x."""
 
     def __init__(self, ops: Any, name: str, error: Exception, batch: int | None = None):
         self.ops, self.name, self.error, self.batch = ops, name, error, batch
@@ -228,7 +228,7 @@ def test_a_device_that_computes_nothing_any_more(use, monkeypatch):
 
 @pytest.mark.parametrize(("failures", "computes"), [(0, True), (1, True), (9, False)])
 def test_what_is_left_of_an_error_is_cleared(monkeypatch, failures, computes):
-    """As CUDA does: the first call after a failed launch may raise its error once more, a lost context always does."""
+    """As with CUDA: the first call after a failed launch may raise its error again; a lost context always does."""
     left = [RuntimeError("CUDA error: an illegal memory access was encountered")] * failures
 
     def synchronize(device: torch.device) -> None:

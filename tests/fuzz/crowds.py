@@ -108,7 +108,7 @@ class World:
         )
 
     def one_run_folder(self, random: Random) -> None:
-        """One trains; the others, at times by other settings, are told so, or find it done. What says it worked did."""
+        """One process trains; others are refused or find the run finished. Each that reports success has succeeded."""
         names = random.choice(
             (
                 ["train"] * 2,

@@ -19,7 +19,7 @@ PHRASES = ("please report this", "failed with", "Traceback (most recent call las
 
 @dataclass(frozen=True)
 class Outcome:
-    """message: what the user was told, None where the case works; fault: what must not be, None where all is well"""
+    """message: what the user was told, None if the case works; fault: what must not happen, None if all is well"""
 
     message: str | None = None
     fault: str | None = None

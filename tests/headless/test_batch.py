@@ -87,7 +87,7 @@ def test_a_csv_of_any_spreadsheet(separator, folder):
 
 
 def test_parquet(folder, capsys):
-    """Whole numbers beside missing ones are fractions there; what is not JSON's costs a row."""
+    """Whole numbers beside missing ones become fractions in Parquet; a value that JSON does not have fails its row."""
     columns = {"name": ["a", "b"], "1.color": [255.0, None], "1.width": [16, 24]}
     parquet.write_table(pyarrow.table(columns), "rows.parquet")
     assert main(["batch", "graph.json", "rows.parquet", "--output", "made"]) == 0
@@ -240,7 +240,7 @@ def test_two_batches_do_not_write_one_list(folder, capsys):
 
 
 def test_nodes_with_the_same_inputs_run_once(folder):
-    """As loaders have them in every row."""
+    """Such as loaders, which have the same inputs in every row."""
     started: list[str] = []
 
     class Listener(Observer):

@@ -66,7 +66,7 @@ def test_a_row_that_a_server_refuses(folder, servers, capsys):
 
 
 def test_the_row_of_a_lost_server_goes_to_another(folder, servers, capsys):
-    """It has the row, and never looks at it."""
+    """The server has accepted the row, but never begins it."""
     lost, other = servers
     lost.patience = 10**9
     other.patience = 1
@@ -196,7 +196,7 @@ def test_numbers_that_there_are_not(arguments, folder, capsys):
 
 
 def test_the_row_of_a_killed_worker_is_made_again(folder):
-    """And all that listens on the way is on loopback."""
+    """All sockets that listen meanwhile are on loopback addresses."""
     table(*ROWS)
     with batch_process(folder, "--workers", "2") as process:
         first = next(wait_for(workers, process))

@@ -1,4 +1,4 @@
-"""The nodes, samplers and schedulers of ComfyUI's own six examples, and what of other graphs is refused.
+"""The nodes, samplers and schedulers of ComfyUI's own six examples, and the refusal of other graphs' nodes.
 
 tests/comfyui/test_official.py holds what they compute to ComfyUI.
 """

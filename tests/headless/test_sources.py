@@ -78,7 +78,7 @@ def test_a_picture_runs_and_what_it_makes_runs_again(folder, name, capsys):
         "workflow": CANVAS,
     }
     assert main(["run", str(made), "--set", "2.filename_prefix=again"]) == 0
-    # Its values are no longer the workflow's, which ComfyUI would open.
+    # Its values differ from the workflow's, which ComfyUI would open instead.
     assert inside(folder / "output" / "again_00001_.png").keys() == {"prompt"}
 
 

@@ -125,7 +125,7 @@ def test_numbers_out_of_their_range(tmp_path, change, sentence):
 
 
 def test_every_number_has_a_range():
-    """But for those whose bound is another setting."""
+    """Except numbers bounded by another setting."""
     numbers = {}
     for section in get_type_hints(Settings).values():
         for cls in (section, *get_args(section)):
@@ -366,7 +366,7 @@ def test_paths_are_relative_to_the_file_and_networks_are_looked_up(tmp_path):
 @pytest.mark.parametrize("name", ["~nobody/x", "circle/x", "x" * 300, "x/" * 3000, "\t", "*?["])
 @pytest.mark.parametrize("key", ["stage_c", "folder", "tars", "cache", "file", "run"])
 def test_odd_places_are_one_sentence(world, capsys, key, name):
-    """A sentence of them, or they are names like any other, and it is of the dialect."""
+    """Odd paths are refused in a sentence, or are names like any other, and the error is about the dialect."""
     os.symlink("circle", "circle")
     text = {"folder": "pictures", "tars": [], "cache": None, "file": "out.safetensors", "run": "run"}
     text |= {"stage_c": "demo_stage_c.safetensors"}

@@ -1,4 +1,4 @@
-"""What strangers name, such as files and tokens, never acts: the panels write text, and the pack serves no address."""
+"""Strangers' names of files and tokens are never executed: panels show them as text, and the pack serves no address."""
 
 import re
 

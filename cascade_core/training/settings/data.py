@@ -9,18 +9,18 @@ from ..ranges import Range, Share, check_ranges
 
 MAX_SETS = 100
 MAX_SIZES = 8
-MAX_CAPTION = 500  # characters of what stands before captions, or in their place
+MAX_CAPTION = 500  # characters of `trigger` and of `caption`
 
-# Where masks are: nowhere; files beside the pictures, `star.mask.png` or `star-masklabel.png` for `star.png`; the
+# Sources of masks: none; files beside the pictures, `star.mask.png` or `star-masklabel.png` for `star.png`; or the
 # pictures' own transparency
 Masks = Literal["none", "beside", "alpha"]
 
 
 @dataclass(frozen=True)
 class DataSetSettings:
-    """One of several sets. `weight`: of its pictures in the loss, as regularisation pictures have less than 1."""
+    """One of several sets. `weight`: factor of its pictures' loss; regularisation pictures have less than 1."""
 
-    # of pictures with captions, subfolders too
+    # pictures with captions, also in its subfolders
     folder: str | None = None
     # webdataset tars: paths or patterns
     tars: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class DataSetSettings:
     caption: str | None = None  # of its pictures without one; null: data.caption
     caption_suffix: str | None = None  # of its caption files; null: data.caption_suffix
     repeat: Annotated[int, Range(1, 10_000)] = 1  # times data.repeat
-    # of its pictures in the loss
+    # factor of its pictures' loss
     weight: Annotated[float, Range(0, 1000)] = 1.0
     trigger: str | None = None  # words before each of its captions; null: data.trigger
 
@@ -45,50 +45,48 @@ class DataSetSettings:
 class DataSettings:
     """Where pictures come from, and how they are shown."""
 
-    folder: str | None = None  # of pictures with captions, subfolders too
+    folder: str | None = None  # pictures with captions, also in its subfolders
     tars: tuple[str, ...] = ()  # webdataset tars: paths or patterns
     sets: tuple[DataSetSettings, ...] = ()  # more of them, each shown and weighed in its own way
     # pixels as generated: a picture's area is at most size²; 1024 gives latents of 24 × 24
     size: Annotated[int, Range(64, 4096)] = 1024
-    # Further sizes: each picture is shown once in each of them. One that does not suit a picture, as too much of it
-    # would be cropped or enlarged, is passed over
+    # Further sizes: each picture is shown once in each of them. A size at which too much of a picture would be cropped,
+    # or it would be enlarged too much, is skipped for it
     more_sizes: Annotated[tuple[int, ...], Range(64, 4096)] = ()
     bucket_step: int = 64  # pixels; sides of the buckets are multiples of it
-    caption_dropout: Share = 0.05  # the share of rows that are trained without words
-    image_prompt_dropout: Share = 0.05  # the same without their image prompts, chosen apart from the words
+    caption_dropout: Share = 0.05  # share of rows that are trained without their caption
+    image_prompt_dropout: Share = 0.05  # share of rows without image prompts, drawn independently of captions
     flip: bool = False  # half of the rows are mirrored
-    cache: str | None = None  # folder where latents are kept between runs
+    cache: str | None = None  # folder in which latents are kept between runs
     repeat: Annotated[int, Range(1, 10_000)] = 1  # how often an epoch shows each picture
-    # pixels; pictures whose shorter side has fewer are left out
+    # pixels; pictures with a shorter side below it are left out
     min_side: Annotated[int, Range(16, 65_536)] = 16
-    # pictures that would be enlarged more often are left out; 1: all that are smaller than their bucket
+    # largest factor of enlargement; pictures that need more are left out; 1: all smaller than their bucket
     max_enlarge: Annotated[float | None, Range(1, 10_000)] = None
-    max_crop: Share = 1.0  # pictures of whose area a larger share would be cropped are left out
+    max_crop: Share = 1.0  # largest share of a picture's area to crop; pictures that need more are left out
     enlarge: bool = True  # false: a picture smaller than its bucket goes into one of its own size
-    max_aspect: Annotated[float, Range(1, 16)] = 2.5  # of the buckets: what is longer is cropped to it
-    min_bucket_side: Annotated[int | None, Range(16, 16_384)] = None  # pixels, of the buckets
-    max_bucket_side: Annotated[int | None, Range(64, 16_384)] = None  # the same
-    # How many parts of each picture are shown, one at a time, drawn beforehand at random places and each with latents
-    # of its own; 1: the centre.
+    max_aspect: Annotated[float, Range(1, 16)] = 2.5  # of the buckets at most; longer pictures are cropped
+    min_bucket_side: Annotated[int | None, Range(16, 16_384)] = None  # pixels
+    max_bucket_side: Annotated[int | None, Range(64, 16_384)] = None  # pixels
+    # Number of crops of each picture, drawn beforehand at random places, each with its own latents; one is shown at a
+    # time. 1: the centre.
     crops: Annotated[int, Range(1, 256)] = 1
-    crop_zoom: Annotated[float, Range(1, 8)] = (
-        1.0  # their sides go down to 1 / crop_zoom of the largest part's
-    )
+    # the smallest crop's sides are 1 / crop_zoom of the largest one's
+    crop_zoom: Annotated[float, Range(1, 8)] = 1.0
     # Masks: white where a picture counts in the loss
     masks: Masks = "none"
-    mask_folder: str | None = (
-        None  # of pictures with the names of those in data.folder, which are their masks
-    )
-    unmasked_weight: Share = 0.1  # of what masks leave out, beside that of what they show
-    unmasked_share: Share = 0.0  # of rows that are trained without their mask
-    caption: str | None = None  # of pictures that have none; null: they are left out
+    # folder of masks, named as the pictures in data.folder
+    mask_folder: str | None = None
+    unmasked_weight: Share = 0.1  # weight of the area outside of masks, relative to that inside
+    unmasked_share: Share = 0.0  # share of rows that are trained without their mask
+    caption: str | None = None  # for pictures without one; null: they are left out
     caption_suffix: str | None = None  # of caption files; null: .txt, .caption and .json
     trigger: str = ""  # words before each caption
-    shuffle_tags: bool = False  # whether tags are trained in other orders
-    keep_tags: Annotated[int, Range(0, 1000)] = 0  # how many of the first stay as they are
-    tag_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # the share of the others that is left out
-    tag_separator: str = ","  # what stands between tags
-    caption_variants: Annotated[int, Range(1, 64)] = 8  # of each caption, drawn beforehand and encoded once
+    shuffle_tags: bool = False  # whether the order of tags is shuffled
+    keep_tags: Annotated[int, Range(0, 1000)] = 0  # number of first tags that are neither moved nor dropped
+    tag_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # share of the other tags that is left out
+    tag_separator: str = ","  # sign between tags
+    caption_variants: Annotated[int, Range(1, 64)] = 8  # for each caption, drawn beforehand and encoded once
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tars", (self.tars,) if isinstance(self.tars, str) else tuple(self.tars))

@@ -24,27 +24,26 @@ class ObjectiveSettings:
     kind: Literal["diffusion", "consistency"] = "diffusion"
     weighting: Weighting | None = None  # null: p2; for consistency, which begins at pure noise, debiased
     snr_gamma: Annotated[float, Range(0, 1e6, above=True)] = 5.0  # of min_snr_gamma
-    # larger weights are clamped to it
+    # upper bound of the weights
     max_loss_weight: Annotated[float | None, Range(0, 1e9, above=True)] = None
-    pure_noise_share: Share = 0.0  # of a batch that is trained at pure noise
-    # of the schedule that times are drawn from; above 1 is more noise
+    pure_noise_share: Share = 0.0  # share of a batch that is trained at pure noise
+    # of the schedule from which times are drawn; above 1 is more noise
     shift: Annotated[float, Range(0.001, 1000)] = 1.0
-    # diffusion: the bounds of the times that are drawn; 0 is the picture, 1 pure noise
+    # diffusion: bounds of the times that are drawn; 0 is the picture, 1 pure noise
     t_range: Annotated[tuple[float, ...], Range(0, 1)] = (0.0, 1.0)
-    noise_offset: Share = (
-        0.0  # of noise that is one number for each channel, so that brightness is learned too
-    )
-    multires_noise: Share = 0.0  # how strong noise of half the size is, that of a quarter with its square, …
-    # the error from which on it counts as its amount and no longer as its square; null: never
+    # strength of noise that is constant over each channel, so that brightness is learned too
+    noise_offset: Share = 0.0
+    multires_noise: Share = 0.0  # strength of noise at half the size; at a quarter its square, and so on
+    # the error above which the loss is linear instead of quadratic; null: never
     huber: Annotated[float | None, Range(0, 1e6, above=True)] = None
-    # consistency: the teacher's cfg; of two bounds, another for each picture
+    # consistency: the teacher's cfg; with two bounds, one is drawn for each picture
     guidance: Annotated[tuple[float, ...], Range(-1000, 1000)] = (4.0,)
     # consistency: of the guided path
     cfg_rescale: Share = 0.7
-    # consistency: into how many steps the teacher's path is cut
+    # consistency: number of steps of the teacher's path
     solver_steps: Annotated[int, Range(2, 10_000)] = 50
-    sampling_steps: int | None = None  # consistency: for so many steps of `lcm` alone; null: for any number
-    # consistency: the share of a batch that begins from the student's own last step
+    sampling_steps: int | None = None  # consistency: the only number of `lcm` steps to train for; null: any
+    # consistency: share of a batch that starts from the student's own last step
     on_policy_share: Share = 0.0
 
     def __post_init__(self) -> None:

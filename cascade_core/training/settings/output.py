@@ -17,18 +17,17 @@ MAX_PROMPTS = 64
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A picture to make while training. What is null is as it is for all: the seed that of the run, one more for each
-    prompt; the size data.size."""
+    """A picture to make while training. Null means the common value: for the seed, the run's plus the prompt's number;
+    for the size, data.size."""
 
-    # what it shows
+    # text of the picture
     prompt: str
-    # what it does not show
+    # text of what it should not show
     negative: str = ""
-    # null: the run's, one more for each prompt
+    # null: the run's plus the prompt's number
     seed: Annotated[int | None, Range(0, 2**63 - 1)] = None
-    size: Annotated[tuple[int, ...] | None, Range(64, 4096)] = (
-        None  # width and height in pixels, or one for both
-    )
+    # width and height in pixels, or one number for both
+    size: Annotated[tuple[int, ...] | None, Range(64, 4096)] = None
     # null: output.sample_steps
     steps: Annotated[int | None, Range(1, 10_000)] = None
     # null: output.sample_cfg
@@ -52,22 +51,21 @@ def check_prompt_count(prompts: Sequence[Any], where: str = "output.prompts") ->
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """`file` is what the run gives; `folder` holds its checkpoint, log, curve and samples (null: runs/NAME)."""
+    """`file` is the run's result; `folder` holds its checkpoint, log, curve and samples (null: runs/NAME)."""
 
-    # what the run gives; its name ends in .safetensors
+    # the run's result; its name ends in .safetensors
     file: str
     # for checkpoint, log, curve and samples; null: runs/NAME
     folder: str | None = None
     # steps
     log_every: Steps = 10
-    checkpoint_every: Annotated[int | str, StepsOrEpochs(1, 100_000_000)] = (
-        500  # or epochs, such as `1 epoch`
-    )
-    sample_every: Every = 0  # the same; 0 is never
-    save_every: Every = 0  # how often the file so far is written into the folder, too
-    keep_last: Annotated[int | None, Range(1, 100_000)] = None  # how many of those stay; null: all
-    raw: bool = False  # whether the weights of the last step are written beside their average
-    log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()  # programs that get the numbers, too
+    # steps, or epochs such as `1 epoch`
+    checkpoint_every: Annotated[int | str, StepsOrEpochs(1, 100_000_000)] = 500
+    sample_every: Every = 0  # likewise; 0 is never
+    save_every: Every = 0  # likewise; writes the file's current state into the folder
+    keep_last: Annotated[int | None, Range(1, 100_000)] = None  # number of those that are kept; null: all
+    raw: bool = False  # whether the last step's weights are written as well as their average
+    log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()  # other programs that log the numbers
     # of the samples
     prompts: tuple[str | SamplePrompt, ...] = ()
     prompts_file: str | None = None  # more of them
@@ -79,8 +77,8 @@ class OutputSettings:
     sample_shift: Annotated[float, Range(0.001, 1000)] = 2.0
     # of samples
     sample_sampler: Literal["ddpm", "ddim", "lcm", "dpmpp_2m"] = "ddpm"
-    about: dict[str, Any] = field(default_factory=dict)  # what the file says of itself, of ABOUT
-    captions_in_file: bool = False  # whether it tells the captions' tags and the folders' names
+    about: dict[str, Any] = field(default_factory=dict)  # metadata of the file, by the names in ABOUT
+    captions_in_file: bool = False  # whether its metadata holds the captions' tags and the folders' names
 
     def __post_init__(self) -> None:
         check_ranges(self, "output")

@@ -33,34 +33,34 @@ class _Rate:
 class LoRASettings:
     """`targets`: all (linear layers and 1×1 convolutions), attention, or patterns such as `up_blocks.*to_q`.
 
-    Layers that match a pattern of `ranks` or `rates` have another rank, or so many times the learning rate.
+    Layers that match a pattern of `ranks` or `rates` have that rank, or the learning rate times that factor.
     """
 
-    # what it is of; text_encoder: of that alone
+    # the network that it changes; text_encoder: that alone
     network: Network = "stage_c"
-    # loha and lokr hold more in fewer numbers
+    # loha and lokr store changes of higher rank in fewer numbers
     algorithm: Literal["lora", "loha", "lokr"] = "lora"
     dora: bool = False  # rows' magnitudes are learned apart from their directions
     rslora: bool = False  # scaled by alpha / sqrt(rank) instead of alpha / rank
-    factor: Annotated[int | None, Range(2, 16_384)] = None  # lokr: at most so many rows of its small matrix
+    factor: Annotated[int | None, Range(2, 16_384)] = None  # lokr: largest number of rows of its small matrix
     start: str | None = None  # the file of a LoRA to go on from
-    # of layers by pattern
+    # by pattern of layers
     ranks: dict[str, Any] = field(default_factory=dict)
-    # of layers by pattern, times the learning rate
+    # by pattern of layers, as multiples of the learning rate
     rates: dict[str, Any] = field(default_factory=dict)
     up_learning_rate: RateFactor = 1.0  # LoRA+: of `up`, as a multiple of the learning rate; 16 is published
     dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of the values between down and up
     rank_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of ranks; of loha and lokr, of rows
     module_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of whole layers' changes
-    # how much it can hold: 4 to 8 for a style, 16 to 64 for things
+    # its capacity: 4 to 8 for a style, 16 to 64 for objects
     rank: Annotated[int, Range(1, 16_384)] = 16
     alpha: Annotated[float | None, Range(1e-6, 1e6)] = None  # null: the rank
     # which layers
     targets: tuple[str, ...] = ("all",)
-    # whether the text encoder is trained too, beside Stage C
+    # whether the text encoder is trained together with Stage C
     text_encoder: bool = False
     text_learning_rate: RateFactor = 0.5  # as a share of the learning rate
-    token_learning_rate: RateFactor = 5.0  # the same for `tokens`, which a LoRA may learn with it
+    token_learning_rate: RateFactor = 5.0  # the same, for `tokens` that the LoRA learns too
     # of the file, as in docs/tasks/lora.md
     dialect: str = "kohya"
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # of the file
@@ -88,17 +88,16 @@ class ControlNetSettings:
     `config` gives what differs from the published one: proj_blocks, bottleneck_mode, stem, stages, c_last, …
     """
 
-    # what is made of the pictures
+    # the kind of hint that is computed from the pictures
     hint: KindName = "canny"
-    # what it begins as
+    # its initial weights
     start: str = "compressor"
-    # what shall be otherwise than in the published one
+    # differences from the published configuration
     config: dict[str, Any] = field(default_factory=dict)
-    # super_resolution: how many times smaller the small picture is, a side
+    # super_resolution: ratio of the sides of the picture to those of the small one
     scale: Annotated[float, Range(1, 16)] = 2.0
-    reads: Reads = (
-        "small"  # super_resolution: what the compressor reads, as published, or the picture enlarged
-    )
+    # super_resolution: the compressor reads the small picture, as published, or the enlarged one
+    reads: Reads = "small"
 
     def __post_init__(self) -> None:
         check_ranges(self, "controlnet")
@@ -108,13 +107,13 @@ class ControlNetSettings:
 class FinetuneSettings:
     """`modules`: all, or patterns of the network's modules, such as `up_blocks.1.*`."""
 
-    # what is trained
+    # the network that is trained
     network: Network = "stage_c"
     # which of its modules
     modules: tuple[str, ...] = ("all",)
-    # of Stage C or B: the bounds of the blocks that are trained, as shares of a forward pass; 0 is where it begins
+    # of Stage C or B: bounds of the trained blocks, as shares of the forward pass, whose first block is at 0
     depth: Annotated[tuple[float, ...], Range(0, 1)] = (0.0, 1.0)
-    text_encoder: bool = False  # train it whole too, beside Stage C
+    text_encoder: bool = False  # whether the whole text encoder is trained together with Stage C
     text_learning_rate: RateFactor = 0.1  # as a share of the learning rate
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the file
 
@@ -138,22 +137,17 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class StageBSettings:
-    """How Stage B is trained: on what the compressor makes of each picture, at one of several sizes.
+    """Training of Stage B, conditioned on the compressor's latent of each picture at one of several sizes.
 
     The published training draws any size of half the picture's to the whole; here a few are made beforehand and kept.
     """
 
-    scales: Annotated[tuple[float, ...], Range(0.1, 1)] = (
-        0.5,
-        0.625,
-        0.75,
-        0.875,
-        1.0,
-    )  # of a picture's sides
-    dropout: Share = (
-        0.1  # the share of rows that are trained without the compressor's latent, which guidance needs
-    )
-    noise: Annotated[float, Range(0, 10)] = 0.0  # that is added to it, at most, for latents that Stage C made
+    # sizes of the compressor's pictures, as factors of a picture's sides
+    scales: Annotated[tuple[float, ...], Range(0.1, 1)] = (0.5, 0.625, 0.75, 0.875, 1.0)
+    # share of rows that are trained without the compressor's latent, which guidance needs
+    dropout: Share = 0.1
+    # most noise added to the compressor's latent, to prepare for latents from Stage C
+    noise: Annotated[float, Range(0, 10)] = 0.0
     pyramid_noise: bool = True  # noise of coarser sizes too, as published
 
     def __post_init__(self) -> None:
@@ -166,11 +160,11 @@ class StageBSettings:
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """A token to learn: its name (`blob` is [blob] in captions), words that it begins as, how many vectors it has."""
+    """A token to learn: its name (`blob` is [blob] in captions), its initial words, and its number of vectors."""
 
-    # stands in captions and prompts; mycat is written [mycat]
+    # its name in captions and prompts; mycat is written [mycat]
     name: str
-    # words that it begins as, near to what it shall be
+    # words whose vectors it starts from, close in meaning to the new token
     initial: str = ""
     vectors: Annotated[int, Range(1, 75)] = 1  # as many as a prompt's chunk holds
     start: str | None = None  # the file of a learned token to go on from, instead of initial

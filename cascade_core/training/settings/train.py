@@ -22,41 +22,41 @@ class TrainSettings:
     steps: Steps = 1000
     # pictures at once on each accelerator
     batch_size: Annotated[int, Range(1, 65_536)] = 4
-    # how many batches make a step
+    # number of batches in a step
     accumulate: Annotated[int, Range(1, 65_536)] = 1
     # 1e-4 for LoRAs and ControlNets, 1e-5 for Stage C, 1e-3 for tokens
     learning_rate: Annotated[float, Range(1e-12, 10)] = 1e-4
     epochs: Annotated[float | None, Range(0, 1e6, above=True)] = None  # instead of steps
-    # falls over the run as a cosine or a line, stays constant, or falls at the end alone
+    # of the learning rate: falls as a cosine or a line, stays constant, or falls only at the end
     schedule: Literal["constant", "cosine", "linear", "stable_decay"] = "cosine"
-    final_learning_rate: Share = 0.0  # where the schedule ends, as a share of the learning rate
-    # rises over so many steps, or below 1 over that share of the run
+    final_learning_rate: Share = 0.0  # at the schedule's end, as a share of the learning rate
+    # steps over which the learning rate rises; below 1, a share of the run
     warmup: StepsOrShare = 50
-    restarts: Annotated[int, Range(0, 10_000)] = 0  # how often cosine or linear begins anew, in equal parts
-    decay: StepsOrShare = 0.2  # of stable_decay: how long it falls at its end
-    optimizer: OptimizerName | str = "adamw"  # or module.Class, in a settings file of the command line alone
-    optimizer_arguments: dict[str, Any] = field(default_factory=dict)  # in such a file alone, too
+    restarts: Annotated[int, Range(0, 10_000)] = 0  # how often cosine or linear starts again, in equal parts
+    decay: StepsOrShare = 0.2  # of stable_decay: steps of the fall at the end; below 1, a share of the run
+    optimizer: OptimizerName | str = "adamw"  # or module.Class, only in a settings file of the command line
+    optimizer_arguments: dict[str, Any] = field(default_factory=dict)  # likewise only in such a file
     # of the optimisers that have one
     weight_decay: Annotated[float, Range(0, 10)] = 0.01
     # of the optimisers that have them
     betas: Annotated[tuple[float, ...], Range(0, 1, below=True)] = (0.9, 0.99)
-    max_grad_norm: Annotated[float, Range(0, 1e12)] = 1.0  # of the gradient; 0 is none
+    max_grad_norm: Annotated[float, Range(0, 1e12)] = 1.0  # bound of the gradient's norm; 0: none
     # of the average that is written; 0 writes the last weights
     ema: Annotated[float, Range(0, 1, below=True)] = 0.999
-    # decides all that is random
+    # of all random numbers
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
-    # auto: on an accelerator bf16, or fp16 where it does not compute in bf16; on the processor fp32
+    # auto: bf16 on an accelerator, or fp16 on one without bf16; fp32 on the processor
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    # in what the large weights of the frozen network are held: as it computes, or in 8 or 4 bits
+    # precision of the frozen network's large weights: the one it computes in, or 8 or 4 bits
     base_weights: Literal["full", "int8", "nf4"] = "full"
-    gradient_checkpointing: bool | None = None  # null: where Stage C is large
+    gradient_checkpointing: bool | None = None  # null: only if Stage C is large
     # torch.compile of the blocks
     compile: bool = False
     stop_at: str | None = None  # a time of day such as '07:30', or a date with it, at which the run stops
     stop_after: Annotated[float | None, Range(0, 100_000, above=True)] = None  # hours
     # finetune: each process holds its part of the network, of the optimiser's state and of the average (FSDP2)
     fsdp: bool = False
-    cuda_graphs: bool = True  # on an accelerator; a finetune, whose network has dropout, runs without
+    cuda_graphs: bool = True  # on an accelerator, except for a finetune, whose network has dropout
     # the same bits each time; false is somewhat faster
     deterministic: bool = True
 

@@ -9,21 +9,21 @@ from ..ranges import Every, Range, check_ranges
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Pictures that are held out: a `share` of the data's, or those of a `folder` or `tars`.
+    """Held-out pictures: a `share` of the data's, or those of a `folder` or `tars`.
 
-    The error in the noise on them is not weighed, and follows from the pictures and the network alone, so that runs
+    Their error of the predicted noise has no weights and depends on the pictures and the network alone, so that runs
     with other settings can be compared.
     """
 
     every: Every = 0  # steps, or epochs such as `1 epoch`; 0 is never
-    # of the data's pictures that are held out
+    # share of the data's pictures that is held out
     share: Annotated[float, Range(0, 0.5)] = 0.0
-    # of other pictures
+    # with other pictures
     folder: str | None = None
-    # of other pictures
+    # with other pictures
     tars: tuple[str, ...] = ()
-    pictures: Annotated[int, Range(1, 10_000)] = 64  # at most so many of them are looked at
-    times: Annotated[int, Range(1, 100)] = 4  # evenly spread amounts of noise on each picture
+    pictures: Annotated[int, Range(1, 10_000)] = 64  # the most that are measured
+    times: Annotated[int, Range(1, 100)] = 4  # number of noise levels for each picture, evenly spread
 
     def __post_init__(self) -> None:
         check_ranges(self, "validation")

@@ -26,7 +26,7 @@ def find_chromium() -> str | None:
 
 
 def missing() -> str | None:
-    """What these tests lack, in words; None where nothing."""
+    """What these tests lack, in words; None if nothing is missing."""
     lacking = {
         "node": shutil.which("node"),
         "chromium (or CHROMIUM)": find_chromium(),
@@ -37,7 +37,7 @@ def missing() -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """What node needs to find playwright-core."""
+    """The environment variables with which Node.js finds playwright-core."""
     return {**os.environ, "NODE_PATH": find_modules() or ""}
 
 

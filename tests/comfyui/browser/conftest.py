@@ -1,4 +1,4 @@
-"""Nodes 2.0 came long after 0.3.64: they are looked at in the newest version alone."""
+"""Nodes 2.0 came long after 0.3.64, so they are tested in the newest version alone."""
 
 import pytest
 

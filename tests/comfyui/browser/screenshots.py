@@ -32,7 +32,7 @@ BEHIND = (60, 60, 60)  # what is seen through a mask
 
 
 def main(names: Sequence[str]) -> None:
-    """Draws those of these names, or all."""
+    """Draws the graphs of these names, or all."""
     lacking = browser.missing() or (None if CHECKOUTS else "there is no ComfyUI to draw with")
     if lacking:
         sys.exit(lacking)
@@ -78,7 +78,7 @@ def shoot(url: str, graph: dict[str, Any], picture: Path, run: int | None) -> No
 
 
 def thumbnail(sources: Sequence[Image.Image], results: Sequence[Image.Image]) -> Image.Image:
-    """What a graph starts from, and to its right what it makes, of several pictures a square of small ones."""
+    """A graph's input picture and, to its right, its results; several results are small pictures in a square."""
     columns = ceil(sqrt(len(results)))
     rows = [results[start : start + columns] for start in range(0, len(results), columns)]
     result = joined([joined([opaque(one) for one in row], across=True) for row in rows], across=False)

@@ -322,7 +322,7 @@ def test_a_sampler_says_what_counts_once_there_is_something_to_say(seen):
 
 
 def test_the_seed_of_a_training_stays(seen, server):
-    """The interface would change it after each run, and a run that was cancelled would begin anew."""
+    """Otherwise the interface would change it after each run, and a cancelled run could not be resumed."""
     (info,) = server.get("/object_info/CascadeTrainLoRA").values()
     values = info["input"]["required"] | info["input"]["optional"]
     assert told(seen, "training")["widgets"].keys() == values.keys()

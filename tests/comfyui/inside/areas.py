@@ -1,4 +1,4 @@
-"""Areas of prompts, of ComfyUI's nodes, as each network of ours is given them by our samplers and by KSampler."""
+"""Prompts' areas from ComfyUI's nodes, as our samplers and KSampler pass them to each of our networks."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""Networks of the published widths on a device: the memory that we tell ComfyUI they take against what they take, what
-comes of weights that are there in part, and what the engine changes.
+"""Networks of the published widths on a device: estimated against measured memory, results with partly loaded
+weights, and results with the engine.
 """
 
 import tempfile
@@ -81,7 +81,7 @@ SAMPLERS = {"ours": sample, "KSampler": ksample}
 
 
 def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int:
-    """The most that a call takes at once of the device's memory, beside what is there already."""
+    """Peak of the device's memory during a call, beyond what was allocated before."""
     call()  # what libraries keep for themselves is taken now
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
@@ -98,7 +98,7 @@ def against(estimate: float, peak: int) -> dict[str, float]:
 def estimates(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Of both samplers and of the VAEs, each with its weights on the device.
 
-    Without the engine: what its graphs hold they hold at all times, so that a run's peak does not show it.
+    Without the engine, since its graphs hold their memory all the time, and a run's peak would not show it.
     """
     device = comfy.model_management.get_torch_device()
     results = {}

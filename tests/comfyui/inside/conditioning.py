@@ -30,7 +30,7 @@ def sample(model: Any, positive: Any, negative: Any, **changed: Any) -> Tensor:
 
 
 def masks_and_ranges(model: Any, prompts: Any, other_prompt: Any) -> dict[str, float]:
-    """Differences from the plain prompt that must be nothing, and such that must not."""
+    """Differences from the plain prompt: some must be zero, others must not."""
     positive, negative = prompts
     plain = sample(model, positive, negative)
     area, between = nodes.ConditioningSetArea(), nodes.ConditioningSetTimestepRange()

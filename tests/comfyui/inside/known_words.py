@@ -1,4 +1,4 @@
-"""What is told of prompts with words that a text encoder was never taught."""
+"""Notices about prompts with words that the text encoder was not trained on."""
 
 import json
 import logging

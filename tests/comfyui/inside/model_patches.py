@@ -1,4 +1,4 @@
-"""What native nodes, and nodes as well-known packs have them, do on a MODEL: in our samplers and in KSampler."""
+"""Effects on a MODEL of native nodes, and of nodes like those of well-known packs, in our samplers and in KSampler."""
 
 import importlib
 import importlib.util
@@ -223,7 +223,7 @@ def case(
 
 
 def schedules(samplers: Samplers, model: Any) -> dict[str, Any]:
-    """Of a schedule on the MODEL: as a run with its shift, as one with other levels, and one without levels."""
+    """Results of a schedule on the MODEL against a run of its shift, with other levels, and without levels."""
     eight = native_node("ModelSamplingStableCascade", model)
     ours = scheduling.CascadeGuidance.execute
     zero = NATIVE_NODES["ModelSamplingStableCascade"][0]

@@ -56,7 +56,7 @@ def encoded(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def later_noise_from_the_next_seed() -> None:
-    """On the CPU, as newer versions have it: in 0.3.64 the first step's noise is that of the start once more."""
+    """Noise on the CPU as in newer versions; in 0.3.64 the first step repeats the noise of the start."""
     sampling = comfy.k_diffusion.sampling
     x = torch.zeros(4)
     first = sampling.default_noise_sampler(x, seed=5)(None, None)

@@ -106,7 +106,7 @@ def order_of_calls(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def budgets(files: dict[str, Path]) -> dict[str, Any]:
-    """Loaded with room for such a share of the network, twice; then so much is asked back, and all of it."""
+    """Loads with room for each share of the network, twice; then frees a part, and then all."""
     results: dict[str, Any] = {}
     for kind in KINDS:
         rows = []
@@ -142,7 +142,7 @@ def budgets(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def patched_loads(model: Any, share: float) -> dict[str, Any]:
-    """Of a MODEL with a LoRA, whose factors stay on the card: loaded twice with the same room, then as a whole."""
+    """Loads a MODEL with a LoRA, whose factors stay on the card, twice with the same room, then as a whole."""
     room = share * model.model_size()
     model.partially_load(LOAD, room)
     loaded, factors = model.loaded_size(), factors_on_card(model)
@@ -337,7 +337,7 @@ def lives(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def freed(card: Card, asked: int) -> bool:
-    """Whether the manager gets so many bytes more than there are."""
+    """Whether the manager frees `asked` bytes beyond those already free."""
     wanted = card.free + asked
     management.free_memory(wanted, LOAD)
     return card.free >= wanted

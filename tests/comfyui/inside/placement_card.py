@@ -1,7 +1,7 @@
 """A graphics card in main memory, on which ComfyUI's own memory manager runs against our patcher; and small networks.
 
-The card is cpu:0, which is another device than cpu to ComfyUI and the same to PyTorch. What the manager asks of a real
-one is answered by a count of the buffers that live on it.
+The card is cpu:0, which ComfyUI takes for another device than cpu, and PyTorch for the same. The manager's questions
+about its memory are answered by counting the live buffers on it.
 """
 
 import builtins
@@ -58,7 +58,7 @@ class Card(Late):
 
 @contextmanager
 def inserted(card: Card) -> Iterator[Card]:
-    """ComfyUI with that card in place of the processor; what was loaded before is out of its sight."""
+    """ComfyUI with that card in place of the processor, and without the models loaded before."""
 
     def free_memory(device: Any = None, torch_free_too: bool = False) -> Any:
         return (card.free, 0) if torch_free_too else card.free

@@ -164,7 +164,7 @@ def same_latents(requests: dict[str, Any]) -> dict[str, Any]:
 
 
 def times(request: Any) -> dict[str, list[float]]:
-    """When the previews of 20 steps begin, by the seconds that a step and a preview take on a clock that they move."""
+    """Start times of the previews in 20 steps, on a simulated clock that steps and previews advance."""
     request = replace(request, run=replace(request.run, steps=20))
     picture, after_step = previews.Previewer.picture, previews.Previews.after_step
     results = {}
