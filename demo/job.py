@@ -131,9 +131,9 @@ class Job:
     ) -> None:
         """Train by loss(*draw(step)), and write the networks with their averaged weights by `export`.
 
-        prepare: makes the data, after its `inputs` (other networks) have been trained, and returns `draw` rehearsals:
-        batches of arbitrary values, whose shapes are compiled and captured beforehand: the first `needed` always, the
-        others while waiting for the inputs
+        prepare: makes the data, after its `inputs` (other networks) have been trained, and returns `draw`
+        rehearsals: batches of arbitrary values, whose shapes are compiled and captured beforehand: the first `needed`
+        always, the others while waiting for the inputs
         """
         bf16 = self.settings.precision == "bf16"
         task = NetworkTask(networks, _nothing_yet, loss, bf16, learning_rates, self.graphs)

@@ -1,8 +1,8 @@
 """Fills in patterns of a `filename_prefix`, as ComfyUI's canvas does before it queues a graph.
 
 `%date:yyyy-MM-dd%` is the time, `%KSampler.seed%` the value of a node's input, by class or title. Patterns of
-SaveImage itself, such as %width%, and unknown ones are left unchanged. https://github.com/Comfy-Org/ComfyUI_frontend,
-`applyTextReplacements` and `formatDate`.
+SaveImage itself, such as %width%, and unknown ones are left unchanged.
+Source: `applyTextReplacements` and `formatDate` in https://github.com/Comfy-Org/ComfyUI_frontend
 """
 
 from __future__ import annotations

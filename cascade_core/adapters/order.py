@@ -41,7 +41,7 @@ Filters = Sequence[str]  # as the trainer's `module_filters`: parts of modules' 
 
 
 def kind(layer: str) -> str:
-    """The part of a published layer's name, of `FILTERS`, that tells its kind."""
+    """The kind of a published layer: the part of its name that is in `FILTERS`."""
     return next(part for part in FILTERS if part in layer)
 
 

@@ -124,8 +124,9 @@ def _is_alone(path: Path) -> bool:
 
 
 def _in_header(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """{network: its configuration} in a file's metadata. diffusers writes the network before every entry
-    (`prior.lora_alpha`), as before its layers' names; for a file of one network it may write none, here "".
+    """{network: its configuration} in a file's metadata. diffusers prefixes every entry with the network
+    (`prior.lora_alpha`), as it does layers' names. In a file of one network the prefix may be missing; that network
+    is "" here.
     """
     try:
         entries = json.loads(metadata.get(HEADER_ENTRY, "{}"))

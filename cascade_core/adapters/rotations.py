@@ -65,7 +65,7 @@ class ColumnRotation(Change):
 
     blocks: OFT's (n, b · (b − 1) / 2), the upper triangles of n blocks' Q, one for all if n is 1; BOFT's (m, n, b, b)
     rescale: BOFT's, (c_out, 1), or None
-    terms: of the Neumann series that OFT has in place of the inverse; None: the inverse
+    terms: of the Neumann series that replaces OFT's inverse; None: the exact inverse
     epsilon: the largest norm of OFT's Q, of all blocks together, or None
     """
 

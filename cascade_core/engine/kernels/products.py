@@ -1,7 +1,7 @@
 """Matrix products fused with the operations that follow them in a residual block.
 
-x: (B · N, K), N rows an image; w: (out, K) as nn.Linear has it; all contiguous, in bfloat16, float16 or float32, x and
-w also in e4m3, w alone also in int8. Accumulators are float32 and rounded once.
+x: (B · N, K), N rows an image; w: (out, K) as nn.Linear has it; all contiguous, in bfloat16, float16 or float32. x
+and w may both be e4m3, and w alone int8. Accumulators are float32 and rounded once.
 
 row_scale (B · N,), column_scale (out,): float32 scales of quantised rows of x and of w (`fp8.py`)
 """
