@@ -59,7 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = shared(item)
         if names and isinstance(item, pytest.Function):
             version = getattr(item.callspec.params["checkout"], "version", "none")
-            item.add_marker(pytest.mark.xdist_group(GROUPS[names[0]].format(version)))
+            if item.get_closest_marker("xdist_group") is None:
+                item.add_marker(pytest.mark.xdist_group(GROUPS[names[0]].format(version)))
             if names[0] == "published" and version not in ("none", CHECKOUTS[-1].version):
                 item.add_marker(pytest.mark.nightly)  # minutes and gigabytes: the newest alone by day
 

@@ -33,7 +33,7 @@ from cascade_nodes.tests.registry import (
     run_step,
 )
 
-pytestmark = pytest.mark.nightly
+pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("registry")]  # its stand-in has one port
 KEY = "a key of the tests"
 ADDRESS = ("localhost", 8080)  # comfy-cli's, where ENVIRONMENT is dev
 
