@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ def write(measurements: list[Measurement], options: argparse.Namespace, began: f
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     record = {
         "machine": describe_machine(),
+        "date": date.today().isoformat(),
         "device": device,
         "options": {key: value for key, value in vars(options).items() if key != "json"},
         "seconds": time.monotonic() - began,

@@ -108,8 +108,10 @@ def ranks(measured: dict[str, Any] | None) -> str:
         return "What two cards give is not measured yet (`benchmarks/ranks.py`).\n"
     options = measured["options"]
     lines = [
-        f"Measured by `benchmarks/ranks.py` on two {measured['device']}, a batch of {options['batch']} on each for",
-        f"the whole Stage C and of {options['small_batch']} for the others:",
+        wrapped(
+            f"Measured by `benchmarks/ranks.py` on two {measured['device']}, {measured['date']}, a batch of "
+            f"{options['batch']} on each for whole stages and of {options['small_batch']} for the others:"
+        ).rstrip(),
         "",
         "| | steps a second on one | on two | × the pictures | peak GB on one | on each of two | × the memory |",
         "|---|---|---|---|---|---|---|",

@@ -42,7 +42,12 @@ def test_the_page_takes_its_figures_from_the_measurements(module):
     device, graph = "NVIDIA H200", "text_to_image_published.json"
     batch = {"device": device, "graph": graph, "how": "shares", "target": 1.9, "runs": runs, "times": 2.0}
     row = {"asked": 1.8, "asked_memory": 0.6, "one": {"steps_per_second": 1.5, "peak_gb": 90.0}, "two": None}
-    ranks = {"device": device, "options": {"batch": 16, "small_batch": 4}, "rows": {"finetune": row}}
+    ranks = {
+        "device": device,
+        "date": "2026-11-30",
+        "options": {"batch": 16, "small_batch": 4},
+        "rows": {"finetune": row},
+    }
     filled = page.fill(page.PAGE.read_text(encoding="utf-8"), {"batch": batch, "ranks": ranks})
     assert "**2.00 times** as many (1.9 asked)" in filled
     assert "one process of `cascade batch` makes 1.25 rows a second" in filled
