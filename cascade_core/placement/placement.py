@@ -201,17 +201,18 @@ class Placement:
                 transfers.append(self.loader.fetch(unit, buffer[: unit.size], after, repeated=False))
             for transfer in transfers:
                 transfer.wait()
+            for (unit, buffer), transfer in zip(buffers, transfers, strict=True):
+                weights = unit.views(buffer)
+                self.patch(unit, weights, transfer.changed)
+                unit.reserved_buffer, unit.device_buffer = buffer, buffer[: unit.size]
+                unit.point_to(weights)  # only after a complete copy
+                unit.patch_key = self._keys.get(unit)
         except BaseException:
             for transfer in transfers:  # no copy may write to memory that has been freed
                 with suppress(Exception):
                     transfer.wait()
+            self.offload([unit for unit, _ in buffers if unit.device_buffer is None])  # nor is any kept for them
             raise
-        for (unit, buffer), transfer in zip(buffers, transfers, strict=True):
-            weights = unit.views(buffer)
-            self.patch(unit, weights, transfer.changed)
-            unit.reserved_buffer, unit.device_buffer = buffer, buffer[: unit.size]
-            unit.point_to(weights)  # only after a complete copy
-            unit.patch_key = self._keys.get(unit)
 
     def new_stream(self, plan: StreamingPlan, memory: Tensor | None = None) -> WeightStream:
         """A stream of the plan's units, with its slots, for runs while `stream` is set to it. memory: for the slots"""

@@ -354,6 +354,30 @@ def test_an_allocation_that_fails_while_a_network_is_placed(failing):
     assert len(messages) == 1
 
 
+@torch.inference_mode()
+def test_what_is_interrupted_while_it_is_placed_keeps_no_memory(monkeypatch):
+    net, forward = network("stage_c")
+    device = Counting(3 * size_of(net))
+    memory = DeviceMemory(device, UNIT)
+    expected = memory.run(net, lambda _: forward())
+    placement, fetch, number = memory.placements[net], memory.loader.fetch, 0
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        nonlocal number
+        number += 1
+        if number == 4:
+            raise KeyboardInterrupt
+        return fetch(*arguments, **options)
+
+    monkeypatch.setattr(memory.loader, "fetch", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # the patched units, some of which have been copied, are on the device
+        memory.run(net, lambda _: forward(), patches=[lora(net)])
+    gc.collect()
+    assert placement.reserved == placement.resident
+    assert 0 < device.now == placement.resident_bytes < size_of(net)
+    assert torch.equal(memory.run(net, lambda _: forward()), expected)
+
+
 class Memory:
     """What torch.cuda says of a card on which others have `others` bytes, and this process has reserved `reserved`."""
 
