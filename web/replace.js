@@ -14,6 +14,11 @@ import { say } from "./words.js";
 /** @type {Replacement[]} the table that ComfyUI's own list of replacements gets, too */
 let replacements = [];
 
+/** ComfyUI's own values, for which ours has another; what else stands there was chosen, and is kept. */
+const THEIRS = { compression: 42 };
+/** What a person gave the node itself. */
+const OWN = ["mode", "color", "bgcolor"];
+
 export async function loadReplacements() {
   const answer = await fetch(new URL("replacements.json", import.meta.url));
   replacements = await answer.json();
@@ -29,6 +34,13 @@ export function offerReplacement(node) {
   });
 }
 
+/** What an input of ours gets; undefined: what it begins with. */
+function valueFor(node, { new_id, old_id, set_value }) {
+  const theirs = node.widgets?.find((entry) => entry.name === (old_id ?? new_id))?.value;
+  if (old_id) return theirs;
+  return theirs === undefined || theirs === THEIRS[new_id] ? set_value : theirs;
+}
+
 /**
  * @param {object} node
  * @param {Replacement} replacement
@@ -39,9 +51,12 @@ function replace(node, { new_node_id, input_mapping, output_mapping }) {
   successor.pos = [...node.pos];
   graph.beforeChange();
   graph.add(successor);
-  for (const { new_id, old_id, set_value } of input_mapping) {
+  for (const key of OWN) if (node[key] !== undefined) successor[key] = node[key];
+  if (node.title !== node.constructor.title) successor.title = node.title;
+  for (const mapping of input_mapping) {
+    const { new_id, old_id } = mapping;
     const widget = successor.widgets?.find((entry) => entry.name === new_id);
-    const value = old_id ? node.widgets?.find((entry) => entry.name === old_id)?.value : set_value;
+    const value = valueFor(node, mapping);
     if (widget && value !== undefined) {
       widget.value = value;
       widget.callback?.(value);

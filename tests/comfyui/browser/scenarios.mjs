@@ -609,6 +609,8 @@ async function replaced(page) {
       "StableCascade_SuperResolutionControlnet", "PreviewImage",
     ].map(add); // prettier-ignore
     size.widgets.find((widget) => widget.name === "width").value = 1152;
+    encode.widgets.find((widget) => widget.name === "compression").value = 32;
+    Object.assign(size, { mode: 4, title: "mine", color: "#322" });
     const input = (node, name) => node.inputs.findIndex((entry) => entry.name === name);
     size.connect(0, prior, input(prior, "latent_image"));
     picture.connect(0, encode, input(encode, "image"));
@@ -623,11 +625,14 @@ async function replaced(page) {
     const { nodes } = window.app.graph.serialize();
     const type = (id) => nodes.find((node) => String(node.id) === String(id)).type;
     const links = [...window.app.graph.links.values()];
-    const width = window.app.graph.findNodesByType("CascadeEmptyLatent")[0].widgets[0].value;
+    const [size] = window.app.graph.findNodesByType("CascadeEmptyLatent");
+    const [encode] = window.app.graph.findNodesByType("CascadeEncode");
+    const value = (node, name) => node.widgets.find((widget) => widget.name === name).value;
     return {
       types: nodes.map((node) => node.type).sort(),
       links: links.map((link) => [type(link.origin_id), link.origin_slot, type(link.target_id)].join(" ")).sort(),
-      width,
+      size: [value(size, "width"), value(size, "compression"), size.mode, size.title, size.color],
+      encode: [value(encode, "compression"), encode.mode, encode.title],
     };
   });
 }
