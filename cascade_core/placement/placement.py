@@ -211,7 +211,8 @@ class Placement:
             for transfer in transfers:  # no copy may write to memory that has been freed
                 with suppress(Exception):
                     transfer.wait()
-            self.offload([unit for unit, _ in buffers if unit.device_buffer is None])  # nor is any kept for them
+            # Nor is any kept for what is not there.
+            self.offload([unit for unit, _ in buffers if unit.device_buffer is None])
             raise
 
     def new_stream(self, plan: StreamingPlan, memory: Tensor | None = None) -> WeightStream:

@@ -370,7 +370,8 @@ def test_what_is_interrupted_while_it_is_placed_keeps_no_memory(monkeypatch):
         return fetch(*arguments, **options)
 
     monkeypatch.setattr(memory.loader, "fetch", interrupted)
-    with pytest.raises(KeyboardInterrupt):  # the patched units, some of which have been copied, are on the device
+    # The patched units, of which some have been copied by then, were on the device.
+    with pytest.raises(KeyboardInterrupt):
         memory.run(net, lambda _: forward(), patches=[lora(net)])
     gc.collect()
     assert placement.reserved == placement.resident
