@@ -14,7 +14,7 @@ from ..networks.precision import compute_dtype
 from ..networks.quantisation import E4M3, INT8, quantised_layers, weight_format
 from ..networks.stage_c import StageC
 from ..networks.unet import UNet
-from ..placement import RunBytes, WeightConsumer
+from ..placement import RunBytes, WeightConsumer, largest_run
 from ..placement.stream import WeightStream
 from . import compilation
 from .backend import WAYS, Precision, Way, operations_on
@@ -176,15 +176,13 @@ class Engine(WeightConsumer):
     def known_bytes(self, shape: Sequence[int]) -> RunBytes | None:
         """What runs on x of this shape are known to take; None where none of them has ended in a CUDA graph."""
         way = self._bound_way, tuple(shape)
-        cached = [
-            each.known_bytes
-            for key, each in self._shapes.items()
-            if isinstance(key, tuple) and key[:2] == way
-        ]
-        known = [each for each in cached if each is not None]
-        if not known or len(known) < len(cached):
-            return None
-        return RunBytes(*map(max, zip(*known, strict=True)))
+        return largest_run(
+            [
+                each.known_bytes
+                for key, each in self._shapes.items()
+                if isinstance(key, tuple) and key[:2] == way
+            ]
+        )
 
     def _follow_weights(self) -> WeightStream | None:
         """Invalidates stale caches. Returns the weight stream, or None if the weights are resident."""

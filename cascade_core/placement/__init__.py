@@ -18,7 +18,7 @@ from .memory import DeviceMemory
 from .pinned import parse_bytes
 from .placement import Placement, WeightConsumer
 from .plain import PlainMemory
-from .shared import RunBytes
+from .shared import RunBytes, largest_run
 from .units import Unit
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "SimulatedDevice",
     "Unit",
     "WeightConsumer",
+    "largest_run",
     "out_of_memory",
     "parse_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import ref
 
@@ -10,13 +11,21 @@ from torch import Tensor
 
 
 class RunBytes(NamedTuple):
-    """Bytes that runs of a shape are known to take, once one has been known_bytes.
+    """Bytes that runs of a shape are known to take, once one of them has ended.
 
     workspace: of its CUDA graph, which may be shared; caches: of keys and values, which the network has for itself
     """
 
     workspace: int
     caches: int
+
+
+def largest_run(runs: Sequence[RunBytes | None]) -> RunBytes | None:
+    """What is enough for each of these runs; None where one is not known, or there is none."""
+    known = [each for each in runs if each is not None]
+    if not known or len(known) < len(runs):
+        return None
+    return RunBytes(*map(max, zip(*known, strict=True)))
 
 
 class SharedWorkspaces:

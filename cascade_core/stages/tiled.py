@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..networks.precision import compute_dtype
 from ..networks.tiles import fitting_tile, join_tiles, seen_sides
-from ..placement import RunBytes, WeightConsumer, out_of_memory
+from ..placement import RunBytes, WeightConsumer, largest_run, out_of_memory
 from .device import ComputeDevice
 
 MOST = 2_500_000_000  # bytes beside the weights: beyond it larger tiles are hardly faster
@@ -76,13 +76,12 @@ class Tiled:
         if self.consumer is None:
             return None
         sides = [seen_sides(side, tile_positions, self.halo) for side in self._positions(x)]
-        known = [
-            self.consumer.known_bytes((*x.shape[:2], height * self.down, width * self.down))
-            for height, width in product(*sides)
-        ]
-        if None in known:
-            return None
-        return max(each for each in known if each is not None)
+        return largest_run(
+            [
+                self.consumer.known_bytes((*x.shape[:2], height * self.down, width * self.down))
+                for height, width in product(*sides)
+            ]
+        )
 
     def _positions(self, x: Tensor) -> tuple[int, int]:
         return x.shape[-2] // self.down, x.shape[-1] // self.down
