@@ -276,15 +276,24 @@ def contrast(scene: Scene, rng: Random, n: int, wide: bool = False) -> tuple[str
 
 
 def _falsehoods(spec: Spec, scene: Scene, rng: Random, n: int, seed: int) -> list[str]:
-    """Up to n false captions with different specs, verbalised with the same random choices of words."""
-    negatives: list[Spec] = []
+    """Up to n captions that are false by one swap or replacement in a spec, in the words of a seed."""
+
+    def changed() -> Spec:
+        return (_swap if len(spec.objects) >= 2 and rng.random() < 0.6 else _replace)(spec, rng)
+
+    return false_captions(changed, scene, n, seed)
+
+
+def false_captions(draw: Callable[[], Spec], scene: Scene, n: int, seed: int) -> list[str]:
+    """Up to n false captions of different drawn specs, verbalised with the same random choices of words."""
+    found: list[Spec] = []
     for _ in range(3 * n):
-        candidate = (_swap if len(spec.objects) >= 2 and rng.random() < 0.6 else _replace)(spec, rng)
-        if candidate not in negatives and not holds(candidate, scene):
-            negatives.append(candidate)
-            if len(negatives) == n:
+        candidate = draw()
+        if candidate not in found and not holds(candidate, scene):
+            found.append(candidate)
+            if len(found) == n:
                 break
-    return [verbalise(candidate, Random(seed)) for candidate in negatives]
+    return [verbalise(candidate, Random(seed)) for candidate in found]
 
 
 def _swap(spec: Spec, rng: Random) -> Spec:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cascade_nodes.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SceneTable
+from cascade_nodes.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, SceneTable
 
 KINDS = len(SHAPES) * len(COLOURS)
 PLACE_SHARE = 30.0  # of the squared error of places, which are fractions of the frame
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(scenes: SceneTable, device: torch.device) -> Layout:
-    large = (scenes.size == max(scenes.size.max(), 1)).astype("float32")
+    large = (scenes.size == SIZES.index("large")).astype("float32")
     columns = scenes.kind, large, scenes.centre.astype("float32"), scenes.background
     return Layout(*(torch.from_numpy(column).to(device) for column in columns))
 

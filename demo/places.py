@@ -9,6 +9,7 @@ from cascade_nodes.demo.captions import (
     Spec,
     caption,
     contrast,
+    false_captions,
     full_spec,
     hard_negatives,
     holds,
@@ -61,18 +62,15 @@ def placed(scene: Scene, rng: Random) -> Spec | None:
 
 def misplaced(spec: Spec, scene: Scene, rng: Random, count: int, seed: int) -> list[str]:
     """Up to `count` captions with a false place, worded as the true one of that seed."""
-    wrong: list[Spec] = []
     stated = [i for i, o in enumerate(spec.objects) if o.place]
-    for _ in range(3 * count):
+
+    def elsewhere() -> Spec:
         i = rng.choice(stated)
         objects = list(spec.objects)
         objects[i] = replace(objects[i], place=rng.choice(tuple(PLACES)))
-        candidate = replace(spec, objects=tuple(objects))
-        if candidate not in wrong and not holds(candidate, scene):
-            wrong.append(candidate)
-        if len(wrong) == count:
-            break
-    return [verbalise(candidate, Random(seed)) for candidate in wrong]
+        return replace(spec, objects=tuple(objects))
+
+    return false_captions(elsewhere, scene, count, seed)
 
 
 def turned(text: str, scene: Scene) -> str:
