@@ -59,8 +59,8 @@ def recipe_of(name: str, device: torch.device) -> Settings:
 class Base:
     """The frozen networks that an adapter is trained for."""
 
-    def __init__(self, job: Job):
-        self.encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
+    def __init__(self, job: Job, encoder: TextEncoder):
+        self.encoder = encoder
         self.text_model: Any = self.encoder.model.to(job.device).requires_grad_(False)
         self.end_token = self.encoder.tokenizer.end_token
         self.stage_c: StageC = job.load("stage_c").requires_grad_(False)
@@ -81,13 +81,12 @@ class Base:
 
 def train_adapter(name: str, job: Job, settings: Settings) -> None:
     source = source_of(name)
-    tokenizer = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32).tokenizer
+    encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
     if settings.task == "tokens":
-        base = Base(job)
-        train_tokens(job, settings, base, source)
+        train_tokens(job, settings, Base(job, encoder), source)
         return
-    captions = source(job, tokenizer)  # in processes, before the accelerator is used
-    base = Base(job)
+    captions = source(job, encoder.tokenizer)  # in processes, before the accelerator is used
+    base = Base(job, encoder)
     data = AdapterData(job, settings, base.encoder, captions)
     trainer = train_controlnet if settings.task == "controlnet" else train_lora
     trainer(job, settings, base, data)

@@ -12,6 +12,7 @@ from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.checkpoints.files import read_header
 from cascade_nodes.cascade_core.diffusion.loss_weights import debiased
 from cascade_nodes.cascade_core.hints.masks import latent_mask
+from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.training.losses import consistency_loss
 from cascade_nodes.cascade_core.training.settings import ObjectiveSettings
 from cascade_nodes.demo import adapters, everything, figures
@@ -55,7 +56,7 @@ def test_the_distillation_is_the_cores(student_steps):
 
 def test_beside_a_mask_an_inpainting_controlnet_sees_what_was_there(tmp_path):
     job = a_job("inpainting", tmp_path)
-    base = Base(job)
+    base = Base(job, TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32))
     data = AdapterData(job, recipe_of("inpainting", CPU), base.encoder, ordinary(job, base.encoder.tokenizer))
     data.load()
     tokens, latents, hints, places = data._inpainted(0, 16)
@@ -74,7 +75,7 @@ def test_beside_a_mask_an_inpainting_controlnet_sees_what_was_there(tmp_path):
 
 def test_houses_and_loops_have_their_words(tmp_path):
     job = a_job("house", tmp_path, 24)
-    base = Base(job)
+    base = Base(job, TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32))
     tokenizer = base.encoder.tokenizer
     found = houses(job, tokenizer)
     with_house = [any("house" in _text(tokenizer, row) for row in rows) for rows in found.tokens]
