@@ -22,12 +22,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cascade_nodes.cascade_core.placement import DeviceMemory, SimulatedDevice
+from cascade_nodes.cascade_core.text.clip import TextConfig
 from cascade_nodes.cascade_core.writing import output_file, write_file
 from cascade_nodes.nodes.hosts.headless.device import compute_device
 from limited_memory import measure_loading, measure_pictures
@@ -41,15 +43,7 @@ LIMITS = (16.0, 12.0, 8.0, 6.0, 4.0)  # GB
 PROMISED = {16.0: 1.1, 12.0: 1.2, 8.0: 1.6, 6.0: 2.5}  # times the seconds without a limit
 DECODED = {1024: 1.0, 4096: 3.0}  # pixels a side: GB beside the weights
 HOST_SHARE = 1.1  # of the file, in main memory while it is loaded
-BIG_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "vocab_size": 49408,
-    "hidden_act": "gelu",
-}
+BIG_G = asdict(TextConfig())
 TOY_TEXT = {
     **BIG_G,
     "hidden_size": 64,

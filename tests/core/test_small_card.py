@@ -6,6 +6,7 @@ that size would; engines stand in for those that capture CUDA graphs, with the b
 
 import weakref
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -20,17 +21,10 @@ from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.placement import DeviceMemory, RunBytes, SimulatedDevice, WeightConsumer
 from cascade_nodes.cascade_core.placement.device import MARGIN, SEGMENT, WORKSPACE
 from cascade_nodes.cascade_core.placement.units import Unit
+from cascade_nodes.cascade_core.text.clip import TextConfig
 from cascade_nodes.cascade_core.text.encoder import build_text_model
 
 MB = 10**6
-BIG_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "vocab_size": 49408,
-}
 META = torch.device("meta")
 
 
@@ -127,7 +121,7 @@ class Cascade:
         with META:
             stage_c, stage_b, stage_a = StageC(StageCConfig()), StageB(StageBConfig()), StageA(StageAConfig())
         self.networks: dict[str, Any] = {
-            "text": build_text_model(BIG_G, META).to(torch.float16),
+            "text": build_text_model(asdict(TextConfig()), META).to(torch.float16),
             "stage_c": stage_c.to(torch.bfloat16),
             "stage_b": stage_b.to(torch.bfloat16),
             "stage_a": stage_a.to(torch.bfloat16),
