@@ -110,7 +110,7 @@ def ranks(measured: dict[str, Any] | None) -> str:
     lines = [
         wrapped(
             f"Measured by `benchmarks/ranks.py` on two {measured['device']}, {measured['date']}, a batch of "
-            f"{options['batch']} on each for whole stages and of {options['small_batch']} for the others:"
+            f"{options['batch']} on each for the whole Stage C and of {options['small_batch']} for the others:"
         ).rstrip(),
         "",
         "| | steps a second on one | on two | × the pictures | peak GB on one | on each of two | × the memory |",
