@@ -41,7 +41,7 @@ OPENAI = Licence(
 )
 
 WHOLE = ("F32",)
-HALF = ("BF16", "F16", "F8_E4M3", "F8_E5M2")  # a conversion to fp16 or fp8 does what the bf16 file does
+HALF = ("BF16", "F16", "F8_E4M3", "F8_E5M2")  # a conversion to fp16 or fp8 serves like the bf16 file
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Workflow:
-    """Task and its needs: for each the names of files that serve, the one to fetch first."""
+    """Task and its needs: for each, the names of files that meet it, beginning with the one to fetch."""
 
     name: str
     description: str

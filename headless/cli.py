@@ -46,7 +46,7 @@ _EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C, 143 for SIGTERM."""
-    # So that no name of a file, and no help, fails to be written; standard error escapes by itself.
+    # So that every file name and help text can be written; standard error escapes by itself.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
@@ -176,7 +176,7 @@ def _add_train_command(commands: Any) -> None:
     train.add_argument(
         "--preset",
         metavar="SIZE",
-        help="defaults for a card of 8gb, 12gb, 16gb, 24gb or 48gb; auto: as this one has",
+        help="defaults for a card of 8gb, 12gb, 16gb, 24gb or 48gb; auto: of this card's memory",
     )
     train.add_argument(
         "--dry-run",

@@ -232,7 +232,7 @@ def run_on_server(
     extra_pnginfo: data stored in pictures beside the graph, such as its workflow. Outputs that the server found
     invalid are in `Result.node_errors`. When interrupted, the graph is removed from the server first. Raises
     CascadeError where the server cannot be reached, refuses the graph (GraphError), fails while executing it or loses
-    it; for a file that is not a picture, or has no name for one, after the others are saved.
+    it; and, once the other pictures are saved, for a file that is not a picture or is not named as one.
     """
     observer = observer or Observer()
     started = time.perf_counter()

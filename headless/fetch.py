@@ -123,7 +123,7 @@ class _Complete(Exception):  # noqa: N818 (not an error)
 
 
 class _PartialFile(io.FileIO):
-    """Part file that is appended to up to a size and reports its own after each write; then raises _Complete."""
+    """Part file that grows to the expected size, reports its size after each write, and raises _Complete at the end."""
 
     def __init__(self, path: Path, arrived: Callable[[int, int], None], size: int):
         super().__init__(path, "ab")

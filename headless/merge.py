@@ -110,7 +110,7 @@ def add_merge_command(commands: Any) -> None:
     merge = commands.add_parser(
         "merge",
         help="bake LoRAs into Stage C and the text encoder",
-        description="Writes networks with LoRAs baked into their weights, in their own dtype and names, whole or not.",
+        description="Writes networks with LoRAs baked into their weights, in their own dtype and names, or nothing.",
     )
     merge.add_argument(
         "source", type=Path, metavar="IN", help="Stage C, or an all-in-one: a file or diffusers' folder"
@@ -122,7 +122,7 @@ def add_merge_command(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar=("FILE", "STRENGTH"),
-        help="a LoRA, its strength, and its strength for the text encoder (1; the same); may be repeated",
+        help="a LoRA, its strength, and its strength for the text encoder (1; the first's); may be repeated",
     )
     merge.add_argument(
         "--text-encoder", type=Path, metavar="FILE", help="the text encoder to bake them into too"

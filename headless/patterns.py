@@ -69,6 +69,6 @@ def _as_text(value: Any) -> str | None:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    if isinstance(value, int) and value.bit_length() > 64:  # no input's; Python does not write the longest
+    if isinstance(value, int) and value.bit_length() > 64:  # no input takes it; Python may refuse to print it
         return None
     return str(value) if isinstance(value, (str, int, float)) else None

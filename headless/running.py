@@ -19,7 +19,7 @@ def running_node() -> str | None:
 
 @contextmanager
 def running(node_id: str) -> Iterator[None]:
-    """Makes it the executing node inside the block."""
+    """Makes the node with this id the executing one inside the block."""
     token = _node.set(node_id)
     try:
         yield

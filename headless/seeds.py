@@ -12,7 +12,7 @@ _MOST = 2**50  # as on the canvas, since JavaScript's numbers hold these exactly
 
 
 def draw_seeds(graph: Graph) -> tuple[Graph, int | None]:
-    """The graph with one drawn number for each seed that is `random`, and the number; None where none is."""
+    """The graph with one drawn number as every seed that is `random`, and that number; None where no seed is."""
     drawn = {
         node_id: [name for name in SEED_INPUTS if node["inputs"].get(name) == RANDOM]
         for node_id, node in graph.items()

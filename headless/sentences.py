@@ -85,7 +85,7 @@ def _whole_graph(error: Error, node_types: list[str]) -> str:
     if error["type"] == "missing_node_type":
         hint = "`cascade nodes` lists those there are."
         if node_types:  # None for a server, which has other nodes
-            # Only a typing error, not another node of ComfyUI, whose names often begin or end alike.
+            # Meant for typing errors: names of ComfyUI's other nodes often begin or end alike.
             close = get_close_matches(class_type[:_LONGEST_NAME], node_types, n=1, cutoff=0.8)
             elsewhere = "run with --server, on a ComfyUI that has it"
             hint = (

@@ -26,7 +26,7 @@ FACES = 4  # of a picture, as published
 def run_training(
     task: TaskName, path: Path, fresh: bool = False, dry: bool = False, preset: str | None = None
 ) -> int:
-    """Train, with progress on standard error. Returns the exit status: 0, or 128 + the signal that stopped the run."""
+    """Trains, with progress on standard error. Returns the exit status: 0, or 128 + the signal that stopped the run."""
     # Before torch is imported: with this workspace, cuBLAS is deterministic.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
@@ -56,12 +56,12 @@ def run_training(
         leave_group()
     if outcome.file is not None and outcome.seconds:  # else the run was finished already
         line.notify(how_to_try(settings, outcome.file))
-    # of several processes, only one may have received the signal
+    # Of several processes, only one may have received the signal.
     return 0 if outcome.finished else 128 + next(iter(signals), signal.SIGINT)
 
 
 def leave_group(together: bool = True) -> None:
-    """End the threads of communication in main memory; at Python's exit they would abort the process.
+    """Ends the threads through which processes communicate; at Python's exit they would abort the process.
 
     together: whether all processes reach this point, so that none leaves while another still needs it.
     """
@@ -80,14 +80,14 @@ def finder(folder: Path) -> Callable[[str, str], Path]:
 
     def find(role: str, name: str) -> Path:
         beside = folder / name
-        return beside if os.path.exists(beside) else find_file(role, name)  # takes too long names as well
+        return beside if os.path.exists(beside) else find_file(role, name)  # also for a name that is too long
 
     return find
 
 
 @contextmanager
 def recording_signals() -> Iterator[list[int]]:
-    """Yield the list of signals that ask to stop (Ctrl-C, a scheduler's SIGTERM); a second one ends the run at once."""
+    """Yields the list of signals that ask to stop (Ctrl-C, a scheduler's SIGTERM); a second ends the run at once."""
     signals: list[int] = []
     first = 0.0
 
@@ -105,7 +105,7 @@ def recording_signals() -> Iterator[list[int]]:
 
 
 def find_faces(images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Find each picture's (3, H, W) faces by InsightFace: yields their embeddings and boxes."""
+    """Finds each picture's (3, H, W) faces by InsightFace: yields their embeddings and boxes."""
     from ..nodes.faces import find_faces
 
     for faces in find_faces(images.movedim(1, -1), max_faces=FACES):
@@ -145,7 +145,7 @@ class ProgressLine:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the line that is overwritten."""
+        """Ends the line that is overwritten."""
         if self.width:
             print(file=sys.stderr)
             self.width = 0

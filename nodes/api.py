@@ -1,7 +1,7 @@
 """Node API: ComfyUI's own inside ComfyUI, our subset of it everywhere else.
 
 A ComfyUI that is merely installed does not count, as in `hosts.host`: importing its API would load its model
-management, and with it its command line and its choice of device.
+management, which reads the command line and chooses a device.
 """
 
 from __future__ import annotations

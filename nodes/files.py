@@ -25,8 +25,8 @@ def file_input(input_id: str, role: str, tooltip: str, optional_file: bool = Fal
 def find(role: str, name: str) -> Path:
     """Finds the file behind a combo's value.
 
-    Values are checked here and not against the list: 0.3.64 does not check V3 combos, and the embedded host
-    also takes paths.
+    Values are checked here and not against the list: ComfyUI 0.3.64 does not check the combos of V3 nodes, and the
+    embedded host also takes paths.
     """
     if not isinstance(name, str) or not name:
         raise CascadeError(f"No {ROLE_WORDS[role]} file is chosen; choose one in the loader.")

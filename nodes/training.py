@@ -164,7 +164,7 @@ def node_settings(task: Any, inputs: dict[str, Any], sections: dict[str, Any]) -
 
 
 def train_file(task: Any, role: str, inputs: dict[str, Any], sections: dict[str, Any]) -> io.NodeOutput:
-    """Train, or resume where the run was interrupted; returns the file's name. sections: the task's own settings."""
+    """Trains, or resumes where the run was interrupted; returns the file's name. sections: the task's own settings."""
     from ..cascade_core.checkpoints.files import check_writable
     from ..cascade_core.training.run import train
     from ..cascade_core.training.settings import resolve
@@ -201,7 +201,7 @@ def train_file(task: Any, role: str, inputs: dict[str, Any], sections: dict[str,
 class LiveView:
     """A run's view in its node: the bar, and one picture of the latest curve above the latest samples.
 
-    report: the host's; steps: of the run
+    report: the host's function; steps: the number that the run takes
     """
 
     def __init__(self, report: Callable[..., None], steps: int) -> None:
@@ -213,7 +213,7 @@ class LiveView:
         self.report(self.step, self.steps)
 
     def show(self, path: Path) -> None:
-        """Show a picture that the run wrote."""
+        """Shows a picture that the run wrote."""
         if path.exists():  # a curve needs two points
             self.files["samples" if path.parent.name == "samples" else "curve"] = path
             self.report(self.step, self.steps, self._page())
@@ -292,7 +292,7 @@ _FIXED = (
 
 
 def checked_settings(text: str) -> dict[str, Any]:
-    """Read the settings' sections. Raises CascadeError for keys that other inputs decide."""
+    """Reads the settings' sections. Raises CascadeError for keys that other inputs decide."""
     from ..cascade_core.training.typed_yaml import parse_yaml
 
     if len(text) > LONGEST_SETTINGS:
@@ -305,7 +305,7 @@ def checked_settings(text: str) -> dict[str, Any]:
 
 
 class TrainingNode(io.ComfyNode):
-    """Base of the three nodes. TASK: of `cascade train`; SECTIONS: settings that the node's own inputs stand for."""
+    """Base of the three nodes. TASK: as in `cascade train`; SECTIONS: stand-ins for settings that inputs decide."""
 
     TASK: ClassVar[str]
     SECTIONS: ClassVar[dict[str, Any]] = {}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _EPILOG = """rows:
   A table is lines of JSON, CSV or Parquet. Its columns are inputs of the graph, NODE.INPUT by id, class or title,
-  `seed` for all seeds, and `name` for the pictures. What is null or an empty cell stays as the graph has it.
+  `seed` for all seeds, and `name` for the pictures. For null or an empty cell the graph's own value stays.
 
     {"name": "star", "CascadeTextEncode.positive": "a red star", "seed": 7}
 
@@ -58,7 +58,7 @@ def add_batch_command(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="where pictures go, and batch.jsonl, what is done",
+        help="where pictures go, and batch.jsonl, the list of finished rows",
     )
     batch.add_argument(
         "--grid",
@@ -92,12 +92,12 @@ def add_batch_command(commands: Any) -> None:
 
 
 def _add_workers(batch: argparse.ArgumentParser) -> None:
-    """Options of who makes the rows: one process of several, servers, or workers of Ray."""
+    """Options for who makes the rows: one process of several, servers, or workers of Ray."""
     batch.add_argument(
         "--shard",
         type=_shard,
         metavar="K/N",
-        help="make the rows K, K + N, … alone, as one of N processes; default: RANK and WORLD_SIZE, where they are set",
+        help="make only rows K, K + N, …, as one of N processes; default: RANK and WORLD_SIZE, where they are set",
     )
     batch.add_argument(
         "--server",
@@ -111,7 +111,7 @@ def _add_workers(batch: argparse.ArgumentParser) -> None:
         "--workers",
         type=_count_of_workers,
         metavar="N",
-        help="run in this many processes of Ray's (pip install 'cascade-nodes[cluster]'); default: one for each GPU",
+        help="run in this many processes of Ray (pip install 'cascade-nodes[cluster]'); default: one for each GPU",
     )
     batch.add_argument(
         "--gpus-per-worker",

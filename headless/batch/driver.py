@@ -17,9 +17,9 @@ _LOOK = 1.0  # seconds between two checks for signals
 
 @dataclass
 class Summary:
-    """Names of rows that were made, (name, sentence) of those that could not be, and those that are left.
+    """Summary of a batch: names of rows made, (name, sentence) of rows that could not be made, and names of rows left.
 
-    ended_by: why no worker is left for these.
+    ended_by: why no worker is left for the rest.
     """
 
     made: list[str] = field(default_factory=list)

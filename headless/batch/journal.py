@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 class Journal:
-    """`batch.jsonl` in a folder, or `batch.3-of-8.jsonl` of a shard; all of the folder are read, one is written."""
+    """`batch.jsonl` in a folder or `batch.3-of-8.jsonl` of a shard; reads all in the folder, writes one."""
 
     def __init__(self, folder: Path, shard: tuple[int, int] | None = None):
         self.folder = folder
@@ -122,7 +122,7 @@ class Journal:
 
 
 def _names(job: Job, outcome: Outcome) -> list[str]:
-    """Names of a row's pictures: its own, with numbers of the saving node and the picture where there are several."""
+    """Names of a row's pictures: the row's, with numbers of node and picture where there are several."""
     of_saver = Counter(picture.node_id for picture in outcome.pictures)
     numbers: Counter[str] = Counter()
     names = []

@@ -53,7 +53,7 @@ class RayWorker(GraphWorker):
         self.scratch = scratch
 
     def hello(self) -> str:
-        """Where it runs."""
+        """Label of the machine and card that the worker runs on."""
         return self.label
 
 
@@ -228,6 +228,6 @@ def prepare(environment: MutableMapping[str, str], alone: bool) -> None:
     """Sets variables that Ray reads at import: no usage statistics; on one machine, loopback only, behind a token."""
     environment["RAY_USAGE_STATS_ENABLED"] = "0"
     if alone:
-        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # its name for: every port on 127.0.0.1
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # despite its name: every port on 127.0.0.1
         environment["RAY_AUTH_MODE"] = "token"  # other users of the machine reach loopback too
         environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

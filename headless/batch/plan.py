@@ -49,7 +49,7 @@ def make_plan(
     journal: Journal,
     check: Callable[[Graph], None] | None = None,
 ) -> Plan:
-    """Sorts the rows. `check` raises CascadeError for a graph that cannot run, before anything is loaded."""
+    """Plans a batch. `check` raises CascadeError for a graph that cannot run, before anything is loaded."""
 
     def input_types(class_type: str) -> dict[str, str] | None:
         inputs = inputs_of(class_type)

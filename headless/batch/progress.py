@@ -70,7 +70,7 @@ class BatchProgress(ConsoleProgress):
             left = f", {duration(each * (self.total - self.count))} left"
         self._finish(f"[{self.count}/{self.total}] {printable(name)}: {text}{left}")
 
-    # Nodes of a graph in this process: one line, on terminals where it can be overwritten.
+    # Nodes of a graph in this process: one line, and only on terminals, where it can be overwritten.
 
     def picture_saved(self, picture: SavedPicture) -> None:
         """Does nothing: the picture first gets its row's name."""

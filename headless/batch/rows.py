@@ -241,6 +241,6 @@ def grid_rows(rows: list[Row], axes: Sequence[Axis]) -> tuple[list[Row], list[Sh
 
 
 def _label(target: str, value: str) -> str:
-    """`3.cfg` and `4.0` as cfg-4.0."""
+    """Label of an input and its value: `3.cfg` and `4.0` become cfg-4.0."""
     name = target.rpartition(".")[2]
     return f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', value).strip('-.')[:_LONGEST_LABEL]}".rstrip("-.")

@@ -25,7 +25,7 @@ SUFFIX = "_sheet.png"
 
 
 def draw_sheets(sheets: Iterable[Sheet], journal: Journal, progress: BatchProgress) -> None:
-    """Writes the sheets that have a picture, including other processes' pictures; the last process's are complete."""
+    """Writes the sheets that have a picture, with other processes' pictures too, so the last process's are complete."""
     journal.read()
     for sheet in sheets:
         cells = [next(iter(journal.pictures(name)), None) for name in sheet.rows]

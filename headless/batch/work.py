@@ -128,7 +128,7 @@ def _card_is_broken(error: Exception) -> bool:
 
 
 class LocalCrew:
-    """This process, on one job after the other."""
+    """Crew of this process alone, which does one job after the other."""
 
     def __init__(self, worker: GraphWorker):
         self.worker = worker

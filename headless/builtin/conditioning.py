@@ -109,7 +109,7 @@ class UnCLIPConditioning(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Of no effect on Stable Cascade.",
+                    tooltip="Has no effect on Stable Cascade.",
                 ),
             ],
             outputs=[io.Conditioning.Output()],

@@ -49,7 +49,7 @@ class ImageScale(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The picture."),
                 io.Combo.Input(
-                    "upscale_method", options=METHODS, tooltip="How pixels between pixels are made."
+                    "upscale_method", options=METHODS, tooltip="How the pixels of the new size are computed."
                 ),
                 _side("width", 0),
                 _side("height", 0),
@@ -86,9 +86,11 @@ class Canny(io.ComfyNode):
             description="The edges of a picture, white on black.",
             inputs=[
                 io.Image.Input("image", tooltip="The picture."),
-                io.Float.Input("low_threshold", default=0.4, **threshold, tooltip="Weaker edges are none."),
                 io.Float.Input(
-                    "high_threshold", default=0.8, **threshold, tooltip="Stronger ones always are."
+                    "low_threshold", default=0.4, **threshold, tooltip="Weaker contrasts are not edges."
+                ),
+                io.Float.Input(
+                    "high_threshold", default=0.8, **threshold, tooltip="Stronger contrasts always are edges."
                 ),
             ],
             outputs=[io.Image.Output()],
@@ -174,8 +176,8 @@ class ImageCompositeMasked(io.ComfyNode):
             inputs=[
                 io.Image.Input("destination", tooltip="The picture below."),
                 io.Image.Input("source", tooltip="The picture on it."),
-                io.Int.Input("x", **place, tooltip="Where its left side comes to lie."),
-                io.Int.Input("y", **place, tooltip="Where its upper side comes to lie."),
+                io.Int.Input("x", **place, tooltip="Position of its left side, in pixels."),
+                io.Int.Input("y", **place, tooltip="Position of its upper side, in pixels."),
                 io.Boolean.Input(
                     "resize_source", default=False, tooltip="Whether it is resized to the one below."
                 ),

@@ -21,7 +21,9 @@ COMPRESSOR_STRIDE, STAGE_A_STRIDE = 32, 4  # pixels of a latent position
 
 
 def _compression_input() -> io.Int.Input:
-    return io.Int.Input("compression", default=42, min=4, max=128, tooltip="Pixels of a position of Stage C.")
+    return io.Int.Input(
+        "compression", default=42, min=4, max=128, tooltip="Pixels per position of Stage C's latent."
+    )
 
 
 def _latent_outputs() -> list[Any]:

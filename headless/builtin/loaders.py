@@ -36,7 +36,7 @@ def _check_checkpoint(name: str | None) -> bool | str:
 
 
 def _load(name: str) -> tuple[Any, ...]:
-    """MODEL, CLIP, VAE, CLIP_VISION"""
+    """Returns (MODEL, CLIP, VAE, CLIP_VISION) of a checkpoint."""
     return CascadeCheckpointLoader.execute(name, "auto").result or ()
 
 

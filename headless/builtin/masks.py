@@ -45,7 +45,7 @@ class ThresholdMask(io.ComfyNode):
             inputs=[
                 io.Mask.Input("mask", tooltip="The mask."),
                 io.Float.Input(
-                    "value", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="What is above it is 1."
+                    "value", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="Values above it become 1."
                 ),
             ],
             outputs=[io.Mask.Output()],
@@ -66,7 +66,7 @@ class GrowMask(io.ComfyNode):
             node_id="GrowMask",
             display_name="GrowMask",
             category=CATEGORY,
-            description="Widens a mask by so many pixels; narrows it where that is below 0.",
+            description="Widens a mask by this many pixels, or narrows it by a number below 0.",
             inputs=[
                 io.Mask.Input("mask", tooltip="The mask."),
                 io.Int.Input("expand", default=0, min=-MAX_SIZE, max=MAX_SIZE, tooltip="Pixels."),

@@ -119,7 +119,7 @@ def _can_save(prefix: str | None, kind: str) -> bool | str:
 
 
 def _save_batch(images: Tensor, prefix: str, kind: str, hidden: Any) -> dict[str, Any]:
-    """Write a batch (B, H, W, C) into the folder of this kind; returns the `ui` dictionary."""
+    """Writes a batch (B, H, W, C) into the folder of this kind; returns the `ui` dictionary."""
     if images.dim() != 4 or images.shape[-1] not in (1, 3, 4):
         shape = tuple(images.shape)
         raise CascadeError(f"images has the shape {shape}, but (batch, height, width, 3) was expected.")

@@ -62,7 +62,7 @@ def simple_sigmas(steps: int, shift: float, denoise: float = 1.0) -> Tensor:
 
 
 class KSamplerNoise(NoiseSource):
-    """ComfyUI's noise, of the whole batch at once; later noise is the device's, on the CPU from the next seed."""
+    """ComfyUI's noise, drawn for the whole batch at once; later noise on the device, on the CPU from the next seed."""
 
     def __init__(self, run: SamplingRun):
         self.run = run
@@ -123,7 +123,7 @@ class KSampler(io.ComfyNode):
                     default=0,
                     **limits.SEED.input(),
                     control_after_generate=True,
-                    tooltip="Of the noise of the whole batch.",
+                    tooltip="Seed of the whole batch's noise.",
                 ),
                 io.Int.Input(
                     "steps",

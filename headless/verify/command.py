@@ -38,9 +38,11 @@ def add_verify_command(commands: Any) -> None:
     verify.add_argument("--no-picture", action="store_true", help="files and networks alone")
     output = "where the JSON file and the picture go, default: here"
     verify.add_argument("--output", type=Path, default=Path(), metavar="DIR", help=output)
-    verify.add_argument("--dtype", choices=DTYPES, default="auto", help="of Stage B and C in the picture")
     verify.add_argument(
-        "--device", default="auto", help="of the picture: auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"
+        "--dtype", choices=DTYPES, default="auto", help="dtype of Stage B and C in the picture"
+    )
+    verify.add_argument(
+        "--device", default="auto", help="device for the picture: auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"
     )
     memory = "how much of the GPU's memory the picture takes, such as 6GB, default: what is free"
     verify.add_argument("--memory", metavar="SIZE", help=memory)

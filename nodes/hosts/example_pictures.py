@@ -12,7 +12,7 @@ PICTURES = PACK / "example_workflows" / "input"
 
 
 def place_pictures(folder: Path) -> None:
-    """Copies the pictures whose names are not taken into a folder; logs those that cannot be written."""
+    """Copies the pictures into a folder, except those whose names are taken there; logs those that it cannot write."""
     for picture in sorted(PICTURES.glob("*.png")):
         target = folder / picture.name
         if os.path.lexists(target):

@@ -23,7 +23,7 @@ from ...cascade_core.accelerators import side_stream
 from ...cascade_core.errors import quoted
 
 INTERVAL = 0.25  # seconds from one preview to the next, at least
-PAUSE = 10  # if a run waits for them, times the last one's duration: a tenth of the run's time
+PAUSE = 10  # interval in durations of the last preview, where a run waits for them
 AHEAD = 2  # steps that the host may be ahead of a card
 
 

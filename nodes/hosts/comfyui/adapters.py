@@ -25,9 +25,10 @@ EMBEDDING = f"{TEXT}text_model.embeddings.token_embedding.weight"
 
 
 class ChangeAdapter(comfy.weight_adapter.WeightAdapterBase):
-    """Any change of ours other than a plain LoRA. weights: (its class, the values of its fields)
+    """Adapter for any change of ours other than a plain LoRA. weights: (the change's class, the values of its fields)
 
-    So DoRA uses the row norms of W + ΔW, as in the paper and in PEFT; the host's own DoRA uses those of W.
+    The core computes the change, so DoRA uses the row norms of W + ΔW, as in the paper and in PEFT; the host's own
+    DoRA uses those of W.
     """
 
     name = "cascade_change"
@@ -114,12 +115,12 @@ def with_text(clip: Any, adapter: Adapter, strength: float, new_tokens: Sequence
 
 
 def weight_patches(changes: Mapping[str, Change], prefix: str) -> dict[str, Any]:
-    """{the host's parameter: its adapter}"""
+    """Maps names of the host's parameters to their adapters."""
     return {f"{prefix}{parameter_name(target)}": weight_adapter(change) for target, change in changes.items()}
 
 
 def weight_adapter(change: Change) -> Any:
-    """Wraps a change as the host's weight adapter; that of LoRA has (up, down, alpha, mid, magnitude, reshape)."""
+    """Wraps a change as one of the host's weight adapters; a LoRA's has (up, down, alpha, mid, magnitude, reshape)."""
     if isinstance(change, LowRank) and change.magnitude is None:
         weights = (change.up, change.down, change.alpha, None, None, None)
         return comfy.weight_adapter.LoRAAdapter(set(), weights)

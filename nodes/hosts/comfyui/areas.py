@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false
 """Areas of prompts, in positions of a stage's latent.
 
-ComfyUI counts areas as if every latent had 8 pixels per position. Stage C's latent has 42.67, or its node's setting,
-and Stage B's has 4.
+ComfyUI counts areas as if every latent had 8 pixels per position. Stage C's latent has 42.67, or what its node's
+`compression` says, and Stage B's has 4.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from .conditions import LastingPrior
 
 UNIT = 8  # pixels of ComfyUI's numbers
 KEY = "cascade_areas"
-# In the host's transformer_options: pixels per position of Stage C's latent, if the run knows them.
+# Key in the host's transformer_options: pixels per position of Stage C's latent, if the run knows them.
 COMPRESSION = "cascade_compression"
 
 
@@ -82,7 +82,7 @@ class Grid:
             self.min_side = self.patch * 2 ** (len(network.down_blocks) - 1)
 
     def placed(self, cond: dict[str, Any], device: Any) -> dict[str, Any]:
-        """A prompt with its area, or its mask's, in positions."""
+        """Returns the prompt with its area, or its mask's area, in positions."""
         area = cond.get("area")
         if isinstance(area, Positions) or not (area or cond.get("set_area_to_bounds")):
             return cond

@@ -2,8 +2,8 @@
 """Files that clients of the server, who may be strangers to its owner, can read and write by training.
 
 Pictures come from ComfyUI's input folder and from folders that the owner lists in `cascade_nodes.yaml`, in ComfyUI's
-user folder. Runs are kept beside it, in a folder that no route of ComfyUI serves, because names of two underscores
-never belong to a user.
+user folder. Runs are kept beside it, in a folder that no route of ComfyUI serves: its name begins with two
+underscores, and no user's name may.
 """
 
 import json
@@ -21,7 +21,7 @@ from ....cascade_core.errors import CascadeError, quoted
 OWN_FOLDER = "__cascade_nodes"
 SETTINGS = "cascade_nodes.yaml"
 KEY = "picture_folders"
-LONGEST_PATH = 4096  # of Linux; other systems allow less
+LONGEST_PATH = 4096  # characters, on Linux; other systems allow fewer
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from .weights import remember_file
 
 
 class TextModel(comfy.clip_model.CLIPTextModel):
-    """Host's text transformer with a vocabulary and a projection of any size.  config: of its file"""
+    """Host's text transformer with a vocabulary and a projection of any size.  config: the file's"""
 
     config: dict[str, Any]
 
@@ -123,7 +123,7 @@ def _carried(config: dict[str, Any], shapes: Shapes, tokenizer: Tokenizer) -> di
 
 
 def _on_meta(config: dict[str, Any], device: Any) -> TextModel:
-    """The model without values, built without transformers' classes, which take a second to import."""
+    """The model on the meta device, built without transformers' classes, which take a second to import."""
     complete = asdict(TextConfig.from_dict(config))
     network = TextModel(complete, None, device, nn)
     network.config = complete

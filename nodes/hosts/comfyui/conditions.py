@@ -49,7 +49,7 @@ class LastingPrior(LastingCond):
 
     @classmethod
     def of_latent(cls, cond: Tensor, latent: Tensor, patch_size: int) -> "LastingPrior":
-        """The same for Stage B's latent (…, H, W)."""
+        """Builds the condition for a Stage B latent of shape (…, H, W)."""
         height, width = (-(-side // patch_size) for side in latent.shape[-2:])
         return cls(cond, (height, width), patch_size)
 

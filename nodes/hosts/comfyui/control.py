@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false
 """CONTROL_NET in ComfyUI: its ControlBase around a ControlNet of ours.
 
-The host passes residuals as a list that Stage C pops from its end, one for each of its residual blocks. Lists of
-networks that drive different blocks are merged here by the block's number.
+The host passes residuals as a list that Stage C pops from its end, one for each of its residual blocks. Where several
+ControlNets drive different blocks, their lists are merged here by block number.
 """
 
 from pathlib import Path
@@ -166,7 +166,7 @@ def describe_controlnet(control_net: Any) -> ControlNetDescription:
     """Describes our ControlNets, the host's own for Cascade, and other models' by their class."""
     if isinstance(control_net, CascadeControl):
         return ControlNetDescription(control_net.control.name, True, control_net.control.network.config)
-    # The host has its own in the class of T2I adapters.
+    # The host holds its own ControlNets for Cascade in the class of T2I adapters.
     network = getattr(control_net, "t2i_model", None)
     cascade = isinstance(network, comfy.ldm.cascade.controlnet.ControlNet)
     return ControlNetDescription(f"a {type(control_net).__name__}", cascade, None)

@@ -57,7 +57,7 @@ class WrappedConv2d(WrappedLayer, QuantisedConv2d):
 
 
 class EightBitWeights:
-    """The 8-bit weights of a BaseModel, which all its patchers share; `layers` by the names of their weights in it.
+    """The 8-bit weights of a BaseModel, which all its patchers share. layers: by the names of their weights in it
 
     A `Residence` that moves the weights patches them too; without one, `patch` and `hook` do.
     """

@@ -73,7 +73,7 @@ def find_file(role: str, name: str) -> Path:
 
 
 def _find(role: str, name: str) -> Path | None:
-    if name.lower().endswith(roles.SUFFIXES) or role == "face":  # InsightFace's are in no loader's list
+    if name.lower().endswith(roles.SUFFIXES) or role == "face":  # no loader lists InsightFace's files
         for category in roles.FOLDERS[role]:
             path = folder_paths.get_full_path(category, name)
             if path is not None:

@@ -30,8 +30,8 @@ class Hosted(nn.Module):
 class WholeLayers:
     """Host's layers that own their weights from construction.
 
-    Under dynamic VRAM (newer versions) its Linear and Embedding have none until a state dict is loaded, while ours are
-    compared with the file before. The host does not change a subclass that loads its state dict itself.
+    Under dynamic VRAM (newer versions) its Linear and Embedding have none until a state dict is loaded, but ours are
+    compared with the file before that. The host does not change a subclass that loads its state dict itself.
     """
 
     def __init__(self, operations: Any):

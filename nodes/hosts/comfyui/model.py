@@ -48,11 +48,11 @@ from .progress import notify
 from .residence import Residence
 from .weights import remember_file
 
-QUANTISING = 512 << 20  # bytes of a card for quantising the largest matrix, at most
+QUANTISING = 512 << 20  # most bytes of a card that quantising the largest matrix takes
 GRAPHS = not getattr(comfy.cli_args.args, "disable_cuda_graphs", False)
-WORKSPACE = 80 * 2**20  # bytes that cuDNN takes at most for convolutions, at some sizes
+WORKSPACE = 80 * 2**20  # most bytes that cuDNN takes for a convolution, at some sizes
 
-# In the host's transformer_options:
+# Keys in the host's transformer_options:
 ENGINE = "cascade_engine"  # whether the engine is used
 NOISE = "cascade_noise"  # a step's sigma and its noise condition, which saves reading them from the device
 
@@ -60,7 +60,7 @@ NOISE = "cascade_noise"  # a step's sigma and its noise condition, which saves r
 class HostedNetwork(Hosted):
     """Stage B or Stage C as ComfyUI calls a diffusion model.
 
-    dtype  of its weights, but for those in 8 bits
+    dtype  of its weights, except those in 8 bits
     name   of its file
     """
 
@@ -70,7 +70,7 @@ class HostedNetwork(Hosted):
         self.name = name
         self.engine = Engine(network, notify=notify)
         self.residence: Residence | None = None
-        self.forward_bytes: deque[int] = deque(maxlen=2)  # as the host asked: for one prompt, for both
+        self.forward_bytes: deque[int] = deque(maxlen=2)  # as the host asked: for one prompt, then both
         # For the host's samplers: a run's sigmas, and the notices given to the user about it.
         self._told: tuple[Any, Notices] = (
             None,
@@ -168,7 +168,7 @@ class PlacedModel:
     def build(self, model_config: Any, build: Any, device: Any) -> None:
         """Builds what the host's classes build, but with our network and a schedule that takes no time."""
         model: Any = self
-        types = comfy.model_base.ModelType  # EPS: predicts epsilon, with a schedule that is made fast
+        types = comfy.model_base.ModelType  # EPS: predicts epsilon; its own schedule is made fast
         comfy.model_base.BaseModel.__init__(model, model_config, types.EPS, device=device, unet_model=build)
         model.model_type, model.model_sampling = types.STABLE_CASCADE, new_schedule(model_config)
         # Bypasses nn.Module, and nodes that wrap `diffusion_model` temporarily.

@@ -49,10 +49,10 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         return model.residence
 
     def _new_residence(self) -> Residence | None:
-        """None without an NVIDIA card, and where all models stay on it."""
+        """A residence for the weights; None without an NVIDIA card, and where all models stay on it."""
         if not is_nvidia(self.load_device) or self.load_device == self.offload_device:
             return None
-        # They were loaded by the host's own patcher, when this one was for the CPU.
+        # The host's own patcher may have loaded the weights while this patcher was for the CPU.
         self.model.eight_bits.unpatch()
         if self.backup or self.model.current_weight_patches_uuid is not None:
             super().unpatch_model(self.offload_device, unpatch_weights=True)
@@ -110,7 +110,8 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
 
         The manager keeps its minimum (0.8 GiB) free for a forward, although our graphs already hold part of that
         forward's memory; without this correction, a second run had less room than the first. The manager also
-        reserves a forward of one prompt only, while running both at once copies streamed weights half as often.
+        reserves memory for a forward of one prompt only, but with memory for both prompts at once, streamed weights
+        are copied half as often.
         """
         if extra >= ENDLESS:
             return float("inf")
@@ -118,7 +119,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         needs = self.model.hosted.forward_bytes or [0]
         least = management.minimum_inference_memory() - management.extra_reserved_memory()
         loaded, free = residence.bytes, management.get_free_memory(self.load_device)
-        # The manager never offers less than 0, to which a credit would add memory that does not exist.
+        # Where memory is short, the manager offers 0 instead of less, and a credit on top would not exist.
         extra = min(extra, free - management.minimum_inference_memory())
         credit = max(0, graphs - max(0, min(needs) - least))
         together = loaded + free - BATCH_MARGIN * max(0, max(needs) - graphs)
@@ -202,7 +203,7 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
         residence = self.residence()
         if residence is None:
             if hooks is not None or self.hook_backup:
-                self.model.hosted.engine.forget()  # the next lines write into weights without versions
+                self.model.hosted.engine.forget()  # the next lines write into weights whose versions stay
             super().patch_hooks(hooks)
             self.model.eight_bits.hook({} if hooks is None else self.get_combined_hook_patches(hooks))
             return

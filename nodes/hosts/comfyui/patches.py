@@ -25,7 +25,7 @@ from ..notices import Notice
 
 PACKAGE = __name__.partition(".nodes.hosts")[0]
 
-# In the host's transformer_options:
+# Keys in the host's transformer_options:
 OURS = "cascade_"
 NOTICES = f"{OURS}notices"  # the `Notices` of a run of our samplers
 ATTENTION = "optimized_attention_override"  # a function in place of attention

@@ -54,7 +54,7 @@ def notify(text: str, in_panel: bool = False) -> None:
         return
     server = running_server()
     node, client = getattr(server, "last_node_id", None), getattr(server, "client_id", None)
-    if server is not None and node is not None and client is not None:  # without one, all would get it
+    if server is not None and node is not None and client is not None:  # else all would get it
         server.send_progress_text(text, node, client)
 
 
@@ -102,7 +102,7 @@ def previews_of_run(patcher: Any, kind: str) -> Previews:
 def preview_method() -> LatentPreviewMethod:
     """The preview method: chosen by the front end for this prompt, or by the server's command line; else `auto`.
 
-    `none` is also ComfyUI's default, and cannot be told in `args` from a `none` that somebody chose.
+    `none` is also ComfyUI's default, and in `args` it looks the same as a `none` that somebody chose.
     """
     server, method = running_server(), LatentPreviewMethod.NoPreviews
     if args.preview_method != method or (comfy.options.args_parsing and states_method(sys.argv[1:])):

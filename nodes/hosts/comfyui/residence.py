@@ -102,7 +102,7 @@ class Residence:
             except Exception as error:
                 if not out_of_memory(error) or attempt == SMALLER_PLANS:
                     raise
-            # Only outside of the except block are the frames gone that referred to the memory.
+            # The frames that refer to the memory are gone only after the except block.
             self._stream = self._plan = None
             self.device.trim()
             plan = self._smaller(plan)
@@ -198,7 +198,7 @@ class Residence:
         return present if gain < 2 * plan.slot_bytes else plan
 
     def _leaving(self, size: int, plan: StreamingPlan) -> list[Unit]:
-        """Resident units of at least `size` bytes: first those that the plan streams, then others, from the last on."""
+        """Resident units of `size` bytes or more in all: those that the plan streams first, then others, last first."""
         resident = [*reversed(self.placement.resident)]
         leaving: list[Unit] = []
         for unit in sorted(resident, key=lambda unit: unit not in plan.streamed):

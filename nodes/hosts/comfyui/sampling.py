@@ -256,7 +256,7 @@ def with_room(sample_once: Callable[[], T], notices: Notices) -> T:
     except Exception as error:
         if not out_of_memory(error):
             raise
-    # Only outside of the except block are the frames gone that referred to the run's tensors.
+    # The frames that refer to the run's tensors are gone only after the except block.
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     notices.add(Notice("memory"))
@@ -269,7 +269,7 @@ def sigmas_of(run: SamplingRun) -> Tensor:
 
 
 def tell_of_native(patcher: Any, stage: str, notices: Notices) -> None:
-    """Notices about patches on the host's own network that have no effect; our networks give theirs themselves."""
+    """Adds notices about patches without effect on the host's own network; our networks add theirs themselves."""
     for sentence in native_without_effect(patcher, stage):
         notices.add(sentence)
 
@@ -327,7 +327,7 @@ def with_shift(patcher: Any, shift: float) -> Any:
     schedule = copy.deepcopy(current)
     keep_on_device(schedule)
     schedule.shift = shift
-    # As the host's `set_parameters`, which computes one time after another and takes a second.
+    # Like the host's `set_parameters`, which computes each time by itself and takes a second.
     times = torch.arange(1, schedule.num_timesteps + 1) / schedule.num_timesteps
     _set_tables(schedule, schedule.sigma(times).float())
     patched = patcher.clone()
@@ -348,4 +348,4 @@ def _set_tables(schedule: Any, sigmas: Tensor) -> None:
 
 
 def _keep_tables(*_: Any, **__: Any) -> None:
-    """The model's own buffers are not this schedule's."""
+    """Does nothing, since the buffers that the host restores are the model's own, not this schedule's."""

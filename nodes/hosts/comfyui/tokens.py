@@ -60,7 +60,7 @@ class LearnedTokenizer:
 
 
 def with_words(tokenizer: Any, words: Sequence[str]) -> Any:
-    """Adds words that a LoRA teaches to a CLIP's tokenizer, if its known words are stated at all."""
+    """Adds words that a LoRA teaches to a CLIP's tokenizer, if the tokenizer lists the words that it knows."""
     chunker = getattr(tokenizer, KEY)
     base, vectors = (
         (chunker.base, chunker.vectors) if isinstance(chunker, LearnedTokenizer) else (chunker, {})

@@ -29,7 +29,7 @@ def interrupted() -> bool:
 
 @contextmanager
 def training() -> Iterator[Callable[..., None]]:
-    """Yields report of a run, after ComfyUI's models have left the accelerator's memory."""
+    """Yields a run's report function, after ComfyUI's models have left the accelerator's memory."""
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     bars: dict[int, comfy.utils.ProgressBar] = {}

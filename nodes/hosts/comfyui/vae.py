@@ -109,7 +109,7 @@ class CascadeVAE(comfy.sd.VAE):
         if archive_dtypes is not None:
             archive_dtypes(network)
         offload_device = comfy.model_management.vae_offload_device()
-        # Not paged, as newer hosts page larger networks, because the engine needs weights at fixed addresses.
+        # Newer hosts page larger networks; this one is not paged, since the engine needs weights at fixed addresses.
         patcher_class = comfy.model_patcher.ModelPatcher
         self.patcher = patcher_class(network, load_device=self.device, offload_device=offload_device)
 

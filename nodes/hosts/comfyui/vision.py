@@ -19,7 +19,7 @@ from .weights import remember_file
 
 
 class Vision(comfy.clip_vision.ClipVisionModel):
-    """Host's image encoder, saved with its configuration where tensors do not determine it.  config: of its file"""
+    """Host's image encoder, saved with its configuration where tensors do not determine it.  config: the file's"""
 
     config: dict[str, Any]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.placement import Placement, Unit
 
-SCRATCH = 3  # float32 copies of a weight that patching it takes at once
+SCRATCH = 3  # number of float32 copies of a weight that exist at once while it is patched
 PREFIX = "diffusion_model."  # prefix of a network's names in a BaseModel
 Patches = Mapping[str, Sequence[tuple]]  # a weight's name in the BaseModel -> its patches, in their order
 
@@ -29,8 +29,8 @@ class PatchedWeight:
     def __init__(self, key: str, steps: Sequence[tuple], weight: Tensor):
         self.key, self.steps = key, tuple(steps)
         size = sum(tensor.nbytes for tensor in _tensors(self.steps))
-        # Bytes of factors kept on the device for a weight that is streamed there at every forward. Larger factors, as
-        # of a merged model, would take as much memory as the weights.
+        # Bytes of factors that stay on the device for a weight streamed at every forward. Larger factors, such as
+        # those of a merged model, do not stay: they would take as much memory as the weights.
         self.factor_bytes = size if size <= weight.nbytes // 4 else 0
         self._steps_there: Sequence[tuple] = self.steps
         self.device_bytes = 0  # of factors now on the device
@@ -52,7 +52,7 @@ class PatchedWeight:
         """
         # Where memory is short, the host's adapters only log it and leave the weight unpatched; so fail here instead.
         torch.empty(SCRATCH * weight.numel(), dtype=torch.float32, device=weight.device)
-        # The weight that a patch by another model's weight is compared with.
+        # A patch that holds another model's weight adds its difference from this one.
         original = {self.key: [(weight, _unchanged)]}
         copied = weight.to(torch.float32, copy=True)
         changed = comfy.lora.calculate_weight(

@@ -62,4 +62,4 @@ def find_file(role: str, name: str) -> Path:
 
 
 def input_folder() -> None:
-    """None: each run has its own folder, and pictures beside its graph are found without it."""
+    """Returns None: each run has its own folder, and pictures beside its graph are found without it."""

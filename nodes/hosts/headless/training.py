@@ -21,7 +21,7 @@ def data_path(name: str) -> Path:
 
 
 def data_check() -> None:
-    """None: links may lead anywhere."""
+    """Returns None: links may lead anywhere."""
 
 
 def new_files_folder(role: str) -> Path:
