@@ -1,9 +1,9 @@
 """Rows a second of `cascade batch`: one process against several, in turn, steady state.
 
-Steady: from the moment when every worker has made its first row, models loaded, to that when the first of them has made
-its last. The workers are Ray's where it is installed; else, or with --shards, processes with a GPU and a share of the
-rows each. Pictures are the demo's, or with --published those of the shipped graph, for which random weights of the
-published size, 12 GB, are written to main memory or where --models says.
+The steady state lasts from the moment when every worker has loaded its models and made its first row until the first
+worker has made its last. The workers are Ray's where it is installed; else, or with --shards, processes with a GPU and
+a share of the rows each. Pictures are the demo's, or with --published those of the shipped graph, for which random
+weights of the published size, 12 GB, are written to main memory or where --models says.
 
     python benchmarks/batch.py [--workers 2] [--rows 20] [--graph FILE | --published] [--shards] [--json FILE]
 
@@ -43,7 +43,7 @@ class FailedError(Exception):
 
 
 def processes_of(options: argparse.Namespace, workers: int, folder: Path) -> list[subprocess.Popen]:
-    """Start a batch in `folder`: one process, one that has Ray's workers, or one for each share."""
+    """Starts a batch in `folder`: one process, one that has Ray's workers, or one for each share."""
     table = folder / "rows.jsonl"
     rows = range(options.rows * workers)
     lines = (json.dumps({"name": f"{seed:05}", "seed": seed}) + "\n" for seed in rows)
@@ -116,7 +116,7 @@ def steady(made: Path, workers: int) -> dict[str, Any]:
 
 
 def write_models(options: argparse.Namespace, folder: Path) -> None:
-    """Random weights for the shipped graph, and the graph."""
+    """Writes random weights for the shipped graph, and chooses the graph."""
     options.models = options.models or folder / "models"
     if options.toy:
         options.graph = folder / "graph.json"
@@ -124,7 +124,7 @@ def write_models(options: argparse.Namespace, folder: Path) -> None:
         options.graph.write_text(json.dumps(made_small(example)), encoding="utf-8")
     else:
         options.graph = EXAMPLE
-    # The folder of models is `models` in what it writes for a server.
+    # `write_files` writes a server's folder, in which `models` leads to the folder of models.
     folder_of_models = folder / "base"
     folder_of_models.mkdir()
     options.models.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def has_room(folder: str) -> bool:
 
 
 def measure(options: argparse.Namespace, target: float) -> float | None:
-    """Run one process, then several; print and write each. Returns how many times as fast these are, if known."""
+    """Runs one process, then several; prints and writes each result. Returns the ratio of their speeds, if known."""
     report: dict[str, Any] = {
         "machine": describe_machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator",

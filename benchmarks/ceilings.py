@@ -39,7 +39,7 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def _best(call: Any, device: torch.device) -> float:
-    """Seconds: the median of warm runs."""
+    """Median seconds of warm runs."""
     milliseconds(call, device, WARM)
     return statistics.median(milliseconds(call, device, RUNS)) / 1000
 

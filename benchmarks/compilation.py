@@ -34,7 +34,7 @@ H200 = Card((9, 0), "NVIDIA H200", 132)
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Seconds that first forwards take: kernels compiled by themselves, or in processes beside."
+        description="Seconds that first forwards take: kernels compiled on demand, or by processes ahead."
     )
     parser.add_argument(
         "--pauses", type=float, nargs="+", default=[0, 2, 4, 8], help="seconds before the first forward"

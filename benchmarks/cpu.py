@@ -196,7 +196,7 @@ def main() -> None:
     )
     parser.add_argument("--graph", type=Path, default=GRAPH, help="a text-to-image graph in API format")
     parser.add_argument("--runs", type=int, default=5, help="pictures of each program after its first")
-    parser.add_argument("--threads", type=int, help="of torch, but not in the fresh process")
+    parser.add_argument("--threads", type=int, help="torch's threads, except in the fresh process")
     parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
     arguments = parser.parse_args()
     if arguments.threads:

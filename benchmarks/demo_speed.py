@@ -49,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("other", type=Path, nargs="?", help="a folder of weights")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="those that it is compared with")
-    parser.add_argument("--random", action="store_true", help="instead of a folder: Stage B of the recipe")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the folder to compare with")
+    parser.add_argument(
+        "--random", action="store_true", help="instead of a folder: the recipe's Stage B with random weights"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:

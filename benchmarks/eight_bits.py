@@ -369,7 +369,7 @@ class Report:
 
 
 def use(winners: dict[str, Any], card: Any) -> None:
-    """Makes the engine choose by these from now on."""
+    """Makes the engine use these configurations from now on."""
     table, key = tuned._table(), device_key(card)
     table[key] = {**tuned.for_device(table, key), **winners}
     tuned._choose.cache_clear()
@@ -379,7 +379,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Stage C and B in bf16, fp8 and int8, before and after.")
     parser.add_argument("--json", type=output_file, required=True, help="all figures, written as they come")
     parser.add_argument("--table", type=output_file, help="the winners among the tile configurations")
-    parser.add_argument("--seconds", type=float, default=170, help="no further part begins after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=170, help="seconds after which no further part begins"
+    )
     options = parser.parse_args()
     card = card_of(torch.device("cuda")) if torch.cuda.is_available() else None
     if card is None:

@@ -57,7 +57,7 @@ class Case:
 
     kernel: str
     level: Level
-    call: Callable[[], Any]  # repeatedly on the same tensors, whatever their values become
+    call: Callable[[], Any]  # called many times on the same tensors, whose values may become anything
     check: Callable[[], Pairs]  # once, on new tensors
     traffic: int = 0  # bytes that have to be read and written at least
     operations: int = 0  # floating-point, of products

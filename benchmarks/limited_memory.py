@@ -78,7 +78,7 @@ def measure_pictures(
     decoded: Sequence[int],
     dtype: str = "auto",
 ) -> dict[str, Any]:
-    """Seconds and memory of pictures of `size` (pixels a side, steps), after two; of decoding other sides."""
+    """Seconds and memory of pictures of `size` (pixels a side, steps) after two untimed ones, and of decoding."""
     messages = KeptMessages()
     with reporting.reporting_to(messages):
         start = time.perf_counter()

@@ -206,11 +206,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--limits", type=float, nargs="*", default=LIMITS, help="GB of the card")
-    parser.add_argument("--runs", type=int, default=2, help="pictures that are timed, after two")
+    parser.add_argument("--runs", type=int, default=2, help="pictures that are timed, after two untimed ones")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where 12 GB of files go"
     )
-    parser.add_argument("--dtype", default="auto", help="of Stage C and B where memory is limited")
+    parser.add_argument("--dtype", default="auto", help="dtype of Stage C and B where memory is limited")
     parser.add_argument("--files", type=Path, help="keep the files here")
     parser.add_argument("--no-loading", action="store_true", help="pictures alone")
     parser.add_argument("--json", type=output_file, help="also write the numbers to this file")

@@ -31,7 +31,7 @@ TRAINING = Path(__file__).with_name("training.py")
 PICTURES = {"finetune": 1.8, "finetune_b": 1.8, "lora": 1.9, "controlnet": 1.9}  # times as many
 MEMORY = {"finetune": 0.6, "finetune_b": 0.6}
 DEFAULT = ("finetune", "lora", "controlnet", "finetune_b")  # the most wanted first
-WARM = 5  # steps: the first looks at kernels, the second captures CUDA graphs
+WARM = 5  # steps: the first chooses kernels, the second captures CUDA graphs
 # On one machine: the loopback for gloo, and no NVLink multicast, which can put shared hosts' GPUs out of service.
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "4"}
 
@@ -56,7 +56,7 @@ class Measurement:
         return self.folder / f"{self.task}-{len(self.gpus)}.{what}"
 
     def start(self, options: argparse.Namespace) -> None:
-        """Start the processes, which import and then wait."""
+        """Starts the processes, which import and then wait."""
         batch = options.batch if self.task == "finetune" else options.small_batch
         command = [sys.executable, str(TRAINING), "--tasks", self.task, "--size", options.size]
         command += ["--batch", str(batch), "--steps", str(options.steps), "--warm", str(WARM)]
@@ -79,7 +79,7 @@ class Measurement:
                 self.processes.append(subprocess.Popen(command, env=environment, **outputs))
 
     def look(self) -> bool:
-        """Whether it has ended: as one, by its figures, whichever of its processes fails, or when it takes too long."""
+        """Whether it has ended: its figures are there, a process failed, or it takes too long. Ends all of them."""
         codes = [process.poll() for process in self.processes]
         if self.file("json").exists():
             result = json.loads(self.file("json").read_text(encoding="utf-8"))["results"][self.task]
@@ -97,7 +97,7 @@ class Measurement:
         return True
 
     def end(self) -> None:
-        """End the processes, and with them what they hold of the GPUs."""
+        """Ends the processes, and with them what they hold of the GPUs."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -122,7 +122,7 @@ def free_port() -> str:
 
 
 def measure(measurements: list[Measurement], options: argparse.Namespace, began: float) -> None:
-    """Give each its turn, in this order, as soon as its GPUs are free; write the rows so far after each."""
+    """Gives each its turn, in this order, as soon as its GPUs are free; writes the rows so far after each."""
     waiting, running = list(measurements), list[Measurement]()
     for each in waiting:
         each.start(options)
@@ -152,7 +152,7 @@ def measure(measurements: list[Measurement], options: argparse.Namespace, began:
 
 
 def rows_of(measurements: list[Measurement]) -> dict[str, dict[str, Any]]:
-    """By task: what was measured on one and on two, and how many times the other the one is."""
+    """Figures on one GPU and on two by task, and their ratios."""
     rows: dict[str, dict[str, Any]] = {}
     for each in measurements:
         row = rows.setdefault(
@@ -205,12 +205,15 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=tuple(PICTURES), default=list(DEFAULT))
     parser.add_argument("--size", choices=("3.6b", "1b", "tiny"), default="3.6b")
     parser.add_argument("--latent", type=int, default=24, help="positions a side")
-    parser.add_argument("--batch", type=int, default=16, help="of Stage C's finetune, on each GPU")
-    parser.add_argument("--small-batch", type=int, default=4, help="of the others")
+    parser.add_argument("--batch", type=int, default=16, help="batch of Stage C's finetune, on each GPU")
+    parser.add_argument("--small-batch", type=int, default=4, help="batch of the others")
     parser.add_argument("--steps", type=int, default=10, help=f"measured, after {WARM}")
     parser.add_argument("--limit", type=float, default=60, help="seconds of each from its turn on")
     parser.add_argument(
-        "--seconds", type=float, default=100, help="of all together; what is not done then is left out"
+        "--seconds",
+        type=float,
+        default=100,
+        help="seconds of all together; what is not done then is left out",
     )
     parser.add_argument("--json", type=output_file, help="also write the numbers here, after each of them")
     options = parser.parse_args()

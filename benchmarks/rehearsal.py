@@ -163,7 +163,7 @@ class MemoryMonitor:
 
 
 def rehearse(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Runs the cells: {cells, stopped or failed in a sentence, or None}."""
+    """Runs the cells. Returns their figures, and in `failed` the reason for an early end, or None."""
     command = [sys.executable, str(HERE / "rehearsed.py"), "cells", json.dumps(asdict(settings))]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout is not None

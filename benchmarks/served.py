@@ -28,8 +28,8 @@ Memory (GB) is taken away by another process, and the program is told that its c
 
 CHECKOUT is a folder of ComfyUI, or several; its packages are those of the Python that runs this, or of CHECKOUT/.venv.
 By default those of COMFYUI_PATH or ~/comfyui. A row that fails is reported, and the others go on. Past --budget seconds
-none begins or goes on. Rows that --json holds already stay there unless they are measured anew; with --resume they are
-not, unless they failed or are of another version of this pack.
+none begins or goes on. Rows that --json holds already stay there unless they are measured anew; with --resume that is
+only done where they failed or are of another version of this pack.
 
 --profile also tells where the time of the first and of a warm picture goes: by node, and by function.
 --toy     tiny networks on the processor; ComfyUI's own nodes know no such networks, and fail.

@@ -4,8 +4,8 @@
 
 Draws docs/images/served.svg and served_by_memory.svg, and writes what stands between `<!-- served … -->` and
 `<!-- end -->` in README.md, docs/performance.md and their Japanese pages, from
-benchmarks/measurements/served.json. The rows of FILEs take its place before, without
-profiles; of several files the last that has a row counts.
+benchmarks/measurements/served.json. The rows of FILEs are put there first, without profiles; where several files have
+a row, the last one counts.
 """
 
 import argparse

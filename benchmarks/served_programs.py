@@ -72,7 +72,7 @@ def ballast(left: float | None) -> Iterator[None]:
     assert process.stdout is not None
     try:
         if process.stdout.readline().strip() != "held":
-            raise RuntimeError(f"The card's memory could not be taken but for {left:g} GB.")
+            raise RuntimeError(f"The card's memory could not be taken except for {left:g} GB.")
         yield
     finally:
         process.stdin.close()

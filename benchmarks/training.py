@@ -81,12 +81,9 @@ from cascade_nodes.cascade_core.writing import output_file, write_file
 from machine import describe_machine, print_table
 from memory import BIG_G, TOY_TEXT
 
-LORAS: dict[str, Any] = {
-    "lora": "stage_c",
-    "stage_b": "stage_b",
-    "text_encoder": "text_encoder",
-}  # networks by task
-WHOLE: dict[str, Any] = {"finetune": "stage_c", "finetune_b": "stage_b"}  # the same
+# Networks by task: those that a LoRA is trained for, and those that are trained as a whole.
+LORAS: dict[str, Any] = {"lora": "stage_c", "stage_b": "stage_b", "text_encoder": "text_encoder"}
+WHOLE: dict[str, Any] = {"finetune": "stage_c", "finetune_b": "stage_b"}
 CAPTIONS = [f"caption {number}" for number in range(64)]
 # fmt: off
 TINY = {"c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[1, 2], [2, 1]],

@@ -43,7 +43,7 @@ def candidates() -> list[Config]:
 
 
 def compile_kernels(jobs: list[tuple[Case, Config]]) -> None:
-    """Compile kernels into Triton's cache on disk by running each once."""
+    """Compiles kernels into Triton's cache on disk by running each once."""
     for case, config in jobs:
         try:
             Operands(case, copies=1).fused(config)(0)
@@ -53,7 +53,7 @@ def compile_kernels(jobs: list[tuple[Case, Config]]) -> None:
 
 
 def compile_all(pairs: Iterable[tuple[Case, Config]]) -> None:
-    """Compile in one process per core, each one kernel at a time."""
+    """Compiles in one process per core, each one kernel at a time."""
     jobs = list({case.kernel(config): (case, config) for case, config in pairs}.values())
     workers = min(os.cpu_count() or 1, 16)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:

@@ -122,9 +122,9 @@ class AdapterData:
         return [tokens, torch.cat(latents), torch.cat(hints), torch.ones_like(torch.cat(latents)[:, :1])]
 
     def _inpainted(self, number: int, count: int) -> list[Tensor]:
-        """Pictures whose latents outside of a mask come from another picture: with the replaced object, or with none.
+        """Pictures whose latents outside of a mask come from another picture, with another object in it or none.
 
-        As in sampling, where the kept latents beside the mask still show traces of the object that was in it.
+        So it is in sampling: the latents that are kept around a mask still show traces of the object that was in it.
         """
         tokens, scenes = self._scenes(number, count)
         assert isinstance(scenes, SceneTable)
@@ -169,7 +169,7 @@ class AdapterData:
         return torch.where(without, self.empty, chosen), others
 
     def draw(self, step: int) -> Batch:
-        """Noised latents, noise conditions, epsilon, weights, tokens (B, 77); of a ControlNet hints and places."""
+        """Noised latents, noise conditions, epsilon, weights, tokens (B, 77); for a ControlNet hints and weights."""
         tokens, (latents, *others) = self.take(step)
         return Batch([*self.levels.noise(latents), tokens, *others])
 

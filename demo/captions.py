@@ -96,7 +96,7 @@ def holds(spec: Spec, scene: Scene) -> bool:
 
 
 def _relation(scene: Scene, order: tuple[int, ...]) -> str | None:
-    """The relation of one object to another: the stated one, seen from either object, or that of their positions."""
+    """The relation of one object to another: of the first two as stated, seen from either; else by positions."""
     if order in ((0, 1), (1, 0)):
         return scene.relation if order == (0, 1) else INVERSE.get(scene.relation or "")
     if len(order) < 2:

@@ -33,8 +33,9 @@ def text_states(
     layer: Layer = encoder_layer,
     learned: TokenTable | None = None,
 ) -> TextStates:
-    """As `encode_tokens`.  tokens: (N, T) ids, an end token in every row; learned: tokens at the encoder's input
+    """Encodes tokens as `encode_tokens` does.
 
+    tokens: (N, T) ids, an end token in every row; learned: tokens at the encoder's input
     -> states (N, T, C) before the final norm, pooled (N, P)
 
     transformers reads the mask's values on the CPU, which cannot be captured in a CUDA graph.

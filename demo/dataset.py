@@ -22,7 +22,7 @@ from cascade_nodes.demo.world import Packed, Scene, pack, render
 
 Size = tuple[int, int]  # height and width in pixels
 Scenes = Sequence[Scene] | SceneTable
-Words = Callable[[Any, Random], list[str]]  # of a scene, or of whatever says what a caption is of
+Words = Callable[[Any, Random], list[str]]  # of a scene, or of other data that captions describe
 EDIT_MARGIN = 0.035  # around an object that is replaced, as a share of the frame
 AT_ONCE = 1024  # pictures that are resized together
 
@@ -41,7 +41,7 @@ def pictures(
 
 
 def wide(count: int, seed: int, device: torch.device, size: int | Size = PICTURE) -> Tensor:
-    """Pictures of any colours, shapes and places, of nothing that is held out: uint8 (N, 3, *size)"""
+    """Pictures of any colours, shapes and places, except held-out combinations: uint8 (N, 3, *size)"""
     return wide_pictures(count, size, torch.Generator(device).manual_seed(seed), device, _chunk(device))
 
 
@@ -51,7 +51,7 @@ def _chunk(device: torch.device) -> int:
 
 
 def alone(table: SceneTable, slot: int, seed: int) -> SceneTable:
-    """One object of each scene, alone anywhere on a background, which is its scene's for half of them."""
+    """One object of each scene, alone anywhere on a background; half of them keep their scene's."""
     rng = np.random.default_rng([seed, slot])
     n, low = len(table.kind), MARGIN + table.radius[:, slot, None]
     background = np.where(rng.random(n) < 0.5, table.background, rng.integers(0, len(BACKGROUNDS), n))
@@ -67,9 +67,9 @@ def alone(table: SceneTable, slot: int, seed: int) -> SceneTable:
 
 
 def edited(table: SceneTable, seed: int) -> tuple[SceneTable, Tensor]:
-    """The same scenes with another last object of the same size, and masks (N, 256, 256) of where it stands.
+    """The scenes with their last object replaced by another of the same size, and masks (N, 256, 256) of that object.
 
-    A scene that would then show what is held out, or one thing twice, stays as it is.
+    A scene that would then show a held-out combination, or the same object twice, is not changed.
     """
     rng = np.random.default_rng([seed, 9])
     rows = np.arange(len(table.kind))
@@ -109,7 +109,7 @@ def resized(images: Tensor, size: int | Sequence[int]) -> Tensor:
 
 
 def for_compressor(images: Tensor) -> Tensor:
-    """uint8 pictures (N, 3, H, W) -> float at the compressor's size of them."""
+    """uint8 pictures (N, 3, H, W) -> float, resized to the compressor's input."""
     return resized(as_float(images), compressor_size(*images.shape[-2:]))
 
 

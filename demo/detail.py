@@ -1,4 +1,4 @@
-"""Decoders that are thrown away: they make latents and embeddings keep what others must draw from them."""
+"""Decoders for training alone, which make latents and embeddings keep the details that other networks draw."""
 
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ from cascade_nodes.cascade_core import pipeline
 from cascade_nodes.cascade_core.arguments import StageSettings
 
 WEIGHTS = Path(__file__).parent / "weights"
-# The example graphs' own: gentler guidance in Stage C than the published 4 at shift 2, a little more in Stage B.
+# Settings of the example graphs: gentler guidance in Stage C than the published 4 at shift 2, a little more in Stage B.
 PRIOR = StageSettings(steps=20, cfg=3.0, cfg_rescale=0.0, sampler="dpmpp_2m")
 DECODER = StageSettings(steps=10, cfg=1.4, cfg_rescale=0.0)
 SIZE = (256, 256)

@@ -19,7 +19,7 @@ OTHER_FRAMES = tuple(size for size in FRAMES.values() if size != SQUARE)
 def ordinary_scenes(
     job: Job, count: int, *what: object, frame: Size = SQUARE, objects: Sequence[float] = ()
 ) -> SceneTable:
-    """Scenes that captions can tell, small and white ones not rare. objects: shares of those of one, two and three."""
+    """Scenes for captions, small and white objects not rare. objects: shares of one, two and three."""
     seed = job.seed("scenes", *what)
     return sample_wide(
         count, seed, objects=objects or recipe.OBJECTS, weights=recipe.SCENE_WEIGHTS, frame=frame

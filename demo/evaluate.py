@@ -1,10 +1,10 @@
 """Measures the demo cascade on held-out scenes: `python -m cascade_nodes.demo.evaluate`.
 
 Prompts are of scenes with a held-out (shape, colour) pair or (object, relation, object) triple; the judge reads the
-pictures. Prints a table, and with --json FILE writes the figures, of objects also by pair, size and colour; shares as
-[share, low, high, count] with Wilson's interval. --only pairs (each pair of shape and colour), renderer (Stage B alone,
-from the renderer's latents), three (objects), negation, punctuation, proportions and judges (the second beside the
-first) measure sets of their own.
+pictures. Prints a table. --json FILE writes the figures, those of objects also by pair, size and colour; a share is
+[share, low, high, count] with Wilson's interval. Each of these has a set of its own, by --only: pairs (each pair of
+shape and colour), renderer (Stage B alone, from the renderer's latents), three (objects), negation, punctuation,
+proportions, judges (the second beside the first).
 """
 
 import argparse
@@ -36,7 +36,7 @@ MEASUREMENTS = ("adherence", "unguided", "negative", "reconstruction", "judge", 
 def adherence(
     cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling
 ) -> tuple[dict[str, float], Tensor, Groups]:
-    """Adherence rates of `count` held-out prompts, the pictures, and objects right by what they are."""
+    """Adherence rates of `count` held-out prompts, the pictures, and shares of right objects by kind."""
     prompts, specs = prompts_of(sample_scenes(count, SEED, "held_out"))
     images = cascade.pictures(prompts, SEED, prior, decoder)
     scores = [score(reading, spec) for reading, spec in zip(read(images), specs, strict=True)]
@@ -131,7 +131,7 @@ def evaluate(
 
 
 def lines(figures: Figures) -> list[str]:
-    """The figures as text: shares with their intervals, of groups the smallest shares."""
+    """The figures as text: shares with their intervals, and for groups the smallest shares."""
     text = []
     for name, value in figures.items():
         if isinstance(value, dict):

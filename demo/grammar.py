@@ -196,7 +196,7 @@ def _tags(o: ObjectSpec, rng: Random) -> list[str]:
 
 
 def _lexicon() -> dict[str, tuple[str, str]]:
-    """{phrase: (kind, meaning)}"""
+    """Maps phrases to (kind, meaning)."""
     lexicon = {
         "a": ("article", ""),
         "an": ("article", ""),

@@ -71,7 +71,7 @@ def rates(images: Tensor, specs: Sequence[Spec]) -> dict[str, float]:
 
 
 def detail(images: Tensor) -> float:
-    """Root mean square difference of pictures in [0, 1] to themselves halved and doubled in size."""
+    """Root mean square difference between pictures in [0, 1] and the same pictures halved and doubled in size."""
     halved = F.avg_pool2d(images, 2)
     doubled = F.interpolate(halved, scale_factor=2, mode="bilinear", align_corners=False)
     return (images - doubled).square().mean().sqrt().item()
@@ -130,12 +130,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--count", type=int, default=100, help="held-out prompts (default: 100)")
-    parser.add_argument("--scale", type=int, default=2, choices=(2, 4), help="of 256 pixels (default: 2)")
-    parser.add_argument("--way", choices=WAYS, default=WAYS[0], help="the second pass (default: enlarged)")
-    parser.add_argument("--denoise", type=float, default=SECOND_PASS.denoise, help="of the enlarging pass")
+    parser.add_argument(
+        "--scale",
+        type=int,
+        default=2,
+        choices=(2, 4),
+        help="size of the second pass, times 256 pixels (default: 2)",
+    )
+    parser.add_argument(
+        "--way", choices=WAYS, default=WAYS[0], help="start of the second pass (default: enlarged)"
+    )
+    parser.add_argument(
+        "--denoise", type=float, default=SECOND_PASS.denoise, help="denoise of the enlarging pass"
+    )
     parser.add_argument("--tile", type=int, default=0, help="pixels a side of Stage B's tiles; 0: whole")
     parser.add_argument(
-        "--sizes", type=_size, nargs="+", metavar="WxH", help="text to image at these instead"
+        "--sizes", type=_size, nargs="+", metavar="WxH", help="measure text to image at these sizes instead"
     )
     parser.add_argument("--json", type=output_file, help="write the figures here")
     parser.add_argument(

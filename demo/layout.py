@@ -1,7 +1,7 @@
 """What a caption says of its picture, as numbers: which objects, where, how large, on what.
 
 Contrast with pictures alone leaves a text encoder a bag of words for thousands of steps: which of two objects is on
-the left decides too little of that loss. Told directly, it learns it in a minute.
+the left decides too little of that loss. Trained on the layout directly, it learns this in a minute.
 """
 
 from typing import NamedTuple
@@ -57,7 +57,7 @@ def place_error(places: Tensor, layout: Layout) -> Tensor:
 
 
 def layout_loss(read: tuple[Tensor, Tensor, Tensor, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Loss of what was read of captions, of which many leave things out: then the usual is the best answer."""
+    """Loss of layouts read from captions; where a caption leaves something out, the average is the best answer."""
     present, places, large, background = read
     there = layout.kind >= 0
     slots = layout.kind.clamp(min=0)

@@ -58,7 +58,7 @@ def stage_a_loss(
     straight_through = through_codebook + (quantised - through_codebook).detach()
     decoded = model.decode(torch.cat([straight_through, latent[count:] + noise[count:]]))
     pixels = F.mse_loss(decoded, image)
-    # The encoder follows the pixels; what is quantised is a quarter of them.
+    # A small commitment term: the encoder follows the pixels, and only a quarter of the images are quantised.
     loss = pixels + 0.02 * F.l1_loss(decoded, image) + 0.1 * codebook + 0.002 * commitment
     return {"loss": loss, "pixels": pixels, "codebook": codebook}
 

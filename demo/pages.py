@@ -99,7 +99,7 @@ class Row(dict[str, Any]):
 
 
 def figures_of(contents: Mapping[str, Any], before: str = "") -> Row:
-    """A file's figures by name, with the task's as prefix; shares with intervals, groups as their lowest in words."""
+    """A file's figures by name, prefixed with the task; shares with intervals, groups as their lowest in words."""
     row = Row()
     for name, value in contents.items():
         if isinstance(value, list):

@@ -27,7 +27,7 @@ SIZE: Size = (PICTURE, PICTURE)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one stage is sampled."""
+    """Settings that one stage is sampled with."""
 
     steps: int
     cfg: float

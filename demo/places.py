@@ -61,7 +61,7 @@ def placed(scene: Scene, rng: Random) -> Spec | None:
 
 
 def misplaced(spec: Spec, scene: Scene, rng: Random, count: int, seed: int) -> list[str]:
-    """Up to `count` captions with a false place, worded as the true one of that seed."""
+    """Up to `count` captions with a false place, worded like the true caption of that seed."""
     stated = [i for i, o in enumerate(spec.objects) if o.place]
 
     def elsewhere() -> Spec:

@@ -23,7 +23,7 @@ class Pool:
 
     @torch.no_grad()
     def advance(self, step: int) -> None:
-        """Draw the parts that are due at this step."""
+        """Draws the parts that are due at this step."""
         due = self.first + step // self.every
         if not self.endless:
             due = min(due, self.parts)

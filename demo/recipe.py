@@ -20,10 +20,10 @@ STAGE_A_NOISE = 0.02  # of Stage A's latents
 COMPRESSOR_NOISE = 0.15  # of the compressor's latents
 EFFNET_NOISE = 0.25  # the most noise added to them for Stage B
 PICTURE_SHARE = 30.0  # weight of decoding pictures from embeddings, beside the contrastive loss
-# Shares of Stage C's steps: of other proportions, and of scenes whose objects are each a picture of its own (of these,
-# of three objects).
-STAGE_C_WIDE = 0.15  # of a batch of the others, wide pictures from their embeddings alone
-STAGE_C_EDITED = 0.1  # and what a mask's surroundings tell another object of
+# Shares of Stage C's steps (STAGE_C_STEPS): frames of other proportions; scenes whose objects are each a picture
+# prompt of its own; among these, scenes of three objects.
+STAGE_C_WIDE = 0.15  # share of a batch in other steps: wide pictures, from their embeddings alone
+STAGE_C_EDITED = 0.1  # likewise: scenes with traces of another object around a mask
 STAGE_C_STEPS = {"frames": 0.22, "together": 0.2, "three": 0.2}
 
 STAGE_A = {

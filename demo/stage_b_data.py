@@ -35,7 +35,7 @@ class StageBData:
         ]
 
     def load(self) -> None:
-        """Load the trained networks that make the data."""
+        """Loads the trained networks that make the data."""
         job = self.job
         encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
         self.text_model, self.tokenizer = (

@@ -69,7 +69,7 @@ class StageCData:
             ]
 
     def load(self) -> None:
-        """Load the trained networks that make the data."""
+        """Loads the trained networks that make the data."""
         job = self.job
         self.empty = torch.tensor([token for token, _ in self.tokenizer.empty_chunk()], device=job.device)
         self.compressor = job.load("compressor").requires_grad_(False)

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     unknown = set(options.tasks) - set(TASKS)
     if unknown:
-        parser.error(f"no task is called {', '.join(sorted(unknown))}; choose of {', '.join(TASKS)}")
+        parser.error(f"no task is called {', '.join(sorted(unknown))}; choose from {', '.join(TASKS)}")
     cascade = DemoCascade.load(options.weights, options.device)
     figures: dict[str, Figures] = {}
     for name in options.tasks or TASKS:

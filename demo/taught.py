@@ -98,7 +98,7 @@ def loop_prompts(count: int, seed: int) -> tuple[list[str], list[str], list[Spec
 
 
 def house_scenes(count: int, seed: int) -> list[tuple[Scene, Scene]]:
-    """Scenes with a house, each with the scene that gives its words, and among them ordinary ones, twice the same."""
+    """Pairs of a scene with a house and the scene that gives its words; ordinary ones among them with themselves."""
     ordinary = iter(sample_scenes(count, seed + 1))
     pairs = with_house(count, seed)
     for number in range(0, len(pairs), ORDINARY):
@@ -131,10 +131,10 @@ def loop_captions(count: int, seed: int, per_scene: int = 4) -> Iterator[Caption
 
 
 def mixing_captions(count: int, seed: int, per_scene: int = 2) -> Iterator[Captioned]:
-    """Scenes that two pictures prompt for, one of each object, and scenes that one picture of the same prompts for.
+    """Scenes with image prompts: two pictures, of one object each, or one picture of the same objects.
 
-    In the prompts the objects stand elsewhere. Of two, in any order, either has the scene's background; the other has
-    it too, or another one.
+    In the prompts the objects stand elsewhere. Of two pictures, in any order, one has the scene's background; the
+    other has the same background or another.
     """
     rng = Random(seed)
     scenes = sample_scenes(count, seed)
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cascade_nodes.demo.taught", description=__doc__)
     parser.add_argument("what", choices=TAUGHT)
     parser.add_argument("out", type=Path, help="the folder to write into")
-    parser.add_argument("--count", type=int, default=2000, help="pictures, about (2000)")
+    parser.add_argument("--count", type=int, default=2000, help="about how many pictures (2000)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (0)")
     options = parser.parse_args(arguments)
     count = write_captioned(options.out, list(TAUGHT[options.what](options.count, options.seed)))
