@@ -58,20 +58,11 @@ from cascade_nodes.cascade_core.training.data.batches import Batch
 from cascade_nodes.cascade_core.training.frozen import quantise_layer_to_nf4
 from cascade_nodes.cascade_core.training.launch import build_accelerator
 from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress
-from cascade_nodes.cascade_core.training.presets import NAMES, with_preset
+from cascade_nodes.cascade_core.training.presets import NAMES
 from cascade_nodes.cascade_core.training.presets import PRESETS as PRESETS_BY_TASK
 from cascade_nodes.cascade_core.training.run import compute_dtype, prepare_blocks
-from cascade_nodes.cascade_core.training.settings import (
-    ControlNetSettings,
-    DataSettings,
-    FinetuneSettings,
-    LoRASettings,
-    ObjectiveSettings,
-    OutputSettings,
-    Settings,
-    StageBSettings,
-    TrainSettings,
-)
+from cascade_nodes.cascade_core.training.settings import Settings, StageBSettings
+from cascade_nodes.cascade_core.training.settings import settings_of as read_values
 from cascade_nodes.cascade_core.training.tasks.conditions import CachedText
 from cascade_nodes.cascade_core.training.tasks.controlnet import ControlNetTask, published_blocks
 from cascade_nodes.cascade_core.training.tasks.finetune import FinetuneTask
@@ -182,7 +173,7 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 def network_of(
     options: argparse.Namespace, name: str, base: str, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    if name == "finetune":
+    if name == "finetune" and dtype == torch.float32:
         return random_stage_c(options.size, dtype, device)
     if name in ("stage_b", "finetune_b"):
         size = "stage_b_700m" if options.size == "1b" else "stage_b_1.5b"
@@ -216,51 +207,70 @@ class RandomStageB:
         return latents, effnet
 
 
-def settings_of(options: argparse.Namespace, task: Any, folder: str) -> Settings:
-    train = TrainSettings(
-        steps=options.warm + options.steps,
-        batch_size=options.batch,
-        accumulate=options.accumulate,
-        optimizer=options.optimizer,
-        precision=options.precision,
-        gradient_checkpointing=options.recompute,
-        compile=options.compile,
-        cuda_graphs=options.cuda_graphs,
-        deterministic=options.deterministic,
-        fsdp=options.fsdp and task in WHOLE,
-        warmup=0,
-    )
-    output = OutputSettings("out.safetensors", folder, log_every=WINDOW, checkpoint_every=10**8)
-    kind = "lora" if task in LORAS else "finetune" if task in WHOLE else task
-    finetune = FinetuneSettings(network=WHOLE.get(task, "stage_c"))
-    return Settings(kind, DataSettings(folder), output, train=train, finetune=finetune)
+def settings_of(
+    options: argparse.Namespace, task: str, base: str, preset: str | None, folder: str
+) -> Settings:
+    """The settings of one measurement; those of a preset are as `cascade train` has them."""
+    train: dict[str, Any] = {
+        "steps": options.warm + options.steps,
+        "precision": options.precision,
+        "compile": options.compile,
+        "cuda_graphs": options.cuda_graphs,
+        "deterministic": options.deterministic,
+        "fsdp": options.fsdp and task in WHOLE,
+        "warmup": 0,
+    }
+    if preset is None:
+        train |= {
+            "batch_size": options.batch,
+            "accumulate": options.accumulate,
+            "optimizer": options.optimizer,
+            "gradient_checkpointing": options.recompute,
+            "base_weights": base,
+        }
+    values: dict[str, Any] = {
+        "data": {"folder": folder},
+        "output": {"file": "out.safetensors", "folder": folder, "log_every": WINDOW, "checkpoint_every": 10**8},
+        "train": train,
+        "preset": preset,
+    }  # fmt: skip
+    kind: Any = "lora" if task in LORAS else "finetune" if task in WHOLE else task
+    if task in LORAS:
+        values["lora"] = {"network": LORAS[task], "rank": options.rank}
+    elif task in WHOLE:
+        values["finetune"] = {"network": WHOLE[task]}
+    else:
+        values["controlnet"] = {"start": "random"}
+    return read_values(values, kind, task)
 
 
-def measure(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]:
-    """Steps per second and peak memory of one task by our loop, its frozen weights in `base`."""
+def measure(
+    options: argparse.Namespace, name: str, base: str = "full", preset: str | None = None
+) -> dict[str, Any]:
+    """Steps per second and peak memory of one task by our loop, its frozen weights in `base` or by a preset."""
     accelerator = build_accelerator()
     device = accelerator.device
     reset(device)
     began_building = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        settings = settings_of(options, name, folder)
+        settings = settings_of(options, name, base, preset, folder)
+        side = options.latent if preset is None else stage_c_size(settings.data.size, settings.data.size)[0]
         dtype = compute_dtype(options.precision, device)
+        whole = name in WHOLE and settings.finetune.depth == (0.0, 1.0)
         torch.manual_seed(0)
-        stage_c = network_of(options, name, base, torch.float32 if name in WHOLE else dtype, device)
+        stored = torch.float32 if whole else dtype
+        stage_c = network_of(options, name, settings.train.base_weights, stored, device)
         text = CachedText(cast(Any, RandomText(stage_c.config)), CAPTIONS, device)
         task: StageCTask
-        data = cast(Any, RandomStageB(options.latent)) if name in ("stage_b", "finetune_b") else None
+        data = cast(Any, RandomStageB(side)) if name in ("stage_b", "finetune_b") else None
         if name in LORAS:
-            lora = LoRASettings(network=LORAS[name], rank=options.rank)
             encoder = random_text_encoder(stage_c, device) if name == "text_encoder" else None
             more = 0, encoder, CAPTIONS, (), data
-            task = LoRATask(stage_c, text, lora, ObjectiveSettings(), dtype, *more)
+            task = LoRATask(stage_c, text, settings.lora, settings.objective, dtype, *more)
         elif name in WHOLE:
-            task = FinetuneTask(stage_c, text, settings.finetune, ObjectiveSettings(), dtype, data)
+            task = FinetuneTask(stage_c, text, settings.finetune, settings.objective, dtype, data)
         else:
-            task = ControlNetTask(
-                stage_c, text, ControlNetSettings(start="random"), ObjectiveSettings(), dtype
-            )
+            task = ControlNetTask(stage_c, text, settings.controlnet, settings.objective, dtype)
         synchronise(device)
         built = time.perf_counter() - began_building
         reset(device)  # excludes the peak of building
@@ -274,7 +284,7 @@ def measure(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]
             marks.append((progress.step, time.perf_counter()))
             losses.append(progress.loss)
 
-        loop = Loop(task, RandomBatches(options.latent, name == "controlnet"), settings, accelerator, mark)
+        loop = Loop(task, RandomBatches(side, name == "controlnet"), settings, accelerator, mark)
         loop.save = lambda: None  # would write 57 GB for a finetune
         outcome = loop.run()
     trained, peak = loop.trained_numbers, max(accelerator.gather(outcome.peak_bytes))
@@ -288,6 +298,7 @@ def measure(options: argparse.Namespace, name: str, base: str) -> dict[str, Any]
         "peak_gb": peak / 1e9,
         "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else 0.0,
         "trained_parameters": trained,
+        "batch": settings.train.batch_size,
         "seconds": {"building": built, "training": outcome.seconds},
         "losses": losses,
     }
@@ -392,18 +403,12 @@ def _published_step(
 
 def measure_preset(options: argparse.Namespace, preset: str, task: str) -> dict[str, Any]:
     """One task with a preset's settings, within the memory that a card of that size leaves to PyTorch."""
-    section = with_preset({"preset": preset}, task)
-    train, size = section.get("train", {}), section.get("data", {}).get("size", 1024)
-    own = argparse.Namespace(**vars(options))
-    own.batch, own.accumulate = train.get("batch_size", 4), train.get("accumulate", 1)
-    base, own.optimizer = train.get("base_weights", "full"), train.get("optimizer", "adamw")
-    own.recompute, own.latent = train.get("gradient_checkpointing"), stage_c_size(size, size)[0]
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         bound = int(preset.removesuffix("gb")) * 2**30 - CONTEXT_BYTES
         torch.cuda.set_per_process_memory_fraction(min(bound / total, 1.0))
     try:
-        return {**measured(lambda: measure(own, task, base)), "batch": own.batch}
+        return measured(partial(measure, options, task, preset=preset))
     finally:
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(1.0)

@@ -12,7 +12,7 @@ import os
 import torch
 
 from ..accelerators import count, has_bf16
-from ..errors import CascadeError, quoted
+from ..errors import CascadeError, excerpt, on_one_line, printable, quoted
 from ..networks.precision import PRECISIONS
 from .processes import Processes
 
@@ -44,7 +44,20 @@ def build_accelerator(precision: str = "auto") -> Processes:
             "launch, or unset it."
         )
     # Where there is no accelerator, processes would each train alone as well.
-    accelerator = Accelerator(mixed_precision="no", cpu=several and not (count("cuda") or count("xpu")))
+    try:
+        accelerator = Accelerator(mixed_precision="no", cpu=several and not (count("cuda") or count("xpu")))
+    except (
+        torch.distributed.DistError,
+        ValueError,
+    ) as error:  # a taken port, others that do not come, no address
+        if not several:
+            raise
+        where = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
+        raise CascadeError(
+            f"The processes of this run cannot meet at {printable(where)} ({excerpt(on_one_line(error), 240)}); give "
+            "the first machine's address and a port that nothing else uses: MASTER_ADDR and MASTER_PORT, --master-addr "
+            "and --master-port of torchrun, or --main_process_ip and --main_process_port of accelerate launch."
+        ) from None
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise _refusal(kind, "launch one process for each GPU (distributed_type: MULTI_GPU)")

@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Values]] = {
         "48gb": _ROOMY,
     },
     "finetune": {
-        "8gb": _blocks(0.97, size=768),
+        "8gb": _blocks(0.99, size=768),
         "12gb": _blocks(0.93),
         "16gb": _blocks(0.85),
         "24gb": _blocks(0.7),

@@ -51,7 +51,7 @@ from .sharding import lay_out_as_divided
 from .state import STATE
 from .tasks.conditions import CachedText
 from .tasks.controlnet import ControlNetTask
-from .tasks.finetune import FinetuneTask
+from .tasks.finetune import FinetuneTask, cast_parameters, select_parameters
 from .tasks.lora import LoRATask
 from .tasks.stage_c import StageCTask
 from .tasks.textual_inversion import TokensTask
@@ -348,7 +348,7 @@ def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
         task.use_cuda_graphs()
 
 
-def load_network(path: str, kind: str, dtype: torch.dtype, device: torch.device, cls):
+def load_network(path: str, kind: str, dtype: torch.dtype | None, device: torch.device, cls):
     network, _, _ = load_model(path, expect=kind, dtype=dtype, device=device)
     assert isinstance(network, cls)
     return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -361,7 +361,10 @@ def load_trained_for(
     kind, cls = ("stage_b", StageB) if settings.network == "stage_b" else ("stage_c", StageC)
     path, base = getattr(settings.models, kind), settings.train.base_weights
     if settings.task == "finetune" and settings.network != "text_encoder":
-        network = load_network(path, kind, torch.float32, device, cls)
+        # On a small card only the trained part has room in float32.
+        network = load_network(path, kind, None, torch.device("cpu"), cls)
+        trained = select_parameters(network, settings.finetune.modules, settings.finetune.depth)
+        cast_parameters(network, trained, dtype, device)
     elif base == "full":
         network = load_network(path, kind, dtype, device, cls)
     else:

@@ -61,23 +61,6 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, value in floating if not value.isfinite().all()), None)
 
 
-def copy_into(target: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path) -> None:
-    """Copy saved values into tensors of the same names and shapes. Raises CascadeError where they differ."""
-    differing = sorted(
-        name
-        for name in target.keys() | saved.keys()
-        if name not in target or name not in saved or target[name].shape != saved[name].shape
-    )
-    if differing:
-        raise CascadeError(
-            f"{path} was written with other settings of what is trained (it differs in {len(differing)} tensors, such "
-            f"as {quoted(differing[0])}); put the settings back, or begin anew with --fresh."
-        )
-    with torch.no_grad():
-        for name, value in saved.items():
-            target[name].copy_(value)
-
-
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter number and field; plain numbers as scalars of float64 or int64.
 

@@ -1,5 +1,6 @@
 """Errors that can be known beforehand are reported first: no picture is encoded for a run that would fail."""
 
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +196,44 @@ def test_a_process_that_would_train_alone_though_it_is_one_of_many_is_refused(mo
     """srun starts such processes: it gives the rank under other names, and does not assign GPUs."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(CascadeError, match="WORLD_SIZE is '8', but nothing says which GPU is this"):
+        build_accelerator()
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate without what earlier tests made of it, and without what this one leaves."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_processes_whose_port_is_taken_are_told_where(monkeypatch, fresh_accelerate):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        several = {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for name, value in several.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(CascadeError, match=f"cannot meet at 127.0.0.1:{port} .*EADDRINUSE"):
+            build_accelerator()
+
+
+def test_processes_without_an_address_to_meet_at(monkeypatch, fresh_accelerate):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(CascadeError, match=r"cannot meet at \?:29500 .*MASTER_ADDR"):
         build_accelerator()
 
 

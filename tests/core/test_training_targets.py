@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,16 +13,18 @@ from torch.nn import functional as F
 from cascade_nodes.cascade_core import CascadeError, StageC
 from cascade_nodes.cascade_core.adapters import check_fits, describe_adapter, parse_adapter, read_adapter
 from cascade_nodes.cascade_core.adapters.apply import Patch, patched
-from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors
+from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors, write_safetensors
 from cascade_nodes.cascade_core.networks.quantisation import INT8, quantise_network
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.training.checks import check_networks
 from cascade_nodes.cascade_core.training.file_metadata import file_metadata
 from cascade_nodes.cascade_core.training.frozen import NF4Linear, float_weight, quantise_to_nf4
 from cascade_nodes.cascade_core.training.losses import pyramid_noise
+from cascade_nodes.cascade_core.training.run import load_trained_for
 from cascade_nodes.cascade_core.training.settings import settings_of as read_values
 from cascade_nodes.cascade_core.training.tasks.finetune import select_parameters
 from cascade_nodes.cascade_core.training.tasks.low_rank import matrix_size
+from cascade_nodes.tests.core.live_bytes import LiveBytes
 from cascade_nodes.tests.core.training_runs import loop_of, settings_of, write_world
 from cascade_nodes.tests.golden_weights import relative_error
 from cascade_nodes.tests.nodes.tiny import CONFIGS
@@ -211,6 +214,23 @@ def test_depth_chooses_blocks_in_the_order_of_a_forward_pass():
     assert len(half) == sum(1 for name, _ in network.named_parameters() if name.startswith("up_blocks."))
     with pytest.raises(CascadeError, match=r"depth .* leaves none of the"):
         select_parameters(network, ["clf"], (0.5, 1.0))
+
+
+def test_a_network_of_which_a_part_is_trained_is_never_whole_in_float32(world, tmp_path):
+    """On a small card there is room in float32 for its trained part alone."""
+    settings = settings_of(world, "finetune with text", tmp_path)
+    weights, metadata = read_safetensors(settings.models.stage_c)
+    halved = {name: value.bfloat16() for name, value in weights.items()}
+    write_safetensors(tmp_path / "bf16.safetensors", halved, metadata)
+    models = replace(settings.models, stage_c=str(tmp_path / "bf16.safetensors"))
+    with LiveBytes() as live:
+        network = load_trained_for(replace(settings, models=models), torch.bfloat16, torch.device("cpu"))
+    parameters = dict(network.named_parameters())
+    trained = select_parameters(network, ("all",), (0.5, 1.0))
+    assert {name for name, value in parameters.items() if value.dtype == torch.float32} == trained
+    whole, part = (sum(parameters[name].numel() for name in names) for names in (parameters, trained))
+    assert 0.2 < part / whole < 0.8
+    assert live.peak < (2 * whole + 4 * part) * 1.05  # the file's own pages, and the trained part
 
 
 def test_stage_b_learns_from_the_compressor_at_several_sizes_and_without_it(world, tmp_path):

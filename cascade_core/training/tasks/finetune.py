@@ -64,8 +64,7 @@ class FinetuneTask(StageCTask):
         self.frozen: Callable[..., Tensor] = network  # used if only the text encoder is trained
         if settings.network != "text_encoder":
             self.stage_names = select_parameters(network, settings.modules, settings.depth)
-            for name, parameter in network.named_parameters():
-                parameter.data = parameter.data.to(torch.float32 if name in self.stage_names else dtype)
+            cast_parameters(network, self.stage_names, dtype, self.device)
             network.train()  # with dropout, as published
         if encoder is not None:
             patterns = settings.modules if settings.network == "text_encoder" else ("all",)
@@ -266,6 +265,13 @@ def select_parameters(
             "wider bounds."
         )
     return chosen & deep
+
+
+def cast_parameters(network: nn.Module, trained: set[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Move a network to the device, its trained parameters in float32 and the others in `dtype`, one by one."""
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(device, torch.float32 if name in trained else dtype)
+    network.to(device)
 
 
 def _at_depth(network: Any, depth: Sequence[float]) -> set[str]:
