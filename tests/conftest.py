@@ -82,7 +82,7 @@ def place(item: pytest.Item) -> int:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Make skipped suites loud.
+    """Makes skipped suites loud.
 
     It is here because with several processes the reporting one loads no conftest below this one.
     """

@@ -67,7 +67,7 @@ def respect_permissions() -> None:
 
 
 def no_links(*_: object) -> None:
-    """In place of os.link, as on FAT and some network drives."""
+    """Stands in for os.link on FAT and some network drives."""
     raise PermissionError(errno.EPERM, "Operation not permitted")
 
 

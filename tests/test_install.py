@@ -56,7 +56,7 @@ def needed() -> set[str]:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """Built from a clean clone."""
+    """The source distribution, built from a clean clone."""
     folder = tmp_path_factory.mktemp("sdist")
     for name in tracked():
         (folder / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built from the source distribution alone."""
+    """The wheel, built from the source distribution alone."""
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")

@@ -179,7 +179,7 @@ def test_the_registry_gets_what_users_need():
 
 
 def test_publishing_names_publisher_repository_and_icon(tmp_path):
-    """As the release workflow does it, wherever the repository lives; nothing else changes."""
+    """The release workflow publishes so, wherever the repository lives; nothing else changes."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     naming = run_step(next(iter(publishing_steps().values())), tmp_path)
     assert naming.returncode == 0, naming.stderr

@@ -34,7 +34,7 @@ TINY_FILES = {
 
 
 def graphs() -> dict[str, dict[str, Any]]:
-    """{file name: graph}: two that have every loader between them and a picture `in.png` as input."""
+    """Graphs by file name: two that have every loader between them, and a picture `in.png` as input."""
     picture = json.loads(GRAPH.read_text(encoding="utf-8"))
     picture["7"]["inputs"]["positive"] = ["13", 0]
     picture |= {
@@ -56,7 +56,7 @@ def graphs() -> dict[str, dict[str, Any]]:
 
 
 def command(graph: Path | str, *assignments: str, output: str = "output") -> list[str]:
-    """`cascade run` with these assignments, and with the tiny networks in the shipped graph."""
+    """Arguments of `cascade run` with these assignments, and with the tiny networks in the shipped graph."""
     options = [*assignments] if graph == "compress.json" else [*TINY, *assignments]
     return [
         "run",

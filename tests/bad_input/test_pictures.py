@@ -133,7 +133,7 @@ def test_odd_pictures_that_are_read(picture, format, options, load, tmp_path):
 
 
 def test_a_name_with_the_separator_of_windows(load, tmp_path):
-    """As in graphs that were saved there."""
+    """Graphs that were saved on Windows have such names."""
     (tmp_path / "input" / "sub").mkdir(parents=True)
     NOISE.save(tmp_path / "input" / "sub" / "in.png")
     NOISE.rotate(180).save(tmp_path / "input" / "sub\\in.png")

@@ -128,7 +128,7 @@ def test_prompts_that_are_allowed(prompt, working_folder, capsys):
 
 
 def test_a_prompt_that_is_no_text(refused):
-    """Such as from a terminal that does not write UTF-8."""
+    """A terminal that does not write UTF-8 gives such prompts."""
     assert refused("5.negative=caf\udce9") == (
         "Node 5 (CascadeTextEncode): negative holds '\\udce9', which is not a character; write the prompt in "
         "UTF-8."

@@ -12,6 +12,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """One of them by name."""
+    """Imports one of the benchmarks' modules by name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module

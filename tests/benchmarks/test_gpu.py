@@ -28,7 +28,7 @@ def run(program: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all parts measured of ours."""
+    """File of the results of every measurement of our programs."""
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
     printed = run("gpu.py", "--toy", "--profile", "--programs", "ours", "--json", str(path))
     assert all(f"## {part}" in printed for part in MEASUREMENTS)

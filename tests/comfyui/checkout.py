@@ -57,7 +57,7 @@ class Checkout:
 
     @property
     def version(self) -> str:
-        """Such as 0.3.64."""
+        """Its version, such as 0.3.64."""
         text = (self.path / "comfyui_version.py").read_text(encoding="utf-8")
         match = re.search(r'__version__ = "([^"]+)"', text)
         return match.group(1) if match else "unknown"

@@ -163,7 +163,7 @@ def right_pictures(
 def right_picture(
     right_pictures: Callable[[dict[str, Any]], list[np.ndarray]],
 ) -> Callable[[dict[str, Any]], np.ndarray]:
-    """The same for a graph that saves a single picture."""
+    """The picture that a graph saves without ComfyUI, where it saves a single one."""
 
     def picture(graph: dict[str, Any]) -> np.ndarray:
         (only,) = right_pictures(graph)

@@ -30,7 +30,7 @@ def demo(changes: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def tiny(changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The same with the tiny networks and few steps."""
+    """The shipped graph with the tiny networks and few steps."""
     return demo({**TINY, **(changes or {})})
 
 

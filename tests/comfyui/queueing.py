@@ -37,7 +37,7 @@ class Queue:
         return [[entry[1] for entry in state[f"queue_{kind}"]] for kind in ("running", "pending")]
 
     def wait(self) -> None:
-        """Until nothing runs or waits."""
+        """Waits until nothing runs or is queued."""
         deadline = time.monotonic() + 60
         while any(self.state()):
             assert time.monotonic() < deadline, "the queue does not come to an end"

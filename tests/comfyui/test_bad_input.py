@@ -254,7 +254,7 @@ def test_widths_that_do_not_fit(executions, changes, at, said):
 
 
 def test_the_text_encoder_of_another_model(fails, server):
-    """As wide as the published networks', before the demo's Stage C."""
+    """It is as wide as the published networks' encoder, before the demo's Stage C."""
     wide = {**TRANSFORMER, "hidden_size": 1280, "intermediate_size": 64, "projection_dim": 1280}
     wide |= {"num_attention_heads": 20, "vocab_size": 49408}
     folder = server.base / "models" / "text_encoders"
@@ -284,7 +284,7 @@ def test_prompts_that_cannot_be_read(executions, changes, at, said):
 
 
 def test_an_embedding_that_is_missing_is_told_and_left_out(client, right_picture):
-    """As without ComfyUI, whose picture is the same."""
+    """The picture is the same as without ComfyUI."""
     graph = tiny({"5.positive": "a embedding:gone, (red:1.2) star", "7.seed": next(SEEDS)})
     execution = client.run(graph)
     assert execution.error is None
@@ -315,7 +315,7 @@ def test_more_pictures_than_fit_into_memory(executions, changes):
 
 @pytest.mark.parametrize("bad", ["truncated", "pickle", "empty", "another kind"])
 def test_a_file_replaced_by_a_bad_one_while_it_is_loaded(client, fails, server, bad):
-    """Put in place as a download does it, and put back."""
+    """The bad file is put in place as a download does it; then the good one is put back."""
     client.run(tiny({"7.seed": next(SEEDS)}))
     file = server.base / "models" / "diffusion_models" / "tiny_stage_c.safetensors"
     backup, replacement = file.with_name("kept"), file.with_name("new")

@@ -29,7 +29,7 @@ def test_what_changed_runs_and_what_follows_from_it(client):
 
 
 def test_a_replaced_file_runs_again(client, server, right_picture):
-    """Put in place while it is loaded, as a download does it; and put back."""
+    """The new file is put in place while the old one is loaded, as a download does it; then the old one comes back."""
     graph = tiny({"7.seed": 102})
     (before,) = client.pictures(client.run(graph))
     file = server.base / "models" / "diffusion_models" / "tiny_stage_c.safetensors"

@@ -36,7 +36,7 @@ def training(**changes):
 
 
 def linked(graph, name):
-    """The same, with an input over a link: ComfyUI then does not validate its value."""
+    """The same graph with an input over a link, whose value ComfyUI does not validate."""
     value = graph["1"]["inputs"][name]
     kind = "PrimitiveStringMultiline" if "\n" in value else "PrimitiveString"
     inputs = {**graph["1"]["inputs"], name: ["2", 0]}
@@ -73,7 +73,7 @@ def refusal(client, graph):
 
 
 def refused(client, name, value):
-    """The same sentence before the graph is queued, and where the value comes over a link."""
+    """Asserts the same refusal before the graph is queued and where the value comes over a link."""
     graph = training(**{name: value})
     sentence = refusal(client, graph)
     assert (client.run(linked(graph, name)).error or "").strip() == sentence

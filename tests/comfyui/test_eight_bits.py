@@ -32,7 +32,7 @@ def test_merges_get_the_originals(measured, case):
 
 @CASES
 def test_saved(measured, case):
-    """In fp8 with one scale a matrix, as ComfyUI's own products take it; in int8 to the bit as it ran."""
+    """In fp8 a matrix is saved with one scale, as ComfyUI's own products take it; in int8 to the bit as it ran."""
     found = measured[case]
     assert found["stated"] > 30
     assert found["scales"] == (["one"] if "fp8" in case else ["(rows, 1)"])
@@ -45,7 +45,7 @@ def test_saved(measured, case):
 
 @CASES
 def test_without_a_placement(measured, case):
-    """As on the processor, on other cards than NVIDIA's and with --highvram."""
+    """There is none on the processor, on other cards than NVIDIA's and with --highvram."""
     found = measured[case]
     assert found["in part"] <= 0.01
     assert found["hooks' effect"] > 0.05

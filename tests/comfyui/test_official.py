@@ -97,7 +97,7 @@ def test_inputs_are_comfyuis(measured):
 
 
 def test_a_picture_of_comfyuis_runs(folder, ours, tmp_path, capsys):
-    """From the command line, as ComfyUI saved it; but for its size and its steps."""
+    """It runs from the command line as ComfyUI saved it, except for its size and its steps."""
     picture = save_picture(tmp_path / "canny.png", **official("canny_controlnet"))
     smaller = [f"34.width={SIDE}", f"34.height={SIDE}", "3.steps=2", "33.steps=2"]
     sets = [word for assignment in smaller for word in ("--set", assignment)]

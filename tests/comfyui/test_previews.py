@@ -22,7 +22,7 @@ def test_the_approximation_is_comfyuis(measured):
 
 
 def test_a_previewer_is_found_by_what_is_in_the_file(measured):
-    """Eight times the latent's 6 × 6; ComfyUI's own has one pixel for each position."""
+    """The demo's previews have 8 pixels for each position of 6 × 6; ComfyUI's own have one."""
     assert measured["without a file"] == [6, 6]
     assert measured["with a file"] == [48, 48]
     assert measured["with a file, learned"] <= 2
@@ -30,14 +30,14 @@ def test_a_previewer_is_found_by_what_is_in_the_file(measured):
 
 
 def test_its_file_is_read_once(measured):
-    """A damaged file beside it, which comes first, as well."""
+    """A damaged file beside it, which comes first, is read once too."""
     assert measured["files read in three runs"] == 2
     assert measured["files read when one has changed"] == 4
     assert measured["in the model's weights"] == []
 
 
 def test_the_latent_is_the_same_without_previews(measured):
-    """With areas, tiles and batches; previews: by `none`, `auto` and `latent2rgb`."""
+    """Runs have areas, tiles and batches; previews: by `none`, `auto` and `latent2rgb`."""
     assert len(measured["same"]) == 7
     for same, previews in measured["same"].values():
         assert same
@@ -82,7 +82,7 @@ def test_who_chose_none(measured):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_front_end_chooses(client: Client, method: str | None):
-    """Of a server that was started without a word about it."""
+    """The server was started without a preview method."""
     execution = client.run(tiny({"7.seed": METHODS.index(method) + 110}), preview_method=method)
     assert execution.error is None
     assert "8" in execution.executed

@@ -67,7 +67,7 @@ def native(graph):
 def test_a_graph_with_nodes_that_are_gone_makes_the_same_picture(
     checkout, servers, tmp_path: Path, right_picture
 ):
-    """As newer versions do it, by the table that the pack registers; 0.3.64 has no list of replacements."""
+    """Newer versions replace nodes by the table that the pack registers; 0.3.64 has no list of replacements."""
     if checkout != CHECKOUTS[-1]:
         with pytest.raises(HTTPError, match="404"):
             servers(checkout).get("/node_replacements")

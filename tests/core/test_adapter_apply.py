@@ -120,7 +120,7 @@ LAYERS: dict[str, nn.Linear | nn.Conv2d] = {
 
 
 def change_of(layer: nn.Linear | nn.Conv2d, rank: int = 2, **more) -> LowRank:
-    """Random, as the dialects shape it."""
+    """A random change, shaped as in the dialects."""
     weight = layer.weight
     ends = [1] * (weight.ndim - 2)
     return LowRank(randn(rank, *weight.shape[1:]), randn(len(weight), rank, *ends, seed=1), **more)

@@ -285,7 +285,7 @@ def test_square_convolutions_magnitudes_are_told_apart_by_their_ending():
 
 
 def test_matrices_for_convolutions_take_their_form():
-    """As ComfyUI's trainer writes them: (rank, c_in · k²)."""
+    """ComfyUI's trainer writes such matrices: (rank, c_in · k²)."""
     tensors = {}
     for layer, rows, columns in (("clf.1", 4, 6), ("down_blocks.0.0.depthwise", 6, 9)):
         tensors |= file_of(f"diffusion_model.{layer}", change((rows, columns)), *ENDINGS[0])

@@ -313,7 +313,7 @@ def test_layers_left_alone_are_zeros_and_all_have_one_rank():
 
 
 def test_a_depthwise_change_is_the_same_at_every_position():
-    """As the published trainer applies it."""
+    """The published trainer applies it so."""
     down, up = torch.randn(2, 1), torch.randn(64, 2)
     file = {
         f"weights.{i}.lora_{part}": tensor for i in range(6) for part, tensor in (("down", down), ("up", up))

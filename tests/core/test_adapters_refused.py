@@ -37,7 +37,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("model", list(OTHERS))
 def test_a_lora_for_another_model_is_refused_by_name(model):
-    """Even if its text encoder's layers have the same names as ours."""
+    """It is refused even if its text encoder's layers have the same names as ours."""
     file = kohya_file(OTHERS[model]) | kohya_file(TEXT, "lora_te_")
     with pytest.raises(CascadeError, match=rf"^style is a LoRA for {model}, not for Stable Cascade's Stage C: 18 of "
                        r"its 21 tensors match; choose a Stable Cascade LoRA\.$"):  # fmt: skip

@@ -235,7 +235,7 @@ DTYPES = [
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
-    """With scalars, tensors without values, views and other memory formats."""
+    """Tensors of every dtype, with scalars, tensors without values, views and other memory formats."""
     bits = torch.arange(3 * 5 * 2 * 16, dtype=torch.uint8).view(-1)
     tensors = {f"{name}.{i}": bits.view(getattr(torch, name))[i : i + 3] for name in DTYPES for i in (0, 2)}
     tensors["bool.0"] = torch.tensor([True, False])

@@ -241,7 +241,7 @@ def test_prompts_may_come_from_a_generator(cascade):
 
 
 class Stopped(BaseException):
-    """As KeyboardInterrupt, which would end the tests."""
+    """Stands in for KeyboardInterrupt, which would end the tests."""
 
 
 @pytest.mark.parametrize("stop", [Stopped, KeyboardInterrupt, RuntimeError, SystemExit])

@@ -633,7 +633,7 @@ def test_a_file_in_another_precision_is_cast_on_its_way(tmp_path, stored, comput
 
 
 def test_slots_are_small_where_small_units_are_enough():
-    """As Stage C's blocks: the fewest bytes a forward, those of the slots counted."""
+    """As in Stage C, units differ in size; the plan copies the fewest bytes a forward, slots counted."""
     small = [Unit([nn.Linear(32, 32)], [torch.zeros(1024)]) for _ in range(8)]
     large = [Unit([nn.Linear(32, 32)], [torch.zeros(2048)]) for _ in range(8)]
     units = [unit for pair in zip(large, small, strict=True) for unit in pair]

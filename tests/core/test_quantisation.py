@@ -143,7 +143,7 @@ def test_half_of_the_memory_of_bf16():
 
 @FORMATS
 def test_a_lora_is_rounded_with_its_weight(dtype):
-    """From the original in float32, once; and afterwards the same bits as before."""
+    """It is rounded once, from the original in float32; afterwards the bits are the same as before."""
     network: Any = build(StageC, STAGE_C).bfloat16()
     original = network.get_submodule(LAYER).weight.detach().clone()
     layer: Any = quantise_network(network, dtype).get_submodule(LAYER)
@@ -225,7 +225,7 @@ def test_a_file_comes_back_to_the_bit(tmp_path, dtype, kind):
 
 
 def test_one_scale_stays_one(tmp_path):
-    """As of ComfyUI's fp8 weights."""
+    """ComfyUI's fp8 weights have a single scale."""
     weight8 = torch.randn(8, 16).to(E4M3)
     parts = quantised_layout("a.weight", QuantisedWeight(weight8, torch.full((8,), 0.3)), (8, 16))
     assert parts["a.weight_scale"].shape == ()

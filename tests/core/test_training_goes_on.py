@@ -116,7 +116,7 @@ def test_other_pictures_captions_and_networks_are_refused(world):
 
 
 def test_what_decides_nothing_may_change(world):
-    """Places, dates, the cache, samples and how it is computed."""
+    """Places, dates, the cache, samples and the way of computing decide nothing."""
     moved = Path(shutil.copytree(world, world.parent / "elsewhere", copy_function=shutil.copyfile))
     for path in (moved / "run").glob("*.safetensors"):
         os.utime(path)
@@ -146,7 +146,7 @@ def test_more_steps_go_on_and_fewer_are_said(world):
 
 
 def rewrite(world: Path, change) -> None:
-    """Change a state's parts or its metadata."""
+    """Changes a state's parts or its metadata."""
     tensors, metadata = read_safetensors(world / "run" / STATE)
     tensors = {name: value.clone() for name, value in tensors.items()}
     change(tensors, metadata)
@@ -231,7 +231,7 @@ def test_weights_that_diverge_leave_the_last_good_state(finished, tmp_path):
 
 
 def test_two_runs_in_one_folder(finished):
-    """Also of two processes; a kill leaves nothing that blocks."""
+    """They may also be in two processes; a kill leaves nothing that blocks."""
     run = finished / "run"
     settings = changed(finished, run)
     sentence = (

@@ -34,7 +34,7 @@ def data_of(**settings) -> Any:
 
 
 def half_white(width: int = 256, height: int = 256) -> Image.Image:
-    """White to the left."""
+    """A mask whose left half is white."""
     mask = Image.new("L", (width, height))
     mask.paste(255, (0, 0, width // 2, height))
     return mask
@@ -118,7 +118,7 @@ def test_a_small_mask_has_as_much_of_the_loss_as_a_large_one():
 
 
 def test_each_picture_is_shown_in_several_sizes(tmp_path):
-    """Once in each, with latents of its own; in none that would enlarge it too much, in none twice."""
+    """It is shown once in each, with latents of its own; in none that would enlarge it too much, in none twice."""
     large = write_set(tmp_path / "large", [(512, 512)] * 2)
     small = write_set(tmp_path / "small", [(256, 256)])
     sets = [{"folder": str(large)}, {"folder": str(small), "more_sizes": [320, 384]}]

@@ -37,7 +37,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_each_trains_and_goes_on_to_the_bit(world, tmp_path, name):
-    """Through the state's file, with a sample on the way, which must leave no trace."""
+    """It goes on from the state's file; a sample on the way must leave no trace."""
     check_optimiser(settings_of(world, "lora", tmp_path, train=OPTIMISERS[name]).train)
     output = {"sample_every": 2, "sample_steps": 1, "prompts": ["a red star"]}
     whole = loop_of(settings_of(world, "lora", tmp_path / "whole", train=OPTIMISERS[name]))

@@ -118,7 +118,7 @@ def test_a_divided_network_trains_as_a_whole_one_bit_for_bit(outcomes, alone, wo
 
 @pytest.mark.parametrize("task", DIVIDED)
 def test_a_divided_run_that_was_killed_goes_on_bit_for_bit(outcomes, task):
-    """Each process from its own part, which is in its own folder alone."""
+    """Each process goes on from its own part of the state, which lies in its own folder alone."""
     for rank, outcome in enumerate(outcomes):
         found = outcome[f"divided {task}"]
         assert found["resumed_at"] == 3
@@ -142,7 +142,7 @@ def test_another_number_of_processes_goes_on_with_a_divided_run(outcomes, alone,
 
 
 def test_processes_that_would_train_something_else_are_told_what_and_where(outcomes):
-    """Before anything is loaded, and the same in both."""
+    """They are told before anything is loaded, both in the same words."""
     first, second = (outcome["refused"] for outcome in outcomes)
     assert first == second
     where = f"Process 1 of 2, on {socket.gethostname()}"

@@ -46,7 +46,7 @@ def everything(loop):
 
 
 def test_a_run_that_is_stopped_within_a_step_resumes_bit_for_bit(world, tmp_path):
-    """Between two of the batches of a step, which is then taken back: its statistics too."""
+    """It is stopped between two batches of a step, which is then taken back, its statistics too."""
     name = "lora, adaptive"
     whole = loop_of(settings_of(world, name, tmp_path / "whole"))
     assert whole.run().finished
@@ -180,7 +180,7 @@ def test_other_settings_of_what_is_trained_are_refused(world, tmp_path):
 
 
 def test_an_optimiser_with_plain_numbers_in_its_state_comes_back(world, tmp_path):
-    """As bitsandbytes' has them: a step that is not a tensor, bytes with their scales, and a table that all share."""
+    """bitsandbytes has such states: a step that is not a tensor, bytes with scales, and a table that all share."""
     settings = settings_of(world, "lora", tmp_path).train
     parameters = [torch.nn.Parameter(torch.randn(6)) for _ in range(2)]
     optimiser = build_optimiser([{"params": parameters}], settings)

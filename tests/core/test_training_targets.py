@@ -248,7 +248,7 @@ def test_stage_b_learns_from_the_compressor_at_several_sizes_and_without_it(worl
 
 
 def test_pyramid_noise_is_the_published_one():
-    """train_b.py's `_pyramid_noise`, of the same random numbers."""
+    """It equals train_b.py's `_pyramid_noise` for the same random numbers."""
     x0 = torch.zeros(2, 4, 40, 24)
     torch.manual_seed(3)
     found = pyramid_noise(x0)

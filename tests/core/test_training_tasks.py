@@ -163,7 +163,7 @@ def test_a_lora_with_tokens_holds_both(world, tmp_path, x):
 
 
 def test_a_token_beyond_the_first_chunk_is_learned(world, tmp_path):
-    """Of captions of two chunks, whose second one alone holds the token."""
+    """Captions have two chunks, and only the second one holds the token."""
     settings = settings_of(world, "tokens", tmp_path / "run")
     (tmp_path / "long").mkdir()
     for number in range(2):

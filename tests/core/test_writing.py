@@ -98,7 +98,7 @@ def test_a_kill_leaves_a_whole_file_or_none(write, stage, moment, tmp_path):
 
 
 def test_what_is_swept(tmp_path):
-    """Only our own names, not written to for a day; a link, and not what it leads to."""
+    """Only our own names, not written to for a day, are swept; of a link, the link itself and not its target."""
     day = time.time() - 25 * 3600
     ours, theirs = [f".{'0123456789abcde' + end}.part" for end in "01"], tmp_path / "theirs"
     others = [".x.part", ".model.safetensors.0123456789abcdef.part", "0123456789abcdef.part", "a.png"]
@@ -141,7 +141,7 @@ def test_an_exception_leaves_the_folder_as_it_was(error, tmp_path):
 
 
 def test_names_of_255_bytes(links, tmp_path):
-    """Also in characters of several bytes; the temporary name is short whatever the final one is."""
+    """Names may have characters of several bytes; the temporary name is short whatever the final one is."""
     names = ["x" * 255, "ü" * 127 + "x"]
     for name in names:
         writing.write_file(tmp_path / name, "text")
@@ -159,7 +159,7 @@ def test_a_dangling_link_is_a_taken_name(links, tmp_path):
 
 @pytest.mark.parametrize("linked", [False, True])
 def test_what_is_not_a_file_is_not_replaced(linked, tmp_path):
-    """Root is allowed to, and would leave the machine without /dev/null."""
+    """Root may replace it, which would leave the machine without /dev/null."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name, reason in {"pipe": "a pipe or a device", "folder": "Is a directory"}.items():

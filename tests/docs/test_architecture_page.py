@@ -15,7 +15,7 @@ ROOMS = ("cascade_core", "demo", "headless", "nodes")
 
 
 def layers(of: str) -> list[list[str]]:
-    """Of a contract of import-linter, by the beginning of its name."""
+    """Layers of a contract of import-linter, found by the beginning of its name."""
     contract = next(contract for contract in CONTRACTS if contract["name"].startswith(of))
     return [[room.strip() for room in layer.split("|")] for layer in contract["layers"]]
 

@@ -190,7 +190,7 @@ def test_the_logger_hears_of_every_stage(page):
 
 
 def test_a_second_thread_waits(page):
-    """Each gets the latent that it gets alone, and no step of one falls between those of the other."""
+    """Each thread gets the latent that it gets alone, and no step of one falls between those of the other."""
     cascade: StableCascade = page["cascade"]
     steps: list[int] = []
     latents: dict[int, Tensor] = {}

@@ -94,7 +94,7 @@ def test_a_package_has_one_version_in_all_locks():
 
 @pytest.mark.nightly
 def test_the_site_is_built(written, tmp_path):
-    """By the pinned generator, from PyPI, strict; docstrings are in its search, with their columns as lists."""
+    """The pinned generator from PyPI builds it strictly; its search finds docstrings, whose columns become lists."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     binaries = tmp_path / "venv" / "bin"
     lock = ROOT / "requirements-docs.lock"

@@ -44,7 +44,7 @@ def test_the_reference_is_that_of_the_settings():
 
 @pytest.mark.parametrize("section", training_settings.SECTIONS)
 def test_every_setting_is_explained(section):
-    """By a comment beside it or above it, which the reference takes over."""
+    """A comment beside it or above it explains it, and the reference takes that over."""
     explained = training_settings.comments(training_settings.SECTIONS[section])
     assert [name for name, text in explained.items() if not text] == []
     assert len(explained) == len(dataclasses.fields(training_settings.SECTIONS[section]))
@@ -73,7 +73,7 @@ def test_the_three_commands_of_the_published_weights_belong_together():
 
 @pytest.mark.nightly
 def test_the_three_commands_of_the_demo_as_they_stand(tmp_path):
-    """In a folder of their own, which holds the recipe."""
+    """They run in a folder of their own, which holds the recipe."""
     recipe = tmp_path / DEMO_COMMANDS[1][-1]
     recipe.parent.mkdir(parents=True)
     recipe.write_text((PACK / DEMO_COMMANDS[1][-1]).read_text())

@@ -111,7 +111,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def precisions(card: Card) -> list[Precision]:
-    """Those with operations of their own on a card: elsewhere weights are dequantised."""
+    """Precisions with operations of their own on a card; elsewhere weights are dequantised."""
     with described(card):
         exact = operations_on(torch.device("meta"))
         own = [name for name in get_args(Precision) if operations_on(torch.device("meta"), name) is not exact]
@@ -126,7 +126,7 @@ class Covering:
         self.forms: Counter[str] = Counter()
 
     def __call__(self, *, fn: Any, **_: Any) -> bool:
-        """Whether it is left out."""
+        """Whether the kernel is left out."""
         number = self.forms[fn.name]
         self.forms[fn.name] += 1
         return number > 0 and number % len(CARDS) != self.number

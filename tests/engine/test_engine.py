@@ -98,7 +98,7 @@ def test_stage_b(size):
 
 
 def test_nothing_of_the_last_call_stays():
-    """Each call with something else: latent, prompt, noise, further conditions, ControlNet, size."""
+    """Each call gets something else: latent, prompt, noise, further conditions, ControlNet, size."""
     network = build(StageC, STAGE_C)
     engine = Engine(network)
     x, conditions = stage_c_inputs(STAGE_C)
@@ -160,7 +160,7 @@ def test_joined_weights_are_the_networks_own():
 
 
 def test_weights_made_in_inference_mode_can_be_joined():
-    """As a host makes them that loads and samples in one such block."""
+    """A host that loads and samples in one such block makes them."""
     with torch.inference_mode():
         network, alone = build(StageC, STAGE_C), build(StageC, STAGE_C)
         engine_module.BoundUNet(network, join=True)

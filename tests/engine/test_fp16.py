@@ -73,7 +73,7 @@ def halves(conditions: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("changed", ["plain", "LoRA", "ControlNet"])
 def test_stage_c_that_overflows(stage_c, changed):
-    """Against the network in float32, after whose growth fp16 as published holds nothing."""
+    """It is compared with the network in float32, after whose growth fp16 as published holds nothing."""
     x, conditions = randn(1, 16, 7, 10), dict[str, Any](prompt(1))
     if changed == "ControlNet":
         conditions["control"] = residuals(stage_c)
@@ -112,7 +112,7 @@ def test_stage_b_that_overflows():
 
 @pytest.mark.parametrize("operations", ["fp8"], indirect=True)
 def test_products_in_fp8(stage_c):
-    """As near as they are in float32, from the same network: rows are quantised by scales of their own."""
+    """They are as near as for the same network in float32: rows are quantised by scales of their own."""
     x, conditions = randn(1, 16, 7, 10), prompt(1)
     with torch.inference_mode():
         expected = stage_c(x, torch.tensor([0.7]), **conditions)

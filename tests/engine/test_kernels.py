@@ -94,7 +94,7 @@ def test_response_norm_in_three_launches(size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("h_scale", [1.0, SCALE])
 def test_response_norm_of_a_fraction(h_scale, dtype):
-    """As the stream is held in fp16: by powers of two, so that no bit changes where none goes under."""
+    """The fraction is a power of two, as in fp16, so that no bit changes where none goes under."""
     gamma, images = normal(96, seed=1), normal(2, 40, 96, dtype=dtype)
 
     def in_three_launches(h: Tensor, h_scale: float, x_scale: float) -> Tensor:
@@ -208,7 +208,7 @@ def test_what_waits_for_each_other_fits_the_device(size):
 
 
 def test_stripes_leave_few_multiprocessors_idle():
-    """At the sizes of most blocks of Stage C and Stage B, with guidance."""
+    """The sizes are those of most blocks of Stage C and Stage B, with guidance."""
     for batch, n, k in ((2, 576, 8192), (2, 1024, 5120)):
         plan = resident.plan(batch, n, k, H100)
         assert plan is not None

@@ -101,7 +101,7 @@ def assert_near(value, expected, rounding):
 @dtypes
 @pytest.mark.parametrize("size", [(5, 7, 24), (9, 16, 48), (1, 1, 20)])
 def test_depthwise_gate_norm(size, dtype):
-    """In three parts of the image, whose borders are not the image's."""
+    """The image is computed in three parts, whose borders are not the image's."""
     height, width, channels = size
     h, x = (normal(height * width, channels, dtype=dtype, seed=i) for i in range(2))
     weight, (bias, next_bias) = (

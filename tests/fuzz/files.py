@@ -97,7 +97,7 @@ class World:
         return paths
 
     def write_checkpoints(self, folder: Path) -> None:
-        """All in one, in shards, and as a folder of diffusers."""
+        """Writes the networks all in one, in shards, and as a folder of diffusers."""
         networks = {
             part: read_weights(self.models / TINY_FILES[words], part)[0]
             for part, words in (

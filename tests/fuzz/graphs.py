@@ -94,7 +94,7 @@ class World:
             self.check_files(before)
 
     def run(self, graph: Any, random: Random) -> None:
-        """As a value, as a file, or by the command, with assignments."""
+        """Runs a graph as a value, as a file, or by the command, with assignments."""
         way = random.random()
         if way < 0.4:
             pictures = run_graph(graph, output_folder=self.output, partial=random.random() < 0.5).pictures
@@ -239,7 +239,7 @@ def cheap(name: str, value: Any, entry: Any = None) -> Any:
 
 
 def sane(value: Any, depth: int = 0) -> Any:
-    """As JSON can be written, with a mark where it is too deep."""
+    """The value as JSON can hold it, with a mark where it is too deep."""
     if depth > 20:
         return "DEEP"
     if isinstance(value, dict):

@@ -297,7 +297,7 @@ def bomb(kind: str, random: Random) -> bytes:
 
 
 def png_bomb(random: Random) -> bytes:
-    """Really large: rows of zeros that are compressed a thousandfold, or text chunks."""
+    """A PNG that really is large: rows of zeros that are compressed a thousandfold, or text chunks."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))

@@ -82,7 +82,7 @@ class World:
         self.earlier = folder / "out" / "earlier.safetensors"
 
     def attempt(self, random: Random) -> None:
-        """At times where a run of the basic settings has left its state and its cache."""
+        """Tries a case, at times where a run of the basic settings has left its state and its cache."""
         self.earlier.parent.mkdir()
         self.earlier.write_bytes(b"earlier")
         task = random.choice(list(TASKS))

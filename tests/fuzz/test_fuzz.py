@@ -29,7 +29,7 @@ def test_a_few_cases():
     "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(f"fuzz {kind}")) for kind in NIGHTLY]
 )
 def test_many_cases(kind, seed):
-    """Others every day: the head of the report says `--seed`, which repeats them."""
+    """Cases differ every day; the head of the report says `--seed`, which repeats them."""
     answers = run_cases(kind, seed * 10_000, NIGHTLY[kind])
     assert len(answers) == NIGHTLY[kind]
     assert not failures(answers), "\n".join(failures(answers))

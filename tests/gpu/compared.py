@@ -58,7 +58,7 @@ def draw(shape: Sequence[int], like: Tensor | None = None, seed: int = 0) -> Ten
 
 
 def network_of(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:
-    """In evaluation, with random weights that matter, all of them."""
+    """A network in evaluation mode, with random weights that all matter."""
     network = CLASSES[type(config)](config).eval().requires_grad_(False)
     for number, (name, parameter) in enumerate(network.named_parameters()):
         spread = SPREAD
@@ -107,7 +107,7 @@ def noise(x: Tensor, level: float) -> Tensor:
 
 
 class Errors(NamedTuple):
-    """Relative to exact: of the network in its own precision, and of the engine."""
+    """Errors relative to exact: of the network in its own precision, and of the engine."""
 
     eager: float
     engine: float
@@ -122,7 +122,7 @@ def errors(
     levels: Sequence[float] = LEVELS,
     kernel_attention: bool = True,
 ) -> Errors:
-    """Of forwards at these noise levels together, each of another latent of x's shape; the engine `alone`."""
+    """Errors of forwards at these noise levels together, each of another latent of x's shape; the engine `alone`."""
     exact = copy.deepcopy(network).double()
     exact_conditions = {name: _doubled(value) for name, value in conditions.items()}
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -136,7 +136,7 @@ def errors(
 
 
 def errors_of(outputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Errors:
-    """Of (exact, eager, engine) outputs, over all of them together."""
+    """Errors of (exact, eager, engine) outputs, over all of them together."""
     for exact, eager, computed in outputs:
         assert exact.dtype == torch.float64
         assert (computed.shape, computed.dtype, computed.device) == (eager.shape, eager.dtype, eager.device)

@@ -219,7 +219,7 @@ def test_fp8_follows_a_lora(device: torch.device):
 
 @strict_and_usual
 def test_nothing_of_the_last_call_stays(dtype: torch.dtype, device: torch.device):
-    """Each call with something else, on graphs that were captured with the inputs before."""
+    """Each call gets something else, on graphs that were captured with the inputs before."""
     network = network_of(SHALLOW_C, dtype, device)
     engine = Engine(network)
     x, conditions = inputs(SHALLOW_C, network)
@@ -286,7 +286,7 @@ def test_controlnets_come_change_and_go(dtype: torch.dtype, device: torch.device
 
 
 def test_a_residual_may_be_written_to(device: torch.device):
-    """As conditions may."""
+    """A caller may write to it between calls, as to conditions."""
     network = network_of(SHALLOW_C, torch.float32, device)
     engine = Engine(network)
     x, conditions = inputs(SHALLOW_C, network)
@@ -341,7 +341,7 @@ def test_loras_come_change_and_go(join: bool, dtype: torch.dtype, device: torch.
 
 
 def test_a_lora_of_stage_b(device: torch.device):
-    """In levels that repeat."""
+    """It changes layers in levels that repeat."""
     network = network_of(SHALLOW_B, torch.bfloat16, device)
     engine = Engine(network, join=True)
     x, conditions = inputs(SHALLOW_B, network, 2, (34, 50))
@@ -383,7 +383,7 @@ def test_it_follows_the_weights(dtype: torch.dtype, device: torch.device):
 
 
 def test_it_follows_the_network_to_the_processor_and_back(device: torch.device):
-    """At the same shape, for which it has a graph on the card."""
+    """The shape stays the same, for which it has a graph on the card."""
     network = network_of(SHALLOW_C, torch.float32, device)
     engine = Engine(network)
     x, conditions = inputs(SHALLOW_C, network)
@@ -497,7 +497,7 @@ def test_a_result_outlives_the_next_call(device: torch.device):
 
 
 def test_shapes_take_turns(device: torch.device, replays: Replays):
-    """Of more shapes than are kept, so that graphs are dropped and captured anew in the memory of others."""
+    """There are more than are kept, so that graphs are dropped and captured anew in the memory of others."""
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     engine = Engine(network)
     sizes = [(1, (9, 11)), (2, (9, 11)), (1, (5, 7)), (3, (5, 7)), (1, (16, 16)), (2, (2, 1))]
@@ -516,7 +516,7 @@ def test_shapes_take_turns(device: torch.device, replays: Replays):
 
 
 def test_without_graphs(device: torch.device, replays: Replays):
-    """As where a host asks for none."""
+    """A host may ask for none."""
     network = network_of(SHALLOW_C, torch.bfloat16, device)
     engine = Engine(network)
     engine.graphs = False
@@ -563,7 +563,7 @@ def test_another_convolution_is_the_networks(device: torch.device, replays: Repl
 
 
 def test_heads_that_the_kernel_does_not_know(device: torch.device, monkeypatch: pytest.MonkeyPatch):
-    """Of a width of 24: attention is PyTorch's, the rest still the engine's."""
+    """With heads of a width of 24 attention is PyTorch's, the rest still the engine's."""
     config = replace(SHALLOW_C, c_hidden=(96, 96), nhead=(4, 4))
     network = network_of(config, torch.bfloat16, device)
     x, conditions = inputs(config, network)

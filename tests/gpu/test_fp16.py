@@ -75,7 +75,7 @@ def test_a_forward(case: Any, device: torch.device, replays: Replays):
 def test_a_stream_past_the_end_of_fp16(
     network_class: Any, config: Any, size: tuple[int, int], device: torch.device, replays: Replays
 ):
-    """As near to float32 as the network's own forward. Without the fraction nothing is left."""
+    """It is as near to float32 as the network's own forward. Without the fraction nothing is left."""
     network = overflowing.overflowing(network_class(config)).to(device)
     x, conditions = inputs(config, network, size=size)
     with torch.inference_mode():
@@ -120,7 +120,7 @@ def test_as_before_ampere(
     replays: Replays,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """By cuBLAS, PyTorch's attention and the kernels beside them, whatever this card can do."""
+    """It computes by cuBLAS, PyTorch's attention and the kernels beside them, whatever this card can do."""
     monkeypatch.setattr(engine_module, "operations_on", lambda device, precision: cublas)
     network = network_of(config, torch.float16, device)
     scale_residual_stream(network, scale)
@@ -133,6 +133,6 @@ def test_as_before_ampere(
 
 
 def test_stage_b_as_published(device: torch.device):
-    """As the hosts run it in fp16: its stream stays within."""
+    """Hosts run it so in fp16: its stream stays within."""
     network = network_of(SHALLOW_B, torch.float16, device)
     assert_near(network, Engine(network), *inputs(SHALLOW_B, network, size=(34, 50)))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("exact_arithmetic")
 
 @pytest.fixture
 def previewer(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Previewer:
-    """One of random weights, due at every step."""
+    """A previewer with random weights, due at every step."""
     monkeypatch.setattr(previews, "INTERVAL", 0.0)
     torch.manual_seed(0)
     return Previewer(PreviewerNetwork(PreviewerConfig()).eval().requires_grad_(False).to(device), 8, 256)

@@ -39,7 +39,7 @@ def kernels(capability: tuple[int, int]) -> Any:
 
 @torch.inference_mode()
 def errors(stage_a: Any, engine: vqgan.DecoderEngine, shape: tuple[int, ...], rounds: int = ROUNDS) -> Errors:
-    """Of `rounds` decodings together, each of another latent; the engine without Stage A's own decoder."""
+    """Errors of `rounds` decodings together, each of another latent; the engine without Stage A's own decoder."""
     exact, like = copy.deepcopy(stage_a).double(), next(stage_a.parameters())
     outputs = []
     for seed in range(rounds):
@@ -66,7 +66,7 @@ def test_it_decodes_as_stage_a(
 def test_some_lines_at_a_time(
     way: str, dtype: torch.dtype, device: torch.device, kernels: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """As a picture whose hidden values are too many, in parts that do not divide it."""
+    """It is decoded like a picture of too many hidden values, in parts that do not divide it."""
     monkeypatch.setattr(vqgan.FusedMixingBlock, "hidden_bytes", 100 * 4 * 96 * 2)  # 100 positions, or 200
     if way != WAYS[0]:
         monkeypatch.setattr(kernels, "choose", lambda *_: kernels.Config(32, 32, 16))
@@ -87,7 +87,7 @@ def test_what_is_too_large_for_a_graph(
 
 
 def test_sizes_take_turns(device: torch.device):
-    """More than have graphs; each gives the same bits again."""
+    """There are more sizes than graphs; each gives the same bits again."""
     stage_a = network_of(STAGE_A, torch.bfloat16, device)
     engine = vqgan.DecoderEngine(stage_a)
     sizes = [(8, 8), (9, 7), (5, 12)]

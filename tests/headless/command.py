@@ -15,7 +15,7 @@ def _listen_to_ctrl_c() -> None:
 def start(
     *arguments: str, prepare: Callable[[], None] = _listen_to_ctrl_c, **options: Any
 ) -> subprocess.Popen[str]:
-    """Start `cascade ARGUMENTS`; `prepare` runs in the new process first."""
+    """Starts `cascade ARGUMENTS`; `prepare` runs in the new process first."""
     command = [sys.executable, "-m", "cascade_nodes.headless", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, preexec_fn=prepare, **pipes | options)

@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
             self.redirect(hub.files[match["repo"], match["path"]])
 
     def redirect(self, content: bytes) -> None:
-        """As the hub does for large files: what they are, and where their bytes are."""
+        """Redirects as the hub does for large files: what they are, and where their bytes are."""
         sha256 = hashlib.sha256(content).hexdigest()
         headers = {
             "X-Repo-Commit": COMMIT,

@@ -66,7 +66,7 @@ def write_models(models: Path) -> None:
 
 
 def _weights(part: str) -> dict[str, torch.Tensor]:
-    """Of the demo, or random for the encoders: the demo's has a vocabulary of its own, which ComfyUI's layout lacks."""
+    """Weights of the demo, or random ones for the encoders: ComfyUI's layout lacks the demo's vocabulary."""
     torch.manual_seed(len(part))
     if part not in ("text", "vision"):
         tensors = read_weights(DEMO_FOLDER / DEMO_NAMES[part], part)[0]

@@ -122,7 +122,7 @@ def test_values_within_each_other_many_times_over_cost_little():
     "literal", [0, 1.5, "x", True, {}, {"a": 1}, None, {"__value__": [1]}, [], ["1"], [1, 0], ["1", 0, 0]]
 )
 def test_a_value_on_a_socket_is_refused_before_anything_runs(literal):
-    """Of every node of ours; of those that may be left out, null means that it is."""
+    """Every node of ours is asked; for sockets that may be left out, null means that they are."""
     classes = available_nodes()
     sockets = [
         (name, entry_id)

@@ -198,7 +198,7 @@ def test_the_same_command_makes_what_is_missing(folder, capsys):
 
 
 def test_a_kill_at_any_moment_costs_one_row_and_leaves_no_second_picture(folder):
-    """Between a row's line and its pictures, and within a line."""
+    """It comes between a row's line and its pictures, or within a line."""
     table({"name": "a", "1.color": 255}, {"name": "b", "1.batch_size": 2}, {"name": "c"})
     assert batch() == 0
     first, second, third = Path("made/batch.jsonl").read_bytes().splitlines(keepends=True)
@@ -240,7 +240,7 @@ def test_two_batches_do_not_write_one_list(folder, capsys):
 
 
 def test_nodes_with_the_same_inputs_run_once(folder):
-    """Such as loaders, which have the same inputs in every row."""
+    """Loaders are such nodes, which have the same inputs in every row."""
     started: list[str] = []
 
     class Listener(Observer):

@@ -213,7 +213,7 @@ def test_the_row_of_a_killed_worker_is_made_again(folder):
 
 @pytest.mark.nightly
 def test_the_rows_of_a_lost_machine_are_made_again(folder, monkeypatch):
-    """Of two machines, each with a worker."""
+    """There are two machines, each with a worker."""
     environment = dict(os.environ)
     on_ray.prepare(environment, alone=True)
     for name, value in environment.items():

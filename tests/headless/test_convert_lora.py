@@ -200,7 +200,7 @@ def test_a_file_for_peft_states_its_own_alpha_and_touches_nothing_beside_it(fold
 
 @pytest.mark.parametrize("force", [(), ("--force",)])
 def test_the_configuration_of_another_adapter_is_left_alone(force, folder, capsys):
-    """In a folder of its name, or where its own tensors are of another kind."""
+    """It lies in a folder of its name, or beside tensors of its own of another kind."""
     (folder / "adapter_config.json").write_text("another's")
     before = sorted(folder.iterdir())
     for target in (".", "adapter_model.safetensors"):

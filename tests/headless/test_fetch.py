@@ -361,7 +361,7 @@ def test_the_token_goes_to_the_hub_alone_and_the_bytes_are_of_one_commit(hub):
 
 
 def test_nothing_but_the_file_is_asked_for(hub, tmp_path, target):
-    """In a process of its own, by HF_ENDPOINT: no telemetry, no xet, nothing in a cache."""
+    """A process of its own, by HF_ENDPOINT, uses no telemetry and no xet, and leaves nothing in a cache."""
     home = tmp_path / "home"
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "AI_AGENT": "someone"}
     with start("fetch", "stage_a", cwd=tmp_path, env=environment) as process:
@@ -500,7 +500,7 @@ def test_bytes_with_another_status(hub, target, capsys, status):
 
 @pytest.mark.nightly
 def test_four_fetches_of_one_file_at_once(hub, tmp_path, target):
-    """As of four containers, each process 1, on one folder: one fetches, the others say so or find it whole."""
+    """As in four containers, each is process 1: one fetches, the others say so or find the file whole."""
     processes = [start("fetch", "stage_a", "--endpoint", hub.url, cwd=tmp_path) for _ in range(4)]
     ended = [process.communicate() for process in processes]
     codes = [process.returncode for process in processes]

@@ -28,7 +28,7 @@ def save_picture(folder: Path, shade: int) -> None:
 
 
 def shades(folder: Path) -> list[int]:
-    """Of all pictures, each of which is whole."""
+    """Shades of all pictures, each of which must be whole."""
     found = []
     for path in folder.glob("*.png"):
         with Image.open(path) as picture:
@@ -78,7 +78,7 @@ def test_a_kill_while_pictures_are_saved(links, kills, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.nightly)])
 def test_a_kill_while_a_lora_is_converted(kills, tmp_path):
-    """Over a file that is there, which stays as it is or is replaced."""
+    """It replaces a file that is there, which stays as it is or is replaced."""
     write_safetensors(tmp_path / "in.safetensors", golden("kohya"), {})
     expected = {}
     for dialect in ("peft", "omi"):

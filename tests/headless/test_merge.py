@@ -193,7 +193,7 @@ def test_the_text_encoder_in_a_file_of_its_own_or_in_one(folder, capsys):
 
 
 def test_an_all_in_one_in_one_file_or_apart(folder):
-    """Also of OpenCLIP's projection, which is stored the other way round."""
+    """OpenCLIP's projection, which is stored the other way round, is merged too."""
     text, _ = read_weights(TEXT_ENCODER, "text")
     generator = torch.Generator().manual_seed(3)
     text["text_projection.weight"] = torch.randn(text["text_projection.weight"].shape, generator=generator)
@@ -332,7 +332,7 @@ def test_8_bits_are_read_back(layout, option, dtype, folder):
 
 
 def test_from_one_8_bit_format_to_another(folder):
-    """What said of what it was goes: the scales, and the statement in the header."""
+    """All that described the former format goes: the scales, and the statement in the header."""
     tensors = fp8_file("in.safetensors", ".weight_scale", per_row=False)
     layers = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
     header = {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}}

@@ -53,7 +53,7 @@ def as_in_a_terminal():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_signal_while_a_file_is_written(command, number, folder, monkeypatch, capsys):
-    """Sent twice, as `timeout` sends it; after the command the handlers are as before."""
+    """It is sent twice, as `timeout` sends it; after the command the handlers are as before."""
     flush = writing.flush
 
     def signalled(path):

@@ -178,7 +178,7 @@ def assert_equal_numbers(ours: Mapping[str, Any], theirs: Mapping[str, Any], tol
 
 
 def test_published_names_and_shapes(tmp_path, verified):
-    """At the published sizes and under any names, with random weights."""
+    """Files have the published sizes, any names, and random weights."""
     write_random(tmp_path / "models" / "a.safetensors", "stage_a", torch.float16)
     write_random(tmp_path / "models" / "b.safetensors", "previewer")
     status, report, shown = verified(tmp_path / "models")
@@ -205,7 +205,7 @@ LITE = {
 
 @pytest.mark.nightly
 def test_a_lite_cascade_of_the_published_sizes(tmp_path, verified):
-    """With random weights under the published names; of a file of 2 GB no copy is made in memory."""
+    """Weights are random, under the published names; of a file of 2 GB no copy is made in memory."""
     models = tmp_path / "models"
     for name, dtype in LITE.items():
         write_random(models / name, Path(name).stem, dtype)
@@ -314,7 +314,7 @@ def test_a_name_that_is_not_text(tiny, verified):
 
 
 def test_without_a_folder_the_usual_ones_are_searched(tiny, tmp_path, verified, monkeypatch):
-    """As by `cascade models`; LoRAs are not networks."""
+    """They are those of `cascade models`; LoRAs are not networks."""
     monkeypatch.setenv("CASCADE_MODELS", str(tiny))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tiny)
@@ -340,7 +340,7 @@ def test_nothing_to_verify(folder, sentence, tmp_path, monkeypatch, capsys):
 
 
 def test_no_picture_where_memory_would_not_do(tiny, verified, monkeypatch):
-    """Said before anything is loaded: the system would end the process without a word."""
+    """It is said before anything is loaded: the system would end the process without a word."""
     for kind in ("stage_c", "stage_b"):
         (path,) = tiny.rglob(f"tiny_{kind}.safetensors")
         halves = NETWORKS[kind].from_config(CONFIGS[kind]).bfloat16().state_dict()
@@ -394,7 +394,7 @@ def test_expected_names_are_the_published_ones(name):
 @pytest.mark.parametrize("kind", ["stage_c", "stage_b", "stage_a", "compressor", "previewer"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_compute_in_float32(kind, dtype, tmp_path):
-    """As the network in float32 as a whole, to the bit; and the file's pages are its weights again afterwards."""
+    """They give what the network in float32 gives, to the bit; afterwards its weights are the file's pages again."""
     torch.manual_seed(2)
     write_safetensors(
         tmp_path / "x.safetensors",

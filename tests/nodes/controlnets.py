@@ -44,7 +44,7 @@ def write_controlnet(models: Path, kind: str, **changed: Any) -> str:
 
 
 def hint(kind: str, batch: int = 1) -> torch.Tensor:
-    """Random, as such a ControlNet takes it, for a picture of 128 × 96 pixels at compression 32."""
+    """A random hint as such a ControlNet takes it, for a picture of 128 × 96 pixels at compression 32."""
     generator = torch.Generator().manual_seed(batch)
     channels = CONFIGS[kind]["c_in"]
     height, width = (96, 128) if channels < 16 else (3, 4)

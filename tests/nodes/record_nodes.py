@@ -33,7 +33,7 @@ def frozen_form(info: Form) -> Form:
 
 
 def frozen_forms() -> dict[str, Form]:
-    """Of every node, by id."""
+    """Frozen forms of every node, by id."""
     infos = (node.GET_NODE_INFO_V1() for node in NODES)
     return {info["name"]: frozen_form(info) for info in infos}
 

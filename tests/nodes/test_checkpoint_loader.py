@@ -34,7 +34,7 @@ def published(part):
 
 
 def write_all_in_one(path, parts):
-    """As ComfyUI saves one: no config anywhere, so that every size is read from the shapes."""
+    """Writes a file as ComfyUI saves one: no config anywhere, so that every size is read from the shapes."""
     tensors = {}
     for part in parts:
         tensors |= layout_named(part, ALL_IN_ONE).from_published(published(part))

@@ -129,7 +129,7 @@ def test_the_demo_may_have_several_of_a_kind(tmp_path, monkeypatch):
 
 
 def test_a_name_with_the_separator_of_windows(tiny, elsewhere, monkeypatch):
-    """As in graphs that were saved there."""
+    """Graphs that were saved on Windows have such names."""
     folder = elsewhere / "models" / "vae" / "sub"
     folder.mkdir(parents=True)
     shutil.copy(tiny / "vae" / "tiny_stage_a.safetensors", folder / "a.safetensors")

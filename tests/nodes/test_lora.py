@@ -121,7 +121,7 @@ def test_strengths_for_model_and_text_are_apart(sockets):
 
 
 def test_the_weights_are_the_merged_ones(sockets, models):
-    """Against a file into which the changes were written by hand."""
+    """They are compared with a file into which the changes were written by hand."""
     tensors, metadata = read_safetensors(models / "diffusion_models" / "tiny_stage_c.safetensors")
     for layer, change in stage_c_changes(1).items():
         tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] + 0.6 / RANK * change.up @ change.down
@@ -320,7 +320,7 @@ def test_embeddings_in_the_prompt(sockets, loras):
 
 
 def test_an_embedding_that_is_missing_is_left_out_and_told(sockets):
-    """As in ComfyUI, which says so in its log alone."""
+    """ComfyUI does the same, but says so in its log alone."""
     for prompt, rest in (
         ("a embedding:moon", "a "),
         ("a embedding:moon, red", "a , red"),
@@ -346,14 +346,14 @@ class Told:
         self.texts.append(text)
 
     def step(self, step, total, preview):
-        """Not of interest."""
+        """Ignores steps."""
 
     def interrupted(self):
         return False
 
 
 def test_in_a_graph(loras, models, tmp_path, monkeypatch):
-    """Through the graph host: chained, told on a line of its own, run again where its file was replaced."""
+    """The graph host runs LoRAs chained, told on a line of their own, and again where their file was replaced."""
     monkeypatch.setenv("CASCADE_MODELS", f"{models}:{loras.parent}")
     graph = tiny(
         {

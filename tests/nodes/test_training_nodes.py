@@ -141,7 +141,7 @@ def states(world):
 
 
 def test_no_run_touches_another(world):
-    """Neither one of a name that is like it, nor one of the same name with other settings or pictures."""
+    """It touches neither a run of a similar name, nor one of the same name with other settings or pictures."""
     with pytest.raises(Interrupted):
         execute(CascadeTrainLoRA, Watcher(last=3), rank=2, name="sub/a")
     (state,) = states(world)

@@ -60,7 +60,7 @@ def lay_out(graph: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Every example's, each written anew where it changed."""
+    """Lays out every example, each written anew where it changed."""
     for path in map(canvas_file, TITLES):
         text = path.read_text(encoding="utf-8")
         graph = json.loads(text)

@@ -32,7 +32,7 @@ DESCRIPTION = "Text to image with Stable Cascade: a prompt, a size and a seed in
 
 
 def identifier(name: str) -> str:
-    """Of a part of the subgraph, the same whenever it is written."""
+    """Identifier of a part of the subgraph, the same whenever it is written."""
     return str(uuid.uuid5(uuid.UUID(ID), name))
 
 

@@ -90,14 +90,14 @@ def thumbnail(sources: Sequence[Image.Image], results: Sequence[Image.Image]) ->
 
 
 def opaque(picture: Image.Image) -> Image.Image:
-    """Without transparency."""
+    """A picture without transparency."""
     below = Image.new("RGB", picture.size, BEHIND)
     below.paste(picture, mask=picture if "A" in picture.getbands() else None)
     return below
 
 
 def to_height(picture: Image.Image) -> Image.Image:
-    """SIDE pixels high; a small one shows its pixels."""
+    """A picture resized to SIDE pixels high; a small one shows its pixels."""
     size = (round(picture.width * SIDE / picture.height), SIDE)
     return picture.resize(
         size, Image.Resampling.NEAREST if picture.height < SIDE else Image.Resampling.LANCZOS

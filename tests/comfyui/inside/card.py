@@ -96,7 +96,7 @@ def against(estimate: float, peak: int) -> dict[str, float]:
 
 
 def estimates(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of both samplers and of the VAEs, each with its weights on the device.
+    """Estimated and measured memory of both samplers and of the VAEs, each with its weights on the device.
 
     Without the engine, since its graphs hold their memory all the time, and a run's peak would not show it.
     """
@@ -185,7 +185,7 @@ def with_engine(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, An
 
 
 def in_part(files: dict[str, Path], prompts: dict[str, Any]) -> dict[str, Any]:
-    """Each sampler with all weights on the device, with room for half of them, and for none: to the bit."""
+    """Compares each sampler with all weights on the device, with room for half of them, and for none: to the bit."""
     management = comfy.model_management
     device = management.get_torch_device()
     results = {}

@@ -166,7 +166,7 @@ def by_comfyui(kind: str, file: Path, tensors: dict[str, Tensor], ours: Any) -> 
 
 
 def in_part(kind: str, path: Path, dtype: str, patched: Any) -> dict[str, float]:
-    """Loaded in part by ComfyUI's own patcher, as on a card that is not NVIDIA's."""
+    """Latents of a MODEL that ComfyUI's own patcher loads in part, as on a card that is not NVIDIA's."""
     whole = sample(kind, patched)
     patched.unpatch_model(CPU)
     patched.partially_load(CPU, patched.model_size() // 2)

@@ -43,7 +43,7 @@ TOKEN_PROMPTS = (
 
 
 def change(shape: tuple[int, ...], magnitude: str | None, size: float) -> LowRank:
-    """Random, for a weight of that shape; magnitude: "row", "column" or None."""
+    """A random change for a weight of that shape; magnitude: "row", "column" or None."""
     ends = (1,) * (len(shape) - 2)
     down, up = torch.randn(RANK, *shape[1:]) * size, torch.randn(shape[0], RANK, *ends)
     sizes = {"row": (shape[0], 1), "column": (1, shape[1])}
@@ -163,7 +163,7 @@ def against_lora_loader(sockets: dict[str, dict[str, Any]], prompts: Any) -> dic
 
 
 def chains(value: dict[str, Any], prompts: Any) -> dict[str, float]:
-    """Several, one taken back, and none left."""
+    """Several LoRAs, then one taken back, then none left."""
     before, text = sample(value["model"], prompts), states(value["clip"], PROMPT)
     twice = apply(apply(value, "plain", 0.8, 0.8), "row", -0.4)
     restored = apply(apply(value, "plain", 0.8, 0.8), "plain", -0.8, -0.8)
@@ -218,7 +218,7 @@ def against_headless(value: dict[str, Any], prompts: Any) -> dict[str, float]:
 
 
 def with_file(host: Any, value: dict[str, Any], file: str) -> dict[str, Any]:
-    """As the node does it, on either host."""
+    """Applies a file as the node does, on either host."""
     path = folder_paths.get_full_path_or_raise("loras", f"{file}.safetensors")
     adapter = read_adapter(path, host.stage_config(value["model"]))
     new = [NewToken("[sun]", "^star</w>")]
@@ -327,7 +327,7 @@ def trained_by_us(folder: Path, clip: Any) -> dict[str, float]:
 
 
 def refusal(value: dict[str, Any], file: str) -> str:
-    """What the node says instead."""
+    """The error that the node gives instead of a result."""
     try:
         apply(value, file)
     except CascadeError as error:

@@ -62,5 +62,5 @@ def vae() -> Any:
 
 
 def published_stage_a() -> nn.Module:
-    """Random, only to be recognised."""
+    """A random Stage A of the published size, only to be recognised."""
     return comfy.ldm.cascade.stage_a.StageA()

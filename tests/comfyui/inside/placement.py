@@ -77,7 +77,7 @@ def recorded(patcher: Any) -> Iterator[list[str]]:
 
 
 def order_of_calls(files: dict[str, Path]) -> dict[str, Any]:
-    """In a first run, in a second one, and in an eviction: of ComfyUI's own patcher, and where ours differs."""
+    """Calls in a first run, a second run and an eviction: those of ComfyUI's own patcher, and where ours differ."""
     orders = {}
     for name in ("core's", "ours"):
         with inserted(card_for(1 << 30)) as card:
@@ -381,7 +381,7 @@ def other_device(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def states(files: dict[str, Path]) -> dict[str, Any]:
-    """As --novram, --lowvram, --highvram, --disable-smart-memory and --reserve-vram set the manager up."""
+    """Runs with the manager set up by --novram, --lowvram, --highvram, --disable-smart-memory or --reserve-vram."""
     results = {}
     state = management.VRAMState
     settings: dict[str, dict[str, Any]] = {

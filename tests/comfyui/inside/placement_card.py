@@ -151,7 +151,7 @@ def write_networks(folder: Path) -> dict[str, Path]:
 
 
 def prompts(kind: str, seed: int = 1) -> tuple[Any, Any]:
-    """A positive and a negative one, of other lengths of text."""
+    """A positive and a negative prompt, whose texts differ in length."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:

@@ -87,7 +87,7 @@ def watched(
 
 
 def spread(count: int, points: int) -> list[int]:
-    """So many numbers below `count`, evenly."""
+    """This many numbers below `count`, evenly spread."""
     return sorted({round(number * (count - 1) / (points - 1)) for number in range(points)})
 
 

@@ -101,7 +101,7 @@ def by_ours(model: Any, magnitude: str | None = None, strength: float = 0.8) -> 
 
 
 def scaled(model: Any) -> Any:
-    """The weights themselves at another strength."""
+    """A MODEL with patches and with its weights at another strength."""
     patched = model.clone()
     names = [f"{MODEL}{name}.weight" for name in layers(model)]
     state = model.model.state_dict()
@@ -113,14 +113,14 @@ def scaled(model: Any) -> Any:
 
 
 def cast(model: Any) -> Any:
-    """Computed in another precision than that of the weights, as ModelComputeDtype sets it."""
+    """A MODEL computed in another precision than its weights, as ModelComputeDtype sets it."""
     patched = by_core(model)
     patched.set_model_compute_dtype(torch.bfloat16)
     return patched
 
 
 def wrapped(model: Any) -> Any:
-    """Weights that nodes change whenever they are used."""
+    """A MODEL whose weights nodes change whenever they are used."""
     patched = by_core(model)
     for name in layers(model):
         if name.endswith("to_q"):
@@ -190,7 +190,7 @@ def compared(found: list[Tensor], right: Tensor) -> dict[str, Any]:
 
 
 def latents(files: dict[str, Path]) -> dict[str, Any]:
-    """Of every change of weights."""
+    """Latents of every change of weights."""
     results: dict[str, Any] = {}
     for kind, dtype, names in CASES:
         with reference(kind, files[kind], dtype) as model:
@@ -233,7 +233,7 @@ def in_turn(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def keyframes(*strengths: tuple[float, float]) -> comfy.hooks.HookKeyframeGroup:
-    """Of pairs (strength, from that share of the run on)."""
+    """Hook keyframes of pairs (strength, share of the run from which it holds)."""
     group = comfy.hooks.HookKeyframeGroup()
     for strength, start in strengths:
         group.add(comfy.hooks.HookKeyframe(strength, start))
@@ -361,7 +361,7 @@ def saving(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def extracted(patched: Any, model: Any) -> dict[str, Tensor]:
-    """As LoraSave makes of ModelSubtract."""
+    """The LoRA that LoraSave extracts from ModelSubtract's result."""
     difference = only(nodes_model_merging.ModelSubtract().merge(patched, model, 1.0))
     kind = nodes_lora_extract.LORAType.FULL_DIFF
     return nodes_lora_extract.calc_lora_model(difference, 2, MODEL, MODEL, {}, kind, bias_diff=True)

@@ -74,7 +74,7 @@ def show(request: Any, method: LatentPreviewMethod = AUTO, now: Callable[[], flo
 
 
 def difference(preview: Image.Image, picture: torch.Tensor) -> float:
-    """Of 255, the largest between a preview, made of the last step's clean latent, and the result's picture."""
+    """Largest difference, of 255, between the last step's preview (of its clean latent) and the result's picture."""
     return (pil_to_tensor(preview) - picture[0].clamp(0, 1) * 255).abs().max().item()
 
 

@@ -45,7 +45,7 @@ STEPS = 2
 
 
 def random_weights(manifest: str) -> dict[str, Tensor]:
-    """bf16, normal; norms about 1. One block of numbers serves all, since drawing 2 billion takes a minute."""
+    """Normal values in bf16, norms about 1. One block serves all, since drawing 2 billion takes a minute."""
     shapes = json.loads(gzip.decompress(MANIFESTS.read_bytes()))[manifest]
     block = torch.randn(1 << 24).mul_(SPREAD).bfloat16()
     tensors = {}
@@ -63,7 +63,7 @@ def random_weights(manifest: str) -> dict[str, Tensor]:
 
 @contextmanager
 def files() -> Iterator[None]:
-    """In ComfyUI's folders of checkpoints and diffusion models; those of an earlier version serve as well."""
+    """Writes the files into ComfyUI's folders of checkpoints and diffusion models, unless an earlier version did."""
     folder_name = os.environ.get("CASCADE_PUBLISHED")
     with nullcontext(folder_name) if folder_name else tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -116,7 +116,7 @@ def stage_c(program: str, image: Tensor, prompts: Any = None) -> tuple[dict[str,
 
 
 def stage_b(program: str, prompts: Any) -> dict[str, Tensor]:
-    """The same of Stage B by UNETLoader or by ours."""
+    """Results of Stage B, loaded by UNETLoader or by ours."""
     if program == "native":
         model = only(nodes.UNETLoader().load_unet(STAGE_B, "default"))
     else:

@@ -19,7 +19,7 @@ ROOT = HERE.parents[2]
 
 
 def import_pack() -> None:
-    """As ComfyUI does it: the folder's `__init__.py` under a name."""
+    """Imports the pack as ComfyUI does: the folder's `__init__.py` under a name."""
     location = importlib.util.spec_from_file_location(
         "cascade_nodes", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )

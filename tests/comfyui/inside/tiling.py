@@ -55,7 +55,7 @@ def previewer() -> dict[str, float]:
 
 
 def make_run(model: Any, **changed: Any) -> SamplingRequest:
-    """Of Stage B, with two prompts and a Stage C latent of numbers alone."""
+    """A run of Stage B, with two prompts and a Stage C latent of numbers alone."""
     generator = torch.Generator().manual_seed(2)
 
     def prompt(strength: float) -> list:
