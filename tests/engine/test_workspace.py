@@ -40,7 +40,7 @@ STAGE_A = StageAConfig(levels=2, bottleneck_blocks=2, c_hidden=24, c_latent=4, c
 
 
 def lay_out(lives: list[tuple[int, bool]]) -> tuple[workspace.MemoryPlan, list[tuple[int, int]]]:
-    """Requests of this many float32 in turn, each kept or dropped before the next; the plan, and what lived together."""
+    """Requests of this many float32 in turn, each kept or dropped before the next; the plan, and what overlapped."""
     kept: dict[int, Tensor] = {}
     together = []
     with workspace.planning() as plan:
