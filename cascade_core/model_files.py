@@ -110,7 +110,7 @@ def embedding_in(folders: Iterable[Path], name: str) -> Path | None:
     """The embedding of that name, with or without its extension, in the folders or their subfolders."""
     if leaves_folder(name):
         return None
-    endings = tuple(f"/{spelling}" for spelling in (name, name.replace("\\", "/")))  # the latter of Windows
+    endings = tuple(f"/{spelling}" for spelling in (name, name.replace("\\", "/")))  # also as on Windows
     for folder in folders:
         for listed in names_in(folder, "embedding"):
             stem, _, _ = listed.rpartition(".")  # the ending in any case

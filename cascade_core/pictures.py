@@ -46,7 +46,7 @@ class PictureError(CascadeError):
 
 @contextmanager
 def open_picture(source: str | Path | bytes, name: str | None = None) -> Iterator[ImageFile]:
-    """Open a picture as Pillow does: checks its header, but does not decode its pixels, which `upright` does.
+    """Opens a picture as Pillow does: checks its header, but does not decode its pixels, which `upright` does.
 
     source: a path or a file's bytes; name: of the picture in messages. Raises PictureError for kinds other than
     KINDS, for more pixels than a file of that size may hold, and for any other fault of the picture within the block.

@@ -27,6 +27,6 @@ def regular_status(path: str | Path) -> os.stat_result:
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a regular file. Raises OSError as `regular_status`, which looks first: opening a FIFO blocks as well."""
+    """Opens a regular file. Raises OSError as `regular_status`, which looks first: opening a FIFO blocks as well."""
     regular_status(path)
     return open(path, "rb")

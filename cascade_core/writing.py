@@ -54,7 +54,7 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[Path]:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Put a file in another's place.
+    """Puts a file in another's place.
 
     Windows refuses it while anybody has that one open, such as a virus scanner for a moment, or maps it into memory.
     """
@@ -69,13 +69,13 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def write_file(path: Path, data: str | bytes) -> None:
-    """Replace a file by these bytes, or this text in UTF-8."""
+    """Replaces a file by these bytes, or this text in UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
-    """Move a written file to the first of `names` that is free, overwriting nothing; returns that name."""
+    """Moves a written file to the first of `names` that is free, overwriting nothing; returns that name."""
     flush(temporary)
     for target in names:
         try:
@@ -92,7 +92,7 @@ def move_to_free(temporary: Path, names: Iterable[Path]) -> Path:
 
 
 def _moved(temporary: Path, target: Path) -> bool:
-    """Move a file where the file system has no hard links; False if the name is taken.
+    """Moves a file where the file system has no hard links; False if the name is taken.
 
     The name is reserved by a hidden file named after it, so that a kill in between leaves no empty file at `target`.
     """
@@ -114,7 +114,7 @@ def _moved(temporary: Path, target: Path) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Bring a file's bytes to the disk, so that a name never stands for a file that a power cut would empty."""
+    """Brings a file's bytes to the disk, so that a name never stands for a file that a power cut would empty."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
@@ -166,7 +166,7 @@ def _check_names(folder: Path, *names: str) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the temporary files of killed processes."""
+    """Removes the temporary files of killed processes."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if _TEMPORARY.fullmatch(entry.name):

@@ -112,7 +112,7 @@ class AdaptiveLossWeight(nn.Module):
 
     @torch.no_grad()
     def update_buckets(self, log_snr: Tensor, loss: Tensor, beta: float = 0.99) -> None:
-        """Move each bucket that was hit towards its loss.  log_snr, loss: (B,), one per image.
+        """Moves each bucket that was hit towards its loss.  log_snr, loss: (B,), one per image.
 
         Where several images fall into one bucket, their mean is used once (in the published code, only the last image).
         """

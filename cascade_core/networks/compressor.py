@@ -27,7 +27,7 @@ class SemanticCompressor(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "SemanticCompressor":
-        """Build it from `{"c_latent": 16}`, the published compressor, or with the arguments of another size."""
+        """Builds it from `{"c_latent": 16}`, the published compressor, or with the arguments of another size."""
         return cls(CompressorConfig.from_dict(config), operations)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -249,7 +249,7 @@ PUBLISHED_LAST = 1280
 
 
 def stage_table(rows: Sequence[Sequence[Any]]) -> tuple[EfficientNetStage, ...]:
-    """Convert rows `(kind, expand, kernel, stride, c_out, layers)`, or five values where the kernel is 3, to stages.
+    """Converts rows `(kind, expand, kernel, stride, c_out, layers)`, or five values where the kernel is 3, to stages.
 
     Raises CascadeError for a row that describes no stage.
     """

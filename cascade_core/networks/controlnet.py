@@ -23,7 +23,7 @@ class ControlNet(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "ControlNet":
-        """Build it from the published constructor's argument names."""
+        """Builds it from the published constructor's argument names."""
         return cls(ControlNetConfig.from_dict(config), operations)
 
     def forward(self, hint: Tensor) -> list[Tensor | None]:

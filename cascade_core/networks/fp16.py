@@ -50,7 +50,7 @@ _AFFINE = (F.linear, torch.conv2d, torch.conv_transpose2d)  # each as (x, weight
 
 
 def scale_residual_stream(network: UNet, scale: float = STREAM_SCALE) -> None:
-    """Let Stage B or C hold its residual stream as x / scale, a power of two. 1: as published."""
+    """Lets Stage B or C hold its residual stream as x / scale, a power of two. 1: as published."""
     for norm in stream_norms(network):
         norm.eps *= (stream_scale(network) / scale) ** 2
     for module in network.modules():

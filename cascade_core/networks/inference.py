@@ -49,7 +49,7 @@ _CONFIG_NAMES = {
 def infer_config(
     state_dict: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Read the kind and the configuration of a checkpoint back from its names and shapes.
+    """Reads the kind and the configuration of a checkpoint back from its names and shapes.
 
     state_dict: published (or split-attention) names, to anything that has a `shape`; metadata: of the safetensors
     header, whose JSON `config` takes precedence over the shapes, but cannot ask for more blocks than there are
@@ -193,7 +193,7 @@ def _infer_unet(shapes: Shapes, patch_size: int) -> dict[str, Any]:
 
 
 def infer_stage_c(shapes: Shapes) -> dict[str, Any] | None:
-    """Infer Stage C, which alone has a mapper for the text encoder's states."""
+    """Infers Stage C, which alone has a mapper for the text encoder's states."""
     if (
         not {"clip_txt_mapper.weight", "clip_img_mapper.weight", "embedding.1.weight", "clf.1.weight"}
         <= shapes.keys()
@@ -214,7 +214,7 @@ def infer_stage_c(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def infer_stage_b(shapes: Shapes) -> dict[str, Any] | None:
-    """Infer Stage B, which maps Stage C's latent (`effnet_mapper`)."""
+    """Infers Stage B, which maps Stage C's latent (`effnet_mapper`)."""
     if (
         not {"effnet_mapper.0.weight", "clip_mapper.weight", "embedding.1.weight", "clf.1.weight"}
         <= shapes.keys()
@@ -235,7 +235,7 @@ def infer_stage_b(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def infer_stage_a(shapes: Shapes) -> dict[str, Any] | None:
-    """Infer Stage A, the network with a codebook."""
+    """Infers Stage A, the network with a codebook."""
     if not {"vquantizer.codebook.weight", "in_block.1.weight", "up_blocks.0.0.weight"} <= shapes.keys():
         return None
     codebook_size, c_latent = shapes["vquantizer.codebook.weight"]
@@ -253,7 +253,7 @@ def infer_stage_a(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def infer_previewer(shapes: Shapes) -> dict[str, Any] | None:
-    """Infer the previewer, one sequence of convolutions that ends at number 24."""
+    """Infers the previewer, one sequence of convolutions that ends at number 24."""
     if not {"blocks.0.weight", "blocks.2.running_mean", "blocks.24.weight"} <= shapes.keys():
         return None
     c_hidden, c_in = shapes["blocks.0.weight"][:2]

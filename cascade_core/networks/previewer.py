@@ -36,7 +36,7 @@ class Previewer(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "Previewer":
-        """Build it from the published constructor's argument names."""
+        """Builds it from the published constructor's argument names."""
         return cls(PreviewerConfig.from_dict(config), operations)
 
     def forward(self, latent: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class MixingResidualBlock(nn.Module):
         return torch.addcmul(x, self._mlp(h).permute(0, 3, 1, 2), gate2)
 
     def _mlp(self, h: Tensor) -> Tensor:
-        """Run the MLP, for a large picture on a few rows at a time, since its hidden values take most of the memory.
+        """Runs the MLP, for a large picture on a few rows at a time, since its hidden values take most of the memory.
 
         h: (B, H, W, C) -> (B, H, W, C)
         """
@@ -100,7 +100,7 @@ class StageA(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "StageA":
-        """Build it from the published constructor's argument names."""
+        """Builds it from the published constructor's argument names."""
         return cls(StageAConfig.from_dict(config), operations)
 
     def encode(self, image: Tensor) -> Tensor:

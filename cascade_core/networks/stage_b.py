@@ -22,7 +22,7 @@ class StageB(UNet):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "StageB":
-        """Build it from the published constructor's argument names."""
+        """Builds it from the published constructor's argument names."""
         return cls(StageBConfig.from_dict(config), operations)
 
     def _map(self, c_in: int, operations) -> nn.Sequential:
@@ -39,14 +39,14 @@ class StageB(UNet):
         return nn.Sequential(layer_norm_2d(c_in, operations), conv(c_in, c_out, kernel_size=2, stride=2))
 
     def embed_conditions(self, clip: Tensor) -> Tensor:
-        """Map the pooled text to tokens.  clip: (B, 1, c_clip) or (B, c_clip) -> (B, c_clip_seq, c_cond)"""
+        """Maps the pooled text to tokens.  clip: (B, 1, c_clip) or (B, c_clip) -> (B, c_clip_seq, c_cond)"""
         clip = clip[:, None] if clip.ndim == 2 else clip
         return self.clip_norm(
             self.clip_mapper(clip).unflatten(-1, (self.config.c_clip_seq, -1)).flatten(1, 2)
         )
 
     def map_conditions(self, x: Tensor, effnet: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Map effnet and pixels to the positions of the embedded x.
+        """Maps effnet and pixels to the positions of the embedded x.
 
         x: (B, c_in, H, W) -> (B, c_hidden[0], H / patch, W / patch) each, added to the embedding of x
         """
@@ -67,7 +67,7 @@ class StageB(UNet):
         pixels: Tensor | None = None,
         sca: Tensor | None = None,
     ) -> Tensor:
-        """Predict the noise in x.
+        """Predicts the noise in x.
 
         x: (B, c_in, H, W), r: (B,) noise condition in [0, 1], on any device, effnet: (B, c_effnet, h, w) of any size,
         pixels: (B, c_pixels, h, w), absent: zeros -> (B, c_out, H, W)

@@ -46,7 +46,7 @@ class StageC(UNet):
 
     @classmethod
     def from_config(cls, config: dict, operations=nn) -> "StageC":
-        """Build it from the published constructor's argument names."""
+        """Builds it from the published constructor's argument names."""
         return cls(StageCConfig.from_dict(config), operations)
 
     def _resampler(self, c_in: int, c_out: int, direction: str, boundary: int, operations) -> nn.Module:
@@ -56,7 +56,7 @@ class StageC(UNet):
         )
 
     def embed_conditions(self, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor) -> Tensor:
-        """Map all conditions to tokens.
+        """Maps all conditions to tokens.
 
         clip_text: (B, T, c_clip_text), pooled: (B, 1, c_clip_text_pooled) or (B, …), img: (B, N, c_clip_img)
         -> (B, T + c_clip_seq · (1 + N), c_cond)
@@ -81,7 +81,7 @@ class StageC(UNet):
         crp: Tensor | None = None,
         control: list[Tensor | None] | None = None,
     ) -> Tensor:
-        """Predict the noise in x.
+        """Predicts the noise in x.
 
         x: (B, c_in, H, W), r: (B,) noise condition in [0, 1], on any device -> (B, c_out, H, W);
         control: one residual (B, c_hidden, h, w) or None for each residual block, in the order they run.

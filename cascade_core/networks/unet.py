@@ -65,7 +65,7 @@ class UNet(nn.Module):
         )
 
     def _resampler(self, c_in: int, c_out: int, direction: str, boundary: int, operations) -> nn.Module:
-        """Build the layers between level `boundary` and the next: (B, c_in, …) -> (B, c_out, …)."""
+        """Builds the layers between level `boundary` and the next: (B, c_in, …) -> (B, c_out, …)."""
         raise NotImplementedError
 
     def _block(self, kind: str, level: int, c_skip: int, operations) -> nn.Module:
@@ -101,7 +101,7 @@ class UNet(nn.Module):
     def run_levels(
         self, x: Tensor, timesteps: Tensor, tokens: Tensor, control: Sequence[Tensor | None] = ()
     ) -> Tensor:
-        """Run all levels down and up.
+        """Runs all levels down and up.
 
         x: (B, c_hidden[0], H, W), timesteps: (B, R · n), tokens: (B, T, c_cond) -> (B, c_hidden[0], H, W);
         control[i] is added before the i-th ResBlock that runs, resized to its positions.
@@ -125,15 +125,15 @@ class UNet(nn.Module):
         return x
 
     def _apply_resampler(self, x: Tensor, resampler: Any) -> Tensor:
-        """Take x from one level to the next; there is no resampler into the outermost level."""
+        """Takes x from one level to the next; there is no resampler into the outermost level."""
         return resampler(x)
 
     def _apply_mapper(self, x: Tensor, mapper: nn.Module) -> Tensor:
-        """Map x between two repeats of a level."""
+        """Maps x between two repeats of a level."""
         return mapper(x)
 
     def _add_control(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Add a ControlNet's residual (B, C, h, w), resized to the positions of x."""
+        """Adds a ControlNet's residual (B, C, h, w), resized to the positions of x."""
         return x + resize(residual, x.shape[-2:]).to(x)
 
     def levels(self) -> list[tuple[list[nn.Module], int]]:
@@ -158,7 +158,7 @@ class UNet(nn.Module):
         skip: Tensor | None,
         residuals: Iterator,
     ) -> Tensor:
-        """Run one level, as often as it repeats."""
+        """Runs one level, as often as it repeats."""
         for repeat in range(len(mappers) + 1):
             for i, block in enumerate(blocks):
                 if isinstance(block, ResBlock):

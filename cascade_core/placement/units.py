@@ -17,7 +17,7 @@ from ..networks.unet import UNet
 # Blocks are joined up to this size: in Stage C 3.6 B, a ResBlock with its TimestepBlock (65.5 MiB), and an AttnBlock
 # by itself (40 MiB). Two slots of the latter's size are the smallest that stream enough for a card of 5 GB.
 UNIT_BYTES = 66 << 20
-TABLE_BYTES = 32 << 20  # from which on embeddings are a unit of their own: a forward reads a few rows
+TABLE_BYTES = 32 << 20  # from this size on, embeddings are a unit of their own: a forward reads few rows
 ALIGNMENT = 256  # bytes, as CUDA aligns its allocations
 
 

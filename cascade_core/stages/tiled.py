@@ -13,14 +13,14 @@ from ..networks.tiles import fitting_tile, join_tiles, seen_sides
 from ..placement import RunBytes, WeightConsumer, largest_run, out_of_memory
 from .device import ComputeDevice
 
-MOST = 2_500_000_000  # bytes beside the weights: beyond it larger tiles are hardly faster
-LEAST = 500_000_000  # bytes for which other networks are evicted, before tiles get smaller than this
+MOST = 2_500_000_000  # bytes beside the weights from which larger tiles are hardly faster
+LEAST = 500_000_000  # bytes beside the weights: other networks are evicted before tiles take less
 LEAST_TILE = 16  # positions a side
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """function, a method of the network's, on tiles that see `halo` positions more.
+    """A method of a network, `function`, on tiles that also read `halo` positions around them.
 
     device    where it runs
     estimate  of `activations`: values alive for (config, batch, height, width) in positions
@@ -72,7 +72,7 @@ class Tiled:
         return self.device.run(self.network, run, workspace, consumer=self.consumer, known_bytes=known_bytes)
 
     def _known_bytes(self, x: Tensor, tile_positions: int) -> RunBytes | None:
-        """What tiles of these sizes are known to take; None where one of them was not there before."""
+        """Bytes that tiles of these sizes took before; None where one of the sizes is new."""
         if self.consumer is None:
             return None
         sides = [seen_sides(side, tile_positions, self.halo) for side in self._positions(x)]

@@ -72,7 +72,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Read `vocab.json` and `merges.txt`, or `tokenizer.json`, from a model's folder."""
+        """Reads `vocab.json` and `merges.txt`, or `tokenizer.json`, from a model's folder."""
         folder = Path(path)
         vocabulary, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
         if vocabulary.is_file() and merges.is_file():

@@ -65,7 +65,7 @@ def build_small_vocabulary(words: Iterable[str]) -> tuple[dict[str, int], Merges
 
 
 def save_vocabulary(folder: str | Path, vocabulary: dict[str, int], merges: Merges) -> None:
-    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers reads too."""
+    """Writes `vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers reads too."""
     folder = Path(folder)
     config = {
         "tokenizer_class": "CLIPTokenizer",
@@ -83,7 +83,7 @@ def save_vocabulary(folder: str | Path, vocabulary: dict[str, int], merges: Merg
 
 
 def read_vocabulary(vocabulary: Path, merges: Path) -> tuple[dict[str, int], Merges]:
-    """Read `vocab.json` and `merges.txt`. Raises CascadeError where either does not have its format."""
+    """Reads `vocab.json` and `merges.txt`. Raises CascadeError where either does not have its format."""
     try:
         tokens = read_json(vocabulary)
         pairs = _parse_merges(read_text(merges))
@@ -107,7 +107,7 @@ def read_tokenizer(path: Path) -> tuple[dict[str, int], Merges]:
 
 
 def tokenizer_table(content: Mapping[str, Any], path: Path) -> tuple[dict[str, int], Merges]:
-    """`read_tokenizer` of its content.  path: where it is from, for messages"""
+    """The vocabulary and the merges in the content of a `tokenizer.json`.  path: where it is from, for messages"""
     try:
         tokens, merges = content["model"]["vocab"], content["model"]["merges"]
         pairs = [(left, right) for left, right in (m.split(" ") if isinstance(m, str) else m for m in merges)]

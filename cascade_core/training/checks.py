@@ -36,7 +36,7 @@ SUFFIX = ".safetensors"
 
 
 def check_output(settings: Settings, keep_existing: bool = False) -> None:
-    """Raise CascadeError unless `output.file` and the run's folder can be written without replacing a network."""
+    """Raises CascadeError unless `output.file` and the run's folder can be written without replacing a network."""
     file, state = Path(settings.output.file), Path(settings.output.folder or "", STATE)
     if file.suffix.lower() != SUFFIX:
         raise CascadeError(
@@ -60,7 +60,7 @@ def check_output(settings: Settings, keep_existing: bool = False) -> None:
 def check_networks(
     settings: Settings, pictures: Sequence[TrainingPicture], find_faces: FindFaces | None = None
 ) -> None:
-    """Raise CascadeError where networks, packages, captions and settings do not fit each other; no weights are read."""
+    """Raises CascadeError where networks, packages, captions and settings do not fit together; no weights are read."""
     models, captions = (
         settings.models,
         [
@@ -128,7 +128,7 @@ def _trained_for(settings: Settings, compressor: SemanticCompressor) -> StageC |
 
 
 def check_optimiser(settings: TrainSettings) -> None:
-    """Raise CascadeError unless the optimiser is available and, if given by its class, steps and resumes exactly."""
+    """Raises CascadeError unless the optimiser is available and, if given by its class, steps and resumes exactly."""
     optimiser_class(settings)
     if settings.optimizer in SOURCES and not settings.optimizer_arguments:
         return
@@ -182,7 +182,7 @@ def check_image_prompts(width: int, stage_c: StageC) -> None:
 
 
 def check_stage_b(file: str, encoder: TextEncoder) -> None:
-    """Raise CascadeError for a Stage B, which decodes samples, that does not fit the text encoder."""
+    """Raises CascadeError for a Stage B, which decodes samples, that does not fit the text encoder."""
     stage_b: Any
     stage_b, _, _ = load_model(file, "stage_b", read_ahead=False)
     width, given = stage_b.config.c_clip, encoder.model.config.projection_dim
@@ -194,7 +194,7 @@ def check_stage_b(file: str, encoder: TextEncoder) -> None:
 
 
 def check_faces(find_faces: FindFaces | None) -> None:
-    """Try to find faces in an empty picture, for which the package and its networks must be installed."""
+    """Tries to find faces in an empty picture, for which the package and its networks must be installed."""
     if find_faces is None:
         raise CascadeError("The identity hint needs something that finds faces; train it by `cascade train`.")
     for _ in find_faces(torch.zeros(1, 3, 64, 64)):

@@ -12,7 +12,7 @@ from ..errors import CascadeError
 
 @contextmanager
 def deterministic_kernels(enabled: bool) -> Iterator[None]:
-    """Choose kernels that give the same bits each time, inside the block, if `enabled`."""
+    """Chooses kernels that give the same bits each time, inside the block, if `enabled`."""
     if not enabled:
         yield
         return

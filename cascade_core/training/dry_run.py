@@ -25,7 +25,7 @@ SHEET, SHOWN, SIDE = "contact_sheet.png", 64, 192  # pictures on it, and pixels 
 
 
 def dry_run(settings: Settings, notify: Notify, stop: Callable[[], bool] = lambda: False) -> Path:
-    """Report the buckets and the treatment of pictures, and draw some of them. Returns the page's file."""
+    """Reports the buckets and the treatment of pictures, and draws some of them. Returns the page's file."""
     access = Access(stop)
     pictures, skipped = find_all(settings.data, access)
     bucketed, left_out = assign_buckets(pictures, settings.data, Cache(None, ""), access.ask)

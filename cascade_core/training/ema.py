@@ -20,7 +20,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Move the average towards the state after `step`, counted from 0."""
+        """Moves the average towards the state after `step`, counted from 0."""
         averaged = [
             name for name, value in state.items() if value.is_floating_point() and name not in self.copied
         ]

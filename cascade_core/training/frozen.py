@@ -30,7 +30,7 @@ def load_frozen(path: str, kind: str, base: str, dtype: torch.dtype, device: tor
 
 
 def check_base(base: str) -> None:
-    """Raise CascadeError unless the package that quantises to this format is installed."""
+    """Raises CascadeError unless the package that quantises to this format is installed."""
     if base != "nf4":
         return
     try:
@@ -61,7 +61,7 @@ class NF4Linear(nn.Linear):
 
 
 def quantise_to_nf4(network: nn.Module, device: torch.device) -> None:
-    """Make a network's large linear layers `NF4Linear`, one after the other, on the device."""
+    """Makes a network's large linear layers `NF4Linear`, one after the other, on the device."""
     for _, layer in quantisable(network):
         if isinstance(layer, nn.Linear):
             quantise_layer_to_nf4(layer, device)

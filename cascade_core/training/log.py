@@ -49,7 +49,7 @@ TRAINED, SMOOTHED, VALIDATED, AXIS, LINE = "#a9c4e6", "#1f5fbf", "#d9731a", "#55
 
 
 def draw_curve(rows: list[Row], steps: int, path: Path, size: tuple[int, int] = (720, 400)) -> None:
-    """Draw the loss over steps on a logarithmic scale, as logged and smoothed over a twentieth of the run.
+    """Draws the loss over steps on a logarithmic scale, as logged and smoothed over a twentieth of the run.
 
     The error on held-out pictures is drawn with it, where rows have one.
     """
@@ -97,7 +97,7 @@ def draw_curve(rows: list[Row], steps: int, path: Path, size: tuple[int, int] = 
 
 
 def round_out(value: float, up: bool) -> float:
-    """Round to one or two leading digits, away from the data, so that the curve has room."""
+    """Rounds to one or two leading digits, away from the data, so that the curve has room."""
     step = 10.0 ** math.floor(math.log10(value)) / 2
     return (
         (math.floor(value / step) + 1) * step if up else max((math.ceil(value / step) - 1) * step, step / 2)

@@ -162,7 +162,7 @@ class Loop(Generic[AnyTask]):
         return state
 
     def run(self) -> Outcome:
-        """Train from the current step on, then write a checkpoint."""
+        """Trains from the current step on, then writes a checkpoint."""
         train, output = self.settings.train, self.settings.output
         started, first_step, stopped = time.monotonic(), self.step, False
         if self.processes.is_main_process:
@@ -202,7 +202,7 @@ class Loop(Generic[AnyTask]):
 
     @contextmanager
     def _prefetching(self) -> Iterator[Callable[[], tuple[Inputs, float]]]:
-        """Yield a function that returns the next batch and its weight; a thread prepares the ones after it.
+        """Yields a function that returns the next batch and its weight; a thread prepares the ones after it.
 
         On CUDA that thread has its own stream: in the step's stream, a copy from main memory would wait for the
         previous step, and the next step for the copy.
@@ -296,7 +296,7 @@ class Loop(Generic[AnyTask]):
             self._share([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def _clip(self, largest: float) -> None:
-        """Clip the gradient to a norm. With train.fsdp it is the same whichever number of processes have it."""
+        """Clips the gradient to a norm. With train.fsdp the result is the same for any number of processes."""
         if not self.settings.train.fsdp:
             nn.utils.clip_grad_norm_(self.parameters, largest)
             return
@@ -313,12 +313,12 @@ class Loop(Generic[AnyTask]):
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def _share_statistics(self) -> None:
-        """Average values learned without gradients over all processes: batch norms' statistics, loss weights."""
+        """Averages values learned without gradients over all processes: batch norms' statistics, loss weights."""
         changing = [*self.task.trained.buffers()] if self.task.trained.training else []
         self._share([b for b in (*changing, *self.task.buffers().values()) if b.is_floating_point()])
 
     def _share(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over all processes, in one exchange."""
+        """Replaces each tensor by its mean over all processes, in one exchange."""
         if self.processes.num_processes == 1 or not tensors:
             return
         flat = self.processes.mean(torch.cat([tensor.flatten() for tensor in tensors]))
@@ -399,7 +399,7 @@ class Loop(Generic[AnyTask]):
             self.show(path)
 
     def save(self) -> None:
-        """Write everything that resuming needs, whole or not at all. Raises CascadeError for weights that diverged."""
+        """Writes everything that resuming needs, whole or not at all. Raises CascadeError for weights that diverged."""
         weights = self.task.trained.state_dict()
         found = self.processes.gather(first_not_finite(weights))  # it may be in one process's rows only
         if name := next(filter(None, found), None):
@@ -420,7 +420,7 @@ class Loop(Generic[AnyTask]):
         write_together(self.folder, self.processes, state, metadata, divided=self.task.shards is not None)
 
     def resume(self) -> bool:
-        """Load the checkpoint from the main process's folder; returns whether there is one."""
+        """Loads the checkpoint from the main process's folder; returns whether there is one."""
         average = self.average.tensors if self.average else {}
         targets = Targets(self.task.trained.state_dict(), average, self.task.buffers(), self.optimiser)
         if (shards := self.task.shards) is not None:

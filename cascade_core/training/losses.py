@@ -170,7 +170,7 @@ def _on_policy(
 def along_path(
     teacher: Callable[[Tensor, Tensor], Tensor], x: Tensor, levels: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Follow the teacher's path from x; returns its end, and the x0 predicted in its last step.
+    """Follows the teacher's path from x; returns its end, and the x0 predicted in its last step.
 
     levels: log-SNRs (B,), one more than there are steps. The steps are those of the `dpmpp_2m` sampler: the first, and
     one that ends in the clean picture, are of first order.

@@ -53,7 +53,7 @@ SOURCES = {
 
 
 def build_optimiser(groups: Iterable[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
-    """Build the settings' optimiser. groups: `params`, and optionally `share` of the learning rate (1)."""
+    """Builds the settings' optimiser. groups: `params`, and optionally `share` of the learning rate (1)."""
     groups = [{"share": 1.0, **group} for group in groups]
     options: dict[str, Any] = {"lr": settings.learning_rate}
     if source := SOURCES.get(settings.optimizer):

@@ -55,7 +55,7 @@ class Processes:
             torch.distributed.barrier(group=self._group)
 
     def tell(self, value: T, source: int = 0) -> T:
-        """Broadcast process `source`'s value, of JSON types, to all."""
+        """Broadcasts process `source`'s value, of JSON types, to all."""
         if self._group is None:
             return value
         own = self.process_index == source
@@ -81,13 +81,13 @@ class Processes:
         return [_of_bytes(row[: int(length)]) for row, length in zip(rows, lengths, strict=True)]
 
     def spread(self, tensor: Tensor, source: int) -> None:
-        """Broadcast process `source`'s tensor in main memory into this one, contiguous and of the same size."""
+        """Broadcasts process `source`'s tensor in main memory into this one, contiguous and of the same size."""
         if self._group is not None:
             for part in _parts(tensor):
                 torch.distributed.broadcast(part, source, group=self._group)
 
     def to_main(self, tensor: Tensor, source: int) -> None:
-        """Copy process `source`'s tensor in main memory into the main process's; called by these two alone."""
+        """Copies process `source`'s tensor in main memory into the main process's; called by these two alone."""
         if self._group is None or source == 0:
             return
         for part in _parts(tensor):
@@ -97,12 +97,12 @@ class Processes:
                 torch.distributed.send(part, 0, group=self._group)
 
     def same(self, tensor: Tensor) -> None:
-        """Overwrite a tensor on the accelerator with the main process's."""
+        """Overwrites a tensor on the accelerator with the main process's."""
         if self._group is not None:
             torch.distributed.broadcast(tensor, 0)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Call `work` in the main process; its result, of JSON types, or its error becomes that of all processes."""
+        """Calls `work` in the main process; its result, of JSON types, or its error becomes that of all processes."""
         if self._group is None:
             return work()
         outcome: list[Any] = [None, None, None]
@@ -118,7 +118,7 @@ class Processes:
         return value
 
     def on_each(self, work: Callable[[], T]) -> T:
-        """Call `work` in every process. An error in one of them is raised in all, with the process's name."""
+        """Calls `work` in every process. An error in one of them is raised in all, with the process's name."""
         if self._group is None:
             return work()
         value, outcome = None, list[Any]([None, None])
@@ -134,7 +134,7 @@ class Processes:
         return value  # pyright: ignore[reportReturnType]
 
     def serve(self, answer: Callable[[str], T], work: Callable[[Callable[[str], T]], None]) -> None:
-        """Call `work` in the main process; whenever it requests a name, all processes call `answer` with that name."""
+        """Calls `work` in the main process; whenever it requests a name, all processes call `answer` with that name."""
 
         def ask(name: str) -> T:
             self.tell([name])
@@ -152,7 +152,7 @@ class Processes:
         self.on_main(ask_until_done)
 
     def compare(self, values: Mapping[str, str]) -> None:
-        """Raise CascadeError, in all, unless every process has the main one's values, which are given by name."""
+        """Raises CascadeError, in all, unless every process has the main one's values, which are given by name."""
         if self._group is None:
             return
         hosts, everyone = self.gather(socket.gethostname()), self.gather(dict(values))
@@ -188,7 +188,7 @@ class Processes:
             ) from error
 
     def _end_together(self) -> None:
-        """Wait before an error that all raise: the first process to end closes connections that others still read."""
+        """Waits before an error that all raise: the first process to end closes connections that others still read."""
         with suppress(RuntimeError):
             self.wait()
 

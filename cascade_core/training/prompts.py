@@ -32,7 +32,7 @@ def with_prompts_of_file(output: OutputSettings) -> OutputSettings:
 
 
 def read_prompts(path: Path) -> list[str | SamplePrompt]:
-    """Read a file: YAML or JSON with the key `prompts`, each as in the settings; or a text, one prompt a line.
+    """Reads a file: YAML or JSON with the key `prompts`, each as in the settings; or a text, one prompt a line.
 
     In a text, empty lines and lines beginning with # are skipped, and a prompt may end with OPTIONS.
     """

@@ -54,7 +54,7 @@ def in_steps(value: int | str, steps_per_epoch: float) -> int:
 
 
 def check_ranges(settings: Any, section: str) -> None:
-    """Raise CascadeError for a field of a dataclass outside its annotated range; null is always allowed.
+    """Raises CascadeError for a field of a dataclass outside its annotated range; null is always allowed.
 
     section: of the file, for messages.
     """

@@ -30,7 +30,7 @@ class Results:
         self.settings, self.pictures, self.keep_existing = settings, pictures, keep_existing
 
     def write(self, loop: Loop[StageCTask]) -> Path:
-        """Write `output.file`, and beside it the raw weights if the settings ask for them."""
+        """Writes `output.file`, and beside it the raw weights if the settings ask for them."""
         path = Path(self.settings.output.file)
         if self.settings.output.raw:
             self._write(loop, loop.task.trained.state_dict(), raw_file(path))
@@ -46,7 +46,7 @@ class Results:
             return move_to_free(temporary, numbered(path))
 
     def save(self, loop: Loop[StageCTask]) -> None:
-        """Write the weights of this step into the run's folder, and remove those of all but the last steps kept."""
+        """Writes the weights of this step into the run's folder, and removes those of all but the last steps kept."""
         output = self.settings.output
         folder, stem = loop.folder / SAVED, Path(output.file).stem
         path = folder / f"{stem}-{loop.step:08}.safetensors"

@@ -39,7 +39,7 @@ def raw_file(path: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path, notify: Notify) -> Iterator[None]:
-    """Lock a run's folder inside the block. The system releases the lock with the process; the lock file may stay."""
+    """Locks a run's folder inside the block. The system releases the lock with the process; the lock file may stay."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def compared(
 
 
 def begun(settings: Settings, contents: dict[str, str], notify: Notify, fresh: bool) -> Path | None:
-    """Compare the run folder's state with the settings, before anything is loaded or encoded.
+    """Compares the run folder's state with the settings, before anything is loaded or encoded.
 
     contents: of `identity`. Returns the file of the result if the run is finished already. Raises CascadeError where
     the settings would lead to another result than those of the state.

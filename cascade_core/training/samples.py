@@ -37,7 +37,7 @@ class PromptLatent(NamedTuple):
 
 class Decoder(Protocol):
     def __call__(self, sampled: PromptLatent, ask: Callable[[SamplerStep], None]) -> Tensor:
-        """(3, H, W), about [0, 1]. ask: called at each step, raises Interrupted."""
+        """Decodes to a picture (3, H, W), about [0, 1]. ask: called at each step, raises Interrupted."""
         ...
 
 
@@ -75,9 +75,12 @@ def _on(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class Samples:
-    """prompts: with all values filled in; hints: (N, C, H, W) of a ControlNet, one for each, and their latents' size.
+    """Sample pictures of a state, by Stage C and a decoder.
 
-    stop: called at each step; True raises Interrupted. stage_c: given if it is not the task's network.
+    prompts  with all values filled in
+    hints    (N, C, H, W) of a ControlNet, one for each prompt, and their latents' size
+    stop     called at each step; True raises Interrupted
+    stage_c  given if it is not the task's network
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def write_together(
     folder: Path, processes: Processes, state: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str],
     divided: bool,
 ) -> None:  # fmt: skip
-    """Write a state. divided: whether each process has its own rows. Raises CascadeError, the same in all."""
+    """Writes a state. divided: whether each process has its own rows. Raises CascadeError, the same in all."""
     metadata, keep = dict(metadata), set[str]()
     if divided:
         count, mark = processes.num_processes, processes.tell(secrets.token_hex(8))
@@ -58,7 +58,7 @@ def write_together(
 
 
 def remove_parts(folder: Path, keep: Collection[str] = ()) -> None:
-    """Remove the parts of earlier states."""
+    """Removes the parts of earlier states."""
     for path in folder.glob(part_name("*", "*", "*")):
         if path.name not in keep:
             path.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def _count_of(metadata: Mapping[str, str], path: Path) -> int | None:
 
 
 def _read_parts(folder: Path, processes: Processes, filling: _Filling, mark: str, count: int) -> None:
-    """Read the parts that this process needs or has to send."""
+    """Reads the parts that this process needs or has to send."""
     if not (mark.isascii() and mark.isalnum() and len(mark) <= 64):
         raise CascadeError(f"{folder / STATE} states {quoted(mark)} as the name of its parts; {ANEW}")
     names = [part_name(mark, index, count) for index in range(count)]
@@ -221,7 +221,7 @@ class _Filling:
 
     @torch.no_grad()
     def place(self, part: str, name: str, value: Tensor, origin: tuple[int, int]) -> None:
-        """Copy those rows of a tensor that belong to this process. origin: (index, parts) of the rows received."""
+        """Copies those rows of a tensor that belong to this process. origin: (index, parts) of the rows received."""
         if part == "optimiser":
             self._place_in_optimiser(name, value, origin)
             return
@@ -240,7 +240,7 @@ class _Filling:
             self.missing[part, name] -= copied
 
     def _copy(self, target: Tensor, rows: int | None, value: Tensor, origin: tuple[int, int]) -> int | None:
-        """Copy the rows that two parts of a tensor share; returns their number, or None for another shape."""
+        """Copies the rows that two parts of a tensor share; returns their number, or None for another shape."""
         if rows is None and origin == (0, 1):
             if target.shape != value.shape:
                 return None
@@ -284,7 +284,7 @@ class _Filling:
         self.optimiser[name] = value.clone()
 
     def finish(self) -> None:
-        """Restore the optimiser. Raises CascadeError for a fault in the received tensors."""
+        """Restores the optimiser. Raises CascadeError for a fault in the received tensors."""
         if self.fault is not None:
             raise CascadeError(f"{self.path} {self.fault}; {ANEW}")
         if self.targets.average and not self.has_average:

@@ -19,13 +19,13 @@ PARTS = ("trained", "average", "optimiser", "buffers", "scaler")
 
 
 def write_state(path: Path, parts: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> None:
-    """Write tensors by part (of PARTS) and name."""
+    """Writes tensors by part (of PARTS) and name."""
     tensors = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     write_safetensors(path, tensors, metadata)
 
 
 def read_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """Read (parts, metadata) as written. Raises CascadeError for a damaged file, with the advice to begin anew."""
+    """Reads (parts, metadata) as written. Raises CascadeError for a damaged file, with the advice to begin anew."""
     try:
         tensors, metadata = read_safetensors(path)
     except CascadeError as error:
@@ -97,7 +97,7 @@ def _as_tensor(value: Any, name: str) -> Tensor:
 def load_optimiser(
     optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path, copy: bool = True
 ) -> None:
-    """Restore the state that `optimiser_tensors` returned. Raises CascadeError for another optimiser's state.
+    """Restores the state that `optimiser_tensors` returned. Raises CascadeError for another optimiser's state.
 
     copy: whether to copy the tensors, because they belong to a file, for example; else the optimiser keeps them.
     """
@@ -136,7 +136,7 @@ def _of_another(path: Path, name: str) -> CascadeError:
 
 
 def _restore_number(groups: list[dict[str, Any]], index: int, field: str, value: Tensor, path: Path) -> None:
-    """Restore a number of a group, as a bool where it was one."""
+    """Restores a number of a group, as a bool where it was one."""
     if index == len(groups) or field in ("params", *OF_THE_SCHEDULE) or value.ndim:
         raise _of_another(path, f"{GROUP}{index}.{field}")
     plain = value.item() if _is_plain(value) else value.clone()
@@ -151,7 +151,7 @@ def scaler_tensors(scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
 
 
 def load_scaler(scaler: torch.amp.GradScaler, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Restore the result of `scaler_tensors`; without one, the scale starts anew."""
+    """Restores the result of `scaler_tensors`; without one, the scale starts anew."""
     if not (tensors and scaler.is_enabled()):
         return
     values = {name: value.item() for name, value in tensors.items() if value.numel() == 1}

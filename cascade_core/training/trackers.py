@@ -21,7 +21,7 @@ FOLDER = "trackers"  # inside the run's folder
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise CascadeError where a tracker's package is missing."""
+    """Raises CascadeError where a tracker's package is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise CascadeError(

@@ -19,12 +19,12 @@ MAX_BYTES = 1_000_000  # of a file
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a file's mapping, as plain values. Raises CascadeError for any other file, and for a repeated key."""
+    """Reads a file's mapping, as plain values. Raises CascadeError for any other file, and for a repeated key."""
     return parse_yaml(read_text(path, "YAML"), str(path))
 
 
 def read_text(path: Path, kind: str = "plain text") -> str:
-    """Read a settings file in UTF-8, or in UTF-16 with a byte order mark. kind: its name in messages."""
+    """Reads a settings file in UTF-8, or in UTF-16 with a byte order mark. kind: its name in messages."""
     try:
         with open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
@@ -49,7 +49,7 @@ def _check_size(size: int, where: str) -> None:
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """Read a text's mapping; an empty text is an empty mapping."""
+    """Reads a text's mapping; an empty text is an empty mapping."""
     try:
         import yaml
 
@@ -79,7 +79,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def build(cls: type[T], values: Any, where: str = "") -> T:
-    """Build a dataclass from these values; other fields keep their defaults. where: the section, for messages."""
+    """Builds a dataclass from these values; other fields keep their defaults. where: the section, for messages."""
     if not isinstance(values, Mapping):
         raise CascadeError(f"{where} is {quoted(values)}, but names with values are expected there.")
     kinds = get_type_hints(cls)
@@ -180,7 +180,7 @@ def _plain(kind: type, value: Any, where: str) -> Any:
 
 
 def _check_characters(text: str, where: str) -> None:
-    """Raise CascadeError for characters that neither a file name nor a caption has: NUL, escapes, lone surrogates."""
+    """Raises CascadeError for characters that neither a file name nor a caption has: NUL, escapes, lone surrogates."""
     for char in text:
         if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r":
             raise CascadeError(

@@ -26,12 +26,12 @@ class Access:
         self.stop, self.check, self.names = stop, check, 0
 
     def ask(self) -> None:
-        """Raise Interrupted where the run should end."""
+        """Raises Interrupted where the run should end."""
         if self.stop():
             raise Interrupted("The run was stopped; the latents encoded so far are kept.")
 
     def count(self, place: str | Path) -> None:
-        """Count one more name in a folder or a tar. Raises CascadeError for more than MAX_NAMES."""
+        """Counts one more name in a folder or a tar. Raises CascadeError for more than MAX_NAMES."""
         self.ask()
         self.names += 1
         if self.names > MAX_NAMES:
@@ -41,7 +41,7 @@ class Access:
             )
 
     def permit(self, path: str | Path) -> None:
-        """Raise CascadeError for a path that, with links resolved, lies outside of the readable folders."""
+        """Raises CascadeError for a path that, with links resolved, lies outside of the readable folders."""
         if self.check is not None:
             self.check(Path(os.path.realpath(path)))
 

@@ -61,7 +61,7 @@ def fill_cache(
     found: Found | None = None,
     access: Access | None = None,
 ) -> None:
-    """Encode this process's share of latents and image prompts, and exchange it, so that all are in the cache."""
+    """Encodes this process's share of latents and image prompts, and exchanges it, so that all are in the cache."""
     access = access or Access()
     pictures, _ = found or find_all(settings, access)
     rank, ranks = processes.process_index, processes.num_processes

@@ -61,7 +61,7 @@ class BucketData:
         return torch.stack([self.encoder.cache.stack(each) for each in zip(*keys, strict=True)], dim=1)
 
     def load_to_memory(self) -> None:
-        """Gather all rows in one tensor, so that a batch is one indexing operation."""
+        """Gathers all rows in one tensor, so that a batch is one indexing operation."""
         self.in_memory = self.all_latents()
 
     def latents(self, rows: Tensor, mirrored: Tensor, crops: Tensor) -> Tensor:
@@ -87,5 +87,5 @@ class BucketData:
         return weights / weights.mean((1, 2), keepdim=True).clamp(min=1e-6)
 
     def captions(self, rows: Tensor, chance: Tensor) -> Tensor:
-        """Draw a caption for each row by chance, (B,) in [0, 1). Returns caption ids (B,)."""
+        """Draws a caption for each row by chance, (B,) in [0, 1). Returns caption ids (B,)."""
         return self.caption_ids[rows, (chance * self.caption_counts[rows]).long()]

@@ -136,7 +136,7 @@ def assign_buckets(
     sizes: Cache,
     ask: Callable[[], None] = lambda: None,
 ) -> tuple[list[BucketedPicture], list[Skipped]]:
-    """Assign each picture to its bucket; pictures that cannot be read, or are beyond the settings' limits, are skipped.
+    """Assigns each picture to its bucket; pictures that cannot be read, or exceed the settings' limits, are skipped.
 
     sizes: (height, width) in pixels of pictures that were read before, (2,) int32 each; new ones are added.
     ask: called for each picture; raises Interrupted to end the run.

@@ -49,7 +49,7 @@ class Cache:
             self.read()
 
     def read(self) -> None:
-        """Read rows that other processes have added to the folder."""
+        """Reads rows that other processes have added to the folder."""
         if self.folder is not None:
             for path in sorted(self.folder.glob("*.safetensors")):
                 if path.name not in self._read_files:
@@ -66,7 +66,7 @@ class Cache:
             self.rows |= zip(map(bytes, keys.numpy()), rows.unbind(), strict=True)
 
     def keep(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Keep a row only if it has this shape and dtype; a damaged one is dropped, and so encoded anew."""
+        """Keeps a row only if it has this shape and dtype; a damaged one is dropped, and so encoded anew."""
         row = self.rows.get(key)
         if row is not None and (row.shape != shape or row.dtype != dtype):
             del self.rows[key]
@@ -75,14 +75,14 @@ class Cache:
         return key in self.rows
 
     def add(self, keys: Sequence[Key], rows: Tensor) -> None:
-        """Add rows of one shape; they are on disk when it returns."""
+        """Adds rows of one shape; they are on disk when it returns."""
         rows = rows.detach().cpu().contiguous()
         if self.folder is not None:
             self._read_files.add(self.write(keys, rows))
         self.rows |= zip(keys, rows.unbind(), strict=True)
 
     def write(self, keys: Sequence[Key], rows: Tensor) -> str:
-        """Write rows of one shape to the folder, where `read` finds them; returns the file's name."""
+        """Writes rows of one shape to the folder, where `read` finds them; returns the file's name."""
         assert self.folder is not None
         key_bytes = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), KEY_BYTES)
         name = f"{key_of(*keys).hex()}.safetensors"

@@ -27,7 +27,7 @@ class PictureDecoder:
         self.cached: dict[View, Tensor] = {}
 
     def prefetch(self, views: Sequence[View]) -> None:
-        """Begin decoding the next batch; drops prefetched pictures that were not requested."""
+        """Begins decoding the next batch; drops prefetched pictures that were not requested."""
         self.pending = {view: self._submit(view) for view in dict.fromkeys(views) if view not in self.cached}
 
     def images(self, views: Sequence[View], mirrored: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ SENT_AT_ONCE = 256  # rows
 
 
 def exchange(cache: Cache, keys: Sequence[Key], processes: Processes) -> None:
-    """Give every process all rows that any of them has.
+    """Gives every process all rows that any of them has.
 
     keys: this process's keys of all rows, in an order that is the same in all processes.
     """
@@ -42,7 +42,7 @@ def exchange(cache: Cache, keys: Sequence[Key], processes: Processes) -> None:
 def _send(
     cache: Cache, keys: Sequence[Key], owner: int, processes: Processes, failures: list[CascadeError]
 ) -> None:
-    """Send rows of one process to all others. The first process of each machine writes them to its folder.
+    """Sends rows of one process to all others. The first process of each machine writes them to its folder.
 
     failures: collects errors of writing; a process that raised here would keep all others waiting.
     """

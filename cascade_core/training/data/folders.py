@@ -36,7 +36,7 @@ LEADS_OUT = "a link that leads out of the folders that may be read"
 
 
 def folder_pictures(folder: Path, access: Access, companions: Companions = NONE_BESIDE) -> Listing:
-    """List a folder's pictures; hidden files and folders, which begin with a dot, are left out."""
+    """Lists a folder's pictures; hidden files and folders, which begin with a dot, are left out."""
     if not os.path.isdir(folder):
         problem = "is a file" if os.path.exists(folder) else "does not exist"
         raise CascadeError(
@@ -229,7 +229,7 @@ def _read_captions(path: Path, access: Access) -> tuple[str, ...]:
 def _read_metadata(
     path: Path, rows: Callable[[TextIO, str, Access], Iterator[tuple[str, tuple[str, ...]]]], access: Access
 ) -> dict[str, tuple[str, ...]]:
-    """Read {path: captions} in the format of Hugging Face's image folders: `file_name` is relative to the file's
+    """Reads {path: captions} in the format of Hugging Face's image folders: `file_name` is relative to the file's
     folder.
 
     rows: yields (a picture's path, its captions) from the file's text.

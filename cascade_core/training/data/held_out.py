@@ -20,7 +20,7 @@ class FoundPictures(NamedTuple):
 
 
 def find_and_hold_out(data: DataSettings, validation: ValidationSettings, access: Access) -> FoundPictures:
-    """List the pictures of `data`, without those that `validation` holds out of training. Raises CascadeError.
+    """Lists the pictures of `data`, without those that `validation` holds out of training. Raises CascadeError.
 
     Held-out pictures are chosen by their names, so that they are the same for every seed.
     """

@@ -35,7 +35,7 @@ class ImagePrompts:
         report: Callable[[int, int], None] | None = None,
         ask: Callable[[], None] = lambda: None,
     ) -> dict[TrainingPicture, str]:
-        """Encode the prompts that are not cached yet; returns the pictures with a damaged prompt, and its fault.
+        """Encodes the prompts that are not cached yet; returns the pictures with a damaged prompt, and its fault.
 
         report: called with the number of prompts encoded so far and in total. ask: called for each prompt; raises
         Interrupted to end the run.
@@ -59,7 +59,7 @@ class ImagePrompts:
         }
 
     def _encode(self, prompts: Sequence[PictureFile], ask: Callable[[], None]) -> dict[PictureFile, str]:
-        """Encode prompts into one file of the cache; returns the damaged ones."""
+        """Encodes prompts into one file of the cache; returns the damaged ones."""
         encoder = self.encoder
         if encoder is None:
             raise CascadeError(
@@ -89,7 +89,7 @@ class ImagePrompts:
         return damaged
 
     def release(self) -> None:
-        """Release the encoder's memory."""
+        """Releases the encoder's memory."""
         self.encoder = None
 
     def embeddings(self, pictures: Sequence[TrainingPicture]) -> Tensor:

@@ -74,7 +74,7 @@ class LatentEncoder:
         return [picture.key(mirrored, crop) for crop in crops for mirrored in self.mirrorings]
 
     def fill(self, pictures: Sequence[BucketedPicture]) -> dict[BucketedPicture, str]:
-        """Encode the latents that are not cached yet; returns the damaged pictures, and what is wrong with each."""
+        """Encodes the latents that are not cached yet; returns the damaged pictures, and what is wrong with each."""
         missing: dict[Bucket, list[BucketedPicture]] = {}
         for picture in pictures:
             keys = self.keys(picture)

@@ -24,7 +24,7 @@ class LossMasks:
     def fill(
         self, pictures: Sequence[BucketedPicture], ask: Callable[[], None] = lambda: None
     ) -> dict[BucketedPicture, str]:
-        """Read the masks that are not cached yet; returns the pictures that cannot be trained on, and why.
+        """Reads the masks that are not cached yet; returns the pictures that cannot be trained on, and why.
 
         ask: called for each mask; raises Interrupted to end the run.
         """

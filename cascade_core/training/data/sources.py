@@ -50,7 +50,7 @@ def find_pictures(
     access: Access | None = None,
     companions: Companions = NONE_BESIDE,
 ) -> tuple[list[TrainingPicture], list[Skipped]]:
-    """List every picture with a caption: in the folder and its subfolders by name, then in the tars in their order.
+    """Lists every picture with a caption: in the folder and its subfolders by name, then in the tars in their order.
 
     tars: paths or patterns such as `data/*.tar`; access: limits on reading, and the request to stop; companions: the
     files beside pictures. Raises CascadeError where no picture can be trained on.
@@ -81,7 +81,7 @@ def reasons(skipped: Sequence[Skipped]) -> str:
 
 
 def write_left_out(path: Path, skipped: Sequence[Skipped]) -> None:
-    """List every picture that is left out, one a line, with the reason; no file where there is none."""
+    """Lists every picture that is left out, one a line, with the reason; no file where there is none."""
     if not skipped:
         path.unlink(missing_ok=True)
         return

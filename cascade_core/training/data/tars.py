@@ -116,7 +116,7 @@ class Member(NamedTuple):
 
 
 def tar_pictures(path: Path, access: Access, companions: Companions = NONE_BESIDE) -> Listing:
-    """List a tar's pictures, in their order."""
+    """Lists a tar's pictures, in their order."""
     access.permit(path)
     path = path.resolve()
     shown = printable(str(path))

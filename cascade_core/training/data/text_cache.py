@@ -50,7 +50,7 @@ class TextCache:
         report: Callable[[int, int], None] | None = None,
         ask: Callable[[], None] = lambda: None,
     ) -> None:
-        """Encode captions that are not cached yet; report: called with the number encoded so far and in total.
+        """Encodes captions that are not cached yet; report: called with the number encoded so far and in total.
 
         ask: called before each group of captions; raises Interrupted to end the run.
         """
@@ -92,7 +92,7 @@ class TextCache:
                     self.cache.add([key_of(part, text) for text in texts], rows.half())
 
     def release(self) -> None:
-        """Release the encoder's memory."""
+        """Releases the encoder's memory."""
         self.encoder = None
 
     def states(self, captions: Sequence[str]) -> TextStates:

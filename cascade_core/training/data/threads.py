@@ -21,7 +21,7 @@ def thread_pool() -> ThreadPoolExecutor:
 def map_in_threads(
     work: Callable[[T], R], items: Iterable[T], ahead: int, ask: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[T, R | PictureError]]:
-    """Yield each item with work(item), in order; a damaged picture's error stands in place of its result.
+    """Yields each item with work(item), in order; a damaged picture's error stands in place of its result.
 
     ahead: number of items submitted before the first result is taken. ask: called at each item and every ASKED_EVERY
     seconds; what it raises ends the work.

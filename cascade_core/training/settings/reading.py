@@ -37,7 +37,7 @@ FORMER_VALUES = {  # former values of keys: weights of the error in x0, not name
 
 
 def read_settings(path: Path, task: TaskName, preset: str | None = None) -> Settings:
-    """Read the settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it.
+    """Reads the settings of a YAML file. Raises CascadeError with the file's name for whatever is wrong in it.
 
     The file is the user's own, so it may name any optimiser. preset: replaces the file's own.
     """
@@ -50,7 +50,7 @@ def read_settings(path: Path, task: TaskName, preset: str | None = None) -> Sett
 def settings_of(
     values: Mapping[str, Any], task: TaskName, where: str, any_optimizer: bool = False
 ) -> Settings:
-    """Build settings from a file's values. where: the file's name, for messages.
+    """Builds settings from a file's values. where: the file's name, for messages.
 
     any_optimizer: whether the values may name a class to import and call with arguments; never for values from
     anybody but the user, such as a client of a server. Keys under their former names are read; one line of warning is
@@ -93,7 +93,7 @@ def _check_no_class(train: TrainSettings) -> None:
 
 
 def settings_from_json(text: str) -> Settings | None:
-    """Read the result of `Settings.as_json`, also under former names; None for anything else."""
+    """Reads the result of `Settings.as_json`, also under former names; None for anything else."""
     try:
         values, _ = with_current_names(json.loads(text))
         return build(Settings, values)

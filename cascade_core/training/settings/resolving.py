@@ -10,7 +10,7 @@ from .whole import Settings
 
 
 def resolve(settings: Settings, folder: Path, find_model: Callable[[str, str], Path]) -> Settings:
-    """Make paths absolute: files and folders relative to `folder`, networks by find_model(role, name)."""
+    """Makes paths absolute: files and folders relative to `folder`, networks by find_model(role, name)."""
 
     def at(path: str) -> str:
         # os.path does not raise for an unknown ~user or circular links; opening the file does

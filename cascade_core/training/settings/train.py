@@ -102,7 +102,7 @@ def _check_time(text: str) -> None:
 
 
 def check_optimizer_name(name: str) -> None:
-    """Raise CascadeError for what is neither a known optimiser nor spelled as `module.Class`."""
+    """Raises CascadeError for what is neither a known optimiser nor spelled as `module.Class`."""
     spelled = len(name) <= 200 and "." in name and all(part.isidentifier() for part in name.split("."))
     if name not in get_args(OptimizerName) and not spelled:
         raise CascadeError(unknown_name(f"train.optimizer is {quoted(name)}", name, get_args(OptimizerName)))

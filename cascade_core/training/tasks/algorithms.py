@@ -54,7 +54,7 @@ class Dropout:
 
     @contextmanager
     def keeping(self, masks: list[Tensor]) -> Iterator[None]:
-        """Add the masks that are drawn inside the block to a list."""
+        """Adds the masks that are drawn inside the block to a list."""
         self._kept = masks
         try:
             yield
@@ -63,7 +63,7 @@ class Dropout:
 
     @contextmanager
     def taking(self, masks: list[Tensor]) -> Iterator[None]:
-        """Take masks of a list inside the block, in its order."""
+        """Takes masks of a list inside the block, in its order."""
         self._taken = iter(masks)
         try:
             yield

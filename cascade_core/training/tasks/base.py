@@ -41,11 +41,11 @@ class Task:
         return [{"params": [p for p in self.trained.parameters() if p.requires_grad]}]
 
     def divide(self, processes: Processes) -> None:
-        """Divide the network among the processes (train.fsdp); called before any other use of its parameters."""
+        """Divides the network among the processes (train.fsdp); called before any other use of its parameters."""
         raise NotImplementedError
 
     def prepare(self, batch: Any, generator: torch.Generator) -> Inputs:
-        """Copy a batch to the accelerator; runs in a separate thread, ahead of the step."""
+        """Copies a batch to the accelerator; runs in a separate thread, ahead of the step."""
         raise NotImplementedError
 
     def loss(self, inputs: Any) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ class ControlNetTask(StageCTask):
 def write_controlnet(
     path: Path, config: ControlNetConfig, state: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a ControlNet's file in half precision."""
+    """Writes a ControlNet's file in half precision."""
     tensors = {name: _half(value).contiguous().cpu() for name, value in state.items()}
     header = {**metadata, "kind": "controlnet", "config": json.dumps(asdict(config))}
     write_safetensors(path, tensors, header)
@@ -132,7 +132,7 @@ def _half(value: Tensor) -> Tensor:
 def build_controlnet(
     settings: ControlNetSettings, stage_c: StageC, compressor: SemanticCompressor | None
 ) -> ControlNet:
-    """Build a ControlNet for Stage C by the settings, with an output of zero; or load the one to go on from."""
+    """Builds a ControlNet for Stage C by the settings, with an output of zero; or loads the one to go on from."""
     if settings.start not in ("compressor", "random"):
         network, _, _ = load_model(settings.start, expect="controlnet", dtype=torch.float32)
         assert isinstance(network, ControlNet)
@@ -157,7 +157,7 @@ def build_controlnet(
 
 
 def check_controlnet(settings: ControlNetSettings, stage_c: StageC, compressor: SemanticCompressor) -> None:
-    """Raise CascadeError unless the settings describe a ControlNet for this Stage C; no weights are made or read."""
+    """Raises CascadeError unless the settings describe a ControlNet for this Stage C; no weights are made or read."""
     if settings.start not in ("compressor", "random"):
         network, _, _ = load_model(settings.start, expect="controlnet", read_ahead=False)
         _check_width(network, stage_c, settings.start)
@@ -190,7 +190,7 @@ def published_blocks(stage_c: StageC) -> list[int]:
 
 
 def copy_backbone(network: ControlNet, compressor: SemanticCompressor) -> None:
-    """Copy the compressor's weights. For a hint of other channels, the first layer's weights are summed over the
+    """Copies the compressor's weights. For a hint of other channels, the first layer's weights are summed over the
     colours.
 
     Raises CascadeError where the config describes a backbone of other sizes.

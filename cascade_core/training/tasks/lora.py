@@ -200,7 +200,7 @@ def check_lora(
     network: StageC | StageB,
     encoder: TextEncoder,
 ) -> None:
-    """Raise CascadeError where the networks have no such layers or rank, or the dialect cannot hold the LoRA."""
+    """Raises CascadeError where the networks have no such layers or rank, or the dialect cannot hold the LoRA."""
     kind = "stage_b" if isinstance(network, StageB) else "stage_c"
     changes: dict[str, Any] = {}
     if settings.network != "text_encoder":
@@ -242,7 +242,7 @@ def _general(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def begin_as(adapter: Adapter, changes: LowRankChanges | None, text: LowRankChanges | None) -> None:
-    """Start from a file's changes. Raises CascadeError for changes that would be lost."""
+    """Starts from a file's changes. Raises CascadeError for changes that would be lost."""
     if adapter.tokens or (adapter.text and text is None):
         part = "learned tokens" if adapter.tokens else "changes of the text encoder"
         raise CascadeError(

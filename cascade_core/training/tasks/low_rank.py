@@ -100,7 +100,7 @@ class LayerPlan(NamedTuple):
 
 
 def check_rank(layers: Mapping[str, nn.Module], ranks: int | Iterable[int]) -> None:
-    """Raise CascadeError for a rank above that of every layer, which would only cost memory."""
+    """Raises CascadeError for a rank above that of every layer, which would only cost memory."""
     largest = max(min(matrix_size(layer)) for layer in layers.values())
     for rank in [ranks] if isinstance(ranks, int) else set(ranks):
         if rank > largest:
@@ -243,7 +243,7 @@ class LowRankChanges(nn.Module):
 
     @contextmanager
     def applied(self, vector: Tensor | None = None, kept: Tensor | None = None) -> Iterator[None]:
-        """Add the changes inside the block.
+        """Adds the changes inside the block.
 
         vector: other values for them, such as their average; kept: `draw_layers`, on the changes' device
         """
@@ -283,7 +283,7 @@ class LowRankChanges(nn.Module):
             layer.__dict__["low_rank"] = values
 
     def remove(self) -> None:
-        """Restore the network's own forwards."""
+        """Restores the network's own forwards."""
         for hook in self._hooks:
             hook.remove()
         for layer in self.layers.values():
@@ -306,7 +306,7 @@ class LowRankChanges(nn.Module):
 
     @torch.no_grad()
     def begin_as(self, changes: Mapping[str, AddedChange], file: str) -> None:
-        """Start from a file's changes. For changes of a lower rank, the further ranks keep their initial values.
+        """Starts from a file's changes. For changes of a lower rank, the further ranks keep their initial values.
 
         Raises CascadeError for changes that these factors cannot hold.
         """

@@ -9,7 +9,7 @@ MOST_PATTERNS, LONGEST_PATTERN = 200, 200  # each is compared with thousands of 
 
 
 def check_patterns(patterns: Collection[str], key: str) -> None:
-    """Raise CascadeError for too many or too long patterns to compare with a network's names.
+    """Raises CascadeError for too many or too long patterns to compare with a network's names.
 
     fnmatch itself takes at most the time of pattern length × name length, since its stars do not backtrack.
     """

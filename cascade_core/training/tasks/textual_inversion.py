@@ -49,7 +49,7 @@ class LearnedTokens(nn.Module):
 
     @contextmanager
     def replaced(self, vectors: Tensor) -> Iterator[None]:
-        """Use other vectors for the tokens inside the block, such as their average."""
+        """Uses other vectors for the tokens inside the block, such as their average."""
         self._override = vectors
         try:
             yield
@@ -107,7 +107,7 @@ class TokensTask(StageCTask):
 
 
 def check_names(tokens: Sequence[TokenSettings], captions: Sequence[str]) -> None:
-    """Raise CascadeError for a token that no caption contains, and for two tokens with the same name."""
+    """Raises CascadeError for a token that no caption contains, and for two tokens with the same name."""
     names = [name_in_prompt(token.name) for token in tokens]
     for i, name in enumerate(names):
         if name.lower() in (before.lower() for before in names[:i]):

@@ -45,7 +45,7 @@ class TrainableText:
         return torch.tensor([[token for token, _ in chunk] for chunk in chunks])
 
     def _encode(self, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Encode texts of chunks (n, 77) each; shorter texts are padded with the empty caption's chunk."""
+        """Encodes texts of chunks (n, 77) each; shorter texts are padded with the empty caption's chunk."""
         model, count = self.encoder.model, max(map(len, texts))
         rows = torch.stack([torch.cat([text, *[self.empty] * (count - len(text))]) for text in texts])
         tokens = self.table() if self.table is not None else None
