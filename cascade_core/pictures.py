@@ -45,21 +45,21 @@ class PictureError(CascadeError):
 
 
 @contextmanager
-def open_picture(source: str | Path | bytes, name: str | None = None) -> Iterator[ImageFile]:
+def open_picture(source: str | Path | bytes) -> Iterator[ImageFile]:
     """Opens a picture as Pillow does: checks its header, but does not decode its pixels, which `upright` does.
 
-    source: a path or a file's bytes; name: of the picture in messages. Raises PictureError for kinds other than
-    KINDS, for more pixels than a file of that size may hold, and for any other fault of the picture within the block.
+    source: a path or a file's bytes. Raises PictureError for kinds other than KINDS, for more pixels than a file of
+    that size may hold, and for any other fault of the picture within the block.
     """
-    with _bounded(source, name) as (picture, _):
+    with _bounded(source) as (picture, _):
         yield picture
 
 
-def read_frames(source: str | Path | bytes, name: str | None = None) -> list[Image]:
+def read_frames(source: str | Path | bytes) -> list[Image]:
     """Those frames of a picture that have its first one's size, `upright`; of an MPO the first. Raises PictureError."""
     from PIL import ImageSequence
 
-    with _bounded(source, name) as (picture, limit):
+    with _bounded(source) as (picture, limit):
         stored, pixels = [], 0
         for frame in ImageSequence.Iterator(picture):
             pixels += _pixels(frame)
@@ -76,11 +76,11 @@ def read_frames(source: str | Path | bytes, name: str | None = None) -> list[Ima
 
 
 @contextmanager
-def _bounded(source: str | Path | bytes, name: str | None) -> Iterator[tuple[ImageFile, int]]:
+def _bounded(source: str | Path | bytes) -> Iterator[tuple[ImageFile, int]]:
     """An opened picture, and the limit of the pixels of all its frames."""
     from PIL import Image, UnidentifiedImageError
 
-    name = printable(name or ("in memory" if isinstance(source, bytes) else str(source)), 300)
+    name = printable("in memory" if isinstance(source, bytes) else str(source), 300)
     Image.init()
     kinds = [kind for kind in KINDS if kind in Image.OPEN]  # AVIF needs a newer version of Pillow
     try:

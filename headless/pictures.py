@@ -18,6 +18,7 @@ from ..cascade_core.pictures import open_picture, read_frames, upright
 from .graph import to_json
 
 _NO_MASK = (64, 64)  # ComfyUI's size for the mask of a picture without transparency
+COMPRESS_LEVEL = 4  # of a PNG, as in ComfyUI
 
 
 def _has_alpha(frame: Image.Image) -> bool:
@@ -56,9 +57,7 @@ def read_mask(path: Path, name: str) -> Tensor:
     return (1.0 - values if name == "alpha" else values)[None]
 
 
-def encode_png(
-    image: Tensor, texts: Mapping[str, Any], parameters: str | None = None, compress_level: int = 4
-) -> bytes:
+def encode_png(image: Tensor, texts: Mapping[str, Any], parameters: str | None = None) -> bytes:
     """Encodes one image (H, W, C), C = 1, 3 or 4, clipped to [0, 1], as PNG.
 
     texts: written as JSON into text chunks; parameters: a text, written unchanged into the chunk of that name
@@ -75,6 +74,6 @@ def encode_png(
         chunks.add_text("parameters", parameters)
     stream = io.BytesIO()
     picture.save(
-        stream, format="PNG", pnginfo=chunks, compress_level=compress_level, compress_type=zlib.Z_RLE
+        stream, format="PNG", pnginfo=chunks, compress_level=COMPRESS_LEVEL, compress_type=zlib.Z_RLE
     )
     return stream.getvalue()

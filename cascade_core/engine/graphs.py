@@ -71,10 +71,10 @@ class GraphMemory:
     shared: gives it to other networks of the device too, which run in turn; None: it is this network's own
     """
 
-    def __init__(self, shared: SharedWorkspaces | None = None):
+    def __init__(self) -> None:
         self.memory: Tensor | None = None
         self.is_shared = False
-        self.shared = shared
+        self.shared: SharedWorkspaces | None = None
         self.users: WeakSet[Graphed] = WeakSet()
 
     def size(self, device: torch.device) -> int:

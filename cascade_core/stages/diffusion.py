@@ -268,19 +268,16 @@ def stage_b_tile(tile_size: int) -> int:
     return tile_size // STAGE_B_COMPRESSION // ALIGNMENT * ALIGNMENT
 
 
-def checked_semantic(latent: Any, name: str = "latent") -> Tensor:
-    """A latent of Stage C (B, C, h, w) in float32 in main memory.  Raises CascadeError for anything else.
-
-    name: of the argument, for messages
-    """
+def checked_semantic(latent: Any) -> Tensor:
+    """A latent of Stage C (B, C, h, w) in float32 in main memory.  Raises CascadeError for anything else."""
     if not isinstance(latent, Tensor):
         raise CascadeError(
-            f"{name} is of type {type(latent).__name__}; give the tensor that prior or encode gave."
+            f"latent is of type {type(latent).__name__}; give the tensor that prior or encode gave."
         )
-    values = finite_values(latent, name)
+    values = finite_values(latent, "latent")
     if values.ndim != 4 or 0 in values.shape:
         raise CascadeError(
-            f"{name} has the shape {quoted(tuple(values.shape))}, but Stage C's is (batch, channels, h, w); give what "
+            f"latent has the shape {quoted(tuple(values.shape))}, but Stage C's is (batch, channels, h, w); give what "
             "prior or encode gave."
         )
     return values

@@ -45,10 +45,10 @@ class Tokenizer:
     words: those that its text encoder was taught, if the file states them; empty: all words are known
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, length: int = CHUNK_LENGTH, words: Sequence[str] = ()):
+    def __init__(self, backend: tokenizers.Tokenizer):
         self.backend = backend
-        self.length = length
-        self.words = tuple(words)
+        self.length = CHUNK_LENGTH
+        self.words: tuple[str, ...] = ()
         self.start_token = _special_token(backend, START)
         self.end_token = _special_token(backend, END)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,9 +23,9 @@ DIMMED = 0.25  # brightness of masked-out areas on the sheet
 SHEET, SHOWN, SIDE = "contact_sheet.png", 64, 192  # pictures on it, and pixels of the longer side of each
 
 
-def dry_run(settings: Settings, notify: Notify, stop: Callable[[], bool] = lambda: False) -> Path:
+def dry_run(settings: Settings, notify: Notify) -> Path:
     """Reports the buckets and the treatment of pictures, and draws some of them. Returns the page's file."""
-    access = Access(stop)
+    access = Access()
     pictures, skipped = find_all(settings.data, access)
     bucketed, left_out = assign_buckets(pictures, settings.data, Cache(None, ""), access.ask)
     skipped += left_out

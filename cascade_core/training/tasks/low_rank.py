@@ -228,13 +228,13 @@ class LowRankChanges(nn.Module):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def factors(self, vector: Tensor | None = None, dtype: torch.dtype | None = None) -> Factors:
+    def factors(self, vector: Tensor | None = None) -> Factors:
         """Each layer's factors, as views of the vector, which is cast once; one factor of each layer is scaled."""
         vector = self.values() if vector is None else vector
         parts: list[dict[str, Tensor]] = [{} for _ in self.layers]
         sizes = [sum(slot.size for slot in run) for _, run in self._runs]
         for (scale, run), part in zip(self._runs, vector.split(sizes), strict=True):
-            part = (part * scale if scale != 1 else part).to(dtype or self.dtype)
+            part = (part * scale if scale != 1 else part).to(self.dtype)
             for slot, value in zip(run, part.split([slot.size for slot in run]), strict=True):
                 parts[slot.layer][slot.name] = value.view(slot.shape)
         return [
