@@ -1,5 +1,6 @@
 """ControlNet: parity with the published networks, other sizes, inference from shapes, training."""
 
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -7,9 +8,13 @@ import torch
 
 from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors, write_safetensors
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.cascade_core.hints.control import check_hint
 from cascade_nodes.cascade_core.hints.kinds import KINDS, Backbone, KindName, kind_of
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.networks.inference import infer_controlnet
+from cascade_nodes.cascade_core.stages.control import ControlNetStage
+from cascade_nodes.cascade_core.stages.device import ComputeDevice
+from cascade_nodes.cascade_core.stages.hint import Control, make_hint
 from cascade_nodes.cascade_core.training.data.hints import MAKERS
 from cascade_nodes.tests.golden_weights import (
     fill_hashed,
@@ -77,6 +82,21 @@ def test_the_table_of_kinds_is_whole():
     assert set(get_args(KindName)) == KINDS.keys() == MAKERS.keys()
     assert {kind.backbone for kind in KINDS.values()} == set(get_args(Backbone))
     assert kind_of(7) is None
+
+
+# The door does not find faces, so an identity hint is given to it.
+@pytest.mark.parametrize("name", sorted(KINDS.keys() - {"identity"}))
+def test_the_front_door_makes_the_hint_of_every_kind(name):
+    kind, picture = KINDS[name], torch.rand(1, 64, 96, 3)
+    with torch.device("meta"):
+        network = ControlNet.from_config(
+            {"c_in": kind.channels, "proj_blocks": [0], "bottleneck_mode": kind.backbone}
+        )
+    compressor = SimpleNamespace(encode=lambda pictures: torch.rand(1, 16, 2, 3))
+    stage = ControlNetStage(network, f"{name}.safetensors", ComputeDevice("cpu"))
+    control = Control(stage.file, picture, mask=torch.ones(1, 64, 96))
+    hint = make_hint(control, stage, (96, 64), None, None, lambda: compressor)  # type: ignore[arg-type]
+    check_hint(network.config, stage.file, hint.shape[1])
 
 
 def test_other_files_are_not_controlnets():

@@ -20,7 +20,7 @@ def test_every_case_expects_what_its_kernel_computes(monkeypatch):
             errors[case.kernel] = max(errors.get(case.kernel, 0), float(error))
         case.call()
         assert case.traffic > 0
-    assert len(errors) == 10
+    assert len(errors) >= 10  # kernels
     assert max(errors.values()) < 4e-3, errors
 
 
