@@ -200,10 +200,10 @@ class RandomStageB:
         self.pixels = int(side * STAGE_C_COMPRESSION) // 8 * 8
         self.side = side
 
-    def __call__(self, keys: Sequence[bytes], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         positions = stage_b_size(self.pixels, self.pixels)
         shapes = (LATENT_CHANNELS["stage_b"], *positions), (LATENT_CHANNELS["stage_c"], self.side, self.side)
-        latents, effnet = (torch.randn(len(keys), *shape, generator=generator) for shape in shapes)
+        latents, effnet = (torch.randn(len(batch.keys), *shape, generator=generator) for shape in shapes)
         return latents, effnet
 
 

@@ -187,10 +187,11 @@ def _saved_contents(metadata: Mapping[str, str]) -> dict[str, str] | None:
 
 def _deciding(settings: Settings) -> dict[str, Any]:
     """The settings that decide the result, by "section.key"; null is replaced by the value that it stands for."""
+    without = WITHOUT_EFFECT if settings.network == "stage_b" else (*WITHOUT_EFFECT, "stage_b")
     values = {
         key: value
         for key, value in _flat(settings).items()
-        if key not in WITHOUT_EFFECT and key.partition(".")[0] not in WITHOUT_EFFECT
+        if key not in WITHOUT_EFFECT and key.partition(".")[0] not in without
     }
     values["objective.weighting"] = settings.objective.loss_weight
     values["lora.alpha"] = settings.lora.rank if settings.lora.alpha is None else settings.lora.alpha

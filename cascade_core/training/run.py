@@ -32,7 +32,7 @@ from .data.hints import FindFaces
 from .data.image_prompts import ImagePrompts
 from .data.pictures import TrainingPicture
 from .data.sources import LEFT_OUT, write_left_out
-from .data.stage_b import StageBData
+from .data.stage_b import HeldOutStageB, StageBData
 from .data.text_cache import TextCache
 from .deadline import stop_time, stopping
 from .frozen import load_frozen, parameter_count
@@ -223,8 +223,8 @@ def prepare(
     own_texts = held_out.captions if held_out is not None else []
     text, trained_encoder = _text_of(settings, data.captions, own_texts, processes, access)
 
-    stage_b, stage_a = processes.on_each(
-        lambda: stage_b_data(settings, data, compressor, report_caching, access)
+    stage_b, held_out_b, stage_a = processes.on_each(
+        lambda: stage_b_data(settings, data, held_out, compressor, report_caching, access)
     )
 
     def load_task() -> StageCTask:
@@ -246,7 +246,7 @@ def prepare(
     samples = processes.on_each(lambda: _samples(settings, task, data, dtype, asked, stage_a))
     loop = Loop(task, data, settings, processes, report, stop, samples)
     if held_out is not None and isinstance(validation.every, int):
-        measure = Validation(task, held_out, validation, settings.train.batch_size)
+        measure = Validation(task, held_out, validation, settings.train.batch_size, held_out_b)
         loop.validate = validation.every, measure
     steps = data.steps_per_epoch(settings.train.batch_size, processes.num_processes)
     notify(at_beginning(loop, steps, data.rows_per_epoch, settings.output.file, settings.preset))
@@ -391,13 +391,17 @@ def _stage_c(settings: Settings, dtype: torch.dtype, device: torch.device) -> St
 def stage_b_data(
     settings: Settings,
     data: TrainingData,
+    held_out: TrainingData | None,
     compressor: SemanticCompressor,
     report: Callable[[int, int], None],
     access: Access,
-) -> tuple[StageBData | None, StageA | None]:
-    """Stage B's training data and the Stage A of its latents, in main memory; None where Stage B is not trained."""
+) -> tuple[StageBData | None, HeldOutStageB | None, StageA | None]:
+    """Stage B's data of the pictures that are trained on and of those that are held out, and its Stage A, on the CPU.
+
+    None where Stage B is not trained.
+    """
     if settings.network != "stage_b":
-        return None, None
+        return None, None, None
     device = next(compressor.parameters()).device
     stage_a = load_network(str(settings.models.stage_a), "stage_a", torch.float32, device, StageA)
 
@@ -408,8 +412,10 @@ def stage_b_data(
         return compressor(pixels.to(device))
 
     made = (encode, fingerprint(stage_a)), (compress, fingerprint(compressor))
-    found = StageBData(settings.stage_b, data, *made, stage_a.config.c_latent, report, access.ask)
-    return found, stage_a.to("cpu")
+    more = stage_a.config.c_latent, report, access.ask
+    found = StageBData(settings.stage_b, data, *made, *more)
+    measured = HeldOutStageB(held_out, made[0], *more) if held_out is not None else None
+    return found, measured, stage_a.to("cpu")
 
 
 def build_task(

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..diffusion.forward_process import diffuse
 from .data.batches import Batch, TrainingData
 from .data.cache import key_of
+from .data.stage_b import HeldOutStageB
 from .settings import ValidationSettings
 from .tasks.base import State
 from .tasks.stage_c import StageCTask
@@ -17,11 +18,19 @@ class Validation:
     """The mean squared error of the predicted noise over all held-out pictures, at evenly spread times, unweighted.
 
     data: of the held-out pictures, by the settings of `as_they_are`, without image prompts. The noise of a picture
-    depends on its name and the time alone, not on the run's seed or batches.
+    depends on its name and the time alone, not on the run's seed or batches. stage_b: of the same pictures, for Stage B
     """
 
-    def __init__(self, task: StageCTask, data: TrainingData, settings: ValidationSettings, batch_size: int):
+    def __init__(
+        self,
+        task: StageCTask,
+        data: TrainingData,
+        settings: ValidationSettings,
+        batch_size: int,
+        stage_b: HeldOutStageB | None = None,
+    ):
         self.task, self.data, self.settings, self.batch_size = task, data, settings, batch_size
+        self.stage_b = stage_b
 
     @torch.no_grad()
     def __call__(self, state: State) -> float:
@@ -38,16 +47,20 @@ class Validation:
         task, count = self.task, len(batch.keys)
         # The captions are looked up by text, as prompts are, since their ids are not those of the training captions.
         plain = replace(batch, caption_ids=torch.zeros(count, dtype=torch.int64))
-        inputs = task.prepare(plain, torch.Generator().manual_seed(_seed("hint", *batch.keys)))
+        generator = torch.Generator().manual_seed(_seed("hint", *batch.keys))
+        if self.stage_b is None:
+            inputs = task.prepare(plain, generator)
+        else:
+            inputs = task.prepare_stage_b(plain, *self.stage_b(plain, generator))
         noise = torch.stack(
             [
                 torch.randn(latent.shape, generator=torch.Generator().manual_seed(_seed(number, key)))
-                for key, latent in zip(batch.keys, batch.latents, strict=True)
+                for key, latent in zip(batch.keys, inputs.latents, strict=True)
             ]
         ).to(task.device)
         t = torch.full((count,), (number + 0.5) / self.settings.times)
         diffused = diffuse(inputs.latents, noise, t)
-        conditions = task.conditions(task.prompts(batch.captions))._asdict()
+        conditions = task.conditions_of(inputs, task.prompts(batch.captions))._asdict()
         hint = {"hint": inputs.hint} if inputs.hint is not None else {}
         predicted = network(diffused.noised.to(task.dtype), diffused.noise_cond, **conditions, **hint)
         squares = (predicted.float() - diffused.target).square()

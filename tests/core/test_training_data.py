@@ -415,9 +415,13 @@ LIMITS = [(48, 48), (256, 256), (80, 512), (300, 300), (100, 128)]
 @pytest.mark.parametrize(
     ("settings", "kept", "reason"),
     [
-        ({"max_enlarge": 1}, "1 3", "it would be enlarged by more than data.max_enlarge, 1"),
-        ({"max_enlarge": 2.6}, "1 2 3 4", "it would be enlarged by more than data.max_enlarge, 2.6"),
-        ({"max_crop": 0.5}, "0 1 3 4", "more of it would be cropped than data.max_crop, 50%"),
+        ({"max_enlarge": 1}, "1 3", "it would be enlarged by a factor of more than 1 (data.max_enlarge)"),
+        (
+            {"max_enlarge": 2.6},
+            "1 2 3 4",
+            "it would be enlarged by a factor of more than 2.6 (data.max_enlarge)",
+        ),
+        ({"max_crop": 0.5}, "0 1 3 4", "more than 50% of it would be cropped (data.max_crop)"),
         ({"min_side": 90}, "1 3 4", "48 × 48 pixels are too few; give 90 a side or more"),
         ({"max_crop": 0.1, "max_aspect": 6.4, "bucket_step": 16}, "0 1 2 3 4", ""),
     ],

@@ -52,7 +52,11 @@ def validated(run) -> dict[int, float]:
     "name",
     [
         "lora",
-        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("controlnet", "finetune", "tokens")),
+        "lora of stage b",
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in ("controlnet", "finetune", "finetune of stage b", "tokens")
+        ),
     ],
 )
 def test_the_error_on_held_out_pictures_is_measured_and_changes_nothing(world, tmp_path, name):
@@ -99,6 +103,25 @@ def test_held_out_errors_can_be_compared_between_runs(world, tmp_path):
     error = first.validate[1](first.state)
     assert other.validate[1](other.state) == pytest.approx(error, rel=1e-4)
     assert first.validate[1](first.state) == error
+
+
+def test_held_out_errors_of_stage_b_depend_on_pictures_and_network_alone(world, tmp_path):
+    """Measured with what Stage C makes of a picture, not with what is drawn for the training."""
+    errors = []
+    for number, stage_b in enumerate(({}, {"scales": [0.5], "dropout": 1.0, "noise": 3.0})):
+        settings = settings_of(
+            world,
+            "lora of stage b",
+            tmp_path / str(number),
+            validation=HELD_OUT,
+            train={"seed": number, "batch_size": 1 + 2 * number},
+            stage_b=stage_b,
+        )
+        loop = loop_of(settings)
+        assert loop.validate is not None
+        errors.append(loop.validate[1](loop.state))
+        assert loop.validate[1](loop.state) == errors[-1]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
 
 
 def test_no_picture_is_both_trained_and_measured_on(world):

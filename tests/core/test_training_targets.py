@@ -1,9 +1,12 @@
 """What is trained, and around which frozen weights."""
 
+import json
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,8 +20,11 @@ from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors,
 from cascade_nodes.cascade_core.networks.quantisation import INT8, quantise_network
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.training.checks import check_networks
+from cascade_nodes.cascade_core.training.data.buckets import Bucket
+from cascade_nodes.cascade_core.training.data.stage_b import published_sizes
 from cascade_nodes.cascade_core.training.file_metadata import file_metadata
 from cascade_nodes.cascade_core.training.frozen import NF4Linear, float_weight, quantise_to_nf4
+from cascade_nodes.cascade_core.training.identity import differences
 from cascade_nodes.cascade_core.training.losses import pyramid_noise
 from cascade_nodes.cascade_core.training.run import load_trained_for
 from cascade_nodes.cascade_core.training.settings import settings_of as read_values
@@ -28,6 +34,8 @@ from cascade_nodes.tests.core.live_bytes import LiveBytes
 from cascade_nodes.tests.core.training_runs import loop_of, settings_of, write_world
 from cascade_nodes.tests.golden_weights import relative_error
 from cascade_nodes.tests.nodes.tiny import CONFIGS
+
+FORMER_SCALES = [0.5, 0.625, 0.75, 0.875, 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +255,42 @@ def test_stage_b_learns_from_the_compressor_at_several_sizes_and_without_it(worl
     assert 0 < sum(empty) < len(empty)
 
 
+@pytest.mark.parametrize("bucket", [Bucket(1024, 1024), Bucket(640, 1600), Bucket(200, 328), Bucket(64, 64)])
+def test_the_compressors_sizes_are_the_published_ones_and_as_often(bucket):
+    """train_b.py's of a uniform factor, of which the compressor's stride leaves a few."""
+    begins, sizes = published_sizes(bucket)
+    factors = np.random.default_rng(0).uniform(0.5, 1, 20_000)
+    published = Counter(tuple(int(((side * f) // 32) * 32) // 32 for side in bucket) for f in factors)
+    shares = {size: 2 * (b - a) for size, a, b in zip(sizes, begins, [*begins[1:], 1.0], strict=True)}
+    assert set(published) <= set(shares)
+    for size, share in shares.items():
+        assert published[size] / len(factors) == pytest.approx(share, abs=0.02)
+
+
+def test_stage_b_draws_any_size_unless_some_are_named(world, tmp_path):
+    loop = loop_of(settings_of(world, "lora of stage b", tmp_path))
+    batches = [loop.data.batch(step, 3) for step in range(40)]
+    found: dict[Bucket, set[tuple[int, ...]]] = {}
+    for number, batch in enumerate(batches):
+        _, effnet = loop.task.stage_b(batch, torch.Generator().manual_seed(number))
+        bucket = loop.task.stage_b.buckets[batch.cache_keys[0]]
+        found.setdefault(bucket, set()).add(tuple(effnet.shape[-2:]))
+    assert found == {bucket: set(published_sizes(bucket)[1]) for bucket in found}
+    assert sum(map(len, found.values())) > len(found) > 1
+
+
+def test_a_state_from_before_any_size_could_be_drawn(world, tmp_path):
+    """Stage B goes on with its five sizes put back; others, whose states named them too, just go on."""
+    for name, going_on in (("lora", {}), ("lora of stage b", {"scales": FORMER_SCALES})):
+        now = settings_of(world, name, tmp_path)
+        values = json.loads(now.as_json())
+        values["stage_b"]["scales"] = FORMER_SCALES
+        metadata = {"settings": json.dumps(values)}
+        assert differences(settings_of(world, name, tmp_path, stage_b=going_on), {}, metadata) == []
+        differing = differences(now, {}, metadata)
+        assert [each.partition(" ")[0] for each in differing] == ["stage_b.scales"] * len(going_on)
+
+
 def test_pyramid_noise_is_the_published_one():
     """It equals train_b.py's `_pyramid_noise` for the same random numbers."""
     x0 = torch.zeros(2, 4, 40, 24)
@@ -266,7 +310,7 @@ def test_pyramid_noise_is_the_published_one():
 
 def test_samples_of_stage_b_are_pictures_of_the_prompts(world, tmp_path):
     output = {"sample_every": 8, "prompts": ["a red star"], "sample_steps": 2}
-    loop = loop_of(settings_of(world, "lora of stage b", tmp_path, output=output))
+    loop = loop_of(settings_of(world, "lora of stage b", tmp_path, output=output, data={"size": 64}))
     loop.run()
     first, last = (tmp_path / "samples" / f"{step:06}.png" for step in (0, 8))
     with Image.open(first) as before, Image.open(last) as after:

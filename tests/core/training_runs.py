@@ -57,7 +57,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "finetune": {},
     "finetune of some": {"finetune": {"modules": ["up_blocks.*"]}, "train": {"ema": 0.0}},
     "finetune with text": {"finetune": {"text_encoder": True, "depth": [0.5, 1]}},
-    "lora of stage b": {"lora": {"network": "stage_b"}, "data": {"flip": True}},
+    "lora of stage b": {"lora": {"network": "stage_b"}, "data": {"flip": True, "size": 128}},
     "finetune of stage b": {"finetune": {"network": "stage_b"}, "stage_b": {"scales": [0.75], "noise": 0.1}},
     "lora of the text encoder": {"lora": {"network": "text_encoder"}},
     "finetune of the text encoder": {"finetune": {"network": "text_encoder", "modules": ["*.layers.1"]}},

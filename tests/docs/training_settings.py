@@ -70,7 +70,7 @@ def _section(name: str, cls: Any) -> str:
         + ("Each of a list. " if name in LISTS else "")
         + _paragraphs(inspect.getdoc(cls) or "")
     )
-    return "\n".join([what, "", "| key | value | default | |", "|---|---|---|---|", *rows, ""])
+    return "\n".join([what, "", "| key | value | default | meaning |", "|---|---|---|---|", *rows, ""])
 
 
 def _paragraphs(text: str) -> str:

@@ -124,9 +124,9 @@ class Chooser:
         """Why a picture is left out, in words that are the same for many pictures; None where it is not."""
         s = self.settings
         if s.max_enlarge is not None and picture.scale > s.max_enlarge:
-            return f"it would be enlarged by more than data.max_enlarge, {s.max_enlarge:g}"
+            return f"it would be enlarged by a factor of more than {s.max_enlarge:g} (data.max_enlarge)"
         if 1 - picture.kept > s.max_crop:
-            return f"more of it would be cropped than data.max_crop, {s.max_crop:.0%}"
+            return f"more than {s.max_crop:.0%} of it would be cropped (data.max_crop)"
         return None
 
 

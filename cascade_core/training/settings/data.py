@@ -61,9 +61,9 @@ class DataSettings:
     repeat: Annotated[int, Range(1, 10_000)] = 1  # how often an epoch shows each picture
     # pixels; pictures with a shorter side below it are left out
     min_side: Annotated[int, Range(16, 65_536)] = 16
-    # largest factor of enlargement; pictures that need more are left out; 1: all smaller than their bucket
+    # pictures that would be enlarged by a larger factor are left out; 1: all that are smaller than their bucket
     max_enlarge: Annotated[float | None, Range(1, 10_000)] = None
-    max_crop: Share = 1.0  # largest share of a picture's area to crop; pictures that need more are left out
+    max_crop: Share = 1.0  # pictures of which more than this share would be cropped are left out
     enlarge: bool = True  # false: a picture smaller than its bucket goes into one of its own size
     max_aspect: Annotated[float, Range(1, 16)] = 2.5  # of the buckets at most; longer pictures are cropped
     min_bucket_side: Annotated[int | None, Range(16, 16_384)] = None  # pixels

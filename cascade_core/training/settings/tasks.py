@@ -139,11 +139,11 @@ class FinetuneSettings:
 class StageBSettings:
     """Training of Stage B, conditioned on the compressor's latent of each picture at one of several sizes.
 
-    The published training draws any size of half the picture's to the whole; here a few are made beforehand and kept.
+    All latents that can be drawn are made beforehand and kept.
     """
 
-    # sizes of the compressor's pictures, as factors of a picture's sides
-    scales: Annotated[tuple[float, ...], Range(0.1, 1)] = (0.5, 0.625, 0.75, 0.875, 1.0)
+    # sizes of the compressor's pictures, as factors of a picture's sides; null: any from 0.5 to 1, as published
+    scales: Annotated[tuple[float, ...] | None, Range(0.1, 1)] = None
     # share of rows that are trained without the compressor's latent, which guidance needs
     dropout: Share = 0.1
     # most noise added to the compressor's latent, to prepare for latents from Stage C
@@ -152,7 +152,7 @@ class StageBSettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, "stage_b")
-        if not 1 <= len(self.scales) <= 32:
+        if self.scales is not None and not 1 <= len(self.scales) <= 32:
             raise CascadeError(
                 f"stage_b.scales has {len(self.scales)} numbers; give 1 to 32, such as [0.75]."
             )

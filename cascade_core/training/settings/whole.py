@@ -117,10 +117,6 @@ class Settings:
             raise CascadeError(
                 f"{where}, but objective.kind consistency trains Stage C alone; leave one out."
             )
-        if other == "stage_b" and self.validation.every:
-            raise CascadeError(
-                f"{where}, whose error is not measured on held-out pictures; leave validation out."
-            )
         if other == "stage_b" and (self.tokens or self.models.image_encoder):
             raise CascadeError(f"{where}, which reads neither tokens nor image prompts; leave them out.")
 

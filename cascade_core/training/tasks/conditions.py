@@ -1,4 +1,4 @@
-"""Stage C's conditions, on the accelerator: text states, and image prompts or none."""
+"""Conditions, on the accelerator: Stage C's text states and image prompts, Stage B's latent and pooled text."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -32,6 +32,13 @@ class Conditions(NamedTuple):
         if image_prompts is None:
             image_prompts = states.new_zeros(1, 1, c_image).expand(len(states), -1, -1)
         return cls(states.to(dtype), pooled.to(dtype)[:, None], image_prompts.to(dtype))
+
+
+class StageBConditions(NamedTuple):
+    """Stage B's arguments of these names: (B, 16, h, w), (B, 1, P)."""
+
+    effnet: Tensor
+    clip: Tensor
 
 
 class CachedText:

@@ -23,7 +23,7 @@ from ..data.stage_b import StageBData
 from ..losses import diffusion_loss
 from ..settings import ObjectiveSettings
 from .base import State, Task
-from .conditions import CachedText, Conditions
+from .conditions import CachedText, Conditions, StageBConditions
 from .trainable_text import TrainableText
 
 
@@ -87,10 +87,13 @@ class StageCTask(Task):
         return self.network
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> StageCInputs:
-        inputs = self.inputs(batch)
         if self.stage_b is None:
-            return inputs
-        latents, effnet = self.stage_b(batch.cache_keys, generator)
+            return self.inputs(batch)
+        return self.prepare_stage_b(batch, *self.stage_b(batch, generator))
+
+    def prepare_stage_b(self, batch: Batch, latents: Tensor, effnet: Tensor) -> StageCInputs:
+        """A batch for Stage B. latents: Stage A's; effnet: the compressor's"""
+        inputs = self.inputs(batch)
         masks = inputs.masks
         if masks is not None:  # at Stage C's positions
             masks = F.interpolate(masks[:, None], latents.shape[-2:])[:, 0]
@@ -140,13 +143,15 @@ class StageCTask(Task):
         text = self.text if self.trainable_text is None else self.trainable_text
         return text.of(prompts)
 
-    def conditions_of(self, inputs: StageCInputs) -> tuple[Tensor, ...]:
-        """The network's arguments after x and r."""
-        text = self.text_of(inputs)
+    def conditions_of(
+        self, inputs: StageCInputs, text: tuple[Tensor, Tensor] | None = None
+    ) -> Conditions | StageBConditions:
+        """The network's arguments after x and r. text: another than the batch's own"""
+        states, pooled = text or self.text_of(inputs)
         if self.kind == "stage_c":
-            return self.conditions(text, inputs.image_prompts)
+            return self.conditions((states, pooled), inputs.image_prompts)
         assert inputs.effnet is not None
-        return inputs.effnet.to(self.dtype), text[1].to(self.dtype)[:, None]
+        return StageBConditions(inputs.effnet.to(self.dtype), pooled.to(self.dtype)[:, None])
 
     def conditions(self, text: tuple[Tensor, Tensor], image_prompts: Tensor | None = None) -> Conditions:
         return Conditions.of(*text, self.stage_c.config.c_clip_img, self.dtype, image_prompts)
