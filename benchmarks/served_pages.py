@@ -50,7 +50,7 @@ ENGLISH = {
     "pitch": "**In ComfyUI {version} as it comes** a picture of 1024×1024 takes {ours} on an {device}, where\n"
     "ComfyUI's own nodes take {native}{less}\n"
     "([measured](docs/performance.md) with random weights of the published sizes).",
-    "pitch 8 GB": "; with 8 GB of it {}",
+    "pitch 8 GB": "; with 8 GB of its memory {}",
     "figure": "Seconds of a picture in ComfyUI as it comes",
     "by memory": "Seconds of a picture by the card's memory",
     "place": "{device}, torch {torch}, {date}; ComfyUI {versions} without flags ({allocator})",

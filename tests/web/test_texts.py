@@ -210,10 +210,17 @@ def items(name, language):
     return [re.findall(r"^- (.+)$", section, flags=re.MULTILINE) for section in sections]
 
 
+def introduction(name, language):
+    """How many paragraphs a help page begins with, and the examples that they name."""
+    text = (DOCS / name / f"{language}.md").read_text(encoding="utf-8").split("\n## ")[0]
+    return text.strip().count("\n\n"), re.findall(r"`\w+`", text)
+
+
 @pytest.mark.parametrize("language", ["ja", "zh"])
 @pytest.mark.parametrize("name", INFO)
 def test_help_says_as_much_in_every_language(name, language):
-    """The same values and the same errors, which are quoted as they are shown, in English."""
+    """The same paragraphs before the tables, values and errors, which are quoted as they are shown, in English."""
+    assert introduction(name, language) == introduction(name, "en")
     values, errors = items(name, language)
     english_values, english_errors = items(name, "en")
     assert len(values) == len(english_values)
