@@ -1,11 +1,13 @@
 """Training on two GPUs beside one, the same batch on each: full finetunes by FSDP2, a LoRA and a ControlNet.
 
     python benchmarks/ranks.py [--tasks finetune lora controlnet finetune_b] [--size 3.6b] [--seconds 100] [--json FILE]
+    python benchmarks/ranks.py --tasks finetune --variants profile "unit 33554432 prefetch 1" no-reentrant
 
 Each measurement is `benchmarks/training.py` with random weights, in processes of its own, which import while others
 measure. Those on one GPU go beside each other where they can. Each row is written as soon as it is there, and one
 that fails or takes too long leaves the others alone. Asked: of a finetune at most 0.6 of the memory on each and at
 least 1.8 times the pictures a second; of the others at least 1.9 times. Without GPUs, two processes of the processor.
+Variants are further options of `benchmarks/training.py`, without dashes, for the first task on two GPUs.
 """
 
 import argparse
@@ -43,6 +45,7 @@ class Measurement:
     task: str
     gpus: tuple[int, ...]
     folder: Path
+    variant: str = ""  # further options of `training.py`
     processes: list[subprocess.Popen] = field(default_factory=list)
     ends: float = 0.0
     figures: dict[str, Any] | None = None
@@ -50,10 +53,13 @@ class Measurement:
 
     @property
     def name(self) -> str:
-        return f"{self.task}, {'one GPU' if len(self.gpus) == 1 else 'two'}"
+        return f"{self.task}, {'one GPU' if len(self.gpus) == 1 else 'two'} {self.variant}".rstrip()
+
+    def variant_options(self) -> list[str]:
+        return [word if word.isdigit() else f"--{word}" for word in self.variant.split()]
 
     def file(self, what: str) -> Path:
-        return self.folder / f"{self.task}-{len(self.gpus)}.{what}"
+        return self.folder / f"{self.name}.{what}"
 
     def start(self, options: argparse.Namespace) -> None:
         """Starts the processes, which import and then wait."""
@@ -61,7 +67,7 @@ class Measurement:
         command = [sys.executable, str(TRAINING), "--tasks", self.task, "--size", options.size]
         command += ["--batch", str(batch), "--steps", str(options.steps), "--warm", str(WARM)]
         command += ["--latent", str(options.latent), "--json", str(self.file("json"))]
-        command += ["--after", str(self.file("turn"))]
+        command += ["--after", str(self.file("turn")), *self.variant_options()]
         world: dict[str, str] = {}
         if len(self.gpus) > 1:
             command += ["--fsdp"]
@@ -139,9 +145,9 @@ def measure(measurements: list[Measurement], options: argparse.Namespace, began:
             time.sleep(0.05)
             for each in [each for each in running if each.look()]:
                 running.remove(each)
+                figures = each.figures and {**each.figures, "profile": None}
                 print(
-                    f"{time.monotonic() - began:4.0f} s  {each.name}: {each.figures or each.failure}",
-                    flush=True,
+                    f"{time.monotonic() - began:4.0f} s  {each.name}: {figures or each.failure}", flush=True
                 )
                 if each.failure:
                     print(each.told(), flush=True)
@@ -158,9 +164,15 @@ def rows_of(measurements: list[Measurement]) -> dict[str, dict[str, Any]]:
         row = rows.setdefault(
             each.task, {"asked": PICTURES[each.task], "asked_memory": MEMORY.get(each.task)}
         )
-        row["one" if len(each.gpus) == 1 else "two"] = each.figures
+        if each.variant:
+            row.setdefault("variants", {})[each.variant] = each.figures
+        else:
+            row["one" if len(each.gpus) == 1 else "two"] = each.figures
     for row in rows.values():
         one, two = row["one"], row["two"]
+        for variant in row.get("variants", {}).values():
+            if one and variant:
+                variant["times"] = 2 * variant["steps_per_second"] / one["steps_per_second"]
         if one and two:
             row["times"] = 2 * two["steps_per_second"] / one["steps_per_second"]
             row["memory"] = two["peak_gb"] / one["peak_gb"] if one["peak_gb"] else None
@@ -215,6 +227,7 @@ def main() -> None:
         default=100,
         help="seconds of all together; what is not done then is left out",
     )
+    parser.add_argument("--variants", nargs="*", default=[], help="as above, each in quotes")
     parser.add_argument("--json", type=output_file, help="also write the numbers here, after each of them")
     options = parser.parse_args()
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
@@ -226,7 +239,10 @@ def main() -> None:
             Measurement(task, (int(number > 0),), Path(name)) for number, task in enumerate(options.tasks)
         ]
         both = [Measurement(task, (0, 1), Path(name)) for task in options.tasks]
-        measurements = [*alone, *both]
+        variants = [
+            Measurement(options.tasks[0], (0, 1), Path(name), variant) for variant in options.variants
+        ]
+        measurements = [*alone, *both, *variants]
         measure(measurements, options, began)
     print(f"\n{describe_machine()}, {time.monotonic() - began:.0f} s\n")
     columns = [
@@ -240,7 +256,11 @@ def main() -> None:
         "asked",
     ]
     rows = rows_of(measurements)
-    print_table(columns, [cells(task, row) for task, row in rows.items()])
+    lines = [cells(task, row) for task, row in rows.items()]
+    for task, row in rows.items():
+        for variant, figures in row.get("variants", {}).items():
+            lines.append(cells(f"{task} {variant}", {**row, "two": figures, **(figures or {}), "met": None}))
+    print_table(columns, lines)
     if any(each.failure for each in measurements):
         sys.exit("Some of the measurements failed; what they said is above.")
 

@@ -26,6 +26,7 @@ import time
 import types
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +55,7 @@ from cascade_nodes.cascade_core.networks.quantisation import (
 from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.text.encoder import TextEncoder, TextStates, build_text_model
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
+from cascade_nodes.cascade_core.training import sharding
 from cascade_nodes.cascade_core.training.data.batches import Batch
 from cascade_nodes.cascade_core.training.frozen import quantise_layer_to_nf4
 from cascade_nodes.cascade_core.training.launch import build_accelerator
@@ -86,6 +88,7 @@ TINY_B = {"c_cond": 32, "c_hidden": [16, 32], "nhead": [-1, 2], "blocks": [[1, 1
 SPREAD = 0.02  # of random weights
 CONTEXT_BYTES = 0.6 * 2**30  # taken on a card by CUDA and its kernels outside of PyTorch's memory
 WINDOW = 5  # steps between two readings of the clock
+PROFILED, TAKEN = WINDOW, 2  # steps after the measured ones with --profile, and how many of them it looks at
 
 
 class RandomText:
@@ -212,7 +215,7 @@ def settings_of(
 ) -> Settings:
     """The settings of one measurement; those of a preset are as `cascade train` has them."""
     train: dict[str, Any] = {
-        "steps": options.warm + options.steps,
+        "steps": options.warm + options.steps + (PROFILED if options.profile else 0),
         "precision": options.precision,
         "compile": options.compile,
         "cuda_graphs": options.cuda_graphs,
@@ -274,9 +277,14 @@ def measure(
         synchronise(device)
         built = time.perf_counter() - began_building
         reset(device)  # excludes the peak of building
-        prepare_blocks(task, settings.train)
+        prepare_blocks(task, replace(settings.train, fsdp=settings.train.fsdp and options.reentrant))
         if settings.train.fsdp and accelerator.num_processes > 1:
+            sharding.UNIT = options.unit
             task.divide(accelerator)
+            assert task.shards is not None
+            first = [unit[0] for unit in task.shards.units]
+            for index, each in enumerate(first if options.prefetch else ()):
+                each.set_modules_to_forward_prefetch(first[index + 1 : index + 1 + options.prefetch])
         marks: list[tuple[int, float]] = []
         losses: list[float] = []  # equal to the bit with and without CUDA graphs
 
@@ -286,12 +294,13 @@ def measure(
 
         loop = Loop(task, RandomBatches(side, name == "controlnet"), settings, accelerator, mark)
         loop.save = lambda: None  # would write 57 GB for a finetune
+        profile = profiled(loop, settings.train.steps - PROFILED) if options.profile else {}
         outcome = loop.run()
     trained, peak = loop.trained_numbers, max(accelerator.gather(outcome.peak_bytes))
     if not accelerator.is_main_process:  # only the main process gets reports of steps
         return {}
     first = next(i for i, (step, _) in enumerate(marks) if step >= options.warm)
-    (step, began), (last, ended) = marks[first], marks[-1]
+    (step, began), (last, ended) = marks[first], marks[-2 if profile else -1]
     speed = (last - step) / (ended - began)
     return {
         "steps_per_second": speed,
@@ -301,7 +310,34 @@ def measure(
         "batch": settings.train.batch_size,
         "seconds": {"building": built, "training": outcome.seconds},
         "losses": losses,
+        **({"profile": profile} if profile else {}),
     }
+
+
+def profiled(loop: Loop, after: int) -> dict[str, list[str]]:
+    """Profile the main process after this many steps. Returns a dictionary that will have tables of what takes time."""
+    loss, tables, taken = loop.task.loss, dict[str, list[str]](), 0
+    profiler = torch.profiler.profile()
+
+    def counted(inputs: Any) -> dict[str, Tensor]:
+        nonlocal taken
+        if taken == after:
+            synchronise(loop.task.device)
+            profiler.start()
+        if taken == after + TAKEN:
+            synchronise(loop.task.device)
+            profiler.stop()
+            averages = profiler.key_averages()
+            for name in ("cpu", "cuda"):
+                if name == "cpu" or loop.task.device.type == "cuda":
+                    table = averages.table(f"self_{name}_time_total", 30, max_name_column_width=60)
+                    tables[f"{name}, {TAKEN} steps"] = table.splitlines()
+        taken += 1
+        return loss(inputs)
+
+    if loop.processes.is_main_process:
+        loop.task.loss = counted
+    return tables
 
 
 # The published loop, from its own modules
@@ -437,7 +473,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
+def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -474,6 +510,18 @@ def main() -> None:
     parser.add_argument(
         "--fsdp", action="store_true", help="divide what a finetune trains among the processes"
     )
+    parser.add_argument(
+        "--unit", type=int, default=sharding.UNIT, help="of --fsdp: weights that are gathered at a time"
+    )
+    parser.add_argument(
+        "--prefetch", type=int, default=0, help="of --fsdp: units gathered in advance by name"
+    )
+    parser.add_argument(
+        "--reentrant", action=argparse.BooleanOptionalAction, default=True, help="of --fsdp: checkpointing"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="tables of what takes time, of the main process"
+    )
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--published", type=Path, help="a checkout of Stability-AI/StableCascade to compare with"
@@ -482,7 +530,11 @@ def main() -> None:
         "--json", type=output_file, help="also write the numbers here, beside those that are there"
     )
     parser.add_argument("--after", type=Path, help="wait for this file before anything is built")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed_options()
     while options.after is not None and not options.after.exists():
         time.sleep(0.05)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

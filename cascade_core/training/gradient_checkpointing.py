@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..networks.layers import AttnBlock, FeedForwardBlock, ResBlock, TimestepBlock
@@ -22,30 +22,38 @@ CHECKPOINTED = (AttnBlock, FeedForwardBlock, ResBlock)
 def checkpoint_blocks(
     network: nn.Module,
     contexts: Contexts = lambda: (nullcontext(), nullcontext()),
+    reentrant: bool = False,
 ) -> None:
     """Checkpoint the network's blocks, in place.
 
     contexts: called in each block's forward pass; returns the context of that and the one of its recomputation, which
         sees to it that what the block draws is the same. A network in training draws its dropout again.
+    reentrant: by a backward pass within the backward pass, without `contexts`, which spares the processor a third of
+        its work: it keeps no tensor in Python. The results are the same, to the bit.
     """
     for block in blocks_of(network, CHECKPOINTED):
-        block.forward = _checkpointed(block, block.forward, contexts)
+        block.forward = _checkpointed(block, block.forward, contexts, reentrant)
 
 
 def blocks_of(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Any]:
     return [block for block in network.modules() if isinstance(block, kinds)]
 
 
-def _checkpointed(block: nn.Module, forward: Callable[..., Any], contexts: Contexts) -> Callable[..., Any]:
+def _checkpointed(
+    block: nn.Module, forward: Callable[..., Any], contexts: Contexts, reentrant: bool
+) -> Callable[..., Any]:
     @wraps(forward)
     def run(*inputs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs)
+        rng = block.training  # for dropout; costs a synchronisation with the accelerator
+        if reentrant and any(isinstance(each, Tensor) and each.requires_grad for each in inputs):
+            return checkpoint(forward, *inputs, use_reentrant=True, preserve_rng_state=rng)
         return checkpoint(
             forward,
             *inputs,
             use_reentrant=False,
-            preserve_rng_state=block.training,  # for dropout; costs a synchronisation with the accelerator
+            preserve_rng_state=rng,
             context_fn=contexts,
         )
 

@@ -343,7 +343,8 @@ def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
         if isinstance(task, LoRATask) and task.changes is not None:
             checkpoint_blocks(stage_c, task.changes.contexts)
         else:
-            checkpoint_blocks(stage_c)
+            # What FSDP2 does for each block takes the processor long enough for the accelerator to wait.
+            checkpoint_blocks(stage_c, reentrant=settings.fsdp)
     if settings.cuda_graphs and can_allocate_in_capture(task.device):
         task.use_cuda_graphs()
 

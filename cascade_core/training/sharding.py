@@ -6,9 +6,9 @@ gathered while it runs, forward and backward, and its gradients are reduced to e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,49 +17,100 @@ from .gradient_checkpointing import CHECKPOINTED, blocks_of
 from .processes import Processes
 from .state import rows_of
 
+UNIT = 2**27  # weights gathered at a time: each exchange costs each process a millisecond, whatever its size
+
 
 class Shards:
     """A network whose parameters are divided by their first dimension, in place.
 
+    FSDP2 divides the blocks' matrices, 98 % of a network, and gathers them in the products' dtype, in units of blocks
+    that follow each other. The rest are many and small: every process has them whole, of which it trains its rows.
+
+    units        blocks that are gathered together
     parameters   this process's rows, by name: plain parameters that share the network's memory, so that optimisers,
                  averages and checkpoints need no knowledge of other processes
     """
 
-    def __init__(self, network: nn.Module, processes: Processes):
+    def __init__(self, network: nn.Module, processes: Processes, dtype: torch.dtype):
+        """dtype: of the products."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.network, self.processes = network, processes
-        self.shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+        lay_out_as_divided(network)
+        names = dict(network.named_parameters())
+        self.shapes = {name: parameter.shape for name, parameter in names.items()}
         mesh = init_device_mesh(processes.device.type, (processes.num_processes,))
-        blocks = [*reversed(blocks_of(network, CHECKPOINTED)), network]
-        divided: set[nn.Parameter] = set()
-        for block in blocks:
-            own = [parameter for parameter in block.parameters() if parameter not in divided]
-            _make_uniform(own)
-            fully_shard(block, mesh=mesh)
-            divided.update(block.parameters())
-        for block in blocks:  # older versions of torch move rows when they are first gathered
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        matrices = {id(weight) for block in blocks_of(network, CHECKPOINTED) for weight in _matrices(block)}
+        with _only(matrices, network):
+            self.units = list(_units(network))
+            for blocks in self.units:
+                _make_uniform([parameter for block in blocks for parameter in block.parameters()])
+                fully_shard(blocks, mesh=mesh, mp_policy=policy)
+            fully_shard(network, mesh=mesh, mp_policy=policy)
+        for block, *_ in self.units:  # older versions of torch move rows when they are first gathered
             block.unshard()
             block.reshard()
-        self._divided: dict[str, Any] = dict(network.named_parameters())
-        self.parameters = {
-            name: nn.Parameter(each.detach().to_local(), each.requires_grad)
-            for name, each in self._divided.items()
-        }
+        now = dict(network.named_parameters())
+        self._divided: dict[str, Any] = {name: now[name] for name in names if id(names[name]) in matrices}
+        self._small = {name: names[name] for name in names if name not in self._divided}
+        rows = {name: each.data[self._part(name)] for name, each in self._small.items()}
+        rows |= {name: each.detach().to_local() for name, each in self._divided.items()}
+        self.parameters = {name: nn.Parameter(rows[name], each.requires_grad) for name, each in names.items()}
+        self._buffer, self._parts = self._buffer_of_small()
+        network.register_forward_pre_hook(lambda *_: self._spread_small())
 
     @property
     def rows(self) -> dict[str, int]:
         """The number of rows of each whole parameter."""
         return {name: shape[0] for name, shape in self.shapes.items()}
 
+    def _part(self, name: str, index: int | None = None) -> slice:
+        """The rows of a process, by default this one, in a whole parameter."""
+        index = self.processes.process_index if index is None else index
+        return slice(*rows_of(self.shapes[name][0], index, self.processes.num_processes))
+
+    def _buffer_of_small(self) -> tuple[Tensor, list[tuple[list[Tensor], list[Tensor]]]]:
+        """A buffer with a row for each process, and by process: views of its small rows there and in the network."""
+        trained = {name: each.data for name, each in self._small.items() if each.requires_grad}
+        sizes = [value[self._part(name, 0)].numel() for name, value in trained.items()]  # the first has most
+        buffer = torch.zeros(self.processes.num_processes, sum(sizes), device=self.processes.device)
+        parts = []
+        for index, row in enumerate(buffer):
+            own = [value[self._part(name, index)] for name, value in trained.items()]
+            stored = zip(row.split(sizes), own, strict=True)
+            parts.append(([values[: rows.numel()].view_as(rows) for values, rows in stored], own))
+        return buffer, parts
+
+    @torch.no_grad()
+    def _spread_small(self) -> None:
+        """Give every process all rows of the small parameters, which one process each has trained."""
+        if not self._buffer.numel():
+            return
+        index = self.processes.process_index
+        torch._foreach_copy_(*self._parts[index])  # pyright: ignore[reportPrivateImportUsage]
+        torch.distributed.all_gather_into_tensor(self._buffer.view(-1), self._buffer[index].clone())
+        for other, (stored, rows) in enumerate(self._parts):
+            if other != index:
+                torch._foreach_copy_(rows, stored)  # pyright: ignore[reportPrivateImportUsage]
+
+    @torch.no_grad()
     def take_gradients(self) -> None:
-        """Move the gradients, already reduced, to `parameters`."""
-        for name, parameter in self.parameters.items():
-            whole = self._divided[name]
-            if whole.grad is not None and parameter.numel():
-                parameter.grad = whole.grad.to_local()
-            whole.grad = None
+        """Move the gradients to `parameters`: the matrices', which are reduced already, and the means of the others."""
+        gradients = {
+            name: each.grad.to_local() for name, each in self._divided.items() if each.grad is not None
+        }
+        if small := {name: each.grad for name, each in self._small.items() if each.grad is not None}:
+            mean = self.processes.mean(torch.cat([gradient.flatten() for gradient in small.values()]))
+            means = mean.split([gradient.numel() for gradient in small.values()])
+            for (name, gradient), values in zip(small.items(), means, strict=True):
+                gradients[name] = values.view_as(gradient)[self._part(name)]
+        for name, gradient in gradients.items():
+            if gradient.numel():
+                self.parameters[name].grad = gradient
+        for parameter in (*self._divided.values(), *self._small.values()):
+            parameter.grad = None
 
     @contextmanager
     def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
@@ -71,7 +122,6 @@ class Shards:
             yield
         finally:
             _exchange(pairs)
-            cast(Any, self.network).reshard()  # after a forward without a backward it may still be gathered
 
     def gather(self, name: str, values: Tensor) -> Tensor:
         """The whole tensor of a parameter's name, in the main process's main memory; values: this process's rows.
@@ -99,16 +149,52 @@ def _exchange(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def lay_out_as_divided(network: nn.Module) -> None:
-    """Give a network that one process has the memory layout of one that is divided, whose products round alike."""
+    """Give a network the memory layout of one that is divided, so that its products round alike, whoever has it."""
     for parameter in network.parameters():  # `contiguous` keeps that of 1 × 1 convolutions
         parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device).copy_(
             parameter.detach()
         )
 
 
+def _matrices(block: nn.Module) -> list[Tensor]:
+    return [layer.weight for layer in block.modules() if isinstance(layer, nn.Linear)]
+
+
+def _units(network: Any) -> Iterator[list[Any]]:
+    """Blocks that follow each other in a level, with up to UNIT weights."""
+    for level, _ in network.levels():
+        blocks, weights = list[Any](), 0
+        for block in blocks_of(nn.ModuleList(level), CHECKPOINTED):
+            own = sum(weight.numel() for weight in _matrices(block))
+            if blocks and weights + own > UNIT:
+                yield blocks
+                blocks, weights = [], 0
+            blocks.append(block)
+            weights += own
+        if blocks:
+            yield blocks
+
+
+@contextmanager
+def _only(shown: Container[int], network: nn.Module) -> Iterator[None]:
+    """Inside the block the network has no other parameters than these, given by their `id`."""
+    others = [
+        (module, name, parameter)
+        for module in network.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) not in shown
+    ]
+    for module, name, _ in others:
+        module._parameters[name] = None
+    try:
+        yield
+    finally:
+        for module, name, parameter in others:
+            module._parameters[name] = parameter
+
+
 def _make_uniform(parameters: list[nn.Parameter]) -> None:
-    """Make parameters that are gathered together contiguous and of one dtype, as FSDP2 requires. No value changes."""
+    """Make parameters that are gathered together of one dtype, as FSDP2 requires. No value changes."""
     wide = any(parameter.dtype == torch.float32 for parameter in parameters)
     for parameter in parameters:
-        dtype = torch.float32 if wide else parameter.dtype
-        parameter.data = parameter.data.to(dtype, memory_format=torch.contiguous_format)
+        parameter.data = parameter.data.to(torch.float32 if wide else parameter.dtype)

@@ -312,11 +312,17 @@ def test_layers_are_chosen_by_name():
         select_layers(network, ["to_x"])
 
 
-@pytest.mark.parametrize("name", ["lora", "lora for few steps", "controlnet", "finetune", "tokens"])
-def test_blocks_computed_again_give_the_same_gradients(world, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "fsdp"),
+    [(name, False) for name in ("lora", "lora for few steps", "controlnet", "finetune", "tokens")]
+    + [("finetune", True), ("finetune of stage b", True)],
+)
+def test_blocks_computed_again_give_the_same_gradients(world, tmp_path, name, fsdp):
     gradients = []
     for recompute in (False, True):
-        settings = settings_of(world, name, tmp_path, train={"gradient_checkpointing": recompute})
+        settings = settings_of(
+            world, name, tmp_path, train={"gradient_checkpointing": recompute, "fsdp": fsdp}
+        )
         loop = loop_of(settings)
         for parameter in loop.parameters:
             parameter.data += 0.01  # away from where half of the gradients are zero

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
-from cascade_nodes.cascade_core.training import run
+from cascade_nodes.cascade_core.training import run, sharding
 from cascade_nodes.cascade_core.training.data import latents, text_cache
 from cascade_nodes.cascade_core.training.loop import Loop
 from cascade_nodes.cascade_core.training.settings import Settings
@@ -24,11 +24,11 @@ from cascade_nodes.headless.train import leave_group
 from cascade_nodes.tests.core.training_runs import Dying, loop_of, settings_of
 
 _WHOLE: dict[str, Any] = {  # a whole finetune by FSDP2, with samples
-    "train": {"fsdp": True, "max_grad_norm": 0.5},
+    "train": {"fsdp": True, "max_grad_norm": 0.5, "gradient_checkpointing": True},
     "output": {"sample_every": 4, "prompts": ["a red star"], "sample_steps": 2},
 }
 DIVIDED: dict[str, dict[str, Any]] = {  # by their tasks; Stage B without what each process draws by itself
-    "finetune": _WHOLE,
+    "finetune": {**_WHOLE, "train": {**_WHOLE["train"], "precision": "bf16"}},
     "finetune of stage b": {**_WHOLE, "stage_b": {"scales": [0.75], "noise": 0.0, "dropout": 0.0}},
 }
 
@@ -164,6 +164,7 @@ if __name__ == "__main__":
         "gloo", f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
     )
     encode_one_by_one()
+    sharding.UNIT = 60_000  # so that a level has several units, of several blocks
     for task in sys.argv[4:]:
         train(world, task)
     for task in DIVIDED:

@@ -95,6 +95,7 @@ class TextCache:
         """Releases the encoder's memory."""
         self.encoder = None
 
+    @torch.autocast("cpu", enabled=False)  # which takes no fp16
     def states(self, captions: Sequence[str]) -> TextStates:
         """states (B, 77·n, C), n the chunks of the longest; pooled (B, P). Both float32, on the CPU."""
         self.fill(captions)

@@ -84,7 +84,7 @@ class FinetuneTask(StageCTask):
             raise CascadeError(
                 "train.fsdp trains in bf16 or fp32, but this accelerator computes in fp16; set train.precision to fp32."
             )
-        self.shards = Shards(self.network, processes)
+        self.shards = Shards(self.network, processes, self.dtype)
         divided = self.shards.parameters.items()
         self.trained = _ParameterSubset({name: p for name, p in divided if name in self.stage_names})
 
