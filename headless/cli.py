@@ -163,7 +163,7 @@ def _add_model_commands(commands: Any) -> None:
 def _add_train_command(commands: Any) -> None:
     train = commands.add_parser(
         "train",
-        help="train a LoRA, a ControlNet, Stage C itself, or tokens",
+        help="train a LoRA, a ControlNet, a whole network, or tokens",
         description="Trains by a settings file; the same command goes on with a run that was stopped.",
     )
     train.add_argument("task", choices=("lora", "controlnet", "finetune", "tokens"))

@@ -29,7 +29,7 @@ def strength_input(input_id: str, tooltip: str) -> Any:
 
 
 class CascadeLoRAApply(io.ComfyNode):
-    """Applies a LoRA to Stage C and its text encoder."""
+    """Applies a LoRA to Stage C or B and the text encoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -38,12 +38,17 @@ class CascadeLoRAApply(io.ComfyNode):
             display_name="Cascade LoRA Apply",
             category=CATEGORY,
             description=(
-                "Applies a LoRA, whatever program trained it, to Stage C and the text encoder. A token that its file "
-                "teaches is written as [name] in the prompt. Several of these in a row work together."
+                "Applies a LoRA, whatever program trained it, to Stage C, Stage B and the text encoder. A token that "
+                "its file teaches is written as [name] in the prompt. Several of these in a row work together."
             ),
             **searched_as("stable cascade, load lora, lora loader, textual inversion, embedding, token"),
             inputs=[
-                io.Model.Input("model", tooltip="Stage C, from Load Stage C or another of these nodes."),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "Stage C, from Load Stage C or another of these nodes; Stage B for a LoRA of Stage B."
+                    ),
+                ),
                 file_input(
                     "file",
                     "lora",
@@ -51,7 +56,7 @@ class CascadeLoRAApply(io.ComfyNode):
                 ),
                 strength_input(
                     "strength_model",
-                    "How much Stage C is changed: 0 not at all, 1 as trained, below 0 the opposite way.",
+                    "How much the MODEL is changed: 0 not at all, 1 as trained, below 0 the opposite way.",
                 ),
                 strength_input(
                     "strength_clip",
@@ -95,7 +100,10 @@ class CascadeLoRAApply(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(
-                    display_name="MODEL", tooltip="Stage C with the LoRA, for Cascade Prior Sampler."
+                    display_name="MODEL",
+                    tooltip=(
+                        "Stage C with the LoRA, for Cascade Prior Sampler; Stage B for Cascade Decoder Sampler."
+                    ),
                 ),
                 io.Clip.Output(
                     display_name="CLIP",

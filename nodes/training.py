@@ -36,10 +36,14 @@ PRESETS = (
 )  # as in cascade_core/training/presets.py, which takes long to import
 LONGEST_SETTINGS = 20_000  # characters; ComfyUI's server is blocked while they are parsed
 MODELS = ("stage_c", "text_encoder", "compressor")
+STAGE_C_TOOLTIP = "The Stage C to train on; its own file stays as it is."
+LORA_STAGE_C_TOOLTIP = (
+    "The Stage C to train on; its own file stays as it is. A LoRA of Stage B uses it for samples alone."
+)
 
 
-def common_inputs(kind: str) -> list[Any]:
-    """The inputs of every kind of training."""
+def common_inputs(kind: str, stage_c: str = STAGE_C_TOOLTIP) -> list[Any]:
+    """The inputs of every kind of training. stage_c: the tooltip of Stage C"""
     return [
         io.String.Input(
             "name",
@@ -54,7 +58,7 @@ def common_inputs(kind: str) -> list[Any]:
                 "star.png is described by star.txt, one caption a line."
             ),
         ),
-        file_input("stage_c", "stage_c", "The Stage C to train on; its own file stays as it is."),
+        file_input("stage_c", "stage_c", stage_c),
         file_input("text_encoder", "text_encoder", "The text encoder that reads the captions."),
         file_input(
             "compressor", "compressor", "The semantic compressor, which turns the pictures into latents."
@@ -67,7 +71,7 @@ def common_inputs(kind: str) -> list[Any]:
             step=64,
             tooltip=(
                 "Pixels: pictures are brought to about size × size, in their own aspect ratio. Best the size that "
-                "Stage C was trained at (1024); smaller is faster."
+                "the networks were trained at (1024); smaller is faster."
             ),
         ),
         io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Steps of training."),
@@ -355,10 +359,13 @@ class CascadeTrainLoRA(TrainingNode):
             node_id="CascadeTrainLoRA",
             display_name="Cascade Train LoRA",
             category=CATEGORY,
-            description="Trains a LoRA of Stage C on a folder of pictures. A run that was interrupted goes on.",
+            description=(
+                "Trains a LoRA on a folder of pictures: of Stage C, or as settings say of Stage B or the text encoder. "
+                "A run that was interrupted goes on."
+            ),
             **searched_as("stable cascade, training, fine-tune, dreambooth"),
             inputs=[
-                *common_inputs("lora"),
+                *common_inputs("lora", LORA_STAGE_C_TOOLTIP),
                 io.Int.Input(
                     "rank",
                     default=16,

@@ -1,1 +1,1 @@
-"""Training of LoRAs, ControlNets, tokens and Stage C: data, tasks, losses, and a loop that can be resumed."""
+"""Training of LoRAs, ControlNets, tokens and whole networks: data, tasks, losses, and a loop that can be resumed."""

@@ -12,7 +12,7 @@ from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.checkpoints import read_safetensors
 from cascade_nodes.cascade_core.errors import Interrupted
 from cascade_nodes.nodes.hosts.reporting import reporting_to
-from cascade_nodes.nodes.loaders import CascadeControlNetLoader, StageCLoader
+from cascade_nodes.nodes.loaders import CascadeControlNetLoader, StageBLoader, StageCLoader
 from cascade_nodes.nodes.lora import CascadeLoRAApply
 from cascade_nodes.nodes.training import (
     CascadeTrainControlNet,
@@ -92,6 +92,14 @@ def test_a_lora_is_trained_and_found_by_its_node(world):
     (run,) = (world / "output" / "training").glob("lora_style_*")
     assert (run / "log.jsonl").is_file()
     assert not (run / "state.safetensors").exists()  # a finished run goes on no more
+
+
+def test_a_lora_of_stage_b_is_trained_by_settings_and_applied_to_stage_b(world):
+    chosen = "lora: {network: stage_b}\nmodels: {stage_b: tiny_stage_b.safetensors, stage_a: tiny_stage_a.safetensors}"
+    name = execute(CascadeTrainLoRA, Watcher(), rank=4, settings=f"{GIVEN['settings']}\n{chosen}")
+    assert not read_adapter(world / "models" / "loras" / name).stage_c
+    model = StageBLoader.execute("tiny_stage_b.safetensors", "auto")[0]
+    CascadeLoRAApply.execute(model, name, 1.0, 0.0)
 
 
 def test_a_preset_counts_before_the_inputs_and_after_the_settings(world):
