@@ -129,7 +129,7 @@ class Operands:
         response.apply_response(self.images, self.scale)
 
     def error(self, call: Callable[[int], Any]) -> float:
-        """Relative to float32 on the same operands, with the first weights."""
+        """Error relative to float32 on the same operands, with the first weights."""
         call(0)
         h = F.gelu(F.linear(self.x.float(), self.weights[0].float(), self.bias.float()))
         if self.case.op == "linear_gelu_response":

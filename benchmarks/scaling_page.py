@@ -3,7 +3,7 @@
     python benchmarks/scaling_page.py [batch.json] [ranks.json]
 
 Writes what stands between `<!-- batch -->`, `<!-- arithmetic -->` or `<!-- ranks -->` and `<!-- end -->`, from
-benchmarks/measurements, where those given are put before. The page says what is not measured yet.
+benchmarks/measurements, to which the given files are copied first. The page says what is not measured yet.
 """
 
 import json

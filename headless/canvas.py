@@ -79,8 +79,8 @@ class _Workflow:
         group = self._group(class_type) if isinstance(class_type, str) else None
         if group is not None:
             raise CascadeError(
-                f"{self.name} is a workflow of the canvas with {group} (id {printable(node_id, 80)}), which the canvas "
-                "alone takes apart; there, choose File > Export (API) and run that file."
+                f"{self.name} is a workflow of the canvas with {group} (id {printable(node_id, 80)}), which only the "
+                "canvas can expand; there, choose File > Export (API) and run that file."
             )
         declared = self.inputs_of(class_type) if isinstance(class_type, str) else None
         if declared is None:

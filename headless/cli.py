@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     shown = "a picture, a graph as `cascade run` takes it, a LoRA, a network, or a folder of diffusers"
     show.add_argument("file", type=Path, metavar="FILE", help=shown)
-    show.add_argument("--json", action="store_true", help="the same for programs, with a graph as it is")
+    show.add_argument("--json", action="store_true", help="print JSON, with the graph itself")
     show.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     show.set_defaults(command=_show)
     nodes = commands.add_parser("nodes", help="list the nodes with their inputs and outputs")
@@ -151,7 +151,7 @@ def _add_model_commands(commands: Any) -> None:
         help="download published files",
         description="Downloads published files from the Hugging Face hub into their folders, and verifies them.",
     )
-    names_help = "a file or a workflow as `cascade models` lists them; of a workflow, what is missing"
+    names_help = "a file or a workflow as `cascade models` lists them; for a workflow, what it lacks"
     fetch.add_argument("names", nargs="+", metavar="NAME", help=names_help)
     root = "in place of ComfyUI's models folder, default: the first of $CASCADE_MODELS, ComfyUI's, ./models"
     fetch.add_argument("--to", type=Path, metavar="DIR", help=root)

@@ -59,7 +59,7 @@ def add_convert_command(commands: Any) -> None:
         "the module_filters an official LoRA was trained with, where the shapes fit several: .attn,kv_mapper"
     )
     convert.add_argument("--filters", default="", metavar="LIST", help=filters)
-    without = f"leave out {', '.join(PARTS)}, such as a dialect has no keys for; may be repeated"
+    without = f"leave out {', '.join(PARTS)}, where the dialect has no keys for it; may be repeated"
     convert.add_argument(
         "--without", action="append", default=[], choices=PARTS, metavar="PART", help=without
     )

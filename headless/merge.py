@@ -154,7 +154,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _lora(words: Sequence[str]) -> Lora:
-    """FILE [STRENGTH [STRENGTH]]"""
+    """Reads FILE [STRENGTH [STRENGTH]]."""
     file, *numbers = words
     strengths = [float(number) if _is_number(number) else math.nan for number in numbers[:2]]
     for number, strength in zip(numbers, strengths, strict=False):

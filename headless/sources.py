@@ -41,7 +41,8 @@ def read_source(path: Path, inputs_of: InputsOf) -> Source:
     name = printable(str(path))
     if path.suffix.lower() in FILE_SUFFIXES:
         raise CascadeError(
-            f"{name} is named as weights are, which hold no graph; give a graph or a picture, or see `cascade show`."
+            f"{name} has the name of a file of weights, which holds no graph; give a graph or a picture, "
+            "or see `cascade show`."
         )
     if starts_as_picture(path):
         return _of_picture(path, name, inputs_of)
@@ -95,7 +96,8 @@ def _of_picture(path: Path, name: str, inputs_of: InputsOf) -> Source:
         return Source(values["prompt"], workflow)
     if workflow is None:
         raise CascadeError(
-            f"{name} holds no graph; choose a picture that ComfyUI or cascade saved and no other program wrote anew."
+            f"{name} holds no graph; choose a picture that ComfyUI or cascade saved and no other "
+            "program has saved since."
         )
     return source_of(workflow, f"{name} (its workflow)", inputs_of)
 

@@ -157,10 +157,10 @@ def _check_options(options: argparse.Namespace) -> None:
         )
     if options.server and options.memory:
         raise CascadeError(
-            "--memory is this program's; start the ComfyUIs of --server with their own options."
+            "--memory limits this program alone; start the ComfyUIs of --server with their own options."
         )
     if options.gpus_per_worker is not None and not on_ray:
-        raise CascadeError("--gpus-per-worker is for --workers; say how many of them.")
+        raise CascadeError("--gpus-per-worker needs --workers; give the number of workers.")
 
 
 def run_batch(options: argparse.Namespace) -> int:
@@ -194,7 +194,9 @@ def run_batch(options: argparse.Namespace) -> int:
     if signals and summary.left:
         return 128 + signals[0]
     if summary.failed and "TORCHELASTIC_RUN_ID" in os.environ:
-        progress.notify("The exit status is 0 all the same: torchrun ends the other processes at any other.")
+        progress.notify(
+            "The exit status is 0 all the same: torchrun ends the other processes at any other status."
+        )
         return 0
     return 1 if summary.failed or summary.left else 0
 
@@ -222,7 +224,7 @@ def launched_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
     if not 0 <= rank < world <= _MOST_SHARDS:
         given = f"RANK={environment['RANK']} and WORLD_SIZE={environment['WORLD_SIZE']}"
         raise CascadeError(
-            f"{excerpt(given, 200)} are not a process's number from 0 and their count; use --shard."
+            f"{excerpt(given, 200)} are not a process's number (from 0) and the number of processes; use --shard."
         )
     return (rank + 1, world) if world > 1 else None
 
@@ -331,7 +333,7 @@ def _tell(summary: Summary, total: int, progress: BatchProgress) -> None:
     if summary.failed:
         parts.append(f"{len(summary.failed)} could not be made")
     if summary.left:
-        parts.append(f"{len(summary.left)} left, with which the same command goes on")
+        parts.append(f"{len(summary.left)} left; the same command goes on with them")
     progress.notify(", ".join(parts) + ".")
     if summary.ended_by:
         progress.notify(f"error: {summary.ended_by}")

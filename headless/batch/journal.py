@@ -62,8 +62,8 @@ class Journal:
             return False
         if there and record["digest"] != job.digest:
             raise CascadeError(
-                f"{there[0]} was made by this name with other values, or another graph; give the row another name, or "
-                "delete that picture."
+                f"{there[0]} was made under this name with other values or another graph; give the row another "
+                "name, or delete that picture."
             )
         return bool(there) and len(there) == len(record["pictures"])
 
@@ -96,7 +96,7 @@ class Journal:
     def _write(self, record: Record) -> None:
         if not (self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))):
             raise CascadeError(
-                f"{printable(str(self.path))} was removed while this batch writes what is done into it, so it ends; "
+                f"{printable(str(self.path))} was removed while the batch was recording in it, so the batch ends; "
                 "the same command makes what is missing."
             )
         self.file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")

@@ -216,7 +216,7 @@ class RayCrew:
             return room
         if workers is None:
             raise CascadeError(
-                "--workers is needed where there are no GPUs: how many processes are to compute."
+                "There are no GPUs, so --workers is needed: the number of processes that compute."
             )
         if workers > room:
             cards = f"{gpus:g} GPU" if gpus else "one CPU"

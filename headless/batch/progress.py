@@ -53,7 +53,7 @@ class BatchProgress(ConsoleProgress):
         """Tells once which rows are being finished before the stop."""
         if self.signals and not self.told:
             self.told = True
-            self.notify(f"Stopping after {listed(self.under_way)}; once more drops what is under way.")
+            self.notify(f"Stopping after {listed(self.under_way)}; a second signal drops what is under way.")
 
     def _count(self, name: str, text: str, counts: bool) -> None:
         now = time.monotonic()

@@ -55,7 +55,9 @@ def read_rows(path: Path) -> list[Row]:
     name = printable(str(path))
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise CascadeError(f"{name} is not a table by its name; give a .jsonl, a .csv or a .parquet file.")
+        raise CascadeError(
+            f"{name} does not have the name of a table; give a .jsonl, a .csv or a .parquet file."
+        )
     try:
         rows = [_row(number, cells) for number, cells in enumerate(reader(path, name), 1)]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -137,7 +139,7 @@ def _parquet(path: Path, name: str) -> Iterator[dict[str, Any] | str]:
             if file.metadata.num_rows > _MOST_ROWS or unpacked > _LARGEST_TABLE:
                 raise CascadeError(
                     f"{name} holds {file.metadata.num_rows:,} rows of {unpacked:,} bytes, but {_MOST_ROWS:,} of "
-                    f"{_LARGEST_TABLE:,} are the most; cut it into several."
+                    f"{_LARGEST_TABLE:,} are the most that are read; cut it into several."
                 )
             _check_columns(file.schema_arrow.names, name)
             for batch in file.iter_batches(1000):
@@ -201,7 +203,7 @@ def read_axis(text: str) -> Axis:
         (values,) = csv.reader([listed], skipinitialspace=True, strict=True)
     except (ValueError, csv.Error):
         raise CascadeError(
-            f'--grid {quoted(text)} has no list of values behind "="; write a,b,c, with quotes around one with commas.'
+            f'--grid {quoted(text)} has no list of values after "="; write a,b,c, with quotes around one with commas.'
         ) from None
     if len(set(values)) < len(values):
         raise CascadeError(f"--grid {quoted(text)} names a value twice.")

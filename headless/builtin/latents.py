@@ -88,8 +88,8 @@ class StableCascadeStageCVAEEncode(io.ComfyNode):
         height, width = image.shape[1:3]
         if min(height, width) < compression:
             raise CascadeError(
-                f"The picture is {width} × {height} pixels, but a position of Stage C has {compression}; give a larger "
-                "one, or a smaller compression."
+                f"The picture is {width} × {height} pixels, but a position of Stage C covers {compression}; give a "
+                "larger one, or a smaller compression."
             )
         wide, high = (side // compression * COMPRESSOR_STRIDE for side in (width, height))
         pixels = scaled(image[..., :3].movedim(-1, 1), wide, high, "bicubic", "center").movedim(1, -1)

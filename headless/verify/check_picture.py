@@ -79,7 +79,7 @@ def _compare(
     psnr = -10 * math.log10(max(error, 1e-12))
     if made.dtype == "float32" and not psnr >= LEAST_PSNR:
         report.add_problem(
-            f"The picture and diffusers' are apart by {number(psnr, 3)} dB, though both are in float32."
+            f"The picture and diffusers' differ (PSNR {number(psnr, 3)} dB), though both are in float32."
         )
     return {
         "latent": {**difference(made.latent, latent), **statistics(latent)},

@@ -35,7 +35,7 @@ def add_verify_command(commands: Any) -> None:
     verify.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help=where)
     small = "a picture of 512×512 in 8 + 4 steps instead of 1024×1024 in 20 + 10"
     verify.add_argument("--quick", action="store_true", help=small)
-    verify.add_argument("--no-picture", action="store_true", help="files and networks alone")
+    verify.add_argument("--no-picture", action="store_true", help="check files and networks alone")
     output = "where the JSON file and the picture go, default: here"
     verify.add_argument("--output", type=Path, default=Path(), metavar="DIR", help=output)
     verify.add_argument(
@@ -132,7 +132,9 @@ def _file_lines(file: dict[str, Any]) -> Iterator[str]:
         yield f"  {network['what']}: {network['tensors']} tensors in {' and '.join(network['dtypes'])}"
         for name, output in network.get("outputs", {}).items():
             theirs = output.get("diffusers")
-            apart = f"; from diffusers' {theirs['relative']} of the largest" if theirs else ""
+            apart = (
+                f"; differs from diffusers' by {theirs['relative']} of the largest value" if theirs else ""
+            )
             yield f"    {name}: {_in_numbers(output)}{apart}"
 
 
@@ -147,7 +149,7 @@ def _picture_lines(picture: dict[str, Any]) -> Iterator[str]:
         numbers = f"{theirs['seconds']:.1f} s: {_in_numbers(theirs['pixels'])}"
         yield f"{theirs['file']}  by diffusers, {numbers}"
         relative = theirs["latent"]["relative"]
-        yield f"  apart by {relative} of the largest in Stage C's latent, {theirs['psnr']} dB in pixels"
+        yield f"  differ by {relative} of the largest value in Stage C's latent; PSNR in pixels {theirs['psnr']} dB"
         yield f"  {theirs['same']}"
         yield f"  {theirs['not_the_same']}"
 

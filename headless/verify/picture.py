@@ -27,7 +27,7 @@ from .machine import free_memory
 from .networks import PROMPT
 
 ROLES = ("text_encoder", "stage_c", "stage_b", "stage_a")
-MARGIN = 1.15  # of memory, over the weights
+MARGIN = 1.15  # memory that a stage takes, as a multiple of its weights
 WITHOUT_RESCALE = replace(PRIOR, cfg_rescale=0.0), replace(DECODER, cfg_rescale=0.0)
 
 

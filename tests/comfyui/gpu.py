@@ -79,12 +79,12 @@ class Card:
 
 
 def sequences(checkout: Checkout, flags: list[str], further: list[str]) -> dict[str, Any]:
-    """50 random sequences on one server; after each, a prompt is run to its end and its picture looked at."""
+    """Plays 50 random sequences on one server; after each, a prompt is run to its end and its picture looked at."""
     pictures: dict[int, np.ndarray] = {}
     worst = 0
 
     def play(number: int) -> int:
-        """The bytes that are held after that sequence."""
+        """Plays a sequence; returns the bytes that are held after it."""
         nonlocal worst
         seed = queue.play(random.Random(number))[-1]
         execution = client.run(graph(seed))
@@ -118,12 +118,12 @@ def sequences(checkout: Checkout, flags: list[str], further: list[str]) -> dict[
 
 
 def on_card(checkout: Checkout, flags: list[str], further: list[str]) -> dict[str, Any]:
-    """Inside ComfyUI; it must have a flag, to be set up as its program is."""
+    """Runs inside ComfyUI, which must have a flag, so that it is set up as its program is."""
     return checkout.inside("card", flags=["--disable-auto-launch", *flags, *further])["card"].numbers
 
 
 def attempt(call: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """One failure must not lose what the others measured."""
+    """Runs a measurement; a failure must not lose what the others measured."""
     try:
         return call(*arguments)
     except Exception as error:

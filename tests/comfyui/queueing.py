@@ -24,7 +24,7 @@ class Queue:
         return self.prompts[-1]
 
     def cancel(self, prompt_id: str) -> None:
-        """Interrupts it where it runs, deletes it where it waits, does nothing where it is done."""
+        """Cancels a prompt: interrupts it where it runs, deletes it where it waits, does nothing where it is done."""
         running, pending = self.state()
         if prompt_id in running:
             self.client.post("/interrupt", {})
@@ -44,7 +44,7 @@ class Queue:
             time.sleep(0.01)
 
     def play(self, chance: random.Random, first_seed: int = 3000) -> list[int]:
-        """A random sequence of queuing and cancelling, until all is quiet; the seeds that were queued."""
+        """Plays a random sequence of queuing and cancelling, until all is quiet; returns the seeds that were queued."""
         seeds = []
         for _ in range(chance.randint(3, 8)):
             event = chance.choice(
@@ -69,7 +69,7 @@ class Queue:
 
 
 def free(client: Client) -> None:
-    """Asks the server to let go of models, outputs and its list of past prompts, and gives it time to."""
+    """Asks the server to let go of models, outputs and its list of past prompts, and gives it time to do so."""
     client.post("/history", {"clear": True})
     client.post("/free", {"unload_models": True, "free_memory": True})
     time.sleep(1.5)

@@ -202,7 +202,7 @@ BAD += TOO_LARGE
 
 
 def check_next(client, right_picture):
-    """The next prompt works."""
+    """Asserts that the next prompt works."""
     good = tiny({"7.seed": next(SEEDS)})
     execution = client.run(good)
     assert execution.error is None

@@ -20,7 +20,7 @@ def graph(seed):
 
 
 def check(client, right_picture, seed):
-    """A prompt that was cancelled half-way gives the right picture the next time."""
+    """Asserts that a prompt that was cancelled half-way gives the right picture the next time."""
     execution = client.run(graph(seed))
     assert execution.error is None
     assert execution.of("execution_success")
@@ -39,7 +39,7 @@ ORDERS = ["AaBb", "ABab", "ABba", "AaB", "ABa", "ABb"]
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_two_prompts_cancelled_in_every_order(client, queue, right_picture, order):
-    """A and B are queued, a and b are cancelled."""
+    """A and B stand for queuing two prompts, a and b for cancelling them."""
     seeds = {letter: 2000 + 10 * ORDERS.index(order) + place for place, letter in enumerate("AB")}
     prompts = {}
     for event in order:

@@ -186,7 +186,7 @@ def test_with_the_published_eps_it_is_exact_where_the_stream_is_small():
 
 
 def test_a_network_without_growth_loses_nothing():
-    """fp16 held is as near to float32 as fp16 as published."""
+    """With the stream held, fp16 is as near to float32 as fp16 as published."""
     network = overflowing(StageC.from_config(STAGE_C), growth=1.0)
     reference = trajectory(network)
     published, held = (relative_error(trajectory(in_fp16(network, s)), reference) for s in (1, STREAM_SCALE))
@@ -250,7 +250,7 @@ def test_stage_b(stage_b):
 
 @torch.no_grad()
 def test_the_response_is_summed_in_float32():
-    """64 × 64 positions of 2,000 are a response of 128,000."""
+    """With 64 × 64 positions of 2,000 the response is 128,000."""
     norm = GlobalResponseNorm(8)
     norm.gamma.copy_(randn(1, 1, 1, 8))
     norm.beta.copy_(randn(1, 1, 1, 8, seed=1))
@@ -279,7 +279,7 @@ def test_a_layer_that_bypasses_pytorch_is_refused():
 
 
 def test_memory_of_a_forward(stage_c):
-    """What the hosts make room for covers it."""
+    """The memory that hosts make room for covers it."""
     network = in_fp16(stage_c, STREAM_SCALE)
     tokens = randn(2, 20, 32).half(), randn(2, 1, 32).half(), randn(2, 1, 24).half()
     with torch.inference_mode(), LiveBytes(network) as live:

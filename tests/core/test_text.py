@@ -130,7 +130,7 @@ def test_a_batch_is_its_single_runs(encoder):
 
 
 def test_ten_thousand_words(encoder):
-    """134 chunks, no two alike, so more than one pass of the encoder."""
+    """They are 134 chunks, no two alike, so more than one pass of the encoder."""
     words = ["red"] * 10_000
     for chunk in range(133):
         words[75 * chunk + chunk % 75] = "star" if chunk < 75 else "ring"

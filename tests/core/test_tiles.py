@@ -122,7 +122,7 @@ def test_tiles_of_a_prediction_that_is_local_do_not_show():
 
 
 def test_the_conditioning_of_a_tile_is_what_the_whole_sees_there():
-    """Resized with aligned corners, a cut piece would be stretched: resizing comes first."""
+    """With aligned corners a cut piece would be stretched, so resizing comes before cutting."""
     x, ramp = torch.zeros(1, 4, 64, 64), torch.linspace(0, 1, 6).expand(1, 16, 6, 6)
     seen = {}
 

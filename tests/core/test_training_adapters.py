@@ -154,7 +154,7 @@ def test_dropout_is_drawn_again_in_a_backward_pass(world, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["lora", "dora", "loha", "lokr", "lokr of a factor", "rslora"])
 def test_going_on_from_a_file(world, tmp_path, name):
-    """It begins as the file was, also where the new run scales otherwise."""
+    """The run begins as the file was, even where the new run scales otherwise."""
     train(of_kind(world, name, tmp_path / "first", train={"steps": 2}))
     file = str(tmp_path / "first" / "out.safetensors")
     kind = {**KINDS[name], "alpha": 5.0, "start": file}

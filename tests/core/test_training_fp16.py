@@ -122,7 +122,7 @@ def test_a_damaged_scale_is_refused(world, tmp_path, scale):
 
 @pytest.mark.parametrize(("supported", "dtype"), [(False, torch.float16), (True, torch.bfloat16)])
 def test_auto_is_fp16_where_bf16_is_emulated(monkeypatch, supported, dtype):
-    """A T4 or V100 says that it can compute in bf16 where emulation counts."""
+    """A T4 or V100 claims bf16 where emulation counts as support."""
     asked = []
 
     def is_bf16_supported(including_emulation: bool = True) -> bool:

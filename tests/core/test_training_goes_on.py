@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def world(finished, tmp_path):
-    """A copy of it, its files as old as they were."""
+    """A copy of the finished world, with its files as old as they were."""
     return Path(shutil.copytree(finished, tmp_path / "world"))
 
 

@@ -67,7 +67,9 @@ def test_every_link_leads_somewhere(written):
 
 
 def test_links_out_of_the_pages():
-    """A module leads to its reference; a file that is not a page to the repository, or nowhere without one."""
+    """A link to a module leads to its reference; one to a file that is not a page, to the repository, or nowhere
+    without one.
+    """
     assert "(reference/cascade_core/training/run.md)" in site.rewrite("docs/architecture.md")
     assert "](../../tests" not in site.rewrite("docs/architecture.md")
     assert "](../pyproject.toml" not in site.rewrite("docs/architecture.md")

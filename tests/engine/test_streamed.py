@@ -98,7 +98,7 @@ def test_as_the_network(network_class, config, inputs, unit, share, device_class
 @DEVICES
 @pytest.mark.parametrize("share", [1.5, 0.6])
 def test_weights_that_are_cast_on_their_way(share, device_class):
-    """From bf16 in main memory: the engine runs, resident and streamed, and as on weights that were cast before."""
+    """The engine runs from bf16 in main memory, resident and streamed, as on weights that were cast before."""
     network = build(StageC, STAGE_C).bfloat16()
     whole = build(StageC, STAGE_C).bfloat16().float()
     calls = [(*stage_c_inputs(STAGE_C), r) for r in (0.7, 0.2)]

@@ -101,14 +101,16 @@ class World:
         self.check_pictures(count)
 
     def check_pictures(self, count: int) -> None:
-        """Each picture as often as it was asked for."""
+        """Asserts that each picture is there as often as it was asked for."""
         counts = Counter(whole_pictures(self.folder / "output"))
         assert sorted(counts.values()) == [count] * PICTURES, (
             f"{count} times each was asked for, got {sorted(counts.values())}"
         )
 
     def one_run_folder(self, random: Random) -> None:
-        """One process trains; others are refused or find the run finished. Each that reports success has succeeded."""
+        """Several processes train in one folder: one trains, others are refused or find the run finished; each success
+        is real.
+        """
         names = random.choice(
             (
                 ["train"] * 2,

@@ -132,7 +132,9 @@ class World:
             check_picture(Path(line.split("  ")[0]))
 
     def check_files(self, before: dict[str, tuple[int, int]]) -> None:
-        """Nothing beyond the output folder has changed, and nothing in it was lost or is half-written."""
+        """Asserts that nothing beyond the output folder has changed, and that nothing in it was lost or is
+        half-written.
+        """
         assert (self.output / "taken" / "x_00001_.png").read_bytes() == b"earlier", "an earlier file was lost"
         left = [path.name for path in self.output.rglob("*") if path.name.endswith(".part")]
         assert not left, f"left behind: {left}"
@@ -224,7 +226,7 @@ def shrink(inputs: dict[str, Any]) -> None:
 
 
 def cheap(name: str, value: Any, entry: Any = None) -> Any:
-    """The value, or a smaller one where the schema allows it and it would cost minutes."""
+    """The value, or a smaller one where the schema allows that and it would cost minutes."""
     number: Any = value.get("__value__") if isinstance(value, dict) else value
     try:
         number = float(number)  # as the validation converts texts

@@ -103,7 +103,7 @@ class World:
         )
 
     def check_result(self, name: str, earlier: bool) -> None:
-        """The whole file, or what was there before."""
+        """Asserts that the whole file is there, or what was there before."""
         path = self.results[name]
         if path.exists():
             content = path.read_bytes()

@@ -49,7 +49,9 @@ class Workshop:
         write_adapter(folder / "lora.safetensors", Adapter("lora", "kohya", layers), "kohya")
 
     def graph(self, prefix: str = "a") -> Path:
-        """Saves each of the pictures by a node of its own, so that there are many moments to be killed at."""
+        """A graph that saves each of the pictures by a node of its own, so that there are many moments to be killed
+        at.
+        """
         graph = {}
         for number in range(PICTURES):
             graph[f"{number}"] = node("LoadImage", image=f"{number}.png")
@@ -59,7 +61,7 @@ class Workshop:
         return path
 
     def settings(self, run: str = "run", name: str = "out", **train: object) -> Path:
-        """A training in the folder `run`, whose file goes by `name` in it."""
+        """Settings of a training in the folder `run`, whose file goes by `name` in it."""
         models = {
             "stage_c": "tiny_stage_c.safetensors",
             "text_encoder": "tiny_text_encoder",
@@ -119,12 +121,12 @@ def started(arguments: list[str], said: Path, prepare: Callable[[], None] = lamb
 
 
 def ended(pid: int) -> int:
-    """Waits; the exit status, negative for a signal."""
+    """Waits for the process; returns its exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def undisturbed(arguments: list[str], said: Path) -> float:
-    """Runs a command to its end, which must be good; the seconds that it took."""
+    """Runs a command to its end, which must be good; returns the seconds that it took."""
     begun = time.monotonic()
     status = ended(started(arguments, said))
     assert status == 0, f"{arguments[:2]} ended with {status}: {said.read_text()[-400:]!r}"
@@ -142,7 +144,7 @@ def whole_pictures(folder: Path) -> list[bytes]:
 
 
 def check_weights(path: Path) -> None:
-    """A file of weights is there whole, or not at all."""
+    """Asserts that a file of weights is there whole, or not at all."""
     if path.exists():
         tensors, _ = read_safetensors(path)
         assert all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()), (

@@ -124,7 +124,7 @@ class World:
             self.check(before)
 
     def check(self, before: dict[str, tuple[int, int]]) -> None:
-        """Only pictures under plain names have come, inside the output folder."""
+        """Asserts that only pictures under plain names have come, inside the output folder."""
         try:
             after = files_below(self.folder)
             assert all(after.get(name) == status for name, status in before.items()), (
@@ -333,4 +333,4 @@ class HostileServer(ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Silent: clients that go away are part of the cases."""
+        """Says nothing: clients that go away are part of the cases."""

@@ -172,7 +172,7 @@ def spoil(settings: dict[str, Any], random: Random) -> None:
 
 
 def cap(settings: dict[str, Any]) -> None:
-    """Valid runs stay short."""
+    """Makes valid runs short."""
     if isinstance(settings.get("train", {}), dict):
         settings.setdefault("train", {}).setdefault("steps", 1)
     for section in settings.values():

@@ -26,7 +26,7 @@ class Outcome:
 
 
 def judge(action: Callable[[], None]) -> Outcome:
-    """Runs an action and judges how it ends. What it asserts itself, such as that no file is lost, is a fault too."""
+    """Runs an action and judges how it ends; its own assertions, such as that no file is lost, are faults too."""
     try:
         action()
     except CascadeError as error:

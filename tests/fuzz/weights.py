@@ -107,7 +107,7 @@ def entries(header: dict[str, Any]) -> list[str]:
 
 
 def some(header: dict[str, Any], random: Random) -> str:
-    """A tensor's name."""
+    """The name of some tensor."""
     return random.choice(entries(header) or ["none"])
 
 
@@ -134,7 +134,7 @@ def metadata(header: Any, body: bytes, random: Random) -> tuple[Any, bytes]:
 
 
 def config(header: Any, body: bytes, random: Random) -> tuple[Any, bytes]:
-    """The settings in the metadata, with a value of another size, type or depth."""
+    """Changes the settings in the metadata: a value of another size, type or depth."""
     stated = header.get("__metadata__")
     if not isinstance(stated, dict) or "config" not in stated:
         return metadata(header, body, random)
@@ -185,7 +185,7 @@ def containers(value: Any) -> list[Any]:
 
 
 def tensor(header: Any, body: bytes, random: Random) -> tuple[Any, bytes]:
-    """A tensor's dtype, shape or place in the file."""
+    """Changes a tensor's dtype, shape or place in the file."""
     entry = header.get(some(header, random))
     if not isinstance(entry, dict):
         return header, body
@@ -213,7 +213,7 @@ def tensor(header: Any, body: bytes, random: Random) -> tuple[Any, bytes]:
 
 
 def names(header: Any, body: bytes, random: Random) -> tuple[Any, bytes]:
-    """Tensors that are missing, or called otherwise."""
+    """Takes tensors away, or gives them other names."""
     name = some(header, random)
     entry = header.pop(name, None)
     way = random.random()
@@ -245,7 +245,7 @@ def names(header: Any, body: bytes, random: Random) -> tuple[Any, bytes]:
 
 
 def extra(header: Any, body: bytes, random: Random) -> tuple[Any, bytes]:
-    """A tensor more: empty, small, or one that scales another's."""
+    """Adds a tensor: empty, small, or one that scales another's."""
     name = random.choice(
         (
             *EXTRA_NAMES,
@@ -263,7 +263,7 @@ def extra(header: Any, body: bytes, random: Random) -> tuple[Any, bytes]:
 
 
 def values(header: Any, body: bytes, random: Random) -> tuple[Any, bytes]:
-    """NaN, infinity or large numbers where weights were."""
+    """Puts NaN, infinity or large numbers where weights were."""
     entry = header.get(some(header, random))
     try:
         start, end = entry["data_offsets"]

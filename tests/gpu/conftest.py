@@ -57,7 +57,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @pytest.fixture
 def exact_arithmetic() -> Iterator[None]:
-    """float32 is float32, in convolutions too, and what cuDNN adds up it adds up in the same order each time."""
+    """Makes float32 exact, in convolutions too, and makes cuDNN add in the same order each time."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     matmul.allow_tf32 = False

@@ -98,7 +98,7 @@ def test_a_run_is_shown_beside_it(previewer: Previewer, run: Any, device: torch.
 
 
 def test_the_host_does_not_wait_for_a_preview(previewer: Previewer, device: torch.device):
-    """A card that has much to do first: to begin a preview takes no synchronisation, and it arrives later."""
+    """The card has much to do first: beginning a preview takes no synchronisation, and it arrives later."""
     beside = Previews(previewer, previewer.side_stream(device))
     x0 = draw(SHAPE).to(device)
     beside.after_step(x0)  # compiles, loads

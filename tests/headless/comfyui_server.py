@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent."""
+        """Says nothing."""
 
 
 class ComfyUI(ThreadingHTTPServer):

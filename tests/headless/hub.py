@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent."""
+        """Says nothing."""
 
 
 class Hub(ThreadingHTTPServer):
@@ -146,7 +146,7 @@ class Hub(ThreadingHTTPServer):
         return [headers.get("range") for _, path, headers in self.asked if path.startswith("/storage/")]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Silent: clients that go away are part of the tests."""
+        """Says nothing: clients that go away are part of the tests."""
 
     def stop(self) -> None:
         self.released.set()

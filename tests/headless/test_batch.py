@@ -87,7 +87,7 @@ def test_a_csv_of_any_spreadsheet(separator, folder):
 
 
 def test_parquet(folder, capsys):
-    """Whole numbers beside missing ones become fractions in Parquet; a value that JSON does not have fails its row."""
+    """In Parquet whole numbers beside missing ones become fractions; a value that JSON does not have fails its row."""
     columns = {"name": ["a", "b"], "1.color": [255.0, None], "1.width": [16, 24]}
     parquet.write_table(pyarrow.table(columns), "rows.parquet")
     assert main(["batch", "graph.json", "rows.parquet", "--output", "made"]) == 0
@@ -144,7 +144,10 @@ def test_a_row_that_cannot_be_done_stops_nothing(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["rows.txt"], "rows.txt is not a table by its name; give a .jsonl, a .csv or a .parquet file."),
+        (
+            ["rows.txt"],
+            "rows.txt does not have the name of a table; give a .jsonl, a .csv or a .parquet file.",
+        ),
         (["no.csv"], "Cannot read the table no.csv: No such file or directory."),
         (["prompt.csv"], "The column 'prompt' of prompt.csv is not NODE.INPUT, name or seed."),
         (["twice.csv"], "twice.csv has two columns of one name; its columns: seed, seed."),
@@ -223,7 +226,7 @@ def test_no_picture_of_another_is_replaced(folder, capsys):
     assert batch() == 1
     said = capsys.readouterr().err
     assert "made/a.png is there already and is not of this batch; give the row another name." in said
-    assert "made/c.png was made by this name with other values, or another graph;" in said
+    assert "made/c.png was made under this name with other values or another graph;" in said
     assert Image.open("made/c.png").getpixel((0, 0)) == (0, 0, 0)
 
 
@@ -297,7 +300,7 @@ def test_a_grid_of_each_row(folder):
 
 
 def test_shards_make_all_rows_once(folder, monkeypatch, capsys):
-    """The last of them draws the whole sheet; a run without shards has nothing left to do."""
+    """The last one draws the whole sheet; a run without shards has nothing left to do."""
     table(*({"name": f"r{number}"} for number in range(5)), {"name": "bad", "1.width": 0})
     assert batch("--shard", "1/3") == 0
     monkeypatch.setenv("RANK", "1")
@@ -339,12 +342,12 @@ def test_ctrl_c_finishes_the_row_under_way(folder):
     assert 3 <= len(made) < 500
     assert sorted(colours()) == sorted(f"{name}.png" for name in made)
     assert (
-        f"{len(made)} of 500 rows made, {500 - len(made)} left, with which the same command goes on." in said
+        f"{len(made)} of 500 rows made, {500 - len(made)} left; the same command goes on with them." in said
     )
 
 
 def test_an_output_folder_that_goes_away_ends_the_batch_and_a_re_run_makes_all(folder, capsys, monkeypatch):
-    """Before, pictures came into a new folder without a list, where a re-run refused them as not its own."""
+    """Without that, pictures came into a new folder without a list, where a re-run refused them as not its own."""
     table(*({"name": f"r{number}", "1.color": number} for number in range(4)))
     run, made = GraphWorker.make, []
 
@@ -358,7 +361,7 @@ def test_an_output_folder_that_goes_away_ends_the_batch_and_a_re_run_makes_all(f
         patch.setattr(GraphWorker, "make", run_and_lose)
         assert batch() == 1
     assert made == ["r0", "r1"]
-    assert "made/batch.jsonl was removed while this batch writes" in capsys.readouterr().err
+    assert "made/batch.jsonl was removed while the batch was recording" in capsys.readouterr().err
     assert not Path("made").exists()
     assert batch() == 0
     assert sorted(colours()) == [f"r{number}.png" for number in range(4)]

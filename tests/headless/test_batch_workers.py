@@ -95,13 +95,13 @@ def test_ctrl_c_twice_takes_the_row_off_the_server(folder, servers):
         wait_for(lambda: server.pending, process)
         process.send_signal(signal.SIGINT)
         said = ""
-        while "once more drops" not in said:
+        while "a second signal drops" not in said:
             said += errors_of(process).readline()
         time.sleep(REPEATED + 0.1)  # sooner it would be the same one
         process.send_signal(signal.SIGINT)
         said += errors_of(process).read()
     assert process.returncode == 130
-    assert "Stopping after a; once more drops what is under way." in said
+    assert "Stopping after a; a second signal drops what is under way." in said
     assert "Dropped a; the same command makes what is missing." in said
     assert [path for path, _ in server.posts] == ["/prompt", "/queue", "/interrupt"]
     assert colours() == {}
@@ -114,9 +114,12 @@ def test_ctrl_c_twice_takes_the_row_off_the_server(folder, servers):
             ["--server", "127.0.0.1:9", "--workers", "2"],
             "--server runs on ComfyUIs, and --workers and --address on Ray",
         ),
-        (["--server", "127.0.0.1:9", "--memory", "4GB"], "--memory is this program's; start the ComfyUIs"),
+        (
+            ["--server", "127.0.0.1:9", "--memory", "4GB"],
+            "--memory limits this program alone; start the ComfyUIs",
+        ),
         (["--server", "127.0.0.1:9"], "No ComfyUI answers at http://127.0.0.1:9"),
-        (["--gpus-per-worker", "1"], "--gpus-per-worker is for --workers; say how many of them."),
+        (["--gpus-per-worker", "1"], "--gpus-per-worker needs --workers; give the number of workers."),
     ],
 )
 def test_options_that_do_not_go_together(arguments, sentence, folder, capsys):
@@ -249,7 +252,7 @@ def test_the_rows_of_a_lost_machine_are_made_again(folder, monkeypatch):
 
 
 def check_all_made(said: str) -> None:
-    """All rows once, and no other picture."""
+    """Asserts that all rows were made once, and no other picture."""
     assert sorted(made()) == NAMES
     assert colours() == {f"{row['name']}.png": (0, 0, row["1.color"]) for row in ROWS}
     assert "It is done again." in said
@@ -261,7 +264,7 @@ def made() -> list[str]:
 
 
 def workers() -> Iterator[int]:
-    """Processes that made rows, in the order of these."""
+    """The processes that made rows, in the order of the rows."""
     return iter([int(line["worker"].rpartition(":")[2]) for line in whole_lines()])
 
 

@@ -203,7 +203,7 @@ def test_help_loads_nothing_heavy():
 
 
 def test_a_full_disk(folder):
-    """The system refuses files beyond 4 kB; the picture has 12."""
+    """The system refuses files beyond 4 kB, and the picture has 12 kB."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

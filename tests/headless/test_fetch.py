@@ -63,7 +63,7 @@ def left(target):
 
 
 def cut_short(hub, capsys, at=CHUNK + 5000):
-    """A fetch whose connection ends after `at` bytes and whose hub is then down: the part that stays."""
+    """Runs a fetch whose connection ends after `at` bytes and whose hub is then down; returns the part that stays."""
     hub.cuts, hub.after_cut = [at], (503, "")
     error_text = failing(hub, capsys)
     hub.refusal = None
@@ -423,7 +423,7 @@ def test_folders_are_those_that_loaders_look_in():
 
 
 def test_more_than_is_stated_is_not_waited_for(hub, target):
-    """A server that sends for ever, and states no length: the file is whole, and what follows is not read."""
+    """A server sends for ever and states no length: the file is whole, and what follows is not read."""
     hub.endless = b"more" * 2**20
     assert fetch(hub) == 0
     assert target.read_bytes() == CONTENT

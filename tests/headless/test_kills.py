@@ -38,7 +38,7 @@ def shades(folder: Path) -> list[int]:
 
 
 def killed(work: Callable[[], None], random: Random) -> None:
-    """A process does its work over and over, and is killed at some moment after the first time."""
+    """Runs a process that does its work over and over, and kills it at some moment after the first time."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -98,7 +98,7 @@ def test_a_kill_while_a_lora_is_converted(kills, tmp_path):
 
 
 def check_left_over(folder: Path) -> None:
-    """All that a kill leaves is hidden, and gone a day later."""
+    """Asserts that all that a kill leaves is hidden, and gone a day later."""
     for path in folder.glob(".*"):
         os.utime(path, (0, time.time() - 25 * 3600))
     writing.check_folder(folder)

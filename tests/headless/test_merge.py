@@ -286,7 +286,7 @@ def large_matrices() -> set[str]:
 
 @pytest.mark.parametrize(("option", "stated"), [("--fp8", "float8_e4m3fn"), ("--int8", "int8_tensorwise")])
 def test_8_bits_are_written_as_comfyui_reads_them(option, stated, folder):
-    """fp8 with one scale a matrix, int8 with one a row; what is not large stays."""
+    """A matrix has one scale in fp8, one a row in int8; what is not large stays."""
     write_safetensors("in.safetensors", fuse_attention(stage_c(torch.bfloat16)), ABOUT)
     assert merge("in.safetensors", "plain16.safetensors", "--lora", "plain.safetensors") == 0
     assert merge("in.safetensors", "out.safetensors", "--lora", "plain.safetensors", option) == 0
@@ -310,7 +310,9 @@ def test_8_bits_are_written_as_comfyui_reads_them(option, stated, folder):
 @pytest.mark.parametrize("layout", ["published", "all-in-one", "diffusers"])
 @pytest.mark.parametrize(("option", "dtype"), [("--fp8", E4M3), ("--int8", INT8)])
 def test_8_bits_are_read_back(layout, option, dtype, folder):
-    """In any layout; int8 to the bit as the LoRA makes it at run time, fp8 as near as another rounding is."""
+    """They may have any layout; int8 is to the bit what the LoRA makes at run time, fp8 as near as another rounding
+    is.
+    """
     ours = stage_c()
     tensors = {
         "published": fuse_attention(ours),
@@ -357,7 +359,7 @@ def test_one_8_bit_format_at_a_time(folder, capsys):
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path):
-    """64 MB are changed and written with 40 MB to spare beside the mapped file."""
+    """Of the mapped file, 64 MB are changed and written with 40 MB to spare."""
     names = [f"layers.{number}" for number in range(16)]
     tensors = {f"{name}.weight": torch.full((1000, 1000), float(number)) for number, name in enumerate(names)}
     write_safetensors(tmp_path / "in", tensors, {})

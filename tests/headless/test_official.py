@@ -178,7 +178,7 @@ SOCKETS = {"2": node("CheckpointLoaderSimple", ckpt_name=str(DEMO_FOLDER / "demo
         (
             {"3": node("StableCascade_StageC_VAEEncode", image=["1", 0], vae=["6", 0], compression=42),
              "6": sampled()["6"]},
-            "The picture is 40 × 8 pixels, but a position of Stage C has 42",
+            "The picture is 40 × 8 pixels, but a position of Stage C covers 42",
         ),
         (
             {"3": node("VAEEncode", pixels=["1", 0], vae=["6", 0]), "6": sampled()["6"]},

@@ -94,7 +94,7 @@ def test_a_repeated_signal_does_not_stop_the_cleaning_up(monkeypatch):
 
 
 def test_what_others_handle_is_left_alone():
-    """A program around us, `nohup`, and every thread but the first one, which cannot set handlers."""
+    """Others are a program around us, `nohup`, and every thread but the first one, which cannot set handlers."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with signals.stopping_on_signals():

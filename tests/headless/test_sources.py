@@ -298,12 +298,12 @@ def test_groups_of_the_canvas_are_named(kind, named, folder):
     workflow["definitions"] = {"subgraphs": [subgraph]}
     (folder / "a.json").write_text(json.dumps(workflow))
     assert refusal(folder / "a.json").endswith(
-        f"with {named} (id 9), which the canvas alone takes apart; there, choose File > Export (API) and run that file."
+        f"with {named} (id 9), which only the canvas can expand; there, choose File > Export (API) and run that file."
     )
 
 
 def test_weights_are_no_graph(folder):
     (folder / "a.gguf").write_bytes(b"GGUF")
-    assert "is named as weights are, which hold no graph; give a graph or a picture" in refusal(
+    assert "has the name of a file of weights, which holds no graph; give a graph or a picture" in refusal(
         folder / "a.gguf"
     )

@@ -21,7 +21,7 @@ def picture(graph, folder):
 
 
 def untrained(graph, trained, settings):
-    """The same graph without what was trained."""
+    """The same graph without the trained files."""
     files = {"1": settings.models.stage_c, "2": settings.models.stage_b, "4": settings.models.text_encoder}
     plain = {number: {**node, "inputs": dict(node["inputs"])} for number, node in graph.items()}
     for number, file in files.items():

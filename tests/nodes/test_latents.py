@@ -65,7 +65,7 @@ def test_no_pictures_at_all():
 
 
 def test_more_pixels_than_any_machine_should_try():
-    """A few numbers may ask for gigabytes: refused before anything is allocated, in every node with a size."""
+    """A few numbers may ask for gigabytes; they are refused before anything is allocated, in every node with a size."""
     message = "4,096 pictures of 1,024 × 1,024 pixels would be made, but no side may exceed 16,384 pixels"
     many = {"samples": torch.zeros(1, 16, 1, 1).expand(4096, -1, -1, -1)}
     with pytest.raises(CascadeError, match=message):

@@ -51,7 +51,7 @@ def plain(sockets):
 
 @pytest.fixture
 def on(monkeypatch):
-    """on(device): the host's device from here on."""
+    """Returns on(device), which sets the host's device from then on."""
 
     def use(device):
         pool = DeviceMemory(device, unit_bytes=8_000)

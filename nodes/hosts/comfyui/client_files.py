@@ -55,7 +55,8 @@ def data_check() -> Callable[[Path], None]:
         if not (_inside(path, [root]) or _inside(path, owner_folders())):
             # The message does not show the path, which clients must not see either.
             raise CascadeError(
-                "A link in the training data leads where clients read nothing; put the file itself there."
+                "A link in the training data leads to a place that clients must not read; put the file itself "
+                "in the link's place."
             )
 
     return check

@@ -70,13 +70,15 @@ def our_nodes(server: Server) -> dict[str, Any]:
 
 
 def searched(server: Server, mode: str) -> list[str]:
-    """The names to search for. The search is the same in Nodes 2.0, so that a few show that dropping works."""
+    """The names to search for. The search is the same in Nodes 2.0, where a few are enough to show that dropping
+    works.
+    """
     names = [info["display_name"] for info in our_nodes(server).values()]
     return names[:3] if MODES[mode] else names
 
 
 def told(seen: dict[str, Any], scenario: str) -> dict[str, Any]:
-    """What a scenario saw. It must have come to its end, and no script of the page may have thrown."""
+    """What a scenario saw. Asserts that it came to its end, and that no script of the page has thrown."""
     facts = seen[scenario]
     assert "failed" not in facts, facts["failed"]
     assert facts["errors"] == []
@@ -152,7 +154,7 @@ def test_the_samplers_show_what_the_run_took(seen):
 
 
 def steps_of(facts: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """What a size helper showed after each step, and of that its judgement."""
+    """What a size helper showed after each step, with its judgement."""
     steps = {step["what"]: step for step in facts["steps"]}
     return steps, {name: step["lines"][step["lines"].index("⇄") + 2] for name, step in steps.items()}
 
@@ -164,7 +166,7 @@ def read_out(width: int, height: int, compression: float) -> str:
 
 
 def check_read_out(step: dict[str, Any]) -> None:
-    """The readout says what the node will make."""
+    """Asserts that the readout says what the node will make."""
     widgets = step["widgets"]
     latents = next(line for line in step["lines"] if line.startswith("Stage C"))
     assert latents == read_out(widgets["width"], widgets["height"], widgets["compression"])

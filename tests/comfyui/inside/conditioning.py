@@ -30,7 +30,7 @@ def sample(model: Any, positive: Any, negative: Any, **changed: Any) -> Tensor:
 
 
 def masks_and_ranges(model: Any, prompts: Any, other_prompt: Any) -> dict[str, float]:
-    """Differences from the plain prompt: some must be zero, others must not."""
+    """Differences from the plain prompt, of which some must be zero and others must not."""
     positive, negative = prompts
     plain = sample(model, positive, negative)
     area, between = nodes.ConditioningSetArea(), nodes.ConditioningSetTimestepRange()
@@ -66,7 +66,7 @@ def control_nets(folder: Path, width: int, blocks: list[int]) -> tuple[Any, Any]
 
 
 def control(folder: Path, models: dict[str, Any], prompts: Any) -> dict[str, float]:
-    """Either ControlNet on either MODEL, through either apply node; chained; in part of the steps."""
+    """Either ControlNet on either MODEL, through either apply node: alone, chained, and in part of the steps."""
     widths = residual_blocks(models["ours"].model.diffusion_model)
     last = len(widths) - 1
     ours, theirs = control_nets(folder, widths[0], [0, 1, last])

@@ -26,7 +26,7 @@ WHO = (OURS, NATIVE)
 
 
 def only(output: Any, index: int = 0) -> Any:
-    """An output of a node, of either API."""
+    """The single output of a node, of either API."""
     return (output.result if hasattr(output, "result") else output)[index]
 
 

@@ -336,7 +336,7 @@ def refusal(value: dict[str, Any], file: str) -> str:
 
 
 def check_refusals(folder: Path, value: dict[str, Any]) -> None:
-    """What ComfyUI cannot do is refused by name."""
+    """Asserts that what ComfyUI cannot do is refused by name."""
     checkpoints.write_safetensors(
         folder / "loras" / "out.safetensors", {"clip_g_out": torch.randn(1, 64)}, {}
     )

@@ -106,7 +106,7 @@ def order_of_calls(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def budgets(files: dict[str, Path]) -> dict[str, Any]:
-    """Loads with room for each share of the network, twice; then frees a part, and then all."""
+    """Loads the network with room for each share of it, twice; then frees a part, and then all."""
     results: dict[str, Any] = {}
     for kind in KINDS:
         rows = []
@@ -192,7 +192,7 @@ def through_the_manager(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def in_turn(files: dict[str, Path]) -> dict[str, Any]:
-    """Two networks in turn on a card that holds the larger of them; each latent as alone."""
+    """Runs two networks in turn on a card that holds the larger of them; each latent must be as alone."""
     with inserted(card_for(1 << 30)) as card:
         models = {kind: ours(kind, files[kind], card) for kind in KINDS}
         weights = [Weights(model.model) for model in models.values()]
@@ -298,7 +298,7 @@ def with_foreign(files: dict[str, Path]) -> dict[str, Any]:
 
 
 def lives(files: dict[str, Path]) -> dict[str, Any]:
-    """Clones and MODELs that die while they are loaded."""
+    """Lets clones and MODELs die while they are loaded."""
     results: dict[str, Any] = {}
     for share in (0.4, 2.0):
         with inserted(card_for(1 << 30)) as card, logged() as lines:

@@ -131,7 +131,7 @@ def with_prior(prompts: Any) -> Any:
 
 
 def free() -> None:
-    """One side at a time: both would need more memory than 24 GB."""
+    """Frees one side's memory: both would need more than 24 GB."""
     comfy.model_management.unload_all_models()
     gc.collect()
 

@@ -82,7 +82,7 @@ def save_apart(folder: Path, loaded: dict[str, Any]) -> dict[str, Path]:
 
 
 def save_together(folder: Path, loaded: dict[str, Any]) -> dict[str, Path]:
-    """Two checkpoints, and one of the node that saves an image encoder."""
+    """Saves two checkpoints, and one by the node that saves an image encoder."""
     checkpoint = nodes_model_merging.CheckpointSave()
     c, b = (
         saved(folder, lambda model=model, vae=vae: checkpoint.save(
