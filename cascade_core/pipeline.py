@@ -11,35 +11,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor
 
 from . import limits
-from .adapters import (
-    Adapter,
-    LearnedToken,
-    check_finite_changes,
-    check_fits,
-    describe_notes,
-    read_adapter,
-)
-from .adapters.apply import Patch
-from .adapters.embeddings import embedding_tokens
+from .adapters import check_finite_changes, check_fits, describe_notes, read_adapter
 from .adapters.text_changes import check_text_changes
-from .adapters.tokens import NewToken, parse_new_tokens
+from .adapters.tokens import parse_new_tokens
 from .arguments import (
     DECODER,
     PRIOR,
     SECOND_PASS,
     Output,
-    Sampling,
     Size,
     StageSettings,
     batch_size,
@@ -59,95 +48,29 @@ from .arguments import (
     chosen_settings,
     expanded,
 )
-from .diffusion.samplers import Callback, SamplerStep
 from .errors import CascadeError, Interrupted, printable, quoted
-from .geometry import (
-    LATENT_CHANNELS,
-    compressor_size,
-    largest_size,
-    stage_b_size,
-    stage_c_size,
-    whole_size,
-)
-from .hints.masks import composite, latent_mask
+from .geometry import largest_size, stage_c_size
+from .hints.masks import composite
 from .limits import real_number, whole_number
+from .loaded import AppliedLoRA
+from .making import EncodedPicture, PictureStages, ProgressCallback, owned
+from .making import StageProgress as StageProgress
 from .model_files import ModelFiles
-from .pictures import Picture, as_image, resized, to_pil
-from .run import Observer, SamplingRun
-from .stages.codec import Codec, load_compressor, load_stage_a
-from .stages.control import AppliedControlNet, ControlNetStage, load_controlnet
+from .pictures import Picture, as_image, to_pil
+from .run import Observer
 from .stages.device import ComputeDevice
-from .stages.diffusion import (
-    SCALE_FACTOR,
-    DiffusionStage,
-    Guidance,
-    check_channels,
-    check_widths,
-    checked_semantic,
-    load_stage,
-    stage_b_tile,
-)
-from .stages.hint import Control, make_hint
-from .stages.prompt import (
-    PicturePrompt,
-    Prompt,
-    TextStage,
-    VisionStage,
-    check_text,
-    load_image_encoder,
-    load_text_encoder,
-)
-from .stages.weights import check_stage_finite
+from .stages.diffusion import checked_semantic
+from .stages.hint import Control
+from .stages.prompt import check_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-KINDS = ["stage_c", "stage_b"]
-CLOSED = "This StableCascade was closed; load it again."
 
 
-@dataclass(frozen=True)
-class StageProgress:
-    """A finished step of one stage.
-
-    stage   stage_c or stage_b
-    step    1 … steps
-    latent  (B, C, h, w), the clean latent that this step predicted, in the network's units
-    """
-
-    stage: str
-    step: int
-    steps: int
-    latent: Tensor
-    _preview: Callable[[Tensor], Image | None]
-
-    def preview(self) -> Image | None:
-        """The first picture so far, by the previewer or by Stage A; None where the previewer's file is missing."""
-        return self._preview(self.latent)
-
-
-ProgressCallback = Callable[[StageProgress], object]
-
-
-class EncodedPicture(NamedTuple):
-    """stage_c: (B, 16, h, w); stage_b: (B, 4, H / 4, W / 4), zeros where Stage A was not asked for"""
-
-    stage_c: Tensor
-    stage_b: Tensor
-
-
-@dataclass(frozen=True)
-class _AppliedLoRA:
-    adapter: Adapter
-    strength: float
-    text_strength: float
-    new_tokens: tuple[NewToken, ...]
-
-
-class StableCascade:
-    """A cascade's networks, loaded as they are first needed.
+class StableCascade(PictureStages):
+    """A cascade whose networks are loaded as they are first needed.
 
     One call runs at a time; another thread's call waits. `close`, or leaving a `with` block, gives the memory back.
     """
@@ -161,17 +84,10 @@ class StableCascade:
         decoder: StageSettings = DECODER,
         size: Size = (1024, 1024),
     ):
-        device.weight_dtype(dtype)  # refuses an unknown dtype before a file is read
-        self.files, self.device, self.dtype = files, device, dtype
+        super().__init__(files, device, dtype)
         self.prior_settings = checked_settings(prior, "prior")
         self.decoder_settings = checked_settings(decoder, "decoder")
         self.size = checked_size(size)
-        self._loaded: dict[tuple[str, Path], Any] = {}
-        self._loras: dict[str, _AppliedLoRA] = {}
-        self._lock = threading.RLock()
-        self._depth = 0  # depth of nested calls, made by callbacks
-        self._cancelled = threading.Event()
-        self._closed = False
 
     @classmethod
     def load(
@@ -348,7 +264,7 @@ class StableCascade:
             pictures, controls = checked_image_prompts(image_prompts), checked_controls(controls)
             self._check_files("text_encoder", "stage_c", controls=controls)
             prompts = self._encode_text(*texts)
-            return _owned(
+            return owned(
                 self._sample_prior(
                     prompts, size, batch, sampling, source, semantic, hole, grow, soft, pictures, controls
                 )
@@ -417,7 +333,7 @@ class StableCascade:
             batch_size(None, size, images=source)
             self._check_files("compressor", *(["stage_a"] if with_stage_a else []))
             encoded = self._encode_picture(source, size, with_stage_a, tile_size)
-            return EncodedPicture(*map(_owned, encoded))
+            return EncodedPicture(*map(owned, encoded))
 
     def second_pass(
         self,
@@ -498,7 +414,7 @@ class StableCascade:
             for note in notes:
                 logger.info(note)
             name = _free_name(path.name, self._loras)
-            self._loras[name] = _AppliedLoRA(adapter, strength, text_strength, named)
+            self._loras[name] = AppliedLoRA(adapter, strength, text_strength, named)
             return name
 
     def remove_lora(self, name: str) -> None:
@@ -516,20 +432,6 @@ class StableCascade:
         """The names of the LoRAs and learned tokens that are applied."""
         return tuple(self._loras)
 
-    # Lifetime
-
-    def cancel(self) -> None:
-        """Ends the call that is running in another thread, which raises Interrupted there."""
-        self._cancelled.set()
-
-    def close(self) -> None:
-        """Gives the memory back. The object cannot be used any more."""
-        with self._lock:
-            self._loaded.clear()
-            self._loras.clear()
-            self.device.close()
-            self._closed = True
-
     def __enter__(self) -> Self:
         return self
 
@@ -540,253 +442,6 @@ class StableCascade:
         raise CascadeError(
             "A StableCascade cannot be copied or sent to another process; call StableCascade.load there."
         )
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """One call at a time."""
-        with self._lock:
-            if self._closed:
-                raise CascadeError(CLOSED)
-            if not self._depth:  # a call within a callback must not reset the outer one's cancellation
-                self._cancelled.clear()
-            # The caller's autocast and default device are meant for the caller's own networks.
-            elsewhere = torch.get_default_device().type != "cpu"
-            default_device = torch.device("cpu") if elsewhere else nullcontext()
-            with (
-                torch.inference_mode(),
-                torch.autocast(self.device.device.type, enabled=False),
-                default_device,
-            ):
-                self._depth += 1
-                try:
-                    yield
-                finally:
-                    self._depth -= 1
-
-    # Networks, loaded when they are first needed
-
-    def _load(self, role: str, path: Path, load: Callable[[Path], T]) -> T:
-        if self._closed:  # closed by a callback, or before a late preview
-            raise CascadeError(CLOSED)
-        if (role, path) not in self._loaded:
-            self._loaded[role, path] = load(path)
-        return self._loaded[role, path]
-
-    def stage(self, kind: str) -> DiffusionStage:
-        """Stage C or Stage B (kind stage_c, stage_b) as loaded, without changes by LoRAs."""
-        if kind not in KINDS:
-            raise CascadeError(f"kind is {quoted(kind)}; choose {' or '.join(KINDS)}.")
-        path = self.files.find(kind)
-        return self._load(kind, path, lambda path: load_stage(kind, path, self.dtype, self.device))
-
-    def text_stage(self) -> TextStage:
-        """The text encoder as loaded."""
-        path = self.files.find("text_encoder")
-        return self._load("text_encoder", path, lambda path: load_text_encoder(path, self.device))
-
-    def vision_stage(self) -> VisionStage:
-        """The image encoder."""
-        path = self.files.find("vision")
-        return self._load("vision", path, lambda path: load_image_encoder(path, self.device))
-
-    def stage_a(self) -> Codec:
-        """Stage A, which encodes and decodes Stage B's latents."""
-        path = self.files.find("stage_a")
-        return self._load("stage_a", path, lambda path: load_stage_a(path, self.device))
-
-    def compressor(self) -> Codec:
-        """The semantic compressor, with the previewer as its decoder where there is one."""
-        path, previewer = self.files.find("compressor"), self.files.find_optional("previewer")
-        return self._load("compressor", path, lambda path: load_compressor(path, previewer, self.device))
-
-    def controlnet(self, file: str | Path) -> ControlNetStage:
-        """A ControlNet by its path, or its name in the folder's `controlnet`."""
-        path = self.files.named("controlnet", file)
-        return self._load("controlnet", path, lambda path: load_controlnet(path, self.device))
-
-    def _with_loras(self, kind: str) -> DiffusionStage:
-        stage = self.stage(kind)
-        patches = tuple(
-            Patch(lora.adapter.name, changes, lora.strength)
-            for lora in self._loras.values()
-            if (changes := getattr(lora.adapter, kind)) and lora.strength
-        )
-        return replace(stage, patches=patches)
-
-    def _text_with_loras(self) -> TextStage:
-        text = self.text_stage()
-        for lora in self._loras.values():
-            if lora.text_strength:
-                text = text.with_adapter(lora.adapter, lora.text_strength, lora.new_tokens)
-        return text
-
-    # The stages of a picture
-
-    def _encode_text(self, prompts: list[str], negative: str) -> tuple[Prompt, Prompt]:
-        text = self._text_with_loras()
-        encoded = []
-        for name, texts in (("prompt", prompts), ("negative", [negative])):
-            encoded.append(text.encode(texts, self._embeddings))
-            result = [encoded[-1].states, encoded[-1].pooled]
-            check_stage_finite(
-                result, text, f"What the text encoder gives for {name}", "lower the weights in the prompt"
-            )
-        return encoded[0], encoded[1]
-
-    def _embeddings(self, prompt: str, width: int) -> list[LearnedToken]:
-        """The tokens of files that a prompt asks for by `embedding:name`."""
-        return embedding_tokens(prompt, width, self.files.embedding, str(self.files.folder / "embeddings"))
-
-    def _encode_picture(self, source: Tensor, size: Size, stage_a: bool, tile_size: int) -> EncodedPicture:
-        width, height = size
-        compressor = self.compressor()
-        stage_c = compressor.encode(resized(source, compressor_size(height, width)))
-        check_stage_finite([stage_c], compressor, "The compressor's latent")
-        whole = whole_size(height, width)
-        if not stage_a:
-            return EncodedPicture(stage_c, self._empty("stage_b", len(source), whole))
-        codec = self.stage_a()
-        stage_b = codec.encode(resized(source, whole), tile_size)
-        check_stage_finite([stage_b], codec, "Stage A's latent")
-        return EncodedPicture(stage_c, stage_b)
-
-    @staticmethod
-    def _empty(kind: str, batch: int, size: tuple[int, int]) -> Tensor:
-        positions = stage_c_size(*size) if kind == "stage_c" else stage_b_size(*size)
-        return torch.zeros(batch, LATENT_CHANNELS[kind], *positions)
-
-    def _sample_prior(
-        self,
-        prompts: tuple[Prompt, Prompt],
-        size: Size,
-        batch: int,
-        sampling: Sampling,
-        source: Tensor | None,
-        latent: Tensor | None,
-        mask: Tensor | None,
-        grow: int,
-        soft: bool,
-        pictures: Sequence[tuple[Tensor, float]],
-        controls: Sequence[Control],
-    ) -> Tensor:
-        width, height = size
-        stage = self._with_loras("stage_c")
-        check_widths(prompts[0], stage)
-        if latent is not None:
-            check_channels(latent, stage)
-        if latent is None and source is not None and (sampling.denoise < 1 or mask is not None):
-            latent = self._encode_picture(source, size, False, 0).stage_c
-        if latent is None:
-            latent = self._empty("stage_c", batch, (height, width))
-        latent = _repeated(latent, batch)
-        if sampling.denoise == 0:
-            return latent
-        noise_mask = None if mask is None else latent_mask(mask, batch, latent.shape[-2:], grow, soft)
-        positive, negative = prompts
-        positive = replace(positive, pictures=self._picture_prompts(pictures))
-        applied = tuple(
-            self._applied(control, size, source, mask) for control in controls if control.strength
-        )
-        positive, negative = (replace(prompt, controlnets=applied) for prompt in (positive, negative))
-        return self._sample(stage, sampling, latent, noise_mask, positive, negative)
-
-    def _sample_decoder(
-        self,
-        semantic: Tensor,
-        prompts: tuple[Prompt, Prompt],
-        size: Size,
-        sampling: Sampling,
-        source: Tensor | None,
-        mask: Tensor | None,
-        soft: bool,
-        tile_size: int,
-    ) -> Tensor:
-        width, height = size
-        stage, codec = self._with_loras("stage_b"), self.stage_a()
-        check_channels(semantic, stage)
-        stage.check_picture_size(width, height)
-        batch = len(semantic)
-        latent = self._empty("stage_b", batch, whole_size(height, width))
-        if source is not None and (sampling.denoise < 1 or mask is not None):
-            encoded = codec.encode(resized(source, whole_size(height, width)), tile_size)
-            check_stage_finite([encoded], codec, "Stage A's latent")
-            latent = _repeated(encoded, batch)
-        noise_mask = None if mask is None else latent_mask(mask, batch, latent.shape[-2:], soft=soft)
-        if sampling.denoise:
-            positive, negative = prompts
-            positive = replace(positive, effnet=semantic)
-            negative = replace(negative, effnet=torch.zeros_like(semantic))
-            tile = stage_b_tile(tile_size)
-            latent = self._sample(stage, sampling, latent, noise_mask, positive, negative, tile)
-        self.device.observer.check_interrupted()
-        pictures = codec.decode(latent, tile_size)
-        check_stage_finite([pictures], codec, "The decoded picture")
-        return pictures
-
-    def _sample(
-        self,
-        stage: DiffusionStage,
-        sampling: Sampling,
-        latent: Tensor,
-        mask: Tensor | None,
-        positive: Prompt,
-        negative: Prompt,
-        tile_positions: int = 0,
-    ) -> Tensor:
-        settings = sampling.settings
-        run = SamplingRun(
-            latent, sampling.seed, settings.steps, settings.shift, settings.sampler, sampling.denoise, mask
-        )
-        guidance = Guidance(settings.cfg, settings.cfg_rescale)
-        steps = self._callback(stage.kind, sampling.callback)
-        result = stage.sample(run, positive, negative, guidance, tile_positions, sampling.engine, steps)
-        advice = "lower cfg and the weights in the prompt, or choose dtype bf16 or fp32"
-        check_stage_finite([result.latent], stage, f"The latent that {stage.described} sampled", advice)
-        logger.debug("%s: %.2f s, %d bytes", stage.described, result.seconds, result.peak_bytes)
-        return result.latent
-
-    def _callback(self, kind: str, callback: ProgressCallback | None) -> Callback | None:
-        if callback is None:
-            return None
-
-        def report(step: SamplerStep) -> None:
-            preview = self._preview_prior if kind == "stage_c" else self._preview_decoder
-            # The callback gets a copy of x0, which the sampler may read again, and runs outside of inference mode.
-            progress = StageProgress(kind, step.index + 1, step.steps, _owned(step.x0), preview)
-            with torch.inference_mode(False), torch.no_grad():
-                cancelled = callback(progress) is False
-            if cancelled:
-                raise Interrupted("The run was cancelled.")
-
-        return report
-
-    def _preview_prior(self, latent: Tensor) -> Image | None:
-        with self._running():
-            if any(self.files.find_optional(role) is None for role in ("compressor", "previewer")):
-                return None
-            return to_pil(self.compressor().decode(latent[:1].cpu()))[0]
-
-    def _preview_decoder(self, latent: Tensor) -> Image | None:
-        with self._running():
-            return to_pil(self.stage_a().decode(latent[:1].cpu() * SCALE_FACTOR))[0]
-
-    def _picture_prompts(self, pictures: Sequence[tuple[Tensor, float]]) -> tuple[PicturePrompt, ...]:
-        prompts = []
-        for picture, strength in pictures:
-            if strength == 0:
-                continue
-            vision = self.vision_stage()
-            embeds = vision.encode(picture)
-            check_stage_finite([embeds], vision, "What the image encoder gives")
-            prompts.append(PicturePrompt(embeds, strength))
-        return tuple(prompts)
-
-    def _applied(
-        self, control: Control, size: Size, source: Tensor | None, mask: Tensor | None
-    ) -> AppliedControlNet:
-        stage = self.controlnet(control.file)
-        hint = make_hint(control, stage, size, source, mask, self.compressor)
-        return AppliedControlNet(stage, hint, control.strength, control.start, control.end)
 
     def _size(self, size: Size | None, source: Tensor | None, latent: Tensor | None = None) -> Size:
         """The given size, else the picture's, else the cascade's own if the latent fits it, else the latent's."""
@@ -800,36 +455,14 @@ class StableCascade:
         height, width = largest_size(latent.shape[-2:])
         return width, height
 
-    def _check_files(self, *roles: str, controls: Sequence[Control] = ()) -> None:
-        """Raises CascadeError for a file that is missing, before another one is loaded."""
-        for role in roles:
-            self.files.find(role)
-        for control in controls:
-            self.files.named("controlnet", control.file)
-
 
 def _check_cancelled(cancelled: threading.Event) -> None:
     if cancelled.is_set():
         raise Interrupted("The run was cancelled.")
 
 
-def _repeated(latent: Tensor, batch: int) -> Tensor:
-    """A latent for each image of the batch."""
-    if len(latent) not in (1, batch):
-        raise CascadeError(
-            f"{len(latent)} latents were given for a batch of {batch}; give one, or one for each."
-        )
-    return latent if len(latent) == batch else latent.repeat(batch, 1, 1, 1)
-
-
 def _as_output(pictures: Tensor, output: Output) -> list[Image] | Tensor:
-    return _owned(pictures) if output == "tensor" else to_pil(pictures)
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    """A copy that the caller may change in place, which PyTorch refuses for a tensor made in inference mode."""
-    with torch.inference_mode(False):
-        return tensor.detach().clone()
+    return owned(pictures) if output == "tensor" else to_pil(pictures)
 
 
 def _free_name(name: str, taken: Mapping[str, object]) -> str:

@@ -34,7 +34,7 @@ STAR_AND_RING = [("red", "star"), ("blue", "ring")]
 # Run before and after the notebook's own cells: which files are loaded, each as often as it is.
 COUNTING = """
 from pathlib import Path
-from cascade_nodes.cascade_core import pipeline
+from cascade_nodes.cascade_core import loaded as networks
 
 loaded = []
 
@@ -44,8 +44,8 @@ def counted(load):
         return load(*arguments)
     return counting
 
-for name in [name for name in vars(pipeline) if name.startswith("load_")]:
-    setattr(pipeline, name, counted(getattr(pipeline, name)))
+for name in [name for name in vars(networks) if name.startswith("load_")]:
+    setattr(networks, name, counted(getattr(networks, name)))
 """
 COUNTED = "import json; print(json.dumps(loaded))"
 
@@ -147,7 +147,7 @@ print(json.dumps([files, CANNY, LORA, asdict(cascade.prior_settings), asdict(cas
 
 
 def test_no_owner_is_made_up():
-    """The repository's address is for the reader to set."""
+    """The repository's address is left for the reader to set."""
     assert 'REPOSITORY = ""' in NOTEBOOK.read_text(encoding="utf-8").replace('\\"', '"')
 
 

@@ -22,7 +22,8 @@ TABLES = ROOT / "web" / "sentences"
 ELSEWHERE = (
     "cascade_core/adapters/dialects.py", "cascade_core/adapters/merge.py", "cascade_core/adapters/write.py",
     "cascade_core/arguments.py", "cascade_core/diffusion/noise.py", "cascade_core/diffusion/samplers.py",
-    "cascade_core/engine/", "cascade_core/limits.py", "cascade_core/model_files.py", "cascade_core/networks/",
+    "cascade_core/engine/", "cascade_core/limits.py", "cascade_core/loaded.py", "cascade_core/making.py",
+    "cascade_core/model_files.py", "cascade_core/networks/",
     "cascade_core/pictures.py", "cascade_core/pipeline.py", "cascade_core/placement/pinned.py", "cascade_core/run.py",
     "cascade_core/stages/", "cascade_core/training/", "nodes/hosts/headless/", "nodes/hosts/example_pictures.py",
     "nodes/hosts/notices.py", "nodes/hosts/reporting.py", "nodes/hosts/schema.py",
