@@ -1,13 +1,16 @@
 """Measurements of a process with limited memory: pictures, Stage A's decoding, loading up to the first step."""
 
+import logging
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cascade_nodes.cascade_core.engine import graphs
 from cascade_nodes.nodes.conditioning import CascadeTextEncode
 from cascade_nodes.nodes.hosts import headless, reporting
 from cascade_nodes.nodes.latents import CascadeDecode, CascadeEmptyLatent
@@ -60,14 +63,64 @@ class Cascade:
         )[0]
         return CascadeDecode.execute(self.stage_a, latent_b, 0)[0]
 
+    def networks(self) -> dict[str, Any]:
+        networks = {"text": self.clip.encoder.model, "stage_c": self.stage_c.network}
+        return networks | {"stage_b": self.stage_b.network, "stage_a": self.stage_a.decoder}
+
     def staying(self) -> dict[str, float]:
         """Share of each network that is on the device now."""
-        pool = self.stage_c.device.pool
-        networks = {"text": self.clip.encoder.model, "stage_c": self.stage_c.network}
-        networks |= {"stage_b": self.stage_b.network, "stage_a": self.stage_a.decoder}
+        pool, networks = self.stage_c.device.pool, self.networks()
         return (
             {} if pool is None else {kind: pool.resident_share(network) for kind, network in networks.items()}
         )
+
+
+class Counts(logging.Handler):
+    """What each network's runs take, counted from outside: seconds, graphs captured, bytes copied, warnings."""
+
+    def __init__(self, cascade: Cascade):
+        super().__init__(logging.WARNING)
+        self.warnings: list[str] = []
+        self.kinds = {id(network): kind for kind, network in cascade.networks().items()}
+        self.runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.captures: list[str] = []
+        self.copied = 0
+        self.pool: Any = cascade.stage_c.device.pool
+        logging.getLogger().addHandler(self)
+        if not hasattr(self.pool, "shared"):  # on a processor nothing is placed
+            return
+        captured, copy, run = graphs.CapturedForward, self.pool.device.copy, self.pool.run
+
+        def counted_capture(forward: Any, x: torch.Tensor, *others: Any) -> Any:
+            self.captures.append("x".join(map(str, x.shape)))
+            return captured(forward, x, *others)
+
+        def counted_copy(target: torch.Tensor, *others: Any) -> Any:
+            self.copied += target.nbytes
+            return copy(target, *others)
+
+        def timed_run(network: Any, *given: Any, **named: Any) -> Any:
+            self.captures, self.copied, start = [], 0, time.perf_counter()
+            known = named.get("known_bytes") or (given[6] if len(given) > 6 else None)
+            try:
+                return run(network, *given, **named)
+            finally:  # runs end with their result in main memory
+                self.runs[self.kinds.get(id(network), "other")].append(
+                    {
+                        "seconds": round(time.perf_counter() - start, 4),
+                        "captured": self.captures,
+                        "copied_mb": self.copied // 10**6,
+                        "known_mb": None if known is None else [each // 10**6 for each in known],
+                        "workspaces_mb": [piece.nbytes // 10**6 for piece in self.pool.shared.pieces()],
+                        "budget_mb": self.pool._device_budget() // 10**6,
+                    }
+                )
+
+        graphs.CapturedForward = counted_capture  # type: ignore[assignment, misc]
+        self.pool.device.copy, self.pool.run = counted_copy, timed_run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warnings.append(record.getMessage())
 
 
 def measure_pictures(
@@ -83,6 +136,7 @@ def measure_pictures(
     with reporting.reporting_to(messages):
         start = time.perf_counter()
         cascade = Cascade(folder, *size, dtype)
+        counts = Counts(cascade)
         cascade.picture(0)
         synchronise(device)
         first = time.perf_counter() - start
@@ -101,6 +155,8 @@ def measure_pictures(
             "peak_gb": torch.cuda.max_memory_allocated(device) / GB if cuda else 0.0,
             "reserved_gb": torch.cuda.max_memory_reserved(device) / GB if cuda else 0.0,
             "staying": cascade.staying(),
+            "runs": dict(counts.runs),  # of all pictures, the untimed ones too
+            "warnings": counts.warnings,
         }
         decode = [measure_decoding(cascade, device, side) for side in decoded]
     return {**result, "decode": decode, "told": messages.messages}

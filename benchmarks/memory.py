@@ -162,8 +162,10 @@ def report(results: dict[str, Any]) -> None:
         head, [_row(limit, results["resident"]) for limit in (results["unlimited"], *results["limits"])]
     )
     for limit in (results["unlimited"], *results["limits"]):
-        for text in limit.get("told", ()):
+        for text in (*limit.get("told", ()), *limit.get("warnings", ())):
             print(f"{limit['gb'] or 'no limit'}: {text}")
+        for kind, runs in limit.get("runs", {}).items():
+            print(f"{limit['gb'] or 'no limit'}: {kind}, the last picture: {runs[-1]}")
     print()
     decoded = results["unlimited"].get("decode", ())
     rows = [

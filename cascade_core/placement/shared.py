@@ -35,10 +35,13 @@ class SharedWorkspaces:
         self._pieces: list[ref[Tensor]] = []
 
     def take(self, size: int, device: torch.device) -> Tensor:
-        """The smallest piece of at least `size` bytes, or a new one."""
-        fitting = [piece for piece in self.pieces() if piece.nbytes >= size and piece.device == device]
-        if fitting:
-            return min(fitting, key=lambda piece: piece.nbytes)
+        """The largest piece if it has `size` bytes, or a new one.
+
+        Not the smallest that fits: two networks that lose their graphs in turn would keep that one for each other.
+        """
+        pieces = [piece for piece in self.pieces() if piece.nbytes >= size and piece.device == device]
+        if pieces:
+            return max(pieces, key=lambda piece: piece.nbytes)
         piece = self._empty(size, device)
         self._pieces.append(ref(piece))
         return piece

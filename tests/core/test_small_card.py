@@ -20,6 +20,7 @@ from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.placement import DeviceMemory, RunBytes, SimulatedDevice, WeightConsumer
 from cascade_nodes.cascade_core.placement.device import MARGIN, SEGMENT, WORKSPACE
+from cascade_nodes.cascade_core.placement.shared import SharedWorkspaces
 from cascade_nodes.cascade_core.placement.units import Unit
 from cascade_nodes.cascade_core.text.clip import TextConfig
 from cascade_nodes.cascade_core.text.encoder import build_text_model
@@ -186,3 +187,14 @@ def test_no_graph_is_captured_anew_for_each_picture(size, in_int8, copied, monke
         assert captures == 0
         assert copied_bytes <= copied * MB
     assert not cascade.told  # never out of memory
+
+
+def test_who_loses_its_workspace_takes_the_largest():
+    shared = SharedWorkspaces()
+    small = [shared.take(100, META) for _ in range(2)]  # two networks'
+    large = shared.take(200, META)
+    assert small[0] is small[1] is not large
+    small[0] = shared.take(100, META)  # while the other one still has the small workspace
+    assert small[0] is large
+    small[1] = shared.take(100, META)
+    assert shared.pieces() == [large]

@@ -34,10 +34,11 @@ def test_graphs_survive_weights_that_make_way(device: torch.device, monkeypatch:
     real = graphs.CapturedForward
     monkeypatch.setattr(graphs, "CapturedForward", lambda *given: captures.append(given) or real(*given))
     configs = [SHALLOW_C, SHALLOW_C, SHALLOW_B]
+    sizes = [(9, 11), (9, 11), (34, 50)]
     networks: list[Any] = [network_of(config, torch.bfloat16, torch.device("cpu")) for config in configs]
     calls = []
-    for config, network in zip(configs, networks, strict=True):
-        x, conditions = inputs(config, network)
+    for config, network, size in zip(configs, networks, sizes, strict=True):
+        x, conditions = inputs(config, network, size=size)
         calls.append((x.to(device), {name: value.to(device) for name, value in conditions.items()}))
 
     def pictures(pool: DeviceMemory, count: int) -> list[list[Tensor]]:
