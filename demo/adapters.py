@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpus", default="0", help="numbers of the GPUs, by commas (default: 0)")
-    parser.add_argument("--seconds", type=float, default=800, help="for all of them (default: 800)")
+    parser.add_argument("--seconds", type=float, default=800, help="seconds for all of them (default: 800)")
     parser.add_argument(
         "--work", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)"
     )

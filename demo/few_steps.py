@@ -18,7 +18,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # noised latents (B, C, h, w), noi
 
 
 class Levels(NamedTuple):
-    """Noise levels of latents, each (B, 1, 1, 1): x = a·x0 + b·epsilon. ratio: `dpmpp_2m`'s, to the previous step."""
+    """Noise levels of latents, each (B, 1, 1, 1): x = a·x0 + b·epsilon. ratio: `dpmpp_2m`'s, of two steps."""
 
     a: Tensor
     b: Tensor
@@ -77,7 +77,7 @@ def consistency_terms(
 
 
 def _along(teacher: Predict, x: Tensor, path: list[Levels]) -> tuple[Tensor, Tensor]:
-    """As the core's `along_path`: the end of the teacher's path, and the x0 predicted in its last step."""
+    """Follows the teacher's path as the core's `along_path` does: its end, and the x0 predicted in its last step."""
     x0 = before = x  # replaced in the first step
     for here, there in pairwise(path):
         before, x0 = x0, (x - teacher(x, here.condition.flatten()).float() * here.b) / here.a

@@ -124,7 +124,7 @@ def _wait(process: subprocess.Popen[bytes], end: float) -> None:
 
 
 def _bring_together(planned: Sequence[Measurement], work: Path) -> None:
-    """Write the figures of all existing parts into their common files, beside the figures already there."""
+    """Writes the figures of all existing parts into their common files, beside the figures already there."""
     found: dict[str, dict] = {}
     for each in planned:
         path = work / "parts" / f"{each.name}.json"
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--work", type=Path, default=Path("runs/figures"), help="(runs/figures)")
     parser.add_argument("--count", type=int, default=500, help="held-out prompts (default: 500)")
-    parser.add_argument("--seconds", type=float, default=1e6, help="end what takes longer")
+    parser.add_argument("--seconds", type=float, default=1e6, help="seconds until the end at most")
     parser.add_argument("--only", nargs="+", choices=names, help="only these")
     options = parser.parse_args(arguments)
     started = time.monotonic()

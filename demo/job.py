@@ -129,7 +129,7 @@ class Job:
         needed: int = 1,
         inputs: Sequence[str] = (),
     ) -> None:
-        """Train by loss(*draw(step)), and write the networks with their averaged weights by `export`.
+        """Trains by loss(*draw(step)), and writes the networks with their averaged weights by `export`.
 
         prepare: makes the data, after its `inputs` (other networks) have been trained, and returns `draw`
         rehearsals: batches of arbitrary values, whose shapes are compiled and captured beforehand: the first `needed`
@@ -173,7 +173,7 @@ class Job:
 
     @torch.no_grad()
     def _begin_with(self, folder: Path, networks: Mapping[str, nn.Module]) -> None:
-        """Copy exported weights of the same names and shapes into the networks; other weights are unchanged."""
+        """Copies exported weights of the same names and shapes into the networks; other weights are unchanged."""
         for name, network in networks.items():
             path = folder / FILES.get(name, name)
             if not path.is_file():

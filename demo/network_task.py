@@ -90,7 +90,7 @@ class NetworkTask(Task):
         return batch
 
     def rehearse(self, tensors: Sequence[Tensor]) -> None:
-        """Compile and capture for a shape, with arbitrary values; the weights do not change."""
+        """Compiles and captures for a shape, with arbitrary values; the weights do not change."""
         if not self.captured.eager:
             self.captured(tensors)
 

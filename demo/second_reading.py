@@ -33,7 +33,7 @@ SIDE = 6  # pixels of the frame's sides
 BACKGROUND_LIMIT = 0.10  # the greatest mean difference (RGB in [0, 1]) at which a background is recognised
 SHADOW = (-0.40, 0.06)  # range of the log ratio in which a pixel is still background
 OBJECT_LIMIT = 0.14  # least distance of an object from that range, in logarithms
-FLOOR = 0.06  # added to both before the logarithm, which is steep near black
+FLOOR = 0.06  # added to picture and background before the logarithm, which is steep near black
 GRID = 2  # pixels; regions are connected on a coarser grid
 # Share of its local colour that marks an object's edge, and the pixels across which that colour is averaged.
 COVER, AROUND = 0.5, 17

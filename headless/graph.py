@@ -123,7 +123,7 @@ def whole_number(value: Any) -> int:
 
 
 def truth(value: Any) -> bool:
-    """A value converted for a BOOLEAN input; of texts only "true" and "false", since Python takes any for true."""
+    """A value converted for a BOOLEAN input; of texts only "true" and "false" are taken, since any is true."""
     if isinstance(value, str) and value.lower() not in _TRUTHS:
         raise ValueError(f"{quoted(value)} is neither true nor false; give true or false")
     return _TRUTHS[value.lower()] if isinstance(value, str) else bool(value)

@@ -227,7 +227,7 @@ class CascadeUpscaleLatent(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Enlarges a Stage C latent, and gives the empty Stage B latent of that size. So a picture "
-                "is composed at the size that Stage C was trained at and made at the larger one."
+                "is composed at the size that Stage C was trained at, then made at the larger one."
             ),
             **searched_as("stable cascade, hires fix, upscale, size, high resolution"),
             inputs=[

@@ -482,7 +482,7 @@ def test_fingerprints_follow_the_weights():
 
 
 def test_a_plan_is_what_it_was_when_it_stood_in_memory():
-    """Each batch against torch's own permutations, joined and split."""
+    """Compares each batch with torch's own permutations, joined and split."""
     counts, total, repeat = [7, 4, 3], 5, 4
     random = generator(3, "epoch", 2)
     whole = []
