@@ -16,8 +16,13 @@ const STYLE = `
   .cascade-panel select { flex: 1 1 0; min-width: 0; }
   .cascade-panel :disabled { opacity: 0.4; cursor: default; }
   .cascade-panel-sizes { font-variant-numeric: tabular-nums; white-space: nowrap; }
-  .cascade-panel-text { max-height: 100%; overflow-y: auto; overflow-wrap: anywhere;
-    white-space: pre-line; user-select: text; }
+  .cascade-panel .cascade-panel-text { height: auto; padding: 0; border: none; background: none; text-align: left;
+    white-space: normal; }
+  .cascade-panel-text span { display: -webkit-box; -webkit-box-orient: vertical; overflow: hidden; }
+  .cascade-panel-text span, .cascade-panel-all { overflow-wrap: anywhere; white-space: pre-line; }
+  .cascade-panel-all { inset: auto; margin: 0; box-sizing: border-box; width: 380px; max-height: 60vh; overflow-y: auto;
+    padding: 10px; border-radius: 6px; border: 1px solid var(--border-color, #4e4e4e); font: 13px/1.45 sans-serif;
+    background: var(--comfy-menu-bg, #222); color: var(--input-text, #ddd); user-select: text; }
   .cascade-panel-faint { color: var(--descrip-text, #999); }
   .cascade-panel-warning { color: #e2a33c; }
 `;
@@ -45,8 +50,8 @@ export function element(tag, className = "", children = []) {
 export function addPanel(node, name, content, height) {
   const style = element("style", "", [STYLE]);
   const panel = element("div", "cascade-panel", [style, content]);
-  panel.style.height = `${height}px`;
-  panel.style.minHeight = `${height}px`; // Nodes 2.0 take the other back, and a longer sentence would move the node
+  // Nodes 2.0 take `height` back, and a longer sentence would move the node.
+  for (const bound of ["height", "minHeight", "maxHeight"]) panel.style[bound] = `${height}px`;
   const widget = node.addDOMWidget(name, "cascade_panel", panel, {
     serialize: false, // not sent to the server
     hideOnZoom: false,

@@ -1,11 +1,11 @@
 /** On a sampler: presets, and what its last run took: time for each step, on a card the most memory, and notices. */
 
-import { addPanel, after, element, makeRoom } from "./panel.js";
+import { addPanel, after, element } from "./panel.js";
 import { presetChoice } from "./presets.js";
-import { addTextPanel } from "./text_panel.js";
+import { sentenceBox } from "./text_panel.js";
 import { say } from "./words.js";
 
-const HEIGHT = 66;
+const HEIGHT = 102;
 const UNITS = ["B", "kB", "MB", "GB", "TB"];
 
 /** @param {number} bytes @returns {string} such as "1.24 GB" (powers of 1000, three digits) */
@@ -29,18 +29,13 @@ const noticesOf = (output) =>
 export function addRunPanel(node) {
   const time = element("div", "cascade-panel-faint cascade-panel-sizes", [say("run.none")]);
   const space = element("div", "cascade-panel-faint cascade-panel-sizes");
-  const content = element("div", "", [presetChoice(node), time, space]);
+  const notices = sentenceBox(2, "cascade-panel-warning");
+  const content = element("div", "", [presetChoice(node), time, space, notices.box]);
   content.style.display = "contents";
   addPanel(node, "cascade_run", content, HEIGHT);
 
-  let notices = null; // there only once a run had some
   after(node, "onExecuted", (output) => {
-    const sentences = noticesOf(output) ?? [];
-    if (sentences.length && !notices) {
-      notices = addTextPanel(node, noticesOf);
-      makeRoom(node);
-    }
-    notices?.(sentences);
+    notices.show(noticesOf(output) ?? []);
     const run = output?.cascade_run?.[0];
     if (!run) return;
     const { steps, seconds, peak_bytes, device } = run;

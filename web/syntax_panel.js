@@ -1,10 +1,10 @@
 /** Names syntax of other programs in a prompt, after the run that met it, and what to do instead. */
 
 import { api } from "../../scripts/api.js";
-import { addPanel, after, element, makeRoom } from "./panel.js";
+import { addPanel, after, makeRoom } from "./panel.js";
+import { sentenceBox } from "./text_panel.js";
 import { say } from "./words.js";
 
-const HEIGHT = 68; // four lines
 const SENTENCES = {
   lora: "syntax.lora",
   break: "syntax.break",
@@ -14,16 +14,16 @@ const SENTENCES = {
 
 /** @param {object} node one that returns [kind, piece of the prompt] as `cascade_syntax` where it met some */
 export function addSyntaxPanel(node) {
-  const text = element("div", "cascade-panel-warning cascade-panel-text");
+  const { box, show } = sentenceBox(4, "cascade-panel-warning");
   let shown = false; // most prompts have none, and need no room for it
-  api.addEventListener("execution_start", () => (text.textContent = ""));
+  api.addEventListener("execution_start", () => show([]));
   after(node, "onExecuted", (output) => {
     if (!output?.cascade_syntax) return;
     if (!shown) {
-      addPanel(node, "cascade_syntax", text, HEIGHT);
+      addPanel(node, "cascade_syntax", box, 68);
       makeRoom(node);
       shown = true;
     }
-    text.textContent = output.cascade_syntax.map(([kind, piece]) => say(SENTENCES[kind], { text: piece })).join("\n");
+    show(output.cascade_syntax.map(([kind, piece]) => say(SENTENCES[kind], { text: piece })));
   });
 }

@@ -21,7 +21,7 @@ HEIGHTS = {
     "CascadeCheckpointLoader": 214,
     "CascadeControlNetLoader": 94, "CascadeCompressorLoader": 122, "CascadeVisionLoader": 94, "LoadImage": 340,
     "CascadeCanny": 150, "PreviewImage": 330, "CascadeTextEncode": 300, "CascadeEmptyLatent": 300,
-    "CascadeControlNetApply": 210, "CascadePriorSampler": 640, "CascadeDecoderSampler": 710, "CascadeDecode": 114,
+    "CascadeControlNetApply": 210, "CascadePriorSampler": 700, "CascadeDecoderSampler": 746, "CascadeDecode": 114,
     "CascadeInpaintHint": 114, "CascadeEncode": 365, "CascadeInpaintComposite": 134, "CascadeLoRAApply": 350,
     "CascadeImagePrompt": 134, "CascadeOutpaint": 226, "CascadeSuperResolutionHint": 260, "SaveImage": 480,
 }  # fmt: skip

@@ -55,6 +55,46 @@ const panel = (page, id, name) =>
     [id, name],
   );
 
+/** The sentences of a node's panel: those within its room, and those that a press on it shows. */
+async function sentencesOf(page, id, name) {
+  const box = await page.evaluateHandle(
+    ([id, name]) => {
+      const widget = window.app.graph.getNodeById(id).widgets.find((entry) => entry.name === name);
+      return widget.element.querySelector(".cascade-panel-text");
+    },
+    [id, name],
+  );
+  const lines = await box.evaluate((button) => button.innerText.split("\n").filter(Boolean));
+  if (!lines.length) return { lines };
+  await box.click();
+  const all = page.locator(".cascade-panel-all:popover-open");
+  await all.waitFor();
+  const pressed = await all.evaluate((element) => {
+    const { top, left, right, bottom } = element.getBoundingClientRect();
+    const { innerWidth, innerHeight } = window;
+    const whole = element.scrollHeight <= element.clientHeight && right <= innerWidth && bottom <= innerHeight;
+    return { all: element.innerText.split("\n"), whole: whole && left >= 0 && top >= 0 };
+  });
+  await page.keyboard.press("Escape");
+  await all.waitFor({ state: "hidden" });
+  const within = await box.evaluate((button) => {
+    const panel = button.closest(".cascade-panel").getBoundingClientRect();
+    return button.getBoundingClientRect().bottom <= panel.bottom + 1;
+  });
+  return { lines, within, ...pressed };
+}
+
+/** Pairs of nodes on the canvas that lie over each other, with their titles. */
+const overlaps = (page) =>
+  page.evaluate(() => {
+    const boxes = window.app.graph._nodes.map((node) => ({ node, box: [...node.getBounding()] }));
+    const apart = ([x, y, w, h], [left, top, width, height]) =>
+      x + w <= left || left + width <= x || y + h <= top || top + height <= y;
+    return boxes.flatMap(({ node, box }, index) =>
+      boxes.slice(index + 1).filter((other) => !apart(box, other.box)).map((other) => [node.type, other.node.type]),
+    );
+  });
+
 /** Where a point of the graph is on the screen. */
 const onScreen = (page, id, input, slot) =>
   page.evaluate(
@@ -192,10 +232,18 @@ async function run(page, { workflows, settings }) {
     null,
     { timeout: 90_000 },
   );
+  const after = [await panel(page, 7, "cascade_run"), await panel(page, 8, "cascade_run")];
+  // All that nodes may say besides: still each has its room.
+  await page.evaluate(() => {
+    const { graph } = window.app;
+    const text = Array(3).fill("ModelSamplingStableCascade changes nothing in the network, and says so at length.");
+    for (const id of [7, 8]) graph.getNodeById(id).onExecuted({ text });
+    graph.getNodeById(5).onExecuted({ cascade_syntax: [["lora", "<lora:ink:1>"], ["break", "BREAK"], ["choice", "{a|b}"]] });
+  });
+  await page.getByText("<lora:ink:1>").first().waitFor();
+  await page.evaluate(() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))));
   return {
-    before: before.map(({ lines }) => lines),
-    picture: await picture.jsonValue(),
-    after: [await panel(page, 7, "cascade_run"), await panel(page, 8, "cascade_run")],
+    before: before.map(({ lines }) => lines), picture: await picture.jsonValue(), after, overlaps: await overlaps(page),
   };
 }
 
@@ -535,17 +583,19 @@ async function sentences(page) {
   return { before, after: await panel(page, id, "cascade_text") };
 }
 
-/** A sampler has room for sentences about its run once there are some. */
+/** A sampler has room for sentences about its run. */
 async function notices(page) {
   const id = await place(page, "CascadePriorSampler");
   const tell = (output) => page.evaluate(([id, output]) => window.app.graph.getNodeById(id).onExecuted(output), [id, output]);
+  const size = () => page.evaluate((id) => [...window.app.graph.getNodeById(id).size], id);
   await tell({});
-  const before = await panel(page, id, "cascade_text").catch(() => null);
-  await tell({ text: ["The MODEL's own guidance is used.", "shift is not."] });
+  const seen = { before: await sentencesOf(page, id, "cascade_run"), size: await size() };
+  await tell({ text: ["The MODEL's own guidance is used.", "shift is not.", "a third, which is ".repeat(20)] });
   await page.getByText("The MODEL's own guidance is used.").first().waitFor();
-  const after = await panel(page, id, "cascade_text");
+  seen.after = await sentencesOf(page, id, "cascade_run");
+  seen.sizeAfter = await size();
   await tell({});
-  return { before, after, later: await panel(page, id, "cascade_text") };
+  return { ...seen, later: await sentencesOf(page, id, "cascade_run") };
 }
 
 /** What a prompt holds of other programs' syntax is named in its node after the run, and no longer at the next. */
@@ -558,14 +608,9 @@ async function syntax(page) {
     [node, output],
   );
   await page.getByText("<lora:ink:1>").first().waitFor();
-  const { shown, lines } = await panel(page, id, "cascade_syntax");
-  const within = await page.evaluate((id) => {
-    const { element } = window.app.graph.getNodeById(id).widgets.find((widget) => widget.name === "cascade_syntax");
-    const text = element.querySelector(".cascade-panel-text");
-    return text.getBoundingClientRect().bottom <= element.getBoundingClientRect().bottom + 1;
-  }, id);
+  const told = await sentencesOf(page, id, "cascade_syntax");
   await page.evaluate(() => window.app.api.dispatchCustomEvent("execution_start", { prompt_id: "another" }));
-  return { shown, lines, within, later: (await panel(page, id, "cascade_syntax")).lines };
+  return { told, later: await sentencesOf(page, id, "cascade_syntax") };
 }
 
 /** The values of a training node, as the interface has them. */
@@ -751,7 +796,7 @@ async function japanese(page, { url, workflows }) {
     sampler,
   );
   await page.getByText("'a_key'").first().waitFor();
-  const notice = await panel(page, sampler, "cascade_text");
+  const notice = await panel(page, sampler, "cascade_run");
   await page.evaluate((id) => window.app.canvas.selectNode(window.app.graph.getNodeById(id)), sampler);
   // The button may lie under the menu: it is pressed as the keyboard would.
   await page.locator("[data-testid='info-button']").dispatchEvent("click");

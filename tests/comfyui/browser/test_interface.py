@@ -308,19 +308,27 @@ def test_a_lora_says_what_it_holds(seen):
 
 def test_syntax_of_other_programs_is_named_until_the_next_run(seen):
     facts = told(seen, "syntax")
-    assert facts["shown"]
-    assert facts["within"]
+    assert facts["told"]["within"]
+    assert facts["told"]["whole"]
     pieces = ("<lora:ink:1>", "BREAK", "[a:b:0.5]", "{a|b}")
-    for piece, line in zip(pieces, facts["lines"], strict=True):
+    for piece, line in zip(pieces, facts["told"]["all"], strict=True):
         assert line.startswith(f"{piece} is read as")
-    assert facts["later"] == []
-
-
-def test_a_sampler_says_what_counts_once_there_is_something_to_say(seen):
-    facts = told(seen, "notices")
-    assert not (facts["before"] or {}).get("lines")
-    assert facts["after"]["lines"] == ["The MODEL's own guidance is used.", "shift is not."]
     assert facts["later"]["lines"] == []
+
+
+def test_a_sampler_says_what_counts_in_the_room_that_it_has(seen):
+    facts = told(seen, "notices")
+    assert facts["before"]["lines"] == facts["later"]["lines"] == []
+    assert facts["after"]["lines"][0] == "The MODEL's own guidance is used."
+    assert facts["after"]["all"][:2] == ["The MODEL's own guidance is used.", "shift is not."]
+    assert len(facts["after"]["all"]) == 3
+    assert facts["after"]["within"]
+    assert facts["after"]["whole"]
+    assert facts["size"] == facts["sizeAfter"]
+
+
+def test_no_node_of_a_template_lies_over_another_after_its_run(seen):
+    assert told(seen, "run")["overlaps"] == []
 
 
 def test_the_seed_of_a_training_stays(seen, server):
