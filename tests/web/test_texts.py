@@ -174,6 +174,10 @@ def test_words_to_search_for_keep_the_name_of_the_node(language):
     assert labels.keys() == MAIN["en"]["cascadeNodes"]["search"].keys()
     assert labels.keys() < INFO.keys()
     assert all("{name}" in label for label in labels.values())
+    for node, label in labels.items():
+        words = re.findall(r"[^\s/,:()]+", label.replace("{name}", ""))
+        text = label.replace("{name}", NODE_TEXTS[language][node]["display_name"]).lower()
+        assert all(text.index(word.lower()) < 30 for word in words), text  # 0.3.64 looks no further
 
 
 def test_help_is_there_for_every_node_and_no_other():
