@@ -9,6 +9,7 @@ import { addSearchWords } from "./search.js";
 import { listen, loadSentences } from "./sentences.js";
 import { addSizePanel } from "./size_panel.js";
 import { addSyntaxPanel } from "./syntax_panel.js";
+import { arrangeTemplates } from "./templates.js";
 import { addTextPanel } from "./text_panel.js";
 import { loadWords } from "./words.js";
 
@@ -24,6 +25,7 @@ const PANELS = {
 };
 
 listen();
+arrangeTemplates();
 app.registerExtension({
   name: "cascade_nodes.panels",
   init: () => Promise.all([loadWords().then(loadSentences), loadReplacements(), loadPresets()]),

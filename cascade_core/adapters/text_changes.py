@@ -24,7 +24,7 @@ def check_text_changes(adapter: Adapter, network: Any, new_tokens: Sequence[NewT
     notes = []
     if names:
         written = ", ".join(printable(name_in_prompt(name)) for name in dict.fromkeys(names))
-        notes.append(f"{adapter.name} teaches {written}, to be written so in the prompt.")
+        notes.append(f"Write {written} in the prompt.")
     if unnamed:
         notes.append(
             f"{adapter.name} teaches {len(unnamed)} new tokens that it does not name, and they are left out; give "

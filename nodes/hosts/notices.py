@@ -19,6 +19,7 @@ SENTENCES = {
     "tiles": "{node} is called for each tile by itself, as if each were a step: with a cache, set tile_size to 0.",
     "network": "{key} was put on the MODEL for other networks: it changes nothing in {network}.",
     "sampler": "{key} was put on the MODEL for other samplers: it changes nothing in this one.",
+    "unchanged": "{node} left the MODEL as it was: it may be for blocks that {network} does not have.",
     "attention": (
         "{node} replaced the MODEL's attention, which only plain PyTorch can do: this run does without the "
         "engine."

@@ -68,7 +68,7 @@ def test_same_picture_as_without_comfyui(client, right_picture, lora):
     (picture,) = client.pictures(execution)
     assert np.abs(picture.astype(int) - right_picture(graph_with(str(lora)))).max() <= 1
     (texts,) = [data["output"]["text"] for data in execution.of("executed") if data["node"] == LORA]
-    note = f"{FILE} teaches [sun], to be written so in the prompt."
+    note = "Write [sun] in the prompt."
     assert texts == [f"{FILE} (onetrainer): 4 layers of Stage C, rank 2, 1 learned token ([sun])", note]
     assert execution.texts == []  # it is said once, in the panel
     without = tiny({"5.positive": "a (red:1.2) [sun] star"})

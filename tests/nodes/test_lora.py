@@ -202,7 +202,7 @@ def test_a_lora_for_the_text_alone(sockets):
 
 def test_tokens_of_a_lora(sockets):
     patched, ui = apply(sockets, "tokens", 0.0, 0.5)
-    assert ui[1] == "tokens.safetensors teaches [sun], to be written so in the prompt."
+    assert ui[1] == "Write [sun] in the prompt."
     assert far(states(patched, "a [sun]"), states(sockets, "a [sun]"))
     assert torch.equal(states(patched, "a red star"), states(sockets, "a red star"))
     without, _ = apply(sockets, "tokens", 1.0, 0.0)
@@ -211,7 +211,7 @@ def test_tokens_of_a_lora(sockets):
 
 def test_an_embedding_is_a_token_of_its_files_name(sockets):
     patched, ui = apply(sockets, "embedding")
-    assert "teaches [embedding], to be written so" in ui[1]
+    assert ui[1] == "Write [embedding] in the prompt."
     from_lora, _ = apply(sockets, "tokens")
     assert torch.equal(states(patched, "a [Embedding] star"), states(from_lora, "a [sun] star"))
 
@@ -245,7 +245,7 @@ def test_new_tokens_are_named_by_the_user(sockets, loras):
         "new.safetensors teaches 2 new tokens that it does not name, and they are left out"
     )
     patched, ui = apply(sockets, "new", new_tokens="[sun] ^star</w>; <moon>")
-    assert ui[1:] == ["new.safetensors teaches [sun], <moon>, to be written so in the prompt."]
+    assert ui[1:] == ["Write [sun], <moon> in the prompt."]
     star = sockets["clip"].encoder.tokenizer.tokens("star")
     row = sockets["clip"].encoder.model.text_model.embeddings.token_embedding.weight[star] + rows[:1]
     write_safetensors(loras / "row.safetensors", {"clip_g": row.contiguous()}, {})
@@ -374,7 +374,7 @@ def test_in_a_graph(loras, models, tmp_path, monkeypatch):
         return set(run_graph(graph, output_folder=tmp_path, executor=executor).timings)
 
     assert executed() == set(graph)
-    assert messages == ["tokens.safetensors teaches [sun], to be written so in the prompt."]
+    assert messages == ["Write [sun] in the prompt."]
     assert executed() == set()
     write(loras / "changing.safetensors", "kohya", stage_c_changes(2))
     assert executed() == {"21", "7", "8", "9", "10"}

@@ -38,6 +38,7 @@ from .patcher import CascadePatcher
 from .patches import (
     ATTENTION,
     NOTICES,
+    NetworkSettings,
     Notices,
     OverriddenAttention,
     explain_failures,
@@ -318,6 +319,7 @@ def load_patcher(kind: str, path: str, dtype: str, disable_dynamic: bool = False
             quantise_on = load_device
     cast = comfy.model_management.unet_manual_cast(weight_dtype, load_device, supported)
     config.set_inference_dtype(weight_dtype, cast)
+    config.unet_config = NetworkSettings(config.unet_config, checkpoints.KIND_NAMES[kind])
 
     def build(operations: Any, **ignored: Any) -> HostedNetwork:
         network: Any  # StageB or StageC

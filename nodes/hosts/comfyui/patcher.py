@@ -19,7 +19,15 @@ from torch import Tensor
 
 from ....cascade_core.accelerators import is_nvidia
 from .eight_bits import FloatState
-from .patches import NOTICES, has_foreign_schedule, origin, unread_by_network
+from .patches import (
+    CLONED_BY,
+    NOTICES,
+    cloning_node,
+    has_foreign_schedule,
+    left_as_it_was,
+    origin,
+    unread_by_network,
+)
 from .progress import notify
 from .residence import Residence, card_loader
 from .weight_patches import PREFIX, PatchedWeight
@@ -58,6 +66,11 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
             super().unpatch_model(self.offload_device, unpatch_weights=True)
         loader = card_loader(self.load_device)
         return Residence(self.model.hosted, self.load_device, loader.device, loader)
+
+    def clone(self, *arguments, **options):
+        clone = super().clone(*arguments, **options)
+        setattr(clone, CLONED_BY, cloning_node())
+        return clone
 
     # Loading
 
@@ -292,7 +305,8 @@ class CascadePatcher(comfy.model_patcher.ModelPatcher):
                     f"{node} put a schedule on the MODEL that is not Stable Cascade's, which its networks were not "
                     "trained on, so that no picture can come of it: take it out of the graph."
                 )
-            for sentence in unread_by_network(self, self.model.hosted.words):
+            network = self.model.hosted.words
+            for sentence in (*unread_by_network(self, network), *left_as_it_was(self, network)):
                 notify(sentence)
 
     def cleanup(self):

@@ -27,6 +27,7 @@ PACKAGE = __name__.partition(".nodes.hosts")[0]
 
 # Keys in the host's transformer_options:
 OURS = "cascade_"
+CLONED_BY = f"{OURS}cloned_by"  # attribute of a patcher: the node that made it of another
 NOTICES = f"{OURS}notices"  # the `Notices` of a run of our samplers
 ATTENTION = "optimized_attention_override"  # a function in place of attention
 PLACES = "patches", "patches_replace"  # functions for blocks of a network
@@ -164,6 +165,63 @@ def _source(module: str) -> str:
         return inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
         return ""
+
+
+# Attributes of a patcher, beside those that other nodes add, in which it may differ from the one it is a clone of.
+PATCHED = (
+    "patches", "object_patches", "weight_wrapper_patches", "force_cast_weights", "model_options", "attachments",
+    "callbacks", "wrappers", "injections", "hook_patches", "forced_hooks",
+)  # fmt: skip
+
+
+def cloning_node() -> str | None:
+    """The name of another's node that has called a patcher's `clone`; None where it was not a node, or ours."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_qualname
+        if "." in name and "<" not in name and not module.startswith("comfy."):
+            return None if module.startswith(f"{PACKAGE}.") else printable(name.partition(".")[0], 60)
+        frame = frame.f_back
+    return None
+
+
+def left_as_it_was(patcher: Any, network: str) -> Iterator[Notice]:
+    """Notices for nodes that cloned the MODEL and put nothing on the clone, having found no block to patch."""
+    while (parent := getattr(patcher, "parent", None)) is not None:
+        node = getattr(patcher, CLONED_BY, None)
+        added = {name for name in vars(patcher).keys() - vars(parent) if not hasattr(type(patcher), name)}
+        if node is not None and added <= {CLONED_BY} and _carried(patcher) == _carried(parent):
+            yield Notice("unchanged", node=node, network=network)
+        patcher = parent
+
+
+def _carried(patcher: Any) -> Any:
+    """What is on a patcher, to be compared with another's."""
+    models = {key: len(models) for key, models in patcher.additional_models.items()}
+    return models, [_identities(getattr(patcher, name, None)) for name in PATCHED]
+
+
+def _identities(value: Any) -> Any:
+    """Nested options with the identity of each function and object in its place, which a clone shares."""
+    if isinstance(value, dict):
+        return {key: _identities(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_identities(entry) for entry in value]
+    return value if isinstance(value, str | int | float | None) else id(value)
+
+
+class NetworkSettings(dict[str, Any]):
+    """The host's settings of a network, with a sentence for nodes that look for another family's."""
+
+    def __init__(self, settings: dict[str, Any], network: str):
+        super().__init__(settings)
+        self.network = network
+
+    def __missing__(self, key: str) -> Any:
+        raise CascadeError(
+            f"This node looks for {quoted(key)} of the MODEL's network, which {self.network} does not have: it is for "
+            "networks of another family; take it out of the graph."
+        )
 
 
 def failure(error: Exception, patcher: Any, network: str) -> CascadeError | None:

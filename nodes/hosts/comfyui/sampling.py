@@ -38,6 +38,7 @@ from .patches import (
     called_for_each_tile,
     explain_failures,
     has_foreign_schedule,
+    left_as_it_was,
     native_without_effect,
     origin,
     unread_by_host,
@@ -211,7 +212,11 @@ def sample(request: SamplingRequest) -> SamplingResult:
     notices = Notices()
     stage = KIND_NAMES[request.kind]
     patcher, run = scheduled(request.model, request.run, notices)
-    for sentence in (*unread_by_host(patcher), *unread_by_network(patcher, stage)):
+    for sentence in (
+        *unread_by_host(patcher),
+        *unread_by_network(patcher, stage),
+        *left_as_it_was(request.model, stage),
+    ):
         notices.add(sentence)
     patcher = with_pixel_areas(patcher, request.compression)
     if request.kind == "stage_b":

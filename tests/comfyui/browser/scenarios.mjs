@@ -203,8 +203,8 @@ async function missingModels(page) {
   return text;
 }
 
-/** The template browser has the pack's graphs under its name; a card shows its title and picture, and opens. */
-async function templates(page, { title }) {
+/** The template browser has the pack's graphs under its name, in order; a card shows its picture, and opens. */
+async function templates(page, { titles, title }) {
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.BrowseTemplates"));
   await page.getByText("Stable Cascade", { exact: true }).first().click();
   const card = page.getByText(title).first();
@@ -212,9 +212,17 @@ async function templates(page, { title }) {
   await page.waitForFunction(() =>
     [...document.querySelectorAll("[role=dialog] img")].some((image) => image.src.startsWith("blob:") && image.naturalWidth),
   );
+  const listed = await page.waitForFunction((titles) => {
+    const cards = [...document.querySelectorAll("[role=dialog] *")].filter(
+      (entry) => !entry.children.length && titles.includes(entry.textContent.trim()),
+    );
+    cards.at(-1).scrollIntoView(); // older versions show more once the last is seen
+    const seen = [...new Set(cards.map((entry) => entry.textContent.trim()))];
+    return seen.length === titles.length ? seen : null;
+  }, titles);
   await card.click();
   await page.waitForFunction((title) => window.app.extensionManager.workflow.activeWorkflow.filename === title, title);
-  return { count: await page.evaluate(() => window.app.graph._nodes.length) };
+  return { listed: await listed.jsonValue(), count: await page.evaluate(() => window.app.graph._nodes.length) };
 }
 
 /** The button makes a picture, and it appears in its node. */
@@ -803,7 +811,19 @@ async function japanese(page, { url, workflows }) {
   const help = page.locator(".node-help-content");
   await help.locator("h1, h2").first().waitFor();
   const seen = { example, words, panels, notice, help: await help.innerText() };
-  return { ...seen, told: await japaneseErrors(page) };
+  const templates = await page.evaluate(async () => {
+    const { api } = window.app;
+    const listed = Object.entries(await api.getWorkflowTemplates()).flatMap(([pack, names]) => names.map((name) => [pack, name]));
+    return Promise.all(
+      listed.map(async ([pack, title]) => {
+        const [graph, picture] = await Promise.all(
+          ["json", "jpg"].map((ending) => fetch(api.apiURL(`/workflow_templates/${pack}/${title}.${ending}`))),
+        );
+        return { title, nodes: (await graph.json()).nodes.length, picture: picture.ok };
+      }),
+    );
+  });
+  return { ...seen, templates, told: await japaneseErrors(page) };
 }
 
 export const SCENARIOS = {

@@ -29,7 +29,7 @@ WORDS, ENGLISH = (
 )
 NAMES = json.loads((PACK / "locales" / "ja" / "nodeDefs.json").read_text(encoding="utf-8"))
 
-LOADERS = ["StageCLoader", "StageBLoader", "StageAVAE", "CascadeCheckpointLoader"]
+LOADERS = ["StageCLoader", "StageBLoader", "CascadeCheckpointLoader"]
 SAMPLERS = ["CascadePriorSampler", "CascadeDecoderSampler"]
 # Of our nodes those that a word must find, where there is more than one in the list.
 SOUGHT = {
@@ -39,7 +39,7 @@ SOUGHT = {
     "image to image": ["CascadeEncode"],
     "unclip": ["CascadeImagePrompt", "CascadeVisionLoader"],
     "image variation": ["CascadeImagePrompt"],
-    "clip vision": ["CascadeImagePrompt", "CascadeVisionLoader"],
+    "clip vision": ["CascadeImagePrompt"],
     "text to image": ["CascadeTextEncode"],
     "mask": ["CascadeEncode", "CascadeInpaintHint", "CascadeInpaintComposite", "CascadeOutpaint"],
     "size": ["CascadeEmptyLatent", "CascadeOutpaint", "CascadeUpscaleLatent"],
@@ -65,6 +65,7 @@ def seen(request: pytest.FixtureRequest, server: Server) -> dict[str, Any]:
             workflows=WORKFLOWS,
             names=searched(server, mode),
             words=list(SOUGHT),
+            titles=list(TITLES.values()),
             title=TITLES["lora"],
             picture="teal.png",
             subgraph=json.loads(SUBGRAPH.read_text(encoding="utf-8")),
@@ -136,7 +137,15 @@ def test_templates_are_the_packs_own_under_titles_of_their_own(seen, server):
     own = {template["name"] for part in server.get("/templates/index.json") for template in part["templates"]}
     assert not own & set(names)
     facts = told(seen, "templates")
+    assert facts["listed"] == list(TITLES.values())  # the server's list has no order
     assert facts["count"] == len(WORKFLOWS["lora"]["nodes"])
+
+
+def test_templates_have_japanese_titles(seen):
+    assert told(seen, "japanese")["templates"] == [
+        {"title": WORDS["example"][f"title_{name}"], "nodes": len(graph["nodes"]), "picture": True}
+        for name, graph in WORKFLOWS.items()
+    ]
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

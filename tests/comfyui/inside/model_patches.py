@@ -113,6 +113,17 @@ NATIVE_NODES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "TCFG": ("tcfg", "TCFG", {}),
     "TemporalScoreRescaling": ("eps", "TemporalScoreRescaling", {"tsr_k": 0.95, "tsr_sigma": 1.0}),
     "TomePatchModel": ("tomesd", "TomePatchModel", {"ratio": 0.3}),
+    "UNetCrossAttentionMultiply": (
+        "attention_multiply", "UNetCrossAttentionMultiply", {"q": 2.0, "k": 1.0, "v": 1.0, "out": 1.0},
+    ),
+    "UNetSelfAttentionMultiply": (
+        "attention_multiply", "UNetSelfAttentionMultiply", {"q": 2.0, "k": 1.0, "v": 1.0, "out": 1.0},
+    ),
+    "UNetTemporalAttentionMultiply": (
+        "attention_multiply",
+        "UNetTemporalAttentionMultiply",
+        {"self_structural": 2.0, "self_temporal": 1.0, "cross_structural": 1.0, "cross_temporal": 1.0},
+    ),
     "VideoLinearCFGGuidance": ("video_model", "VideoLinearCFGGuidance", {"min_cfg": 1.0}),
 }  # fmt: skip
 
