@@ -1,8 +1,9 @@
-"""Writes the subgraph that newer versions of ComfyUI offer from this pack: text to image in one box.
+"""Writes the subgraphs that newer versions of ComfyUI offer from this pack: text to image in one box.
 
     python -m cascade_nodes.tests.web.subgraph
 
-Made of the example for the published files, which stays the one place for its settings and its files' addresses.
+Made of the examples for the published files and for the demo's, which stay the one place for their settings and
+addresses.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ from __future__ import annotations
 import copy
 import json
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cascade_nodes.tests.web.examples import canvas_file, read
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = canvas_file("text_to_image_checkpoints")
-SUBGRAPH = ROOT / "subgraphs" / "Stable Cascade.json"  # the file's name is what ComfyUI shows
-ID = "3f0c2a52-7a1d-4e0c-9a57-5d0f4c5b1e10"
+FOLDER = ROOT / "subgraphs"
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ComfyUI's ids for a subgraph's two ends
 # {input of the box: the widgets that it sets, as (class, widget)}
 INPUTS = {
@@ -28,17 +28,50 @@ INPUTS = {
     "height": [("CascadeEmptyLatent", "height")],
     "seed": [("CascadePriorSampler", "seed"), ("CascadeDecoderSampler", "seed")],
 }
-DESCRIPTION = "Text to image with Stable Cascade: a prompt, a size and a seed in, the picture out."
 
 
-def identifier(name: str) -> str:
-    """Identifier of a part of the subgraph, the same whenever it is written."""
-    return str(uuid.uuid5(uuid.UUID(ID), name))
+@dataclass(frozen=True)
+class Box:
+    """A subgraph of the pack.
+
+    name     that ComfyUI shows, and its file's
+    example  that it is made of
+    id       a UUID, by which graphs refer to it
+    """
+
+    name: str
+    example: str
+    id: str
+    description: str
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.name}.json"
+
+    def identifier(self, part: str) -> str:
+        """Identifier of a part of the subgraph, the same whenever it is written."""
+        return str(uuid.uuid5(uuid.UUID(self.id), part))
 
 
-def make() -> dict[str, Any]:
-    """The subgraph as ComfyUI saves one: a workflow with a single node, and what is in it beside."""
-    example = copy.deepcopy(read(EXAMPLE))
+BOXES = (
+    Box(
+        "Stable Cascade",
+        "text_to_image_checkpoints",
+        "3f0c2a52-7a1d-4e0c-9a57-5d0f4c5b1e10",
+        "Text to image with Stable Cascade: a prompt, a size and a seed in, the picture out.",
+    ),
+    Box(
+        "Stable Cascade demo",
+        "text_to_image",
+        "6b7d6a0e-52c1-4b0e-8d43-1f4e9d0a7c21",
+        "Text to image with the pack's own small cascade: a prompt, a size and a seed in, the picture out.",
+    ),
+)
+
+
+def make(of: Box) -> dict[str, Any]:
+    """A subgraph as ComfyUI saves one: a workflow with a single node, and what is in it beside."""
+    example = copy.deepcopy(read(canvas_file(of.example)))
     left_out = {
         node["id"] for node in example["nodes"] if node["type"] in ("SaveImage", "MarkdownNote", "Note")
     }
@@ -63,12 +96,12 @@ def make() -> dict[str, Any]:
             target["inputs"][place]["link"] = link["id"]
             links.append(link)
             link_ids.append(link["id"])
-        entry = {"id": identifier(name), "name": name, "type": links[-1]["type"], "linkIds": link_ids}
+        entry = {"id": of.identifier(name), "name": name, "type": links[-1]["type"], "linkIds": link_ids}
         inputs.append({**entry, "pos": [-140, 20 * slot]})
     right = max(node["pos"][0] + node["size"][0] for node in nodes)
-    output = {"id": identifier("image"), "name": "image", "type": "IMAGE", "linkIds": output_links}
+    output = {"id": of.identifier("image"), "name": "image", "type": "IMAGE", "linkIds": output_links}
     subgraph = {
-        "id": ID,
+        "id": of.id,
         "version": 1,
         "state": {
             "lastGroupId": len(example["groups"]),
@@ -78,8 +111,8 @@ def make() -> dict[str, Any]:
         },
         "revision": 0,
         "config": {},
-        "name": SUBGRAPH.stem,
-        "description": DESCRIPTION,
+        "name": of.name,
+        "description": of.description,
         "category": "Stable Cascade",
         "inputNode": {"id": INPUT_NODE, "bounding": [-260, -20, 120, 140]},
         "outputNode": {"id": OUTPUT_NODE, "bounding": [right + 80, -20, 120, 60]},
@@ -93,7 +126,7 @@ def make() -> dict[str, Any]:
     }
     box = {
         "id": max(node["id"] for node in nodes) + 1,
-        "type": ID,
+        "type": of.id,
         "pos": [0, 0],
         "size": [400, 420],
         "flags": {},
@@ -108,7 +141,7 @@ def make() -> dict[str, Any]:
         "widgets_values": [],
     }
     return {
-        "id": identifier("workflow"),
+        "id": of.identifier("workflow"),
         "revision": 0,
         "last_node_id": box["id"],
         "last_link_id": 0,
@@ -122,11 +155,12 @@ def make() -> dict[str, Any]:
     }
 
 
-def text() -> str:
-    """The file."""
-    return json.dumps(make(), indent=2, ensure_ascii=False) + "\n"
+def text(of: Box) -> str:
+    """Its file."""
+    return json.dumps(make(of), indent=2, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":
-    SUBGRAPH.parent.mkdir(exist_ok=True)
-    SUBGRAPH.write_text(text(), encoding="utf-8")
+    FOLDER.mkdir(exist_ok=True)
+    for box in BOXES:
+        box.path.write_text(text(box), encoding="utf-8")

@@ -94,6 +94,7 @@ def test_models_are_those_of_the_catalogue(name):
     assert len(published) == (2 if name == "text_to_image_checkpoints" else 0)
 
 
-def test_the_subgraph_is_written_from_the_example():
+@pytest.mark.parametrize("box", subgraph.BOXES, ids=lambda box: box.example)
+def test_a_subgraph_is_written_from_its_example(box):
     """After a change of its example: python -m cascade_nodes.tests.web.subgraph"""
-    assert subgraph.SUBGRAPH.read_text(encoding="utf-8") == subgraph.text()
+    assert box.path.read_text(encoding="utf-8") == subgraph.text(box)

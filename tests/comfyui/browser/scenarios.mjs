@@ -690,29 +690,34 @@ async function replaced(page) {
   });
 }
 
-/** The pack's subgraph, where the server offers one, and on the canvas: its widgets, and the prompt that it becomes. */
-async function subgraph(page, { subgraph, served }) {
+/** The pack's subgraphs, where the server offers some, and on the canvas: their widgets, and the prompts they become. */
+async function subgraph(page, { subgraph, demo, served }) {
   const offered = "document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('subgraph')";
-  if (served) {
-    await page.waitForFunction(
-      `${offered}.subgraphBlueprints.some((entry) => entry.display_name === "Stable Cascade")`,
-    );
-  }
-  await loadSubgraph(page, subgraph, served);
-  return page.evaluate(async () => {
-    const { graph } = window.app;
-    const box = graph.nodes[0];
-    const save = window.LiteGraph.createNode("SaveImage");
-    graph.add(save);
-    box.connect(0, save, 0);
-    for (const [name, value] of Object.entries({ prompt: "a red star", negative: "", width: 256, height: 256, seed: 7 })) {
-      const widget = box.widgets.find((entry) => entry.name === name);
-      widget.value = value;
-      widget.callback?.(value);
+  const seen = [];
+  for (const graph of [demo, subgraph]) {
+    const [{ name }] = graph.definitions.subgraphs;
+    if (served) {
+      await page.waitForFunction(`${offered}.subgraphBlueprints.some((entry) => entry.display_name === "${name}")`);
     }
-    const { output } = await window.app.graphToPrompt();
-    return { widgets: box.widgets.map((widget) => widget.name), output };
-  });
+    if (graph === demo) await load(page, "subgraph", graph); // whose models are there
+    else await loadSubgraph(page, graph, served);
+    const made = await page.evaluate(async () => {
+      const { graph } = window.app;
+      const box = graph.nodes[0];
+      const save = window.LiteGraph.createNode("SaveImage");
+      graph.add(save);
+      box.connect(0, save, 0);
+      for (const [name, value] of Object.entries({ prompt: "a red star", negative: "", width: 256, height: 256, seed: 7 })) {
+        const widget = box.widgets.find((entry) => entry.name === name);
+        widget.value = value;
+        widget.callback?.(value);
+      }
+      const { output } = await window.app.graphToPrompt();
+      return { widgets: box.widgets.map((widget) => widget.name), output };
+    });
+    seen.push(made);
+  }
+  return { demo: seen[0], published: seen[1] };
 }
 
 /** An error of a run and a refused file, as the Japanese interface tells of them, and what a LoRA holds. */

@@ -19,7 +19,10 @@ from cascade_nodes.tests.web.examples import TITLES, api_file, canvas_file, read
 
 WORKFLOWS = {name: read(canvas_file(name)) for name in TITLES}
 PRESETS = json.loads((PACK / "web" / "presets.json").read_text(encoding="utf-8"))
-SUBGRAPH = PACK / "subgraphs" / "Stable Cascade.json"
+SUBGRAPH, DEMO_SUBGRAPH = (
+    json.loads((PACK / "subgraphs" / f"{name}.json").read_text(encoding="utf-8"))
+    for name in ("Stable Cascade", "Stable Cascade demo")
+)
 PICTURE = (1280, 720)
 STEPS = {7: 3, 8: 2}  # of the two samplers in text_to_image
 MODES = {"classic": False, "nodes2": True}
@@ -68,7 +71,8 @@ def seen(request: pytest.FixtureRequest, server: Server) -> dict[str, Any]:
             titles=list(TITLES.values()),
             title=TITLES["lora"],
             picture="teal.png",
-            subgraph=json.loads(SUBGRAPH.read_text(encoding="utf-8")),
+            subgraph=SUBGRAPH,
+            demo=DEMO_SUBGRAPH,
             served=server.checkout == CHECKOUTS[-1],  # 0.3.64 offers no subgraphs of packs
             # Another seed for each page: what is cached on the server does not run, and shows no times.
             settings=[[7, "seed", len(_played)], *([node, "steps", steps] for node, steps in STEPS.items())],
@@ -429,9 +433,8 @@ def test_comfyuis_own_nodes_are_replaced_from_their_menu(seen):
     assert facts["encode"] == [32, 0, "Cascade Encode"]
 
 
-def test_the_subgraph_is_text_to_image_in_one_box(seen, server, client, right_picture):
-    """It is loaded by hand where a version does not offer it; what it becomes makes the demo's picture."""
-    facts = told(seen, "subgraph")
+def unboxed(facts: dict[str, Any], example: str) -> dict[str, Any]:
+    """The prompt that a subgraph becomes, with the ids of its example, whose nodes it must hold with other values."""
     assert facts["widgets"] == ["prompt", "negative", "width", "height", "seed"]
     (box,) = {node_id.split(":")[0] for node_id in facts["output"] if ":" in node_id}
     prompt = {node_id.removeprefix(f"{box}:"): entry for node_id, entry in facts["output"].items()}
@@ -440,18 +443,28 @@ def test_the_subgraph_is_text_to_image_in_one_box(seen, server, client, right_pi
         for name, value in entry["inputs"].items():
             if isinstance(value, list):
                 entry["inputs"][name] = [value[0].removeprefix(f"{box}:"), value[1]]
-    example = read(api_file("text_to_image_checkpoints"))
     values = {
         "CascadeTextEncode": {"positive": "a red star", "negative": ""},
         "CascadeEmptyLatent": {"width": 256, "height": 256},
         "CascadePriorSampler": {"seed": 7},
         "CascadeDecoderSampler": {"seed": 7},
     }
-    inside = {node_id: entry for node_id, entry in example.items() if entry["class_type"] != "SaveImage"}
+    nodes = read(api_file(example))
+    inside = {node_id: entry for node_id, entry in nodes.items() if entry["class_type"] != "SaveImage"}
     for entry in inside.values():
         entry.pop("_meta", None)
         entry["inputs"].update(values.get(entry["class_type"], {}))
     assert {node_id: prompt[node_id] for node_id in inside} == inside
+    return prompt
+
+
+def test_the_demo_in_one_box_is_its_example(seen):
+    unboxed(told(seen, "subgraph")["demo"], "text_to_image")
+
+
+def test_the_subgraph_is_text_to_image_in_one_box(seen, client, right_picture):
+    """It is loaded by hand where a version does not offer it; what it becomes makes the demo's picture."""
+    prompt = unboxed(told(seen, "subgraph")["published"], "text_to_image_checkpoints")
     loaders = {  # of the tests' networks, each by itself, in place of the published checkpoints
         ("1", 0): node("StageCLoader", file="tiny_stage_c.safetensors", dtype="auto"),
         ("1", 1): node("CascadeTextEncoderLoader", file="tiny_text_encoder"),
