@@ -77,6 +77,9 @@ def make(of: Box) -> dict[str, Any]:
     }
     nodes = [node for node in example["nodes"] if node["id"] not in left_out]
     by_class = {node["type"]: node for node in nodes}
+    for node in nodes:  # no picture in the docs is of a box's seed
+        if "fixed" in node["widgets_values"]:
+            node["widgets_values"][node["widgets_values"].index("fixed")] = "randomize"
     keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     links: list[dict[str, Any]] = [dict(zip(keys, link, strict=True)) for link in example["links"]]
     decode = by_class["CascadeDecode"]
