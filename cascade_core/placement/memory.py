@@ -256,9 +256,8 @@ class DeviceMemory:
         dispensable = [each for each in candidates if not each.consumers or self._is_stale(each)]
         needed = [each for each in candidates if each not in dispensable]
         self._free(placement, dispensable, excess)
-        for candidate in needed:
-            pieces, largest = candidate.shared_workspaces(), self.shared.largest()
-            if excess() > 0 and any(piece is not largest for piece in pieces):
+        if excess() > 0:
+            for candidate in self._apart(needed):  # all of them: a workspace is free once nobody keeps it
                 candidate.tell_consumers()
         for unit in sorted(missing, key=lambda unit: -unit.size):
             if unit.reserved_buffer is None and excess() > (-self._spare_bytes() if unit.evicted else 0):
@@ -266,6 +265,11 @@ class DeviceMemory:
         self._free(placement, needed, excess)
         if crowded:
             self.device.trim()
+
+    def _apart(self, candidates: Sequence[Placement]) -> list[Placement]:
+        """Those whose graphs are in another workspace than the one that all can share."""
+        largest = self.shared.largest()
+        return [each for each in candidates if any(p is not largest for p in each.shared_workspaces())]
 
     def _spare_bytes(self) -> int:
         """Bytes that must be free for weights that had to leave to have memory of their own again."""

@@ -63,6 +63,6 @@ def test_graphs_survive_weights_that_make_way(device: torch.device, monkeypatch:
         weights = sum(parameter.nbytes for network in networks for parameter in network.parameters())
         counts.clear()
         rounds = pictures(DeviceMemory(Small(device, int(0.85 * weights)), 2 << 20), 6)
-    assert counts[2] == counts[-1], counts
+    assert counts[3] == counts[-1], counts  # until then each may move to the largest workspace
     for outputs in rounds:
         assert same_bits(outputs, expected)
