@@ -61,7 +61,7 @@ def _checkpointed(
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Compile each kind of block once, at its first use: compiling a whole network takes minutes."""
+    """Compiles each kind of block once, at its first use: compiling a whole network takes minutes."""
     torch._dynamo.config.cache_size_limit = 64  # kinds of blocks, times widths and sizes
     for block in blocks_of(network, (*CHECKPOINTED, TimestepBlock)):
         block.forward = torch.compile(block.forward)

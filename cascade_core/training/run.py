@@ -71,7 +71,7 @@ def train(
     check: Callable[[Path], None] | None = None,
     show: Callable[[Path], None] = lambda path: None,
 ) -> Outcome:
-    """Train with resolved settings and write `output.file`; resumes from the run's checkpoint unless `fresh`.
+    """Trains with resolved settings and writes `output.file`; resumes from the run's checkpoint unless `fresh`.
 
     keep_existing: an existing file is not replaced; the new one gets a number.
     notify: called with sentences for the user; report: with the progress; caching: with the number of latents encoded
@@ -157,7 +157,7 @@ def with_steps(
 
 
 def write_together(loop: Loop[StageCTask], write: Callable[[Loop[StageCTask]], object]) -> object:
-    """Write files in the main process. For a network divided among processes, all take part to gather its rows."""
+    """Writes files in the main process. For a network divided among processes, all take part to gather its rows."""
     if loop.task.shards is not None:
         return write(loop)
     return loop.processes.on_main(lambda: str(write(loop)))
@@ -191,7 +191,7 @@ def prepare(
     find_faces: FindFaces | None = None,
     pictures: FoundPictures | None = None,
 ) -> Loop[StageCTask]:
-    """Prepare a run up to its first step. Raises Interrupted where `stop` is True while latents are encoded.
+    """Prepares a run up to its first step. Raises Interrupted where `stop` is True while latents are encoded.
 
     pictures: those of the data, if they are listed already.
     """
@@ -332,7 +332,7 @@ def image_prompts_of(settings: Settings, cache: str, device: torch.device) -> Im
 
 
 def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
-    """Compile and checkpoint the network's blocks, and use CUDA graphs, as the settings say."""
+    """Compiles and checkpoints the network's blocks, and uses CUDA graphs, as the settings say."""
     stage_c = task.network
     if settings.compile:
         compile_blocks(stage_c)

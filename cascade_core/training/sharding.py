@@ -85,7 +85,7 @@ class Shards:
 
     @torch.no_grad()
     def _spread_small(self) -> None:
-        """Give every process all rows of the small parameters, which one process each has trained."""
+        """Gives every process all rows of the small parameters, which one process each has trained."""
         if not self._buffer.numel():
             return
         index = self.processes.process_index
@@ -97,7 +97,7 @@ class Shards:
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Move the gradients to `parameters`: the matrices', which are reduced already, and the means of the others."""
+        """Moves the gradients to `parameters`: the matrices', reduced already, and the means of the others."""
         gradients = {
             name: each.grad.to_local() for name, each in self._divided.items() if each.grad is not None
         }
@@ -149,7 +149,7 @@ def _exchange(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def lay_out_as_divided(network: nn.Module) -> None:
-    """Give a network the memory layout of one that is divided, so that its products round alike, whoever has it."""
+    """Gives a network the memory layout of one that is divided, so that its products round alike, whoever has it."""
     for parameter in network.parameters():  # `contiguous` keeps that of 1 × 1 convolutions
         parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device).copy_(
             parameter.detach()
@@ -194,7 +194,7 @@ def _only(shown: Container[int], network: nn.Module) -> Iterator[None]:
 
 
 def _make_uniform(parameters: list[nn.Parameter]) -> None:
-    """Make parameters that are gathered together of one dtype, as FSDP2 requires. No value changes."""
+    """Makes parameters that are gathered together of one dtype, as FSDP2 requires. No value changes."""
     wide = any(parameter.dtype == torch.float32 for parameter in parameters)
     for parameter in parameters:
         parameter.data = parameter.data.to(torch.float32 if wide else parameter.dtype)

@@ -85,7 +85,7 @@ class Settings:
             )
 
     def _check_consistency(self) -> None:
-        """Raise CascadeError for settings that distillation does not support."""
+        """Raises CascadeError for settings that distillation does not support."""
         if self.validation.every:
             raise CascadeError(
                 "validation measures the error in the noise, which objective.kind consistency does not train; leave it "

@@ -1,4 +1,4 @@
-"""Stage C, Stage B or the text encoder itself, whole or in part; Stage C with the text encoder too."""
+"""Finetunes of Stage C, Stage B or the text encoder, whole or in part, or of Stage C and the text encoder together."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,7 +171,7 @@ class FinetuneTask(StageCTask):
                 chosen[name].data = value
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the whole network under its published names; two of them as ComfyUI's all-in-one checkpoints do."""
+        """Writes the whole network under its published names; two of them as ComfyUI's all-in-one checkpoints do."""
         if self.encoder is None:
             self._write_stage(state, path, metadata)
             return
@@ -207,7 +207,7 @@ class FinetuneTask(StageCTask):
         }
 
     def _write_stage(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write a stage under its published names, one tensor at a time.
+        """Writes a stage under its published names, one tensor at a time.
 
         For a divided network, all processes call it; the main one writes.
         """
@@ -268,7 +268,7 @@ def select_parameters(
 
 
 def cast_parameters(network: nn.Module, trained: set[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Move a network to the device, its trained parameters in float32 and the others in `dtype`, one by one."""
+    """Moves a network to the device, its trained parameters in float32 and the others in `dtype`, one by one."""
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.to(device, torch.float32 if name in trained else dtype)
     network.to(device)

@@ -128,14 +128,14 @@ class StageCTask(Task):
         raise NotImplementedError
 
     def use_cuda_graphs(self) -> None:
-        """Replay the networks' passes from CUDA graphs from now on, if they are the same in each step."""
+        """Replays the networks' passes from CUDA graphs from now on, if they are the same in each step."""
 
     def using(self, state: State) -> AbstractContextManager[Callable[..., Tensor]]:
         """Context with the network in this state, for samples."""
         raise NotImplementedError
 
     def write(self, state: State, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the run's result."""
+        """Writes the run's result."""
         raise NotImplementedError
 
     def prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
