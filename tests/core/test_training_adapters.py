@@ -12,7 +12,7 @@ from cascade_nodes.cascade_core.adapters.changes import AddedChange, Kronecker, 
 from cascade_nodes.cascade_core.checkpoints import read_safetensors
 from cascade_nodes.cascade_core.training.run import train
 from cascade_nodes.cascade_core.training.state import STATE, read_state
-from cascade_nodes.cascade_core.training.tasks.low_rank import select_layers
+from cascade_nodes.cascade_core.training.tasks.low_rank import matrix_size, select_layers
 from cascade_nodes.tests.core.training_runs import loop_of, run_until_killed, same, settings_of, write_world
 
 KINDS = {
@@ -122,6 +122,17 @@ def test_ranks_and_rates_of_layers(world, tmp_path):
         assert (change.rank, change.alpha) == (rank, 2.0)
     plus = loop_of(of_kind(world, "LoRA+", tmp_path / "plus"))
     assert [group["share"] for group in plus.optimiser.param_groups] == [1.0, 4.0]
+
+
+def test_rates_of_blocks_by_their_index(world, tmp_path):
+    lora = {"rank": 4, "rates": {"down_blocks.0.*": 0.5, "up_blocks.0.1.*": 0.25}}
+    loop = loop_of(settings_of(world, "lora", tmp_path, lora=lora))
+    layers = select_layers(loop.task.stage_c, ["all"])
+    sizes = {group["share"]: sum(p.numel() for p in group["params"]) for group in loop.optimiser.param_groups}
+    for share, prefix in ((0.5, "down_blocks.0."), (0.25, "up_blocks.0.1.")):
+        block = [layer for name, layer in layers.items() if name.startswith(prefix)]
+        assert sizes[share] == sum(4 * sum(matrix_size(layer)) for layer in block) > 0
+    assert sum(sizes.values()) == loop.trained_numbers
 
 
 def test_rslora_scales_by_the_root_of_the_rank(world, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -300,6 +301,32 @@ def test_a_tracker_that_is_missing_is_named_before_the_work(world, tmp_path, mon
 def test_settings_that_make_no_sense(cls, values, sentence):
     with pytest.raises(CascadeError, match=sentence):
         build(cls, values)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "samples"])
+def test_a_run_that_cannot_write_what_it_shows_ends_with_a_sentence(world, tmp_path, name):
+    """As on a full disk, here because something else has come to stand in its place."""
+    output = {"sample_every": 4, "prompts": ["a red star"], "sample_steps": 1, "checkpoint_every": 2}
+    settings = settings_of(world, "lora", tmp_path / "run", output=output, train={"steps": 4})
+    file = tmp_path / "run" / name
+
+    def obstruct(progress):
+        if progress.step != 2:
+            return
+        if file.is_dir():
+            shutil.rmtree(file)
+            file.touch()
+        else:
+            file.unlink(missing_ok=True)
+            file.mkdir()
+
+    with pytest.raises(
+        CascadeError, match=r"run could not use a file \(.*the same command goes on"
+    ) as raised:
+        train(settings, report=obstruct)
+    assert "\n" not in str(raised.value)
+    file.rmdir() if file.is_dir() else file.unlink()
+    assert train(settings).finished
 
 
 def test_what_has_no_average_has_no_raw_weights(world, tmp_path):

@@ -1,6 +1,7 @@
 """Several data sets, captions that vary, captions in tables and JSON, and a run that shows what it would see."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -122,8 +123,21 @@ def test_a_table_that_is_none(tmp_path, text):
     blocks(64, 64, 1).save(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text(text)
     with pytest.raises(
-        CascadeError, match=r"metadata.csv.*(is not as|is not of a table|cannot)|holds 1 pictures"
+        CascadeError, match=r"metadata.csv.*(names the columns|is not of a table|cannot)|holds 1 pictures"
     ):
+        find_pictures(tmp_path, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [("file_name;text\na.png;x\n", "file_name;text"), ("a.png,a star\n", "a.png', 'a star")],
+)
+def test_a_table_without_its_columns_says_which_are_expected(tmp_path, text, columns):
+    """Semicolons, as spreadsheets in some languages write them, and no first line of names."""
+    blocks(64, 64, 1).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    sentence = f"metadata.csv, line 1 names the columns ['{columns}']; file_name and text are expected"
+    with pytest.raises(CascadeError, match=re.escape(sentence)):
         find_pictures(tmp_path, ())
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from ...errors import CascadeError, printable
+from ...errors import CascadeError, printable, quoted
 from ...reading import encoding_of, open_regular, regular_status
 from .access import Access
 from .captions import MAX_BYTES, SUFFIXES, CaptionError, caption_lines, caption_values, decoded
@@ -264,6 +264,11 @@ def _csv_rows(lines: TextIO, shown: str, access: Access) -> Iterator[tuple[str, 
     """Rows of a table whose first line names its columns: file_name, and text or caption."""
     table = csv.DictReader(iter(lambda: lines.readline(MAX_LINE), ""), strict=True)
     try:
+        if table.fieldnames is not None and "file_name" not in table.fieldnames:
+            raise CascadeError(
+                f"{shown}, line 1 names the columns {quoted(list(table.fieldnames))}; file_name and text are expected, "
+                "with a comma between them."
+            )
         for row in table:
             access.ask()
             yield _fields(row, f"{shown}, line {table.line_num}")
