@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ examples:
 """
 _MOST_SHARDS = 1_000_000
 _MOST_FAILURES = 20  # listed at the end
+_MANY = 1_000  # rows, whose checks take seconds
 
 
 def add_batch_command(commands: Any) -> None:
@@ -235,14 +237,19 @@ def _work(
     from .driver import Driver, Summary
 
     place = _on_servers(options, progress) if options.server else _here(options, progress)
-    plan = place.plan(rows, options.assignments, journal)
+    if len(rows) > _MANY:
+        progress.notify(f"Checking {len(rows):,} rows before the first is made.")
+    plan = place.plan(takewhile(lambda row: not progress.signals, rows), options.assignments, journal)
     for name, error in plan.faults:
         journal.fail(name, error)
         progress.notify(f"{name}: {error}")
     if plan.done:
         progress.notify(f"{len(plan.done)} of {len(rows)} rows are there already.")
     summary = Summary()
-    if plan.jobs:
+    if progress.signals:
+        checked = len(plan.jobs) + len(plan.done) + len(plan.faults)
+        summary.left = [*(job.name for job in plan.jobs), *(row.name for row in rows[checked:])]
+    elif plan.jobs:
         crew = place.crew()
         stack.callback(crew.close)
         summary = Driver(plan.jobs, crew, journal, progress).run(progress.signals)
@@ -254,7 +261,7 @@ def _work(
 class _Place:
     """Where graphs run: makes jobs of rows, and workers for them."""
 
-    plan: Callable[[list[Row], list[str], Journal], Plan]
+    plan: Callable[[Iterable[Row], list[str], Journal], Plan]
     crew: Callable[[], Crew]
 
 
@@ -270,7 +277,7 @@ def _on_servers(options: argparse.Namespace, progress: BatchProgress) -> _Place:
     inputs_of = remembering(servers[0].inputs_of)
     graph = read_source(options.graph, inputs_of).graph
 
-    def plan(rows: list[Row], assignments: list[str], journal: Journal) -> Plan:
+    def plan(rows: Iterable[Row], assignments: list[str], journal: Journal) -> Plan:
         return make_plan(graph, rows, assignments, inputs_of, journal)
 
     return _Place(plan, lambda: ServersCrew(servers, progress.notify))
@@ -300,7 +307,7 @@ def _here(options: argparse.Namespace, progress: BatchProgress) -> _Place:
     # On a cluster, models and pictures are on its machines, and perhaps not here.
     check = checking(Folders(options.input, options.output, folder)) if options.address is None else None
 
-    def plan(rows: list[Row], assignments: list[str], journal: Journal) -> Plan:
+    def plan(rows: Iterable[Row], assignments: list[str], journal: Journal) -> Plan:
         return make_plan(graph, rows, assignments, inputs_of, journal, check)
 
     def crew() -> Crew:

@@ -73,10 +73,14 @@ class Journal:
         paths = [self.folder / name for name in names]
         self._check_free(job, paths)
         record = {"name": job.name, "digest": job.digest, "pictures": names}
-        self._write({**record, "seconds": round(outcome.seconds, 3), "worker": outcome.worker})
-        self._enter(record)
-        for path, picture in zip(paths, outcome.pictures, strict=True):
-            write_file(path, picture.content)
+        try:
+            self._write({**record, "seconds": round(outcome.seconds, 3), "worker": outcome.worker})
+            self._enter(record)
+            for path, picture in zip(paths, outcome.pictures, strict=True):
+                write_file(path, picture.content)
+        except OSError as error:  # such as a full disk's, which does not say where
+            error.filename = error.filename or str(self.folder)
+            raise
         return paths
 
     def fail(self, name: str, error: str) -> None:
@@ -118,7 +122,8 @@ class Journal:
             )
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # a line that the disk has no room for, which ended the batch
+            self.file.close()
 
 
 def _names(job: Job, outcome: Outcome) -> list[str]:

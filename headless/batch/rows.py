@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ from ..seeds import SEED_INPUTS
 
 NAME = "name"  # the column that names a row's pictures
 _LONGEST_LABEL = 40  # characters of a value in a name
-_MOST_ROWS = 1_000_000  # of a grid, whose sizes multiply, and of a packed table
+_MOST_ROWS = (
+    1_000_000  # of a table, and of a grid, whose sizes multiply: each is checked before the first is made
+)
 _LARGEST_TABLE = 2**30  # bytes, unpacked
 
 
@@ -59,7 +62,7 @@ def read_rows(path: Path) -> list[Row]:
             f"{name} does not have the name of a table; give a .jsonl, a .csv or a .parquet file."
         )
     try:
-        rows = [_row(number, cells) for number, cells in enumerate(reader(path, name), 1)]
+        rows = [_row(number, cells) for number, cells in enumerate(_bounded(reader(path, name), name), 1)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise CascadeError(f"{name} cannot be read as a table: {excerpt(str(error))}.") from error
     except OSError as error:
@@ -69,10 +72,22 @@ def read_rows(path: Path) -> list[Row]:
     return _distinct(rows)
 
 
+def _bounded(rows: Iterable[dict[str, Any] | str], name: str) -> Iterator[dict[str, Any] | str]:
+    for number, row in enumerate(rows):
+        if number == _MOST_ROWS:
+            raise CascadeError(f"{name} holds more than {_MOST_ROWS:,} rows; cut it into several.")
+        yield row
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
     with open_regular(path) as file:
         encoding = encoding_of(file.read(3))
+        size = os.fstat(file.fileno()).st_size
+    if size > _LARGEST_TABLE:
+        raise CascadeError(
+            f"{printable(str(path))} has {size:,} bytes, but {_LARGEST_TABLE:,} are the most; cut it into several."
+        )
     with path.open(encoding=encoding, newline="") as text:
         yield text
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from cascade_nodes.headless import run_graph
+from cascade_nodes.headless.batch import rows
+from cascade_nodes.headless.batch.journal import Journal
 from cascade_nodes.headless.batch.work import GraphWorker, Job
 from cascade_nodes.headless.cli import main
 from cascade_nodes.headless.results import Observer
@@ -326,6 +329,51 @@ def test_shards_that_there_are_not(text, folder, capsys):
     with pytest.raises(SystemExit):
         batch("--shard", text)
     assert "is not K/N with K from 1 to N, such as 3/8" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_ends_the_batch_and_a_re_run_makes_all(folder, capsys):
+    names = [f"{number:02}" for number in range(20)]
+    table(*({"name": name} for name in names))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2000, before[1])
+    )  # the list grows past it before any picture does
+    try:
+        assert batch() == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 0 < len(colours()) < 20
+    assert capsys.readouterr().err.splitlines()[-1] == "error: made cannot be used (File too large)."
+    assert batch() == 0
+    assert list(colours()) == [f"{name}.png" for name in names]
+
+
+def test_ctrl_c_while_rows_are_checked_makes_none(folder, capsys, monkeypatch):
+    table(*({"name": name} for name in "abcd"))
+    is_done, asked = Journal.is_done, []
+
+    def interrupted(journal, job):
+        asked.append(job.name)
+        if job.name == "b":
+            os.kill(os.getpid(), signal.SIGINT)
+        return is_done(journal, job)
+
+    monkeypatch.setattr(Journal, "is_done", interrupted)
+    assert batch() == 130
+    assert (asked, lines(), colours()) == (["a", "b"], [], {})
+    assert "0 of 4 rows made, 4 left" in capsys.readouterr().err
+
+
+def test_a_table_of_too_many_rows(folder, capsys, monkeypatch):
+    monkeypatch.setattr(rows, "_MOST_ROWS", 3)
+    table(*({"name": name} for name in "abc"))
+    assert batch() == 0
+    table(*({"name": name} for name in "abcd"))
+    assert batch() == 1
+    assert "rows.jsonl holds more than 3 rows; cut it into several." in capsys.readouterr().err
+    monkeypatch.setattr(rows, "_LARGEST_TABLE", 40)
+    assert batch() == 1
+    assert "rows.jsonl has 56 bytes, but 40 are the most; cut it into several." in capsys.readouterr().err
 
 
 def test_ctrl_c_finishes_the_row_under_way(folder):
