@@ -206,7 +206,8 @@ async function missingModels(page) {
 /** The template browser has the pack's graphs under its name, in order; a card shows its picture, and opens. */
 async function templates(page, { titles, title }) {
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.BrowseTemplates"));
-  await page.getByText("Stable Cascade", { exact: true }).first().click();
+  // Without waiting until the dialog with its many pictures is at rest.
+  await page.getByText("Stable Cascade", { exact: true }).first().click({ force: true });
   const card = page.getByText(title).first();
   await card.scrollIntoViewIfNeeded();
   await page.waitForFunction(() =>
@@ -220,7 +221,7 @@ async function templates(page, { titles, title }) {
     const seen = [...new Set(cards.map((entry) => entry.textContent.trim()))];
     return seen.length === titles.length ? seen : null;
   }, titles);
-  await card.click();
+  await card.click({ force: true });
   await page.waitForFunction((title) => window.app.extensionManager.workflow.activeWorkflow.filename === title, title);
   return { listed: await listed.jsonValue(), count: await page.evaluate(() => window.app.graph._nodes.length) };
 }
