@@ -10,7 +10,7 @@ from cascade_nodes.cascade_core.training.settings import settings_of as read_val
 
 OPTIONS = Namespace(
     warm=5, steps=10, precision="auto", compile=False, cuda_graphs=True, deterministic=True, fsdp=False, rank=16,
-    batch=7, accumulate=3, optimizer="adamw", recompute=True,
+    batch=7, accumulate=3, optimizer="adamw", recompute=True, profile=False,
 )  # fmt: skip
 
 
