@@ -142,7 +142,8 @@ class AdapterData:
             pixels, old = (for_compressor(each[rows.start : rows.stop]) for each in (images, before))
             masks = make(pixels, generator, Tools())[:, 3]  # (B, H, W)
             own = masks_of_objects[rows.start : rows.stop].to(device)
-            masks[: len(own)] = latent_mask(own, len(own), pixels.shape[-2:])[:, 0] if len(own) else own
+            if len(own):
+                masks[: len(own)] = latent_mask(own, len(own), pixels.shape[-2:])[:, 0]
             for row in range(max(rows.start, objects), min(rows.stop, objects + sides)):
                 masks[row - rows.start] = _side(masks[0], rng)
             emptied = torch.rand(len(rows), generator=generator) < 0.5

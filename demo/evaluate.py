@@ -4,7 +4,7 @@ Prompts are of scenes with a held-out (shape, colour) pair or (object, relation,
 pictures. Prints a table. --json FILE writes the figures, those of objects also by pair, size and colour; a share is
 [share, low, high, count] with Wilson's interval. Each of these has a set of its own, by --only: pairs (each pair of
 shape and colour), renderer (Stage B alone, from the renderer's latents), three (objects), negation, punctuation,
-proportions, judges (the second beside the first).
+proportions, judges (the second beside the first), embeddings (what a small network reads from the image encoder's).
 """
 
 import argparse

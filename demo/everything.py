@@ -34,6 +34,7 @@ SIDE_BY_SIDE = {
     "compressor": Place(0, 0.36),
     "clip": Place(-1, 0.30),
     "layout": Place(-1, 0.36),
+    "vision": Place(0, 0.36),
     "stage_a": Place(0, 0.16),
     "stage_b": Place(0, 1.0),
     "stage_c": Place(-1, 1.0),
@@ -41,12 +42,13 @@ SIDE_BY_SIDE = {
 IN_TURN = {
     "compressor": Place(0, 0.14),
     "clip": Place(0, 0.27),
-    "layout": Place(0, 0.31),
-    "stage_a": Place(0, 0.36),
+    "layout": Place(0, 0.30),
+    "vision": Place(0, 0.33),
+    "stage_a": Place(0, 0.38),
     "stage_b": Place(0, 0.68),
     "stage_c": Place(0, 1.0),
 }
-WAITING = "layout", "stage_b", "stage_c"  # for others, which train beside them
+WAITING = "layout", "vision", "stage_b", "stage_c"  # for others, which train beside them
 SAFER = ((), ("--no-compile",), ("--no-compile", "--no-graphs"))
 SILENT_WAITING, SILENT = 240.0, 120.0  # seconds without output after which a process counts as stuck
 TELL_EVERY = 20.0

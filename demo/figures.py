@@ -27,7 +27,7 @@ SETS = (
     ("three", "negation"),
     ("punctuation", "proportions", "judges"),
     ("adherence", "reconstruction"),
-    ("renderer",),
+    ("renderer", "embeddings"),
     ("unguided", "negative", "judge"),
 )
 TASK_SETS = (

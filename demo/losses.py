@@ -17,6 +17,9 @@ SHADING, FULL_CONTRAST = 0.15, 0.25
 STRONG_CONTRAST, FAINT = 0.75, 2.5
 USUAL_SHARE = 0.08  # of outlines in a picture
 STRENGTH, MOST = 4.0, 3.0  # added weight of outlines; its largest factor, for pictures with few outlines
+# Pixels along the frame, and their weight, in corners once more: there a network sees a picture on one side alone.
+FRAME, FRAME_WEIGHT = 4, 3.0
+DIFFERENCES = 1.0  # weight of the error of differences between neighbouring pixels
 
 
 @torch.no_grad()
@@ -40,6 +43,23 @@ def weighted_mse(image: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return ((image.float() - target).square() * weight).mean()
 
 
+def frame_weights(size: Sequence[int], device: torch.device) -> Tensor:
+    """Weights (1, 1, *size) that stress the outermost pixels, and most of all the corners."""
+    sides = []
+    for length in size:
+        side = torch.ones(length, device=device)
+        side[:FRAME] = side[-FRAME:] = FRAME_WEIGHT
+        sides.append(side)
+    return torch.outer(*sides)[None, None]
+
+
+def differences_error(image: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean squared error of the differences between neighbours, down and across, by weights (B, 1, H, W)."""
+    error = image.float() - target
+    down, across = error.diff(dim=-2), error.diff(dim=-1)
+    return (down.square() * weight[..., 1:, :]).mean() + (across.square() * weight[..., 1:]).mean()
+
+
 def stage_a_loss(
     model: StageA, image: Tensor, noise: Tensor, quantised_share: float = 0.25
 ) -> dict[str, Tensor]:
@@ -58,8 +78,12 @@ def stage_a_loss(
     straight_through = through_codebook + (quantised - through_codebook).detach()
     decoded = model.decode(torch.cat([straight_through, latent[count:] + noise[count:]]))
     pixels = F.mse_loss(decoded, image)
+    size = image.shape[-2:]
+    weight = outline_weights(image, size) * frame_weights(size, image.device)
+    error = weighted_mse(decoded, image, weight) + DIFFERENCES * differences_error(decoded, image, weight)
+    absolute = ((decoded.float() - image).abs() * weight).mean()
     # A small commitment term: the encoder follows the pixels, and only a quarter of the images are quantised.
-    loss = pixels + 0.02 * F.l1_loss(decoded, image) + 0.1 * codebook + 0.002 * commitment
+    loss = error + 0.02 * absolute + 0.1 * codebook + 0.002 * commitment
     return {"loss": loss, "pixels": pixels, "codebook": codebook}
 
 

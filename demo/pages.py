@@ -54,6 +54,7 @@ TABLES: dict[str, Sequence[tuple[str, str]]] = {
         ('what prompts say is not there ("no red") is not; without saying so', "{negation_absences:.1%}; {negation_absences_unsaid:.1%}"),
         ("prompts with signs right in everything", "{punctuation_all_right}"),
         ("3:2, 16:9, 9:16 in one pass right in everything", "{proportions_3:2}; {proportions_16:9}; {proportions_9:16}"),
+        ("shapes that a small network reads from the image encoder's embeddings, of scenes with one, two, three objects", "{embeddings_shapes_told_of_1}; {embeddings_shapes_told_of_2}; {embeddings_shapes_told_of_3}"),
         ("the second judge agrees, on pictures and on renders", "{judges_agreement_on_pictures}; {judges_agreement_on_renders}"),
     ),
     "tasks": (

@@ -22,12 +22,13 @@ EFFNET_NOISE = 0.25  # the most noise added to them for Stage B
 PICTURE_SHARE = 30.0  # weight of decoding pictures from embeddings, beside the contrastive loss
 # Shares of Stage C's steps (STAGE_C_STEPS): frames of other proportions; scenes whose objects are each a picture
 # prompt of its own; among these, scenes of three objects.
-STAGE_C_WIDE = 0.15  # share of a batch in other steps: wide pictures, from their embeddings alone
-STAGE_C_EDITED = 0.1  # likewise: scenes with traces of another object around a mask
-STAGE_C_STEPS = {"frames": 0.22, "together": 0.2, "three": 0.2}
+STAGE_C_STEPS = {"frames": 0.25, "together": 0.15, "three": 0.2}
+# Shares of a batch in other steps: wide pictures, from their embeddings alone; scenes with traces of another object
+# around a mask; of the rest, scenes with their picture as a prompt, half of them without words.
+STAGE_C_WIDE, STAGE_C_EDITED, STAGE_C_PICTURES = 0.15, 0.1, 0.4
 
 STAGE_A = {
-    "levels": 2, "bottleneck_blocks": 4, "c_hidden": 96, "c_latent": 4, "codebook_size": 1024, "scale_factor": 0.43,
+    "levels": 2, "bottleneck_blocks": 8, "c_hidden": 96, "c_latent": 4, "codebook_size": 1024, "scale_factor": 0.43,
 }  # fmt: skip
 COMPRESSOR = {
     "c_latent": 16,
@@ -69,12 +70,11 @@ TRAINED: dict[str, Any] = {
     "warmup": 200, "final_learning_rate": 0.02, "precision": "bf16", "deterministic": False,
 }  # fmt: skip
 SETTINGS = {
-    "stage_a": TrainSettings(
-        steps=1_962, learning_rate=2e-3, batch_size=64, weight_decay=0.0, **{**TRAINED, "precision": "fp32"}
-    ),
+    "stage_a": TrainSettings(steps=6_000, learning_rate=2e-3, batch_size=64, weight_decay=0.0, **TRAINED),
     "compressor": TrainSettings(steps=3_067, learning_rate=2e-3, batch_size=256, **TRAINED),
     "clip": TrainSettings(steps=4_599, learning_rate=1e-3, batch_size=1024, weight_decay=0.05, **TRAINED),
     "layout": TrainSettings(steps=4_000, learning_rate=1e-3, batch_size=1024, weight_decay=0.05, **TRAINED),
+    "vision": TrainSettings(steps=4_000, learning_rate=5e-4, batch_size=1024, weight_decay=0.05, **TRAINED),
     "stage_b": TrainSettings(steps=6_253, learning_rate=1e-3, batch_size=256, ema=0.9995, **TRAINED),
     "stage_c": TrainSettings(steps=8_819, learning_rate=1e-3, batch_size=1024, ema=0.9995, **TRAINED),
 }

@@ -197,7 +197,7 @@ class StageCData:
         if kind < shares["frames"] + shares["together"]:
             count = max(TOGETHER) if random.random() < shares["three"] else 2
             return self.together[count], 0.75, count > 2
-        return self.scenes, 0.3, False
+        return self.scenes, recipe.STAGE_C_PICTURES, False
 
     def _chance(self, size: int) -> Tensor:
         return torch.rand(size, device=self.job.device)

@@ -1,8 +1,8 @@
 """Trains the demo cascade, one network a run: `python -m cascade_nodes.demo.train NETWORK`.
 
 Order: stage_a, compressor (with the previewer) and clip (text and image encoder) need nothing; layout (the text encoder
-alone) needs clip, stage_c compressor and layout, stage_b stage_a as well. A run that was stopped goes on from its last
-checkpoint. `everything.py` runs them all.
+alone) and vision (the image encoder alone) need clip, stage_c compressor, layout and vision, stage_b stage_a,
+compressor and layout. A run that was stopped goes on from its last checkpoint. `everything.py` runs them all.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_mode
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
 from cascade_nodes.cascade_core.training.log import LOG
 from cascade_nodes.cascade_core.training.settings import TrainSettings
-from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, build_vision_model
+from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder, build_vision_model
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.clip_states import encoder_layer, image_embeddings, text_states
 from cascade_nodes.demo.dataset import (
@@ -41,7 +41,17 @@ from cascade_nodes.demo.detail import DetailDecoder, EmbeddingDecoder
 from cascade_nodes.demo.drawing import OTHER_FRAMES, mixed_pictures, ordinary_scenes, other_frame
 from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet
 from cascade_nodes.demo.job import FINISHED, Draw, Job, Weights, export_text_encoder, own_tokenizer
-from cascade_nodes.demo.layout import Layout, LayoutReader, layout_loss, layout_of, place_error
+from cascade_nodes.demo.layout import (
+    CellReader,
+    Cells,
+    Layout,
+    LayoutReader,
+    cells_loss,
+    cells_of,
+    layout_loss,
+    layout_of,
+    place_error,
+)
 from cascade_nodes.demo.losses import (
     contrastive_loss,
     epsilon_loss,
@@ -53,6 +63,8 @@ from cascade_nodes.demo.losses import (
 from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.stage_b_data import StageBData
 from cascade_nodes.demo.stage_c_data import StageCData
+from cascade_nodes.demo.wide_pictures import wide_scenes
+from cascade_nodes.demo.world import pack
 
 RELATIONS = "relations"  # in clip's log: share of captions preferred to themselves with an inverted relation
 ENOUGH_RELATIONS = 0.9
@@ -247,6 +259,46 @@ def train_layout(job: Job) -> None:
     )  # fmt: skip
 
 
+def train_vision(job: Job) -> None:
+    """Trains the image encoder further after `clip`, on pictures alone, by what is read from its embeddings."""
+    config = recipe.VISION
+
+    def part(number: int, count: int) -> list[Tensor]:
+        ordinary = pack(ordinary_scenes(job, count // 2, "vision", number))
+        generator = torch.Generator(job.device).manual_seed(job.seed("vision", number))
+        anything = wide_scenes(count - count // 2, recipe.PICTURE, generator, job.device)
+        parts = [ordinary.rows(slice(None), job.device), anything]
+        images = torch.cat([pictures(scenes, job.device, smaller=config["image_size"]) for scenes in parts])
+        return [images, *(torch.cat(column) for column in zip(*map(cells_of, parts), strict=True))]
+
+    pool = job.pool(part, 1, first=0.2, every=40, endless=True)
+    mean, std = (torch.tensor(v, device=job.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    networks = {
+        "image": build_vision_model(config).to(job.device),
+        "reader": CellReader(config["projection_dim"]).to(job.device),
+    }
+    image_model, reader = networks.values()
+    layer = job.compile_function(encoder_layer)
+
+    def prepare() -> Draw:
+        encoder = ImageEncoder.load(job.weights / "demo_image_encoder.safetensors", dtype=torch.float32)
+        image_model.load_state_dict(encoder.model.state_dict())
+        return draw
+
+    def draw(step: int) -> Batch:
+        pool.advance(step)
+        return Batch(pool.take(job.settings.batch_size))
+
+    def loss(images: Tensor, *columns: Tensor) -> dict[str, Tensor]:
+        pixels = (as_float(images) - mean) / std
+        return cells_loss(reader(image_embeddings(image_model, pixels, layer)), Cells(*columns))
+
+    def export(weights: Weights) -> None:
+        job.export("demo_image_encoder.safetensors", "image_encoder", weights["image"], config)
+
+    job.train(networks, prepare, loss, export, inputs=("clip",))
+
+
 def shortened(texts: Tensor, tokenizer: Tokenizer) -> Tensor:
     """Tokens (..., 77) cut after the longest, at a multiple of 8, since nothing sees past the end token."""
     longest = int((texts != tokenizer.end_token).sum(-1).max()) + 1
@@ -288,7 +340,7 @@ def train_stage_c(job: Job) -> None:
 
     job.train(
         {"stage_c": model, "text": text_model}, prepare, loss, export, {"text": 0.5},
-        data.rehearsals(), needed=2, inputs=("compressor", "layout"),
+        data.rehearsals(), needed=2, inputs=("compressor", "layout", "vision"),
     )  # fmt: skip
 
 
@@ -345,6 +397,7 @@ STAGES: dict[str, Callable[[Job], None]] = {
     "compressor": train_compressor,
     "clip": train_clip,
     "layout": train_layout,
+    "vision": train_vision,
     "stage_b": train_stage_b,
     "stage_c": train_stage_c,
 }

@@ -12,6 +12,7 @@ from cascade_nodes.demo.captions import ObjectSpec, Spec, punctuated, verbalise
 from cascade_nodes.demo.judge import read, score, summary
 from cascade_nodes.demo.measuring import SEED, in_batches, prompts_of
 from cascade_nodes.demo.pipeline import DemoCascade, Sampling
+from cascade_nodes.demo.read_embeddings import embeddings
 from cascade_nodes.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -172,4 +173,5 @@ WIDE_TASKS: dict[str, Measure] = {
     "punctuation": punctuation,
     "proportions": proportions,
     "judges": judges,
+    "embeddings": embeddings,
 }

@@ -15,7 +15,7 @@ from cascade_nodes.cascade_core.hints.masks import latent_mask
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.training.losses import consistency_loss
 from cascade_nodes.cascade_core.training.settings import ObjectiveSettings
-from cascade_nodes.demo import adapters, everything, figures
+from cascade_nodes.demo import adapter_data, adapters, everything, figures
 from cascade_nodes.demo.adapter_data import AdapterData, houses, loops, ordinary
 from cascade_nodes.demo.evaluate import MEASUREMENTS
 from cascade_nodes.demo.few_steps import Jumps, consistency_terms
@@ -54,7 +54,8 @@ def test_the_distillation_is_the_cores(student_steps):
         assert found[name].item() == pytest.approx(value.item(), rel=1e-4), name
 
 
-def test_beside_a_mask_an_inpainting_controlnet_sees_what_was_there(tmp_path):
+def test_beside_a_mask_an_inpainting_controlnet_sees_what_was_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_data, "AT_ONCE", 4)  # so that some are without replaced objects
     job = a_job("inpainting", tmp_path)
     base = Base(job, TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32))
     data = AdapterData(job, recipe_of("inpainting", CPU), base.encoder, ordinary(job, base.encoder.tokenizer))

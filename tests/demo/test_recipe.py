@@ -23,7 +23,18 @@ from cascade_nodes.demo.captured_loss import CapturedLoss
 from cascade_nodes.demo.clip_states import image_embeddings, text_states
 from cascade_nodes.demo.dataset import alone, captions, edited, tokenise
 from cascade_nodes.demo.job import FINISHED, Job, own_tokenizer
-from cascade_nodes.demo.layout import PLACE_SHARE, layout_loss, layout_of, place_error
+from cascade_nodes.demo.layout import (
+    GRID,
+    NAMELESS,
+    NOTHING,
+    PLACE_SHARE,
+    VALUES_SHARE,
+    cells_loss,
+    cells_of,
+    layout_loss,
+    layout_of,
+    place_error,
+)
 from cascade_nodes.demo.losses import NoiseLevels, epsilon_loss, outline_weights, share_right
 from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.places import contrasted, misplaced, placed, turned
@@ -32,7 +43,7 @@ from cascade_nodes.demo.scenes import BACKGROUNDS, COLOURS, INVERSE, SHAPES, hel
 from cascade_nodes.demo.stage_b_data import StageBData
 from cascade_nodes.demo.stage_c_data import StageCData
 from cascade_nodes.demo.wide_scenes import sample_wide
-from cascade_nodes.demo.world import render, sample_scenes
+from cascade_nodes.demo.world import pack, render, sample_scenes
 
 CPU = torch.device("cpu")
 
@@ -305,11 +316,13 @@ def toy(tmp_path_factory):
         patch.setattr(
             train,
             "EmbeddingDecoder",
-            lambda width: nn.Sequential(
-                nn.Linear(width, 3 * 16), nn.Unflatten(1, (3, 4, 4)), nn.Upsample(scale_factor=12)
+            lambda width, channels=3: nn.Sequential(
+                nn.Linear(width, channels * 16),
+                nn.Unflatten(1, (channels, 4, 4)),
+                nn.Upsample(scale_factor=12),
             ),
         )
-        for name in ("stage_a", "compressor", "clip", "layout", "stage_c", "stage_b"):
+        for name in ("stage_a", "compressor", "clip", "layout", "vision", "stage_c", "stage_b"):
             job = a_job(folder, name)
             job.scenes = 16
             train.STAGES[name](job)
@@ -412,4 +425,32 @@ def test_a_layout_is_read_by_kind_and_its_loss_is_least_where_all_is_right():
     assert place_error(moved, layout).tolist() == pytest.approx([0.09] * 4, abs=1e-5)
     assert layout_loss((present, moved, large, background), layout)["loss"].item() == pytest.approx(
         0.09 * PLACE_SHARE, abs=1e-4
+    )
+
+
+def test_cells_hold_what_stands_in_them_and_their_loss_is_least_where_all_is_right():
+    table = sample_wide(4, 3, objects=(0, 1, 0))
+    cells = cells_of(pack(table))
+    for row, scene in enumerate(table.scenes()):
+        assert (cells.shape[row] != NOTHING).sum() == len(scene.objects)
+        for o in scene.objects:
+            x, y = int(GRID * o.x), int(GRID * o.y)
+            assert cells.shape[row, y, x] == SHAPES.index(o.shape)
+            place = cells.values[row, y, x, 3:5] + torch.tensor([x, y])
+            assert place.tolist() == pytest.approx([GRID * o.x, GRID * o.y], abs=1e-5)
+            assert cells.values[row, y, x, 5].item() == pytest.approx(GRID * o.radius)
+    packed = pack(table)
+    others = packed._replace(shape=torch.where(packed.shape >= 0, len(SHAPES) + 3, -1))
+    assert set(cells_of(others).shape.unique().tolist()) == {NAMELESS, NOTHING}
+
+    logits = 20.0 * nn.functional.one_hot(cells.shape.long(), NOTHING + 1).movedim(-1, 1)
+    right = cells_loss((logits, cells.values, cells.background), cells)
+    assert right["loss"].item() == pytest.approx(0, abs=1e-5)
+    assert right["right"] == 1
+    darker = cells_loss((logits, cells.values - 0.1, cells.background), cells)
+    assert darker["loss"].item() == pytest.approx(0.01 * VALUES_SHARE, abs=1e-4)
+    empty = torch.zeros_like(logits)
+    empty[:, NOTHING] = 20.0  # wrong of every object, right of every empty cell
+    assert cells_loss((empty, cells.values, cells.background), cells)["loss"].item() == pytest.approx(
+        20, abs=1e-3
     )

@@ -13,7 +13,13 @@ from cascade_nodes.cascade_core.training.loop import Loop
 from cascade_nodes.cascade_core.training.losses import diffusion_loss
 from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
 from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet
-from cascade_nodes.demo.losses import contrastive_loss, stage_a_loss
+from cascade_nodes.demo.losses import (
+    FRAME_WEIGHT,
+    contrastive_loss,
+    differences_error,
+    frame_weights,
+    stage_a_loss,
+)
 from cascade_nodes.demo.network_task import Batch, NetworkTask, RunSettings, Steps
 from cascade_nodes.demo.train import STAGES, main
 
@@ -148,6 +154,19 @@ def test_stage_a_loss_reaches_every_weight():
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == []
     assert terms["loss"].item() > terms["pixels"].item() > 0
+
+
+def test_stage_a_is_held_to_the_frame_and_to_differences():
+    weights = frame_weights((16, 12), torch.device("cpu"))
+    assert weights.shape == (1, 1, 16, 12)
+    assert weights[0, 0, 8, 6] == 1
+    assert weights[0, 0, 0, 6] == weights[0, 0, 8, -1] == FRAME_WEIGHT
+    assert weights[0, 0, 0, 0] == FRAME_WEIGHT**2
+    flat, step = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    step[..., 2:] = 0.5  # one of three differences across, in every row
+    one = torch.ones(1, 1, 4, 4)
+    assert differences_error(flat + 0.5, flat, one).item() == 0
+    assert differences_error(step, flat, one).item() == pytest.approx(0.25 / 3)
 
 
 def test_stage_a_learns():

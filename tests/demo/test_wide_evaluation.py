@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cascade_nodes.demo import wide_tasks
+from cascade_nodes.demo import read_embeddings, wide_tasks
 from cascade_nodes.demo.captions import full_spec, parse
 from cascade_nodes.demo.evaluate import lines
 from cascade_nodes.demo.judge import read, score
+from cascade_nodes.demo.layout import NOTHING, cells_of
 from cascade_nodes.demo.pipeline import DECODER, PRIOR
 from cascade_nodes.demo.scenes import Scene, SceneObject, sample_scenes
 from cascade_nodes.demo.second_reading import agreement, read_again
 from cascade_nodes.demo.shares import Share, by_kind, lowest, share
 from cascade_nodes.demo.wide_scenes import FRAMES, sample_wide
 from cascade_nodes.demo.wide_tasks import EACH, WIDE_TASKS, sample_pairs
-from cascade_nodes.demo.world import render
+from cascade_nodes.demo.world import pack, render
 
 
 def test_wilsons_interval_is_as_published():
@@ -120,3 +121,29 @@ def test_a_cascade_that_draws_what_it_is_asked_gets_full_marks(name, monkeypatch
     assert isinstance(right, Share)
     assert right.share == 1.0
     assert lines(figures)
+
+
+def test_shapes_are_read_from_embeddings_that_tell_them(monkeypatch):
+    count = 60
+    table = sample_wide(12 * count, read_embeddings.SEED + 12, objects=read_embeddings.OBJECTS)
+    truth = F.one_hot(cells_of(pack(table)).shape.long(), NOTHING + 1).flatten(1).float()
+    monkeypatch.setattr(read_embeddings, "pictures", lambda rows, device: torch.from_numpy(rows.kind))
+    monkeypatch.setattr(read_embeddings, "STEPS", 250)
+    monkeypatch.setattr(read_embeddings, "BATCH", 64)
+    seen = torch.from_numpy(table.kind)
+
+    def embed(kinds, told):
+        start = next(i for i in range(len(seen)) if torch.equal(seen[i : i + len(kinds)], kinds))
+        return told * truth[start : start + len(kinds)] + 1e-3 * torch.randn(len(kinds), truth.shape[1])
+
+    def figures(told):
+        cascade: Any = SimpleNamespace(device=torch.device("cpu"), embed=lambda kinds: embed(kinds, told))
+        found: Any = read_embeddings.embeddings(cascade, count, PRIOR, DECODER)[0]
+        return found
+
+    torch.manual_seed(0)
+    right, guessed = figures(1.0), figures(0.0)
+    objects = (table.kind[10 * count :] >= 0).sum(1)
+    assert [each.count for each in right.values()] == [n * int((objects == n).sum()) for n in (1, 2, 3)]
+    assert min(each.share for each in right.values()) > 0.5
+    assert max(each.share for each in guessed.values()) < 0.35
