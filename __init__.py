@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .cascade_core.arguments import StageSettings as StageSettings
     from .cascade_core.errors import CascadeError as CascadeError
     from .cascade_core.errors import Interrupted as Interrupted
-    from .cascade_core.pipeline import StageProgress as StageProgress
+    from .cascade_core.making import StageProgress as StageProgress
     from .cascade_core.stages.hint import Control as Control
     from .demo.door import StableCascade as StableCascade
 
@@ -33,7 +33,7 @@ _HOME = {
     "CascadeError": "cascade_core.errors",
     "Control": "cascade_core.stages.hint",
     "Interrupted": "cascade_core.errors",
-    "StageProgress": "cascade_core.pipeline",
+    "StageProgress": "cascade_core.making",
     "StableCascade": "demo.door",
     "StageSettings": "cascade_core.arguments",
 }

@@ -294,7 +294,11 @@ def measure(
 
         loop = Loop(task, RandomBatches(side, name == "controlnet"), settings, accelerator, mark)
         loop.save = lambda: None  # would write 57 GB for a finetune
-        profile = profiled(loop, settings.train.steps - PROFILED) if options.profile else {}
+        profile = (
+            profiled(loop, (settings.train.steps - PROFILED) * settings.train.accumulate)
+            if options.profile
+            else {}
+        )
         outcome = loop.run()
     trained, peak = loop.trained_numbers, max(accelerator.gather(outcome.peak_bytes))
     if not accelerator.is_main_process:  # only the main process gets reports of steps

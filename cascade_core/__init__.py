@@ -13,6 +13,7 @@ from .errors import CascadeError, Interrupted
 if TYPE_CHECKING:
     from .arguments import StageSettings
     from .checkpoints import load_model, load_published_state_dict
+    from .making import StageProgress
     from .networks.compressor import SemanticCompressor
     from .networks.controlnet import ControlNet
     from .networks.inference import infer_config
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .networks.stage_a import StageA
     from .networks.stage_b import StageB
     from .networks.stage_c import StageC
-    from .pipeline import StableCascade, StageProgress
+    from .pipeline import StableCascade
     from .stages.hint import Control
     from .text.encoder import TextEncoder
     from .text.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ _HOME = {
     "ControlNet": "networks.controlnet",
     "ImageEncoder": "vision",
     "Previewer": "networks.previewer",
-    "StageProgress": "pipeline",
+    "StageProgress": "making",
     "SemanticCompressor": "networks.compressor",
     "StableCascade": "pipeline",
     "StageA": "networks.stage_a",

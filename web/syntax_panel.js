@@ -16,7 +16,9 @@ const SENTENCES = {
 export function addSyntaxPanel(node) {
   const { box, show } = sentenceBox(4, "cascade-panel-warning");
   let shown = false; // most prompts have none, and need no room for it
-  api.addEventListener("execution_start", () => show([]));
+  const clear = () => show([]);
+  api.addEventListener("execution_start", clear);
+  after(node, "onRemoved", () => api.removeEventListener("execution_start", clear));
   after(node, "onExecuted", (output) => {
     if (!output?.cascade_syntax) return;
     if (!shown) {

@@ -12,11 +12,13 @@ export function arrangeTemplates() {
   const names = new Map(); // of files, by title
   api.getWorkflowTemplates = async () => {
     const templates = await getWorkflowTemplates.call(api);
-    for (const name of templates[PACK]?.sort() ?? []) names.set(translated(name), name);
+    const files = Array.isArray(templates?.[PACK]) ? templates[PACK].sort() : [];
+    for (const name of files) names.set(translated(name), name);
     return names.size ? { ...templates, [PACK]: [...names.keys()] } : templates;
   };
   api.apiURL = (route) => {
-    const [title] = route.startsWith(FILES) ? route.slice(FILES.length).split(/(\.[a-z]+)$/) : [""];
+    const own = typeof route === "string" && route.startsWith(FILES);
+    const [title] = own ? route.slice(FILES.length).split(/(\.[a-z]+)$/) : [""];
     return apiURL.call(api, names.has(title) ? route.replace(title, names.get(title)) : route);
   };
 }

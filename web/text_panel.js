@@ -34,6 +34,7 @@ export function sentenceBox(lines, className) {
     for (const place of [first, all]) place.textContent = text;
     button.title = text;
     button.style.visibility = text ? "" : "hidden";
+    if (!text && all.matches(":popover-open")) all.hidePopover();
   };
   show([]);
   return { box: element("div", "", [button, all]), show };

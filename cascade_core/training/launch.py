@@ -50,7 +50,8 @@ def build_accelerator(precision: str = "auto") -> Processes:
         torch.distributed.DistError,
         ValueError,
     ) as error:  # a taken port, others that do not come, no address
-        if not several:
+        unmet = isinstance(error, torch.distributed.DistError) or "MASTER_" in str(error)
+        if not (several and unmet):
             raise
         where = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
         raise CascadeError(

@@ -161,16 +161,17 @@ def _matrices(block: nn.Module) -> list[Tensor]:
 
 
 def _units(network: Any) -> Iterator[list[Any]]:
-    """Blocks that follow each other in a level, with up to UNIT weights."""
+    """Blocks that follow each other in a level, with up to UNIT weights, all with trained matrices or none of them."""
     for level, _ in network.levels():
-        blocks, weights = list[Any](), 0
+        blocks, weights, wide = list[Any](), 0, False
         for block in blocks_of(nn.ModuleList(level), CHECKPOINTED):
             own = sum(weight.numel() for weight in _matrices(block))
-            if blocks and weights + own > UNIT:
+            trained = any(weight.dtype == torch.float32 for weight in _matrices(block))
+            if blocks and (weights + own > UNIT or trained != wide):
                 yield blocks
                 blocks, weights = [], 0
             blocks.append(block)
-            weights += own
+            weights, wide = weights + own, trained
         if blocks:
             yield blocks
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,19 +73,26 @@ class Journal:
         paths = [self.folder / name for name in names]
         self._check_free(job, paths)
         record = {"name": job.name, "digest": job.digest, "pictures": names}
-        try:
+        with self._named():
             self._write({**record, "seconds": round(outcome.seconds, 3), "worker": outcome.worker})
             self._enter(record)
             for path, picture in zip(paths, outcome.pictures, strict=True):
                 write_file(path, picture.content)
-        except OSError as error:  # such as a full disk's, which does not say where
-            error.filename = error.filename or str(self.folder)
-            raise
         return paths
 
     def fail(self, name: str, error: str) -> None:
         """Records why a row could not be made. The row is tried again in the next run of the batch."""
-        self._write({"name": name, "error": error})
+        with self._named():
+            self._write({"name": name, "error": error})
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Names the folder in an error of the system that names no file, such as a full disk's."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.folder)
+            raise
 
     def _check_free(self, job: Job, paths: list[Path]) -> None:
         for path in paths:

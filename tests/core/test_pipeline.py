@@ -144,7 +144,7 @@ def test_loras_are_added_and_removed(cascade):
 def test_a_learned_token_is_told_by_name(cascade, caplog):
     with caplog.at_level(logging.INFO, "cascade_nodes"):
         name = cascade.add_lora("demo_token_loop.safetensors")
-    assert "teaches [loop]" in caplog.text
+    assert "Write [loop] in the prompt." in caplog.text
     cascade.remove_lora(name)
 
 

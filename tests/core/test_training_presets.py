@@ -3,10 +3,13 @@
 from itertools import pairwise
 
 import pytest
+import torch
 
-from cascade_nodes.cascade_core import CascadeError
+from cascade_nodes.cascade_core import CascadeError, StageC
+from cascade_nodes.cascade_core.networks.config import StageCConfig
 from cascade_nodes.cascade_core.training.presets import NAMES, PRESETS, preset_for
 from cascade_nodes.cascade_core.training.settings import TaskName, settings_from_json, settings_of
+from cascade_nodes.cascade_core.training.tasks.finetune import _at_depth
 
 TASKS: list[TaskName] = ["lora", "controlnet", "finetune", "tokens"]
 TOKENS = {"tokens": [{"name": "blob"}]}
@@ -77,3 +80,12 @@ def test_a_preset_that_cannot_be_had_is_told(name, words, monkeypatch):
     with pytest.raises(CascadeError) as raised:
         read("lora", preset=name)
     assert words in str(raised.value)
+
+
+def test_the_last_block_of_a_small_network_is_trained_however_late_the_share_begins():
+    with torch.device("meta"):
+        network = StageC(StageCConfig(c_cond=8, c_hidden=(64, 64), nhead=(1, 1), blocks=((1, 1), (1, 1))))
+    blocks = [block for level, _ in network.levels() for block in level]
+    assert round(0.99 * len(blocks)) == len(blocks)
+    last = {id(parameter) for parameter in blocks[-1].parameters()}
+    assert _at_depth(network, [0.99, 1.0]) == {n for n, p in network.named_parameters() if id(p) in last}

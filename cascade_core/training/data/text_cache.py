@@ -95,9 +95,12 @@ class TextCache:
         """Releases the encoder's memory."""
         self.encoder = None
 
-    @torch.autocast("cpu", enabled=False)  # which takes no fp16
     def states(self, captions: Sequence[str]) -> TextStates:
         """states (B, 77·n, C), n the chunks of the longest; pooled (B, P). Both float32, on the CPU."""
+        with torch.autocast("cpu", enabled=False):  # which takes no fp16
+            return self._states(captions)
+
+    def _states(self, captions: Sequence[str]) -> TextStates:
         self.fill(captions)
         rows = [self.cache.rows[key_of("states", text)] for text in captions]
         longest = max(map(len, rows))

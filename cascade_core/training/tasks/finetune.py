@@ -278,6 +278,8 @@ def _at_depth(network: Any, depth: Sequence[float]) -> set[str]:
     """The parameters of the blocks that begin between these two shares of a forward pass."""
     blocks = [block for blocks, _ in network.levels() for block in blocks]
     first, last = (round(bound * len(blocks)) for bound in depth)
+    if depth[1] == 1:
+        first = min(first, len(blocks) - 1)  # a small network's last block, however late the share begins
     inside = {id(parameter) for block in blocks[first:last] for parameter in block.parameters()}
     return {name for name, parameter in network.named_parameters() if id(parameter) in inside}
 

@@ -170,8 +170,11 @@ def _source(module: str) -> str:
 # Attributes of a patcher, beside those that other nodes add, in which it may differ from the one it is a clone of.
 PATCHED = (
     "patches", "object_patches", "weight_wrapper_patches", "force_cast_weights", "model_options", "attachments",
-    "callbacks", "wrappers", "injections", "hook_patches", "forced_hooks",
+    "callbacks", "wrappers", "injections", "hook_patches", "forced_hooks", "load_device", "offload_device",
 )  # fmt: skip
+DEVICES_OF_MODELS = (
+    "comfy_extras.nodes_multigpu"  # its nodes clone a MODEL that they have nothing to change on
+)
 
 
 def cloning_node() -> str | None:
@@ -180,19 +183,42 @@ def cloning_node() -> str | None:
     while frame is not None:
         module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_qualname
         if "." in name and "<" not in name and not module.startswith("comfy."):
-            return None if module.startswith(f"{PACKAGE}.") else printable(name.partition(".")[0], 60)
+            known = module == DEVICES_OF_MODELS or module.startswith(f"{PACKAGE}.")
+            return None if known else printable(name.partition(".")[0], 60)
         frame = frame.f_back
     return None
 
 
 def left_as_it_was(patcher: Any, network: str) -> Iterator[Notice]:
-    """Notices for nodes that cloned the MODEL and put nothing on the clone, having found no block to patch."""
+    """Notices for nodes that cloned the MODEL and put nothing on the clones, having found no block to patch.
+
+    Not for the node that samples now, whose clone is its own.
+    """
+    sampling = {name.partition(".")[0] for name in _running()}
     while (parent := getattr(patcher, "parent", None)) is not None:
-        node = getattr(patcher, CLONED_BY, None)
-        added = {name for name in vars(patcher).keys() - vars(parent) if not hasattr(type(patcher), name)}
-        if node is not None and added <= {CLONED_BY} and _carried(patcher) == _carried(parent):
+        node, clone = getattr(patcher, CLONED_BY, None), patcher
+        while node is not None and getattr(parent, CLONED_BY, None) == node and parent.parent is not None:
+            parent = parent.parent  # of the first of the node's clones
+        if node is not None and node not in sampling and not _differs(clone, parent):
             yield Notice("unchanged", node=node, network=network)
         patcher = parent
+
+
+def _running() -> Iterator[str]:
+    """The names of the functions that are being called."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_code.co_qualname
+        frame = frame.f_back
+
+
+def _differs(clone: Any, parent: Any) -> bool:
+    """Whether something was put on a clone, an attribute or a method of its own among it."""
+    own = {
+        name for name in vars(clone).keys() - vars(parent)
+        if callable(vars(clone)[name]) or not hasattr(type(clone), name)
+    }  # fmt: skip
+    return not own <= {CLONED_BY} or _carried(clone) != _carried(parent)
 
 
 def _carried(patcher: Any) -> Any:

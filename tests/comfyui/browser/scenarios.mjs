@@ -66,6 +66,10 @@ async function sentencesOf(page, id, name) {
   );
   const lines = await box.evaluate((button) => button.innerText.split("\n").filter(Boolean));
   if (!lines.length) return { lines };
+  await page.evaluate(() => {
+    window.app.canvas.setDirty(true, true); // a panel stands where it was drawn last
+    return new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)));
+  });
   await box.click();
   const all = page.locator(".cascade-panel-all:popover-open");
   await all.waitFor();

@@ -141,9 +141,9 @@ WRAPPED = {
     )
 }
 PACK_NODES = (
-    "AutomaticGuidance", "FewerSigmas", "Failing", "ForgottenOption", "Injected", "OtherAttention", "OtherCosine",
-    "OwnGuidanceAfter", "PerturbedSometimes", "PictureAdapter", "ReplacedLayer", "SkimmedGuidance", "StepCache",
-    "ThreeArguments", "Thresholding",
+    "AutomaticGuidance", "ClonesTwice", "FewerSigmas", "Failing", "ForgottenOption", "Injected", "OtherAttention",
+    "OtherCosine", "OwnGuidanceAfter", "PerturbedSometimes", "PictureAdapter", "ReplacedLayer", "SkimmedGuidance",
+    "StepCache", "ThreeArguments", "Thresholding",
 )  # fmt: skip
 
 

@@ -30,17 +30,28 @@ class ThreeArguments:
         return patched
 
 
+def skim(model: Any) -> Any:
+    def before(args: dict[str, Any]) -> Any:
+        cond, uncond = args["conds_out"]
+        return [cond, uncond + 0.3 * (cond - uncond)]
+
+    patched = model.clone()
+    patched.set_model_sampler_pre_cfg_function(before, disable_cfg1_optimization=True)
+    return patched
+
+
 class SkimmedGuidance:
     """Changes both predictions before the guidance, at cfg 1 too."""
 
     def patch(self, model: Any) -> Any:
-        def before(args: dict[str, Any]) -> Any:
-            cond, uncond = args["conds_out"]
-            return [cond, uncond + 0.3 * (cond - uncond)]
+        return skim(model)
 
-        patched = model.clone()
-        patched.set_model_sampler_pre_cfg_function(before, disable_cfg1_optimization=True)
-        return patched
+
+class ClonesTwice:
+    """Clones the MODEL, and hands the clone to a function that clones it again and patches that."""
+
+    def patch(self, model: Any) -> Any:
+        return skim(model.clone())
 
 
 class OwnGuidanceAfter:
