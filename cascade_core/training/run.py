@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints import load_model
 from ..engine.graphs import can_allocate_in_capture
-from ..errors import CascadeError, Interrupted, excerpt, on_one_line
+from ..errors import CascadeError, Interrupted, excerpt, on_one_line, printable
 from ..geometry import largest_size
 from ..networks.compressor import SemanticCompressor
 from ..networks.fp16 import scale_residual_stream
@@ -131,9 +131,10 @@ def train(
         raise
     except OSError as error:  # of the log, the curve or a sample; what is worth most has sentences of its own
         reason = error.strerror or excerpt(on_one_line(error), 240)
+        file = printable(str(error.filename or "a file"))
         raise CascadeError(
-            f"The run in {settings.output.folder} could not use {error.filename or 'a file'} ({reason}); free some "
-            "space there or put the folder back, and the same command goes on from the last checkpoint."
+            f"The run in {settings.output.folder} could not use {file} ({reason}); free some space there or put the "
+            "folder back, and the same command goes on from the last checkpoint."
         ) from error
     if not outcome.finished:
         at = f" at {end:%Y-%m-%d %H:%M}, as train.stop_at or stop_after says" if ended() else ""

@@ -320,9 +320,8 @@ def test_a_run_that_cannot_write_what_it_shows_ends_with_a_sentence(world, tmp_p
             file.unlink(missing_ok=True)
             file.mkdir()
 
-    with pytest.raises(
-        CascadeError, match=r"run could not use a file \(.*the same command goes on"
-    ) as raised:
+    told = rf"could not use \S*{re.escape(name)}\S* \(.*the same command goes on"
+    with pytest.raises(CascadeError, match=told) as raised:
         train(settings, report=obstruct)
     assert "\n" not in str(raised.value)
     file.rmdir() if file.is_dir() else file.unlink()
