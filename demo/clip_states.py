@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core.text.encoder import TextStates
 from cascade_nodes.cascade_core.text.learned_tokens import TokenTable
+from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD
 
 Layer = Callable[[Any, Tensor, Tensor | None], Tensor]
 
@@ -54,6 +55,12 @@ def text_states(
         x = layer(block, x, seen[:, None])
     at_end = x.gather(1, end[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]  # (N, C)
     return TextStates(x, model.text_projection(text.final_layer_norm(at_end)))
+
+
+def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The mean and standard deviation (3, 1, 1) of pixels in [0, 1] by which CLIP's units are defined."""
+    mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
+    return mean, std
 
 
 def image_embeddings(model: Any, pixels: Tensor, layer: Layer = encoder_layer) -> Tensor:

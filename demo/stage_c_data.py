@@ -9,8 +9,9 @@ from torch import Tensor
 from cascade_nodes.cascade_core.geometry import stage_c_size
 from cascade_nodes.cascade_core.hints.masks import latent_mask
 from cascade_nodes.cascade_core.text.tokenizer import CHUNK_LENGTH, Tokenizer
-from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder
+from cascade_nodes.cascade_core.vision import ImageEncoder
 from cascade_nodes.demo import recipe
+from cascade_nodes.demo.clip_states import pixel_statistics
 from cascade_nodes.demo.dataset import (
     Size,
     alone,
@@ -75,9 +76,7 @@ class StageCData:
         self.compressor = job.load("compressor").requires_grad_(False)
         self.vision = ImageEncoder.load(job.weights / "demo_image_encoder.safetensors", dtype=torch.float32)
         self.vision.model.to(job.device)
-        self.mean, self.std = (
-            torch.tensor(v, device=job.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD)
-        )
+        self.mean, self.std = pixel_statistics(job.device)
         self.levels = NoiseLevels(job.device)
         self.scenes = job.pool(lambda i, n: self._scenes(*self.scene_table, i, n), 1, first=0.15, every=120)
         self.wide = job.pool(self._wide, 0.2, first=0.2, every=200)

@@ -25,9 +25,9 @@ from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_mode
 from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
 from cascade_nodes.cascade_core.training.log import LOG
 from cascade_nodes.cascade_core.training.settings import TrainSettings
-from cascade_nodes.cascade_core.vision import CLIP_MEAN, CLIP_STD, ImageEncoder, build_vision_model
+from cascade_nodes.cascade_core.vision import ImageEncoder, build_vision_model
 from cascade_nodes.demo import recipe
-from cascade_nodes.demo.clip_states import encoder_layer, image_embeddings, text_states
+from cascade_nodes.demo.clip_states import encoder_layer, image_embeddings, pixel_statistics, text_states
 from cascade_nodes.demo.dataset import (
     as_float,
     contrasts,
@@ -175,7 +175,7 @@ def train_clip(job: Job) -> None:
         job.pool(scene_part, 1, first=0.2, every=60),
         job.pool(wide_part, 0.3, every=200, endless=True),
     )
-    mean, std = (torch.tensor(v, device=job.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    mean, std = pixel_statistics(job.device)
     networks = {
         "text": build_text_model(text_config).to(job.device),
         "image": build_vision_model(vision_config).to(job.device),
@@ -272,7 +272,7 @@ def train_vision(job: Job) -> None:
         return [images, *(torch.cat(column) for column in zip(*map(cells_of, parts), strict=True))]
 
     pool = job.pool(part, 1, first=0.2, every=40, endless=True)
-    mean, std = (torch.tensor(v, device=job.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    mean, std = pixel_statistics(job.device)
     networks = {
         "image": build_vision_model(config).to(job.device),
         "reader": CellReader(config["projection_dim"]).to(job.device),

@@ -172,21 +172,25 @@ PATCHED = (
     "patches", "object_patches", "weight_wrapper_patches", "force_cast_weights", "model_options", "attachments",
     "callbacks", "wrappers", "injections", "hook_patches", "forced_hooks", "load_device", "offload_device",
 )  # fmt: skip
-DEVICES_OF_MODELS = (
-    "comfy_extras.nodes_multigpu"  # its nodes clone a MODEL that they have nothing to change on
-)
+# Its nodes clone a MODEL that they have nothing to change on.
+DEVICES_OF_MODELS = "comfy_extras.nodes_multigpu"
 
 
 def cloning_node() -> str | None:
     """The name of another's node that has called a patcher's `clone`; None where it was not a node, or ours."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
+    for frame in _callers(sys._getframe(2)):
         module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_qualname
         if "." in name and "<" not in name and not module.startswith("comfy."):
             known = module == DEVICES_OF_MODELS or module.startswith(f"{PACKAGE}.")
             return None if known else printable(name.partition(".")[0], 60)
-        frame = frame.f_back
     return None
+
+
+def _callers(frame: Any) -> Iterator[Any]:
+    """A frame, and those of the functions that wait for it, the innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def left_as_it_was(patcher: Any, network: str) -> Iterator[Notice]:
@@ -194,7 +198,7 @@ def left_as_it_was(patcher: Any, network: str) -> Iterator[Notice]:
 
     Not for the node that samples now, whose clone is its own.
     """
-    sampling = {name.partition(".")[0] for name in _running()}
+    sampling = {frame.f_code.co_qualname.partition(".")[0] for frame in _callers(sys._getframe())}
     while (parent := getattr(patcher, "parent", None)) is not None:
         node, clone = getattr(patcher, CLONED_BY, None), patcher
         while node is not None and getattr(parent, CLONED_BY, None) == node and parent.parent is not None:
@@ -202,14 +206,6 @@ def left_as_it_was(patcher: Any, network: str) -> Iterator[Notice]:
         if node is not None and node not in sampling and not _differs(clone, parent):
             yield Notice("unchanged", node=node, network=network)
         patcher = parent
-
-
-def _running() -> Iterator[str]:
-    """The names of the functions that are being called."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        yield frame.f_code.co_qualname
-        frame = frame.f_back
 
 
 def _differs(clone: Any, parent: Any) -> bool:
