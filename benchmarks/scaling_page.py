@@ -35,44 +35,48 @@ PNG_MB = 3.1  # at most: three bytes a pixel
 def batch(measured: dict[str, Any] | None) -> str:
     if measured is None or "times" not in measured:
         return wrapped(
-            "`benchmarks/batch.py` compares workers with one process in rows a second: asked are 1.6 times with two "
-            "workers on two cores and 1.9 times with two cards. It has not been run on two cards yet."
+            "`benchmarks/batch.py` compares several workers with one process, in rows a second. The target is 1.6 "
+            "times as many with two workers on two cores, and 1.9 times with two cards. It has not been run on two "
+            "cards yet."
         )
     one, many = (f"{run['rows_per_second']:.2f}" for run in measured["runs"])
     return wrapped(
         f"Measured by `benchmarks/batch.py` ({measured['device']}, {measured['graph']}, steady state): one process "
         f"makes {one} rows a second, {measured['runs'][1]['workers']} processes ({measured['how']}) {many}: "
-        f"**{measured['times']:.2f} times** as many ({measured['target']:.1f} asked)."
+        f"**{measured['times']:.2f} times** as many (target {measured['target']:.1f})."
     )
 
 
 ARITHMETIC = """
-Measured on an H200: {said} ([performance.md](performance.md)); so a card makes {hourly} rows an hour. The
+Measured on an H200: {said} ([performance.md](performance.md)). So a card makes {hourly} rows an hour. The
 models are {models} GB in 16 bits, and the first picture comes after {first} s. A PNG of that size is at most
-{png} MB (three bytes a pixel). The driver writes a row with such a PNG, flushed to the disk, in {driver} s
-(two shared EPYC cores and their disk). Everything below is computed.
+{png} MB (three bytes a pixel). The driver needs {driver} s to write a row and its PNG and to flush them to the disk
+(two shared EPYC cores and their disk). Everything below is computed from these figures.
 
-- **One driver** takes 1 / {driver} = {driven} rows a second, so at least {cards} H200s. Past that, one driver
-for each machine: `--shard k/N` with `--workers 8` in each. N drivers share the folder and nothing else.
+- **One driver** writes 1 / {driver} = {driven} rows a second. That is enough for at least {cards} H200s. For more
+cards, use one driver for each machine: `--shard k/N` with `--workers 8` in each. N drivers share the folder and
+nothing else.
 - **Models** go to each machine once, and into main memory once: eight workers of a machine map the same
-files. A thousand cards are 125 machines: 125 × {models} GB = {all} GB. From one server with 100 Gbit/s that
-is {all} GB / 12.5 GB/s = {sent} s; from the hub at 1 Gbit/s for each machine {hub} s, all at once.
-- **Pictures.** A thousand cards make {made} files and at most {gb} GB a second, {millions} million an hour,
-at most {tb} TB. A shared folder that takes {made} new files a second is a parallel file system's work; with a
-local disk for each machine it is {local} files and {local_mb} MB a second, copied away later. One folder
+files. A thousand cards are 125 machines: 125 × {models} GB = {all} GB. One server with 100 Gbit/s sends this in
+{all} GB / 12.5 GB/s = {sent} s. From the hub, with 1 Gbit/s for each machine, it takes {hub} s for all at once.
+- **Pictures.** A thousand cards make {made} files a second, at most {gb} GB. In an hour that is {millions} million
+files, at most {tb} TB. A shared folder that takes {made} new files a second needs a parallel file system. With a
+local disk, each machine writes {local} files and {local_mb} MB a second, to be copied away later. One folder
 should not hold millions of files: put a folder into the names (`name` of `0421/000017`).
-- **The list.** A line of `batch.jsonl` has some 150 bytes: {millions} million rows are {listed} GB in an
-hour, read by every process that starts. Cut such a table into several batches.
-- **Failures.** If a card is lost once in a thousand hours, a thousand cards lose one an hour: {row} s of one
-card's work, and {first} s until its successor's first picture.
-- **Stragglers.** With fixed shares the batch ends with its slowest card; with Ray the end is one row long.
+- **The list.** A line of `batch.jsonl` has some 150 bytes. {millions} million rows are {listed} GB in an
+hour, and every process that starts reads all of it. Cut such a table into several batches.
+- **Failures.** If a card is lost once in a thousand hours, a thousand cards lose one an hour. This costs {row} s of
+one card's work, and {first} s until the first picture of its successor.
+- **Slow cards.** With fixed shares, the batch ends with its slowest card. With Ray, the end is at most one row long.
 """
 
 
 def arithmetic(measured: dict[str, Any] | None) -> str:
     """Half a page, computed from one card's rows a second and the numbers above."""
     rate = 1 / (PICTURE + PNG)
-    said = f"a picture of 1024 × 1024 in 20 + 10 steps takes {PICTURE} s with a new prompt, and its PNG {PNG}"
+    said = (
+        f"a picture of 1024 × 1024 in 20 + 10 steps takes {PICTURE} s with a new prompt, and its PNG {PNG} s"
+    )
     if measured is not None and "times" in measured and "H200" in measured["device"]:
         rate = measured["runs"][0]["rows_per_second"]
         said = (
@@ -109,20 +113,21 @@ def ranks(measured: dict[str, Any] | None) -> str:
     options = measured["options"]
     lines = [
         wrapped(
-            f"Measured by `benchmarks/ranks.py` on two {measured['device']}, {measured['date']}, a batch of "
-            f"{options['batch']} on each for the whole Stage C and of {options['small_batch']} for the others:"
+            f"Measured by `benchmarks/ranks.py` on two {measured['device']}, {measured['date']}. The batch on each "
+            f"card is {options['batch']} for the whole Stage C and {options['small_batch']} for the others."
         ).rstrip(),
         "",
-        "| | steps a second on one | on two | × the pictures | peak GB on one | on each of two | × the memory |",
+        "| | steps a second on one card | on two cards | pictures a second, two cards ÷ one | peak GB on one card | "
+        "on each of two cards | peak GB, each of two ÷ one |",
         "|---|---|---|---|---|---|---|",
     ]
     for task, row in measured["rows"].items():
         one, two = row["one"] or {}, row["two"] or {}
         speeds = [f"{each['steps_per_second']:.3g}" if each else "failed" for each in (one, two)]
         peaks = [f"{each['peak_gb']:.1f}" if each else "" for each in (one, two)]
-        times = f"{row['times']:.2f} ({row['asked']} asked)" if "times" in row else ""
+        times = f"{row['times']:.2f} (target {row['asked']})" if "times" in row else ""
         memory = f"{row['memory']:.2f}" if row.get("memory") else ""
-        memory += f" (at most {row['asked_memory']} asked)" if memory and row["asked_memory"] else ""
+        memory += f" (target at most {row['asked_memory']})" if memory and row["asked_memory"] else ""
         name = str(NAMES.get(task, task))
         lines.append(f"| {' | '.join([name, *speeds, times, *peaks, memory])} |")
     return "\n".join(lines) + "\n"

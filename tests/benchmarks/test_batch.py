@@ -49,7 +49,7 @@ def test_the_page_takes_its_figures_from_the_measurements(module):
         "rows": {"finetune": row},
     }
     filled = page.fill(page.PAGE.read_text(encoding="utf-8"), {"batch": batch, "ranks": ranks})
-    assert "**2.00 times** as many (1.9 asked)" in filled
+    assert "**2.00 times** as many (target 1.9)" in filled
     assert "one process of `cascade batch` makes 1.25 rows a second" in filled
     assert "at least 25 H200s" in filled
     assert "| Stage C whole, FSDP2 | 1.5 | failed |  | 90.0 |  |  |" in filled
