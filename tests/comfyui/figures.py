@@ -12,15 +12,15 @@ from cascade_nodes.tests.comfyui.checkout import CHECKOUTS
 # What is compared, the script in inside/ that measures it, and what the names of its measurements have in common.
 ROWS = (
     ("each network, from the same weights", "parity", ""),
-    ("our samplers on our MODEL and on ComfyUI's, Stage C and B", "interop", "on either"),
-    ("our `ddim` and KSampler's `ddim`, `simple`", "interop", "ddim against KSampler"),
-    ("our sampler and ComfyUI's with `CascadeGuidance`, `CascadeScheduler`", "interop", "Cascade"),
-    ("loaders, text, samplers, decoder: all 32 combinations of ours and ComfyUI's", "interop", "matrix"),
-    ("ControlNets, areas, ranges: ours and ComfyUI's, in any order", "conditioning", "same"),
-    ("a LoRA by ComfyUI's node and merged into the file, Stage C", "patching", "LoRA against merged weights"),
-    ("weights whole on the device and in part", "patching", "partly loaded"),
-    ("VAEDecode, VAEDecodeTiled and VAEEncode on our VAE and on ComfyUI's", "patching", ", native network"),
-    ("published widths (1 B, 0.7 B, bigG), random weights in bf16", "published", ""),
+    ("our samplers (Stage C and B): on our MODEL and on ComfyUI's", "interop", "on either"),
+    ("our sampler with `ddim`, and KSampler with `ddim` and `simple`", "interop", "ddim against KSampler"),
+    ("our sampler, and ComfyUI's with `CascadeGuidance` and `CascadeScheduler`", "interop", "Cascade"),
+    ("loaders, text, samplers and decoder: all 32 combinations of ours and ComfyUI's", "interop", "matrix"),
+    ("ControlNets, areas of prompts and ranges of steps: nodes of ours and ComfyUI's, in any order", "conditioning", "same"),
+    ("a LoRA of Stage C: applied by ComfyUI's node, and merged into the file", "patching", "LoRA against merged weights"),
+    ("all weights on the device, and only a part of them", "patching", "partly loaded"),
+    ("VAEDecode, VAEDecodeTiled and VAEEncode: on our VAE and on ComfyUI's", "patching", ", native network"),
+    ("networks of the published widths (1 B, 0.7 B, bigG), random weights in bf16", "published", ""),
 )
 NO_DIFFERENCE = "share"  # a measurement of something else
 
