@@ -16,8 +16,16 @@ ROWS = (
     ("our sampler with `ddim`, and KSampler with `ddim` and `simple`", "interop", "ddim against KSampler"),
     ("our sampler, and ComfyUI's with `CascadeGuidance` and `CascadeScheduler`", "interop", "Cascade"),
     ("loaders, text, samplers and decoder: all 32 combinations of ours and ComfyUI's", "interop", "matrix"),
-    ("ControlNets, areas of prompts and ranges of steps: nodes of ours and ComfyUI's, in any order", "conditioning", "same"),
-    ("a LoRA of Stage C: applied by ComfyUI's node, and merged into the file", "patching", "LoRA against merged weights"),
+    (
+        "ControlNets, areas, ranges of steps: nodes of ours and ComfyUI's, in any order",
+        "conditioning",
+        "same",
+    ),
+    (
+        "a LoRA of Stage C: by ComfyUI's node, and merged into the file",
+        "patching",
+        "LoRA against merged weights",
+    ),
     ("all weights on the device, and only a part of them", "patching", "partly loaded"),
     ("VAEDecode, VAEDecodeTiled and VAEEncode: on our VAE and on ComfyUI's", "patching", ", native network"),
     ("networks of the published widths (1 B, 0.7 B, bigG), random weights in bf16", "published", ""),
