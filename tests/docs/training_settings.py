@@ -46,8 +46,8 @@ def page() -> str:
     parts = [
         "# All settings of a training\n",
         "Written by `python -m cascade_nodes.tests.docs.training_settings` from the "
-        "[settings](../../cascade_core/training/settings) themselves. What they are for, and how a training is begun, "
-        "is in [training.md](training.md).\n",
+        "[settings](../../cascade_core/training/settings) themselves. How to train, and what the settings are for: "
+        "[training.md](training.md). A *share* is a number from 0 to 1.\n",
     ]
     for name, cls in SECTIONS.items():
         parts.append(_section(name, cls))
@@ -67,7 +67,7 @@ def _section(name: str, cls: Any) -> str:
     ]
     what = (
         f"## {name}\n\n"
-        + ("Each of a list. " if name in LISTS else "")
+        + ("A list; each entry has these keys. " if name in LISTS else "")
         + _paragraphs(inspect.getdoc(cls) or "")
     )
     return "\n".join([what, "", "| key | value | default | meaning |", "|---|---|---|---|", *rows, ""])

@@ -18,22 +18,21 @@ Masks = Literal["none", "beside", "alpha"]
 
 @dataclass(frozen=True)
 class DataSetSettings:
-    """One of several sets. `weight`: factor of its pictures' loss; regularisation pictures have less than 1."""
+    """A set of pictures with settings of its own. Regularisation pictures are a set with a `weight` below 1."""
 
-    # pictures with captions, also in its subfolders
-    folder: str | None = None
-    # webdataset tars: paths or patterns
-    tars: tuple[str, ...] = ()
-    size: Annotated[int | None, Range(64, 4096)] = None  # null: data.size
-    more_sizes: Annotated[tuple[int, ...] | None, Range(64, 4096)] = None  # null: data.more_sizes
-    masks: Masks | None = None  # null: data.masks
-    mask_folder: str | None = None  # of its masks
-    caption: str | None = None  # of its pictures without one; null: data.caption
-    caption_suffix: str | None = None  # of its caption files; null: data.caption_suffix
-    repeat: Annotated[int, Range(1, 10_000)] = 1  # times data.repeat
-    # factor of its pictures' loss
-    weight: Annotated[float, Range(0, 1000)] = 1.0
-    trigger: str | None = None  # words before each of its captions; null: data.trigger
+    folder: str | None = None  # a folder of pictures with captions; its subfolders are read too
+    tars: tuple[str, ...] = ()  # paths of webdataset tars, or patterns
+    size: Annotated[int | None, Range(64, 4096)] = None  # as data.size; null: the same
+    # as data.more_sizes; null: the same
+    more_sizes: Annotated[tuple[int, ...] | None, Range(64, 4096)] = None
+    masks: Masks | None = None  # as data.masks; null: the same
+    mask_folder: str | None = None  # a folder with masks for this set's pictures
+    caption: str | None = None  # caption for pictures of this set that have none; null: data.caption
+    caption_suffix: str | None = None  # ending of this set's caption files; null: data.caption_suffix
+    # how often an epoch shows each picture of this set; it is multiplied by data.repeat
+    repeat: Annotated[int, Range(1, 10_000)] = 1
+    weight: Annotated[float, Range(0, 1000)] = 1.0  # factor of the loss of this set's pictures
+    trigger: str | None = None  # words before each caption of this set; null: data.trigger
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.sets")
@@ -43,50 +42,57 @@ class DataSetSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where pictures come from, and how they are shown."""
+    """The pictures, their captions, and how they are shown."""
 
-    folder: str | None = None  # pictures with captions, also in its subfolders
-    tars: tuple[str, ...] = ()  # webdataset tars: paths or patterns
-    sets: tuple[DataSetSettings, ...] = ()  # more of them, each shown and weighed in its own way
-    # pixels as generated: a picture's area is at most size²; 1024 gives latents of 24 × 24
+    folder: str | None = None  # a folder of pictures with captions; its subfolders are read too
+    tars: tuple[str, ...] = ()  # paths of webdataset tars, or patterns
+    sets: tuple[DataSetSettings, ...] = ()  # more pictures, in sets that have settings of their own
+    # the side in pixels of a square picture; other pictures have at most the same area. 1024 gives latents of 24
+    # × 24
     size: Annotated[int, Range(64, 4096)] = 1024
-    # Further sizes: each picture is shown once in each of them. A size at which too much of a picture would be cropped,
-    # or it would be enlarged too much, is skipped for it
+    # further sizes: each picture is shown once in each of them. A picture skips a size at which it would be
+    # cropped or enlarged more than max_crop and max_enlarge allow
     more_sizes: Annotated[tuple[int, ...], Range(64, 4096)] = ()
-    bucket_step: int = 64  # pixels; sides of the buckets are multiples of it
-    caption_dropout: Share = 0.05  # share of rows that are trained without their caption
-    image_prompt_dropout: Share = 0.05  # share of rows without image prompts, drawn independently of captions
-    flip: bool = False  # half of the rows are mirrored
-    cache: str | None = None  # folder in which latents are kept between runs
+    bucket_step: int = 64  # pixels; the sides of buckets are multiples of it
+    caption_dropout: Share = 0.05  # share of the pictures that is trained without caption
+    # share of the pictures that is trained without image prompts, drawn independently of the captions
+    image_prompt_dropout: Share = 0.05
+    flip: bool = False  # mirrors half of the pictures
+    cache: str | None = None  # folder in which encoded pictures and captions are kept between runs
     repeat: Annotated[int, Range(1, 10_000)] = 1  # how often an epoch shows each picture
-    # pixels; pictures with a shorter side below it are left out
+    # pixels; pictures whose shorter side is smaller are left out
     min_side: Annotated[int, Range(16, 65_536)] = 16
-    # pictures that would be enlarged by a larger factor are left out; 1: all that are smaller than their bucket
+    # pictures that would have to be enlarged by more than this factor are left out; 1 leaves out all that are
+    # smaller than their bucket
     max_enlarge: Annotated[float | None, Range(1, 10_000)] = None
-    max_crop: Share = 1.0  # pictures of which more than this share would be cropped are left out
-    enlarge: bool = True  # false: a picture smaller than its bucket goes into one of its own size
-    max_aspect: Annotated[float, Range(1, 16)] = 2.5  # of the buckets at most; longer pictures are cropped
-    min_bucket_side: Annotated[int | None, Range(16, 16_384)] = None  # pixels
-    max_bucket_side: Annotated[int | None, Range(64, 16_384)] = None  # pixels
-    # Number of crops of each picture, drawn beforehand at random places, each with its own latents; one is shown at a
-    # time. 1: the centre.
+    # pictures that would lose more than this share of their area by cropping are left out
+    max_crop: Share = 1.0
+    enlarge: bool = True  # false: small pictures are not enlarged, but go into smaller buckets
+    # largest ratio of a bucket's sides; longer pictures are cropped
+    max_aspect: Annotated[float, Range(1, 16)] = 2.5
+    min_bucket_side: Annotated[int | None, Range(16, 16_384)] = None  # pixels; smallest side of a bucket
+    max_bucket_side: Annotated[int | None, Range(64, 16_384)] = None  # pixels; largest side of a bucket
+    # number of crops of each picture, drawn at random before the training; one of them is shown at a time. 1:
+    # only the centre
     crops: Annotated[int, Range(1, 256)] = 1
     # the smallest crop's sides are 1 / crop_zoom of the largest one's
     crop_zoom: Annotated[float, Range(1, 8)] = 1.0
-    # Masks: white where a picture counts in the loss
+    # where masks come from: none, files beside the pictures, or the pictures' transparency. A mask is white
+    # where a picture counts in the loss
     masks: Masks = "none"
-    # folder of masks, named as the pictures in data.folder
-    mask_folder: str | None = None
-    unmasked_weight: Share = 0.1  # weight of the area outside of masks, relative to that inside
-    unmasked_share: Share = 0.0  # share of rows that are trained without their mask
-    caption: str | None = None  # for pictures without one; null: they are left out
-    caption_suffix: str | None = None  # of caption files; null: .txt, .caption and .json
+    mask_folder: str | None = None  # a folder of masks that have the names of the pictures in data.folder
+    unmasked_weight: Share = 0.1  # weight of the area outside the mask, relative to that inside
+    unmasked_share: Share = 0.0  # share of the pictures that is trained without mask
+    caption: str | None = None  # caption for pictures that have none; null: such pictures are left out
+    caption_suffix: str | None = None  # ending of caption files; null: .txt, .caption and .json
     trigger: str = ""  # words before each caption
-    shuffle_tags: bool = False  # whether the order of tags is shuffled
-    keep_tags: Annotated[int, Range(0, 1000)] = 0  # number of first tags that are neither moved nor dropped
+    shuffle_tags: bool = False  # shuffles the tags of a caption
+    # number of tags at the beginning that are neither moved nor dropped
+    keep_tags: Annotated[int, Range(0, 1000)] = 0
     tag_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # share of the other tags that is left out
-    tag_separator: str = ","  # sign between tags
-    caption_variants: Annotated[int, Range(1, 64)] = 8  # for each caption, drawn beforehand and encoded once
+    tag_separator: str = ","  # the sign between tags
+    # how many texts with shuffled and dropped tags are drawn for each caption before the training
+    caption_variants: Annotated[int, Range(1, 64)] = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tars", (self.tars,) if isinstance(self.tars, str) else tuple(self.tars))

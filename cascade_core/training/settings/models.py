@@ -17,26 +17,20 @@ DECODERS = {  # published files that decode samples if no network is named; the 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Networks by file name. `image_encoder` encodes image prompts.
+    """The networks, by file name.
 
-    Samples are decoded by `stage_b` and `stage_a`, or else by `previewer`; where none is named, by the published ones
-    that are found.
+    Samples are decoded by `stage_b` and `stage_a`, or by `previewer`. If none of these is named, the published files
+    are used, as far as they are found.
     """
 
-    # what is trained, or trained for
+    # the Stage C that is trained, or for which something is trained
     stage_c: str = "stage_c_bf16.safetensors"
-    # reads the captions
-    text_encoder: str = "stable_cascade_text_encoder.safetensors"
-    # makes the latents
-    compressor: str = "effnet_encoder.safetensors"
-    # makes the samples' pictures
-    stage_b: str | None = None
-    # with it
-    stage_a: str | None = None
-    # makes small ones instead
-    previewer: str | None = None
-    # reads image prompts, where pictures have them
-    image_encoder: str | None = None
+    text_encoder: str = "stable_cascade_text_encoder.safetensors"  # encodes the captions
+    compressor: str = "effnet_encoder.safetensors"  # encodes the pictures as latents of Stage C
+    stage_b: str | None = None  # decodes samples, together with stage_a
+    stage_a: str | None = None  # decodes samples, together with stage_b
+    previewer: str | None = None  # decodes samples to small pictures, instead of stage_b and stage_a
+    image_encoder: str | None = None  # encodes image prompts; null: image prompts are ignored
 
 
 def decoders_of(

@@ -16,35 +16,35 @@ Weighting = Literal[
 class ObjectiveSettings:
     """What the network learns to predict. The defaults are the published ones.
 
-    diffusion     the noise, at uniform times, the error weighed by `weighting` of the log-SNR
-    consistency   the end of its own guided path in one step, for few steps of the `lcm` sampler (LoRA alone)
+    diffusion     predicts the noise at uniform times; `weighting` weighs the error by the log-SNR
+    consistency   predicts in one step where many guided steps lead, for few steps of the `lcm` sampler (only a LoRA)
     """
 
-    # by the pictures' noise, or for few steps
-    kind: Literal["diffusion", "consistency"] = "diffusion"
-    weighting: Weighting | None = None  # null: p2; for consistency, which begins at pure noise, debiased
-    snr_gamma: Annotated[float, Range(0, 1e6, above=True)] = 5.0  # of min_snr_gamma
-    # upper bound of the weights
-    max_loss_weight: Annotated[float | None, Range(0, 1e9, above=True)] = None
+    kind: Literal["diffusion", "consistency"] = "diffusion"  # see above
+    # weight of the error at each noise level; null: p2 for diffusion, debiased for consistency, which starts at
+    # pure noise
+    weighting: Weighting | None = None
+    snr_gamma: Annotated[float, Range(0, 1e6, above=True)] = 5.0  # the γ of the weighting min_snr_gamma
+    max_loss_weight: Annotated[float | None, Range(0, 1e9, above=True)] = None  # upper bound of the weights
     pure_noise_share: Share = 0.0  # share of a batch that is trained at pure noise
-    # of the schedule from which times are drawn; above 1 is more noise
+    # shift of the schedule from which the times are drawn; above 1 gives more noise
     shift: Annotated[float, Range(0.001, 1000)] = 1.0
     # diffusion: bounds of the times that are drawn; 0 is the picture, 1 pure noise
     t_range: Annotated[tuple[float, ...], Range(0, 1)] = (0.0, 1.0)
-    # strength of noise that is constant over each channel, so that brightness is learned too
+    # strength of extra noise that is constant over each channel, so that brightness is learned too
     noise_offset: Share = 0.0
-    multires_noise: Share = 0.0  # strength of noise at half the size; at a quarter its square, and so on
-    # the error above which the loss is linear instead of quadratic; null: never
+    # strength of extra noise at half the size. At a quarter of the size its square is used, and so on
+    multires_noise: Share = 0.0
+    # the error above which the loss grows linearly instead of quadratically; null: never
     huber: Annotated[float | None, Range(0, 1e6, above=True)] = None
-    # consistency: the teacher's cfg; with two bounds, one is drawn for each picture
+    # consistency: the cfg that the LoRA learns; with two bounds, one value is drawn for each picture
     guidance: Annotated[tuple[float, ...], Range(-1000, 1000)] = (4.0,)
-    # consistency: of the guided path
-    cfg_rescale: Share = 0.7
-    # consistency: number of steps of the teacher's path
+    cfg_rescale: Share = 0.7  # consistency: the cfg_rescale that the LoRA learns
+    # consistency: number of steps of the path that the LoRA learns to shorten
     solver_steps: Annotated[int, Range(2, 10_000)] = 50
-    sampling_steps: int | None = None  # consistency: the only number of `lcm` steps to train for; null: any
-    # consistency: share of a batch that starts from the student's own last step
-    on_policy_share: Share = 0.0
+    # consistency: trains for this number of `lcm` steps only; null: any number
+    sampling_steps: int | None = None
+    on_policy_share: Share = 0.0  # consistency: share of a batch that starts from the LoRA's own last step
 
     def __post_init__(self) -> None:
         check_ranges(self, "objective")

@@ -17,21 +17,15 @@ MAX_PROMPTS = 64
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A picture to make while training. Null means the common value: for the seed, the run's plus the prompt's number;
-    for the size, data.size."""
+    """A sample to make during the training."""
 
-    # text of the picture
-    prompt: str
-    # text of what it should not show
-    negative: str = ""
-    # null: the run's plus the prompt's number
-    seed: Annotated[int | None, Range(0, 2**63 - 1)] = None
-    # width and height in pixels, or one number for both
+    prompt: str  # what the picture should show
+    negative: str = ""  # what it should not show
+    seed: Annotated[int | None, Range(0, 2**63 - 1)] = None  # null: train.seed plus the prompt's number
+    # width and height in pixels, or one number for both; null: data.size
     size: Annotated[tuple[int, ...] | None, Range(64, 4096)] = None
-    # null: output.sample_steps
-    steps: Annotated[int | None, Range(1, 10_000)] = None
-    # null: output.sample_cfg
-    cfg: Annotated[float | None, Range(-1000, 1000)] = None
+    steps: Annotated[int | None, Range(1, 10_000)] = None  # null: output.sample_steps
+    cfg: Annotated[float | None, Range(-1000, 1000)] = None  # null: output.sample_cfg
 
     def __post_init__(self) -> None:
         check_ranges(self, "output.prompts")
@@ -51,34 +45,31 @@ def check_prompt_count(prompts: Sequence[Any], where: str = "output.prompts") ->
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """`file` is the run's result; `folder` holds its checkpoint, log, curve and samples (null: runs/NAME)."""
+    """What a run writes: `file` is its result, and `folder` holds all else."""
 
-    # the run's result; its name ends in .safetensors
-    file: str
-    # for checkpoint, log, curve and samples; null: runs/NAME
+    file: str  # the trained file; its name ends in .safetensors
+    # the run's folder, with its checkpoint, log, curve and samples; null: runs/NAME
     folder: str | None = None
-    # steps
-    log_every: Steps = 10
-    # steps, or epochs such as `1 epoch`
+    log_every: Steps = 10  # how often the log gets a line, in steps
+    # how often a checkpoint is written, in steps, or in epochs such as `1 epoch`
     checkpoint_every: Annotated[int | str, StepsOrEpochs(1, 100_000_000)] = 500
-    sample_every: Every = 0  # likewise; 0 is never
-    save_every: Every = 0  # likewise; writes the file's current state into the folder
-    keep_last: Annotated[int | None, Range(1, 100_000)] = None  # number of those that are kept; null: all
-    raw: bool = False  # whether the last step's weights are written as well as their average
+    sample_every: Every = 0  # how often samples are made, in steps or epochs; 0: never
+    # how often the trained file is also saved in the run's folder, in steps or epochs; 0: never
+    save_every: Every = 0
+    # number of these saved files that are kept; null: all
+    keep_last: Annotated[int | None, Range(1, 100_000)] = None
+    raw: bool = False  # also writes the weights of the last step, without averaging
     log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()  # other programs that log the numbers
-    # of the samples
-    prompts: tuple[str | SamplePrompt, ...] = ()
-    prompts_file: str | None = None  # more of them
-    # how samples are made
-    sample_steps: Annotated[int, Range(1, 10_000)] = 20
-    # guidance of samples
-    sample_cfg: Annotated[float, Range(-1000, 1000)] = 4.0
-    # of samples
-    sample_shift: Annotated[float, Range(0.001, 1000)] = 2.0
-    # of samples
-    sample_sampler: Literal["ddpm", "ddim", "lcm", "dpmpp_2m"] = "ddpm"
-    about: dict[str, Any] = field(default_factory=dict)  # metadata of the file, by the names in ABOUT
-    captions_in_file: bool = False  # whether its metadata holds the captions' tags and the folders' names
+    prompts: tuple[str | SamplePrompt, ...] = ()  # prompts of the samples
+    prompts_file: str | None = None  # a file with more prompts
+    sample_steps: Annotated[int, Range(1, 10_000)] = 20  # steps of the samples
+    sample_cfg: Annotated[float, Range(-1000, 1000)] = 4.0  # cfg of the samples
+    sample_shift: Annotated[float, Range(0.001, 1000)] = 2.0  # shift of the samples
+    sample_sampler: Literal["ddpm", "ddim", "lcm", "dpmpp_2m"] = "ddpm"  # sampler of the samples
+    # metadata of the trained file: title, author, description, trigger_phrase, usage_hint, tags, license, date
+    about: dict[str, Any] = field(default_factory=dict)
+    # whether the metadata has the tags of the captions and the names of the folders
+    captions_in_file: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(self, "output")

@@ -31,39 +31,40 @@ class _Rate:
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """`targets`: all (linear layers and 1×1 convolutions), attention, or patterns such as `up_blocks.*to_q`.
+    """`targets` is all (linear layers and 1×1 convolutions), attention, or patterns such as `up_blocks.*to_q`.
 
-    Layers that match a pattern of `ranks` or `rates` have that rank, or the learning rate times that factor.
+    `ranks` and `rates` map such patterns to a rank, or to a factor of the learning rate.
     """
 
-    # the network that it changes; text_encoder: that alone
-    network: Network = "stage_c"
+    network: Network = "stage_c"  # the network that the LoRA changes; text_encoder: only the text encoder
     # loha and lokr store changes of higher rank in fewer numbers
     algorithm: Literal["lora", "loha", "lokr"] = "lora"
-    dora: bool = False  # rows' magnitudes are learned apart from their directions
-    rslora: bool = False  # scaled by alpha / sqrt(rank) instead of alpha / rank
-    factor: Annotated[int | None, Range(2, 16_384)] = None  # lokr: largest number of rows of its small matrix
-    start: str | None = None  # the file of a LoRA to go on from
-    # by pattern of layers
-    ranks: dict[str, Any] = field(default_factory=dict)
-    # by pattern of layers, as multiples of the learning rate
+    dora: bool = False  # DoRA: the magnitude of each row is learned apart from its direction
+    rslora: bool = False  # scales by alpha / sqrt(rank) instead of alpha / rank
+    # lokr: largest number of rows of its small matrix; null: about the square root of the layer's rows
+    factor: Annotated[int | None, Range(2, 16_384)] = None
+    start: str | None = None  # a LoRA file to go on from
+    ranks: dict[str, Any] = field(default_factory=dict)  # other ranks for some layers, by pattern
+    # multiples of the learning rate for some layers, by pattern
     rates: dict[str, Any] = field(default_factory=dict)
-    up_learning_rate: RateFactor = 1.0  # LoRA+: of `up`, as a multiple of the learning rate; 16 is published
-    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of the values between down and up
-    rank_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of ranks; of loha and lokr, of rows
-    module_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0  # of whole layers' changes
-    # its capacity: 4 to 8 for a style, 16 to 64 for objects
+    # LoRA+: learning rate of the matrix `up`, as a multiple of the usual one; LoRA+ was published with 16
+    up_learning_rate: RateFactor = 1.0
+    # share of the values between the matrices `down` and `up` that is left out in a step
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    # share of the ranks that is left out in a step; with loha and lokr, of the rows
+    rank_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    # share of the layers that is left out in a step
+    module_dropout: Annotated[float, Range(0, 1, below=True)] = 0.0
+    # how much the LoRA can hold: 4 to 8 for a style, 16 to 64 for objects
     rank: Annotated[int, Range(1, 16_384)] = 16
-    alpha: Annotated[float | None, Range(1e-6, 1e6)] = None  # null: the rank
-    # which layers
-    targets: tuple[str, ...] = ("all",)
-    # whether the text encoder is trained together with Stage C
-    text_encoder: bool = False
-    text_learning_rate: RateFactor = 0.5  # as a share of the learning rate
-    token_learning_rate: RateFactor = 5.0  # the same, for `tokens` that the LoRA learns too
-    # of the file, as in docs/tasks/lora.md
-    dialect: str = "kohya"
-    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # of the file
+    # scales the effect of the LoRA; null: the same as rank
+    alpha: Annotated[float | None, Range(1e-6, 1e6)] = None
+    targets: tuple[str, ...] = ("all",)  # the layers that the LoRA changes
+    text_encoder: bool = False  # also trains the text encoder, together with Stage C
+    text_learning_rate: RateFactor = 0.5  # learning rate of the text encoder, as a multiple of the usual one
+    token_learning_rate: RateFactor = 5.0  # learning rate of `tokens`, as a multiple of the usual one
+    dialect: str = "kohya"  # the names in the trained file, as in docs/tasks/lora.md
+    dtype: Literal["bf16", "fp16", "fp32"] = "fp32"  # precision of the trained file
 
     def __post_init__(self) -> None:
         check_ranges(self, "lora")
@@ -83,18 +84,15 @@ class LoRASettings:
 
 @dataclass(frozen=True)
 class ControlNetSettings:
-    """`start`: compressor (its backbone's weights), random, or the file of a ControlNet to go on from.
+    """`start` is compressor (the backbone starts with its weights), random, or the file of a ControlNet to go on from.
 
-    `config` gives what differs from the published one: proj_blocks, bottleneck_mode, stem, stages, c_last, …
+    `config` holds what differs from the published configuration: proj_blocks, bottleneck_mode, stem, stages, c_last, …
     """
 
-    # the kind of hint that is computed from the pictures
-    hint: KindName = "canny"
-    # its initial weights
-    start: str = "compressor"
-    # differences from the published configuration
-    config: dict[str, Any] = field(default_factory=dict)
-    # super_resolution: ratio of the sides of the picture to those of the small one
+    hint: KindName = "canny"  # the kind of hint; it is computed from the pictures
+    start: str = "compressor"  # the initial weights
+    config: dict[str, Any] = field(default_factory=dict)  # differences from the published configuration
+    # super_resolution: how many times smaller the small picture is
     scale: Annotated[float, Range(1, 16)] = 2.0
     # super_resolution: the compressor reads the small picture, as published, or the enlarged one
     reads: Reads = "small"
@@ -105,17 +103,16 @@ class ControlNetSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """`modules`: all, or patterns of the network's modules, such as `up_blocks.1.*`."""
+    """`modules` is all, or patterns of the network's modules, such as `up_blocks.1.*`."""
 
-    # the network that is trained
-    network: Network = "stage_c"
-    # which of its modules
-    modules: tuple[str, ...] = ("all",)
-    # of Stage C or B: bounds of the trained blocks, as shares of the forward pass, whose first block is at 0
+    network: Network = "stage_c"  # the network that is trained
+    modules: tuple[str, ...] = ("all",)  # the modules that are trained
+    # Stage C or B: the first and the last trained block, as shares of a forward pass; [0.5, 1] is the second
+    # half
     depth: Annotated[tuple[float, ...], Range(0, 1)] = (0.0, 1.0)
-    text_encoder: bool = False  # whether the whole text encoder is trained together with Stage C
-    text_learning_rate: RateFactor = 0.1  # as a share of the learning rate
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the file
+    text_encoder: bool = False  # also trains the whole text encoder, together with Stage C
+    text_learning_rate: RateFactor = 0.1  # learning rate of the text encoder, as a multiple of the usual one
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # precision of the trained file
 
     def __post_init__(self) -> None:
         check_ranges(self, "finetune")
@@ -137,18 +134,20 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class StageBSettings:
-    """Training of Stage B, conditioned on the compressor's latent of each picture at one of several sizes.
+    """Training of Stage B, which is given the compressor's latent of each picture.
 
-    All latents that can be drawn are made beforehand and kept.
+    The compressor reads the picture at several sizes, and one of its latents is drawn in each step. All of them are
+    made before the training and kept.
     """
 
-    # sizes of the compressor's pictures, as factors of a picture's sides; null: any from 0.5 to 1, as published
+    # sizes at which the compressor reads a picture, as factors of its sides; null: any factor from 0.5 to 1, as
+    # published
     scales: Annotated[tuple[float, ...] | None, Range(0.1, 1)] = None
-    # share of rows that are trained without the compressor's latent, which guidance needs
+    # share of the pictures that is trained without the compressor's latent; guidance needs this
     dropout: Share = 0.1
-    # most noise added to the compressor's latent, to prepare for latents from Stage C
+    # most noise that is added to the compressor's latent, so that Stage B can also use the latents of Stage C
     noise: Annotated[float, Range(0, 10)] = 0.0
-    pyramid_noise: bool = True  # noise of coarser sizes too, as published
+    pyramid_noise: bool = True  # adds coarser noise too, as published
 
     def __post_init__(self) -> None:
         check_ranges(self, "stage_b")
@@ -160,13 +159,11 @@ class StageBSettings:
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """A token to learn: its name (`blob` is [blob] in captions), its initial words, and its number of vectors."""
+    """A token to learn."""
 
-    # its name in captions and prompts; mycat is written [mycat]
-    name: str
-    # words whose vectors it starts from, close in meaning to the new token
-    initial: str = ""
-    vectors: Annotated[int, Range(1, 75)] = 1  # as many as a prompt's chunk holds
+    name: str  # its name in captions and prompts; mycat is written [mycat]
+    initial: str = ""  # one or more words from whose vectors it starts; choose words close in meaning
+    vectors: Annotated[int, Range(1, 75)] = 1  # number of vectors, and so how much it can hold
     start: str | None = None  # the file of a learned token to go on from, instead of initial
 
     def __post_init__(self) -> None:

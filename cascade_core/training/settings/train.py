@@ -16,49 +16,51 @@ DIVISIBLE = ("adamw", "adamw8bit", "paged_adamw8bit", "lion")  # treat values on
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The loop. A batch is `batch_size` pictures on each accelerator, `accumulate` times a step."""
+    """The training loop. A step has `batch_size` × `accumulate` pictures on each accelerator."""
 
-    # of the optimiser
-    steps: Steps = 1000
-    # pictures at once on each accelerator
-    batch_size: Annotated[int, Range(1, 65_536)] = 4
-    # number of batches in a step
-    accumulate: Annotated[int, Range(1, 65_536)] = 1
-    # 1e-4 for LoRAs and ControlNets, 1e-5 for Stage C, 1e-3 for tokens
+    steps: Steps = 1000  # number of steps of the optimiser
+    batch_size: Annotated[int, Range(1, 65_536)] = 4  # pictures that each accelerator computes at once
+    accumulate: Annotated[int, Range(1, 65_536)] = 1  # number of such batches in a step
+    # use about 1e-4 for LoRAs and ControlNets, 1e-5 for Stage C, 1e-3 for tokens
     learning_rate: Annotated[float, Range(1e-12, 10)] = 1e-4
-    epochs: Annotated[float | None, Range(0, 1e6, above=True)] = None  # instead of steps
-    # of the learning rate: falls as a cosine or a line, stays constant, or falls only at the end
+    # number of times that all pictures are shown; replaces steps
+    epochs: Annotated[float | None, Range(0, 1e6, above=True)] = None
+    # how the learning rate changes: it falls as a cosine or a line, stays constant, or falls only at the end
     schedule: Literal["constant", "cosine", "linear", "stable_decay"] = "cosine"
-    final_learning_rate: Share = 0.0  # at the schedule's end, as a share of the learning rate
-    # steps over which the learning rate rises; below 1, a share of the run
+    final_learning_rate: Share = 0.0  # learning rate at the end of the schedule, as a share of the full one
+    # steps over which the learning rate rises; a number below 1 is a share of the run
     warmup: StepsOrShare = 50
-    restarts: Annotated[int, Range(0, 10_000)] = 0  # how often cosine or linear starts again, in equal parts
-    decay: StepsOrShare = 0.2  # of stable_decay: steps of the fall at the end; below 1, a share of the run
-    optimizer: OptimizerName | str = "adamw"  # or module.Class, only in a settings file of the command line
-    optimizer_arguments: dict[str, Any] = field(default_factory=dict)  # likewise only in such a file
-    # of the optimisers that have one
-    weight_decay: Annotated[float, Range(0, 10)] = 0.01
-    # of the optimisers that have them
+    # how often a cosine or linear schedule starts again, in equal parts
+    restarts: Annotated[int, Range(0, 10_000)] = 0
+    # stable_decay: steps over which the learning rate falls at the end; a number below 1 is a share of the run
+    decay: StepsOrShare = 0.2
+    # one of these names, or module.Class, which only the command line accepts
+    optimizer: OptimizerName | str = "adamw"
+    # arguments of the optimiser's class; only on the command line
+    optimizer_arguments: dict[str, Any] = field(default_factory=dict)
+    weight_decay: Annotated[float, Range(0, 10)] = 0.01  # weight decay, for optimisers that have it
+    # the two betas, for optimisers that have them
     betas: Annotated[tuple[float, ...], Range(0, 1, below=True)] = (0.9, 0.99)
-    max_grad_norm: Annotated[float, Range(0, 1e12)] = 1.0  # bound of the gradient's norm; 0: none
-    # of the average that is written; 0 writes the last weights
+    max_grad_norm: Annotated[float, Range(0, 1e12)] = 1.0  # upper bound of the gradient's norm; 0: no bound
+    # decay of the average of the weights, which is what the trained file holds; 0: no average
     ema: Annotated[float, Range(0, 1, below=True)] = 0.999
-    # of all random numbers
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0  # seed of all random numbers
     # auto: bf16 on an accelerator, or fp16 on one without bf16; fp32 on the processor
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    # precision of the frozen network's large weights: the one it computes in, or 8 or 4 bits
+    # precision of the frozen network's large weights; full is the precision in which it computes
     base_weights: Literal["full", "int8", "nf4"] = "full"
-    gradient_checkpointing: bool | None = None  # null: only if Stage C is large
-    # torch.compile of the blocks
-    compile: bool = False
-    stop_at: str | None = None  # a time of day such as '07:30', or a date with it, at which the run stops
-    stop_after: Annotated[float | None, Range(0, 100_000, above=True)] = None  # hours
-    # finetune: each process holds its part of the network, of the optimiser's state and of the average (FSDP2)
+    # computes activations again in the backward pass, to save memory; null: only if Stage C is large
+    gradient_checkpointing: bool | None = None
+    compile: bool = False  # compiles the blocks by torch.compile
+    stop_at: str | None = None  # a time of day such as '07:30' at which the run stops, or a date and a time
+    # hours after which the run stops
+    stop_after: Annotated[float | None, Range(0, 100_000, above=True)] = None
+    # finetune: each process holds only its part of the network, of the optimiser's state and of the average
+    # (FSDP2)
     fsdp: bool = False
-    cuda_graphs: bool = True  # on an accelerator, except for a finetune, whose network has dropout
-    # the same bits each time; false is somewhat faster
-    deterministic: bool = True
+    # on an accelerator, records CUDA graphs; not for a finetune, since its network has dropout
+    cuda_graphs: bool = True
+    deterministic: bool = True  # gives the same bits each time; false is somewhat faster
 
     def __post_init__(self) -> None:
         check_ranges(self, "train")

@@ -9,20 +9,17 @@ from ..ranges import Every, Range, check_ranges
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Held-out pictures: a `share` of the data's, or those of a `folder` or `tars`.
+    """Held-out pictures: a `share` of the data's pictures, or those of a `folder` or of `tars`.
 
-    Their error of the predicted noise has no weights and depends on the pictures and the network alone, so that runs
-    with other settings can be compared.
+    The error of the predicted noise is measured on them without `weighting`. It depends only on the pictures and the
+    network, so runs with different settings can be compared.
     """
 
-    every: Every = 0  # steps, or epochs such as `1 epoch`; 0 is never
-    # share of the data's pictures that is held out
-    share: Annotated[float, Range(0, 0.5)] = 0.0
-    # with other pictures
-    folder: str | None = None
-    # with other pictures
-    tars: tuple[str, ...] = ()
-    pictures: Annotated[int, Range(1, 10_000)] = 64  # the most that are measured
+    every: Every = 0  # how often the error is measured, in steps, or in epochs such as `1 epoch`; 0: never
+    share: Annotated[float, Range(0, 0.5)] = 0.0  # share of the data's pictures that is held out
+    folder: str | None = None  # a folder of other pictures, instead of a share
+    tars: tuple[str, ...] = ()  # tars of other pictures, instead of a share
+    pictures: Annotated[int, Range(1, 10_000)] = 64  # largest number of pictures that are measured
     times: Annotated[int, Range(1, 100)] = 4  # number of noise levels for each picture, evenly spread
 
     def __post_init__(self) -> None:
