@@ -94,7 +94,7 @@ class Guider:
 def check_guidance(cfg: float, cfg_rescale: float) -> None:
     """Raises CascadeError for strengths of guidance out of range."""
     if not math.isfinite(cfg):
-        raise CascadeError(f"cfg is {cfg}; it must be a finite number (1 is no guidance, 4 is usual).")
+        raise CascadeError(f"cfg is {cfg}; it must be a finite number (1 means no guidance, 4 is usual).")
     if not 0 <= cfg_rescale <= 1:
         raise CascadeError(
             f"cfg_rescale is {cfg_rescale}; it must be within 0 (off) and 1 (full); 0.7 is usual."

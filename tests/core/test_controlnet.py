@@ -8,7 +8,7 @@ import torch
 
 from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors, write_safetensors
 from cascade_nodes.cascade_core.errors import CascadeError
-from cascade_nodes.cascade_core.hints.control import check_hint
+from cascade_nodes.cascade_core.hints.control import check_hint, fit_hint
 from cascade_nodes.cascade_core.hints.kinds import KINDS, Backbone, KindName, kind_of
 from cascade_nodes.cascade_core.networks.controlnet import ControlNet
 from cascade_nodes.cascade_core.networks.inference import infer_controlnet
@@ -97,6 +97,7 @@ def test_the_front_door_makes_the_hint_of_every_kind(name):
     control = Control(stage.file, picture, mask=torch.ones(1, 64, 96))
     hint = make_hint(control, stage, (96, 64), None, None, lambda: compressor)  # type: ignore[arg-type]
     check_hint(network.config, stage.file, hint.shape[1])
+    assert fit_hint(hint, network.config, (2, 3)).shape[:2] == (1, kind.channels)
 
 
 def test_other_files_are_not_controlnets():

@@ -68,13 +68,6 @@ def scaled_product(
     return products.linear(x8, w8, bias, out, config, row_scale=row_scale, column_scale=column_scale)
 
 
-def linear_int8(
-    x: Tensor, w8: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, config: Config | None = None
-) -> Tensor:
-    """out = x wᵀ + bias with w = w8 · scale, converted to x's dtype as it is loaded, without a copy in memory."""
-    return products.linear(x, w8, bias, out, config, column_scale=scale)
-
-
 def _quantise(
     x: Tensor, channel_scale: Tensor | None, rows_per_image: int, x8: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ def in_tiles(patcher: Any, tile_positions: int, sides: Sequence[int]) -> Any:
 
     tile_positions: side of its tiles, in latent positions; 0: whole.
     The host calls it once for all prompts that it runs together, as without tiles. A wrapper set by another node is
-    called around each tile.
+    called once, around all tiles.
     """
     patch_size = patcher.model.diffusion_model.embedding[0].downscale_factor
     if not tile_positions and not any(side % patch_size for side in sides):
