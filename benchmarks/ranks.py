@@ -1,6 +1,7 @@
 """Training on two GPUs beside one, the same batch on each: full finetunes by FSDP2, a LoRA and a ControlNet.
 
-    python benchmarks/ranks.py [--tasks finetune lora controlnet finetune_b] [--size 3.6b] [--seconds 100] [--json FILE]
+    python benchmarks/ranks.py [--tasks finetune finetune_b lora controlnet] [--size 3.6b] [--seconds 100] [--json FILE]
+    python benchmarks/ranks.py --tasks finetune finetune:24 finetune_b:12 --steps 5    # the batch on each GPU
     python benchmarks/ranks.py --tasks finetune --variants profile "unit 33554432 prefetch 1" no-reentrant
 
 Each measurement is `benchmarks/training.py` with random weights, in processes of its own, which import while others
@@ -32,7 +33,8 @@ from machine import describe_machine, print_table
 TRAINING = Path(__file__).with_name("training.py")
 PICTURES = {"finetune": 1.8, "finetune_b": 1.8, "lora": 1.9, "controlnet": 1.9}  # times as many
 MEMORY = {"finetune": 0.6, "finetune_b": 0.6}
-DEFAULT = ("finetune", "lora", "controlnet", "finetune_b")  # the most wanted first
+DEFAULT = ("finetune", "finetune_b", "lora", "controlnet")  # the most wanted first
+BATCH = {"finetune": 16, "finetune_b": 12, "lora": 4, "controlnet": 4}  # on each GPU
 WARM = 5  # steps: the first chooses kernels, the second captures CUDA graphs
 # On one machine: the loopback for gloo, and no NVLink multicast, which can put shared hosts' GPUs out of service.
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "4"}
@@ -40,9 +42,12 @@ ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THR
 
 @dataclass
 class Measurement:
-    """A task on some GPUs: its processes, which wait for `turn`, and what came of it."""
+    """A task on some GPUs: its processes, which wait for `turn`, and what came of it.
 
-    task: str
+    row: the task, or `task:batch`
+    """
+
+    row: str
     gpus: tuple[int, ...]
     folder: Path
     variant: str = ""  # further options of `training.py`
@@ -52,8 +57,16 @@ class Measurement:
     failure: str | None = None
 
     @property
+    def task(self) -> str:
+        return self.row.partition(":")[0]
+
+    @property
+    def batch(self) -> int:
+        return int(self.row.partition(":")[2] or BATCH[self.task])
+
+    @property
     def name(self) -> str:
-        return f"{self.task}, {'one GPU' if len(self.gpus) == 1 else 'two'} {self.variant}".rstrip()
+        return f"{self.row}, {'one GPU' if len(self.gpus) == 1 else 'two'} {self.variant}".rstrip()
 
     def variant_options(self) -> list[str]:
         return [word if word.isdigit() else f"--{word}" for word in self.variant.split()]
@@ -63,9 +76,8 @@ class Measurement:
 
     def start(self, options: argparse.Namespace) -> None:
         """Starts the processes, which import and then wait."""
-        batch = options.batch if self.task == "finetune" else options.small_batch
         command = [sys.executable, str(TRAINING), "--tasks", self.task, "--size", options.size]
-        command += ["--batch", str(batch), "--steps", str(options.steps), "--warm", str(WARM)]
+        command += ["--batch", str(self.batch), "--steps", str(options.steps), "--warm", str(WARM)]
         command += ["--latent", str(options.latent), "--json", str(self.file("json"))]
         command += ["--after", str(self.file("turn")), *self.variant_options()]
         world: dict[str, str] = {}
@@ -115,6 +127,16 @@ class Measurement:
         return "\n".join(log.read_text(encoding="utf-8", errors="replace")[-2000:] for log in logs)
 
 
+def row_name(text: str) -> str:
+    """A task, or `task:batch`."""
+    task, colon, batch = text.partition(":")
+    if task not in PICTURES or (colon and not batch.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"one of {', '.join(PICTURES)}, with or without :BATCH, not {text!r}"
+        )
+    return text
+
+
 def free_port() -> str:
     """A free port below those that the system gives out itself, so that it is still free later."""
     while True:
@@ -158,11 +180,17 @@ def measure(measurements: list[Measurement], options: argparse.Namespace, began:
 
 
 def rows_of(measurements: list[Measurement]) -> dict[str, dict[str, Any]]:
-    """Figures on one GPU and on two by task, and their ratios."""
+    """Figures on one GPU and on two by row, and their ratios."""
     rows: dict[str, dict[str, Any]] = {}
     for each in measurements:
         row = rows.setdefault(
-            each.task, {"asked": PICTURES[each.task], "asked_memory": MEMORY.get(each.task)}
+            each.row,
+            {
+                "date": date.today().isoformat(),
+                "batch": each.batch,
+                "asked": PICTURES[each.task],
+                "asked_memory": MEMORY.get(each.task),
+            },
         )
         if each.variant:
             row.setdefault("variants", {})[each.variant] = each.figures
@@ -214,11 +242,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", choices=tuple(PICTURES), default=list(DEFAULT))
+    parser.add_argument("--tasks", nargs="+", type=row_name, default=list(DEFAULT), metavar="TASK[:BATCH]")
     parser.add_argument("--size", choices=("3.6b", "1b", "tiny"), default="3.6b")
     parser.add_argument("--latent", type=int, default=24, help="positions a side")
-    parser.add_argument("--batch", type=int, default=16, help="batch of Stage C's finetune, on each GPU")
-    parser.add_argument("--small-batch", type=int, default=4, help="batch of the others")
     parser.add_argument("--steps", type=int, default=10, help=f"measured, after {WARM}")
     parser.add_argument("--limit", type=float, default=60, help="seconds of each from its turn on")
     parser.add_argument(
@@ -234,10 +260,8 @@ def main() -> None:
         sys.exit("There is one GPU; two are expected.")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        # The first on one GPU beside the others on the other one; then each on both.
-        alone = [
-            Measurement(task, (int(number > 0),), Path(name)) for number, task in enumerate(options.tasks)
-        ]
+        # On one GPU each, beside each other; then each on both.
+        alone = [Measurement(task, (number % 2,), Path(name)) for number, task in enumerate(options.tasks)]
         both = [Measurement(task, (0, 1), Path(name)) for task in options.tasks]
         variants = [
             Measurement(options.tasks[0], (0, 1), Path(name), variant) for variant in options.variants

@@ -3,7 +3,8 @@
     python benchmarks/scaling_page.py [batch.json] [ranks.json]
 
 Writes what stands between `<!-- batch -->`, `<!-- arithmetic -->` or `<!-- ranks -->` and `<!-- end -->`, from
-benchmarks/measurements, to which the given files are copied first. The page says what is not measured yet.
+benchmarks/measurements, to which the given files are copied first. Rows of training that a file does not have stay as
+they were measured before. The page says what is not measured yet.
 """
 
 import json
@@ -110,26 +111,22 @@ def arithmetic(measured: dict[str, Any] | None) -> str:
 def ranks(measured: dict[str, Any] | None) -> str:
     if measured is None:
         return "What two cards give is not measured yet (`benchmarks/ranks.py`).\n"
-    options = measured["options"]
     lines = [
-        wrapped(
-            f"Measured by `benchmarks/ranks.py` on two {measured['device']}, {measured['date']}. The batch on each "
-            f"card is {options['batch']} for the whole Stage C and {options['small_batch']} for the others."
-        ).rstrip(),
+        f"Measured by `benchmarks/ranks.py` on two {measured['device']}:",
         "",
-        "| | steps a second on one card | on two cards | pictures a second, two cards ÷ one | peak GB on one card | "
-        "on each of two cards | peak GB, each of two ÷ one |",
-        "|---|---|---|---|---|---|---|",
+        "| | batch on each card | steps a second on one card | on two cards | pictures a second, two cards ÷ one | "
+        "peak GB on one card | on each of two cards | peak GB, each of two ÷ one | measured |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for task, row in measured["rows"].items():
+    for key, row in measured["rows"].items():
         one, two = row["one"] or {}, row["two"] or {}
         speeds = [f"{each['steps_per_second']:.3g}" if each else "failed" for each in (one, two)]
         peaks = [f"{each['peak_gb']:.1f}" if each else "" for each in (one, two)]
         times = f"{row['times']:.2f} (target {row['asked']})" if "times" in row else ""
         memory = f"{row['memory']:.2f}" if row.get("memory") else ""
         memory += f" (target at most {row['asked_memory']})" if memory and row["asked_memory"] else ""
-        name = str(NAMES.get(task, task))
-        lines.append(f"| {' | '.join([name, *speeds, times, *peaks, memory])} |")
+        name, batch = NAMES[key.partition(":")[0]], str(row["batch"])
+        lines.append(f"| {' | '.join([name, batch, *speeds, times, *peaks, memory, row['date']])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +151,12 @@ def fill(page: str, measured: dict[str, dict[str, Any] | None]) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{found[match[2]]}{match[3]}", page)
 
 
+def together(before: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """A newer measurement's rows first, then those of an older one that it does not have."""
+    kept = {key: row for key, row in before["rows"].items() if key not in measured["rows"]}
+    return {**measured, "rows": measured["rows"] | kept}
+
+
 def measurements() -> dict[str, dict[str, Any] | None]:
     files = {kind: MEASURED / f"{kind}.json" for kind in KINDS.values()}
     return {
@@ -166,6 +169,8 @@ def main() -> None:
     for given in sys.argv[1:]:
         text = Path(given).read_text(encoding="utf-8")
         kind = next(kind for key, kind in KINDS.items() if key in json.loads(text))
+        if kind == "ranks" and (before := measurements()[kind]):
+            text = json.dumps(together(before, json.loads(text)), indent=1) + "\n"
         write_file(MEASURED / f"{kind}.json", text)
     write_file(PAGE, fill(PAGE.read_text(encoding="utf-8"), measurements()))
 

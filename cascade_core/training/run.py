@@ -36,7 +36,7 @@ from .data.stage_b import HeldOutStageB, StageBData
 from .data.text_cache import TextCache
 from .deadline import stop_time, stopping
 from .frozen import load_frozen, parameter_count
-from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, compile_blocks
+from .gradient_checkpointing import LARGE_NETWORK, checkpoint_blocks, checkpoint_cells, compile_blocks
 from .launch import build_accelerator, compute_dtype
 from .log import duration
 from .loop import Loop, Outcome, TrainingProgress
@@ -351,9 +351,10 @@ def prepare_blocks(task: StageCTask, settings: TrainSettings) -> None:
     if checkpointing:
         if isinstance(task, LoRATask) and task.changes is not None:
             checkpoint_blocks(stage_c, task.changes.contexts)
+        elif settings.fsdp:
+            checkpoint_cells(stage_c)
         else:
-            # What FSDP2 does for each block takes the processor long enough for the accelerator to wait.
-            checkpoint_blocks(stage_c, reentrant=settings.fsdp)
+            checkpoint_blocks(stage_c)
     if settings.cuda_graphs and can_allocate_in_capture(task.device):
         task.use_cuda_graphs()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gradient_checkpointing import CHECKPOINTED, blocks_of
+from .gradient_checkpointing import CHECKPOINTED, blocks_of, cells_of
 from .processes import Processes
 from .state import rows_of
 
@@ -43,8 +43,8 @@ class Shards:
         mesh = init_device_mesh(processes.device.type, (processes.num_processes,))
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         matrices = {id(weight) for block in blocks_of(network, CHECKPOINTED) for weight in _matrices(block)}
+        self.units = list(_units(network))
         with _only(matrices, network):
-            self.units = list(_units(network))
             for blocks in self.units:
                 _make_uniform([parameter for block in blocks for parameter in block.parameters()])
                 fully_shard(blocks, mesh=mesh, mp_policy=policy)
@@ -161,16 +161,19 @@ def _matrices(block: nn.Module) -> list[Tensor]:
 
 
 def _units(network: Any) -> Iterator[list[Any]]:
-    """Blocks that follow each other in a level, with up to UNIT weights, all with trained matrices or none of them."""
+    """Cells that follow each other in a level, with up to UNIT weights, all with trained matrices or none of them."""
     for level, _ in network.levels():
         blocks, weights, wide = list[Any](), 0, False
-        for block in blocks_of(nn.ModuleList(level), CHECKPOINTED):
-            own = sum(weight.numel() for weight in _matrices(block))
-            trained = any(weight.dtype == torch.float32 for weight in _matrices(block))
+        for cell in cells_of(level):
+            matrices = [
+                weight for block in cell if isinstance(block, CHECKPOINTED) for weight in _matrices(block)
+            ]
+            own = sum(weight.numel() for weight in matrices)
+            trained = any(weight.dtype == torch.float32 for weight in matrices)
             if blocks and (weights + own > UNIT or trained != wide):
                 yield blocks
                 blocks, weights = [], 0
-            blocks.append(block)
+            blocks.extend(cell)
             weights, wide = weights + own, trained
         if blocks:
             yield blocks

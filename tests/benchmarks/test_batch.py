@@ -41,15 +41,16 @@ def test_the_page_takes_its_figures_from_the_measurements(module):
     runs = [{"workers": count, "rows_per_second": 1.25 * count} for count in (1, 2)]
     device, graph = "NVIDIA H200", "text_to_image_published.json"
     batch = {"device": device, "graph": graph, "how": "shares", "target": 1.9, "runs": runs, "times": 2.0}
-    row = {"asked": 1.8, "asked_memory": 0.6, "one": {"steps_per_second": 1.5, "peak_gb": 90.0}, "two": None}
-    ranks = {
-        "device": device,
-        "date": "2026-11-30",
-        "options": {"batch": 16, "small_batch": 4},
-        "rows": {"finetune": row},
-    }
+    one = {"steps_per_second": 1.5, "peak_gb": 90.0}
+    row = {"batch": 24, "date": "2026-12-01", "asked": 1.8, "asked_memory": 0.6, "one": one, "two": None}
+    ranks = page.together({"device": device, "rows": {"finetune:24": {}, "lora": {**row, "batch": 4}}}, {
+        "device": device, "rows": {"finetune:24": row},
+    })  # fmt: skip
     filled = page.fill(page.PAGE.read_text(encoding="utf-8"), {"batch": batch, "ranks": ranks})
     assert "**2.00 times** as many (target 1.9)" in filled
     assert "one process of `cascade batch` makes 1.25 rows a second" in filled
     assert "at least 25 H200s" in filled
-    assert "| Stage C whole, FSDP2 | 1.5 | failed |  | 90.0 |  |  |" in filled
+    assert (
+        "| Stage C whole, FSDP2 | 24 | 1.5 | failed |  | 90.0 |  |  | 2026-12-01 |\n| LoRA | 4 | 1.5"
+        in filled
+    )

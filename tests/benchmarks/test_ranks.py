@@ -30,14 +30,14 @@ def test_a_measurement_that_fails_leaves_the_others_alone(module, tmp_path, monk
     monkeypatch.setattr(ranks, "TRAINING", script)
     monkeypatch.setattr(
         "sys.argv",
-        ["ranks.py", "--tasks", "finetune", "lora", "controlnet", "--limit", "3", "--json", str(path)],
+        ["ranks.py", "--tasks", "finetune:24", "lora", "controlnet", "--limit", "3", "--json", str(path)],
     )
     with pytest.raises(SystemExit, match="Some of the measurements failed"):
         ranks.main()
     written = json.loads(path.read_text(encoding="utf-8"))
     assert written["failed"] == {"lora, two": "ended with exit status 1", "controlnet, two": "took too long"}
-    finetune, lora = written["rows"]["finetune"], written["rows"]["lora"]
-    assert (finetune["times"], finetune["memory"], finetune["met"]) == (1.9, 0.5, True)
+    finetune, lora = written["rows"]["finetune:24"], written["rows"]["lora"]
+    assert (finetune["batch"], finetune["times"], finetune["memory"], finetune["met"]) == (24, 1.9, 0.5, True)
     assert (lora["one"] is None, lora["two"] is None, "met" in lora) == (False, True, False)
     printed = capsys.readouterr().out
     assert "no kernel image is available" in printed
