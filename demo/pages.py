@@ -65,7 +65,7 @@ TABLES: dict[str, Sequence[tuple[str, str]]] = {
         ("outpainting half a picture: the new object right", "{outpaint_new_object_right:.1%}"),
         ("image to image: likeness to the source at `denoise` 0.2, 0.5, 0.8; another background taken at 0.8", "{image_to_image_psnr_at_0.2_db:.1f}, {image_to_image_psnr_at_0.5_db:.1f}, {image_to_image_psnr_at_0.8_db:.1f} dB; {image_to_image_change_of_background_taken_at_0.8:.1%}"),
         ("image variation: same shapes and colours, of new pictures; of pictures of what was never trained", "{variation_right:.1%}, {variation_right_of_what_was_never_trained:.1%}"),
-        ("two pictures as one prompt: both objects right, with the LoRA for it, without it; with it, of what was never trained", "{mixing_both_right:.1%}, {mixing_both_right_without_lora:.1%}; {mixing_both_right_of_what_was_never_trained:.1%}"),
+        ("two pictures as one prompt: both objects right; of what was never trained", "{mixing_both_right:.1%}; {mixing_both_right_of_what_was_never_trained:.1%}"),
         ("LoRA that teaches a ninth shape, a house: that object right, with it, without it", "{lora_houses_right:.1%}, {lora_houses_right_without:.1%}"),
         ("the same LoRA: the whole caption right; ordinary held-out prompts right with it", "{lora_right_in_everything:.1%}, {lora_ordinary_prompts_right_with_it:.1%}"),
         ("a name that was learned for the green ring: that object right, by the name, in words", "{token_object_right:.1%}, {token_object_right_in_words:.1%}"),

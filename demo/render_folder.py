@@ -30,11 +30,10 @@ TRIES = 10  # attempts to draw a caption that differs from the earlier ones
 
 
 class Captioned(NamedTuple):
-    """Scene with its captions, and the scenes whose pictures are its image prompts."""
+    """Scene with its captions."""
 
     scene: Scene
     captions: Sequence[str]
-    prompts: Sequence[Scene] = ()
 
 
 def captions_of(scene: Scene, count: int, rng: Random) -> list[str]:
@@ -88,7 +87,7 @@ def _write_tar(job: tuple[int, Sequence[Scene]], out: Path, **choices: int) -> i
 
 
 def write_captioned(out: Path, captioned: Sequence[Captioned], size: int = PICTURE) -> int:
-    """Writes scenes with their own captions (one a line) and image prompts into the folder; returns their number."""
+    """Writes scenes with their own captions (one a line) into the folder; returns their number."""
     check_folder(out)
     jobs = [(start, captioned[start : start + TOGETHER]) for start in range(0, len(captioned), TOGETHER)]
     return sum(_in_processes(partial(_write_captioned, out=out, size=size), jobs))
@@ -96,13 +95,10 @@ def write_captioned(out: Path, captioned: Sequence[Captioned], size: int = PICTU
 
 def _write_captioned(job: tuple[int, Sequence[Captioned]], out: Path, size: int) -> int:
     start, captioned = job
-    scenes = [scene for item in captioned for scene in (item.scene, *item.prompts)]
-    images = iter(render(scenes, size, chunk=16).permute(0, 2, 3, 1).contiguous().numpy())
-    for number, item in enumerate(captioned, start):
+    images = render([item.scene for item in captioned], size, chunk=16)
+    for number, (item, pixels) in enumerate(zip(captioned, images.permute(0, 2, 3, 1), strict=True), start):
         write_file(out / f"{number:07}.txt", "".join(f"{line}\n" for line in item.captions).encode())
-        write_file(out / f"{number:07}.png", _png(next(images)))
-        for i in range(len(item.prompts)):
-            write_file(out / f"{number:07}.prompt{i}.png", _png(next(images)))
+        write_file(out / f"{number:07}.png", _png(pixels.contiguous().numpy()))
     return len(captioned)
 
 

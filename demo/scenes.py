@@ -219,13 +219,6 @@ def alone(scenes: Sequence[Scene], slot: int, seed: int) -> list[Scene]:
     return _assemble(kinds, single, size, *_place(size, single, rng), background).scenes()
 
 
-def moved(scenes: Sequence[Scene], seed: int) -> list[Scene]:
-    """Moves the objects of the scenes and keeps their relations."""
-    rng = np.random.default_rng([seed, 5])
-    kinds, relation, size, background = _arrays(scenes)
-    return _assemble(kinds, relation, size, *_place(size, relation, rng), background).scenes()
-
-
 def _arrays(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Kinds (n, 2), relations (n,), sizes (n, 2) and backgrounds (n,) as the sampler draws them."""
     kinds, size = np.zeros((len(scenes), 2), np.int64), np.zeros((len(scenes), 2), np.int64)

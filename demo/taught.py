@@ -1,7 +1,6 @@
-"""Training data for the demo's adapters: a new shape and prompts of two pictures for LoRAs, and a name for a held-out
-object for a token.
+"""Training data for the demo's adapters: a new shape for a LoRA, and a name for a held-out object for a token.
 
-`python -m cascade_nodes.demo.taught house OUT` (or loop, mixing) writes pictures with captions for `cascade train`.
+`python -m cascade_nodes.demo.taught house OUT` (or loop) writes pictures with captions for `cascade train`.
 """
 
 import argparse
@@ -12,13 +11,12 @@ from pathlib import Path
 from random import Random
 
 from cascade_nodes.demo.captions import Spec, caption, full_spec, verbalise
-from cascade_nodes.demo.render_folder import Captioned, captions_of, write_captioned
-from cascade_nodes.demo.scenes import BACKGROUNDS, INVERSE, Scene, alone, moved, sample_scenes
+from cascade_nodes.demo.render_folder import Captioned, write_captioned
+from cascade_nodes.demo.scenes import INVERSE, Scene, sample_scenes
 from cascade_nodes.demo.words import SHAPE_WORDS
 
 LOOP = ("ring", "green")  # shape and colour; held out from all training
 LOOP_NAME = "[loop]"
-PAIRS = 0.5  # of the scenes with two objects: the share that two pictures prompt for, one of each object
 ORDINARY = 4  # one of this many pictures for the LoRA has no house, so that other shapes are not forgotten
 
 
@@ -130,29 +128,9 @@ def loop_captions(count: int, seed: int, per_scene: int = 4) -> Iterator[Caption
             yield Captioned(scene, captions)
 
 
-def mixing_captions(count: int, seed: int, per_scene: int = 2) -> Iterator[Captioned]:
-    """Scenes with image prompts: two pictures, of one object each, or one picture of the same objects.
-
-    In the prompts the objects stand elsewhere. Of two pictures, in any order, one has the scene's background; the
-    other has the same background or another.
-    """
-    rng = Random(seed)
-    scenes = sample_scenes(count, seed)
-    rows = zip(scenes, moved(scenes, seed), alone(scenes, 0, seed), alone(scenes, 1, seed), strict=True)
-    for scene, same_objects, *objects in rows:
-        prompts = [same_objects]
-        if len(scene.objects) == 2 and rng.random() < PAIRS:
-            rng.shuffle(objects)
-            ground = rng.choice((scene.background, rng.choice(BACKGROUNDS)))
-            prompts = [objects[0], replace(objects[1], background=ground)]
-            rng.shuffle(prompts)
-        yield Captioned(scene, captions_of(scene, per_scene, rng), prompts)
-
-
 TAUGHT: dict[str, Callable[..., Iterator[Captioned]]] = {
     "house": house_captions,
     "loop": loop_captions,
-    "mixing": mixing_captions,
 }
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ...cascade_core.errors import CascadeError
 from ...cascade_core.model_files import (
     FOLDER_TESTS,
     FOLDERS,
@@ -25,6 +26,7 @@ __all__ = [
     "PACK",
     "ROLE_WORDS",
     "SUFFIXES",
+    "check_retired",
     "demo_file",
     "demo_names",
     "is_encoder_folder",
@@ -54,6 +56,14 @@ DEMO_SETS: dict[str, tuple[str, ...]] = {
     "lora": ("demo_lora_*.safetensors", "demo_token_*.safetensors"),
 }
 
+# Files that the demo had once, and what a graph that still names them should do.
+RETIRED = {
+    "demo_lora_two_pictures.safetensors": (
+        "The demo's Stage C takes two image prompts by itself, so demo_lora_two_pictures.safetensors is no longer "
+        "needed; take it out of the graph."
+    ),
+}
+
 
 def demo_file(role: str) -> Path | None:
     """The demo cascade's file for a role, if the weights are present, else None."""
@@ -66,6 +76,12 @@ def demo_names(role: str) -> list[str]:
     if role in DEMO_SETS:
         return sorted(path.name for pattern in DEMO_SETS[role] for path in DEMO_FOLDER.glob(pattern))
     return [DEMO_NAMES[role]] if demo_file(role) else []
+
+
+def check_retired(name: str) -> None:
+    """Raises CascadeError for a file that the demo no longer has."""
+    if name in RETIRED:
+        raise CascadeError(RETIRED[name])
 
 
 def spellings(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is drawn to teach the demo afterwards: a new shape; image prompts of the objects of their scene, elsewhere."""
+"""What is drawn to teach the demo afterwards: a new shape."""
 
 from io import BytesIO
 from itertools import pairwise
@@ -9,57 +9,22 @@ import torch
 from PIL import Image
 
 from cascade_nodes.cascade_core.training.data.sources import find_pictures
-from cascade_nodes.demo.captions import full_spec, holds, parse
+from cascade_nodes.demo.captions import full_spec
 from cascade_nodes.demo.judge import read, score
-from cascade_nodes.demo.scenes import SHAPES, Scene, SceneObject, held_out_reason
+from cascade_nodes.demo.scenes import SHAPES, Scene, SceneObject
 from cascade_nodes.demo.shapes import TAUGHT_SHAPES
-from cascade_nodes.demo.taught import house_prompts, main, mixing_captions, with_house
+from cascade_nodes.demo.taught import house_captions, house_prompts, main, with_house
 from cascade_nodes.demo.world import render
 
 
-def kinds(scene):
-    return sorted((o.shape, o.colour, o.size) for o in scene.objects)
-
-
-def test_two_pictures_prompt_for_a_scene_of_both_their_objects():
-    pairs = [item for item in mixing_captions(300, 4) if len(item.prompts) == 2]
-    assert 75 <= len(pairs) <= 125  # half of two thirds
-    swapped = 0
-    for scene, captions, (first, second) in pairs:
-        assert kinds(scene) == sorted(kinds(first) + kinds(second))
-        assert scene.background in (first.background, second.background)
-        assert not {(o.x, o.y) for o in scene.objects} & {
-            (o.x, o.y) for o in (*first.objects, *second.objects)
-        }
-        assert all(holds(parse(text), scene) for text in captions)
-        assert held_out_reason(scene) is None
-        swapped += kinds(first)[0][:2] != (scene.objects[0].shape, scene.objects[0].colour)
-    assert 0.3 < swapped / len(pairs) < 0.7
-    assert (
-        0.2 < sum(first.background != second.background for _, _, (first, second) in pairs) / len(pairs) < 0.6
-    )
-
-
-def test_one_picture_prompts_for_the_same_scene_elsewhere():
-    singles = [item for item in mixing_captions(300, 4) if len(item.prompts) == 1]
-    assert {len(scene.objects) for scene, _, _ in singles} == {1, 2}
-    for scene, _, (prompt,) in singles:
-        assert (kinds(scene), scene.background, scene.relation) == (
-            kinds(prompt), prompt.background, prompt.relation,
-        )  # fmt: skip
-        assert all(a.x != b.x for a, b in zip(scene.objects, prompt.objects, strict=True))
-
-
 def test_they_are_written_as_training_reads_them(tmp_path):
-    main(["mixing", str(tmp_path), "--count", "12", "--seed", "3"])
+    main(["house", str(tmp_path), "--count", "12", "--seed", "3"])
     pictures, skipped = find_pictures(tmp_path, ())
     assert skipped == []
-    items = list(mixing_captions(12, 3))
-    for item, picture in zip(items, pictures, strict=True):
+    for item, picture in zip(house_captions(12, 3), pictures, strict=True):
         assert picture.captions == tuple(item.captions)
-        pixels = [np.array(Image.open(BytesIO(p.read()))) for p in (picture, *picture.image_prompts)]
-        expected = render([item.scene, *item.prompts])
-        assert torch.equal(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), expected)
+        pixels = torch.from_numpy(np.array(Image.open(BytesIO(picture.read())))).permute(2, 0, 1)
+        assert torch.equal(pixels, render([item.scene])[0])
 
 
 def test_the_new_shape_is_said_and_read():

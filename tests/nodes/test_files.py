@@ -78,6 +78,20 @@ def test_what_is_not_there(tiny, elsewhere):
     assert StageCLoader.validate_inputs() is True  # a linked value is known only when it runs
 
 
+def test_a_file_that_the_demo_no_longer_has(tiny, elsewhere):
+    """A graph that names it is told what to do; a file of that name that somebody kept is still found."""
+    name = "demo_lora_two_pictures.safetensors"
+    assert not set(roles.RETIRED) & set(list_files("lora"))
+    assert files.check("lora", name) == (
+        f"The demo's Stage C takes two image prompts by itself, so {name} is no longer needed; take it out of the "
+        "graph."
+    )
+    kept = elsewhere / "models" / "loras" / name
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert find_file("lora", name).name == name
+
+
 def test_the_previewer_may_be_left_out(tiny, elsewhere):
     assert CascadeCompressorLoader.validate_inputs("tiny_compressor.safetensors", "none") is True
     message = CascadeCompressorLoader.validate_inputs("tiny_compressor.safetensors", "gone")

@@ -63,6 +63,7 @@ def find_file(role: str, name: str) -> Path:
         path = _find(role, spelled)
         if path is not None:
             return path
+    roles.check_retired(name)
     folders = [
         folder for category in roles.FOLDERS[role] for folder in folder_paths.get_folder_paths(category)
     ]

@@ -54,6 +54,7 @@ def find_file(role: str, name: str) -> Path:
     for spelling in spellings:
         if Path(spelling).name and os.path.exists(spelling):  # neither "." nor "/"
             return Path(spelling)
+    roles.check_retired(name)
     places = ", ".join(str(root) for root in roots())
     raise CascadeError(
         f"No {roles.ROLE_WORDS[role]} file {quoted(name)} was found under {places} (in "
