@@ -42,6 +42,7 @@ FILES = {  # files that a run's networks are exported to, by their names in the 
     "stage_c": "demo_stage_c.safetensors",
 }
 SPENT = "seconds"  # in a state's contents: how long the run has trained
+TOKEN_ROWS = "text_model.embeddings.token_embedding.weight"
 MANY_STEPS = 10_000_000  # limit for a run that ends by time
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # averaged tensors by network and name
@@ -173,12 +174,17 @@ class Job:
 
     @torch.no_grad()
     def _begin_with(self, folder: Path, networks: Mapping[str, nn.Module]) -> None:
-        """Copies exported weights of the same names and shapes into the networks; other weights are unchanged."""
+        """Copies exported weights of the same names and shapes into the networks; other weights are unchanged.
+
+        Tokens are matched by their spelling, since the files may be of an earlier vocabulary.
+        """
         for name, network in networks.items():
             path = folder / FILES.get(name, name)
             if not path.is_file():
                 continue
             own, given = network.state_dict(), read_safetensors(path)[0]
+            if TOKEN_ROWS in given and TOKEN_ROWS in own:
+                given[TOKEN_ROWS] = rows_by_token(given[TOKEN_ROWS], own[TOKEN_ROWS], path.parent)
             fitting = [key for key, value in given.items() if key in own and own[key].shape == value.shape]
             for key in fitting:
                 own[key].copy_(given[key])
@@ -285,6 +291,15 @@ def export_text_encoder(job: Job, tensors: Mapping[str, Tensor], config: dict) -
 
 def own_tokenizer() -> Tokenizer:
     return Tokenizer.from_vocabulary(*build_small_vocabulary(vocabulary() | {","}))
+
+
+def rows_by_token(rows: Tensor, own: Tensor, folder: Path) -> Tensor:
+    """Token embeddings (M, C) of the vocabulary in a folder -> (N, C) of our own; tokens that it lacks keep theirs."""
+    others, ours = (t.backend.get_vocab() for t in (Tokenizer.from_folder(folder), own_tokenizer()))
+    shared = [token for token in ours if token in others]
+    matched = own.clone()
+    matched[[ours[token] for token in shared]] = rows[[others[token] for token in shared]].to(own)
+    return matched
 
 
 @torch.no_grad()

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from cascade_nodes.cascade_core import StageB, StageC
-from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors
+from cascade_nodes.cascade_core.checkpoints import load_model, read_safetensors, write_safetensors
 from cascade_nodes.cascade_core.diffusion.schedule import log_snr, noise_cond
 from cascade_nodes.cascade_core.networks.inference import infer_config
 from cascade_nodes.cascade_core.text.encoder import build_text_model, encode_tokens
+from cascade_nodes.cascade_core.text.tokenizer import build_small_vocabulary, save_vocabulary
 from cascade_nodes.cascade_core.training.losses import diffusion_loss
 from cascade_nodes.cascade_core.vision import build_vision_model
 from cascade_nodes.demo import job as jobs
 from cascade_nodes.demo import recipe, train
-from cascade_nodes.demo.captions import holds, parse, verbalise
+from cascade_nodes.demo.captions import holds, parse, verbalise, vocabulary
 from cascade_nodes.demo.captured_loss import CapturedLoss
 from cascade_nodes.demo.clip_states import image_embeddings, text_states
 from cascade_nodes.demo.dataset import alone, captions, edited, tokenise
@@ -166,6 +167,29 @@ def test_a_run_begins_with_exported_weights(toy, monkeypatch, capsys):
     tensors, _ = read_safetensors(toy / "demo_stage_b.safetensors")
     assert all(torch.equal(seen[f"stage_b.{name}"], value.float()) for name, value in tensors.items())
     assert f"begins with {len(tensors)} of {len(tensors)} tensors" in capsys.readouterr().out
+
+
+def test_a_text_encoder_of_another_vocabulary_gives_its_rows_by_token(tmp_path, monkeypatch):
+    words = (vocabulary() - {"star", "sand"}) | {"zebra", "aardvark", ","}
+    tokens, merges = build_small_vocabulary(words)
+    config = recipe.TEXT | {"num_hidden_layers": 1}
+    before = build_text_model(config | {"vocab_size": len(tokens)})
+    folder = tmp_path / "before"
+    write_safetensors(folder / "demo_text_encoder" / "model.safetensors", before.state_dict(), {})
+    save_vocabulary(folder / "demo_text_encoder", tokens, merges)
+    ours = own_tokenizer().backend.get_vocab()
+    model = build_text_model(config | {"vocab_size": len(ours)})
+    random = model.state_dict()[jobs.TOKEN_ROWS].clone()
+    monkeypatch.setattr(jobs.Loop, "run", lambda loop: None)
+    job = a_job(tmp_path, "layout", start=folder)
+    job.train({"text": model}, lambda: lambda step: Batch([]), dict, lambda weights: None)
+    rows, old = (m.state_dict()[jobs.TOKEN_ROWS] for m in (model, before))
+    assert {"star</w>", "sand</w>"} <= ours.keys() - tokens.keys()
+    assert sum(ours[token] != tokens[token] for token in ours if token in tokens) > 100
+    for token, number in ours.items():
+        assert rows[number].equal(old[tokens[token]] if token in tokens else random[number])
+    name = "text_model.embeddings.position_embedding.weight"
+    assert model.state_dict()[name].equal(before.state_dict()[name])
 
 
 def test_stage_c_says_so_where_the_text_encoder_is_a_bag_of_words(tmp_path, capsys):
