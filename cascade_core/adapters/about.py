@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import printable
+from ..text.known_words import WORD
 from .adapter import Adapter
 from .compatibility import describe_adapter, describe_unknown, listed
 
@@ -47,7 +47,7 @@ def training_facts(metadata: Mapping[str, str]) -> dict[str, str]:
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The file's trigger words, in lower case: those that a prompt needs to ask for what it teaches."""
     stated = next((text for name in _ENTRIES["trigger words"] if (text := metadata.get(name, ""))), "")
-    return tuple(re.findall(r"[^\W_]+", stated[:_MOST_TRIGGERS].lower()))
+    return tuple(WORD.findall(stated[:_MOST_TRIGGERS].lower()))
 
 
 def frequent_tags(text: str) -> list[str]:

@@ -18,6 +18,8 @@ ADVICE = {
     "choice": "is read as words; write the one that you want, or queue a prompt for each",
 }
 
+LORA, BREAK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>"), re.compile(r"\bBREAK\b")
+
 
 class ForeignSyntax(NamedTuple):
     """A piece of a prompt and its kind, a key of ADVICE."""
@@ -40,9 +42,9 @@ def describe_syntax(pieces: list[ForeignSyntax]) -> list[str]:
 
 
 def _pieces(prompt: str) -> Iterator[tuple[str, str]]:
-    for match in re.finditer(r"<(?:lora|lyco|hypernet):[^<>]*>", prompt):
+    for match in LORA.finditer(prompt):
         yield "lora", match[0]
-    for match in re.finditer(r"\bBREAK\b", prompt):
+    for match in BREAK.finditer(prompt):
         yield "break", match[0]
     for match in re.finditer(r"\[([^\[\]]*)\]", prompt):
         _, colon, end = match[1].rpartition(":")

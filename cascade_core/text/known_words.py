@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import quoted
+from .foreign_syntax import BREAK, LORA
 from .prompt_weights import parse_weights
 from .tokenizer import learned_names
 
 WORDS = "words"  # key in a safetensors header: a JSON list of words, the most helpful examples first
 MOST_WORDS, LONGEST_WORD = 10_000, 64
-SHOWN_UNKNOWN, SHOWN_KNOWN = 6, 24
-_WORD = re.compile(r"[^\W_]+")
-_EMBEDDING = re.compile(r"embedding:\s*\S+")  # a file's name, not a word
+SHOWN_UNKNOWN, SHOWN_KNOWN = 6, 29  # the latter: all names of things and attributes of the demo
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[\u2190-\u2bff\U0001f000-\U0001faff]+")  # "don't", an emoji
+# The name of an embedding's file, and what another notice tells of.
+_NO_WORDS = re.compile(rf"embedding:\s*\S+|{LORA.pattern}|{BREAK.pattern}")
 
 
 def stated_words(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
@@ -35,13 +37,14 @@ def stated_words(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
 def unknown_words(prompt: str, words: Iterable[str], names: Iterable[str] = ()) -> list[str]:
     """Words of a prompt that are not in `words`, each once, in the prompt's spelling.
 
-    names: those of learned tokens, such as "[loop]". Weights, embeddings and punctuation are not words.
+    names: those of learned tokens, such as "[loop]". Weights, embeddings, punctuation and other programs' syntax are
+    not words.
     """
     learned = tuple(names)
     known, unknown = set(words), {}
     for text, _ in parse_weights(prompt):
-        text = _EMBEDDING.sub(" ", text)
-        for word in _WORD.findall(learned_names(learned).sub(" ", text) if learned else text):
+        text = _NO_WORDS.sub(" ", text)
+        for word in WORD.findall(learned_names(learned).sub(" ", text) if learned else text):
             if word.lower() not in known:
                 unknown.setdefault(word.lower(), word)
     return list(unknown.values())
@@ -64,6 +67,6 @@ def describe_unknown_words(
     some = ", ".join(quoted(word, LONGEST_WORD)[1:-1] for word in words[:SHOWN_KNOWN])
     rest = f" and {len(words) - SHOWN_KNOWN:,} more" if len(words) > SHOWN_KNOWN else ""
     return (
-        f"The text encoder was never taught {shown}{more}, so the picture may show anything for it, unless a LoRA "
-        f"teaches it; the words it knows are {some}{rest}."
+        f"The text encoder was never taught {shown}{more}, so the picture may show anything, unless a LoRA teaches "
+        f"that; the words it knows are {some}{rest}."
     )

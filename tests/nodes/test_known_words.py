@@ -37,6 +37,9 @@ WORDS = known_words()
         ("a star, embedding:some_style", (), []),
         ("2 blue-green stars; 赤い星", (), ["2", "赤い星"]),
         ("the red star", (), []),
+        ("don't show a star's ring, it’s 'red'", (), ["don't", "star's", "it’s"]),
+        ("⭐ on 🏖️ — “red” © ☆ 1.5", (), ["⭐", "🏖", "☆", "1", "5"]),
+        ("a star <lora:house:0.8> BREAK a break", (), ["break"]),
     ],
 )
 def test_words_that_were_never_taught(prompt, names, unknown):
@@ -49,7 +52,11 @@ def test_a_sentence_names_them_and_what_is_known():
     sentence = describe_unknown_words(["a red dog", "a dog, a car"], WORDS)
     assert sentence is not None
     assert sentence.startswith("The text encoder was never taught 'dog', 'car', so")
-    assert "the words it knows are circle, square, triangle" in sentence
+    assert (
+        ", so the picture may show anything, unless a LoRA teaches that; the words it knows are circle, "
+        in sentence
+    )
+    assert ", below, no, without and " in sentence
     long = describe_unknown_words([" ".join(f"x{'y' * 500}{n}" for n in range(200))], WORDS * 50)
     assert long is not None
     assert len(long) < 1500
@@ -110,8 +117,8 @@ def test_the_node_of_the_embedded_host_tells_of_either_prompt(stage):
 
 def test_what_loras_teach_is_no_unknown_word(stage):
     stage.told.clear()
-    house = Adapter("house", "kohya", {}, {}, metadata={"modelspec.trigger_phrase": "a House"})
-    stage.text.with_adapter(house, 1.0).encode(["a red house"])
+    house = Adapter("house", "kohya", {}, {}, metadata={"modelspec.trigger_phrase": "a House, van Gogh's"})
+    stage.text.with_adapter(house, 1.0).encode(["a red house, van gogh's"])
     assert stage.told == []
     stage.text.with_adapter(replace(house, metadata={}), 1.0).encode(["a red house"])
     assert len(stage.told) == 1
