@@ -84,6 +84,8 @@ TINY = {"c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[1, 2], 
 TINY_B = {"c_cond": 32, "c_hidden": [16, 32], "nhead": [-1, 2], "blocks": [[1, 1], [1, 1]],
           "block_repeat": [[1, 1], [1, 1]], "level_config": ["CT", "CTA"], "dropout": [0, 0.1],
           "self_attn": [True, True], "c_clip": 64, "c_r": 16}
+TINY_CONTROLNET = {"stem": 8, "c_last": 16, "stages": [["fused", 1, 2, 8, 1], ["fused", 4, 2, 8, 1],
+                                                      ["mbconv", 4, 2, 16, 1], ["mbconv", 4, 2, 16, 1]]}
 # fmt: on
 SPREAD = 0.02  # of random weights
 CONTEXT_BYTES = 0.6 * 2**30  # taken on a card by CUDA and its kernels outside of PyTorch's memory
@@ -243,7 +245,10 @@ def settings_of(
     elif task in WHOLE:
         values["finetune"] = {"network": WHOLE[task]}
     else:
-        values["controlnet"] = {"start": "random"}
+        values["controlnet"] = {
+            "start": "random",
+            "config": TINY_CONTROLNET if options.size == "tiny" else {},
+        }
     return read_values(values, kind, task)
 
 
@@ -311,7 +316,8 @@ def measure(
         "peak_gb": peak / 1e9,
         "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if device.type == "cuda" else 0.0,
         "trained_parameters": trained,
-        "batch": settings.train.batch_size,
+        "batch": settings.train.batch_size * settings.train.accumulate,
+        "latent": side,
         "seconds": {"building": built, "training": outcome.seconds},
         "losses": losses,
         **({"profile": profile} if profile else {}),
@@ -557,7 +563,7 @@ def main() -> None:
     for name, measurement in measurements.items():
         result = measured(measurement)
         if result:
-            results[name] = {"batch": options.batch, **result}
+            results[name] = {"batch": options.batch * options.accumulate, "latent": options.latent, **result}
             print(name, results[name], flush=True)  # before the next one, which may take long
             if options.json is not None:
                 write_results(options, results)
@@ -566,12 +572,13 @@ def main() -> None:
         return
     together = accelerator.num_processes
     print(f"{describe_machine()}, {together} × {device_name()}")
-    print(f"Stage C {options.size}, latents {options.latent} × {options.latent}\n")
+    print(f"Stage C {options.size}; a step's pictures on each, latents of so many positions a side\n")
     rows = [
         [
             name,
             f"{r['trained_parameters'] / 1e6:.1f} M",
             f"{r['batch'] * together}",
+            f"{r['latent']}",
             f"{r['steps_per_second']:.3g}",
             f"{r['steps_per_second'] * r['batch'] * together:.3g}",
             f"{r['peak_gb']:.1f}",
@@ -579,7 +586,9 @@ def main() -> None:
         ]
         for name, r in results.items()
     ]
-    print_table(["task", "trained", "batch", "steps/s", "pictures/s", "peak GB", "reserved GB"], rows)
+    print_table(
+        ["task", "trained", "pictures", "latent", "steps/s", "pictures/s", "peak GB", "reserved GB"], rows
+    )
     if any("failed" in result for result in results.values()):
         sys.exit(1)
 

@@ -9,8 +9,8 @@ from cascade_nodes.cascade_core.training.settings import Settings
 from cascade_nodes.cascade_core.training.settings import settings_of as read_values
 
 OPTIONS = Namespace(
-    warm=5, steps=10, precision="auto", compile=False, cuda_graphs=True, deterministic=True, fsdp=False, rank=16,
-    batch=7, accumulate=3, optimizer="adamw", recompute=True, profile=False,
+    size="3.6b", warm=5, steps=10, precision="auto", compile=False, cuda_graphs=True, deterministic=True, fsdp=False,
+    rank=16, batch=7, accumulate=3, optimizer="adamw", recompute=True, profile=False,
 )  # fmt: skip
 
 
