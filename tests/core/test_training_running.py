@@ -135,7 +135,12 @@ def test_no_picture_is_both_trained_and_measured_on(world):
         find_and_hold_out(data, ValidationSettings(folder=data.folder, every=1), Access())
 
 
-def test_the_curve_shows_the_held_out_error(tmp_path):
+def test_the_curve_shows_the_held_out_error(world, tmp_path):
+    for name, validation in (("plain", {}), ("held out", HELD_OUT)):
+        run = tmp_path / name
+        loop_of(settings_of(world, "lora", run, validation=validation, train={"steps": 4})).run()
+        assert Image.open(run / CURVE).size == (720, 400)
+        assert (orange_pixels(run / CURVE) > 0) == bool(validation)
     rows: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 41)]
     draw_curve(rows, 40, tmp_path / CURVE)
     assert orange_pixels(tmp_path / CURVE) == 0

@@ -124,6 +124,23 @@ def test_a_stage_b_of_another_text_encoder_is_refused_before_anything_is_encoded
         train(settings, caching=lambda *counts: pytest.fail("encoded"))
 
 
+def test_a_prompts_file_is_drawn_while_it_trains(world, tmp_path):
+    """As the same prompts in the settings, after theirs."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("a star --n a circle --w 128 --h 64 --d 5 --s 1\n")
+    prompt = {"prompt": "a star", "negative": "a circle", "size": [128, 64], "seed": 5, "steps": 1}
+    pictures = []
+    for name, more in (
+        ("file", {"prompts": ["a ring"], "prompts_file": str(path)}),
+        ("settings", {"prompts": ["a ring", prompt]}),
+        ("neither", {"prompts": ["a ring", {**prompt, "seed": 6}]}),
+    ):
+        train(settings_of(world, "lora", tmp_path / name, output={**EVERY, **more}, train={"steps": 4}))
+        assert len(samples_of(tmp_path / name)) == 2
+        pictures.append((tmp_path / name / "samples" / "000004.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
 def test_prompts_of_a_text_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text(

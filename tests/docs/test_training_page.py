@@ -16,6 +16,7 @@ from cascade_nodes.cascade_core.training.typed_yaml import parse_yaml
 from cascade_nodes.headless.catalogue import FILES as PUBLISHED
 from cascade_nodes.headless.catalogue import WORKFLOWS
 from cascade_nodes.headless.train import finder
+from cascade_nodes.tests.core.test_training_features import FEATURES as TRAINED
 from cascade_nodes.tests.docs import training_settings
 
 PACK = Path(__file__).parents[2]
@@ -98,6 +99,24 @@ def test_each_feature_names_a_test_that_is_there():
         if f"def {name}(" not in (PACK / "tests" / file).read_text(encoding="utf-8")
     ]
     assert missing == []
+
+
+# Settings of a run, not of what is learned: the test that is named for each makes a run of its own.
+OF_RUNS = {
+    "captions in text files, jsonl, csv, json", "webdataset tars, read without unpacking", "a dry run with a contact sheet",
+    "a killed run goes on bit for bit", "files every so many steps or epochs, the last N", "epochs or steps",
+    "samples with prompts files", "TensorBoard, wandb", "a loss curve in the folder", "stops at a time",
+    "fp16 with a loss scale that a resumed run keeps", "curve and samples while it trains, in ComfyUI",
+    "several machines without a shared folder, FSDP2", "`modelspec.*` and `ss_*`",
+    "captions and folders on request alone", "the same run writes the same bytes",
+}  # fmt: skip
+
+
+def test_each_feature_is_trained_with():
+    page = (PACK / "docs/tasks/training_features.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?!\*\*)[^|]+?) \| [^|]+ \| [^|]* \| `", page, re.MULTILINE)
+    assert set(rows) == TRAINED.keys() | OF_RUNS
+    assert len(rows) == len(TRAINED) + len(OF_RUNS)
 
 
 def test_each_feature_is_under_a_key_that_exists():
