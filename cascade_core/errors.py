@@ -36,6 +36,11 @@ def printable(text: str, limit: int = 200) -> str:
     return text if text.isprintable() and len(text) <= limit else quoted(text, limit)
 
 
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """A number of things, for a message. plural: the ending of more than one."""
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
+
+
 def escaped(line: str) -> str:
     """A line for a terminal: control characters are written as Python's escapes."""
     if line.isprintable():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from ..errors import printable
+from ..errors import counted, printable
 from .data.access import Access
 from .data.batches import crops_of
 from .data.bucketing import BucketedPicture, Crops, assign_buckets, resized
@@ -42,7 +42,8 @@ def dry_run(settings: Settings, notify: Notify) -> Path:
     path = Path(settings.output.folder or ".") / SHEET
     write_picture(path, grid([_small(each, crops_of(settings.data)) for each in _spread(bucketed)]))
     notify(
-        f"{len(bucketed):,} of {len(bucketed) + len(skipped):,} pictures would be trained on; {path} shows some."
+        f"{len(bucketed):,} of {counted(len(bucketed) + len(skipped), 'picture')} would be trained on; {path} "
+        "shows some."
     )
     return path
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
-from ..errors import CascadeError, quoted
+from ..errors import CascadeError, printable, quoted
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Range:
 
     def __str__(self) -> str:
         low, high = (
-            f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high)
+            f"{bound:,}" if isinstance(bound, int) else f"{bound:,.15g}" for bound in (self.low, self.high)
         )
         return (
             f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
@@ -61,10 +61,14 @@ def check_ranges(settings: Any, section: str) -> None:
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         for allowed in getattr(kind, "__metadata__", ()):
             value = getattr(settings, name)
-            values = value if isinstance(value, tuple) else (value,)
-            for number in values:
+            key = f"{section}.{name}"
+            if isinstance(value, dict):
+                found = [(f"{key}.{printable(each)}", number) for each, number in value.items()]
+            else:
+                found = [(key, number) for number in (value if isinstance(value, tuple) else (value,))]
+            for key, number in found:
                 if number is not None and number not in allowed:
-                    raise CascadeError(f"{section}.{name} is {quoted(number)}; it must be {allowed}.")
+                    raise CascadeError(f"{key} is {quoted(number)}; it must be {allowed}.")
 
 
 # Ranges shared by several settings

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints import load_model
 from ..engine.graphs import can_allocate_in_capture
-from ..errors import CascadeError, Interrupted, excerpt, on_one_line, printable
+from ..errors import CascadeError, Interrupted, counted, excerpt, on_one_line, printable
 from ..geometry import largest_size
 from ..networks.compressor import SemanticCompressor
 from ..networks.fp16 import scale_residual_stream
@@ -181,7 +181,7 @@ def _run(loop: Loop[StageCTask], results: Results, notify: Notify, fresh: bool) 
     outcome = loop.run()
     peak = outcome.peak_bytes / 1e9
     memory = f", at most {peak:.1f} GB of the accelerator" if peak else ""
-    notify(f"{outcome.step} steps, {duration(outcome.seconds)} this time{memory}.")
+    notify(f"{counted(outcome.step, 'step')}, {duration(outcome.seconds)} this time{memory}.")
     if not outcome.finished:
         return outcome
     path = Path(str(write_together(loop, results.write)))
@@ -225,7 +225,7 @@ def prepare(
     notify(data.summary())
     if held_out is not None:
         notify(
-            f"{len(pictures.held_out):,} pictures are held out, and {len(held_out):,} of them measured on."
+            f"{counted(len(pictures.held_out), 'picture')} held out, of which {len(held_out):,} measured on."
         )
     if processes.is_main_process:
         write_left_out(Path(settings.output.folder or "") / LEFT_OUT, data.skipped)

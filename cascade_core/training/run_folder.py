@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import CascadeError, printable
+from ..errors import CascadeError, counted, printable
 from .data.pictures import TrainingPicture
 from .identity import (
     contents_of,
@@ -111,8 +111,8 @@ def begun(settings: Settings, contents: dict[str, str], notify: Notify, fresh: b
             [learning_rate(each, train) for each in looked_at] for train in (before.train, settings.train)
         )
         shape = (
-            f"; from here on the learning rate follows the {settings.train.schedule} of {steps} steps, so the result "
-            f"is not that of a run of {steps} steps from its beginning"
+            f"; from here on the learning rate follows the {settings.train.schedule} of {counted(steps, 'step')}, so "
+            f"the result is not that of a run of {counted(steps, 'step')} from its beginning"
         )
         notify(f"train.steps was {before.train.steps} and is {steps} now{shape * (then != now)}.")
     file = Path(settings.output.file)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.files import FLOATING
-from ..errors import CascadeError, quoted
+from ..errors import CascadeError, counted, quoted
 from .processes import Processes
 from .state import ANEW, GROUP, PARTS, STATE, load_optimiser, read_state, rows_of, step_of, write_state
 
@@ -296,8 +296,9 @@ class _Filling:
         differing = sorted(self.differing | {name for (_, name), rows in self.missing.items() if rows})
         if differing:
             raise CascadeError(
-                f"{self.path} was written with other settings of what is trained (it differs in {len(differing)} "
-                f"tensors, such as {quoted(differing[0])}); put the settings back, or begin anew with --fresh."
+                f"{self.path} was written with other settings of what is trained (it differs in "
+                f"{counted(len(differing), 'tensor')}, such as {quoted(differing[0])}); put the settings back, or "
+                "begin anew with --fresh."
             )
         if lacking := sorted(name for name, rows in self.lacking.items() if rows):
             raise CascadeError(f"{self.path} lacks rows of {quoted(f'optimiser.{lacking[0]}')}; {ANEW}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..accelerators import device_name
+from ..errors import counted
 from ..networks.precision import PRECISIONS
 from .frozen import parameter_count
 from .loop import Loop
@@ -24,24 +25,23 @@ def at_beginning(
     size = train.batch_size * train.accumulate * processes
     mean = rows_per_epoch / max(steps_per_epoch, 1) * train.accumulate
     fewer = f", {mean:.3g} on average, as buckets hold fewer" if mean < 0.95 * size else ""
-    factors = f"{train.batch_size} × {train.accumulate} accumulated × {_count(processes, 'process', 'es')}"
+    factors = f"{train.batch_size} × {train.accumulate} accumulated × {counted(processes, 'process', 'es')}"
     divided = f", the network divided among {processes} (train.fsdp)" if task.shards is not None else ""
     epoch = steps_per_epoch / train.accumulate
+    rounds = train.steps / epoch
     by = f", by the preset {preset}" if preset else ""
     return (
-        f"Training on {device_name(task.device)} in {precision}{by}, {_count(processes, 'process', 'es')}{divided}: "
-        f"{trained:,} trained numbers beside {stage}'s {whole:,}. A step takes {_count(size, 'picture')} "
-        f"({factors}){fewer}; an epoch is {epoch:.3g} step{'s' * (epoch != 1)}, and {_count(train.steps, 'step')} are "
-        f"{train.steps / epoch:.3g} of them. Checkpoint, log and samples go to {loop.folder}, the result to {file}."
+        f"Training on {device_name(task.device)} in {precision}{by}, {counted(processes, 'process', 'es')}{divided}: "
+        f"{trained:,} trained numbers beside {stage}'s {whole:,}. A step takes {counted(size, 'picture')} "
+        f"({factors}){fewer}; an epoch is {epoch:.3g} step{'s' * (epoch != 1)}, and the run has "
+        f"{counted(train.steps, 'step')}, {rounds:.3g} epoch{'s' * (rounds != 1)}. Checkpoint, log and samples go to "
+        f"{loop.folder}, the result to {file}."
     )
 
 
 def at_end(loop: Loop[StageCTask], path: Path) -> str:
     """The result's file and its contents."""
     averaged = f", averaged over steps (train.ema {loop.settings.train.ema:g})" if loop.average else ""
-    size = path.stat().st_size / 1e6
-    return f"Wrote {path}: {loop.task.described} after {_count(loop.step, 'step')}{averaged}, {size:.3g} MB."
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number:,} {noun}{plural if number != 1 else ''}"
+    size = path.stat().st_size
+    on_disk = f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
+    return f"Wrote {path}: {loop.task.described} after {counted(loop.step, 'step')}{averaged}, {on_disk}."

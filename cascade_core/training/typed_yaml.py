@@ -111,6 +111,8 @@ def unknown_name(sentence: str, name: Any, names: Mapping[str, Any] | tuple) -> 
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
+    if kind is Any:
+        return _json_value(value, where)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _one_of(arguments, value, where)
@@ -125,7 +127,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return build(kind, value, where)
     if origin is dict:
-        return build_mapping(value, where)
+        return build_mapping(value, where, arguments[1])
     return _plain(cast(type, kind), value, where)
 
 
@@ -142,12 +144,12 @@ def _one_of(kinds: tuple, value: Any, where: str) -> Any:
     raise AssertionError("a union has members")
 
 
-def build_mapping(value: Any, where: str) -> dict[str, Any]:
-    """A mapping of names to plain values, those of JSON types."""
+def build_mapping(value: Any, where: str, kind: Any = Any) -> dict[str, Any]:
+    """A mapping of names to values of a kind; Any: plain values, those of JSON types."""
     if not isinstance(value, Mapping):
         raise CascadeError(f"{where} is {quoted(value)}, but names with values are expected there.")
     return {
-        _plain(str, name, where): _json_value(each, f"{where}.{printable(name)}")
+        _plain(str, name, where): _value(kind, each, f"{where}.{printable(name)}")
         for name, each in value.items()
     }
 

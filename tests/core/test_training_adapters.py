@@ -223,7 +223,7 @@ def test_another_file_to_go_on_from_is_another_run(world, tmp_path):
     ("lora", "sentence"),
     [
         ({"ranks": {"attention": 0}}, "must be at least 1"),
-        ({"ranks": {"attention": "x"}}, "lora.ranks.attention.value is 'x', but a whole number is expected."),
+        ({"ranks": {"attention": "x"}}, "lora.ranks.attention is 'x', but a whole number is expected."),
         ({"rates": {"attention": -1}}, "must be above 0"),
         ({"algorithm": "loha", "dropout": 0.1}, "are of the algorithm lora; loha has rank_dropout"),
         ({"dropout": 1.0}, "lora.dropout is 1.0; it must be at least 0 and below 1."),

@@ -84,9 +84,13 @@ def test_a_file_that_cannot_be_written(world, tmp_path):
         (
             "lora",
             {"lora": {"rank": 5000}},
-            "lora.rank is 5000, but no change of these 47 layers has a rank above ",
+            "lora.rank is 5000, but no change of the 47 layers has a rank above ",
         ),
-        ("lora", {"lora": {"targets": ["nothing"]}}, "'nothing' matches none of the 47 layers of StageC"),
+        (
+            "lora",
+            {"lora": {"targets": ["nothing"]}},
+            "lora.targets: 'nothing' matches none of the 47 layers of StageC",
+        ),
         (
             "finetune",
             {"finetune": {"modules": ["nothing"]}},
@@ -107,6 +111,17 @@ def test_a_file_that_cannot_be_written(world, tmp_path):
         ("controlnet", {"controlnet": {"config": {"proj_blocks": "x"}}}, "controlnet.config: "),
         ("controlnet", {"controlnet": {"config": {"nothing": 1}}}, "controlnet.config: "),
         ("controlnet", {"controlnet": {"config": {"proj_blocks": [10**9]}}}, "controlnet.config: "),
+        (
+            "controlnet",
+            {"controlnet": {"config": {"proj_blocks": [0, 4]}}},
+            "controlnet.config has an output for block 4, but this Stage C has blocks 0 to 3; give a ControlNet for",
+        ),
+        (
+            "controlnet",
+            {"controlnet": {"config": {"c_proj": 12}}},
+            "controlnet.config gives 12 channels, but this Stage C has ",
+        ),
+        ("lora", {"lora": {"rates": {"nothing": 2}}}, "lora.rates: 'nothing' matches none of the 47 layers"),
         (
             "controlnet",
             {"controlnet": {"hint": "super_resolution", "config": {"c_wide": 60_000, "c_hidden": 60_000}}},

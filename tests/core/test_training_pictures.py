@@ -193,7 +193,7 @@ def test_what_cannot_be_trained_on_is_an_error(tmp_path):
     ):
         find_pictures(tmp_path, ())
     (tmp_path / "1.png").write_bytes(png(blocks(64, 64, seed=0)))
-    with pytest.raises(CascadeError, match=r"holds 1 pictures, but none to train on: 1.png \(no caption\)"):
+    with pytest.raises(CascadeError, match=r"holds 1 picture, but none to train on: 1.png \(no caption\)"):
         find_pictures(tmp_path, ())
     (tmp_path / "1.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(

@@ -131,7 +131,7 @@ def test_no_picture_is_both_trained_and_measured_on(world):
     names = {each.name for each in found.trained}, {each.name for each in found.held_out}
     assert (len(names[0]), len(names[1])) == (7, 3)
     assert not names[0] & names[1]
-    with pytest.raises(CascadeError, match="holds all 10 pictures out"):
+    with pytest.raises(CascadeError, match="holds out all of 10 pictures"):
         find_and_hold_out(data, ValidationSettings(folder=data.folder, every=1), Access())
 
 

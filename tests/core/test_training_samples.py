@@ -1,5 +1,6 @@
 """Pictures while training: of which prompts, by which networks; and what a run says at its beginning and its end."""
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -212,8 +213,28 @@ def test_a_run_says_what_it_does_and_what_came_of_it(world, tmp_path):
     assert began.startswith("Training on the processor in fp32, 1 process: ")
     assert (
         "A step takes 8 pictures (4 × 2 accumulated × 1 process), 6.67 on average, as buckets hold fewer; an epoch is "
-        "1.5 steps, and 8 steps are 5.33 of them. "
+        "1.5 steps, and the run has 8 steps, 5.33 epochs. "
     ) in began
     assert began.endswith(f"samples go to {tmp_path}, the result to {tmp_path / 'out.safetensors'}.")
     assert told[-1].startswith(f"Wrote {tmp_path / 'out.safetensors'}: a LoRA of rank 16 of ")
     assert " layers of Stage C, as kohya writes it, in fp32 after 8 steps, averaged over steps" in told[-1]
+
+
+def test_what_there_is_one_of_is_told_as_one(world, tmp_path):
+    told: list[str] = []
+    settings = settings_of(
+        world,
+        "lora",
+        tmp_path,
+        lora={"targets": ["clip_txt_mapper"], "rank": 1},
+        validation={"share": 0.1, "every": 1},
+        train={"steps": 1, "batch_size": 20},
+    )
+    train(settings, told.append)
+    sentences = "\n".join(told)
+    assert "1 picture held out, of which 1 measured on." in sentences
+    assert "an epoch is 1 step, and the run has 1 step, 1 epoch. " in sentences
+    assert "\n1 step, 0:00 this time." in sentences
+    assert "a LoRA of rank 1 of 1 layer of Stage C, as kohya writes it, in fp32 after 1 step," in sentences
+    assert sentences.endswith(" kB.")
+    assert re.findall(r"\b1 \w+s\b(?<!process)", sentences) == []

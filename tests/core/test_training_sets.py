@@ -123,7 +123,7 @@ def test_a_table_that_is_none(tmp_path, text):
     blocks(64, 64, 1).save(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text(text)
     with pytest.raises(
-        CascadeError, match=r"metadata.csv.*(names the columns|is not of a table|cannot)|holds 1 pictures"
+        CascadeError, match=r"metadata.csv.*(names the columns|is not of a table|cannot)|holds 1 picture"
     ):
         find_pictures(tmp_path, ())
 

@@ -103,7 +103,8 @@ def test_each_feature_names_a_test_that_is_there():
 
 # Settings of a run, not of what is learned: the test that is named for each makes a run of its own.
 OF_RUNS = {
-    "captions in text files, jsonl, csv, json", "webdataset tars, read without unpacking", "a dry run with a contact sheet",
+    "captions in text files, jsonl, csv, json", "webdataset tars, read without unpacking",
+    "a dry run with a contact sheet",
     "a killed run goes on bit for bit", "files every so many steps or epochs, the last N", "epochs or steps",
     "samples with prompts files", "TensorBoard, wandb", "a loss curve in the folder", "stops at a time",
     "fp16 with a loss scale that a resumed run keeps", "curve and samples while it trains, in ComfyUI",

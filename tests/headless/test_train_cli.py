@@ -68,11 +68,22 @@ def test_three_lines_are_a_whole_file(tmp_path):
     [
         ("trian: {steps: 3}", "'trian' is not a setting; did you mean train?"),
         ("lora: {rnak: 8}", "lora: 'rnak' is not a setting; did you mean rank?"),
+        (
+            "optimiser: adamw",
+            "'optimiser' is not a setting; known: data, output, models, train, validation, objective, lora, tokens, "
+            "stage_b, preset.",
+        ),
+        ("lora: {ranks: {attention: 3.5}}", "lora.ranks.attention is 3.5, but a whole number is expected."),
+        (
+            "lora: {ranks: {attention: 0}}",
+            "lora.ranks.attention is 0; it must be at least 1 and at most 16,384.",
+        ),
+        ("lora: {rates: {clf*: fast}}", "lora.rates.clf* is 'fast', but a number is expected."),
         ("lora: {rank: 8.5}", "lora.rank is 8.5, but a whole number is expected."),
         ("lora: {rank: true}", "lora.rank is True, but a whole number is expected."),
         ("lora: {rank: 0}", "lora.rank is 0; it must be at least 1 and at most 16,384."),
         ("lora: {rank: 1000000}", "lora.rank is 1000000; it must be at least 1 and at most 16,384."),
-        ("lora: {alpha: 0}", "lora.alpha is 0.0; it must be at least 1e-06 and at most 1e+06."),
+        ("lora: {alpha: 0}", "lora.alpha is 0.0; it must be at least 1e-06 and at most 1,000,000."),
         ("lora: {alpha: .nan}", "lora.alpha is nan; it must be at least 1e-06"),
         ("lora: {targets: []}", "lora.targets is empty, so nothing would be trained;"),
         (
@@ -108,7 +119,7 @@ def test_what_is_wrong_is_named(tmp_path, change, sentence):
     [
         ("learning_rate: 1e400", "learning_rate is inf; it must be at least 1e-12 and at most 10."),
         ("learning_rate: 1e38", "learning_rate is 1e+38;"),
-        ("clip_norm: -1", "max_grad_norm is -1.0; it must be at least 0 and at most 1e+12."),
+        ("clip_norm: -1", "max_grad_norm is -1.0; it must be at least 0 and at most 1,000,000,000,000."),
         ("max_grad_norm: .nan", "max_grad_norm is nan;"),
         ("weight_decay: -0.1", "weight_decay is -0.1;"),
         ("warmup: -1", "warmup is -1;"),
@@ -447,7 +458,7 @@ def test_three_steps_on_the_demo(world, capsys):
     assert main(["train", "lora", "config.yaml"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "encoded 4/4"
-    assert lines[1].startswith("4 pictures with 1 captions: 4 of 256 × 256")
+    assert lines[1].startswith("4 pictures with 1 caption: 4 of 256 × 256")
     assert "; 1 is left out (left_out.txt lists all): of_a_phone.heic (pictures of kind .heic are" in lines[1]
     assert lines[2].startswith("Training on the processor in fp32, 1 process: ")
     assert [line.split("  ")[0] for line in lines[3:6]] == ["step 1/3", "step 2/3", "step 3/3"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import CascadeError
+from ...errors import CascadeError, counted
 from ..processes import Processes
 from ..settings import DataSetSettings, DataSettings
 from .access import Access
@@ -165,8 +165,8 @@ class TrainingData:
         self.skipped = [*left_out, *unreadable, *faulty]
         if not usable:
             raise CascadeError(
-                f"None of the {len(found):,} pictures can be trained on: {reasons(self.skipped)}; give pictures as "
-                "PNG, JPEG or WebP."
+                f"None of {counted(len(found), 'picture')} can be trained on: {reasons(self.skipped)}; give pictures "
+                "as PNG, JPEG or WebP."
             )
         self.captions = [""]
         self._buckets = self._group(usable, encoder, masks)
@@ -245,7 +245,7 @@ class TrainingData:
         if self.skipped:
             are = "is" if len(self.skipped) == 1 else "are"
             notes += f"; {len(self.skipped):,} {are} left out ({LEFT_OUT} lists all): {reasons(self.skipped)}"
-        return f"{len(self)} pictures with {len(self.captions) - 1} captions: {sizes}{notes}."
+        return f"{counted(len(self), 'picture')} with {counted(len(self.captions) - 1, 'caption')}: {sizes}{notes}."
 
     @property
     def rows_per_epoch(self) -> int:

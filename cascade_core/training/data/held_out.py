@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from ...errors import CascadeError
+from ...errors import CascadeError, counted
 from ..settings import DataSettings, ValidationSettings
 from .access import Access
 from .cache import key_of
@@ -37,7 +37,8 @@ def find_and_hold_out(data: DataSettings, validation: ValidationSettings, access
     trained = [each for each in pictures if (each.path, each.offset) not in places]
     if not trained:
         raise CascadeError(
-            f"validation holds all {len(pictures)} pictures out, so none is left to train on; hold fewer out."
+            f"validation holds out all of {counted(len(pictures), 'picture')}, so none is left to train on; hold "
+            "fewer out."
         )
     return FoundPictures(trained, skipped, held_out)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import CascadeError
+from ...errors import CascadeError, counted
 from ...geometry import LATENT_CHANNELS
 from .bucketing import CENTRES, BucketedPicture, Crops
 from .buckets import Bucket
@@ -127,8 +127,8 @@ class LatentEncoder:
         network, expected = self.form.network, (len(images), *self.form.shape(bucket))
         if (len(latents), *latents.shape[-2:]) != (len(images), *self.form.positions(bucket)):
             raise CascadeError(
-                f"The {network} made latents of shape {tuple(latents.shape)} from {len(images)} pictures of {bucket}; "
-                f"expected {expected}. Is it the {network}?"
+                f"The {network} made latents of shape {tuple(latents.shape)} from {counted(len(images), 'picture')} "
+                f"of {bucket}; expected {expected}. Is it the {network}?"
             )
         if not latents.isfinite().all():
             raise CascadeError(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ...errors import CascadeError, printable
+from ...errors import CascadeError, counted, printable
 from ...writing import replacing
 from ..settings import DataSetSettings, DataSettings
 from .access import Access
@@ -97,7 +97,7 @@ def _no_pictures(places: str, skipped: list[Skipped]) -> CascadeError:
             f"{places} holds no pictures; {', '.join(PICTURES)} with captions beside them are expected."
         )
     return CascadeError(
-        f"{places} holds {len(skipped):,} pictures, but none to train on: {reasons(skipped)}. Put a caption into a "
-        f"text file of the picture's name ({printable(Path(skipped[0].name).stem)}.txt), or into {METADATA}; an empty "
-        "text file trains without words."
+        f"{places} holds {counted(len(skipped), 'picture')}, but none to train on: {reasons(skipped)}. Put a caption "
+        f"into a text file of the picture's name ({printable(Path(skipped[0].name).stem)}.txt), or into {METADATA}; an "
+        "empty text file trains without words."
     )

@@ -3,12 +3,13 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 from ...errors import CascadeError, quoted
 from ..presets import with_preset
-from ..typed_yaml import build, read_yaml
+from ..typed_yaml import build, read_yaml, unknown_name
 from .tasks import TaskName
 from .train import OptimizerName, TrainSettings
 from .whole import Settings
@@ -67,12 +68,22 @@ def settings_of(
             raise CascadeError(f"stage_b does not belong here; it is for `{task}: {{network: stage_b}}`.")
         if "task" in values:
             raise CascadeError("'task' is not a setting; it is the command's: `cascade train lora`.")
+        _check_known(values, task)
         settings = build(Settings, {**with_preset(values, task), "task": task})
         if not any_optimizer:
             _check_no_class(settings.train)
         return settings
     except CascadeError as error:
         raise CascadeError(f"{where}: {error}") from None
+
+
+def _check_known(values: Mapping[str, Any], task: TaskName) -> None:
+    """Raises CascadeError for a section that no task has; it lists those of this one."""
+    others = {"task", *SECTIONS} - {task} - ({"tokens"} if task == "lora" else set())
+    known = tuple(field.name for field in fields(Settings) if field.name not in others)
+    for name in values:
+        if name not in known:
+            raise CascadeError(unknown_name(f"{quoted(name)} is not a setting", name, known))
 
 
 def _network(values: Mapping[str, Any], task: TaskName) -> Any:

@@ -3,30 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from ...errors import CascadeError, printable, quoted
+from ...errors import CascadeError, quoted
 from ...hints.kinds import KindName
 from ..ranges import Range, RateFactor, Share, check_ranges
-from ..typed_yaml import build
 
 TaskName = Literal["lora", "controlnet", "finetune", "tokens"]
 Reads = Literal["small", "enlarged"]
 Network = Literal["stage_c", "stage_b", "text_encoder"]
-
-
-@dataclass(frozen=True)
-class _Rank:
-    value: Annotated[int, Range(1, 16_384)]
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "lora.ranks")
-
-
-@dataclass(frozen=True)
-class _Rate:
-    value: RateFactor
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "lora.rates")
 
 
 @dataclass(frozen=True)
@@ -44,9 +27,10 @@ class LoRASettings:
     # lokr: largest number of rows of its small matrix; null: about the square root of the layer's rows
     factor: Annotated[int | None, Range(2, 16_384)] = None
     start: str | None = None  # a LoRA file to go on from
-    ranks: dict[str, Any] = field(default_factory=dict)  # other ranks for some layers, by pattern
+    # other ranks for some layers, by pattern
+    ranks: Annotated[dict[str, int], Range(1, 16_384)] = field(default_factory=dict)
     # multiples of the learning rate for some layers, by pattern
-    rates: dict[str, Any] = field(default_factory=dict)
+    rates: Annotated[dict[str, float], Range(0, 10_000, above=True)] = field(default_factory=dict)
     # LoRA+: learning rate of the matrix `up`, as a multiple of the usual one; LoRA+ was published with 16
     up_learning_rate: RateFactor = 1.0
     # share of the values between the matrices `down` and `up` that is left out in a step
@@ -68,9 +52,6 @@ class LoRASettings:
 
     def __post_init__(self) -> None:
         check_ranges(self, "lora")
-        for key, kind in (("ranks", _Rank), ("rates", _Rate)):
-            for pattern, value in getattr(self, key).items():
-                build(kind, {"value": value}, f"lora.{key}.{printable(pattern)}")
         if self.algorithm != "lora" and (self.dropout or self.up_learning_rate != 1):
             raise CascadeError(
                 f"lora.dropout and lora.up_learning_rate are of the algorithm lora; {self.algorithm} has rank_dropout, "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...checkpoints import load_model, write_safetensors
-from ...errors import CascadeError, printable
+from ...errors import CascadeError, counted, printable
 from ...hints.kinds import KINDS
 from ...networks.compressor import SemanticCompressor
 from ...networks.config import PUBLISHED_BLOCKS, ControlNetConfig
@@ -69,7 +69,7 @@ class ControlNetTask(StageCTask):
     @property
     def described(self) -> str:
         config: Any = self.trained.config
-        return f"a ControlNet with {len(config.proj_blocks)} outputs for a Stage C of width {config.c_proj}"
+        return f"a ControlNet with {counted(len(config.proj_blocks), 'output')} for a Stage C of width {config.c_proj}"
 
     def use_cuda_graphs(self) -> None:
         config: Any = self.trained.config
@@ -136,7 +136,7 @@ def build_controlnet(
     if settings.start not in ("compressor", "random"):
         network, _, _ = load_model(settings.start, expect="controlnet", dtype=torch.float32)
         assert isinstance(network, ControlNet)
-        _check_width(network, stage_c, settings.start)
+        _check_fits(network, stage_c, settings.start)
         return network
     kind = KINDS[settings.hint]
     defaults: dict[str, Any] = {
@@ -149,10 +149,13 @@ def build_controlnet(
     if from_compressor and compressor is not None:
         config = compressor.config
         defaults |= {"stem": config.stem, "stages": config.stages, "c_last": config.c_last}
-    network = ControlNet.from_config({**defaults, **settings.config})
+    try:
+        network = ControlNet.from_config({**defaults, **settings.config})
+    except CascadeError as error:
+        raise CascadeError(f"controlnet.config: {error}") from None
     if from_compressor and compressor is not None:
         copy_backbone(network, compressor)
-    _check_width(network, stage_c, "controlnet.config")
+    _check_fits(network, stage_c, "controlnet.config")
     return network
 
 
@@ -160,13 +163,13 @@ def check_controlnet(settings: ControlNetSettings, stage_c: StageC, compressor: 
     """Raises CascadeError unless the settings describe a ControlNet for this Stage C; no weights are made or read."""
     if settings.start not in ("compressor", "random"):
         network, _, _ = load_model(settings.start, expect="controlnet", read_ahead=False)
-        _check_width(network, stage_c, settings.start)
+        _check_fits(network, stage_c, settings.start)
         return
     try:
         with torch.device("meta"):
             network = build_controlnet(settings, stage_c, compressor)
-    except CascadeError as error:
-        raise CascadeError(f"controlnet.config: {error}") from None
+    except CascadeError:
+        raise
     except Exception as error:  # wrong types fail in many ways
         raise CascadeError(
             f"controlnet.config: no ControlNet can be built of it ({printable(' '.join(str(error)[:200].split()))}); "
@@ -217,8 +220,14 @@ def copy_backbone(network: ControlNet, compressor: SemanticCompressor) -> None:
     network.backbone.load_state_dict(source)
 
 
-def _check_width(network: nn.Module, stage_c: StageC, where: str) -> None:
+def _check_fits(network: nn.Module, stage_c: StageC, where: str) -> None:
     config: Any = network.config
+    count = sum(map(sum, stage_c.config.blocks))
+    if max(config.proj_blocks) >= count:
+        raise CascadeError(
+            f"{where} has an output for block {max(config.proj_blocks)}, but this Stage C has blocks 0 to {count - 1}; "
+            "give a ControlNet for these."
+        )
     if config.c_proj != stage_c.config.c_hidden[0]:
         raise CascadeError(
             f"{where} gives {config.c_proj} channels, but this Stage C has {stage_c.config.c_hidden[0]}; choose one "

@@ -16,7 +16,7 @@ from ...checkpoints import fuse_attention, write_safetensors
 from ...checkpoints.attention import parts_of_fused
 from ...checkpoints.carried import carried_config
 from ...checkpoints.layouts import all_in_one_name
-from ...errors import CascadeError, quoted
+from ...errors import CascadeError, counted, quoted
 from ...networks.precision import PRECISIONS
 from ...networks.stage_b import StageB
 from ...networks.stage_c import StageC
@@ -261,8 +261,8 @@ def select_parameters(
     deep = _at_depth(network, depth)
     if not chosen & deep:
         raise CascadeError(
-            f"finetune.depth {quoted(list(depth))} leaves none of the {len(chosen)} tensors of finetune.modules; give "
-            "wider bounds."
+            f"finetune.depth {quoted(list(depth))} leaves none of the {counted(len(chosen), 'tensor')} of "
+            "finetune.modules; give wider bounds."
         )
     return chosen & deep
 

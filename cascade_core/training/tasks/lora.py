@@ -18,7 +18,7 @@ from ...adapters.compatibility import check_kind
 from ...adapters.tokens import name_in_prompt
 from ...adapters.write import check_dialect
 from ...diffusion.guidance import guide
-from ...errors import CascadeError
+from ...errors import CascadeError, counted
 from ...networks.precision import PRECISIONS
 from ...networks.stage_b import StageB
 from ...networks.stage_c import StageC
@@ -106,10 +106,11 @@ class LoRATask(StageCTask):
     def described(self) -> str:
         text, tokens = self.text_changes, self.learned
         stage = "Stage C" if self.kind == "stage_c" else "Stage B"
-        parts = [f"{len(self.changes.layers)} layers of {stage}"] if self.changes is not None else []
-        layers = "" if parts else " layers"
-        parts += [f"{len(text.layers)}{layers} of the text encoder"] if text is not None else []
-        parts += [f"{len(tokens.counts)} learned tokens"] if tokens is not None else []
+        parts = (
+            [f"{counted(len(self.changes.layers), 'layer')} of {stage}"] if self.changes is not None else []
+        )
+        parts += [f"{counted(len(text.layers), 'layer')} of the text encoder"] if text is not None else []
+        parts += [counted(len(tokens.counts), "learned token")] if tokens is not None else []
         s = self.settings
         return f"a LoRA of rank {s.rank} of {' and '.join(parts)}, as {s.dialect} writes it, in {s.dtype}"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.changes import AddedChange
-from ...errors import CascadeError, quoted
+from ...errors import CascadeError, counted, quoted
 from ...networks.layers import Attention
 from ..frozen import float_weight
 from ..settings import LoRASettings
@@ -47,11 +47,11 @@ def select_layers(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
     """
     layers = {name: layer for name, layer in network.named_modules() if is_target(layer)}
     check_patterns(patterns, "lora.targets")
-    chosen = {name for pattern in patterns for name in _matching(network, layers, pattern)}
+    chosen = {name for pattern in patterns for name in _matching(network, layers, pattern, "lora.targets")}
     return {name: layer for name, layer in layers.items() if name in chosen}  # in the network's order
 
 
-def _matching(network: nn.Module, layers: Mapping[str, nn.Module], pattern: str) -> list[str]:
+def _matching(network: nn.Module, layers: Mapping[str, nn.Module], pattern: str, key: str) -> list[str]:
     if pattern == "all":
         return list(layers)
     if pattern == "attention":
@@ -62,8 +62,8 @@ def _matching(network: nn.Module, layers: Mapping[str, nn.Module], pattern: str)
         matches = [name for name in layers if is_match(name, pattern)]
     if not matches:
         raise CascadeError(
-            f"{quoted(pattern)} matches none of the {len(layers)} layers of {type(network).__name__} that can be "
-            f"changed, such as {', '.join(list(layers)[:3])}; give all, attention, or a pattern of such names."
+            f"{key}: {quoted(pattern)} matches none of the {len(layers)} layers of {type(network).__name__} that can "
+            f"be changed, such as {', '.join(list(layers)[:3])}; give all, attention, or a pattern of such names."
         )
     return matches
 
@@ -75,7 +75,7 @@ def by_pattern(
     check_patterns(values, key)
     found: dict[str, Any] = {}
     for pattern, value in values.items():
-        found |= dict.fromkeys(_matching(network, layers, pattern), value)
+        found |= dict.fromkeys(_matching(network, layers, pattern, key), value)
     return found
 
 
@@ -105,8 +105,8 @@ def check_rank(layers: Mapping[str, nn.Module], ranks: int | Iterable[int]) -> N
     for rank in [ranks] if isinstance(ranks, int) else set(ranks):
         if rank > largest:
             raise CascadeError(
-                f"lora.rank is {rank}, but no change of these {len(layers)} layers has a rank above {largest}; give at "
-                f"most {largest}, such as 16."
+                f"lora.rank is {rank}, but no change of the {counted(len(layers), 'layer')} has a rank above "
+                f"{largest}; give at most {largest}, such as 16."
             )
 
 
@@ -313,7 +313,7 @@ class LowRankChanges(nn.Module):
         unknown = sorted(changes.keys() - self.layers.keys())
         if unknown:
             raise CascadeError(
-                f"lora.start: {file} changes {len(unknown)} layers that lora.targets leaves out, such as "
+                f"lora.start: {file} changes {counted(len(unknown), 'layer')} that lora.targets leaves out, such as "
                 f"{quoted(unknown[0])}; give targets that hold them."
             )
         parts = dict(zip(self.names, (self.get_parameter(name) for name in self.names), strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...adapters import Adapter, LearnedToken, read_adapter, write_adapter
 from ...adapters.tokens import name_in_prompt
-from ...errors import CascadeError
+from ...errors import CascadeError, counted
 from ...networks.stage_c import StageC
 from ...text.encoder import TextEncoder
 from ...text.learned_tokens import TokenTable
@@ -84,7 +84,8 @@ class TokensTask(StageCTask):
 
     @property
     def described(self) -> str:
-        return f"learned tokens ({', '.join(self.trained.counts)})"
+        names = self.trained.counts
+        return f"{counted(len(names), 'learned token')} ({', '.join(names)})"
 
     def use_cuda_graphs(self) -> None:
         self.frozen = GraphedFunction(self.frozen)
@@ -134,9 +135,9 @@ def first_vectors(encoder: TextEncoder, token: TokenSettings) -> Tensor:
     vectors, width = chosen[0].vectors, encoder.model.config.hidden_size
     if vectors.shape != (token.vectors, width):
         raise CascadeError(
-            f"tokens.start: {token.start} has {len(vectors)} vectors of {vectors.shape[-1]} for {chosen[0].name}, but "
-            f"vectors is {token.vectors} and the text encoder's have {width}; give vectors: {len(vectors)}, or another "
-            "file."
+            f"tokens.start: {token.start} has {counted(len(vectors), 'vector')} of {vectors.shape[-1]} for "
+            f"{chosen[0].name}, but vectors is {token.vectors} and the text encoder's have {width}; give vectors: "
+            f"{len(vectors)}, or another file."
         )
     return vectors.float()
 
