@@ -74,14 +74,13 @@ class PictureStages(LoadedNetworks):
 
     def _encode_text(self, prompts: list[str], negative: str) -> tuple[Prompt, Prompt]:
         text = self._text_with_loras()
-        encoded = []
-        for name, texts in (("prompt", prompts), ("negative", [negative])):
-            encoded.append(text.encode(texts, self._embeddings))
-            result = [encoded[-1].states, encoded[-1].pooled]
+        positive, other = text.encode_each([prompts, [negative]], self._embeddings)
+        for name, encoded in (("prompt", positive), ("negative", other)):
+            result = [encoded.states, encoded.pooled]
             check_stage_finite(
                 result, text, f"What the text encoder gives for {name}", "lower the weights in the prompt"
             )
-        return encoded[0], encoded[1]
+        return positive, other
 
     def _embeddings(self, prompt: str, width: int) -> list[LearnedToken]:
         """The tokens of files that a prompt asks for by `embedding:name`."""

@@ -1,5 +1,6 @@
 """Conditioning: prompts and image prompts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..cascade_core import limits
@@ -13,18 +14,20 @@ from .sockets import check_connected, check_finite, check_picture, check_prompts
 CATEGORY = "Stable Cascade/conditioning"
 
 
-def encode_prompt(clip: Any, socket: str, prompt: str, node: str) -> list:
-    """The CONDITIONING of a prompt. Raises CascadeError for values that are not text, or not a CLIP."""
+def encode_prompts(clip: Any, prompts: Mapping[str, str], node: str) -> list[list]:
+    """The CONDITIONING of each socket's prompt. Raises CascadeError for values that are not text, or not a CLIP."""
     if clip is None:
         raise CascadeError("The checkpoint holds no text encoder; connect Load Cascade Text Encoder.")
     check_connected(clip, f"The CLIP of {node}", "Load Cascade Text Encoder")
-    check_text(socket, prompt)
-    encoded = host().encode_text(clip, prompt)
-    for states, values in encoded:
-        answer = [states, values.get("pooled_output")]
-        advice = "lower the weights in the prompt"
-        check_finite(answer, clip, f"What the text encoder gives for {socket}", advice)
-    return encoded
+    for socket, prompt in prompts.items():
+        check_text(socket, prompt)
+    conditionings = host().encode_texts(clip, list(prompts.values()))
+    for socket, encoded in zip(prompts, conditionings, strict=True):
+        for states, values in encoded:
+            answer = [states, values.get("pooled_output")]
+            advice = "lower the weights in the prompt"
+            check_finite(answer, clip, f"What the text encoder gives for {socket}", advice)
+    return conditionings
 
 
 class CascadeTextEncode(io.ComfyNode):
@@ -68,8 +71,7 @@ class CascadeTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, positive, negative) -> io.NodeOutput:
-        sockets = (("positive", positive), ("negative", negative))
-        encoded = [encode_prompt(clip, socket, text, "Cascade Text Encode") for socket, text in sockets]
+        encoded = encode_prompts(clip, {"positive": positive, "negative": negative}, "Cascade Text Encode")
         pieces = [(kind, text[:60]) for kind, text in foreign_syntax(f"{positive}\n{negative}")]
         return io.NodeOutput(*encoded, **({"ui": {"cascade_syntax": pieces}} if pieces else {}))
 

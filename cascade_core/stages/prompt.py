@@ -87,20 +87,36 @@ class TextStage:
 
         embeddings(prompt, width) gives the tokens of files that a prompt asks for by `embedding:name`.
         """
+        return self.encode_each([prompts], embeddings)[0]
+
+    @torch.inference_mode()
+    def encode_each(
+        self,
+        batches: Sequence[Sequence[str]],
+        embeddings: Callable[[str, int], Sequence[LearnedToken]] = lambda prompt, width: (),
+    ) -> list[Prompt]:
+        """`encode` of each batch, in one run of the encoder."""
         model = self.encoder.model
-        files = [token for prompt in prompts for token in embeddings(prompt, model.config.hidden_size)]
-        learned = [*self.learned, *files]
+        files = {
+            token.name: token
+            for prompts in batches
+            for prompt in prompts
+            for token in embeddings(prompt, model.config.hidden_size)
+        }
+        learned = [*self.learned, *files.values()]
         if words := self.encoder.tokenizer.words:
             names = [token.name for token in learned]
-            if notice := describe_unknown_words(prompts, (*words, *self.taught_words), names):
-                self.device.observer.notify(notice)
+            for prompts in batches:
+                if notice := describe_unknown_words(prompts, (*words, *self.taught_words), names):
+                    self.device.observer.notify(notice)
         # Each prompt's chunks, and the empty one that weights need.
-        rows = sum(len(self.encoder.tokenizer.chunks(prompt)) for prompt in prompts) + 1
+        chunks = [len(self.encoder.tokenizer.chunks(prompt)) for prompts in batches for prompt in prompts]
+        rows = sum(chunks) + len(batches)
         values = activations.clip_encoder(model.config, rows, self.encoder.tokenizer.length)
 
-        def encode(_: torch.device) -> Prompt:
-            states, pooled = self.encoder.encode(prompts, learned)
-            return Prompt(states.cpu(), pooled.cpu())
+        def encode(_: torch.device) -> list[Prompt]:
+            encoded = self.encoder.encode_each(batches, learned)
+            return [Prompt(states.cpu(), pooled.cpu()) for states, pooled in encoded]
 
         with naming_non_finite(self):
             return self.device.run(

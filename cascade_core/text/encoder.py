@@ -77,6 +77,14 @@ def encode_tokens(
 
     tokens: (N, T) ids, an end token in every row -> states (N, T, C) before the final norm, pooled (N, P).
     """
+    states, at_end = _run_model(model, tokens, end_token, learned)
+    return TextStates(states, model.text_projection(at_end))
+
+
+def _run_model(
+    model: CLIPTextModelWithProjection, tokens: Tensor, end_token: int, learned: TokenTable | None
+) -> tuple[Tensor, Tensor]:
+    """States (N, T, C), and the normed ones at the first end token (N, C), which the projection pools."""
     first_end = (tokens == end_token).int().argmax(dim=-1)  # (N,)
     mask = torch.arange(tokens.shape[1], device=tokens.device) <= first_end.unsqueeze(1)  # (N, T)
     # In CLIP, hidden_states[-1] has always been the input of the final norm, but some versions of transformers return
@@ -95,8 +103,16 @@ def encode_tokens(
             hook.remove()
     states = before_norm[0]  # (N, T, C)
     at_end = states[torch.arange(len(states), device=states.device), first_end]  # (N, C)
-    pooled = model.text_projection(final_norm(at_end))
-    return TextStates(states if learned is None else learned.output(tokens, states), pooled)
+    return states if learned is None else learned.output(tokens, states), final_norm(at_end)
+
+
+class _Chunked(NamedTuple):
+    """Prompts that are encoded together: their distinct chunks, and where each prompt has which of them."""
+
+    rows: list[tuple[int, ...]]  # tokens of each distinct chunk
+    places: Tensor  # (B, n) rows
+    weights: Tensor  # (B, n, 77)
+    empty_row: int | None  # of the empty prompt, where weights need it
 
 
 class TextEncoder:
@@ -146,45 +162,75 @@ class TextEncoder:
         scales its state's difference to the empty prompt's at the same position, `empty + w·(state − empty)`. The
         pooled vector is the first chunk's, and weights do not change it.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return self.encode_each([[prompts] if isinstance(prompts, str) else prompts], learned)[0]
+
+    @torch.no_grad()
+    def encode_each(
+        self, batches: Sequence[Sequence[str]], learned: Sequence[LearnedToken] = ()
+    ) -> list[TextStates]:
+        """`encode` of each batch of prompts, in one pass of the model, so that streamed weights are read once."""
         table = self._table(learned) if learned else None
+        chunked = [self._chunked(prompts, table) for prompts in batches]
+        encoded = self._encode_rows([batch.rows for batch in chunked], table)
+        return [_joined(batch, states) for batch, states in zip(chunked, encoded, strict=True)]
+
+    def _chunked(self, prompts: Sequence[str], table: TokenTable | None) -> _Chunked:
         chunked = [self.tokenizer.chunks(prompt, table and table.ids) for prompt in prompts]
         count = max(len(chunks) for chunks in chunked)
         empty = self.tokenizer.empty_chunk()
         chunked = [chunks + [empty] * (count - len(chunks)) for chunks in chunked]
         weights = torch.tensor([[[weight for _, weight in c] for c in chunks] for chunks in chunked])
-        weighted = bool((weights != 1).any())
-
         rows: dict[tuple[int, ...], int] = {}  # a distinct chunk's tokens -> its row
         places = torch.tensor(
             [[rows.setdefault(_tokens(c), len(rows)) for c in chunks] for chunks in chunked]
         )
+        weighted = bool((weights != 1).any())
         empty_row = rows.setdefault(_tokens(empty), len(rows)) if weighted else None
-        encoded, pooled = self._encode_rows(list(rows), table)  # (R, 77, C), (R, P)
-
-        states = encoded[places]  # (B, n, 77, C)
-        if empty_row is not None:
-            weights = weights.to(states.device).unsqueeze(-1)  # (B, n, 77, 1)
-            around = encoded[empty_row]  # (77, C)
-            states = torch.where(weights == 1, states, around + weights * (states - around))
-        return TextStates(states.flatten(1, 2), pooled[places[:, 0]])
+        return _Chunked(list(rows), places, weights, empty_row)
 
     def _table(self, learned: Sequence[LearnedToken]) -> TokenTable:
         config = self.model.config
         return TokenTable(learned, config.vocab_size, config.hidden_size)
 
-    def _encode_rows(self, rows: list[tuple[int, ...]], learned: TokenTable | None) -> TextStates:
+    def _encode_rows(
+        self, batches: list[list[tuple[int, ...]]], learned: TokenTable | None
+    ) -> list[TextStates]:
+        """The rows of each batch, pooled by a product of its own, which rounds as it does without the others."""
         # Of the first weights, the tokens' embeddings, placement may look up the rows in main memory.
         device = self.model.text_projection.weight.device
-        tokens = torch.tensor(rows, device=device)  # (R, 77)
         parts = [
-            encode_tokens(self.model, part, self.tokenizer.end_token, learned)
-            for part in tokens.split(CHUNKS_AT_ONCE)
+            [
+                torch.tensor(rows[i : i + CHUNKS_AT_ONCE], device=device)
+                for i in range(0, len(rows), CHUNKS_AT_ONCE)
+            ]
+            for rows in batches
         ]
-        states = torch.cat([part.states for part in parts]).float()
-        pooled = torch.cat([part.pooled for part in parts]).float()
-        explain_non_finite(self.model, states, "text encoder")
-        return TextStates(states, pooled)
+        together = [part for batch in parts for part in batch]
+        if sum(map(len, together)) <= CHUNKS_AT_ONCE:
+            sizes = [len(part) for part in together]
+            results = _run_model(self.model, torch.cat(together), self.tokenizer.end_token, learned)
+            ran = zip(*(result.split(sizes) for result in results), strict=True)
+        else:
+            ran = (_run_model(self.model, part, self.tokenizer.end_token, learned) for part in together)
+        pieces = iter(
+            [(states.float(), self.model.text_projection(at_end).float()) for states, at_end in ran]
+        )
+        encoded = [
+            TextStates(*map(torch.cat, zip(*(next(pieces) for _ in batch), strict=True))) for batch in parts
+        ]
+        for batch in encoded:
+            explain_non_finite(self.model, batch.states, "text encoder")
+        return encoded
+
+
+def _joined(batch: _Chunked, encoded: TextStates) -> TextStates:
+    """The states of each prompt, its chunks side by side and weighted.  encoded: (R, 77, C), (R, P)"""
+    states = encoded.states[batch.places]  # (B, n, 77, C)
+    if batch.empty_row is not None:
+        weights = batch.weights.to(states.device).unsqueeze(-1)  # (B, n, 77, 1)
+        around = encoded.states[batch.empty_row]  # (77, C)
+        states = torch.where(weights == 1, states, around + weights * (states - around))
+    return TextStates(states.flatten(1, 2), encoded.pooled[batch.places[:, 0]])
 
 
 def _tokens(chunk: Chunk) -> tuple[int, ...]:

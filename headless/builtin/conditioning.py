@@ -7,7 +7,7 @@ from typing import Any
 from ...cascade_core import limits
 from ...cascade_core.errors import CascadeError
 from ...nodes.api import io
-from ...nodes.conditioning import encode_prompt
+from ...nodes.conditioning import encode_prompts
 from ...nodes.control import CascadeControlNetApply
 from ...nodes.hosts import host
 from ...nodes.sockets import (
@@ -42,7 +42,7 @@ class CLIPTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text) -> io.NodeOutput:
-        return io.NodeOutput(encode_prompt(clip, "text", text, "CLIP Text Encode"))
+        return io.NodeOutput(*encode_prompts(clip, {"text": text}, "CLIP Text Encode"))
 
 
 class CLIPVisionEncode(io.ComfyNode):

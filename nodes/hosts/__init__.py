@@ -55,8 +55,8 @@ class Host(Protocol):
         """Loads a CLIP_VISION from a file or a folder."""
         ...
 
-    def encode_text(self, clip: Any, prompt: str) -> list:
-        """Encodes one prompt as CONDITIONING."""
+    def encode_texts(self, clip: Any, prompts: Sequence[str]) -> list[list]:
+        """Encodes each prompt as a CONDITIONING of its own."""
         ...
 
     def encode_image(self, vision: Any, image: Tensor) -> Any:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
+from cascade_nodes.cascade_core.placement import DeviceMemory
 from cascade_nodes.cascade_core.text.clip import fill_clip
 from cascade_nodes.cascade_core.text.encoder import (
     TextEncoder,
@@ -21,6 +22,7 @@ from cascade_nodes.cascade_core.text.encoder import (
     infer_text_config,
 )
 from cascade_nodes.cascade_core.text.tokenizer import build_small_vocabulary, save_vocabulary
+from cascade_nodes.tests.core.placements import Counting
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCABULARY, MERGES = build_small_vocabulary(["a", "red", "blue", "star", "ring", "left", "of"])
@@ -74,6 +76,41 @@ def written_out(w: dict[str, torch.Tensor], tokens: list[int], end: int) -> tupl
         x = x + linear("mlp.fc2", F.gelu(linear("mlp.fc1", norm("layer_norm2", x))))
     final = (w["text_model.final_layer_norm.weight"], w["text_model.final_layer_norm.bias"])
     return x, F.layer_norm(x[tokens.index(end)], (64,), *final) @ w["text_projection.weight"].T
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [["a (red:1.3) star", LONG], ["blue"], [""]],
+        [["blue"], ["blue"]],
+        [["star " * 75 * 20], ["a (ring:0.5)", *(f"{'a ' * n}star" for n in range(40))]],
+    ],
+    ids=["weights", "the same", "more than fit at once"],
+)
+def test_batches_in_one_pass_are_each_as_by_itself(encoder, batches):
+    together = encoder.encode_each(batches)
+    for prompts, encoded in zip(batches, together, strict=True):
+        assert all(map(torch.equal, encoded, encoder.encode(prompts)))
+
+
+def test_a_streamed_encoder_is_read_once_for_both_prompts():
+    deep = {**CONFIG, "num_hidden_layers": 8}
+    model = fill_clip(build_text_model(deep, device="meta"), random_weights(deep))
+    encoder = TextEncoder(model, Tokenizer.from_vocabulary(VOCABULARY, MERGES))
+    device = Counting(int(0.6 * sum(each.nbytes for each in encoder.model.parameters())))
+    memory = DeviceMemory(device, unit_bytes=8_000)
+
+    def read(body) -> int:
+        before = device.copied
+        memory.run(encoder.model, lambda _: body(), single_use=True)
+        return device.copied - before
+
+    read(lambda: encoder.encode(["blue"]))  # what stays comes once
+    one = read(lambda: encoder.encode(["blue"]))
+    both = read(lambda: encoder.encode_each([["blue"], ["a red star"]]))
+    twice = read(lambda: [encoder.encode([prompt]) for prompt in ("blue", "a red star")])
+    memory.release()
+    assert 0 < one == both < twice
 
 
 @pytest.mark.parametrize("prompt", ["", "a red star", "a <|endoftext|> ring", "star " * 75])

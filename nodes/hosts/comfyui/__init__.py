@@ -6,7 +6,7 @@ versions differ, the code tests for features, not for version numbers.
 
 from .adapters import stage_config, text_network, with_adapter
 from .client_files import data_check, data_path, former_training_folder, training_folder
-from .clip import encode_text, load_text_encoder
+from .clip import encode_texts, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, input_folder, list_files
 from .model import describe_network, load_network
@@ -27,7 +27,7 @@ __all__ = [
     "describe_vae",
     "encode_image",
     "encode_pixels",
-    "encode_text",
+    "encode_texts",
     "find_file",
     "first_non_finite",
     "former_training_folder",

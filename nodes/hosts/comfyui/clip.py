@@ -173,7 +173,11 @@ def _has_embedding(name: str) -> bool:
     )
 
 
-def encode_text(clip: Any, prompt: str) -> list:
+def encode_texts(clip: Any, prompts: Sequence[str]) -> list[list]:
+    return [_encode_text(clip, prompt) for prompt in prompts]
+
+
+def _encode_text(clip: Any, prompt: str) -> list:
     for name in embedding_names(prompt):  # also refuses names that ComfyUI's own parser would fail at
         if not _has_embedding(name):
             notify(f"{missing(name, ', '.join(folder_paths.get_folder_paths('embeddings')))}; {LEFT_OUT}.")

@@ -5,7 +5,7 @@ Weights stay on the device between nodes as far as its memory allows; others are
 
 from ..reporting import notify
 from .adapters import stage_config, text_network, with_adapter
-from .clip import encode_text, load_text_encoder
+from .clip import encode_texts, load_text_encoder
 from .control import apply_controlnet, describe_controlnet, load_controlnet
 from .folders import find_file, input_folder, list_files
 from .model import describe_network, load_network
@@ -33,7 +33,7 @@ __all__ = [
     "describe_vae",
     "encode_image",
     "encode_pixels",
-    "encode_text",
+    "encode_texts",
     "find_file",
     "first_non_finite",
     "former_training_folder",

@@ -1,5 +1,6 @@
 """CLIP without ComfyUI: the core's text encoder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ def load_text_encoder(path: Path) -> TextStage:
     return load(path, compute_device())
 
 
-def encode_text(clip: Any, prompt: str) -> list:
+def encode_texts(clip: Any, prompts: Sequence[str]) -> list[list]:
     if not isinstance(clip, TextStage):
         raise CascadeError(f"The CLIP is {words_for(clip)}; connect Load Cascade Text Encoder.")
-    if pieces := foreign_syntax(prompt):  # ComfyUI's node shows them in its panel
-        notify(" ".join(describe_syntax(pieces)))
-    encoded = clip.encode([prompt], embeddings_in)
-    return [[encoded.states, {"pooled_output": encoded.pooled}]]
+    for prompt in prompts:
+        if pieces := foreign_syntax(prompt):  # ComfyUI's node shows them in its panel
+            notify(" ".join(describe_syntax(pieces)))
+    encoded = clip.encode_each([[prompt] for prompt in prompts], embeddings_in)
+    return [[[each.states, {"pooled_output": each.pooled}]] for each in encoded]

@@ -131,7 +131,7 @@ def apply(
 
 
 def states(clip: Any, prompt: str, host: Any = comfyui) -> Tensor:
-    return host.encode_text(clip, prompt)[0][0]
+    return host.encode_texts(clip, [prompt])[0][0][0]
 
 
 def sample(model: Any, prompts: Any, host: Any = comfyui) -> Tensor:

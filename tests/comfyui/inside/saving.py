@@ -40,7 +40,7 @@ def answers(host: Any, loaded: dict[str, Any]) -> dict[str, Tensor]:
     """What each network makes of the same input."""
     torch.manual_seed(5)
     picture, latent = torch.rand(1, 64, 64, 3), torch.randn(1, 4, 16, 16)
-    texts = [host.encode_text(loaded["text"], text) for text in (PROMPT, NEGATIVE)]
+    texts = host.encode_texts(loaded["text"], [PROMPT, NEGATIVE])
     stage_c = {"latent": torch.zeros(1, 16, 3, 3), "steps": 2}
     prior = host.sample(make_run("stage_c", loaded["stage_c"], (texts[0], texts[1]), **stage_c)).latent
     positive, negative = (
