@@ -177,6 +177,7 @@ def run_batch(options: argparse.Namespace) -> int:
     rows, sheets = _rows(options)
     in_one_process = not options.server and options.workers is None and options.address is None
     shard = options.shard or (launched_shard(os.environ) if in_one_process else None)
+    total = len(rows)
     if shard is not None:
         rows = rows[shard[0] - 1 :: shard[1]]
     check_folder(options.output)
@@ -184,6 +185,8 @@ def run_batch(options: argparse.Namespace) -> int:
         signals = stack.enter_context(recording_signals())
         progress = BatchProgress(signals)
         stack.callback(progress.close)
+        if shard is not None and not rows:
+            progress.notify(f"None of the {total} rows is in shard {shard[0]}/{shard[1]}.")
         journal = Journal(options.output, shard)
         stack.callback(journal.close)
         try:
@@ -247,12 +250,12 @@ def _work(
         progress.notify(f"{len(plan.done)} of {len(rows)} rows are there already.")
     summary = Summary()
     if progress.signals:
-        checked = len(plan.jobs) + len(plan.done) + len(plan.faults)
-        summary.left = [*(job.name for job in plan.jobs), *(row.name for row in rows[checked:])]
-    elif plan.jobs:
+        checked = len(plan.waiting) + len(plan.done) + len(plan.faults)
+        summary.left = [*(row.name for row in plan.waiting), *(row.name for row in rows[checked:])]
+    elif plan.waiting:
         crew = place.crew()
         stack.callback(crew.close)
-        summary = Driver(plan.jobs, crew, journal, progress).run(progress.signals)
+        summary = Driver(plan.waiting, crew, journal, progress).run(progress.signals)
     summary.failed[:0] = plan.faults
     return summary
 

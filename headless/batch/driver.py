@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ...cascade_core.errors import CascadeError
 from .journal import Journal
 from .progress import BatchProgress
-from .work import Crew, CrewLostError, Job, Outcome, sentence_of
+from .work import Crew, CrewLostError, Job, Outcome, Waiting, sentence_of
 
 TRIES = 3  # of a row whose worker is lost, since the row may be what kills workers
 _LOOK = 1.0  # seconds between two checks for signals
@@ -31,8 +31,8 @@ class Summary:
 class Driver:
     """Gives each free worker one row, so that nothing is lost in a queue, and puts back the rows of lost workers."""
 
-    def __init__(self, jobs: Iterable[Job], crew: Crew, journal: Journal, progress: BatchProgress):
-        self.queue = deque(jobs)
+    def __init__(self, rows: Iterable[Waiting], crew: Crew, journal: Journal, progress: BatchProgress):
+        self.queue = deque(rows)
         self.crew, self.journal, self.progress = crew, journal, progress
         self.under_way: dict[str, Job] = {}
         self.losses: Counter[str] = Counter()
@@ -45,7 +45,7 @@ class Driver:
         try:
             while self.under_way or (self.queue and not signals):
                 while self.queue and self.crew.free() and not signals:
-                    job = self.queue.popleft()
+                    job = self.queue.popleft().job()
                     self.under_way[job.name] = job
                     self.crew.give(job)
                 for outcome in self.crew.ended(_LOOK):
@@ -54,7 +54,7 @@ class Driver:
         except CrewLostError as error:
             self.summary.ended_by = str(error)
         finally:
-            self.summary.left = [*self.under_way, *(job.name for job in self.queue)]
+            self.summary.left = [*self.under_way, *(row.name for row in self.queue)]
         return self.summary
 
     def _take(self, outcome: Outcome) -> None:
@@ -64,7 +64,7 @@ class Driver:
             self.losses[job.name] += 1
             if self.losses[job.name] < TRIES:
                 self.progress.row_again(job.name, outcome.error or "its worker is gone.")
-                self.queue.appendleft(job)
+                self.queue.appendleft(Waiting(job.name, lambda: job))
                 return
             error = f"{TRIES} workers were lost with it; the last: {outcome.error}"
         if error is None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from ...cascade_core.errors import CascadeError
 from ..assignments import assign, assign_values
@@ -15,16 +16,16 @@ from ..graph import Graph
 from ..registry import InputInfo
 from .journal import Journal
 from .rows import Row
-from .work import Job, sentence_of
+from .work import Job, Waiting, sentence_of
 
 PREFIX = "filename_prefix"
 
 
 @dataclass
 class Plan:
-    """Plan of a batch: jobs, rows that are done already, and (name, sentence) of rows that cannot be done."""
+    """Plan of a batch: rows to make, rows that are done already, and (name, sentence) of rows that cannot be done."""
 
-    jobs: list[Job] = field(default_factory=list)
+    waiting: list[Waiting] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
 
@@ -61,12 +62,16 @@ def make_plan(
         raise CascadeError(
             "The graph has no node that saves pictures, such as SaveImage, so a batch keeps none."
         )
+
+    def job_of(row: Row) -> Job:
+        return _job(row, assign_values(graph, row.values, input_types), savers)
+
     plan = Plan()
     for row in rows:
         try:
             if row.fault is not None:
                 raise CascadeError(row.fault)
-            job = _job(row, assign_values(graph, row.values, input_types), savers)
+            job = job_of(row)
             if journal.is_done(job):
                 plan.done.append(job.name)
                 continue
@@ -75,7 +80,15 @@ def make_plan(
         except CascadeError as error:
             plan.faults.append((row.name, sentence_of(error)))
         else:
-            plan.jobs.append(job)
+            plan.waiting.append(Waiting(row.name, partial(job_of, row)))
+    if (
+        len(plan.faults) > 1
+        and not (plan.waiting or plan.done)
+        and len({text for _, text in plan.faults}) == 1
+    ):
+        raise CascadeError(
+            plan.faults[0][1]
+        )  # once, and not for each of them: a column, or the graph, is wrong
     return plan
 
 

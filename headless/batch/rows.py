@@ -99,9 +99,15 @@ def _json_lines(path: Path, name: str) -> Iterator[dict[str, Any] | str]:
 
 
 def _objects(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
+    first = True
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        if first and line.lstrip().startswith("["):
+            raise CascadeError(
+                f"{name} is a JSON list; write each row's object in a line of its own, without [ and ]."
+            )
+        first = False
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -220,6 +226,8 @@ def read_axis(text: str) -> Axis:
         raise CascadeError(
             f'--grid {quoted(text)} has no list of values after "="; write a,b,c, with quotes around one with commas.'
         ) from None
+    if not values:
+        raise CascadeError(f'--grid {quoted(text)} has no values; write a,b,c after "=".')
     if len(set(values)) < len(values):
         raise CascadeError(f"--grid {quoted(text)} names a value twice.")
     return Axis(target, values)

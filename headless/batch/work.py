@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,14 @@ class Job:
     graph: Graph
     savers: tuple[str, ...]
     digest: str
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A row whose job is made when a worker is free: a graph for each row of a long table would fill the memory."""
+
+    name: str
+    job: Callable[[], Job]
 
 
 @dataclass(frozen=True)

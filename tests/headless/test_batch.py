@@ -15,7 +15,8 @@ from pyarrow import parquet
 from cascade_nodes.headless import run_graph
 from cascade_nodes.headless.batch import rows
 from cascade_nodes.headless.batch.journal import Journal
-from cascade_nodes.headless.batch.work import GraphWorker, Job
+from cascade_nodes.headless.batch.plan import make_plan
+from cascade_nodes.headless.batch.work import GraphWorker, Job, Waiting
 from cascade_nodes.headless.cli import main
 from cascade_nodes.headless.results import Observer
 from cascade_nodes.tests.headless.command import errors_of, start
@@ -153,6 +154,11 @@ def test_a_row_that_cannot_be_done_stops_nothing(folder, capsys):
         ),
         (["no.csv"], "Cannot read the table no.csv: No such file or directory."),
         (["prompt.csv"], "The column 'prompt' of prompt.csv is not NODE.INPUT, name or seed."),
+        (
+            ["list.jsonl"],
+            "list.jsonl is a JSON list; write each row's object in a line of its own, without [ and ].",
+        ),
+        (["--grid", "seed="], "--grid 'seed=' has no values; write a,b,c after \"=\"."),
         (["twice.csv"], "twice.csv has two columns of one name; its columns: seed, seed."),
         ([], "There are no rows; give a table (.jsonl, .csv or .parquet) or --grid NODE.INPUT=a,b,c."),
         (["--grid", "cfg=1,2"], "--grid 'cfg=1,2' is not NODE.INPUT=a,b,c, such as 3.cfg=2,4,6."),
@@ -166,9 +172,31 @@ def test_a_row_that_cannot_be_done_stops_nothing(folder, capsys):
 def test_what_is_wrong_with_the_whole_is_said_before_the_work(arguments, sentence, folder, capsys):
     Path("prompt.csv").write_text("prompt\na star\n")
     Path("twice.csv").write_text("seed,seed\n1,2\n")
+    Path("list.jsonl").write_text('[{"1.color": 1},\n{"1.color": 2}]\n')
     assert main(["batch", "graph.json", *arguments, "--output", "made"]) == 1
     assert capsys.readouterr().err.splitlines() == [f"error: {sentence}"]
     assert not Path("made").exists() or os.listdir("made") == []
+
+
+def test_what_is_wrong_with_every_row_is_said_once(folder, capsys):
+    table({"1.colour": 1}, {"1.colour": 2})
+    assert batch() == 1
+    said = "Node 1 (EmptyImage) has no input 'colour'; its inputs: width, height, batch_size, color."
+    assert capsys.readouterr().err.splitlines() == [f"error: {said}"]
+    assert not lines()
+
+
+def test_graphs_of_rows_that_wait_are_not_kept(folder):
+    graph, journal = json.loads(Path("graph.json").read_text()), Journal(Path("made"))
+    given = [rows.Row(name, {"1.color": number}) for number, name in enumerate("abc")]
+    planned = make_plan(graph, given, [], lambda kind: None, journal).waiting
+    journal.close()
+    assert [row.name for row in planned] == ["a", "b", "c"]
+    assert all(isinstance(each, Waiting) for each in planned)
+    jobs = [row.job() for row in planned]
+    assert [job.graph["1"]["inputs"]["color"] for job in jobs] == [0, 1, 2]
+    assert planned[0].job() == jobs[0]
+    assert planned[0].job().graph is not jobs[0].graph
 
 
 def test_a_graph_that_saves_nothing(folder, capsys):
@@ -322,6 +350,12 @@ def test_shards_make_all_rows_once(folder, monkeypatch, capsys):
     assert batch() == 1
     assert "5 of 6 rows are there already." in capsys.readouterr().err
     assert sorted(colours()) == [f"r{number}.png" for number in range(5)]
+
+
+def test_a_shard_without_rows_says_so(folder, capsys):
+    table({"name": "a"}, {"name": "b"})
+    assert batch("--shard", "5/8") == 0
+    assert "None of the 2 rows is in shard 5/8." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "1/10000000"])

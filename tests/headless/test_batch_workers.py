@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from cascade_nodes.headless.batch.command import choose_card
 from cascade_nodes.headless.batch.driver import Driver
 from cascade_nodes.headless.batch.journal import Journal
 from cascade_nodes.headless.batch.progress import BatchProgress
-from cascade_nodes.headless.batch.work import Job, LocalCrew, Outcome, Picture
+from cascade_nodes.headless.batch.work import Job, LocalCrew, Outcome, Picture, Waiting
 from cascade_nodes.headless.cli import main
 from cascade_nodes.headless.signals import REPEATED
 from cascade_nodes.tests.headless.comfyui_server import ComfyUI
@@ -145,9 +146,9 @@ class Vanishing(LocalCrew):
 
 
 def test_a_row_that_ends_workers_is_given_up(folder):
-    jobs = [Job(name, {}, ("2",), "") for name in "abc"]
+    rows = [Waiting(name, partial(Job, name, {}, ("2",), "")) for name in "abc"]
     journal = Journal(Path("made"))
-    summary = Driver(jobs, Vanishing("b"), journal, BatchProgress()).run([])
+    summary = Driver(rows, Vanishing("b"), journal, BatchProgress()).run([])
     journal.close()
     assert summary.made == ["a", "c"]
     assert summary.failed == [("b", "3 workers were lost with it; the last: its worker is gone.")]
