@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from ..errors import CascadeError, quoted
-from .typed_yaml import unknown_name
 
 PresetName = Literal["8gb", "12gb", "16gb", "24gb", "48gb"]
 Values = Mapping[str, Mapping[str, Any]]
@@ -77,7 +76,7 @@ def preset_values(name: Any, task: str) -> tuple[str, Values]:
     if name == "auto":
         name = preset_of_card()
     if name not in NAMES:
-        raise CascadeError(unknown_name(f"preset is {quoted(name)}", str(name)[:40], ("auto", *NAMES)))
+        raise CascadeError(f"preset is {quoted(name)}; known: auto, {', '.join(NAMES)}.")
     return name, PRESETS[task].get(name, {})
 
 

@@ -67,8 +67,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         Exception
     ) as error:  # PyYAML lets other exceptions through, as for May 99, 5,000 digits or `!!bool maybe`
         known = isinstance(error, yaml.YAMLError | ValueError)
-        reason = printable(" ".join(str(error).split()), 400) if known else "a value does not fit its tag"
-        raise CascadeError(f"{where} is not YAML: {reason}") from None
+        reason = _reason_of(error) if known else "a value does not fit its tag"
+        raise CascadeError(f"{where} is not YAML: {reason}; correct it.") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -76,6 +76,16 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
             f"{where} holds {quoted(value)}, but settings are names with values, as `train: …`."
         )
     return value
+
+
+def _reason_of(error: Exception) -> str:
+    """What PyYAML found wrong, and where, on one line."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if not problem or mark is None:
+        return printable(" ".join(str(error).split()), 400)
+    if problem.startswith("but "):  # the second half of a sentence
+        problem = f"{getattr(error, 'context', None)}, {problem}"
+    return f"{printable(' '.join(problem.split()), 400)}, in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def build(cls: type[T], values: Any, where: str = "") -> T:

@@ -73,7 +73,10 @@ def test_a_card_has_the_preset_of_its_memory(gib, name):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("12 gb", "x.yaml: preset is '12 gb'; did you mean 12gb?"), ("auto", "there is none; leave it out")],
+    [
+        ("10gb", "x.yaml: preset is '10gb'; known: auto, 8gb, 12gb, 16gb, 24gb, 48gb."),
+        ("auto", "there is none; leave it out"),
+    ],
 )
 def test_a_preset_that_cannot_be_had_is_told(name, words, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

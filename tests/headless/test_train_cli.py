@@ -106,7 +106,10 @@ def test_three_lines_are_a_whole_file(tmp_path):
         ("controlnet: {hint: canny}", "controlnet does not belong to `cascade train lora`; remove it."),
         ("task: lora", "'task' is not a setting; it is the command's: `cascade train lora`."),
         ("lora: {rank: 4}\nlora: {rank: 5}", ", line 5: lora is there twice."),
-        ("lora: {rank: [}", " is not YAML:"),
+        (
+            "lora: {rank: [}",
+            " is not YAML: expected the node content, but found '}', in line 4, column 15; correct it.",
+        ),
         ("lora: !!python/object/apply:os.system ['true']", " is not YAML: could not determine a constructor"),
     ],
 )
