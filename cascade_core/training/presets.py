@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Values]] = {
         "48gb": _ROOMY,
     },
     "finetune": {
-        "8gb": _blocks(0.99, size=768),
+        "8gb": _blocks(0.99, size=768),  # of Stage B; see with_preset
         "12gb": _blocks(0.93),
         "16gb": _blocks(0.85),
         "24gb": _blocks(0.7),
@@ -57,6 +57,13 @@ def with_preset(values: Mapping[str, Any], task: str) -> dict[str, Any]:
     if values.get("preset") is None:
         return dict(values)
     name, defaults = preset_values(values["preset"], task)
+    if (task, name) == ("finetune", "8gb"):
+        whole = values.get("finetune")
+        if not isinstance(whole, Mapping) or whole.get("network") != "stage_b":
+            raise CascadeError(
+                "preset 8gb does not fit a finetune, because Stage C's weights alone take 6.7 GiB; train a LoRA with "
+                "preset 8gb, or the last blocks (finetune.depth) of stage_c_lite (1 B) without a preset."
+            )
     merged = {**values, "preset": name}
     for section, more in defaults.items():
         own = values.get(section) or {}

@@ -13,6 +13,7 @@ from cascade_nodes.cascade_core.training.tasks.finetune import _at_depth
 
 TASKS: list[TaskName] = ["lora", "controlnet", "finetune", "tokens"]
 TOKENS = {"tokens": [{"name": "blob"}]}
+STAGE_B = {"network": "stage_b"}  # 8gb is for no other finetune
 
 
 def read(task: TaskName, **sections):
@@ -27,7 +28,7 @@ def read(task: TaskName, **sections):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_learns_from_as_many_pictures_by_every_preset(task, name):
-    settings = read(task, preset=name)
+    settings = read(task, preset=name, **({"finetune": STAGE_B} if task == "finetune" else {}))
     assert settings.train.batch_size * settings.train.accumulate == 4
     assert settings.preset == name
 
@@ -35,7 +36,7 @@ def test_a_step_learns_from_as_many_pictures_by_every_preset(task, name):
 @pytest.mark.parametrize("task", TASKS)
 def test_less_memory_never_takes_more(task):
     def bits(name):
-        settings = read(task, preset=name)
+        settings = read(task, preset=name, **({"finetune": STAGE_B} if task == "finetune" else {}))
         weights = {"nf4": 4, "int8": 8, "full": 16}[settings.train.base_weights]
         return weights, settings.train.batch_size, settings.data.size, -settings.finetune.depth[0]
 
@@ -56,6 +57,15 @@ def test_modules_of_a_finetune_are_not_cut_by_a_preset():
     settings = read("finetune", preset="24gb", finetune={"modules": ["up_blocks.*"]})
     assert settings.finetune.depth == (0.0, 1.0)
     assert settings.train.optimizer == "adamw8bit"
+
+
+@pytest.mark.parametrize("preset", ["8gb", "auto"])
+@pytest.mark.parametrize("whole", [{}, {"network": "text_encoder"}, {"modules": ["up_blocks.*"]}])
+def test_a_finetune_that_8_gb_cannot_hold_is_refused(preset, whole, monkeypatch):
+    monkeypatch.setattr("cascade_nodes.cascade_core.training.presets.preset_of_card", lambda: "8gb")
+    with pytest.raises(CascadeError, match=r"x\.yaml: preset 8gb does not fit a finetune.* without a preset"):
+        read("finetune", preset=preset, finetune=whole)
+    assert read("finetune", preset=preset, finetune=STAGE_B).finetune.depth == (0.99, 1.0)
 
 
 def test_a_state_keeps_what_a_preset_set():
