@@ -81,14 +81,9 @@ def make_plan(
             plan.faults.append((row.name, sentence_of(error)))
         else:
             plan.waiting.append(Waiting(row.name, partial(job_of, row)))
-    if (
-        len(plan.faults) > 1
-        and not (plan.waiting or plan.done)
-        and len({text for _, text in plan.faults}) == 1
-    ):
-        raise CascadeError(
-            plan.faults[0][1]
-        )  # once, and not for each of them: a column, or the graph, is wrong
+    sentences = {sentence for _, sentence in plan.faults}
+    if len(plan.faults) > 1 and len(sentences) == 1 and not (plan.waiting or plan.done):
+        raise CascadeError(sentences.pop())  # a column or the graph is wrong, so it is said once
     return plan
 
 
