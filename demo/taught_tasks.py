@@ -27,7 +27,7 @@ def adapter(cascade: DemoCascade, name: str) -> Adapter:
 def lora(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     """Measures houses, which the demo never saw, with and without the LoRA, and that Stage C is restored afterwards."""
     prompts, specs = house_prompts(count, SEED + 30)
-    before = {name: value.clone() for name, value in cascade.stage_c.state_dict().items()}
+    before = {name: value.to("cpu", copy=True) for name, value in cascade.stage_c.state_dict().items()}
     changes = adapter(cascade, "demo_lora_house.safetensors").stage_c
 
     def sample_at(strength: float) -> Tensor:
@@ -49,7 +49,7 @@ def lora(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
         "houses_right_without": houses(without, only),
         "right_in_everything": houses(with_lora, specs),
         "ordinary_prompts_right_with_it": houses(ordinary_images, ordinary_specs),
-        "bit_identical_afterwards": float(all(value.equal(after[name]) for name, value in before.items())),
+        "bit_identical_afterwards": float(all(value.equal(after[name].cpu()) for name, value in before.items())),
     }, torch.stack([without, with_lora], dim=1).flatten(0, 1)
 
 
