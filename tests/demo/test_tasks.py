@@ -54,8 +54,8 @@ def test_variations_show_the_same_and_differ_by_seed(cascade):
 @pytest.mark.nightly
 def test_pictures_follow_the_edges_of_a_hint(cascade):
     figures, _ = TASKS["controlnet_canny"](cascade, 3)
-    assert figures["edge_iou_ratio"] >= 3
-    assert figures["edge_iou"] >= 0.2
+    assert figures["edge_iou_ratio"] >= 5
+    assert figures["edge_iou"] >= 0.45
     assert figures["edge_iou_without"] < figures["edge_iou_at_half_strength"] < figures["edge_iou"] + 0.1
 
 
@@ -64,7 +64,7 @@ def test_an_object_is_painted_over_and_nothing_else(cascade):
     figures, _ = TASKS["inpaint"](cascade, 3)
     assert figures["outside_psnr_db"] == pytest.approx(EXACT)
     assert figures["outside_psnr_db_before_compositing"] >= 30
-    assert figures["inside_right"] >= 1 / 3
+    assert figures["inside_right"] >= 2 / 3
 
 
 def test_an_object_is_drawn_beyond_the_edge(cascade):
