@@ -49,7 +49,9 @@ def lora(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
         "houses_right_without": houses(without, only),
         "right_in_everything": houses(with_lora, specs),
         "ordinary_prompts_right_with_it": houses(ordinary_images, ordinary_specs),
-        "bit_identical_afterwards": float(all(value.equal(after[name].cpu()) for name, value in before.items())),
+        "bit_identical_afterwards": float(
+            all(value.equal(after[name].cpu()) for name, value in before.items())
+        ),
     }, torch.stack([without, with_lora], dim=1).flatten(0, 1)
 
 
