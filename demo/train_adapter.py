@@ -20,6 +20,7 @@ from cascade_nodes.cascade_core.networks.stage_c import StageC
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.text.learned_tokens import TokenTable
 from cascade_nodes.cascade_core.training.file_metadata import file_metadata
+from cascade_nodes.cascade_core.training.losses import PathLevel, consistency_terms
 from cascade_nodes.cascade_core.training.settings import Settings, read_settings
 from cascade_nodes.cascade_core.training.settings.tasks import TaskName
 from cascade_nodes.cascade_core.training.tasks.controlnet import build_controlnet, write_controlnet
@@ -27,7 +28,7 @@ from cascade_nodes.cascade_core.training.tasks.low_rank import LowRankChanges, s
 from cascade_nodes.cascade_core.training.tasks.textual_inversion import LearnedTokens
 from cascade_nodes.demo.adapter_data import AdapterData, source_of
 from cascade_nodes.demo.clip_states import text_states
-from cascade_nodes.demo.few_steps import Jumps, consistency_terms
+from cascade_nodes.demo.few_steps import Jumps
 from cascade_nodes.demo.job import FINISHED, Draw, Job, Weights
 from cascade_nodes.demo.losses import epsilon_loss
 from cascade_nodes.demo.network_task import Batch
@@ -170,7 +171,7 @@ def few_steps_loss(
             with changes.applied():
                 return base.predict(x, r, words)
 
-        return consistency_terms(predict, teacher, x, levels, weight, clean)
+        return consistency_terms(predict, teacher, x, [PathLevel(*level) for level in levels], weight, clean)
 
     return loss, draw
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,19 +135,69 @@ def consistency_loss(
     step[: int(pure_noise_share * len(x0))] = student_steps
     if on_policy_share:
         x0 = _on_policy(predict, x0, step, student_steps, on_policy_share, shift)
-    jump = solver_steps // student_steps  # teacher steps per student step
-    times = [(step - i / jump) / student_steps for i in range(jump)] + [(step - 1) / student_steps]
-    levels = [log_snr(time, shift).to(x0.device) for time in times]
-    here, there = levels[0], levels[-1]
-    a, b = (per_image(value, x0) for value in alpha_sigma(here))
+    levels = path_levels(
+        [snr.to(x0.device) for snr in jump_log_snrs(step, student_steps, solver_steps, shift)]
+    )
+    level = levels[0].log_snr
+    a, b = (per_image(value, x0) for value in alpha_sigma(level))
     x = a * x0 + b * torch.randn_like(x0)
+    weight = _clamp(loss_weight(level), max_loss_weight)
+    return consistency_terms(predict, teacher, x, levels, weight, (step == 1).to(x0.device))
+
+
+class PathLevel(NamedTuple):
+    """A noise level on a teacher's path, for each row.
+
+    ratio: the length of the step from here over twice that of the step before, in log-SNR; 0 in a step of first order.
+    """
+
+    log_snr: Tensor  # (B,), as the others
+    noise_cond: Tensor
+    ratio: Tensor
+
+
+def jump_log_snrs(step: Tensor, student_steps: int, solver_steps: int, shift: float = 1.0) -> list[Tensor]:
+    """Log-SNRs (B,) along the student's steps (B,), which are counted from 1 at the clean end.
+
+    One more than the teacher takes steps in a student's.
+    """
+    jump = solver_steps // student_steps
+    times = [(step - i / jump) / student_steps for i in range(jump)] + [(step - 1) / student_steps]
+    return [log_snr(time, shift) for time in times]
+
+
+def path_levels(log_snrs: Sequence[Tensor]) -> list[PathLevel]:
+    """Levels for `along_path`. The steps are those of the `dpmpp_2m` sampler: the first, and one that ends in the
+    clean picture, are of first order.
+    """
+    clean = log_snr_limits()[1]
+    ratios = [torch.zeros_like(snr) for snr in log_snrs]
+    for i, (before, here, there) in enumerate(zip(log_snrs, log_snrs[1:], log_snrs[2:], strict=False), 1):
+        ratios[i] = torch.where(there < clean, (there - here) / (2 * (here - before)), 0.0)
+    return [PathLevel(snr, noise_cond(snr), ratio) for snr, ratio in zip(log_snrs, ratios, strict=True)]
+
+
+def consistency_terms(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    teacher: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    levels: Sequence[PathLevel],
+    weight: Tensor,
+    ends_clean: Tensor,
+) -> dict[str, Tensor]:
+    """`consistency_loss` of what it draws: latents x at the first of the levels of their jumps. No randomness.
+
+    weight: (B,); ends_clean: (B,), whether a row's jump ends in the clean picture
+    """
+    here, there = levels[0], levels[-1]
+    a, b = (per_image(value, x) for value in alpha_sigma(here.log_snr))
     with torch.no_grad():
         x_next, end = along_path(teacher, x, levels)
-        predicted = undiffuse(x_next, there, predict(x_next, noise_cond(there)).float())
-        end = torch.where(per_image(step == 1, x0).to(x0.device), end, predicted)
+        predicted = undiffuse(x_next, there.log_snr, predict(x_next, there.noise_cond).float())
+        end = torch.where(per_image(ends_clean, x), end, predicted)
         target = (x - a * end) / b
-    error = (predict(x, noise_cond(here)).float() - target).square().mean(dim=(1, 2, 3))  # (B,)
-    return {"loss": (error * _clamp(loss_weight(here), max_loss_weight)).mean(), "epsilon": error.mean()}
+    error = (predict(x, here.noise_cond).float() - target).square().mean(dim=(1, 2, 3))  # (B,)
+    return {"loss": (error * weight).mean(), "epsilon": error.mean()}
 
 
 @torch.no_grad()
@@ -168,22 +219,16 @@ def _on_policy(
 
 
 def along_path(
-    teacher: Callable[[Tensor, Tensor], Tensor], x: Tensor, levels: Sequence[Tensor]
+    teacher: Callable[[Tensor, Tensor], Tensor], x: Tensor, levels: Sequence[PathLevel]
 ) -> tuple[Tensor, Tensor]:
-    """Follows the teacher's path from x; returns its end, and the x0 predicted in its last step.
-
-    levels: log-SNRs (B,), one more than there are steps. The steps are those of the `dpmpp_2m` sampler: the first, and
-    one that ends in the clean picture, are of first order.
-    """
-    clean = log_snr_limits()[1]
+    """Follows the teacher's path from x; returns its end, and the x0 predicted in its last step."""
     x0 = before = x  # replaced in the first step
     for i, (here, there) in enumerate(pairwise(levels)):
-        before, x0 = x0, undiffuse(x, here, teacher(x, noise_cond(here)))
-        data = x0
-        if i:
-            ratio = (there - here) / (2 * (here - levels[i - 1]))
-            data = x0 + per_image(torch.where(there < clean, ratio, 0.0), x) * (x0 - before)
-        (a, b), (a_next, b_next) = ([per_image(v, x) for v in alpha_sigma(level)] for level in (here, there))
+        before, x0 = x0, undiffuse(x, here.log_snr, teacher(x, here.noise_cond))
+        data = x0 + per_image(here.ratio, x) * (x0 - before) if i else x0
+        (a, b), (a_next, b_next) = (
+            [per_image(v, x) for v in alpha_sigma(level.log_snr)] for level in (here, there)
+        )
         x = b_next / b * x + (a_next - a * b_next / b) * data
     return x, x0
 

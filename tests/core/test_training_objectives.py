@@ -14,6 +14,7 @@ from cascade_nodes.cascade_core.training.losses import (
     along_path,
     consistency_loss,
     diffusion_loss,
+    path_levels,
     pseudo_huber,
     training_noise,
 )
@@ -99,7 +100,7 @@ def test_a_path_is_followed_as_the_sampler_follows_it():
     torch.manual_seed(1)
     x = torch.randn(50, 1, 4, 4)
     levels = log_snr(torch.linspace(1, 0, 7))
-    end, last = along_path(ideal, x, levels[:, None].expand(-1, 50).unbind())
+    end, last = along_path(ideal, x, path_levels(levels[:, None].expand(-1, 50).unbind()))
     steps = []
     wanted = SAMPLERS["dpmpp_2m"](
         lambda x, level: ideal(x, noise_cond(level)), x, levels, lambda: x, steps.append
