@@ -16,13 +16,16 @@ from cascade_nodes.cascade_core.checkpoints import check_writable, load_model, w
 from cascade_nodes.cascade_core.checkpoints.files import read_header, read_safetensors
 from cascade_nodes.cascade_core.networks.layers import AttnBlock, ResBlock, TimestepBlock
 from cascade_nodes.cascade_core.networks.stage_a import MixingResidualBlock
-from cascade_nodes.cascade_core.text.tokenizer import Tokenizer, build_small_vocabulary, save_vocabulary
+from cascade_nodes.cascade_core.text.encoder import TextEncoder
+from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
+from cascade_nodes.cascade_core.text.vocabulary import Merges, build_small_vocabulary
 from cascade_nodes.cascade_core.training.launch import build_accelerator
 from cascade_nodes.cascade_core.training.loop import Loop, TrainingProgress
 from cascade_nodes.cascade_core.training.settings import OutputSettings, TrainSettings
 from cascade_nodes.cascade_core.training.state import STATE
+from cascade_nodes.cascade_core.vision import ImageEncoder
 from cascade_nodes.cascade_core.writing import write_file
-from cascade_nodes.demo.captions import known_words, vocabulary
+from cascade_nodes.demo.captions import vocabulary
 from cascade_nodes.demo.captured_loss import Loss
 from cascade_nodes.demo.network_task import Batch, NetworkTask, RunSettings, Steps
 from cascade_nodes.demo.pool import Pool
@@ -223,6 +226,12 @@ class Job:
         path = self.weights / f"demo_{name}.safetensors"
         return load_model(path, dtype=torch.float32, device=self.device)[0]
 
+    def text_encoder(self) -> TextEncoder:
+        return TextEncoder.load(self.weights / "demo_text_encoder", dtype=torch.float32)
+
+    def image_encoder(self) -> ImageEncoder:
+        return ImageEncoder.load(self.weights / "demo_image_encoder.safetensors", dtype=torch.float32)
+
     def export(self, name: str, kind: str, tensors: Mapping[str, Tensor], config: dict, **more: str) -> None:
         """Writes half-precision weights with their configuration. more: further metadata"""
         half = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
@@ -282,15 +291,12 @@ def _by_network(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return networks
 
 
-def export_text_encoder(job: Job, tensors: Mapping[str, Tensor], config: dict) -> None:
-    """The text encoder's folder: weights and its own vocabulary."""
-    words = json.dumps(known_words())
-    job.export("demo_text_encoder/model.safetensors", "text_encoder", tensors, config, words=words)
-    save_vocabulary(job.out / "demo_text_encoder", *build_small_vocabulary(vocabulary() | {","}))
+def own_vocabulary() -> tuple[dict[str, int], Merges]:
+    return build_small_vocabulary(vocabulary() | {","})
 
 
 def own_tokenizer() -> Tokenizer:
-    return Tokenizer.from_vocabulary(*build_small_vocabulary(vocabulary() | {","}))
+    return Tokenizer.from_vocabulary(*own_vocabulary())
 
 
 def rows_by_token(rows: Tensor, own: Tensor, folder: Path) -> Tensor:

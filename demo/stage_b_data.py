@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cascade_nodes.cascade_core.geometry import stage_b_size, stage_c_size
-from cascade_nodes.cascade_core.text.encoder import TextEncoder, encode_tokens
+from cascade_nodes.cascade_core.text.encoder import encode_tokens
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.dataset import Size, as_float, captions, for_compressor, pictures, wide
 from cascade_nodes.demo.drawing import OTHER_FRAMES, SQUARE, ordinary_scenes, other_frame
@@ -37,7 +37,7 @@ class StageBData:
     def load(self) -> None:
         """Loads the trained networks that make the data."""
         job = self.job
-        encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
+        encoder = job.text_encoder()
         self.text_model, self.tokenizer = (
             encoder.model.to(job.device).requires_grad_(False),
             encoder.tokenizer,

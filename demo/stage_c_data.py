@@ -9,7 +9,6 @@ from torch import Tensor
 from cascade_nodes.cascade_core.geometry import stage_c_size
 from cascade_nodes.cascade_core.hints.masks import latent_mask
 from cascade_nodes.cascade_core.text.tokenizer import CHUNK_LENGTH, Tokenizer
-from cascade_nodes.cascade_core.vision import ImageEncoder
 from cascade_nodes.demo import recipe
 from cascade_nodes.demo.clip_states import pixel_statistics
 from cascade_nodes.demo.dataset import (
@@ -74,7 +73,7 @@ class StageCData:
         job = self.job
         self.empty = torch.tensor([token for token, _ in self.tokenizer.empty_chunk()], device=job.device)
         self.compressor = job.load("compressor").requires_grad_(False)
-        self.vision = ImageEncoder.load(job.weights / "demo_image_encoder.safetensors", dtype=torch.float32)
+        self.vision = job.image_encoder()
         self.vision.model.to(job.device)
         self.mean, self.std = pixel_statistics(job.device)
         self.levels = NoiseLevels(job.device)

@@ -21,52 +21,29 @@ from cascade_nodes.cascade_core.networks.previewer import Previewer
 from cascade_nodes.cascade_core.networks.stage_a import StageA
 from cascade_nodes.cascade_core.networks.stage_b import StageB
 from cascade_nodes.cascade_core.networks.stage_c import StageC
-from cascade_nodes.cascade_core.text.encoder import TextEncoder, build_text_model
-from cascade_nodes.cascade_core.text.tokenizer import Tokenizer
+from cascade_nodes.cascade_core.text.encoder import build_text_model
 from cascade_nodes.cascade_core.training.log import LOG
 from cascade_nodes.cascade_core.training.settings import TrainSettings
-from cascade_nodes.cascade_core.vision import ImageEncoder, build_vision_model
 from cascade_nodes.demo import recipe
-from cascade_nodes.demo.clip_states import encoder_layer, image_embeddings, pixel_statistics, text_states
-from cascade_nodes.demo.dataset import (
-    as_float,
-    contrasts,
-    for_compressor,
-    pictures,
-    resized,
-    shrunk,
-    wide,
-)
-from cascade_nodes.demo.detail import DetailDecoder, EmbeddingDecoder
-from cascade_nodes.demo.drawing import OTHER_FRAMES, mixed_pictures, ordinary_scenes, other_frame
+from cascade_nodes.demo.clip_states import encoder_layer, text_states
+from cascade_nodes.demo.dataset import as_float, for_compressor, resized
+from cascade_nodes.demo.detail import DetailDecoder
+from cascade_nodes.demo.drawing import OTHER_FRAMES, mixed_pictures, other_frame
 from cascade_nodes.demo.initialise import initialise_stage_a, initialise_unet
-from cascade_nodes.demo.job import FINISHED, Draw, Job, Weights, export_text_encoder, own_tokenizer
-from cascade_nodes.demo.layout import (
-    CellReader,
-    Cells,
-    Layout,
-    LayoutReader,
-    cells_loss,
-    cells_of,
-    layout_loss,
-    layout_of,
-    place_error,
-)
-from cascade_nodes.demo.losses import (
-    contrastive_loss,
-    epsilon_loss,
-    outline_weights,
-    share_right,
-    stage_a_loss,
-    weighted_mse,
-)
+from cascade_nodes.demo.job import FINISHED, Draw, Job, Weights, own_tokenizer
+from cascade_nodes.demo.losses import epsilon_loss, outline_weights, stage_a_loss, weighted_mse
 from cascade_nodes.demo.network_task import Batch
 from cascade_nodes.demo.stage_b_data import StageBData
 from cascade_nodes.demo.stage_c_data import StageCData
-from cascade_nodes.demo.wide_pictures import wide_scenes
-from cascade_nodes.demo.world import pack
+from cascade_nodes.demo.train_encoders import (
+    RELATIONS,
+    export_text_encoder,
+    text_config,
+    train_clip,
+    train_layout,
+    train_vision,
+)
 
-RELATIONS = "relations"  # in clip's log: share of captions preferred to themselves with an inverted relation
 ENOUGH_RELATIONS = 0.9
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -152,173 +129,18 @@ def train_compressor(job: Job) -> None:
     job.train(networks, lambda: draw, loss, export)
 
 
-def train_clip(job: Job) -> None:
-    """Text and image encoder, with a contrastive loss against captions that are wrong in one respect.
-
-    Content that no caption states is learned by the image encoder through a decoder of its embedding that is discarded.
-    """
-    tokenizer = own_tokenizer()
-    text_config, vision_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}, recipe.VISION
-    scenes = ordinary_scenes(job, job.scenes)
-    texts = contrasts(scenes, recipe.WRONG_CAPTIONS_PER_SCENE, tokenizer, job.seed("contrasts"))
-    texts = shortened(texts, tokenizer).to(job.device)
-    side = vision_config["image_size"]
-
-    def scene_part(number: int, count: int) -> list[Tensor]:
-        rows = slice(number * count, number * count + count)
-        return [pictures(scenes.rows(rows), job.device, smaller=side), texts[rows]]
-
-    def wide_part(number: int, count: int) -> list[Tensor]:
-        return [shrunk(wide(count, job.seed("wide", number), job.device), side)]
-
-    pool, wide_pool = (
-        job.pool(scene_part, 1, first=0.2, every=60),
-        job.pool(wide_part, 0.3, every=200, endless=True),
-    )
-    mean, std = pixel_statistics(job.device)
-    networks = {
-        "text": build_text_model(text_config).to(job.device),
-        "image": build_vision_model(vision_config).to(job.device),
-        "scale": nn.ParameterList([torch.tensor(2.0, device=job.device)]),
-        "decoder": EmbeddingDecoder(vision_config["projection_dim"]).to(
-            device=job.device, memory_format=torch.channels_last  # pyright: ignore[reportCallIssue]
-        ),
-    }  # fmt: skip
-    text_model, image_model, scale, decoder = networks.values()
-    layer = job.compile_function(encoder_layer)
-
-    def draw(step: int) -> Batch:
-        pool.advance(step)
-        wide_pool.advance(step)
-        images, tokens = pool.take(job.settings.batch_size)
-        more = wide_pool.take(max(job.settings.batch_size // 4, 1))[0]  # M
-        return Batch([images, tokens, more])
-
-    def loss(images: Tensor, tokens: Tensor, more: Tensor) -> dict[str, Tensor]:
-        pixels = as_float(torch.cat([images, more]))
-        embedded = image_embeddings(image_model, (pixels - mean) / std, layer)  # (B + M, E)
-        pooled = text_states(
-            text_model, tokens.flatten(0, 1).long(), tokenizer.end_token, layer
-        ).pooled.unflatten(0, tokens.shape[:2])  # (B, 2 + N, E)
-        terms = contrastive_loss(embedded[: len(images)], pooled[:, 0], pooled[:, 1:], scale[0])
-        decoded = decoder(embedded[-2 * len(more) :])  # of wide pictures and as many ordinary ones
-        pixels, size = pixels[-len(decoded) :], decoded.shape[-2:]
-        error = weighted_mse(decoded, resized(pixels, size), outline_weights(pixels, size))
-        states_relation = tokens[:, -1, 1] != tokenizer.end_token  # else the last caption is empty
-        return {
-            **terms,
-            RELATIONS: share_right(embedded[: len(images)], pooled[:, 0], pooled[:, -1], states_relation),
-            "loss": terms["loss"] + recipe.PICTURE_SHARE * error,
-            "contrast": terms["loss"],
-            "picture": error,
-        }
-
-    def export(weights: Weights) -> None:
-        job.export("demo_image_encoder.safetensors", "image_encoder", weights["image"], vision_config)
-        export_text_encoder(job, weights["text"], text_config)
-
-    job.train(networks, lambda: draw, loss, export)
-
-
-def train_layout(job: Job) -> None:
-    """Trains the text encoder further after `clip`, on captions alone: a step takes a tenth of the time of clip's."""
-    tokenizer = own_tokenizer()
-    text_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}
-    scenes = ordinary_scenes(job, job.scenes, "layout")
-    texts = shortened(contrasts(scenes, 0, tokenizer, job.seed("layout")), tokenizer).to(job.device)
-    layouts = layout_of(scenes, job.device)
-    networks = {
-        "text": build_text_model(text_config).to(job.device),
-        "reader": LayoutReader(text_config["projection_dim"]).to(job.device),
-    }
-    text_model, reader = networks.values()
-    layer = job.compile_function(encoder_layer)
-
-    def prepare() -> Draw:
-        encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
-        text_model.load_state_dict(encoder.model.state_dict())
-        return draw
-
-    def draw(step: int) -> Batch:
-        rows = torch.randint(len(texts), (job.settings.batch_size,), device=job.device)
-        return Batch([texts[rows], *(column[rows] for column in layouts)])
-
-    def loss(tokens: Tensor, *columns: Tensor) -> dict[str, Tensor]:
-        layout = Layout(*columns)
-        pooled = text_states(text_model, tokens.flatten(0, 1).long(), tokenizer.end_token, layer).pooled
-        pooled = pooled.unflatten(0, tokens.shape[:2])  # the caption and its inverted one
-        read = reader(pooled[:, 0])
-        states_relation = tokens[:, 1, 1] != tokenizer.end_token  # else the inverted caption is empty
-        nearer = place_error(read[1], layout) < place_error(reader(pooled[:, 1])[1], layout)
-        relations = (nearer & states_relation).sum() / states_relation.sum().clamp(min=1)
-        return {**layout_loss(read, layout), RELATIONS: relations}
-
-    job.train(
-        networks, prepare, loss, lambda weights: export_text_encoder(job, weights["text"], text_config),
-        inputs=("clip",),
-    )  # fmt: skip
-
-
-def train_vision(job: Job) -> None:
-    """Trains the image encoder further after `clip`, on pictures alone, by what is read from its embeddings."""
-    config = recipe.VISION
-
-    def part(number: int, count: int) -> list[Tensor]:
-        ordinary = pack(ordinary_scenes(job, count // 2, "vision", number))
-        generator = torch.Generator(job.device).manual_seed(job.seed("vision", number))
-        anything = wide_scenes(count - count // 2, recipe.PICTURE, generator, job.device)
-        parts = [ordinary.rows(slice(None), job.device), anything]
-        images = torch.cat([pictures(scenes, job.device, smaller=config["image_size"]) for scenes in parts])
-        return [images, *(torch.cat(column) for column in zip(*map(cells_of, parts), strict=True))]
-
-    pool = job.pool(part, 1, first=0.2, every=40, endless=True)
-    mean, std = pixel_statistics(job.device)
-    networks = {
-        "image": build_vision_model(config).to(job.device),
-        "reader": CellReader(config["projection_dim"]).to(job.device),
-    }
-    image_model, reader = networks.values()
-    layer = job.compile_function(encoder_layer)
-
-    def prepare() -> Draw:
-        encoder = ImageEncoder.load(job.weights / "demo_image_encoder.safetensors", dtype=torch.float32)
-        image_model.load_state_dict(encoder.model.state_dict())
-        return draw
-
-    def draw(step: int) -> Batch:
-        pool.advance(step)
-        return Batch(pool.take(job.settings.batch_size))
-
-    def loss(images: Tensor, *columns: Tensor) -> dict[str, Tensor]:
-        pixels = (as_float(images) - mean) / std
-        return cells_loss(reader(image_embeddings(image_model, pixels, layer)), Cells(*columns))
-
-    def export(weights: Weights) -> None:
-        job.export("demo_image_encoder.safetensors", "image_encoder", weights["image"], config)
-
-    job.train(networks, prepare, loss, export, inputs=("clip",))
-
-
-def shortened(texts: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Tokens (..., 77) cut after the longest, at a multiple of 8, since nothing sees past the end token."""
-    longest = int((texts != tokenizer.end_token).sum(-1).max()) + 1
-    return texts[..., : min(-(-longest // 8) * 8, texts.shape[-1])].contiguous()
-
-
 def train_stage_c(job: Job) -> None:
     """Stage C and the text encoder together, since the contrastive loss alone trains only the pooled state."""
     tokenizer = own_tokenizer()
     data = StageCData(job, tokenizer)
-    text_config = {**recipe.TEXT, "vocab_size": len(tokenizer)}
-    text_model = build_text_model(text_config).to(job.device)
+    text_model = build_text_model(text_config(tokenizer)).to(job.device)
     model = initialise_unet(StageC.from_config(recipe.STAGE_C)).to(job.device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network, layer = job.compile(model), job.compile_function(encoder_layer)
 
     def prepare() -> Draw:
         tell_relations(job)
-        encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
-        text_model.load_state_dict(encoder.model.state_dict())
+        text_model.load_state_dict(job.text_encoder().model.state_dict())
         data.load()
         return data.draw
 
@@ -336,7 +158,7 @@ def train_stage_c(job: Job) -> None:
 
     def export(weights: Weights) -> None:
         job.export("demo_stage_c.safetensors", "stage_c", weights["stage_c"], recipe.STAGE_C)
-        export_text_encoder(job, weights["text"], text_config)
+        export_text_encoder(job, weights)
 
     job.train(
         {"stage_c": model, "text": text_model}, prepare, loss, export, {"text": 0.5},

@@ -82,7 +82,7 @@ class Base:
 
 def train_adapter(name: str, job: Job, settings: Settings) -> None:
     source = source_of(name)
-    encoder = TextEncoder.load(job.weights / "demo_text_encoder", dtype=torch.float32)
+    encoder = job.text_encoder()
     if settings.task == "tokens":
         train_tokens(job, settings, Base(job, encoder), source)
         return

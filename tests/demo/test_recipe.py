@@ -18,7 +18,7 @@ from cascade_nodes.cascade_core.text.tokenizer import build_small_vocabulary, sa
 from cascade_nodes.cascade_core.training.losses import diffusion_loss
 from cascade_nodes.cascade_core.vision import build_vision_model
 from cascade_nodes.demo import job as jobs
-from cascade_nodes.demo import recipe, train
+from cascade_nodes.demo import recipe, train, train_encoders
 from cascade_nodes.demo.captions import holds, parse, verbalise, vocabulary
 from cascade_nodes.demo.captured_loss import CapturedLoss
 from cascade_nodes.demo.clip_states import image_embeddings, text_states
@@ -338,7 +338,7 @@ def toy(tmp_path_factory):
             train, "DetailDecoder", lambda c: nn.Sequential(nn.Conv2d(c, 3, 1), nn.Upsample(scale_factor=16))
         )
         patch.setattr(
-            train,
+            train_encoders,
             "EmbeddingDecoder",
             lambda width, channels=3: nn.Sequential(
                 nn.Linear(width, channels * 16),
