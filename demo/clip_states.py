@@ -15,7 +15,7 @@ Layer = Callable[[Any, Tensor, Tensor | None], Tensor]
 
 
 def encoder_layer(layer: Any, x: Tensor, seen: Tensor | None) -> Tensor:
-    """One of CLIP's layers.  x: (N, T, C); seen: (N, 1, T, T), mask of attended positions; None: all"""
+    """Runs one of CLIP's layers.  x: (N, T, C); seen: (N, 1, T, T), mask of attended positions; None: all"""
     attention = layer.self_attn
     h = layer.layer_norm1(x)
     q, k, v = (
@@ -34,10 +34,9 @@ def text_states(
     layer: Layer = encoder_layer,
     learned: TokenTable | None = None,
 ) -> TextStates:
-    """Encodes tokens as `encode_tokens` does.
+    """Encodes tokens as `encode_tokens` does: states (N, T, C) before the final norm, and pooled (N, P).
 
     tokens: (N, T) ids, an end token in every row; learned: tokens at the encoder's input
-    -> states (N, T, C) before the final norm, pooled (N, P)
 
     transformers reads the mask's values on the CPU, which cannot be captured in a CUDA graph.
     """
@@ -58,13 +57,13 @@ def text_states(
 
 
 def pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The mean and standard deviation (3, 1, 1) of pixels in [0, 1] by which CLIP's units are defined."""
+    """Mean and standard deviation (3, 1, 1) of pixels in [0, 1], by which CLIP's units are defined."""
     mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (CLIP_MEAN, CLIP_STD))
     return mean, std
 
 
 def image_embeddings(model: Any, pixels: Tensor, layer: Layer = encoder_layer) -> Tensor:
-    """pixels: (B, 3, size, size) in CLIP's units -> (B, E), projected"""
+    """Encodes pictures as `ImageEncoder` does.  pixels: (B, 3, size, size) in CLIP's units -> (B, E), projected"""
     vision = model.vision_model
     x = vision.pre_layrnorm(vision.embeddings(pixels))  # (B, 1 + patches, C)
     for block in vision.encoder.layers:

@@ -1,6 +1,6 @@
 """Measures masks and ControlNets, which guide Stage C besides words."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -268,9 +268,4 @@ def sharpness(images: Tensor, mask: Tensor) -> Tensor:
     return 10 * mean.clamp_min(1e-10).log10()
 
 
-CONTROL_TASKS: dict[str, Callable[[DemoCascade, int], tuple[Figures, Tensor]]] = {
-    "inpaint": inpaint,
-    "outpaint": outpaint,
-    "controlnet_canny": controlnet_canny,
-    "super_resolution": super_resolution,
-}
+CONTROL_TASKS = inpaint, outpaint, controlnet_canny, super_resolution

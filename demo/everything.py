@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from cascade_nodes.cascade_core.errors import CascadeError
+from cascade_nodes.demo import figures
 from cascade_nodes.demo.job import FINISHED
 from cascade_nodes.demo.train import WEIGHTS
 
@@ -52,7 +53,7 @@ WAITING = "layout", "vision", "stage_b", "stage_c"  # for others, which train be
 SAFER = ((), ("--no-compile",), ("--no-compile", "--no-graphs"))
 SILENT_WAITING, SILENT = 240.0, 120.0  # seconds without output after which a process counts as stuck
 TELL_EVERY = 20.0
-MEASURED = (("adherence",), ("reconstruction", "renderer"))
+MEASURED = "adherence", "reconstruction", "renderer"
 
 
 @dataclass
@@ -177,26 +178,6 @@ def train_all(options: argparse.Namespace, gpus: Sequence[str], end: float) -> N
     train_together([[training] for training in trainings] if together else [trainings])
 
 
-def measure(options: argparse.Namespace, gpus: Sequence[str], seconds: float) -> None:
-    """Measures the cascade on all GPUs, each measurement in a process of at most `seconds`."""
-    processes = {
-        names[0]: subprocess.Popen(
-            [sys.executable, "-m", "cascade_nodes.demo.evaluate", "--weights", str(options.weights),
-             "--only", *names, "--json", str(options.work / f"{names[0]}.json"),
-             *(["--sheet", str(options.work / "sheet.jpg")] if i == 0 else [])],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]},
-        )
-        for i, names in enumerate(MEASURED)
-    }  # fmt: skip
-    end = time.monotonic() + seconds
-    for name, process in processes.items():
-        try:
-            process.wait(max(end - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            print(f"{name} was not measured in {seconds:.0f} s", flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", default="0", help="numbers of the GPUs, by commas (default: 0)")
     parser.add_argument("--seconds", type=float, default=4800, help="for everything (default: 4800)")
     parser.add_argument("--measuring", type=float, default=60, help="seconds of them for the measurement")
+    parser.add_argument("--count", type=int, default=500, help="held-out prompts to measure (default: 500)")
     parser.add_argument(
         "--work", type=Path, default=Path("runs"), help="checkpoints and logs (default: runs)"
     )
@@ -219,7 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train_all(options, gpus, started + options.seconds - options.measuring)
     print(f"trained in {time.time() - started:.0f} s", flush=True)
     if options.measuring:
-        measure(options, gpus, max(started + options.seconds - time.time(), options.measuring))
+        seconds = max(started + options.seconds - time.time(), options.measuring)
+        try:
+            figures.measure(options, gpus, MEASURED, seconds)
+        except CascadeError as error:
+            print(error)
+        print(f"figures are in {options.work}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures pictures as input: variations of them, two of them as one prompt, and image to image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
@@ -102,8 +102,4 @@ def image_to_image(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     }, torch.stack([truth, *same_prompt.values(), new_background], dim=1).flatten(0, 1)
 
 
-PICTURE_TASKS: dict[str, Callable[[DemoCascade, int], tuple[Figures, Tensor]]] = {
-    "variation": variation,
-    "mixing": mixing,
-    "image_to_image": image_to_image,
-}
+PICTURE_TASKS = variation, mixing, image_to_image

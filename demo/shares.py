@@ -21,6 +21,7 @@ class Share(NamedTuple):
 
 
 def share(verdicts: Iterable[bool]) -> Share:
+    """Computes the share of true verdicts; nan where there are none."""
     values = list(verdicts)
     n = len(values)
     if not n:
@@ -56,6 +57,6 @@ def by_kind(scores: Sequence[Score], specs: Sequence[Spec], only: int | None = N
 
 
 def lowest(groups: dict[str, Share], count: int = 8) -> str:
-    """The groups with the smallest shares, in words."""
+    """Names the groups with the smallest shares, with their intervals."""
     least = sorted(groups.items(), key=lambda group: group[1].share)[:count]
     return ", ".join(f"{name} {s.share:.2f} ({s.low:.2f}-{s.high:.2f})" for name, s in least)

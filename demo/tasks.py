@@ -22,9 +22,7 @@ from cascade_nodes.demo.pipeline import WEIGHTS, DemoCascade
 from cascade_nodes.demo.taught_tasks import TAUGHT_TASKS
 
 TASKS: dict[str, Callable[[DemoCascade, int], tuple[Figures, Tensor]]] = {
-    **PICTURE_TASKS,
-    **CONTROL_TASKS,
-    **TAUGHT_TASKS,
+    task.__name__: task for task in (*PICTURE_TASKS, *CONTROL_TASKS, *TAUGHT_TASKS)
 }
 
 

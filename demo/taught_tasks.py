@@ -1,6 +1,5 @@
 """Measures the LoRA's new shape, the token's object, and four steps in place of twenty."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -97,8 +96,4 @@ def few_steps(cascade: DemoCascade, count: int) -> tuple[Figures, Tensor]:
     }, torch.stack([usual, plain, few_step_images], dim=1).flatten(0, 1)
 
 
-TAUGHT_TASKS: dict[str, Callable[[DemoCascade, int], tuple[Figures, Tensor]]] = {
-    "lora": lora,
-    "token": token,
-    "few_steps": few_steps,
-}
+TAUGHT_TASKS = lora, token, few_steps

@@ -166,12 +166,6 @@ def judges(cascade: DemoCascade, count: int, prior: Sampling, decoder: Sampling)
 
 Measure = Callable[[DemoCascade, int, Sampling, Sampling], tuple[Figures, Tensor]]
 WIDE_TASKS: dict[str, Measure] = {
-    "pairs": pairs,
-    "renderer": renderer,
-    "three": three,
-    "negation": negation,
-    "punctuation": punctuation,
-    "proportions": proportions,
-    "judges": judges,
-    "embeddings": embeddings,
+    task.__name__: task
+    for task in (pairs, renderer, three, negation, punctuation, proportions, judges, embeddings)
 }

@@ -11,6 +11,7 @@ import torch
 from cascade_nodes.cascade_core.adapters import read_adapter
 from cascade_nodes.cascade_core.checkpoints.files import read_header
 from cascade_nodes.cascade_core.diffusion.loss_weights import debiased
+from cascade_nodes.cascade_core.errors import CascadeError
 from cascade_nodes.cascade_core.hints.masks import latent_mask
 from cascade_nodes.cascade_core.text.encoder import TextEncoder
 from cascade_nodes.cascade_core.training.losses import PathLevel, consistency_loss, consistency_terms
@@ -161,6 +162,25 @@ def test_lanes_run_side_by_side_and_each_in_its_order(tmp_path, monkeypatch):
     everything.train_together(lanes)
     assert said == ["a begins", "c begins", "a ends", "b begins", "c ends", "b ends"]
     assert [len(lane) for lane in lanes] == [2, 1]
+
+
+def test_the_whole_recipe_ends_with_the_figures_that_it_measures(tmp_path, monkeypatch, capsys):
+    def measure(options, gpus, only, seconds):
+        assert (options.weights, options.work, options.count, gpus) == (tmp_path, tmp_path, 7, ["0", "1"])
+        assert 20 <= seconds <= 90
+        names = {each.name for each in figures.measurements(options, only)}
+        assert names == {"adherence", "renderer"}
+        raise CascadeError("renderer could not be measured in time.")
+
+    monkeypatch.setattr(figures, "measure", measure)
+    for name in everything.IN_TURN:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FINISHED).write_text("{}")
+    folders = ["--work", str(tmp_path), "--weights", str(tmp_path)]
+    everything.main([*folders, "--gpus", "0,1", "--seconds", "90", "--measuring", "20", "--count", "7"])
+    told = capsys.readouterr().out
+    assert "renderer could not be measured" in told
+    assert f"figures are in {tmp_path}" in told
 
 
 def test_everything_is_measured_once(tmp_path):
