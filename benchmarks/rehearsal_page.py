@@ -45,7 +45,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"| {' | '.join(row(cell))} |" for cell in result["cells"]]
     skipped = [f"`{line}`" for cell in result["cells"] for line in cell["skipped"]]
     if skipped:
-        lines += ["", f"Left out, since they need the network: {', '.join(skipped)}."]
+        lines += ["", f"Left out, since they need the Internet: {', '.join(skipped)}."]
     if result["failed"]:
         lines += ["", f"**{result['failed']}**"]
     return "\n".join(lines) + "\n"

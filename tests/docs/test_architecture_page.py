@@ -67,10 +67,10 @@ def test_the_layers_are_those_that_the_linter_holds():
 
 def test_the_chain_inside_training_is_the_linters():
     """Of the rooms that it names, the upper ones come first; `the other parts of a step` stand for the rest."""
-    chain = re.search(r"^Inside training: (.*?)\. No import", PAGE, re.DOTALL | re.MULTILINE)
+    chain = re.search(r"^Inside training .*?```\n(.*?)\n```", PAGE, re.DOTALL | re.MULTILINE)
     assert chain is not None
     order = {name: depth for depth, layer in enumerate(layers("training:")) for name in layer}
-    groups = [re.findall(r"[a-z_]+", group) for group in chain[1].split("►")]
+    groups = [re.findall(r"[a-z_]+", group) for group in chain[1].splitlines()]
     depths = [[order[name] for name in group if name in order] for group in groups]
     assert all(max(upper) < min(lower) for upper, lower in pairwise(depths)), depths
     named = {name for group in groups for name in group}
