@@ -59,16 +59,17 @@ cards, use one driver for each machine: `--shard k/N` with `--workers 8` in each
 nothing else.
 - **Models** go to each machine once, and into main memory once: eight workers of a machine map the same
 files. A thousand cards are 125 machines: 125 × {models} GB = {all} GB. One server with 100 Gbit/s sends this in
-{all} GB / 12.5 GB/s = {sent} s. From the hub, with 1 Gbit/s for each machine, it takes {hub} s for all at once.
+{all} GB / 12.5 GB/s = {sent} s. From Hugging Face, with 1 Gbit/s for each machine, it takes {hub} s for all at once.
 - **Pictures.** A thousand cards make {made} files a second, at most {gb} GB. In an hour that is {millions} million
 files, at most {tb} TB. A shared folder that takes {made} new files a second needs a parallel file system. With a
 local disk, each machine writes {local} files and {local_mb} MB a second, to be copied away later. One folder
-should not hold millions of files: put a folder into the names (`name` of `0421/000017`).
+should not hold millions of files: let the column `name` of the table hold a folder: `0421/000017`.
 - **The list.** A line of `batch.jsonl` has some 150 bytes. {millions} million rows are {listed} GB in an
 hour, and every process that starts reads all of it. Cut such a table into several batches.
 - **Failures.** If a card is lost once in a thousand hours, a thousand cards lose one an hour. This costs {row} s of
 one card's work, and {first} s until the first picture of its successor.
-- **Slow cards.** With fixed shares, the batch ends with its slowest card. With Ray, the end is at most one row long.
+- **Slow cards.** With fixed shares, the batch ends with its slowest card. With Ray, the last card ends at most one row
+after the others.
 """
 
 

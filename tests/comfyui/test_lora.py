@@ -15,6 +15,9 @@ LORA, FILE = "20", "tiny.safetensors"
 def test_what_must_make_no_difference(measured):
     differences = {name: value for name, value in measured.items() if name.startswith("same")}
     assert len(differences) == 52
+    # Weights that a LoRA and its opposite have changed were rounded twice.
+    twice = differences.pop("same: one and its opposite")
+    assert twice <= 5e-4
     assert {name: value for name, value in differences.items() if not value <= 1e-4} == {}
 
 
