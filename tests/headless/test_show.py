@@ -182,7 +182,7 @@ def test_a_lora_in_json_as_in_text(tmp_path, monkeypatch, capsys):
 def test_networks_in_files_and_folders(tmp_path):
     weights = PACK / "demo" / "weights"
     assert (
-        show(weights / "demo_text_encoder").splitlines()[1].startswith("text encoder: 1,985,088 weights in")
+        show(weights / "demo_text_encoder").splitlines()[1].startswith("text encoder: 1,986,432 weights in")
     )
     for subfolder, name in (("prior", "demo_stage_c"), ("vqgan", "demo_stage_a")):
         (tmp_path / subfolder).mkdir()
