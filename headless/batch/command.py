@@ -190,7 +190,7 @@ def run_batch(options: argparse.Namespace) -> int:
         journal = Journal(options.output, shard)
         stack.callback(journal.close)
         try:
-            summary = _work(options, rows, journal, progress, stack)
+            summary = _work(options, rows, journal, progress, stack, whole=shard is None)
         except Stopped:
             progress.notify(f"Dropped {listed(progress.under_way)}; the same command makes what is missing.")
             raise
@@ -235,14 +235,18 @@ def launched_shard(environment: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def _work(
-    options: argparse.Namespace, rows: list[Row], journal: Journal, progress: BatchProgress, stack: ExitStack
-) -> Summary:
+    options: argparse.Namespace, rows: list[Row], journal: Journal, progress: BatchProgress, stack: ExitStack,
+    whole: bool,
+) -> Summary:  # fmt: skip
+    """Makes the rows. whole: whether they are all of the table, so that a fault of each is the table's, said once"""
     from .driver import Driver, Summary
 
     place = _on_servers(options, progress) if options.server else _here(options, progress)
     if len(rows) > _MANY:
         progress.notify(f"Checking {len(rows):,} rows before the first is made.")
     plan = place.plan(takewhile(lambda row: not progress.signals, rows), options.assignments, journal)
+    if whole and not progress.signals and (fault := plan.fault_of_all):
+        raise CascadeError(fault)
     for name, error in plan.faults:
         journal.fail(name, error)
         progress.notify(f"{name}: {error}")

@@ -29,6 +29,13 @@ class Plan:
     done: list[str] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def fault_of_all(self) -> str | None:
+        """The sentence of every row, where all of several rows have the same fault: a column or the graph is wrong."""
+        sentences = {sentence for _, sentence in self.faults}
+        alike = len(self.faults) > 1 and len(sentences) == 1 and not (self.waiting or self.done)
+        return sentences.pop() if alike else None
+
 
 def remembering(inputs_of: InputsOf) -> InputsOf:
     """Caches the inputs of each class, since every row of a batch has the same nodes."""
@@ -81,9 +88,6 @@ def make_plan(
             plan.faults.append((row.name, sentence_of(error)))
         else:
             plan.waiting.append(Waiting(row.name, partial(job_of, row)))
-    sentences = {sentence for _, sentence in plan.faults}
-    if len(plan.faults) > 1 and len(sentences) == 1 and not (plan.waiting or plan.done):
-        raise CascadeError(sentences.pop())  # a column or the graph is wrong, so it is said once
     return plan
 
 

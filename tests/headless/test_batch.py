@@ -352,6 +352,17 @@ def test_shards_make_all_rows_once(folder, monkeypatch, capsys):
     assert sorted(colours()) == [f"r{number}.png" for number in range(5)]
 
 
+def test_a_shard_lists_its_rows_where_all_are_wrong(folder, monkeypatch, capsys):
+    """Under torchrun another exit status would end the shards whose rows are right."""
+    table({"name": "a"}, {"name": "b", "1.width": 0}, {"name": "c"}, {"name": "d", "1.width": 0})
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert batch() == 0
+    assert [line["name"] for line in lines("batch.2-of-2.jsonl")] == ["b", "d"]
+    assert "b: " in capsys.readouterr().err
+
+
 def test_a_shard_without_rows_says_so(folder, capsys):
     table({"name": "a"}, {"name": "b"})
     assert batch("--shard", "5/8") == 0
