@@ -153,8 +153,12 @@ def fill(page: str, measured: dict[str, dict[str, Any] | None]) -> str:
 
 
 def together(before: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """A newer measurement's rows first, then those of an older one that it does not have."""
-    kept = {key: row for key, row in before["rows"].items() if key not in measured["rows"]}
+    """A newer measurement's rows first, then those of an older one, where the newer has no figures on two GPUs."""
+    kept = {
+        key: row
+        for key, row in before["rows"].items()
+        if key not in measured["rows"] or (row.get("two") and not measured["rows"][key].get("two"))
+    }
     return {**measured, "rows": measured["rows"] | kept}
 
 

@@ -410,7 +410,12 @@ def measure_published(options: argparse.Namespace, name: str) -> dict[str, Any]:
         seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     count = sum(parameter.numel() for parameter in trained.parameters())
-    return {"steps_per_second": options.steps / seconds, "peak_gb": peak, "trained_parameters": count}
+    return {
+        "steps_per_second": options.steps / seconds,
+        "peak_gb": peak,
+        "trained_parameters": count,
+        "batch": options.batch,  # the published loop accumulates nothing
+    }
 
 
 def _published_step(
@@ -573,7 +578,7 @@ def main() -> None:
         return
     together = accelerator.num_processes
     print(f"{describe_machine()}, {together} × {device_name()}")
-    print(f"Stage C {options.size}; a step's pictures on each, latents of so many positions a side\n")
+    print(f"Stage C {options.size}; a step's pictures on all together, latents of so many positions a side\n")
     rows = [
         [
             name,

@@ -54,3 +54,6 @@ def test_the_page_takes_its_figures_from_the_measurements(module):
         "| Stage C whole, FSDP2 | 24 | 1.5 | failed |  | 90.0 |  |  | 2026-12-01 |\n| LoRA | 4 | 1.5"
         in filled
     )
+    whole = {**row, "two": one}
+    cut = page.together({"rows": {"lora": whole}}, {"rows": {"lora": row, "finetune": row}})
+    assert cut["rows"] == {"lora": whole, "finetune": row}
