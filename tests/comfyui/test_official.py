@@ -32,12 +32,19 @@ from cascade_nodes.tests.headless.pictured import NAMES, official, save_picture
 
 GRAPHS = graphs()
 # The examples ask the demo for what it does not know, at sizes that it was not trained at. Its steps make a difference
-# in the last bit some thousand times as large there.
-ROUNDING = 2e-3
+# in the last bit some thousand times as large there, in samplers and what follows them.
+ROUNDING, SAMPLED = 1e-4, 2e-3
 EXACT = {
     "LoadImage", "ImageScale", "Canny", "InvertMask", "ThresholdMask", "GrowMask", "EmptyImage", "JoinImageWithAlpha",
     "StableCascade_EmptyLatentImage",
 }  # fmt: skip
+
+
+def is_sampled(graph: dict[str, Any], node: str) -> bool:
+    """Whether a node is a sampler, or one of them comes before it."""
+    inputs = graph[node]["inputs"].values()
+    before = [value[0] for value in inputs if isinstance(value, list)]
+    return graph[node]["class_type"] == "KSampler" or any(is_sampled(graph, each) for each in before)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,10 @@ def test_every_node_gives_what_comfyui_gives(measured, ours, name):
         if class_type in EXACT:
             assert difference == 0, (place, class_type)
         differences[f"{place} {class_type}"] = difference / tensor.abs().max().clamp(min=1e-6).item()
-    assert {place: value for place, value in differences.items() if not value <= ROUNDING} == {}
+    bounds = {
+        place: SAMPLED if is_sampled(GRAPHS[name], place.split()[0]) else ROUNDING for place in differences
+    }
+    assert {place: value for place, value in differences.items() if not value <= bounds[place]} == {}
 
 
 def test_levels_of_noise_are_comfyuis_bit_for_bit(measured):
