@@ -109,9 +109,8 @@ class TextStage:
             for prompts in batches:
                 if notice := describe_unknown_words(prompts, (*words, *self.taught_words), names):
                     self.device.observer.notify(notice)
-        # Each prompt's chunks, and the empty one that weights need.
         chunks = [len(self.encoder.tokenizer.chunks(prompt)) for prompts in batches for prompt in prompts]
-        rows = sum(chunks) + len(batches)
+        rows = sum(chunks) + len(batches)  # and for each batch the empty one that weights need
         values = activations.clip_encoder(model.config, rows, self.encoder.tokenizer.length)
 
         def encode(_: torch.device) -> list[Prompt]:

@@ -168,7 +168,9 @@ class TextEncoder:
     def encode_each(
         self, batches: Sequence[Sequence[str]], learned: Sequence[LearnedToken] = ()
     ) -> list[TextStates]:
-        """`encode` of each batch of prompts, in one pass of the model, so that streamed weights are read once."""
+        """`encode` of each batch of prompts; in one pass of the model where they fit together, so that streamed weights
+        are read once.
+        """
         table = self._table(learned) if learned else None
         chunked = [self._chunked(prompts, table) for prompts in batches]
         encoded = self._encode_rows([batch.rows for batch in chunked], table)

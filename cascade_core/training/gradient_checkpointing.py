@@ -94,6 +94,7 @@ def _checkpoint_together(cell: list[Any]) -> None:
             return x
         given = [each for inputs in called for each in inputs]
         together = partial(_run_all, list(zip(forwards, map(len, called), strict=True)))
+        called.clear()  # else the inputs would live until the next forward pass
         return checkpoint(
             together,
             x,
