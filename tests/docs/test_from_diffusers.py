@@ -29,6 +29,8 @@ assert as_image(pictures[0]).sub(images).abs().max() < 1 / 254
 assert [step.index for step in seen] == list(range(len(times) - 1))
 assert len(variations) == 2 and variations[0].tobytes() != pictures[0].tobytes() != mixed[0].tobytes()
 assert not torch.equal(changed, embeddings)
+assert image_embeds.shape[0] == 1 and latent_of_both.shape == latent.shape
+assert not torch.equal(latent_of_both, changed)
 assert not torch.equal(styled, embeddings)
 assert torch.equal(cascade.prior(prompt, size=(256, 256), seed=7), embeddings)
 """
