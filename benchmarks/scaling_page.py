@@ -50,9 +50,9 @@ def batch(measured: dict[str, Any] | None) -> str:
 
 ARITHMETIC = """
 Measured on an H200: {said} ([performance.md](performance.md)). So a card makes {hourly} rows an hour. The
-models are {models} GB in 16 bits, and the first picture comes after {first} s. A PNG of that size is at most
-{png} MB (three bytes a pixel). The driver needs {driver} s to write a row and its PNG and to flush them to the disk
-(two shared EPYC cores and their disk). Everything below is computed from these figures.
+models are {models} GB in 16 bits, and the first picture of a ComfyUI server comes after {first} s. A PNG of that
+size is at most {png} MB (three bytes a pixel). The driver needs {driver} s to write a row and its PNG and to flush
+them to the disk (two shared EPYC cores and their disk). Everything below is computed from these figures.
 
 - **One driver** writes 1 / {driver} = {driven} rows a second. That is enough for at least {cards} H200s. For more
 cards, use one driver for each machine: `--shard k/N` with `--workers 8` in each. N drivers share the folder and
@@ -67,7 +67,7 @@ should not hold millions of files: let the column `name` of the table hold a fol
 - **The list.** A line of `batch.jsonl` has some 150 bytes. {millions} million rows are {listed} GB in an
 hour, and every process that starts reads all of it. Cut such a table into several batches.
 - **Failures.** If a card is lost once in a thousand hours, a thousand cards lose one an hour. This costs {row} s of
-one card's work, and {first} s until the first picture of its successor.
+one card's work, and the time until the first picture of its successor, some {first} s if it takes as long as a server.
 - **Slow cards.** With fixed shares, the batch ends with its slowest card. With Ray, the last card ends at most one row
 after the others.
 """

@@ -211,7 +211,7 @@ def everything(measured: Measured, words: dict[str, str]) -> str:
 
 
 def promises(measured: Measured, words: dict[str, str]) -> str:
-    head = ["ComfyUI", "promised", "measured", "bound", ""]
+    head = ["ComfyUI", "what", "measured", "target", ""]
     return table(head, served_targets.compared(measured.all))
 
 
