@@ -36,7 +36,7 @@ def amd(request, monkeypatch):
 
 def test_amd_gets_nothing_of_nvidias(amd):
     assert card.card_of(AMD) is None
-    assert operations_on(AMD) is operations
+    assert all(operations_on(AMD, precision) is operations for precision in ("exact", "fp8", "int8"))
     assert not graphs.can_capture(AMD)
     assert not graphs.can_allocate_in_capture(AMD)
     device = ComputeDevice()
@@ -44,6 +44,16 @@ def test_amd_gets_nothing_of_nvidias(amd):
     assert isinstance(device.pool, PlainMemory)
     assert device.weight_dtype("auto") == torch.bfloat16
     assert device.weight_dtype("fp8") == torch.bfloat16  # in which weights of 8 bits are multiplied
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps", "privateuseone"])  # the last is DirectML's
+@pytest.mark.parametrize("precision", ["exact", "fp8", "int8"])
+def test_other_devices_compute_in_plain_pytorch(kind, precision):
+    device = torch.device(kind, 0)
+    assert operations_on(device, precision) is operations
+    assert not operations.can_capture(device)
+    assert not graphs.can_capture(device)
+    assert not graphs.can_allocate_in_capture(device)
 
 
 def available(monkeypatch, **counts: int) -> None:
