@@ -49,7 +49,7 @@ ENGLISH = {
     "s": "{} s",
     "pitch": "**In ComfyUI {version} without flags** a picture of 1024×1024 takes {ours} on an {device}.\n"
     "ComfyUI's own nodes take {native}.{less}\n"
-    "All were [measured](docs/performance.md) with random weights of the published sizes.",
+    "These times were [measured](docs/performance.md) with random weights of the published sizes.",
     "pitch 8 GB": " With only 8 GB of the card's memory, our nodes take {}.",
     "figure": "Seconds of a picture in ComfyUI as it comes",
     "by memory": "Seconds of a picture by the card's memory",
