@@ -17,6 +17,7 @@ from ..adapters.tokens import NewToken, taught_tokens
 from ..errors import CascadeError
 from ..networks import activations
 from ..networks.precision import compute_dtype
+from ..text.foreign_syntax import describe_syntax
 from ..text.known_words import describe_unknown_words
 from ..text.prompt_weights import LONGEST_PROMPT
 from .device import ComputeDevice
@@ -103,6 +104,8 @@ class TextStage:
             for prompt in prompts
             for token in embeddings(prompt, model.config.hidden_size)
         }
+        for notice in filter(None, dict.fromkeys(describe_syntax(p) for prompts in batches for p in prompts)):
+            self.device.observer.notify(notice)
         learned = [*self.learned, *files.values()]
         if words := self.encoder.tokenizer.words:
             names = [token.name for token in learned]

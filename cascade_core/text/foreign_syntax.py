@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..errors import quoted
 
 ADVICE = {
-    "lora": "is read as words; a LoRA is applied by Cascade LoRA Apply",
+    "lora": "is read as words; a LoRA is applied by Cascade LoRA Apply, or by add_lora in Python",
     "break": "is read as a word; prompts of any length are cut into parts by themselves, so leave it out",
     "schedule": (
         "is read as words; for a prompt that changes during the steps combine two of them, each in its range of steps "
@@ -36,9 +36,10 @@ def foreign_syntax(prompt: str) -> list[ForeignSyntax]:
     return [ForeignSyntax(kind, first[kind]) for kind in ADVICE if kind in first]
 
 
-def describe_syntax(pieces: list[ForeignSyntax]) -> list[str]:
-    """A sentence for each piece."""
-    return [f"In the prompt {quoted(text)} {ADVICE[kind]}." for kind, text in pieces]
+def describe_syntax(prompt: str) -> str | None:
+    """A sentence for each piece, in one notice; None without any."""
+    sentences = [f"In the prompt {quoted(text)} {ADVICE[kind]}." for kind, text in foreign_syntax(prompt)]
+    return " ".join(sentences) or None
 
 
 def _pieces(prompt: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Words that a text encoder was never taught are told of in ComfyUI, in our node and in its own."""
+"""Unknown words and other programs' syntax are told of in ComfyUI, in our node and in its own."""
 
 
 def test_unknown_words_are_told_of_at_whichever_node_encodes(measured):
@@ -13,3 +13,14 @@ def test_unknown_words_are_told_of_at_whichever_node_encodes(measured):
     assert len(told["untaught"]) == 1
     assert told["taught"] == []
     assert told["without words"] == []
+
+
+def test_syntax_of_other_programs_is_told_of_at_whichever_node_encodes(measured):
+    """Beside the node it stands once: our node's panel shows it, ComfyUI's node has none."""
+    ((ours, in_panel),) = measured["syntax, ours"]
+    ((theirs, beside_node),) = measured["syntax, theirs"]
+    assert ours == theirs
+    assert "'<lora:x:0.8>' is read as words" in ours
+    assert "'BREAK' is read as a word" in ours
+    assert (in_panel, beside_node) == (True, False)
+    assert measured["no syntax"] == []

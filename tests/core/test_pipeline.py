@@ -65,6 +65,14 @@ def test_each_network_is_loaded_once(cascade):
     assert all(cascade._loaded[key] is network for key, network in networks.items())
 
 
+def test_syntax_of_other_programs_is_told_of_once(cascade, caplog):
+    cascade.prior(["a <lora:x:0.8> star BREAK"] * 2, negative="a (blue:1.2) star")
+    (notice,) = caplog.messages
+    assert "'<lora:x:0.8>' is read as words; a LoRA is applied by" in notice
+    assert "add_lora" in notice
+    assert "'BREAK' is read as a word" in notice
+
+
 def test_a_call_is_its_stages_one_after_the_other(cascade):
     latent = cascade.prior("a red star", seed=4)
     assert latent.shape == (1, 16, 2, 2)

@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from ....cascade_core.adapters.embeddings import LEFT_OUT, embedding_names, missing, spellings
 from ....cascade_core.text.clip import Shapes, TextConfig, load_clip
 from ....cascade_core.text.encoder import carried_by, find_tokenizer
+from ....cascade_core.text.foreign_syntax import describe_syntax
 from ....cascade_core.text.known_words import describe_unknown_words
 from ....cascade_core.text.tokenizer import Tokenizer
 from ..roles import leaves_folder
 from .progress import notify
 from .weights import remember_file
+
+# Option that our node gives to the tokenizer: the node's panel names syntax of other programs.
+SYNTAX_IN_PANEL = "cascade_syntax_in_panel"
 
 
 class TextModel(comfy.clip_model.CLIPTextModel):
@@ -95,7 +99,8 @@ class BackendAdapter:
 class SavedTokenizer(comfy.sd1_clip.SDTokenizer):
     """Host's chunking, plus tensors that the host's save nodes request from the tokenizer and store beside the weights.
 
-    words: those that the text encoder was taught; empty: all. The node that encodes a prompt reports unknown words.
+    words: those that the text encoder was taught; empty: all. The node that encodes a prompt reports unknown words,
+    and syntax of other programs.
     """
 
     def __init__(
@@ -110,6 +115,8 @@ class SavedTokenizer(comfy.sd1_clip.SDTokenizer):
         self.words = tuple(words)
 
     def tokenize_with_weights(self, text: str, *arguments: Any, **options: Any) -> Any:
+        if notice := describe_syntax(text):
+            notify(notice, in_panel=SYNTAX_IN_PANEL in options.get("tokenizer_options", {}))
         if notice := describe_unknown_words([text], self.words):
             notify(notice)
         return super().tokenize_with_weights(text, *arguments, **options)
@@ -181,4 +188,5 @@ def _encode_text(clip: Any, prompt: str) -> list:
     for name in embedding_names(prompt):  # also refuses names that ComfyUI's own parser would fail at
         if not _has_embedding(name):
             notify(f"{missing(name, ', '.join(folder_paths.get_folder_paths('embeddings')))}; {LEFT_OUT}.")
-    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    tokens = clip.tokenize(prompt, tokenizer_options={SYNTAX_IN_PANEL: True})
+    return clip.encode_from_tokens_scheduled(tokens)

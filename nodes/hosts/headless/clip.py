@@ -7,8 +7,6 @@ from typing import Any
 from ....cascade_core.errors import CascadeError
 from ....cascade_core.stages.prompt import TextStage
 from ....cascade_core.stages.prompt import load_text_encoder as load
-from ....cascade_core.text.foreign_syntax import describe_syntax, foreign_syntax
-from ..reporting import notify
 from .device import compute_device
 from .embeddings import embeddings_in
 from .values import words_for
@@ -21,8 +19,5 @@ def load_text_encoder(path: Path) -> TextStage:
 def encode_texts(clip: Any, prompts: Sequence[str]) -> list[list]:
     if not isinstance(clip, TextStage):
         raise CascadeError(f"The CLIP is {words_for(clip)}; connect Load Cascade Text Encoder.")
-    for prompt in prompts:
-        if pieces := foreign_syntax(prompt):  # ComfyUI's node shows them in its panel
-            notify(" ".join(describe_syntax(pieces)))
     encoded = clip.encode_each([[prompt] for prompt in prompts], embeddings_in)
     return [[[each.states, {"pooled_output": each.pooled}]] for each in encoded]

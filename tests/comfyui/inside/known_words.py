@@ -1,4 +1,4 @@
-"""Notices about prompts with words that the text encoder was not trained on."""
+"""Notices about prompts with words that the text encoder was not trained on, or with other programs' syntax."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -45,7 +46,15 @@ def told(work: Callable[[], object]) -> list[str]:
     return handler.sentences
 
 
-def measure() -> dict[str, list[str]]:
+def told_of_syntax(work: Callable[[], object]) -> list[tuple[str, bool]]:
+    """Each notice of the tokenizer, and whether a panel shows it too."""
+    notices: list[tuple[str, bool]] = []
+    with patch.object(comfyui.clip, "notify", lambda text, in_panel=False: notices.append((text, in_panel))):
+        work()
+    return notices
+
+
+def measure() -> dict[str, list]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "encoder"
         shutil.copytree(WEIGHTS / "demo_text_encoder", folder)
@@ -81,4 +90,7 @@ def measure() -> dict[str, list[str]]:
             *told(lambda: encode(again, "a red house, a [loop]")),
         ],
         "without words": told(lambda: encode(silent, "a lighthouse in a storm")),
+        "syntax, ours": told_of_syntax(lambda: CascadeTextEncode.execute(silent, "a <lora:x:0.8> BREAK", "")),
+        "syntax, theirs": told_of_syntax(lambda: encode(silent, "a <lora:x:0.8> BREAK")),
+        "no syntax": told_of_syntax(lambda: encode(silent, "a (red:1.2) star")),
     }
