@@ -53,7 +53,7 @@ WITHOUT_EFFECT = (
     "finetune.dtype",
 )
 # Each machine may have them elsewhere.
-PLACES = ("output.file", "output.folder", "output.prompts_file")
+PLACES = ("output.file", "output.folder", "output.prompts_file", "validation.folder", "validation.tars")
 # Settings that decide how the result is written.
 OF_THE_FILE = (
     "output.file",
@@ -77,16 +77,23 @@ def contents_of(
 
     asked: called from time to time; may raise Interrupted.
     """
-    with_prompts = settings.models.image_encoder is not None
-    named = settings.data.crops > 1
-    digest = pictures_digest(pictures, Cache(cache, "contents"), with_prompts, asked, named)
     contents = {
-        "pictures and captions": f"{len(pictures)} pictures ({digest[:16]})",
+        "pictures and captions": pictures_named(settings, pictures, cache, asked),
         "processes": str(processes),
     }
     for key, path in _networks(settings).items():
         contents[f"{key} file"] = network_digest(path, _part(key), asked)[:16]
     return contents
+
+
+def pictures_named(
+    settings: Settings, pictures: Sequence[TrainingPicture], cache: str, asked: Callable[[], None]
+) -> str:
+    """The number of pictures and a digest of them and their captions, as text."""
+    with_prompts = settings.models.image_encoder is not None
+    named = settings.data.crops > 1
+    digest = pictures_digest(pictures, Cache(cache, "contents"), with_prompts, asked, named)
+    return f"{len(pictures)} pictures ({digest[:16]})"
 
 
 def input_files(settings: Settings) -> dict[str, Path]:
@@ -117,7 +124,7 @@ def shared_settings(settings: Settings) -> dict[str, str]:
     values = _deciding(settings) | {
         key: value
         for key, value in _flat(settings).items()
-        if key.partition(".")[0] in ("train", "output") and key not in PLACES
+        if key.partition(".")[0] in ("train", "output", "validation") and key not in PLACES
     }
     return {key: json.dumps(value) for key, value in values.items() if key != "train.precision"}
 

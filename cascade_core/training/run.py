@@ -44,7 +44,7 @@ from .processes import Processes
 from .prompts import sample_prompts, texts_of, with_prompts_of_file
 from .ranges import in_steps
 from .results import Results
-from .run_folder import Notify, begun, cache_of, compared, locked
+from .run_folder import Notify, begun, cache_of, compare_settings, compared, locked
 from .samples import CascadeDecoder, Decoder, PreviewDecoder, Samples, StageBSamples
 from .settings import DataSettings, Settings, TrainSettings
 from .sharding import lay_out_as_divided
@@ -95,6 +95,7 @@ def train(
         with ExitStack() as held:
             held.enter_context(processes.naming_the_lost())
             settings = processes.on_each(read_prompts)
+            compare_settings(settings, processes)
             folder = Path(settings.output.folder or "")
             processes.on_main(lambda: held.enter_context(locked(folder, notify)))
             access = Access(stop, check)
@@ -103,7 +104,7 @@ def train(
             )
             trained = pictures.trained
             settings = with_steps(settings, trained, processes, access)
-            contents = compared(settings, trained, processes, access.ask)
+            contents = compared(settings, pictures, processes, access.ask)
 
             def standing() -> str | None:
                 file = begun(settings, contents, notify, fresh)
@@ -229,11 +230,11 @@ def prepare(
         )
     if processes.is_main_process:
         write_left_out(Path(settings.output.folder or "") / LEFT_OUT, data.skipped)
-    own_texts = held_out.captions if held_out is not None else []
-    text, trained_encoder = _text_of(settings, data.captions, own_texts, processes, access)
+    more_texts = held_out.captions if held_out is not None else []
+    text, trained_encoder = _text_of(settings, data.captions, more_texts, processes, access)
 
-    stage_b, held_out_b, stage_a = processes.on_each(
-        lambda: stage_b_data(settings, data, held_out, compressor, report_caching, access)
+    stage_b, held_out_b, stage_a = stage_b_data(
+        settings, data, held_out, compressor, processes, report_caching, access
     )
 
     def load_task() -> StageCTask:
@@ -270,10 +271,11 @@ def _data_of(
     report: Callable[[int, int], None],
     access: Access,
 ) -> tuple[TrainingData, TrainingData | None, ImagePrompts | None]:
-    """The training data, the held-out pictures if this process measures on them, and the image prompts."""
+    """The training data, the held-out pictures that are measured on, and the image prompts."""
     device, cache, validation = processes.device, cache_of(settings), settings.validation
     data_settings, compressor_digest = replace(settings.data, cache=cache), fingerprint(compressor)
     found = pictures.trained, pictures.skipped
+    measured = pictures.held_out[: validation.pictures]
 
     def encode(pixels: Tensor) -> Tensor:
         return compressor(pixels.to(device))
@@ -282,6 +284,8 @@ def _data_of(
     if processes.num_processes > 1:  # each encodes its share
         parts = processes, report, image_prompts, found, access
         fill_cache(data_settings, encode, compressor_digest, *parts)
+        parts = processes, report, None, (measured, []), access
+        fill_cache(as_they_are(data_settings), encode, compressor_digest, *parts)
 
     def open_data(
         settings_of_data: DataSettings, found: Found, seed: int, prompts: ImagePrompts | None
@@ -293,8 +297,6 @@ def _data_of(
     seed = settings.train.seed
     data = processes.on_each(lambda: open_data(data_settings, found, seed, image_prompts))
     processes.compare({"what can be trained on": data.summary()})
-    fsdp = settings.train.fsdp
-    measured = pictures.held_out[: validation.pictures] if processes.is_main_process or fsdp else []
 
     def open_held_out() -> TrainingData | None:
         return open_data(as_they_are(data_settings), (measured, []), 0, None) if measured else None
@@ -305,13 +307,13 @@ def _data_of(
 def _text_of(
     settings: Settings,
     captions: list[str],
-    own_texts: list[str],
+    more_texts: list[str],
     processes: Processes,
     access: Access,
 ) -> tuple[CachedText, TextEncoder | None]:
     """The captions' cached states, and the text encoder if it or its tokens are trained; otherwise it is released.
 
-    own_texts: further texts, for this process only.
+    more_texts: encoded as well.
     """
     device, cache = processes.device, cache_of(settings)
 
@@ -325,7 +327,7 @@ def _text_of(
         text, trained = CachedText(texts, [""], device), encoder
     else:
         texts.fill_together([*captions, *texts_of(settings.output.prompts)], processes, access.ask)
-        processes.on_each(lambda: texts.fill(own_texts, ask=access.ask))
+        texts.fill_together(more_texts, processes, access.ask)
         text, trained = CachedText(texts, captions, device), None
     texts.release()
     return text, trained
@@ -404,6 +406,7 @@ def stage_b_data(
     data: TrainingData,
     held_out: TrainingData | None,
     compressor: SemanticCompressor,
+    processes: Processes,
     report: Callable[[int, int], None],
     access: Access,
 ) -> tuple[StageBData | None, HeldOutStageB | None, StageA | None]:
@@ -413,8 +416,8 @@ def stage_b_data(
     """
     if settings.network != "stage_b":
         return None, None, None
-    device = next(compressor.parameters()).device
-    stage_a = load_network(str(settings.models.stage_a), "stage_a", torch.float32, device, StageA)
+    device, file = processes.device, str(settings.models.stage_a)
+    stage_a = processes.on_each(lambda: load_network(file, "stage_a", torch.float32, device, StageA))
 
     def encode(pixels: Tensor) -> Tensor:
         return stage_a.encode(pixels.to(device))
@@ -423,7 +426,7 @@ def stage_b_data(
         return compressor(pixels.to(device))
 
     made = (encode, fingerprint(stage_a)), (compress, fingerprint(compressor))
-    more = stage_a.config.c_latent, report, access.ask
+    more = stage_a.config.c_latent, processes, report, access.ask
     found = StageBData(settings.stage_b, data, *made, *more)
     measured = HeldOutStageB(held_out, made[0], *more) if held_out is not None else None
     return found, measured, stage_a.to("cpu")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import CascadeError, counted, printable
-from .data.pictures import TrainingPicture
+from .data.held_out import FoundPictures
 from .identity import (
     contents_of,
     differences,
     other_processes,
+    pictures_named,
     refusal,
     same_file,
     saved,
@@ -58,23 +59,30 @@ def locked(folder: Path, notify: Notify) -> Iterator[None]:
         lock.release()
 
 
+def compare_settings(settings: Settings, processes: Processes) -> None:
+    """Raises CascadeError, the same in all processes, where their settings differ."""
+    processes.compare(shared_settings(settings) | computing(settings.train.precision, processes.device))
+
+
 def compared(
-    settings: Settings, pictures: Sequence[TrainingPicture], processes: Processes, ask: Callable[[], None]
+    settings: Settings, pictures: FoundPictures, processes: Processes, ask: Callable[[], None]
 ) -> dict[str, str]:
-    """The main process's `contents_of`, after all processes have compared theirs and their settings; nothing is
-    loaded yet.
+    """The main process's `contents_of`, after all processes have compared theirs; nothing is loaded yet.
 
     ask: called from time to time; raises Interrupted. Raises CascadeError, the same in all, where they differ.
     """
-    processes.compare(shared_settings(settings) | computing(settings.train.precision, processes.device))
     contents: dict[str, str] = {}
+    held_out: dict[str, str] = {}  # compared, but not part of a run's identity
 
     def read() -> None:
         if processes.is_local_main_process:  # once per machine
-            contents.update(contents_of(settings, pictures, cache_of(settings), processes.num_processes, ask))
+            cache = cache_of(settings)
+            contents.update(contents_of(settings, pictures.trained, cache, processes.num_processes, ask))
+            if processes.num_processes > 1:
+                held_out["held-out pictures"] = pictures_named(settings, pictures.held_out, cache, ask)
 
     processes.on_each(read)
-    processes.compare(contents)
+    processes.compare(contents | held_out)
     return contents
 
 

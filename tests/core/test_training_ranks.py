@@ -7,18 +7,21 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
 from cascade_nodes.cascade_core.checkpoints import read_safetensors
 from cascade_nodes.cascade_core.training.data import latents, text_cache
+from cascade_nodes.cascade_core.training.data.latents import LatentEncoder
 from cascade_nodes.cascade_core.training.state import STATE, rows_of
 from cascade_nodes.tests.core.training_ranks import (
     DIVIDED,
     InTurn,
     digest,
     everything,
+    note_encoded,
     seed_by_batch,
 )
 from cascade_nodes.tests.core.training_runs import loop_of, settings_of, write_world
@@ -28,22 +31,28 @@ TASKS = ["lora, adaptive", "controlnet from nothing"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Files of each of the two machines; the second also has a folder with one picture fewer."""
+    """Files of each of the two machines; the second has one picture to hold out fewer, and a folder without it."""
     first = write_world(tmp_path_factory.mktemp("first") / "world")
+    shutil.copytree(first / "pictures", first / "held out")
     second = shutil.copytree(first, tmp_path_factory.mktemp("second") / "its own")
     shutil.copytree(first / "pictures", second / "without")
     (second / "without" / "3.png").unlink()
+    (second / "held out" / "3.png").unlink()
     return first, second
 
 
 @pytest.fixture(scope="module")
 def alone(world, tmp_path_factory):
-    """The finetunes by one process, which accumulates the batches of both."""
+    """The finetunes by one process, which accumulates the batches of both; and the pictures that it encoded."""
     runs = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latents, "ENCODED_AT_ONCE", 1)  # as `encode_one_by_one`
         patch.setattr(text_cache, "CHUNKS_AT_ONCE", 1)
-        return {name: accumulating(world[0], name, runs / name) for name in DIVIDED}
+        noted, encoded = note_encoded(LatentEncoder._encode)
+        patch.setattr(LatentEncoder, "_encode", noted)
+        loops = {name: accumulating(world[0], name, runs / name) for name in DIVIDED}
+    shutil.rmtree(world[0] / "cache")  # the two processes encode anew
+    return loops, encoded
 
 
 def accumulating(world, name, run):
@@ -61,7 +70,7 @@ def outcomes(world, alone, tmp_path_factory):
     meeting = tmp_path_factory.mktemp("meeting") / "store"
     running = []
     for rank, own in enumerate(world):
-        run = shutil.copytree(alone["finetune"].folder.parent, own / "alone")
+        run = shutil.copytree(alone[0]["finetune"].folder.parent, own / "alone")
         several = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         several |= {"MASTER_ADDR": "they meet in a file", "MASTER_PORT": "0"}
         environment = {**os.environ, **several, "OMP_NUM_THREADS": "1"}
@@ -99,7 +108,7 @@ def test_two_processes_leave_a_finished_run_as_it_is(outcomes):
 @pytest.mark.parametrize("task", DIVIDED)
 def test_a_divided_network_trains_as_a_whole_one_bit_for_bit(outcomes, alone, world, task):
     """Weights, average, optimiser, samples and the file: two processes with their rows, and one that has all."""
-    whole = everything(alone[task])
+    whole = everything(alone[0][task])
     for rank, own in enumerate(world):
         rows, _ = read_safetensors(own / f"divided {task} whole" / "everything.safetensors")
         for name, value in whole.items():
@@ -111,9 +120,26 @@ def test_a_divided_network_trains_as_a_whole_one_bit_for_bit(outcomes, alone, wo
                 assert name.startswith("optimiser.")
                 assert len(expected) == 0 if value.ndim else rank == 1
     run = world[0] / f"divided {task} whole"
+    assert validated(run) == validated(alone[0][task].folder)
     for name in ("out.safetensors", "samples/000000.png", "samples/000008.png"):
-        assert (run / name).read_bytes() == (alone[task].folder / name).read_bytes(), name
+        assert (run / name).read_bytes() == (alone[0][task].folder / name).read_bytes(), name
     assert not (world[1] / f"divided {task} whole" / "out.safetensors").exists()
+
+
+def validated(run) -> list[float]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    errors = [row["validation"] for row in rows if "validation" in row]
+    assert len(errors) == 3  # at steps 0, 4 and 8
+    return errors
+
+
+def test_each_picture_is_encoded_by_one_of_the_processes(outcomes, alone):
+    """Stage C's latents, Stage A's, the compressor's of each size, and those of held-out pictures."""
+    shares = [outcome["encoded"]["pictures"] for outcome in outcomes]
+    assert sorted(shares[0] + shares[1]) == sorted(alone[1])
+    networks = [Counter(line.split(" (")[0] for line in share) for share in shares]
+    expected = {"semantic compressor": 5, "Stage A": 5, "compressor": 4}  # of ten pictures, two held out
+    assert networks == [expected, expected]
 
 
 @pytest.mark.parametrize("task", DIVIDED)
@@ -136,7 +162,7 @@ def test_another_number_of_processes_goes_on_with_a_divided_run(outcomes, alone,
         shutil.copytree(own / f"divided {task} whole", tmp_path / "run", dirs_exist_ok=True)
     loop = loop_of(settings_of(world[0], task, tmp_path / "run", **DIVIDED[task]))
     assert loop.resume()
-    assert digest(everything(loop)) == digest(everything(alone[task]))
+    assert digest(everything(loop)) == digest(everything(alone[0][task]))
     loop.save()
     assert [path.name for path in (tmp_path / "run").glob("state.*")] == [STATE]
 
@@ -149,5 +175,11 @@ def test_processes_that_would_train_something_else_are_told_what_and_where(outco
     end = "; give all of them the same settings, pictures and networks."
     assert first["seed"] == f"{where}, would train something else than process 0 (train.seed: 0 → 7){end}"
     assert first["steps"] == f"{where}, would train something else than process 0 (train.steps: 2 → 3){end}"
+    assert (
+        first["epochs"]
+        == f"{where}, would train something else than process 0 (train.epochs: null → 1.0){end}"
+    )
+    assert "(validation.every: 0 → 1)" in first["validation"]
+    assert re.search(r"\(held-out pictures: 10 pictures \(.*\) → 9 pictures \(.*\)\)", first["held out"])
     assert re.search(r"\(pictures and captions: 10 pictures \(.*\) → 9 pictures \(.*\)\)", first["pictures"])
     assert first["network"].startswith(f"{where}: nothing.safetensors")

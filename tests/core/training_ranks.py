@@ -17,15 +17,18 @@ from cascade_nodes.cascade_core import CascadeError
 from cascade_nodes.cascade_core.checkpoints import write_safetensors
 from cascade_nodes.cascade_core.training import run, sharding
 from cascade_nodes.cascade_core.training.data import latents, text_cache
+from cascade_nodes.cascade_core.training.data.buckets import Bucket
+from cascade_nodes.cascade_core.training.data.latents import LatentEncoder
 from cascade_nodes.cascade_core.training.loop import Loop
-from cascade_nodes.cascade_core.training.settings import Settings
+from cascade_nodes.cascade_core.training.settings import Settings, ValidationSettings
 from cascade_nodes.cascade_core.training.state import optimiser_tensors
 from cascade_nodes.headless.train import leave_group
 from cascade_nodes.tests.core.training_runs import Dying, loop_of, settings_of
 
-_WHOLE: dict[str, Any] = {  # a whole finetune by FSDP2, with samples
+_WHOLE: dict[str, Any] = {  # a whole finetune by FSDP2, with samples and held-out pictures
     "train": {"fsdp": True, "max_grad_norm": 0.5, "gradient_checkpointing": True},
     "output": {"sample_every": 4, "prompts": ["a red star"], "sample_steps": 2},
+    "validation": {"every": 4, "share": 0.2, "times": 2},
 }
 DIVIDED: dict[str, dict[str, Any]] = {  # by their tasks; Stage B without what each process draws by itself
     "finetune": {**_WHOLE, "train": {**_WHOLE["train"], "precision": "bf16"}},
@@ -75,6 +78,19 @@ class InTurn:
 def encode_one_by_one() -> None:
     """A picture's latent and a caption's states have the same bits then, whatever else their process has to encode."""
     latents.ENCODED_AT_ONCE = text_cache.CHUNKS_AT_ONCE = 1
+
+
+def note_encoded(encode: Callable[..., Tensor]) -> tuple[Any, list[str]]:
+    """LatentEncoder._encode, and a list of what it is called with: network, size and pixels of each picture."""
+    encoded: list[str] = []
+
+    def noted(encoder: LatentEncoder, images: list[Tensor], bucket: Bucket) -> Tensor:
+        for image in images:
+            pixels = blake2b(image.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+            encoded.append(f"{encoder.form.network} {tuple(image.shape)} {pixels}")
+        return encode(encoder, images, bucket)
+
+    return noted, encoded
 
 
 def answer(value: Any) -> None:
@@ -141,7 +157,7 @@ def train_twice(world: Path) -> None:
     answer({"name": "twice", "told": told, "files": files})
     second = os.environ["RANK"] == "1"
 
-    def refusal(changed: Settings) -> str:
+    def refusal(changed: Settings, settings: Settings = settings) -> str:
         try:
             run.train(changed if second else settings, fresh=True)
         except CascadeError as error:
@@ -149,13 +165,18 @@ def train_twice(world: Path) -> None:
         return ""
 
     without = Path(settings.data.folder or "").with_name("without")
+    held_out = replace(settings, validation=ValidationSettings(every=1, folder=str(world / "held out")))
     changes = {
         "seed": replace(settings, train=replace(settings.train, seed=7)),
         "steps": replace(settings, train=replace(settings.train, steps=3)),
         "pictures": replace(settings, data=replace(settings.data, folder=str(without))),
+        "epochs": replace(settings, train=replace(settings.train, epochs=1.0)),
+        "validation": held_out,
         "network": replace(settings, models=replace(settings.models, stage_c="nothing.safetensors")),
     }
-    answer({"name": "refused", **{name: refusal(changed) for name, changed in changes.items()}})
+    refusals = {name: refusal(changed) for name, changed in changes.items()}
+    refusals["held out"] = refusal(held_out, held_out)
+    answer({"name": "refused", **refusals})
 
 
 if __name__ == "__main__":
@@ -164,10 +185,12 @@ if __name__ == "__main__":
         "gloo", f"file://{meeting}", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
     )
     encode_one_by_one()
+    LatentEncoder._encode, encoded = note_encoded(LatentEncoder._encode)
     sharding.UNIT = 60_000  # so that a level has several units, of several blocks
     for task in sys.argv[4:]:
         train(world, task)
     for task in DIVIDED:
         divided(world, task, alone)
+    answer({"name": "encoded", "pictures": encoded})
     train_twice(world)
     leave_group()

@@ -66,20 +66,13 @@ def fill_cache(
     pictures, _ = found or find_all(settings, access)
     rank, ranks = processes.process_index, processes.num_processes
 
-    def encode_share() -> tuple[list[BucketedPicture], LatentEncoder]:
-        bucketed, _ = _assign_buckets(settings, pictures, access)
-        encoder = _latent_encoder(settings, encode, fingerprint, report, access)
-        encoder.fill(bucketed[rank::ranks])
-        if image_prompts is not None:
-            image_prompts.fill([each.picture for each in bucketed[rank::ranks]], report, access.ask)
-        return bucketed, encoder
-
-    bucketed, encoder = processes.on_each(encode_share)
-    keys = [key for each in bucketed for key in encoder.keys(each)]
-    exchange(encoder.cache, keys, processes)
+    bucketed, _ = processes.on_each(lambda: _assign_buckets(settings, pictures, access))
+    encoder = _latent_encoder(settings, encode, fingerprint, report, access)
+    encoder.fill_together(bucketed, processes)
     if image_prompts is not None:
-        prompts = image_prompts.keys(each.picture for each in bucketed)
-        exchange(image_prompts.cache, prompts, processes)
+        prompted = [each.picture for each in bucketed]
+        processes.on_each(lambda: image_prompts.fill(prompted[rank::ranks], report, access.ask))
+        exchange(image_prompts.cache, image_prompts.keys(prompted), processes)
 
 
 def _assign_buckets(

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ...errors import CascadeError, counted
 from ...geometry import LATENT_CHANNELS
+from ..processes import Processes
 from .bucketing import CENTRES, BucketedPicture, Crops
 from .buckets import Bucket
 from .cache import Cache, Key
+from .exchange import exchange
 from .pictures import PictureError
 from .threads import map_in_threads
 
@@ -72,6 +74,12 @@ class LatentEncoder:
         """The keys of all latents of a picture: for each crop, unmirrored and then mirrored."""
         crops = self.crops.all_of(picture)
         return [picture.key(mirrored, crop) for crop in crops for mirrored in self.mirrorings]
+
+    def fill_together(self, pictures: Sequence[BucketedPicture], processes: Processes) -> None:
+        """`fill` by several processes, each of which encodes its share and receives the others'."""
+        rank, ranks = processes.process_index, processes.num_processes
+        processes.on_each(lambda: self.fill(pictures[rank::ranks]))
+        exchange(self.cache, [key for each in pictures for key in self.keys(each)], processes)
 
     def fill(self, pictures: Sequence[BucketedPicture]) -> dict[BucketedPicture, str]:
         """Encodes the latents that are not cached yet; returns the damaged pictures, and what is wrong with each."""

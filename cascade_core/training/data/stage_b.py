@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import COMPRESSOR_STRIDE, LATENT_CHANNELS, stage_b_size, whole_size
+from ..processes import Processes
 from ..settings import StageBSettings
 from .batches import Batch, TrainingData
 from .bucketing import BucketedPicture
@@ -60,13 +61,14 @@ def encoded(
     encode: Encode,
     digest: str,
     form: LatentForm,
+    processes: Processes,
     report: Callable[[int, int], None] | None,
     ask: Callable[[], None],
 ) -> LatentEncoder:
-    """An encoder whose cache holds the latents of these pictures of `data`."""
+    """An encoder whose cache holds the latents of these pictures of `data`; each process encodes its share."""
     cache = Cache(data.settings.cache, digest)
     encoder = LatentEncoder(encode, cache, data.settings.flip, report, ask, data.crops, form)
-    encoder.fill(pictures)
+    encoder.fill_together(pictures, processes)
     return encoder
 
 
@@ -83,11 +85,13 @@ class StageBData:
         stage_a: tuple[Encode, str],
         compressor: tuple[Encode, str],
         channels: int,
+        processes: Processes,
         report: Callable[[int, int], None] | None = None,
         ask: Callable[[], None] = lambda: None,
     ):
         self.settings = settings
-        self.stage_a = encoded(data, data.pictures, *stage_a, stage_a_form(channels), report, ask)
+        form, rank, ranks = stage_a_form(channels), processes.process_index, processes.num_processes
+        self.stage_a = encoded(data, data.pictures, *stage_a, form, processes, report, ask)
         self.buckets = {key: each.bucket for each in data.pictures for key in self.stage_a.keys(each)}
         sizes = {bucket: set(self._sizes(bucket)) for bucket in {each.bucket for each in data.pictures}}
         members = {
@@ -95,7 +99,8 @@ class StageBData:
             for size in sorted(set().union(*sizes.values()))
         }
         self.compressors: dict[Size, LatentEncoder] = {}
-        done, total = 0, sum(map(len, members.values()))
+        shares = {size: len(pictures[rank::ranks]) for size, pictures in members.items()}
+        done, total = 0, sum(shares.values())
 
         def report_all(now: int, here: int) -> None:
             if report is not None:
@@ -105,8 +110,8 @@ class StageBData:
         for size, pictures in members.items():
             key = key_of(digest, "size", *size).hex()
             form = compressor_form(size)
-            self.compressors[size] = encoded(data, pictures, encode, key, form, report_all, ask)
-            done += len(pictures)
+            self.compressors[size] = encoded(data, pictures, encode, key, form, processes, report_all, ask)
+            done += shares[size]
 
     def _sizes(self, bucket: Bucket) -> list[Size]:
         if self.settings.scales is None:
@@ -139,10 +144,11 @@ class HeldOutStageB:
         data: TrainingData,
         stage_a: tuple[Encode, str],
         channels: int,
+        processes: Processes,
         report: Callable[[int, int], None] | None = None,
         ask: Callable[[], None] = lambda: None,
     ):
-        self.stage_a = encoded(data, data.pictures, *stage_a, stage_a_form(channels), report, ask)
+        self.stage_a = encoded(data, data.pictures, *stage_a, stage_a_form(channels), processes, report, ask)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.stage_a.cache.stack(batch.cache_keys), batch.latents
