@@ -51,7 +51,7 @@ FEATURES: dict[str, list[tuple[Sections, Sections]]] = {
         ({"data": {"size": 96}}, {"data": {"min_bucket_side": 96}}),
         ({"data": {"size": 96}}, {"data": {"max_bucket_side": 96}}),
     ],
-    "a size of its own for each set": [sets(size=96)],
+    "another size for each set": [sets(size=96)],
     "several sizes of each picture": [of("data", more_sizes=[96]), sets(more_sizes=[96])],
     "pictures are not enlarged": [
         ({"data": {"size": 96}}, {"data": {"enlarge": False}}),
@@ -123,7 +123,7 @@ FEATURES: dict[str, list[tuple[Sections, Sections]]] = {
         ({"train": {"schedule": "constant"}}, {"train": {"schedule": "cosine"}}),
         of("train", restarts=1),
     ],
-    "lower bound of the rate (floor), stable-decay": [
+    "lower bound of the learning rate (floor), stable decay": [
         of("train", final_learning_rate=0.5),
         of("train", schedule="stable_decay", decay=2),
     ],

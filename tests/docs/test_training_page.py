@@ -105,11 +105,11 @@ def test_each_feature_names_a_test_that_is_there():
 OF_RUNS = {
     "captions in text files, jsonl, csv, json", "webdataset tars, read without unpacking",
     "a dry run with a contact sheet",
-    "a killed run goes on bit for bit", "files every so many steps or epochs, the last N", "epochs or steps",
-    "samples with prompts files", "TensorBoard, wandb", "a loss curve in the folder", "stops at a time",
+    "a killed run goes on bit for bit", "files every so many steps or epochs, only the last N kept", "epochs or steps",
+    "samples with prompts files", "TensorBoard, wandb", "a loss curve in the folder", "stopping at a given time",
     "fp16 with a loss scale that a resumed run keeps", "curve and samples while it trains, in ComfyUI",
     "several machines without a shared folder, FSDP2", "`modelspec.*` and `ss_*`",
-    "captions and folders on request alone", "the same run writes the same bytes",
+    "captions and folders in the file, only on request", "the same run writes the same bytes",
 }  # fmt: skip
 
 

@@ -22,10 +22,10 @@ class DataSetSettings:
 
     folder: str | None = None  # a folder of pictures with captions; its subfolders are read too
     tars: tuple[str, ...] = ()  # paths of webdataset tars, or patterns
-    size: Annotated[int | None, Range(64, 4096)] = None  # as data.size; null: the same
-    # as data.more_sizes; null: the same
+    size: Annotated[int | None, Range(64, 4096)] = None  # replaces data.size for this set
+    # replaces data.more_sizes for this set
     more_sizes: Annotated[tuple[int, ...] | None, Range(64, 4096)] = None
-    masks: Masks | None = None  # as data.masks; null: the same
+    masks: Masks | None = None  # replaces data.masks for this set
     mask_folder: str | None = None  # a folder with masks for this set's pictures
     caption: str | None = None  # caption for pictures of this set that have none; null: data.caption
     caption_suffix: str | None = None  # ending of this set's caption files; null: data.caption_suffix
