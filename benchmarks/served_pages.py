@@ -75,7 +75,7 @@ JAPANESE = {
     "s": "{} 秒",
     "pitch": "**既定の設定の ComfyUI {version}** で、1024×1024 の画像一枚は {device} で {ours}です{less}。"
     "ComfyUI 自身のノードでは {native}です（[測定](docs/ja/performance.md)、公開されている大きさの乱数の重み）。",
-    "pitch 8 GB": "（そのうち 8 GB だけなら {}）",
+    "pitch 8 GB": "（カードのメモリを 8 GB に限ると {}）",
     "figure": "既定の ComfyUI での画像一枚の秒数",
     "by memory": "カードのメモリと画像一枚の秒数",
     "place": "{device}、torch {torch}、{date}、ComfyUI {versions}、フラグなし（{allocator}）",
