@@ -25,9 +25,9 @@ HEAD = (
     "seconds",
     "allocated",
     "reserved",
-    "of the card",
-    "of main memory",
-    "mapped files beside it",
+    "on the card",
+    "main memory",
+    "mapped files",
 )
 
 

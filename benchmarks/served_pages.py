@@ -40,7 +40,7 @@ ENGLISH = {
     "all": "all",
     "seed": "a new seed",
     "prompt": "a new prompt",
-    "png": "its PNG preview",
+    "png": "PNG preview",
     "first": "first picture",
     "cold": "with nothing compiled",
     "copied": "copied to the card",
