@@ -41,10 +41,11 @@ def batch(measured: dict[str, Any] | None) -> str:
             "cards yet."
         )
     one, many = (f"{run['rows_per_second']:.2f}" for run in measured["runs"])
+    how = {"shares": "`--shard`", "Ray": "Ray"}[measured["how"]]
     return wrapped(
-        f"Measured by `benchmarks/batch.py` ({measured['device']}, {measured['graph']}, steady state): one process "
-        f"makes {one} rows a second, {measured['runs'][1]['workers']} processes ({measured['how']}) {many}: "
-        f"**{measured['times']:.2f} times** as many (target {measured['target']:.1f})."
+        f"Measured by `benchmarks/batch.py` ({measured['device']}, {measured['graph']}, without loading): one process "
+        f"makes {one} rows a second. {measured['runs'][1]['workers']} processes with a card each, by {how}, make "
+        f"{many}: **{measured['times']:.2f} times** as many (target {measured['target']:.1f})."
     )
 
 
@@ -63,11 +64,11 @@ files. A thousand cards are 125 machines: 125 × {models} GB = {all} GB. One ser
 - **Pictures.** A thousand cards make {made} files a second, at most {gb} GB. In an hour that is {millions} million
 files, at most {tb} TB. A shared folder that takes {made} new files a second needs a parallel file system. With a
 local disk, each machine writes {local} files and {local_mb} MB a second, to be copied away later. One folder
-should not hold millions of files: let the column `name` of the table hold a folder: `0421/000017`.
+should not hold millions of files. Put a folder into the column `name` of the table: `0421/000017`.
 - **The list.** A line of `batch.jsonl` has some 150 bytes. {millions} million rows are {listed} GB in an
 hour, and every process that starts reads all of it. Cut such a table into several batches.
-- **Failures.** If a card is lost once in a thousand hours, a thousand cards lose one an hour. This costs {row} s of
-one card's work, and the time until the first picture of its successor, some {first} s if it takes as long as a server.
+- **Failures.** If a card is lost once in a thousand hours, a thousand cards lose one an hour. This costs one row
+({row} s) and the time until the new card's first picture: some {first} s, if it takes as long as in a server.
 - **Slow cards.** With fixed shares, the batch ends with its slowest card. With Ray, the last card ends at most one row
 after the others.
 """
