@@ -57,7 +57,7 @@ from .making import EncodedPicture, PictureStages, ProgressCallback, owned
 from .making import StageProgress as StageProgress
 from .model_files import ModelFiles
 from .pictures import Picture, as_image, to_pil
-from .run import Observer
+from .run import RunObserver
 from .stages.device import ComputeDevice
 from .stages.diffusion import checked_semantic
 from .stages.hint import Control
@@ -116,7 +116,7 @@ class StableCascade(PictureStages):
         No network is loaded before it is needed. Raises CascadeError for a folder, device, dtype, memory or role that
         does not exist; for a missing file when it is needed.
         """
-        observer = Observer(logger.warning, lambda: None)
+        observer = RunObserver(logger.warning, lambda: None)
         full_precision = dtype == "fp32"
         cascade = cls(
             ModelFiles(folder, files, prefer, full_precision),

@@ -149,7 +149,7 @@ def process_peak() -> int:
 
 
 @dataclass(frozen=True)
-class Observer:
+class RunObserver:
     """Receives messages about a run, and may stop it.
 
     notify             called with a sentence that the user should know, such as a retry in less memory

@@ -24,7 +24,7 @@ from ..hints.control import (
     residual_blocks,
 )
 from ..networks import activations
-from ..run import Observer, SamplingRun
+from ..run import RunObserver, SamplingRun
 from .device import ComputeDevice
 
 
@@ -71,7 +71,7 @@ class RunControls:
     """The ControlNets of one run on Stage C: first checked, then computed once, one after the other on the device."""
 
     def __init__(
-        self, stage_c: Any, run: SamplingRun, applied: Sequence[AppliedControlNet], observer: Observer
+        self, stage_c: Any, run: SamplingRun, applied: Sequence[AppliedControlNet], observer: RunObserver
     ):
         widths = residual_blocks(stage_c)
         for one in applied:

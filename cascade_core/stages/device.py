@@ -16,7 +16,7 @@ from ..errors import CascadeError, quoted
 from ..networks.precision import PRECISIONS
 from ..networks.quantisation import FORMATS
 from ..placement import CudaDevice, DeviceMemory, PlainMemory, RunBytes, WeightConsumer, parse_bytes
-from ..run import Observer
+from ..run import RunObserver
 
 T = TypeVar("T")
 
@@ -38,13 +38,13 @@ class ComputeDevice:
         self,
         device: str | torch.device = "auto",
         memory: int | str | None = None,
-        observer: Observer | None = None,
+        observer: RunObserver | None = None,
     ):
         self.device = chosen_device(device)
         is_bytes = isinstance(memory, int | float) and not isinstance(memory, bool) and 1 <= memory < math.inf
         if not (memory is None or isinstance(memory, str) or is_bytes):
             raise CascadeError(f"memory is {quoted(memory)}; give bytes above 0, or a text such as 6GB.")
-        self.observer = observer or Observer()
+        self.observer = observer or RunObserver()
         self.limit = parse_bytes(memory) if isinstance(memory, str) else memory
 
     @cached_property

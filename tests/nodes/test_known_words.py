@@ -11,7 +11,7 @@ import torch
 
 from cascade_nodes.cascade_core.adapters import Adapter
 from cascade_nodes.cascade_core.checkpoints import read_safetensors, write_safetensors
-from cascade_nodes.cascade_core.run import Observer
+from cascade_nodes.cascade_core.run import RunObserver
 from cascade_nodes.cascade_core.stages.device import ComputeDevice
 from cascade_nodes.cascade_core.stages.prompt import load_text_encoder
 from cascade_nodes.cascade_core.text.known_words import describe_unknown_words, stated_words, unknown_words
@@ -84,7 +84,7 @@ def stage(tmp_path_factory):
     tensors, metadata = read_safetensors(folder / "model.safetensors")
     write_safetensors(folder / "model.safetensors", tensors, {**metadata, "words": json.dumps(WORDS)})
     told: list[str] = []
-    device = ComputeDevice(device=torch.device("cpu"), observer=Observer(told.append))
+    device = ComputeDevice(device=torch.device("cpu"), observer=RunObserver(told.append))
     return SimpleNamespace(text=load_text_encoder(folder, device), told=told, folder=folder)
 
 
@@ -126,7 +126,7 @@ def test_what_loras_teach_is_no_unknown_word(stage):
 
 def test_an_encoder_that_states_none_says_nothing():
     told: list[str] = []
-    device = ComputeDevice(device=torch.device("cpu"), observer=Observer(told.append))
+    device = ComputeDevice(device=torch.device("cpu"), observer=RunObserver(told.append))
     text = load_text_encoder(WEIGHTS / "demo_text_encoder", device)
     if not text.encoder.tokenizer.words:
         text.encode(["a lighthouse in a storm"])

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 
-from ....cascade_core.run import Observer
+from ....cascade_core.run import RunObserver
 from ....cascade_core.stages.device import ComputeDevice
 from ..reporting import check_interrupted, notify
 
@@ -37,7 +37,7 @@ def computing_on(device: ComputeDevice) -> Iterator[ComputeDevice]:
 
 def device_with(memory: str | None) -> ComputeDevice:
     """A new device with this much of the card's memory; None: the free memory."""
-    return ComputeDevice(memory=memory, observer=Observer(notify, check_interrupted))
+    return ComputeDevice(memory=memory, observer=RunObserver(notify, check_interrupted))
 
 
 @cache
